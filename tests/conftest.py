@@ -110,10 +110,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ports = s3_server._free_ports
 
     def known(count: int) -> list[int]:
-        found = ports(count)
-        for name, value in zip(NAMES, (KEY, SECRET, "us-east-1", f"http://127.0.0.1:{found[3]}"), strict=True):
+        result = ports(count)
+        for name, value in zip(NAMES, (KEY, SECRET, "us-east-1", f"http://127.0.0.1:{result[3]}"), strict=True):
             os.environ[name] = value
-        return found
+        return result
 
     patched.setattr(s3_server, "_free_ports", known)
     started = Server(folder)

@@ -39,8 +39,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert time.time() < end, "PPO wrote no checkpoint"
         time.sleep(0.05)
     partial = next(iter(folder.glob("ppo/*.partial")))
-    found = subprocess.run(["pgrep", "-f", str(partial)], capture_output=True, text=True)
-    for pid in found.stdout.split():
+    result = subprocess.run(["pgrep", "-f", str(partial)], capture_output=True, text=True)
+    for pid in result.stdout.split():
         os.kill(int(pid), signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output

@@ -49,7 +49,7 @@ def test_every_line_runs_on_a_processor(tmp_path: Path) -> None:
         [sys.executable, "-m", "benchmarks.gpu", *words], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {one["work"]: one for one in json.loads((tmp_path / "found.json").read_text())}
-    assert list(found) == list(gpu.LINES)
-    assert all(one["tokens_per_second"] > 0 for one in found.values())
-    assert all(0 < one["share"] < 1 and one["plan"] > 0 for name, one in found.items() if name != "rollouts")
+    actual = {entry["work"]: entry for entry in json.loads((tmp_path / "found.json").read_text())}
+    assert list(actual) == list(gpu.LINES)
+    assert all(entry["tokens_per_second"] > 0 for entry in actual.values())
+    assert all(0 < entry["share"] < 1 and entry["plan"] > 0 for name, entry in actual.items() if name != "rollouts")

@@ -15,18 +15,26 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_there_are_enough_configurations_of_every_kind() -> None:
     assert len(CONFIGURATIONS) >= 12
-    kinds = {(one.stage, one.fields["tuning"]["method"]) for one in CONFIGURATIONS if one.stage != "sample"}
+    kinds = {
+        (configuration.stage, configuration.fields["tuning"]["method"])
+        for configuration in CONFIGURATIONS
+        if configuration.stage != "sample"
+    }
     assert kinds == {(stage, method) for stage in ("sft", "reward", "dpo", "ppo") for method in ("lora", "full")}
-    assert {bool(one.fields.get("reward")) for one in CONFIGURATIONS if one.stage == "sample"} == {True, False}
-    assert len({one.length for one in CONFIGURATIONS}) >= 5
-    assert all(sum(counted(one).values()) < 4 * 2**30 for one in CONFIGURATIONS)
+    assert {
+        bool(configuration.fields.get("reward")) for configuration in CONFIGURATIONS if configuration.stage == "sample"
+    } == {True, False}
+    assert len({configuration.length for configuration in CONFIGURATIONS}) >= 5
+    assert all(sum(counted(configuration).values()) < 4 * 2**30 for configuration in CONFIGURATIONS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "sample"])
 def test_a_real_stage_holds_what_was_counted(stage: str) -> None:
     kind = "reward" if stage == "sample" else "lora"
-    wanted = next(one for one in CONFIGURATIONS if one.label.startswith(f"{stage:<6} {kind}"))
+    wanted = next(
+        configuration for configuration in CONFIGURATIONS if configuration.label.startswith(f"{stage:<6} {kind}")
+    )
     command = [sys.executable, "-m", "benchmarks.memory_plan", "--only", wanted.label]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

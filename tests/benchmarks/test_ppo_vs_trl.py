@@ -47,11 +47,11 @@ def test_products_that_are_needed_leave_out_embedding_and_prompt_heads():
 
 
 def test_phases_account_for_the_whole_update():
-    found = phases(make_run([10.0, 20.0]))
-    assert found["seconds"] == 15.0
-    assert found["other"] == pytest.approx(0.3 * 15)
-    assert found["per_token"] == pytest.approx(150.0)  # 15 s over 100 tokens
-    assert found["per_response_token"] == pytest.approx(375.0)
+    actual = phases(make_run([10.0, 20.0]))
+    assert actual["seconds"] == 15.0
+    assert actual["other"] == pytest.approx(0.3 * 15)
+    assert actual["per_token"] == pytest.approx(150.0)  # 15 s over 100 tokens
+    assert actual["per_response_token"] == pytest.approx(375.0)
 
 
 def test_table_has_ratios_round_by_round_and_their_median():
@@ -62,18 +62,18 @@ def test_table_has_ratios_round_by_round_and_their_median():
 
 
 def test_table_of_align_alone():
-    rounds = [{"align": one["align"]} for one in make_rounds()]
+    rounds = [{"align": entry["align"]} for entry in make_rounds()]
     assert {len(line.split(",")[-1].split()) for line in table(rounds)[1:]} == {2}
 
 
 def test_efficiency_uses_the_best_matrix_rate():
-    found = efficiency(make_rounds(), "full")
-    assert found["matrix_peak"] == 1000.0
+    actual = efficiency(make_rounds(), "full")
+    assert actual["matrix_peak"] == 1000.0
     # updates of 10, 20, 10, 10 s, 0.6 of each the update phase: the median is 6 s; 16 000 FLOPs at 1000/s are 16 s
-    assert found["update_phase"] == pytest.approx(6.0)
-    assert found["share"] == pytest.approx(16 / 6)
-    assert found["share_needed"] == pytest.approx(10.88 / 6)
-    assert found["share_read"] == pytest.approx(12 / 6)
+    assert actual["update_phase"] == pytest.approx(6.0)
+    assert actual["share"] == pytest.approx(16 / 6)
+    assert actual["share_needed"] == pytest.approx(10.88 / 6)
+    assert actual["share_read"] == pytest.approx(12 / 6)
     assert "267% of the matrix peak; 181%" in efficiency_lines(make_rounds(), "full")[1]
 
 
@@ -88,9 +88,9 @@ def test_curve_shows_a_side_that_failed_as_missing():
 
 def test_lengths_are_the_same_each_time_and_one_is_full():
     shape = Shape(batch=8, tokens=32, updates=3)
-    drawn = response_lengths(shape)
-    assert drawn == response_lengths(shape)
-    assert all(max(lengths) == 32 and min(lengths) >= 4 and len(lengths) == 8 for lengths in drawn)
+    draws = response_lengths(shape)
+    assert draws == response_lengths(shape)
+    assert all(max(lengths) == 32 and min(lengths) >= 4 and len(lengths) == 8 for lengths in draws)
     assert response_lengths(Shape(batch=2, tokens=5, lengths="full", updates=1)) == [[5, 5]]
 
 
@@ -104,7 +104,7 @@ def test_prompts_differ_and_take_turns_in_size():
 def test_only_torch_has_a_range():
     trl, *same, torch_range = requirements()
     assert trl == f"trl=={TRL}"
-    assert all("==" in one for one in same)
+    assert all("==" in entry for entry in same)
     assert torch_range.startswith("torch>=") and ",<" in torch_range
 
 
@@ -174,7 +174,7 @@ def test_fixed_lengths_cut_the_work_and_leave_other_prompts_alone():
     fixed = FixedLengths(engine, work)
     probe = fixed.generate([[3]], Sampling(5))
     assert len(probe[0][0].token_ids) == 5
-    drawn = fixed.generate([[7], [8, 8]], Sampling(5, n=2))
-    assert [response.text for some in drawn for response in some] == ["x", "xx", "xxx", "xxxx"]
+    responses = fixed.generate([[7], [8, 8]], Sampling(5, n=2))
+    assert [response.text for some in responses for response in some] == ["x", "xx", "xxx", "xxxx"]
     assert fixed.counts == [{"prompt_tokens": 6, "response_tokens": 10}]
     assert engine.eos == 2

@@ -17,8 +17,8 @@ def test_every_size_and_number_of_devices_has_its_row() -> None:
 
 
 def test_sizes_are_what_the_models_are_called() -> None:
-    found = {name: model.parameters for name, model in scaling.MODELS.items()}
-    assert found == {"1B": 1_235_814_400, "8B": 8_030_261_248, "70B": 70_553_706_496}
+    actual = {name: model.parameters for name, model in scaling.MODELS.items()}
+    assert actual == {"1B": 1_235_814_400, "8B": 8_030_261_248, "70B": 70_553_706_496}
 
 
 def test_machines_have_eight_devices() -> None:

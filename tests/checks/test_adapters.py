@@ -50,11 +50,11 @@ def test_an_adapter_that_is_cut_short_is_refused(tuned: Artifact, tmp_path: Path
 def test_a_bare_adapter_is_not_merged_onto_another_base(tuned: Artifact, tiny_model: Path, tmp_path: Path) -> None:
     bare = tuned.path / "adapter"
     assert find_base(bare, "", tiny_model) == (tiny_model, None)
-    other = make_tiny(tmp_path / "other", seed=1)
+    model_dir = make_tiny(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="adapter-base: .*adapter was trained on other weights than those of .*other"):
-        find_base(bare, "", other)
+        find_base(bare, "", model_dir)
     (bare / "align.json").unlink()
-    note = find_base(bare, "", other)[1]
+    note = find_base(bare, "", model_dir)[1]
     assert note is not None
     assert "no record says" in note
 

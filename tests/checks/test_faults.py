@@ -29,7 +29,7 @@ def finished(folder: Path, source: Path, kind: Kind, **metrics: Any) -> Artifact
 
 
 @pytest.fixture
-def given(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> dict[str, Artifact]:
+def artifacts(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> dict[str, Artifact]:
     """A policy and a reward model that fit together; the reward model orders 140 of 200 held-out pairs."""
     return {
         "policy": finished(tmp_path / "sft", tiny_model, Kind.POLICY),
@@ -38,8 +38,8 @@ def given(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> dict[str, Arti
 
 
 def edit_json(path: Path, **fields: Any) -> None:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(found | fields), encoding="utf-8")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(document | fields), encoding="utf-8")
 
 
 def cut(models: dict[str, Path]) -> None:
@@ -100,10 +100,10 @@ def reward_of_another_template(models: dict[str, Path]) -> None:
 
 
 def other_tokenizer(models: dict[str, Path]) -> None:
-    found = json.loads((models["policy"] / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = found["model"]["vocab"]
+    document = json.loads((models["policy"] / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = document["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (models["policy"] / "tokenizer.json").write_text(json.dumps(found), encoding="utf-8")
+    (models["policy"] / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 def reward_of_another_tokenizer(models: dict[str, Path]) -> None:
@@ -130,9 +130,9 @@ def never_stop(models: dict[str, Path]) -> None:
 
 
 def a_coin(models: dict[str, Path]) -> None:
-    whole = json.loads((models["reward"] / "align.json").read_text(encoding="utf-8"))
-    whole["handover"] |= {"accuracy": 0.56, "pairs": 200}  # above a half, its interval is not: [0.49, 0.63]
-    (models["reward"] / "align.json").write_text(json.dumps(whole), encoding="utf-8")
+    document = json.loads((models["reward"] / "align.json").read_text(encoding="utf-8"))
+    document["handover"] |= {"accuracy": 0.56, "pairs": 200}  # above a half, its interval is not: [0.49, 0.63]
+    (models["reward"] / "align.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 FAULTS: list[tuple[str, Callable[[dict[str, Path]], None]]] = [
@@ -160,25 +160,25 @@ FAULTS: list[tuple[str, Callable[[dict[str, Path]], None]]] = [
 
 @pytest.mark.parametrize(("name", "inject"), FAULTS, ids=[inject.__name__ for _, inject in FAULTS])
 def test_it_is_refused_by_name(
-    name: str, inject: Callable[[dict[str, Path]], None], given: dict[str, Artifact], tmp_path: Path
+    name: str, inject: Callable[[dict[str, Path]], None], artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    check_inputs(context(tmp_path / "ppo", given), Kind.POLICY)  # without the fault nothing is found
-    inject({field: artifact.model for field, artifact in given.items()})
+    check_inputs(context(tmp_path / "ppo", artifacts), Kind.POLICY)  # without the fault nothing is found
+    inject({field: artifact.model for field, artifact in artifacts.items()})
     with pytest.raises(UserError) as refused:
-        check_inputs(context(tmp_path / "ppo", given), Kind.POLICY)
-    found = [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]]
-    assert name in found
+        check_inputs(context(tmp_path / "ppo", artifacts), Kind.POLICY)
+    actual = [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]]
+    assert name in actual
     assert REMEDIES[name] in str(refused.value)
-    check_inputs(context(tmp_path / "ppo", given, waive=found), Kind.POLICY)
+    check_inputs(context(tmp_path / "ppo", artifacts, waive=actual), Kind.POLICY)
 
 
-@pytest.mark.parametrize(("inject", "what"), [(other_template, "chat template"), (other_tokenizer, "tokenizer")])
+@pytest.mark.parametrize(("inject", "label"), [(other_template, "chat template"), (other_tokenizer, "tokenizer")])
 def test_a_change_shows_in_a_checkpoint_that_stands_alone(
-    inject: Callable[[dict[str, Path]], None], what: str, given: dict[str, Artifact], tmp_path: Path
+    inject: Callable[[dict[str, Path]], None], label: str, artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    inject({"policy": given["policy"].model})
-    with pytest.raises(UserError, match=f"-changed: .* has another {what} than it was trained with"):
-        check_inputs(context(tmp_path / "sft", {"policy": given["policy"]}), Kind.POLICY)
+    inject({"policy": artifacts["policy"].model})
+    with pytest.raises(UserError, match=f"-changed: .* has another {label} than it was trained with"):
+        check_inputs(context(tmp_path / "sft", {"policy": artifacts["policy"]}), Kind.POLICY)
 
 
 def test_every_fault_is_injected_somewhere() -> None:
@@ -207,32 +207,32 @@ def test_a_head_that_learned_nothing_is_not_published(tiny_reward: Path, tmp_pat
 
 
 def test_a_floor_needs_a_known_accuracy_and_says_so(
-    given: dict[str, Artifact], tiny_reward: Path, tmp_path: Path
+    artifacts: dict[str, Artifact], tiny_reward: Path, tmp_path: Path
 ) -> None:
-    shutil.rmtree(given["reward"].model)
-    shutil.copytree(tiny_reward, given["reward"].model)
-    made = context(tmp_path / "ppo", given)
-    check_inputs(made, Kind.POLICY)
-    assert "no accuracy of 'reward' on held-out pairs is recorded" in made.events.read_text(encoding="utf-8")
+    shutil.rmtree(artifacts["reward"].model)
+    shutil.copytree(tiny_reward, artifacts["reward"].model)
+    new_context = context(tmp_path / "ppo", artifacts)
+    check_inputs(new_context, Kind.POLICY)
+    assert "no accuracy of 'reward' on held-out pairs is recorded" in new_context.events.read_text(encoding="utf-8")
 
 
-def test_what_is_only_compared_may_differ(given: dict[str, Artifact], tmp_path: Path) -> None:
-    reward_of_another_template({field: artifact.model for field, artifact in given.items()})
-    a_coin_free = context(tmp_path / "evaluate", given)
+def test_what_is_only_compared_may_differ(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
+    reward_of_another_template({field: artifact.model for field, artifact in artifacts.items()})
+    a_coin_free = context(tmp_path / "evaluate", artifacts)
     check_inputs(a_coin_free, Kind.SCORECARD)
     with pytest.raises(UserError, match="template-changed"):
-        check_inputs(context(tmp_path / "ppo", given), Kind.POLICY)
+        check_inputs(context(tmp_path / "ppo", artifacts), Kind.POLICY)
     # a reward model that only scores renders texts anew, with a template of its own
-    check_inputs(context(tmp_path / "grpo", given, config=Learner(critic_source="policy")), Kind.POLICY)
+    check_inputs(context(tmp_path / "grpo", artifacts, config=Learner(critic_source="policy")), Kind.POLICY)
 
 
-def test_a_floor_of_its_own_or_none(given: dict[str, Artifact], tmp_path: Path) -> None:
+def test_a_floor_of_its_own_or_none(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
     # 140 of 200: the interval is [0.633, 0.759]
-    check_inputs(context(tmp_path / "a", given, config=Learner(reward_floor=0.63)), Kind.POLICY)
+    check_inputs(context(tmp_path / "a", artifacts, config=Learner(reward_floor=0.63)), Kind.POLICY)
     with pytest.raises(UserError, match="reward-floor"):
-        check_inputs(context(tmp_path / "b", given, config=Learner(reward_floor=0.64)), Kind.POLICY)
-    a_coin({field: artifact.model for field, artifact in given.items()})
-    check_inputs(context(tmp_path / "c", given, config=Learner(reward_floor=None)), Kind.POLICY)
+        check_inputs(context(tmp_path / "b", artifacts, config=Learner(reward_floor=0.64)), Kind.POLICY)
+    a_coin({field: artifact.model for field, artifact in artifacts.items()})
+    check_inputs(context(tmp_path / "c", artifacts, config=Learner(reward_floor=None)), Kind.POLICY)
 
 
 def test_a_folder_of_a_link_is_left_as_it_is(tiny_model: Path, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ def test_a_damaged_policy_stops_the_next_stage(tiny_model: Path, tmp_path: Path)
     shutil.copytree(tiny_model, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    given = "tests.support.stages.given"
+    inputs = "tests.support.stages.given"
     pipeline = Pipeline({
         "name": "damaged",
         "stages": {
-            "sft": {"stage": f"{given}:POLICY", "folder": str(tmp_path / "cut")},
-            "prompts": {"stage": f"{given}:PROMPTS", "count": 4},
+            "sft": {"stage": f"{inputs}:POLICY", "folder": str(tmp_path / "cut")},
+            "prompts": {"stage": f"{inputs}:PROMPTS", "count": 4},
             "sample": {"policy": "sft", "prompts": "prompts"},
         },
     })  # fmt: skip

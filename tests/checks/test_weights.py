@@ -32,26 +32,28 @@ def test_nan_and_infinity_are_found_and_the_largest_number_is_none(dtype: torch.
 
 def test_every_value_of_every_chunk_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "CHUNK", 4)
-    for at in range(10):
+    for index in range(10):
         tensor = torch.zeros(2, 5)
-        tensor.view(-1)[at] = float("nan")
-        (found,) = read_tensors(saved(tmp_path, tensor=tensor)).values()
-        assert not_finite({"tensor": found}) == "tensor"
-        assert not all_zero(found)
+        tensor.view(-1)[index] = float("nan")
+        (actual,) = read_tensors(saved(tmp_path, tensor=tensor)).values()
+        assert not_finite({"tensor": actual}) == "tensor"
+        assert not all_zero(actual)
 
 
 def test_minus_zero_is_zero(tmp_path: Path) -> None:
-    found = read_tensors(saved(tmp_path, minus=torch.tensor([0.0, -0.0]), tiny=torch.tensor([0.0, 1e-45])))
-    assert all_zero(found["minus"])
-    assert not all_zero(found["tiny"])
+    tensors = read_tensors(saved(tmp_path, minus=torch.tensor([0.0, -0.0]), tiny=torch.tensor([0.0, 1e-45])))
+    assert all_zero(tensors["minus"])
+    assert not all_zero(tensors["tiny"])
 
 
 @pytest.mark.parametrize("change", [-4, 4])
 def test_a_file_is_as_long_as_its_header_says(change: int, tmp_path: Path) -> None:
     file = saved(tmp_path, tensor=torch.ones(8)) / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:change] if change < 0 else whole + bytes(change))
-    with pytest.raises(Damaged, match=f"that has {len(whole) + change} bytes and its header speaks of {len(whole)}"):
+    content = file.read_bytes()
+    file.write_bytes(content[:change] if change < 0 else content + bytes(change))
+    with pytest.raises(
+        Damaged, match=f"that has {len(content) + change} bytes and its header speaks of {len(content)}"
+    ):
         read_tensors(tmp_path)
 
 
@@ -64,12 +66,12 @@ def test_a_digest_is_that_of_the_copy_in_bfloat16_ties_to_even_too(dtype: torch.
 
 
 def test_a_head_that_repeats_the_embeddings_changes_no_digest(tiny_model: Path, tmp_path: Path) -> None:
-    given = load_file(tiny_model / "model.safetensors")
-    bare = {name: tensor for name, tensor in given.items() if name != "lm_head.weight"}
+    tensors = load_file(tiny_model / "model.safetensors")
+    bare = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     head = bare["model.embed_tokens.weight"].clone()
     folders = saved(tmp_path / "bare", **bare), saved(tmp_path / "both", **bare, **{"lm_head.weight": head})
-    one, other = (weights_digest(read_tensors(folder)) for folder in folders)
-    assert one == other
+    first, second = (weights_digest(read_tensors(folder)) for folder in folders)
+    assert first == second
 
 
 @pytest.mark.parametrize("chunk", [weights.CHUNK, 4])

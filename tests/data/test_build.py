@@ -71,45 +71,45 @@ def write(path: Path, records: list[dict[str, Any]], form: str = "prompt_complet
 
 
 def questions(count: int, name: str = "question", answer: str = "yes") -> list[dict[str, Any]]:
-    return [{"prompt": f"{name} {at}", "completion": answer} for at in range(count)]
+    return [{"prompt": f"{name} {index}", "completion": answer} for index in range(count)]
 
 
 def test_embedded_recipe(make) -> None:
-    made = make([{"type": "embedded", "size": 600}], seed=17, near_duplicate_prompts=None)
-    assert len(made.train) + len(made.test) == 600 and 35 < len(made.test) < 90
+    dataset = make([{"type": "embedded", "size": 600}], seed=17, near_duplicate_prompts=None)
+    assert len(dataset.train) + len(dataset.test) == 600 and 35 < len(dataset.test) < 90
     prompts = make([{"type": "embedded", "size": 600}], "prompts", seed=17, near_duplicate_prompts=None)
-    assert [row["id"] for row in prompts.test] == [row["id"] for row in made.test]
+    assert [row["id"] for row in prompts.test] == [row["id"] for row in dataset.test]
     assert "completion" not in prompts.train[0] and prompts.train[0]["checks"]
 
 
 def test_duplicates_and_limit_are_counted(make, tmp_path: Path) -> None:
     records = questions(20)
     records += [records[0], {"prompt": "Question 0?", "completion": "yes"}, {"prompt": "q", "completion": ""}]
-    made = make([write(tmp_path / "a.jsonl", records)], max_rows=15)
-    assert made.ledger["dropped"] == {"duplicate": 2, "empty reply": 1, "over max_rows": 5}
-    assert "a: 23 rows read, 15 kept" in list(summary_lines(made.ledger))
-    first = next(row for row in made.dropped if row["where"].endswith("a.jsonl:22"))
+    dataset = make([write(tmp_path / "a.jsonl", records)], max_rows=15)
+    assert dataset.ledger["dropped"] == {"duplicate": 2, "empty reply": 1, "over max_rows": 5}
+    assert "a: 23 rows read, 15 kept" in list(summary_lines(dataset.ledger))
+    first = next(row for row in dataset.dropped if row["where"].endswith("a.jsonl:22"))
     assert (first["source"], first["reason"]) == ("a", "duplicate")
     assert json.loads(first["detail"])["instead"]["where"].endswith("a.jsonl:1")
     assert json.loads(first["row"])["prompt"][0]["content"] == "Question 0?"
-    (step,) = [line for line in made.ledger["steps"] if "duplicate" in line["dropped"]]
+    (step,) = [line for line in dataset.ledger["steps"] if "duplicate" in line["dropped"]]
     assert [example["where"].rsplit(":", 1)[1] for example in step["examples"]["duplicate"]] == ["21", "22"]
 
 
 def test_a_test_source_keeps_its_questions_out_of_training(make, tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "completion": "a"} for i in range(10)])
     test = write(tmp_path / "b.jsonl", [{"prompt": "Q3!", "completion": "other"}, {"prompt": "new", "completion": "a"}])
-    made = make([train | {"part": "train"}, test | {"part": "test"}])
-    assert (len(made.train), len(made.test)) == (9, 2)
-    assert made.ledger["sources"][0]["dropped"] == {"its question is in the test split": 1}
+    dataset = make([train | {"part": "train"}, test | {"part": "test"}])
+    assert (len(dataset.train), len(dataset.test)) == (9, 2)
+    assert dataset.ledger["sources"][0]["dropped"] == {"its question is in the test split": 1}
 
 
 def test_steps_go_in_order_and_their_counts_hand_over(make, tmp_path: Path) -> None:
     records = [*questions(30), *questions(5), {"prompt": "two\r\nlines", "completion": "yes"}]
     cap = {"type": "cap", "each": 20}
     steps = [{"type": "exact_duplicates"}, {"type": "normalize"}, cap, {"type": "near_duplicates"}]
-    made = make([write(tmp_path / "a.jsonl", records)], steps=steps)
-    lines = {line["step"]: line for line in made.ledger["steps"]}
+    dataset = make([write(tmp_path / "a.jsonl", records)], steps=steps)
+    lines = {line["step"]: line for line in dataset.ledger["steps"]}
     names = ["read", "exact_duplicates", "normalize", "usable", "cap", "near_duplicates", "identical", "split"]
     assert list(lines) == [f"{number} {name}" for number, name in enumerate(names)]
     assert lines["1 exact_duplicates"]["dropped"] == {"duplicate of an earlier row": 5}
@@ -119,13 +119,13 @@ def test_steps_go_in_order_and_their_counts_hand_over(make, tmp_path: Path) -> N
 
 def test_a_mixture_repeats_training_rows_under_ids_of_their_own(make, tmp_path: Path) -> None:
     sources = [write(tmp_path / "a.jsonl", questions(40)), write(tmp_path / "b.jsonl", questions(10, "other"))]
-    made = make(sources, steps=[{"type": "mix", "epochs": {"b": 3}}])
+    dataset = make(sources, steps=[{"type": "mix", "epochs": {"b": 3}}])
     once = make(sources)
-    assert made.test == once.test
+    assert dataset.test == once.test
     count = sum(row["source"] == "b" for row in once.train)
-    assert sum(row["source"] == "b" for row in made.train) == 3 * count
-    assert made.ledger["sources"][1]["added"] == 2 * count
-    assert made.ledger["steps"][-1]["step"].endswith("mix")
+    assert sum(row["source"] == "b" for row in dataset.train) == 3 * count
+    assert dataset.ledger["sources"][1]["added"] == 2 * count
+    assert dataset.ledger["steps"][-1]["step"].endswith("mix")
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ STEPS = [{"type": "normalize"}, {"type": "exact_duplicates"}, {"type": "near_dup
 
 def messy(tmp_path: Path) -> list[dict[str, Any]]:
     long = "tell me in a few words what the people of the town on the hill think of the new bridge over the river"
-    some = [{"prompt": f"{long} {at % 5}", "completion": "  yes "} for at in range(12)]
+    some = [{"prompt": f"{long} {index % 5}", "completion": "  yes "} for index in range(12)]
     return [
         write(tmp_path / "a.jsonl", [*questions(40), *some, *questions(3)]),
         write(tmp_path / "b.jsonl", questions(18, "other")),
@@ -168,7 +168,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", [0, 3, 8, 11, 16, 21])
 def test_a_killed_build_goes_on(tmp_path: Path, small_shards, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     content = {"kind": "instructions", "sources": messy(tmp_path), "steps": STEPS}
-    whole = Built(tmp_path, tmp_path / "whole", content)
+    uninterrupted = Built(tmp_path, tmp_path / "whole", content)
     done = 0
     write_shard = shards.write_shard
 
@@ -189,7 +189,7 @@ def test_a_killed_build_goes_on(tmp_path: Path, small_shards, monkeypatch: pytes
     counted: list[int] = []
     monkeypatch.setattr(shards, "write_shard", lambda *a: (counted.append(a[1]), write_shard(*a)))
     ledger = build(recipe, tmp_path, tmp_path / "again-work", tmp_path / "again")
-    assert ledger == whole.ledger
+    assert ledger == uninterrupted.ledger
     assert len(counted) + after == len(list((tmp_path / "whole-work").rglob("pass-*/?????.json")))
 
 
@@ -199,9 +199,9 @@ def test_bad_rows_stop_the_build_or_are_counted_with_file_and_line(make, tmp_pat
         file.write('{broken\n{"promt": "x", "completion": "y"}\n')
     with pytest.raises(UserError, match=r"(?s)a.jsonl:21: not valid JSON.*on_error: drop"):
         make([source])
-    made = make([source], on_error="drop")
-    assert made.ledger["dropped"] == {"unreadable": 2}
-    examples = made.ledger["steps"][0]["examples"]["unreadable"]
+    dataset = make([source], on_error="drop")
+    assert dataset.ledger["dropped"] == {"unreadable": 2}
+    examples = dataset.ledger["steps"][0]["examples"]["unreadable"]
     assert [example["where"].rsplit(":", 1)[1] for example in examples] == ["21", "22"]
     assert "Is 'promt' meant as 'prompt'?" in examples[1]["detail"]["error"]
 
@@ -216,7 +216,8 @@ def sampled(folder: Path, answer: str, count: int = 30) -> Path:
     folder.mkdir()
     sides = {"chosen": [assistant(answer)], "rejected": [assistant("no")]}
     prompts = [
-        {"id": f"{at}-0-1", "source": "s", "checks": "", "prompt": [user(f"question {at}")]} for at in range(count)
+        {"id": f"{index}-0-1", "source": "s", "checks": "", "prompt": [user(f"question {index}")]}
+        for index in range(count)
     ]
     write_rows(folder / "train.parquet", [prompt | sides for prompt in prompts])
     put_record(folder, key=digest(folder.name))
@@ -225,13 +226,13 @@ def sampled(folder: Path, answer: str, count: int = 30) -> Path:
 
 def test_rounds_of_sampling_are_merged_without_a_loss(make, tmp_path: Path) -> None:
     rounds = [sampled(tmp_path / name, name.split()[0]) for name in ("one", "two", "two again")]
-    sources = [{"type": "input", "index": at, "split": "train"} for at in range(3)]
-    made = make(sources, "preferences", inputs=rounds)
-    assert made.ledger["dropped"] == {"duplicate": 30}
-    answers = [row["chosen"][0]["content"] for row in made.train + made.test]
+    sources = [{"type": "input", "index": index, "split": "train"} for index in range(3)]
+    dataset = make(sources, "preferences", inputs=rounds)
+    assert dataset.ledger["dropped"] == {"duplicate": 30}
+    answers = [row["chosen"][0]["content"] for row in dataset.train + dataset.test]
     assert (answers.count("one"), answers.count("two")) == (30, 30)
-    ids = {row["id"] for row in made.train + made.test}
-    assert len(ids) == 60 and {f"{at}-0-1" for at in range(30)} < ids  # the first keeps its name
+    ids = {row["id"] for row in dataset.train + dataset.test}
+    assert len(ids) == 60 and {f"{index}-0-1" for index in range(30)} < ids  # the first keeps its name
 
 
 def test_an_artifact_and_an_input_are_read_as_rows(make, tmp_path: Path) -> None:
@@ -245,11 +246,13 @@ def test_an_artifact_and_an_input_are_read_as_rows(make, tmp_path: Path) -> None
 
 
 def test_a_score_stays_in_the_rows(make, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", [{"prompt": f"q {at}", "completion": "x" * (at + 1)} for at in range(30)])
+    source = write(
+        tmp_path / "a.jsonl", [{"prompt": f"q {index}", "completion": "x" * (index + 1)} for index in range(30)]
+    )
     step = {"type": "score", "by": "function", "function": f"{__name__}:length", "keep": {"quantiles": [0.5, 1]}}
-    made = make([source], steps=[step])
-    assert made.ledger["dropped"] == {"score too low": 15}
-    assert all(row["score"] == len(row["completion"][0]["content"]) >= 16 for row in made.train + made.test)
+    dataset = make([source], steps=[step])
+    assert dataset.ledger["dropped"] == {"score too low": 15}
+    assert all(row["score"] == len(row["completion"][0]["content"]) >= 16 for row in dataset.train + dataset.test)
 
 
 def length(rows: list[Row]) -> list[float]:
@@ -263,21 +266,21 @@ def test_rows_with_tools_and_without_end_in_one_schema(make, tmp_path: Path, sma
                      {"role": "tool", "content": "2"}, assistant("2")],
         "tools": [{"type": "function", "function": {"name": "add"}}],
     }  # fmt: skip
-    plain = [{"messages": [user(f"hello {at}"), assistant("hi")]} for at in range(20)]
-    made = make([write(tmp_path / "a.jsonl", [*plain, with_tool], "messages")])
-    (row,) = [row for row in made.train + made.test if row["tools"]]
+    plain = [{"messages": [user(f"hello {index}"), assistant("hi")]} for index in range(20)]
+    dataset = make([write(tmp_path / "a.jsonl", [*plain, with_tool], "messages")])
+    (row,) = [row for row in dataset.train + dataset.test if row["tools"]]
     assert json.loads(row["prompt"][1]["tool_calls"])[0]["function"]["name"] == "add"
-    assert all("tool_calls" not in turn for row in made.train if not row["tools"] for turn in row["prompt"])
+    assert all("tool_calls" not in turn for row in dataset.train if not row["tools"] for turn in row["prompt"])
 
 
 def test_files_hold_so_many_rows_at_most(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [write(tmp_path / "a.jsonl", questions(60))]
-    whole = make(sources)
+    full = make(sources)
     monkeypatch.setattr(finish, "FILE_ROWS", 10)
-    made = make(sources)
-    files = sorted(path.name for path in made.folder.glob("train-*"))
-    assert files[0] == f"train-00000-of-{len(files):05d}.parquet" and len(files) == -(-len(whole.train) // 10)
-    assert made.train == whole.train and made.ledger == whole.ledger
+    dataset = make(sources)
+    files = sorted(path.name for path in dataset.folder.glob("train-*"))
+    assert files[0] == f"train-00000-of-{len(files):05d}.parquet" and len(files) == -(-len(full.train) // 10)
+    assert dataset.train == full.train and dataset.ledger == full.ledger
 
 
 def test_an_empty_split_says_where_the_rows_went(make, tmp_path: Path) -> None:
@@ -288,9 +291,9 @@ def test_an_empty_split_says_where_the_rows_went(make, tmp_path: Path) -> None:
 
 def test_hh_transcripts_become_pairs_and_single_replies(make, shared_data: Path) -> None:
     source = {"type": "files", "paths": ["hh-rlhf/*.jsonl.gz"], "format": "hh_rlhf"}
-    made = make([source], "preferences", base=shared_data)
-    assert made.ledger["rows_in"] == 4666
-    for row in made.train:
+    dataset = make([source], "preferences", base=shared_data)
+    assert dataset.ledger["rows_in"] == 4666
+    for row in dataset.train:
         assert row["prompt"][-1]["role"] == "user"
         assert row["chosen"][0]["content"].strip() != row["rejected"][0]["content"].strip()
         assert "\n\nHuman:" not in prompt_key(row)
@@ -298,19 +301,19 @@ def test_hh_transcripts_become_pairs_and_single_replies(make, shared_data: Path)
 
 
 def test_gsm8k_rows_check_their_own_answers(make, shared_data: Path) -> None:
-    made = make([{"type": "files", "paths": ["gsm8k/train.jsonl"], "format": "gsm8k"}], base=shared_data)
-    assert made.ledger["rows_in"] == 7473
-    replies = [row["completion"][0]["content"] for row in made.train]
-    assert gsm8k_answer(made.train, replies) == [1.0] * len(made.train)
+    dataset = make([{"type": "files", "paths": ["gsm8k/train.jsonl"], "format": "gsm8k"}], base=shared_data)
+    assert dataset.ledger["rows_in"] == 7473
+    replies = [row["completion"][0]["content"] for row in dataset.train]
+    assert gsm8k_answer(dataset.train, replies) == [1.0] * len(dataset.train)
     assert not any("<<" in reply for reply in replies)
 
 
 def test_fields_that_were_not_used_are_named_with_their_counts(make, tmp_path: Path, small_shards) -> None:
     records = [{**record, "lang": "en", "meta": {"a": 1}} for record in questions(20)]
     records[3] |= {"note": "x"}
-    made = make([write(tmp_path / "a.jsonl", records), write(tmp_path / "b.jsonl", questions(8, "other"))])
-    assert [line["unused_fields"] for line in made.ledger["sources"]] == [{"lang": 20, "meta": 20, "note": 1}, {}]
-    (line,) = [line for line in summary_lines(made.ledger) if "not used" in line]
+    dataset = make([write(tmp_path / "a.jsonl", records), write(tmp_path / "b.jsonl", questions(8, "other"))])
+    assert [line["unused_fields"] for line in dataset.ledger["sources"]] == [{"lang": 20, "meta": 20, "note": 1}, {}]
+    (line,) = [line for line in summary_lines(dataset.ledger) if "not used" in line]
     assert "lang (20), meta (20), note (1)" in line
 
 
@@ -323,7 +326,7 @@ def test_fields_that_were_not_used_are_named_with_their_counts(make, tmp_path: P
     ],
 )
 def test_a_column_that_no_record_has_is_an_error(make, tmp_path: Path, column: str, count: int, message: str) -> None:
-    records = [{"prompt": f"q {at}", "context": "c", "completion": "a"} for at in range(count)]
+    records = [{"prompt": f"q {index}", "context": "c", "completion": "a"} for index in range(count)]
     options = {"columns": {column: "input"}, "ignore": ["context"]}
     with pytest.raises(UserError, match=re.escape(f"a: options.columns renames {message}")) as caught:
         make([write(tmp_path / "a.jsonl", records) | {"options": options}])
@@ -333,8 +336,8 @@ def test_a_column_that_no_record_has_is_an_error(make, tmp_path: Path, column: s
 def test_a_column_may_come_late(make, tmp_path: Path) -> None:
     records = [*questions(200), {"question": "late", "completion": "yes"}]
     records[-1]["ask"] = records[-1].pop("question")
-    made = make([write(tmp_path / "a.jsonl", records) | {"options": {"columns": {"ask": "prompt"}}}])
-    assert any(row["prompt"][0]["content"] == "late" for row in made.train + made.test)
+    dataset = make([write(tmp_path / "a.jsonl", records) | {"options": {"columns": {"ask": "prompt"}}}])
+    assert any(row["prompt"][0]["content"] == "late" for row in dataset.train + dataset.test)
 
 
 @pytest.mark.parametrize("steps", [[], [{"type": "filter", "chars": {"min": 100}}], [{"type": "near_duplicates"}]])
@@ -342,9 +345,9 @@ def test_a_build_of_which_nothing_is_left_says_what_became_of_its_rows(
     make, tmp_path: Path, steps, small_shards
 ) -> None:
     answer = "yes" if steps and steps[0]["type"] == "filter" else " "
-    said = "filter: chars.min" if answer == "yes" else "empty reply"
+    message = "filter: chars.min" if answer == "yes" else "empty reply"
     for near in (0.8, None):
-        with pytest.raises(UserError, match=f"no train row is left: 20 rows read, 0 left .20 {said}.*Loosen"):
+        with pytest.raises(UserError, match=f"no train row is left: 20 rows read, 0 left .20 {message}.*Loosen"):
             make([write(tmp_path / "a.jsonl", questions(20, answer=answer))], steps=steps, near_duplicate_prompts=near)
 
 
@@ -365,7 +368,7 @@ def test_a_shard_whose_counts_are_damaged_is_made_again(tmp_path: Path, content:
 
 def test_whatever_of_an_unfinished_build_is_damaged_is_made_again(tmp_path: Path, small_shards) -> None:
     content = {"kind": "instructions", "sources": messy(tmp_path), "steps": STEPS}
-    whole = Built(tmp_path, tmp_path / "whole", content)
+    full = Built(tmp_path, tmp_path / "whole", content)
     work = tmp_path / "whole-work"
     files = [*work.rglob("pass-*/00001.*"), *work.rglob("pass-*/verdict-*/*")]
     assert {path.suffix for path in files} == {".json", ".parquet", ".npz", ".npy"}
@@ -374,5 +377,5 @@ def test_whatever_of_an_unfinished_build_is_damaged_is_made_again(tmp_path: Path
         path.write_bytes(flip_bit(good))
         output = tmp_path / f"again-{number}"
         output.mkdir()
-        assert build(Recipe.model_validate(content), tmp_path, work, output) == whole.ledger
+        assert build(Recipe.model_validate(content), tmp_path, work, output) == full.ledger
         assert path.suffix in (".json", ".npz") or path.read_bytes() == good

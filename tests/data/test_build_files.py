@@ -10,20 +10,20 @@ from tests.support.data.sample_build import row, write_build, write_split
 
 def test_rows_come_in_order_from_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_files, "BATCH", 2)
-    given = [row(f"q{n}", f"a{n}", score=None if n % 2 else n / 2) for n in range(7)]
-    folder = write_build(tmp_path / "build", given, [row("t", "u")], files=3)
-    found = list(rows(folder, "train"))
-    assert [one["id"] for one in found] == [one["id"] for one in given]
-    assert "score" in found[0] and "score" not in found[1]
+    inputs = [row(f"q{n}", f"a{n}", score=None if n % 2 else n / 2) for n in range(7)]
+    folder = write_build(tmp_path / "build", inputs, [row("t", "u")], files=3)
+    actual = list(rows(folder, "train"))
+    assert [entry["id"] for entry in actual] == [entry["id"] for entry in inputs]
+    assert "score" in actual[0] and "score" not in actual[1]
     assert count_rows(folder, "train") == 7 and len(shards(folder, "train")) == 3
-    at = rows_by_number(folder, "train", [6, 0, 3])
-    assert {place: one["id"] for place, one in at.items()} == {n: given[n]["id"] for n in (0, 3, 6)}
+    index = rows_by_number(folder, "train", [6, 0, 3])
+    assert {place: entry["id"] for place, entry in index.items()} == {n: inputs[n]["id"] for n in (0, 3, 6)}
 
 
 def test_messages_lose_fields_that_only_others_have(tmp_path: Path) -> None:
     called = {"role": "assistant", "content": None, "tool_calls": '[{"name": "clock"}]'}
-    given = [row("q", "a"), {**row("r", "a"), "completion": [called]}]
-    write_split(tmp_path, "train", given)
+    inputs = [row("q", "a"), {**row("r", "a"), "completion": [called]}]
+    write_split(tmp_path, "train", inputs)
     plain, with_call = rows(tmp_path, "train")
     assert plain["completion"] == [{"role": "assistant", "content": "a"}]
     assert with_call["completion"] == [called]

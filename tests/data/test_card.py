@@ -65,11 +65,11 @@ def test_datasets_reads_the_folder_through_the_card(build: Path, tmp_path: Path)
     from datasets import load_dataset
 
     card(build)
-    found = load_dataset(str(build), cache_dir=str(tmp_path / "cache"))
-    assert set(found) == {"train", "test"}
-    assert found["train"].num_rows == 6  # both shards, and no dropped row
-    assert found["train"][1]["completion"][0]["content"] == "answer 1"
-    assert found["test"]["prompt"][0][0] == {"role": "user", "content": "held out"}
+    dataset = load_dataset(str(build), cache_dir=str(tmp_path / "cache"))
+    assert set(dataset) == {"train", "test"}
+    assert dataset["train"].num_rows == 6  # both shards, and no dropped row
+    assert dataset["train"][1]["completion"][0]["content"] == "answer 1"
+    assert dataset["test"]["prompt"][0][0] == {"role": "user", "content": "held out"}
 
 
 def test_the_body_accounts_for_sources_steps_and_recipe(build: Path) -> None:
@@ -111,8 +111,8 @@ def test_licenses_that_do_not_fit_are_other_with_a_name_and_a_link(build: Path) 
 
 
 def test_a_language_is_stated_where_the_recipe_states_it(build: Path) -> None:
-    kept = {**RECIPE, "steps": [{"type": "filter", "language": {"keep": ["en", "de"]}}]}
-    assert yaml.safe_load(card(build, kept).split("---")[1])["language"] == ["de", "en"]
+    kept_rows = {**RECIPE, "steps": [{"type": "filter", "language": {"keep": ["en", "de"]}}]}
+    assert yaml.safe_load(card(build, kept_rows).split("---")[1])["language"] == ["de", "en"]
 
 
 def test_preferences_have_their_own_tags_and_columns(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def recipe(folder: Path, lines: list[str]) -> Recipe:
 
 
 def lines(count: int) -> list[str]:
-    return [json.dumps({"prompt": f"q {at}", "completion": "yes"}) + "\n" for at in range(count)]
+    return [json.dumps({"prompt": f"q {index}", "completion": "yes"}) + "\n" for index in range(count)]
 
 
 def run(folder: Path, content: Recipe, name: str, executor: ExecutorConfig | None = None) -> dict:

@@ -16,8 +16,8 @@ def test_components_carry_the_label_of_their_first_row(count: int, data: st.Data
     batches = data.draw(st.lists(st.lists(st.tuples(node, node), max_size=8), max_size=3))
     expected = list(range(count))
     for left, right in [pair for batch in batches for pair in batch]:
-        one, other = sorted((expected[left], expected[right]))
-        expected = [one if label == other else label for label in expected]
+        first, second = sorted((expected[left], expected[right]))
+        expected = [first if label == second else label for label in expected]
     label = np.arange(count)
     for batch in batches:
         pairs = np.array(batch, dtype=np.int64).reshape(-1, 2)

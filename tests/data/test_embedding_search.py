@@ -52,18 +52,18 @@ def test_embeddings_are_stored_at_length_one_and_nothing_is_like_nothing() -> No
 def test_the_threshold_is_decided_in_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = quantize(np.random.default_rng(0).normal(size=(2, 64)))
     product = int(stored[0].astype(np.int64) @ stored[1].astype(np.int64))
-    at = product / SCALE / SCALE
-    stored[1] *= 1 if at > 0 else -1
-    at, above = abs(at), np.nextafter(abs(at), 2)
+    index = product / SCALE / SCALE
+    stored[1] *= 1 if index > 0 else -1
+    index, above = abs(index), np.nextafter(abs(index), 2)
     true_matmul = torch.Tensor.__matmul__
     for wrong in (-5e-5, 0.0, 5e-5):  # another order of summation, another processor
         monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b, wrong=wrong: true_matmul(a, b) + wrong)
-        assert find_similar(stored, at).label.tolist() == [0, 0]
+        assert find_similar(stored, index).label.tolist() == [0, 0]
         assert find_similar(stored, above + 1e-12).label.tolist() == [0, 1]
 
 
 def test_rows_that_went_are_compared_with_no_more() -> None:
     stored = quantize(np.ones((3000, 4)))
-    found = find_similar(stored, 0.9)
-    assert (found.label == 0).all()
-    assert found.compared == 2048 * 2047 // 2 + (3000 - 2048)
+    similar = find_similar(stored, 0.9)
+    assert (similar.label == 0).all()
+    assert similar.compared == 2048 * 2047 // 2 + (3000 - 2048)

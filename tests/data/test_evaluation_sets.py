@@ -51,7 +51,7 @@ def test_items_are_named_by_file_and_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "record, fields, said",
+    "record, fields, message",
     [
         (
             {"stem": "a"},
@@ -64,8 +64,10 @@ def test_items_are_named_by_file_and_line(tmp_path: Path) -> None:
         ({"prompt": "  "}, None, "set.jsonl:1: the question is empty"),
     ],
 )
-def test_what_cannot_be_a_question_is_named(record: Any, fields: list[str] | None, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
+def test_what_cannot_be_a_question_is_named(
+    record: Any, fields: list[str] | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
         texts(tmp_path, record, fields=fields)
 
 
@@ -84,13 +86,13 @@ def test_known_names_need_a_commit_only() -> None:
     source = EvaluationSet(name="gsm8k", revision=REVISION).source()
     assert isinstance(source, HubSource)
     assert (source.dataset, source.config, source.split) == ("openai/gsm8k", "main", "test")
-    other = EvaluationSet(name="gsm8k", dataset="me/own", split="dev", revision=REVISION).source()
-    assert isinstance(other, HubSource)
-    assert (other.dataset, other.config, other.split) == ("me/own", None, "dev")
+    other_source = EvaluationSet(name="gsm8k", dataset="me/own", split="dev", revision=REVISION).source()
+    assert isinstance(other_source, HubSource)
+    assert (other_source.dataset, other_source.config, other_source.split) == ("me/own", None, "dev")
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "settings, message",
     [
         ({"name": "ifval"}, "known by name are .*Did you mean 'ifeval'"),
         ({"name": "ifeval"}, "needs `revision`, the commit of google/IFEval"),
@@ -98,18 +100,18 @@ def test_known_names_need_a_commit_only() -> None:
         ({"name": "ifeval", "files": ["a.json"], "revision": REVISION}, "has files, so 'revision' means nothing"),
     ],
 )
-def test_settings_that_make_no_sense(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        EvaluationSet(**given)
+def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        EvaluationSet(**settings)
 
 
 def test_identity_is_the_content_of_the_files_not_their_folder(tmp_path: Path) -> None:
-    found = []
+    actual = []
     for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).mkdir()
-        found.append(set_identities(write(tmp_path / name, {"prompt": text}), tmp_path / name))
-    assert found[0] == found[1] != found[2]
-    assert list(found[0]) == ["mine: set.jsonl"]
+        actual.append(set_identities(write(tmp_path / name, {"prompt": text}), tmp_path / name))
+    assert actual[0] == actual[1] != actual[2]
+    assert list(actual[0]) == ["mine: set.jsonl"]
     assert set_identities(EvaluationSet(name="gsm8k", revision=REVISION), tmp_path) == {}
 
 

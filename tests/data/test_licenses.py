@@ -21,7 +21,7 @@ def test_names_are_the_hubs(words: str | None, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "whole"),
+    ("parts", "full"),
     [
         (["MIT"], ("mit",)),
         (["MIT", "Apache-2.0"], ("apache-2.0", "mit")),  # both ask for credit: both must be met
@@ -37,15 +37,15 @@ def test_names_are_the_hubs(words: str | None, name: str) -> None:
         ([], ("unknown",)),
     ],
 )
-def test_a_mixture_has_the_strictest(parts: list[str | None], whole: tuple[str, ...]) -> None:
-    assert mixture_license(parts).names == whole
-    assert mixture_license(reversed(parts)).names == whole
+def test_a_mixture_has_the_strictest(parts: list[str | None], full: tuple[str, ...]) -> None:
+    assert mixture_license(parts).names == full
+    assert mixture_license(reversed(parts)).names == full
 
 
 def test_concerns_name_what_may_forbid_passing_it_on() -> None:
     assert mixture_license(["MIT", "CC0-1.0", "CC-BY-SA-4.0"]).concerns == ()
-    found = mixture_license(["CC-BY-NC-4.0", None, "CC-BY-ND-4.0", "house rules"]).concerns
-    assert found == (
+    concerns = mixture_license(["CC-BY-NC-4.0", None, "CC-BY-ND-4.0", "house rules"]).concerns
+    assert concerns == (
         "cc-by-nc-4.0 forbids commercial use",
         "cc-by-nd-4.0 forbids passing on changed versions, and a build is one",
         "'house rules' is not a license with known terms",
@@ -55,6 +55,6 @@ def test_concerns_name_what_may_forbid_passing_it_on() -> None:
 
 
 def test_every_non_commercial_name_says_so() -> None:
-    for name, asked in OBLIGATIONS.items():
-        assert ("-nc" in name) == ("non-commercial" in asked)
-        assert ("-nd" in name) == ("no derivatives" in asked)
+    for name, obligation in OBLIGATIONS.items():
+        assert ("-nc" in name) == ("non-commercial" in obligation)
+        assert ("-nd" in name) == ("no derivatives" in obligation)

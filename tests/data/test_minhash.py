@@ -20,17 +20,17 @@ def cluster(signature: np.ndarray, exact_keys: np.ndarray, threshold: float) -> 
     return find_clusters(signature, exact_keys, threshold).label
 
 
-def jaccard(one: str, other: str, size: int) -> float:
+def jaccard(first: str, second: str, size: int) -> float:
     sets = []
-    for text in (one, other):
+    for text in (first, second):
         words = text.split()
         sets.append({tuple(words[i : i + size]) for i in range(max(len(words) - size + 1, 1))})
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
-def estimated(one: str, other: str, size: int, permutations: int = 1024) -> float:
-    found = signatures([one, other], shingle=size, permutations=permutations)
-    return float(estimate(found, np.array([0]), np.array([1]))[0])
+def estimated(first: str, second: str, size: int, permutations: int = 1024) -> float:
+    result = signatures([first, second], shingle=size, permutations=permutations)
+    return float(estimate(result, np.array([0]), np.array([1]))[0])
 
 
 def words(rng: random.Random, count: int) -> list[str]:
@@ -38,7 +38,7 @@ def words(rng: random.Random, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "one, other, size, expected",
+    "first, second, size, expected",
     [
         ("a b c d", "a b c e", 2, 2 / 4),  # ab bc cd | ab bc ce
         ("a b c d", "d c b a", 1, 1.0),  # the same words in another order
@@ -48,9 +48,9 @@ def words(rng: random.Random, count: int) -> list[str]:
         ("a b c d e f", "a b c x e f", 3, 1 / 7),  # abc | bcd cde def | bcx cxe xef
     ],
 )
-def test_hand_worked_similarities(one: str, other: str, size: int, expected: float) -> None:
-    assert jaccard(one, other, size) == pytest.approx(expected)
-    assert estimated(one, other, size) == pytest.approx(expected, abs=4 * standard_error(0.5, 1024))
+def test_hand_worked_similarities(first: str, second: str, size: int, expected: float) -> None:
+    assert jaccard(first, second, size) == pytest.approx(expected)
+    assert estimated(first, second, size) == pytest.approx(expected, abs=4 * standard_error(0.5, 1024))
 
 
 @settings(max_examples=40, deadline=None)
@@ -72,8 +72,8 @@ def test_estimates_are_unbiased_and_as_wide_as_stated() -> None:
         other = text[:50] + words(rng, 10)
         pairs += [" ".join(text), " ".join(other)]
         expected.append(jaccard(pairs[-2], pairs[-1], 2))
-    found = signatures(pairs, shingle=2, permutations=128)
-    off = estimate(found, np.arange(0, 1600, 2), np.arange(1, 1600, 2)) - np.array(expected)
+    actual = signatures(pairs, shingle=2, permutations=128)
+    off = estimate(actual, np.arange(0, 1600, 2), np.arange(1, 1600, 2)) - np.array(expected)
     stated = standard_error(float(np.mean(expected)), 128)
     assert abs(off.mean()) < 4 * stated / 800**0.5
     assert 0.85 < off.std() / stated < 1.15
@@ -81,8 +81,8 @@ def test_estimates_are_unbiased_and_as_wide_as_stated() -> None:
 
 def test_chance_agreement_of_bytes_is_taken_off() -> None:
     rng = random.Random(1)
-    found = signatures([" ".join(words(rng, 60)) for _ in range(800)], shingle=3, permutations=128)
-    off = estimate(found, np.arange(0, 800, 2), np.arange(1, 800, 2))
+    actual = signatures([" ".join(words(rng, 60)) for _ in range(800)], shingle=3, permutations=128)
+    off = estimate(actual, np.arange(0, 800, 2), np.arange(1, 800, 2))
     assert abs(off.mean()) < 4 * standard_error(1 / 256, 128) / 400**0.5  # it would be 1 / 256 = 0.0039
 
 
@@ -100,9 +100,9 @@ def test_parts_are_compared_apart_and_marked_parts_with_their_like_only() -> Non
 
 def test_texts_without_words_are_like_each_other_only() -> None:
     texts = ["a b c", "?!", "...", "d e f", "", "a b c"]
-    signature, whole = sketch([[(text, 0)] for text in texts])
-    assert cluster(signature, whole, 0.5).tolist() == [0, 1, 1, 3, 1, 0]
-    assert whole[1] == whole[2] != whole[0]
+    signature, full = sketch([[(text, 0)] for text in texts])
+    assert cluster(signature, full, 0.5).tolist() == [0, 1, 1, 3, 1, 0]
+    assert full[1] == full[2] != full[0]
     assert (signature[[1, 2]] == signature[4]).all()
 
 
@@ -124,17 +124,17 @@ def test_clusters_are_the_components_of_like_pairs(seed: int, threshold: float) 
         copy = rng.choice(texts).split()
         copy[rng.randrange(20)] = "edited"
         texts.append(" ".join(copy))
-    signature, whole = sketch([[(text, 0)] for text in texts], shingle=2, permutations=32)
+    signature, full = sketch([[(text, 0)] for text in texts], shingle=2, permutations=32)
     every = np.arange(len(texts))
     left, right = np.repeat(every, len(texts)), np.tile(every, len(texts))
     similar = (estimate(signature, left, right) >= threshold).reshape(len(texts), -1)
     with pytest.MonkeyPatch.context() as patch:  # bands of one row each: every like pair is a candidate
         patch.setattr(minhash, "choose_bands", lambda *_: minhash.Bands(32, 1))
-        found = find_clusters(signature, whole, threshold)
-        assert found.label.tolist() == plain_components(similar)
+        clusters = find_clusters(signature, full, threshold)
+        assert clusters.label.tolist() == plain_components(similar)
         shuffled = np.array(rng.sample(range(len(texts)), len(texts)))
-        again = cluster(signature[shuffled], whole[shuffled], threshold)
-    same = found.label[shuffled][:, None] == found.label[shuffled][None]
+        again = cluster(signature[shuffled], full[shuffled], threshold)
+    same = clusters.label[shuffled][:, None] == clusters.label[shuffled][None]
     assert (same == (again[:, None] == again[None])).all()
     assert (again <= np.arange(len(texts))).all()
 
@@ -148,8 +148,8 @@ def test_a_chain_of_like_rows_is_one_cluster() -> None:
     text = [f"w{number}" for number in range(60)]
     chain = [" ".join(text[begin : begin + 40]) for begin in (12, 0, 4, 8, 16, 20)]
     assert jaccard(chain[1], chain[5], 3) < 0.5
-    signature, whole = sketch([[(text, 0)] for text in chain])
-    assert cluster(signature, whole, 0.7).tolist() == [0] * 6
+    signature, full = sketch([[(text, 0)] for text in chain])
+    assert cluster(signature, full, 0.7).tolist() == [0] * 6
 
 
 def template_rows(count: int, shared: int) -> list[str]:
@@ -166,21 +166,21 @@ def test_crowded_buckets_are_compared_within_the_window_and_the_rest_is_counted(
     monkeypatch.setattr(minhash, "_PAIRS", 7)
     texts = template_rows(60, shared=60)
     texts += [texts[number] + " more" for number in range(0, 60, 3)]
-    signature, whole = sketch([[(text, 0)] for text in texts], shingle=1)
-    found = find_clusters(signature, whole, 0.8)
-    assert found.left_out > 0
-    assert found.label.tolist() == [*range(60), *range(0, 60, 3)]
-    assert found.compared < len(texts) * 4 * choose_bands(0.8, 128).count
+    signature, full = sketch([[(text, 0)] for text in texts], shingle=1)
+    clusters = find_clusters(signature, full, 0.8)
+    assert clusters.left_out > 0
+    assert clusters.label.tolist() == [*range(60), *range(0, 60, 3)]
+    assert clusters.compared < len(texts) * 4 * choose_bands(0.8, 128).count
 
 
 def test_pairs_left_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minhash, "WINDOW", 2)
     signature = np.zeros((7, 16), dtype=np.uint8)
     signature[5:] = 1  # a bucket of five and one of two in each band
-    found = find_clusters(signature, np.arange(7), 0.9)
-    assert found.label.tolist() == [0, 0, 0, 0, 0, 5, 5]
+    clusters = find_clusters(signature, np.arange(7), 0.9)
+    assert clusters.label.tolist() == [0, 0, 0, 0, 0, 5, 5]
     # of five, the pairs 3 and 4 apart: 0-3, 1-4, 0-4
-    assert found.left_out == 3 * choose_bands(0.9, 16).count
+    assert clusters.left_out == 3 * choose_bands(0.9, 16).count
 
 
 @pytest.mark.parametrize("remembered", [0, 1 << 22])
@@ -190,8 +190,8 @@ def test_shingles_decide_where_estimates_are_unsure(remembered: int, monkeypatch
     texts = template_rows(400, shared=75)
     sets_of_words = [set(text.split()) for text in texts]
     parts = [[(text, 0)] for text in texts]
-    signature, whole = sketch(parts, shingle=1)
-    estimated = find_clusters(signature, whole, 0.7)
+    signature, full = sketch(parts, shingle=1)
+    estimated = find_clusters(signature, full, 0.7)
     assert len(set(estimated.label.tolist())) < 360 and estimated.exact == 0
     read: list[int] = []
 
@@ -199,23 +199,25 @@ def test_shingles_decide_where_estimates_are_unsure(remembered: int, monkeypatch
         read.extend(rows.tolist())
         return read_sets(rows, [parts[row] for row in rows], 1)
 
-    found = find_clusters(signature, whole, 0.7, read=sets)
-    similar = [[len(one & other) / len(one | other) >= 0.7 for other in sets_of_words] for one in sets_of_words]
-    assert found.label.tolist() == [row.index(True) for row in similar]
-    assert read == sorted(set(read)) and found.exact > 0
+    clusters = find_clusters(signature, full, 0.7, read=sets)
+    similar = [
+        [len(first & second) / len(first | second) >= 0.7 for second in sets_of_words] for first in sets_of_words
+    ]
+    assert clusters.label.tolist() == [row.index(True) for row in similar]
+    assert read == sorted(set(read)) and clusters.exact > 0
 
 
 def test_a_pair_exactly_at_the_threshold_is_alike() -> None:
     shared = [f"s{place}" for place in range(20)]
     texts = [" ".join([*shared, *(f"{letter}{place}" for place in range(10))]) for letter in "ab"]  # 20 of 40
     parts = [[(text, 0)] for text in texts]
-    signature, whole = sketch(parts, shingle=1)
+    signature, full = sketch(parts, shingle=1)
 
     def read(rows: np.ndarray) -> Sets:
         return read_sets(rows, [parts[row] for row in rows], 1)
 
-    assert find_clusters(signature, whole, 0.5, 0.999999, read).label.tolist() == [0, 0]
-    assert find_clusters(signature, whole, 0.501, 0.999999, read).label.tolist() == [0, 1]
+    assert find_clusters(signature, full, 0.5, 0.999999, read).label.tolist() == [0, 0]
+    assert find_clusters(signature, full, 0.501, 0.999999, read).label.tolist() == [0, 1]
 
 
 @settings(max_examples=20, deadline=None)
@@ -228,15 +230,15 @@ def test_with_shingles_clusters_are_those_of_exact_similarity(seed: int, thresho
         copy[rng.randrange(20)] = "edited"
         texts.append(" ".join(copy))
     parts = [[(text, 0)] for text in texts]
-    signature, whole = sketch(parts, shingle=2, permutations=32)
+    signature, full = sketch(parts, shingle=2, permutations=32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minhash, "choose_bands", lambda *_: minhash.Bands(32, 1))
         patch.setattr(minhash, "DOUBT", 40)  # else a pair in a thousand is passed over for its estimate
-        found = find_clusters(
-            signature, whole, threshold, read=lambda rows: read_sets(rows, [parts[row] for row in rows], 2)
+        clusters = find_clusters(
+            signature, full, threshold, read=lambda rows: read_sets(rows, [parts[row] for row in rows], 2)
         )
-    similar = np.array([[jaccard(one, other, 2) >= threshold for other in texts] for one in texts])
-    assert found.label.tolist() == plain_components(similar)
+    similar = np.array([[jaccard(first, second, 2) >= threshold for second in texts] for first in texts])
+    assert clusters.label.tolist() == plain_components(similar)
 
 
 @settings(deadline=None)
@@ -266,8 +268,8 @@ def test_planted_near_duplicates_are_found_and_nothing_else() -> None:
             copy[rng.randrange(len(copy))] = "edit"
         planted.append((number, len(texts)))
         texts.append(" ".join(copy))
-    signature, whole = sketch([[(text, 0)] for text in texts], shingle=5)
-    label = cluster(signature, whole, 0.7)
+    signature, full = sketch([[(text, 0)] for text in texts], shingle=5)
+    label = cluster(signature, full, 0.7)
     dropped = {number for number in range(len(texts)) if label[number] != number}
     wanted = {copy for original, copy in planted if jaccard(texts[original], texts[copy], 5) >= 0.75}
     assert len(wanted) > 200

@@ -69,12 +69,12 @@ def test_scripts_without_spaces_are_read_by_character() -> None:
 @given(st.lists(st.lists(TEXT, max_size=3), max_size=12), st.integers(1, 4), st.integers(1, 60))
 def test_how_rows_are_blocked_changes_nothing(rows: list[list[str]], size: int, block_bytes: int) -> None:
     def all_grams() -> list[list[int]]:
-        found: list[list[int]] = []
+        actual: list[list[int]] = []
         for block in blocks([(part, 0) for part in row] for row in rows):
             hashes, offsets = block.ngrams(size)
-            assert block.first == len(found)
-            found += [hashes[a:b].tolist() for a, b in itertools.pairwise(offsets)]
-        return found
+            assert block.first == len(actual)
+            actual += [hashes[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+        return actual
 
     at_once = all_grams()
     with pytest.MonkeyPatch.context() as patch:

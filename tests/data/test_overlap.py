@@ -26,27 +26,27 @@ def search(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int
 
 def holds(part: list[str], words: list[str], size: int) -> bool:
     """Whether a part of words that no sign divides has a short text: five words and more anywhere."""
-    runs = [part[at : at + len(words)] for at in range(len(part) - len(words) + 1)]
+    runs = [part[index : index + len(words)] for index in range(len(part) - len(words) + 1)]
     return part == words or (5 <= len(words) < size and words in runs)
 
 
 def plain(texts: list[str], rows: list[list[str]], size: int) -> dict[tuple[int, int], float]:
-    found = {}
+    values = {}
     for (i, row), (j, text) in product(enumerate(rows), enumerate(texts)):
         words = normalized(text).split()
         runs = set()
         for part in row:
             mine = normalized(part).split()
-            runs |= {tuple(mine[at : at + size]) for at in range(len(mine) - size + 1)}
+            runs |= {tuple(mine[index : index + size]) for index in range(len(mine) - size + 1)}
         covered = set()
-        for at in range(len(words) - size + 1):
-            if tuple(words[at : at + size]) in runs:
-                covered |= set(range(at, at + size))
+        for index in range(len(words) - size + 1):
+            if tuple(words[index : index + size]) in runs:
+                covered |= set(range(index, index + size))
         if words and any(holds(normalized(part).split(), words, size) for part in row):
             covered = set(range(len(words)))
         if covered:
-            found[i, j] = len(covered) / len(words)
-    return found
+            values[i, j] = len(covered) / len(words)
+    return values
 
 
 def test_coverage_by_hand() -> None:
@@ -94,7 +94,7 @@ def test_texts_that_share_much_are_looked_at_in_pieces(monkeypatch: pytest.Monke
     frame = " ".join(f"f{number}" for number in range(20))
     texts = [f"{frame} a{number} b{number} c{number}" for number in range(40)]
     rows = [[text] for text in texts] + [["else"], ["f1 f2 f3 f4"]]
-    whole = search(texts, rows, 4)
+    full = search(texts, rows, 4)
     sizes: list[int] = []
     pairs = overlap._expand_matches
 
@@ -104,7 +104,7 @@ def test_texts_that_share_much_are_looked_at_in_pieces(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(overlap, "MAX_MATCHES", 2000)
     monkeypatch.setattr(overlap, "_expand_matches", counted)
-    assert search(texts, rows, 4) == whole and len(whole) == 40 * 40 + 40
+    assert search(texts, rows, 4) == full and len(full) == 40 * 40 + 40
     assert max(sizes) <= 2000 and sum(sizes) > 20_000
     hits = Index(texts, 4).search(rows, least=0.99)
     assert hits.row.tolist() == hits.text.tolist() == list(range(40))
@@ -139,6 +139,6 @@ def test_a_text_that_is_nothing_but_template_counts_whole() -> None:
 @settings(deadline=None)
 @given(st.lists(WORDS, max_size=5), st.lists(st.lists(WORDS, max_size=3), max_size=5), st.integers(1, 8))
 def test_as_counted_word_by_word(texts: list[str], rows: list[list[str]], size: int) -> None:
-    found = search(texts, rows, size)
-    assert found == pytest.approx(plain(texts, rows, size))
-    assert list(found) == sorted(found)
+    matches = search(texts, rows, size)
+    assert matches == pytest.approx(plain(texts, rows, size))
+    assert list(matches) == sorted(matches)

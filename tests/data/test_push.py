@@ -92,14 +92,14 @@ def test_private_rows_do_not_go_to_a_public_repository(build: Path, hub: Hub, on
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "said"),
+    ("status", "kind", "message"),
     [(401, UserError, "HF_TOKEN"), (403, UserError, "HF_TOKEN"), (400, UserError, "refuses")],
 )
 def test_a_refusal_says_what_to_do_and_never_the_token(
-    status: int, kind: type[Exception], said: str, build: Path, hub: Hub, online: None
+    status: int, kind: type[Exception], message: str, build: Path, hub: Hub, online: None
 ) -> None:
     hub.refuse = status
-    with pytest.raises(kind, match=said) as caught:
+    with pytest.raises(kind, match=message) as caught:
         push(prepare(build, "me/set"), HfApi(endpoint=hub.address))
     assert TOKEN not in str(caught.value) and CACHED not in str(caught.value)
     assert "***" in str(caught.value)

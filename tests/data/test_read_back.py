@@ -27,7 +27,9 @@ def test_many_at_once_are_the_same_rows_as_one_by_one(shards: tuple[Path, list[R
     folder, rows = shards
     read = _RowReader(folder, [3, 0, 4])
     numbers = np.array(places, dtype=np.int64)
-    assert [found["id"] for found in read.many(numbers)] == [rows[place]["id"] for place in places]
+    assert [actual["id"] for actual in read.many(numbers)] == [rows[place]["id"] for place in places]
     for many in (read.many, None):
         table = Table({}, np.ones(7, dtype=bool), np.zeros(7, dtype=np.int32), ["s"], read, many)
-        assert [found["completion"] for found in table.rows(numbers)] == [rows[place]["completion"] for place in places]
+        assert [actual["completion"] for actual in table.rows(numbers)] == [
+            rows[place]["completion"] for place in places
+        ]

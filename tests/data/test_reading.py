@@ -49,9 +49,9 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 
 
 def good(path: Path) -> list[dict[str, object]]:
-    found = list(read_file(path))
-    assert not any(isinstance(item, BadRecord) for item in found), found
-    return [item[1] for item in found if not isinstance(item, BadRecord)]
+    actual = list(read_file(path))
+    assert not any(isinstance(item, BadRecord) for item in actual), actual
+    return [item[1] for item in actual if not isinstance(item, BadRecord)]
 
 
 @pytest.mark.parametrize("packed", PACK)
@@ -128,9 +128,9 @@ def test_a_bad_record_is_said_and_passed_over(
 ) -> None:
     monkeypatch.setattr(reading, "LONGEST_CELL", 1000)
     (tmp_path / name).write_bytes(content)
-    found = list(read_file(tmp_path / name))
-    bad = [item for item in found if isinstance(item, BadRecord)]
-    assert len(found) == reads + 1 == reads + len(bad)
+    actual = list(read_file(tmp_path / name))
+    bad = [item for item in actual if isinstance(item, BadRecord)]
+    assert len(actual) == reads + 1 == reads + len(bad)
     assert bad[0].where == str(tmp_path / where) and message in bad[0].problem
     assert bad[0].message == str(bad[0]) == f"{bad[0].where}: {bad[0].problem}"
 

@@ -30,21 +30,21 @@ def converted(folder: Path, path: str, kind: str, **settings: Any) -> tuple[str,
     dropped: Counter[str] = Counter()
     for item in records:
         assert not isinstance(item, BadRecord)
-        for found in convert(item[1], form, item[0], kind, source.options):
-            if isinstance(found, Dropped):
-                dropped[found.reason] += 1
+        for actual in convert(item[1], form, item[0], kind, source.options):
+            if isinstance(actual, Dropped):
+                dropped[actual.reason] += 1
             else:
-                rows.append(found)
+                rows.append(actual)
     return form, rows, dropped
 
 
 def test_dolly(shared_data: Path) -> None:
     form, rows, dropped = converted(shared_data, "dolly-3k/dolly_3k.json", "instructions")
     assert (form, len(rows), dropped) == ("alpaca", 2996, {})
-    given = json.loads((shared_data / "dolly-3k" / "dolly_3k.json").read_text())
-    folded = sum(bool(record["input"].strip()) for record in given)
+    document = json.loads((shared_data / "dolly-3k" / "dolly_3k.json").read_text())
+    folded = sum(bool(record["input"].strip()) for record in document)
     assert 0 < folded == sum("\n\n" + r["input"] in row["prompt"][0]["content"] and r["input"].strip() != ""
-                             for r, row in zip(given, rows, strict=True))  # fmt: skip
+                             for r, row in zip(document, rows, strict=True))  # fmt: skip
 
 
 def transcripts(folder: Path) -> Iterator[dict[str, str]]:
@@ -61,7 +61,7 @@ def test_hh_rlhf(shared_data: Path) -> None:
     assert dropped["chosen equals rejected"] == sum(r["chosen"] == r["rejected"] for r in records) == 2
     # An independent cut: the text up to the last turn.
     ends = [tuple(r[side].rpartition("\n\nAssistant:")[0] for side in ("chosen", "rejected")) for r in records]
-    assert dropped["prompts differ"] == sum(one != other for one, other in ends) == 14
+    assert dropped["prompts differ"] == sum(first != second for first, second in ends) == 14
     assert all(row[side][0]["content"] for row in rows for side in ("chosen", "rejected"))
     # No reply's opening ends up in the prompt, though hundreds of pairs begin alike.
     alike = sum(row["chosen"][0]["content"][:2] == row["rejected"][0]["content"][:2] for row in rows)
@@ -91,10 +91,10 @@ def test_oasst_trees_make_754_pairs(shared_data: Path) -> None:
     form, rows, dropped = converted(shared_data, path, "preferences", options={"synthetic": True})
     assert (form, len(rows), dropped) == ("oasst", 212, {})
     step = start_step(PairsStep(type="pairs", how="all"), StepContext("preferences", 0, Path(), Path()))
-    made = [found for found in step.apply(rows) if isinstance(found, list)]
-    assert len(made) == 212 and sum(map(len, made)) == 754
-    assert all(pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant" for m in made for pair in m)
-    assert len({pair["id"] for pairs in made for pair in pairs}) == 754
+    new_rows = [actual for actual in step.apply(rows) if isinstance(actual, list)]
+    assert len(new_rows) == 212 and sum(map(len, new_rows)) == 754
+    assert all(pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant" for m in new_rows for pair in m)
+    assert len({pair["id"] for pairs in new_rows for pair in pairs}) == 754
 
 
 def test_oasst_leaves_out_what_models_wrote(shared_data: Path) -> None:
@@ -103,9 +103,9 @@ def test_oasst_leaves_out_what_models_wrote(shared_data: Path) -> None:
     synthetic = {node["text"] for tree in trees for node in nodes(tree["prompt"]) if node["synthetic"]}
     rows, dropped = converted(shared_data, path, "preferences")[1:]
     assert (len(rows), dropped.total()) == (207, 5)
-    said = {response["content"] for row in rows for response in row["responses"]}
-    said |= {message["content"] for row in rows for message in row["prompt"]}
-    assert synthetic and not said & synthetic
+    messages = {response["content"] for row in rows for response in row["responses"]}
+    messages |= {message["content"] for row in rows for message in row["prompt"]}
+    assert synthetic and not messages & synthetic
     rows, dropped = converted(shared_data, path, "instructions", options={"synthetic": True})[1:]
     assert (len(rows), dropped) == (100, {})
     assert converted(shared_data, path, "instructions", options={"languages": ["de"]})[2].total() == 100
@@ -115,8 +115,8 @@ def test_llamafactory_demos(shared_data: Path) -> None:
     folder = shared_data / "llamafactory-demo"
     form, rows, dropped = converted(folder, "dpo_en_demo.json", "preferences")
     assert (form, len(rows), dropped) == ("preferences", 300, {})
-    given = json.loads((folder / "dpo_en_demo.json").read_text())
-    for record, row in zip(given, rows, strict=True):
+    document = json.loads((folder / "dpo_en_demo.json").read_text())
+    for record, row in zip(document, rows, strict=True):
         assert row["chosen"][0]["content"] == record["chosen"]["value"]
         assert len(row["prompt"]) == len(record["conversations"])
     form, rows, dropped = converted(folder, "kto_en_demo.json", "unpaired")
@@ -125,9 +125,9 @@ def test_llamafactory_demos(shared_data: Path) -> None:
     assert len(converted(folder, "kto_en_demo.json", "instructions", format="unpaired")[1]) == 150
     form, rows, _ = converted(folder, "alpaca_en_demo.json", "instructions")
     assert (form, len(rows)) == ("alpaca", 999)
-    given = json.loads((folder / "alpaca_en_demo.json").read_text())
-    folded = [row["prompt"][0]["content"] != r["instruction"] for r, row in zip(given, rows, strict=True)]
-    assert sum(folded) == sum(bool(record["input"].strip()) for record in given) == 412
+    document = json.loads((folder / "alpaca_en_demo.json").read_text())
+    folded = [row["prompt"][0]["content"] != r["instruction"] for r, row in zip(document, rows, strict=True)]
+    assert sum(folded) == sum(bool(record["input"].strip()) for record in document) == 412
     _, rows, _ = converted(folder, "identity.json", "instructions")
     assert len(rows) == 91 and any("{{name}}" in row["completion"][0]["content"] for row in rows)
 
@@ -135,9 +135,9 @@ def test_llamafactory_demos(shared_data: Path) -> None:
 def test_stack_exchange_pairs(shared_data: Path) -> None:
     path = "stackexchange-paired-tiny/stack_exchange_paired_tiny.json"
     form, rows, dropped = converted(shared_data, path, "preferences")
-    given = json.loads((shared_data / path).read_text())
+    document = json.loads((shared_data / path).read_text())
     assert (form, len(rows), dropped) == ("preferences", 25, {})
-    assert [row["chosen"][0]["content"] for row in rows] == [record["response_j"] for record in given]
+    assert [row["chosen"][0]["content"] for row in rows] == [record["response_j"] for record in document]
 
 
 def test_gsm8k(shared_data: Path) -> None:
@@ -154,8 +154,8 @@ def test_llms_from_scratch(shared_data: Path) -> None:
     assert (form, len(rows)) == ("alpaca", 1100)
     path = "instruction-data-with-preference.json"
     form, rows, dropped = converted(folder, path, "preferences")
-    given = json.loads((folder / path).read_text())
-    same = sum(record["chosen"].strip() == record["rejected"].strip() for record in given)
+    document = json.loads((folder / path).read_text())
+    same = sum(record["chosen"].strip() == record["rejected"].strip() for record in document)
     assert (form, len(rows), dict(dropped)) == ("preferences", 1094, {"chosen equals rejected": same})
     with pytest.raises(UserError, match="cannot choose: .*preferences.*alpaca"):
         converted(folder, path, "instructions")
@@ -166,6 +166,6 @@ def test_self_instruct_and_prompts(shared_data: Path) -> None:
     assert (form, len(rows)) == ("self_instruct", 175)
     form, rows, _ = converted(shared_data, "xstest/xstest_prompts.csv", "prompts")
     with (shared_data / "xstest" / "xstest_prompts.csv").open(newline="") as file:
-        asked = [record["prompt"] for record in csv.DictReader(file)]
-    assert form == "prompt" and [row["prompt"][0]["content"] for row in rows] == asked and len(rows) == 450
+        requests = [record["prompt"] for record in csv.DictReader(file)]
+    assert form == "prompt" and [row["prompt"][0]["content"] for row in rows] == requests and len(rows) == 450
     assert len(converted(shared_data, "ifeval/input_data.jsonl", "prompts")[1]) == 541

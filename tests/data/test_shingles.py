@@ -15,12 +15,12 @@ PART = st.tuples(st.lists(st.sampled_from("abcD"), max_size=7).map(" ".join), st
 
 
 def plain(row: list[tuple[str, int]], size: int) -> set[tuple[int, ...] | str]:
-    found: set[tuple[int, ...] | str] = set()
+    result: set[tuple[int, ...] | str] = set()
     for text, mark in row:
         words = normalized(text).split()
         if words:
-            found |= {(mark, *words[at : at + size]) for at in range(max(len(words) - size + 1, 1))}
-    return found or {"no word"}
+            result |= {(mark, *words[index : index + size]) for index in range(max(len(words) - size + 1, 1))}
+    return result or {"no word"}
 
 
 @settings(deadline=None)
@@ -31,9 +31,9 @@ def test_as_with_sets(rows: list[list[tuple[str, int]]], size: int, elements: in
     left, right = np.repeat(numbers, len(rows)), np.tile(numbers, len(rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shingles, "_ELEMENTS", elements)
-        found = sets.jaccard(left, right)
+        jaccard = sets.jaccard(left, right)
     mine = [plain(row, size) for row in rows]
-    assert found.tolist() == pytest.approx([len(a & b) / len(a | b) for a in mine for b in mine])
+    assert jaccard.tolist() == pytest.approx([len(a & b) / len(a | b) for a in mine for b in mine])
 
 
 def test_no_pairs() -> None:

@@ -31,9 +31,9 @@ ZEROS = "0" * 40
 
 
 def records(items: Iterator[Item]) -> list[dict[str, Any]]:
-    found = list(items)
-    assert not any(isinstance(item, BadRecord) for item in found), found
-    return [item[1] for item in found if not isinstance(item, BadRecord)]
+    actual = list(items)
+    assert not any(isinstance(item, BadRecord) for item in actual), actual
+    return [item[1] for item in actual if not isinstance(item, BadRecord)]
 
 
 def source(*paths: str, **more: Any) -> FilesSource:
@@ -77,19 +77,19 @@ def test_hub_datasets_are_read_at_their_commit(
     (repository / "en").mkdir(parents=True)
     lines = [{"messages": [user("a"), assistant(str(number))], "n": number} for number in range(3)]
     (repository / "en" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    load, asked = datasets.load_dataset, {}
+    load, request = datasets.load_dataset, {}
 
     def local(name: str, config: str | None, *, revision: str, **options: Any) -> Any:
-        asked.update(name=name, config=config, revision=revision, **options)
+        request.update(name=name, config=config, revision=revision, **options)
         return load(str(repository), cache_dir=str(tmp_path / "cache"), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    found = list(read(hub(split="test", data_dir="en", streaming=streaming), tmp_path))
-    assert asked == {
+    actual = list(read(hub(split="test", data_dir="en", streaming=streaming), tmp_path))
+    assert request == {
         "name": "o/n", "config": None, "revision": ZEROS, "data_dir": "en", "split": "test", "streaming": streaming
     }  # fmt: skip
-    assert [item[0] for item in found] == [f"o/n test: record {number}" for number in (1, 2, 3)]
-    assert [item[1] for item in found] == lines
+    assert [item[0] for item in actual] == [f"o/n test: record {number}" for number in (1, 2, 3)]
+    assert [item[1] for item in actual] == lines
     assert identity(hub(), tmp_path) == {"o/n": ZEROS}
 
 
@@ -141,8 +141,8 @@ def make(count, word="x"):
 def test_generators_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "made_for_sources.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    made = PythonSource(type="python", function="made_for_sources:make", arguments={"count": 2, "word": "y"})
-    items = read(made, tmp_path)
+    new_source = PythonSource(type="python", function="made_for_sources:make", arguments={"count": 2, "word": "y"})
+    items = read(new_source, tmp_path)
     assert next(items) == ("made_for_sources:make: record 1", {"prompt": "y0"})
     assert next(items) == ("made_for_sources:make: record 2", {"prompt": "y1"})
     odd, half = next(items), next(items)
@@ -152,11 +152,11 @@ def test_generators_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         UserError, match="make failed after 4 records with KeyError: 'gone'. It was called with count=2"
     ):
         next(items)
-    before = identity(made, tmp_path)
+    before = identity(new_source, tmp_path)
     assert list(before) == ["made_for_sources:make"] and "sha256:" in before["made_for_sources:make"]
     (tmp_path / "made_for_sources.py").write_text(MODULE + "# more\n")
-    assert identity(made, tmp_path) != before
-    missing = made.model_copy(update={"function": "made_for_sources:mak"})
+    assert identity(new_source, tmp_path) != before
+    missing = new_source.model_copy(update={"function": "made_for_sources:mak"})
     with pytest.raises(
         UserError, match="function 'made_for_sources:mak': .* has no function 'mak'. Did you mean 'make'"
     ):
@@ -175,15 +175,15 @@ def artifact(folder: Path, key: str = "a" * 64) -> Path:
 
 def test_artifacts_and_inputs_give_their_rows(tmp_path: Path) -> None:
     folder = artifact(tmp_path / "one")
-    found = list(read(ArtifactSource(type="artifact", path="one"), tmp_path))
-    assert [item[0] for item in found] == ["one/train: row 1", "one/train: row 2", "one/test: row 1"]
-    assert [item[1]["id"] for item in found if not isinstance(item, BadRecord)] == ["1", "2", "3"]
-    assert "score" not in found[0][1] and found[1][1]["score"] == 1.0
-    given = InputSource(type="input", index=1, split="test")
-    assert [r["id"] for r in records(read(given, tmp_path, [tmp_path, folder]))] == ["3"]
-    assert identity(given, tmp_path, [tmp_path, folder]) == {"input 1": "a" * 64}
+    actual = list(read(ArtifactSource(type="artifact", path="one"), tmp_path))
+    assert [item[0] for item in actual] == ["one/train: row 1", "one/train: row 2", "one/test: row 1"]
+    assert [item[1]["id"] for item in actual if not isinstance(item, BadRecord)] == ["1", "2", "3"]
+    assert "score" not in actual[0][1] and actual[1][1]["score"] == 1.0
+    inputs = InputSource(type="input", index=1, split="test")
+    assert [r["id"] for r in records(read(inputs, tmp_path, [tmp_path, folder]))] == ["3"]
+    assert identity(inputs, tmp_path, [tmp_path, folder]) == {"input 1": "a" * 64}
     with pytest.raises(UserError, match=r"reads input 1, and the data stage has 1 inputs"):
-        list(read(given, tmp_path, [folder]))
+        list(read(inputs, tmp_path, [folder]))
 
 
 def test_a_damaged_artifact_gives_no_rows(tmp_path: Path) -> None:
@@ -206,16 +206,16 @@ def test_identity_of_an_artifact_is_its_key(tmp_path: Path) -> None:
 
 
 def test_embedded_rows_follow_the_recipes_seed(tmp_path: Path) -> None:
-    made = EmbeddedSource(type="embedded", size=20, families=["title"])
-    assert records(read(made, tmp_path, seed=3)) == embedded.generate(20, 3, ["title"])
-    assert records(read(made, tmp_path, seed=4)) != embedded.generate(20, 3, ["title"])
+    new_source = EmbeddedSource(type="embedded", size=20, families=["title"])
+    assert records(read(new_source, tmp_path, seed=3)) == embedded.generate(20, 3, ["title"])
+    assert records(read(new_source, tmp_path, seed=4)) != embedded.generate(20, 3, ["title"])
 
 
 def test_a_chosen_format_comes_with_all_records(tmp_path: Path) -> None:
     lines = [json.dumps({"question": f"q{number}", "answer": "1 #### 2"}) for number in range(150)]
     (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "{broken", *lines[1:]]))
-    found = source("a.jsonl")
-    form, why, items = choose_format(found, read(found, tmp_path), "instructions")
+    actual = source("a.jsonl")
+    form, why, items = choose_format(actual, read(actual, tmp_path), "instructions")
     assert (form, why) == ("gsm8k", "gsm8k: 99 of 99 records have answer, question; that covers prompt_completion")
     every = list(items)
     assert len(every) == 151 and isinstance(every[1], BadRecord)
@@ -250,9 +250,9 @@ class Holder(Config):
 
 
 def test_the_hubs_dataset_is_not_its_name() -> None:
-    given = {"type": "hub", "name": "openai/gsm8k", "revision": ZEROS}
+    settings = {"type": "hub", "name": "openai/gsm8k", "revision": ZEROS}
     message = "a Hub dataset is written as dataset: openai/gsm8k; name is its name in the ledger"
     with pytest.raises(UserError, match=message):
-        validate(Holder, {"source": given}, "r.yaml")
+        validate(Holder, {"source": settings}, "r.yaml")
     with pytest.raises(UserError, match="revision"):
         validate(Holder, {"source": {"type": "hub", "dataset": "o/n", "revision": "main"}}, "r.yaml")

@@ -76,9 +76,9 @@ def test_files_of_every_kind_make_one_dataset(tmp_path: Path) -> None:
 
 def test_texts_are_cleaned_deduplicated_and_kept_apart(tmp_path: Path) -> None:
     near = document(5).replace("winter", "summer") + " Nearly."
-    made = [document(4).upper(), near, "Ring!\u200b \r\nTwice.  ", "spam " * 80]
-    made += ["As an AI language model, I cannot. " + document(99), "See www.spam.example/now for more. " + document(98)]
-    texts = [document(n) for n in range(60)] + made
+    rows = [document(4).upper(), near, "Ring!\u200b \r\nTwice.  ", "spam " * 80]
+    rows += ["As an AI language model, I cannot. " + document(99), "See www.spam.example/now for more. " + document(98)]
+    texts = [document(n) for n in range(60)] + rows
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     steps = [
         {"type": "normalize"},
@@ -88,8 +88,8 @@ def test_texts_are_cleaned_deduplicated_and_kept_apart(tmp_path: Path) -> None:
     ]
     sources = [{"type": "files", "paths": [str(tmp_path / "a.jsonl")]}]
     folder, ledger = built(tmp_path, {"sources": sources, "steps": steps, "test_size": 0.3})
-    found = {split: {row["text"] for row in rows_of(folder, split)} for split in ("train", "test")}
-    everything = found["train"] | found["test"]
+    actual = {split: {row["text"] for row in rows_of(folder, split)} for split in ("train", "test")}
+    everything = actual["train"] | actual["test"]
     assert "Ring!\nTwice." in everything
     assert "See for more. " + document(98) in everything
     assert not {document(4).upper(), near} & everything
@@ -97,7 +97,7 @@ def test_texts_are_cleaned_deduplicated_and_kept_apart(tmp_path: Path) -> None:
     dropped = ledger["dropped"]
     assert dropped["duplicate of an earlier row"] == dropped["near-duplicate of an earlier row"] == 1
     assert sum(dropped.values()) == 4
-    assert not found["train"] & found["test"]
+    assert not actual["train"] & actual["test"]
 
 
 def test_near_duplicates_are_on_one_side_of_the_split(tmp_path: Path) -> None:
@@ -149,16 +149,16 @@ def test_conversations_become_texts_without_a_template(tmp_path: Path) -> None:
 
 
 def test_builds_of_texts_are_shown_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = []
+    rows = []
     for name, numbers in (("one", range(20)), ("two", range(1, 21))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jsonl").write_text("\n".join(json.dumps({"text": document(n)}) for n in numbers))
         source = {"type": "files", "name": "a", "paths": [str(tmp_path / name / "a.jsonl")]}
-        made.append(built(tmp_path / name, {"sources": [source], "test_size": 0.3})[0])
-    found = compare(made[0], made[1])
-    text = json.dumps(found)
-    assert document(0).split("\n")[0] in text and not found["same rows"]
-    assert main(["data", "show", str(made[0])]) == 0
+        rows.append(built(tmp_path / name, {"sources": [source], "test_size": 0.3})[0])
+    comparison = compare(rows[0], rows[1])
+    text = json.dumps(comparison)
+    assert document(0).split("\n")[0] in text and not comparison["same rows"]
+    assert main(["data", "show", str(rows[0])]) == 0
     assert "text: The " in capsys.readouterr().out
 
 

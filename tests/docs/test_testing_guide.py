@@ -82,8 +82,8 @@ def test_no_stage_and_no_tuning_is_missing() -> None:
 def test_every_checkpoint_that_is_named_is_made() -> None:
     from tests.support.stages.made_checkpoints import POLICIES, REWARDS
 
-    made = MADE.findall(GUIDE)
-    assert len(made) > 50
-    assert {name for _, name in made} <= {*POLICIES, *REWARDS}
+    matches = MADE.findall(GUIDE)
+    assert len(matches) > 50
+    assert {name for _, name in matches} <= {*POLICIES, *REWARDS}
     kinds = {name.partition("-")[0] for name in (*POLICIES, *REWARDS)}
     assert kinds == set(METHODS)

@@ -27,14 +27,14 @@ def bounds(draw: st.DrawFn) -> tuple[Bound, list[str]]:
 
 
 @given(bounds())
-def test_what_a_bound_spells_is_read_back_as_that_bound(drawn):
-    bound, systems = drawn
+def test_what_a_bound_spells_is_read_back_as_that_bound(draws):
+    bound, systems = draws
     assert parse_bound(str(bound), systems, "gates.x") == bound
 
 
 @given(bounds(), st.text(" \t", max_size=3))
-def test_space_around_the_parts_changes_nothing(drawn, space):
-    bound, systems = drawn
+def test_space_around_the_parts_changes_nothing(draws, space):
+    bound, systems = draws
     operator, right = bound.operator, bound.right
     assert parse_bound(f"{space}{operator}{space}{right}{space}", systems, "gates.x") == bound
 

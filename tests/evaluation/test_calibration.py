@@ -24,9 +24,9 @@ def pairs(n: int, temperature: float, seed: int) -> np.ndarray:
 def test_bins_by_hand():
     # sigma(0.1) = 0.525, sigma(1) = 0.731, sigma(3) = 0.953
     report = calibration([0.1, -0.1, 1.0, 1.0, -1.0, 3.0], seed=0)
-    shown = [(one["low"], one["high"], one["n"], one["accuracy"]["value"]) for one in report["bins"]]
+    shown = [(entry["low"], entry["high"], entry["n"], entry["accuracy"]["value"]) for entry in report["bins"]]
     assert shown == [(0.5, 0.55, 2, 0.5), (0.7, 0.75, 3, 2 / 3), (0.95, 1.0, 1, 1.0)]
-    assert [one["confidence"] for one in report["bins"]] == pytest.approx([0.52498, 0.73106, 0.95257], abs=1e-5)
+    assert [entry["confidence"] for entry in report["bins"]] == pytest.approx([0.52498, 0.73106, 0.95257], abs=1e-5)
     # (2 * |0.525 - 0.5| + 3 * |0.731 - 0.667| + 1 * |0.953 - 1|) / 6
     assert report["ece_plain"] == pytest.approx((2 * 0.02498 + 3 * 0.06439 + 0.04743) / 6, abs=1e-4)
     assert report["n"] == 6
@@ -39,14 +39,14 @@ def test_any_random_order_gives_the_same_curve_once_its_halves_are_put_together(
     flipped = np.random.default_rng(2).uniform(size=len(margins)) < 0.5
     p, first_wins = sigmoid(np.where(flipped, -margins, margins)), ~flipped
     place = np.minimum((p * 20).astype(int), 19)
-    for one in report["bins"]:
-        upper = round(one["low"] * 20)
+    for entry in report["bins"]:
+        upper = round(entry["low"] * 20)
         both = (place == upper) | (place == 19 - upper)
         confident = np.where(p >= 0.5, p, 1 - p)[both]
         right = np.where(p >= 0.5, first_wins, ~first_wins)[both]
-        assert one["n"] == both.sum()
-        assert one["confidence"] == pytest.approx(confident.mean())
-        assert one["accuracy"]["value"] == pytest.approx(right.mean())
+        assert entry["n"] == both.sum()
+        assert entry["confidence"] == pytest.approx(confident.mean())
+        assert entry["accuracy"]["value"] == pytest.approx(right.mean())
 
 
 def test_a_tie_is_half_right_at_even_odds():
@@ -62,15 +62,15 @@ def test_a_tie_is_half_right_at_even_odds():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_the_likeliest(temperature):
     margins = pairs(500, temperature, seed=3)
-    found, note = fit_temperature(margins)
-    assert found is not None
+    actual, note = fit_temperature(margins)
+    assert actual is not None
     assert note is None
     slope = optimize.minimize_scalar(
         lambda a: np.logaddexp(0, -a * margins).mean(), bounds=(1e-6, 20), method="bounded", options={"xatol": 1e-10}
     ).x
-    assert found.value == pytest.approx(1 / slope, rel=1e-5)
-    assert found.low < temperature < found.high
-    assert found.low == pytest.approx(1 / (1 / found.value + 1 / found.value - 1 / found.high), rel=1e-6)
+    assert actual.value == pytest.approx(1 / slope, rel=1e-5)
+    assert actual.low < temperature < actual.high
+    assert actual.low == pytest.approx(1 / (1 / actual.value + 1 / actual.value - 1 / actual.high), rel=1e-6)
 
 
 def test_scores_of_any_size_have_a_temperature():
@@ -102,10 +102,10 @@ def test_a_half_without_a_temperature_is_said_too():
 
 
 def test_a_wide_interval_of_the_temperature_is_open_above():
-    found, _ = fit_temperature([1.0, -0.9, 0.2])
-    assert found is not None
-    assert found.high == math.inf
-    assert found.as_dict()["high"] is None
+    actual, _ = fit_temperature([1.0, -0.9, 0.2])
+    assert actual is not None
+    assert actual.high == math.inf
+    assert actual.as_dict()["high"] is None
 
 
 def test_without_pairs_there_is_no_calibration():
@@ -140,21 +140,21 @@ TRUTH = {1.0: 0.0, 1.5: 0.0609, 3.0: 0.1534}
 @pytest.mark.parametrize("temperature", TRUTH)
 @pytest.mark.parametrize("n", [100, 1000])
 def test_the_errors_interval_covers_the_true_error(temperature, n):
-    found = []
+    actual = []
     for seed in range(100):
         margins = pairs(n, temperature, seed)
-        found.append(calibration_error(sigmoid(np.abs(margins)), (margins > 0).astype(float)))
-    covered = np.mean([one.low - 1e-3 <= TRUTH[temperature] <= one.high + 1e-3 for one in found])
+        actual.append(calibration_error(sigmoid(np.abs(margins)), (margins > 0).astype(float)))
+    covered = np.mean([entry.low - 1e-3 <= TRUTH[temperature] <= entry.high + 1e-3 for entry in actual])
     assert covered > 0.86
-    assert all(one.low <= one.value <= one.high for one in found)
-    assert all(one.n == n for one in found)
-    assert np.mean([one.value for one in found]) == pytest.approx(TRUTH[temperature], abs=0.4 / math.sqrt(n))
-    assert np.mean([one.high - one.low for one in found]) < 2.5 / math.sqrt(n)
+    assert all(entry.low <= entry.value <= entry.high for entry in actual)
+    assert all(entry.n == n for entry in actual)
+    assert np.mean([entry.value for entry in actual]) == pytest.approx(TRUTH[temperature], abs=0.4 / math.sqrt(n))
+    assert np.mean([entry.high - entry.low for entry in actual]) < 2.5 / math.sqrt(n)
 
 
 def test_the_temperatures_interval_covers_the_true_one():
     covered = 0
     for seed in range(300):
-        found, _ = fit_temperature(pairs(200, 1.5, seed))
-        covered += found is not None and found.low <= 1.5 <= found.high
+        actual, _ = fit_temperature(pairs(200, 1.5, seed))
+        covered += actual is not None and actual.low <= 1.5 <= actual.high
     assert covered / 300 == pytest.approx(0.95, abs=0.044)  # 3.5 standard errors

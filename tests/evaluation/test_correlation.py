@@ -16,8 +16,8 @@ numbers = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2
 @settings(max_examples=60, deadline=None)
 @given(numbers)
 @pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")
-def test_spearman_is_scipys_with_ties(drawn):
-    x, y = np.array(drawn, dtype=float).T
+def test_spearman_is_scipys_with_ties(draws):
+    x, y = np.array(draws, dtype=float).T
     correlation = spearman(x, y, resamples=20, seed=0).value
     assert correlation == pytest.approx(stats.spearmanr(x, y).statistic, nan_ok=True)
 

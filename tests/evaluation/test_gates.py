@@ -33,8 +33,8 @@ def difference(policy: str, against: str, value: float, low: float | None, high:
     return {"policy": policy, "against": against, "metric": metric, "value": value, "low": low, "high": high}
 
 
-def one(text: str, found: dict, **more) -> dict:
-    [row] = evaluate_gates(parse_gates({METRIC: {"bound": text, "systems": ["ppo"], **more}}, ROLES, "sft"), found)
+def one(text: str, actual: dict, **more) -> dict:
+    [row] = evaluate_gates(parse_gates({METRIC: {"bound": text, "systems": ["ppo"], **more}}, ROLES, "sft"), actual)
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     return row
 
@@ -89,9 +89,9 @@ def test_a_number_of_its_own_shows_its_own_interval():
     row = one(">= 0.36", FELL)
     assert row["text"] == "ifeval.prompt_strict of ppo is 0.31, below 0.36 (95 % interval 0.27 to 0.35)"
     assert (row["passed"], row["clear"], row["low"], row["high"], row["difference"]) == (False, True, 0.27, 0.35, None)
-    kept = one("<= 0.36", FELL)
-    assert kept["text"].startswith("ifeval.prompt_strict of ppo is 0.31, at most 0.36 (")
-    assert failed_gates([kept]) == []
+    remaining = one("<= 0.36", FELL)
+    assert remaining["text"].startswith("ifeval.prompt_strict of ppo is 0.31, at most 0.36 (")
+    assert failed_gates([remaining]) == []
 
 
 def test_a_difference_the_card_has_the_other_way_round_is_turned():
@@ -112,24 +112,26 @@ def test_a_pair_the_card_does_not_compare_has_no_interval_and_says_so():
 
 @pytest.mark.parametrize("hole", [None, math.nan, math.inf])
 def test_a_missing_number_is_undecided_and_fails_at_level_error(hole):
-    for text, absent, found in [
+    for text, absent, actual in [
         (">= 0.3", "ppo", {"ppo": estimate(hole), "sft": estimate(0.3)}),
         (">= sft", "sft", {"ppo": estimate(0.3), "sft": estimate(hole)}),
         (">= sft", "sft", {"ppo": estimate(0.3)}),
         (">= sft", "ppo", {"sft": estimate(0.3)}),
     ]:
-        row = one(text, card(found))
+        row = one(text, card(actual))
         assert row["passed"] is None
         assert row["text"] == f"ifeval.prompt_strict of ppo cannot be compared with {text}: {absent} has no {METRIC}"
         assert failed_gates([row]) == [row["text"]]
-        assert failed_gates([one(text, card(found), level="warning")]) == []
+        assert failed_gates([one(text, card(actual), level="warning")]) == []
 
 
 def test_an_interval_without_an_end_is_never_clear():
-    found = card({"ppo": estimate(0.31, None, 0.35), "sft": estimate(0.3)}, [difference("ppo", "sft", 0.01, None, 0.1)])
-    assert one("<= 0.1", found)["clear"] is False
-    assert one(">= 0.36", found)["clear"] is True
-    assert one("<= sft - 0.1", found)["low"] is None
+    actual = card(
+        {"ppo": estimate(0.31, None, 0.35), "sft": estimate(0.3)}, [difference("ppo", "sft", 0.01, None, 0.1)]
+    )
+    assert one("<= 0.1", actual)["clear"] is False
+    assert one(">= 0.36", actual)["clear"] is True
+    assert one("<= sft - 0.1", actual)["low"] is None
 
 
 def test_numbers_close_to_the_bound_are_shown_with_the_digits_that_tell_them_apart():
@@ -139,8 +141,8 @@ def test_numbers_close_to_the_bound_are_shown_with_the_digits_that_tell_them_apa
 
 def holds_for(raw: dict, roles: dict = ROLES, reference: str = "sft") -> list[str]:
     gates = parse_gates(raw, roles, reference)
-    found = card({name: estimate(0.5) for name in roles}, roles=roles, reference=reference)
-    return [row["system"] for row in evaluate_gates(gates, found)]
+    result = card({name: estimate(0.5) for name in roles}, roles=roles, reference=reference)
+    return [row["system"] for row in evaluate_gates(gates, result)]
 
 
 def test_who_a_gate_holds_for():
@@ -187,8 +189,8 @@ def test_every_spelling_of_the_block():
 def test_drift_is_named_after_what_it_is_measured_against():
     [gate] = parse_gates({"ppo/kl_to_reference": "<= 15"}, ROLES, "sft")
     assert (gate.metric, gate.title) == ("kl", "kl_to_reference")
-    found = card({}) | {"estimates": {"ppo": {"kl": estimate(17.25, 14.0, 20.5)}}}
-    [row] = evaluate_gates([gate], found)
+    actual = card({}) | {"estimates": {"ppo": {"kl": estimate(17.25, 14.0, 20.5)}}}
+    [row] = evaluate_gates([gate], actual)
     assert row["text"] == "kl_to_reference of ppo is 17.2, above 15 (95 % interval 14 to 20.5)"
 
 
@@ -220,20 +222,20 @@ def test_mistakes_are_named_with_place_and_remedy(raw, words):
 
 def test_a_gate_that_could_never_be_decided_is_refused_beforehand():
     def check(raw: dict, systems: list[SystemInfo] = SYSTEMS) -> None:
-        check_gates(parse_gates(raw, [one.name for one in systems], "sft"), [METRIC, "gold"], systems, "sft")
+        check_gates(parse_gates(raw, [system.name for system in systems], "sft"), [METRIC, "gold"], systems, "sft")
 
     check({METRIC: ">= base", "gold": ">= 0.3", "sft/gold": ">= 0.1"})
     with pytest.raises(UserError, match=r"gates\.ifeval\.prompt_strct: nothing measures .* Did you mean 'ifeval\.pr"):
         check({"ifeval.prompt_strct": ">= 0.3"})
     with pytest.raises(UserError, match=r"gates\.kl_to_sft: nothing measures 'kl' here"):
         check({"kl_to_sft": "<= 3"})
-    without = [one for one in SYSTEMS if one.role != "base"]
+    without = [system for system in SYSTEMS if system.role != "base"]
     with pytest.raises(UserError, match=r"gates\.gold: no base model is compared"):
         check({"gold": ">= base"}, without)
     with pytest.raises(UserError, match=r"gates\.base/gold: no base model is compared"):
         check({"base/gold": ">= 0.1"}, without)
     with pytest.raises(UserError, match=r"gates\.gold: applies to no system.*'sft/gold'"):
-        check({"gold": ">= 0.3"}, [one for one in SYSTEMS if one.name in ("model", "sft")])
+        check({"gold": ">= 0.3"}, [system for system in SYSTEMS if system.name in ("model", "sft")])
 
 
 def test_a_gate_for_nobody_is_shown_and_fails():
@@ -252,11 +254,11 @@ def test_forgetting_is_gated_by_default_as_a_warning():
         ("general.bits_per_byte", "<= base * 1.05", "warning")
     ]
     values = {"model": 1.0, "sft": 1.06, "ppo": 1.04, "shots": 2.0}
-    found = card({}) | {
+    actual = card({}) | {
         "estimates": {name: {"general.bits_per_byte": estimate(value)} for name, value in values.items()},
         "differences": [difference("sft", "model", 0.06, 0.055, 0.065, "general.bits_per_byte")],
     }
-    rows = evaluate_gates(gates, found)
+    rows = evaluate_gates(gates, actual)
     assert [(row["system"], row["passed"], row["clear"]) for row in rows] == [
         ("sft", False, True),
         ("ppo", True, False),

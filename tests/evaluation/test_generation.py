@@ -63,11 +63,11 @@ def checkpoint(tmp_path):
     return make
 
 
-def generate(policies, folder, log, warnings=None, seen=None):
+def generate(policies, folder, log, warnings=None, observations=None):
     prompts = {policy.name: [[7, 8], [9]] for policy in policies}
 
     def opened(path, runtime):
-        (seen if seen is not None else []).append(runtime.engine.name)
+        (observations if observations is not None else []).append(runtime.engine.name)
         return FakeEngine(path, log)
 
     sampler = Sampler(
@@ -75,9 +75,11 @@ def generate(policies, folder, log, warnings=None, seen=None):
         lambda done, total: log.append(f"{done}/{total}"),
     )  # fmt: skip
     sampler.expect(4 * len(policies))
-    found = {one.name: sampler.generate(one, prompts[one.name], Sampling(max_tokens=4, n=2)) for one in policies}
+    values = {
+        entry.name: sampler.generate(entry, prompts[entry.name], Sampling(max_tokens=4, n=2)) for entry in policies
+    }
     sampler.close()
-    return found
+    return values
 
 
 def test_one_engine_gets_the_next_weights(checkpoint, tmp_path):
@@ -114,8 +116,8 @@ def test_other_weights_or_a_damaged_file_are_sampled_again(checkpoint, tmp_path)
         log.clear()
         generate([policy], tmp_path, log)
         assert "generate 5" in log
-    whole = {file: file.read_text() for file in tmp_path.glob("*.jsonl")}
-    for file, text in whole.items():  # a line short
+    full = {file: file.read_text() for file in tmp_path.glob("*.jsonl")}
+    for file, text in full.items():  # a line short
         file.write_text("\n".join(text.splitlines()[:-1]) + "\n")
     log.clear()
     generate([policy], tmp_path, log)
@@ -123,9 +125,9 @@ def test_other_weights_or_a_damaged_file_are_sampled_again(checkpoint, tmp_path)
 
 
 def test_another_architecture_takes_the_transformers_engine_for_all(checkpoint, tmp_path):
-    log, warnings, seen = [], [], []
-    generate([checkpoint(5), checkpoint(6, layers=2)], tmp_path, log, warnings, seen)
-    assert seen == ["transformers", "transformers"]
+    log, warnings, observations = [], [], []
+    generate([checkpoint(5), checkpoint(6, layers=2)], tmp_path, log, warnings, observations)
+    assert observations == ["transformers", "transformers"]
     assert "architecture" in warnings[0]
     assert [line for line in log if "/" not in line] == [
         "open 5", "generate 5", "close", "open 6", "generate 6", "close",
@@ -150,6 +152,6 @@ def test_a_prompt_too_long_for_one_checkpoint_is_dropped_for_all(checkpoint, tmp
     wordy = Policy(wordy.name, wordy.model_dir, wordy.key, Wordy())
     rows = [{"prompt": [{"role": "user", "content": "x" * size}]} for size in (3, 5)]
     systems = make_systems([plain, wordy], None, {}, tmp_path)
-    kept, prompts, dropped = render_for_all(rows, systems, 5)
-    assert (kept, dropped) == (rows[:1], 1)
+    remaining, prompts, dropped = render_for_all(rows, systems, 5)
+    assert (remaining, dropped) == (rows[:1], 1)
     assert {name: len(ids) for name, ids in prompts.items()} == {"p5": 1, "p6": 1}

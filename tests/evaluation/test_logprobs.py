@@ -45,7 +45,7 @@ def read_shared(model):
     expected = [alone(model, prompt, response) for prompt, response in zip(SHARED, ANSWERS, strict=True)]
     sizes = []
     hook = model.register_forward_pre_hook(
-        lambda _, __, given: sizes.append(given["input_ids"].numel()), with_kwargs=True
+        lambda _, __, inputs: sizes.append(inputs["input_ids"].numel()), with_kwargs=True
     )
     logprobs = response_logprobs(model, SHARED, ANSWERS, temperature=1.0, precision="float32", pad=3)
     hook.remove()

@@ -10,21 +10,21 @@ from align.inference.protocol import Response
 def test_kl_and_the_samplers_gap_by_hand():
     response = Response([7, 2], [-1.5, -0.5], True, "x")
     two = Response([8], [-2.0], False, "y")
-    asked = []
+    requests = []
 
     def own(prompts, responses):
-        asked.append((prompts, responses))
+        requests.append((prompts, responses))
         return [[-1.0, -0.5], [-2.0]]
 
     def reference(prompts, responses):
         return [[-2.0, -1.0], [-2.5]]
 
-    found = kl_values(own, reference, [[1], [3]], ResponseSet("e", [[response], [two]]))
-    assert asked == [([[1], [3]], [[7, 2], [8]])]
-    assert found["kl"] == [[1.5], [0.5]]
-    assert found["kl_k3"][1] == [pytest.approx(0.1065307)]  # exp(-0.5) - 1 + 0.5
-    assert found["token_kl"] == [[1.0, 0.5], [0.5]]
-    assert found["sampler_gap"] == pytest.approx(0.5 / 3)
+    actual = kl_values(own, reference, [[1], [3]], ResponseSet("e", [[response], [two]]))
+    assert requests == [([[1], [3]], [[7, 2], [8]])]
+    assert actual["kl"] == [[1.5], [0.5]]
+    assert actual["kl_k3"][1] == [pytest.approx(0.1065307)]  # exp(-0.5) - 1 + 0.5
+    assert actual["token_kl"] == [[1.0, 0.5], [0.5]]
+    assert actual["sampler_gap"] == pytest.approx(0.5 / 3)
 
 
 def test_results_are_kept_under_their_identity(tmp_path):

@@ -19,11 +19,11 @@ def test_nltk_reads_the_tables_that_the_package_carries(monkeypatch: pytest.Monk
     ensure_punkt()
     ensure_punkt()
     assert len(nltk.data.path) == 1, "the second call finds what the first one wrote"
-    found = PunktTokenizer("english")
+    punkt_tokenizer = PunktTokenizer("english")
     model = punkt.load_model("english")
     for table in ("abbrev_types", "sent_starters", "collocations", "ortho_context"):
-        assert getattr(found._params, table) == getattr(model, table)
-    assert found.tokenize("Dr. Smith lives in the U.S. today. He is 3.5 ft. tall! Is he?") == [
+        assert getattr(punkt_tokenizer._params, table) == getattr(model, table)
+    assert punkt_tokenizer.tokenize("Dr. Smith lives in the U.S. today. He is 3.5 ft. tall! Is he?") == [
         "Dr. Smith lives in the U.S. today.",
         "He is 3.5 ft. tall!",
         "Is he?",

@@ -42,19 +42,19 @@ def test_without_gold_scores_there_is_no_true_accuracy():
 
 
 def test_both_sides_are_scored_against_their_own_prompt():
-    seen: list[tuple[list, list[str], list[bool], list[str | None]]] = []
+    calls: list[tuple[list, list[str], list[bool], list[str | None]]] = []
 
     def score(prompts: list, responses: list[str], finished: list[bool], tools: list[str | None]) -> list[float]:
-        seen.append((prompts, responses, finished, tools))
+        calls.append((prompts, responses, finished, tools))
         return [float(len(text)) for text in responses]
 
     chosen, rejected = score_pairs(
         [pair("aaa", "b"), {**pair("c", "dd"), "rejected_finished": False, "tools": "[]"}], score
     )
-    assert seen[0][1] == ["aaa", "c", "b", "dd"]
-    assert len(seen[0][0]) == 4
-    assert seen[0][2] == [True, True, True, False]
-    assert seen[0][3] == [None, "[]", None, "[]"]
+    assert calls[0][1] == ["aaa", "c", "b", "dd"]
+    assert len(calls[0][0]) == 4
+    assert calls[0][2] == [True, True, True, False]
+    assert calls[0][3] == [None, "[]", None, "[]"]
     assert (chosen, rejected) == ([3.0, 1.0], [1.0, 2.0])
 
 
@@ -63,9 +63,9 @@ def many(n: int, seed: int = 0, gold: bool = False) -> tuple[list[dict], np.ndar
     g = np.random.default_rng(seed)
     lengths = g.integers(1, 60, size=(n, 2))
     rows = []
-    for index, (one, other) in enumerate(lengths.tolist()):
+    for index, (first, second) in enumerate(lengths.tolist()):
         golds = (float(index % 9), 4.0) if gold else None
-        rows.append(pair("x" * one, "y" * other, gold=golds))
+        rows.append(pair("x" * first, "y" * second, gold=golds))
     return rows, lengths
 
 
@@ -85,11 +85,11 @@ def test_a_report_is_json_with_n_and_interval_everywhere():
         report["calibration"]["temperature"],
         report["calibration"]["ece_scaled"],
         *(report["agreement"][name] for name in ("accuracy", "kappa", "spearman")),
-        *(one["accuracy"] for one in report["by_margin"]),
+        *(entry["accuracy"] for entry in report["by_margin"]),
     ]
-    for one in estimates:
-        assert one["low"] <= one["value"] <= one["high"]
-        assert one["n"] > 0
+    for entry in estimates:
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert entry["n"] > 0
     plain = pair_accuracy(rows, *scores)
     assert report["margin"]["value"] == pytest.approx(plain.pop("margin"))
     assert plain.items() <= report.items()
@@ -102,12 +102,12 @@ def test_accuracy_by_the_models_own_margin():
     rows, _ = many(100)
     report = pair_report(rows, (np.where(wrong, -sizes, sizes).tolist(), [0.0] * 100), seed=0)
     assert report["by_margin_of"] == "model"
-    assert [one["n"] for one in report["by_margin"]] == [20] * 5
+    assert [entry["n"] for entry in report["by_margin"]] == [20] * 5
     # bins end at 20.8, 40.6 and so on; of 21 to 40 the even ones below 40 are wrong
-    assert [one["accuracy"]["value"] for one in report["by_margin"]] == [0.0, 0.55, 1.0, 1.0, 1.0]
+    assert [entry["accuracy"]["value"] for entry in report["by_margin"]] == [0.0, 0.55, 1.0, 1.0, 1.0]
     assert report["by_margin"][0]["low"] == 1
     assert report["by_margin"][-1]["high"] == 100
-    assert [one["high"] for one in report["by_margin"][:-1]] == [one["low"] for one in report["by_margin"][1:]]
+    assert [entry["high"] for entry in report["by_margin"][:-1]] == [entry["low"] for entry in report["by_margin"][1:]]
 
 
 def test_accuracy_by_gold_margin_is_against_gold():
@@ -116,17 +116,17 @@ def test_accuracy_by_gold_margin_is_against_gold():
     proxy = np.where(np.abs(gold) == 1, -gold, gold)  # wrong where the answers are close
     report = pair_report(rows, (proxy.tolist(), [0.0] * 90), seed=0)
     assert report["by_margin_of"] == "gold"
-    assert sum(one["n"] for one in report["by_margin"]) == 80
-    shown = [(one["low"], one["n"], one["accuracy"]["value"]) for one in report["by_margin"]]
+    assert sum(entry["n"] for entry in report["by_margin"]) == 80
+    shown = [(entry["low"], entry["n"], entry["accuracy"]["value"]) for entry in report["by_margin"]]
     assert shown == [(1, 20, 0), (1.75, 20, 1), (2.5, 20, 1), (3.25, 20, 1)]
 
 
 def test_equal_margins_and_few_pairs_make_fewer_bins():
     rows, _ = many(100)
     equal = pair_report(rows, ([1.0] * 100, [0.0] * 100), seed=0)["by_margin"]
-    assert [(one["low"], one["high"], one["n"]) for one in equal] == [(1, 1, 100)]
+    assert [(entry["low"], entry["high"], entry["n"]) for entry in equal] == [(1, 1, 100)]
     few = pair_report(rows[:39], (list(range(1, 40)), [0.0] * 39), seed=0)["by_margin"]
-    assert [one["n"] for one in few] == [39]
+    assert [entry["n"] for entry in few] == [39]
 
 
 def test_a_model_that_pays_for_length_is_found_out():
@@ -168,9 +168,9 @@ def test_pairs_of_one_length_have_no_shorter_answer():
 
 
 def test_agreement_by_hand():
-    one = ([1.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, 0.0])  # right, right, wrong, wrong, tie
-    other = ([2.0, 0.0, 0.0, 3.0, 1.0], [0.0, 1.0, 5.0, 1.0, 1.0])  # right, wrong, wrong, right, tie
-    agreed_share = agreement(one, other, seed=0)
+    first = ([1.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, 0.0])  # right, right, wrong, wrong, tie
+    second = ([2.0, 0.0, 0.0, 3.0, 1.0], [0.0, 1.0, 5.0, 1.0, 1.0])  # right, wrong, wrong, right, tie
+    agreed_share = agreement(first, second, seed=0)
     assert agreed_share["accuracy"]["value"] == 3 / 5
     # chance: 2/5 * 2/5 + 2/5 * 2/5 + 1/5 * 1/5 = 9/25; (15/25 - 9/25) / (16/25)
     assert agreed_share["kappa"]["value"] == pytest.approx(6 / 16)
@@ -183,13 +183,13 @@ def test_agreement_by_hand():
 def test_two_reward_models_are_each_others_second_scorer():
     rows, _ = many(30)
     g = np.random.default_rng(3)
-    one, other = ((g.normal(1, 1, 30).tolist(), g.normal(0, 1, 30).tolist()) for _ in range(2))
-    first, second = pair_reports(rows, [("reward", one), ("reward-b", other)], seed=0, task="pairs")
+    left, other = ((g.normal(1, 1, 30).tolist(), g.normal(0, 1, 30).tolist()) for _ in range(2))
+    first, second = pair_reports(rows, [("reward", left), ("reward-b", other)], seed=0, task="pairs")
     assert (first["stage"], first["task"], first["agreement"]["other"]) == ("reward", "pairs", "reward-b")
     assert (second["stage"], second["agreement"]["other"]) == ("reward-b", "reward")
     assert first["agreement"]["spearman"]["value"] == pytest.approx(second["agreement"]["spearman"]["value"])
     assert first["as_labeled"] != second["as_labeled"]
-    [alone] = pair_reports(rows, [("reward", one)], seed=0, task="pairs")
+    [alone] = pair_reports(rows, [("reward", left)], seed=0, task="pairs")
     assert alone["agreement"] is None
 
 

@@ -83,8 +83,8 @@ def test_good_answers_that_score_alike_are_the_best_there_is():
 
 def test_a_prompt_without_its_other_half_counts_where_it_can():
     ids = ["tied:1", "ref:1", "ref:7"]
-    found = value(ties(ids, [([2.0, 2.0], [0.0]), ([2.0], [1.0]), ([0.0], [1.0])]))
-    assert found == pytest.approx(0.3 * 1 + 0.3 * 0.5 + 0.2 + 0.2 + 0.01)
+    actual = value(ties(ids, [([2.0, 2.0], [0.0]), ([2.0], [1.0]), ([0.0], [1.0])]))
+    assert actual == pytest.approx(0.3 * 1 + 0.3 * 0.5 + 0.2 + 0.2 + 0.01)
     assert math.isnan(value(ties(["ref:1"], [([1.0], [0.0])])))
 
 

@@ -62,9 +62,9 @@ def test_a_base_that_is_the_reference_is_compared_with_once():
 
 def test_samples_are_averaged_per_item():
     assert per_item([[1.0, 0.0], [1.0, 1.0]]) == [0.5, 1.0]
-    found = example()
-    found.values["ppo"]["gold"] = [[0.0, 1.0]] * 40
-    card = build(found, RESAMPLING, {})
+    actual = example()
+    actual.values["ppo"]["gold"] = [[0.0, 1.0]] * 40
+    card = build(actual, RESAMPLING, {})
     assert card["estimates"]["ppo"]["gold"]["n"] == 40
     assert card["estimates"]["ppo"]["gold"]["value"] == 0.5
 
@@ -116,14 +116,14 @@ def test_a_regression_a_collapse_and_a_hacked_proxy_are_flagged():
 
 
 def test_heldout_loss_is_per_token_and_lower_is_better():
-    found = example()
+    actual = example()
     tokens = [10, 30] * 20
-    found.heldout = {
+    actual.heldout = {
         "model": ([2.0, 1.0] * 20, tokens),
         "sft": ([1.0, 0.5] * 20, tokens),
         "ppo": ([1.0, 0.5] * 20, [11, 30] * 20),
     }
-    card = build(found, RESAMPLING, {})
+    card = build(actual, RESAMPLING, {})
     assert card["estimates"]["model"]["heldout_loss"]["value"] == pytest.approx((20 + 30) / 40)
     assert rows(card, "heldout_loss")["sft", "model"]["verdict"] == "better"
     # another tokenizer: no difference per token exists
@@ -195,8 +195,10 @@ def test_a_tasks_metrics_have_their_own_n_weights_and_sources():
 
 
 def test_without_prompts_the_first_tasks_own_metric_decides():
-    found = Measurements([info("model", "base"), info("sft")], "sft", "model", tasks=[quiz(model=[0] * 6, sft=[1] * 6)])
-    card = build(found, RESAMPLING, {})
+    actual = Measurements(
+        [info("model", "base"), info("sft")], "sft", "model", tasks=[quiz(model=[0] * 6, sft=[1] * 6)]
+    )
+    card = build(actual, RESAMPLING, {})
     assert card["primary"] == "quiz.right"
     assert card["families"] == {}
     assert rows(card, "quiz.right")["sft", "model"]["p_holm"] == pytest.approx(2 / 2**6)

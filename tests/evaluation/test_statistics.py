@@ -93,8 +93,8 @@ def test_prompts_of_weight_zero_take_no_part():
 
 
 def test_paired_prompts_of_weight_zero_take_no_part():
-    one, other, weights = [0.5, 9, 0.1, 0.3, math.nan], [0.1, 1, 0.2, 0.1, 3], [2, 0, 1, 4, 0]
-    difference = paired_difference(one, other, weights=weights, resamples=500, seed=0)
+    first, second, weights = [0.5, 9, 0.1, 0.3, math.nan], [0.1, 1, 0.2, 0.1, 3], [2, 0, 1, 4, 0]
+    difference = paired_difference(first, second, weights=weights, resamples=500, seed=0)
     assert difference == paired_difference([0.5, 0.1, 0.3], [0.1, 0.2, 0.1], weights=[2, 1, 4], resamples=500, seed=0)
     # (2 * 0.4 - 1 * 0.1 + 4 * 0.2) / 7
     assert difference.value == pytest.approx(1.5 / 7)
@@ -111,12 +111,12 @@ def test_weights_count_in_the_permutation_test_too():
 
 
 def test_weights_that_are_all_alike_are_none():
-    one, other = [1, 1, 1, 0, 1, 0], [0, 0, 1, 0, 0, 1]
-    counted = paired_difference(one, other, weights=[3, 3, 3, 3, 3, 0], resamples=100, seed=0)
-    plain = paired_difference(one[:5], other[:5], resamples=100, seed=0)
+    first, second = [1, 1, 1, 0, 1, 0], [0, 0, 1, 0, 0, 1]
+    counted = paired_difference(first, second, weights=[3, 3, 3, 3, 3, 0], resamples=100, seed=0)
+    plain = paired_difference(first[:5], second[:5], resamples=100, seed=0)
     assert counted == plain
     assert counted.test == "mcnemar"
-    assert paired_difference(one, other, weights=[3, 3, 3, 3, 1, 0], resamples=100, seed=0).test == "sign-flip"
+    assert paired_difference(first, second, weights=[3, 3, 3, 3, 1, 0], resamples=100, seed=0).test == "sign-flip"
 
 
 def test_one_prompt_says_nothing_about_spread():

@@ -75,9 +75,9 @@ def test_the_same_system_twice_is_covered_at_the_nominal_rate(same_system):
 
 
 def test_the_same_system_twice_is_rarely_called_different(same_system):
-    found = same_system["p"] <= 0.05
-    assert found.mean() < 0.05 + 3.5 * error(0.05, found.size)  # McNemar, being exact on few pairs, stays below
-    for name, share in zip(TASKS, found.mean(axis=0), strict=True):
+    actual = same_system["p"] <= 0.05
+    assert actual.mean() < 0.05 + 3.5 * error(0.05, actual.size)  # McNemar, being exact on few pairs, stays below
+    for name, share in zip(TASKS, actual.mean(axis=0), strict=True):
         assert share < 0.05 + 3.5 * error(0.05, TABLES), name
 
 
@@ -100,14 +100,14 @@ TRUE: dict[str, tuple[Draw, Draw, float]] = {
 def test_a_true_difference_is_covered_and_usually_found(name):
     better, worse, truth = TRUE[name]
     g = np.random.default_rng(11)
-    covered, found = 0, 0
+    covered, actual = 0, 0
     for table in range(2 * TABLES):
         difficulty = g.uniform(size=PROMPTS)
         row = paired_difference(better(g, difficulty), worse(g, difficulty), resamples=RESAMPLES, seed=table)
         covered += row.low <= truth <= row.high
-        found += row.p <= 0.05
+        actual += row.p <= 0.05
     assert covered / (2 * TABLES) == pytest.approx(0.95, abs=3.5 * error(0.95, 2 * TABLES))
-    assert found / (2 * TABLES) > 0.3
+    assert actual / (2 * TABLES) > 0.3
 
 
 def test_a_difference_that_grows_with_the_weight_is_covered_as_a_ratio_of_sums():

@@ -26,7 +26,7 @@ class Spelled:
 def systems(tmp_path, **baselines):
     policies = [Policy(name, tmp_path, f"key {name}", Spelled()) for name in ("model", "sft")]
     configs = {name: BaselineConfig(**block) for name, block in baselines.items()}
-    return {one.name: one for one in make_systems(policies, "model", configs, tmp_path)}
+    return {system.name: system for system in make_systems(policies, "model", configs, tmp_path)}
 
 
 def turn(role, content):
@@ -35,30 +35,30 @@ def turn(role, content):
 
 def test_roles_and_keys(tmp_path):
     compared = systems(tmp_path, asked={"of": "model", "system": "Be brief."}, best={"of": "sft", "best_of": 4})
-    assert {name: one.info.role for name, one in compared.items()} == {
+    assert {name: first.info.role for name, first in compared.items()} == {
         "model": "base", "sft": "checkpoint", "asked": "prompted", "best": "best_of",
     }  # fmt: skip
     assert compared["model"].info.key == "key model"
-    other = systems(tmp_path, asked={"of": "model", "system": "Be long."}, best={"of": "sft", "best_of": 8})
-    assert compared["asked"].info.key != other["asked"].info.key
-    assert compared["best"].info.key != other["best"].info.key
+    second = systems(tmp_path, asked={"of": "model", "system": "Be long."}, best={"of": "sft", "best_of": 8})
+    assert compared["asked"].info.key != second["asked"].info.key
+    assert compared["best"].info.key != second["best"].info.key
 
 
 def test_a_prompted_conversation(tmp_path):
     compared = systems(tmp_path, asked={"of": "model", "system": "S", "shots": 2})["asked"]
     shots = [Example("q1", "a1"), Example("q2", "a2"), Example("q3", "a3")]
-    asked = [turn("system", "own"), turn("user", "hello")]
-    assert compared.conversation(asked, shots) == [
+    requests = [turn("system", "own"), turn("user", "hello")]
+    assert compared.conversation(requests, shots) == [
         turn("system", "S\n\nown"),
         turn("user", "q1"), turn("assistant", "a1"), turn("user", "q2"), turn("assistant", "a2"),
         turn("user", "hello"),
     ]  # fmt: skip
-    assert asked == [turn("system", "own"), turn("user", "hello")]  # as it was
+    assert requests == [turn("system", "own"), turn("user", "hello")]  # as it was
     with pytest.raises(UserError, match=r"baselines.asked: shots is 2, but there are 1 examples"):
-        compared.conversation(asked, shots[:1])
+        compared.conversation(requests, shots[:1])
     with_more = replace(compared, fallback=tuple(shots[1:]))
-    assert [m["content"] for m in with_more.conversation(asked, shots[:1])][1:5] == ["q2", "a2", "q3", "a3"]
-    assert [m["content"] for m in with_more.conversation(asked, shots)][1:5] == ["q1", "a1", "q2", "a2"]
+    assert [m["content"] for m in with_more.conversation(requests, shots[:1])][1:5] == ["q2", "a2", "q3", "a3"]
+    assert [m["content"] for m in with_more.conversation(requests, shots)][1:5] == ["q1", "a1", "q2", "a2"]
 
 
 def test_examples_stand_behind_the_conversations_own_system_message(tmp_path):
@@ -109,18 +109,18 @@ def test_what_is_refused(block, words):
 
 def test_best_of_n_samples_n_times_and_never_greedily(tmp_path):
     compared = systems(tmp_path, best={"of": "sft", "best_of": 4, "temperature": 0.7})["best"]
-    asked = compared.sampling(Sampling(8, 0.0, n=2, seed=5))
-    assert (asked.n, asked.temperature, asked.max_tokens, asked.seed) == (8, 0.7, 8, 5)
+    sampling = compared.sampling(Sampling(8, 0.0, n=2, seed=5))
+    assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.seed) == (8, 0.7, 8, 5)
     assert compared.sampling(Sampling(8, 0.3)).temperature == 0.3
 
 
 def test_sampled_again_changes_seeds_and_nothing_else(tmp_path):
     compared = systems(tmp_path, again={"of": "sft", "sample_seed": 1}, third={"of": "sft", "sample_seed": 2})
-    asked = Sampling(8, 0.9, n=3, seed=5, seeds=(4, 4))
-    again, third = (compared[name].sampling(asked) for name in ("again", "third"))
+    sampling = Sampling(8, 0.9, n=3, seed=5, seeds=(4, 4))
+    again, third = (compared[name].sampling(sampling) for name in ("again", "third"))
     assert (again.n, again.temperature, again.max_tokens) == (3, 0.9, 8)
-    assert len({asked.seed, again.seed, third.seed}) == 3
-    assert again.request_seed(0, 0) != asked.request_seed(0, 0)
+    assert len({sampling.seed, again.seed, third.seed}) == 3
+    assert again.request_seed(0, 0) != sampling.request_seed(0, 0)
     assert compared["again"].info.role == "again" and compared["again"].is_plain
 
 
@@ -148,7 +148,7 @@ def test_the_best_of_each_group_is_kept():
     answers = [[sample("1"), sample("3", earlier), sample("2"), sample("0")], [sample(str(i)) for i in (5, 5, 4, 6)]]
     bench = Likes()
     best = select_best(answers, 2, bench)
-    assert [[one[-1].response.text for one in samples] for samples in best] == [["3", "2"], ["5", "6"]]
+    assert [[entry[-1].response.text for entry in samples] for samples in best] == [["3", "2"], ["5", "6"]]
     assert best[0][0][0].response.text == "9"  # the whole conversation
     assert best[1][0] is answers[1][0]  # the first of equal ones
     assert bench.asked[0][2] == [True, True, True, False, True, True, True, True]  # cut-off answers are told

@@ -23,10 +23,10 @@ IDS = torch.tensor([[1, 40, 41, 42, 2, 1, 50, 60, 70, 80]])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        values |= load_file(file)
+    return values
 
 
 @torch.no_grad()
@@ -174,19 +174,19 @@ def only_pickles(folder: Path) -> None:
 
 
 def spoilt(folder: Path) -> None:
-    found = load_file(folder / "model.safetensors")
-    found["model.norm.weight"][0] = float("nan")
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def lacking(folder: Path) -> None:
-    found = load_file(folder / "model.safetensors")
-    del found["model.norm.weight"]
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (only_pickles, r"only pickled weights \(pytorch_model\.bin\), which run code when opened"),
         (lambda folder: change(folder / "config.json", quantization_config={"bits": 4}), "weights are quantized"),
@@ -200,11 +200,11 @@ def lacking(folder: Path) -> None:
     ids=["pickles", "quantized", "code", "unknown", "config", "nan", "lacking", "template"],
 )
 def test_a_checkpoint_that_is_unsafe_or_damaged_is_refused(
-    harm: Callable[[Path], Any], said: str, tiny_model: Path, tmp_path: Path
+    harm: Callable[[Path], Any], message: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = copy(tiny_model, tmp_path / "model")
     harm(folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export(Source(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -214,21 +214,21 @@ def pickled_adapter(folder: Path) -> None:
 
 
 def half_an_adapter(folder: Path) -> None:
-    found = load_file(folder / "adapter_model.safetensors")
-    kept = {name: tensor for name, tensor in found.items() if "layers.1" not in name}
-    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    remaining = {name: tensor for name, tensor in tensors.items() if "layers.1" not in name}
+    save_file(remaining, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def adapter_of_more(folder: Path) -> None:
-    found = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / "adapter_model.safetensors")
     more = {
-        name.replace("layers.1", "layers.2"): tensor.clone() for name, tensor in found.items() if "layers.1" in name
+        name.replace("layers.1", "layers.2"): tensor.clone() for name, tensor in tensors.items() if "layers.1" in name
     }
-    save_file(found | more, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | more, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (pickled_adapter, r"only pickled weights, which run code when opened"),
         (half_an_adapter, "Found missing adapter keys"),
@@ -239,11 +239,11 @@ def adapter_of_more(folder: Path) -> None:
     ids=["pickles", "half", "more", "rank", "modules"],
 )
 def test_an_adapter_that_is_unsafe_or_does_not_fit_is_refused(
-    harm: Callable[[Path], Any], said: str, trained: Path, tiny_model: Path, tmp_path: Path
+    harm: Callable[[Path], Any], message: str, trained: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     adapter = copy(trained / "adapter", tmp_path / "adapter")
     harm(adapter)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export(Source(tiny_model, adapter), tmp_path / "out")
 
 

@@ -86,16 +86,17 @@ def test_results_in_the_metadata_are_the_scorecards_with_n_and_interval(tmp_path
     facts = Facts("me-ppo", POLICY, CHECKED, lineage(tmp_path), **scored(tmp_path, card))
     write_model_card(tmp_path, facts)
     results = {
-        one.metric_name.split(" (n ")[0]: one for one in ModelCard.load(tmp_path / "README.md").data.eval_results
+        eval_result.metric_name.split(" (n ")[0]: eval_result
+        for eval_result in ModelCard.load(tmp_path / "README.md").data.eval_results
     }
     assert len(results) == len(card["estimates"]["ppo"])
-    found, estimate = results["Prompt, strict"], card["estimates"]["ppo"]["ifeval.prompt_strict"]
-    assert found.metric_value == pytest.approx(estimate["value"], rel=1e-5)
-    assert found.metric_name == (
+    actual, estimate = results["Prompt, strict"], card["estimates"]["ppo"]["ifeval.prompt_strict"]
+    assert actual.metric_value == pytest.approx(estimate["value"], rel=1e-5)
+    assert actual.metric_name == (
         f"Prompt, strict (n 40, 95 % interval {estimate['low']:.3f} to {estimate['high']:.3f})"
     )
-    assert found.metric_args["n"] == 40 and found.metric_args["low"] == pytest.approx(estimate["low"], rel=1e-5)
-    assert (found.dataset_type, found.dataset_revision, found.dataset_name) == ("google/IFEval", "d" * 40, "IFEval")
+    assert actual.metric_args["n"] == 40 and actual.metric_args["low"] == pytest.approx(estimate["low"], rel=1e-5)
+    assert (actual.dataset_type, actual.dataset_revision, actual.dataset_name) == ("google/IFEval", "d" * 40, "IFEval")
     assert results["Gold score"].dataset_type == "prompts" and results["Judge's score"].dataset_type == "mt"
 
 
@@ -106,8 +107,8 @@ def test_the_table_has_every_metric_beside_its_rivals(tmp_path: Path) -> None:
     assert head.endswith("| **ppo** | sft | model | prompted | best8 | change from sft |")
     (line,) = [line for line in text.splitlines() if "| Prompt, strict |" in line]
     difference = next(
-        one for one in card["differences"]
-        if (one["policy"], one["against"], one["metric"]) == ("ppo", "sft", "ifeval.prompt_strict")
+        entry for entry in card["differences"]
+        if (entry["policy"], entry["against"], entry["metric"]) == ("ppo", "sft", "ifeval.prompt_strict")
     )  # fmt: skip
     for name in ("ppo", "sft", "model", "prompted", "best8"):
         estimate = card["estimates"][name]["ifeval.prompt_strict"]
@@ -270,7 +271,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         assert needle not in outside.replace("\\" + needle[0], "").replace("\\`", ""), needle
     assert "\n# not a heading" not in text and text.count("\n# ") == 1
     raw = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert not [one for one in raw if one in "\x00\x1b\u202e"]
+    assert not [entry for entry in raw if entry in "\x00\x1b\u202e"]
 
 
 def test_the_card_is_the_same_each_time(tmp_path: Path) -> None:

@@ -45,9 +45,9 @@ def written(source: Source, out: Path, dtype: str | None = None) -> Path:
 
 
 def alter(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    found = load_file(folder / "model.safetensors")
-    found[name] = change(found[name]).contiguous()
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def adapter(folder: Path, model: Any, tokenizer: Any) -> Path:
@@ -63,24 +63,29 @@ def adapter(folder: Path, model: Any, tokenizer: Any) -> Path:
 
 
 def test_the_same_weights_give_the_same_tokens(tiny_model: Path, tmp_path: Path, no_vllm: None) -> None:
-    found = compared(Source(tiny_model), written(Source(tiny_model), tmp_path / "out"))
-    assert (found.what, found.prompts, found.ties, found.rounding) == ("tokens", len(QUESTIONS), 0, None)
-    assert found.compared >= 32 * found.prompts and found.largest_gap == 0
-    assert found.engines == [f"transformers {__import__('transformers').__version__}"]
-    assert found.unchecked == "vLLM is not installed"
+    comparison = compared(Source(tiny_model), written(Source(tiny_model), tmp_path / "out"))
+    assert (comparison.what, comparison.prompts, comparison.ties, comparison.rounding) == (
+        "tokens",
+        len(QUESTIONS),
+        0,
+        None,
+    )
+    assert comparison.compared >= 32 * comparison.prompts and comparison.largest_gap == 0
+    assert comparison.engines == [f"transformers {__import__('transformers').__version__}"]
+    assert comparison.unchecked == "vLLM is not installed"
 
 
 def test_an_adapter_s_merged_weights_answer_as_the_adapter_does(
     tiny_model: Path, tmp_path: Path, no_vllm: None
 ) -> None:
     source = Source(tiny_model, adapter(tmp_path, load_policy(tiny_model), load_tokenizer(tiny_model)))
-    found = compared(source, written(source, tmp_path / "out"))
-    assert 0 < found.largest_gap < 1e-4 and found.compared >= 32 * found.prompts
+    comparison = compared(source, written(source, tmp_path / "out"))
+    assert 0 < comparison.largest_gap < 1e-4 and comparison.compared >= 32 * comparison.prompts
 
 
 def test_rounded_weights_are_compared_with_rounded_ones(tiny_model: Path, tmp_path: Path, no_vllm: None) -> None:
-    found = compared(Source(tiny_model), written(Source(tiny_model), tmp_path / "out", "bfloat16"), "bfloat16")
-    assert found.largest_gap == 0 and found.rounding is not None and found.rounding > 0
+    comparison = compared(Source(tiny_model), written(Source(tiny_model), tmp_path / "out", "bfloat16"), "bfloat16")
+    assert comparison.largest_gap == 0 and comparison.rounding is not None and comparison.rounding > 0
     with pytest.raises(StageFailed, match="answers otherwise"):  # as if nothing had been rounded
         compared(Source(tiny_model), tmp_path / "out", "float32")
 
@@ -88,8 +93,8 @@ def test_rounded_weights_are_compared_with_rounded_ones(tiny_model: Path, tmp_pa
 def test_reward_models_are_compared_by_score(
     tiny_model: Path, tiny_reward: Path, tmp_path: Path, no_vllm: None
 ) -> None:
-    found = compared(Source(tiny_reward), written(Source(tiny_reward), tmp_path / "out"))
-    assert (found.what, found.compared, found.largest_gap) == ("scores", len(QUESTIONS), 0)
+    comparison = compared(Source(tiny_reward), written(Source(tiny_reward), tmp_path / "out"))
+    assert (comparison.what, comparison.compared, comparison.largest_gap) == ("scores", len(QUESTIONS), 0)
     source = Source(tiny_model, adapter(tmp_path / "lora", new_reward(tiny_model), load_tokenizer(tiny_model)))
     for dtype in ("float32", "bfloat16"):
         compared(source, written(source, tmp_path / dtype, dtype), dtype)
@@ -168,13 +173,17 @@ def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tokens_of_equal_probability_part_by_chance(tiny_model: Path, with_vllm: None) -> None:
     engines = Engines(place=40, apart=TIE / 2, gap=1e-6)
-    found = compared(Source(tiny_model), tiny_model, run=engines)
-    assert found.ties == 1 and found.compared == 8 * MAX_TOKENS - 8 and found.engines == ["transformers 5", "vllm 5"]
-    assert found.largest_gap == pytest.approx(1e-6, rel=1e-3) and found.unchecked is None
-    asked = engines.asked[-1]
-    assert asked.want == "logprobs" and asked.folder == str(tiny_model)
-    assert asked.responses == [[10 + 40 % 7], [99]]
-    assert asked.rows[0] == asked.rows[1] == [*engines.asked[0].rows[0], *(10 + place % 7 for place in range(40))]
+    comparison = compared(Source(tiny_model), tiny_model, run=engines)
+    assert (
+        comparison.ties == 1
+        and comparison.compared == 8 * MAX_TOKENS - 8
+        and comparison.engines == ["transformers 5", "vllm 5"]
+    )
+    assert comparison.largest_gap == pytest.approx(1e-6, rel=1e-3) and comparison.unchecked is None
+    request = engines.asked[-1]
+    assert request.want == "logprobs" and request.folder == str(tiny_model)
+    assert request.responses == [[10 + 40 % 7], [99]]
+    assert request.rows[0] == request.rows[1] == [*engines.asked[0].rows[0], *(10 + place % 7 for place in range(40))]
 
 
 def test_tokens_that_are_no_tie_are_a_difference_of_vllm(tiny_model: Path, with_vllm: None) -> None:
@@ -202,15 +211,15 @@ def test_ties_alone_prove_nothing(tiny_model: Path, with_vllm: None) -> None:
 
     def flat(job: Job, scratch: Path) -> JobResult:
         done = Engines(place=None, apart=0.0)(job, scratch)
-        return done if job.engine != "vllm" else replace(done, tokens=[[99, *one[1:]] for one in done.tokens])
+        return done if job.engine != "vllm" else replace(done, tokens=[[99, *token[1:]] for token in done.tokens])
 
     with pytest.raises(StageFailed, match="in 8 of 8 answers, first in answer 1 at position 1"):
         compared(Source(tiny_model), tiny_model, run=flat)
 
 
 def test_a_vllm_that_does_not_import_is_said(tiny_model: Path, with_vllm: None) -> None:
-    found = compared(Source(tiny_model), tiny_model, run=Engines(None, 0.0, unusable="vLLM does not import (x)"))
-    assert found.unchecked == "vLLM does not import (x)" and found.engines == ["transformers 5"]
+    comparison = compared(Source(tiny_model), tiny_model, run=Engines(None, 0.0, unusable="vLLM does not import (x)"))
+    assert comparison.unchecked == "vLLM does not import (x)" and comparison.engines == ["transformers 5"]
 
 
 def test_a_process_that_fails_is_quoted_by_its_last_line(tmp_path: Path) -> None:

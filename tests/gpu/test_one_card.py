@@ -40,14 +40,14 @@ def test_a_card_learns_what_a_processor_learns(kind: str, device: str, tiny_mode
 
 @pytest.mark.parametrize("critic", ["reward", "head"])
 def test_ppo_updates_and_its_two_models_agree(critic: str, device: str, tiny_model: Path, tmp_path: Path) -> None:
-    found = run(tmp_path, "ppo", device, tiny_model, critic=critic)  # its own parity probe stops it where they do not
-    assert found["updates"] == 2 and found["parity_gap_last"] < 0.1
+    result = run(tmp_path, "ppo", device, tiny_model, critic=critic)  # its own parity probe stops it where they do not
+    assert result["updates"] == 2 and result["parity_gap_last"] < 0.1
 
 
 def test_four_bits_train(device: str, tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    found = run(tmp_path, "sft", device, tiny_model, tuning={"method": "qlora", "rank": 4}, learning_rate=1e-2)
-    assert found["loss_last"] < found["loss_first"]
+    result = run(tmp_path, "sft", device, tiny_model, tuning={"method": "qlora", "rank": 4}, learning_rate=1e-2)
+    assert result["loss_last"] < result["loss_first"]
 
 
 def test_ragged_attention_is_torch_s_own(device: str) -> None:
@@ -56,13 +56,13 @@ def test_ragged_attention_is_torch_s_own(device: str) -> None:
     torch.manual_seed(0)
     lengths = [700, 30, 600]  # beyond and below what a processor does by plain products
     q, k, v = (torch.randn(1, heads, sum(lengths), 32, device=device) for heads in (4, 2, 2))
-    found = ragged_attention(torch.nn.Identity(), q, k, v, None, layout=to_device(make_layout(lengths), device))[0]
+    actual = ragged_attention(torch.nn.Identity(), q, k, v, None, layout=to_device(make_layout(lengths), device))[0]
     start = 0
     for length in lengths:
         part = slice(start, start + length)
         wide = [tensor[:, :, part].repeat_interleave(4 // tensor.shape[1], dim=1) for tensor in (q, k, v)]
         plain = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True).transpose(1, 2)
-        assert torch.allclose(found[:, part], plain, atol=2e-3)
+        assert torch.allclose(actual[:, part], plain, atol=2e-3)
         start = part.stop
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 @pytest.fixture
 def fake() -> Iterator[FakeServer]:
     """A healthy server until a test says otherwise."""
-    one = FakeServer()
-    yield one
-    one.stop()
+    server = FakeServer()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ class Counter:
     def answer(self, requests: list[Request], sink: AnswerSink) -> None:
         for start in range(0, len(requests), self.group):
             some = requests[start : start + self.group]
-            self.asked += [one.sample for one in some]
-            sink.record([(one, self._answer(one)) for one in some])
+            self.asked += [entry.sample for entry in some]
+            sink.record([(entry, self._answer(entry)) for entry in some])
 
     def _answer(self, request: Request) -> Answer:
         if request.sample in self.fails:
@@ -39,8 +39,8 @@ class Counter:
 
 
 def _requests(count: int) -> list[Request]:
-    one = Request({"checkpoint": "counter"}, [{"role": "user", "content": "Hi"}], max_tokens=8)
-    return [replace(one, sample=sample) for sample in range(count)]
+    request = Request({"checkpoint": "counter"}, [{"role": "user", "content": "Hi"}], max_tokens=8)
+    return [replace(request, sample=sample) for sample in range(count)]
 
 
 def test_usage_counts_each_answer_once_and_failures_apart(tmp_path: Path) -> None:
@@ -49,15 +49,15 @@ def test_usage_counts_each_answer_once_and_failures_apart(tmp_path: Path) -> Non
     answers = client.ask(backend, [*requests, requests[0]])
     assert [answer.error for answer in answers] == ["", "", "it is too long", "", ""]
     client.ask(backend, requests[:2])
-    found = client.usage_json()["model"]
-    assert found == {
+    actual = client.usage_json()["model"]
+    assert actual == {
         "requests": 3, "prompt_tokens": 30, "completion_tokens": 6, "copied": 0, "copied_prompt_tokens": 0,
         "copied_completion_tokens": 0, "uncounted": 0, "failed": 1,
     }  # fmt: skip
     assert backend.asked == [0, 1, 2, 3]
     client.ask(backend, requests)
     assert backend.asked == [0, 1, 2, 3, 2], "what failed is not kept, and so asked again"
-    assert client.usage_json()["model"] == found
+    assert client.usage_json()["model"] == actual
 
 
 def test_a_shared_cache_is_copied_from_and_filled_and_a_resumed_stage_counts_alike(tmp_path: Path) -> None:
@@ -89,11 +89,11 @@ def test_a_backend_that_leaves_one_out_is_caught(tmp_path: Path) -> None:
 
 
 def test_progress_counts_up_to_what_is_expected(tmp_path: Path) -> None:
-    seen: list[tuple[int, int, int]] = []
-    client = CachedClient(RequestCache(tmp_path), on_progress=lambda *now: seen.append(now), expected=6)
+    calls: list[tuple[int, int, int]] = []
+    client = CachedClient(RequestCache(tmp_path), on_progress=lambda *now: calls.append(now), expected=6)
     client.ask(Counter(group=2), _requests(4))
     client.ask(Counter(), _requests(8)[4:])
-    assert seen == [(2, 6, 0), (4, 6, 0), (4, 6, 8), (5, 8, 8), (6, 8, 8), (7, 8, 8), (8, 8, 8), (8, 8, 16)]
+    assert calls == [(2, 6, 0), (4, 6, 0), (4, 6, 8), (5, 8, 8), (6, 8, 8), (7, 8, 8), (8, 8, 8), (8, 8, 16)]
 
 
 def test_bounds_and_prices_by_hand() -> None:
@@ -136,7 +136,7 @@ def _paid(fake: FakeChat, folder: Path, max_cost: float, **settings: object) -> 
 
 
 def _paid_requests(endpoint: Endpoint) -> list[Request]:
-    return [replace(one, model=endpoint.identity) for one in _requests(20)]
+    return [replace(request, model=endpoint.identity) for request in _requests(20)]
 
 
 def test_max_cost_is_never_exceeded_and_raising_it_goes_on(fake: FakeChat, tmp_path: Path) -> None:

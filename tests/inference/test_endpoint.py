@@ -59,7 +59,9 @@ def test_each_request_goes_once_with_its_own_seed_and_answers_keep_their_order(f
     endpoint = _endpoint(fake, extra={"top_k": 5})
     requests = _requests(endpoint, 12)
     answers = CachedClient(RequestCache(tmp_path)).ask(endpoint, [*requests, requests[3]])
-    assert [answer.text for answer in answers[:12]] == [f"q{n} / {one.own_seed}" for n, one in enumerate(requests)]
+    assert [answer.text for answer in answers[:12]] == [
+        f"q{n} / {request.own_seed}" for n, request in enumerate(requests)
+    ]
     assert answers[12] == answers[3]
     assert sorted(fake.prompts()) == sorted(f"q{n}" for n in range(12))
     assert fake.most_under_way == 4
@@ -240,8 +242,8 @@ def test_a_list_of_models_that_nests_or_grows_without_end(fake: FakeChat, tmp_pa
     fake.reply = lambda body: (404, {"error": "no such model"})
     for content in (b"[" * 200_000, b" " * (endpoint_client.MAX_MODELS_BYTES + 2)):
 
-        def send(self: Any, status: int, said: Any, headers: dict[str, str], content: bytes = content) -> None:
-            real(self, status, content if status == 200 else said, headers)
+        def send(self: Any, status: int, message: Any, headers: dict[str, str], content: bytes = content) -> None:
+            real(self, status, content if status == 200 else message, headers)
 
         fake.http.RequestHandlerClass._send = send  # type: ignore[attr-defined]
         try:
@@ -255,9 +257,9 @@ def test_what_a_server_says_is_shown_without_what_a_terminal_obeys(fake: FakeCha
     fake.reply = lambda body: (400, {"error": {"message": "\u202edrow \u200bhttps://me:geheim@proxy:1 \x1b[2J"}})
     with pytest.raises(UserError) as caught:
         _ask(_endpoint(fake), tmp_path)
-    said = str(caught.value)
-    assert "\\u202edrow \\u200bhttps://***@proxy:1" in said
-    assert "geheim" not in said and "\x1b" not in said
+    message = str(caught.value)
+    assert "\\u202edrow \\u200bhttps://***@proxy:1" in message
+    assert "geheim" not in message and "\x1b" not in message
 
 
 def test_counts_that_no_answer_has_are_not_believed() -> None:
@@ -371,10 +373,10 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], text: str) -> Non
 
 
 def test_identity_is_what_decides_the_answer() -> None:
-    one = EndpointConfig(url="https://api.example.com/v1/", model="m")
-    assert one.identity() == {"endpoint": "https://api.example.com/v1", "model": "m"}
-    other = one.model_copy(update={"timeout": 3, "retries": 0, "price_input": 1.0, "price_output": 2.0})
-    assert other.identity() == one.identity()
+    first = EndpointConfig(url="https://api.example.com/v1/", model="m")
+    assert first.identity() == {"endpoint": "https://api.example.com/v1", "model": "m"}
+    second = first.model_copy(update={"timeout": 3, "retries": 0, "price_input": 1.0, "price_output": 2.0})
+    assert second.identity() == first.identity()
     moved = [EndpointConfig(url=f"http://127.0.0.1:{port}/v1", model="m", name="ours") for port in (8000, 8001)]
     assert moved[0].identity() == moved[1].identity()
-    assert EndpointConfig(url=one.url, model="m", extra={"top_k": 2}).identity() != one.identity()
+    assert EndpointConfig(url=first.url, model="m", extra={"top_k": 2}).identity() != first.identity()

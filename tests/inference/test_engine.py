@@ -14,18 +14,20 @@ from align.inference.engine import engine_dtype, open_engine
 from align.inference.weights import checkpoint_weights, weight_names
 
 
-def _open(model_dir: Path, name: str, said: list[str]) -> str:
+def _open(model_dir: Path, name: str, messages: list[str]) -> str:
     runtime = Runtime(engine=EngineConfig(name=name))
-    return open_engine(model_dir, runtime, precision="float32", max_length=64, seed=0, warn=said.append).name
+    return open_engine(model_dir, runtime, precision="float32", max_length=64, seed=0, warn=messages.append).name
 
 
 def test_auto_falls_back_and_says_so(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     monkeypatch.setattr(vllm, "why_unusable", lambda: "vLLM does not import (ImportError: no _C)")
-    assert _open(tiny_model, "auto", said) == "transformers"
-    assert said == ["vLLM does not import (ImportError: no _C); sampling with transformers instead, which is slower"]
+    assert _open(tiny_model, "auto", messages) == "transformers"
+    assert messages == [
+        "vLLM does not import (ImportError: no _C); sampling with transformers instead, which is slower"
+    ]
     with pytest.raises(UserError, match=r"runtime\.engine\.name is vllm, but vLLM does not import"):
-        _open(tiny_model, "vllm", said)
+        _open(tiny_model, "vllm", messages)
 
 
 def test_transformers_by_name_does_not_even_look_at_vllm(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

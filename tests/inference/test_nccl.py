@@ -37,9 +37,9 @@ def test_a_trainer_without_cuda_is_refused(tiny_model: Path, fake: FakeServer) -
 
 @pytest.mark.parametrize("offered", [None, {"backend": "ipc"}])
 def test_a_server_that_was_not_started_for_it_is_refused(tiny_model: Path, fake: FakeServer, offered: Any) -> None:
-    found = info()
-    found["vllm_config"]["weight_transfer_config"] = offered
-    fake.answers["/server_info"] = lambda body: found
+    actual = info()
+    actual["vllm_config"]["weight_transfer_config"] = offered
+    fake.answers["/server_info"] = lambda body: actual
     with pytest.raises(UserError, match="has no weight transfer over NCCL") as caught:
         open_at(tiny_model, fake.address, weights="nccl")
     assert """--weight-transfer-config '{"backend": "nccl"}'""" in str(caught.value)

@@ -24,9 +24,9 @@ def test_equal_weights_pass_and_the_trainer_is_left_alone(engine: TransformersEn
     model = load_policy(tiny_model).train()
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    found = probe(engine, model, PROMPTS, temperature=0.8)
-    assert found.mean_gap < 1e-5
-    assert found.tolerance == 1e-3
+    state = probe(engine, model, PROMPTS, temperature=0.8)
+    assert state.mean_gap < 1e-5
+    assert state.tolerance == 1e-3
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -44,10 +44,10 @@ def test_one_changed_tensor_is_found(engine: TransformersEngine, tiny_model: Pat
 
 
 def test_wrong_temperature_is_found(engine: TransformersEngine, tiny_model: Path) -> None:
-    drawn = engine.generate
+    draws = engine.generate
 
     def hot(prompts, sampling, on_progress=None):  # type: ignore[no-untyped-def]
-        return drawn(prompts, type(sampling)(**{**sampling.__dict__, "temperature": 1.0}), on_progress)
+        return draws(prompts, type(sampling)(**{**sampling.__dict__, "temperature": 1.0}), on_progress)
 
     engine.generate = hot  # type: ignore[method-assign]
     with pytest.raises(ParityError, match="another temperature"):

@@ -29,23 +29,23 @@ def fakes() -> Iterator[list[FakeServer]]:
     """Two healthy servers until a test says otherwise."""
     two = [FakeServer(), FakeServer()]
     yield two
-    for one in two:
-        one.stop()
+    for entry in two:
+        entry.stop()
 
 
 @pytest.fixture
-def said() -> list[str]:
+def warnings() -> list[str]:
     """What the pool warned of."""
     return []
 
 
 @pytest.fixture
-def opened(fakes: list[FakeServer], tiny_model: Path, said: list[str]) -> Iterator[Opened]:
+def opened(fakes: list[FakeServer], tiny_model: Path, warnings: list[str]) -> Iterator[Opened]:
     """Opens a pool at ``fakes``, which then have forgotten the calls that opened it."""
     pools: list[PoolEngine] = []
 
     def open_pool(**settings: Any) -> PoolEngine:
-        pool = PoolEngine(served_at(tiny_model, [fake.address for fake in fakes], **settings), said.append)
+        pool = PoolEngine(served_at(tiny_model, [fake.address for fake in fakes], **settings), warnings.append)
         pools.append(pool)
         for fake in fakes:
             fake.calls.clear()
@@ -72,18 +72,18 @@ def expected(sampling: Sampling, prompts: list[list[int]] = PROMPTS) -> list[lis
     ]  # fmt: skip
 
 
-def tokens(drawn: Any) -> list[list[list[int]]]:
-    return [[one.token_ids for one in some] for some in drawn]
+def tokens(draws: Any) -> list[list[list[int]]]:
+    return [[entry.token_ids for entry in some] for some in draws]
 
 
 # ---- who is asked what ----
 
 
 def test_answers_are_those_of_one_server_and_both_work(fakes: list[FakeServer], opened: Opened) -> None:
-    pool, sampling, seen = opened(), Sampling(5, n=2, seed=3), []
-    drawn = pool.generate(PROMPTS, sampling, lambda done, total: seen.append((done, total)))
-    assert tokens(drawn) == expected(sampling)
-    assert seen == [(done, 24) for done in range(1, 25)]
+    pool, sampling, observations = opened(), Sampling(5, n=2, seed=3), []
+    responses = pool.generate(PROMPTS, sampling, lambda done, total: observations.append((done, total)))
+    assert tokens(responses) == expected(sampling)
+    assert observations == [(done, 24) for done in range(1, 25)]
     assert [len(asked(fake)) for fake in fakes] > [0, 0]
     prompts = [{tuple(body["prompt"]) for body in asked(fake)} for fake in fakes]
     assert not prompts[0] & prompts[1]  # all samples of a prompt at one server, for its cached prefix
@@ -160,7 +160,7 @@ def test_a_missing_weight_reaches_no_server(fakes: list[FakeServer], opened: Ope
 
 
 def test_a_folder_that_none_can_read_is_an_error_at_once(
-    fakes: list[FakeServer], opened: Opened, tiny_model: Path, said: list[str]
+    fakes: list[FakeServer], opened: Opened, tiny_model: Path, warnings: list[str]
 ) -> None:
     pool = opened()
     for fake in fakes:
@@ -169,11 +169,11 @@ def test_a_folder_that_none_can_read_is_an_error_at_once(
         )
     with soon(), pytest.raises(BadReply, match=r"can it, under this very path\? runtime\.rollouts\.weights_folder"):
         pool.load_weights(checkpoint_weights(tiny_model))
-    assert said == []
+    assert warnings == []
 
 
 def test_a_server_lost_while_weights_come_samples_no_more_before_it_has_them(
-    fakes: list[FakeServer], opened: Opened, tiny_model: Path, said: list[str]
+    fakes: list[FakeServer], opened: Opened, tiny_model: Path, warnings: list[str]
 ) -> None:
     pool, sampling = opened(), Sampling(4)
     fakes[1].answers["/collective_rpc"] = fakes[1].drop
@@ -181,7 +181,7 @@ def test_a_server_lost_while_weights_come_samples_no_more_before_it_has_them(
     pool.load_weights(checkpoint_weights(tiny_model))
     assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
     assert asked(fakes[1]) == []
-    assert "Server 2 of 2 is lost, for the first time: it is asked again until it answers." in said[0]
+    assert "Server 2 of 2 is lost, for the first time: it is asked again until it answers." in warnings[0]
     fakes[1].calls.clear()
     fakes[1].answers |= {"/collective_rpc": fakes[1].rpc, "/server_info": lambda body: info()}
     wait_for(lambda: pool.members[1].ready)
@@ -246,19 +246,19 @@ def test_another_run_at_the_same_server_is_noticed(fakes: list[FakeServer], open
 
 
 def test_a_server_that_was_started_anew_between_rounds_is_given_weights_first(
-    fakes: list[FakeServer], opened: Opened, said: list[str]
+    fakes: list[FakeServer], opened: Opened, warnings: list[str]
 ) -> None:
     pool, sampling = opened(), Sampling(4)
     fakes[1].holding = {"version": None, "digest": None, "loads": 0, "content": "the checkpoint's"}
     assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
     wait_for(lambda: pool.members[1].ready)
-    assert "it was restarted" in said[0]
+    assert "it was restarted" in warnings[0]
     assert fakes[1].holding["version"] == pool.folder.name_of(1)
     assert returns(pool) == 1
 
 
 def test_a_server_that_was_started_anew_before_an_update_is_given_weights(
-    fakes: list[FakeServer], opened: Opened, tiny_model: Path, said: list[str]
+    fakes: list[FakeServer], opened: Opened, tiny_model: Path, warnings: list[str]
 ) -> None:
     """Nothing was sampled since the last comparison, so nothing is spoiled."""
     pool = opened()
@@ -266,7 +266,7 @@ def test_a_server_that_was_started_anew_before_an_update_is_given_weights(
     fakes[1].holding = {"version": None, "digest": None, "loads": 0, "content": "the checkpoint's"}
     pool.load_weights(checkpoint_weights(tiny_model))
     wait_for(lambda: pool.members[1].ready)
-    assert "it was restarted" in said[0]
+    assert "it was restarted" in warnings[0]
     assert fakes[1].holding["version"] == fakes[0].holding["version"] == pool.folder.name_of(2)
 
 
@@ -298,7 +298,7 @@ def dies(fake: FakeServer) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "label"),
     [
         (hangs, "did not answer /v1/completions within 1 s"),
         (trickles, "did not answer /v1/completions within 1 s"),
@@ -308,20 +308,20 @@ def dies(fake: FakeServer) -> Callable[[Any], Any]:
     ],
 )
 def test_another_answers_for_a_server_that_does_not(
-    fakes: list[FakeServer], opened: Opened, said: list[str], fault: Callable[[FakeServer], Any], what: str
+    fakes: list[FakeServer], opened: Opened, warnings: list[str], fault: Callable[[FakeServer], Any], label: str
 ) -> None:
     pool, sampling = opened(restarts=0, timeout=1), Sampling(8, n=2)
     fakes[0].answers[COMPLETIONS] = fault(fakes[0])
     with soon(20):
         assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
-    assert len(said) == 1 and what in said[0] and fakes[0].address in said[0]
-    assert "Server 1 of 2 is lost, for the first time: it is given up." in said[0]
+    assert len(warnings) == 1 and label in warnings[0] and fakes[0].address in warnings[0]
+    assert "Server 1 of 2 is lost, for the first time: it is given up." in warnings[0]
     before = len(asked(fakes[0]))
     assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
     assert len(asked(fakes[0])) == before
 
 
-def test_one_bad_answer_is_no_loss(fakes: list[FakeServer], opened: Opened, said: list[str]) -> None:
+def test_one_bad_answer_is_no_loss(fakes: list[FakeServer], opened: Opened, warnings: list[str]) -> None:
     pool, sampling, wrong = opened(), Sampling(4), []
 
     def once(body: Any) -> Any:
@@ -330,7 +330,7 @@ def test_one_bad_answer_is_no_loss(fakes: list[FakeServer], opened: Opened, said
 
     fakes[0].answers[COMPLETIONS] = once
     assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
-    assert said == []
+    assert warnings == []
     assert wrong[0] in asked(fakes[1])  # somebody else was asked
 
 
@@ -359,7 +359,7 @@ def test_all_are_lost(fakes: list[FakeServer], opened: Opened) -> None:
         pool.load_weights(iter(()))
 
 
-def test_a_server_that_comes_back_is_asked_again(fakes: list[FakeServer], opened: Opened, said: list[str]) -> None:
+def test_a_server_that_comes_back_is_asked_again(fakes: list[FakeServer], opened: Opened, warnings: list[str]) -> None:
     """Both are away for a moment: the round waits for them, and ends as if nothing had been."""
     pool, sampling, away = opened(timeout=10), Sampling(4), threading.Event()
 
@@ -376,25 +376,27 @@ def test_a_server_that_comes_back_is_asked_again(fakes: list[FakeServer], opened
     with soon(20):
         assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
     assert returns(pool) >= 1
-    assert {text.splitlines()[-1].partition(",")[0] for text in said} == {
+    assert {text.splitlines()[-1].partition(",")[0] for text in warnings} == {
         "Server 1 of 2 is lost",
         "Server 2 of 2 is lost",
     }
 
 
-def test_one_that_comes_back_as_another_is_given_up(fakes: list[FakeServer], opened: Opened, said: list[str]) -> None:
+def test_one_that_comes_back_as_another_is_given_up(
+    fakes: list[FakeServer], opened: Opened, warnings: list[str]
+) -> None:
     pool, sampling = opened(timeout=2), Sampling(4)
     fakes[0].answers |= {COMPLETIONS: fakes[0].drop, "/server_info": lambda body: info(dtype="torch.bfloat16")}
     assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
     wait_for(lambda: not pool.members[0].coming_back)
-    wait_for(lambda: len(said) == 2)
-    assert "dtype bfloat16 instead of float32" in said[1] and said[1].endswith("it is given up.")
+    wait_for(lambda: len(warnings) == 2)
+    assert "dtype bfloat16 instead of float32" in warnings[1] and warnings[1].endswith("it is given up.")
     assert not pool.members[0].ready
     assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
 
 
 def test_a_silent_server_that_is_not_well_is_not_waited_for(
-    fakes: list[FakeServer], opened: Opened, said: list[str], monkeypatch: pytest.MonkeyPatch
+    fakes: list[FakeServer], opened: Opened, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It answers nothing at all, and the time it may take for an answer is long."""
     monkeypatch.setattr(dispatch, "HEALTH_SECONDS", 0.3)
@@ -402,11 +404,11 @@ def test_a_silent_server_that_is_not_well_is_not_waited_for(
     fakes[0].answers |= {COMPLETIONS: fakes[0].hang, "/health": fakes[0].hang}
     with soon():
         assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
-    assert "did not say that it is well 3 times in a row (TimeoutError)" in said[0]
+    assert "did not say that it is well 3 times in a row (TimeoutError)" in warnings[0]
 
 
 def test_a_silent_server_that_is_well_is_waited_for(
-    fakes: list[FakeServer], opened: Opened, said: list[str], monkeypatch: pytest.MonkeyPatch
+    fakes: list[FakeServer], opened: Opened, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "HEALTH_SECONDS", 0.2)
 
@@ -417,15 +419,15 @@ def test_a_silent_server_that_is_well_is_waited_for(
     fakes[0].answers[COMPLETIONS] = slow
     pool, sampling = opened(batch_size=1), Sampling(4)
     assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
-    assert said == []
+    assert warnings == []
     assert "/health" in [path for path, _ in fakes[0].calls]
 
 
-def test_each_is_asked_apart(fakes: list[FakeServer], opened: Opened, said: list[str]) -> None:
+def test_each_is_asked_apart(fakes: list[FakeServer], opened: Opened, warnings: list[str]) -> None:
     pool = opened(restarts=0)
     assert ask_each(pool, lambda engine: len(engine.generate(PROMPTS[:2], Sampling(4)))) == [2, 2]
     assert [len(asked(fake)) for fake in fakes] == [2, 2]
     fakes[0].answers[COMPLETIONS] = fakes[0].drop
     assert ask_each(pool, lambda engine: len(engine.generate(PROMPTS[:2], Sampling(4)))) == [2]
-    assert "Server 1 of 2 is lost" in said[0]
+    assert "Server 1 of 2 is lost" in warnings[0]
     assert ask_each(pool.members[1].engine, lambda engine: 5) == [5]

@@ -31,13 +31,13 @@ PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
 
 
 @pytest.fixture(scope="module")
-def said() -> list[str]:
+def warnings() -> list[str]:
     """What the pool warned of."""
     return []
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_model: Path, said: list[str]) -> Iterator[PoolEngine]:
+def pool(tiny_model: Path, warnings: list[str]) -> Iterator[PoolEngine]:
     served = ServerSpec.of(
         tiny_model,
         device=torch.device("cpu"),
@@ -47,10 +47,10 @@ def pool(tiny_model: Path, said: list[str]) -> Iterator[PoolEngine]:
         max_length=128,
         seed=7,
     )
-    one = PoolEngine(served, said.append)
-    yield one
-    group = [child for member in one.members for child in children(member)]
-    one.close()
+    engine = PoolEngine(served, warnings.append)
+    yield engine
+    group = [child for member in engine.members for child in children(member)]
+    engine.close()
     assert [process for process in group if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
 
 
@@ -64,7 +64,7 @@ def children(member: Member) -> list[psutil.Process]:
 
 def kill_api(member: Member) -> None:
     leader = member.client.server.process.pid  # type: ignore[union-attr]
-    next(one for one in children(member) if one.ppid() == leader).kill()
+    next(child for child in children(member) if child.ppid() == leader).kill()
 
 
 def trained(folder: Path, size: float) -> Any:
@@ -75,8 +75,8 @@ def trained(folder: Path, size: float) -> Any:
     return model
 
 
-def tokens(drawn: Any) -> list[list[list[int]]]:
-    return [[one.token_ids for one in some] for some in drawn]
+def tokens(draws: Any) -> list[list[list[int]]]:
+    return [[entry.token_ids for entry in some] for some in draws]
 
 
 def expected(model: Any, folder: Path, sampling: Sampling) -> list[list[list[int]]]:
@@ -100,7 +100,7 @@ def test_both_hold_new_weights(pool: PoolEngine) -> None:
 
 
 def test_one_is_killed_while_it_takes_weights(
-    pool: PoolEngine, said: list[str], monkeypatch: pytest.MonkeyPatch
+    pool: PoolEngine, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other goes on alone; the new one holds the same weights before it answers."""
     model, sampling = trained(pool.spec.model_dir, 0.2), Sampling(24, temperature=0.0)
@@ -113,7 +113,7 @@ def test_one_is_killed_while_it_takes_weights(
 
     monkeypatch.setattr(victim.engine, "read_weights", killed)
     pool.load_weights(merged_weights(model))
-    assert "is lost, for the first time: it is restarted." in said[-1]
+    assert "is lost, for the first time: it is restarted." in warnings[-1]
     assert not victim.ready
     wanted = expected(model, pool.spec.model_dir, sampling)
     assert tokens(pool.generate(PROMPTS, sampling)) == wanted
@@ -126,10 +126,10 @@ def test_one_is_killed_while_it_takes_weights(
     assert ask_each(pool, lambda engine: tokens(engine.generate(PROMPTS, sampling))) == [wanted, wanted]
 
 
-def test_one_is_killed_while_it_answers(pool: PoolEngine, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_is_killed_while_it_answers(pool: PoolEngine, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(60, n=4, seed=11)
     undisturbed = tokens(pool.generate(PROMPTS, sampling))
-    victim, before = pool.members[1], len(said)
+    victim, before = pool.members[1], len(warnings)
     done: list[int] = []
 
     def kill(count: int, total: int) -> None:
@@ -138,4 +138,4 @@ def test_one_is_killed_while_it_answers(pool: PoolEngine, said: list[str], monke
         done.append(count)
 
     assert tokens(pool.generate(PROMPTS, sampling, kill)) == undisturbed
-    assert len(said) == before + 1 and "Its process was ended by SIGKILL" in said[-1]
+    assert len(warnings) == before + 1 and "Its process was ended by SIGKILL" in warnings[-1]

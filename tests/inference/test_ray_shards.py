@@ -16,11 +16,11 @@ from align.inference.ray_shards import RayEngine, shard_sampling
 @given(st.integers(0, 2**40), st.integers(1, 30), st.integers(0, 29), st.booleans())
 def test_a_part_has_the_seeds_of_the_whole(seed: int, count: int, first: int, own: bool) -> None:
     first = min(first, count - 1)
-    whole = Sampling(8, n=2, seed=seed, seeds=tuple(range(seed, seed + count)) if own else None)
-    part = shard_sampling(whole, first, count - first)
+    full = Sampling(8, n=2, seed=seed, seeds=tuple(range(seed, seed + count)) if own else None)
+    part = shard_sampling(full, first, count - first)
     for place in range(first, count):
         for sample in range(2):
-            assert part.request_seed(place - first, sample) == whole.request_seed(place, sample)
+            assert part.request_seed(place - first, sample) == full.request_seed(place, sample)
     assert (part.max_tokens, part.temperature, part.n) == (8, 1.0, 2)
 
 
@@ -41,11 +41,11 @@ class Ray:
         return references[:1], references[1:]
 
     def get(self, reference: Any) -> Any:
-        actor, found = reference
+        actor, result = reference
         if actor == "dies" and self.losses:
             self.losses -= 1
             raise Dead("gone")
-        return list(found)
+        return list(result)
 
 
 def engine(losses: int) -> RayEngine:
@@ -56,12 +56,12 @@ def engine(losses: int) -> RayEngine:
 
 def test_shares_are_put_together_in_order_and_repeated_where_an_engine_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_shards.time, "sleep", lambda _: None)
-    told: list[int] = []
+    messages: list[int] = []
     for count in (1, 2, 7, 50):
-        told.clear()
-        found = engine(3)._run_shares(count, lambda actor, first, last: (actor, range(first, last)), told.append)
-        assert found == list(range(count))
-        assert told == sorted(told) and told[-1] == count
-    assert engine(0)._run_shares(0, lambda *_: None, told.append) == []
+        messages.clear()
+        shares = engine(3)._run_shares(count, lambda actor, first, last: (actor, range(first, last)), messages.append)
+        assert shares == list(range(count))
+        assert messages == sorted(messages) and messages[-1] == count
+    assert engine(0)._run_shares(0, lambda *_: None, messages.append) == []
     with pytest.raises(RuntimeError, match="engines on the Ray cluster died 7 times"):
-        engine(99)._run_shares(50, lambda actor, first, last: (actor, range(first, last)), told.append)
+        engine(99)._run_shares(50, lambda actor, first, last: (actor, range(first, last)), messages.append)

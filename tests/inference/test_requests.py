@@ -36,9 +36,9 @@ def test_a_request_is_named_by_all_that_decides_its_answer() -> None:
         replace(ONE, seed=4),
         replace(ONE, sample=1),
     ]
-    assert len({one.key for one in [ONE, *changed]}) == 8
-    assert len({one.own_seed for one in [ONE, *changed]}) == 8
-    assert all(0 <= one.own_seed < 2**31 for one in changed)
+    assert len({entry.key for entry in [ONE, *changed]}) == 8
+    assert len({entry.own_seed for entry in [ONE, *changed]}) == 8
+    assert all(0 <= entry.own_seed < 2**31 for entry in changed)
     # the name is part of the format on disk: a change would orphan every cache
     assert ONE.key == "ce78a1e105e3df460978b723a419d354b01f6d8a36c1e284bbc426d68af9f8b0"
 
@@ -49,12 +49,12 @@ def test_answers_are_found_again(tmp_path: Path) -> None:
     assert cache.get(first.key) is None
     cache.put([(first, Answer("a\n✓", prompt_tokens=3, completion_tokens=2)), (second, Answer("", refused=True))])
     cache.put([(third, Answer("c", finished=False))], copied=True)
-    for one in (cache, RequestCache(tmp_path)):
-        assert len(one) == 3 and third.key in one
-        found = one.get(first.key)
-        assert found is not None and found.answer == Answer("a\n✓", prompt_tokens=3, completion_tokens=2)
-        assert [found.copied, one.get(third.key).copied] == [False, True]  # type: ignore[union-attr]
-        assert [request.sample for request, _ in one.asked()] == [0, 1]
+    for entry in (cache, RequestCache(tmp_path)):
+        assert len(entry) == 3 and third.key in entry
+        actual = entry.get(first.key)
+        assert actual is not None and actual.answer == Answer("a\n✓", prompt_tokens=3, completion_tokens=2)
+        assert [actual.copied, entry.get(third.key).copied] == [False, True]  # type: ignore[union-attr]
+        assert [request.sample for request, _ in entry.asked()] == [0, 1]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 10_000])
@@ -66,7 +66,7 @@ def test_a_half_written_last_line_is_not_there_whatever_its_length(tmp_path: Pat
     path.write_bytes(path.read_bytes()[:-cut])
     again = RequestCache(tmp_path)
     assert again.unreadable == 0
-    assert [one.key in again for one in (first, second, third)] == [True, False, False]
+    assert [entry.key in again for entry in (first, second, third)] == [True, False, False]
     again.put([(second, Answer("anew"))])
     assert RequestCache(tmp_path).get(second.key).answer.text == "anew"  # type: ignore[union-attr]
 
@@ -90,7 +90,7 @@ def test_a_write_that_failed_half_way_does_not_spoil_the_next_one(
         cache.put([(second, Answer("b" * 1000))])
     cache.put([(third, Answer("c"))])
     again = RequestCache(tmp_path)
-    assert [one.key in again for one in (first, second, third)] == [True, False, True]
+    assert [entry.key in again for entry in (first, second, third)] == [True, False, True]
     assert again.unreadable == 0 and cache.get(third.key) == again.get(third.key)
 
 
@@ -149,8 +149,8 @@ def _fill(folder: Path, start: int, together: Any) -> None:
     for sample in range(start, start + 200):
         request, answer = replace(ONE, sample=sample), Answer(f"{sample} " * 300)
         cache.put([(request, answer)])
-        found = cache.get(request.key)
-        assert found is not None and found.answer == answer
+        actual = cache.get(request.key)
+        assert actual is not None and actual.answer == answer
 
 
 def test_processes_on_several_machines_share_a_folder(tmp_path: Path) -> None:

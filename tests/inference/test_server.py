@@ -36,19 +36,20 @@ def test_answers_keep_their_places(fake: FakeServer, served: ServerEngine) -> No
         return completion(body)
 
     fake.answers["/v1/completions"] = later_ones_first
-    sampling, seen = Sampling(5, temperature=0.7, top_p=0.9, n=2, seed=3), []
-    drawn = served.generate(PROMPTS, sampling, lambda done, total: seen.append((done, total)))
-    for index, responses in enumerate(drawn):
-        for sample, one in enumerate(responses):
+    sampling, observations = Sampling(5, temperature=0.7, top_p=0.9, n=2, seed=3), []
+    draws = served.generate(PROMPTS, sampling, lambda done, total: observations.append((done, total)))
+    for index, responses in enumerate(draws):
+        for sample, response in enumerate(responses):
             seed = sampling.request_seed(index, sample)
             assert (
-                one.token_ids == completion({"seed": seed, "max_tokens": 5, "prompt": [1]})["choices"][0]["token_ids"]
+                response.token_ids
+                == completion({"seed": seed, "max_tokens": 5, "prompt": [1]})["choices"][0]["token_ids"]
             )
-            assert one.logprobs == [-token / 100 for token in one.token_ids]
-            assert one.finished == (one.token_ids[-1] == EOS) == bool(seed % 2)
-            assert one.text == served.tokenizer.decode(one.token_ids, skip_special_tokens=True)
-    assert {one.finished for responses in drawn for one in responses} == {True, False}
-    assert seen == [(done, 24) for done in range(1, 25)]
+            assert response.logprobs == [-token / 100 for token in response.token_ids]
+            assert response.finished == (response.token_ids[-1] == EOS) == bool(seed % 2)
+            assert response.text == served.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+    assert {response.finished for responses in draws for response in responses} == {True, False}
+    assert observations == [(done, 24) for done in range(1, 25)]
     assert 2 <= fake.most_under_way <= 4  # batch_size
     body = dict(fake.calls)["/v1/completions"]
     assert body.items() >= {"max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "logprobs": 0}.items()
@@ -69,10 +70,10 @@ def test_a_hanging_server(fake: FakeServer, served: ServerEngine) -> None:
     fake.answers["/v1/completions"] = fake.hang
     with soon(), pytest.raises(EngineLost) as caught:
         served.generate(PROMPTS, Sampling(4))
-    said = str(caught.value)
-    assert f"at {fake.address} did not answer /v1/completions within 0.6 s (runtime.engine.timeout)" in said
-    assert "This run did not start it" in said
-    assert "/health answers" in said
+    message = str(caught.value)
+    assert f"at {fake.address} did not answer /v1/completions within 0.6 s (runtime.engine.timeout)" in message
+    assert "This run did not start it" in message
+    assert "/health answers" in message
 
 
 def test_a_server_that_hangs_at_everything(fake: FakeServer, served: ServerEngine) -> None:
@@ -153,15 +154,15 @@ def _changed(**fields: Any) -> Callable[[Any], Any]:
     """A completion whose choice has other fields; None leaves one out."""
 
     def answer(body: Any) -> Any:
-        whole = completion(body)
-        choice = {**whole["choices"][0], **fields}
+        full = completion(body)
+        choice = {**full["choices"][0], **fields}
         return {"choices": [{name: value for name, value in choice.items() if value is not None}]}
 
     return answer
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         (lambda body: b"<html>Bad gateway</html>", "it is not JSON. It began with <html>Bad gateway"),
         (lambda body: [], "it lacks choices"),
@@ -187,9 +188,9 @@ def _changed(**fields: Any) -> Callable[[Any], Any]:
         (lambda body: (404, {"detail": "Not Found"}), "status 404: {\"detail\": \"Not Found\"}"),
     ],
 )  # fmt: skip
-def test_garbage(fake: FakeServer, served: ServerEngine, answer: Callable[[Any], Any], said: str) -> None:
+def test_garbage(fake: FakeServer, served: ServerEngine, answer: Callable[[Any], Any], message: str) -> None:
     fake.answers["/v1/completions"] = answer
-    with soon(), pytest.raises(BadReply, match=re.escape(said)) as caught:
+    with soon(), pytest.raises(BadReply, match=re.escape(message)) as caught:
         served.generate(PROMPTS, Sampling(4))
     assert fake.address in str(caught.value)
 

@@ -48,7 +48,7 @@ def test_a_server_without_development_mode(fake: FakeServer, tiny_model: Path) -
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"dtype": "torch.bfloat16"}, "dtype bfloat16 instead of float32"),
         ({"logprobs_mode": "raw_logprobs"}, "logprobs-mode raw_logprobs instead of processed_logprobs"),
@@ -56,9 +56,9 @@ def test_a_server_without_development_mode(fake: FakeServer, tiny_model: Path) -
         ({"max_model_len": 63}, "max-model-len 63 instead of 64 or more"),
     ],
 )
-def test_an_unfit_server(fake: FakeServer, tiny_model: Path, changed: dict[str, Any], said: str) -> None:
+def test_an_unfit_server(fake: FakeServer, tiny_model: Path, changed: dict[str, Any], message: str) -> None:
     fake.answers["/server_info"] = lambda body: fake_server.info(**changed)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         open_at(tiny_model, fake.address)
     assert fake.paths() == ["/server_info"]
 
@@ -87,22 +87,22 @@ def test_a_wrong_key_and_none_are_said_and_not_repeated(
 
 
 def test_a_server_without_our_worker_is_refused(fake: FakeServer, tiny_model: Path) -> None:
-    told = fake_server.info()
-    told["vllm_config"]["parallel_config"]["worker_extension_cls"] = ""
-    fake.answers["/server_info"] = lambda body: told
+    info = fake_server.info()
+    info["vllm_config"]["parallel_config"]["worker_extension_cls"] = ""
+    fake.answers["/server_info"] = lambda body: info
     with pytest.raises(UserError, match="worker-extension-cls nothing instead of align"):
         open_at(tiny_model, fake.address)
 
 
 def test_chunked_prefill_is_refused_on_a_cpu_only(fake: FakeServer, tiny_model: Path) -> None:
-    told = fake_server.info()
-    told["vllm_config"]["scheduler_config"]["enable_chunked_prefill"] = True
-    fake.answers["/server_info"] = lambda body: told
+    info = fake_server.info()
+    info["vllm_config"]["scheduler_config"]["enable_chunked_prefill"] = True
+    fake.answers["/server_info"] = lambda body: info
     with pytest.raises(UserError, match="chunked prefill"):
         open_at(tiny_model, fake.address)
-    told["vllm_config"]["device_config"]["device"] = "cuda"
+    info["vllm_config"]["device_config"]["device"] = "cuda"
     open_at(tiny_model, fake.address).close()
-    del told["vllm_config"]["model_config"]["logprobs_mode"]
+    del info["vllm_config"]["model_config"]["logprobs_mode"]
     with pytest.raises(BadReply, match=r"it lacks model_config\.logprobs_mode"):
         open_at(tiny_model, fake.address)
 
@@ -159,7 +159,9 @@ def test_no_other_user_can_reach_it_and_its_key_is_shown_nowhere(tiny_model: Pat
     for process in _group(_local(engine).process.pid):
         assert key not in " ".join(process.cmdline())
         assert key not in json.dumps(process.environ())
-        assert [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN] == []
+        assert [
+            connection for connection in process.net_connections("inet") if connection.status == psutil.CONN_LISTEN
+        ] == []
     assert key not in _local(engine).log.read_text()
     assert engine.client.exchange("GET", "/server_info", None, 5, with_key=False).status == 401
     engine.close()

@@ -86,10 +86,10 @@ def _disturb(model: Any, name: str, size: float = 0.1) -> None:
 
 def test_logprobs_are_the_models(engine: ServerEngine, model: Any) -> None:
     for temperature in (1.0, 0.7):
-        drawn = engine.generate(PROMPTS, Sampling(16, temperature=temperature, seed=3))
-        found = [one for some in drawn for one in some]
-        ours = trainer_logprobs(model, PROMPTS, [one.token_ids for one in found], temperature)
-        theirs = torch.tensor([value for one in found for value in one.logprobs])
+        responses = engine.generate(PROMPTS, Sampling(16, temperature=temperature, seed=3))
+        actual = [entry for some in responses for entry in some]
+        ours = trainer_logprobs(model, PROMPTS, [entry.token_ids for entry in actual], temperature)
+        theirs = torch.tensor([value for entry in actual for value in entry.logprobs])
         assert (ours - theirs).abs().max() < 1e-3
     scored = engine.score_tokens(PROMPTS, [[50, 51, 52]] * len(PROMPTS), 1.0)
     ours = trainer_logprobs(model, PROMPTS, [[50, 51, 52]] * len(PROMPTS), 1.0)
@@ -97,22 +97,22 @@ def test_logprobs_are_the_models(engine: ServerEngine, model: Any) -> None:
 
 
 def test_samples_follow_their_seeds(engine: ServerEngine, model: Any) -> None:
-    drawn = [engine.generate(PROMPTS, Sampling(16, n=2, seed=seed)) for seed in (3, 3, 4)]
-    tokens = [[one.token_ids for some in one_draw for one in some] for one_draw in drawn]
+    draws = [engine.generate(PROMPTS, Sampling(16, n=2, seed=seed)) for seed in (3, 3, 4)]
+    tokens = [[entry.token_ids for some in one_draw for entry in some] for one_draw in draws]
     assert tokens[0] == tokens[1] != tokens[2]
-    assert drawn[0][0][0].token_ids != drawn[0][0][1].token_ids
+    assert draws[0][0][0].token_ids != draws[0][0][1].token_ids
 
 
 def test_it_stops_at_our_end_token_and_says_so(
     engine: ServerEngine, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "eos", 100)  # any common token: a random model rarely says the real one
-    responses = [one for some in engine.generate(PROMPTS * 8, Sampling(60, seed=1)) for one in some]
-    assert {one.finished for one in responses} == {True, False}
-    for one in responses:
-        assert one.finished == (one.token_ids[-1] == 100)
-        assert 100 not in one.token_ids[:-1]
-        assert one.finished or len(one.token_ids) == 60
+    responses = [entry for some in engine.generate(PROMPTS * 8, Sampling(60, seed=1)) for entry in some]
+    assert {entry.finished for entry in responses} == {True, False}
+    for entry in responses:
+        assert entry.finished == (entry.token_ids[-1] == 100)
+        assert 100 not in entry.token_ids[:-1]
+        assert entry.finished or len(entry.token_ids) == 60
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
@@ -187,8 +187,8 @@ def test_no_route_answers_without_the_key(engine: ServerEngine, model: Any) -> N
     socket = Path(engine.client.address.removeprefix("unix:"))
     assert socket.parent.stat().st_mode & 0o777 == 0o700
     for process in psutil.Process(_local(engine).process.pid).children(recursive=True):
-        listening = [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
-        assert all(one.laddr.ip == "127.0.0.1" for one in listening)
+        listening = [entry for entry in process.net_connections("inet") if entry.status == psutil.CONN_LISTEN]
+        assert all(entry.laddr.ip == "127.0.0.1" for entry in listening)
         assert engine.client._key not in " ".join(process.cmdline())
 
 
@@ -233,7 +233,7 @@ def test_a_second_user_of_a_running_server(engine: ServerEngine, model: Any, mon
 
 def test_a_hanging_worker_is_an_error_and_can_be_survived(engine: ServerEngine, model: Any) -> None:
     group = psutil.Process(_local(engine).process.pid).children(recursive=True)
-    worker = next(one for one in group if "Worker" in " ".join(one.cmdline()))
+    worker = next(entry for entry in group if "Worker" in " ".join(entry.cmdline()))
     worker.send_signal(signal.SIGSTOP)
     timeout, engine.client.timeout = engine.client.timeout, 1.5
     try:
@@ -254,7 +254,7 @@ def test_killed_during_a_call(engine: ServerEngine, model: Any) -> None:
     """The last one: nothing is left of the server, its workers included."""
     leader = _local(engine).process.pid
     group = psutil.Process(leader).children(recursive=True)
-    server = next(one for one in group if one.ppid() == leader)
+    server = next(entry for entry in group if entry.ppid() == leader)
     killed: list[float] = []
 
     def kill() -> None:
@@ -268,5 +268,5 @@ def test_killed_during_a_call(engine: ServerEngine, model: Any) -> None:
     assert time.monotonic() - killed[0] < 10
     engine.close()
     assert len(group) >= 3  # API process, engine, worker
-    left = [one for one in group if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    left = [entry for entry in group if entry.is_running() and entry.status() != psutil.STATUS_ZOMBIE]
     assert left == [], left

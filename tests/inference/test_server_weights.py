@@ -22,7 +22,7 @@ from tests.support.inference.server_harness import open_at, soon
 
 def test_the_server_finds_a_whole_folder(fake: FakeServer, tiny_model: Path, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    seen: list[tuple[str, set[str], dict[str, torch.Tensor]]] = []
+    calls: list[tuple[str, set[str], dict[str, torch.Tensor]]] = []
 
     def load(path: str) -> None:
         folder = Path(path)
@@ -31,8 +31,8 @@ def test_the_server_finds_a_whole_folder(fake: FakeServer, tiny_model: Path, tmp
             tensors |= load_file(file)
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         assert set(index["weight_map"]) == set(tensors)
-        assert [one.name for one in folder.parent.iterdir() if "partial" in one.name] == []
-        seen.append((folder.name, {file.name for file in folder.iterdir()}, tensors))
+        assert [entry.name for entry in folder.parent.iterdir() if "partial" in entry.name] == []
+        calls.append((folder.name, {file.name for file in folder.iterdir()}, tensors))
         assert fake.calls[-1][1]["kwargs"]["digest"] == combine(digest_all(tensors.items()))
 
     fake.load = load  # type: ignore[method-assign]
@@ -41,8 +41,8 @@ def test_the_server_finds_a_whole_folder(fake: FakeServer, tiny_model: Path, tmp
     engine = open_at(tiny_model, fake.address, torch.bfloat16, weights_folder=str(tmp_path / "shared"))
     engine.load_weights(checkpoint_weights(tiny_model))
     wanted = dict(checkpoint_weights(tiny_model))
-    assert [name for name, _, _ in seen] == ["step_1", "step_2"]
-    for _, files, tensors in seen:
+    assert [name for name, _, _ in calls] == ["step_1", "step_2"]
+    for _, files, tensors in calls:
         assert {weights_folder.READY, "config.json", "tokenizer.json", "chat_template.jinja"} <= files
         assert len([file for file in files if file.endswith(".safetensors")]) > 1
         assert set(tensors) == {*wanted, "lm_head.weight"}

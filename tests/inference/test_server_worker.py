@@ -43,7 +43,7 @@ def test_digests_tell_names_types_shapes_and_every_bit_apart() -> None:
     flipped = tensor.clone()
     flipped[0, 0] = -0.0
     variants = [tensor, flipped, tensor.reshape(3, 2), tensor.to(torch.bfloat16), tensor.view(torch.int32)]
-    assert len({tensor_digest(one) for one in variants}) == len(variants)
+    assert len({tensor_digest(variant) for variant in variants}) == len(variants)
     assert tensor_digest(tensor.T.contiguous().T) == tensor_digest(tensor)  # strides are no content
     assert tensor_digest(torch.tensor(1.0)) != tensor_digest(torch.tensor([1.0]))
     pairs = [(f"{place}", tensor + place) for place in range(100)]
@@ -55,23 +55,23 @@ def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_pat
     worker = Worker()
     folder, digest = saved(tmp_path / "one", 1)
     assert worker.align_report_weights() == {"version": None, "digest": None, "loads": 0}
-    told = getattr(worker, LOAD)(path=folder, version="run:1", digest=digest)
-    assert (told["version"], told["digest"], told["loads"]) == ("run:1", digest, 1)
-    assert told == getattr(worker, REPORT)(content=True)
+    message = getattr(worker, LOAD)(path=folder, version="run:1", digest=digest)
+    assert (message["version"], message["digest"], message["loads"]) == ("run:1", digest, 1)
+    assert message == getattr(worker, REPORT)(content=True)
     before = worker.model.weight.clone()
     other, _ = saved(tmp_path / "other", 2)
     with pytest.raises(ValueError, match="was announced"):
         worker.align_load_weights(other, "run:2", digest)
     assert torch.equal(worker.model.weight, before)
-    assert getattr(worker, REPORT)(content=True) == told
+    assert getattr(worker, REPORT)(content=True) == message
 
 
 def test_a_load_by_anybody_else_shows(tmp_path: Path) -> None:
     worker = Worker()
     folder, digest = saved(tmp_path / "one", 1)
-    told = worker.align_load_weights(folder, "run:1", digest)
+    message = worker.align_load_weights(folder, "run:1", digest)
     worker.reload_weights(weights_path=folder)  # the very same weights: still nobody ordered it
-    assert worker.align_report_weights(True) == told | {"loads": 2}
+    assert worker.align_report_weights(True) == message | {"loads": 2}
     worker.update_weights({})
     assert worker.align_report_weights()["loads"] == 3
 
@@ -79,17 +79,17 @@ def test_a_load_by_anybody_else_shows(tmp_path: Path) -> None:
 def test_values_that_change_in_place_show(tmp_path: Path) -> None:
     worker = Worker()
     folder, digest = saved(tmp_path / "one", 1)
-    told = worker.align_load_weights(folder, "run:1", digest)
+    message = worker.align_load_weights(folder, "run:1", digest)
     worker.model.bias.data[0] += 1e-6
     now = worker.align_report_weights(True)
-    assert now["content"] != told["content"]
-    assert now | {"content": told["content"]} == told
+    assert now["content"] != message["content"]
+    assert now | {"content": message["content"]} == message
 
 
 def test_weights_that_came_another_way_are_named() -> None:
     worker = Worker()
-    told = getattr(worker, NAME)(version="run:nccl:1")
-    assert (told["version"], told["digest"], told["loads"]) == ("run:nccl:1", None, 0)
+    message = getattr(worker, NAME)(version="run:nccl:1")
+    assert (message["version"], message["digest"], message["loads"]) == ("run:nccl:1", None, 0)
 
 
 def test_vllms_worker_has_these_methods() -> None:

@@ -31,21 +31,23 @@ def _noisy(tiny_model: Path) -> torch.nn.Module:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_the_models_despite_padding(tiny_model: Path, temperature: float) -> None:
     engine = _engine(tiny_model)
-    drawn = engine.generate(PROMPTS, Sampling(24, temperature=temperature, n=2, seed=4))
+    responses = engine.generate(PROMPTS, Sampling(24, temperature=temperature, n=2, seed=4))
     prompts = [prompt for prompt in PROMPTS for _ in range(2)]
-    flat = [response for some in drawn for response in some]
-    ours = trainer_logprobs(load_policy(tiny_model), prompts, [one.token_ids for one in flat], temperature)
-    theirs = torch.tensor([value for one in flat for value in one.logprobs])
+    flat = [response for some in responses for response in some]
+    ours = trainer_logprobs(load_policy(tiny_model), prompts, [entry.token_ids for entry in flat], temperature)
+    theirs = torch.tensor([value for entry in flat for value in entry.logprobs])
     assert torch.allclose(ours, theirs, atol=1e-5)
-    scored = engine.score_tokens(prompts, [one.token_ids for one in flat], temperature)
+    scored = engine.score_tokens(prompts, [entry.token_ids for entry in flat], temperature)
     assert torch.allclose(torch.tensor([value for some in scored for value in some]), theirs, atol=1e-5)
 
 
 def test_samples_do_not_depend_on_the_batch(tiny_model: Path) -> None:
     sampling = Sampling(24, n=3, seed=9)
     together, alone = (_engine(tiny_model, size).generate(PROMPTS, sampling) for size in (64, 1))
-    assert [[one.token_ids for one in some] for some in together] == [[one.token_ids for one in some] for some in alone]
-    assert len({tuple(one.token_ids) for one in together[0]}) == 3
+    assert [[entry.token_ids for entry in some] for some in together] == [
+        [entry.token_ids for entry in some] for some in alone
+    ]
+    assert len({tuple(entry.token_ids) for entry in together[0]}) == 3
     again = _engine(tiny_model).generate(PROMPTS, Sampling(24, n=3, seed=10))
     assert again[0][0].token_ids != together[0][0].token_ids
 
@@ -53,21 +55,21 @@ def test_samples_do_not_depend_on_the_batch(tiny_model: Path) -> None:
 def test_ends_at_eos_and_says_whether_it_did(tiny_model: Path) -> None:
     engine = _engine(tiny_model)
     engine.eos = 100  # any common token: a random model rarely says the real one
-    responses = [one for some in engine.generate(PROMPTS * 8, Sampling(60, seed=1)) for one in some]
-    finished = [one for one in responses if one.finished]
+    responses = [entry for some in engine.generate(PROMPTS * 8, Sampling(60, seed=1)) for entry in some]
+    finished = [entry for entry in responses if entry.finished]
     assert finished
     assert len(finished) < len(responses)
-    for one in responses:
-        assert len(one.token_ids) == len(one.logprobs) <= 60
-        assert one.finished == (one.token_ids[-1] == 100)
-        assert 100 not in one.token_ids[:-1]
-        assert one.finished or len(one.token_ids) == 60
+    for entry in responses:
+        assert len(entry.token_ids) == len(entry.logprobs) <= 60
+        assert entry.finished == (entry.token_ids[-1] == 100)
+        assert 100 not in entry.token_ids[:-1]
+        assert entry.finished or len(entry.token_ids) == 60
 
 
 def test_greedy_is_the_argmax(tiny_model: Path) -> None:
-    found = _engine(tiny_model).generate(PROMPTS[:1], Sampling(6, temperature=0))[0][0].token_ids
+    token_ids = _engine(tiny_model).generate(PROMPTS[:1], Sampling(6, temperature=0))[0][0].token_ids
     model, ids = load_policy(tiny_model), list(PROMPTS[0])
-    for token in found:
+    for token in token_ids:
         with torch.no_grad():
             assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
         ids.append(token)
@@ -87,18 +89,18 @@ def test_weights_are_copied_and_a_missing_one_is_an_error(tiny_model: Path) -> N
 
 
 def test_progress_and_global_randomness(tiny_model: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    _engine(tiny_model, 3).generate(PROMPTS, Sampling(4, n=2), lambda done, total: seen.append((done, total)))
-    assert seen == [(3, 8), (6, 8), (8, 8)]
+    _engine(tiny_model, 3).generate(PROMPTS, Sampling(4, n=2), lambda done, total: calls.append((done, total)))
+    assert calls == [(3, 8), (6, 8), (8, 8)]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_head_is_given_what_its_product_needs_no_copy_for(tiny_model: Path) -> None:
     # a slice of the hidden states makes torch's CPU product copy the head, once for each sequence
     engine = TransformersEngine(tiny_model, device=torch.device("cpu"), dtype=torch.float32, batch_size=4)
-    given = []
-    engine.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    values = []
+    engine.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: values.append(inputs[0]))
     engine.generate([[5, 6, 7], [8]], Sampling(max_tokens=2))
-    assert given and all(inputs.is_contiguous() for inputs in given)
+    assert values and all(inputs.is_contiguous() for inputs in values)

@@ -77,9 +77,9 @@ def test_the_transformers_engine_runs_a_stored_adapter(tiny_model: Path, tmp_pat
     runtime = Runtime(device="cpu", engine=EngineConfig(name="transformers"))
     engine = open_engine(folder, runtime, precision="float32", max_length=128, seed=7, warn=print)
     prompts = [render_prompt(engine.tokenizer, [{"role": "user", "content": text}]) for text in ("Hello", "x")]
-    drawn = [one for some in engine.generate(prompts, Sampling(12, seed=3)) for one in some]
-    tokens = [one.token_ids for one in drawn]
-    theirs = torch.tensor([value for one in drawn for value in one.logprobs])
+    draws = [entry for some in engine.generate(prompts, Sampling(12, seed=3)) for entry in some]
+    tokens = [entry.token_ids for entry in draws]
+    theirs = torch.tensor([value for entry in draws for value in entry.logprobs])
     ours = trainer_logprobs(load_policy(folder), prompts, tokens, 1.0)
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert not torch.allclose(trainer_logprobs(load_policy(tiny_model), prompts, tokens, 1.0), theirs, atol=0.1)
@@ -99,7 +99,7 @@ def test_why_vllm_cannot_run_one(tiny_model: Path, tmp_path: Path) -> None:
 
 @HAS_VLLM
 @pytest.mark.parametrize(
-    ("settings", "found"),
+    ("settings", "actual"),
     [
         ({"rollouts": {"servers": 1}}, "names servers, but the checkpoint carries .*a vLLM server has no place"),
         (
@@ -109,19 +109,21 @@ def test_why_vllm_cannot_run_one(tiny_model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_vllm_by_name_is_refused_where_it_cannot(
-    settings: dict[str, Any], found: str, tiny_model: Path, tmp_path: Path
+    settings: dict[str, Any], actual: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = saved(tiny_model, SEQUENTIAL, tmp_path / "out" / "model")
     runtime = Runtime.model_validate({"device": "cpu", **settings})
-    with pytest.raises(UserError, match=found):
+    with pytest.raises(UserError, match=actual):
         open_engine(folder, runtime, precision="float32", max_length=128, seed=7, warn=print)
 
 
 @HAS_VLLM
 def test_auto_falls_back_with_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
     folder = saved(tiny_model, SEQUENTIAL, tmp_path / "out" / "model")
-    heard: list[str] = []
+    messages: list[str] = []
     runtime = Runtime(device="cpu", engine=EngineConfig(name="auto", compile=True))
-    engine = open_engine(folder, runtime, precision="float32", max_length=128, seed=7, warn=heard.append)
+    engine = open_engine(folder, runtime, precision="float32", max_length=128, seed=7, warn=messages.append)
     assert engine.name == "transformers"
-    assert len(heard) == 1 and "bottleneck 8 sequential" in heard[0] and "with transformers instead" in heard[0]
+    assert (
+        len(messages) == 1 and "bottleneck 8 sequential" in messages[0] and "with transformers instead" in messages[0]
+    )

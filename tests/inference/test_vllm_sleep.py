@@ -42,8 +42,10 @@ class FakeLLM:
         logprob = SimpleNamespace(logprob=-1.0)
         sampled = SimpleNamespace(token_ids=[2], logprobs=[{2: logprob}])
         return [
-            SimpleNamespace(outputs=[sampled], prompt_logprobs=[{token: logprob} for token in one["prompt_token_ids"]])
-            for one in inputs
+            SimpleNamespace(
+                outputs=[sampled], prompt_logprobs=[{token: logprob} for token in entry["prompt_token_ids"]]
+            )
+            for entry in inputs
         ]
 
     def reload_weights(self, weights_iterator: Any) -> None:

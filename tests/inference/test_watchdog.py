@@ -36,25 +36,27 @@ def _failed(raw: dict[str, Any], store: Path) -> tuple[str, str]:
     with pytest.raises(StageFailed) as caught:
         run_pipeline(Pipeline(raw), store=store)
     assert time.monotonic() - began < 20  # the call itself takes twenty minutes
-    said, _, path = str(caught.value).rpartition("\nLog: ")
+    output, _, path = str(caught.value).rpartition("\nLog: ")
     log = Path(path).read_text()
     assert [step.action for step in plan(Pipeline(raw), Store.open(store))] == ["resume"]
     assert run_pipeline(Pipeline(raw), store=store).ran == ["one"]
-    return said, log
+    return output, log
 
 
 def test_a_stage_whose_engine_hangs_is_ended_with_the_reason(tmp_path: Path) -> None:
-    said, log = _failed(_raw("sleeps"), tmp_path)
-    assert said.startswith("stage 'one' failed: the toy engine made no progress in 'generate' for 1 s (runtime.engine.")
-    assert "run again to resume the stage" in said
-    assert "raise runtime.engine.timeout" in said
+    output, log = _failed(_raw("sleeps"), tmp_path)
+    assert output.startswith(
+        "stage 'one' failed: the toy engine made no progress in 'generate' for 1 s (runtime.engine."
+    )
+    assert "run again to resume the stage" in output
+    assert "raise runtime.engine.timeout" in output
     assert "in native_sleep" in log  # where it hung
 
 
 def test_a_hang_that_locks_the_interpreter_is_ended_too(tmp_path: Path) -> None:
     """No thread of Python can say anything then; the stacks say it."""
-    said, log = _failed(_raw("locks"), tmp_path)
-    assert "its process ended with exit code 1" in said
+    output, log = _failed(_raw("locks"), tmp_path)
+    assert "its process ended with exit code 1" in output
     assert "Timeout (0:00:02)!" in log
     assert "in sleep_with_the_interpreter_locked" in log
 
@@ -67,31 +69,31 @@ def test_a_process_that_stood_still_is_not_ended(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def told(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
+def read_stderr(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
     """What standard error was told since the last question."""
     yield lambda: capfd.readouterr().err
 
 
-def test_progress_starts_the_clock_anew(told: Callable[[], str]) -> None:
+def test_progress_starts_the_clock_anew(read_stderr: Callable[[], str]) -> None:
     dog = Watchdog("toy", 1.0)
     with dog.watch("generate"):
         for _ in range(20):
             time.sleep(0.1)
             dog.progress()
-    assert told() == ""
+    assert read_stderr() == ""
     with dog.watch("generate"):
         time.sleep(1.6)
-    said = told()
-    assert said.count("the toy engine made no progress in 'generate' for 1 s") == 1
-    assert "Nothing was ended" in said
-    assert "in test_progress_starts_the_clock_anew" in said
+    stderr = read_stderr()
+    assert stderr.count("the toy engine made no progress in 'generate' for 1 s") == 1
+    assert "Nothing was ended" in stderr
+    assert "in test_progress_starts_the_clock_anew" in stderr
 
 
-def test_a_call_that_fails_is_watched_no_longer(told: Callable[[], str]) -> None:
+def test_a_call_that_fails_is_watched_no_longer(read_stderr: Callable[[], str]) -> None:
     with pytest.raises(ValueError), Watchdog("toy", 0.4).watch("generate"):
         raise ValueError
     time.sleep(0.8)
-    assert told() == ""
+    assert read_stderr() == ""
 
 
 class Slow:
@@ -129,25 +131,29 @@ CALLS: dict[str, Callable[[TransformersEngine, Path, float], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_every_call_is_watched_and_knows_its_progress(tiny_model: Path, told: Callable[[], str], call: str) -> None:
+def test_every_call_is_watched_and_knows_its_progress(
+    tiny_model: Path, read_stderr: Callable[[], str], call: str
+) -> None:
     engine = _engine(tiny_model, 1.0)
     engine.eos = -1
     engine.model = Slow(engine.model, 0.12)  # of which twelve are longer than the timeout
-    told()
+    read_stderr()
     began = time.monotonic()
     CALLS[call](engine, tiny_model, 0.12)
     assert time.monotonic() - began > 1.3
-    assert told() == ""
+    assert read_stderr() == ""
     engine.watchdog.timeout = 0.05
     CALLS[call](engine, tiny_model, 0.2)
-    assert f"the transformers engine made no progress in '{call}'" in told()
+    assert f"the transformers engine made no progress in '{call}'" in read_stderr()
 
 
-def test_its_start_is_watched(tiny_model: Path, told: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_start_is_watched(
+    tiny_model: Path, read_stderr: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     load = module.load_policy
-    monkeypatch.setattr(module, "load_policy", lambda *given: time.sleep(0.8) or load(*given))
+    monkeypatch.setattr(module, "load_policy", lambda *inputs: time.sleep(0.8) or load(*inputs))
     _engine(tiny_model, 0.3)
-    assert "the transformers engine made no progress in 'start'" in told()
+    assert "the transformers engine made no progress in 'start'" in read_stderr()
 
 
 def test_open_engine_hands_the_timeout_and_the_end_on(tiny_model: Path) -> None:

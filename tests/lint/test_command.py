@@ -101,10 +101,10 @@ def test_a_row_counts_once_and_five_are_shown() -> None:
     for row in range(9):
         for _ in range(2):
             findings.add("placeholder", Place("train", row + 1), "x" * 500)
-    (found,) = findings.result()
-    assert found.count == 9
-    assert len(found.examples) == 5
-    assert found.examples[4] == Example(Place("train", 5), "x" * 159 + "…")
+    (actual,) = findings.result()
+    assert actual.count == 9
+    assert len(actual.examples) == 5
+    assert actual.examples[4] == Example(Place("train", 5), "x" * 159 + "…")
 
 
 def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,8 +114,8 @@ def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     rows[3]["completion"] = [assistant("")]
     dataset(tmp_path, rows[:8], rows[8:])
     assert main(["data", "lint", str(folder), "--model", str(tiny_model), "--json"]) == 1
-    (found,) = json.loads(capsys.readouterr().out.partition("notes\n")[2])
-    assert [found["name"], found["severity"], found["count"]] == ["empty-answer", "error", 1]
+    (actual,) = json.loads(capsys.readouterr().out.partition("notes\n")[2])
+    assert [actual["name"], actual["severity"], actual["count"]] == ["empty-answer", "error", 1]
 
 
 def test_the_documentation_lists_every_rule_as_it_is() -> None:

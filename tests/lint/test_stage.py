@@ -33,8 +33,8 @@ def made(kind: str, root: Path, model: Path, train: list[dict[str, Any]], **fiel
 
 
 def kept(stage: StageContext) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((stage.output / "findings.json").read_text(encoding="utf-8"))
-    return found
+    document: dict[str, Any] = json.loads((stage.output / "findings.json").read_text(encoding="utf-8"))
+    return document
 
 
 def with_control_token() -> list[dict[str, Any]]:
@@ -80,9 +80,9 @@ def test_warnings_are_said_and_what_the_stage_counts_is_said_once(tiny_model: Pa
     assert len(messages) == 2
     assert messages[0].startswith("stage: 1 of 16 train rows answer cut at max_length")
     assert messages[1].startswith("stage: warning placeholder, 1 of 24 rows")
-    found = {finding["name"]: finding for finding in kept(stage)["findings"]}
-    assert found.keys() == {"placeholder", "answer-truncated"}
-    assert found["answer-truncated"]["examples"][0]["place"] == {"split": "train", "row": 6, "id": "5", "where": ""}
+    actual = {finding["name"]: finding for finding in kept(stage)["findings"]}
+    assert actual.keys() == {"placeholder", "answer-truncated"}
+    assert actual["answer-truncated"]["examples"][0]["place"] == {"split": "train", "row": 6, "id": "5", "where": ""}
 
 
 def test_a_waived_warning_is_kept_and_not_shown(tiny_model: Path, tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_rows_that_were_left_out_are_named(tiny_model: Path, tmp_path: Path) -> 
     train[7]["rejected"] = [assistant("z" * 200)]
     stage = made("dpo", tmp_path, tiny_model, train)
     STAGES["dpo"].runner()(stage)
-    found = {finding["name"]: finding for finding in kept(stage)["findings"]}
-    assert {name: finding["examples"][0]["place"]["row"] for name, finding in found.items()} == {
+    actual = {finding["name"]: finding for finding in kept(stage)["findings"]}
+    assert {name: finding["examples"][0]["place"]["row"] for name, finding in actual.items()} == {
         "chosen-equals-rejected": 3,
         "over-max-length": 8,
     }

@@ -91,14 +91,14 @@ def test_packed_documents(tiny_model: Path, tmp_path: Path) -> None:
     assert not lint_trainer(trainer, rows)
     packing = trainer.data_collator
 
-    def positions_run_on(given: Any) -> Any:
-        batch = packing(given)
+    def positions_run_on(inputs: Any) -> Any:
+        batch = packing(inputs)
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
         return batch
 
     trainer.data_collator = positions_run_on
-    found = {finding.name: finding for finding in lint_trainer(trainer, rows)}
-    assert found["pack-leak"].count == len(trainer.train_dataset)
+    actual = {finding.name: finding for finding in lint_trainer(trainer, rows)}
+    assert actual["pack-leak"].count == len(trainer.train_dataset)
 
 
 def test_pairs_of_dpo_and_reward(tiny_model: Path, tmp_path: Path) -> None:

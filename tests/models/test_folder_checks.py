@@ -54,8 +54,8 @@ def edit(name: str, **values: Any) -> Change:
 
     def change(folder: Path) -> None:
         settings = json.loads((folder / name).read_text()) | values
-        kept = {field: value for field, value in settings.items() if value is not ...}
-        (folder / name).write_text(json.dumps(kept))
+        remaining = {field: value for field, value in settings.items() if value is not ...}
+        (folder / name).write_text(json.dumps(remaining))
 
     return change
 

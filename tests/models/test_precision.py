@@ -63,7 +63,7 @@ def test_low_residual_keeps_weights_float32_and_lora_inputs_low(tiny_model: Path
     inputs = []
     for name, module in model.named_modules():
         if name.endswith("q_proj.lora_A.default"):
-            module.register_forward_pre_hook(lambda _, given: inputs.append(given[0].dtype))
+            module.register_forward_pre_hook(lambda _, values: inputs.append(values[0].dtype))
     with autocast("cpu", "bfloat16"):
         model(input_ids=IDS, labels=IDS).loss.backward()
     assert set(inputs) == {torch.bfloat16}

@@ -68,10 +68,10 @@ WITH_TOOLS = (
 def test_tools_and_their_calls_reach_the_template_as_objects(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.chat_template = WITH_TOOLS
-    said = tokenizer.decode(render_prompt(tokenizer, CALLED, TOOLS))
-    assert said == "<weather>user:Hi;assistant:(Rom);tool:sun;assistant:"
-    whole = tokenizer.decode(render_conversation(tokenizer, ANSWERED, finished=False, tools=TOOLS))
-    assert whole == "<weather>user:Hi;assistant:Yo;"
+    message = tokenizer.decode(render_prompt(tokenizer, CALLED, TOOLS))
+    assert message == "<weather>user:Hi;assistant:(Rom);tool:sun;assistant:"
+    full = tokenizer.decode(render_conversation(tokenizer, ANSWERED, finished=False, tools=TOOLS))
+    assert full == "<weather>user:Hi;assistant:Yo;"
     # A field that other rows of a file have is none of this message's.
     tokenizer.chat_template = "{% if 'name' in m %}!{% endif %}".join(
         ["{% for m in messages %}", "{{ m.content }}{% endfor %}"]

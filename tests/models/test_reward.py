@@ -47,14 +47,14 @@ def test_what_conversations_begin_with_is_read_once(tiny_reward: Path) -> None:
     model = RewardModel(tiny_reward, precision="float32", share_beginnings=True)
     read = []
     hook = model.model.base_model.register_forward_pre_hook(
-        lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
+        lambda _, __, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
     )
-    found = model.score_places(rows, places)
+    scores = model.score_places(rows, places)
     hook.remove()
     assert read == [20 + 2 + 1 + 4]  # the third row is the first
-    for got, want in zip(found, plain, strict=True):
+    for got, want in zip(scores, plain, strict=True):
         assert got == pytest.approx(want, abs=1e-5)
-    assert found[0] == found[2]
+    assert scores[0] == scores[2]
 
 
 def test_rounded_weights_score_as_autocast_does(tiny_reward: Path) -> None:
@@ -78,9 +78,9 @@ def test_rounded_weights_leave_nothing_of_the_file_in_memory(tiny_reward: Path, 
 
 def test_unfinished_answers_are_read_without_the_end(tiny_reward: Path) -> None:
     scorer = RewardModel(tiny_reward, precision="float32")
-    whole, cut = scorer.score(PROMPTS[:1] * 2, ["Yes", "Yes"], [True, False])
-    assert whole != pytest.approx(cut, abs=1e-4)
-    assert scorer.score(PROMPTS[:1], ["Yes"]) == pytest.approx([whole], abs=1e-5)
+    full, cut = scorer.score(PROMPTS[:1] * 2, ["Yes", "Yes"], [True, False])
+    assert full != pytest.approx(cut, abs=1e-4)
+    assert scorer.score(PROMPTS[:1], ["Yes"]) == pytest.approx([full], abs=1e-5)
 
 
 def test_policy_is_no_reward_model(tiny_model: Path) -> None:

@@ -23,9 +23,9 @@ def test_tokenizer_survives_saving_and_any_text(tiny_model: Path) -> None:
 def test_template_ends_turns_with_eos_and_prompts_are_prefixes(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompt = tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-    assert whole[: len(prompt)] == prompt
-    assert whole[-1] == tokenizer.eos_token_id
+    full = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert full[: len(prompt)] == prompt
+    assert full[-1] == tokenizer.eos_token_id
 
 
 def test_same_seed_same_bytes_and_callers_randomness_untouched(tiny_model: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ TOKENIZER = make_tiny_tokenizer()
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12))
 def test_the_pieces_are_the_text(text):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    found = token_texts(TOKENIZER, ids)
-    assert len(found) == len(ids)
-    assert "".join(found) == TOKENIZER.decode(ids, clean_up_tokenization_spaces=False)
+    texts = token_texts(TOKENIZER, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == TOKENIZER.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def test_a_character_of_several_tokens_stands_at_its_last_one():

@@ -48,8 +48,8 @@ def test_a_file_changes_what_it_extends(base: Path) -> None:
 
 def test_the_key_is_that_of_the_same_values_in_one_file(base: Path) -> None:
     path = write(base.parent, "extends: base.yaml\nname: mine\nstages: {sft: {epochs: 1}}\n")
-    whole = write(base.parent, BASE.replace("epochs: 2", "epochs: 1"), "whole.yaml")
-    assert Pipeline.load(path).nodes["sft"].key == Pipeline.load(whole).nodes["sft"].key
+    full = write(base.parent, BASE.replace("epochs: 2", "epochs: 1"), "whole.yaml")
+    assert Pipeline.load(path).nodes["sft"].key == Pipeline.load(full).nodes["sft"].key
 
 
 def test_another_method_leaves_nothing_of_the_base_block(base: Path) -> None:

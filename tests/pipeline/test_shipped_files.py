@@ -79,11 +79,11 @@ def test_every_suite_asks_real_files(
     (tmp_path / "data").symlink_to(shared_data)
     monkeypatch.chdir(tmp_path)
     config = suite_config(suite)
-    given = TaskInputs(0, tmp_path, [], [], False, False, "float32", print, print)
+    task_inputs = TaskInputs(0, tmp_path, [], [], False, False, "float32", print, print)
     # of these two there is no file at hand: GSM8K's test split and text of one's own
     for name, task in config.tasks.items():
         if name not in ("gsm8k", "general"):
-            built = build_task(name, task, given)
+            built = build_task(name, task, task_inputs)
             assert len(built.items) == (task.max_items or len(built.items)) > 90  # type: ignore[attr-defined]
 
 
@@ -222,13 +222,13 @@ def test_what_the_guide_to_methods_shows_is_accepted() -> None:
     from align.sweep.config import SweepConfig
 
     plain = {"model": "model", "data": "data", "learning_rate": 1e-4}
-    seen = set()
+    observations = set()
     for block in yaml_blocks("docs/methods.md"):
         lines = block.splitlines()
         if all(line.startswith(("tuning:", "anchor:", "replay", "ema:")) for line in lines):
             for line in lines:
                 SftConfig(**plain, **parse_yaml(line, "docs/methods.md"))
-                seen.add(line.split(":")[0])
+                observations.add(line.split(":")[0])
             continue
         shown = parse_yaml(block, "docs/methods.md")
         if "stages" in shown:
@@ -238,8 +238,8 @@ def test_what_the_guide_to_methods_shows_is_accepted() -> None:
         else:
             for name, config in shown.items():
                 STAGES[name].config_class().model_validate(config)
-        seen |= set(shown)
-    assert seen >= {
+        observations |= set(shown)
+    assert observations >= {
         "tuning",
         "replay",
         "ema",

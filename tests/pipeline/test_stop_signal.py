@@ -43,14 +43,14 @@ def test_a_stage_that_looks_for_it_stops_at_its_next_checkpoint(tmp_path: Path) 
     with pytest.raises(Stopped, match=r"stage 'one' stopped as asked, at step \d+ of 200"):
         run_pipeline(pipeline, store=tmp_path / "store", listener=At("one", 2, stop.request), stop=stop)
     (partial,) = (tmp_path / "store").glob("number/*.partial")
-    kept = len(list((partial / "checkpoints").glob("step-*")))
-    assert 2 <= kept < 200
+    count = len(list((partial / "checkpoints").glob("step-*")))
+    assert 2 <= count < 200
     assert next(iter(plan(pipeline, Store.open(tmp_path / "store")))).action == "resume"
     later = StopRequest()
-    again = At("one", kept + 2, later.request)
+    again = At("one", count + 2, later.request)
     with pytest.raises(Stopped):  # the request of before is forgotten, or it would have stopped one step later
         run_pipeline(pipeline, store=tmp_path / "store", listener=again, stop=later)
-    assert len(list((partial / "checkpoints").glob("step-*"))) >= kept + 2
+    assert len(list((partial / "checkpoints").glob("step-*"))) >= count + 2
 
 
 def test_a_stage_without_a_loop_is_finished_and_the_run_stops_after_it(tmp_path: Path) -> None:
@@ -86,16 +86,16 @@ def test_signals_are_heard_in_the_main_thread_only_and_the_handler_is_put_back()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.is_requested
     assert signal.getsignal(signal.SIGUSR1) == before and not stop.signals
-    heard: list[frozenset[int]] = []
+    messages: list[frozenset[int]] = []
 
     def elsewhere() -> None:
         with StopRequest().handle_signals(signal.SIGUSR1) as other:
-            heard.append(other.signals)
+            messages.append(other.signals)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert heard == [frozenset()]
+    assert messages == [frozenset()]
 
 
 def started(command: list[str], cwd: Path, store: Path, folder: str) -> subprocess.Popen[str]:
@@ -118,11 +118,11 @@ def test_usr1_to_the_command_stops_it_and_the_same_command_continues(tmp_path: P
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     process = started(["run", "toy.yaml"], tmp_path, tmp_path / "store", "number")
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, said
-    assert "stage 'one' stopped as asked, at step" in said and "Traceback" not in said
-    assert "The same command continues" in said
-    assert "Report: " in said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "stage 'one' stopped as asked, at step" in output and "Traceback" not in output
+    assert "The same command continues" in output
+    assert "Report: " in output
     (partial,) = (tmp_path / "store").glob("number/*.partial")
     assert is_stop_requested(partial) and (partial / REQUEST).exists()
 
@@ -136,6 +136,6 @@ def test_usr1_to_a_sweep_reaches_its_workers(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     process = started(["sweep", "sweep.yaml", "--workers", "2"], tmp_path, tmp_path / "store", "number")
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 75, said
-    assert "stopped as asked; finished trials and stages are kept" in said and "Traceback" not in said
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 75, output
+    assert "stopped as asked; finished trials and stages are kept" in output and "Traceback" not in output

@@ -47,12 +47,12 @@ def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
     def killed(kind: str, sequence: list[Kill], **fields: Any) -> dict[str, Any]:
         name = f"{kind} {sorted(fields.items())}"
         if name not in runs:
-            whole = make_stage(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
-            runs[name] = whole, run(whole)
-        whole, expected = runs[name]
+            uninterrupted = make_stage(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
+            runs[name] = uninterrupted, run(uninterrupted)
+        uninterrupted, expected = runs[name]
         stage = make_stage(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
-        assert_same(whole, stage, expected, run_killed(stage, sequence))
-        responses = [(each.output / "completions.jsonl").read_text(encoding="utf-8") for each in (whole, stage)]
+        assert_same(uninterrupted, stage, expected, run_killed(stage, sequence))
+        responses = [(each.output / "completions.jsonl").read_text(encoding="utf-8") for each in (uninterrupted, stage)]
         assert responses[0] == responses[1]
         return expected
 

@@ -9,10 +9,10 @@ from align.rl.alarms import alarms
 
 def history(**changes):
     """Twelve healthy updates; ``changes`` give a metric's values in the last of them."""
-    found = []
+    outcome = []
     for update in range(1, 13):
         wobble = 0.01 * (-1) ** update
-        found.append(
+        outcome.append(
             {
                 "update": update,
                 "entropy": 2.0 - 0.05 * update,
@@ -23,9 +23,9 @@ def history(**changes):
             }
         )
     for name, values in changes.items():
-        for entry, value in zip(found[-len(values) :], values, strict=True):
+        for entry, value in zip(outcome[-len(values) :], values, strict=True):
             entry[name] = value
-    return found
+    return outcome
 
 
 def test_a_healthy_run_raises_none():

@@ -17,9 +17,9 @@ from tests.support.rl.runs import FIELDS, KillAt, Killed, outcome
 @pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(rank=4, alpha=8)], ids=["full", "lora"])
 @pytest.mark.parametrize("killed_at", [8, 10])  # at the boundary after two updates; in the middle of the third
 def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, tuning, killed_at):
-    whole = make_trainer(tuning=tuning, reward=True, output_dir=str(tmp_path / "whole"), **FIELDS)
-    whole.train()
-    expected_weights, expected_logs = outcome(whole)
+    uninterrupted = make_trainer(tuning=tuning, reward=True, output_dir=str(tmp_path / "whole"), **FIELDS)
+    uninterrupted.train()
+    expected_weights, expected_logs = outcome(uninterrupted)
 
     folder = tmp_path / "killed"
     first = make_trainer(tuning=tuning, reward=True, output_dir=str(folder), callbacks=[KillAt(killed_at)], **FIELDS)
@@ -34,7 +34,7 @@ def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, tuning, killed
     assert logs == expected_logs
     assert len(logs) == 4
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
-    assert second.kl_controller.value == whole.kl_controller.value != 0.05
+    assert second.kl_controller.value == uninterrupted.kl_controller.value != 0.05
 
 
 def test_a_finished_run_resumes_to_its_end(make_trainer, tmp_path):
@@ -80,9 +80,9 @@ def test_another_run_s_checkpoint_is_refused(make_trainer, tmp_path):
     folder = tmp_path / "run"
     make_trainer(output_dir=str(folder), **FIELDS).train()
     checkpoint = str(last_checkpoint(folder))
-    other = make_trainer(output_dir=str(folder), **(FIELDS | {"max_tokens": 5}))
+    trainer = make_trainer(output_dir=str(folder), **(FIELDS | {"max_tokens": 5}))
     with pytest.raises(UserError, match="max_tokens 6, this run has 5"):
-        other.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     lora = make_trainer(tuning=LoraTuning(rank=4), output_dir=str(folder), **FIELDS)
     with pytest.raises(UserError, match="another model, tuning or critic"):
         lora.train(resume_from_checkpoint=checkpoint)

@@ -46,11 +46,11 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    whole, killed = (make_stage("ppo", root / name, tiny_model, **SETTINGS) for name in ("whole", "killed"))
-    expected = run(whole)
+    uninterrupted, killed = (make_stage("ppo", root / name, tiny_model, **SETTINGS) for name in ("whole", "killed"))
+    expected = run(uninterrupted)
     with armed(Kill("after", 8)), pytest.raises(Killed):
         run(killed)
-    return Runs(whole, expected, root / "killed", tiny_model)
+    return Runs(uninterrupted, expected, root / "killed", tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_the_best_policy_is_that_of_the_checkpoint(runs: Runs, tmp_path: Path) -
 
 def test_a_script_that_names_a_damaged_checkpoint_is_told_and_true_finds_the_whole_one(make_trainer, tmp_path):
     folder = tmp_path / "run"
-    whole = make_trainer(output_dir=str(folder), **FIELDS)
-    whole.train()
+    uninterrupted = make_trainer(output_dir=str(folder), **FIELDS)
+    uninterrupted.train()
     flip_bit(folder / "checkpoint-16" / "optimizer.pt")
     messages = []
     first, second = (make_trainer(output_dir=str(folder), notify=messages.append, **FIELDS) for _ in range(2))
@@ -86,7 +86,7 @@ def test_a_script_that_names_a_damaged_checkpoint_is_told_and_true_finds_the_who
     (message,) = messages
     assert "Training resumes from checkpoint-12" in message
     weights, logs = outcome(second)
-    expected, expected_logs = outcome(whole)
+    expected, expected_logs = outcome(uninterrupted)
     assert logs == expected_logs
     assert all(tensor.equal(expected[name]) for name, tensor in weights.items())
     assert last_checkpoint(folder) == folder / "checkpoint-16"

@@ -42,16 +42,16 @@ def test_the_others_mean_is_rloo_s_baseline():
 
 
 def test_whitened_advantages_have_mean_zero_and_sample_variance_one():
-    found = whiten_responses(SCORES)
-    assert found.mean().item() == pytest.approx(0, abs=1e-6)
-    assert found.std().item() == pytest.approx(1, abs=1e-3)
+    responses = whiten_responses(SCORES)
+    assert responses.mean().item() == pytest.approx(0, abs=1e-6)
+    assert responses.std().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_groups_need_not_stand_together():
     order = torch.tensor([3, 0, 4, 1, 5, 2])
     for scale in ("group", "none"):
-        found = group_advantages(SCORES[order], GROUPS[order], scale)
-        assert torch.allclose(found, group_advantages(SCORES, GROUPS, scale)[order])
+        actual = group_advantages(SCORES[order], GROUPS[order], scale)
+        assert torch.allclose(actual, group_advantages(SCORES, GROUPS, scale)[order])
 
 
 def test_the_last_tokens_cost_more_and_more():

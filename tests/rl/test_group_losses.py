@@ -100,7 +100,7 @@ def trl_dpo(loss: str, new: torch.Tensor) -> torch.Tensor:
         "input_ids": torch.zeros(4, 4, dtype=torch.long), "completion_mask": torch.cat([prompt, mask.long()], dim=1),
         "ref_chosen_logps": reference[:2], "ref_rejected_logps": reference[2:],
     }  # fmt: skip
-    return DPOTrainer._compute_loss(stub, lambda **given: outputs, inputs, False)
+    return DPOTrainer._compute_loss(stub, lambda **values: outputs, inputs, False)
 
 
 def with_gradient(loss_of):
@@ -122,8 +122,8 @@ def test_every_variant_is_trl_s_to_the_gradient(loss, clip):
             aggregation=preset.aggregation,
         ).loss  # fmt: skip
 
-    for found, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_grpo(loss, clip, new)), strict=True):
-        assert torch.allclose(found, expected, atol=1e-6), (found, expected)
+    for actual, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_grpo(loss, clip, new)), strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6), (actual, expected)
 
 
 def test_rloo_is_trl_s_to_the_gradient():
@@ -133,8 +133,8 @@ def test_rloo_is_trl_s_to_the_gradient():
             new, OLD, advantages, MASK, 4.0, clip=(0.2, 0.2), level="response", aggregation="sequence"
         ).loss
 
-    for found, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_rloo(0.2, new)), strict=True):
-        assert torch.allclose(found, expected, atol=1e-6), (found, expected)
+    for actual, expected in zip(with_gradient(ours), with_gradient(lambda new: trl_rloo(0.2, new)), strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6), (actual, expected)
 
 
 def test_clip_ranges_follow_from_the_variant():

@@ -51,9 +51,9 @@ def test_adaptive_controller_moves_towards_the_target():
 def test_controllers_survive_a_round_trip():
     controller = AdaptiveKL(0.1, target=6.0, horizon=1000)
     controller.update(kl=7.0, episodes=64)
-    other = make_controller("adaptive", 0.1, 6.0, 1000)
-    other.load_state_dict(controller.state_dict())
-    assert other.value == controller.value
+    other_controller = make_controller("adaptive", 0.1, 6.0, 1000)
+    other_controller.load_state_dict(controller.state_dict())
+    assert other_controller.value == controller.value
 
 
 def test_fixed_controller_stays():

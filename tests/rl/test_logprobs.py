@@ -35,16 +35,16 @@ def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, ent
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("at", [0, 400, 699])
-def test_one_word_far_above_the_others_wherever_it_is(monkeypatch, at):
+@pytest.mark.parametrize("index", [0, 400, 699])
+def test_one_word_far_above_the_others_wherever_it_is(monkeypatch, index):
     monkeypatch.setitem(module.LOGITS, "cpu", 1)
     head = nn.Linear(1, 700, bias=False)
-    head.weight.data.zero_()[at] = 3e4
-    logprobs, entropies = token_logprobs(torch.ones(2, 1), head, torch.tensor([at, 5]), 1.0)
+    head.weight.data.zero_()[index] = 3e4
+    logprobs, entropies = token_logprobs(torch.ones(2, 1), head, torch.tensor([index, 5]), 1.0)
     assert logprobs.tolist() == [0.0, -3e4]
     assert entropies.tolist() == [0.0, 0.0]
     head.weight.data.zero_()
-    logprobs, entropies = token_logprobs(torch.ones(1, 1), head, torch.tensor([at]), 1.0)
+    logprobs, entropies = token_logprobs(torch.ones(1, 1), head, torch.tensor([index]), 1.0)
     assert logprobs.item() == pytest.approx(-math.log(700)) == -entropies.item()
 
 

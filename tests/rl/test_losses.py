@@ -95,12 +95,12 @@ def test_micro_batches_add_up_to_the_whole():
     mask = response_mask([5, 2, 3, 1], 5)
     for kind, count in (("token", mask.sum()), ("sequence", 4)):
         options = {"clip_range": 0.2, "aggregation": kind}
-        whole = policy_loss(new, old, advantages, mask, count, **options).loss
+        full = policy_loss(new, old, advantages, mask, count, **options).loss
         parts = [
             policy_loss(new[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], count, **options).loss
             for i in range(4)
         ]
-        assert torch.allclose(whole, sum(parts), atol=1e-6)
+        assert torch.allclose(full, sum(parts), atol=1e-6)
 
 
 def test_responses_that_another_policy_wrote_are_dropped_whole():
@@ -110,8 +110,8 @@ def test_responses_that_another_policy_wrote_are_dropped_whole():
     weights = importance_weights(logprobs, torch.zeros(2, 3), mask, cap=1.2, sequence_cap=2.0)
     assert weights[0].tolist() == [0.0, 0.0, 0.0]
     assert weights[1, :2].tolist() == pytest.approx([1.2, 1.0])
-    kept = importance_weights(logprobs, torch.zeros(2, 3), mask, cap=None, sequence_cap=3.1)
-    assert kept.tolist() == [[1.0] * 3] * 2
+    remaining = importance_weights(logprobs, torch.zeros(2, 3), mask, cap=None, sequence_cap=3.1)
+    assert remaining.tolist() == [[1.0] * 3] * 2
 
 
 def test_a_constant_divisor_weighs_a_token_the_same_whatever_its_neighbors():

@@ -26,13 +26,13 @@ def test_whitening_moves_the_mean_only_when_asked():
     shifted = whiten(VALUES, MASK, shift_mean=True)
     # (1 - 3, 3 - 3, 5 - 3) / sqrt(8 / 3) = -1.2247, 0, 1.2247
     assert shifted[MASK].tolist() == pytest.approx([-1.2247449, 0.0, 1.2247449], abs=1e-6)
-    kept = whiten(VALUES, MASK, shift_mean=False)
-    assert kept[MASK].tolist() == pytest.approx([3 - 1.2247449, 3.0, 3 + 1.2247449], abs=1e-6)
+    whitened = whiten(VALUES, MASK, shift_mean=False)
+    assert whitened[MASK].tolist() == pytest.approx([3 - 1.2247449, 3.0, 3 + 1.2247449], abs=1e-6)
     assert shifted[~MASK].abs().sum() == 0
 
 
 def test_two_processes_whiten_as_one():
-    whole = whiten(VALUES, MASK, shift_mean=True)
+    full = whiten(VALUES, MASK, shift_mean=True)
     parts = [(VALUES[:1], MASK[:1]), (VALUES[1:], MASK[1:])]
     # What an all-reduce would return, one reduction after the other: the mean's, then the variance's.
     mean = torch.stack([torch.stack([masked_sum(v, m), m.sum().float()]) for v, m in parts]).sum(0)
@@ -41,7 +41,7 @@ def test_two_processes_whiten_as_one():
     for index, (values, mask) in enumerate(parts):
         answers = iter([mean, spread])
         part = whiten(values, mask, shift_mean=True, reduce=lambda _, answers=answers: next(answers))
-        assert torch.allclose(part, whole[index : index + 1])
+        assert torch.allclose(part, full[index : index + 1])
 
 
 def test_masked_mean_reduces_sums_and_counts():

@@ -53,9 +53,9 @@ class Weigh(TrainerCallback):
             "engine": list(self.trainer.engine.model.parameters()),
             "critic": [*critic, *(p.grad for p in critic), *self._state(critic)],
         }
-        seen: set[int] = set()
-        self.found = {name: _bytes(tensors, seen) for name, tensors in parts.items()}
-        self.others = _bytes(_all_tensors(), seen)
+        observations: set[int] = set()
+        self.found = {name: _bytes(tensors, observations) for name, tensors in parts.items()}
+        self.others = _bytes(_all_tensors(), observations)
 
     def _state(self, parameters: list[Any]) -> list[Any]:
         state = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer).state
@@ -65,14 +65,14 @@ class Weigh(TrainerCallback):
 
 def _all_tensors() -> list[Any]:
     gc.collect()
-    return [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    return [result for result in gc.get_objects() if isinstance(result, torch.Tensor)]
 
 
-def _bytes(tensors: list[Any], seen: set[int]) -> int:
+def _bytes(tensors: list[Any], observations: set[int]) -> int:
     total = 0
     for tensor in tensors:
-        if tensor is not None and tensor.untyped_storage().data_ptr() not in seen:
-            seen.add(tensor.untyped_storage().data_ptr())
+        if tensor is not None and tensor.untyped_storage().data_ptr() not in observations:
+            observations.add(tensor.untyped_storage().data_ptr())
             total += tensor.untyped_storage().nbytes()
     return total
 
@@ -154,8 +154,8 @@ def measured(folder: Any, tmp_path: Any, *words: str) -> dict[str, float]:
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(os.cpu_count())}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    document: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return document
 
 
 @pytest.mark.slow
@@ -164,6 +164,6 @@ def measured(folder: Any, tmp_path: Any, *words: str) -> dict[str, float]:
 @pytest.mark.parametrize("model", ["embedded", "wide"])
 def test_a_process_needs_what_was_counted(tmp_path, model, method, critic):
     folder = fetch() if model == "embedded" else make_tiny(tmp_path / "wide", hidden_size=1024, layers=6)
-    found = measured(folder, tmp_path, method, critic)
-    print(found)
-    assert 0.85 <= found["counted"] / found["peak"] <= 1.15, found
+    measurement = measured(folder, tmp_path, method, critic)
+    print(measurement)
+    assert 0.85 <= measurement["counted"] / measurement["peak"] <= 1.15, measurement

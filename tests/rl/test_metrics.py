@@ -9,8 +9,8 @@ from align.rl.metrics import Averages, correlation
 
 def test_correlation_of_scores_and_lengths():
     # deviations -1, 0, 1 and -2, 1, 1: covariance sum 3, squares 2 and 6
-    found = correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 3, 3]), local)
-    assert found == pytest.approx(3 / 12**0.5)
+    actual = correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 3, 3]), local)
+    assert actual == pytest.approx(3 / 12**0.5)
     assert correlation(torch.tensor([1.0, 1.0]), torch.tensor([1, 2]), local) == 0.0
 
 

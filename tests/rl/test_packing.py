@@ -94,9 +94,9 @@ def test_packing_and_padding_change_no_number_and_no_gradient(model, change, pro
         length = batch["input_ids"].shape[1]
         batch["input_ids"] = torch.cat([batch["input_ids"], extra], dim=1)
         batch["positions"] = batch["positions"] // length * (length + 5) + batch["positions"] % length
-    found, others = outputs(model, batch)
+    actual, others = outputs(model, batch)
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, atol=1e-5), name
+        assert torch.allclose(actual[name], value, atol=1e-5), name
     for a, b in zip(gradients, others, strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm()
 

@@ -47,12 +47,12 @@ def sampled_with(staleness: int, updates: int) -> list[tuple]:
         return Rollout(update, [], [], [], [], [str(engine.holds)], {})
 
     prefetcher = RolloutPrefetcher(engine, sample, staleness, updates)
-    found = []
+    values = []
     for update in range(updates):
         prefetcher.set_weights(update, update)
         rollout = prefetcher.get(update)
-        found.append((rollout.update, int(rollout.texts[0]), rollout.weights_update))
-    return found
+        values.append((rollout.update, int(rollout.texts[0]), rollout.weights_update))
+    return values
 
 
 def test_weights_are_as_old_as_is_said() -> None:
@@ -79,8 +79,8 @@ class Rejecting(PoolEngine):
         self.holds = version
 
 
-@pytest.mark.parametrize(("staleness", "rejected", "drawn"), [(1, 0, 0), (1, 1, 2), (1, 2, 3), (2, 1, 3)])
-def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejected: int, drawn: int) -> None:
+@pytest.mark.parametrize(("staleness", "rejected", "draws"), [(1, 0, 0), (1, 1, 2), (1, 2, 3), (2, 1, 3)])
+def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejected: int, draws: int) -> None:
     """Later versions that would be taken hide nothing: the run ends at the first rollout of the rejected weights."""
     engine = Rejecting({rejected})
 
@@ -88,18 +88,18 @@ def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejecte
         return Rollout(update, [], [], [], [], [str(engine.holds)], {})
 
     prefetcher = RolloutPrefetcher(engine, sample, staleness, updates=6)
-    taken = []
+    chosen = []
     try:
         with pytest.raises(BadReply, match=f"weights {rejected} were rejected"):
             for update in range(6):
                 prefetcher.set_weights(update, update)
-                taken.append(prefetcher.get(update))
+                chosen.append(prefetcher.get(update))
         with pytest.raises(BadReply):
             prefetcher.wait()
     finally:
         prefetcher.close()
-    assert len(taken) == drawn
-    assert all(int(rollout.texts[0]) == rollout.weights_update for rollout in taken)
+    assert len(chosen) == draws
+    assert all(int(rollout.texts[0]) == rollout.weights_update for rollout in chosen)
 
 
 def test_weights_rejected_behind_the_last_rollout_end_the_run_too() -> None:
@@ -139,13 +139,13 @@ def test_servers_beside_the_trainer_change_nothing(make_trainer, tiny_model, tmp
 
     At 0 that is the run without any of this: nothing is drawn before its update begins.
     """
-    found = []
+    actual = []
     for name, engine in (("alone", alone(tiny_model)), ("pool", pool)):
         trainer = make_trainer(engine=engine, output_dir=str(tmp_path / name), max_staleness=staleness, **AHEAD)
         assert trainer.prefetcher.in_background == (name == "pool" and staleness > 0)
         trainer.train()
-        found.append(outcome(trainer))
-    (weights, logs), (others, other_logs) = found
+        actual.append(outcome(trainer))
+    (weights, logs), (others, other_logs) = actual
     assert logs == other_logs
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     stale = [entry.get("staleness", 0) for entry in logs]
@@ -161,20 +161,20 @@ def test_the_trainer_learns_while_servers_sample(make_trainer, tmp_path, pool, m
     generate = pool.generate
     rounds = []
 
-    def slow(*given):
+    def slow(*inputs):
         rounds.append(None)
         if len(rounds) == 2:
             waited.append(learned.wait(100))
-        return generate(*given)
+        return generate(*inputs)
 
     monkeypatch.setattr(pool, "generate", slow)
     trainer = make_trainer(engine=pool, output_dir=str(tmp_path / "run"), max_staleness=1, **AHEAD)
     step = trainer.training_step
 
-    def noted(*given, **options):
-        found = step(*given, **options)
+    def noted(*inputs, **options):
+        actual = step(*inputs, **options)
         learned.set()
-        return found
+        return actual
 
     monkeypatch.setattr(trainer, "training_step", noted)
     trainer.train()
@@ -188,8 +188,8 @@ def test_the_trainer_learns_while_servers_sample(make_trainer, tmp_path, pool, m
 def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, staleness, killed_at) -> None:
     """What was drawn ahead is in the checkpoint: the weights that drew it are no more."""
     fields = {**AHEAD, "max_staleness": staleness, "tuning": LoraTuning(rank=4, alpha=8)}
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), **fields)
-    whole.train()
+    uninterrupted = make_trainer(output_dir=str(tmp_path / "whole"), **fields)
+    uninterrupted.train()
     folder = tmp_path / "killed"
     with pytest.raises(Killed):
         make_trainer(output_dir=str(folder), callbacks=[KillAt(killed_at)], **fields).train()
@@ -197,7 +197,7 @@ def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, staleness, kil
     second = make_trainer(output_dir=str(folder), **fields)
     assert last_checkpoint(folder) == folder / "checkpoint-4"
     second.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    (weights, logs), (expected, expected_logs) = outcome(second), outcome(whole)
+    (weights, logs), (expected, expected_logs) = outcome(second), outcome(uninterrupted)
     assert logs == expected_logs and len(logs) == 5
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -205,14 +205,14 @@ def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, staleness, kil
 def test_validation_sees_the_policy_as_it_is(make_trainer, tmp_path, pool) -> None:
     """And a rollout that is drawn meanwhile does not see validation's."""
     held_out = [{"id": "h", "prompt": "tell zz"}]
-    found = []
+    actual = []
     for staleness in (0, 2):
         options = {**AHEAD, "eval_updates": 2, "learning_rate": 1e-30, "max_staleness": staleness, "updates": 3}
         trainer = make_trainer(engine=pool, eval_dataset=held_out, output_dir=str(tmp_path / str(staleness)), **options)
         trainer.train()
-        found.append([entry for entry in trainer.state.log_history if "eval_score" in entry])
-    assert [entry["update"] for entry in found[0]] == [0, 2, 3]
-    assert [entry["eval_score"] for entry in found[0]] == [entry["eval_score"] for entry in found[1]]
+        actual.append([entry for entry in trainer.state.log_history if "eval_score" in entry])
+    assert [entry["update"] for entry in actual[0]] == [0, 2, 3]
+    assert [entry["eval_score"] for entry in actual[0]] == [entry["eval_score"] for entry in actual[1]]
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ def rows(count):
 
 def test_every_epoch_sees_every_prompt_once(tiny_model):
     prompts = Prompts(rows(5), load_tokenizer(tiny_model), None)
-    drawn = prompts.draw(0, 10, seed=1)
-    assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
-    assert drawn[:5] != drawn[5:]
+    draws = prompts.draw(0, 10, seed=1)
+    assert sorted(draws[:5]) == sorted(draws[5:]) == list(range(5))
+    assert draws[:5] != draws[5:]
 
 
 def test_a_draw_depends_on_its_place_only(tiny_model):

@@ -73,7 +73,7 @@ def forward(model, prompt, response):
 
 def experience(model, reference, rollout, truncation, options):
     """Rewards, advantages (before whitening) and returns of every response, as lists of floats."""
-    found = []
+    outcome = []
     scores = rollout.tensors["scores"].double().tolist()
     if options.get("normalize_scores"):
         mean = sum(scores) / len(scores)
@@ -101,23 +101,23 @@ def experience(model, reference, rollout, truncation, options):
             advantages[t] = following
             returns[t] = following + values[t].item()
         learned = finished or options.get("truncated") != "mask"
-        found.append(
+        outcome.append(
             {"old": old, "ref": ref, "values": values, "rewards": rewards, "advantages": advantages, "returns": returns}
             | {"learned": learned}
         )
-    return found
+    return outcome
 
 
-def whitened(found):
-    everything = [a for row in found if row["learned"] for a in row["advantages"]]
+def whitened(result):
+    everything = [a for row in result if row["learned"] for a in row["advantages"]]
     mean = sum(everything) / len(everything)
     variance = sum((a - mean) ** 2 for a in everything) / len(everything)
-    return [[(a - mean) / math.sqrt(variance + 1e-8) for a in row["advantages"]] for row in found]
+    return [[(a - mean) / math.sqrt(variance + 1e-8) for a in row["advantages"]] for row in result]
 
 
-def loss_of(model, found, advantages, rollout, members, aggregation, options):
+def loss_of(model, result, advantages, rollout, members, aggregation, options):
     """The loss of one optimizer step over the responses in ``members``."""
-    members = [i for i in members if found[i]["learned"]]
+    members = [i for i in members if result[i]["learned"]]
     tokens = sum(len(rollout.responses[i]) for i in members)
     share_of = {
         "token": lambda length: 1 / tokens,
@@ -129,36 +129,36 @@ def loss_of(model, found, advantages, rollout, members, aggregation, options):
         response = rollout.responses[i]
         new, entropies, values = forward(model, rollout.prompts[i], response)
         gaps = [
-            found[i]["old"][t].item() - rollout.tensors["sampler_logprobs"][i, t].item() for t in range(len(response))
+            result[i]["old"][t].item() - rollout.tensors["sampler_logprobs"][i, t].item() for t in range(len(response))
         ]
         dropped = abs(sum(gaps)) > math.log(options.get("importance_sequence_cap", math.inf))
         for t in range(len(response)):
-            advantage, old, old_value = advantages[i][t], found[i]["old"][t].item(), found[i]["values"][t].item()
+            advantage, old, old_value = advantages[i][t], result[i]["old"][t].item(), result[i]["values"][t].item()
             ratio = torch.exp(new[t] - old)
             policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
             if advantage < 0:
                 policy = torch.minimum(policy, torch.tensor(-DUAL * advantage, dtype=torch.float64))
             weight = 0.0 if dropped else min(math.exp(gaps[t]), CAP)
-            drift = new[t] - found[i]["ref"][t].item()
+            drift = new[t] - result[i]["ref"][t].item()
             penalty = {None: drift**2 / 2, "k3": torch.exp(-drift) - 1 + drift}[options.get("kl_estimator")]
             kl = KL_COEF * penalty if options.get("kl_in") == "loss" else 0.0
             near = old_value + (values[t] - old_value).clamp(-VALUE_CLIP, VALUE_CLIP)
-            target = found[i]["returns"][t]
+            target = result[i]["returns"][t]
             value = torch.maximum((values[t] - target) ** 2, (near - target) ** 2) / 2
             share = share_of(len(response))
             total = total + share * (weight * policy + VF * value - ENTROPY * entropies[t] + kl)
     return total
 
 
-def close(ours, theirs, what):
+def close(ours, theirs, label):
     gap = (ours.double() - theirs.double()).abs().max().item()
-    assert gap <= 1e-5, f"{what}: {gap:.1e} apart"
+    assert gap <= 1e-5, f"{label}: {gap:.1e} apart"
 
 
-def close_gradients(ours, theirs, scale, what):
+def close_gradients(ours, theirs, scale, label):
     """Within 1e-5 of ``scale``, the largest norm in the update: in steps that clip most tokens the sum cancels."""
     apart = ((ours.double() - theirs).norm() / scale).item()
-    assert apart <= 1e-5, f"{what}: {apart:.1e} apart, relative to the update's gradients"
+    assert apart <= 1e-5, f"{label}: {apart:.1e} apart, relative to the update's gradients"
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_a_whole_update_equals_the_plain_implementation(
     assert finished.any() and not finished.all()
     start = capture.steps[0][0]
     reference = SimpleNamespace(policy=start.reference, critic=start.critic)
-    found = experience(start, reference, rollout, truncation, options)
-    advantages = whitened(found)
-    for i, row in enumerate(found):
+    actual = experience(start, reference, rollout, truncation, options)
+    advantages = whitened(actual)
+    for i, row in enumerate(actual):
         length = len(rollout.responses[i])
         close(rollout.tensors["rewards"][i, :length], torch.tensor(row["rewards"]), "rewards")
         close(rollout.tensors["raw_advantages"][i, :length], torch.tensor(row["advantages"]), "advantages")
@@ -236,7 +236,7 @@ def test_a_whole_update_equals_the_plain_implementation(
     losses, pairs = [], {"policy": [], "critic": []}
     for (weights, gradients), mini in zip(capture.steps, [mini for epoch in plans for mini in epoch], strict=True):
         members = [i for micro_batch in mini for i in micro_batch]
-        loss = loss_of(weights, found, advantages, rollout, members, aggregation, options)
+        loss = loss_of(weights, actual, advantages, rollout, members, aggregation, options)
         losses.append(loss.item())
         weights.zero_grad()
         loss.backward()

@@ -23,23 +23,23 @@ NEW_UPDATES = {"syncing": 1, "sampling": 1, "learning": 4}
 
 def live(tiny_model: Path, tiny_reward: Path, folder: Path, updates: int, points: list[str]) -> tuple[Path, Path]:
     """Folders of the uninterrupted run and of the one with a life for each point."""
-    whole, killed = folder / "whole", folder / "killed"
-    plan = json.dumps([[str(whole), updates, []], [str(killed), updates, points]])
+    uninterrupted, killed = folder / "whole", folder / "killed"
+    plan = json.dumps([[str(uninterrupted), updates, []], [str(killed), updates, points]])
     command = [sys.executable, "-m", "tests.support.rl.vllm_killed_run", str(tiny_model), str(tiny_reward), plan]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return whole, killed
+    return uninterrupted, killed
 
 
-def assert_the_same(whole: Path, killed: Path) -> None:
-    asked, expected = ((one / "asked.jsonl").read_text().splitlines() for one in (killed, whole))
-    assert list(dict.fromkeys(asked)) == list(dict.fromkeys(expected))  # prompts and seeds; some of them again
-    found, known = (json.loads((one / "done.json").read_text()) for one in (killed, whole))
-    assert len(found["history"]) == len(known["history"])
-    for entry, other in zip(found["history"], known["history"], strict=True):
-        assert entry == pytest.approx(other, **TOLERANCE)
-    assert found["best"] == pytest.approx(known["best"], **TOLERANCE)
-    weights, others = (load_file(one / "weights.safetensors") for one in (killed, whole))
+def assert_the_same(uninterrupted: Path, killed: Path) -> None:
+    request, expected = ((first / "asked.jsonl").read_text().splitlines() for first in (killed, uninterrupted))
+    assert list(dict.fromkeys(request)) == list(dict.fromkeys(expected))  # prompts and seeds; some of them again
+    actual, known = (json.loads((first / "done.json").read_text()) for first in (killed, uninterrupted))
+    assert len(actual["history"]) == len(known["history"])
+    for entry, second in zip(actual["history"], known["history"], strict=True):
+        assert entry == pytest.approx(second, **TOLERANCE)
+    assert actual["best"] == pytest.approx(known["best"], **TOLERANCE)
+    weights, others = (load_file(first / "weights.safetensors") for first in (killed, uninterrupted))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, others[name], rtol=TOLERANCE["rel"], atol=TOLERANCE["abs"])
@@ -47,9 +47,9 @@ def assert_the_same(whole: Path, killed: Path) -> None:
 
 def test_two_kills_change_nothing(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> None:
     """In the middle of the third rollout; then, after that rollout, in the middle of learning from the next."""
-    whole, killed = live(tiny_model, tiny_reward, tmp_path, 5, ["sampling:3", "learning:7"])
-    assert_the_same(whole, killed)
-    calls = [len((one / "asked.jsonl").read_text().splitlines()) for one in (whole, killed)]
+    uninterrupted, killed = live(tiny_model, tiny_reward, tmp_path, 5, ["sampling:3", "learning:7"])
+    assert_the_same(uninterrupted, killed)
+    calls = [len((entry / "asked.jsonl").read_text().splitlines()) for entry in (uninterrupted, killed)]
     assert calls[1] == calls[0] + 2  # one rollout for each kill was sampled anew
 
 

@@ -29,14 +29,14 @@ class Recorder:
 
 def make_sampler(seed):
     prompts = Prompts.__new__(Prompts)
-    prompts.rows = [{"id": str(at)} for at in range(6)]
-    prompts.token_ids = [[10 + at] for at in range(6)]
+    prompts.rows = [{"id": str(index)} for index in range(6)]
+    prompts.token_ids = [[10 + index] for index in range(6)]
     args = SimpleNamespace(samples_per_prompt=2, prompts_per_update=4, seed=seed, max_tokens=4, temperature=1.0)
     return RolloutSampler(prompts, Recorder(), lambda rows, texts: [0.0] * len(texts), None, args)
 
 
 def requests(world_size, update, seed=3, local=False):
-    found = []
+    values = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "all_gather", lambda own: [own])
         patched.setenv("WORLD_SIZE", str(world_size))
@@ -49,8 +49,8 @@ def requests(world_size, update, seed=3, local=False):
                 numbers = sampler.prompt_range(update)
                 indices = sampler.prompts.draw(numbers.start, len(numbers), seed)
                 sampler.sample(update, indices, [derive_seed(seed, "sampling", number) for number in numbers])
-            found += sampler.engine.requests
-    return found
+            values += sampler.engine.requests
+    return values
 
 
 @pytest.mark.parametrize("update", [0, 5])

@@ -52,8 +52,8 @@ def test_scores_before_any_came_pass_unchanged():
 
 def test_processes_count_as_one():
     """The reduction sees counts and sums first, then squares around the mean of all."""
-    whole, part = RunningScale(), RunningScale()
-    whole.add(torch.tensor([1.0, 2.0, 6.0, 7.0]))
+    full, part = RunningScale(), RunningScale()
+    full.add(torch.tensor([1.0, 2.0, 6.0, 7.0]))
     others = iter([torch.tensor([2.0, 13.0], dtype=torch.float64), torch.tensor(13.0, dtype=torch.float64)])
     part.add(torch.tensor([1.0, 2.0]), lambda total: total + next(others))  # (6 - 4)^2 + (7 - 4)^2 = 13
-    assert part.state_dict() == pytest.approx(whole.state_dict())
+    assert part.state_dict() == pytest.approx(full.state_dict())

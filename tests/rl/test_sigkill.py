@@ -30,10 +30,10 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> tuple[dict, dict]:
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tiny_model: Path, tiny_reward: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    expected, expected_weights = finish(start(tiny_model, tiny_reward, whole), whole)
+    uninterrupted = tmp_path / "whole"
+    expected, expected_weights = finish(start(tiny_model, tiny_reward, uninterrupted), uninterrupted)
     # Twenty lives of at most this, half of it on average, make three fifths of a run.
-    longest = 1.2 / KILLS * ((whole / "done.json").stat().st_mtime - (whole / "begun").stat().st_mtime)
+    longest = 1.2 / KILLS * ((uninterrupted / "done.json").stat().st_mtime - (uninterrupted / "begun").stat().st_mtime)
     folder, rng, killed = tmp_path / "killed", random.Random(11), 0
     while killed < KILLS:
         process = start(tiny_model, tiny_reward, folder)
@@ -45,7 +45,7 @@ def test_twenty_kills_change_nothing(tiny_model: Path, tiny_reward: Path, tmp_pa
         process.kill()
         process.wait()
         killed += 1
-    found, weights = finish(start(tiny_model, tiny_reward, folder), folder)
-    assert found == expected
+    actual, weights = finish(start(tiny_model, tiny_reward, folder), folder)
+    assert actual == expected
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights.items())

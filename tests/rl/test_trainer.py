@@ -162,9 +162,9 @@ def test_policy_and_critic_have_learning_rates_of_their_own(make_trainer):
     assert sum(p.numel() for g in groups for p in g["params"]) == trained
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(None, 5e-4), (2e-5, 2e-5)])
-def test_a_value_head_beside_adapters_learns_more_slowly(make_trainer, given, wanted):
-    trainer = make_trainer(tuning=LORA, learning_rate=1e-3, critic_learning_rate=5e-3, critic_head_learning_rate=given)
+@pytest.mark.parametrize(("inputs", "wanted"), [(None, 5e-4), (2e-5, 2e-5)])
+def test_a_value_head_beside_adapters_learns_more_slowly(make_trainer, inputs, wanted):
+    trainer = make_trainer(tuning=LORA, learning_rate=1e-3, critic_learning_rate=5e-3, critic_head_learning_rate=inputs)
     head = {id(p) for p in trainer.model.critic.head.parameters()}
     for group in trainer.create_optimizer().param_groups:
         assert (group["lr"] == wanted) == any(id(p) in head for p in group["params"])
@@ -323,12 +323,12 @@ def test_an_alarm_is_told_once_and_stops_if_asked(make_trainer, monkeypatch, on_
         "align.rl.alarms.alarms",
         lambda history: [Alarm("collapse", len(history), "the entropy is gone")] if len(history) >= 4 else [],
     )
-    told = []
-    trainer = make_trainer(updates=6, on_alarm=on_alarm, notify=told.append)
+    messages = []
+    trainer = make_trainer(updates=6, on_alarm=on_alarm, notify=messages.append)
     trainer.train()
-    assert told == ["update 4: collapse: the entropy is gone."]
+    assert messages == ["update 4: collapse: the entropy is gone."]
     assert len(updates(trainer)) == done
-    assert trainer.stopped == (told[0] if on_alarm == "stop" else None)
+    assert trainer.stopped == (messages[0] if on_alarm == "stop" else None)
 
 
 def test_components_of_a_score_are_logged(make_trainer):

@@ -40,16 +40,16 @@ def trl():
     return read_fixture()
 
 
-def close(one, other, what):
-    assert one.shape == other.shape, what
-    gap = ((one - other).abs() / other.abs().clamp(min=1)).max().item()  # float32 knows large numbers less well
-    assert gap <= 1e-5, f"{what}: {gap:.1e} apart"
+def close(first, second, label):
+    assert first.shape == second.shape, label
+    gap = ((first - second).abs() / second.abs().clamp(min=1)).max().item()  # float32 knows large numbers less well
+    assert gap <= 1e-5, f"{label}: {gap:.1e} apart"
 
 
-def close_all(one, other, what):
-    assert one.keys() == other.keys(), what
-    for name, tensor in one.items():
-        close(tensor, other[name], f"{what} of {name}")
+def close_all(first, second, label):
+    assert first.keys() == second.keys(), label
+    for name, tensor in first.items():
+        close(tensor, second[name], f"{label} of {name}")
 
 
 def bessel(mask):
@@ -87,36 +87,36 @@ def norm_of(gradients, prefix=""):
 
 def mean_of(steps, name):
     """Over the micro-batches of all steps, as trl averages."""
-    found = [micro[name] for step in steps for micro in step["micro_batches"]]
-    return sum(found) / len(found)
+    values = [micro[name] for step in steps for micro in step["micro_batches"]]
+    return sum(values) / len(values)
 
 
 @pytest.mark.parametrize("run", ["full", "ragged"])
 def test_what_is_measured_is_the_same(trl, tmp_path, run):
     assert trl.made_with["trl"] == "1.12.0"
-    t, found = ours(trl, run, tmp_path, learning_rate=0.0).tensors, of(trl, run)
+    t, actual = ours(trl, run, tmp_path, learning_rate=0.0).tensors, of(trl, run)
     mask, responses = t["response_mask"], trl.runs[run]["responses"]
     assert mask.equal(response_mask([len(row) for row in responses]))
-    for row, prompt, response in zip(found["query_responses"], trl.prompts, responses, strict=True):
+    for row, prompt, response in zip(actual["query_responses"], trl.prompts, responses, strict=True):
         assert row[row != PAD].tolist() == prompt + response
     for name in ("logprobs", "ref_logprobs"):
-        close(t[name][mask], found[name][mask], name)
-        assert (t[name][~mask] == 0).all() and (found[name][~mask] == 1).all()  # difference 13
-    close(t["values"][:, :-1], found["values"], "values")
-    close(penalized(trl, t), found["scores"], "scores")
-    close(t["kl"], found["kl"], "kl")
+        close(t[name][mask], actual[name][mask], name)
+        assert (t[name][~mask] == 0).all() and (actual[name][~mask] == 1).all()  # difference 13
+    close(t["values"][:, :-1], actual["values"], "values")
+    close(penalized(trl, t), actual["scores"], "scores")
+    close(t["kl"], actual["kl"], "kl")
 
 
 def test_an_update_without_early_ends_is_the_same(trl, tmp_path):
     def account(tensors, order):
         tensors["advantages"] *= bessel(tensors["response_mask"])
 
-    run, found, made = ours(trl, "full", tmp_path, account), of(trl, "full"), trl.runs["full"]
+    run, actual, made = ours(trl, "full", tmp_path, account), of(trl, "full"), trl.runs["full"]
     t, mask = run.tensors, run.tensors["response_mask"]
     assert mask.all() and t["finished"].any() and not t["finished"].all()
     t["advantages"] *= bessel(mask)
     for name in ("rewards", "raw_advantages", "advantages", "returns"):
-        close(t[name], found[name], name)
+        close(t[name], actual[name], name)
     assert len(run.steps.gradients) == len(made["steps"]) == 2
     for step, gradients in enumerate(run.steps.gradients):
         close_all(gradients, of(trl, f"full/step{step}/micro1/gradient"), f"gradient {step}")
@@ -155,14 +155,14 @@ def test_the_logged_policy_loss_is_the_same(trl, tmp_path):
 
 
 def test_the_score_is_on_eos_and_not_one_slot_after_it(trl, tmp_path):
-    t, found = ours(trl, "ragged", tmp_path, learning_rate=0.0).tensors, of(trl, "ragged")
+    t, actual = ours(trl, "ragged", tmp_path, learning_rate=0.0).tensors, of(trl, "ragged")
     mask, scores, placed = t["response_mask"], penalized(trl, t), experience(trl, t)
     early = with_slot(mask).sum(dim=1) > mask.sum(dim=1)
     assert early.sum() == 5 and t["finished"][~early].any() and not t["finished"].all()
     for name, tensor in placed.items():
-        close(tensor, found[name], name)
+        close(tensor, actual[name], name)
     whitened = whiten_advantages(placed["raw_advantages"], mask) * bessel(mask)
-    close(whitened, found["advantages"], "whitened advantages")
+    close(whitened, actual["advantages"], "whitened advantages")
     # What that does to a response of L tokens with score s: its last delta has s in place of gamma V_L + gamma lam
     # (s - V_L), and token t hears of it by (gamma lam)^(L - 1 - t). Responses with no slot to spare are the same.
     gamma, decay = trl.settings["gamma"], trl.settings["gamma"] * trl.settings["lam"]
@@ -170,12 +170,12 @@ def test_the_score_is_on_eos_and_not_one_slot_after_it(trl, tmp_path):
         after, score = t["values"][i, length], scores[i]
         shift = gamma * after + decay * (score - after) - score if early[i] else torch.zeros(())
         expected = t["raw_advantages"][i, :length] + shift * decay ** (length - 1.0 - torch.arange(length))
-        close(expected, found["raw_advantages"][i, :length], f"advantages of {i}")
+        close(expected, actual["raw_advantages"][i, :length], f"advantages of {i}")
         assert early[i] == (abs(shift) > 0.01)
 
 
 def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
-    run, found, s = ours(trl, "ragged", tmp_path, learning_rate=0.0), of(trl, "ragged"), trl.settings
+    run, actual, s = ours(trl, "ragged", tmp_path, learning_rate=0.0), of(trl, "ragged"), trl.settings
     t, mask, model = run.tensors, run.tensors["response_mask"], run.trainer.model
     slot, made = with_slot(mask), trl.runs["ragged"]
     t |= experience(trl, t)
@@ -184,12 +184,12 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
     for step, micro_batches in enumerate(entry["micro_batches"] for entry in made["steps"]):
         model.zero_grad()
         for place, micro in enumerate(micro_batches):
-            rows, at = micro["indices"], f"step{step}/micro{place}"
+            rows, index = micro["indices"], f"step{step}/micro{place}"
             texts = [trl.prompts[i] for i in rows], [made["responses"][i] for i in rows]
             out = model(pack(*texts, rows, PAD, "padded"))
             assert out["logprobs"].shape == mask[rows].shape  # each micro-batch has a response of full length
-            close(out["logprobs"][mask[rows]], found[f"{at}/new_logprobs"][mask[rows]], "new log-probabilities")
-            close(out["values"][:, :-1], found[f"{at}/new_values"], "new values")
+            close(out["logprobs"][mask[rows]], actual[f"{index}/new_logprobs"][mask[rows]], "new log-probabilities")
+            close(out["values"][:, :-1], actual[f"{index}/new_values"], "new values")
             policy = policy_loss(
                 *(out["logprobs"], t["logprobs"][rows], advantages[rows], mask[rows], mask[rows].sum()),
                 clip_range=s["cliprange"],
@@ -203,7 +203,7 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
             ((policy.loss + s["vf_coef"] * value.loss) / 2).backward()  # a mean of micro-batch means: difference 4
             gradients = {theirs(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
             if step == 0 or place == 1:
-                close_all(gradients, of(trl, f"ragged/{at}/gradient"), f"gradient {at}")
+                close_all(gradients, of(trl, f"ragged/{index}/gradient"), f"gradient {index}")
             cells, padding = mask[rows].numel(), (~mask[rows]).sum()
             logged["val/ratio"] += ((policy.sums["ratio"] + padding) / cells).item() / 4  # pads count: difference 8
             logged["policy/approxkl_avg"] += (policy.sums["approx_kl"] / cells).item() / 4
@@ -216,10 +216,10 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
 
 @pytest.mark.parametrize("max_grad_norm", [1e9, 1e-3])
 def test_a_mean_is_over_the_step_and_gradients_are_clipped_by_part(trl, tmp_path, max_grad_norm):
-    found = of(trl, "ragged")
+    actual = of(trl, "ragged")
 
     def account(tensors, order):
-        tensors["advantages"] = found["advantages"][order]
+        tensors["advantages"] = actual["advantages"][order]
 
     run = ours(trl, "ragged", tmp_path, account, max_grad_norm=max_grad_norm)
     lengths = run.tensors["response_mask"].sum(dim=1)
@@ -239,20 +239,20 @@ def test_a_mean_is_over_the_step_and_gradients_are_clipped_by_part(trl, tmp_path
 
 
 def test_whitened_rewards_differ_by_the_slot_and_by_the_variance(trl, tmp_path):
-    t, found = ours(trl, "ragged", tmp_path, learning_rate=0.0).tensors, of(trl, "whitened")
+    t, actual = ours(trl, "ragged", tmp_path, learning_rate=0.0).tensors, of(trl, "whitened")
     mask, slot = t["response_mask"], with_slot(t["response_mask"])
     kl = estimate_kl(t["logprobs"], t["ref_logprobs"], "k3") * mask
-    close(kl, found["kl"], "k3")
+    close(kl, actual["kl"], "k3")
     rewards = -trl.settings["kl_coef"] * kl
     rewards[range(8), last_index(slot)] += penalized(trl, t)
-    close(rewards, found["raw_rewards"], "rewards before whitening")
+    close(rewards, actual["raw_rewards"], "rewards before whitening")
     mean = rewards[slot].mean()
     whitened = torch.where(slot, (whiten_rewards(rewards, slot) - mean) * bessel(slot) + mean, torch.zeros(()))
-    close(whitened, found["rewards"], "whitened rewards")
+    close(whitened, actual["rewards"], "whitened rewards")
     advantages, returns = advantages_of(trl, t, whitened)
-    close(advantages, found["raw_advantages"], "advantages")
-    close(returns, found["returns"], "returns")
-    close(whiten_advantages(advantages, mask) * bessel(mask), found["advantages"], "whitened advantages")
+    close(advantages, actual["raw_advantages"], "advantages")
+    close(returns, actual["returns"], "returns")
+    close(whiten_advantages(advantages, mask) * bessel(mask), actual["advantages"], "whitened advantages")
     with pytest.raises(ValueError, match="kl_estimator is k3"):  # difference 10
         PPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6, kl_estimator="k3")
 

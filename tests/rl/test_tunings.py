@@ -17,9 +17,9 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 @pytest.mark.parametrize("name", ["loftq", *SLOW])
 def test_a_killed_run_resumes_bit_for_bit(make_trainer, tmp_path, name):
     tuning = tuning_of(CASES[name])
-    whole = make_trainer(tuning=tuning, reward=True, output_dir=str(tmp_path / "whole"), **FIELDS)
-    whole.train()
-    expected_weights, expected_logs = outcome(whole)
+    uninterrupted = make_trainer(tuning=tuning, reward=True, output_dir=str(tmp_path / "whole"), **FIELDS)
+    uninterrupted.train()
+    expected_weights, expected_logs = outcome(uninterrupted)
     drift = [abs(entry["kl"]) for entry in expected_logs]  # an estimate, which may be below 0
     assert drift[0] < 1e-4 < max(drift)  # it starts at its reference
     folder = tmp_path / "killed"

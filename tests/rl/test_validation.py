@@ -30,10 +30,10 @@ def weights_of(trainer):
 def test_start_and_end_are_validated_and_what_lies_between(make_trainer):
     trainer = make_trainer(**FIELDS, gold=lambda rows, texts: [1.0] * len(texts))
     trainer.train()
-    found = validations(trainer)
-    assert [entry["update"] for entry in found] == [0, 2, 4, 5]
-    assert found[0]["eval_kl"] == 0.0 and found[-1]["eval_kl"] != 0.0
-    assert all(entry["eval_gold"] == 1.0 and entry["eval_length"] >= 1 for entry in found)
+    actual = validations(trainer)
+    assert [entry["update"] for entry in actual] == [0, 2, 4, 5]
+    assert actual[0]["eval_kl"] == 0.0 and actual[-1]["eval_kl"] != 0.0
+    assert all(entry["eval_gold"] == 1.0 and entry["eval_length"] >= 1 for entry in actual)
 
 
 def test_validating_changes_nothing_of_the_training(make_trainer):
@@ -56,13 +56,13 @@ class Rising:
 
 def test_the_best_policy_takes_the_last_ones_place(make_trainer, tmp_path):
     trainer = make_trainer(**FIELDS, keep="best", scorer=Rising(0.1, 0.9, 0.3, 0.2))
-    seen = {}
+    observations = {}
     validate = trainer.validation.run
-    trainer.validation.run = lambda *given: seen.update({given[1]: weights_of(trainer)}) or validate(*given)
+    trainer.validation.run = lambda *inputs: observations.update({inputs[1]: weights_of(trainer)}) or validate(*inputs)
     trainer.train()
     assert trainer.validation.best["update"] == 2
-    assert any(not torch.equal(tensor, seen[5][name]) for name, tensor in seen[2].items())
-    assert all(torch.equal(tensor, seen[2][name]) for name, tensor in weights_of(trainer).items())
+    assert any(not torch.equal(tensor, observations[5][name]) for name, tensor in observations[2].items())
+    assert all(torch.equal(tensor, observations[2][name]) for name, tensor in weights_of(trainer).items())
 
 
 def test_a_kl_limit_leaves_out_what_drifted_too_far(make_trainer):
@@ -83,18 +83,18 @@ def test_gold_can_decide(make_trainer):
 @pytest.mark.parametrize("killed_at", [2, 3])
 def test_a_killed_run_keeps_the_same_best(make_trainer, tmp_path, killed_at):
     fields = FIELDS | {"keep": "best", "save_strategy": "steps", "save_updates": 1, "learning_rate": 1e-2}
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), **fields)
-    whole.train()
+    uninterrupted = make_trainer(output_dir=str(tmp_path / "whole"), **fields)
+    uninterrupted.train()
     folder = tmp_path / "killed"
     with pytest.raises(Killed):
         make_trainer(output_dir=str(folder), callbacks=[KillAt(killed_at)], **fields).train()
     second = make_trainer(output_dir=str(folder), **fields)
     second.train(resume_from_checkpoint=str(last_checkpoint(folder)))
-    assert second.validation.best == whole.validation.best
-    assert validations(second) == validations(whole)
-    expected, found = outcome(whole), outcome(second)
-    assert found[1] == expected[1]
-    assert all(torch.equal(found[0][name], tensor) for name, tensor in expected[0].items())
+    assert second.validation.best == uninterrupted.validation.best
+    assert validations(second) == validations(uninterrupted)
+    expected, actual = outcome(uninterrupted), outcome(second)
+    assert actual[1] == expected[1]
+    assert all(torch.equal(actual[0][name], tensor) for name, tensor in expected[0].items())
 
 
 def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer, monkeypatch):
@@ -105,12 +105,12 @@ def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer, mon
         monkeypatch.setenv("WORLD_SIZE", str(world))
         for rank in range(world):
             monkeypatch.setenv("RANK", str(rank))
-            found = trainer.sampler.answer(trainer.validation.prompts)
-            for row, response in zip(found.rows, found.responses, strict=True):
+            responses = trainer.sampler.answer(trainer.validation.prompts)
+            for row, response in zip(responses.rows, responses.responses, strict=True):
                 answers.setdefault(row["id"], []).append(response)
     assert list(answers) == [row["id"] for row in HELD_OUT]
-    assert all(one == two for one, two in answers.values())
-    assert len({tuple(one) for one, _ in answers.values()}) == len(answers)  # sampled, and each by itself
+    assert all(entry == two for entry, two in answers.values())
+    assert len({tuple(entry) for entry, _ in answers.values()}) == len(answers)  # sampled, and each by itself
 
 
 def test_wrong_settings_are_refused(make_trainer):

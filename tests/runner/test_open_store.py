@@ -22,14 +22,14 @@ def test_what_another_machine_is_given_opens_the_same_store_in_any_folder(
     monkeypatch.setenv("ALIGN_STORE", "mine")
     settings = {"lease": 7, "patience": 3, "remote": "s3://of/the-pipeline"}
     store = open_store(Pipeline({**toy.pipeline(), "runtime": {"store": settings}}), "s3://of/the-command")
-    given = json.loads(json.dumps(asdict(Opening.of(store))))
-    assert given == {
+    document = json.loads(json.dumps(asdict(Opening.of(store))))
+    assert document == {
         "folder": str(tmp_path / "mine"), "lease": 7.0, "patience": 3.0, "remote": "s3://of/the-command",
     }  # fmt: skip
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("ALIGN_STORE", "s3://of/the-node")
-    again = Opening(**given).open()
+    again = Opening(**document).open()
     assert again.root == tmp_path / "mine" and again.remote is not None
     assert (again.lease, again.retry.seconds, again.remote.address) == (store.lease, 3.0, "s3://of/the-command")
 

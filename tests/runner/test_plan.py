@@ -46,17 +46,17 @@ def publish(store: Store, node: Node, config: dict[str, Any]) -> None:
 
 
 def of(pipeline: Pipeline, store: Store) -> Estimate:
-    found = estimate_memory(pipeline, store)
-    assert list(found) == ["sft", "reward", "ppo"]
-    assert isinstance(found["ppo"], Estimate), found
-    return found["ppo"]
+    estimate = estimate_memory(pipeline, store)
+    assert list(estimate) == ["sft", "reward", "ppo"]
+    assert isinstance(estimate["ppo"], Estimate), estimate
+    return estimate["ppo"]
 
 
 def test_policy_and_reward_model_each_have_the_model_that_they_started_from(store: Store) -> None:
-    found = of(Pipeline(RAW), store)
-    assert found.parameters == MILLION_135
-    assert {choice.memory.reward for choice in found.choices} == {TINY_REWARD}
-    assert [choice.settings for choice in found.choices if choice.chosen] == [{"tuning": "full", "critic": "reward"}]
+    actual = of(Pipeline(RAW), store)
+    assert actual.parameters == MILLION_135
+    assert {choice.memory.reward for choice in actual.choices} == {TINY_REWARD}
+    assert [choice.settings for choice in actual.choices if choice.chosen] == [{"tuning": "full", "critic": "reward"}]
 
 
 def test_a_finished_stage_s_own_config_comes_first(store: Store, tiny_model: Path) -> None:
@@ -66,8 +66,8 @@ def test_a_finished_stage_s_own_config_comes_first(store: Store, tiny_model: Pat
 
 
 def test_stages_that_trl_trains_are_counted_too(store: Store) -> None:
-    found = estimate_memory(Pipeline(RAW).set("stages.sft.tuning={method: qlora}"), store)
-    sft, reward = found["sft"], found["reward"]
+    estimate = estimate_memory(Pipeline(RAW).set("stages.sft.tuning={method: qlora}"), store)
+    sft, reward = estimate["sft"], estimate["reward"]
     assert isinstance(sft, Estimate) and isinstance(reward, Estimate)
     assert [choice.settings["tuning"] for choice in sft.choices] == ["qlora r16", "full", "lora r16"]
     four, full, lora = (choice.memory for choice in sft.choices)
@@ -90,14 +90,16 @@ def test_runtime_changes_the_engine_s_part(store: Store) -> None:
 def test_what_is_not_here_is_not_guessed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     pipeline = Pipeline(RAW).set(stages__other__source="some/model", stages__other__revision="0" * 40)
-    found = estimate_memory(pipeline, store)
-    assert isinstance(found["ppo"], str) and "the config.json of 'some/model' is not on this machine" in found["ppo"]
+    estimate = estimate_memory(pipeline, store)
+    assert (
+        isinstance(estimate["ppo"], str) and "the config.json of 'some/model' is not on this machine" in estimate["ppo"]
+    )
 
 
 def test_a_stage_of_ones_own_is_known_once_it_is_finished(store: Store, tiny_model: Path) -> None:
     pipeline = Pipeline(RAW | {"stages": {**RAW["stages"], "other": {"stage": "tests.support.toy:POLICY"}}})
     reason = "the model that stage 'other' makes is known once it is finished"
-    found = estimate_memory(pipeline, store)
-    assert (found["reward"], found["ppo"]) == (reason, reason)
+    estimate = estimate_memory(pipeline, store)
+    assert (estimate["reward"], estimate["ppo"]) == (reason, reason)
     publish(store, pipeline.nodes["other"], json.loads((tiny_model / "config.json").read_text()))
     assert of(pipeline, store).parameters == MILLION_135

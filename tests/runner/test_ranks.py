@@ -52,19 +52,19 @@ def run(tmp_path: Path, fault: str = "", **options: Any) -> Run:
 
 
 def partial(tmp_path: Path) -> Path:
-    (found,) = (tmp_path / "ranks").glob("*.partial")
-    return found
+    (result,) = (tmp_path / "ranks").glob("*.partial")
+    return result
 
 
 def test_every_process_has_its_place_and_its_share_of_the_cores_and_the_first_one_speaks(tmp_path: Path) -> None:
-    heard = Heard()
-    finished = run_pipeline(pipeline(), store=tmp_path, listener=heard)
-    found = json.loads((finished.artifacts["ranks"].path / "ranks.json").read_text())
+    messages = Heard()
+    finished = run_pipeline(pipeline(), store=tmp_path, listener=messages)
+    document = json.loads((finished.artifacts["ranks"].path / "ranks.json").read_text())
     cores = len(os.sched_getaffinity(0))
     same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": str(max(1, cores // 2))}
-    assert found == [{"RANK": "0", **same}, {"RANK": "1", **same}]
+    assert document == [{"RANK": "0", **same}, {"RANK": "1", **same}]
     assert finished.metrics("ranks") == {"rank": 0, "resumed_at": 0}
-    assert heard.warnings == ["from rank 0"]
+    assert messages.warnings == ["from rank 0"]
     log = (finished.artifacts["ranks"].path / "log.txt").read_text()
     assert "rank 0 is here" in log and "rank 1 is here" not in log
 
@@ -166,19 +166,19 @@ def test_a_fault_is_told_from_its_consequences(tmp_path: Path) -> None:
     left(ranks, 1, status="refused", message="no rows")
     assert outcome(ranks, 2, {0: 1, 1: 2}, 9)["message"] == "no rows"
     left(ranks, 1, status="stopped", message="stopped as asked, at step 3 of 9.")
-    found = outcome(ranks, 2, {0: 1, 1: 75}, 9)
-    assert (found["status"], found["message"]) == ("stopped", "stopped as asked, at step 3 of 9.")
+    actual = outcome(ranks, 2, {0: 1, 1: 75}, 9)
+    assert (actual["status"], actual["message"]) == ("stopped", "stopped as asked, at step 3 of 9.")
     left(ranks, 1, status=UNREACHABLE_STORE, message="the store could not be reached")
     assert outcome(ranks, 2, {0: 1, 1: 74}, 9)["status"] == UNREACHABLE_STORE
     left(ranks, 0, status="done", metrics={"a": 1}, peak_memory_bytes=5, versions={"torch": "2"})
     left(ranks, 1, status="done", metrics={"a": 2}, peak_memory_bytes=7, versions={})
-    found = outcome(ranks, 2, {}, 9)
-    assert (found["status"], found["metrics"], found["peak_memory_bytes"]) == ("done", {"a": 1}, 7)
+    actual = outcome(ranks, 2, {}, 9)
+    assert (actual["status"], actual["metrics"], actual["peak_memory_bytes"]) == ("done", {"a": 1}, 7)
     assert "ended without a result" in outcome(tmp_path / "none", 2, {}, 9)["message"]
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "actual"),
     [
         ("[/pytorch/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation", LATE),
         ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", LATE),
@@ -188,8 +188,8 @@ def test_a_fault_is_told_from_its_consequences(tmp_path: Path) -> None:
         ("CUDA out of memory", None),
     ],
 )
-def test_what_only_says_that_another_rank_is_gone_is_known(text: str, found: str | None) -> None:
-    assert symptom(RuntimeError(text)) == found
+def test_what_only_says_that_another_rank_is_gone_is_known(text: str, actual: str | None) -> None:
+    assert symptom(RuntimeError(text)) == actual
 
 
 def test_the_first_node_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +255,8 @@ def test_what_cannot_be_shared_out_is_refused(runtime: dict[str, Any], sft: dict
 
 def test_a_stages_processes_keep_the_runs_strategy() -> None:
     runtime = {"launch": {"processes": 4, "strategy": "fsdp2"}, "stages": {"sft": {"launch": {"processes": 2}}}}
-    found = Pipeline({"name": "x", "runtime": runtime, "stages": {**SFT, "sft": TRAINED}}).runtimes["sft"].launch
-    assert found == LaunchConfig(processes=2, strategy="fsdp2")
+    launch = Pipeline({"name": "x", "runtime": runtime, "stages": {**SFT, "sft": TRAINED}}).runtimes["sft"].launch
+    assert launch == LaunchConfig(processes=2, strategy="fsdp2")
 
 
 @pytest.mark.slow
@@ -274,8 +274,8 @@ def test_two_nodes_meet_and_the_first_one_writes_the_result(tmp_path: Path, monk
 
     finished = run_pipeline(Pipeline(raw, "p.yaml"), store=tmp_path, listener=Second())
     assert other[0].wait(120) == 0
-    found = json.loads((finished.artifacts["ranks"].path / "ranks.json").read_text())
-    assert [(each["RANK"], each["WORLD_SIZE"], each["LOCAL_WORLD_SIZE"]) for each in found] == [
+    document = json.loads((finished.artifacts["ranks"].path / "ranks.json").read_text())
+    assert [(each["RANK"], each["WORLD_SIZE"], each["LOCAL_WORLD_SIZE"]) for each in document] == [
         ("0", "2", "1"), ("1", "2", "1"),
     ]  # fmt: skip
     assert finished.metrics("ranks")["rank"] == 0

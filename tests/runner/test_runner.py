@@ -191,7 +191,7 @@ def test_two_runs_of_one_stage_make_it_once_and_the_second_says_who_holds_it(sto
         thread.join()
     assert ("started", "one") in first.said
     assert ("started", "one") not in second.said
-    assert any(what == "waits" and str(os.getpid()) in str(who) for what, who in second.said)
+    assert any(label == "waits" and str(os.getpid()) in str(speaker) for label, speaker in second.said)
 
 
 def test_other_source_code_warns_and_strict_refuses(store: Path) -> None:
@@ -199,7 +199,7 @@ def test_other_source_code_warns_and_strict_refuses(store: Path) -> None:
     change_record(run_pipeline(pipeline, store=store).artifacts["one"].path, source="other")
     recorder = Recorder()
     run_pipeline(pipeline, store=store, listener=recorder)
-    assert any(what == "warning" and "same stage version: one" in text for what, text in recorder.said)
+    assert any(label == "warning" and "same stage version: one" in text for label, text in recorder.said)
     with pytest.raises(UserError, match="same stage version: one"):
         run_pipeline(pipeline, store=store, strict=True)
 

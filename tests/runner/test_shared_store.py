@@ -65,12 +65,12 @@ def test_a_machine_that_comes_back_publishes_nothing_over_the_one_that_took_over
         for pid in (asleep.pid, *stage):
             os.kill(pid, signal.SIGCONT)
     assert run.ran == ["one", "two", "total"]
-    assert any(what == "waits" for what, _ in recorder.said)
+    assert any(label == "waits" for label, _ in recorder.said)
     assert run.metrics("one")["resumed_at"] >= 2  # from the other's checkpoints
     back = outcome(asleep)
     assert back["ran"] == []
     assert ["cached", "one"] in back["said"]
-    assert any(what == "warning" and "while this run was silent" in text for what, text in back["said"])
+    assert any(label == "warning" and "while this run was silent" in text for label, text in back["said"])
     artifact = Store.open(store).find("number", run.artifacts["one"].record["key"])
     assert artifact is not None and artifact.record == run.artifacts["one"].record
     assert not partial.exists() or not (partial / "output").exists()
@@ -78,7 +78,7 @@ def test_a_machine_that_comes_back_publishes_nothing_over_the_one_that_took_over
 
 def children(pid: int) -> list[int]:
     """Processes that a process has started."""
-    return [int(one) for file in Path(f"/proc/{pid}/task").glob("*/children") for one in file.read_text().split()]
+    return [int(entry) for file in Path(f"/proc/{pid}/task").glob("*/children") for entry in file.read_text().split()]
 
 
 def test_a_result_that_was_being_published_is_not_moved_over_anothers(store: Path) -> None:
@@ -91,8 +91,8 @@ def test_a_result_that_was_being_published_is_not_moved_over_anothers(store: Pat
         output = opened.partial("number", key) / "output"
         output.mkdir(parents=True)
         (output / "number.txt").write_text("half")
-        taken = hold.claims.folder / str(hold.number + 1)
-        shutil.copyfile(hold.claims.folder / str(hold.number), taken)  # as another does after a silence
+        chosen = hold.claims.folder / str(hold.number + 1)
+        shutil.copyfile(hold.claims.folder / str(hold.number), chosen)  # as another does after a silence
         opened._take_over("number", key, type("", (), {"number": hold.number + 1})())
         with pytest.raises(FileNotFoundError):
             output.rename(artifact.path)
@@ -113,8 +113,8 @@ def test_a_rebuild_does_not_replace_what_another_run_published_meanwhile(store: 
         before = type(artifact)("one", artifact.kind, artifact.path, {**artifact.record, "created": "long ago"})
         with pytest.raises(store_module.LockLost, match="was published by another run"):
             opened.publish(output, {**artifact.record, "created": "now"}, hold, before)
-        made = opened.publish(output, {**artifact.record, "created": "now"}, hold, artifact)
-    assert made.record["created"] == "now"
+        new_artifact = opened.publish(output, {**artifact.record, "created": "now"}, hold, artifact)
+    assert new_artifact.record["created"] == "now"
 
 
 def test_a_record_that_this_machine_still_believes_missing_is_looked_for_again(
@@ -212,7 +212,7 @@ def test_a_store_that_stays_away_ends_the_run_and_the_next_one_continues(
         message = r"could not be reached for 0 s .*Stale.*run again when .*runtime\.store\.patience"
         with pytest.raises(StoreUnreachable, match=message):
             run_pipeline(Pipeline(raw), store=store, listener=recorder)
-    assert len([text for what, text in recorder.said if what == "warning" and "does not answer" in text]) == 1
+    assert len([text for label, text in recorder.said if label == "warning" and "does not answer" in text]) == 1
     again = Recorder()
     assert run_pipeline(Pipeline(raw), store=store, listener=again).ran == ["one", "two", "total"]
     assert ("started", "one") not in again.said  # what was made had only to be published
@@ -233,8 +233,8 @@ def test_a_stage_that_lost_the_store_goes_on_from_its_checkpoints(store: Path) -
     run = run_pipeline(Pipeline(toy.pipeline(one={"crash": "away"})), store=store, only="one", listener=recorder)
     assert run.metrics("one")["resumed_at"] == 2
     assert len(run.artifacts["one"].record["attempts"]) == 2
-    assert [what for what, name in recorder.said if name == "one"] == ["started", "resumed"]
-    assert any(what == "warning" and "Stale file handle" in text for what, text in recorder.said)
+    assert [label for label, name in recorder.said if name == "one"] == ["started", "resumed"]
+    assert any(label == "warning" and "Stale file handle" in text for label, text in recorder.said)
 
 
 def test_a_stage_that_finds_the_store_away_every_time_fails(store: Path) -> None:
@@ -276,8 +276,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 1 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
-    if made.returncode:
+    result = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    if result.returncode:
         pytest.skip("only root may mount a small file system")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
@@ -355,7 +355,7 @@ def test_a_real_mount_that_goes_away_in_the_middle_of_a_stage_costs_no_finished_
     assert run.ran == ["one", "two", "total"]
     assert run.metrics("one")["resumed_at"] >= 2
     assert not any(run.store.problems(artifact, thorough=True) for artifact in run.artifacts.values())
-    assert any(what == "warning" for what, _ in recorder.said)
+    assert any(label == "warning" for label, _ in recorder.said)
     away.touch()
     short = {**toy.pipeline(one={"number": 9}), "runtime": {"store": {"patience": 1}}}
     with pytest.raises(StoreUnreachable, match="Stale file handle"):

@@ -34,7 +34,7 @@ def context(tmp_path: Path, tiny_model: Path, tiny_reward: Path):
         return Artifact(stage, kind, folder, {"key": f"{stage}-key"})
 
     data = artifact("data", Kind.PROMPTS)
-    rows = [{"id": f"{at}", "source": "words", "checks": "", "prompt": [user("x" * at)]} for at in range(1, 5)]
+    rows = [{"id": f"{index}", "source": "words", "checks": "", "prompt": [user("x" * index)]} for index in range(1, 5)]
     write_rows(data.split("test"), rows)
     policies = [
         artifact("sft", Kind.POLICY, tiny_model),
@@ -42,7 +42,7 @@ def context(tmp_path: Path, tiny_model: Path, tiny_reward: Path):
     ]
     file = tmp_path / "best.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS), encoding="utf-8")
-    other = make_tiny_reward(tmp_path / "other" / "model", seed=1)
+    model_dir = make_tiny_reward(tmp_path / "other" / "model", seed=1)
 
     def make(**gates) -> StageContext:
         config = EvaluateConfig(
@@ -60,7 +60,7 @@ def context(tmp_path: Path, tiny_model: Path, tiny_reward: Path):
                 "reference": policies[0],
                 "prompts": data,
                 "reward": artifact("reward", Kind.REWARD, tiny_reward),
-                "second_reward": artifact("other", Kind.REWARD, other),
+                "second_reward": artifact("other", Kind.REWARD, model_dir),
             },
             seed=3,
             runtime=Runtime(device="cpu", engine=EngineConfig(name="transformers")),
@@ -73,25 +73,25 @@ def context(tmp_path: Path, tiny_model: Path, tiny_reward: Path):
 
 
 def test_reward_models_and_gates_reach_the_scorecard(context):
-    given = context(reward=[">= sft + 1000", ">= sft - 1000"], kl_to_sft={"bound": "<= 0.001", "level": "warning"})
-    found = evaluate.run(given)
-    card = json.loads((given.output / "scorecard.json").read_text(encoding="utf-8"))
+    inputs = context(reward=[">= sft + 1000", ">= sft - 1000"], kl_to_sft={"bound": "<= 0.001", "level": "warning"})
+    result = evaluate.run(inputs)
+    card = json.loads((inputs.output / "scorecard.json").read_text(encoding="utf-8"))
     first, second = card["reward_models"]
-    assert [(one["stage"], one["task"], one["pairs"]) for one in (first, second)] == [
+    assert [(entry["stage"], entry["task"], entry["pairs"]) for entry in (first, second)] == [
         ("reward", "bench", 10),
         ("other", "bench", 10),
     ]
     assert set(first["sections"]) == {"Math", "Ties"}
-    items, samples = (_of_bench(given.output / name) for name in ("items.jsonl", "samples.jsonl"))
+    items, samples = (_of_bench(inputs.output / name) for name in ("items.jsonl", "samples.jsonl"))
     assert len(items) == len(samples) == 10
     for report in (first, second):
         values = [item["values"][report["stage"]] for item in items]
-        assert sum(one["correct"][0] for one in values) / 10 == report["as_labeled"]["value"]
-        assert sum(one["margin"][0] for one in values) / 10 == pytest.approx(report["margin"]["value"])
-        for one, sample in zip(values, samples, strict=True):
+        assert sum(entry["correct"][0] for entry in values) / 10 == report["as_labeled"]["value"]
+        assert sum(entry["margin"][0] for entry in values) / 10 == pytest.approx(report["margin"]["value"])
+        for entry, sample in zip(values, samples, strict=True):
             for side in ("chosen", "rejected"):
                 shown = [answer["scores"][report["stage"]] for answer in sample["responses"][side]]
-                assert shown == one[side]
+                assert shown == entry[side]
     assert [len(sample["responses"]["rejected"]) for sample in samples] == [3] * 8 + [1] * 2
     assert samples[0]["responses"]["rejected"][1]["text"] == "b"
     assert {item["source"] for item in items} == {"Math", "Ties"}
@@ -105,9 +105,9 @@ def test_reward_models_and_gates_reach_the_scorecard(context):
     ]
     assert card["gates"][0]["clear"] is True
     assert card["gates"][2]["low"] <= card["gates"][2]["value"] <= card["gates"][2]["high"]
-    assert found["failed_gates"] == [card["gates"][0]["text"]]
-    assert "reward of ppo is " in found["failed_gates"][0]
-    assert ", below sft + 1000 = " in found["failed_gates"][0]
+    assert result["failed_gates"] == [card["gates"][0]["text"]]
+    assert "reward of ppo is " in result["failed_gates"][0]
+    assert ", below sft + 1000 = " in result["failed_gates"][0]
 
 
 def _of_bench(path: Path) -> list:

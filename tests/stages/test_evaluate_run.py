@@ -122,8 +122,8 @@ def test_an_empty_split_is_refused(context, inputs):
 def test_greedy_leaves_kl_out(context, inputs):
     changes = {"temperature": 0.0, "reward": None, "pairs": None, "heldout": None, "score": None}
     config = context.config.model_copy(update=changes)
-    given = inputs | {"reward": None, "pairs": None, "heldout": None}
-    evaluate.run(StageContext(**{**context.__dict__, "config": config, "inputs": given}))
+    values = inputs | {"reward": None, "pairs": None, "heldout": None}
+    evaluate.run(StageContext(**{**context.__dict__, "config": config, "inputs": values}))
     card = json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
     assert set(card["metrics"]) == {"finished", "length"}
     assert card["reward_models"] == []
@@ -140,7 +140,7 @@ def test_an_engine_that_hangs_ends_the_stage(context, monkeypatch):
     def end(message):
         raise SystemExit(message)
 
-    monkeypatch.setattr(TransformersEngine, "generate", lambda engine, *given: engine.watchdog.on_hang("it hangs"))
+    monkeypatch.setattr(TransformersEngine, "generate", lambda engine, *values: engine.watchdog.on_hang("it hangs"))
     with pytest.raises(SystemExit, match="it hangs"):
         evaluate.run(replace(context, fail_at_once=end))
 
@@ -178,12 +178,12 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
     assert metrics["failed_gates"][0].startswith("gold of ppo is ")
     samples = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert [len(samples[0]["responses"][name]) for name in card["policies"]] == [1] * 5
-    best = [one["responses"]["best"][0]["reward"] for one in samples]
+    best = [sample["responses"]["best"][0]["reward"] for sample in samples]
     assert sum(best) / len(best) == pytest.approx(own["best"]["reward"]["value"])
 
 
 def test_a_gate_on_what_nothing_measures_is_refused_before_anything_runs(context, monkeypatch):
-    monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *given: pytest.fail("it ran"))
+    monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *values: pytest.fail("it ran"))
     config = EvaluateConfig(**context.config.model_dump() | {"gates": {"gold": ">= 0.3"}, "score": None})
     with pytest.raises(UserError, match=r"gates\.gold: nothing measures"):
         evaluate.run(replace(context, config=config))
@@ -207,8 +207,8 @@ def test_a_checkpoint_against_itself_shows_no_difference(context, inputs):
         bootstrap=400,
         baselines={f"again{seed}": {"of": "sft", "sample_seed": seed} for seed in range(20)},
     )
-    given = dict.fromkeys(inputs) | {name: inputs[name] for name in ("reference", "prompts")}
-    evaluate.run(replace(context, config=config, inputs=given | {"policies": [inputs["reference"]]}))
+    values = dict.fromkeys(inputs) | {name: inputs[name] for name in ("reference", "prompts")}
+    evaluate.run(replace(context, config=config, inputs=values | {"policies": [inputs["reference"]]}))
     card = json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
     gold = [row for row in card["differences"] if row["metric"] == "gold"]
     assert len(gold) == 20
@@ -224,8 +224,8 @@ def test_a_greedy_checkpoint_sampled_again_is_no_measure_of_noise(context, input
         policies=["sft", "ppo"], reference="sft", prompts="data", score=context.config.score, max_tokens=6,
         temperature=0.0, precision="float32", bootstrap=200, baselines=baselines,
     )  # fmt: skip
-    given = dict.fromkeys(inputs) | {name: inputs[name] for name in ("reference", "prompts")}
-    evaluate.run(replace(context, config=config, inputs=given | {"policies": inputs["policies"][1:]}))
+    values = dict.fromkeys(inputs) | {name: inputs[name] for name in ("reference", "prompts")}
+    evaluate.run(replace(context, config=config, inputs=values | {"policies": inputs["policies"][1:]}))
     card = read_card(context)
     assert card["copies"] == {"again": ["prompts"], "other": ["prompts"]}
     compared = {(row["policy"], row["against"]) for row in card["differences"]}

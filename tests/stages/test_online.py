@@ -25,13 +25,13 @@ SCORED = BASE | {"score": "gsm8k_answer"}
 KINDS = [kind for kind in TRAINERS if kind != "ppo"]
 
 
-def config_of(kind, **given):
-    return STAGES[kind].config_class()(**given)
+def config_of(kind, **inputs):
+    return STAGES[kind].config_class()(**inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("inputs", "message"),
     [
         (BASE, "neither reward nor score is set"),
         (SCORED | {"tuning": {"method": "lora", "dropout": 0.1}}, "set it to 0"),
@@ -45,13 +45,13 @@ def config_of(kind, **given):
         (SCORED | {"keep": "best"}, "needs validations"),
     ],
 )
-def test_wrong_configs_are_refused_with_a_remedy(kind, given, message):
+def test_wrong_configs_are_refused_with_a_remedy(kind, inputs, message):
     with pytest.raises(ValidationError, match=message):
-        config_of(kind, **given)
+        config_of(kind, **inputs)
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "message"),
+    ("kind", "inputs", "message"),
     [
         ("grpo", {"loss": "dapoo"}, "'grpo', 'bnpo', 'dr_grpo', 'dapo', 'gspo' or 'cispo'"),
         ("grpo", {"beta": 0.1}, "it is called 'kl_coef' here"),
@@ -71,9 +71,9 @@ def test_wrong_configs_are_refused_with_a_remedy(kind, given, message):
         ("rejection", {"num_mini_batches": 5}, "1 of 8 a prompt"),
     ],
 )
-def test_what_a_method_cannot_do_is_refused(kind, given, message):
+def test_what_a_method_cannot_do_is_refused(kind, inputs, message):
     with pytest.raises(ValidationError, match=message):
-        config_of(kind, **SCORED, **given)
+        config_of(kind, **SCORED, **inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,9 +103,9 @@ def test_a_stage_without_a_critic_needs_the_memory_of_a_head_less_that_head():
 
     sizes = architecture_of(EMBEDDED_SIZES)
     both = []
-    for kind, given in (("ppo", {"critic": "head"}), ("grpo", {"samples_per_prompt": 4})):
-        both.append(memory_rl.estimate(config_of(kind, **SCORED, **given), {"policy": [sizes]}, Runtime()))
-    (ppo,), (grpo,) = ([choice for choice in found.choices if choice.chosen] for found in both)
+    for kind, inputs in (("ppo", {"critic": "head"}), ("grpo", {"samples_per_prompt": 4})):
+        both.append(memory_rl.estimate(config_of(kind, **SCORED, **inputs), {"policy": [sizes]}, Runtime()))
+    (ppo,), (grpo,) = ([choice for choice in actual.choices if choice.chosen] for actual in both)
     assert grpo.memory.critic == 0 < ppo.memory.critic
     assert ppo.memory.total - grpo.memory.total == ppo.memory.critic
     assert set(grpo.settings) == {"tuning"}
@@ -123,12 +123,12 @@ def make_context(tmp_path, tiny_model, tiny_reward):
     write_rows(tmp_path / "data" / "train.parquet", rows)
     write_rows(tmp_path / "data" / "test.parquet", rows[:4])
 
-    def make(kind: str, attempt: str, **given) -> StageContext:
+    def make(kind: str, attempt: str, **values) -> StageContext:
         options = BASE | {"rollout_batch": 16, "samples_per_prompt": 4, "num_mini_batches": 1}
         options |= {"updates": 2, "max_tokens": 6, "max_prompt_tokens": 64, "precision": "float32"}
         if kind == "rejection":
             options["truncated"] = "learn"
-        config = config_of(kind, **(options | given))
+        config = config_of(kind, **(options | values))
         kinds = {"policy": ("sft", Kind.POLICY), "reward": ("reward", Kind.REWARD), "prompts": ("data", Kind.PROMPTS)}
         inputs = {
             field: Artifact(stage, kind, tmp_path / stage, {}) if getattr(config, field) else None
@@ -160,17 +160,23 @@ class Killed(BaseException):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch, kind):
     """On a reward model and a verifiable function alike."""
-    given = {"reward": "reward", "reward_floor": None, "score": "gsm8k_answer", "gold": "gsm8k_answer", "tuning": LORA}
-    given |= {"updates": 2, "scheduler": "linear"}
-    whole, killed = make_context(kind, "whole", **given), make_context(kind, "killed", **given)
+    settings = {
+        "reward": "reward",
+        "reward_floor": None,
+        "score": "gsm8k_answer",
+        "gold": "gsm8k_answer",
+        "tuning": LORA,
+    }
+    settings |= {"updates": 2, "scheduler": "linear"}
+    uninterrupted, killed = make_context(kind, "whole", **settings), make_context(kind, "killed", **settings)
     run = STAGES[kind].runner()
-    expected = run(whole)
-    points = events(whole, "metrics")
+    expected = run(uninterrupted)
+    points = events(uninterrupted, "metrics")
     assert [point["step"] for point in points] == [1, 2]
     assert {"score", "score_reward", "score_function", "gold", "kl", "entropy"} <= points[0].keys()
     assert expected["episodes"] == 32 and expected["gold_last"] == 0.0 and expected["parity_gap_last"] < 1e-4
-    assert (whole.output / "adapter" / "adapter_config.json").is_file()
-    lines = [json.loads(line) for line in (whole.output / "completions.jsonl").read_text().splitlines()]
+    assert (uninterrupted.output / "adapter" / "adapter_config.json").is_file()
+    lines = [json.loads(line) for line in (uninterrupted.output / "completions.jsonl").read_text().splitlines()]
     assert {line["update"] for line in lines} == {1, 2} and all(line["by_token"] for line in lines)
 
     def kill(self, args, state, control, **kwargs):
@@ -182,8 +188,8 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch, k
         with pytest.raises(Killed):
             run(killed)
     assert not (killed.output / "model").exists()
-    found = run(killed)
-    weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, killed)]
+    result = run(killed)
+    weights = [load_file(context.output / "model" / "model.safetensors") for context in (uninterrupted, killed)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     for name in ("score_first", "score_last", "kl_last", "episodes", "tokens"):
-        assert found[name] == expected[name]
+        assert result[name] == expected[name]

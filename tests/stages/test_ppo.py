@@ -33,7 +33,7 @@ BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("inputs", "message"),
     [
         ({}, "neither reward nor score is set"),
         ({"score": "gold", "critic": "reward"}, "no reward stage is named"),
@@ -56,9 +56,9 @@ BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
         ({"score": "gold", "kl_in": "loss", "kl_estimator": "k1"}, "use k2 or k3"),
     ],
 )
-def test_wrong_configs_are_refused_with_a_remedy(given, message):
+def test_wrong_configs_are_refused_with_a_remedy(inputs, message):
     with pytest.raises(ValidationError, match=message):
-        PpoConfig(**BASE, **given)
+        PpoConfig(**BASE, **inputs)
 
 
 def test_defaults_follow_from_what_is_given():
@@ -104,7 +104,7 @@ def make_context(tmp_path, tiny_model, tiny_reward):
     kinds = {"policy": ("sft", Kind.POLICY), "reward": ("reward", Kind.REWARD)}
     kinds |= dict.fromkeys(("prompts", "ptx"), ("data", Kind.INSTRUCTIONS))
 
-    def make(attempt: str, **given) -> StageContext:
+    def make(attempt: str, **values) -> StageContext:
         options = {
             **BASE,
             "rollout_batch": 8,
@@ -113,7 +113,7 @@ def make_context(tmp_path, tiny_model, tiny_reward):
             "max_prompt_tokens": 64,
             "precision": "float32",
         }
-        config = PpoConfig(**(options | given))
+        config = PpoConfig(**(options | values))
         inputs = {
             field: Artifact(stage, kind, tmp_path / stage, {}) if getattr(config, field) else None
             for field, (stage, kind) in kinds.items()
@@ -149,8 +149,8 @@ def test_run_trains_on_a_reward_model_and_reports_every_update(make_context):
     adapters = 4 * 2 * (4 * 128 + 3 * 192)  # rank x layers x (attention's and the MLP's matrices, inputs + outputs)
     trained = adapters, adapters + 64 + 1  # the critic has a head with a bias
     assert (metrics["trainable_parameters"], metrics["trainable_parameters_critic"]) == trained
-    (said,) = events(context, "note")
-    assert f"{adapters:,} of {metrics['parameters']:,} parameters are trained" in said["message"]
+    (output,) = events(context, "note")
+    assert f"{adapters:,} of {metrics['parameters']:,} parameters are trained" in output["message"]
     points = events(context, "metrics")
     assert [point["step"] for point in points] == [1, 2]
     assert {"score", "gold", "kl", "entropy", "explained_variance"} <= points[0].keys()
@@ -193,8 +193,8 @@ def test_prompts_that_choose_the_policy_are_not_learned_and_are_none_of_the_test
     fields = {"score": "gold", "eval_updates": 1, "eval_prompts": 1}
     rows, validation = _read_prompts(make_context("best", keep="best", **fields))
     assert len(validation) == 1 and len(rows) == 7
-    seen = {row["id"] for row in [*rows, *validation]}
-    assert seen == {str(i) for i in range(8)}
+    observations = {row["id"] for row in [*rows, *validation]}
+    assert observations == {str(i) for i in range(8)}
     rows, validation = _read_prompts(make_context("few", keep="best", max_prompts=2, **fields))
     assert (len(rows), len(validation)) == (2, 1)
     rows, monitored = _read_prompts(make_context("last", **fields))
@@ -219,9 +219,9 @@ class Killed(BaseException):
 
 
 def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch):
-    given = {"reward": "reward", "tuning": LORA, "updates": 4, "scheduler": "linear", "num_mini_batches": 2}
-    whole, killed = make_context("whole", **given), make_context("killed", **given)
-    expected = run(whole)
+    settings = {"reward": "reward", "tuning": LORA, "updates": 4, "scheduler": "linear", "num_mini_batches": 2}
+    uninterrupted, killed = make_context("whole", **settings), make_context("killed", **settings)
+    expected = run(uninterrupted)
 
     def kill(self, args, state, control, **kwargs):
         if state.global_step == 5:  # in the middle of the third update
@@ -233,20 +233,20 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch):
             run(killed)
     assert not (killed.output / "model").exists()
     shutil.copytree(killed.checkpoints / "checkpoint-4", killed.checkpoints / DRAFT / "checkpoint-6")  # half written
-    found = run(killed)
+    result = run(killed)
     assert [point["step"] for point in events(killed, "metrics")] == [1, 2, 3, 4]
-    weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, killed)]
+    weights = [load_file(context.output / "model" / "model.safetensors") for context in (uninterrupted, killed)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     for name in ("score_first", "score_last", "kl_last", "episodes", "tokens"):
-        assert found[name] == expected[name]
+        assert result[name] == expected[name]
 
 
 def test_a_stage_that_is_asked_to_stop_saves_after_its_update_and_goes_on_to_the_same_weights(
     make_context, monkeypatch
 ):
-    given = {"reward": "reward", "tuning": LORA, "updates": 4, "num_mini_batches": 2, "save_updates": 100}
-    whole, parts = make_context("whole", **given), make_context("parts", **given)
-    run(whole)
+    settings = {"reward": "reward", "tuning": LORA, "updates": 4, "num_mini_batches": 2, "save_updates": 100}
+    uninterrupted, parts = make_context("whole", **settings), make_context("parts", **settings)
+    run(uninterrupted)
 
     def ask(self, args, state, control, **kwargs):
         if state.global_step == 3:  # the first of the second update's two steps
@@ -260,7 +260,7 @@ def test_a_stage_that_is_asked_to_stop_saves_after_its_update_and_goes_on_to_the
     clear_request(parts.events.parent)
     run(parts)
     assert [point["step"] for point in events(parts, "metrics")] == [1, 2, 3, 4]
-    weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, parts)]
+    weights = [load_file(context.output / "model" / "model.safetensors") for context in (uninterrupted, parts)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
@@ -287,9 +287,9 @@ def test_a_reward_model_of_another_family_reads_its_own_template_and_tokens(anot
     rows = [{"prompt": [user("name a cat")]}, {"prompt": [user("and?")]}]
     scorer = RewardScorer(RewardModel(another_reward, precision="float32"))
     scores = scorer.score(rows, ["Bea", "Eva"], [False, True])
-    own = scorer.model.tokenizer
-    texts = [f"[INST]name a cat[/INST]Bea{own.eos_token}", "[INST]and?[/INST]Eva"]
-    ids = [own(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokenizer = scorer.model.tokenizer
+    texts = [f"[INST]name a cat[/INST]Bea{tokenizer.eos_token}", "[INST]and?[/INST]Eva"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert ids[0] != load_tokenizer(tiny_model)(texts[0], add_special_tokens=False)["input_ids"]
     model = load_reward(another_reward)
     expected = [model(torch.tensor([tokens])).logits.item() for tokens in ids]

@@ -67,8 +67,8 @@ def test_the_engine_samples_from_what_is_trained(
     folder = context.output / "model"
     assert load_policy(folder).config.intermediate_size == (144 if method == "parallel" else 128)
     frozen = load_file(tiny_model / "model.safetensors")
-    kept = load_file(folder / "model.safetensors")
-    assert all(torch.equal(kept[n][tuple(map(slice, tensor.shape))], tensor) for n, tensor in frozen.items())
+    tensors = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensors[n][tuple(map(slice, tensor.shape))], tensor) for n, tensor in frozen.items())
     ids = torch.tensor([render_prompt(load_tokenizer(folder), [user("say x")])])
     with torch.no_grad():
         moved = (load_policy(folder)(ids).logits - load_policy(tiny_model)(ids).logits).abs().max()
@@ -87,7 +87,9 @@ def test_a_policy_that_brings_its_adapter_is_trained_further(
     assert metrics["parity_gap_last"] < (0.1 if "precision" in fields else 1e-4)
     assert metrics["kl_first"] == pytest.approx(0, abs=1e-4)  # the reference has the adapter as it came
     assert abs(metrics["kl_last"]) > 1e-3  # and not as it is now
-    before, after = (load_file(one / "adapter" / "adapter.safetensors") for one in (start, context.output / "model"))
+    before, after = (
+        load_file(entry / "adapter" / "adapter.safetensors") for entry in (start, context.output / "model")
+    )
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
 

@@ -86,14 +86,14 @@ def raw(tiny_model: Path) -> dict[str, Any]:
         "precision": "float32",
         "tuning": {"method": "lora", "rank": 4, "alpha": 8},
     }
-    given = "tests.support.stages.given"
+    inputs = "tests.support.stages.given"
     return {
         "name": "served",
         "seed": 3,
         "runtime": {"threads": 1, "engine": {"batch_size": 4, "timeout": 60}},
         "stages": {
-            "policy": {"stage": f"{given}:POLICY", "folder": str(tiny_model)},
-            "prompts": {"stage": f"{given}:PROMPTS", "count": 8},
+            "policy": {"stage": f"{inputs}:POLICY", "folder": str(tiny_model)},
+            "prompts": {"stage": f"{inputs}:PROMPTS", "count": 8},
             "ppo": ppo,
         },
     }
@@ -158,7 +158,7 @@ def wholes() -> dict[str, Whole]:
 
 
 def assert_as_without_failure(
-    found: Artifact,
+    actual: Artifact,
     raw: dict[str, Any],
     store: Path,
     wholes: dict[str, Whole],
@@ -171,15 +171,15 @@ def assert_as_without_failure(
         wholes[name] = run_whole(raw, store, rollouts, engine)
     metrics, weights = wholes[name]
     for each in ("score_first", "score_last", "kl_last", "length_last", "episodes", "tokens"):
-        assert found.record["metrics"][each] == metrics[each], each
-    others = load_file(found.path / "model" / "model.safetensors")
+        assert actual.record["metrics"][each] == metrics[each], each
+    others = load_file(actual.path / "model" / "model.safetensors")
     assert all(torch.equal(others[each], weights[each]) for each in weights)
 
 
 def run_whole(raw: dict[str, Any], store: Path, rollouts: dict[str, Any] | None, engine: dict[str, Any]) -> Whole:
     """The stage run here, in this process."""
     node, opened, folder = Pipeline(raw).nodes["ppo"], Store.open(store), store.parent / "whole"
-    made = {one.stage: one for one in opened.all()}
+    made = {artifact.stage: artifact for artifact in opened.all()}
     inputs = {field: made[name] if isinstance(name, str) else None for field, name in node.inputs.items()}
     runtime = Runtime.model_validate(runtime_of(raw, rollouts, engine))
     for name in ("output", "checkpoints"):
@@ -190,8 +190,8 @@ def run_whole(raw: dict[str, Any], store: Path, rollouts: dict[str, Any] | None,
 
 
 def test_a_server_lost_before_the_first_checkpoint(tmp_path: Path) -> None:
-    said = "(?s)gone.*run again to start over, since no checkpoint"
-    with pytest.raises(EngineLost, match=said), _explain_lost_engine(SimpleNamespace(checkpoints=tmp_path)):
+    message = "(?s)gone.*run again to start over, since no checkpoint"
+    with pytest.raises(EngineLost, match=message), _explain_lost_engine(SimpleNamespace(checkpoints=tmp_path)):
         raise EngineLost("the server is gone")
 
 
@@ -201,13 +201,13 @@ def test_a_server_that_hangs(
     """One that somebody else started, and that answers again when the stage is run again."""
     server.fault_at = FAULTY_LOAD
     one = {"addresses": [server.address]}
-    said = fail(raw, tmp_path / "store", one | {"restarts": 0}, timeout=5)
+    error = fail(raw, tmp_path / "store", one | {"restarts": 0}, timeout=5)
     waited = f"EngineLost: the vLLM server at {server.address} did not answer /v1/completions within 5 s"
-    assert f"{waited} (runtime.engine.timeout)" in said
-    assert "/health answers" in said
-    assert "Once the server answers, run again to resume from checkpoint-2." in said
-    found = finish(raw, tmp_path / "store", one)
-    assert_as_without_failure(found, raw, tmp_path / "store", wholes, one)
+    assert f"{waited} (runtime.engine.timeout)" in error
+    assert "/health answers" in error
+    assert "Once the server answers, run again to resume from checkpoint-2." in error
+    actual = finish(raw, tmp_path / "store", one)
+    assert_as_without_failure(actual, raw, tmp_path / "store", wholes, one)
 
 
 @pytest.fixture
@@ -234,13 +234,13 @@ def test_the_last_server_of_the_stage_s_own_that_dies(
 ) -> None:
     """The next run starts a new one."""
     monkeypatch.setenv("FAKE_DIES_AT", str(FAULTY_LOAD - 1))  # it starts with the weights that another is given
-    said = fail(raw, tmp_path / "store", {"servers": 1, "restarts": 0})
-    assert re.search(r"EngineLost: the vLLM server at unix:/\S+ could not be asked for /v1/completions", said)
-    assert "Its process was ended by SIGKILL" in said
-    assert "Once the server answers, run again to resume from checkpoint-2." in said
+    error = fail(raw, tmp_path / "store", {"servers": 1, "restarts": 0})
+    assert re.search(r"EngineLost: the vLLM server at unix:/\S+ could not be asked for /v1/completions", error)
+    assert "Its process was ended by SIGKILL" in error
+    assert "Once the server answers, run again to resume from checkpoint-2." in error
     monkeypatch.delenv("FAKE_DIES_AT")
-    found = finish(raw, tmp_path / "store", {"servers": 1})
-    assert_as_without_failure(found, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
+    actual = finish(raw, tmp_path / "store", {"servers": 1})
+    assert_as_without_failure(actual, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -253,24 +253,24 @@ def test_servers_that_die_are_started_anew(
 ) -> None:
     """Both are killed by the weights of the third update, after two answers; new ones are given those weights first."""
     monkeypatch.setenv("FAKE_DIES_AT", str(FAULTY_LOAD - 1))
-    found = run(raw, tmp_path / "store", {"servers": 2})
-    events = [json.loads(line) for line in (found.path / "events.jsonl").read_text().splitlines()]
+    result = run(raw, tmp_path / "store", {"servers": 2})
+    events = [json.loads(line) for line in (result.path / "events.jsonl").read_text().splitlines()]
     warned = [event["message"] for event in events if event["event"] == "warning"]
     assert {text.splitlines()[-1] for text in warned} == {
         f"Server {number} of 2 is lost, for the first time: it is restarted." for number in (1, 2)
     }
     assert all("Its process was ended by SIGKILL" in text for text in warned)
-    assert_as_without_failure(found, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
+    assert_as_without_failure(result, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
 
 
 def test_an_engine_in_the_process_that_hangs(
     raw: dict[str, Any], wholes: dict[str, Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ENGINE_HANGS", "1")
-    said = fail(raw, tmp_path / "store", name="transformers", timeout=3)
-    assert "the transformers engine made no progress in 'generate' for 3 s (runtime.engine.timeout)" in said
+    error = fail(raw, tmp_path / "store", name="transformers", timeout=3)
+    assert "the transformers engine made no progress in 'generate' for 3 s (runtime.engine.timeout)" in error
     (log,) = tmp_path.glob("store/ppo/*.partial/log.txt")
     assert "in never" in log.read_text()
     monkeypatch.delenv("ENGINE_HANGS")
-    found = finish(raw, tmp_path / "store", name="transformers")
-    assert_as_without_failure(found, raw, tmp_path / "store", wholes, name="transformers")
+    actual = finish(raw, tmp_path / "store", name="transformers")
+    assert_as_without_failure(actual, raw, tmp_path / "store", wholes, name="transformers")

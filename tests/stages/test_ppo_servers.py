@@ -24,8 +24,8 @@ MEASURES = ("score", "kl", "loss", "entropy", "staleness")
 def servers(tiny_model: Path) -> Iterator[list[ModelServer]]:
     two = [ModelServer(tiny_model), ModelServer(tiny_model)]
     yield two
-    for one in two:
-        one.stop()
+    for entry in two:
+        entry.stop()
 
 
 def run(tiny_model: Path, folder: Path, servers: list[ModelServer], processes: int, strategy: str) -> Artifact:
@@ -42,7 +42,7 @@ def run(tiny_model: Path, folder: Path, servers: list[ModelServer], processes: i
             "threads": 1,
             "device": "cpu",
             "engine": {"batch_size": 4, "timeout": 200},
-            "rollouts": {"addresses": [one.address for one in servers]},
+            "rollouts": {"addresses": [server.address for server in servers]},
             "stages": {"ppo": {"launch": {"processes": processes, "strategy": strategy}}},
         },
         "stages": {
@@ -64,14 +64,14 @@ def test_two_processes_and_two_servers(
     strategy: str, tiny_model: Path, servers: list[ModelServer], tmp_path: Path
 ) -> None:
     """What one process comes to, with rollouts drawn ahead, validations and probes."""
-    one = run(tiny_model, tmp_path / "one", servers, 1, "ddp")
+    result = run(tiny_model, tmp_path / "one", servers, 1, "ddp")
     for server in servers:
         server.calls.clear()
     two = run(tiny_model, tmp_path / "two", servers, 2, strategy)
     assert all("/v1/completions" in server.paths() for server in servers)
-    assert one.record["key"] == two.record["key"]
-    for first, second in zip(points(one), points(two), strict=True):
+    assert result.record["key"] == two.record["key"]
+    for first, second in zip(points(result), points(two), strict=True):
         for name in MEASURES:
             assert second.get(name) == pytest.approx(first.get(name), abs=1e-4), name
-    weights, others = (load_file(found.path / "model" / "model.safetensors") for found in (one, two))
+    weights, others = (load_file(actual.path / "model" / "model.safetensors") for actual in (result, two))
     assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-4

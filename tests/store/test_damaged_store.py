@@ -176,8 +176,8 @@ def test_what_a_stage_left_is_believed_only_where_whole(tmp_path: Path, raw: dic
     run = run_pipeline(pipeline, store=store, listener=recorder)
     assert run.ran == ["one", "two", "total"]
     assert len(run.artifacts["one"].record["attempts"]) == 1
-    said = [str(text) for what, text in recorder.said if what == "warning"]
-    assert any("result.json: damaged: it" in text and "goes on from its checkpoints" in text for text in said)
+    messages = [str(text) for label, text in recorder.said if label == "warning"]
+    assert any("result.json: damaged: it" in text and "goes on from its checkpoints" in text for text in messages)
 
 
 @pytest.mark.parametrize(

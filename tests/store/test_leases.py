@@ -49,8 +49,8 @@ def test_a_damaged_file_about_a_run_keeps_everything(
     about = store / "runs" / "toy.json"
     about.write_bytes(about.read_bytes()[:100] if damage is None else damage)
     assert gc(store) == 2
-    said = capsys.readouterr().err
-    assert f"{about}: damaged: it" in said and "nothing is deleted" in said
+    err = capsys.readouterr().err
+    assert f"{about}: damaged: it" in err and "nothing is deleted" in err
     assert len(Store.open(store).all()) == 3
     run_pipeline(Pipeline(toy.pipeline()), store=store)  # the remedy
     assert gc(store) == 0
@@ -224,12 +224,12 @@ def test_a_lease_that_could_not_be_written_holds_nothing(store: Path, monkeypatc
 
 
 def test_a_run_that_waits_until_gc_is_done_says_so(store: Path) -> None:
-    opened, said = Store.open(store), []
-    opened.retry.log = lambda text: (said.append(text), hold.release())
+    opened, output = Store.open(store), []
+    opened.retry.log = lambda text: (output.append(text), hold.release())
     hold = Lock(store / "locks" / "gc").acquire(lambda _: None, opened.retry)
     with opened.use("toy", {}, {}):
         pass
-    assert len(said) == 1 and "waits until `align gc`" in said[0]
+    assert len(output) == 1 and "waits until `align gc`" in output[0]
 
 
 def test_gc_looks_past_what_its_machine_remembers_of_the_folders_where_runs_begin(

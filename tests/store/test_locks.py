@@ -66,14 +66,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def elsewhere(folder: Path) -> Iterator[Callable[[float], Holder]]:
-    made = []
+    rows = []
 
     def start(lease: float) -> Holder:
-        made.append(Holder(folder, lease))
-        return made[-1]
+        rows.append(Holder(folder, lease))
+        return rows[-1]
 
     yield start
-    for holder in made:
+    for holder in rows:
         holder.process.kill()
         holder.process.communicate()
 
@@ -142,12 +142,12 @@ def test_a_holder_of_this_machine_that_was_killed_keeps_nothing(folder: Path) ->
 
 def test_a_machine_that_died_keeps_it_for_its_lease(folder: Path) -> None:
     claim_of_elsewhere(folder)
-    lock, told = Lock(folder, SHORT), []
+    lock, message = Lock(folder, SHORT), []
     began = time.monotonic()
     assert lock.try_acquire() is None
-    hold = lock.acquire(told.append, Retry(folder))
+    hold = lock.acquire(message.append, Retry(folder))
     assert time.monotonic() - began >= 1.0
-    assert told == ["process 7 on far"]
+    assert message == ["process 7 on far"]
     assert hold.after_silence
     hold.release()
 
@@ -280,13 +280,15 @@ def test_of_many_that_find_it_lost_one_gets_it(folder: Path) -> None:
 
 def test_who_looked_long_ago_takes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claim_of_elsewhere(folder, 1, released=True)
-    late, seen = Lock(folder), Lock(folder)._highest()
+    late, observations = Lock(folder), Lock(folder)._highest()
     for _ in range(2):
         take(Lock(folder)).release()
     holder = take(Lock(folder))
     assert [path.name for path in folder.iterdir()] == ["4"]
     with monkeypatch.context() as patched:
-        patched.setattr(late, "_highest", lambda: seen)  # it goes on from what it saw then, and number 2 is free again
+        patched.setattr(
+            late, "_highest", lambda: observations
+        )  # it goes on from what it saw then, and number 2 is free again
         assert late.try_acquire() is None
     holder.confirm()
     assert [path.name for path in folder.iterdir()] == ["4"]

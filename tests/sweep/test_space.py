@@ -58,7 +58,7 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
     space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": {"low": 0.1, "high": 0.5, "step": 0.2}}
     sweep = toy_sweep.check(tmp_path, space=space, sampler="grid")
     draws = [changes_of(sweep.space, draw) for draw in grid(sweep.space, "x")]
-    assert [(one["stages.ppo.kind"], one["stages.ppo.height"]) for one in draws] == [
+    assert [(entry["stages.ppo.kind"], entry["stages.ppo.height"]) for entry in draws] == [
         ("a", 0.1), ("a", 0.3), ("a", 0.5), ("b", 0.1), ("b", 0.3), ("b", 0.5),
     ]  # fmt: skip
     assert len(list(corner_draws(sweep.space))) == 3

@@ -39,21 +39,21 @@ def finish(study: Study, most: int = 10**6) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_an_interrupted_sweep_asks_for_the_same_trials(sampler: str, tmp_path: Path) -> None:
     sweep = toy_sweep.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=5)
-    whole = finish(toy_sweep.opened(sweep, tmp_path / "whole"))
+    full = finish(toy_sweep.opened(sweep, tmp_path / "whole"))
     parts: list[dict[str, Any]] = []
     for most in (3, 1, 8, 99):  # past TPE's ten random trials, too
         parts += finish(toy_sweep.opened(sweep, tmp_path / "parts"), most)
-    assert parts == whole and len(whole) == 16
-    assert len({one["stages.ppo.height"] for one in whole}) == 16, "no draw comes twice"
-    other = toy_sweep.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=6)
-    assert finish(toy_sweep.opened(other, tmp_path / "other")) != whole
+    assert parts == full and len(full) == 16
+    assert len({first["stages.ppo.height"] for first in full}) == 16, "no draw comes twice"
+    second = toy_sweep.check(tmp_path, space=SPACE, trials=16, sampler=sampler, seed=6)
+    assert finish(toy_sweep.opened(second, tmp_path / "other")) != full
 
 
 def test_tpe_learns_where_random_does_not(tmp_path: Path) -> None:
     def late(sampler: str) -> float:
         sweep = toy_sweep.check(tmp_path, space=SPACE, trials=40, sampler=sampler)
         draws = finish(toy_sweep.opened(sweep, tmp_path / sampler))[20:]
-        return sum(float(one["stages.ppo.height"]) for one in draws) / len(draws)
+        return sum(float(draw["stages.ppo.height"]) for draw in draws) / len(draws)
 
     assert late("tpe") > 0.75 > 0.6 > late("random")
 
@@ -70,7 +70,7 @@ def test_a_trial_that_nobody_runs_any_more_is_gone_on_with_under_its_number(tmp_
     again = other.next()
     assert again is not None and (again.number, again.draw, again.resumed) == (0, first.draw, True)
     other.complete(again, [0.5])
-    assert [one.state for one in study.trials()] == ["done", "unfinished"]
+    assert [trial.state for trial in study.trials()] == ["done", "unfinished"]
     assert study.trials()[0].values == [0.5]
 
 
@@ -104,9 +104,9 @@ def elsewhere(folder: Path, machine: str, most: int) -> subprocess.Popen[str]:
 
 def test_workers_on_several_machines_take_each_trial_once(tmp_path: Path) -> None:
     workers = [elsewhere(tmp_path, machine, 99) for machine in ("a", "b", "c")]
-    taken = [number for worker in workers for number in worker.communicate(timeout=240)[0].split()]
+    chosen = [number for worker in workers for number in worker.communicate(timeout=240)[0].split()]
     assert [worker.returncode for worker in workers] == [0, 0, 0]
-    assert sorted(map(int, taken)) == list(range(8))
+    assert sorted(map(int, chosen)) == list(range(8))
 
 
 def test_the_trial_of_a_machine_that_died_is_gone_on_with_once_it_was_silent(tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_the_trial_of_a_machine_that_died_is_gone_on_with_once_it_was_silent(tmp
     finally:
         worker.kill()
         worker.wait()
-    found = study.next()
-    assert found is not None and (found.number, found.resumed) == (7, True)
-    study.complete(found, [0.7])
-    assert study.next() is None and {one.state for one in study.trials()} == {"done"}
+    actual = study.next()
+    assert actual is not None and (actual.number, actual.resumed) == (7, True)
+    study.complete(actual, [0.7])
+    assert study.next() is None and {trial.state for trial in study.trials()} == {"done"}
 
 
 def test_a_worker_whose_trial_was_taken_over_tells_nothing_of_it(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_a_trial_that_died_before_it_was_drawn_is_drawn_as_it_would_have_been(tm
     expected = finish(toy_sweep.opened(sweep, tmp_path / "whole"))
     study = toy_sweep.opened(sweep, tmp_path / "s")
     study._study.ask()  # no parameters yet
-    found = toy_sweep.opened(sweep, tmp_path / "s").next()
-    assert found is not None and found.resumed and found.draw == expected[0]
+    trial = toy_sweep.opened(sweep, tmp_path / "s").next()
+    assert trial is not None and trial.resumed and trial.draw == expected[0]
 
 
 def test_a_grid_is_run_in_order_and_more_of_it_later(tmp_path: Path) -> None:
@@ -154,9 +154,9 @@ def test_a_grid_is_run_in_order_and_more_of_it_later(tmp_path: Path) -> None:
     draws = finish(toy_sweep.opened(some, tmp_path / "s"))
     heights = [(draw["stages.ppo.kind"], draw["stages.ppo.height"]) for draw in draws]
     assert heights == [("a", "0.2"), ("a", "0.4"), ("b", "0.2")]
-    whole = toy_sweep.check(tmp_path, space=space, sampler="grid", trials=None)
-    assert [list(one.values()) for one in finish(toy_sweep.opened(whole, tmp_path / "s"))] == [["b", "0.4"]]
-    assert toy_sweep.opened(whole, tmp_path / "s").next() is None
+    full = toy_sweep.check(tmp_path, space=space, sampler="grid", trials=None)
+    assert [list(trial.values()) for trial in finish(toy_sweep.opened(full, tmp_path / "s"))] == [["b", "0.4"]]
+    assert toy_sweep.opened(full, tmp_path / "s").next() is None
 
 
 def test_a_failed_trial_of_part_of_a_grid_comes_again_and_not_the_rest_of_the_grid(tmp_path: Path) -> None:
@@ -248,14 +248,14 @@ def test_successive_halving_ends_who_is_behind_at_a_rung(tmp_path: Path) -> None
             study.prune(trial)
     # rungs at 2, 4, 8: the first has no rival; each later one must be in the better half of those that came as far
     assert ends == [None, 2, None, 2]
-    assert [one.state for one in study.trials()] == ["done", "ended early", "done", "ended early"]
+    assert [entry.state for entry in study.trials()] == ["done", "ended early", "done", "ended early"]
 
 
 def test_what_is_private_in_optuna_is_still_there() -> None:
     study = optuna.create_study()
-    asked = study.ask()
-    taken = optuna.Trial(study, study.get_trials()[0]._trial_id)
-    assert taken.number == asked.number and taken.suggest_float("x", 0, 1) == taken.suggest_float("x", 0, 1)
+    trial = study.ask()
+    chosen = optuna.Trial(study, study.get_trials()[0]._trial_id)
+    assert chosen.number == trial.number and chosen.suggest_float("x", 0, 1) == chosen.suggest_float("x", 0, 1)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"seal": 1}'])

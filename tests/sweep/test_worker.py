@@ -31,30 +31,30 @@ def sweep(folder: Path, *words: str, raw: dict[str, Any] | None = None, **change
 def document(folder: Path, capsys: Said, *words: str, **changes: Any) -> dict[str, Any]:
     capsys.readouterr()
     assert sweep(folder, "--json", *words, **changes) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    actual: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return actual
 
 
 def test_trials_share_what_does_not_change_and_the_best_is_found(tmp_path: Path, capsys: Said) -> None:
     space = {"stages.ppo.height": [0.2, 0.9, 0.4], "stages.evaluate.spoilt": [False]}
-    found = document(tmp_path, capsys, space=space, sampler="grid", trials=None)
-    assert [(row["number"], row["values"]["ppo.gold"]) for row in found["trials"]] == [(1, 0.9), (2, 0.4), (0, 0.2)]
-    assert found["best"] == [1] and found["trials"][0]["best"] and found["trials"][0]["run"] == "sw-1"
-    assert found["trials"][0]["intervals"]["ppo.gold"] == pytest.approx([0.8, 1.0])
+    actual = document(tmp_path, capsys, space=space, sampler="grid", trials=None)
+    assert [(row["number"], row["values"]["ppo.gold"]) for row in actual["trials"]] == [(1, 0.9), (2, 0.4), (0, 0.2)]
+    assert actual["best"] == [1] and actual["trials"][0]["best"] and actual["trials"][0]["run"] == "sw-1"
+    assert actual["trials"][0]["intervals"]["ppo.gold"] == pytest.approx([0.8, 1.0])
     store = Store.open(tmp_path / "store")
     kinds = [artifact.record["kind"] for artifact in store.all()]
     assert (kinds.count("number"), kinds.count("curve"), kinds.count("card")) == (1, 3, 3)
     assert {"sw-0", "sw-1", "sw-2"} <= set(store.runs()) and find_garbage(store) == []
     # again: nothing runs, the same is said
-    assert document(tmp_path, capsys, space=space, sampler="grid", trials=None)["trials"] == found["trials"]
+    assert document(tmp_path, capsys, space=space, sampler="grid", trials=None)["trials"] == actual["trials"]
 
 
 def test_a_table_and_a_page_say_it(tmp_path: Path, capsys: Said) -> None:
     assert sweep(tmp_path, space={"stages.ppo.height": [0.2, 0.9]}, sampler="grid", trials=None, minimize="ppo.kl") == 0
-    said = capsys.readouterr().out
-    assert "✓ trial 1 of 2  done  ppo.gold 0.900  ppo.kl 0.810  (ppo.height=0.9)" in said
-    assert "Best trade-offs (*), which no trial beats in all objectives: 1, 0." in said
-    page = Path(said.rpartition("Report: ")[2].strip())
+    out = capsys.readouterr().out
+    assert "✓ trial 1 of 2  done  ppo.gold 0.900  ppo.kl 0.810  (ppo.height=0.9)" in out
+    assert "Best trade-offs (*), which no trial beats in all objectives: 1, 0." in out
+    page = Path(out.rpartition("Report: ")[2].strip())
     assert page == (tmp_path / "store" / "reports" / "sw" / "compare.html").resolve()
     text = page.read_text(encoding="utf-8")
     assert "The sweep: every trial" in text and text.count("not beaten") == 2
@@ -74,8 +74,8 @@ def test_a_failed_trial_is_noted_and_the_others_run(tmp_path: Path, capsys: Said
             "spoilt": {"stages.ppo.crash": False, "stages.evaluate.spoilt": True, "stages.ppo.height": 0.3},
         }
     }
-    found = document(tmp_path, capsys, space=space, sampler="grid", trials=None)
-    states = {row["draw"]["way"]: (row["state"], row["note"]) for row in found["trials"]}
+    actual = document(tmp_path, capsys, space=space, sampler="grid", trials=None)
+    states = {row["draw"]["way"]: (row["state"], row["note"]) for row in actual["trials"]}
     assert states == {
         "good": ("done", ""),
         "bad": ("failed", "ppo: RuntimeError: diverged"),
@@ -101,8 +101,8 @@ def test_a_damaged_artifact_fails_its_own_trial_only(tmp_path: Path, capsys: Sai
 def test_what_failed_already_is_not_run_again_for_another_trial(tmp_path: Path, capsys: Said) -> None:
     space = {"stages.ppo.crash": [True, False], "stages.evaluate.spoilt": [False, True]}
     raw = toy_sweep.pipeline()
-    found = document(tmp_path, capsys, raw=raw, space=space, sampler="grid", trials=3)
-    notes = {row["number"]: row["note"] for row in found["trials"]}
+    actual = document(tmp_path, capsys, raw=raw, space=space, sampler="grid", trials=3)
+    notes = {row["number"]: row["note"] for row in actual["trials"]}
     assert notes == {
         2: "", 0: "ppo: RuntimeError: diverged", 1: "stage 'ppo' failed in trial 0 with the same settings"
     }  # fmt: skip
@@ -110,15 +110,15 @@ def test_what_failed_already_is_not_run_again_for_another_trial(tmp_path: Path, 
 
 def test_only_failures_end_with_1_and_a_shared_stage_that_fails_ends_the_sweep(tmp_path: Path, capsys: Said) -> None:
     assert sweep(tmp_path, space={"stages.ppo.height": [0.1]}, set={"stages.ppo.crash": True}, trials=1) == 1
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     # ppo is the same in the one trial there is
-    assert "Every trial has this stage, so the sweep ends here." in said.err
+    assert "Every trial has this stage, so the sweep ends here." in captured.err
     raw = toy_sweep.pipeline()
     raw["stages"]["one"]["crash"] = "bug"
     assert sweep(tmp_path, raw=raw, name="other", trials=3) == 1
-    said = capsys.readouterr()
-    assert "stage 'one' failed: ValueError: a bug" in said.err and "Every trial has this stage" in said.err
-    assert "0 trials done" not in said.out
+    captured = capsys.readouterr()
+    assert "stage 'one' failed: ValueError: a bug" in captured.err and "Every trial has this stage" in captured.err
+    assert "0 trials done" not in captured.out
     both = {"stages.ppo.height": [0.1, 0.2]}
     assert sweep(tmp_path, name="third", space=both, set={"stages.ppo.crash": True}, trials=2) == 1
     assert "0 trials done, 2 failed." in capsys.readouterr().out
@@ -136,10 +136,10 @@ def test_trials_that_are_behind_are_ended(tmp_path: Path, capsys: Said) -> None:
         "space": {"stages.ppo.height": [0.9, 0.1, 1.0]}, "sampler": "grid", "trials": None,
         "prune": {"maximize": "ppo.score", "start": 2}, "set": {"stages.ppo.pause": 0.2, "stages.ppo.steps": 6},
     }  # fmt: skip
-    found = document(tmp_path, capsys, **changes)
-    assert {row["number"]: row["state"] for row in found["trials"]} == {2: "done", 0: "done", 1: "ended early"}
+    actual = document(tmp_path, capsys, **changes)
+    assert {row["number"]: row["state"] for row in actual["trials"]} == {2: "done", 0: "done", 1: "ended early"}
     store = Store.open(tmp_path / "store")
-    assert len([one for one in store.all() if one.record["kind"] == "curve"]) == 2
+    assert len([artifact for artifact in store.all() if artifact.record["kind"] == "curve"]) == 2
     assert not list((tmp_path / "store" / "curve").glob("*.partial"))
     wrong = {**changes, "name": "wrong", "prune": {"maximize": "ppo.scores", "start": 2}}
     assert sweep(tmp_path, **wrong) == 2
@@ -156,8 +156,8 @@ def test_pruning_by_the_loss_on_held_out_rows_takes_those_that_the_stage_scores(
         "prune": {"minimize": "ppo.test_loss", "start": 2},
         "set": {"stages.ppo.pause": 0.2, "stages.ppo.steps": 6, "stages.ppo.chooses": chooses},
     }  # fmt: skip
-    found = document(tmp_path, capsys, **changes)
-    assert {row["number"]: row["state"] for row in found["trials"]} == {2: "done", 0: "done", 1: "ended early"}
+    actual = document(tmp_path, capsys, **changes)
+    assert {row["number"]: row["state"] for row in actual["trials"]} == {2: "done", 0: "done", 1: "ended early"}
 
 
 def start(file: str, store: Path, *words: str) -> subprocess.Popen[str]:
@@ -167,9 +167,9 @@ def start(file: str, store: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(what: Any, seconds: float = 240) -> None:
+def wait_for(condition: Any, seconds: float = 240) -> None:
     end = time.time() + seconds
-    while not what():
+    while not condition():
         assert time.time() < end, "it did not come to that"
         time.sleep(0.05)
 
@@ -188,8 +188,8 @@ def test_a_killed_sweep_goes_on_with_the_trial_and_its_checkpoints(
     process.send_signal(number)
     process.communicate(timeout=240)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
-    found = document(tmp_path, capsys, **changes)
-    assert [(row["number"], row["state"]) for row in found["trials"]] == [(0, "done")]
+    actual = document(tmp_path, capsys, **changes)
+    assert [(row["number"], row["state"]) for row in actual["trials"]] == [(0, "done")]
     record = Store.open(store).find(*stage(store, "sw-0", "ppo"))
     assert record is not None and record.record["metrics"]["resumed_at"] >= 2
 
@@ -213,14 +213,14 @@ def test_workers_divide_the_trials_and_share_stages(tmp_path: Path, capsys: Said
 
 def test_a_dry_run_says_what_is_shared_and_runs_nothing(tmp_path: Path, capsys: Said) -> None:
     assert sweep(tmp_path, "--dry-run") == 0
-    said = capsys.readouterr().out
-    assert "sw: 4 trials of" in said and "stages.ppo.height  0 to 1" in said
-    assert "run once for all trials: one\nrun in every trial: ppo, evaluate" in said
+    out = capsys.readouterr().out
+    assert "sw: 4 trials of" in out and "stages.ppo.height  0 to 1" in out
+    assert "run once for all trials: one\nrun in every trial: ppo, evaluate" in out
     store = Store.open(tmp_path / "store")
     assert store.all() == [] and store.runs() == {} and not (store.root / "sweeps").exists()
     assert sweep(tmp_path, "--dry-run", "--json", "--trials", "9") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["trials"] == 9 and found["shared"] == [{"stage": "one", "cached": False}]
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["trials"] == 9 and actual["shared"] == [{"stage": "one", "cached": False}]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_mistakes_on_the_command_line(words: list[str], expected: str, tmp_path:
 def test_gpus_are_shared_out_where_there_is_one_for_each_worker() -> None:
     from align.cli.sweep_worker import device_share
 
-    assert [device_share("0,1,2", at, 2) for at in range(2)] == [
+    assert [device_share("0,1,2", index, 2) for index in range(2)] == [
         {"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "1"},
     ]  # fmt: skip
     assert device_share("0", 1, 2) == {} and device_share(None, 0, 2) == {}

@@ -29,17 +29,17 @@ def _task(**settings: Any) -> InstructionsTask:
 def _make(
     *answers: Answer | str, task: InstructionsTask | None = None, seeds: list[Seed] | None = None
 ) -> tuple[list[str], Ledger, list[list[Message]]]:
-    ledger, left, asked = Ledger(), list(answers), []  # type: ignore[var-annotated]
+    ledger, left, request = Ledger(), list(answers), []  # type: ignore[var-annotated]
 
     def ask(conversations: list[list[Message]], first: int) -> list[Answer]:
-        assert first == len(asked)
-        asked.extend(conversations)
-        given = [left.pop(0) for _ in conversations]
-        return [Answer(one) if isinstance(one, str) else one for one in given]
+        assert first == len(request)
+        request.extend(conversations)
+        inputs = [left.pop(0) for _ in conversations]
+        return [Answer(entry) if isinstance(entry, str) else entry for entry in inputs]
 
     rows, records = make_instructions(task or _task(), seeds or SEEDS, ask, 7, ledger)
-    assert len(records) == len(asked)
-    return [row["prompt"][0]["content"] for row in rows], ledger, asked
+    assert len(records) == len(request)
+    return [row["prompt"][0]["content"] for row in rows], ledger, request
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_each_filter_counts_what_it_drops() -> None:
             9,
         )
     )
-    made, ledger, _ = _make(Answer(answer, finished=False), task=_task(count=2))
-    assert made == ["Describe what imagery a poet may use", "Invent a name for a bakery"]
-    found = ledger.to_json()["candidates"]
-    assert found["in"] == 11 and found["out"] == 2
-    assert found["dropped"] == {
+    instructions, ledger, _ = _make(Answer(answer, finished=False), task=_task(count=2))
+    assert instructions == ["Describe what imagery a poet may use", "Invent a name for a bakery"]
+    actual = ledger.to_json()["candidates"]
+    assert actual["in"] == 11 and actual["out"] == 2
+    assert actual["dropped"] == {
         "begins with a phrase of the blacklist": 1,
         "begins with a sign": 1,
         "cut off at max_tokens": 1,
@@ -98,7 +98,7 @@ def test_each_filter_counts_what_it_drops() -> None:
         "not novel": 1,
     }
     # 6 common words of 7 and 6
-    assert found["examples"]["not novel"][0]["detail"] == {
+    assert actual["examples"]["not novel"][0]["detail"] == {
         "similarity": round(2 * 6 / 13, 4),
         "nearest": "Explain topic alpha in plain words",
     }
@@ -107,15 +107,15 @@ def test_each_filter_counts_what_it_drops() -> None:
 def test_the_boundary_of_novelty_is_kept() -> None:
     # 7 common words of 10 and 10: exactly 0.7, which is not more than 0.7
     seeds = [Seed("a b c d e f g h i j"), *SEEDS]
-    made, *_ = _make("9. a b c d e f g x y z", seeds=seeds)
-    assert made == ["a b c d e f g x y z"]
-    made, *_ = _make("9. a b c d e f g h y z", seeds=seeds)
-    assert made == []
+    instructions, *_ = _make("9. a b c d e f g x y z", seeds=seeds)
+    assert instructions == ["a b c d e f g x y z"]
+    instructions, *_ = _make("9. a b c d e f g h y z", seeds=seeds)
+    assert instructions == []
 
 
 def test_what_was_made_before_counts_as_known_within_one_answer_too() -> None:
-    made, ledger, _ = _make("9. Plan a trip to the northern coast\n10. Plan a trip to the southern coast")
-    assert made == ["Plan a trip to the northern coast"]
+    instructions, ledger, _ = _make("9. Plan a trip to the northern coast\n10. Plan a trip to the southern coast")
+    assert instructions == ["Plan a trip to the northern coast"]
     assert ledger.to_json()["candidates"]["dropped"] == {"not novel": 1}
 
 
@@ -124,12 +124,12 @@ def test_answers_without_a_list_are_counted() -> None:
         Answer("I cannot"), Answer(" "), Answer("x", refused=True), Answer("", error="status 400"),
         "9. Name five birds that cannot fly",
     ]  # fmt: skip
-    made, ledger, _ = _make(*answers, task=_task(max_requests=5, at_once=2))
-    found = ledger.to_json()["requests"]
-    assert found["dropped"] == {
+    instructions, ledger, _ = _make(*answers, task=_task(max_requests=5, at_once=2))
+    actual = ledger.to_json()["requests"]
+    assert actual["dropped"] == {
         "empty answer": 1, "no numbered list in the answer": 1, "refused by the endpoint": 1, "request failed": 1,
     }  # fmt: skip
-    assert (found["in"], found["out"], len(made)) == (5, 1, 1)
+    assert (actual["in"], actual["out"], len(instructions)) == (5, 1, 1)
 
 
 def test_later_rounds_show_what_earlier_ones_made() -> None:
@@ -137,21 +137,21 @@ def test_later_rounds_show_what_earlier_ones_made() -> None:
         max_requests=4, at_once=2, made_examples=2, seed_examples=3, per_request=2, prompt="{first}-{last}|{tasks}"
     )
     answers = ["1. Name five birds that cannot fly", "1. List three uses of vinegar at home", "nothing", "nothing"]
-    made, _, asked = _make(*answers, task=task)
-    texts = [conversation[0]["content"] for conversation in asked]
+    instructions, _, request = _make(*answers, task=task)
+    texts = [conversation[0]["content"] for conversation in request]
     assert all(text.startswith("6-7|1. ") and text.count("\n") == 4 for text in texts)
-    assert not any(one in text for one in made for text in texts[:2])
-    assert all(one in text for one in made for text in texts[2:])
+    assert not any(entry in text for entry in instructions for text in texts[:2])
+    assert all(entry in text for entry in instructions for text in texts[2:])
     assert texts[0] != texts[1]
     again = _make(*answers, task=task)
-    assert again[2] == asked
+    assert again[2] == request
 
 
 def test_it_stops_at_count() -> None:
-    made, _, asked = _make(
+    instructions, _, request = _make(
         "9. Name five birds that cannot fly", "9. List three uses of vinegar", task=_task(count=1, max_requests=2)
     )
-    assert len(made) == len(asked) == 1
+    assert len(instructions) == len(request) == 1
 
 
 def test_seeds_with_an_input_are_compared_with_but_not_shown(tmp_path: Path) -> None:
@@ -165,12 +165,12 @@ def test_seeds_with_an_input_are_compared_with_but_not_shown(tmp_path: Path) -> 
         {"instruction": "Tell a joke"},
     ]
     path = tmp_path / "seeds.jsonl"
-    path.write_text("\n".join(json.dumps(one) for one in records) + "\n\n")
+    path.write_text("\n".join(json.dumps(entry) for entry in records) + "\n\n")
     seeds = read_seeds(path)
-    assert [one.shown for one in seeds] == [False, True, False, True]
+    assert [entry.shown for entry in seeds] == [False, True, False, True]
     assert seeds[1].text == "Name a color"
-    made, _, asked = _make("9. Translate the sentence into French", seeds=[*SEEDS, *seeds])
-    assert made == [] and "French" not in asked[0][0]["content"]
+    instructions, _, request = _make("9. Translate the sentence into French", seeds=[*SEEDS, *seeds])
+    assert instructions == [] and "French" not in request[0][0]["content"]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"instruction": 5}', '{"instruction": " "}', '{"instruct": "x"}'])
@@ -207,4 +207,4 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], text: str) -> Non
 
 def test_the_papers_seeds(shared_data: Path) -> None:
     seeds = read_seeds(shared_data / "self-instruct" / "seed_tasks.jsonl")
-    assert len(seeds) == 175 and sum(one.shown for one in seeds) == 50
+    assert len(seeds) == 175 and sum(seed.shown for seed in seeds) == 50

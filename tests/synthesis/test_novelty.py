@@ -53,13 +53,13 @@ def test_words() -> None:
     assert rouge_words("写一首诗 about 海") == ["写", "一", "首", "诗", "about", "海"]
 
 
-def _longest_common(one: list[str], other: list[str]) -> int:
+def _longest_common(first: list[str], second: list[str]) -> int:
     """The textbook table."""
-    row = [0] * (len(other) + 1)
-    for word in one:
+    row = [0] * (len(second) + 1)
+    for word in first:
         before = row
         row = [0]
-        for place, same in enumerate(other):
+        for place, same in enumerate(second):
             row.append(before[place] + 1 if word == same else max(before[place + 1], row[place]))
     return row[-1]
 
@@ -71,8 +71,8 @@ def test_the_nearest_of_many_is_found() -> None:
     for text in texts[250:]:
         words = text.split()
         each = {
-            other: 2 * _longest_common(words, other.split()) / (len(words) + len(other.split()))
-            for other in texts[:250]
+            other_text: 2 * _longest_common(words, other_text.split()) / (len(words) + len(other_text.split()))
+            for other_text in texts[:250]
         }
         nearest = pool.nearest(text)
         assert nearest is not None

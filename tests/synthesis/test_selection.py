@@ -24,7 +24,7 @@ def _row(name: str = "r") -> Row:
 
 
 def _one(*answers: Answer | str, name: str = "r") -> PromptResponses:
-    return PromptResponses(_row(name), [Answer(one) if isinstance(one, str) else one for one in answers])
+    return PromptResponses(_row(name), [Answer(answer) if isinstance(answer, str) else answer for answer in answers])
 
 
 def _scored(*scored: tuple[Answer | str, float], name: str = "r") -> PromptResponses:
@@ -43,17 +43,17 @@ def test_every_different_answer_becomes_a_row() -> None:
     answered = [_one("a", "b", "a ", CUT, EMPTY, REFUSED, FAILED), _one(EMPTY, name="q")]
     rows = select_all(ResponsesTask(type="responses", n=7), answered, ledger)
     assert rows == [
-        {"id": f"r-{at}", "source": "s", "prompt": [user("Q r")], "checks": "",
+        {"id": f"r-{index}", "source": "s", "prompt": [user("Q r")], "checks": "",
          "completion": [{"role": "assistant", "content": text}], "completion_finished": True}
-        for at, text in ((0, "a"), (1, "b"))
+        for index, text in ((0, "a"), (1, "b"))
     ]  # fmt: skip
-    found = ledger.to_json()
-    assert found["answers"]["dropped"] == {
+    actual = ledger.to_json()
+    assert actual["answers"]["dropped"] == {
         "cut off at max_tokens": 1, "empty answer": 2, "refused by the endpoint": 1, "request failed": 1,
         "same as another answer": 1,
     }  # fmt: skip
-    assert (found["answers"]["in"], found["answers"]["out"]) == (8, 2)
-    assert found["prompts"] | {"examples": 0} == {"in": 2, "out": 1, "dropped": {"no answer of use": 1}, "examples": 0}
+    assert (actual["answers"]["in"], actual["answers"]["out"]) == (8, 2)
+    assert actual["prompts"] | {"examples": 0} == {"in": 2, "out": 1, "dropped": {"no answer of use": 1}, "examples": 0}
 
 
 def test_one_answer_keeps_the_rows_name_and_a_cut_off_one_stays_where_asked() -> None:
@@ -65,7 +65,7 @@ def test_one_answer_keeps_the_rows_name_and_a_cut_off_one_stays_where_asked() ->
 
 
 @pytest.mark.parametrize(
-    ("scored", "settings", "kept", "dropped"),
+    ("scored", "settings", "remaining", "dropped"),
     [
         ([("a", 1), ("b", 3), ("c", 2)], {}, ["b"], {"not among the best": 2}),
         ([("a", 1), ("b", 3), ("c", 3)], {}, ["b"], {"not among the best": 2}),
@@ -80,13 +80,13 @@ def test_one_answer_keeps_the_rows_name_and_a_cut_off_one_stays_where_asked() ->
         ([(EMPTY, 0), (REFUSED, 0)], {}, [], {"empty answer": 1, "refused by the endpoint": 1}),
     ],
 )
-def test_the_best_answers(scored: Any, settings: dict[str, Any], kept: list[str], dropped: dict[str, int]) -> None:
+def test_the_best_answers(scored: Any, settings: dict[str, Any], remaining: list[str], dropped: dict[str, int]) -> None:
     ledger = Ledger()
     rows = select_best(BestOfTask(**{"type": "best_of", "n": 3} | settings), [_scored(*scored)], ledger)
-    assert _texts(rows) == kept
-    found = ledger.to_json()
-    assert found["answers"]["dropped"] == dropped
-    assert found["prompts"]["out"] == bool(kept)
+    assert _texts(rows) == remaining
+    actual = ledger.to_json()
+    assert actual["answers"]["dropped"] == dropped
+    assert actual["prompts"]["out"] == bool(remaining)
     for row in rows:
         text = row["completion"][0]["content"]
         assert row["score"] == next(score for answer, score in scored if text in (answer, getattr(answer, "text", "")))
@@ -100,22 +100,22 @@ def test_why_a_prompt_gave_no_best_answer() -> None:
         _scored((EMPTY, 0), name="none"),
     ]
     assert select_best(BestOfTask(type="best_of", min_score=2), answered, ledger) == []
-    found = ledger.to_json()["prompts"]
-    assert found["dropped"] == {"all answers the same": 1, "no answer of use": 1, "no score reaches min_score": 1}
-    assert found["examples"]["no score reaches min_score"] == [{"where": "low", "text": "a", "detail": {"best": 1.0}}]
+    actual = ledger.to_json()["prompts"]
+    assert actual["dropped"] == {"all answers the same": 1, "no answer of use": 1, "no score reaches min_score": 1}
+    assert actual["examples"]["no score reaches min_score"] == [{"where": "low", "text": "a", "detail": {"best": 1.0}}]
 
 
 def test_scores_go_to_their_answers() -> None:
     answered = [_one("a", EMPTY, "ccc"), _one(FAILED), _one(CUT)]
-    seen: list[bool] = []
+    calls: list[bool] = []
 
     def length(rows: list[Row], texts: list[str], cut: list[bool]) -> list[float]:
-        seen.extend(cut)
+        calls.extend(cut)
         return [len(text) for text in texts]
 
     score_all(answered, length)
-    assert [one.scores for one in answered] == [[1.0, None, 3.0], [None], [3.0]]
-    assert seen == [False, False, True]
+    assert [entry.scores for entry in answered] == [[1.0, None, 3.0], [None], [3.0]]
+    assert calls == [False, False, True]
 
 
 def _pairs(**settings: Any) -> PairsTask:
@@ -131,12 +131,12 @@ def test_pairs_by_score_and_their_ties() -> None:
         _scored(("a", 1), ("a", 1), name="same"),
         _scored(("a", 1), (EMPTY, 0), name="few"),
     ]
-    found = pair_by_score(_pairs(min_margin=0.5), answered, 1, ledger)
+    pairs = pair_by_score(_pairs(min_margin=0.5), answered, 1, ledger)
     assert [
         (pair["id"], pair["chosen"][0]["content"], pair["rejected"][0]["content"], pair["chosen_score"])
-        for pair in found.pairs
+        for pair in pairs.pairs
     ] == [("x-1-0", "b", "a", 3.0)]
-    assert [(tie["id"], tie["why"], [one["score"] for one in tie["responses"]]) for tie in found.ties] == [
+    assert [(tie["id"], tie["why"], [response["score"] for response in tie["responses"]]) for tie in pairs.ties] == [
         ("tied-0-1", "equal scores", [1.0, 1.0]), ("close-1-0", "margin below min_margin", [1.4, 1.0]),
     ]  # fmt: skip
     counts = ledger.to_json()
@@ -147,9 +147,9 @@ def test_pairs_by_score_and_their_ties() -> None:
 
 
 def test_all_pairs_by_score_keep_the_mark_of_a_cut_answer() -> None:
-    found = pair_by_score(_pairs(pairs="all"), [_scored(("a", 1), ("b", 3), (CUT, 2))], 1, Ledger())
-    assert sorted(pair["id"] for pair in found.pairs) == ["r-1-0", "r-1-2", "r-2-0"]
-    assert {pair["id"]: (pair["chosen_finished"], pair["rejected_finished"]) for pair in found.pairs} == {
+    pairs = pair_by_score(_pairs(pairs="all"), [_scored(("a", 1), ("b", 3), (CUT, 2))], 1, Ledger())
+    assert sorted(pair["id"] for pair in pairs.pairs) == ["r-1-0", "r-1-2", "r-2-0"]
+    assert {pair["id"]: (pair["chosen_finished"], pair["rejected_finished"]) for pair in pairs.pairs} == {
         "r-1-0": (True, True), "r-1-2": (True, False), "r-2-0": (False, True),
     }  # fmt: skip
 
@@ -158,11 +158,11 @@ def _judge(prefers: Callable[[str, str], str]) -> Callable[[list[list[Message]]]
     """A judge that says what ``prefers(first, second)`` says."""
 
     def ask(questions: list[list[Message]]) -> list[Answer]:
-        found = []
+        values = []
         for (message,) in questions:
             first, _, rest = message["content"].partition("### Answer A\n")[2].partition("\n\n### Answer B\n")
-            found.append(Answer(f"[[{prefers(first, rest.partition(chr(10))[0])}]]"))
-        return found
+            values.append(Answer(f"[[{prefers(first, rest.partition(chr(10))[0])}]]"))
+        return values
 
     return ask
 
@@ -171,10 +171,10 @@ def _by_judge(
     answered: list[PromptResponses], prefers: Callable[[str, str], str], **settings: Any
 ) -> tuple[list[str], list[tuple[str, str]], Ledger]:
     ledger = Ledger()
-    found = pair_by_judge(_pairs(**settings), answered, Judge("rubric", _judge(prefers)), 1, ledger)
-    assert all(pair["chosen_score"] == 1.0 and pair["rejected_score"] == 0.0 for pair in found.pairs)
-    pairs = [f"{pair['chosen'][0]['content']}>{pair['rejected'][0]['content']}" for pair in found.pairs]
-    return pairs, [(tie["id"], tie["why"]) for tie in found.ties], ledger
+    actual = pair_by_judge(_pairs(**settings), answered, Judge("rubric", _judge(prefers)), 1, ledger)
+    assert all(pair["chosen_score"] == 1.0 and pair["rejected_score"] == 0.0 for pair in actual.pairs)
+    pairs = [f"{pair['chosen'][0]['content']}>{pair['rejected'][0]['content']}" for pair in actual.pairs]
+    return pairs, [(tie["id"], tie["why"]) for tie in actual.ties], ledger
 
 
 def _longer(first: str, second: str) -> str:
@@ -228,19 +228,19 @@ def test_a_judge_who_always_takes_the_first_makes_no_pair() -> None:
 
 
 def test_answers_that_are_all_the_same_are_not_judged() -> None:
-    asked: list[Any] = []
+    requests: list[Any] = []
     ledger = Ledger()
-    found = pair_by_judge(_pairs(), [_one("x", "x", EMPTY)], Judge("r", lambda q: asked.extend(q) or []), 1, ledger)  # type: ignore[func-returns-value]
-    assert (found.pairs, found.ties, asked) == ([], [], [])
+    pairs = pair_by_judge(_pairs(), [_one("x", "x", EMPTY)], Judge("r", lambda q: requests.extend(q) or []), 1, ledger)  # type: ignore[func-returns-value]
+    assert (pairs.pairs, pairs.ties, requests) == ([], [], [])
     assert ledger.to_json()["prompts"]["dropped"] == {"no answer better than another": 1}
 
 
 def test_splits_are_by_prompt_and_neither_is_empty() -> None:
     rows = [{"prompt": [user(f"question {number // 2}")], "id": number} for number in range(200)]
-    found = split_by_prompt(rows, 0.2, 1)
-    assert len(found["train"]) + len(found["test"]) == 200 and 20 <= len(found["test"]) <= 60
-    assert not {row["prompt"][0]["content"] for row in found["train"]} & {
-        row["prompt"][0]["content"] for row in found["test"]
+    actual = split_by_prompt(rows, 0.2, 1)
+    assert len(actual["train"]) + len(actual["test"]) == 200 and 20 <= len(actual["test"]) <= 60
+    assert not {row["prompt"][0]["content"] for row in actual["train"]} & {
+        row["prompt"][0]["content"] for row in actual["test"]
     }
     for size in (0.001, 0.999):
         assert {len(part) for part in split_by_prompt(rows[:4], size, 1).values()} == {2}

@@ -12,7 +12,7 @@ from tests.support.training.distributed_runs import Made, pipeline
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
+def train_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
     """Runs a stage, once for the same question."""
     known: dict[tuple[str, int, str], Made] = {}
 

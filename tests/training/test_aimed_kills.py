@@ -54,11 +54,11 @@ def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
     def killed(kind: str, sequence: list[Kill], **fields: Any) -> dict[str, Any]:
         name = f"{kind} {sorted(fields.items())}"
         if name not in runs:
-            whole = make_stage(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
-            runs[name] = whole, run(whole)
-        whole, expected = runs[name]
+            uninterrupted = make_stage(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
+            runs[name] = uninterrupted, run(uninterrupted)
+        uninterrupted, expected = runs[name]
         stage = make_stage(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
-        assert_same(whole, stage, expected, run_killed(stage, sequence))
+        assert_same(uninterrupted, stage, expected, run_killed(stage, sequence))
         return expected
 
     return killed

@@ -38,11 +38,11 @@ def test_the_pull_is_a_share_of_the_way_back() -> None:
     anchor = PullToStart(layer, strength=2.0)
     layer.weight.data = torch.tensor([[3.0], [5.0]])
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    given: Any = {"args": None, "state": None, "control": None, "optimizer": optimizer}
-    anchor.on_pre_optimizer_step(**given)  # no gradient: the weight is closed
+    settings: Any = {"args": None, "state": None, "control": None, "optimizer": optimizer}
+    anchor.on_pre_optimizer_step(**settings)  # no gradient: the weight is closed
     assert layer.weight.tolist() == [[3.0], [5.0]]
     layer.weight.grad = torch.zeros(2, 1)
-    anchor.on_pre_optimizer_step(**given)
+    anchor.on_pre_optimizer_step(**settings)
     # 3 - 0.1 * 2 * (3 - 1) = 2.6
     assert layer.weight.flatten().tolist() == pytest.approx([2.6, 5.0])
     # |(1.6, 0)| / |(1, 5)|
@@ -55,8 +55,13 @@ def test_the_pull_goes_no_further_than_the_start() -> None:
     anchor = PullToStart(layer, strength=50.0)
     layer.weight.data.fill_(3.0)
     layer.weight.grad = torch.zeros(1, 1)
-    given: Any = {"args": None, "state": None, "control": None, "optimizer": torch.optim.SGD(layer.parameters(), 0.1)}
-    anchor.on_pre_optimizer_step(**given)  # a rate of 0.1 times 50 is five times the way back
+    settings: Any = {
+        "args": None,
+        "state": None,
+        "control": None,
+        "optimizer": torch.optim.SGD(layer.parameters(), 0.1),
+    }
+    anchor.on_pre_optimizer_step(**settings)  # a rate of 0.1 times 50 is five times the way back
     assert layer.weight.item() == 1.0
 
 
@@ -96,8 +101,8 @@ def test_kl_in_chunks_is_that_of_whole_distributions(cap: float | None) -> None:
     count = CHUNK + 7
     base, hidden = torch.randn(count, 8), torch.randn(count, 8, requires_grad=True)
     base_head, head = nn.Linear(8, 11, bias=False), nn.Linear(8, 11, bias=False)
-    found = summed_kl(base, base_head, hidden, head, cap)
-    found.backward()
+    actual = summed_kl(base, base_head, hidden, head, cap)
+    actual.backward()
     got = (hidden.grad, head.weight.grad)
     hidden.grad, head.weight.grad = None, None
 
@@ -109,7 +114,7 @@ def test_kl_in_chunks_is_that_of_whole_distributions(cap: float | None) -> None:
         torch.distributions.Categorical(logits=capped(head(hidden))),
     ).sum()
     wanted.backward()
-    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(actual) == pytest.approx(float(wanted), rel=1e-5)
     assert torch.allclose(got[0], hidden.grad, atol=1e-5)
     assert torch.allclose(got[1], head.weight.grad, atol=1e-4)
     assert base_head.weight.grad is None
@@ -168,13 +173,13 @@ def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path) -> None:
     each = (base.exp() * (base - now)).sum(-1)[:, :-1]  # (B, T - 1)
     wanted = float(each[mask[:, 1:] == 1].mean())
 
-    def value(given: dict[str, torch.Tensor], num_items: int | None) -> float:
+    def value(settings: dict[str, torch.Tensor], num_items: int | None) -> float:
         with term.watching():
-            model(**{name: tensor for name, tensor in given.items() if name != "completion_mask"})
-        return float(term.loss(trainer, model, given, num_items))
+            model(**{name: tensor for name, tensor in settings.items() if name != "completion_mask"})
+        return float(term.loss(trainer, model, settings, num_items))
 
     assert value(inputs, None) == pytest.approx(2 * wanted, rel=1e-4)
-    halves = [{name: tensor[at : at + 1] for name, tensor in inputs.items()} for at in (0, 1)]
+    halves = [{name: tensor[index : index + 1] for name, tensor in inputs.items()} for index in (0, 1)]
     assert sum(value(half, 9) for half in halves) == pytest.approx(2 * wanted, rel=1e-4)
     labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(mask == 0, -100)}
     with term.watching():
@@ -188,14 +193,14 @@ def test_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     run = STAGES[kind].runner()
     fields = {"max_steps": 8, "save_steps": 4, "anchor": {"to": to, "weight": 1.0}}
-    whole, parts = (make_stage(kind, tmp_path / f, tiny_model, tuning, **fields) for f in ("a", "b"))
-    run(whole)
+    uninterrupted, parts = (make_stage(kind, tmp_path / f, tiny_model, tuning, **fields) for f in ("a", "b"))
+    run(uninterrupted)
     with pytest.raises(Killed):
         run(dying(parts, 6))
     assert run(parts)["resumed_from_step"] == 4
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert losses(parts) == losses(uninterrupted)
+    expected, actual = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[name].equal(actual[name]) for name in expected)
 
 
 @pytest.mark.parametrize("tuning", [LORA, {**LORA, "init": "pissa"}, FULL], ids=["lora", "pissa", "full"])
@@ -204,19 +209,19 @@ def test_the_start_has_neither_noise_nor_dropout(tuning: dict[str, Any], tiny_mo
     chosen: Any = TypeAdapter(Tuning).validate_python(tuning | ({"dropout": 0.5} if tuning != FULL else {}))
     model = apply_tuning(load_policy(tiny_model), chosen, 0)
     trunk, head = trunk_and_head(model)
-    given = {"input_ids": torch.arange(40, 60).view(2, 10)}
-    expected = load_policy(tiny_model).model(**given).last_hidden_state
+    settings = {"input_ids": torch.arange(40, 60).view(2, 10)}
+    expected = load_policy(tiny_model).model(**settings).last_hidden_state
     NoisyEmbeddings(model, 50.0)
     term = KLToStart(type("T", (), {"model": model}), 1.0, low=False)
     model.train()
     trunk.layers[1].eval()
     training = [module.training for module in model.modules()]
-    drawn = torch.get_rng_state()
-    states, _ = term._start(trunk, head, given)
+    rng_state = torch.get_rng_state()
+    states, _ = term._start(trunk, head, settings)
     assert torch.allclose(states, expected, atol=1e-5)
     assert [module.training for module in model.modules()] == training
-    assert torch.equal(torch.get_rng_state(), drawn)
-    assert not torch.allclose(trunk(**given).last_hidden_state, expected, atol=1e-2)
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    assert not torch.allclose(trunk(**settings).last_hidden_state, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -241,9 +246,9 @@ def test_a_stored_adapter_is_held_to_what_it_was(precision: str, tiny_model: Pat
 def test_a_reward_model_has_no_distributions(tiny_reward: Path) -> None:
     with pytest.raises(UserError, match="a reward model has none; take `to: l2`"):
         KLToStart(type("T", (), {"model": load_reward(tiny_reward)}), 1.0, low=False)
-    given = {"model": "m", "data": "d", "learning_rate": 1e-3, "anchor": {"to": "kl", "weight": 1}}
+    settings = {"model": "m", "data": "d", "learning_rate": 1e-3, "anchor": {"to": "kl", "weight": 1}}
     with pytest.raises(UserError, match="a reward model has none; take `to: l2`"):
-        validate(RewardConfig, given, "p.yaml: stages.reward")
+        validate(RewardConfig, settings, "p.yaml: stages.reward")
 
 
 def test_an_adapted_head_is_refused(tiny_model: Path) -> None:
@@ -257,6 +262,6 @@ def test_an_adapted_head_is_refused(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(("key", "hint"), [("weigth", "weight"), ("too", "to")])
 def test_misspelled_keys_are_refused(key: str, hint: str) -> None:
-    given = {"model": "m", "data": "d", "learning_rate": 1e-3, "anchor": {"to": "l2", "weight": 1, key: 1}}
+    settings = {"model": "m", "data": "d", "learning_rate": 1e-3, "anchor": {"to": "l2", "weight": 1, key: 1}}
     with pytest.raises(UserError, match=rf"anchor: unknown key '{key}'. Did you mean '{hint}'\?"):
-        validate(SftConfig, given, "p.yaml: stages.sft")
+        validate(SftConfig, settings, "p.yaml: stages.sft")

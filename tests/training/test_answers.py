@@ -43,15 +43,15 @@ def tokenizer(tiny_model: Path) -> Any:
 
 def runs(tokenizer: Any, row: dict[str, list[int]]) -> list[str]:
     """Texts of the stretches with labels."""
-    found, text = [], []
+    actual, text = [], []
     for token, label in zip([*row["input_ids"], 0], [*row["labels"], MASKED], strict=True):
         assert label in (MASKED, token)
         if label != MASKED:
             text.append(token)
         elif text:
-            found.append(tokenizer.decode(text))
+            actual.append(tokenizer.decode(text))
             text = []
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -95,8 +95,8 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_row_for_each(tokenizer
 
 
 def test_a_cut_conversation_keeps_the_answers_that_fit(tokenizer: Any) -> None:
-    whole = encode_answers(tokenizer, [ROW], 400).rows[0]
-    first = whole["labels"].index(MASKED, next(at for at, label in enumerate(whole["labels"]) if label != MASKED))
+    full = encode_answers(tokenizer, [ROW], 400).rows[0]
+    first = full["labels"].index(MASKED, next(index for index, label in enumerate(full["labels"]) if label != MASKED))
     encoded = encode_answers(tokenizer, [ROW], first + 3)
     assert runs(tokenizer, encoded.rows[0]) == ["first<|im_end|>"]
     none = encode_answers(tokenizer, [ROW], 5)
@@ -107,10 +107,10 @@ def test_all_answers_are_trained_and_the_linter_agrees(tiny_model: Path, tmp_pat
     folder = tmp_path / "data"
     folder.mkdir()
     for split, numbers in (("train", range(24)), ("test", range(24, 30))):
-        made = [{**ROW, "id": str(n), "source": "t", "checks": ""} for n in numbers]
-        for row in made:
+        rows = [{**ROW, "id": str(n), "source": "t", "checks": ""} for n in numbers]
+        for row in rows:
             row["prompt"] = [user(f"one {row['id']}"), *TALK["prompt"][1:]]
-        write_rows(folder / f"{split}.parquet", made)
+        write_rows(folder / f"{split}.parquet", rows)
     config = SftConfig(model="model", data="data", supervise="all", learning_rate=1e-2, epochs=10, batch_size=8,
                        max_length=256, precision="float32")  # fmt: skip
     stage = context(tmp_path, config, tiny_model, Artifact("data", Kind.INSTRUCTIONS, folder, {}))
@@ -123,5 +123,5 @@ def test_all_answers_are_trained_and_the_linter_agrees(tiny_model: Path, tmp_pat
 
     model, tokenizer = load_policy(stage.output / "model"), load_tokenizer(tiny_model)
     ids = torch.tensor([render_prompt(tokenizer, [user("one 99")])])
-    said = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
-    assert tokenizer.decode(said) == "first<|im_end|>"
+    message = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+    assert tokenizer.decode(message) == "first<|im_end|>"

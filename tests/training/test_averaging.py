@@ -41,7 +41,7 @@ def test_the_decay_rises_to_what_was_asked_for() -> None:
 
 def test_the_average_is_scored_and_saved(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, extra = Raw(), fit.extra_callbacks
-    monkeypatch.setattr(fit, "extra_callbacks", lambda *given: [*extra(*given), raw])
+    monkeypatch.setattr(fit, "extra_callbacks", lambda *inputs: [*extra(*inputs), raw])
     run = make_stage("sft", tmp_path, tiny_model, FULL, max_steps=8, ema=0.6, eval_steps=4, learning_rate=1e-2)
     metrics = STAGES["sft"].runner()(run)
     wanted = load_policy(tiny_model).get_parameter(WEIGHT).detach()
@@ -66,16 +66,16 @@ def test_the_average_is_scored_and_saved(tiny_model: Path, tmp_path: Path, monke
 @pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
 def test_resumed_run_equals_the_uninterrupted_one(tuning: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     run = STAGES["sft"].runner()
-    given = {"tuning": tuning, "ema": 0.9, "max_steps": 9, "save_steps": 4, "eval_steps": 3}
-    whole, parts = (make_stage("sft", tmp_path / f, tiny_model, **given) for f in ("a", "b"))
-    run(whole)
+    settings = {"tuning": tuning, "ema": 0.9, "max_steps": 9, "save_steps": 4, "eval_steps": 3}
+    uninterrupted, parts = (make_stage("sft", tmp_path / f, tiny_model, **settings) for f in ("a", "b"))
+    run(uninterrupted)
     with pytest.raises(Killed):
         run(dying(parts, 6))
     assert (parts.checkpoints / "checkpoint-4" / FILE).is_file()
     assert run(parts)["resumed_from_step"] == 4
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert losses(parts) == losses(uninterrupted)
+    expected, actual = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[name].equal(actual[name]) for name in expected)
 
 
 def test_scoring_puts_the_weights_back_even_after_an_error(tiny_model: Path) -> None:

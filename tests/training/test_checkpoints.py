@@ -33,8 +33,8 @@ def test_unmarked_one_is_deleted(tmp_path: Path) -> None:
 
 
 def test_an_unmarked_one_is_left_alone_where_none_is_cut_short(tmp_path: Path) -> None:
-    foreign, whole = checkpoint(tmp_path, 9, marked=False), checkpoint(tmp_path, 4)
-    assert last_complete(tmp_path, unmarked="leave") == whole
+    foreign, full = checkpoint(tmp_path, 9, marked=False), checkpoint(tmp_path, 4)
+    assert last_complete(tmp_path, unmarked="leave") == full
     assert foreign.is_dir()
 
 

@@ -31,14 +31,14 @@ def made(root: Path, model: Path, kind: str, **options: Any) -> tuple[Any, Encod
     config = STAGES[kind].config_class()(
         policy="m", data="d", learning_rate=1e-2, batch_size=8, max_length=128, precision="float32"
     )
-    given = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
+    inputs = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
     label_positions_only()
     prompt_too = options.pop("prompt_too", None)
     arguments = orpo_trainer.Arguments if kind == "orpo" else cpo_trainer.Arguments
     trainer = (PreparedORPO if kind == "orpo" else PreparedCPO)(
         **({} if prompt_too is None else {"prompt_too": prompt_too}),
         model=load_policy(model),
-        args=training_arguments(arguments, given, 8, max_length=128, remove_unused_columns=False, **options),
+        args=training_arguments(arguments, inputs, 8, max_length=128, remove_unused_columns=False, **options),
         data_collator=DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id),
         train_dataset=encoded.rows,
         processing_class=tokenizer,
@@ -58,7 +58,7 @@ def of_trl(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
     base = (
         orpo_trainer.ORPOTrainer if isinstance(trainer, PreparedORPO) else cpo_trainer.CPOTrainer
     ).concatenated_forward
-    trainer.concatenated_forward = lambda model, given: base(trainer, model, theirs)
+    trainer.concatenated_forward = lambda model, inputs: base(trainer, model, theirs)
     with torch.no_grad():
         loss = trainer.get_batch_loss_metrics(trainer.model, batch)[0]
     del trainer.concatenated_forward
@@ -81,10 +81,10 @@ def test_the_loss_is_trl_s_own(kind: str, options: dict[str, Any], tiny_model: P
     trainer, encoded = made(tmp_path, tiny_model, kind, **options)
     batch = trainer._prepare_inputs(trainer.data_collator(encoded.rows))
     with torch.no_grad():
-        found = float(trainer.compute_loss(trainer.model, batch))
-    assert found == pytest.approx(of_trl(trainer, batch), rel=1e-5)
+        actual = float(trainer.compute_loss(trainer.model, batch))
+    assert actual == pytest.approx(of_trl(trainer, batch), rel=1e-5)
     scored = held_out(trainer, encoded)
-    assert scored["loss"] == pytest.approx(found, rel=1e-4)
+    assert scored["loss"] == pytest.approx(actual, rel=1e-4)
 
 
 def test_orpo_s_own_loss_can_leave_out_the_prompt(tiny_model: Path, tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_held_out_scores_do_not_move_with_the_batches(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, encoded = made(tmp_path, tiny_model, "cpo")
-    whole = held_out(trainer, encoded)
+    full = held_out(trainer, encoded)
     monkeypatch.setattr(cpo_trainer, "SCORING_TOKENS", 1)
-    assert held_out(trainer, encoded) == pytest.approx(whole, rel=1e-4)
+    assert held_out(trainer, encoded) == pytest.approx(full, rel=1e-4)
 
 
 def test_a_trl_without_it_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,11 +99,11 @@ ROADS: dict[str, tuple[str, Callable[[], Row], Callable[[Any, Row], Ids]]] = {
 def test_no_end_of_turn_behind_an_answer_that_was_cut_off(road: str, tokenizer: Any) -> None:
     side, make, encode = ROADS[road]
     end = tokenizer.eos_token_id
-    whole, told = encode(tokenizer, make()), encode(tokenizer, {**make(), f"{side}_finished": True})
+    uninterrupted, message = encode(tokenizer, make()), encode(tokenizer, {**make(), f"{side}_finished": True})
     cut = encode(tokenizer, {**make(), f"{side}_finished": False})
-    assert whole[-1] == end
-    assert told == whole
-    assert cut == whole[:-1]
+    assert uninterrupted[-1] == end
+    assert message == uninterrupted
+    assert cut == uninterrupted[:-1]
     assert end != cut[-1]
 
 
@@ -116,15 +116,15 @@ def test_earlier_answers_of_a_conversation_keep_their_ends(tokenizer: Any) -> No
 
 
 def test_held_out_losses_are_of_what_was_written(tokenizer: Any) -> None:
-    seen: list[Ids] = []
+    calls: list[Ids] = []
 
     def read(prompts: list[Ids], answers: list[Ids]) -> list[list[float]]:
-        seen.extend(answers)
+        calls.extend(answers)
         return [[0.0] * len(answer) for answer in answers]
 
     row = answered()
     heldout_losses(read, tokenizer, [row, {**row, "completion_finished": False}], 99)
-    assert seen[0] == [*seen[1], tokenizer.eos_token_id]
+    assert calls[0] == [*calls[1], tokenizer.eos_token_id]
 
 
 def test_the_mark_survives_the_way_from_kind_to_kind_and_to_the_disk(tmp_path: Path) -> None:

@@ -47,11 +47,11 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    whole, killed = (make_stage("sft", root / name, tiny_model, **FIELDS) for name in ("whole", "killed"))
-    expected = run(whole)
+    uninterrupted, killed = (make_stage("sft", root / name, tiny_model, **FIELDS) for name in ("whole", "killed"))
+    expected = run(uninterrupted)
     with armed(Kill("after", 6)), pytest.raises(Killed):
         run(killed)
-    return Runs(whole, expected, root / "killed", tiny_model)
+    return Runs(uninterrupted, expected, root / "killed", tiny_model)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def test_the_cap_comes_before_the_temperature() -> None:
 
 
 def test_all_other_tokens_count_as_one() -> None:
-    found = with_rest(torch.tensor([[0.5, 0.3], [0.7, 0.3]]).log())
-    assert found[0].exp().tolist() == pytest.approx([0.5, 0.3, 0.2])
-    assert 0 < float(found[1, 2].exp()) < 1e-6  # nothing is left, and its logarithm is finite
+    rest = with_rest(torch.tensor([[0.5, 0.3], [0.7, 0.3]]).log())
+    assert rest[0].exp().tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert 0 < float(rest[1, 2].exp()) < 1e-6  # nothing is left, and its logarithm is finite
 
 
 def both(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, nn.Linear, nn.Linear]:
@@ -60,8 +60,8 @@ def test_a_live_teacher_in_chunks_is_one_over_all_common_tokens(rows: int, cap: 
     common = min(11, rows)
     student = measure.log_softmax(head(hidden)[:, :common], cap)
     teacher = measure.log_softmax(teacher_head(states)[:, :common], None)
-    found = summed_divergence(measure, hidden, head, Live(states, teacher_head), cap)
-    assert float(found) == pytest.approx(float(measure.of(student, teacher).sum()), rel=1e-5)
+    actual = summed_divergence(measure, hidden, head, Live(states, teacher_head), cap)
+    assert float(actual) == pytest.approx(float(measure.of(student, teacher).sum()), rel=1e-5)
 
 
 def test_kept_tokens_give_what_a_live_teacher_gives_with_as_many() -> None:
@@ -69,11 +69,11 @@ def test_kept_tokens_give_what_a_live_teacher_gives_with_as_many() -> None:
     measure = Measure("forward", temperature=2.0, top_k=3)
     best = measure.log_softmax(teacher_head(states), None).topk(3, dim=-1)
     live = summed_divergence(measure, hidden, head, Live(states, teacher_head))
-    kept = summed_divergence(measure, hidden, head, Known(best.indices, best.values.detach()))
-    assert float(kept) == pytest.approx(float(live), rel=1e-5)
+    remaining = summed_divergence(measure, hidden, head, Known(best.indices, best.values.detach()))
+    assert float(remaining) == pytest.approx(float(live), rel=1e-5)
     # what is measured is a lower bound of the whole, and not all of it
-    whole = summed_divergence(Measure("forward", temperature=2.0), hidden, head, Live(states, teacher_head))
-    assert 0 < float(live) < 0.999 * float(whole)
+    full = summed_divergence(Measure("forward", temperature=2.0), hidden, head, Live(states, teacher_head))
+    assert 0 < float(live) < 0.999 * float(full)
 
 
 def test_the_gradient_reaches_the_student_alone() -> None:

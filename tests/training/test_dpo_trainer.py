@@ -28,12 +28,12 @@ from tests.support.training.harness import context, data_artifact, rows
 def made(root: Path, model: Path, encoded: Encoded, wrapped: Any = None, **options: Any) -> PreparedDPO:
     """A trainer on ``encoded``, whose rows have their reference log-probabilities."""
     config = DpoConfig(policy="m", data="d", learning_rate=1e-2, batch_size=8, max_length=128, precision="float32")
-    given = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
+    inputs = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
     label_positions_only()
     trainer = PreparedDPO(
         model=wrapped if wrapped is not None else load_policy(model),
         beta_at=lambda step: 0.5,
-        args=training_arguments(DPOConfig, given, 8, precompute_ref_log_probs=True, **options),
+        args=training_arguments(DPOConfig, inputs, 8, precompute_ref_log_probs=True, **options),
         train_dataset=Dataset.from_list(encoded.rows),
         processing_class=load_tokenizer(model),
     )
@@ -44,25 +44,25 @@ def made(root: Path, model: Path, encoded: Encoded, wrapped: Any = None, **optio
 def scored(model: Path, chosen: float = -20.0, rejected: float = -50.0) -> Encoded:
     """Eight pairs, the reference's log-probabilities made up."""
     encoded = encode_pairs(load_tokenizer(model), rows(8), 128)
-    for at, row in enumerate(encoded.rows):
-        row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen - at, rejected + at  # type: ignore[assignment]
+    for index, row in enumerate(encoded.rows):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen - index, rejected + index  # type: ignore[assignment]
     return encoded
 
 
 def logprobs(model: Path, encoded: Encoded) -> dict[str, torch.Tensor]:
     """Sums of the sides' log-probabilities, less the reference's, and their tokens; from plain logits."""
     policy = load_policy(model)
-    found: dict[str, list[float]] = {name: [] for name in ("c", "r", "lc", "lr", "pc", "pr")}
+    outcome: dict[str, list[float]] = {name: [] for name in ("c", "r", "lc", "lr", "pc", "pr")}
     for row in encoded.rows:
         for side, name in (("chosen", "c"), ("rejected", "r")):
             ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
             with torch.no_grad():
                 every = policy(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
             total = float(every[-len(row[f"{side}_ids"]) :].sum())
-            found[name].append(total - float(row[f"ref_{side}_logps"]))  # type: ignore[arg-type]
-            found[f"p{name}"].append(total)
-            found[f"l{name}"].append(len(row[f"{side}_ids"]))
-    return {name: torch.tensor(values) for name, values in found.items()}
+            outcome[name].append(total - float(row[f"ref_{side}_logps"]))  # type: ignore[arg-type]
+            outcome[f"p{name}"].append(total)
+            outcome[f"l{name}"].append(len(row[f"{side}_ids"]))
+    return {name: torch.tensor(values) for name, values in outcome.items()}
 
 
 def expected(loss: str, p: dict[str, torch.Tensor], b: float = 0.5, e: float = 0.1) -> float:
@@ -107,12 +107,12 @@ def test_every_loss_is_what_its_paper_writes(tiny_model: Path, tmp_path: Path) -
     for name in names:
         trainer.loss_types, trainer.loss_weights = [name], [1.0]
         with torch.no_grad():
-            found = float(trainer.compute_loss(trainer.model, batch))
-        assert found == pytest.approx(expected(name, parts), rel=2e-4, abs=2e-4), name
+            actual = float(trainer.compute_loss(trainer.model, batch))
+        assert actual == pytest.approx(expected(name, parts), rel=2e-4, abs=2e-4), name
     trainer.loss_types, trainer.loss_weights = ["sigmoid", "sft"], [2.0, 0.25]
     with torch.no_grad():
-        found = float(trainer.compute_loss(trainer.model, batch))
-    assert found == pytest.approx(2 * expected("sigmoid", parts) + 0.25 * expected("sft", parts), rel=2e-4)
+        actual = float(trainer.compute_loss(trainer.model, batch))
+    assert actual == pytest.approx(2 * expected("sigmoid", parts) + 0.25 * expected("sft", parts), rel=2e-4)
 
 
 def test_tokens_beyond_the_shorter_side_count_ld_alpha(tiny_model: Path, tmp_path: Path) -> None:
@@ -131,8 +131,10 @@ def test_tokens_beyond_the_shorter_side_count_ld_alpha(tiny_model: Path, tmp_pat
             sums.append(weighted - row[f"ref_{side}_logps"])  # type: ignore[operator]
         losses.append(-torch.nn.functional.logsigmoid(torch.tensor(0.5 * (sums[0] - sums[1]))))
     with torch.no_grad():
-        found = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(encoded.rows))))
-    assert found == pytest.approx(float(torch.stack(losses).mean()), rel=2e-4)
+        actual = float(
+            trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(encoded.rows)))
+        )
+    assert actual == pytest.approx(float(torch.stack(losses).mean()), rel=2e-4)
 
 
 def test_the_reference_is_the_column_and_no_adapter_is_copied(tiny_model: Path, tmp_path: Path) -> None:
@@ -143,9 +145,9 @@ def test_the_reference_is_the_column_and_no_adapter_is_copied(tiny_model: Path, 
     assert trainer.ref_model is None
     assert trainer.model.peft_config.keys() == {"default"}
     parts = logprobs(tiny_model, encoded)
-    found = held_out.preferences(trainer, encoded)
-    assert found["margin"] == pytest.approx(0.5 * float((parts["c"] - parts["r"]).mean()), rel=1e-4)
-    assert found["accuracy"] == pytest.approx(float((parts["c"] > parts["r"]).float().mean()))
+    actual = held_out.preferences(trainer, encoded)
+    assert actual["margin"] == pytest.approx(0.5 * float((parts["c"] - parts["r"]).mean()), rel=1e-4)
+    assert actual["accuracy"] == pytest.approx(float((parts["c"] > parts["r"]).float().mean()))
 
 
 def test_beta_follows_the_steps(tiny_model: Path, tmp_path: Path) -> None:

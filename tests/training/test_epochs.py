@@ -42,19 +42,19 @@ def test_the_mean_over_processes_is_the_loss_of_one(rows, part, parts, micros, p
     value = {row: values.uniform(-5, 5) for row in order}
     sizes = {"micro_batch": micro, "batch": batch, "part": part, "processes": processes}
     mine = [micro_batches_of_rank(order, rank=rank, **sizes) for rank in range(processes)]
-    assert len({len(one) for one in mine}) == 1
-    assert sorted(row for one in mine for micro_rows in one for row, share in micro_rows if share) == sorted(order)
-    at = 0
+    assert len({len(entry) for entry in mine}) == 1
+    assert sorted(row for entry in mine for micro_rows in entry for row, share in micro_rows if share) == sorted(order)
+    index = 0
     most = batch // (part * processes)  # passes of a whole step
     for start in range(0, rows, batch):
         step = order[start : start + batch]
-        whole = [step[i : i + micro] for i in range(0, len(step), micro)]
-        expected = sum(sum(value[row] for row in one) / len(one) for one in whole) / len(whole)
-        rounds = min(most, len(mine[0]) - at)
-        found = 0.0
-        for one in mine:
-            for micro_rows in one[at : at + rounds]:
+        full = [step[i : i + micro] for i in range(0, len(step), micro)]
+        expected = sum(sum(value[row] for row in entry) / len(entry) for entry in full) / len(full)
+        rounds = min(most, len(mine[0]) - index)
+        actual = 0.0
+        for entry in mine:
+            for micro_rows in entry[index : index + rounds]:
                 share = micro_rows[0][1]
-                found += share * sum(value[row] for row, _ in micro_rows) / len(micro_rows)
-        assert found / (rounds * processes) == pytest.approx(expected, abs=1e-9)
-        at += rounds
+                actual += share * sum(value[row] for row, _ in micro_rows) / len(micro_rows)
+        assert actual / (rounds * processes) == pytest.approx(expected, abs=1e-9)
+        index += rounds

@@ -20,12 +20,12 @@ from tests.support.peak_memory import peak_of
 def test_a_stage_s_passes_keep_copies_only_without_checkpointing(
     kind: str, checkpointing: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = set()
+    observations = set()
     plain = LlamaMLP.forward
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and self.training:
-            seen.add(torch.is_autocast_cache_enabled())
+            observations.add(torch.is_autocast_cache_enabled())
         return plain(self, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
@@ -38,7 +38,7 @@ def test_a_stage_s_passes_keep_copies_only_without_checkpointing(
     runtime = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"}})
     run_stage(tmp_path, kind, fields, tiny_model, 48, 4, runtime)
     expected = {not checkpointing} if kind == "sft" or checkpointing else set()  # PPO without it stays in eval mode
-    assert seen == expected
+    assert observations == expected
 
 
 @pytest.mark.parametrize("cached", [True, False])

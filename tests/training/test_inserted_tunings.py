@@ -54,13 +54,13 @@ def test_sft_learns_and_what_it_saves_says_the_same(method: str, base: Path, tmp
     assert metrics["test_loss_after"] < BELOW[method] * metrics["test_loss_before"]
     assert not events(stage, "warning")
     folder = stage.output / "model"
-    frozen, kept = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
-    same = [torch.equal(kept[n][tuple(slice(size) for size in t.shape)], t) for n, t in frozen.items()]
+    frozen, remaining = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
+    same = [torch.equal(remaining[n][tuple(slice(size) for size in t.shape)], t) for n, t in frozen.items()]
     assert all(same)  # nothing but the adapter was trained: what it was folded into begins with what was there
     # the saved checkpoint begins a further training where this one ended
     again = made("sft", tmp_path / "again", folder, "full", max_steps=1, learning_rate=1e-6, precision="float32")
-    found = STAGES["sft"].runner()(again)["test_loss_before"]
-    assert found == pytest.approx(metrics["test_loss_after"], rel=1e-4)
+    actual = STAGES["sft"].runner()(again)["test_loss_before"]
+    assert actual == pytest.approx(metrics["test_loss_after"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_pairs_are_learned(kind: str, method: str, base: Path, tmp_path: Path) -
 def resumes(kind: str, method: str, base: Path, tmp_path: Path) -> None:
     run = STAGES[kind].runner()
     fields = {"save_steps": 4, "micro_batch_size": 4}
-    whole = made(kind, tmp_path / "whole", base, method, **fields)
-    run(whole)
+    uninterrupted = made(kind, tmp_path / "whole", base, method, **fields)
+    run(uninterrupted)
     parts = made(kind, tmp_path / "parts", base, method, **fields)
     with pytest.raises(Killed):
         run(dying(parts, 10))
@@ -89,13 +89,13 @@ def resumes(kind: str, method: str, base: Path, tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in saved.values()) < 15000  # the frozen model has 100,000
     metrics = run(parts)
     assert metrics["resumed_from_step"] == 8
-    assert losses(parts) == losses(whole)
-    names = [file.relative_to(whole.output) for file in sorted(whole.output.rglob("*.safetensors"))]
+    assert losses(parts) == losses(uninterrupted)
+    names = [file.relative_to(uninterrupted.output) for file in sorted(uninterrupted.output.rglob("*.safetensors"))]
     assert len(names) == 2  # the model and the adapter
     for name in names:
-        expected, found = load_file(whole.output / name), load_file(parts.output / name)
-        assert expected.keys() == found.keys()
-        assert all(expected[key].equal(found[key]) for key in expected), name
+        expected, actual = load_file(uninterrupted.output / name), load_file(parts.output / name)
+        assert expected.keys() == actual.keys()
+        assert all(expected[key].equal(actual[key]) for key in expected), name
 
 
 QUICK = ("prompt", "prefix", "parallel")
@@ -122,8 +122,8 @@ def test_dpo_refers_to_the_model_without_the_tokens(base: Path, tmp_path: Path) 
     STAGES["dpo"].runner()(stage)
     plain = made("dpo", tmp_path / "plain", base, "parallel", max_steps=1, precision="float32")  # starts as nothing
     STAGES["dpo"].runner()(plain)
-    first, other = (next(e for e in events(one, "metrics") if "rewards/margins" in e) for one in (stage, plain))
-    assert other["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    first, second = (next(e for e in events(entry, "metrics") if "rewards/margins" in e) for entry in (stage, plain))
+    assert second["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert abs(first["rewards/margins"]) > 1e-3
 
 
@@ -180,7 +180,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("tuning", "said"), REFUSED, ids=lambda one: str(one)[:60])
-def test_what_makes_no_sense_is_refused(tuning: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize(("tuning", "message"), REFUSED, ids=lambda one: str(one)[:60])
+def test_what_makes_no_sense_is_refused(tuning: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         checked(tuning)

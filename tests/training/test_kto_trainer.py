@@ -29,17 +29,17 @@ def made(root: Path, model: Path, loss: str = "kto") -> tuple[PreparedKTO, Encod
     encoded = encode_unpaired(load_tokenizer(model), unpair(rows(8)), 128)
     groups = fixed_groups(encoded.lengths, 4, 8, 1)
     add_mismatched(encoded.rows, groups, 128)
-    for at, row in enumerate(encoded.rows):  # a made-up reference
-        row["ref_logps"] = -5.5 * len(row["completion_ids"]) + at % 3  # type: ignore[assignment]
+    for index, row in enumerate(encoded.rows):  # a made-up reference
+        row["ref_logps"] = -5.5 * len(row["completion_ids"]) + index % 3  # type: ignore[assignment]
         row["ref_KL_logps"] = -6.0 * len(row["KL_completion_ids"])  # type: ignore[assignment]
     config = KtoConfig(policy="m", data="d", learning_rate=1e-2, batch_size=8, micro_batch_size=4, precision="float32")
-    given = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
+    inputs = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
     label_positions_only()
     trainer = PreparedKTO(
         model=load_policy(model),
         beta_at=lambda step: BETA,
         args=training_arguments(
-            KTOConfig, given, 16, loss_type=loss, desirable_weight=WANTED, precompute_ref_log_probs=True
+            KTOConfig, inputs, 16, loss_type=loss, desirable_weight=WANTED, precompute_ref_log_probs=True
         ),
         train_dataset=Dataset.from_list(encoded.rows),
         processing_class=load_tokenizer(model),
@@ -71,39 +71,39 @@ def test_a_group_s_loss_is_measured_from_its_mismatched_answers(loss: str, tiny_
     loader.set_epoch(2)
     batches = list(loader)
     trainer_groups = [
-        next(g for g in trainer.groups if sorted(len(encoded.rows[at]["completion_ids"]) for at in g) == lengths)
+        next(g for g in trainer.groups if sorted(len(encoded.rows[index]["completion_ids"]) for index in g) == lengths)
         for lengths in (sorted(batch["completion_mask"].sum(dim=1).tolist()) for batch in batches)
     ]
     for batch, group in list(zip(batches, trainer_groups, strict=True))[:2]:
-        members = [encoded.rows[at] for at in group]
+        members = [encoded.rows[index] for index in group]
         mismatched = [drift(tiny_model, row, "KL_completion_ids", "ref_KL_logps") for row in members]
         point = max(0.0, sum(mismatched) / len(group)) if loss == "kto" else 0.0
         losses = [loss_of(row, drift(tiny_model, row, "completion_ids", "ref_logps"), point) for row in members]
         with torch.no_grad():
-            found = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)))
-        assert found == pytest.approx(sum(losses) / len(group), rel=1e-4)
+            actual = float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)))
+        assert actual == pytest.approx(sum(losses) / len(group), rel=1e-4)
 
 
 def test_held_out_scores_have_one_reference_point_whatever_the_batches(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, encoded = made(tmp_path, tiny_model)
-    found = held_out(trainer, encoded)
+    actual = held_out(trainer, encoded)
     monkeypatch.setattr(kto_trainer, "SCORING_TOKENS", 1)
-    assert held_out(trainer, encoded) == pytest.approx(found, rel=1e-4)
+    assert held_out(trainer, encoded) == pytest.approx(actual, rel=1e-4)
     drifts = [drift(tiny_model, row, "completion_ids", "ref_logps") for row in encoded.rows]
     mismatched = [drift(tiny_model, row, "KL_completion_ids", "ref_KL_logps") for row in encoded.rows]
     point = max(0.0, sum(mismatched) / len(mismatched))
     losses = [loss_of(row, drifted, point) for row, drifted in zip(encoded.rows, drifts, strict=True)]
     assert point > 0
-    assert found["reference_point"] == pytest.approx(point, rel=1e-4)
-    assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert actual["reference_point"] == pytest.approx(point, rel=1e-4)
+    assert actual["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     right = [(drifted > point) == bool(row["label"]) for row, drifted in zip(encoded.rows, drifts, strict=True)]
-    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert actual["accuracy"] == pytest.approx(sum(right) / len(right))
     sides = [
         [d for r, d in zip(encoded.rows, drifts, strict=True) if bool(r["label"]) is side] for side in (True, False)
     ]
-    assert found["margin"] == pytest.approx(BETA * (sum(sides[0]) / 8 - sum(sides[1]) / 8), rel=1e-4)
+    assert actual["margin"] == pytest.approx(BETA * (sum(sides[0]) / 8 - sum(sides[1]) / 8), rel=1e-4)
 
 
 def test_what_is_overridden_in_trl_is_there() -> None:

@@ -16,14 +16,14 @@ from align.training.sft_trainer import NoisyEmbeddings, row_lengths
 
 
 def embedded(model: object, **batch: torch.Tensor) -> torch.Tensor:
-    seen = []
+    calls = []
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[attr-defined]
     layer = plain.base_model.layers[0]
-    hook = layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    hook = layer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(args[0]), with_kwargs=True)
     with torch.no_grad():
         model(**batch)  # type: ignore[operator]
     hook.remove()
-    return seen[0]
+    return calls[0]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -9,7 +9,7 @@ from align.training.order import GroupedOrder, by_length, grouped_order
 
 
 def padding(order: list[int], lengths: list[int], size: int) -> int:
-    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    batches = [order[index : index + size] for index in range(0, len(order), size)]
     return sum(
         max(lengths[row] for row in batch) * len(batch) - sum(lengths[row] for row in batch) for batch in batches
     )

@@ -44,7 +44,7 @@ def test_packs_hold_every_row_once_and_no_more_than_fits(lengths: list[int], cap
     sizes = [sum(lengths[row] for row in pack) for pack in packs]
     assert max(sizes, default=0) <= capacity
     # Two packs that fit into one would have been one; best fit needs 11/9 of the best and a little.
-    assert all(one + other > capacity for at, one in enumerate(sizes) for other in sizes[at + 1 :])
+    assert all(first + second > capacity for index, first in enumerate(sizes) for second in sizes[index + 1 :])
 
 
 def test_the_fullest_pack_with_room_is_taken() -> None:
@@ -92,8 +92,8 @@ def test_loss_and_gradient_are_those_of_padded_rows(form: str, lora: bool, tiny_
     assert "attention_mask" not in flat and flat["input_ids"].shape[0] == 1
     assert flat["input_ids"].numel() == int(padded["attention_mask"].sum())
     wanted, expected = gradients(trainer, padded)
-    found, got = gradients(trainer, flat)
-    assert found == pytest.approx(wanted, rel=1e-6)
+    actual, got = gradients(trainer, flat)
+    assert actual == pytest.approx(wanted, rel=1e-6)
     assert expected.keys() == got.keys() and len(got) > 10
     for name, gradient in expected.items():
         assert torch.allclose(got[name], gradient, rtol=1e-4, atol=1e-6), name
@@ -111,8 +111,8 @@ def test_packs_have_positions_that_begin_anew_and_no_label_across(tiny_model: Pa
     assert batch["max_length_q"] == max(sizes)
     starts = batch["cu_seq_lens_q"][:-1].long()
     assert (batch["labels"][0][starts] == MASKED).all()
-    whole = FlatCollator("ragged")([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
-    assert whole["labels"].tolist() == [[MASKED, 2, 3]]
+    full = FlatCollator("ragged")([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
+    assert full["labels"].tolist() == [[MASKED, 2, 3]]
 
 
 def test_a_model_that_lets_rows_see_each_other_is_refused(
@@ -134,8 +134,8 @@ def test_a_gap_on_either_side_and_no_number_are_refused(
 ) -> None:
     trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model, precision="float32")
     trainer.data_collator = FlatCollator("ragged")
-    said = iter([torch.zeros(3), torch.zeros(3), torch.tensor([0.0] * 5 + [gap])])
-    monkeypatch.setattr(packing, "_logprobs", lambda *given: next(said))
+    message = iter([torch.zeros(3), torch.zeros(3), torch.tensor([0.0] * 5 + [gap])])
+    monkeypatch.setattr(packing, "_logprobs", lambda *inputs: next(message))
     with pytest.raises(UserError, match="are not kept apart by this model"):
         check_separate("sft", trainer, encoded)
 
@@ -157,12 +157,12 @@ def test_padding_free_training_is_training(tiny_model: Path, tmp_path: Path) -> 
     padded, flat = (
         make_packing_stage(tmp_path / str(on), tiny_model, padding_free=on, epochs=1) for on in (False, True)
     )
-    expected, found = run(padded), run(flat)
-    assert found["tokens"] == expected["tokens"] and found["steps"] == expected["steps"] == 20
+    expected, actual = run(padded), run(flat)
+    assert actual["tokens"] == expected["tokens"] and actual["steps"] == expected["steps"] == 20
     for step, loss in losses(padded).items():
         assert losses(flat)[step] == pytest.approx(loss, rel=2e-3)
-    assert found["test_loss_before"] == pytest.approx(expected["test_loss_before"], rel=1e-6)
-    assert found["test_loss_after"] == pytest.approx(expected["test_loss_after"], rel=1e-2)
+    assert actual["test_loss_before"] == pytest.approx(expected["test_loss_before"], rel=1e-6)
+    assert actual["test_loss_after"] == pytest.approx(expected["test_loss_after"], rel=1e-2)
 
 
 def test_packed_training_learns_and_takes_fewer_steps(tiny_model: Path, tmp_path: Path) -> None:
@@ -188,14 +188,14 @@ def test_resumed_packed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_p
     from safetensors.torch import load_file
 
     settings: dict[str, Any] = {"packing": True, "neftune": 5.0, "epochs": 2, "save_steps": 4}
-    whole, parts = (make_packing_stage(tmp_path / name, tiny_model, **settings) for name in ("whole", "parts"))
-    run(whole)
+    uninterrupted, parts = (make_packing_stage(tmp_path / name, tiny_model, **settings) for name in ("whole", "parts"))
+    run(uninterrupted)
     with pytest.raises(Killed):
         run(dying(parts, 10))
     assert run(parts)["resumed_from_step"] == 8
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert losses(parts) == losses(uninterrupted)
+    expected, actual = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[name].equal(actual[name]) for name in expected)
 
 
 @pytest.mark.parametrize("tuning", ["prompt", "prefix"])

@@ -25,7 +25,7 @@ from tests.support.training.training_stages import FULL, make_replay_stage, make
 
 def test_every_row_has_its_turn_before_one_comes_again() -> None:
     series = replayed_rows(5, 0, 15, seed=1)
-    assert all(sorted(series[at : at + 5]) == [0, 1, 2, 3, 4] for at in (0, 5, 10))
+    assert all(sorted(series[index : index + 5]) == [0, 1, 2, 3, 4] for index in (0, 5, 10))
     assert series[:5] != series[5:10]
     assert replayed_rows(5, 3, 8, seed=1) == series[3:8]
     assert replayed_rows(5, 0, 5, seed=2) != series[:5]
@@ -94,14 +94,14 @@ def test_what_is_replayed_is_kept(kind: str, tiny_model: Path, tmp_path: Path) -
 def test_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
     run = STAGES["sft"].runner()
     fields = {"replay_fraction": 0.2, "max_steps": 9, "save_steps": 4}
-    whole, parts = (make_replay_stage("sft", tmp_path / f, tiny_model, **fields) for f in ("a", "b"))
-    run(whole)
+    uninterrupted, parts = (make_replay_stage("sft", tmp_path / f, tiny_model, **fields) for f in ("a", "b"))
+    run(uninterrupted)
     with pytest.raises(Killed):
         run(dying(parts, 6))
     assert run(parts)["resumed_from_step"] == 4
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert losses(parts) == losses(uninterrupted)
+    expected, actual = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[name].equal(actual[name]) for name in expected)
 
 
 @pytest.mark.parametrize(

@@ -52,18 +52,18 @@ def test_resumed_run_equals_the_uninterrupted_one(
     kind: str, save_steps: int, dies_at: int, tuning: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     run = STAGES[kind].runner()
-    whole = make_stage(kind, tmp_path / "whole", tiny_model, tuning, save_steps=save_steps)
-    run(whole)
+    uninterrupted = make_stage(kind, tmp_path / "whole", tiny_model, tuning, save_steps=save_steps)
+    run(uninterrupted)
     parts = make_stage(kind, tmp_path / "parts", tiny_model, tuning, save_steps=save_steps)
     with pytest.raises(Killed):
         run(dying(parts, dies_at))
     metrics = run(parts)
     assert metrics["resumed_from_step"] == dies_at - 2
     assert metrics["steps"] == 15
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert expected.keys() == found.keys()
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert losses(parts) == losses(uninterrupted)
+    expected, actual = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert expected.keys() == actual.keys()
+    assert all(expected[name].equal(actual[name]) for name in expected)
 
 
 class Asking(StageContext):
@@ -78,26 +78,28 @@ class Asking(StageContext):
 
 
 def asking(plain: StageContext, step: int) -> StageContext:
-    made = Asking(**{field.name: getattr(plain, field.name) for field in fields(plain)})
-    object.__setattr__(made, "at", step)
-    return made
+    new_asking = Asking(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+    object.__setattr__(new_asking, "at", step)
+    return new_asking
 
 
 def test_a_stage_that_is_asked_to_stop_saves_at_once_and_goes_on_to_the_same_weights(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     run = STAGES["sft"].runner()
-    whole, parts = (make_stage("sft", tmp_path / name, tiny_model, LORA, save_steps=100) for name in ("whole", "parts"))
-    run(whole)
+    uninterrupted, parts = (
+        make_stage("sft", tmp_path / name, tiny_model, LORA, save_steps=100) for name in ("whole", "parts")
+    )
+    run(uninterrupted)
     with pytest.raises(Stopped, match="stopped as asked, at step [78] of 15"):  # the one under way is finished
         run(asking(parts, 7))
-    (kept,) = parts.checkpoints.glob("checkpoint-*")
-    assert is_complete(kept) and kept.name in ("checkpoint-7", "checkpoint-8")
+    (remaining,) = parts.checkpoints.glob("checkpoint-*")
+    assert is_complete(remaining) and remaining.name in ("checkpoint-7", "checkpoint-8")
     clear_request(parts.events.parent)
-    assert run(parts)["resumed_from_step"] == int(kept.name[-1])
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert run(parts)["resumed_from_step"] == int(remaining.name[-1])
+    assert losses(parts) == losses(uninterrupted)
+    expected, actual = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[name].equal(actual[name]) for name in expected)
 
 
 def test_a_stage_that_is_asked_at_its_last_step_is_finished(tiny_model: Path, tmp_path: Path) -> None:
@@ -108,13 +110,13 @@ def test_a_stage_that_is_asked_at_its_last_step_is_finished(tiny_model: Path, tm
 
 def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_path: Path) -> None:
     run = STAGES["sft"].runner()
-    whole = make_stage("sft", tmp_path / "run", tiny_model, FULL, save_steps=4)
-    first = run(whole)
-    again = run(whole)
+    uninterrupted = make_stage("sft", tmp_path / "run", tiny_model, FULL, save_steps=4)
+    first = run(uninterrupted)
+    again = run(uninterrupted)
     assert again["resumed_from_step"] == 15
     assert again["test_loss_after"] == first["test_loss_after"]
     assert again["tokens"] == first["tokens"]
-    last = whole.checkpoints / "checkpoint-15"
+    last = uninterrupted.checkpoints / "checkpoint-15"
     assert SECONDS_FILE in json.loads((last / MARKER).read_text())["sha256"]
     assert first["training_seconds"] >= float((last / SECONDS_FILE).read_text()) > 0
     assert again["training_seconds"] >= float(
@@ -127,14 +129,14 @@ def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_pa
 def test_a_checkpoint_that_does_not_say_how_long_it_took_is_left_out_of_the_speed(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    whole = make_stage("sft", tmp_path / "run", tiny_model, FULL, save_steps=10)
-    first = STAGES["sft"].runner()(whole)
-    shutil.rmtree(whole.checkpoints / "checkpoint-15")
-    (whole.checkpoints / "checkpoint-10" / SECONDS_FILE).unlink()
-    mark_complete(whole.checkpoints / "checkpoint-10")
-    again = STAGES["sft"].runner()(whole)
+    uninterrupted = make_stage("sft", tmp_path / "run", tiny_model, FULL, save_steps=10)
+    first = STAGES["sft"].runner()(uninterrupted)
+    shutil.rmtree(uninterrupted.checkpoints / "checkpoint-15")
+    (uninterrupted.checkpoints / "checkpoint-10" / SECONDS_FILE).unlink()
+    mark_complete(uninterrupted.checkpoints / "checkpoint-10")
+    again = STAGES["sft"].runner()(uninterrupted)
     rest = again["tokens_per_second"] * again["training_seconds"]
-    state = json.loads((whole.checkpoints / "checkpoint-10" / "trainer_state.json").read_text())
+    state = json.loads((uninterrupted.checkpoints / "checkpoint-10" / "trainer_state.json").read_text())
     assert rest == pytest.approx(first["tokens"] - state["num_input_tokens_seen"])
 
 
@@ -148,8 +150,8 @@ STAGES["sft"].runner()(make_stage("sft", Path(sys.argv[1]), Path(sys.argv[2]), F
 
 
 def test_sigkill_in_the_middle_of_saving(tiny_model: Path, tmp_path: Path) -> None:
-    whole = make_stage("sft", tmp_path / "whole", tiny_model, FULL, save_steps=1)
-    STAGES["sft"].runner()(whole)
+    uninterrupted = make_stage("sft", tmp_path / "whole", tiny_model, FULL, save_steps=1)
+    STAGES["sft"].runner()(uninterrupted)
     root = tmp_path / "parts"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(root), str(tiny_model)], env=environment)
@@ -165,6 +167,6 @@ def test_sigkill_in_the_middle_of_saving(tiny_model: Path, tmp_path: Path) -> No
     parts = make_stage("sft", root, tiny_model, FULL, save_steps=1)
     metrics = STAGES["sft"].runner()(parts)
     assert 4 <= metrics["resumed_from_step"] < 15
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert losses(parts) == losses(uninterrupted)
+    expected, actual = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[name].equal(actual[name]) for name in expected)

@@ -87,9 +87,9 @@ def test_pairs_that_are_too_long_or_equal_are_left_out(tokenizer: Any) -> None:
 
 
 def test_an_answer_that_was_cut_off_gets_no_end_of_turn(tokenizer: Any) -> None:
-    whole, cut = rows(1)[0], {**rows(1)[0], "rejected_finished": False}
+    full, cut = rows(1)[0], {**rows(1)[0], "rejected_finished": False}
     for encode in (encode_pairs, encode_conversations):
-        (ended,), (open_end,) = (encode(tokenizer, [row], 100).rows for row in (whole, cut))
+        (ended,), (open_end,) = (encode(tokenizer, [row], 100).rows for row in (full, cut))
         assert ended["rejected_ids"][-1] == tokenizer.eos_token_id
         assert open_end["rejected_ids"] == ended["rejected_ids"][:-1]
         assert open_end["chosen_ids"] == ended["chosen_ids"]
@@ -144,12 +144,12 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
 def test_tokenizer_and_model_are_checked(tiny_model: Path, tokenizer: Any) -> None:
     model = load_policy(tiny_model)
     check_model("sft", model, tokenizer)
-    other = load_tokenizer(tiny_model)
-    other.add_tokens(["<new>"])
+    other_tokenizer = load_tokenizer(tiny_model)
+    other_tokenizer.add_tokens(["<new>"])
     with pytest.raises(UserError, match="has 261 tokens and the model embeds 260"):
-        check_model("sft", model, other)
+        check_model("sft", model, other_tokenizer)
     with pytest.raises(UserError, match="different vocabularies"):
-        check_same_vocabulary("ppo", tokenizer, other, ("policy", "reward"))
+        check_same_vocabulary("ppo", tokenizer, other_tokenizer, ("policy", "reward"))
     check_same_vocabulary("ppo", tokenizer, load_tokenizer(tiny_model), ("policy", "reward"))
     tokenizer.pad_token = tokenizer.eos_token
     with pytest.raises(UserError, match="the two must differ"):

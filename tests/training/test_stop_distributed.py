@@ -40,8 +40,8 @@ def test_two_processes_stop_together_and_one_goes_on(kind: str, changes: dict[st
     assert len(list(partial.glob("checkpoints/checkpoint-*"))) == 1
     run_pipeline(pipeline(kind, {}, **changes), store=tmp_path / "parts")
     run_pipeline(pipeline(kind, {}, **changes), store=tmp_path / "whole")
-    found, expected = (
+    actual, expected = (
         load_file(next((tmp_path / name).glob(f"{kind}/*/model/model.safetensors"))) for name in ("parts", "whole")
     )
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=WITHIN, rtol=0)
+        torch.testing.assert_close(actual[name], tensor, atol=WITHIN, rtol=0)

@@ -45,10 +45,10 @@ def weights(stage: StageContext) -> dict[str, torch.Tensor]:
 def test_the_best_weights_are_the_result(tiny_model: Path, tmp_path: Path) -> None:
     stage = made(tmp_path / "best", tiny_model, keep="best", early_stopping={"patience": 2})
     metrics = run(stage)
-    seen = scored(stage)
-    best = min(seen, key=lambda step: seen[step])
+    observations = scored(stage)
+    best = min(observations, key=lambda step: observations[step])
     assert metrics["best_step"] == best == metrics["steps"] - 4
-    assert metrics["best_validation_loss"] == seen[best]
+    assert metrics["best_validation_loss"] == observations[best]
     short = made(tmp_path / "short", tiny_model, max_steps=best, keep="best")
     assert metrics["test_loss_after"] == pytest.approx(run(short)["test_loss_after"], rel=1e-6)
     assert all(tensor.equal(weights(short)[name]) for name, tensor in weights(stage).items())
@@ -86,8 +86,8 @@ def test_validation_rows_are_of_questions_that_are_not_learned(tiny_model: Path,
 def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny_model: Path, tmp_path: Path) -> None:
     stage = made(tmp_path, tiny_model, early_stopping={"patience": 2})
     metrics = run(stage)
-    seen = scored(stage)
-    best = min(seen, key=lambda step: seen[step])
+    observations = scored(stage)
+    best = min(observations, key=lambda step: observations[step])
     assert metrics["stopped_early"] and metrics["best_step"] == best
     assert metrics["steps"] == best + 4 < 36
     assert max(losses(stage)) == best + 4
@@ -97,15 +97,15 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(tiny_model: Path,
 @pytest.mark.parametrize("dies_at", [5, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_resumed_run_stops_and_keeps_where_the_whole_one_does(dies_at: int, tiny_model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"early_stopping": {"patience": 3}, "keep": "best"}
-    whole, parts = (made(tmp_path / name, tiny_model, **settings) for name in ("whole", "parts"))
-    expected = run(whole)
+    uninterrupted, parts = (made(tmp_path / name, tiny_model, **settings) for name in ("whole", "parts"))
+    expected = run(uninterrupted)
     with pytest.raises(Killed):
         run(dying(parts, dies_at))
-    found = run(parts)
-    assert found["resumed_from_step"] == dies_at - dies_at % 3
+    result = run(parts)
+    assert result["resumed_from_step"] == dies_at - dies_at % 3
     for name in ("best_step", "stopped_early", "steps", "test_loss_after"):
-        assert found[name] == expected[name], name
-    assert all(tensor.equal(weights(parts)[name]) for name, tensor in weights(whole).items())
+        assert result[name] == expected[name], name
+    assert all(tensor.equal(weights(parts)[name]) for name, tensor in weights(uninterrupted).items())
 
 
 def test_a_run_killed_after_it_stopped_takes_no_more_steps(tiny_model: Path, tmp_path: Path) -> None:
@@ -164,12 +164,12 @@ def rates(scheduler: str, steps: int = 20, **fields: Any) -> list[float]:
         SCHEDULERS[scheduler], optimizer, num_warmup_steps=2, num_training_steps=steps,
         scheduler_specific_kwargs=schedule_options(config, steps),
     )  # fmt: skip
-    found = []
+    values = []
     for _ in range(steps):
-        found.append(schedule.get_last_lr()[0])
+        values.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    return [*found, schedule.get_last_lr()[0]]
+    return [*values, schedule.get_last_lr()[0]]
 
 
 def test_schedules_have_their_shapes() -> None:

@@ -59,9 +59,9 @@ class Dying(StageContext):
 
 
 def dying(plain: StageContext, step: int) -> StageContext:
-    made = Dying(**{field.name: getattr(plain, field.name) for field in fields(plain)})
-    object.__setattr__(made, "dies_at", step)
-    return made
+    new_dying = Dying(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+    object.__setattr__(new_dying, "dies_at", step)
+    return new_dying
 
 
 def tracked(plain: StageContext, folder: Path, **more: Any) -> StageContext:
@@ -98,28 +98,28 @@ def curves(folder: Path) -> dict[str, dict[int, float]]:
     """Of every event file below ``folder``, as TensorBoard shows them; step → value by name."""
     read = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=True)
     read.Reload()
-    found = {}
+    actual = {}
     for name in read.Tags()["scalars"]:
         points = read.Scalars(name)
         assert len({point.step for point in points}) == len(points), f"{name} has a step twice"
-        found[name] = {point.step: point.value for point in points}
-    return found
+        actual[name] = {point.step: point.value for point in points}
+    return actual
 
 
 def reported(context: StageContext) -> dict[str, dict[int, float]]:
     """The report's curves: of a step that was reported twice the later report counts."""
-    found: dict[str, dict[int, float]] = {}
+    values: dict[str, dict[int, float]] = {}
     for event in events(context, "metrics"):
         for name, value in event.items():
             if name not in ("event", "time", "step"):
-                found.setdefault(name, {})[event["step"]] = value
-    return found
+                values.setdefault(name, {})[event["step"]] = value
+    return values
 
 
-def same(seen: dict[str, dict[int, float]], expected: dict[str, dict[int, float]]) -> None:
-    assert seen.keys() == expected.keys()
+def same(observations: dict[str, dict[int, float]], expected: dict[str, dict[int, float]]) -> None:
+    assert observations.keys() == expected.keys()
     for name, points in expected.items():
-        assert seen[name] == pytest.approx(points, rel=1e-6, nan_ok=True), name  # the files hold float32
+        assert observations[name] == pytest.approx(points, rel=1e-6, nan_ok=True), name  # the files hold float32
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])

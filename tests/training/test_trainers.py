@@ -37,11 +37,13 @@ def test_a_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: 
 
 
 @pytest.mark.parametrize(
-    ("tuning", "given", "wanted"), [("lora", None, 1e-4), ("lora", 3e-5, 3e-5), ("full", None, 1e-3)]
+    ("tuning", "inputs", "wanted"), [("lora", None, 1e-4), ("lora", 3e-5, 3e-5), ("full", None, 1e-3)]
 )
-def test_a_score_head_learns_at_its_own_rate(tiny_model: Path, tuning: str, given: float | None, wanted: float) -> None:
+def test_a_score_head_learns_at_its_own_rate(
+    tiny_model: Path, tuning: str, inputs: float | None, wanted: float
+) -> None:
     config = RewardConfig(
-        model="model", data="data", tuning={"method": tuning}, learning_rate=1e-3, head_learning_rate=given
+        model="model", data="data", tuning={"method": tuning}, learning_rate=1e-3, head_learning_rate=inputs
     )  # type: ignore[arg-type]
     model = apply_tuning(new_reward(tiny_model), config.tuning, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -57,10 +59,10 @@ def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model, precision="float32")
-    whole = held_out.supervised(trainer, encoded)
+    full = held_out.supervised(trainer, encoded)
     monkeypatch.setattr(held_out, "SCORING_TOKENS", 1)  # one row at a time: no padding at all
     single = held_out.supervised(trainer, encoded)
-    assert single["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert single["loss"] == pytest.approx(full["loss"], rel=1e-5)
     ids = [torch.tensor([row["input_ids"]]) for row in encoded.rows]
     labels = [torch.tensor([row["labels"]]) for row in encoded.rows]
     plain = load_policy(tiny_model)
@@ -68,20 +70,20 @@ def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
         total = sum(
             float(plain(i, labels=y).loss) * int((y[:, 1:] != -100).sum()) for i, y in zip(ids, labels, strict=True)
         )
-    assert whole["loss"] == pytest.approx(total / sum(int((y[:, 1:] != -100).sum()) for y in labels), rel=1e-5)
+    assert full["loss"] == pytest.approx(total / sum(int((y[:, 1:] != -100).sum()) for y in labels), rel=1e-5)
 
 
 def test_only_labeled_positions_reach_the_vocabulary(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model)
-    seen: list[int] = []
+    calls: list[int] = []
     original = trl.trainer.utils._ChunkedLogProbFunction.apply
     monkeypatch.setattr(
-        trl.trainer.utils._ChunkedLogProbFunction, "apply", lambda *a: seen.append(len(a[0])) or original(*a)
+        trl.trainer.utils._ChunkedLogProbFunction, "apply", lambda *a: calls.append(len(a[0])) or original(*a)
     )
     held_out.supervised(trainer, encoded)
-    assert sum(seen) == sum(label != -100 for row in encoded.rows for label in row["labels"])
+    assert sum(calls) == sum(label != -100 for row in encoded.rows for label in row["labels"])
 
 
 def test_rows_are_seen_in_our_order(tiny_model: Path, tmp_path: Path) -> None:
@@ -89,8 +91,8 @@ def test_rows_are_seen_in_our_order(tiny_model: Path, tmp_path: Path) -> None:
     loader = trainer.get_train_dataloader()
     loader.set_epoch(3)
     expected = order.grouped_order(encoded.lengths, 2, 4, trainer.args.seed, 3)
-    found = [batch["input_ids"].shape[1] for batch in loader]
-    assert found == [max(encoded.lengths[row] for row in expected[at : at + 2]) for at in range(0, 16, 2)]
+    actual = [batch["input_ids"].shape[1] for batch in loader]
+    assert actual == [max(encoded.lengths[row] for row in expected[index : index + 2]) for index in range(0, 16, 2)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(tiny_model: Path, tmp_path: Path) -> None:

@@ -41,24 +41,25 @@ def made(kind: str, root: Path, model: Path, tuning: dict[str, Any]) -> StageCon
 
 def check(kind: str, name: str, model: Path, tmp_path: Path, left: float = 0.9) -> None:
     run, tuning = STAGES[kind].runner(), CASES.get(name) or peft_case(name)
-    whole, parts = (made(kind, tmp_path / part, model, tuning) for part in ("whole", "parts"))
-    metrics = run(whole)
+    full, parts = (made(kind, tmp_path / part, model, tuning) for part in ("whole", "parts"))
+    metrics = run(full)
     assert metrics["loss_last"] < left * metrics["loss_first"]
     assert 0 < metrics["trainable_parameters"] < metrics["parameters"]
-    (said,) = events(whole, "note")
+    (output,) = events(full, "note")
     assert (
-        f": {metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters are trained" in said["message"]
+        f": {metrics['trainable_parameters']:,} of {metrics['parameters']:,} parameters are trained"
+        in output["message"]
     )
     with pytest.raises(Killed):
         run(dying(parts, KILLED_AT))
     resumed = run(parts)
     assert (resumed["resumed_from_step"], resumed["steps"]) == (RESUMED_FROM, STEPS)
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(each.output / "model" / "model.safetensors") for each in (whole, parts))
-    assert expected.keys() == found.keys()
-    assert all(expected[key].equal(found[key]) for key in expected)
+    assert losses(parts) == losses(full)
+    expected, actual = (load_file(each.output / "model" / "model.safetensors") for each in (full, parts))
+    assert expected.keys() == actual.keys()
+    assert all(expected[key].equal(actual[key]) for key in expected)
     # what a checkpoint has beside the optimizer is the adapter, not the model
-    adapter = whole.checkpoints / "checkpoint-10" / "adapter_model.safetensors"
+    adapter = full.checkpoints / "checkpoint-10" / "adapter_model.safetensors"
     assert adapter.is_file() and not (adapter.parent / "model.safetensors").exists()
 
 

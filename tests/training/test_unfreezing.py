@@ -37,8 +37,8 @@ def layers_open(opened: frozenset[Any]) -> list[int]:
 @pytest.mark.parametrize("unit", ["steps", "epochs"])
 def test_layers_open_from_the_last_one_down(tiny_model: Path, unit: str) -> None:
     model = load_policy(tiny_model)
-    at = {0: 0, 4: 1, 9: 40} if unit == "steps" else {0: 0, 0.8: 1, 1.8: 2}  # more than all layers, and just all
-    tuning = FullTuning(unfreeze={"at": at, "unit": unit, "embeddings": True})  # type: ignore[arg-type]
+    index = {0: 0, 4: 1, 9: 40} if unit == "steps" else {0: 0, 0.8: 1, 1.8: 2}  # more than all layers, and just all
+    tuning = FullTuning(unfreeze={"at": index, "unit": unit, "embeddings": True})  # type: ignore[arg-type]
     schedule = layer_schedule(tuning, model, steps_per_epoch=5, seed=0)
     assert [layers_open(schedule(step)) for step in (0, 3, 4, 8, 9)] == [[], [], [1], [1], [0, 1]]
     assert ["embeddings" in schedule(step) for step in (0, 8, 9)] == [False, False, True]
@@ -69,11 +69,11 @@ def test_an_epoch_has_the_steps_that_transformers_takes(processes: int, accumula
 
 
 def test_every_layer_is_drawn_as_often_and_by_step_alone() -> None:
-    drawn = [sample_layers(8, 2, period, seed=3) for period in range(2000)]
-    assert drawn == [sample_layers(8, 2, period, seed=3) for period in range(2000)]
-    assert drawn != [sample_layers(8, 2, period, seed=4) for period in range(2000)]
-    assert all(len(set(layers)) == 2 for layers in drawn)
-    times = Counter(layer for layers in drawn for layer in layers)
+    draws = [sample_layers(8, 2, period, seed=3) for period in range(2000)]
+    assert draws == [sample_layers(8, 2, period, seed=3) for period in range(2000)]
+    assert draws != [sample_layers(8, 2, period, seed=4) for period in range(2000)]
+    assert all(len(set(layers)) == 2 for layers in draws)
+    times = Counter(layer for layers in draws for layer in layers)
     # 2000 draws at 1/4: 500 each, standard deviation 19.4
     assert all(abs(times[layer] - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75) for layer in range(8))
     assert sample_layers(2, 5, 0, 0) == [0, 1]
@@ -107,14 +107,14 @@ class Rates(TrainerCallback):
 def added(callback: TrainerCallback, monkeypatch: pytest.MonkeyPatch) -> None:
     """``callback`` is among those of every run."""
     extra = fit.extra_callbacks
-    monkeypatch.setattr(fit, "extra_callbacks", lambda *given: [*extra(*given), callback])
+    monkeypatch.setattr(fit, "extra_callbacks", lambda *inputs: [*extra(*inputs), callback])
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    found = Watch()
-    added(found, monkeypatch)
-    return found
+    result = Watch()
+    added(result, monkeypatch)
+    return result
 
 
 @pytest.mark.parametrize("name", ["unfreeze", "lisa"])
@@ -133,7 +133,9 @@ def test_only_what_is_open_has_gradients_and_optimizer_state(
     most = max(sum(sizes[n] for n in held) for _, held, _ in watch.seen)
     assert metrics["trainable_parameters"] == most
     # two float32 averages a weight, and a step count a tensor
-    assert [kept for _, _, kept in watch.seen] == [sum(8 * sizes[n] + 4 for n in held) for _, held, _ in watch.seen]
+    assert [remaining for _, _, remaining in watch.seen] == [
+        sum(8 * sizes[n] + 4 for n in held) for _, held, _ in watch.seen
+    ]
     shown = {event["step"]: event["weights_open"] for event in events(run, "metrics") if "weights_open" in event}
     assert set(shown) <= ({1, 8} if name == "unfreeze" else {1, 4, 7, 10})
     assert shown[1] == sum(sizes[n] for n in watch.seen[0][1])
@@ -174,16 +176,16 @@ def test_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     run = STAGES[kind].runner()
     fields = {"save_steps": save_steps, "max_steps": 12}
-    whole, parts = (make_stage(kind, tmp_path / f, tiny_model, TUNINGS[name], **fields) for f in ("a", "b"))
-    first = run(whole)
+    uninterrupted, parts = (make_stage(kind, tmp_path / f, tiny_model, TUNINGS[name], **fields) for f in ("a", "b"))
+    first = run(uninterrupted)
     with pytest.raises(Killed):
         run(dying(parts, dies_at))
     metrics = run(parts)
     assert metrics["resumed_from_step"] == dies_at - 2
     assert metrics["trainable_parameters"] == first["trainable_parameters"]
-    assert losses(parts) == losses(whole)
-    expected, found = (load_file(c.output / "model" / "model.safetensors") for c in (whole, parts))
-    assert all(expected[weight].equal(found[weight]) for weight in expected)
+    assert losses(parts) == losses(uninterrupted)
+    expected, actual = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
+    assert all(expected[weight].equal(actual[weight]) for weight in expected)
 
 
 def test_rates_fall_from_the_last_layer_to_the_embeddings(tiny_model: Path) -> None:

@@ -33,36 +33,36 @@ def zero(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
     ("name", "stage"), [("sft", 1), ("sft", 2), ("sft", 3), ("reward", 2), ("dpo", 2), ("ppo", 2), ("ppo", 3)]
 )
 def test_the_losses_are_those_of_one_process(
-    made: Callable[..., Made], zero: Callable[..., Made], name: str, stage: int
+    train_once: Callable[..., Made], zero: Callable[..., Made], name: str, stage: int
 ) -> None:
-    same(made(name, 1), zero(name, stage))
+    same(train_once(name, 1), zero(name, stage))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo_lora", "grpo", "simpo", "distill"])
 def test_others_train_too(zero: Callable[..., Made], name: str) -> None:
-    found = zero(name, 2)
-    assert len(found.losses) >= 3 and all(torch.isfinite(torch.tensor(found.losses)))
+    actual = zero(name, 2)
+    assert len(actual.losses) >= 3 and all(torch.isfinite(torch.tensor(actual.losses)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_that_lost_a_rank_goes_on_without_deepspeed(tmp_path: Path, stage: int) -> None:
-    whole = run_pipeline(pipeline("sft", {"processes": 1}, max_steps=40), store=tmp_path / "whole")
-    expected = Made("sft", whole.artifacts["sft"].path, whole.metrics("sft"))
+    uninterrupted = run_pipeline(pipeline("sft", {"processes": 1}, max_steps=40), store=tmp_path / "whole")
+    expected = Made("sft", uninterrupted.artifacts["sft"].path, uninterrupted.metrics("sft"))
     first = {"processes": 2, "strategy": "deepspeed", "deepspeed": {"stage": stage}}
-    found = interrupted(tmp_path, "sft", first, {"processes": 1})
-    assert found.losses[-1] == pytest.approx(expected.losses[-1], abs=2e-4)
+    actual = interrupted(tmp_path, "sft", first, {"processes": 1})
+    assert actual.losses[-1] == pytest.approx(expected.losses[-1], abs=2e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_that_lost_a_rank_goes_on_with_it(tmp_path: Path, stage: int) -> None:
-    whole = run_pipeline(pipeline("sft", {"processes": 1}, max_steps=40), store=tmp_path / "whole")
-    expected = Made("sft", whole.artifacts["sft"].path, whole.metrics("sft"))
+    uninterrupted = run_pipeline(pipeline("sft", {"processes": 1}, max_steps=40), store=tmp_path / "whole")
+    expected = Made("sft", uninterrupted.artifacts["sft"].path, uninterrupted.metrics("sft"))
     then = {"processes": 2, "strategy": "deepspeed", "deepspeed": {"stage": stage}}
-    found = interrupted(tmp_path, "sft", {"processes": 2}, then)
-    assert found.losses[-1] == pytest.approx(expected.losses[-1], abs=2e-4)
+    actual = interrupted(tmp_path, "sft", {"processes": 2}, then)
+    assert actual.losses[-1] == pytest.approx(expected.losses[-1], abs=2e-4)
 
 
 def test_what_is_private_is_still_there() -> None:
@@ -85,10 +85,10 @@ def test_what_is_private_is_still_there() -> None:
         assert name in Trainer.__dict__
 
 
-def _source(what: Any) -> str:
+def _source(condition: Any) -> str:
     import inspect
 
-    return inspect.getsource(what)
+    return inspect.getsource(condition)
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ def cluster() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[3])
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={**NODE, "resources": {"alpha": 1}})
-    made.add_node(**NODE, resources={"beta": 1})
-    made.wait_for_nodes(300)
-    yield made
-    made.shutdown()
+    new_cluster = Cluster(initialize_head=True, head_node_args={**NODE, "resources": {"alpha": 1}})
+    new_cluster.add_node(**NODE, resources={"beta": 1})
+    new_cluster.wait_for_nodes(300)
+    yield new_cluster
+    new_cluster.shutdown()
 
 
 class Runs:
@@ -64,12 +64,12 @@ class Runs:
 
     def align(self, *words: str) -> tuple[int, str]:
         process = self.start(*words)
-        said, _ = process.communicate(timeout=900)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=900)
+        return process.returncode, output
 
     def record(self, stage: str) -> dict[str, Any]:
-        (found,) = [one.record for one in Store.open(self.store).all() if one.stage == stage]
-        return found
+        (result,) = [artifact.record for artifact in Store.open(self.store).all() if artifact.stage == stage]
+        return result
 
     def checkpoints(self) -> int:
         return toy.steps_kept(self.store, "one")
@@ -80,9 +80,9 @@ def runs(cluster: Any, tmp_path: Path) -> Runs:
     return Runs(tmp_path, cluster.address)
 
 
-def until(what: Callable[[], Any], seconds: float = 600) -> None:
+def until(condition: Callable[[], Any], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.1)
 
@@ -90,22 +90,22 @@ def until(what: Callable[[], Any], seconds: float = 600) -> None:
 def test_stages_run_where_their_resources_are_and_come_to_the_same(runs: Runs) -> None:
     slow = {"one": {"pause": 1.0}}
     file = runs.pipeline({"one": {"resources": {"alpha": 1}}, "two": {"resources": {"beta": 1}}}, **slow)
-    code, said = runs.align("run", file, "--on", "ray")
-    assert code == 0, said
-    assert "one    runs on" in said and "✓ total" in said and "Report: " in said
+    code, output = runs.align("run", file, "--on", "ray")
+    assert code == 0, output
+    assert "one    runs on" in output and "✓ total" in output and "Report: " in output
     plain = run_pipeline(Pipeline(toy.pipeline(**slow)), store=runs.folder / "plain")
     for stage, artifact in plain.artifacts.items():
         assert runs.record(stage)["key"] == artifact.record["key"]
         assert runs.record(stage)["metrics"] == artifact.record["metrics"]
-    code, said = runs.align("run", file, "--on", "ray")
-    assert code == 0 and said.count("cached") == 3
+    code, output = runs.align("run", file, "--on", "ray")
+    assert code == 0 and output.count("cached") == 3
 
 
 def test_a_failed_stage_ends_what_reads_it(runs: Runs) -> None:
-    code, said = runs.align("run", runs.pipeline(one={"crash": "bug"}), "--on", "ray")
-    assert code == 1, said
-    assert "stage 'one' failed: ValueError: a bug" in said and "Log: " in said
-    assert "stage 'total' did not start: its input 'one' failed." in said
+    code, output = runs.align("run", runs.pipeline(one={"crash": "bug"}), "--on", "ray")
+    assert code == 1, output
+    assert "stage 'one' failed: ValueError: a bug" in output and "Log: " in output
+    assert "stage 'total' did not start: its input 'one' failed." in output
     assert runs.record("two")["metrics"]["number"] == 2
 
 
@@ -116,13 +116,13 @@ def test_usr1_has_the_stages_save_and_ctrl_c_ends_them(runs: Runs) -> None:
         process = runs.start("run", file, "--on", "ray")
         until(lambda before=before: runs.checkpoints() >= before + 3)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=600)
-        assert process.returncode == code, said
-        assert "The same command continues." in said
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == code, output
+        assert "The same command continues." in output
     time.sleep(2)
-    kept = runs.checkpoints()
+    checkpoints = runs.checkpoints()
     time.sleep(1)
-    assert runs.checkpoints() == kept < 100  # nothing works on
+    assert runs.checkpoints() == checkpoints < 100  # nothing works on
 
 
 def test_an_array_of_tasks_works_on_a_sweep(runs: Runs) -> None:
@@ -131,9 +131,9 @@ def test_an_array_of_tasks_works_on_a_sweep(runs: Runs) -> None:
         "name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2, 3]}, "sampler": "grid",
         "maximize": "total.total",
     }  # fmt: skip
-    code, said = runs.align("sweep", runs.write(sweep, "sweep.yaml"), "--on", "ray", "--workers", "2")
-    assert code == 0, said
-    assert "3 trials done" in said and "Best: trial 2; its run is s-2." in said
+    code, output = runs.align("sweep", runs.write(sweep, "sweep.yaml"), "--on", "ray", "--workers", "2")
+    assert code == 0, output
+    assert "3 trials done" in output and "Best: trial 2; its run is s-2." in output
 
 
 def sampled(runs: Runs, name: str, samplers: int, kill: bool = False) -> list[str]:
@@ -164,8 +164,8 @@ def sampled(runs: Runs, name: str, samplers: int, kill: bool = False) -> list[st
         until(find)
         assert victims, "sampling was over before an engine could be killed"
         os.kill(victims[0], signal.SIGKILL)
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
     path = next(runs.store.glob("sample/*/samples.jsonl"))
     return path.read_text().splitlines()
 
@@ -179,18 +179,18 @@ def test_engines_on_the_cluster_draw_what_one_here_does_also_when_one_dies(runs:
 def test_data_builds_run_there_too(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datatrove")
     monkeypatch.setenv("RAY_ADDRESS", runs.address)
-    rows = "".join(json.dumps({"prompt": f"q {at}", "completion": "yes"}) + "\n" for at in range(60))
+    rows = "".join(json.dumps({"prompt": f"q {index}", "completion": "yes"}) + "\n" for index in range(60))
     (runs.folder / "a.jsonl").write_text(rows)
     source = {"type": "files", "paths": ["a.jsonl"], "format": "prompt_completion"}
     runs.write({"kind": "instructions", "sources": [source], "steps": [{"type": "exact_duplicates"}]}, "recipe.yaml")
-    found = []
+    actual = []
     for name, runtime in (("plain", {}), ("tasks", {"executor": {"name": "ray", "tasks": 2, "memory_gb": 1}})):
         runs.store = runs.folder / name
         raw = {"name": name, "runtime": runtime, "stages": {"data": {"recipe": "recipe.yaml"}}}
-        code, said = runs.align("run", runs.write(raw, f"{name}.yaml"))
-        assert code == 0, said
-        found.append(json.loads(next(runs.store.glob("data/*/**/ledger.json")).read_text())["digests"])
-    assert found[0] == found[1]
+        code, output = runs.align("run", runs.write(raw, f"{name}.yaml"))
+        assert code == 0, output
+        actual.append(json.loads(next(runs.store.glob("data/*/**/ledger.json")).read_text())["digests"])
+    assert actual[0] == actual[1]
 
 
 def test_a_node_that_dies_in_mid_stage(runs: Runs, cluster: Any) -> None:
@@ -206,11 +206,11 @@ def test_a_node_that_dies_in_mid_stage(runs: Runs, cluster: Any) -> None:
     process = runs.start("run", file, "--on", "ray", "--set", "runtime.stages.one.ray.wait=5")
     until(lambda: runs.checkpoints() >= 3)
     cluster.remove_node(node, allow_graceful=False)
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 1, said
-    assert "stage 'one' failed: no node of the Ray cluster has what it asks for" in said, said
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 1, output
+    assert "stage 'one' failed: no node of the Ray cluster has what it asks for" in output, output
     assert runs.record("two")["metrics"]["number"] == 2
     file = runs.pipeline({"one": {"resources": {"either": 1}}}, one={"steps": 40, "pause": 0.5})
-    code, said = runs.align("run", file, "--on", "ray")
-    assert code == 0, said
+    code, output = runs.align("run", file, "--on", "ray")
+    assert code == 0, output
     assert runs.record("one")["metrics"]["resumed_at"] >= 3

@@ -61,8 +61,8 @@ def test_a_task_makes_its_stage_and_says_so(folder: Path) -> None:
     assert [run_stage_task(work(folder, name)) for name in ("one", "two")] == ["done", "done"]
     assert run_stage_task(work(folder, "total"), "done", "done") == "done"
     assert said(folder, "total")["status"] == "done"
-    found = {one.stage: one.record for one in Store.open(folder / "store").all()}
-    assert found["total"]["metrics"] == {"total": 3}
+    actual = {artifact.stage: artifact.record for artifact in Store.open(folder / "store").all()}
+    assert actual["total"]["metrics"] == {"total": 3}
     assert run_stage_task(work(folder, "total"), "done", "failed") == "skipped"
 
 
@@ -174,14 +174,14 @@ def test_a_stage_whose_node_died_is_not_taken_to_run(folder: Path) -> None:
 
 def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.open(folder / "store")
-    seen: list[Any] = []
+    calls: list[Any] = []
 
     class Followed:
         def __init__(self, *arguments: Any) -> None:
             pass
 
         def follow(self) -> Run:
-            seen.extend(store.uses())
+            calls.extend(store.uses())
             return Run(store)
 
     monkeypatch.setattr(ray_client, "require_ray", lambda: None)
@@ -189,5 +189,5 @@ def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeyp
     monkeypatch.setattr(ray_client, "start", lambda *arguments: "reference")
     monkeypatch.setattr(run_on_ray, "JobFollower", Followed)
     assert run_on_ray.run_on_ray(Pipeline(toy.pipeline()), RunOptions(store), json=True) == 0
-    assert [(uses.run, sorted(uses.stages)) for uses in seen] == [("toy", ["one", "total", "two"])]
+    assert [(uses.run, sorted(uses.stages)) for uses in calls] == [("toy", ["one", "total", "two"])]
     assert store.uses() == []

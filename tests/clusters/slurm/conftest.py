@@ -36,9 +36,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     monkeypatch.delenv("ALIGN_STORE", raising=False)
     monkeypatch.setattr(SlurmQueue, "every", 0.2)
     monkeypatch.setattr(follow, "POLL_SECONDS", 0.05)
-    made = Slurm(state, folder)
-    yield made
+    new_slurm = Slurm(state, folder)
+    yield new_slurm
     for path in state.glob("*.json"):
         number = path.stem.partition("_")[0]
         subprocess.run([programs / "scancel", number], check=False)
-    made.wait_until(lambda: all(job["state"] in ("COMPLETED", "FAILED", "CANCELLED") for job in made.jobs().values()))
+    new_slurm.wait_until(
+        lambda: all(job["state"] in ("COMPLETED", "FAILED", "CANCELLED") for job in new_slurm.jobs().values())
+    )

@@ -39,10 +39,10 @@ def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(
 def test_jobs_fetch_what_another_machine_has_made_since_they_were_submitted(slurm: Slurm, address: str) -> None:
     (slurm.state / "held").touch()
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(opened(slurm.store, address)))
-    made = run_pipeline(Pipeline(toy.pipeline()), store=opened(slurm.folder / "other machine", address))
+    new_run = run_pipeline(Pipeline(toy.pipeline()), store=opened(slurm.folder / "other machine", address))
     (slurm.state / "held").unlink()
     run = followed(submitted, Listener())
-    for name, artifact in made.artifacts.items():
+    for name, artifact in new_run.artifacts.items():
         assert run.artifacts[name].record == artifact.record
 
 

@@ -49,8 +49,8 @@ def test_an_unknown_partition_is_named_with_its_place(slurm: Slurm) -> None:
 def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm.state / "hosts").write_text("node1\nnode2\n")
     monkeypatch.setattr(checks, "file_system", lambda path: "ext4")
-    said = refused(slurm)
-    assert "is on a local file system (ext4)" in said and "shared_store: true" in said
+    refusal = refused(slurm)
+    assert "is on a local file system (ext4)" in refusal and "shared_store: true" in refusal
     submit_run(
         Pipeline(toy.pipeline() | {"runtime": {"slurm": {"shared_store": True}}}, base=slurm.folder),
         RunOptions(slurm.store),
@@ -61,13 +61,13 @@ def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.
 
 def test_what_slurm_refuses_is_said_with_the_stage_and_nothing_stays_submitted(slurm: Slurm) -> None:
     (slurm.state / "refuses").write_text("--job-name=align:toy:total")
-    said = refused(slurm)
-    assert "toy.yaml: stage 'total': Slurm does not take its job" in said and "not like this" in said
+    refusal = refused(slurm)
+    assert "toy.yaml: stage 'total': Slurm does not take its job" in refusal and "not like this" in refusal
     assert slurm.jobs() == {}  # it was asked of all stages before the first was handed in
     (slurm.state / "refuses").write_text("--dependency=afterok")
     assert "nothing is left submitted" in refused(slurm)
     slurm.wait_until(lambda: all(job["state"] == "CANCELLED" for job in slurm.jobs().values()) and slurm.jobs())
-    assert all(one.is_cancelled for one in submissions(Store.open(slurm.store)))
+    assert all(submission.is_cancelled for submission in submissions(Store.open(slurm.store)))
 
 
 def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
@@ -83,16 +83,16 @@ def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("settings", "message"),
     [
         ({"dependency": "afterok:1"}, "sbatch's --dependency is set by what a stage reads; remove it here"),
         ({"mem": "4G"}, "sbatch's --mem is set by memory_gb"),
         ({"--mail-type": "END"}, "write a long option without its dashes"),
     ],
 )
-def test_options_that_are_set_here_are_refused(given: dict[str, str], message: str) -> None:
+def test_options_that_are_set_here_are_refused(settings: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Pipeline(toy.pipeline() | {"runtime": {"slurm": {"sbatch": given}}}, "toy.yaml")
+        Pipeline(toy.pipeline() | {"runtime": {"slurm": {"sbatch": settings}}}, "toy.yaml")
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ def test_options_say_what_was_asked_for_and_no_more(tmp_path: Path) -> None:
          "cpus": 8, "memory_gb": 64, "gpus": 4, "grace": 90, "requeue": False,
          "sbatch": {"mail-type": "END", "exclusive": ""}}
     )  # fmt: skip
-    made = sbatch_options(block, "n", tmp_path / "50%", tmp_path, "a-%a.log")
+    new_sbatch_options = sbatch_options(block, "n", tmp_path / "50%", tmp_path, "a-%a.log")
     for word in (
         "--partition=a100", "--account=nlp", "--qos=high", "--constraint=a|b", "--time=1-02:00:00", "--nodes=2",
         "--cpus-per-task=8", "--mem=64G", "--gpus-per-node=4", "--signal=B:USR1@90", "--no-requeue", "--mail-type=END",
         "--exclusive", f"--output={tmp_path}/50%%/a-%a.log",
     ):  # fmt: skip
-        assert word in made
+        assert word in new_sbatch_options
 
 
 def test_a_script_takes_names_as_they_are(tmp_path: Path) -> None:

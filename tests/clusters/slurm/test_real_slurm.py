@@ -48,12 +48,12 @@ class Cluster:
 
     def align(self, *words: str) -> tuple[int, str]:
         process = self.start(*words)
-        said, _ = process.communicate(timeout=900)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=900)
+        return process.returncode, output
 
     def artifact(self, stage: str) -> dict[str, Any]:
-        (found,) = [one.record for one in Store.open(self.store).all() if one.stage == stage]
-        return found
+        (result,) = [entry.record for entry in Store.open(self.store).all() if entry.stage == stage]
+        return result
 
     def checkpoints(self) -> int:
         return toy.steps_kept(self.store, "one")
@@ -65,12 +65,12 @@ class Cluster:
         return next(submissions(Store.open(self.store))).job_of(stage).job
 
 
-def until(what: Any, seconds: float = 600) -> Any:
+def until(condition: Any, seconds: float = 600) -> Any:
     deadline = time.monotonic() + seconds
-    while not (found := what()):
+    while not (actual := condition()):
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.2)
-    return found
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ def cluster(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.delenv("ALIGN_STORE", raising=False)
-    made = Cluster(conf, tmp_path)
-    yield made
-    made.ask("scancel", "--user", made.ask("id", "-un"))
-    until(lambda: not made.ask("squeue", "--noheader"))
+    new_cluster = Cluster(conf, tmp_path)
+    yield new_cluster
+    new_cluster.ask("scancel", "--user", new_cluster.ask("id", "-un"))
+    until(lambda: not new_cluster.ask("squeue", "--noheader"))
 
 
 SMALL = {"slurm": {"partition": "cpu", "cpus": 1, "memory_gb": 1}}
@@ -102,9 +102,9 @@ SMALL = {"slurm": {"partition": "cpu", "cpus": 1, "memory_gb": 1}}
 
 def test_a_run_waits_for_what_it_reads_and_comes_to_the_same(cluster: Cluster) -> None:
     file = cluster.write(toy.pipeline(one={"pause": 0.5}) | {"runtime": SMALL})
-    code, said = cluster.align("run", file, "--on", "slurm")
-    assert code == 0, said
-    assert "waits (Dependency)" in said and "runs on node" in said and "Report: " in said
+    code, output = cluster.align("run", file, "--on", "slurm")
+    assert code == 0, output
+    assert "waits (Dependency)" in output and "runs on node" in output and "Report: " in output
     plain = run_pipeline(Pipeline(toy.pipeline(one={"pause": 0.5})), store=cluster.folder / "plain")
     for stage, artifact in plain.artifacts.items():
         assert cluster.artifact(stage)["key"] == artifact.record["key"]
@@ -114,27 +114,27 @@ def test_a_run_waits_for_what_it_reads_and_comes_to_the_same(cluster: Cluster) -
 
 def test_a_failed_stage_ends_what_reads_it(cluster: Cluster) -> None:
     file = cluster.write(toy.pipeline(one={"crash": "bug"}) | {"runtime": SMALL})
-    code, said = cluster.align("run", file, "--on", "slurm")
-    assert code == 1, said
-    assert "stage 'one' failed: ValueError: a bug" in said and "Log: " in said
-    assert "stage 'total' did not start: its input 'one' failed." in said
+    code, output = cluster.align("run", file, "--on", "slurm")
+    assert code == 1, output
+    assert "stage 'one' failed: ValueError: a bug" in output and "Log: " in output
+    assert "stage 'total' did not start: its input 'one' failed." in output
     assert cluster.state(cluster.job("total")) == "CANCELLED"
     assert cluster.artifact("two")["metrics"]["number"] == 2
 
 
 def test_a_job_is_cancelled_and_the_next_run_goes_on(cluster: Cluster) -> None:
     file = cluster.write(toy.pipeline(one={"steps": 60, "pause": 0.5, "stops": True}) | {"runtime": SMALL})
-    code, said = cluster.align("run", file, "--on", "slurm", "--detach")
-    assert code == 0, said
+    code, message = cluster.align("run", file, "--on", "slurm", "--detach")
+    assert code == 0, message
     until(lambda: cluster.checkpoints() >= 3)
     job = cluster.job("one")
-    said = cluster.align("status", "toy")[1]
-    assert f"runs       job {job} on node" in said and "/60 steps" in said and "(Dependency)" in said
+    message = cluster.align("status", "toy")[1]
+    assert f"runs       job {job} on node" in message and "/60 steps" in message and "(Dependency)" in message
     assert f"job {job}" in cluster.align("cancel", "toy")[1]
     until(lambda: cluster.state(job) == "CANCELLED")
     assert "stopped" in cluster.align("status", "toy")[1]
-    code, said = cluster.align("run", file, "--on", "slurm")
-    assert code == 0, said
+    code, message = cluster.align("run", file, "--on", "slurm")
+    assert code == 0, message
     assert cluster.artifact("one")["metrics"]["resumed_at"] >= 3
 
 
@@ -146,9 +146,9 @@ def test_a_preempted_job_saves_and_goes_on_when_there_is_room_again(cluster: Clu
         "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4",
         "--mem=100", f"--output={cluster.folder}/urgent.log", "--wrap=sleep 5",
     )  # fmt: skip
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said
-    assert "stopped as asked, at step" in said and "Its job is requeued." in said and "one    resumes" in said
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    assert "stopped as asked, at step" in output and "Its job is requeued." in output and "one    resumes" in output
     record = cluster.artifact("one")
     assert record["metrics"]["resumed_at"] >= 3 and len(record["attempts"]) == 2
     assert cluster.state(int(urgent)) == "COMPLETED"
@@ -159,9 +159,9 @@ def test_a_job_at_its_time_limit_goes_on_in_another_turn(cluster: Cluster) -> No
     runtime = {"slurm": {**SMALL["slurm"], "time": "00:03:00", "grace": 30}}
     raw = toy.pipeline(one={"steps": 200, "pause": 1.0, "stops": True}) | {"runtime": runtime}
     raw["stages"] = {"one": raw["stages"]["one"]}
-    code, said = cluster.align("run", cluster.write(raw), "--on", "slurm")
-    assert code == 0, said
-    assert "Its job is requeued." in said
+    code, output = cluster.align("run", cluster.write(raw), "--on", "slurm")
+    assert code == 0, output
+    assert "Its job is requeued." in output
     assert len(cluster.artifact("one")["attempts"]) >= 2
 
 
@@ -171,11 +171,11 @@ def test_an_array_works_on_a_sweep(cluster: Cluster) -> None:
         "name": "s", "pipeline": "toy.yaml", "space": {"stages.two.number": [1, 2, 3, 4]}, "sampler": "grid",
         "maximize": "total.total",
     }  # fmt: skip
-    code, said = cluster.align("sweep", cluster.write(sweep, "sweep.yaml"), "--on", "slurm", "--workers", "2")
-    assert code == 0, said
-    assert "4 trials done" in said and "Best: trial 3; its run is s-3." in said
+    code, output = cluster.align("sweep", cluster.write(sweep, "sweep.yaml"), "--on", "slurm", "--workers", "2")
+    assert code == 0, output
+    assert "4 trials done" in output and "Best: trial 3; its run is s-3." in output
     folder = next(submissions(Store.open(cluster.store), "s")).folder
-    logs = [(folder / f"worker-{at}.log").read_text() for at in range(2)]
+    logs = [(folder / f"worker-{index}.log").read_text() for index in range(2)]
     assert sum(log.count("✓ trial") for log in logs) == 4
 
 
@@ -185,8 +185,8 @@ def test_a_node_that_is_taken_down_and_comes_back(cluster: Cluster) -> None:
     until(lambda: cluster.checkpoints() >= 3)
     node = cluster.ask("squeue", "--noheader", f"--jobs={cluster.job('one')}", "--format=%N")
     cluster.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
     assert cluster.artifact("one")["metrics"]["resumed_at"] >= 3
     assert cluster.artifact("total")["metrics"] == {"total": 3}
     # a node whose daemon answers may have come back by itself, which Slurm then calls an invalid change
@@ -208,8 +208,8 @@ def test_a_node_that_dies_and_comes_back(cluster: Cluster) -> None:
         if f"slurmstepd: [{job}." in words or ("slurm_job" in words and str(cluster.store) in words):
             os.kill(int(pid), signal.SIGKILL)
     os.kill(daemon, signal.SIGKILL)
-    said, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
     assert cluster.artifact("one")["metrics"]["resumed_at"] >= 3
     subprocess.run([SUPPORT / "start_slurm.sh", "node", cluster.conf.parent, number], check=True)
     until(lambda: cluster.ask("sinfo", "--noheader", "--partition=cpu", "--states=idle", "--format=%D") == "2")
@@ -226,12 +226,12 @@ def test_a_stage_trains_on_two_nodes_and_one_node_finds_it_made(cluster: Cluster
                     "precision": "float32", "max_steps": 3},
         },
     }  # fmt: skip
-    code, said = cluster.align("run", cluster.write(raw), "--on", "slurm")
-    assert code == 0, said
-    assert f"job {cluster.job('sft')} runs on node[1-2]" in said
+    code, output = cluster.align("run", cluster.write(raw), "--on", "slurm")
+    assert code == 0, output
+    assert f"job {cluster.job('sft')} runs on node[1-2]" in output
     raw["runtime"] = {"device": "cpu"}
-    code, said = cluster.align("run", cluster.write(raw))
-    assert code == 0 and said.count("cached") == 3, said
+    code, output = cluster.align("run", cluster.write(raw))
+    assert code == 0 and output.count("cached") == 3, output
     alone = run_pipeline(Pipeline(raw), store=cluster.folder / "plain").metrics("sft")
     both = cluster.artifact("sft")["metrics"]
     for name in ("loss_first", "loss_last", "test_loss_after"):
@@ -240,29 +240,29 @@ def test_a_stage_trains_on_two_nodes_and_one_node_finds_it_made(cluster: Cluster
 
 def test_what_the_real_slurm_refuses_is_said_before_anything_is_submitted(cluster: Cluster) -> None:
     raw = toy.pipeline() | {"runtime": {**SMALL, "stages": {"two": {"slurm": {"cpus": 99}}}}}
-    code, said = cluster.align("run", cluster.write(raw), "--on", "slurm")
-    assert code == 2, said
-    assert "stage 'two': Slurm does not take its job" in said and "runtime.stages.two.slurm" in said
+    code, output = cluster.align("run", cluster.write(raw), "--on", "slurm")
+    assert code == 2, output
+    assert "stage 'two': Slurm does not take its job" in output and "runtime.stages.two.slurm" in output
     assert cluster.ask("squeue", "--noheader") == ""
-    code, said = cluster.align("run", "toy.yaml", "--on", "slurm", "--set", "runtime.slurm.partition=cqu")
-    assert "there is no partition 'cqu' in this cluster. Did you mean 'cpu'?" in said
+    code, output = cluster.align("run", "toy.yaml", "--on", "slurm", "--set", "runtime.slurm.partition=cqu")
+    assert "there is no partition 'cqu' in this cluster. Did you mean 'cpu'?" in output
 
 
 def test_ordinary_jobs_of_data_builds_run_there_too(cluster: Cluster) -> None:
     pytest.importorskip("datatrove")
-    rows = "".join(json.dumps({"prompt": f"q {at}", "completion": "yes"}) + "\n" for at in range(60))
+    rows = "".join(json.dumps({"prompt": f"q {index}", "completion": "yes"}) + "\n" for index in range(60))
     (cluster.folder / "a.jsonl").write_text(rows)
     source = {"type": "files", "paths": ["a.jsonl"], "format": "prompt_completion"}
     recipe = {"kind": "instructions", "sources": [source], "steps": [{"type": "exact_duplicates"}]}
     cluster.write(recipe, "recipe.yaml")
     raw = {"name": "build", "stages": {"data": {"recipe": "recipe.yaml"}}}
-    found = []
+    actual = []
     for name, runtime in (
         ("plain", {}),
         ("jobs", {"executor": {"name": "slurm", "partition": "cpu", "tasks": 2, "memory_gb": 1}}),
     ):
         cluster.store = cluster.folder / name
-        code, said = cluster.align("run", cluster.write(raw | {"runtime": runtime}, f"{name}.yaml"))
-        assert code == 0, said
-        found.append(json.loads(next(cluster.store.glob("data/*/**/ledger.json")).read_text())["digests"])
-    assert found[0] == found[1]
+        code, output = cluster.align("run", cluster.write(raw | {"runtime": runtime}, f"{name}.yaml"))
+        assert code == 0, output
+        actual.append(json.loads(next(cluster.store.glob("data/*/**/ledger.json")).read_text())["digests"])
+    assert actual[0] == actual[1]

@@ -89,11 +89,11 @@ def test_a_failed_stage_ends_what_reads_it_and_the_rest_is_made(slurm: Slurm) ->
     recorder = Recorder()
     with pytest.raises(StageFailed) as caught:
         here(toy.pipeline(one={"crash": "bug"}, two={"pause": 0.1}), slurm, recorder)
-    said = str(caught.value)
-    assert "stage 'one' failed: ValueError: a bug\nLog: " in said
-    assert "stage 'total' did not start: its input 'one' failed." in said
+    message = str(caught.value)
+    assert "stage 'one' failed: ValueError: a bug\nLog: " in message
+    assert "stage 'total' did not start: its input 'one' failed." in message
     assert ("two", "done") in recorder.said
-    log = Path(said.partition("Log: ")[2].splitlines()[0])
+    log = Path(message.partition("Log: ")[2].splitlines()[0])
     assert "Traceback" in log.read_text()
     assert slurm.jobs()["align:toy:total"]["state"] == "CANCELLED"
     assert here(toy.pipeline(two={"pause": 0.1}), slurm).ran == ["one", "total"]
@@ -108,34 +108,34 @@ def test_a_wrong_input_found_in_a_job_reads_as_it_does_here(slurm: Slurm) -> Non
 @pytest.mark.slow
 def test_the_command_follows_reports_and_says_how_things_are(slurm: Slurm) -> None:
     file = slurm.write(toy.pipeline())
-    code, said = slurm.align("run", file, "--on", "slurm")
-    assert code == 0, said
-    assert "✓ total" in said and "Report: " in said
-    code, said = slurm.align("status", "toy", "--json")
-    assert [stage["state"] for stage in json.loads(said)["toy"]] == ["done", "done", "done"]
+    code, output = slurm.align("run", file, "--on", "slurm")
+    assert code == 0, output
+    assert "✓ total" in output and "Report: " in output
+    code, output = slurm.align("status", "toy", "--json")
+    assert [stage["state"] for stage in json.loads(output)["toy"]] == ["done", "done", "done"]
     assert "3 done" in slurm.align("status")[1]
-    code, said = slurm.align("run", file, "--on", "slurm", "--detach")
-    assert (code, said) == (0, "Nothing to do: every stage is finished.\n")
+    code, output = slurm.align("run", file, "--on", "slurm", "--detach")
+    assert (code, output) == (0, "Nothing to do: every stage is finished.\n")
 
 
 @pytest.mark.slow
 def test_detached_jobs_are_taken_up_by_the_same_command_and_called_off(slurm: Slurm) -> None:
     (slurm.state / "held").touch()
     file = slurm.write(toy.pipeline())
-    code, said = slurm.align("run", file, "--on", "slurm", "--detach", "--json")
-    assert code == 0, said
-    first = json.loads(said)
+    code, message = slurm.align("run", file, "--on", "slurm", "--detach", "--json")
+    assert code == 0, message
+    first = json.loads(message)
     assert sorted(first["new"]) == ["one", "total", "two"]
     again = json.loads(slurm.align("run", file, "--on", "slurm", "--detach", "--json")[1])
     assert again["jobs"] == first["jobs"] and again["new"] == []
-    said = slurm.align("status", "toy")[1]
-    assert f"waits      job {first['jobs']['one']} (Resources)" in said
-    code, said = slurm.align("cancel", "toy", "one")
-    assert (code, said) == (0, f"ended job {first['jobs']['one']}; finished stages and checkpoints are kept\n")
+    message = slurm.align("status", "toy")[1]
+    assert f"waits      job {first['jobs']['one']} (Resources)" in message
+    code, message = slurm.align("cancel", "toy", "one")
+    assert (code, message) == (0, f"ended job {first['jobs']['one']}; finished stages and checkpoints are kept\n")
     slurm.wait_until(lambda: slurm.jobs()["align:toy:total"]["state"] == "CANCELLED")
     assert slurm.jobs()["align:toy:two"]["state"] == "PENDING"
-    code, said = slurm.align("cancel", "toy")
-    assert f"ended job {first['jobs']['two']};" in said
+    code, message = slurm.align("cancel", "toy")
+    assert f"ended job {first['jobs']['two']};" in message
     slurm.wait_until(lambda: slurm.jobs()["align:toy:two"]["state"] == "CANCELLED")
     assert slurm.align("cancel", "toy")[1] == "'toy' has nothing that waits or runs\n"
     (slurm.state / "held").unlink()
@@ -151,11 +151,11 @@ def test_a_job_that_is_asked_to_stop_saves_queues_itself_again_and_goes_on(slurm
     slurm.wait_until(lambda: slurm.jobs()["align:toy:one"]["state"] == "RUNNING")
 
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
-    said, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, said
-    assert "stopped as asked, at step" in said and "Its job is requeued." in said
-    assert "one    resumes" in said
-    (artifact,) = [one for one in Store.open(slurm.store).all() if one.stage == "one"]
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    assert "stopped as asked, at step" in output and "Its job is requeued." in output
+    assert "one    resumes" in output
+    (artifact,) = [entry for entry in Store.open(slurm.store).all() if entry.stage == "one"]
     assert artifact.record["metrics"]["resumed_at"] >= 2
     assert len(artifact.record["attempts"]) == 2
     assert slurm.jobs()["align:toy:one"]["turn"] == 1
@@ -192,7 +192,7 @@ def test_a_job_that_gets_nowhere_in_its_turns_is_given_up(slurm: Slurm) -> None:
         for _ in range(2):  # twice: without patience
             subprocess.run(["scancel", "--signal=USR1", slurm.jobs()["align:toy:one"]["number"]], check=True)
             time.sleep(0.5)
-        slurm.wait_until(lambda turn=turn: (said := place.result("one")) is not None and said.turn == turn)
+        slurm.wait_until(lambda turn=turn: (message := place.result("one")) is not None and message.turn == turn)
     assert place.result("one").status == "failed"
     assert "3 turns of its job in a row ended without a new checkpoint" in place.result("one").message
     assert "runtime.stages.one.slurm.time" in place.result("one").message
@@ -201,9 +201,9 @@ def test_a_job_that_gets_nowhere_in_its_turns_is_given_up(slurm: Slurm) -> None:
 @pytest.mark.slow
 def test_rebuilding_replaces_what_is_there_once(slurm: Slurm) -> None:
     here(toy.pipeline(), slurm)
-    before = {one.stage: one.record["created"] for one in Store.open(slurm.store).all()}
+    before = {artifact.stage: artifact.record["created"] for artifact in Store.open(slurm.store).all()}
     assert sorted(here(toy.pipeline(), slurm, from_="two").ran) == ["total", "two"]
-    after = {one.stage: one.record["created"] for one in Store.open(slurm.store).all()}
+    after = {artifact.stage: artifact.record["created"] for artifact in Store.open(slurm.store).all()}
     assert after["one"] == before["one"] and after["two"] > before["two"] and after["total"] > before["total"]
     assert "dependency" not in slurm.jobs()["align:toy:two"]["options"]
 
@@ -214,10 +214,10 @@ def test_a_pipeline_whose_files_have_changed_since_is_not_run_as_another(slurm: 
     raw = toy.pipeline()
     submitted = submit_run(Pipeline(raw, base=slurm.folder), RunOptions(slurm.store))
     about = submitted.submissions["one"].folder / "submission.json"
-    found = json.loads(about.read_text())
-    found["raw"]["stages"]["one"]["number"] = 9
-    del found["seal"]
-    write_sealed(about, found)
+    document = json.loads(about.read_text())
+    document["raw"]["stages"]["one"]["number"] = 9
+    del document["seal"]
+    write_sealed(about, document)
     (slurm.state / "held").unlink()
     slurm.wait_until(lambda: submitted.submissions["one"].result("one"))
     result = submitted.submissions["one"].result("one")
@@ -238,10 +238,10 @@ def test_gc_keeps_what_jobs_that_wait_will_need(slurm: Slurm, monkeypatch: pytes
         assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and first.exists()
     (submission,) = submissions(store)
     about = submission.folder / "submission.json"
-    whole = about.read_bytes()
-    about.write_bytes(whole[:-9])
+    content = about.read_bytes()
+    about.write_bytes(content[:-9])
     assert main(["gc", "--delete", "--store", str(slurm.store)]) == 2 and first.exists()
-    about.write_bytes(whole)
+    about.write_bytes(content)
     cancel_jobs(submissions(store))
     assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and not first.exists()
 
@@ -287,9 +287,9 @@ def test_ctrl_c_ends_following_and_no_job(slurm: Slurm) -> None:
     process = slurm.align("run", file, "--on", "slurm", wait=False)
     slurm.wait_until(lambda: slurm.checkpoints() >= 1)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "No longer followed; its jobs go on." in said
-    code, said = slurm.align("run", file, "--on", "slurm")
-    assert code == 0, said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "No longer followed; its jobs go on." in output
+    code, output = slurm.align("run", file, "--on", "slurm")
+    assert code == 0, output
     assert len(slurm.jobs()) == 3

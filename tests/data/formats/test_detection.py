@@ -48,9 +48,9 @@ HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAss
     ],
 )  # fmt: skip
 def test_auto_finds_the_format(record: dict[str, Any], kind: str | None, form: str) -> None:
-    found = detect([record] * 3, kind)
-    assert found.form == form
-    assert found.reason.startswith(f"{form}: 3 of 3 records have ")
+    detection = detect([record] * 3, kind)
+    assert detection.form == form
+    assert detection.reason.startswith(f"{form}: 3 of 3 records have ")
 
 
 def test_auto_says_what_it_chose_and_what_that_covers() -> None:
@@ -137,5 +137,5 @@ def test_rows_keep_their_id_and_source_and_give_what_the_kind_takes() -> None:
     (prompt,) = convert(row, "rows", "f:1", "prompts")
     assert prompt == {"id": "x", "source": "s", "prompt": chat("q"), "checks": "c"}
     pair = {"id": "x", "source": "s", "prompt": chat("q"), "chosen": [assistant("a")], "rejected": [assistant("b")]}
-    one, other = convert(pair, "rows", "f:1", "unpaired")
-    assert isinstance(one, dict) and isinstance(other, dict) and len({"x", one["id"], other["id"]}) == 3
+    first, second = convert(pair, "rows", "f:1", "unpaired")
+    assert isinstance(first, dict) and isinstance(second, dict) and len({"x", first["id"], second["id"]}) == 3

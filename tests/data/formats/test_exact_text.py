@@ -43,9 +43,9 @@ def hh(reply: str) -> str:
     ],
 )  # fmt: skip
 def test_code_is_still_code(form: Any, record: dict[str, Any]) -> None:
-    found = row(record, form)
-    assert found["prompt"] == [user(ASK)]
-    assert found["completion"] == [assistant(CODE)]
+    actual = row(record, form)
+    assert actual["prompt"] == [user(ASK)]
+    assert actual["completion"] == [assistant(CODE)]
 
 
 def test_all_parts_of_a_prompt_are_exact() -> None:
@@ -62,9 +62,9 @@ def test_only_the_separator_of_a_transcript_is_no_text() -> None:
 
 def test_a_worked_sum_loses_its_notes_alone() -> None:
     record = {"question": " q\n", "answer": "  48/2 = <<48/2=24>>24.\n\n#### $1,024\n"}
-    found = row(record, "gsm8k")
-    assert found["prompt"] == [user(" q\n")] and found["checks"] == '{"answer": "1,024"}'
-    assert found["completion"] == [assistant("  48/2 = 24.\n\n#### $1,024\n")]
+    actual = row(record, "gsm8k")
+    assert actual["prompt"] == [user(" q\n")] and actual["checks"] == '{"answer": "1,024"}'
+    assert actual["completion"] == [assistant("  48/2 = 24.\n\n#### $1,024\n")]
 
 
 def test_white_space_alone_is_still_no_answer() -> None:

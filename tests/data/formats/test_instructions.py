@@ -48,9 +48,9 @@ def test_self_instruct_gives_a_row_for_each_instance() -> None:
 
 
 def test_gsm8k() -> None:
-    found = row({"question": "How many?", "answer": "48/2 = <<48/2=24>>24.\n#### 1,024"}, "gsm8k")
-    assert found["prompt"] == chat("How many?") and found["checks"] == '{"answer": "1,024"}'
-    assert found["completion"] == [assistant("48/2 = 24.\n#### 1,024")]
+    actual = row({"question": "How many?", "answer": "48/2 = <<48/2=24>>24.\n#### 1,024"}, "gsm8k")
+    assert actual["prompt"] == chat("How many?") and actual["checks"] == '{"answer": "1,024"}'
+    assert actual["completion"] == [assistant("48/2 = 24.\n#### 1,024")]
     assert dropped({"question": "q", "answer": "24"}, "gsm8k") == "no number after ####"
     assert dropped({"question": "q", "answer": "#### none"}, "gsm8k") == "no number after ####"
 
@@ -89,5 +89,5 @@ def test_text_must_be_text(form: Any) -> None:
 
 def test_columns_are_renamed_first() -> None:
     record = {"prompt": "old", "Q": "new", "A": "x"}
-    found = row(record, "prompt_completion", columns={"Q": "prompt", "A": "completion"})
-    assert (found["prompt"], found["completion"]) == (chat("new"), [assistant("x")])
+    actual = row(record, "prompt_completion", columns={"Q": "prompt", "A": "completion"})
+    assert (actual["prompt"], actual["completion"]) == (chat("new"), [assistant("x")])

@@ -15,8 +15,8 @@ SYSTEM = {"role": "system", "content": "s"}
 
 
 def test_messages_are_cut_into_prompt_and_answer() -> None:
-    found = row({"messages": [SYSTEM, *chat("a", "b", "c", "d")]}, "messages")
-    assert found == {"prompt": [SYSTEM, *chat("a", "b", "c")], "completion": [assistant("d")], "checks": ""}
+    actual = row({"messages": [SYSTEM, *chat("a", "b", "c", "d")]}, "messages")
+    assert actual == {"prompt": [SYSTEM, *chat("a", "b", "c")], "completion": [assistant("d")], "checks": ""}
     assert row({"messages": json.dumps(chat("a", "b"))}, "messages")["completion"] == [assistant("b")]
     assert row({"conversation": chat("a", "b"), "system": "s"}, "messages")["prompt"] == [SYSTEM, *chat("a")]
     # A system prompt that is there already is not written twice.
@@ -57,10 +57,10 @@ def test_messages_that_cannot_be_used(messages: list[dict[str, str]], reason: st
 
 def test_what_a_normalize_step_may_mend_passes_unchecked() -> None:
     record = {"messages": [user("a"), user("b"), assistant("c")]}
-    (found,) = convert(record, "messages", "f:1", "instructions", check=False)
-    assert isinstance(found, dict) and found["prompt"] == [user("a"), user("b")]
-    (found,) = convert({"messages": chat("a", "")}, "messages", "f:1", "instructions", check=False)
-    assert not isinstance(found, dict) and found.reason == "empty reply"
+    (actual,) = convert(record, "messages", "f:1", "instructions", check=False)
+    assert isinstance(actual, dict) and actual["prompt"] == [user("a"), user("b")]
+    (actual,) = convert({"messages": chat("a", "")}, "messages", "f:1", "instructions", check=False)
+    assert not isinstance(actual, dict) and actual.reason == "empty reply"
 
 
 def test_text_in_parts_is_joined_and_pictures_drop_the_record() -> None:
@@ -93,11 +93,11 @@ RESULT = {"role": "tool", "content": "sun"}
     ],
 )
 def test_calls_of_tools_become_one_spelling(calling: dict[str, Any]) -> None:
-    found = row({"messages": [user("a"), calling, RESULT, assistant("Sunny.")]}, "messages")
-    assert found["completion"] == [assistant("Sunny.")]
-    assert found["prompt"][2] == RESULT and found["prompt"][1]["content"] == ""
-    assert json.loads(found["prompt"][1]["tool_calls"]) == NESTED
-    assert "tool_calls" not in found["prompt"][0]
+    actual = row({"messages": [user("a"), calling, RESULT, assistant("Sunny.")]}, "messages")
+    assert actual["completion"] == [assistant("Sunny.")]
+    assert actual["prompt"][2] == RESULT and actual["prompt"][1]["content"] == ""
+    assert json.loads(actual["prompt"][1]["tool_calls"]) == NESTED
+    assert "tool_calls" not in actual["prompt"][0]
 
 
 def test_a_call_can_be_the_answer() -> None:
@@ -110,8 +110,8 @@ def test_a_call_can_be_the_answer() -> None:
 def test_tools_are_kept_as_json() -> None:
     tool = {"name": "weather", "parameters": {"city": {"type": "string"}, "n": None}}
     for tools in ([tool], json.dumps([{**tool, "parameters": {"city": {"type": "string"}}}])):
-        found = row({"messages": chat("a", "b"), "tools": tools}, "messages")
-        assert json.loads(found["tools"]) == [
+        actual = row({"messages": chat("a", "b"), "tools": tools}, "messages")
+        assert json.loads(actual["tools"]) == [
             {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
         ]
     for none in ([], "", "[]", None):
@@ -126,9 +126,9 @@ def test_tools_and_calls_make_other_ids() -> None:
             RESULT,
             assistant("b"),
         ]
-        (found,) = convert({"messages": messages, "tools": more["tools"]}, "messages", "f:1", "instructions")
-        assert isinstance(found, dict)
-        return str(found["id"])
+        (actual,) = convert({"messages": messages, "tools": more["tools"]}, "messages", "f:1", "instructions")
+        assert isinstance(actual, dict)
+        return str(actual["id"])
 
     names = [name(calls=[CALL], tools=[]), name(calls=[{"name": "time"}], tools=[]), name(calls=[CALL], tools=[CALL])]
     assert len(set(names)) == 3

@@ -13,14 +13,14 @@ from tests.support.data.formats.conversions import chat, dropped, row, rows, sha
 
 
 def hh(*turns: str) -> str:
-    return "".join(f"\n\n{('Human', 'Assistant')[at % 2]}: {turn}" for at, turn in enumerate(turns))
+    return "".join(f"\n\n{('Human', 'Assistant')[index % 2]}: {turn}" for index, turn in enumerate(turns))
 
 
 def test_hh_cuts_turns_before_it_compares() -> None:
     # Both replies open alike: a cut by characters would put "I think th" into the prompt.
-    found = row({"chosen": hh("q", "I think this"), "rejected": hh("q", "I think that")}, "hh_rlhf", "preferences")
-    assert found["prompt"] == chat("q")
-    assert (found["chosen"], found["rejected"]) == ([assistant("I think this")], [assistant("I think that")])
+    actual = row({"chosen": hh("q", "I think this"), "rejected": hh("q", "I think that")}, "hh_rlhf", "preferences")
+    assert actual["prompt"] == chat("q")
+    assert (actual["chosen"], actual["rejected"]) == ([assistant("I think this")], [assistant("I think that")])
     assert parse_transcript("hello\n\nHuman: q") is None
     assert parse_transcript("no turns") is None
 
@@ -133,8 +133,8 @@ def test_unpaired_messages_and_other_kinds() -> None:
 
 
 def test_labels_make_other_ids() -> None:
-    one, other = (
+    first, second = (
         convert({"prompt": "q", "completion": "a", "label": label}, "unpaired", "f:1", "unpaired")[0]
         for label in (True, False)
     )
-    assert isinstance(one, dict) and isinstance(other, dict) and one["id"] != other["id"]
+    assert isinstance(first, dict) and isinstance(second, dict) and first["id"] != second["id"]

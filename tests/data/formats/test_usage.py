@@ -77,13 +77,13 @@ def test_what_stands_in_fields_of_an_instruction_is_part_of_the_prompt() -> None
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"weight": 0.0}, {"loss": False}])
 def test_a_message_that_is_not_to_be_trained_on_is_no_answer(mark: dict[str, Any]) -> None:
-    said = [user("q"), assistant("a"), user("r"), assistant("b") | mark]
-    assert row({"messages": said}, "messages")["completion"] == [assistant("a")]
-    assert [r["completion"] for r in rows({"messages": said}, "messages", turns="all")] == [[assistant("a")]]
+    messages = [user("q"), assistant("a"), user("r"), assistant("b") | mark]
+    assert row({"messages": messages}, "messages")["completion"] == [assistant("a")]
+    assert [r["completion"] for r in rows({"messages": messages}, "messages", turns="all")] == [[assistant("a")]]
     earlier = [user("q"), assistant("a") | mark, user("r"), assistant("b")]
-    found = row({"messages": earlier}, "messages")
-    assert found["completion"] == [assistant("b")]
-    assert found["prompt"] == [user("q"), assistant("a") | {"train": False}, user("r")]
+    actual = row({"messages": earlier}, "messages")
+    assert actual["completion"] == [assistant("b")]
+    assert actual["prompt"] == [user("q"), assistant("a") | {"train": False}, user("r")]
     assert unused({"messages": earlier}, "messages") == {}
     never = {"messages": [user("q"), assistant("a") | mark]}
     assert dropped(never, "messages") == "every answer is marked not to be trained on"
@@ -114,8 +114,8 @@ def test_marks_that_cannot_be_honored(turn: dict[str, Any], message: str) -> Non
     with pytest.raises(BadRecord, match=message):
         convert({"messages": [user("q"), turn]}, "messages", "f:1", "instructions")
     mark = "weight" if "weight" in turn else "train"
-    found = row({"messages": [user("q"), turn]}, "messages", ignore=[mark])
-    assert found["completion"] == [assistant("a")]
+    actual = row({"messages": [user("q"), turn]}, "messages", ignore=[mark])
+    assert actual["completion"] == [assistant("a")]
 
 
 def test_users_turns_are_never_trained_on() -> None:
@@ -127,9 +127,9 @@ def test_users_turns_are_never_trained_on() -> None:
 
 def test_marks_make_other_ids() -> None:
     def name(**mark: Any) -> str:
-        said = [user("q"), assistant("a") | mark, user("r"), assistant("b")]
-        (found,) = convert({"messages": said}, "messages", "f:1", "instructions")
-        assert isinstance(found, dict)
-        return str(found["id"])
+        messages = [user("q"), assistant("a") | mark, user("r"), assistant("b")]
+        (actual,) = convert({"messages": messages}, "messages", "f:1", "instructions")
+        assert isinstance(actual, dict)
+        return str(actual["id"])
 
     assert name() == name(train=True) != name(train=False)

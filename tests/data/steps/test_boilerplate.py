@@ -125,5 +125,5 @@ def test_dolly_was_written_by_people_and_harmless_replies_refuse(shared_data: Pa
     assert not [r for r in people if r["output"] and reason(instruction(answer=r["output"]), boilerplate={})]
     with gzip.open(shared_data / "hh-rlhf" / "harmless-base.test.jsonl.gz", "rt", encoding="utf-8") as file:
         chosen = [json.loads(line)["chosen"].rpartition("\n\nAssistant:")[2].strip() for line in file]
-    found = [text for text in chosen if reason(instruction(answer=text), boilerplate={}) is not None]
-    assert 40 <= len(found) <= 60  # 49 when this was written, each of them read
+    actual = [text for text in chosen if reason(instruction(answer=text), boilerplate={}) is not None]
+    assert 40 <= len(actual) <= 60  # 49 when this was written, each of them read

@@ -14,22 +14,22 @@ ROWS = [row(f"a{i}", source=0) for i in range(10)] + [row(f"b{i}", source=1) for
 def test_each_source_has_its_own_limit():
     verdict = decide(CapStep(type="cap", each=5, sources={"b": 2}), ROWS)
     left = kept(verdict)
-    assert (sum(at < 10 for at in left), sum(at >= 10 for at in left)) == (5, 2)
+    assert (sum(index < 10 for index in left), sum(index >= 10 for index in left)) == (5, 2)
     assert verdict.reasons == [OVER]
 
 
 def test_rows_that_are_dropped_already_do_not_count():
-    alive = [at % 2 == 0 for at in range(14)]
+    alive = [index % 2 == 0 for index in range(14)]
     verdict = decide(CapStep(type="cap", each=4), ROWS, alive=alive)
-    assert sum(alive[at] and at < 10 for at in kept(verdict)) == 4
-    assert sum(alive[at] and at >= 10 for at in kept(verdict)) == 2
+    assert sum(alive[index] and index < 10 for index in kept(verdict)) == 4
+    assert sum(alive[index] and index >= 10 for index in kept(verdict)) == 2
 
 
 def test_the_seed_and_the_row_choose_not_the_order():
     config = CapStep(type="cap", each=5)
-    chosen = {ROWS[at]["id"] for at in kept(decide(config, ROWS))}
-    assert chosen == {ROWS[::-1][at]["id"] for at in kept(decide(config, ROWS[::-1], cut=3))}
-    assert chosen != {ROWS[at]["id"] for at in kept(decide(config, ROWS, seed=1))}
+    chosen = {ROWS[index]["id"] for index in kept(decide(config, ROWS))}
+    assert chosen == {ROWS[::-1][index]["id"] for index in kept(decide(config, ROWS[::-1], cut=3))}
+    assert chosen != {ROWS[index]["id"] for index in kept(decide(config, ROWS, seed=1))}
 
 
 def test_unknown_source_and_empty_cap():

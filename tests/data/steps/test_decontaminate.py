@@ -33,8 +33,8 @@ def write(folder: Path, **sets: list[str]) -> list[EvaluationSet]:
     return [EvaluationSet(name=name, files=[f"{name}.jsonl"]) for name in sets]
 
 
-def step(sets: list[EvaluationSet], **given: Any) -> DecontaminateStep:
-    return DecontaminateStep(type="decontaminate", sets=sets, **given)
+def step(sets: list[EvaluationSet], **inputs: Any) -> DecontaminateStep:
+    return DecontaminateStep(type="decontaminate", sets=sets, **inputs)
 
 
 def test_more_than_half_of_the_words_in_shared_runs(tmp_path: Path) -> None:
@@ -153,11 +153,11 @@ def test_rows_dropped_before_are_no_hits_and_shards_change_nothing(tmp_path: Pat
     rows = [row(text) for text in (item(), "short", "x", item(2, 20), "short")]
     verdict = decide(step(sets), rows, base=tmp_path, alive=[False, True, True, True, True])
     assert verdict.code.tolist() == [-1, 0, -1, 0, 0]
-    whole = decide(step(sets), rows, base=tmp_path)
+    decisions = decide(step(sets), rows, base=tmp_path)
     for cut in (1, 2, 4):
         parted = decide(step(sets), rows, base=tmp_path, cut=cut)
-        assert np.array_equal(parted.code, whole.code)
-        assert (parted.notes, parted.details) == (whole.notes, whole.details)
+        assert np.array_equal(parted.code, decisions.code)
+        assert (parted.notes, parted.details) == (decisions.notes, decisions.details)
 
 
 def test_settings_that_make_no_sense(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ REAL = {
 
 
 def real_rows(folder: Path, file: str, question: str, more: str = "") -> list[Row]:
-    records = [found for found in read(FilesSource(type="files", paths=[file]), folder) if isinstance(found, tuple)]
+    records = [result for result in read(FilesSource(type="files", paths=[file]), folder) if isinstance(result, tuple)]
     return [row("\n".join(filter(None, [record[question], record.get(more, "")]))) for _, record in records]
 
 
@@ -202,15 +202,15 @@ def test_real_sets_against_real_evaluations(
     sets = [EvaluationSet(name=name, files=[path]) for name, path in REAL.items()]
     rows = real_rows(shared_data, file, question, more)
     notes = decide(step(sets), rows, base=shared_data).notes["sets"]
-    assert {name: found["items_hit"] for name, found in notes.items() if found["items_hit"]} == hits
-    assert not any(found["contaminated"] for found in notes.values())
+    assert {name: note["items_hit"] for name, note in notes.items() if note["items_hit"]} == hits
+    assert not any(note["contaminated"] for note in notes.values())
 
 
 def test_the_template_of_a_set_is_no_hit(shared_data: Path) -> None:
     sets = [EvaluationSet(name="arc_easy", files=[REAL["arc_easy"]])]
     rows = real_rows(shared_data, "arc/ARC-Easy.train.json", "instruction")
-    found = decide(step(sets), rows, base=shared_data).notes["sets"]["arc_easy"]
-    assert (found["items_hit"], found["rows"]) == (27, 24)  # like the fossils, with the same four answers
+    actual = decide(step(sets), rows, base=shared_data).notes["sets"]["arc_easy"]
+    assert (actual["items_hit"], actual["rows"]) == (27, 24)  # like the fossils, with the same four answers
     counted = decide(step(sets, template=1.0), rows, base=shared_data).notes["sets"]["arc_easy"]
     assert (counted["items_hit"], counted["rows"]) == (69, 94)  # "Please choose the correct answer to the question"
 

@@ -56,12 +56,12 @@ def test_every_turn_and_the_side_of_a_reply_count() -> None:
 @given(st.lists(st.sampled_from(["a", "A.", "b", "c d", "c  D", ""]), max_size=12), st.integers(1, 12))
 def test_shards_change_nothing(prompts: list[str], cut: int) -> None:
     rows = [row(prompt) for prompt in prompts]
-    whole, parted = decide(step(), rows), decide(step(), rows, cut=cut)
-    assert whole.code.tolist() == parted.code.tolist()
-    seen: dict[str, int] = {}
-    for number, made in enumerate(rows):
-        first = seen.setdefault(made["id"], number)  # an id is equal for equal prompts and replies
-        assert (whole.code[number] == 0) == (first != number)
+    full, parted = decide(step(), rows), decide(step(), rows, cut=cut)
+    assert full.code.tolist() == parted.code.tolist()
+    observations: dict[str, int] = {}
+    for number, result_row in enumerate(rows):
+        first = observations.setdefault(result_row["id"], number)  # an id is equal for equal prompts and replies
+        assert (full.code[number] == 0) == (first != number)
 
 
 def test_settings_that_make_no_sense() -> None:

@@ -20,8 +20,8 @@ from tests.support.data.steps.tables import context, decide, kept, row
 TEXT = " ".join(f"word{number}" for number in range(60))
 
 
-def step(**given: Any) -> NearDuplicatesStep:
-    return NearDuplicatesStep(type="near_duplicates", **given)
+def step(**inputs: Any) -> NearDuplicatesStep:
+    return NearDuplicatesStep(type="near_duplicates", **inputs)
 
 
 def edited(text: str, *places: int) -> str:
@@ -58,7 +58,7 @@ def test_short_questions_that_differ_in_a_word_are_different() -> None:
 def test_a_long_prompt_is_compared_without_its_system_turn_and_its_reply() -> None:
     system = {"role": "system", "content": " ".join(f"rule{number}" for number in range(500))}
     rows = [{**row(text, reply)} for text, reply in ((TEXT, "yes"), (edited(TEXT, 3), "no"), ("unlike", "yes"))]
-    rows = [{**made, "prompt": [system, *made["prompt"]]} for made in rows]
+    rows = [{**result_row, "prompt": [system, *result_row["prompt"]]} for result_row in rows]
     assert kept(decide(step(of="prompt"), rows)) == [0, 2]
 
 
@@ -88,11 +88,11 @@ def test_shards_change_nothing_and_equal_rows_always_go(seed: int, cut: int, of:
     texts = [" ".join(rng.choice("abcdefgh") for _ in range(rng.choice([0, 1, 3, 30]))) for _ in range(12)]
     texts += [edited(text, 0) if text and rng.random() < 0.5 else text.upper() + "." for text in texts]
     rows = [row(rng.choice(texts), rng.choice(texts)) for _ in range(40)]
-    whole = decide(step(of=of), rows)
+    decisions = decide(step(of=of), rows)
     parted = decide(step(of=of), rows, cut=cut)
-    assert whole.code.tolist() == parted.code.tolist()
+    assert decisions.code.tolist() == parted.code.tolist()
     exact = decide(ExactDuplicatesStep(type="exact_duplicates", of=of), rows)
-    assert set(kept(whole)) <= set(kept(exact))
+    assert set(kept(decisions)) <= set(kept(exact))
 
 
 def test_settings_that_make_no_sense() -> None:

@@ -16,15 +16,15 @@ from align.errors import UserError
 
 def made(row: Row, kind: str = "preferences", seed: int = 0, **settings: Any) -> Row | Dropped | list[Row]:
     context = StepContext(kind, seed, Path(), Path())
-    (found,) = start_step(PairsStep(type="pairs", **settings), context).apply([row])
-    return found
+    (result,) = start_step(PairsStep(type="pairs", **settings), context).apply([row])
+    return result
 
 
 def pairs(row: Row, **settings: Any) -> list[str]:
     """Pairs as ``better>worse``."""
-    found = made(row, **settings)
-    assert isinstance(found, list), found
-    return [f"{one['chosen'][0]['content']}>{one['rejected'][0]['content']}" for one in found]
+    actual = made(row, **settings)
+    assert isinstance(actual, list), actual
+    return [f"{entry['chosen'][0]['content']}>{entry['rejected'][0]['content']}" for entry in actual]
 
 
 def row(*responses: dict[str, Any], **more: Any) -> Row:
@@ -36,11 +36,11 @@ def row(*responses: dict[str, Any], **more: Any) -> Row:
 
 def scored(*values: float | None) -> Row:
     """Answers a, b, c with these scores."""
-    return row(*({"content": "abcdef"[at], "score": value, "rank": None} for at, value in enumerate(values)))
+    return row(*({"content": "abcdef"[index], "score": value, "rank": None} for index, value in enumerate(values)))
 
 
 def ranked(*places: int | None) -> Row:
-    return row(*({"content": "abcdef"[at], "score": None, "rank": place} for at, place in enumerate(places)))
+    return row(*({"content": "abcdef"[index], "score": None, "rank": place} for index, place in enumerate(places)))
 
 
 def test_ways_to_compare() -> None:
@@ -59,8 +59,8 @@ def test_ranks_count_from_the_best() -> None:
     assert pairs(ranked(1, 0, 2)) == ["b>c"]
     assert pairs(ranked(1, 0, 2), how="adjacent") == ["b>a", "a>c"]
     assert pairs(ranked(0, 0, 1), how="all") == ["a>c", "b>c"]
-    found = made(ranked(1, 0))
-    assert isinstance(found, list) and "chosen_score" not in found[0]
+    actual = made(ranked(1, 0))
+    assert isinstance(actual, list) and "chosen_score" not in actual[0]
     # Answers without a rank are not compared, and a score says more than a rank.
     assert pairs(ranked(None, 1, 0), how="all") == ["c>b"]
     both = row({"content": "a", "score": 1.0, "rank": 0}, {"content": "b", "score": 2.0, "rank": 1})
@@ -89,7 +89,7 @@ def test_margins_and_the_most_pairs_of_a_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("inputs", "reason"),
     [
         (scored(1, 1), "answers tie"),
         (scored(1, None), "fewer than two answers with a score or a rank"),
@@ -101,13 +101,13 @@ def test_margins_and_the_most_pairs_of_a_prompt() -> None:
         ({"id": "r", "prompt": [user("q")]}, "no answers to compare"),
     ],
 )
-def test_rows_that_make_no_pair(given: Row, reason: str) -> None:
-    found = made(given)
-    assert isinstance(found, Dropped) and found.reason == reason
+def test_rows_that_make_no_pair(inputs: Row, reason: str) -> None:
+    actual = made(inputs)
+    assert isinstance(actual, Dropped) and actual.reason == reason
 
 
 def test_equal_texts_are_left_out_of_the_pairs_of_others() -> None:
-    same = row(*({"content": text, "score": float(at)} for at, text in enumerate(("a", "b", "b "))))
+    same = row(*({"content": text, "score": float(index)} for index, text in enumerate(("a", "b", "b "))))
     assert pairs(same, how="all") == ["b>a", "b >a"]
 
 
@@ -128,10 +128,13 @@ def test_pairs_that_are_there_already_stay_unless_their_scores_say_otherwise() -
 
 
 def test_unpaired_data_gets_labels_and_none_that_contradict() -> None:
-    found = made(scored(3, 2, 1), "unpaired", how="all")
-    assert isinstance(found, list)
-    assert [(one["completion"], one["label"]) for one in found] == [([assistant("a")], True), ([assistant("c")], False)]
-    assert [one["id"] for one in found] == ["r-0", "r-2"] and "responses" not in found[0]
+    actual = made(scored(3, 2, 1), "unpaired", how="all")
+    assert isinstance(actual, list)
+    assert [(entry["completion"], entry["label"]) for entry in actual] == [
+        ([assistant("a")], True),
+        ([assistant("c")], False),
+    ]
+    assert [entry["id"] for entry in actual] == ["r-0", "r-2"] and "responses" not in actual[0]
     labeled = {"id": "r", "prompt": [user("q")], "completion": [assistant("a")], "label": True}
     assert made(labeled, "unpaired") is labeled
 

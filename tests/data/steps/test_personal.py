@@ -107,8 +107,8 @@ def test_a_mask_covers_everything(pieces):
 def test_settings():
     with pytest.raises(ValidationError, match="'Germany' is no country code"):
         FilterStep(type="filter", personal_data={"regions": ["Germany"]})
-    found = step_identities(FilterStep(type="filter", personal_data={}), None)
-    assert set(found) == {"phonenumbers", "python-stdnum"}
+    identities = step_identities(FilterStep(type="filter", personal_data={}), None)
+    assert set(identities) == {"phonenumbers", "python-stdnum"}
 
 
 def test_hostile_texts_take_no_time():

@@ -112,8 +112,8 @@ def test_loops_are_found_in_text_that_has_none():
     missed = 0
     for _ in range(200):
         words = rng.choices(WORDS, k=rng.randint(40, 120))
-        at, size = rng.randrange(30), rng.randint(3, 8)
-        missed += found(" ".join(words + words[at : at + size] * rng.randint(12, 20))) is None
+        index, size = rng.randrange(30), rng.randint(3, 8)
+        missed += found(" ".join(words + words[index : index + size] * rng.randint(12, 20))) is None
         assert found(" ".join(words)) is None
     assert missed <= 6
 

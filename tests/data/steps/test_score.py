@@ -20,7 +20,8 @@ ROWS = [row(f"q{i}", completion="x" * (i + 1), source=i % 2) for i in range(10)]
 
 def lengths(rows):
     return [
-        math.nan if made["completion"][0]["content"] == "x" else len(made["completion"][0]["content"]) for made in rows
+        math.nan if result_row["completion"][0]["content"] == "x" else len(result_row["completion"][0]["content"])
+        for result_row in rows
     ]
 
 
@@ -44,9 +45,9 @@ def test_quantiles_are_of_all_living_rows_with_a_score():
     # scores 2 to 10, their median 6
     assert kept(decide(by_length(quantiles=(0.5, 1)), ROWS)) == [5, 6, 7, 8, 9]
     # of 2 to 6 alone it is 4, and dead rows change nothing
-    alive = [at <= 5 for at in range(10)]
+    alive = [index <= 5 for index in range(10)]
     left = kept(decide(by_length(quantiles=(0.5, 1)), ROWS, alive=alive))
-    assert [at for at in left if alive[at]] == [3, 4, 5]
+    assert [index for index in left if alive[index]] == [3, 4, 5]
 
 
 def test_quantiles_within_each_source():
@@ -58,8 +59,8 @@ def test_quantiles_within_each_source():
 
 
 def test_shards_change_nothing():
-    one, other = decide(by_length(quantiles=(0.2, 0.7)), ROWS), decide(by_length(quantiles=(0.2, 0.7)), ROWS, cut=3)
-    assert (one.code == other.code).all()
+    first, second = decide(by_length(quantiles=(0.2, 0.7)), ROWS), decide(by_length(quantiles=(0.2, 0.7)), ROWS, cut=3)
+    assert (first.code == second.code).all()
 
 
 def test_a_function_must_score_every_row():
@@ -94,7 +95,8 @@ def test_reward_is_the_models(tiny_reward):
     scores = decide(config, ROWS[:4], inputs=(tiny_reward,)).columns["score"]
     model = RewardModel(tiny_reward, precision="float32")
     expected = model.score(
-        [made["prompt"] for made in ROWS[:4]], [made["completion"][0]["content"] for made in ROWS[:4]]
+        [result_row["prompt"] for result_row in ROWS[:4]],
+        [result_row["completion"][0]["content"] for result_row in ROWS[:4]],
     )
     assert scores.tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -103,7 +105,7 @@ def likelihood(model, ids, skip):
     """Mean negative log-likelihood of the tokens behind the first ``skip``."""
     with torch.no_grad():
         log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
-    return -float(np.mean([log_p[at - 1, ids[at]].item() for at in range(skip, len(ids))]))
+    return -float(np.mean([log_p[index - 1, ids[index]].item() for index in range(skip, len(ids))]))
 
 
 def test_perplexity_and_difficulty_are_those_of_the_plain_model(tiny_model):
@@ -111,14 +113,14 @@ def test_perplexity_and_difficulty_are_those_of_the_plain_model(tiny_model):
     settings = {"type": "score", "model": str(tiny_model), "precision": "float32", "batch_size": 2}
     perplexity = decide(ScoreStep(by="perplexity", **settings), ROWS[:3]).columns["score"]
     difficulty = decide(ScoreStep(by="ifd", **settings), ROWS[:3]).columns["score"]
-    for at, made in enumerate(ROWS[:3]):
-        prompt = render_prompt(tokenizer, made["prompt"])
-        whole = render_conversation(tokenizer, [*made["prompt"], *made["completion"]])
-        conditioned = likelihood(model, whole, len(prompt))
+    for index, result_row in enumerate(ROWS[:3]):
+        prompt = render_prompt(tokenizer, result_row["prompt"])
+        conversation = render_conversation(tokenizer, [*result_row["prompt"], *result_row["completion"]])
+        conditioned = likelihood(model, conversation, len(prompt))
         begin = prompt[:1] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        alone = likelihood(model, [*begin, *whole[len(prompt) :]], 1)
-        assert perplexity[at] == pytest.approx(math.exp(conditioned), rel=1e-4)
-        assert difficulty[at] == pytest.approx(math.exp(conditioned - alone), rel=1e-4)
+        alone = likelihood(model, [*begin, *conversation[len(prompt) :]], 1)
+        assert perplexity[index] == pytest.approx(math.exp(conditioned), rel=1e-4)
+        assert difficulty[index] == pytest.approx(math.exp(conditioned - alone), rel=1e-4)
 
 
 def test_a_prompt_that_fills_the_context_has_no_score(tiny_model):

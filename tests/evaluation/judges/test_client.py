@@ -30,12 +30,12 @@ def _readable(text: str) -> bool:
 
 
 def _ask(fake: FakeChat, bench: FolderContext, count: int = 40, groups: Any = None, **settings: Any) -> list[str]:
-    at = settings.pop("at", {})
-    config = EndpointJudge(**endpoint(fake, **at), **settings)
+    index = settings.pop("at", {})
+    config = EndpointJudge(**endpoint(fake, **index), **settings)
     questions = [[user(f"Question {number}")] for number in range(count)]
     judgments = JudgeClient(config, "mt", bench)
     replies = judgments.ask(questions, groups or ["sft"] * count, _readable)
-    return [one.text for one in replies]
+    return [reply.text for reply in replies]
 
 
 def _every(nth: int, otherwise: str) -> Any:
@@ -84,11 +84,11 @@ def test_a_judge_that_garbles_is_an_error_with_counts_and_is_not_asked_the_rest(
     fake.reply = lambda body: completion("\x1b[2J‮I like\nturtles")
     with pytest.raises(UserError) as caught:
         _ask(fake, FolderContext(tmp_path), 400)
-    said = str(caught.value)
-    assert f"in {PROBE_SIZE} of {PROBE_SIZE} judgments" in said and "400 wanted in all" in said
-    assert f"{PROBE_SIZE} without a verdict in the form asked for" in said
-    assert r"\u001b[2J\u202eI like\nturtles" in said and "\x1b" not in said and "‮" not in said
-    assert "tasks.mt: the judge good-model" in said and "judge.seed: 1" in said
+    message = str(caught.value)
+    assert f"in {PROBE_SIZE} of {PROBE_SIZE} judgments" in message and "400 wanted in all" in message
+    assert f"{PROBE_SIZE} without a verdict in the form asked for" in message
+    assert r"\u001b[2J\u202eI like\nturtles" in message and "\x1b" not in message and "‮" not in message
+    assert "tasks.mt: the judge good-model" in message and "judge.seed: 1" in message
     assert len(fake.bodies) == PROBE_SIZE
 
 
@@ -128,12 +128,12 @@ def test_why_verdicts_cannot_be_read_is_counted(fake: FakeChat, tmp_path: Path) 
     fake.reply = lambda body: answers.get(int(body["messages"][-1]["content"].split()[-1]), completion("[[C]]"))
     with pytest.raises(UserError) as caught:
         _ask(fake, FolderContext(tmp_path), 10)
-    said = str(caught.value)
+    message = str(caught.value)
     for reason in (
         "1 refused by the server", "1 cut off at judge.max_tokens", "1 declined by the judge", "1 without a verdict",
     ):  # fmt: skip
-        assert reason in said
-    assert '"A is bet"' in said
+        assert reason in message
+    assert '"A is bet"' in message
 
 
 def test_a_judge_that_is_gone_says_what_is_there_and_is_gone_on_with(fake: FakeChat, tmp_path: Path) -> None:
@@ -143,10 +143,10 @@ def test_a_judge_that_is_gone_says_what_is_there_and_is_gone_on_with(fake: FakeC
     fake.reply = dying
     with pytest.raises(EndpointLost, match=r"status 503.*25 of 40 judgments of task 'mt' are cached"):
         _ask(fake, FolderContext(tmp_path), at={"concurrency": 1})
-    asked = fake.prompts()[:25]
+    request = fake.prompts()[:25]
     fake.reply, fake.bodies = (lambda body: completion("[[A]]")), []
     assert _ask(fake, FolderContext(tmp_path)) == ["[[A]]"] * 40
-    assert len(fake.bodies) == 15 and not set(asked) & set(fake.prompts())
+    assert len(fake.bodies) == 15 and not set(request) & set(fake.prompts())
 
 
 def test_a_judge_that_never_was_there(fake: FakeChat, tmp_path: Path) -> None:
@@ -214,4 +214,4 @@ def test_what_verdicts_depend_on(fake: FakeChat) -> None:
         EndpointJudge(**endpoint(fake), temperature=0.5), EndpointJudge(**endpoint(fake), seed=2),
         EndpointJudge(**endpoint(fake, model="other")),
     ]  # fmt: skip
-    assert all(one.identity() != base for one in others)
+    assert all(entry.identity() != base for entry in others)

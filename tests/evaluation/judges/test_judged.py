@@ -92,8 +92,8 @@ def test_categories_are_sampled_at_their_own_temperature_and_second_turns_follow
         assert sampling.temperature == temperatures.get(category[prompt[0]["content"]], 0.0)
         assert sampling.max_tokens == 1024 and sampling.n == 1
         assert sampling.seed == 5 + (len(prompt) > 1)  # another turn, other luck
-    told = task.settings()["sampling"]["temperature"]
-    assert told["roleplay"] == 0.7 and told["math"] == 0.0 and told["stem"] == 0.1
+    message = task.settings()["sampling"]["temperature"]
+    assert message["roleplay"] == 0.7 and message["math"] == 0.0 and message["stem"] == 0.1
 
 
 def test_a_temperature_of_ones_own_goes_for_all(shared_data: Path, fake: FakeChat) -> None:
@@ -259,8 +259,8 @@ def test_the_judge_and_the_files_contents_enter_the_key(tmp_path: Path) -> None:
     references = [write_lines(tmp_path / "r.jsonl", [{"id": "1", "reference": "a"}])]
 
     def identities(**judge: Any) -> dict[str, str]:
-        at = {"url": "https://judge.example/v1", "model": "m", **judge.pop("at", {})}
-        config = JudgedConfig(files=files, judge={"endpoint": at, **judge}, references_files=references)
+        positions = {"url": "https://judge.example/v1", "model": "m", **judge.pop("at", {})}
+        config = JudgedConfig(files=files, judge={"endpoint": positions, **judge}, references_files=references)
         return task_identities(config, tmp_path)
 
     before = identities()

@@ -76,8 +76,8 @@ def test_grades_and_win_rates_of_real_answers(context: StageContext, fake: FakeC
         ]
         estimate = card["estimates"][system]["mt.score"]
         assert estimate["n"] == 4
-        assert estimate["value"] == pytest.approx(sum(sum(own) / 2 for own in grades) / 4)
-        assert card["estimates"][system]["mt.turn2"]["value"] == pytest.approx(sum(own[1] for own in grades) / 4)
+        assert estimate["value"] == pytest.approx(sum(sum(grade) / 2 for grade in grades) / 4)
+        assert card["estimates"][system]["mt.turn2"]["value"] == pytest.approx(sum(grade[1] for grade in grades) / 4)
     assert len(fake.bodies) <= 3 * 4 * 2  # the same answer to the same question is judged once
     assert set(card["task_families"]["mt"]) == {"math", "writing", "stem"}
     assert card["tasks"]["mt"]["settings"]["usage"]["requests"] == len(fake.bodies)
@@ -86,10 +86,10 @@ def test_grades_and_win_rates_of_real_answers(context: StageContext, fake: FakeC
     assert set(rows) == {("model", "sft"), ("best2", "sft"), ("best2", "model")}
     assert all(row["task"] == "duel" and row["n"] == 4 for row in rows.values())
     assert "duel.win_rate" not in card["estimates"]["sft"]
-    for one in ("model", "best2"):
-        assert card["estimates"][one]["duel.win_rate"]["value"] == rows[one, "sft"]["win_rate"]["value"]
-    asked = len(fake.bodies)
+    for entry in ("model", "best2"):
+        assert card["estimates"][entry]["duel.win_rate"]["value"] == rows[entry, "sft"]["win_rate"]["value"]
+    count = len(fake.bodies)
     text = (context.output / "scorecard.json").read_text(encoding="utf-8")
     evaluate.run(context)
-    assert len(fake.bodies) == asked
+    assert len(fake.bodies) == count
     assert (context.output / "scorecard.json").read_text(encoding="utf-8") == text

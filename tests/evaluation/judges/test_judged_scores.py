@@ -304,17 +304,17 @@ def test_a_copy_has_no_interval_since_nothing_was_compared(tmp_path: Path) -> No
 
 
 def test_of_several_turns_the_mean_score_counts_and_each_is_scored_in_its_conversation(tmp_path: Path) -> None:
-    seen: list[tuple[int, str, bool]] = []
+    calls: list[tuple[int, str, bool]] = []
 
     def score(prompts: Any, answers: Any, finished: Any) -> list[float]:
-        seen.extend((len(prompt), answer, end) for prompt, answer, end in zip(prompts, answers, finished, strict=True))
+        calls.extend((len(prompt), answer, end) for prompt, answer, end in zip(prompts, answers, finished, strict=True))
         return [float(answer) for answer in answers]
 
     task = make_task(tmp_path, records=MT, preset="mt_bench", mode="compare", **REWARD)
     answers = answers_of(task, _turns("sft", "5", "5", "5", "1"), _turns("ppo", "1", "8", "2", "3"))
     (measured,) = task.score(answers, FolderContext(tmp_path, score=score)).values()
     assert _values(measured) == [0.0, 0.0]  # 4.5 against 5, 2.5 against 3
-    assert seen[:4] == [(1, "1", True), (3, "8", True), (1, "2", True), (3, "3", True)]
+    assert calls[:4] == [(1, "1", True), (3, "8", True), (1, "2", True), (3, "3", True)]
 
 
 def test_a_real_reward_model_judges_alike_from_both_sides(tiny_reward: Path, tmp_path: Path) -> None:
@@ -324,13 +324,13 @@ def test_a_real_reward_model_judges_alike_from_both_sides(tiny_reward: Path, tmp
 
     model = RewardModel(tiny_reward, torch.device("cpu"), "float32")
     systems = constant("sft", "apple", "banana split", "c"), constant("ppo", "apple pie", "ban", "c")
-    found = {}
+    actual = {}
     for reference in ("sft", "ppo"):
         task = make_task(tmp_path, 3, **REWARD)
         bench = FolderContext(tmp_path, reference=reference, score=model.score)
-        (found[reference],) = task.score(answers_of(task, *systems), bench).values()
-    assert [1 - value for value in _values(found["ppo"])] == _values(found["sft"])
-    assert _values(found["sft"])[2] == 0.5 and set(_values(found["sft"])[:2]) <= {0.0, 1.0}
+        (actual[reference],) = task.score(answers_of(task, *systems), bench).values()
+    assert [1 - value for value in _values(actual["ppo"])] == _values(actual["sft"])
+    assert _values(actual["sft"])[2] == 0.5 and set(_values(actual["sft"])[:2]) <= {0.0, 1.0}
 
 
 # ---- ends and resumptions --------------------------------------------------------------------------------------------

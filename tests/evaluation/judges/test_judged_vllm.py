@@ -74,8 +74,8 @@ def test_a_judge_that_is_held_to_the_form_judges(judge: dict[str, Any], tmp_path
         answers_of(task, constant("sft", "Yes."), constant("ppo", *texts)), FolderContext(tmp_path)
     ).values()
     (row,) = task.extras()["win_rates"]
-    said = measured.notes["verdicts"]
-    assert row["n"] == 12 and said["unreadable"] == 0
-    assert said["first"] + said["second"] + said["tie"] == 24
+    message = measured.notes["verdicts"]
+    assert row["n"] == 12 and message["unreadable"] == 0
+    assert message["first"] + message["second"] + message["tie"] == 24
     assert row["wins"] + row["losses"] + row["ties"] + row["disagreements"] == 12
     assert task.usage["requests"] == 24 and task.usage["completion_tokens"] > 0

@@ -82,9 +82,9 @@ def test_the_units_of_length_do_not_matter() -> None:
 def test_the_other_side_has_the_rest() -> None:
     wins, gaps = _drawn(2, 80, 0.7, 1.5, 0.8)
     wins[:10] = [0.5] * 10
-    found, turned = _found(wins, gaps), _found([1 - win for win in wins], [-gap for gap in gaps])
-    assert turned.value == pytest.approx(1 - found.value)
-    assert (turned.low, turned.high) == pytest.approx((1 - found.high, 1 - found.low))
+    actual, turned = _found(wins, gaps), _found([1 - win for win in wins], [-gap for gap in gaps])
+    assert turned.value == pytest.approx(1 - actual.value)
+    assert (turned.low, turned.high) == pytest.approx((1 - actual.high, 1 - actual.low))
 
 
 def test_winning_always_still_has_an_interval() -> None:

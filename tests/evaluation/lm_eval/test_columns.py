@@ -124,7 +124,7 @@ def test_columns_of_tasks_and_what_is_left_out() -> None:
     tasks = described(t=[("acc", "mean"), ("f1", "f1"), ("ppl", "perplexity"), ("own", None)])
     chosen = [{"name": "t", "tasks": ["t"], "averaged": []}]
     named, left_out = columns({"selected": chosen, "tasks": tasks})
-    assert [(one.name, one.form) for one in named] == [("t_acc", "mean"), ("t_ppl", "log"), ("t_own", "custom")]
+    assert [(entry.name, entry.form) for entry in named] == [("t_acc", "mean"), ("t_ppl", "log"), ("t_own", "custom")]
     assert left_out == {"t f1": "its aggregation, f1, is no mean over documents"}
     assert named[0].metric().unit == "share"
     assert named[1].metric().better == "higher", "what lm-eval says, and the logarithm does not turn it round"
@@ -138,17 +138,17 @@ def test_a_group_that_averages_gives_its_averages_alone() -> None:
     ]
     chosen = {"name": "g", "tasks": ["a", "b"], "averaged": averaged}
     named, _ = columns({"selected": [chosen], "tasks": tasks})
-    assert [(one.name, one.of, one.tasks, one.by_size) for one in named] == [("g_acc", "g", ("a", "b"), True)]
+    assert [(entry.name, entry.of, entry.tasks, entry.by_size) for entry in named] == [("g_acc", "g", ("a", "b"), True)]
     assert "2 tasks, by their documents" in named[0].metric().meaning
     chosen["averaged"] = []
     named, _ = columns({"selected": [chosen], "tasks": tasks})
-    assert [one.name for one in named] == ["a_acc", "a_ppl", "b_acc", "b_ppl"]
+    assert [entry.name for entry in named] == ["a_acc", "a_ppl", "b_acc", "b_ppl"]
     chosen["averaged"] = [{"metric": "acc", "filters": ["strict-match"], "by_size": True}]  # which no task has
-    assert [one.name for one in columns({"selected": [chosen], "tasks": tasks})[0]] == named_of(named)
+    assert [entry.name for entry in columns({"selected": [chosen], "tasks": tasks})[0]] == named_of(named)
 
 
 def named_of(named: list[Column]) -> list[str]:
-    return [one.name for one in named]
+    return [entry.name for entry in named]
 
 
 def test_two_metrics_of_one_name_are_refused() -> None:

@@ -68,31 +68,33 @@ def test_ifeval_equals_lm_eval_s_on_the_same_answers(
     """Prompt i is answered in ways i + turn, i + turn + 4, ... of sixteen: each prompt in one way a turn."""
     from lm_eval.tasks.ifeval import utils
 
-    answers = [KINDS[(at + 4 * turn) % len(KINDS)](record) for at, record in enumerate(records)]
+    answers = [KINDS[(index + 4 * turn) % len(KINDS)](record) for index, record in enumerate(records)]
     measured = ifeval.score({"one": answered(ifeval, answers)}, NoModelContext())["one"]
     with seeded_language_guess():
         theirs: Theirs = [utils.process_results(record, [text]) for record, text in zip(records, answers, strict=True)]
         ours = [check(item, text) for item, text in zip(ifeval.items, answers, strict=True)]
-    kept = [at for at, record in enumerate(records) if record["key"] not in SIGNS]
-    assert len(kept) == 539
-    for at in kept:
-        strict, loose = ours[at]
-        where = f"prompt {records[at]['key']}, {records[at]['instruction_id_list']}: {answers[at][:200]!r}"
-        assert strict == theirs[at]["inst_level_strict_acc"], where
-        assert loose == theirs[at]["inst_level_loose_acc"], where
+    remaining = [index for index, record in enumerate(records) if record["key"] not in SIGNS]
+    assert len(remaining) == 539
+    for index in remaining:
+        strict, loose = ours[index]
+        where = f"prompt {records[index]['key']}, {records[index]['instruction_id_list']}: {answers[index][:200]!r}"
+        assert strict == theirs[index]["inst_level_strict_acc"], where
+        assert loose == theirs[index]["inst_level_loose_acc"], where
         for level in ("strict", "loose"):
-            assert measured.values[f"prompt_{level}"][at] == [float(theirs[at][f"prompt_level_{level}_acc"])], where
+            assert measured.values[f"prompt_{level}"][index] == [float(theirs[index][f"prompt_level_{level}_acc"])], (
+                where
+            )
     for mine, name in THEIRS.items():
-        found = [theirs[at][name] for at in kept]
-        number = utils.agg_inst_level_acc(found) if name.startswith("inst") else sum(found) / len(found)
+        actual = [theirs[index][name] for index in remaining]
+        number = utils.agg_inst_level_acc(actual) if name.startswith("inst") else sum(actual) / len(actual)
         weights = measured.weights.get(mine, [1.0] * len(records))
-        total = sum(measured.values[mine][at][0] * weights[at] for at in kept)
-        assert total / sum(weights[at] for at in kept) == pytest.approx(number, abs=1e-12), mine
+        total = sum(measured.values[mine][index][0] * weights[index] for index in remaining)
+        assert total / sum(weights[index] for index in remaining) == pytest.approx(number, abs=1e-12), mine
         assert 0.01 < number < 0.9, "an equality of nothing with nothing"
 
 
 def test_the_answers_try_every_instruction_both_ways(ifeval: IfevalTask, records: list[dict[str, Any]]) -> None:
-    seen = defaultdict(set)
+    observations = defaultdict(set)
     differ = 0
     with seeded_language_guess():
         for index, (item, record) in enumerate(zip(ifeval.items, records, strict=True)):
@@ -100,24 +102,24 @@ def test_the_answers_try_every_instruction_both_ways(ifeval: IfevalTask, records
                 strict, loose = check(item, KINDS[(index + 4 * turn) % len(KINDS)](record))
                 differ += strict != loose
                 for id, followed in zip(record["instruction_id_list"], strict, strict=True):
-                    seen[id].add(followed)
-    assert len(seen) == 25
-    assert {id for id, outcomes in seen.items() if outcomes != {True, False}} == set()
+                    observations[id].add(followed)
+    assert len(observations) == 25
+    assert {id for id, outcomes in observations.items() if outcomes != {True, False}} == set()
     assert differ > 30, "strict and loose are two things"
 
 
 def test_why_two_prompts_are_left_out(records: list[dict[str, Any]]) -> None:
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
-    drawn: dict[int, set[str]] = defaultdict(set)
+    draws: dict[int, set[str]] = defaultdict(set)
     for record in records:
         for id, arguments in zip(record["instruction_id_list"], record["kwargs"], strict=True):
             if id == "keywords:letter_frequency":
                 for _ in range(20):
                     checker = INSTRUCTION_DICT[id](id)
                     checker.build_description(**{name: value for name, value in arguments.items() if value})
-                    drawn[record["key"]].add(checker.get_instruction_args()["letter"])
-    assert {key for key, letters in drawn.items() if len(letters) > 1} == SIGNS
+                    draws[record["key"]].add(checker.get_instruction_args()["letter"])
+    assert {key for key, letters in draws.items() if len(letters) > 1} == SIGNS
 
 
 # ---------------------------------------------------------------------------------------------------------------- ARC
@@ -147,8 +149,8 @@ def ours_and_theirs(
     from lm_eval.tasks import TaskManager
 
     files = [str(shared_data / "arc" / "ARC-Easy.test.json")]
-    what = TaskInputs(0, folder, [], [], False, False, "float32", lambda message: None, lambda message: None)
-    task = build_task("arc", MultipleChoiceConfig(format="arc", files=files, max_items=count), what)
+    label = TaskInputs(0, folder, [], [], False, False, "float32", lambda message: None, lambda message: None)
+    task = build_task("arc", MultipleChoiceConfig(format="arc", files=files, max_items=count), label)
     rows = [
         {
             "question": question.context.removeprefix("Question: ").removesuffix("\nAnswer:"),
@@ -164,7 +166,7 @@ def ours_and_theirs(
     (folder / "tasks").mkdir()
     (folder / "tasks" / "arc.yaml").write_text(ARC_LIKE.format(data=folder / "arc.jsonl"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    found = lm_eval.simple_evaluate(
+    result = lm_eval.simple_evaluate(
         model="hf",
         # In float32, as by default, its log-softmax over 49,152 tokens is 1e-5 too high a token, and sums are 2e-4 off.
         model_args={"pretrained": str(model), "dtype": "float32", "softmax_dtype": "float64"},
@@ -175,7 +177,7 @@ def ours_and_theirs(
         bootstrap_iters=0,
         log_samples=True,
     )
-    return task, ModelReader(model), found["samples"]["arc_here"], found["results"]["arc_here"]
+    return task, ModelReader(model), result["samples"]["arc_here"], result["results"]["arc_here"]
 
 
 def assert_equal(
@@ -185,7 +187,7 @@ def assert_equal(
     assert len(samples) == len(task.items)
     for index, sample in enumerate(samples):
         assert sample["doc_id"] == index
-        theirs = [one[0] for one in sample["filtered_resps"]]
+        theirs = [filtered_resp[0] for filtered_resp in sample["filtered_resps"]]
         assert logprobs[index] == pytest.approx(theirs, abs=1e-4), sample["doc"]["question"]
         assert measured.values["acc"][index] == [sample["acc"]], sample["doc"]["question"]
         assert measured.values["acc_norm"][index] == [sample["acc_norm"]], sample["doc"]["question"]

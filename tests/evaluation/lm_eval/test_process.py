@@ -82,7 +82,7 @@ def test_idleness_ends_it_and_speech_or_work_does_not(
     with pytest.raises(RuntimeError, match=r"did nothing for 2 s and was killed .*\n.*\nthinking"):
         run_lm_eval({}, tmp_path, 2)
     assert time.monotonic() - began < 30
-    assert not [one for one in psutil.Process().children() if "stand_in" in " ".join(one.cmdline())]
+    assert not [child for child in psutil.Process().children() if "stand_in" in " ".join(child.cmdline())]
     ends = "json.dump({}, open(folder + '/result.json', 'w'))\n"
     program.write_text(
         WRITES + "import time\nfor _ in range(15):\n    print('.', flush=True)\n    time.sleep(0.2)\n" + ends

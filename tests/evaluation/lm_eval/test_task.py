@@ -40,16 +40,16 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def reader(model: Path, info: SystemInfo | None = None) -> ModelReader:
-    found = ModelReader(model, info)
-    found.runtime = Runtime(device="cpu")
-    return found
+    result = ModelReader(model, info)
+    result.runtime = Runtime(device="cpu")
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
 @pytest.mark.parametrize(
-    ("block", "said"),
+    ("block", "message"),
     [
         ({}, "tasks: this key is required"),
         ({"tasks": []}, "tasks"),
@@ -59,8 +59,8 @@ def reader(model: Path, info: SystemInfo | None = None) -> ModelReader:
         ({"tasks": ["a"], "shot": 1}, "Did you mean 'shots'"),
     ],
 )
-def test_settings_that_are_wrong(block: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_settings_that_are_wrong(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         validate(LmEvalConfig, {"task": "lm_eval", **block}, "pipelines/x.yaml: stages.evaluate.tasks.general")
 
 
@@ -136,8 +136,8 @@ class Run:
 @pytest.fixture(scope="module")
 def run(folder: Path, tiny_model: Path) -> Run:
     warnings: list[str] = []
-    what = replace(task_inputs(folder.parent), warn=warnings.append)
-    task = build_task("general", LmEvalConfig(tasks=ALL, include=folder.name), what)
+    label = replace(task_inputs(folder.parent), warn=warnings.append)
+    task = build_task("general", LmEvalConfig(tasks=ALL, include=folder.name), label)
     before, system = list(task.metrics), reader(tiny_model)
     return Run(task, warnings, before, system, task.read(system))
 
@@ -252,12 +252,12 @@ def test_settings_say_what_was_asked(run: Run) -> None:
 @pytest.fixture
 def jobs(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Jobs that a read would start a process for; each is answered with the real run's result."""
-    found = run.reader.cached("lm_eval-general", run.reader.results["lm_eval-general"][0], dict)
+    cached = run.reader.cached("lm_eval-general", run.reader.results["lm_eval-general"][0], dict)
     started: list[dict[str, Any]] = []
 
     def start(job: dict[str, Any], base: Path, quiet: float) -> Any:
         started.append({**job, "quiet": quiet})
-        return found
+        return cached
 
     monkeypatch.setattr(module, "run_lm_eval", start)
     return started
@@ -266,9 +266,9 @@ def jobs(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_a_second_read_of_the_same_is_kept(run: Run, jobs: list[dict[str, Any]]) -> None:
     assert run.task.read(run.reader).values == run.measured.values
     assert not jobs
-    other = ModelReader(run.reader.model_dir)
-    other.runtime = Runtime(device="cpu")
-    run.task.read(other)
+    other_reader = ModelReader(run.reader.model_dir)
+    other_reader.runtime = Runtime(device="cpu")
+    run.task.read(other_reader)
     assert len(jobs) == 1
 
 
@@ -276,12 +276,12 @@ def test_another_file_beside_the_tasks_is_another_read(
     run: Run, jobs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The settings hold a function's own source, and not that of what it calls."""
-    other = reader(run.reader.model_dir)
-    other.results = dict(run.reader.results)
-    run.task.read(other)
+    other_reader = reader(run.reader.model_dir)
+    other_reader.results = dict(run.reader.results)
+    run.task.read(other_reader)
     assert not jobs
     monkeypatch.setattr(module, "identities", lambda config, base: {"include": "another digest"})
-    run.task.read(other)
+    run.task.read(other_reader)
     assert len(jobs) == 1
 
 

@@ -44,7 +44,7 @@ Captured = tuple[dict[str, Any], Any]
 
 
 @pytest.fixture(scope="module")
-def asked(folder: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Captured:
+def captured(folder: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Captured:
     """Return the result of ``evaluate`` for a prompted system, and lm-eval's own result."""
     import datasets
 
@@ -53,60 +53,60 @@ def asked(folder: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", datasets.load_dataset)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(lm_eval, "simple_evaluate", lambda **given: caught.append(original(**given)) or caught[-1])
+        patch.setattr(lm_eval, "simple_evaluate", lambda **inputs: caught.append(original(**inputs)) or caught[-1])
         how = {"chat": True, "system": "Be brief.", "shots": 2, "limit": 3, "device": "cpu", "precision": "float32"}
         results = evaluate(job(folder, "arc_like", "sums", "checks", model_dir=str(tiny_model), **how))
     return results, caught[0]
 
 
-def test_a_prompted_system_is_asked_with_its_message_and_examples(asked: Captured) -> None:
-    found, whole = asked
-    context, choice = whole["samples"]["arc_like"][0]["arguments"][0]
+def test_a_prompted_system_is_asked_with_its_message_and_examples(captured: Captured) -> None:
+    actual, full = captured
+    context, choice = full["samples"]["arc_like"][0]["arguments"][0]
     assert context.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion: ")
     assert context.count(" Really?\nAnswer:<|im_end|>\n<|im_start|>assistant\n") == 2, "turns of the train split"
     assert context.endswith("Which animal barks?\nAnswer:<|im_end|>\n<|im_start|>assistant\n")
     assert choice == "dog"
-    assert found["shots"] == {"arc_like": 2, "sums": 2, "checks": 0}, "checks says 0, which lm-eval holds to"
-    assert list(found["hashes"]["arc_like"]) == ["0", "1", "2"], "limit"
+    assert actual["shots"] == {"arc_like": 2, "sums": 2, "checks": 0}, "checks says 0, which lm-eval holds to"
+    assert list(actual["hashes"]["arc_like"]) == ["0", "1", "2"], "limit"
 
 
-def test_values_are_lm_eval_s_samples_and_give_its_results(asked: Captured) -> None:
-    found, whole = asked
-    values = found["values"]
+def test_values_are_lm_eval_s_samples_and_give_its_results(captured: Captured) -> None:
+    actual, full = captured
+    values = actual["values"]
     assert set(values["arc_like"]) == {"acc,none", "acc_norm,none", "mcc,none"}
     assert set(values["sums"]) == {"exact_match,strict-match", "exact_match,flexible-extract"}
     assert values["sums"]["exact_match,strict-match"] == [[0, 1.0], [1, 0.0], [2, 0.0]]
     assert values["sums"]["exact_match,flexible-extract"] == [[0, 0.0], [1, 0.0], [2, 0.0]]
     assert [len(outcomes) for _, outcomes in values["checks"]["passed,none"]] == [1, 2, 3]
-    assert found["aggregates"]["sums"]["exact_match,strict-match"] == pytest.approx(1 / 3)
-    assert found["better"]["checks"]["longest"] is False
-    for sample in whole["samples"]["arc_like"]:
+    assert actual["aggregates"]["sums"]["exact_match,strict-match"] == pytest.approx(1 / 3)
+    assert actual["better"]["checks"]["longest"] is False
+    for sample in full["samples"]["arc_like"]:
         assert values["arc_like"]["acc,none"][sample["doc_id"]] == [sample["doc_id"], sample["acc"]]
-    json.dumps(found, allow_nan=False)
+    json.dumps(actual, allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ["samples", "results", "higher_is_better", "n-shot"])
-def test_a_result_without_a_part_is_loud(asked: Captured, name: str) -> None:
-    broken = {key: value for key, value in asked[1].items() if key != name}
+def test_a_result_without_a_part_is_loud(captured: Captured, name: str) -> None:
+    broken = {key: value for key, value in captured[1].items() if key != name}
     with pytest.raises(LmEvalChangedError, match=f"result have no '{name}'"):
         read_results(broken)
 
 
 @pytest.mark.parametrize("name", ["doc_id", "doc_hash", "filter", "metrics", "acc"])
-def test_samples_without_a_field_are_loud(asked: Captured, name: str) -> None:
-    broken = copy.deepcopy({key: asked[1][key] for key in ("samples", "results", "higher_is_better", "n-shot")})
+def test_samples_without_a_field_are_loud(captured: Captured, name: str) -> None:
+    broken = copy.deepcopy({key: captured[1][key] for key in ("samples", "results", "higher_is_better", "n-shot")})
     del broken["samples"]["arc_like"][1][name]
     with pytest.raises(LmEvalChangedError, match=f"samples have no '{name}'.*extra evaluation"):
         read_results(broken)
 
 
-def test_result_keys_that_are_no_metric_and_filter_are_loud(asked: Captured) -> None:
-    whole = asked[1]
+def test_result_keys_that_are_no_metric_and_filter_are_loud(captured: Captured) -> None:
+    full = captured[1]
     renamed = {
-        task: {key.replace(",", "/"): value for key, value in row.items()} for task, row in whole["results"].items()
+        task: {key.replace(",", "/"): value for key, value in row.items()} for task, row in full["results"].items()
     }
     with pytest.raises(LmEvalChangedError, match="results of arc_like have no 'acc,none'"):
-        read_results({**whole, "results": renamed})
+        read_results({**full, "results": renamed})
 
 
 def test_numbers_that_json_does_not_know_are_none() -> None:
@@ -128,8 +128,8 @@ def some_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """lm-eval's index over a few of its own folders: all of them take seconds."""
     import lm_eval.tasks as module
 
-    own = Path(module.__file__).parent
-    folders = [own / name for name in ("arc", "humaneval", "ifeval", "mmlu/default", "mmmu")]
+    parent = Path(module.__file__).parent
+    folders = [parent / name for name in ("arc", "humaneval", "ifeval", "mmlu/default", "mmmu")]
     real = module.TaskManager
 
     def manager(include_path: Any = None, include_defaults: bool = True, **more: Any) -> Any:
@@ -142,7 +142,7 @@ def some_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("some_of_its_own")
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("arc_esy", "lm-eval knows no 'arc_esy'.*Did you mean 'arc_easy'"),
         ("humaneval", "'humaneval' runs code that the model wrote"),
@@ -150,8 +150,8 @@ def some_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("arc_easy", "'arc_easy' does not load .*HF_HUB_OFFLINE is set.*`include`"),
     ],
 )
-def test_what_is_refused(name: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_what_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         describe.describe(job(None, name))
 
 
@@ -185,7 +185,7 @@ def test_a_task_named_alone_and_in_its_group_is_refused(folder: Path) -> None:
 def test_descriptions_follow_the_settings_and_the_functions_and_not_the_place(folder: Path, tmp_path: Path) -> None:
     def digests(where: Path) -> dict[str, str]:
         described = describe.describe(job(where, "checks", "arc_like"))["tasks"]
-        return {name: one["config"] for name, one in described.items()}
+        return {name: entry["config"] for name, entry in described.items()}
 
     before = digests(folder)
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
@@ -226,9 +226,9 @@ class Hub:
 def hub(monkeypatch: pytest.MonkeyPatch, some_of_its_own: None) -> Hub:
     import datasets
 
-    found = Hub()
-    monkeypatch.setattr(datasets, "load_dataset", found)
-    return found
+    result = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", result)
+    return result
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -268,8 +268,8 @@ def test_ifeval_needs_no_download_and_is_refused_where_it_would(hub: Hub, monkey
     monkeypatch.setattr(nltk.data, "path", [])  # earlier tests may have found the model, or loaded the module
     for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval.")]:
         monkeypatch.delitem(sys.modules, name)
-    asked = job(None, "ifeval", revisions={"google/IFEval": COMMIT})
-    described = describe.describe(asked)
+    request = job(None, "ifeval", revisions={"google/IFEval": COMMIT})
+    described = describe.describe(request)
     assert [metric["metric"] for metric in described["tasks"]["ifeval"]["metrics"]][:2] == [
         "prompt_level_strict_acc", "inst_level_strict_acc",
     ]  # fmt: skip
@@ -279,7 +279,7 @@ def test_ifeval_needs_no_download_and_is_refused_where_it_would(hub: Hub, monkey
 
     monkeypatch.setattr(describe, "ensure_punkt", missing)
     with pytest.raises(UserError, match="no sentence model"):
-        describe.describe(asked)
+        describe.describe(request)
 
 
 @pytest.mark.slow

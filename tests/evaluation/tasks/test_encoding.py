@@ -77,8 +77,8 @@ def test_an_answer_is_what_the_template_writes(tokenizer: Any) -> None:
         ids, cut = answer_ids(tokenizer, prompt, "Hi you", finished)
         assert cut
         assert tokenizer.decode(ids) == "Hi you" + ("<|im_end|>" if finished else "")
-        whole = render_conversation(tokenizer, [*prompt, {"role": "assistant", "content": "Hi you"}], finished)
-        assert [*render_prompt(tokenizer, prompt), *ids] == whole
+        conversation = render_conversation(tokenizer, [*prompt, {"role": "assistant", "content": "Hi you"}], finished)
+        assert [*render_prompt(tokenizer, prompt), *ids] == conversation
 
 
 def test_an_answer_under_a_template_without_a_place_to_cut(tokenizer: Any) -> None:
@@ -128,12 +128,12 @@ def test_windows_by_hand() -> None:
 def test_windows_ask_for_every_token_once_behind_its_own_context(count: int, max_length: int) -> None:
     tokens = list(range(1, count + 1))
     windows = rolling_windows(tokens, 0, max_length)
-    assert [token for _, asked in windows for token in asked] == tokens
+    assert [token for _, window in windows for token in window] == tokens
     with_prefix = [0, *tokens]
-    for context, asked in windows:
+    for context, window in windows:
         assert context
-        assert len(context) + len(asked) - 1 <= max_length  # the last token is no input
-        assert context == with_prefix[asked[0] - len(context) : asked[0]]  # what stands right before it in the text
+        assert len(context) + len(window) - 1 <= max_length  # the last token is no input
+        assert context == with_prefix[window[0] - len(context) : window[0]]  # what stands right before it in the text
 
 
 def test_windows_are_those_of_lm_eval() -> None:

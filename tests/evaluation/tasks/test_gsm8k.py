@@ -91,8 +91,8 @@ def test_a_number_is_found_however_it_is_spelled(
 
 @for_all(st.text(alphabet="0123456789.,-$#% a\n−", max_size=60))
 def test_any_text_gives_a_number_or_none(text: str) -> None:
-    for found in (last_number(text), marked_number(text)):
-        assert found is None or found.is_finite()
+    for actual in (last_number(text), marked_number(text)):
+        assert actual is None or actual.is_finite()
     assert (last_number(text) is None) == (not any(sign.isdigit() for sign in text))
 
 
@@ -112,9 +112,9 @@ def test_lm_evals_filters_agree_on_plain_numbers_and_differ_where_we_say() -> No
     flexible = extraction.RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
 
     def theirs(filter: Any, text: str, gold: str) -> bool:
-        (found,) = filter.apply([[text]], [{}])
+        (actual,) = filter.apply([[text]], [{}])
         ignored = [",", r"\$", "(?s).*#### ", r"\.$"]
-        return bool(exact_match_hf_evaluate(found, [f"so\n#### {gold}"], ignored, ignore_case=True)["exact_match"])
+        return bool(exact_match_hf_evaluate(actual, [f"so\n#### {gold}"], ignored, ignore_case=True)["exact_match"])
 
     def ours(text: str, gold: str) -> tuple[bool, bool]:
         return marked_number(text) == Decimal(gold), last_number(text) == Decimal(gold)
@@ -169,15 +169,15 @@ def test_shots_are_earlier_turns_and_a_baselines_examples_come_on_top(tmp_path: 
     task = make_gsm8k_task(tmp_path, files=files, examples_files=["examples.jsonl"], shots=2, suffix=" Think.")
     respondent = Scripted(lambda prompt: "#### 0", shots=3)
     answers = task.respond(respondent)
-    asked = respondent.prompts[0]
-    assert [message["role"] for message in asked] == ["user", "assistant", "user", "assistant", "user"]
-    assert asked[-1]["content"] == "What is 0 times 1? Think."
-    number = asked[0]["content"].split()[2]
-    assert asked[0]["content"] == f"What is {number} times 1? Think."
-    assert asked[1]["content"] == f"{number} * 1 = {number} apples.\n#### {number}", "without the calculator's notes"
-    assert answers[0][0][0].prompt == asked
-    assert task.items[0].prompt == asked[-1:]
-    shown = {asked[0]["content"], asked[2]["content"]}
+    request = respondent.prompts[0]
+    assert [message["role"] for message in request] == ["user", "assistant", "user", "assistant", "user"]
+    assert request[-1]["content"] == "What is 0 times 1? Think."
+    number = request[0]["content"].split()[2]
+    assert request[0]["content"] == f"What is {number} times 1? Think."
+    assert request[1]["content"] == f"{number} * 1 = {number} apples.\n#### {number}", "without the calculator's notes"
+    assert answers[0][0][0].prompt == request
+    assert task.items[0].prompt == request[-1:]
+    shown = {request[0]["content"], request[2]["content"]}
     assert len(respondent.examples) == 3
     assert not shown & {example.question for example in respondent.examples}
     assert task.examples(3) == respondent.examples
@@ -235,15 +235,15 @@ def test_shots_without_enough_examples_are_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"files": ["a"], "shots": 2}, "shots need solved problems"),
         ({"files": ["a"], "examples_split": "train"}, "use examples_files"),
         ({"revision": COMMIT, "examples_split": "train", "examples_files": ["a"]}, "drop one of them"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Gsm8kConfig(**settings)
 
 
@@ -268,7 +268,7 @@ def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"question": "q"}, "there is no field 'answer'"),
         ({"question": "q", "answer": "It is 3."}, "no number behind ####"),
@@ -276,9 +276,9 @@ def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
         ({"question": 5, "answer": "#### 3"}, "field 'question' holds int"),
     ],
 )
-def test_records_without_a_question_or_a_number_are_named_by_line(tmp_path: Path, record: Any, said: str) -> None:
+def test_records_without_a_question_or_a_number_are_named_by_line(tmp_path: Path, record: Any, message: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": "q0", "answer": "#### 1"}\n' + json.dumps(record) + "\n")
-    with pytest.raises(UserError, match=r"a.jsonl:2: .*" + said):
+    with pytest.raises(UserError, match=r"a.jsonl:2: .*" + message):
         make_gsm8k_task(tmp_path, files=["a.jsonl"])
 
 

@@ -168,7 +168,7 @@ def test_json_nested_without_end_is_not_followed_and_stops_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"instruction_id_list": ["punctuation:no_commas"], "kwargs": [{}]},
@@ -185,13 +185,13 @@ def test_json_nested_without_end_is_not_followed_and_stops_nothing() -> None:
         ({"prompt": ""}, "field 'prompt' is empty"),
     ],
 )
-def test_records_that_cannot_be_checked_are_named_by_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=r"ifeval.jsonl:2: .*" + said):
+def test_records_that_cannot_be_checked_are_named_by_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=r"ifeval.jsonl:2: .*" + message):
         make(tmp_path, [RECORDS[1], {**RECORDS[0], **change}])
 
 
 @pytest.mark.parametrize(
-    ("instruction", "asked"),
+    ("instruction", "arguments"),
     [
         ("keywords:letter_frequency", {"letter": "#", "let_frequency": 2, "let_relation": "about"}),
         ("keywords:letter_frequency", {"letter": 5, "let_frequency": 2, "let_relation": "at least"}),
@@ -199,8 +199,8 @@ def test_records_that_cannot_be_checked_are_named_by_line(tmp_path: Path, change
         ("length_constraints:number_words", {"relation": "at least", "num_words": "about"}),
     ],
 )
-def test_arguments_of_a_wrong_kind_are_refused(tmp_path: Path, instruction: str, asked: dict[str, Any]) -> None:
-    record = {**RECORDS[1], "instruction_id_list": [instruction], "kwargs": [asked]}
+def test_arguments_of_a_wrong_kind_are_refused(tmp_path: Path, instruction: str, arguments: dict[str, Any]) -> None:
+    record = {**RECORDS[1], "instruction_id_list": [instruction], "kwargs": [arguments]}
     with pytest.raises(UserError, match=r"ifeval.jsonl:1: kwargs of .* do not fit: .*"):
         make(tmp_path, [record])
 
@@ -229,12 +229,12 @@ def test_all_prompts_of_the_benchmark_are_there(benchmark: IfevalTask) -> None:
 def test_answers_are_judged_alike_whatever_the_state_of_random(benchmark: IfevalTask, shared_data: Path) -> None:
     rows = json.loads((shared_data / "dolly-3k/dolly_3k.json").read_text())
     texts = [row["output"] for row in rows if len(row["output"]) > 300][:541]
-    found = []
+    actual = []
     for seed in (1, 2):
         random.seed(seed)
-        found.append(benchmark.score({"a": answered(benchmark, texts)}, NoModelContext())["a"])
-    assert found[0] == found[1]
-    rates = {metric: sum(value[0] for value in values) for metric, values in found[0].values.items()}
+        actual.append(benchmark.score({"a": answered(benchmark, texts)}, NoModelContext())["a"])
+    assert actual[0] == actual[1]
+    rates = {metric: sum(value[0] for value in values) for metric, values in actual[0].values.items()}
     assert 0 < rates["prompt_strict"] <= rates["prompt_loose"] < 541
     assert rates["instruction_strict"] < rates["instruction_loose"]
 

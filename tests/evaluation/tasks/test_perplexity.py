@@ -30,7 +30,7 @@ def task_inputs(base: Path, said: list[str] | None = None) -> TaskInputs:
 
 
 def texts(folder: Path, **settings: Any) -> list[str]:
-    return [one.text for one in read_documents(PerplexityConfig(**settings), task_inputs(folder))]
+    return [document.text for document in read_documents(PerplexityConfig(**settings), task_inputs(folder))]
 
 
 def write(path: Path, *records: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def test_a_model_that_reads_less_has_shorter_windows() -> None:
     reader = RuleReader(lambda context, answer: -1.0)
     reader.max_length = 2
     assert of("abcde").read(reader).notes["window"] == 2
-    assert [asked for _, asked in reader.asked] == ["ab", "cd", "e"]
+    assert [request for _, request in reader.asked] == ["ab", "cd", "e"]
 
 
 def test_a_tokenizer_s_own_bos_is_no_part_of_the_text() -> None:
@@ -111,7 +111,7 @@ def test_a_model_s_text_costs_what_a_plain_loop_says(tiny_model: Path) -> None:
     measured = of(text, max_length=16).read(reader)
     ids = reader.tokenizer.encode(text)
     windows = [([reader.tokenizer.bos_token_id], ids[:16]), (ids[15:16], ids[16:32]), (ids[27:32], ids[32:44])]
-    loss = -sum(reader.by_plain_loop(context, asked) for context, asked in windows)
+    loss = -sum(reader.by_plain_loop(context, window) for context, window in windows)
     assert measured.values["loss"] == [[pytest.approx(loss / 44, abs=1e-5)]]
     assert measured.values["bits_per_byte"] == [[pytest.approx(loss / 44 / math.log(2), abs=1e-5)]]
 
@@ -121,13 +121,13 @@ def test_a_model_s_text_costs_what_lm_eval_says(tiny_model: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    said = ["The quick brown fox jumps over the lazy dog. " * 3, "é" * 40, "short"]
+    messages = ["The quick brown fox jumps over the lazy dog. " * 3, "é" * 40, "short"]
     # One window at a time: in a larger batch lm-eval 0.4.13 takes windows that are equal for one request.
     lm = HFLM(pretrained=str(tiny_model), dtype="float32", device="cpu", max_length=32, batch_size=1)
-    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in said]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in messages]
     theirs = lm.loglikelihood_rolling(requests, disable_tqdm=True)
-    measured = of(*said, max_length=32).read(ModelReader(tiny_model))
-    for text, value, [bits] in zip(said, theirs, measured.values["bits_per_byte"], strict=True):
+    measured = of(*messages, max_length=32).read(ModelReader(tiny_model))
+    for text, value, [bits] in zip(messages, theirs, measured.values["bits_per_byte"], strict=True):
         assert bits == pytest.approx(-value / math.log(2) / len(text.encode()), abs=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_texts_and_records_may_stand_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "c.md").write_text("\ufeffnotes", encoding="utf-8")
     write(tmp_path / "d[1].jsonl", {"text": "one", "id": 1}, {"text": "two"})
     documents = read_documents(PerplexityConfig(files=["*"]), task_inputs(tmp_path))
-    assert [(one.source, one.text) for one in documents] == [
+    assert [(document.source, document.text) for document in documents] == [
         ("b.txt", "a book"), ("c.md", "notes"), ("d[1].jsonl", "one"), ("d[1].jsonl", "two"),
     ]  # fmt: skip
     assert texts(tmp_path, files=["d*.jsonl", "b.txt"]) == ["a book", "one", "two"]
@@ -176,18 +176,18 @@ def test_what_a_record_s_text_is(tmp_path: Path, record: Any, settings: Any, exp
 
 def test_empty_documents_are_left_out_and_said(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {"text": "one"}, {"text": " \n"}, {"text": ""})
-    said: list[str] = []
-    assert len(read_documents(PerplexityConfig(files=["a.jsonl"]), task_inputs(tmp_path, said))) == 1
-    assert said == ["2 of 3 documents are empty and left out"]
+    messages: list[str] = []
+    assert len(read_documents(PerplexityConfig(files=["a.jsonl"]), task_inputs(tmp_path, messages))) == 1
+    assert messages == ["2 of 3 documents are empty and left out"]
 
 
 def test_few_documents_are_said_to_be_few(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", *[{"text": f"t{number}"} for number in range(10)])
-    said: list[str] = []
-    assert len(build_task("general", PerplexityConfig(files=["a.jsonl"]), task_inputs(tmp_path, said)).items) == 10
-    assert said == []
-    build_task("general", PerplexityConfig(files=["a.jsonl"], max_items=9), task_inputs(tmp_path, said))
-    assert said[0].startswith("general: 9 documents are a small sample")
+    messages: list[str] = []
+    assert len(build_task("general", PerplexityConfig(files=["a.jsonl"]), task_inputs(tmp_path, messages)).items) == 10
+    assert messages == []
+    build_task("general", PerplexityConfig(files=["a.jsonl"], max_items=9), task_inputs(tmp_path, messages))
+    assert messages[0].startswith("general: 9 documents are a small sample")
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,13 @@ def test_later_windows_keep_what_was_shown(tiny_model: Path, tmp_path: Path) -> 
     task = build_task("domain", PerplexityConfig(texts="books", max_length=60), task_inputs(tmp_path / "data"))
     reader: Any = ModelReader(tiny_model)
     reader.info = SystemInfo("shown", "model", "prompted", "k", system="Tables hold", shots=0)
-    seen: list[tuple[list[int], list[int]]] = []
-    whole = reader.logprobs
-    reader.logprobs = lambda contexts, asked: seen.extend(zip(contexts, asked, strict=True)) or whole(contexts, asked)
+    calls: list[tuple[list[int], list[int]]] = []
+    full = reader.logprobs
+    reader.logprobs = lambda contexts, asked: calls.extend(zip(contexts, asked, strict=True)) or full(contexts, asked)
     task.read(reader)
-    assert all(reader.tokenizer.decode(context[1:]).startswith("Tables hold\n\n") for context, _ in seen)
-    assert max(len(context) + len(asked) for context, asked in seen) <= 61
-    assert len(seen) > len(TEST) or max(map(len, TEST)) <= 47
+    assert all(reader.tokenizer.decode(context[1:]).startswith("Tables hold\n\n") for context, _ in calls)
+    assert max(len(context) + len(asked) for context, asked in calls) <= 61
+    assert len(calls) > len(TEST) or max(map(len, TEST)) <= 47
 
 
 def test_there_must_be_enough_to_show_and_room_for_it(tiny_model: Path, tmp_path: Path) -> None:

@@ -140,11 +140,11 @@ def test_files_are_spelled_as_in_a_recipe(tmp_path: Path, capsys: pytest.Capture
         {"prompt": "Same?", "chosen": "same", "rejected": "same"},
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    said: list[str] = []
+    messages: list[str] = []
     config = PreferenceConfig(files=["a.jsonl"])
-    task = build_task("prefers", config, task_inputs(tmp_path, said=said))
+    task = build_task("prefers", config, task_inputs(tmp_path, said=messages))
     assert [(item.prompt, item.source) for item in task.items] == [([user("Which?")], "a.jsonl")]
-    assert said == ["prefers: 1 records are left out: chosen equals rejected (1)"]
+    assert messages == ["prefers: 1 records are left out: chosen equals rejected (1)"]
     assert capsys.readouterr().out.startswith("prefers: format preferences: ")
     assert task.settings()["files"] == task_identities(config, tmp_path)
     renamed = [{"ask": "Which?", "good": "this", "bad": "that"}]
@@ -178,10 +178,10 @@ def test_a_broken_record_is_an_error_with_its_line(tmp_path: Path) -> None:
 def test_pairs_with_tools_are_left_out_and_said(tmp_path: Path) -> None:
     calling = {**pair("e", "f"), "chosen": [{**assistant("e"), "tool_calls": "[{}]"}]}
     rows = [pair("a", "b"), pair("c", "d", tools="[{}]"), calling, pair(" ", "g")]
-    said: list[str] = []
-    task = build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, rows, said))
+    messages: list[str] = []
+    task = build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, rows, messages))
     assert [item.data["chosen"] for item in task.items] == ["a"]
-    assert said == ["prefers: 3 of 4 pairs are left out: tools, or no words"]
+    assert messages == ["prefers: 3 of 4 pairs are left out: tools, or no words"]
     with pytest.raises(UserError, match="prefers: none of 1 pairs can be read"):
         build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, rows[1:2]))
 
@@ -213,9 +213,9 @@ def test_settings_need_no_torch() -> None:
 
 def test_hh_rlhf_by_a_rule(shared_data: Path) -> None:
     [file] = sorted((shared_data / "hh-rlhf").glob("*helpful*"))[:1]
-    said: list[str] = []
+    messages: list[str] = []
     config = PreferenceConfig(files=[str(file)], max_items=100)
-    task = build_task("hh", config, task_inputs(Path(), said=said))
+    task = build_task("hh", config, task_inputs(Path(), said=messages))
     assert len(task.items) == 100
     assert all(item.prompt[-1]["role"] == "user" for item in task.items)
     reader = RuleReader(lambda context, answer: -float(len(answer)))  # prefers what is shorter

@@ -37,7 +37,7 @@ class Shelf:
 
     def reward_scores(self, prompts, answers, finished, field="reward") -> list[float]:
         self.asked.append((field, prompts, answers, finished))
-        return [self.models[field](*one) for one in zip(prompts, answers, finished, strict=True)]
+        return [self.models[field](*entry) for entry in zip(prompts, answers, finished, strict=True)]
 
     def progress(self, done, total, unit) -> None:
         pass
@@ -116,7 +116,7 @@ def test_a_category_may_stand_in_any_field(tmp_path):
         tmp_path, [{**record, "topic": f"t{index % 2}"} for index, record in enumerate(PAIRS)], category="topic"
     )
     task.score({}, Shelf(length))
-    assert {name: one["n"] for name, one in task.reports[0]["by_source"].items()} == {"t0": 2, "t1": 1}
+    assert {name: entry["n"] for name, entry in task.reports[0]["by_source"].items()} == {"t0": 2, "t1": 1}
     with pytest.raises(UserError, match=r"mine\.jsonl:1: there is no field 'topic'"):
         make_task(tmp_path, PAIRS, category="topic")
 
@@ -157,7 +157,7 @@ def test_reward_bench(tmp_path):
     assert (task.layout, task.title) == ("reward_bench", "RewardBench")
     task.score({}, Shelf(length))
     sections = task.reports[0]["sections"]
-    values = {name: one["value"] for name, one in sections.items()}
+    values = {name: section["value"] for name, section in sections.items()}
     assert values == {SCORE: 0.625, "Chat": 1, "Chat Hard": 0, "Safety": 1, "Reasoning": 0.5}
     assert task.reports[0]["by_source"]["hep-go"]["n"] == 1
 
@@ -184,7 +184,7 @@ def test_reward_bench_2(tmp_path):
     assert len(prompts) == len(answers) == len(finished) == 4 + 4 + 4 + 4 + 4
     assert answers[:5] == ["the longest", "a", "bb", "ccc", "mid"]
     assert prompts[4] == [{"role": "user", "content": "Q2"}]
-    values = {name: one["value"] for name, one in task.reports[0]["sections"].items()}
+    values = {name: section["value"] for name, section in task.reports[0]["sections"].items()}
     # Focus: a tie of two. Ties: good answers score alike, 4 above the bad ones, and 1 for the ref prompt
     assert values == {"Math": 0.5, "Focus": 0.5, "Ties": pytest.approx(1.01)}
     assert task.reports[0]["pairs"] == 5
@@ -211,7 +211,7 @@ def test_pairs_of_reward_bench_2_are_drawn_by_seed(tmp_path):
 def test_what_belongs_together_in_ties_is_drawn_together(tmp_path):
     records = [best_of("Ties", f"{kind}:{index}", ["a"], ["b"]) for kind in ("ref", "tied") for index in range(20)]
     task = make_task(tmp_path, records, max_items=7)
-    names = [one.id for one in task.comparisons]
+    names = [comparison.id for comparison in task.comparisons]
     assert len(names) == 14
     assert {name.removeprefix("ref:") for name in names if "ref" in name} == {
         name.removeprefix("tied:") for name in names if "tied" in name
@@ -281,8 +281,8 @@ def test_a_scorecard_takes_the_reports_and_no_metrics(tmp_path):
     task.score({}, Shelf(length))
     systems = [SystemInfo("sft", "sft", "checkpoint", "key")]
     values = {"sft": {"length": [[1.0], [2.0]], "finished": [[1.0], [1.0]]}}
-    found = Measurements(systems, "sft", None, ["a", "a"], values, tasks=[TaskResult(task, {})])
-    card = build(found, Resampling(100, 0), {})
+    measurements = Measurements(systems, "sft", None, ["a", "a"], values, tasks=[TaskResult(task, {})])
+    card = build(measurements, Resampling(100, 0), {})
     assert card["reward_models"] == task.reports
     assert card["tasks"]["rm_set"]["metrics"] == []
     assert not any(name.startswith("rm_set") for name in card["metrics"])
@@ -307,7 +307,7 @@ def test_real_pairs_through_a_reward_model(tiny_reward, shared_data, tmp_path):
     task.score({}, shelf)
     [report] = task.reports
     assert set(report["by_source"]) == {"helpful-base.test.jsonl.gz", "harmless-base.test.jsonl.gz"}
-    assert sum(one["n"] for one in report["by_source"].values()) == 20
+    assert sum(entry["n"] for entry in report["by_source"].values()) == 20
     assert report["length_correlation"]["n"] == 20
     rows = task._rows()
     scores = [model.score([row["prompt"] for row in rows], [row[side][0]["content"] for row in rows])

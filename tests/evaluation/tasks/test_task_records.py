@@ -54,11 +54,11 @@ def test_all_records_come_in_order_with_their_places(tmp_path: Path) -> None:
 def test_max_items_draws_by_seed_and_keeps_the_order(tmp_path: Path) -> None:
     write(tmp_path, 100)
     config = Homemade(files=["a.jsonl"], max_items=10)
-    drawn = [[record["n"] for record in load_records(config, tmp_path, seed)] for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] == sorted(drawn[0])
-    assert len(set(drawn[0])) == 10
-    assert drawn[0] != drawn[2]
-    assert drawn[0] != list(range(10)), "the first ten would be a sample of whatever the file begins with"
+    draws = [[record["n"] for record in load_records(config, tmp_path, seed)] for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] == sorted(draws[0])
+    assert len(set(draws[0])) == 10
+    assert draws[0] != draws[2]
+    assert draws[0] != list(range(10)), "the first ten would be a sample of whatever the file begins with"
     assert len(load_records(Homemade(files=["a.jsonl"], max_items=200), tmp_path, 0)) == 100
 
 
@@ -92,13 +92,13 @@ def test_a_known_benchmark_needs_only_a_commit_of_the_hub(tmp_path: Path) -> Non
     named = record_source(Gsm8kLike(dataset="openai/gsm8k", revision=COMMIT, split="train"))
     assert named.type == "hub"
     assert (named.config, named.split) == ("main", "train")
-    other = record_source(Gsm8kLike(dataset="some/one", revision=COMMIT))
-    assert other.type == "hub"
-    assert (other.dataset, other.config, other.split) == ("some/one", None, "test")
+    other_source = record_source(Gsm8kLike(dataset="some/one", revision=COMMIT))
+    assert other_source.type == "hub"
+    assert (other_source.dataset, other_source.config, other_source.split) == ("some/one", None, "test")
 
 
 @pytest.mark.parametrize(
-    ("kind", "given", "said"),
+    ("kind", "settings", "message"),
     [
         (Homemade, {}, "give its files, or its dataset and revision"),
         (Gsm8kLike, {}, "the commit of openai/gsm8k"),
@@ -112,10 +112,10 @@ def test_a_known_benchmark_needs_only_a_commit_of_the_hub(tmp_path: Path) -> Non
     ],
 )
 def test_settings_that_name_no_one_place_are_refused(
-    kind: type[RecordFields], given: dict[str, object], said: str
+    kind: type[RecordFields], settings: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ValidationError, match=said):
-        kind.model_validate(given)
+    with pytest.raises(ValidationError, match=message):
+        kind.model_validate(settings)
 
 
 def test_files_that_hold_nothing_usable_are_named(tmp_path: Path) -> None:
@@ -164,5 +164,5 @@ def test_items_are_named_by_a_field_or_by_file_and_line_and_never_twice(tmp_path
     assert item_ids(records) == ["a.jsonl:1", "a.jsonl:1 (2)", "b:2"]
     assert item_ids(records, "id") == ["5", "5 (2)", "b:2"]
     write(tmp_path, 50)
-    drawn = load_records(Homemade(files=["a.jsonl"], max_items=5), tmp_path, 3)
-    assert item_ids(drawn) == [f"a.jsonl:{record['n'] + 1}" for record in drawn], "a draw renames nothing"
+    draws = load_records(Homemade(files=["a.jsonl"], max_items=5), tmp_path, 3)
+    assert item_ids(draws) == [f"a.jsonl:{record['n'] + 1}" for record in draws], "a draw renames nothing"

@@ -58,9 +58,9 @@ def test_other_openings_are_none(text: str) -> None:
     assert not is_refusal(text)
 
 
-def rate(found: Measured, metric: str) -> float:
-    pairs = list(zip(found.values[metric], found.weights[metric], strict=True))
-    return sum(sum(one) / len(one) * weight for one, weight in pairs) / sum(weight for _, weight in pairs)
+def rate(result: Measured, metric: str) -> float:
+    pairs = list(zip(result.values[metric], result.weights[metric], strict=True))
+    return sum(sum(entry) / len(entry) * weight for entry, weight in pairs) / sum(weight for _, weight in pairs)
 
 
 def test_each_rate_is_over_prompts_of_its_own_kind(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_prompts_are_asked_as_they_are_and_named_by_id_and_type(tmp_path: Path) 
     assert respondent.sampling is not None
     assert respondent.sampling.max_tokens == 64
     assert [[turns[-1].response.text for turns in samples] for samples in answers] == [[REFUSAL]] * 4
-    assert [(item.id, item.source) for item in task.items] == [(one["id"], one["type"]) for one in RECORDS]
+    assert [(item.id, item.source) for item in task.items] == [(entry["id"], entry["type"]) for entry in RECORDS]
     assert task.settings()["safe"] == 2
 
 
@@ -124,7 +124,7 @@ def test_without_labels_contrasts_are_unsafe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "said"),
+    ("records", "message"),
     [
         (
             [RECORDS[0], {**RECORDS[1], "label": "dangerous"}],
@@ -135,8 +135,10 @@ def test_without_labels_contrasts_are_unsafe(tmp_path: Path) -> None:
         ([RECORDS[1]], "all 1 prompts are unsafe, so refusal_safe cannot be measured"),
     ],
 )
-def test_records_that_give_no_two_rates_are_refused(tmp_path: Path, records: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_records_that_give_no_two_rates_are_refused(
+    tmp_path: Path, records: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         make(tmp_path, records)
 
 

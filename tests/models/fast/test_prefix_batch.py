@@ -41,18 +41,19 @@ def agree(model, lengths, parents):
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(0, 50, (length,), generator=generator).tolist() for length in lengths]
     line, wholes = PrefixBatch(), []
-    for own, parent in zip(tokens, parents, strict=True):
-        line.add(own, parent)
-        wholes.append([*(wholes[parent] if parent is not None else []), *own])
+    for token, parent in zip(tokens, parents, strict=True):
+        line.add(token, parent)
+        wholes.append([*(wholes[parent] if parent is not None else []), *token])
     alone = [
-        model(torch.tensor([row])).last_hidden_state[0, -len(own) :] for row, own in zip(wholes, tokens, strict=True)
+        model(torch.tensor([row])).last_hidden_state[0, -len(token) :]
+        for row, token in zip(wholes, tokens, strict=True)
     ]
     expected = torch.cat(alone)
     weight = torch.sin(torch.arange(expected.numel())).view_as(expected)
     wanted = gradients(model, (expected * weight).sum())
-    found = read(model, line)
-    assert torch.allclose(found, expected, atol=1e-5)
-    for name, gradient in gradients(model, (found * weight).sum()).items():
+    rows = read(model, line)
+    assert torch.allclose(rows, expected, atol=1e-5)
+    for name, gradient in gradients(model, (rows * weight).sum()).items():
         assert (gradient - wanted[name]).norm() <= 1e-5 * (1 + wanted[name].norm()), name
 
 
@@ -83,10 +84,10 @@ def test_a_beginning_s_gradient_is_summed_in_float32(llama):
     for _ in range(64):
         line.add([1], beginning)
     layout = line.batch()["layout"]
-    taken = ragged_rows._TakeKeys.apply(rows, layout["key_tokens"], layout["token_keys"], layout["prefix_copies"])
-    grad = torch.full_like(taken, 1 / 64)
+    chosen = ragged_rows._TakeKeys.apply(rows, layout["key_tokens"], layout["token_keys"], layout["prefix_copies"])
+    grad = torch.full_like(chosen, 1 / 64)
     grad[layout["token_keys"][0]] = 4.0
-    taken.backward(grad)
+    chosen.backward(grad)
     assert rows.grad[0].item() == 5.0  # one by one in bfloat16: 4 + 1/64 is 4 again
     assert rows.grad[1:].tolist() == [[[1 / 64]]] * 64
 
@@ -106,7 +107,7 @@ def test_what_is_in_common_leaves_each_a_token():
 )
 def test_in_common_is_what_comparing_all_would_find(rows, start):
     rows = [start + row for row in rows]
-    found = 0
-    while all(found < len(row) - 1 for row in rows) and len({row[found] for row in rows}) == 1:
-        found += 1
-    assert common_prefix(rows) == (found if found >= MIN_PREFIX else 0)
+    actual = 0
+    while all(actual < len(row) - 1 for row in rows) and len({row[actual] for row in rows}) == 1:
+        actual += 1
+    assert common_prefix(rows) == (actual if actual >= MIN_PREFIX else 0)

@@ -47,9 +47,9 @@ def agree(model, rows):
     weight = torch.sin(torch.arange(expected.numel())).view_as(expected)
     wanted = gradients(model, (expected * weight).sum())
     enable_ragged(model)
-    found = together(model, rows)
-    assert torch.allclose(found, expected, atol=1e-5)
-    for name, gradient in gradients(model, (found * weight).sum()).items():
+    actual = together(model, rows)
+    assert torch.allclose(actual, expected, atol=1e-5)
+    for name, gradient in gradients(model, (actual * weight).sum()).items():
         assert (gradient - wanted[name]).norm() <= 1e-5 * (1 + wanted[name].norm()), name
 
 

@@ -45,26 +45,26 @@ def test_in_two_parts_as_in_one(model_type: str, windows: str, count: int) -> No
     config = AutoConfig.for_model(model_type, **SIZES, **WINDOWS[windows])
     trunk = AutoModelForCausalLM.from_config(config).eval().model
     with torch.no_grad():
-        whole = trunk(input_ids=IDS, use_cache=False).last_hidden_state
+        full = trunk(input_ids=IDS, use_cache=False).last_hidden_state
         with shared_layers.run_lower_layers(trunk, count):
             states = trunk(input_ids=IDS, use_cache=False).last_hidden_state
         with shared_layers.run_upper_layers(trunk, count):
-            found = trunk(inputs_embeds=states, use_cache=False).last_hidden_state
-    assert found.equal(whole)
-    assert not states.equal(whole)
+            last_hidden_state = trunk(inputs_embeds=states, use_cache=False).last_hidden_state
+    assert last_hidden_state.equal(full)
+    assert not states.equal(full)
     assert len(trunk.layers) == 5
 
 
 @pytest.mark.parametrize(("model_type", "windows"), [("qwen2", "mixed"), ("qwen3", "mixed"), ("mistral", "window")])
 def test_the_windows_of_these_models_count(model_type: str, windows: str) -> None:
     """Or the test above would hold whatever mask a layer is given."""
-    found = []
+    actual = []
     for fields in (WINDOWS[windows], {"sliding_window": None}):
         torch.manual_seed(0)
         trunk = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES, **fields)).eval().model
         with torch.no_grad():
-            found.append(trunk(input_ids=IDS, use_cache=False).last_hidden_state)
-    assert (found[0] - found[1]).abs().max() > 0.1
+            actual.append(trunk(input_ids=IDS, use_cache=False).last_hidden_state)
+    assert (actual[0] - actual[1]).abs().max() > 0.1
 
 
 def test_layers_below_the_first_adapter_are_frozen(tiny_model: Path) -> None:

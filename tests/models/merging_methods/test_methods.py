@@ -11,19 +11,19 @@ from align.models.merging_methods import methods
 
 
 def test_linear_is_the_weighted_sum() -> None:
-    found = methods.linear([torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])], [0.25, 0.75])
-    assert found.tolist() == [2.5, -1.0]  # 0.25 + 2.25, 0.5 - 1.5
+    merged = methods.linear([torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])], [0.25, 0.75])
+    assert merged.tolist() == [2.5, -1.0]  # 0.25 + 2.25, 0.5 - 1.5
 
 
 def test_slerp_keeps_to_the_circle() -> None:
-    one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    third = methods.slerp(one, other, 1 / 3)
+    first, second = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    third = methods.slerp(first, second, 1 / 3)
     # 90 degrees apart: a third of the way is 30 degrees
     assert third.flatten().tolist() == pytest.approx([math.cos(math.pi / 6), math.sin(math.pi / 6)])
-    assert methods.slerp(one, other, 0.0).equal(one)
-    assert torch.allclose(methods.slerp(one, other, 1.0), other, atol=1e-6)
+    assert methods.slerp(first, second, 0.0).equal(first)
+    assert torch.allclose(methods.slerp(first, second, 1.0), second, atol=1e-6)
     # lengths 3 and 1: at half way sin(45) * (3, 0) + sin(45) * (0, 1), over sin(90)
-    assert methods.slerp(3 * one, other, 0.5).flatten().tolist() == pytest.approx([3 * 0.5**0.5, 0.5**0.5])
+    assert methods.slerp(3 * first, second, 0.5).flatten().tolist() == pytest.approx([3 * 0.5**0.5, 0.5**0.5])
 
 
 def test_slerp_of_parallel_or_zero_vectors_is_the_straight_line() -> None:
@@ -37,7 +37,7 @@ def test_slerp_of_parallel_or_zero_vectors_is_the_straight_line() -> None:
 
 
 def test_warp_keeps_the_length_that_an_average_loses() -> None:
-    vectors = [torch.eye(4)[at] for at in range(3)]
+    vectors = [torch.eye(4)[index] for index in range(3)]
     merged = methods.warp(vectors)
     assert float(merged.norm()) == pytest.approx(1.0, abs=1e-6)
     assert float(methods.linear(vectors, [1 / 3] * 3).norm()) == pytest.approx(1 / 3**0.5)
@@ -48,31 +48,31 @@ def test_warp_keeps_the_length_that_an_average_loses() -> None:
 
 
 def test_ties_trims_elects_and_averages_those_that_agree() -> None:
-    one = torch.tensor([4.0, 0.1, -2.0, 0.2])
-    other = torch.tensor([2.0, -3.0, 0.3, -0.1])
+    first = torch.tensor([4.0, 0.1, -2.0, 0.2])
+    second = torch.tensor([2.0, -3.0, 0.3, -0.1])
     # half of each is kept: (4, 0, -2, 0) and (2, -3, 0, 0)
-    assert methods.ties([one, other], [1, 1], 0.5).tolist() == pytest.approx([3.0, -3.0, -2.0, 0.0])
+    assert methods.ties([first, second], [1, 1], 0.5).tolist() == pytest.approx([3.0, -3.0, -2.0, 0.0])
     # all kept: signs + - - +; those that agree: (4 + 2) / 2, -3, -2, 0.2
-    assert methods.ties([one, other], [1, 1], 1.0).tolist() == pytest.approx([3.0, -3.0, -2.0, 0.2])
+    assert methods.ties([first, second], [1, 1], 1.0).tolist() == pytest.approx([3.0, -3.0, -2.0, 0.2])
     # the first counts double: its entries are twice as large, who agrees is the same
-    assert methods.ties([one, other], [2, 1], 0.5).tolist() == pytest.approx([5.0, -3.0, -4.0, 0.0])
-    assert methods.ties([one, other], [2, 1], 1.0).tolist() == pytest.approx([5.0, -3.0, -4.0, 0.4])
+    assert methods.ties([first, second], [2, 1], 0.5).tolist() == pytest.approx([5.0, -3.0, -4.0, 0.0])
+    assert methods.ties([first, second], [2, 1], 1.0).tolist() == pytest.approx([5.0, -3.0, -4.0, 0.4])
 
 
 @pytest.mark.parametrize("elect", [False, True])
 def test_dare_keeps_the_expected_value_and_repeats_itself(elect: bool) -> None:
     vector = torch.ones(20_000)
     state = torch.get_rng_state()
-    found = methods.dare([vector, vector], [0.5, 0.5], 0.25, seed=3, elect=elect)
+    merged = methods.dare([vector, vector], [0.5, 0.5], 0.25, seed=3, elect=elect)
     assert torch.get_rng_state().equal(state)
-    assert found.equal(methods.dare([vector, vector], [0.5, 0.5], 0.25, seed=3, elect=elect))
-    assert not found.equal(methods.dare([vector, vector], [0.5, 0.5], 0.25, seed=4, elect=elect))
+    assert merged.equal(methods.dare([vector, vector], [0.5, 0.5], 0.25, seed=3, elect=elect))
+    assert not merged.equal(methods.dare([vector, vector], [0.5, 0.5], 0.25, seed=4, elect=elect))
     if elect:  # an entry that one of them keeps is 4 * 0.5; both kept average to the same
-        assert set(found.tolist()) == {0.0, 2.0}
-        assert float((found > 0).float().mean()) == pytest.approx(1 - 0.75**2, abs=0.02)
+        assert set(merged.tolist()) == {0.0, 2.0}
+        assert float((merged > 0).float().mean()) == pytest.approx(1 - 0.75**2, abs=0.02)
     else:  # each entry is kept with 1/4 and scaled by 4
-        assert set(found.tolist()) == {0.0, 2.0, 4.0}
-        assert float(found.mean()) == pytest.approx(1.0, abs=0.05)
+        assert set(merged.tolist()) == {0.0, 2.0, 4.0}
+        assert float(merged.mean()) == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_tensors_seed_is_its_own() -> None:

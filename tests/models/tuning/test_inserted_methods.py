@@ -33,8 +33,8 @@ def ids_of(tokenizer: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = model(ids).logits
-    return found
+    result: torch.Tensor = model(ids).logits
+    return result
 
 
 @pytest.mark.parametrize("method", ["parallel", "sequential", "llama_adapter"])
@@ -71,13 +71,13 @@ def test_a_parallel_bottleneck_becomes_a_wider_mlp(tiny_model: Path, tmp_path: P
     assert not (tmp_path / "model" / "adapter").exists()
     mlp = model.model.layers[0].mlp
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    own = mlp.bottleneck
+    bottleneck = mlp.bottleneck
     with torch.no_grad():
         # W_down (silu(W_gate x) * W_up x), arXiv 2110.04366's parallel placement with the model's own kind of MLP
-        expected = (torch.nn.functional.silu(x @ own.gate.T) * (x @ own.up.T)) @ own.down.T
-        own.enabled = False
+        expected = (torch.nn.functional.silu(x @ bottleneck.gate.T) * (x @ bottleneck.up.T)) @ bottleneck.down.T
+        bottleneck.enabled = False
         expected += mlp(x)
-        own.enabled = True
+        bottleneck.enabled = True
         assert torch.allclose(mlp(x), expected, atol=1e-5)
 
 
@@ -102,13 +102,17 @@ def test_a_sequential_bottleneck_is_its_formula(tiny_model: Path) -> None:
     model, _ = tuned(tiny_model, HOULSBY)
     mlp = model.model.layers[1].mlp
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    own = mlp.bottleneck
+    bottleneck = mlp.bottleneck
     with torch.no_grad():
-        own.enabled = False
+        bottleneck.enabled = False
         plain = mlp(x)
-        own.enabled = True
+        bottleneck.enabled = True
         # y + W_up gelu(W_down y + b) + c
-        expected = plain + torch.nn.functional.gelu(plain @ own.down.T + own.down_bias) @ own.up.T + own.up_bias
+        expected = (
+            plain
+            + torch.nn.functional.gelu(plain @ bottleneck.down.T + bottleneck.down_bias) @ bottleneck.up.T
+            + bottleneck.up_bias
+        )
         assert torch.allclose(mlp(x), expected, atol=1e-5)
 
 
@@ -117,10 +121,10 @@ def test_llama_adapter_gives_pefts_numbers(tiny_model: Path) -> None:
 
     model, tokenizer = tuned(tiny_model, LLAMA)
     theirs = get_peft_model(load_policy(tiny_model), AdaptionPromptConfig(adapter_len=4, adapter_layers=2))
-    for ours, found in zip(model.model.layers, theirs.base_model.model.model.layers, strict=True):
+    for ours, layer in zip(model.model.layers, theirs.base_model.model.model.layers, strict=True):
         with torch.no_grad():
-            found.self_attn.adaption_prompt.copy_(ours.self_attn.llama_adapter.prompt)
-            found.self_attn.adaption_gate.copy_(ours.self_attn.llama_adapter.gate)
+            layer.self_attn.adaption_prompt.copy_(ours.self_attn.llama_adapter.prompt)
+            layer.self_attn.adaption_gate.copy_(ours.self_attn.llama_adapter.gate)
     ids = ids_of(tokenizer)
     assert torch.allclose(logits(model, ids), logits(theirs.eval(), ids), atol=1e-4)
     assert (logits(model, ids) - logits(load_policy(tiny_model), ids)).abs().max() > 0.1
@@ -144,9 +148,9 @@ def test_a_prefix_gives_pefts_numbers(tiny_model: Path) -> None:
         theirs.prompt_encoder["default"].embedding.weight.copy_(torch.cat(flat, dim=1))
     ids = ids_of(tokenizer)
     with torch.no_grad():
-        found = theirs.eval()(input_ids=ids[:, 4:], attention_mask=torch.ones_like(ids[:, 4:])).logits
-    ours = logits(model, ids)[:, 4:, : found.shape[-1]]
-    assert torch.allclose(ours, found, atol=1e-4)
+        actual = theirs.eval()(input_ids=ids[:, 4:], attention_mask=torch.ones_like(ids[:, 4:])).logits
+    ours = logits(model, ids)[:, 4:, : actual.shape[-1]]
+    assert torch.allclose(ours, actual, atol=1e-4)
     assert (ours - logits(load_policy(tiny_model), ids[:, 4:])).abs().max() > 0.1
 
 
@@ -157,9 +161,9 @@ def test_stored_beside_the_frozen_model_and_loaded_with_it(method: str, tiny_mod
     ids = ids_of(load_tokenizer(tmp_path / "model"))
     assert torch.equal(logits(load_policy(tmp_path / "model"), ids), logits(model, ids))
     base = load_file(tiny_model / "model.safetensors")
-    kept = load_file(tmp_path / "model" / "model.safetensors")
-    assert base.keys() == kept.keys()
-    assert all(torch.equal(kept[name][: len(tensor)], tensor) for name, tensor in base.items())
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert base.keys() == tensors.keys()
+    assert all(torch.equal(tensors[name][: len(tensor)], tensor) for name, tensor in base.items())
     half = load_policy(tmp_path / "model", torch.bfloat16)
     assert torch.isfinite(logits(half, ids)).all()
 
@@ -169,8 +173,8 @@ def test_a_reward_model_scores_as_it_did(method: str, tiny_model: Path, tmp_path
     model, tokenizer = tuned(tiny_model, METHODS[method], reward=True)
     save_tuned(model, tokenizer, tmp_path / "model")
     ids = ids_of(tokenizer)
-    expected, found = logits(model, ids), logits(load_reward(tmp_path / "model"), ids)
-    assert torch.allclose(expected, found, atol=1e-5)
+    expected, actual = logits(model, ids), logits(load_reward(tmp_path / "model"), ids)
+    assert torch.allclose(expected, actual, atol=1e-5)
     assert expected.abs().min() > 0
 
 
@@ -222,10 +226,10 @@ def test_a_look_at_the_start_changes_no_gradient(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = ids_of(tokenizer)
     expected = gradients(model, ids, look_back=False)
-    found = gradients(model, ids, look_back=True)
-    assert expected and found.keys() == expected.keys()
+    actual = gradients(model, ids, look_back=True)
+    assert expected and actual.keys() == expected.keys()
     assert any(gradient.abs().max() > 0 for gradient in expected.values())
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("method", STORED)
@@ -257,26 +261,26 @@ def test_trained_further_in_full_it_keeps_its_adapter(tiny_model: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "other", [LoraTuning(), PREFIX, AdaptersTuning(position="sequential", size=24)], ids=lambda one: one.label
+    "second", [LoraTuning(), PREFIX, AdaptersTuning(position="sequential", size=24)], ids=lambda one: one.label
 )
-def test_another_tuning_of_a_stored_adapter_is_refused(other: TuningBase, tiny_model: Path, tmp_path: Path) -> None:
+def test_another_tuning_of_a_stored_adapter_is_refused(second: TuningBase, tiny_model: Path, tmp_path: Path) -> None:
     first = saved(tiny_model, HOULSBY, tmp_path / "first" / "model")
-    model, tokenizer = load_for_tuning(first, other), load_tokenizer(first, other)
+    model, tokenizer = load_for_tuning(first, second), load_tokenizer(first, second)
     with pytest.raises(
         UserError, match="carries an adapter of tuning bottleneck 16 sequential, which is trained furth"
     ):
-        apply_tuning(model, other, 3, tokenizer=tokenizer)
+        apply_tuning(model, second, 3, tokenizer=tokenizer)
 
 
 def test_a_damaged_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = saved(tiny_model, HOULSBY, tmp_path / "model")
     weights, described = folder / "adapter" / "adapter.safetensors", folder / "adapter" / "adapter.json"
-    whole, text = load_file(weights), described.read_text(encoding="utf-8")
+    full, text = load_file(weights), described.read_text(encoding="utf-8")
     name = "model.layers.0.mlp.bottleneck.up"
-    save_file({key: tensor for key, tensor in whole.items() if key != name}, weights)
+    save_file({key: tensor for key, tensor in full.items() if key != name}, weights)
     with pytest.raises(UserError, match=rf"adapter.safetensors does not fit the model beside it: {name} differs"):
         load_policy(folder)
-    save_file(whole | {name: torch.zeros(64, 24)}, weights)
+    save_file(full | {name: torch.zeros(64, 24)}, weights)
     with pytest.raises(UserError, match=rf"{name} differs"):
         load_policy(folder)
     weights.write_bytes(b"half")
@@ -311,10 +315,10 @@ def test_with_a_cache_and_without_it_says_the_same(method: str, tiny_model: Path
     model, tokenizer = tuned(tiny_model, METHODS[method])
     ids = ids_of(tokenizer)
     with torch.no_grad():
-        whole = model(ids).logits
+        full = model(ids).logits
         start = model(ids[:, :-3], use_cache=True)
         rest = model(ids[:, -3:], past_key_values=start.past_key_values, use_cache=True).logits
-    assert torch.allclose(whole[:, -3:], rest, atol=1e-4)
+    assert torch.allclose(full[:, -3:], rest, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

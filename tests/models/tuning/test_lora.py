@@ -21,14 +21,14 @@ def test_adapters_that_take_their_part_out_leave_shared_tensors_alone(tiny_model
     model = load_policy(tiny_model)
     shared = dict(model.named_parameters())
     before = {name: tensor.detach().clone() for name, tensor in shared.items()}
-    made = apply_tuning(model, LoraTuning(rank=4, init="pissa"), 0)
+    new_model = apply_tuning(model, LoraTuning(rank=4, init="pissa"), 0)
     assert all(tensor.equal(before[name]) for name, tensor in shared.items())
-    layer = made.get_base_model().model.layers[0].mlp.up_proj
-    whole = before["model.layers.0.mlp.up_proj.weight"]
-    left, sizes, right = torch.linalg.svd(whole, full_matrices=False)
+    layer = new_model.get_base_model().model.layers[0].mlp.up_proj
+    full = before["model.layers.0.mlp.up_proj.weight"]
+    left, sizes, right = torch.linalg.svd(full, full_matrices=False)
     best = left[:, :4] * sizes[:4] @ right[:4]
     assert torch.allclose(layer.get_delta_weight("default"), best, atol=1e-5)
-    assert torch.allclose(layer.get_base_layer().weight, whole - best, atol=1e-5)
+    assert torch.allclose(layer.get_base_layer().weight, full - best, atol=1e-5)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
@@ -40,43 +40,43 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_model: Path) -> None:
 
 def test_eva_spans_what_the_inputs_vary_in(tiny_model: Path) -> None:
     """The first adapter's rows are the largest right singular vectors of its inputs on the rows it was shown."""
-    made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, init="eva"), 0, rows=ROWS)
-    layer = made.get_base_model().model.layers[0].self_attn.q_proj
-    seen: list[torch.Tensor] = []
-    layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().flatten(0, 1)))
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, init="eva"), 0, rows=ROWS)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    calls: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(lambda module, values: calls.append(values[0].detach().flatten(0, 1)))
     with torch.no_grad():
-        made(input_ids=torch.tensor(ROWS))
+        model(input_ids=torch.tensor(ROWS))
     spanned = layer.lora_A["default"].weight
     assert torch.allclose(spanned @ spanned.T, torch.eye(4), atol=1e-4)
-    inputs = torch.cat(seen)
+    inputs = torch.cat(calls)
     varied = inputs - inputs.mean(0)
-    kept = (varied @ spanned.T).square().sum() / varied.square().sum()
+    remaining = (varied @ spanned.T).square().sum() / varied.square().sum()
     random = torch.linalg.qr(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))[0]
-    assert kept > 1.5 * (varied @ random).square().sum() / varied.square().sum()
+    assert remaining > 1.5 * (varied @ random).square().sum() / varied.square().sum()
     with pytest.raises(UserError, match="eva reads training rows, and this stage has none"):
         apply_tuning(load_policy(tiny_model), LoraTuning(init="eva"), 0)
 
 
 def test_an_adapter_from_the_weights_is_stored_as_one_of_twice_the_rank(tiny_model: Path, tmp_path: Path) -> None:
-    made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8, init="olora"), 0)
-    save_tuned(made, load_tokenizer(tiny_model), tmp_path / "model")
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4, alpha=8, init="olora"), 0)
+    save_tuned(model, load_tokenizer(tiny_model), tmp_path / "model")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
-    assert made.peft_config["default"].r == 4
+    assert model.peft_config["default"].r == 4
 
 
 def test_saved_modules_stay_tied(tiny_model: Path, tmp_path: Path) -> None:
-    made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=2, save_modules=["embed_tokens"]), 0)
-    push(made)
-    weights = dict(merged_weights(made))
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=2, save_modules=["embed_tokens"]), 0)
+    push(model)
+    weights = dict(merged_weights(model))
     assert weights["lm_head.weight"].equal(weights["model.embed_tokens.weight"])
     assert not weights["lm_head.weight"].equal(load_policy(tiny_model).lm_head.weight)
-    save_tuned(made, load_tokenizer(tiny_model), tmp_path / "model")
-    assert torch.allclose(logits(load_policy(tmp_path / "model")), logits(made.eval()), atol=1e-5)
+    save_tuned(model, load_tokenizer(tiny_model), tmp_path / "model")
+    assert torch.allclose(logits(load_policy(tmp_path / "model")), logits(model.eval()), atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"targets": ["q_proj", "up_porj"]}, r"tuning\.targets: 'up_porj' fits no module .* Did you mean 'up_proj'\?"),
         ({"save_modules": ["embed_token"]}, r"tuning\.save_modules: 'embed_token' .* Did you mean 'embed_tokens'\?"),
@@ -84,14 +84,14 @@ def test_saved_modules_stay_tied(tiny_model: Path, tmp_path: Path) -> None:
         ({"targets": ["embed_tokens"]}, "tied to its embeddings"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(fields: dict[str, list[str]], said: str, tiny_model: Path) -> None:
-    with pytest.raises(UserError, match=said):
+def test_what_does_not_fit_the_model_is_refused(fields: dict[str, list[str]], message: str, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=message):
         apply_tuning(load_policy(tiny_model), LoraTuning.model_validate(fields), 0)
 
 
 def test_adapters_of_the_last_layers_are_there_alone(tiny_model: Path) -> None:
-    made = apply_tuning(load_policy(tiny_model), LoraTuning(last_layers=1), 0)
-    trained = [name for name, p in made.named_parameters() if p.requires_grad]
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(last_layers=1), 0)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     everywhere = apply_tuning(load_policy(tiny_model), LoraTuning(), 0)
     assert trained == [n for n, p in everywhere.named_parameters() if p.requires_grad and ".layers.1." in n]
     some = apply_tuning(load_policy(tiny_model), LoraTuning(last_layers=1, targets=["q_proj", "down_proj"]), 0)

@@ -32,11 +32,11 @@ def check(name: str, reward: bool, model_dir: Path, tmp_path: Path) -> None:
     # the reference: the model as it came in, and afterwards the trained one again
     came_in = logits(base(model_dir, reward))
     with initial_policy(model):
-        found = logits(model)
+        actual = logits(model)
     if tuning.method == "qlora":
-        assert (found - start).abs().max() < TOLERANCE  # the quantized model is what is trained
+        assert (actual - start).abs().max() < TOLERANCE  # the quantized model is what is trained
     else:
-        assert (found - came_in).abs().max() < TOLERANCE * max(1.0, float(came_in.abs().max()))
+        assert (actual - came_in).abs().max() < TOLERANCE * max(1.0, float(came_in.abs().max()))
         alone = PeftModel.from_pretrained(base(model_dir, reward), tmp_path / "adapter").eval()
         assert (logits(alone) - live).abs().max() < TOLERANCE * max(1.0, float(live.abs().max()))
     assert logits(model).equal(live)
@@ -78,14 +78,14 @@ def test_the_start_is_the_start_within_one_autocast_too(name: str, tiny_model: P
     with torch.autocast("cpu", torch.bfloat16):
         live = logits(model)
         with initial_policy(model):
-            found = logits(model)
+            actual = logits(model)
         assert logits(model).equal(live)
     with torch.autocast("cpu", torch.bfloat16):
         with initial_policy(model):
             alone = logits(model)
         assert logits(model).equal(live)
-    assert found.equal(alone)
-    assert (live - start).abs().max() > 20 * (found - start).abs().max()
+    assert actual.equal(alone)
+    assert (live - start).abs().max() > 20 * (actual - start).abs().max()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,7 +103,7 @@ def test_a_look_at_the_start_changes_no_gradient(name: str, tiny_model: Path) ->
         loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert gradients[0]
-    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+    assert all(first.equal(second) for first, second in zip(*gradients, strict=True))
 
 
 def test_no_look_back_at_a_start_that_a_pass_would_not_see(tiny_model: Path) -> None:

@@ -24,17 +24,17 @@ def test_four_bits_count_as_the_weights_they_stand_for(tuning: LoraTuning | Qlor
 
 
 def test_the_line_by_hand(tiny_model: Path) -> None:
-    made = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4), 0)
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4), 0)
     # a layer: two norms, inputs of attention and MLP, queries to outputs, gate to product, seven times the rank
     activations = 4 * (2 * (2 * 64 + 2 * 64 + 4 * 64 + 4 * 128 + 7 * 4) + 64)
     needed = 4 * (WHOLE + ADAPTERS) + 12 * ADAPTERS
-    assert notice(made, LoraTuning(rank=4), "float32") == (
+    assert notice(model, LoraTuning(rank=4), "float32") == (
         f"lora r4: {ADAPTERS:,} of {WHOLE + ADAPTERS:,} parameters are trained (8.09 %); about "
         f"{needed / 2**20:.2f} MiB for weights, gradients and AdamW, "
         f"and {1000 * activations / 2**20:,.0f} MiB per 1,000 tokens of a micro-batch for activations"
     )
     low = needed + 2 * (LAYERS + 260 * 64 + ADAPTERS)
-    assert f"about {low / 2**20:.2f} MiB" in notice(made, LoraTuning(rank=4), "bfloat16")
+    assert f"about {low / 2**20:.2f} MiB" in notice(model, LoraTuning(rank=4), "bfloat16")
 
 
 def test_full_tuning_trains_all_and_frozen_weights_are_not_counted_as_trained(tiny_model: Path) -> None:
@@ -47,7 +47,7 @@ def test_full_tuning_trains_all_and_frozen_weights_are_not_counted_as_trained(ti
 
 def test_a_schedule_needs_memory_for_what_is_open_at_once(tiny_model: Path) -> None:
     model = load_policy(tiny_model)
-    found = notice(model, FullTuning(), "float32", max_trained=LAYERS)
+    actual = notice(model, FullTuning(), "float32", max_trained=LAYERS)
     share = f"({100 * LAYERS / WHOLE:.3g} %)"
-    assert f"at most {LAYERS:,} of {WHOLE:,} parameters are trained in one step {share}" in found
-    assert f"about {(4 * WHOLE + 12 * LAYERS) / 2**20:.2f} MiB for weights" in found
+    assert f"at most {LAYERS:,} of {WHOLE:,} parameters are trained in one step {share}" in actual
+    assert f"about {(4 * WHOLE + 12 * LAYERS) / 2**20:.2f} MiB for weights" in actual

@@ -19,15 +19,15 @@ SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"type": "c3a", "options": {"block_size": 7}}, r"tuning\.options: c3a does not fit this model"),
         ({"type": "vera", "options": {"target_modules": ["q_prj"]}}, r"target_modules: 'q_prj' .* mean 'q_proj'"),
         ({"type": "vera", "options": {"target_modules": ["lm_head"]}}, "tied to its embeddings"),
     ],
 )
-def test_options_that_do_not_fit_are_the_users_error(options: Any, said: str, tiny_model: Path) -> None:
-    with pytest.raises(UserError, match=said):
+def test_options_that_do_not_fit_are_the_users_error(options: Any, message: str, tiny_model: Path) -> None:
+    with pytest.raises(UserError, match=message):
         apply_tuning(load_policy(tiny_model), PeftTuning.model_validate(options), 0)
 
 
@@ -40,16 +40,16 @@ def test_a_method_that_does_not_fold_is_refused_even_if_no_table_knows_it(tiny_m
 @pytest.mark.parametrize("kind", ["c3a", "fourierft"])
 def test_methods_start_at_the_model_that_came_in(kind: str, tiny_model: Path) -> None:
     options = {"c3a": {"block_size": 16}, "fourierft": {"n_frequency": 50}}[kind]
-    made = apply_tuning(load_policy(tiny_model), PeftTuning(type=kind, options=options), 0)
-    assert logits(made.eval()).equal(logits(load_policy(tiny_model)))
+    model = apply_tuning(load_policy(tiny_model), PeftTuning(type=kind, options=options), 0)
+    assert logits(model.eval()).equal(logits(load_policy(tiny_model)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "qwen3", "olmo2", "gemma", "gpt_neox"])
 def test_ia3_finds_keys_values_and_the_mlp_in_every_type(kind: str) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL))
-    made = apply_tuning(model, Ia3Tuning(), 0)
+    new_model = apply_tuning(model, Ia3Tuning(), 0)
     scaled = {name.split(".ia3_l")[0].rpartition(".")[2]: tuple(p.shape)
-              for name, p in made.named_parameters() if p.requires_grad}  # fmt: skip
+              for name, p in new_model.named_parameters() if p.requires_grad}  # fmt: skip
     fused = {"phi3": "qkv_proj", "gpt_neox": "query_key_value"}.get(kind)
     outputs = {fused: (96, 1)} if fused else {"k_proj": (32, 1), "v_proj": (32, 1)}
     assert scaled == {**outputs, ("dense_4h_to_h" if kind == "gpt_neox" else "down_proj"): (1, 48)}

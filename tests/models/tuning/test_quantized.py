@@ -51,7 +51,7 @@ def test_gradients_are_those_of_lora_on_the_dequantized_model(tiny_model: Path) 
         model(input_ids=IDS, labels=IDS).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert len(grads[0]) == 28
-    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(*grads, strict=True))
+    assert all(torch.allclose(first, second, rtol=1e-3, atol=1e-5) for first, second in zip(*grads, strict=True))
 
 
 def load_and_fold(model_dir: Path) -> Any:
@@ -73,13 +73,13 @@ def test_autocast_decides_the_type_that_it_computes_in(tiny_model: Path) -> None
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_loftq_makes_up_for_a_part_of_what_is_lost(dora: bool, tiny_model: Path) -> None:
-    whole = load_policy(tiny_model).state_dict()
+    uninterrupted = load_policy(tiny_model).state_dict()
     near = dict(merged_weights(wrapped(tiny_model, QloraTuning(rank=16, init="loftq", dora=dora))))
-    far = dict(merged_weights(wrapped(tiny_model, QloraTuning(rank=16))))
+    distant = dict(merged_weights(wrapped(tiny_model, QloraTuning(rank=16))))
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
-        lost = (far[name] - whole[name]).norm()
-        left = (near[name] - whole[name]).norm()
-        singular = torch.linalg.svdvals(far[name] - whole[name])
+        lost = (distant[name] - uninterrupted[name]).norm()
+        left = (near[name] - uninterrupted[name]).norm()
+        singular = torch.linalg.svdvals(distant[name] - uninterrupted[name])
         assert left == pytest.approx(float(singular[16:].norm()), rel=1e-3)  # the best that rank 16 can do
         assert left < 0.85 * lost
 

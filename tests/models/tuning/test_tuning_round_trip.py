@@ -42,13 +42,13 @@ def test_what_a_record_holds_is_read_back_the_same(block):
 
 
 @pytest.mark.parametrize(
-    ("block", "said"),
+    ("block", "message"),
     [
         ({"method": "adapters", "tokens": 4}, "'tokens' has no effect with kind bottleneck"),
         ({"method": "adapters", "kind": "llama_adapter", "size": 16}, "'size' has no effect with kind llama_adapter"),
         ({"method": "adapters", "after": ["attention"]}, "'after' is for a sequential bottleneck"),
     ],
 )
-def test_a_field_of_the_other_kind_is_refused(block, said):
-    with pytest.raises(ValidationError, match=said):
+def test_a_field_of_the_other_kind_is_refused(block, message):
+    with pytest.raises(ValidationError, match=message):
         ADAPTER.validate_python(block)

@@ -59,10 +59,10 @@ def test_saved_as_a_plain_checkpoint_with_the_very_logits(method: str, base: Pat
     again = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids, mask = rows_of("hello", "a longer one", tokenizer=again)
     with torch.no_grad():
-        expected, found = (one(input_ids=ids, attention_mask=mask).logits for one in (model, loaded))
+        expected, actual = (entry(input_ids=ids, attention_mask=mask).logits for entry in (model, loaded))
         before = load_policy(base)(ids[:1, 5:]).logits
-    assert torch.equal(expected, found)
-    assert (found[:1, 5:, : before.shape[-1]] - before).abs().max() > 1  # they do change what is said
+    assert torch.equal(expected, actual)
+    assert (actual[:1, 5:, : before.shape[-1]] - before).abs().max() > 1  # they do change what is said
     assert not loaded.config.tie_word_embeddings
     assert loaded.lm_head.weight[-5:].abs().max() == 0
     assert torch.equal(loaded.lm_head.weight[:-5], load_policy(base).lm_head.weight)
@@ -83,8 +83,8 @@ def test_peft_reads_the_adapter_and_says_the_same(method: str, base: Path, tmp_p
     ids = torch.tensor([render_prompt(tokenizer, TALK)])
     with torch.no_grad():
         ours = model(ids).logits[:, 5:]
-        found = theirs(input_ids=ids[:, 5:], attention_mask=torch.ones_like(ids[:, 5:])).logits[:, 5:]
-    assert torch.allclose(ours[..., : found.shape[-1]], found, atol=1e-4)
+        actual = theirs(input_ids=ids[:, 5:], attention_mask=torch.ones_like(ids[:, 5:])).logits[:, 5:]
+    assert torch.allclose(ours[..., : actual.shape[-1]], actual, atol=1e-4)
 
 
 def test_switched_off_they_are_not_seen(base: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_text_to_start_from_is_that_text_as_a_prompt(base: Path) -> None:
         ids = torch.tensor([render_prompt(tokenizer, TALK)])
         written = torch.cat([torch.tensor([tokenizer(text)["input_ids"]]), ids[:, len(text) :]], dim=1)
         with torch.no_grad():
-            expected, found = load_policy(base)(written).logits[:, len(text) :], model(ids).logits[:, len(text) :]
-        assert torch.allclose(expected, found[..., : expected.shape[-1]], atol=1e-3)
+            expected, actual = load_policy(base)(written).logits[:, len(text) :], model(ids).logits[:, len(text) :]
+        assert torch.allclose(expected, actual[..., : expected.shape[-1]], atol=1e-3)
 
 
 def test_seeds_decide_and_the_callers_randomness_stays(base: Path) -> None:
@@ -144,10 +144,10 @@ def test_tuned_twice_the_new_tokens_stand_in_front(base: Path, tmp_path: Path) -
     again, extended = tuned(tmp_path / "once" / "model", PromptTuning(tokens=3))
     save_tuned(again, extended, tmp_path / "twice" / "model")
     plain = render_prompt(load_tokenizer(base), TALK)
-    found = render_prompt(load_tokenizer(tmp_path / "twice" / "model"), TALK)
-    assert found == [262, 263, 264, 260, 261, *plain]
+    prompt = render_prompt(load_tokenizer(tmp_path / "twice" / "model"), TALK)
+    assert prompt == [262, 263, 264, 260, 261, *plain]
     with torch.no_grad():
-        ids = torch.tensor([found])
+        ids = torch.tensor([prompt])
         assert torch.equal(load_policy(tmp_path / "twice" / "model")(ids).logits, again(ids).logits)
 
 
@@ -156,10 +156,10 @@ def test_a_reward_model_scores_as_it_did(base: Path, tmp_path: Path) -> None:
     save_tuned(model, tokenizer, tmp_path / "model")
     ids, mask = rows_of("hello", "a longer one", tokenizer=load_tokenizer(tmp_path / "model"))
     with torch.no_grad():
-        expected, found = (
-            one(input_ids=ids, attention_mask=mask).logits for one in (model, load_reward(tmp_path / "model"))
+        expected, actual = (
+            entry(input_ids=ids, attention_mask=mask).logits for entry in (model, load_reward(tmp_path / "model"))
         )
-    assert torch.equal(expected, found)
+    assert torch.equal(expected, actual)
     assert expected.abs().min() > 0
 
 
@@ -239,5 +239,5 @@ def test_positions_that_are_learned_are_those_of_the_text(base: Path, tmp_path: 
     assert torch.allclose(off[real], plain[real], atol=1e-3)
     save_tuned(model, tokenizer, tmp_path / "model")
     with torch.no_grad():
-        found = load_policy(tmp_path / "model")(input_ids=ids, attention_mask=mask).logits
-    assert torch.allclose(on, found, atol=1e-5)
+        logits = load_policy(tmp_path / "model")(input_ids=ids, attention_mask=mask).logits
+    assert torch.allclose(on, logits, atol=1e-5)

@@ -88,12 +88,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_online, tmp_pat
         "updates": 4, "save_strategy": "steps", "lr_scheduler_type": "linear", "tuning": LORA, "scorer": by_prompt,
         "samples_per_prompt": 4,
     }  # fmt: skip
-    whole = make_online(method, output_dir=str(tmp_path / "whole"), **fields)
-    whole.train()
-    steps = 2 * whole.args.steps_per_update
+    uninterrupted = make_online(method, output_dir=str(tmp_path / "whole"), **fields)
+    uninterrupted.train()
+    steps = 2 * uninterrupted.args.steps_per_update
     again = make_online(method, output_dir=str(tmp_path / "again"), **fields)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{steps}"))
-    expected = weights(whole)
+    expected = weights(uninterrupted)
     assert any((tensor != 0).any() for name, tensor in expected.items() if "lora_B" in name)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())
 
@@ -101,7 +101,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_online, tmp_pat
         timed = ("seconds", "per_second", "peak_memory", "runtime")
         return [{n: v for n, v in entry.items() if not any(t in n for t in timed)} for entry in updates(trainer)]
 
-    assert told(again) == told(whole)
+    assert told(again) == told(uninterrupted)
 
 
 def noted(owner, name, rollouts):
@@ -118,8 +118,8 @@ def test_micro_batches_and_packing_change_no_gradient(make_online, method):
         make_online(method, callbacks=[capture], updates=1, rollout_batch=16, max_grad_norm=1e9, **fields).train()
         gradients.append(capture.found[0])
     assert gradients[0].norm() > 0
-    for other in gradients[1:]:
-        assert (gradients[0] - other).norm() <= 1e-5 * gradients[0].norm()
+    for gradient in gradients[1:]:
+        assert (gradients[0] - gradient).norm() <= 1e-5 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -192,7 +192,7 @@ def test_groups_without_variance_are_counted_and_by_choice_replaced(make_online)
     assert again["episodes"] == 16 + sum(map(len, rollout.resampled)) > 16
     assert len(rollout) == 16 and sorted(rollout.groups.count(g) for g in set(rollout.groups)) == [4] * 4
     for group in set(rollout.groups):  # a group is of one prompt
-        places = [i for i, other in enumerate(rollout.groups) if other == group]
+        places = [i for i, other_group in enumerate(rollout.groups) if other_group == group]
         assert len({tuple(rollout.prompts[i]) for i in places}) == 1
     assert torch.equal(rollout.tensors["response_mask"].sum(1), torch.tensor([len(r) for r in rollout.responses]))
 
@@ -210,13 +210,13 @@ def test_the_best_and_the_worst_are_a_pair_and_ties_teach_nothing(make_online):
     trainer = make_online("online_dpo", updates=1, rollout_batch=8)
     scores = iter([[0.1, 0.9, 0.3, 0.2, 0.5, 0.5, 0.5, 0.5]])
     trainer.sampler.scorer = lambda rows, texts: next(scores)
-    seen = []
+    calls = []
     select = trainer.objective.select
-    trainer.objective.select = lambda rollout, sampler: seen.append((rollout, select(rollout, sampler))) or seen[0][1]
+    trainer.objective.select = lambda rollout, sampler: calls.append((rollout, select(rollout, sampler))) or calls[0][1]
     trainer.train()
-    drawn, pairs = seen[0]
+    draws, pairs = calls[0]
     assert pairs.tensors["sides"].flatten().tolist() == [1.0, -1.0, 0.0, 0.0]
-    assert pairs.responses[:2] == [drawn.responses[1], drawn.responses[0]]
+    assert pairs.responses[:2] == [draws.responses[1], draws.responses[0]]
     (entry,) = updates(trainer)
     assert entry["tied_pairs"] == 0.5 and entry["episodes"] == 8
     assert entry["score"] == pytest.approx(0.4375)  # of all that was drawn
@@ -226,12 +226,12 @@ def test_the_best_above_the_threshold_are_learned(make_online):
     trainer = make_online("rejection", updates=2, best=2, threshold=[0.4, 0.95], rollout_batch=8)
     scores = iter([[0.1, 0.9, 0.3, 0.5, 0.2, 0.3, 0.1, 0.6]] * 2)
     trainer.sampler.scorer = lambda rows, texts: next(scores)
-    seen = []
-    noted(trainer.objective, "advantages", seen)
+    calls = []
+    noted(trainer.objective, "advantages", calls)
     trainer.train()
-    assert seen[0].tensors["scores"].tolist() == pytest.approx([0.9, 0.5, 0.6, 0.3])
-    assert seen[0].tensors["learn_mask"].any(dim=1).tolist() == [True, True, True, False]
-    assert not seen[1].tensors["learn_mask"].any()  # of the second round's threshold all fall short
+    assert calls[0].tensors["scores"].tolist() == pytest.approx([0.9, 0.5, 0.6, 0.3])
+    assert calls[0].tensors["learn_mask"].any(dim=1).tolist() == [True, True, True, False]
+    assert not calls[1].tensors["learn_mask"].any()  # of the second round's threshold all fall short
     first, second = updates(trainer)
     assert first["selected"] == 0.75 and first["selected_score"] == pytest.approx(2 / 3)
     assert second["selected"] == 0.0
@@ -239,16 +239,16 @@ def test_the_best_above_the_threshold_are_learned(make_online):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_best_are_learned_by_the_loss_of_sft_whatever_the_temperature(make_online, tiny_model, temperature):
-    capture, seen = Gradients(), []
+    capture, observations = Gradients(), []
     trainer = make_online(
         "rejection", updates=1, best=2, rollout_batch=8, temperature=temperature, callbacks=[capture],
         max_grad_norm=1e9, reuse_forward=1.0,
     )  # fmt: skip
-    noted(trainer.objective, "advantages", seen)
+    noted(trainer.objective, "advantages", observations)
     trainer.train()
     policy = load_policy(tiny_model)
-    loss = sft_gradient(policy, list(zip(seen[0].prompts, seen[0].responses, strict=True)))
-    assert seen[0].tensors["learn_mask"].equal(seen[0].tensors["response_mask"])
+    loss = sft_gradient(policy, list(zip(observations[0].prompts, observations[0].responses, strict=True)))
+    assert observations[0].tensors["learn_mask"].equal(observations[0].tensors["response_mask"])
     assert updates(trainer)[0]["nll"] == pytest.approx(loss, rel=1e-5)
     for name, parameter in policy.named_parameters():
         assert torch.allclose(capture.found[0][f"policy.{name}"], parameter.grad, atol=1e-5), name
@@ -257,11 +257,11 @@ def test_the_best_are_learned_by_the_loss_of_sft_whatever_the_temperature(make_o
 def test_what_is_cut_off_or_said_twice_is_not_among_the_best(make_online):
     trainer = make_online("rejection", updates=1, best=4, truncated="mask")
     sample = trainer.sample
-    seen = []
+    calls = []
 
     def told(update):
         rollout = sample(update)
-        seen.append(rollout)
+        calls.append(rollout)
         return rollout
 
     def score(rollout):
@@ -271,7 +271,7 @@ def test_what_is_cut_off_or_said_twice_is_not_among_the_best(make_online):
 
     trainer.sample, trainer.sampler.score = told, score
     trainer.train()
-    assert seen[0].tensors["good"].tolist() == [True, True, True, False, True, True, True, False]
+    assert calls[0].tensors["good"].tolist() == [True, True, True, False, True, True, True, False]
 
 
 @pytest.mark.parametrize(

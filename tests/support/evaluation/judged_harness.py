@@ -94,8 +94,8 @@ def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> str:
 
 def endpoint(fake: FakeChat, **settings: Any) -> dict[str, Any]:
     """The endpoint of a stand-in; with ``concurrency`` 1, what it is asked has an order."""
-    at = {"url": fake.url, "model": "good-model", "name": "fake", "retries": 0, "timeout": 20}
-    return {"endpoint": {**at, **settings}}
+    positions = {"url": fake.url, "model": "good-model", "name": "fake", "retries": 0, "timeout": 20}
+    return {"endpoint": {**positions, **settings}}
 
 
 def make_task(folder: Path, count: int = 4, records: Sequence[dict[str, Any]] | None = None, **config: Any) -> Any:
@@ -127,8 +127,8 @@ def parts(question: str) -> list[tuple[str, str]]:
     mark = re.findall(r"begin with (<[0-9a-f]{12}>) is", question)[0]
     blocks = question.split(f"\n{mark} ")[1:]
     assert blocks[-1].startswith("end\n")
-    found = [block.partition("\n") for block in blocks[:-1]]
-    return [(title, text.strip()) for title, _, text in found]
+    actual = [block.partition("\n") for block in blocks[:-1]]
+    return [(title, text.strip()) for title, _, text in actual]
 
 
 def shown(question: str, title: str) -> str:

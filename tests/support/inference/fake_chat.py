@@ -83,14 +83,14 @@ class FakeChat:
                     fake.most_under_way = max(fake.most_under_way, fake.under_way)
                 try:
                     time.sleep(fake.delay)
-                    found = fake.reply(body)
+                    reply = fake.reply(body)
                 except ConnectionError:
                     self.close_connection = True
                     return None
                 finally:
                     with fake.lock:
                         fake.under_way -= 1
-                status, content, *more = found if isinstance(found, tuple) else (200, found)
+                status, content, *more = reply if isinstance(reply, tuple) else (200, reply)
                 return self._send(status, content, more[0] if more else {})
 
             def _send(self, status: int, content: Any, headers: dict[str, str]) -> None:

@@ -128,10 +128,10 @@ class FakeServer:
             self.holding |= {"version": words["version"], "digest": words.get("digest")}
         if method == "reload_weights":
             return {"results": [None]}
-        told = dict(self.holding)
+        message = dict(self.holding)
         if method not in (LOAD, NAME) and not words.get("content"):
-            del told["content"]
-        return {"results": [told]}
+            del message["content"]
+        return {"results": [message]}
 
     def load(self, path: str) -> None:
         """Read weights; there is no model here."""

@@ -77,17 +77,17 @@ class Server(FakeServer):
         nccl_engine.worker_init_process_group = lambda *_: SimpleNamespace(broadcast=wire.receive)  # type: ignore
 
     def says(self) -> Any:
-        found = info(dtype=str(self.dtype))
-        found["vllm_config"]["weight_transfer_config"] = {"backend": "nccl"}
-        return found
+        result = info(dtype=str(self.dtype))
+        result["vllm_config"]["weight_transfer_config"] = {"backend": "nccl"}
+        return result
 
-    def join(self, given: dict[str, Any]) -> Any:
-        self.joined = self.worker.parse_init_info(given)
+    def join(self, settings: dict[str, Any]) -> Any:
+        self.joined = self.worker.parse_init_info(settings)
         self.worker.init_transfer_engine(self.joined)
         return {}
 
-    def receive(self, given: dict[str, Any]) -> Any:
-        self.worker.receive_weights(self.worker.parse_update_info(given))
+    def receive(self, settings: dict[str, Any]) -> Any:
+        self.worker.receive_weights(self.worker.parse_update_info(settings))
         return {}
 
 
@@ -139,13 +139,13 @@ def a_part_is_not_sent(server: Server, engine: ServerEngine, model_dir: Path) ->
 def failures_are_told(server: Server, wire: Wire, model_dir: Path) -> None:
     engine = open_at(model_dir, server.address)
     healthy = server.answers[UPDATE]
-    for answer, error, said in (
+    for answer, error, message in (
         (lambda body: (500, {"error": "no such weight"}), BadReply, "answered /update_weights with status 500"),
         (server.hang, EngineLost, r"did not answer /update_weights within 1 s \(runtime.engine.timeout\)"),
     ):
         engine.client.timeout = 1 if answer == server.hang else 30
         server.answers[UPDATE] = answer
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             engine.load_weights(checkpoint_weights(model_dir))
         while not wire.queue.empty():
             wire.queue.get()
@@ -153,13 +153,13 @@ def failures_are_told(server: Server, wire: Wire, model_dir: Path) -> None:
 
 
 def a_broadcast_that_hangs_is_ended(server: Server, wire: Wire, model_dir: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     cut = threading.Event()
-    engine = open_at(model_dir, server.address, on_hang=lambda text: said.append(text) or cut.set())
+    engine = open_at(model_dir, server.address, on_hang=lambda text: messages.append(text) or cut.set())
     wire.cut, engine.sender.watchdog.timeout = cut, 1  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="cut"):
         engine.load_weights(checkpoint_weights(model_dir))
-    assert "the vllm-server engine made no progress in 'load_weights' for 1 s" in said[0]
+    assert "the vllm-server engine made no progress in 'load_weights' for 1 s" in messages[0]
 
 
 def main(model_dir: Path) -> None:

@@ -32,11 +32,11 @@ OTHERS = {
 def difference(engine: VllmEngine, model: Any) -> float:
     """The largest difference of log-probability between what the engine samples and what ``model`` gives it."""
     prompts = [render_prompt(engine.tokenizer, [{"role": "user", "content": text}]) for text in TEXTS]
-    drawn = [one for some in engine.generate(prompts, Sampling(16, seed=3)) for one in some]
-    ours = trainer_logprobs(model, prompts, [one.token_ids for one in drawn], 1.0)
-    theirs = torch.tensor([value for one in drawn for value in one.logprobs])
-    scored = engine.score_tokens(prompts, [one.token_ids for one in drawn], 1.0)
-    again = torch.tensor([value for one in scored for value in one])
+    draws = [entry for some in engine.generate(prompts, Sampling(16, seed=3)) for entry in some]
+    ours = trainer_logprobs(model, prompts, [entry.token_ids for entry in draws], 1.0)
+    theirs = torch.tensor([value for entry in draws for value in entry.logprobs])
+    scored = engine.score_tokens(prompts, [entry.token_ids for entry in draws], 1.0)
+    again = torch.tensor([value for entry in scored for value in entry])
     return float(max((ours - theirs).abs().max(), (ours - again).abs().max()))
 
 
@@ -64,8 +64,8 @@ def main(tiny: Path, root: Path) -> None:
         engine.adapter = Adapter(engine.runner.model, stored, torch.float32)
         engine.names = weight_names(stored)
         engine.load_weights(checkpoint_weights(stored))
-        found = difference(engine, load_policy(stored))
-        assert found < 1e-3, (name, found)
+        actual = difference(engine, load_policy(stored))
+        assert actual < 1e-3, (name, actual)
         assert difference(engine, load_policy(base)) > 0.1, name
     engine.close()
     print("all checks passed")

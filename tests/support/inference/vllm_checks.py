@@ -31,8 +31,8 @@ from tests.support.models.tuning.pretended import CASES, push, tuning_of, wrappe
 PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
 
 
-def flat(drawn: list[list[Any]]) -> list[Any]:
-    return [response for some in drawn for response in some]
+def flat(draws: list[list[Any]]) -> list[Any]:
+    return [response for some in draws for response in some]
 
 
 def noisy(model_dir: Path, seed: int) -> Any:
@@ -73,9 +73,9 @@ def caller_is_undisturbed(model_dir: Path) -> VllmEngine:
 
 def logprobs_are_the_models(engine: VllmEngine, model: Any) -> None:
     for temperature in (1.0, 0.7):
-        found = flat(engine.generate(PROMPTS, Sampling(16, temperature=temperature, seed=3)))
-        ours = trainer_logprobs(model, PROMPTS, [one.token_ids for one in found], temperature)
-        theirs = torch.tensor([value for one in found for value in one.logprobs])
+        actual = flat(engine.generate(PROMPTS, Sampling(16, temperature=temperature, seed=3)))
+        ours = trainer_logprobs(model, PROMPTS, [entry.token_ids for entry in actual], temperature)
+        theirs = torch.tensor([value for entry in actual for value in entry.logprobs])
         assert (ours - theirs).abs().max() < 1e-3, (ours - theirs).abs().max()
     scored = engine.score_tokens(PROMPTS, [[50, 51, 52]] * len(PROMPTS), 1.0)
     ours = trainer_logprobs(model, PROMPTS, [[50, 51, 52]] * len(PROMPTS), 1.0)
@@ -85,20 +85,20 @@ def logprobs_are_the_models(engine: VllmEngine, model: Any) -> None:
 def samples_follow_their_seeds(engine: VllmEngine) -> None:
     first = engine.generate(PROMPTS, Sampling(16, n=2, seed=3))
     again = engine.generate(PROMPTS, Sampling(16, n=2, seed=3))
-    other = engine.generate(PROMPTS, Sampling(16, n=2, seed=4))
-    tokens = [[one.token_ids for one in flat(drawn)] for drawn in (first, again, other)]
+    second = engine.generate(PROMPTS, Sampling(16, n=2, seed=4))
+    tokens = [[response.token_ids for response in flat(draws)] for draws in (first, again, second)]
     assert tokens[0] == tokens[1] != tokens[2]
     assert first[0][0].token_ids != first[0][1].token_ids
-    for one in flat(first):
-        assert one.finished == (one.token_ids[-1] == 2)
-        assert len(one.logprobs) == len(one.token_ids)
+    for response in flat(first):
+        assert response.finished == (response.token_ids[-1] == 2)
+        assert len(response.logprobs) == len(response.token_ids)
 
 
 def frequencies_follow_the_model(engine: VllmEngine, model: Any) -> None:
     """4,000 first tokens against the model's distribution: total variation as small as chance makes it."""
     draws = 4000
-    found = flat(engine.generate(PROMPTS[:1], Sampling(1, n=draws, seed=1)))
-    counts = torch.bincount(torch.tensor([one.token_ids[0] for one in found]), minlength=260) / draws
+    actual = flat(engine.generate(PROMPTS[:1], Sampling(1, n=draws, seed=1)))
+    counts = torch.bincount(torch.tensor([entry.token_ids[0] for entry in actual]), minlength=260) / draws
     with torch.no_grad():
         wanted = model(torch.tensor(PROMPTS[:1])).logits[0, -1].softmax(-1)
     # the expected distance of a sample from its own distribution is about sum sqrt(p (1 - p) / n) / sqrt(2 pi)
@@ -109,9 +109,9 @@ def frequencies_follow_the_model(engine: VllmEngine, model: Any) -> None:
 
 def more_prompt_tokens_than_a_step_takes(engine: VllmEngine) -> None:
     """Seeded requests whose prompts do not all fit into one step: read in parts, they crashed vLLM's CPU sampler."""
-    prompts = [[1, *((7 * i + 3 * at) % 250 + 3 for at in range(110))] for i in range(128)]
-    found = flat(engine.generate(prompts, Sampling(2, seed=1)))
-    assert len(found) == 128 and all(one.token_ids for one in found)
+    prompts = [[1, *((7 * i + 3 * index) % 250 + 3 for index in range(110))] for i in range(128)]
+    actual = flat(engine.generate(prompts, Sampling(2, seed=1)))
+    assert len(actual) == 128 and all(entry.token_ids for entry in actual)
 
 
 def weights_are_taken_over(engine: VllmEngine, model_dir: Path) -> None:
@@ -203,16 +203,16 @@ def changed_insides_fail_loudly() -> None:
 
 
 def progress_is_told(engine: VllmEngine) -> None:
-    seen: list[tuple[int, int]] = []
-    engine.generate(PROMPTS, Sampling(4, n=2), lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (16, 16)
+    calls: list[tuple[int, int]] = []
+    engine.generate(PROMPTS, Sampling(4, n=2), lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (16, 16)
 
 
 def a_hang_is_noticed(engine: VllmEngine) -> None:
     """Every step that gives a token is progress; one that takes longer than the timeout is told of, with its stack."""
     before = engine.watchdog._progress
-    (one,) = flat(engine.generate(PROMPTS[:1], Sampling(12, seed=1)))
-    assert engine.watchdog._progress - before == len(one.token_ids), (engine.watchdog._progress, before)
+    (first,) = flat(engine.generate(PROMPTS[:1], Sampling(12, seed=1)))
+    assert engine.watchdog._progress - before == len(first.token_ids), (engine.watchdog._progress, before)
     core = engine.llm.llm_engine.engine_core.engine_core
     step, timeout = core.step_fn, engine.watchdog.timeout
 
@@ -226,9 +226,9 @@ def a_hang_is_noticed(engine: VllmEngine) -> None:
         with tempfile.TemporaryFile("w+") as file, contextlib.redirect_stderr(file):
             engine.generate(PROMPTS[:1], Sampling(12, seed=1))
             file.seek(0)
-            said = file.read()
-        assert ("the vllm engine made no progress in 'generate'" in said) == expected, said
-        assert ("in late" in said) == expected, said
+            rows = file.read()
+        assert ("the vllm engine made no progress in 'generate'" in rows) == expected, rows
+        assert ("in late" in rows) == expected, rows
     core.step_fn, engine.watchdog.timeout = step, timeout
 
 

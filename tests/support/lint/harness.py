@@ -33,11 +33,11 @@ ASKED = [
 
 def clean(count: int = 8) -> list[Row]:
     """Rows without fault: every second one has an exchange before its question. Both answers of a pair differ."""
-    made = []
+    rows = []
     for number in range(count):
         thing, other = ASKED[number % len(ASKED)], ASKED[(number + 3) % len(ASKED)]
         before = [user(f"I like {other}, number {number}."), assistant(f"So do I; {other} are fine things.")]
-        made.append(
+        rows.append(
             {
                 "id": f"row-{number}",
                 "source": "test",
@@ -50,7 +50,7 @@ def clean(count: int = 8) -> list[Row]:
                 ],
             }
         )
-    return made
+    return rows
 
 
 def instructions(count: int = 8) -> list[Row]:
@@ -71,21 +71,21 @@ def encoded(tokenizer: Any, rows: Sequence[Row], stage: str = "sft") -> Prepared
 def spans(tokenizer: Any, row: Row) -> list[tuple[int, int]]:
     """Return the span of each answer in the row's ids, its end of turn included."""
     messages, tools = [*row["prompt"], *row["completion"]], row.get("tools")
-    found = []
+    values = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             start = len(render_prompt(tokenizer, messages[:index], tools))
-            found.append((start, len(render_conversation(tokenizer, messages[: index + 1], tools=tools))))
-    return found
+            values.append((start, len(render_conversation(tokenizer, messages[: index + 1], tools=tools))))
+    return values
 
 
 def all_answers(tokenizer: Any, rows: Sequence[Row]) -> Prepared:
     """The rows with labels on every answer, as a mask of the assistant's turns gives them."""
-    made = encoded(tokenizer, rows)
-    for row, prepared in zip(rows, made, strict=True):
+    encoding = encoded(tokenizer, rows)
+    for row, prepared in zip(rows, encoding, strict=True):
         for start, end in spans(tokenizer, row):
             prepared["labels"][start:end] = prepared["input_ids"][start:end]
-    return made
+    return encoding
 
 
 def look(
@@ -106,9 +106,9 @@ def look(
     return {finding.name: finding for finding in linter.result()}
 
 
-def alarms(found: dict[str, Finding]) -> set[str]:
+def alarms(result: dict[str, Finding]) -> set[str]:
     """Names of the errors and warnings."""
-    return {name for name, finding in found.items() if finding.severity != "note"}
+    return {name for name, finding in result.items() if finding.severity != "note"}
 
 
 def dataset(folder: Path, train: list[Row], test: list[Row]) -> Path:

@@ -102,9 +102,9 @@ def the_same_answer_after_truncation(case: Case) -> dict[str, Finding]:
 def another_question_before_rejected(case: Case) -> dict[str, Finding]:
     rows = pairs()
     prepared = encoded(case.tokenizer, rows, "reward")
-    other = copy.deepcopy(rows[SPOILT])
-    other["prompt"][-1] = user("Name no facts, thank you.")
-    prepared[SPOILT]["rejected_ids"] = encoded(case.tokenizer, [other], "reward")[0]["rejected_ids"]
+    copied = copy.deepcopy(rows[SPOILT])
+    copied["prompt"][-1] = user("Name no facts, thank you.")
+    prepared[SPOILT]["rejected_ids"] = encoded(case.tokenizer, [copied], "reward")[0]["rejected_ids"]
     case.also = {"turn-rewritten"}
     return look(case.tokenizer, rows, prepared, options=Options("reward"))
 

@@ -122,8 +122,8 @@ def template_without_generation_markers(case: Case) -> dict[str, Finding]:
         )
         prepared["input_ids"] = masked["input_ids"]
         prepared["labels"] = [
-            token if kept else MASKED
-            for token, kept in zip(masked["input_ids"], masked["assistant_masks"], strict=True)
+            token if assistant_mask else MASKED
+            for token, assistant_mask in zip(masked["input_ids"], masked["assistant_masks"], strict=True)
         ]
     return look(case.tokenizer, rows, made, options=Options(supervise="all"))
 
@@ -131,18 +131,23 @@ def template_without_generation_markers(case: Case) -> dict[str, Finding]:
 @seeds("labels-all-masked")
 def truncation_empties_the_labels(case: Case) -> dict[str, Finding]:
     def change(row: dict[str, list[int]]) -> None:
-        answer = next(at for at, label in enumerate(row["labels"]) if label != MASKED)
+        answer = next(index for index, label in enumerate(row["labels"]) if label != MASKED)
         row["input_ids"], row["labels"] = row["input_ids"][:answer], row["labels"][:answer]
 
     rows = instructions()
     prepared = encoded(case.tokenizer, rows)
     change(prepared[SPOILT])
     limits = Limits(max_length=len(prepared[SPOILT]["input_ids"]))
-    kept = [
-        at for at in range(len(prepared)) if at == SPOILT or len(prepared[at]["input_ids"]) < (limits.max_length or 0)
+    remaining = [
+        index
+        for index in range(len(prepared))
+        if index == SPOILT or len(prepared[index]["input_ids"]) < (limits.max_length or 0)
     ]
     return look(
-        case.tokenizer, [rows[at] for at in kept], [prepared[at] for at in kept], options=Options(limits=limits)
+        case.tokenizer,
+        [rows[index] for index in remaining],
+        [prepared[index] for index in remaining],
+        options=Options(limits=limits),
     )
 
 
@@ -178,9 +183,9 @@ def only_the_last_answer_supervised(case: Case) -> dict[str, Finding]:
 def mask_two_tokens_early(case: Case) -> dict[str, Finding]:
 
     def change(row: dict[str, list[int]]) -> None:
-        kept = [label != MASKED for label in row["labels"]]
-        kept = [*kept[2:], False, False]
-        row["labels"] = [token if here else MASKED for token, here in zip(row["input_ids"], kept, strict=True)]
+        remaining = [label != MASKED for label in row["labels"]]
+        remaining = [*remaining[2:], False, False]
+        row["labels"] = [token if here else MASKED for token, here in zip(row["input_ids"], remaining, strict=True)]
 
     return spoilt(case, change)
 

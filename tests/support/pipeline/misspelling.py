@@ -23,25 +23,25 @@ def keys(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def misspell(word: str, rng: random.Random) -> str:
-    at = rng.randrange(len(word))
+    index = rng.randrange(len(word))
     kind = rng.choice(["drop", "double", "swap", "wrong"]) if len(word) > 2 else "double"
     if kind == "drop":
-        wrong = word[:at] + word[at + 1 :]
+        wrong = word[:index] + word[index + 1 :]
     elif kind == "double":
-        wrong = word[:at] + word[at] + word[at:]
-    elif kind == "swap" and at + 1 < len(word) and word[at] != word[at + 1]:
-        wrong = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+        wrong = word[:index] + word[index] + word[index:]
+    elif kind == "swap" and index + 1 < len(word) and word[index] != word[index + 1]:
+        wrong = word[:index] + word[index + 1] + word[index] + word[index + 2 :]
     else:
-        wrong = word[:at] + ("x" if word[at] != "x" else "y") + word[at + 1 :]
+        wrong = word[:index] + ("x" if word[index] != "x" else "y") + word[index + 1 :]
     return wrong
 
 
 def rename(raw: dict[str, Any], path: tuple[Any, ...], name: str) -> dict[str, Any]:
     changed = copy.deepcopy(raw)
-    at: Any = changed
+    index: Any = changed
     for part in path[:-1]:
-        at = at[part]
-    renamed = {(name if key == path[-1] else key): value for key, value in at.items()}
-    at.clear()
-    at.update(renamed)
+        index = index[part]
+    renamed = {(name if key == path[-1] else key): value for key, value in index.items()}
+    index.clear()
+    index.update(renamed)
     return changed

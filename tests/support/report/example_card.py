@@ -102,12 +102,12 @@ def example_tasks(rates: dict[str, float]) -> list[TaskResult]:
     return tasks
 
 
-def win_rate(one: str, other: str, wins: int, ties: int, losses: int, controlled: bool = False) -> dict[str, Any]:
+def win_rate(first: str, second: str, wins: int, ties: int, losses: int, controlled: bool = False) -> dict[str, Any]:
     """A comparison by a judge."""
     n = wins + ties + losses + 7
     estimate = wilson(wins + (ties + 7) / 2, n).as_dict()
     return {
-        "task": "mt", "judge": "judge-7b", "one": one, "other": other, "n": n, "wins": wins, "ties": ties,
+        "task": "mt", "judge": "judge-7b", "one": first, "other": second, "n": n, "wins": wins, "ties": ties,
         "losses": losses, "disagreements": 7, "unreadable": 1, "win_rate": estimate,
         "length_controlled": {**estimate, "value": estimate["value"] - 0.05} if controlled else None,
     }  # fmt: skip

@@ -67,11 +67,11 @@ def launch(module: str, processes: int, model_dir: Path, out: Path, *words: str)
     return torch.load(out, weights_only=True)
 
 
-def two_updates(trainer: Any, config: Any, model_dir: Path, out: Path, fields: dict[str, Any], **given: Any) -> None:
+def two_updates(trainer: Any, config: Any, model_dir: Path, out: Path, fields: dict[str, Any], **inputs: Any) -> None:
     """Train by ``trainer``, whose ``config`` has these ``fields`` beside the usual ones, and write what came out."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    made = trainer(
+    new_trainer = trainer(
         model=load_policy(model_dir),
         args=config(
             output_dir=str(out.parent / "run"),
@@ -94,17 +94,17 @@ def two_updates(trainer: Any, config: Any, model_dir: Path, out: Path, fields: d
         scorer=lambda rows, texts: [int(text) % 7 / 7 for text in texts],
         engine=FixedEngine(),
         ptx_dataset=TEXTS,
-        **given,
+        **inputs,
     )
-    made.train()
-    if made.is_world_process_zero():
+    new_trainer.train()
+    if new_trainer.is_world_process_zero():
         torch.save(
             {
-                "logs": [entry for entry in made.state.log_history if "score" in entry],
-                "validations": [entry for entry in made.state.log_history if "eval_score" in entry],
-                "weights": {name: p.detach() for name, p in made.model.named_parameters() if p.requires_grad},
-                "kl_coef": made.kl_controller.value,
-                "processes": made.args.world_size,
+                "logs": [entry for entry in new_trainer.state.log_history if "score" in entry],
+                "validations": [entry for entry in new_trainer.state.log_history if "eval_score" in entry],
+                "weights": {name: p.detach() for name, p in new_trainer.model.named_parameters() if p.requires_grad},
+                "kl_coef": new_trainer.kl_controller.value,
+                "processes": new_trainer.args.world_size,
             },
             out,
         )

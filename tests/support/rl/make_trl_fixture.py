@@ -194,8 +194,8 @@ def look_up(ppo_trainer: Any, prompts: list[list[int]], responses: list[list[int
     known = {tuple(prompt): response for prompt, response in zip(prompts, responses, strict=True)}
 
     def generate(policy: Any, queries: torch.Tensor, pad_token_id: int, generation_config: Any) -> Any:
-        found = [known[tuple(row[row != pad_token_id].tolist())] for row in queries]
-        filled = [row + [pad_token_id] * (RESPONSE_LENGTH - len(row)) for row in found]
+        values = [known[tuple(row[row != pad_token_id].tolist())] for row in queries]
+        filled = [row + [pad_token_id] * (RESPONSE_LENGTH - len(row)) for row in values]
         both = torch.cat([queries, torch.tensor(filled)], dim=1)
         logits = ppo_trainer.forward(policy, both, pad_token_id).logits[:, queries.shape[1] - 1 : -1]
         return both, logits / generation_config.temperature
@@ -203,18 +203,20 @@ def look_up(ppo_trainer: Any, prompts: list[list[int]], responses: list[list[int
     return generate
 
 
-def run(own: dict[str, Any], tokenizer: Any, prompts: list[list[int]], folder: str) -> tuple[Recorder, dict[str, Any]]:
+def run(
+    settings: dict[str, Any], tokenizer: Any, prompts: list[list[int]], folder: str
+) -> tuple[Recorder, dict[str, Any]]:
     """One update of trl's trainer on one set of responses."""
     import numpy as np
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, ppo_trainer
 
-    models, responses, recorder = make_models(), make_responses(own["lengths"]), Recorder()
+    models, responses, recorder = make_models(), make_responses(settings["lengths"]), Recorder()
     options = {"output_dir": folder, "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     options |= {"report_to": "none", "save_strategy": "no", "num_sample_generations": 0, "disable_tqdm": True}
     original = ppo_trainer.generate, ppo_trainer.masked_whiten
     trainer = ppo_trainer.PPOTrainer(
-        args=PPOConfig(**options, **SETTINGS, **own["settings"]),
+        args=PPOConfig(**options, **SETTINGS, **settings["settings"]),
         processing_class=tokenizer,
         model=models["policy"],
         ref_model=models["reference"],
@@ -222,7 +224,7 @@ def run(own: dict[str, Any], tokenizer: Any, prompts: list[list[int]], folder: s
         value_model=models["critic"],
         train_dataset=Dataset.from_dict({"input_ids": prompts}),
     )
-    if not own.get("own_loader"):  # the prompts in their order, and no loader that accelerate knows
+    if not settings.get("own_loader"):  # the prompts in their order, and no loader that accelerate knows
         trainer.dataloader = [tokenizer.pad({"input_ids": prompts}, return_tensors="pt")]
     recorder.watch(trainer, ppo_trainer)
     ppo_trainer.generate = look_up(ppo_trainer, prompts, responses)
@@ -230,8 +232,8 @@ def run(own: dict[str, Any], tokenizer: Any, prompts: list[list[int]], folder: s
     trainer.train()
     ppo_trainer.generate, ppo_trainer.masked_whiten = original
     metrics = {name: value for name, value in trainer.state.log_history[0].items() if name != "eps"}
-    found = {"settings": own["settings"], "responses": responses, "steps": recorder.steps, "metrics": metrics}
-    return recorder, found | {"finished": [ended for _, ended in own["lengths"]]}
+    values = {"settings": settings["settings"], "responses": responses, "steps": recorder.steps, "metrics": metrics}
+    return recorder, values | {"finished": [ended for _, ended in settings["lengths"]]}
 
 
 def trim(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -268,8 +270,8 @@ def main() -> None:
         about["defaults"] = {name: getattr(defaults, name) for name in COMPARED_DEFAULTS}
         for name, own in RUNS.items():
             recorder, about["runs"][name] = run(own, tokenizer, prompts, folder)
-            kept = trim(name, recorder.tensors)
-            tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in kept.items()}
+            remaining = trim(name, recorder.tensors)
+            tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in remaining.items()}
     save_file(tensors, FIXTURE.with_suffix(".safetensors"))
     FIXTURE.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 

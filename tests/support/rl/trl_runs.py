@@ -103,7 +103,7 @@ def ours(trl, run, folder, account=None, **fields):
     options |= {n: s[n] for n in ("kl_coef", "gamma", "lam", "vf_coef", "missing_eos_penalty")}
     load(trl, "reward").save_pretrained(folder / "reward")
     make_tokenizer().save_pretrained(folder / "reward")
-    steps, found = Steps(), {}
+    steps, actual = Steps(), {}
     trainer = PPOTrainer(
         model=load(trl, "reference"),
         args=unbounded(PPOConfig, **(options | fields)),
@@ -122,11 +122,11 @@ def ours(trl, run, folder, account=None, **fields):
     def compute_and_account(rollout):
         compute_advantages(rollout)
         order = [trl.prompts.index(prompt) for prompt in rollout.prompts]
-        found.update({n: t[torch.tensor(order).argsort()].clone() for n, t in rollout.tensors.items()})
+        actual.update({n: t[torch.tensor(order).argsort()].clone() for n, t in rollout.tensors.items()})
         if account is not None:
             account(rollout.tensors, order)
 
     trainer.compute_advantages = compute_and_account
     trainer.train()
     (logged,) = [entry for entry in trainer.state.log_history if "score" in entry]
-    return SimpleNamespace(trainer=trainer, tensors=found, steps=steps, logged=logged)
+    return SimpleNamespace(trainer=trainer, tensors=actual, steps=steps, logged=logged)

@@ -33,11 +33,11 @@ def die() -> None:
 class Mortal:
     """The engine, noting what vLLM is asked for and dying at a point."""
 
-    def __init__(self, policy: Path, asked: Path, place: str, number: int) -> None:
+    def __init__(self, policy: Path, request: Path, place: str, number: int) -> None:
         runtime = Runtime(device="cpu", threads=1, engine=EngineConfig(name="vllm", cpu_kv_cache_gb=0.1))
         engine: Any = open_engine(policy, runtime, precision="float32", max_length=128, seed=7, warn=print)
         assert engine.name == "vllm"
-        self.engine, self.asked, self.place, self.left = engine, asked, place, number
+        self.engine, self.asked, self.place, self.left = engine, request, place, number
         self.generates, self.steps = engine.llm.generate, engine.llm.llm_engine.step
         engine.llm.generate, engine.llm.llm_engine.step = self.note, self.step
         self.name, self.generate, self.score_tokens = engine.name, engine.generate, engine.score_tokens
@@ -45,7 +45,7 @@ class Mortal:
 
     def note(self, inputs: Any, params: Any, **options: Any) -> Any:
         """Write down each request's prompt and seed, just as vLLM is handed them: a line for each call."""
-        requests = [(one["prompt_token_ids"], own.seed) for one, own in zip(inputs, params, strict=True)]
+        requests = [(entry["prompt_token_ids"], param.seed) for entry, param in zip(inputs, params, strict=True)]
         with self.asked.open("a") as file:
             file.write(json.dumps(requests) + "\n")
         if len(requests) == FIELDS["rollout_batch"] and self.is_now("sampling"):

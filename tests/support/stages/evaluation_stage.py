@@ -19,7 +19,7 @@ PROMPTS = 6
 @pytest.fixture
 def inputs(tmp_path: Path, tiny_model: Path, tiny_reward: Path) -> dict:
     """Artifacts for every input: base and reference share their weights, the third checkpoint has others."""
-    other = make_tiny(tmp_path / "ppo" / "model", seed=1)
+    model_dir = make_tiny(tmp_path / "ppo" / "model", seed=1)
 
     def artifact(stage: str, kind: Kind, model: Path | None = None) -> Artifact:
         folder = model.parent if model else tmp_path / stage
@@ -39,7 +39,7 @@ def inputs(tmp_path: Path, tiny_model: Path, tiny_reward: Path) -> dict:
     policies = [
         artifact("model", Kind.MODEL, tiny_model),
         artifact("sft", Kind.POLICY, tiny_model),
-        artifact("ppo", Kind.POLICY, other),
+        artifact("ppo", Kind.POLICY, model_dir),
     ]
     return {
         "policies": policies,

@@ -73,17 +73,17 @@ class Made:
         self.metrics = metrics
 
 
-def same(one: Made, other: Made) -> None:
+def same(first: Made, second: Made) -> None:
     """Losses, held-out scores and weights within ``WITHIN``, and as many tokens."""
-    assert len(one.losses) >= 3
-    assert other.losses == pytest.approx(one.losses, abs=WITHIN)
-    scores = {name: value for name, value in one.metrics.items() if name.startswith(("test_loss", "score_", "kl_"))}
+    assert len(first.losses) >= 3
+    assert second.losses == pytest.approx(first.losses, abs=WITHIN)
+    scores = {name: value for name, value in first.metrics.items() if name.startswith(("test_loss", "score_", "kl_"))}
     assert scores
-    assert {name: other.metrics[name] for name in scores} == pytest.approx(scores, abs=WITHIN)
-    assert other.metrics["tokens"] == one.metrics["tokens"]
-    assert one.weights.keys() == other.weights.keys()
-    for name, tensor in one.weights.items():
-        assert (tensor - other.weights[name]).abs().max() < WITHIN, name
+    assert {name: second.metrics[name] for name in scores} == pytest.approx(scores, abs=WITHIN)
+    assert second.metrics["tokens"] == first.metrics["tokens"]
+    assert first.weights.keys() == second.weights.keys()
+    for name, tensor in first.weights.items():
+        assert (tensor - second.weights[name]).abs().max() < WITHIN, name
 
 
 def interrupted(tmp_path: Path, name: str, first: dict[str, Any], then: dict[str, Any]) -> Made:
@@ -108,10 +108,10 @@ def interrupted(tmp_path: Path, name: str, first: dict[str, Any], then: dict[str
         run_pipeline(pipeline(name, first, **more), store=store)
     killer.join()
     resumed = run_pipeline(pipeline(name, then, **more), store=store)
-    found = Made(name, resumed.artifacts[name].path, resumed.metrics(name))
+    actual = Made(name, resumed.artifacts[name].path, resumed.metrics(name))
     folder = resumed.artifacts[name].path
     assert "resuming from" in (folder / "log.txt").read_text() + (folder / "events.jsonl").read_text()
-    return found
+    return actual
 
 
 DONE = {"sft": "complete.json", "sft_lora": "complete.json", "ppo": "ppo_state.json"}

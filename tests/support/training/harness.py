@@ -17,10 +17,10 @@ WORDS = ["red", "green", "blue", "amber", "violet", "silver", "copper", "ivory"]
 
 def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     """Rows that serve every stage: the right answer repeats the prompt's word, the wrong one is another word."""
-    made = []
+    new_rows = []
     for number in range(start, start + count):
         word, other = WORDS[number % len(WORDS)], WORDS[(number + 3) % len(WORDS)]
-        made.append(
+        new_rows.append(
             {
                 "id": str(number),
                 "source": "test",
@@ -33,7 +33,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
                 "rejected_score": 1.0 if number % 4 == 0 else 0.0,
             }
         )
-    return made
+    return new_rows
 
 
 def data_artifact(folder: Path, kind: Kind, train: int = 40, test: int = 12) -> Artifact:

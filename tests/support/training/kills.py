@@ -159,11 +159,13 @@ def untimed(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def assert_same(whole: StageContext, killed: StageContext, expected: dict[str, Any], metrics: dict[str, Any]) -> None:
+def assert_same(
+    uninterrupted: StageContext, killed: StageContext, expected: dict[str, Any], metrics: dict[str, Any]
+) -> None:
     """Weights, metrics and curves are equal to the last bit."""
     assert _differing(untimed(metrics), untimed(expected)) == {}
-    assert _differing(points(killed), points(whole)) == {}
-    weights, others = (load_file(stage.output / "model" / "model.safetensors") for stage in (whole, killed))
+    assert _differing(points(killed), points(uninterrupted)) == {}
+    weights, others = (load_file(stage.output / "model" / "model.safetensors") for stage in (uninterrupted, killed))
     assert _differing(others, weights, same=torch.equal) == {}
 
 

@@ -36,8 +36,8 @@ def given_texts(context: StageContext) -> dict[str, Any]:
     config = context.config
     for split, count, start in (("train", config.train, 0), ("test", config.test, config.train)):
         texts = [row["chosen"][-1]["content"] for row in rows(count, start=start)]
-        made = [{"id": str(at), "source": "given", "text": text} for at, text in enumerate(texts)]
-        write_rows(context.output / f"{split}.parquet", made)
+        new_rows = [{"id": str(index), "source": "given", "text": text} for index, text in enumerate(texts)]
+        write_rows(context.output / f"{split}.parquet", new_rows)
     return {}
 
 

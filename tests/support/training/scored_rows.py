@@ -15,14 +15,14 @@ def scored(count: int, start: int = 0) -> list[dict[str, Any]]:
     """Instructions whose score is the number of exclamation marks in the answer, away from 0 and wider than 1."""
     return [
         {
-            "id": str(at),
+            "id": str(index),
             "source": "test",
             "checks": "",
-            "prompt": [user(f"Rate {at}")],
-            "completion": [assistant("x" + "!" * (at % 4) + "." * (at % 3))],
-            "score": 10.0 + 4 * (at % 4),
+            "prompt": [user(f"Rate {index}")],
+            "completion": [assistant("x" + "!" * (index % 4) + "." * (index % 3))],
+            "score": 10.0 + 4 * (index % 4),
         }
-        for at in range(start, start + count)
+        for index in range(start, start + count)
     ]
 
 
@@ -30,36 +30,36 @@ def labeled(count: int, start: int = 0) -> list[dict[str, Any]]:
     """Unpaired rows: an answer is wanted when it says yes."""
     return [
         {
-            "id": str(at),
+            "id": str(index),
             "source": "test",
             "checks": "",
-            "prompt": [user(f"Well {at}?")],
-            "completion": [assistant("yes" if at % 2 else "no")],
-            "label": bool(at % 2),
+            "prompt": [user(f"Well {index}?")],
+            "completion": [assistant("yes" if index % 2 else "no")],
+            "label": bool(index % 2),
         }
-        for at in range(start, start + count)
+        for index in range(start, start + count)
     ]
 
 
 def stepwise(count: int, start: int = 0) -> list[dict[str, Any]]:
     """Solutions of three steps; a step is right when it says ``ok``. A third of them have no wrong one."""
-    made = []
-    for at in range(start, start + count):
-        wrong = (at % 3) - 1  # none, the first or the second
+    rows = []
+    for index in range(start, start + count):
+        wrong = (index % 3) - 1  # none, the first or the second
         steps = [{"content": f"{number} {'no' if number == wrong else 'ok'}", "label": float(number != wrong)}
                  for number in range(3)]  # fmt: skip
-        made.append(
+        rows.append(
             {
-                "id": str(at),
+                "id": str(index),
                 "source": "test",
                 "checks": "",
-                "prompt": [user(f"Solve\n{at}")],
+                "prompt": [user(f"Solve\n{index}")],
                 "completion": [assistant(SEPARATOR.join(str(step["content"]) for step in steps))],
                 "label": wrong < 0,
                 "steps": steps,
             }
         )
-    return made
+    return rows
 
 
 def artifact(folder: Path, kind: Kind, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> Artifact:

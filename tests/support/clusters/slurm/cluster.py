@@ -47,24 +47,24 @@ class Slurm:
         )  # fmt: skip
         if not wait:
             return process
-        said, _ = process.communicate(timeout=280)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=280)
+        return process.returncode, output
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """The jobs of the stand-in by their names in Slurm."""
-        found = [(path.stem, json.loads(path.read_text())) for path in sorted(self.state.glob("*.json"))]
+        values = [(path.stem, json.loads(path.read_text())) for path in sorted(self.state.glob("*.json"))]
         named = {}
-        for number, job in found:
+        for number, job in values:
             index = number.partition("_")[2]
             named[job["options"]["job-name"] + (f"_{index}" if index else "")] = {**job, "number": number}
         return named
 
-    def wait_until(self, what: Callable[[], Any], seconds: float = 240) -> Any:
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 240) -> Any:
         deadline = time.monotonic() + seconds
-        while not (found := what()):
+        while not (actual := condition()):
             assert time.monotonic() < deadline, "it did not come about"
             time.sleep(0.05)
-        return found
+        return actual
 
     def checkpoints(self) -> int:
         return toy.steps_kept(self.store, "one")

@@ -30,9 +30,9 @@ def read(number: str) -> dict:
 
 def write(number: str, **changes: object) -> None:
     path = ROOT / f"{number}.json"
-    found = {**(read(number) if path.exists() else {}), **changes}
+    values = {**(read(number) if path.exists() else {}), **changes}
     draft = ROOT / f".{number}.{os.getpid()}"
-    draft.write_text(json.dumps(found))
+    draft.write_text(json.dumps(values))
     draft.replace(path)
 
 
@@ -41,9 +41,9 @@ def wants(number: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def ask(number: str, what: str) -> None:
+def ask(number: str, label: str) -> None:
     draft = ROOT / f".{number}.{os.getpid()}"
-    draft.write_text(what)
+    draft.write_text(label)
     draft.replace(ROOT / f"{number}.wants")
 
 
@@ -78,12 +78,12 @@ def look_after(name: str) -> None:
     """Run a job from its queueing to its end."""
     about = read(name)
     options = about["options"]
-    after = [one for one in options.get("dependency", "").removeprefix("afterok:").split(":") if one]
+    after = [entry for entry in options.get("dependency", "").removeprefix("afterok:").split(":") if entry]
     while True:
         if wants(name) == "cancel":
             write(name, state="CANCELLED")
             return
-        states = [read(one)["state"] for one in after]
+        states = [read(entry)["state"] for entry in after]
         if any(state in ("FAILED", "CANCELLED") for state in states):
             write(name, state="CANCELLED", why="DependencyNeverSatisfied")
             return
@@ -116,11 +116,11 @@ def run(name: str, options: dict) -> bool:
             write(name, state="COMPLETING")
             end(process)
         time.sleep(0.05)
-    asked = wants(name)
-    if asked == "requeue":
+    request = wants(name)
+    if request == "requeue":
         (ROOT / f"{name}.wants").unlink()
         return True
-    state = "CANCELLED" if asked == "cancel" else "COMPLETED" if process.returncode == 0 else "FAILED"
+    state = "CANCELLED" if request == "cancel" else "COMPLETED" if process.returncode == 0 else "FAILED"
     write(name, state=state, why="None")
     return False
 
@@ -143,7 +143,7 @@ def squeue(words: list[str]) -> int:
     if (ROOT / "silent").exists():
         print("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", file=sys.stderr)
         return 1
-    wanted = [one for one in numbers() if "jobs" not in options or one in options["jobs"].split(",")]
+    wanted = [number for number in numbers() if "jobs" not in options or number in options["jobs"].split(",")]
     for name in wanted:
         job = read(name)
         if "states" in options or job["state"] not in OVER:

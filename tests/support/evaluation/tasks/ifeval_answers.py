@@ -39,7 +39,7 @@ LANGUAGES = {
 
 def prompt_arguments(record: Record) -> dict[str, Any]:
     """All arguments of a prompt's instructions."""
-    return {name: value for one in record["kwargs"] for name, value in one.items() if value}
+    return {name: value for kwarg in record["kwargs"] for name, value in kwarg.items() if value}
 
 
 def fitting(record: Record) -> str:

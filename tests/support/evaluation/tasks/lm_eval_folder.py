@@ -124,8 +124,8 @@ def make_tasks(folder: Path) -> Path:
     rows = [{"question": text, "choices": list(choices), "gold": gold} for text, choices, gold in QUESTIONS]
     train = _lines(data / "train.jsonl", [{**row, "question": f"{row['question']} Really?"} for row in rows])
     test, less = _lines(data / "test.jsonl", rows), _lines(data / "less.jsonl", rows[:2])
-    other = _lines(data / "other.jsonl", [{**row, "question": row["question"].upper()} for row in rows])
-    for name, file, more in (("arc_like", test, MCC), ("quiz_a", other, ""), ("quiz_b", less, "")):
+    lines = _lines(data / "other.jsonl", [{**row, "question": row["question"].upper()} for row in rows])
+    for name, file, more in (("arc_like", test, MCC), ("quiz_a", lines, ""), ("quiz_b", less, "")):
         (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, train=train, test=file, more=more))
     for name, text in (("sums", SUMS), ("checks", CHECKS), ("text", TEXT)):
         (folder / f"{name}.yaml").write_text(text.format(test=test))

@@ -54,13 +54,13 @@ class RuleReader(_Prompting):
         self.asked: list[tuple[str, str]] = []
 
     def logprobs(self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[list[float]]:
-        found = []
+        actual = []
         for context, answer in zip(contexts, continuations, strict=True):
             assert context
             texts = self.tokenizer.decode(list(context)), self.tokenizer.decode(list(answer))
             self.asked.append(texts)
-            found.append([self.rule(*texts) / len(answer)] * len(answer))
-        return found
+            actual.append([self.rule(*texts) / len(answer)] * len(answer))
+        return actual
 
 
 class ModelReader(_Prompting):

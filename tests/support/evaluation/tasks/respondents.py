@@ -44,7 +44,7 @@ def response(text: str, finished: bool = True) -> Response:
 
 def answered(task: Task, texts: Sequence[str | Sequence[str]], finished: bool = True) -> Answers:
     """Answers as a respondent returns them, one text (or one for each sample) an item."""
-    samples = [[one] if isinstance(one, str) else list(one) for one in texts]
+    samples = [[entry] if isinstance(entry, str) else list(entry) for entry in texts]
     return [
         [[Turn(list(item.prompt), response(text, finished))] for text in several]
         for item, several in zip(task.items, samples, strict=True)
@@ -73,7 +73,7 @@ class Scripted:
         *,
         is_continuation: bool = False,
     ) -> list[list[Response]]:
-        self.prompts, self.sampling, self.examples = [list(one) for one in prompts], sampling, list(examples)
+        self.prompts, self.sampling, self.examples = [list(entry) for entry in prompts], sampling, list(examples)
         return [[response(self.reply(prompt)) for _ in range(sampling.n)] for prompt in prompts]
 
 

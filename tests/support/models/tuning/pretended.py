@@ -90,5 +90,5 @@ def push(model: Any) -> None:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=IDS).logits
-    return found
+    result: torch.Tensor = model(input_ids=IDS).logits
+    return result
