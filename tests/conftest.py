@@ -33,7 +33,7 @@ LONGEST = (
     "cli/test_export.py",
     "stages/test_reload.py",
     "training/test_aimed_kills.py",
-    "rl/critic_free/test_trainers.py",
+    "rl/objectives/test_trainers.py",
     "stages/test_ppo_engine_lost.py",
     "training/test_inserted_tunings.py",
     "training/test_tunings.py",

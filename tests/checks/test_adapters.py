@@ -65,7 +65,7 @@ def test_a_copy_in_bfloat16_is_the_same_base_and_one_changed_weight_is_not(tiny_
     narrow = {name: tensor.bfloat16() for name, tensor in load_file(tiny_model / WEIGHTS).items()}
     save_file(narrow, tmp_path / "same" / WEIGHTS, {"format": "pt"})
     edit_weights(tmp_path / "changed", lambda w: w["model.norm.weight"].view(-1)[5:6].add_(0.1))
-    own, same, changed = (
+    full_model, same, changed = (
         weights_digest(read_tensors(folder)) for folder in (tiny_model, tmp_path / "same", tmp_path / "changed")
     )
-    assert own == same != changed
+    assert full_model == same != changed

@@ -16,7 +16,7 @@ def test_a_damaged_policy_stops_the_next_stage(tiny_model: Path, tmp_path: Path)
     shutil.copytree(tiny_model, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    inputs = "tests.support.stages.given"
+    inputs = "tests.support.stages.fixed_inputs"
     pipeline = Pipeline({
         "name": "damaged",
         "stages": {

@@ -90,6 +90,6 @@ def test_a_head_of_its_own_counts_to_its_last_value(
         weights_digest(read_tensors(saved(tmp_path / str(number), **{name: embeddings, "lm_head.weight": tensor})))
         for number, tensor in enumerate([embeddings.clone(), last, head, head.bfloat16(), changed])
     ]
-    tied, almost_tied, untied, narrow, other = digests
+    tied, almost_tied, untied, narrow, last_row_changed = digests
     assert untied == narrow
-    assert len({tied, almost_tied, untied, other}) == 4
+    assert len({tied, almost_tied, untied, last_row_changed}) == 4

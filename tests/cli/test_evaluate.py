@@ -46,11 +46,11 @@ def pipeline_of(folder: Path, tiny_model: Path, tiny_reward: Path, name: str = "
     block = {key: value for key, value in suite_of(folder).items() if key not in ("description", "seed", "runtime")}
     block["baselines"] = {"prompted": {"of": "model", "system": "Be brief."}}
     stages = {
-        "model": {"stage": "tests.support.cli.trained:MODEL", "folder": str(tiny_model)},
-        "sft": {"stage": "tests.support.cli.trained:POLICY", "model": "model", "folder": str(folder / "sft")},
-        "ppo": {"stage": "tests.support.cli.trained:POLICY", "model": "sft", "folder": str(folder / "ppo")},
-        "reward": {"stage": "tests.support.cli.trained:REWARD", "model": "sft", "folder": str(tiny_reward)},
-        "prompts": {"stage": "tests.support.stages.given:PROMPTS", "count": 8},
+        "model": {"stage": "tests.support.cli.copying_stages:MODEL", "folder": str(tiny_model)},
+        "sft": {"stage": "tests.support.cli.copying_stages:POLICY", "model": "model", "folder": str(folder / "sft")},
+        "ppo": {"stage": "tests.support.cli.copying_stages:POLICY", "model": "sft", "folder": str(folder / "ppo")},
+        "reward": {"stage": "tests.support.cli.copying_stages:REWARD", "model": "sft", "folder": str(tiny_reward)},
+        "prompts": {"stage": "tests.support.stages.fixed_inputs:PROMPTS", "count": 8},
         "evaluate": {
             "policies": ["model", "sft", "ppo"], "reference": "sft", "prompts": "prompts", "reward": "reward", **block,
         },

@@ -109,7 +109,7 @@ def test_a_stage_that_refuses_its_input_ends_with_2_and_a_page(pipeline_file: Pa
 
 def test_a_rebuild_that_fails_is_not_shown_as_finished(pipeline_file: Path, store: Path, tmp_path: Path) -> None:
     switch = tmp_path / "fail"
-    raw = {"name": "toy", "stages": {"one": {"stage": "tests.support.cli.gated:SWITCHED", "file": str(switch)}}}
+    raw = {"name": "toy", "stages": {"one": {"stage": "tests.support.cli.gated_stages:SWITCHED", "file": str(switch)}}}
     pipeline_file.write_text(yaml.safe_dump(raw))
     assert ran(pipeline_file, store) == 0
     switch.touch()
@@ -229,7 +229,7 @@ def test_the_garbage_collector_leaves_pages_alone(finished: Path, capsys: Captur
 
 def test_failed_gates_end_with_1_after_the_page(pipeline_file: Path, store: Path, capsys: Capture) -> None:
     raw = toy.pipeline()
-    raw["stages"]["gates"] = {"stage": "tests.support.cli.gated:GATED", "failed": ["kl_to_sft 17 > 15\x1b[2J"]}
+    raw["stages"]["gates"] = {"stage": "tests.support.cli.gated_stages:GATED", "failed": ["kl_to_sft 17 > 15\x1b[2J"]}
     pipeline_file.write_text(yaml.safe_dump(raw, sort_keys=False))
     for _ in range(2):  # cached, they are as failed as before
         assert ran(pipeline_file, store) == 1

@@ -16,9 +16,9 @@ STAGES: dict[str, Any] = {
 
 def threads(runtime: dict[str, Any], cores: int | None) -> dict[str, int | None]:
     pipeline = Pipeline({"name": "x", "runtime": runtime, "stages": STAGES})
-    new_threads = with_threads(pipeline, cores)
-    assert {node.name: node.key for node in new_threads} == {node.name: node.key for node in pipeline}
-    return {name: entry.threads for name, entry in new_threads.runtimes.items()}
+    threaded = with_threads(pipeline, cores)
+    assert {node.name: node.key for node in threaded} == {node.name: node.key for node in pipeline}
+    return {name: runtime.threads for name, runtime in threaded.runtimes.items()}
 
 
 def test_cores_are_shared_out_over_a_stage_s_processes() -> None:

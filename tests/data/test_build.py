@@ -147,12 +147,12 @@ def messy(tmp_path: Path) -> list[dict[str, Any]]:
 
 def test_four_processes_build_what_one_does(make, tmp_path: Path, small_shards) -> None:
     sources = messy(tmp_path)
-    one = make(sources, steps=STEPS)
+    built = make(sources, steps=STEPS)
     four = make(sources, steps=STEPS, resources=BuildResources(workers=4))
     assert len(list((tmp_path / "built0-work").rglob("pass-0/*.json"))) > 8
-    assert four.ledger == one.ledger
-    assert (four.train, four.test, four.dropped) == (one.train, one.test, one.dropped)
-    assert len(one.ledger["digests"]["train"]) == 64
+    assert four.ledger == built.ledger
+    assert (four.train, four.test, four.dropped) == (built.train, built.test, built.dropped)
+    assert len(built.ledger["digests"]["train"]) == 64
 
 
 def test_another_row_gives_another_digest(make, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ def build(folder: Path, train: list[Row], test: list[Row], **more: object) -> Pa
 def test_a_build_and_itself_are_identical(tmp_path: Path) -> None:
     rows = [row(f"q{n}", f"a{n}") for n in range(5)]
     folder = build(tmp_path / "one", rows[:4], rows[4:])
-    two = build(tmp_path / "two", rows[:4], rows[4:], files=2)  # other files, the same rows
-    comparison = compare(folder, two)
+    second = build(tmp_path / "two", rows[:4], rows[4:], files=2)  # other files, the same rows
+    comparison = compare(folder, second)
     assert comparison["identical"] and comparison["same rows"]
     assert group(comparison, "train", "first")["unchanged"] == 4
     assert comparison["examples"] == {}
@@ -38,8 +38,8 @@ def test_every_fate_by_hand(tmp_path: Path) -> None:
     old, new = row("asked", "old answer"), row("asked", "new answer")
     assert before["id"] == after["id"] and old["id"] != new["id"]
     folder = build(tmp_path / "one", [same, moves, goes, before, old], [stays])
-    two = build(tmp_path / "two", [same, after, new, comes], [stays, moves])
-    comparison = compare(folder, two)
+    second = build(tmp_path / "two", [same, after, new, comes], [stays, moves])
+    comparison = compare(folder, second)
     assert not comparison["identical"] and not comparison["same rows"]
     assert group(comparison, "train", "first") == {
         "split": "train", "source": "first", "a": 5, "b": 3,
@@ -85,8 +85,8 @@ def test_the_lines_of_a_group_add_up(tmp_path: Path) -> None:
 
 def test_a_prompt_that_moved_with_another_answer_is_counted_as_leaking(tmp_path: Path) -> None:
     folder = build(tmp_path / "one", [row("Leaks?", "a"), row("b", "b")], [row("c", "c")])
-    two = build(tmp_path / "two", [row("b", "b")], [row("leaks", "other"), row("c", "c")])
-    comparison = compare(folder, two)
+    second = build(tmp_path / "two", [row("b", "b")], [row("leaks", "other"), row("c", "c")])
+    comparison = compare(folder, second)
     assert comparison["trained_then_tested"] == 1
     assert comparison["moved"]["train to test"] == 0
     assert group(comparison, "test", "first")["added"] == 1 and group(comparison, "train", "first")["removed"] == 1
@@ -94,8 +94,8 @@ def test_a_prompt_that_moved_with_another_answer_is_counted_as_leaking(tmp_path:
 
 def test_a_renamed_source_moves_its_rows(tmp_path: Path) -> None:
     folder = build(tmp_path / "one", [row("a", "b", "old")], [row("c", "d")])
-    two = build(tmp_path / "two", [row("a", "b", "new")], [row("c", "d")])
-    comparison = compare(folder, two)
+    second = build(tmp_path / "two", [row("a", "b", "new")], [row("c", "d")])
+    comparison = compare(folder, second)
     assert comparison["moved"] == {"train to test": 0, "test to train": 0, "to another source": 1}
     assert group(comparison, "train", "old")["moved out"] == 1 and group(comparison, "train", "new")["moved in"] == 1
 
@@ -110,30 +110,33 @@ def test_copies_of_a_row_are_counted(tmp_path: Path) -> None:
 
 def test_preferences_are_compared_by_both_answers(tmp_path: Path) -> None:
     folder = build(tmp_path / "one", [pair("q", "good", "bad")], [pair("t", "x", "y")])
-    two = build(tmp_path / "two", [pair("q", "good", "worse")], [pair("t", "x", "y")])
-    comparison = compare(folder, two)
+    second = build(tmp_path / "two", [pair("q", "good", "worse")], [pair("t", "x", "y")])
+    comparison = compare(folder, second)
     assert comparison["examples"]["new answer"][0]["fields"] == {"rejected": ["bad", "worse"]}
 
 
 def test_the_same_rows_in_another_order_are_not_identical(tmp_path: Path) -> None:
     rows = [row("a", "1"), row("b", "2")]
-    folder, two = build(tmp_path / "one", rows, [row("t", "t")]), build(tmp_path / "two", rows[::-1], [row("t", "t")])
-    ledger = json.loads((two / "ledger.json").read_text())
+    folder, second = (
+        build(tmp_path / "one", rows, [row("t", "t")]),
+        build(tmp_path / "two", rows[::-1], [row("t", "t")]),
+    )
+    ledger = json.loads((second / "ledger.json").read_text())
     ledger["digests"]["train"] = "3" * 64
-    (two / "ledger.json").write_text(json.dumps(ledger))
-    comparison = compare(folder, two)
+    (second / "ledger.json").write_text(json.dumps(ledger))
+    comparison = compare(folder, second)
     assert comparison["same rows"] and not comparison["identical"]
 
 
 def test_ledgers_stand_side_by_side(tmp_path: Path) -> None:
     kept_rows = [row("a", "1"), row("b", "2")]
     folder = build(tmp_path / "one", kept_rows, [row("t", "t")], dropped=[(row("a!", "1"), "duplicate", {})])
-    two = build(tmp_path / "two", kept_rows, [row("t", "t")])
-    ledger = json.loads((two / "ledger.json").read_text())
+    second = build(tmp_path / "two", kept_rows, [row("t", "t")])
+    ledger = json.loads((second / "ledger.json").read_text())
     ledger["steps"].insert(1, {**ledger["steps"][0], "step": "1 normalize"})
     ledger["steps"][2]["step"] = "2 dedup"
-    (two / "ledger.json").write_text(json.dumps(ledger))
-    steps = compare(folder, two)["steps"]
+    (second / "ledger.json").write_text(json.dumps(ledger))
+    steps = compare(folder, second)["steps"]
     assert [line["step"] for line in steps] == ["read", "normalize", "dedup"]
     assert steps[1]["a"] is None and steps[1]["b"]["rows_in"] == 3
     assert steps[2]["a"]["dropped"] == {"duplicate": 1} and steps[2]["b"]["dropped"] == {}
@@ -141,17 +144,17 @@ def test_ledgers_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_examples_are_few_and_short(tmp_path: Path) -> None:
     folder = build(tmp_path / "one", [row("kept", "a")], [row("t", "t")])
-    two = build(
+    second = build(
         tmp_path / "two", [row("kept", "a"), *(row(f"{n} " + "x" * 500, "a") for n in range(9))], [row("t", "t")]
     )
-    added = compare(folder, two, examples=2)["examples"]["added"]
+    added = compare(folder, second, examples=2)["examples"]["added"]
     assert len(added) == 2 and all(len(example["text"]) == diff.EXCERPT + 1 for example in added)
 
 
 def test_data_without_a_ledger_is_compared_by_rows_alone(tmp_path: Path) -> None:
-    folder, two = build(tmp_path / "one", [row("a", "1")], []), build(tmp_path / "two", [row("a", "1")], [])
-    (two / "ledger.json").unlink()
-    comparison = compare(folder, two)
+    first, second = build(tmp_path / "one", [row("a", "1")], []), build(tmp_path / "two", [row("a", "1")], [])
+    (second / "ledger.json").unlink()
+    comparison = compare(first, second)
     assert comparison["same rows"] and comparison["steps"] == []
 
 

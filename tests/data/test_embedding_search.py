@@ -15,10 +15,10 @@ from align.data.embedding_search import SCALE, find_similar, quantize
 def plain(vectors: np.ndarray, threshold: float) -> list[int]:
     label = list(range(len(vectors)))
     for row in range(len(vectors)):
-        for other in range(row):
-            product = int(vectors[row].astype(np.int64) @ vectors[other].astype(np.int64))
-            if label[other] == other and product >= threshold * SCALE * SCALE:
-                label[row] = other
+        for column in range(row):
+            product = int(vectors[row].astype(np.int64) @ vectors[column].astype(np.int64))
+            if label[column] == column and product >= threshold * SCALE * SCALE:
+                label[row] = column
                 break
     return label
 

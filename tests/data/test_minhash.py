@@ -58,10 +58,10 @@ def test_hand_worked_similarities(first: str, second: str, size: int, expected: 
 def test_estimates_are_within_five_standard_errors(seed: int, count: int, edits: float, size: int) -> None:
     rng = random.Random(seed)
     text = words(rng, count)
-    other = [word if rng.random() > edits else "new" for word in text]
-    expected = jaccard(" ".join(text), " ".join(other), size)
+    edited = [word if rng.random() > edits else "new" for word in text]
+    expected = jaccard(" ".join(text), " ".join(edited), size)
     error = max(standard_error(expected, 1024), standard_error(1 / 256, 1024))
-    assert abs(estimated(" ".join(text), " ".join(other), size) - expected) < 5 * error
+    assert abs(estimated(" ".join(text), " ".join(edited), size) - expected) < 5 * error
 
 
 def test_estimates_are_unbiased_and_as_wide_as_stated() -> None:
@@ -69,8 +69,8 @@ def test_estimates_are_unbiased_and_as_wide_as_stated() -> None:
     pairs, expected = [], []
     for _ in range(800):
         text = words(rng, 60)
-        other = text[:50] + words(rng, 10)
-        pairs += [" ".join(text), " ".join(other)]
+        edited = text[:50] + words(rng, 10)
+        pairs += [" ".join(text), " ".join(edited)]
         expected.append(jaccard(pairs[-2], pairs[-1], 2))
     actual = signatures(pairs, shingle=2, permutations=128)
     off = estimate(actual, np.arange(0, 1600, 2), np.arange(1, 1600, 2)) - np.array(expected)
@@ -87,13 +87,13 @@ def test_chance_agreement_of_bytes_is_taken_off() -> None:
 
 
 def test_parts_are_compared_apart_and_marked_parts_with_their_like_only() -> None:
-    one = sketch([[("a b c", 0), ("d e f", 1)]], shingle=2)
-    assert (one[0] != sketch([[("a b c d e f", 0)]], shingle=2)[0]).any()
+    sketched = sketch([[("a b c", 0), ("d e f", 1)]], shingle=2)
+    assert (sketched[0] != sketch([[("a b c d e f", 0)]], shingle=2)[0]).any()
     swapped = sketch([[("d e f", 0), ("a b c", 1)]], shingle=2)
-    both = np.concatenate([one[0], swapped[0]])
+    both = np.concatenate([sketched[0], swapped[0]])
     assert abs(float(estimate(both, np.array([0]), np.array([1]))[0])) < 0.05
-    assert one[1] != swapped[1]
-    assert sketch([[("a B c!", 0), ("d e f", 1)]], shingle=2)[1] == one[1]
+    assert sketched[1] != swapped[1]
+    assert sketch([[("a B c!", 0), ("d e f", 1)]], shingle=2)[1] == sketched[1]
     unmarked = sketch([[("a b", 0), ("c d", 0)], [("c d", 0), ("a b", 0)], [("a b", 0), ("c d", 0)]])[1]
     assert unmarked[0] != unmarked[1] and unmarked[0] == unmarked[2]
 

@@ -37,9 +37,9 @@ def test_words_are_those_of_normalized(text: str) -> None:
 
 @settings(deadline=None)
 @given(TEXT, TEXT)
-def test_texts_hash_alike_only_when_their_words_are(one: str, other: str) -> None:
-    first, second = whole(one, other)
-    assert (first == second) == (normalized(one) == normalized(other))
+def test_texts_hash_alike_only_when_their_words_are(left: str, right: str) -> None:
+    first, second = whole(left, right)
+    assert (first == second) == (normalized(left) == normalized(right))
 
 
 def test_runs_of_words() -> None:

@@ -49,8 +49,8 @@ def test_noise_flips_labels_and_keeps_true_scores() -> None:
     # A pair's draw does not depend on its neighbors.
     again, _ = make_pairs(rows[::-1], [["good", "bad"]] * 2000, [[1.0, 0.0]] * 2000, "best_worst", noise=0.1, seed=3)
     assert {p["id"] for p in again if p["flipped"]} == {p["id"] for p in flipped}
-    other, _ = make_pairs(rows, [["good", "bad"]] * 2000, [[1.0, 0.0]] * 2000, "best_worst", noise=0.1, seed=4)
-    assert {p["id"] for p in other if p["flipped"]} != {p["id"] for p in flipped}
+    reseeded, _ = make_pairs(rows, [["good", "bad"]] * 2000, [[1.0, 0.0]] * 2000, "best_worst", noise=0.1, seed=4)
+    assert {p["id"] for p in reseeded if p["flipped"]} != {p["id"] for p in flipped}
 
 
 def test_a_cut_response_keeps_its_mark() -> None:

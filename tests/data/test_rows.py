@@ -51,8 +51,8 @@ def test_errors(tmp_path: Path) -> None:
 def test_normalized_keeps_signs_and_drops_punctuation() -> None:
     assert normalized(" What  is “This”?\n") == normalized("what is this")
     assert normalized("3 + 4") != normalized("3 - 4")
-    one, two = {"prompt": [user("a"), assistant("b")]}, {"prompt": [user("a b")]}
-    assert prompt_key(one) != prompt_key(two)
+    two_turns, second = {"prompt": [user("a"), assistant("b")]}, {"prompt": [user("a b")]}
+    assert prompt_key(two_turns) != prompt_key(second)
 
 
 CALL = '[{"function": {"name": "f"}}]'

@@ -195,14 +195,14 @@ def test_a_damaged_artifact_gives_no_rows(tmp_path: Path) -> None:
 
 def test_identity_of_an_artifact_is_its_key(tmp_path: Path) -> None:
     artifact(tmp_path / "one")
-    one = ArtifactSource(type="artifact", path="one")
-    assert identity(one, tmp_path) == {"artifact": "a" * 64}
+    artifact_source = ArtifactSource(type="artifact", path="one")
+    assert identity(artifact_source, tmp_path) == {"artifact": "a" * 64}
     (tmp_path / "one" / "record.json").write_text("{}")
     with pytest.raises(UserError, match="record.json: damaged: it is not what was written there .it has no seal"):
-        identity(one, tmp_path)
+        identity(artifact_source, tmp_path)
     (tmp_path / "one" / "record.json").unlink()
     with pytest.raises(UserError, match="no finished artifact .it has no record.json."):
-        identity(one, tmp_path)
+        identity(artifact_source, tmp_path)
 
 
 def test_embedded_rows_follow_the_recipes_seed(tmp_path: Path) -> None:
@@ -235,9 +235,9 @@ def test_auto_on_nothing_it_can_read(tmp_path: Path) -> None:
 
 
 def test_labels_are_names_or_origins_and_all_different() -> None:
-    one, same = source("a", "b"), source("a", "b")
+    artifact_source, same = source("a", "b"), source("a", "b")
     hubs = hub(config="main"), hub(files=["x.jsonl"], name="trees")
-    assert labels([one, same, *hubs]) == ["a, b", "a, b (2)", "o/n main train", "trees"]
+    assert labels([artifact_source, same, *hubs]) == ["a, b", "a, b (2)", "o/n main train", "trees"]
     assert labels([source("x"), source("y", name="x")]) == ["x (2)", "x"]
     with pytest.raises(ValueError, match="two sources are named 'x'"):
         labels([source("x", name="x"), source("y", name="x")])

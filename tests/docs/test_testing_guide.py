@@ -80,7 +80,7 @@ def test_no_stage_and_no_tuning_is_missing() -> None:
 
 
 def test_every_checkpoint_that_is_named_is_made() -> None:
-    from tests.support.stages.made_checkpoints import POLICIES, REWARDS
+    from tests.support.stages.trained_checkpoints import POLICIES, REWARDS
 
     matches = MADE.findall(GUIDE)
     assert len(matches) > 50

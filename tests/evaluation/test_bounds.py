@@ -66,7 +66,7 @@ def test_a_step_that_rounds_badly_is_still_kept():
 
 
 @pytest.mark.parametrize(
-    ("text", "other", "number"),
+    ("text", "alternative", "number"),
     [
         (">= 0.3", 9.0, 0.3),
         ("<=-2.5e-1", 9.0, -0.25),
@@ -78,8 +78,8 @@ def test_a_step_that_rounds_badly_is_still_kept():
         ("< reference+1e-1", 2.0, 2.1),
     ],
 )
-def test_values(text, other, number):
-    assert parse_bound(text, SYSTEMS, "gates.x").value(other) == pytest.approx(number)
+def test_values(text, alternative, number):
+    assert parse_bound(text, SYSTEMS, "gates.x").value(alternative) == pytest.approx(number)
 
 
 def test_a_name_with_a_dash_and_digits_is_a_name_where_there_is_one():

@@ -125,10 +125,10 @@ def test_no_pair_is_judged_by_a_temperature_that_it_was_fitted_to():
     margins = pairs(60, 2.0, seed=5)
     half = np.random.default_rng(9).permutation(60) % 2 == 0
     scaled = margins.copy()
-    for own in (half, ~half):
-        fitted, _ = fit_temperature(margins[~own])
+    for half_mask in (half, ~half):
+        fitted, _ = fit_temperature(margins[~half_mask])
         assert fitted is not None
-        scaled[own] /= fitted.value
+        scaled[half_mask] /= fitted.value
     expected = calibration_error(sigmoid(np.abs(scaled)), (scaled > 0).astype(float))
     assert calibration(margins, seed=9)["ece_scaled"] == pytest.approx(expected.as_dict())
 

@@ -25,9 +25,9 @@ def test_spearman_is_scipys_with_ties(draws):
 def test_rows_are_resampled_together_and_counted_once():
     g = np.random.default_rng(0)
     pairs = g.normal(size=(60, 1)) + np.array([[-0.01, 0.01]])  # two numbers of a row hardly differ
-    other = pairs + 0.6 * g.normal(size=(60, 1))
-    together = spearman(pairs, other, resamples=1000, seed=0)
-    apart = spearman(pairs.ravel(), other.ravel(), resamples=1000, seed=0)
+    noisy = pairs + 0.6 * g.normal(size=(60, 1))
+    together = spearman(pairs, noisy, resamples=1000, seed=0)
+    apart = spearman(pairs.ravel(), noisy.ravel(), resamples=1000, seed=0)
     assert together.value == pytest.approx(apart.value)
     assert (together.n, apart.n) == (60, 120)
     assert (together.high - together.low) / (apart.high - apart.low) == pytest.approx(math.sqrt(2), abs=0.2)

@@ -183,8 +183,8 @@ def test_agreement_by_hand():
 def test_two_reward_models_are_each_others_second_scorer():
     rows, _ = many(30)
     g = np.random.default_rng(3)
-    left, other = ((g.normal(1, 1, 30).tolist(), g.normal(0, 1, 30).tolist()) for _ in range(2))
-    first, second = pair_reports(rows, [("reward", left), ("reward-b", other)], seed=0, task="pairs")
+    left, right = ((g.normal(1, 1, 30).tolist(), g.normal(0, 1, 30).tolist()) for _ in range(2))
+    first, second = pair_reports(rows, [("reward", left), ("reward-b", right)], seed=0, task="pairs")
     assert (first["stage"], first["task"], first["agreement"]["other"]) == ("reward", "pairs", "reward-b")
     assert (second["stage"], second["agreement"]["other"]) == ("reward-b", "reward")
     assert first["agreement"]["spearman"]["value"] == pytest.approx(second["agreement"]["spearman"]["value"])

@@ -178,13 +178,13 @@ def test_a_tasks_metrics_have_their_own_n_weights_and_sources():
     card_inputs = measurements(model=[0.1] * 4, sft=[0.2] * 4)
     card_inputs.tasks = [quiz(model=[0, 0, 0, 0, 0, 0], sft=[1, 0, 1, 1, 1, 1])]
     card = build(card_inputs, RESAMPLING, {})
-    own = card["estimates"]["sft"]
-    assert (own["quiz.right"]["value"], own["quiz.right"]["n"]) == (pytest.approx(5 / 6), 6)
-    assert own["quiz.right"]["method"] == "wilson"
+    estimates = card["estimates"]["sft"]
+    assert (estimates["quiz.right"]["value"], estimates["quiz.right"]["n"]) == (pytest.approx(5 / 6), 6)
+    assert estimates["quiz.right"]["method"] == "wilson"
     # (2 + 1 + 2 + 2 + 2 + 5 * 2) / 10, while the plain mean is 11/6
-    assert own["quiz.loss"]["value"] == pytest.approx(1.9)
+    assert estimates["quiz.loss"]["value"] == pytest.approx(1.9)
     # items 1, 3, 5 alone take part: 0, 1, 1
-    assert (own["quiz.safe"]["value"], own["quiz.safe"]["n"]) == (pytest.approx(2 / 3), 3)
+    assert (estimates["quiz.safe"]["value"], estimates["quiz.safe"]["n"]) == (pytest.approx(2 / 3), 3)
     assert card["task_families"]["quiz"]["odd"]["estimates"]["sft"]["quiz.right"]["value"] == pytest.approx(2 / 3)
     assert card["task_families"]["quiz"]["even"]["estimates"]["sft"]["quiz.safe"]["n"] == 0
     assert rows(card, "quiz.safe")["sft", "model"]["n"] == 3

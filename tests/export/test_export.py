@@ -66,8 +66,8 @@ def test_a_checkpoint_is_written_as_it_is(tiny_model: Path, tmp_path: Path) -> N
     written = export(Source(tiny_model), tmp_path / "out")
     assert (written.is_reward, written.dtype, written.architecture) == (False, "float32", "LlamaForCausalLM")
     assert written.parameters == sum(p.numel() for p in load_policy(tiny_model).parameters())
-    own, theirs = weights(tmp_path / "out"), weights(tiny_model)
-    assert own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
+    exported, theirs = weights(tmp_path / "out"), weights(tiny_model)
+    assert exported.keys() == theirs.keys() and all(torch.equal(exported[name], theirs[name]) for name in exported)
     assert set(written.files) == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja",
@@ -80,9 +80,9 @@ def test_a_checkpoint_is_written_as_it_is(tiny_model: Path, tmp_path: Path) -> N
 
 def test_bfloat16_halves_the_weights_and_is_what_a_second_export_keeps(tiny_model: Path, tmp_path: Path) -> None:
     written = export(Source(tiny_model), tmp_path / "out", "bfloat16")
-    own, theirs = weights(tmp_path / "out"), weights(tiny_model)
-    assert written.dtype == "bfloat16" and {tensor.dtype for tensor in own.values()} == {torch.bfloat16}
-    assert all(torch.equal(own[name], theirs[name].bfloat16()) for name in own)
+    exported, theirs = weights(tmp_path / "out"), weights(tiny_model)
+    assert written.dtype == "bfloat16" and {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+    assert all(torch.equal(exported[name], theirs[name].bfloat16()) for name in exported)
     assert stored_type(tmp_path / "out") == "bfloat16"
     assert export(Source(tmp_path / "out"), tmp_path / "again").dtype == "bfloat16"
 
@@ -96,9 +96,9 @@ def test_large_weights_are_split_with_an_index(tiny_model: Path, tmp_path: Path)
 
 def test_an_adapter_is_merged_as_training_merged_it(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
     export(Source(tiny_model, trained / "adapter"), tmp_path / "out")
-    own, theirs = weights(tmp_path / "out"), weights(trained / "model")
-    assert own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
-    assert not torch.equal(own["model.layers.0.mlp.up_proj.weight"],
+    exported, theirs = weights(tmp_path / "out"), weights(trained / "model")
+    assert exported.keys() == theirs.keys() and all(torch.equal(exported[name], theirs[name]) for name in exported)
+    assert not torch.equal(exported["model.layers.0.mlp.up_proj.weight"],
                            weights(tiny_model)["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
 
 
@@ -119,9 +119,9 @@ def test_adapters_of_other_trainers_merge_too(config: Any, tiny_model: Path, tmp
 
 
 def test_an_adapter_beside_its_base_answers_as_the_merged_one(trained: Path, tiny_model: Path) -> None:
-    beside = attach(load_policy(tiny_model), trained / "adapter", merge=False)
-    assert type(beside).__name__ == "PeftModelForCausalLM"
-    assert torch.allclose(logits(beside), logits(load_policy(trained / "model")), atol=1e-4)
+    adapter_model = attach(load_policy(tiny_model), trained / "adapter", merge=False)
+    assert type(adapter_model).__name__ == "PeftModelForCausalLM"
+    assert torch.allclose(logits(adapter_model), logits(load_policy(trained / "model")), atol=1e-4)
 
 
 def test_a_reward_model_stays_a_classifier(tiny_reward: Path, tmp_path: Path) -> None:
@@ -153,9 +153,9 @@ def test_rounding_weights_leaves_what_is_no_weight(tiny_model: Path) -> None:
     model, plain = load_policy(tiny_model), load_policy(tiny_model)
     round_weights(model, "bfloat16")
     assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
-    own, theirs = model.state_dict(), plain.state_dict()
-    assert all(torch.equal(own[name], theirs[name].bfloat16().float()) for name in own)
-    assert {tensor.dtype for tensor in own.values()} == {torch.float32}
+    exported, theirs = model.state_dict(), plain.state_dict()
+    assert all(torch.equal(exported[name], theirs[name].bfloat16().float()) for name in exported)
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

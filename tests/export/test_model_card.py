@@ -149,9 +149,9 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
     assert "No evaluation of this checkpoint is recorded." in text
     assert "Nothing was measured of this checkpoint, its safety least of all." in text
     assert "Not checked when it was written" in text
-    other = scored(tmp_path, small_card())
-    other["scorecard"]["settings"]["checkpoints"] = {"ppo": "9" * 64}
-    data, text = written(tmp_path, Facts("x", POLICY, None, lineage(tmp_path), **other))
+    facts = scored(tmp_path, small_card())
+    facts["scorecard"]["settings"]["checkpoints"] = {"ppo": "9" * 64}
+    data, text = written(tmp_path, Facts("x", POLICY, None, lineage(tmp_path), **facts))
     assert "model-index" not in data and "No evaluation of this checkpoint" in text, "the key decides, not the name"
 
 

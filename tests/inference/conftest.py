@@ -27,7 +27,7 @@ def served(fake: FakeServer, tiny_model: Path) -> Iterator[ServerEngine]:
     """An engine at ``fake``, which has forgotten the calls that opened it."""
     from tests.support.inference.server_harness import open_at
 
-    one = open_at(tiny_model, fake.address)
+    engine = open_at(tiny_model, fake.address)
     fake.calls.clear()
-    yield one
-    one.close()
+    yield engine
+    engine.close()

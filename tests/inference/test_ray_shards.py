@@ -14,9 +14,9 @@ from align.inference.ray_shards import RayEngine, shard_sampling
 
 
 @given(st.integers(0, 2**40), st.integers(1, 30), st.integers(0, 29), st.booleans())
-def test_a_part_has_the_seeds_of_the_whole(seed: int, count: int, first: int, own: bool) -> None:
+def test_a_part_has_the_seeds_of_the_whole(seed: int, count: int, first: int, has_seeds: bool) -> None:
     first = min(first, count - 1)
-    full = Sampling(8, n=2, seed=seed, seeds=tuple(range(seed, seed + count)) if own else None)
+    full = Sampling(8, n=2, seed=seed, seeds=tuple(range(seed, seed + count)) if has_seeds else None)
     part = shard_sampling(full, first, count - first)
     for place in range(first, count):
         for sample in range(2):
@@ -49,9 +49,9 @@ class Ray:
 
 
 def engine(losses: int) -> RayEngine:
-    made = object.__new__(RayEngine)
-    made.ray, made.actors = Ray(losses), ["lives", "dies"]
-    return made
+    ray_engine = object.__new__(RayEngine)
+    ray_engine.ray, ray_engine.actors = Ray(losses), ["lives", "dies"]
+    return ray_engine
 
 
 def test_shares_are_put_together_in_order_and_repeated_where_an_engine_dies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,9 +62,9 @@ def threads_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> Iterator[ServerEngine]:
-    one = _open(tiny_model, None)
-    yield one
-    one.close()
+    server_engine = _open(tiny_model, None)
+    yield server_engine
+    server_engine.close()
 
 
 @pytest.fixture

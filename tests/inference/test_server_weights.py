@@ -80,8 +80,8 @@ def test_weights_that_the_server_cannot_read(fake: FakeServer, served: ServerEng
         fake.answers["/collective_rpc"] = lambda body, results=results: {"results": results}
         with pytest.raises(BadReply, match="results is no list of what each worker holds"):
             served.load_weights(checkpoint_weights(served.spec.model_dir))
-    other = {"version": "another's:1", "digest": None, "loads": 1, "content": ""}
-    fake.answers["/collective_rpc"] = lambda body: {"results": [other]}
+    foreign_state = {"version": "another's:1", "digest": None, "loads": 1, "content": ""}
+    fake.answers["/collective_rpc"] = lambda body: {"results": [foreign_state]}
     with pytest.raises(BadReply, match="it was told to hold"):
         served.load_weights(checkpoint_weights(served.spec.model_dir))
     assert "/reset_prefix_cache" not in fake.paths()

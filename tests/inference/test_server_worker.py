@@ -59,9 +59,9 @@ def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_pat
     assert (message["version"], message["digest"], message["loads"]) == ("run:1", digest, 1)
     assert message == getattr(worker, REPORT)(content=True)
     before = worker.model.weight.clone()
-    other, _ = saved(tmp_path / "other", 2)
+    second_folder, _ = saved(tmp_path / "other", 2)
     with pytest.raises(ValueError, match="was announced"):
-        worker.align_load_weights(other, "run:2", digest)
+        worker.align_load_weights(second_folder, "run:2", digest)
     assert torch.equal(worker.model.weight, before)
     assert getattr(worker, REPORT)(content=True) == message
 

@@ -19,7 +19,7 @@ from align.inference.engine import open_engine
 from align.inference.vllm_adapters import why_unsupported
 from align.models.loading import load_policy
 from align.models.render import render_prompt
-from tests.support.models.tuning.confident import confident_copy, saved
+from tests.support.models.tuning.confident_model import confident_copy, saved
 
 CHECKS = Path(__file__).parents[1] / "support" / "inference" / "vllm_adapter_checks.py"
 HAS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -60,7 +60,9 @@ print("all checks passed")
 @HAS_VLLM
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tuning", [PromptTuning(tokens=4), PTuning(tokens=4), AdaptersTuning(size=16)], ids=lambda one: one.label
+    "tuning",
+    [PromptTuning(tokens=4), PTuning(tokens=4), AdaptersTuning(size=16)],
+    ids=lambda tuning_case: tuning_case.label,
 )
 def test_folded_checkpoints_are_plain_to_vllm(tuning: TuningBase, tiny_model: Path, tmp_path: Path) -> None:
     folder = saved(confident_copy(tiny_model, tmp_path / "base"), tuning, tmp_path / "out" / "model")

@@ -27,7 +27,7 @@ from align.store.store import Store
 
 
 def _raw(how: str) -> dict[str, Any]:
-    return {"name": "hang", "stages": {"one": {"stage": "tests.support.inference.hanging:HANG", "how": how}}}
+    return {"name": "hang", "stages": {"one": {"stage": "tests.support.inference.hanging_engine:HANG", "how": how}}}
 
 
 def _failed(raw: dict[str, Any], store: Path) -> tuple[str, str]:

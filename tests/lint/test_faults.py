@@ -89,12 +89,12 @@ def test_an_answer_that_calls_a_tool_and_a_tools_answer() -> None:
              "completion": [assistant("It rains.")]}  # fmt: skip
     tokenizer = dialects.tokenizer_of("qwen-tools")
     for supervise in ("last", "all"):
-        made = encoded(tokenizer, [row, after]) if supervise == "last" else all_answers(tokenizer, [row, after])
-        assert not alarms(look(tokenizer, [row, after], made, options=Options(supervise=supervise)))
-    made = encoded(tokenizer, [row])
-    start = next(index for index, label in enumerate(made[0]["labels"]) if label != MASKED)
-    made[0]["labels"][start : start + 12] = [MASKED] * 12
-    assert alarms(look(tokenizer, [row], made)) == {"mask-shifted"}
+        encoding = encoded(tokenizer, [row, after]) if supervise == "last" else all_answers(tokenizer, [row, after])
+        assert not alarms(look(tokenizer, [row, after], encoding, options=Options(supervise=supervise)))
+    encoding = encoded(tokenizer, [row])
+    start = next(index for index, label in enumerate(encoding[0]["labels"]) if label != MASKED)
+    encoding[0]["labels"][start : start + 12] = [MASKED] * 12
+    assert alarms(look(tokenizer, [row], encoding)) == {"mask-shifted"}
     refused = look(dialects.tokenizer_of("chatml"), [row])  # a template without a place for tools
     assert alarms(refused) == {"template-refuses-row"}
 

@@ -10,8 +10,8 @@ from align.data.rows import assistant
 from align.lint.batches import MASKED
 from align.lint.linter import Options
 from tests.support.lint.dialects import SPECS, make
-from tests.support.lint.genuine import TEMPLATES, tokenizer_of
 from tests.support.lint.harness import SPOILT, alarms, all_answers, clean, encoded, instructions, look
+from tests.support.lint.released_templates import TEMPLATES, tokenizer_of
 
 WRITES_BEFORE_ANSWERS = {"glm4moe", "qwen3", "qwen3_6", "gptoss"}
 KEEPS_EARLIER_TURNS = sorted(TEMPLATES.keys() - {"glm4moe", "gptoss", "phi3", "phi3_5", "qwen3", "qwen3_6"})

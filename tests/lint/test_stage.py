@@ -146,7 +146,7 @@ def test_a_misspelled_waiver_is_named_with_its_place() -> None:
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo"])
 def test_linting_changes_no_key(kind: str) -> None:
-    own: dict[str, Any] = {"reward": {}, "ppo": {"score": "gold"}}.get(kind, {})
+    fields: dict[str, Any] = {"reward": {}, "ppo": {"score": "gold"}}.get(kind, {})
     source = {"dpo": "policy", "ppo": "policy"}.get(kind, "model")
     data = "prompts" if kind == "ppo" else "data"
     keys = set()
@@ -154,7 +154,7 @@ def test_linting_changes_no_key(kind: str) -> None:
         stages = {
             "base": {"stage": "model", "source": "tiny"},
             "pairs": {"stage": "tests.support.lint.pairs_stage:PAIRS"},
-            "last": {"stage": kind, source: "base", data: "pairs", "learning_rate": 1e-3, "lint": settings, **own},
+            "last": {"stage": kind, source: "base", data: "pairs", "learning_rate": 1e-3, "lint": settings, **fields},
         }
         keys.add(Pipeline({"name": "p", "stages": stages}, "p.yaml").nodes["last"].key)
     assert len(keys) == 1

@@ -28,7 +28,7 @@ from align.models.embedded import NAME, fetch
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES, known_architecture
 from align.models.precision import cast_frozen_to_bf16, low_residual
 from align.models.tuning.apply import apply_tuning
-from tests.support.models.tuning.confident import confident_copy, tuned
+from tests.support.models.tuning.confident_model import confident_copy, tuned
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,

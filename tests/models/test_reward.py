@@ -68,9 +68,9 @@ def test_rounded_weights_score_as_autocast_does(tiny_reward: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps of a process are Linux's")
 def test_rounded_weights_leave_nothing_of_the_file_in_memory(tiny_reward: Path, tmp_path: Path) -> None:
-    own = shutil.copytree(tiny_reward, tmp_path / "own")  # which no other test has loaded
-    maps, file = Path("/proc/self/maps"), str((own / "model.safetensors").resolve())
-    scorer = RewardModel(own, precision="bfloat16")
+    model_copy = shutil.copytree(tiny_reward, tmp_path / "own")  # which no other test has loaded
+    maps, file = Path("/proc/self/maps"), str((model_copy / "model.safetensors").resolve())
+    scorer = RewardModel(model_copy, precision="bfloat16")
     assert file in maps.read_text()
     scorer.round_weights()
     assert file not in maps.read_text()

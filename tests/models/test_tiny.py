@@ -31,11 +31,11 @@ def test_template_ends_turns_with_eos_and_prompts_are_prefixes(tiny_model: Path)
 def test_same_seed_same_bytes_and_callers_randomness_untouched(tiny_model: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    again, other = make_tiny(tmp_path / "again"), make_tiny(tmp_path / "other", seed=1)
+    again, reseeded = make_tiny(tmp_path / "again"), make_tiny(tmp_path / "other", seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     weights = (tiny_model / "model.safetensors").read_bytes()
     assert (again / "model.safetensors").read_bytes() == weights
-    assert (other / "model.safetensors").read_bytes() != weights
+    assert (reseeded / "model.safetensors").read_bytes() != weights
     assert sum(file.stat().st_size for file in tiny_model.iterdir()) < 2_000_000
 
 

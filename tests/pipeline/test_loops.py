@@ -44,10 +44,10 @@ def test_one_round_is_what_the_block_would_be_without_a_loop_and_one_more_keeps_
     block = plain["stages"].pop("loop")
     plain["stages"] |= {"drawn-1": block["stages"]["drawn"], "total-1": {**block["stages"]["total"], "first": "start"}}
     plain["stages"]["total-1"]["others"] = ["drawn-1"]
-    one, three = Pipeline(looped(1)), Pipeline(looped(3))
-    assert [node.key for node in one] == [node.key for node in Pipeline(plain)]
+    single_round, three = Pipeline(looped(1)), Pipeline(looped(3))
+    assert [node.key for node in single_round] == [node.key for node in Pipeline(plain)]
     store = tmp_path / "store"
-    assert run_pipeline(one, store=store).ran == ["start", "drawn-1", "total-1"]
+    assert run_pipeline(single_round, store=store).ran == ["start", "drawn-1", "total-1"]
     assert run_pipeline(three, store=store).ran == ["drawn-2", "total-2", "drawn-3", "total-3"]
     assert run_pipeline(three, store=store).ran == []
 

@@ -89,8 +89,8 @@ def test_signals_are_heard_in_the_main_thread_only_and_the_handler_is_put_back()
     messages: list[frozenset[int]] = []
 
     def elsewhere() -> None:
-        with StopRequest().handle_signals(signal.SIGUSR1) as other:
-            messages.append(other.signals)
+        with StopRequest().handle_signals(signal.SIGUSR1) as thread_request:
+            messages.append(thread_request.signals)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()

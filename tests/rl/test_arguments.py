@@ -48,10 +48,10 @@ def test_every_field_has_the_default_and_the_help_of_the_stage(kind: str) -> Non
         assert fields[name].default == (None if info.is_required() else info.default), name
         assert fields[name].metadata["help"] == info.description, name
         assert fields[name].type == info.annotation, name
-    made, stage = make_arguments(kind), make_settings(kind)
+    arguments, stage = make_arguments(kind), make_settings(kind)
     for name in trainer_fields(settings_of(kind)):
         if name != "kl_estimator":  # resolved
-            assert getattr(made, name) == getattr(stage, name), name
+            assert getattr(arguments, name) == getattr(stage, name), name
 
 
 @KINDS

@@ -188,7 +188,7 @@ def test_pair_losses_are_those_of_stage_dpo_to_the_gradient(kind):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
 def test_ties_count_for_nothing(kind):
-    one = pair(kind, sides=(0.0, 0.0, -1.0, 1.0), count=1.0)
+    single_pair = pair(kind, sides=(0.0, 0.0, -1.0, 1.0), count=1.0)
     both = pair(kind)
     first = pair(kind, sides=(1.0, -1.0, 0.0, 0.0), count=1.0)
-    assert both.loss.item() == pytest.approx((one.loss.item() + first.loss.item()) / 2)
+    assert both.loss.item() == pytest.approx((single_pair.loss.item() + first.loss.item()) / 2)

@@ -38,7 +38,7 @@ def make_sampler(seed):
 def requests(world_size, update, seed=3, local=False):
     values = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "all_gather", lambda own: [own])
+        patched.setattr(module, "all_gather", lambda local_values: [local_values])
         patched.setenv("WORLD_SIZE", str(world_size))
         for process in range(world_size):
             patched.setenv("RANK", str(process))

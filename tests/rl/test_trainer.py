@@ -132,9 +132,9 @@ def test_critic_warm_up_is_the_same_where_the_policy_has_gradients_of_zero(make_
         trainer.train()
         assert steps == [0] * 2
         outcomes.append({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
-    one, two = outcomes
-    assert one.keys() == two.keys()
-    assert all(torch.allclose(tensor, two[name], atol=1e-6) for name, tensor in one.items())
+    first, second = outcomes
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(tensor, second[name], atol=1e-6) for name, tensor in first.items())
 
 
 class AfterWarmUp(TrainerCallback):

@@ -111,23 +111,23 @@ def test_an_update_without_early_ends_is_the_same(trl, tmp_path):
     def account(tensors, order):
         tensors["advantages"] *= bessel(tensors["response_mask"])
 
-    run, actual, made = ours(trl, "full", tmp_path, account), of(trl, "full"), trl.runs["full"]
+    run, actual, reference_run = ours(trl, "full", tmp_path, account), of(trl, "full"), trl.runs["full"]
     t, mask = run.tensors, run.tensors["response_mask"]
     assert mask.all() and t["finished"].any() and not t["finished"].all()
     t["advantages"] *= bessel(mask)
     for name in ("rewards", "raw_advantages", "advantages", "returns"):
         close(t[name], actual[name], name)
-    assert len(run.steps.gradients) == len(made["steps"]) == 2
+    assert len(run.steps.gradients) == len(reference_run["steps"]) == 2
     for step, gradients in enumerate(run.steps.gradients):
         close_all(gradients, of(trl, f"full/step{step}/micro1/gradient"), f"gradient {step}")
     close_all(run.steps.weights[-1], of(trl, "full/step1/after"), "weight")
     # Micro-batches have as many tokens as each other here, so that the mean of their means is the tokens' mean.
-    assert run.logged["loss"] == pytest.approx(mean_of(made["steps"], "loss"), abs=1e-5)
-    assert run.logged["value_loss"] == pytest.approx(mean_of(made["steps"], "vf_loss"), abs=1e-5)
+    assert run.logged["loss"] == pytest.approx(mean_of(reference_run["steps"], "loss"), abs=1e-5)
+    assert run.logged["value_loss"] == pytest.approx(mean_of(reference_run["steps"], "vf_loss"), abs=1e-5)
     assert run.logged["importance_weight"] == 1.0 and run.logged["parity_gap_max"] < 1e-5
     # trl's means over the update are half of what they should be: as many slots again are never written (difference 8)
     fill(run.trainer.model, run.steps.weights[0], theirs)
-    second = run.trainer.model(pack(trl.prompts, made["responses"], range(8), PAD, "padded"))
+    second = run.trainer.model(pack(trl.prompts, reference_run["responses"], range(8), PAD, "padded"))
     entropy = (t["entropy"].mean() + second["entropy"].mean()) / 2
     logged = {
         "policy/clipfrac_avg": run.logged["clipfrac"] / 2,
@@ -135,13 +135,13 @@ def test_an_update_without_early_ends_is_the_same(trl, tmp_path):
         "policy/approxkl_avg": run.logged["approx_kl"] / 2,
         "val/ratio": run.logged["ratio"] / 2,
         "policy/entropy_avg": entropy.item() / 2,
-        "loss/policy_avg": mean_of(made["steps"], "pg_loss") / 2,
+        "loss/policy_avg": mean_of(reference_run["steps"], "pg_loss") / 2,
         "objective/kl": run.logged["kl"],
         "objective/entropy": -t["logprobs"].sum(dim=1).mean().item(),
         "objective/scores": penalized(trl, t).mean().item(),
         "objective/rlhf_reward": run.logged["reward"],
     }
-    assert logged == pytest.approx({name: made["metrics"][name] for name in logged}, abs=1e-5)
+    assert logged == pytest.approx({name: reference_run["metrics"][name] for name in logged}, abs=1e-5)
     assert run.logged["score"] == pytest.approx(t["scores"].mean().item(), abs=1e-5)
     assert run.logged["clipfrac"] > 0.1 and run.logged["value_clipfrac"] > 0.1
 
@@ -177,15 +177,15 @@ def test_the_score_is_on_eos_and_not_one_slot_after_it(trl, tmp_path):
 def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
     run, actual, s = ours(trl, "ragged", tmp_path, learning_rate=0.0), of(trl, "ragged"), trl.settings
     t, mask, model = run.tensors, run.tensors["response_mask"], run.trainer.model
-    slot, made = with_slot(mask), trl.runs["ragged"]
+    slot, reference_run = with_slot(mask), trl.runs["ragged"]
     t |= experience(trl, t)
     advantages = whiten_advantages(t["raw_advantages"], mask) * bessel(mask)
     logged = dict.fromkeys(("val/ratio", "policy/approxkl_avg", "policy/clipfrac_avg", "val/clipfrac_avg"), 0.0)
-    for step, micro_batches in enumerate(entry["micro_batches"] for entry in made["steps"]):
+    for step, micro_batches in enumerate(entry["micro_batches"] for entry in reference_run["steps"]):
         model.zero_grad()
         for place, micro in enumerate(micro_batches):
             rows, index = micro["indices"], f"step{step}/micro{place}"
-            texts = [trl.prompts[i] for i in rows], [made["responses"][i] for i in rows]
+            texts = [trl.prompts[i] for i in rows], [reference_run["responses"][i] for i in rows]
             out = model(pack(*texts, rows, PAD, "padded"))
             assert out["logprobs"].shape == mask[rows].shape  # each micro-batch has a response of full length
             close(out["logprobs"][mask[rows]], actual[f"{index}/new_logprobs"][mask[rows]], "new log-probabilities")
@@ -211,7 +211,7 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
             logged["val/clipfrac_avg"] += (value.sums["value_clipfrac"] / slot[rows].sum()).item() / 4
         if step == 0:
             fill(model, of(trl, "ragged/step0/after"), theirs)
-    assert logged == pytest.approx({name: made["metrics"][name] for name in logged}, abs=1e-5)
+    assert logged == pytest.approx({name: reference_run["metrics"][name] for name in logged}, abs=1e-5)
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e9, 1e-3])

@@ -7,7 +7,7 @@ import torch
 
 from align.models.tuning.apply import initial_policy
 from align.rl.checkpoint import last_checkpoint
-from tests.support.models.tuning.pretended import CASES, push, tuning_of
+from tests.support.models.tuning.tuning_cases import CASES, push, tuning_of
 from tests.support.rl.runs import FIELDS, KillAt, Killed, outcome
 
 OTHERS = ("pissa_dora", "ia3", "vera", "oft", "embeddings", "dora", "ln_tuning")

@@ -99,7 +99,7 @@ def test_a_killed_run_keeps_the_same_best(make_trainer, tmp_path, killed_at):
 
 def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer, monkeypatch):
     trainer = make_trainer(**FIELDS, temperature=2.0)
-    monkeypatch.setattr("align.rl.sampler.all_gather", lambda own: [own])
+    monkeypatch.setattr("align.rl.sampler.all_gather", lambda local_values: [local_values])
     answers = {}
     for world in (1, 2):
         monkeypatch.setenv("WORLD_SIZE", str(world))

@@ -264,16 +264,16 @@ def test_two_nodes_meet_and_the_first_one_writes_the_result(tmp_path: Path, monk
     raw = pipeline().raw
     raw["runtime"]["launch"] = {"processes": 1, "nodes": 2, "rendezvous": f"127.0.0.1:{free_port()}", "timeout": 240}
     raw["stages"]["ranks"]["crash"] = ""
-    other: list[subprocess.Popen[bytes]] = []
+    second_node: list[subprocess.Popen[bytes]] = []
 
     class Second(Listener):
         def stage_started(self, node: Any, folder: Path, resumed: bool) -> None:
             environment = {**os.environ, "ALIGN_NODE_RANK": "1"}
             command = [sys.executable, "-m", "align.runner.worker", str(folder)]
-            other.append(subprocess.Popen(command, env=environment))
+            second_node.append(subprocess.Popen(command, env=environment))
 
     finished = run_pipeline(Pipeline(raw, "p.yaml"), store=tmp_path, listener=Second())
-    assert other[0].wait(120) == 0
+    assert second_node[0].wait(120) == 0
     document = json.loads((finished.artifacts["ranks"].path / "ranks.json").read_text())
     assert [(each["RANK"], each["WORLD_SIZE"], each["LOCAL_WORLD_SIZE"]) for each in document] == [
         ("0", "2", "1"), ("1", "2", "1"),

@@ -122,7 +122,7 @@ def test_a_record_that_this_machine_still_believes_missing_is_looked_for_again(
 ) -> None:
     """NFS remembers that a name is missing, until something of one's own changes the folder."""
     raw = toy.pipeline(one={"pause": 0.4})
-    other = start(raw, store)
+    second_run = start(raw, store)
     wait_for(lambda: list(store.glob("number/*.partial/checkpoints/step-0")), 60)
     read, forget, stale = Store._read, store_module.drop_nfs_cache, [True]
     key = Pipeline(raw).nodes["one"].key
@@ -140,7 +140,7 @@ def test_a_record_that_this_machine_still_believes_missing_is_looked_for_again(
     run_pipeline(Pipeline(raw), store=store, only="one", listener=recorder)
     assert ("cached", "one") in recorder.said
     assert ("started", "one") not in recorder.said
-    outcome(other)
+    outcome(second_run)
     assert not list(store.glob("*/.look-*"))
 
 

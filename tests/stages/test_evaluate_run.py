@@ -25,14 +25,14 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     assert (card["reference"], card["base"], card["primary"]) == ("sft", "model", "gold")
     assert card["settings"]["prompts"] == metrics["prompts"] == PROMPTS  # the long one is left out
     assert set(card["metrics"]) == {"gold", "reward", "finished", "length", "kl", "kl_k3", "heldout_loss"}
-    own = card["estimates"]
+    estimates = card["estimates"]
     # the same weights and the same randomness: same responses, no drift; other weights drift
-    assert own["model"]["reward"] == own["sft"]["reward"]
-    assert own["model"]["kl"]["value"] == pytest.approx(0, abs=1e-5)
-    assert own["sft"]["kl"]["value"] == 0
-    assert own["ppo"]["kl"]["value"] > 0.1
-    assert own["ppo"]["kl_k3"]["value"] > 0.1
-    assert own["ppo"]["heldout_loss"]["n"] == PROMPTS
+    assert estimates["model"]["reward"] == estimates["sft"]["reward"]
+    assert estimates["model"]["kl"]["value"] == pytest.approx(0, abs=1e-5)
+    assert estimates["sft"]["kl"]["value"] == 0
+    assert estimates["ppo"]["kl"]["value"] > 0.1
+    assert estimates["ppo"]["kl_k3"]["value"] > 0.1
+    assert estimates["ppo"]["heldout_loss"]["n"] == PROMPTS
     (model,) = card["reward_models"]
     assert (model["pairs"], model["stage"], model["task"]) == (4, "reward", "pairs")
     assert metrics["reward_accuracy"] in (0, 0.25, 0.5, 0.75, 1)
@@ -168,10 +168,10 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
     metrics = evaluate.run(replace(context, config=config, inputs=inputs | {"heldout": None}))
     card = json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
     assert card["policies"] == ["model", "sft", "ppo", "shown", "best"]
-    own = card["estimates"]
-    assert own["best"]["reward"]["value"] > own["sft"]["reward"]["value"]
-    assert own["best"]["kl"]["method"] == "upper bound"
-    assert own["shown"]["kl"]["value"] > 0.1  # the same weights as the reference, but another prompt
+    estimates = card["estimates"]
+    assert estimates["best"]["reward"]["value"] > estimates["sft"]["reward"]["value"]
+    assert estimates["best"]["kl"]["method"] == "upper bound"
+    assert estimates["shown"]["kl"]["value"] > 0.1  # the same weights as the reference, but another prompt
     gates = {(gate["system"], gate["metric"]): gate["passed"] for gate in card["gates"]}
     assert gates == {("ppo", "gold"): False, ("best", "reward"): True, ("ppo", "kl"): False}
     assert len(metrics["failed_gates"]) == 1  # a warning fails nothing
@@ -179,7 +179,7 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
     samples = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert [len(samples[0]["responses"][name]) for name in card["policies"]] == [1] * 5
     best = [sample["responses"]["best"][0]["reward"] for sample in samples]
-    assert sum(best) / len(best) == pytest.approx(own["best"]["reward"]["value"])
+    assert sum(best) / len(best) == pytest.approx(estimates["best"]["reward"]["value"])
 
 
 def test_a_gate_on_what_nothing_measures_is_refused_before_anything_runs(context, monkeypatch):

@@ -19,7 +19,7 @@ from align.models.render import render_prompt
 from align.pipeline.context import StageContext
 from align.stages.ppo import run
 from align.store.artifacts import Artifact, Kind
-from tests.support.models.tuning.confident import saved
+from tests.support.models.tuning.confident_model import saved
 
 METHODS: dict[str, dict[str, Any]] = {
     "parallel": {"method": "adapters", "size": 16},

@@ -65,9 +65,9 @@ def inputs_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def server(tiny_model: Path) -> Iterator[ModelServer]:
     """A server that was running already, healthy until a test says otherwise."""
-    one = ModelServer(tiny_model)
-    yield one
-    one.stop()
+    model_server = ModelServer(tiny_model)
+    yield model_server
+    model_server.stop()
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def raw(tiny_model: Path) -> dict[str, Any]:
         "precision": "float32",
         "tuning": {"method": "lora", "rank": 4, "alpha": 8},
     }
-    inputs = "tests.support.stages.given"
+    inputs = "tests.support.stages.fixed_inputs"
     return {
         "name": "served",
         "seed": 3,
@@ -179,8 +179,8 @@ def assert_as_without_failure(
 def run_whole(raw: dict[str, Any], store: Path, rollouts: dict[str, Any] | None, engine: dict[str, Any]) -> Whole:
     """The stage run here, in this process."""
     node, opened, folder = Pipeline(raw).nodes["ppo"], Store.open(store), store.parent / "whole"
-    made = {artifact.stage: artifact for artifact in opened.all()}
-    inputs = {field: made[name] if isinstance(name, str) else None for field, name in node.inputs.items()}
+    artifacts = {artifact.stage: artifact for artifact in opened.all()}
+    inputs = {field: artifacts[name] if isinstance(name, str) else None for field, name in node.inputs.items()}
     runtime = Runtime.model_validate(runtime_of(raw, rollouts, engine))
     for name in ("output", "checkpoints"):
         (folder / name).mkdir(parents=True)
@@ -200,14 +200,14 @@ def test_a_server_that_hangs(
 ) -> None:
     """One that somebody else started, and that answers again when the stage is run again."""
     server.fault_at = FAULTY_LOAD
-    one = {"addresses": [server.address]}
-    error = fail(raw, tmp_path / "store", one | {"restarts": 0}, timeout=5)
+    model_server = {"addresses": [server.address]}
+    error = fail(raw, tmp_path / "store", model_server | {"restarts": 0}, timeout=5)
     waited = f"EngineLost: the vLLM server at {server.address} did not answer /v1/completions within 5 s"
     assert f"{waited} (runtime.engine.timeout)" in error
     assert "/health answers" in error
     assert "Once the server answers, run again to resume from checkpoint-2." in error
-    actual = finish(raw, tmp_path / "store", one)
-    assert_as_without_failure(actual, raw, tmp_path / "store", wholes, one)
+    actual = finish(raw, tmp_path / "store", model_server)
+    assert_as_without_failure(actual, raw, tmp_path / "store", wholes, model_server)
 
 
 @pytest.fixture

@@ -46,8 +46,8 @@ def run(tiny_model: Path, folder: Path, servers: list[ModelServer], processes: i
             "stages": {"ppo": {"launch": {"processes": processes, "strategy": strategy}}},
         },
         "stages": {
-            "policy": {"stage": "tests.support.stages.given:POLICY", "folder": str(tiny_model)},
-            "prompts": {"stage": "tests.support.stages.given:PROMPTS", "count": 8},
+            "policy": {"stage": "tests.support.stages.fixed_inputs:POLICY", "folder": str(tiny_model)},
+            "prompts": {"stage": "tests.support.stages.fixed_inputs:PROMPTS", "count": 8},
             "ppo": ppo,
         },
     }

@@ -23,7 +23,7 @@ from align.stages.preference import Reference, prepare_policy
 from align.store.artifacts import Artifact, Kind
 from align.training.reference import Answer, answer_sums
 from align.training.rows import encode_pairs
-from tests.support.models.tuning.pretended import CASES
+from tests.support.models.tuning.tuning_cases import CASES
 from tests.support.stages.more_tokens import add_token
 from tests.support.stages.stage_contexts import PREFERENCE_KINDS, preference_stage
 from tests.support.training.harness import events, losses, rows

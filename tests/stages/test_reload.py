@@ -18,9 +18,9 @@ from align.config.peft_options import peft_types
 from align.models.loading import load_tokenizer
 from align.models.tiny import make_tiny
 from align.models.tuning.apply import save_tuned
-from tests.support.models.tuning.pretended import CASES, FEW, peft_case, push, tuning_of, wrapped
+from tests.support.models.tuning.tuning_cases import CASES, FEW, peft_case, push, tuning_of, wrapped
 from tests.support.stages import vllm_reader
-from tests.support.stages.made_checkpoints import IDS, POLICIES, REWARDS, BaseModels, run
+from tests.support.stages.trained_checkpoints import IDS, POLICIES, REWARDS, BaseModels, run
 
 READER = Path(vllm_reader.__file__)
 HAS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

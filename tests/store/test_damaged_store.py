@@ -152,10 +152,10 @@ def test_a_stage_alone_is_made_beside_a_damaged_one_that_it_does_not_read(
 
 def test_a_record_in_another_ones_place_is_damaged(tmp_path: Path, raw: dict[str, Any]) -> None:
     run = run_pipeline(Pipeline(raw), store=tmp_path)
-    one, two = run.artifacts["one"].path, run.artifacts["two"].path
-    shutil.rmtree(two)
-    shutil.copytree(one, two)
-    with pytest.raises(UserError, match=f"{two}/record.json: damaged: it is the record of number/{one.name}"):
+    first, second = run.artifacts["one"].path, run.artifacts["two"].path
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    with pytest.raises(UserError, match=f"{second}/record.json: damaged: it is the record of number/{first.name}"):
         run_pipeline(Pipeline(raw), store=tmp_path)
     assert len(run.store.all()) == 2
 

@@ -67,9 +67,9 @@ def test_only_fetches_what_it_needs(tmp_path: Path, address: str) -> None:
     run = run_pipeline(Pipeline(raw(address, total={"scale": 3.0})), store=tmp_path / "b", only="total")
     assert run.ran == ["total"]
     assert (run.artifacts["total"].path / "number.txt").read_text() == "9"
-    one = run_pipeline(Pipeline(raw(address)), store=tmp_path / "c", only="one")
-    assert one.ran == []
-    assert len(one.store.all()) == 1
+    only_first = run_pipeline(Pipeline(raw(address)), store=tmp_path / "c", only="one")
+    assert only_first.ran == []
+    assert len(only_first.store.all()) == 1
 
 
 def test_an_address_may_stand_wherever_a_store_may(
@@ -149,10 +149,10 @@ def test_an_upload_that_was_killed_is_never_seen_as_done_and_goes_on(
     artifact = big(store)
     command = [sys.executable, "-c", KILLED, str(store.root), address]
     assert subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}).returncode == -signal.SIGKILL
-    other = at(tmp_path / "b", address)
-    assert len(other.remote.bucket.sizes("number")) == 2
-    assert other.remote.find("number", "a" * 64) is None
-    assert other.fetch("number", "a" * 64) is None
+    second_store = at(tmp_path / "b", address)
+    assert len(second_store.remote.bucket.sizes("number")) == 2
+    assert second_store.remote.find("number", "a" * 64) is None
+    assert second_store.fetch("number", "a" * 64) is None
     upload, uploaded = Bucket.upload, []
 
     def counted(self: Bucket, path: str, file: Path) -> None:
@@ -162,7 +162,7 @@ def test_an_upload_that_was_killed_is_never_seen_as_done_and_goes_on(
     monkeypatch.setattr(Bucket, "upload", counted)
     assert store.remote.push(artifact)
     assert uploaded == ["2.bin", "3.bin"]
-    fetched = other.fetch("number", "a" * 64)
+    fetched = second_store.fetch("number", "a" * 64)
     assert fetched is not None and fetched.record == artifact.record
 
 
@@ -181,15 +181,15 @@ def test_a_fetch_that_was_cut_off_is_never_seen_as_done_and_goes_on(
         return get_range(self, path, start, length)
 
     monkeypatch.setattr(Bucket, "get_range", cut_off)
-    other = at(tmp_path / "b", address)
+    second_store = at(tmp_path / "b", address)
     with pytest.raises(KeyboardInterrupt):
-        other.fetch("number", "a" * 64)
-    assert other.find("number", "a" * 64) is None
-    assert other.all() == []
+        second_store.fetch("number", "a" * 64)
+    assert second_store.find("number", "a" * 64) is None
+    assert second_store.all() == []
     fetched = at(tmp_path / "b", address).fetch("number", "a" * 64)
     assert request[6:8] == [("1.bin", 2 << 18)] * 2
     assert len(request) == 4 * 4 + 1
-    assert not other.problems(fetched, thorough=True)
+    assert not second_store.problems(fetched, thorough=True)
 
 
 # ---- what is not as it should be ------------------------------------------------------------------------------------
@@ -282,10 +282,10 @@ def test_push_uploads_what_is_whole_and_names_what_is_damaged_here_and_there(
 
 def test_of_two_machines_that_made_the_same_one_publishes(tmp_path: Path, address: str) -> None:
     first, second = at(tmp_path / "a", address), at(tmp_path / "b", address)
-    one, two = published(first), published(second)
-    two.record["created"] = "2026-01-02"
-    assert first.remote.push(one)
-    assert not second.remote.push(two)
+    first_published, second_published = published(first), published(second)
+    second_published.record["created"] = "2026-01-02"
+    assert first.remote.push(first_published)
+    assert not second.remote.push(second_published)
     third = at(tmp_path / "c", address).fetch("number", "a" * 64)
     assert third is not None and third.record["created"] == "2026-01-01"
 

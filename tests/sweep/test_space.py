@@ -42,8 +42,8 @@ def test_choices_are_values_named_values_or_sets_of_changes(tmp_path: Path) -> N
     assert changes_of(sweep.space, draw) == {
         "stages.ppo.steps": 4, "seed": 2, "stages.ppo.kind": "b", "stages.ppo.height": 0.9,
     }  # fmt: skip
-    made = sweep.pipeline_of(draw, 7)
-    assert made.name == "sw-7" and made.nodes["ppo"].config.kind == "b" and made.nodes["one"].seed == 2
+    pipeline = sweep.pipeline_of(draw, 7)
+    assert pipeline.name == "sw-7" and pipeline.nodes["ppo"].config.kind == "b" and pipeline.nodes["one"].seed == 2
     blocks = {"stages.sft.tuning": {"lora": {"method": "lora", "rank": 4}, "full": {"method": "full"}}}
     stages = {
         "model": {"source": "tiny"}, "data": {"recipe": "data_recipes/embedded.yaml"},
@@ -143,7 +143,7 @@ def test_a_field_of_a_loop_is_varied_in_every_round(tmp_path: Path) -> None:
     space = {"stages.again.rounds": [1, 2], "stages.ppo.height": {"low": 0, "high": 1}}
     sweep = toy_sweep.check(tmp_path, {"name": "x", "stages": stages}, space=space)
     assert not sweep.space[1].is_integer
-    made = sweep.pipeline_of({"stages.again.rounds": "2", "stages.ppo.height": 0.25}, 0)
-    nodes = made.nodes
-    assert made.resolve("ppo") == "ppo-2", "the objective is the last round's"
+    pipeline = sweep.pipeline_of({"stages.again.rounds": "2", "stages.ppo.height": 0.25}, 0)
+    nodes = pipeline.nodes
+    assert pipeline.resolve("ppo") == "ppo-2", "the objective is the last round's"
     assert [nodes[name].config.height for name in ("ppo-1", "ppo-2")] == [0.25, 0.25]

@@ -63,13 +63,13 @@ def test_a_trial_that_nobody_runs_any_more_is_gone_on_with_under_its_number(tmp_
     study = toy_sweep.opened(sweep, tmp_path / "s")
     first = study.next()
     assert first is not None and not first.resumed
-    other = toy_sweep.opened(sweep, tmp_path / "s")
-    second = other.next()
+    second_study = toy_sweep.opened(sweep, tmp_path / "s")
+    second = second_study.next()
     assert second is not None and second.number == 1, "the first one is being run"
     first.hold.release()  # as the end of its process does
-    again = other.next()
+    again = second_study.next()
     assert again is not None and (again.number, again.draw, again.resumed) == (0, first.draw, True)
-    other.complete(again, [0.5])
+    second_study.complete(again, [0.5])
     assert [trial.state for trial in study.trials()] == ["done", "unfinished"]
     assert study.trials()[0].values == [0.5]
 
@@ -218,9 +218,9 @@ def test_another_sweep_of_the_same_name_is_refused_and_says_what_differs(tmp_pat
         ({"raw": raw}, "another pipeline,"),
         ({"raw": raw, "minimize": "ppo.kl"}, "another objective and another pipeline,"),
     ]:
-        other = toy_sweep.check(tmp_path, **{"space": SPACE, "trials": 2, **changes})
+        second_study = toy_sweep.check(tmp_path, **{"space": SPACE, "trials": 2, **changes})
         with pytest.raises(UserError, match=part):
-            toy_sweep.opened(other, folder)
+            toy_sweep.opened(second_study, folder)
     fresh = toy_sweep.opened(toy_sweep.check(tmp_path, raw, space=SPACE, trials=2), folder, fresh=True)
     assert fresh.trials() == [] and (folder / "sweeps" / "sw" / "earlier-1" / "journal.log").is_file()
 

@@ -17,7 +17,7 @@ def _pool(*texts: str) -> Pool:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "expected"),
+    ("left", "right", "expected"),
     [
         # the longest common subsequence is "police the gunman" without "kill(ed)": 3 of 4 and 4 words
         ("police killed the gunman", "police kill the gunman", 2 * 3 / (4 + 4)),
@@ -32,8 +32,8 @@ def _pool(*texts: str) -> Pool:
         ("same words", "same words", 1.0),
     ],
 )
-def test_rouge_l_by_hand(one: str, other: str, expected: float) -> None:
-    for first, second in ((one, other), (other, one)):
+def test_rouge_l_by_hand(left: str, right: str, expected: float) -> None:
+    for first, second in ((left, right), (right, left)):
         nearest = _pool(first).nearest(second)
         assert nearest is not None
         assert nearest.similarity == pytest.approx(expected, abs=1e-12)

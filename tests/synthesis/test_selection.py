@@ -28,10 +28,10 @@ def _one(*answers: Answer | str, name: str = "r") -> PromptResponses:
 
 
 def _scored(*scored: tuple[Answer | str, float], name: str = "r") -> PromptResponses:
-    one = _one(*(answer for answer, _ in scored), name=name)
+    answers = _one(*(answer for answer, _ in scored), name=name)
     values = iter([score for _, score in scored])
-    score_all([one], lambda rows, texts, cut: [next(values) for _ in texts])
-    return one
+    score_all([answers], lambda rows, texts, cut: [next(values) for _ in texts])
+    return answers
 
 
 def _texts(rows: list[Row]) -> list[str]:
@@ -186,8 +186,8 @@ VERDICTS = ("A", "B", "C", "?")
 
 @pytest.mark.parametrize(("straight", "swapped"), list(itertools.product(VERDICTS, VERDICTS)))
 def test_two_answers_in_both_orders(straight: str, swapped: str) -> None:
-    one = _one("left", "right")
-    pairs, ties, ledger = _by_judge([one], lambda first, _: straight if first == "left" else swapped)
+    answers = _one("left", "right")
+    pairs, ties, ledger = _by_judge([answers], lambda first, _: straight if first == "left" else swapped)
     wins = {("A", "B"): "left>right", ("B", "A"): "right>left"}
     if (straight, swapped) in wins:
         assert (pairs, ties) == ([wins[straight, swapped]], [])
@@ -197,7 +197,7 @@ def test_two_answers_in_both_orders(straight: str, swapped: str) -> None:
     else:
         why = "tie" if straight == swapped == "C" else "orders disagree"
         assert (pairs, ties) == ([], [("r-0-1", why)])
-    assert one.verdicts[0]["said"] == [f"[[{straight}]]", f"[[{swapped}]]"]
+    assert answers.verdicts[0]["said"] == [f"[[{straight}]]", f"[[{swapped}]]"]
 
 
 def test_best_and_worst_by_a_judge() -> None:
@@ -217,7 +217,7 @@ def test_every_pair_by_a_judge() -> None:
 
 def test_a_judge_who_goes_round_in_circles_prefers_nothing() -> None:
     beats = {("x", "y"), ("y", "z"), ("z", "x")}
-    pairs, ties, _ = _by_judge([_one("x", "y", "z")], lambda one, other: "A" if (one, other) in beats else "B")
+    pairs, ties, _ = _by_judge([_one("x", "y", "z")], lambda answers, other: "A" if (answers, other) in beats else "B")
     assert (pairs, [why for _, why in ties]) == ([], ["orders disagree"])
 
 

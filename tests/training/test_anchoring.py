@@ -23,7 +23,7 @@ from align.pipeline.registry import STAGES
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.divergence import CHUNK, summed_kl, trunk_and_head
 from align.training.sft_trainer import NoisyEmbeddings
-from tests.support.models.tuning.confident import saved
+from tests.support.models.tuning.confident_model import saved
 from tests.support.training.harness import events, losses
 from tests.support.training.killed_stage import Killed, dying
 from tests.support.training.training_stages import make_stage

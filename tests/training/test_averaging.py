@@ -53,14 +53,14 @@ def test_the_average_is_scored_and_saved(tiny_model: Path, tmp_path: Path, monke
     assert not torch.allclose(saved, raw.weights[-1], atol=1e-4)
     # the same run without averages takes the same steps, and is scored otherwise at step 4 and at the end
     plain = make_stage("sft", tmp_path / "plain", tiny_model, FULL, max_steps=8, eval_steps=4, learning_rate=1e-2)
-    other = STAGES["sft"].runner()(plain)
+    averaged = STAGES["sft"].runner()(plain)
     assert losses(run) == losses(plain)
     scores, others = (
         {e["step"]: e["test_loss"] for e in events(c, "metrics") if "test_loss" in e} for c in (run, plain)
     )
     assert scores[0] == others[0]
     assert scores[4] != others[4]
-    assert scores[8] == metrics["test_loss_after"] != other["test_loss_after"]
+    assert scores[8] == metrics["test_loss_after"] != averaged["test_loss_after"]
 
 
 @pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])

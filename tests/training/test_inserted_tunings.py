@@ -16,7 +16,7 @@ from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
-from tests.support.models.tuning.confident import confident_copy
+from tests.support.models.tuning.confident_model import confident_copy
 from tests.support.training.harness import context, data_artifact, events, losses
 from tests.support.training.killed_stage import Killed, dying
 
@@ -160,7 +160,7 @@ def checked(tuning: dict[str, Any]) -> None:
     validate(STAGES["sft"].config_class(), fields, "p.yaml: stages.sft")
 
 
-@pytest.mark.parametrize(("tuning", "meant"), WRONG, ids=lambda one: str(one))
+@pytest.mark.parametrize(("tuning", "meant"), WRONG, ids=lambda case: str(case))
 def test_a_misspelled_key_is_refused_with_the_right_name(tuning: dict[str, Any], meant: str) -> None:
     with pytest.raises(UserError, match=f"stages.sft.tuning: unknown key .* Did you mean '{meant}'"):
         checked(tuning)
@@ -180,7 +180,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("tuning", "message"), REFUSED, ids=lambda one: str(one)[:60])
+@pytest.mark.parametrize(("tuning", "message"), REFUSED, ids=lambda case: str(case)[:60])
 def test_what_makes_no_sense_is_refused(tuning: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         checked(tuning)

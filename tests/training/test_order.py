@@ -22,10 +22,10 @@ def test_every_row_comes_once(lengths: list[int], micro: int, epoch: int) -> Non
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     lengths = [random.Random(0).randint(5, 90) for _ in range(100)]
-    one = grouped_order(lengths, 4, 8, 1, 0)
-    assert one == grouped_order(lengths, 4, 8, 1, 0)
-    assert one != grouped_order(lengths, 4, 8, 1, 1)
-    assert one != grouped_order(lengths, 4, 8, 2, 0)
+    order = grouped_order(lengths, 4, 8, 1, 0)
+    assert order == grouped_order(lengths, 4, 8, 1, 0)
+    assert order != grouped_order(lengths, 4, 8, 1, 1)
+    assert order != grouped_order(lengths, 4, 8, 2, 0)
     sampler = GroupedOrder(lengths, 4, 8, 1)
     sampler.set_epoch(1)
     assert list(sampler) == grouped_order(lengths, 4, 8, 1, 1)

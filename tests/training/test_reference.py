@@ -111,16 +111,16 @@ def test_a_resumed_stage_does_not_take_its_file_for_that_of_other_weights(tmp_pa
 
 def test_a_changed_number_is_computed_again_in_both_places(tmp_path: Path) -> None:
     inputs = [Answer([1, 2], [3, 4])]
-    own, shared = tmp_path / "own", tmp_path / "shared"
+    separate, shared = tmp_path / "own", tmp_path / "shared"
     compute = computed(Sums([-1.5], [-0.5]), [])
-    ReferenceCache(own, shared, IDENTITY).sums("train", inputs, compute)  # type: ignore[arg-type]
-    files = [*own.iterdir(), *shared.iterdir()]
+    ReferenceCache(separate, shared, IDENTITY).sums("train", inputs, compute)  # type: ignore[arg-type]
+    files = [*separate.iterdir(), *shared.iterdir()]
     for file in files:
         with safe_open(file, "pt") as tensors:
             header = tensors.metadata()
         save_file({"total": torch.tensor([-6.78]), "tail": torch.tensor([-0.5])}, file, header)
     warnings: list[str] = []
-    again = ReferenceCache(own, shared, IDENTITY, warnings.append)
+    again = ReferenceCache(separate, shared, IDENTITY, warnings.append)
     assert again.sums("train", inputs, compute).total == [-1.5]  # type: ignore[arg-type]
     assert (again.computed, len(warnings)) == (1, len(files)) and len(files) == 2
-    assert ReferenceCache(own, None, IDENTITY, pytest.fail).sums("train", inputs, compute).total == [-1.5]  # type: ignore[arg-type]
+    assert ReferenceCache(separate, None, IDENTITY, pytest.fail).sums("train", inputs, compute).total == [-1.5]  # type: ignore[arg-type]

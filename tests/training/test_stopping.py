@@ -185,13 +185,13 @@ def test_schedules_have_their_shapes() -> None:
 
 
 def test_activations_made_anew_change_no_number(tiny_model: Path, tmp_path: Path) -> None:
-    plain, anew = (
+    plain, recomputed = (
         made(tmp_path / str(on), tiny_model, gradient_checkpointing=on, max_steps=6, learning_rate=1e-3, packing=True)
         for on in (False, True)
     )
     run(plain)
-    run(anew)
-    assert losses(plain) == pytest.approx(losses(anew), rel=1e-6)
+    run(recomputed)
+    assert losses(plain) == pytest.approx(losses(recomputed), rel=1e-6)
 
 
 def test_liger_is_for_gpus(tiny_model: Path, tmp_path: Path) -> None:

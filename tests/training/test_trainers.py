@@ -20,10 +20,12 @@ from tests.support.training.sft_setup import make_sft_trainer
 
 
 def test_a_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
-    trainer, made, encoded = make_sft_trainer(tmp_path, tiny_model, learning_rate=1e-6, warmup_ratio=0, max_steps=1)
+    trainer, trained_model, encoded = make_sft_trainer(
+        tmp_path, tiny_model, learning_rate=1e-6, warmup_ratio=0, max_steps=1
+    )
     name = "model.layers.0.mlp.up_proj.weight"
     before = trainer.model.get_parameter(name).detach().clone()
-    fit(trainer, made, lambda split: held_out.supervised(trainer, encoded))
+    fit(trainer, trained_model, lambda split: held_out.supervised(trainer, encoded))
     after = trainer.model.get_parameter(name).detach()
     assert trainer.args.bf16
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
@@ -96,10 +98,10 @@ def test_rows_are_seen_in_our_order(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_stage(tiny_model: Path, tmp_path: Path) -> None:
-    trainer, made, _ = make_sft_trainer(tmp_path, tiny_model)
+    trainer, trained_model, _ = make_sft_trainer(tmp_path, tiny_model)
     with torch.no_grad():
         trainer.model.get_parameter("model.norm.weight").fill_(float("nan"))
-    trainer.add_callback(ReportProgress(made))
+    trainer.add_callback(ReportProgress(trained_model))
     with pytest.raises(UserError, match=r"training loss is nan at step 1\. Lower learning_rate"):
         trainer.train()
 

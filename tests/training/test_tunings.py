@@ -15,7 +15,7 @@ from align.config.peft_options import peft_types
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
-from tests.support.models.tuning.pretended import CASES, FEW, peft_case
+from tests.support.models.tuning.tuning_cases import CASES, FEW, peft_case
 from tests.support.training.harness import context, data_artifact, events, losses
 from tests.support.training.killed_stage import Killed, dying
 

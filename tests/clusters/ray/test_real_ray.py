@@ -146,7 +146,7 @@ def sampled(runs: Runs, name: str, samplers: int, kill: bool = False) -> list[st
         "name": name, "seed": 4, "runtime": runtime,
         "stages": {
             "model": {"source": "tiny"},
-            "prompts": {"stage": "tests.support.stages.given:PROMPTS", "count": 24},
+            "prompts": {"stage": "tests.support.stages.fixed_inputs:PROMPTS", "count": 24},
             "sample": {"policy": "model", "prompts": "prompts", "n": 2, "max_tokens": 48,
                        "score": "tests.support.stages.vowels:share", "precision": "float32"},
         },

@@ -119,13 +119,13 @@ def test_options_say_what_was_asked_for_and_no_more(tmp_path: Path) -> None:
          "cpus": 8, "memory_gb": 64, "gpus": 4, "grace": 90, "requeue": False,
          "sbatch": {"mail-type": "END", "exclusive": ""}}
     )  # fmt: skip
-    new_sbatch_options = sbatch_options(block, "n", tmp_path / "50%", tmp_path, "a-%a.log")
+    options = sbatch_options(block, "n", tmp_path / "50%", tmp_path, "a-%a.log")
     for word in (
         "--partition=a100", "--account=nlp", "--qos=high", "--constraint=a|b", "--time=1-02:00:00", "--nodes=2",
         "--cpus-per-task=8", "--mem=64G", "--gpus-per-node=4", "--signal=B:USR1@90", "--no-requeue", "--mail-type=END",
         "--exclusive", f"--output={tmp_path}/50%%/a-%a.log",
     ):  # fmt: skip
-        assert word in new_sbatch_options
+        assert word in options
 
 
 def test_a_script_takes_names_as_they_are(tmp_path: Path) -> None:
@@ -144,8 +144,10 @@ def test_a_script_takes_names_as_they_are(tmp_path: Path) -> None:
     assert not (tmp_path / "hacked").exists()
     gone = tmp_path / "gone"
     gone.mkdir()
-    other = write_script(gone / "a.sh", "x", ["a", "b"], None).read_text().replace(str(gone), str(tmp_path / "no"))
-    done = subprocess.run(["bash", "-c", other], capture_output=True, text=True)
+    moved_script = (
+        write_script(gone / "a.sh", "x", ["a", "b"], None).read_text().replace(str(gone), str(tmp_path / "no"))
+    )
+    done = subprocess.run(["bash", "-c", moved_script], capture_output=True, text=True)
     assert done.returncode == 1 and "does not see the store's folder" in done.stderr
 
 

@@ -71,13 +71,13 @@ def test_a_run_s_stages_are_jobs_that_wait_for_what_they_read_and_come_to_the_sa
         assert run.artifacts[name].record["key"] == artifact.record["key"]
         assert run.metrics(name) == artifact.record["metrics"]
     jobs = slurm.jobs()
-    one, two, total = (jobs[f"align:toy:{name}"] for name in ("one", "two", "total"))
-    assert total["options"]["dependency"] == f"afterok:{one['number']}:{two['number']}"
+    first, second, total = (jobs[f"align:toy:{name}"] for name in ("one", "two", "total"))
+    assert total["options"]["dependency"] == f"afterok:{first['number']}:{second['number']}"
     assert total["options"]["kill-on-invalid-dep"] == "yes"
-    assert (one["options"]["partition"], two["options"]["partition"]) == ("cpu", "cpu")
-    assert "cpus-per-task" not in one["options"] and two["options"]["cpus-per-task"] == "3"
+    assert (first["options"]["partition"], second["options"]["partition"]) == ("cpu", "cpu")
+    assert "cpus-per-task" not in first["options"] and second["options"]["cpus-per-task"] == "3"
     assert recorder.said.index(("one", "done")) < recorder.said.index(("total", "starts"))
-    assert ("total", "job  waits") in [(n, h.replace(one["number"], "")) for n, h in recorder.said] or recorder.said
+    assert ("total", "job  waits") in [(n, h.replace(first["number"], "")) for n, h in recorder.said] or recorder.said
     assert (slurm.store / "reports" / "toy" / "report.html").is_file()  # the last job wrote it
     again = Recorder()
     assert here(raw, slurm, again).ran == []

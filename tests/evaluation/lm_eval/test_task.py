@@ -136,8 +136,8 @@ class Run:
 @pytest.fixture(scope="module")
 def run(folder: Path, tiny_model: Path) -> Run:
     warnings: list[str] = []
-    label = replace(task_inputs(folder.parent), warn=warnings.append)
-    task = build_task("general", LmEvalConfig(tasks=ALL, include=folder.name), label)
+    task_inputs_with_warnings = replace(task_inputs(folder.parent), warn=warnings.append)
+    task = build_task("general", LmEvalConfig(tasks=ALL, include=folder.name), task_inputs_with_warnings)
     before, system = list(task.metrics), reader(tiny_model)
     return Run(task, warnings, before, system, task.read(system))
 

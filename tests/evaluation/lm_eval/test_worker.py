@@ -237,9 +237,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_data_of_the_hub_are_read_at_a_commit(hub: Hub) -> None:
     described = describe.describe(job(None, "arc_easy", revisions={"allenai/ai2_arc": COMMIT}, limit=2))
     assert hub.asked == [("allenai/ai2_arc", COMMIT)]
-    one = described["tasks"]["arc_easy"]
-    assert [doc["text"] for doc in one["docs"]] == [f"Question: {text}\nAnswer:" for text, _, _ in QUESTIONS[:2]]
-    assert one["data"] == "allenai/ai2_arc"
+    arc_task = described["tasks"]["arc_easy"]
+    assert [doc["text"] for doc in arc_task["docs"]] == [f"Question: {text}\nAnswer:" for text, _, _ in QUESTIONS[:2]]
+    assert arc_task["data"] == "allenai/ai2_arc"
 
 
 def test_data_of_the_hub_without_a_commit_are_refused_with_what_to_write(hub: Hub) -> None:

@@ -194,14 +194,14 @@ def test_all_of_arc_easy_is_understood(shared_data: Path) -> None:
     assert choose_form(records, "auto")[0] == "arc"
     questions = [parse(each, "arc") for each in records]
     assert len({question.id for question in questions}) == 2376
-    for inputs, question in zip(records, questions, strict=True):
-        request = question.context.removeprefix("Question: ").removesuffix("\nAnswer:")
+    for record, question in zip(records, questions, strict=True):
+        question_text = question.context.removeprefix("Question: ").removesuffix("\nAnswer:")
         numbered = " ".join(f"Answer{number}: {choice}" for number, choice in enumerate(question.choices, 1))
         names = "/".join(f"answer{number}" for number in range(1, len(question.choices) + 1))
-        assert inputs["instruction"] == (
-            f"Please choose the correct answer to the question: {request}\n\n{numbered}\n\nAnswer format: {names}"
+        assert record["instruction"] == (
+            f"Please choose the correct answer to the question: {question_text}\n\n{numbered}\n\nAnswer format: {names}"
         )
-        assert inputs["answer"] == f"answer{question.gold + 1}"
+        assert record["answer"] == f"answer{question.gold + 1}"
 
 
 def test_all_of_truthfulqa_is_understood(shared_data: Path) -> None:
@@ -209,8 +209,8 @@ def test_all_of_truthfulqa_is_understood(shared_data: Path) -> None:
     assert choose_form(records, "auto")[0] == "truthfulqa"
     questions = [parse(each, "truthfulqa") for each in records]
     assert len({question.id for question in questions}) == 817
-    for inputs, question in zip(records, questions, strict=True):
-        assert question.answer == inputs["Best Answer"].strip()
+    for record, question in zip(records, questions, strict=True):
+        assert question.answer == record["Best Answer"].strip()
         assert [true for _, true in question.truths].count(True) >= 1
         rivals = {question.choices[index] for index in question.rivals}
         assert rivals - {question.answer} == {

@@ -49,8 +49,8 @@ def test_space_at_the_context_s_end_goes_to_the_choice(tokenizer: Any) -> None:
 
 
 def test_choices_share_the_context_s_tokens(tokenizer: Any) -> None:
-    (one, first), (two, second) = encode_choices(tokenizer, "Q:", [" yes", " no"])
-    assert one == two == tokenizer.encode("Q:")
+    (context, first), (two, second) = encode_choices(tokenizer, "Q:", [" yes", " no"])
+    assert context == two == tokenizer.encode("Q:")
     assert [tokenizer.decode(ids) for ids in (first, second)] == [" yes", " no"]
 
 

@@ -207,11 +207,11 @@ def test_what_was_read_is_kept_in_blocks(tmp_path: Path, monkeypatch: pytest.Mon
     assert reader.computed == ["quiz-0", "quiz-2"]
     assert task.read(reader) == first
     assert reader.computed == ["quiz-0", "quiz-2"], "the second time nothing is read"
-    other = build(tmp_path, ARC, SOLVED, shots=2)
-    other.read(reader)
+    two_shot_task = build(tmp_path, ARC, SOLVED, shots=2)
+    two_shot_task.read(reader)
     assert reader.computed == ["quiz-0", "quiz-2"] * 2, "other contexts are other results"
     reader.max_length = 10
-    other.read(reader)
+    two_shot_task.read(reader)
     assert reader.computed == ["quiz-0", "quiz-2"] * 3, "and so are contexts that are cut"
 
 

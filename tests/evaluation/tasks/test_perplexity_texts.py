@@ -73,10 +73,12 @@ def test_later_windows_keep_what_was_shown(tiny_model: Path, tmp_path: Path) -> 
     reader.info = SystemInfo("shown", "model", "prompted", "k", system="Tables hold", shots=0)
     calls: list[tuple[list[int], list[int]]] = []
     full = reader.logprobs
-    reader.logprobs = lambda contexts, asked: calls.extend(zip(contexts, asked, strict=True)) or full(contexts, asked)
+    reader.logprobs = lambda contexts, windows: (
+        calls.extend(zip(contexts, windows, strict=True)) or full(contexts, windows)
+    )
     task.read(reader)
     assert all(reader.tokenizer.decode(context[1:]).startswith("Tables hold\n\n") for context, _ in calls)
-    assert max(len(context) + len(asked) for context, asked in calls) <= 61
+    assert max(len(context) + len(windows) for context, windows in calls) <= 61
     assert len(calls) > len(TEST) or max(map(len, TEST)) <= 47
 
 

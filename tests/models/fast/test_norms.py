@@ -30,11 +30,11 @@ def test_gradients_are_those_of_differences():
     weight = torch.randn(5, requires_grad=True)
     norm = LlamaRMSNorm(5, eps=1e-3)
     norm.weight.data.copy_(weight.data)
-    other = x.detach().clone().requires_grad_()
+    reference_input = x.detach().clone().requires_grad_()
     factor = torch.randn(2, 3, 5)
     (_RmsNorm.apply(x, weight, 1e-3) * factor).sum().backward()
-    (norm(other) * factor).sum().backward()
-    assert torch.allclose(x.grad, other.grad, atol=1e-6)
+    (norm(reference_input) * factor).sum().backward()
+    assert torch.allclose(x.grad, reference_input.grad, atol=1e-6)
     assert torch.allclose(weight.grad, norm.weight.grad, atol=1e-5)
 
 

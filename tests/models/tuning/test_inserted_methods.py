@@ -16,7 +16,7 @@ from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.render import render_prompt
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
 from align.models.tuning.prefix import MATRICES
-from tests.support.models.tuning.confident import changed, saved, tuned
+from tests.support.models.tuning.confident_model import changed, saved, tuned
 
 TALK = [{"role": "user", "content": "hello you"}]
 PREFIX = PrefixTuning(tokens=4)
@@ -261,7 +261,9 @@ def test_trained_further_in_full_it_keeps_its_adapter(tiny_model: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "second", [LoraTuning(), PREFIX, AdaptersTuning(position="sequential", size=24)], ids=lambda one: one.label
+    "second",
+    [LoraTuning(), PREFIX, AdaptersTuning(position="sequential", size=24)],
+    ids=lambda tuning_case: tuning_case.label,
 )
 def test_another_tuning_of_a_stored_adapter_is_refused(second: TuningBase, tiny_model: Path, tmp_path: Path) -> None:
     first = saved(tiny_model, HOULSBY, tmp_path / "first" / "model")

@@ -14,7 +14,7 @@ from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning, save_tuned
 from align.models.tuning.merged_weights import merged_weights
-from tests.support.models.tuning.pretended import ROWS, logits, push
+from tests.support.models.tuning.tuning_cases import ROWS, logits, push
 
 
 def test_adapters_that_take_their_part_out_leave_shared_tensors_alone(tiny_model: Path) -> None:

@@ -12,7 +12,7 @@ from align.config.peft_options import peft_types
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.tuning.apply import initial_policy, save_tuned
-from tests.support.models.tuning.pretended import CASES, FEW, IDS, base, logits, peft_case, push, tuning_of, wrapped
+from tests.support.models.tuning.tuning_cases import CASES, FEW, IDS, base, logits, peft_case, push, tuning_of, wrapped
 
 TOLERANCE = 1e-4
 
@@ -63,9 +63,9 @@ def test_every_method_of_peft_folds(kind: str, reward: bool, tiny_model: Path, t
 def test_a_seed_gives_the_same_start_and_the_caller_draws_on(name: str, tiny_model: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one, two = (wrapped(tiny_model, tuning_of(CASES[name])) for _ in range(2))
+    first, second = (wrapped(tiny_model, tuning_of(CASES[name])) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(a.equal(b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert all(a.equal(b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,7 @@ from align.config.tuning import Ia3Tuning, PeftTuning
 from align.errors import UserError
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
-from tests.support.models.tuning.pretended import logits
+from tests.support.models.tuning.tuning_cases import logits
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
          "num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0}  # fmt: skip

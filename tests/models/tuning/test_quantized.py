@@ -20,7 +20,7 @@ from align.models.tuning.apply import apply_tuning, load_for_tuning
 from align.models.tuning.merged_weights import merged_weights
 from align.models.tuning.notice import weight_bytes
 from align.models.tuning.quantized import QuantizedLinear, dequantized, quantize
-from tests.support.models.tuning.pretended import IDS, logits, push, wrapped
+from tests.support.models.tuning.tuning_cases import IDS, logits, push, wrapped
 
 
 def test_matrices_take_four_bits_and_heads_stay(tiny_model: Path) -> None:

@@ -15,7 +15,7 @@ from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.render import render_conversation, render_prompt
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
 from align.models.tuning.virtual_tokens import virtual_mass
-from tests.support.models.tuning.confident import confident_copy, tuned
+from tests.support.models.tuning.confident_model import confident_copy, tuned
 
 TALK = [{"role": "user", "content": "hello you"}]
 METHODS = {
@@ -132,10 +132,10 @@ def test_seeds_decide_and_the_callers_randomness_stays(base: Path) -> None:
 
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first, same, other = made(1), made(1), made(2)
+    first, same, reseeded = made(1), made(1), made(2)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, same)
-    assert not torch.equal(first, other)
+    assert not torch.equal(first, reseeded)
 
 
 def test_tuned_twice_the_new_tokens_stand_in_front(base: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from align.inference.vllm_adapters import Adapter
 from align.inference.weights import checkpoint_weights, weight_names
 from align.models.loading import load_policy
 from align.models.render import render_prompt
-from tests.support.models.tuning.confident import saved
+from tests.support.models.tuning.confident_model import saved
 
 TEXTS = ["Hello", "What is it?", "Name three colors, please.", "x"]
 OTHERS = {
@@ -53,9 +53,9 @@ def main(tiny: Path, root: Path) -> None:
     assert difference(engine, load_policy(checkpoint)) < 1e-3
     assert difference(engine, load_policy(base)) > 0.1, "the prefix changes nothing, so nothing was checked"
 
-    other = saved(tiny, prefix, root / "other" / "model", seed=2)
-    engine.load_weights(checkpoint_weights(other))
-    assert difference(engine, load_policy(other)) < 1e-3
+    second_adapter = saved(tiny, prefix, root / "other" / "model", seed=2)
+    engine.load_weights(checkpoint_weights(second_adapter))
+    assert difference(engine, load_policy(second_adapter)) < 1e-3
     assert difference(engine, load_policy(checkpoint)) > 0.1
 
     for name, tuning in OTHERS.items():

@@ -26,7 +26,7 @@ from align.models.tuning.apply import apply_tuning
 from align.models.tuning.merged_weights import merged_weights
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))
-from tests.support.models.tuning.pretended import CASES, push, tuning_of, wrapped
+from tests.support.models.tuning.tuning_cases import CASES, push, tuning_of, wrapped
 
 PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
 

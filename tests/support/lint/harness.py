@@ -35,18 +35,26 @@ def clean(count: int = 8) -> list[Row]:
     """Rows without fault: every second one has an exchange before its question. Both answers of a pair differ."""
     rows = []
     for number in range(count):
-        thing, other = ASKED[number % len(ASKED)], ASKED[(number + 3) % len(ASKED)]
-        before = [user(f"I like {other}, number {number}."), assistant(f"So do I; {other} are fine things.")]
+        question_word, answer_word = ASKED[number % len(ASKED)], ASKED[(number + 3) % len(ASKED)]
+        before = [
+            user(f"I like {answer_word}, number {number}."),
+            assistant(f"So do I; {answer_word} are fine things."),
+        ]
         rows.append(
             {
                 "id": f"row-{number}",
                 "source": "test",
                 "checks": "",
-                "prompt": [*(before if number % 2 else []), user(f"Name {number + 2} facts about {thing}, please.")],
-                "completion": [assistant(f"There are {number + 7} kinds of {thing}, and they last.")],
-                "chosen": [assistant(f"There are {number + 7} kinds of {thing}, and they last.")],
+                "prompt": [
+                    *(before if number % 2 else []),
+                    user(f"Name {number + 2} facts about {question_word}, please."),
+                ],
+                "completion": [assistant(f"There are {number + 7} kinds of {question_word}, and they last.")],
+                "chosen": [assistant(f"There are {number + 7} kinds of {question_word}, and they last.")],
                 "rejected": [
-                    assistant(f"Nobody knows about {thing}" + (", and nobody ever will." if number % 2 else "."))
+                    assistant(
+                        f"Nobody knows about {question_word}" + (", and nobody ever will." if number % 2 else ".")
+                    )
                 ],
             }
         )
@@ -91,7 +99,7 @@ def all_answers(tokenizer: Any, rows: Sequence[Row]) -> Prepared:
 def look(
     tokenizer: Any,
     rows: Sequence[Row],
-    made: Prepared | None = None,
+    prepared: Prepared | None = None,
     collator: Callable[[Any], Any] | None = None,
     options: Options | None = None,
     test: Sequence[Row] = (),
@@ -99,10 +107,10 @@ def look(
     """Findings by name. ``made`` are the trainer's rows, encoded here when None."""
     chosen = options or Options()
     linter = Linter(tokenizer, chosen)
-    taken = collator or default_collator(chosen.stage, tokenizer)
-    linter.look("train", rows, taken, None if made is None else made.__getitem__)
+    chosen_collator = collator or default_collator(chosen.stage, tokenizer)
+    linter.look("train", rows, chosen_collator, None if prepared is None else prepared.__getitem__)
     if test:
-        linter.look("test", test, taken)
+        linter.look("test", test, chosen_collator)
     return {finding.name: finding for finding in linter.result()}
 
 

@@ -115,8 +115,8 @@ def nothing_supervised(case: Case) -> dict[str, Finding]:
 def template_without_generation_markers(case: Case) -> dict[str, Finding]:
     """transformers' own mask of the assistant's turns, which is all zeros for such a template."""
     case.everywhere = True
-    rows, made = instructions(), encoded(case.tokenizer, instructions())
-    for row, prepared in zip(rows, made, strict=True):
+    rows, encoding = instructions(), encoded(case.tokenizer, instructions())
+    for row, prepared in zip(rows, encoding, strict=True):
         masked = case.tokenizer.apply_chat_template(
             [*row["prompt"], *row["completion"]], return_assistant_tokens_mask=True, return_dict=True
         )
@@ -125,7 +125,7 @@ def template_without_generation_markers(case: Case) -> dict[str, Finding]:
             token if assistant_mask else MASKED
             for token, assistant_mask in zip(masked["input_ids"], masked["assistant_masks"], strict=True)
         ]
-    return look(case.tokenizer, rows, made, options=Options(supervise="all"))
+    return look(case.tokenizer, rows, encoding, options=Options(supervise="all"))
 
 
 @seeds("labels-all-masked")
@@ -285,8 +285,8 @@ def tokenized_as_plain_text(case: Case) -> dict[str, Finding]:
     """The rendered text went through a tokenizer that splits special tokens."""
     case.everywhere = True
     case.also = {"missing-eos", "mask-shifted", "generation-prompt-differs"}
-    rows, made = instructions(), encoded(case.tokenizer, instructions())
-    for prepared in made:
+    rows, encoding = instructions(), encoded(case.tokenizer, instructions())
+    for prepared in encoding:
         start = next(index for index, label in enumerate(prepared["labels"]) if label != MASKED)
         parts = [
             case.tokenizer(
@@ -296,4 +296,4 @@ def tokenized_as_plain_text(case: Case) -> dict[str, Finding]:
         ]  # fmt: skip
         prepared["input_ids"] = parts[0] + parts[1]
         prepared["labels"] = [MASKED] * len(parts[0]) + parts[1]
-    return look(case.tokenizer, rows, made)
+    return look(case.tokenizer, rows, encoding)

@@ -116,8 +116,8 @@ def win_rate(first: str, second: str, wins: int, ties: int, losses: int, control
 def reward_report(stage: str = "reward", sections: bool = False) -> dict[str, Any]:
     """A report on a reward model: pairs, calibration, margins, length, a second scorer."""
     pair = {"chosen": [{"content": "aa"}], "rejected": [{"content": "b"}], "source": "words"}
-    other = {**pair, "source": "<b>lists</b>"}
-    accuracy = pair_accuracy([pair, other] * 5, [1.0] * 8 + [0.0] * 2, [0.5] * 10)
+    second_pair = {**pair, "source": "<b>lists</b>"}
+    accuracy = pair_accuracy([pair, second_pair] * 5, [1.0] * 8 + [0.0] * 2, [0.5] * 10)
     confidences = (0.55, 0.7, 0.85, 0.95)
     hits = (5, 6, 9, 9)
     return accuracy | {

@@ -1,7 +1,7 @@
 """What each process of ``test_distributed.py`` runs: two updates on the tiny model; rank 0 writes what came out.
 
 ``python -m tests.support.rl.distributed_run MODEL OUT``;
-``tests.support.rl.critic_free.distributed_run`` does the same with its methods.
+``tests.support.rl.objectives.distributed_run`` does the same with its methods.
 """
 
 from __future__ import annotations

@@ -268,8 +268,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         defaults = PPOConfig(output_dir=folder, use_cpu=True)
         about["defaults"] = {name: getattr(defaults, name) for name in COMPARED_DEFAULTS}
-        for name, own in RUNS.items():
-            recorder, about["runs"][name] = run(own, tokenizer, prompts, folder)
+        for name, fields in RUNS.items():
+            recorder, about["runs"][name] = run(fields, tokenizer, prompts, folder)
             remaining = trim(name, recorder.tensors)
             tensors |= {f"{name}/{key}": tensor.contiguous() for key, tensor in remaining.items()}
     save_file(tensors, FIXTURE.with_suffix(".safetensors"))

@@ -68,8 +68,8 @@ class Rewards:
         return {"apart": largest(scores, self.ours(folder)), "moved": largest(scores, self.start)}
 
 
-def largest(result: list[float], other: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(result, other, strict=True))
+def largest(result: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(result, expected, strict=True))
 
 
 def main(kind: str, folder: Path) -> None:

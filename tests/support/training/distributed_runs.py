@@ -54,7 +54,7 @@ def pipeline(name: str, launch: dict[str, Any], **changes: Any) -> Pipeline:
         "model": {"source": "tiny"},
         "rows": {"stage": "tests.support.training.row_stages:ROWS", "train": 41},
         "texts": {"stage": "tests.support.training.row_stages:TEXTS", "train": 200},
-        "prompts": {"stage": "tests.support.stages.given:PROMPTS", "count": 10},
+        "prompts": {"stage": "tests.support.stages.fixed_inputs:PROMPTS", "count": 10},
         **({"teacher": {"stage": "sft", **STAGES["sft"]}} if name == "distill" else {}),  # or it would teach itself
         name: {**STAGES[name], **changes},
     }

@@ -19,7 +19,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
     """Rows that serve every stage: the right answer repeats the prompt's word, the wrong one is another word."""
     new_rows = []
     for number in range(start, start + count):
-        word, other = WORDS[number % len(WORDS)], WORDS[(number + 3) % len(WORDS)]
+        word, reply_word = WORDS[number % len(WORDS)], WORDS[(number + 3) % len(WORDS)]
         new_rows.append(
             {
                 "id": str(number),
@@ -28,7 +28,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
                 "prompt": [user(f"Say {word}" + "!" * (number % 5) + "+" * (number // 8))],  # no prompt twice
                 "completion": [assistant(word)],
                 "chosen": [assistant(word)],
-                "rejected": [assistant(f"{other} {other}")],
+                "rejected": [assistant(f"{reply_word} {reply_word}")],
                 "chosen_score": 0.0 if number % 4 == 0 else 1.0,  # every fourth pair is mislabeled
                 "rejected_score": 1.0 if number % 4 == 0 else 0.0,
             }

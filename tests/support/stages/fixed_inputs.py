@@ -1,4 +1,4 @@
-"""Stages that hand over what a test made: a policy, and a few prompts. Torch-free, so their processes are quick."""
+"""Stages that hand over a policy from a folder and a few prompts. Torch-free, so their processes are quick."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from align.pipeline.registry import Stage
 from align.store.artifacts import Kind
 
 
-class GivenPolicyConfig(Config):
+class FolderPolicyConfig(Config):
     """Where the policy lies."""
 
     folder: str
 
 
-class GivenPromptsConfig(Config):
+class NumberedPromptsConfig(Config):
     """How many prompts there are."""
 
     count: int
@@ -43,5 +43,5 @@ def _stage(name: str, kind: Kind, config: str) -> Stage:
     return Stage(name, 1, kind, f"{__name__}:{config}", f"{__name__}:{name}", name, f"{__name__}:{name.upper()}")
 
 
-POLICY = _stage("policy", Kind.POLICY, "GivenPolicyConfig")
-PROMPTS = _stage("prompts", Kind.PROMPTS, "GivenPromptsConfig")
+POLICY = _stage("policy", Kind.POLICY, "FolderPolicyConfig")
+PROMPTS = _stage("prompts", Kind.PROMPTS, "NumberedPromptsConfig")

@@ -61,8 +61,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def tuning_of(fields: dict[str, Any]) -> TuningBase:
-    made: TuningBase = TypeAdapter(Tuning).validate_python(fields)
-    return made
+    tuning: TuningBase = TypeAdapter(Tuning).validate_python(fields)
+    return tuning
 
 
 def base(model_dir: Path, reward: bool = False) -> Any:

@@ -1,6 +1,6 @@
 """What each process of ``test_distributed.py`` runs: two updates of a method; rank 0 writes what came out.
 
-``python -m tests.support.rl.critic_free.distributed_run MODEL OUT METHOD``.
+``python -m tests.support.rl.objectives.distributed_run MODEL OUT METHOD``.
 """
 
 from __future__ import annotations
