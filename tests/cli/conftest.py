@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from align.cli.main import main
 from align.config.tuning import LoraTuning
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning, save_tuned
+from tests.support import toy
 from tests.support.cli.example_store import LICENSES, ExampleStore, make_store
 
 
@@ -27,6 +29,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
                 weight += 0.2 * torch.randn(weight.shape, generator=generator)
     save_tuned(model, load_tokenizer(tiny_model), folder / "model")
     return folder
+
+
+@pytest.fixture
+def pipeline_file(tmp_path: Path) -> Path:
+    """Return the file of a pipeline of toy stages."""
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(toy.pipeline(), sort_keys=False))
+    return path
 
 
 @pytest.fixture

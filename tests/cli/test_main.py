@@ -9,14 +9,6 @@ import yaml
 
 from align import Pipeline
 from align.cli.main import COMMANDS, main
-from tests.support import toy
-
-
-@pytest.fixture
-def pipeline_file(tmp_path: Path) -> Path:
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(toy.pipeline(), sort_keys=False))
-    return path
 
 
 @pytest.fixture

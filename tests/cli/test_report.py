@@ -29,13 +29,6 @@ FAST = "stages.two.number=5"
 
 
 @pytest.fixture
-def pipeline_file(tmp_path: Path) -> Path:
-    path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(toy.pipeline(), sort_keys=False))
-    return path
-
-
-@pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 

@@ -6,17 +6,16 @@ nobody killed, however many updates they were to make and whatever ends them ear
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from align.pipeline.context import StageContext
 from align.rl import alarms
 from align.rl.alarms import Alarm
 from tests.support.rl.stages import KINDS, make_stage
-from tests.support.training.kills import Kill, assert_same, kills, run, run_killed
+from tests.support.training.killed_runs import Check, make_check
+from tests.support.training.kills import Kill, kills
 
 CHECKPOINTS = (4, 8, 10)
 """Two optimizer steps an update."""
@@ -33,30 +32,9 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-Check = Callable[..., dict[str, Any]]
-
-
 @pytest.fixture(scope="module")
 def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
-    """``check(kind, kills, **fields)``: a stage killed at each of them ends as the one that ran through.
-
-    That one is made once for the same fields; its metrics are returned.
-    """
-    runs: dict[str, tuple[StageContext, dict[str, Any]]] = {}
-
-    def killed(kind: str, sequence: list[Kill], **fields: Any) -> dict[str, Any]:
-        name = f"{kind} {sorted(fields.items())}"
-        if name not in runs:
-            uninterrupted = make_stage(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
-            runs[name] = uninterrupted, run(uninterrupted)
-        uninterrupted, expected = runs[name]
-        stage = make_stage(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
-        assert_same(uninterrupted, stage, expected, run_killed(stage, sequence))
-        responses = [(each.output / "completions.jsonl").read_text(encoding="utf-8") for each in (uninterrupted, stage)]
-        assert responses[0] == responses[1]
-        return expected
-
-    return killed
+    return make_check(make_stage, tiny_model, tmp_path_factory, same_files=("completions.jsonl",))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from tests.support.rl.runs import FIELDS, outcome
 from tests.support.rl.stages import make_stage
 from tests.support.training.damage import DAMAGES, flip_bit
 from tests.support.training.harness import warnings
-from tests.support.training.kills import Kill, Killed, armed, assert_same, run
+from tests.support.training.killed_runs import KilledRun, make_killed_run
+from tests.support.training.kills import assert_same, run
 
 SETTINGS: dict[str, Any] = {"eval_updates": 1, "keep": "best"}
 CASES = [
@@ -28,49 +28,34 @@ CASES = [
 ]
 
 
-@dataclass(frozen=True)
-class Runs:
-    """A stage that ran through, its metrics, and the folder of one that was killed after its second checkpoint."""
-
-    whole: StageContext
-    expected: dict[str, Any]
-    killed: Path
-    model: Path
-
-    def copied(self, folder: Path) -> StageContext:
-        """The killed stage in a folder of its own, to be damaged."""
-        shutil.copytree(self.killed, folder, symlinks=True)
-        return make_stage("ppo", folder, self.model, **SETTINGS)
-
-
 @pytest.fixture(scope="module")
-def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    root = tmp_path_factory.mktemp("runs")
-    uninterrupted, killed = (make_stage("ppo", root / name, tiny_model, **SETTINGS) for name in ("whole", "killed"))
-    expected = run(uninterrupted)
-    with armed(Kill("after", 8)), pytest.raises(Killed):
-        run(killed)
-    return Runs(uninterrupted, expected, root / "killed", tiny_model)
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> KilledRun:
+    def make(folder: Path) -> StageContext:
+        return make_stage("ppo", folder, tiny_model, **SETTINGS)
+
+    return make_killed_run(make, tmp_path_factory.mktemp("runs"), step=8)
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [pytest.param(*case, marks=() if index % 4 == 0 else pytest.mark.slow) for index, case in enumerate(CASES)],
 )
-def test_the_older_checkpoint_is_taken_and_that_is_said(name: str, damage: str, runs: Runs, tmp_path: Path) -> None:
-    stage = runs.copied(tmp_path / "run")
+def test_the_older_checkpoint_is_taken_and_that_is_said(
+    name: str, damage: str, runs: KilledRun, tmp_path: Path
+) -> None:
+    stage = runs.copy_to(tmp_path / "run")
     DAMAGES[damage](stage.checkpoints / "checkpoint-8" / name)
-    assert_same(runs.whole, stage, runs.expected, run(stage))
+    assert_same(runs.uninterrupted, stage, runs.expected, run(stage))
     (warning,) = [text for text in warnings(stage) if "damaged" in text]
     assert "ppo: checkpoint-8 is damaged" in warning and name in warning
     assert "Training resumes from checkpoint-4." in warning
     assert (stage.checkpoints / "damaged" / "checkpoint-8").is_dir()
 
 
-def test_the_best_policy_is_that_of_the_checkpoint(runs: Runs, tmp_path: Path) -> None:
-    stage = runs.copied(tmp_path / "run")
+def test_the_best_policy_is_that_of_the_checkpoint(runs: KilledRun, tmp_path: Path) -> None:
+    stage = runs.copy_to(tmp_path / "run")
     shutil.rmtree(next(stage.checkpoints.glob("best-*")))
-    assert_same(runs.whole, stage, runs.expected, run(stage))
+    assert_same(runs.uninterrupted, stage, runs.expected, run(stage))
 
 
 def test_a_script_that_names_a_damaged_checkpoint_is_told_and_true_finds_the_whole_one(make_trainer, tmp_path):

@@ -6,15 +6,14 @@ weights, metrics and curves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from align.pipeline.context import StageContext
 from tests.support.training.aimed_stages import KINDS, MID_EPOCH, make_stage
-from tests.support.training.kills import Kill, assert_same, kills, run, run_killed
+from tests.support.training.killed_runs import Check, make_check
+from tests.support.training.kills import Kill, kills
 
 CHECKPOINTS = (3, 6, 7)
 WAYS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -40,28 +39,9 @@ QUICK = ("max_steps-at-a-save", "part-of-an-epoch", "one-step", "keep-best")
 """Packing, replay and unfreezing have short tests of resuming in their own files."""
 
 
-Check = Callable[..., dict[str, Any]]
-
-
 @pytest.fixture(scope="module")
 def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
-    """``check(kind, kills, **fields)``: a stage killed at each of them ends as the one that ran through.
-
-    That one is made once for the same fields; its metrics are returned.
-    """
-    runs: dict[str, tuple[StageContext, dict[str, Any]]] = {}
-
-    def killed(kind: str, sequence: list[Kill], **fields: Any) -> dict[str, Any]:
-        name = f"{kind} {sorted(fields.items())}"
-        if name not in runs:
-            uninterrupted = make_stage(kind, tmp_path_factory.mktemp("whole"), tiny_model, **fields)
-            runs[name] = uninterrupted, run(uninterrupted)
-        uninterrupted, expected = runs[name]
-        stage = make_stage(kind, tmp_path_factory.mktemp("killed"), tiny_model, **fields)
-        assert_same(uninterrupted, stage, expected, run_killed(stage, sequence))
-        return expected
-
-    return killed
+    return make_check(make_stage, tiny_model, tmp_path_factory)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from align.training.checkpoints import MARKER, mark_complete, read_state, write_
 from tests.support.training.aimed_stages import MID_EPOCH, make_stage
 from tests.support.training.damage import DAMAGES, flip_bit
 from tests.support.training.harness import warnings
-from tests.support.training.kills import Kill, Killed, armed, assert_same, run
+from tests.support.training.killed_runs import KilledRun, make_killed_run
+from tests.support.training.kills import assert_same, run
 
 FIELDS: dict[str, Any] = {"keep": "best", "eval_steps": 2, **MID_EPOCH}
 CASES = [
@@ -29,77 +28,62 @@ CASES = [
 ]
 
 
-@dataclass(frozen=True)
-class Runs:
-    """A stage that ran through, its metrics, and the folder of one that was killed after its second checkpoint."""
-
-    whole: StageContext
-    expected: dict[str, Any]
-    killed: Path
-    model: Path
-
-    def copied(self, folder: Path) -> StageContext:
-        """The killed stage in a folder of its own, to be damaged."""
-        shutil.copytree(self.killed, folder, symlinks=True)
-        return make_stage("sft", folder, self.model, **FIELDS)
-
-
 @pytest.fixture(scope="module")
-def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    root = tmp_path_factory.mktemp("runs")
-    uninterrupted, killed = (make_stage("sft", root / name, tiny_model, **FIELDS) for name in ("whole", "killed"))
-    expected = run(uninterrupted)
-    with armed(Kill("after", 6)), pytest.raises(Killed):
-        run(killed)
-    return Runs(uninterrupted, expected, root / "killed", tiny_model)
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> KilledRun:
+    def make(folder: Path) -> StageContext:
+        return make_stage("sft", folder, tiny_model, **FIELDS)
+
+    return make_killed_run(make, tmp_path_factory.mktemp("runs"), step=6)
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [pytest.param(*case, marks=() if index % 3 == 0 else pytest.mark.slow) for index, case in enumerate(CASES)],
 )
-def test_the_older_checkpoint_is_taken_and_that_is_said(name: str, damage: str, runs: Runs, tmp_path: Path) -> None:
-    stage = runs.copied(tmp_path / "run")
+def test_the_older_checkpoint_is_taken_and_that_is_said(
+    name: str, damage: str, runs: KilledRun, tmp_path: Path
+) -> None:
+    stage = runs.copy_to(tmp_path / "run")
     DAMAGES[damage](stage.checkpoints / "checkpoint-6" / name)
     metrics = run(stage)
     assert metrics["resumed_from_step"] == 3
-    assert_same(runs.whole, stage, runs.expected, metrics)
+    assert_same(runs.uninterrupted, stage, runs.expected, metrics)
     (warning,) = warnings(stage)
     assert "sft: checkpoint-6 is damaged" in warning and name in warning
     assert "Training resumes from checkpoint-3." in warning
     assert (stage.checkpoints / "damaged" / "checkpoint-6").is_dir()
 
 
-def test_without_a_whole_checkpoint_it_starts_again(runs: Runs, tmp_path: Path) -> None:
-    stage = runs.copied(tmp_path / "run")
+def test_without_a_whole_checkpoint_it_starts_again(runs: KilledRun, tmp_path: Path) -> None:
+    stage = runs.copy_to(tmp_path / "run")
     for step in (3, 6):
         flip_bit(stage.checkpoints / f"checkpoint-{step}" / "optimizer.pt")
     metrics = run(stage)
     assert metrics["resumed_from_step"] == 0
-    assert_same(runs.whole, stage, runs.expected, metrics)
+    assert_same(runs.uninterrupted, stage, runs.expected, metrics)
     assert all("Training resumes from its start." in warning for warning in warnings(stage))
     assert len(warnings(stage)) == 2
 
 
-def test_the_best_weights_are_those_of_the_checkpoint(runs: Runs, tmp_path: Path) -> None:
+def test_the_best_weights_are_those_of_the_checkpoint(runs: KilledRun, tmp_path: Path) -> None:
     """The file beside the checkpoints is one that a killed attempt wrote later, or it is damaged."""
-    stage = runs.copied(tmp_path / "run")
+    stage = runs.copy_to(tmp_path / "run")
     (stage.checkpoints / "best.safetensors").write_bytes(b"damaged")
-    assert_same(runs.whole, stage, runs.expected, run(stage))
+    assert_same(runs.uninterrupted, stage, runs.expected, run(stage))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_scores_before_training_are_taken_again_where_their_file_is_damaged(
-    damage: str, runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str, runs: KilledRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stage = runs.copied(tmp_path / "run")
+    stage = runs.copy_to(tmp_path / "run")
     DAMAGES[damage](stage.checkpoints / "before.json")
-    assert_same(runs.whole, stage, runs.expected, run(stage))
+    assert_same(runs.uninterrupted, stage, runs.expected, run(stage))
     assert ("its content is computed again" in caplog.text) == (damage != "deleted")
 
 
-def test_a_checkpoint_without_logged_losses_can_be_finished(runs: Runs, tmp_path: Path) -> None:
-    stage = runs.copied(tmp_path / "run")
+def test_a_checkpoint_without_logged_losses_can_be_finished(runs: KilledRun, tmp_path: Path) -> None:
+    stage = runs.copy_to(tmp_path / "run")
     run(stage)
     last = stage.checkpoints / "checkpoint-7"
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
@@ -110,7 +94,7 @@ def test_a_checkpoint_without_logged_losses_can_be_finished(runs: Runs, tmp_path
     assert "loss_first" not in metrics and "loss_last" not in metrics
 
 
-def test_nothing_is_unpickled(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_unpickled(runs: KilledRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: dict[str, bool] = {}
     load: Callable[..., Any] = torch.load
 
@@ -119,7 +103,7 @@ def test_nothing_is_unpickled(runs: Runs, tmp_path: Path, monkeypatch: pytest.Mo
         return load(file, *args, **options)
 
     monkeypatch.setattr(torch, "load", recorded)
-    run(runs.copied(tmp_path / "run"))
+    run(runs.copy_to(tmp_path / "run"))
     assert loaded == dict.fromkeys(("optimizer.pt", "scheduler.pt", "rng_state.pth"), True)
 
 
