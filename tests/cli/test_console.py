@@ -73,9 +73,9 @@ GIB = 2**30
 def choices(unit: int) -> Estimate:
     small = Memory(weights=unit, gradients=0, optimizer=unit // 2, activations=unit // 1000)
     large = Memory(weights=2 * unit, gradients=0, optimizer=unit, activations=None)
-    made = (Choice({"tuning": "lora r8", "critic": "head"}, small, False),
+    options = (Choice({"tuning": "lora r8", "critic": "head"}, small, False),
             Choice({"tuning": "full", "critic": "policy"}, large, True))  # fmt: skip
-    return Estimate(1_234_567_890, made, ("One note.",))
+    return Estimate(1_234_567_890, options, ("One note.",))
 
 
 def test_memory_is_a_table_of_what_is_there_with_the_chosen_row_marked() -> None:

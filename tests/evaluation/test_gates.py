@@ -247,9 +247,9 @@ def test_a_gate_for_nobody_is_shown_and_fails():
 
 def test_forgetting_is_gated_by_default_as_a_warning():
     kinds = {"general": "perplexity", "code": "perplexity", "ifeval": "ifeval"}
-    own = parse_gates({"ppo/code.bits_per_byte": "<= 2"}, ROLES, "sft")
-    assert default_gates(kinds, None, own) == []
-    gates = default_gates(kinds, "model", own)
+    stated = parse_gates({"ppo/code.bits_per_byte": "<= 2"}, ROLES, "sft")
+    assert default_gates(kinds, None, stated) == []
+    gates = default_gates(kinds, "model", stated)
     assert [(gate.metric, str(gate.bound), gate.level) for gate in gates] == [
         ("general.bits_per_byte", "<= base * 1.05", "warning")
     ]

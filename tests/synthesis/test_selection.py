@@ -217,7 +217,7 @@ def test_every_pair_by_a_judge() -> None:
 
 def test_a_judge_who_goes_round_in_circles_prefers_nothing() -> None:
     beats = {("x", "y"), ("y", "z"), ("z", "x")}
-    pairs, ties, _ = _by_judge([_one("x", "y", "z")], lambda answers, other: "A" if (answers, other) in beats else "B")
+    pairs, ties, _ = _by_judge([_one("x", "y", "z")], lambda left, right: "A" if (left, right) in beats else "B")
     assert (pairs, [why for _, why in ties]) == ([], ["orders disagree"])
 
 

@@ -86,7 +86,7 @@ def test_a_second_name_outlives_the_first(tmp_path: Path, monkeypatch: pytest.Mo
     for content, links in ((b"one", True), (b"two", False)):
         file.write_bytes(content)
         if not links:
-            monkeypatch.setattr(Path, "hardlink_to", lambda self, other: (_ for _ in ()).throw(OSError()))
+            monkeypatch.setattr(Path, "hardlink_to", lambda self, link: (_ for _ in ()).throw(OSError()))
         link(file, target)
         link(file, target)
         file.unlink()

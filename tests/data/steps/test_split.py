@@ -79,7 +79,7 @@ def test_a_side_depends_on_the_prompt_alone():
     assert 150 < len(tested) < 250
     fewer = rows[:300][::-1]
     assert {group(fewer[index]) for index in side(split(fewer, 0.2, seed=3), "test")} == {
-        group(made) for made in fewer
+        group(candidate) for candidate in fewer
     } & tested
     assert {group(rows[index]) for index in side(split(rows, 0.2, seed=4), "test")} != tested
 

@@ -242,10 +242,10 @@ def test_answers_are_judged_alike_whatever_the_state_of_random(benchmark: Ifeval
 @settings(max_examples=60, deadline=None)
 @for_all(data=st.data())
 def test_no_answer_stops_a_checker_and_loose_is_never_below_strict(benchmark: IfevalTask, data: st.DataObject) -> None:
-    one = data.draw(st.sampled_from(benchmark.items))
+    question = data.draw(st.sampled_from(benchmark.items))
     pieces = st.sampled_from(["*", "\n", '"', "<<t>>", "[x]", "P.S.", "***", "1.", "{", "}", "A", "the ", ". ", "é"])
     text = data.draw(st.one_of(st.text(max_size=200), st.lists(pieces, max_size=40).map("".join)))
     with seeded_language_guess():
-        strict, loose = check(one, text)
-    assert len(strict) == len(loose) == len(one.data["instructions"])
+        strict, loose = check(question, text)
+    assert len(strict) == len(loose) == len(question.data["instructions"])
     assert all(not s or ls for s, ls in zip(strict, loose, strict=True))

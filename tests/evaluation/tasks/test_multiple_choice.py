@@ -118,10 +118,10 @@ def test_examples_and_a_system_text_are_paragraphs_before_the_question(tmp_path:
     task.read(reader)
     two = "Question: What 0?\nAnswer: ice\n\nQuestion: What 1?\nAnswer: ice\n\n"
     assert reader.asked[0][0] == two + "Question: Which melts?\nAnswer:"
-    request = RuleReader(lambda context, answer: 0.0, prompted(shots=1, system="Be brief."))
-    task.read(request)
-    one = "Question: What 0?\nAnswer: ice\n\n"
-    assert request.asked[0][0] == f"Be brief.\n\n{one}Question: Which melts?\nAnswer:", "its own shots, not the task's"
+    second = RuleReader(lambda context, answer: 0.0, prompted(shots=1, system="Be brief."))
+    task.read(second)
+    shot = "Question: What 0?\nAnswer: ice\n\n"
+    assert second.asked[0][0] == f"Be brief.\n\n{shot}Question: Which melts?\nAnswer:", "its own shots, not the task's"
     without = RuleReader(lambda context, answer: 0.0, prompted(system="Be brief."))
     task.read(without)
     assert without.asked[0][0] == f"Be brief.\n\n{two}Question: Which melts?\nAnswer:"
@@ -164,11 +164,11 @@ def test_as_a_conversation_the_answer_is_the_assistant_s(tmp_path: Path) -> None
         "<|im_start|>user\nbird_law 0?\nA. x\nB. y\nAnswer:<|im_end|>\n<|im_start|>assistant\n",
         "A",
     )
-    request = RuleReader(lambda context, answer: 0.0, prompted(shots=1, system="Be brief."))
-    task.read(request)
-    assert request.asked[0][0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ndev bird_law 0?")
-    assert request.asked[0][0].count("dev bird_law 0?") == 1, "its own shots take the place of the task's"
-    assert request.asked[-1][0].count("dev maths 0?") == 1
+    reader = RuleReader(lambda context, answer: 0.0, prompted(shots=1, system="Be brief."))
+    task.read(reader)
+    assert reader.asked[0][0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ndev bird_law 0?")
+    assert reader.asked[0][0].count("dev bird_law 0?") == 1, "its own shots take the place of the task's"
+    assert reader.asked[-1][0].count("dev maths 0?") == 1
 
 
 def test_a_choice_in_a_conversation_has_all_its_tokens(tmp_path: Path) -> None:

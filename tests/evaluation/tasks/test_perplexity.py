@@ -25,8 +25,10 @@ from align.evaluation.tasks.registry import build_task, task_identities
 from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
 
-def task_inputs(base: Path, said: list[str] | None = None) -> TaskInputs:
-    return TaskInputs(0, base, [], [], False, False, "float32", (said if said is not None else []).append, print)
+def task_inputs(base: Path, messages: list[str] | None = None) -> TaskInputs:
+    return TaskInputs(
+        0, base, [], [], False, False, "float32", (messages if messages is not None else []).append, print
+    )
 
 
 def texts(folder: Path, **settings: Any) -> list[str]:

@@ -35,9 +35,9 @@ def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
     return {**row, **more}
 
 
-def task_inputs(base: Path, pairs: Any = (), said: list[str] | None = None) -> TaskInputs:
+def task_inputs(base: Path, pairs: Any = (), messages: list[str] | None = None) -> TaskInputs:
     return TaskInputs(
-        0, base, list(pairs), [], False, False, "float32", (said if said is not None else []).append, print
+        0, base, list(pairs), [], False, False, "float32", (messages if messages is not None else []).append, print
     )
 
 
@@ -142,7 +142,7 @@ def test_files_are_spelled_as_in_a_recipe(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     messages: list[str] = []
     config = PreferenceConfig(files=["a.jsonl"])
-    task = build_task("prefers", config, task_inputs(tmp_path, said=messages))
+    task = build_task("prefers", config, task_inputs(tmp_path, messages=messages))
     assert [(item.prompt, item.source) for item in task.items] == [([user("Which?")], "a.jsonl")]
     assert messages == ["prefers: 1 records are left out: chosen equals rejected (1)"]
     assert capsys.readouterr().out.startswith("prefers: format preferences: ")
@@ -215,7 +215,7 @@ def test_hh_rlhf_by_a_rule(shared_data: Path) -> None:
     [file] = sorted((shared_data / "hh-rlhf").glob("*helpful*"))[:1]
     messages: list[str] = []
     config = PreferenceConfig(files=[str(file)], max_items=100)
-    task = build_task("hh", config, task_inputs(Path(), said=messages))
+    task = build_task("hh", config, task_inputs(Path(), messages=messages))
     assert len(task.items) == 100
     assert all(item.prompt[-1]["role"] == "user" for item in task.items)
     reader = RuleReader(lambda context, answer: -float(len(answer)))  # prefers what is shorter

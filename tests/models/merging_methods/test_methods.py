@@ -27,10 +27,10 @@ def test_slerp_keeps_to_the_circle() -> None:
 
 
 def test_slerp_of_parallel_or_zero_vectors_is_the_straight_line() -> None:
-    one = torch.tensor([1.0, 2.0, 3.0])
-    assert torch.allclose(methods.slerp(one, 2 * one, 0.25), 1.25 * one)
-    assert torch.allclose(methods.slerp(one, torch.zeros(3), 0.25), 0.75 * one)
-    assert torch.isfinite(methods.slerp(one, -one, 0.5)).all()
+    direction = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.allclose(methods.slerp(direction, 2 * direction, 0.25), 1.25 * direction)
+    assert torch.allclose(methods.slerp(direction, torch.zeros(3), 0.25), 0.75 * direction)
+    assert torch.isfinite(methods.slerp(direction, -direction, 0.5)).all()
     for seed in range(20):  # rounding puts the cosine of some of these with themselves above 1
         vector = torch.randn(64, generator=torch.Generator().manual_seed(seed))
         assert torch.allclose(methods.slerp(vector, vector, 0.3), vector)
