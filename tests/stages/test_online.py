@@ -19,6 +19,7 @@ from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.stages.rl import TRAINERS, ReportUpdates
 from align.store.artifacts import Artifact, Kind
+from tests.support.training.harness import events
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
 SCORED = BASE | {"score": "gsm8k_answer"}
@@ -143,11 +144,6 @@ def make_context(tmp_path, tiny_model, tiny_reward):
         )
 
     return make
-
-
-def events(context: StageContext, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in context.events.read_text().splitlines()]
-    return [line for line in lines if line["event"] == kind]
 
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8}

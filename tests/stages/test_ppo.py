@@ -28,6 +28,7 @@ from align.rl.scoring import RewardScorer
 from align.stages.ppo import run
 from align.stages.rl import ReportUpdates, _make_scorer, _read_prompts
 from align.store.artifacts import Artifact, Kind
+from tests.support.training.harness import events
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
 
@@ -129,11 +130,6 @@ def make_context(tmp_path, tiny_model, tiny_reward):
         )
 
     return make
-
-
-def events(context: StageContext, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in context.events.read_text().splitlines()]
-    return [line for line in lines if line["event"] == kind]
 
 
 LORA = {"method": "lora", "rank": 4, "alpha": 8}
