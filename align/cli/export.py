@@ -18,7 +18,7 @@ from align.cli.arguments import find_checkpoint
 from align.cli.lineage import find_base, find_scorecard, lineage, pipeline_of, record_of, refuse_damage
 from align.cli.parser import add_store, print_json
 from align.config.user_paths import user_path
-from align.errors import StageFailed, UserError, explain_os_error
+from align.errors import StageFailed, UserError, explain_os_error, printable
 from align.export.export import ADAPTER, Source, check_source, read_json
 from align.store.artifacts import Artifact
 from align.store.marker import MARKER
@@ -201,13 +201,12 @@ def _print_agreement(facts: Facts) -> None:
     if agreement.rounding:
         print(f"  {facts.written.dtype} changes {agreement.rounding} of {agreement.prompts} answers by rounding alone")
     if agreement.unchecked:
-        print(f"! Not checked in vLLM: {agreement.unchecked}")
+        print(f"! Not checked in vLLM: {printable(agreement.unchecked)}")
 
 
 def _push(options: argparse.Namespace, output: Path, facts: Facts) -> dict[str, Any]:
     """Upload the folder to the Hub, or only print what would be sent with ``--dry-run``; return its summary."""
     from align.cli.data import print_upload
-    from align.errors import printable
     from align.export.model_card_facts import license_of
     from align.export.push import prepare, push
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -226,12 +227,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+LIBRARY_LOGGERS = ("DeepSpeed", "bitsandbytes")
+"""Loggers of libraries that warn when they are imported. A stage's log keeps that; a command's output does not."""
 WORKING_COMMANDS = ("run", "sweep", "eval", "export", "data", "push")
 """Commands that go on when their output cannot be written any more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0 done, 1 a stage failed, 2 wrong input, 75 stopped on request."""
+    for name in LIBRARY_LOGGERS:
+        # A filter stays when the library sets up its logger; a level would be overwritten.
+        logging.getLogger(name).addFilter(_is_error)
     # A reader may close the output at any time (``| head``): commands that do work must go on.
     with guarded_streams() as output:
         try:
@@ -248,6 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         is_result_complete = output.goes_on and not output.is_document
         return code if is_result_complete else code or FAILED
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from align.errors import StageFailed
 from align.export.export import Source, stored_type
-from align.export.verify_worker import Job, JobResult, run_job
+from align.export.verify_worker import Job, JobFailed, JobResult, run_job
 from align.models.render import Message, render_conversation, render_prompt
 
 Runner = Callable[[Job, Path], JobResult]
@@ -84,7 +84,7 @@ def verify(
     """Compare ``exported``, whose weights are ``dtype``, with ``source``; ``scratch`` is a folder for the processes.
 
     Weights that were rounded on export are compared with the checkpoint's own, rounded in the same way. Raises
-    ``StageFailed`` for a difference.
+    ``StageFailed`` for a difference. A model that vLLM cannot run is reported as not checked there.
     """
     rows = _render_questions(source, exported)
     adapter = None if source.adapter is None else str(source.adapter)
@@ -116,7 +116,12 @@ def verify(
         agreement.unchecked = "vLLM is not installed"
         return agreement
     log("the exported folder answers, in vLLM")
-    in_vllm = run(replace(exported_job, engine="vllm"), scratch / "vllm")
+    try:
+        in_vllm = run(replace(exported_job, engine="vllm"), scratch / "vllm")
+    except JobFailed as error:
+        # The folder is right in transformers. An engine that cannot run the model at all says nothing against it.
+        agreement.unchecked = f"vLLM cannot run it ({error.reason})"
+        return agreement
     if in_vllm.unusable is not None:
         agreement.unchecked = in_vllm.unusable
         return agreement

@@ -51,8 +51,16 @@ class JobResult:
     unusable: str | None = None
 
 
+class JobFailed(StageFailed):
+    """A job's process ended without an answer; ``reason`` is the last line that it wrote."""
+
+    def __init__(self, job: Job, exit_code: int, reason: str) -> None:
+        super().__init__(f"{job.engine} could not answer from {job.folder} (exit code {exit_code}): {reason}")
+        self.reason = reason
+
+
 def run_job(job: Job, scratch: Path) -> JobResult:
-    """Run ``job`` in a process of its own. Raises ``StageFailed`` with the last line of its log when it fails."""
+    """Run ``job`` in a process of its own. Raises ``JobFailed`` with the last line of its log when it fails."""
     scratch.mkdir(parents=True, exist_ok=True)
     job_file, result_file, log_file = (scratch / name for name in ("job.json", "done.json", "log.txt"))
     write_sealed(job_file, asdict(job))
@@ -67,18 +75,17 @@ def run_job(job: Job, scratch: Path) -> JobResult:
         except (DamagedFile, TypeError) as error:
             raise StageFailed(f"{job.engine} answered from {job.folder}, but {result_file} {error}.") from None
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise StageFailed(
-        f"{job.engine} could not answer from {job.folder} (exit code {process.returncode}): "
-        + (lines[-1].strip() if lines else "it said nothing")
-    )
+    raise JobFailed(job, process.returncode, lines[-1].strip() if lines else "it said nothing")
 
 
 def execute(job: Job) -> JobResult:
     """Run ``job`` in this process."""
     if job.engine == "vllm":
-        from align.inference.vllm import why_unusable
+        from align.config.runtime import Runtime
+        from align.inference.vllm import why_model_unusable, why_unusable
+        from align.models.threads import device_of
 
-        reason = why_unusable()
+        reason = why_unusable() or why_model_unusable(Path(job.folder), device_of(Runtime()))
         if reason is not None:
             return JobResult(unusable=reason)
         return _vllm_scores(job) if job.want == "scores" else _answers(job)

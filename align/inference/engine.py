@@ -50,7 +50,7 @@ def open_engine(
         _check_pool(model_dir, runtime, device, shared_engine)
         return _open_pool(spec, device, warn, on_hang)
     if runtime.engine.name != "transformers":
-        obstacle = _vllm_obstacle(model_dir, runtime)
+        obstacle = _vllm_obstacle(model_dir, runtime, device)
         if obstacle is None:
             return _open_vllm(spec, device, on_hang)
         warn(f"{obstacle}; sampling with transformers instead, which is slower")
@@ -68,13 +68,15 @@ def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:
 # ---- in this process ----
 
 
-def _vllm_obstacle(model_dir: Path, runtime: Runtime) -> str | None:
+def _vllm_obstacle(model_dir: Path, runtime: Runtime, device: torch.device) -> str | None:
     """Say why vLLM cannot be used, or return None. Raises ``UserError`` where it is asked for by name."""
-    from align.inference.vllm import why_unusable
+    from align.inference.vllm import why_model_unusable, why_unusable
     from align.inference.vllm_adapters import why_unsupported
 
     unusable = why_unusable()
     unsupported = why_unsupported(model_dir, runtime.engine)
+    if unusable is None and unsupported is None:
+        unsupported = why_model_unusable(model_dir, device)
     is_required = runtime.engine.name == "vllm"
     if is_required and unusable is not None:
         raise UserError(
@@ -82,7 +84,7 @@ def _vllm_obstacle(model_dir: Path, runtime: Runtime) -> str | None:
             "'.[vllm]' for GPUs), or take transformers."
         )
     if is_required and unsupported is not None:
-        raise UserError(f"runtime.engine.name is vllm, but {unsupported}. Take transformers.")
+        raise UserError(f"runtime.engine.name is vllm, but {unsupported}. Set it to transformers or auto.")
     return unusable or unsupported
 
 

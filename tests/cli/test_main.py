@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from align import Pipeline
-from align.cli.main import COMMANDS, main
+from align.cli.main import COMMANDS, LIBRARY_LOGGERS, main
 
 
 @pytest.fixture
@@ -146,3 +147,13 @@ def test_the_schema_accepts_and_refuses() -> None:
 def test_the_python_api_is_the_same_pipeline(pipeline_file: Path, store: str) -> None:
     run = Pipeline.load(pipeline_file).set("stages.two.number", 7).run(store=store)
     assert run.metrics("total") == {"total": 8}
+
+
+def test_warnings_that_libraries_log_on_import_stay_out_of_a_commands_output(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["schema"])
+    for name in LIBRARY_LOGGERS:
+        logger = logging.getLogger(name)
+        kept = [logger.filter(logging.LogRecord(name, level, "", 1, "text", None, None)) for level in (30, 40)]
+        assert [bool(record) for record in kept] == [False, True]

@@ -19,7 +19,7 @@ from align.config.tuning import LoraTuning
 from align.errors import StageFailed
 from align.export.export import Source, export
 from align.export.verify import MAX_TOKENS, QUESTIONS, TIE, Agreement, verify
-from align.export.verify_worker import Job, JobResult, execute, run_job
+from align.export.verify_worker import Job, JobFailed, JobResult, execute, run_job
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning, save_tuned
 
@@ -220,6 +220,27 @@ def test_ties_alone_prove_nothing(tiny_model: Path, with_vllm: None) -> None:
 def test_a_vllm_that_does_not_import_is_said(tiny_model: Path, with_vllm: None) -> None:
     comparison = compared(Source(tiny_model), tiny_model, run=Engines(None, 0.0, unusable="vLLM does not import (x)"))
     assert comparison.unchecked == "vLLM does not import (x)" and comparison.engines == ["transformers 5"]
+
+
+def test_a_model_that_vllm_cannot_run_is_kept_and_named(tiny_model: Path, with_vllm: None) -> None:
+    engines = Engines(None, 0.0)
+
+    def run(job: Job, scratch: Path) -> JobResult:
+        if job.engine == "vllm":
+            raise JobFailed(job, 1, "ValueError: head size 16 is not supported")
+        return engines(job, scratch)
+
+    agreement = compared(Source(tiny_model), tiny_model, run=run)
+    assert agreement.unchecked == "vLLM cannot run it (ValueError: head size 16 is not supported)"
+    assert agreement.engines == ["transformers 5"] and agreement.compared > 0
+
+
+def test_a_folder_that_transformers_cannot_read_is_a_failure(tiny_model: Path, with_vllm: None) -> None:
+    def run(job: Job, scratch: Path) -> JobResult:
+        raise JobFailed(job, 1, "KeyError: 'lm_head'")
+
+    with pytest.raises(StageFailed, match="transformers could not answer from .*KeyError: 'lm_head'"):
+        compared(Source(tiny_model), tiny_model, run=run)
 
 
 def test_a_process_that_fails_is_quoted_by_its_last_line(tmp_path: Path) -> None:

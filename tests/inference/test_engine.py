@@ -30,6 +30,17 @@ def test_auto_falls_back_and_says_so(tiny_model: Path, monkeypatch: pytest.Monke
         _open(tiny_model, "vllm", messages)
 
 
+def test_auto_falls_back_where_vllm_cannot_run_the_model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "vLLM on a CPU has no attention for heads of 16 numbers, only of 32, 64"
+    monkeypatch.setattr(vllm, "why_unusable", lambda: None)
+    monkeypatch.setattr(vllm, "why_model_unusable", lambda model_dir, device: reason)
+    warnings: list[str] = []
+    assert _open(tiny_model, "auto", warnings) == "transformers"
+    assert warnings == [f"{reason}; sampling with transformers instead, which is slower"]
+    with pytest.raises(UserError, match=r"name is vllm, but vLLM on a CPU .*Set it to transformers or auto"):
+        _open(tiny_model, "vllm", warnings)
+
+
 def test_transformers_by_name_does_not_even_look_at_vllm(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def looked() -> str:
         raise AssertionError("looked for vLLM")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -18,7 +20,7 @@ from align.config.tuning import LoraTuning
 from align.inference.engine import open_engine
 from align.inference.parity import ParityError, probe, trainer_logprobs
 from align.inference.protocol import Sampling
-from align.inference.vllm import VllmEngine
+from align.inference.vllm import VllmEngine, why_model_unusable
 from align.inference.vllm_internals import VllmChanged, install_sampler, model_runner, report_steps
 from align.inference.weights import checkpoint_weights
 from align.models.loading import load_policy
@@ -69,6 +71,21 @@ def caller_is_undisturbed(model_dir: Path) -> VllmEngine:
     assert torch.set_num_threads is setter
     assert isinstance(engine, VllmEngine)
     return engine
+
+
+def models_that_it_cannot_run_are_named(model_dir: Path) -> None:
+    """Before an engine is started, which would take half a minute to find out."""
+    device = torch.device("cpu")
+    assert why_model_unusable(model_dir, device) is None
+    config = json.loads((model_dir / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(model_dir, Path(folder) / "model"))
+        changed = copy / "config.json"
+        changed.write_text(json.dumps({**config, "head_dim": 16}))
+        assert "no attention for heads of 16 numbers, only of 32, 64" in str(why_model_unusable(copy, device))
+        changed.write_text(json.dumps({**config, "architectures": ["OddForCausalLM"]}))
+        assert "does not support the model" in str(why_model_unusable(copy, device))
+        assert "OddForCausalLM" in str(why_model_unusable(copy, device))
 
 
 def logprobs_are_the_models(engine: VllmEngine, model: Any) -> None:
@@ -242,6 +259,7 @@ def training_still_works(model_dir: Path) -> None:
 
 def main(model_dir: Path) -> None:
     engine = caller_is_undisturbed(model_dir)
+    models_that_it_cannot_run_are_named(model_dir)
     model = load_policy(model_dir)
     logprobs_are_the_models(engine, model)
     samples_follow_their_seeds(engine)
