@@ -4,16 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from align.clusters.ray.run import run_tasks
+from align.clusters.slurm.queue import follow_jobs
+from align.clusters.slurm.submit import submit_run
 from align.pipeline import pipeline
+from align.runner.listener import Listener
+from align.runner.prepare import RunOptions, prepare_run
 from align.runner.runner import Run, run_pipeline
 
 
 class Pipeline(pipeline.Pipeline):
     """A pipeline that a script can run. Checked when it is made, and never changed: ``set`` returns a new one."""
 
-    def run(self, **options: Any) -> Run:
-        """Run the stages that are not cached; options as of ``align.runner.runner.run_pipeline``."""
-        return run_pipeline(self, **options)
+    def run(self, *, listener: Listener | None = None, **options: Any) -> Run:
+        """Run the stages that are not cached, where ``runtime.executor`` says, and wait for them.
+
+        ``options`` are those of ``RunOptions``, and for a local run also ``stop`` of ``run_pipeline``. Raises
+        ``UserError``, ``StageFailed`` and ``Stopped`` as ``run_pipeline`` does.
+        """
+        executor = self.config.runtime.executor.name
+        if executor == "local":
+            return run_pipeline(self, listener=listener, **options)
+        listener = listener or Listener()
+        if executor == "slurm":
+            submitted = submit_run(self, RunOptions(**options))
+            _warn(listener, submitted.warnings)
+            return follow_jobs(submitted, listener)
+        ready = prepare_run(self, RunOptions(**options), listener)
+        _warn(listener, ready.warnings)
+        return run_tasks(self, ready, listener)
+
+
+def _warn(listener: Listener, warnings: list[str]) -> None:
+    for message in warnings:
+        listener.warning(message)
 
 
 __all__ = ["Pipeline", "Run"]

@@ -2,7 +2,7 @@
 
 A stage that trains runs by a ``Strategy`` (``runtime.launch``). One that samples runs by an ``EngineLayout``: one
 engine in the stage's own process, vLLM servers on one machine (``runtime.rollouts``), servers that run already, or an
-engine on each of several devices of a Ray cluster (``runtime.ray.samplers``). Never imports torch.
+engine on each of several devices of a Ray cluster (``runtime.executor.samplers``). Never imports torch.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def local_engine(runtime: Runtime) -> EngineName:
 
 def requested_layout(runtime: Runtime, hardware: Hardware) -> EngineLayout | None:
     """Return the layout that the run's settings name, or None if they leave it open."""
-    rollouts, samplers = runtime.rollouts, runtime.ray.samplers
+    rollouts, samplers = runtime.rollouts, runtime.samplers
     if samplers.count:
         # Rounded up: the fullest device decides.
         per_device = -(-samplers.count // hardware.devices)

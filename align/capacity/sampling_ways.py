@@ -298,7 +298,7 @@ def sampling_notes(inference: Inference, runtime: Runtime, hardware: Hardware, b
         )
     if hardware.nodes > 1 and placement != "samplers" and inference.sampling:
         notes.append(
-            f"Engines run on one of the {hardware.nodes} machines: runtime.ray.samplers or running servers "
+            f"Engines run on one of the {hardware.nodes} machines: runtime.executor.samplers or running servers "
             "(runtime.rollouts.addresses) use the others."
         )
     return notes

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from align.cli import artifacts, cancel, compare, data, evaluate, export, plan_hardware, push, report, status, sweep
-from align.cli.parser import Parser, add_store, print_json
+from align.cli.parser import Parser, add_executor, add_store, print_json
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
 from align.errors import StageFailed, UserError
 from align.pipeline.stop_signal import Stopped
@@ -197,9 +197,7 @@ def parser() -> argparse.ArgumentParser:
     artifacts.add_arguments(parsers["list"], parsers["show"], parsers["gc"])
     run_parser = parsers["run"]
     run_parser.add_argument("--strict", action="store_true", help="refuse artifacts from other source code")
-    run_parser.add_argument(
-        "--on", choices=["here", "slurm", "ray"], default="here", help="where the stages run (default: here)"
-    )
+    add_executor(run_parser, "stages")
     run_parser.add_argument("--detach", action="store_true", help="submit the stages to the cluster and return")
     plan_parser = parsers["plan"]
     plan_parser.add_argument(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any, NoReturn
 
-from align.errors import UserError
+from align.errors import UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,6 +60,18 @@ def add_store(parser: argparse.ArgumentParser) -> None:
         help="the store: a folder or s3://bucket/prefix (default: $ALIGN_STORE, else ./store)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def add_executor(parser: argparse.ArgumentParser, work: str) -> None:
+    """Add ``--on``, which names the executor of ``work``."""
+    parser.add_argument(
+        "--on", choices=["local", "slurm", "ray"], help=f"run the {work} there, instead of where runtime.executor says"
+    )
+
+
+def print_warning(message: str) -> None:
+    """Print a warning on standard error."""
+    print(f"! {printable(message)}", file=sys.stderr)
 
 
 def printable_json(value: Any) -> str:

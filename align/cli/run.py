@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from align.cli.parser import print_warning
 from align.cli.run_session import print_outcome, run_and_report
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
@@ -14,20 +15,21 @@ from align.runner.prepare import RunOptions
 
 def load(options: argparse.Namespace) -> Pipeline:
     """Load the pipeline of the command line with its ``--set`` options."""
-    return Pipeline.load(options.pipeline, options.assignments)
+    return Pipeline.load(options.pipeline, options.assignments, getattr(options, "on", None), print_warning)
 
 
 def run(options: argparse.Namespace) -> int:
     """run the pipeline and write its report; finished stages are skipped, a killed one resumes"""
     pipeline = load(options)
     run_options = RunOptions(options.store, options.only, options.from_, tuple(options.rebuild), options.strict)
-    if options.on == "slurm":
+    executor = pipeline.config.runtime.executor.name
+    if executor == "slurm":
         from align.cli.run_on_slurm import run_on_slurm
 
         return run_on_slurm(pipeline, run_options, detach=options.detach, json=options.json)
     if options.detach:
         raise UserError("--detach leaves a run to a scheduler that outlives this command: add --on slurm.")
-    if options.on == "ray":
+    if executor == "ray":
         from align.cli.run_on_ray import run_on_ray
 
         return run_on_ray(pipeline, run_options, json=options.json)

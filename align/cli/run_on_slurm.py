@@ -1,36 +1,29 @@
-"""``align run --on slurm``: a run's stages as jobs, followed until they are over or left to the cluster."""
+"""A run on Slurm: a run's stages as jobs, followed until they are over or left to the cluster."""
 
 from __future__ import annotations
 
+import functools
 import sys
 
-from align.cli.console import printable
-from align.cli.parser import print_json
+from align.cli.parser import print_json, print_warning
 from align.cli.run_session import print_outcome, report_on
-from align.clusters.follow import JobFollower
-from align.clusters.slurm.queue import SlurmQueue
+from align.clusters.slurm.queue import follow_jobs
 from align.clusters.slurm.submit import SubmittedRun, submit_run
 from align.pipeline.pipeline import Pipeline
-from align.runner.listener import Listener
 from align.runner.prepare import RunOptions
-from align.runner.runner import Run
 
 
 def run_on_slurm(pipeline: Pipeline, options: RunOptions, *, detach: bool, json: bool) -> int:
     """Submit the unfinished stages, and follow them unless ``detach``; returns the exit code."""
     submitted = submit_run(pipeline, options)
     for message in submitted.warnings:
-        print(f"! {printable(message)}", file=sys.stderr)
+        print_warning(message)
     if detach:
         _print_jobs(submitted, json)
         return 0
 
-    def follow(listener: Listener) -> Run:
-        queue = SlurmQueue(submitted)
-        return JobFollower(pipeline, submitted.store, submitted.submissions, queue, listener).follow()
-
     try:
-        outcome = report_on(follow, pipeline, quiet=json, store=submitted.store)
+        outcome = report_on(functools.partial(follow_jobs, submitted), pipeline, quiet=json, store=submitted.store)
     except KeyboardInterrupt:
         print(
             f"\nNo longer followed; its jobs go on. `align status {pipeline.name}` shows their state, the same command "

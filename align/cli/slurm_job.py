@@ -20,6 +20,7 @@ from align.cli.run_page import Failure, outline_of, try_write_page
 from align.clusters.follow import JobResult, SchedulerError
 from align.clusters.slurm import commands
 from align.clusters.slurm.submission import Submission
+from align.clusters.slurm.submit import slurm_block
 from align.clusters.threads import await_inputs, with_threads
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node, Pipeline
@@ -60,7 +61,7 @@ def main(folder: Path, stage: str) -> int:
         try:
             pipeline = with_meeting_place(with_threads(submission.pipeline(), cores_of_job()))
             node = pipeline.nodes[stage]
-            stop.patience = SHARE_OF_GRACE * pipeline.runtimes[stage].slurm.grace
+            stop.patience = SHARE_OF_GRACE * slurm_block(pipeline, stage).grace
             log = store.partial(node.stage.kind, node.key) / LOG
             _run_stage(submission, pipeline, node, store, stop)
         except (UserError, StageFailed) as error:
@@ -145,13 +146,13 @@ def _fail(turn: _Turn, error: UserError | StageFailed, log: Path | None) -> int:
 def _stop(turn: _Turn, stopped: Stopped) -> int:
     """Requeue the job unless it was cancelled or makes no progress; returns the exit code."""
     stage = turn.stage
-    block = turn.submission.pipeline().runtimes[stage].slurm
+    block = slurm_block(turn.submission.pipeline(), stage)
     # A stage that never reaches a checkpoint would be requeued forever.
     if _count_idle_turns(turn) >= IDLE_TURNS:
         error = StageFailed(
             f"stage '{stage}' failed: {IDLE_TURNS} turns of its job in a row ended without a new checkpoint. Give it "
-            f"more time (runtime.stages.{stage}.slurm.time, now {block.time or 'as the partition has it'}; grace, now "
-            f"{block.grace} s), or have it save more often."
+            f"more time (runtime.stages.{stage}.executor.time, now {block.time or 'as the partition has it'}; grace, "
+            f"now {block.grace} s), or have it save more often."
         )
         return _fail(turn, error, None)
     message = str(stopped).removeprefix(f"stage '{stage}' ")

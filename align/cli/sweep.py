@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.cli.parser import add_store, print_json
+from align.cli.parser import add_executor, add_store, print_json, print_warning
 from align.cli.report import add_output, output_folder, show_page
 from align.errors import UserError
 
@@ -35,12 +36,13 @@ def run(options: argparse.Namespace) -> int:
     config = load_sweep(options.sweep)
     if options.trials is not None:
         config = config.model_copy(update={"trials": _check_positive("--trials", options.trials)})
-    sweep = Sweep.check(config, options.sweep, options.assignments)
+    sweep = Sweep.check(config, options.sweep, options.assignments, options.on, _warning(options))
+    executor = sweep.base.config.runtime.executor.name
     store = open_store(sweep.base, options.store)
     if options.dry_run:
         print_plan(sweep, store, options.json)
         return 0
-    if options.detach and options.on != "slurm":
+    if options.detach and executor != "slurm":
         raise UserError("--detach leaves a sweep to a scheduler that outlives this command: add --on slurm.")
     workers = _check_positive("--workers", config.workers if options.workers is None else options.workers)
     # Only the parent may start over: its workers join the study that it has opened.
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         if _run_trials(options, sweep, study, store, workers):
             return 0
     except KeyboardInterrupt:
-        if options.on != "slurm":
+        if executor != "slurm":
             print("\nStopped; finished trials and stages are kept. The same command continues.", file=sys.stderr)
         raise
     finally:
@@ -69,6 +71,11 @@ def run(options: argparse.Namespace) -> int:
     return 0 if study.best() else FAILED
 
 
+def _warning(options: argparse.Namespace) -> Callable[[str], None]:
+    """Return the function that prints a warning. Workers print none: the sweep that has started them does."""
+    return print_warning if options.worker is None else lambda message: None
+
+
 def _check_positive(option: str, value: int) -> int:
     if value < 1:
         raise UserError(f"{option}: should be at least 1; found {value}.")
@@ -77,11 +84,12 @@ def _check_positive(option: str, value: int) -> int:
 
 def _run_trials(options: argparse.Namespace, sweep: Sweep, study: Study, store: Store, workers: int) -> bool:
     """Run the trials here or on a cluster; returns True when they are left to the cluster."""
-    if options.on == "slurm":
+    executor = sweep.base.config.runtime.executor.name
+    if executor == "slurm":
         from align.cli.sweep_on_slurm import sweep_on_slurm
 
         return sweep_on_slurm(sweep, study, store, workers, options)
-    if options.on == "ray":
+    if executor == "ray":
         from align.cli.sweep_on_ray import sweep_on_ray
 
         sweep_on_ray(sweep, study, store, workers, options)
@@ -176,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="assignments",
         help="override a field of the pipeline in every trial; may be given several times",
     )
-    parser.add_argument("--on", choices=["here", "slurm", "ray"], default="here", help="what runs the trials")
+    add_executor(parser, "trials")
     parser.add_argument("--detach", action="store_true", help="hand the trials to the cluster and come back")
     parser.add_argument("--worker", metavar="PARENT/COUNT", help=argparse.SUPPRESS)
     add_output(parser)

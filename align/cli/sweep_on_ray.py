@@ -1,4 +1,4 @@
-"""``align sweep --on ray``: the sweep's workers as tasks of a Ray cluster, which share the study through the store."""
+"""A sweep on Ray: the sweep's workers as tasks of a Ray cluster, which share the study through the store."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from align.cli.sweep_table import print_changes
 from align.cli.sweep_worker import run_trials
+from align.clusters.ray.tasks import ray_block
 from align.clusters.threads import with_threads
 from align.config.validation import validate_plain
 from align.errors import StageFailed, UserError
@@ -31,11 +32,12 @@ POLL_SECONDS = 1.0
 
 def sweep_on_ray(sweep: Sweep, study: Study, store: Store, workers: int, options: argparse.Namespace) -> None:
     """Run ``workers`` tasks until no trial is left; they end with this command. Raises what ended one too early."""
-    block = sweep.base.config.runtime.ray
+    block = ray_block(sweep.base)
     task = {
         "config": sweep.config.model_dump(mode="json", exclude_unset=True),
         "where": sweep.where,
         "assignments": list(options.assignments),
+        "on": options.on,
         "store": asdict(Opening.of(store)),
         "base": str(Path.cwd()),
         "cores": max(1, int(block.cpus)),
@@ -44,7 +46,7 @@ def sweep_on_ray(sweep: Sweep, study: Study, store: Store, workers: int, options
     with StopRequest().handle_signals(signal.SIGUSR1) as stop, ray_client.connected(block.address) as ray:
         if not ray_client.could_hold(ray, block):
             raise UserError(
-                f"{sweep.base.where}: runtime.ray: no node of the Ray cluster has what a worker asks for "
+                f"{sweep.base.where}: runtime.executor: no node of the Ray cluster has what a worker asks for "
                 f"({ray_client.describe_resources(block)})."
             )
         references = []
@@ -92,7 +94,7 @@ def run_worker_task(task: dict[str, Any]) -> str:
     os.chdir(task["base"])
     try:
         config = validate_plain(SweepConfig, task["config"])
-        sweep = Sweep.check(config, task["where"], task["assignments"])
+        sweep = Sweep.check(config, task["where"], task["assignments"], task["on"])
         sweep = replace(sweep, base=with_threads(sweep.base, task["cores"]))
         store = opening.open()
         study = Study.open(store, sweep)

@@ -1,4 +1,4 @@
-"""``align sweep --on slurm``: the sweep's workers as an array of jobs, which share the study through the store."""
+"""A sweep on Slurm: the sweep's workers as an array of jobs, which share the study through the store."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from align.clusters.slurm.checks import check_cluster
 from align.clusters.slurm.queue import SlurmQueue
 from align.clusters.slurm.script import sbatch_options, write_script
 from align.clusters.slurm.submission import Submission, submissions
+from align.clusters.slurm.submit import slurm_block
 from align.clusters.threads import with_threads
 from align.errors import StageFailed, UserError
 from align.pipeline.stop_signal import Stopped, StopRequest
@@ -40,7 +41,7 @@ def sweep_on_slurm(sweep: Sweep, study: Study, store: Store, workers: int, optio
     name = sweep.config.name
     submission = _find_live(store, name)
     if submission is None:
-        submission = _submit(sweep, store, workers, options.assignments)
+        submission = _submit(sweep, store, workers, options.assignments, options.on)
         print(f"job {_job(submission)}: {workers} workers", file=sys.stderr)
     elif submission.sweep is not None:
         print(f"job {_job(submission)} works on it already, {submission.sweep['workers']} workers", file=sys.stderr)
@@ -74,7 +75,7 @@ def _find_live(store: Store, name: str) -> Submission | None:
     try:
         states = commands.jobs({_job(submission) for submission in candidates})
     except SchedulerError as error:
-        raise UserError(f"--on slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
+        raise UserError(f"executor slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
     for submission in candidates:
         job = states.get(_job(submission))
         if job is not None and job.is_live:
@@ -82,10 +83,10 @@ def _find_live(store: Store, name: str) -> Submission | None:
     return None
 
 
-def _submit(sweep: Sweep, store: Store, workers: int, assignments: list[str]) -> Submission:
-    block = sweep.base.config.runtime.slurm
-    check_cluster({"runtime.slurm": block}, store.root, sweep.base.where)
-    about = {"where": sweep.where, "assignments": list(assignments), "workers": workers, "job": None}
+def _submit(sweep: Sweep, store: Store, workers: int, assignments: list[str], on: str | None) -> Submission:
+    block = slurm_block(sweep.base)
+    check_cluster({"runtime.executor": block}, store.root, sweep.base.where)
+    about = {"where": sweep.where, "assignments": list(assignments), "on": on, "workers": workers, "job": None}
     submission = Submission.begin(store, sweep.base, sweep.config.name, about)
     config = sweep.config.model_dump(mode="json", exclude_unset=True)
     write_text_atomically(submission.folder / FILE, yaml.safe_dump(config, sort_keys=False))
@@ -99,7 +100,9 @@ def _submit(sweep: Sweep, store: Store, workers: int, assignments: list[str]) ->
         about["job"] = commands.submit(options, script)
     except SchedulerError as error:
         submission.mark_cancelled()
-        raise UserError(f"{sweep.base.where}: Slurm does not take the jobs ({error}). Change runtime.slurm.") from None
+        raise UserError(
+            f"{sweep.base.where}: Slurm does not take the jobs ({error}). Change runtime.executor."
+        ) from None
     submission.write()
     return submission
 
@@ -164,8 +167,8 @@ def main(folder: Path) -> int:
         store = submission.store.open()
         try:
             config = load_sweep(folder / FILE)
-            sweep = Sweep.check(config, about["where"], about["assignments"])
-            stop.patience = SHARE_OF_GRACE * sweep.base.config.runtime.slurm.grace
+            sweep = Sweep.check(config, about["where"], about["assignments"], about["on"])
+            stop.patience = SHARE_OF_GRACE * slurm_block(sweep.base).grace
             sweep = replace(sweep, base=with_threads(sweep.base, cores_of_job()))
             study = Study.open(store, sweep)
             run_trials(sweep, study, store, quiet=False, shows_stages=False, stop=stop)
@@ -175,7 +178,7 @@ def main(folder: Path) -> int:
             return error.exit_code
         except Stopped as stopped:
             result = JobResult("stopped", str(stopped), turn)
-            return requeue(submission, worker, result, sweep.base.config.runtime.slurm.requeue)
+            return requeue(submission, worker, result, slurm_block(sweep.base).requeue)
     submission.write_result(worker, JobResult("done", "", turn))
     return 0
 

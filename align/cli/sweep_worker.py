@@ -101,7 +101,7 @@ def start_workers(options: argparse.Namespace, count: int) -> None:
 def _arguments(options: argparse.Namespace) -> list[str]:
     """Return the arguments of a worker's command line."""
     arguments = [options.sweep]
-    for name in ("store", "trials"):
+    for name in ("store", "trials", "on"):
         if getattr(options, name) is not None:
             arguments += [f"--{name}", str(getattr(options, name))]
     for text in options.assignments:

@@ -42,7 +42,7 @@ class LaunchConfig(Config):
     nodes: int = Field(1, ge=1)
     """Number of nodes; each runs the stage's command line once (docs/distributed.md)."""
     rendezvous: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$")
-    """Host name of the first of several nodes with a free port, ``node1:29500``; ``--on slurm`` sets it itself."""
+    """Host name of the first of several nodes with a free port, ``node1:29500``; ``executor: slurm`` sets it itself."""
     strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     """``ddp``: a full model in each process. ``fsdp2``, ``deepspeed``: each process holds a shard."""
     fsdp: FsdpConfig = FsdpConfig()

@@ -7,9 +7,17 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
+from align.config.executor import (
+    Executor,
+    LocalExecutor,
+    RayExecutor,
+    SamplersConfig,
+    name_in,
+    name_of_stages,
+    refuse_moved_blocks,
+)
 from align.config.faults import REMEDIES
 from align.config.launch import LaunchConfig
-from align.config.scheduler import RayConfig, SlurmConfig
 from align.config.validation import suggest, validate
 from align.config.vllm_servers import RolloutsConfig, refuse_moved
 from align.store.object_store import check_address
@@ -44,37 +52,6 @@ class EngineConfig(Config):
     @classmethod
     def _servers_moved(cls, value: Any) -> Any:
         return refuse_moved(value)
-
-
-class ExecutorConfig(Config):
-    """The executor of data builds. ``executor: slurm`` is short for ``executor: {name: slurm}``."""
-
-    name: Literal["local", "slurm", "ray"] = "local"
-    """``local``: ``workers`` processes on this machine. ``slurm``, ``ray``: jobs of a cluster, through datatrove."""
-    tasks: int = Field(100, ge=1)
-    """Most jobs of a pass; each processes its share of the shards."""
-    cpus: int = Field(1, ge=1)
-    """Cores per job."""
-    gpus: int = Field(0, ge=0)
-    """GPUs per job, for steps that run a model."""
-    memory_gb: int = Field(4, ge=1)
-    """GiB per core."""
-    partition: str | None = None
-    """Slurm's partition."""
-    time: str = Field("04:00:00", pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")
-    """Slurm's time limit per job, hours:minutes:seconds."""
-    qos: str | None = None
-    """Slurm's quality of service, if the cluster requires one."""
-    setup: str | None = None
-    """Shell commands that set up the environment on a node; by default align's folder is added to PATH."""
-    sbatch: dict[str, str] = Field({})
-    """Further options of sbatch: ``{account: nlp}``."""
-
-    @model_validator(mode="after")
-    def _slurm_needs_a_partition(self) -> ExecutorConfig:
-        if self.name == "slurm" and self.partition is None:
-            raise ValueError("executor slurm needs a partition: `executor: {name: slurm, partition: cpu}`")
-        return self
 
 
 class TrackingConfig(Config):
@@ -132,10 +109,13 @@ class StageRuntime(Config):
     """Overrides of ``runtime.rollouts``, field by field."""
     launch: LaunchConfig | None = None
     """Overrides of ``runtime.launch``, field by field."""
-    slurm: SlurmConfig | None = None
-    """Overrides of ``runtime.slurm``, field by field."""
-    ray: RayConfig | None = None
-    """Overrides of ``runtime.ray``, field by field."""
+    executor: Executor | None = None
+    """Overrides of ``runtime.executor``, field by field; a data stage may name another executor for its ``tasks``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_moved_blocks(cls, value: Any) -> Any:
+        return refuse_moved_blocks(value)
 
 
 class Runtime(Config):
@@ -149,12 +129,8 @@ class Runtime(Config):
     """CPU threads per process; by default all cores, divided among a stage's processes."""
     workers: int | None = Field(None, ge=1)
     """Processes that build data; by default one per core."""
-    executor: ExecutorConfig = ExecutorConfig()
-    """Executor of data builds: ``local``, ``slurm`` or ``ray``."""
-    slurm: SlurmConfig = SlurmConfig()
-    """Resources of each stage's job under ``--on slurm``."""
-    ray: RayConfig = RayConfig()
-    """Resources of each stage's task under ``--on ray``."""
+    executor: Executor = LocalExecutor()
+    """What runs stages, trials of sweeps and data builds, with the resources of each; ``--on`` takes another."""
     engine: EngineConfig = EngineConfig()
     """Engine that samples responses, and its share of the machine."""
     rollouts: RolloutsConfig = RolloutsConfig()
@@ -170,6 +146,19 @@ class Runtime(Config):
     stages: dict[str, StageRuntime] = Field({})
     """Overrides per stage: ``{ppo: {threads: 4}}``. The name of a stage in a loop means that stage in every round."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _executors_of_stages(cls, value: Any) -> Any:
+        return name_of_stages(refuse_moved_blocks(value))
+
+    @field_validator("executor")
+    @classmethod
+    def _executor_fits_together(cls, executor: Executor) -> Executor:
+        objection = executor.objection()
+        if objection is not None:
+            raise ValueError(objection)
+        return executor
+
     @field_validator("rollouts")
     @classmethod
     def _servers_fit(cls, rollouts: RolloutsConfig) -> RolloutsConfig:
@@ -184,6 +173,11 @@ class Runtime(Config):
                 "process. Leave one of them out."
             )
         return self
+
+    @property
+    def samplers(self) -> SamplersConfig:
+        """Engines on a Ray cluster that sample for a stage; their count is 0 unless the executor is ``ray``."""
+        return self.executor.samplers if isinstance(self.executor, RayExecutor) else SamplersConfig()
 
     def with_transformers(self) -> Runtime:
         """Return the same settings, but with transformers as the engine, in the stage's own process."""
@@ -204,11 +198,6 @@ class Runtime(Config):
         if objection is not None:
             raise ValueError(objection)
         return launch
-
-    @field_validator("executor", mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -234,7 +223,9 @@ def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` with the overrides; blocks are merged field by field, and a null overrides nothing."""
     merged = dict(base)
     for name, value in overrides.items():
-        if isinstance(value, dict) and isinstance(merged.get(name), dict):
+        if name == "executor" and value is not None and name_in(value) != name_in(base.get(name)):
+            merged[name] = value  # fields of one executor mean nothing to another
+        elif isinstance(value, dict) and isinstance(merged.get(name), dict):
             merged[name] = _merge(merged[name], value)
         elif value is not None:
             merged[name] = value

@@ -8,9 +8,12 @@ its jobs as a dill file in that folder.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import itertools
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -22,12 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config.runtime import ExecutorConfig
+from align.config.executor import RayExecutor, SlurmExecutor
 from align.data.rows import BadRecord
 from align.data.shards import Pass, Task, Worker, is_complete, read_summary
 from align.errors import UserError
 from align.store.atomic_write import write_atomically, write_text_atomically
 
+ClusterExecutor = SlurmExecutor | RayExecutor
+
+DEFAULT_TIME = "04:00:00"
+"""Time limit of a job of Slurm if the executor sets none: datatrove needs one."""
+DEFAULT_GB_PER_CPU = 4
+"""GiB per core of a job if the executor sets no ``memory_gb``: datatrove needs a number."""
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 60.0
 """Time that a shared file system may take to show the files of jobs that have ended."""
@@ -37,7 +46,9 @@ GRACE_SECONDS = 60.0
 class ClusterWorkers:
     """Does tasks, a pass at a time, like ``workers.Workers``."""
 
-    config: ExecutorConfig
+    config: ClusterExecutor
+    tasks: int
+    """Most jobs of a pass."""
 
     def run(self, spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
         """Yield once for each shard, in order, when it is done; complete shards are not done again.
@@ -58,7 +69,7 @@ class ClusterWorkers:
                 waiting.append(task.shard)
         # Ranks take every n-th task, so that large neighboring shards are spread over the jobs.
         if waiting:
-            ranks = min(self.config.tasks, len(waiting))
+            ranks = min(self.tasks, len(waiting))
             work = functools.partial(run_rank, spec=spec, folder=folder)
             _launch(self.config, work, ranks, folder)
             self._wait(spec, folder, waiting)
@@ -125,51 +136,99 @@ def _from_json(text: str) -> Task:
     return Task(**fields, records=records)
 
 
-def _launch(config: ExecutorConfig, work: Callable[..., None], ranks: int, folder: Path) -> None:
+def _launch(config: ClusterExecutor, work: Callable[..., None], ranks: int, folder: Path) -> None:
     """Start the jobs: those of Slurm run on, those of Ray have ended when this returns."""
     try:
         from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
     except ImportError:
         raise UserError(
-            f"runtime.executor is {config.name}, which needs datatrove: pip install 'align[cluster]', or write local."
+            "runtime.executor.tasks makes jobs of data builds, which needs datatrove: pip install 'align[cluster]', or "
+            "leave tasks out."
         ) from None
-    common: dict[str, Any] = {
-        "pipeline": [work],
-        "tasks": ranks,
-        "cpus_per_task": config.cpus,
-        "gpus_per_task": config.gpus,
-        "mem_per_cpu_gb": config.memory_gb,
-        "logging_dir": str(folder / "logs"),
-    }
-    if config.name == "ray":
+    common: dict[str, Any] = {"pipeline": [work], "tasks": ranks, "logging_dir": str(folder / "logs")}
+    if isinstance(config, RayExecutor):
+        _connect_to_ray(config.address)
         try:
-            RayPipelineExecutor(**common).run()
-        except ImportError:
-            raise UserError("runtime.executor is ray, and ray is not installed: pip install ray.") from None
+            RayPipelineExecutor(**common, ray_remote_kwargs=_ray_options(config)).run()
         except Exception:
             _raise_error(folder)
             raise
         return
-    executor = SlurmPipelineExecutor(
-        **common,
-        time=config.time,
-        partition=config.partition,
-        qos=config.qos,
-        job_name="align-data",
-        env_command=config.setup or f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
-        sbatch_args=dict(config.sbatch),
-        requeue=False,  # a shard that failed would fail again; the next run does one that was cut off
-    )
+    executor = SlurmPipelineExecutor(**common, **_slurm_options(config))
     try:
-        executor.run()
+        with _outside_of_a_job():
+            executor.run()
     except FileNotFoundError:
-        raise UserError("runtime.executor is slurm, and there is no sbatch here; run this on a login node.") from None
+        raise UserError(
+            "runtime.executor.tasks makes jobs of data builds, and there is no sbatch here; run this on a login node."
+        ) from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"sbatch refused the jobs (exit code {error.returncode}); its message is above.") from None
     write_text_atomically(folder / "job", str(executor.job_id))
 
 
-def _is_queued(config: ExecutorConfig, folder: Path) -> bool:
+def _slurm_options(config: SlurmExecutor) -> dict[str, Any]:
+    """Return datatrove's arguments for jobs of one node each."""
+    cpus = config.cpus or 1
+    memory_mb = 1024 * (config.memory_gb or DEFAULT_GB_PER_CPU * cpus)
+    # datatrove asks for memory per core in full GiB; an option of sbatch replaces that, rounded up by at most 1 MiB.
+    sbatch = {"account": config.account, "constraint": config.constraint, "mem-per-cpu": f"{-(-memory_mb // cpus)}M"}
+    path = f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+    return {
+        "cpus_per_task": cpus,
+        "gpus_per_task": config.gpus,
+        "time": config.time or DEFAULT_TIME,
+        "partition": config.partition,
+        "qos": config.qos,
+        "job_name": "align-data",
+        "env_command": "\n".join([path, config.setup or ""]),
+        "sbatch_args": {name: value for name, value in sbatch.items() if value is not None} | config.sbatch,
+        "requeue": False,  # a shard that failed would fail again; the next run does one that was cut off
+    }
+
+
+@contextlib.contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hide the variables of the Slurm job that this process may run in, a stage's or a sweep's.
+
+    datatrove would take them for those of its jobs, and the jobs would inherit them: srun refuses SLURM_MEM_PER_NODE
+    beside their own SLURM_MEM_PER_CPU.
+    """
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _is_of_a_job(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _is_of_a_job(variable: str) -> bool:
+    return variable.startswith(("SLURM_", "SLURMD_")) and variable != "SLURM_CONF"
+
+
+def _connect_to_ray(address: str) -> None:
+    """Connect to the cluster, which datatrove expects. Raises ``UserError`` where none answers."""
+    try:
+        ray: Any = importlib.import_module("ray")
+    except ImportError:
+        raise UserError("runtime.executor is ray, and ray is not installed: pip install 'align[ray]'.") from None
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"runtime.executor: no Ray cluster answers at '{address}' ({type(error).__name__}). Start one with `ray "
+            "start --head`, or name a running one as runtime.executor.address."
+        ) from None
+
+
+def _ray_options(config: RayExecutor) -> dict[str, Any]:
+    """Return Ray's options of a task; datatrove's placement groups take no ``resources``."""
+    memory_gb = config.memory_gb or DEFAULT_GB_PER_CPU * config.cpus
+    return {"num_cpus": config.cpus, "num_gpus": config.gpus, "memory": int(memory_gb * 2**30)}
+
+
+def _is_queued(config: ClusterExecutor, folder: Path) -> bool:
     """Return True while a job waits or runs."""
     if config.name == "ray":
         return False

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from align.config.runtime import ExecutorConfig
+from align.config.executor import Executor, LocalExecutor
 from align.data.cluster_jobs import ClusterWorkers
 from align.data.shards import Pass, Task, Worker, is_complete
 from align.data.steps.base import ModelLoaders
@@ -26,7 +26,8 @@ class BuildResources:
     """Called at the start of each worker process; must be picklable."""
     models: ModelLoaders | None = None
     """Access to models, for recipes with steps that need one."""
-    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    executor: Executor = field(default_factory=LocalExecutor)
+    """Runs the shards of each pass as jobs if it has ``tasks``."""
 
 
 class Workers:
@@ -50,13 +51,14 @@ class Workers:
         """Yield once for each shard, in order, when it is done; complete shards are not done again.
 
         ``in_this_process`` keeps a pass that runs a model here. A single shard runs here too, since it is not worth the
-        start of a process. On a cluster every pass is a set of jobs.
+        start of a process. With ``tasks`` of a cluster every pass is a set of jobs.
         """
         # Two tasks show whether there is more than one shard; ``tasks`` may be an endless stream.
         first = list(itertools.islice(tasks, 2))
         tasks = itertools.chain(first, tasks)
-        if self.resources.executor.name != "local":
-            yield from ClusterWorkers(self.resources.executor).run(spec, tasks)
+        executor = self.resources.executor
+        if not isinstance(executor, LocalExecutor) and executor.tasks is not None:
+            yield from ClusterWorkers(executor, executor.tasks).run(spec, tasks)
         elif in_this_process or self.resources.workers == 1 or len(first) < 2:
             yield from _run_here(spec, tasks)
         else:

@@ -42,7 +42,7 @@ def open_engine(
     from align.models.threads import device_of, use_threads
 
     spec = EngineSpec(model_dir, runtime, precision, max_length, seed)
-    if runtime.ray.samplers.count:
+    if runtime.samplers.count:
         return _open_on_ray(spec, warn)
     use_threads(runtime)
     device = device_of(runtime)
@@ -124,11 +124,11 @@ def _open_on_ray(spec: EngineSpec, warn: Callable[[str], None]) -> RolloutEngine
 
     if world_size() > 1:
         raise UserError(
-            "runtime.ray.samplers: several processes train, and each would open engines of its own on the cluster. "
-            "Leave it out for this stage: `runtime: {stages: {NAME: {ray: {samplers: {count: 0}}}}}`."
+            "runtime.executor.samplers: several processes train, and each would open engines of its own on the "
+            "cluster. Leave it out for this stage: `runtime: {stages: {NAME: {executor: {samplers: {count: 0}}}}}`."
         )
     if spec.runtime.rollouts.pooled:
-        raise UserError("runtime.rollouts names servers, runtime.ray.samplers engines on Ray: leave one out.")
+        raise UserError("runtime.rollouts names servers, runtime.executor.samplers engines on Ray: leave one out.")
     return RayEngine(spec, open_engine, warn)
 
 

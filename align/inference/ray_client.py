@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from align.config.scheduler import RayConfig
+from align.config.executor import RayExecutor
 from align.errors import UserError
 
 GIB = 2**30
@@ -18,7 +18,7 @@ def require_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("--on ray: ray is not installed here: pip install 'align[ray]'.") from None
+        raise UserError("executor ray: ray is not installed here: pip install 'align[ray]'.") from None
     return ray
 
 
@@ -34,8 +34,9 @@ def connected(address: str) -> Iterator[Any]:
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--on ray: no Ray cluster answers at '{address}' ({type(error).__name__}: {first}). Start one with `ray "
-            "start --head`, or name a running one as runtime.ray.address; all machines need the same Python and ray."
+            f"executor ray: no Ray cluster answers at '{address}' ({type(error).__name__}: {first}). Start one with "
+            "`ray start --head`, or name a running one as runtime.executor.address; all machines need the same Python "
+            "and ray."
         ) from None
     try:
         yield ray
@@ -43,7 +44,7 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def required_resources(block: RayConfig) -> dict[str, float]:
+def required_resources(block: RayExecutor) -> dict[str, float]:
     """Return the resources that a task needs on a node, by Ray's names."""
     resources = {"CPU": block.cpus, "GPU": block.gpus, **block.resources}
     if block.memory_gb is not None:
@@ -51,12 +52,12 @@ def required_resources(block: RayConfig) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if amount}
 
 
-def describe_resources(block: RayConfig) -> str:
+def describe_resources(block: RayExecutor) -> str:
     """Return the resources that a task needs, as text."""
     return ", ".join(f"{name} {amount:g}" for name, amount in required_resources(block).items())
 
 
-def start(ray: Any, function: Callable[..., Any], block: RayConfig, name: str, arguments: Sequence[Any]) -> Any:
+def start(ray: Any, function: Callable[..., Any], block: RayExecutor, name: str, arguments: Sequence[Any]) -> Any:
     """Start a task and return its reference. References among ``arguments`` are waited for and replaced by values."""
     options: dict[str, Any] = {
         "num_cpus": block.cpus,
@@ -70,7 +71,7 @@ def start(ray: Any, function: Callable[..., Any], block: RayConfig, name: str, a
     return ray.remote(function).options(**options).remote(*arguments)
 
 
-def could_hold(ray: Any, block: RayConfig) -> bool:
+def could_hold(ray: Any, block: RayExecutor) -> bool:
     """Return True when a live node could run the task once it is free."""
     return could_ever_hold(ray, required_resources(block))
 

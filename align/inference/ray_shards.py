@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from align.config.executor import LocalExecutor, RayExecutor
 from align.config.runtime import Runtime
 from align.config.validation import validate_plain
 from align.errors import UserError
@@ -96,8 +97,10 @@ class RayEngine:
     """A :class:`~align.inference.protocol.RolloutEngine` around engines of a Ray cluster."""
 
     def __init__(self, spec: EngineSpec, open_engine: EngineOpener, warn: Callable[[str], None]) -> None:
-        """Open ``runtime.ray.samplers.count`` engines; raises ``UserError`` where the cluster cannot hold one."""
-        self.connection = ray_client.connected(spec.runtime.ray.address)
+        """Open ``runtime.executor.samplers.count`` engines; raises ``UserError`` where the cluster cannot hold one."""
+        executor = spec.runtime.executor
+        assert isinstance(executor, RayExecutor)  # no other executor has samplers
+        self.connection = ray_client.connected(executor.address)
         self.ray = self.connection.__enter__()
         self.version = 0
         # The reference is wrapped in a list, because Ray resolves references that are arguments themselves: each call
@@ -114,12 +117,12 @@ class RayEngine:
             raise
 
     def _start_actors(self, spec: EngineSpec, open_engine: EngineOpener) -> list[Any]:
-        block = spec.runtime.ray.samplers
+        block = spec.runtime.samplers
         needs = {"CPU": block.cpus, "GPU": block.gpus, **block.resources}
         needs = {name: amount for name, amount in needs.items() if amount}
         if not ray_client.could_ever_hold(self.ray, needs):
             text = ", ".join(f"{name} {amount:g}" for name, amount in needs.items())
-            raise UserError(f"runtime.ray.samplers: no node of the Ray cluster has what each asks for ({text}).")
+            raise UserError(f"runtime.executor.samplers: no node of the Ray cluster has what each asks for ({text}).")
         settings = {
             "model_dir": str(spec.model_dir.resolve()),
             "runtime": local_runtime(spec.runtime).model_dump(mode="json"),
@@ -221,10 +224,8 @@ class RayEngine:
 
 def local_runtime(runtime: Runtime) -> Runtime:
     """Return the runtime of one engine, which samples in its own process."""
-    samplers = runtime.ray.samplers.model_copy(update={"count": 0})
-    ray = runtime.ray.model_copy(update={"samplers": samplers})
-    threads = runtime.threads or max(1, int(runtime.ray.samplers.cpus))
-    return runtime.model_copy(update={"ray": ray, "threads": threads})
+    threads = runtime.threads or max(1, int(runtime.samplers.cpus))
+    return runtime.model_copy(update={"executor": LocalExecutor(), "threads": threads})
 
 
 __all__ = ["RayEngine", "Shard", "ShardSampling", "shard_sampling"]

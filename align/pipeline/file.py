@@ -15,6 +15,7 @@ from typing import Any
 
 from align.config.yaml import load_yaml
 from align.errors import UserError, shorten
+from align.pipeline.executors import EXECUTOR, in_long_forms
 from align.pipeline.overrides import assign, parse_assignment
 
 EXTENDS = "extends"
@@ -27,15 +28,21 @@ Overrides = Mapping[str, Any] | Iterable[str]
 """``{"stages.ppo.kl_coef": 0.1}``, or texts as ``--set`` takes them: ``["stages.ppo.kl_coef=0.1"]``."""
 
 
-def read_pipeline_file(path: Path, overrides: Overrides, known_keys: Collection[str]) -> dict[str, Any]:
+def read_pipeline_file(
+    path: Path,
+    overrides: Overrides,
+    known_keys: Collection[str],
+    adjust: Callable[[dict[str, Any]], None] = lambda raw: None,
+) -> dict[str, Any]:
     """Return the plain values that a pipeline file stands for.
 
-    ``known_keys`` are the top-level keys of a pipeline, by which misspelled overrides are found. Raises ``UserError``
-    for a file that cannot be read, base files that extend each other in a circle, a variable that is not set, and an
-    override that names no field.
+    ``known_keys`` are the top-level keys of a pipeline, by which misspelled overrides are found. ``adjust`` changes the
+    values before the overrides do. Raises ``UserError`` for a file that cannot be read, base files that extend each
+    other in a circle, a variable that is not set, and an override that names no field.
     """
     # The order is part of the interface: bases, then variables, then overrides, which therefore always win.
     raw: dict[str, Any] = fill_in_variables(_read_with_bases(path, ()), str(path))
+    adjust(raw)
     pairs = overrides.items() if isinstance(overrides, Mapping) else [parse_assignment(text) for text in overrides]
     for place, value in pairs:
         assign(raw, place, copy.deepcopy(value), known_keys)
@@ -44,7 +51,7 @@ def read_pipeline_file(path: Path, overrides: Overrides, known_keys: Collection[
 
 def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     """Read ``path`` on top of what it extends; ``readers`` are the files that led here, the first one first."""
-    raw = load_yaml(path)  # first: it refuses paths that no file can have
+    raw = in_long_forms(load_yaml(path))  # first: it refuses paths that no file can have
     resolved = path.resolve()
     if resolved in readers:
         circle = " -> ".join(file.name for file in (*readers[readers.index(resolved) :], resolved))
@@ -66,20 +73,22 @@ def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``base`` with ``changes``: blocks are merged key by key, everything else is replaced.
 
-    A block that changes one of ``DISCRIMINATORS`` replaces its base's whole block, whose other keys belong to another
-    kind.
+    A block that changes one of ``DISCRIMINATORS``, or an executor's name, replaces its base's whole block, whose other
+    keys belong to another kind.
     """
     merged = dict(base)
     for key, value in changes.items():
         before = merged.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping) and not _is_of_another_kind(before, value):
+        if isinstance(before, Mapping) and isinstance(value, Mapping) and not _is_of_another_kind(key, before, value):
             merged[key] = merge(before, value)
         else:
             merged[key] = value
     return merged
 
 
-def _is_of_another_kind(base: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+def _is_of_another_kind(key: str, base: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+    if key == EXECUTOR:
+        return "name" in base and "name" in changes and base["name"] != changes["name"]
     return any(key in changes and changes[key] != base.get(key) for key in DISCRIMINATORS)
 
 

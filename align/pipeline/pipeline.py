@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -17,9 +17,10 @@ from typing import Any, Self
 from pydantic import Field, create_model
 
 from align.config.base import Config, input_fields
-from align.config.runtime import Runtime
+from align.config.runtime import Runtime, StageRuntime
 from align.config.validation import suggest, validate
 from align.errors import UserError, shorten
+from align.pipeline.executors import choose_executor, in_long_forms, objection_to_stage, refuse_contradiction
 from align.pipeline.file import Overrides, read_pipeline_file
 from align.pipeline.loops import expand
 from align.pipeline.overrides import assign, parse_assignment
@@ -83,7 +84,7 @@ class Pipeline:
 
         ``rounds`` are the rounds of loops that ``raw`` has written out already.
         """
-        self.raw: dict[str, Any] = copy.deepcopy(dict(raw))
+        self.raw: dict[str, Any] = in_long_forms(copy.deepcopy(dict(raw)))
         self.where = where
         self.base = base or Path.cwd()
         # Loops are written out first, so that everything below sees plain stages only.
@@ -102,14 +103,28 @@ class Pipeline:
         self.runtimes = self._runtimes()
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Overrides = ()) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        overrides: Overrides = (),
+        on: str | None = None,
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> Self:
         """Read and check a pipeline file.
 
-        ``overrides`` are applied before anything is checked, so they can supply what the file lacks:
+        ``on`` is the executor to use instead of the file's; ``warn`` gets a line if fields of the file's are left out
+        for it. ``overrides`` are applied before anything is checked, so they can supply what the file lacks:
         ``["stages.ppo.kl_coef=0.1"]`` or ``{"stages.ppo.kl_coef": 0.1}``. Raises ``UserError`` with the file, the place
         in it and the remedy.
         """
-        return cls(read_pipeline_file(Path(path), overrides, PipelineConfig.model_fields), str(path))
+
+        def choose(raw: dict[str, Any]) -> None:
+            if on is not None:
+                choose_executor(raw, on, warn)
+
+        pipeline = cls(read_pipeline_file(Path(path), overrides, PipelineConfig.model_fields, choose), str(path))
+        refuse_contradiction(pipeline.config.runtime, on)
+        return pipeline
 
     @property
     def name(self) -> str:
@@ -189,14 +204,21 @@ class Pipeline:
         for name in self.nodes:
             of_rounds = [short for short, rounds in self.expanded.rounds.items() if name in rounds]
             runtimes[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
-            self._check_launch(self.nodes[name], runtimes[name], [name, *of_rounds])
+            blocks = self.config.runtime.stages
+            stage_runtime = next((blocks[block] for block in (name, *of_rounds) if block in blocks), None)
+            self._check_launch(self.nodes[name], runtimes[name], stage_runtime)
+            self._check_executor(self.nodes[name], runtimes[name], stage_runtime)
         return runtimes
 
-    def _check_launch(self, node: Node, runtime: Runtime, names: list[str]) -> None:
+    def _check_executor(self, node: Node, runtime: Runtime, stage_runtime: StageRuntime | None) -> None:
+        """Check that a stage names another executor than the run's only for the tasks of its data build."""
+        overrides = None if stage_runtime is None else stage_runtime.executor
+        objection = objection_to_stage(node.stage.kind, self.config.runtime, runtime, overrides)
+        if objection is not None:
+            raise UserError(f"{self.where}: runtime.stages.{node.name}.executor: {objection}")
+
+    def _check_launch(self, node: Node, runtime: Runtime, stage_runtime: StageRuntime | None) -> None:
         """Check that a stage with several processes trains at all, and that its batches can be split among them."""
-        stage_runtime = next(
-            (self.config.runtime.stages[name] for name in names if name in self.config.runtime.stages), None
-        )
         has_own_launch = stage_runtime is not None and stage_runtime.launch is not None
         place = f"{self.where}: runtime.{f'stages.{node.name}.' if has_own_launch else ''}launch"
         if not node.stage.distributed:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from align.config.validation import suggest
 from align.errors import UserError
+from align.pipeline.executors import refuse_contradiction
 from align.pipeline.pipeline import Pipeline
 from align.store.fingerprint import digest
 from align.sweep.config import SweepConfig
@@ -32,15 +33,24 @@ class Sweep:
     """The pipeline with the first value of every dimension."""
 
     @classmethod
-    def check(cls, config: SweepConfig, where: str, assignments: Iterable[str] = ()) -> Sweep:
+    def check(
+        cls,
+        config: SweepConfig,
+        where: str,
+        assignments: Iterable[str] = (),
+        on: str | None = None,
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> Sweep:
         """Read the pipeline and try every bound and choice, without running anything.
 
-        ``assignments`` are ``--set``'s. Raises ``UserError`` with the place in the sweep's file.
+        ``assignments`` are ``--set``'s; ``on`` and ``warn`` are as of ``Pipeline.load``. Raises ``UserError`` with the
+        place in the sweep's file.
         """
-        base = Pipeline.load(config.pipeline)
+        base = Pipeline.load(config.pipeline, on=on, warn=warn)
         base = _change(base, config.set, f"{where}: set")
         for text in assignments:
             base = base.set(text)
+        refuse_contradiction(base.config.runtime, on)
         space = read_space(config.space, base, where)
         if config.sampler == "grid":
             grid(space, where)

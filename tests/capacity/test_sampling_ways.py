@@ -163,7 +163,7 @@ def test_ways_are_those_that_there_are() -> None:
     assert requested is not None and requested.label == "one engine (transformers)"
     running = requested_layout(runtime("auto", rollouts={"addresses": ["http://127.0.0.1:8000"]}), machine)
     assert running is not None and running.label == "servers that run already"
-    ray = requested_layout(runtime("vllm", ray={"samplers": {"count": 9}}), machine)
+    ray = requested_layout(runtime("vllm", executor={"name": "ray", "samplers": {"count": 9}}), machine)
     assert ray is not None and (ray.label, ray.engines_per_device) == ("9 samplers of Ray (vllm)", 2)
 
 

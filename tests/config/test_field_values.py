@@ -226,9 +226,9 @@ def test_numbers_in_every_usual_spelling_are_taken() -> None:
 
 
 def test_a_time_limit_is_text_with_and_without_quotes() -> None:
-    raw = parse_yaml("{slurm: {time: 04:30:00}, executor: {name: slurm, partition: cpu, time: 1-00:00:00}}", "x")
+    raw = parse_yaml("{executor: {name: slurm, time: 04:30:00}, stages: {two: {executor: {time: 1-00:00:00}}}}", "x")
     runtime = validate(Runtime, raw, "x")
-    assert (runtime.slurm.time, runtime.executor.time) == ("04:30:00", "1-00:00:00")
+    assert (runtime.executor.time, runtime.for_stage("two").executor.time) == ("04:30:00", "1-00:00:00")
 
 
 def test_messages_repeat_no_character_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

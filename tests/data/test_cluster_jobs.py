@@ -6,14 +6,15 @@ Slurm's commands are stood in for by scripts that run the jobs here; datatrove's
 from __future__ import annotations
 
 import json
+import os
 import stat
 import sys
 from pathlib import Path
 
 import pytest
 
+from align.config.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
 from align.config.recipe.recipe import Recipe
-from align.config.runtime import ExecutorConfig, Runtime
 from align.data import build as building
 from align.data import cluster_jobs
 from align.data.build import build
@@ -42,7 +43,7 @@ OTHERS = {
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExecutorConfig:
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmExecutor:
     pytest.importorskip("datatrove")
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -54,7 +55,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExecutorConfig:
     monkeypatch.setattr(building, "SHARD_ROWS", 12)
     monkeypatch.setattr(cluster_jobs, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(cluster_jobs, "GRACE_SECONDS", 0.2)
-    return ExecutorConfig(name="slurm", partition="cpu", tasks=2)
+    return SlurmExecutor(partition="cpu", tasks=2, cpus=2, memory_gb=5, account="nlp", setup="echo set up")
 
 
 def recipe(folder: Path, lines: list[str]) -> Recipe:
@@ -67,19 +68,47 @@ def lines(count: int) -> list[str]:
     return [json.dumps({"prompt": f"q {index}", "completion": "yes"}) + "\n" for index in range(count)]
 
 
-def run(folder: Path, content: Recipe, name: str, executor: ExecutorConfig | None = None) -> dict:
+def run(folder: Path, content: Recipe, name: str, executor: Executor | None = None) -> dict:
     (folder / name).mkdir(exist_ok=True)
-    resources = BuildResources(executor=executor or ExecutorConfig())
+    resources = BuildResources(executor=executor or LocalExecutor())
     return build(content, folder, folder / f"{name}-work", folder / name, resources=resources)
 
 
-def test_jobs_build_what_this_process_does(slurm: ExecutorConfig, tmp_path: Path) -> None:
+def test_jobs_build_what_this_process_does(slurm: SlurmExecutor, tmp_path: Path) -> None:
     content = recipe(tmp_path, lines(40))
     assert run(tmp_path, content, "jobs", slurm) == run(tmp_path, content, "here")
     assert len(list((tmp_path / "jobs-work").rglob("jobs/logs/completions/*"))) == 4  # two passes of two ranks
+    script = next((tmp_path / "jobs-work").rglob("launch_script.slurm")).read_text().splitlines()
+    for line in ("cpus-per-task=2", "mem-per-cpu=2560M", "partition=cpu", "account=nlp", "time=04:00:00", "array=0-1"):
+        assert f"#SBATCH --{line}" in script
+    assert "echo set up" in script
 
 
-def test_a_bad_record_comes_back_as_it_would_here(slurm: ExecutorConfig, tmp_path: Path) -> None:
+def test_without_tasks_this_process_builds_all_shards(slurm: SlurmExecutor, tmp_path: Path) -> None:
+    (tmp_path / "bin" / "sbatch").unlink()
+    assert run(tmp_path, recipe(tmp_path, lines(40)), "here", SlurmExecutor(partition="cpu"))
+
+
+def test_jobs_see_nothing_of_the_job_that_submits_them(
+    slurm: SlurmExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")  # as in a worker of a sweep; datatrove would take it for its own
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1024")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/bash\n/usr/bin/env > {tmp_path}/seen\nexit 3\n")
+    with pytest.raises(UserError, match="sbatch refused the jobs"):
+        run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm)
+    variables = [line for line in (tmp_path / "seen").read_text().splitlines() if line.startswith("SLURM")]
+    assert variables == ["SLURM_CONF=/etc/slurm.conf"] and os.environ["SLURM_MEM_PER_NODE"] == "1024"
+
+
+def test_resources_of_ray_tasks() -> None:
+    config = RayExecutor(cpus=2, gpus=0.5, memory_gb=3, resources={"a100": 1}, tasks=4)
+    assert cluster_jobs._ray_options(config) == {"num_cpus": 2, "num_gpus": 0.5, "memory": 3 * 2**30}
+    assert cluster_jobs._ray_options(RayExecutor(cpus=2, tasks=4))["memory"] == 8 * 2**30
+
+
+def test_a_bad_record_comes_back_as_it_would_here(slurm: SlurmExecutor, tmp_path: Path) -> None:
     content = recipe(tmp_path, [*lines(20), "{broken\n"])
     with pytest.raises(UserError, match=r"a.jsonl:21: not valid JSON"):
         run(tmp_path, content, "jobs", slurm)
@@ -87,7 +116,7 @@ def test_a_bad_record_comes_back_as_it_would_here(slurm: ExecutorConfig, tmp_pat
 
 @pytest.mark.slow
 def test_jobs_that_end_without_their_shards_are_named_and_the_rest_is_kept(
-    slurm: ExecutorConfig, tmp_path: Path
+    slurm: SlurmExecutor, tmp_path: Path
 ) -> None:
     (tmp_path / "bin" / "srun").write_text("#!/bin/bash\n[[ $SLURM_ARRAY_TASK_ID == 1 ]] && exit 1\n" + OTHERS["srun"])
     content = recipe(tmp_path, lines(40))
@@ -97,22 +126,16 @@ def test_jobs_that_end_without_their_shards_are_named_and_the_rest_is_kept(
     assert run(tmp_path, content, "jobs", slurm) == run(tmp_path, content, "here")
 
 
-def test_without_slurm_the_remedy_is_named(slurm: ExecutorConfig, tmp_path: Path) -> None:
+def test_without_slurm_the_remedy_is_named(slurm: SlurmExecutor, tmp_path: Path) -> None:
     (tmp_path / "bin" / "sbatch").unlink()
     with pytest.raises(UserError, match="no sbatch here; run this on a login node"):
         run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm)
 
 
-def test_a_refused_job_is_the_users_to_mend(slurm: ExecutorConfig, tmp_path: Path) -> None:
+def test_a_refused_job_is_the_users_to_mend(slurm: SlurmExecutor, tmp_path: Path) -> None:
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/bash\nexit 3\n")
     with pytest.raises(UserError, match="sbatch refused the jobs .exit code 3"):
         run(tmp_path, recipe(tmp_path, lines(40)), "jobs", slurm)
-
-
-def test_an_executor_by_name_and_one_without_a_partition() -> None:
-    assert Runtime.model_validate({"executor": "ray"}).executor.name == "ray"
-    with pytest.raises(ValueError, match="slurm needs a partition"):
-        Runtime.model_validate({"executor": "slurm"})
 
 
 def test_a_task_survives_its_file() -> None:

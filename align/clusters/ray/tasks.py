@@ -15,7 +15,7 @@ from typing import Any
 
 from align.clusters.follow import JobResult, JobState, read_note, write_note
 from align.clusters.threads import await_inputs, with_threads
-from align.config.scheduler import RayConfig
+from align.config.executor import RayExecutor
 from align.errors import StageFailed, UserError
 from align.inference import ray_client
 from align.pipeline.pipeline import Node, Pipeline
@@ -110,6 +110,12 @@ def _run_stage(task: StageTask) -> JobResult:
     return JobResult("done", "")
 
 
+def ray_block(pipeline: Pipeline, stage: str | None = None) -> RayExecutor:
+    """Return what a stage, or a worker of a sweep, asks of Ray; the defaults in a run on another executor."""
+    runtime = pipeline.config.runtime if stage is None else pipeline.runtimes[stage]
+    return runtime.executor if isinstance(runtime.executor, RayExecutor) else RayExecutor()
+
+
 @dataclass
 class RayQueue:
     """The tasks of a run, as a :class:`~align.clusters.follow.Queue`."""
@@ -158,9 +164,9 @@ class RayQueue:
                 self.ray, run_stage_task, block, name, [asdict(task), *inputs]
             )
 
-    def block(self, stage: str) -> RayConfig:
+    def block(self, stage: str) -> RayExecutor:
         """Return the resources that a stage asks of a node."""
-        return self.pipeline.runtimes[stage].ray
+        return ray_block(self.pipeline, stage)
 
     def query(self, stages: Collection[str]) -> dict[str, JobState]:
         """Return the states of these stages' tasks; after a request to stop, pass it on to them."""
@@ -199,7 +205,7 @@ class RayQueue:
             return JobState("gone", "its task is done, but its artifact is missing")
         if status is None:
             retries = self.block(stage).retries
-            return JobState("over", reason, f"Raise runtime.stages.{stage}.ray.retries (now {retries}).")
+            return JobState("over", reason, f"Raise runtime.stages.{stage}.executor.retries (now {retries}).")
         return JobState("over", str(status).removeprefix("failed: "))
 
     def _waiting_state(self, stage: str) -> JobState:
@@ -219,7 +225,7 @@ class RayQueue:
         self._cancelled[stage] = JobState(
             "over",
             f"no node of the Ray cluster has what it asks for ({needs})",
-            f"Start such a node, or change runtime.stages.{stage}.ray.",
+            f"Start such a node, or change runtime.stages.{stage}.executor.",
         )
         return self._cancelled[stage]
 
@@ -241,4 +247,4 @@ class RayQueue:
         return self._replaces.get(stage)
 
 
-__all__ = ["RayQueue", "StageTask", "run_stage_task"]
+__all__ = ["RayQueue", "StageTask", "ray_block", "run_stage_task"]

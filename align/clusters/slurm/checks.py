@@ -6,7 +6,7 @@ from pathlib import Path
 
 from align.clusters.follow import SchedulerError
 from align.clusters.slurm import commands
-from align.config.scheduler import SlurmConfig
+from align.config.executor import SlurmExecutor
 from align.config.validation import suggest
 from align.errors import UserError
 
@@ -19,7 +19,7 @@ LOCAL = frozenset(
 """File systems of one machine alone, unless it serves them to others."""
 
 
-def check_cluster(blocks: dict[str, SlurmConfig], store: Path, where: str) -> None:
+def check_cluster(blocks: dict[str, SlurmExecutor], store: Path, where: str) -> None:
     """Raise ``UserError`` for settings that no job could use. ``blocks`` maps a place in the YAML to its settings."""
     commands.require_slurm()
     try:
@@ -34,19 +34,19 @@ def check_cluster(blocks: dict[str, SlurmConfig], store: Path, where: str) -> No
         for block in blocks.values():
             _check_store(block, store)
     except SchedulerError as error:
-        raise UserError(f"--on slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
+        raise UserError(f"executor slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
 
 
-def _check_store(block: SlurmConfig, store: Path) -> None:
+def _check_store(block: SlurmExecutor, store: Path) -> None:
     kind = file_system(store)
     # A store on a local disk is fine where the only node is this machine.
     if block.shared_store or kind not in LOCAL or commands.is_this_machine_alone(block.partition):
         return
     nodes = "the cluster" if block.partition is None else f"partition {block.partition}"
     raise UserError(
-        f"{store}: the store is on a local file system ({kind}), which the nodes of "
-        f"{nodes} do not see. Name a folder on "
-        "a shared one with --store or runtime.store; if nodes do see it, say `runtime: {slurm: {shared_store: true}}`."
+        f"{store}: the store is on a local file system ({kind}), which the nodes of {nodes} do not see. Name a folder "
+        "on a shared one with --store or runtime.store; if nodes do see it, say `runtime: {executor: {name: slurm, "
+        "shared_store: true}}`."
     )
 
 

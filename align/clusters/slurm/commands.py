@@ -61,7 +61,8 @@ def require_slurm() -> None:
     missing = [name for name in ("sbatch", "squeue", "scancel", "scontrol", "sinfo") if shutil.which(name) is None]
     if missing:
         raise UserError(
-            f"--on slurm: there is no {missing[0]} here. Run this on a login node of the cluster, or without --on."
+            f"executor slurm: there is no {missing[0]} here. Run this on a login node of the cluster, or with --on "
+            "local."
         )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from align.clusters.follow import JobResult, JobState
+from align.clusters.follow import JobFollower, JobResult, JobState
 from align.clusters.slurm import commands
-from align.clusters.slurm.submit import SubmittedRun
+from align.clusters.slurm.submit import SubmittedRun, slurm_block
+from align.runner.listener import Listener
+from align.runner.runner import Run
 
 
 class SlurmQueue:
@@ -34,7 +36,7 @@ class SlurmQueue:
             return JobState("runs", f"job {number} runs on {job.nodes}")
         if job.state == "COMPLETED":
             return JobState("gone", f"its job is done, but its artifact is missing (job {number})")
-        block, place = self.run.pipeline.runtimes[stage].slurm, f"runtime.stages.{stage}.slurm"
+        block, place = slurm_block(self.run.pipeline, stage), f"runtime.stages.{stage}.executor"
         remedies = {
             "TIMEOUT": f"Raise {place}.time (now {block.time or 'the partition has its own'}).",
             "OUT_OF_MEMORY": f"Raise {place}.memory_gb (now {block.memory_gb or 'the partition has its own'}).",
@@ -56,4 +58,10 @@ class SlurmQueue:
         return job.replaces if job.force else None
 
 
-__all__ = ["SlurmQueue"]
+def follow_jobs(submitted: SubmittedRun, listener: Listener) -> Run:
+    """Report the jobs to ``listener`` until all are over. Raises ``StageFailed`` once one has failed."""
+    queue = SlurmQueue(submitted)
+    return JobFollower(submitted.pipeline, submitted.store, submitted.submissions, queue, listener).follow()
+
+
+__all__ = ["SlurmQueue", "follow_jobs"]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.config.scheduler import SlurmConfig
+from align.config.executor import SlurmExecutor
 from align.store.atomic_write import write_text_atomically
 
 TEMPLATE = """\
@@ -54,7 +54,7 @@ def write_script(
     return file
 
 
-def sbatch_options(block: SlurmConfig, name: str, log_folder: Path, workdir: Path, log: str) -> list[str]:
+def sbatch_options(block: SlurmExecutor, name: str, log_folder: Path, workdir: Path, log: str) -> list[str]:
     """Return sbatch's options for a job named ``name`` that works in ``workdir``.
 
     It writes ``log`` into ``log_folder``. In ``log``, %a is the number of an array's task.

@@ -54,7 +54,7 @@ class Submission:
     store: Opening
     stages: list[StageJob] = field(default_factory=list)
     sweep: dict[str, Any] | None = None
-    """For a sweep: the place of its file, `--set`'s assignments, the number of workers, their job array's number."""
+    """For a sweep: the place of its file, `--set`'s assignments, `--on`, the number of workers, their job's number."""
     references: dict[str, dict[str, str]] = field(default_factory=dict)
     """Kind and key of every stage of the pipeline, which ``gc`` leaves alone while a job waits or runs."""
 

@@ -11,7 +11,7 @@ from align.clusters.slurm import commands
 from align.clusters.slurm.checks import check_cluster
 from align.clusters.slurm.script import sbatch_options, write_script
 from align.clusters.slurm.submission import ABOUT, StageJob, Submission, submissions
-from align.config.scheduler import SlurmConfig
+from align.config.executor import SlurmExecutor
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.prepare import RunOptions, prepare_run
@@ -55,24 +55,30 @@ def submit_run(pipeline: Pipeline, options: RunOptions) -> SubmittedRun:
     return run
 
 
-def _slurm_blocks(pipeline: Pipeline, nodes: Iterable[Node]) -> dict[str, SlurmConfig]:
+def slurm_block(pipeline: Pipeline, stage: str | None = None) -> SlurmExecutor:
+    """Return what a stage, or a worker of a sweep, asks of Slurm; the defaults in a run on another executor."""
+    runtime = pipeline.config.runtime if stage is None else pipeline.runtimes[stage]
+    return runtime.executor if isinstance(runtime.executor, SlurmExecutor) else SlurmExecutor()
+
+
+def _slurm_blocks(pipeline: Pipeline, nodes: Iterable[Node]) -> dict[str, SlurmExecutor]:
     """Return the stages' Slurm settings by their place in the YAML."""
     per_stage = pipeline.config.runtime.stages
     blocks = {}
     for node in nodes:
         loop_name = next((name for name, rounds in pipeline.expanded.rounds.items() if node.name in rounds), node.name)
-        place = "runtime.slurm"
+        place = "runtime.executor"
         for name in (node.name, loop_name):
-            if name in per_stage and per_stage[name].slurm is not None:
-                place = f"runtime.stages.{name}.slurm"
+            if name in per_stage and per_stage[name].executor is not None:
+                place = f"runtime.stages.{name}.executor"
                 break
-        blocks[place] = pipeline.runtimes[node.name].slurm
+        blocks[place] = slurm_block(pipeline, node.name)
     return blocks
 
 
-def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmConfig:
+def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmExecutor:
     """Return a stage's settings with as many nodes as it trains on. Raises ``UserError`` where they ask for fewer."""
-    block, launch = pipeline.runtimes[node.name].slurm, pipeline.runtimes[node.name].launch
+    block, launch = slurm_block(pipeline, node.name), pipeline.runtimes[node.name].launch
     # Only stages that can train on several nodes get them.
     needed = launch.nodes if node.stage.distributed else 1
     if block.nodes is None:
@@ -80,7 +86,7 @@ def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmConfig:
     if block.nodes < needed:
         raise UserError(
             f"{pipeline.where}: stage '{node.name}' trains on {needed} nodes (runtime.launch), and its job is to have "
-            f"{block.nodes} (runtime.slurm.nodes). Leave that out, or make them equal."
+            f"{block.nodes} (runtime.executor.nodes). Leave that out, or make them equal."
         )
     return block
 
@@ -96,7 +102,7 @@ def _live_submissions(store: Store, run: str, nodes: list[Node]) -> dict[str, Su
     try:
         states = commands.jobs({job.job for _, job in candidates})
     except SchedulerError as error:
-        raise UserError(f"--on slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
+        raise UserError(f"executor slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
     live: dict[str, Submission] = {}
     for submission, job in candidates:
         if job.job in states and states[job.job].is_live:
@@ -141,8 +147,8 @@ def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
     except SchedulerError as error:
         cancel_jobs([submission])
         raise UserError(
-            f"{pipeline.where}: stage '{stage}': Slurm does not take its job ({error}). Change runtime.slurm, or "
-            f"runtime.stages.{stage}.slurm; nothing is left submitted."
+            f"{pipeline.where}: stage '{stage}': Slurm does not take its job ({error}). Change runtime.executor, or "
+            f"runtime.stages.{stage}.executor; nothing is left submitted."
         ) from None
     except BaseException:  # Ctrl-C: half a run is of no use
         cancel_jobs([submission])
@@ -210,4 +216,4 @@ def used_by_jobs(store: Store) -> list[UsedStage]:
     return used
 
 
-__all__ = ["SubmittedRun", "cancel_jobs", "dependency", "submit_run", "used_by_jobs"]
+__all__ = ["SubmittedRun", "cancel_jobs", "dependency", "slurm_block", "submit_run", "used_by_jobs"]

@@ -50,8 +50,8 @@ class Runs:
 
     def pipeline(self, stages: dict[str, Any] | None = None, **changes: dict[str, Any]) -> str:
         runtime = {
-            "ray": {"address": self.address},
-            "stages": {n: {"ray": block} for n, block in (stages or {}).items()},
+            "executor": {"name": "ray", "address": self.address},
+            "stages": {n: {"executor": block} for n, block in (stages or {}).items()},
         }
         return self.write(toy.pipeline(**changes) | {"runtime": runtime})
 
@@ -140,7 +140,9 @@ def sampled(runs: Runs, name: str, samplers: int, kill: bool = False) -> list[st
     """The texts that a stage has drawn, in a store of its own."""
     runtime = {
         "device": "cpu", "engine": {"name": "transformers", "batch_size": 4},
-        "ray": {"address": runs.address, "samplers": {"count": samplers, "cpus": 0.5}},
+        "executor": {
+            "name": "ray", "address": runs.address, "cpus": 0.5, "samplers": {"count": samplers, "cpus": 0.5},
+        },
     }  # fmt: skip
     raw = {
         "name": name, "seed": 4, "runtime": runtime,
@@ -176,21 +178,22 @@ def test_engines_on_the_cluster_draw_what_one_here_does_also_when_one_dies(runs:
     assert sampled(runs, "killed", 2, kill=True) == alone
 
 
-def test_data_builds_run_there_too(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_builds_run_there_too(runs: Runs) -> None:
     pytest.importorskip("datatrove")
-    monkeypatch.setenv("RAY_ADDRESS", runs.address)
     rows = "".join(json.dumps({"prompt": f"q {index}", "completion": "yes"}) + "\n" for index in range(60))
     (runs.folder / "a.jsonl").write_text(rows)
     source = {"type": "files", "paths": ["a.jsonl"], "format": "prompt_completion"}
     runs.write({"kind": "instructions", "sources": [source], "steps": [{"type": "exact_duplicates"}]}, "recipe.yaml")
     actual = []
-    for name, runtime in (("plain", {}), ("tasks", {"executor": {"name": "ray", "tasks": 2, "memory_gb": 1}})):
+    block = {"name": "ray", "address": runs.address, "cpus": 0.5, "memory_gb": 0.5, "tasks": 2}
+    runtimes = {"plain": {}, "everything": {"executor": block}, "tasks": {"stages": {"data": {"executor": block}}}}
+    for name, runtime in runtimes.items():
         runs.store = runs.folder / name
         raw = {"name": name, "runtime": runtime, "stages": {"data": {"recipe": "recipe.yaml"}}}
         code, output = runs.align("run", runs.write(raw, f"{name}.yaml"))
         assert code == 0, output
         actual.append(json.loads(next(runs.store.glob("data/*/**/ledger.json")).read_text())["digests"])
-    assert actual[0] == actual[1]
+    assert actual[0] == actual[1] == actual[2]
 
 
 def test_a_node_that_dies_in_mid_stage(runs: Runs, cluster: Any) -> None:
@@ -203,7 +206,7 @@ def test_a_node_that_dies_in_mid_stage(runs: Runs, cluster: Any) -> None:
         {"one": {"resources": {"gamma": 0.001, "either": 1}}, "two": {"resources": {"beta": 1}}},
         one={"steps": 40, "pause": 0.5},
     )
-    process = runs.start("run", file, "--on", "ray", "--set", "runtime.stages.one.ray.wait=5")
+    process = runs.start("run", file, "--on", "ray", "--set", "runtime.stages.one.executor.wait=5")
     until(lambda: runs.checkpoints() >= 3)
     cluster.remove_node(node, allow_graceful=False)
     output, _ = process.communicate(timeout=900)

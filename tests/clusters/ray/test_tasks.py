@@ -15,8 +15,9 @@ from align import Pipeline
 from align.cli import run_on_ray
 from align.cli.sweep_on_ray import run_worker_task
 from align.clusters.follow import JobFollower, JobResult, write_note
+from align.clusters.ray import run as ray_run
 from align.clusters.ray.tasks import RayQueue, StageTask, run_stage_task
-from align.config.scheduler import RayConfig
+from align.config.executor import RayExecutor
 from align.errors import StageFailed, UserError
 from align.inference import ray_client
 from align.runner.listener import Listener
@@ -101,7 +102,12 @@ def test_tasks_of_runs_and_sweeps_open_the_store_of_the_run(folder: Path, addres
          "maximize": "ppo.gold"}
     )  # fmt: skip
     toy_sweep.write(folder)
-    task = {"config": config.model_dump(mode="json", exclude_unset=True), "where": "s.yaml", "assignments": []}
+    task = {
+        "config": config.model_dump(mode="json", exclude_unset=True),
+        "where": "s.yaml",
+        "assignments": [],
+        "on": None,
+    }
     assert run_worker_task({**task, "store": asdict(store), "base": str(folder), "cores": 1}) == ""
     assert {record["stage"] for record in store.open().remote.all()} == {"one", "ppo", "evaluate"}
 
@@ -145,11 +151,11 @@ class NoNode:
 
 
 def test_a_stage_that_no_node_could_hold_is_given_up_in_time(folder: Path) -> None:
-    block = RayConfig(memory_gb=2, resources={"a100": 1})
+    block = RayExecutor(memory_gb=2, resources={"a100": 1})
     assert ray_client.required_resources(block) == {"CPU": 1, "a100": 1, "memory": 2 * 2**30}
-    assert ray_client.could_hold(NoNode(), RayConfig())
-    assert not ray_client.could_hold(NoNode(), RayConfig(resources={"a100": 1}))
-    runtime = {"stages": {"one": {"ray": {"resources": {"a100": 1}, "wait": 0}}}}
+    assert ray_client.could_hold(NoNode(), RayExecutor())
+    assert not ray_client.could_hold(NoNode(), RayExecutor(resources={"a100": 1}))
+    runtime = {"executor": "ray", "stages": {"one": {"executor": {"resources": {"a100": 1}, "wait": 0}}}}
     pipeline = Pipeline({"name": "t", "runtime": runtime, "stages": {"one": toy.pipeline()["stages"]["one"]}})
     queue = RayQueue(NoNode(), pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
     with pytest.raises(StageFailed, match=r"no node of the Ray cluster has what it asks for \(CPU 1, a100 1\)"):
@@ -162,7 +168,7 @@ def test_a_stage_whose_node_died_is_not_taken_to_run(folder: Path) -> None:
              {"NodeID": "c0de", "Alive": True, "Resources": {"CPU": 1.0}}]  # fmt: skip
     cluster = NoNode()
     cluster.nodes = lambda: nodes  # type: ignore[method-assign]
-    runtime = {"stages": {"one": {"ray": {"resources": {"a100": 1}, "wait": 0}}}}
+    runtime = {"executor": "ray", "stages": {"one": {"executor": {"resources": {"a100": 1}, "wait": 0}}}}
     pipeline = Pipeline({"name": "t", "runtime": runtime, "stages": {"one": toy.pipeline()["stages"]["one"]}})
     queue = RayQueue(cluster, pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
     write_note(folder / "said" / "one.json", JobResult("runs", "host", node="f00d"))
@@ -187,7 +193,9 @@ def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeyp
     monkeypatch.setattr(ray_client, "require_ray", lambda: None)
     monkeypatch.setattr(ray_client, "connected", lambda address: contextlib.nullcontext("ray"))
     monkeypatch.setattr(ray_client, "start", lambda *arguments: "reference")
-    monkeypatch.setattr(run_on_ray, "JobFollower", Followed)
-    assert run_on_ray.run_on_ray(Pipeline(toy.pipeline()), RunOptions(store), json=True) == 0
-    assert [(uses.run, sorted(uses.stages)) for uses in calls] == [("toy", ["one", "total", "two"])]
+    monkeypatch.setattr(ray_run, "JobFollower", Followed)
+    pipeline = Pipeline(toy.pipeline() | {"runtime": {"executor": "ray"}})
+    assert run_on_ray.run_on_ray(pipeline, RunOptions(store), json=True) == 0
+    assert pipeline.run(store=store).store is store  # a script's way to the same
+    assert [(uses.run, sorted(uses.stages)) for uses in calls] == 2 * [("toy", ["one", "total", "two"])]
     assert store.uses() == []

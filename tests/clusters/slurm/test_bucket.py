@@ -6,6 +6,7 @@ from pathlib import Path
 
 from align import Pipeline
 from align.cli import sweep_on_slurm
+from align.clusters.slurm.queue import follow_jobs
 from align.clusters.slurm.submission import Submission
 from align.clusters.slurm.submit import submit_run
 from align.runner.listener import Listener
@@ -15,7 +16,7 @@ from align.runner.runner import run_pipeline
 from align.store.object_store import Bucket
 from align.store.store import Store
 from tests.support import toy
-from tests.support.clusters.slurm.cluster import Slurm, followed
+from tests.support.clusters.slurm.cluster import Slurm
 from tests.support.s3_server import SECRET
 from tests.support.sweep import toy_sweep
 
@@ -27,7 +28,7 @@ def opened(folder: Path, address: str) -> Store:
 def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(slurm: Slurm, address: str) -> None:
     store = opened(slurm.store, address)
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(store))
-    assert followed(submitted, Listener()).ran
+    assert follow_jobs(submitted, Listener()).ran
     slurm.wait_until(lambda: all(job["state"] == "COMPLETED" for job in slurm.jobs().values()))  # a job uploads last
     assert {record["stage"] for record in store.remote.all()} == {"one", "two", "total"}
     folder = submitted.submissions["one"].folder
@@ -41,7 +42,7 @@ def test_jobs_fetch_what_another_machine_has_made_since_they_were_submitted(slur
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(opened(slurm.store, address)))
     new_run = run_pipeline(Pipeline(toy.pipeline()), store=opened(slurm.folder / "other machine", address))
     (slurm.state / "held").unlink()
-    run = followed(submitted, Listener())
+    run = follow_jobs(submitted, Listener())
     for name, artifact in new_run.artifacts.items():
         assert run.artifacts[name].record == artifact.record
 
@@ -49,7 +50,7 @@ def test_jobs_fetch_what_another_machine_has_made_since_they_were_submitted(slur
 def test_a_worker_of_a_sweep_opens_the_store_of_the_sweep(slurm: Slurm, address: str) -> None:
     store = opened(slurm.store, address)
     sweep = toy_sweep.check(slurm.folder, space={"stages.ppo.height": [0.5]}, sampler="grid", trials=None)
-    submission = sweep_on_slurm._submit(sweep, store, 1, [])
+    submission = sweep_on_slurm._submit(sweep, store, 1, [], "slurm")
     slurm.wait_until(lambda: submission.result("worker-0"))
     assert submission.result("worker-0").status == "done", (submission.folder / "worker-0.log").read_text()
     assert len(store.remote.all()) == 3

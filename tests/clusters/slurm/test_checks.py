@@ -16,7 +16,8 @@ from align.clusters.slurm.checks import file_system
 from align.clusters.slurm.script import sbatch_options, write_script
 from align.clusters.slurm.submission import submissions
 from align.clusters.slurm.submit import submit_run
-from align.config.scheduler import SlurmConfig, seconds_of
+from align.config.executor import SlurmExecutor, seconds_of
+from align.config.runtime import Runtime
 from align.errors import UserError
 from align.runner.prepare import RunOptions
 from align.store.store import Store
@@ -38,11 +39,11 @@ def test_without_slurm_the_remedy_is_named(slurm: Slurm, monkeypatch: pytest.Mon
 
 
 def test_an_unknown_partition_is_named_with_its_place(slurm: Slurm) -> None:
-    assert refused(slurm, slurm={"partition": "gqu"}) == (
-        "toy.yaml: runtime.slurm.partition: there is no partition 'gqu' in this cluster. Did you mean 'gpu'?"
+    assert refused(slurm, executor={"name": "slurm", "partition": "gqu"}) == (
+        "toy.yaml: runtime.executor.partition: there is no partition 'gqu' in this cluster. Did you mean 'gpu'?"
     )
-    assert "toy.yaml: runtime.stages.two.slurm.partition: there is no partition 'x'" in refused(
-        slurm, stages={"two": {"slurm": {"partition": "x"}}}
+    assert "toy.yaml: runtime.stages.two.executor.partition: there is no partition 'x'" in refused(
+        slurm, executor="slurm", stages={"two": {"executor": {"partition": "x"}}}
     )
 
 
@@ -52,7 +53,9 @@ def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.
     refusal = refused(slurm)
     assert "is on a local file system (ext4)" in refusal and "shared_store: true" in refusal
     submit_run(
-        Pipeline(toy.pipeline() | {"runtime": {"slurm": {"shared_store": True}}}, base=slurm.folder),
+        Pipeline(
+            toy.pipeline() | {"runtime": {"executor": {"name": "slurm", "shared_store": True}}}, base=slurm.folder
+        ),
         RunOptions(slurm.store),
     )
     monkeypatch.setattr(checks, "file_system", lambda path: "nfs4")
@@ -92,7 +95,7 @@ def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path
 )
 def test_options_that_are_set_here_are_refused(settings: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Pipeline(toy.pipeline() | {"runtime": {"slurm": {"sbatch": settings}}}, "toy.yaml")
+        Pipeline(toy.pipeline() | {"runtime": {"executor": {"name": "slurm", "sbatch": settings}}}, "toy.yaml")
 
 
 @pytest.mark.parametrize(
@@ -101,20 +104,21 @@ def test_options_that_are_set_here_are_refused(settings: dict[str, str], message
 )
 def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
     assert seconds_of(time) == seconds
-    assert SlurmConfig(time=time).time == time
+    assert SlurmExecutor(time=time).time == time
 
 
 def test_a_time_limit_that_leaves_no_time_is_refused() -> None:
-    SlurmConfig(time="00:03:00", grace=60)
+    short = {"executor": {"name": "slurm", "grace": 10}, "stages": {"two": {"executor": {"time": "00:02:10"}}}}
+    assert Runtime.model_validate(short).for_stage("two").executor == SlurmExecutor(time="00:02:10", grace=10)
     with pytest.raises(ValueError, match="time 00:02:59 leaves a stage no time before it is told to stop"):
-        SlurmConfig(time="00:02:59", grace=60)
+        Runtime(executor=SlurmExecutor(time="00:02:59", grace=60))
 
 
 def test_options_say_what_was_asked_for_and_no_more(tmp_path: Path) -> None:
-    plain = sbatch_options(SlurmConfig(), "n", tmp_path, tmp_path, "log")
+    plain = sbatch_options(SlurmExecutor(), "n", tmp_path, tmp_path, "log")
     assert not [word for word in plain if word.split("=")[0] in ("--partition", "--mem", "--time", "--gpus-per-node")]
     assert "--requeue" in plain and "--signal=B:USR1@60" in plain
-    block = SlurmConfig.model_validate(
+    block = SlurmExecutor.model_validate(
         {"partition": "a100", "account": "nlp", "qos": "high", "constraint": "a|b", "time": "1-02:00:00", "nodes": 2,
          "cpus": 8, "memory_gb": 64, "gpus": 4, "grace": 90, "requeue": False,
          "sbatch": {"mail-type": "END", "exclusive": ""}}

@@ -97,7 +97,7 @@ def cluster(conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     until(lambda: not new_cluster.ask("squeue", "--noheader"))
 
 
-SMALL = {"slurm": {"partition": "cpu", "cpus": 1, "memory_gb": 1}}
+SMALL = {"executor": {"name": "slurm", "partition": "cpu", "cpus": 1, "memory_gb": 1}}
 
 
 def test_a_run_waits_for_what_it_reads_and_comes_to_the_same(cluster: Cluster) -> None:
@@ -156,7 +156,7 @@ def test_a_preempted_job_saves_and_goes_on_when_there_is_room_again(cluster: Clu
 
 
 def test_a_job_at_its_time_limit_goes_on_in_another_turn(cluster: Cluster) -> None:
-    runtime = {"slurm": {**SMALL["slurm"], "time": "00:03:00", "grace": 30}}
+    runtime = {"executor": {**SMALL["executor"], "time": "00:03:00", "grace": 30}}
     raw = toy.pipeline(one={"steps": 200, "pause": 1.0, "stops": True}) | {"runtime": runtime}
     raw["stages"] = {"one": raw["stages"]["one"]}
     code, output = cluster.align("run", cluster.write(raw), "--on", "slurm")
@@ -239,12 +239,12 @@ def test_a_stage_trains_on_two_nodes_and_one_node_finds_it_made(cluster: Cluster
 
 
 def test_what_the_real_slurm_refuses_is_said_before_anything_is_submitted(cluster: Cluster) -> None:
-    raw = toy.pipeline() | {"runtime": {**SMALL, "stages": {"two": {"slurm": {"cpus": 99}}}}}
+    raw = toy.pipeline() | {"runtime": {**SMALL, "stages": {"two": {"executor": {"cpus": 99}}}}}
     code, output = cluster.align("run", cluster.write(raw), "--on", "slurm")
     assert code == 2, output
-    assert "stage 'two': Slurm does not take its job" in output and "runtime.stages.two.slurm" in output
+    assert "stage 'two': Slurm does not take its job" in output and "runtime.stages.two.executor" in output
     assert cluster.ask("squeue", "--noheader") == ""
-    code, output = cluster.align("run", "toy.yaml", "--on", "slurm", "--set", "runtime.slurm.partition=cqu")
+    code, output = cluster.align("run", "toy.yaml", "--on", "slurm", "--set", "runtime.executor.partition=cqu")
     assert "there is no partition 'cqu' in this cluster. Did you mean 'cpu'?" in output
 
 
@@ -257,12 +257,11 @@ def test_ordinary_jobs_of_data_builds_run_there_too(cluster: Cluster) -> None:
     cluster.write(recipe, "recipe.yaml")
     raw = {"name": "build", "stages": {"data": {"recipe": "recipe.yaml"}}}
     actual = []
-    for name, runtime in (
-        ("plain", {}),
-        ("jobs", {"executor": {"name": "slurm", "partition": "cpu", "tasks": 2, "memory_gb": 1}}),
-    ):
+    block = {"name": "slurm", "partition": "cpu", "tasks": 2, "memory_gb": 1}
+    runtimes = {"plain": {}, "jobs": {"executor": block}, "passes": {"stages": {"data": {"executor": block}}}}
+    for name, runtime in runtimes.items():
         cluster.store = cluster.folder / name
         code, output = cluster.align("run", cluster.write(raw | {"runtime": runtime}, f"{name}.yaml"))
         assert code == 0, output
         actual.append(json.loads(next(cluster.store.glob("data/*/**/ledger.json")).read_text())["digests"])
-    assert actual[0] == actual[1]
+    assert actual[0] == actual[1] == actual[2]

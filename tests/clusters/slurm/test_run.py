@@ -15,19 +15,21 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.cli.main import main
 from align.clusters import follow as following
+from align.clusters.slurm.queue import follow_jobs
 from align.clusters.slurm.submission import submissions
 from align.clusters.slurm.submit import cancel_jobs, submit_run
 from align.errors import StageFailed, UserError
-from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.pipeline import Node
 from align.runner.listener import Listener
 from align.runner.prepare import RunOptions
 from align.runner.runner import Run, run_pipeline
 from align.store.json_files import write_sealed
 from align.store.store import Store
 from tests.support import toy
-from tests.support.clusters.slurm.cluster import Slurm, followed
+from tests.support.clusters.slurm.cluster import Slurm
 
 
 class Recorder(Listener):
@@ -56,14 +58,18 @@ class Recorder(Listener):
 
 def here(raw: dict[str, Any], slurm: Slurm, listener: Listener | None = None, **options: Any) -> Run:
     """Submit and follow in this process."""
-    pipeline = Pipeline(raw, base=slurm.folder)
-    submitted = submit_run(pipeline, RunOptions(slurm.store, **options))
-    return followed(submitted, listener or Listener())
+    raw = raw | {"runtime": {"executor": "slurm", **raw.get("runtime", {})}}
+    return Pipeline(raw, base=slurm.folder).run(store=slurm.store, listener=listener, **options)
 
 
 def test_a_run_s_stages_are_jobs_that_wait_for_what_they_read_and_come_to_the_same(slurm: Slurm) -> None:
     recorder = Recorder()
-    raw = toy.pipeline() | {"runtime": {"slurm": {"partition": "cpu"}, "stages": {"two": {"slurm": {"cpus": 3}}}}}
+    raw = toy.pipeline() | {
+        "runtime": {
+            "executor": {"name": "slurm", "partition": "cpu"},
+            "stages": {"two": {"executor": {"cpus": 3}}},
+        }
+    }
     run = here(raw, slurm, recorder)
     assert sorted(run.ran) == ["one", "total", "two"]
     plain = run_pipeline(Pipeline(toy.pipeline()), store=slurm.folder / "plain")
@@ -107,15 +113,18 @@ def test_a_wrong_input_found_in_a_job_reads_as_it_does_here(slurm: Slurm) -> Non
 
 @pytest.mark.slow
 def test_the_command_follows_reports_and_says_how_things_are(slurm: Slurm) -> None:
-    file = slurm.write(toy.pipeline())
-    code, output = slurm.align("run", file, "--on", "slurm")
+    file = slurm.write(toy.pipeline() | {"runtime": {"executor": {"name": "slurm", "partition": "gpu"}}})
+    code, output = slurm.align("run", file)
     assert code == 0, output
     assert "✓ total" in output and "Report: " in output
+    assert slurm.jobs()["align:toy:total"]["options"]["partition"] == "gpu"
     code, output = slurm.align("status", "toy", "--json")
     assert [stage["state"] for stage in json.loads(output)["toy"]] == ["done", "done", "done"]
     assert "3 done" in slurm.align("status")[1]
-    code, output = slurm.align("run", file, "--on", "slurm", "--detach")
+    code, output = slurm.align("run", file, "--detach")
     assert (code, output) == (0, "Nothing to do: every stage is finished.\n")
+    code, output = slurm.align("run", file, "--on", "local")
+    assert code == 0 and "! --on local: the file's fields for slurm are not used (runtime.executor)." in output, output
 
 
 @pytest.mark.slow
@@ -182,7 +191,9 @@ def began(slurm: Slurm) -> int:
 
 @pytest.mark.slow
 def test_a_job_that_gets_nowhere_in_its_turns_is_given_up(slurm: Slurm) -> None:
-    raw = toy.pipeline(one={"steps": 400, "pause": 60, "stops": True}) | {"runtime": {"slurm": {"grace": 10}}}
+    raw = toy.pipeline(one={"steps": 400, "pause": 60, "stops": True}) | {
+        "runtime": {"executor": {"name": "slurm", "grace": 10}}
+    }
     raw["stages"] = {"one": raw["stages"]["one"]}
     pipeline = Pipeline(raw, base=slurm.folder)
     submitted = submit_run(pipeline, RunOptions(slurm.store))
@@ -195,7 +206,7 @@ def test_a_job_that_gets_nowhere_in_its_turns_is_given_up(slurm: Slurm) -> None:
         slurm.wait_until(lambda turn=turn: (message := place.result("one")) is not None and message.turn == turn)
     assert place.result("one").status == "failed"
     assert "3 turns of its job in a row ended without a new checkpoint" in place.result("one").message
-    assert "runtime.stages.one.slurm.time" in place.result("one").message
+    assert "runtime.stages.one.executor.time" in place.result("one").message
 
 
 @pytest.mark.slow
@@ -260,7 +271,7 @@ def test_a_job_that_vanishes_without_a_word_is_noticed(slurm: Slurm, monkeypatch
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
     monkeypatch.setattr("align.clusters.slurm.commands.jobs", lambda numbers: {})
     with pytest.raises(StageFailed, match=r"stage 'one' failed: its job is gone.*It left no log: does the machine it"):
-        followed(submitted, Listener())
+        follow_jobs(submitted, Listener())
 
 
 @pytest.mark.slow
@@ -273,12 +284,12 @@ def test_a_controller_that_is_silent_is_waited_for_and_then_given_up(
     (slurm.state / "silent").touch()
     monkeypatch.setattr(following, "SILENT_SECONDS", 1.0)
     with pytest.raises(StageFailed, match="Slurm has not answered for .* Unable to contact slurm controller"):
-        followed(submitted, Listener())
+        follow_jobs(submitted, Listener())
     with pytest.raises(UserError, match="Slurm does not answer"):
         submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
     (slurm.state / "silent").unlink()
     (slurm.state / "held").unlink()
-    assert sorted(followed(submitted, Listener()).ran) == ["one", "total", "two"]
+    assert sorted(follow_jobs(submitted, Listener()).ran) == ["one", "total", "two"]
 
 
 @pytest.mark.slow

@@ -15,11 +15,6 @@ from typing import Any
 
 import yaml
 
-from align.clusters.follow import JobFollower
-from align.clusters.slurm.queue import SlurmQueue
-from align.clusters.slurm.submit import SubmittedRun
-from align.runner.listener import Listener
-from align.runner.runner import Run
 from tests.support import toy
 
 
@@ -68,8 +63,3 @@ class Slurm:
 
     def checkpoints(self) -> int:
         return toy.steps_kept(self.store, "one")
-
-
-def followed(submitted: SubmittedRun, listener: Listener) -> Run:
-    queue = SlurmQueue(submitted)
-    return JobFollower(submitted.pipeline, submitted.store, submitted.submissions, queue, listener).follow()

@@ -1,0 +1,104 @@
+"""The executor blocks of a pipeline's plain values: ``--on``, and a stage that names another executor than the run.
+
+``align.config.executor`` has the fields. Never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from align.config.executor import LOCAL, LocalExecutor, in_long_form, name_in
+from align.config.runtime import Runtime
+from align.errors import UserError
+
+EXECUTOR = "executor"
+BUILDS = "data"
+"""The kind of stage that may hand its ``tasks`` to another executor than the run's."""
+
+
+def in_long_forms(raw: dict[str, Any]) -> dict[str, Any]:
+    """Replace ``executor: slurm`` by ``executor: {name: slurm}`` everywhere in ``raw``, in place; returns ``raw``.
+
+    Blocks can then be merged, and ``--set runtime.executor.partition=gpu`` has a block to set.
+    """
+    for _, block in _holders(raw):
+        if EXECUTOR in block:
+            block[EXECUTOR] = in_long_form(block[EXECUTOR])
+    return raw
+
+
+def choose_executor(raw: dict[str, Any], name: str, warn: Callable[[str], None]) -> None:
+    """Have ``raw`` run where ``--on`` says, in place.
+
+    Fields for the file's own executor mean nothing to another one: they are left out, and ``warn`` gets a line about
+    it. A block without a name takes this one and keeps its fields.
+    """
+    if not isinstance(raw.setdefault("runtime", {}), dict):
+        return  # refused where the pipeline is checked
+    block = raw["runtime"].get(EXECUTOR)
+    previous = name_in(block)
+    if (previous or LOCAL) == name:
+        raw["runtime"][EXECUTOR] = {"name": name, **(block if isinstance(block, dict) else {})}
+        return
+    unused = []
+    for place, holder in _holders(raw):
+        block = holder.get(EXECUTOR)
+        if isinstance(block, dict) and (name_in(block) or previous or name) != name:
+            unused += [f"{place}.{EXECUTOR}"] if set(block) - {"name"} else []
+            del holder[EXECUTOR]
+    raw["runtime"][EXECUTOR] = {"name": name, **raw["runtime"].get(EXECUTOR, {})}
+    if unused:
+        warn(f"--on {name}: the file's fields for {previous or 'other executors'} are not used ({', '.join(unused)}).")
+
+
+def refuse_contradiction(runtime: Runtime, name: str | None) -> None:
+    """Raise ``UserError`` where ``--set`` has named another executor than ``--on``, which is ``name``."""
+    if name is not None and runtime.executor.name != name:
+        raise UserError(f"--on {name}: --set runtime.executor names {runtime.executor.name}. Leave one of them out.")
+
+
+def _holders(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the blocks that may hold an executor, each after its place."""
+    runtime = raw.get("runtime")
+    if not isinstance(runtime, dict):
+        return
+    yield "runtime", runtime
+    stages = runtime.get("stages")
+    for stage, block in stages.items() if isinstance(stages, dict) else ():
+        if isinstance(block, dict):
+            yield f"runtime.stages.{stage}", block
+
+
+def objection_to_stage(kind: str, run: Runtime, stage: Runtime, overrides: Any) -> str | None:
+    """Return why a stage of this kind cannot have the executor that it names, or None.
+
+    ``run`` and ``stage`` are the runtimes of the run and of the stage; ``overrides`` is the stage's own executor block,
+    None if it has none.
+    """
+    if overrides is None:
+        return None
+    if kind != BUILDS and "tasks" in overrides.model_fields_set:
+        return f"tasks are jobs of a data build, and this is a stage of kind {kind}; leave it out."
+    named, run_name = stage.executor, run.executor.name
+    if named.name == run_name:
+        return None
+    if kind != BUILDS:
+        return (
+            f"the stage names {named.name}, and the run is on {run_name}. All stages run in one place, except the "
+            f"tasks of data builds: write `runtime: {{executor: {{name: {named.name}}}}}`, or leave the name out here."
+        )
+    if run_name != LOCAL:
+        return (
+            f"the stage names {named.name}, and the run is on {run_name}. Leave the name out: only a local run hands "
+            "tasks to another executor."
+        )
+    if not isinstance(named, LocalExecutor) and named.tasks is None:
+        return (
+            f"the stage itself runs here, since the run is local, and it hands no work to {named.name} without tasks: "
+            f"write `tasks: 100`, or run all stages with --on {named.name}."
+        )
+    return None
+
+
+__all__ = ["choose_executor", "in_long_forms", "objection_to_stage", "refuse_contradiction"]
