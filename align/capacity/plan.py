@@ -95,6 +95,7 @@ def plan_hardware(
     pipeline: Pipeline,
     store: Store,
     hardware: Hardware,
+    *,
     rows: int | None = None,
     fill: float = 1.0,
     configs: dict[str, Architecture] | None = None,

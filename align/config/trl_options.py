@@ -1,30 +1,15 @@
 """Options under a stage's ``trainer:``, checked against the config class of trl or align that they go to. Torch-free.
 
-The classes are read from source (``class_options``). Rules across fields are left to the class itself when the stage
-runs.
+A stage's config names the class (``trainer_class``), which is read from source (``class_options``). Rules across fields
+are left to the class itself when the stage runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from align.config.class_options import Option, class_options, find_option
-
-CLASSES: dict[str, tuple[str, str, str]] = {
-    "sft": ("trl", "trainer/sft_config.py", "SFTConfig"),
-    "reward": ("trl", "trainer/reward_config.py", "RewardConfig"),
-    "dpo": ("trl", "trainer/dpo_config.py", "DPOConfig"),
-    "kto": ("trl", "trainer/kto_config.py", "KTOConfig"),
-    "cpo": ("trl", "experimental/cpo/cpo_config.py", "CPOConfig"),
-    "orpo": ("trl", "experimental/orpo/orpo_config.py", "ORPOConfig"),
-    "ppo": ("align", "rl/arguments.py", "PPOConfig"),
-    "grpo": ("align", "rl/arguments.py", "GRPOConfig"),
-    "rloo": ("align", "rl/arguments.py", "RLOOConfig"),
-    "online_dpo": ("align", "rl/arguments.py", "OnlineDPOConfig"),
-    "rejection": ("align", "rl/arguments.py", "BestOfNConfig"),
-}
-"""Stage kind → (package, file in it, config class)."""
+from align.config.class_options import Option, class_options, find_option, module_file
 
 OWNED: dict[str, str] = {
     "learning_rate": "set 'learning_rate' beside 'trainer'",
@@ -81,9 +66,9 @@ OWNED: dict[str, str] = {
     "use_cpu": "set 'runtime.device'",
     "push_to_hub": "publish the finished artifact instead",
 }
-"""Options that the stage sets itself, with what to do instead."""
+"""Options that every training stage sets itself, with what to do instead."""
 
-OWNED_BY_PPO: dict[str, str] = {
+OWNED_BY_ROLLOUTS: dict[str, str] = {
     "num_train_epochs": "set 'updates' and 'num_epochs' beside 'trainer'",
     "max_steps": "set 'updates' beside 'trainer'",
     "per_device_eval_batch_size": "held-out prompts are the 'evaluate' stage's",
@@ -100,33 +85,51 @@ OWNED_BY_PPO: dict[str, str] = {
     "train_sampling_strategy": "prompts are shuffled by the seed",
     "length_column_name": "prompts are shuffled by the seed",
 }
-"""The same for PPO and its kin, where they differ."""
+"""The same for the stages that learn from rollouts, where they differ."""
 
 
-def check_trainer_options(kind: str, mapping: Mapping[str, Any], reserved: Iterable[str] = ()) -> None:
-    """Check a ``trainer:`` block against the config class of stage ``kind`` (``sft``, ``reward``, ``dpo``, ``ppo``).
+def check_trainer_options(
+    trainer_class: str, options: Mapping[str, Any], fields: Collection[str], owned: Mapping[str, str]
+) -> None:
+    """Check a ``trainer:`` block against the class ``trainer_class`` (``package.module:Name``) that it goes to.
 
-    ``reserved`` names the stage's own fields, beyond the shared ones, that the class also has. Raises ``ValueError``
-    for the first key that does not exist (with the nearest name), that the stage sets itself (with its own field), or
-    whose value has the wrong type.
+    ``fields`` names the stage's own fields, ``owned`` the options that the stage sets itself, with the remedy. Raises
+    ``ValueError`` for the first key that does not exist (with the nearest name), that is a field of the stage, or that
+    the stage sets itself, for a value of the wrong type, and for a class that cannot be read.
     """
-    options = trainer_options(kind)
-    package, _, class_name = CLASSES[kind]
-    owned = OWNED | OWNED_BY_PPO if package == "align" else OWNED
-    reserved = set(reserved)
-    for name, value in mapping.items():
+    if not options:
+        return
+    try:
+        known = trainer_options(trainer_class)
+    except LookupError as error:
+        raise ValueError(f"the class of its options, {trainer_class}, cannot be read: {error}") from None
+    for name, value in options.items():
         # An unknown name first: a misspelling should not be told that the stage decides it.
-        option = find_option(options, name, class_name)
-        if name in reserved:
-            raise ValueError(f"'{name}' is not set here: set '{name}' beside 'trainer'.")
+        option = find_option(known, name, trainer_class.partition(":")[2])
         if name in owned:
             raise ValueError(f"'{name}' is not set here: {owned[name]}.")
+        if name in fields:
+            raise ValueError(f"'{name}' is not set here: set '{name}' beside 'trainer'.")
         option.check(value)
 
 
-def trainer_options(kind: str) -> dict[str, Option]:
-    """Return every option of the config class of ``kind`` by name, base classes included.
+def trainer_options(trainer_class: str) -> dict[str, Option]:
+    """Return every option of a class (``package.module:Name``) by name, base classes included.
 
-    Raises ``LookupError`` if the installed source no longer has the class where it is expected.
+    Raises ``LookupError`` if the installed source does not have the class there.
     """
-    return class_options(*CLASSES[kind])
+    package, file, name = class_place(trainer_class)
+    try:
+        return class_options(package, file, name)
+    except OSError:
+        raise LookupError(f"{package} has no file {file}.") from None
+
+
+def class_place(path: str) -> tuple[str, str, str]:
+    """Return the package, the file in it and the name of a class that the import path ``path`` names.
+
+    Raises ``LookupError`` for a package that is not installed.
+    """
+    module, _, name = path.partition(":")
+    package, *submodules = module.split(".")
+    return package, module_file(package, submodules), name

@@ -87,7 +87,7 @@ class Evaluation:
             copies=find_copies(plan, responses),
         )
         card = build(measurements, plan.resampling, self._settings(responses.engines))
-        write(self.context.output, plan, card, responses, measurements, token_kl)
+        write(self.context.output, plan, card, responses, measurements=measurements, token_kl=token_kl)
         return card, responses
 
     def _respond(self, open_engine: OpenEngine) -> SystemResponses:
@@ -98,9 +98,9 @@ class Evaluation:
             self.context.runtime,
             open_engine,
             ResponseCache(self.results.folder / "responses", self.results.warn),
-            self.context.warn,
-            lambda done, total: self.context.progress(done, total, unit="responses"),
-            plan.precision,
+            warn=self.context.warn,
+            progress=lambda done, total: self.context.progress(done, total, unit="responses"),
+            precision=plan.precision,
         )
         tasks = [task for task in plan.tasks if task.responds]
         items = sum(len(task.items) for task in tasks)

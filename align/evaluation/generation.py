@@ -101,6 +101,7 @@ class Sampler:
         runtime: Runtime,
         open_engine: OpenEngine,
         cache: ResponseCache,
+        *,
         warn: Callable[[str], None],
         progress: Progress,
         precision: str = "bfloat16",

@@ -36,6 +36,7 @@ def write(
     plan: Plan,
     card: dict[str, Any],
     responses: SystemResponses,
+    *,
     measurements: Measurements,
     token_kl: dict[str, list[list[float]]],
 ) -> None:

@@ -16,7 +16,7 @@ import yaml
 from align.data.card import CARD
 from align.data.markdown import fenced, plain, table
 from align.errors import printable
-from align.export.model_card_facts import TRAINING, Facts, base_model, license_of, metadata
+from align.export.model_card_facts import Facts, base_model, card_verb, license_of, metadata, weight_history
 from align.export.model_card_results import limitations, results
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import duration, number, size
@@ -61,13 +61,16 @@ def _about(facts: Facts) -> list[str]:
     artifact = facts.artifact
     if artifact is None:
         return [*lines, "Nothing is recorded of how it was trained."]
-    trained_by = [entry for entry in facts.lineage if entry.record.get("kind") in ("model", *TRAINING)]
-    path = " → ".join(plain(entry.stage) for entry in trained_by)
+    # The verbs of a record are text like any other of its fields, which a bucket may have brought.
+    history = [(plain(entry.stage), plain(str(card_verb(entry)))) for entry in weight_history(facts.lineage)]
     base = base_model(facts.lineage)
     lines.append(
         f"It is the result of stage {plain(artifact.stage)} of the pipeline "
-        f"{plain(str(artifact.record.get('pipeline', '')))} ({path}), key `{artifact.key[:12]}`."
+        f"{plain(str(artifact.record.get('pipeline', '')))}, key `{artifact.key[:12]}`."
     )
+    if history:
+        steps = " → ".join(f"{stage} ({verb})" for stage, verb in history)
+        lines.append(f"Its weights: {steps}.")
     return lines + ([f"Base model: [{plain(base)}](https://huggingface.co/{base})."] if base else [])
 
 

@@ -13,6 +13,7 @@ from align.data.licenses import OTHER, License, mixture_license, normalize
 from align.errors import UserError, printable
 from align.models.embedded import NAME as EMBEDDED
 from align.models.source import HUB_NAME
+from align.pipeline.registry import STAGES
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import interval, number
 from align.report.run.data_ledgers import MADE_HERE, license_rows
@@ -25,21 +26,8 @@ if TYPE_CHECKING:
     from align.export.verify import Agreement
 
 EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TRAINING = (
-    "sft",
-    "reward",
-    "dpo",
-    "kto",
-    "orpo",
-    "cpo",
-    "simpo",
-    "distill",
-    "ppo",
-    "grpo",
-    "rloo",
-    "online_dpo",
-    "rejection",
-)
+BASE_FIELDS = ("model", "policy", "policies", "rewards")
+"""Input fields that name the checkpoint, or the checkpoints, from which a stage starts."""
 LICENSE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\- ]{0,60}")
 MOST_RESULTS = 60
 """Most results in the metadata; the table on the card has all."""
@@ -74,13 +62,15 @@ def metadata(facts: Facts) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     base, license = base_model(facts.lineage), license_of(facts.lineage, facts.license)
-    trained = [artifact.record.get("kind") for artifact in facts.lineage if artifact.record.get("kind") in TRAINING]
+    trained = [artifact for artifact in facts.lineage if is_trained(artifact)]
     # Fields that exist only for some checkpoints.
     more: dict[str, Any] = {"base_model_relation": "finetune"} if base and trained else {}
     if license.names == (OTHER,):
         more |= {"license_name": "terms-of-all-sources", "license_link": f"{CARD}#licenses"}
     results = eval_results(facts)
-    tags = ["reward-model"] if facts.written.is_reward else [str(kind) for kind in trained if kind != "reward"]
+    tags = [str(artifact.record["kind"]) for artifact in trained if artifact.kind != Kind.REWARD]
+    if facts.written.is_reward:
+        tags = ["reward-model"]
     names: Any = license.names[0] if len(license.names) == 1 else list(license.names)
     return ModelCardData(
         base_model=base,
@@ -106,6 +96,55 @@ def base_model(lineage: Sequence[Artifact]) -> str | None:
         if (artifact.record.get("config") or {}).get("revision") and HUB_NAME.fullmatch(source):
             return source
     return None
+
+
+def card_verb(artifact: Artifact) -> str | None:
+    """Return the verb for an artifact's stage (``Stage.card_verb``); None for a stage that makes no weights.
+
+    It stands in the record: a stage of the user's own need not be installed where its checkpoint is exported.
+    """
+    verb = artifact.record.get("card_verb")
+    if isinstance(verb, str) and verb:
+        return verb
+    stage = STAGES.get(str(artifact.record.get("kind")))
+    return None if stage is None else stage.card_verb
+
+
+def is_trained(artifact: Artifact) -> bool:
+    """Return whether an artifact has weights that were made here, unlike a base model's."""
+    return card_verb(artifact) is not None and artifact.kind != Kind.MODEL
+
+
+def weight_history(lineage: Sequence[Artifact]) -> list[Artifact]:
+    """Return the artifacts whose weights the last one's come from, in order, itself last.
+
+    They are linked by the inputs of ``BASE_FIELDS``. Reward models that scored and teachers are left out.
+    """
+    by_key = {artifact.key: artifact for artifact in lineage}
+    # An import is listed under the key of its original, and its readers name its own: both have the same weights.
+    by_weights = {artifact.weights: artifact for artifact in lineage}
+    reached: set[str] = set()
+    waiting = list(lineage[-1:])
+    while waiting:
+        artifact = waiting.pop()
+        if artifact.key in reached:
+            continue
+        reached.add(artifact.key)
+        weights = {link["key"]: link.get("weights") for link in artifact.record.get("input_stages") or []}
+        for key in _base_keys(artifact):
+            source = by_key.get(key) or by_weights.get(str(weights.get(key)))
+            if source is not None:
+                waiting.append(source)
+    return [artifact for artifact in lineage if artifact.key in reached and card_verb(artifact) is not None]
+
+
+def _base_keys(artifact: Artifact) -> list[str]:
+    """Return the keys of the checkpoints from which an artifact's stage started."""
+    keys: list[str] = []
+    for name in BASE_FIELDS:
+        value = (artifact.record.get("inputs") or {}).get(name) or []
+        keys += value if isinstance(value, list) else [value]
+    return keys
 
 
 def hub_datasets(lineage: Sequence[Artifact]) -> list[str]:

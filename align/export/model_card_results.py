@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.data.markdown import plain, table
-from align.export.model_card_facts import REWARD_METRICS, TRAINING, Facts, own_names, reward_results
+from align.export.model_card_facts import REWARD_METRICS, Facts, is_trained, own_names, reward_results
 from align.report.curves.metric_series import read_events
 from align.report.page.number_format import MISSING, interval, number, p_value, signed
 from align.report.scorecard.conclusions import find_difference
@@ -133,7 +133,7 @@ def limitations(facts: Facts) -> list[str]:
     if measured and not facts.written.is_reward and "xstest" not in _kinds(card):
         lines.append("- Safety was not measured: no task of the evaluation asks for refusals.")
     for artifact in facts.lineage:
-        if artifact.record.get("kind") in TRAINING:
+        if is_trained(artifact):
             warnings = read_events(artifact.path).warnings[:MOST_WARNINGS]
             lines += [f"- Warning in training, {plain(artifact.stage)}: {plain(text)}" for text in warnings]
     return lines

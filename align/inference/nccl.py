@@ -103,6 +103,7 @@ class NcclSender:
     def send(self, weights: Iterable[tuple[str, torch.Tensor]], names: set[str]) -> None:
         """Send a full set of weights; the GPU holds a copy in the engine's type meanwhile.
 
+        Each tensor has the shape that the checkpoint gives its name.
         Raises ``ValueError`` before anything is sent when a tensor of ``names`` is missing.
         """
         with self.watchdog.watch("load_weights"):

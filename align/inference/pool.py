@@ -195,6 +195,7 @@ class PoolEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Give every server a full set of weights; none samples again before it holds them.
 
+        Each tensor has the shape that the checkpoint gives its name.
         Raises ``EngineLost`` when no server is left that can take them, ``BadReply`` when none can read the folder.
         """
         self._check_weights(content=True)
@@ -207,7 +208,10 @@ class PoolEngine:
         return self.spec.pool.weights == "folder"
 
     def write_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Write a full set and return its version for ``adopt``. Servers go on with what they hold."""
+        """Write a full set, in the checkpoint's shapes, and return its version for ``adopt``.
+
+        Servers go on with what they hold.
+        """
         return self.folder.write(weights)
 
     def adopt(self, version: int) -> None:

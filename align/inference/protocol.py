@@ -84,7 +84,8 @@ class RolloutEngine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load a full set of weights under their transformers names, and drop every cached prefix.
 
-        ``merged_weights(model)`` of ``align.models.tuning`` gives them. Raises ``ValueError`` when one is missing.
+        ``merged_weights(model)`` of ``align.models.tuning`` gives them. Each tensor has the shape that the checkpoint
+        gives its name. Raises ``ValueError`` when one is missing.
         """
 
     def score_tokens(

@@ -212,7 +212,10 @@ class RayEngine:
         return [result for first in sorted(results) for result in results[first]]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Put a full set of weights into Ray once; each engine takes it before its next call."""
+        """Put a full set of weights, in the checkpoint's shapes, into Ray once.
+
+        Each engine takes it before its next call.
+        """
         tensors = [(name, tensor.detach().cpu().contiguous()) for name, tensor in weights]
         self.weights = [self.ray.put(tensors)]
         self.version += 1

@@ -189,7 +189,7 @@ class ServerEngine:
     # ---- weights ----
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Give the server a full set of weights, through the folder or over NCCL."""
+        """Give the server a full set of weights, in the checkpoint's shapes, through the folder or over NCCL."""
         if self.spec.pool.weights == "nccl":
             self.send_weights(weights)
             return
@@ -204,6 +204,7 @@ class ServerEngine:
     def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], watchdog: Watchdog | None = None) -> None:
         """Send weights over NCCL from the calling thread; the first call also joins the server's process group.
 
+        Each tensor has the shape that the checkpoint gives its name.
         Raises ``ValueError`` before anything is sent when a tensor is missing.
         """
         spec = self.spec

@@ -39,7 +39,7 @@ class RemoteRankEngine:
         raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Do nothing: the first process gives the servers their weights."""
+        """Do nothing with weights of any shape: the first process gives the servers theirs."""
 
     def close(self) -> None:
         """Do nothing: this process holds no engine."""

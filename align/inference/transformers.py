@@ -129,7 +129,8 @@ class TransformersEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy a full set of weights into the model, so that further training does not change the sampler halfway.
 
-        A tied tensor may be missing: its memory is another tensor's, which was copied.
+        Each tensor has the shape that the checkpoint gives its name. A tied tensor may be missing: its memory is
+        another tensor's, which was copied.
         """
         state = self.model.state_dict()
         missing = set(state)

@@ -194,7 +194,10 @@ class VllmEngine:
             return outputs
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the policy's weights in the live model, and drop every cached prefix."""
+        """Replace the policy's weights in the live model, and drop every cached prefix.
+
+        Each tensor has the shape that the checkpoint gives its name; vLLM fuses them into its own.
+        """
         loaded: set[str] = set()
         with self.watchdog.watch("load_weights"):
             with torch.no_grad(), _preserve_global_state():

@@ -65,7 +65,7 @@ class Adapter:
             self._register(layer, f"model.layers.{number}")
 
     def set_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Use these tensors, by name, from now on."""
+        """Use these tensors from now on, by name and in the shapes of the stored adapter."""
         for name, tensor in weights.items():
             self.weights[name] = tensor.detach().to(self.device, self.dtype, copy=True)
 

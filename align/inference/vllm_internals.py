@@ -106,6 +106,7 @@ def install_sampler(runner: Any) -> None:
     original = sampler.forward
 
     def forward(logits: torch.Tensor, generators: dict[int, torch.Generator], k: Any, p: Any) -> Any:
+        """Return tokens (B,) and log-probabilities (B, V) for ``logits`` of shape (B, V)."""
         # A request without a seed has no generator.
         if len(generators) != len(logits):
             return original(logits, generators, k, p)

@@ -17,8 +17,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights, and after them the output head of a model with ``tied`` embeddings if it is not among them.
 
-    vLLM's CPU backend keeps a packed copy of the head: without the head under its own name the sampler goes on with
-    the old one, silently.
+    The head has the embeddings' shape (V, H). vLLM's CPU backend keeps a packed copy of the head: without the head
+    under its own name the sampler goes on with the old one, silently.
     """
     embedding, has_head = None, False
     for name, tensor in weights:
@@ -37,7 +37,10 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint's stored adapter (``align.models.tuning.stored``) by name, if it has one."""
+    """Return the tensors of a checkpoint's stored adapter (``align.models.tuning.stored``) by name, if it has one.
+
+    They have the shapes in which the adapter stored them.
+    """
     from safetensors.torch import load_file
 
     file = model_dir / "adapter" / "adapter.safetensors"

@@ -31,7 +31,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """Return the digest of each tensor by its name. Few tensors are held in memory at once."""
+    """Return the digest of each tensor, of any shape, by its name. Few tensors are held in memory at once."""
     workers = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     digests: dict[str, str] = {}
     waiting: list[tuple[str, Future[str]]] = []

@@ -61,6 +61,7 @@ class WeightsFolder:
     def write(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Write the next version and return its number. Floating-point tensors are written in the servers' type.
 
+        Each tensor has the shape that the checkpoint gives its name.
         Raises ``ValueError`` when a tensor is missing; the version then does not exist.
         """
         spec, version = self.spec, self.version + 1
@@ -100,7 +101,7 @@ class WeightsFolder:
 def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> dict[str, str]:
     """Write safetensors of about ``SHARD_BYTES`` bytes each and their index; floating-point tensors in ``dtype``.
 
-    Returns name → digest of each tensor as it was written.
+    Tensors keep their shapes. Returns name → digest of each tensor as it was written.
     """
     from safetensors.torch import save_file
 

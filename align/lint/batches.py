@@ -76,32 +76,40 @@ def _mask_labels(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
     return [token if is_labeled else MASKED for token, is_labeled in zip(ids, mask, strict=True)]
 
 
-def row_sequences(
-    prepared: dict[str, Any], row: Row | None, place: Place, stage: str, collator: Collator, chat_format: ChatFormat
-) -> list[TokenSequence]:
-    """Return the sequences that ``prepared``, a row of a trainer's dataset, becomes in a batch of its own."""
-    pair = ("chosen", "rejected")
-    sides = {"sft": ("completion",), "kto": ("completion",), "dpo": pair, "reward": pair}[stage]
-    parts = batch_rows(collator([prepared]))
-    if row is None or len(parts) != len(sides):
-        return [TokenSequence(place, "text", ids, labels, [], True, chat_format) for ids, labels, _ in parts]
-    sequences = []
-    for side, (ids, labels, hidden) in zip(sides, parts, strict=True):
-        field = side if row.get(side) else "chosen"
-        answer = row.get(field) or []
-        sequence = TokenSequence(
-            place=place,
-            side=side,
-            ids=ids,
-            labels=labels,
-            messages=[*row["prompt"], *answer],
-            finished=is_finished(row, field),
-            chat_format=chat_format,
-            tools=row.get("tools"),
-            hidden_end=hidden if len(parts) == 1 else None,
-        )
-        sequences.append(sequence)
-    return sequences
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads single rows through a trainer's collator."""
+
+    collator: Collator
+    chat_format: ChatFormat
+    sides: tuple[str, ...]
+    """Answers of a row, in the order of the batch."""
+
+    def sequences(self, prepared: dict[str, Any], row: Row | None, place: Place) -> list[TokenSequence]:
+        """Return the sequences that ``prepared``, a row of a trainer's dataset, becomes in a batch of its own.
+
+        ``row`` is the source row; without it only tokens are known.
+        """
+        parts = batch_rows(self.collator([prepared]))
+        if row is None or len(parts) != len(self.sides):
+            return [TokenSequence(place, "text", ids, labels, [], True, self.chat_format) for ids, labels, _ in parts]
+        sequences = []
+        for side, (ids, labels, hidden) in zip(self.sides, parts, strict=True):
+            field = side if row.get(side) else "chosen"
+            answer = row.get(field) or []
+            sequence = TokenSequence(
+                place=place,
+                side=side,
+                ids=ids,
+                labels=labels,
+                messages=[*row["prompt"], *answer],
+                finished=is_finished(row, field),
+                chat_format=self.chat_format,
+                tools=row.get("tools"),
+                hidden_end=hidden if len(parts) == 1 else None,
+            )
+            sequences.append(sequence)
+        return sequences
 
 
 def padded_label_counts(prepared: Sequence[dict[str, Any]], collator: Collator) -> list[int]:

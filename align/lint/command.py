@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,21 +12,10 @@ import pyarrow.parquet as pq
 
 from align.data.rows import Row, is_text, iter_rows, split_files
 from align.errors import UserError
-from align.lint.batches import Collator
+from align.lint.encodings import encoding_of
 from align.lint.findings import Finding
-from align.lint.linter import Linter, Options, StageKind
+from align.lint.linter import Linter, Options
 from align.lint.tokens import Limits
-
-STAGE_OF: dict[str, StageKind] = {
-    "instructions": "sft",
-    "preferences": "dpo",
-    "unpaired": "sft",
-    **dict.fromkeys(("sft", "distill"), "sft"),
-    **dict.fromkeys(("dpo", "orpo", "cpo", "simpo"), "dpo"),
-    "reward": "reward",
-    **dict.fromkeys(("prompts", "ppo", "grpo", "rloo", "online_dpo", "rejection"), "prompts"),
-}
-"""Kind of data or of training stage → the encoding of its rows."""
 
 MAX_SCORED_PAIRS = 500
 """Pairs of a split that a reward model scores; each takes some 0.2 s with 135M parameters on two cores."""
@@ -36,11 +24,11 @@ MAX_SCORED_PAIRS = 500
 def lint_rows(rows: Iterable[Row], tokenizer: Any, kind: str, settings: Options | None = None) -> list[Finding]:
     """Lint rows as ``tokenizer`` and its template encode them for a training stage.
 
-    ``kind`` is a recipe's kind, or a training stage's where that differs (``reward``); it decides ``settings.stage``.
-    Raises ``UserError`` for a tokenizer without chat template.
+    ``kind`` is a recipe's kind of rows, or a kind of training stage; it decides ``settings.stage``.
+    Raises ``UserError`` for a tokenizer without chat template and for an unknown kind.
     """
-    linter = _linter(tokenizer, _options(kind, settings or Options()))
-    linter.look("rows", list(rows), default_collator(linter.options.stage, tokenizer))
+    linter = _linter(tokenizer, replace(settings or Options(), stage=kind))
+    linter.look("rows", list(rows), linter.encoding.default_collator(tokenizer))
     return linter.result()
 
 
@@ -48,6 +36,7 @@ def lint_dataset(
     folder: Path,
     model: str,
     kind: str | None = None,
+    *,
     max_length: int | None = None,
     rows: int | None = Options.rows,
     seed: int = 0,
@@ -55,20 +44,22 @@ def lint_dataset(
 ) -> list[Finding]:
     """Lint both splits of a built dataset for a model: a folder, or a built-in model's name.
 
-    ``kind`` None is detected from the columns. ``reward`` is the folder of a reward model that scores up to
+    ``kind`` is a recipe's kind of rows or a kind of training stage; None takes the kind of rows that the columns show.
+    ``reward`` is the folder of a reward model that scores up to
     ``MAX_SCORED_PAIRS`` pairs of each split, to detect swapped sides. Raises ``UserError`` for a folder without
     splits or a model without chat template.
     """
     splits = find_splits(folder)
-    data_kind = kind or detect_kind(next(iter_rows(next(iter(splits)))), folder)
+    stage = kind or detect_kind(next(iter_rows(next(iter(splits)))), folder)
+    encoding_of(stage)  # an unknown kind is refused before a model is loaded
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer, limits, ends = load_tokenizer_and_limits(model, Path(scratch), max_length)
-        linter = _linter(tokenizer, _options(data_kind, Options(limits=limits, ends=ends, rows=rows, seed=seed)))
+        linter = _linter(tokenizer, Options(stage, limits=limits, ends=ends, rows=rows, seed=seed))
         for path, total in splits.items():
             # Draw first, then stream: only the drawn rows of a large dataset are encoded.
             numbers = set(linter.sample(total))
             sampled = ((number, row) for number, row in enumerate(iter_rows(path)) if number in numbers)
-            linter.look_at_rows(path.stem, sampled, total, default_collator(linter.options.stage, tokenizer))
+            linter.look_at_rows(path.stem, sampled, total, linter.encoding.default_collator(tokenizer))
         if reward is not None:
             _check_with_reward_model(linter, reward)
         return linter.result()
@@ -78,17 +69,11 @@ def _check_with_reward_model(linter: Linter, folder: Path) -> None:
     from align.lint.pairs import check_with_reward_model
     from align.models.reward import RewardModel
 
-    if linter.options.stage not in ("dpo", "reward"):
+    if not linter.encoding.is_pair:
         raise UserError("--reward: only pairs have two sides to compare; leave it out.")
     model = RewardModel(folder)
     for rows in linter.rows.values():
         check_with_reward_model(rows[:MAX_SCORED_PAIRS], model.score, linter.findings)
-
-
-def _options(kind: str, settings: Options) -> Options:
-    if kind not in STAGE_OF:
-        raise UserError(f"lint: unknown kind '{kind}'; known are {', '.join(STAGE_OF)}.")
-    return replace(settings, stage=STAGE_OF[kind])
 
 
 def _linter(tokenizer: Any, options: Options) -> Linter:
@@ -96,21 +81,6 @@ def _linter(tokenizer: Any, options: Options) -> Linter:
 
     require_chat_template(tokenizer, "lint: the tokenizer")
     return Linter(tokenizer, options)
-
-
-def default_collator(stage: StageKind, tokenizer: Any) -> Collator | None:
-    """Return the default collator of trl's trainer for a stage; None for prompts, which are sampled from."""
-    if stage == "prompts":
-        return None
-    from trl.trainer import dpo_trainer, reward_trainer, sft_trainer
-
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    collators: dict[str, Any] = {
-        "sft": sft_trainer.DataCollatorForLanguageModeling,
-        "dpo": dpo_trainer.DataCollatorForPreference,
-        "reward": reward_trainer.DataCollatorForPreference,
-    }
-    return collators[stage](pad_token_id=pad)  # type: ignore[no-any-return]
 
 
 def find_splits(folder: Path) -> dict[Path, int]:
@@ -172,7 +142,7 @@ def model_folder(model: str, scratch: Path) -> Path:
     from align.models.tiny import make_tiny
 
     if model == embedded.NAME:
-        return embedded.fetch(lambda text: print(text, file=sys.stderr))
+        return embedded.fetch()
     if model == TINY:
         return make_tiny(scratch / TINY)
     for folder in (Path(model), Path(model) / "model"):

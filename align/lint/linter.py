@@ -8,14 +8,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from align.config.stages.lint import MAX_ROWS
 from align.data.rows import Row
 from align.errors import UserError
 from align.lint.across_rows import DuplicateRows, check_leaked_answers, check_leaked_prompts, check_repeated_answers
-from align.lint.batches import Collator, TokenSequence, padded_label_counts, row_sequences
+from align.lint.batches import BatchReader, Collator, TokenSequence, padded_label_counts
 from align.lint.chat_format import ChatFormat, squeezed
+from align.lint.encodings import encoding_of
 from align.lint.findings import Finding, Findings, Place
 from align.lint.labels import Supervise, check_cut_off, check_document_start, check_labels
 from align.lint.pairs import PairChecks
@@ -23,10 +24,8 @@ from align.lint.template import check_template, injected_system
 from align.lint.text import check_turns
 from align.lint.tokens import Limits, check_tokens, label_runs
 from align.models.render import render_prompt
-from align.training import rows as encoding
-from align.training.unpaired import encode_unpaired
+from align.training.rows import NO_ROOM, SAME_ANSWERS, TOO_LONG, PromptRewritten
 
-StageKind = Literal["sft", "dpo", "reward", "kto", "prompts"]
 Prepared = Callable[[int], "dict[str, Any] | None"]
 """Index of a row in its split → its row of the trainer's dataset; None for a row that was left out."""
 
@@ -38,35 +37,20 @@ SKEWED_SHARE, MIN_LABELS = 0.95, 50
 """From ``MIN_LABELS`` labels on, one label in more than this share of them is reported."""
 
 LEFT_OUT_RULES = {
-    encoding.NO_ROOM: "no-room-for-answer",
-    encoding.TOO_LONG: "over-max-length",
-    encoding.SAME_ANSWERS: "chosen-equals-rejected",
+    NO_ROOM: "no-room-for-answer",
+    TOO_LONG: "over-max-length",
+    SAME_ANSWERS: "chosen-equals-rejected",
 }
 """Reason why an encoder leaves a row out → the rule of the finding."""
-ENCODERS: dict[str, Callable[[Any, Sequence[Row], int], encoding.Encoded]] = {
-    "sft": encoding.encode_supervised,
-    "dpo": encoding.encode_pairs,
-    "reward": encoding.encode_conversations,
-    "kto": encode_unpaired,
-}
 NO_LIMIT = 1 << 30
-
-
-def relevant_fields(row: Row, stage: StageKind) -> Row:
-    """Return the row without the answers that a stage does not read."""
-    unread = {
-        "sft": ("rejected", "chosen") if row.get("completion") else ("rejected",),
-        "kto": ("chosen", "rejected"),
-        "prompts": ("completion", "chosen", "rejected"),
-    }.get(stage, ("completion",))
-    return {name: value for name, value in row.items() if name not in unread}
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of a linter."""
 
-    stage: StageKind = "sft"
+    stage: str = "sft"
+    """Kind of stage whose reading of the rows is linted, or a recipe's kind of rows (``encoding_of``)."""
     limits: Limits = field(default_factory=Limits)
     supervise: Supervise = "last"
     ends: frozenset[int] = frozenset()
@@ -87,6 +71,7 @@ class Linter:
     """Split → number of rows looked at, and of all rows."""
 
     def __post_init__(self) -> None:
+        self.encoding = encoding_of(self.options.stage)
         # The template is probed once; every check of a row compares with what the probe showed.
         self.chat_format = ChatFormat.of(self.tokenizer, self.options.ends)
         check_template(self.chat_format, self.findings)
@@ -118,7 +103,7 @@ class Linter:
         placed_rows = self.rows.setdefault(split, [])
         batch: list[tuple[dict[str, Any], int]] = []  # rows of a padded batch, with their number of labels
         for number, full_row in rows:
-            row = relevant_fields(full_row, self.options.stage)
+            row = self.encoding.relevant_fields(full_row)
             place = Place(split, number + 1, str(row.get("id", "")), str(row.get("_where", "")))
             placed_rows.append((place, row))
             check_turns(row, place, self.chat_format, self.findings)
@@ -140,11 +125,12 @@ class Linter:
     def look_at_documents(self, split: str, dataset: Any, collator: Collator) -> None:
         """Look at a trainer's dataset whose rows are not the original ones, such as packed documents."""
         numbers = self.sample(len(dataset))
+        reader = BatchReader(collator, self.chat_format, ())
         self.totals[split] = (len(numbers), len(dataset))
         self.findings.looked_at += len(numbers)
         for number in numbers:
             row, place = dict(dataset[number]), Place(split, number + 1)
-            sequences = row_sequences(row, None, place, "sft", collator, self.chat_format)
+            sequences = reader.sequences(row, None, place)
             # Positions restart at every document; if they count other documents than the pack has, attention leaks.
             lengths = row.get("seq_lengths")
             if lengths is not None and [len(sequence.ids) for sequence in sequences] != list(lengths):
@@ -180,18 +166,18 @@ class Linter:
         self, number: int, row: Row, place: Place, collator: Collator | None, prepared: Prepared | None
     ) -> tuple[list[TokenSequence], dict[str, Any] | None]:
         """Return the row's sequences and the trainer's row they came from; none for a row that is left out."""
-        stage = self.options.stage
         # The trainer's own row where there is one, so that the linter sees exactly what is trained on.
         encoded = prepared(number) if prepared is not None else None
         if encoded is None:
             encoded = self._encode(row, place, is_left_out=prepared is not None)
         if encoded is None:
             return [], None
-        if stage == "prompts":
+        if self.encoding.encode is None:
             ids = list(encoded["ids"])
             return [TokenSequence(place, "prompt", ids, None, row["prompt"], True, self.chat_format)], None
         assert collator is not None
-        return row_sequences(encoded, row, place, stage, collator, self.chat_format), encoded
+        reader = BatchReader(collator, self.chat_format, self.encoding.sides)
+        return reader.sequences(encoded, row, place), encoded
 
     def _encode(self, row: Row, place: Place, is_left_out: bool) -> dict[str, Any] | None:
         """Encode a row as the stage would, and report the reason where it cannot.
@@ -200,14 +186,14 @@ class Linter:
         """
         max_length = self.options.limits.max_length or NO_LIMIT
         try:
-            if self.options.stage == "prompts":
+            if self.encoding.encode is None:
                 ids = render_prompt(self.tokenizer, row["prompt"], row.get("tools"))
                 if len(ids) > max_length:
                     self.findings.add("over-max-length", place, f"{len(ids)} tokens, at most {max_length} are taken")
                     return None
                 return {"ids": ids}
-            encoded = ENCODERS[self.options.stage](self.tokenizer, [row], max_length)
-        except encoding.PromptRewritten as error:
+            encoded = self.encoding.encode(self.tokenizer, [row], max_length)
+        except PromptRewritten as error:
             self.findings.add("generation-prompt-differs", place, str(error))
             return None
         except UserError as error:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align.config.stages.lint import MAX_ROWS, LintSettings
@@ -17,7 +17,7 @@ from align.lint.batches import Collator
 from align.lint.chat_format import ChatFormat
 from align.lint.findings import Finding, Findings
 from align.lint.labels import Supervise
-from align.lint.linter import Linter, Options, StageKind
+from align.lint.linter import Linter, Options
 from align.lint.tokens import Limits
 from align.pipeline.context import StageContext
 from align.store.atomic_write import write_text_atomically
@@ -26,12 +26,13 @@ from align.training.rows import Encoded
 logger = logging.getLogger(__name__)
 
 FILE = "findings.json"
-TRAINER_STAGES: dict[str, StageKind] = {
+TRAINER_STAGES = {
     "SFTTrainer": "sft",
     "DPOTrainer": "dpo",
     "RewardTrainer": "reward",
     "KTOTrainer": "kto",
 }
+"""Class of trl → the stage that trains with it."""
 NEAR_MEAN = 0.02
 """Distance of an embedding from the mean of all, as a share of the usual distance, below which resizing put it there:
 transformers draws new rows from a normal distribution of 1e-9 times the others' covariance."""
@@ -64,18 +65,21 @@ def generation_ends(model: Any) -> frozenset[int]:
 
 def lint_stage(
     context: StageContext,
-    stage: StageKind,
     trainer: Any,
     splits: Mapping[str, Split],
-    max_length: int,
+    *,
     supervise: Supervise = "last",
+    kind: str | None = None,
 ) -> list[Finding]:
     """Lint ``splits`` through the trainer's own dataset and collator, write ``findings.json``, and warn.
 
-    Raises ``UserError`` for errors that the stage's ``lint.waive`` does not name.
+    The record of the stage's kind says how it reads a row (``Stage.lint``); ``kind`` names another kind, for a stage
+    that reads rows in several ways. Rows have at most ``context.config.max_length`` tokens. Raises ``UserError`` for
+    errors that the stage's ``lint.waive`` does not name.
     """
     started = time.perf_counter()
-    linter = _linter(context, stage, trainer.processing_class, trainer.model, max_length, supervise)
+    options = _options(context, kind or context.kind, trainer.model, context.config.max_length)
+    linter = Linter(trainer.processing_class, replace(options, supervise=supervise))
     check_embeddings(trainer.model, linter.chat_format, linter.findings)
     for name, split in splits.items():
         _look(linter, name, split, trainer.train_dataset if name == "train" else None, trainer.data_collator)
@@ -87,30 +91,22 @@ def lint_prompts(
 ) -> list[Finding]:
     """Lint prompts of at most ``max_length`` tokens, which ``model`` will answer; else as :func:`lint_stage`."""
     started = time.perf_counter()
-    linter = _linter(context, "prompts", tokenizer, model, max_length)
+    linter = Linter(tokenizer, _options(context, "prompts", model, max_length))
     for name, split in splits.items():
         linter.look(name, split.rows, None)
     return _report(context, linter, started)
 
 
-def _linter(
-    context: StageContext,
-    stage: StageKind,
-    tokenizer: Any,
-    model: Any,
-    max_length: int,
-    supervise: Supervise = "last",
-) -> Linter:
+def _options(context: StageContext, kind: str, model: Any, max_length: int) -> Options:
+    """Return the linter's options for a stage that trains ``model`` on rows of at most ``max_length`` tokens."""
     settings: LintSettings = context.config.lint
-    options = Options(
-        stage=stage,
+    return Options(
+        stage=kind,
         limits=model_limits(model, max_length),
-        supervise=supervise,
         ends=generation_ends(model),
         rows=settings.rows,
         seed=context.seed % 2**32,
     )
-    return Linter(tokenizer, options)
 
 
 def _report(context: StageContext, linter: Linter, started: float) -> list[Finding]:

@@ -24,6 +24,7 @@ def activations_per_token(
     model: Architecture,
     tuning: TuningBase,
     precision: Precision,
+    *,
     low_residual: bool = True,
     checkpointing: bool = False,
     flash: bool = False,

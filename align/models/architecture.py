@@ -199,40 +199,63 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         ) from None
 
 
-def _llama_like(
-    *,
-    needs: tuple[str, ...] = (),
-    qkv_bias: bool | None = None,
-    mlp_bias: bool = False,
-    head_norms: Literal["none", "head", "all"] = "none",
-    norms: int = 2,
-    lean: bool = True,
-    tied: bool = False,
-    fused: bool = False,
-) -> Callable[[Mapping[str, Any]], Architecture]:
-    """Return a rule for decoders with RMS norms, grouped keys and a gated MLP.
+@dataclass(frozen=True, kw_only=True)
+class _LlamaLike:
+    """Rule for decoders with RMS norms, grouped keys and a gated MLP: config → architecture."""
 
-    ``needs``: sizes without a default that follows from others, so that the config must have them. ``qkv_bias``: None
-    follows ``attention_bias``, which then applies to the output projection too. ``mlp_bias``: the config's field of
-    that name counts. ``head_norms``: norms of queries and keys over one head's features, or over all heads'.
-    ``norms``: norms over a layer's width; ``lean``: written as Llama's. ``tied``: default where the config has no such
-    field. ``fused``: one matrix for queries, keys and values, and one for gate and up.
-    """
+    needs: tuple[str, ...] = ()
+    """Sizes without a default that follows from others, so that the config must have them."""
+    qkv_bias: bool | None = None
+    """None follows ``attention_bias``, which then applies to the output projection too."""
+    mlp_bias: bool = False
+    """The config's field of that name counts."""
+    head_norms: Literal["none", "head", "all"] = "none"
+    """Norms of queries and keys over one head's features, or over all heads'."""
+    norms: int = 2
+    """Norms over a layer's width."""
+    lean: bool = True
+    """Norms are written as Llama's."""
+    tied: bool = False
+    """Default where the config has no such field."""
+    fused: bool = False
+    """One matrix for queries, keys and values, and one for gate and up."""
 
-    def rule(config: Mapping[str, Any]) -> Architecture:
-        missing = [name for name in needs if not config.get(name)]
+    def __call__(self, config: Mapping[str, Any]) -> Architecture:
+        """Return the architecture. Raises ``KeyError`` for a size that the config lacks."""
+        missing = [name for name in self.needs if not config.get(name)]
         if missing:
             raise KeyError(missing[0])
         hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
         size = config.get("head_dim") or hidden // heads
         groups = config.get("num_key_value_heads") or heads
         queries, keys = heads * size, groups * size
-        if qkv_bias is None:
-            in_bias = out_bias = bool(config.get("attention_bias", False))
-        else:
-            in_bias, out_bias = qkv_bias, False
-        inner_bias = mlp_bias and bool(config.get("mlp_bias", False))
-        if fused:
+        # Norms of queries and keys: one pair over a head's features, or over all heads' features.
+        of_heads = {"none": 0, "head": 2 * size, "all": queries + keys}[self.head_norms]
+        return Architecture(
+            model_type=config["model_type"],
+            hidden=hidden,
+            layers=config["num_hidden_layers"],
+            vocabulary=config["vocab_size"],
+            key_value_width=keys,
+            linears=self._linears(config, inner, queries, keys),
+            vectors=self.norms * hidden + of_heads,
+            embedded=config["vocab_size"] * hidden,
+            last_norm=hidden,
+            tied=bool(config.get("tie_word_embeddings", self.tied)),
+            norms=self.norms,
+            normed_heads=0 if self.head_norms == "none" else queries + keys,
+            lean_norms=self.lean,
+            heads=(heads, groups),
+        )
+
+    def _linears(self, config: Mapping[str, Any], inner: int, queries: int, keys: int) -> tuple[Linear, ...]:
+        """Return a layer's matrices: MLP of width ``inner``, queries and keys of these widths over all heads."""
+        hidden = config["hidden_size"]
+        in_bias = out_bias = bool(config.get("attention_bias", False))
+        if self.qkv_bias is not None:
+            in_bias, out_bias = self.qkv_bias, False
+        inner_bias = self.mlp_bias and bool(config.get("mlp_bias", False))
+        if self.fused:
             inputs = [Linear("self_attn.qkv_proj", hidden, queries + 2 * keys, in_bias)]
             gated = [Linear("mlp.gate_up_proj", hidden, 2 * inner, inner_bias)]
         else:
@@ -241,26 +264,7 @@ def _llama_like(
             gated = [Linear(f"mlp.{name}", hidden, inner, inner_bias) for name in ("gate_proj", "up_proj")]
         outputs = [Linear("self_attn.o_proj", queries, hidden, out_bias)]
         down = [Linear("mlp.down_proj", inner, hidden, inner_bias)]
-        # Norms of queries and keys: one pair over a head's features, or over all heads' features.
-        of_heads = {"none": 0, "head": 2 * size, "all": queries + keys}[head_norms]
-        return Architecture(
-            model_type=config["model_type"],
-            hidden=hidden,
-            layers=config["num_hidden_layers"],
-            vocabulary=config["vocab_size"],
-            key_value_width=keys,
-            linears=(*inputs, *outputs, *gated, *down),
-            vectors=norms * hidden + of_heads,
-            embedded=config["vocab_size"] * hidden,
-            last_norm=hidden,
-            tied=bool(config.get("tie_word_embeddings", tied)),
-            norms=norms,
-            normed_heads=0 if head_norms == "none" else queries + keys,
-            lean_norms=lean,
-            heads=(heads, groups),
-        )
-
-    return rule
+        return (*inputs, *outputs, *gated, *down)
 
 
 def _gpt_neox(config: Mapping[str, Any]) -> Architecture:
@@ -315,17 +319,17 @@ def _gpt2(config: Mapping[str, Any]) -> Architecture:
 GROUPS, HEADS = ("num_key_value_heads",), ("num_key_value_heads", "head_dim")
 
 RULES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
-    "llama": _llama_like(mlp_bias=True),
-    "granite": _llama_like(mlp_bias=True),
-    "smollm3": _llama_like(needs=GROUPS, mlp_bias=True, tied=True),
-    "mistral": _llama_like(needs=GROUPS, qkv_bias=False),
-    "phi3": _llama_like(qkv_bias=False, fused=True),
-    "qwen2": _llama_like(needs=GROUPS, qkv_bias=True),
-    "qwen3": _llama_like(needs=HEADS, head_norms="head"),
-    "olmo2": _llama_like(head_norms="all", lean=False),
-    "gemma": _llama_like(needs=HEADS, lean=False, tied=True),
-    "gemma2": _llama_like(needs=HEADS, norms=4, lean=False, tied=True),
-    "gemma3_text": _llama_like(needs=HEADS, norms=4, head_norms="head", lean=False, tied=True),
+    "llama": _LlamaLike(mlp_bias=True),
+    "granite": _LlamaLike(mlp_bias=True),
+    "smollm3": _LlamaLike(needs=GROUPS, mlp_bias=True, tied=True),
+    "mistral": _LlamaLike(needs=GROUPS, qkv_bias=False),
+    "phi3": _LlamaLike(qkv_bias=False, fused=True),
+    "qwen2": _LlamaLike(needs=GROUPS, qkv_bias=True),
+    "qwen3": _LlamaLike(needs=HEADS, head_norms="head"),
+    "olmo2": _LlamaLike(head_norms="all", lean=False),
+    "gemma": _LlamaLike(needs=HEADS, lean=False, tied=True),
+    "gemma2": _LlamaLike(needs=HEADS, norms=4, lean=False, tied=True),
+    "gemma3_text": _LlamaLike(needs=HEADS, norms=4, head_norms="head", lean=False, tied=True),
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
 }

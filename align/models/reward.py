@@ -91,7 +91,12 @@ class RewardModel:
         """Return the log-odds of each step of each answer."""
         encoded = [
             tokenize_steps(
-                self.tokenizer, prompt, [{"role": "assistant", "content": text}], steps.separator, ended, tools
+                self.tokenizer,
+                prompt,
+                [{"role": "assistant", "content": text}],
+                steps.separator,
+                finished=ended,
+                tools=tools,
             )
             for prompt, text, ended, tools in answers
         ]

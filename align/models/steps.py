@@ -67,6 +67,7 @@ def tokenize_steps(
     prompt: list[Message],
     answer: list[Message],
     separator: str,
+    *,
     finished: bool = True,
     tools: str | None = "",
 ) -> tuple[list[int], list[int]]:

@@ -37,6 +37,8 @@ class StageContext:
     None where ``run`` was called without a store."""
     pipeline: str = ""
     """Name of the pipeline."""
+    kind: str = ""
+    """Kind of the stage, or the import path of its record where it is not one of align's (``registry.find_stage``)."""
     group: str = ""
     """Short digest of all its stages' keys: one run of a pipeline, however often it was killed and resumed."""
     followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)

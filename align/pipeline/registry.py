@@ -51,6 +51,12 @@ class Stage:
     headline: Mapping[str, str] | None = field(default=None, hash=False)
     """Metrics of a finished stage that its closing line in a terminal shows: name → label. None shows the first
     numbers that there are."""
+    lint: str | None = None
+    """Import path of the ``RowEncoding`` (``align.lint.encodings``) by which the linter reads rows as the kind does, in
+    ``lint_stage`` and ``align data lint --kind``. None for a kind that trains on no rows with turns."""
+    card_verb: str | None = None
+    """Past participle with which a model card says what the kind did to the weights, as in "fine-tuned on responses".
+    None for a kind that makes no weights."""
 
     def makes_with(self, config: Config) -> Kind:
         """Return the kind of artifact that the stage makes with this config."""
@@ -76,6 +82,15 @@ class Stage:
     def config_class(self) -> type[Config]:
         """Import the config class; never imports torch."""
         return load_object(self.config)  # type: ignore[no-any-return]
+
+    @property
+    def trainer_class(self) -> str | None:
+        """Import path of the class that takes the options under ``trainer:``; None for a kind without such options.
+
+        The config class names it, because it checks the options.
+        """
+        config = self.config_class()
+        return getattr(config, "trainer_class", None) if "trainer" in config.model_fields else None
 
     def runner(self) -> Callable[[StageContext], dict[str, Any]]:
         """Import the stage's ``run``; called only in the stage's own process."""
@@ -107,8 +122,13 @@ def load_object(path: str) -> Any:
     return getattr(imported, name)
 
 
-PAIRS = {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"}
-"""Closing line of a stage that learns from pairs."""
+ENCODINGS = "align.lint.encodings"
+"""Module of the ways to read a row."""
+PAIRS: dict[str, Any] = {
+    "headline": {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"},
+    "lint": f"{ENCODINGS}:PAIRS",
+}
+"""Fields of a stage that learns from pairs."""
 ROLLOUTS = {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"}
 """Closing line of a stage that learns from its own rollouts."""
 
@@ -125,15 +145,16 @@ def _inspected(kind: str, version: int, makes: Kind | None, purpose: str, **othe
     return _stage(kind, version, makes, purpose, inspector=f"align.stages.{kind}", **others)
 
 
-def _trained(kind: str, version: int, purpose: str, headline: Mapping[str, str] | None = None, **others: Any) -> Stage:
+def _trained(kind: str, version: int, purpose: str, card_verb: str, **others: Any) -> Stage:
     """Return the record of a kind that trains on rows."""
     fields = {"makes": Kind.POLICY, "estimator": "align.capacity.estimators.training", **others}
-    return _stage(kind, version, purpose=purpose, headline=headline, distributed=True, **fields)
+    return _stage(kind, version, purpose=purpose, card_verb=card_verb, distributed=True, **fields)
 
 
-def _on_policy(kind: str, version: int, purpose: str) -> Stage:
+def _on_policy(kind: str, version: int, purpose: str, card_verb: str) -> Stage:
     """Return the record of a kind that trains on its own rollouts."""
-    return _trained(kind, version, purpose, ROLLOUTS, estimator="align.capacity.estimators.rl")
+    fields = {"headline": ROLLOUTS, "lint": f"{ENCODINGS}:PROMPTS", "estimator": "align.capacity.estimators.rl"}
+    return _trained(kind, version, purpose, card_verb, **fields)
 
 
 STAGES: dict[str, Stage] = {
@@ -145,6 +166,7 @@ STAGES: dict[str, Stage] = {
             Kind.MODEL,
             "bring a base model into the store as plain safetensors",
             headline={"parameters": "parameters", "architecture": ""},
+            card_verb="imported",
         ),
         _inspected("artifact", 1, None, "take a finished artifact from a store or a checkpoint's folder as it is"),
         _inspected(
@@ -154,12 +176,14 @@ STAGES: dict[str, Stage] = {
             "build a dataset from a recipe",
             headline={"train_rows": "train", "test_rows": "test"},
         ),
-        _trained("pretrain", 2, "continued pre-training on plain texts, packed"),
+        _trained("pretrain", 2, "continued pre-training on plain texts, packed", "pre-trained further on plain texts"),
         _trained(
             "sft",
             2,
             "supervised fine-tuning on responses",
-            {"test_loss_before": "held-out loss", "test_loss_after": "→"},
+            "fine-tuned on responses",
+            headline={"test_loss_before": "held-out loss", "test_loss_after": "→"},
+            lint=f"{ENCODINGS}:SUPERVISED",
         ),
         _stage(
             "sample",
@@ -180,26 +204,75 @@ STAGES: dict[str, Stage] = {
             "reward",
             3,
             "train a reward model on pairs",
-            {"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
+            "trained to score responses",
+            headline={"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
+            lint=f"{ENCODINGS}:SCORED_PAIRS",
             makes=Kind.REWARD,
         ),
-        _trained("dpo", 2, "direct preference optimization on pairs", PAIRS),
-        _trained("kto", 2, "learning from single answers marked as wanted or not", PAIRS),
-        _trained("orpo", 2, "fine-tuning and preference learning in one loss, without a reference", PAIRS),
-        _trained("cpo", 2, "contrastive preference optimization, without a reference", PAIRS),
-        _trained("simpo", 2, "preference optimization per token with a margin, without a reference", PAIRS),
+        _trained("dpo", 2, "direct preference optimization on pairs", "trained with DPO on preference pairs", **PAIRS),
+        _trained(
+            "kto",
+            2,
+            "learning from single answers marked as wanted or not",
+            "trained with KTO on answers marked as wanted or not",
+            **PAIRS | {"lint": f"{ENCODINGS}:UNPAIRED"},
+        ),
+        _trained(
+            "orpo",
+            2,
+            "fine-tuning and preference learning in one loss, without a reference",
+            "trained with ORPO on preference pairs",
+            **PAIRS,
+        ),
+        _trained(
+            "cpo",
+            2,
+            "contrastive preference optimization, without a reference",
+            "trained with CPO on preference pairs",
+            **PAIRS,
+        ),
+        _trained(
+            "simpo",
+            2,
+            "preference optimization per token with a margin, without a reference",
+            "trained with SimPO on preference pairs",
+            **PAIRS,
+        ),
         _trained(
             "distill",
             2,
             "learn a larger teacher's distribution over the next token",
-            {"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
+            "distilled from a larger teacher",
+            headline={"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
+            lint=f"{ENCODINGS}:SUPERVISED",
         ),
-        _on_policy("ppo", 3, "PPO with a critic against a reward model or a checker"),
-        _on_policy("grpo", 2, "GRPO and its variants: responses to a prompt compared, without a critic"),
-        _on_policy("rloo", 2, "REINFORCE with the other responses to a prompt as the baseline"),
-        _on_policy("online_dpo", 2, "DPO on pairs of the policy's own responses, update by update"),
-        _on_policy("rejection", 2, "best-of-N fine-tuning on the policy's own responses, in rounds"),
-        _stage("merge", 1, None, "make one checkpoint of several: soups, SLERP, TIES, DARE, WARP"),
+        _on_policy("ppo", 3, "PPO with a critic against a reward model or a checker", "trained with PPO and a critic"),
+        _on_policy(
+            "grpo",
+            2,
+            "GRPO and its variants: responses to a prompt compared, without a critic",
+            "trained with GRPO",
+        ),
+        _on_policy("rloo", 2, "REINFORCE with the other responses to a prompt as the baseline", "trained with RLOO"),
+        _on_policy(
+            "online_dpo",
+            2,
+            "DPO on pairs of the policy's own responses, update by update",
+            "trained with DPO on pairs of its own responses",
+        ),
+        _on_policy(
+            "rejection",
+            2,
+            "best-of-N fine-tuning on the policy's own responses, in rounds",
+            "fine-tuned on the best of its own responses",
+        ),
+        _stage(
+            "merge",
+            1,
+            None,
+            "make one checkpoint of several: soups, SLERP, TIES, DARE, WARP",
+            card_verb="merged from several checkpoints",
+        ),
         _stage(
             "evaluate",
             4,

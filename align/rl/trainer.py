@@ -84,6 +84,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         form: Form,
         args: RolloutArguments,
         processing_class: Any,
+        *,
         inputs: RolloutInputs,
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,

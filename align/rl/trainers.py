@@ -49,6 +49,7 @@ class PPOTrainer(RLTrainer):
         train_dataset: Rows,
         processing_class: Any,
         scorer: AnyScorer,
+        *,
         engine: Any,
         reward_model: Any = None,
         gold: AnyScorer | None = None,
@@ -71,9 +72,9 @@ class PPOTrainer(RLTrainer):
             form,
             args,
             processing_class,
-            RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset),
-            callbacks,
-            notify,
+            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset),
+            callbacks=callbacks,
+            notify=notify,
         )
 
 
@@ -92,6 +93,7 @@ class CriticFreeTrainer(RLTrainer):
         train_dataset: Rows,
         processing_class: Any,
         scorer: AnyScorer,
+        *,
         engine: Any,
         gold: AnyScorer | None = None,
         tuning: TuningBase | None = None,
@@ -108,9 +110,9 @@ class CriticFreeTrainer(RLTrainer):
             form,
             args,
             processing_class,
-            RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset),
-            callbacks,
-            notify,
+            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset),
+            callbacks=callbacks,
+            notify=notify,
         )
 
 

@@ -164,8 +164,8 @@ class StageRun:
                 partial,
                 lambda event: self.listener.stage_event(self.node, event),
                 self.stop,
-                self._check_locks,
-                retry,
+                check=self._check_locks,
+                retry=retry,
             )
             if result["status"] == "done":
                 return result
@@ -262,6 +262,7 @@ class StageRun:
         return {
             "key": node.key,
             "kind": self.kind,
+            "card_verb": node.stage.card_verb,
             "stage": node.name,
             "pipeline": self.pipeline.name,
             "makes": str(node.makes),

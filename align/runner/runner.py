@@ -12,7 +12,7 @@ from align.errors import NO_SPACE, StageFailed, UserError, no_space
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
-from align.runner.prepare import RunOptions, prepare_run
+from align.runner.prepare import Prepared, RunOptions, prepare_run
 from align.runner.run_stage import StageRun
 from align.runner.sync import upload
 from align.store.artifacts import Artifact
@@ -68,16 +68,15 @@ def run_pipeline(
     requests = contextlib.nullcontext(stop) if stop is not None else StopRequest().handle_signals(signal.SIGUSR1)
     try:
         with requests as stop, ready.store.use(pipeline.name, pipeline.references, pipeline.plain):
-            return _run_stages(pipeline, ready.store, only, ready.force, listener, stop)
+            return _run_stages(pipeline, ready, only, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
             raise
         raise StageFailed(no_space(ready.store.root)) from None
 
 
-def _run_stages(
-    pipeline: Pipeline, opened: Store, only: str | None, force: set[str], listener: Listener, stop: StopRequest
-) -> Run:
+def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener: Listener, stop: StopRequest) -> Run:
+    opened, force = ready.store, ready.force
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
     # A damaged artifact is an error only where the run would use it.
     used = pipeline.touched_by(only) - force

@@ -1,6 +1,6 @@
 """One attempt at a stage: its process, followed until it ends, and the time it took. Never imports torch.
 
-Left out: what an attempt is given, and what becomes of its result (``runner.py``).
+Left out: what an attempt is given, and what becomes of its result (``run_stage.py``).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def run_attempt(
     partial: Path,
     follow: Callable[[dict[str, Any]], None],
     stop: StopRequest,
+    *,
     check: Callable[[], None] = lambda: None,
     retry: Retry | None = None,
 ) -> dict[str, Any]:

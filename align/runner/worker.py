@@ -169,7 +169,7 @@ def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
         write_result(folder / name, result)
     except OSError as error:
         with contextlib.suppress(OSError):
-            print(explain_os_error(error, folder), file=sys.stderr)
+            logging.getLogger("align").error(explain_os_error(error, folder))
         return UNREACHABLE_CODE if is_unreachable(error) else code or 1
     return code
 
@@ -226,6 +226,7 @@ def _context(folder: Path, work: dict[str, Any], started: float, result_file: st
         events=Path(os.devnull) if rank() else folder / EVENTS,  # of several processes the first one speaks
         cache=Path(work["cache"]) if work.get("cache") else None,
         pipeline=work.get("pipeline", ""),
+        kind=work["stage"],
         group=work.get("group", ""),
         started=started,
         fail_at_once=functools.partial(fail_at_once, folder, result_file),

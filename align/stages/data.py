@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from align.report.dataset.preview import write_preview
 from align.store.artifacts import Kind
 from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest
+
+logger = logging.getLogger(__name__)
 
 
 def makes(config: DataConfig) -> Kind:
@@ -85,7 +88,7 @@ def run(context: StageContext) -> dict[str, Any]:
     base = Path.cwd()
     recipe = resolved_recipe(config, base)
     if config.files and any(isinstance(source, FilesSource) for source in recipe.sources):
-        print(f"reading {len(config.files)} local patterns instead of the recipe's sources")
+        logger.info("reading %d local patterns instead of the recipe's sources", len(config.files))
     # Cores that this process may use: a container or scheduler often grants fewer than there are.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     resources = BuildResources(
@@ -106,7 +109,7 @@ def run(context: StageContext) -> dict[str, Any]:
         progress=lambda done, step: context.progress(done, done, unit="rows", step=step),
     )
     for line in summary_lines(ledger):
-        print(line)
+        logger.info(line)
     write_text_atomically(context.output / "ledger.json", json.dumps(ledger, indent=2) + "\n")
     name = Path(config.recipe).stem
     settings = recipe.model_dump(mode="json", exclude_unset=True)

@@ -65,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     trainer.row_lengths = train_rows.lengths
     linted = {name: Split(stored[name], splits[name]) for name in splits}
-    lint_stage(context, "sft", trainer, linted, config.max_length)
+    lint_stage(context, trainer, linted)
     # After the linter, since the teacher's passes are the expensive part.
     targets.prepare()
     trainer.measure, trainer.teacher, trainer.known = targets.measure, targets.teacher, targets.known["train"]
@@ -104,7 +104,7 @@ def _splits(context: StageContext, tokenizer: Any) -> tuple[dict[str, list[Row]]
     stored, splits = read_splits(context), {}
     for split, rows in stored.items():
         splits[split] = encoded = encode_supervised(tokenizer, rows, config.max_length)
-        check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
+        check_encoded(context, encoded, len(rows), split)
         for number, row in enumerate(encoded.rows):
             # Batches are shuffled; the number leads from a row back to the teacher's distribution for it.
             row["row"] = number  # type: ignore[assignment]

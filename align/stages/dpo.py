@@ -6,7 +6,7 @@ from typing import Any
 
 from align.config.stages.dpo import DpoConfig
 from align.pipeline.context import StageContext
-from align.stages.preference import beta_of
+from align.stages.preference import PreparedPolicy, beta_of
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.dpo_config import DPOConfig as Arguments
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from align.stages.preference import Reference, prepare_policy
+    from align.stages.preference import prepare_policy
     from align.training import held_out
     from align.training.arguments import total_steps, training_arguments
     from align.training.dpo_trainer import PreparedDPO
@@ -34,18 +34,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: DpoConfig = context.config
     prepared = prepare_policy(context, encode_pairs, DataCollatorForPreference)
-    prepared.lint(context, "dpo")
-    facts = {}
-    if config.reference_free:
-        # A reference of zeros cancels out of the loss, and nothing has to be computed for it.
-        for encoded in prepared.splits.values():
-            for row in encoded.rows:
-                row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # type: ignore[dict-item]
-    else:
-        reference = Reference(context, prepared)
-        for split, encoded in prepared.splits.items():
-            add_reference(encoded.rows, config.ld_alpha, lambda answers, split=split: reference.sums(split, answers))
-        facts = reference.facts()
+    prepared.lint(context)
+    facts = _score_by_reference(context, prepared)
     rows = len(prepared.train.rows)
     trainer = PreparedDPO(
         model=prepared.tuned_model(context),
@@ -75,6 +65,23 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics = fit(trainer, context, lambda split: held_out.preferences(trainer, prepared.splits[split]), before=start)
     save(context, trainer, prepared.tokenizer)
     return {**metrics, **facts, "pairs": rows, **counts(prepared.splits, "pairs")}
+
+
+def _score_by_reference(context: StageContext, prepared: PreparedPolicy) -> dict[str, int]:
+    """Add the reference's log-probabilities to every pair; return how many were computed and cached."""
+    from align.stages.preference import Reference
+
+    config: DpoConfig = context.config
+    if config.reference_free:
+        # A reference of zeros cancels out of the loss, and nothing has to be computed for it.
+        for encoded in prepared.splits.values():
+            for row in encoded.rows:
+                row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # type: ignore[dict-item]
+        return {}
+    reference = Reference(context, prepared)
+    for split, encoded in prepared.splits.items():
+        add_reference(encoded.rows, config.ld_alpha, lambda answers, split=split: reference.sums(split, answers))
+    return reference.facts()
 
 
 def add_reference(rows: list[dict[str, Any]], ld_alpha: float | None, sums: Any) -> None:

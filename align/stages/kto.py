@@ -32,7 +32,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     config: KtoConfig = context.config
     prepared = prepare_policy(context, encode_unpaired, DataCollatorForUnpairedPreference, unpair)
-    prepared.lint(context, "kto")
+    prepared.lint(context)
     desirable = _check_labels(context, [bool(row["label"]) for row in prepared.train.rows])
     seed, point = context.seed % 2**32, config.loss == "kto"
     reference, groups = Reference(context, prepared), {}

@@ -13,6 +13,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Resumes from the last complete checkpoint. Raises ``UserError`` for prompts or models that do not fit, and
     ``ParityError`` when the engine and the trainer hold different models.
     """
+    from align.rl.trainers import PPOTrainer
     from align.stages.rl import train
 
-    return train(context)
+    return train(context, PPOTrainer)

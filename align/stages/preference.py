@@ -15,7 +15,6 @@ from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 
 if TYPE_CHECKING:
-    from align.lint.linter import StageKind
     from align.lint.trainer import Split
     from align.training.reference import Answer, ReferenceCache, Sums
     from align.training.rows import Encoded, Row
@@ -48,11 +47,11 @@ class PreparedPolicy:
         """The rows to train on."""
         return self.splits["train"]
 
-    def lint(self, context: StageContext, stage: StageKind) -> None:
+    def lint(self, context: StageContext) -> None:
         """Lint the rows as the trainer will see them, before anything expensive."""
         from align.lint.trainer import lint_stage
 
-        lint_stage(context, stage, _TrainerView(self), self._linted, context.config.max_length)
+        lint_stage(context, _TrainerView(self), self._linted)
 
     def tuned_model(self, context: StageContext) -> Any:
         """Return the model with the stage's tuning applied; every call returns the same one."""
@@ -107,7 +106,7 @@ def prepare_policy(
     for split, stored in read_splits(context).items():
         rows = rows_of(stored)
         encoded = splits[split] = encode(tokenizer, rows, config.max_length)
-        check_encoded(context.name, encoded, len(rows), split, config.max_length, context.warn)
+        check_encoded(context, encoded, len(rows), split)
         linted[split] = Split(rows, encoded)
     return PreparedPolicy(tokenizer, model, splits, collator(pad_token_id=tokenizer.pad_token_id), linted)
 
@@ -223,7 +222,7 @@ def train_without_reference(
     from align.training.save import save
 
     prepared = prepare_policy(context, encode_pairs, DataCollatorForPreference)
-    prepared.lint(context, "dpo")
+    prepared.lint(context)
     trainer = trainer_class(
         model=prepared.tuned_model(context),
         args=training_arguments(

@@ -39,7 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     stored, splits = read_splits(context), {}
     for split, rows in stored.items():
         splits[split] = encode_texts(tokenizer, rows, config.max_length, ends, learn_end=split == "train")
-        check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
+        check_encoded(context, splits[split], len(rows), split)
     train = splits["train"]
     packs = pack_rows(train, config.max_length)
     model = apply_tuning(

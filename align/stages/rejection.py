@@ -9,6 +9,7 @@ from align.pipeline.context import StageContext
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/``, and return the metrics of ``ppo``, with the share selected. Resumes after a round."""
+    from align.rl.trainers import BestOfNTrainer
     from align.stages.rl import train
 
-    return train(context)
+    return train(context, BestOfNTrainer)

@@ -58,7 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     trainer.row_lengths, trainer.head_learning_rate = train.lengths, config.head_rate
     linted = {name: Split(prepared.stored_rows[name], prepared.splits[name]) for name in prepared.splits}
-    lint_stage(context, prepared.lint, trainer, linted, config.max_length)
+    lint_stage(context, trainer, linted, kind=prepared.lint)
     metrics = fit(trainer, context, lambda split: prepared.held_out(trainer, split))
     # Two rows are scored before saving and after reading back: a lost head shows as a difference.
     probe = [prepared.sequences(test.rows[0])[0], prepared.sequences(test.rows[-1])[-1]]

@@ -29,12 +29,12 @@ from align.models.tuning.apply import load_for_tuning
 from align.models.tuning.engine_source import engine_source
 from align.models.tuning.notice import notice, parameter_counts
 from align.pipeline.context import StageContext
-from align.rl.arguments import BestOfNConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig, RolloutArguments
+from align.pipeline.registry import load_object
+from align.rl.arguments import RolloutArguments
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
 from align.rl.scoring import Ensemble, Part, RewardScorer, WeightedSum
 from align.rl.trainer import RLTrainer
-from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
 from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
 from align.training.rows import hold_back_validation
@@ -49,15 +49,6 @@ logger = logging.getLogger(__name__)
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """Value of ``scheduler`` -> transformers' name of it."""
 
-TRAINERS: dict[str, tuple[type[RLTrainer], type[RolloutArguments]]] = {
-    "ppo": (PPOTrainer, PPOConfig),
-    "grpo": (GRPOTrainer, GRPOConfig),
-    "rloo": (RLOOTrainer, RLOOConfig),
-    "online_dpo": (OnlineDPOTrainer, OnlineDPOConfig),
-    "rejection": (BestOfNTrainer, BestOfNConfig),
-}
-"""Kind of stage -> its trainer and the trainer's arguments."""
-
 SUMMARIZED = ("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap")
 """Metrics whose first and last values are metrics of the stage."""
 
@@ -69,8 +60,11 @@ class PromptRows(NamedTuple):
     validation: list[dict[str, Any]] | None
 
 
-def train(context: StageContext) -> dict[str, Any]:
-    """Train with the trainer of the stage's kind, save ``model/``, and return the run's metrics."""
+def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, Any]:
+    """Train with the trainer of the stage's kind, save ``model/``, and return the run's metrics.
+
+    Its arguments are an instance of the class that the config names (``trainer_class``).
+    """
     use_threads(context.runtime)
     config: RolloutFields = context.config
     source = context.artifact("policy").model
@@ -95,7 +89,13 @@ def train(context: StageContext) -> dict[str, Any]:
     )
     try:
         trainer = _make_trainer(
-            context, reward_models, model=policy, processing_class=tokenizer, engine=engine, prompts=prompts
+            trainer_class,
+            context,
+            reward_models,
+            prompts,
+            model=policy,
+            processing_class=tokenizer,
+            engine=engine,
         )
         if trainer.prompts.dropped:
             context.warn(
@@ -119,13 +119,16 @@ def train(context: StageContext) -> dict[str, Any]:
 
 
 def _make_trainer(
-    context: StageContext, reward_models: list[RewardModel], *, prompts: PromptRows, **options: Any
+    trainer_class: type[RLTrainer],
+    context: StageContext,
+    reward_models: list[RewardModel],
+    prompts: PromptRows,
+    **options: Any,
 ) -> RLTrainer:
-    """Return the trainer of the stage's kind; ``options`` are its model, tokenizer and engine."""
+    """Return the stage's trainer; ``options`` are its model, tokenizer and engine."""
     config: RolloutFields = context.config
-    trainer_class, arguments_class = TRAINERS[config.kind]
     options |= {
-        "args": make_arguments(context, arguments_class),
+        "args": make_arguments(context, load_object(config.trainer_class)),
         "train_dataset": prompts.train,
         "eval_dataset": prompts.validation,
         "ptx_dataset": _read_rows(context, "ptx", "train") if config.ptx else None,

@@ -9,6 +9,7 @@ from align.pipeline.context import StageContext
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train, save ``model/``, and return the metrics of ``ppo`` without a critic's. Resumes."""
+    from align.rl.trainers import RLOOTrainer
     from align.stages.rl import train
 
-    return train(context)
+    return train(context, RLOOTrainer)

@@ -5,10 +5,16 @@ The loss is on answers only. trl's fused head computes logits only for tokens wi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from align.config.stages.sft import SftConfig
 from align.pipeline.context import StageContext
+
+if TYPE_CHECKING:
+    from align.data.rows import Row
+    from align.training.rows import Encoded
+    from align.training.trainers import PreparedSFT
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -20,35 +26,26 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.models.threads import use_threads
 
     use_threads(context.runtime)
-    from datasets import Dataset
-    from trl.trainer.sft_config import SFTConfig as Arguments
-
     from align.lint.trainer import Split, lint_stage
     from align.models.loading import load_tokenizer
     from align.models.tuning.apply import apply_tuning, load_for_tuning
     from align.training import held_out
-    from align.training.arguments import training_arguments
     from align.training.fit import fit
-    from align.training.input_checks import check_encoded, check_ends, check_model
-    from align.training.packing import FlatCollator, check_separate, enable_flat, fill_ratio, pack_rows, packing_form
-    from align.training.rows import counts, encode_answers, encode_supervised, read_splits
+    from align.training.input_checks import check_model
+    from align.training.packing import check_separate, fill_ratio, pack_rows
+    from align.training.rows import counts, read_splits
     from align.training.save import save
     from align.training.sft_trainer import check_kernels, lint_rows, noisy
-    from align.training.trainers import PreparedSFT, label_positions_only
 
     config: SftConfig = context.config
     # Before anything is loaded: kernels that are not installed are refused at once.
     check_kernels(context.name, config.trainer, context.runtime)
-    encode = encode_answers if config.supervise == "all" else encode_supervised
     source = context.artifact("model").model
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
-    stored, splits = read_splits(context), {}
-    for split, rows in stored.items():
-        splits[split] = encode(tokenizer, rows, config.max_length)
-        check_encoded(context.name, splits[split], len(rows), split, config.max_length, context.warn)
+    stored = read_splits(context)
+    splits = _encode(context, tokenizer, stored)
     train = splits["train"]
-    check_ends(context.name, train, tokenizer)
     model = apply_tuning(
         model,
         config.tuning,
@@ -56,11 +53,51 @@ def run(context: StageContext) -> dict[str, Any]:
         tokenizer=tokenizer,
         rows=[row["input_ids"] for row in train.rows],
     )
-    label_positions_only()
-    flat = config.packing or config.padding_free
     rows = pack_rows(train, config.max_length) if config.packing else train.rows
+    trainer = _make_trainer(context, model, tokenizer, rows)
+    linted = {name: Split(stored[name], splits[name]) for name in splits}
+    lint_stage(context, lint_rows(trainer, train), linted, supervise=config.supervise)
+    facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
+    if config.packing or config.padding_free:
+        facts |= {"pack_difference": check_separate(context.name, trainer, train)}
+    if config.packing:
+        facts |= {"packs": len(rows), "pack_fill": fill_ratio(rows, config.max_length)}
+    with noisy(trainer.model, config.neftune):
+        metrics = fit(trainer, context, lambda split: held_out.supervised(trainer, splits[split]))
+    save(context, trainer, tokenizer)
+    return {**metrics, **facts}
+
+
+def _encode(context: StageContext, tokenizer: Any, stored: Mapping[str, list[Row]]) -> dict[str, Encoded]:
+    """Return the encoded rows of each split.
+
+    Raises ``UserError`` for a split without usable rows, and for training rows without the end of an answer.
+    """
+    from align.training.input_checks import check_encoded, check_ends
+    from align.training.rows import encode_answers, encode_supervised
+
+    config: SftConfig = context.config
+    encode = encode_answers if config.supervise == "all" else encode_supervised
+    splits = {}
+    for split, rows in stored.items():
+        splits[split] = encode(tokenizer, rows, config.max_length)
+        check_encoded(context, splits[split], len(rows), split)
+    check_ends(context.name, splits["train"], tokenizer)
+    return splits
+
+
+def _make_trainer(context: StageContext, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> PreparedSFT:
+    """Return the trainer of ``rows``, which it concatenates where the config packs them or leaves padding out."""
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig as Arguments
+
+    from align.training.arguments import training_arguments
+    from align.training.packing import FlatCollator, enable_flat, packing_form
+    from align.training.trainers import PreparedSFT, label_positions_only
+
+    label_positions_only()
     # Packed documents must not attend to each other; the form is how this model is told where they end.
-    form = packing_form(model) if flat else None
+    form = packing_form(model) if context.config.packing or context.config.padding_free else None
     if form is not None:
         enable_flat(model, form)
     trainer = PreparedSFT(
@@ -71,14 +108,4 @@ def run(context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     trainer.row_lengths = [len(row["input_ids"]) for row in rows]
-    linted = {name: Split(stored[name], splits[name]) for name in splits}
-    lint_stage(context, "sft", lint_rows(trainer, train), linted, config.max_length, config.supervise)
-    facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
-    if flat:
-        facts |= {"pack_difference": check_separate(context.name, trainer, train)}
-    if config.packing:
-        facts |= {"packs": len(rows), "pack_fill": fill_ratio(rows, config.max_length)}
-    with noisy(trainer.model, config.neftune):
-        metrics = fit(trainer, context, lambda split: held_out.supervised(trainer, splits[split]))
-    save(context, trainer, tokenizer)
-    return {**metrics, **facts}
+    return trainer

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from align.errors import UserError
 from align.models.render import require_chat_template
 from align.models.tokenizer_checks import require_embeddings, require_same_vocabulary
+from align.pipeline.context import StageContext
 from align.training.rows import MASKED, Encoded
 
 
@@ -27,15 +27,17 @@ def check_model(stage: str, model: Any, tokenizer: Any) -> None:
     assert not narrow, f"trainable weights are {narrow}, not float32"
 
 
-def check_encoded(
-    stage: str, encoded: Encoded, total: int, split: str, max_length: int, warn: Callable[[str], None]
-) -> None:
-    """Warn of every cut or dropped row of ``total`` rows. Raises ``UserError`` when none is left."""
+def check_encoded(context: StageContext, encoded: Encoded, total: int, split: str) -> None:
+    """Warn of every cut or dropped row of a split's ``total`` rows. Raises ``UserError`` when none is left.
+
+    ``split`` is how the messages name the split.
+    """
+    max_length = context.config.max_length
     for reason, rows in encoded.counts.items():
-        warn(f"{stage}: {rows} of {total} {split} rows {reason} (max_length {max_length}).")
+        context.warn(f"{context.name}: {rows} of {total} {split} rows {reason} (max_length {max_length}).")
     if not encoded.rows:
         raise UserError(
-            f"{stage}: none of the {total} {split} rows can be used: "
+            f"{context.name}: none of the {total} {split} rows can be used: "
             + "; ".join(f"{rows} {reason}" for reason, rows in encoded.counts.items())
             + f". Raise max_length (now {max_length}) or change the data."
         )

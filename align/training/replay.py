@@ -132,7 +132,7 @@ def make_replay(context: Any, trainer: Any) -> Replay:
     for split, most in (("train", None), ("test", config.eval_rows)):
         rows = read_split(data.split(split), most, f"{context.name}: replay")
         encoded[split] = encode_supervised(trainer.processing_class, rows, config.max_length)
-        check_encoded(f"{context.name}: replay", encoded[split], len(rows), split, config.max_length, context.warn)
+        check_encoded(context, encoded[split], len(rows), f"replayed {split}")
     ratio = config.replay_fraction / (1 - config.replay_fraction)
     return Replay(
         trainer,

@@ -54,7 +54,7 @@ class Objective(ABC):
         for split, stored in read_splits(context).items():
             rows = self.stored_rows[split] = self.rows(stored, split)
             self.splits[split] = encoded = self.encode(rows)
-            check_encoded(context.name, encoded, len(rows), split, self.config.max_length, context.warn)
+            check_encoded(context, encoded, len(rows), split)
 
     @property
     def center_rewards(self) -> float | None:

@@ -108,7 +108,9 @@ def encode_steps(tokenizer: Any, rows: Sequence[Row], max_length: int, separator
     out = Encoded()
     for row in rows:
         finished = is_finished(row, "completion")
-        ids, places = tokenize_steps(tokenizer, row["prompt"], row["completion"], separator, finished, row.get("tools"))
+        ids, places = tokenize_steps(
+            tokenizer, row["prompt"], row["completion"], separator, finished=finished, tools=row.get("tools")
+        )
         targets = [float(step["label"]) for step in row["steps"] if step["content"].strip()]
         if len(places) != len(targets):
             out.count(OTHER_STEPS)

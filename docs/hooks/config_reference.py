@@ -68,6 +68,8 @@ def _topic_pages() -> list[ReferencePage]:
 def _stage_page(stage: Stage) -> ReferencePage:
     makes = stage.makes.value if stage.makes else "decided by its config"
     introduction = f"{_sentence(stage.purpose)}\n\nMakes: {makes}. Version: {stage.version}."
+    if stage.trainer_class is not None:
+        introduction += f" Options under `trainer:` are those of `{stage.trainer_class.replace(':', '.')}`."
     return ReferencePage(_stage_path(stage.kind), f"`{stage.kind}`", introduction, (stage.config_class(),))
 
 

@@ -1,56 +1,86 @@
 """The options read from source are those of the installed classes, and mistakes are named."""
 
 import dataclasses
-import importlib
 import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
-from align.config.stages.dpo import DpoConfig
-from align.config.stages.ppo import PpoConfig
-from align.config.stages.reward import RewardConfig
-from align.config.stages.sft import SftConfig
-from align.config.trl_options import CLASSES, OWNED, OWNED_BY_PPO, check_trainer_options, trainer_options
+from align.config.stages.training import TrainingFields
+from align.config.trl_options import OWNED, check_trainer_options, trainer_options
+from align.pipeline.registry import STAGES, load_object
 
-TRL_KINDS = ("sft", "reward", "dpo", "kto", "cpo", "orpo")
+TRL_KINDS = ("sft", "pretrain", "distill", "reward", "dpo", "kto", "cpo", "simpo", "orpo")
+SFT = "trl.trainer.sft_config:SFTConfig"
 
 
-def installed(kind: str) -> type:
-    """The class that the options of ``kind`` are read for, imported."""
-    file, name = CLASSES[kind][1:]
-    where = f"trl.experimental.{kind}" if file.startswith("experimental/") else "trl"
-    return getattr(importlib.import_module(where), name)  # type: ignore[no-any-return]
+def class_of(kind: str) -> str:
+    path = STAGES[kind].trainer_class
+    assert path is not None
+    return path
+
+
+def check(kind: str, options: dict[str, Any]) -> None:
+    config: Any = STAGES[kind].config_class()
+    check_trainer_options(config.trainer_class, options, config.model_fields, config.owned_options)
 
 
 @pytest.mark.parametrize("kind", TRL_KINDS)
 def test_options_equal_the_installed_dataclass(kind: str) -> None:
-    real = {field.name for field in dataclasses.fields(installed(kind)) if field.init}
-    assert set(trainer_options(kind)) == real
+    real = {field.name for field in dataclasses.fields(load_object(class_of(kind))) if field.init}
+    assert set(trainer_options(class_of(kind))) == real
+
+
+def test_every_stage_with_a_trainer_block_names_a_class_that_is_there() -> None:
+    stages = [stage for stage in STAGES.values() if "trainer" in stage.config_class().model_fields]
+    assert len(stages) == len(TRL_KINDS) + 5  # those that learn from rollouts
+    for stage in stages:
+        assert stage.trainer_class not in (None, TrainingFields.trainer_class), stage.kind
+        assert trainer_options(class_of(stage.kind)), stage.kind
+    assert STAGES["data"].trainer_class is None
+
+
+def test_a_class_may_be_named_where_its_package_exports_it() -> None:
+    assert trainer_options("trl:SFTConfig") == trainer_options(SFT)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("trl:SFTCnfig", "has no class SFTCnfig"),
+        ("trl.trainer.gone:SFTConfig", "trl has no file trainer/gone.py"),
+        ("no_such_package.module:Name", "the package no_such_package is not installed"),
+    ],
+)
+def test_a_class_that_cannot_be_read_is_named_with_the_reason(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"the class of its options, {path}, cannot be read: .*{message}"):
+        check_trainer_options(path, {"adam_beta2": 0.9}, (), {})
 
 
 def test_every_owned_option_exists_somewhere() -> None:
-    known = set().union(*(trainer_options(kind) for kind in TRL_KINDS))
+    known = set().union(*(trainer_options(class_of(kind)) for kind in TRL_KINDS))
     assert set(OWNED) <= known
 
 
 @pytest.mark.parametrize("kind", TRL_KINDS)
 def test_defaults_of_the_class_are_accepted(kind: str) -> None:
-    for field in dataclasses.fields(installed(kind)):
+    options = trainer_options(class_of(kind))
+    for field in dataclasses.fields(load_object(class_of(kind))):
         if field.default not in (dataclasses.MISSING, None):
-            assert trainer_options(kind)[field.name].accepts(field.default), field
+            assert options[field.name].accepts(field.default), field
 
 
 def test_unknown_key_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown key 'adam_bta2'.*SFTConfig.*Did you mean 'adam_beta2'"):
-        check_trainer_options("sft", {"adam_bta2": 0.95})
+        check("sft", {"adam_bta2": 0.95})
 
 
 def test_owned_key_names_our_field() -> None:
     with pytest.raises(ValueError, match=r"'num_train_epochs'.*'epochs' beside 'trainer'"):
-        check_trainer_options("sft", {"num_train_epochs": 2})
+        check("sft", {"num_train_epochs": 2})
 
 
 @pytest.mark.parametrize(
@@ -64,49 +94,48 @@ def test_owned_key_names_our_field() -> None:
 )
 def test_owned_keys_of_ppo_name_ppos_fields(key: str, ours: str) -> None:
     with pytest.raises(ValueError, match=f"'{key}' is not set here: set {ours} beside"):
-        check_trainer_options("ppo", {key: 1})
+        check("ppo", {key: 1})
 
 
 def test_every_remedy_names_a_field_that_exists() -> None:
-    stages = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
-    for kind, config in stages.items():
-        for key in trainer_options(kind):
-            remedy = {**OWNED, **(OWNED_BY_PPO if kind == "ppo" else {})}.get(key, "")
+    configs: list[Any] = [stage.config_class() for stage in STAGES.values() if stage.trainer_class is not None]
+    for config in configs:
+        for key in trainer_options(config.trainer_class):
+            remedy = config.owned_options.get(key, "")
             named = re.findall(r"'(\w+)'", remedy.partition(" beside ")[0]) if " beside " in remedy else []
-            assert not set(named) - set(config.model_fields), (kind, key, remedy)
+            assert not set(named) - set(config.model_fields), (config, key, remedy)
 
 
 def test_reserved_key_names_the_field() -> None:
-    check_trainer_options("dpo", {"beta": 0.2})
-    with pytest.raises(ValueError, match="'beta' beside 'trainer'"):
-        check_trainer_options("dpo", {"beta": 0.2}, reserved={"beta"})
+    check("reward", {"adam_beta1": 0.8})
+    with pytest.raises(ValueError, match="'beta' is not set here: set 'beta' beside 'trainer'"):
+        check("dpo", {"beta": 0.2})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"adam_beta2": "high"}, "should be float; found 'high'"),
-        ({"gradient_checkpointing": 1}, "should be bool"),
+        ({"full_determinism": 1}, "should be bool"),
         ({"logging_steps": True}, "every step is logged"),
         ({"loss_type": "nil"}, "one of 'nll'"),
     ],
 )
 def test_wrong_values(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_trainer_options("sft", options)
+        check("sft", options)
 
 
 def test_right_values_pass() -> None:
-    check_trainer_options(
-        "sft", {"adam_beta2": 0.95, "packing": False, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    )
+    check("sft", {"adam_beta2": 0.95, "gradient_checkpointing_kwargs": {"use_reentrant": False}})
 
 
 def test_reading_is_quick_and_torch_free() -> None:
     code = (
         "import sys, time; import align.pipeline.registry; start = time.perf_counter();"
         "from align.config.trl_options import trainer_options;"
-        "[trainer_options(kind) for kind in ('sft', 'reward', 'dpo')];"
+        "from align.pipeline.registry import STAGES;"
+        "[trainer_options(STAGES[kind].trainer_class) for kind in ('sft', 'reward', 'dpo')];"
         "print(time.perf_counter() - start);"
         "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)"
     )

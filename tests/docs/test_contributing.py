@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from align import Pipeline
-from align.data.rows import read_rows
+from align.cli.main import main
+from align.data.rows import assistant, read_rows, user, write_rows
 from align.errors import StageFailed, UserError
+from align.export.export import Written
+from align.export.model_card import write_model_card
+from align.export.model_card_facts import Facts
+from align.lint.command import lint_dataset
+from align.lint.encodings import RowEncoding
 from align.pipeline.registry import STAGES, Stage, load_object
 from align.store.artifacts import Artifact
 
@@ -23,7 +32,8 @@ TITLED = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```', re.MULTILINE | re.DOT
 def project(tmp_path, monkeypatch):
     """A folder with the page's files and the recipe they name, as the current folder."""
     files = dict(TITLED.findall(PAGE))
-    assert set(files) == {"mypackage/config.py", "mypackage/run.py", "short.yaml"}
+    modules = {f"mypackage/{name}.py" for name in ("config", "run", "terse_config", "terse_run")}
+    assert set(files) == {*modules, "short.yaml", "terse.yaml"}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -74,12 +84,105 @@ def test_an_error_of_the_run_reaches_the_user(project, tmp_path):
         Pipeline.load("short.yaml").run(store=tmp_path / "store")
 
 
-def test_the_places_that_the_page_names_for_a_stage_of_align_exist():
-    """Every kind has its run file where the page says, and the registry that it names holds it."""
-    assert load_object("align.pipeline.registry:STAGES") is STAGES
-    assert "`align/pipeline/registry.py`" in PAGE
-    for kind, stage in STAGES.items():
-        assert isinstance(stage, Stage)
-        assert stage.run == f"align.stages.{kind}:run"
-        assert (ROOT / "align" / "stages" / f"{kind}.py").is_file()
-    assert (ROOT / "align" / "config" / "stages").is_dir()
+@pytest.mark.usefixtures("stages_in_process")
+def test_the_training_stage_of_the_page_is_linted_and_has_its_verb_on_the_model_card(project):
+    """Nothing but the page's files knows the kind."""
+    pipeline = Pipeline.load("terse.yaml")
+    run = pipeline.run(store=project / "store")
+    data, terse = run.artifacts["data"], run.artifacts["terse"]
+    short_rows = [length for length in answer_lengths(data) if length <= 8]
+    assert run.metrics("terse")["rows"] == len(short_rows)
+    looked_at = json.loads((terse.path / "findings.json").read_text(encoding="utf-8"))["looked_at"]
+    assert looked_at["train"] == {"rows": len(short_rows), "of": len(short_rows)}
+
+    lineage = [run.artifacts[name] for name in ("model", "data", "terse")]
+    written = Written(False, "float32", 1000, "LlamaForCausalLM", {})
+    (project / "card").mkdir()
+    card = ModelCard.load(write_model_card(project / "card", Facts("terse", written, None, lineage)))
+    assert card.data.tags == ["align", "terse"]
+    assert "Its weights: model (imported) → terse (fine-tuned on short answers)." in card.text
+
+
+def test_the_training_stage_of_the_page_is_a_kind_to_lint_rows_for(project, tiny_model):
+    rows = [
+        {
+            "id": "1",
+            "source": "s",
+            "checks": "",
+            "prompt": [user("Name a river.")],
+            "completion": [assistant("The Nile, " * 60)],
+        },
+        {
+            "id": "2",
+            "source": "s",
+            "checks": "",
+            "prompt": [user("Name a comet.")],
+            "completion": [assistant("Halley's.")],
+        },
+    ]
+    (project / "rows").mkdir()
+    write_rows(project / "rows" / "train.parquet", rows)
+    arguments = ("--model", str(tiny_model), "--kind", "mypackage.terse_config:STAGE", "--max-length", "100")
+    assert main(["data", "lint", str(project / "rows"), *arguments]) == 0
+    with pytest.raises(UserError, match="'mypackage.config:STAGE' names no row encoding"):
+        lint_dataset(project / "rows", str(tiny_model), "mypackage.config:STAGE")
+
+
+def test_the_trainer_options_of_the_page_s_training_stage_are_checked(project):
+    pipeline = Pipeline.load("terse.yaml")
+    assert pipeline.nodes["terse"].stage.trainer_class == "trl.trainer.sft_config:SFTConfig"
+    with pytest.raises(UserError, match=r"stages\.terse\.trainer: .*SFTConfig has no such option.*'adam_beta2'"):
+        pipeline.set("stages.terse.trainer={adam_bta2: 0.9}")
+    with pytest.raises(UserError, match="'neftune_noise_alpha' is not set here: set 'neftune' beside 'trainer'"):
+        pipeline.set("stages.terse.trainer={neftune_noise_alpha: 5}")
+
+
+def test_a_stage_may_name_its_own_class_of_trainer_options(project):
+    """A class of the user's package, which builds on one of trl's."""
+    (project / "mypackage" / "arguments.py").write_text(
+        "from dataclasses import dataclass\nfrom trl import SFTConfig\n\n"
+        "@dataclass\nclass TerseArguments(SFTConfig):\n    patience: int = 3\n"
+    )
+    source = project / "mypackage" / "terse_config.py"
+    field = "    max_words: int"
+    text = source.read_text(encoding="utf-8")
+    assert text.count(field) == 1
+    source.write_text(text.replace(field, f'    trainer_class = "mypackage.arguments:TerseArguments"\n{field}'))
+    pipeline = Pipeline.load("terse.yaml").set("stages.terse.trainer={patience: 2, adam_beta2: 0.9}")
+    with pytest.raises(UserError, match="'patience' should be int; found 'two'"):
+        pipeline.set("stages.terse.trainer={patience: two}")
+    with pytest.raises(UserError, match="TerseArguments has no such option. Did you mean 'patience'"):
+        pipeline.set("stages.terse.trainer={patiense: 2}")
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_every_kind_has_one_config_file_and_one_run_file_of_its_name(kind):
+    """The page's table: the config class, the run function, and the record in the registry."""
+    assert "`align/pipeline/registry.py`" in PAGE and load_object("align.pipeline.registry:STAGES") is STAGES
+    stage = STAGES[kind]
+    assert isinstance(stage, Stage) and stage.kind == kind
+    assert stage.config.partition(":")[0] == f"align.config.stages.{kind}"
+    assert stage.run == f"align.stages.{kind}:run"
+    for folder in ("config/stages", "stages"):
+        assert (ROOT / "align" / folder / f"{kind}.py").is_file()
+    # Import paths lead to what the record says they are.
+    assert stage.config_class().__module__ == f"align.config.stages.{kind}"
+    assert stage.lint is None or isinstance(load_object(stage.lint), RowEncoding)
+
+
+def test_no_room_but_the_registry_keeps_a_table_of_the_kinds_that_train():
+    """A table by kind would have to grow with every new kind; the record is the place for it."""
+    trained = {kind for kind, stage in STAGES.items() if stage.distributed}
+    for path in sorted((ROOT / "align").rglob("*.py")):
+        if path == ROOT / "align" / "pipeline" / "registry.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+                members = node.elts
+            elif isinstance(node, ast.Dict):
+                members = [key for key in node.keys if key is not None]
+            else:
+                continue
+            texts = {member.value for member in members if isinstance(member, ast.Constant)}
+            # Four of trl's trainers, and losses that bear a stage's name, are no table of kinds.
+            assert len(texts & trained) < 4, f"{path}:{node.lineno} lists {sorted(texts & trained)}"

@@ -71,9 +71,13 @@ def generate(policies, folder, log, warnings=None, observations=None):
         return FakeEngine(path, log)
 
     sampler = Sampler(
-        policies, Runtime(), opened, ResponseCache(folder, print), (warnings if warnings is not None else []).append,
-        lambda done, total: log.append(f"{done}/{total}"),
-    )  # fmt: skip
+        policies,
+        Runtime(),
+        opened,
+        ResponseCache(folder, print),
+        warn=(warnings if warnings is not None else []).append,
+        progress=lambda done, total: log.append(f"{done}/{total}"),
+    )
     sampler.expect(4 * len(policies))
     values = {
         entry.name: sampler.generate(entry, prompts[entry.name], Sampling(max_tokens=4, n=2)) for entry in policies

@@ -11,11 +11,13 @@ import pytest
 from huggingface_hub import ModelCard
 
 from align.data.card import write_card
+from align.data.markdown import plain
 from align.errors import UserError
 from align.export.export import Written
 from align.export.model_card import write_model_card
-from align.export.model_card_facts import Facts, base_model, license_of
+from align.export.model_card_facts import Facts, base_model, license_of, weight_history
 from align.export.verify import Agreement
+from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 from tests.support.data.sample_build import HOSTILE, row, write_build
 from tests.support.report.example_card import full_card, small_card
@@ -51,8 +53,12 @@ def lineage(root: Path, source: str = "org/base", licenses: dict[str, str | None
     recipe = {"kind": "instructions", "sources": [{"type": "hub", "dataset": "org/set"}, {"type": "files"}]}
     write_card(rows, recipe, json.loads((rows / "ledger.json").read_text()), "set")
     data = artifact(rows, "data", Kind.INSTRUCTIONS, "1" * 64)
-    sft = artifact(root / "sft", "sft", Kind.POLICY, KEYS["sft"], metrics={"steps": 25})
-    ppo = artifact(root / "ppo", "ppo", Kind.POLICY, KEYS["ppo"], metrics={"updates": 16})
+    sft = artifact(
+        root / "sft", "sft", Kind.POLICY, KEYS["sft"], metrics={"steps": 25}, inputs={"model": KEYS["model"]}
+    )
+    ppo = artifact(
+        root / "ppo", "ppo", Kind.POLICY, KEYS["ppo"], metrics={"updates": 16}, inputs={"policy": KEYS["sft"]}
+    )
     return [model, data, sft, ppo]
 
 
@@ -78,6 +84,60 @@ def test_the_metadata_is_the_hubs(tmp_path: Path) -> None:
     assert data["license"] == ["apache-2.0", "mit"], "both ask for credit alone"
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert data["tags"] == ["align", "sft", "ppo"]
+
+
+def trained_on(root: Path, base: Artifact, kind: str, key: str, **record: Any) -> Artifact:
+    """A checkpoint that a stage of ``kind`` made from ``base``."""
+    makes = STAGES[kind].makes if kind in STAGES else Kind.POLICY
+    inputs = {"inputs": {"model": base.record["key"]}} | record
+    return artifact(root / f"{kind}-{key[0]}", kind, makes or Kind.POLICY, key, **inputs)
+
+
+TRAINING_KINDS = [kind for kind, stage in STAGES.items() if stage.distributed]
+
+
+def test_every_kind_that_trains_has_a_verb_and_no_other_kind_but_model_and_merge() -> None:
+    assert {"pretrain", "sft", "reward", "ppo"} < set(TRAINING_KINDS)
+    assert {kind for kind, stage in STAGES.items() if stage.card_verb} == {*TRAINING_KINDS, "model", "merge"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in (*TRAINING_KINDS, "merge") if kind != "reward"])
+def test_a_kind_that_trains_is_a_tag_and_its_verb_is_on_the_card(kind: str, tmp_path: Path) -> None:
+    model = lineage(tmp_path)[0]
+    facts = Facts("x", POLICY, None, [model, trained_on(tmp_path, model, kind, "5" * 64)])
+    data, text = written(tmp_path / "out", facts)
+    assert data["tags"] == ["align", kind] and data["base_model_relation"] == "finetune"
+    assert f"Its weights: model (imported) → {plain(kind)} ({STAGES[kind].card_verb})." in text
+
+
+def test_a_stage_of_the_users_own_is_on_the_card_by_its_record(tmp_path: Path) -> None:
+    model = lineage(tmp_path)[0]
+    mine = trained_on(tmp_path, model, "rewrite", "5" * 64, card_verb="trained to rewrite")
+    data, text = written(tmp_path / "out", Facts("x", POLICY, None, [model, mine]))
+    assert data["tags"] == ["align", "rewrite"]
+    assert "Its weights: model (imported) → rewrite (trained to rewrite)." in text
+
+
+def test_reward_models_and_teachers_are_not_in_the_history_of_the_weights(tmp_path: Path) -> None:
+    model, _, sft, ppo = lineage(tmp_path)
+    teacher = trained_on(tmp_path, model, "dpo", "5" * 64)
+    distilled = trained_on(tmp_path, sft, "distill", "6" * 64)
+    distilled.record["inputs"] |= {"teacher": teacher.record["key"]}
+    reward = trained_on(tmp_path, sft, "reward", "7" * 64)
+    ppo.record["inputs"] = {"policy": distilled.record["key"], "reward": reward.record["key"]}
+    history = weight_history([model, sft, teacher, distilled, reward, ppo])
+    assert [entry.stage for entry in history] == ["model", "sft", "distill", "ppo"]
+
+
+def test_the_history_goes_through_merges_and_imports(tmp_path: Path) -> None:
+    model, _, sft, ppo = lineage(tmp_path)
+    merged = trained_on(tmp_path, model, "merge", "5" * 64)
+    merged.record["inputs"] = {"policies": [sft.record["key"], ppo.record["key"]], "base": None}
+    assert weight_history([model, sft, ppo, merged]) == [model, sft, ppo, merged]
+    # What reads an import names the import's key; the lineage has the original, with the same weights.
+    tuned = trained_on(tmp_path, sft, "dpo", "6" * 64, inputs={"policy": "9" * 64})
+    tuned.record["input_stages"] = [{"stage": "taken", "kind": "artifact", "key": "9" * 64, "weights": sft.weights}]
+    assert weight_history([model, sft, tuned]) == [model, sft, tuned]
 
 
 def test_results_in_the_metadata_are_the_scorecards_with_n_and_interval(tmp_path: Path) -> None:
@@ -175,7 +235,9 @@ def test_training_data_recipe_and_versions(tmp_path: Path, monkeypatch: pytest.M
     pipeline = {"name": "quick", "runtime": {"threads": 2}, "stages": {"data": {"recipe": "/home/somebody/r.yaml"}}}
     _, text = written(tmp_path, Facts("x", POLICY, CHECKED, ancestors, pipeline))
     assert "| ppo | ppo | PolicyCheckpoint | 16 | 38,200 | 3 min 20 s | 2.0 GiB | 17 | `333333333333` |" in text
-    assert "(model → sft → ppo), key `333333333333`" in text
+    assert "It is the result of stage ppo of the pipeline quick, key `333333333333`." in text
+    history = "model (imported) → sft (fine-tuned on responses) → ppo (trained with PPO and a critic)"
+    assert f"Its weights: {history}." in text
     assert "InstructionData: 2 train, 1 test." in text and "1 rows were dropped: 1 duplicate." in text
     assert "recipe: ~/r.yaml" in text and "threads" not in text and "somebody" not in text
     assert "align run ~/quick.yaml" in text and "commit " + "c" * 40 in text and "torch 2.13.0" in text
@@ -246,7 +308,7 @@ def hostile(root: Path) -> Facts:
     ledger["sources"][0]["source"] = HOSTILE
     (root / "data" / "ledger.json").write_text(json.dumps(ledger))
     ancestors[-1].path.joinpath("events.jsonl").write_text(json.dumps({"event": "warning", "message": HOSTILE}) + "\n")
-    ancestors[-1].record.update(platform=HOSTILE, command=HOSTILE, pipeline=HOSTILE)
+    ancestors[-1].record.update(platform=HOSTILE, command=HOSTILE, pipeline=HOSTILE, card_verb=HOSTILE)
     card = full_card()
     card["flags"] = [{"policy": "ppo", "kind": HOSTILE, "text": HOSTILE + "\n---\n# not a heading\n"}]
     card["gates"][0] |= {"system": "ppo", "passed": False, "text": HOSTILE}

@@ -42,8 +42,20 @@ def test_the_kind_is_found_or_given(tiny_model: Path, tmp_path: Path) -> None:
     assert set(named(lint_dataset(folder, str(tiny_model), "reward", max_length=400))) == {"over-max-length"}
     assert not lint_dataset(folder, str(tiny_model), "sft", max_length=400)
     assert not lint_dataset(folder, str(tiny_model), "ppo", max_length=400)
-    with pytest.raises(UserError, match="unknown kind 'grop'; known are instructions"):
+    with pytest.raises(UserError, match=r"unknown kind 'grop'\. Did you mean 'grpo'\? Known are instructions, "):
         lint_dataset(folder, str(tiny_model), "grop")
+    with pytest.raises(UserError, match="stage 'pretrain' names no row encoding"):
+        lint_dataset(folder, str(tiny_model), "pretrain")
+
+
+def test_labeled_answers_are_read_as_kto_reads_them(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{**row, "label": number % 2 == 0} for number, row in enumerate(instructions(10))]
+    rows[3]["completion"] = [assistant("never mind " * 40)]
+    folder = dataset(tmp_path, rows[:8], rows[8:])
+    # SFT would cut the long answer; KTO leaves it out.
+    for kind in (None, "unpaired", "kto"):
+        (finding,) = lint_dataset(folder, str(tiny_model), kind, max_length=400)
+        assert (finding.name, finding.examples[0].place.row) == ("over-max-length", 4)
 
 
 def test_only_a_sample_of_many_rows(tiny_model: Path, tmp_path: Path) -> None:

@@ -12,26 +12,31 @@ from transformers import TrainingArguments
 
 from align.config.stages.rl import DriftFields, RolloutFields, trainer_fields
 from align.config.trl_options import trainer_options
-from align.pipeline.registry import STAGES
+from align.pipeline.registry import STAGES, load_object
 from align.rl.arguments import RolloutArguments
-from align.stages.rl import TRAINERS
 
 SCRIPT_ONLY = {"reuse_forward", "padding_free", "share_prompts", "probe_parity"}
 """Arguments that no stage has a field for; ``trainer:`` passes them on."""
 OUT_OF_BOUNDS = (-1, 0, 1, 2, 10**6, -1.0, 0.0, 0.5, 1.0, 1.5, 1e6, "nonsense", True, None, [])
 """Values one of which lies outside of any field's bounds."""
-KINDS = pytest.mark.parametrize("kind", TRAINERS)
+KINDS = pytest.mark.parametrize(
+    "kind", [kind for kind, stage in STAGES.items() if issubclass(stage.config_class(), RolloutFields)]
+)
 
 
 def settings_of(kind: str) -> type[RolloutFields]:
     return STAGES[kind].config_class()  # type: ignore[return-value]
 
 
+def arguments_of(kind: str) -> type[RolloutArguments]:
+    return load_object(settings_of(kind).trainer_class)  # type: ignore[no-any-return]
+
+
 def make_arguments(kind: str, **fields: Any) -> RolloutArguments:
     """Arguments whose micro-batch divides every batch."""
     micro_batch = 2 if kind == "online_dpo" else 1
-    return TRAINERS[kind][1](**{"output_dir": "x", "use_cpu": True, "report_to": "none", "learning_rate": 1e-6,
-                                "per_device_train_batch_size": micro_batch} | fields)  # fmt: skip
+    return arguments_of(kind)(**{"output_dir": "x", "use_cpu": True, "report_to": "none", "learning_rate": 1e-6,
+                                 "per_device_train_batch_size": micro_batch} | fields)  # fmt: skip
 
 
 def make_settings(kind: str, **fields: Any) -> RolloutFields:
@@ -43,7 +48,7 @@ def make_settings(kind: str, **fields: Any) -> RolloutFields:
 
 @KINDS
 def test_every_field_has_the_default_and_the_help_of_the_stage(kind: str) -> None:
-    fields = {field.name: field for field in dataclasses.fields(TRAINERS[kind][1])}
+    fields = {field.name: field for field in dataclasses.fields(arguments_of(kind))}
     for name, info in trainer_fields(settings_of(kind)).items():
         assert fields[name].default == (None if info.is_required() else info.default), name
         assert fields[name].metadata["help"] == info.description, name
@@ -56,7 +61,7 @@ def test_every_field_has_the_default_and_the_help_of_the_stage(kind: str) -> Non
 
 @KINDS
 def test_there_is_no_argument_but_those_of_stages_and_of_transformers(kind: str) -> None:
-    fields = {field.name for field in dataclasses.fields(TRAINERS[kind][1])}
+    fields = {field.name for field in dataclasses.fields(arguments_of(kind))}
     transformers = {field.name for field in dataclasses.fields(TrainingArguments)}
     shared = set(trainer_fields(DriftFields)) | set(trainer_fields(settings_of(kind)))
     assert fields - transformers - shared == SCRIPT_ONLY | ({"critic_adam_epsilon"} if kind == "ppo" else set())
@@ -86,12 +91,13 @@ def test_a_refusal_names_the_argument_its_value_and_its_bound() -> None:
 
 @KINDS
 def test_arguments_take_every_field_by_keyword(kind: str) -> None:
-    parameters = inspect.signature(TRAINERS[kind][1]).parameters
+    parameters = inspect.signature(arguments_of(kind)).parameters
     assert set(trainer_fields(settings_of(kind))) <= set(parameters)
 
 
 @KINDS
 def test_options_of_a_stage_are_those_of_the_class_and_the_stage(kind: str) -> None:
     """Read from source: the class's fields, and the stage's, which are set beside ``trainer``."""
-    fields = {field.name for field in dataclasses.fields(TRAINERS[kind][1]) if field.init}
-    assert set(trainer_options(kind)) == fields | set(settings_of(kind).model_fields) | set(DriftFields.model_fields)
+    fields = {field.name for field in dataclasses.fields(arguments_of(kind)) if field.init}
+    options = set(trainer_options(settings_of(kind).trainer_class))
+    assert options == fields | set(settings_of(kind).model_fields) | set(DriftFields.model_fields)

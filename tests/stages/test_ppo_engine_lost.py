@@ -56,8 +56,9 @@ def inputs_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run only the ppo stage in a process of its own."""
     start = run_stage.run_attempt
 
-    def run_attempt(name: str, *rest: Any) -> dict[str, Any]:
-        return start(name, *rest) if name == "ppo" else in_process.run_attempt(name, *rest)
+    def run_attempt(name: str, *rest: Any, **options: Any) -> dict[str, Any]:
+        run = start if name == "ppo" else in_process.run_attempt
+        return run(name, *rest, **options)
 
     monkeypatch.setattr(run_stage, "run_attempt", run_attempt)
 

@@ -308,10 +308,8 @@ def test_settings_that_do_not_fit_together(kind: str, fields: dict[str, Any], me
 def test_a_trl_without_the_experimental_trainer_is_said_before_anything_runs(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from align.config import trl_options
-
     name = "orpo" if kind == "orpo" else "cpo"
-    moved = ("trl", f"experimental/{name}/moved.py", trl_options.CLASSES[name][2])
-    monkeypatch.setitem(trl_options.CLASSES, name, moved)
+    config = STAGES[kind].config_class()
+    monkeypatch.setattr(config, "trainer_class", f"trl.experimental.{name}.moved:{name.upper()}Config")
     with pytest.raises(ValidationError, match=rf"trl 1\S+ has no \w+Config \(trl/experimental/{name}/moved.py\)"):
-        STAGES[kind].config_class()(**GIVEN)
+        config(**GIVEN)

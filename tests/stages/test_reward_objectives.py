@@ -179,7 +179,7 @@ def test_steps_come_to_one_score() -> None:
 def test_where_steps_end(text: str, finished: bool, ends: list[str]) -> None:
     tokenizer = make_tiny_tokenizer()
     prompt, answer = [{"role": "user", "content": "p\nq"}], [{"role": "assistant", "content": text}]
-    ids, places = tokenize_steps(tokenizer, prompt, answer, "\n", finished)
+    ids, places = tokenize_steps(tokenizer, prompt, answer, "\n", finished=finished)
     start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
     starts = [start, *(place + 1 for place in places)]
     assert [tokenizer.decode(ids[a:b]) for a, b in pairwise(starts)] == ends

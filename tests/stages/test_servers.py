@@ -182,8 +182,8 @@ def test_policies_of_several_architectures(
         Runtime.model_validate({"rollouts": rollouts}),
         lambda folder, runtime: None,  # type: ignore[arg-type, return-value]
         generation.ResponseCache(tmp_path, print),
-        messages.append,
-        lambda done, total: None,
+        warn=messages.append,
+        progress=lambda done, total: None,
     )
     assert ("servers" if sampler.runtime.rollouts.servers else sampler.runtime.engine.name) == then
     assert len(messages) == (then == "transformers")

@@ -19,7 +19,9 @@ from align.runner.subprocess import Tail, seconds_of_attempts
 from align.store.partial import EVENTS, LOG
 
 
-def run_attempt(name: str, partial: Path, follow: Callable[[dict[str, Any]], None], *_: Any) -> dict[str, Any]:
+def run_attempt(
+    name: str, partial: Path, follow: Callable[[dict[str, Any]], None], *_: Any, **__: Any
+) -> dict[str, Any]:
     """Run the stage laid out in ``partial`` here: replaces ``align.runner.subprocess.run_attempt``.
 
     Its output goes to its log and its events to ``follow``, after its end. It cannot be stopped, and it trains in one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,11 @@ def test_preferences_train_on_the_chosen_answer(tokenizer: Any) -> None:
     assert encode_supervised(tokenizer, pairs, 100).rows == encode_supervised(tokenizer, rows(2), 100).rows
 
 
+def stage_context(max_length: int, warnings: list[str]) -> Any:
+    """What the check of a stage's rows reads of its context; warnings are added to ``warnings``."""
+    return SimpleNamespace(name="sft", config=SimpleNamespace(max_length=max_length), warn=warnings.append)
+
+
 def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any) -> None:
     prompt = len(render_prompt(tokenizer, rows(1)[0]["prompt"]))
     long = {**rows(1)[0], "prompt": [user("x" * 200)]}
@@ -61,7 +67,7 @@ def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any) -> None:
     assert supervised_text(tokenizer, encoded.rows[0]) == "re"
     assert sum(encoded.counts.values()) == 2
     warnings: list[str] = []
-    check_encoded("sft", encoded, 2, "train", prompt + 2, warnings.append)
+    check_encoded(stage_context(prompt + 2, warnings), encoded, 2, "train")
     assert len(warnings) == 2
     assert "sft: 1 of 2 train rows left out" in "".join(warnings)
     with pytest.raises(UserError, match="never learn to stop"):
@@ -71,7 +77,7 @@ def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any) -> None:
 def test_no_usable_row_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
     encoded = encode_supervised(tokenizer, rows(2), 8)
     with pytest.raises(UserError, match=r"none of the 2 train rows can be used.*Raise max_length \(now 8\)"):
-        check_encoded("sft", encoded, 2, "train", 8, lambda message: None)
+        check_encoded(stage_context(8, []), encoded, 2, "train")
     write_rows(tmp_path / "train.parquet", [])
     with pytest.raises(UserError, match="has no rows"):
         read_split(tmp_path / "train.parquet", None, "sft")

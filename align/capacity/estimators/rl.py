@@ -43,7 +43,7 @@ def estimate(config: RolloutFields, models: Models, runtime: Runtime) -> Estimat
     choices = []
     for tuning in tunings:
         for critic in critics:
-            memory = rollout_memory(config, models, runtime, tuning, critic, setting)
+            memory = rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=setting)
             chosen = tuning == config.tuning and source in (None, critic)
             settings = {"tuning": tuning.label}
             if source is not None:
@@ -53,9 +53,18 @@ def estimate(config: RolloutFields, models: Models, runtime: Runtime) -> Estimat
 
 
 def rollout_memory(
-    config: RolloutFields, models: Models, runtime: Runtime, tuning: TuningBase, critic: CriticKind, setting: Setting
+    config: RolloutFields,
+    models: Models,
+    runtime: Runtime,
+    *,
+    tuning: TuningBase,
+    critic: CriticKind,
+    setting: Setting,
 ) -> Memory:
-    """Return the memory of one process with its engine; a rollout is divided among the processes."""
+    """Return the memory of one process with its engine, trained with ``tuning``, ``critic`` and ``setting``.
+
+    A rollout is divided among the processes.
+    """
     policy, rewards = models["policy"][0], models.get("reward", ())
     # The planned device may be another than this machine's.
     if setting.gpu != resolve_engine(runtime)[1]:
@@ -95,7 +104,7 @@ def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
     policy, rewards, tuning = models["policy"][0], models.get("reward", ()), config.tuning
     critic: CriticKind = getattr(config, "critic_source", None) or "head"
     critic_base = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
-    memory = rollout_memory(config, models, runtime, tuning, critic, Setting(1))
+    memory = rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=Setting(1))
     # Some kinds learn from a part of the responses that they sample and score.
     trained_share = config.kept_per_prompt / config.samples_per_prompt
     responses_per_prompt = config.samples_per_prompt if config.trainer.get("share_prompts", True) else 1
@@ -131,7 +140,7 @@ def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
         micro_batch=config.micro_batch,
         row="responses",
         tokens=lambda count: _micro_batch_tokens(config, count, responses_per_prompt),
-        memory=lambda setting: rollout_memory(config, models, runtime, tuning, critic, setting),
+        memory=lambda setting: rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=setting),
         work=work,
         rows=lambda _: config.updates * config.rollout_batch,
         steps=lambda count: count // config.rollout_batch * config.num_epochs * config.num_mini_batches,

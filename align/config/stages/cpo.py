@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from align.config.base import stage_input
-from align.config.stages.preference import PreferenceFields, check_experimental, checked_experimental_options
+from align.config.stages.preference import ExperimentalFields
 from align.store.artifacts import Kind
 
 
-class CpoConfig(PreferenceFields):
+class CpoConfig(ExperimentalFields):
     """No reference, so no scoring before training. ``batch_size`` counts pairs. Experimental in trl."""
 
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
@@ -31,6 +32,11 @@ class CpoConfig(PreferenceFields):
     """Target margin of ``simpo`` and ``alphapo`` in units of the reward, 0.5 by default; half of beta is usual."""
     alpha: float = 0.0
     """Curvature of ``alphapo``'s reward; 0 is SimPO, 0.25 the paper's choice for most models."""
+
+    trainer_class: ClassVar[str] = "trl.experimental.cpo.cpo_config:CPOConfig"
+    owned_options: ClassVar[Mapping[str, str]] = ExperimentalFields.owned_options | {
+        "loss_type": "set 'loss' beside 'trainer'"
+    }
 
     @property
     def sft_weight(self) -> float:
@@ -56,13 +62,4 @@ class CpoConfig(PreferenceFields):
             raise ValueError(f"alpha has no effect with {self.loss}; take `loss: alphapo`, or drop it.")
         if self.loss == "alphapo" and self.cpo_alpha:
             raise ValueError("alphapo has no SFT loss (cpo_alpha); drop cpo_alpha.")
-        check_experimental("cpo")
         return self
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if "loss_type" in options:
-            raise ValueError("'loss_type' is not set here: set 'loss' beside 'trainer'.")
-        reserved = {"beta", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha"}
-        return checked_experimental_options("cpo", options, reserved)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from align.config.base import stage_input
 from align.config.stages.lint import LintSettings
-from align.config.stages.training import TrainingFields, checked_options
+from align.config.stages.training import TrainingFields
+from align.config.trl_options import OWNED
 from align.store.artifacts import GENERATORS, Kind
 
 
@@ -44,13 +46,12 @@ class DistillConfig(TrainingFields):
     """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return checked_options(
-            "sft", options, {"packing", "padding_free", "assistant_only_loss", "completion_only_loss", "loss_type"}
-        )
+    trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
+    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+        **dict.fromkeys(("packing", "padding_free"), "distillation pads its rows"),
+        **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "answers alone are ever learned"),
+        "loss_type": "set 'divergence' beside 'trainer'",
+    }
 
     @model_validator(mode="after")
     def _student_and_teacher_can_be_run(self) -> Self:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from align.config.base import stage_input
 from align.config.stages.preference import ReferenceFields
-from align.config.stages.training import checked_options
 from align.store.artifacts import Kind
 
 Loss = Literal[
@@ -54,6 +54,13 @@ class DpoConfig(ReferenceFields):
     """Temperature of ``discopop``'s blend."""
     use_weighting: bool = False
     """Weight pairs by their probability under the policy (WPO, 2406.11827), so that off-policy pairs count less."""
+
+    trainer_class: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"
+    owned_options: ClassVar[Mapping[str, str]] = ReferenceFields.owned_options | {
+        "loss_type": "set 'loss' or 'losses' beside 'trainer'",
+        "loss_weights": "set 'losses' beside 'trainer'",
+        "padding_free": "pairs are always padded",
+    }
 
     @property
     def terms(self) -> dict[str, float]:
@@ -113,22 +120,3 @@ class DpoConfig(ReferenceFields):
                 f"of {', '.join(sorted(DIFFERENCES))}."
             )
         return self
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for name, ours in (("loss_type", "'loss' or 'losses'"), ("loss_weights", "'losses'")):
-            if name in options:
-                raise ValueError(f"'{name}' is not set here: set {ours} beside 'trainer'.")
-        for name in ("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"):
-            if name in options:
-                raise ValueError(f"'{name}' is not set here: the reference is always scored once, before training.")
-        reserved = {
-            "beta",
-            "label_smoothing",
-            "ld_alpha",
-            "f_divergence_type",
-            "f_alpha_divergence_coef",
-            "discopop_tau",
-        }
-        return checked_options("dpo", options, reserved | {"use_weighting", "padding_free"})

@@ -47,7 +47,7 @@ class GrpoConfig(DriftFields):
     The other fields are those of ``ppo`` without its critic. Memory: the policy; with full tuning also its frozen copy.
     """
 
-    kind: ClassVar[str] = "grpo"
+    trainer_class: ClassVar[str] = "align.rl.arguments:GRPOConfig"
 
     loss: GroupLoss = "grpo"
     """``grpo``: every response weighs the same (2402.03300). ``bnpo``: every token of a step does. ``dr_grpo``: token

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from align.config.base import stage_input
 from align.config.stages.preference import ReferenceFields
-from align.config.stages.training import checked_options
 from align.store.artifacts import Kind
 
 
@@ -24,6 +24,11 @@ class KtoConfig(ReferenceFields):
     """Weight of desirable answers; if they are few, raise it until their total weight is 1 to 4/3 of the others'."""
     undesirable_weight: float = Field(1.0, gt=0)
     """Weight of undesirable answers."""
+
+    trainer_class: ClassVar[str] = "trl.trainer.kto_config:KTOConfig"
+    owned_options: ClassVar[Mapping[str, str]] = ReferenceFields.owned_options | {
+        "loss_type": "set 'loss' beside 'trainer'"
+    }
 
     @property
     def rows_add_up(self) -> bool:
@@ -43,13 +48,3 @@ class KtoConfig(ReferenceFields):
                 "more, 8 is better, or take `loss: apo_zero_unpaired`."
             )
         return self
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if "loss_type" in options:
-            raise ValueError("'loss_type' is not set here: set 'loss' beside 'trainer'.")
-        for name in ("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"):
-            if name in options:
-                raise ValueError(f"'{name}' is not set here: the reference is always scored once, before training.")
-        return checked_options("kto", options, {"beta", "desirable_weight", "undesirable_weight"})

@@ -15,7 +15,7 @@ class OnlineDpoConfig(RolloutFields):
     The reference is the policy as it comes in. trl has an experimental trainer of this name; this one is not trl's.
     """
 
-    kind: ClassVar[str] = "online_dpo"
+    trainer_class: ClassVar[str] = "align.rl.arguments:OnlineDPOConfig"
 
     samples_per_prompt: int = Field(2, ge=2)
     """Responses to each prompt. Of more than two, only the best and the worst are learned from."""

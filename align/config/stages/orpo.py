@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from align.config.base import stage_input
-from align.config.stages.preference import PreferenceFields, check_experimental, checked_experimental_options
+from align.config.stages.preference import ExperimentalFields
 from align.store.artifacts import Kind
 
 
-class OrpoConfig(PreferenceFields):
+class OrpoConfig(ExperimentalFields):
     """Needs no reference and no SFT stage before it. ``batch_size`` counts pairs. Experimental in trl."""
 
     data: stage_input(Kind.PREFERENCES)  # type: ignore[valid-type]
@@ -21,17 +21,9 @@ class OrpoConfig(PreferenceFields):
     prompt_loss: bool = True
     """Include the prompts in the chosen answers' loss, as the paper's code and trl do."""
 
+    trainer_class: ClassVar[str] = "trl.experimental.orpo.orpo_config:ORPOConfig"
+
     @property
     def rows_add_up(self) -> bool:
         """False: the SFT loss is the mean over a micro-batch's tokens."""
         return False
-
-    @model_validator(mode="after")
-    def _trl_has_it(self) -> OrpoConfig:
-        check_experimental("orpo")
-        return self
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return checked_experimental_options("orpo", options, {"beta"})

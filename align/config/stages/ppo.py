@@ -18,7 +18,7 @@ class PpoConfig(DriftFields):
     AdamW's state. `align plan --memory` shows the amounts for a model, and what other choices would cost.
     """
 
-    kind: ClassVar[str] = "ppo"
+    trainer_class: ClassVar[str] = "align.rl.arguments:PPOConfig"
     stage_only: ClassVar[frozenset[str]] = DriftFields.stage_only | {"critic"}
 
     critic: Literal["reward", "policy", "head"] | None = None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.config.base import stage_input
 from align.config.stages.lint import LintSettings
-from align.config.stages.training import TrainingFields, checked_options
-from align.config.trl_options import CLASSES, trainer_options
+from align.config.stages.training import TrainingFields
+from align.config.trl_options import OWNED, class_place, trainer_options
 from align.store.artifacts import GENERATORS
 
 
@@ -34,6 +35,10 @@ class ReferenceFields(PreferenceFields):
     """Fields of the stages that compare the policy with a reference."""
 
     refers: ClassVar[bool] = True
+    owned_options: ClassVar[Mapping[str, str]] = OWNED | dict.fromkeys(
+        ("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"),
+        "the reference is always scored once, before training",
+    )
 
     reference: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
     """Stage whose checkpoint is the reference; by default the policy before training. It scores every row once."""
@@ -55,24 +60,25 @@ class ReferenceFields(PreferenceFields):
         return self
 
 
-def check_experimental(kind: str) -> None:
-    """Raise ``ValueError`` if the installed trl lacks the experimental trainer of a stage."""
-    try:
-        trainer_options(kind)
-    except (LookupError, OSError):
-        package, file, name = CLASSES[kind]
-        raise ValueError(
-            f"{package} {importlib.metadata.version(package)} has no {name} ({package}/{file}), which is experimental "
-            "there and which this stage needs. Install trl 1.16, or take stage 'dpo'."
-        ) from None
+class ExperimentalFields(PreferenceFields):
+    """Fields of the stages whose trainer is experimental in trl, which may move or drop it."""
 
+    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+        **dict.fromkeys(
+            ("max_completion_length", "is_encoder_decoder", "padding_value"),
+            "rows are tokenized before training",
+        ),
+        "generate_during_eval": "the 'evaluate' stage samples",
+    }
 
-def checked_experimental_options(kind: str, options: dict[str, Any], reserved: set[str]) -> dict[str, Any]:
-    """Return the options as ``checked_options`` does; refuse those for tokenizing and generating."""
-    check_experimental(kind)
-    for name in ("max_completion_length", "is_encoder_decoder", "padding_value"):
-        if name in options:
-            raise ValueError(f"'{name}' is not set here: rows are tokenized before training.")
-    if "generate_during_eval" in options:
-        raise ValueError("'generate_during_eval' is not set here: the 'evaluate' stage samples.")
-    return checked_options(kind, options, reserved)
+    @model_validator(mode="after")
+    def _trl_has_the_trainer(self) -> Self:
+        try:
+            trainer_options(self.trainer_class)
+        except LookupError:
+            package, file, name = class_place(self.trainer_class)
+            raise ValueError(
+                f"{package} {importlib.metadata.version(package)} has no {name} ({package}/{file}), which is "
+                "experimental there and which this stage needs. Install trl 1.16, or take stage 'dpo'."
+            ) from None
+        return self

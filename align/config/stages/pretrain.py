@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from align.config.base import stage_input
-from align.config.stages.training import TrainingFields, checked_options
+from align.config.stages.training import TrainingFields
+from align.config.trl_options import OWNED
 from align.store.artifacts import GENERATORS, Kind
 
 
@@ -27,12 +29,11 @@ class PretrainConfig(TrainingFields):
     """Token after every document, by default the tokenizer's EOS. A chat model's EOS ends a turn, so name the token of
     its pre-training (``<|endoftext|>``); otherwise it learns that texts end like turns."""
 
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        return checked_options(
-            "sft", options, {"packing", "padding_free", "assistant_only_loss", "completion_only_loss"}
-        )
+    trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
+    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+        **dict.fromkeys(("packing", "padding_free"), "texts are always packed"),
+        **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "every token of a text is learned"),
+    }
 
     @model_validator(mode="after")
     def _tuning_reads_packs(self) -> PretrainConfig:

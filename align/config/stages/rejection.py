@@ -17,7 +17,7 @@ class RejectionConfig(RolloutFields):
     with a lower sampling ``temperature`` the policy's entropy falls with every round.
     """
 
-    kind: ClassVar[str] = "rejection"
+    trainer_class: ClassVar[str] = "align.rl.arguments:BestOfNConfig"
 
     updates: int = Field(3, ge=1)
     """Rounds."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from align.config.base import Config, stage_input
 from align.config.stages.lint import LintSettings
-from align.config.stages.training import TrainingFields, checked_options
+from align.config.stages.training import TrainingFields
+from align.config.trl_options import OWNED
 from align.store.artifacts import GENERATORS, Kind
 
 PAIR_FIELDS = {"margin": 0.0, "center_rewards": 0.01}
@@ -53,6 +55,10 @@ class RewardConfig(TrainingFields):
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
     has_vocabulary: ClassVar[bool] = False
+    trainer_class: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
+    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+        "center_rewards_coefficient": "set 'center_rewards' beside 'trainer'"
+    }
 
     @property
     def rows_add_up(self) -> bool:
@@ -75,13 +81,6 @@ class RewardConfig(TrainingFields):
     def loss_of_numbers(self) -> Literal["mse", "bce"]:
         """The loss of regression and process."""
         return "bce" if self.objective == "process" else self.score_loss
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if "center_rewards_coefficient" in options:
-            raise ValueError("'center_rewards_coefficient' is not set here: set 'center_rewards' beside 'trainer'.")
-        return checked_options("reward", options)
 
     @model_validator(mode="after")
     def _fields_fit_the_objective(self) -> Self:

@@ -6,6 +6,7 @@ file beside this one. Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,7 +17,7 @@ from align.config.base import Config, stage_input
 from align.config.launch import LaunchConfig
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import sharding_objection
-from align.config.trl_options import check_trainer_options
+from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS, check_trainer_options
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
@@ -41,7 +42,10 @@ FOREIGN_NAMES = {
 class RolloutFields(Config):
     """One update samples ``rollout_batch`` responses, scores them and learns from them."""
 
-    kind: ClassVar[str]
+    trainer_class: ClassVar[str]
+    """Import path of the arguments of the kind's trainer, which take the options under ``trainer``."""
+    owned_options: ClassVar[Mapping[str, str]] = OWNED | OWNED_BY_ROLLOUTS
+    """Options of that class which the stage sets itself, with what to do instead."""
     stage_only: ClassVar[frozenset[str]] = frozenset(
         {
             *("policy", "prompts", "reward", "ptx"),  # stages; a script passes models and rows
@@ -206,7 +210,7 @@ class RolloutFields(Config):
     @field_validator("trainer")
     @classmethod
     def _check_trainer_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        check_trainer_options(cls.kind, options, reserved=set(cls.model_fields))
+        check_trainer_options(cls.trainer_class, options, cls.model_fields, cls.owned_options)
         return options
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from align.config.stages.rl import DriftFields
 class RlooConfig(DriftFields):
     """The fields of ``ppo`` without its critic. A response is one action, and the KL penalty is part of its score."""
 
-    kind: ClassVar[str] = "rloo"
+    trainer_class: ClassVar[str] = "align.rl.arguments:RLOOConfig"
 
     samples_per_prompt: int = Field(4, ge=2)
     """Responses to each prompt. The baseline of each is the mean of the others."""

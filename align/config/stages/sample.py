@@ -15,7 +15,9 @@ class SplitCounts(Config):
     """Number of prompts per split, from the first one; all by default."""
 
     train: int | None = Field(None, ge=1)
+    """Prompts of the ``train`` split."""
     test: int | None = Field(None, ge=1)
+    """Prompts of the ``test`` split."""
 
 
 class SampleConfig(Config):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from align.config.base import stage_input
 from align.config.stages.lint import LintSettings
-from align.config.stages.training import TrainingFields, checked_options
+from align.config.stages.training import TrainingFields
+from align.config.trl_options import OWNED
 from align.store.artifacts import GENERATORS, Kind
 
 
@@ -35,20 +37,14 @@ class SftConfig(TrainingFields):
     """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
-
-    @field_validator("trainer")
-    @classmethod
-    def _trainer_exists(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for name, instead in {
-            "neftune_noise_alpha": "set 'neftune' beside 'trainer'",
-            "assistant_only_loss": "set 'supervise: all' beside 'trainer'",
-            "completion_only_loss": "answers alone are ever learned; a 'pretrain' stage learns whole texts",
-            "eval_packing": "held-out rows are scored one by one",
-            "packing_strategy": "packs are filled with whole rows, best fit decreasing",
-        }.items():
-            if name in options:
-                raise ValueError(f"'{name}' is not set here: {instead}.")
-        return checked_options("sft", options, {"packing", "padding_free"})
+    trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
+    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+        "neftune_noise_alpha": "set 'neftune' beside 'trainer'",
+        "assistant_only_loss": "set 'supervise: all' beside 'trainer'",
+        "completion_only_loss": "answers alone are ever learned; a 'pretrain' stage learns whole texts",
+        "eval_packing": "held-out rows are scored one by one",
+        "packing_strategy": "packs are filled with whole rows, best fit decreasing",
+    }
 
     @model_validator(mode="after")
     def _one_line_needs_modules(self) -> SftConfig:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, Precision, stage_input
 from align.config.launch import LaunchConfig
-from align.config.trl_options import check_trainer_options
+from align.config.trl_options import OWNED, check_trainer_options
 from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
 from align.store.artifacts import Kind
 
@@ -42,6 +42,10 @@ class TrainingFields(Config):
     """Whether the stage's model has a vocabulary head."""
     refers: ClassVar[bool] = False
     """Whether the stage needs a reference's log-probabilities of every row, which are computed once."""
+    trainer_class: ClassVar[str] = "transformers.training_args:TrainingArguments"
+    """Import path of the class that takes the options under ``trainer``; its source is read, never imported here."""
+    owned_options: ClassVar[Mapping[str, str]] = OWNED
+    """Options of that class which the stage sets itself, with what to do instead."""
 
     tuning: Tuning = FullTuning()
     """``{method: full}`` trains every weight, ``{method: lora, rank: 16}`` adapters of a few per cent."""
@@ -103,6 +107,12 @@ class TrainingFields(Config):
     """Use only the first rows of the training data; for trials."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Options for trl's config class, such as ``{adam_beta2: 0.95}``; checked against it."""
+
+    @field_validator("trainer")
+    @classmethod
+    def _check_trainer_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        check_trainer_options(cls.trainer_class, options, cls.model_fields, cls.owned_options)
+        return options
 
     @property
     def chooses(self) -> bool:
@@ -252,9 +262,3 @@ def sharding_objection(launch: LaunchConfig, tuning: TuningBase, *, looks_back: 
     if launch.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         return "strategy deepspeed needs the package deepspeed; install the extra `deepspeed`, or take fsdp2."
     return None
-
-
-def checked_options(kind: str, options: dict[str, Any], reserved: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the options of a ``trainer`` block unchanged; raise as ``check_trainer_options`` does."""
-    check_trainer_options(kind, options, {*reserved, "gradient_checkpointing"})
-    return options

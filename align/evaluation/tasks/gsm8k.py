@@ -76,7 +76,8 @@ def build(name: str, config: Gsm8kConfig, inputs: TaskInputs) -> Gsm8kTask:
             "asked themselves. Give more in examples_files or lower shots."
         )
     left_out = len(records) - len(problems)
-    return Gsm8kTask(name, config, draw(problems, config.max_items, inputs.seed), solved, left_out, inputs)
+    drawn_problems = draw(problems, config.max_items, inputs.seed)
+    return Gsm8kTask(name, config, drawn_problems, solved, left_out=left_out, inputs=inputs)
 
 
 def describe(config: Gsm8kConfig, base: Path) -> dict[str, Any]:
@@ -107,6 +108,7 @@ class Gsm8kTask(Task):
         config: Gsm8kConfig,
         problems: list[TaskRecord],
         solved: list[TaskRecord],
+        *,
         left_out: int,
         inputs: TaskInputs,
     ) -> None:

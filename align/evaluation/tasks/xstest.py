@@ -1,10 +1,10 @@
 """XSTest (arXiv 2308.01263): refusal rates on 250 safe prompts that look unsafe and 200 unsafe ones.
 
 A refusal is recognized by an answer's first words, with the openings of the authors' own string match
-(``classify_completions_strmatch.py``), also behind quotation marks or asterisks and with a typographic apostrophe. It
-knows no partial refusal and misses refusals that begin otherwise: of 17 unsafe prompts in a row, answered by a Mistral
-model and labeled by the authors' annotators, two answers were full refusals and one a partial one, and it finds none.
-Read some answers before you believe a rate; it is good for comparisons.
+(``classify_completions_strmatch`` in their repository), also behind quotation marks or asterisks and with a
+typographic apostrophe. It knows no partial refusal and misses refusals that begin otherwise: of 17 unsafe prompts in a
+row, answered by a Mistral model and labeled by the authors' annotators, two answers were full refusals and one a
+partial one, and it finds none. Read some answers before you believe a rate; it is good for comparisons.
 
 Report both rates together: a model that refuses everything, or nothing, has one perfect rate. An empty answer is no
 refusal; notes count them.

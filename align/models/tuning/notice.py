@@ -66,7 +66,7 @@ def notice(
         plain = (module.weight for module in loaded.modules() if isinstance(module, torch.nn.Linear))
         needed += 2 * sum(weight.numel() for weight in plain if weight.is_floating_point())
     unit, label = (2**30, "GiB") if needed >= 2**29 else (2**20, "MiB")
-    activations = _activations(model, tuning, precision, low_residual)
+    activations = _activations(model, tuning, precision, low_residual=low_residual)
     words = f"{trained:,} of {total:,} parameters are trained ({_percent(trained / total)})"
     if max_trained is not None:
         share = _percent(max_trained / total)
@@ -77,7 +77,8 @@ def notice(
 def _activations(model: Any, tuning: TuningBase, precision: Precision, low_residual: bool) -> str:
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
-        per_token = activations_per_token(architecture_of(plain.config.to_dict()), tuning, precision, low_residual)
+        sizes = architecture_of(plain.config.to_dict())
+        per_token = activations_per_token(sizes, tuning, precision, low_residual=low_residual)
     except UnknownArchitecture:
         per_token = None
     if per_token is None:

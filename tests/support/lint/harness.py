@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from align.data.rows import assistant, user, write_rows
-from align.lint.command import default_collator
+from align.lint.encodings import encoding_of
 from align.lint.findings import Finding
-from align.lint.linter import ENCODERS, NO_LIMIT, Linter, Options
+from align.lint.linter import NO_LIMIT, Linter, Options
 from align.models.render import render_conversation, render_prompt
 
 Row = dict[str, Any]
@@ -73,7 +73,9 @@ def pairs(count: int = 8) -> list[Row]:
 
 def encoded(tokenizer: Any, rows: Sequence[Row], stage: str = "sft") -> Prepared:
     """The rows as the stage prepares them."""
-    return [dict(row) for row in ENCODERS[stage](tokenizer, rows, NO_LIMIT).rows]
+    encode = encoding_of(stage).encode
+    assert encode is not None
+    return [dict(row) for row in encode(tokenizer, rows, NO_LIMIT).rows]
 
 
 def spans(tokenizer: Any, row: Row) -> list[tuple[int, int]]:
@@ -105,9 +107,8 @@ def look(
     test: Sequence[Row] = (),
 ) -> dict[str, Finding]:
     """Findings by name. ``made`` are the trainer's rows, encoded here when None."""
-    chosen = options or Options()
-    linter = Linter(tokenizer, chosen)
-    chosen_collator = collator or default_collator(chosen.stage, tokenizer)
+    linter = Linter(tokenizer, options or Options())
+    chosen_collator = collator or linter.encoding.default_collator(tokenizer)
     linter.look("train", rows, chosen_collator, None if prepared is None else prepared.__getitem__)
     if test:
         linter.look("test", test, chosen_collator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from align.data.rows import assistant, user
-from align.lint.command import default_collator
+from align.lint.encodings import encoding_of
 from align.lint.findings import Finding
 from align.lint.linter import Options
 from align.lint.tokens import Limits
@@ -92,7 +92,7 @@ def the_same_answer_after_truncation(case: Case) -> dict[str, Finding]:
     rows = pairs()
     rows[SPOILT]["chosen"] = [assistant("word " * 100 + "yes")]
     rows[SPOILT]["rejected"] = [assistant("word " * 100 + "no")]
-    collator = default_collator("dpo", case.tokenizer)
+    collator = encoding_of("dpo").default_collator(case.tokenizer)
     collator.max_length = 250  # type: ignore[union-attr]
     prepared = encoded(case.tokenizer, rows, "dpo")
     return look(case.tokenizer, rows, prepared, collator, Options("dpo", Limits(max_length=250)))

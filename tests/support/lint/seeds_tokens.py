@@ -7,7 +7,7 @@ from typing import Any
 
 from align.data.rows import assistant, user
 from align.lint.batches import MASKED
-from align.lint.command import default_collator
+from align.lint.encodings import encoding_of
 from align.lint.findings import Finding
 from align.lint.linter import Options
 from align.lint.tokens import Limits
@@ -68,7 +68,7 @@ def collator_masks_padding_by_id(case: Case) -> dict[str, Finding]:
     case.also = {"pad-is-eos"}
     tokenizer = copy.deepcopy(case.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
-    positional = default_collator("sft", tokenizer)
+    positional = encoding_of("sft").default_collator(tokenizer)
     assert positional is not None
 
     def by_id(rows: Any) -> Any:
@@ -85,7 +85,7 @@ def collator_hides_padding_by_id(case: Case) -> dict[str, Finding]:
     case.also = {"pad-is-eos", "generation-prompt-differs"}
     tokenizer = copy.deepcopy(case.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
-    positional = default_collator("sft", tokenizer)
+    positional = encoding_of("sft").default_collator(tokenizer)
     assert positional is not None
 
     def by_id(rows: Any) -> Any:
@@ -216,7 +216,7 @@ def labels_moved_by_one(case: Case) -> dict[str, Finding]:
 @seeds("padding-supervised")
 def padding_with_labels(case: Case) -> dict[str, Finding]:
     case.everywhere = True
-    positional = default_collator("sft", case.tokenizer)
+    positional = encoding_of("sft").default_collator(case.tokenizer)
     assert positional is not None
 
     def careless(rows: Any) -> Any:

@@ -53,7 +53,10 @@ def context(root: Path, config: Config, model: Path, data: Artifact, field: str 
         holder.mkdir()
         (holder / "model").symlink_to(model)
     inputs = {field: Artifact("model", Kind.MODEL, holder, {"key": "model"}), "data": data}
-    return StageContext("stage", config, inputs, 17, Runtime(device="cpu"), output, checkpoints, root / "events.jsonl")
+    places = (output, checkpoints, root / "events.jsonl")
+    # A kind's config is defined in a module of its name.
+    kind = type(config).__module__.rpartition(".")[2]
+    return StageContext("stage", config, inputs, 17, Runtime(device="cpu"), *places, kind=kind)
 
 
 def events(context: StageContext, kind: str) -> list[dict[str, Any]]:
