@@ -1,12 +1,16 @@
-"""The text that ``align plan --hardware`` prints: a table of ways for each stage. Never imports torch."""
+"""The tables that ``align plan`` prints with ``--hardware`` and with ``--memory``. Never imports torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from align.capacity.hardware import GIB, PRICES_FROM, Hardware
 from align.capacity.layouts import EngineLayout, Strategy
+from align.capacity.memory import Estimate
 from align.capacity.plan import ROWS_SHOWN, StagePlan
 from align.capacity.timing import TimeEstimate
 from align.capacity.ways import Way
+from align.errors import printable
 
 COLUMNS = {
     "weights": "weights", "gradients": "grads", "optimizer": "AdamW", "activations": "acts", "logits": "logits",
@@ -19,6 +23,23 @@ MAX_SHOWN = 5
 NOT_MEASURED = (
     "Times and dollars are ranges by assumed efficiencies (docs/scaling.md); nothing of them was measured on a GPU."
 )
+
+
+MEMORY_COLUMNS = {
+    "weights": "policy",
+    "gradients": "grads",
+    "optimizer": "AdamW",
+    "reference": "ref",
+    "critic": "critic's",
+    "reward": "reward",
+    "copies": "bf16",
+    "logits": "logits",
+    "engine": "engine",
+    "kv_cache": "KV",
+    "total": "in all",
+}
+"""Fields of ``align.capacity.memory.Memory`` that ``align plan --memory`` shows, with their headings."""
+MIB = 2**20
 
 
 def lines(plans: list[StagePlan], hardware: Hardware, fill: float) -> list[str]:
@@ -96,7 +117,7 @@ def _table(plan: StagePlan, ways: list[Way], hardware: Hardware) -> list[str]:
                 "-" if not dollars or not hardware.device.price else _range(dollars[0], dollars[2]),
             ]
         )
-    return _aligned(rows)
+    return [line.rstrip() for line in align_columns(rows, text_columns=2)]
 
 
 def _summary(plan: StagePlan, hardware: Hardware, fill: float) -> list[str]:
@@ -140,15 +161,17 @@ def _settings(plan: StagePlan, best: Way, hardware: Hardware) -> list[str]:
     return result
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Align the first two columns to the left and the others to the right."""
+def align_columns(rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
+    """Return rows as lines with aligned columns: the first ``text_columns`` to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    result = []
+    lines = []
     for row in rows:
-        left = [f"{cell:<{width}}" for cell, width in zip(row[:2], widths[:2], strict=True)]
-        right = [f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)]
-        result.append("  ".join(left + right).rstrip())
-    return result
+        cells = [
+            cell.ljust(width) if index < text_columns else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells))
+    return lines
 
 
 def _duration_range(time: TimeEstimate) -> str:
@@ -172,3 +195,32 @@ def _count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.1f} {unit}"
     return f"{number:.0f}"
+
+
+# ---- align plan --memory ----
+
+
+def memory_lines(name: str, estimate: Estimate | str) -> list[str]:
+    """Return a table of the memory that a stage's choices take, the chosen one marked.
+
+    A text instead of an estimate says why it is not known.
+    """
+    if isinstance(estimate, str):
+        return [f"{name}: memory not known: {printable(estimate)}."]
+    unit, label = (GIB, "GiB") if estimate.choices[0].memory.total >= GIB / 4 else (MIB, "MiB")
+    columns = {
+        field: heading
+        for field, heading in MEMORY_COLUMNS.items()
+        if any(getattr(choice.memory, field) for choice in estimate.choices)
+    }
+    settings = estimate.choices[0].settings
+    rows = [["", *settings, *columns.values(), "+ per 1k tokens"]]
+    for choice in estimate.choices:
+        amounts = [getattr(choice.memory, field) for field in columns]
+        numbers = [f"{amount / unit:.2f}" if amount else "-" for amount in amounts]
+        activations = choice.memory.activations
+        per_1k_tokens = "not known" if activations is None else f"{1000 * activations / unit:.2f}"
+        rows.append(["*" if choice.chosen else "", *choice.settings.values(), *numbers, per_1k_tokens])
+    lines = align_columns(rows, text_columns=1 + len(settings))
+    head = f"{name}: memory of a process in {label}, counted for {estimate.parameters / 1e6:,.1f} million parameters"
+    return [head, *(f"  {line}" for line in [*lines, *estimate.notes])]

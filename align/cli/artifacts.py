@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.cli.console import printable
 from align.cli.parser import print_json, printable_json
-from align.errors import NO_SPACE, UserError
+from align.errors import NO_SPACE, UserError, printable
 
 if TYPE_CHECKING:
     from align.store.store import Store

@@ -17,8 +17,9 @@ from align.config.user_paths import user_path
 from align.config.validation import suggest
 from align.errors import UserError
 from align.models import source
-from align.pipeline.pipeline import NAME_PATTERN
 from align.pipeline.registry import STAGES
+from align.pipeline.stage_kinds import NAME_PATTERN
+from align.report.page.assets import unique_name
 from align.stages.artifact import read_record
 from align.store.artifacts import GENERATORS, Artifact, Kind
 from align.store.marker import MARKER
@@ -70,16 +71,6 @@ def _split_name(word: str) -> tuple[str | None, str]:
     """Return the name and the rest of ``NAME=CHECKPOINT``; an existing path wins over that reading."""
     named = NAMED.fullmatch(word)
     return (named[1], named[2]) if named and not Path(word).exists() else (None, word)
-
-
-def unique_name(name: str, used_names: Iterable[str]) -> str:
-    """Return ``name``, with a number behind it where it is used already."""
-    number = 1
-    unique = name
-    while unique in used_names:
-        number += 1
-        unique = f"{name}-{number}"
-    return unique
 
 
 def _find(word: str, store: str | None) -> Checkpoint:

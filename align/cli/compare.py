@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from align.cli.parser import add_store, print_json
 from align.cli.report import add_output, output_folder, show_page
-from align.errors import UserError
+from align.errors import UserError, printable
 
 if TYPE_CHECKING:
     from align.cli.run_page import RunOutline
@@ -25,7 +25,6 @@ MAX_FOLDER_NAME = 100
 
 def run(options: argparse.Namespace) -> int:
     """compare runs on one page: changed settings against results, score against KL, training curves"""
-    from align.cli.console import printable
     from align.cli.run_page import damaged_stages, finished_artifacts
     from align.report.compare.comparison import write_comparison
     from align.runner.open_store import open_store

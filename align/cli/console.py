@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from align.runner.listener import Listener
 from align.store.artifacts import Artifact, Kind
 
 if TYPE_CHECKING:
-    from align.capacity.memory import Estimate
+    pass
 
 SHOWN = ("loss", "score", "gold", "accuracy", "kl")
 """Values that a stage may show next to its bar, in this order."""
@@ -264,62 +263,6 @@ def _earlier_attempts(record: dict[str, Any]) -> str:
         return ""
     count = "an earlier attempt" if len(earlier) == 1 else f"{len(earlier)} earlier attempts"
     return f"  ({duration(sum(earlier))} of the time in {count})"
-
-
-MEMORY_COLUMNS = {
-    "weights": "policy",
-    "gradients": "grads",
-    "optimizer": "AdamW",
-    "reference": "ref",
-    "critic": "critic's",
-    "reward": "reward",
-    "copies": "bf16",
-    "logits": "logits",
-    "engine": "engine",
-    "kv_cache": "KV",
-    "total": "in all",
-}
-"""Fields of ``align.capacity.memory.Memory`` that ``align plan --memory`` shows, with their headings."""
-GIB, MIB = 2**30, 2**20
-
-
-def memory_lines(name: str, estimate: Estimate | str) -> list[str]:
-    """Return a table of the memory that a stage's choices take, the chosen one marked.
-
-    A text instead of an estimate says why it is not known.
-    """
-    if isinstance(estimate, str):
-        return [f"{name}: memory not known: {printable(estimate)}."]
-    unit, label = (GIB, "GiB") if estimate.choices[0].memory.total >= GIB / 4 else (MIB, "MiB")
-    columns = {
-        field: heading
-        for field, heading in MEMORY_COLUMNS.items()
-        if any(getattr(choice.memory, field) for choice in estimate.choices)
-    }
-    settings = estimate.choices[0].settings
-    rows = [["", *settings, *columns.values(), "+ per 1k tokens"]]
-    for choice in estimate.choices:
-        amounts = [getattr(choice.memory, field) for field in columns]
-        numbers = [f"{amount / unit:.2f}" if amount else "-" for amount in amounts]
-        activations = choice.memory.activations
-        per_1k_tokens = "not known" if activations is None else f"{1000 * activations / unit:.2f}"
-        rows.append(["*" if choice.chosen else "", *choice.settings.values(), *numbers, per_1k_tokens])
-    lines = align_columns(rows, text_columns=1 + len(settings))
-    head = f"{name}: memory of a process in {label}, counted for {estimate.parameters / 1e6:,.1f} million parameters"
-    return [head, *(f"  {line}" for line in [*lines, *estimate.notes])]
-
-
-def align_columns(rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
-    """Return rows as lines with aligned columns: the first ``text_columns`` to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index < text_columns else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells))
-    return lines
 
 
 def _short(value: Any) -> str:

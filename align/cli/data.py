@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import Parser, add_store, print_json
-from align.errors import UserError
+from align.errors import UserError, printable
 
 if TYPE_CHECKING:
     from align.data.push import Upload
-    from align.export.push import ModelUpload
 
 NOT_COPIED = ("log.txt", "events.jsonl")
 """Files of an artifact about its build, not about the data; they are not copied out."""
@@ -30,7 +29,6 @@ def build(options: argparse.Namespace) -> int:
     from align.cli.arguments import STAGE, build_recipe
     from align.data.build_files import read_ledger
     from align.data.ledger import summary_lines
-    from align.errors import printable
 
     run = build_recipe(
         options.recipe,
@@ -121,26 +119,16 @@ def push(options: argparse.Namespace) -> int:
     from align.cli.arguments import find_build
     from align.data.push import prepare
     from align.data.push import push as upload_build
-    from align.errors import printable
 
     source = find_build(options.recipe, options.store, options.workers)
     upload = prepare(source.folder, options.repo, options.revision, options.private, options.all)
     concerns = upload.license.concerns
-    summary: dict[str, Any] = {
-        "repo": upload.repo,
-        "revision": upload.revision or "main",
-        "private": upload.private,
-        "rows": upload.rows,
-        "license": list(upload.license.names),
-        "concerns": list(concerns),
-        "files": [{"name": part.name, "bytes": part.size} for part in upload.parts],
-    }
     if not options.json:
         left_out = "" if options.all else "; dropped rows and the preview page stay here (--all sends them too)"
         print_upload(upload, f"datasets/{upload.repo}", left_out)
     if options.dry_run:
         if options.json:
-            print_json(summary | {"pushed": False})
+            print_json({**upload.to_json(), "pushed": False})
         return 0
     if concerns and not options.yes:
         raise UserError(
@@ -149,17 +137,14 @@ def push(options: argparse.Namespace) -> int:
         )
     result = upload_build(upload)
     if options.json:
-        print_json(summary | {"pushed": True, **result})
-        return 0
-    for name in result["deleted"]:
-        print(printable(f"deleted on the Hub: {name}"))
-    print(f"Pushed: {printable(result['url'])}")
+        print_json({**upload.to_json(), "pushed": True, **result})
+    else:
+        print_pushed(result)
     return 0
 
 
-def print_upload(upload: Upload | ModelUpload, address: str, left_out: str = "") -> None:
+def print_upload(upload: Upload, address: str, left_out: str = "") -> None:
     """Print what an upload to the Hub would send to ``address``: files, sizes, license and concerns about it."""
-    from align.errors import printable
     from align.report.page.number_format import size
 
     visibility = "private" if upload.private else "public unless its owner's default says otherwise"
@@ -170,6 +155,14 @@ def print_upload(upload: Upload | ModelUpload, address: str, left_out: str = "")
     print(printable(f"License: {', '.join(upload.license.names)}. {upload.license.reason}"))
     for concern in upload.license.concerns:
         print(printable(f"! {concern}"))
+
+
+def print_pushed(result: dict[str, Any]) -> None:
+    """Print what a push deleted on the Hub, and its address."""
+
+    for name in result["deleted"]:
+        print(printable(f"deleted on the Hub: {name}"))
+    print(f"Pushed: {printable(result['url'])}")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.cli.parser import add_store, print_json
+from align.cli.parser import add_assignments, add_store, print_json
+from align.errors import printable
 
 if TYPE_CHECKING:
     from align.cli.checkpoints import Checkpoint
@@ -94,7 +95,8 @@ def with_bases(checkpoints: list[Checkpoint], store: Store, add_bases: bool) -> 
 
 def _find_bases(checkpoints: list[Checkpoint], store: Store) -> tuple[list[Checkpoint], list[str]]:
     """Return the base models that are not among the checkpoints, and the checkpoints whose base is unknown."""
-    from align.cli.checkpoints import BASE, Checkpoint, base_of, unique_name
+    from align.cli.checkpoints import BASE, Checkpoint, base_of
+    from align.report.page.assets import unique_name
 
     used_names = {checkpoint.name for checkpoint in checkpoints}
     keys = {checkpoint.artifact.key for checkpoint in checkpoints if checkpoint.artifact is not None}
@@ -131,7 +133,6 @@ def copy_results(artifact: Path, page: Path | None, folder: Path) -> None:
 
 
 def _print_note(text: str) -> None:
-    from align.cli.console import printable
 
     print(f"note: {printable(text)}", file=sys.stderr)
 
@@ -145,14 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, a key, PIPELINE:STAGE, a built-in or Hub name (with @commit); NAME=CHECKPOINT names it",
     )
     parser.add_argument("--suite", required=True, metavar="SUITE", help="a file like pipelines/suites/standard.yaml")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        dest="assignments",
-        help="override a field of the suite, like tasks.ifeval.max_items=50; repeatable",
-    )
+    add_assignments(parser, "override a field of the suite, like tasks.ifeval.max_items=50; repeatable")
     parser.add_argument(
         "--reference", metavar="NAME", help="checkpoint to compare with (default: the first that is no base model)"
     )

@@ -206,31 +206,20 @@ def _print_agreement(facts: Facts) -> None:
 
 def _push(options: argparse.Namespace, output: Path, facts: Facts) -> dict[str, Any]:
     """Upload the folder to the Hub, or only print what would be sent with ``--dry-run``; return its summary."""
-    from align.cli.data import print_upload
+    from align.cli.data import print_pushed, print_upload
     from align.export.model_card_facts import license_of
     from align.export.push import prepare, push
 
     license = license_of(facts.lineage, facts.license)
     upload = prepare(output, options.push, license, options.revision, options.private)
-    summary: dict[str, Any] = {
-        "repo": upload.repo,
-        "revision": upload.revision or "main",
-        "private": upload.private,
-        "pushed": False,
-        "license": list(license.names),
-        "concerns": list(license.concerns),
-        "files": [{"name": part.name, "bytes": part.size} for part in upload.parts],
-    }
     if not options.json:
         print_upload(upload, upload.repo)
     if options.dry_run:
-        return summary
+        return {**upload.to_json(), "pushed": False}
     result = push(upload, f"{facts.name}, exported with align")
     if not options.json:
-        for name in result["deleted"]:
-            print(printable(f"deleted on the Hub: {name}"))
-        print(f"Pushed: {printable(result['url'])}")
-    return summary | {"pushed": True, **result}
+        print_pushed(result)
+    return {**upload.to_json(), "pushed": True, **result}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

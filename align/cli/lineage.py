@@ -11,8 +11,7 @@ from align.checks.facts import check_base, has_base_digest
 from align.checks.faults import refuse
 from align.cli.arguments import find_artifact
 from align.cli.checkpoints import artifact_at, store_of
-from align.cli.console import printable
-from align.errors import UserError
+from align.errors import UserError, printable
 from align.store.artifacts import GENERATORS, Artifact, Kind
 from align.store.fingerprint import file_digest
 from align.store.json_files import DamagedFile, parse_object

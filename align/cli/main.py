@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from align.cli import artifacts, cancel, compare, data, evaluate, export, plan_hardware, push, report, status, sweep
-from align.cli.parser import Parser, add_executor, add_store, print_json
+from align.cli.parser import Parser, add_assignments, add_executor, add_store, print_json
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
-from align.errors import StageFailed, UserError
+from align.errors import StageFailed, UserError, printable
 from align.pipeline.stop_signal import Stopped
 from align.store.version import VERSION
 
@@ -26,14 +26,7 @@ INTERRUPTED = 130
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pipeline", metavar="PIPELINE", help="a pipeline file, like pipelines/quickstart.yaml")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        dest="assignments",
-        help="override a field, like stages.ppo.kl_coef=0.1; repeatable",
-    )
+    add_assignments(parser, "override a field, like stages.ppo.kl_coef=0.1; repeatable")
     parser.add_argument("--from", dest="from_", metavar="STAGE", help="rerun this stage and all that depend on it")
     parser.add_argument("--only", metavar="STAGE", help="run this stage only; its inputs must be finished")
     parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="rerun this stage; repeatable")
@@ -50,7 +43,7 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     """show what `run` would do with each stage, and why; --memory and --hardware estimate what it needs"""
     from align.capacity.estimate import estimate_memory
-    from align.cli.console import memory_lines, printable
+    from align.capacity.table import memory_lines
     from align.cli.run import load
     from align.config.yaml import dump_yaml
     from align.runner.open_store import open_store
@@ -95,7 +88,6 @@ def _step_json(step: Step, estimate: Estimate | str | None) -> dict[str, Any]:
 
 def _explain(options: argparse.Namespace) -> int:
     """show which fields changed since each stage last finished"""
-    from align.cli.console import printable
     from align.cli.run import load
     from align.runner.open_store import open_store
     from align.runner.plan import History
@@ -143,7 +135,6 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     """check the installation: packages, engine, device and disk space"""
-    from align.cli.console import printable
     from align.cli.doctor import examine
 
     findings = []
@@ -265,8 +256,6 @@ def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
         output.is_document = bool(getattr(options, "json", False))
         return COMMANDS[options.command](options)
     except (UserError, StageFailed, Stopped) as error:
-        from align.cli.console import printable
-
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -18,19 +18,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ``UserError`` with the message and a hint, instead of printing the usage."""
-        from align.config.validation import nearest
+        from align.config.validation import hint_nearest
 
         hint = ""
         commands = self._commands()
         if message.startswith("unrecognized arguments:"):
             word = message.split(": ", 1)[1].split()[0].split("=")[0]
-            close = nearest(word, [name for name in option_names(self) if name.startswith("--")])
-            hint = f" Did you mean '{close}'?" if close else ""
+            hint = hint_nearest(word, [name for name in option_names(self) if name.startswith("--")])
         elif "invalid choice:" in message and commands and not message.startswith("argument -"):
             word = message.split("invalid choice: ", 1)[1].split("'")[1]
-            close = nearest(word, commands)
             message = f"unknown command '{word}'"
-            hint = f" Did you mean '{close}'?" if close else f" Commands: {', '.join(commands)}."
+            hint = hint_nearest(word, commands) or f" Commands: {', '.join(commands)}."
         elif "are required:" in message and commands:
             hint = f" Commands: {', '.join(commands)}."
         raise UserError(f"{self.prog}: {message}.{hint}")
@@ -50,6 +48,13 @@ def option_names(parser: argparse.ArgumentParser) -> list[str]:
             for subparser in action.choices.values():
                 names += option_names(subparser)
     return names
+
+
+def add_assignments(parser: argparse.ArgumentParser, description: str) -> None:
+    """Add ``--set``, whose values are ``options.assignments``."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments", help=description
+    )
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import print_json
-from align.errors import UserError
+from align.errors import UserError, printable
 
 if TYPE_CHECKING:
     from align.pipeline.pipeline import Pipeline
@@ -43,7 +43,6 @@ def run(options: argparse.Namespace, pipeline: Pipeline, store: Store) -> int:
     from align.capacity.hardware import PRICES_FROM, parse_hardware
     from align.capacity.plan import plan_hardware, read_configs, refuse_what_fits_nowhere
     from align.capacity.table import lines
-    from align.cli.console import printable
 
     hardware = parse_hardware(options.hardware, options.price)
     configs = read_configs(pipeline, options.model_config)

@@ -8,9 +8,8 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.cli.console import printable
 from align.cli.parser import add_store, print_json
-from align.errors import UserError
+from align.errors import UserError, printable
 
 if TYPE_CHECKING:
     from align.cli.run_page import RunOutline

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from align.cli.console import printable
+from align.errors import printable
 from align.report.page.number_format import ACCURACIES, MARKS, interval, number
 
 STYLES = {"better": "green", "worse": "red"}

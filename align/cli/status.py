@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import add_store, print_json
+from align.errors import printable
 from align.store.events import parse_event
 from align.store.record import DamagedRecord
 
@@ -171,7 +172,6 @@ def _join_parts(*parts: str) -> str:
 
 
 def _print_stages(stages: list[StageStatus]) -> None:
-    from align.cli.console import printable
 
     width = max(len(status.stage) for status in stages)
     for status in stages:

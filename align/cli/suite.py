@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.cli.checkpoints import BASE, Checkpoint, unique_name
+from align.cli.checkpoints import BASE, Checkpoint
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.validation import suggest, validate
-from align.config.yaml import load_yaml, parse_yaml
+from align.config.yaml import load_yaml
 from align.errors import UserError
-from align.pipeline.pipeline import NAME_PATTERN, Pipeline
+from align.pipeline.overrides import assign, parse_assignment
+from align.pipeline.pipeline import Pipeline
+from align.pipeline.stage_kinds import NAME_PATTERN
+from align.report.page.assets import unique_name
 from align.store.artifacts import PROMPT_SOURCES, Kind
 
 PIPELINE_FIELDS = ("description", "seed", "runtime")
@@ -83,7 +86,7 @@ def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
     # Assignments change nested blocks in place.
     raw = copy.deepcopy(dict(raw))
     for text in assignments:
-        _assign(raw, text)
+        assign(raw, *parse_assignment(text, "tasks.ifeval.max_items=50"), (*KNOWN_FIELDS, *INPUT_OPTIONS))
     for name in raw:
         if name in INPUT_OPTIONS:
             raise UserError(f"{path}: {name} belongs on the command line ({INPUT_OPTIONS[name]}), not in a suite.")
@@ -94,22 +97,6 @@ def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
             raw[name] = {key: value for key, value in raw[name].items() if value is not None}
     top = {name: raw.pop(name) for name in PIPELINE_FIELDS if name in raw}
     return Suite(path, raw, top)
-
-
-def _assign(raw: dict[str, Any], text: str) -> None:
-    """Apply ``path=value`` to the suite; blocks that are missing on the way are created."""
-    path, equals, value = text.partition("=")
-    parts = [part.strip() for part in path.split(".")]
-    if not equals or not all(parts):
-        raise UserError(f"--set {text}: expected path=value, like tasks.ifeval.max_items=50.")
-    if parts[0] not in KNOWN_FIELDS and parts[0] not in INPUT_OPTIONS:
-        raise UserError(f"--set {path}: unknown key '{parts[0]}'.{suggest(parts[0], KNOWN_FIELDS)}")
-    block: Any = raw
-    for index, part in enumerate(parts[:-1]):
-        block = block.setdefault(part, {})
-        if not isinstance(block, dict):
-            raise UserError(f"--set {path}: '{'.'.join(parts[: index + 1])}' is {block!r}, not a block of keys.")
-    block[parts[-1]] = parse_yaml(value, f"--set {path}")
 
 
 def choose_reference(chosen: str | None, names: Sequence[str], bases: Sequence[str]) -> str:

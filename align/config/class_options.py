@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.config.validation import nearest
+from align.config.validation import hint_nearest
 
 EXPORTS: dict[str, tuple[str, str, str]] = {
     "TrainingArguments": ("transformers", "training_args.py", "TrainingArguments"),
@@ -65,8 +65,7 @@ def find_option(options: Mapping[str, Option], name: str, owner: str) -> Option:
     """Return an option by its name; raise ``ValueError`` with the nearest name if ``owner`` has no such option."""
     option = options.get(name)
     if option is None:
-        close = nearest(name, options)
-        hint = f" Did you mean '{close}'?" if close else ""
+        hint = hint_nearest(name, options)
         raise ValueError(f"unknown key '{name}': {owner} has no such option.{hint}")
     return option
 

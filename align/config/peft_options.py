@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from align.config.class_options import Option, class_options, find_option, package_folder
-from align.config.validation import nearest
+from align.config.validation import hint_nearest
 
 METHODS = {
     "lora": "method: lora",
@@ -64,8 +64,7 @@ def check_type(name: str) -> None:
         raise ValueError(f"'{name}' cannot be used: {REFUSED[name]}.")
     types = peft_types()
     if name not in types:
-        close = nearest(name, [*types, *METHODS])
-        hint = f" Did you mean '{close}'?" if close else ""
+        hint = hint_nearest(name, [*types, *METHODS])
         raise ValueError(f"the installed peft has no method '{name}', only {', '.join(types)}.{hint}")
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from align.config.base import Config
 from align.config.peft_options import check_options, check_type
 from align.config.tuning_schedules import Lisa, Unfreeze
-from align.config.validation import nearest
+from align.config.validation import hint_nearest
 
 LORA_HEAD_RATE = 0.1
 """Learning rate of a score or value head, as a share of the adapters' rate.
@@ -180,8 +180,7 @@ class LowRank(TuningBase):
     @classmethod
     def _check_init(cls, init: str) -> str:
         if init not in LORA_INITS and not re.fullmatch(r"pissa_niter_[1-9]\d?", init):
-            close = nearest(init, LORA_INITS)
-            hint = f" Did you mean '{close}'?" if close else ""
+            hint = hint_nearest(init, LORA_INITS)
             raise ValueError(f"'{init}' is none of {', '.join(LORA_INITS)}, pissa_niter_<1 to 99>.{hint}")
         return init
 

@@ -29,10 +29,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def suggest(name: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest candidate, else all candidates, else an empty text."""
     names = sorted(set(candidates))
-    close = nearest(name[:MOST_SHOWN], names)
-    if close is not None:
-        return f" Did you mean '{close}'?"
-    return f" Known here: {', '.join(names)}." if names else ""
+    known = f" Known here: {', '.join(names)}." if names else ""
+    return hint_nearest(name[:MOST_SHOWN], names) or known
+
+
+def hint_nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest candidate, or an empty text."""
+    close = nearest(name, candidates)
+    return f" Did you mean '{close}'?" if close else ""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
@@ -201,8 +205,7 @@ def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
     special = kind in ("model_type", "dict_type") or _names_a_stage(location.expected)
     if _is_about_type(detail) and (len(location.expected) > 1 or special):
         listed = [word.strip("'") for kind in location.expected for word in _words(kind) if word.startswith("'")]
-        close = nearest(detail["input"], listed) if isinstance(detail["input"], str) else None
-        hint = f" Did you mean '{close}'?" if close else ""
+        hint = hint_nearest(detail["input"], listed) if isinstance(detail["input"], str) else ""
         return f"{place}: should be {_in_words(location.expected)}; found {_shown(detail['input'])}.{hint}"
     if kind == "literal_error":
         choices = str(context.get("expected", ""))

@@ -121,11 +121,7 @@ class Index:
             texts.append(text[is_enough])
             words.append(covered[is_enough])
         # A pair may come from both searches: the larger coverage counts.
-        row, text, covered = _concatenate(rows), _concatenate(texts), _concatenate(words)
-        order = np.lexsort((-covered, text, row))
-        row, text, covered = row[order], text[order], covered[order]
-        best = _starts_pair(row, text)
-        row, text, covered = row[best], text[best], covered[best]
+        row, text, covered = best_of_pairs(_concatenate(rows), _concatenate(texts), _concatenate(words))
         return Hits(block.first + row, text, covered / total[text])
 
     def _find_equal(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
@@ -195,6 +191,14 @@ def _starts_pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     is_first = np.ones(len(left), dtype=bool)
     is_first[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
     return is_first
+
+
+def best_of_pairs(left: np.ndarray, right: np.ndarray, amount: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each pair once, in order, with the largest of its amounts; all (H,)."""
+    order = np.lexsort((-amount, right, left))
+    left, right, amount = left[order], right[order], amount[order]
+    best = _starts_pair(left, right)
+    return left[best], right[best], amount[best]
 
 
 def _find_matches(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

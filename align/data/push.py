@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Upload:
-    """Everything that would be uploaded."""
+    """Everything that would be uploaded, of a dataset or of a model."""
 
     folder: Path
     repo: str
@@ -60,12 +60,26 @@ class Upload:
     private: bool
     parts: tuple[Part, ...]
     license: License
-    rows: dict[str, int]
+    rows: dict[str, int] = field(default_factory=dict)
+    """Split → rows, of a dataset."""
 
     @property
     def size(self) -> int:
         """Size of all parts in bytes."""
         return sum(part.size for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the upload for ``--json``."""
+        rows = {"rows": self.rows} if self.rows else {}
+        return {
+            "repo": self.repo,
+            "revision": self.revision or "main",
+            "private": self.private,
+            **rows,
+            "license": list(self.license.names),
+            "concerns": list(self.license.concerns),
+            "files": [{"name": part.name, "bytes": part.size} for part in self.parts],
+        }
 
 
 def prepare(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,12 +15,9 @@ from align.config.runtime import Runtime
 from align.evaluation.systems import Policy
 from align.evaluation.tasks.base import Answers
 from align.inference.protocol import Response, RolloutEngine, Sampling
-from align.inference.weights import checkpoint_weights
+from align.inference.switching import SwitchingEngine, architecture
 from align.store.fingerprint import digest
 from align.store.sealed import read_entry, write_entry
-
-VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
-"""Fields of ``config.json`` that do not affect which weights fit."""
 
 OpenEngine = Callable[[Path, Runtime], RolloutEngine]
 Progress = Callable[[int, int], None]
@@ -75,19 +71,6 @@ class ResponseCache:
         write_entry(self.path(identity), identity, itertools.chain([{"engine": response_set.engine}], responses))
 
 
-def architecture(model_dir: Path) -> str:
-    """Return a digest of shapes and end tokens; an engine can load another checkpoint's weights where it is equal."""
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    generation = model_dir / "generation_config.json"
-    ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
-    # Fields that a save rewrites without any effect on shapes must not force a new engine.
-    shapes = {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
-    # An adapter that is stored beside the weights (align.models.tuning.stored) is part of the architecture.
-    adapter = model_dir / "adapter" / "adapter.json"
-    inserted = {"adapter": adapter.read_text(encoding="utf-8")} if adapter.is_file() else {}
-    return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)} | inserted)
-
-
 class Sampler:
     """The one engine of an evaluation: opened for the first checkpoint, then loaded with the weights of the next.
 
@@ -115,7 +98,6 @@ class Sampler:
             warn("the compared checkpoints differ in architecture, so all are sampled with the transformers engine")
             runtime = runtime.with_transformers()
         self.runtime = runtime
-        self.open_engine = open_engine
         self.cache = cache
         self.progress = progress
         self.warn = warn
@@ -124,9 +106,7 @@ class Sampler:
         self.engines: set[str] = set()
         """Engines of all responses so far."""
         self.expected = self.done = self.tokens = 0
-        self._engine: RolloutEngine | None = None
-        self._loaded_architecture = ""
-        self._loaded_model_dir = Path()
+        self._engine = SwitchingEngine(lambda model_dir: open_engine(model_dir, runtime))
 
     def expect(self, responses: int) -> None:
         """Announce so many more responses."""
@@ -145,7 +125,9 @@ class Sampler:
         )
         response_set = self.cache.read(identity)
         if response_set is None:
-            response_set = _generate(self._load(policy), policy, prompts, sampling, self._report)
+            response_set = _generate(
+                self._engine.with_weights(policy.model_dir), policy, prompts, sampling, self._report
+            )
             self.cache.write(identity, response_set)
         self.done += len(prompts) * sampling.n
         self.tokens += sum(len(response.token_ids) for samples in response_set.responses for response in samples)
@@ -158,25 +140,9 @@ class Sampler:
     def _report(self, done: int, _: int) -> None:
         self.progress(self.done + done, max(self.done + done, self.expected))
 
-    def _load(self, policy: Policy) -> RolloutEngine:
-        """Return the engine with the policy's weights."""
-        required = architecture(policy.model_dir)
-        if self._engine is not None and required == self._loaded_architecture:
-            # Same architecture: only the weights are replaced, which spares the engine's start.
-            if self._loaded_model_dir != policy.model_dir:
-                self._engine.load_weights(checkpoint_weights(policy.model_dir))
-        else:
-            self.close()
-            self._engine = self.open_engine(policy.model_dir, self.runtime)
-            self._loaded_architecture = required
-        self._loaded_model_dir = policy.model_dir
-        return self._engine
-
     def close(self) -> None:
         """Free the engine, before models are loaded for their own forward passes."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self._engine.close()
 
 
 def _engine_name(runtime: Runtime) -> str:

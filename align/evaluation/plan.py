@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from align.evaluation.tasks.base import Example, Task, TaskInputs
 from align.evaluation.tasks.registry import build_task
 from align.evaluation.tasks.task_records import draw
 from align.inference.protocol import Sampling
+from align.inference.switching import max_positions
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 
@@ -238,13 +238,9 @@ def _max_length(
     max_length = longest_prompt + config.max_tokens
     if not any(task.responds for task in tasks):
         return max_length
-    positions = [
-        # The engine is opened once, so the checkpoint with the shortest context limits all of them.
-        json.loads((policy.model_dir / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-        for policy in policies
-    ]
-    known = [value for value in positions if isinstance(value, int) and value > 0]
-    return max(max_length, min([config.max_context, *known]))
+    # The engine is opened once, so the checkpoint with the shortest context limits all of them.
+    limits = [max_positions(policy.model_dir) or config.max_context for policy in policies]
+    return max(max_length, min([config.max_context, *limits]))
 
 
 def _metric_names(plan: Plan, config: EvaluateConfig) -> set[str]:

@@ -81,11 +81,6 @@ def score_sides(sides: Sides, score: Score) -> Scores:
     return scores[:pairs], scores[pairs:]
 
 
-def score_pairs(rows: Sequence[Row], score: Score) -> Scores:
-    """Return the scores of both answers of each pair."""
-    return score_sides(read_sides(rows), score)
-
-
 def pair_report(
     rows: Sequence[Row], scores: Scores, *, seed: int, second: tuple[str, Scores] | None = None
 ) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from align.evaluation.comparisons import Column
 from align.evaluation.scorecard import Measurements, TaskResult
 from align.evaluation.tasks.base import Answers, Turn, Values
-from align.models.token_texts import token_texts
+from align.models.render import token_texts
 from align.store.atomic_write import write_text_atomically
 
 if TYPE_CHECKING:

@@ -7,43 +7,25 @@ huggingface_hub handles the token, which is never printed. Torch-free; for datas
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.data.licenses import License
-from align.data.push import Part, check_repo, hub_errors, make_repository
+from align.data.push import Part, Upload, check_repo, hub_errors, make_repository
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 """Files that decide which safetensors a loader reads: shards of an earlier push, an adapter that is now merged."""
 
 
-@dataclass(frozen=True)
-class ModelUpload:
-    """A planned upload."""
-
-    folder: Path
-    repo: str
-    revision: str | None
-    private: bool
-    parts: tuple[Part, ...]
-    license: License
-
-    @property
-    def size(self) -> int:
-        """Total size in bytes."""
-        return sum(part.size for part in self.parts)
-
-
-def prepare(folder: Path, repo: str, license: License, revision: str | None, private: bool) -> ModelUpload:
+def prepare(folder: Path, repo: str, license: License, revision: str | None, private: bool) -> Upload:
     """Return the upload of ``folder``, without using the network."""
     check_repo(repo, "model")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     parts = tuple(Part(path.relative_to(folder).as_posix(), path) for path in files)
-    return ModelUpload(folder, repo, revision, private, parts, license)
+    return Upload(folder, repo, revision, private, parts, license)
 
 
-def push(upload: ModelUpload, message: str, api: Any = None) -> dict[str, Any]:
+def push(upload: Upload, message: str, api: Any = None) -> dict[str, Any]:
     """Create the repository if necessary and commit the upload. Returns ``url``, ``commit``, ``deleted``.
 
     ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` where the Hub refuses (no token, no right, a public

@@ -229,6 +229,3 @@ def local_runtime(runtime: Runtime) -> Runtime:
     """Return the runtime of one engine, which samples in its own process."""
     threads = runtime.threads or max(1, int(runtime.samplers.cpus))
     return runtime.model_copy(update={"executor": LocalExecutor(), "threads": threads})
-
-
-__all__ = ["RayEngine", "Shard", "ShardSampling", "shard_sampling"]

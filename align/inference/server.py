@@ -24,7 +24,7 @@ from align.inference.server_options import ServerSpec, check_server, read_key
 from align.inference.server_process import GRACE_SECONDS, Placement, ServerLaunch, start_server
 from align.inference.server_worker import LOAD, NAME, REPORT
 from align.inference.watchdog import Watchdog
-from align.inference.weights import checkpoint_weights, with_tied_head
+from align.inference.weights import with_tied_head
 from align.inference.weights_folder import WeightsFolder
 
 COMPLETIONS, RPC, RESET = "/v1/completions", "/collective_rpc", "/reset_prefix_cache"
@@ -196,10 +196,6 @@ class ServerEngine:
         version = self.folder.write(weights)
         self.read_weights(version)
         self.folder.drop_before(version)
-
-    def load_checkpoint(self) -> None:
-        """Give the server the checkpoint's weights, which one that was running already needs first."""
-        self.load_weights(checkpoint_weights(self.spec.model_dir))
 
     def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], watchdog: Watchdog | None = None) -> None:
         """Send weights over NCCL from the calling thread; the first call also joins the server's process group.

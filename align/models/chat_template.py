@@ -29,7 +29,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from align.models.template_budget import Budget, LocalBudget, TemplateOutOfBounds
-from align.models.template_growth import formatted, growth, repeated, weight
+from align.models.template_growth import formatted, growth, repeated, size_of, weight
 
 LONGEST_SOURCE = 500_000
 """Most characters of a template; the longest of a real model has about 20,000."""
@@ -266,7 +266,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return datetime.now().strftime(form)
 
     def _search(self, values: Any) -> Any:
-        self.budget.step(1 + _size(values) // 1000)
+        self.budget.step(1 + size_of(values) // 1000)
         return values
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -276,7 +276,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = args[leading:]
-            self.budget.step(1 + (_size(values[0]) // 1000 if values else 0))
+            self.budget.step(1 + (size_of(values[0]) // 1000 if values else 0))
             if values:
                 # These filters would consume a lazy iterator at once. A list has a known size.
                 if name in ("join", "sum") and isinstance(values[0], Iterator):
@@ -297,7 +297,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if name == "striptags":
             raise TemplateOutOfBounds("calls striptags")
         if isinstance(subject, str | bytes | int | list | tuple | dict):
-            self.budget.step(_size(subject) // 1000)
+            self.budget.step(size_of(subject) // 1000)
             self.budget.make(growth(name, (subject, *args), kwargs, is_method=True))
 
     def _counted_result(self, value: Any) -> Any:
@@ -316,10 +316,6 @@ class _CountedItems:
 
     def __iter__(self) -> Iterator[Any]:
         return self._environment._iterate(self._items)
-
-
-def _size(value: Any) -> int:
-    return len(value) if hasattr(value, "__len__") else 1
 
 
 def _bits(value: Any) -> int:

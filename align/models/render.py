@@ -1,4 +1,4 @@
-"""Render messages to token ids. Training, sampling and scoring all apply the chat template here.
+"""Render messages to token ids, and split texts by tokens. Training, sampling and scoring apply the chat template here.
 
 Torch-free. Left out: truncation, which is the caller's decision.
 """
@@ -147,3 +147,20 @@ def last_turn_end(tokens: list[int], eos: int) -> int | None:
         if tokens[index] == eos:
             return index
     return None
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return each token's text; joined, they are the decoded response.
+
+    A character of several tokens belongs to the last of them.
+    """
+    texts: list[str] = []
+    previous = ""
+    for end in range(1, len(ids) + 1):
+        decoded = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if decoded.endswith("\ufffd") and end < len(ids):  # half a character
+            texts.append("")
+            continue
+        texts.append(decoded[len(previous) :] if decoded.startswith(previous) else "")
+        previous = decoded
+    return texts

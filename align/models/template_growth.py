@@ -47,18 +47,18 @@ def growth(name: str, values: Sequence[Any], keywords: Mapping[str, Any], *, is_
     # Each line or blank can become as long as the width, or as the indentation itself.
     if name in ("indent", "expandtabs", "wordwrap"):
         lines = 1 + sum(_count(subject, mark) for mark in ("\n", "\t", " "))
-        return lines * max([8, *map(abs, numbers), *map(_size, arguments)])
+        return lines * max([8, *map(abs, numbers), *map(size_of, arguments)])
     # Every part is a new text.
     if name in ("split", "rsplit", "splitlines"):
         mark = next((value for value in arguments if isinstance(value, Text) and value), None)
         marks = [mark] if mark is not None else [" ", "\n", "\t", "\r"]
         return PART * (1 + sum(_count(subject, mark) for mark in marks))
     if name in ("list", "sort", "reverse", "unique", "dictsort"):
-        return ITEM * _size(subject)
+        return ITEM * size_of(subject)
     if name == "sum":
-        return ITEM * sum(_size(item) for item in subject if not isinstance(item, int)) if _is_listed(subject) else 0
+        return ITEM * sum(size_of(item) for item in subject if not isinstance(item, int)) if _is_listed(subject) else 0
     if name == "translate":
-        return _size(subject) * max((_size(item) for value in arguments for item in _items(value)), default=0)
+        return size_of(subject) * max((size_of(item) for value in arguments for item in _items(value)), default=0)
     if name in ("format", "format_map"):
         return formatted(subject, arguments, PERCENT if not is_method else BRACES)
     return 0
@@ -70,7 +70,7 @@ def formatted(text: Any, arguments: Sequence[Any], pattern: re.Pattern[str] = PE
     if pattern.search(shown):
         raise TemplateOutOfBounds("formats with a width that is huge or not written out")
     places = shown.count("%") + shown.count("{")
-    return len(shown) + places * max((_size(item) for value in arguments for item in _items(value)), default=0)
+    return len(shown) + places * max((size_of(item) for value in arguments for item in _items(value)), default=0)
 
 
 def repeated(left: Any, right: Any) -> int:
@@ -89,15 +89,15 @@ def weight(value: Any) -> int:
 
 
 def _joined(separator: Any, items: Any) -> int:
-    between = _size(separator) if isinstance(separator, Text) else 0
+    between = size_of(separator) if isinstance(separator, Text) else 0
     if isinstance(items, Text):
         return len(items) * (1 + between)
-    return sum(between + _size(item) for item in _items(items))
+    return sum(between + size_of(item) for item in _items(items))
 
 
 def _replaced(subject: Any, arguments: Sequence[Any]) -> int:
     texts = [value for value in arguments if isinstance(value, Text)]
-    return _count(subject, texts[0]) * _size(texts[1]) if len(texts) > 1 else 0
+    return _count(subject, texts[0]) * size_of(texts[1]) if len(texts) > 1 else 0
 
 
 def _count(text: Any, mark: Any) -> int:
@@ -119,5 +119,6 @@ def _items(value: Any) -> list[Any]:
     return list(value) if _is_listed(value) else [value]
 
 
-def _size(value: Any) -> int:
+def size_of(value: Any) -> int:
+    """Return the length of a value; 1 for one without a length."""
     return len(value) if hasattr(value, "__len__") else 1

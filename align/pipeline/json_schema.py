@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from align.pipeline.file import EXTENDS
-from align.pipeline.loops import LOOP, LoopConfig
-from align.pipeline.pipeline import NAME_PATTERN, PipelineConfig
+from align.pipeline.loops import LoopConfig
+from align.pipeline.pipeline import PipelineConfig
 from align.pipeline.registry import STAGES
+from align.pipeline.stage_kinds import LOOP, NAME_PATTERN
 
 
 def pipeline_schema() -> dict[str, Any]:

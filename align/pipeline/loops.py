@@ -257,6 +257,3 @@ def _rename_inputs(
     if config_class is not None and hasattr(config_class, "rename_stages"):
         renamed = config_class.rename_stages(renamed, rename)
     return renamed
-
-
-__all__ = ["LOOP", "CarryConfig", "Expanded", "LoopConfig", "expand", "is_loop"]

@@ -16,11 +16,11 @@ from align.errors import UserError
 from align.pipeline.loops import is_loop
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """``path=value`` taken apart; the value is YAML. Raises ``UserError`` for anything else."""
+def parse_assignment(text: str, example: str = "stages.ppo.kl_coef=0.1") -> tuple[str, Any]:
+    """``path=value`` taken apart; the value is YAML. Raises ``UserError`` for anything else, with an ``example``."""
     path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise UserError(f"--set {text}: expected path=value, like stages.ppo.kl_coef=0.1.")
+    if not equals or not all(part.strip() for part in path.split(".")):
+        raise UserError(f"--set {text}: expected path=value, like {example}.")
     return path.strip(), parse_yaml(value, f"--set {path.strip()}")
 
 
@@ -80,6 +80,3 @@ def _keep_siblings(stages: dict[str, Any], parts: list[str]) -> None:
         changes = loop.setdefault("changes", {})
         changed = changes.setdefault(_key(changes, parts[3]), {}).setdefault(parts[4], {})
         changed.setdefault(parts[5], copy.deepcopy(original))
-
-
-__all__ = ["assign", "parse_assignment"]

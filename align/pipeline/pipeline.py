@@ -339,6 +339,3 @@ def _with_seed(config_class: type[Config]) -> type[Config]:
 def _at(place: str, error: UserError) -> str:
     text = str(error)
     return text if text.startswith(place) else f"{place}: {text}"
-
-
-__all__ = ["NAME_PATTERN", "Node", "Pipeline", "PipelineConfig", "input_fields"]

@@ -51,6 +51,3 @@ def stage_of(name: str, block: Mapping[str, Any], above: str) -> Stage:
     if slip:
         raise UserError(f"{place}: unknown key '{slip}'. Did you mean 'stage'?")
     raise UserError(f"{place}: say which stage this is, with `stage:` one of {', '.join(STAGES)}.")
-
-
-__all__ = ["LOOP", "NAME_PATTERN", "stage_of"]

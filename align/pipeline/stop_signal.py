@@ -102,14 +102,3 @@ def die_with_parent(parent: int | None) -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:  # it died before the line above
         os._exit(1)
-
-
-__all__ = [
-    "REQUEST",
-    "StopRequest",
-    "Stopped",
-    "clear_request",
-    "die_with_parent",
-    "is_stop_requested",
-    "request_stop",
-]

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from align.rl.masking import Reduce, last_index, local, masked_mean_var, whiten
+from align.rl.masking import last_index, masked_mean_var, whiten
 
 Truncation = Literal["bootstrap", "terminal"]
 """Value after a response cut at its maximum length: the critic's value of the state reached, or 0."""
@@ -61,20 +61,18 @@ def gae(
     return advantages, returns
 
 
-def whiten_advantages(advantages: torch.Tensor, response_mask: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
-    """Scale advantages (B, T) to mean 0 and variance 1 over the real tokens of the rollout, over all processes."""
-    return whiten(advantages, response_mask, shift_mean=True, reduce=reduce)
+def whiten_advantages(advantages: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """Scale advantages (B, T) to mean 0 and variance 1 over the real tokens of the rollout."""
+    return whiten(advantages, response_mask, shift_mean=True)
 
 
-def explained_variance(
-    values: torch.Tensor, returns: torch.Tensor, response_mask: torch.Tensor, reduce: Reduce = local
-) -> float:
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, response_mask: torch.Tensor) -> float:
     """Return ``1 - Var(returns - values) / Var(returns)``: 1 is a perfect critic, below 0 is worse than a constant.
 
     ``values``, ``returns`` and ``response_mask`` are (B, T). 0 where the returns do not vary.
     """
-    _, variance = masked_mean_var(returns, response_mask, reduce)
-    _, residual = masked_mean_var(returns - values, response_mask, reduce)
+    _, variance = masked_mean_var(returns, response_mask)
+    _, residual = masked_mean_var(returns - values, response_mask)
     if float(variance) == 0.0:
         return 0.0
     return float(1.0 - residual / variance)
@@ -92,7 +90,7 @@ def group_sums(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor
     return totals[group_index], sizes[group_index]
 
 
-def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale, reduce: Reduce = local) -> torch.Tensor:
+def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Return scores minus the group's mean, over a sample standard deviation, (B,) (arXiv 2402.03300, section 4.1.2).
 
     ``scores`` and ``groups`` are (B,). ``scale`` selects the standard deviation: within the group, over the batch
@@ -106,7 +104,7 @@ def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale, r
     if scale == "group":
         squares, _ = group_sums(centered**2, groups)
         return centered / ((squares / (sizes - 1).clamp(min=1)).sqrt() + EPSILON)
-    return centered / (_standard_deviation(scores, reduce) + EPSILON)
+    return centered / (_standard_deviation(scores) + EPSILON)
 
 
 def leave_one_out(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -118,19 +116,16 @@ def leave_one_out(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return scores - (sums - scores) / (sizes - 1).clamp(min=1)
 
 
-def whiten_responses(advantages: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
-    """Scale advantages (B,) to mean 0 and sample variance 1 over the responses of all processes."""
-    count, total = reduce(torch.stack([advantages.new_tensor(float(len(advantages))), advantages.sum()]))
-    whitened: torch.Tensor = (advantages - total / count) / (_standard_deviation(advantages, reduce) + EPSILON)
-    return whitened
+def whiten_responses(advantages: torch.Tensor) -> torch.Tensor:
+    """Scale advantages (B,) to mean 0 and sample variance 1 over the responses of the rollout."""
+    mean = advantages.sum() / len(advantages)
+    return (advantages - mean) / (_standard_deviation(advantages) + EPSILON)
 
 
-def _standard_deviation(values: torch.Tensor, reduce: Reduce) -> torch.Tensor:
-    """Return the sample standard deviation of ``values`` (B,) over all processes, a scalar."""
-    count, total = reduce(torch.stack([values.new_tensor(float(len(values))), values.sum()]))
-    squares = reduce(((values - total / count) ** 2).sum())
-    deviation: torch.Tensor = (squares / (count - 1).clamp(min=1)).sqrt()
-    return deviation
+def _standard_deviation(values: torch.Tensor) -> torch.Tensor:
+    """Return the sample standard deviation of ``values`` (B,), a scalar; 0 of a single value."""
+    squares = ((values - values.sum() / len(values)) ** 2).sum()
+    return (squares / max(1, len(values) - 1)).sqrt()
 
 
 def overlong_penalty(lengths: torch.Tensor, max_tokens: int, buffer: int, penalty: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.models.token_texts import token_texts
+from align.models.render import token_texts
 from align.rl.rollout import COMPONENT, Rollout
 from align.store.atomic_write import write_text_atomically
 

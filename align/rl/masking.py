@@ -1,22 +1,14 @@
 """Masks over response tokens, and reductions that ignore padding.
 
 A mask is True on real tokens. Responses are right-padded, so a row of a mask is True, ..., True, False, ..., False.
-Sums take an optional ``reduce`` that adds a tensor up over all processes, so that means are global.
+Every process has all responses of a rollout, so means are global.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-"""Adds a tensor up over all processes; the identity in a single process."""
-
-
-def local(total: torch.Tensor) -> torch.Tensor:
-    """Return ``total`` unchanged, of any shape: the ``Reduce`` of a single process."""
-    return total
 
 
 def response_mask(lengths: Sequence[int], width: int | None = None) -> torch.Tensor:
@@ -48,27 +40,24 @@ def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
-    """Return the mean of ``values`` (B, T) over the real tokens of all processes, a scalar."""
-    totals = reduce(torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]))
-    return totals[0] / totals[1]
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean of ``values`` (B, T) over the real tokens, a scalar."""
+    return masked_sum(values, mask) / mask.sum().to(values.dtype)
 
 
-def masked_mean_var(
-    values: torch.Tensor, mask: torch.Tensor, reduce: Reduce = local
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and population variance of ``values`` (B, T) over the real tokens of all processes, as scalars."""
-    mean = masked_mean(values, mask, reduce)
-    return mean, masked_mean((values - mean) ** 2, mask, reduce)  # a second pass: one pass would cancel
+def masked_mean_var(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and population variance of ``values`` (B, T) over the real tokens, as scalars."""
+    mean = masked_mean(values, mask)
+    return mean, masked_mean((values - mean) ** 2, mask)  # a second pass: one pass would cancel
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool, reduce: Reduce = local) -> torch.Tensor:
+def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool) -> torch.Tensor:
     """Return ``values`` (B, T) with the real tokens scaled to variance 1; ``shift_mean`` also moves their mean to 0.
 
     ``shift_mean`` is used as in lm-human-preferences: advantages are shifted, rewards are not, since moving their mean
     would change the task. Padding comes back as 0.
     """
-    mean, variance = masked_mean_var(values, mask, reduce)
+    mean, variance = masked_mean_var(values, mask)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         whitened = whitened + mean

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
 
 from align.rl.advantages import explained_variance
 from align.rl.kl import estimate_kl
-from align.rl.masking import Reduce, local, masked_sum
+from align.rl.masking import masked_sum
 from align.rl.rollout import COMPONENT, Rollout
 
 
@@ -25,8 +26,8 @@ class Averages:
         entry[0] += float(total)
         entry[1] += float(count)
 
-    def means(self, reduce: Reduce) -> dict[str, float]:
-        """Return the mean of each name over all processes, and start over."""
+    def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Return the mean of each name over all processes, and start over; ``reduce`` sums (N, 2) over them."""
         if not self._sums:
             return {}
         # One reduction for all names, in the order in which they were added, which is the same in every process.
@@ -42,7 +43,7 @@ def rollout_statistics(averages: Averages, rollout: Rollout, is_prefetched: bool
 
     ``is_prefetched``: sampling ran in the background, with weights that may be older.
     """
-    statistics = add_rollout(averages, rollout, local)
+    statistics = add_rollout(averages, rollout)
     statistics |= {f"seconds_{name}": value for name, value in rollout.seconds.items()}
     seconds = rollout.seconds["sampling"]
     if is_prefetched:
@@ -53,7 +54,7 @@ def rollout_statistics(averages: Averages, rollout: Rollout, is_prefetched: bool
     return statistics
 
 
-def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[str, float]:
+def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
     """Add a rollout's sums to ``averages``, and return the statistics that are no means.
 
     Scores and lengths are of all responses that were sampled, the rest of those that are learned from.
@@ -83,9 +84,9 @@ def add_rollout(averages: Averages, rollout: Rollout, reduce: Reduce) -> dict[st
     statistics = {"parity_gap_max": float(torch.where(is_known, gap, gap.new_zeros(())).max())}
     if "values" in tensors:
         values = tensors["values"][:, :-1]
-        statistics["explained_variance"] = explained_variance(values, tensors["returns"], mask, reduce)
+        statistics["explained_variance"] = explained_variance(values, tensors["returns"], mask)
     lengths = candidates.tensors["response_mask"].sum(dim=1)
-    statistics["score_length_correlation"] = correlation(candidates.tensors["scores"], lengths, reduce)
+    statistics["score_length_correlation"] = correlation(candidates.tensors["scores"], lengths)
     return statistics
 
 
@@ -102,12 +103,11 @@ def _add_scores(averages: Averages, candidates: Rollout) -> None:
     averages.add("truncation_rate", (~tensors["finished"]).sum(), responses)
 
 
-def correlation(x: torch.Tensor, y: torch.Tensor, reduce: Reduce) -> float:
-    """Return the Pearson correlation of ``x`` and ``y``, (B,) each, over all processes; 0 where one does not vary."""
-    x, y = x.double(), y.double()
-    count, sum_x, sum_y = reduce(torch.stack([torch.tensor(float(len(x)), dtype=torch.float64), x.sum(), y.sum()]))
-    x, y = x - sum_x / count, y - sum_y / count
-    xx, yy, xy = reduce(torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()])).tolist()
+def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Return the Pearson correlation of ``x`` and ``y``, (B,) each; 0 where one does not vary."""
+    x = x.double() - x.double().sum() / len(x)
+    y = y.double() - y.double().sum() / len(y)
+    xx, yy, xy = float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
     return float(xy / (xx * yy) ** 0.5) if xx > 0 and yy > 0 else 0.0
 
 

@@ -1,11 +1,13 @@
-"""Rewards per token from scores per response."""
+"""Rewards per token from scores per response, and the running scale of scores."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from align.rl.kl import estimate_kl
-from align.rl.masking import Reduce, last_index, local, whiten
+from align.rl.masking import last_index, whiten
 
 
 def adjust_scores(
@@ -52,6 +54,46 @@ def shape_rewards(
     return rewards, kl
 
 
-def whiten_rewards(rewards: torch.Tensor, response_mask: torch.Tensor, reduce: Reduce = local) -> torch.Tensor:
+def whiten_rewards(rewards: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     """Scale token rewards (B, T) to variance 1, keeping their mean (arXiv 2403.17031, detail 11). B is at least 8."""
-    return whiten(rewards, response_mask, shift_mean=False, reduce=reduce)
+    return whiten(rewards, response_mask, shift_mean=False)
+
+
+class RunningScale:
+    """Mean and standard deviation of all scores so far (Chan et al. 1979, one pass per batch).
+
+    Reward models differ in scale, while KL and clip ranges are in units of score.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.mean = 0.0
+        self.squares = 0.0
+        """Sum of squared deviations from the mean."""
+
+    def add(self, scores: torch.Tensor) -> None:
+        """Add a batch of scores (B,)."""
+        # Merge the batch's mean and squares into the running ones; the shift between the means adds to the squares.
+        values = scores.double()
+        batch_mean = float(values.sum()) / len(values)
+        batch_squares = float(((values - batch_mean) ** 2).sum())
+        shift = batch_mean - self.mean
+        total_count = self.count + len(values)
+        self.squares += batch_squares + shift**2 * self.count * len(values) / total_count
+        self.mean += shift * len(values) / total_count
+        self.count = total_count
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; 0 as long as all scores were equal."""
+        return (self.squares / self.count) ** 0.5 if self.count else 0.0
+
+    def apply(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return ``(scores - mean) / std``, (B,), of scores (B,); undivided as long as all scores were equal."""
+        return (scores - self.mean) / (self.std or 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.mean, self.squares = (float(state[name]) for name in ("count", "mean", "squares"))

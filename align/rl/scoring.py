@@ -1,6 +1,6 @@
 """The score of a response in a pipeline: reward models, verifying functions, or a weighted sum of both.
 
-Left out: penalties (``rewards.py``) and normalization (``score_scale.py``).
+Left out: penalties and normalization (``rewards.py``).
 """
 
 from __future__ import annotations

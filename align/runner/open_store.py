@@ -64,6 +64,3 @@ def open_store(pipeline: Pipeline | None = None, store: str | Path | Store | Non
                 raise UserError(f"{name}: {error}") from None
             break
     return Opening([*folders, settings.folder or "store"][0], settings.lease, settings.patience, remote).open()
-
-
-__all__ = ["Opening", "open_store"]

@@ -1,11 +1,13 @@
-"""Prepare a run: open the store, fetch what is finished, and choose the stages to make. Never imports torch."""
+"""Prepare a run: check its trackers, open the store, fetch what is finished, choose the stages. Never imports torch."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.config.trackers import require_trackers
+from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.listener import Listener
 from align.runner.open_store import open_store
@@ -86,4 +88,19 @@ def _require_intact(node: Node, store: Store) -> None:
         )
 
 
-__all__ = ["Prepared", "RunOptions", "prepare_run"]
+def is_installed(package: str) -> bool:
+    """Return whether ``package`` can be imported; a plain folder of that name, as wandb creates, does not count."""
+    spec = importlib.util.find_spec(package)
+    # A folder of that name in the current directory is found too, as a namespace without an origin.
+    return spec is not None and spec.origin is not None
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raise ``UserError`` for the trackers among ``names`` whose package, called as the tracker is, is missing."""
+    missing = [name for name in names if not is_installed(name)]
+    if missing:
+        verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise UserError(
+            f"runtime.report_to: {', '.join(missing)} {verb} not installed. "
+            f"`pip install {' '.join(missing)}`, or leave {pronoun} out."
+        )

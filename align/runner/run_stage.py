@@ -299,6 +299,3 @@ class StageRun:
         for name in (LOG, EVENTS):
             if (self.partial / name).exists():
                 shutil.copyfile(self.partial / name, self.partial / OUTPUT / name)
-
-
-__all__ = ["StageRun"]

@@ -109,6 +109,3 @@ def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None
         objection = pipeline.runtimes[node.name].launch.nowhere_to_meet() if node.stage.distributed else None
         if objection is not None:
             raise UserError(f"{pipeline.where}: runtime.launch, for stage '{node.name}': {objection}")
-
-
-__all__ = ["Run", "run_pipeline"]

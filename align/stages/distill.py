@@ -16,8 +16,7 @@ from align.models.loading import load_policy, load_tokenizer
 from align.models.processes import broadcast
 from align.models.sharding import full_model
 from align.models.threads import device_of, use_threads
-from align.models.tuning.apply import apply_tuning, load_for_tuning
-from align.models.tuning.engine_source import engine_source
+from align.models.tuning.apply import apply_tuning, engine_source, load_for_tuning
 from align.models.tuning.merged_weights import merged_weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact

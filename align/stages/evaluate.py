@@ -67,6 +67,3 @@ def headline(card: dict[str, Any]) -> dict[str, Any]:
         "flags": [flag["text"] for flag in card["flags"]],
         "failed_gates": failed_gates(card["gates"]),
     }
-
-
-__all__ = ["EvaluateConfig", "headline", "run"]

@@ -25,8 +25,7 @@ from align.models.loading import load_tokenizer
 from align.models.processes import broadcast
 from align.models.reward import RewardModel
 from align.models.threads import device_of, use_threads
-from align.models.tuning.apply import load_for_tuning
-from align.models.tuning.engine_source import engine_source
+from align.models.tuning.apply import engine_source, load_for_tuning
 from align.models.tuning.notice import notice, parameter_counts
 from align.pipeline.context import StageContext
 from align.pipeline.registry import load_object

@@ -6,12 +6,11 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from align.config.batch_sizes import SAMPLE_CHUNK
 from align.data.response_pairs import make_pairs
-from align.data.rows import read_rows, write_rows
+from align.data.rows import read_rows
 from align.data.scoring import function_scorer
 from align.errors import UserError
 from align.inference.engine import open_engine
@@ -22,6 +21,7 @@ from align.models.threads import device_of, use_threads
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 from align.store.sealed import read_entry, write_entry
+from align.synthesis.counts import write_table
 
 SPLITS = ("train", "test")
 
@@ -226,7 +226,7 @@ def _write(
             seed=context.seed,
             finished=[sample["finished"] for sample in split_samples],
         )
-        write_pairs(context.output / f"{split}.parquet", pairs)
+        write_table(context.output / f"{split}.parquet", pairs, ("chosen", "rejected"))
         metrics |= {f"{split}_{name}": count for name, count in counts.items()}
         metrics[f"{split}_too_long"] = prompts.too_long
         metrics |= {f"{split}_{name}": value for name, value in _rates(split_samples).items()}
@@ -239,19 +239,6 @@ def _write(
     if metrics["test_pairs"] == 0:
         context.warn("no test pair came out, so a reward model's accuracy cannot be measured; raise max_prompts.test")
     return metrics
-
-
-def write_pairs(path: Path, pairs: list[dict[str, Any]]) -> None:
-    """Write preference rows; an empty file has all columns, too."""
-    if pairs:
-        write_rows(path, pairs)
-        return
-    import pyarrow.parquet as pq
-
-    # Write one row and cut it off again, so that the empty file has the columns of a full one.
-    blank = {"id": "", "source": "", "prompt": [], "checks": "", "chosen": [], "rejected": []}
-    write_rows(path, [blank])
-    pq.write_table(pq.read_table(path).slice(0, 0), path)
 
 
 def _rates(samples: list[dict[str, Any]]) -> dict[str, float]:

@@ -114,14 +114,3 @@ def is_unreachable(error: BaseException) -> bool:
         return error.errno in FILE_SYSTEM_ERRORS or (error.errno in UNREACHABLE and error.filename is not None)
     text = str(error)  # safetensors and tokenizers wrap the system's error in one of their own
     return any(f"(os error {number})" in text for number in FILE_SYSTEM_ERRORS)
-
-
-__all__ = [
-    "UNREACHABLE",
-    "UNREACHABLE_STORE",
-    "Retry",
-    "StoreUnreachable",
-    "drop_nfs_cache",
-    "is_unreachable",
-    "with_retry",
-]

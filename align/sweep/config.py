@@ -11,7 +11,7 @@ from align.config.base import Config
 from align.config.validation import validate
 from align.config.yaml import load_yaml
 from align.errors import UserError
-from align.pipeline.pipeline import NAME_PATTERN
+from align.pipeline.stage_kinds import NAME_PATTERN
 
 
 class PruneConfig(Config):

@@ -6,54 +6,36 @@ A process can hold one vLLM engine: it is opened for the first checkpoint and lo
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 from align.config.batch_sizes import SYNTHESIS_CHUNK
 from align.errors import UserError
-from align.evaluation.generation import architecture
 from align.inference.cached_client import AnswerSink
 from align.inference.engine import open_engine
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.requests import Answer, Request
-from align.inference.weights import checkpoint_weights
+from align.inference.switching import SwitchingEngine, max_positions
 from align.models.loading import load_tokenizer
 from align.models.render import render_prompt, require_chat_template
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 
 
-class Engines:
-    """The rollout engine of this process, with the weights of the checkpoint in use."""
+class Engines(SwitchingEngine):
+    """The rollout engine of this process, for the model and a judge."""
 
     def __init__(self, context: StageContext, max_length: int) -> None:
         """Set up without an engine; ``max_length`` is the longest prompt plus answer in tokens that one must hold."""
+        super().__init__(self._open)
         self.context, self.max_length = context, max_length
         self.names: list[str] = []
         """Names of the engines opened so far."""
-        self._engine: RolloutEngine | None = None
-        self._architecture = ""
-        self._loaded = Path()
 
-    def with_weights(self, model_dir: Path) -> RolloutEngine:
-        """Return the engine with the weights of a checkpoint; another architecture takes another engine."""
-        model_architecture = architecture(model_dir)
-        if self._engine is not None and self._architecture == model_architecture:
-            if self._loaded != model_dir:
-                self._engine.load_weights(checkpoint_weights(model_dir))
-        else:
-            is_first = self._engine is None
-            self.close()
-            self._engine = self._open(model_dir, is_first)
-        self._architecture = model_architecture
-        self._loaded = model_dir
-        return self._engine
-
-    def _open(self, model_dir: Path, is_first: bool) -> RolloutEngine:
+    def _open(self, model_dir: Path) -> RolloutEngine:
         context, runtime = self.context, self.context.runtime
         # vLLM cannot load another architecture into its engine, nor open a second one in this process.
-        if not is_first and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
+        if self.names and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
             context.warn("the judge is of another architecture than the model, so transformers samples its verdicts")
             runtime = runtime.with_transformers()
         engine = open_engine(
@@ -67,19 +49,6 @@ class Engines:
         )
         self.names.append(engine.name)
         return engine
-
-    def close(self) -> None:
-        """Free the engine, before a reward model is loaded."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
-
-def max_positions(model_dir: Path) -> int | None:
-    """Return the longest sequence of a checkpoint in tokens, or None where its ``config.json`` does not say."""
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    limit = config.get("max_position_embeddings")
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 class LocalModel:

@@ -17,7 +17,7 @@ from align.training.divergence import Known, Live, Measure, soft_cap, summed_div
 from align.training.epochs import SHARE
 from align.training.held_out import scoring
 from align.training.order import by_length
-from align.training.rows import MASKED, Encoded
+from align.training.rows import MASKED, Encoded, collate_labeled
 from align.training.teacher import Teacher, answer_states
 from align.training.trainers import SCORING_TOKENS, Prepared
 
@@ -32,17 +32,7 @@ class AnswerCollator:
         self.pad = pad
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), self.pad)  # (B, T)
-        labels = torch.full((len(rows), width), MASKED)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for index, row in enumerate(rows):
-            size = len(row["input_ids"])
-            ids[index, :size] = torch.tensor(row["input_ids"])
-            labels[index, :size] = torch.tensor(row["labels"])
-            mask[index, :size] = 1
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return batch | {"row": torch.tensor([row.get("row", -1) for row in rows])}
+        return collate_labeled(rows, self.pad) | {"row": torch.tensor([row.get("row", -1) for row in rows])}
 
 
 class _Distilling(SFTTrainer):  # type: ignore[misc]

@@ -15,7 +15,7 @@ import torch
 from align.models.malloc import trim_malloc
 from align.models.sharding import reshard
 from align.training.order import by_length
-from align.training.rows import MASKED, Encoded
+from align.training.rows import MASKED, Encoded, pad_right
 from align.training.trainers import SCORING_TOKENS
 
 
@@ -89,12 +89,7 @@ def scores(model: Any, sequences: Sequence[Sequence[int]], pad: int) -> list[flo
     values = [0.0] * len(sequences)
     device = next(model.parameters()).device
     for batch in by_length([len(ids) for ids in sequences], SCORING_TOKENS):
-        longest = len(sequences[batch[0]])
-        ids = torch.full((len(batch), longest), pad)  # (B, T)
-        mask = torch.zeros((len(batch), longest), dtype=torch.long)
-        for index, row in enumerate(batch):
-            ids[index, : len(sequences[row])] = torch.tensor(sequences[row])
-            mask[index, : len(sequences[row])] = 1
+        ids, mask = pad_right([sequences[row] for row in batch], pad)
         outputs = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         for row, score in zip(batch, outputs.logits[:, 0].float().tolist(), strict=True):
             values[row] = score

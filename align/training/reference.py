@@ -22,6 +22,7 @@ from align.config.launch import rank
 from align.models.processes import all_gather, broadcast, rank_range
 from align.store.fingerprint import canonical
 from align.training.order import by_length
+from align.training.rows import pad_right
 from align.training.sealed_tensors import read_tensors, write_tensors
 from align.training.trainers import SCORING_TOKENS
 
@@ -180,17 +181,12 @@ def _token_logprobs(
     model: Any, answers: Sequence[Answer], pad: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probabilities, 0 outside the answers, and each token's position in its answer, from 1: (B, T - 1)."""
-    longest = max(len(answer.prompt) + len(answer.ids) for answer in answers)
-    ids = torch.full((len(answers), longest), pad)  # (B, T)
-    attention_mask = torch.zeros_like(ids)
-    answer_mask = torch.zeros_like(ids)
+    ids, attention_mask = pad_right([[*answer.prompt, *answer.ids] for answer in answers], pad)
+    answer_mask = attention_mask.clone()
     for row, answer in enumerate(answers):
-        start, end = len(answer.prompt), len(answer.prompt) + len(answer.ids)
-        ids[row, :end] = torch.tensor([*answer.prompt, *answer.ids])
-        attention_mask[row, :end] = 1
-        answer_mask[row, start:end] = 1
+        answer_mask[row, : len(answer.prompt)] = 0
     ids, attention_mask, answer_mask = ids.to(device), attention_mask.to(device), answer_mask.to(device)
     labels = ids.masked_fill(answer_mask == 0, -100)
     outputs = model(input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
     # Methods with virtual tokens have more positions than the row.
-    return outputs.log_probs[:, -(longest - 1) :].float(), answer_mask[:, 1:].cumsum(dim=1)
+    return outputs.log_probs[:, -(ids.shape[1] - 1) :].float(), answer_mask[:, 1:].cumsum(dim=1)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from align.config.launch import rank, world_size
 from align.training.divergence import soft_cap, summed_nll, trunk_and_head
 from align.training.order import by_length
-from align.training.rows import MASKED, Encoded
+from align.training.rows import MASKED, Encoded, collate_labeled
 from align.training.trainers import SCORING_TOKENS
 
 
@@ -84,18 +84,10 @@ class Replay(TrainerCallback):
         """Return the summed loss of the answers' tokens of ``rows``, in nats."""
         trunk, head = trunk_and_head(self.trainer.model)
         device = next(trunk.parameters()).device
-        longest = max(len(row["input_ids"]) for row in rows)
-        shape = (len(rows), longest)
-        ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, MASKED)  # (B, T)
-        mask = torch.zeros(shape, dtype=torch.long)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[index, :length] = torch.tensor(row["input_ids"])
-            labels[index, :length] = torch.tensor(row["labels"])
-            mask[index, :length] = 1
-        ids, labels, mask = ids.to(device), labels.to(device)[:, 1:], mask.to(device)
+        batch = {name: tensor.to(device) for name, tensor in collate_labeled(rows, pad=0).items()}
+        labels = batch.pop("labels")[:, 1:]
         with self.trainer.accelerator.autocast():
-            hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1]
+            hidden = trunk(**batch, use_cache=False)[0][:, :-1]
             is_label = labels != MASKED
             return summed_nll(labels[is_label], hidden[is_label], head, soft_cap(self.trainer.model))
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from trl.trainer.reward_trainer import RewardTrainer
 
+from align.training.rows import pad_right
 from align.training.trainers import PreparedReward
 
 ScoreLoss = Literal["mse", "bce"]
@@ -99,12 +100,7 @@ class NumberCollator:
         self.pad = pad
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), self.pad)  # (B, T)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            mask[index, : len(row["input_ids"])] = 1
+        ids, mask = pad_right([row["input_ids"] for row in rows], self.pad)
         places = [[index, place] for index, row in enumerate(rows) for place in row["places"]]
         targets = [target for row in rows for target in row["targets"]]
         return {

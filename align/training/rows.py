@@ -17,6 +17,8 @@ from align.errors import UserError
 from align.models.render import render_answer, render_answered, render_conversation, render_prompt
 
 if TYPE_CHECKING:
+    import torch
+
     from align.pipeline.context import StageContext
 
 Row = dict[str, Any]
@@ -250,3 +252,20 @@ def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -
             continue
         out.add({"chosen_ids": chosen_ids, "rejected_ids": rejected_ids}, length, row)
     return out
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of token ids, right-padded, and the mask of their tokens, (B, T) each."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
+
+
+def collate_labeled(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+    """Return ``input_ids``, ``attention_mask`` and ``labels`` of encoded rows, (B, T) each."""
+    ids, mask = pad_right([row["input_ids"] for row in rows], pad)
+    labels, _ = pad_right([row["labels"] for row in rows], MASKED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from align.capacity.memory import Choice, Estimate, Memory
+from align.capacity.table import memory_lines
 from align.cli import console
-from align.cli.console import ConsoleListener, RunningStage, duration, memory_lines
+from align.cli.console import ConsoleListener, RunningStage, duration
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
 

@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from align.evaluation.reward_accuracy import agreement, pair_accuracy, pair_report, pair_reports, score_pairs
+from align.evaluation.reward_accuracy import (
+    agreement,
+    pair_accuracy,
+    pair_report,
+    pair_reports,
+    read_sides,
+    score_sides,
+)
 
 
 def pair(chosen: str, rejected: str, source: str = "a", gold: tuple[float, float] | None = None) -> dict:
@@ -48,9 +55,8 @@ def test_both_sides_are_scored_against_their_own_prompt():
         calls.append((prompts, responses, finished, tools))
         return [float(len(text)) for text in responses]
 
-    chosen, rejected = score_pairs(
-        [pair("aaa", "b"), {**pair("c", "dd"), "rejected_finished": False, "tools": "[]"}], score
-    )
+    rows = [pair("aaa", "b"), {**pair("c", "dd"), "rejected_finished": False, "tools": "[]"}]
+    chosen, rejected = score_sides(read_sides(rows), score)
     assert calls[0][1] == ["aaa", "c", "b", "dd"]
     assert len(calls[0][0]) == 4
     assert calls[0][2] == [True, True, True, False]

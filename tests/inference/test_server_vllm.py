@@ -46,7 +46,7 @@ def _open(model_dir: Path, address: str | None) -> ServerEngine:
     )
     engine = ServerEngine(served, WeightsFolder(served))
     if address is not None:
-        engine.load_checkpoint()
+        engine.load_weights(checkpoint_weights(served.model_dir))
     return engine
 
 

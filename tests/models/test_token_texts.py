@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.models.render import token_texts
 from align.models.tiny import make_tiny_tokenizer
-from align.models.token_texts import token_texts
 
 TOKENIZER = make_tiny_tokenizer()
 

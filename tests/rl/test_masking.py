@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from align.rl.masking import last_index, masked_mean, masked_mean_var, masked_sum, pad_rows, response_mask, whiten
+from align.rl.masking import last_index, masked_mean_var, masked_sum, pad_rows, response_mask, whiten
 
 VALUES = torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("inf"), 99.0]])
 MASK = response_mask([2, 1], 3)
@@ -29,24 +29,6 @@ def test_whitening_moves_the_mean_only_when_asked():
     whitened = whiten(VALUES, MASK, shift_mean=False)
     assert whitened[MASK].tolist() == pytest.approx([3 - 1.2247449, 3.0, 3 + 1.2247449], abs=1e-6)
     assert shifted[~MASK].abs().sum() == 0
-
-
-def test_two_processes_whiten_as_one():
-    full = whiten(VALUES, MASK, shift_mean=True)
-    parts = [(VALUES[:1], MASK[:1]), (VALUES[1:], MASK[1:])]
-    # What an all-reduce would return, one reduction after the other: the mean's, then the variance's.
-    mean = torch.stack([torch.stack([masked_sum(v, m), m.sum().float()]) for v, m in parts]).sum(0)
-    center = mean[0] / mean[1]
-    spread = torch.stack([torch.stack([masked_sum((v - center) ** 2, m), m.sum().float()]) for v, m in parts]).sum(0)
-    for index, (values, mask) in enumerate(parts):
-        answers = iter([mean, spread])
-        part = whiten(values, mask, shift_mean=True, reduce=lambda _, answers=answers: next(answers))
-        assert torch.allclose(part, full[index : index + 1])
-
-
-def test_masked_mean_reduces_sums_and_counts():
-    doubled = masked_mean(VALUES, MASK, reduce=lambda total: total * 2)
-    assert doubled.item() == 3.0
 
 
 def test_pad_rows():

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from align.rl.masking import response_mask
-from align.rl.rewards import adjust_scores, shape_rewards, whiten_rewards
+from align.rl.rewards import RunningScale, adjust_scores, shape_rewards, whiten_rewards
 
 MASK = response_mask([3, 2], 3)
 LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5], [-1.0, -1.0, 7.0]])
@@ -52,3 +54,48 @@ def test_every_token_of_a_response_can_cost_something():
     )
     # 2 - 0.3;  1 - 1 - 1
     assert adjusted.tolist() == pytest.approx([1.7, -1.0])
+
+
+# ---- the running scale ----
+
+
+def test_the_scale_has_mean_and_deviation_of_all_scores_so_far():
+    scale = RunningScale()
+    scale.add(torch.tensor([1.0, 3.0]))
+    # mean 2, variance 1
+    assert scale.apply(torch.tensor([4.0])).tolist() == [2.0]
+    scale.add(torch.tensor([5.0, 7.0]))
+    # mean 4, variance (9 + 1 + 1 + 9) / 4 = 5
+    assert scale.std == pytest.approx(5**0.5)
+    assert scale.apply(torch.tensor([4.0, 9.0])).tolist() == pytest.approx([0.0, 5**0.5])
+
+
+def test_scores_that_are_all_the_same_become_zero():
+    scale = RunningScale()
+    scale.add(torch.tensor([3.0, 3.0]))
+    assert scale.apply(torch.tensor([3.0, 4.0])).tolist() == [0.0, 1.0]
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_batches_count_as_one(batches):
+    scale = RunningScale()
+    for batch in batches:
+        scale.add(torch.tensor(batch, dtype=torch.float64))
+    every = torch.tensor([score for batch in batches for score in batch], dtype=torch.float64)
+    assert scale.mean == pytest.approx(every.mean().item(), abs=1e-9)
+    assert scale.std == pytest.approx(every.std(correction=0).item(), abs=1e-6)
+
+
+def test_the_scale_goes_on_from_its_state():
+    first, second = RunningScale(), RunningScale()
+    first.add(torch.tensor([1.0, 2.0, 4.0]))
+    second.load_state_dict(first.state_dict())
+    for scale in (first, second):
+        scale.add(torch.tensor([8.0]))
+    assert first.state_dict() == second.state_dict()
+
+
+def test_scores_before_any_came_pass_unchanged():
+    scale = RunningScale()
+    assert scale.std == 0.0
+    assert scale.apply(torch.tensor([3.0, -2.0])).tolist() == [3.0, -2.0]

@@ -36,7 +36,7 @@ def estimate(config: RolloutFields, models: Models, runtime: Runtime) -> Estimat
         critics = ("head",)
     setting = Setting(
         config.micro_batch,
-        accumulated=_responses_per_step(config) > config.micro_batch,
+        accumulated=config.responses_per_step > config.micro_batch,
         checkpointing=_checkpointing(config),
         gpu=resolve_engine(runtime)[1],
     )
@@ -95,10 +95,6 @@ def _checkpointing(config: RolloutFields) -> bool:
     return bool(config.trainer.get("gradient_checkpointing"))
 
 
-def _responses_per_step(config: RolloutFields) -> int:
-    return config.rollout_batch // config.samples_per_prompt * config.kept_per_prompt // config.num_mini_batches
-
-
 def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
     """Return what the stage asks of devices."""
     policy, rewards, tuning = models["policy"][0], models.get("reward", ()), config.tuning
@@ -136,7 +132,7 @@ def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
         model=policy,
         tuning=tuning,
         precision=config.precision,
-        batch=_responses_per_step(config),
+        batch=config.responses_per_step,
         micro_batch=config.micro_batch,
         row="responses",
         tokens=lambda count: _micro_batch_tokens(config, count, responses_per_prompt),

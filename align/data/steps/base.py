@@ -7,6 +7,7 @@ in memory.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from align.data.rows import Dropped, Row
+
+
+class RowFilter(ABC):
+    """A row step that drops some rows and changes none."""
+
+    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
+        """Return each row or ``Dropped``."""
+        return [self._judge(row) or row for row in rows]
+
+    @abstractmethod
+    def _judge(self, row: Row) -> Dropped | None:
+        """Return ``Dropped`` for a row that is dropped."""
 
 
 class ModelLoaders(Protocol):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -18,6 +17,7 @@ from importlib import resources
 from align.config.recipe.filter_settings import Boilerplate, Sides
 from align.data.row_texts import excerpt, reply_texts
 from align.data.rows import Dropped, Row
+from align.data.steps.base import RowFilter
 
 _OPENING = 300
 """Characters of a reply that count as its start."""
@@ -84,7 +84,7 @@ def rules() -> tuple[Rule, ...]:
     return tuple(compiled_rules)
 
 
-class BoilerplateFilter:
+class BoilerplateFilter(RowFilter):
     """Drops rows whose reply holds a stock phrase."""
 
     def __init__(self, config: Boilerplate, sides: Sides) -> None:
@@ -94,10 +94,6 @@ class BoilerplateFilter:
         ]
         self._rules = [*(rule for rule in rules() if rule.kind in config.kinds), *user_rules]
         self._sides = sides
-
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """Return each row or ``Dropped``."""
-        return [self._judge(row) or row for row in rows]
 
     def _judge(self, row: Row) -> Dropped | None:
         for field, text in reply_texts(row, self._sides):

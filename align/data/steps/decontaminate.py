@@ -15,7 +15,7 @@ import numpy as np
 
 from align.config.recipe.step_settings import DecontaminateStep
 from align.data.evaluation_sets import Item, read_all_items, set_identities
-from align.data.overlap import Index
+from align.data.overlap import Index, best_of_pairs
 from align.data.row_texts import prompt_texts, reply_texts
 from align.data.rows import Row, is_text, normalized
 from align.data.steps.base import ModelLoaders, StepContext, Table, Verdict, keep_all
@@ -67,13 +67,8 @@ class Decontaminate:
         hits = self.index.search([searched_texts(row, self.config.of) for row in rows], self.config.coverage)
         contained = hits.coverage > self.config.coverage
         item = self.first_equal[self.item_of_text[hits.text[contained]]]
-        row, coverage = hits.row[contained], hits.coverage[contained]
         # An item may have several texts: keep the one with the highest coverage, once per row and item.
-        order = np.lexsort((-coverage, item, row))
-        row, item, coverage = row[order], item[order], coverage[order]
-        first = np.ones(len(row), dtype=bool)
-        first[1:] = (row[1:] != row[:-1]) | (item[1:] != item[:-1])
-        row, item, coverage = row[first], item[first], coverage[first]
+        row, item, coverage = best_of_pairs(hits.row[contained], item, hits.coverage[contained])
         # Then the MOST items of each row by coverage; ``rank`` is an item's column.
         order = np.lexsort((item, -coverage, row))
         row, item, coverage = row[order], item[order], coverage[order]

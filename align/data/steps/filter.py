@@ -16,7 +16,7 @@ import numpy as np
 from align.config.recipe.filter_settings import FilterStep
 from align.config.user_functions import function_identity
 from align.data.rows import Dropped, Row
-from align.data.steps.base import ModelLoaders, RowStep, StepContext
+from align.data.steps.base import ModelLoaders, RowFilter, RowStep, StepContext
 from align.data.steps.boilerplate import BoilerplateFilter, boilerplate_identities
 from align.data.steps.language import LanguageFilter, language_identities
 from align.data.steps.lengths import TurnsFilter, chars_filter, tokenizer_identities, tokens_filter, words_filter
@@ -105,7 +105,7 @@ class Filter:
         return results
 
 
-class PredicateFilter:
+class PredicateFilter(RowFilter):
     """Keeps rows for which a function returns True or None.
 
     The function gets a copy of the row, which it may change, and returns True or None to keep the row, or False or a
@@ -119,14 +119,11 @@ class PredicateFilter:
         self._path = path
         self._function: Callable[[Row], Any] = function
 
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """Return each row or ``Dropped``.
+    def _judge(self, row: Row) -> Dropped | None:
+        """Return ``Dropped`` for a row that the function refuses.
 
         Raises ``UserError``, with the row's place, when the function raises or returns something else.
         """
-        return [self._judge(row) or row for row in rows]
-
-    def _judge(self, row: Row) -> Dropped | None:
         place = f"{row.get('_where') or 'row'} (id {row.get('id')})"
         try:
             answer = self._function(copy.deepcopy(row))

@@ -7,12 +7,13 @@ alternatives.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 
 from align.config.recipe.filter_settings import Language, Sides
 from align.data.row_texts import excerpt, prompt_texts, reply_texts, without_code
 from align.data.rows import Dropped, Row
+from align.data.steps.base import RowFilter
 
 _TEXT_CHARS, _ROW_CHARS = 400, 1000
 """Characters read of each text and of a row: more change no judgment, and a long turn does not hide the others."""
@@ -43,17 +44,13 @@ def readable(text: str) -> str:
     return " ".join(_NOT_WORDS.sub(" ", without_code(text)[:_TEXT_CHARS]).split())
 
 
-class LanguageFilter:
+class LanguageFilter(RowFilter):
     """Drops rows in other languages. Loads the model (40 MiB)."""
 
     def __init__(self, config: Language, sides: Sides) -> None:
         self._config, self._sides = config, sides
         self._detect = load_detector()
         self._keep = frozenset(config.keep)
-
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """Return each row or ``Dropped``."""
-        return [self._judge(row) or row for row in rows]
 
     def _parts(self, row: Row) -> Iterator[str]:
         """Yield the replies, then the prompt's turns from the last to the first."""

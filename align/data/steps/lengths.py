@@ -16,20 +16,16 @@ from align.config.recipe.filter_settings import Chars, Lengths, Tokens, Turns, W
 from align.config.user_paths import user_path
 from align.data.row_texts import prompt_texts, reply_texts
 from align.data.rows import Dropped, Row
-from align.data.steps.base import StepContext, require_models
+from align.data.steps.base import RowFilter, StepContext, require_models
 from align.errors import UserError
 from align.store.fingerprint import file_digest
 
 
-class TurnsFilter:
+class TurnsFilter(RowFilter):
     """Drops rows with too few or too many messages in the prompt."""
 
     def __init__(self, config: Turns) -> None:
         self._config = config
-
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """Return each row or ``Dropped``."""
-        return [self._judge(row) or row for row in rows]
 
     def _judge(self, row: Row) -> Dropped | None:
         count = len(row.get("prompt") or ())

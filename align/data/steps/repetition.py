@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from align.config.recipe.filter_settings import Repetition, Sides
 from align.data.row_texts import excerpt, reply_texts, without_code
 from align.data.rows import Dropped, Row
+from align.data.steps.base import RowFilter
 
 GOPHER_LINES, GOPHER_LINE_CHARS = 0.30, 0.20
 """Share of repeated lines, and of characters in them; the same limits hold for paragraphs."""
@@ -35,15 +35,11 @@ class Repeat(NamedTuple):
     """The text that repeats."""
 
 
-class RepetitionFilter:
+class RepetitionFilter(RowFilter):
     """Drops rows whose reply repeats itself."""
 
     def __init__(self, config: Repetition, sides: Sides) -> None:
         self._config, self._sides = config, sides
-
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """Return each row or ``Dropped``."""
-        return [self._judge(row) or row for row in rows]
 
     def _judge(self, row: Row) -> Dropped | None:
         for field, text in reply_texts(row, self._sides):

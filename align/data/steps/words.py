@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from align.data.row_texts import excerpt, prompt_texts, reply_texts, without_code
 from align.data.rows import Dropped, Row
+from align.data.steps.base import RowFilter
 
 SELF_INSTRUCT = (
     "image",
@@ -43,12 +44,8 @@ def find_placeholder(text: str) -> str | None:
     return match[0] if match else None
 
 
-class PlaceholderFilter:
+class PlaceholderFilter(RowFilter):
     """Drops rows with a placeholder in any text: rejected replies teach it just like chosen ones."""
-
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """Return each row or ``Dropped``."""
-        return [self._judge(row) or row for row in rows]
 
     def _judge(self, row: Row) -> Dropped | None:
         for field, text in (*prompt_texts(row), *reply_texts(row, "both")):
@@ -58,7 +55,7 @@ class PlaceholderFilter:
         return None
 
 
-class KeywordFilter:
+class KeywordFilter(RowFilter):
     """Drops rows with one of some words in a user's turn; full words, in any case."""
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -66,10 +63,6 @@ class KeywordFilter:
         ordered = sorted(set(words), key=lambda word: (-len(word), word))
         alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in ordered)
         self._pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
-
-    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """Return each row or ``Dropped``."""
-        return [self._judge(row) or row for row in rows]
 
     def _judge(self, row: Row) -> Dropped | None:
         for field, text in prompt_texts(row, "user"):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.config.validation import nearest
+from align.config.validation import hint_nearest
 from align.errors import UserError
 from align.evaluation.punkt import ensure_punkt
 
@@ -76,8 +76,7 @@ def task_index(include: str | None, names: list[str]) -> Any:
     manager = TaskManager(include_path=include)
     for name in names:
         if name not in manager.all_tasks:
-            close = nearest(name, manager.all_tasks)
-            hint = f" Did you mean '{close}'?" if close else ""
+            hint = hint_nearest(name, manager.all_tasks)
             folder = "" if include is None else f" in {include} and"
             raise UserError(
                 f"tasks: lm-eval knows no '{name}'{folder} among its own.{hint} `lm-eval ls tasks` lists them."

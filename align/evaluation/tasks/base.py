@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from align.config.runtime import Runtime
-from align.config.stages.evaluation_fields import SamplingFields
 from align.data.rows import Message
 from align.inference.protocol import Response, Sampling
 from align.store.artifacts import Artifact
@@ -266,24 +265,30 @@ class Task(ABC):
         return {}
 
 
-def answer_all(task: Task, respondent: Respondent, sampling: Sampling) -> Answers:
-    """Have a system answer every item's prompt once: the usual ``respond``."""
-    examples = task.examples(respondent.info.shots) if respondent.info.shots else []
-    prompts = [list(item.prompt) for item in task.items]
-    responses = respondent.answer(prompts, sampling, examples)
-    return single_turns(prompts, responses)
+class SampledTask(Task):
+    """A task whose items are answered in one turn each, with the sampling of its settings."""
 
+    responds = True
 
-def single_turns(prompts: Sequence[list[Message]], responses: Sequence[Sequence[Response]]) -> Answers:
-    """Return answers of one turn each: per prompt, per sample."""
-    return [
-        [[Turn(prompt, response)] for response in samples] for prompt, samples in zip(prompts, responses, strict=True)
-    ]
+    def __init__(self, name: str, config: Any, inputs: TaskInputs) -> None:
+        self.name = name
+        self._config = config
+        self._seed = inputs.seed
+        self._sampling = Sampling(config.max_tokens, config.temperature, n=config.samples, seed=inputs.seed)
 
+    def prompts(self) -> list[list[Message]]:
+        """Return the conversation that each item asks, here its prompt alone."""
+        return [list(item.prompt) for item in self.items]
 
-def task_sampling(config: SamplingFields, seed: int) -> Sampling:
-    """Return a task's sampling settings for an engine."""
-    return Sampling(config.max_tokens, config.temperature, n=config.samples, seed=seed)
+    def respond(self, respondent: Respondent) -> Answers:
+        """Have a system answer every item's conversation, one turn for each sample."""
+        examples = self.examples(respondent.info.shots) if respondent.info.shots else []
+        prompts = self.prompts()
+        responses = respondent.answer(prompts, self._sampling, examples)
+        return [
+            [[Turn(prompt, response)] for response in samples]
+            for prompt, samples in zip(prompts, responses, strict=True)
+        ]
 
 
 def answer_counts(answers: Answers) -> dict[str, int]:

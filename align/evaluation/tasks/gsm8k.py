@@ -32,13 +32,10 @@ from align.evaluation.tasks.base import (
     Item,
     Measured,
     Metric,
-    Respondent,
+    SampledTask,
     ScoringContext,
-    Task,
     TaskInputs,
     answer_counts,
-    single_turns,
-    task_sampling,
 )
 from align.evaluation.tasks.task_records import (
     TaskRecord,
@@ -93,10 +90,9 @@ def describe(config: Gsm8kConfig, base: Path) -> dict[str, Any]:
     return description
 
 
-class Gsm8kTask(Task):
+class Gsm8kTask(SampledTask):
     """The problems, and other problems with solutions as examples."""
 
-    responds = True
     kind = "gsm8k"
     title = "GSM8K: grade-school word problems"
     metrics = METRICS
@@ -112,9 +108,7 @@ class Gsm8kTask(Task):
         left_out: int,
         inputs: TaskInputs,
     ) -> None:
-        self.name = name
-        self._config = config
-        self._seed = inputs.seed
+        super().__init__(name, config, inputs)
         self._left_out = left_out
         self._data = describe(config, inputs.base)
         self._examples = [self._example(record) for record in solved]
@@ -129,7 +123,7 @@ class Gsm8kTask(Task):
         return Example(self._question(record), f"{solution}\n#### {number:f}")
 
     def _question(self, record: TaskRecord) -> str:
-        return record.text("question").strip() + self._config.suffix
+        return f"{record.text('question').strip()}{self._config.suffix}"
 
     def examples(self, count: int) -> list[Example]:
         """Return solved problems after those that every system sees anyway."""
@@ -145,14 +139,12 @@ class Gsm8kTask(Task):
             "sampling": self._config.sampling_settings(self._seed),
         }
 
-    def respond(self, respondent: Respondent) -> Answers:
-        """Ask every problem as a user turn, after the shots."""
+    def prompts(self) -> list[list[Message]]:
+        """Return every problem as a user turn, after the shots."""
         shots: list[Message] = []
         for example in self._examples[: self._config.shots]:
             shots += [user(example.question), assistant(example.answer)]
-        prompts = [[*shots, *item.prompt] for item in self.items]
-        examples = self.examples(respondent.info.shots) if respondent.info.shots else []
-        return single_turns(prompts, respondent.answer(prompts, task_sampling(self._config, self._seed), examples))
+        return [[*shots, *item.prompt] for item in self.items]
 
     def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
         """Return 1 or 0 for each answer, by each way of reading its number; notes count answers without one."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from align.config.stages.evaluation_tasks import IfevalConfig
-from align.config.validation import nearest
+from align.config.validation import hint_nearest
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.tasks.base import (
@@ -28,13 +28,10 @@ from align.evaluation.tasks.base import (
     Item,
     Measured,
     Metric,
-    Respondent,
+    SampledTask,
     ScoringContext,
-    Task,
     TaskInputs,
-    answer_all,
     answer_counts,
-    task_sampling,
 )
 from align.evaluation.tasks.task_records import TaskRecord, describe_records, item_ids, load_records
 
@@ -64,19 +61,16 @@ def build(name: str, config: IfevalConfig, inputs: TaskInputs) -> IfevalTask:
     return IfevalTask(name, config, load_records(config, inputs.base, inputs.seed), inputs)
 
 
-class IfevalTask(Task):
+class IfevalTask(SampledTask):
     """The prompts and their checkers."""
 
-    responds = True
     kind = "ifeval"
     title = "IFEval: instructions a program can check"
     metrics = METRICS
     primary = PROMPT_STRICT
 
     def __init__(self, name: str, config: IfevalConfig, records: list[TaskRecord], inputs: TaskInputs) -> None:
-        self.name = name
-        self._config = config
-        self._seed = inputs.seed
+        super().__init__(name, config, inputs)
         self._data = describe_records(config, inputs.base)
         self.items = [_item(id, record) for id, record in zip(item_ids(records, "key"), records, strict=True)]
         if any(set(item.data["instructions"]) & NEEDS_SENTENCES for item in self.items):
@@ -92,10 +86,6 @@ class IfevalTask(Task):
             "instructions": sum(len(item.data["instructions"]) for item in self.items),
             "langdetect_seed": LANGUAGE_SEED,
         }
-
-    def respond(self, respondent: Respondent) -> Answers:
-        """Ask every prompt as one user turn."""
-        return answer_all(self, respondent, task_sampling(self._config, self._seed))
 
     def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
         """Return the share of instructions followed, and 1 for a prompt with all of them followed, else 0."""
@@ -229,11 +219,8 @@ def _check_instruction(instruction: str, arguments: Mapping[str, Any], where: st
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
     if instruction not in INSTRUCTION_DICT:
-        close = nearest(instruction, INSTRUCTION_DICT)
-        raise UserError(
-            f"{where}: there is no instruction '{instruction}'."
-            + (f" Did you mean '{close}'?" if close else f" Known are {', '.join(sorted(INSTRUCTION_DICT))}.")
-        )
+        hint = hint_nearest(instruction, INSTRUCTION_DICT) or f" Known are {', '.join(sorted(INSTRUCTION_DICT))}."
+        raise UserError(f"{where}: there is no instruction '{instruction}'.{hint}")
     required = INSTRUCTION_DICT[instruction](instruction).get_instruction_args_keys()
     missing = [name for name in required if not arguments.get(name)]
     if missing:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.stages.evaluation_fields import RecordFields
-from align.config.validation import nearest, validate_plain
+from align.config.validation import hint_nearest, validate_plain
 from align.errors import UserError
 
 AnyRecord = TypeVar("AnyRecord")
@@ -30,10 +30,9 @@ class TaskRecord(dict[str, Any]):
         """``file:line``, or the record's number."""
 
     def __missing__(self, field: str) -> Any:
-        close = nearest(field, self)
         raise UserError(
             f"{self.where}: there is no field '{field}'; there are {', '.join(sorted(self)) or 'none'}."
-            + (f" Did you mean '{close}'?" if close else "")
+            f"{hint_nearest(field, self)}"
         )
 
     def text(self, field: str) -> str:

@@ -24,13 +24,10 @@ from align.evaluation.tasks.base import (
     Item,
     Measured,
     Metric,
-    Respondent,
+    SampledTask,
     ScoringContext,
-    Task,
     TaskInputs,
-    answer_all,
     answer_counts,
-    task_sampling,
 )
 from align.evaluation.tasks.task_records import TaskRecord, describe_records, item_ids, load_records
 
@@ -49,19 +46,16 @@ def build(name: str, config: XstestConfig, inputs: TaskInputs) -> XstestTask:
     return XstestTask(name, config, load_records(config, inputs.base, inputs.seed), inputs)
 
 
-class XstestTask(Task):
+class XstestTask(SampledTask):
     """The prompts of both kinds."""
 
-    responds = True
     kind = "xstest"
     title = "XSTest: refusals of safe and of unsafe prompts"
     metrics = METRICS
     primary = SAFE
 
     def __init__(self, name: str, config: XstestConfig, records: list[TaskRecord], inputs: TaskInputs) -> None:
-        self.name = name
-        self._config = config
-        self._seed = inputs.seed
+        super().__init__(name, config, inputs)
         self._data = describe_records(config, inputs.base)
         self.items = [_item(id, record) for id, record in zip(item_ids(records, "id"), records, strict=True)]
         kinds = {bool(item.data["safe"]) for item in self.items}
@@ -80,10 +74,6 @@ class XstestTask(Task):
             "refusal": "string match of the answer's opening",
             "sampling": self._config.sampling_settings(self._seed),
         }
-
-    def respond(self, respondent: Respondent) -> Answers:
-        """Ask every prompt as one user turn."""
-        return answer_all(self, respondent, task_sampling(self._config, self._seed))
 
     def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
         """Return 1 for a refusal, else 0. Each rate has weight 0 on prompts of the other kind."""

@@ -10,7 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.config.tuning import FullTuning, Ia3Tuning, LoraTuning, PeftTuning, QloraTuning, TuningBase, VirtualTokens
+from align.config.tuning import (
+    AdaptersTuning,
+    FullTuning,
+    Ia3Tuning,
+    LoraTuning,
+    PeftTuning,
+    QloraTuning,
+    TuningBase,
+    VirtualTokens,
+)
 from align.models.freezing import freeze
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.malloc import trim_malloc
@@ -18,6 +27,7 @@ from align.models.tuning import stored, virtual_tokens
 from align.models.tuning.inserted import plain_save
 from align.models.tuning.lora import START, at_initial_values, save_adapter
 from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.stored import is_stored
 
 
 def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
@@ -111,3 +121,18 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     with stored.config_with(config, changes):
         plain_save(plain, out_dir, weights)
     tokenizer.save_pretrained(out_dir)
+
+
+def engine_source(source: Path, tuning: Any, scratch: Path) -> Path:
+    """Return a model folder whose shapes have room for everything that ``tuning`` trains in the policy ``source``.
+
+    That is ``source`` itself where its shapes fit, else a checkpoint of the untrained adapters, written to ``scratch``.
+    """
+    if not isinstance(tuning, AdaptersTuning) or is_stored(source):
+        return source
+    if not (scratch / "config.json").is_file():
+        model = apply_tuning(
+            load_for_tuning(source, tuning), tuning, seed=0
+        )  # the seed changes nothing: all start at 0
+        save_tuned(model, load_tokenizer(source), scratch)
+    return scratch

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from align.config.tuning import AdaptersTuning
-from align.models.tuning.inserted import Insertion, train_insertions_only
+from align.models.tuning.inserted import Insertion
 from align.models.tuning.layers import GATED, decoder_layers, gated_mlps
 
 NAME = "bottleneck"
@@ -51,14 +51,6 @@ class Sequential(Insertion):
         """(B, T, H) -> (B, T, H)."""
         inner = F.gelu(F.linear(outputs, self.down, self.down_bias))
         return outputs + F.linear(inner, self.up, self.up_bias)
-
-
-def wrap(model: Any, tuning: AdaptersTuning, seed: int) -> Any:
-    """Return ``model`` with trained bottlenecks drawn from ``seed``. Raises ``UserError`` for an unsupported model."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        insert(model, tuning)
-    return train_insertions_only(model)
 
 
 def insert(model: Any, tuning: AdaptersTuning) -> None:

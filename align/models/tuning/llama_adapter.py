@@ -14,7 +14,7 @@ from torch import nn
 
 from align.config.tuning import AdaptersTuning
 from align.errors import UserError
-from align.models.tuning.inserted import Insertion, train_insertions_only
+from align.models.tuning.inserted import Insertion
 from align.models.tuning.layers import attentions
 
 NAME = "llama_adapter"
@@ -60,14 +60,6 @@ def _rotated(queries: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor])
     cos, sin = (part.unsqueeze(1) for part in rotation)
     first_half, second_half = queries.chunk(2, dim=-1)
     return queries * cos + torch.cat([-second_half, first_half], dim=-1) * sin
-
-
-def wrap(model: Any, tuning: AdaptersTuning, seed: int) -> Any:
-    """Return ``model`` with gated tokens drawn from ``seed``; nothing else is trained."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        insert(model, tuning)
-    return train_insertions_only(model)
 
 
 def insert(model: Any, tuning: AdaptersTuning) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from align.config.tuning import LowRank
-from align.config.validation import nearest
+from align.config.validation import hint_nearest
 from align.errors import UserError
 from align.models.parameter_groups import layer_stack
 from align.models.tuning.exchange import swapped_values
@@ -116,8 +116,7 @@ def check_names(model: Any, names: Sequence[str], place: str) -> None:
     for name in names:
         if not any(module == name or module.endswith(f".{name}") for module in modules):
             ends = {module.rpartition(".")[2] for module in modules}
-            close = nearest(name, sorted(end for end in ends if not end.isdigit()))
-            hint = f" Did you mean '{close}'?" if close else ""
+            hint = hint_nearest(name, sorted(end for end in ends if not end.isdigit()))
             raise UserError(f"{place}: '{name}' fits no module of this model.{hint}")
 
 

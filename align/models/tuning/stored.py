@@ -73,8 +73,11 @@ def apply(model: Any, tuning: Inserted, seed: int, tokenizer: Any) -> Any:
     if isinstance(tuning, PrefixTuning):
         model = prefix.wrap(model, tuning, seed, tokenizer)
     elif isinstance(tuning, AdaptersTuning):
-        family: Any = llama_adapter if tuning.kind == "llama_adapter" else bottleneck
-        model = family.wrap(model, tuning, seed)
+        family = llama_adapter if tuning.kind == "llama_adapter" else bottleneck
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            family.insert(model, tuning)
+        model = train_insertions_only(model)
     else:
         model = virtual_tokens.wrap(model, tuning, seed, tokenizer)
     model.inserted_tuning = tuning

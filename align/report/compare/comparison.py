@@ -28,10 +28,9 @@ from align.report.compare.sweep_trials import SweepTrials, sweep_section
 from align.report.curves.curve_panels import MAX_PANELS, add_panels, curve_section
 from align.report.curves.metric_series import Events, read_events
 from align.report.page.assets import FIGURES, TABLES, AssetWriter, Figure
-from align.report.page.escape import script_json
 from align.report.page.number_format import interval, number, signed
 from align.report.page.panels import Panel
-from align.report.page.templates import load_template, page_shell
+from align.report.page.templates import load_template, page_shell, script_json
 from align.report.scorecard.conclusions import find_difference, metric_phrase
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact, Kind

@@ -18,7 +18,7 @@ from typing import Any
 
 from align.evaluation.comparisons import Column, Resampling, correct_table, difference, per_item
 from align.evaluation.scorecard import DRIFT, FORMAT
-from align.report.scorecard.samples import read_samples
+from align.report.scorecard.samples import read_lines, read_samples
 from align.store.artifacts import Artifact, Kind
 
 Card = dict[str, Any]
@@ -61,7 +61,7 @@ class EvaluatedRun:
     def items(self) -> dict[str, dict[str, Items]]:
         """Label → metric → item → numbers of the samples; empty where the run has no ``items.jsonl``."""
         items: dict[str, dict[str, Items]] = {}
-        for line in _read_items(self.folder / ITEMS):
+        for line in read_lines(self.folder / ITEMS, {"task", "id", "values"}):
             task = str(line["task"])
             item = (task, str(line["id"]))
             for system, metrics in line["values"].items():
@@ -146,8 +146,8 @@ def merge(evaluated: Sequence[EvaluatedRun]) -> Card:
             for row in run.card["win_rates"]
         ],
         "reward_models": _merge_reward_models(evaluated),
-        "gates": _unique_rows([_merged_gate(run, gate) for run in evaluated for gate in run.card["gates"]]),
-        "flags": _unique_rows([_merged_flag(run, flag) for run in evaluated for flag in run.card["flags"]]),
+        "gates": _unique_rows([_labeled(run, gate, "system") for run in evaluated for gate in run.card["gates"]]),
+        "flags": _unique_rows([_labeled(run, flag, "policy") for run in evaluated for flag in run.card["flags"]]),
     }
     card["differences"] = _differences(evaluated, card)
     roles = {system["name"]: system["role"] for system in card["systems"]}
@@ -223,14 +223,10 @@ def _merge_reward_models(evaluated: Sequence[EvaluatedRun]) -> list[Row]:
     ]
 
 
-def _merged_gate(run: EvaluatedRun, gate: Row) -> Row:
-    label = run.labels.get(gate["system"], gate["system"])
-    return {**gate, "system": label, "text": _text_with_run(run, gate["system"], gate["text"])}
-
-
-def _merged_flag(run: EvaluatedRun, flag: Row) -> Row:
-    label = run.labels.get(flag["policy"], flag["policy"])
-    return {**flag, "policy": label, "text": _text_with_run(run, flag["policy"], flag["text"])}
+def _labeled(run: EvaluatedRun, row: Row, field: str) -> Row:
+    """Return a gate or flag under its system's name in the merged scorecard; ``field`` names the system."""
+    system = row[field]
+    return {**row, field: run.labels.get(system, system), "text": _text_with_run(run, system, row["text"])}
 
 
 def _text_with_run(run: EvaluatedRun, system: str | None, text: str) -> str:
@@ -273,7 +269,7 @@ def _differences(evaluated: Sequence[EvaluatedRun], card: Card) -> list[Row]:
             comparison = policy, against, metric
             if comparison in rows or metric in DRIFT:
                 continue
-            row = _paired_difference(columns, comparison, resampling)
+            row = _comparison_row(columns, comparison, resampling)
             if row is not None:
                 rows[comparison] = row
     return list(rows.values())
@@ -298,22 +294,27 @@ def _comparable_columns(evaluated: Sequence[EvaluatedRun], card: Card) -> dict[t
     return columns
 
 
-def _paired_difference(
+def _comparison_row(
     columns: Mapping[tuple[str, str], Items], comparison: tuple[str, str, str], resampling: Resampling
 ) -> Row | None:
-    """Return the difference over the items that both systems answered; None without such items."""
+    """Return a comparison's row; None without items that both systems answered."""
     policy, against, metric = comparison
     first = columns.get((policy, metric))
     second = columns.get((against, metric))
     if first is None or second is None:
         return None
+    row = paired_difference(first, second, resampling)
+    return None if row is None else {"policy": policy, "against": against, "metric": metric, **row}
+
+
+def paired_difference(first: Items, second: Items, resampling: Resampling) -> Row | None:
+    """Return the difference over the items that both systems answered; None without such items."""
     common = [item for item in first if item in second]
     if not common:
         return None
     left = Column([first[item] for item in common])
     right = Column([second[item] for item in common])
-    row = difference(left, right, resampling)
-    return None if row is None else {"policy": policy, "against": against, "metric": metric, **row}
+    return difference(left, right, resampling)
 
 
 # ---- samples ----------------------------------------------------------------------------------------------------
@@ -331,18 +332,3 @@ def merge_samples(evaluated: Sequence[EvaluatedRun]) -> Iterator[Row]:
             for system, responses in sample["responses"].items():
                 line["responses"].setdefault(run.labels.get(system, system), responses)
     yield from lines.values()
-
-
-def _read_items(path: Path) -> Iterator[Row]:
-    """Yield the lines of an ``items.jsonl``; damaged ones are left out, a missing file has none."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue
-                if isinstance(line, dict) and {"task", "id", "values"} <= line.keys():
-                    yield line
-    except OSError:
-        return

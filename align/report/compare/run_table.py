@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.report.compare.merged_scorecard import Card, EvaluatedRun
-from align.report.page.assets import AssetWriter
+from align.report.page.assets import AssetWriter, estimate_cells, estimate_columns
 from align.report.page.number_format import MARKS, MISSING, WORDS, duration, interval, number, signed, size
 from align.report.run.stage_costs import endpoint_cost
 from align.report.scorecard.conclusions import find_difference
@@ -173,7 +173,7 @@ def _table_columns(changed: Mapping[str, Any], metrics: Sequence[str]) -> dict[s
     """Return the columns of the table next to the page: settings, and each metric with its interval."""
     columns = {"run": "Run", "note": "State", **{f"set {field}": field for field in changed}, "system": "System"}
     for metric in metrics:
-        columns |= {metric: metric, f"{metric} low": f"{metric} 95 % low", f"{metric} high": f"{metric} 95 % high"}
+        columns |= estimate_columns(metric, metric)
     return columns | {"seconds": "Seconds"}
 
 
@@ -193,10 +193,7 @@ def _result_columns(card: Card | None, run: EvaluatedRun | None, metrics: Sequen
         return {}
     row: dict[str, Any] = {"system": run.subject}
     for metric in metrics:
-        estimate = card["estimates"][run.subject_label].get(metric) or {}
-        row[metric] = estimate.get("value")
-        row[f"{metric} low"] = estimate.get("low")
-        row[f"{metric} high"] = estimate.get("high")
+        row |= estimate_cells(metric, card["estimates"][run.subject_label].get(metric))
     return row
 
 

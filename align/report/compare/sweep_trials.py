@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.errors import printable
-from align.report.page.assets import AssetWriter, Figure
+from align.report.page.assets import AssetWriter, Figure, estimate_cells, estimate_columns
 from align.report.page.number_format import MISSING, duration, interval, number
 from align.report.page.panels import COLORS, INK, Panel, error_bars, legend_name, styled
 
@@ -55,14 +55,14 @@ def _add_trial_table(trials: SweepTrials, assets: AssetWriter) -> None:
     objectives = [str(objective["name"]) for objective in trials.objectives]
     columns = dict(STATE_COLUMNS) | {f"set {name}": name for name in trials.dimensions}
     for name in objectives:
-        columns |= {name: name, f"{name} low": f"{name} 95 % low", f"{name} high": f"{name} 95 % high"}
+        columns |= estimate_columns(name, name)
     rows = []
     for trial in trials.rows:
         row = {name: trial[name] for name in (*STATE_COLUMNS, *END_COLUMNS)}
         row |= {f"set {name}": value for name, value in trial["draw"].items()}
         for name in objectives:
             low, high = trial["intervals"].get(name) or (None, None)
-            row |= {name: trial["values"].get(name), f"{name} low": low, f"{name} high": high}
+            row |= estimate_cells(name, {"value": trial["values"].get(name), "low": low, "high": high})
         rows.append(row)
     assets.add_table("trials", "Trials of the sweep", columns | END_COLUMNS, rows)
 

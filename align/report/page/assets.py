@@ -13,7 +13,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,14 @@ class AssetWriter:
     def add_figure(self, name: str, svg: Markup, caption: str = "") -> Figure:
         """Add a figure under a unique file name and return it."""
         names = {figure.name for figure in self.figures}
-        figure = Figure(_unique_name(file_name(name), names), svg, caption)
+        figure = Figure(unique_name(file_name(name), names), svg, caption)
         self.figures.append(figure)
         return figure
 
     def add_table(self, name: str, title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Table:
         """Add a table under a unique file name and return it."""
         names = {table.name for table in self.tables}
-        table = Table(_unique_name(file_name(name), names), title, columns, rows)
+        table = Table(unique_name(file_name(name), names), title, columns, rows)
         self.tables.append(table)
         return table
 
@@ -87,6 +87,17 @@ class AssetWriter:
             titles[f"{table.name}.csv"] = table.title
             titles[f"{table.name}.json"] = table.title
         _replace_files(folder / TABLES, texts, titles)
+
+
+def estimate_columns(name: str, title: str) -> dict[str, str]:
+    """Return the columns of a metric and of its interval's bounds."""
+    return {name: title, f"{name} low": f"{title} 95 % low", f"{name} high": f"{title} 95 % high"}
+
+
+def estimate_cells(name: str, estimate: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a row's cells under ``estimate_columns``; empty ones without an estimate."""
+    known = estimate or {}
+    return {name: known.get("value"), f"{name} low": known.get("low"), f"{name} high": known.get("high")}
 
 
 def as_csv(table: Table) -> str:
@@ -125,7 +136,7 @@ def file_name(text: str) -> str:
     return name[:MAX_NAME_LENGTH].rstrip("-.").lower() or "unnamed"
 
 
-def _unique_name(name: str, names: set[str]) -> str:
+def unique_name(name: str, names: Container[str]) -> str:
     """Return ``name``, with a number behind it when ``names`` has it already."""
     number = 1
     unique = name

@@ -91,6 +91,12 @@ class Panel:
         Panel.svg_count += 1
         return _embed(buffer.getvalue(), label, f"f{Panel.svg_count}-")
 
+    def name_rows(self, names: Sequence[str]) -> None:
+        """Name the rows of a plot from top to bottom, without lines of the grid between them."""
+        self.axes.set_yticks(range(len(names)), names)
+        self.axes.set_ylim(len(names) - 0.5, -0.5)
+        self.axes.grid(axis="y", visible=False)
+
 
 @styled
 def dots(rows: Sequence[tuple[str, Mapping[str, Any]]], xlabel: str, label: str, line: float | None = None) -> Markup:
@@ -111,9 +117,7 @@ def dots(rows: Sequence[tuple[str, Mapping[str, Any]]], xlabel: str, label: str,
         )
     if line is not None:
         panel.axes.axvline(line, color=INK, linestyle=":", linewidth=1.2)
-    panel.axes.set_yticks(range(len(rows)), [legend_name(name) for name, _ in rows])
-    panel.axes.set_ylim(len(rows) - 0.5, -0.5)
-    panel.axes.grid(axis="y", visible=False)
+    panel.name_rows([legend_name(name) for name, _ in rows])
     panel.axes.set_xlabel(xlabel)
     return panel.svg(label)
 

@@ -1,9 +1,14 @@
-"""Jinja templates of ``align/report/templates``, and what every page has around its content."""
+"""Jinja templates of ``align/report/templates``, what every page has around its content, and escapes of hostile text.
+
+HTML is escaped by Jinja's autoescape, and by ``textContent`` in the page's scripts. Invisible and reordering characters
+are shown as escape sequences. Torch-free.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -12,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from align.report.page.escape import finalize
+from align.errors import printable
 from align.report.page.number_format import MARKS, count, duration, interval, number, signed, size
 from align.store.version import VERSION
 
@@ -64,3 +69,29 @@ def load_template(name: str) -> Template:
     )
     environment.globals["marks"] = MARKS
     return environment.get_template(name)
+
+
+def finalize(value: Any) -> Any:
+    """Return a template's value with its text made printable; ``Markup`` is trusted and stays as it is."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return printable(value)
+
+
+def script_json(value: Any) -> Markup:
+    """Return JSON for a ``<script type="application/json">`` element; no character in it can end the element."""
+    text = json.dumps(_make_printable(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704  (escaped above)
+
+
+def _make_printable(value: Any) -> Any:
+    """Return nested ``value`` with every text and key made printable."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(str(key)): _make_printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_make_printable(item) for item in value]
+    return value

@@ -14,9 +14,8 @@ from typing import Any
 from align.report.curves.curve_panels import curve_sections
 from align.report.curves.metric_series import read_events
 from align.report.page.assets import FIGURES, TABLES, AssetWriter
-from align.report.page.escape import script_json
 from align.report.page.panels import Panel
-from align.report.page.templates import load_template, page_shell
+from align.report.page.templates import load_template, page_shell, script_json
 from align.report.run import data_ledgers, stage_costs
 from align.report.run.pipeline_diagram import pipeline_diagram
 from align.report.scorecard.sections import evaluation_sections

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from align.report.page.escape import script_json
+from align.report.page.templates import script_json
 from align.report.scorecard.scorecard_tables import PROMPTS, task_title
 
 MAX_BYTES = 7_000_000
@@ -35,18 +35,19 @@ Sample = dict[str, Any]
 
 def read_samples(path: Path) -> list[Sample]:
     """Return the lines of a ``samples.jsonl``; a missing file is an empty list, a damaged line is left out."""
-    return [line for line in _read_lines(path) if "responses" in line and "prompt" in line]
+    return list(read_lines(path, {"prompt", "responses"}))
 
 
 def read_rollouts(path: Path) -> list[Sample]:
     """Return at most :data:`MAX_ROLLOUTS` lines of a ``completions.jsonl``, evenly from its first to its last."""
-    lines = [line for line in _read_lines(path) if "response" in line and "prompt" in line]
+    lines = list(read_lines(path, {"prompt", "response"}))
     count = min(MAX_ROLLOUTS, len(lines))
     # Evenly spaced, so that the page shows the beginning and the end of training and what lies between.
     return [lines[round(index * (len(lines) - 1) / max(1, count - 1))] for index in range(count)]
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, fields: Set[str]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file that have ``fields``; damaged lines are left out, a missing file has none."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for text in file:
@@ -54,7 +55,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                     line = json.loads(text)
                 except ValueError:
                     continue
-                if isinstance(line, dict):
+                if isinstance(line, dict) and fields <= line.keys():
                     yield line
     except OSError:
         return

@@ -50,7 +50,7 @@ def task_scores(card: Card, metric: str, title: str) -> Markup:
     reference = card["estimates"][card["reference"]].get(metric)
     if reference is not None and reference["value"] is not None:
         panel.axes.axvline(reference["value"], color="#8b95a5", linestyle=":", linewidth=1)
-    _name_rows(panel, [legend_name(name)[:20] for name in policies])
+    panel.name_rows([legend_name(name)[:20] for name in policies])
     panel.axes.set_xlabel(f"{card['metrics'][metric]['unit']}", fontsize=8)
     panel.axes.set_title(legend_name(title), fontsize=9, loc="left")
     return panel.svg(f"{title} of every system")
@@ -89,7 +89,7 @@ def scores_by_family(card: Card, metric: str, limit: int = MAX_SOURCES) -> Marku
             markersize=5,
             label=legend_name(policy),
         )
-    _name_rows(panel, [f"{legend_name(name)}  (n={family['n']})" for name, family in families])
+    panel.name_rows([f"{legend_name(name)}  (n={family['n']})" for name, family in families])
     for boundary in range(1, len(families)):
         panel.axes.axhline(boundary - 0.5, color=GRID, linewidth=0.8)
     panel.axes.set_xlabel(card["metrics"][metric]["title"])
@@ -152,18 +152,11 @@ def rates(card: Card, metrics: Sequence[str], xlabel: str, label: str) -> Markup
         marker, color = nth(MARKERS, index), nth(COLORS, index)
         panel.axes.plot([], [], linestyle="none", marker=marker, color=color, label=title)
     panel.axes.set_xlim(-0.03, 1.03)
-    _name_rows(panel, [legend_name(name) for name in policies])
+    panel.name_rows([legend_name(name) for name in policies])
     panel.axes.set_xlabel(xlabel)
     if len(metrics) > 1:
         panel.figure.legend(loc="outside upper center", ncols=2)
     return panel.svg(label)
-
-
-def _name_rows(panel: Panel, names: Sequence[str]) -> None:
-    """Name the rows of a plot from top to bottom, without lines of the grid between them."""
-    panel.axes.set_yticks(range(len(names)), names)
-    panel.axes.set_ylim(len(names) - 0.5, -0.5)
-    panel.axes.grid(axis="y", visible=False)
 
 
 def refusal_metrics(card: Card) -> dict[str, list[str]]:

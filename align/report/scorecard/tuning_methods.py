@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from align.config.tuning import Tuning
-from align.evaluation.comparisons import Column, Resampling, correct, difference
-from align.report.compare.merged_scorecard import EvaluatedRun
+from align.evaluation.comparisons import Resampling, correct
+from align.report.compare.merged_scorecard import EvaluatedRun, paired_difference
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import MISSING, duration, interval, number, size
 from align.store.artifacts import Artifact, Kind
@@ -121,15 +121,12 @@ def find_best(artifacts: Sequence[Artifact], card: Card, names: Sequence[str]) -
     resampling = Resampling(int(settings.get("bootstrap", 10_000)), int(settings.get("seed", 0)))
     rows = {}
     for name in names:
+        if name == best:
+            continue
+        # Paired over the items that both answered, as in the scorecard itself.
         first = items.get(name, {}).get(primary, {})
         second = items.get(best, {}).get(primary, {})
-        common = [item for item in first if item in second]
-        # Paired over the items that both answered, as in the scorecard itself.
-        if name == best or not common:
-            continue
-        left = Column([first[item] for item in common])
-        right = Column([second[item] for item in common])
-        row = difference(left, right, resampling)
+        row = paired_difference(first, second, resampling)
         if row is not None:
             rows[name] = {**row, "metric": primary}
     # The best of several was picked by its number, so all comparisons with it are corrected together.

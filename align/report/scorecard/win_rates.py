@@ -107,9 +107,7 @@ def win_rate_plot(rows: Sequence[Row], label: str) -> Markup:
     panel.axes.axvline(EVEN, color=INK, linestyle=":", linewidth=1.2)
     panel.axes.set_xlim(-0.03, 1.03)
     pairs = [f"{legend_name(row['one'])} over {legend_name(row['other'])}" for row in rows]
-    panel.axes.set_yticks(range(len(rows)), pairs)
-    panel.axes.set_ylim(len(rows) - 0.5, -0.5)
-    panel.axes.grid(axis="y", visible=False)
+    panel.name_rows(pairs)
     panel.axes.set_xlabel(xlabel)
     return panel.svg(f"Win rates: {printable(label)}")
 

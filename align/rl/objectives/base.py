@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 import torch
 
 from align.rl.kl import KLPenalty, estimate_kl
-from align.rl.masking import Reduce, local
+from align.rl.losses import Aggregation, aggregate, importance_weights
 from align.rl.metrics import Averages
 from align.rl.packing import Batch
-from align.rl.rewards import adjust_scores
+from align.rl.rewards import RunningScale, adjust_scores
 from align.rl.rollout import Rollout
 from align.rl.sampler import RolloutSampler
-from align.rl.score_scale import RunningScale
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,12 @@ class Objective(ABC):
         """Return True where only a critic learns in this update."""
         return False
 
-    def adjusted_scores(
-        self, rollout: Rollout, reduce: Reduce = local, scale: RunningScale | None = None
-    ) -> torch.Tensor:
+    def adjusted_scores(self, rollout: Rollout, scale: RunningScale | None = None) -> torch.Tensor:
         """Return scores (B,) as they are learned from: on the running scale, clipped, penalties subtracted."""
         tensors = rollout.tensors
         scores = tensors["scores"]
         if scale is not None:
-            scale.add(scores, reduce)
+            scale.add(scores)
             scores = scale.apply(scores)
         return adjust_scores(
             scores,
@@ -89,6 +86,28 @@ class Objective(ABC):
             length_penalty=self.args.length_penalty,
             lengths=tensors["response_mask"].sum(dim=1),
         )
+
+    def _importance_weights(self, batch: Batch) -> torch.Tensor:
+        """Return the weights (B, T) that correct the engine's rounding, capped as the settings say."""
+        return importance_weights(
+            batch["logprobs"],
+            batch["sampler_logprobs"],
+            batch["learn_mask"],
+            self.args.importance_cap,
+            self.args.importance_sequence_cap,
+        )
+
+    def _regularized(
+        self, loss: torch.Tensor, outputs: Batch, batch: Batch, step: Step, aggregation: Aggregation
+    ) -> torch.Tensor:
+        """Return a surrogate minus the entropy bonus, plus the KL penalty where it is in the loss; a scalar."""
+        args, mask = self.args, batch["learn_mask"]
+        if args.entropy_coef:
+            loss = loss - args.entropy_coef * aggregate(outputs["entropy"], mask, step.count, aggregation)
+        if step.penalty.in_loss and args.kl_estimator:
+            drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], args.kl_estimator)
+            loss = loss + step.penalty.in_loss * aggregate(drift, mask, step.count, aggregation)
+        return loss
 
     def _log_sums(self, sums: Mapping[str, torch.Tensor], count: torch.Tensor | float) -> None:
         for name, total in sums.items():

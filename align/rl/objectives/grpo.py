@@ -9,12 +9,12 @@ import torch
 
 from align.rl.advantages import group_advantages, overlong_penalty, without_variance
 from align.rl.arguments import GRPOConfig
-from align.rl.kl import KLPenalty, estimate_kl
-from align.rl.losses import Aggregation, RatioLevel, aggregate, group_loss, importance_weights, loss_count
+from align.rl.kl import KLPenalty
+from align.rl.losses import Aggregation, RatioLevel, group_loss, loss_count
 from align.rl.objectives.base import Objective, Step, mask_to_learn, masked_kl
-from align.rl.objectives.resampling import resample
 from align.rl.packing import Batch
-from align.rl.rollout import Rollout
+from align.rl.prompts import derive_seed
+from align.rl.rollout import Rollout, join_rollouts
 from align.rl.sampler import RolloutSampler
 
 
@@ -63,28 +63,21 @@ class GroupObjective(Objective):
 
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
         """Return the surrogate, minus an entropy bonus, plus the KL penalty where it is in the loss; a scalar."""
-        args, mask = self.args, batch["learn_mask"]
-        weights = importance_weights(
-            batch["logprobs"], batch["sampler_logprobs"], mask, args.importance_cap, args.importance_sequence_cap
-        )
+        mask = batch["learn_mask"]
+        weights = self._importance_weights(batch)
         terms = group_loss(
             outputs["logprobs"],
             batch["logprobs"],
             batch["advantages"],
             mask,
             step.count,
-            clip=args.clip,
+            clip=self.args.clip,
             level=self.ratio_level,
             clips=self.clips,
             weights=weights,
             aggregation=self.aggregation,
         )
-        loss = terms.loss
-        if args.entropy_coef:
-            loss = loss - args.entropy_coef * aggregate(outputs["entropy"], mask, step.count, self.aggregation)
-        if step.penalty.in_loss and args.kl_estimator:
-            drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], args.kl_estimator)
-            loss = loss + step.penalty.in_loss * aggregate(drift, mask, step.count, self.aggregation)
+        loss = self._regularized(terms.loss, outputs, batch, step, self.aggregation)
         self._log_sums({**terms.sums, "importance_weight": (weights * mask).sum()}, mask.sum())
         return loss
 
@@ -121,3 +114,50 @@ class GRPOObjective(GroupObjective):
 def _is_flat(rollout: Rollout) -> torch.Tensor:
     """Return True for responses in groups whose scores are all equal, (B,)."""
     return without_variance(rollout.tensors["scores"], torch.tensor(rollout.groups))
+
+
+def resample(rollout: Rollout, sampler: RolloutSampler, rounds: int) -> Rollout:
+    """Return ``rollout`` with groups without variance replaced, as far as ``rounds`` of sampling yield others."""
+    selected, resampled = rollout, []
+    for number in range(rounds):
+        flat = _groups(selected, varying=False)
+        if not flat:
+            break
+        extra = _sample_more(sampler, rollout, rounds * rollout.update + number, len(flat))
+        resampled.append(extra)
+        # As many flat groups go as varying ones came, so the number of prompts stays the same.
+        varying = set(_groups(extra, varying=True))
+        replaced = set(flat[: len(varying)])
+        if replaced:
+            parts = []
+            remaining = [i for i, group in enumerate(selected.groups) if group not in replaced]
+            if remaining:
+                parts.append(selected.subset(remaining))
+            parts.append(extra.subset([i for i, group in enumerate(extra.groups) if group in varying]))
+            selected = join_rollouts(parts)
+    if selected is not rollout:
+        selected.candidates = rollout
+    selected.resampled = resampled
+    return selected
+
+
+def _groups(rollout: Rollout, varying: bool) -> list[int]:
+    """Return the groups whose scores vary, or those whose scores are all equal."""
+    is_flat = without_variance(rollout.tensors["scores"], torch.tensor(rollout.groups)).tolist()
+    return sorted({group for group, flat in zip(rollout.groups, is_flat, strict=True) if flat != varying})
+
+
+def _sample_more(sampler: RolloutSampler, rollout: Rollout, round_number: int, count: int) -> Rollout:
+    """Return responses to ``count`` other prompts; the time counts as the rollout's.
+
+    ``round_number`` counts rounds over all updates. Each has room for a rollout's prompts in an endless sequence of its
+    own, so no two rounds get the same seeds.
+    """
+    args = sampler.args
+    start = round_number * args.prompts_per_update
+    indices = sampler.prompts.draw(start, count, derive_seed(args.seed, "resampled prompts"))
+    seeds = [derive_seed(args.seed, "resampling", number) for number in range(start, start + count)]
+    extra = sampler.sample(rollout.update, indices, seeds)
+    for phase, seconds in extra.seconds.items():
+        rollout.seconds[phase] += seconds
+    return extra

@@ -8,8 +8,8 @@ import torch
 
 from align.rl.advantages import gae, whiten_advantages
 from align.rl.arguments import PPOConfig
-from align.rl.kl import KLPenalty, estimate_kl
-from align.rl.losses import aggregate, importance_weights, loss_count, policy_loss, value_loss
+from align.rl.kl import KLPenalty
+from align.rl.losses import loss_count, policy_loss, value_loss
 from align.rl.objectives.base import Objective, Step, mask_to_learn
 from align.rl.packing import Batch
 from align.rl.rewards import shape_rewards, whiten_rewards
@@ -104,9 +104,7 @@ class PPOObjective(Objective):
         away from them.
         """
         args, mask = self.args, batch["learn_mask"]
-        weights = importance_weights(
-            batch["logprobs"], batch["sampler_logprobs"], mask, args.importance_cap, args.importance_sequence_cap
-        )
+        weights = self._importance_weights(batch)
         terms = policy_loss(
             outputs["logprobs"],
             batch["logprobs"],
@@ -118,10 +116,5 @@ class PPOObjective(Objective):
             weights=weights,
             aggregation=args.loss_aggregation,
         )
-        loss = terms.loss
-        if args.entropy_coef:
-            loss = loss - args.entropy_coef * aggregate(outputs["entropy"], mask, step.count, args.loss_aggregation)
-        if step.penalty.in_loss and args.kl_estimator:
-            drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], args.kl_estimator)
-            loss = loss + step.penalty.in_loss * aggregate(drift, mask, step.count, args.loss_aggregation)
+        loss = self._regularized(terms.loss, outputs, batch, step, args.loss_aggregation)
         return loss, terms.sums | {"importance_weight": (weights * mask).sum()}

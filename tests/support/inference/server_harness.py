@@ -14,6 +14,7 @@ from align.config.runtime import EngineConfig
 from align.config.vllm_servers import RolloutsConfig
 from align.inference.server import ServerEngine
 from align.inference.server_options import ServerSpec
+from align.inference.weights import checkpoint_weights
 from align.inference.weights_folder import WeightsFolder
 
 PROMPTS = [[1, 30 + i, 31] for i in range(12)]
@@ -42,7 +43,7 @@ def open_at(model_dir: Path, address: str | None, dtype: torch.dtype = torch.flo
     folder = WeightsFolder(served)
     engine = ServerEngine(served, folder)
     if address is not None:
-        engine.load_checkpoint()
+        engine.load_weights(checkpoint_weights(served.model_dir))
     return engine
 
 

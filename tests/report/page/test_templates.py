@@ -4,7 +4,7 @@ import json
 
 from markupsafe import Markup
 
-from align.report.page.escape import finalize, script_json
+from align.report.page.templates import finalize, script_json
 
 
 def test_script_json_holds_no_markup_and_reads_back():
