@@ -45,7 +45,7 @@ def why_model_unsupported(model_dir: Path, device: torch.device) -> str | None:
         return f"vLLM does not support the model ({str(error.errors()[0]['msg']).split('. ')[0]})"
     if device.type != "cpu" or config.is_attention_free:
         return None
-    backend = getattr(importlib.import_module("vllm.v1.attention.backends.cpu_attn"), "CPUAttentionBackend", None)
+    backend: Any = getattr(importlib.import_module("vllm.v1.attention.backends.cpu_attn"), "CPUAttentionBackend", None)
     if not hasattr(backend, "get_supported_head_sizes"):
         raise VllmChanged("get_supported_head_sizes")
     sizes, size = backend.get_supported_head_sizes(), config.get_head_size()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -34,7 +33,7 @@ class CpoConfig(ExperimentalFields):
     """Curvature of ``alphapo``'s reward; 0 is SimPO, 0.25 the paper's choice for most models."""
 
     trainer_class: ClassVar[str] = "trl.experimental.cpo.cpo_config:CPOConfig"
-    owned_options: ClassVar[Mapping[str, str]] = ExperimentalFields.owned_options | {
+    owned_options: ClassVar[dict[str, str]] = ExperimentalFields.owned_options | {
         "loss_type": "set 'loss' beside 'trainer'"
     }
 

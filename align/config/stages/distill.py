@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -47,7 +46,7 @@ class DistillConfig(TrainingFields):
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
     trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
-    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+    owned_options: ClassVar[dict[str, str]] = OWNED | {
         **dict.fromkeys(("packing", "padding_free"), "distillation pads its rows"),
         **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "answers alone are ever learned"),
         "loss_type": "set 'divergence' beside 'trainer'",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -56,7 +55,7 @@ class DpoConfig(ReferenceFields):
     """Weight pairs by their probability under the policy (WPO, 2406.11827), so that off-policy pairs count less."""
 
     trainer_class: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"
-    owned_options: ClassVar[Mapping[str, str]] = ReferenceFields.owned_options | {
+    owned_options: ClassVar[dict[str, str]] = ReferenceFields.owned_options | {
         "loss_type": "set 'loss' or 'losses' beside 'trainer'",
         "loss_weights": "set 'losses' beside 'trainer'",
         "padding_free": "pairs are always padded",

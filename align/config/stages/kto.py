@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -26,7 +25,7 @@ class KtoConfig(ReferenceFields):
     """Weight of undesirable answers."""
 
     trainer_class: ClassVar[str] = "trl.trainer.kto_config:KTOConfig"
-    owned_options: ClassVar[Mapping[str, str]] = ReferenceFields.owned_options | {
+    owned_options: ClassVar[dict[str, str]] = ReferenceFields.owned_options | {
         "loss_type": "set 'loss' beside 'trainer'"
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -35,7 +34,7 @@ class ReferenceFields(PreferenceFields):
     """Fields of the stages that compare the policy with a reference."""
 
     refers: ClassVar[bool] = True
-    owned_options: ClassVar[Mapping[str, str]] = OWNED | dict.fromkeys(
+    owned_options: ClassVar[dict[str, str]] = OWNED | dict.fromkeys(
         ("precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model"),
         "the reference is always scored once, before training",
     )
@@ -63,7 +62,7 @@ class ReferenceFields(PreferenceFields):
 class ExperimentalFields(PreferenceFields):
     """Fields of the stages whose trainer is experimental in trl, which may move or drop it."""
 
-    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+    owned_options: ClassVar[dict[str, str]] = OWNED | {
         **dict.fromkeys(
             ("max_completion_length", "is_encoder_decoder", "padding_value"),
             "rows are tokenized before training",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -30,7 +29,7 @@ class PretrainConfig(TrainingFields):
     its pre-training (``<|endoftext|>``); otherwise it learns that texts end like turns."""
 
     trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
-    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+    owned_options: ClassVar[dict[str, str]] = OWNED | {
         **dict.fromkeys(("packing", "padding_free"), "texts are always packed"),
         **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "every token of a text is learned"),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -56,7 +55,7 @@ class RewardConfig(TrainingFields):
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
     has_vocabulary: ClassVar[bool] = False
     trainer_class: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
-    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+    owned_options: ClassVar[dict[str, str]] = OWNED | {
         "center_rewards_coefficient": "set 'center_rewards' beside 'trainer'"
     }
 

@@ -6,7 +6,6 @@ file beside this one. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -44,7 +43,7 @@ class RolloutFields(Config):
 
     trainer_class: ClassVar[str]
     """Import path of the arguments of the kind's trainer, which take the options under ``trainer``."""
-    owned_options: ClassVar[Mapping[str, str]] = OWNED | OWNED_BY_ROLLOUTS
+    owned_options: ClassVar[dict[str, str]] = OWNED | OWNED_BY_ROLLOUTS
     """Options of that class which the stage sets itself, with what to do instead."""
     stage_only: ClassVar[frozenset[str]] = frozenset(
         {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -38,7 +37,7 @@ class SftConfig(TrainingFields):
 
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
     trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
-    owned_options: ClassVar[Mapping[str, str]] = OWNED | {
+    owned_options: ClassVar[dict[str, str]] = OWNED | {
         "neftune_noise_alpha": "set 'neftune' beside 'trainer'",
         "assistant_only_loss": "set 'supervise: all' beside 'trainer'",
         "completion_only_loss": "answers alone are ever learned; a 'pretrain' stage learns whole texts",

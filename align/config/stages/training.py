@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -44,7 +43,7 @@ class TrainingFields(Config):
     """Whether the stage needs a reference's log-probabilities of every row, which are computed once."""
     trainer_class: ClassVar[str] = "transformers.training_args:TrainingArguments"
     """Import path of the class that takes the options under ``trainer``; its source is read, never imported here."""
-    owned_options: ClassVar[Mapping[str, str]] = OWNED
+    owned_options: ClassVar[dict[str, str]] = OWNED
     """Options of that class which the stage sets itself, with what to do instead."""
 
     tuning: Tuning = FullTuning()
