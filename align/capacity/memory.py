@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from align.config.base import Precision
 from align.config.runtime import Runtime
+from align.config.stages.continue_from import LARGEST_STATE, size_text
 from align.config.tuning import LowRank, QloraTuning, TuningBase
 from align.models.activations import FLOAT, SIZES, activations_per_token
 from align.models.architecture import Architecture
@@ -114,6 +115,20 @@ class Choice:
     settings: dict[str, str]
     memory: Memory
     chosen: bool
+
+
+def state_note(choices: Sequence[Choice], runtime: Runtime) -> str:
+    """Return a sentence about the trainer's state of the chosen settings on disk, and whether it is kept.
+
+    A trained parameter takes 12 bytes there: the weight and AdamW's two averages.
+    """
+    memory = next(choice.memory for choice in choices if choice.chosen)
+    # Of 16 bytes in memory, the gradient's 4 are not stored.
+    size = 3 * memory.gradients + memory.critic * 3 // 4
+    keep = runtime.keep_state
+    is_kept = size <= LARGEST_STATE if keep == "auto" else keep
+    outcome = "kept with the result, for continue_from" if is_kept else "not kept with the result"
+    return f"On disk, a checkpoint's state takes about {size_text(size)}; it is {outcome} (runtime.keep_state: {keep})."
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from align.checks.facts import facts_of, read_facts, template_text, token_ids, w
 from align.checks.faults import Fault, refuse
 from align.checks.folder import ADAPTER, check_folder
 from align.checks.weights import read_tensors, weights_digest
+from align.config.stages.continue_from import CONTINUE
 from align.evaluation.statistics import wilson
 from align.pipeline.context import StageContext
 from align.store.artifacts import GENERATORS, Artifact, Kind
@@ -37,9 +38,14 @@ def check_inputs(context: StageContext, makes: Kind | None) -> None:
 
 
 def input_checkpoints(context: StageContext) -> list[tuple[str, Artifact]]:
-    """Return config field and artifact of every model among the inputs."""
+    """Return config field and artifact of every model among the inputs.
+
+    Left out is the stage that this one continues, of which only the trainer's state is read.
+    """
     models = []
     for name, value in context.inputs.items():
+        if name == CONTINUE:
+            continue
         for artifact in value if isinstance(value, list) else [value]:
             if isinstance(artifact, Artifact) and artifact.kind in CHECKPOINTS:
                 models.append((name, artifact))

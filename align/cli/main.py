@@ -66,6 +66,8 @@ def _plan(options: argparse.Namespace) -> int:
     width = max(len(step.node.name) for step in steps)
     for step in steps:
         print(printable(f"{step.node.name:<{width}}  {step.action:<7}  {step.node.key[:12]}  {step.why}"))
+        for note in step.notes:
+            print(printable(f"{'':<{width}}  · {note}"))
     for name, estimate in memory.items():
         print("", *memory_lines(name, estimate), sep="\n")
     return 0
@@ -81,6 +83,8 @@ def _step_json(step: Step, estimate: Estimate | str | None) -> dict[str, Any]:
         "action": step.action,
         "why": step.why,
     }
+    if step.notes:
+        row["notes"] = list(step.notes)
     if estimate is not None:
         row["memory"] = {"unknown": estimate} if isinstance(estimate, str) else estimate.to_json()
     return row

@@ -25,6 +25,8 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that were added later. At its default such a field is no part of a stage's key, so older keys stay."""
     identified: ClassVar[frozenset[str]] = frozenset()
     """Fields whose meaning ``identities`` covers, mostly paths; the stage's key leaves their text out."""
 

@@ -109,6 +109,8 @@ class StageRuntime(Config):
     """Overrides of ``runtime.rollouts``, field by field."""
     launch: LaunchConfig | None = None
     """Overrides of ``runtime.launch``, field by field."""
+    keep_state: Literal["auto"] | bool | None = None
+    """Instead of ``runtime.keep_state``."""
     executor: Executor | None = None
     """Overrides of ``runtime.executor``, field by field; a data stage may name another executor for its ``tasks``."""
 
@@ -137,6 +139,9 @@ class Runtime(Config):
     """vLLM servers that sample in place of an engine in the stage's own process."""
     launch: LaunchConfig = LaunchConfig()
     """Processes of every stage that trains; override one stage under ``stages`` (docs/distributed.md)."""
+    keep_state: Literal["auto"] | bool = "auto"
+    """Keep the trainer's state (optimizer, schedule, position) with each trained checkpoint, for `continue_from`.
+    ``auto`` keeps up to 2 GB a stage, and in any case that of a stage which another one continues."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
     """Trackers that log each stage's curves and scores while it runs (docs/evaluation.md)."""
     tracking: TrackingConfig = TrackingConfig()

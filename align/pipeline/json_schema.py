@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from align.config.stages.continue_from import CONTINUE
 from align.pipeline.file import EXTENDS
 from align.pipeline.loops import LoopConfig
 from align.pipeline.pipeline import PipelineConfig
@@ -24,6 +25,9 @@ def pipeline_schema() -> dict[str, Any]:
             stage={"const": kind, "description": "the kind of stage"},
             seed={"type": "integer", "minimum": 0, "description": "instead of the pipeline's seed"},
         )
+        if CONTINUE in block["properties"]:
+            # A stage that continues another takes the fields that it leaves out from that one.
+            block["anyOf"] = [{"required": block.pop("required", [])}, {"required": [CONTINUE]}]
         definitions[f"stage_{kind}"] = block
         named[kind] = {"anyOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"$ref": "#/$defs/named_stage"}]}
     definitions["named_stage"] = {
@@ -42,7 +46,12 @@ def pipeline_schema() -> dict[str, Any]:
     loop["properties"]["stages"] = {**stages, "description": loop["properties"]["stages"]["description"]}
     loop["properties"]["stage"] = {"const": LOOP, "description": "the kind, for a loop of another name"}
     definitions["stage_loop"] = loop
-    either = [{"$ref": "#/$defs/named_stage"}, {"allOf": [{"$ref": "#/$defs/stage_loop"}, {"required": ["stage"]}]}]
+    definitions["continued_stage"] = {"type": "object", "required": [CONTINUE], "not": {"required": ["stage"]}}
+    either = [
+        {"$ref": "#/$defs/named_stage"},
+        {"$ref": "#/$defs/continued_stage"},
+        {"allOf": [{"$ref": "#/$defs/stage_loop"}, {"required": ["stage"]}]},
+    ]
     schema["properties"]["stages"] = {
         **stages,
         "description": "The stages in order; a name that is a stage kind needs no `stage:`.",

@@ -18,10 +18,12 @@ from pydantic import Field, create_model
 
 from align.config.base import Config, input_fields
 from align.config.runtime import Runtime, StageRuntime
+from align.config.stages.continue_from import CONTINUE
 from align.config.validation import suggest, validate
 from align.errors import UserError, shorten
 from align.pipeline.executors import choose_executor, in_long_forms, objection_to_stage, refuse_contradiction
 from align.pipeline.file import Overrides, read_pipeline_file
+from align.pipeline.inheritance import Settings, inherit, refuse_changes
 from align.pipeline.loops import expand
 from align.pipeline.overrides import assign, parse_assignment
 from align.pipeline.registry import Stage
@@ -91,6 +93,7 @@ class Pipeline:
         self.config = validate(PipelineConfig, self.raw, where)
         self.expanded = expand(self.config.stages, where, self.config.seed)
         self.expanded.rounds.update(rounds or {})
+        self.expanded.stages = inherit(self.expanded.stages, self._place)
         self.nodes: dict[str, Node] = {}
         self.runtimes: dict[str, Runtime] = {}
         """The runtime of each stage: ``runtime`` with the stage's own part of it."""
@@ -201,9 +204,12 @@ class Pipeline:
             if name not in known:
                 raise UserError(f"{self.where}: runtime.stages: there is no stage '{name}'.{suggest(name, known)}")
         runtimes = {}
+        continued = {node.inputs.get(CONTINUE) for node in self}
         for name in self.nodes:
             of_rounds = [short for short, rounds in self.expanded.rounds.items() if name in rounds]
             runtimes[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
+            if name in continued:
+                runtimes[name] = runtimes[name].model_copy(update={"keep_state": True})
             blocks = self.config.runtime.stages
             stage_runtime = next((blocks[block] for block in (name, *of_rounds) if block in blocks), None)
             self._check_launch(self.nodes[name], runtimes[name], stage_runtime)
@@ -238,6 +244,10 @@ class Pipeline:
         config_class = stage.config_class()
         inputs = {f: getattr(config, f) for f in input_fields(config_class)}
         self._check_inputs(name, config_class, inputs, kinds)
+        if isinstance(inputs.get(CONTINUE), str):
+            source = self.nodes[inputs[CONTINUE]]
+            before = Settings(source.name, source.config, source.seed)
+            refuse_changes(self._place(name), Settings(name, config, seed), before)
         with self._saying_where(name):
             makes = stage.makes_with(config)
             identities = stage.identities(config, self.base)
@@ -312,6 +322,9 @@ class Pipeline:
         """Return the parts of the key. A single input's name is dropped; in a list names are labels, so they stay."""
         # Fields with an identity count by content: a renamed file leaves the key as it is, an edited one changes it.
         settings = config.model_dump(mode="python", exclude=set(config.identified))
+        for name in config.later:
+            if getattr(config, name) == type(config).model_fields[name].default:
+                settings.pop(name, None)
         keys: dict[str, Any] = {}
         for field_name, value in inputs.items():
             if isinstance(value, str):

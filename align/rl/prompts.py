@@ -14,6 +14,7 @@ import torch
 
 from align.errors import UserError
 from align.models.render import render_prompt
+from align.training.row_history import Continuation
 
 Row = dict[str, Any]
 
@@ -29,6 +30,9 @@ class Prompts:
 
     Raises ``UserError`` when no row is usable. ``dropped`` counts the prompts longer than ``max_length``.
     """
+
+    continuation: Continuation | None = None
+    """Order of a run that continues another with other prompts."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int | None) -> None:
         self.rows: list[Row] = []
@@ -49,6 +53,17 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def next(self, numbers: range, seed: int) -> list[int]:
+        """Return the indices of the prompts ``numbers`` of the run: of the endless sequence, or its continuation."""
+        continuation = self.continuation
+        if continuation is None or numbers.start < continuation.start:
+            return self.draw(numbers.start, len(numbers), seed)
+        # A run that continues another with other prompts: those that are new to it, then epochs over all.
+        start = numbers.start - continuation.start
+        indices = continuation.first[start : start + len(numbers)]
+        after = max(0, start - len(continuation.first))
+        return indices + self.draw(after, len(numbers) - len(indices), seed)
 
     def draw(self, start: int, count: int, seed: int) -> list[int]:
         """Return the indices of prompts ``start`` to ``start + count`` of the endless sequence of shuffled epochs."""

@@ -53,7 +53,7 @@ class RolloutSampler:
         Does not communicate with other processes, so it may run in a thread at any time.
         """
         numbers = self.prompt_range(update)
-        indices = self.prompts.draw(numbers.start, len(numbers), self.args.seed)
+        indices = self.prompts.next(numbers, self.args.seed)
         seeds = [derive_seed(self.args.seed, "sampling", number) for number in numbers]
         return self._sample_part(update, indices, seeds)
 
@@ -86,7 +86,7 @@ class RolloutSampler:
         if rank() > 0:
             return None
         numbers = self.prompt_range(update)
-        indices = self.prompts.draw(numbers.start, len(numbers), self.args.seed)
+        indices = self.prompts.next(numbers, self.args.seed)
         return make_rollout(self.prompts, indices, responses, update)
 
     def prompt_range(self, update: int) -> range:

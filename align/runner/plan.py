@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from align.config.validation import suggest
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import source_digest
+from align.runner.continuations import describe, suggest_continuing
 from align.store.artifacts import Artifact
 from align.store.partial import CHECKPOINTS
 from align.store.record import RECORD, DamagedRecord
@@ -21,13 +22,15 @@ from align.store.store import Store
 class Step:
     """One stage in a plan.
 
-    ``action`` is ``cached``, ``fetch``, ``run``, ``resume`` or ``damaged``; ``why`` says it in words.
+    ``action`` is ``cached``, ``fetch``, ``run``, ``resume`` or ``damaged``; ``why`` says it in words. ``notes`` are
+    statements about continuing (``align.runner.continuations``).
     """
 
     node: Node
     action: str
     why: str
     changes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = frozenset()) -> list[Step]:
@@ -65,13 +68,16 @@ def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = fr
         # The first reason that holds is shown: forced, resumable, changed, or waiting for another stage.
         changes = history.explain(node) if artifact is None else []
         if node.name in force and store.folder(node.stage.kind, node.key).exists():
-            steps.append(Step(node, "run", "requested by an option"))
+            step = Step(node, "run", "requested by an option")
         elif any((store.partial(node.stage.kind, node.key) / CHECKPOINTS).glob("*")):
-            steps.append(Step(node, "resume", "an earlier attempt left checkpoints"))
+            step = Step(node, "resume", "an earlier attempt left checkpoints")
         elif changes:
-            steps.append(Step(node, "run", "; ".join(changes[:3]), tuple(changes)))
+            step = Step(node, "run", "; ".join(changes[:3]), tuple(changes))
         else:
-            steps.append(Step(node, "run", f"needs {waits_for[0]}" if waits_for else "never run"))
+            step = Step(node, "run", f"needs {waits_for[0]}" if waits_for else "never run")
+        notes = describe(pipeline, store, node)
+        suggestion = history.suggest(node) if artifact is None else None
+        steps.append(replace(step, notes=(*notes, *([suggestion] if suggestion else []))))
         fresh.add(node.name)
     return steps
 
@@ -83,12 +89,21 @@ class History:
         self.pipeline, self.store = pipeline, store
 
     @cached_property
+    def _artifacts(self) -> list[Artifact]:
+        """Every finished artifact of the store, oldest first."""
+        return self.store.all()
+
+    def suggest(self, node: Node) -> str | None:
+        """Return how to train only the steps of a stage that no finished stage has done; None where it must do all."""
+        return suggest_continuing(self.pipeline, node, self._artifacts) if node.stage.distributed else None
+
+    @cached_property
     def _newest(self) -> dict[tuple[str, str], Artifact]:
         """By stage kind and name."""
         return {
             # Later artifacts replace earlier ones of the same stage.
             (artifact.record["kind"], artifact.record["stage"]): artifact
-            for artifact in self.store.all()  # oldest first
+            for artifact in self._artifacts
             if artifact.record.get("pipeline") == self.pipeline.name
         }
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
+from align.runner.continuations import refuse_without_state
 from align.runner.listener import Listener
 from align.runner.open_store import open_store
-from align.runner.plan import check_sources, choose_stages, stages_to_make
+from align.runner.plan import History, check_sources, choose_stages, stages_to_make
 from align.runner.sync import fetch_missing
 from align.store.record import DamagedArtifact
 from align.store.store import Store
@@ -61,7 +62,11 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     force = choose_stages(pipeline, store, options.only, from_, rebuild)
     _refuse_damage(pipeline, store, pipeline.touched_by(options.only) - force)
     warnings = check_sources(pipeline, store, options.strict)
-    return Prepared(store, force, stages_to_make(pipeline, store, options.only, force), warnings)
+    wanted = stages_to_make(pipeline, store, options.only, force)
+    refuse_without_state(pipeline, store, wanted, force)
+    history = History(pipeline, store)
+    suggestions = [history.suggest(node) for node in wanted if node.name not in force]
+    return Prepared(store, force, wanted, [*warnings, *(text for text in suggestions if text)])
 
 
 def _refuse_damage(pipeline: Pipeline, store: Store, used: set[str]) -> None:

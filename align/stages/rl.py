@@ -32,10 +32,12 @@ from align.pipeline.registry import load_object
 from align.rl.arguments import RolloutArguments
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
+from align.rl.continued_prompts import continue_prompts, continuing_callbacks, keep_rollout_state
 from align.rl.scoring import Ensemble, Part, RewardScorer, WeightedSum
 from align.rl.trainer import RLTrainer
 from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
+from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.rows import hold_back_validation
 from align.training.stop_request import StopOnRequest
 from align.training.tracking import follow, tracking_options
@@ -112,6 +114,11 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         facts: dict[str, Any] = {"engine": engine.name, "prompts": len(trainer.prompts)}
         if trainer.validation is not None:
             facts[f"{_validation_split(config)}_prompts"] = len(trainer.validation.prompts)
+        continued = continued_facts(context)
+        facts["continued_from_update"] = 0
+        if continued is not None:
+            facts["continued_from_update"] = continued.steps // trainer.args.steps_per_update
+        facts["state_bytes"] = keep_rollout_state(context, trainer)
         return {**facts, **summary(trainer)}
     finally:
         engine.close()
@@ -134,7 +141,7 @@ def _make_trainer(
         "scorer": _make_scorer(config, reward_models),
         "gold": None if config.gold is None else function_scorer(config.gold),
         "tuning": config.tuning,
-        "callbacks": [ReportUpdates(context)],
+        "callbacks": [ReportUpdates(context), *continuing_callbacks(context)],
         "notify": lambda text: context.warn(f"{context.name}: {text}"),
     }
     critic_source = _critic_source(config)
@@ -157,8 +164,12 @@ def _critic_source(config: RolloutFields) -> str | None:
 
 def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
     """Train from the last checkpoint, or from the start where there is none."""
+    refuse_no_steps(context, trainer.args.max_steps, "updates", trainer.args.steps_per_update)
+    trainer.prompts.continuation = continue_prompts(context, trainer)
     # One process chooses, so that all resume from the same checkpoint even if a file appears meanwhile.
-    checkpoint: Path | None = broadcast(lambda: last_checkpoint(context.checkpoints, trainer.notify))
+    checkpoint: Path | None = broadcast(
+        lambda: last_checkpoint(context.checkpoints, trainer.notify) or restore_checkpoint(context)
+    )
     first_update = 0
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
@@ -304,6 +315,7 @@ def make_arguments(context: StageContext, arguments_class: type[RolloutArguments
     """Return a trainer's arguments: the config's fields of the same name, the stage's own, and ``trainer``."""
     config: RolloutFields = context.config
     on_gpu = device_of(context.runtime).type == "cuda"
+    continued = continued_facts(context)
     # Fields of the same name pass through; those that the stage decides follow, and ``trainer`` comes last.
     options: dict[str, Any] = {name: getattr(config, name) for name in trainer_fields(type(config))}
     options |= {
@@ -314,7 +326,8 @@ def make_arguments(context: StageContext, arguments_class: type[RolloutArguments
         "per_device_train_batch_size": config.micro_batch_of(world_size()),
         "ddp_timeout": math.ceil(context.runtime.launch.timeout),
         "lr_scheduler_type": SCHEDULERS[config.scheduler],
-        "warmup_steps": config.warmup_ratio,
+        # Of a stage that continues another, the warm-up was that one's. A share below 1 is one of all steps.
+        "warmup_steps": config.warmup_ratio if continued is None else continued.warmup_steps,
         "save_strategy": "steps",
         "save_total_limit": 2,
         "disable_tqdm": True,

@@ -1,6 +1,7 @@
 """Kinds of artifacts: the files that a stage's folder holds once its record is written.
 
-Torch-free. An artifact is a folder; its kind says which files a later stage may rely on:
+Torch-free. An artifact is a folder; its kind says which files a later stage may rely on. A trained checkpoint may also
+have ``state/``, the trainer's state for ``continue_from``:
 
 =================  =====================================================================================
 kind               files

@@ -110,7 +110,8 @@ class Sweep:
         known = {*plain["stages"], *full.expanded.rounds}
         # Settings for stages that are left out would be refused as unknown.
         blocks = {name: block for name, block in (runtime.get("stages") or {}).items() if name in known}
-        plain["runtime"] = {**runtime, "stages": blocks}
+        # Dozens of trials, of which none is continued, would fill the disk with trainers' states.
+        plain["runtime"] = {"keep_state": False, **runtime, "stages": blocks}
         return Pipeline(plain, full.where, full.base, full.expanded.rounds)
 
     def needed(self, pipeline: Pipeline) -> set[str]:

@@ -6,10 +6,12 @@ import math
 from typing import Any, TypeVar
 
 from align.config.launch import LaunchConfig, world_size
+from align.config.stages.continue_from import warmup_steps
 from align.config.stages.training import TrainingFields
 from align.errors import UserError
 from align.models.threads import device_of
 from align.pipeline.context import StageContext
+from align.training.kept_state import continued_facts
 from align.training.tracking import tracking_options
 
 T = TypeVar("T")
@@ -43,14 +45,28 @@ def total_steps(stage: str, fields: TrainingFields, rows: int) -> int:
     return steps if fields.max_steps is None else min(steps, fields.max_steps)
 
 
+def decay_steps(fields: TrainingFields, steps: int) -> int:
+    """Return the steps over which ``wsd`` decays in a run of ``steps`` steps."""
+    return max(1, round(fields.decay_ratio * steps))
+
+
 def schedule_options(fields: TrainingFields, steps: int) -> dict[str, Any]:
     """Return ``lr_scheduler_kwargs`` for a run of ``steps`` steps."""
     if fields.scheduler == "cosine_with_min_lr":
         return {"min_lr_rate": MIN_LR_RATIO if fields.min_lr_ratio is None else fields.min_lr_ratio}
     if fields.scheduler == "wsd":
-        falling = max(1, round(fields.decay_ratio * steps))
-        return {"num_decay_steps": falling, "decay_type": "linear", "min_lr_ratio": fields.min_lr_ratio or 0.0}
+        return {
+            "num_decay_steps": decay_steps(fields, steps),
+            "decay_type": "linear",
+            "min_lr_ratio": fields.min_lr_ratio or 0.0,
+        }
     return {}
+
+
+def _warmup_steps(context: StageContext, steps: int) -> int:
+    """Return the steps of the warm-up: of a stage that continues another, those of that one."""
+    continued = continued_facts(context)
+    return warmup_steps(context.config, steps) if continued is None else continued.warmup_steps
 
 
 def parallel_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
@@ -84,7 +100,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "learning_rate": fields.learning_rate,
         "lr_scheduler_type": SCHEDULERS[fields.scheduler],
         "lr_scheduler_kwargs": schedule_options(fields, steps),
-        "warmup_steps": math.ceil(fields.warmup_ratio * steps),
+        "warmup_steps": _warmup_steps(context, steps),
         "weight_decay": fields.weight_decay,
         "max_grad_norm": fields.max_grad_norm,
         "max_length": None,  # rows are already cut

@@ -17,7 +17,9 @@ from align.models.tuning.notice import notice, parameter_counts
 from align.pipeline.context import StageContext
 from align.store.atomic_write import write_text_atomically
 from align.training.checkpoints import MarkCheckpoints, last_complete, read_state, write_state
+from align.training.continued_rows import continue_rows, continuing_callbacks, keep_trained_state
 from align.training.extras import extra_callbacks, has_scores, scored_with
+from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.progress import ReportProgress, report_scores
 from align.training.stop_request import StopOnRequest
 from align.training.stopping import VALIDATION, best_so_far
@@ -45,7 +47,10 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
     def warn(text: str) -> None:
         context.warn(f"{context.name}: {text}")
 
-    checkpoint = broadcast(lambda: last_complete(context.checkpoints, warn))
+    refuse_no_steps(context, trainer.args.max_steps)
+    # A stage that continues another starts from that one's state, once there is no checkpoint of its own.
+    checkpoint = broadcast(lambda: last_complete(context.checkpoints, warn) or restore_checkpoint(context))
+    trainer.continuation = continue_rows(context, trainer)
     first_step = _step_of(checkpoint) + 1 if checkpoint else 0
     with follow(context, trainer, first_step):
         # Decisions that follow from the scores, such as when to stop, must be the same in all processes.
@@ -76,10 +81,7 @@ def _fit(
     if best is not None:
         trainer.add_callback(best)
         extras = [*extras, best]
-    clock = TrainingClock(checkpoint)
-    trainer.add_callback(clock)
-    trainer.add_callback(MarkCheckpoints())
-    trainer.add_callback(StopOnRequest(context))
+    clock = _add_last_callbacks(context, trainer, checkpoint)
 
     if checkpoint is not None:
         context.note(f"resuming from {checkpoint}")
@@ -88,6 +90,7 @@ def _fit(
     if best is not None:
         report_scores(context, trainer.state.global_step, score_in_training())
         best.restore()
+    state_bytes = keep_trained_state(context, trainer)
     scores_after = score_test()
     context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in scores_after.items()})
 
@@ -98,12 +101,13 @@ def _fit(
     metrics = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "resumed_from_step": _step_of(checkpoint),
+        **_starts(context, checkpoint),
         "tokens": tokens,
         "training_seconds": seconds,
         "tokens_per_second": timed_tokens / seconds,
         "trainable_parameters": trained,
         "parameters": total,
+        "state_bytes": state_bytes,
     }
     if losses:
         metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
@@ -111,6 +115,25 @@ def _fit(
         metrics |= getattr(extra, "facts", dict)()
     metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
     return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
+
+
+def _add_last_callbacks(context: StageContext, trainer: Any, checkpoint: Path | None) -> TrainingClock:
+    """Add the callbacks after a step's scores: clock, checkpoints' markers, kept states, stopping. Return the clock."""
+    clock = TrainingClock(checkpoint)
+    for callback in (clock, MarkCheckpoints(), *continuing_callbacks(context, trainer), StopOnRequest(context)):
+        trainer.add_callback(callback)
+    return clock
+
+
+def _starts(context: StageContext, checkpoint: Path | None) -> dict[str, int]:
+    """Return the steps of the checkpoint that a killed stage resumed from, and of the stage that it continues."""
+    continued = continued_facts(context)
+    continued_step = 0 if continued is None else continued.steps
+    resumed_step = _step_of(checkpoint)
+    return {
+        "resumed_from_step": resumed_step if resumed_step > continued_step else 0,
+        "continued_from_step": continued_step,
+    }
 
 
 class TrainingClock(TrainerCallback):

@@ -26,7 +26,8 @@ class PreparedKTO(ScoredByReference, KTOTrainer):  # type: ignore[misc]
 
     groups: Sequence[Sequence[int]]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def row_order(self) -> Any:
+        """Return the sampler of the fixed micro-batches."""
         return GroupOrder(self.groups, self.args.seed)
 
 

@@ -18,6 +18,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
 from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
 from align.training.order import GroupedOrder
+from align.training.row_history import Continuation, ContinuedOrder
 from align.training.sharded import ShardingTrainer
 
 COUNTED = ("labels", "shift_labels")
@@ -72,6 +73,8 @@ class Prepared(ShardingTrainer):
     row_lengths: list[int]
     layer_decay: float = 1.0
     """Each layer's learning rate as a share of the next layer's (``learning_rate_share``)."""
+    continuation: Continuation | None = None
+    """Order of the rows of a stage that continues another with other rows."""
     terms: Sequence[LossTerm] = ()
     """Terms added to trl's loss while training (``align.training.extras``)."""
 
@@ -120,10 +123,16 @@ class Prepared(ShardingTrainer):
             self.store_metrics({name: value}, train_eval="train")  # type: ignore[attr-defined]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return GroupedOrder(self.row_lengths, self._order_micro_batch, self._rows_per_step, self.args.seed)
+        order = self.row_order()
+        return order if self.continuation is None else ContinuedOrder(order, self.continuation)
+
+    def row_order(self) -> Any:
+        """Return the sampler of a run that begins with these rows."""
+        return GroupedOrder(self.row_lengths, self._order_micro_batch, self.rows_per_step, self.args.seed)
 
     @property
-    def _rows_per_step(self) -> int:
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, over all processes."""
         rows: int = self.args.train_batch_size * self.args.gradient_accumulation_steps * max(1, self.args.world_size)
         return rows
 
@@ -142,7 +151,7 @@ class Prepared(ShardingTrainer):
             plain.collate_fn,
             self._get_train_sampler(self.train_dataset),
             micro_batch=self._order_micro_batch,
-            batch=self._rows_per_step,
+            batch=self.rows_per_step,
             part=self.args.train_batch_size,
             rank=self.args.process_index,
             processes=self.args.world_size,

@@ -139,6 +139,9 @@ def test_the_schema_accepts_and_refuses() -> None:
     schema = pipeline_schema()
     good = yaml.safe_load(Path("pipelines/quickstart.yaml").read_text())
     jsonschema.validate(good, schema)
+    good["stages"]["sft_more"] = {"continue_from": "sft", "epochs": 2}
+    good["stages"]["ppo"] = {"continue_from": "ppo_before", "updates": 40}
+    jsonschema.validate(good, schema)
     good["stages"]["sft"]["learning_rat"] = 1
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(good, schema)

@@ -222,7 +222,7 @@ def test_what_the_guide_to_methods_shows_is_accepted() -> None:
     from align.sweep.config import SweepConfig
 
     plain = {"model": "model", "data": "data", "learning_rate": 1e-4}
-    observations = set()
+    observations, nodes = set(), set()
     for block in yaml_blocks("docs/methods.md"):
         lines = block.splitlines()
         if all(line.startswith(("tuning:", "anchor:", "replay", "ema:")) for line in lines):
@@ -232,13 +232,14 @@ def test_what_the_guide_to_methods_shows_is_accepted() -> None:
             continue
         shown = parse_yaml(block, "docs/methods.md")
         if "stages" in shown:
-            assert "dpo-3" in Pipeline({"name": "rounds", **shown}, "docs/methods.md").nodes
+            nodes |= Pipeline({"name": "rounds", **shown}, "docs/methods.md").nodes.keys()
         elif "space" in shown:
             SweepConfig.model_validate(shown)
         else:
             for name, config in shown.items():
                 STAGES[name].config_class().model_validate(config)
         observations |= set(shown)
+    assert nodes >= {"dpo-3", "sft_more", "ppo_more"}
     assert observations >= {
         "tuning",
         "replay",

@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from align.capacity.job import Job, Setting, Work
-from align.capacity.memory import Choice, CriticKind, Estimate, Memory, engine_memory, ppo_memory, resolve_engine
+from align.capacity.memory import (
+    Choice,
+    CriticKind,
+    Estimate,
+    Memory,
+    engine_memory,
+    ppo_memory,
+    resolve_engine,
+    state_note,
+)
 from align.config.runtime import Runtime
 from align.config.stages.rl import RolloutFields
 from align.config.tuning import FullTuning, LoraTuning, TuningBase
@@ -49,7 +58,7 @@ def estimate(config: RolloutFields, models: Models, runtime: Runtime) -> Estimat
             if source is not None:
                 settings["critic"] = critic
             choices.append(Choice(settings, memory, chosen))
-    return Estimate(policy.parameters, tuple(choices), tuple(_notes(config, runtime)))
+    return Estimate(policy.parameters, tuple(choices), (*_notes(config, runtime), state_note(choices, runtime)))
 
 
 def rollout_memory(

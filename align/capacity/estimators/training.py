@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align.capacity.job import Job, Setting, Work
-from align.capacity.memory import Choice, Estimate, Memory, copied_parameters, model_bytes, resolve_engine
+from align.capacity.memory import Choice, Estimate, Memory, copied_parameters, model_bytes, resolve_engine, state_note
 from align.config.base import Precision
 from align.config.runtime import Runtime
 from align.config.stages.training import TrainingFields
@@ -43,7 +43,7 @@ def estimate(config: TrainingFields, models: Models, runtime: Runtime) -> Estima
         Choice({"tuning": tuning.label}, training_memory(config, models, tuning, setting), tuning is config.tuning)
         for tuning in tunings
     )
-    return Estimate(model.parameters, choices, tuple(_notes(config)))
+    return Estimate(model.parameters, choices, (*_notes(config), state_note(choices, runtime)))
 
 
 def _as_configured(config: TrainingFields, runtime: Runtime) -> Setting:

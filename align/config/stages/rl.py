@@ -47,13 +47,15 @@ class RolloutFields(Config):
     """Options of that class which the stage sets itself, with what to do instead."""
     stage_only: ClassVar[frozenset[str]] = frozenset(
         {
-            *("policy", "prompts", "reward", "ptx"),  # stages; a script passes models and rows
+            *("policy", "prompts", "reward", "ptx", "continue_from"),  # stages; a script passes models and rows
             *("ensemble", "uncertainty_weight", "reward_floor", "reward_weight", "score", "score_weight", "gold"),
             *("max_prompts", "eval_prompts", "lint", "tuning", "trainer"),
             *("micro_batch_size", "precision", "scheduler", "warmup_ratio"),  # TrainingArguments has its own names
         }
     )
     """Fields that are no arguments of the trainer. All others are, with the same name, bounds and default."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"continue_from"})
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained. It is the reference, too. Usually the SFT stage."""
@@ -77,6 +79,9 @@ class RolloutFields(Config):
     """Function that is only logged, to check that it rises with the score: ``gold`` or ``module:name``."""
     tuning: Tuning = FullTuning()
     """How the policy and the critic are tuned."""
+    continue_from: stage_input(Kind.POLICY) | None = None  # type: ignore[valid-type]
+    """Finished stage of the same kind to go on from: its weights, critic, optimizer, controllers and position in the
+    prompts. Fields that are not set are that stage's, ``seed`` too. ``updates`` counts from its start."""
     updates: int = Field(100, ge=1)
     """Rollouts to sample and learn from."""
     rollout_batch: int = Field(64, ge=1)

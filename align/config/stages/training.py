@@ -39,6 +39,7 @@ class TrainingFields(Config):
 
     has_vocabulary: ClassVar[bool] = True
     """Whether the stage's model has a vocabulary head."""
+    later: ClassVar[frozenset[str]] = frozenset({"continue_from"})
     refers: ClassVar[bool] = False
     """Whether the stage needs a reference's log-probabilities of every row, which are computed once."""
     trainer_class: ClassVar[str] = "transformers.training_args:TrainingArguments"
@@ -95,6 +96,9 @@ class TrainingFields(Config):
     """Share of replayed rows in an optimizer step, in addition to ``batch_size``; 0 only scores the test rows."""
     replay_weight: float | None = Field(None, gt=0)
     """Weight of the replayed answers' loss per token; by default fraction / (1 - fraction), as if rows were mixed."""
+    continue_from: stage_input(Kind.POLICY, Kind.REWARD) | None = None  # type: ignore[valid-type]
+    """Finished stage of the same kind to go on from: its weights, optimizer, schedule and position in the rows. Fields
+    that are not set are that stage's, ``seed`` too. ``max_steps`` and ``epochs`` count from its start."""
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints; a killed stage repeats at most these. Full tuning writes 12 bytes per weight."""
     eval_steps: int | None = Field(None, ge=1)

@@ -1,0 +1,78 @@
+"""Rules of ``continue_from``: settings that must stay, and when the result equals that of one longer run. Torch-free.
+
+They are used by the pipeline (errors), the planner (statements) and the trainers (file names).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+CONTINUE = "continue_from"
+STATE = "state"
+"""Folder of an artifact with the trainer's state."""
+LARGEST_STATE = 2 * 10**9
+"""Bytes of the largest state that ``runtime.keep_state: auto`` keeps: adapters of any model, all of 165M weights."""
+LENGTHS = ("max_steps", "epochs", "updates")
+"""Fields for the length of training, which a continued stage raises."""
+DATA = ("data", "prompts", "max_rows", "max_prompts")
+"""Fields for the rows, which may be other ones."""
+EVALUATED = ("eval_rows", "eval_prompts", "eval_steps", "eval_updates")
+"""Fields of evaluations during training."""
+OBSERVED = ("save_steps", "save_updates", "completions", "lint", *EVALUATED)
+"""Fields that only observe training."""
+TOTAL_SCHEDULES = ("linear", "cosine", "cosine_with_min_lr")
+"""Schedules of the learning rate whose every step depends on the number of steps."""
+
+
+def size_text(size: int) -> str:
+    """Return bytes as ``1.6 GB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def chooses_by_validation(config: Any) -> bool:
+    """Return True for a stage whose validation rows are a part of its training rows."""
+    return bool(getattr(config, "chooses", False)) or getattr(config, "keep", "last") != "last"
+
+
+def must_be_equal(config: Any) -> list[str]:
+    """Return the fields of a stage's config that one which continues it must not change."""
+    free = {CONTINUE, *LENGTHS, *DATA, *OBSERVED}
+    if chooses_by_validation(config):
+        # Where validation decides, its rows and times are a part of the training.
+        free -= {*DATA, *EVALUATED}
+    return [name for name in type(config).model_fields if name not in free]
+
+
+def warmup_steps(config: Any, steps: int) -> int:
+    """Return the steps of the warm-up of a run of ``steps`` optimizer steps."""
+    share: float = config.warmup_ratio
+    return math.ceil(share * steps)
+
+
+def steps_per_length(config: Any) -> int:
+    """Return the optimizer steps of one unit of the stage's length: of an update, 1 for a step."""
+    return int(config.num_epochs * config.num_mini_batches) if hasattr(config, "updates") else 1
+
+
+def inexactness(config: Any, finished: int | None, steps: int | None) -> str | None:
+    """Return why a stage continued after ``finished`` optimizer steps differs from one run of ``steps``; None if equal.
+
+    The text is a clause. ``None`` steps are not known yet. The rows are taken to be the same.
+    """
+    if config.scheduler in TOTAL_SCHEDULES:
+        return f"scheduler {config.scheduler} sets every step's rate by the number of steps"
+    if getattr(config, "beta_schedule", "constant") != "constant":
+        return f"beta_schedule {config.beta_schedule} sets every step's beta by the number of steps"
+    if getattr(config, "max_staleness", 0):
+        return "with max_staleness the last updates of the first part were sampled from other weights"
+    if not config.warmup_ratio:
+        return None
+    if finished is None or steps is None:
+        return f"warmup_ratio {config.warmup_ratio:g} of more steps may be a longer warm-up"
+    before, after = warmup_steps(config, finished), warmup_steps(config, steps)
+    if before != after:
+        return (
+            f"its warm-up took {before} steps, where warmup_ratio {config.warmup_ratio:g} of {steps} steps is {after}"
+        )
+    return None

@@ -1,0 +1,131 @@
+"""Stages that continue a finished one: the fields they take from it, and those they must not change.
+
+``sft_more: {continue_from: sft, max_steps: 12}`` is ``sft`` with more steps, so it has every field of ``sft`` that it
+does not set itself. Never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from align.config.base import Config
+from align.config.stages.continue_from import CONTINUE, DATA, LENGTHS, must_be_equal
+from align.config.tuning import FullTuning
+from align.config.validation import suggest
+from align.errors import UserError
+from align.pipeline.registry import STAGES
+
+START_FIELDS = ("model", "policy")
+"""Fields of the checkpoint that a stage starts from."""
+
+
+def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -> dict[str, dict[str, Any]]:
+    """Return the blocks with every continued stage's fields written into those that continue it.
+
+    ``place`` returns a stage's place in the file. Raises ``UserError`` for a stage that is not there, stands below, or
+    is of another kind.
+    """
+    written: dict[str, dict[str, Any]] = {}
+    for name, block in blocks.items():
+        source = block.get(CONTINUE)
+        written[name] = block
+        if not isinstance(source, str):
+            continue
+        where = f"{place(name)}.{CONTINUE}"
+        if source == name:
+            raise UserError(f"{where}: '{name}' is the stage itself; name the finished stage that it continues.")
+        if source not in blocks:
+            raise UserError(f"{where}: there is no stage '{source}'.{suggest(source, blocks)}")
+        if source not in written:
+            raise UserError(f"{where}: stage '{source}' comes later; move it above '{name}'.")
+        base = dict(written[source])
+        kind = base.pop("stage", source)
+        base.pop(CONTINUE, None)
+        kind_here = block.get("stage", name if name in STAGES else kind)
+        if kind_here != kind:
+            raise UserError(
+                f"{where}: '{source}' is a stage of kind {kind} and this is one of kind {kind_here}. A stage continues "
+                f"one of its own kind; to start from that one's weights, name it as `{_start_field(kind_here)}`."
+            )
+        written[name] = {"stage": kind, **base, **block}
+    return written
+
+
+def _start_field(kind: Any) -> str:
+    stage = STAGES.get(str(kind))
+    fields = () if stage is None else stage.config_class().model_fields
+    return next((field for field in START_FIELDS if field in fields), "model")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Name, config and seed of a stage."""
+
+    name: str
+    config: Config
+    seed: int
+
+
+def refuse_changes(place: str, stage: Settings, source: Settings) -> None:
+    """Raise ``UserError`` for a stage that changes what it continues, or has nothing left to do.
+
+    ``source`` is the stage that it continues; ``place`` is its own place in the file.
+    """
+    config = stage.config
+    values = {name: (getattr(config, name), getattr(source.config, name)) for name in must_be_equal(config)}
+    values["seed"] = (stage.seed, source.seed)
+    for name, (here, there) in values.items():
+        if here != there:
+            raise UserError(
+                f"{place}.{name} is {_shown(here)} here and {_shown(there)} in '{source.name}', which it continues: "
+                f"that needs the same. Leave {name} out{_other_way(config, source.name)}."
+            )
+    tuning = getattr(config, "tuning", None)
+    if isinstance(tuning, FullTuning) and tuning.scheduled:
+        raise UserError(
+            f"{place}.{CONTINUE}: tuning.unfreeze and lisa choose the trained weights from all steps of a run, so more "
+            f"steps are another run. Leave them out{_other_way(config, source.name)}."
+        )
+    _refuse_no_more(place, config, source)
+
+
+def _refuse_no_more(place: str, config: Config, source: Settings) -> None:
+    lengths = [name for name in LENGTHS if hasattr(config, name)]
+    before = {name: getattr(source.config, name) for name in lengths}
+    after = {name: getattr(config, name) for name in lengths}
+    if any(_count(after[name]) > _count(before[name]) for name in lengths):
+        return
+    # More rows make epochs longer.
+    has_other_rows = any(getattr(config, name, None) != getattr(source.config, name, None) for name in DATA)
+    if after == before and has_other_rows and "epochs" in lengths:
+        return
+    settings = ", ".join(f"{name} {value:g}" for name, value in before.items() if value is not None)
+    raise UserError(
+        f"{place}: '{source.name}' has {settings} and this stage no more, so nothing is left to train. Lengths count "
+        f"from the start of '{source.name}'; set a larger {' or '.join(lengths)}."
+    )
+
+
+def _count(value: float | None) -> float:
+    return float("inf") if value is None else float(value)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Config):
+        settings = value.model_dump(exclude_defaults=True)
+        if hasattr(value, "method"):
+            settings = {"method": value.method, **settings}
+        return f"{{{', '.join(f'{name}: {setting}' for name, setting in settings.items())}}}"
+    return repr(value)
+
+
+def _other_way(config: Config, source: str) -> str:
+    field = next((field for field in START_FIELDS if field in type(config).model_fields), None)
+    if field is None or getattr(config, "has_vocabulary", True) is False:
+        return ""
+    return f", or start a new run from its weights with `{field}: {source}` in place of {CONTINUE}"
+
+
+__all__ = ["Settings", "inherit", "refuse_changes"]

@@ -1,0 +1,104 @@
+"""The parts of ``continue_from`` that need a trainer of rows: its order, its callbacks, and the state that it keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from align.config.launch import rank
+from align.config.stages.training import TrainingFields
+from align.pipeline.context import StageContext
+from align.training.arguments import decay_steps
+from align.training.checkpoints import last_complete
+from align.training.kept_state import (
+    STABLE,
+    KeepStable,
+    OwnSettings,
+    continued_facts,
+    continued_history,
+    keep_state,
+)
+from align.training.order import grouped_order
+from align.training.row_history import Continuation, RowHistory, StateFacts, digests_of, passed_rows
+from align.training.unfreezing import steps_per_epoch
+
+
+def continue_rows(context: StageContext, trainer: Any) -> Continuation | None:
+    """Return the order of the trainer's rows where it goes on with other rows; None for the plain order.
+
+    The same rows keep their order, which is the plain one unless the other stage had continued with other rows itself.
+    """
+    history, facts = continued_history(context), continued_facts(context)
+    if history is None or facts is None:
+        return None
+    digests = digests_of(trainer.train_dataset)
+    if history.is_same(digests):
+        return Continuation(history.first, history.start) if history.start else None
+    first = history.untrained(digests)
+    context.note(
+        f"{context.name}: {len(first)} of {len(digests)} rows are new to '{context.artifact('continue_from').stage}' "
+        "and come first"
+    )
+    return Continuation(_grouped(first, trainer), _position(trainer, facts.steps))
+
+
+def _grouped(first: list[int], trainer: Any) -> list[int]:
+    """Return rows shuffled and grouped by length, as in a pass."""
+    all_lengths = getattr(trainer, "row_lengths", None)
+    lengths = [1 if all_lengths is None else all_lengths[row] for row in first]
+    size = int(getattr(trainer.args, "order_micro_batch", trainer.args.train_batch_size))
+    return [first[index] for index in grouped_order(lengths, size, trainer.rows_per_step, trainer.args.seed, 0)]
+
+
+def _position(trainer: Any, steps: int) -> int:
+    """Return the position in the endless sequence of passes at which transformers goes on after ``steps`` steps."""
+    passes, rest = divmod(steps, steps_per_epoch(trainer))
+    return passes * len(trainer.train_dataset) + rest * int(trainer.rows_per_step)
+
+
+def continuing_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback]:
+    """Return the callbacks of a stage that continues another, and of one whose state is kept before a decay."""
+    config: TrainingFields = context.config
+    callbacks: list[TrainerCallback] = []
+    if config.continue_from is not None:
+        callbacks.append(OwnSettings())
+    if config.scheduler == "wsd" and context.runtime.keep_state is not False:
+        steps = int(trainer.args.max_steps)
+        callbacks.append(KeepStable(context.checkpoints, steps - decay_steps(config, steps)))
+    return callbacks
+
+
+def keep_trained_state(context: StageContext, trainer: Any) -> int:
+    """Write ``state/`` of a trained stage from the first process, and return its bytes there."""
+    if rank() or context.runtime.keep_state is False:
+        return 0
+    if context.config.scheduler == "wsd":
+        folder = context.checkpoints / STABLE
+        checkpoint = folder if folder.is_dir() else None
+    else:
+        checkpoint = last_complete(context.checkpoints, context.warn)
+    steps = 0 if checkpoint is None else _step_of_state(checkpoint)
+    continuation = trainer.continuation
+    facts = StateFacts(
+        steps=steps,
+        warmup_steps=int(trainer.args.warmup_steps),
+        start=0 if continuation is None else continuation.start,
+    )
+    return keep_state(context, checkpoint, facts, lambda: _history(context, trainer, steps))
+
+
+def _step_of_state(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def _history(context: StageContext, trainer: Any, steps: int) -> RowHistory:
+    """Return the rows of a trainer that has done ``steps`` steps, with those of the stages that it continues."""
+    before, continuation = continued_history(context), trainer.continuation
+    digests = digests_of(trainer.train_dataset)
+    start = 0 if continuation is None else continuation.start
+    passed = passed_rows(trainer._get_train_sampler(), start, _position(trainer, steps))
+    trained = {digests[row] for row in passed} | (set() if before is None else before.trained)
+    return RowHistory(digests, trained, [] if continuation is None else continuation.first, start)

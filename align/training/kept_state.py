@@ -1,0 +1,208 @@
+"""Keep a trainer's state in a finished stage's artifact, and begin a stage from the state of another.
+
+``state/`` of an artifact has what a resumed stage reads from a checkpoint (``state_files.py``), the rows trained on
+(``row_history.py``) and ``state.json``. A stage with ``continue_from`` gets it as a checkpoint of its own and resumes.
+So it becomes what the other stage would have been with more steps: same start, reference, order and random numbers.
+
+Under ``scheduler: wsd`` the kept state is that before the decay, as in MiniCPM (arXiv 2404.06395): a continued stage
+runs these steps again at the full rate.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.config.stages.continue_from import LARGEST_STATE, STATE, size_text
+from align.errors import UserError
+from align.pipeline.context import StageContext
+from align.store.json_files import DamagedFile, read_sealed, write_sealed
+from align.training.checkpoints import MARKER, link, mark_complete
+from align.training.row_history import FACTS, RowHistory, StateFacts
+from align.training.state_files import UnknownState, is_read_on_resuming, pack, unpack
+
+STABLE = "stable"
+"""Folder beside the checkpoints for that from before the decay of ``wsd``."""
+DRAFT = ".continued"
+
+
+def continued_state(context: StageContext) -> Path | None:
+    """Return the folder of the state that the stage continues from; None for a stage of its own.
+
+    Raises ``UserError`` where the other stage kept none.
+    """
+    if context.config.continue_from is None:
+        return None
+    parent = context.artifact("continue_from")
+    folder = parent.path / STATE
+    if not (folder / FACTS).is_file():
+        raise UserError(
+            f"{context.name}: '{parent.stage}' kept no trainer's state to continue from. "
+            f"`--rebuild {parent.stage}` runs it again and keeps it."
+        )
+    return folder
+
+
+def continued_facts(context: StageContext) -> StateFacts | None:
+    """Return the facts of the state that the stage continues from; None for a stage of its own."""
+    folder = continued_state(context)
+    if folder is None:
+        return None
+    try:
+        return read_sealed(folder / FACTS, StateFacts)
+    except DamagedFile as error:
+        raise UserError(f"{folder / FACTS} {error}. Rebuild that stage.") from None
+
+
+def continued_history(context: StageContext) -> RowHistory | None:
+    """Return the rows of the stage that this one continues; None for a stage of its own."""
+    folder, facts = continued_state(context), continued_facts(context)
+    return None if folder is None or facts is None else RowHistory.load(folder, facts.start)
+
+
+def restore_checkpoint(context: StageContext) -> Path | None:
+    """Write the state that the stage continues from as a complete checkpoint of its own, and return that.
+
+    None for a stage of its own. Call it in one process.
+    """
+    folder, facts = continued_state(context), continued_facts(context)
+    if folder is None or facts is None:
+        return None
+    draft = context.checkpoints / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    for file in folder.iterdir():
+        if is_read_on_resuming(file.name):
+            link(file, draft / file.name)
+    try:
+        unpack(folder, draft)
+    except (UnknownState, KeyError, ValueError) as error:
+        raise UserError(f"{context.name}: the state in {folder} cannot be read: {error}. Rebuild that stage.") from None
+    mark_complete(draft)
+    checkpoint = context.checkpoints / f"checkpoint-{facts.steps}"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    draft.rename(checkpoint)
+    context.note(f"{context.name} continues '{context.artifact('continue_from').stage}' after step {facts.steps}")
+    return checkpoint
+
+
+def refuse_no_steps(context: StageContext, steps: int, unit: str = "steps", per_unit: int = 1) -> None:
+    """Raise ``UserError`` where a continued stage has no optimizer step left of ``steps`` in all.
+
+    ``unit`` is the word for ``per_unit`` steps in the message.
+    """
+    facts = continued_facts(context)
+    if facts is None or steps > facts.steps:
+        return
+    parent, field = context.artifact("continue_from").stage, "updates" if unit == "updates" else "max_steps or epochs"
+    limit = ""
+    if unit == "steps" and context.config.max_steps is not None:
+        limit = f" (max_steps {context.config.max_steps} limits epochs; `max_steps: null` lifts it)"
+    total, done = steps // per_unit, facts.steps // per_unit
+    raise UserError(
+        f"{context.name} is to end after {total} {unit}, and '{parent}' has done {done}. They are "
+        f"counted from the start of '{parent}'. Raise {field}{limit}."
+    )
+
+
+class OwnSettings(TrainerCallback):
+    """Gives a continued stage its own settings where the state has the other stage's.
+
+    The optimizer has the rate that the other stage would have used next, 0 after the end of a cosine; and the Trainer
+    takes the steps between checkpoints from the state that it resumes from.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, args.max_steps)
+        scheduler = kwargs["lr_scheduler"]
+        scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+        if not isinstance(scheduler, LambdaLR):
+            return
+        # The product that LambdaLR itself computes after a step, so equal schedules give equal bits.
+        rates = [
+            base * factor(scheduler.last_epoch)
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+
+class KeepStable(TrainerCallback):
+    """Keeps the checkpoint of ``step``, the last before ``wsd`` lowers the learning rate."""
+
+    def __init__(self, checkpoints: Path, step: int) -> None:
+        self.checkpoints, self.step = checkpoints, step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Link the marked checkpoint, before the Trainer deletes it as too old."""
+        self._keep(state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Link it where a kill came between the two, or where the stage continues from that very step."""
+        self._keep(state)
+
+    def _keep(self, state: TrainerState) -> None:
+        checkpoint = self.checkpoints / f"checkpoint-{self.step}"
+        if state.global_step != self.step or not state.is_world_process_zero or not checkpoint.is_dir():
+            return
+        target = self.checkpoints / STABLE
+        draft = self.checkpoints / f"{STABLE}.draft"
+        for folder in (target, draft):
+            shutil.rmtree(folder, ignore_errors=True)
+        draft.mkdir()
+        for file in checkpoint.iterdir():
+            link(file, draft / file.name)
+        draft.rename(target)
+
+
+def keep_state(
+    context: StageContext, checkpoint: Path | None, facts: StateFacts, history: Callable[[], RowHistory]
+) -> int:
+    """Write ``state/`` of the artifact from a complete checkpoint, as ``runtime.keep_state`` says.
+
+    Return the bytes of its tensors, 0 where none is kept, which is noted with the reason. Call it in one process.
+    ``history`` is called where the state is kept.
+    """
+    keep = context.runtime.keep_state
+    if keep is False:
+        return 0
+    if checkpoint is None:
+        context.note(f"{context.name} keeps no trainer's state: it wrote no checkpoint to continue from")
+        return 0
+    files = [file for file in checkpoint.iterdir() if is_read_on_resuming(file.name) and file.name != MARKER]
+    size = sum(file.stat().st_size for file in [*files, *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")])
+    if keep == "auto" and size > LARGEST_STATE:
+        context.note(
+            f"{context.name} keeps no trainer's state, which would take {size_text(size)}, so no stage can continue "
+            "it; `runtime: {keep_state: true}` keeps it"
+        )
+        return 0
+    folder = context.output / STATE
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        pack(checkpoint, folder)
+    except UnknownState as error:
+        shutil.rmtree(folder)
+        context.warn(f"{context.name} keeps no trainer's state: {error}, which safetensors and JSON cannot hold.")
+        return 0
+    for file in files:
+        link(file, folder / file.name)
+    history().save(folder)
+    write_sealed(folder / FACTS, facts.model_dump())
+    # The tensors alone: other files hold times, so their sizes differ from run to run.
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

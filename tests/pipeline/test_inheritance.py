@@ -1,0 +1,118 @@
+"""``continue_from``: fields taken from the other stage, keys, and errors before anything starts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from align import Pipeline
+from align.errors import UserError
+
+SFT = {"model": "model", "data": "data", "learning_rate": 1e-3, "max_steps": 6, "scheduler": "constant", "seed": 5}
+PPO = {"policy": "sft", "prompts": "data", "score": "gold", "learning_rate": 1e-5, "updates": 2}
+
+
+def raw(**stages: dict[str, Any]) -> dict[str, Any]:
+    first = {
+        "model": {"source": "tiny"},
+        "data": {"recipe": "data_recipes/embedded.yaml"},
+        "more_data": {"stage": "data", "recipe": "data_recipes/embedded.yaml", "max_rows": 100},
+        "sft": copy.deepcopy(SFT),
+        "ppo": copy.deepcopy(PPO),
+    }
+    return {"name": "run", "seed": 1, "stages": {**first, **stages}}
+
+
+def test_a_continued_stage_has_the_other_s_fields_and_its_own() -> None:
+    pipeline = Pipeline(raw(more={"continue_from": "sft", "max_steps": 12}))
+    more, sft = pipeline.nodes["more"], pipeline.nodes["sft"]
+    assert (more.stage.kind, more.seed, more.config.max_steps) == ("sft", 5, 12)
+    assert more.config.model_copy(update={"max_steps": 6, "continue_from": None}) == sft.config
+    assert more.parts["inputs"]["continue_from"] == sft.key
+    assert Pipeline(pipeline.plain).nodes["more"].key == more.key
+    chained = Pipeline(raw(more={"continue_from": "sft", "max_steps": 12}, last={"continue_from": "more", "epochs": 2}))
+    assert chained.nodes["last"].config.max_steps == 12 and chained.nodes["last"].config.continue_from == "more"
+
+
+def test_a_stage_that_continues_none_has_the_key_it_always_had() -> None:
+    parts = Pipeline(raw()).nodes["sft"].parts
+    assert "continue_from" not in parts["config"] and "continue_from" not in parts["inputs"]
+
+
+def test_a_stage_that_is_continued_keeps_its_state() -> None:
+    settings = {"runtime": {"keep_state": False, "stages": {"ppo": {"keep_state": True}}}}
+    pipeline = Pipeline({**raw(more={"continue_from": "sft", "max_steps": 12}), **settings})
+    assert {name: pipeline.runtimes[name].keep_state for name in ("sft", "more", "ppo")} == {
+        "sft": True,
+        "more": False,
+        "ppo": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_steps": 12, "data": "more_data", "save_steps": 3, "eval_rows": 8},
+        {"epochs": 2},
+        {"data": "more_data"},
+        {"max_steps": None},
+    ],
+)
+def test_length_rows_and_observations_may_differ(fields: dict[str, Any]) -> None:
+    assert Pipeline(raw(more={"continue_from": "sft", **fields})).nodes["more"].makes == "PolicyCheckpoint"
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"continue_from": "sft", "max_steps": 12, "batch_size": 8},
+            r"stages.more.batch_size is 8 here and 16 in 'sft', which it continues: that needs the same. Leave "
+            r"batch_size out, or start a new run from its weights with `model: sft` in place of continue_from.",
+        ),
+        (
+            {"continue_from": "sft", "max_steps": 12, "tuning": {"method": "lora", "rank": 4}},
+            r"stages.more.tuning is \{method: lora, rank: 4\} here and \{method: full\} in 'sft'",
+        ),
+        ({"continue_from": "sft", "max_steps": 12, "seed": 6}, r"stages.more.seed is 6 here and 5 in 'sft'"),
+        ({"continue_from": "sft", "max_steps": 12, "model": "sft"}, r"stages.more.model is 'sft' here and 'model'"),
+        ({"continue_from": "sft"}, r"'sft' has max_steps 6, epochs 1 and this stage no more, so nothing is left"),
+        ({"continue_from": "sft", "max_steps": 5}, r"set a larger max_steps or epochs"),
+        ({"continue_from": "ppo", "updates": 2, "prompts": "more_data"}, r"'ppo' has updates 2 and this stage no more"),
+        (
+            {"continue_from": "ppo", "updates": 3, "kl_coef": 0.1},
+            r"kl_coef is 0.1 here and 0.05 in 'ppo'.*`policy: ppo`",
+        ),
+        ({"continue_from": "stf", "max_steps": 12}, r"there is no stage 'stf'. Did you mean 'sft'\?"),
+        ({"continue_from": "more", "max_steps": 12}, r"'more' is the stage itself"),
+        ({"continue_from": "last", "max_steps": 12}, r"stage 'last' comes later; move it above 'more'"),
+        (
+            {"stage": "dpo", "continue_from": "sft", "beta": 0.2},
+            r"'sft' is a stage of kind sft and this is one of kind dpo.*name it as `policy`",
+        ),
+        ({"continue_from": "data", "max_rows": 3}, r"stages.more: unknown key 'continue_from'"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_with_a_remedy(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Pipeline(raw(more=block, last={**SFT, "stage": "sft"}))
+
+
+def test_rows_that_choose_a_checkpoint_and_layers_that_follow_a_schedule_stay() -> None:
+    chooses = {**SFT, "keep": "best", "eval_steps": 2}
+    with pytest.raises(UserError, match=r"stages.more.data is 'more_data' here and 'data' in 'sft'"):
+        Pipeline(raw(sft=chooses, more={"continue_from": "sft", "max_steps": 12, "data": "more_data"}))
+    lisa = {**SFT, "tuning": {"method": "full", "lisa": {"layers": 1}}}
+    with pytest.raises(UserError, match="tuning.unfreeze and lisa choose the trained weights from all steps"):
+        Pipeline(raw(sft=lisa, more={"continue_from": "sft", "max_steps": 12}))
+
+
+def test_a_stage_of_a_loop_is_continued_by_its_last_round() -> None:
+    loop = {"rounds": 2, "carry": {"start": {"first": "model", "then": "tuned"}}, "stages": {}}
+    loop["stages"]["tuned"] = {**SFT, "stage": "sft", "model": "start"}
+    pipeline = Pipeline(raw(loop=loop, more={"stage": "sft", "continue_from": "tuned", "max_steps": 12}))
+    more = pipeline.nodes["more"]
+    assert (more.inputs["continue_from"], more.inputs["model"]) == ("tuned-2", "tuned-1")
+    assert more.seed == pipeline.nodes["tuned-2"].seed == 6
