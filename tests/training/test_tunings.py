@@ -20,6 +20,14 @@ from tests.support.training.harness import context, data_artifact, events, losse
 from tests.support.training.killed_stage import Killed, dying
 
 KILLED_AT, RESUMED_FROM, STEPS = 7, 6, 10
+REWARD_RATES = {"peanut": 2e-2, "randlora": 1e-2, "waveft": 2e-2}
+"""Learning rates for methods of peft with which ten steps of a reward model overshoot at 5e-2."""
+
+
+def learning_rate(kind: str, tuning: dict[str, Any]) -> float:
+    """Return a rate at which ten steps show that the tuning learns."""
+    rate = 1e-2 if "lora" in tuning["method"] else 5e-2
+    return REWARD_RATES.get(str(tuning.get("type")), rate) if kind == "reward" else rate
 
 
 def made(kind: str, root: Path, model: Path, tuning: dict[str, Any]) -> StageContext:
@@ -28,7 +36,7 @@ def made(kind: str, root: Path, model: Path, tuning: dict[str, Any]) -> StageCon
         **{source: "model"},
         data="data",
         tuning=tuning,
-        learning_rate=1e-2 if "lora" in tuning["method"] else 5e-2,
+        learning_rate=learning_rate(kind, tuning),
         epochs=2,
         batch_size=8,
         micro_batch_size=8,
