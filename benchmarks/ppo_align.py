@@ -88,12 +88,12 @@ class FixedLengths:
 def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, reuse_forward: float = 0.0) -> Any:
     """Policy, reward model, critic from the reward model, and engine, as ``align.stages.rl`` puts them together."""
     from align.config.runtime import EngineConfig, Runtime
+    from align.data.weighted_scores import Part, RewardScorer, WeightedSum
     from align.inference.engine import open_engine
     from align.models.loading import load_policy, load_tokenizer
     from align.models.reward import RewardModel
     from align.models.threads import use_threads
     from align.rl.arguments import PPOConfig
-    from align.rl.scoring import Part, RewardScorer, WeightedSum
     from align.rl.trainers import PPOTrainer
 
     shape, model = work["shape"], Path(work["model"])

@@ -54,10 +54,11 @@ def input_checkpoints(context: StageContext) -> list[tuple[str, Artifact]]:
 
 def _unlike(config: Any, models: list[tuple[str, Artifact]]) -> list[Fault]:
     """Return faults of models whose token ids are combined: all generators, and a reward model that starts a critic."""
+    critic = getattr(config, "critic_source", None)
     combined = [
         (field, artifact)
         for field, artifact in models
-        if artifact.kind in GENERATORS or getattr(config, "critic_source", None) == "reward"
+        if artifact.kind in GENERATORS or (critic == "reward" and not field.startswith("score."))
     ]
     if len(combined) < 2:
         return []

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from align.config.base import input_fields
+from align.config.base import input_fields, names_in_block
 from align.config.validation import suggest
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
@@ -49,12 +49,7 @@ class RunOutline:
             fields = input_fields(find_stage(str(block.get("stage", stage))).config_class())
         except (KeyError, UserError):
             return []
-        names: list[str] = []
-        for field in fields:
-            value = block.get(field)
-            # An input field may name one stage or several.
-            values = value if isinstance(value, list) else [value]
-            names += [str(name) for name in values if name]
+        names = [name for field in fields for name in names_in_block(block, field)]
         return [name for name in dict.fromkeys(names) if name in self.stages]
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -30,6 +31,10 @@ class Config(BaseModel):
     identified: ClassVar[frozenset[str]] = frozenset()
     """Fields whose meaning ``identities`` covers, mostly paths; the stage's key leaves their text out."""
 
+    def fields_outside_key(self) -> set[str]:
+        """Return the fields whose text the stage's key leaves out: ``identified``, unless their value decides."""
+        return set(self.identified)
+
 
 @dataclass(frozen=True)
 class StageInput:
@@ -47,13 +52,47 @@ def stage_input(*kinds: Kind) -> Any:
 
 
 def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
-    """Return the config fields that name earlier stages, with the artifacts that each takes."""
+    """Return the config fields that name earlier stages, with the artifacts that each takes.
+
+    A field of the blocks in a list stands as ``score.reward``, for ``score: [{reward: STAGE}, ...]``.
+    """
     fields: dict[str, StageInput] = {}
     for name, info in config_class.model_fields.items():
         marker = _find_marker(info.annotation, info.metadata)
         if marker is not None:
             fields[name] = marker
+        for block in _blocks_in_lists(info.annotation):
+            fields |= {f"{name}.{nested}": marker for nested, marker in input_fields(block).items()}
     return fields
+
+
+def input_names(config: Config, name: str) -> str | list[str] | None:
+    """Return the stages that a field of ``input_fields`` names; for blocks in a list, those of all blocks in order."""
+    field, _, nested = name.partition(".")
+    value = getattr(config, field)
+    if not nested:
+        return value  # type: ignore[no-any-return]
+    blocks = [block for block in value if isinstance(block, Config)] if isinstance(value, list) else []
+    return [getattr(block, nested) for block in blocks if getattr(block, nested) is not None] or None
+
+
+def names_in_block(block: Mapping[str, Any], name: str) -> list[str]:
+    """Return the stages that a field of ``input_fields`` names in a stage's block, as the YAML has it."""
+    field, _, nested = name.partition(".")
+    value = block.get(field)
+    values = value if isinstance(value, list) else [value]
+    if nested:
+        values = [item.get(nested) for item in values if isinstance(item, Mapping)]
+    return [item for item in values if isinstance(item, str)]
+
+
+def _blocks_in_lists(annotation: Any) -> list[type[Config]]:
+    """Return the config classes that are items of lists in a field's type."""
+    arguments = getattr(annotation, "__args__", ())
+    blocks = []
+    if get_origin(annotation) is list:
+        blocks = [item for item in arguments if isinstance(item, type) and issubclass(item, Config)]
+    return blocks + [block for argument in arguments for block in _blocks_in_lists(argument)]
 
 
 def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:

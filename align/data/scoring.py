@@ -1,20 +1,31 @@
-"""Scorers, which give one number per response: verifiable functions here, reward models in ``align.models``.
+"""Scorers, which give one number per response: functions here, reward models in ``align.models``.
 
-``gold`` is short for ``align.data.checkers:gold``. Torch-free.
+``gold`` is short for ``align.data.checkers:gold``. Torch-free. Leaves out sums of several scorers
+(``weighted_scores.py``).
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from align.config.function_arguments import check_call
 from align.config.user_functions import full_path, load_function
+from align.data.event_loop import gather_bounded, wait_for
 from align.data.rows import Row
-from align.errors import UserError
+from align.errors import UserError, shorten
 
-ScoreFunction = Callable[[list[Row], list[str]], list[float]]
+ScoreFunction = Callable[..., Any]
+"""``(rows, responses) -> scores``, or ``(row, response) -> score``, sync or async, with further keyword arguments."""
+SCORE = "score"
+"""Key of the score in the mapping that a function may return; the others are metrics."""
+METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+Parts = dict[str, list[float]]
+"""Scores under ``""`` and metrics by name, in the order of the responses; NaN where a response lacks a metric."""
 
 
 class Scorer(Protocol):
@@ -27,22 +38,114 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class FunctionScorer:
-    """A verifiable function as a scorer. It judges a truncated response by its text, like any other."""
+    """A function as a scorer. It judges a truncated response by its text, like any other.
+
+    A function whose first parameter is called ``row`` is called for one response at a time, any other with lists.
+    """
 
     path: str
     function: ScoreFunction
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int = 16
+    """Calls under way at once of an async function that takes one response."""
+
+    @property
+    def waits(self) -> bool:
+        """True for an async function, whose time is mostly spent waiting."""
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
+            getattr(self.function, "__call__", None)  # noqa: B004  # an object with an async __call__
+        )
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
-        """Call the function. Raises ``UserError`` for a wrong number of scores and for scores that are not finite."""
-        scores = list(self.function(rows, responses))
-        if len(scores) != len(responses):
-            raise UserError(f"{self.path} returned {len(scores)} scores for {len(responses)} responses; one each.")
-        for row, score in zip(rows, scores, strict=True):
-            if not isinstance(score, (int, float)) or not math.isfinite(score):
-                raise UserError(f"{self.path} returned {score!r} for row {row['id']}; it must return finite numbers.")
-        return [float(score) for score in scores]
+        """Return one score per response; raises as ``score_parts`` does."""
+        return self.score_parts(rows, responses, truncated)[""]
+
+    def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
+        """Return the scores under ``""``, and the function's further metrics by name.
+
+        Raises ``UserError`` for a wrong number of results, for scores that are not finite and metrics that are no
+        numbers. An exception of the function passes through.
+        """
+        results = self._call_each(rows, responses) if self._takes_one else self._call(rows, responses)
+        if len(results) != len(responses):
+            raise UserError(f"{self.path} returned {len(results)} scores for {len(responses)} responses; one each.")
+        scores: list[float] = []
+        metrics: Parts = {}
+        for index, (row, result) in enumerate(zip(rows, results, strict=True)):
+            score, values = self._read(row, result)
+            scores.append(score)
+            for name, value in values.items():
+                metrics.setdefault(name, [math.nan] * len(responses))[index] = value
+        return {"": scores, **metrics}
+
+    @property
+    def _takes_one(self) -> bool:
+        try:
+            parameters = list(inspect.signature(self.function).parameters)
+        except (TypeError, ValueError):
+            return False  # written in C, without a signature
+        return parameters[:1] == ["row"]
+
+    def _call(self, rows: list[Row], responses: list[str]) -> list[Any]:
+        results = self.function(rows, responses, **self.arguments)
+        return list(wait_for(results) if inspect.isawaitable(results) else results)
+
+    def _call_each(self, rows: list[Row], responses: list[str]) -> list[Any]:
+        if not self.waits:
+            return [
+                self.function(row, response, **self.arguments) for row, response in zip(rows, responses, strict=True)
+            ]
+
+        def call(row: Row, response: str) -> Callable[[], Awaitable[Any]]:
+            return lambda: self.function(row, response, **self.arguments)
+
+        calls = [call(row, response) for row, response in zip(rows, responses, strict=True)]
+        results: list[Any] = wait_for(gather_bounded(calls, self.concurrency))
+        return results
+
+    def _read(self, row: Row, result: Any) -> tuple[float, dict[str, float]]:
+        """Return the score and the metrics of a function's result: a number, or a mapping with ``score``."""
+        if not isinstance(result, Mapping):
+            return self._finite(row, result, ""), {}
+        if SCORE not in result:
+            keys = ", ".join(shorten(str(key)) for key in result) or "nothing"
+            raise UserError(f"{self.path} returned {{{keys}}} for row {row['id']}; a mapping needs the key 'score'.")
+        metrics = {}
+        for name, value in result.items():
+            if name == SCORE:
+                continue
+            if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)) or name == "std" or name.endswith("_square"):
+                raise UserError(
+                    f"{self.path} returned a metric called {shorten(repr(name))} for row {row['id']}; a name has "
+                    "letters, digits, '_', '.' and '-', and is neither 'std' nor ends with '_square'."
+                )
+            metrics[name] = self._finite(row, value, f" as '{name}'")
+        return self._finite(row, result[SCORE], " as 'score'"), metrics
+
+    def _finite(self, row: Row, value: Any, key: str) -> float:
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(
+                f"{self.path} returned {shorten(repr(value))}{key} for row {row['id']}; it must return finite numbers."
+            )
+        return float(value)
 
 
-def function_scorer(path: str) -> FunctionScorer:
-    """Return the scorer behind ``module:name`` or a short name. Raises ``UserError`` when it cannot be imported."""
-    return FunctionScorer(full_path(path, "score"), load_function(path))
+def function_scorer(
+    path: str, arguments: Mapping[str, Any] | None = None, *, concurrency: int = 16, place: str = "score"
+) -> FunctionScorer:
+    """Return the scorer behind ``module:name`` or a short name, with keyword ``arguments`` of the function.
+
+    Raises ``UserError``, which begins with ``place``, when it cannot be imported or does not take the arguments.
+    """
+    function = load_function(path, place)
+    full = full_path(path, place)
+    check_call(function, arguments or {}, full.rpartition(":")[2], place)
+    return FunctionScorer(full, function, arguments or {}, concurrency)
+
+
+def parts_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None) -> Parts:
+    """Return a scorer's scores under ``""``, with its components where it has a method ``score_parts``."""
+    if hasattr(scorer, "score_parts"):
+        parts: Parts = scorer.score_parts(rows, responses, truncated)
+        return parts
+    return {"": scorer.score(rows, responses, truncated)}

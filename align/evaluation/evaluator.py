@@ -14,7 +14,7 @@ from typing import Any
 
 from align.evaluation.drift import DriftMeasurement
 from align.evaluation.generation import OpenEngine, ResponseCache, ResponseSet, Sampler, SystemResponses
-from align.evaluation.measure import LoadedModels, ResultCache, function_values, reward_values, shape_values
+from align.evaluation.measure import LoadedModels, ResultCache, reward_values, score_values, shape_values
 from align.evaluation.phases import StageScoringContext, SystemReader, SystemRespondent, select_best
 from align.evaluation.plan import Plan
 from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
@@ -66,7 +66,7 @@ class Evaluation:
         reward_models = self._measure_reward_models()
         if plan.scorer is not None:
             for name, response_set in responses.prompt_set.items():
-                values[name]["gold"] = function_values(plan.scorer, plan.rows, response_set)
+                values[name] |= score_values(plan.scorer, plan.rows, response_set)
         # Phase 3: the checkpoints' own forward passes measure KL and held-out loss, and read the tasks' texts.
         self.scoring.close()
         drift = DriftMeasurement(self.context, plan, self.models, self.results)
@@ -78,6 +78,7 @@ class Evaluation:
             systems=[system.info for system in plan.systems],
             reference=plan.reference,
             base=plan.base,
+            rewards=plan.reward_weights,
             sources=[str(row["source"]) for row in plan.rows],
             values=values,
             heldout=heldout,

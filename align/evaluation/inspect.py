@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from align.config.scores import score_identities
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
-from align.config.user_functions import function_identity
 from align.errors import UserError
 from align.evaluation.systems import example_identities
 from align.evaluation.tasks.registry import task_identities
@@ -18,9 +18,7 @@ def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
 
     Relative paths start at ``base``. Raises ``UserError`` for a missing file, with the setting that names it.
     """
-    digests: dict[str, str] = {}
-    if config.score is not None:
-        digests["score"] = function_identity(config.score)
+    digests = score_identities(config.score)
     for name, task in config.tasks.items():
         digests |= _block_identities(f"tasks.{name}", task, base)
     for name, baseline in config.baselines.items():

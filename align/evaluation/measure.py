@@ -5,14 +5,17 @@ Each measurement is cached on disk under a key of its inputs, so that an interru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.data.weighted_scores import WeightedSum
 from align.errors import UserError
 from align.evaluation.generation import ResponseSet
 from align.evaluation.logprobs import response_logprobs, sequence_kl
+from align.evaluation.reward_metrics import REWARD
 from align.evaluation.systems import Policy
 from align.evaluation.tasks.base import Values
 from align.inference.protocol import Response
@@ -47,12 +50,19 @@ def shape_values(response_set: ResponseSet) -> dict[str, Values]:
     }
 
 
-def function_values(scorer: Any, rows: Sequence[Row], response_set: ResponseSet) -> Values:
-    """Return the scores of a verifiable function (an :class:`align.data.scoring.Scorer`), per prompt and sample."""
+def score_values(scorer: WeightedSum, rows: Sequence[Row], response_set: ResponseSet) -> dict[str, Values]:
+    """Return ``gold``, the score of every sample, and that of each reward of a list as ``score_<name>``.
+
+    Metrics of the rewards follow, ``score_<name>_<metric>``, without those that some response lacks.
+    """
     responses, repeated = _flatten(rows, response_set)
     texts = [response.text for response in responses]
-    scores = scorer.score(repeated, texts, [not response.finished for response in responses])
-    return _unflatten(scores, response_set)
+    parts = scorer.score_parts(repeated, texts, [not response.finished for response in responses])
+    return {
+        f"{REWARD}{name}" if name else "gold": _unflatten(scores, response_set)
+        for name, scores in parts.items()
+        if all(map(math.isfinite, scores))
+    }
 
 
 def reward_values(score: Callable[..., list[float]], rows: Sequence[Row], response_set: ResponseSet) -> Values:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from align.config.scores import reward_names, score_identities
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation_gates import Gate, parse_gates
 from align.data.rows import user
+from align.data.weighted_scores import WeightedSum
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
 from align.evaluation.gates import check_gates
@@ -51,7 +53,7 @@ class Plan:
     prompts: dict[str, list[list[int]]]
     """Token ids of the prompt set, by system."""
     sampling: Sampling
-    scorer: Any
+    scorer: WeightedSum | None
     scorer_identity: str
     pairs: list[Row]
     heldout: list[Row]
@@ -62,6 +64,13 @@ class Plan:
     """Tokens that the engine must hold, prompt and response together."""
     tasks: list[Task] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weights of a list of rewards, by name; empty for a single function."""
+        if self.scorer is None or not self.scorer.is_list:
+            return {}
+        return {part.name: part.weight for part in self.scorer.parts}
 
     @property
     def policies(self) -> list[Policy]:
@@ -75,8 +84,7 @@ def make_plan(context: StageContext) -> Plan:
     Raises ``UserError`` for an empty split, prompts that are all too long, data that does not fit a task, and gates on
     metrics that nothing measures.
     """
-    from align.config.user_functions import function_identity
-    from align.data.scoring import function_scorer
+    from align.evaluation.rewards import open_score
     from align.models.loading import load_tokenizer
 
     config: EvaluateConfig = context.config
@@ -107,8 +115,8 @@ def make_plan(context: StageContext) -> Plan:
         rows=rows,
         prompts=prompts,
         sampling=sampling,
-        scorer=None if config.score is None else function_scorer(config.score),
-        scorer_identity="" if config.score is None else function_identity(config.score),
+        scorer=None if config.score is None else open_score(context),
+        scorer_identity=_scorer_identity(config),
         pairs=pairs if context.inputs.get("reward") is not None else [],
         heldout=heldout,
         heldout_length=config.max_heldout_length,
@@ -120,6 +128,12 @@ def make_plan(context: StageContext) -> Plan:
     )
     check_gates(plan.gates, _metric_names(plan, config), [system.info for system in systems], plan.reference)
     return plan
+
+
+def _scorer_identity(config: EvaluateConfig) -> str:
+    """Return the identity of what scores, for the scorecard; that of a list is JSON, entry by entry."""
+    identities = score_identities(config.score)
+    return identities.get("score", f"[{','.join(identities.values())}]" if identities else "")
 
 
 def render_for_all(
@@ -251,7 +265,7 @@ def _metric_names(plan: Plan, config: EvaluateConfig) -> set[str]:
     if plan.rows:
         names |= {"length", "finished"}
         if plan.scorer is not None:
-            names.add("gold")
+            names |= {"gold", *(f"score_{name}" for name in reward_names(config.score))}
         if plan.sampling.temperature > 0:
             names |= {"kl", "kl_k3"}
         if config.reward is not None:

@@ -41,6 +41,7 @@ from align.config.stages.evaluation_gates import Gate
 from align.evaluation.comparisons import Column, Resampling, correct, correct_table, difference, estimate, is_rate
 from align.evaluation.flags import find_flags
 from align.evaluation.gates import default_gates, evaluate_gates
+from align.evaluation.reward_metrics import describe_rewards
 from align.evaluation.statistics import LEVEL
 from align.evaluation.systems import best_of_kl
 from align.evaluation.tasks.base import Measured, SystemInfo, Task, Values
@@ -132,6 +133,8 @@ class Measurements:
     gates: list[Gate] = field(default_factory=list)
     copies: dict[str, list[str]] = field(default_factory=dict)
     """Systems of role ``again`` → tasks (``prompts``: the prompt set) in which they repeat their checkpoint."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Weights of a list of rewards, by name."""
 
     def is_copy(self, policy: str, against: str, task: str) -> bool:
         """Return True where one of two systems repeats the other word for word, because sampling was greedy."""
@@ -327,6 +330,7 @@ def _columns(measurements: Measurements) -> tuple[dict[str, Any], dict[str, dict
         column = Column([[loss] for loss in losses], [float(count) for count in tokens])
         columns.setdefault("heldout_loss", {})[policy] = column
     metrics: dict[str, Any] = {name: dict(entry) for name, entry in PROMPT_SET_METRICS.items() if name in columns}
+    metrics |= describe_rewards(measurements.rewards, columns)
     for result in measurements.tasks:
         for name, metric in result.task.metrics.items():
             by_policy = {

@@ -3,9 +3,10 @@
 - ``scorecard.json``: schema in ``scorecard.py``
 - ``samples.jsonl``: a line per question that systems answered: ``task`` (``prompts`` for the prompt set), ``id``,
   ``source``, ``prompt`` (messages) and ``responses``, system → samples, each ``{text, tokens, finished}``, with
-  ``gold``, ``reward`` and ``kl`` where they were measured, ``scores`` (the task's metrics), ``turns`` (in conversations
-  of several), ``token_kl`` (``[[text, nats], …]``, of first samples). A pair that reward models scored has its two
-  sides as ``responses``, named in ``columns``, and ``scores`` by reward model
+  ``gold``, ``score_<name>`` (of a list of rewards), ``reward`` and ``kl`` where they were measured, ``scores`` (the
+  task's metrics), ``turns`` (in conversations of several), ``token_kl`` (``[[text, nats], …]``, of first samples). A
+  pair that reward models scored has its two sides as ``responses``, named in ``columns``, and ``scores`` by reward
+  model
 - ``items.jsonl``: a line per item of every task: ``task``, ``id``, ``source``, ``values``: system → metric → one number
   per sample, without the metrics that leave the item out. For pairs, ``values`` are the reward models':
   ``chosen``, ``rejected``, ``margin``, ``correct``
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.evaluation.comparisons import Column
+from align.evaluation.reward_metrics import REWARD
 from align.evaluation.scorecard import Measurements, TaskResult
 from align.evaluation.tasks.base import Answers, Turn, Values
 from align.models.render import token_texts
@@ -66,7 +68,8 @@ def _prompt_samples(
             samples = []
             for number, response in enumerate(response_set.responses[index]):
                 sample = {"text": response.text, "tokens": len(response.token_ids), "finished": response.finished}
-                measured = {field: values[field][index][number] for field in SAMPLE_FIELDS if field in values}
+                fields = [*SAMPLE_FIELDS, *(name for name in values if name.startswith(REWARD))]
+                measured = {field: values[field][index][number] for field in fields if field in values}
                 samples.append(sample | measured)
             if index < len(token_kl.get(name, ())) and samples:
                 ids = response_set.responses[index][0].token_ids

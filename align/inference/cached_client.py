@@ -163,6 +163,8 @@ class CachedClient:
     on_progress: Progress | None = None
     expected: int = 0
     """Requests in all, as far as is known."""
+    processes: int = 1
+    """Processes of the stage that ask at the same time. Each may spend its part of what earlier attempts left."""
 
     def __post_init__(self) -> None:
         self.budget = Budget(self.max_cost)
@@ -231,6 +233,9 @@ class CachedClient:
         lost = (request for request in self.cache.lost if request.model == backend.identity)
         self.budget.spent += sum(prices.cost(request, answer) for request, answer in answered)
         self.budget.spent += sum(prices.bound(request) for request in lost)
+        if self.max_cost is not None:
+            remaining = max(0.0, self.max_cost - self.budget.spent)
+            self.budget.limit = self.max_cost if self.processes == 1 else self.budget.spent + remaining / self.processes
 
     def report(self, answered: int) -> None:
         """Report progress; ``answered`` answers are there that ``ask`` has not returned yet."""

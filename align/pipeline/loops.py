@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
-from align.config.base import Config, input_fields
+from align.config.base import Config, input_fields, names_in_block
 from align.config.validation import suggest, validate
 from align.errors import UserError
 from align.pipeline.registry import STAGES, find_stage
@@ -176,18 +176,19 @@ def _names_read(name: str, block: Mapping[str, Any], loop: LoopConfig) -> list[s
     # A name may be read only after a round's changes, so every version of the block counts.
     versions = [block, *(changes[name] for changes in loop.changes.values() if name in changes)]
     for version in versions:
-        for value in _inputs(name, {**block, **version}).values():
-            names += [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+        merged = {**block, **version}
+        for field_name in _input_fields(name, merged):
+            names += names_in_block(merged, field_name)
     return names
 
 
-def _inputs(name: str, block: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a block that name stages, as they are written; none where the kind is not known."""
+def _input_fields(name: str, block: Mapping[str, Any]) -> list[str]:
+    """Return the fields of a block that may name stages; none where the kind is not known."""
     try:
         config_class = find_stage(block.get("stage", name)).config_class()
     except (KeyError, TypeError, UserError):
-        return {}  # refused later, with its place
-    return {field_name: block[field_name] for field_name in input_fields(config_class) if field_name in block}
+        return []  # refused later, with its place
+    return list(input_fields(config_class))
 
 
 def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) -> None:
@@ -242,7 +243,8 @@ def _rename_inputs(
 ) -> dict[str, Any]:
     """Return a copy of a stage's block whose fields that name stages have the stages' real names."""
     renamed = dict(block)
-    for field_name, value in _inputs(name, block).items():
+    for field_name in _input_fields(name, block):
+        value = block.get(field_name)
         if isinstance(value, str):
             stages = match_rounds(value)
             renamed[field_name] = rename(value) if stages is None else stages

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pydantic import Field, create_model
 
-from align.config.base import Config, input_fields
+from align.config.base import Config, input_fields, input_names, names_in_block
 from align.config.runtime import Runtime, StageRuntime
 from align.config.stages.continue_from import CONTINUE
 from align.config.validation import suggest, validate
@@ -242,10 +242,11 @@ class Pipeline:
         """Check what the stage reads, and work out its key."""
         stage = kinds[name]
         config_class = stage.config_class()
-        inputs = {f: getattr(config, f) for f in input_fields(config_class)}
+        inputs = {field_name: input_names(config, field_name) for field_name in input_fields(config_class)}
         self._check_inputs(name, config_class, inputs, kinds)
-        if isinstance(inputs.get(CONTINUE), str):
-            source = self.nodes[inputs[CONTINUE]]
+        continued = inputs.get(CONTINUE)
+        if isinstance(continued, str):
+            source = self.nodes[continued]
             before = Settings(source.name, source.config, source.seed)
             refuse_changes(self._place(name), Settings(name, config, seed), before)
         with self._saying_where(name):
@@ -307,10 +308,8 @@ class Pipeline:
                 visited.add(stage_name)
                 block = self.expanded.stages[stage_name]
                 for field_name in input_fields(kinds[stage_name].config_class()):
-                    value = block.get(field_name)
-                    for following in [value] if isinstance(value, str) else value or []:
-                        if isinstance(following, str) and follow(following):
-                            return True
+                    if any(follow(following) for following in names_in_block(block, field_name)):
+                        return True
             path.pop()
             return False
 
@@ -321,7 +320,7 @@ class Pipeline:
     ) -> dict[str, Any]:
         """Return the parts of the key. A single input's name is dropped; in a list names are labels, so they stay."""
         # Fields with an identity count by content: a renamed file leaves the key as it is, an edited one changes it.
-        settings = config.model_dump(mode="python", exclude=set(config.identified))
+        settings = config.model_dump(mode="python", exclude=config.fields_outside_key())
         for name in config.later:
             if getattr(config, name) == type(config).model_fields[name].default:
                 settings.pop(name, None)

@@ -6,6 +6,7 @@ There is one JSON line per response and one file per update, so that a resumed r
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
 
 def _describe(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
     tensors = rollout.tensors
-    scores = {name: float(tensors[name][index]) for name in tensors if name.startswith(COMPONENT)}
+    components = {name: float(tensors[name][index]) for name in tensors if name.startswith(COMPONENT)}
+    scores = {name: value for name, value in components.items() if math.isfinite(value)}
     gold = {"gold": float(tensors["gold"][index])} if "gold" in tensors else {}
     return {
         "update": rollout.update + 1,

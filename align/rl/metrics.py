@@ -95,7 +95,10 @@ def _add_scores(averages: Averages, candidates: Rollout) -> None:
     averages.add("score", tensors["scores"].sum(), responses)
     averages.add("score_square", (tensors["scores"].double() ** 2).sum(), responses)
     for name in (name for name in tensors if name.startswith(COMPONENT)):
-        averages.add(name, tensors[name].sum(), responses)
+        # A response that lacks a metric counts in none of its means.
+        values = tensors[name][torch.isfinite(tensors[name])]
+        averages.add(name, values.sum(), len(values))
+        averages.add(f"{name}_square", (values.double() ** 2).sum(), len(values))
     if "gold" in tensors:
         averages.add("gold", tensors["gold"].sum(), responses)
     averages.add("length", tensors["response_mask"].sum(), responses)

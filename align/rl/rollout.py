@@ -23,7 +23,8 @@ Text = tuple[list[int], list[int]]
 class Rollout:
     """B responses, right-padded to T tokens. ``tensors`` holds, once computed, under these names:
 
-    (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>``, ``gold``; (B, T):
+    (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>`` (NaN where a response lacks a
+    metric), ``gold``; (B, T):
     ``response_mask``, ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
     ``advantages`` (whitened if the settings say so), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens that the
     loss includes); (B, T+1): ``values``.
@@ -158,7 +159,7 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         first = max(groups, default=-1) + 1
         numbers = {group: first + number for number, group in enumerate(dict.fromkeys(part.groups))}
         groups += [numbers[group] for group in part.groups]
-    tensors = {name: torch.cat([_pad_to(part.tensors[name], width) for part in parts]) for name in parts[0].tensors}
+    tensors = {name: torch.cat([_pad_to(part.tensors[name], width) for part in parts]) for name in _tensor_names(parts)}
     return Rollout(
         update=parts[0].update,
         rows=[row for part in parts for row in part.rows],
@@ -170,6 +171,17 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         weights_update=parts[0].weights_update,
         sampling_seconds=max(part.sampling_seconds for part in parts),
     )
+
+
+def _tensor_names(parts: Sequence[Rollout]) -> list[str]:
+    """Return the names of the parts' tensors, and fill in NaN for a score's component that some parts lack."""
+    names = list(dict.fromkeys(name for part in parts for name in part.tensors))
+    for name in names:
+        for part in parts:
+            # A reward may return a metric for some responses only, and another process may have had none of those.
+            if name.startswith(COMPONENT) and name not in part.tensors:
+                part.tensors[name] = torch.full((len(part),), torch.nan)
+    return names
 
 
 def _pad_to(tensor: torch.Tensor, width: int) -> torch.Tensor:

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 AnyScorer = ScoreFunction | Scorer
 """A function ``(rows, responses) -> scores``, or an object whose method ``score`` also gets which are truncated. The
-components of one with a method ``score_parts`` are logged, too (``align.rl.scoring``). Higher is better; NaN and
-infinities are refused."""
+components of one with a method ``score_parts`` are logged, too (``align.data.weighted_scores``). Higher is better; NaN
+and infinities are refused."""
 
 
 class RolloutSampler:
@@ -177,16 +177,19 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     else:
         parts = {"": scorer.score(rollout.rows, rollout.texts, truncated)}
     for part, scores in parts.items():
-        tensor = _check_scores(rollout, [float(score) for score in scores])
+        tensor = _check_scores(rollout, [float(score) for score in scores], may_lack=bool(part))
         rollout.tensors[f"{COMPONENT}{part}" if part else name] = tensor
 
 
-def _check_scores(rollout: Rollout, scores: list[float]) -> torch.Tensor:
-    """Return scores as a tensor (B,). Raises ``UserError`` where their number or one of them is wrong."""
+def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torch.Tensor:
+    """Return scores as a tensor (B,). Raises ``UserError`` where their number or one of them is wrong.
+
+    ``may_lack``: NaN stands for a response without this metric.
+    """
     if len(scores) != len(rollout):
         raise UserError(f"the scorer returned {len(scores)} scores for {len(rollout)} responses; one each is expected.")
     for score, text in zip(scores, rollout.texts, strict=True):
-        if not math.isfinite(score):
+        if not math.isfinite(score) and not (may_lack and math.isnan(score)):
             raise UserError(
                 f"update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
             )

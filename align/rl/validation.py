@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from align.errors import UserError
 from align.models.sharding import full_model
 from align.rl import checkpoint
 from align.rl.prompts import Prompts
-from align.rl.rollout import Rollout
+from align.rl.rollout import COMPONENT, Rollout
 
 if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
@@ -115,4 +117,9 @@ def _means(rollout: Rollout) -> dict[str, float]:
         "length": mask.double().sum(),
         "eos_rate": tensors["finished"].double().sum(),
     }
-    return {name: float(total) / len(rollout) for name, total in sums.items()}
+    means = {name: float(total) / len(rollout) for name, total in sums.items()}
+    for name in (name for name in tensors if name.startswith(COMPONENT)):
+        values = tensors[name][torch.isfinite(tensors[name])].double()
+        if len(values):
+            means[name] = float(values.mean())
+    return means

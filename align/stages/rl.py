@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,7 +18,9 @@ from align.config.launch import rank, world_size
 from align.config.stages.rl import RolloutFields, trainer_fields
 from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
+from align.data.weighted_scores import Ensemble, Part, RewardScorer, WeightedSum
 from align.errors import UserError
+from align.evaluation.rewards import judge_usage, open_rewards
 from align.inference.engine import open_engine
 from align.inference.server_client import EngineLost
 from align.lint.trainer import Split, lint_prompts
@@ -33,8 +36,9 @@ from align.rl.arguments import RolloutArguments
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
 from align.rl.continued_prompts import continue_prompts, continuing_callbacks, keep_rollout_state
-from align.rl.scoring import Ensemble, Part, RewardScorer, WeightedSum
+from align.rl.rollout import COMPONENT
 from align.rl.trainer import RLTrainer
+from align.store.artifacts import Artifact
 from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
 from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
@@ -75,6 +79,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     prompts = _read_prompts(context)
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts.train)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
+    scorer = _open_scorer(context, reward_models)
     if reward_models and _critic_source(config) == "reward":
         check_same_vocabulary(context.name, tokenizer, reward_models[0].tokenizer, ("the policy", "the reward model"))
     # The first process prepares the folder that the engine loads; the others wait for it.
@@ -94,6 +99,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
             context,
             reward_models,
             prompts,
+            scorer=scorer,
             model=policy,
             processing_class=tokenizer,
             engine=engine,
@@ -119,7 +125,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         if continued is not None:
             facts["continued_from_update"] = continued.steps // trainer.args.steps_per_update
         facts["state_bytes"] = keep_rollout_state(context, trainer)
-        return {**facts, **summary(trainer)}
+        return {**facts, **summary(trainer), **judge_usage(scorer.parts)}
     finally:
         engine.close()
 
@@ -131,14 +137,13 @@ def _make_trainer(
     prompts: PromptRows,
     **options: Any,
 ) -> RLTrainer:
-    """Return the stage's trainer; ``options`` are its model, tokenizer and engine."""
+    """Return the stage's trainer; ``options`` are its scorer, model, tokenizer and engine."""
     config: RolloutFields = context.config
     options |= {
         "args": make_arguments(context, load_object(config.trainer_class)),
         "train_dataset": prompts.train,
         "eval_dataset": prompts.validation,
         "ptx_dataset": _read_rows(context, "ptx", "train") if config.ptx else None,
-        "scorer": _make_scorer(config, reward_models),
         "gold": None if config.gold is None else function_scorer(config.gold),
         "tuning": config.tuning,
         "callbacks": [ReportUpdates(context), *continuing_callbacks(context)],
@@ -258,7 +263,7 @@ def summary(trainer: RLTrainer) -> dict[str, Any]:
     history = [entry for entry in trainer.state.log_history if "score" in entry]
     metrics: dict[str, Any] = {"updates": len(history), **trainer.totals}
     if history:
-        metrics |= _summarize_history(history)
+        metrics |= _summarize_history(history, getattr(trainer.sampler.scorer, "names", []))
         metrics["tokens_per_second"] = trainer.totals["tokens"] / max(metrics["seconds"], 1e-9)
     if trainer.validation is not None and trainer.validation.best is not None:
         metrics["kept"] = trainer.validation.best
@@ -273,11 +278,12 @@ def summary(trainer: RLTrainer) -> dict[str, Any]:
     return metrics
 
 
-def _summarize_history(history: list[dict[str, float]]) -> dict[str, Any]:
+def _summarize_history(history: list[dict[str, float]], reward_names: list[str]) -> dict[str, Any]:
     """Return first and last values, total seconds and peak memory of the updates' metrics."""
     metrics: dict[str, Any] = {}
     count = max(1, min(3, len(history) // 4))  # single updates are noisy
-    for name in SUMMARIZED:
+    rewards = [f"{COMPONENT}{name}" for name in reward_names]
+    for name in (*SUMMARIZED, *rewards):
         if name in history[0]:
             metrics[f"{name}_first"] = sum(entry[name] for entry in history[:count]) / count
             metrics[f"{name}_last"] = sum(entry[name] for entry in history[-count:]) / count
@@ -293,22 +299,32 @@ def _load_reward_models(context: StageContext) -> list[RewardModel]:
     artifacts = context.inputs["reward"] or []
     if not isinstance(artifacts, list):
         artifacts = [artifacts]
+    return [_load_reward_model(context, artifact) for artifact in artifacts]
+
+
+def _load_reward_model(context: StageContext, artifact: Artifact) -> RewardModel:
     device = device_of(context.runtime)
-    return [
-        RewardModel(artifact.model, device=device, precision=context.config.precision, share_beginnings=True)
-        for artifact in artifacts
-    ]
+    return RewardModel(artifact.model, device=device, precision=context.config.precision, share_beginnings=True)
 
 
-def _make_scorer(config: RolloutFields, reward_models: list[RewardModel]) -> WeightedSum:
+def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> WeightedSum:
+    """Return the sum of ``reward`` and ``score``. Functions and judges are checked now, before the engine starts."""
+    config: RolloutFields = context.config
     parts: list[Part] = []
     if reward_models:
         members: tuple[Scorer, ...] = tuple(map(RewardScorer, reward_models))
         ensemble = Ensemble(members, config.ensemble, config.uncertainty_weight)
         parts.append(Part("reward", config.reward_weight, members[0] if len(members) == 1 else ensemble))
-    if config.score is not None:
-        parts.append(Part("function", config.score_weight, function_scorer(config.score)))
-    return WeightedSum(tuple(parts))
+
+    def load(artifact: Artifact) -> Scorer:
+        model = _load_reward_model(context, artifact)
+        model.round_weights()  # no critic starts from it
+        return RewardScorer(model)
+
+    for part in open_rewards(context, load, world_size()):
+        # score_weight is that of a single function; a list has weights of its own, and score_weight 1.
+        parts.append(replace(part, weight=config.score_weight * part.weight))
+    return WeightedSum(tuple(parts), isinstance(config.score, list))
 
 
 def make_arguments(context: StageContext, arguments_class: type[RolloutArguments]) -> RolloutArguments:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from align.config.batch_sizes import SAMPLE_CHUNK
+from align.config.scores import describe_score
 from align.data.response_pairs import make_pairs
 from align.data.rows import read_rows
-from align.data.scoring import function_scorer
+from align.data.weighted_scores import Part, WeightedSum
 from align.errors import UserError
+from align.evaluation.rewards import judge_usage, load_late, open_score
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine, Sampling
 from align.models.loading import load_tokenizer
 from align.models.render import render_prompt
-from align.models.threads import device_of, use_threads
+from align.models.threads import use_threads
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 from align.store.sealed import read_entry, write_entry
@@ -48,6 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     use_threads(context.runtime)
     config = context.config
+    scorer = _open_scorer(context)
     tokenizer = load_tokenizer(context.artifact("policy").model)
     splits = [_read_prompts(context, split, tokenizer) for split in SPLITS]
     samples: dict[str, list[dict[str, Any]]] = {prompts.split: [] for prompts in splits}
@@ -57,9 +60,9 @@ def run(context: StageContext) -> dict[str, Any]:
             samples[prompts.split] += sampler.chunk(prompts, start)
     sampler.close()
     # The engine goes before scoring, so that a reward model has the device to itself.
-    _score(context, splits, samples)
+    _score(scorer, context, splits, samples)
     metrics = _write(context, splits, samples)
-    return metrics | {"engine": sampler.engine_name, **sampler.speed()}
+    return metrics | judge_usage(scorer.parts) | {"engine": sampler.engine_name, **sampler.speed()}
 
 
 def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPrompts:
@@ -169,9 +172,10 @@ class _ChunkSampler:
             self.engine.close()
 
 
-def _score(context: StageContext, splits: list[SplitPrompts], samples: dict[str, list[dict[str, Any]]]) -> None:
-    """Add ``scores`` to every sample."""
-    score = _scorer(context)
+def _score(
+    scorer: WeightedSum, context: StageContext, splits: list[SplitPrompts], samples: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Add ``scores`` to every sample, and ``parts``, the scores of each reward of a list."""
     cut_off_score = context.config.cut_off_score
     for prompts in splits:
         rows, texts, cut_off = [], [], []
@@ -182,26 +186,30 @@ def _score(context: StageContext, splits: list[SplitPrompts], samples: dict[str,
         if not rows:
             continue
         # one call for all responses of a split, so that a reward model batches them
-        scores = iter(score(rows, texts, cut_off))
+        parts = scorer.score_parts(rows, texts, cut_off)
+        start = 0
         for sample in samples[prompts.split]:
-            sample["scores"] = [next(scores) for _ in sample["texts"]]
+            end = start + len(sample["texts"])
+            by_name = {name: [_or_none(value) for value in values[start:end]] for name, values in parts.items()}
+            start = end
+            sample["scores"] = by_name.pop("")
+            if by_name:
+                sample["parts"] = by_name
             if cut_off_score is not None:
                 pairs = zip(sample["scores"], sample["finished"], strict=True)
                 sample["scores"] = [value if finished else cut_off_score for value, finished in pairs]
 
 
-def _scorer(context: StageContext) -> Callable[[list[dict[str, Any]], list[str], list[bool]], list[float]]:
+def _or_none(value: float) -> float | None:
+    """Return a number as JSON has it: null for a metric that a response lacks."""
+    return value if math.isfinite(value) else None
+
+
+def _open_scorer(context: StageContext) -> WeightedSum:
+    """Return what scores: the list, the function or the reward stage. Functions and judges are checked now."""
     if context.config.score is not None:
-        return function_scorer(context.config.score).score
-    from align.models.reward import RewardModel
-
-    model = RewardModel(context.artifact("reward").model, device_of(context.runtime), context.config.precision)
-
-    def score(rows: list[dict[str, Any]], texts: list[str], cut_off: list[bool]) -> list[float]:
-        finished = [not is_cut for is_cut in cut_off]
-        return model.score([row["prompt"] for row in rows], texts, finished, [row.get("tools") for row in rows])
-
-    return score
+        return open_score(context)
+    return WeightedSum((Part("reward", 1.0, load_late(context)(context.artifact("reward"))),))
 
 
 def _write(
@@ -234,7 +242,7 @@ def _write(
         raise UserError(
             f"no train pair came out of {metrics['train_prompts']} prompts: every prompt's responses score alike (mean "
             f"{metrics.get('train_mean_score', 0):.3f}) or are identical. Raise n or temperature, or check score "
-            f"'{config.score or 'reward'}' on samples like those in this stage's log."
+            f"'{describe_score(config.score) or 'reward'}' on samples like those in this stage's log."
         )
     if metrics["test_pairs"] == 0:
         context.warn("no test pair came out, so a reward model's accuracy cannot be measured; raise max_prompts.test")
@@ -242,10 +250,15 @@ def _write(
 
 
 def _rates(samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Return means over all responses: score, share that ended with EOS, tokens."""
+    """Return means over all responses: score and its parts, share that ended with EOS, tokens."""
     rates = {}
     for name, field in (("mean_score", "scores"), ("eos_rate", "finished"), ("mean_tokens", "tokens")):
         values = [float(value) for sample in samples for value in sample[field]]
         if values:
             rates[name] = sum(values) / len(values)
+    names = dict.fromkeys(name for sample in samples for name in sample.get("parts", ()))
+    for name in names:
+        values = [value for sample in samples for value in sample["parts"].get(name, ()) if value is not None]
+        if values:
+            rates[f"mean_score_{name}"] = sum(values) / len(values)
     return rates

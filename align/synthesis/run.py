@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from align.config.endpoint import EndpointConfig
 from align.config.stages.synthesis_tasks import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
 from align.config.user_paths import user_path
 from align.data.rows import Message, Row, read_rows, user
+from align.data.weighted_scores import Part, WeightedSum
 from align.errors import UserError
+from align.evaluation.rewards import judge_usage, load_late, open_score
 from align.inference.cached_client import Backend, CachedClient, Prices
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
@@ -59,7 +60,7 @@ class _Synthesis:
         config = context.config
         self.context, self.config, self.ledger = context, config, Ledger()
         # Loaded first, so that a misspelled name ends the stage at once.
-        self.score = None if config.score is None else _load_score(config.score)
+        self.scorer = self._open_scorer()
         self.engines: Any = None
         self._last_progress = 0.0
         self.model = self._backend("model", config.endpoint, "endpoint")
@@ -190,24 +191,16 @@ class _Synthesis:
 
     def _score(self, prompts: list[PromptResponses]) -> None:
         """Fill in the scores of both splits at once."""
-        if self.score is not None:
-            selection.score_all(prompts, self.score)
-        elif self.config.reward is not None:
-            selection.score_all(prompts, self._load_reward())
+        if self.scorer is not None:
+            selection.score_all(prompts, self.scorer)
 
-    def _load_reward(self) -> selection.Score:
-        from align.models.reward import RewardModel
-        from align.models.threads import device_of, use_threads
-
-        use_threads(self.context.runtime)
-        folder = self.context.artifact("reward").model
-        model = RewardModel(folder, device_of(self.context.runtime), self.config.precision)
-
-        def score(rows: list[Row], texts: list[str], truncated: list[bool]) -> list[float]:
-            finished = [not is_truncated for is_truncated in truncated]
-            return model.score([row["prompt"] for row in rows], texts, finished)
-
-        return score
+    def _open_scorer(self) -> WeightedSum | None:
+        """Return what scores: the list, the function or the reward stage; None where a judge compares, or nobody."""
+        if self.config.score is not None:
+            return open_score(self.context)
+        if self.config.reward is None:
+            return None
+        return WeightedSum((Part("reward", 1.0, load_late(self.context)(self.context.artifact("reward"))),))
 
     def _select(self, prompts: list[PromptResponses], split: str, output: _Output) -> list[Row]:
         """Return the rows that the task makes of a split's responses; ties go to ``output``."""
@@ -286,6 +279,7 @@ class _Synthesis:
             "asked_in_this_attempt": self.client.new,
             "retries_in_this_attempt": sum(endpoint.retried for endpoint in endpoints),
             **({"cost": round(sum(costs), 6), "spent": round(self.client.budget.spent, 6)} if costs else {}),
+            **({} if self.scorer is None else judge_usage(self.scorer.parts)),
             "engines": [] if self.engines is None else self.engines.names,
         }
 
@@ -296,9 +290,3 @@ def _shared_folder(context: StageContext) -> Path | None:
     if isinstance(place, str):
         return user_path(place, Path.cwd())
     return context.cache / SHARED if place and context.cache is not None else None
-
-
-def _load_score(path: str) -> Callable[[list[Row], list[str], list[bool]], list[float]]:
-    from align.data.scoring import function_scorer
-
-    return function_scorer(path).score

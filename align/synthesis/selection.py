@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from align.config.stages.synthesis_tasks import BestOfTask, ResponsesTask
 from align.data.rows import Row, assistant
+from align.data.scoring import Scorer, parts_of
 from align.inference.requests import Answer
 from align.synthesis.counts import Ledger
 
 ROWS, ANSWERS = "prompts", "answers"
-
-Score = Callable[[list[Row], list[str], list[bool]], list[float]]
-"""A function from rows, responses and whether each was cut off to scores."""
 
 
 @dataclass
@@ -27,6 +25,8 @@ class PromptResponses:
     row: Row
     answers: list[Answer]
     scores: list[float | None] = field(default_factory=list)
+    parts: dict[str, list[float | None]] = field(default_factory=dict)
+    """Scores and metrics of each reward of a list, by name."""
     verdicts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -52,6 +52,8 @@ class PromptResponses:
         }
         if self.scores:
             line["scores"] = self.scores
+        if self.parts:
+            line["parts"] = self.parts
         if self.verdicts:
             line["verdicts"] = self.verdicts
         return line
@@ -124,21 +126,26 @@ def _instruction(responses: PromptResponses, place: int, numbered: bool) -> Row:
     return {**fields, "id": name, "completion": [assistant(answer.text)], "completion_finished": answer.finished}
 
 
-def score_all(prompts: list[PromptResponses], score: Score) -> None:
-    """Fill in the scores of every response with text, in one call for all prompts."""
+def score_all(prompts: list[PromptResponses], scorer: Scorer) -> None:
+    """Fill in the scores of every response with text, and those of a list's rewards, in one call for all prompts."""
     usable = [(responses, place) for responses in prompts for place in responses.usable]
     for responses in prompts:
         responses.scores = [None] * len(responses.answers)
     if not usable:
         return
     # One call for all prompts, so that a reward model fills its batches.
-    values = score(
+    parts = parts_of(
+        scorer,
         [responses.row for responses, _ in usable],
         [responses.answers[place].text for responses, place in usable],
         [not responses.answers[place].finished for responses, place in usable],
     )
-    for (responses, place), value in zip(usable, values, strict=True):
-        responses.scores[place] = float(value)
+    scores = parts.pop("")
+    for index, (responses, place) in enumerate(usable):
+        responses.scores[place] = scores[index]
+        for name, values in parts.items():
+            column = responses.parts.setdefault(name, [None] * len(responses.answers))
+            column[place] = values[index] if math.isfinite(values[index]) else None
 
 
 def select_best(task: BestOfTask, prompts: list[PromptResponses], ledger: Ledger) -> list[Row]:

@@ -47,7 +47,16 @@ def blocks(
     yield path, model
     for name, field in model.model_fields.items():
         for inner in models_in(field.annotation):
-            yield from blocks(inner, (*path, (name, tags(inner))))
+            place = f"{name}[0]" if is_listed(field.annotation, inner) else name
+            yield from blocks(inner, (*path, (place, tags(inner))))
+
+
+def is_listed(annotation: Any, model: type[Config]) -> bool:
+    """True where a block is an item of a list in a field's type."""
+    arguments = typing.get_args(annotation)
+    return (typing.get_origin(annotation) is list and model in arguments) or any(
+        is_listed(argument, model) for argument in arguments
+    )
 
 
 def test_blocks_are_found() -> None:
@@ -72,7 +81,8 @@ def refusal(config: type[Config], path: Any, model: type[Config], name: str, wro
     block: Any = {key: value for key, value in tag_values.items() if key != name} | {wrong: tag_values.get(name, 1)}
     for depth in range(len(path) - 1, -1, -1):
         above = path[depth - 1][1] if depth else {}
-        block = {**above, path[depth][0]: block}
+        name, bracket, _ = path[depth][0].partition("[")
+        block = {**above, name: [block] if bracket else block}
     with pytest.raises(UserError) as caught:
         validate(config, block, "p.yaml: stages.x")
     return str(caught.value)

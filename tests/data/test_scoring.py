@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from align.config.user_functions import function_identity
 from align.data import checkers
 from align.data.embedded import generate
-from align.data.scoring import function_scorer
+from align.data.scoring import FunctionScorer, function_scorer
 from align.errors import UserError
+from tests.support import rewards
+
+ROWS: list[dict[str, Any]] = [{"id": str(index), "checks": ""} for index in range(3)]
 
 
 def test_gold_by_short_and_long_name() -> None:
@@ -52,3 +58,70 @@ def test_a_users_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "my_scores.py").write_text("def length(rows, responses): return [1.0]\n")
     assert function_identity("my_scores:length") != before
     assert function_identity("gold") == f"align.data.checkers:gold version {checkers.VERSION}"
+
+
+def test_arguments_reach_the_function() -> None:
+    scorer = function_scorer("tests.support.rewards:length", {"limit": 2})
+    assert scorer.score(ROWS[:2], ["a", "bcd"]) == [0.5, 1.5]
+    with pytest.raises(UserError, match=r"score\[1\].arguments: length has no argument 'limt'"):
+        function_scorer("tests.support.rewards:length", {"limt": 2}, place="score[1]")
+
+
+def test_a_function_of_one_response_may_return_metrics_and_leave_some_out() -> None:
+    parts = function_scorer("tests.support.rewards:vowels").score_parts(ROWS[:2], ["ax", "xyz"])
+    assert parts.pop("vowels")[0] == 1.0
+    assert parts == {"": [0.5, 0.0], "characters": [2.0, 3.0]}
+    (_, missing) = function_scorer("tests.support.rewards:vowels").score_parts(ROWS[:2], ["ax", "xyz"])["vowels"]
+    assert math.isnan(missing)
+
+
+def test_async_calls_run_together_up_to_a_bound_and_stay_in_order() -> None:
+    rewards.WATCH["most"] = 0
+    responses = ["a" * number for number in range(30)]
+    rows = [{"id": str(number), "checks": ""} for number in range(30)]
+    scorer = function_scorer("tests.support.rewards:watched", concurrency=5)
+    assert scorer.waits
+    assert scorer.score(rows, responses) == [float(number) for number in range(30)]
+    assert rewards.WATCH["most"] == 5
+    assert function_scorer("tests.support.rewards:batched").score(ROWS, ["a", "b", "c"]) == [1.0] * 3
+
+
+def test_every_batch_runs_in_the_same_loop() -> None:
+    """A client that a function opens once belongs to a loop."""
+    import asyncio
+
+    loops = []
+
+    async def remember(row: dict[str, Any], response: str) -> float:
+        loops.append(asyncio.get_running_loop())
+        return 0.0
+
+    scorer = FunctionScorer("remember", remember)
+    scorer.score(ROWS, ["a"] * 3)
+    scorer.score(ROWS, ["b"] * 3)
+    assert len(loops) == 6 and len(set(loops)) == 1
+
+
+def test_an_exception_passes_through_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="the sandbox is gone"):
+        function_scorer("tests.support.rewards:failing").score(ROWS, ["good", "bad", "good"])
+    assert time.monotonic() - started < 10  # the others would take a minute
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"reward": 1.0}, r"returned \{reward\} for row 0; a mapping needs the key 'score'"),
+        ({"score": float("nan")}, "returned nan as 'score' for row 0"),
+        ({"score": None}, "returned None as 'score' for row 0"),
+        ({"score": 1.0, "tokens": "12"}, "returned '12' as 'tokens' for row 0"),
+        ({"score": 1.0, "std": 1.0}, "a metric called 'std'"),
+        ({"score": 1.0, "a b": 1.0}, "a metric called 'a b'"),
+        (None, "returned None for row 0"),
+        (float("inf"), "returned inf for row 0"),
+    ],
+)
+def test_a_wrong_result_names_the_row(result: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FunctionScorer("f", lambda rows, responses: [result]).score(ROWS[:1], ["a"])

@@ -187,7 +187,7 @@ def test_what_the_readme_and_the_guides_show_is_accepted() -> None:
     from align.pipeline.file import fill_in_variables, merge
     from align.pipeline.registry import STAGES
 
-    pages = ["README.md", "docs/getting_started.md", "docs/pipelines.md", "docs/ppo.md"]
+    pages = ["README.md", "docs/getting_started.md", "docs/pipelines.md", "docs/ppo.md", "docs/rewards.md"]
     pipelines: list[Pipeline] = []
     runtimes: list[Runtime] = []
     recipes: list[Recipe] = []

@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from align.inference.protocol import Response
+from align.rl import metrics
 from align.rl import sampler as module
 from align.rl.prompts import Prompts, derive_seed
+from align.rl.rollout import Rollout, join_rollouts
 from align.rl.sampler import RolloutSampler
 
 
@@ -74,3 +77,21 @@ def test_a_missing_response_is_named():
     sampler.engine.generate = lambda prompts, sampling: [[]] * len(prompts)
     with pytest.raises(RuntimeError, match="engine recorder returned 0 responses; expected 8"):
         sampler.sample_local(0)
+
+
+def test_a_metric_that_one_process_never_got_is_missing_there_and_no_error():
+    def part(scores, **components):
+        tensors = {"scores": torch.tensor(scores), "response_mask": torch.ones(len(scores), 1, dtype=torch.bool)}
+        tensors |= {name: torch.tensor(values) for name, values in components.items()}
+        lists = [[1]] * len(scores)
+        return Rollout(0, [{}] * len(scores), list(range(len(scores))), lists, lists, ["a"] * len(scores), tensors)
+
+    joined = join_rollouts([part([1.0, 2.0]), part([3.0], score_a_tokens=[5.0])])
+    assert joined.tensors["scores"].tolist() == [1.0, 2.0, 3.0]
+    values = joined.tensors["score_a_tokens"]
+    assert values[:2].isnan().all() and values[2] == 5.0
+    averages = metrics.Averages()
+    joined.tensors["finished"] = torch.ones(3, dtype=torch.bool)
+    metrics._add_scores(averages, joined)
+    means = metrics.finish(averages.means(lambda total: total))
+    assert means["score"] == 2.0 and means["score_a_tokens"] == 5.0 and means["score_a_tokens_std"] == 0.0

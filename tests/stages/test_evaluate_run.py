@@ -264,3 +264,30 @@ def test_a_conversation_without_examples_to_show_is_refused_before_anything_runs
     config = EvaluateConfig(**context.config.model_dump() | changes | {"score": None})
     with pytest.raises(UserError, match=r"tasks\.mine: baselines\.shown: shots is 2, but there are 0 examples"):
         make_plan(replace(context, config=config, inputs=inputs | {"prompts": None}))
+
+
+def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):
+    score = [
+        {"function": "tests.support.rewards:length", "arguments": {"limit": 10}},
+        {"function": "tests.support.rewards:vowels", "weight": -2.0, "name": "open"},
+    ]
+    config = EvaluateConfig(
+        policies=["sft", "ppo"], reference="sft", prompts="data", score=score, max_tokens=6,
+        max_prompt_tokens=100, gates={"score_open": "<= 1"},
+    )  # fmt: skip
+    artifacts = {"policies": inputs["policies"][1:], "reference": inputs["policies"][1], "prompts": inputs["prompts"]}
+    listed = replace(context, config=config, inputs=artifacts)
+    evaluate.run(listed)
+    card = read_card(listed)
+    metrics = card["metrics"]
+    assert metrics["gold"]["meaning"] == "weighted sum: 1 x length + -2 x open"
+    assert metrics["score_length"]["better"] == "higher" and metrics["score_open"]["better"] == "lower"
+    # Some response has no vowel, so the metric that those lack is left out.
+    assert "score_open_characters" in metrics and "score_open_vowels" not in metrics
+    estimates = card["estimates"]["ppo"]
+    total = estimates["score_length"]["value"] - 2 * estimates["score_open"]["value"]
+    assert estimates["gold"]["value"] == pytest.approx(total)
+    assert card["gates"][0]["metric"] == "score_open"
+    samples = [json.loads(line) for line in (listed.output / "samples.jsonl").read_text().splitlines()]
+    first = samples[0]["responses"]["ppo"][0]
+    assert first["gold"] == pytest.approx(first["score_length"] - 2 * first["score_open"])

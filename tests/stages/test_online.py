@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,10 +16,13 @@ from align.capacity.estimators import rl as memory_rl
 from align.config.runtime import Runtime
 from align.config.stages.rl import trainer_fields
 from align.data.rows import user, write_rows
+from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES, load_object
+from align.stages import rl as stage
 from align.stages.rl import ReportUpdates
 from align.store.artifacts import Artifact, Kind
+from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.training.harness import events
 
 BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
@@ -189,3 +193,75 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch, k
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     for name in ("score_first", "score_last", "kl_last", "episodes", "tokens"):
         assert result[name] == expected[name]
+
+
+LENGTH, VOWELS = "tests.support.rewards:length", "tests.support.rewards:vowels"
+
+
+def test_a_killed_stage_with_a_list_of_rewards_goes_on_to_the_same_weights_and_asks_its_judge_nothing_twice(
+    make_context, monkeypatch
+):
+    fake = FakeChat(lambda body: completion(f"[[{1 + len(body['messages'][-1]['content']) % 10}]]"))
+    score = [
+        {"function": LENGTH, "weight": -0.5, "arguments": {"limit": 10}},
+        {"function": VOWELS, "name": "open"},
+        {"function": "tests.support.rewards:watched", "weight": 0.0},
+        {"judge": {"endpoint": {"url": fake.url, "model": "good-model"}}, "weight": 2.0},
+        {"reward": "reward", "name": "rm"},
+    ]
+    run = STAGES["grpo"].runner()
+    contexts = []
+    for attempt in ("whole", "killed"):
+        context = make_context("grpo", attempt, score=score, tuning=LORA, eval_updates=2, eval_prompts=2)
+        policy = context.inputs["policy"]
+        context.inputs["score.reward"] = [Artifact("reward", Kind.REWARD, policy.path.parent / "reward", {})]
+        contexts.append(context)
+    whole, killed = contexts
+    metrics = run(whole)
+    asked = len(fake.bodies)
+    assert metrics["judges"]["judge"]["requests"] == asked
+
+    points = events(whole, "metrics")
+    names = ("length", "open", "watched", "judge", "rm")
+    for point in [point for point in points if "score" in point]:
+        parts = [point[f"score_{name}"] for name in names]
+        assert point["score"] == pytest.approx(sum(map(operator.mul, (-0.5, 1.0, 0.0, 2.0, 1.0), parts)), abs=1e-4)
+        assert all(f"score_{name}_std" in point for name in names)
+        assert point["score_open_characters"] == pytest.approx(point["score_watched"])
+        assert point["score_judge_unreadable"] == 0.0
+    assert any("test_score_judge" in point for point in points)
+    assert {f"score_{name}_last" for name in names} <= metrics.keys()
+    line = json.loads((whole.output / "completions.jsonl").read_text().splitlines()[0])
+    assert line["score_open_characters"] == len(line["response"])
+    assert ("score_open_vowels" in line) == any(letter in line["response"] for letter in "aeiou")
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReportUpdates, "on_step_begin", kill)
+        with pytest.raises(Killed):
+            run(killed)
+    resumed = run(killed)
+    fake.stop()
+    assert len(fake.bodies) == 2 * asked  # the same questions as the uninterrupted run, each once
+    assert resumed["judges"] == metrics["judges"]
+    weights = [load_file(context.output / "model" / "model.safetensors") for context in (whole, killed)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"function": "tests.support.rewards:lenght"}, r"score\[0\] .* Did you mean 'length'"),
+        ({"function": LENGTH, "arguments": {"limt": 1}}, r"score\[0\].arguments: length has no argument 'limt'"),
+        ({"judge": {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}}}, "Start the server there"),
+    ],
+)
+def test_a_reward_that_cannot_be_used_ends_the_stage_before_its_engine_starts(
+    make_context, monkeypatch, entry, message
+):
+    monkeypatch.setattr(stage, "open_engine", lambda *args, **kwargs: pytest.fail("the engine was started"))
+    with pytest.raises(UserError, match=message):
+        STAGES["grpo"].runner()(make_context("grpo", "refused", score=[entry]))

@@ -17,6 +17,7 @@ from align.config.runtime import Runtime
 from align.config.stages.ppo import PpoConfig
 from align.config.stages.rl import trainer_fields
 from align.data.rows import assistant, user, write_rows
+from align.data.weighted_scores import RewardScorer
 from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel
@@ -24,9 +25,8 @@ from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import Stopped, clear_request, request_stop
 from align.rl.arguments import PPOConfig
 from align.rl.checkpoint import DRAFT
-from align.rl.scoring import RewardScorer
 from align.stages.ppo import run
-from align.stages.rl import ReportUpdates, _make_scorer, _read_prompts
+from align.stages.rl import ReportUpdates, _open_scorer, _read_prompts
 from align.store.artifacts import Artifact, Kind
 from tests.support.training.harness import events
 
@@ -204,10 +204,16 @@ def test_run_on_a_verifiable_function_alone(make_context):
     assert metrics["trainable_parameters"] == metrics["parameters"]  # the policy's alone: no reference, no critic
 
 
-def test_scores_of_a_reward_model_and_a_function_have_the_config_s_weights():
-    config = PpoConfig(**BASE, reward="reward", score="gsm8k_answer", reward_weight=0.5, score_weight=2.0)
-    parts = _make_scorer(config, [object()]).parts
-    assert [(part.name, part.weight) for part in parts] == [("reward", 0.5), ("function", 2.0)]
+def test_scores_of_a_reward_model_and_a_function_have_the_config_s_weights(make_context):
+    fields = {"reward": "reward", "reward_weight": 0.5}
+    context = make_context("one", **fields, score="gsm8k_answer", score_weight=2.0)
+    scorer = _open_scorer(context, [object()])
+    assert [(part.name, part.weight) for part in scorer.parts] == [("reward", 0.5), ("function", 2.0)]
+    score = [{"function": "gsm8k_answer", "weight": 3.0}, {"function": "gold"}]
+    scorer = _open_scorer(make_context("list", **fields, score=score), [object()])
+    weights = [(part.name, part.weight) for part in scorer.parts]
+    assert weights == [("reward", 0.5), ("gsm8k_answer", 3.0), ("gold", 1.0)]
+    assert scorer.names == ["reward", "gsm8k_answer", "gold"]
 
 
 class Killed(BaseException):

@@ -11,6 +11,8 @@ import pytest
 
 from align.config.runtime import EngineConfig, Runtime
 from align.config.stages.sample import SampleConfig
+from align.config.user_functions import load_function
+from align.data import scoring
 from align.data.rows import read_rows, write_rows
 from align.errors import UserError
 from align.inference.transformers import TransformersEngine
@@ -62,10 +64,8 @@ def _context(folder: Path, model: Path, train: int = 5, test: int = 3, **config:
 @pytest.fixture(autouse=True)
 def _score_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions of this file as scorers, wherever the test runner put it."""
-    from align.data.scoring import FunctionScorer
-
     functions = {"length_score": length_score, "flat_score": flat_score}
-    monkeypatch.setattr(sample, "function_scorer", lambda path: FunctionScorer(path, functions[path.split(":")[1]]))
+    monkeypatch.setattr(scoring, "load_function", lambda path, role: functions[path.split(":")[1]])
 
 
 def test_pairs_samples_and_counts(tiny_model: Path, tmp_path: Path) -> None:
@@ -173,3 +173,26 @@ def test_an_engine_that_hangs_ends_the_stage(tiny_model: Path, tmp_path: Path, m
     monkeypatch.setattr(TransformersEngine, "generate", hangs)
     with pytest.raises(SystemExit, match="it hangs"):
         run(replace(_context(tmp_path, tiny_model), fail_at_once=end))
+
+
+def test_a_list_of_rewards_is_told_part_by_part(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "load_function", lambda path, role: load_function(path, role))
+    score = [
+        {"function": "tests.support.rewards:length", "arguments": {"limit": 10}},
+        {"function": "tests.support.rewards:vowels", "weight": 0.5, "name": "open"},
+    ]
+    context = _context(tmp_path, tiny_model, score=score)
+    metrics = run(context)
+    lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        parts = line["parts"]
+        pairs = zip(parts["length"], parts["open"], strict=True)
+        assert line["scores"] == pytest.approx([length + 0.5 * vowels for length, vowels in pairs])
+        assert parts["length"] == pytest.approx([len(text) / 10 for text in line["texts"]])
+    lengths = [value for line in lines if line["split"] == "train" for value in line["parts"]["length"]]
+    assert metrics["train_mean_score_length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert metrics["train_mean_score"] == pytest.approx(
+        metrics["train_mean_score_length"] + 0.5 * metrics["train_mean_score_open"]
+    )

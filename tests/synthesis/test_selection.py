@@ -10,6 +10,7 @@ import pytest
 
 from align.config.stages.synthesis_tasks import BestOfTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, user
+from align.data.scoring import FunctionScorer
 from align.inference.requests import Answer
 from align.synthesis.counts import Ledger, split_by_prompt
 from align.synthesis.pairing import Judge, pair_by_judge, pair_by_score
@@ -30,7 +31,7 @@ def _one(*answers: Answer | str, name: str = "r") -> PromptResponses:
 def _scored(*scored: tuple[Answer | str, float], name: str = "r") -> PromptResponses:
     answers = _one(*(answer for answer, _ in scored), name=name)
     values = iter([score for _, score in scored])
-    score_all([answers], lambda rows, texts, cut: [next(values) for _ in texts])
+    score_all([answers], FunctionScorer("values", lambda rows, texts: [next(values) for _ in texts]))
     return answers
 
 
@@ -107,15 +108,16 @@ def test_why_a_prompt_gave_no_best_answer() -> None:
 
 def test_scores_go_to_their_answers() -> None:
     answered = [_one("a", EMPTY, "ccc"), _one(FAILED), _one(CUT)]
-    calls: list[bool] = []
+    truncated: list[bool] = []
 
-    def length(rows: list[Row], texts: list[str], cut: list[bool]) -> list[float]:
-        calls.extend(cut)
-        return [len(text) for text in texts]
+    class Length:
+        def score(self, rows: list[Row], texts: list[str], cut: list[bool] | None = None) -> list[float]:
+            truncated.extend(cut or [])
+            return [float(len(text)) for text in texts]
 
-    score_all(answered, length)
+    score_all(answered, Length())
     assert [entry.scores for entry in answered] == [[1.0, None, 3.0], [None], [3.0]]
-    assert calls == [False, False, True]
+    assert truncated == [False, False, True]
 
 
 def _pairs(**settings: Any) -> PairsTask:

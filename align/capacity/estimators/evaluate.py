@@ -82,7 +82,8 @@ class _Evaluation:
         answers = self.prompts * config.samples_per_prompt
         length = config.max_prompt_tokens + config.max_tokens
         self._add_answers(self.prompts, config.samples_per_prompt, config.max_prompt_tokens, config.max_tokens)
-        self._add_reward("reward", answers * len(self.systems), length)
+        for field in ("reward", "score.reward"):
+            self._add_reward(field, answers * len(self.systems), length)
         if config.temperature == 0:
             return
         for name, checkpoint, best_of in self.systems:

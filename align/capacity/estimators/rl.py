@@ -74,7 +74,7 @@ def rollout_memory(
 
     A rollout is divided among the processes.
     """
-    policy, rewards = models["policy"][0], models.get("reward", ())
+    policy, rewards = models["policy"][0], _reward_models(models)
     # The planned device may be another than this machine's.
     if setting.gpu != resolve_engine(runtime)[1]:
         runtime = runtime.model_copy(update={"device": "cuda" if setting.gpu else "cpu"})
@@ -104,9 +104,14 @@ def _checkpointing(config: RolloutFields) -> bool:
     return bool(config.trainer.get("gradient_checkpointing"))
 
 
+def _reward_models(models: Models) -> Sequence[Architecture]:
+    """Return the models that score: those of ``reward``, of which a critic may be the first, and those of ``score``."""
+    return (*models.get("reward", ()), *models.get("score.reward", ()))
+
+
 def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
     """Return what the stage asks of devices."""
-    policy, rewards, tuning = models["policy"][0], models.get("reward", ()), config.tuning
+    policy, rewards, tuning = models["policy"][0], _reward_models(models), config.tuning
     critic: CriticKind = getattr(config, "critic_source", None) or "head"
     critic_base = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     memory = rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=Setting(1))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from align.capacity.inference import Inference, Rows, SamplingLoad, reward_scoring
 from align.config.batch_sizes import SAMPLE_CHUNK
+from align.config.scores import describe_score
 from align.config.stages.sample import SampleConfig
 from align.models.architecture import Architecture
 
@@ -25,10 +26,11 @@ def inference(
         call=SAMPLE_CHUNK * config.n,
         uses_top_p=config.top_p < 1,
     )
-    scoring = [reward_scoring("reward", model, load.sequences, load.length) for model in models.get("reward", ())]
+    rewards = (*models.get("reward", ()), *models.get("score.reward", ()))
+    scoring = [reward_scoring("reward", model, load.sequences, load.length) for model in rewards]
     notes = []
     if config.score not in (None, "gold"):
-        notes.append(f"The time of {config.score}, which scores, is not counted.")
+        notes.append(f"The time of {describe_score(config.score)}, which scores, is not counted.")
     return Inference(
         precision=config.precision,
         sampling=(load,),

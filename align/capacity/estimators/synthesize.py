@@ -43,7 +43,8 @@ def inference(
     # Every two of n answers in both orders: n (n - 1) judgments a prompt.
     judging = [_judging(config, model, answers * (samples - 1), answering) for model in models.get("judge_model", ())]
     length = config.max_prompt_tokens + config.max_tokens
-    scoring = tuple(reward_scoring("reward", model, answers, length) for model in models.get("reward", ()))
+    rewards = (*models.get("reward", ()), *models.get("score.reward", ()))
+    scoring = tuple(reward_scoring("reward", model, answers, length) for model in rewards)
     servers = _servers(config)
     is_counted = bool(answering or judging or scoring)
     return Inference(

@@ -12,8 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config
+from align.config.function_arguments import check_arguments
 from align.config.recipe.format_options import Format, FormatOptions
 from align.config.validation import suggest
+from align.errors import UserError
 
 Part = Literal["split", "train", "test"]
 
@@ -159,6 +161,14 @@ class PythonSource(RecordSource):
     """``package.module:function``, importable from the current directory; yields dicts, the same ones each time."""
     arguments: dict[str, Any] = Field({})
     """Keyword arguments of the call."""
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> Self:
+        try:
+            check_arguments(self.function, self.arguments, "function", positional=0)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("function.")) from None
+        return self
 
     def _origin(self) -> str:
         return self.function

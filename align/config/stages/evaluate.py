@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, stage_input
+from align.config.scores import Score, rename_score_stages, reward_names
 from align.config.stages.evaluation_gates import KL_PREFIX, GateSpec, parse_gates
 from align.config.stages.evaluation_tasks import AnyTask, PerplexityConfig, add_task_kinds
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
@@ -77,8 +78,9 @@ class EvaluateConfig(Config):
     """Instructions whose ``test`` split gives every checkpoint's loss per token on reference answers."""
     texts: list[stage_input(Kind.TEXTS)] = Field([])  # type: ignore[valid-type]
     """Plain texts whose ``test`` split the task ``perplexity`` reads: ``domain: {task: perplexity, texts: books}``."""
-    score: str | None = None
-    """A program that scores responses: ``gold`` or ``package.module:function``."""
+    score: Score = None
+    """A program that scores responses (``gold`` or ``package.module:function``), or a list of rewards, each a metric
+    ``score_<name>`` beside their weighted sum."""
     tasks: dict[str, AnyTask] = Field({})
     """Benchmarks and checks by name: ``ifeval: {files: [...]}``; a name of your own needs ``task:`` with the kind."""
     baselines: dict[str, BaselineConfig] = Field({})
@@ -112,6 +114,10 @@ class EvaluateConfig(Config):
     """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"tasks", "baselines"})
+
+    def fields_outside_key(self) -> set[str]:
+        """Return ``identified``, and ``score`` where it is a list, whose rates and prices change no result."""
+        return {*self.identified, *(("score",) if isinstance(self.score, list) else ())}
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -162,7 +168,8 @@ class EvaluateConfig(Config):
             if baseline.best_of > 1 and self.reward is None:
                 raise ValueError(f"baselines.{name}: best_of keeps the answer with the highest reward; name reward.")
         systems = [*self.policies, *self.baselines]
-        parse_gates(self.gates, systems, self.reference, list(self.tasks), list(PROMPT_METRICS))
+        rewards = [f"score_{name}" for name in reward_names(self.score)]
+        parse_gates(self.gates, systems, self.reference, list(self.tasks), [*PROMPT_METRICS, *rewards])
         return self
 
     def _has_task(self, kind: str) -> bool:
@@ -171,7 +178,7 @@ class EvaluateConfig(Config):
     @classmethod
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
         """Return the block as the YAML has it, with stages renamed also where baselines and gates name them."""
-        renamed = dict(block)
+        renamed = rename_score_stages(dict(block), rename)
         baselines, gates = block.get("baselines"), block.get("gates")
         if isinstance(baselines, dict):
             renamed["baselines"] = {name: _rename_baseline(spec, rename) for name, spec in baselines.items()}

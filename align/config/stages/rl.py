@@ -6,6 +6,7 @@ file beside this one. Torch-free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from align.config.base import Config, stage_input
 from align.config.launch import LaunchConfig
+from align.config.scores import Score, rename_score_stages, reward_names, score_identities
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import sharding_objection
 from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS, check_trainer_options
@@ -34,6 +36,7 @@ FOREIGN_NAMES = {
     "loss_type": "loss",
     "beta": "kl_coef",
     "reward_funcs": "score",
+    "reward_weights": "score",
 }
 """Names that other trainers give to fields here."""
 
@@ -69,12 +72,13 @@ class RolloutFields(Config):
     """Weight of the variance for ``ensemble: uncertainty``."""
     reward_floor: float | None = Field(0.5, ge=0, lt=1)
     """Held-out accuracy that the 95 % interval of every reward model must exceed. Null accepts any reward model."""
-    score: str | None = None
-    """Function that verifies and scores responses: ``gold``, or an import path ``module:name``."""
+    score: Score = None
+    """Function that verifies and scores responses (``gold``, or an import path ``module:name``), or a list of rewards
+    with weights."""
     reward_weight: float = 1.0
     """Weight of the reward model's score in the sum with ``score``."""
     score_weight: float = 1.0
-    """Weight of the function's score in the sum with the reward model's."""
+    """Weight of the function's score in the sum with the reward model's. A list has weights of its own."""
     gold: str | None = None
     """Function that is only logged, to check that it rises with the score: ``gold`` or ``module:name``."""
     tuning: Tuning = FullTuning()
@@ -221,6 +225,10 @@ class RolloutFields(Config):
     def _check_scorer(self) -> Self:
         if not self.reward and self.score is None:
             raise ValueError("neither reward nor score is set; name a reward stage, a function, or both.")
+        if isinstance(self.score, list) and self.score_weight != 1.0:
+            raise ValueError("score_weight is for a score that is one function; set the `weight` of each in the list.")
+        if self.reward and "reward" in reward_names(self.score):
+            raise ValueError("the name 'reward' in score is that of the field reward; set another `name`.")
         return self
 
     @model_validator(mode="after")
@@ -273,8 +281,13 @@ class RolloutFields(Config):
         """Return the identity of the code of the scoring functions, for the stage's key."""
         from align.config.user_functions import function_identity
 
-        functions = {"score": self.score, "gold": self.gold}
-        return {name: function_identity(path) for name, path in functions.items() if path is not None}
+        gold = {} if self.gold is None else {"gold": function_identity(self.gold)}
+        return score_identities(self.score) | gold
+
+    @classmethod
+    def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+        """Return the block as the YAML has it, with the reward stages of its ``score`` renamed."""
+        return rename_score_stages(block, rename)
 
 
 class DriftFields(RolloutFields):

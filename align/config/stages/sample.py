@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from align.config.base import Config, Precision, stage_input
+from align.config.scores import Score, rename_score_stages, score_identities
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
@@ -39,8 +41,9 @@ class SampleConfig(Config):
     """Most tokens per response; a longer one is cut off and counts as unfinished."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are dropped and counted."""
-    score: str | None = "gold"
-    """Function that scores responses: ``gold``, or an import path ``module:name``; null for ``reward``."""
+    score: Score = "gold"
+    """Function that scores responses (``gold``, or an import path ``module:name``), or a list of rewards; null for
+    ``reward``."""
     cut_off_score: float | None = None
     """Score of every response that was cut off at ``max_tokens``; null scores it like any other."""
     noise: float = Field(0.0, ge=0, lt=0.5)
@@ -62,9 +65,10 @@ class SampleConfig(Config):
         return self
 
     def identities(self, base: Path) -> dict[str, str]:
-        """Return the identity of the scoring function."""
-        if self.score is None:
-            return {}
-        from align.config.user_functions import function_identity
+        """Return the identities of all that scores."""
+        return score_identities(self.score)
 
-        return {"score": function_identity(self.score)}
+    @classmethod
+    def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+        """Return the block as the YAML has it, with the reward stages of its ``score`` renamed."""
+        return rename_score_stages(block, rename)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
 from align.config.base import Config, Precision, stage_input
 from align.config.endpoint import EndpointConfig
 from align.config.judge import JudgeConfig
+from align.config.scores import Score, rename_score_stages, score_identities
 from align.config.stages.sample import SplitCounts
 from align.config.stages.synthesis_tasks import PairsTask, Task
 from align.errors import UserError
@@ -32,8 +34,9 @@ class SynthesizeConfig(Config):
     """Seed instructions: a .jsonl file with a field ``instruction``, like self-instruct's seed_tasks.jsonl."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """Reward stage that scores answers."""
-    score: str | None = None
-    """Function that scores answers: ``gold``, ``gsm8k_answer``, or an import path ``module:name``."""
+    score: Score = None
+    """Function that scores answers (``gold``, ``gsm8k_answer``, or an import path ``module:name``), or a list of
+    rewards."""
     judge: JudgeConfig | None = None
     """Judge that compares every two answers in both orders; only for pairs."""
     judge_model: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
@@ -130,8 +133,9 @@ class SynthesizeConfig(Config):
             if not path.is_file():
                 raise UserError(f"seeds: there is no file {path}.")
             identities["seeds"] = file_digest(path)
-        if self.score is not None:
-            from align.config.user_functions import function_identity
+        return identities | score_identities(self.score)
 
-            identities["score"] = function_identity(self.score)
-        return identities
+    @classmethod
+    def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+        """Return the block as the YAML has it, with the reward stages of its ``score`` renamed."""
+        return rename_score_stages(block, rename)

@@ -9,22 +9,55 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from align.config.endpoint import EndpointConfig
 from align.config.judge import EndpointJudge
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.tasks.base import ScoringContext
-from align.inference.cached_client import CachedClient, Prices
+from align.inference.cached_client import CachedClient, Prices, Progress
 from align.inference.requests import Answer, Request, RequestCache
 
 FOLDER = "judgments"
+NAME = "judge"
+"""Name of the judge among a client's models."""
 PROBE_SIZE = 16
 """Judgments to ask for first: where half of them are unreadable, the rest is not paid for."""
 QUOTED_CHARACTERS = 200
 """Characters of a reply in an error."""
 PROGRESS_SECONDS = 0.2
+
+
+class JudgmentCaches(NamedTuple):
+    """Folders of judgments: the stage's own survives a kill, the shared one spares other runs the same request."""
+
+    folder: Path
+    shared: Path | None
+    warn: Callable[[str], object]
+    """Told of damaged lines."""
+
+
+def open_client(
+    config: EndpointJudge, caches: JudgmentCaches, on_progress: Progress | None = None, processes: int = 1
+) -> CachedClient:
+    """Return a client that asks one judge through the caches, within ``max_cost``.
+
+    ``processes`` of one stage that ask at the same time share what is left of the budget.
+    """
+    assert config.endpoint is not None
+    cache = RequestCache(caches.folder / FOLDER)
+    shared = None if caches.shared is None else RequestCache(caches.shared / FOLDER)
+    for opened in (cache, shared):
+        if opened is not None and opened.unreadable:
+            caches.warn(
+                f"{opened.unreadable} lines in {opened.folder} are damaged; their judgments are asked for again"
+            )
+    prices = {}
+    if config.endpoint.price_input is not None and config.endpoint.price_output is not None:
+        prices[NAME] = Prices(config.endpoint.price_input, config.endpoint.price_output)
+    return CachedClient(cache, shared, config.max_cost, prices, on_progress, processes=processes)
 
 
 class JudgeClient:
@@ -41,18 +74,8 @@ class JudgeClient:
         self.endpoint_config = config.endpoint
         # A request that the server rejects (a content filter, a length) costs one judgment, not the evaluation.
         self.endpoint = Endpoint(config.endpoint, drop=True, place=f"tasks.{task}.judge.endpoint")
-        # Two caches: the stage's own survives a kill, and the store's spares other runs the same paid request.
-        cache = RequestCache(context.folder / FOLDER)
-        shared = None if context.shared is None else RequestCache(context.shared / FOLDER)
-        for opened in (cache, shared):
-            if opened is not None and opened.unreadable:
-                context.warn(
-                    f"{opened.unreadable} lines in {opened.folder} are damaged; their judgments are asked for again"
-                )
-        prices = {}
-        if config.endpoint.price_input is not None and config.endpoint.price_output is not None:
-            prices["judge"] = Prices(config.endpoint.price_input, config.endpoint.price_output)
-        self.client = CachedClient(cache, shared, config.max_cost, prices, self._progress)
+        caches = JudgmentCaches(context.folder, context.shared, context.warn)
+        self.client = open_client(config, caches, self._progress)
         self._reported_at = 0.0
 
     def ask(
@@ -82,7 +105,7 @@ class JudgeClient:
 
     def usage(self) -> dict[str, Any]:
         """Return requests, tokens and cost so far; those from the shared cache are counted apart."""
-        return dict(self.client.usage_json().get("judge", {}))
+        return dict(self.client.usage_json().get(NAME, {}))
 
     def _request(self, messages: list[Message]) -> Request:
         return Request(
@@ -98,7 +121,7 @@ class JudgeClient:
         from align.inference.endpoint_client import EndpointLost
 
         try:
-            return self.client.ask(self.endpoint, batch, "judge")
+            return self.client.ask(self.endpoint, batch, NAME)
         except (EndpointLost, UserError) as error:
             cached = sum(request.key in self.client.cache for request in requests)
             counts = f"{cached} of {len(requests)} judgments of task '{self.task}' are cached."

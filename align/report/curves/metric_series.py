@@ -146,6 +146,8 @@ def _base_name(name: str) -> str:
 
 def _reading_order(title: str) -> tuple[int, str]:
     name = _base_name(title)
+    if name.startswith("score_") and not name.endswith(("_std", "_correlation")):
+        return FIRST_CURVES.index("score"), name  # the rewards of a list, beside their sum
     return (FIRST_CURVES.index(name) if name in FIRST_CURVES else len(FIRST_CURVES), name)
 
 

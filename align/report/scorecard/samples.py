@@ -29,6 +29,8 @@ RESPONSE_FIELDS = ("tokens", "finished", "gold", "reward", "kl")
 TOKEN_NUMBERS = ("k", "v", "a")
 """KL, value and advantage, in the order in which a line of rollouts has them behind each token's text."""
 HUNDREDTHS = 100
+REWARD = "score_"
+"""Prefix of a reward's name in the fields of a response."""
 
 Sample = dict[str, Any]
 
@@ -254,8 +256,11 @@ def _turns(prompt: Any) -> list[dict[str, str]]:
 def _answer(response: Mapping[str, Any]) -> dict[str, Any]:
     answer = {key: _round(response[key]) for key in RESPONSE_FIELDS if response.get(key) is not None}
     answer["text"] = _shorten(str(response.get("text", "")))
-    if response.get("scores"):
-        answer["scores"] = {str(name): _round(value) for name, value in response["scores"].items()}
+    # The rewards of a list stand beside their sum as score_<name>, a task's metrics in a mapping of their own.
+    rewards = {name: value for name, value in response.items() if name.startswith(REWARD)}
+    scores = rewards | dict(response.get("scores") or {})
+    if scores:
+        answer["scores"] = {str(name): _round(value) for name, value in scores.items()}
     if response.get("turns"):  # the last turn is the answer itself
         answer["turns"] = [
             {"prompt": _shorten(str(turn.get("prompt", ""))), "text": _shorten(str(turn.get("text", "")))}

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
+from align.data.weighted_scores import RewardScorer
 from align.inference.protocol import Response
 from align.models.reward import RewardModel
 from align.rl import PPOConfig, PPOTrainer
-from align.rl.scoring import RewardScorer
 from tests.support.rl.arguments import unbounded
 from tests.support.rl.make_trl_fixture import FIXTURE, make_tokenizer
 

@@ -1,24 +1,23 @@
-"""The score of a response in a pipeline: reward models, verifying functions, or a weighted sum of both.
+"""Scores of several scorers as one: an ensemble of reward models, and a weighted sum. Torch-free.
 
-Left out: penalties and normalization (``rewards.py``).
+Left out: penalties and normalization (``align.rl.rewards``).
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from align.data.scoring import Scorer
-from align.rl.prompts import Row
+from align.data.rows import Row
+from align.data.scoring import Parts, Scorer, parts_of
+from align.errors import UserError
 
 Combination = Literal["mean", "minimum", "uncertainty"]
 """Combination of the scores of several reward models (arXiv 2310.02743): their mean; their minimum, so that a response
 must satisfy all; or the mean minus ``weight`` times their variance."""
-
-Parts = dict[str, list[float]]
-"""Scores by the name of their part, in the order of the responses."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Part:
 
     name: str
     weight: float
-    scorer: Scorer | Ensemble
+    scorer: Scorer
 
 
 @dataclass(frozen=True)
@@ -80,32 +79,46 @@ class WeightedSum:
     """The sum of ``weight * score`` over ``parts``."""
 
     parts: tuple[Part, ...]
+    is_list: bool = False
+    """True for parts that the user has named in a list: then even a single part is told by its name."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parts whose scores are told beside their sum; none for a single part, which is the sum."""
+        return [part.name for part in self.parts] if self.is_list or len(self.parts) > 1 else []
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
         """Return one score per response."""
         return self.score_parts(rows, responses, truncated)[""]
 
     def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
-        """Return the sum under ``""``, each part's unweighted scores under its name, and an ensemble's ``name_spread``.
+        """Return the sum under ``""``, each part's unweighted scores under its name, its metrics as ``name_metric``.
 
-        The scores of a single part are the sum, and are not repeated.
+        The scores of a single part are not repeated. Raises ``UserError`` where two parts give the same name.
         """
         totals = [0.0] * len(responses)
         parts: Parts = {"": totals}
-        for part in self.parts:
-            scores, components = _scores_of(part.scorer, rows, responses, truncated)
+        for part, components in zip(self.parts, self._score_each(rows, responses, truncated), strict=True):
+            scores = components.pop("")
             for index, score in enumerate(scores):
                 totals[index] += part.weight * score
-            if len(self.parts) > 1:
-                parts[part.name] = scores
-            parts |= {f"{part.name}_{name}": values for name, values in components.items()}
+            named = {part.name: scores} if part.name in self.names else {}
+            named |= {f"{part.name}_{name}": values for name, values in components.items()}
+            repeated = sorted(parts.keys() & named.keys())
+            if repeated:
+                raise UserError(f"score: two rewards give '{repeated[0]}'; set another `name` for one of them.")
+            parts |= named
         return parts
 
-
-def _scores_of(
-    scorer: Scorer | Ensemble, rows: list[Row], responses: list[str], truncated: list[bool] | None
-) -> tuple[list[float], Parts]:
-    if isinstance(scorer, Ensemble):
-        parts = scorer.score_parts(rows, responses, truncated)
-        return parts.pop(""), parts
-    return scorer.score(rows, responses, truncated), {}
+    def _score_each(self, rows: list[Row], responses: list[str], truncated: list[bool] | None) -> list[Parts]:
+        """Return the components of each part. Async functions and judges wait at the same time, in threads."""
+        waiting = [index for index, part in enumerate(self.parts) if getattr(part.scorer, "waits", False)]
+        with ThreadPoolExecutor(max(1, len(waiting))) as pool:
+            futures: dict[int, Future[Parts]] = {
+                index: pool.submit(parts_of, self.parts[index].scorer, rows, responses, truncated) for index in waiting
+            }
+            # The others compute meanwhile in this thread, where torch's settings hold.
+            return [
+                futures[index].result() if index in futures else parts_of(part.scorer, rows, responses, truncated)
+                for index, part in enumerate(self.parts)
+            ]

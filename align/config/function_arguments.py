@@ -1,0 +1,130 @@
+"""Arguments that a YAML gives to a user's function, checked against its signature. Torch-free.
+
+At loading, the signature is read from the source, so that no code of the user's runs. A function whose source does not
+tell (decorated, imported from elsewhere, made at run time) is checked when its stage has imported it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.user_functions import full_path
+from align.config.validation import suggest
+from align.errors import UserError
+
+POSITIONAL = 2
+"""Arguments that the caller passes by position: rows and responses, or one of each."""
+_POSITIONAL_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NAMED_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a function by name, without those that it gets by position."""
+
+    known: tuple[str, ...]
+    required: frozenset[str]
+    takes_any: bool
+    """True with ``**options``."""
+
+    def check(self, arguments: Collection[str], function: str, place: str) -> None:
+        """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing one."""
+        for name in arguments:
+            if name not in self.known and not self.takes_any:
+                remedy = suggest(name, self.known) or " It takes none that a YAML could set."
+                raise UserError(f"{place}.arguments: {function} has no argument '{name}'.{remedy}")
+        missing = sorted(self.required - set(arguments))
+        if missing:
+            raise UserError(
+                f"{place}: {function} needs {', '.join(missing)}; write `arguments: {{{missing[0]}: ...}}`, or give it "
+                "a default."
+            )
+
+
+def check_arguments(path: str, arguments: Mapping[str, Any], place: str, positional: int = POSITIONAL) -> None:
+    """Check a function's arguments by its source, as far as that tells; a missing module is left to who imports it.
+
+    ``positional``: number of parameters that the caller passes by position. Raises ``UserError``, which begins with
+    ``place``, for a function that is not in its module, an argument that it does not have, and one that it needs.
+    """
+    module, _, name = full_path(path, place).partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return
+    try:
+        tree = ast.parse(Path(spec.origin).read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"{place} '{path}': {spec.origin}, line {error.lineno}: {error.msg}.") from None
+    definition = _find_definition(tree, name)
+    if definition is not None:
+        if not definition.decorator_list:
+            _from_source(definition.args, positional).check(arguments, name, place)
+        return
+    names = _top_level_names(tree)
+    if names is not None and name not in names:
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        raise UserError(f"{place} '{path}': {module} has no function '{name}'.{suggest(name, functions)}")
+
+
+def check_call(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, place: str) -> None:
+    """Check an imported function's arguments; raise ``UserError`` as ``check_arguments`` does."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # written in C, without a signature
+    parameters = list(signature.parameters.values())
+    by_position = [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL_KINDS][:POSITIONAL]
+    named = [
+        parameter for parameter in parameters if parameter.kind in _NAMED_KINDS and parameter.name not in by_position
+    ]
+    Parameters(
+        known=tuple(parameter.name for parameter in named),
+        required=frozenset(parameter.name for parameter in named if parameter.default is inspect.Parameter.empty),
+        takes_any=any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters),
+    ).check(arguments, name, place)
+
+
+def _from_source(arguments: ast.arguments, positional: int) -> Parameters:
+    names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
+    named = names[positional:]
+    # Defaults belong to the last of these parameters.
+    without_default = set(names[: len(names) - len(arguments.defaults)])
+    keyword_only = [argument.arg for argument in arguments.kwonlyargs]
+    needed = {name for name, default in zip(keyword_only, arguments.kw_defaults, strict=True) if default is None}
+    return Parameters(
+        known=(*named, *keyword_only),
+        required=frozenset((without_default & set(named)) | needed),
+        takes_any=arguments.kwarg is not None,
+    )
+
+
+def _find_definition(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """Return the last definition of a function at the top level of a module, which is the one that counts."""
+    for node in reversed(tree.body):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            return node
+    return None
+
+
+def _top_level_names(tree: ast.Module) -> set[str] | None:
+    """Return the names that a module defines; None where its source does not tell all of them."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+            return None
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return None if names & {"__getattr__", "globals"} else names

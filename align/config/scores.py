@@ -1,0 +1,153 @@
+"""The field ``score:`` of every stage that scores responses: a function, or a weighted list of rewards. Torch-free.
+
+Leaves out the scoring itself (``align.data.scoring``, ``align.data.weighted_scores``, ``align.evaluation.rewards``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from align.config.base import Config, stage_input
+from align.config.function_arguments import check_arguments
+from align.config.judge import EndpointJudge
+from align.config.user_functions import SHORT, function_identity
+from align.store.artifacts import Kind
+from align.store.fingerprint import canonical
+
+SOURCES = ("function", "judge", "reward")
+"""Fields of an entry, of which it has exactly one."""
+RESERVED = frozenset({"length_correlation", "std"})
+"""Names of metrics beside the scores, which are logged as ``score_<name>``."""
+
+
+class RewardJudge(EndpointJudge):
+    """An endpoint that grades responses from 1 to 10. The score is ``(grade - 1) / 9``, from 0 to 1.
+
+    An unreadable grade scores 0, so that a response gains nothing by confusing the judge.
+    """
+
+    reference: str | None = Field(None, min_length=1)
+    """Column of the prompts' rows with the right answer, which the judge is shown: ``answer``."""
+
+    @model_validator(mode="after")
+    def _needs_an_endpoint(self) -> Self:
+        if self.endpoint is None:
+            raise ValueError("names no endpoint; write `endpoint: {url: ..., model: ...}`.")
+        return self
+
+
+class RewardEntry(Config):
+    """One reward of a list: a function, an endpoint that judges, or a reward stage."""
+
+    function: str | None = None
+    """Function that scores responses: ``gold``, ``gsm8k_answer``, or an import path ``module:name``; sync or async."""
+    judge: RewardJudge | None = None
+    """OpenAI-compatible server that grades responses."""
+    reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
+    """Reward stage whose checkpoint scores responses."""
+    weight: float = 1.0
+    """Factor of this reward in the sum. 0 logs it without any effect; negative values punish."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")
+    """Name in logs, curves and samples; by default the function's or the stage's name, or ``judge``."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for the function, beside rows and responses."""
+    concurrency: int = Field(16, ge=1, le=4096)
+    """Calls under way at once of an async function that takes one response."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        sources = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(sources) != 1:
+            listed = f"has {' and '.join(sources)}" if sources else "has none of function, judge and reward"
+            raise ValueError(f"{listed}; a reward comes from exactly one of them.")
+        if self.function is None and self.arguments:
+            raise ValueError(f"arguments are for a function, and this is a {sources[0]}; remove them.")
+        if self.label in RESERVED or self.label.endswith("_square"):
+            raise ValueError(f"the name '{self.label}' is taken by another metric; set another `name`.")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name in logs, curves and samples."""
+        if self.name is not None:
+            return self.name
+        if self.function is not None:
+            return self.function.rpartition(":")[2]
+        return str(self.reward) if self.reward is not None else "judge"
+
+    def identity(self, place: str) -> str:
+        """Return everything that the reward of a response depends on, as JSON.
+
+        Rates, retries and costs of a judge do not change it. Raises ``UserError``, which begins with ``place``, for a
+        function that is not there or does not take the arguments.
+        """
+        source: dict[str, Any] = {}  # a reward stage is an input of the stage, whose key is part of the key
+        if self.function is not None:
+            source = {"function": _function_identity(self.function, self.arguments, place)}
+        elif self.judge is not None:
+            source = {"judge": self.judge.identity() | {"reference": self.judge.reference}}
+        fields = {"name": self.label, "weight": self.weight}
+        return canonical(fields | source | ({"arguments": self.arguments} if self.arguments else {}))
+
+
+def _check_names(score: str | list[RewardEntry] | None) -> str | list[RewardEntry] | None:
+    """Check that no two rewards have the same name."""
+    labels = reward_names(score)
+    for index, label in enumerate(labels):
+        if label in labels[:index]:
+            raise ValueError(
+                f"two rewards are called '{label}' ([{labels.index(label)}] and [{index}]); set another `name` for one "
+                "of them."
+            )
+    return score
+
+
+Score = Annotated[str | Annotated[list[RewardEntry], Field(min_length=1)] | None, AfterValidator(_check_names)]
+"""Type of the field ``score``: a function as a text, a list of rewards, or nothing."""
+
+
+def reward_names(score: str | list[RewardEntry] | None) -> list[str]:
+    """Return the names of a list's rewards; none for a single function, whose score is the stage's."""
+    return [entry.label for entry in score] if isinstance(score, list) else []
+
+
+def score_identities(score: str | list[RewardEntry] | None) -> dict[str, str]:
+    """Return the identities of all that scores, for a stage's key.
+
+    Raises ``UserError`` for a function that is not there or does not take its arguments.
+    """
+    if score is None:
+        return {}
+    if isinstance(score, str):
+        return {"score": _function_identity(score, {}, "score")}
+    return {f"score[{index}]": entry.identity(f"score[{index}]") for index, entry in enumerate(score)}
+
+
+def describe_score(score: str | list[RewardEntry] | None) -> str:
+    """Return what scores, for messages: the function, or the names of the list's rewards."""
+    return score if isinstance(score, str) else ", ".join(reward_names(score))
+
+
+def rename_score_stages(block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Return a stage's block, as the YAML has it, with the reward stages of its ``score`` renamed."""
+    score = block.get("score")
+    if not isinstance(score, list):
+        return block
+    renamed = [
+        {**entry, "reward": rename(entry["reward"])}
+        if isinstance(entry, dict) and isinstance(entry.get("reward"), str)
+        else entry
+        for entry in score
+    ]
+    return {**block, "score": renamed}
+
+
+def _function_identity(path: str, arguments: dict[str, Any], place: str) -> str:
+    identity = function_identity(path, place)
+    # align's own functions take no arguments of a YAML, and need no look at their source.
+    if path not in SHORT or arguments:
+        check_arguments(path, arguments, place)
+    return identity

@@ -1,0 +1,99 @@
+"""Builds what a stage's ``score:`` names, and checks it, before anything expensive starts. Torch-free.
+
+The same for every stage that scores: sample, synthesize, evaluate and those that learn from their own responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.config.scores import RewardEntry
+from align.data.rows import Row
+from align.data.scoring import Scorer, function_scorer
+from align.data.weighted_scores import Part, RewardScorer, WeightedSum
+from align.evaluation.judges.client import JudgmentCaches
+from align.evaluation.judges.reward_judge import JudgeScorer, judge_scorer
+from align.pipeline.context import StageContext
+from align.store.artifacts import Artifact
+
+REWARD_INPUTS = "score.reward"
+"""Name of the reward stages of a list among a stage's inputs."""
+FUNCTION = "function"
+"""Name of the function where ``score`` is a text, in logs of stages that have a reward model beside it."""
+LoadReward = Callable[[Artifact], Scorer]
+
+
+@dataclass
+class LateScorer:
+    """A reward model that is loaded when it scores for the first time: until then an engine needs the memory."""
+
+    load: Callable[[], Scorer]
+    _scorer: Scorer | None = field(default=None, init=False)
+
+    def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
+        """Return one score per response."""
+        if self._scorer is None:
+            self._scorer = self.load()
+        return self._scorer.score(rows, responses, truncated)
+
+
+def open_score(context: StageContext) -> WeightedSum:
+    """Return the scorer of ``context.config.score``; raises as ``open_rewards`` does."""
+    return WeightedSum(open_rewards(context, load_late(context)), isinstance(context.config.score, list))
+
+
+def open_rewards(context: StageContext, load_reward: LoadReward, processes: int = 1) -> tuple[Part, ...]:
+    """Return the parts of ``context.config.score``: one for a text, one for each entry of a list, none for null.
+
+    Every function is imported and its arguments are checked, and every judge is asked for a word. ``processes`` of the
+    stage share the judges' budgets. Raises ``UserError`` for what cannot be used, ``EndpointLost`` for a judge that is
+    out of order.
+    """
+    score: str | list[RewardEntry] | None = context.config.score
+    if score is None:
+        return ()
+    if isinstance(score, str):
+        return (Part(FUNCTION, 1.0, function_scorer(score)),)
+    artifacts = iter(context.inputs.get(REWARD_INPUTS) or ())
+    parts = []
+    for index, entry in enumerate(score):
+        place = f"score[{index}]"
+        scorer: Scorer
+        if entry.function is not None:
+            scorer = function_scorer(entry.function, entry.arguments, concurrency=entry.concurrency, place=place)
+        elif entry.judge is not None:
+            # A stage cache for each judge, so that each counts what it costs.
+            caches = JudgmentCaches(context.checkpoints / f"score-{entry.label}", context.cache, context.warn)
+            scorer = judge_scorer(entry.judge, caches, place, processes)
+        else:
+            scorer = load_reward(next(artifacts))
+        parts.append(Part(entry.label, entry.weight, scorer))
+    # Last, so that a misspelled function costs no request.
+    for part in parts:
+        if isinstance(part.scorer, JudgeScorer):
+            part.scorer.check()
+    return tuple(parts)
+
+
+def judge_usage(parts: tuple[Part, ...]) -> dict[str, Any]:
+    """Return ``judges``: requests, tokens and cost of each judge by name; nothing without one."""
+    usage = {part.name: part.scorer.usage() for part in parts if isinstance(part.scorer, JudgeScorer)}
+    return {"judges": usage} if usage else {}
+
+
+def load_late(context: StageContext) -> LoadReward:
+    """Return a function that loads a reward stage's checkpoint when it scores for the first time."""
+
+    def load(artifact: Artifact) -> Scorer:
+        def load_model() -> Scorer:
+            from align.models.reward import RewardModel
+            from align.models.threads import device_of, use_threads
+
+            use_threads(context.runtime)
+            return RewardScorer(RewardModel(artifact.model, device_of(context.runtime), context.config.precision))
+
+        return LateScorer(load_model)
+
+    return load

@@ -1,0 +1,204 @@
+"""``score:`` of every stage: what a list may say, what is refused, and what of it enters the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align import Pipeline
+from align.config.scores import rename_score_stages, score_identities
+from align.config.stages.grpo import GrpoConfig
+from align.config.user_functions import function_identity
+from align.config.validation import validate
+from align.errors import UserError
+
+LENGTH, VOWELS = "tests.support.rewards:length", "tests.support.rewards:vowels"
+ENDPOINT = {"url": "http://127.0.0.1:9/v1", "model": "judge"}
+GRPO = {"policy": "model", "prompts": "data", "learning_rate": 1e-3}
+
+
+def score_of(score: Any, **fields: Any) -> Any:
+    return validate(GrpoConfig, GRPO | {"score": score} | fields, "p.yaml: stages.grpo").score
+
+
+def refusal(score: Any, **fields: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        score_of(score, **fields)
+    return str(caught.value)
+
+
+def pipeline(score: Any, **stages: Any) -> Pipeline:
+    blocks = {
+        "model": {"source": "tiny"},
+        "data": {"recipe": "data_recipes/embedded.yaml"},
+        **stages,
+        "grpo": GRPO | {"score": score},
+    }
+    return Pipeline({"name": "p", "stages": blocks}, "p.yaml")
+
+
+def test_rewards_are_called_what_their_function_or_stage_is_called_unless_they_have_a_name() -> None:
+    entries = score_of(
+        [
+            {"function": "gold"},
+            {"function": LENGTH, "name": "brevity"},
+            {"judge": {"endpoint": ENDPOINT}, "weight": 0.5},
+            {"reward": "rm"},
+        ]
+    )
+    assert [entry.label for entry in entries] == ["gold", "brevity", "judge", "rm"]
+    assert [entry.weight for entry in entries] == [1.0, 1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ([], "stages.grpo.score: List should have at least 1 item"),
+        ([{}], "score[0]: has none of function, judge and reward"),
+        ([{"function": "gold", "reward": "rm"}], "score[0]: has function and reward; a reward comes from exactly one"),
+        ([{"functoin": "gold"}], "score[0]: unknown key 'functoin'. Did you mean 'function'?"),
+        ([{"function": "gold", "wieght": 1}], "unknown key 'wieght'. Did you mean 'weight'?"),
+        ([{"reward": "rm", "arguments": {"a": 1}}], "score[0]: arguments are for a function, and this is a reward"),
+        ([{"function": "gold"}, {"function": "gold"}], "two rewards are called 'gold' ([0] and [1])"),
+        ([{"function": "gold", "name": "std"}], "the name 'std' is taken"),
+        ([{"function": "gold", "name": "a b"}], "score[0].name: String should match"),
+        ([{"judge": {"rubric": "x"}}], "score[0].judge: names no endpoint"),
+        ([{"judge": {"endpoint": ENDPOINT, "max_cost": 1}}], "max_cost needs endpoint.price_input"),
+        (3, "stages.grpo.score: should be a text, a list"),
+    ],
+)
+def test_a_wrong_entry_is_refused_at_its_place(score: Any, message: str) -> None:
+    assert message in refusal(score)
+
+
+def test_what_stands_beside_a_list_must_fit_it() -> None:
+    assert "set the `weight` of each in the list" in refusal([{"function": "gold"}], score_weight=0.5)
+    assert "the name 'reward' in score" in refusal([{"function": "gold", "name": "reward"}], reward="rm")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"function": "tests.support.rewards:lenght"}, "score[0] 'tests.support.rewards:lenght': tests.support.rewards"
+         " has no function 'lenght'. Did you mean 'length'?"),
+        ({"function": LENGTH, "arguments": {"limt": 3}}, "score[0].arguments: length has no argument 'limt'. Did you"
+         " mean 'limit'?"),
+        ({"function": "tests.support.rewards:batched", "arguments": {"x": 1}}, "It takes none that a YAML could set"),
+        ({"function": "tests.support.rewards:needs_answer"}, "score[0]: needs_answer needs answer; write `arguments:"),
+        ({"function": "gold", "arguments": {"strict": True}}, "gold has no argument 'strict'"),
+        ({"function": "tests.support.no_such:f"}, "score[0] 'tests.support.no_such:f': there is no module"),
+    ],
+)  # fmt: skip
+def test_functions_and_their_arguments_are_checked_when_the_file_is_read(entry: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        pipeline([entry])
+    assert message in str(caught.value)
+
+
+def test_a_single_function_is_identified_as_ever() -> None:
+    assert score_identities(LENGTH) == {"score": function_identity(LENGTH)}
+    assert score_identities(None) == {}
+
+
+def test_weights_names_and_arguments_enter_the_key_and_a_judge_s_rate_does_not() -> None:
+    def key(**changes: Any) -> str:
+        judge = {"endpoint": ENDPOINT | changes.pop("endpoint", {}), **changes.pop("judge", {})}
+        first = {"function": LENGTH, "arguments": {"limit": 9}} | changes
+        return pipeline([first, {"judge": judge}]).nodes["grpo"].key
+
+    assert key() == key(endpoint={"concurrency": 3, "retries": 1, "timeout": 5.0}, judge={"max_unreadable": 0.5})
+    assert key() == key(concurrency=99)
+    keys = {
+        key(),
+        key(weight=0.5),
+        key(name="brevity"),
+        key(arguments={"limit": 8}),
+        key(endpoint={"model": "larger"}),
+        key(judge={"rubric": "Be strict."}),
+        key(judge={"reference": "answer"}),
+    }
+    assert len(keys) == 7
+
+
+def test_evaluate_leaves_a_judge_s_rate_out_of_its_key_too() -> None:
+    def key(**endpoint: Any) -> str:
+        block = {"policies": ["model"], "reference": "model", "prompts": "data"}
+        judge = {"endpoint": ENDPOINT | endpoint}
+        return pipeline("gold", evaluate=block | {"score": [{"judge": judge}]}).nodes["evaluate"].key
+
+    assert key() == key(concurrency=2)
+    assert key() != key(model="larger")
+
+
+def test_a_reward_stage_in_the_list_is_an_input_of_the_stage() -> None:
+    reward = {"model": "model", "data": "pairs", "learning_rate": 1e-3}
+    sample = {"stage": "sample", "policy": "model", "prompts": "data"}
+    score = [{"function": "gold"}, {"reward": "rm", "weight": 0.5}]
+    nodes = pipeline(score, pairs=sample, rm={"stage": "reward", **reward}).nodes
+    assert nodes["grpo"].input_names == ["model", "data", "rm"]
+    assert nodes["grpo"].parts["inputs"]["score.reward"] == [nodes["rm"].key]
+    changed = pipeline(score, pairs=sample, rm={"stage": "reward", **reward, "epochs": 2}).nodes
+    assert changed["grpo"].key != nodes["grpo"].key
+    with pytest.raises(UserError, match=r"grpo.score.reward: there is no stage 'rmm'. Did you mean 'rm'"):
+        pipeline([{"reward": "rmm"}], pairs=sample, rm={"stage": "reward", **reward})
+    with pytest.raises(UserError, match=r"score.reward points at 'data', a .*needs a RewardCheckpoint"):
+        pipeline([{"reward": "data"}])
+
+
+def test_a_loop_gives_the_list_the_reward_stage_of_its_round() -> None:
+    block = {"score": [{"function": "gold"}, {"reward": "rm"}], "policy": "rm"}
+    renamed = rename_score_stages(block, lambda name: f"{name}-2")
+    assert renamed == {"score": [{"function": "gold"}, {"reward": "rm-2"}], "policy": "rm"}
+    assert block["score"][1] == {"reward": "rm"}
+    loop = {
+        "rounds": 2,
+        "carry": {"policy": {"first": "model", "then": "grpo"}, "judge": {"first": "rm0", "then": "rm"}},
+        "stages": {
+            "pairs": {"stage": "sample", "policy": "policy", "prompts": "data"},
+            "rm": {"stage": "reward", "model": "model", "data": "pairs", "learning_rate": 1e-3},
+            "grpo": GRPO | {"policy": "policy", "score": [{"reward": "judge"}, {"reward": "rm", "name": "new"}]},
+        },
+    }
+    stages = {
+        "model": {"source": "tiny"},
+        "data": {"recipe": "data_recipes/embedded.yaml"},
+        "pairs0": {"stage": "sample", "policy": "model", "prompts": "data"},
+        "rm0": {"stage": "reward", "model": "model", "data": "pairs0", "learning_rate": 1e-3},
+        "loop": loop,
+    }
+    nodes = Pipeline({"name": "p", "stages": stages}, "p.yaml").nodes
+    assert nodes["grpo-1"].inputs["score.reward"] == ["rm0", "rm-1"]
+    assert nodes["grpo-2"].inputs["score.reward"] == ["rm-1", "rm-2"]
+
+
+def test_no_code_of_the_user_s_runs_when_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loud.py").write_text(
+        "raise SystemExit('imported')\n"
+        "from functools import partial as first\n"
+        "def f(rows, responses, /, a, *, b=1): ...\n"
+        "second = third = f\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("f", "first", "second", "third"):  # the source of the last three does not tell their parameters
+        score_identities(score_of([{"function": f"loud:{name}", "arguments": {"a": 1}}]))
+    with pytest.raises(UserError, match=r"score\[0\].arguments: f has no argument 'c'. Known here: a, b"):
+        score_identities(score_of([{"function": "loud:f", "arguments": {"a": 1, "c": 1}}]))
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    with pytest.raises(UserError, match="broken"):
+        score_identities(score_of([{"function": "broken:f"}]))
+
+
+def test_arguments_of_a_recipe_s_generator_are_checked_too() -> None:
+    from align.config.recipe.recipe import Recipe
+
+    def recipe(**source: Any) -> Recipe:
+        block = {"type": "python", "format": "gsm8k", "license": "MIT", **source}
+        return validate(Recipe, {"description": "Sums.", "kind": "instructions", "sources": [block]}, "r.yaml")
+
+    recipe(function="examples.rewards:sums", arguments={"count": 3})
+    recipe(function="not.here:sums", arguments={"count": 3})  # an error of its own, where it is read
+    with pytest.raises(UserError, match=r"sources\[0\].*arguments: sums has no argument 'cuont'. Did you mean 'count'"):
+        recipe(function="examples.rewards:sums", arguments={"cuont": 3})
