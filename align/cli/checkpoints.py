@@ -17,6 +17,7 @@ from align.config.user_paths import user_path
 from align.config.validation import suggest
 from align.errors import UserError
 from align.models import source
+from align.models.files import is_adapter
 from align.pipeline.registry import STAGES
 from align.pipeline.stage_kinds import NAME_PATTERN
 from align.report.page.assets import unique_name
@@ -83,7 +84,7 @@ def _find(word: str, store: str | None) -> Checkpoint:
         artifact = artifact_at(folder)
     elif word in source.BUILT_IN or folder.exists():
         return _find_plain_model(word)
-    # A Hub name is only taken with its commit, so that the same word always means the same weights.
+    # A Hub name is only taken with its revision, so that a misspelled path is none.
     elif "@" in word and HUB_NAME.fullmatch(word):
         name, _, revision = word.partition("@")
         return _model_checkpoint(word, {"source": name, "revision": revision}, name.rpartition("/")[2])
@@ -99,16 +100,16 @@ def _find(word: str, store: str | None) -> Checkpoint:
 
 def _hint(word: str) -> str:
     """Return a hint for a word that names nothing in the store."""
-    if source.HUB_NAME.fullmatch(word):
-        return f" A model on the Hub needs its commit: {word}@<40 hexadecimal digits>."
+    if HUB_NAME.fullmatch(word):
+        return f" A model on the Hub is written with its revision: {word}@main."
     return "" if ":" in word else suggest(word, source.BUILT_IN)
 
 
 def _find_plain_model(word: str) -> Checkpoint:
-    """Return a built-in model, a folder without a record, or a ``.gguf`` file."""
+    """Return a built-in model, a folder without a record (of a model or an adapter), or a ``.gguf`` file."""
     path = user_path(word)
-    if word in source.BUILT_IN or path.is_file():
-        return _model_checkpoint(word, {"source": word}, path.stem if path.is_file() else word)
+    if word in source.BUILT_IN or path.is_file() or is_adapter(path):
+        return _model_checkpoint(word, {"source": word}, path.stem if path.is_file() else path.name)
     folder = find_checkpoint(str(path), None)
     name = folder.parent.name if folder.name == "model" else folder.name
     return _model_checkpoint(word, {"source": str(folder)}, name or folder.resolve().name)

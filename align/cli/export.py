@@ -19,7 +19,8 @@ from align.cli.lineage import find_base, find_scorecard, lineage, pipeline_of, r
 from align.cli.parser import add_store, print_json
 from align.config.user_paths import user_path
 from align.errors import StageFailed, UserError, explain_os_error, printable
-from align.export.export import ADAPTER, Source, check_source, read_json
+from align.export.export import Source, check_source, read_json
+from align.models.files import ADAPTER_CONFIG
 from align.store.artifacts import Artifact
 from align.store.marker import MARKER
 
@@ -76,15 +77,15 @@ def find_source(word: str, base: str | None, store: str | None) -> ExportSource:
     ``word`` is the folder of an adapter, or anything that ``find_checkpoint`` takes.
     """
     folder = user_path(word)
-    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
-        recorded = str(read_json(folder / ADAPTER).get("base_model_name_or_path") or "")
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        recorded = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
         chosen_base = None if base is None else find_checkpoint(base, store)
         base_folder, note = find_base(folder, recorded, chosen_base)
         for part in (folder, base_folder):
             refuse_damage(part, thorough=True)
         return ExportSource(Source(base_folder, folder), record_of(folder), note)
     if base is not None:
-        raise UserError(f"--base is for adapters, and {word} has no {ADAPTER}.")
+        raise UserError(f"--base is for adapters, and {word} has no {ADAPTER_CONFIG}.")
     checkpoint = find_checkpoint(word, store)
     refuse_damage(checkpoint, thorough=True)
     return ExportSource(Source(checkpoint), record_of(checkpoint), None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from align.cli import artifacts, cancel, compare, data, evaluate, export, plan_hardware, push, report, status, sweep
 from align.cli.parser import Parser, add_assignments, add_executor, add_store, print_json
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
+from align.config.hub_commits import go_offline
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.stop_signal import Stopped
 from align.store.version import VERSION
@@ -30,6 +31,9 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="from_", metavar="STAGE", help="rerun this stage and all that depend on it")
     parser.add_argument("--only", metavar="STAGE", help="run this stage only; its inputs must be finished")
     parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="rerun this stage; repeatable")
+    parser.add_argument(
+        "--offline", action="store_true", help="take models and datasets of the Hub from its cache on this machine"
+    )
     add_store(parser)
 
 
@@ -44,14 +48,18 @@ def _plan(options: argparse.Namespace) -> int:
     """show what `run` would do with each stage, and why; --memory and --hardware estimate what it needs"""
     from align.capacity.estimate import estimate_memory
     from align.capacity.table import memory_lines
-    from align.cli.run import load
+    from align.cli.run import load, print_pins, print_recipes
     from align.config.yaml import dump_yaml
     from align.runner.open_store import open_store
     from align.runner.plan import choose_stages, plan
 
     pipeline = load(options)
     if options.resolved:
-        print_json(pipeline.raw) if options.json else print(dump_yaml(pipeline.raw), end="")
+        if options.json:
+            print_json(pipeline.resolved)
+        else:
+            print(dump_yaml(pipeline.resolved), end="")
+            print_recipes(pipeline)
         return 0
     store = open_store(pipeline, options.store)
     if options.hardware is not None:
@@ -68,6 +76,7 @@ def _plan(options: argparse.Namespace) -> int:
         print(printable(f"{step.node.name:<{width}}  {step.action:<7}  {step.node.key[:12]}  {step.why}"))
         for note in step.notes:
             print(printable(f"{'':<{width}}  · {note}"))
+    print_pins(pipeline)
     for name, estimate in memory.items():
         print("", *memory_lines(name, estimate), sep="\n")
     return 0
@@ -258,6 +267,8 @@ def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
         options = parser().parse_args(arguments)
         output.goes_on = options.command in WORKING_COMMANDS
         output.is_document = bool(getattr(options, "json", False))
+        if getattr(options, "offline", False):
+            go_offline()
         return COMMANDS[options.command](options)
     except (UserError, StageFailed, Stopped) as error:
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)

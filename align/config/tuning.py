@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
 from align.config.peft_options import check_options, check_type
+from align.config.trained_tokens import TrainedTokens
 from align.config.tuning_schedules import Lisa, Unfreeze
 from align.config.validation import hint_nearest
 
@@ -112,7 +113,7 @@ class FullTuning(TuningBase):
         return self
 
 
-class LowRank(TuningBase):
+class LowRank(TrainedTokens, TuningBase):
     """Fields of every kind of LoRA."""
 
     rank: int = Field(16, ge=1, le=1024)
@@ -139,7 +140,7 @@ class LowRank(TuningBase):
     only.
     """
     save_modules: list[str] = Field(default_factory=list)
-    """Modules trained in full and saved in checkpoints, such as ``embed_tokens`` for new tokens."""
+    """Modules trained in full and saved in checkpoints, such as ``embed_tokens``."""
 
     @property
     def starts_from_weights(self) -> bool:

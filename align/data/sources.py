@@ -22,6 +22,7 @@ from align.config.recipe.source_settings import (
     PythonSource,
     Source,
 )
+from align.config.recipe.split import SplitPart, parse_split
 from align.config.user_functions import function_identity, load_function
 from align.config.user_paths import user_path
 from align.config.validation import nearest, suggest
@@ -183,18 +184,8 @@ def _read_hub(source: HubSource) -> Iterator[Item]:
                 for item in read_file(path):
                     yield _rename_place(item, str(path), f"{source.dataset}/{name}")
             return
-        import datasets
-
-        dataset = datasets.load_dataset(
-            source.dataset,
-            source.config,
-            data_dir=source.data_dir,
-            split=source.split,
-            revision=source.revision,
-            streaming=source.streaming,
-        )
-        for number, value in enumerate(dataset, 1):
-            yield f"{source.dataset} {source.split}: record {number}", dict(value)
+        for part in parse_split(source.split):
+            yield from _read_split(source, part)
     except (OSError, ValueError, RuntimeError) as error:  # unreachable, unknown config or split, loading script
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -203,6 +194,25 @@ def _read_hub(source: HubSource) -> Iterator[Item]:
             "use local files instead, download them elsewhere and set the data stage's files: "
             "--set 'stages.data.files=[path/to/*.jsonl.gz]'."
         ) from error
+
+
+def _read_split(source: HubSource, part: SplitPart) -> Iterator[Item]:
+    """Yield the records of a split, or of a slice of it; a record's number is its number in the whole split."""
+    import datasets
+
+    dataset = datasets.load_dataset(
+        source.dataset,
+        source.config,
+        data_dir=source.data_dir,
+        split=part.name,
+        revision=source.revision,
+        # A share of the rows, or a number counted from the end, needs their number.
+        streaming=source.streaming and part.is_stream,
+    )
+    first, end = part.bounds(None if part.is_stream else len(dataset))
+    rows = dataset.skip(first) if first else dataset
+    for number, value in enumerate(itertools.islice(rows, None if end is None else max(0, end - first)), first + 1):
+        yield f"{source.dataset} {part.name}: record {number}", dict(value)
 
 
 def _hub_files(source: HubSource, place: str) -> Iterator[tuple[Path, str]]:

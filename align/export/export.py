@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
+from align.models.adapters import CLASSIFIER, tokenizer_folder
+from align.models.files import ADAPTER_CONFIG
 from align.models.folder_checks import check_adapter, check_folder
 
-ADAPTER = "adapter_config.json"
 STORED = Path("adapter", "adapter.json")
 """In a model folder, the description of an inserted adapter (``align.models.tuning.stored``)."""
 SHARD = "5GB"
@@ -32,16 +33,14 @@ class Source:
     def is_reward(self) -> bool:
         """Return True for a sequence classifier, which scores and does not generate."""
         if self.adapter is not None:
-            return str(read_json(self.adapter / ADAPTER).get("task_type")) == "SEQ_CLS"
+            return str(read_json(self.adapter / ADAPTER_CONFIG).get("task_type")) == CLASSIFIER
         kinds = read_json(self.folder / "config.json").get("architectures") or []
         return any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
 
     @property
     def tokenizer_folder(self) -> Path:
         """The folder of the tokenizer: the adapter's, if it has one."""
-        if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
-            return self.adapter
-        return self.folder
+        return self.folder if self.adapter is None else tokenizer_folder(self.adapter, self.folder)
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     """
     import torch
 
+    from align.models.adapters import attach
     from align.models.loading import load_policy, load_reward, new_reward
 
     torch_dtype = getattr(torch, dtype)
@@ -112,33 +112,6 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     # The adapter brings its own score head, so the base's may be missing.
     base = (new_reward if source.is_reward() else load_policy)(source.folder)
     return attach(base, source.adapter, merge=True).to(torch_dtype)
-
-
-def attach(base: Any, adapter: Path, merge: bool) -> Any:
-    """Put the adapter of a folder on ``base``, in place, and merge it if required."""
-    from align.models.pretrained import adapter_config, attach_adapter
-
-    kind = adapter_config(adapter).peft_type
-    try:
-        model, warned = attach_adapter(base, adapter)
-    except (ValueError, RuntimeError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = lines[-1] if lines else type(error).__name__
-        raise UserError(f"{adapter}: does not fit this base: {detail.rstrip('.')}. Name its own with --base.") from None
-    # peft warns of missing keys and leaves these adapters at their initial values.
-    missing = [text.splitlines()[0] for text in warned if "missing adapter keys" in text]
-    if missing:
-        raise UserError(f"{adapter}: {missing[0][:300]} The file is damaged, or belongs to another base; see --base.")
-    if not hasattr(model, "merge_and_unload") or model.active_peft_config.is_prompt_learning:
-        raise UserError(
-            f"{adapter}: {str(kind).rpartition('.')[2]} cannot be merged into weights; use the adapter beside its base."
-        )
-    if merge:
-        try:
-            model = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise UserError(f"{adapter}: cannot be merged: {error}.") from None
-    return model.eval()
 
 
 def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHARD) -> Written:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from align.config.hub_commits import HUB_NAME
 from align.data.card import CARD, read_recipe
 from align.data.licenses import OTHER, License, mixture_license, normalize
 from align.errors import UserError, printable
 from align.models.embedded import NAME as EMBEDDED
-from align.models.source import HUB_NAME
 from align.pipeline.registry import STAGES
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import interval, number

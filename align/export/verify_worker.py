@@ -120,7 +120,8 @@ def _answers(job: Job) -> JobResult:
 
 def _prepare_model(model: Any, job: Job) -> Any:
     """Return the model with the job's adapter and rounded weights."""
-    from align.export.export import attach, round_weights
+    from align.export.export import round_weights
+    from align.models.adapters import attach
 
     if job.adapter is not None:
         device = next(model.parameters()).device

@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
+from align.models.adapters import load_merged, tokenizer_folder
+from align.models.added_tokens import add_tokens
 from align.models.files import read_optional
+from align.models.named_templates import require_tokens
 from align.models.pretrained import open_gguf, open_model, open_tokenizer, refusing
 from align.models.render import require_chat_template
 from align.models.special_tokens import unify_special_tokens
@@ -22,19 +26,27 @@ from align.store.atomic_write import write_text_atomically
 LOG = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Changes:
+    """Changes to a model on its way into the store."""
+
+    chat_template: Callable[[str | None], str] | None = None
+    """Function from the model's own template to the new one; None keeps its own."""
+    template_name: str = ""
+    """Name or path of the new template, for messages."""
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens to add to the vocabulary (``added_tokens.py``)."""
+    dtype: str = "float32"
+
+
 def convert_gguf(
-    gguf: Path,
-    out_dir: Path,
-    chat_template: Callable[[str], str] | None = None,
-    warn: Callable[[str], None] = LOG.warning,
-    dtype: str = "float32",
+    gguf: Path, out_dir: Path, changes: Changes | None = None, warn: Callable[[str], None] = LOG.warning
 ) -> None:
-    """Dequantize ``gguf`` and write it as a plain folder; ``chat_template`` rewrites its template."""
+    """Dequantize ``gguf`` and write it as a plain folder."""
     import torch
 
-    tokenizer, model = open_gguf(gguf, getattr(torch, dtype))
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template(tokenizer.chat_template)
+    changes = changes or Changes()
+    tokenizer, model = open_gguf(gguf, getattr(torch, changes.dtype))
     # The weights are plain now. With a quantization config the next loader would expect GGUF blocks.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -42,33 +54,66 @@ def convert_gguf(
     model.is_quantized = False
     # The GGUF reader uses bos as eos. The chat template has the right one, so the user needs no warning.
     tokenizer.eos_token = None
+    _apply(changes, tokenizer, model, str(gguf))
     write_model(model, tokenizer, out_dir, warn, str(gguf))
 
 
 def copy_model(
-    folder: str,
+    folder: Path,
     out_dir: Path,
+    changes: Changes | None = None,
+    warn: Callable[[str], None] = LOG.warning,
     *,
-    trust_remote_code: bool,
-    chat_template: str | None,
-    dtype: str,
-    warn: Callable[[str], None],
+    trust_remote_code: bool = False,
 ) -> None:
     """Load a model folder and write it as a plain one.
 
-    ``chat_template``, the text of a template, replaces the model's own. Raises ``UserError`` for a model without any
-    template, and for everything that ``pretrained.py`` refuses.
+    Raises ``UserError`` for a model without any template, and for everything that ``pretrained.py`` refuses.
     """
     import torch
 
+    changes = changes or Changes()
     tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    require_chat_template(tokenizer, f"the model '{folder}'")
-    model, _ = open_model("causal", Path(folder), getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    write_model(model, tokenizer, out_dir, warn, folder)
+    if changes.chat_template is None:
+        require_chat_template(tokenizer, f"the model '{folder}'")  # before gigabytes are read
+    dtype = getattr(torch, changes.dtype)
+    model, _ = open_model("causal", folder, dtype, trust_remote_code=trust_remote_code)
+    _apply(changes, tokenizer, model, str(folder))
+    write_model(model, tokenizer, out_dir, warn, str(folder))
     if trust_remote_code:
         remove_code(out_dir)
+
+
+def merge_adapter(
+    base: Path, adapter: Path, out_dir: Path, changes: Changes | None = None, warn: Callable[[str], None] = LOG.warning
+) -> None:
+    """Merge a peft adapter into its base in float32 and write the result as a plain folder.
+
+    The tokenizer is the adapter's, if it has one. Its template is the base's where it has none.
+    """
+    import torch
+
+    changes = changes or Changes()
+    tokenizer = open_tokenizer(tokenizer_folder(adapter, base))
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = open_tokenizer(base).chat_template
+    if changes.chat_template is None:
+        require_chat_template(tokenizer, f"the adapter '{adapter}' and its base")
+    model = load_merged(base, adapter, len(tokenizer))
+    _apply(changes, tokenizer, model, str(adapter))
+    write_model(model.to(getattr(torch, changes.dtype)), tokenizer, out_dir, warn, str(adapter))
+
+
+def _apply(changes: Changes, tokenizer: Any, model: Any, source: str) -> None:
+    """Apply the template and the tokens of ``changes``, both in place."""
+    if changes.chat_template is not None:
+        tokenizer.chat_template = changes.chat_template(tokenizer.chat_template)
+    require_chat_template(tokenizer, f"the model '{source}'")
+    if changes.add_tokens:
+        # A tokenizer with more tokens than the model embeds belongs to another model; resizing would hide that.
+        require_embeddings(tokenizer, model, source, "it belongs to another model. Fetch the model's own.")
+        add_tokens(tokenizer, model, changes.add_tokens)
+    require_tokens(changes.template_name, tokenizer.get_vocab(), f"the vocabulary of '{source}'")
 
 
 def write_model(model: Any, tokenizer: Any, out_dir: Path, warn: Callable[[str], None], source: str) -> None:

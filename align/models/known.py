@@ -44,6 +44,8 @@ def known_architecture(source: str, revision: str | None, base: Path) -> Archite
         return architecture_of(TINY_SIZES)
     if origin.origin is Origin.FOLDER and origin.path is not None:
         return read_architecture(origin.path / "config.json")
+    if origin.origin is Origin.ADAPTER:
+        raise UnknownArchitecture(f"'{source}' is an adapter; its base has the sizes")
     if origin.origin is Origin.GGUF:
         raise UnknownArchitecture(f"'{source}' has no config.json before its model stage has run")
     return read_architecture(_cached(origin.name, origin.revision))

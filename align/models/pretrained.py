@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from align.errors import UserError
 from align.models.chat_template import bound_templates
-from align.models.files import CONFIG, refuse_links
-from align.models.folder_checks import ADAPTER_WEIGHTS, check_adapter, check_folder, check_gguf, tensor_entries
+from align.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, refuse_links
+from align.models.folder_checks import check_adapter, check_folder, check_gguf, tensor_entries
 from align.models.headers import read_header
 from align.models.tokenizer_checks import check_tokenizer
 from align.pipeline.garbage_collection import resume_collections
@@ -100,7 +100,7 @@ def open_model(
 
 def _refuse_adapter(folder: Path) -> None:
     """Refuse an adapter in the folder: transformers would load it on top of the weights, wherever its base is."""
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{folder / 'adapter_config.json'}: an adapter among the weights, so it is unclear which model is meant. "
             "Remove the adapter's files, or merge it by `align export`."
@@ -244,12 +244,15 @@ def attach_adapter(base: Any, adapter: Path) -> tuple[Any, list[str]]:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu")
     # peft drops tensors that match no module, so compare the file's names with those in the model.
-    known = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | model.state_dict().keys()
+    names = model.state_dict().keys()
+    known = get_peft_model_state_dict(model, save_embedding_layers=False).keys() | names
+    # Tied and resized embeddings are written twice, the second time under the module's name without the adapter's.
+    known |= {name.replace(".default", "") for name in names}
     unused = sorted(read_header(adapter / ADAPTER_WEIGHTS).keys() - known)
     if unused:
         raise UserError(
             f"{adapter / ADAPTER_WEIGHTS}: holds {_count(unused)} for which the base has no place: {_named(unused)}. "
-            "They would be dropped. Name the adapter's own base with --base."
+            "They would be dropped. Name the adapter's own base."
         )
     return model, [str(warning.message) for warning in caught]
 

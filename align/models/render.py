@@ -20,7 +20,7 @@ def require_chat_template(tokenizer: Any, where: str) -> None:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"{where} has no chat template, so conversations cannot be rendered for it; it is probably a base model. "
-            "Name a Jinja file in the model stage's chat_template field."
+            "Name a template in the model stage's chat_template field: one of align's, such as chatml, or a Jinja file."
         )
 
 

@@ -1,25 +1,27 @@
-"""Resolve the source of a base model and what pins its identity. Torch-free, never touches the network.
+"""Resolve the source of a base model and what pins its identity. Torch-free.
 
-A source is a built-in name, a transformers folder, a ``.gguf`` file, or a Hub name with the commit it is pinned to.
+A source is a built-in name, a transformers folder, a peft adapter's folder, a ``.gguf`` file, or a Hub name. A Hub name
+with a commit is resolved without the network; for any other revision the Hub or its cache names the commit.
 Left out: fetching and conversion (``embedded.py``, ``stages/model.py``).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
+from align.config.hub_commits import HUB_NAME, find_commit
 from align.config.user_paths import user_path
 from align.config.validation import suggest
 from align.errors import UserError
 from align.models import files
 from align.models.embedded import NAME as EMBEDDED
 from align.models.embedded import WHEEL_SHA256
-from align.models.folder_checks import check_folder, check_gguf
+from align.models.folder_checks import check_adapter, check_folder, check_gguf
+from align.models.sharded_checkpoints import explain_sharded
 from align.store.fingerprint import digest, file_digest
 
 TINY = "tiny"
@@ -27,8 +29,6 @@ TINY_VERSION = 1
 """Increased when ``make_tiny`` writes other weights for the same seed."""
 BUILT_IN = (EMBEDDED, TINY)
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STORED_ADAPTER = Path("adapter", "adapter.json")
 """In a model folder, the description of an adapter that only align applies (``align.models.tuning.stored``)."""
 
@@ -39,13 +39,14 @@ class Origin(StrEnum):
     EMBEDDED = "embedded"
     TINY = "tiny"
     FOLDER = "folder"
+    ADAPTER = "adapter"
     GGUF = "gguf"
     HUB = "hub"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A validated source. ``path`` is set for a folder or a GGUF file, ``revision`` for a Hub name."""
+    """A validated source. ``path`` is set for a folder or a file, ``revision`` (a commit) for a Hub name."""
 
     origin: Origin
     name: str
@@ -56,8 +57,9 @@ class Source:
 def resolve(source: str, revision: str | None, base: Path) -> Source:
     """Validate ``source`` without fetching it; relative paths start at ``base``.
 
-    Raises ``UserError`` for a path that is missing, a model folder with a file that is damaged or hostile, a Hub name
-    without a 40-digit commit, and a name that is none of these.
+    ``revision`` of a Hub name is a branch, a tag or a commit, by default ``main``. Raises ``UserError`` for a path that
+    is missing, a model folder with a file that is damaged or hostile, a Hub name or revision that does not exist, and a
+    name that is none of these.
     """
     if source in BUILT_IN:
         if revision is not None:
@@ -76,13 +78,11 @@ def resolve(source: str, revision: str | None, base: Path) -> Source:
             f"source: '{source}' is neither a built-in model ({', '.join(BUILT_IN)}), nor a path under '{base}', "
             f"nor a Hub name like 'organization/model'.{suggest(source, BUILT_IN)}"
         )
-    if revision is None or not COMMIT.fullmatch(revision):
-        problem = "it is missing" if revision is None else f"'{revision}' can move"
-        raise UserError(
-            f"revision: the Hub model '{source}' needs the commit it is pinned to, 40 hexadecimal digits; {problem}. "
-            f"Copy it from https://huggingface.co/{source}/commits/main"
-        )
-    return Source(Origin.HUB, source, revision=revision)
+    try:
+        return Source(Origin.HUB, source, revision=find_commit(source, revision, "model"))
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith("revision: ") else f"source: {text}") from None
 
 
 def _local(source: str, path: Path) -> Source:
@@ -91,6 +91,13 @@ def _local(source: str, path: Path) -> Source:
             raise UserError(f"source: '{source}' is a file but no .gguf; give a model folder or a .gguf file.")
         _explain(check_gguf, path)
         return Source(Origin.GGUF, source, path=path)
+    if files.is_adapter(path):
+        _explain(check_adapter, path)
+        return Source(Origin.ADAPTER, source, path=path)
+    if not files.has_weights(path):
+        sharded = explain_sharded(path)
+        if sharded is not None:
+            raise UserError(f"source: {sharded}")
     _explain(check_folder, path)
     if (path / STORED_ADAPTER).is_file():
         raise UserError(
@@ -119,7 +126,8 @@ def identity(source: str, revision: str | None, base: Path) -> str:
     assert resolved.path is not None
     if resolved.origin is Origin.GGUF:
         return f"gguf:{_digest(resolved.path)}"
-    return f"folder:{digest({name: _digest(file) for name, file in files.files_read(resolved.path).items()})}"
+    contents = {name: _digest(file) for name, file in files.files_read(resolved.path).items()}
+    return f"{resolved.origin}:{digest(contents)}"
 
 
 def _digest(path: Path) -> str:

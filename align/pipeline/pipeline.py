@@ -97,6 +97,8 @@ class Pipeline:
         self.nodes: dict[str, Node] = {}
         self.runtimes: dict[str, Runtime] = {}
         """The runtime of each stage: ``runtime`` with the stage's own part of it."""
+        self.pins: dict[str, dict[str, Any]] = {}
+        """Fields that pin what a stage names, such as a Hub model's commit, where the file leaves them open."""
         kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
         # All keys and values first: a slip in the last stage is found even where the first one's file is missing.
         checked = {name: self._validated(name, stage) for name, stage in kinds.items()}
@@ -138,6 +140,15 @@ class Pipeline:
     def plain(self) -> dict[str, Any]:
         """The same pipeline as parsed YAML with every loop written out."""
         return {**self.raw, "stages": copy.deepcopy(self.expanded.stages)}
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The parsed YAML with what its stages name pinned; loops stay loops, whose stages are pinned in each run."""
+        stages = copy.deepcopy(self.config.stages)
+        for name, fields in self.pins.items():
+            if name in stages:
+                stages[name] |= fields
+        return {**self.raw, "stages": stages}
 
     @property
     def references(self) -> dict[str, dict[str, str]]:
@@ -250,6 +261,7 @@ class Pipeline:
             before = Settings(source.name, source.config, source.seed)
             refuse_changes(self._place(name), Settings(name, config, seed), before)
         with self._saying_where(name):
+            config = self._pinned(name, stage, config)
             makes = stage.makes_with(config)
             identities = stage.identities(config, self.base)
         parts = self._key_parts(stage, config, seed, inputs, identities)
@@ -258,6 +270,17 @@ class Pipeline:
         except (TypeError, ValueError) as error:
             raise UserError(f"{self._place(name)}: {str(error).removeprefix('$.config.')}.") from None
         return Node(name, stage, config, seed, inputs, makes, identities, key, parts)
+
+    def _pinned(self, name: str, stage: Stage, config: Config) -> Config:
+        """Return the config with what it names pinned, and note the fields that this fills in."""
+        pinned = stage.pinned(config, self.base)
+        before, after = config.model_dump(mode="json"), pinned.model_dump(mode="json")
+        fields = {field: value for field, value in after.items() if value != before[field]}
+        if fields:
+            self.pins[name] = fields
+            # A cluster's jobs read the plain pipeline, and must not resolve the names again.
+            self.expanded.stages[name] = {**self.expanded.stages[name], **fields}
+        return pinned
 
     @contextlib.contextmanager
     def _saying_where(self, name: str) -> Iterator[None]:

@@ -47,7 +47,8 @@ class Stage:
     the same arguments for a kind that trains, ``inference(config, models, rows)`` for one that samples or scores."""
     inspector: str | None = None
     """Import path of the module that looks at what a config names outside the store, where the config cannot do that
-    itself: ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``; each is optional."""
+    itself: ``pinned(config, base)``, ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``;
+    each is optional."""
     headline: Mapping[str, str] | None = field(default=None, hash=False)
     """Metrics of a finished stage that its closing line in a terminal shows: name → label. None shows the first
     numbers that there are."""
@@ -64,6 +65,14 @@ class Stage:
             return self.makes
         decide = self.inspect("makes")
         return config.makes() if decide is None else decide(config)  # type: ignore[attr-defined, no-any-return]
+
+    def pinned(self, config: Config, base: Path) -> Config:
+        """Return the config with the fields filled in that pin what it names, such as the commit of a Hub model.
+
+        Raises ``UserError`` for what is missing.
+        """
+        pin = self.inspect("pinned")
+        return config if pin is None else pin(config, base)  # type: ignore[no-any-return]
 
     def identities(self, config: Config, base: Path) -> dict[str, str]:
         """Return digests or pinned revisions of everything that the stage reads outside the store.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from align.config.tuning import TuningBase
+from align.config.tuning import LowRank, TuningBase
 from align.errors import UserError
 from align.models.tuning.apply import apply_tuning
 
@@ -54,6 +54,9 @@ def make_critic(
     seed: int,
 ) -> Critic:
     """Return a critic, by default from ``reward`` if there is one. Raises ``ValueError`` where it needs one."""
+    if isinstance(tuning, LowRank):
+        # Values need no new tokens, and the reward model's embedding has not learned them with the policy.
+        tuning = tuning.model_copy(update={"train_tokens": []})
     if kind == "head":
         return critic_head(policy)
     if kind == "policy" or (kind is None and reward is None):

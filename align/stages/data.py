@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Config
+from align.config.hub_commits import find_commit
+from align.config.recipe.format_options import KINDS
 from align.config.recipe.recipe import Recipe, load_recipe
-from align.config.recipe.source_settings import FilesSource, InputSource
+from align.config.recipe.source_settings import FilesSource, InputSource, Source
 from align.config.stages.data import DataConfig
+from align.config.validation import validate
 from align.data.build import build
 from align.data.card import write_card
+from align.data.dataset_recipe import dataset_recipe, is_local, sources_of
+from align.data.guess import guess, kind_of
 from align.data.ledger import summary_lines
 from align.data.sources import identity
 from align.data.steps.step_kinds import step_identities
 from align.data.workers import BuildResources
 from align.errors import UserError
+from align.models.embedded import cache_folder
+from align.models.files import read_optional
 from align.models.step_models import StepModels
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import die_with_parent
@@ -27,18 +34,81 @@ from align.report.dataset.preview import write_preview
 from align.store.artifacts import Kind
 from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest
+from align.store.version import VERSION
+
+GUESSES = "dataset-formats"
+"""Folder of the cache with the formats of Hub datasets, which would be read again by each command."""
+
+
+def pinned(config: DataConfig, base: Path) -> DataConfig:
+    """Return the config of a dataset with its commit, kind and format.
+
+    Raises ``UserError`` for a dataset that is not there, cannot be read or has columns of no known format.
+    """
+    if config.dataset is None:
+        return config
+    changes: dict[str, Any] = {}
+    if not is_local(config.dataset, base):
+        try:
+            changes["revision"] = find_commit(config.dataset, config.revision, "dataset")
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if text.startswith("revision: ") else f"dataset: {text}") from None
+    config = config.model_copy(update=changes)
+    if config.format == "auto":
+        form = _guessed_format(config, base)
+        changes |= {"format": form, "kind": config.kind or kind_of(form)}
+    elif config.kind is None:
+        changes["kind"] = kind_of(config.format)
+    return config.model_copy(update=changes)
+
+
+def _guessed_format(config: DataConfig, base: Path) -> str:
+    """Return the format of the dataset's first records; for a dataset of the Hub from the cache where it is there."""
+    block = sources_of(config, base)[0]
+    source = validate(_HubOrFiles, {"source": block}, f"dataset {config.dataset}").source
+    if isinstance(source, FilesSource):
+        return guess(source, base, config.kind).format
+    key = digest({"source": block_text(block), "kind": config.kind, "align": VERSION})
+    file = cache_folder() / GUESSES / f"{key}.json"
+    known = read_optional(file).get("format") if file.is_file() else None
+    if isinstance(known, str) and known in KINDS:
+        return known
+    form = guess(source, base, config.kind).format
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(file, json.dumps({"format": form}) + "\n")
+    return form
+
+
+class _HubOrFiles(Config):
+    """A source to guess the format of."""
+
+    source: Source
+
+
+def block_text(block: dict[str, Any]) -> str:
+    """Return a source's block as text that is equal for equal blocks."""
+    return json.dumps(block, default=lambda value: value.model_dump(mode="json"), sort_keys=True)
+
 
 logger = logging.getLogger(__name__)
 
 
 def makes(config: DataConfig) -> Kind:
     """Return the kind of dataset that the recipe states."""
-    return load_recipe(config.recipe, Path.cwd()).makes()
+    return _recipe(config, Path.cwd()).makes()
+
+
+def _recipe(config: DataConfig, base: Path) -> Recipe:
+    """Return the recipe in its file, or the one that a dataset stands for."""
+    if config.recipe is not None:
+        return load_recipe(config.recipe, base)
+    return dataset_recipe(pinned(config, base), base)
 
 
 def resolved_recipe(config: DataConfig, base: Path) -> Recipe:
     """Return the recipe as it will run: with ``files``, or those of its environment variable, in its sources' place."""
-    recipe = load_recipe(config.recipe, base)
+    recipe = _recipe(config, base)
     if config.max_rows is not None:
         recipe = recipe.model_copy(update={"max_rows": config.max_rows})
     files, origin = config.files, "files"
@@ -111,7 +181,7 @@ def run(context: StageContext) -> dict[str, Any]:
     for line in summary_lines(ledger):
         logger.info(line)
     write_text_atomically(context.output / "ledger.json", json.dumps(ledger, indent=2) + "\n")
-    name = Path(config.recipe).stem
+    name = Path(config.recipe or config.dataset or "").stem
     settings = recipe.model_dump(mode="json", exclude_unset=True)
     write_card(context.output, settings, ledger, name)
     write_preview(context.output, settings, name)

@@ -5,26 +5,86 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config.hub_commits import small_file
 from align.config.stages.model import ModelConfig
 from align.errors import UserError
-from align.models.files import READ_SUFFIXES
-from align.models.folder_checks import check_folder
+from align.models.adapters import read_base
+from align.models.files import ADAPTER_CONFIG, CONFIG, READ_SUFFIXES, is_adapter
+from align.models.folder_checks import check_adapter, check_folder
+from align.models.named_templates import read_template, template_file
 from align.models.source import Origin, Source, identity, resolve
+from align.models.template_plan import check_template
 from align.pipeline.context import StageContext
-from align.store.fingerprint import file_digest
+from align.store.fingerprint import digest, file_digest
 
 if TYPE_CHECKING:
     from align.models.architecture import Architecture
 
 
+def pinned(config: ModelConfig, base: Path) -> ModelConfig:
+    """Return the config with the commits of Hub names, and with an adapter's base.
+
+    Raises ``UserError`` for a source that is not there, for an adapter whose base is not known or not there, and for a
+    model that will have no chat template, or one whose tokens it lacks.
+    """
+    source = resolve(config.source, config.revision, base)
+    changes: dict[str, Any] = {"revision": source.revision} if source.origin is Origin.HUB else {}
+    settings = _adapter_config(source)
+    if settings is not None:
+        changes |= _pinned_base(config, settings, base)
+    elif config.base_model is not None and source.path is not None:
+        raise UserError(f"base_model: '{config.source}' is a whole model, no adapter; leave base_model out.")
+    changes = {name: value for name, value in changes.items() if getattr(config, name) != value}
+    config = config.model_copy(update=changes) if changes else config
+    check_template(config, base)
+    return config
+
+
+def _adapter_config(source: Source) -> Path | None:
+    """Return the ``adapter_config.json`` of a source that is an adapter; None for one that is none.
+
+    None, too, for a Hub name of which this machine knows no file: its download shows it.
+    """
+    if source.origin is Origin.ADAPTER and source.path is not None:
+        return source.path / ADAPTER_CONFIG
+    if source.origin is not Origin.HUB or source.revision is None:
+        return None
+    if small_file(source.name, source.revision, CONFIG) is not None:
+        return None
+    return small_file(source.name, source.revision, ADAPTER_CONFIG)
+
+
+def _pinned_base(config: ModelConfig, settings: Path, base: Path) -> dict[str, Any]:
+    named = read_base(settings)
+    name, revision = config.base_model, config.base_revision
+    if name is None:
+        if named is None:
+            raise UserError(f"base_model: {settings} names no base; write it here.")
+        name, revision = named.name, revision or named.revision
+    try:
+        source = resolve(name, revision, base)
+    except UserError as error:
+        text = str(error).removeprefix("source: ").removeprefix("revision: ")
+        origin = "" if config.base_model else f" ({settings} names this base; another place of it goes into base_model)"
+        raise UserError(f"base_model: {text}{origin}") from None
+    if source.origin in (Origin.GGUF, Origin.ADAPTER):
+        raise UserError(
+            f"base_model: '{name}' is {'an adapter' if source.origin is Origin.ADAPTER else 'a .gguf file'}; an "
+            "adapter is merged into a model folder. Bring the base in by a model stage of its own, and name the "
+            "folder `model` of its artifact."
+        )
+    return {"base_model": name, "base_revision": source.revision}
+
+
 def identities(config: ModelConfig, base: Path) -> dict[str, str]:
-    """Return the model's commit or digest, and the digest of the chat template's file."""
+    """Return the commits or digests of model and base, and digests of the chat template and the added tokens."""
     digests = {"source": identity(config.source, config.revision, base)}
+    if config.base_model is not None:
+        digests["base_model"] = identity(config.base_model, config.base_revision, base)
     if config.chat_template is not None:
-        path = base / config.chat_template
-        if not path.is_file():
-            raise UserError(f"chat_template: there is no file '{path}'; relative paths start at the current folder.")
-        digests["chat_template"] = file_digest(path)
+        digests["chat_template"] = file_digest(template_file(config.chat_template, base))
+    if config.add_tokens:
+        digests["add_tokens"] = digest(config.add_tokens)
     return digests
 
 
@@ -32,77 +92,92 @@ def architecture(config: ModelConfig, base: Path) -> Architecture:
     """Return the model's sizes from a ``config.json`` on this machine; raise ``UnknownArchitecture`` without one."""
     from align.models.known import known_architecture
 
+    # An adapter has the sizes of its base.
+    if config.base_model is not None:
+        return known_architecture(config.base_model, config.base_revision, base)
     return known_architecture(config.source, config.revision, base)
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Fetch, convert and write ``model/``; return parameters, vocabulary and the special tokens."""
+    from align.models.conversion import Changes, convert_gguf, copy_model, merge_adapter
+
     config: ModelConfig = context.config
     source = resolve(config.source, config.revision, Path.cwd())
+    template = None if config.chat_template is None else read_template(config.chat_template, Path.cwd())
+    changes = Changes(
+        chat_template=None if template is None else lambda _: template,
+        template_name=config.chat_template or "",
+        add_tokens=tuple(config.add_tokens),
+        dtype=config.dtype,
+    )
     out_dir = context.output / "model"
-    try:
-        _write(context, source, out_dir)
-    except (OSError, ValueError) as error:
-        if source.origin is Origin.HUB:
-            raise UserError(_explain_hub(source, error)) from error
-        raise
+    if source.origin is Origin.GGUF:
+        # GGUF is converted straight into the output; every other origin becomes a folder that is copied.
+        assert source.path is not None
+        convert_gguf(source.path, out_dir, changes, context.warn)
+        return _describe(out_dir)
+    folder = _fetch(source, context)
+    if is_adapter(folder):
+        merge_adapter(_fetch_base(folder, context), folder, out_dir, changes, context.warn)
+    else:
+        copy_model(folder, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
     return _describe(out_dir)
 
 
-def _write(context: StageContext, source: Source, out_dir: Path) -> None:
-    config: ModelConfig = context.config
-    template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
-    name = str(source.path or source.name)
+def _fetch(source: Source, context: StageContext) -> Path:
+    """Return the folder of a source, made, downloaded or converted where it is not on this machine yet."""
     if source.origin is Origin.TINY:
         from align.models.tiny import make_tiny
 
-        name = str(make_tiny(context.checkpoints / "tiny", context.seed))
-    elif source.origin is Origin.EMBEDDED:
+        return make_tiny(context.checkpoints / "tiny", context.seed)
+    if source.origin is Origin.EMBEDDED:
         from align.models.embedded import fetch
 
-        name = str(fetch(print))
-    elif source.origin is Origin.GGUF:
-        from align.models.conversion import convert_gguf
-
-        # GGUF is converted straight into the output; every other origin becomes a folder that is copied.
-        assert source.path is not None
-        convert_gguf(source.path, out_dir, (lambda _: template) if template else None, context.warn, config.dtype)
-        return
-    elif source.origin is Origin.HUB:
-        name = _download(source)
-    from align.models.conversion import copy_model
-
-    copy_model(
-        name,
-        out_dir,
-        trust_remote_code=config.trust_remote_code,
-        chat_template=template,
-        dtype=config.dtype,
-        warn=context.warn,
-    )
+        return fetch(print)
+    if source.origin is Origin.HUB:
+        return _download(source)
+    assert source.path is not None
+    return source.path
 
 
-def _download(source: Source) -> str:
+def _fetch_base(adapter: Path, context: StageContext) -> Path:
+    """Return the folder of the adapter's base, which the plan has pinned."""
+    config: ModelConfig = context.config
+    if config.base_model is None:
+        named = read_base(adapter / ADAPTER_CONFIG)
+        raise UserError(
+            f"source: '{config.source}' is an adapter, which the plan could not know without the Hub. Write its base: "
+            f"`base_model: {named.name if named else 'NAME'}`, and with a Hub name its commit as base_revision."
+        )
+    return _fetch(resolve(config.base_model, config.base_revision, Path.cwd()), context)
+
+
+def _download(source: Source) -> Path:
     """Download a Hub model's files at its commit, weights only as safetensors; return the local folder.
 
-    Raises ``OSError`` for any failure of the network.
+    Raises ``UserError`` for any failure of the network, and for a folder that is damaged or hostile.
     """
     import httpx
     from huggingface_hub import snapshot_download
 
     patterns = [f"*{suffix}" for suffix in sorted(READ_SUFFIXES)]
     try:
-        folder = snapshot_download(source.name, revision=source.revision, allow_patterns=patterns)
+        folder = Path(snapshot_download(source.name, revision=source.revision, allow_patterns=patterns))
     except httpx.HTTPError as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
-    check_folder(Path(folder))
+        raise UserError(_explain_hub(source, f"{type(error).__name__}: {error}")) from error
+    except (OSError, ValueError) as error:
+        raise UserError(_explain_hub(source, str(error).strip() or type(error).__name__)) from error
+    if is_adapter(folder):
+        check_adapter(folder)
+    else:
+        check_folder(folder)
     return folder
 
 
-def _explain_hub(source: Source, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _explain_hub(source: Source, reason: str) -> str:
     return (
-        f"the Hub model '{source.name}' at {source.revision} could not be brought in: {first}\n"
+        f"the Hub model '{source.name}' at {source.revision} could not be brought in: {reason.splitlines()[0]}\n"
         "Check the network, HF_HUB_OFFLINE, HF_TOKEN for a gated model, and that the commit exists; "
         "or download it elsewhere and give the folder as source."
     )

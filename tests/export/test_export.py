@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from align.config.tuning import LoraTuning
 from align.errors import UserError
-from align.export.export import ADAPTER, Source, attach, export, load_source, round_weights, stored_type
+from align.export.export import Source, export, load_source, round_weights, stored_type
+from align.models.adapters import attach
+from align.models.files import ADAPTER_CONFIG
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning, save_tuned
 
@@ -233,8 +235,8 @@ def adapter_of_more(folder: Path) -> None:
         (pickled_adapter, r"only pickled weights, which run code when opened"),
         (half_an_adapter, "Found missing adapter keys"),
         (adapter_of_more, r"tensors for which the base has no place: base_model\.model\.model\.layers\.2\."),
-        (lambda folder: change(folder / ADAPTER, r=8), "does not fit this base: .*size mismatch"),
-        (lambda folder: change(folder / ADAPTER, target_modules=["no_such_module"]), "does not fit this base"),
+        (lambda folder: change(folder / ADAPTER_CONFIG, r=8), "does not fit this base: .*size mismatch"),
+        (lambda folder: change(folder / ADAPTER_CONFIG, target_modules=["no_such_module"]), "does not fit this base"),
     ],
     ids=["pickles", "half", "more", "rank", "modules"],
 )

@@ -330,7 +330,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 def bring_in(folder: Path, out: Path) -> None:
     """What a plan and then a model stage do with a folder."""
     resolve(str(folder), None, folder.parent)
-    copy_model(str(folder), out, trust_remote_code=False, chat_template=None, dtype="float32", warn=print)
+    copy_model(folder, out, warn=print)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,8 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
     ("source", "revision", "message"),
     [
         ("smolm2-135m-instruct", None, "Did you mean 'smollm2-135m-instruct'"),
-        ("HuggingFaceTB/SmolLM2-135M", None, "40 hexadecimal digits; it is missing"),
-        ("HuggingFaceTB/SmolLM2-135M", "main", "'main' can move"),
+        ("HuggingFaceTB/SmolLM2-135M", None, "'HuggingFaceTB/SmolLM2-135M' is not in the Hub's cache"),
+        ("HuggingFaceTB/SmolLM2-135M", "two words", "revision: 'two words' is no branch, tag or commit"),
         ("tiny", COMMIT, "leave revision out"),
         ("./nowhere", None, "there is no"),
         ("nowhere.gguf", None, "there is no"),

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
 from align.config.function_arguments import check_arguments
 from align.config.recipe.format_options import Format, FormatOptions
+from align.config.recipe.split import parse_split
 from align.config.validation import suggest
 from align.errors import UserError
 
@@ -127,7 +128,8 @@ class HubSource(RecordSource):
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
     """Commit of the dataset, 40 hexadecimal digits, so that the recipe always reads the same rows."""
     split: str = "train"
-    """Split of the dataset to read."""
+    """Split of the dataset to read, with slices as in ``datasets``: ``train[:5000]``, ``train[10%:20%]``,
+    ``train+test``."""
     config: str | None = None
     """Configuration (subset) of the dataset, where it has several."""
     data_dir: str | None = None
@@ -138,6 +140,12 @@ class HubSource(RecordSource):
     streaming: bool = True
     """Read records as they arrive; false downloads the dataset into the Hub's cache first, which is faster for a
     recipe that is built repeatedly."""
+
+    @field_validator("split")
+    @classmethod
+    def _is_split(cls, split: str) -> str:
+        parse_split(split)
+        return split
 
     @model_validator(mode="before")
     @classmethod

@@ -1,26 +1,74 @@
-"""Settings of the stage ``data``: the recipe and its files. Torch-free."""
+"""Settings of the stage ``data``: a recipe and its files, or a dataset in one line. Torch-free."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from align.config.base import Config, stage_input
+from align.config.base import stage_input
+from align.config.recipe.source_settings import RecordSource
+from align.config.recipe.split import parse_split
 from align.store.artifacts import DATASETS, Kind
 
 
-class DataConfig(Config):
-    """The recipe and its files."""
+class DataConfig(RecordSource):
+    """A recipe and its files, or a dataset in one line: ``{dataset: owner/name, split: "train[:5000]"}``.
 
-    recipe: str
+    The fields of a recipe's source (``format``, ``options`` and so on) belong to ``dataset``.
+    """
+
+    recipe: str | None = None
     """Path of a recipe (data_recipes/*.yaml), relative to the current directory; its content enters the key."""
     files: list[str] | None = Field(None, min_length=1)
     """Local files (paths or globs) in the recipe's format, to read instead of its sources."""
+
+    dataset: str | None = None
+    """Instead of a recipe: a file, folder or glob, or a dataset of the Hub (owner/name). Its format and kind are
+    guessed from its columns; ``align plan --resolved`` prints the recipe that it stands for."""
+    name: str | None = Field(None, min_length=1, max_length=200)
+    """Configuration (subset) of the Hub dataset, where it has several."""
+    split: str | None = None
+    """Split of the Hub dataset, by default train, with slices: ``train[:5000]``, ``train[10%:20%]``, ``train+test``."""
+    test_split: str | None = None
+    """Split of the Hub dataset to hold out for testing, instead of a share of ``split``."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub dataset, by default main. The plan shows the commit that it means."""
+    kind: Literal["instructions", "preferences", "prompts", "unpaired", "texts"] | None = None
+    """Contents of a row, as in a recipe; guessed from the columns by default."""
+    test_size: float | None = Field(None, gt=0, lt=1)
+    """Share of the prompts held out for testing; 0.1 by default."""
 
     inputs: list[stage_input(*DATASETS, Kind.POLICY, Kind.REWARD)] = Field([])  # type: ignore[valid-type]
     """Earlier stages with data for the recipe's sources of type ``input``, or with models for its steps."""
     max_rows: int | None = Field(None, ge=2)
     """Most rows, both splits together; overrides the recipe's."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"recipe", "files", "max_rows"})
+    # All of them are in the recipe, whose digest is an identity.
+    identified: ClassVar[frozenset[str]] = frozenset(
+        {
+            *RecordSource.model_fields,
+            *("recipe", "files", "max_rows", "dataset", "name", "split", "test_split", "revision", "kind", "test_size"),
+        }
+    )
+
+    @field_validator("split", "test_split")
+    @classmethod
+    def _is_split(cls, split: str | None) -> str | None:
+        if split is not None:
+            parse_split(split)
+        return split
+
+    @model_validator(mode="after")
+    def _recipe_or_dataset(self) -> Self:
+        if (self.recipe is None) == (self.dataset is None):
+            raise ValueError("a data stage has a recipe or a dataset; write one of them")
+        if self.dataset is not None and self.files is not None:
+            raise ValueError("files replace the sources of a recipe; name them as dataset")
+        if self.recipe is not None:
+            defaults = type(self).model_fields
+            of_datasets = [*RecordSource.model_fields, "split", "test_split", "revision", "kind", "test_size"]
+            for name in of_datasets:
+                if getattr(self, name) != defaults[name].get_default():
+                    raise ValueError(f"{name} belongs to dataset; with a recipe, write it there")
+        return self

@@ -23,7 +23,7 @@ from align.config.tuning import (
 from align.models.freezing import freeze
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.malloc import trim_malloc
-from align.models.tuning import stored, virtual_tokens
+from align.models.tuning import stored, token_rows, virtual_tokens
 from align.models.tuning.inserted import plain_save
 from align.models.tuning.lora import START, at_initial_values, save_adapter
 from align.models.tuning.merged_weights import merged_weights
@@ -43,6 +43,7 @@ def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -
     if isinstance(tuning, VirtualTokens) and not stored.is_stored(source):
         tokenizer = stored.tokenizer_for(load_tokenizer(source), source, tuning)
         virtual_tokens.add_embedding_rows(model, tokenizer.new_virtual_tokens)
+    token_rows.note_ids(model, source, tuning)
     return model
 
 

@@ -20,6 +20,7 @@ from align.config.tuning import LowRank
 from align.config.validation import hint_nearest
 from align.errors import UserError
 from align.models.parameter_groups import layer_stack
+from align.models.tuning import token_rows
 from align.models.tuning.exchange import swapped_values
 
 START = "align_start"
@@ -42,6 +43,8 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
     if isinstance(tuning.targets, list):
         check_names(model, tuning.targets, "tuning.targets")
     check_names(model, tuning.save_modules, "tuning.save_modules")
+    if tuning.train_tokens:
+        token_rows.require_plain(model)
     if tuning.starts_from_weights:
         _unshare_matrices(model)
     # peft draws the adapters from torch's global generator, which is restored afterwards.
@@ -52,6 +55,7 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
         except ValueError as error:
             raise UserError(f"tuning.targets: {tuning.targets} fits no module of this model: {error}") from None
         check_ties(peft_model)
+        token_rows.prepare(peft_model)
         if tuning.init == "eva":
             _start_from_rows(peft_model, rows or ())
     # The adapters are initialized: loading one from a checkpoint must not do it again.
@@ -82,6 +86,7 @@ def _config(model: Any, tuning: LowRank) -> Any:
         task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
         modules_to_save=saved or None,
         ensure_weight_tying=tied and bool(tuning.save_modules),
+        trainable_token_indices=token_rows.rows_by_module(model, tuning.train_tokens),
     )
 
 
@@ -157,9 +162,9 @@ def _adapter_weights(peft_model: Any) -> Iterator[tuple[str, torch.nn.Parameter]
 @contextlib.contextmanager
 def at_initial_values(peft_model: Any) -> Iterator[Any]:
     """Inside, the model has its adapters' initial values and the initial modules beside them."""
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    saved_modules = [module for module in peft_model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    saved_modules = [module for module in peft_model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     with swapped_values(dict(_adapter_weights(peft_model)), getattr(peft_model, START)):
         for module in saved_modules:
             module.enable_adapters(False)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from align.models.tuning import token_rows
 from align.models.tuning.layers import PEFT_PREFIX, tuner_layers
 from align.models.tuning.stored import plain_weights
 
@@ -33,6 +34,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         return
     layers = tuner_layers(model)
     merged_layers: set[str] = set()
+    embeddings: dict[Any, torch.Tensor] = {}  # with trained rows; a tied head has the embedding's tensor
     for full_name, tensor in model.state_dict().items():
         name = full_name.removeprefix(PEFT_PREFIX)
         # Skip what all layers of a method share (outside the base model) and the unused originals of modules_to_save.
@@ -48,6 +50,12 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         elif layer not in merged_layers:
             # All tensors of an adapted layer come at once, at the first of them.
             merged_layers.add(layer)
+            if token_rows.is_trained_rows(layers[layer]):
+                tied = layers[layer].tied_adapter or layers[layer]
+                if tied not in embeddings:
+                    embeddings[tied] = token_rows.merged_rows(layers[layer])
+                yield f"{layer.removesuffix(token_rows.ADAPTER)}.weight", embeddings[tied]
+                continue
             for leaf, value in merge_layer(layers[layer]).items():
                 yield f"{layer}.{leaf}", value
 

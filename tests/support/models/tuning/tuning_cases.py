@@ -27,6 +27,7 @@ LORA: dict[str, dict[str, Any]] = {
     "pissa_dora": {"init": "pissa", "dora": True},
     "eva": {"init": "eva"},
     "embeddings": {"save_modules": ["embed_tokens"]},
+    "tokens": {"train_tokens": ["<|im_start|>", "<|im_end|>"]},
     "last": {"last_layers": 1},
     "last_pissa": {"last_layers": 1, "init": "pissa"},
 }

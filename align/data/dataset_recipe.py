@@ -1,0 +1,102 @@
+"""The recipe that a ``data`` stage with ``dataset:`` stands for: one source, or one for each split, and no steps.
+
+Left out: pinning the commit and the format (``align.stages.data``).
+"""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from align.config.hub_commits import HUB_NAME
+from align.config.recipe.format_options import SEVERAL
+from align.config.recipe.recipe import Recipe
+from align.config.recipe.source_settings import RecordSource
+from align.config.recipe.split import parse_split
+from align.config.stages.data import DataConfig
+from align.config.user_paths import user_path
+from align.config.validation import validate
+from align.data.reading import SUFFIXES
+from align.errors import UserError
+from align.store.record import RECORD
+
+DEFAULT_SPLIT = "train"
+PASSED_ON = tuple(name for name in RecordSource.model_fields if name not in ("name", "part", "format"))
+"""Fields of the stage that are the source's, as they are."""
+
+
+def is_local(dataset: str, base: Path) -> bool:
+    """Return True for a dataset of this machine: a file, a folder or a glob. Raises ``UserError`` for no dataset."""
+    if user_path(dataset, base).exists() or glob.glob(str(user_path(dataset, base)), recursive=True):
+        return True
+    looks_like_path = dataset.startswith((".", "/", "~")) or dataset.lower().endswith(SUFFIXES) or "*" in dataset
+    if not looks_like_path and HUB_NAME.fullmatch(dataset):
+        return False
+    raise UserError(
+        f"dataset: '{dataset}' is neither a file, folder or glob below '{base}', nor the name of a Hub dataset like "
+        "'owner/name'."
+    )
+
+
+def sources_of(config: DataConfig, base: Path) -> list[dict[str, Any]]:
+    """Return the sources of the stage's dataset as a recipe writes them."""
+    assert config.dataset is not None
+    fields = {
+        name: getattr(config, name)
+        for name in PASSED_ON
+        if name in config.model_fields_set and getattr(config, name) != RecordSource.model_fields[name].get_default()
+    }
+    if config.format != "auto":
+        fields["format"] = config.format
+    if is_local(config.dataset, base):
+        _refuse_hub_fields(config)
+        return [{"type": "files", "paths": _paths(config.dataset, base), **fields}]
+    hub = {"type": "hub", "dataset": config.dataset, "revision": config.revision, **fields}
+    if config.name is not None:
+        hub["config"] = config.name
+    split = config.split or DEFAULT_SPLIT
+    if config.test_split is None:
+        return [{**hub, "split": split}]
+    return [{**hub, "split": split, "part": "train"}, {**hub, "split": config.test_split, "part": "test"}]
+
+
+def _refuse_hub_fields(config: DataConfig) -> None:
+    """Refuse fields that only a dataset of the Hub can have."""
+    for name in ("revision", "name", "test_split"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{name}: '{config.dataset}' is on this machine, and {name} is for datasets of the Hub.")
+    if config.split is None:
+        return
+    parts = parse_split(config.split)
+    if [part.name for part in parts] != [DEFAULT_SPLIT] or config.split != DEFAULT_SPLIT:
+        raise UserError(
+            f"split: '{config.dataset}' is on this machine, and split is for datasets of the Hub. Name the files to "
+            "read as dataset; max_rows limits the rows."
+        )
+
+
+def _paths(dataset: str, base: Path) -> list[str]:
+    """Return a file or glob as it is, and for a folder a glob of each kind of file in it."""
+    folder = user_path(dataset, base)
+    if not folder.is_dir():
+        return [dataset]
+    if (folder / RECORD).is_file():
+        raise UserError(f"dataset: '{dataset}' is a finished artifact; use it with `stage: artifact` and `path`.")
+    for pattern in ("*", "**/*"):
+        names = [file.name.lower() for file in folder.glob(pattern) if file.is_file()]
+        # The longest ending of each name: .jsonl.gz, not .gz.
+        ends = {next((end for end in SUFFIXES if name.endswith(end)), "") for name in names} - {"", ".md"}
+        if ends:
+            return [f"{dataset.rstrip('/')}/{pattern}{end}" for end in sorted(ends)]
+    raise UserError(f"dataset: the folder '{dataset}' has no file that can be read; known are {', '.join(SUFFIXES)}.")
+
+
+def dataset_recipe(config: DataConfig, base: Path) -> Recipe:
+    """Return the recipe; ``kind`` and ``format`` of the config must be known (``align.data.guess``)."""
+    fields: dict[str, Any] = {"kind": config.kind, "sources": sources_of(config, base)}
+    if config.kind == "preferences" and config.format in SEVERAL:
+        fields["steps"] = [{"type": "pairs"}]
+    if config.test_size is not None:
+        fields["test_size"] = config.test_size
+    return validate(Recipe, fields, f"dataset {config.dataset}")
