@@ -104,6 +104,7 @@ def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
         [SystemInfo(name, name, "base" if name == "model" else "checkpoint", name) for name in SYSTEMS], "sft", "model",
         [f"source {at % 20}" for at in range(prompts)],
         {system: {name: draw(prompts, rate) for name, rate in names.items()} for system in SYSTEMS},
+        {"gold": ("higher", "made up")},
         tasks=[
             TaskResult(task, {s: Measured({name: draw(500, True) for name in task.metrics}) for s in SYSTEMS})
             for task in tasks

@@ -249,8 +249,12 @@ def _headline(stage: Stage, artifact: Artifact) -> str:
         labels = {name: name for name in names[:MAX_NUMBERS]}
     parts = [f"{label} {_short(metrics[name])}" for name, label in labels.items() if metrics.get(name) is not None]
     if artifact.kind == Kind.SCORECARD:
+        from align.config.stages.evaluate import PROMPT_METRICS
+
         for policy, values in metrics.get("values", {}).items():
-            score = values.get("gold", values.get("reward"))
+            # The first program's metric, which is called what its function is called, else the reward model's.
+            programs = [name for name in values if "." not in name and name not in PROMPT_METRICS]
+            score = values.get(programs[0] if programs else "reward")
             if score is not None:
                 parts.append(f"{policy} {_short(score)}")
     return "  ".join(parts)

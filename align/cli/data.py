@@ -1,4 +1,4 @@
-"""``align data build|show|lint|diff|push``: build, inspect and publish datasets. Imports nothing heavy."""
+"""``align data build|columns|show|lint|diff|push``: build, inspect and publish datasets. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -165,7 +165,15 @@ def print_pushed(result: dict[str, Any]) -> None:
     print(f"Pushed: {printable(result['url'])}")
 
 
+def columns(options: argparse.Namespace) -> int:
+    """show the columns of a file, and print the recipe that reads it"""
+    from align.cli.data_columns import columns as show_columns
+
+    return show_columns(options)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "columns": columns,
     "build": build,
     "show": show,
     "lint": lint,
@@ -178,7 +186,10 @@ def add_commands(group: argparse.ArgumentParser) -> None:
     """Add the subcommands of ``align data`` and their options."""
     subparsers = group.add_subparsers(dest="data_command", metavar="COMMAND", required=True, parser_class=Parser)
     parsers = {name: subparsers.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
+    _add_columns(parsers["columns"])
     for name, parser in parsers.items():
+        if name == "columns":
+            continue  # it reads a file, not a build
         if name == "diff":
             parser.add_argument("a", metavar="A", help="a build's folder, a recipe, or a key")
             parser.add_argument("b", metavar="B", help="the other build")
@@ -192,6 +203,17 @@ def add_commands(group: argparse.ArgumentParser) -> None:
     _add_lint(parsers["lint"])
     parsers["diff"].add_argument("--examples", type=int, default=3, metavar="N", help="rows to show of each change")
     _add_push(parsers["push"])
+
+
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="files of records: .json, .jsonl, .csv, .tsv, .parquet"
+    )
+    parser.add_argument(
+        "--records", metavar="KEY", help="key of a .json file that holds the records, like data.examples"
+    )
+    parser.add_argument("--header", metavar="NAMES", help="names of a .csv file's columns, with commas between them")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from align.cli.arguments import find_build, find_tokenizer
 from align.cli.parser import print_json
 from align.config.validation import suggest
-from align.data.build_files import SPLITS, count_rows, message_text, rows, shards
+from align.data.build_files import SPLITS, count_rows, kept_texts, message_text, rows, shards
 from align.data.rows import Row, is_text
 from align.errors import UserError, printable
 
@@ -178,6 +178,8 @@ class Printer:
             self._turn(f"response {number}" + ("" if score is None else f" ({score:g})"), response, TRAINED)
         if "label" in row:
             self._print(Text("wanted" if row["label"] else "unwanted"))
+        for name, text in kept_texts(row).items():
+            self._turn(name, {"content": text}, "")
         self._print(Text())
 
     def _turn(self, name: str, turn: dict[str, Any], style: str) -> None:

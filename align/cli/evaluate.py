@@ -41,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
     for name, kinds in ROWS.items():
         if getattr(options, name) is not None:
             inputs[name] = find_rows(f"--{name}", getattr(options, name), options.store, kinds)
+        elif name in suite.rows:
+            inputs[name] = find_rows(f"{options.suite}: {name}", suite.rows[name], options.store, kinds)
     compared = ComparedCheckpoints(checkpoints, bases, reference)
     pipeline, evaluation = suite_pipeline(suite, compared, inputs, options.name, _print_note)
     try:

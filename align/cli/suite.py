@@ -1,6 +1,7 @@
-"""A suite: the ``evaluate`` block of a pipeline, without the stage inputs that the command line supplies.
+"""A suite: the ``evaluate`` block of a pipeline, without the checkpoints that the command line supplies.
 
-A suite may also have ``description``, ``seed`` and ``runtime``, as a pipeline has.
+A suite may also have ``name``, ``description``, ``seed`` and ``runtime``, as a pipeline has. Its ``prompts``, ``pairs``
+and ``heldout`` are recipes or builds, not stages.
 """
 
 from __future__ import annotations
@@ -23,15 +24,12 @@ from align.pipeline.stage_kinds import NAME_PATTERN
 from align.report.page.assets import unique_name
 from align.store.artifacts import PROMPT_SOURCES, Kind
 
-PIPELINE_FIELDS = ("description", "seed", "runtime")
+PIPELINE_FIELDS = ("name", "description", "seed", "runtime")
 INPUT_OPTIONS = {
     "policies": "CHECKPOINT...",
     "reference": "--reference",
     "reward": "--reward",
     "second_reward": "--second-reward",
-    "prompts": "--prompts",
-    "pairs": "--pairs",
-    "heldout": "--heldout",
 }
 """Fields that name stages, and the words of the command line that set them."""
 ROWS: dict[str, tuple[Kind, ...]] = {
@@ -53,10 +51,14 @@ class Suite:
     where: str
     block: dict[str, Any]
     top: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
+    """Recipes or builds of ``prompts``, ``pairs`` and ``heldout``."""
 
     @property
     def name(self) -> str:
-        """Name of the suite's runs."""
+        """Name of the suite's runs: its own, else ``eval-`` and the file's."""
+        if self.top.get("name") is not None:
+            return str(self.top["name"])
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(self.where).stem).strip("-")[:50]
         return f"eval-{stem or 'suite'}"
 
@@ -96,7 +98,11 @@ def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
         if isinstance(raw.get(name), dict):  # drop entries set to null: `--set tasks.gsm8k=null`
             raw[name] = {key: value for key, value in raw[name].items() if value is not None}
     top = {name: raw.pop(name) for name in PIPELINE_FIELDS if name in raw}
-    return Suite(path, raw, top)
+    rows = {name: raw.pop(name) for name in ROWS if raw.get(name) is not None}
+    for name, word in rows.items():
+        if not isinstance(word, str):
+            raise UserError(f"{path}: {name} is {word!r}; expected a recipe, a build's folder, or a key.")
+    return Suite(path, raw, top, rows)
 
 
 def choose_reference(chosen: str | None, names: Sequence[str], bases: Sequence[str]) -> str:

@@ -26,14 +26,38 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    later: ClassVar[frozenset[str]] = frozenset()
-    """Fields that were added later. At its default such a field is no part of a stage's key, so older keys stay."""
     identified: ClassVar[frozenset[str]] = frozenset()
     """Fields whose meaning ``identities`` covers, mostly paths; the stage's key leaves their text out."""
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset()
+    """Fields that keys leave out while they have their default, so that keys from before these fields stay the same."""
+    retired: ClassVar[Mapping[str, Any]] = {}
+    """Fields that are gone, with their default: keys still count them, so that earlier keys stay the same."""
 
     def fields_outside_key(self) -> set[str]:
         """Return the fields whose text the stage's key leaves out: ``identified``, unless their value decides."""
         return set(self.identified)
+
+
+def settings_for_key(value: Any, dumped: Any) -> Any:
+    """Return ``dumped``, the ``model_dump`` of a config or of a list or mapping of them, as keys count it.
+
+    See ``keyed_when_set`` and ``retired``; both count at every level. Fields that ``dumped`` lacks stay out.
+    """
+    if isinstance(value, Config) and isinstance(dumped, Mapping):
+        settings = {}
+        for name, dumped_value in dumped.items():
+            field_value = getattr(value, name)
+            if name in value.keyed_when_set and field_value == type(value).model_fields[name].get_default():
+                continue
+            settings[name] = settings_for_key(field_value, dumped_value)
+        return {**settings, **value.retired}
+    if isinstance(value, Mapping) and isinstance(dumped, Mapping):
+        # By order: JSON turns keys that are numbers into text.
+        pairs = zip(value.values(), dumped.items(), strict=True)
+        return {name: settings_for_key(item, dumped_item) for item, (name, dumped_item) in pairs}
+    if isinstance(value, (list, tuple)) and isinstance(dumped, (list, tuple)):
+        return [settings_for_key(item, dumped_item) for item, dumped_item in zip(value, dumped, strict=True)]
+    return dumped
 
 
 @dataclass(frozen=True)

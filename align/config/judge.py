@@ -25,7 +25,7 @@ class JudgeConfig(Config):
     endpoint: EndpointConfig | None = None
     """The server that judges."""
     rubric: str = PAIR_RUBRIC
-    """Criteria for the better answer; part of the prompt."""
+    """Criteria for the better answer; part of the prompt. ``{row[answer]}`` quotes a column that the recipe keeps."""
     max_tokens: int = Field(512, ge=1)
     """Longest verdict; one that is cut off before its last line is unreadable, and is counted."""
     temperature: float = Field(0.0, ge=0, le=5)
@@ -45,7 +45,8 @@ class EndpointJudge(Config):
     endpoint: EndpointConfig | None = None
     """The server that judges; a local vLLM server is one."""
     rubric: str | None = Field(None, pattern=r"\S")
-    """Criteria for a good answer, in place of the default; part of every prompt."""
+    """Criteria for a good answer, in place of the default; part of every prompt. ``{row[answer]}`` quotes a field of
+    the question's record."""
     max_tokens: int = Field(512, ge=1)
     """Longest verdict; one that is cut off before its last line is unreadable, and is counted."""
     temperature: float = Field(0.0, ge=0, le=5)

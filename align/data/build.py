@@ -93,7 +93,7 @@ class Build:
         )
         # Only now, so that the error can quote the counts of the ledger.
         for name in SPLITS:
-            if not splits[name]:
+            if not splits[name] and name != self.recipe.empty_split:
                 raise UserError(describe_empty_split(name, ledger))
         return ledger
 
@@ -116,7 +116,6 @@ class Build:
             on_error=self.recipe.on_error,
             steps=("read", *(step.type for step in steps)),
             sources=tuple(sources),
-            options=tuple(source.options for source in self.recipe.sources),
             check=not any(step.type == "normalize" for step in self.recipe.steps),
         )
 
@@ -207,14 +206,19 @@ class Build:
         shard = 0
         for number, source in enumerate(self.recipe.sources):
             records = read(source, self.base, self.inputs, self.recipe.seed)
-            form, reason, records = choose_format(source, records, self.recipe.kind)
-            if reason:
-                self.format_choices[spec.sources[number]] = reason
-            while chunk := tuple(itertools.islice(records, SHARD_ROWS)):
+            choice = choose_format(source, records, self.recipe.kind)
+            if self.recipe.lacks_pairs(choice.format.form):
+                raise UserError(
+                    f"{source.label}: format {choice.format.form} has several answers to a prompt; add the step `type: "
+                    "pairs`, which makes pairs of them."
+                )
+            if choice.reason:
+                self.format_choices[spec.sources[number]] = choice.reason
+            while chunk := tuple(itertools.islice(choice.records, SHARD_ROWS)):
                 if is_complete(spec.folder, shard):
                     # The source is a stream: even on resume its records must be read to reach the next shard's.
                     chunk = ()  # its records had to be read past, but need not be sent to a worker
-                yield Task(shard, 0, number, form, chunk)
+                yield Task(shard, 0, number, choice.format, chunk)
                 shard += 1
 
     def _later_tasks(self, spec: Pass) -> Iterator[Task]:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.data.rows import Row, split_files
+from align.data.rows import Row, decode, json_columns, kept_columns, split_files
 from align.errors import UserError
 
 SPLITS = ("train", "test")
@@ -65,7 +65,9 @@ def batches(folder: Path, split: str, columns: list[str] | None = None) -> Itera
 def rows(folder: Path, split: str) -> Iterator[Row]:
     """Yield the rows of a split as dicts, in order, without their empty fields."""
     for batch in batches(folder, split):
-        yield from map(without_empty_fields, batch.to_pylist())
+        encoded = json_columns(batch.schema)
+        for row in batch.to_pylist():
+            yield without_empty_fields(decode(row, encoded))
 
 
 def without_empty_fields(row: Row) -> Row:
@@ -89,9 +91,17 @@ def message_text(message: dict[str, Any]) -> str:
     return "\n".join(part for part in (str(message.get("content") or ""), calls) if part)
 
 
+def kept_texts(row: Row) -> dict[str, str]:
+    """Return the columns that a recipe keeps with a row as text for people: JSON for all but text."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        for name, value in kept_columns(row).items()
+    }
+
+
 def row_of_batch(batch: pa.RecordBatch, index: int) -> Row:
     """Return one row of a batch."""
-    return without_empty_fields(batch.slice(index, 1).to_pylist()[0])
+    return without_empty_fields(decode(batch.slice(index, 1).to_pylist()[0], json_columns(batch.schema)))
 
 
 def count_rows(folder: Path, split: str) -> int:

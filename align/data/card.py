@@ -216,7 +216,10 @@ def _splits(folder: Path, ledger: Mapping[str, Any]) -> list[str]:
     lines = table(("split", "rows", "files", "digest of its rows"), rows, numbers=(1, 2))
     first = next((paths[0] for split in SPLITS if (paths := shards(folder, split))), None)
     names = pq.read_schema(first).names if first is not None else []
-    lines += ["", *(f"- `{plain(name)}`: {COLUMNS.get(name, 'added by a step')}" for name in names)]
+    lines += [
+        "",
+        *(f"- `{plain(name)}`: {COLUMNS.get(name, 'kept from the source, or added by a step')}" for name in names),
+    ]
     return [*lines, "", "No text is in both splits." if "text" in names else "No prompt is in both splits."]
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.executor import RayExecutor, SlurmExecutor
+from align.data.formats import SourceFormat
 from align.data.rows import BadRecord
 from align.data.shards import Pass, Task, Worker, is_complete, read_summary
 from align.errors import UserError
@@ -123,7 +124,7 @@ def _to_json(task: Task) -> str:
         {"where": item.where, "problem": item.problem} if isinstance(item, BadRecord) else list(item)
         for item in task.records
     ]
-    head = {"shard": task.shard, "start": task.start, "source": task.source, "form": task.form}
+    head = {"shard": task.shard, "start": task.start, "source": task.source, "format": task.format.to_json()}
     return json.dumps({**head, "records": records}, default=str)
 
 
@@ -133,7 +134,8 @@ def _from_json(text: str) -> Task:
         BadRecord(item["where"], item["problem"]) if isinstance(item, dict) else (item[0], item[1])
         for item in fields.pop("records")
     )
-    return Task(**fields, records=records)
+    source_format = SourceFormat.from_json(fields.pop("format"))
+    return Task(**fields, format=source_format, records=records)
 
 
 def _launch(config: ClusterExecutor, work: Callable[..., None], ranks: int, folder: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from align.data.rows import column_types, merged_schema
+from align.data.rows import column_types, fit_column, merged_schema
 from align.data.steps.split import SPLITS
 
 FILE_ROWS = 100_000
@@ -56,8 +56,10 @@ def _tables_of_split(last: Path, shards: Sequence[int], split: str, schema: pa.S
             continue
         table = table.filter(pc.equal(table["_split"], split))
         columns = [
-            table[name].cast(kind) if name in table.column_names else pa.nulls(table.num_rows, kind)
-            for name, kind in zip(schema.names, schema.types, strict=True)
+            fit_column(table[target.name], table.schema.field(target.name), target)
+            if target.name in table.column_names
+            else pa.nulls(table.num_rows, target.type)
+            for target in schema
         ]
         yield pa.table(columns, schema=schema)
 

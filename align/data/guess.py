@@ -41,5 +41,6 @@ def guess(source: Source, base: Path, kind: str | None = None) -> Guess:
 
     Raises ``UserError`` for a source that cannot be read, and for records that fit no format or several.
     """
-    form, reason, _ = choose_format(source, read(source, base), kind)
-    return Guess(form, kind or kind_of(form), reason)
+    choice = choose_format(source, read(source, base), kind)
+    form = choice.format.form
+    return Guess(form, kind or kind_of(form), choice.reason)

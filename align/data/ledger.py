@@ -8,6 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from align.config.recipe.record_mapping import ROW_FIELDS
+from align.data.formats import FieldUsage
+
+MOST_NAMES = 5
+"""Fields that the summary's advice names."""
 EXAMPLES = 3
 """Dropped rows shown for each step and reason; all of them are in the build's ``dropped`` files."""
 
@@ -50,8 +55,8 @@ class Counts:
     def __init__(self) -> None:
         self.tallies: defaultdict[tuple[int, int], Tally] = defaultdict(Tally)
         self.examples: defaultdict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
-        self.unused: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        """For each source, the number of records with each unused field."""
+        self.usage: defaultdict[int, FieldUsage] = defaultdict(FieldUsage)
+        """For each source, the number of records with each unused and each kept field."""
 
     def drop(self, step: int, source: int, reason: str, example: dict[str, Any]) -> None:
         """Count a row that a step drops."""
@@ -68,15 +73,16 @@ class Counts:
             examples = self.examples[key]
             # Shards are merged in order, so the first examples are the same however many workers there are.
             examples += new_examples[: EXAMPLES - len(examples)]
-        for source, fields in other.unused.items():
-            self.unused[source] += fields
+        for source, usage in other.usage.items():
+            self.usage[source].unused += usage.unused
+            self.usage[source].kept += usage.kept
 
     def to_json(self) -> dict[str, Any]:
         """Return lists, since JSON has no pairs as keys."""
         return {
             "tallies": [[*key, tally.to_json()] for key, tally in self.tallies.items()],
             "examples": [[*key, examples] for key, examples in self.examples.items()],
-            "unused": [[source, dict(fields)] for source, fields in self.unused.items()],
+            "usage": [[source, dict(usage.unused), dict(usage.kept)] for source, usage in self.usage.items()],
         }
 
     @classmethod
@@ -87,8 +93,8 @@ class Counts:
             counts.tallies[step, source] = Tally(**{**tally, "dropped": Counter(tally["dropped"])})
         for step, reason, examples in values["examples"]:
             counts.examples[step, reason] = examples
-        for source, fields in values["unused"]:
-            counts.unused[source] = Counter(fields)
+        for source, *counters in values["usage"]:
+            counts.usage[source] = FieldUsage(*map(Counter, counters))
         return counts
 
 
@@ -158,13 +164,15 @@ def _source_line(counts: Counts, number: int, source: SourceLine, steps: int) ->
     # Summed over steps, rows in and out would count a row once for each step.
     total.rows_in = tallies[0].rows_in
     total.rows_out = tallies[-1].rows_out
+    usage = counts.usage[number]
     return {
         "source": source.name,
         "type": source.type,
         "part": source.part,
         "license": source.license,
         "identity": source.identity,
-        "unused_fields": dict(sorted(counts.unused[number].items())),
+        "unused_fields": dict(sorted(usage.unused.items())),
+        **({"kept_fields": dict(sorted(usage.kept.items()))} if usage.kept else {}),
         **total.to_json(),
     }
 
@@ -178,10 +186,23 @@ def summary_lines(ledger: dict[str, Any]) -> Iterator[str]:
             yield f"  {count} dropped: {reason}"
         if line["unused_fields"]:
             fields = ", ".join(f"{name} ({count})" for name, count in line["unused_fields"].items())
-            yield f"  fields that were not used, and in how many rows' records: {fields}"
+            yield f"  fields that were not used, and in how many rows' records: {fields}{_keep_hint(line)}"
+        if line.get("kept_fields"):
+            fields = ", ".join(f"{name} ({count})" for name, count in line["kept_fields"].items())
+            yield f"  columns that stay with the rows, and in how many: {fields}"
     for name, choice in ledger["format_choices"].items():
         yield f"{name}: {choice}"
     yield f"train {ledger['splits']['train']}, test {ledger['splits']['test']}"
+
+
+def _keep_hint(line: dict[str, Any]) -> str:
+    """Return the setting that keeps unused fields with their rows; empty where no record has a field to keep."""
+    names = list(dict.fromkeys(name.partition(".")[0] for name in line["unused_fields"]))
+    names = [name for name in names if name not in ROW_FIELDS and name.isidentifier()]
+    if not names:
+        return ""
+    shown = ", ".join([*names[:MOST_NAMES], *(["..."] if len(names) > MOST_NAMES else [])])
+    return f' (keep: [{shown}] keeps them as row["{names[0]}"] and so on)'
 
 
 def describe_empty_split(name: str, ledger: dict[str, Any]) -> str:

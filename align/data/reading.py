@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align.config.validation import suggest
 from align.data.rows import BadRecord, Record
 from align.errors import UserError
 
@@ -42,6 +43,8 @@ TOO_DEEP = f"nested more than {DEEPEST} levels deep."
 BATCH = 256
 """Rows of a Parquet file in memory."""
 
+MOST_KEYS = 10
+"""Keys of a file that an error names."""
 LOST = "; nothing after it was read"
 
 
@@ -50,18 +53,27 @@ def is_readable(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def read_file(path: Path) -> Iterator[Item]:
-    """Yield the records of one file. Raises ``UserError`` for a file that cannot be opened."""
+def read_file(path: Path, header: Sequence[str] | None = None, key: str | None = None) -> Iterator[Item]:
+    """Yield the records of one file.
+
+    ``header`` names the columns of a table without names in its first line; ``key`` leads to the records inside the
+    object of a .json file (``data.examples``). Raises ``UserError`` for a file that cannot be opened, and for settings
+    that its kind of file does not have.
+    """
     name = path.name.lower()
     packed = next((end for end in _COMPRESSIONS[1:] if name.endswith(end)), "")
     kind = name.removesuffix(packed).rsplit(".", 1)[-1]
+    if header is not None and kind not in _DELIMITERS:
+        raise UserError(f"{path}: header names the columns of .csv and .tsv files; take it out.")
+    if key is not None and kind != "json":
+        raise UserError(f"{path}: records is the key of the records in a .json file; take it out.")
     if kind == "parquet":
         yield from _read_parquet(path)
         return
     last = str(path)
     try:
         with _open(path, packed) as file:
-            for item in _READERS[kind](path, file):
+            for item in _open_reader(path, file, kind, header, key):
                 last = item.where if isinstance(item, BadRecord) else item[0]
                 yield item
     # A truncated archive: records up to the break have been yielded, and the break is reported in its place.
@@ -71,6 +83,16 @@ def read_file(path: Path) -> Iterator[Item]:
         if error.errno is not None or not packed:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
         yield BadRecord(last, _broken(packed, error))
+
+
+def _open_reader(
+    path: Path, file: io.BufferedReader, kind: str, header: Sequence[str] | None, key: str | None
+) -> Iterator[Item]:
+    if kind in _DELIMITERS:
+        return _read_table(path, file, _DELIMITERS[kind], header)
+    if key is not None:
+        return _read_list(path, file, key.split("."))
+    return _READERS[kind](path, file)
 
 
 def _broken(packed: str, error: Exception) -> str:
@@ -170,7 +192,8 @@ def _read_json(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         yield from _read_jsonl(path, file)
     else:
         content = "one object" if head.startswith(b"{") else "neither a list nor an object"
-        yield BadRecord(str(path), f"holds {content}; expected a list of records, or a record a line.")
+        hint = " Records that lie under one of its keys are read with records: KEY." if head.startswith(b"{") else ""
+        yield BadRecord(str(path), f"holds {content}; expected a list of records, or a record a line.{hint}")
 
 
 def _is_record(line: bytes) -> bool:
@@ -183,42 +206,78 @@ def _is_record(line: bytes) -> bool:
         return True  # the reader of lines reports it
 
 
-def _read_list(path: Path, file: io.BufferedReader) -> Iterator[Item]:
+def _read_list(path: Path, file: io.BufferedReader, keys: Sequence[str] = ()) -> Iterator[Item]:
+    """Read a list of records, the file itself or the one under ``keys``, which lead through its objects."""
     import ijson
 
     if file.peek(3)[:3] == b"\xef\xbb\xbf":
         file.read(3)
     number = 0
     try:
-        for number, value in enumerate(_items(file), 1):
+        for number, value in enumerate(_items(file, keys), 1):
             yield _record(value, f"{path}: record {number}")
+    except LookupError as error:
+        yield BadRecord(str(path), str(error))
     except (ijson.JSONError, ValueError) as error:
         message = error.args[0].decode("utf-8", "replace") if isinstance(error.args[0], bytes) else str(error)
         reason = message.strip().splitlines()[0].rstrip(".")  # further lines quote the file
         yield BadRecord(f"{path}: record {number + 1}", f"not valid JSON: {reason}{LOST}.")
 
 
-def _items(file: io.BufferedReader) -> Iterator[Any]:
-    """Yield the items of a list. Raises ``ValueError`` for one that is nested too deeply.
+def _items(file: io.BufferedReader, keys: Sequence[str] = ()) -> Iterator[Any]:
+    """Yield the items of a list. Raises ``ValueError`` for one that is nested too deeply, ``LookupError`` for no list.
 
     Not ``ijson.items``: it stores the path to every level, which exhausts memory on a file that nests without end.
     """
     import ijson
 
-    depth, builder = 0, None
-    for event, value in ijson.basic_parse(file):
-        # Events of ijson: maps and arrays open and close, an item of the list is at depth 1.
+    events = ijson.basic_parse(file)
+    if keys:
+        _enter_list(events, keys)
+    # Events of ijson: maps and arrays open and close, an item of the list is at depth 1.
+    depth, builder = int(bool(keys)), None
+    for event, value in events:
         depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
         if depth > DEEPEST:
             raise ValueError(TOO_DEEP)
+        if depth == 0 and keys:
+            return  # the list under the key has ended; the rest of the file is not needed
         # The list's own brackets belong to no record.
-        if depth == 0 or (depth == 1 and builder is None and event == "start_array"):
+        if depth == 0 or (depth == 1 and builder is None and event == "start_array" and not keys):
             continue  # the list itself
         builder = builder or ijson.ObjectBuilder()
         builder.event(event, float(value) if isinstance(value, Decimal) else value)
         if depth == 1:
             yield builder.value
             builder = None
+
+
+def _enter_list(events: Iterator[tuple[str, Any]], keys: Sequence[str]) -> None:
+    """Read events up to the opening bracket of the list under ``keys``. Raises ``LookupError`` where there is none."""
+    names: list[str] = []
+    depth = level = 0
+    for event, value in events:
+        # A key counts only in the object that the keys before it led to.
+        if event == "map_key" and depth == level + 1:
+            names.append(str(value))
+            if value != keys[level]:
+                continue
+            level += 1
+            if level < len(keys):
+                names = []
+                continue
+            following = next(events, ("", None))[0]
+            if following == "start_array":
+                return
+            raise LookupError(f"'{'.'.join(keys)}' is no list; records: names the key of a list of records.")
+        depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
+        if depth > DEEPEST:
+            raise ValueError(TOO_DEEP)
+        if depth < level + 1 and event.startswith("end_"):
+            break
+    known = ", ".join(map(repr, names[:MOST_KEYS])) or "none"
+    near = suggest(keys[min(level, len(keys) - 1)], names)
+    raise LookupError(f"there is no key '{'.'.join(keys)}' in it; there are {known}.{near}")
 
 
 def _read_parquet(path: Path) -> Iterator[Item]:
@@ -235,7 +294,9 @@ def _read_parquet(path: Path) -> Iterator[Item]:
         yield BadRecord(f"{path}: record {number + 1}", f"not a readable Parquet file ({error}){LOST}.")
 
 
-def _read_table(path: Path, file: io.BufferedReader, delimiter: str) -> Iterator[Item]:
+def _read_table(
+    path: Path, file: io.BufferedReader, delimiter: str, header: Sequence[str] | None = None
+) -> Iterator[Item]:
     def where(number: int) -> str:
         return f"{path}:{number}"
 
@@ -243,7 +304,7 @@ def _read_table(path: Path, file: io.BufferedReader, delimiter: str) -> Iterator
     text = (line.decode("utf-8", "surrogateescape") for _, line in _lines(file, where))
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     csv.field_size_limit(LONGEST_CELL)
-    names: list[str] | None = None
+    names = None if header is None else list(header)
     while True:
         start = reader.line_num + 1
         try:
@@ -282,12 +343,11 @@ def _read_document(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         yield BadRecord(str(path), f"not UTF-8 text (byte {error.start}); save it as UTF-8.")
 
 
+_DELIMITERS = {"csv": ",", "tsv": "\t"}
 _READERS: dict[str, Callable[[Path, io.BufferedReader], Iterator[Item]]] = {
     "jsonl": _read_jsonl,
     "ndjson": _read_jsonl,
     "json": _read_json,
-    "csv": lambda path, file: _read_table(path, file, ","),
-    "tsv": lambda path, file: _read_table(path, file, "\t"),
     "txt": _read_document,
     "md": _read_document,
 }

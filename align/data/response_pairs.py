@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple, get_args
 
 from align.config.recipe.step_settings import PairStrategy
-from align.data.rows import Row, assistant
+from align.data.rows import Row, assistant, kept_columns
 
 
 class Candidate(NamedTuple):
@@ -139,4 +139,5 @@ def _pair(row: Row, better: Candidate, worse: Candidate, noise: float, seed: int
         "chosen_finished": chosen.finished,
         "rejected_finished": rejected.finished,
         "flipped": flipped,
+        **kept_columns(row),
     }

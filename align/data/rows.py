@@ -14,6 +14,8 @@ A row is a plain dict:
   ``tool_calls``, JSON text too, since the arguments have no common type.
 - An assistant's turn that is excluded from training has ``train: False``.
 - A row of plain text has ``id``, ``source`` and ``text`` only.
+- Any other column is one that the recipe keeps (``keep: [answer]``), for scorers, filters, judges and metrics. One
+  whose values are lists, mappings or of several types is stored as JSON text, and parsed where rows are read.
 """
 
 from __future__ import annotations
@@ -73,6 +75,9 @@ _TYPES: dict[str, pa.DataType] = {
     "_source": pa.int32(),
     "_split": pa.string(),
 }
+JSON_MARK = b"align"
+"""Key in the metadata of a Parquet column whose texts are JSON."""
+_NUMBERS = {pa.int64(), pa.float64()}
 REQUIRED = ("id", "source", "prompt", "checks")
 REQUIRED_OF_TEXTS = ("id", "source", "text")
 _CONTENT_FIELDS = ("completion", "chosen", "rejected", "label", "responses", "tools")
@@ -127,6 +132,11 @@ def column_types() -> dict[str, pa.DataType]:
     return dict(_TYPES)
 
 
+def kept_columns(row: Mapping[str, Any]) -> Row:
+    """Return a row's columns beside align's own: those that a recipe keeps, with a value."""
+    return {name: value for name, value in row.items() if name not in _TYPES and name[:1] != "_" and value is not None}
+
+
 def _column(name: str, rows: list[Row]) -> pa.Array:
     values = [row.get(name) for row in rows]
     if name not in _STRUCTS:
@@ -148,14 +158,87 @@ def write_rows(path: Path, rows: list[Row]) -> None:
         missing = [name for name in required if name not in row]
         if missing:
             raise ValueError(f"row {number} has no {', '.join(missing)}")
-    # Columns in the order of first use, required ones first.
+    # Columns in the order of first use, required ones first. Those that need JSON say so in their metadata.
     names = list(dict.fromkeys([*required, *(name for row in rows for name in row)]))
-    pq.write_table(pa.table([_column(name, rows) for name in names], names=names), path)
+    encoded = [name for name in names if name not in _TYPES and needs_json(row.get(name) for row in rows)]
+    if not encoded:
+        pq.write_table(pa.table([_column(name, rows) for name in names], names=names), path)
+        return
+    columns = [
+        pa.array([to_json_text(row.get(name)) for row in rows], pa.string()) if name in encoded else _column(name, rows)
+        for name in names
+    ]
+    fields = [
+        json_field(name) if name in encoded else pa.field(name, column.type)
+        for name, column in zip(names, columns, strict=True)
+    ]
+    pq.write_table(pa.table(columns, schema=pa.schema(fields)), path)
+
+
+def needs_json(values: Iterable[Any]) -> bool:
+    """Return True for values of a kept column that have no type in common, or are lists or mappings."""
+    values = [value for value in values if value is not None]
+    types = {type(value) for value in values}
+    if types == {int}:
+        return any(not -(2**63) <= value < 2**63 for value in values)
+    return bool(types & {dict, list, tuple}) or (types <= _PLAIN and len(types) > 1 and types != {int, float})
+
+
+_PLAIN = {str, bool, int, float}
+
+
+def json_field(name: str) -> pa.Field:
+    """Return the field of a column whose values are stored as JSON text; its metadata says so."""
+    return pa.field(name, pa.string(), metadata={JSON_MARK: b"json"})
+
+
+def is_json(column: pa.Field) -> bool:
+    """Return True for a column whose values are stored as JSON text."""
+    return bool(column.metadata) and column.metadata.get(JSON_MARK) == b"json"
+
+
+def to_json_text(value: Any) -> str | None:
+    """Return a value as JSON text; None for None."""
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def json_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns whose values are stored as JSON text."""
+    return [column.name for column in schema if is_json(column)]
+
+
+def decode(row: Row, names: Iterable[str]) -> Row:
+    """Return the row itself with the values of the columns ``names`` parsed."""
+    for name in names:
+        if row.get(name) is not None:
+            row[name] = json.loads(row[name])
+    return row
 
 
 def merged_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """Return a schema that every file's rows fit after a cast: it has all columns and all fields of messages."""
-    return pa.unify_schemas(list(schemas), promote_options="permissive")
+    """Return a schema that every file's rows fit after :func:`fit_column`: with all columns and fields of messages.
+
+    A kept column that is of one type in one file and of another in the next is JSON text.
+    """
+    schemas = list(schemas)
+    types: dict[str, set[pa.DataType]] = {}
+    encoded: set[str] = set()
+    for schema in schemas:
+        encoded.update(json_columns(schema))
+        for column in schema:
+            if column.name not in _TYPES and not pa.types.is_null(column.type):
+                types.setdefault(column.name, set()).add(column.type)
+    encoded |= {name for name, kinds in types.items() if len(kinds) > 1 and not kinds <= _NUMBERS}
+    plain = [pa.schema([column for column in schema if column.name not in encoded]) for schema in schemas]
+    merged = pa.unify_schemas(plain, promote_options="permissive")
+    return pa.schema([*merged, *map(json_field, sorted(encoded))]) if encoded else merged
+
+
+def fit_column(column: pa.ChunkedArray, source: pa.Field, target: pa.Field) -> pa.ChunkedArray:
+    """Return a file's column as the merged schema has it."""
+    if is_json(target) and not is_json(source):
+        return pa.chunked_array([pa.array([to_json_text(value) for value in column.to_pylist()], pa.string())])
+    return column.cast(target.type)
 
 
 def split_files(path: Path) -> list[Path]:
@@ -179,8 +262,10 @@ def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
         for file in split_files(path):
             with pq.ParquetFile(file) as parquet:
                 structs = [name for name in _STRUCTS if name in parquet.schema_arrow.names]
+                encoded = json_columns(parquet.schema_arrow)
                 for batch in parquet.iter_batches(batch_size=batch_size):
                     for row in batch.to_pylist():
+                        decode(row, encoded)
                         for name in structs:
                             row[name] = _without_absent(row[name], _STRUCTS[name][1])
                         yield row
@@ -192,8 +277,11 @@ def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
 
 def take_rows(path: Path, places: np.ndarray) -> list[Row]:
     """Return the rows at ``places`` (M,) of one file that :func:`write_rows` wrote, without decoding the others."""
-    rows: list[Row] = pq.read_table(path).take(places).to_pylist()
+    table = pq.read_table(path)
+    encoded = json_columns(table.schema)
+    rows: list[Row] = table.take(places).to_pylist()
     for row in rows:
+        decode(row, encoded)
         for name in set(_STRUCTS) & row.keys():
             row[name] = _without_absent(row[name], _STRUCTS[name][1])
     return rows

@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.config.recipe.format_options import Form, FormatOptions
-from align.data.formats import convert
+from align.data.formats import SourceFormat, convert
 from align.data.ledger import Counts
 from align.data.reading import Item
 from align.data.rows import BadRecord, Dropped, Row, content_digest, read_rows, row_id, write_rows
@@ -52,8 +51,6 @@ class Pass:
     steps: tuple[str, ...]
     """Names of all steps of the build."""
     sources: tuple[str, ...]
-    options: tuple[FormatOptions, ...]
-    """Options of each source."""
     check: bool
     """True to check converted rows at once, False where a later step does."""
     verdicts: tuple[tuple[int, Path], ...] = ()
@@ -68,7 +65,7 @@ class Task:
     shard: int
     start: int
     source: int = 0
-    form: Form = "rows"
+    format: SourceFormat = field(default_factory=lambda: SourceFormat("rows"))
     records: tuple[Item, ...] = ()
 
 
@@ -136,12 +133,11 @@ class _Shard:
             try:
                 rows = convert(
                     value,
-                    task.form,
+                    task.format,
                     where,
                     spec.kind,
-                    options=spec.options[task.source],
                     check=spec.check,
-                    unused=self.counts.unused[task.source],
+                    usage=self.counts.usage[task.source],
                 )
             except BadRecord as error:
                 self._drop_bad(task, error, value)

@@ -6,13 +6,16 @@ source that cannot be read at all is a ``UserError``.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from align.config.recipe.format_options import Form
+from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.source_settings import (
     ArtifactSource,
     EmbeddedSource,
@@ -20,6 +23,7 @@ from align.config.recipe.source_settings import (
     HubSource,
     InputSource,
     PythonSource,
+    RecordSource,
     Source,
 )
 from align.config.recipe.split import SplitPart, parse_split
@@ -27,8 +31,11 @@ from align.config.user_functions import function_identity, load_function
 from align.config.user_paths import user_path
 from align.config.validation import nearest, suggest
 from align.data import checkers, embedded
-from align.data.formats import DETECTION_RECORDS, detect
-from align.data.formats.fields import present, rename_columns
+from align.data.formats import DETECTION_RECORDS, Detection, SourceFormat, detect
+from align.data.formats.compared_columns import label_rule
+from align.data.formats.fields import Malformed, Unusable, present
+from align.data.formats.grouped_rows import group_records
+from align.data.formats.mapping import map_record, named_columns
 from align.data.reading import SUFFIXES, Item, check_record, is_readable, read_file
 from align.data.rows import BadRecord, iter_rows
 from align.errors import UserError
@@ -37,22 +44,37 @@ from align.store.output_files import find_problems
 from align.store.record import RECORD, read_artifact, read_record
 
 DATASET_CARD = "README.md"
+MAPPED_NAMES = {"better": ("chosen", "rejected"), "grouped": ("responses",)}
+"""Fields that a mapping makes."""
+
+
+@dataclass(frozen=True)
+class FormatChoice:
+    """A source's format, how ``auto`` came to it (``""`` where the recipe states it), and all of its records."""
+
+    format: SourceFormat
+    reason: str
+    records: Iterator[Item]
 
 
 def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0) -> Iterator[Item]:
     """Yield the records of a source, in its order, each with its place.
 
     Relative paths start at ``base``; ``inputs`` are the folders of the data stage's inputs; ``seed`` is the recipe's,
-    for the embedded generator. Raises ``UserError`` for a source that cannot be found or opened, and for a column to
-    rename that no record has.
+    for the embedded generator. Raises ``UserError`` for a source that cannot be found or opened, and for a column that
+    its settings name and no record has.
     """
-    return check_columns(source.label, source.options.columns, _records(source, base, inputs, seed))
+    records = _records(source, base, inputs, seed)
+    if not isinstance(source, RecordSource):
+        return records
+    records = check_columns(source.label, named_columns(source), records)
+    return records if source.grouped is None else group_records(source.grouped, records)
 
 
 def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> Iterator[Item]:
     if isinstance(source, FilesSource):
         for path in find_files(source.paths, base):
-            yield from read_file(path)
+            yield from read_file(path, source.header, source.records)
     elif isinstance(source, HubSource):
         yield from _read_hub(source)
     elif isinstance(source, PythonSource):
@@ -74,10 +96,11 @@ def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> I
 
 
 def check_columns(label: str, columns: Mapping[str, str], records: Iterator[Item]) -> Iterator[Item]:
-    """Yield the records unchanged. Raises ``UserError`` for a key of ``columns`` that none of them has.
+    """Yield the records unchanged. Raises ``UserError`` for a column that the settings name and no record has.
 
-    A likely misspelling ends the build early: a key that the first hundred records lack while they have a field with a
-    similar name. Another key may be a field of later records, so it is reported only at the end.
+    ``columns`` has the setting that names each. A likely misspelling ends the build early: a column that the first
+    hundred records lack while they have a field with a similar name. Another one may be a field of later records, so it
+    is reported only at the end.
     """
     missing = set(columns)
     names: dict[str, None] = {}
@@ -91,38 +114,74 @@ def check_columns(label: str, columns: Mapping[str, str], records: Iterator[Item
                 # Stop early at a likely misspelling; a column that is merely rare is given until the end.
                 misspelled = [name for name in missing if nearest(name, names)]
                 if misspelled:
-                    raise _no_column(label, misspelled[0], f"the first {count} records", names)
+                    raise _no_column(label, columns, misspelled[0], f"the first {count} records", names)
         yield item
     if missing and count:
-        raise _no_column(label, min(missing), f"its {count} records", names)
+        raise _no_column(label, columns, min(missing), f"its {count} records", names)
 
 
-def _no_column(label: str, name: str, records: str, names: Iterable[str]) -> UserError:
+def _no_column(label: str, columns: Mapping[str, str], name: str, records: str, names: Iterable[str]) -> UserError:
     near = nearest(name, names)
     return UserError(
-        f"{label}: options.columns renames '{name}', which none of {records} has; they have "
+        f"{label}: {columns[name]} names the column '{name}', which none of {records} has; they have "
         f"{', '.join(map(repr, names)) or 'no fields'}." + (f" Did you mean '{near}'?" if near else "")
     )
 
 
-def choose_format(source: Source, records: Iterator[Item], kind: str | None = None) -> tuple[Form, str, Iterator[Item]]:
-    """Return the source's format, the reason (``""`` where the recipe states it), and all of the records.
+def choose_format(source: Source, records: Iterator[Item], kind: str | None = None) -> FormatChoice:
+    """Return the source's format, and all of the records.
 
-    ``format: auto`` looks at the first hundred records. Raises ``UserError`` where no format or several fit.
+    ``format: auto``, and the label of ``better``, look at the first hundred records. Raises ``UserError`` where no
+    format or several fit, and for a label that could mean either.
     """
-    if source.format != "auto":
-        return source.format, "", records
+    if not isinstance(source, RecordSource):
+        return FormatChoice(SourceFormat(source.format, is_own=True), "", records)
+    settings = SourceFormat(source.format, source.options, RecordMapping(**_mapping_fields(source)))
+    if source.format != "auto" and source.better is None:
+        return FormatChoice(settings, "", records)
     head = list(itertools.islice(records, DETECTION_RECORDS))
-    readable = [rename_columns(item[1], source.options) for item in head if not isinstance(item, BadRecord)]
+    # The records that are looked at are put back in front of the stream.
+    records = itertools.chain(head, records)
+    readable = [item[1] for item in head if not isinstance(item, BadRecord)]
     bad = next((item for item in head if isinstance(item, BadRecord)), None)
     if not readable and bad is not None:
         raise bad
+    if source.better is not None and readable:
+        settings = replace(settings, rule=label_rule(source.better, readable, source.label))
+    if source.format != "auto":
+        return FormatChoice(settings, "", records)
     try:
-        detection = detect(readable, kind)
+        detection = _detect(source, readable, settings, kind)
     except UserError as error:
         raise UserError(f"{source.label}: {error}") from None
-    # The records that detection has read are put back in front of the stream.
-    return detection.form, detection.reason, itertools.chain(head, records)
+    return FormatChoice(replace(settings, form=detection.form), detection.reason, records)
+
+
+def _mapping_fields(source: RecordSource) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in RecordMapping.model_fields if name in source.model_fields_set}
+
+
+def _detect(
+    source: RecordSource, records: Sequence[dict[str, Any]], settings: SourceFormat, kind: str | None
+) -> Detection:
+    """Return the format that the mapped fields alone make, where they make any, else the format of all fields."""
+    mapped = [fields for record in records if (fields := _mapped_fields(record, settings)) is not None]
+    names = [*source.columns, *(MAPPED_NAMES["better"] if source.better else ())]
+    names += MAPPED_NAMES["grouped"] if source.grouped else ()
+    ignored = source.options.ignore
+    if names and mapped:
+        chosen = [{name: fields.get(name) for name in names} for fields in mapped]
+        with contextlib.suppress(UserError):
+            return detect(chosen, kind, ignored)
+    return detect(mapped or records, kind, ignored)
+
+
+def _mapped_fields(record: dict[str, Any], settings: SourceFormat) -> dict[str, Any] | None:
+    """Return a record under the names of its mapping; None for one that makes no row, such as a tie."""
+    try:
+        return map_record(record, settings.mapping, settings.rule).fields
+    except (Malformed, Unusable):
+        return None
 
 
 def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[str, str]:
@@ -181,7 +240,7 @@ def _read_hub(source: HubSource) -> Iterator[Item]:
     try:
         if source.files is not None:
             for path, name in _hub_files(source, place):
-                for item in read_file(path):
+                for item in read_file(path, source.header, source.records):
                     yield _rename_place(item, str(path), f"{source.dataset}/{name}")
             return
         for part in parse_split(source.split):

@@ -14,10 +14,19 @@ from typing import Any
 
 from align.evaluation.drift import DriftMeasurement
 from align.evaluation.generation import OpenEngine, ResponseCache, ResponseSet, Sampler, SystemResponses
-from align.evaluation.measure import LoadedModels, ResultCache, reward_values, score_values, shape_values
+from align.evaluation.measure import (
+    LoadedModels,
+    ResultCache,
+    function_values,
+    reward_list_values,
+    reward_values,
+    shape_values,
+)
 from align.evaluation.phases import StageScoringContext, SystemReader, SystemRespondent, select_best
 from align.evaluation.plan import Plan
+from align.evaluation.prompt_metrics import ProgramDescription
 from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
+from align.evaluation.reward_metrics import describe_rewards
 from align.evaluation.scorecard import Measurements, TaskResult, build
 from align.evaluation.scorecard_files import write
 from align.evaluation.systems import System
@@ -64,9 +73,7 @@ class Evaluation:
         self._select_best(responses)
         values = self._score_prompt_set(responses)
         reward_models = self._measure_reward_models()
-        if plan.scorer is not None:
-            for name, response_set in responses.prompt_set.items():
-                values[name] |= score_values(plan.scorer, plan.rows, response_set)
+        programs = self._run_programs(responses, values)
         # Phase 3: the checkpoints' own forward passes measure KL and held-out loss, and read the tasks' texts.
         self.scoring.close()
         drift = DriftMeasurement(self.context, plan, self.models, self.results)
@@ -78,9 +85,9 @@ class Evaluation:
             systems=[system.info for system in plan.systems],
             reference=plan.reference,
             base=plan.base,
-            rewards=plan.reward_weights,
             sources=[str(row["source"]) for row in plan.rows],
             values=values,
+            programs=programs,
             heldout=heldout,
             tasks=tasks,
             reward_models=reward_models,
@@ -172,6 +179,21 @@ class Evaluation:
     def _rewards(self, response_set: ResponseSet) -> Values:
         return reward_values(self.scoring.model("reward").score, self.plan.rows, response_set)
 
+    def _run_programs(
+        self, responses: SystemResponses, values: dict[str, dict[str, Values]]
+    ) -> dict[str, ProgramDescription]:
+        """Add the scores of every program to ``values``, by system; return what the programs' metrics mean."""
+        plan = self.plan
+        described: dict[str, ProgramDescription] = {}
+        for name, response_set in responses.prompt_set.items():
+            if plan.scorer is not None:
+                scores = reward_list_values(plan.scorer, plan.rows, response_set)
+                values[name] |= scores
+                described |= describe_rewards(plan.reward_weights, scores)
+            for program in plan.programs:
+                values[name][program.metric] = function_values(program.scorer, plan.rows, response_set)
+        return described | {program.metric: (program.better, program.meaning) for program in plan.programs}
+
     def _measure_reward_models(self) -> list[dict[str, Any]]:
         """Report on the reward models' accuracy and calibration on the held-out pairs, each compared with the other."""
         plan = self.plan
@@ -231,7 +253,7 @@ class Evaluation:
             "precision": plan.precision,
             "engines": engines,
             "seed": context.seed,
-            "score": plan.scorer_identity,
+            "score": ", ".join([*plan.reward_identities, *(program.identity for program in plan.programs)]),
             "heldout_rows": len(plan.heldout),
             "checkpoints": {artifact.stage: artifact.key for artifact in context.inputs["policies"]},
             "reward_model": reward and reward.key,

@@ -1,9 +1,11 @@
-"""Flags of a scorecard: regressions, a proxy that rose while gold fell, answers that collapsed. Torch-free."""
+"""Flags of a scorecard: regressions, a proxy that rose while the truth fell, answers that collapsed. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from align.evaluation.prompt_metrics import program_metrics
 
 MIN_EOS_RATE = 0.9
 MAX_LENGTH_FACTOR = 2.0
@@ -19,17 +21,23 @@ def find_flags(card: Mapping[str, Any]) -> list[Flag]:
     if card["base"] is None:
         text = "the base model is not among the compared systems, so it is unknown whether training helped at all"
         flags.append({"policy": reference, "kind": "no-base", "text": text})
+    # The first program decides, so it stands for the truth that a reward model is a proxy of.
+    program = next(iter(program_metrics(card["metrics"])), None)
     for policy in card["policies"]:
         if policy == card["base"]:
             continue
         proxy = verdicts.get((policy, reference, "reward"))
-        gold = verdicts.get((policy, reference, "gold"))
-        # The proxy's gain must be clear, while any loss in gold is a warning: that is how over-optimization begins.
-        if proxy and gold and proxy["verdict"] == "better" and gold["value"] < 0:
-            text = f"{policy} pleases the reward model more than {reference} but scores lower by the gold checker"
+        truth = verdicts.get((policy, reference, program))
+        # The proxy's gain must be clear, while any loss in truth is a warning: that is how over-optimization begins.
+        if proxy and truth and proxy["verdict"] == "better" and _is_loss(truth, card["metrics"][program]):
+            text = f"{policy} pleases the reward model more than {reference} but does worse by {program}"
             flags.append({"policy": policy, "kind": "over-optimized", "text": text})
         flags += _collapse(policy, card["estimates"][policy], reference, card["estimates"][reference])
     return flags + _inconsistent_judges(card.get("win_rates", ())) + _copies(card)
+
+
+def _is_loss(row: Mapping[str, Any], metric: Mapping[str, Any]) -> bool:
+    return bool(row["value"] > 0) if metric["better"] == "lower" else bool(row["value"] < 0)
 
 
 def _regression(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> Flag:

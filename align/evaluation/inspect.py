@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from align.config.base import settings_for_key
 from align.config.scores import score_identities
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
+from align.config.user_functions import function_identity
 from align.errors import UserError
 from align.evaluation.systems import example_identities
 from align.evaluation.tasks.registry import task_identities
@@ -19,6 +21,9 @@ def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
     Relative paths start at ``base``. Raises ``UserError`` for a missing file, with the setting that names it.
     """
     digests = score_identities(config.score)
+    for number, entry in enumerate(config.metrics):
+        place = f"metrics[{number}]"
+        digests[place] = function_identity(entry if isinstance(entry, str) else entry.function, place)
     for name, task in config.tasks.items():
         digests |= _block_identities(f"tasks.{name}", task, base)
     for name, baseline in config.baselines.items():
@@ -27,7 +32,7 @@ def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
 
 
 def _block_identities(place: str, block: TaskConfig | BaselineConfig, base: Path) -> dict[str, str]:
-    settings = block.model_dump(mode="json", exclude=set(block.identified))
+    settings = settings_for_key(block, block.model_dump(mode="json", exclude=set(block.identified)))
     digests = {place: json.dumps(settings, sort_keys=True)}
     try:
         outside = task_identities(block, base) if isinstance(block, TaskConfig) else example_identities(block, base)

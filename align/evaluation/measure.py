@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.data.scoring import Scorer
 from align.data.weighted_scores import WeightedSum
 from align.errors import UserError
 from align.evaluation.generation import ResponseSet
 from align.evaluation.logprobs import response_logprobs, sequence_kl
-from align.evaluation.reward_metrics import REWARD
+from align.evaluation.reward_metrics import REWARD, SUM
 from align.evaluation.systems import Policy
 from align.evaluation.tasks.base import Values
 from align.inference.protocol import Response
@@ -50,8 +51,16 @@ def shape_values(response_set: ResponseSet) -> dict[str, Values]:
     }
 
 
-def score_values(scorer: WeightedSum, rows: Sequence[Row], response_set: ResponseSet) -> dict[str, Values]:
-    """Return ``gold``, the score of every sample, and that of each reward of a list as ``score_<name>``.
+def function_values(scorer: Scorer, rows: Sequence[Row], response_set: ResponseSet) -> Values:
+    """Return the scores of a verifiable function, per prompt and sample."""
+    responses, repeated = _flatten(rows, response_set)
+    texts = [response.text for response in responses]
+    scores = scorer.score(repeated, texts, [not response.finished for response in responses])
+    return _unflatten(scores, response_set)
+
+
+def reward_list_values(scorer: WeightedSum, rows: Sequence[Row], response_set: ResponseSet) -> dict[str, Values]:
+    """Return ``score``, a list of rewards' weighted sum for every sample, and each reward as ``score_<name>``.
 
     Metrics of the rewards follow, ``score_<name>_<metric>``, without those that some response lacks.
     """
@@ -59,7 +68,7 @@ def score_values(scorer: WeightedSum, rows: Sequence[Row], response_set: Respons
     texts = [response.text for response in responses]
     parts = scorer.score_parts(repeated, texts, [not response.finished for response in responses])
     return {
-        f"{REWARD}{name}" if name else "gold": _unflatten(scores, response_set)
+        f"{REWARD}{name}" if name else SUM: _unflatten(scores, response_set)
         for name, scores in parts.items()
         if all(map(math.isfinite, scores))
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from align.config.scores import reward_names, score_identities
+from align.config.scores import score_identities
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation_gates import Gate, parse_gates
 from align.data.rows import user
@@ -43,6 +44,17 @@ class PromptRenderer(Protocol):
 
 
 @dataclass(frozen=True)
+class Program:
+    """A function that scores responses: the metric's name, its direction, its meaning, and its identity in keys."""
+
+    metric: str
+    better: Literal["higher", "lower"]
+    meaning: str
+    scorer: Any
+    identity: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """An evaluation's work; ``rows`` (the prompt set), ``tasks``, ``pairs`` and ``heldout`` may be empty."""
 
@@ -54,7 +66,11 @@ class Plan:
     """Token ids of the prompt set, by system."""
     sampling: Sampling
     scorer: WeightedSum | None
-    scorer_identity: str
+    """A list of rewards that scores responses to the prompt set."""
+    reward_identities: list[str]
+    """Identities of the list's rewards, for the scorecard."""
+    programs: list[Program]
+    """Functions that score responses to the prompt set, in order."""
     pairs: list[Row]
     heldout: list[Row]
     heldout_length: int
@@ -67,8 +83,8 @@ class Plan:
 
     @property
     def reward_weights(self) -> dict[str, float]:
-        """Weights of a list of rewards, by name; empty for a single function."""
-        if self.scorer is None or not self.scorer.is_list:
+        """Weights of a list of rewards, by name; empty without one."""
+        if self.scorer is None:
             return {}
         return {part.name: part.weight for part in self.scorer.parts}
 
@@ -115,8 +131,9 @@ def make_plan(context: StageContext) -> Plan:
         rows=rows,
         prompts=prompts,
         sampling=sampling,
-        scorer=None if config.score is None else open_score(context),
-        scorer_identity=_scorer_identity(config),
+        scorer=open_score(context) if isinstance(config.score, list) else None,
+        reward_identities=list(score_identities(config.score).values()) if isinstance(config.score, list) else [],
+        programs=_programs(config),
         pairs=pairs if context.inputs.get("reward") is not None else [],
         heldout=heldout,
         heldout_length=config.max_heldout_length,
@@ -128,12 +145,6 @@ def make_plan(context: StageContext) -> Plan:
     )
     check_gates(plan.gates, _metric_names(plan, config), [system.info for system in systems], plan.reference)
     return plan
-
-
-def _scorer_identity(config: EvaluateConfig) -> str:
-    """Return the identity of what scores, for the scorecard; that of a list is JSON, entry by entry."""
-    identities = score_identities(config.score)
-    return identities.get("score", f"[{','.join(identities.values())}]" if identities else "")
 
 
 def render_for_all(
@@ -151,6 +162,24 @@ def render_for_all(
     fitting = [index for index in range(len(rows)) if all(len(ids[index]) <= max_tokens for ids in rendered.values())]
     prompts = {name: [ids[index] for index in fitting] for name, ids in rendered.items()}
     return [rows[index] for index in fitting], prompts, len(rows) - len(fitting)
+
+
+def _programs(config: EvaluateConfig) -> list[Program]:
+    """Load the functions that score responses. Raises ``UserError`` for one that does not exist."""
+    from align.config.user_functions import function_identity, load_function
+    from align.data.scoring import function_scorer
+
+    programs = []
+    places = ["score"] if isinstance(config.score, str) else []
+    places += [f"metrics[{number}]" for number in range(len(config.metrics))]
+    for place, settings in zip(places, config.metric_functions, strict=True):
+        identity = function_identity(settings.function, place)
+        # The first line of the docstring says what the metric means.
+        lines = (inspect.getdoc(load_function(settings.function, place)) or "").strip().splitlines()
+        meaning = lines[0].rstrip(".").removeprefix("Return ") if lines else f"score by {settings.function}"
+        scorer = function_scorer(settings.function)
+        programs.append(Program(settings.metric, settings.better, meaning, scorer, identity))
+    return programs
 
 
 def _prompt_set(context: StageContext, systems: list[System]) -> tuple[list[Row], dict[str, list[list[int]]]]:
@@ -174,7 +203,7 @@ def _test_rows(context: StageContext, field: str, limit: int | None) -> list[Row
     path = context.artifact(field).split("test")
     rows = read_rows(path)
     if not rows:
-        raise UserError(f"{field}: {path} has no rows; give its stage a test split.")
+        raise UserError(f"{field}: {path} has no rows; give its stage a test split (test_size above 0).")
     return draw(rows, limit, context.seed)
 
 
@@ -264,8 +293,7 @@ def _metric_names(plan: Plan, config: EvaluateConfig) -> set[str]:
         names.add("heldout_loss")
     if plan.rows:
         names |= {"length", "finished"}
-        if plan.scorer is not None:
-            names |= {"gold", *(f"score_{name}" for name in reward_names(config.score))}
+        names |= {*(program.metric for program in plan.programs), *config.reward_metrics}
         if plan.sampling.temperature > 0:
             names |= {"kl", "kl_k3"}
         if config.reward is not None:

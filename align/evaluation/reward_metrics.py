@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
-REWARD = "score_"
-"""Prefix of the rewards of a list ``score:``, and of their metrics."""
+from align.evaluation.prompt_metrics import ProgramDescription
+
+SUM = "score"
+"""Metric of the weighted sum of a list ``score:``."""
+REWARD = f"{SUM}_"
+"""Prefix of the metrics of the list's rewards, and of what they return beside their score."""
 
 
-def describe_rewards(weights: Mapping[str, float], columns: Collection[str]) -> dict[str, Any]:
-    """Return the metrics of a list of rewards, by name: their sum, each of them, and their further metrics."""
-    if not weights:
-        return {}
+def describe_rewards(weights: Mapping[str, float], columns: Collection[str]) -> dict[str, ProgramDescription]:
+    """Return direction and meaning of a list's metrics, by name; the direction is None for further metrics."""
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
-    entries: dict[str, dict[str, Any]] = {}
-    entries["gold"] = {"title": "Score", "better": "higher", "unit": "score", "meaning": f"weighted sum: {terms}"}
-    for name in columns:
-        if not name.startswith(REWARD):
+    described: dict[str, ProgramDescription] = {SUM: ("higher", f"weighted sum: {terms}")}
+    for metric in columns:
+        if not metric.startswith(REWARD):
             continue
-        title = name.removeprefix(REWARD)
-        if title in weights:
-            better = "higher" if weights[title] >= 0 else "lower"
-            meaning = f"reward '{title}', of weight {weights[title]:g} in the score"
-            entries[name] = {"title": title, "better": better, "unit": "score", "meaning": meaning}
+        name = metric.removeprefix(REWARD)
+        if name in weights:
+            better = "higher" if weights[name] >= 0 else "lower"
+            described[metric] = (better, f"reward '{name}', of weight {weights[name]:g} in the score")
         else:
-            entries[name] = {"title": title, "better": None, "unit": "", "meaning": "metric that a reward returned"}
-    return {name: {**entry, "task": "prompts"} for name, entry in entries.items()}
+            described[metric] = (None, "metric that a reward returned")
+    return described

@@ -41,69 +41,16 @@ from align.config.stages.evaluation_gates import Gate
 from align.evaluation.comparisons import Column, Resampling, correct, correct_table, difference, estimate, is_rate
 from align.evaluation.flags import find_flags
 from align.evaluation.gates import default_gates, evaluate_gates
-from align.evaluation.reward_metrics import describe_rewards
+from align.evaluation.prompt_metrics import PROMPT_SET_METRICS, ProgramDescription, program_entry
 from align.evaluation.statistics import LEVEL
 from align.evaluation.systems import best_of_kl
 from align.evaluation.tasks.base import Measured, SystemInfo, Task, Values
 
 FORMAT = 3
-FAMILY_METRICS = ("gold", "reward", "length", "finished")
+FAMILY_METRICS = ("reward", "length", "finished")
 DRIFT = ("kl", "kl_k3")
 """Metrics against the reference itself, whose differences add nothing."""
 MAX_FAMILIES = 64
-
-PROMPT_SET_METRICS: dict[str, dict[str, Any]] = {
-    "gold": {
-        "title": "Gold score",
-        "better": "higher",
-        "unit": "0 to 1",
-        "meaning": "score by a program that checks the response",
-        "task": "prompts",
-    },
-    "reward": {
-        "title": "Reward-model score",
-        "better": "higher",
-        "unit": "score",
-        "meaning": "score by the learned proxy; only differences are meaningful",
-        "task": "prompts",
-    },
-    "finished": {
-        "title": "Ends by itself",
-        "better": "higher",
-        "unit": "share",
-        "meaning": "share of responses that end with the end-of-turn token rather than at the token limit",
-        "task": "prompts",
-    },
-    "length": {
-        "title": "Response length",
-        "better": None,
-        "unit": "tokens",
-        "meaning": "tokens of a response, its end-of-turn token included",
-        "task": "prompts",
-    },
-    "kl": {
-        "title": "KL to reference",
-        "better": None,
-        "unit": "nats",
-        "meaning": "drift from the reference over a whole response, unbiased k1 estimate on the policy's own samples",
-        "task": "prompts",
-    },
-    "kl_k3": {
-        "title": "KL to reference (k3)",
-        "better": None,
-        "unit": "nats",
-        "meaning": "the same by the k3 estimate, never negative",
-        "task": "prompts",
-    },
-    "heldout_loss": {
-        "title": "Held-out SFT loss",
-        "better": "lower",
-        "unit": "nats per token",
-        "meaning": "negative log-likelihood per token of held-out reference answers",
-        "task": "prompts",
-    },
-}
-"""Metrics of the prompt set; a task describes its own."""
 
 
 @dataclass
@@ -127,14 +74,14 @@ class Measurements:
     base: str | None
     sources: list[str] = field(default_factory=list)
     values: dict[str, dict[str, Values]] = field(default_factory=dict)
+    programs: dict[str, ProgramDescription] = field(default_factory=dict)
+    """Metrics of the prompt set that a program computes → the better direction and the meaning, in order."""
     heldout: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
     tasks: list[TaskResult] = field(default_factory=list)
     reward_models: list[dict[str, Any]] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
     copies: dict[str, list[str]] = field(default_factory=dict)
     """Systems of role ``again`` → tasks (``prompts``: the prompt set) in which they repeat their checkpoint."""
-    rewards: dict[str, float] = field(default_factory=dict)
-    """Weights of a list of rewards, by name."""
 
     def is_copy(self, policy: str, against: str, task: str) -> bool:
         """Return True where one of two systems repeats the other word for word, because sampling was greedy."""
@@ -160,7 +107,7 @@ class _Builder:
         self.measurements = measurements
         self.resampling = resampling
         self.metrics, self.columns = _columns(measurements)
-        self.primary = choose_primary(self.metrics, measurements.tasks)
+        self.primary = choose_primary(self.metrics, measurements)
         self.rates = {
             name for name, by_policy in self.columns.items() if name not in DRIFT and is_rate(list(by_policy.values()))
         }
@@ -249,12 +196,13 @@ class _Builder:
 
     def _by_source(self) -> dict[str, Any]:
         """Return ``families``, ``family_differences`` and ``task_families``."""
-        groups = _group(self.measurements.sources)
-        names = [name for name in FAMILY_METRICS if name in self.columns]
+        measurements = self.measurements
+        groups = _group(measurements.sources)
+        names = [name for name in (*measurements.programs, *FAMILY_METRICS) if name in self.columns]
         differences = self._family_differences(groups) if self.primary in names else []
         correct(differences, self.metrics)
         tasks: dict[str, Any] = {}
-        for result in self.measurements.tasks:
+        for result in measurements.tasks:
             task_groups = _group([item.source for item in result.task.items])
             task_metrics = [name for name, metric in self.metrics.items() if metric["task"] == result.task.name]
             if task_metrics and 1 < len(task_groups) <= MAX_FAMILIES:
@@ -287,12 +235,12 @@ class _Builder:
         return rows
 
 
-def choose_primary(metrics: Mapping[str, Any], tasks: Sequence[TaskResult]) -> str:
-    """Return the metric that decides: gold, else the reward model's score, else the first task's primary metric."""
-    for name in ("gold", "reward"):
+def choose_primary(metrics: Mapping[str, Any], measurements: Measurements) -> str:
+    """Return the metric that decides: the first program's, else the reward model's, else the first task's primary."""
+    for name in (*measurements.programs, "reward"):
         if name in metrics:
             return name
-    for result in tasks:
+    for result in measurements.tasks:
         name = f"{result.task.name}.{result.task.primary}"
         if name in metrics:
             return name
@@ -329,8 +277,8 @@ def _columns(measurements: Measurements) -> tuple[dict[str, Any], dict[str, dict
         # Weighted by tokens, so that the estimate is the loss per token over all rows.
         column = Column([[loss] for loss in losses], [float(count) for count in tokens])
         columns.setdefault("heldout_loss", {})[policy] = column
-    metrics: dict[str, Any] = {name: dict(entry) for name, entry in PROMPT_SET_METRICS.items() if name in columns}
-    metrics |= describe_rewards(measurements.rewards, columns)
+    known = {name: program_entry(name, *entry) for name, entry in measurements.programs.items()} | PROMPT_SET_METRICS
+    metrics: dict[str, Any] = {name: dict(entry) for name, entry in known.items() if name in columns}
     for result in measurements.tasks:
         for name, metric in result.task.metrics.items():
             by_policy = {

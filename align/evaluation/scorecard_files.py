@@ -2,11 +2,11 @@
 
 - ``scorecard.json``: schema in ``scorecard.py``
 - ``samples.jsonl``: a line per question that systems answered: ``task`` (``prompts`` for the prompt set), ``id``,
-  ``source``, ``prompt`` (messages) and ``responses``, system → samples, each ``{text, tokens, finished}``, with
-  ``gold``, ``score_<name>`` (of a list of rewards), ``reward`` and ``kl`` where they were measured, ``scores`` (the
-  task's metrics), ``turns`` (in conversations of several), ``token_kl`` (``[[text, nats], …]``, of first samples). A
-  pair that reward models scored has its two sides as ``responses``, named in ``columns``, and ``scores`` by reward
-  model
+  ``source``, ``prompt`` (messages), ``row`` (columns that the recipe keeps, if any) and ``responses``, system →
+  samples, each ``{text, tokens, finished}``, with ``reward`` and ``kl`` where they were measured, ``scores`` (of
+  programs, or the task's metrics), ``turns`` (in conversations of several), ``token_kl`` (``[[text, nats], …]``, of
+  first samples). A pair that reward models scored has its two sides as ``responses``, named in ``columns``, and
+  ``scores`` by reward model
 - ``items.jsonl``: a line per item of every task: ``task``, ``id``, ``source``, ``values``: system → metric → one number
   per sample, without the metrics that leave the item out. For pairs, ``values`` are the reward models':
   ``chosen``, ``rejected``, ``margin``, ``correct``
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.data.rows import kept_columns
 from align.evaluation.comparisons import Column
-from align.evaluation.reward_metrics import REWARD
 from align.evaluation.scorecard import Measurements, TaskResult
 from align.evaluation.tasks.base import Answers, Turn, Values
 from align.models.render import token_texts
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from align.evaluation.generation import SystemResponses
     from align.evaluation.plan import Plan
 
-SAMPLE_FIELDS = ("gold", "reward", "kl")
+SAMPLE_FIELDS = ("reward", "kl")
 
 
 def write(
@@ -68,9 +68,9 @@ def _prompt_samples(
             samples = []
             for number, response in enumerate(response_set.responses[index]):
                 sample = {"text": response.text, "tokens": len(response.token_ids), "finished": response.finished}
-                fields = [*SAMPLE_FIELDS, *(name for name in values if name.startswith(REWARD))]
-                measured = {field: values[field][index][number] for field in fields if field in values}
-                samples.append(sample | measured)
+                measured = {field: values[field][index][number] for field in SAMPLE_FIELDS if field in values}
+                scores = {metric: values[metric][index][number] for metric in measurements.programs}
+                samples.append(sample | measured | ({"scores": scores} if scores else {}))
             if index < len(token_kl.get(name, ())) and samples:
                 ids = response_set.responses[index][0].token_ids
                 pieces = token_texts(tokenizers[name], ids)
@@ -81,6 +81,7 @@ def _prompt_samples(
             "id": row["id"],
             "source": row["source"],
             "prompt": row["prompt"],
+            **({"row": columns} if (columns := kept_columns(row)) else {}),
             "responses": by_system,
         }
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pydantic import Field, create_model
 
-from align.config.base import Config, input_fields, input_names, names_in_block
+from align.config.base import Config, input_fields, input_names, names_in_block, settings_for_key
 from align.config.runtime import Runtime, StageRuntime
 from align.config.stages.continue_from import CONTINUE
 from align.config.validation import suggest, validate
@@ -343,10 +343,7 @@ class Pipeline:
     ) -> dict[str, Any]:
         """Return the parts of the key. A single input's name is dropped; in a list names are labels, so they stay."""
         # Fields with an identity count by content: a renamed file leaves the key as it is, an edited one changes it.
-        settings = config.model_dump(mode="python", exclude=config.fields_outside_key())
-        for name in config.later:
-            if getattr(config, name) == type(config).model_fields[name].default:
-                settings.pop(name, None)
+        settings = settings_for_key(config, config.model_dump(mode="python", exclude=config.fields_outside_key()))
         keys: dict[str, Any] = {}
         for field_name, value in inputs.items():
             if isinstance(value, str):

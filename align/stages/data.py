@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from align.config.base import Config
+from align.config.base import Config, settings_for_key
 from align.config.hub_commits import find_commit
 from align.config.recipe.format_options import KINDS
 from align.config.recipe.recipe import Recipe, load_recipe
@@ -126,7 +126,7 @@ def resolved_recipe(config: DataConfig, base: Path) -> Recipe:
 def identities(config: DataConfig, base: Path) -> dict[str, str]:
     """Return the digest of the recipe's content, and digests, commits and versions of what sources and steps read."""
     recipe = resolved_recipe(config, base)
-    content = _without_identified(recipe)
+    content = settings_for_key(recipe, _without_identified(recipe))
     # Words for readers must not build a dataset again.
     for name in ("description", "language", "files_variable"):
         content.pop(name)

@@ -203,7 +203,7 @@ def _explain_lost_engine(context: StageContext) -> Iterator[None]:
 def _read_rows(context: StageContext, field: str, split: str) -> list[dict[str, Any]]:
     rows = read_rows(context.artifact(field).split(split))
     if not rows:
-        raise UserError(f"{context.name}: {field} has no {split} rows; use a stage that has some.")
+        raise UserError(f"{context.name}: {field} has no {split} rows; use a stage (a test_size) that has some.")
     return rows
 
 

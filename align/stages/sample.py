@@ -11,7 +11,7 @@ from typing import Any
 from align.config.batch_sizes import SAMPLE_CHUNK
 from align.config.scores import describe_score
 from align.data.response_pairs import make_pairs
-from align.data.rows import read_rows
+from align.data.rows import kept_columns, read_rows
 from align.data.weighted_scores import Part, WeightedSum
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score
@@ -67,6 +67,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPrompts:
     rows = read_rows(context.artifact("prompts").split(split))
+    if split == "train" and not rows:
+        raise UserError("prompts: there are no train rows; give their recipe a test_size below 1.")
     rows = rows[: getattr(context.config.max_prompts, split)]
     rendered = [(row, render_prompt(tokenizer, row["prompt"], row.get("tools"))) for row in rows]
     # Cutting a prompt would ask another question, so long ones are left out and counted.
@@ -221,7 +223,13 @@ def _write(
     with (context.output / "samples.jsonl").open("w", encoding="utf-8") as file:
         for prompts in splits:
             for row, sample in zip(prompts.rows, samples[prompts.split], strict=True):
-                line = {"split": prompts.split, "prompt": row["prompt"], **sample}
+                columns = kept_columns(row)
+                line = {
+                    "split": prompts.split,
+                    "prompt": row["prompt"],
+                    **sample,
+                    **({"row": columns} if columns else {}),
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     for prompts in splits:
         split, split_samples = prompts.split, samples[prompts.split]

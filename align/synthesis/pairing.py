@@ -13,7 +13,14 @@ from typing import Literal
 from align.config.stages.synthesis_tasks import PairsTask
 from align.data.response_pairs import make_pairs
 from align.data.rows import Message, Row
-from align.evaluation.judges.judge_prompts import Outcome, Verdict, combine_verdicts, pair_prompt, read_verdict
+from align.evaluation.judges.judge_prompts import (
+    Outcome,
+    Verdict,
+    combine_verdicts,
+    fill_rubric,
+    pair_prompt,
+    read_verdict,
+)
 from align.inference.requests import Answer
 from align.synthesis.counts import Ledger
 from align.synthesis.selection import ANSWERS, ROWS, PromptResponses, prompt_fields, usable_places
@@ -109,9 +116,10 @@ def _judge_all(
     for index, first, second in comparisons:
         responses = prompts[index]
         texts = responses.answers[first].text, responses.answers[second].text
+        rubric = fill_rubric(judge.rubric, responses.row, f"prompt {responses.row['id']}")
         # Both orders, since judges prefer a position.
         for shown_first, shown_second in (texts, texts[::-1]):
-            questions.append(pair_prompt(responses.row["prompt"], shown_first, shown_second, judge.rubric))
+            questions.append(pair_prompt(responses.row["prompt"], shown_first, shown_second, rubric))
     replies = judge.ask(questions)
     outcomes: list[dict[tuple[int, int], Outcome]] = [{} for _ in prompts]
     for number, (index, first, second) in enumerate(comparisons):

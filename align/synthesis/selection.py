@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.config.stages.synthesis_tasks import BestOfTask, ResponsesTask
-from align.data.rows import Row, assistant
+from align.data.rows import Row, assistant, kept_columns
 from align.data.scoring import Scorer, parts_of
 from align.inference.requests import Answer
 from align.synthesis.counts import Ledger
@@ -74,7 +74,8 @@ def _find_fault(answer: Answer, cut_off: str) -> str:
 
 def prompt_fields(row: Row) -> Row:
     """Return the fields that a new row copies from the prompt's row."""
-    return {"id": row["id"], "source": row["source"], "prompt": row["prompt"], "checks": row["checks"] or ""}
+    fields = {"id": row["id"], "source": row["source"], "prompt": row["prompt"], "checks": row["checks"] or ""}
+    return fields | kept_columns(row)
 
 
 def usable_places(responses: PromptResponses, cut_off: str, ledger: Ledger) -> list[int]:

@@ -64,7 +64,10 @@ def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
     """Read the first ``most`` rows of a split. Raises ``UserError`` for an empty one."""
     rows = read_rows(path)
     if not rows:
-        raise UserError(f"{stage}: {path} has no rows; loosen the filters of its data stage.")
+        raise UserError(
+            f"{stage}: {path} has no rows; loosen the filters of its data stage, or write a test_size between 0 and 1 "
+            "in its recipe."
+        )
     return rows[:most]
 
 

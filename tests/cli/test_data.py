@@ -80,10 +80,10 @@ def by_hand(tmp_path: Path) -> Path:
     ("words", "output"),
     [
         (["data", "biuld", "x"], "align data: unknown command 'biuld'. Did you mean 'build'?"),
-        (["data", "zzz"], "align data: unknown command 'zzz'. Commands: build, show, lint, diff, push."),
+        (["data", "zzz"], "align data: unknown command 'zzz'. Commands: columns, build, show, lint, diff, push."),
         (
             ["data"],
-            "align data: the following arguments are required: COMMAND. Commands: build, show, lint, diff, push.",
+            "align data: the following arguments are required: COMMAND. Commands: columns, build, show, lint,",
         ),
         (["dta", "build"], "align: unknown command 'dta'. Did you mean 'data'?"),
         (

@@ -17,6 +17,8 @@ from align.cli.checkpoints import base_of, find_all
 from align.cli.evaluate import with_bases
 from align.cli.main import main
 from align.cli.suite import ComparedCheckpoints, choose_reference, load_suite, suite_pipeline
+from align.config.stages.evaluate import EvaluateConfig
+from align.config.validation import validate
 from align.errors import UserError
 from align.models.tiny import make_tiny
 from align.store.artifacts import Artifact, Kind
@@ -382,3 +384,74 @@ def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path,
     assert "\x1b" not in printed
     assert printed.count("[bold red]x\\x1b[2J") == 3, "the system, the metric, the flag"
     assert "0.250 to 0.750" in printed
+
+
+# --- an evaluation of one's own ---------------------------------------------------------------------------------------
+
+FIVE_LINES = (
+    """\
+prompts: {folder}/sums.yaml
+score: [own_grading:is_right, {{function: own_grading:count_words, name: words, better: lower}}]
+""",
+    """\
+kind: prompts
+sources: [{{type: files, paths: [{folder}/sums.jsonl], columns: {{prompt: ask}}, keep: [answer]}}]
+test_size: 1.0
+""",
+)
+GRADING = '''
+def is_right(rows, responses):
+    """Return 1 for a response that is the row's answer."""
+    return [float(str(row["answer"]) in response) for row, response in zip(rows, responses)]
+
+def count_words(rows, responses):
+    return [float(len(response.split()) + row["answer"]) for row, response in zip(rows, responses)]
+'''
+
+
+def test_a_prompt_set_and_functions_make_an_evaluation_in_five_lines(
+    chain: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "own_grading.py").write_text(GRADING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    records = [{"ask": f"{number} and 1?", "answer": number + 1} for number in range(6)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    suite, recipe = (text.format(folder=tmp_path) for text in FIVE_LINES)
+    assert len((suite + recipe).splitlines()) == 5
+    (tmp_path / "own.yaml").write_text(suite)
+    (tmp_path / "sums.yaml").write_text(recipe)
+    words = ["--set", "runtime={engine: {name: transformers}, device: cpu}", "--set", "max_tokens=8",
+             "--set", "bootstrap=200", "--set", "name=my-sums", "--set", "gates={words: '>= 0'}"]  # fmt: skip
+    named = [f"{chain.file}:{stage}" for stage in ("sft", "ppo")]
+    own = ["--suite", str(tmp_path / "own.yaml"), "--store", chain.store, "--output", str(tmp_path / "out")]
+    assert main(["eval", *named, *own, *words]) == 0
+    printed = capsys.readouterr().out
+    card = json.loads((tmp_path / "out" / "scorecard.json").read_text())
+    assert card["primary"] == "is_right" and list(card["metrics"])[:2] == ["is_right", "words"]
+    described = {name: (entry["title"], entry["better"], entry["meaning"]) for name, entry in card["metrics"].items()}
+    assert described["is_right"] == ("is_right", "higher", "1 for a response that is the row's answer")
+    assert described["words"] == ("words", "lower", "score by own_grading:count_words")
+    assert {estimates["is_right"]["n"] for estimates in card["estimates"].values()} == {6}
+    assert min(estimates["words"]["value"] for estimates in card["estimates"].values()) >= 3.5  # the mean answer
+    assert "is_right" in printed and "Gold" not in printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "is_right" in page and "Gold score" not in page
+    (first, *_) = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert set(first["responses"]["sft"][0]["scores"]) == {"is_right", "words"}
+    assert first["row"] == {"answer": int(first["prompt"][0]["content"].split()[0]) + 1}
+    assert "my-sums" in Store(Path(chain.store)).runs()
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ("[]", "score is an empty list"),
+        ("[gold, gold]", "score: two metrics are called 'gold'; give one of them another name"),
+        ("[{function: mine:f, name: reward}]", "score: 'reward' is a metric of its own"),
+        ("[{function: mine:f, better: highest}]", "'higher' or 'lower'"),
+    ],
+)
+def test_wrong_metric_functions_are_named(score: str, message: str) -> None:
+    block = {"policies": ["sft"], "reference": "sft", "prompts": "data", "score": yaml.safe_load(score)}
+    with pytest.raises(UserError, match=message):
+        validate(EvaluateConfig, block, "mine.yaml")

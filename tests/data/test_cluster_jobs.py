@@ -13,11 +13,20 @@ from pathlib import Path
 
 import pytest
 
+<<<<<<< HEAD
 from align.config.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
 from align.config.recipe.recipe import Recipe
+=======
+from align.config.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
+from align.config.recipe.format_options import FormatOptions
+from align.config.recipe.recipe import Recipe
+from align.config.recipe.record_mapping import Constant, RecordMapping
+>>>>>>> data
 from align.data import build as building
 from align.data import cluster_jobs
 from align.data.build import build
+from align.data.formats import SourceFormat
+from align.data.formats.compared_columns import LabelRule
 from align.data.rows import BadRecord
 from align.data.shards import Task
 from align.data.workers import BuildResources
@@ -139,13 +148,10 @@ def test_a_refused_job_is_the_users_to_mend(slurm: SlurmExecutor, tmp_path: Path
 
 
 def test_a_task_survives_its_file() -> None:
-    task = Task(3, 30, 1, "alpaca", (("a:1", {"instruction": "é", "n": [1, None]}), BadRecord("a:2", "no good")))
+    mapping = RecordMapping(columns={"output": "o", "label": Constant(constant=[1, "x"])}, keep=["n"])
+    source = SourceFormat("alpaca", FormatOptions(turns="all"), mapping, LabelRule(frozenset("1"), is_signed=True))
+    task = Task(3, 30, 1, source, (("a:1", {"instruction": "é", "n": [1, None]}), BadRecord("a:2", "no good")))
     again = cluster_jobs._from_json(cluster_jobs._to_json(task))
-    assert (again.shard, again.start, again.source, again.form, again.records[0]) == (
-        3,
-        30,
-        1,
-        "alpaca",
-        task.records[0],
-    )
+    assert (again.shard, again.start, again.source, again.format) == (3, 30, 1, source)
+    assert again.records[0] == task.records[0]
     assert str(again.records[1]) == "a:2: no good"

@@ -25,17 +25,26 @@ from align.errors import UserError
 def converted(folder: Path, path: str, kind: str, **settings: Any) -> tuple[str, list[Row], Counter[str]]:
     """The format chosen, the rows, and what was dropped."""
     source = FilesSource(type="files", paths=[path], **settings)
-    form, _, records = choose_format(source, read(source, folder), kind)
+    choice = choose_format(source, read(source, folder), kind)
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
-    for item in records:
+    for item in choice.records:
         assert not isinstance(item, BadRecord)
+<<<<<<< HEAD
         for actual in convert(item[1], form, item[0], kind, source.options):
             if isinstance(actual, Dropped):
                 dropped[actual.reason] += 1
             else:
                 rows.append(actual)
     return form, rows, dropped
+=======
+        for found in convert(item[1], choice.format, item[0], kind):
+            if isinstance(found, Dropped):
+                dropped[found.reason] += 1
+            else:
+                rows.append(found)
+    return choice.format.form, rows, dropped
+>>>>>>> data
 
 
 def test_dolly(shared_data: Path) -> None:

@@ -18,7 +18,7 @@ from align.cli.main import main
 from align.config.recipe.recipe import load_recipe
 from align.data.build import build
 from align.data.diff import compare
-from align.data.formats import convert
+from align.data.formats import SourceFormat, convert
 from align.data.rows import Dropped, read_rows, row_id
 from align.data.steps.divide import divide_text
 from align.errors import UserError
@@ -191,5 +191,5 @@ def test_steps_about_turns_say_that_texts_have_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["instructions", "prompts", "preferences", "unpaired"])
 def test_rows_of_texts_make_nothing_with_turns(kind: str) -> None:
     row = {"id": "a", "source": "b", "text": document(1)}
-    assert convert(row, "rows", "here", kind) == [Dropped("a plain text, which has no turns")]
-    assert convert(row, "rows", "here", "texts") == [row]
+    assert convert(row, SourceFormat("rows"), "here", kind) == [Dropped("a plain text, which has no turns")]
+    assert convert(row, SourceFormat("rows"), "here", "texts") == [row]

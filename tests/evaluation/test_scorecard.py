@@ -32,6 +32,7 @@ def measurements(**gold: list[float]) -> Measurements:
             }
             for name, values in gold.items()
         },
+        programs={"gold": ("higher", "share of the constraints that hold")},
     )
 
 
@@ -140,7 +141,7 @@ def test_the_scorecard_is_plain_json_even_with_one_prompt():
 def test_changing_a_card_changes_no_later_one():
     card_inputs = measurements(sft=[0.3, 0.4], ppo=[0.5, 0.2])
     build(card_inputs, RESAMPLING, {})["metrics"]["gold"]["title"] = "something else"
-    assert build(card_inputs, RESAMPLING, {})["metrics"]["gold"]["title"] == "Gold score"
+    assert build(card_inputs, RESAMPLING, {})["metrics"]["gold"]["title"] == "gold"
 
 
 class Quiz(Task):

@@ -22,10 +22,15 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     metrics = evaluate.run(context)
     text = (context.output / "scorecard.json").read_text(encoding="utf-8")
     card = json.loads(text)
-    assert (card["reference"], card["base"], card["primary"]) == ("sft", "model", "gold")
+    assert (card["reference"], card["base"], card["primary"]) == ("sft", "model", "variety")
     assert card["settings"]["prompts"] == metrics["prompts"] == PROMPTS  # the long one is left out
+<<<<<<< HEAD
     assert set(card["metrics"]) == {"gold", "reward", "finished", "length", "kl", "kl_k3", "heldout_loss"}
     estimates = card["estimates"]
+=======
+    assert set(card["metrics"]) == {"variety", "reward", "finished", "length", "kl", "kl_k3", "heldout_loss"}
+    own = card["estimates"]
+>>>>>>> data
     # the same weights and the same randomness: same responses, no drift; other weights drift
     assert estimates["model"]["reward"] == estimates["sft"]["reward"]
     assert estimates["model"]["kl"]["value"] == pytest.approx(0, abs=1e-5)
@@ -40,7 +45,8 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     samples = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert [len(samples), len(samples[0]["responses"]["ppo"])] == [PROMPTS, 2]
     first, second = samples[0]["responses"]["ppo"]
-    assert set(second) == {"text", "tokens", "finished", "gold", "reward", "kl"}
+    assert set(second) == {"text", "tokens", "finished", "scores", "reward", "kl"}
+    assert set(second["scores"]) == {"variety"}
     assert len(first["token_kl"]) == first["tokens"]
     assert sum(nats for _, nats in first["token_kl"]) == pytest.approx(first["kl"], abs=1e-2)
     warnings = [line for line in context.events.read_text().splitlines() if '"warning"' in line]
@@ -159,7 +165,7 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
                 "best": {"of": "sft", "best_of": 4},
             },
             "gates": {
-                "gold": ">= sft + 2",
+                "variety": ">= sft + 2",
                 "best/reward": ">= sft",
                 "kl_to_sft": {"bound": "<= 0", "level": "warning"},
             },
@@ -173,9 +179,9 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
     assert estimates["best"]["kl"]["method"] == "upper bound"
     assert estimates["shown"]["kl"]["value"] > 0.1  # the same weights as the reference, but another prompt
     gates = {(gate["system"], gate["metric"]): gate["passed"] for gate in card["gates"]}
-    assert gates == {("ppo", "gold"): False, ("best", "reward"): True, ("ppo", "kl"): False}
+    assert gates == {("ppo", "variety"): False, ("best", "reward"): True, ("ppo", "kl"): False}
     assert len(metrics["failed_gates"]) == 1  # a warning fails nothing
-    assert metrics["failed_gates"][0].startswith("gold of ppo is ")
+    assert metrics["failed_gates"][0].startswith("variety of ppo is ")
     samples = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert [len(samples[0]["responses"][name]) for name in card["policies"]] == [1] * 5
     best = [sample["responses"]["best"][0]["reward"] for sample in samples]
@@ -183,9 +189,15 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
 
 
 def test_a_gate_on_what_nothing_measures_is_refused_before_anything_runs(context, monkeypatch):
+<<<<<<< HEAD
     monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *values: pytest.fail("it ran"))
     config = EvaluateConfig(**context.config.model_dump() | {"gates": {"gold": ">= 0.3"}, "score": None})
     with pytest.raises(UserError, match=r"gates\.gold: nothing measures"):
+=======
+    monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *given: pytest.fail("it ran"))
+    config = EvaluateConfig(**context.config.model_dump() | {"gates": {"kl": "<= 3"}, "temperature": 0.0})
+    with pytest.raises(UserError, match=r"gates\.kl: nothing measures"):
+>>>>>>> data
         evaluate.run(replace(context, config=config))
 
 
@@ -210,11 +222,11 @@ def test_a_checkpoint_against_itself_shows_no_difference(context, inputs):
     values = dict.fromkeys(inputs) | {name: inputs[name] for name in ("reference", "prompts")}
     evaluate.run(replace(context, config=config, inputs=values | {"policies": [inputs["reference"]]}))
     card = json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
-    gold = [row for row in card["differences"] if row["metric"] == "gold"]
-    assert len(gold) == 20
-    assert len({row["value"] for row in gold}) > 10  # other answers each time
+    variety = [row for row in card["differences"] if row["metric"] == "variety"]
+    assert len(variety) == 20
+    assert len({row["value"] for row in variety}) > 10  # other answers each time
     # 95 % intervals: 16 or fewer of 20 cover zero in 1.6 % of such experiments, and this one is fixed by its seeds
-    assert sum(row["low"] <= 0 <= row["high"] for row in gold) >= 17
+    assert sum(row["low"] <= 0 <= row["high"] for row in variety) >= 17
     assert {row["verdict"] for row in card["differences"]} == {"unclear"}
 
 

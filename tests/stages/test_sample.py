@@ -27,12 +27,14 @@ def flat_score(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
 
 
 def length_score(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
+    assert all(row["gold"] == {"of": row["id"]} for row in rows), "columns that the recipe keeps reach the scorer"
     return [len(response.encode()) / 100 for response in responses]
 
 
 def _rows(count: int, name: str) -> list[dict[str, Any]]:
     return [
         {"id": f"{name}{i}", "source": "t", "prompt": [{"role": "user", "content": f"Say {i}"}], "checks": ""}
+        | {"gold": {"of": f"{name}{i}"}}
         for i in range(count)
     ]
 
@@ -73,11 +75,13 @@ def test_pairs_samples_and_counts(tiny_model: Path, tmp_path: Path) -> None:
     metrics = run(context)
     lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert [line["split"] for line in lines] == ["train"] * 4 + ["test"] * 3
+    assert all(line["row"] == {"gold": {"of": line["id"]}} for line in lines)
     assert all(len(line["texts"]) == len(line["scores"]) == len(line["finished"]) == 3 for line in lines)
     for split in ("train", "test"):
         pairs = read_rows(context.output / f"{split}.parquet")
         assert metrics[f"{split}_pairs"] == len(pairs) > 0
         assert all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
+        assert all(pair["id"].startswith(pair["gold"]["of"] + "-") for pair in pairs)
     assert metrics["engine"] == "transformers"
     assert metrics["train_prompts"] == 4
     assert metrics["tokens"] == sum(sum(line["tokens"]) for line in lines)

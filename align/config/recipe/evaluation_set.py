@@ -19,8 +19,8 @@ class EvaluationSet(Config):
     """One evaluation set."""
 
     name: str = Field(min_length=1, max_length=100)
-    """Name in the ledger. A known name (arc_challenge, arc_easy, gsm8k, ifeval, mmlu, mt_bench, truthfulqa, xstest)
-    needs only ``revision``."""
+    """Name in the ledger. A known name (arc_challenge, arc_easy, gsm8k, ifbench, ifeval, mmlu, mt_bench, truthfulqa,
+    xstest) needs only ``revision``."""
     files: list[str] | None = Field(None, min_length=1)
     """Paths or globs of its files, relative to the current directory, instead of the Hub."""
     dataset: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,12 +27,14 @@ Format = Literal[
     "stepwise",
     "prompt",
     "text",
+    "multiple_choice",
+    "rows",
 ]
-"""How a record is written. ``rows`` is not among them: only artifacts hold finished rows."""
+"""How a record is written. ``rows`` are align's own rows, as a build writes them; ``auto`` never detects them."""
 
-Form = Format | Literal["rows"]
+Form = Format
 
-SEVERAL = ("ranked", "scored", "oasst")
+SEVERAL = ("ranked", "scored", "oasst", "multiple_choice")
 """Formats with several answers to a prompt; the step ``pairs`` makes preferences of them."""
 PAIRED = ("hh_rlhf", "preferences")
 """Formats with a chosen and a rejected answer."""
@@ -56,6 +59,7 @@ KINDS: dict[str, frozenset[str]] = {
     "prompt_completion": _SINGLE_ANSWER,
     "prompt": frozenset({"prompts"}),
     "text": frozenset({"texts"}),
+    "multiple_choice": _COMPARED,
     "rows": _COMPARED | {"texts"},
 }
 """Kinds of dataset that the records of each format can give."""
@@ -64,13 +68,9 @@ KINDS: dict[str, frozenset[str]] = {
 class FormatOptions(Config):
     """Choices that some formats leave open; each field names the formats it concerns."""
 
-    columns: dict[str, str] = Field({})
-    """Fields to rename before anything else, from the record's name to the format's: ``{response_j: chosen}``."""
     ignore: list[str] = Field([])
     """Fields to ignore although they hold something that align does not train on: ``[images]``, or with a path
     ``[messages.thinking]``."""
-    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field({})
-    """messages, sharegpt: more role names, as the data writes them: ``{bot: assistant}``."""
     turns: Literal["last", "all"] = "last"
     """messages, sharegpt, oasst: one row for the last answer of a conversation, or one for each of its answers."""
     score: str = Field("auto", min_length=1)
@@ -86,3 +86,18 @@ class FormatOptions(Config):
     """oasst: keep deleted messages."""
     synthetic: bool = False
     """oasst: keep messages written by a model."""
+    first_choice: Literal[0, 1] | None = None
+    """multiple_choice: number of the first choice, where the right one is given by its number. Numbers count from 0 by
+    default; a number that is written as text needs this setting."""
+    choice_reply: Literal["both", "letter", "text"] = "both"
+    """multiple_choice: an answer is the letter and the text of a choice (``B. Paris``), or one of them."""
+
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"first_choice", "choice_reply"})
+    retired: ClassVar[Mapping[str, Any]] = {"columns": {}, "roles": {}}
+
+
+class ReadingOptions(FormatOptions):
+    """A format's choices as the converters get them, with the role names of the source."""
+
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field({})
+    """More role names, as the data writes them."""

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from align.config.base import Config
 from align.config.recipe.format_options import KINDS, SEVERAL
+from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.source_settings import FilesSource, RecordSource, Source, labels
 from align.config.recipe.step_settings import CapStep, MixStep, Step
 from align.config.validation import suggest, validate
@@ -38,8 +39,9 @@ class Recipe(Config):
     near_duplicate_prompts: float | None = Field(0.8, gt=0, le=1)
     """Prompts whose words overlap this much (estimated Jaccard similarity of their shingles) go to the same split; null
     keeps only equal prompts together, which recipes with templated prompts need."""
-    test_size: float = Field(0.1, gt=0, lt=1)
-    """Share of the prompts held out for testing; a prompt's split depends on it and ``seed`` alone."""
+    test_size: float = Field(0.1, ge=0, le=1)
+    """Share of the prompts held out for testing; a prompt's split depends on it and ``seed`` alone. 1.0 leaves nothing
+    to train on, 0 nothing to test on."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the generator, the split and the selection under ``max_rows``; independent of the pipeline's seed."""
     max_rows: int | None = Field(None, ge=2)
@@ -83,12 +85,12 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:
         labels(self.sources)
-        makes_pairs = any(step.type == "pairs" for step in self.steps)
         for index, source in enumerate(self.sources):
-            form = source.format
+            form: str = source.format
             # Known only when the records are read; the build checks it then.
-            if form == "auto":
+            if form == "auto" and not (isinstance(source, RecordSource) and source.grouped is not None):
                 continue
+            form = "scored" if form == "auto" else form
             if source.type == "embedded" and self.kind not in ("instructions", "prompts", "texts"):
                 raise ValueError(
                     f"kind is {self.kind}, but sources[{index}] (embedded) has one reply per prompt; "
@@ -99,15 +101,31 @@ class Recipe(Config):
                 raise ValueError(
                     f"kind is {self.kind}, which sources[{index}] (format {form}) cannot give; formats that can: {able}"
                 )
-            if self.kind in ("preferences", "unpaired") and form in SEVERAL and not makes_pairs:
+            if self.lacks_pairs(form):
                 raise ValueError(
                     f"sources[{index}] (format {form}) has several answers to a prompt; add the step `type: pairs`, "
                     "which makes pairs of them"
                 )
         parts = {source.part for source in self.sources}
         if parts in ({"train"}, {"test"}):
-            raise ValueError(f"every source goes to {parts.pop()}, which leaves the other split empty")
+            part = parts.pop()
+            if self.empty_split != {"train": "test", "test": "train"}[part]:
+                size = {"train": "0", "test": "1.0"}[part]
+                raise ValueError(
+                    f"every source goes to {part}, which leaves the other split empty; if that is meant, write "
+                    f"test_size: {size}"
+                )
         return self
+
+    @property
+    def empty_split(self) -> str | None:
+        """The split that has no rows on purpose."""
+        return {0.0: "test", 1.0: "train"}.get(self.test_size)
+
+    def lacks_pairs(self, form: str) -> bool:
+        """Return True where records of a format have several answers to compare, and no step makes pairs of them."""
+        makes_pairs = any(step.type == "pairs" for step in self.steps)
+        return self.kind in ("preferences", "unpaired") and form in SEVERAL and not makes_pairs
 
     def makes(self) -> Kind:
         """Return the artifact kind that a stage with this recipe makes."""
@@ -129,6 +147,7 @@ class Recipe(Config):
             format=first.format,
             options=first.options,
             license=first.license,
+            **{name: getattr(first, name) for name in RecordMapping.model_fields if name in first.model_fields_set},
         )
         return self.model_copy(update={"sources": [source]})
 

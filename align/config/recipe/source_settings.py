@@ -14,11 +14,15 @@ from pydantic import Field, field_validator, model_validator
 from align.config.base import Config
 from align.config.function_arguments import check_arguments
 from align.config.recipe.format_options import Format, FormatOptions
+from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.split import parse_split
 from align.config.validation import suggest
 from align.errors import UserError
 
 Part = Literal["split", "train", "test"]
+
+MAPPED_FORMS = {"better": ("preferences",), "grouped": ("scored", "ranked")}
+"""Formats of the records that a mapping makes."""
 
 EMBEDDED_MAX_ROWS = 8_000
 """Largest size of the embedded dataset: beyond it the smaller families run out of different prompts."""
@@ -73,14 +77,32 @@ class SourceConfig(Config):
         raise NotImplementedError
 
 
-class RecordSource(SourceConfig):
-    """A source whose records are in one of the known formats."""
+class RecordSource(RecordMapping, SourceConfig):
+    """A source whose records are in one of the known formats, or are mapped to one."""
 
     format: Format = "auto"
     """Format of the records; ``auto`` detects it from the first hundred records and reports its choice with the
     reason."""
     options: FormatOptions = FormatOptions()
     """Choices that the format leaves open."""
+
+    @model_validator(mode="after")
+    def _mapping_fits(self) -> Self:
+        for name in ("better", "grouped"):
+            forms = MAPPED_FORMS[name]
+            if getattr(self, name) is not None and self.format not in ("auto", *forms):
+                named_forms = " or ".join(forms)
+                raise ValueError(f"{name} makes records of format {named_forms}, and format is {self.format}; drop one")
+        for name in ("header", "records"):
+            reads_files = getattr(self, "paths", None) or getattr(self, "files", None)
+            if getattr(self, name) is not None and not reads_files:
+                raise ValueError(f"{name} is about files, and this source reads none; take it out")
+        if self.format == "rows" and (self.columns or self.system or self.keep):
+            raise ValueError(
+                "format: rows reads align's own rows with all their columns, so columns, system and keep mean nothing; "
+                "drop them"
+            )
+        return self
 
 
 class EmbeddedSource(SourceConfig):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, stage_input
+from align.config.metric_functions import MetricFunction, metric_functions
 from align.config.scores import Score, rename_score_stages, reward_names
 from align.config.stages.evaluation_gates import KL_PREFIX, GateSpec, parse_gates
 from align.config.stages.evaluation_tasks import AnyTask, PerplexityConfig, add_task_kinds
@@ -18,8 +19,8 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 """Names of tasks and baselines."""
 PROMPT_SET = "prompts"
 """Name of the prompt set among the tasks."""
-PROMPT_METRICS = ("gold", "reward", "finished", "length", "kl", "kl_k3", "heldout_loss")
-"""Metrics that belong to no task, as gates name them."""
+PROMPT_METRICS = ("reward", "finished", "length", "kl", "kl_k3", "heldout_loss")
+"""Metrics that belong to no task and to no function, as gates name them."""
 
 
 class BaselineConfig(Config):
@@ -79,8 +80,11 @@ class EvaluateConfig(Config):
     texts: list[stage_input(Kind.TEXTS)] = Field([])  # type: ignore[valid-type]
     """Plain texts whose ``test`` split the task ``perplexity`` reads: ``domain: {task: perplexity, texts: books}``."""
     score: Score = None
-    """A program that scores responses (``gold`` or ``package.module:function``), or a list of rewards, each a metric
-    ``score_<name>`` beside their weighted sum."""
+    """A program that scores responses (``gold`` or ``package.module:function``), a metric called what its function is
+    called; or a list of rewards: the metric ``score`` is their weighted sum, ``score_<name>`` each of them."""
+    metrics: list[str | MetricFunction] = Field([])
+    """Further programs that score responses: ``package.module:function``, or with a name and a direction
+    ``{function: mine:errors, name: errors, better: lower}``. The first metric of ``score`` and these decides."""
     tasks: dict[str, AnyTask] = Field({})
     """Benchmarks and checks by name: ``ifeval: {files: [...]}``; a name of your own needs ``task:`` with the kind."""
     baselines: dict[str, BaselineConfig] = Field({})
@@ -114,6 +118,7 @@ class EvaluateConfig(Config):
     """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"tasks", "baselines"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"metrics"})
 
     def fields_outside_key(self) -> set[str]:
         """Return ``identified``, and ``score`` where it is a list, whose rates and prices change no result."""
@@ -145,9 +150,27 @@ class EvaluateConfig(Config):
                 raise ValueError(
                     f"tasks.{name}: texts '{task.texts}' is none of the stage's texts ({known}); add it there."
                 )
-        if self.score is not None and self.prompts is None:
-            raise ValueError("score is the program for the responses to prompts, and there are none; name prompts.")
+        if (self.score is not None or self.metrics) and self.prompts is None:
+            raise ValueError("score and metrics are programs for the responses to prompts; name prompts.")
+        names = [function.metric for function in self.metric_functions]
+        for name in names:
+            if name in (*PROMPT_METRICS, *self.reward_metrics):
+                raise ValueError(f"metrics: '{name}' is a metric of its own; give the function another name.")
+            if names.count(name) > 1:
+                raise ValueError(f"metrics: two metrics are called '{name}'; give one of them another name.")
         return self
+
+    @property
+    def metric_functions(self) -> list[MetricFunction]:
+        """The programs that are metrics of their own, in order: a single one of ``score``, then ``metrics``."""
+        return metric_functions([self.score, *self.metrics] if isinstance(self.score, str) else self.metrics)
+
+    @property
+    def reward_metrics(self) -> list[str]:
+        """Names of the metrics of a list ``score``: their sum, and each reward."""
+        if not isinstance(self.score, list):
+            return []
+        return ["score", *(f"score_{name}" for name in reward_names(self.score))]
 
     @model_validator(mode="after")
     def _valid_names(self) -> EvaluateConfig:
@@ -168,8 +191,8 @@ class EvaluateConfig(Config):
             if baseline.best_of > 1 and self.reward is None:
                 raise ValueError(f"baselines.{name}: best_of keeps the answer with the highest reward; name reward.")
         systems = [*self.policies, *self.baselines]
-        rewards = [f"score_{name}" for name in reward_names(self.score)]
-        parse_gates(self.gates, systems, self.reference, list(self.tasks), [*PROMPT_METRICS, *rewards])
+        programs = [*(function.metric for function in self.metric_functions), *self.reward_metrics]
+        parse_gates(self.gates, systems, self.reference, list(self.tasks), [*programs, *PROMPT_METRICS])
         return self
 
     def _has_task(self, kind: str) -> bool:

@@ -9,9 +9,39 @@ from pydantic import Field, model_validator
 
 from align.config.base import Config
 from align.config.known_datasets import KNOWN_DATASETS
+from align.config.recipe.record_mapping import RecordColumns, RecordMapping
 
 HUB_FIELDS = ("dataset", "revision", "config", "split")
 """Fields that name records on the Hub; a task has these or ``files``."""
+
+CHOICE_COLUMNS = (
+    "question",
+    "choices",
+    "answer",
+    "subject",
+    "category",
+    "answerKey",
+    "mc1_targets",
+    "mc2_targets",
+    "best_answer",
+    "correct_answers",
+    "incorrect_answers",
+)
+"""Fields that the formats of multiple choice read."""
+JUDGED_COLUMNS = (
+    "question_id",
+    "turns",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "question",
+    "reference",
+    "category",
+    "dataset",
+    "source",
+)
+"""Fields that a judged task reads."""
 
 
 class TaskConfig(Config):
@@ -26,7 +56,7 @@ class TaskConfig(Config):
         return str(getattr(self, "task", ""))
 
 
-class RecordFields(Config):
+class RecordFields(RecordColumns):
     """Fields of a task that reads records; a task's config inherits them beside ``TaskConfig``, this class first."""
 
     files: list[str] | None = Field(None, min_length=1)
@@ -49,6 +79,12 @@ class RecordFields(Config):
         """Return the benchmark's usual ``dataset``, ``config`` and ``split`` on the Hub; None where it has none."""
         return KNOWN_DATASETS.get(str(getattr(self, "task", "")))
 
+    def record_mapping(self) -> dict[str, Any]:
+        """Return the settings that a recipe's source has too, of those that are set; ``columns`` are the task's own."""
+        names = (name for name in RecordMapping.model_fields if name in self.model_fields_set)
+        left_out = () if isinstance(self, RecordMapping) else ("columns",)
+        return {name: getattr(self, name) for name in names if name not in left_out}
+
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         hub_fields = [name for name in HUB_FIELDS if getattr(self, name) is not None]
@@ -56,6 +92,9 @@ class RecordFields(Config):
             if hub_fields:
                 raise ValueError(f"it has files, so '{hub_fields[0]}' means nothing; drop one of them")
             return self
+        for name in ("header", "records"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is about files, and there are none; name them, or take it out")
         defaults = self.hub_defaults()
         dataset = self.dataset or (defaults or {}).get("dataset")
         if dataset is None:

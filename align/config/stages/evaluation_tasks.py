@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,7 +16,15 @@ from pydantic import Field, model_validator
 from align.config.judge import TaskJudge
 from align.config.known_datasets import KNOWN_DATASETS
 from align.config.recipe.format_options import Format, FormatOptions
-from align.config.stages.evaluation_fields import HUB_FIELDS, RecordFields, SamplingFields, TaskConfig
+from align.config.recipe.record_mapping import RecordMapping
+from align.config.stages.evaluation_fields import (
+    CHOICE_COLUMNS,
+    HUB_FIELDS,
+    JUDGED_COLUMNS,
+    RecordFields,
+    SamplingFields,
+    TaskConfig,
+)
 from align.config.validation import suggest
 
 MAX_EXAMPLES = 32
@@ -51,14 +59,24 @@ class IfevalConfig(RecordFields, SamplingFields, TaskConfig):
     """Settings of IFEval. Records: ``key``, ``prompt``, ``instruction_id_list``, ``kwargs``, as google/IFEval has."""
 
     task: Literal["ifeval"] = "ifeval"
+
+    column_names: ClassVar[Sequence[str]] = ("key", "prompt", "instruction_id_list", "kwargs")
     max_tokens: int = Field(1280, ge=1)
     """Longest answer in tokens. 1280 is lm-eval's; many instructions ask for hundreds of words."""
+
+
+class IfbenchConfig(IfevalConfig):
+    """Settings of IFBench. Records: as IFEval's, with the instructions of allenai/IFBench_test."""
+
+    task: Literal["ifbench"] = "ifbench"  # type: ignore[assignment]
 
 
 class Gsm8kConfig(RecordFields, SamplingFields, TaskConfig):
     """Settings of GSM8K. Records: ``question`` and ``answer``, the solution with ``#### number`` at its end."""
 
     task: Literal["gsm8k"] = "gsm8k"
+
+    column_names: ClassVar[Sequence[str]] = ("question", "answer")
     shots: int = Field(0, ge=0, le=MAX_EXAMPLES // 2)
     """Solved problems that every system sees as earlier turns; a prompted baseline's examples come on top."""
     suffix: str = ""
@@ -82,12 +100,21 @@ class Gsm8kConfig(RecordFields, SamplingFields, TaskConfig):
 
 
 class MultipleChoiceConfig(RecordFields, TaskConfig):
-    """Multiple choice by log-likelihood."""
+    """Multiple choice by log-likelihood.
+
+    Other tables become questions with ``columns``: ``{question: goal, choices: [sol1, sol2], answer: label}``.
+    """
 
     task: Literal["multiple_choice"] = "multiple_choice"
+
+    column_names: ClassVar[Sequence[str]] = CHOICE_COLUMNS
     format: Literal["auto", "arc", "mmlu", "truthfulqa", "generic"] = "auto"
     """Format of a record; ``auto`` looks at the first hundred and reports its choice. ``generic`` has ``question``,
-    ``choices`` and ``answer`` (number from 0, letter or text), and ``category`` for the table by source."""
+    ``choices`` (a list, a mapping, or columns ``A``, ``B`` and so on) and ``answer`` (a number, letter, text or truth
+    value), and ``category`` for the table by source."""
+    first_choice: Literal[0, 1] | None = None
+    """Number of the first choice, where ``answer`` is a number. Numbers count from 0 by default; a number that is
+    written as text needs this setting."""
     chat: bool = False
     """false reads plain text, lm-eval's default; true puts the question into a user turn under the chat template and
     reads each choice as the assistant's answer, without the end of its turn."""
@@ -100,6 +127,7 @@ class MultipleChoiceConfig(RecordFields, TaskConfig):
     """For a dataset of the Hub: the split of the examples (dev for MMLU, train for ARC)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"files", "examples_files"})
+    keyed_when_set: ClassVar[frozenset[str]] = RecordFields.keyed_when_set | {"first_choice"}
 
     def hub_defaults(self) -> Mapping[str, str] | None:
         """Return the dataset of the benchmark that ``format`` names."""
@@ -126,6 +154,8 @@ class XstestConfig(RecordFields, SamplingFields, TaskConfig):
 
     task: Literal["xstest"] = "xstest"
 
+    column_names: ClassVar[Sequence[str]] = ("id", "prompt", "type", "label")
+
 
 class JudgedConfig(RecordFields, TaskConfig):
     """Settings of a judged task.
@@ -135,6 +165,8 @@ class JudgedConfig(RecordFields, TaskConfig):
     """
 
     task: Literal["judged"] = "judged"
+
+    column_names: ClassVar[Sequence[str]] = JUDGED_COLUMNS
     preset: Literal["mt_bench", "alpaca_eval"] | None = None
     """``mt_bench``: graded, temperature by category, references for math, reasoning and coding. ``alpaca_eval``:
     compared."""
@@ -188,7 +220,7 @@ class JudgedConfig(RecordFields, TaskConfig):
         return 0.0
 
 
-class PreferenceConfig(RecordFields, TaskConfig):
+class PreferenceConfig(RecordFields, RecordMapping, TaskConfig):
     """Pairs of a better and a worse answer: files, a dataset of the Hub, or by default the stage's ``pairs``."""
 
     task: Literal["preference"] = "preference"
@@ -221,6 +253,8 @@ class PerplexityConfig(RecordFields, TaskConfig):
     """Held-out plain text."""
 
     task: Literal["perplexity"] = "perplexity"
+
+    column_names: ClassVar[Sequence[str]] = ("text", "messages", "prompt", "completion")
     files: list[str] | None = Field(None, min_length=1)
     """Paths or globs: .txt and .md files, a document each, and files of records as for the other tasks; relative to the
     current directory."""
@@ -249,7 +283,7 @@ class PerplexityConfig(RecordFields, TaskConfig):
         return self
 
 
-class RewardPairsConfig(RecordFields, TaskConfig):
+class RewardPairsConfig(RecordFields, RecordMapping, TaskConfig):
     """Pairs that the stage's reward models are measured on."""
 
     task: Literal["reward_pairs"] = "reward_pairs"
@@ -306,6 +340,7 @@ class LmEvalConfig(TaskConfig):
 
 TASK_CONFIGS: dict[str, type[TaskConfig]] = {
     "ifeval": IfevalConfig,
+    "ifbench": IfbenchConfig,
     "gsm8k": Gsm8kConfig,
     "multiple_choice": MultipleChoiceConfig,
     "xstest": XstestConfig,

@@ -58,7 +58,7 @@ class RolloutFields(Config):
     )
     """Fields that are no arguments of the trainer. All others are, with the same name, bounds and default."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"continue_from"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from"})
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained. It is the reference, too. Usually the SFT stage."""

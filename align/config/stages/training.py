@@ -39,7 +39,7 @@ class TrainingFields(Config):
 
     has_vocabulary: ClassVar[bool] = True
     """Whether the stage's model has a vocabulary head."""
-    later: ClassVar[frozenset[str]] = frozenset({"continue_from"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from"})
     refers: ClassVar[bool] = False
     """Whether the stage needs a reference's log-probabilities of every row, which are computed once."""
     trainer_class: ClassVar[str] = "transformers.training_args:TrainingArguments"

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.recipe.format_options import KINDS, Form
+from align.data.formats.choices import is_multiple_choice
 from align.data.formats.fields import (
+    CHOICES,
     CHOSEN,
     CONVERSATIONS,
     FIELDS,
@@ -166,6 +168,7 @@ SHAPES: dict[str, Callable[[Record], bool]] = {
     "messages": _is_messages,
     "sharegpt": _is_sharegpt,
     "prompt_completion": _is_prompt_completion,
+    "multiple_choice": is_multiple_choice,
     "prompt": _has_prompt,
     "text": lambda record: isinstance(record.get(first(record, TEXTS) or ""), str),
 }
@@ -177,8 +180,8 @@ def fitting(record: Record) -> list[str]:
     return [form for form, fits in SHAPES.items() if form != "text" and fits(record)]
 
 
-def detect(records: Sequence[Record], kind: str | None = None) -> Detection:
-    """Return the format of the records, of those that can make ``kind``.
+def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence[str] = ()) -> Detection:
+    """Return the format of the records, of those that can make ``kind``; ``ignored`` fields are left aside on purpose.
 
     Where several fit, the one whose fields include those of the others wins; among equals, the stricter one. Raises
     ``UserError`` where none fits, with the fields and the nearest formats, or where two fit that read different fields,
@@ -186,7 +189,9 @@ def detect(records: Sequence[Record], kind: str | None = None) -> Detection:
     """
     if not records:
         raise UserError("format: auto has no record to look at; the source is empty.")
-    counts = {form: sum(fits(record) for record in records) for form, fits in SHAPES.items()}
+    # A recipe that leaves choices aside on purpose means the question and its answer alone.
+    shapes = {form: fits for form, fits in SHAPES.items() if form != "multiple_choice" or not {*CHOICES} & {*ignored}}
+    counts = {form: sum(fits(record) for record in records) for form, fits in shapes.items()}
     # A few bad records must not decide, so a share of them is enough.
     fit = [form for form, count in counts.items() if count >= SHARE * len(records)]
     able = {form: counts[form] for form in fit if not kind or kind in KINDS[form]}
@@ -241,4 +246,4 @@ def _describe_no_format(records: Sequence[Record], counts: dict[str, int], kind:
     if "ranked" in near and _first_response(record) is not None:
         text += " A list of answers without ranks or scores is read with format: ranked, the best first."
     formats = sorted(form for form, kinds in KINDS.items() if form != "rows" and kind in (None, *kinds))
-    return f"{text} options.columns renames fields. The formats are {', '.join(formats)}."
+    return f"{text} Map fields with columns: {{prompt: FIELD}}. The formats are {', '.join(formats)}."

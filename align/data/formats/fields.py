@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from align.config.recipe.format_options import KINDS, Form, FormatOptions
+from align.config.recipe.format_options import KINDS, Form
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -20,6 +20,8 @@ LABELS = ("label", "kto_tag")
 STEPS = ("completions", "steps")
 STEP_LABELS = ("labels", "step_labels")
 TEXTS = ("text", "content", "document", "page")
+CHOICES = ("choices", "options", "endings", "A")
+ANSWER_KEYS = ("answer", "answerKey", "answer_key", "answer_index", "key", "label", "target", "gold")
 
 FIELDS: dict[str, Groups] = {
     "oasst": (("prompt",), ("message_tree_id",)),
@@ -36,6 +38,7 @@ FIELDS: dict[str, Groups] = {
     "messages": (CONVERSATIONS,),
     "sharegpt": (CONVERSATIONS,),
     "prompt_completion": (PROMPTS, COMPLETIONS),
+    "multiple_choice": (PROMPTS, CHOICES, ANSWER_KEYS),
     "prompt": ((*PROMPTS, *CONVERSATIONS),),
     "text": (TEXTS,),
     "rows": (("prompt", "text"),),
@@ -47,6 +50,7 @@ NAMES = frozenset(name for groups in FIELDS.values() for group in groups for nam
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "scored": ("scores", "system"),
+    "multiple_choice": ("system", "context", "B", "C", "D"),
     "ranked": ("ranks", "ranking", "system"),
     "stepwise": ("system", "tools"),
     "unpaired": (*COMPLETIONS, "tools", "system"),
@@ -66,14 +70,6 @@ class Malformed(ValueError):
 
 class Unusable(Exception):
     """A record of its format that makes no row, for a reason that similar records share."""
-
-
-def rename_columns(record: Mapping[str, Any], options: FormatOptions) -> dict[str, Any]:
-    """Return the record with ``columns`` under their new names; a field that already has such a name is replaced."""
-    if not options.columns:
-        return dict(record)
-    unchanged = {name: value for name, value in record.items() if name not in options.columns}
-    return unchanged | {new: record[old] for old, new in options.columns.items() if old in record}
 
 
 def first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from align.config.recipe.format_options import FormatOptions
+from align.config.recipe.format_options import ReadingOptions
 from align.data.formats.fields import COMPLETIONS, CONVERSATIONS, PROMPTS, TEXTS, Malformed, Unusable, first
 from align.data.formats.messages import messages, prompt, reply, text, tools, with_system
 from align.data.rows import Dropped, Message, Row, assistant, user
@@ -32,7 +32,7 @@ def alpaca_prompt(record: dict[str, Any], instance: dict[str, Any] | None = None
     return with_system(record, [*turns, user(join_input(instruction, instruction_input))])
 
 
-def question(record: dict[str, Any], name: str, options: FormatOptions) -> list[Message]:
+def question(record: dict[str, Any], name: str, options: ReadingOptions) -> list[Message]:
     """Return the prompt in the field ``name``, after a system prompt; an instruction is read with Alpaca's fields."""
     if name == "instruction" and not isinstance(record[name], list):
         return alpaca_prompt(record)
@@ -40,7 +40,7 @@ def question(record: dict[str, Any], name: str, options: FormatOptions) -> list[
     return with_system(record, read(record[name], name, options))
 
 
-def from_alpaca(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_alpaca(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert instruction, input, output; also system and history."""
     return [_alpaca_draft(record, record)]
 
@@ -50,14 +50,14 @@ def _alpaca_draft(record: dict[str, Any], instance: dict[str, Any]) -> Row:
     return {"prompt": alpaca_prompt(record, instance), "completion": [assistant(text(instance["output"], "output"))]}
 
 
-def from_dolly(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_dolly(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert instruction, context, response."""
     prompt_text = join_input(text(record["instruction"], "instruction"), text(record.get("context") or "", "context"))
     answer = assistant(text(record["response"], "response"))
     return [{"prompt": with_system(record, [user(prompt_text)]), "completion": [answer]}]
 
 
-def from_self_instruct(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_self_instruct(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert an instruction and its instances (input, output) to a row for each."""
     instances = record["instances"]
     if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances):
@@ -69,7 +69,7 @@ def from_self_instruct(record: dict[str, Any], options: FormatOptions, kind: str
     return [_alpaca_draft(record, item) for item in instances]
 
 
-def from_prompt_completion(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_prompt_completion(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a prompt and its answer, each text or messages."""
     prompt_name, answer = first(record, PROMPTS), first(record, COMPLETIONS)
     assert prompt_name is not None and answer is not None
@@ -80,7 +80,7 @@ def from_prompt_completion(record: dict[str, Any], options: FormatOptions, kind:
     return [{"prompt": question(record, prompt_name, options), "completion": [completion], "tools": tools(record)}]
 
 
-def from_gsm8k(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_gsm8k(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a word problem whose solution ends in ``#### number``."""
     solution = text(record["answer"], "answer")
     _, mark, final = solution.rpartition("####")
@@ -95,14 +95,14 @@ def from_gsm8k(record: dict[str, Any], options: FormatOptions, kind: str) -> lis
     ]
 
 
-def from_text(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_text(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a document: text and nothing else."""
     name = first(record, TEXTS)
     assert name is not None
     return [{"text": text(record[name], name)}]
 
 
-def from_prompt(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_prompt(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a prompt alone: text, or messages that an answer should follow."""
     name = first(record, (*PROMPTS, *CONVERSATIONS))
     assert name is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from align.data.rows import Dropped, Message, Row, answer_side, assistant, is_finished, is_text, row_id
+from align.data.rows import Dropped, Message, Row, answer_side, assistant, is_finished, is_text, kept_columns, row_id
 
 ANSWERS = ("completion", "chosen", "rejected", "responses")
 COMPLETION_FIELDS = ("completion", "completion_finished")
@@ -83,7 +83,7 @@ def _completion(draft: Row, side: str) -> Row:
 
 def _text(draft: Row) -> Row | Dropped:
     """Return a draft's text; a conversation becomes its turns with blank lines between them, without any template."""
-    row = {name: draft[name] for name in ("id", "source") if draft.get(name)}
+    row = {name: draft[name] for name in ("id", "source") if draft.get(name)} | kept_columns(draft)
     if draft.get("text") is not None:
         if not is_finished(draft, "text"):
             row["text_finished"] = False

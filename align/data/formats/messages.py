@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from align.config.recipe.format_options import FormatOptions
+from align.config.recipe.format_options import ReadingOptions
 from align.data.formats.fields import CONVERSATIONS, Malformed, Unusable, first
 from align.data.rows import Dropped, Message, Row, assistant, user
 
@@ -58,7 +58,7 @@ def parse_json(value: Any, name: str) -> Any:
         raise Malformed(f"'{name}' holds text that is not JSON") from None
 
 
-def message(value: Any, name: str, options: FormatOptions) -> Message:
+def message(value: Any, name: str, options: ReadingOptions) -> Message:
     """Return one message; ``train`` is False in one that is excluded from training.
 
     Raises ``Malformed`` for another shape, an unknown role or a training mark that align cannot follow, ``Unusable``
@@ -72,7 +72,8 @@ def message(value: Any, name: str, options: FormatOptions) -> Message:
     if role is None:
         known = ", ".join([*options.roles, *ROLES])
         raise Malformed(
-            f"'{name}' has a message of role {role_name!r}; known roles: {known}. options.roles can name another"
+            f"'{name}' has a message of role {role_name!r}; known roles: {known}. The source names another with roles: "
+            f"{{{role_name}: user}}"
         )
     if role_name in CALLS and str(role_name) not in options.roles:
         parsed_message = assistant("") | {"tool_calls": tool_calls(text(content, f"{name}.value"), name)}
@@ -98,7 +99,7 @@ def _chat_message(value: dict[str, Any], role: str, content: Any, name: str) -> 
     return parsed_message
 
 
-def _is_trained(value: dict[str, Any], role: str, name: str, options: FormatOptions) -> bool | None:
+def _is_trained(value: dict[str, Any], role: str, name: str, options: ReadingOptions) -> bool | None:
     """Return False for a message excluded from training, True for one marked for it, None without any mark."""
     if _MARKS.isdisjoint(value):
         return None
@@ -167,7 +168,7 @@ def without_none(value: Any) -> Any:
     return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def messages(value: Any, name: str, options: FormatOptions) -> list[Message]:
+def messages(value: Any, name: str, options: ReadingOptions) -> list[Message]:
     """Return the messages of a list, or of a list written as JSON text, as CSV has it."""
     if isinstance(value, str):
         try:
@@ -189,7 +190,7 @@ def parse_conversations(record: dict[str, Any]) -> dict[str, Any]:
     return record | parsed_lists
 
 
-def prompt(value: Any, name: str, options: FormatOptions) -> list[Message]:
+def prompt(value: Any, name: str, options: ReadingOptions) -> list[Message]:
     """Return the messages of a prompt that is text or a list of messages."""
     if isinstance(value, str) or is_number(value):
         return [user(text(value, name))]
@@ -205,7 +206,7 @@ def with_system(record: dict[str, Any], turns: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *turns]
 
 
-def reply(value: Any, name: str, options: FormatOptions) -> tuple[list[Message], Message]:
+def reply(value: Any, name: str, options: ReadingOptions) -> tuple[list[Message], Message]:
     """Return the turns before the last answer, where ``value`` has any, and the answer, an assistant's message.
 
     ``value`` is text, one message, or a list of them. Raises ``Unusable`` where the last turn is not the assistant's.
@@ -222,7 +223,7 @@ def reply(value: Any, name: str, options: FormatOptions) -> tuple[list[Message],
     return turns[:-1], turns[-1]
 
 
-def conversations(turns: list[Message], options: FormatOptions, kind: str, fields: Row) -> list[Row | Dropped]:
+def conversations(turns: list[Message], options: ReadingOptions, kind: str, fields: Row) -> list[Row | Dropped]:
     """Return drafts of a conversation: of its last answer, or of each; of the prompt alone where no answer follows.
 
     No draft ends in an answer that is excluded from training. Turns after the last answer to train on are dropped,
@@ -244,7 +245,7 @@ def conversations(turns: list[Message], options: FormatOptions, kind: str, field
     return [{"prompt": turns[:index], "completion": [turns[index]], **fields} for index in answers]
 
 
-def from_messages(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_messages(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert ``messages`` and ``sharegpt``, which differ in the names of their fields alone."""
     name = first(record, CONVERSATIONS)
     assert name is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from align.config.recipe.format_options import FormatOptions
+from align.config.recipe.format_options import ReadingOptions
 from align.data.formats.fields import Malformed
 from align.data.formats.messages import text
 from align.data.formats.responses import dense_ranks
@@ -20,7 +20,7 @@ Node = dict[str, Any]
 PROMPTER, ASSISTANT = "prompter", "assistant"
 
 
-def from_oasst(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_oasst(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert one tree."""
     root = record["prompt"]
     if not isinstance(root, dict) or root.get("role") != PROMPTER:
@@ -35,7 +35,7 @@ def from_oasst(record: dict[str, Any], options: FormatOptions, kind: str) -> lis
     return drafts or [Dropped("no answers")]
 
 
-def is_selected(node: Node, options: FormatOptions) -> bool:
+def is_selected(node: Node, options: ReadingOptions) -> bool:
     """Return True where the options keep a message."""
     return (
         (options.deleted or not node.get("deleted"))
@@ -44,7 +44,7 @@ def is_selected(node: Node, options: FormatOptions) -> bool:
     )
 
 
-def replies(node: Node, role: str, options: FormatOptions) -> list[Node]:
+def replies(node: Node, role: str, options: ReadingOptions) -> list[Node]:
     """Return the selected messages of ``role`` directly below a message."""
     children = node.get("replies") or []
     if not isinstance(children, list) or not all(isinstance(child, dict) for child in children):
@@ -56,7 +56,7 @@ def _turn(node: Node) -> Message:
     return (user if node["role"] == PROMPTER else assistant)(text(node.get("text"), "text"))
 
 
-def ranked_turns(node: Node, before: list[Message], options: FormatOptions) -> Iterator[Row | Dropped]:
+def ranked_turns(node: Node, before: list[Message], options: ReadingOptions) -> Iterator[Row | Dropped]:
     """Yield one draft for each turn from ``node`` downwards that has two ranked answers or more."""
     prompt = [*before, _turn(node)]
     answers = replies(node, ASSISTANT, options)
@@ -76,7 +76,7 @@ def ranked_turns(node: Node, before: list[Message], options: FormatOptions) -> I
             yield from ranked_turns(turn, [*prompt, _turn(answer)], options)
 
 
-def best_conversations(node: Node, before: list[Message], options: FormatOptions) -> Iterator[Row]:
+def best_conversations(node: Node, before: list[Message], options: ReadingOptions) -> Iterator[Row]:
     """Yield conversations along the best answer to each turn; ``options.paths`` follows one continuation of it or all.
 
     A turn's answers without a rank come after those with one, in the order of the file.

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from align.config.recipe.format_options import FormatOptions
+from align.config.recipe.format_options import ReadingOptions
 from align.data.formats.fields import (
     CHOSEN,
     COMPLETIONS,
@@ -67,7 +67,7 @@ def parse_transcript(transcript: str) -> list[Message] | None:
     return [roles[role](content) for role, content in zip(rest[::2], rest[1::2], strict=True)]
 
 
-def from_hh(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_hh(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert two transcripts that differ in their last turn; other kinds than pairs get the chosen one alone."""
     chosen = _conversation(record, "chosen")
     draft: Row = {"prompt": chosen[:-1], "chosen": [chosen[-1]]}
@@ -89,7 +89,7 @@ def _conversation(record: dict[str, Any], side: str) -> list[Message]:
     return turns
 
 
-def from_preferences(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_preferences(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert chosen and rejected, each text, one message or a conversation, with a shared prompt field or inside."""
     chosen_name, rejected_name = first(record, CHOSEN), first(record, REJECTED)
     assert chosen_name is not None and rejected_name is not None
@@ -108,7 +108,7 @@ def from_preferences(record: dict[str, Any], options: FormatOptions, kind: str) 
     return [draft]
 
 
-def _prompt_field(record: dict[str, Any], chosen: str, rejected: str, options: FormatOptions) -> list[Message]:
+def _prompt_field(record: dict[str, Any], chosen: str, rejected: str, options: ReadingOptions) -> list[Message]:
     name = first(record, (*PROMPTS, *CONVERSATIONS))
     if name is None:
         known = ", ".join((*PROMPTS, *CONVERSATIONS))
@@ -116,7 +116,7 @@ def _prompt_field(record: dict[str, Any], chosen: str, rejected: str, options: F
     return question(record, name, options)
 
 
-def from_unpaired(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_unpaired(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a labeled answer: prompt, completion and label, or messages and label."""
     label_name = first(record, LABELS)
     assert label_name is not None

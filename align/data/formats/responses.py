@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from align.config.recipe.format_options import FormatOptions
+from align.config.recipe.format_options import ReadingOptions
 from align.data.formats.fields import PROMPTS, RESPONSES, Malformed, Unusable, first
 from align.data.formats.instructions import question
 from align.data.formats.messages import is_number, parse_json, text, tools
@@ -44,7 +44,7 @@ def answers(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     return normalized, name
 
 
-def shared_prompt(record: dict[str, Any], options: FormatOptions) -> list[Message]:
+def shared_prompt(record: dict[str, Any], options: ReadingOptions) -> list[Message]:
     """Return the prompt of all answers."""
     name = first(record, PROMPTS)
     assert name is not None
@@ -92,7 +92,7 @@ def mean_rating(answer: dict[str, Any]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def from_scored(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_scored(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert answers with scores, in each answer or in a list beside them."""
     items, name = answers(record)
     values = list_beside_answers(record, ("scores", "ratings", "rewards"), len(items))
@@ -110,7 +110,7 @@ def from_scored(record: dict[str, Any], options: FormatOptions, kind: str) -> li
     return [{"prompt": shared_prompt(record, options), "responses": responses, "tools": tools(record)}]
 
 
-def from_ranked(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_ranked(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert answers with ranks, in each answer or in a list beside them; the smallest is the best.
 
     Answers without any ranks count as sorted, the best first.

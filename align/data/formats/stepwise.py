@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.config.recipe.format_options import FormatOptions
+from align.config.recipe.format_options import ReadingOptions
 from align.data.formats.fields import PROMPTS, STEP_LABELS, STEPS, Malformed, first
 from align.data.formats.instructions import question
 from align.data.formats.messages import tools
@@ -18,7 +18,7 @@ from align.data.rows import Dropped, Row, assistant
 SEPARATOR = "\n\n"
 
 
-def from_stepwise(record: dict[str, Any], options: FormatOptions, kind: str) -> list[Row | Dropped]:
+def from_stepwise(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a record to one row; steps of white space alone are dropped with their labels."""
     prompt_name, steps_name, labels_name = first(record, PROMPTS), first(record, STEPS), first(record, STEP_LABELS)
     assert prompt_name is not None and steps_name is not None and labels_name is not None

@@ -12,13 +12,15 @@ from typing import Any
 
 from align.data.formats.fields import Malformed
 
-OPAQUE = frozenset({"tools", "functions", "tool_calls", "function_call"})
+OPAQUE = frozenset({"checks", "tools", "functions", "tool_calls", "function_call"})
 """Fields that are read with all their contents."""
 
 _MEDIA = "align trains on text alone. Leave these records out before the build (a source of type python can)"
 _THOUGHTS = "align does not train on thoughts in a separate field. Write them into the answer's text"
-_CHOICES = "the prompt would lack its choices. Write them into the prompt's text (a source of type python can)"
-_PROMPT_PART = "it is part of the prompt, which would lack it. Rename it with options.columns, or choose another format"
+_CHOICES = "the prompt would lack its choices. Write format: multiple_choice, or quote them in columns: {prompt: ...}"
+_PROMPT_PART = (
+    "it is part of the prompt, which would lack it. Map it with columns: {prompt: ...}, or choose another format"
+)
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _MEDIA),
     **dict.fromkeys(("reasoning_content", "thinking", "messages.reasoning", "conversations.reasoning"), _THOUGHTS),

@@ -171,6 +171,8 @@ class Split:
     def _draw_test_rows(self, draw: np.ndarray, label: np.ndarray, divided: np.ndarray) -> np.ndarray:
         """Return (M,) bool, True for test rows; no split stays empty where there are two groups to divide."""
         tested = draw < self.config.test_size
+        if self.config.test_size in (0, 1):
+            return tested  # one split is empty on purpose
         # Small datasets may draw an empty split: move the group nearest to the other side.
         groups, places = np.unique(label[divided], return_index=True)
         if len(groups) > 1:

@@ -138,10 +138,11 @@ class ComparedTask(JudgedTask):
         groups: list[str] = []
         for first, second, index in differing:
             reference = self.reference(index, self.turns)
+            rubric = self.rubric_of(index)
             for shown_first, shown_second in ((first, second), (second, first)):
                 a = conversation(sides[shown_first][index][-1])
                 b = conversation(sides[shown_second][index][-1])
-                questions.append(prompts.comparison_prompt(a, b, self.rubric, reference))
+                questions.append(prompts.comparison_prompt(a, b, rubric, reference))
                 groups.append(f"{first} and {second}")
         client = JudgeClient(self.config.judge, self.name, context)
         replies = client.ask(questions, groups, lambda text: prompts.read_verdict(text) is not None)

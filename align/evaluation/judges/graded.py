@@ -119,6 +119,11 @@ class JudgedTask(Task):
         for (turns, _), prompt, samples in zip(continued, messages, responses, strict=True):
             turns.append(Turn(prompt, samples[0]))
 
+    def rubric_of(self, index: int) -> str:
+        """Return the rubric for one question, with the columns of its record that it quotes."""
+        item = self.items[index]
+        return prompts.fill_rubric(self.rubric, item.data.get("record", {}), f"{self.name}: question {item.id}")
+
     def reference(self, index: int, turns: int) -> str:
         """Return the reference answers to an item's first messages, as a judge reads them; empty for none."""
         references = self.items[index].data["references"][:turns]
@@ -161,7 +166,7 @@ class GradedTask(JudgedTask):
         ]
         questions = [
             prompts.grade_prompt(
-                conversation(first_samples[name][index][turn]), self.rubric, self.reference(index, turn + 1)
+                conversation(first_samples[name][index][turn]), self.rubric_of(index), self.reference(index, turn + 1)
             )
             for name, index, turn in places
         ]

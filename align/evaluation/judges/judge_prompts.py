@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from align.config.judge import PAIR_RUBRIC
 from align.data.rows import Message, user
+from align.errors import UserError
 
 Verdict = Literal["first", "second", "tie"]
 """A judge's preference by the order of display."""
@@ -69,11 +70,30 @@ Give your reason in one or two sentences. Then end with a line that holds the gr
 double square brackets: [[N]]"""
 REFERENCE_NOTE = " The reference answer is right: an answer that contradicts it is wrong."
 
+_QUOTED_COLUMN = re.compile(r"\{row\[([^\[\]{}]+)\]\}")
 _MARKED_VERDICT = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _BARE_VERDICT = re.compile(r"\W*(?:answer\s+)?([ABC])\W*", re.IGNORECASE)
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
 _MARKED_GRADE = re.compile(r"\[\[\s*(\d{1,2}(?:\.\d+)?)\s*(?:/\s*10\s*)?\]\]")
 _BARE_GRADE = re.compile(r"\s*(\d{1,2}(?:\.\d+)?)(?:\s*/\s*10)?\s*\.?\s*")
+
+
+def fill_rubric(rubric: str, row: Mapping[str, Any], where: str) -> str:
+    """Return a rubric with the values of the columns that it quotes: ``{row[answer]}``. Other braces are text.
+
+    Raises ``UserError``, with the row's place, for a column that the row does not have.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        value = row.get(match[1])
+        if value is None:
+            raise UserError(
+                f"{where}: the judge's rubric quotes row[{match[1]}], which this row does not have. A recipe keeps it "
+                f"with keep: [{match[1]}]; rows have {', '.join(sorted(row))}."
+            )
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    return _QUOTED_COLUMN.sub(value_of, rubric)
 
 
 def pair_prompt(prompt: list[Message], first: str, second: str, rubric: str = PAIR_RUBRIC) -> list[Message]:

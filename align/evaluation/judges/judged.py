@@ -116,7 +116,12 @@ def make_items(
         if categories is None or source in categories:
             item_references = _record_references(record) if references is None else references.get(id, [])
         output = record.get("output")
-        data = {"later": later, "references": item_references, "output": output if isinstance(output, str) else None}
+        data: dict[str, Any] = {
+            "later": later,
+            "references": item_references,
+            "output": output if isinstance(output, str) else None,
+        }
+        data["record"] = dict(record)
         items.append(Item(id, source, prompt, data))
     return items
 

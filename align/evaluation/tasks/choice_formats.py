@@ -12,14 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from align.data.formats.choices import LETTERS, Choices, describe_answers, read_choices, right_choice
+from align.data.formats.fields import Malformed
 from align.errors import UserError
 from align.evaluation.tasks.base import Example
 from align.evaluation.tasks.task_records import TaskRecord
 
 Form = Literal["arc", "mmlu", "truthfulqa", "generic"]
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DETECTION_RECORDS = 100
 """Records that ``format: auto`` looks at."""
+MANY_ANSWERS = 20
+"""Answers among which the first choice should be right at least once."""
 
 TRUTHFUL_EXAMPLES = (
     Example(
@@ -88,8 +91,13 @@ def choose_form(records: Sequence[TaskRecord], form: Form | Literal["auto"]) -> 
     )
 
 
-def parse(record: TaskRecord, form: Form) -> Question:
-    """Return a record's question. Raises ``UserError`` with the record's place where it does not fit its format."""
+def parse(record: TaskRecord, form: Form, first_choice: int | None = None) -> Question:
+    """Return a record's question; ``first_choice`` is the number of the first choice.
+
+    Raises ``UserError`` with the record's place where it does not fit its format.
+    """
+    if form in ("mmlu", "generic"):
+        return _PARSERS_WITH_NUMBERS[form](record, first_choice)
     return _PARSERS[form](record)
 
 
@@ -137,23 +145,24 @@ def _instruction(record: TaskRecord) -> Question:
     return _cloze(record, _INTRODUCTION.sub("", question), choices, int(answer[1]) - 1, "arc")
 
 
-def _mmlu(record: TaskRecord) -> Question:
-    choices = _options(record)
+def _mmlu(record: TaskRecord, first_choice: int | None) -> Question:
+    choices = list(_options(record).texts)
     subject = record.text("subject").replace("_", " ")
     lines = [f"{LETTERS[index]}. {choice}" for index, choice in enumerate(choices)]
     return Question(
         source=subject,
         context="\n".join([record.text("question").strip(), *lines, "Answer:"]),
         choices=tuple(LETTERS[: len(choices)]),
-        gold=_gold(record, choices),
+        gold=_gold(record, _options(record), first_choice),
         description=f"The following are multiple choice questions (with answers) about {subject}.\n\n",
     )
 
 
-def _generic(record: TaskRecord) -> Question:
+def _generic(record: TaskRecord, first_choice: int | None) -> Question:
     choices = _options(record)
     source = next((record[name] for name in ("subject", "category", "source") if record.get(name)), "generic")
-    return _cloze(record, record.text("question"), choices, _gold(record, choices), str(source))
+    gold = _gold(record, choices, first_choice)
+    return _cloze(record, record.text("question"), list(choices.texts), gold, str(source))
 
 
 def _cloze(record: TaskRecord, question: str, choices: list[str], gold: int, source: str) -> Question:
@@ -162,28 +171,32 @@ def _cloze(record: TaskRecord, question: str, choices: list[str], gold: int, sou
     return Question(source, f"Question: {question}\nAnswer:", tuple(choices), gold)
 
 
-def _options(record: TaskRecord) -> list[str]:
-    choices = record.texts("choices")
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise UserError(f"{record.where}: there are {len(choices)} choices; expected 2 to {len(LETTERS)}.")
-    return choices
+def _options(record: TaskRecord) -> Choices:
+    name = "choices" if "choices" in record or "A" not in record else "A"
+    try:
+        return read_choices({name: record[name]} if name == "choices" else record, name)
+    except Malformed as error:
+        raise UserError(f"{record.where}: {error}.") from None
 
 
-def _gold(record: TaskRecord, choices: list[str]) -> int:
-    """Return the index of the right choice, which records give by number from 0, text or letter."""
-    answer = record["answer"]
-    # The text first: a choice may itself be a letter or a digit.
-    if isinstance(answer, str) and choices.count(answer) == 1:
-        return choices.index(answer)
-    if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip().upper() in LETTERS[: len(choices)]:
-        return LETTERS.index(answer.strip().upper())
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
-    raise record.field_error(
-        "answer",
-        f"the number of a choice from 0 to {len(choices) - 1}, a letter from A to {LETTERS[len(choices) - 1]}, or the "
-        "text of one of the choices",
-    )
+def _gold(record: TaskRecord, choices: Choices, first_choice: int | None) -> int:
+    """Return the index of the right choice, which records give by number, letter, label, text or truth value."""
+    index = right_choice(record["answer"], choices, first_choice)
+    if index is None:
+        raise record.field_error("answer", describe_answers(record["answer"], choices, first_choice))
+    return index
+
+
+def check_first_choice(records: Sequence[TaskRecord], form: Form, first_choice: int | None) -> None:
+    """Raise ``UserError`` where every answer of many is a number and none is the first choice's."""
+    answers = [str(record.get("answer")) for record in records]
+    if form not in ("mmlu", "generic") or first_choice is not None or len(answers) < MANY_ANSWERS:
+        return
+    if all(answer.isdigit() for answer in answers) and "0" not in answers:
+        raise UserError(
+            f"{records[0].where}: none of {len(answers)} answers is 0, so the numbers seem to count from 1. Write "
+            "first_choice: 1, or 0 if they do not."
+        )
 
 
 def _truthfulqa(record: TaskRecord) -> Question:
@@ -253,7 +266,8 @@ def _is_truthfulqa(record: TaskRecord) -> bool:
 
 
 def _is_generic(record: TaskRecord) -> bool:
-    return isinstance(record.get("choices"), list) and "question" in record and "answer" in record
+    has_choices = record.get("choices") is not None or {"A", "B"} <= record.keys()
+    return has_choices and "question" in record and "answer" in record
 
 
 _DETECTORS: tuple[tuple[Form, Callable[[TaskRecord], bool], str], ...] = (
@@ -262,9 +276,5 @@ _DETECTORS: tuple[tuple[Form, Callable[[TaskRecord], bool], str], ...] = (
     ("mmlu", lambda record: _is_generic(record) and "subject" in record, "its records have MMLU's choices and subject"),
     ("generic", _is_generic, "its records have question, choices and answer"),
 )
-_PARSERS: dict[Form, Callable[[TaskRecord], Question]] = {
-    "arc": _arc,
-    "mmlu": _mmlu,
-    "truthfulqa": _truthfulqa,
-    "generic": _generic,
-}
+_PARSERS: dict[Form, Callable[[TaskRecord], Question]] = {"arc": _arc, "truthfulqa": _truthfulqa}
+_PARSERS_WITH_NUMBERS: dict[Form, Callable[[TaskRecord, int | None], Question]] = {"mmlu": _mmlu, "generic": _generic}

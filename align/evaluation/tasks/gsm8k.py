@@ -63,9 +63,9 @@ def build(name: str, config: Gsm8kConfig, inputs: TaskInputs) -> Gsm8kTask:
 
     Raises ``UserError`` where fewer examples than ``shots`` are left.
     """
-    records = read_records(record_source(config), inputs.base)
+    records = read_records(record_source(config), inputs.base, config.columns)
     source = examples_source(config)
-    examples = [] if source is None else read_records(source, inputs.base)
+    examples = [] if source is None else read_records(source, inputs.base, config.columns)
     problems, solved = separate_examples(records, examples, inputs.seed)
     if len(solved) < config.shots:
         raise UserError(

@@ -8,18 +8,23 @@ numbers for the same answers are the same except where lm-eval leaves something 
 language at random unless its seed is set, which it is here; and two prompts (1122, 1129) ask for a sign, "#" or "!",
 where Google's checker counts a randomly drawn letter. Here the sign is counted.
 
+IFBench (arXiv 2507.02833) has 58 other kinds of instructions in the same layout, which the same package checks. Some of
+its checkers need NLTK's data, which is never fetched here.
+
 A reasoning model's thoughts are part of its answer; they are not cut away.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from align.config.stages.evaluation_tasks import IfevalConfig
+from align.config.stages.evaluation_tasks import IfbenchConfig, IfevalConfig
 from align.config.validation import hint_nearest
 from align.data.rows import user
 from align.errors import UserError
@@ -40,6 +45,8 @@ SEVERAL = "several"
 PROMPT_STRICT, PROMPT_LOOSE = "prompt_strict", "prompt_loose"
 INSTRUCTION_STRICT, INSTRUCTION_LOOSE = "instruction_strict", "instruction_loose"
 LANGUAGE_SEED = 0
+PROBE = "One sentence. Another sentence with a few more words in it."
+"""Text that shows before the run whether a checker has the data it needs."""
 
 METRICS = {
     PROMPT_STRICT: Metric("IFEval, prompts (strict)", "higher", "", "share of prompts with every instruction followed"),
@@ -71,6 +78,12 @@ class IfevalTask(SampledTask):
 
     def __init__(self, name: str, config: IfevalConfig, records: list[TaskRecord], inputs: TaskInputs) -> None:
         super().__init__(name, config, inputs)
+        if isinstance(config, IfbenchConfig):
+            self.title = "IFBench: instructions a program can check"
+            self.metrics = {
+                metric: replace(entry, title=entry.title.replace("IFEval", "IFBench"))
+                for metric, entry in METRICS.items()
+            }
         self._data = describe_records(config, inputs.base)
         self.items = [_item(id, record) for id, record in zip(item_ids(records, "key"), records, strict=True)]
         if any(set(item.data["instructions"]) & NEEDS_SENTENCES for item in self.items):
@@ -166,15 +179,57 @@ def _is_followed(checker: Any, text: str) -> bool:
         return bool(text.strip()) and bool(checker.check_following(text))
     except RecursionError:
         return False
+    except LookupError as error:
+        # Some of IFBench's checkers index words that a short answer does not have.
+        if isinstance(error, (IndexError, KeyError)):
+            return False
+        raise
+
+
+def _ifeval_checkers() -> dict[str, Any]:
+    # Its package imports `datasets` (1.5 s), which reading settings should not pay.
+    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    return INSTRUCTION_DICT  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _ifbench_checkers() -> dict[str, Any]:
+    """Return IFBench's checkers, whose module would fetch NLTK's data from the network when it is imported."""
+    import nltk
+
+    download, nltk.download = nltk.download, lambda *names, **options: False
+    try:
+        from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT
+    finally:
+        nltk.download = download
+    return INSTRUCTION_DICT  # type: ignore[no-any-return]
+
+
+def _require_data(instruction: str, checker: Any, where: str) -> None:
+    """Raise ``UserError`` for a checker of IFBench whose NLTK data is not installed."""
+    from align.evaluation.punkt import ensure_punkt
+
+    for attempt in range(2):
+        try:
+            checker.check_following(PROBE)
+            return
+        except (IndexError, KeyError):
+            return  # the probe is too short for it
+        except LookupError:
+            if attempt == 0:
+                ensure_punkt()
+    raise UserError(
+        f"{where}: '{instruction}' needs NLTK's data, which is not installed. Run `python -m nltk.downloader punkt_tab "
+        "stopwords averaged_perceptron_tagger_eng` where there is a network (NLTK_DATA names another folder), or leave "
+        "such prompts out."
+    )
 
 
 def _checker(id: str, arguments: Mapping[str, Any]) -> Any:
     """Return a checker with its arguments; ``None`` and other empty values count as absent, as in lm-eval."""
-    # Its package imports `datasets` (1.5 s), which reading settings should not pay.
-    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
-
     present = {name: value for name, value in arguments.items() if value}
-    checker = INSTRUCTION_DICT[id](id)
+    checker = (_ifeval_checkers().get(id) or _ifbench_checkers()[id])(id)
     checker.build_description(**present)
     if id == "keywords:letter_frequency" and present["letter"].lower() not in list(string.ascii_lowercase):
         return _SignFrequency(present["letter"], present["let_relation"], present["let_frequency"])
@@ -216,12 +271,14 @@ def _source(instructions: Sequence[str]) -> str:
 
 def _check_instruction(instruction: str, arguments: Mapping[str, Any], where: str) -> None:
     """Raise ``UserError`` for an unknown instruction, and for a missing argument, which would be drawn at random."""
-    from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
-
-    if instruction not in INSTRUCTION_DICT:
-        hint = hint_nearest(instruction, INSTRUCTION_DICT) or f" Known are {', '.join(sorted(INSTRUCTION_DICT))}."
+    known = _ifeval_checkers()
+    is_ifbench = instruction not in known
+    if is_ifbench:
+        known = known | _ifbench_checkers()
+    if instruction not in known:
+        hint = hint_nearest(instruction, known) or f" Known are {', '.join(sorted(known))}."
         raise UserError(f"{where}: there is no instruction '{instruction}'.{hint}")
-    required = INSTRUCTION_DICT[instruction](instruction).get_instruction_args_keys()
+    required = known[instruction](instruction).get_instruction_args_keys()
     missing = [name for name in required if not arguments.get(name)]
     if missing:
         raise UserError(
@@ -230,7 +287,9 @@ def _check_instruction(instruction: str, arguments: Mapping[str, Any], where: st
             "draw a value at random that the prompt does not name."
         )
     try:
-        _checker(instruction, arguments)
+        checker = _checker(instruction, arguments)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         reason = f"{error} is not known" if isinstance(error, KeyError) else error
         raise UserError(f"{where}: kwargs of '{instruction}' do not fit: {reason}. Given: {dict(arguments)}.") from None
+    if is_ifbench:
+        _require_data(instruction, checker, where)

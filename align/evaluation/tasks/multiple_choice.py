@@ -19,7 +19,14 @@ from align.config.stages.evaluation_tasks import MultipleChoiceConfig
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
 from align.evaluation.tasks.base import Example, Item, Measured, Metric, Reader, SystemInfo, Task, TaskInputs
-from align.evaluation.tasks.choice_formats import TRUTHFUL_EXAMPLES, Form, Question, choose_form, parse
+from align.evaluation.tasks.choice_formats import (
+    TRUTHFUL_EXAMPLES,
+    Form,
+    Question,
+    check_first_choice,
+    choose_form,
+    parse,
+)
 from align.evaluation.tasks.encoding import answer_ids, encode_choices, fit_context
 from align.evaluation.tasks.task_records import (
     TaskRecord,
@@ -61,10 +68,11 @@ def build(name: str, config: MultipleChoiceConfig, inputs: TaskInputs) -> Multip
         inputs.note(f"{name}: format {form}: {reason}")
     if config.shots and form == "truthfulqa":
         raise UserError(f"{name}: TruthfulQA's prompt has six examples already; drop shots.")
-    questions = [parse(record, form) for record in records]
+    check_first_choice(records, form, config.first_choice)
+    questions = [parse(record, form, config.first_choice) for record in records]
     # A question must not be shown with its answer before it is asked.
     ids = {question.id for question in questions}
-    solved = [parse(record, form) for record in _example_records(config, inputs.base)]
+    solved = [parse(record, form, config.first_choice) for record in _example_records(config, inputs.base)]
     examples = [example for example in solved if example.id not in ids]
     task = MultipleChoiceTask(name, config, form, questions, examples)
     task.description = {"format": form, **describe_records(config, inputs.base)}
@@ -75,7 +83,7 @@ def build(name: str, config: MultipleChoiceConfig, inputs: TaskInputs) -> Multip
 
 def _example_records(config: MultipleChoiceConfig, base: Path) -> list[TaskRecord]:
     source = examples_source(config)
-    return [] if source is None else read_records(source, base)
+    return [] if source is None else read_records(source, base, config.columns)
 
 
 class MultipleChoiceTask(Task):

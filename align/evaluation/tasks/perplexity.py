@@ -87,8 +87,9 @@ def read_documents(config: PerplexityConfig, inputs: TaskInputs) -> list[Documen
             source = record_source(config)
         else:
             paths, source = find_documents(config.files, inputs.base)
+            source = source and source.model_copy(update=config.record_mapping())
         documents = [Document(path.name, read_text(path)) for path in paths]
-        records = [] if source is None else read_records(source, inputs.base)
+        records = [] if source is None else read_records(source, inputs.base, config.columns)
         documents += [Document(source_name(record), record_text(record, config.fields)) for record in records]
     full = [document for document in documents if document.text.strip()]
     if len(full) < len(documents):

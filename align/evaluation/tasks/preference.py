@@ -159,21 +159,22 @@ def read_pairs(source: FilesSource | HubSource, inputs: TaskInputs, name: str) -
     from align.data.rows import BadRecord
     from align.data.sources import choose_format, read
 
-    form, reason, records = choose_format(source, read(source, inputs.base), "preferences")
+    choice = choose_format(source, read(source, inputs.base), "preferences")
+    form = choice.format.form
     if form not in PAIRED:
         raise UserError(
             f"{name}: {source.label}: format {form} has no chosen and rejected answer; formats that have are "
             f"{', '.join(PAIRED)}. Make pairs with a recipe's `pairs` step, and name its stage as the stage's `pairs`."
         )
-    if reason:
-        inputs.note(f"{name}: format {form}: {reason}")
+    if choice.reason:
+        inputs.note(f"{name}: format {form}: {choice.reason}")
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
-    for item in records:
+    for item in choice.records:
         if isinstance(item, BadRecord):
             raise item
         where, record = item
-        for row in convert(record, form, where, "preferences", source.options):
+        for row in convert(record, choice.format, where, "preferences"):
             if isinstance(row, Dropped):
                 dropped[row.reason] += 1
             else:

@@ -28,6 +28,7 @@ class TaskKind:
 
 TASKS: dict[type[TaskConfig], TaskKind] = {
     configs.IfevalConfig: TaskKind(ifeval.build),
+    configs.IfbenchConfig: TaskKind(ifeval.build),
     configs.Gsm8kConfig: TaskKind(gsm8k.build, identities_with_examples),
     configs.MultipleChoiceConfig: TaskKind(multiple_choice.build, identities_with_examples),
     configs.XstestConfig: TaskKind(xstest.build),

@@ -21,9 +21,9 @@ from typing import Any
 from align.config.recipe.format_options import PAIRED
 from align.config.stages.evaluation_tasks import PairLayout, RewardPairsConfig
 from align.config.validation import suggest
-from align.data.formats import convert, detect
-from align.data.formats.fields import rename_columns
+from align.data.formats import convert
 from align.data.rows import Dropped, Message, Row, assistant, user
+from align.data.sources import choose_format
 from align.errors import UserError
 from align.evaluation.reward_accuracy import Scores, pair_reports
 from align.evaluation.reward_bench import SECTIONS, TIES, best_sections, pair_sections
@@ -92,11 +92,11 @@ def _read_pairs(
     name: str, config: RewardPairsConfig, records: Sequence[TaskRecord], inputs: TaskInputs
 ) -> list[Comparison]:
     """Return a comparison of each record that makes a pair; the others are counted in a warning."""
-    form = config.format
-    if form == "auto":
-        detection = detect([rename_columns(record, config.options) for record in records[:100]], "preferences")
-        inputs.note(f"{name}: format {detection.reason}")
-        form = detection.form  # type: ignore[assignment]  # rows are never detected
+    source = record_source(config).model_copy(update={"format": config.format, "options": config.options})
+    choice = choose_format(source, iter([(record.where, dict(record)) for record in records]), "preferences")
+    form = choice.format.form
+    if choice.reason:
+        inputs.note(f"{name}: format {choice.reason}")
     if form not in PAIRED:
         raise UserError(
             f"{name}: format {form} has no chosen and rejected answer; formats that have are {', '.join(PAIRED)}. "
@@ -106,7 +106,7 @@ def _read_pairs(
     dropped: Counter[str] = Counter()
     for record, id in zip(records, item_ids(list(records)), strict=True):
         category = _category(config, record)
-        for row in convert(dict(record), form, record.where, "preferences", config.options):
+        for row in convert(dict(record), choice.format, record.where, "preferences"):
             reason = row.reason if isinstance(row, Dropped) else _unusable_reason(row)
             if reason is not None:
                 dropped[reason] += 1

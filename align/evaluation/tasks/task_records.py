@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from align.config.recipe.record_mapping import ColumnValue
 from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.stages.evaluation_fields import RecordFields
 from align.config.validation import hint_nearest, validate_plain
+from align.data.formats.messages import is_number
 from align.errors import UserError
 
 AnyRecord = TypeVar("AnyRecord")
@@ -36,8 +38,10 @@ class TaskRecord(dict[str, Any]):
         )
 
     def text(self, field: str) -> str:
-        """Return a field that must hold text that is not blank."""
+        """Return a field that must hold text that is not blank; a number is its digits."""
         value = self[field]
+        if is_number(value):
+            return str(value)
         if not isinstance(value, str):
             raise self.field_error(field, "text")
         if not value.strip():
@@ -45,11 +49,12 @@ class TaskRecord(dict[str, Any]):
         return value
 
     def texts(self, field: str) -> list[str]:
-        """Return a field that must hold a list of texts, at least one."""
+        """Return a field that must hold a list of texts, at least one; numbers are their digits."""
         value = self[field]
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+        items = value if isinstance(value, list) else []
+        if not items or not all(isinstance(item, str) or is_number(item) for item in items):
             raise self.field_error(field, "a list of texts")
-        return list(value)
+        return [str(item) for item in items]
 
     def field_error(self, field: str, expected: str) -> UserError:
         """Return the error for a field of another type than ``expected``."""
@@ -65,14 +70,15 @@ def _short_repr(value: Any) -> str:
 
 def record_source(config: RecordFields) -> FilesSource | HubSource:
     """Return the source of a task's records: its files, or its dataset with the benchmark's defaults."""
+    mapping = config.record_mapping()
     if config.files is not None:
-        return FilesSource(type="files", paths=config.files)
+        return FilesSource(type="files", paths=config.files, **mapping)
     defaults = config.hub_defaults() or {}
     if config.dataset is not None and config.dataset != defaults.get("dataset"):
         defaults = {"dataset": config.dataset}
     fields = {"config": config.config, "split": config.split, "revision": config.revision}
     overrides = {name: value for name, value in fields.items() if value is not None}
-    return validate_plain(HubSource, {"type": "hub", "split": "test", **defaults, **overrides})
+    return validate_plain(HubSource, {"type": "hub", "split": "test", **defaults, **overrides, **mapping})
 
 
 def file_identities(config: RecordFields, base: Path) -> dict[str, str]:
@@ -88,7 +94,7 @@ def file_identities(config: RecordFields, base: Path) -> dict[str, str]:
 def examples_source(config: Any) -> FilesSource | HubSource | None:
     """Return the source of solved examples, from ``examples_files`` or ``examples_split``; None without."""
     if config.examples_files is not None:
-        return FilesSource(type="files", paths=config.examples_files)
+        return FilesSource(type="files", paths=config.examples_files, **config.record_mapping())
     if config.examples_split is None or config.files is not None:
         return None
     return record_source(config).model_copy(update={"split": config.examples_split})
@@ -110,7 +116,7 @@ def load_records(config: RecordFields, base: Path, seed: int) -> list[TaskRecord
 
     Raises ``UserError`` for files or a dataset that cannot be read, for a broken record, and where there is none.
     """
-    return draw(read_records(record_source(config), base), config.max_items, seed)
+    return draw(read_records(record_source(config), base, config.columns), config.max_items, seed)
 
 
 def describe_records(config: RecordFields, base: Path) -> dict[str, Any]:
@@ -129,16 +135,28 @@ def describe_records(config: RecordFields, base: Path) -> dict[str, Any]:
     return description
 
 
-def read_records(source: FilesSource | HubSource, base: Path) -> list[TaskRecord]:
-    """Return all records of a source. Raises ``UserError`` for the first broken one, and where there is none."""
-    from align.data.rows import BadRecord
-    from align.data.sources import read
+def read_records(
+    source: FilesSource | HubSource, base: Path, columns: Mapping[str, ColumnValue] | None = None
+) -> list[TaskRecord]:
+    """Return all records of a source, with the columns that a task maps beside their own.
 
+    Raises ``UserError`` for the first broken one, for a column that no record has, and where there is none.
+    """
+    from align.data.formats.fields import Malformed
+    from align.data.formats.mapping import columns_read, map_columns
+    from align.data.rows import BadRecord
+    from align.data.sources import check_columns, read
+
+    columns = columns or {}
     records = []
-    for item in read(source, base):
+    for item in check_columns(source.label, columns_read(columns), read(source, base)):
         if isinstance(item, BadRecord):
             raise item
-        records.append(TaskRecord(*item))
+        where, record = item
+        try:
+            records.append(TaskRecord(where, map_columns(record, columns)))
+        except Malformed as error:
+            raise UserError(f"{where}: {error}.") from None
     if not records:
         raise UserError(f"{source.label}: there are no records in it (paths start at {base}); nothing to evaluate.")
     return records

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.evaluation.prompt_metrics import program_metrics
 from align.report.compare.merged_scorecard import (
     SAMPLES,
     SCORECARD,
@@ -36,7 +37,6 @@ from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact, Kind
 from align.store.atomic_write import write_text_atomically
 
-SCORES = ("gold", "reward")
 TRADE_OFF_COLUMNS = {
     "score": "Score",
     "system": "System",
@@ -175,7 +175,8 @@ def _trade_offs(evaluated: Sequence[EvaluatedRun], card: Card | None, assets: As
         warning = " Runs measure KL to different references, so compare it within a run only."
     trade_offs: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    for name in [name for name in SCORES if name in card["metrics"]] or [card["primary"]]:
+    scores = [name for name in (*program_metrics(card["metrics"]), "reward") if name in card["metrics"]]
+    for name in scores or [card["primary"]]:
         metric = card["metrics"].get(name)
         candidates = points(card, name, run_of)
         if metric is None or len(candidates) < 2:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.evaluation.prompt_metrics import program_metrics
 from align.report.compare.merged_scorecard import Card, EvaluatedRun
 from align.report.page.assets import AssetWriter, estimate_cells, estimate_columns
 from align.report.page.number_format import MARKS, MISSING, WORDS, duration, interval, number, signed, size
@@ -19,8 +20,8 @@ Runs = Mapping[str, Mapping[str, Artifact]]
 MAX_VALUE_LENGTH = 60
 """Characters of a setting's value in the table; the files next to the page have the full value."""
 DIGEST_LENGTH = 12
-RESULTS = ("gold", "reward", "kl", "length", "finished", "heldout_loss")
-"""Metrics of the prompt set among the results, where they were measured."""
+RESULTS = ("reward", "kl", "length", "finished", "heldout_loss")
+"""Metrics of the prompt set among the results, beside those of programs, where they were measured."""
 COST_COLUMNS = {
     "run": "Run",
     "stage": "Stage",
@@ -93,7 +94,8 @@ def _flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 def result_metrics(card: Card) -> list[str]:
     """Return the metrics in the table of runs: the primary one, the prompt set's, and each task's primary one."""
-    names = [card["primary"], *RESULTS, *(task["primary"] for task in card["tasks"].values())]
+    programs = program_metrics(card["metrics"])
+    names = [card["primary"], *programs, *RESULTS, *(task["primary"] for task in card["tasks"].values())]
     return [name for name in dict.fromkeys(names) if name in card["metrics"]]
 
 

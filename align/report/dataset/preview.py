@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from align.data.build_files import message_text, read_ledger
+from align.data.build_files import kept_texts, message_text, read_ledger
 from align.data.licenses import UNKNOWN, mixture_license, normalize
 from align.data.rows import Row, is_text
 from align.report.dataset.build_summary import BuildSummary, Cluster, quantile, summarize
@@ -137,6 +137,7 @@ def _reason(line: Mapping[str, Any], reason: str, rows: int, total: int) -> dict
 def _sample(row: Row, split: str, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     """Return a row for the page: as tokens where there is a tokenizer, else as messages."""
     sample: dict[str, Any] = {"id": row.get("id", ""), "split": split, "views": [], "turns": [], "answers": []}
+    sample["kept"] = [{"name": name, "text": _shorten(text)} for name, text in kept_texts(row).items()]
     if tokenizer is not None:
         return sample | {"views": _token_sample(row, tokenizer, max_length)}
     if is_text(row):

@@ -103,7 +103,8 @@ def metric_phrase(card: Card, metric: str) -> str:
     title = str(card["metrics"][metric]["title"])
     task = card["tasks"].get(card["metrics"][metric]["task"])
     if task is None:
-        return title.lower()
+        # ``gold`` and the like are names, which read better as "the gold score".
+        return f"{title} score" if title == metric else title.lower()
     task_title = str(task["title"])
     return title if task_title.lower() in title.lower() else f"{task_title}: {title}"
 

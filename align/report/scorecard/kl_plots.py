@@ -14,8 +14,6 @@ from align.errors import printable
 from align.report.curves.metric_series import Events, average_to
 from align.report.page.panels import COLORS, LINES, MARKERS, Panel, error_bars, legend_name, nth, styled
 
-SCORES = ("reward", "gold")
-"""Metrics of the prompt set that are drawn against KL, proxy first."""
 PATHS = {"score": "score that was optimized", "gold": "gold score"}
 """Metrics that a stage logs for each update, with their titles."""
 MAX_PATH_POINTS = 40

@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from align.evaluation.prompt_metrics import program_metrics
 from align.report.page.templates import script_json
 from align.report.scorecard.scorecard_tables import PROMPTS, task_title
 
@@ -29,8 +30,6 @@ RESPONSE_FIELDS = ("tokens", "finished", "gold", "reward", "kl")
 TOKEN_NUMBERS = ("k", "v", "a")
 """KL, value and advantage, in the order in which a line of rollouts has them behind each token's text."""
 HUNDREDTHS = 100
-REWARD = "score_"
-"""Prefix of a reward's name in the fields of a response."""
 
 Sample = dict[str, Any]
 
@@ -193,7 +192,8 @@ def _sort_metric(card: dict[str, Any] | None, task: str) -> tuple[str, str]:
         if primary not in card["metrics"] and scorers:
             return scorers[0], f"score by {scorers[0]}"
         return primary.removeprefix(f"{task}."), str(card["metrics"].get(primary, {}).get("title", primary))
-    name = card["primary"] if card["primary"] in ("gold", "reward") else "gold"
+    scored = [*program_metrics(card["metrics"]), "reward"]
+    name = card["primary"] if card["primary"] in scored else scored[0]
     return name, name
 
 
@@ -256,11 +256,8 @@ def _turns(prompt: Any) -> list[dict[str, str]]:
 def _answer(response: Mapping[str, Any]) -> dict[str, Any]:
     answer = {key: _round(response[key]) for key in RESPONSE_FIELDS if response.get(key) is not None}
     answer["text"] = _shorten(str(response.get("text", "")))
-    # The rewards of a list stand beside their sum as score_<name>, a task's metrics in a mapping of their own.
-    rewards = {name: value for name, value in response.items() if name.startswith(REWARD)}
-    scores = rewards | dict(response.get("scores") or {})
-    if scores:
-        answer["scores"] = {str(name): _round(value) for name, value in scores.items()}
+    if response.get("scores"):
+        answer["scores"] = {str(name): _round(value) for name, value in response["scores"].items()}
     if response.get("turns"):  # the last turn is the answer itself
         answer["turns"] = [
             {"prompt": _shorten(str(turn.get("prompt", ""))), "text": _shorten(str(turn.get("text", "")))}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.evaluation.prompt_metrics import program_metrics
 from align.evaluation.scorecard import FORMAT
 from align.report.curves.metric_series import Events
 from align.report.page.assets import AssetWriter, Figure
@@ -139,17 +140,18 @@ def _family_figure(card: Card, assets: AssetWriter) -> Figure | None:
 
 
 def _kl_figures(card: Card, assets: AssetWriter) -> list[Figure]:
-    """Return score against KL, the proxy first and the gold score second; none where KL was not measured."""
+    """Return score against KL, the proxy first and the programs' scores next; none where KL was not measured."""
     if not any("kl" in estimates for estimates in card["estimates"].values()):
         return []
-    subjects = {"reward": "The proxy, the reward model's score,", "gold": "The gold score, which the proxy stands for,"}
+    subjects = {"reward": "The proxy, the reward model's score,"}
+    subjects |= {name: f"The {name} score, which a proxy stands for," for name in program_metrics(card["metrics"])}
     return [
         assets.add_figure(
             f"kl-{name}",
             kl_plots.reward_against_kl(card, name),
             f"{subjects[name]} against drift from {card['reference']}: up is better, right is further away.",
         )
-        for name in kl_plots.SCORES
+        for name in subjects
         if name in card["metrics"]
     ]
 

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from align.config.tuning import Tuning
 from align.evaluation.comparisons import Resampling, correct
+from align.evaluation.prompt_metrics import program_metrics
 from align.report.compare.merged_scorecard import EvaluatedRun, paired_difference
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import MISSING, duration, interval, number, size
@@ -24,7 +25,7 @@ from align.store.artifacts import Artifact, Kind
 Card = dict[str, Any]
 
 MIN_ROWS = 2
-METRICS = ("gold", "reward", "heldout_loss", "kl", "length")
+METRICS = ("reward", "heldout_loss", "kl", "length")
 """Metrics of the prompt set that have a column where they were measured; the primary metric comes first."""
 TUNINGS: TypeAdapter[Any] = TypeAdapter(Tuning)
 TABLE_COLUMNS = {
@@ -62,7 +63,7 @@ def methods_section(artifacts: Sequence[Artifact], card: Card, assets: AssetWrit
         return None
     metrics = [
         metric
-        for metric in dict.fromkeys((card["primary"], *METRICS))
+        for metric in dict.fromkeys((card["primary"], *program_metrics(card["metrics"]), *METRICS))
         if any(metric in card["estimates"][name] for name in trained)
     ]
     best = find_best(artifacts, card, list(trained))

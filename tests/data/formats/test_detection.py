@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from align.config.recipe.format_options import KINDS, Format
-from align.data.formats import CONVERTERS, convert, detect
+from align.data.formats import CONVERTERS, SourceFormat, convert, detect
 from align.data.formats.detection import SHAPES
 from align.data.formats.fields import FIELDS
 from align.data.rows import BadRecord, assistant
@@ -84,7 +84,7 @@ def test_auto_does_not_guess_between_two() -> None:
     [
         (
             {"text": "x"},
-            "Text fits 1 .no instructions.. options.columns renames fields. The formats are alpaca, dolly",
+            "Text fits 1 .no instructions.. Map fields with columns: .prompt: FIELD.. The formats are alpaca, dolly",
         ),
         ({"Question": "q", "Answr": "x"}, "Is 'Question' meant as 'question'"),
         (
@@ -122,20 +122,26 @@ def test_auto_needs_a_record() -> None:
 )  # fmt: skip
 def test_unrecognized_records(record: dict[str, Any], form: Any, message: str) -> None:
     with pytest.raises(BadRecord, match=message):
-        convert(record, form, "f:1", next(iter(sorted(KINDS[form]))))
+        convert(record, SourceFormat(form), "f:1", next(iter(sorted(KINDS[form]))))
 
 
 def test_every_format_has_fields_a_shape_kinds_and_a_converter() -> None:
     formats = set(get_args(Format)) - {"auto"}
-    assert formats == set(SHAPES) == set(FIELDS) - {"rows"} == set(KINDS) - {"rows"} == set(CONVERTERS) - {"rows"}
+    assert formats == set(FIELDS) == set(KINDS) == set(CONVERTERS)
+    assert formats - {"rows"} == set(SHAPES)
 
 
 def test_rows_keep_their_id_and_source_and_give_what_the_kind_takes() -> None:
     row = {"id": "x", "source": "s", "prompt": chat("q"), "checks": "c", "completion": [assistant("a")], "label": None}
-    (same,) = convert(row, "rows", "f:1", "instructions")
+    (same,) = convert(row, SourceFormat("rows"), "f:1", "instructions")
     assert same == {name: value for name, value in row.items() if value is not None}
-    (prompt,) = convert(row, "rows", "f:1", "prompts")
+    (prompt,) = convert(row, SourceFormat("rows"), "f:1", "prompts")
     assert prompt == {"id": "x", "source": "s", "prompt": chat("q"), "checks": "c"}
     pair = {"id": "x", "source": "s", "prompt": chat("q"), "chosen": [assistant("a")], "rejected": [assistant("b")]}
+<<<<<<< HEAD
     first, second = convert(pair, "rows", "f:1", "unpaired")
     assert isinstance(first, dict) and isinstance(second, dict) and len({"x", first["id"], second["id"]}) == 3
+=======
+    one, other = convert(pair, SourceFormat("rows"), "f:1", "unpaired")
+    assert isinstance(one, dict) and isinstance(other, dict) and len({"x", one["id"], other["id"]}) == 3
+>>>>>>> data

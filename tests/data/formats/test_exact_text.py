@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.data.formats import convert, detect
+from align.data.formats import SourceFormat, convert, detect
 from align.data.formats.preferences import parse_transcript
 from align.data.rows import BadRecord, assistant, user
 from tests.support.data.formats.conversions import chat, dropped, row, sharegpt
@@ -93,7 +93,7 @@ def test_numbers_become_text(value: float, written: str) -> None:
 @pytest.mark.parametrize("value", [True, float("nan"), ["a"]])
 def test_other_values_are_named_and_not_taken_for_a_slip_of_the_pen(value: Any) -> None:
     with pytest.raises(BadRecord, match=r"f:1: 'answer(.content)?' holds|'answer' holds"):
-        convert({"question": "q", "answer": value}, "prompt_completion", "f:1", "instructions")
+        convert({"question": "q", "answer": value}, SourceFormat("prompt_completion"), "f:1", "instructions")
     with pytest.raises(Exception, match="They have 'question', 'answer'") as caught:
         detect([{"question": "q", "answer": value}], "instructions")
     assert "meant as" not in str(caught.value)

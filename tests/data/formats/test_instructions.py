@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.data.formats import convert
+from align.data.formats import SourceFormat, convert
 from align.data.rows import BadRecord, assistant
 from tests.support.data.formats.conversions import chat, dropped, row, rows
 
@@ -27,7 +27,7 @@ def test_alpaca_with_system_and_history() -> None:
     record = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
     assert row(record, "alpaca")["prompt"] == [SYSTEM, *chat("a", "b", "c")]
     with pytest.raises(BadRecord, match="'history' holds something that is not a pair"):
-        convert(record | {"history": ["a"]}, "alpaca", "f:1", "instructions")
+        convert(record | {"history": ["a"]}, SourceFormat("alpaca"), "f:1", "instructions")
 
 
 def test_dolly_folds_the_context() -> None:
@@ -69,7 +69,7 @@ def test_prompt_and_completion_in_their_spellings() -> None:
     orca = {"system_prompt": "s", "question": "q", "response": "r"}
     assert row(orca, "prompt_completion")["prompt"] == [SYSTEM, *chat("q")]
     with pytest.raises(BadRecord, match="f:1: 'completion' holds 2 messages, expected the answer alone"):
-        convert({"prompt": "a", "completion": chat("a", "b")}, "prompt_completion", "f:1", "instructions")
+        convert({"prompt": "a", "completion": chat("a", "b")}, SourceFormat("prompt_completion"), "f:1", "instructions")
 
 
 def test_prompts_alone() -> None:
@@ -77,17 +77,22 @@ def test_prompts_alone() -> None:
         assert row(record, "prompt", "prompts") == {"prompt": chat("a"), "checks": ""}
     assert dropped({"messages": chat("a", "b")}, "prompt", "prompts") == "last prompt turn is not the user's"
     with pytest.raises(BadRecord, match="a record of format prompt cannot give instructions"):
-        convert({"prompt": "a"}, "prompt", "f:1", "instructions")
+        convert({"prompt": "a"}, SourceFormat("prompt"), "f:1", "instructions")
 
 
 @pytest.mark.parametrize("form", ["alpaca", "dolly", "gsm8k"])
 def test_text_must_be_text(form: Any) -> None:
     record = {"instruction": ["x"], "question": True, "context": "", "output": "o", "response": "r", "answer": "#### 1"}
     with pytest.raises(BadRecord, match="f:1: '(instruction|question)' holds (list|bool), expected text or a number"):
-        convert(record, form, "f:1", "instructions")
+        convert(record, SourceFormat(form), "f:1", "instructions")
 
 
 def test_columns_are_renamed_first() -> None:
     record = {"prompt": "old", "Q": "new", "A": "x"}
+<<<<<<< HEAD
     actual = row(record, "prompt_completion", columns={"Q": "prompt", "A": "completion"})
     assert (actual["prompt"], actual["completion"]) == (chat("new"), [assistant("x")])
+=======
+    found = row(record, "prompt_completion", columns={"prompt": "Q", "completion": "A"})
+    assert (found["prompt"], found["completion"]) == (chat("new"), [assistant("x")])
+>>>>>>> data

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align.data.formats import convert
+from align.data.formats import SourceFormat, convert
 from align.data.rows import BadRecord, assistant, user
 from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt
 
@@ -26,8 +26,8 @@ def test_messages_are_cut_into_prompt_and_answer() -> None:
 def test_sharegpt_roles_are_mapped_and_unknown_ones_are_refused() -> None:
     assert row({"conversations": sharegpt("a", "b")}, "sharegpt")["prompt"] == chat("a")
     odd = [{"from": "human", "value": "a"}, {"from": "robot", "value": "b"}]
-    with pytest.raises(BadRecord, match="role 'robot'; known roles: user, human.*options.roles can name another"):
-        convert({"conversations": odd}, "sharegpt", "f:1", "instructions")
+    with pytest.raises(BadRecord, match="role 'robot'; known roles: user, human.*with roles: .robot: user."):
+        convert({"conversations": odd}, SourceFormat("sharegpt"), "f:1", "instructions")
     assert row({"conversations": odd}, "sharegpt", roles={"robot": "assistant"})["completion"] == [assistant("b")]
 
 
@@ -57,10 +57,17 @@ def test_messages_that_cannot_be_used(messages: list[dict[str, str]], reason: st
 
 def test_what_a_normalize_step_may_mend_passes_unchecked() -> None:
     record = {"messages": [user("a"), user("b"), assistant("c")]}
+<<<<<<< HEAD
     (actual,) = convert(record, "messages", "f:1", "instructions", check=False)
     assert isinstance(actual, dict) and actual["prompt"] == [user("a"), user("b")]
     (actual,) = convert({"messages": chat("a", "")}, "messages", "f:1", "instructions", check=False)
     assert not isinstance(actual, dict) and actual.reason == "empty reply"
+=======
+    (found,) = convert(record, SourceFormat("messages"), "f:1", "instructions", check=False)
+    assert isinstance(found, dict) and found["prompt"] == [user("a"), user("b")]
+    (found,) = convert({"messages": chat("a", "")}, SourceFormat("messages"), "f:1", "instructions", check=False)
+    assert not isinstance(found, dict) and found.reason == "empty reply"
+>>>>>>> data
 
 
 def test_text_in_parts_is_joined_and_pictures_drop_the_record() -> None:
@@ -126,9 +133,17 @@ def test_tools_and_calls_make_other_ids() -> None:
             RESULT,
             assistant("b"),
         ]
+<<<<<<< HEAD
         (actual,) = convert({"messages": messages, "tools": more["tools"]}, "messages", "f:1", "instructions")
         assert isinstance(actual, dict)
         return str(actual["id"])
+=======
+        (found,) = convert(
+            {"messages": messages, "tools": more["tools"]}, SourceFormat("messages"), "f:1", "instructions"
+        )
+        assert isinstance(found, dict)
+        return str(found["id"])
+>>>>>>> data
 
     names = [name(calls=[CALL], tools=[]), name(calls=[{"name": "time"}], tools=[]), name(calls=[CALL], tools=[CALL])]
     assert len(set(names)) == 3
@@ -148,5 +163,5 @@ def test_tools_and_calls_make_other_ids() -> None:
 )
 def test_malformed_messages(messages: Any, message: str) -> None:
     with pytest.raises(BadRecord, match=f"f:1: .*{message}") as caught:
-        convert({"messages": messages}, "messages", "f:1", "instructions")
+        convert({"messages": messages}, SourceFormat("messages"), "f:1", "instructions")
     assert caught.value.where == "f:1"

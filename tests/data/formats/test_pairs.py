@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.data.formats import convert
+from align.data.formats import SourceFormat, convert
 from align.data.formats.preferences import parse_transcript
 from align.data.rows import BadRecord, assistant
 from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt
@@ -86,7 +86,7 @@ def test_scores_prompts_and_empty_replies() -> None:
     scored = row(record | {"score_chosen": 8, "score_rejected": "3.5"}, "preferences", "preferences")
     assert (scored["chosen_score"], scored["rejected_score"]) == (8.0, 3.5)
     with pytest.raises(BadRecord, match="'input' would be lost: it is part of the prompt"):
-        convert(record | {"input": "more"}, "preferences", "f:1", "preferences")
+        convert(record | {"input": "more"}, SourceFormat("preferences"), "f:1", "preferences")
     folded = {"instruction": "q", "input": "more", "chosen": "a", "rejected": "b"}
     assert row(folded, "preferences", "preferences")["prompt"] == chat("q\n\nmore")
     differ = {"chosen": chat("q", "a"), "rejected": chat("r", "b")}
@@ -101,7 +101,7 @@ def test_scores_prompts_and_empty_replies() -> None:
         (record | {"score_chosen": float("nan")}, "expected a finite number"),
     ):
         with pytest.raises(BadRecord, match=message):
-            convert(bad, "preferences", "f:1", "preferences")
+            convert(bad, SourceFormat("preferences"), "f:1", "preferences")
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,19 @@ def test_unpaired_messages_and_other_kinds() -> None:
         ({"prompt": "q", "label": True}, "a label without an answer"),
     ):
         with pytest.raises(BadRecord, match=message):
-            convert(bad, "unpaired", "f:1", "unpaired")
+            convert(bad, SourceFormat("unpaired"), "f:1", "unpaired")
     with pytest.raises(BadRecord, match="format unpaired cannot give preferences; formats that can: .*hh_rlhf"):
-        convert(record, "unpaired", "f:1", "preferences")
+        convert(record, SourceFormat("unpaired"), "f:1", "preferences")
 
 
 def test_labels_make_other_ids() -> None:
+<<<<<<< HEAD
     first, second = (
         convert({"prompt": "q", "completion": "a", "label": label}, "unpaired", "f:1", "unpaired")[0]
+=======
+    one, other = (
+        convert({"prompt": "q", "completion": "a", "label": label}, SourceFormat("unpaired"), "f:1", "unpaired")[0]
+>>>>>>> data
         for label in (True, False)
     )
     assert isinstance(first, dict) and isinstance(second, dict) and first["id"] != second["id"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.data.formats import convert
+from align.data.formats import SourceFormat, convert
 from align.data.rows import BadRecord, Dropped, assistant
 from tests.support.data.formats.conversions import chat, dropped, row, rows
 
@@ -50,7 +50,7 @@ def test_ratings_that_were_not_given_do_not_count() -> None:
     with pytest.raises(
         BadRecord, match="no answer in 'completions' has a score .auto.; they have annotations, response"
     ):
-        convert({**record, "completions": [rated("N/A")]}, "scored", "f:1", "preferences")
+        convert({**record, "completions": [rated("N/A")]}, SourceFormat("scored"), "f:1", "preferences")
 
 
 def test_ranks_become_places_from_zero_and_keep_ties() -> None:
@@ -80,7 +80,7 @@ def test_ranks_become_places_from_zero_and_keep_ties() -> None:
 )
 def test_malformed_answers(record: dict[str, Any], form: Any, message: str) -> None:
     with pytest.raises(BadRecord, match=message):
-        convert({"prompt": "q", **record}, form, "f:1", "preferences")
+        convert({"prompt": "q", **record}, SourceFormat(form), "f:1", "preferences")
 
 
 def node(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -140,7 +140,12 @@ def test_what_trees_leave_out_is_counted() -> None:
     assert row(lone, "oasst", "prompts")["prompt"] == chat("q")
     # A turn whose answers were ranked and are left out is counted beside the rows of the others.
     part = {"message_tree_id": "t", "prompt": ask("q", say("a", 0, few["prompt"]), say("b", 1))}
+<<<<<<< HEAD
     conversion = convert(part, "oasst", "f:1", "preferences")
     assert [isinstance(item, Dropped) for item in conversion] == [False, True]
+=======
+    found = convert(part, SourceFormat("oasst"), "f:1", "preferences")
+    assert [isinstance(item, Dropped) for item in found] == [False, True]
+>>>>>>> data
     with pytest.raises(BadRecord, match="'prompt' is not the first message of a tree"):
-        convert({"message_tree_id": "t", "prompt": "q"}, "oasst", "f:1", "preferences")
+        convert({"message_tree_id": "t", "prompt": "q"}, SourceFormat("oasst"), "f:1", "preferences")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
 import pytest
 
-from align.config.recipe.format_options import FormatOptions
-from align.data.formats import convert
+from align.data.formats import FieldUsage, SourceFormat, convert
 from align.data.rows import BadRecord, assistant, user
-from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt
+from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt, source_format
 
 
 def unused(record: dict[str, Any], form: Any, kind: str = "instructions", **options: Any) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    convert(record, form, "f:1", kind, FormatOptions(**options), unused=counts)
-    return dict(counts)
+    usage = FieldUsage()
+    convert(record, source_format(form, **options), "f:1", kind, usage=usage)
+    return dict(usage.unused)
 
 
 def test_fields_that_were_not_read_are_named_once_a_record() -> None:
@@ -61,7 +59,7 @@ def test_fields_that_were_not_read_are_named_once_a_record() -> None:
 )  # fmt: skip
 def test_a_field_that_means_something_is_refused_by_name(record: dict[str, Any], form: Any, field: str) -> None:
     with pytest.raises(BadRecord, match=rf"f:1: '?{field}'? would be lost: .*options.ignore: \[") as caught:
-        convert(record, form, "f:1", "instructions")
+        convert(record, SourceFormat(form), "f:1", "instructions")
     names = str(caught.value).rsplit("options.ignore: [", 1)[1].split("]")[0].split(", ")
     assert len(rows(record, form, ignore=names)) == 1
     assert set(unused(record, form, ignore=names)) == set(names)
@@ -112,7 +110,7 @@ def test_marks_of_pairs_and_labeled_answers() -> None:
 )
 def test_marks_that_cannot_be_honored(turn: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRecord, match=message):
-        convert({"messages": [user("q"), turn]}, "messages", "f:1", "instructions")
+        convert({"messages": [user("q"), turn]}, SourceFormat("messages"), "f:1", "instructions")
     mark = "weight" if "weight" in turn else "train"
     actual = row({"messages": [user("q"), turn]}, "messages", ignore=[mark])
     assert actual["completion"] == [assistant("a")]
@@ -121,15 +119,22 @@ def test_marks_that_cannot_be_honored(turn: dict[str, Any], message: str) -> Non
 def test_users_turns_are_never_trained_on() -> None:
     record = {"messages": [user("q") | {"train": True}, assistant("a")]}
     with pytest.raises(BadRecord, match="of role user, and align trains on the assistant's messages alone"):
-        convert(record, "messages", "f:1", "instructions")
+        convert(record, SourceFormat("messages"), "f:1", "instructions")
     assert row({"messages": [user("q") | {"weight": 0}, assistant("a")]}, "messages")["prompt"] == chat("q")
 
 
 def test_marks_make_other_ids() -> None:
     def name(**mark: Any) -> str:
+<<<<<<< HEAD
         messages = [user("q"), assistant("a") | mark, user("r"), assistant("b")]
         (actual,) = convert({"messages": messages}, "messages", "f:1", "instructions")
         assert isinstance(actual, dict)
         return str(actual["id"])
+=======
+        said = [user("q"), assistant("a") | mark, user("r"), assistant("b")]
+        (found,) = convert({"messages": said}, SourceFormat("messages"), "f:1", "instructions")
+        assert isinstance(found, dict)
+        return str(found["id"])
+>>>>>>> data
 
     assert name() == name(train=True) != name(train=False)

@@ -9,11 +9,13 @@ from pydantic import ValidationError
 
 from align.config.judge import JudgeConfig
 from align.data.rows import assistant, user
+from align.errors import UserError
 from align.evaluation.judges.judge_prompts import (
     Outcome,
     Verdict,
     combine_verdicts,
     comparison_prompt,
+    fill_rubric,
     pair_prompt,
     read_verdict,
 )
@@ -125,3 +127,13 @@ def test_an_answer_cannot_play_the_end_of_itself() -> None:
     assert [title for title, _ in shown_parts] == ["User", "Assistant A", "Assistant B"]
     assert shown_parts[1][1] == forged and shown_parts[2][1] == "Four"
     assert not message["content"].rstrip().endswith("[[A]]")
+
+
+def test_a_rubric_quotes_columns_that_stay_with_the_row() -> None:
+    rubric = 'The right answer is {row[answer]}, at level {row[level]}. Reply as {"a": 1}.'
+    filled = fill_rubric(rubric, {"answer": "72", "level": [1, "b"]}, "prompt x")
+    assert filled == 'The right answer is 72, at level [1, "b"]. Reply as {"a": 1}.'
+    with pytest.raises(
+        UserError, match=r"prompt x: the judge's rubric quotes row\[level\], .* keep: \[level\]; rows have ans"
+    ):
+        fill_rubric(rubric, {"answer": "72"}, "prompt x")

@@ -162,7 +162,7 @@ def test_auto_needs_every_record_to_fit() -> None:
         ),
         ({**GENERIC, "answer": True}, "generic", "field 'answer' holds bool"),
         ({**GENERIC, "answer": "1"}, "generic", r"field 'answer' holds str \('1'\)"),
-        ({**GENERIC, "choices": ["one"]}, "generic", "there are 1 choices; expected 2 to 26"),
+        ({**GENERIC, "choices": ["one"]}, "generic", "'choices' has 1 choices, expected 2 to 26"),
         ({**GENERIC, "question": " "}, "generic", "field 'question' is empty"),
         ({**MMLU, "subject": ""}, "mmlu", "field 'subject' is empty"),
         ({**TARGETS, "mc1_targets": [1]}, "truthfulqa", "'mc1_targets' holds list .*a mapping of choices and labels"),

@@ -273,7 +273,7 @@ def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
         ({"question": "q"}, "there is no field 'answer'"),
         ({"question": "q", "answer": "It is 3."}, "no number behind ####"),
         ({"question": "q", "answer": "It is 3.\n#### three"}, "no number behind ####"),
-        ({"question": 5, "answer": "#### 3"}, "field 'question' holds int"),
+        ({"question": [5], "answer": "#### 3"}, "field 'question' holds list"),
     ],
 )
 def test_records_without_a_question_or_a_number_are_named_by_line(tmp_path: Path, record: Any, message: str) -> None:

@@ -149,8 +149,8 @@ def test_files_are_spelled_as_in_a_recipe(tmp_path: Path, capsys: pytest.Capture
     assert task.settings()["files"] == task_identities(config, tmp_path)
     renamed = [{"ask": "Which?", "good": "this", "bad": "that"}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(record) + "\n" for record in renamed))
-    columns = {"columns": {"ask": "prompt", "good": "chosen", "bad": "rejected"}}
-    task = build_task("prefers", PreferenceConfig(files=["b.jsonl"], options=columns), task_inputs(tmp_path))
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    task = build_task("prefers", PreferenceConfig(files=["b.jsonl"], columns=columns), task_inputs(tmp_path))
     assert task.items[0].data == {"chosen": "this", "rejected": "that"}
 
 

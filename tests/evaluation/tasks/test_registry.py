@@ -11,6 +11,7 @@ from align.config.stages.evaluation_tasks import TASK_CONFIGS, AnyTask, add_task
 FILES = {"files": ["x.jsonl"]}
 BLOCKS = {
     "ifeval": FILES,
+    "ifbench": FILES,
     "gsm8k": FILES | {"shots": 2, "examples_files": ["y.jsonl"]},
     "xstest": FILES | {"max_items": 5},
     "multiple_choice": FILES | {"format": "arc"},

@@ -133,20 +133,21 @@ def test_files_that_hold_nothing_usable_are_named(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_not_there_or_holds_something_else_is_named_with_its_line() -> None:
-    record = TaskRecord("a.jsonl:7", {"question": "q", "answers": [], "n": 3, "blank": " ", "list": ["a", 1]})
+    record = TaskRecord("a.jsonl:7", {"question": "q", "answers": [], "n": 3, "blank": " ", "list": ["a", None]})
     assert record["n"] == 3
     assert record.get("gone") is None
     assert record.text("question") == "q"
     assert TaskRecord("x", {"list": ["a"]}).texts("list") == ["a"]
     with pytest.raises(UserError, match=r"a.jsonl:7: there is no field 'questions'; there are .*Did you mean 'quest"):
         record["questions"]
-    with pytest.raises(UserError, match=r"a.jsonl:7: field 'n' holds int \(3\); expected text"):
-        record.text("n")
+    assert (record.text("n"), TaskRecord("x", {"list": ["a", 1.5]}).texts("list")) == ("3", ["a", "1.5"])
+    with pytest.raises(UserError, match=r"a.jsonl:7: field 'list' holds list .*; expected text"):
+        record.text("list")
     with pytest.raises(UserError, match=r"a.jsonl:7: field 'blank' is empty"):
         record.text("blank")
     with pytest.raises(UserError, match=r"a.jsonl:7: field 'answers' holds an empty list; expected a list of texts"):
         record.texts("answers")
-    with pytest.raises(UserError, match=r"field 'list' holds list \(\['a', 1\]\)"):
+    with pytest.raises(UserError, match=r"field 'list' holds list \(\['a', None\]\)"):
         record.texts("list")
 
 

@@ -49,6 +49,7 @@ def write_run(root: Path, items: bool = True) -> tuple[list[Artifact], dict[str,
     )
     measurements.sources = ["all"] * N
     measurements.values = {name: {"gold": [[float(value)] for value in column]} for name, column in GOLD.items()}
+    measurements.programs = {"gold": ("higher", "share of the constraints that hold")}
     card = build(measurements, Resampling(300, 0), {**SETTINGS, "prompts": N})
     artifacts.append(write_artifact(root, "evaluate", Kind.SCORECARD, tuple(GOLD)))
     if items:
@@ -67,7 +68,7 @@ def test_the_best_is_named_and_what_cannot_be_told_from_it(tmp_path):
         "lora": "best",
         "prefix": "below the best",
     }
-    assert section["sentence"].startswith("Gold score is best for lora: 0.5")
+    assert section["sentence"].startswith("gold is best for lora: 0.5")
     assert section["sentence"].endswith("1 of 2 others are clearly below it; not told apart from it: full.")
 
 
@@ -118,5 +119,5 @@ def test_it_stands_on_the_page_and_its_texts_stay_text(tmp_path):
     artifacts, card = write_run(tmp_path)
     artifacts[2].record["config"]["loss"] = HOSTILE
     text = write_report(artifacts, card, tmp_path / "page" / "report.html").read_text(encoding="utf-8")
-    assert "Gold score is best for lora" in text and 'href="#methods"' in text
+    assert "gold is best for lora" in text and 'href="#methods"' in text
     assert "<script>document.title" not in text and "\x1b" not in text

@@ -181,6 +181,7 @@ def small_card() -> dict[str, Any]:
     """Three checkpoints on 24 prompts of two sources, and a reward model; no tasks."""
     measurements = Measurements(systems()[:3], "sft", "model", ["<b>lists</b>", "words"] * (PROMPTS // 2))
     measurements.values = prompt_values(POLICIES)
+    measurements.programs = {"gold": ("higher", "share of the constraints that hold")}
     pair = {"chosen": [{"content": "aa"}], "rejected": [{"content": "b"}], "source": "words"}
     accuracy = pair_accuracy([pair] * 10, [1.0] * 8 + [0.0] * 2, [0.5] * 10)
     measurements.reward_models = [accuracy | {"stage": "reward", "task": "pairs"}]
@@ -195,6 +196,7 @@ def full_card(prompts: bool = True) -> dict[str, Any]:
     )
     if prompts:
         measurements.values = prompt_values(names)
+        measurements.programs = {"gold": ("higher", "share of the constraints that hold")}
         del measurements.values["best8"]["kl"]  # it has no distribution; the scorecard states a bound
     measurements.tasks = example_tasks({"model": 0.2, "sft": 0.5, "ppo": 0.75, "prompted": 0.3, "best8": 0.6})
     measurements.reward_models = [reward_report(), reward_report("reward-b", sections=True)]

@@ -73,6 +73,7 @@ def write_evaluation(folder: Path, run: str, gold: float, kl: float, key: str, i
         systems, "sft", "model", ["words"] * PROMPTS, values,
         tasks=[TaskResult(task, {name: Measured({"prompt_strict": each}) for name, each in hits.items()})],
     )  # fmt: skip
+    measurements.programs = {"gold": ("higher", "share of the constraints that hold")}
     settings = {"prompts": PROMPTS, "samples_per_prompt": 1, "engines": ["transformers"], "seed": 17,
                 "sampling": {"max_tokens": 48, "temperature": 1.0}}  # fmt: skip
     card = build(measurements, Resampling(300, 0), settings)

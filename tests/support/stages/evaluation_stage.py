@@ -54,7 +54,7 @@ def inputs(tmp_path: Path, tiny_model: Path, tiny_reward: Path) -> dict:
 @pytest.fixture
 def context(tmp_path: Path, inputs: dict, monkeypatch: pytest.MonkeyPatch) -> StageContext:
     scorer = tmp_path / "scorer_of_this_test.py"
-    scorer.write_text("def score(rows, responses): return [min(1.0, len(set(r)) / 9) for r in responses]\n")
+    scorer.write_text("def variety(rows, responses): return [min(1.0, len(set(r)) / 9) for r in responses]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = EvaluateConfig(
         policies=["model", "sft", "ppo"],
@@ -63,7 +63,7 @@ def context(tmp_path: Path, inputs: dict, monkeypatch: pytest.MonkeyPatch) -> St
         heldout="data",
         reward="reward",
         pairs="sample",
-        score="scorer_of_this_test:score",
+        score="scorer_of_this_test:variety",
         samples_per_prompt=2,
         max_tokens=8,
         max_prompt_tokens=100,

@@ -1,0 +1,258 @@
+"""Settings that map the records of a file to the fields that align reads, without any Python.
+
+``align.data.mapping`` applies them. Sources of a recipe have all of them, tasks of an evaluation those of
+``RecordColumns``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from align.config.base import Config
+from align.config.recipe.templates import parse_column, parse_template
+from align.config.validation import nearest
+
+ROW_FIELDS = (
+    "id",
+    "source",
+    "prompt",
+    "checks",
+    "completion",
+    "chosen",
+    "rejected",
+    "chosen_score",
+    "rejected_score",
+    "completion_finished",
+    "chosen_finished",
+    "rejected_finished",
+    "label",
+    "responses",
+    "tools",
+    "text",
+    "text_finished",
+    "steps",
+    "flipped",
+    "score",
+)
+"""Fields of align's own rows, which no kept column may be called."""
+
+FORMAT_FIELDS = (
+    "prompt",
+    "question",
+    "query",
+    "instruction",
+    "input",
+    "context",
+    "history",
+    "system",
+    "completion",
+    "response",
+    "answer",
+    "output",
+    "messages",
+    "conversations",
+    "conversation",
+    "chosen",
+    "rejected",
+    "chosen_score",
+    "rejected_score",
+    "label",
+    "responses",
+    "completions",
+    "scores",
+    "ranks",
+    "choices",
+    "steps",
+    "labels",
+    "instances",
+    "text",
+    "tools",
+    "checks",
+)
+"""Fields of the formats that a column may be mapped to."""
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+Plain = str | bool | int | float
+
+
+class Constant(Config):
+    """The same value in every record: ``{constant: ["no", "yes"]}``."""
+
+    constant: Plain | list[Plain]
+    """The value, or a list of values."""
+
+
+ColumnValue = str | list[str] | Constant
+"""A column or a template, a list of these, or a constant."""
+
+
+class ComparedColumns(Config):
+    """Two columns with answers, and a column that says which is the better."""
+
+    label: str = Field(min_length=1)
+    """Column, or template, that says which answer is better. ``a``, ``model_a``, the name of a column, 1 and 2, and
+    signed numbers (below 0: ``a``) are understood; others are named by ``a_is`` and ``b_is``."""
+    a: str = Field(min_length=1)
+    """Column or template of the first answer: a text, or a conversation."""
+    b: str = Field(min_length=1)
+    """Column or template of the second answer."""
+    a_is: Plain | list[Plain] | None = None
+    """Labels that mean that ``a`` is better."""
+    b_is: Plain | list[Plain] | None = None
+    """Labels that mean that ``b`` is better."""
+    tie: Literal["drop", "stop"] = "drop"
+    """Ties teach nothing about which is better: they are dropped and counted, or end the build."""
+
+    @field_validator("label", "a", "b")
+    @classmethod
+    def _are_columns(cls, text: str) -> str:
+        parse_column(text)
+        return text
+
+    @model_validator(mode="after")
+    def _names_both_values(self) -> Self:
+        if (self.a_is is None) != (self.b_is is None):
+            raise ValueError("a_is and b_is go together; name the labels of both")
+        return self
+
+
+class GroupedRows(Config):
+    """Records with one answer each, which are joined by their prompt. All of them are held in memory."""
+
+    by: str = Field(min_length=1)
+    """Column, or template, that the records of one prompt share."""
+    answer: str = Field(min_length=1)
+    """Column or template of the answer."""
+    score: str | dict[str, float] | None = None
+    """Column of the answer's score, or several with their weights: ``{helpfulness: 0.65, correctness: 0.8}``."""
+    rank: str | None = Field(None, min_length=1)
+    """Column of the answer's rank, the smallest the best."""
+
+    @field_validator("by", "answer", "rank")
+    @classmethod
+    def _are_columns(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_column(text)
+        return text
+
+    @model_validator(mode="after")
+    def _has_one_order(self) -> Self:
+        if (self.score is None) == (self.rank is None):
+            raise ValueError("grouped answers need a score or a rank, one of them")
+        if isinstance(self.score, dict) and not self.score:
+            raise ValueError("score names no column; write {column: weight}")
+        return self
+
+
+class RecordColumns(Config):
+    """The place of the records in a file, and the names of their columns."""
+
+    header: list[str] | None = Field(None, min_length=1)
+    """Names of the columns of a .csv or .tsv file whose first line is a record already (MMLU's):
+    ``[question, A, B, C, D, answer]``."""
+    records: str | None = Field(None, min_length=1)
+    """Key of a .json file under which the list of records lies, ``examples`` or ``data.examples``."""
+    columns: dict[str, ColumnValue] = Field({})
+    """Field that align reads → the column that holds it, or a template: ``{prompt: question, completion:
+    "{rationale} #### {answer}", choices: [A, B, C, D]}``. ``{choices[0].text}`` leads into lists and mappings,
+    ``{hint?}`` may be absent, ``{constant: ...}`` is the same in every record."""
+
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"header", "records", "columns"})
+    column_names: ClassVar[Sequence[str]] = FORMAT_FIELDS
+    """Fields that ``columns`` may name."""
+
+    @field_validator("columns")
+    @classmethod
+    def _are_readable(cls, columns: dict[str, ColumnValue]) -> dict[str, ColumnValue]:
+        for name, value in columns.items():
+            if name in MEDIA:
+                raise ValueError(f"columns.{name}: align trains on text alone, so it takes no {name}; leave it out")
+            if name not in cls.column_names:
+                close = nearest(name, cls.column_names)
+                hint = f"Did you mean '{close}'?" if close else f"There are {', '.join(cls.column_names)}."
+                raise ValueError(f"columns.{name}: no format reads a field '{name}'. {hint}")
+            for text in column_texts(value):
+                try:
+                    parse_column(text)
+                except ValueError as error:
+                    raise ValueError(f"columns.{name}: {error}") from None
+        return columns
+
+
+class RecordMapping(RecordColumns):
+    """Everything that a recipe's source says about its records beside their format."""
+
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field({})
+    """messages, sharegpt: more role names, as the data writes them: ``{bot: assistant}``."""
+    system: str | None = Field(None, min_length=1)
+    """System prompt of every row: a text, which may quote columns (``{persona}``). A record's own system turn stays."""
+    better: ComparedColumns | None = None
+    """Pairs from two columns and a label: ``{label: winner, a: response_a, b: response_b}``."""
+    grouped: GroupedRows | None = None
+    """Scored or ranked answers from records with one answer each: ``{by: prompt, answer: response, score: rating}``."""
+    keep: Literal["all"] | list[str] | dict[str, str] = Field([])
+    """Columns that stay with the row, for scorers, filters, judges and metrics, as ``row["answer"]``: their names,
+    ``all`` that the format does not read itself, or new names with their columns or templates."""
+
+    keyed_when_set: ClassVar[frozenset[str]] = RecordColumns.keyed_when_set | {
+        "roles",
+        "system",
+        "better",
+        "grouped",
+        "keep",
+    }
+
+    @field_validator("system")
+    @classmethod
+    def _is_template(cls, system: str | None) -> str | None:
+        if system is not None:
+            parse_template(system)
+        return system
+
+    @field_validator("keep")
+    @classmethod
+    def _are_free_names(cls, keep: Any) -> Any:
+        if keep == "all":
+            return keep
+        columns = keep if isinstance(keep, dict) else {name: name for name in keep}
+        for name, column in columns.items():
+            parse_column(column)
+            if "{" in name:
+                raise ValueError(f"keep: '{name}' is a template and needs a name: keep: {{name: '{name}'}}")
+            if name in ROW_FIELDS or name.startswith("_"):
+                raise ValueError(f"keep: {describe_taken_name(name)}")
+        return keep
+
+    @model_validator(mode="after")
+    def _has_one_pair(self) -> Self:
+        mapped = [name for name in ("chosen", "rejected") if name in self.columns]
+        if self.better is not None and mapped:
+            raise ValueError(f"columns.{mapped[0]} and better both make the pair; drop one of them")
+        if self.system is not None and "system" in self.columns:
+            raise ValueError("columns.system and system both name the system prompt; drop one of them")
+        return self
+
+    def kept_columns(self) -> dict[str, str]:
+        """Return the kept columns by their names in the row; without those of ``all``."""
+        if isinstance(self.keep, dict):
+            return dict(self.keep)
+        return {} if self.keep == "all" else {name: name for name in self.keep}
+
+
+def describe_taken_name(name: str) -> str:
+    """Return the error for a kept column whose name is one of align's own."""
+    if name.startswith("_"):
+        return (
+            f"'{name}' begins with _, as align's internal fields do. Give it another name: keep: {{{name[1:]}: {name}}}"
+        )
+    return f"'{name}' is a field of align's own rows. Give it another name: keep: {{record_{name}: {name}}}"
+
+
+def column_texts(value: ColumnValue) -> list[str]:
+    """Return the columns and templates of a value."""
+    if isinstance(value, Constant):
+        return []
+    return [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,56 @@
+"""What keys count of a config: later fields only when they are set, and retired ones still."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from align.config.base import Config, settings_for_key
+from align.config.recipe.recipe import Recipe
+from align.config.stages.data import DataConfig
+from align.stages.data import identities
+
+
+class Inner(Config):
+    size: int = 1
+    later: str | None = None
+
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"later"})
+    retired: ClassVar[Mapping[str, Any]] = {"gone": {}}
+
+
+class Outer(Config):
+    inner: Inner = Inner()
+    several: list[Inner] = []
+    by_number: dict[int, Inner] = {}
+
+
+def test_a_later_field_counts_when_it_is_set_and_a_retired_one_always() -> None:
+    config = Outer(inner=Inner(later="x"), several=[Inner()], by_number={2: Inner(size=3)})
+    for mode in ("json", "python"):
+        found = settings_for_key(config, config.model_dump(mode=mode))
+        assert found["inner"] == {"size": 1, "later": "x", "gone": {}}
+        assert found["several"] == [{"size": 1, "gone": {}}]
+        assert list(found["by_number"].values()) == [{"size": 3, "gone": {}}]
+    assert settings_for_key(Outer(), {}) == {}  # what a key leaves out stays out
+
+
+def test_the_mapping_of_a_source_counts_only_where_a_recipe_uses_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a", "gold": 1}\n')
+
+    def digest(name: str, more: str = "") -> str:
+        source = f"{{type: files, paths: [a.jsonl]{more}}}"
+        (tmp_path / name).write_text(f"kind: instructions\nsources: [{source}]\n")
+        return identities(DataConfig(recipe=name), tmp_path)["recipe"]
+
+    plain = digest("plain.yaml")
+    # A default that is written out is the same recipe; what is set is another one.
+    assert digest("written.yaml", ", keep: [], columns: {}, roles: {}, header: null") == plain
+    settings = (", keep: [gold]", ", columns: {prompt: prompt}", ", system: Hi.", ", records: examples")
+    assert len({plain, *(digest(f"{number}.yaml", more) for number, more in enumerate(settings))}) == 5
+    source = Recipe.model_validate({"kind": "prompts", "sources": [{"type": "files", "paths": ["a"]}]}).sources[0]
+    counted = settings_for_key(source, source.model_dump())
+    assert set(counted) == {"name", "license", "part", "format", "options", "type", "paths"}
+    assert counted["options"]["columns"] == counted["options"]["roles"] == {}

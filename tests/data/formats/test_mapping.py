@@ -1,0 +1,239 @@
+"""Records mapped without Python: columns, labels of the better answer, groups, choices, and columns that stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from align.config.recipe.record_mapping import ComparedColumns, Constant, GroupedRows, RecordMapping
+from align.data.formats import FieldUsage, SourceFormat, convert, detect
+from align.data.formats.compared_columns import LabelRule, label_rule
+from align.data.formats.grouped_rows import group_records
+from align.data.rows import BadRecord, assistant, user
+from align.errors import UserError
+from tests.support.data.formats.conversions import chat, dropped, row, rows, source_format
+
+
+def test_columns_are_templates_over_any_fields() -> None:
+    record = {"q": "2 + 2?", "rationale": "Count.", "final": {"values": [4]}, "question": "another", "answer": "other"}
+    columns = {"prompt": "q", "completion": "{rationale}\n#### {final.values[0]}"}
+    found = row(record, "prompt_completion", columns=columns)
+    assert (found["prompt"], found["completion"]) == (chat("2 + 2?"), [assistant("Count.\n#### 4")])
+
+
+def test_fields_that_a_mapping_uses_or_hides_are_told_apart() -> None:
+    usage = FieldUsage()
+    record = {"q": "a", "prompt": "other", "options": ["x", "y"], "level": 3, "answer": "b"}
+    columns = {"prompt": "{q} {options[0]} or {options[1]}?", "completion": "answer"}
+    convert(record, source_format("prompt_completion", columns=columns), "f:1", "instructions", usage=usage)
+    assert usage.unused == {"prompt": 1, "level": 1}
+    # without the template the choices would be lost
+    with pytest.raises(BadRecord, match="'options' would be lost"):
+        convert(record, source_format("prompt_completion", columns={"prompt": "q"}), "f:1", "instructions")
+
+
+def test_a_column_that_one_record_lacks_leaves_no_other_in_its_place() -> None:
+    form = source_format("prompt_completion", columns={"prompt": "ask"})
+    with pytest.raises(BadRecord, match="'prompt' or 'question' or"):
+        convert({"question": "something else", "completion": "a"}, form, "f:1", "instructions")
+
+
+def test_a_system_prompt_is_a_text_that_may_quote_columns() -> None:
+    record = {"prompt": "q", "completion": "a", "persona": "a pirate"}
+    system = {"role": "system", "content": "You are a pirate."}
+    assert row(record, "prompt_completion", system="You are {persona}.")["prompt"] == [system, user("q")]
+    own = {"messages": [{"role": "system", "content": "Own."}, *chat("q", "a")]}
+    assert row(own, "messages", system="Given.")["prompt"][0]["content"] == "Own."
+
+
+# Kept columns
+
+
+def test_kept_columns_stay_with_every_row_of_a_record() -> None:
+    record = {"question": "q", "answer": "1 #### 2", "level": 3, "tags": ["a", {"b": None}], "day": None}
+    found = row(record, "gsm8k", keep=["answer", "level", "tags", "day"])
+    assert {name: found.get(name) for name in ("answer", "level", "tags", "day")} == {
+        "answer": "1 #### 2",
+        "level": 3,
+        "tags": ["a", {"b": None}],
+        "day": None,
+    }
+    assert found["checks"] == '{"answer": "2"}'
+    several = {"messages": chat("a", "b", "c", "d"), "gold": 1.5}
+    assert [item["gold"] for item in rows(several, "messages", turns="all", keep=["gold"])] == [1.5, 1.5]
+
+
+def test_keep_all_leaves_out_what_the_format_reads_itself() -> None:
+    record = {"ask": "q", "completion": "a", "gold": 4, "why": "b", "label": "x"}
+    kept = row(record, "prompt_completion", columns={"prompt": "ask"}, keep={"kind": "label", "both": "{gold} {why}"})
+    assert (kept["kind"], kept["both"], "gold" in kept) == ("x", "4 b", False)
+    del record["label"]
+    kept = row(record, "prompt_completion", columns={"prompt": "ask"}, keep="all")
+    assert set(kept) == {"prompt", "completion", "checks", "gold", "why"}
+    with pytest.raises(UserError, match=r"a column 'source'; .* keep: \{gold: gold, record_source: source\}"):
+        row({"prompt": "q", "completion": "a", "gold": 1, "source": "web"}, "prompt_completion", keep="all")
+
+
+def test_a_kept_column_is_named_as_such_and_is_no_loss() -> None:
+    usage = FieldUsage()
+    record = {"prompt": "q", "completion": "a", "choices": ["x"], "note": "n", "images": ["x.png"]}
+    form = source_format("prompt_completion", keep=["choices"], ignore=["images"])
+    convert(record, form, "f:1", "instructions", usage=usage)
+    assert (usage.kept, usage.unused) == ({"choices": 1}, {"note": 1, "images": 1})
+    del record["choices"]
+    with pytest.raises(BadRecord, match="'images' would be lost"):
+        convert(record, source_format("prompt_completion", keep="all"), "f:1", "instructions")
+    with pytest.raises(BadRecord, match="keep: 'raw' holds bytes; text, numbers, lists and mappings can be kept"):
+        row({"prompt": "q", "completion": "a", "raw": b"x"}, "prompt_completion", keep=["raw"])
+
+
+def test_checks_of_a_record_survive() -> None:
+    record = {"prompt": "q", "completion": "a", "checks": {"answer": 7}}
+    assert row(record, "prompt_completion")["checks"] == '{"answer": 7}'
+    assert row(record | {"checks": '{"answer": "é"}'}, "prompt_completion")["checks"] == '{"answer": "é"}'
+    assert row(record | {"checks": "three of them"}, "prompt_completion")["checks"] == ""
+
+
+def test_rows_of_a_file_are_read_with_all_their_columns() -> None:
+    own = {"prompt": chat("q"), "completion": [assistant("a")], "checks": '{"answer": "1"}', "gold": [1], "id": "mine"}
+    (found,) = convert(own, SourceFormat("rows"), "f:1", "instructions")
+    assert found == own
+    (found,) = convert({**own, "text": None}, SourceFormat("rows"), "f:1", "texts")
+    assert isinstance(found, dict) and (found["text"], found["gold"]) == ("q\n\na", [1])
+    for wrong, problem in (
+        ({"prompt": "q"}, "'prompt' holds str, and rows have lists of messages"),
+        ({"prompt": [{"role": "human", "content": "q"}]}, "'prompt' has a message without a role"),
+        ({"prompt": chat("q"), "checks": 3}, "'checks' holds int, expected text"),
+        ({"prompt": chat("q"), "_split": "x"}, "'_split' begins with _"),
+    ):
+        with pytest.raises(BadRecord, match=problem):
+            convert(wrong, SourceFormat("rows"), "f:1", "prompts")
+
+
+# The better of two columns
+
+
+def compared(**settings: Any) -> ComparedColumns:
+    return ComparedColumns(**{"label": "w", "a": "output_1", "b": "output_2", **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "prefers_a", "prefers_b", "tie"),
+    [
+        ({}, ["model_a", "model_b", "tie"], "Model_A", "model_b", "tie (bothbad)"),  # Chatbot Arena
+        ({}, [1, 2, 1], 1, 2, None),  # LLMBar
+        ({"a": "x", "b": "y"}, [0, 1, 2], "1", 2.0, 0),  # PandaLM
+        ({"a": "response1", "b": "response2"}, [-2, 3, 0, 1], -1, 3, 0),  # HelpSteer3
+        ({"a": "response_0", "b": "response_1"}, [0, 1], 0, 1, None),  # PKU-SafeRLHF
+        ({"a": "human_ref_A", "b": "human_ref_B", "a_is": 1, "b_is": 0}, [0, 1], 1, 0, "tie"),  # SHP
+        ({}, ["output_1", "output_2"], "output_1", "OUTPUT_2", "equal"),
+        ({"a_is": ["safe", "ok"], "b_is": "bad"}, ["safe"], "OK", "bad", "both"),
+    ],
+)
+def test_a_label_names_the_better_column(
+    settings: dict[str, Any], labels: list[Any], prefers_a: Any, prefers_b: Any, tie: Any
+) -> None:
+    better = compared(**settings)
+    rule = label_rule(better, [{"w": label} for label in labels], "data")
+    form = SourceFormat("preferences", mapping=RecordMapping(better=better), rule=rule)
+    record = {"prompt": "q", better.a: "first", better.b: "second"}
+    for label, chosen in ((prefers_a, "first"), (prefers_b, "second")):
+        (found,) = convert({**record, "w": label}, form, "f:1", "preferences")
+        assert isinstance(found, dict) and found["chosen"] == [assistant(chosen)]
+    if tie is not None:
+        (found,) = convert({**record, "w": tie}, form, "f:1", "preferences")
+        assert not isinstance(found, dict) and found.reason == "tie"
+
+
+def test_a_label_that_could_mean_either_must_be_named() -> None:
+    with pytest.raises(UserError, match=r"data: better.label holds 0, 1, .*Say it: better: \{a_is: 1, b_is: 0\}"):
+        label_rule(compared(a="human_ref_A", b="human_ref_B"), [{"w": 1}, {"w": 0}], "data")
+    form = SourceFormat("preferences", mapping=RecordMapping(better=compared()), rule=LabelRule())
+    with pytest.raises(BadRecord, match="the label of the better answer is 'left-ish', which names neither"):
+        convert({"prompt": "q", "output_1": "a", "output_2": "b", "w": "left-ish"}, form, "f:1", "preferences")
+    stops = SourceFormat("preferences", mapping=RecordMapping(better=compared(tie="stop")), rule=LabelRule())
+    with pytest.raises(BadRecord, match="is 'tie', a tie; better: .tie: drop. leaves ties out"):
+        convert({"prompt": "q", "output_1": "a", "output_2": "b", "w": "tie"}, stops, "f:1", "preferences")
+
+
+# Groups
+
+
+def test_answers_of_one_prompt_are_joined() -> None:
+    lines = [
+        ("f:1", {"prompt": "p", "response": "a", "help": 4, "right": 1, "level": 1}),
+        ("f:2", {"prompt": "q", "response": "c", "help": 1, "right": 0, "level": 2}),
+        ("f:3", {"prompt": "p", "response": "b", "help": 2, "right": "1", "level": 2}),
+        ("f:4", {"prompt": "q", "response": "d", "help": "much", "right": 0, "level": 2}),
+    ]
+
+    def joined(**settings: Any) -> list[Any]:
+        return list(group_records(GroupedRows(by="prompt", answer="response", **settings), iter(lines)))
+
+    bad, first, second = joined(score={"help": 0.5, "right": 2})
+    assert str(bad) == "f:4: 'help' holds 'much', expected a number."
+    assert first == (
+        "f:1",
+        {"prompt": "p", "responses": [{"content": "a", "score": 4.0}, {"content": "b", "score": 3.0}]},
+    )
+    assert second[1]["level"] == 2  # shared by all of its records
+    ranked: Iterator[Any] = iter(joined(rank="right"))
+    (found,) = convert(next(ranked)[1], SourceFormat("ranked"), "f:1", "preferences")
+    assert isinstance(found, dict) and [item["rank"] for item in found["responses"]] == [0, 0]
+
+
+# Multiple choice
+
+
+@pytest.mark.parametrize(
+    ("record", "options"),
+    [
+        ({"question": "Capital?", "choices": ["Rome", "Paris"], "answer": 1}, {}),
+        ({"question": "Capital?", "options": ["Rome", "Paris"], "answer": "B"}, {}),
+        ({"question": "Capital?", "choices": '["Rome", "Paris"]', "answer": "Paris"}, {}),
+        ({"question": "Capital?", "A": "Rome", "B": "Paris", "answer": "(b)"}, {}),
+        ({"question": "Capital?", "choices": {"text": ["Rome", "Paris"], "label": ["1", "2"]}, "answerKey": "2"}, {}),
+        ({"question": "Capital?", "options": {"X": "Rome", "Y": "Paris"}, "key": "Y"}, {}),
+        ({"question": "Capital?", "endings": ["Rome", "Paris"], "label": "1"}, {"first_choice": 0}),
+        ({"question": "Capital?", "choices": ["Rome", "Paris"], "answer": 2}, {"first_choice": 1}),
+    ],
+)
+def test_multiple_choice_becomes_prompts_answers_and_pairs(record: dict[str, Any], options: dict[str, Any]) -> None:
+    assert detect([record], "prompts").form == "multiple_choice"
+    found = row(record, "multiple_choice", **options)
+    assert found["prompt"] == [user("Capital?\n\nA. Rome\nB. Paris")]
+    assert found["completion"] == [assistant("B. Paris")]
+    assert json.loads(found["checks"]) == {"answer": "B", "text": "Paris"}
+    compared = row(record, "multiple_choice", "preferences", **options)
+    assert [(item["content"], item["score"]) for item in compared["responses"]] == [("A. Rome", 0.0), ("B. Paris", 1.0)]
+    assert row(record, "multiple_choice", choice_reply="letter", **options)["completion"] == [assistant("B")]
+
+
+def test_choices_come_from_columns_or_are_the_same_everywhere() -> None:
+    goal = {"goal": "Open it.", "sol1": "Push.", "sol2": "Pull.", "gold": 1}
+    columns = {"question": "goal", "choices": ["sol1", "sol2"], "answer": "gold"}
+    assert row(goal, "multiple_choice", columns=columns)["completion"] == [assistant("B. Pull.")]
+    asked = {"passage": "It is so.", "question": "is it so", "answer": True}
+    columns = {"question": "{passage}\n{question}?", "choices": Constant(constant=["no", "yes"])}
+    found = row(asked, "multiple_choice", columns=columns)
+    assert (
+        found["prompt"] == [user("It is so.\nis it so?\n\nA. no\nB. yes")]
+        and found["completion"][0]["content"] == "B. yes"
+    )
+
+
+def test_an_answer_that_is_no_choice_is_refused() -> None:
+    record = {"question": "q", "choices": ["a b", "c d"], "answer": 2}
+    with pytest.raises(
+        BadRecord, match=r"'answer' is 2, expected the number of a choice from 0 to 1, .*: first_choice: 1 .or 0."
+    ):
+        convert(record, SourceFormat("multiple_choice"), "f:1", "prompts")
+    with pytest.raises(BadRecord, match="'choices' has 1 choices, expected 2 to 26"):
+        convert({**record, "choices": ["a"]}, SourceFormat("multiple_choice"), "f:1", "prompts")
+    # choices that are left aside on purpose make no multiple choice
+    ignored = {"question": "q", "choices": ["a", "b"], "answer": "a"}
+    assert detect([ignored], "prompts", ["choices"]).form == "prompt_completion"
+    assert dropped({"prompt": "q", "completion": " ", "gold": 1}, "prompt_completion", keep=["gold"]) == "empty reply"
