@@ -248,6 +248,11 @@ def split_files(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}-?????-of-?????{path.suffix}")) or [path]
 
 
+def has_rows(path: Path) -> bool:
+    """Return True where a split has a row, by the footers of its files."""
+    return any(pq.read_metadata(file).num_rows for file in split_files(path) if file.exists())
+
+
 def read_rows(path: Path) -> list[Row]:
     """Read what :func:`write_rows` wrote, in one file or in shards.
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config.launch import rank
+from align.data.rows import has_rows
 from align.models.processes import all_gather, broadcast
 from align.models.tuning.notice import notice, parameter_counts
 from align.pipeline.context import StageContext
@@ -38,14 +39,19 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
     """Train, or continue from the last complete checkpoint, and return the stage's metrics.
 
     ``held_out`` of the ``test`` split becomes ``test_<name>_before`` (unless ``before`` is False) and
-    ``test_<name>_after``. Where the config chooses a checkpoint, the ``validation`` split is scored during training,
-    and the ``test`` split only with the chosen weights. ``tokens`` counts the real tokens of the whole run.
-    ``training_seconds`` is the time of its steps over all attempts, without steps that a kill threw away;
-    ``tokens_per_second`` is their quotient.
+    ``test_<name>_after``; an empty one gives no scores. Where the config chooses a checkpoint, the ``validation`` split
+    is scored during training, and the ``test`` split only with the chosen weights. ``tokens`` counts the real tokens of
+    the whole run. ``training_seconds`` is the time of its steps over all attempts, without steps that a kill threw
+    away; ``tokens_per_second`` is their quotient.
     """
 
     def warn(text: str) -> None:
         context.warn(f"{context.name}: {text}")
+
+    is_tested = has_rows(context.artifact("data").split("test"))
+
+    def gathered(split: str) -> Scores:
+        return all_gather(held_out(split))[0] if is_tested or split != "test" else {}
 
     refuse_no_steps(context, trainer.args.max_steps)
     # A stage that continues another starts from that one's state, once there is no checkpoint of its own.
@@ -54,7 +60,7 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
     first_step = _step_of(checkpoint) + 1 if checkpoint else 0
     with follow(context, trainer, first_step):
         # Decisions that follow from the scores, such as when to stop, must be the same in all processes.
-        return _fit(trainer, context, lambda split: all_gather(held_out(split))[0], before, checkpoint)
+        return _fit(trainer, context, gathered, before, checkpoint)
 
 
 def _fit(

@@ -51,7 +51,13 @@ class Objective(ABC):
                 f"{context.name}: objective {self.config.objective} learns from {' or '.join(self.kinds)}, and data "
                 f"points at '{data.stage}', a {data.kind}. Change one of them."
             )
-        for split, stored in read_splits(context).items():
+        splits = read_splits(context)
+        if "test" not in splits:
+            raise UserError(
+                f"{context.name}: the test split of '{data.stage}' is empty, and a reward model's accuracy is measured "
+                "on it; write a test_size above 0 in its recipe."
+            )
+        for split, stored in splits.items():
             rows = self.stored_rows[split] = self.rows(stored, split)
             self.splits[split] = encoded = self.encode(rows)
             check_encoded(context, encoded, len(rows), split)

@@ -72,17 +72,21 @@ def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
 
 
 def read_splits(context: StageContext) -> dict[str, list[Row]]:
-    """Read the splits of the stage's ``data``: ``train``, ``test``, and ``validation`` for a checkpoint's choice."""
+    """Read the splits of the stage's ``data``: ``train``, ``test``, and ``validation`` for a checkpoint's choice.
+
+    ``test`` is missing where it has no rows (``test_size: 0``): nothing is measured then.
+    """
     config, data = context.config, context.artifact("data")
     train = read_split(data.split("train"), None, context.name)
     splits = {}
     if config.chooses:
         train, splits["validation"] = hold_back_validation(context, train, config.eval_rows)
-    return {
-        "train": train[: config.max_rows],
-        **splits,
-        "test": read_split(data.split("test"), config.eval_rows, context.name),
-    }
+    test = read_rows(data.split("test"))[: config.eval_rows]
+    if test:
+        splits["test"] = test
+    else:
+        context.note(f"{context.name}: the test split of '{data.stage}' is empty, so no held-out loss is measured")
+    return {"train": train[: config.max_rows], **splits}
 
 
 def counts(splits: Mapping[str, Encoded], noun: str) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,3 +60,20 @@ def test_parameters_trained_are_counted(tiny_model: Path, tmp_path: Path) -> Non
     assert metrics["steps"] == 1
     # rank 16, two layers: q, k, v, o (64 + 64 each), gate and up (64 + 128), down (128 + 64)
     assert metrics["trainable_parameters"] == 16 * 2 * (4 * 128 + 3 * 192)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_without_test_rows_nothing_is_measured_on_them(keep: str, tiny_model: Path, tmp_path: Path) -> None:
+    config = SftConfig(
+        model="model", data="data", learning_rate=1e-3, max_steps=2, eval_steps=1, max_length=128, keep=keep
+    )
+    data = data_artifact(tmp_path / "data", Kind.INSTRUCTIONS, train=20)
+    pq.write_table(pq.read_table(data.split("test")).slice(0, 0), data.split("test"))
+    stage = context(tmp_path, config, tiny_model, data)
+    metrics = run(stage)
+    assert metrics["steps"] > 0 and not any(name.startswith("test_") for name in metrics)
+    assert (stage.output / "model" / "model.safetensors").is_file()
+    assert not any("test_loss" in event for event in events(stage, "metrics"))
+    assert (keep == "best") == any("validation_loss" in event for event in events(stage, "metrics"))
+    notes = [event for event in events(stage, "note") if "the test split of" in str(event)]
+    assert len(notes) == 1
