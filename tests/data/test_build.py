@@ -326,32 +326,18 @@ def test_fields_that_were_not_used_are_named_with_their_counts(make, tmp_path: P
     ],
 )
 def test_a_column_that_no_record_has_is_an_error(make, tmp_path: Path, column: str, count: int, message: str) -> None:
-<<<<<<< HEAD
     records = [{"prompt": f"q {index}", "context": "c", "completion": "a"} for index in range(count)]
-    options = {"columns": {column: "input"}, "ignore": ["context"]}
-    with pytest.raises(UserError, match=re.escape(f"a: options.columns renames {message}")) as caught:
-        make([write(tmp_path / "a.jsonl", records) | {"options": options}])
-=======
-    records = [{"prompt": f"q {at}", "context": "c", "completion": "a"} for at in range(count)]
     settings = {"columns": {"input": column}, "options": {"ignore": ["context"]}}
     with pytest.raises(UserError, match=re.escape(f"a: columns.input names the column {message}")) as caught:
         make([write(tmp_path / "a.jsonl", records) | settings])
->>>>>>> data
     assert ("Did you mean 'context'?" in str(caught.value)) == (column == "contxt")
 
 
 def test_a_column_may_come_late(make, tmp_path: Path) -> None:
-<<<<<<< HEAD
-    records = [*questions(200), {"question": "late", "completion": "yes"}]
-    records[-1]["ask"] = records[-1].pop("question")
-    dataset = make([write(tmp_path / "a.jsonl", records) | {"options": {"columns": {"ask": "prompt"}}}])
-    assert any(row["prompt"][0]["content"] == "late" for row in dataset.train + dataset.test)
-=======
     records = [{"instruction": f"q {number}", "output": "a"} for number in range(200)]
     records.append({"instruction": "late", "output": "yes", "passage": "text"})
-    made = make([write(tmp_path / "a.jsonl", records) | {"columns": {"input": "passage"}, "format": "alpaca"}])
-    assert any(row["prompt"][0]["content"] == "late\n\ntext" for row in made.train + made.test)
->>>>>>> data
+    dataset = make([write(tmp_path / "a.jsonl", records) | {"columns": {"input": "passage"}, "format": "alpaca"}])
+    assert any(row["prompt"][0]["content"] == "late\n\ntext" for row in dataset.train + dataset.test)
 
 
 @pytest.mark.parametrize("steps", [[], [{"type": "filter", "chars": {"min": 100}}], [{"type": "near_duplicates"}]])

@@ -13,15 +13,10 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
-from align.config.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
-from align.config.recipe.recipe import Recipe
-=======
 from align.config.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
 from align.config.recipe.format_options import FormatOptions
 from align.config.recipe.recipe import Recipe
 from align.config.recipe.record_mapping import Constant, RecordMapping
->>>>>>> data
 from align.data import build as building
 from align.data import cluster_jobs
 from align.data.build import build

@@ -30,21 +30,12 @@ def converted(folder: Path, path: str, kind: str, **settings: Any) -> tuple[str,
     dropped: Counter[str] = Counter()
     for item in choice.records:
         assert not isinstance(item, BadRecord)
-<<<<<<< HEAD
-        for actual in convert(item[1], form, item[0], kind, source.options):
+        for actual in convert(item[1], choice.format, item[0], kind):
             if isinstance(actual, Dropped):
                 dropped[actual.reason] += 1
             else:
                 rows.append(actual)
-    return form, rows, dropped
-=======
-        for found in convert(item[1], choice.format, item[0], kind):
-            if isinstance(found, Dropped):
-                dropped[found.reason] += 1
-            else:
-                rows.append(found)
     return choice.format.form, rows, dropped
->>>>>>> data
 
 
 def test_dolly(shared_data: Path) -> None:

@@ -214,20 +214,13 @@ def test_embedded_rows_follow_the_recipes_seed(tmp_path: Path) -> None:
 def test_a_chosen_format_comes_with_all_records(tmp_path: Path) -> None:
     lines = [json.dumps({"question": f"q{number}", "answer": "1 #### 2"}) for number in range(150)]
     (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "{broken", *lines[1:]]))
-<<<<<<< HEAD
     actual = source("a.jsonl")
-    form, why, items = choose_format(actual, read(actual, tmp_path), "instructions")
-    assert (form, why) == ("gsm8k", "gsm8k: 99 of 99 records have answer, question; that covers prompt_completion")
-    every = list(items)
-=======
-    found = source("a.jsonl")
-    choice = choose_format(found, read(found, tmp_path), "instructions")
+    choice = choose_format(actual, read(actual, tmp_path), "instructions")
     assert (choice.format.form, choice.reason) == (
         "gsm8k",
         "gsm8k: 99 of 99 records have answer, question; that covers prompt_completion",
     )
     every = list(choice.records)
->>>>>>> data
     assert len(every) == 151 and isinstance(every[1], BadRecord)
     named = source("a.jsonl", format="prompt_completion")
     assert choose_format(named, read(named, tmp_path)).format.form == "prompt_completion"

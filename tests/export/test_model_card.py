@@ -155,15 +155,9 @@ def test_results_in_the_metadata_are_the_scorecards_with_n_and_interval(tmp_path
     assert actual.metric_name == (
         f"Prompt, strict (n 40, 95 % interval {estimate['low']:.3f} to {estimate['high']:.3f})"
     )
-<<<<<<< HEAD
     assert actual.metric_args["n"] == 40 and actual.metric_args["low"] == pytest.approx(estimate["low"], rel=1e-5)
     assert (actual.dataset_type, actual.dataset_revision, actual.dataset_name) == ("google/IFEval", "d" * 40, "IFEval")
-    assert results["Gold score"].dataset_type == "prompts" and results["Judge's score"].dataset_type == "mt"
-=======
-    assert found.metric_args["n"] == 40 and found.metric_args["low"] == pytest.approx(estimate["low"], rel=1e-5)
-    assert (found.dataset_type, found.dataset_revision, found.dataset_name) == ("google/IFEval", "d" * 40, "IFEval")
     assert results["gold"].dataset_type == "prompts" and results["Judge's score"].dataset_type == "mt"
->>>>>>> data
 
 
 def test_the_table_has_every_metric_beside_its_rivals(tmp_path: Path) -> None:

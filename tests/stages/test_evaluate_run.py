@@ -24,13 +24,8 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     card = json.loads(text)
     assert (card["reference"], card["base"], card["primary"]) == ("sft", "model", "variety")
     assert card["settings"]["prompts"] == metrics["prompts"] == PROMPTS  # the long one is left out
-<<<<<<< HEAD
-    assert set(card["metrics"]) == {"gold", "reward", "finished", "length", "kl", "kl_k3", "heldout_loss"}
-    estimates = card["estimates"]
-=======
     assert set(card["metrics"]) == {"variety", "reward", "finished", "length", "kl", "kl_k3", "heldout_loss"}
-    own = card["estimates"]
->>>>>>> data
+    estimates = card["estimates"]
     # the same weights and the same randomness: same responses, no drift; other weights drift
     assert estimates["model"]["reward"] == estimates["sft"]["reward"]
     assert estimates["model"]["kl"]["value"] == pytest.approx(0, abs=1e-5)
@@ -189,15 +184,9 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
 
 
 def test_a_gate_on_what_nothing_measures_is_refused_before_anything_runs(context, monkeypatch):
-<<<<<<< HEAD
     monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *values: pytest.fail("it ran"))
-    config = EvaluateConfig(**context.config.model_dump() | {"gates": {"gold": ">= 0.3"}, "score": None})
-    with pytest.raises(UserError, match=r"gates\.gold: nothing measures"):
-=======
-    monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *given: pytest.fail("it ran"))
     config = EvaluateConfig(**context.config.model_dump() | {"gates": {"kl": "<= 3"}, "temperature": 0.0})
     with pytest.raises(UserError, match=r"gates\.kl: nothing measures"):
->>>>>>> data
         evaluate.run(replace(context, config=config))
 
 

@@ -138,10 +138,5 @@ def test_rows_keep_their_id_and_source_and_give_what_the_kind_takes() -> None:
     (prompt,) = convert(row, SourceFormat("rows"), "f:1", "prompts")
     assert prompt == {"id": "x", "source": "s", "prompt": chat("q"), "checks": "c"}
     pair = {"id": "x", "source": "s", "prompt": chat("q"), "chosen": [assistant("a")], "rejected": [assistant("b")]}
-<<<<<<< HEAD
-    first, second = convert(pair, "rows", "f:1", "unpaired")
+    first, second = convert(pair, SourceFormat("rows"), "f:1", "unpaired")
     assert isinstance(first, dict) and isinstance(second, dict) and len({"x", first["id"], second["id"]}) == 3
-=======
-    one, other = convert(pair, SourceFormat("rows"), "f:1", "unpaired")
-    assert isinstance(one, dict) and isinstance(other, dict) and len({"x", one["id"], other["id"]}) == 3
->>>>>>> data

@@ -89,10 +89,5 @@ def test_text_must_be_text(form: Any) -> None:
 
 def test_columns_are_renamed_first() -> None:
     record = {"prompt": "old", "Q": "new", "A": "x"}
-<<<<<<< HEAD
-    actual = row(record, "prompt_completion", columns={"Q": "prompt", "A": "completion"})
+    actual = row(record, "prompt_completion", columns={"prompt": "Q", "completion": "A"})
     assert (actual["prompt"], actual["completion"]) == (chat("new"), [assistant("x")])
-=======
-    found = row(record, "prompt_completion", columns={"prompt": "Q", "completion": "A"})
-    assert (found["prompt"], found["completion"]) == (chat("new"), [assistant("x")])
->>>>>>> data

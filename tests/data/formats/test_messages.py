@@ -57,17 +57,10 @@ def test_messages_that_cannot_be_used(messages: list[dict[str, str]], reason: st
 
 def test_what_a_normalize_step_may_mend_passes_unchecked() -> None:
     record = {"messages": [user("a"), user("b"), assistant("c")]}
-<<<<<<< HEAD
-    (actual,) = convert(record, "messages", "f:1", "instructions", check=False)
+    (actual,) = convert(record, SourceFormat("messages"), "f:1", "instructions", check=False)
     assert isinstance(actual, dict) and actual["prompt"] == [user("a"), user("b")]
-    (actual,) = convert({"messages": chat("a", "")}, "messages", "f:1", "instructions", check=False)
+    (actual,) = convert({"messages": chat("a", "")}, SourceFormat("messages"), "f:1", "instructions", check=False)
     assert not isinstance(actual, dict) and actual.reason == "empty reply"
-=======
-    (found,) = convert(record, SourceFormat("messages"), "f:1", "instructions", check=False)
-    assert isinstance(found, dict) and found["prompt"] == [user("a"), user("b")]
-    (found,) = convert({"messages": chat("a", "")}, SourceFormat("messages"), "f:1", "instructions", check=False)
-    assert not isinstance(found, dict) and found.reason == "empty reply"
->>>>>>> data
 
 
 def test_text_in_parts_is_joined_and_pictures_drop_the_record() -> None:
@@ -133,17 +126,11 @@ def test_tools_and_calls_make_other_ids() -> None:
             RESULT,
             assistant("b"),
         ]
-<<<<<<< HEAD
-        (actual,) = convert({"messages": messages, "tools": more["tools"]}, "messages", "f:1", "instructions")
-        assert isinstance(actual, dict)
-        return str(actual["id"])
-=======
-        (found,) = convert(
+        (actual,) = convert(
             {"messages": messages, "tools": more["tools"]}, SourceFormat("messages"), "f:1", "instructions"
         )
-        assert isinstance(found, dict)
-        return str(found["id"])
->>>>>>> data
+        assert isinstance(actual, dict)
+        return str(actual["id"])
 
     names = [name(calls=[CALL], tools=[]), name(calls=[{"name": "time"}], tools=[]), name(calls=[CALL], tools=[CALL])]
     assert len(set(names)) == 3

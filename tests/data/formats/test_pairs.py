@@ -133,13 +133,8 @@ def test_unpaired_messages_and_other_kinds() -> None:
 
 
 def test_labels_make_other_ids() -> None:
-<<<<<<< HEAD
     first, second = (
-        convert({"prompt": "q", "completion": "a", "label": label}, "unpaired", "f:1", "unpaired")[0]
-=======
-    one, other = (
         convert({"prompt": "q", "completion": "a", "label": label}, SourceFormat("unpaired"), "f:1", "unpaired")[0]
->>>>>>> data
         for label in (True, False)
     )
     assert isinstance(first, dict) and isinstance(second, dict) and first["id"] != second["id"]

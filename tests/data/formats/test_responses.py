@@ -140,12 +140,7 @@ def test_what_trees_leave_out_is_counted() -> None:
     assert row(lone, "oasst", "prompts")["prompt"] == chat("q")
     # A turn whose answers were ranked and are left out is counted beside the rows of the others.
     part = {"message_tree_id": "t", "prompt": ask("q", say("a", 0, few["prompt"]), say("b", 1))}
-<<<<<<< HEAD
-    conversion = convert(part, "oasst", "f:1", "preferences")
+    conversion = convert(part, SourceFormat("oasst"), "f:1", "preferences")
     assert [isinstance(item, Dropped) for item in conversion] == [False, True]
-=======
-    found = convert(part, SourceFormat("oasst"), "f:1", "preferences")
-    assert [isinstance(item, Dropped) for item in found] == [False, True]
->>>>>>> data
     with pytest.raises(BadRecord, match="'prompt' is not the first message of a tree"):
         convert({"message_tree_id": "t", "prompt": "q"}, SourceFormat("oasst"), "f:1", "preferences")

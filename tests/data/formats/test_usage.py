@@ -125,16 +125,9 @@ def test_users_turns_are_never_trained_on() -> None:
 
 def test_marks_make_other_ids() -> None:
     def name(**mark: Any) -> str:
-<<<<<<< HEAD
         messages = [user("q"), assistant("a") | mark, user("r"), assistant("b")]
-        (actual,) = convert({"messages": messages}, "messages", "f:1", "instructions")
+        (actual,) = convert({"messages": messages}, SourceFormat("messages"), "f:1", "instructions")
         assert isinstance(actual, dict)
         return str(actual["id"])
-=======
-        said = [user("q"), assistant("a") | mark, user("r"), assistant("b")]
-        (found,) = convert({"messages": said}, SourceFormat("messages"), "f:1", "instructions")
-        assert isinstance(found, dict)
-        return str(found["id"])
->>>>>>> data
 
     assert name() == name(train=True) != name(train=False)
