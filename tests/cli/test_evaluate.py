@@ -391,7 +391,7 @@ def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path,
 FIVE_LINES = (
     """\
 prompts: {folder}/sums.yaml
-score: [own_grading:is_right, {{function: own_grading:count_words, name: words, better: lower}}]
+metrics: [own_grading:is_right, {{function: own_grading:count_words, name: words, better: lower}}]
 """,
     """\
 kind: prompts

@@ -281,14 +281,15 @@ def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):
     evaluate.run(listed)
     card = read_card(listed)
     metrics = card["metrics"]
-    assert metrics["gold"]["meaning"] == "weighted sum: 1 x length + -2 x open"
+    assert metrics["score"]["meaning"] == "weighted sum: 1 x length + -2 x open"
+    assert card["primary"] == "score"
     assert metrics["score_length"]["better"] == "higher" and metrics["score_open"]["better"] == "lower"
     # Some response has no vowel, so the metric that those lack is left out.
     assert "score_open_characters" in metrics and "score_open_vowels" not in metrics
     estimates = card["estimates"]["ppo"]
     total = estimates["score_length"]["value"] - 2 * estimates["score_open"]["value"]
-    assert estimates["gold"]["value"] == pytest.approx(total)
+    assert estimates["score"]["value"] == pytest.approx(total)
     assert card["gates"][0]["metric"] == "score_open"
     samples = [json.loads(line) for line in (listed.output / "samples.jsonl").read_text().splitlines()]
-    first = samples[0]["responses"]["ppo"][0]
-    assert first["gold"] == pytest.approx(first["score_length"] - 2 * first["score_open"])
+    first = samples[0]["responses"]["ppo"][0]["scores"]
+    assert first["score"] == pytest.approx(first["score_length"] - 2 * first["score_open"])
