@@ -1,4 +1,4 @@
-"""Read a pipeline file into plain values: its base files merged, environment variables filled in, overrides applied.
+"""Turn a pipeline file, or values of a script, into plain values: base files merged, variables and overrides applied.
 
 All of it happens before anything is checked or hashed, so that an override can supply what a file lacks, and keys
 depend on the values alone. Never imports torch.
@@ -10,7 +10,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from align.config.yaml import load_yaml
@@ -43,10 +43,52 @@ def read_pipeline_file(
     # The order is part of the interface: bases, then variables, then overrides, which therefore always win.
     raw: dict[str, Any] = fill_in_variables(_read_with_bases(path, ()), str(path))
     adjust(raw)
+    return _apply(overrides, raw, known_keys)
+
+
+def complete_values(
+    values: Any, place: str, folder: Path, overrides: Overrides, known_keys: Collection[str]
+) -> dict[str, Any]:
+    """Return the plain values that a pipeline written as a dictionary stands for, as if a file had held it.
+
+    Its ``extends`` starts at ``folder``. Raises ``UserError`` as :func:`read_pipeline_file` does, and for an object
+    that no YAML file can hold.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"{place}: expected a dictionary of the keys of a pipeline file; found {shorten(repr(values))}. "
+            "Pipeline.load reads a file."
+        )
+    raw = in_long_forms(_plain(values, place))
+    raw = _merge_with_base(raw, folder, place, ())
+    return _apply(overrides, fill_in_variables(raw, place), known_keys)
+
+
+def _apply(overrides: Overrides, raw: dict[str, Any], known_keys: Collection[str]) -> dict[str, Any]:
+    """Set the overridden fields in ``raw``, in place, and return it."""
     pairs = overrides.items() if isinstance(overrides, Mapping) else [parse_assignment(text) for text in overrides]
-    for place, value in pairs:
-        assign(raw, place, copy.deepcopy(value), known_keys)
+    for field, value in pairs:
+        assign(raw, field, copy.deepcopy(value), known_keys)
     return raw
+
+
+def _plain(value: Any, place: str) -> Any:
+    """Return a copy in the types that YAML has: tuples as lists, paths as texts, numbers of numpy as Python's."""
+    if isinstance(value, Mapping):
+        return {_plain(key, place): _plain(item, _below(place, key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, PurePath):
+        return str(value)
+    # A number of numpy or torch is recognized by its method, so that neither has to be imported.
+    if type(value).__module__ in ("numpy", "torch") and getattr(value, "shape", None) == ():
+        return value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise UserError(
+        f"{place}: a pipeline holds dictionaries, lists, texts, numbers, booleans and None; found an object of type "
+        f"{type(value).__name__}. Write its name or its value."
+    )
 
 
 def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
@@ -56,18 +98,22 @@ def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in readers:
         circle = " -> ".join(file.name for file in (*readers[readers.index(resolved) :], resolved))
         raise UserError(f"{readers[-1]}: extends: files extend each other in a circle ({circle}). Take one link out.")
+    return _merge_with_base(raw, path.parent, str(path), (*readers, resolved))
+
+
+def _merge_with_base(raw: dict[str, Any], folder: Path, place: str, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """Return ``raw`` on top of the file that it extends, whose path starts at ``folder``; ``place`` is for errors."""
     base = raw.pop(EXTENDS, None)
     if base is None:
         return raw
     if not isinstance(base, str) or not base:
-        raise UserError(f"{path}: extends: expected the path of a YAML file; found {shorten(repr(base))}.")
-    base_path = path.parent / Path(fill_in_variables(base, f"{path}: {EXTENDS}")).expanduser()
+        raise UserError(f"{place}: extends: expected the path of a YAML file; found {shorten(repr(base))}.")
+    base_path = folder / Path(fill_in_variables(base, f"{place}: {EXTENDS}")).expanduser()
     if not base_path.is_file():
-        raise UserError(
-            f"{path}: extends: there is no file '{base_path}'; the path starts at the folder of {path.name}."
-        )
+        start = f"the folder of {readers[-1].name}" if readers else "the folder `base`"
+        raise UserError(f"{place}: extends: there is no file '{base_path}'; the path starts at {start}.")
     # The base is read with its own bases first, so the file nearest to the user wins.
-    return merge(_read_with_bases(base_path, (*readers, resolved)), raw)
+    return merge(_read_with_bases(base_path, readers), raw)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from align.config.stages.continue_from import CONTINUE
 from align.config.validation import suggest, validate
 from align.errors import UserError, shorten
 from align.pipeline.executors import choose_executor, in_long_forms, objection_to_stage, refuse_contradiction
-from align.pipeline.file import Overrides, read_pipeline_file
+from align.pipeline.file import Overrides, complete_values, read_pipeline_file
 from align.pipeline.inheritance import Settings, inherit, refuse_changes
 from align.pipeline.loops import expand
 from align.pipeline.overrides import assign, parse_assignment
@@ -130,6 +130,18 @@ class Pipeline:
         pipeline = cls(read_pipeline_file(Path(path), overrides, PipelineConfig.model_fields, choose), str(path))
         refuse_contradiction(pipeline.config.runtime, on)
         return pipeline
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], base: str | Path | None = None, overrides: Overrides = ()) -> Self:
+        """Check a pipeline that is written as a dictionary, with the keys of a pipeline file.
+
+        Equals what ``load`` makes of the same values in a file of the folder ``base`` (default: the current one), where
+        the path of ``extends`` starts; the stages have the same keys. Tuples, paths and numbers of numpy become what
+        YAML has for them. ``overrides`` are as of ``load``. Raises ``UserError`` with the place and the remedy.
+        """
+        place = "pipeline"
+        folder = Path() if base is None else Path(base)
+        return cls(complete_values(values, place, folder, overrides, PipelineConfig.model_fields), place)
 
     @property
     def name(self) -> str:
