@@ -268,7 +268,7 @@ def try_write_page(run: RunOutline, store: Store, failure: Failure | None, cache
     try:
         return write_page(run, store, failure, cached=cached, always=False)
     except Exception as error:  # any error: the outcome of the run itself must reach the user
-        from align.cli.console import printable
+        from align.errors import printable
 
         print(printable(f"note: the report could not be written: {type(error).__name__}: {error}"), file=sys.stderr)
         return None

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from align.cli.console import ConsoleListener, printable
 from align.cli.parser import print_json
 from align.cli.run_page import STOPPED, Failure, first_missing, outline_of, try_write_page
-from align.errors import StageFailed, UserError
+from align.errors import StageFailed, UserError, printable
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped
+from align.runner.console import ConsoleListener
 from align.runner.listener import Listener
 from align.runner.open_store import open_store
 from align.runner.runner import Run, run_pipeline

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from align.cli.console import ConsoleListener, printable
 from align.cli.run_page import Failure, outline_of, try_write_page
 from align.clusters.follow import JobResult, SchedulerError
 from align.clusters.slurm import commands
 from align.clusters.slurm.submission import Submission
 from align.clusters.slurm.submit import slurm_block
 from align.clusters.threads import await_inputs, with_threads
-from align.errors import StageFailed, UserError
+from align.errors import StageFailed, UserError, printable
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
+from align.runner.console import ConsoleListener
 from align.runner.runner import run_pipeline
 from align.store.artifacts import Artifact
 from align.store.json_files import DamagedFile, read_sealed, write_sealed

@@ -111,7 +111,7 @@ def _try_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> 
     try:
         return _write_page(sweep, study, store, folder)
     except Exception as error:  # whatever it is: the sweep's own outcome must reach the user
-        from align.cli.console import printable
+        from align.errors import printable
 
         print(printable(f"note: the page could not be written: {type(error).__name__}: {error}"), file=sys.stderr)
         return None

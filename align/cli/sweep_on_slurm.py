@@ -12,7 +12,6 @@ from pathlib import Path
 
 import yaml
 
-from align.cli.console import printable
 from align.cli.parser import print_json
 from align.cli.slurm_job import SHARE_OF_GRACE, cores_of_job, requeue, turn_number
 from align.cli.sweep_table import print_changes
@@ -25,7 +24,7 @@ from align.clusters.slurm.script import sbatch_options, write_script
 from align.clusters.slurm.submission import Submission, submissions
 from align.clusters.slurm.submit import slurm_block
 from align.clusters.threads import with_threads
-from align.errors import StageFailed, UserError
+from align.errors import StageFailed, UserError, printable
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.store.atomic_write import write_text_atomically
 from align.store.store import Store

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from align.cli.console import duration, printable
 from align.cli.parser import print_json
+from align.errors import printable
 from align.report.page.number_format import interval, number
+from align.runner.console import duration
 
 if TYPE_CHECKING:
     from align.store.store import Store

@@ -46,7 +46,7 @@ def run_trials(
 
 @contextlib.contextmanager
 def _console_listener(pipeline: Pipeline) -> Iterator[Listener]:
-    from align.cli.console import ConsoleListener
+    from align.runner.console import ConsoleListener
 
     class TrialConsole(ConsoleListener):
         """Shows only what runs: stages that all trials share would be shown in each."""

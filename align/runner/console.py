@@ -7,21 +7,17 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from align.errors import printable as printable  # re-exported for the commands
-from align.errors import redact
+from align.errors import printable, redact
 from align.pipeline.pipeline import Node
 from align.pipeline.registry import Stage
 from align.runner.listener import Listener
 from align.store.artifacts import Artifact, Kind
-
-if TYPE_CHECKING:
-    pass
 
 SHOWN = ("loss", "score", "gold", "accuracy", "kl")
 """Values that a stage may show next to its bar, in this order."""

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from align.capacity.memory import Choice, Estimate, Memory
 from align.capacity.table import memory_lines
-from align.cli import console
-from align.cli.console import ConsoleListener, RunningStage, duration
 from align.pipeline.registry import STAGES
+from align.runner import console
+from align.runner.console import ConsoleListener, RunningStage, duration
 from align.store.artifacts import Artifact, Kind
 
 NODE: Any = SimpleNamespace(name="one", stage=STAGES["evaluate"])
