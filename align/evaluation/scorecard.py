@@ -45,8 +45,8 @@ from align.evaluation.prompt_metrics import PROMPT_SET_METRICS, ProgramDescripti
 from align.evaluation.statistics import LEVEL
 from align.evaluation.systems import best_of_kl
 from align.evaluation.tasks.base import Measured, SystemInfo, Task, Values
+from align.evaluation.typed_scorecard import FORMAT
 
-FORMAT = 3
 FAMILY_METRICS = ("reward", "length", "finished")
 DRIFT = ("kl", "kl_k3")
 """Metrics against the reference itself, whose differences add nothing."""

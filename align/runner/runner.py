@@ -6,17 +6,23 @@ import contextlib
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from align.config.validation import suggest
 from align.errors import NO_SPACE, StageFailed, UserError, no_space
+from align.evaluation.typed_scorecard import Scorecard
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
 from align.runner.prepare import Prepared, RunOptions, prepare_run
+from align.runner.results import COLUMNS, data_frame, logged_rows, result_rows
 from align.runner.run_stage import StageRun
 from align.runner.sync import upload
-from align.store.artifacts import Artifact
+from align.store.artifacts import Artifact, Kind
 from align.store.store import Store
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass
@@ -31,8 +37,58 @@ class Run:
 
     def metrics(self, stage: str) -> dict[str, Any]:
         """The metrics in a stage's record; for a stage of a loop, of its last round."""
-        metrics: dict[str, Any] = self.artifacts[self.last.get(stage, stage)].record["metrics"]
+        metrics: dict[str, Any] = self.artifact(stage).record["metrics"]
         return metrics
+
+    def artifact(self, stage: str) -> Artifact:
+        """Return a stage's artifact; for a stage of a loop, that of its last round.
+
+        Raises ``UserError`` for a name that the run does not have.
+        """
+        name = self.last.get(stage, stage)
+        if name not in self.artifacts:
+            known = [*self.artifacts, *self.last]
+            raise UserError(f"run: there is no finished stage '{stage}'.{suggest(stage, known)}")
+        return self.artifacts[name]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a dictionary for each number of the run, in the order of the stages.
+
+        It has ``stage``, ``system`` (of an evaluation, else None), ``metric``, ``value``, and for systems the 95 %
+        interval ``low`` to ``high`` and the number of items ``n``. Raises ``UserError`` for a damaged scorecard.
+        """
+        return result_rows(self.artifacts.values())
+
+    def frame(self) -> DataFrame:
+        """Return the rows of ``rows()`` as a table of pandas. Raises ``UserError`` where pandas is missing."""
+        return data_frame(self.rows(), COLUMNS, "run.rows()")
+
+    def log_history(self, stage: str) -> list[dict[str, Any]]:
+        """Return what a stage logged: a dictionary for each step, with ``step`` and the numbers of that step."""
+        return logged_rows(self.artifact(stage))
+
+    def curves(self, stage: str) -> DataFrame:
+        """Return what a stage logged as a table of pandas: the index is ``step``, a column per metric.
+
+        A metric that was not logged at a step is missing there. Raises ``UserError`` where pandas is missing.
+        """
+        rows = self.log_history(stage)
+        names = dict.fromkeys(name for row in rows for name in row)
+        return data_frame(rows, {"step": None, **names}, f"run.log_history({stage!r})").set_index("step")
+
+    def scorecard(self, stage: str | None = None) -> Scorecard:
+        """Return the scorecard of an evaluation, by default of the run's last one.
+
+        Raises ``UserError`` for a stage that makes none, and for a scorecard that is damaged or of another version.
+        """
+        evaluations = [name for name, artifact in self.artifacts.items() if artifact.kind == Kind.SCORECARD]
+        if stage is None and not evaluations:
+            raise UserError("run: no stage of it evaluates; add one of the kind `evaluate`.")
+        artifact = self.artifact(evaluations[-1] if stage is None else stage)
+        if artifact.kind != Kind.SCORECARD:
+            known = f" Evaluations here: {', '.join(evaluations)}." if evaluations else ""
+            raise UserError(f"run: stage '{stage}' makes a {artifact.kind}, not a scorecard.{known}")
+        return Scorecard.read(artifact.path, artifact.stage)
 
     def failed_gates(self) -> list[str]:
         """Return one text for each gate that an evaluation of this run failed; empty where all passed."""

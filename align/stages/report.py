@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from align.config.stages.report import ReportConfig
-from align.errors import UserError
 from align.pipeline.context import StageContext
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write ``report.html``. Raises ``UserError`` for a scorecard of another format."""
-    from align.evaluation.scorecard import FORMAT
+    """Write ``report.html``. Raises ``UserError`` for a damaged scorecard, and for one of another version."""
+    from align.evaluation.typed_scorecard import read_content, scorecard_file
     from align.report.run.run_report import write_report
 
     config: ReportConfig = context.config
@@ -20,12 +18,7 @@ def run(context: StageContext) -> dict[str, Any]:
     source = context.inputs.get("scorecard")
     card = None
     if source is not None:
-        card = json.loads((source.path / "scorecard.json").read_text(encoding="utf-8"))
-        if card.get("format") != FORMAT:
-            raise UserError(
-                f"scorecard: {source.path} has format {card.get('format')}, this align reads {FORMAT}; rebuild "
-                f"{source.stage}."
-            )
+        card = read_content(scorecard_file(source.path), source.stage)
         # the page shows the samples of the last scorecard, so the named one goes to the end
         named = [artifact for artifact in artifacts if artifact.path == source.path]
         artifacts = [artifact for artifact in artifacts if artifact.path != source.path] + (named or [source])

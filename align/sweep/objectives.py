@@ -11,12 +11,11 @@ from typing import Any
 from align.config.validation import suggest
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
+from align.runner.results import RECORD_FIELDS
 from align.runner.runner import Run
 from align.store.artifacts import Artifact, Kind
 
 SCORECARD = "scorecard.json"
-RECORD_FIELDS = ("seconds", "peak_memory_bytes")
-"""Numbers of every stage's record, beside its metrics."""
 
 
 class UndefinedObjective(Exception):

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from align.evaluation.comparisons import Column, Resampling, correct_table, difference, per_item
-from align.evaluation.scorecard import DRIFT, FORMAT
+from align.evaluation.scorecard import DRIFT
+from align.evaluation.typed_scorecard import FORMAT
 from align.report.scorecard.samples import read_lines, read_samples
 from align.store.artifacts import Artifact, Kind
 

@@ -76,7 +76,7 @@ def read_events(folder: Path) -> Events:
                 messages.append(message)
         elif kind == "metrics" and isinstance(event.get("step"), (int, float)):
             step = float(event["step"])
-            for name, value in _metric_values(event):
+            for name, value in metric_values(event):
                 # A resumed stage logs steps again from its checkpoint; the later value replaces the lost one.
                 points.setdefault(name, {})[step] = value
     for name, by_step in points.items():
@@ -84,7 +84,7 @@ def read_events(folder: Path) -> Events:
     return events
 
 
-def _metric_values(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def metric_values(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield the finite numbers of a ``metrics`` event by name."""
     for name, value in event.items():
         if name in METADATA_FIELDS or isinstance(value, bool):

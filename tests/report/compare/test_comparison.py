@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from align.evaluation.scorecard import FORMAT
+from align.evaluation.typed_scorecard import FORMAT
 from align.report.compare.comparison import write_comparison
 from align.report.compare.merged_scorecard import differing_item_counts, merge, merge_samples, read_cards
 from align.report.compare.overlays import Point, draw_overlay, pareto_front

@@ -1,0 +1,126 @@
+"""Numbers of a run as rows and as tables of pandas, its curves and its scorecard."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from align import Pipeline, Run
+from align.errors import UserError
+from align.runner.results import COLUMNS
+from tests.support.finished_runs import PROMPTS, STEPS, publish_run
+
+pandas = pytest.importorskip("pandas")
+
+STAGES = {
+    "model": {"source": "tiny"},
+    "data": {"recipe": "data_recipes/embedded.yaml"},
+    "sft": {"model": "model", "data": "data", "learning_rate": 1e-3, "max_steps": STEPS},
+    "evaluate": {"policies": ["model", "sft"], "reference": "sft", "prompts": "data", "score": "gold"},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    store = tmp_path_factory.mktemp("store")
+    pipeline = Pipeline.from_dict({"name": "mine", "stages": STAGES})
+    publish_run(pipeline, store)
+    run = pipeline.run(store=store)
+    assert run.ran == []
+    return run
+
+
+def test_a_stage_has_a_row_for_each_number_of_its_record(run: Run) -> None:
+    rows = [row for row in run.rows() if row["stage"] == "sft"]
+    assert {row["metric"]: row["value"] for row in rows} == {
+        "steps": STEPS, "dropped.too long": 3, "seconds": 4.0, "peak_memory_bytes": 2**30,
+    }  # fmt: skip
+    assert all(row["system"] is row["low"] is row["high"] is row["n"] is None for row in rows)
+
+
+def test_an_evaluation_has_a_row_for_each_system_and_metric(run: Run) -> None:
+    rows = [row for row in run.rows() if row["system"] is not None]
+    assert [(row["stage"], row["system"], row["metric"]) for row in rows] == [
+        ("evaluate", "model", "reward"),
+        ("evaluate", "sft", "reward"),
+    ]
+    estimate = run.scorecard("evaluate").estimate("sft", "reward")
+    last = rows[-1]
+    assert (last["value"], last["low"], last["high"], last["n"]) == (
+        estimate.value, estimate.low, estimate.high, PROMPTS,
+    )  # fmt: skip
+    assert not any(row["metric"].startswith("values") for row in run.rows())
+
+
+def test_the_table_has_the_rows(run: Run) -> None:
+    frame = run.frame()
+    assert tuple(frame.columns) == COLUMNS
+    assert list(frame.stage.unique()) == list(STAGES)
+    records = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    assert records == run.rows()
+    scores = frame[frame.stage == "evaluate"].pivot(index="system", columns="metric", values="value")
+    assert scores.loc["sft", "reward"] == pytest.approx(0.1 + 0.01 * sum(item % 5 for item in range(PROMPTS)) / PROMPTS)
+
+
+def test_curves_have_what_was_logged_and_the_later_value_counts(run: Run) -> None:
+    history = run.log_history("sft")
+    assert history[0] == {"step": 1, "loss": 1.0}
+    assert history[-1] == {"step": STEPS, "loss": 1 / STEPS, "test_loss": 0.5}
+    curves = run.curves("sft")
+    assert list(curves.columns) == ["loss", "test_loss"]
+    assert list(curves.index) == list(range(1, STEPS + 1)) and curves.index.name == "step"
+    assert list(curves.loss) == [1 / step for step in range(1, STEPS + 1)]
+    assert curves.test_loss.notna().sum() == 1
+
+
+def test_a_run_without_numbers_has_empty_tables(tmp_path: Path) -> None:
+    raw = {"name": "toy", "stages": {"env": {"stage": "tests.support.toy:ENV"}}}
+    run = Pipeline(raw).run(store=tmp_path)
+    assert run.curves("env").empty and run.curves("env").index.name == "step"
+    empty = Run(run.store)
+    assert empty.rows() == [] and tuple(empty.frame().columns) == COLUMNS
+
+
+def test_a_stage_of_a_loop_is_its_last_round(run: Run) -> None:
+    looped = Run(run.store, run.artifacts, last={"train": "sft"})
+    assert looped.log_history("train") == run.log_history("sft")
+    assert looped.metrics("train") == run.metrics("sft")
+
+
+def test_a_stage_that_is_not_there_is_refused(run: Run) -> None:
+    for call in (run.metrics, run.curves, run.log_history, run.scorecard):
+        with pytest.raises(UserError, match="no finished stage 'stf'. Did you mean 'sft'"):
+            call("stf")
+
+
+def test_the_last_evaluation_is_the_scorecard(run: Run) -> None:
+    assert run.scorecard() == run.scorecard("evaluate")
+    with pytest.raises(UserError, match="'sft' makes a PolicyCheckpoint, not a scorecard. Evaluations here: evaluate"):
+        run.scorecard("sft")
+    with pytest.raises(UserError, match="no stage of it evaluates"):
+        Run(run.store).scorecard()
+
+
+def test_a_damaged_scorecard_is_refused_with_the_stage_to_rebuild(tmp_path: Path) -> None:
+    raw = {"name": "toy", "stages": {"card": {"stage": "tests.support.toy:CARD"}}}
+    run = Pipeline(raw).run(store=tmp_path)
+    with pytest.raises(UserError, match=r"scorecard\.json: cannot be read .*`--rebuild card`"):
+        run.frame()
+
+
+def test_without_pandas_the_error_names_the_call_that_needs_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match=r"`pip install pandas`\. run\.rows\(\) returns the same"):
+        run.frame()
+    with pytest.raises(UserError, match=r"run\.log_history\('sft'\) returns the same"):
+        run.curves("sft")
+    assert run.rows() and run.log_history("sft")
+
+
+def test_the_names_of_scripts_load_neither_torch_nor_pandas() -> None:
+    code = "import sys; from align import Pipeline, Scorecard; print(sorted({'torch', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
