@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from align.store.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from align.api import Pipeline, Run
+    from align.api import Pipeline, Run, Scorecard
 
-__all__ = ["Pipeline", "Run", "__version__"]
+__all__ = ["Pipeline", "Run", "Scorecard", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load ``Pipeline`` and ``Run`` on first use, so that ``import align`` stays instant."""
-    if name in ("Pipeline", "Run"):
+    """Load the names of ``align.api`` on first use, so that ``import align`` stays instant."""
+    if name in ("Pipeline", "Run", "Scorecard"):
         from align import api
 
         return getattr(api, name)

@@ -1,4 +1,4 @@
-"""Names that scripts import: ``from align import Pipeline, Run``."""
+"""Names that scripts import: ``from align import Pipeline, Run, Scorecard``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 from align.clusters.ray.run import run_tasks
 from align.clusters.slurm.queue import follow_jobs
 from align.clusters.slurm.submit import submit_run
+from align.errors import UserError
+from align.evaluation.typed_scorecard import Scorecard
 from align.pipeline import pipeline
 from align.runner.listener import Listener
+from align.runner.notebook import progress_listener
 from align.runner.prepare import RunOptions, prepare_run
 from align.runner.runner import Run, run_pipeline
 
@@ -16,16 +19,24 @@ from align.runner.runner import Run, run_pipeline
 class Pipeline(pipeline.Pipeline):
     """A pipeline that a script can run. Checked when it is made, and never changed: ``set`` returns a new one."""
 
-    def run(self, *, listener: Listener | None = None, **options: Any) -> Run:
+    def run(self, *, listener: Listener | None = None, progress: bool = False, **options: Any) -> Run:
         """Run the stages that are not cached, where ``runtime.executor`` says, and wait for them.
 
-        ``options`` are those of ``RunOptions``, and for a local run also ``stop`` of ``run_pipeline``. Raises
-        ``UserError``, ``StageFailed`` and ``Stopped`` as ``run_pipeline`` does.
+        ``progress`` shows the stages: in a notebook in one display that is updated in place, else as ``align run``
+        does. A ``listener`` is told of them instead. ``options`` are those of ``RunOptions``, and for a local run also
+        ``stop`` of ``run_pipeline``. Raises ``UserError``, ``StageFailed`` and ``Stopped`` as ``run_pipeline`` does.
         """
+        if not progress:
+            return self._run(listener or Listener(), options)
+        if listener is not None:
+            raise UserError("run: `progress=True` brings a listener of its own; leave `listener` or `progress` out.")
+        with progress_listener(list(self)) as display:
+            return self._run(display, options)
+
+    def _run(self, listener: Listener, options: dict[str, Any]) -> Run:
         executor = self.config.runtime.executor.name
         if executor == "local":
             return run_pipeline(self, listener=listener, **options)
-        listener = listener or Listener()
         if executor == "slurm":
             submitted = submit_run(self, RunOptions(**options))
             _warn(listener, submitted.warnings)
@@ -40,4 +51,4 @@ def _warn(listener: Listener, warnings: list[str]) -> None:
         listener.warning(message)
 
 
-__all__ = ["Pipeline", "Run"]
+__all__ = ["Pipeline", "Run", "Scorecard"]
