@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 COLUMNS = ("stage", "system", "metric", "value", "low", "high", "n")
+FRAME_TYPES = {"value": "float64", "low": "float64", "high": "float64", "n": "Int64"}
+"""Types of the columns of numbers in a table, also where all are missing; ``Int64`` has missing whole numbers."""
 RECORD_FIELDS = ("seconds", "peak_memory_bytes")
 """Numbers of every stage's record, beside its metrics."""
 SCORECARD_SUMMARIES = ("values", "differences")

@@ -15,7 +15,7 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
 from align.runner.prepare import Prepared, RunOptions, prepare_run
-from align.runner.results import COLUMNS, data_frame, logged_rows, result_rows
+from align.runner.results import COLUMNS, FRAME_TYPES, data_frame, logged_rows, result_rows
 from align.runner.run_stage import StageRun
 from align.runner.sync import upload
 from align.store.artifacts import Artifact, Kind
@@ -61,7 +61,7 @@ class Run:
 
     def frame(self) -> DataFrame:
         """Return the rows of ``rows()`` as a table of pandas. Raises ``UserError`` where pandas is missing."""
-        return data_frame(self.rows(), COLUMNS, "run.rows()")
+        return data_frame(self.rows(), COLUMNS, "run.rows()").astype(FRAME_TYPES)
 
     def log_history(self, stage: str) -> list[dict[str, Any]]:
         """Return what a stage logged: a dictionary for each step, with ``step`` and the numbers of that step."""

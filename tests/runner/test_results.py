@@ -44,11 +44,15 @@ def test_a_stage_has_a_row_for_each_number_of_its_record(run: Run) -> None:
 def test_an_evaluation_has_a_row_for_each_system_and_metric(run: Run) -> None:
     rows = [row for row in run.rows() if row["system"] is not None]
     assert [(row["stage"], row["system"], row["metric"]) for row in rows] == [
+        ("evaluate", "model", "gold"),
         ("evaluate", "model", "reward"),
+        ("evaluate", "model", "length"),
+        ("evaluate", "sft", "gold"),
         ("evaluate", "sft", "reward"),
+        ("evaluate", "sft", "length"),
     ]
     estimate = run.scorecard("evaluate").estimate("sft", "reward")
-    last = rows[-1]
+    last = rows[-2]
     assert (last["value"], last["low"], last["high"], last["n"]) == (
         estimate.value, estimate.low, estimate.high, PROMPTS,
     )  # fmt: skip
@@ -58,6 +62,7 @@ def test_an_evaluation_has_a_row_for_each_system_and_metric(run: Run) -> None:
 def test_the_table_has_the_rows(run: Run) -> None:
     frame = run.frame()
     assert tuple(frame.columns) == COLUMNS
+    assert str(frame.n.dtype) == "Int64"
     assert list(frame.stage.unique()) == list(STAGES)
     records = frame.astype(object).where(frame.notna(), None).to_dict("records")
     assert records == run.rows()
@@ -68,9 +73,9 @@ def test_the_table_has_the_rows(run: Run) -> None:
 def test_curves_have_what_was_logged_and_the_later_value_counts(run: Run) -> None:
     history = run.log_history("sft")
     assert history[0] == {"step": 1, "loss": 1.0}
-    assert history[-1] == {"step": STEPS, "loss": 1 / STEPS, "test_loss": 0.5}
+    assert history[-1] == {"step": STEPS, "loss": 1 / STEPS, "test_loss": 0.5, "score": 0.7, "kl": 0.1}
     curves = run.curves("sft")
-    assert list(curves.columns) == ["loss", "test_loss"]
+    assert list(curves.columns) == ["loss", "test_loss", "score", "kl"]
     assert list(curves.index) == list(range(1, STEPS + 1)) and curves.index.name == "step"
     assert list(curves.loss) == [1 / step for step in range(1, STEPS + 1)]
     assert curves.test_loss.notna().sum() == 1

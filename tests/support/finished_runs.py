@@ -16,7 +16,7 @@ from align.store.store import Store
 from tests.support.records import record_of
 
 STEPS = 6
-PROMPTS = 12
+PROMPTS = 10
 
 
 def publish_run(pipeline: Pipeline, root: Path, luck: float = 0.0) -> None:
@@ -38,7 +38,7 @@ def _publish(store: Store, node: Node, luck: float) -> None:
     # The first two steps stand there twice, as after a resumed attempt: the later value counts.
     steps = [(1, 9.0), (2, 9.0), *((step, 1 / step) for step in range(1, STEPS + 1))]
     events = [{"event": "metrics", "time": 1.0, "step": step, "loss": loss} for step, loss in steps]
-    events.append({"event": "metrics", "time": 2.0, "step": STEPS, "test_loss": 0.5})
+    events.append({"event": "metrics", "time": 2.0, "step": STEPS, "test_loss": 0.5, "score": 0.7, "kl": 0.1})
     (output / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     record = record_of(node.stage.kind, makes=str(node.makes), seconds=4.0, peak_memory_bytes=2**30, metrics=metrics)
     record |= {"key": node.key, "stage": node.name, "outputs": output_digests(output)}
@@ -53,9 +53,10 @@ def _card(node: Node, luck: float) -> dict[str, Any]:
         SystemInfo(name, name, "base" if index == 0 else "checkpoint", f"k{index}")
         for index, name in enumerate(policies)
     ]
-    values = {
-        name: {"reward": [[0.1 * index + (luck if index else 0.0) + 0.01 * (item % 5)] for item in range(PROMPTS)]}
-        for index, name in enumerate(policies)
-    }
+    values: dict[str, Any] = {}
+    for index, name in enumerate(policies):
+        score = 0.1 * index + (luck if index else 0.0)
+        rewards = [[score + 0.01 * (item % 5)] for item in range(PROMPTS)]
+        values[name] = {"gold": rewards, "reward": rewards, "length": [[8.0 - index]] * PROMPTS}
     measured = Measurements(systems, reference, policies[0], ["words"] * PROMPTS, values)
     return build(measured, Resampling(200, 1), {"prompts": PROMPTS, "engines": []})

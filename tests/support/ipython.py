@@ -33,6 +33,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, kernel: bool = True) -> Displays
     ipython, display = ModuleType("IPython"), ModuleType("IPython.display")
     shell = SimpleNamespace(kernel=object()) if kernel else SimpleNamespace()
     ipython.get_ipython = lambda: shell  # type: ignore[attr-defined]
+    ipython.version_info = (9, 0)  # type: ignore[attr-defined]  # matplotlib asks for it
     display.display = displays.display  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
