@@ -90,7 +90,7 @@ def test_three_seeds_train_and_differ(store: Path, tmp_path: Path, capsys: pytes
     assert re.findall(r"▸ (\w+) +starts", printed) == ["model", "data", *["sft", "evaluate"] * 3]
     rows = summary(printed)
     assert rows["model"][2] == rows["sft"][2] == "3"
-    main([str(file), "--metric", "gold", "--plot", str(tmp_path / "gold.png")])
+    main([str(file), "--metric", "letters", "--plot", str(tmp_path / "letters.png")])
     printed = capsys.readouterr().out
     assert "starts" not in printed
     assert float(summary(printed)["sft"][1]) > 0

@@ -58,5 +58,6 @@ def _card(node: Node, luck: float) -> dict[str, Any]:
         score = 0.1 * index + (luck if index else 0.0)
         rewards = [[score + 0.01 * (item % 5)] for item in range(PROMPTS)]
         values[name] = {"gold": rewards, "reward": rewards, "length": [[8.0 - index]] * PROMPTS}
-    measured = Measurements(systems, reference, policies[0], ["words"] * PROMPTS, values)
+    programs = {"gold": ("higher", "score by a program")}
+    measured = Measurements(systems, reference, policies[0], ["words"] * PROMPTS, values, programs)
     return build(measured, Resampling(200, 1), {"prompts": PROMPTS, "engines": []})
