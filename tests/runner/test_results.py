@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,8 +103,14 @@ def test_a_stage_that_is_not_there_is_refused(run: Run) -> None:
             call("stf")
 
 
-def test_the_last_evaluation_is_the_scorecard(run: Run) -> None:
+def test_the_last_evaluation_is_the_scorecard(run: Run, tmp_path: Path) -> None:
     assert run.scorecard() == run.scorecard("evaluate")
+    first = run.artifact("evaluate")
+    content = json.loads((first.path / "scorecard.json").read_text())
+    (tmp_path / "scorecard.json").write_text(json.dumps({**content, "primary": "length"}))
+    twice = Run(run.store, {**run.artifacts, "again": replace(first, stage="again", path=tmp_path)})
+    assert twice.scorecard().primary == "length"
+    assert twice.scorecard("evaluate").primary == "gold"
     with pytest.raises(UserError, match="'sft' makes a PolicyCheckpoint, not a scorecard. Evaluations here: evaluate"):
         run.scorecard("sft")
     with pytest.raises(UserError, match="no stage of it evaluates"):
