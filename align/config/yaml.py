@@ -3,6 +3,9 @@
 Plain scalars follow YAML 1.2: ``true`` and ``false`` are the only booleans, and numbers are decimal. What YAML 1.1
 reads as an octal number (010), a time in base 60 (1:30:00), a date or a boolean (no) is text here. ``validation.py``
 checks the keys.
+
+Top-level keys that begin with ``x-``, and ``defaults``, hold blocks for anchors. They are left out once YAML has merged
+them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ from align.errors import UserError, shorten
 
 MAX_VALUES = 1_000_000
 """Most values of a file after its aliases are expanded; a few lines of nested aliases could mean billions."""
+
+
+ANCHOR_BLOCK = "defaults"
+ANCHOR_PREFIX = "x-"
+"""The key, and the beginning of further keys, that hold blocks for anchors at the top of a file (as in compose)."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,10 +77,10 @@ for _kind, _spelling, _first in SCALARS:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
+    """Read a YAML mapping, without the blocks that hold anchors alone.
 
     Raises ``UserError`` for a file that is missing (similar names are suggested), is not UTF-8, does not parse
-    (line and column), repeats a key, or is no mapping.
+    (line and column), repeats a key, is no mapping, or has ``defaults`` that nothing refers to.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -91,7 +99,46 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         content = "is empty" if data is None else f"holds {type(data).__name__}"
         raise UserError(f"{path}: expected a mapping of keys to values, but the file {content}.")
-    return data
+    if ANCHOR_BLOCK in data and not _is_referred_to(text, ANCHOR_BLOCK):
+        raise UserError(
+            f"{path}: {ANCHOR_BLOCK}: nothing refers to it, so it sets nothing. Give a block in it an anchor "
+            "(`lora: &lora {rank: 16}`) and merge it where it counts (`<<: *lora`). `extends:` names another file."
+        )
+    return drop_anchor_blocks(data)
+
+
+def drop_anchor_blocks(values: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the values of a file without the top-level blocks that hold anchors alone."""
+    return {key: value for key, value in values.items() if not _holds_anchors(key)}
+
+
+def _holds_anchors(key: Any) -> bool:
+    return isinstance(key, str) and (key == ANCHOR_BLOCK or key.startswith(ANCHOR_PREFIX))
+
+
+def _is_referred_to(text: str, name: str) -> bool:
+    """Return whether an alias outside the top-level block ``name`` leads to something in it."""
+    # In the graph of nodes an alias is its target itself: the block shares a node with the rest of the file.
+    top = yaml.compose(text, Loader=_Loader)
+    inside: set[int] = set()
+    outside: set[int] = set()
+    for key, value in top.value:
+        _collect_nodes(value, inside if key.value == name else outside)
+    return bool(inside & outside)
+
+
+def _collect_nodes(node: yaml.Node, collected: set[int]) -> None:
+    """Add the identity of ``node``, and of every node below it, to ``collected``."""
+    if id(node) in collected:
+        return
+    collected.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _collect_nodes(key, collected)
+            _collect_nodes(value, collected)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _collect_nodes(item, collected)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -6,17 +6,16 @@ depend on the values alone. Never imports torch.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from align.config.yaml import load_yaml
+from align.config.yaml import drop_anchor_blocks, load_yaml
 from align.errors import UserError, shorten
 from align.pipeline.executors import EXECUTOR, in_long_forms
-from align.pipeline.overrides import assign, parse_assignment
+from align.pipeline.overrides import apply_overrides, parse_assignment
 
 EXTENDS = "extends"
 DISCRIMINATORS = ("stage", "method", "type")
@@ -59,7 +58,7 @@ def complete_values(
             f"{place}: expected a dictionary of the keys of a pipeline file; found {shorten(repr(values))}. "
             "Pipeline.load reads a file."
         )
-    raw = in_long_forms(_plain(values, place))
+    raw = in_long_forms(drop_anchor_blocks(_plain(values, place)))
     raw = _merge_with_base(raw, folder, place, ())
     return _apply(overrides, fill_in_variables(raw, place), known_keys)
 
@@ -67,8 +66,7 @@ def complete_values(
 def _apply(overrides: Overrides, raw: dict[str, Any], known_keys: Collection[str]) -> dict[str, Any]:
     """Set the overridden fields in ``raw``, in place, and return it."""
     pairs = overrides.items() if isinstance(overrides, Mapping) else [parse_assignment(text) for text in overrides]
-    for field, value in pairs:
-        assign(raw, field, copy.deepcopy(value), known_keys)
+    apply_overrides(raw, pairs, known_keys)
     return raw
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.config.stages.continue_from import CONTINUE
+from align.config.yaml import ANCHOR_BLOCK, ANCHOR_PREFIX
 from align.pipeline.file import EXTENDS
 from align.pipeline.loops import LoopConfig
 from align.pipeline.pipeline import PipelineConfig
@@ -59,6 +60,8 @@ def pipeline_schema() -> dict[str, Any]:
         "additionalProperties": {"anyOf": either},
     }
     schema["properties"][EXTENDS] = {"type": "string", "description": "another pipeline file, which this one changes"}
+    schema["properties"][ANCHOR_BLOCK] = {"description": "blocks with anchors; sets nothing by itself"}
+    schema["patternProperties"] = {f"^{ANCHOR_PREFIX}": {"description": "blocks with anchors; sets nothing by itself"}}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "align pipeline"
     return schema

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,7 @@ from align.pipeline.executors import choose_executor, in_long_forms, objection_t
 from align.pipeline.file import Overrides, complete_values, read_pipeline_file
 from align.pipeline.inheritance import Settings, inherit, refuse_changes
 from align.pipeline.loops import expand
-from align.pipeline.overrides import assign, parse_assignment
+from align.pipeline.overrides import apply_overrides, parse_assignment
 from align.pipeline.registry import Stage
 from align.pipeline.stage_kinds import NAME_PATTERN, stage_of
 from align.store.artifacts import Kind
@@ -182,7 +182,7 @@ class Pipeline:
     def set(self, *assignments: str, **values: Any) -> Self:
         """A new pipeline with fields changed.
 
-        Takes ``"stages.ppo.kl_coef=0.1"`` (the value is YAML), ``("stages.ppo.kl_coef", 0.1)`` as two positional
+        Takes ``"stages.ppo.kl_coef=0.1"`` (as ``--set`` does), ``("stages.ppo.kl_coef", 0.1)`` as two positional
         arguments, or keywords with ``__`` for dots: ``set(stages__ppo__kl_coef=0.1)``.
         """
         # Python allows no dots in keyword names, so ``stages__ppo__kl_coef`` stands for the path.
@@ -192,13 +192,15 @@ class Pipeline:
             pairs.append((assignments[0], assignments[1]))
         else:
             pairs += [parse_assignment(text) for text in assignments]
-        return self.changed(dict(pairs))
+        return self._with(pairs)
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """A new pipeline with many fields changed: path → value, in that order."""
+        return self._with(changes.items())
+
+    def _with(self, pairs: Iterable[tuple[str, Any]]) -> Self:
         raw = copy.deepcopy(self.raw)
-        for path, value in changes.items():
-            assign(raw, path, copy.deepcopy(value), PipelineConfig.model_fields)
+        apply_overrides(raw, pairs, PipelineConfig.model_fields)
         return type(self)(raw, self.where, self.base)
 
     # ---------------------------------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ class Pipeline:
                     cycle = self._cycle(name, target, kinds)
                     if cycle:
                         raise UserError(f"{place}: stages go in a circle: {' → '.join(cycle)}. Take one link out.")
-                    raise UserError(f"{place}: stage '{target}' comes later; move it above '{name}'.")
+                    raise UserError(f"{place}: stage '{target}' comes later; move it above '{name}', which reads it.")
                 kind_made = self.nodes[target].makes
                 if kind_made not in wanted.kinds:
                     fitting = [node.name for node in self.nodes.values() if node.makes in wanted.kinds]

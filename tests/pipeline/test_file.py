@@ -168,3 +168,49 @@ def test_dumped_yaml_reads_back_as_the_same(value: dict[str, object]) -> None:
 )
 def test_texts_that_look_like_something_else_stay_texts(text: str) -> None:
     assert parse_yaml(dump_yaml({"a": text}), "dumped") == {"a": text}
+
+
+ANCHORED = """\
+name: mine
+x-lora: &lora {tuning: {method: lora, rank: 4, alpha: 8}}
+defaults:
+  training: &training
+    <<: *lora
+    model: model
+    learning_rate: 1.0e-3
+    epochs: 1
+stages:
+  model: {source: tiny}
+  data: {recipe: data_recipes/embedded.yaml}
+  sft: {<<: *training, data: data, epochs: 2}
+"""
+
+
+def test_blocks_for_anchors_are_merged_and_left_out(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(base.parent, ANCHORED)
+    pipeline = Pipeline.load(path)
+    assert set(pipeline.raw) == {"name", "stages"}
+    assert pipeline.raw["stages"]["sft"]["epochs"] == 2, "a key of the block itself wins over the merged one"
+    assert pipeline.set("seed=3").nodes["sft"].key == Pipeline.load(base).nodes["sft"].key
+    assert main(["plan", str(path), "--resolved"]) == 0
+    printed = parse_yaml(capsys.readouterr().out, "stdout")
+    assert printed == pipeline.raw
+
+
+def test_a_base_leaves_its_blocks_for_anchors_to_itself(base: Path) -> None:
+    write(base.parent, ANCHORED, "anchored.yaml")
+    path = write(base.parent, "extends: anchored.yaml\nx-note: ${NOT_SET}\nname: third\n")
+    assert set(Pipeline.load(path).raw) == {"name", "stages"}
+
+
+@pytest.mark.parametrize("block", ["{sft: {epochs: 3}}", "&unused {sft: {epochs: 3}}", "[base, other]", "3"])
+def test_defaults_that_nothing_refers_to_are_refused(base: Path, block: str) -> None:
+    path = write(base.parent, f"extends: base.yaml\ndefaults: {block}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: defaults: nothing refers to it.*<<: \*lora.*`extends:`"):
+        Pipeline.load(path)
+
+
+def test_only_the_top_of_a_file_has_blocks_for_anchors(base: Path) -> None:
+    path = write(base.parent, BASE + "  x-more: {model: model}\n")
+    with pytest.raises(UserError, match=r"stages\.x-more: say which stage this is"):
+        Pipeline.load(path)
