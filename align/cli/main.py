@@ -8,7 +8,20 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from align.cli import artifacts, cancel, compare, data, evaluate, export, plan_hardware, push, report, status, sweep
+from align.cli import (
+    artifacts,
+    cancel,
+    compare,
+    data,
+    evaluate,
+    export,
+    fields,
+    plan_hardware,
+    push,
+    report,
+    status,
+    sweep,
+)
 from align.cli.parser import Parser, add_assignments, add_executor, add_store, print_json
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
 from align.config.hub_commits import go_offline
@@ -169,6 +182,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "list": artifacts.list_artifacts,
     "show": artifacts.show,
     "gc": artifacts.collect_garbage,
+    "fields": fields.run,
     "schema": _schema,
     "chat": _chat,
     "doctor": _doctor,
@@ -198,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
     parsers["doctor"].add_argument(
         "--engines", action="store_true", help="import vLLM and check that its servers could start (half a minute)"
     )
+    fields.add_arguments(parsers["fields"])
     artifacts.add_arguments(parsers["list"], parsers["show"], parsers["gc"])
     run_parser = parsers["run"]
     run_parser.add_argument("--strict", action="store_true", help="refuse artifacts from other source code")

@@ -59,6 +59,11 @@ def settings_for_key(value: Any, dumped: Any) -> Any:
         return [settings_for_key(item, dumped_item) for item, dumped_item in zip(value, dumped, strict=True)]
     return dumped
 
+    @classmethod
+    def remedy_for_unknown(cls, key: str) -> str | None:
+        """Return a sentence on what to do with a key that the block does not have, or None for a mere slip."""
+        return None
+
 
 @dataclass(frozen=True)
 class StageInput:

@@ -113,6 +113,21 @@ def check_trainer_options(
         option.check(value)
 
 
+def remedy_for_option(trainer_class: str, owned: Mapping[str, str], name: str) -> str | None:
+    """Return what to do with an option of the class ``trainer_class`` that was set beside ``trainer``.
+
+    None for a name that is no option. ``owned`` names the options that the stage sets itself, with the reason.
+    """
+    if name in owned:
+        reason = owned[name].removesuffix(" beside 'trainer'")
+        return f"Leave it out: {reason}."
+    try:
+        is_option = name in trainer_options(trainer_class)
+    except LookupError:
+        return None
+    return f"It goes under 'trainer': `trainer: {{{name}: …}}`." if is_option else None
+
+
 def trainer_options(trainer_class: str) -> dict[str, Option]:
     """Return every option of a class (``package.module:Name``) by name, base classes included.
 

@@ -12,7 +12,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from align.config.base import Config
+from align.config.synonyms import find_synonym
 from align.errors import MOST_SHOWN, UserError, shorten
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -186,8 +188,7 @@ def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
     if kind == "extra_forbidden":
         parent = place.rsplit(".", 1)[0] if "." in full else prefix
         key = str(detail["loc"][-1])
-        fields = [name for model in models for name in model.model_fields]
-        return f"{parent}: unknown key '{shorten(key)}'.{suggest(key, fields)}"
+        return f"{parent}: unknown key '{shorten(key)}'. {remedy_for_unknown(key, models)}".rstrip()
     if kind == "missing":
         return f"{place}: this key is required and missing."
     if kind == "union_tag_not_found":
@@ -215,6 +216,22 @@ def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
         return f"{place}: {detail['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
     message = detail["msg"].replace("Input should be", "should be", 1)
     return f"{place}: {message}; found {_shown(detail['input'])}."
+
+
+def remedy_for_unknown(key: str, models: Sequence[type[BaseModel]]) -> str:
+    """Return what to do with a key that a block of one of ``models`` does not have.
+
+    Another tool's name is answered with the field, an option of the trainer with its block, a slip with the nearest
+    name.
+    """
+    synonym = find_synonym(key, models)
+    if synonym is not None:
+        return synonym
+    for model in models:
+        remedy = model.remedy_for_unknown(key) if issubclass(model, Config) else None
+        if remedy is not None:
+            return remedy
+    return suggest(key, [name for model in models for name in model.model_fields]).strip()
 
 
 def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:

@@ -8,28 +8,14 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass
 
-from field_tables import anchor, block_section, discriminator, nested_models, reachable_models
+from field_tables import anchor, block_section
 from pydantic import BaseModel
 
-from align.config.recipe.recipe import Recipe
-from align.config.runtime import Runtime
-from align.config.stages.evaluation_tasks import TASK_CONFIGS
-from align.config.tuning import Tuning
-from align.pipeline.loops import LoopConfig
-from align.pipeline.pipeline import PipelineConfig
+from align.cli.fields import topics
+from align.config.field_descriptions import discriminator, reachable_models
 from align.pipeline.registry import STAGES, Stage
-from align.sweep.config import SweepConfig
-from align.sweep.space import RangeConfig
 
 SHARED = "reference/shared.md"
-INTRODUCTIONS = {
-    "pipeline": ("Pipeline file", "The top level of a pipeline's YAML, and the `loop:` that repeats stages."),
-    "runtime": ("Runtime", "Where and how a pipeline runs. Nothing here changes a result or a key."),
-    "tuning": ("Tuning", "Which weights are trained. Every stage that trains has the block `tuning:`."),
-    "recipes": ("Data recipes", "A dataset's sources, the steps its rows go through, and the split."),
-    "tasks": ("Evaluation tasks", "What an `evaluate` stage asks in `tasks:`, and how answers are scored."),
-    "sweeps": ("Sweep file", "What `align sweep` varies over a pipeline, and what decides."),
-}
 
 
 @dataclass(frozen=True)
@@ -54,15 +40,10 @@ def reference_pages() -> dict[str, str]:
 
 
 def _topic_pages() -> list[ReferencePage]:
-    roots: dict[str, tuple[type[BaseModel], ...]] = {
-        "pipeline": (PipelineConfig, LoopConfig),
-        "runtime": (Runtime,),
-        "tuning": tuple(nested_models(Tuning)),
-        "recipes": (Recipe,),
-        "tasks": tuple(TASK_CONFIGS.values()),
-        "sweeps": (SweepConfig, RangeConfig),
-    }
-    return [ReferencePage(f"reference/{name}.md", *INTRODUCTIONS[name], roots[name]) for name in roots]
+    return [
+        ReferencePage(f"reference/{name}.md", topic.title, topic.purpose, topic.blocks)
+        for name, topic in topics().items()
+    ]
 
 
 def _stage_page(stage: Stage) -> ReferencePage:
@@ -121,16 +102,16 @@ def _render(page: ReferencePage, homes: dict[type[BaseModel], str]) -> str:
 def _index() -> str:
     lines = [
         "# Configuration reference",
-        "Every stage and every field, generated from the classes that check the YAML. `align schema` prints the same "
-        "as a JSON schema for editors.",
+        "Every stage and every field, generated from the classes that check the YAML. `align fields` prints the same "
+        "in a terminal, `align schema` as a JSON schema for editors.",
         "| stage | makes | purpose |\n| --- | --- | --- |",
     ]
     for stage in STAGES.values():
         makes = stage.makes.value if stage.makes else "as configured"
         lines[-1] += f"\n| [`{stage.kind}`](stages/{stage.kind}.md) | {makes} | {_sentence(stage.purpose)} |"
-    topics = [f"- [{title}]({name}.md): {text}" for name, (title, text) in INTRODUCTIONS.items()]
-    topics.append("- [Shared blocks](shared.md): blocks that several stages have in common.")
-    return "\n\n".join([*lines, "## Blocks that are not a stage's alone", "\n".join(topics)])
+    others = [f"- [{topic.title}]({name}.md): {topic.purpose}" for name, topic in topics().items()]
+    others.append("- [Shared blocks](shared.md): blocks that several stages have in common.")
+    return "\n\n".join([*lines, "## Blocks that are not a stage's alone", "\n".join(others)])
 
 
 def _sentence(words: str) -> str:

@@ -89,6 +89,8 @@ def test_a_failed_stage_ends_with_1(pipeline_file: Path, store: str, capsys: pyt
         ["eval", "tiny", "--suite", "pipelines/suites/quick.yaml", "--set", "bootstrp=1", "--store", "{store}"],
         ["report", "nothing", "--store", "{store}"],
         ["compare", "a", "b", "--store", "{store}"],
+        ["fields", "ppo"],
+        ["fields", "evaluate", "tasks.max_tokens"],
     ],
 )
 def test_these_answer_without_torch(arguments: list[str], store: str) -> None:

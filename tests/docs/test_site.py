@@ -11,11 +11,18 @@ from typing import Annotated, Literal
 
 import pytest
 from config_reference import reference_pages
-from field_tables import describe_bounds, describe_default, describe_type, discriminator, nested_models
+from field_tables import name_with
 from pydantic import BaseModel, Field
 from site_pages import arrange, collect_pages, llms_txt, rewrite_links, summary_of, title_of
 
 from align.config.base import Config, stage_input
+from align.config.field_descriptions import (
+    describe_bounds,
+    describe_default,
+    describe_type,
+    discriminator,
+    nested_models,
+)
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
 
@@ -50,7 +57,7 @@ def link(model: type[BaseModel]) -> str:
 
 
 def type_of(name: str) -> str:
-    return describe_type(Outer.model_fields[name].annotation, link)
+    return describe_type(Outer.model_fields[name].annotation, name_with(link))
 
 
 def test_types_are_in_the_words_of_yaml():
@@ -64,7 +71,7 @@ def test_bounds_and_defaults_are_those_of_the_class():
     share = Inner.model_fields["share"]
     assert describe_bounds(share) == "≥ 0, < 1"
     assert describe_default(share) == "`0.5`"
-    assert describe_default(Outer.model_fields["source"]) == "**required**"
+    assert describe_default(Outer.model_fields["source"]) == "required"
     assert describe_default(Outer.model_fields["names"]) == "`{}`"
     assert describe_bounds(Outer.model_fields["names"]) == "length ≤ 3"
     assert describe_bounds(Outer.model_fields["inners"]) == "length ≥ 1"

@@ -18,27 +18,9 @@ from align.config.launch import LaunchConfig
 from align.config.scores import Score, rename_score_stages, reward_names, score_identities
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import sharding_objection
-from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS, check_trainer_options
+from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS, check_trainer_options, remedy_for_option
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
-
-FOREIGN_NAMES = {
-    "num_generations": "samples_per_prompt",
-    "max_completion_length": "max_tokens",
-    "max_new_tokens": "max_tokens",
-    "response_length": "max_tokens",
-    "num_iterations": "num_epochs",
-    "num_ppo_epochs": "num_epochs",
-    "max_prompt_length": "max_prompt_tokens",
-    "epsilon": "clip_range",
-    "cliprange": "clip_range",
-    "epsilon_high": "clip_range_high",
-    "loss_type": "loss",
-    "beta": "kl_coef",
-    "reward_funcs": "score",
-    "reward_weights": "score",
-}
-"""Names that other trainers give to fields here."""
 
 
 class RolloutFields(Config):
@@ -205,15 +187,10 @@ class RolloutFields(Config):
             "another rollout_batch."
         )
 
-    @model_validator(mode="before")
     @classmethod
-    def _translate_foreign_names(cls, block: Any) -> Any:
-        # Before pydantic's own check, whose nearest spelling would be another field.
-        for foreign, name in FOREIGN_NAMES.items():
-            is_translated = foreign not in cls.model_fields and name in cls.model_fields
-            if isinstance(block, dict) and foreign in block and is_translated:
-                raise ValueError(f"unknown key '{foreign}': it is called '{name}' here.")
-        return block
+    def remedy_for_unknown(cls, key: str) -> str | None:
+        """Return a sentence on an option of the trainer that was set beside ``trainer``."""
+        return remedy_for_option(cls.trainer_class, cls.owned_options, key)
 
     @field_validator("trainer")
     @classmethod

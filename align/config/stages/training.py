@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, Precision, stage_input
 from align.config.launch import LaunchConfig
-from align.config.trl_options import OWNED, check_trainer_options
+from align.config.trl_options import OWNED, check_trainer_options, remedy_for_option
 from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
 from align.store.artifacts import Kind
 
@@ -110,6 +110,11 @@ class TrainingFields(Config):
     """Use only the first rows of the training data; for trials."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Options for trl's config class, such as ``{adam_beta2: 0.95}``; checked against it."""
+
+    @classmethod
+    def remedy_for_unknown(cls, key: str) -> str | None:
+        """Return a sentence on an option of the trainer that was set beside ``trainer``."""
+        return remedy_for_option(cls.trainer_class, cls.owned_options, key)
 
     @field_validator("trainer")
     @classmethod
