@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     if options.kind is None:
         _list_subjects(options.json)
         return 0
-    subject = _find_subject(options.kind)
+    subject = find_subject(options.kind)
     if options.name is None:
         _show_blocks(subject, options.json)
     else:
@@ -126,7 +126,7 @@ def _list_subjects(as_json: bool) -> None:
     _print_wrapped("`align fields KIND` prints the fields of one, `align fields KIND NAME` a single field.")
 
 
-def _find_subject(kind: str) -> Subject:
+def find_subject(kind: str) -> Subject:
     """Return the stage or topic that a word names; ``UserError`` with the nearest name for another word."""
     from align.pipeline.registry import STAGES, find_stage
 

@@ -12,6 +12,7 @@ from align.cli import (
     artifacts,
     cancel,
     compare,
+    completion,
     data,
     evaluate,
     export,
@@ -147,6 +148,11 @@ def _schema(options: argparse.Namespace) -> int:
     return 0
 
 
+def _completion(options: argparse.Namespace) -> int:
+    """print a script for bash, zsh or fish that completes commands, options, files and stages"""
+    return completion.run(options, parser())
+
+
 def _chat(options: argparse.Namespace) -> int:
     """chat with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE"""
     from align.cli.arguments import find_checkpoint
@@ -184,6 +190,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "gc": artifacts.collect_garbage,
     "fields": fields.run,
     "schema": _schema,
+    "completion": _completion,
     "chat": _chat,
     "doctor": _doctor,
     "data": data.run,
@@ -213,6 +220,7 @@ def parser() -> argparse.ArgumentParser:
         "--engines", action="store_true", help="import vLLM and check that its servers could start (half a minute)"
     )
     fields.add_arguments(parsers["fields"])
+    completion.add_arguments(parsers["completion"])
     artifacts.add_arguments(parsers["list"], parsers["show"], parsers["gc"])
     run_parser = parsers["run"]
     run_parser.add_argument("--strict", action="store_true", help="refuse artifacts from other source code")

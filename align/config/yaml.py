@@ -120,6 +120,7 @@ def _is_referred_to(text: str, name: str) -> bool:
     """Return whether an alias outside the top-level block ``name`` leads to something in it."""
     # In the graph of nodes an alias is its target itself: the block shares a node with the rest of the file.
     top = yaml.compose(text, Loader=_Loader)
+    assert isinstance(top, yaml.MappingNode)
     inside: set[int] = set()
     outside: set[int] = set()
     for key, value in top.value:
