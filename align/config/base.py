@@ -37,6 +37,12 @@ class Config(BaseModel):
         """Return the fields whose text the stage's key leaves out: ``identified``, unless their value decides."""
         return set(self.identified)
 
+    @classmethod
+    def remedy_for_unknown(cls, key: str) -> str | None:
+        """Return a sentence on what to do with a key that the block does not have, or None for a mere slip."""
+        return None
+
+
 
 def settings_for_key(value: Any, dumped: Any) -> Any:
     """Return ``dumped``, the ``model_dump`` of a config or of a list or mapping of them, as keys count it.
@@ -58,11 +64,6 @@ def settings_for_key(value: Any, dumped: Any) -> Any:
     if isinstance(value, (list, tuple)) and isinstance(dumped, (list, tuple)):
         return [settings_for_key(item, dumped_item) for item, dumped_item in zip(value, dumped, strict=True)]
     return dumped
-
-    @classmethod
-    def remedy_for_unknown(cls, key: str) -> str | None:
-        """Return a sentence on what to do with a key that the block does not have, or None for a mere slip."""
-        return None
 
 
 @dataclass(frozen=True)

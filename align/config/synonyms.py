@@ -181,7 +181,10 @@ SYNONYMS = (
     Synonym("n", "num_generations n_samples_per_prompt num_return_sequences samples_per_prompt num_samples best_of_n"),
     Synonym("temperature", "sampling_temperature rollout_temperature"),
     # PPO and its kin
-    Synonym("score", "reward_funcs reward_weights reward_fn reward_function reward_functions custom_reward_function remote_rm_url"),
+    Synonym(
+        "score",
+        "reward_funcs reward_weights reward_fn reward_function reward_functions custom_reward_function remote_rm_url",
+    ),
     Synonym("kl_coef", "beta init_kl_coef kl_coeff kl_loss_coef kl_penalty_coef kl_ctl"),
     Synonym("kl_in", "use_kl_loss use_kl_in_reward", "Its values are reward and loss."),
     Synonym("kl_estimator", "kl_loss_type kl_penalty", "Its values are k1, k2 and k3."),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from align.cli import data
 from align.cli.main import COMMANDS, main, parser
 from align.cli.parser import option_names
 
@@ -85,7 +86,7 @@ def test_bash_offers_what_can_stand_at_a_place(folder: Path, capsys: pytest.Capt
     for words, expected in {
         "align _": [*COMMANDS],
         "align pl_": ["plan"],
-        "align data _": ["build", "show", "lint", "diff", "push"],
+        "align data _": [*data.COMMANDS],
         "align run --on _": ["local", "slurm", "ray"],
         "align run --on local _": ["mine.yaml", "bin", "store"],
         "align run mine.yaml --str_": ["--strict"],
