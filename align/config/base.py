@@ -43,7 +43,6 @@ class Config(BaseModel):
         return None
 
 
-
 def settings_for_key(value: Any, dumped: Any) -> Any:
     """Return ``dumped``, the ``model_dump`` of a config or of a list or mapping of them, as keys count it.
 

@@ -14,11 +14,14 @@ from align.config.field_descriptions import nested_models
 
 ELSEWHERE = {
     "model": "'{}' of a stage of kind model",
+    "data": "'{}' of a stage of kind data",
     "recipe": "'{}' of a data recipe",
     "pipeline": "'{}' at the top of the file",
     "runtime": "'runtime.{}' at the top of the file",
 }
 """Blocks that a target may name before a colon: ``runtime:engine.gpu_memory``."""
+OWN_FIELDS = {"pipeline": {"stages", "runtime"}, "data": {"recipe", "dataset"}}
+"""Fields by which a block of ``ELSEWHERE`` is told from others that have a field of the same name."""
 ADAPTER = "Write `tuning: {{method: lora, {}: …}}`."
 
 
@@ -134,12 +137,12 @@ SYNONYMS = (
     Synonym(
         "data",
         "dataset dataset_name datasets train_file train_files train_dataset data_path dataset_path",
-        "It names a stage of kind data, whose recipe says where the rows are.",
+        "It names a stage of kind data, which has a `recipe` or a `dataset`.",
     ),
     Synonym(
         "prompts",
         "data dataset dataset_name datasets train_file train_files prompt_data train_dataset data_path",
-        "It names a stage of kind data, whose recipe says where the prompts are.",
+        "It names a stage of kind data, which has a `recipe` or a `dataset`.",
     ),
     Synonym("source", "model_name_or_path base_model name_or_path path repo_id"),
     Synonym("revision", "model_revision revision_of_model"),
@@ -147,7 +150,13 @@ SYNONYMS = (
     Synonym("model:revision", "model_revision"),
     Synonym("model:chat_template", "chat_template template chat_template_path chat_template_jinja"),
     Synonym("model:trust_remote_code", "trust_remote_code"),
-    Synonym("recipe:test_size", "val_set_size val_size test_split dataset_test_split validation_split"),
+    Synonym("model:add_tokens", "new_special_tokens additional_special_tokens added_tokens add_special_tokens"),
+    Synonym("data:dataset", "dataset_name datasets train_file train_files dataset_path data_path"),
+    Synonym("data:name", "dataset_config dataset_config_name subset"),
+    Synonym("data:split", "dataset_split dataset_train_split train_split"),
+    Synonym("data:test_split", "dataset_test_split eval_split validation_split"),
+    Synonym("data:test_size", "val_set_size val_size test_fraction"),
+    Synonym("recipe:test_size", "val_set_size val_size test_fraction"),
     Synonym("recipe:sources", "dataset dataset_name datasets"),
     Synonym("max_length", "max_seq_length max_seq_len cutoff_len sequence_len max_len model_max_length max_token_len"),
     Synonym("packing", "sample_packing pack use_packing pack_sequences"),
@@ -183,7 +192,7 @@ SYNONYMS = (
     # PPO and its kin
     Synonym(
         "score",
-        "reward_funcs reward_weights reward_fn reward_function reward_functions custom_reward_function remote_rm_url",
+        "reward_funcs reward_weights reward_fn reward_function reward_functions custom_reward_function",
     ),
     Synonym("kl_coef", "beta init_kl_coef kl_coeff kl_loss_coef kl_penalty_coef kl_ctl"),
     Synonym("kl_in", "use_kl_loss use_kl_in_reward", "Its values are reward and loss."),
@@ -253,7 +262,7 @@ def find_synonym(name: str, models: Sequence[type[BaseModel]]) -> str | None:
         block, _, path = synonym.target.rpartition(":")
         if block:
             return _sentence(ELSEWHERE[block].format(path), synonym.note)
-    if not _include_pipeline(models):
+    if not _include("pipeline", models):
         return None
     if named:
         return _sentence(f"'{named[0].target}' of a stage, below 'stages'", named[0].note)
@@ -265,8 +274,8 @@ def _sentence(field: str, note: str) -> str:
     return f"In align this is {field}. {note}".strip()
 
 
-def _include_pipeline(models: Sequence[type[BaseModel]]) -> bool:
-    return any({"stages", "runtime"} <= model.model_fields.keys() for model in models)
+def _include(block: str, models: Sequence[type[BaseModel]]) -> bool:
+    return any(OWN_FIELDS[block] <= model.model_fields.keys() for model in models)
 
 
 def _path_in(target: str, models: Sequence[type[BaseModel]]) -> str | None:
@@ -275,7 +284,7 @@ def _path_in(target: str, models: Sequence[type[BaseModel]]) -> str | None:
     From the block ``tuning`` itself, ``tuning.rank`` is ``rank``.
     """
     block, _, path = target.rpartition(":")
-    if block == "pipeline" and not _include_pipeline(models):
+    if block in OWN_FIELDS and not _include(block, models):
         return None
     while path:
         if has_field(path.split("."), models):

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from align.config.field_descriptions import reachable_models
 from align.config.recipe.recipe import Recipe
 from align.config.runtime import Runtime
+from align.config.stages.data import DataConfig
 from align.config.stages.model import ModelConfig
 from align.config.synonyms import SYNONYMS, Synonym, find_synonym, has_field
 from align.config.validation import validate
@@ -20,6 +21,7 @@ from align.pipeline.registry import STAGES
 CONFIGS = {kind: stage.config_class() for kind, stage in STAGES.items()}
 ROOTS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,
+    "data": DataConfig,
     "recipe": Recipe,
     "pipeline": PipelineConfig,
     "runtime": Runtime,
@@ -79,6 +81,8 @@ def test_every_target_stands_once_and_every_name_is_an_answer_somewhere() -> Non
         ("dpo", "model", "In align this is 'policy'. It names an earlier stage."),
         ("ppo", "dataset_name", "In align this is 'prompts'. It names a stage of kind data"),
         ("sft", "model_name_or_path", "In align this is 'model'."),
+        ("data", "dataset_name", "In align this is 'dataset'."),
+        ("sft", "dataset_config_name", "In align this is 'name' of a stage of kind data."),
         ("merge", "base_model", "In align this is 'base'."),
         ("sft", "adam_beta2", "It goes under 'trainer': `trainer: {adam_beta2: …}`."),
         ("sft", "logging_steps", "Leave it out: every step is logged."),
@@ -88,6 +92,13 @@ def test_every_target_stands_once_and_every_name_is_an_answer_somewhere() -> Non
 )
 def test_a_name_of_another_tool_is_answered(kind: str, name: str, answer: str) -> None:
     assert f"p.yaml: stages.{kind}: unknown key '{name}'. {answer}" in refusal(kind, {name: 1})
+
+
+def test_a_recipe_is_answered_with_its_fields() -> None:
+    with pytest.raises(UserError) as caught:
+        validate(Recipe, {"datasets": [], "val_set_size": 0.1}, "r.yaml")
+    assert "r.yaml: unknown key 'datasets'. In align this is 'sources'.\n" in str(caught.value)
+    assert "r.yaml: unknown key 'val_set_size'. In align this is 'test_size'.\n" in str(caught.value)
 
 
 def test_inside_a_block_the_answer_is_its_own_field() -> None:
@@ -104,8 +115,8 @@ def test_inside_a_block_the_answer_is_its_own_field() -> None:
     ("name", "answer"),
     [
         ("base_model", "In align this is 'source' of a stage of kind model."),
-        ("datasets", "In align this is 'sources' of a data recipe."),
-        ("val_set_size", "In align this is 'test_size' of a data recipe."),
+        ("datasets", "In align this is 'dataset' of a stage of kind data."),
+        ("val_set_size", "In align this is 'test_size' of a stage of kind data."),
         ("micro_batch_size", "'micro_batch_size' belongs to a stage, below 'stages'."),
         ("num_epochs", "In align this is 'epochs' of a stage, below 'stages'."),
         ("lora_r", "In align this is 'tuning.rank' of a stage, below 'stages'. Write"),
