@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -195,6 +196,11 @@ def test_blocks_for_anchors_are_merged_and_left_out(base: Path, capsys: pytest.C
     assert main(["plan", str(path), "--resolved"]) == 0
     printed = parse_yaml(capsys.readouterr().out, "stdout")
     assert printed == pipeline.raw
+
+
+def test_a_dictionary_leaves_them_out_too(base: Path) -> None:
+    values = yaml.safe_load(ANCHORED)
+    assert Pipeline.from_dict(values).raw == Pipeline.load(write(base.parent, ANCHORED)).raw
 
 
 def test_a_base_leaves_its_blocks_for_anchors_to_itself(base: Path) -> None:
