@@ -40,7 +40,7 @@ def test_grpo_on_two_rewards_with_known_answers(tmp_path: Path) -> None:
     first = titles.index("score")
     assert titles[first + 1 : first + 4] == ["score_brevity", "score_exact_answer", "score_exact_answer_numbers"]
     card = json.loads((run.artifacts["evaluate"].path / "scorecard.json").read_text())
-    assert {"gold", "score_exact_answer", "score_brevity"} <= card["metrics"].keys()
+    assert {"score", "score_exact_answer", "score_brevity"} <= card["metrics"].keys()
     page = (run.artifacts["report"].path / "report.html").read_text(encoding="utf-8")
     assert "score_exact_answer" in page and "score_brevity" in page
     assert read_rollouts(folder / "completions.jsonl")
