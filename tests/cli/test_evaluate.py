@@ -443,15 +443,17 @@ def test_a_prompt_set_and_functions_make_an_evaluation_in_five_lines(
 
 
 @pytest.mark.parametrize(
-    ("score", "message"),
+    ("fields", "message"),
     [
-        ("[]", "score is an empty list"),
-        ("[gold, gold]", "score: two metrics are called 'gold'; give one of them another name"),
-        ("[{function: mine:f, name: reward}]", "score: 'reward' is a metric of its own"),
-        ("[{function: mine:f, better: highest}]", "'higher' or 'lower'"),
+        ("{metrics: [gold, gold]}", "metrics: two metrics are called 'gold'; give one of them another name"),
+        ("{score: gold, metrics: [gold]}", "metrics: two metrics are called 'gold'"),
+        ("{metrics: [{function: mine:f, name: reward}]}", "metrics: 'reward' is a metric of its own"),
+        ("{score: [{function: gold}], metrics: [mine:score]}", "metrics: 'score' is a metric of its own"),
+        ("{metrics: [{function: mine:f, better: highest}]}", "'higher' or 'lower'"),
+        ("{metrics: [gold], prompts: null, tasks: {ifeval: {files: [x]}}}", "score and metrics are programs"),
     ],
 )
-def test_wrong_metric_functions_are_named(score: str, message: str) -> None:
-    block = {"policies": ["sft"], "reference": "sft", "prompts": "data", "score": yaml.safe_load(score)}
+def test_wrong_metric_functions_are_named(fields: str, message: str) -> None:
+    block = {"policies": ["sft"], "reference": "sft", "prompts": "data"} | yaml.safe_load(fields)
     with pytest.raises(UserError, match=message):
         validate(EvaluateConfig, block, "mine.yaml")

@@ -71,9 +71,13 @@ def config(**fields: Any) -> DataConfig:
 
 
 def test_the_fields_of_a_source_are_passed_on(tmp_path: Path) -> None:
-    options = {"columns": {"better": "chosen"}}
-    (source,) = sources_of(config(license="MIT", options=options, name="en", format="preferences"), tmp_path)
-    assert source.pop("options").columns == options["columns"]
+    mapping = {"columns": {"chosen": "better"}, "keep": ["topic"], "options": {"ignore": ["note"]}}
+    (source,) = sources_of(config(license="MIT", name="en", format="preferences", **mapping), tmp_path)
+    assert source.pop("options").ignore == ["note"]
+    assert {name: source.pop(name) for name in ("columns", "keep")} == {
+        "columns": {"chosen": "better"},
+        "keep": ["topic"],
+    }
     assert source == {
         "type": "hub",
         "dataset": "org/pairs",

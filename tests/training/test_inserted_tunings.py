@@ -91,7 +91,8 @@ def resumes(kind: str, method: str, base: Path, tmp_path: Path) -> None:
     assert metrics["resumed_from_step"] == 8
     assert losses(parts) == losses(uninterrupted)
     names = [file.relative_to(uninterrupted.output) for file in sorted(uninterrupted.output.rglob("*.safetensors"))]
-    assert {name.parts[0] for name in names} == {"model", "adapter", "state"}
+    assert len([name for name in names if name.parts[0] != "state"]) == 2  # the model and the adapter
+    assert any(name.parts[0] == "state" for name in names)
     for name in names:
         expected, actual = load_file(uninterrupted.output / name), load_file(parts.output / name)
         assert expected.keys() == actual.keys()
