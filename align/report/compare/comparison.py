@@ -18,6 +18,7 @@ from align.report.compare.merged_scorecard import (
     SCORECARD,
     Card,
     EvaluatedRun,
+    comparable_columns,
     differing_item_counts,
     merge,
     merge_samples,
@@ -29,10 +30,11 @@ from align.report.compare.sweep_trials import SweepTrials, sweep_section
 from align.report.curves.curve_panels import MAX_PANELS, add_panels, curve_section
 from align.report.curves.metric_series import Events, read_events
 from align.report.page.assets import FIGURES, TABLES, AssetWriter, Figure
-from align.report.page.number_format import interval, number, signed
+from align.report.page.number_format import interval, signed
 from align.report.page.panels import Panel
 from align.report.page.templates import load_template, page_shell, script_json
-from align.report.scorecard.conclusions import find_difference, metric_phrase
+from align.report.scorecard.conclusions import find_difference, group_findings, metric_phrase
+from align.report.scorecard.decision import Decision, decide
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact, Kind
 from align.store.atomic_write import write_text_atomically
@@ -79,12 +81,16 @@ def write_comparison(
     trade_offs = _trade_offs(evaluated, card, assets)
     html = load_template("comparison.html.jinja").render(
         **page_shell(title),
-        **{**sections, "drift": []},
+        **{
+            **sections,
+            "drift": [],
+            "decision": _decision(evaluated, card),
+            "findings": _findings(evaluated, card, trade_offs),
+        },
         sweep=sweep_section(sweep, assets),
         runs=table,
         first=evaluated[0].name if evaluated else "",
         heads=_headlines(evaluated, card),
-        findings=_findings(evaluated, card, trade_offs),
         trade_offs=[trade_off["figure"] for trade_off in trade_offs],
         other_items=differing_item_counts(evaluated),
         curves=curves,
@@ -127,13 +133,20 @@ def _headlines(evaluated: Sequence[EvaluatedRun], card: Card | None) -> list[dic
     ]
 
 
+def _decision(evaluated: Sequence[EvaluatedRun], card: Card | None) -> Decision | None:
+    """Return which run's checkpoint to take, among the checkpoints that the runs are about."""
+    if card is None:
+        return None
+    return decide(card, comparable_columns(evaluated, card), [run.subject_label for run in evaluated])
+
+
 def _findings(
     evaluated: Sequence[EvaluatedRun], card: Card | None, trade_offs: Sequence[Mapping[str, Any]]
-) -> list[dict[str, str]]:
-    """Return the comparison's findings as sentences; ``kind`` is a verdict or ``note``."""
+) -> list[dict[str, Any]]:
+    """Return the comparison's findings as sentences by group; ``kind`` is a verdict or ``note``."""
     if card is None:
         return []
-    lines = _best_run(evaluated, card)
+    lines = []
     first = evaluated[0]
     for run in evaluated[1:]:
         row = find_difference(card, run.subject_label, first.subject_label, card["primary"])
@@ -142,25 +155,8 @@ def _findings(
             relation = "is not clearly different from" if unclear else f"is {row['verdict']} than"
             text = f"{run.name} {relation} {first.name}: {signed(row['value'])} (95 % interval {interval(row, True)})."
             lines.append({"kind": row["verdict"], "text": text})
-    return lines + [{"kind": "note", "text": trade_off["text"]} for trade_off in trade_offs]
-
-
-def _best_run(evaluated: Sequence[EvaluatedRun], card: Card) -> list[dict[str, str]]:
-    """Return the sentence about the run with the best primary value; none where fewer than two have one."""
-    metric = card["primary"]
-    estimates = {run.name: card["estimates"][run.subject_label].get(metric) for run in evaluated}
-    measured = [run for run in evaluated if (estimate := estimates[run.name]) and estimate["value"] is not None]
-    if len(measured) < 2:
-        return []
-    sign = 1 if card["metrics"].get(metric, {}).get("better") == "lower" else -1
-    # The smallest after the sign: by value, whichever direction is better.
-    best = min(measured, key=lambda run: sign * estimates[run.name]["value"])
-    estimate = estimates[best.name]
-    text = (
-        f"{best.name} comes out first in {metric_phrase(card, metric)}: {best.subject} {number(estimate['value'])} "
-        f"(95 % interval {interval(estimate)})."
-    )
-    return [{"kind": "note", "text": text}]
+    lines += [{"kind": "note", "text": trade_off["text"]} for trade_off in trade_offs]
+    return group_findings(lines)
 
 
 def _trade_offs(evaluated: Sequence[EvaluatedRun], card: Card | None, assets: AssetWriter) -> list[dict[str, Any]]:

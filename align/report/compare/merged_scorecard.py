@@ -255,7 +255,7 @@ def _differences(evaluated: Sequence[EvaluatedRun], card: Card) -> list[Row]:
             rows.setdefault((policy, against, row["metric"]), {**row, "policy": policy, "against": against})
     # Differences within a run were computed by its own evaluation, with the weights of its items. Only the
     # comparisons that no run has are computed here, from items.
-    columns = _comparable_columns(evaluated, card)
+    columns = comparable_columns(evaluated, card)
     # Runs are compared with the first one; then every system with the shared reference and base.
     first = evaluated[0].subject_label
     # In the order of importance: a comparison that occurs twice keeps its first place.
@@ -276,7 +276,7 @@ def _differences(evaluated: Sequence[EvaluatedRun], card: Card) -> list[Row]:
     return list(rows.values())
 
 
-def _comparable_columns(evaluated: Sequence[EvaluatedRun], card: Card) -> dict[tuple[str, str], Items]:
+def comparable_columns(evaluated: Sequence[EvaluatedRun], card: Card) -> dict[tuple[str, str], Items]:
     """Return (label, metric) → item → samples, where the plain mean over items is the scorecard's number.
 
     A metric with weighted items fails this test and is left out.

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.page.assets import AssetWriter, Figure, estimate_cells, estimate_columns
-from align.report.page.number_format import MISSING, duration, interval, number
+from align.report.page.number_format import MISSING, duration, interval, number, with_minus_signs
 from align.report.page.panels import COLORS, INK, Panel, error_bars, legend_name, styled
 
 MAX_FIGURES = 12
@@ -45,7 +45,7 @@ def sweep_section(trials: SweepTrials | None, assets: AssetWriter) -> dict[str, 
         "dimensions": trials.dimensions,
         "objectives": trials.objectives,
         "rows": [_display_row(row, trials) for row in trials.rows],
-        "sentences": trials.sentences,
+        "sentences": [with_minus_signs(sentence) for sentence in trials.sentences],
         "figures": _figures(trials, assets),
     }
 
@@ -86,7 +86,7 @@ def _setting_text(value: Any) -> str:
     if value is None:
         return MISSING
     if isinstance(value, float):
-        return f"{value:g}"
+        return with_minus_signs(f"{value:g}")
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 MISSING = "–"
+HYPHEN_AS_MINUS = re.compile(r"(?<![\w)\].-])-(?=\.?\d)|(?<= )-(?= )|(?<=\de)-(?=\d)")
 MARKS = {"better": "▲", "worse": "▼", "higher": "↑", "lower": "↓", "unclear": "·"}
 """A shape for each verdict, so that it reads without color."""
 WORDS = {
@@ -37,6 +39,8 @@ def number(value: Any, digits: int = 3) -> str:
     if not math.isfinite(value):
         return MISSING
     magnitude = abs(value)
+    # Adding zero drops the sign of a negative zero.
+    value += 0
     # Small numbers in powers of ten, large ones without decimals, all others with three digits.
     if magnitude != 0 and magnitude < 1e-3:
         text = f"{value:.1e}"
@@ -56,6 +60,14 @@ def signed(value: Any) -> str:
     """Return a number with its sign: ``+0.310``, ``−0.020``."""
     text = number(value)
     return text if value is None or text == MISSING or text.startswith("−") else f"+{text}"
+
+
+def with_minus_signs(text: str) -> str:
+    """Return a sentence with ``−`` for every hyphen that is a minus: before a number, or alone between two words.
+
+    Gates and flags are worded by the evaluation, whose files are ASCII.
+    """
+    return HYPHEN_AS_MINUS.sub("−", text)
 
 
 def interval(row: dict[str, Any], with_sign: bool = False) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.report.page.number_format import MISSING, interval, number, p_value, signed
+from align.report.page.number_format import MISSING, interval, number, p_value, signed, with_minus_signs
 
 Card = dict[str, Any]
 
@@ -131,12 +132,12 @@ def _change_sentence(card: Card, row: dict[str, Any]) -> dict[str, str]:
     title = metric_phrase(card, row["metric"])
     before = number(card["estimates"][against][row["metric"]]["value"])
     after = number(card["estimates"][policy][row["metric"]]["value"])
-    evidence = _evidence(row)
+    reasons = evidence(row)
     if row["verdict"] == "unclear":
-        text = f"{policy}: no clear change in {title} over {against} ({before} → {after}; {evidence})."
+        text = f"{policy}: no clear change in {title} over {against} ({before} → {after}; {reasons})."
     else:
         verb = "raised" if row["value"] > 0 else "lowered"
-        text = f"{policy} {verb} the {title} over {against} from {before} to {after} ({evidence})."
+        text = f"{policy} {verb} the {title} over {against} from {before} to {after} ({reasons})."
     return {"kind": row["verdict"], "text": text}
 
 
@@ -148,9 +149,31 @@ def _untrained_rivals(card: Card) -> list[dict[str, str]]:
         if row["metric"] != card["primary"] or row["against"] not in untrained:
             continue
         against = f"{row['against']} ({role(card, row['against'])}, not trained)"
-        text = f"{row['policy']} {RELATIONS[row['verdict']]} {against}: {_evidence(row)}."
+        text = f"{row['policy']} {RELATIONS[row['verdict']]} {against}: {evidence(row)}."
         findings.append({"kind": row["verdict"], "text": text})
     return findings
+
+
+GROUPS = {
+    "Problems": ("worse",),
+    "Clear changes": ("better", "higher", "lower"),
+    "No clear change": ("unclear",),
+    "Notes": ("note",),
+}
+"""Groups of findings, the most important first, with their kinds."""
+MAX_OPEN_FINDINGS = 4
+"""Findings of a group of lesser importance that are open at first."""
+
+
+def group_findings(findings: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Return the findings by group, most important first; ``folded`` says that a long group starts closed."""
+    groups = []
+    for title, kinds in GROUPS.items():
+        rows = [finding for finding in findings if finding["kind"] in kinds]
+        is_minor = title in ("No clear change", "Notes")
+        if rows:
+            groups.append({"title": title, "rows": rows, "folded": is_minor and len(rows) > MAX_OPEN_FINDINGS})
+    return groups
 
 
 def gate_rows(card: Card) -> list[dict[str, Any]]:
@@ -161,7 +184,8 @@ def gate_rows(card: Card) -> list[dict[str, Any]]:
     rows = []
     for gate in card["gates"]:
         state, mark, outcome = _gate_state(gate)
-        rows.append({**gate, "state": state, "mark": mark, "outcome": outcome})
+        words = {name: with_minus_signs(str(gate[name])) for name in ("expression", "text")}
+        rows.append({**gate, **words, "state": state, "mark": mark, "outcome": outcome})
 
     def weight(row: dict[str, Any]) -> tuple[bool, bool, int]:
         return row["state"] == "passed", row["level"] == "warning", GATE_STATES.index(row["state"])
@@ -196,7 +220,7 @@ def gate_sentence(rows: list[dict[str, Any]]) -> str:
     return ", ".join([*parts, f"{passed} of {len(rows)} passed"])
 
 
-def _evidence(row: dict[str, Any]) -> str:
+def evidence(row: dict[str, Any]) -> str:
     """Return a difference with its interval and corrected p.
 
     A verdict needs both: the interval may be clear of zero while p is not small after the correction.
@@ -210,7 +234,7 @@ def _flag_sentence(text: str) -> str:
     """Return a flag as a sentence; a stage's name at its start keeps its case."""
     if text.startswith("only "):
         text = "Only" + text.removeprefix("only")
-    return f"{text}."
+    return f"{with_minus_signs(text)}."
 
 
 def _is_repetition(card: Card, flag: dict[str, str]) -> bool:

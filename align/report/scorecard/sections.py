@@ -10,7 +10,15 @@ from align.evaluation.prompt_metrics import program_metrics
 from align.evaluation.typed_scorecard import FORMAT
 from align.report.curves.metric_series import Events
 from align.report.page.assets import AssetWriter, Figure
-from align.report.scorecard import conclusions, kl_plots, reward_models, score_plots, tuning_methods, win_rates
+from align.report.scorecard import (
+    conclusions,
+    decision,
+    kl_plots,
+    reward_models,
+    score_plots,
+    tuning_methods,
+    win_rates,
+)
 from align.report.scorecard import scorecard_tables as tables
 from align.report.scorecard.samples import (
     page_json,
@@ -27,7 +35,7 @@ Card = dict[str, Any]
 MAX_TASK_FIGURES = 12
 LISTS = (
     "headlines",
-    "sentences",
+    "findings",
     "gates",
     "columns",
     "groups",
@@ -43,7 +51,7 @@ LISTS = (
     "rates",
 )
 """Lists that the template needs; they are empty without an evaluation."""
-SINGLES = ("family_figure", "on", "gate_sentence", "methods")
+SINGLES = ("family_figure", "on", "gate_sentence", "methods", "decision")
 """Further names that the template needs; they are None without an evaluation."""
 SCORECARD, SAMPLES, ROLLOUTS = "scorecard.json", "samples.jsonl", "completions.jsonl"
 
@@ -94,7 +102,8 @@ def evaluation_sections(
     return sections | {
         "headlines": conclusions.headlines(card),
         "on": conclusions.measured_on(card),
-        "sentences": conclusions.sentences(card),
+        "decision": decision.decide(card, decision.item_columns(artifacts, card), decision.checkpoints(card)),
+        "findings": conclusions.group_findings(conclusions.sentences(card)),
         "gates": gates,
         "gate_sentence": conclusions.gate_sentence(gates),
         "columns": tables.columns(card),

@@ -9,18 +9,16 @@ another way, are left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from align.config.tuning import Tuning
-from align.evaluation.comparisons import Resampling, correct
 from align.evaluation.prompt_metrics import program_metrics
-from align.report.compare.merged_scorecard import EvaluatedRun, paired_difference
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import MISSING, duration, interval, number, size
-from align.store.artifacts import Artifact, Kind
+from align.report.scorecard.decision import Best, find_best, item_columns, join_names
+from align.store.artifacts import Artifact
 
 Card = dict[str, Any]
 
@@ -37,14 +35,6 @@ TABLE_COLUMNS = {
     "seconds": "Seconds",
     "peak_memory_bytes": "Peak memory, bytes",
 }
-
-
-@dataclass(frozen=True)
-class Best:
-    """The system with the best primary value, and the paired difference of every other one to it, by system."""
-
-    name: str | None
-    differences: Mapping[str, Mapping[str, Any]]
 
 
 def methods_section(artifacts: Sequence[Artifact], card: Card, assets: AssetWriter) -> dict[str, Any] | None:
@@ -66,7 +56,7 @@ def methods_section(artifacts: Sequence[Artifact], card: Card, assets: AssetWrit
         for metric in dict.fromkeys((card["primary"], *program_metrics(card["metrics"]), *METRICS))
         if any(metric in card["estimates"][name] for name in trained)
     ]
-    best = find_best(artifacts, card, list(trained))
+    best = find_best(card, item_columns(artifacts, card), list(trained))
     rows = [_row(name, record, card, metrics, best) for name, record in trained.items()]
     table = [_table_row(name, record, card, metrics, best) for name, record in trained.items()]
     assets.add_table("methods", "Ways of fitting", _table_columns(card, metrics), table)
@@ -100,41 +90,6 @@ def _tuning_label(tuning: Mapping[str, Any]) -> str:
         return str(tuning.get("method"))
 
 
-def find_best(artifacts: Sequence[Artifact], card: Card, names: Sequence[str]) -> Best:
-    """Return the system with the best primary value among ``names``; none where the metric has no better side.
-
-    A difference is missing where the scorecard's folder has no items of both. P-values are Holm-corrected.
-    """
-    primary = card["primary"]
-    better = card["metrics"][primary]["better"]
-    values = {name: estimate["value"] for name in names if (estimate := card["estimates"][name].get(primary))}
-    if better is None or not values:
-        return Best(None, {})
-    # Turned so that more is better in either case.
-    sign = -1 if better == "lower" else 1
-    best = max(values, key=lambda name: sign * values[name])
-    folder = next((artifact.path for artifact in reversed(artifacts) if artifact.kind == Kind.SCORECARD), None)
-    if folder is None:
-        return Best(best, {})
-    # The folder's items, under the systems' own names: there is only one run here.
-    items = EvaluatedRun("", card, folder, {name: name for name in names}).items
-    settings = card["settings"]
-    resampling = Resampling(int(settings.get("bootstrap", 10_000)), int(settings.get("seed", 0)))
-    rows = {}
-    for name in names:
-        if name == best:
-            continue
-        # Paired over the items that both answered, as in the scorecard itself.
-        first = items.get(name, {}).get(primary, {})
-        second = items.get(best, {}).get(primary, {})
-        row = paired_difference(first, second, resampling)
-        if row is not None:
-            rows[name] = {**row, "metric": primary}
-    # The best of several was picked by its number, so all comparisons with it are corrected together.
-    correct(list(rows.values()), card["metrics"])
-    return Best(best, rows)
-
-
 def _trained_share(record: Mapping[str, Any]) -> float | None:
     """Return the share of the weights that was trained; None where the record does not say."""
     parameters = record["metrics"].get("parameters")
@@ -165,11 +120,15 @@ def _row(name: str, record: Mapping[str, Any], card: Card, metrics: Sequence[str
 
 def _verdict(name: str, best: Best) -> str:
     if name == best.name:
-        return "best"
+        # A best that nothing is clearly below is no winner: its number is the highest by chance.
+        is_winner = not best.differences or len(best.ties) < len(best.differences)
+        return "best" if is_winner else "not told apart"
     row = best.differences.get(name)
     if row is None:
         return ""
-    return "below the best" if row["verdict"] == "worse" else "not told apart from the best"
+    if row["verdict"] == "worse":
+        return "below the best"
+    return "not told apart from the best" if len(best.ties) < len(best.differences) else "not told apart"
 
 
 def _sentence(card: Card, best: Best, names: Sequence[str]) -> str:
@@ -181,9 +140,10 @@ def _sentence(card: Card, best: Best, names: Sequence[str]) -> str:
     head = f"{title} is best for {best.name}: {number(estimate['value'])} ({interval(estimate)})."
     if not best.differences:
         return f"{head} The items of the others are not here, so it is not known which are really below it."
-    close = [name for name in names if name in best.differences and best.differences[name]["verdict"] != "worse"]
-    below = len(best.differences) - len(close)
-    tail = f"; not told apart from it: {', '.join(close)}." if close else "."
+    below = len(best.differences) - len(best.ties)
+    if not below:
+        return f"{title} tells none of them apart: {join_names(list(names))}."
+    tail = f"; not told apart from it: {', '.join(best.ties)}." if best.ties else "."
     return f"{head} {below} of {len(names) - 1} others are clearly below it{tail}"
 
 

@@ -266,7 +266,7 @@ def test_no_two_runs_of_a_panel_look_alike() -> None:
 
 def test_the_page_has_everything_and_nothing_hostile_is_markup(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert "kl-0 comes out first in gold score: ppo 0.757" in text_of(page, "summary")
+    assert "<b>Take kl-0: ppo</b>: its gold score of 0.757" in text_of(page, "summary")
     assert "▼ −0.300" in text_of(page, "summary")
     runs = text_of(page, "runs")
     assert "ppo.kl_coef" in runs and "0.05" in runs and "⚠ ppo stopped" in runs and "learning_rate" not in runs

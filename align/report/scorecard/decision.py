@@ -1,0 +1,214 @@
+"""Decision about checkpoints: the one to take by the primary metric, or that none can be told apart. Torch-free.
+
+The checkpoint with the best number is compared with every other one, paired over the items that both answered and
+corrected together. A number alone decides nothing: four checkpoints at 0.000 have no winner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.evaluation.comparisons import Resampling, correct
+from align.report.compare.merged_scorecard import EvaluatedRun, Items, comparable_columns, paired_difference
+from align.report.page.number_format import interval, number
+from align.report.scorecard.conclusions import (
+    UNTRAINED,
+    evidence,
+    find_difference,
+    measured_on,
+    metric_phrase,
+)
+from align.store.artifacts import Artifact, Kind
+
+Card = dict[str, Any]
+Columns = Mapping[tuple[str, str], Items]
+"""(system, metric) → item → a number for each sample."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The system with the best primary value, and the paired difference of every other one to it, by system."""
+
+    name: str | None
+    differences: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def ties(self) -> list[str]:
+        """Systems that are not clearly below the best."""
+        return [name for name, row in self.differences.items() if row["verdict"] != "worse"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One sentence, of which ``lead`` is the bold beginning; ``kind`` is a verdict or ``note``."""
+
+    kind: str
+    lead: str
+    reason: str
+
+
+def item_columns(artifacts: Sequence[Artifact], card: Card) -> Columns:
+    """Return the numbers by item of a run's last evaluation; empty where its folder has none."""
+    folder = next((artifact.path for artifact in reversed(artifacts) if artifact.kind == Kind.SCORECARD), None)
+    if folder is None:
+        return {}
+    # There is one run here, so its systems keep their own names.
+    run = EvaluatedRun("", card, folder, {name: name for name in card["policies"]})
+    return comparable_columns([run], card)
+
+
+def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
+    """Return the system with the best primary value among ``names``; none where the metric has no better side.
+
+    A difference is missing where the two have no items in common. P-values are Holm-corrected.
+    """
+    primary = card["primary"]
+    better = card["metrics"][primary]["better"]
+    values = _primary_values(card, names)
+    if better is None or not values:
+        return Best(None, {})
+    # Turned so that more is better in either case.
+    sign = -1 if better == "lower" else 1
+    best = max(values, key=lambda name: sign * values[name])
+    settings = card["settings"]
+    resampling = Resampling(int(settings.get("bootstrap", 10_000)), int(settings.get("seed", 0)))
+    rows = {}
+    for name in values:
+        if name == best:
+            continue
+        # Paired over the items that both answered, as in the scorecard itself.
+        row = paired_difference(columns.get((name, primary), {}), columns.get((best, primary), {}), resampling)
+        if row is not None:
+            rows[name] = {**row, "metric": primary}
+    # The best of several was picked by its number, so all comparisons with it are corrected together.
+    correct(list(rows.values()), card["metrics"])
+    return Best(best, rows)
+
+
+def checkpoints(card: Card) -> list[str]:
+    """Return the systems among which a reader chooses: the base and trained checkpoints, not prompted or best-of-N."""
+    return [system["name"] for system in card["systems"] if system["role"] not in UNTRAINED]
+
+
+def decide(card: Card, columns: Columns, names: Sequence[str]) -> Decision | None:
+    """Return which of the systems ``names`` to take, and why; None where the primary metric was not measured."""
+    primary = card["primary"]
+    if primary not in card["metrics"]:
+        return None
+    values = _primary_values(card, names)
+    if not values:
+        return None
+    title = metric_phrase(card, primary)
+    if len(values) == 1:
+        return Decision("note", "There is nothing to choose from", f"only {next(iter(values))} was measured.")
+    best = find_best(card, columns, names)
+    if best.name is None:
+        return Decision("note", "No checkpoint can be called best", f"{title} has no better side.")
+    if len(best.differences) < len(values) - 1:
+        return _untested_decision(card, best.name, title)
+    if len(best.ties) == len(values) - 1:
+        return _tied_decision(card, best.name, values, title)
+    return _clear_decision(card, best, title)
+
+
+def _primary_values(card: Card, names: Sequence[str]) -> dict[str, float]:
+    estimates = {name: card["estimates"].get(name, {}).get(card["primary"]) for name in names}
+    return {name: row["value"] for name, row in estimates.items() if row and row["value"] is not None}
+
+
+def _value_text(card: Card, name: str) -> str:
+    return number(card["estimates"][name][card["primary"]]["value"])
+
+
+def _untested_decision(card: Card, name: str, title: str) -> Decision:
+    """Return the decision where items are missing, so that nobody can say whether the best is really better."""
+    reason = (
+        f"{name} has the best {title} with {_value_text(card, name)}, but the items that would show whether the "
+        "difference is clear are not here."
+    )
+    return Decision("note", "No checkpoint can be recommended", reason)
+
+
+def _tied_decision(card: Card, best: str, values: Mapping[str, float], title: str) -> Decision:
+    low, high = number(min(values.values())), number(max(values.values()))
+    names = join_names(list(values))
+    where = measured_on(card)
+    if low == high:
+        reason = f"in {title}, {names} all have {low} on {where}."
+    else:
+        reason = (
+            f"in {title}, {names} lie between {low} and {high} on {where}, and none is clearly below the highest, "
+            f"{best}."
+        )
+        if card["metrics"][card["primary"]]["better"] == "lower":
+            reason = reason.replace("below the highest", "above the lowest")
+    return Decision("unclear", "No checkpoint can be told apart from the others", reason)
+
+
+def _clear_decision(card: Card, best: Best, title: str) -> Decision:
+    assert best.name is not None
+    estimate = card["estimates"][best.name][card["primary"]]
+    below = [name for name in best.differences if name not in best.ties]
+    worse = "above" if card["metrics"][card["primary"]]["better"] == "lower" else "below"
+    verb = "is" if len(below) == 1 else "are"
+    lead = f"Take {best.name}"
+    if best.ties:
+        tied = ", ".join(f"{name} ({_value_text(card, name)})" for name in best.ties)
+        lead = f"Take {join_names([best.name, *best.ties], 'or')}"
+        reason = (
+            f"{best.name} has the best {title}, {number(estimate['value'])}, {tied} cannot be told apart from it, and "
+            f"{join_names(below)} {verb} clearly {worse}"
+        )
+    else:
+        closest = min(below, key=lambda name: abs(best.differences[name]["value"]))
+        gap = _turned(best.differences[closest])
+        reason = (
+            f"its {title} of {number(estimate['value'])} (95 % interval {interval(estimate)}) is the best, and "
+            f"{join_names(below)} {verb} clearly {worse} it; closest is {closest}, a difference of {evidence(gap)}"
+        )
+    problems = _reservations(card, best.name)
+    kind = "worse" if problems and problems[0].startswith("it fails") else "better"
+    return Decision(kind, lead, "; but ".join([reason, *problems]) + ".")
+
+
+def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a difference to the best as the difference of the best."""
+    low, high = row["low"], row["high"]
+    return {
+        **row,
+        "value": -row["value"],
+        "low": None if high is None else -high,
+        "high": None if low is None else -low,
+    }
+
+
+def _reservations(card: Card, name: str) -> list[str]:
+    """Return the reasons against the best system: gates that it fails, and untrained systems that equal it."""
+    failed = [
+        str(gate["name"])
+        for gate in card["gates"]
+        if gate["system"] == name and gate["level"] != "warning" and gate["passed"] is not True
+    ]
+    reasons = [f"it fails the gate{'' if len(failed) == 1 else 's'} {join_names(failed)}"] if failed else []
+    rivals = [
+        system["name"]
+        for system in card["systems"]
+        if system["role"] in UNTRAINED and _equals(card, name, system["name"])
+    ]
+    if rivals:
+        reasons.append(f"{join_names(rivals)}, without training, is not clearly worse")
+    return reasons
+
+
+def _equals(card: Card, name: str, rival: str) -> bool:
+    row = find_difference(card, name, rival, card["primary"])
+    return row is not None and row["verdict"] != "better"
+
+
+def join_names(names: Sequence[str], word: str = "and") -> str:
+    """Return names as a sentence lists them: ``a``, ``a and b``, ``a, b and c``."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} {word} {names[-1]}"

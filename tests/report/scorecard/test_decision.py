@@ -1,0 +1,123 @@
+"""The sentence at the top of a page: which checkpoint to take, or that none can be told apart."""
+
+import numpy as np
+import pytest
+
+from align.evaluation.comparisons import Resampling
+from align.evaluation.scorecard import Measurements, build
+from align.evaluation.tasks.base import SystemInfo
+from align.report.run.run_report import write_report
+from align.report.scorecard.conclusions import group_findings
+from align.report.scorecard.decision import checkpoints, decide
+from align.store.artifacts import Kind
+from tests.support.report.example_card import SETTINGS
+from tests.support.report.example_run import HOSTILE, write_artifact, write_evaluation
+
+N = 40
+NOISE = np.random.default_rng(5).uniform(0, 0.2, N)
+FLIPS = np.where(np.arange(N) % 2, 0.05, -0.05)
+
+
+def make_card(columns, best_of=()):
+    """Return a card and columns by item of systems with these gold scores."""
+    systems = [
+        SystemInfo(name, name, "best_of", name, "", 0, 8)
+        if name in best_of
+        else SystemInfo(name, name, "base" if name == "model" else "checkpoint", name)
+        for name in columns
+    ]
+    measurements = Measurements(systems, "sft", "model")
+    measurements.sources = ["all"] * N
+    measurements.values = {name: {"gold": [[float(value)] for value in column]} for name, column in columns.items()}
+    card = build(measurements, Resampling(300, 0), {**SETTINGS, "prompts": N})
+    by_item = {
+        (name, "gold"): {("prompts", str(index)): [float(value)] for index, value in enumerate(column)}
+        for name, column in columns.items()
+    }
+    return card, by_item
+
+
+def sentence(columns, **options):
+    card, by_item = make_card(columns, **options)
+    decision = decide(card, by_item, checkpoints(card))
+    return decision.kind, f"{decision.lead}: {decision.reason}"
+
+
+def test_four_ties_at_zero_have_no_winner():
+    kind, text = sentence(dict.fromkeys(("model", "sft", "dpo", "ppo"), np.zeros(N)))
+    assert kind == "unclear"
+    assert text == (
+        "No checkpoint can be told apart from the others: in gold score, model, sft, dpo and ppo all have 0.000 on "
+        "40 held-out prompts."
+    )
+
+
+def test_numbers_that_differ_by_noise_have_no_winner():
+    kind, text = sentence({"model": NOISE, "sft": NOISE + 0.001 + FLIPS, "ppo": NOISE - 0.001 - FLIPS})
+    assert kind == "unclear"
+    assert text.startswith("No checkpoint can be told apart from the others: in gold score, model, sft and ppo lie")
+    assert text.endswith("and none is clearly below the highest, sft.")
+
+
+def test_a_clear_winner_is_taken_with_the_closest_rival():
+    kind, text = sentence({"model": NOISE, "sft": NOISE + 0.3, "ppo": NOISE + 0.5 + FLIPS})
+    assert kind == "better"
+    assert text.startswith("Take ppo: its gold score of 0.597 (95 % interval 0.")
+    assert "model and sft are clearly below it; closest is sft, a difference of +0.200, 95 % interval +0.1" in text
+
+
+def test_two_at_the_top_are_both_named():
+    _, text = sentence({"model": NOISE, "sft": NOISE + 0.4, "ppo": NOISE + 0.401 + FLIPS})
+    assert text.startswith("Take ppo or sft: ppo has the best gold score, 0.498")
+    assert "cannot be told apart from it, and model is clearly below" in text
+
+
+def test_a_failed_gate_and_a_rival_without_training_stand_in_the_sentence():
+    columns = {"model": NOISE, "sft": NOISE + 0.3, "best8": NOISE + 0.5 - FLIPS, "ppo": NOISE + 0.5 + FLIPS}
+    card, by_item = make_card(columns, best_of=("best8",))
+    card["gates"] = [
+        {"name": "kl", "system": "ppo", "level": "error", "passed": False},
+        {"name": "length", "system": "ppo", "level": "warning", "passed": False},
+        {"name": "gold", "system": "sft", "level": "error", "passed": False},
+    ]
+    decision = decide(card, by_item, checkpoints(card))
+    assert (decision.kind, decision.lead) == ("worse", "Take ppo")
+    assert decision.reason.endswith("; but it fails the gate kl; but best8, without training, is not clearly worse.")
+
+
+def test_lower_may_be_better():
+    card, by_item = make_card({"model": NOISE + 0.5, "sft": NOISE})
+    card["metrics"]["gold"]["better"] = "lower"
+    decision = decide(card, by_item, checkpoints(card))
+    assert decision.lead == "Take sft"
+    assert "model is clearly above it; closest is model, a difference of −0.500" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("columns", "with_items", "words"),
+    [
+        ({"sft": NOISE}, True, "There is nothing to choose from: only sft was measured."),
+        ({"model": NOISE, "sft": NOISE + 1}, False, "No checkpoint can be recommended: sft has the best gold score"),
+    ],
+)
+def test_without_rivals_or_items_nothing_is_recommended(columns, with_items, words):
+    card, by_item = make_card(columns)
+    decision = decide(card, by_item if with_items else {}, checkpoints(card))
+    assert f"{decision.lead}: {decision.reason}".startswith(words)
+
+
+def test_findings_are_grouped_with_problems_first():
+    findings = [{"kind": kind, "text": kind} for kind in ("note", "unclear", "better", "worse", "unclear", "higher")]
+    groups = group_findings(findings + [{"kind": "unclear", "text": str(index)} for index in range(4)])
+    assert [(group["title"], len(group["rows"]), group["folded"]) for group in groups] == [
+        ("Problems", 1, False), ("Clear changes", 2, False), ("No clear change", 6, True), ("Notes", 1, False),
+    ]  # fmt: skip
+
+
+def test_the_page_begins_with_the_sentence_and_names_stay_text(tmp_path):
+    card, _ = make_card({"model": np.zeros(N), "sft": np.zeros(N), HOSTILE: np.zeros(N)})
+    artifact = write_artifact(tmp_path, "evaluate", Kind.SCORECARD)
+    write_evaluation(artifact, card, iter([]))
+    text = write_report([artifact], card, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert text.index('class="decision') < text.index('class="heads"')
+    assert "<script>document.title" not in text and "\x1b" not in text
