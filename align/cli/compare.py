@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import add_store, print_json
 from align.cli.report import add_output, output_folder, show_page
@@ -14,6 +14,7 @@ from align.errors import UserError, printable
 
 if TYPE_CHECKING:
     from align.cli.run_page import RunOutline
+    from align.report.compare.over_seeds import SeedComparison
     from align.store.store import Store
 
 NAMED = re.compile(r"([^=/\\]{1,60})=(.+)", re.DOTALL)
@@ -21,12 +22,14 @@ PAGE = "compare.html"
 FOLDER = "_compare"
 """Folder of comparisons below the store's reports; no run's name begins with ``_``."""
 MAX_FOLDER_NAME = 100
+SEED = "seed"
 
 
 def run(options: argparse.Namespace) -> int:
     """compare runs on one page: changed settings against results, score against KL, training curves"""
     from align.cli.run_page import damaged_stages, finished_artifacts
     from align.report.compare.comparison import write_comparison
+    from align.report.compare.over_seeds import compare_over_seeds
     from align.runner.open_store import open_store
     from align.store.store import REPORTS
 
@@ -43,12 +46,30 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{', '.join(empty)}: no stage is finished yet, so there is nothing to compare.")
     notes = {name: note for name, outline in runs.items() if (note := _note(outline, store))}
     folder = folder or store.root / REPORTS / FOLDER / "-".join(runs)[:MAX_FOLDER_NAME]
-    page = write_comparison(artifacts, folder / PAGE, title=options.title, notes=notes)
+    seeds = compare_over_seeds(artifacts) if options.over == SEED else None
+    page = write_comparison(artifacts, folder / PAGE, title=options.title, notes=notes, seeds=seeds)
     if options.json:
-        print_json({"runs": list(runs), "path": str(page.resolve()), "tables": str((folder / "tables").resolve())})
+        document: dict[str, Any] = {
+            "runs": list(runs),
+            "path": str(page.resolve()),
+            "tables": str((folder / "tables").resolve()),
+        }
+        if seeds is not None:
+            document["over_seed"] = seeds.as_rows()
+        print_json(document)
     else:
+        if seeds is not None:
+            _print_seeds(seeds)
         show_page(page, options.open)
     return 0
+
+
+def _print_seeds(seeds: SeedComparison) -> None:
+    """Print the decision, and each setting's mean, interval and numbers by seed."""
+    if seeds.decision is not None:
+        print(printable(f"{seeds.decision.lead}: {seeds.decision.reason}"))
+    for line in seeds.as_lines():
+        print(printable(f"  {line}"))
 
 
 def find_runs(words: list[str], store: Store) -> dict[str, RunOutline]:
@@ -86,6 +107,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``align compare``."""
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's name or a pipeline file; NAME=RUN shows it under that name"
+    )
+    parser.add_argument(
+        "--over",
+        choices=[SEED],
+        help="count runs that differ by seed alone as one: mean, interval and tests over seeds",
     )
     parser.add_argument("--title", default="Comparison of runs", help="heading of the page")
     add_output(parser)

@@ -13,6 +13,7 @@ import yaml
 
 from align.cli.main import main
 from tests.support import toy
+from tests.support.report.example_sweep import make_sweep
 
 Capture = pytest.CaptureFixture[str]
 
@@ -109,3 +110,30 @@ def test_a_run_of_which_nothing_is_finished_is_refused(
     )
     assert main(["compare", "low", str(file), "--store", example.store]) == 2
     assert "new: no stage is finished yet" in capsys.readouterr().err
+
+
+def test_over_seeds_prints_the_decision_and_every_seed(
+    example: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    runs = make_sweep(tmp_path / "runs", {"low": (0.70, 2.0), "high": (0.72, 2.0)})
+    for seed, artifacts in enumerate(runs.values(), start=1):
+        artifacts["ppo"].record.update(seed=seed, config={"policy": "sft"})
+        artifacts["evaluate"].record["seed"] = seed
+    monkeypatch.setattr("align.cli.run_page.finished_artifacts", lambda outline, store: runs[outline.name])
+    words = ["compare", "low", "high", "--over", "seed", "--store", example.store, "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    # By seed 0.5 and 0.52 above the base: t = 51 on one degree, p = 0.0125, times three. To SFT t = 21 is not enough.
+    assert out.startswith("Take ppo or sft: ppo has the best gold score, 0.717, sft (0.507) cannot be told apart")
+    assert "  ppo: Gold score 0.717 (95 % interval 0.590 to 0.844); by seed 1: 0.707, 2: 0.727\n" in out
+    assert "  sft: Gold score 0.507 (no interval); by seed 1: 0.507, 2: 0.507\n" in out
+    assert main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    ppo = document["over_seed"][-1]
+    assert (ppo["system"], ppo["runs"], ppo["n"]) == ("ppo", {"1": "low", "2": "high"}, 2)
+
+
+def test_over_seeds_needs_runs_that_differ_by_seed_alone(example: SimpleNamespace, capsys: Capture) -> None:
+    assert main(["compare", "low", "high", "--over", "seed", "--store", example.store]) == 2
+    error = capsys.readouterr().err
+    assert "no two of these runs differ by their seed alone; they also differ in two.number, two.steps" in error

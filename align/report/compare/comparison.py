@@ -24,8 +24,10 @@ from align.report.compare.merged_scorecard import (
     merge_samples,
     read_cards,
 )
+from align.report.compare.over_seeds import SeedComparison
 from align.report.compare.overlays import overlays, pareto_front, pareto_plot, points
 from align.report.compare.run_table import Runs, cost_rows, run_table
+from align.report.compare.seed_section import seed_findings, seed_headlines, seed_section
 from align.report.compare.sweep_trials import SweepTrials, sweep_section
 from align.report.curves.curve_panels import MAX_PANELS, add_panels, curve_section
 from align.report.curves.metric_series import Events, read_events
@@ -34,7 +36,7 @@ from align.report.page.number_format import interval, signed
 from align.report.page.panels import Panel
 from align.report.page.templates import load_template, page_shell, script_json
 from align.report.scorecard.conclusions import find_difference, group_findings, metric_phrase
-from align.report.scorecard.decision import Decision, decide
+from align.report.scorecard.decision import Decision, decide_by_items
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact, Kind
 from align.store.atomic_write import write_text_atomically
@@ -55,11 +57,13 @@ def write_comparison(
     title: str = "Comparison of runs",
     notes: Mapping[str, str] | None = None,
     sweep: SweepTrials | None = None,
+    seeds: SeedComparison | None = None,
 ) -> Path:
     """Write the page about ``runs`` (name → artifacts by stage, as in ``Run.artifacts``) to ``out`` and return ``out``.
 
     ``notes`` warn about single runs: that one failed, that stages are missing. ``sweep`` are the trials that the runs
-    come from. Figures and tables go into ``figures`` and ``tables`` in the same folder.
+    come from. ``seeds`` are the same runs over their seeds, from ``compare_over_seeds``, about which the page then is.
+    Figures and tables go into ``figures`` and ``tables`` in the same folder.
     """
     Panel.start_page()
     assets = AssetWriter()
@@ -84,13 +88,16 @@ def write_comparison(
         **{
             **sections,
             "drift": [],
-            "decision": _decision(evaluated, card),
-            "findings": _findings(evaluated, card, trade_offs),
+            "decision": _decision(evaluated, card) if seeds is None else seeds.decision,
+            "findings": _findings(evaluated, card, trade_offs)
+            if seeds is None
+            else group_findings(seed_findings(seeds)),
         },
+        seeds=seed_section(seeds, assets),
         sweep=sweep_section(sweep, assets),
         runs=table,
         first=evaluated[0].name if evaluated else "",
-        heads=_headlines(evaluated, card),
+        heads=_headlines(evaluated, card) if seeds is None else seed_headlines(seeds),
         trade_offs=[trade_off["figure"] for trade_off in trade_offs],
         other_items=differing_item_counts(evaluated),
         curves=curves,
@@ -137,7 +144,7 @@ def _decision(evaluated: Sequence[EvaluatedRun], card: Card | None) -> Decision 
     """Return which run's checkpoint to take, among the checkpoints that the runs are about."""
     if card is None:
         return None
-    return decide(card, comparable_columns(evaluated, card), [run.subject_label for run in evaluated])
+    return decide_by_items(card, comparable_columns(evaluated, card), [run.subject_label for run in evaluated])
 
 
 def _findings(

@@ -59,7 +59,8 @@ def changed_fields(runs: Runs) -> dict[str, dict[str, Any]]:
         changed["seed"] = {run: next(iter(run_seeds)) for run, run_seeds in seeds.items()}
     for stage in common:
         settings = {
-            run: _settings(artifacts[stage].record, with_seed=not has_single_seeds) for run, artifacts in runs.items()
+            run: stage_settings(artifacts[stage].record, with_seed=not has_single_seeds)
+            for run, artifacts in runs.items()
         }
         for field in dict.fromkeys(name for fields in settings.values() for name in fields):
             values = {run: fields.get(field) for run, fields in settings.items()}
@@ -69,7 +70,7 @@ def changed_fields(runs: Runs) -> dict[str, dict[str, Any]]:
     return changed
 
 
-def _settings(record: Mapping[str, Any], with_seed: bool) -> dict[str, Any]:
+def stage_settings(record: Mapping[str, Any], with_seed: bool) -> dict[str, Any]:
     """Return a stage's settings with dotted names, and identities of what it read outside the store."""
     inputs = record.get("inputs") or {}
     settings = _flatten({name: value for name, value in (record.get("config") or {}).items() if name not in inputs})
@@ -122,7 +123,7 @@ def run_table(
                 "run": name,
                 "note": notes.get(name, ""),
                 "subject": "" if run is None else run.subject,
-                "values": [_setting_text(values[name]) for values in changed.values()],
+                "values": [setting_text(values[name]) for values in changed.values()],
                 "cells": [_result_cell(card, evaluated, run, metric) for metric in metrics],
                 "seconds": duration(_total_seconds(artifacts)),
             }
@@ -135,7 +136,7 @@ def run_table(
     }
 
 
-def _setting_text(value: Any) -> str:
+def setting_text(value: Any) -> str:
     if value is None:
         return MISSING
     text = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -92,24 +92,31 @@ def checkpoints(card: Card) -> list[str]:
     return [system["name"] for system in card["systems"] if system["role"] not in UNTRAINED]
 
 
-def decide(card: Card, columns: Columns, names: Sequence[str]) -> Decision | None:
-    """Return which of the systems ``names`` to take, and why; None where the primary metric was not measured."""
-    primary = card["primary"]
-    if primary not in card["metrics"]:
+def decide_by_items(card: Card, columns: Columns, names: Sequence[str]) -> Decision | None:
+    """Return which of the systems ``names`` to take, by the items that they answered."""
+    if card["primary"] not in card["metrics"]:
         return None
+    return decide(card, names, find_best(card, columns, names), f"on {measured_on(card)}")
+
+
+def decide(card: Card, names: Sequence[str], best: Best, place: str) -> Decision | None:
+    """Return which of the systems ``names`` to take, and why; None where the primary metric was not measured.
+
+    ``place`` says where that was: ``on 400 held-out prompts``.
+    """
+    primary = card["primary"]
     values = _primary_values(card, names)
     if not values:
         return None
     title = metric_phrase(card, primary)
     if len(values) == 1:
         return Decision("note", "There is nothing to choose from", f"only {next(iter(values))} was measured.")
-    best = find_best(card, columns, names)
     if best.name is None:
         return Decision("note", "No checkpoint can be called best", f"{title} has no better side.")
     if len(best.differences) < len(values) - 1:
         return _untested_decision(card, best.name, title)
     if len(best.ties) == len(values) - 1:
-        return _tied_decision(card, best.name, values, title)
+        return _tied_decision(card, best.name, values, place)
     return _clear_decision(card, best, title)
 
 
@@ -131,16 +138,15 @@ def _untested_decision(card: Card, name: str, title: str) -> Decision:
     return Decision("note", "No checkpoint can be recommended", reason)
 
 
-def _tied_decision(card: Card, best: str, values: Mapping[str, float], title: str) -> Decision:
+def _tied_decision(card: Card, best: str, values: Mapping[str, float], place: str) -> Decision:
+    title = metric_phrase(card, card["primary"])
     low, high = number(min(values.values())), number(max(values.values()))
     names = join_names(list(values))
-    where = measured_on(card)
     if low == high:
-        reason = f"in {title}, {names} all have {low} on {where}."
+        reason = f"in {title}, {names} all have {low} {place}."
     else:
         reason = (
-            f"in {title}, {names} lie between {low} and {high} on {where}, and none is clearly below the highest, "
-            f"{best}."
+            f"in {title}, {names} lie between {low} and {high} {place}, and none is clearly below the highest, {best}."
         )
         if card["metrics"][card["primary"]]["better"] == "lower":
             reason = reason.replace("below the highest", "above the lowest")

@@ -102,7 +102,7 @@ def evaluation_sections(
     return sections | {
         "headlines": conclusions.headlines(card),
         "on": conclusions.measured_on(card),
-        "decision": decision.decide(card, decision.item_columns(artifacts, card), decision.checkpoints(card)),
+        "decision": decision.decide_by_items(card, decision.item_columns(artifacts, card), decision.checkpoints(card)),
         "findings": conclusions.group_findings(conclusions.sentences(card)),
         "gates": gates,
         "gate_sentence": conclusions.gate_sentence(gates),

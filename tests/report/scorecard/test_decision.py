@@ -8,7 +8,7 @@ from align.evaluation.scorecard import Measurements, build
 from align.evaluation.tasks.base import SystemInfo
 from align.report.run.run_report import write_report
 from align.report.scorecard.conclusions import group_findings
-from align.report.scorecard.decision import checkpoints, decide
+from align.report.scorecard.decision import checkpoints, decide_by_items
 from align.store.artifacts import Kind
 from tests.support.report.example_card import SETTINGS
 from tests.support.report.example_run import HOSTILE, write_artifact, write_evaluation
@@ -39,7 +39,7 @@ def make_card(columns, best_of=()):
 
 def sentence(columns, **options):
     card, by_item = make_card(columns, **options)
-    decision = decide(card, by_item, checkpoints(card))
+    decision = decide_by_items(card, by_item, checkpoints(card))
     return decision.kind, f"{decision.lead}: {decision.reason}"
 
 
@@ -80,7 +80,7 @@ def test_a_failed_gate_and_a_rival_without_training_stand_in_the_sentence():
         {"name": "length", "system": "ppo", "level": "warning", "passed": False},
         {"name": "gold", "system": "sft", "level": "error", "passed": False},
     ]
-    decision = decide(card, by_item, checkpoints(card))
+    decision = decide_by_items(card, by_item, checkpoints(card))
     assert (decision.kind, decision.lead) == ("worse", "Take ppo")
     assert decision.reason.endswith("; but it fails the gate kl; but best8, without training, is not clearly worse.")
 
@@ -88,7 +88,7 @@ def test_a_failed_gate_and_a_rival_without_training_stand_in_the_sentence():
 def test_lower_may_be_better():
     card, by_item = make_card({"model": NOISE + 0.5, "sft": NOISE})
     card["metrics"]["gold"]["better"] = "lower"
-    decision = decide(card, by_item, checkpoints(card))
+    decision = decide_by_items(card, by_item, checkpoints(card))
     assert decision.lead == "Take sft"
     assert "model is clearly above it; closest is model, a difference of −0.500" in decision.reason
 
@@ -102,7 +102,7 @@ def test_lower_may_be_better():
 )
 def test_without_rivals_or_items_nothing_is_recommended(columns, with_items, words):
     card, by_item = make_card(columns)
-    decision = decide(card, by_item if with_items else {}, checkpoints(card))
+    decision = decide_by_items(card, by_item if with_items else {}, checkpoints(card))
     assert f"{decision.lead}: {decision.reason}".startswith(words)
 
 

@@ -37,7 +37,7 @@ def make_sweep(root: Path, outcomes: dict[str, tuple[float, float]] = OUTCOMES) 
         curves = {"kl": [kl * step / 10 for step in range(10)], "score": [gold * step / 10 for step in range(10)]}
         ppo = write_artifact(
             folder, "ppo", Kind.POLICY, ("sft",), curves, key=f"{index}" * 64, seconds=60.0 + index,
-            config={"policy": f"sft of {name}", "kl_coef": COEFFICIENTS[index],
+            config={"policy": f"sft of {name}", "kl_coef": COEFFICIENTS[index % len(COEFFICIENTS)],
                     "advantage": {"gamma": 1.0}},
         )  # fmt: skip
         ppo.record["inputs"] = {"policy": "k"}
