@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from align.cli.run_page import RunOutline
     from align.store.store import Store
 
+MIN_SECONDS, MAX_SECONDS = 1, 3600
+
 
 def run(options: argparse.Namespace) -> int:
     """write the report of a run, by name or by pipeline file; --open opens it in a browser"""
@@ -29,11 +31,28 @@ def run(options: argparse.Namespace) -> int:
     outline = _latest_run(store) if word is None else find_run(word, store)
     for name, text in damaged_stages(outline, store).items():
         print(printable(f"! stage '{name}' is left out: {text}"), file=sys.stderr)
-    page = write_page(outline, store, find_failure(outline, store), output_folder(options.output))
+    folder = output_folder(options.output)
+    if options.watch:
+        return _watch(outline, store, folder, options)
+    page = write_page(outline, store, find_failure(outline, store), folder)
     if options.json:
         print_json({"name": outline.name, "path": str(page.resolve())})
     else:
         show_page(page, options.open)
+    return 0
+
+
+def _watch(outline: RunOutline, store: Store, folder: Path | None, options: argparse.Namespace) -> int:
+    """Write the page until the run has ended or Ctrl-C is pressed."""
+    from align.cli.watch_report import Watch
+
+    if options.json:
+        raise UserError("--watch writes a page again and again; leave out --json, or use `align status --json`.")
+    if not MIN_SECONDS <= options.every <= MAX_SECONDS:
+        raise UserError(f"--every {options.every:g}: should be {MIN_SECONDS} to {MAX_SECONDS} seconds.")
+    print(f"Watches {printable(outline.name)} until it ends; Ctrl-C stops watching, not the run.", flush=True)
+    page = Watch(outline, store, folder, options.every).follow(lambda page: show_page(page, options.open))
+    print("No stage has begun, so there is no page." if page is None else "The page is final; it reloads no more.")
     return 0
 
 
@@ -78,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``align report``."""
     parser.add_argument(
         "run", nargs="?", metavar="RUN", help="a run's name or a pipeline file (default: the store's latest run)"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="write the page again while the run goes on; the page reloads itself"
+    )
+    parser.add_argument(
+        "--every", type=float, default=15.0, metavar="SECONDS", help="seconds between pages of --watch (default: 15)"
     )
     add_output(parser)
     add_store(parser)

@@ -23,7 +23,7 @@ from align.store.artifacts import Artifact, Kind
 from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest, file_digest
 from align.store.locks import Lock
-from align.store.partial import LOG
+from align.store.partial import EVENTS, LOG
 from align.store.record import DamagedRecord
 from align.store.store import REPORTS, Store
 from align.store.version import VERSION
@@ -155,11 +155,13 @@ def write_page(
     *,
     cached: Collection[str] = (),
     always: bool = True,
+    refresh: int | None = None,
 ) -> Path:
     """Write the page into ``folder``, by default the store's place for it, and return its path.
 
     ``cached`` names the stages that a run did not have to run. Unless ``always``, a page with the same content is not
-    written again. Raises ``UserError`` where there is nothing to show.
+    written again. ``refresh`` makes the page reload itself after so many seconds. Raises ``UserError`` where there is
+    nothing to show.
     """
     from align.report.run.run_report import write_report
 
@@ -170,7 +172,7 @@ def write_page(
         raise UserError(f"{run.name}: no stage is finished yet, so there is nothing to show; `align run` runs them.")
     folder = folder or store.root / REPORTS / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = _stamp(run, artifacts, failure)
+    stamp = _stamp(run, artifacts, failure, refresh)
     with _page_lock(folder, store):
         # Compare under the lock: another process may have written the same page meanwhile.
         if not always and (folder / PAGE).is_file() and _read(folder / STAMP) == _seal(stamp, folder):
@@ -192,6 +194,7 @@ def write_page(
             title=run.title,
             cached=cached,
             pending=pending,
+            refresh=refresh,
         )
         write_text_atomically(folder / STAMP, _seal(stamp, folder))
     return page
@@ -223,14 +226,14 @@ def _describe_failure(run: RunOutline, store: Store, failure: Failure, pending: 
     }
 
 
-def _stamp(run: RunOutline, artifacts: Mapping[str, Artifact], failure: Failure | None) -> str:
+def _stamp(run: RunOutline, artifacts: Mapping[str, Artifact], failure: Failure | None, refresh: int | None) -> str:
     """Return a digest of everything that the page shows: it changes when the page would."""
     identities = [
         (name, [artifact.record["key"], str(artifact.record.get("created"))]) for name, artifact in artifacts.items()
     ]
     # The log and curves of a failed attempt grow in the same file, so its time counts too.
-    failure_identity = None if failure is None else [failure.stage, failure.message, _log_time(failure)]
-    return digest([VERSION, _code_digest(), run.title, list(run.stages), identities, failure_identity])
+    failure_identity = None if failure is None else [failure.stage, failure.message, _file_times(failure)]
+    return digest([VERSION, _code_digest(), run.title, list(run.stages), identities, failure_identity, refresh])
 
 
 def _seal(stamp: str, folder: Path) -> str:
@@ -241,11 +244,13 @@ def _seal(stamp: str, folder: Path) -> str:
     return digest([stamp, {path.relative_to(folder).as_posix(): file_digest(path) for path in files}])
 
 
-def _log_time(failure: Failure) -> str:
-    try:
-        return "" if failure.log is None else str(failure.log.stat().st_mtime_ns)
-    except OSError:
-        return ""
+def _file_times(failure: Failure) -> list[int]:
+    """Return when the log and the events of an unfinished stage were last written."""
+    times = []
+    for name in (LOG, EVENTS):
+        with contextlib.suppress(OSError):
+            times.append(0 if failure.log is None else (failure.log.parent / name).stat().st_mtime_ns)
+    return times
 
 
 @cache

@@ -20,7 +20,9 @@ import pytest
 import yaml
 
 from align.cli.main import main
-from align.cli.run_page import stored_outline, write_page
+from align.cli.run_page import outline_of, stored_outline, write_page
+from align.cli.watch_report import Watch
+from align.pipeline.pipeline import Pipeline
 from align.store.store import Store
 from tests.support import toy
 
@@ -333,3 +335,56 @@ def test_an_empty_store_has_nothing_to_report(pipeline_file: Path, store: Path, 
     assert "This store has no runs yet." in capsys.readouterr().err
     assert main(["report", str(pipeline_file), "--store", str(store)]) == 2
     assert "no stage is finished yet" in capsys.readouterr().err
+
+
+def test_watch_writes_the_page_until_the_run_ends(pipeline_file: Path, store: Path, capsys: Capture) -> None:
+    run = threading.Thread(target=ran, args=(pipeline_file, store, "--set", "stages.two.pause=1.0"))
+    texts = []
+
+    def look(seconds: float) -> None:
+        assert seconds == pytest.approx(1, abs=30)
+        if page_of(store).is_file():
+            texts.append(page_of(store).read_text())
+        time.sleep(0.2)
+
+    outline = outline_of(Pipeline.load(str(pipeline_file), {"stages.two.pause": 1.0}))
+    shown: list[Path] = []
+    run.start()
+    page = Watch(outline, Store(store), None, 1.0, look).follow(shown.append)
+    run.join()
+    assert page == page_of(store) and shown == [page]
+    assert any('data-refresh="1"' in text and "Stage two is running" in text for text in texts)
+    assert "data-refresh" not in page.read_text(), "the last page reloads no more"
+    assert boxes(store) == {"one": "done", "two": "done", "total": "done"}
+
+
+def test_watch_ends_after_a_quiet_while_or_by_the_reader(
+    pipeline_file: Path, store: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ran(pipeline_file, store, "--set", "stages.two.crash=bug") == 1
+    outline = stored_outline("toy", Store(store).survey_runs()[0]["toy"])
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    page = Watch(outline, Store(store), None, 1.0, interrupt).follow(lambda _: None)
+    assert page is not None and "data-refresh" not in page.read_text()
+    monkeypatch.setattr("align.cli.watch_report.QUIET_SECONDS", 0.0)
+    capsys.readouterr()
+    assert main(["report", "toy", "--watch", "--store", str(store)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Watches toy until it ends; Ctrl-C stops watching") and out.endswith("reloads no more.\n")
+    assert "ValueError: a bug" in page_of(store).read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--every", "0"], "--every 0: should be 1 to 3600 seconds."),
+        (["--every", "nan"], "--every nan: should be 1 to 3600 seconds."),
+        (["--json"], "leave out --json"),
+    ],
+)
+def test_watch_refuses_what_it_cannot_do(finished_store: Path, capsys: Capture, words: list[str], message: str) -> None:
+    assert main(["report", "toy", "--watch", "--store", str(finished_store), *words]) == 2
+    assert message in capsys.readouterr().err

@@ -185,6 +185,28 @@ def test_nothing_is_wider_than_the_window(driver, opened, width):
     assert console(driver) == []
 
 
+def test_the_page_of_a_run_that_goes_on_reloads_itself_and_keeps_what_is_open(driver, tmp_path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    model = write_artifact(tmp_path, "model", Kind.MODEL)
+    failed = {"stage": "sft", "message": "runs", "status": "running"}
+    page = write_report([model], None, tmp_path / "r.html", failed, title="before", refresh=1)
+    open_page(driver, page)
+    fold = "document.querySelector('#stages details')"
+    driver.execute_script(f"{fold}.open = true; document.getElementById('hold').click()")
+    write_report([model], None, page, failed, title="after", refresh=1)
+    driver.execute_async_script("setTimeout(arguments[0], 1300)")
+    assert driver.title == "before"  # paused by its button
+    first(driver, "#hold").click()
+    WebDriverWait(driver, 20).until(lambda browser: browser.title == "after")
+    assert driver.execute_script(f"return {fold}.open")
+    assert console(driver) == []
+    # The last page of the run stays as it is.
+    write_report([model], None, page, None, title="done")
+    WebDriverWait(driver, 20).until(lambda browser: browser.title == "done")
+    assert all_of(driver, "#hold") == []
+
+
 def test_pages_of_unfinished_and_empty_runs(driver, tmp_path):
     model = write_artifact(tmp_path, "model", Kind.MODEL)
     failed = {"stage": "sft", "message": HOSTILE, "pending": ["evaluate"], "inputs": ["model"]}

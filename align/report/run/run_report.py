@@ -37,6 +37,7 @@ def write_report(
     *,
     cached: Collection[str] = (),
     pending: Mapping[str, Sequence[str]] | None = None,
+    refresh: int | None = None,
 ) -> Path:
     """Write the page about ``artifacts`` (finished stages, in order) to ``out`` and return ``out``.
 
@@ -45,7 +46,8 @@ def write_report(
     not finish: ``stage`` and ``message``, and optionally ``status`` (``failed``, ``stopped`` or ``running``), ``kind``,
     ``log`` (path), ``folder`` (its partial folder, whose curves are shown), ``inputs`` and ``pending`` (stage names).
     ``cached`` names the finished stages that this run did not have to run. ``pending`` has further stages that were not
-    run, each with the names of the stages that it reads.
+    run, each with the names of the stages that it reads. ``refresh`` is the number of seconds after which the page
+    reloads itself, while its run goes on.
     """
     Panel.start_page()
     assets = AssetWriter()
@@ -61,6 +63,7 @@ def write_report(
     stage_costs.add_cost_table(artifacts, assets)
     html = load_template("run_report.html.jinja").render(
         **page_shell(title),
+        refresh=refresh,
         totals=stage_costs.totals(artifacts),
         failure=_failure(failed),
         diagram=pipeline_diagram(artifacts, failed, cached, pending or {}),

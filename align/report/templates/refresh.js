@@ -1,0 +1,37 @@
+// Reloads the page of a run that goes on, and keeps what the reader has open. It waits while the reader types, has a
+// curve enlarged, or looks at another window.
+"use strict";
+(function () {
+  const seconds = Number(document.body.dataset.refresh);
+  const STORE = "align-open:" + location.pathname;
+  const folds = () => [...document.querySelectorAll("details")];
+  const nameOf = (fold) => (fold.closest("section") || fold).id + "/" + fold.querySelector("summary").textContent.replace(/\d+/g, "");
+
+  // Storage may be refused for files; the page then opens as it was written.
+  try {
+    const open = JSON.parse(sessionStorage.getItem(STORE) || "[]");
+    sessionStorage.removeItem(STORE);
+    for (const fold of folds()) if (open.includes(nameOf(fold))) fold.open = true;
+  } catch (error) { /* nothing to restore */ }
+  if (!seconds) return;
+
+  const button = document.getElementById("hold");
+  let paused = false;
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    paused = !paused;
+    button.textContent = paused ? "Go on" : "Pause";
+  });
+  const isBusy = () => {
+    const active = document.activeElement;
+    const typing = active && active.matches("input, select, textarea");
+    return paused || document.hidden || typing || document.querySelector("dialog[open]") !== null;
+  };
+  setInterval(() => {
+    if (isBusy()) return;
+    try {
+      sessionStorage.setItem(STORE, JSON.stringify(folds().filter((fold) => fold.open).map(nameOf)));
+    } catch (error) { /* reload without it */ }
+    location.reload();
+  }, seconds * 1000);
+})();
