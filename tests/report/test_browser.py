@@ -207,6 +207,52 @@ def test_the_page_of_a_run_that_goes_on_reloads_itself_and_keeps_what_is_open(dr
     assert all_of(driver, "#hold") == []
 
 
+CONTRASTS = """
+const luminance = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
+  .map((part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
+const ground = (element) => {
+  for (; element; element = element.parentElement) {
+    const color = getComputedStyle(element).backgroundColor;
+    if (!color.endsWith(", 0)")) return color;
+  }
+  return "rgb(255, 255, 255)";
+};
+const contrast = (ink, paper) => {
+  const [low, high] = [luminance(ink), luminance(paper)].sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+};
+const texts = "p, li, td, th, dt, dd, summary, h2, h3, .chip, .tag, button, select, b, text";
+return [...document.querySelectorAll(`main :is(${texts})`)]
+  .filter((element) => element.checkVisibility())
+  .map((element) => {
+    const style = getComputedStyle(element);
+    const ink = element.tagName === "text" ? style.fill : style.color;
+    return [element.tagName, element.textContent.trim().slice(0, 30), contrast(ink, ground(element))];
+  })
+  .filter(([, , value]) => value < 4.5).slice(0, 10);
+"""
+
+
+def emulate(driver, scheme, media=""):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features, "media": media})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read_in_light_and_dark(driver, opened, scheme):
+    emulate(driver, scheme)
+    try:
+        background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert background == {"light": "rgb(245, 246, 248)", "dark": "rgb(15, 20, 27)"}[scheme]
+        assert driver.execute_script(CONTRASTS) == []
+        emulate(driver, scheme, "print")
+        assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert driver.execute_script(CONTRASTS) == []
+    finally:
+        emulate(driver, "light")
+
+
 def test_pages_of_unfinished_and_empty_runs(driver, tmp_path):
     model = write_artifact(tmp_path, "model", Kind.MODEL)
     failed = {"stage": "sft", "message": HOSTILE, "pending": ["evaluate"], "inputs": ["model"]}

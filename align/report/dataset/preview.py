@@ -52,7 +52,7 @@ def write_preview(
     Panel.start_page()
     html = load_template("preview.html.jinja").render(
         name=name,
-        style=style_sheets("page.css", "preview.css"),
+        style=style_sheets("page.css", "preview.css", "dark.css"),
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=110) if recipe else "",
         kind=str(recipe.get("kind", "")),
         description=str(recipe.get("description", "")),

@@ -23,7 +23,7 @@ from align.store.version import VERSION
 
 FOLDER = Path(__file__).parents[1] / "templates"
 SCRIPTS = ("samples.js", "curves.js", "refresh.js")
-STYLE = "page.css"
+STYLES = ("page.css", "dark.css")
 
 
 def page_shell(title: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def page_shell(title: str) -> dict[str, Any]:
         "title": title,
         "version": VERSION,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "style": style_sheets(STYLE),
+        "style": style_sheets(*STYLES),
         "script": Markup(script),  # noqa: S704  (our own file)
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
