@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from align.report.run.run_report import write_report
@@ -205,6 +207,52 @@ def test_the_page_of_a_run_that_goes_on_reloads_itself_and_keeps_what_is_open(dr
     write_report([model], None, page, None, title="done")
     WebDriverWait(driver, 20).until(lambda browser: browser.title == "done")
     assert all_of(driver, "#hold") == []
+
+
+@pytest.fixture(scope="module")
+def page_of_six(full_run, tmp_path_factory):
+    """The page of a run whose evaluation has a sixth system."""
+    artifacts, card = full_run
+    card = copy.deepcopy(card)
+    card["policies"].append("dpo")
+    card["systems"].append({**card["systems"][2], "name": "dpo", "key": "k9"})
+    card["estimates"]["dpo"] = card["estimates"]["ppo"]
+    card["differences"] += [{**row, "policy": "dpo"} for row in card["differences"] if row["policy"] == "ppo"]
+    return write_report(artifacts, card, tmp_path_factory.mktemp("six") / "report.html")
+
+
+@pytest.mark.parametrize(("width", "columns"), [(1280, 6), (900, 3), (390, 2)])
+def test_six_systems_stand_in_even_rows(driver, page_of_six, width, columns):
+    resize(driver, width, 900)
+    open_page(driver, page_of_six)
+    boxes = [element.rect for element in all_of(driver, ".heads .head")]
+    assert len(boxes) == 6
+    assert len({round(box["x"]) for box in boxes}) == columns
+    assert len({round(box["width"]) for box in boxes}) == 1
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
+    if width == 1280:
+        table = "document.querySelector('#scorecard table.score').parentElement"
+        assert driver.execute_script(f"return {table}.scrollWidth <= {table}.clientWidth + 1")
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_table_that_goes_on_says_so_until_it_is_scrolled(driver, opened):
+    table = "document.querySelector('#scorecard table.score').parentElement"
+    state = f"const box = {table}; return [box.classList.contains('goes-on'), box.previousElementSibling.hidden];"
+    wait = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+    assert driver.execute_script(state) == [False, True]
+    resize(driver, 390, 844)
+    driver.execute_async_script(wait)
+    assert driver.execute_script(state) == [True, False]
+    driver.execute_script(f"{table}.scrollLeft = 40")
+    driver.execute_async_script(wait)
+    assert driver.execute_script(state) == [True, True]
+    # The metric's name stays in view.
+    left = f"return {table}.querySelector('tbody th[scope=row]').getBoundingClientRect().left"
+    assert driver.execute_script(left) >= 0
+    driver.execute_script(f"{table}.scrollLeft = 1e6")
+    driver.execute_async_script(wait)
+    assert driver.execute_script(state) == [False, True]
 
 
 CONTRASTS = """
