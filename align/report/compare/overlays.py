@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.compare.merged_scorecard import Card
-from align.report.curves.curve_panels import MAX_MARKERS, Curve, axes_reading, short_numbers
+from align.report.curves.curve_panels import MAX_MARKERS, Curve, axes_reading, label_axes, short_numbers
 from align.report.curves.metric_series import Events, group_by_panel
 from align.report.page.number_format import number
 from align.report.page.panels import COLORS, INK, LINES, MARKERS, Panel, error_bars, legend_name, nth, styled
@@ -133,8 +133,6 @@ def overlays(by_run: Mapping[str, Events], limit: int) -> tuple[list[Curve], lis
 @styled
 def draw_overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
     """Draw one metric over steps with a line for each run; return it with its numbers for the page's script."""
-    from matplotlib.ticker import MaxNLocator
-
     panel = Panel(WIDTH, HEIGHT, AXES_BOX)
     axes = panel.axes
     lines = []
@@ -155,10 +153,7 @@ def draw_overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
         )
         lines.append({"name": printable(run), "x": short_numbers(steps), "y": short_numbers(values)})
         changes.append(f"{run} from {number(values[0])} to {number(values[-1])}")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("step", labelpad=1)
+    label_axes(axes)
     axes.set_title(printable(title)[:60], fontsize=9.5, loc="left", color=INK)
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=7.5)
     svg = panel.svg(f"{title} over steps: {', '.join(changes)}")

@@ -18,6 +18,7 @@ from align.report.curves.metric_series import Events, group_by_panel
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import number
 from align.report.page.panels import COLORS, INK, LINES, MARKERS, Panel, legend_name, nth, styled
+from align.report.page.ticks import set_short_ticks
 
 OPEN_PANELS = 8
 """Curves of a stage that are open at first; the rest is folded."""
@@ -30,8 +31,6 @@ POINTS_PER_INCH = 72
 MAX_MARKERS = 20
 """Curves with at most so many points are drawn with markers."""
 DIGITS = 6
-MIN_PLAIN, MAX_PLAIN = 0.01, 1e5
-"""Axes whose largest number is outside this range have powers of ten on them."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def draw_curve(title: str, names: Sequence[str], events: Events) -> Curve:
             markersize=3.5,
             label=legend_name(name),
         )
-    _label_axes(axes)
+    label_axes(axes)
     axes.set_title(printable(title)[:44], fontsize=9.5, loc="left", color=INK)
     if len(names) > 1:
         axes.legend(loc="best")
@@ -130,16 +129,9 @@ def draw_curve(title: str, names: Sequence[str], events: Events) -> Curve:
     return Curve(title, svg, axes_reading(axes, AXES_BOX, (WIDTH, HEIGHT), lines))
 
 
-def _label_axes(axes: Any) -> None:
-    """Set few and short tick labels: the room next to the axes is fixed."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        # Both ends of an axis decide together, so that its labels look alike.
-        powers = not MIN_PLAIN <= max(map(abs, ends)) < MAX_PLAIN
-        axis.set_major_formatter(FuncFormatter(lambda value, _, powers=powers: _tick_label(value, powers)))
+def label_axes(axes: Any) -> None:
+    """Set short tick labels, for which there is fixed room, and name the steps."""
+    set_short_ticks(axes)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("step", labelpad=1)
 
@@ -183,14 +175,6 @@ def _spoken_label(
     """Return the text for screen readers: the first and the last value of each line."""
     changes = [f"{name} from {number(series[name][1][0])} to {number(series[name][1][-1])}" for name in names]
     return f"{title} over steps: {', '.join(changes)}"
-
-
-def _tick_label(value: float, powers: bool) -> str:
-    """Return a tick's label, short enough for the fixed room to the left of the axes."""
-    if not value or not powers:
-        return f"{value:.4g}".replace("-", "−")
-    digits, _, power = f"{value:.1e}".partition("e")
-    return f"{digits.removesuffix('.0')}e{int(power)}".replace("-", "−")
 
 
 def short_number(value: float) -> float:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from align.errors import printable
 from align.report.curves.metric_series import Events, average_to
 from align.report.page.panels import COLORS, LINES, MARKERS, Panel, error_bars, legend_name, nth, styled
+from align.report.page.ticks import set_root_ticks
 
 PATHS = {"score": "score that was optimized", "gold": "gold score"}
 """Metrics that a stage logs for each update, with their titles."""
@@ -117,10 +118,8 @@ def _path_points(events: Events, name: str) -> list[tuple[float, float, float]]:
 
 def root_axis(panel: Panel) -> None:
     """Give the KL axis a root scale: reward grows with the root of KL, and a base model may be far to the right."""
-    from matplotlib.ticker import MaxNLocator
-
     panel.axes.set_xscale("function", functions=(_signed_root, _signed_square))
-    panel.axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    set_root_ticks(panel.axes.xaxis)
 
 
 def _signed_root(x: Any) -> Any:

@@ -19,6 +19,7 @@ from align.report.page.panels import (
     styled,
     value_or,
 )
+from align.report.page.ticks import set_whole_ticks
 
 Card = Mapping[str, Any]
 
@@ -119,6 +120,7 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], label_suffix: str = "
             linewidth=1.6,
             label=legend_name(policy),
         )
+    set_whole_ticks(panel.axes.xaxis)
     panel.axes.set_xlabel("tokens of a response")
     panel.axes.set_ylabel("share of responses")
     panel.axes.legend(loc="best")

@@ -4,16 +4,8 @@ import re
 
 import pytest
 
-from align.report.curves.curve_panels import AXES_BOX, _tick_label, draw_curve, stage_curves
+from align.report.curves.curve_panels import AXES_BOX, draw_curve, stage_curves
 from align.report.curves.metric_series import Events
-
-
-@pytest.mark.parametrize(
-    ("value", "powers", "label"),
-    [(0.00015, True, "1.5e−4"), (0.0002, True, "2e−4"), (-3e6, True, "−3e6"), (0, True, "0"), (-0.25, False, "−0.25")],
-)
-def test_labels_are_short(value, powers, label):
-    assert _tick_label(value, powers) == label
 
 
 def test_readings_are_where_the_line_is_drawn():
