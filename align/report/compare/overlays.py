@@ -151,7 +151,9 @@ def draw_overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
             marker=nth(MARKERS, index) if len(steps) <= MAX_MARKERS else None,
             markersize=3.5,
         )
-        lines.append({"name": printable(run), "x": short_numbers(steps), "y": short_numbers(values)})
+        numbers = {"x": short_numbers(steps), "y": short_numbers(values)}
+        # A run keeps its color where runs before it lack this curve.
+        lines.append({"name": printable(run), "style": index, **numbers})
         changes.append(f"{run} from {number(values[0])} to {number(values[-1])}")
     label_axes(axes)
     axes.set_title(printable(title)[:60], fontsize=9.5, loc="left", color=INK)

@@ -1,8 +1,8 @@
 """Training curves as small panels, with the numbers that the page's script needs to read values off them.
 
 The axes of a panel have a fixed place. That makes a panel cheap to draw, and the script can put a line over it. A curve
-with more logged steps than points is drawn as means, with the range of the averaged values behind them. Curves are not
-smoothed.
+with more logged steps than points is drawn as means, with the range of the averaged values behind them. Panels are not
+smoothed; the page's script enlarges one to zoom and smooth.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def add_panels(
         figure = assets.add_figure(f"curve-{stage}-{curve.title}", curve.svg, f"{stage}: {curve.title}")
         # The page's script finds a panel's numbers by this index.
         panels.append({"figure": figure, "number": len(readings)})
-        readings.append({"stage": stage, **curve.reading})
+        readings.append({"stage": stage, "title": curve.title, **curve.reading})
     return panels
 
 

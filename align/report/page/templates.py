@@ -22,7 +22,7 @@ from align.report.page.number_format import MARKS, count, duration, interval, nu
 from align.store.version import VERSION
 
 FOLDER = Path(__file__).parents[1] / "templates"
-SCRIPTS = ("samples.js", "curves.js", "scroll.js", "refresh.js")
+SCRIPTS = ("samples.js", "curves.js", "curve_view.js", "scroll.js", "refresh.js")
 STYLES = ("page.css", "dark.css")
 
 
