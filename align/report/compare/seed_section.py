@@ -43,6 +43,7 @@ def seed_section(seeds: SeedComparison | None, assets: AssetWriter) -> dict[str,
         "seed."
     )
     return {
+        "has_settings": len(seeds.groups) > 1,
         "counts": seeds.seed_counts,
         "metrics": [{"name": name, **seeds.card["metrics"][name]} for name in seeds.metrics],
         "rows": [_row(seeds, system) for system in seeds.systems],
@@ -139,8 +140,7 @@ def _row(seeds: SeedComparison, system: SeedSystem) -> dict[str, Any]:
             continue
         bounds = interval(estimate) if estimate["low"] is not None else "no interval"
         cells.append({"value": number(estimate["value"]), "interval": bounds})
-    settings = system.group.name if len(seeds.groups) > 1 else ""
-    return {"setting": settings, "system": system.name, "seeds": _seed_words(system), "cells": cells}
+    return {"setting": system.group.name, "system": system.name, "seeds": _seed_words(system), "cells": cells}
 
 
 def _by_seed(seeds: SeedComparison) -> dict[str, Any]:

@@ -5,7 +5,8 @@
   const source = document.getElementById("curves-data");
   if (!source || typeof HTMLDialogElement === "undefined") return;
   const NS = "http://www.w3.org/2000/svg";
-  const WIDTH = 960, HEIGHT = 460, BOX = { left: 70, top: 14, right: 944, bottom: 420 };
+  const BOX = { left: 70, top: 14 };
+  let WIDTH = 0, HEIGHT = 0;  // by the window, so that labels have their size on a phone, too
   const STYLES = 7, DASHES = ["", "7 4", "9 3 2 3", "2 3", "9 3 2 3 2 3", "2 5", "12 5"];
   const MIN_SMOOTHED = 8;  // points: a line of a few held-out values is no noise
   const MIN_DRAG = 6;  // pixels: less is a click
@@ -85,7 +86,7 @@
   const close = html("button", "", controls, "Close");
   reset.type = close.type = "button";
   const legend = html("div", "curve-legend", dialog);
-  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "plot", role: "img" }, dialog);
+  const svg = make("svg", { class: "plot", role: "img" }, dialog);
   const reading = html("p", "small reading", dialog);
   html("p", "small", dialog, "Drag across to zoom in; + and − zoom, ← → move, 0 shows the whole run, Esc closes.");
 
@@ -127,7 +128,7 @@
   const pathOf = (line, values) => line.x.map((step, index) => (index ? "L" : "M") + across(step).toFixed(1) + " " + up(values[index]).toFixed(1)).join("");
 
   function drawAxes() {
-    const steps = ticks(view.x[0], view.x[1], 8), stepLabels = labels(steps);
+    const steps = ticks(view.x[0], view.x[1], WIDTH / 110), stepLabels = labels(steps);
     steps.forEach((step, index) => {
       make("line", { x1: across(step), x2: across(step), y1: BOX.top, y2: BOX.bottom, class: "grid" }, svg);
       make("text", { x: across(step), y: BOX.bottom + 18, "text-anchor": "middle" }, svg).textContent = stepLabels[index];
@@ -178,6 +179,12 @@
     draw();
   }
 
+  function fit() {
+    [WIDTH, HEIGHT] = innerWidth < 640 ? [400, 380] : [960, 460];
+    Object.assign(BOX, { right: WIDTH - 16, bottom: HEIGHT - 40 });
+    svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+  }
+
   function open(number) {
     data = data || JSON.parse(source.textContent);
     const curve = data[number];
@@ -186,6 +193,7 @@
     logBox.checked = false;
     logBox.disabled = !canLog;
     slider.value = String(smoothing);
+    fit();
     draw();
     dialog.showModal();
   }
