@@ -182,7 +182,7 @@ def test_values_are_read_off_a_curve(driver, opened):
 def test_a_curve_is_enlarged_zoomed_and_smoothed(driver, opened):
     from selenium.webdriver import ActionChains
 
-    figure = next(one for one in all_of(driver, "figure.curve") if "test_loss" in one.get_attribute("aria-label"))
+    figure = next(each for each in all_of(driver, "figure.curve") if "test_loss" in each.get_attribute("aria-label"))
     driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", figure)
     driver.execute_script("arguments[0].focus()", figure)
     figure.send_keys("\ue007")  # Enter

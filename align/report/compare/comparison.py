@@ -56,6 +56,7 @@ def write_comparison(
     out: Path,
     title: str = "Comparison of runs",
     notes: Mapping[str, str] | None = None,
+    *,
     sweep: SweepTrials | None = None,
     seeds: SeedComparison | None = None,
 ) -> Path:
@@ -85,19 +86,11 @@ def write_comparison(
     trade_offs = _trade_offs(evaluated, card, assets)
     html = load_template("comparison.html.jinja").render(
         **page_shell(title),
-        **{
-            **sections,
-            "drift": [],
-            "decision": _decision(evaluated, card) if seeds is None else seeds.decision,
-            "findings": _findings(evaluated, card, trade_offs)
-            if seeds is None
-            else group_findings(seed_findings(seeds)),
-        },
+        **{**sections, "drift": [], **_summary(evaluated, card, trade_offs, seeds)},
         seeds=seed_section(seeds, assets),
         sweep=sweep_section(sweep, assets),
         runs=table,
         first=evaluated[0].name if evaluated else "",
-        heads=_headlines(evaluated, card) if seeds is None else seed_headlines(seeds),
         trade_offs=[trade_off["figure"] for trade_off in trade_offs],
         other_items=differing_item_counts(evaluated),
         curves=curves,
@@ -121,6 +114,26 @@ def _write_merged(evaluated: Sequence[EvaluatedRun], card: Card | None, folder: 
     samples = "".join(json.dumps(line) + "\n" for line in merge_samples(evaluated))
     write_text_atomically(folder / SAMPLES, samples)
     return [Artifact("comparison", Kind.SCORECARD, folder, {})]
+
+
+def _summary(
+    evaluated: Sequence[EvaluatedRun],
+    card: Card | None,
+    trade_offs: Sequence[Mapping[str, Any]],
+    seeds: SeedComparison | None,
+) -> dict[str, Any]:
+    """Return the first section: the decision, boxes and findings, about runs or about settings over their seeds."""
+    if seeds is not None:
+        return {
+            "decision": seeds.decision,
+            "heads": seed_headlines(seeds),
+            "findings": group_findings(seed_findings(seeds)),
+        }
+    return {
+        "decision": _decision(evaluated, card),
+        "heads": _headlines(evaluated, card),
+        "findings": _findings(evaluated, card, trade_offs),
+    }
 
 
 def _headlines(evaluated: Sequence[EvaluatedRun], card: Card | None) -> list[dict[str, Any]]:

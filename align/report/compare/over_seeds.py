@@ -51,7 +51,7 @@ class SeedComparison:
 
     @property
     def seed_counts(self) -> str:
-        """How many seeds the settings have: ``3 seeds``, or ``2 to 5 seeds``."""
+        """Number of seeds of the settings: ``3 seeds``, or ``2 to 5 seeds``."""
         counts = sorted({len(group.runs) for group in self.groups})
         return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 

@@ -46,6 +46,7 @@ def set_root_ticks(axis: Any) -> None:
         """Ticks for the limits that the axis has when it is drawn."""
 
         def __call__(self) -> list[float]:
+            assert self.axis is not None
             return self.tick_values(*self.axis.get_view_interval())
 
         def tick_values(self, vmin: float, vmax: float) -> list[float]:

@@ -90,7 +90,7 @@
   const reading = html("p", "small reading", dialog);
   html("p", "small", dialog, "Drag across to zoom in; + and − zoom, ← → move, 0 shows the whole run, Esc closes.");
 
-  const whole = (lines) => {
+  const allSteps = (lines) => {
     const steps = lines.flatMap((line) => [line.x[0], line.x[line.x.length - 1]]);
     return [Math.min(...steps), Math.max(...steps)];
   };
@@ -172,7 +172,7 @@
   }
 
   function zoom(low, high) {
-    const [first, last] = whole(view.curve.lines);
+    const [first, last] = allSteps(view.curve.lines);
     const width = Math.min(last - first, Math.max(high - low, (last - first) / 1000)) || 1;
     const start = Math.min(Math.max(low, first), Math.max(first, last - width));
     view.x = [start, start + width];
@@ -188,7 +188,7 @@
   function open(number) {
     data = data || JSON.parse(source.textContent);
     const curve = data[number];
-    view = { curve, x: whole(curve.lines), y: [0, 1], log: false };
+    view = { curve, x: allSteps(curve.lines), y: [0, 1], log: false };
     const canLog = curve.lines.every((line) => line.y.every((value) => value > 0));
     logBox.checked = false;
     logBox.disabled = !canLog;
@@ -231,17 +231,17 @@
     dragFrom = null;
     if (from !== null && Math.abs(event.clientX - dragX) >= MIN_DRAG) zoom(Math.min(from, step), Math.max(from, step));
   });
-  svg.addEventListener("dblclick", () => zoom(...whole(view.curve.lines)));
+  svg.addEventListener("dblclick", () => zoom(...allSteps(view.curve.lines)));
   slider.addEventListener("input", () => { smoothing = Number(slider.value); draw(); });
   logBox.addEventListener("change", () => { view.log = logBox.checked; draw(); });
-  reset.addEventListener("click", () => zoom(...whole(view.curve.lines)));
+  reset.addEventListener("click", () => zoom(...allSteps(view.curve.lines)));
   close.addEventListener("click", () => dialog.close());
   dialog.addEventListener("keydown", (event) => {
     if (event.target === slider) return;
     const [low, high] = view.x, width = high - low, middle = (low + high) / 2;
     const moves = {
       "+": [middle - width / 4, middle + width / 4], "-": [middle - width, middle + width],
-      ArrowLeft: [low - width / 4, high - width / 4], ArrowRight: [low + width / 4, high + width / 4], 0: whole(view.curve.lines),
+      ArrowLeft: [low - width / 4, high - width / 4], ArrowRight: [low + width / 4, high + width / 4], 0: allSteps(view.curve.lines),
     };
     const move = moves[event.key];
     if (!move) return;
