@@ -125,8 +125,8 @@ def test_over_seeds_prints_the_decision_and_every_seed(
     out = capsys.readouterr().out
     # By seed 0.5 and 0.52 above the base: t = 51 on one degree, p = 0.0125, times three. To SFT t = 21 is not enough.
     assert out.startswith("Take ppo or sft: ppo has the best gold score, 0.717, sft (0.507) cannot be told apart")
-    assert "  ppo: Gold score 0.717 (95 % interval 0.590 to 0.844); by seed 1: 0.707, 2: 0.727\n" in out
-    assert "  sft: Gold score 0.507 (no interval); by seed 1: 0.507, 2: 0.507\n" in out
+    assert "  ppo: gold score 0.717 (95 % interval 0.590 to 0.844); by seed 1: 0.707, 2: 0.727\n" in out
+    assert "  sft: gold score 0.507 (no interval); by seed 1: 0.507, 2: 0.507\n" in out
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     ppo = document["over_seed"][-1]

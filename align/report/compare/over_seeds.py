@@ -18,6 +18,7 @@ from align.report.compare.merged_scorecard import EvaluatedRun, read_cards
 from align.report.compare.run_table import Runs, result_metrics
 from align.report.compare.seed_groups import SeedGroup, group_by_seed
 from align.report.page.number_format import interval, number
+from align.report.scorecard.conclusions import metric_phrase
 from align.report.scorecard.decision import Best, Decision, checkpoints, decide
 
 Row = dict[str, Any]
@@ -84,7 +85,7 @@ class SeedComparison:
 
     def as_lines(self) -> list[str]:
         """Return each candidate's numbers in the primary metric as a line of text."""
-        title = self.card["metrics"][self.card["primary"]]["title"]
+        title = metric_phrase(self.card, self.card["primary"])
         lines = []
         for label, row in zip(self.candidates, self.as_rows(), strict=True):
             seeds = ", ".join(f"{seed}: {number(value)}" for seed, value in row["by_seed"].items())

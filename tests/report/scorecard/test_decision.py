@@ -27,6 +27,7 @@ def make_card(columns, best_of=()):
         for name in columns
     ]
     measurements = Measurements(systems, "sft", "model")
+    measurements.programs = {"gold": ("higher", "share of the constraints that hold")}
     measurements.sources = ["all"] * N
     measurements.values = {name: {"gold": [[float(value)] for value in column]} for name, column in columns.items()}
     card = build(measurements, Resampling(300, 0), {**SETTINGS, "prompts": N})
