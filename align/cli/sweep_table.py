@@ -181,7 +181,11 @@ def sentences(sweep: Sweep, rows: list[TrialRow]) -> list[str]:
             text += f", {count} {state}"
     lines = [f"{text}. Time covers only the stages that the trial ran."]
     best = [row for row in rows if row.best]
-    if len(sweep.objectives) == 1 and best:
+    if len(sweep.objectives) == 1 and len(best) > 1:
+        numbers = ", ".join(str(row.number) for row in best)
+        value = number(best[0].values[sweep.objectives[0].name])
+        lines.append(f"No trial is best: {numbers} (*) all have {value}.")
+    elif len(sweep.objectives) == 1 and best:
         lines.append(f"Best: trial {best[0].number}; its run is {best[0].run}.")
     elif best:
         numbers = ", ".join(str(row.number) for row in best)

@@ -254,12 +254,13 @@ class Study:
         return records
 
     def best(self) -> list[int]:
-        """Return the numbers of the trials that no other one beats: the best, or for several objectives the front."""
+        """Return the numbers of the trials that no other one beats: the best with its ties, or a front of several aims."""
         if not any(trial.state == "done" for trial in self.trials()):
             return []
-        # Optuna has one best trial for one objective, a Pareto front for several.
+        # Optuna has one best trial for one objective, the first of equal ones, and a Pareto front for several.
         if len(self.objectives) == 1:
-            return [self._study.best_trial.number]
+            top = [self._study.best_trial.value]
+            return [trial.number for trial in self.trials() if trial.values == top]
         return [trial.number for trial in self._study.best_trials]
 
 

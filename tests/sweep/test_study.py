@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 
+from align.cli.sweep_table import sentences, trial_rows
 from align.errors import UserError
 from align.store.store import Store
 from align.sweep.study import Study, Trial, TrialLost
@@ -192,6 +193,19 @@ def test_failed_trials_count_and_can_be_run_again(tmp_path: Path) -> None:
     assert again is not None and again.draw == first.draw and again.number == 2
     study.complete(again, [0.9])
     assert study.next() is None and study.best() == [2]
+
+
+def test_trials_with_the_same_value_tie_and_none_of_them_is_best(tmp_path: Path) -> None:
+    sweep = toy_sweep.check(tmp_path, space=SPACE, trials=3)
+    study = toy_sweep.opened(sweep, tmp_path / "s")
+    for gold in (0.0, -1.0, 0.0):
+        trial = study.next()
+        assert trial is not None
+        study.complete(trial, [gold])
+    assert study.best() == [0, 2]
+    lines = sentences(sweep, trial_rows(sweep, study))
+    assert "No trial is best: 0, 2 (*) all have 0.000." in lines
+    assert not any(line.startswith("Best") for line in lines)
 
 
 def test_two_objectives_have_a_front(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def sweep_section(trials: SweepTrials | None, assets: AssetWriter) -> dict[str, 
     return {
         "dimensions": trials.dimensions,
         "objectives": trials.objectives,
+        "has_ties": sum(bool(row["best"]) for row in trials.rows) > 1,
         "rows": [_display_row(row, trials) for row in trials.rows],
         "sentences": [with_minus_signs(sentence) for sentence in trials.sentences],
         "figures": _figures(trials, assets),
