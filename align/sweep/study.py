@@ -254,7 +254,7 @@ class Study:
         return records
 
     def best(self) -> list[int]:
-        """Return the numbers of the trials that no other one beats: the best with its ties, or a front of several aims."""
+        """Return the numbers of the trials that no other beats: the best with its ties, or a front of several aims."""
         if not any(trial.state == "done" for trial in self.trials()):
             return []
         # Optuna has one best trial for one objective, the first of equal ones, and a Pareto front for several.
