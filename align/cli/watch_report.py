@@ -68,8 +68,9 @@ class Watch:
         """Return True while a stage runs, here or elsewhere, or a job of the run waits in a queue."""
         if any(self.store.is_locked(kind, key) for kind, key in self.outline.stages.values()):
             return True
-        jobs, _ = live_jobs(self.store, [self.outline])
-        return bool(jobs)
+        jobs, slurm_error = live_jobs(self.store, [self.outline])
+        # A scheduler that does not answer may still have jobs of the run.
+        return bool(jobs) or bool(slurm_error)
 
     def _is_done(self) -> bool:
         """Return True once every stage but the report has its artifact and none is made again."""

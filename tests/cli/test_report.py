@@ -338,7 +338,7 @@ def test_an_empty_store_has_nothing_to_report(pipeline_file: Path, store: Path, 
 
 
 def test_watch_writes_the_page_until_the_run_ends(pipeline_file: Path, store: Path, capsys: Capture) -> None:
-    run = threading.Thread(target=ran, args=(pipeline_file, store, "--set", "stages.two.pause=1.0"))
+    run = threading.Thread(target=ran, args=(pipeline_file, store, "--set", "stages.two.pause=0.6"))
     texts = []
 
     def look(seconds: float) -> None:
@@ -347,7 +347,7 @@ def test_watch_writes_the_page_until_the_run_ends(pipeline_file: Path, store: Pa
             texts.append(page_of(store).read_text())
         time.sleep(0.2)
 
-    outline = outline_of(Pipeline.load(str(pipeline_file), {"stages.two.pause": 1.0}))
+    outline = outline_of(Pipeline.load(str(pipeline_file), {"stages.two.pause": 0.6}))
     shown: list[Path] = []
     run.start()
     page = Watch(outline, Store(store), None, 1.0, look).follow(shown.append)
@@ -370,6 +370,10 @@ def test_watch_ends_after_a_quiet_while_or_by_the_reader(
     page = Watch(outline, Store(store), None, 1.0, interrupt).follow(lambda _: None)
     assert page is not None and "data-refresh" not in page.read_text()
     monkeypatch.setattr("align.cli.watch_report.QUIET_SECONDS", 0.0)
+    # While Slurm does not answer, nobody knows whether a job of the run waits.
+    monkeypatch.setattr("align.cli.watch_report.live_jobs", lambda *_: ({}, "squeue: timed out"))
+    assert Watch(outline, Store(store), None, 1.0)._is_active()
+    monkeypatch.setattr("align.cli.watch_report.live_jobs", lambda *_: ({}, ""))
     capsys.readouterr()
     assert main(["report", "toy", "--watch", "--store", str(store)]) == 0
     out = capsys.readouterr().out
