@@ -13,8 +13,8 @@ from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
 from align.rl.prompts import Prompts
-from align.stages.rl import train
 from align.store.artifacts import Artifact, Kind
 from align.training.row_history import Continuation
 from tests.support.rl.stages import KINDS, make_stage
@@ -25,6 +25,12 @@ FIELDS = {"scheduler": "constant", "save_updates": 100}
 
 def stage(kind: str, root: Path, model: Path, **fields: Any) -> StageContext:
     return make_stage(kind, root, model, **{**FIELDS, **fields})
+
+
+def train(context: StageContext) -> dict[str, Any]:
+    """Run the stage whose kind has the context's config."""
+    (kind,) = [kind for kind in KINDS if isinstance(context.config, STAGES[kind].config_class())]
+    return STAGES[kind].runner()(context)
 
 
 def continuing(first: StageContext, kind: str, root: Path, model: Path, **fields: Any) -> StageContext:

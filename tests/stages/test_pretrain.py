@@ -123,7 +123,7 @@ def test_no_text_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
     [
         ({"document_ends": "x"}, "Did you mean 'document_end'"),
         ({"dat": "x"}, "Did you mean 'data'"),
-        ({"trainer": {"packing": True}}, "set 'packing' beside"),
+        ({"trainer": {"packing": True}}, "'packing' is not set here: texts are always packed"),
         ({"tuning": {"method": "prompt"}}, "changes a row's beginning"),
     ],
 )
