@@ -47,7 +47,9 @@ def run_stage(
     for folder in ("output", "checkpoints"):
         (root / folder).mkdir(parents=True)
     config = config_of(kind, fields)
-    context = StageContext(kind, config, inputs, 17, runtime, root / "output", root / "checkpoints", root / "events")
+    context = StageContext(
+        kind, config, inputs, 17, runtime, root / "output", root / "checkpoints", root / "events", kind=kind
+    )
     return find_stage(kind).runner()(context)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.config.validation import suggest
+from align.config.validation import hint_nearest
 from align.data.rows import Row
 from align.errors import UserError, shorten
 from align.lint.batches import Collator
@@ -77,7 +77,7 @@ def encoding_of(kind: str) -> RowEncoding:
     try:
         path = find_stage(kind).lint
     except KeyError:
-        message = f"lint: unknown kind '{shorten(kind)}'.{suggest(kind, known)} Known are {', '.join(known)}."
+        message = f"lint: unknown kind '{shorten(kind)}'.{hint_nearest(kind, known)} Known are {', '.join(known)}."
         raise UserError(message) from None
     if path is None:
         raise UserError(f"lint: stage '{kind}' names no row encoding (`lint` of its record), so it cannot be linted.")
