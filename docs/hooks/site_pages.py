@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 COPIED = {"index.md": "README.md", "development.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 """Pages that are files of the repository's root."""
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Start": ("index", "getting_started", "pipelines", "python", "commands"),
+    "Start": ("index", "getting_started", "tasks", "pipelines", "python", "commands"),
     "Data": ("data", "data_*", "synthesis", "lint"),
     "Training": ("methods", "methods_*", "rewards", "ppo", "ppo_*", "rl", "rl_*"),
     "Evaluation": ("evaluation", "evaluation_*", "reporting", "results", "results_*"),
