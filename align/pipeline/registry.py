@@ -284,7 +284,7 @@ STAGES: dict[str, Stage] = {
         ),
         _stage(
             "evaluate",
-            4,
+            5,
             Kind.SCORECARD,
             "compare systems on prompts, benchmarks and by judges, with intervals",
             estimator="align.capacity.estimators.evaluate",
