@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.config.shipped import find_shipped
 from align.config.validation import suggest
 from align.data.build_files import is_build
 from align.data.card import read_name
@@ -127,7 +128,7 @@ def find_artifact(name: str, store: str | None) -> Artifact:
     if ":" not in name:
         return open_store(None, store).resolve(name)
     path, _, stage = name.rpartition(":")
-    pipeline = Pipeline.load(path)
+    pipeline = Pipeline.load(find_shipped(path))
     stage = pipeline.resolve(stage)
     if stage not in pipeline.nodes:
         raise UserError(f"{name}: the pipeline has no stage '{stage}'; it has {', '.join(pipeline.nodes)}.")

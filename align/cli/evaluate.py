@@ -147,7 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="a folder, a key, PIPELINE:STAGE, a built-in or Hub name (with @commit); NAME=CHECKPOINT names it",
     )
-    parser.add_argument("--suite", required=True, metavar="SUITE", help="a file like pipelines/suites/standard.yaml")
+    parser.add_argument(
+        "--suite", required=True, metavar="SUITE", help="a suite's file, or the name of a shipped one: standard"
+    )
     add_assignments(parser, "override a field of the suite, like tasks.ifeval.max_items=50; repeatable")
     parser.add_argument(
         "--reference", metavar="NAME", help="checkpoint to compare with (default: the first that is no base model)"

@@ -17,6 +17,7 @@ from align.cli import (
     evaluate,
     export,
     fields,
+    init,
     plan_hardware,
     push,
     report,
@@ -40,7 +41,9 @@ INTERRUPTED = 130
 
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pipeline", metavar="PIPELINE", help="a pipeline file, like pipelines/quickstart.yaml")
+    parser.add_argument(
+        "pipeline", metavar="PIPELINE", help="a pipeline file, or the name of a shipped one: quickstart"
+    )
     add_assignments(parser, "override a field, like stages.ppo.kl_coef=0.1; repeatable")
     parser.add_argument("--from", dest="from_", metavar="STAGE", help="rerun this stage and all that depend on it")
     parser.add_argument("--only", metavar="STAGE", help="run this stage only; its inputs must be finished")
@@ -185,6 +188,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
     "explain": _explain,
+    "init": init.run,
     "list": artifacts.list_artifacts,
     "show": artifacts.show,
     "gc": artifacts.collect_garbage,
@@ -246,6 +250,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_arguments(parsers["compare"])
     sweep.add_arguments(parsers["sweep"])
     export.add_arguments(parsers["export"])
+    init.add_arguments(parsers["init"])
     push.add_arguments(parsers["push"])
     status.add_arguments(parsers["status"])
     cancel.add_arguments(parsers["cancel"])

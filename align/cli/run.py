@@ -7,6 +7,7 @@ import sys
 
 from align.cli.parser import print_warning
 from align.cli.run_session import print_outcome, run_and_report
+from align.config.shipped import find_shipped
 from align.errors import UserError, printable
 from align.pipeline.pipeline import Pipeline
 from align.pipeline.stop_signal import Stopped
@@ -15,7 +16,9 @@ from align.runner.prepare import RunOptions
 
 def load(options: argparse.Namespace) -> Pipeline:
     """Load the pipeline of the command line with its ``--set`` options."""
-    return Pipeline.load(options.pipeline, options.assignments, getattr(options, "on", None), print_warning)
+    return Pipeline.load(
+        find_shipped(options.pipeline), options.assignments, getattr(options, "on", None), print_warning
+    )
 
 
 def print_pins(pipeline: Pipeline) -> None:

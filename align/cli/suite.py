@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from align.cli.checkpoints import BASE, Checkpoint
+from align.config.located_paths import PathField, locate, settle_path, unmark
+from align.config.shipped import find_shipped
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml
@@ -80,9 +82,11 @@ class ComparedCheckpoints:
 def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
     """Read a suite and apply ``assignments`` such as ``tasks.ifeval.max_items=50``; ``tasks.x=null`` takes a task out.
 
-    Raises ``UserError`` for a file that is no suite, and for fields that belong on the command line.
+    ``path`` may be a shipped suite's name. Raises ``UserError`` for a file that is no suite, and for fields that belong
+    on the command line.
     """
-    raw = load_yaml(Path(path))
+    path = find_shipped(path, "suite")
+    raw = locate(load_yaml(Path(path)), Path(path))
     if isinstance(raw.get("stages"), Mapping):
         raise UserError(f"{path}: a pipeline, not a suite; `align run {path}` runs it. A suite is its evaluate block.")
     # Assignments change nested blocks in place.
@@ -97,11 +101,12 @@ def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
     for name in NAMED_BLOCKS:
         if isinstance(raw.get(name), dict):  # drop entries set to null: `--set tasks.gsm8k=null`
             raw[name] = {key: value for key, value in raw[name].items() if value is not None}
-    top = {name: raw.pop(name) for name in PIPELINE_FIELDS if name in raw}
+    top = {name: unmark(raw.pop(name)) for name in PIPELINE_FIELDS if name in raw}
     rows = {name: raw.pop(name) for name in ROWS if raw.get(name) is not None}
     for name, word in rows.items():
         if not isinstance(word, str):
             raise UserError(f"{path}: {name} is {word!r}; expected a recipe, a build's folder, or a key.")
+        rows[name] = settle_path(word, Path.cwd(), f"{path}: {name}", PathField(may_be_name=True))
     return Suite(path, raw, top, rows)
 
 

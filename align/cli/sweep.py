@@ -27,12 +27,14 @@ MAX_COMPARED = 16
 def run(options: argparse.Namespace) -> int:
     """try out a space over a pipeline's fields; unchanged stages are made once, an interrupted sweep goes on"""
     from align.cli.sweep_table import print_plan, print_trials
+    from align.config.shipped import find_shipped
     from align.runner.open_store import open_store
     from align.sweep.config import load_sweep
     from align.sweep.plan import Sweep
     from align.sweep.study import Study
 
     folder = output_folder(options.output)
+    options.sweep = find_shipped(options.sweep, "sweep")
     config = load_sweep(options.sweep)
     if options.trials is not None:
         config = config.model_copy(update={"trials": _check_positive("--trials", options.trials)})
@@ -170,7 +172,7 @@ def _document(sweep: Sweep, study: Study, store: Store, page: Path | None) -> di
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``align sweep``."""
-    parser.add_argument("sweep", metavar="SWEEP", help="a sweep file, like pipelines/sweeps/dpo.yaml")
+    parser.add_argument("sweep", metavar="SWEEP", help="a sweep's file, or the name of a shipped one: dpo")
     parser.add_argument("--dry-run", action="store_true", help="check everything and say what would be tried")
     parser.add_argument("--workers", type=int, metavar="N", help="trials at once, each a process")
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all, instead of the file's")

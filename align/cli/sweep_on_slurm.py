@@ -88,6 +88,8 @@ def _submit(sweep: Sweep, store: Store, workers: int, assignments: list[str], on
     about = {"where": sweep.where, "assignments": list(assignments), "on": on, "workers": workers, "job": None}
     submission = Submission.begin(store, sweep.base, sweep.config.name, about)
     config = sweep.config.model_dump(mode="json", exclude_unset=True)
+    # The copy lies elsewhere, and a relative path would start there.
+    config["pipeline"] = str(Path(config["pipeline"]).absolute())
     write_text_atomically(submission.folder / FILE, yaml.safe_dump(config, sort_keys=False))
     title, script = f"sweep {submission.run}", submission.folder / "worker.sh"
     write_script(script, title, [str(submission.folder)], block.setup, "align.cli.sweep_on_slurm")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from align.config.shipped import shipped_root
 from align.config.validation import suggest
 from align.errors import UserError
 from align.store.code_identity import code_identity
@@ -18,6 +20,33 @@ CHECKERS = "align.data.checkers"
 """Module of align's own functions, which are identified by its ``VERSION``, not by its source."""
 SHORT = {"gold": f"{CHECKERS}:gold", "gsm8k_answer": f"{CHECKERS}:gsm8k_answer"}
 """Short names of align's own functions."""
+
+
+FOLDERS = "ALIGN_MODULE_FOLDERS"
+"""Environment variable with the folders of the YAML files that were read, for the processes of their stages."""
+
+
+def add_module_folder(file: Path) -> None:
+    """Have modules in the folder of a YAML file found, here and in processes that this one starts.
+
+    Shipped files name modules from the folder above theirs: ``examples.scorers``. Does nothing for no file.
+    """
+    if not file.is_file():
+        return
+    root = shipped_root()
+    folders = [file.parent.absolute(), *([root] if root in file.absolute().parents else [])]
+    known = os.environ.get(FOLDERS, "").split(os.pathsep)
+    added = [str(folder) for folder in folders if folder != Path.cwd() and str(folder) not in known]
+    if added:
+        os.environ[FOLDERS] = os.pathsep.join(filter(None, [*known, *added]))
+    search_module_folders()
+
+
+def search_module_folders() -> None:
+    """Append the folders of YAML files to the search path: what they hold hides no installed module."""
+    for folder in os.environ.get(FOLDERS, "").split(os.pathsep):
+        if folder and folder not in sys.path:
+            sys.path.append(folder)
 
 
 def load_function(path: str, role: str = "score") -> Callable[..., Any]:
@@ -67,11 +96,12 @@ def full_path(path: str, role: str) -> str:
 
 
 def _find(full: str, role: str) -> Path:
-    """Return the module's file; the current directory is searched too, as ``python -m`` does."""
+    """Return the module's file; the current folder is searched too, as ``python -m`` does, and those of YAML files."""
     module = full.partition(":")[0]
     directory = str(Path.cwd())
     if directory not in sys.path and "" not in sys.path:
         sys.path.insert(0, directory)
+    search_module_folders()
     importlib.invalidate_caches()
     try:
         spec = importlib.util.find_spec(module)
@@ -79,7 +109,7 @@ def _find(full: str, role: str) -> Path:
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise UserError(
-            f"{role} '{full}': there is no module '{module}'; write it as package.module:function, importable from the "
-            "current directory or installed."
+            f"{role} '{full}': there is no module '{module}'; write it as package.module:function, in the "
+            "current folder, in that of the YAML file, or installed."
         )
     return Path(spec.origin)

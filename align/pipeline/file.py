@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from align.config.located_paths import LocatedText, locate
 from align.config.yaml import drop_anchor_blocks, load_yaml
 from align.errors import UserError, shorten
 from align.pipeline.executors import EXECUTOR, in_long_forms
@@ -33,7 +34,7 @@ def read_pipeline_file(
     known_keys: Collection[str],
     adjust: Callable[[dict[str, Any]], None] = lambda raw: None,
 ) -> dict[str, Any]:
-    """Return the plain values that a pipeline file stands for.
+    """Return the plain values that a pipeline file stands for, with marks of the file (``align.config.located_paths``).
 
     ``known_keys`` are the top-level keys of a pipeline, by which misspelled overrides are found. ``adjust`` changes the
     values before the overrides do. Raises ``UserError`` for a file that cannot be read, base files that extend each
@@ -91,7 +92,7 @@ def _plain(value: Any, place: str) -> Any:
 
 def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     """Read ``path`` on top of what it extends; ``readers`` are the files that led here, the first one first."""
-    raw = in_long_forms(load_yaml(path))  # first: it refuses paths that no file can have
+    raw = in_long_forms(locate(load_yaml(path), path))  # first: it refuses paths that no file can have
     resolved = path.resolve()
     if resolved in readers:
         circle = " -> ".join(file.name for file in (*readers[readers.index(resolved) :], resolved))
@@ -146,7 +147,10 @@ def fill_in_variables(value: Any, place: str) -> Any:
         return {key: fill_in_variables(item, _below(place, key)) for key, item in value.items()}
     if isinstance(value, list):
         return [fill_in_variables(item, f"{place}[{index}]") for index, item in enumerate(value)]
-    return VARIABLE.sub(_value_of(place), value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    text = VARIABLE.sub(_value_of(place), value)
+    return LocatedText(text, value.file) if isinstance(value, LocatedText) else text
 
 
 def _below(place: str, key: Any) -> str:

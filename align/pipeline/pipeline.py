@@ -19,6 +19,7 @@ from pydantic import Field, create_model
 from align.config.base import Config, input_fields, input_names, names_in_block, settings_for_key
 from align.config.runtime import Runtime, StageRuntime
 from align.config.stages.continue_from import CONTINUE
+from align.config.user_functions import add_module_folder
 from align.config.validation import suggest, validate
 from align.errors import UserError, shorten
 from align.pipeline.executors import choose_executor, in_long_forms, objection_to_stage, refuse_contradiction
@@ -26,6 +27,7 @@ from align.pipeline.file import Overrides, complete_values, read_pipeline_file
 from align.pipeline.inheritance import Settings, inherit, refuse_changes
 from align.pipeline.loops import expand
 from align.pipeline.overrides import apply_overrides, parse_assignment
+from align.pipeline.paths import settle_pipeline
 from align.pipeline.registry import Stage
 from align.pipeline.stage_kinds import NAME_PATTERN, stage_of
 from align.store.artifacts import Kind
@@ -84,11 +86,14 @@ class Pipeline:
     ) -> None:
         """Check ``raw`` (the parsed YAML); relative paths in it start at ``base``, by default the current folder.
 
+        Texts that are marked with their file (``align.config.located_paths``) start at its folder.
+
         ``rounds`` are the rounds of loops that ``raw`` has written out already.
         """
-        self.raw: dict[str, Any] = in_long_forms(copy.deepcopy(dict(raw)))
         self.where = where
         self.base = base or Path.cwd()
+        add_module_folder(Path(where))
+        self.raw: dict[str, Any] = settle_pipeline(in_long_forms(copy.deepcopy(dict(raw))), self.base, where)
         # Loops are written out first, so that everything below sees plain stages only.
         self.config = validate(PipelineConfig, self.raw, where)
         self.expanded = expand(self.config.stages, where, self.config.seed)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Config
+from align.config.user_functions import search_module_folders
 from align.errors import UserError, shorten
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
@@ -107,13 +108,14 @@ class Stage:
 
 
 def load_object(path: str) -> Any:
-    """Import ``package.module:name``; modules in the current folder are found too.
+    """Import ``package.module:name``; modules in the current folder and in those of YAML files are found too.
 
     Raises ``UserError`` when there is no such module or name.
     """
     module, _, name = path.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), name]):
         raise UserError(f"'{shorten(path)}' is not an import path; write package.module:name.")
+    search_module_folders()
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:

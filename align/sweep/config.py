@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Config
+from align.config.located_paths import UserPath, locate, settle
 from align.config.validation import validate
 from align.config.yaml import load_yaml
 from align.errors import UserError
@@ -51,8 +52,8 @@ class SweepConfig(Config):
     """Name of the sweep; its trials are the runs ``NAME-0``, ``NAME-1``, …"""
     description: str = ""
     """Free text."""
-    pipeline: str
-    """The pipeline's file; a relative path starts at the current folder."""
+    pipeline: UserPath
+    """The pipeline's file; a relative path starts at the sweep's folder."""
     set: dict[str, Any] = Field({})
     """Overrides of the pipeline's fields in every trial, by path: ``{stages.sft.max_rows: 200}``."""
     space: dict[str, Any] = Field(min_length=1)
@@ -103,7 +104,8 @@ def load_sweep(path: str | Path) -> SweepConfig:
     raw = load_yaml(Path(path))
     if "stages" in raw and "pipeline" not in raw:
         raise UserError(f"{path}: a pipeline, not a sweep; `align run` runs it. A sweep says `pipeline: {path}`.")
-    return validate(SweepConfig, raw, str(path))
+    settled = settle(SweepConfig, locate(raw, Path(path)), Path.cwd(), str(path))
+    return validate(SweepConfig, settled, str(path))
 
 
 __all__ = ["PruneConfig", "SweepConfig", "load_sweep"]

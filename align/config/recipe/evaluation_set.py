@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from align.config.base import Config
 from align.config.known_datasets import KNOWN_DATASETS
+from align.config.located_paths import UserPath
 from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.validation import suggest, validate_plain
 
@@ -21,8 +22,8 @@ class EvaluationSet(Config):
     name: str = Field(min_length=1, max_length=100)
     """Name in the ledger. A known name (arc_challenge, arc_easy, gsm8k, ifbench, ifeval, mmlu, mt_bench, truthfulqa,
     xstest) needs only ``revision``."""
-    files: list[str] | None = Field(None, min_length=1)
-    """Paths or globs of its files, relative to the current directory, instead of the Hub."""
+    files: list[UserPath] | None = Field(None, min_length=1)
+    """Paths or globs of its files, relative to the recipe's folder, instead of the Hub."""
     dataset: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Owner and name on the Hub of a set that is not known by name."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")

@@ -13,6 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
+from align.config.located_paths import NameOrPath
 
 Sides = Literal["chosen", "both"]
 """Replies that a filter looks at: those that a model is to imitate, or all."""
@@ -97,8 +98,8 @@ class Tokens(Lengths):
 
     identified = frozenset({"tokenizer"})
 
-    tokenizer: str
-    """Folder with a tokenizer, relative to the current directory, or its name on the Hub (then with ``revision``)."""
+    tokenizer: NameOrPath
+    """Folder with a tokenizer, relative to the recipe's, or its name on the Hub (then with ``revision``)."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     """Commit of the tokenizer on the Hub, 40 hexadecimal digits."""
 

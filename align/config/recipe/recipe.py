@@ -11,10 +11,13 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config
+from align.config.located_paths import locate, settle
 from align.config.recipe.format_options import KINDS, SEVERAL
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.source_settings import FilesSource, RecordSource, Source, labels
 from align.config.recipe.step_settings import CapStep, MixStep, Step
+from align.config.user_functions import add_module_folder
+from align.config.user_paths import user_path
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml
 from align.store.artifacts import Kind
@@ -153,8 +156,11 @@ class Recipe(Config):
 
 
 def load_recipe(path: str, base: Path) -> Recipe:
-    """Read and check a recipe; a relative path starts at ``base``.
+    """Read and check a recipe; its relative ``path`` starts at ``base``, and those inside it at its folder.
 
     Raises ``UserError`` for a file that does not exist, does not parse, or has an unknown or wrong key.
     """
-    return validate(Recipe, load_yaml(base / path), path)
+    file = user_path(path, base)
+    raw = locate(load_yaml(file), file)
+    add_module_folder(file)
+    return validate(Recipe, settle(Recipe, raw, base, path), path)

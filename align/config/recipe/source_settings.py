@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
 from align.config.function_arguments import check_arguments
+from align.config.located_paths import UserPath
 from align.config.recipe.format_options import Format, FormatOptions
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.split import parse_split
@@ -131,9 +132,9 @@ class FilesSource(RecordSource):
     """Local files."""
 
     type: Literal["files"]
-    paths: list[str] = Field(min_length=1)
+    paths: list[UserPath] = Field(min_length=1)
     """Paths or globs of .json, .jsonl, .csv, .tsv or .parquet files (all but Parquet may be compressed: .gz, .bz2, .xz,
-    .zst), and for kind ``texts`` of .txt and .md files, one document each; relative to the current directory."""
+    .zst), and for kind ``texts`` of .txt and .md files, one document each; relative to the recipe's folder."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"paths"})
 
@@ -208,8 +209,8 @@ class ArtifactSource(SourceConfig):
     """The finished data artifact of an earlier run, or a built dataset: a folder with ``record.json``."""
 
     type: Literal["artifact"]
-    path: str
-    """The folder, relative to the current directory. The source is identified by the key in its record."""
+    path: UserPath
+    """The folder; a relative one starts at the recipe's. The source is identified by the key in its record."""
     split: Literal["all", "train", "test"] = "all"
     """Splits of it to read."""
     format: ClassVar[Literal["rows"]] = "rows"

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config
+from align.config.located_paths import NameOrPath
 from align.config.recipe.evaluation_set import EvaluationSet
 from align.config.recipe.filter_settings import FilterStep
 
@@ -92,7 +93,7 @@ class ScoreStep(Config):
     by: Literal["reward", "perplexity", "ifd", "function"]
     """The score: a reward model's, the perplexity of the reply, its instruction-following difficulty, or a function's
     value."""
-    model: str | None = None
+    model: NameOrPath | None = None
     """Folder of the checkpoint that scores (``model/`` of a finished stage, or any transformers folder), or ``input 0``
     for an input of the data stage."""
     function: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
@@ -145,7 +146,7 @@ class SemanticDuplicatesStep(Config):
     """Drop every row whose embedding is close to that of an earlier row that stays."""
 
     type: Literal["semantic_duplicates"]
-    model: str
+    model: NameOrPath
     """Folder of the embedding model, or its owner and name on the Hub with ``revision``. Static embeddings (model2vec,
     like minishlab/potion-base-8M) are fast; a transformers model (all-MiniLM-L6-v2, or your own) embeds a text as its
     mean hidden state."""

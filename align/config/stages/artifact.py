@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from align.config.base import Config
+from align.config.located_paths import UserPath
 
 
 class ArtifactConfig(Config):
     """The artifact's folder."""
 
-    path: str
+    path: UserPath
     """Folder of a finished artifact (with its record.json), or a reward model's folder (safetensors)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"path"})

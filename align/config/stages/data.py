@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import stage_input
+from align.config.located_paths import NameOrPath, UserPath
 from align.config.recipe.source_settings import RecordSource
 from align.config.recipe.split import parse_split
 from align.store.artifacts import DATASETS, Kind
@@ -18,12 +19,12 @@ class DataConfig(RecordSource):
     The fields of a recipe's source (``format``, ``options`` and so on) belong to ``dataset``.
     """
 
-    recipe: str | None = None
-    """Path of a recipe (data_recipes/*.yaml), relative to the current directory; its content enters the key."""
-    files: list[str] | None = Field(None, min_length=1)
+    recipe: UserPath | None = None
+    """Path of a recipe (data_recipes/*.yaml), which starts at the pipeline's folder; its content enters the key."""
+    files: list[UserPath] | None = Field(None, min_length=1)
     """Local files (paths or globs) in the recipe's format, to read instead of its sources."""
 
-    dataset: str | None = None
+    dataset: NameOrPath | None = None
     """Instead of a recipe: a file, folder or glob, or a dataset of the Hub (owner/name). Its format and kind are
     guessed from its columns; ``align plan --resolved`` prints the recipe that it stands for."""
     name: str | None = Field(None, min_length=1, max_length=200)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config, stage_input
+from align.config.located_paths import UserPath
 from align.config.metric_functions import MetricFunction, metric_functions
 from align.config.scores import Score, rename_score_stages, reward_names
 from align.config.stages.evaluation_gates import KL_PREFIX, GateSpec, parse_gates
@@ -32,7 +33,7 @@ class BaselineConfig(Config):
     """A system message before every conversation; before the conversation's system message where it has one."""
     shots: int = Field(0, ge=0, le=64)
     """Solved examples shown as earlier turns."""
-    examples: str | None = None
+    examples: UserPath | None = None
     """JSON lines with ``question`` and ``answer`` (or ``prompt`` and ``completion``) for ``shots``, used in their
     order; by default each task's examples, and where it has none answers of the train split of ``prompts``."""
     best_of: int = Field(1, ge=1, le=1024)

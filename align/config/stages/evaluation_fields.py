@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from align.config.base import Config
 from align.config.known_datasets import KNOWN_DATASETS
+from align.config.located_paths import UserPath
 from align.config.recipe.record_mapping import RecordColumns, RecordMapping
 
 HUB_FIELDS = ("dataset", "revision", "config", "split")
@@ -59,9 +60,9 @@ class TaskConfig(Config):
 class RecordFields(RecordColumns):
     """Fields of a task that reads records; a task's config inherits them beside ``TaskConfig``, this class first."""
 
-    files: list[str] | None = Field(None, min_length=1)
+    files: list[UserPath] | None = Field(None, min_length=1)
     """Paths or globs of its files (.json, .jsonl, .csv, .tsv, .parquet, the text formats also compressed), instead of
-    the Hub; relative to the current directory."""
+    the Hub; relative ones start at the YAML file."""
     dataset: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Owner and name on the Hub; by default the benchmark's usual dataset, where it has one."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from align.config.judge import TaskJudge
 from align.config.known_datasets import KNOWN_DATASETS
+from align.config.located_paths import UserPath
 from align.config.recipe.format_options import Format, FormatOptions
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.stages.evaluation_fields import (
@@ -81,7 +82,7 @@ class Gsm8kConfig(RecordFields, SamplingFields, TaskConfig):
     """Solved problems that every system sees as earlier turns; a prompted baseline's examples come on top."""
     suffix: str = ""
     """Text after every question, such as an instruction to end with #### and the number."""
-    examples_files: list[str] | None = Field(None, min_length=1)
+    examples_files: list[UserPath] | None = Field(None, min_length=1)
     """Files of solved problems. They may be the same as ``files``: a problem shown as an example is not asked then."""
     examples_split: str | None = None
     """Split of solved problems, for a dataset of the Hub: train."""
@@ -121,7 +122,7 @@ class MultipleChoiceConfig(RecordFields, TaskConfig):
     shots: int = Field(0, ge=0, le=64)
     """Solved examples before every question, the first of the examples; of the same subject for MMLU. A prompted
     system's number of shots takes precedence."""
-    examples_files: list[str] | None = Field(None, min_length=1)
+    examples_files: list[UserPath] | None = Field(None, min_length=1)
     """Files of examples in the questions' format; examples that are also questions are left out."""
     examples_split: str | None = None
     """For a dataset of the Hub: the split of the examples (dev for MMLU, train for ARC)."""
@@ -178,7 +179,7 @@ class JudgedConfig(RecordFields, TaskConfig):
     against: Literal["reference", "base", "file", "all"] | None = None
     """Opponent of each system in ``compare``: the stage's reference (the default), the base model, the ``output`` of
     the records, or every other system."""
-    references_files: list[str] | None = Field(None, min_length=1)
+    references_files: list[UserPath] | None = Field(None, min_length=1)
     """Files of reference answers for the judge, by ``question_id``; by default the records' ``reference``."""
     max_tokens: int = Field(1024, ge=1)
     """Longest answer to each turn; 1024 is FastChat's. A longer one is cut off there, and counted."""
@@ -255,9 +256,8 @@ class PerplexityConfig(RecordFields, TaskConfig):
     task: Literal["perplexity"] = "perplexity"
 
     column_names: ClassVar[Sequence[str]] = ("text", "messages", "prompt", "completion")
-    files: list[str] | None = Field(None, min_length=1)
-    """Paths or globs: .txt and .md files, a document each, and files of records as for the other tasks; relative to the
-    current directory."""
+    files: list[UserPath] | None = Field(None, min_length=1)
+    """Paths or globs: .txt and .md files, a document each, and files of records as for the other tasks."""
     texts: str | None = None
     """Stage of plain texts, one of the evaluation's ``texts``, whose ``test`` split is read instead of files. A
     baseline with ``shots`` then reads as many texts of the ``train`` split before each of them, and one with ``system``
@@ -309,8 +309,8 @@ class LmEvalConfig(TaskConfig):
     task: Literal["lm_eval"] = "lm_eval"
     tasks: list[str] = Field(min_length=1)
     """Names of lm-eval's tasks or groups (``arc_easy``, ``mmlu``; `lm-eval ls tasks` lists them), or of yours."""
-    include: str | None = None
-    """Folder of your tasks in lm-eval's YAML format; relative to the current directory, as paths in it are."""
+    include: UserPath | None = None
+    """Folder of your tasks in lm-eval's YAML format; paths in its files start at the current folder."""
     revisions: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] = Field({})
     """Commits of the datasets that the tasks read from the Hub: ``allenai/ai2_arc: <40 hexadecimal digits>``."""
     backend: Literal["hf", "vllm"] = "hf"

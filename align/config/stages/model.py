@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from align.config.base import Config
+from align.config.located_paths import NameOrPath, PathField
+
+BUILT_IN = ("smollm2-135m-instruct", "tiny")
+"""Names of the models that are always there (``align.models.source``)."""
 
 
 class ModelConfig(Config):
     """The base model and its files."""
 
-    source: str
+    source: Annotated[str, PathField(may_be_name=True, names=BUILT_IN)]
     """A built-in model (smollm2-135m-instruct, tiny), a model folder, a peft adapter's folder, a .gguf file, or the Hub
     name of a model or adapter."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model, by default main. The plan shows the commit that it means, and the record
     keeps it; write that commit here for a pipeline that always means the same model."""
-    base_model: str | None = None
+    base_model: Annotated[str, PathField(may_be_name=True, names=BUILT_IN)] | None = None
     """For an adapter: its base, in any form of ``source`` but a .gguf file; by default the one that it names."""
     base_revision: str | None = None
     """Branch, tag or commit of the adapter's base on the Hub."""
     trust_remote_code: bool = False
     """Run Python code of the model's repository; otherwise such a model is refused."""
-    chat_template: str | None = None
+    chat_template: NameOrPath | None = None
     """Chat template, which replaces the model's: one that ships with align, by name (alpaca, chatml, gemma, llama2,
     llama3, mistral, phi3, qwen2.5, tulu, vicuna, zephyr), or the path of a Jinja file. Required for a base model
     without one."""

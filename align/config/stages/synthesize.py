@@ -11,6 +11,7 @@ from pydantic import Field, StrictBool, model_validator
 from align.config.base import Config, Precision, stage_input
 from align.config.endpoint import EndpointConfig
 from align.config.judge import JudgeConfig
+from align.config.located_paths import UserPath
 from align.config.scores import Score, rename_score_stages, score_identities
 from align.config.stages.sample import SplitCounts
 from align.config.stages.synthesis_tasks import PairsTask, Task
@@ -30,7 +31,7 @@ class SynthesizeConfig(Config):
     """OpenAI-compatible server that answers, instead of ``model``."""
     prompts: stage_input(*PROMPT_SOURCES) | None = None  # type: ignore[valid-type]
     """Stage with the prompts to answer, both splits; for instructions, its train prompts are the seeds."""
-    seeds: str | None = None
+    seeds: UserPath | None = None
     """Seed instructions: a .jsonl file with a field ``instruction``, like self-instruct's seed_tasks.jsonl."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """Reward stage that scores answers."""
