@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.installed import installed_align as installed_align
 from tests.support.s3_server import KEY, NAMES, SECRET, Server
 
 # Property tests try the same cases every time; HYPOTHESIS_PROFILE=default looks for new ones.

@@ -7,6 +7,7 @@ Never imports torch.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def find_shipped(word: str, kind: str = "pipeline") -> str:
     raises ``UserError`` with the nearest shipped name.
     """
     path = Path(word)
-    if path.exists() or path.name != word or path.suffix in (SUFFIX, ".yml"):
+    if os.path.exists(word) or path.name != word or path.suffix in (SUFFIX, ".yml"):
         return word
     files = shipped_files(kind)
     if word in files:

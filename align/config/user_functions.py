@@ -31,7 +31,7 @@ def add_module_folder(file: Path) -> None:
 
     Shipped files name modules from the folder above theirs: ``examples.scorers``. Does nothing for no file.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         return
     root = shipped_root()
     folders = [file.parent.absolute(), *([root] if root in file.absolute().parents else [])]

@@ -181,7 +181,10 @@ def _similar_files(path: Path) -> str:
         return f" Did you mean {folder / close[0]}?"
     if names:
         return f" {folder} has: {', '.join(names)}."
-    return "" if folder.is_dir() else f" Nor is there a folder {folder}; relative paths start at the current folder."
+    if folder.is_dir():
+        return ""
+    start = "" if path.is_absolute() else "; relative paths start at the current folder"
+    return f" Nor is there a folder {folder}{start}."
 
 
 class _Dumper(yaml.SafeDumper):

@@ -59,8 +59,8 @@ def template_file(chat_template: str, base: Path) -> Path:
     close = nearest(chat_template, TEMPLATES) if "/" not in chat_template else None
     hint = f" Did you mean '{close}'?" if close else f" Templates by name: {', '.join(TEMPLATES)}."
     raise UserError(
-        f"chat_template: there is no file '{path}'; relative paths start at the current folder. It is no template's "
-        f"name either.{hint}"
+        f"chat_template: there is no file '{path.absolute()}'; relative paths start at the file that names "
+        f"them. It is no template's name either.{hint}"
     )
 
 

@@ -23,7 +23,7 @@ def pipeline(tmp_path: Path) -> Path:
     file.write_text(
         "name: large\nstages:\n"
         f"  model: {{source: some/model, revision: '{revision}'}}\n"
-        "  data: {recipe: data_recipes/embedded.yaml}\n"
+        f"  data: {{recipe: {Path('data_recipes/embedded.yaml').absolute()}}}\n"
         "  sft: {model: model, data: data, learning_rate: 1.0e-5, batch_size: 64, max_length: 2048}\n"
         "  sample: {policy: sft, prompts: data, score: gold}\n"
         "  reward: {model: sft, data: sample, learning_rate: 1.0e-5, batch_size: 64, max_length: 2048}\n"

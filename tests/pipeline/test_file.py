@@ -15,13 +15,14 @@ from align.config.yaml import dump_yaml, load_yaml, parse_yaml
 from align.errors import UserError
 from align.pipeline.file import fill_in_variables, merge
 
-BASE = """\
+RECIPE = Path("data_recipes/embedded.yaml").absolute()
+BASE = f"""\
 name: base
 seed: 3
 stages:
-  model: {source: tiny}
-  data: {recipe: data_recipes/embedded.yaml}
-  sft: {model: model, data: data, tuning: {method: lora, rank: 4, alpha: 8}, learning_rate: 1.0e-3, epochs: 2}
+  model: {{source: tiny}}
+  data: {{recipe: {RECIPE}}}
+  sft: {{model: model, data: data, tuning: {{method: lora, rank: 4, alpha: 8}}, learning_rate: 1.0e-3, epochs: 2}}
 """
 
 

@@ -197,11 +197,13 @@ def test_what_the_readme_and_the_guides_show_is_accepted(tmp_path: Path) -> None
             file = tmp_path / "shown.yaml"
             file.write_text(block, encoding="utf-8")
             shown = load_yaml(file)
+            base = None
             if "extends" in shown:
-                base = parse_yaml(Path("pipelines", shown.pop("extends")).read_text(), page)
-                shown = fill_in_variables(merge(base, shown), page)
+                extended = parse_yaml(Path("pipelines", shown.pop("extends")).read_text(), page)
+                shown = fill_in_variables(merge(extended, shown), page)
+                base = Path("pipelines").absolute()
             if "stages" in shown:
-                pipelines.append(Pipeline(shown, page))
+                pipelines.append(Pipeline(shown, page, base))
             elif "sources" in shown:
                 recipes.append(validate(Recipe, shown, page))
             elif list(shown) == ["runtime"]:

@@ -46,7 +46,7 @@ def test_choices_are_values_named_values_or_sets_of_changes(tmp_path: Path) -> N
     assert pipeline.name == "sw-7" and pipeline.nodes["ppo"].config.kind == "b" and pipeline.nodes["one"].seed == 2
     blocks = {"stages.sft.tuning": {"lora": {"method": "lora", "rank": 4}, "full": {"method": "full"}}}
     stages = {
-        "model": {"source": "tiny"}, "data": {"recipe": "data_recipes/embedded.yaml"},
+        "model": {"source": "tiny"}, "data": {"recipe": str(Path("data_recipes/embedded.yaml").absolute())},
         "sft": {"model": "model", "data": "data", "learning_rate": 1e-3},
     }  # fmt: skip
     tuned = toy_sweep.check(tmp_path, {"name": "x", "stages": stages}, space=blocks, maximize="sft.test_loss_after")
