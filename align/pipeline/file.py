@@ -60,6 +60,8 @@ def complete_values(
             "Pipeline.load reads a file."
         )
     raw = in_long_forms(drop_anchor_blocks(_plain(values, place)))
+    if folder.absolute() != Path.cwd():
+        raw = locate(raw, folder / place)
     raw = _merge_with_base(raw, folder, place, ())
     return _apply(overrides, fill_in_variables(raw, place), known_keys)
 

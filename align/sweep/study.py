@@ -18,11 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
-
+from align.config.extras import missing_extra
 from align.errors import UserError
 from align.store.json_files import DamagedFile, as_json, parse_sealed, write_sealed
 from align.store.locks import Hold, Lock, LockLost
@@ -30,6 +26,14 @@ from align.store.store import SWEEPS, Store
 from align.sweep.config import PruneConfig, SweepConfig
 from align.sweep.plan import Sweep
 from align.sweep.space import Choice, Dimension, Draw, grid
+
+try:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import FrozenTrial, TrialState
+except ModuleNotFoundError:
+    raise missing_extra("optuna", "sweep", "align sweep") from None
 
 JOURNAL, ABOUT, LOCKS = "journal.log", "sweep.json", "locks"
 STATES = {

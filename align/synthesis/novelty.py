@@ -11,8 +11,13 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from rapidfuzz import process
-from rapidfuzz.distance import Indel
+from align.config.extras import missing_extra
+
+try:
+    from rapidfuzz import process
+    from rapidfuzz.distance import Indel
+except ModuleNotFoundError:
+    raise missing_extra("rapidfuzz", "data", "synthesize with task: instructions") from None
 
 # Letters and digits in lower case, as in Google's rouge_score; here of every script, and in scripts without spaces
 # every character is a word.

@@ -21,7 +21,7 @@ def values(**sft: Any) -> dict[str, Any]:
         "seed": 3,
         "stages": {
             "model": {"source": "tiny"},
-            "data": {"recipe": "data_recipes/embedded.yaml"},
+            "data": {"recipe": str(Path("data_recipes/embedded.yaml").absolute())},
             "sft": {"model": "model", "data": "data", "learning_rate": 1e-3, "max_steps": 2, **sft},
         },
     }
@@ -34,7 +34,7 @@ def keys(pipeline: Pipeline) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["smoke", "quickstart", "methods", "iterate"])
 def test_a_dictionary_has_the_keys_of_the_file(name: str) -> None:
     path = PIPELINES / f"{name}.yaml"
-    pipeline = Pipeline.from_dict(load_yaml(path))
+    pipeline = Pipeline.from_dict(load_yaml(path), base=PIPELINES)
     assert keys(pipeline) == keys(Pipeline.load(path))
     assert pipeline.raw == Pipeline.load(path).raw
 

