@@ -172,9 +172,9 @@ def test_texts_that_look_like_something_else_stay_texts(text: str) -> None:
     assert parse_yaml(dump_yaml({"a": text}), "dumped") == {"a": text}
 
 
-ANCHORED = """\
+ANCHORED = f"""\
 name: mine
-x-lora: &lora {tuning: {method: lora, rank: 4, alpha: 8}}
+x-lora: &lora {{tuning: {{method: lora, rank: 4, alpha: 8}}}}
 defaults:
   training: &training
     <<: *lora
@@ -182,9 +182,9 @@ defaults:
     learning_rate: 1.0e-3
     epochs: 1
 stages:
-  model: {source: tiny}
-  data: {recipe: data_recipes/embedded.yaml}
-  sft: {<<: *training, data: data, epochs: 2}
+  model: {{source: tiny}}
+  data: {{recipe: {RECIPE}}}
+  sft: {{<<: *training, data: data, epochs: 2}}
 """
 
 
