@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from align.cli.main import main
 from align.models.tiny import make_tiny
 from tests.support.inference.fake_chat import FakeChat, completion
+from tests.support.installed import InstalledAlign
 
 PAGE = Path("docs/tasks.md")
 MAX_LINES = 15
@@ -105,12 +104,12 @@ def test_the_sweep_is_checked_as_it_stands(folder: Path, capsys: pytest.CaptureF
 
 
 @pytest.fixture
-def align(folder: Path) -> Align:
-    """Run a program of the installed package in ``folder``; return what it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "ALIGN_STORE"}
+def align(folder: Path, installed_align: InstalledAlign) -> Align:
+    """Run a program of the installed wheel in ``folder``; return what it prints."""
 
     def run(*arguments: str, module: str | None = "align.cli.main") -> str:
-        command = [sys.executable, *(["-m", module] if module else []), *arguments]
+        command = [str(installed_align.python), *(["-m", module] if module else []), *arguments]
+        environment = installed_align.environment
         process = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
