@@ -16,8 +16,8 @@ from align.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 QUICKSTART = "quickstart"
-STARTS = ("sft", "dpo", "ppo", "grpo", "eval", "data")
-"""Starting points of ``align init`` beside the quickstart: folders of ``examples/start``."""
+STARTS = "examples/start"
+"""Folder with the other starting points of ``align init``, a folder each."""
 SUFFIX = ".yaml"
 RECIPE = re.compile(r"\.\./data_recipes/(\w+)\.yaml")
 """A shipped recipe as shipped pipelines name it."""
@@ -60,7 +60,8 @@ def find_shipped(word: str, kind: str = "pipeline") -> str:
 def starting_points() -> dict[str, str]:
     """Return the starting points of ``align init`` with the first line of each file."""
     descriptions = {}
-    for name in (QUICKSTART, *STARTS):
+    folders = sorted(folder.name for folder in (shipped_root() / STARTS).iterdir() if folder.is_dir())
+    for name in (QUICKSTART, *folders):
         first_line = _main_file(name).read_text(encoding="utf-8").partition("\n")[0]
         descriptions[name] = first_line.removeprefix("# ")
     return descriptions
@@ -86,4 +87,4 @@ def _main_file(name: str) -> Path:
     """Return the YAML file of a starting point."""
     if name == QUICKSTART:
         return shipped_files("pipeline")[name]
-    return shipped_root() / "examples" / "start" / name / f"{name}{SUFFIX}"
+    return shipped_root() / STARTS / name / f"{name}{SUFFIX}"

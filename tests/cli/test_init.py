@@ -60,7 +60,7 @@ def test_sft_runs_at_smoke_size(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_without_a_name_all_are_listed_and_a_typo_finds_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init"]) == 0
     listed = capsys.readouterr().out
-    assert list(starting_points()) == [*PIPELINES[:5], "eval", "data"]
+    assert set(starting_points()) == {*PIPELINES, "data"} and next(iter(starting_points())) == "quickstart"
     assert all(f"\n{name} " in f"\n{listed}" for name in starting_points())
     assert main(["init", "dop"]) == 2
     assert "there is no starting point 'dop'. Did you mean 'dpo'?" in capsys.readouterr().err

@@ -32,6 +32,7 @@ def test_it_loads_and_shares_something(path: Path) -> None:
 @pytest.mark.parametrize("path", SWEEPS, ids=str)
 def test_every_misspelled_key_is_refused_and_the_right_one_suggested(path: Path, tmp_path: Path) -> None:
     rng, raw = random.Random(0), load_yaml(path)
+    raw["pipeline"] = str((path.parent / raw["pipeline"]).absolute())
     for place in keys(raw):
         key = str(place[-1])
         last = key.rpartition(".")[2]  # of a path its last part
