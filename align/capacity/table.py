@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from align.capacity.hardware import GIB, PRICES_FROM, Hardware
@@ -200,10 +201,11 @@ def _count(number: float) -> str:
 # ---- align plan --memory ----
 
 
-def memory_lines(name: str, estimate: Estimate | str) -> list[str]:
+def memory_lines(name: str, estimate: Estimate | str, width: int | None = None) -> list[str]:
     """Return a table of the memory that a stage's choices take, the chosen one marked.
 
-    A text instead of an estimate says why it is not known.
+    A text instead of an estimate says why it is not known. A table that is wider than ``width`` columns has a column
+    for each choice instead of a row, and its notes are wrapped.
     """
     if isinstance(estimate, str):
         return [f"{name}: memory not known: {printable(estimate)}."]
@@ -221,6 +223,11 @@ def memory_lines(name: str, estimate: Estimate | str) -> list[str]:
         activations = choice.memory.activations
         per_1k_tokens = "not known" if activations is None else f"{1000 * activations / unit:.2f}"
         rows.append(["*" if choice.chosen else "", *choice.settings.values(), *numbers, per_1k_tokens])
-    lines = align_columns(rows, text_columns=1 + len(settings))
+    table = align_columns(rows, text_columns=1 + len(settings))
+    notes = list(estimate.notes)
+    if width is not None and max(map(len, table)) + 2 > width:
+        # A terminal would break the lines: the numbers of a choice stand below each other instead.
+        table = align_columns([list(column) for column in zip(*rows, strict=True)], text_columns=1)
+        notes = [line for note in notes for line in textwrap.wrap(note, width - 2)]
     head = f"{name}: memory of a process in {label}, counted for {estimate.parameters / 1e6:,.1f} million parameters"
-    return [head, *(f"  {line}" for line in [*lines, *estimate.notes])]
+    return [head, *(f"  {line}" for line in [*table, *notes])]

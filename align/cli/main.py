@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -94,8 +95,9 @@ def _plan(options: argparse.Namespace) -> int:
         for note in step.notes:
             print(printable(f"{'':<{width}}  · {note}"))
     print_pins(pipeline)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for name, estimate in memory.items():
-        print("", *memory_lines(name, estimate), sep="\n")
+        print("", *memory_lines(name, estimate, width), sep="\n")
     return 0
 
 

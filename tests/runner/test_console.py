@@ -201,6 +201,20 @@ def test_memory_is_a_table_of_what_is_there_with_the_chosen_row_marked() -> None
     ]
 
 
+def test_a_narrow_terminal_has_a_column_for_each_choice() -> None:
+    lines = memory_lines("ppo", choices(GIB), width=50)
+    assert lines[1:] == [
+        f"{'*':>37}",
+        "  tuning           lora r8       full",
+        "  critic              head     policy",
+        "  policy              1.00       2.00",
+        "  AdamW               0.50       1.00",
+        "  in all              1.50       3.00",
+        "  + per 1k tokens     1.00  not known",
+        "  One note.",
+    ]
+
+
 def test_a_model_of_a_few_megabytes_is_told_in_mib() -> None:
     lines = memory_lines("ppo", choices(2**20))
     assert "in MiB" in lines[0] and "1.50" in lines[2]
