@@ -53,7 +53,7 @@ class JudgeScorer:
     def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
         """Return the scores under ``""``, and ``unreadable`` per response, 0 or 1. Equal responses are asked once.
 
-        Raises ``UserError`` for a row without the reference column, for a spent budget, and where more than
+        Raises ``UserError`` for a row without a column that is quoted, for a spent budget, and where more than
         ``max_unreadable`` of all judgments are unreadable; ``EndpointLost`` for a server that is gone. Judgments until
         then are cached.
         """
@@ -61,7 +61,7 @@ class JudgeScorer:
             self._request(
                 prompts.grade_prompt(
                     [*row["prompt"], assistant(response)],
-                    self.config.rubric or prompts.GRADE_RUBRIC,
+                    self._rubric(row),
                     self._reference(row),
                 )
             )
@@ -92,6 +92,12 @@ class JudgeScorer:
             max_tokens=self.config.max_tokens,
             temperature=self.config.temperature,
             seed=self.config.seed,
+        )
+
+    def _rubric(self, row: Row) -> str:
+        """Return the rubric for a response to this row, with the columns that it quotes."""
+        return prompts.fill_rubric(
+            self.config.rubric or prompts.GRADE_RUBRIC, row, f"{self.place}.judge.rubric: row {row['id']}"
         )
 
     def _reference(self, row: Row) -> str:

@@ -54,6 +54,13 @@ def test_grades_become_scores_from_0_to_1(fake: FakeChat, tmp_path: Path) -> Non
     }
 
 
+def test_the_rubric_quotes_columns_of_the_row(fake: FakeChat, tmp_path: Path) -> None:
+    judge(fake, tmp_path, rubric="The answer is {row[answer]}.").score(ROWS, TEXTS)
+    assert all(any(f"The answer is key {number}." in prompt for prompt in fake.prompts()) for number in range(4))
+    with pytest.raises(UserError, match=r"score\[1\]\.judge\.rubric: row 0: the judge's rubric quotes row\[key\]"):
+        judge(fake, tmp_path, rubric="The answer is {row[key]}.").score(ROWS, TEXTS)
+
+
 def test_nothing_is_asked_twice(fake: FakeChat, tmp_path: Path) -> None:
     """Not in a batch, not after a kill, and not by another stage that shares the cache."""
     shared = tmp_path / "shared"
