@@ -20,6 +20,7 @@ def run(context: StageContext) -> dict[str, Any]:
     use_threads(context.runtime)
     from align.evaluation.evaluator import evaluate
     from align.evaluation.plan import make_plan
+    from align.evaluation.rewards import judge_usage
     from align.inference.engine import open_engine
     from align.training.tracking import scorecard_values, track_result
 
@@ -40,7 +41,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
     card, responses = evaluate(context, plan, open_for)
     track_result(context, scorecard_values(card), card["settings"])
-    return headline(card) | {"tokens": responses.tokens}
+    usage = {} if plan.scorer is None else judge_usage(plan.scorer.parts)
+    return headline(card) | {"tokens": responses.tokens} | usage
 
 
 def headline(card: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from align.evaluation.plan import make_plan
 from align.inference.transformers import TransformersEngine
 from align.pipeline.context import StageContext
 from align.stages import evaluate
+from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.stages.evaluation_stage import PROMPTS, context, inputs
 
 __all__ = ["context", "inputs"]  # fixtures
@@ -293,3 +294,17 @@ def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):
     samples = [json.loads(line) for line in (listed.output / "samples.jsonl").read_text().splitlines()]
     first = samples[0]["responses"]["ppo"][0]["scores"]
     assert first["score"] == pytest.approx(first["score_length"] - 2 * first["score_open"])
+
+
+def test_a_judge_among_the_rewards_tells_its_requests_and_quotes_columns(context, inputs):
+    fake = FakeChat(lambda body: completion("[[7]]"))
+    judge = {"endpoint": {"url": fake.url, "model": "m"}, "rubric": "The source is {row[source]}."}
+    config = EvaluateConfig(
+        policies=["sft"], reference="sft", prompts="data", score=[{"judge": judge}], max_tokens=6, max_prompt_tokens=100
+    )
+    artifacts = {"policies": inputs["policies"][1:2], "reference": inputs["policies"][1], "prompts": inputs["prompts"]}
+    metrics = evaluate.run(replace(context, config=config, inputs=artifacts))
+    fake.stop()
+    assert metrics["values"]["sft"]["score_judge"] == pytest.approx(6 / 9)
+    assert metrics["judges"]["judge"]["requests"] == len(fake.bodies) > 1
+    assert any("The source is words." in prompt for prompt in fake.prompts())
