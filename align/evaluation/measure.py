@@ -67,10 +67,11 @@ def reward_list_values(scorer: WeightedSum, rows: Sequence[Row], response_set: R
     responses, repeated = _flatten(rows, response_set)
     texts = [response.text for response in responses]
     parts = scorer.score_parts(repeated, texts, [not response.finished for response in responses])
+    # Scores always count, and a model's NaN shows; only of a further metric it means that the response lacks it.
     return {
         f"{REWARD}{name}" if name else SUM: _unflatten(scores, response_set)
         for name, scores in parts.items()
-        if all(map(math.isfinite, scores))
+        if name in ("", *scorer.names) or all(map(math.isfinite, scores))
     }
 
 

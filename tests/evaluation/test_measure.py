@@ -1,9 +1,12 @@
 """Measurements that need no model: KL with the sampler's gap, results kept between attempts."""
 
+import math
+
 import pytest
 
+from align.data.weighted_scores import Part, WeightedSum
 from align.evaluation.generation import ResponseSet
-from align.evaluation.measure import ResultCache, kl_values
+from align.evaluation.measure import ResultCache, kl_values, reward_list_values
 from align.inference.protocol import Response
 
 
@@ -44,3 +47,17 @@ def test_results_are_kept_under_their_identity(tmp_path):
     assert results.read_or_compute("x", "b", compute) == {"value": [3]}
     assert len(warnings) == 1 and "x-b.jsonl" in warnings[0]
     assert results.read_or_compute("x", "a", compute) == {"value": [1]}  # still there
+
+
+class BrokenReward:
+    """A reward model with NaN among its weights."""
+
+    def score_parts(self, rows, responses, truncated=None):
+        return {"": [math.nan], "metric": [math.nan]}
+
+
+def test_a_score_that_is_no_number_stays_in_sight():
+    response_set = ResponseSet("e", [[Response([7], [-1.5], True, "x")]])
+    scorer = WeightedSum((Part("rm", 1.0, BrokenReward()),), is_list=True)
+    # The metric is one that this response lacks, as far as anybody can tell.
+    assert set(reward_list_values(scorer, [{"id": "1"}], response_set)) == {"score", "score_rm"}
