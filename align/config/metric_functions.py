@@ -15,7 +15,7 @@ METRIC_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"
 class MetricFunction(Config):
     """A function that scores responses, as a metric of the scorecard."""
 
-    function: str = Field(pattern=r"^(\w+|[\w.]+:\w+)$")
+    function: str
     """``gold``, or ``package.module:function``."""
     name: str | None = Field(None, pattern=METRIC_NAME)
     """Name of the metric; by default the function's."""

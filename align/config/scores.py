@@ -86,7 +86,7 @@ class RewardEntry(Config):
         """
         source: dict[str, Any] = {}  # a reward stage is an input of the stage, whose key is part of the key
         if self.function is not None:
-            source = {"function": _function_identity(self.function, self.arguments, place)}
+            source = {"function": scoring_identity(self.function, self.arguments, place)}
         elif self.judge is not None:
             source = {"judge": self.judge.identity() | {"reference": self.judge.reference}}
         fields = {"name": self.label, "weight": self.weight}
@@ -122,7 +122,7 @@ def score_identities(score: str | list[RewardEntry] | None) -> dict[str, str]:
     if score is None:
         return {}
     if isinstance(score, str):
-        return {"score": _function_identity(score, {}, "score")}
+        return {"score": scoring_identity(score, {}, "score")}
     return {f"score[{index}]": entry.identity(f"score[{index}]") for index, entry in enumerate(score)}
 
 
@@ -145,7 +145,11 @@ def rename_score_stages(block: dict[str, Any], rename: Callable[[str], str]) -> 
     return {**block, "score": renamed}
 
 
-def _function_identity(path: str, arguments: dict[str, Any], place: str) -> str:
+def scoring_identity(path: str, arguments: dict[str, Any], place: str) -> str:
+    """Return the identity of a function that scores.
+
+    Raises ``UserError``, which begins with ``place``, for a function that is not there or does not take the arguments.
+    """
     identity = function_identity(path, place)
     # align's own functions take no arguments of a YAML, and need no look at their source.
     if path not in SHORT or arguments:

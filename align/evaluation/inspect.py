@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 from align.config.base import settings_for_key
-from align.config.scores import score_identities
+from align.config.scores import score_identities, scoring_identity
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
-from align.config.user_functions import function_identity
 from align.errors import UserError
 from align.evaluation.systems import example_identities
 from align.evaluation.tasks.registry import task_identities
@@ -23,7 +22,7 @@ def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
     digests = score_identities(config.score)
     for number, entry in enumerate(config.metrics):
         place = f"metrics[{number}]"
-        digests[place] = function_identity(entry if isinstance(entry, str) else entry.function, place)
+        digests[place] = scoring_identity(entry if isinstance(entry, str) else entry.function, {}, place)
     for name, task in config.tasks.items():
         digests |= _block_identities(f"tasks.{name}", task, base)
     for name, baseline in config.baselines.items():

@@ -447,8 +447,9 @@ def test_a_prompt_set_and_functions_make_an_evaluation_in_five_lines(
     [
         ("{metrics: [gold, gold]}", "metrics: two metrics are called 'gold'; give one of them another name"),
         ("{score: gold, metrics: [gold]}", "metrics: two metrics are called 'gold'"),
-        ("{metrics: [{function: mine:f, name: reward}]}", "metrics: 'reward' is a metric of its own"),
-        ("{score: [{function: gold}], metrics: [mine:score]}", "metrics: 'score' is a metric of its own"),
+        ("{metrics: [{function: mine:f, name: reward}]}", "'reward' is a metric of its own"),
+        ("{score: mine:reward}", r"metrics: \[{function: mine:reward, name: my_reward}\]"),
+        ("{score: [{function: gold}], metrics: [mine:score]}", "'score' is a metric of its own"),
         ("{metrics: [{function: mine:f, better: highest}]}", "'higher' or 'lower'"),
         ("{metrics: [gold], prompts: null, tasks: {ifeval: {files: [x]}}}", "score and metrics are programs"),
     ],

@@ -97,6 +97,21 @@ def test_functions_and_their_arguments_are_checked_when_the_file_is_read(entry: 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("tests.support.rewards:lenght", "metrics[0] 'tests.support.rewards:lenght': tests.support.rewards has no"),
+        ("tests.support.rewards:needs_answer", "metrics[0]: needs_answer needs answer"),
+        ("not a function", "metrics[0] 'not a function': expected 'gold' or 'module:name'"),
+    ],
+)
+def test_metrics_of_an_evaluation_are_checked_when_the_file_is_read(function: str, message: str) -> None:
+    block = {"policies": ["model"], "reference": "model", "prompts": "data", "metrics": [function]}
+    with pytest.raises(UserError) as caught:
+        pipeline("gold", evaluate=block)
+    assert message in str(caught.value)
+
+
 def test_a_single_function_is_identified_as_ever() -> None:
     assert score_identities(LENGTH) == {"score": function_identity(LENGTH)}
     assert score_identities(None) == {}

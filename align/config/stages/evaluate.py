@@ -154,9 +154,12 @@ class EvaluateConfig(Config):
         if (self.score is not None or self.metrics) and self.prompts is None:
             raise ValueError("score and metrics are programs for the responses to prompts; name prompts.")
         names = [function.metric for function in self.metric_functions]
-        for name in names:
+        for name, function in zip(names, self.metric_functions, strict=True):
             if name in (*PROMPT_METRICS, *self.reward_metrics):
-                raise ValueError(f"metrics: '{name}' is a metric of its own; give the function another name.")
+                raise ValueError(
+                    f"'{name}' is a metric of its own, so a function needs another name: "
+                    f"metrics: [{{function: {function.function}, name: my_{name}}}]"
+                )
             if names.count(name) > 1:
                 raise ValueError(f"metrics: two metrics are called '{name}'; give one of them another name.")
         return self
