@@ -14,6 +14,7 @@ import json
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.config.validation import suggest
-from align.data.rows import BadRecord, Record
+from align.data.rows import BadRecord, Record, decode, json_columns
 from align.errors import UserError
 
 Item = Record | BadRecord
@@ -284,10 +285,11 @@ def _read_parquet(path: Path) -> Iterator[Item]:
     number = 0
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw, pre_buffer=False) as file:
+            encoded = json_columns(file.schema_arrow)
             for batch in file.iter_batches(batch_size=BATCH):
                 for value in batch.to_pylist():
                     number += 1
-                    yield f"{path}: record {number}", value
+                    yield f"{path}: record {number}", decode(value, encoded)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from None
@@ -321,6 +323,7 @@ def _read_table(
             continue
         if names is None:
             names = cells
+            _check_header(path, names)
             continue
         # Fewer cells than names are fine: the missing fields are absent.
         if len(cells) > len(names):
@@ -329,6 +332,17 @@ def _read_table(
             yield BadRecord(where(start), "not UTF-8 text; save the file as UTF-8.")
         else:
             yield where(start), dict(zip(names, cells, strict=False))
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    """Raise ``UserError`` for two columns of one name: a record would silently have the last one alone."""
+    repeated = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if repeated is not None:
+        places = [str(place) for place, name in enumerate(names, 1) if name == repeated]
+        raise UserError(
+            f"{path}: columns {' and '.join(places)} are both called '{repeated}'. Give each column of the first line "
+            "a name of its own."
+        )
 
 
 def _read_document(path: Path, file: io.BufferedReader) -> Iterator[Item]:

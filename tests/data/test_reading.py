@@ -135,6 +135,12 @@ def test_a_bad_record_is_said_and_passed_over(
     assert bad[0].message == str(bad[0]) == f"{bad[0].where}: {bad[0].problem}"
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b,a,,\n1,2,3,,\n")
+    with pytest.raises(UserError, match=r"x\.csv: columns 1 and 3 are both called 'a'"):
+        list(read_file(tmp_path / "x.csv"))
+
+
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".json"])
 def test_what_was_read_of_a_file_that_ends_early_counts(tmp_path: Path, kind: str, packed: str) -> None:
