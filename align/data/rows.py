@@ -179,12 +179,17 @@ def needs_json(values: Iterable[Any]) -> bool:
     """Return True for values of a kept column that have no type in common, or are lists or mappings."""
     values = [value for value in values if value is not None]
     types = {type(value) for value in values}
+    integers = [value for value in values if type(value) is int]
     if types == {int}:
-        return any(not -(2**63) <= value < 2**63 for value in values)
-    return bool(types & {dict, list, tuple}) or (types <= _PLAIN and len(types) > 1 and types != {int, float})
+        return any(not -(2**63) <= value < 2**63 for value in integers)
+    if types == {int, float}:
+        return any(abs(value) > _LARGEST_EXACT for value in integers)
+    return bool(types & {dict, list, tuple}) or (types <= _PLAIN and len(types) > 1)
 
 
 _PLAIN = {str, bool, int, float}
+_LARGEST_EXACT = 2**53
+"""Up to here a float holds every integer exactly."""
 
 
 def json_field(name: str) -> pa.Field:
@@ -235,10 +240,19 @@ def merged_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
 
 
 def fit_column(column: pa.ChunkedArray, source: pa.Field, target: pa.Field) -> pa.ChunkedArray:
-    """Return a file's column as the merged schema has it."""
+    """Return a file's column as the merged schema has it.
+
+    Raises ``UserError`` for an integer that a column of floats cannot hold exactly.
+    """
     if is_json(target) and not is_json(source):
         return pa.chunked_array([pa.array([to_json_text(value) for value in column.to_pylist()], pa.string())])
-    return column.cast(target.type)
+    try:
+        return column.cast(target.type)
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"column '{target.name}' has numbers with a fraction, and integers that are too large for such a column "
+            f"({error}). Write them as text in the source."
+        ) from None
 
 
 def split_files(path: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import pytest
 from align.data.rows import (
     assistant,
     content_digest,
+    fit_column,
     iter_rows,
     merged_schema,
     normalized,
@@ -130,3 +131,19 @@ def test_content_tells_which_answer_was_cut_off() -> None:
     assert len({content_digest(row) for row in cut_off}) == 3
     ended = pair | {"chosen_finished": True, "rejected_finished": None}  # as files without the mark are read
     assert content_digest(ended) == content_digest(pair)
+
+
+@pytest.mark.parametrize("numbers", [[2**60 + 1, 1.5], [2**70, 1.5], [2**53, 1.5], [7, 1.5]])
+def test_large_integers_beside_fractions_stay_exact(tmp_path: Path, numbers: list[float]) -> None:
+    rows = [called(str(number)) | {"count": number} for number in numbers]
+    write_rows(tmp_path / "a.parquet", rows)
+    assert [row["count"] for row in read_rows(tmp_path / "a.parquet")] == numbers
+
+
+def test_an_integer_that_does_not_fit_the_fractions_of_another_file_is_refused(tmp_path: Path) -> None:
+    for name, number in (("a", 2**60 + 1), ("b", 1.5)):
+        write_rows(tmp_path / f"{name}.parquet", [called(name) | {"count": number}])
+    tables = [pq.read_table(tmp_path / f"{name}.parquet") for name in "ab"]
+    target = merged_schema([table.schema for table in tables]).field("count")
+    with pytest.raises(UserError, match="column 'count' has numbers with a fraction, and integers that are too large"):
+        fit_column(tables[0]["count"], tables[0].schema.field("count"), target)
