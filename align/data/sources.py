@@ -27,6 +27,7 @@ from align.config.recipe.source_settings import (
     Source,
 )
 from align.config.recipe.split import SplitPart, parse_split
+from align.config.recipe.templates import lookup, parse_column
 from align.config.user_functions import function_identity, load_function
 from align.config.user_paths import user_path
 from align.config.validation import nearest, suggest
@@ -67,7 +68,7 @@ def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0)
     records = _records(source, base, inputs, seed)
     if not isinstance(source, RecordSource):
         return records
-    records = check_columns(source.label, named_columns(source), records)
+    records = check_kept_paths(source, check_columns(source.label, named_columns(source), records))
     return records if source.grouped is None else group_records(source.grouped, records)
 
 
@@ -118,6 +119,28 @@ def check_columns(label: str, columns: Mapping[str, str], records: Iterator[Item
         yield item
     if missing and count:
         raise _no_column(label, columns, min(missing), f"its {count} records", names)
+
+
+def check_kept_paths(source: RecordSource, records: Iterator[Item]) -> Iterator[Item]:
+    """Yield the records unchanged. Raises ``UserError`` for a path of ``keep`` that leads to no value in any record."""
+    missing = {
+        reference
+        for text in source.kept_columns().values()
+        for reference in parse_column(text).references
+        if len(reference.steps) > 1 and not reference.is_optional
+    }
+    count = 0
+    for item in records:
+        if missing and not isinstance(item, BadRecord):
+            count += 1
+            missing = {reference for reference in missing if lookup(reference, item[1]) is None}
+        yield item
+    if missing and count:
+        path = min(reference.text for reference in missing)
+        raise UserError(
+            f"{source.label}: keep: '{{{path}}}' leads to a value in none of its {count} records. Correct the path, or "
+            f"write '{{{path}?}}' if it may be absent from all of them."
+        )
 
 
 def _no_column(label: str, columns: Mapping[str, str], name: str, records: str, names: Iterable[str]) -> UserError:

@@ -139,3 +139,12 @@ def test_a_kept_column_that_no_record_has_is_an_error(make, tmp_path: Path) -> N
         UserError, match="sums: keep names the column 'anwser', which none of its 5 records has; .*'answer'"
     ):
         make(source | {"keep": ["anwser"]})
+
+
+def test_a_path_that_leads_nowhere_is_an_error(make, tmp_path: Path) -> None:
+    records = [{"prompt": f"say {number}", "meta": {"level": number}} for number in range(5)]
+    source = {"type": "files", "name": "sums", "paths": [put(tmp_path / "a.jsonl", records)]}
+    with pytest.raises(UserError, match=r"sums: keep: '{meta\.levle}' leads to a value in none of its 5 records"):
+        make(source | {"keep": {"level": "{meta.levle}"}})
+    rows, _, _ = make(source | {"keep": {"level": "{meta.level}", "hint": "{meta.hint?}"}})
+    assert sorted(row["level"] for row in rows) == list(range(5))
