@@ -93,8 +93,10 @@ def _estimate(estimate: Any) -> Text:
 
 
 def _title(name: str, metric: dict[str, Any]) -> Text:
-    """Return a metric's title above its name, which gates and ``--set`` use."""
+    """Return a metric's title above its name, which gates and ``--set`` use; the name alone where they are the same."""
     text = _text(str(metric["title"]))
+    if metric["title"] == name:
+        return text
     text.append(f"\n{printable(name)}", style="dim not bold")
     return text
 

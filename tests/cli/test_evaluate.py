@@ -20,6 +20,7 @@ from align.cli.suite import ComparedCheckpoints, choose_reference, load_suite, s
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.validation import validate
 from align.errors import UserError
+from align.evaluation.prompt_metrics import PROMPT_SET_METRICS, program_entry
 from align.models.tiny import make_tiny
 from align.store.artifacts import Artifact, Kind
 from align.store.store import Store
@@ -384,6 +385,21 @@ def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path,
     assert "\x1b" not in printed
     assert printed.count("[bold red]x\\x1b[2J") == 3, "the system, the metric, the flag"
     assert "0.250 to 0.750" in printed
+
+
+def test_a_metric_that_is_called_by_its_title_is_named_once(tmp_path: Path, capsys: Capture) -> None:
+    from align.cli.score_table import print_scorecard
+
+    metrics = {"polite": program_entry("polite", "higher", ""), "length": PROMPT_SET_METRICS["length"]}
+    estimate = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4, "method": "bootstrap"}
+    card = {
+        "base": None, "reference": "sft", "primary": "polite", "policies": ["sft"], "differences": [], "tasks": {},
+        "metrics": metrics, "estimates": {"sft": dict.fromkeys(metrics, estimate)}, "gates": [], "flags": [],
+    }  # fmt: skip
+    (tmp_path / "scorecard.json").write_text(json.dumps(card))
+    print_scorecard(tmp_path / "scorecard.json")
+    words = capsys.readouterr().out.split()
+    assert words.count("polite") == 1 and words.count("length") == 2
 
 
 # --- an evaluation of one's own ---------------------------------------------------------------------------------------
