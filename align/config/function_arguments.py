@@ -42,8 +42,8 @@ class Parameters:
         missing = sorted(self.required - set(arguments))
         if missing:
             raise UserError(
-                f"{place}: {function} needs {', '.join(missing)}; write `arguments: {{{missing[0]}: ...}}`, or give it "
-                "a default."
+                f"{place}: {function} needs {', '.join(missing)}; write `arguments: {{{missing[0]}: ...}}` beside "
+                "`function:`, or give it a default."
             )
 
 

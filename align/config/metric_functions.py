@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,10 @@ class MetricFunction(Config):
     """Name of the metric; by default the function's."""
     better: Literal["higher", "lower"] = "higher"
     """Scores that are better."""
+    arguments: dict[str, Any] = Field({})
+    """Keyword arguments for the function, beside rows and responses."""
+
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"arguments"})
 
     @property
     def metric(self) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from align.config.base import settings_for_key
+from align.config.metric_functions import MetricFunction
 from align.config.scores import score_identities, scoring_identity
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
@@ -22,7 +23,8 @@ def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
     digests = score_identities(config.score)
     for number, entry in enumerate(config.metrics):
         place = f"metrics[{number}]"
-        digests[place] = scoring_identity(entry if isinstance(entry, str) else entry.function, {}, place)
+        settings = MetricFunction(function=entry) if isinstance(entry, str) else entry
+        digests[place] = scoring_identity(settings.function, settings.arguments, place)
     for name, task in config.tasks.items():
         digests |= _block_identities(f"tasks.{name}", task, base)
     for name, baseline in config.baselines.items():

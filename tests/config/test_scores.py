@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from align import Pipeline
+from align.config.base import settings_for_key
+from align.config.metric_functions import MetricFunction
 from align.config.scores import rename_score_stages, score_identities
 from align.config.stages.grpo import GrpoConfig
 from align.config.user_functions import function_identity
@@ -110,6 +112,19 @@ def test_metrics_of_an_evaluation_are_checked_when_the_file_is_read(function: st
     with pytest.raises(UserError) as caught:
         pipeline("gold", evaluate=block)
     assert message in str(caught.value)
+
+
+def test_arguments_of_metrics_enter_the_key_where_there_are_some() -> None:
+    def key(*metrics: Any) -> str:
+        block = {"policies": ["model"], "reference": "model", "prompts": "data", "metrics": list(metrics)}
+        return pipeline("gold", evaluate=block).nodes["evaluate"].key
+
+    entry = {"function": LENGTH, "name": "brevity"}
+    # Without arguments it is keyed as an entry from before there were any.
+    assert "arguments" not in settings_for_key(MetricFunction(**entry), MetricFunction(**entry).model_dump())
+    assert len({key(entry), key(entry | {"arguments": {"limit": 5}}), key(entry | {"arguments": {"limit": 6}})}) == 3
+    with pytest.raises(UserError, match=r"metrics\[1\]\.arguments: length has no argument 'limt'"):
+        key(VOWELS, entry | {"arguments": {"limt": 5}})
 
 
 def test_a_single_function_is_identified_as_ever() -> None:

@@ -275,7 +275,7 @@ def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):
     ]
     config = EvaluateConfig(
         policies=["sft", "ppo"], reference="sft", prompts="data", score=score, max_tokens=6,
-        max_prompt_tokens=100, gates={"score_open": "<= 1"},
+        max_prompt_tokens=100, gates={"score_open": "<= 1"}, metrics=[score[0] | {"name": "brevity"}],
     )  # fmt: skip
     artifacts = {"policies": inputs["policies"][1:], "reference": inputs["policies"][1], "prompts": inputs["prompts"]}
     listed = replace(context, config=config, inputs=artifacts)
@@ -288,6 +288,7 @@ def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):
     # Some response has no vowel, so the metric that those lack is left out.
     assert "score_open_characters" in metrics and "score_open_vowels" not in metrics
     estimates = card["estimates"]["ppo"]
+    assert estimates["brevity"] == estimates["score_length"]  # by the same function with the same arguments
     total = estimates["score_length"]["value"] - 2 * estimates["score_open"]["value"]
     assert estimates["score"]["value"] == pytest.approx(total)
     assert card["gates"][0]["metric"] == "score_open"
