@@ -95,9 +95,9 @@ def _plan(options: argparse.Namespace) -> int:
         for note in step.notes:
             print(printable(f"{'':<{width}}  · {note}"))
     print_pins(pipeline)
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for name, estimate in memory.items():
-        print("", *memory_lines(name, estimate, width), sep="\n")
+        print("", *memory_lines(name, estimate, columns), sep="\n")
     return 0
 
 
