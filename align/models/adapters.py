@@ -92,8 +92,31 @@ def attach(base: Any, adapter: Path, merge: bool) -> Any:
             f"{adapter}: {str(kind).rpartition('.')[2]} cannot be merged into weights; use the adapter beside its base."
         )
     if merge:
+        _untie(model.get_base_model())
         try:
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise UserError(f"{adapter}: cannot be merged: {error}.") from None
     return model.eval()
+
+
+def _untie(base: Any) -> None:
+    """Give a head that is tied to its embedding a matrix of its own where an adapter is on one of the two, in place.
+
+    Beside its base such an adapter changes that one alone; merged into the common matrix it would change both.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if not any(isinstance(module, BaseTunerLayer) for module in (embedding, head)):
+        return
+    embedding, head = (
+        module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in (embedding, head)
+    )
+    if head is None or head.weight is not embedding.weight:
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
+    base.all_tied_weights_keys = {}

@@ -96,6 +96,15 @@ def test_tokens_that_the_adapter_was_trained_with_get_their_rows(
     torch.testing.assert_close(logits(model), logits(PeftModel.from_pretrained(base, folder)), rtol=1e-5, atol=1e-5)
 
 
+def test_an_adapter_on_a_tied_embedding_leaves_the_head_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    folder = train_adapter(tiny_model, tmp_path / "lora", target_modules=["q_proj", "embed_tokens"])
+    output = bring_in(tmp_path, source=str(folder)).output / "model"
+    model, base = load_policy(output), AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    assert torch.equal(model.get_output_embeddings().weight, base.get_output_embeddings().weight)
+    torch.testing.assert_close(logits(model), logits(PeftModel.from_pretrained(base, folder)), rtol=1e-5, atol=1e-5)
+
+
 def test_the_template_is_the_adapters_else_its_bases(adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
     own = shutil.copytree(adapter, tmp_path / "own")
     (own / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
