@@ -164,9 +164,14 @@ class KeepStable(TrainerCallback):
         for folder in (target, draft):
             shutil.rmtree(folder, ignore_errors=True)
         draft.mkdir()
-        for file in checkpoint.iterdir():
+        for file in _files_of(checkpoint):
             link(file, draft / file.name)
         draft.rename(target)
+
+
+def _files_of(checkpoint: Path) -> list[Path]:
+    """Return the files of a checkpoint; its only folder has further chat templates, which resuming does not read."""
+    return [file for file in checkpoint.iterdir() if file.is_file()]
 
 
 def keep_state(
@@ -183,7 +188,7 @@ def keep_state(
     if checkpoint is None:
         context.note(f"{context.name} keeps no trainer's state: it wrote no checkpoint to continue from")
         return 0
-    files = [file for file in checkpoint.iterdir() if is_read_on_resuming(file.name) and file.name != MARKER]
+    files = [file for file in _files_of(checkpoint) if is_read_on_resuming(file.name) and file.name != MARKER]
     size = sum(file.stat().st_size for file in [*files, *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")])
     if keep == "auto" and size > LARGEST_STATE:
         context.note(

@@ -21,7 +21,7 @@ TENSORS, STRUCTURE = "trainer.safetensors", "trainer.json"
 PICKLED = (".pt", ".pth")
 """Suffixes of the files that transformers writes with pickle."""
 LEFT_OUT = (".bin", ".jinja", ".md", ".txt", ".model")
-"""Suffixes of files that are not read on resuming: arguments, tokenizer, notes. ``KEPT`` names the exceptions."""
+"""Suffixes of files that are not read on resuming: arguments, tokenizer, notes."""
 TOKENIZER = ("tokenizer", "special_tokens", "vocab", "added_tokens", "merges", "preprocessor", "processor")
 """Beginnings of a tokenizer's files, which a stage takes from its own model."""
 

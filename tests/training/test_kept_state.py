@@ -96,6 +96,19 @@ def test_more_steps_equal_all_steps_at_once(way: str, tiny_model: Path, tmp_path
     assert_equal_weights(at_once, more)
 
 
+@pytest.mark.parametrize("scheduler", ["constant", "wsd"])
+def test_a_tokenizer_with_several_templates_keeps_a_state(scheduler: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Its templates are a folder in each checkpoint, which resuming does not read."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    shutil.copyfile(model / "chat_template.jinja", model / "additional_chat_templates" / "rag.jinja")
+    context = stage("sft", tmp_path / "sft", model, LORA, max_steps=3, scheduler=scheduler)
+    run(context)
+    assert (context.checkpoints / "checkpoint-3" / "additional_chat_templates").is_dir()
+    assert (context.output / "state" / "trainer.json").is_file()
+    assert all(file.is_file() for file in (context.output / "state").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", aimed_stages.KINDS)
 def test_every_kind_continues_in_the_middle_of_a_pass(kind: str, tiny_model: Path, tmp_path: Path) -> None:
