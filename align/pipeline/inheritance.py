@@ -24,8 +24,8 @@ START_FIELDS = ("model", "policy")
 def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -> dict[str, dict[str, Any]]:
     """Return the blocks with every continued stage's fields written into those that continue it.
 
-    ``place`` returns a stage's place in the file. Raises ``UserError`` for a stage that is not there, stands below, or
-    is of another kind.
+    ``place`` returns a stage's place in the file. Raises ``UserError`` for a stage that is not there, stands below, is
+    of another kind, or does not train.
     """
     written: dict[str, dict[str, Any]] = {}
     for name, block in blocks.items():
@@ -48,6 +48,12 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
             raise UserError(
                 f"{where}: '{source}' is a stage of kind {kind} and this is one of kind {kind_here}. A stage continues "
                 f"one of its own kind; to start from that one's weights, name it as `{_start_field(kind_here)}`."
+            )
+        known = STAGES.get(str(kind))
+        if known is not None and CONTINUE not in known.config_class().model_fields:
+            raise UserError(
+                f"{where}: '{source}' is a stage of kind {kind}, which has no trainer's state to continue from. To "
+                "train from its weights, start a new run with `model` or `policy` in place of continue_from."
             )
         written[name] = {"stage": kind, **base, **block}
     return written

@@ -92,7 +92,7 @@ def test_length_rows_and_observations_may_differ(fields: dict[str, Any]) -> None
             {"stage": "dpo", "continue_from": "sft", "beta": 0.2},
             r"'sft' is a stage of kind sft and this is one of kind dpo.*name it as `policy`",
         ),
-        ({"continue_from": "data", "max_rows": 3}, r"stages.more: unknown key 'continue_from'"),
+        ({"continue_from": "data", "max_rows": 3}, r"'data' is a stage of kind data, which has no trainer's state"),
     ],
 )
 def test_what_cannot_be_continued_is_refused_with_a_remedy(block: dict[str, Any], message: str) -> None:
@@ -107,6 +107,12 @@ def test_rows_that_choose_a_checkpoint_and_layers_that_follow_a_schedule_stay() 
     lisa = {**SFT, "tuning": {"method": "full", "lisa": {"layers": 1}}}
     with pytest.raises(UserError, match="tuning.unfreeze and lisa choose the trained weights from all steps"):
         Pipeline(raw(sft=lisa, more={"continue_from": "sft", "max_steps": 12}))
+
+
+def test_an_artifact_from_elsewhere_is_not_continued() -> None:
+    message = "'there' is a stage of kind artifact, which has no trainer's state.*start a new run with `model`"
+    with pytest.raises(UserError, match=message):
+        Pipeline(raw(there={"stage": "artifact", "path": "a"}, more={"continue_from": "there", "max_steps": 12}))
 
 
 def test_a_stage_of_a_loop_is_continued_by_its_last_round() -> None:
