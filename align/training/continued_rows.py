@@ -19,6 +19,7 @@ from align.training.kept_state import (
     OwnSettings,
     continued_facts,
     continued_history,
+    is_too_large,
     keep_state,
 )
 from align.training.order import grouped_order
@@ -67,7 +68,7 @@ def continuing_callbacks(context: StageContext, trainer: Any) -> list[TrainerCal
         callbacks.append(OwnSettings())
     if config.scheduler == "wsd" and context.runtime.keep_state is not False:
         steps = int(trainer.args.max_steps)
-        callbacks.append(KeepStable(context.checkpoints, steps - decay_steps(config, steps)))
+        callbacks.append(KeepStable(context, steps - decay_steps(config, steps)))
     return callbacks
 
 
@@ -75,11 +76,10 @@ def keep_trained_state(context: StageContext, trainer: Any) -> int:
     """Write ``state/`` of a trained stage from the first process, and return its bytes there."""
     if rank() or context.runtime.keep_state is False:
         return 0
-    if context.config.scheduler == "wsd":
+    checkpoint = last_complete(context.checkpoints, context.warn)
+    if context.config.scheduler == "wsd" and not (checkpoint and is_too_large(context, checkpoint)):
         folder = context.checkpoints / STABLE
         checkpoint = folder if folder.is_dir() else None
-    else:
-        checkpoint = last_complete(context.checkpoints, context.warn)
     steps = 0 if checkpoint is None else _step_of_state(checkpoint)
     continuation = trainer.continuation
     facts = StateFacts(

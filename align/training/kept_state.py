@@ -138,8 +138,8 @@ class OwnSettings(TrainerCallback):
 class KeepStable(TrainerCallback):
     """Keeps the checkpoint of ``step``, the last before ``wsd`` lowers the learning rate."""
 
-    def __init__(self, checkpoints: Path, step: int) -> None:
-        self.checkpoints, self.step = checkpoints, step
+    def __init__(self, context: StageContext, step: int) -> None:
+        self.context, self.checkpoints, self.step = context, context.checkpoints, step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == self.step:
@@ -159,6 +159,8 @@ class KeepStable(TrainerCallback):
         checkpoint = self.checkpoints / f"checkpoint-{self.step}"
         if state.global_step != self.step or not state.is_world_process_zero or not checkpoint.is_dir():
             return
+        if is_too_large(self.context, checkpoint):
+            return  # a third checkpoint on the disk for nothing
         target = self.checkpoints / STABLE
         draft = self.checkpoints / f"{STABLE}.draft"
         for folder in (target, draft):
@@ -172,6 +174,21 @@ class KeepStable(TrainerCallback):
 def _files_of(checkpoint: Path) -> list[Path]:
     """Return the files of a checkpoint; its only folder has further chat templates, which resuming does not read."""
     return [file for file in checkpoint.iterdir() if file.is_file()]
+
+
+def _files_to_keep(checkpoint: Path) -> list[Path]:
+    return [file for file in _files_of(checkpoint) if is_read_on_resuming(file.name) and file.name != MARKER]
+
+
+def _state_size(checkpoint: Path) -> int:
+    """Return the bytes of the state in a checkpoint."""
+    files = [*_files_to_keep(checkpoint), *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    return sum(file.stat().st_size for file in files)
+
+
+def is_too_large(context: StageContext, checkpoint: Path) -> bool:
+    """Return True where ``runtime.keep_state: auto`` leaves out the state of a checkpoint for its size."""
+    return context.runtime.keep_state == "auto" and _state_size(checkpoint) > LARGEST_STATE
 
 
 def keep_state(
@@ -188,12 +205,11 @@ def keep_state(
     if checkpoint is None:
         context.note(f"{context.name} keeps no trainer's state: it wrote no checkpoint to continue from")
         return 0
-    files = [file for file in _files_of(checkpoint) if is_read_on_resuming(file.name) and file.name != MARKER]
-    size = sum(file.stat().st_size for file in [*files, *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")])
-    if keep == "auto" and size > LARGEST_STATE:
+    files = _files_to_keep(checkpoint)
+    if is_too_large(context, checkpoint):
         context.note(
-            f"{context.name} keeps no trainer's state, which would take {size_text(size)}, so no stage can continue "
-            "it; `runtime: {keep_state: true}` keeps it"
+            f"{context.name} keeps no trainer's state, which would take {size_text(_state_size(checkpoint))}, so no "
+            "stage can continue it; `runtime: {keep_state: true}` keeps it"
         )
         return 0
     folder = context.output / STATE
