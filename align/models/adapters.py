@@ -108,13 +108,12 @@ def _untie(base: Any) -> None:
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if not any(isinstance(module, BaseTunerLayer) for module in (embedding, head)):
-        return
+    modules: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    has_adapter = [isinstance(module, BaseTunerLayer) for module in modules]
     embedding, head = (
-        module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in (embedding, head)
+        module.get_base_layer() if adapted else module for module, adapted in zip(modules, has_adapter, strict=True)
     )
-    if head is None or head.weight is not embedding.weight:
+    if not any(has_adapter) or head is None or head.weight is not embedding.weight:
         return
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     base.config.get_text_config().tie_word_embeddings = False
