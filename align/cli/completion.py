@@ -7,6 +7,7 @@ scripts run ``align completion stages FILE``, ``paths FILE`` and ``fields KIND``
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,13 @@ def _stage_names(path: str) -> list[str]:
 def _stage_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the block of every stage by its name; a loop's stages stand behind the loop."""
     from align.pipeline.loops import is_loop
+    from align.pipeline.stage_kinds import NAME_PATTERN
 
     blocks: dict[str, dict[str, Any]] = {}
     stages = raw.get("stages")
     for name, block in stages.items() if isinstance(stages, dict) else ():
-        if not isinstance(block, dict):
+        # A name with other letters is an error in the file, and text that a shell could run.
+        if not isinstance(block, dict) or not re.fullmatch(NAME_PATTERN, str(name)):
             continue
         blocks[str(name)] = block
         if is_loop(str(name), block):
@@ -141,16 +144,38 @@ def _stage_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _assignment_paths(path: str) -> list[str]:
     """Return every path that ``--set`` can change in a file, each with its equals sign."""
     from align.config.runtime import Runtime
-    from align.pipeline.loops import LoopConfig, is_loop
     from align.pipeline.pipeline import PipelineConfig
-    from align.pipeline.stage_kinds import stage_of
 
     paths = [f"{name}=" for name in PipelineConfig.model_fields if name not in ("stages", "runtime")]
     paths += [f"runtime.{name}=" for name in _names_below(Runtime)]
-    for name, block in _stage_blocks(_read(path)).items():
-        config = LoopConfig if is_loop(name, block) else stage_of(name, block, f"{path}: stages").config_class()
-        paths += [f"stages.{name}.{path_below}=" for path_below in [*_names_below(config), "seed"]]
+    blocks = _stage_blocks(_read(path))
+    for name, block in blocks.items():
+        config = _config_class(name, block, blocks)
+        fields = [] if config is None else _names_below(config)
+        paths += [f"stages.{name}.{path_below}=" for path_below in [*fields, "seed"]]
     return paths
+
+
+def _config_class(name: str, block: dict[str, Any], blocks: dict[str, dict[str, Any]]) -> type[BaseModel] | None:
+    """Return the class of a stage's fields; None for a kind of the user's own.
+
+    The Tab key must not run code that a file names, so the module of such a kind stays unread.
+    """
+    from align.config.stages.continue_from import CONTINUE
+    from align.pipeline.loops import LoopConfig, is_loop
+    from align.pipeline.registry import STAGES
+
+    if is_loop(name, block):
+        return LoopConfig
+    passed = {name}
+    kind = block.get("stage", name)
+    # `sft_more: {continue_from: sft}` has the kind of the stage that it continues.
+    while kind not in STAGES and block.get(CONTINUE) in set(blocks) - passed:
+        continued = block[CONTINUE]
+        passed.add(continued)
+        block = blocks[continued]
+        kind = block.get("stage", continued)
+    return STAGES[kind].config_class() if kind in STAGES else None
 
 
 def _names_below(config: type[BaseModel]) -> list[str]:

@@ -44,6 +44,14 @@ _align_offer() {
     while IFS= read -r candidate; do COMPREPLY+=("$candidate"); done
 }
 
+# Offer the names that a command of align prints. Not with compgen -W, which would run a $(...) in them.
+_align_offer_names() {
+    COMPREPLY=()
+    while IFS= read -r candidate; do
+        if [[ $candidate == "$current"* ]]; then COMPREPLY+=("$candidate"); fi
+    done < <(align completion "$1" "$2" 2>/dev/null)
+}
+
 _align() {
     local current=${COMP_WORDS[COMP_CWORD]} command option first file position values candidate
     _align_place "${COMP_WORDS[@]:1:COMP_CWORD-1}"
@@ -55,11 +63,11 @@ _align() {
     COMPREPLY=()
     case "$values" in
         words*) _align_offer < <(compgen -W "${values#words}" -- "$current") ;;
-        stages) _align_offer < <(compgen -W "$(align completion stages "$file" 2>/dev/null)" -- "$current") ;;
-        fields) _align_offer < <(compgen -W "$(align completion fields "$first" 2>/dev/null)" -- "$current") ;;
+        stages) _align_offer_names stages "$file" ;;
+        fields) _align_offer_names fields "$first" ;;
         paths)
             compopt -o nospace 2>/dev/null
-            _align_offer < <(compgen -W "$(align completion paths "$file" 2>/dev/null)" -- "$current") ;;
+            _align_offer_names paths "$file" ;;
         yaml)
             compopt -o filenames 2>/dev/null
             _align_offer < <(compgen -f -X '!*.y*ml' -- "$current"; compgen -d -- "$current") ;;
@@ -169,11 +177,6 @@ class Command:
     def options(self) -> list[Argument]:
         """Arguments that begin with a hyphen."""
         return [argument for argument in self.arguments if argument.name.startswith("-")]
-
-    @property
-    def positionals(self) -> list[Argument]:
-        """Arguments without a name, in order."""
-        return [argument for argument in self.arguments if not argument.name.startswith("-")]
 
 
 def bash_script(commands: Sequence[Command]) -> str:

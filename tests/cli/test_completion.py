@@ -117,6 +117,34 @@ def test_bash_offers_names_of_the_pipeline_and_fields(folder: Path, capsys: pyte
     assert completions(folder, ["align", "run", "missing.yaml", "--only", ""]) == []
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_tab_runs_no_text_of_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "script").write_text(script("bash", capsys))
+    (folder / "hostile.yaml").write_text(
+        "stages:\n"
+        "  model: {source: tiny}\n"
+        "  $(touch${IFS}ran): {stage: model}\n"
+        "  '`touch${IFS}ran`': {stage: model}\n"
+        "  two words: {stage: model}\n"
+        "  mine: {stage: 'hostile:Stage'}\n"
+    )
+    (folder / "hostile.py").write_text("open('ran', 'w')")
+    assert completions(folder, ["align", "run", "hostile.yaml", "--only", ""]) == ["model", "mine"]
+    assert completions(folder, ["align", "run", "hostile.yaml", "--set", "stages.mi"]) == ["stages.mine.seed="]
+    # Even a command that prints such a name does not get it run.
+    (folder / "bin" / "align").write_text("#!/bin/sh\necho '$(touch${IFS}ran)'\n")
+    completions(folder, ["align", "run", "hostile.yaml", "--only", ""])
+    assert not (folder / "ran").exists()
+
+
+def test_a_continued_stage_has_the_paths_of_its_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = folder / "more.yaml"
+    more.write_text("extends: mine.yaml\nstages: {more: {continue_from: sft}, odd: {continue_from: odd}}\n")
+    assert main(["completion", "paths", str(more)]) == 0
+    paths = capsys.readouterr().out.split()
+    assert "stages.more.learning_rate=" in paths and "stages.odd.seed=" in paths
+
+
 def test_every_option_of_every_command_is_in_every_script(capsys: pytest.CaptureFixture[str]) -> None:
     options = {name.removeprefix("--") for name in option_names(parser()) if name.startswith("--")} - {"worker"}
     assert "max-rows" in options
