@@ -96,9 +96,11 @@ def assign(raw: dict[str, Any], path: str, value: Any, known: Collection[str]) -
     An unknown stage is refused with ``UserError``, a missing block is made.
     """
     parts = _split(path)
-    if parts[0] not in known:
-        raise UserError(f"--set {path}: unknown key '{parts[0]}'.{suggest(parts[0], known)}")
     stages = raw.get("stages")
+    if parts[0] not in known:
+        is_stage = isinstance(stages, dict) and parts[0] in map(str, stages)
+        remedy = f" A field of that stage is stages.{path}." if is_stage else suggest(parts[0], known)
+        raise UserError(f"--set {path}: unknown key '{parts[0]}'.{remedy}")
     if parts[0] == "stages" and len(parts) > 2 and isinstance(stages, dict):
         if parts[1] not in stages:
             # Not a stage at the top level, so perhaps the short path of one in a loop, or a new one.

@@ -126,3 +126,8 @@ def test_a_stage_is_added_below_a_loop_and_inside_one() -> None:
     in_one_round = looped.set("stages.total-2.others+=start")
     assert in_one_round.nodes["total-2"].inputs["others"][0] == "drawn-2"
     assert in_one_round.nodes["total-1"].inputs["others"] == ["drawn-1"]
+
+
+def test_a_path_that_begins_with_a_stage_is_completed_in_the_message() -> None:
+    with pytest.raises(UserError, match=r"unknown key 'two'\. A field of that stage is stages\.two\.number\."):
+        pipeline().set("two.number=3")
