@@ -189,7 +189,7 @@ SYNONYMS = (
     ),
     Synonym("n", "num_generations n_samples_per_prompt num_return_sequences samples_per_prompt num_samples best_of_n"),
     Synonym("temperature", "sampling_temperature rollout_temperature"),
-    # PPO and its kin
+    # PPO and the other online methods
     Synonym(
         "score",
         "reward_funcs reward_weights reward_fn reward_function reward_functions custom_reward_function",

@@ -59,7 +59,7 @@ class TuningBase(Config):
 
     @property
     def online_objection(self) -> str | None:
-        """Reason why PPO and its kin cannot use the method; None if they can.
+        """Reason why PPO and the other online methods cannot use the method; None if they can.
 
         They compare log-probabilities of one model, so two forward passes must agree.
         """

@@ -28,7 +28,7 @@ class RunOptions:
     """Make this one stage, whose inputs must be finished."""
     from_: str | None = None
     """Run this stage and all that depend on it, although they are finished."""
-    rebuild: tuple[str, ...] = ()
+    rebuild: tuple[str, ...] | str = ()
     """Run these stages although they are finished."""
     strict: bool = False
     """Refuse artifacts made by other source code under the same stage version."""
@@ -55,7 +55,9 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     require_trackers(pipeline.config.runtime.report_to)  # before there is a store
     store = open_store(pipeline, options.store)
     store.retry.log = listener.warning
-    from_, rebuild = options.from_, options.rebuild
+    from_ = options.from_
+    # A script may name a single stage as a text, which is no tuple of letters.
+    rebuild = (options.rebuild,) if isinstance(options.rebuild, str) else options.rebuild
     # Twice: what is rebuilt need not be fetched, but ``--only`` checks its inputs, which may have to be fetched first.
     rebuilt = choose_stages(pipeline, store, None, from_, rebuild)
     fetch_missing(pipeline, store, options.only, rebuilt, listener.transfer)
