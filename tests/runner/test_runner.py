@@ -150,6 +150,7 @@ def test_a_corrupted_artifact_is_found_and_rebuilt_on_request(store: Path) -> No
     with pytest.raises(UserError, match=r"number\.txt has another sha256.*--rebuild one"):
         run_pipeline(pipeline, store=store)
     assert run_pipeline(pipeline, store=store, rebuild=("one",)).ran == ["one"]
+    assert run_pipeline(pipeline, store=store, rebuild="one").ran == ["one"]
     assert path.read_text() == "1"
     path.unlink()
     with pytest.raises(UserError, match="is missing"):
