@@ -117,17 +117,22 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
             gather(context.checkpoints, context.output / "completions.jsonl")
-        facts: dict[str, Any] = {"engine": engine.name, "prompts": len(trainer.prompts)}
-        if trainer.validation is not None:
-            facts[f"{_validation_split(config)}_prompts"] = len(trainer.validation.prompts)
-        continued = continued_facts(context)
-        facts["continued_from_update"] = 0
-        if continued is not None:
-            facts["continued_from_update"] = continued.steps // trainer.args.steps_per_update
-        facts["state_bytes"] = keep_rollout_state(context, trainer)
-        return {**facts, **summary(trainer), **judge_usage(scorer.parts)}
+        return {"engine": engine.name, **_facts(context, trainer), **summary(trainer), **judge_usage(scorer.parts)}
     finally:
         engine.close()
+
+
+def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:
+    """Keep the trainer's state, and return the numbers of prompts, of updates before this stage, and of its bytes."""
+    facts: dict[str, Any] = {"prompts": len(trainer.prompts)}
+    if trainer.validation is not None:
+        facts[f"{_validation_split(context.config)}_prompts"] = len(trainer.validation.prompts)
+    continued = continued_facts(context)
+    facts["continued_from_update"] = 0
+    if continued is not None:
+        facts["continued_from_update"] = continued.steps // trainer.args.steps_per_update
+    facts["state_bytes"] = keep_rollout_state(context, trainer)
+    return facts
 
 
 def _make_trainer(
