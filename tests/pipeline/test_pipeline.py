@@ -141,10 +141,10 @@ def test_a_slip_in_the_last_stage_is_found_before_a_file_missing_in_the_first(tm
     with pytest.raises(UserError, match="unknown key 'max_rwos'"):
         Pipeline({"name": "p", "stages": block}, base=tmp_path)
     block["data"] = {"recipe": str(tmp_path / "missing" / "x.yaml")}
-    with pytest.raises(UserError, match=r"no/such.jinja'; relative paths start at the current folder"):
+    with pytest.raises(UserError, match=r"no/such.jinja'; relative paths start at the file that names them"):
         Pipeline({"name": "p", "stages": block}, base=tmp_path)
     block["model"] = {"source": "tiny"}
-    with pytest.raises(UserError, match=r"Nor is there a folder .*missing; relative paths"):
+    with pytest.raises(UserError, match=r"missing/x.yaml: there is no such file. Nor is there a folder .*missing\."):
         Pipeline({"name": "p", "stages": block}, base=tmp_path)
 
 
