@@ -10,26 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
-from align.config.base import Config, stage_input
+from align.config.base import stage_input
 from align.config.launch import LaunchConfig
 from align.config.scores import Score, rename_score_stages, reward_names, score_identities
 from align.config.stages.lint import LintSettings
+from align.config.stages.trainer_options import TrainerOptions
 from align.config.stages.training import sharding_objection
-from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS, check_trainer_options, remedy_for_option
+from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS
 from align.config.tuning import FullTuning, Tuning
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
-class RolloutFields(Config):
+class RolloutFields(TrainerOptions):
     """One update samples ``rollout_batch`` responses, scores them and learns from them."""
 
-    trainer_class: ClassVar[str]
-    """Import path of the arguments of the kind's trainer, which take the options under ``trainer``."""
     owned_options: ClassVar[dict[str, str]] = OWNED | OWNED_BY_ROLLOUTS
-    """Options of that class which the stage sets itself, with what to do instead."""
     stage_only: ClassVar[frozenset[str]] = frozenset(
         {
             *("policy", "prompts", "reward", "ptx", "continue_from"),  # stages; a script passes models and rows
@@ -186,17 +184,6 @@ class RolloutFields(Config):
             f"over all processes. That is not a multiple of {processes} processes{size}. Use {possible} processes, or "
             "another rollout_batch."
         )
-
-    @classmethod
-    def remedy_for_unknown(cls, key: str) -> str | None:
-        """Return a sentence on an option of the trainer that was set beside ``trainer``."""
-        return remedy_for_option(cls.trainer_class, cls.owned_options, key)
-
-    @field_validator("trainer")
-    @classmethod
-    def _check_trainer_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        check_trainer_options(cls.trainer_class, options, cls.model_fields, cls.owned_options)
-        return options
 
     @model_validator(mode="after")
     def _check_scorer(self) -> Self:

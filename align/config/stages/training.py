@@ -6,11 +6,11 @@ import importlib.util
 import math
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from align.config.base import Config, Precision, stage_input
 from align.config.launch import LaunchConfig
-from align.config.trl_options import OWNED, check_trainer_options, remedy_for_option
+from align.config.stages.trainer_options import TrainerOptions
 from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
 from align.store.artifacts import Kind
 
@@ -34,7 +34,7 @@ class EarlyStopping(Config):
     """Decrease of the loss that counts as an improvement."""
 
 
-class TrainingFields(Config):
+class TrainingFields(TrainerOptions):
     """Settings of training. An optimizer step uses ``batch_size`` rows, whatever the micro-batch."""
 
     has_vocabulary: ClassVar[bool] = True
@@ -43,9 +43,6 @@ class TrainingFields(Config):
     refers: ClassVar[bool] = False
     """Whether the stage needs a reference's log-probabilities of every row, which are computed once."""
     trainer_class: ClassVar[str] = "transformers.training_args:TrainingArguments"
-    """Import path of the class that takes the options under ``trainer``; its source is read, never imported here."""
-    owned_options: ClassVar[dict[str, str]] = OWNED
-    """Options of that class which the stage sets itself, with what to do instead."""
 
     tuning: Tuning = FullTuning()
     """``{method: full}`` trains every weight, ``{method: lora, rank: 16}`` adapters of a few per cent."""
@@ -110,17 +107,6 @@ class TrainingFields(Config):
     """Use only the first rows of the training data; for trials."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Options for trl's config class, such as ``{adam_beta2: 0.95}``; checked against it."""
-
-    @classmethod
-    def remedy_for_unknown(cls, key: str) -> str | None:
-        """Return a sentence on an option of the trainer that was set beside ``trainer``."""
-        return remedy_for_option(cls.trainer_class, cls.owned_options, key)
-
-    @field_validator("trainer")
-    @classmethod
-    def _check_trainer_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        check_trainer_options(cls.trainer_class, options, cls.model_fields, cls.owned_options)
-        return options
 
     @property
     def chooses(self) -> bool:
