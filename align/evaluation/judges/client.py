@@ -39,6 +39,17 @@ class JudgmentCaches(NamedTuple):
     """Told of damaged lines."""
 
 
+def judge_request(identity: dict[str, str], config: EndpointJudge, messages: list[Message]) -> Request:
+    """Return the request that asks the judge of this identity; its fields are the key of the cached answer."""
+    return Request(
+        model=identity,
+        messages=messages,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+
+
 def open_client(
     config: EndpointJudge, caches: JudgmentCaches, on_progress: Progress | None = None, processes: int = 1
 ) -> CachedClient:
@@ -86,7 +97,7 @@ class JudgeClient:
         Raises ``UserError`` where more than ``max_unreadable`` of any group's judgments are unreadable, early where
         half of the first few are; a failing endpoint raises as ``Endpoint`` does, with counts.
         """
-        requests = [self._request(question) for question in questions]
+        requests = [judge_request(self.endpoint.identity, self.config, question) for question in questions]
         self.client.expected = len(requests)
         # A judge that cannot answer in the required form shows it in the first few replies.
         replies = self._replies(requests, requests[:PROBE_SIZE])
@@ -106,15 +117,6 @@ class JudgeClient:
     def usage(self) -> dict[str, Any]:
         """Return requests, tokens and cost so far; those from the shared cache are counted apart."""
         return dict(self.client.usage_json().get(NAME, {}))
-
-    def _request(self, messages: list[Message]) -> Request:
-        return Request(
-            model=self.endpoint.identity,
-            messages=messages,
-            max_tokens=self.config.max_tokens,
-            temperature=self.config.temperature,
-            seed=self.config.seed,
-        )
 
     def _replies(self, requests: Sequence[Request], batch: Sequence[Request]) -> list[Answer]:
         """Return the replies to a batch of all ``requests``; an error counts those that are cached."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.config.scores import RewardJudge
-from align.data.rows import Message, Row, assistant, user
+from align.data.rows import Row, assistant, user
 from align.data.scoring import Parts
 from align.errors import UserError, shorten
 from align.evaluation.judges import judge_prompts as prompts
-from align.evaluation.judges.client import NAME, QUOTED_CHARACTERS, JudgmentCaches, open_client
+from align.evaluation.judges.client import NAME, QUOTED_CHARACTERS, JudgmentCaches, judge_request, open_client
 from align.inference.cached_client import CachedClient, Usage
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
@@ -42,7 +42,9 @@ class JudgeScorer:
 
     def check(self) -> None:
         """Ask the judge for a word. Raises ``UserError`` or ``EndpointLost`` for a judge that cannot be used."""
-        answer = self.client.ask(self.endpoint, [self._request(READY)], NAME, fresh=True)[0]
+        answer = self.client.ask(
+            self.endpoint, [judge_request(self.endpoint.identity, self.config, READY)], NAME, fresh=True
+        )[0]
         if answer.error:
             raise UserError(f"{self.place}.judge.endpoint: the server {answer.error}.")
 
@@ -58,12 +60,10 @@ class JudgeScorer:
         then are cached.
         """
         requests = [
-            self._request(
-                prompts.grade_prompt(
-                    [*row["prompt"], assistant(response)],
-                    self._rubric(row),
-                    self._reference(row),
-                )
+            judge_request(
+                self.endpoint.identity,
+                self.config,
+                prompts.grade_prompt([*row["prompt"], assistant(response)], self._rubric(row), self._reference(row)),
             )
             for row, response in zip(rows, responses, strict=True)
         ]
@@ -84,15 +84,6 @@ class JudgeScorer:
             if request.model == self.endpoint.identity:
                 usage.add(request, answer, copied=False, prices=prices)
         return usage.to_json()
-
-    def _request(self, messages: list[Message]) -> Request:
-        return Request(
-            model=self.endpoint.identity,
-            messages=messages,
-            max_tokens=self.config.max_tokens,
-            temperature=self.config.temperature,
-            seed=self.config.seed,
-        )
 
     def _rubric(self, row: Row) -> str:
         """Return the rubric for a response to this row, with the columns that it quotes."""
