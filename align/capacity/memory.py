@@ -26,7 +26,7 @@ from align.models.architecture import Architecture
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
-"""Logits of a block (``align.rl.logprobs.LOGITS``)."""
+"""Logits of a block (``align.models.fast.token_logprobs.LOGITS``)."""
 
 CriticKind = Literal["reward", "policy", "head"]
 Released = Literal["nothing", "cache", "all"]
@@ -258,7 +258,7 @@ def _reference_bytes(model: Architecture, low: bool) -> int:
 
 
 def _logits(model: Architecture, head_trained: bool, low: bool, block: int) -> int:
-    """Return the work space of ``align.rl.logprobs``, whose backward pass is the fuller one.
+    """Return the work space of ``align.models.fast.token_logprobs``, whose backward pass is the fuller one.
 
     While a block's logits are computed, the former block's are still in memory. While the head's gradient is rounded,
     its float32 sum is.

@@ -62,12 +62,15 @@ def without_autocast_cache() -> Iterator[None]:
 def low_residual(model: Any) -> None:
     """Under autocast, let embeddings and norms of ``model`` return its type, so that no float32 flows between layers.
 
-    The weights do not change. Without autocast nothing changes.
+    The weights do not change. Without autocast nothing changes. A second call changes nothing.
     """
     import torch
 
     from align.models.fast.norms import lean_norms
 
+    if getattr(model, "has_low_residual", False):
+        return
+    model.has_low_residual = True
     lean_norms(model)
 
     def cast_output(module: Any, inputs: Any, output: Any) -> Any:

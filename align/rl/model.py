@@ -14,7 +14,7 @@ from align.models.fast import ragged_rows, shared_layers
 from align.models.sharding import is_partitioned
 from align.models.tuning.apply import initial_policy
 from align.rl.critic import Critic, trunk_of
-from align.rl.logprobs import Temperature, token_logprobs
+from align.models.fast.token_logprobs import Temperature, token_logprobs
 from align.rl.packing import Batch
 
 
@@ -199,7 +199,7 @@ def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _check_head(policy: Any) -> None:
-    """Raise ``UserError`` for a model that transforms its logits: ``logprobs.py`` applies a linear head only."""
+    """Raise ``UserError`` for a model that transforms its logits: ``token_logprobs.py`` applies a linear head only."""
     config = policy.config.get_text_config()
     for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1)):
         value = getattr(config, name, neutral)

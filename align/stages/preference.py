@@ -95,13 +95,13 @@ def prepare_policy(
     from align.models.tuning.apply import load_for_tuning
     from align.training.input_checks import check_encoded, check_model
     from align.training.rows import read_splits
-    from align.training.trainers import label_positions_only
+    from align.training.fused_head import use_blockwise_head
 
     config: PreferenceFields = context.config
     source = context.artifact("policy").model
     tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
     check_model(context.name, model, tokenizer)
-    label_positions_only()
+    use_blockwise_head()
     linted, splits = {}, {}
     for split, stored in read_splits(context).items():
         rows = rows_of(stored)

@@ -29,7 +29,8 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.rows import read_splits
     from align.training.save import save
     from align.training.texts import document_ends, encode_texts
-    from align.training.trainers import PreparedSFT, label_positions_only
+    from align.training.fused_head import use_blockwise_head
+    from align.training.trainers import PreparedSFT
 
     config: PretrainConfig = context.config
     source = context.artifact("model").model
@@ -49,7 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
         tokenizer=tokenizer,
         rows=[row["input_ids"] for row in train.rows],
     )
-    label_positions_only()
+    use_blockwise_head()
     form = packing_form(model)
     enable_flat(model, form)
     trainer = PreparedSFT(

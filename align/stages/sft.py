@@ -93,9 +93,10 @@ def _make_trainer(context: StageContext, model: Any, tokenizer: Any, rows: list[
 
     from align.training.arguments import training_arguments
     from align.training.packing import FlatCollator, enable_flat, packing_form
-    from align.training.trainers import PreparedSFT, label_positions_only
+    from align.training.fused_head import use_blockwise_head
+    from align.training.trainers import PreparedSFT
 
-    label_positions_only()
+    use_blockwise_head()
     # Packed documents must not attend to each other; the form is how this model is told where they end.
     form = packing_form(model) if context.config.packing or context.config.padding_free else None
     if form is not None:

@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-import trl.trainer.utils
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
+from align.models.fast.real_tokens import compute_real_tokens
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
+from align.models.precision import low_residual
 from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder
@@ -25,15 +26,6 @@ COUNTED = ("labels", "shift_labels")
 """Inputs from which transformers counts the tokens that a step's loss is divided by."""
 SCORING_TOKENS = 4096
 """Padded tokens per forward pass without gradients."""
-
-
-def label_positions_only() -> None:
-    """Make trl's fused head compute logits for labeled positions only, on CPUs too.
-
-    trl 1.16 does so on GPUs only. Elsewhere every prompt and padding token gets logits, which with 49,000 tokens is
-    most of a small model's work. trl calls the patched function for that choice only.
-    """
-    trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
 
 
 class _Float32Head(torch.nn.Linear):
@@ -80,6 +72,10 @@ class Prepared(ShardingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.bf16:
+            low_residual(self.model)
+        if getattr(self.args, "padding_free", True) and not self.args.torch_compile:
+            compute_real_tokens(self.model)
         self.shard_model()
         if self.args.world_size > 1:
             self.accelerator.gather = gather_uneven(self.accelerator.gather)

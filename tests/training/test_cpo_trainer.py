@@ -19,7 +19,7 @@ from align.training.cpo_trainer import PreparedCPO, held_out
 from align.training.experimental import experimental
 from align.training.orpo_trainer import PreparedORPO
 from align.training.rows import Encoded, encode_pairs
-from align.training.trainers import label_positions_only
+from align.training.fused_head import use_blockwise_head
 from tests.support.training.harness import context, data_artifact, rows
 
 
@@ -32,7 +32,7 @@ def made(root: Path, model: Path, kind: str, **options: Any) -> tuple[Any, Encod
         policy="m", data="d", learning_rate=1e-2, batch_size=8, max_length=128, precision="float32"
     )
     inputs = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
-    label_positions_only()
+    use_blockwise_head()
     prompt_too = options.pop("prompt_too", None)
     arguments = orpo_trainer.Arguments if kind == "orpo" else cpo_trainer.Arguments
     trainer = (PreparedORPO if kind == "orpo" else PreparedCPO)(

@@ -21,7 +21,7 @@ from align.training import held_out
 from align.training.arguments import training_arguments
 from align.training.dpo_trainer import PreparedDPO, beta_at
 from align.training.rows import Encoded, encode_pairs
-from align.training.trainers import label_positions_only
+from align.training.fused_head import use_blockwise_head
 from tests.support.training.harness import context, data_artifact, rows
 
 
@@ -29,7 +29,7 @@ def made(root: Path, model: Path, encoded: Encoded, wrapped: Any = None, **optio
     """A trainer on ``encoded``, whose rows have their reference log-probabilities."""
     config = DpoConfig(policy="m", data="d", learning_rate=1e-2, batch_size=8, max_length=128, precision="float32")
     inputs = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
-    label_positions_only()
+    use_blockwise_head()
     trainer = PreparedDPO(
         model=wrapped if wrapped is not None else load_policy(model),
         beta_at=lambda step: 0.5,

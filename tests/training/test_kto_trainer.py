@@ -18,7 +18,7 @@ from align.training import kto_trainer
 from align.training.arguments import training_arguments
 from align.training.kto_trainer import PreparedKTO, held_out
 from align.training.rows import Encoded
-from align.training.trainers import label_positions_only
+from align.training.fused_head import use_blockwise_head
 from align.training.unpaired import add_mismatched, encode_unpaired, fixed_groups, unpair
 from tests.support.training.harness import context, data_artifact, rows
 
@@ -34,7 +34,7 @@ def made(root: Path, model: Path, loss: str = "kto") -> tuple[PreparedKTO, Encod
         row["ref_KL_logps"] = -6.0 * len(row["KL_completion_ids"])  # type: ignore[assignment]
     config = KtoConfig(policy="m", data="d", learning_rate=1e-2, batch_size=8, micro_batch_size=4, precision="float32")
     inputs = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
-    label_positions_only()
+    use_blockwise_head()
     trainer = PreparedKTO(
         model=load_policy(model),
         beta_at=lambda step: BETA,

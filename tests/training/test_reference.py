@@ -13,7 +13,7 @@ from align.models.loading import load_policy, load_tokenizer
 from align.training import reference
 from align.training.reference import Answer, ReferenceCache, Sums, answer_sums
 from align.training.rows import encode_pairs
-from align.training.trainers import label_positions_only
+from align.training.fused_head import use_blockwise_head
 from tests.support.training.harness import rows
 
 IDENTITY = {"weights": "w", "precision": "float32", "loaded": "float32", "device": "cpu"}
@@ -28,7 +28,7 @@ def answers(model: Path) -> list[Answer]:
 
 
 def test_sums_are_those_of_each_answer_alone(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    label_positions_only()
+    use_blockwise_head()
     model, inputs = load_policy(tiny_model), answers(tiny_model)
     actual = answer_sums(model, inputs, 0, bfloat16=False)
     monkeypatch.setattr(reference, "SCORING_TOKENS", 1)  # one answer at a time: no padding

@@ -14,7 +14,8 @@ from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 from align.training.arguments import training_arguments
 from align.training.rows import encode_supervised
-from align.training.trainers import PreparedSFT, label_positions_only
+from align.training.fused_head import use_blockwise_head
+from align.training.trainers import PreparedSFT
 from tests.support.training.harness import context, data_artifact, rows
 
 
@@ -26,7 +27,7 @@ def make_sft_trainer(root: Path, model: Path, **fields: Any) -> tuple[PreparedSF
     stage = context(root, config, model, data_artifact(root / "data", Kind.INSTRUCTIONS))
     tokenizer = load_tokenizer(model)
     encoded = encode_supervised(tokenizer, rows(16), 128)
-    label_positions_only()
+    use_blockwise_head()
     trainer = PreparedSFT(
         model=load_policy(model),
         args=training_arguments(SFTConfig, stage, len(encoded.rows)),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from align.rl import logprobs as module
-from align.rl.logprobs import token_logprobs
+from align.models.fast import token_logprobs as module
+from align.models.fast.token_logprobs import token_logprobs
 
 
 def plain(hidden, head, targets, temperature):

@@ -1,0 +1,205 @@
+"""Let a model compute right-padded batches on their real tokens, with the prefixes that rows share computed once.
+
+Trainers call a model with ``input_ids`` and ``attention_mask`` (B, T) and read states or log-probabilities of that
+shape. Two hooks on the trunk keep this so:
+
+1. Before the trunk, the rows become one line of N tokens without padding (``prefix_batch``). A system message that all
+   rows begin with, and a prompt that is there once per answer, stand in it once.
+2. After the trunk, the line's states go back to the places of their tokens: (1, N, H) becomes (B, T, H), 0 on padding.
+
+What is around the trunk (heads, losses, adapters, parallel wrappers) sees no difference but time and memory. Results
+change by rounding. Calls of any other kind pass unchanged: caches, generation, left padding, embeddings in place of
+tokens, routers' logits. Left out: attention dropout and sliding windows (``can_compute_real_tokens``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from align.models.fast.prefix_batch import PrefixBatch
+from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, to_device
+
+LOG = logging.getLogger(__name__)
+
+PASSED_ON = ("input_ids", "attention_mask", "use_cache")
+"""Arguments of the calls that are changed; all others must be None or False."""
+TOLERANCE = 2e-2
+"""Largest difference that rounding makes to a state, as a share of the largest state; another row changes it by more
+than a tenth."""
+
+
+def compute_real_tokens(model: Any, share: bool = True) -> bool:
+    """Install the hooks on ``model``'s trunk, and return False where the model cannot run this way.
+
+    With ``share`` off every row is computed whole, for methods that treat rows as separate (noise on embeddings). The
+    hooks are verified on two short rows, by the model itself, and taken away with a warning where its states differ.
+    """
+    plain = _plain_of(model)
+    if not can_compute_real_tokens(plain):
+        return False
+    trunk = plain.base_model
+    remove_hooks(trunk)
+    enable_ragged(plain)
+    hooks = _RealTokens(trunk, share)
+    if not hooks.are_exact(trunk):
+        hooks.remove()
+        LOG.warning("%s computes rows in one line differently; its rows are padded instead", type(plain).__name__)
+        return False
+    return True
+
+
+def can_compute_real_tokens(plain: Any) -> bool:
+    """Return True for a transformers model with full attention from the registry, and without attention dropout."""
+    dropout = getattr(plain.config.get_text_config(), "attention_dropout", 0.0)
+    return not dropout and can_run_ragged(plain)
+
+
+def computes_real_tokens(model: Any) -> bool:
+    """Return True where the hooks are installed."""
+    return hasattr(_plain_of(model).base_model, "_real_tokens")
+
+
+@contextmanager
+def real_tokens(model: Any) -> Iterator[None]:
+    """Inside, ``model`` computes real tokens, where it can."""
+    if computes_real_tokens(model):
+        yield
+        return
+    compute_real_tokens(model)
+    try:
+        yield
+    finally:
+        remove_hooks(_plain_of(model).base_model)
+
+
+def remove_hooks(trunk: Any) -> None:
+    """Remove the hooks of ``compute_real_tokens`` from a trunk that may have them."""
+    hooks = getattr(trunk, "_real_tokens", None)
+    if hooks is not None:
+        hooks.remove()
+
+
+def _plain_of(model: Any) -> Any:
+    """Return the transformers model inside a peft model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class _RealTokens:
+    """The two hooks of one trunk."""
+
+    def __init__(self, trunk: Any, share: bool) -> None:
+        self.trunk, self.share = trunk, share
+        self._places: torch.Tensor | None = None
+        """For a call that was changed, (B, T): the index in the line of each token, N on padding."""
+        self._handles = [
+            trunk.register_forward_pre_hook(self._pack, with_kwargs=True),
+            trunk.register_forward_hook(self._unpack),
+        ]
+        trunk._real_tokens = self
+
+    def remove(self) -> None:
+        """Leave the trunk as it was."""
+        for handle in self._handles:
+            handle.remove()
+        del self.trunk._real_tokens
+
+    def _pack(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replace a right-padded batch by one line of its real tokens."""
+        self._places = None
+        inputs = dict(zip(("input_ids",), args, strict=False)) | kwargs
+        lengths = _row_lengths(inputs) if len(args) <= 1 else None
+        if lengths is None:
+            return None
+        ids = inputs["input_ids"]
+        rows = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        line = PrefixBatch()
+        indices = line.add_rows(rows, self.share)
+        batch = line.batch()
+        places = torch.full(ids.shape, len(line.tokens))
+        for row, row_indices in enumerate(indices):
+            places[row, : len(row_indices)] = torch.tensor(row_indices)
+        self._places = places.to(ids.device)
+        return (), {
+            "input_ids": batch["input_ids"].to(ids.device),
+            "position_ids": batch["position_ids"].to(ids.device),
+            # transformers leaves a 4D mask alone. This one marks the line for ``ragged_attention``.
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+            "layout": to_device(batch["layout"], ids.device),
+            "use_cache": False,
+        }
+
+    def _unpack(self, module: Any, args: Any, output: Any) -> Any:
+        """Put the states of the line back to the places of their tokens."""
+        places, self._places = self._places, None
+        if places is not None:
+            output.last_hidden_state = _Spread.apply(output.last_hidden_state[0], places)
+        return output
+
+    @torch.no_grad()
+    def are_exact(self, trunk: Any) -> bool:
+        """Return True where two rows with a common prefix have the same states in one line as padded."""
+        vocabulary, device = trunk.get_input_embeddings().num_embeddings, next(trunk.parameters()).device
+        # Three segments: a prefix of 16 tokens, and behind it 8 and 24. No random numbers are drawn.
+        rows = [[(place * 7919 + (place >= 16) * row * 31) % vocabulary for place in range(40)] for row in range(2)]
+        mask = torch.ones(2, 40, dtype=torch.long, device=device)
+        mask[0, 24:] = 0
+        inputs = {"input_ids": torch.tensor(rows, device=device), "attention_mask": mask, "use_cache": False}
+        training = [module for module in trunk.modules() if module.training]
+        trunk.eval()
+        try:
+            in_line = trunk(**inputs).last_hidden_state[mask.bool()]
+            # A call that the hooks leave alone.
+            padded = trunk(**{**inputs, "use_cache": True}).last_hidden_state[mask.bool()]
+        except NotRaggedError:
+            return False
+        finally:
+            for module in training:
+                module.training = True
+        difference = (in_line - padded).abs().max()
+        return bool(difference <= TOLERANCE * padded.abs().max())
+
+
+def _row_lengths(inputs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the lengths (B,) of a right-padded batch's rows; None for a call of another kind."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    others = [value for name, value in inputs.items() if name not in PASSED_ON]
+    if inputs.get("use_cache") is not False or any(value is not None and value is not False for value in others):
+        return None
+    if ids is None or mask is None or mask.dim() != 2 or mask.shape != ids.shape:
+        return None
+    real = mask != 0
+    lengths = real.sum(dim=1)
+    # Right-padded: the last real token of each row is where its number of tokens says, and no row is empty.
+    is_right_padded = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    if not bool((real == is_right_padded).all()) or int(lengths.min()) == 0:
+        return None
+    return lengths
+
+
+class _Spread(torch.autograd.Function):
+    """Rows (N, H) at ``places`` (B, T) -> (B, T, H), 0 where a place is N.
+
+    The gradient of a row is the sum over its places, in float32: a prompt's last token predicts the first token of
+    every answer to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """(N, H) at (B, T) places -> (B, T, H)."""
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)
+        is_padding = (places == len(rows))[..., None]
+        return rows[places.clamp(max=len(rows) - 1)].masked_fill_(is_padding, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """(B, T, H) -> (N, H)."""
+        (places,) = ctx.saved_tensors
+        rows = grad.new_zeros(ctx.count + 1, grad.shape[-1], dtype=torch.float32)  # the last row takes padding's
+        rows.index_add_(0, places.flatten(), grad.flatten(0, 1).float())
+        return rows[: ctx.count].to(grad.dtype), None

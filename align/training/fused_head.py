@@ -1,0 +1,64 @@
+"""trl's fused head on a CPU: labeled positions only, and the vocabulary in blocks that stay in cache.
+
+trl 1.16 computes logits in tiles of 4,096 tokens by 32,768 words, with several float32 copies of a tile in its backward
+pass: on a CPU up to 4 GiB of memory, and three times the time of ``token_statistics``. Two private names of
+``trl.trainer.utils`` are replaced here and nowhere else; ``tests/training/test_fused_head.py`` fails when an upgrade
+changes them. Heads with a bias or a soft cap keep trl's own function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import trl.trainer.utils
+from trl.kernels import ChunkedLogProbFunction
+
+from align.models.fast.token_logprobs import token_statistics
+
+REPLACED = ("_use_triton", "_ChunkedLogProbFunction")
+"""Names of ``trl.trainer.utils`` that ``use_blockwise_head`` sets."""
+
+
+def use_blockwise_head() -> None:
+    """Make trl's fused head compute labeled positions only, by ``token_statistics`` on a CPU.
+
+    trl scores every position on devices without Triton: prompts and padding, too, which with 49,000 tokens is most of a
+    small model's work. It calls the first replaced function for that choice only.
+    """
+    trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
+    trl.trainer.utils._ChunkedLogProbFunction = _BlockwiseHead  # type: ignore[attr-defined]
+
+
+class _BlockwiseHead:
+    """Stand-in for trl's autograd function, which is called by its ``apply``."""
+
+    @staticmethod
+    def apply(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        *settings: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return log-probabilities, entropies, ``log_sum_sq_probs``, mean logits and ``is_top1``, (N,) each.
+
+        ``settings`` are the size of a tile, the soft cap, the factor of the logits and the names of the outputs. Those
+        that were not asked for are None.
+        """
+        _, soft_cap, logit_scale, outputs = settings
+        is_plain = bias is None and soft_cap is None and logit_scale > 0 and "log_sum_sq_probs" not in outputs
+        if hidden.device.type != "cpu" or not is_plain:
+            results: tuple[torch.Tensor | None, ...] = ChunkedLogProbFunction.apply(
+                hidden, weight, bias, targets, temperature, *settings
+            )
+            return results
+        statistics = token_statistics(hidden, weight, targets, temperature / logit_scale)
+        return (
+            statistics.logprobs,
+            statistics.entropies if "entropy" in outputs else None,
+            None,
+            statistics.mean_logits if "mean_logits" in outputs else None,
+            statistics.is_top1 if "is_top1" in outputs else None,
+        )
