@@ -111,6 +111,8 @@ class StageRuntime(Config):
     """Overrides of ``runtime.launch``, field by field."""
     keep_state: Literal["auto"] | bool | None = None
     """Instead of ``runtime.keep_state``."""
+    shared_prefixes: bool | None = None
+    """Instead of ``runtime.shared_prefixes``."""
     executor: Executor | None = None
     """Overrides of ``runtime.executor``, field by field; a data stage may name another executor for its ``tasks``."""
 
@@ -142,6 +144,9 @@ class Runtime(Config):
     keep_state: Literal["auto"] | bool = "auto"
     """Keep the trainer's state (optimizer, schedule, position) with each trained checkpoint, for `continue_from`.
     ``auto`` keeps up to 2 GB a stage, and in any case that of a stage which another one continues."""
+    shared_prefixes: bool = True
+    """Supervised and preference trainers compute real tokens only, and prefixes that rows share once. ``false`` pads
+    rows as trl does; results change by rounding."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
     """Trackers that log each stage's curves and scores while it runs (docs/evaluation.md)."""
     tracking: TrackingConfig = TrackingConfig()

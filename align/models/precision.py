@@ -83,8 +83,10 @@ def low_residual(model: Any) -> None:
         is_norm = isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
         if isinstance(module, torch.nn.Embedding) or (is_norm and not hasattr(module, "lean")):
             module.register_forward_hook(cast_output)
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False  # else peft casts each input to float32, and autocast casts it back
+        # peft casts an adapter's input to float32, and autocast casts it back. DoRA needs the first cast: it computes
+        # the norms of its weights in the type of the input.
+        if hasattr(module, "cast_input_dtype_enabled") and not any(getattr(module, "use_dora", {}).values()):
+            module.cast_input_dtype_enabled = False
 
 
 def cast_frozen_to_bf16(model: Any) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 
 from align.errors import UserError
 from align.models.fast import ragged_rows, shared_layers
+from align.models.fast.token_logprobs import Temperature, token_logprobs
 from align.models.sharding import is_partitioned
 from align.models.tuning.apply import initial_policy
 from align.rl.critic import Critic, trunk_of
-from align.models.fast.token_logprobs import Temperature, token_logprobs
 from align.rl.packing import Batch
 
 

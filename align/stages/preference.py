@@ -69,6 +69,7 @@ class PreparedPolicy:
                 tokenizer=self.tokenizer,
                 rows=sequences,
             )
+            _reduce_work(context, self._tuned)
         return self._tuned
 
 
@@ -93,9 +94,9 @@ def prepare_policy(
     from align.lint.trainer import Split
     from align.models.loading import load_tokenizer
     from align.models.tuning.apply import load_for_tuning
+    from align.training.fused_head import use_blockwise_head
     from align.training.input_checks import check_encoded, check_model
     from align.training.rows import read_splits
-    from align.training.fused_head import use_blockwise_head
 
     config: PreferenceFields = context.config
     source = context.artifact("policy").model
@@ -163,7 +164,18 @@ class Reference:
 
         tuning: TuningBase = self.context.config.tuning
         model = load_for_tuning(artifact.model, tuning)
-        return apply_tuning(model, tuning, self.context.seed) if tuning.completes_weights else model
+        if tuning.completes_weights:
+            model = apply_tuning(model, tuning, self.context.seed)
+        _reduce_work(self.context, model)
+        return model
+
+
+def _reduce_work(context: StageContext, model: Any) -> None:
+    """Let the policy, or its reference, compute as the trainer will."""
+    from align.training.trainers import reduce_work
+
+    bfloat16 = context.config.precision == "bfloat16"
+    reduce_work(model, bfloat16=bfloat16, shared_prefixes=context.runtime.shared_prefixes)
 
 
 def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:

@@ -92,8 +92,8 @@ def _make_trainer(context: StageContext, model: Any, tokenizer: Any, rows: list[
     from trl.trainer.sft_config import SFTConfig as Arguments
 
     from align.training.arguments import training_arguments
-    from align.training.packing import FlatCollator, enable_flat, packing_form
     from align.training.fused_head import use_blockwise_head
+    from align.training.packing import FlatCollator, enable_flat, packing_form
     from align.training.trainers import PreparedSFT
 
     use_blockwise_head()

@@ -120,6 +120,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     }
     arguments = config_class(**{**options, **stage_options, **fields.trainer})
     arguments.launch, arguments.precision = context.runtime.launch, fields.precision
+    arguments.shared_prefixes = context.runtime.shared_prefixes
     arguments.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
     return use_one_device(arguments)
 

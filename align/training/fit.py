@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import LoraModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config.launch import rank
 from align.data.rows import has_rows
+from align.models.precision import frozen_in_bf16
 from align.models.processes import all_gather, broadcast
+from align.models.sharding import is_sharded
 from align.models.tuning.notice import notice, parameter_counts
 from align.pipeline.context import StageContext
 from align.store.atomic_write import write_text_atomically
@@ -91,7 +96,8 @@ def _fit(
 
     if checkpoint is not None:
         context.note(f"resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with frozen_weights_rounded(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = clock.seconds()
     if best is not None:
         report_scores(context, trainer.state.global_step, score_in_training())
@@ -121,6 +127,24 @@ def _fit(
         metrics |= getattr(extra, "facts", dict)()
     metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
     return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
+
+
+def frozen_weights_rounded(trainer: Any) -> AbstractContextManager[None]:
+    """Return a context in which the frozen matrices below LoRA adapters are in bfloat16, rounded once.
+
+    Autocast would round them in every pass. No number changes: these adapters read the frozen weights in products
+    only. Left as they are: adapters that read them otherwise (DoRA's norms), models that several processes share out,
+    and checkpointed activations, which are for models whose second copy would take too much memory.
+    """
+    model = trainer.model
+    tuner = getattr(model, "base_model", None)
+    is_plain_lora = isinstance(tuner, LoraModel) and not any(
+        config.use_dora or config.trainable_token_indices for config in model.peft_config.values()
+    )
+    is_partitioned = is_sharded(model) or trainer.is_deepspeed_enabled
+    if not trainer.args.bf16 or trainer.args.gradient_checkpointing or is_partitioned or not is_plain_lora:
+        return contextlib.nullcontext()
+    return frozen_in_bf16(model)
 
 
 def _add_last_callbacks(context: StageContext, trainer: Any, checkpoint: Path | None) -> TrainingClock:

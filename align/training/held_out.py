@@ -84,11 +84,15 @@ def preferences(trainer: Any, encoded: Encoded) -> dict[str, float]:
     return {name: value / len(encoded.rows) for name, value in sums.items()}
 
 
-def scores(model: Any, sequences: Sequence[Sequence[int]], pad: int) -> list[float]:
-    """Return a reward model's score of each sequence of token ids, in the surrounding context's precision."""
+def scores(model: Any, sequences: Sequence[Sequence[int]], pad: int, group_size: int = 1) -> list[float]:
+    """Return a reward model's score of each sequence of token ids, in the surrounding context's precision.
+
+    ``group_size`` sequences after each other share a prompt, and stay in one batch.
+    """
     values = [0.0] * len(sequences)
     device = next(model.parameters()).device
-    for batch in by_length([len(ids) for ids in sequences], SCORING_TOKENS):
+    groups = [range(start, start + group_size) for start in range(0, len(sequences), group_size)]
+    for batch in by_length([len(ids) for ids in sequences], SCORING_TOKENS, groups):
         ids, mask = pad_right([sequences[row] for row in batch], pad)
         outputs = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         for row, score in zip(batch, outputs.logits[:, 0].float().tolist(), strict=True):
@@ -110,7 +114,7 @@ def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
     """
     sequences = [row[side] for row in encoded.rows for side in ("chosen_ids", "rejected_ids")]
     with scoring(trainer):
-        values = scores(trainer.model, sequences, pad)
+        values = scores(trainer.model, sequences, pad, group_size=2)
     chosen, rejected = values[0::2], values[1::2]
     gaps = torch.tensor(chosen) - torch.tensor(rejected)
     result = {

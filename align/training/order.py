@@ -53,12 +53,19 @@ class GroupedOrder:
         yield from grouped_order(self.lengths, self.micro_batch, self.batch, self.seed, self.epoch)
 
 
-def by_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Return batches of row indices for scoring, longest first, of at most ``tokens`` padded tokens or one row."""
+def by_length(lengths: Sequence[int], tokens: int, groups: Sequence[Sequence[int]] = ()) -> list[list[int]]:
+    """Return batches of row indices for scoring, longest first, of at most ``tokens`` padded tokens or one group.
+
+    The rows of a group, such as the answers to one prompt, stay in one batch. Without ``groups`` each row is one.
+    """
+    groups = groups or [[row] for row in range(len(lengths))]
+    longest = [max(lengths[row] for row in group) for group in groups]
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(row)
+    width = 0
+    for index in sorted(range(len(groups)), key=lambda index: (-longest[index], index)):
+        if batches and width * (len(batches[-1]) + len(groups[index])) <= tokens:
+            batches[-1] += groups[index]
         else:
-            batches.append([row])
+            batches.append(list(groups[index]))
+            width = longest[index]
     return batches

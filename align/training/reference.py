@@ -8,6 +8,7 @@ training (TR-DPO).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from align.training.trainers import SCORING_TOKENS
 
 LOG = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Part of the key; increased when the same weights and rows should give other numbers."""
 NO_LIMIT = 1 << 30
 """Length above that of any answer."""
@@ -155,14 +156,16 @@ def answer_sums(
     """Sum the log-probabilities of ``answers`` by ``model`` in eval mode, on its device, as trl's trainers do.
 
     ``bfloat16`` is the type of the matrix products. Batches are grouped by length to save padding; their order depends
-    on the lengths only.
+    on the lengths only. Answers to the same prompt that follow each other stay together, so that the model reads the
+    prompt once.
     """
     device = next(model.parameters()).device
     total, tail = [0.0] * len(answers), [0.0] * len(answers)
     done = 0
     model.eval()
     with _fused(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        for batch in by_length([len(answer.prompt) + len(answer.ids) for answer in answers], SCORING_TOKENS):
+        lengths = [len(answer.prompt) + len(answer.ids) for answer in answers]
+        for batch in by_length(lengths, SCORING_TOKENS, _group_by_prompt(answers)):
             batch_answers = [answers[row] for row in batch]
             logprobs, positions = _token_logprobs(model, batch_answers, pad, device)  # (B, T - 1) each
             limits = [NO_LIMIT if answer.shared is None else answer.shared for answer in batch_answers]
@@ -175,6 +178,12 @@ def answer_sums(
             done += len(batch)
             on_progress(done, len(answers))
     return Sums(total, tail)
+
+
+def _group_by_prompt(answers: Sequence[Answer]) -> list[list[int]]:
+    """Return the indices of the answers of each run of equal prompts."""
+    runs = itertools.groupby(range(len(answers)), key=lambda index: list(answers[index].prompt))
+    return [list(indices) for _, indices in runs]
 
 
 def _token_logprobs(

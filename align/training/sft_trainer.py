@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from align.config.runtime import Runtime
 from align.errors import UserError
+from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.models.threads import device_of
 from align.training.packing import plain_of
 from align.training.rows import Encoded
@@ -43,6 +44,9 @@ def lint_rows(trainer: Any, train: Encoded) -> LintedRows:
 @contextmanager
 def noisy(model: Any, alpha: float | None) -> Iterator[None]:
     """Inside, ``model`` has noise on its embeddings in training mode; none for ``alpha`` None."""
+    if alpha is not None and computes_real_tokens(model):
+        # Every row has noise of its own, at the scale of its own length: no prefix is shared.
+        compute_real_tokens(model, share=False)
     noise = NoisyEmbeddings(model, alpha) if alpha is not None else None
     try:
         yield

@@ -14,7 +14,7 @@ import torch
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.models.fast.real_tokens import compute_real_tokens
+from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
 from align.models.precision import low_residual
 from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
@@ -26,6 +26,19 @@ COUNTED = ("labels", "shift_labels")
 """Inputs from which transformers counts the tokens that a step's loss is divided by."""
 SCORING_TOKENS = 4096
 """Padded tokens per forward pass without gradients."""
+
+
+def reduce_work(model: Any, *, bfloat16: bool, shared_prefixes: bool) -> None:
+    """Let ``model`` compute less for results that differ by rounding; a second call changes nothing.
+
+    ``bfloat16``: activations between layers have the type of the matrix products (``precision.low_residual``).
+    ``shared_prefixes``: real tokens only, and prefixes that rows share once (``fast.real_tokens``). A policy and its
+    reference must compute alike, or their difference would not start at 0.
+    """
+    if bfloat16:
+        low_residual(model)
+    if shared_prefixes and not computes_real_tokens(model):
+        compute_real_tokens(model)
 
 
 class _Float32Head(torch.nn.Linear):
@@ -72,10 +85,9 @@ class Prepared(ShardingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.bf16:
-            low_residual(self.model)
-        if getattr(self.args, "padding_free", True) and not self.args.torch_compile:
-            compute_real_tokens(self.model)
+        # A compiled model would be compiled again for every line's length.
+        shared_prefixes = getattr(self.args, "shared_prefixes", True) and not self.args.torch_compile
+        reduce_work(self.model, bfloat16=self.args.bf16, shared_prefixes=shared_prefixes)
         self.shard_model()
         if self.args.world_size > 1:
             self.accelerator.gather = gather_uneven(self.accelerator.gather)

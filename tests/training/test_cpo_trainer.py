@@ -17,9 +17,9 @@ from align.training import cpo_trainer, orpo_trainer
 from align.training.arguments import training_arguments
 from align.training.cpo_trainer import PreparedCPO, held_out
 from align.training.experimental import experimental
+from align.training.fused_head import use_blockwise_head
 from align.training.orpo_trainer import PreparedORPO
 from align.training.rows import Encoded, encode_pairs
-from align.training.fused_head import use_blockwise_head
 from tests.support.training.harness import context, data_artifact, rows
 
 

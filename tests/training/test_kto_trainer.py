@@ -16,9 +16,9 @@ from align.models.loading import load_policy, load_tokenizer
 from align.store.artifacts import Kind
 from align.training import kto_trainer
 from align.training.arguments import training_arguments
+from align.training.fused_head import use_blockwise_head
 from align.training.kto_trainer import PreparedKTO, held_out
 from align.training.rows import Encoded
-from align.training.fused_head import use_blockwise_head
 from align.training.unpaired import add_mismatched, encode_unpaired, fixed_groups, unpair
 from tests.support.training.harness import context, data_artifact, rows
 

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from align.models.loading import load_policy, load_tokenizer
 from align.training import reference
+from align.training.fused_head import use_blockwise_head
 from align.training.reference import Answer, ReferenceCache, Sums, answer_sums
 from align.training.rows import encode_pairs
-from align.training.fused_head import use_blockwise_head
 from tests.support.training.harness import rows
 
 IDENTITY = {"weights": "w", "precision": "float32", "loaded": "float32", "device": "cpu"}

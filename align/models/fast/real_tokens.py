@@ -15,8 +15,6 @@ tokens, routers' logits. Left out: attention dropout and sliding windows (``can_
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,19 +60,6 @@ def can_compute_real_tokens(plain: Any) -> bool:
 def computes_real_tokens(model: Any) -> bool:
     """Return True where the hooks are installed."""
     return hasattr(_plain_of(model).base_model, "_real_tokens")
-
-
-@contextmanager
-def real_tokens(model: Any) -> Iterator[None]:
-    """Inside, ``model`` computes real tokens, where it can."""
-    if computes_real_tokens(model):
-        yield
-        return
-    compute_real_tokens(model)
-    try:
-        yield
-    finally:
-        remove_hooks(_plain_of(model).base_model)
 
 
 def remove_hooks(trunk: Any) -> None:

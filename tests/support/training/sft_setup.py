@@ -13,8 +13,8 @@ from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 from align.training.arguments import training_arguments
-from align.training.rows import encode_supervised
 from align.training.fused_head import use_blockwise_head
+from align.training.rows import encode_supervised
 from align.training.trainers import PreparedSFT
 from tests.support.training.harness import context, data_artifact, rows
 
