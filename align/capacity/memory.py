@@ -205,7 +205,7 @@ def ppo_memory(
         critic=critic_bytes,
         reward=sum(_frozen_bytes(reward, low) + FLOAT * reward.hidden for reward in rewards),
         copies=2 * combine(copies) if low else 0,
-        logits=_logits(policy, full, low, LOGITS_AT_ONCE["cuda" if gpu else "cpu"]),
+        logits=head_work_space(policy, full, low, LOGITS_AT_ONCE["cuda" if gpu else "cpu"]),
         activations=combine(known) if len(known) == len(per_token) else None,
     )
 
@@ -257,7 +257,7 @@ def _reference_bytes(model: Architecture, low: bool) -> int:
     return _frozen_bytes(model, low) + head
 
 
-def _logits(model: Architecture, head_trained: bool, low: bool, block: int) -> int:
+def head_work_space(model: Architecture, head_trained: bool, low: bool, block: int) -> int:
     """Return the work space of ``align.models.fast.token_logprobs``, whose backward pass is the fuller one.
 
     While a block's logits are computed, the former block's are still in memory. While the head's gradient is rounded,

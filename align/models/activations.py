@@ -31,10 +31,10 @@ def activations_per_token(
 ) -> int | None:
     """Return the bytes that all layers keep per token; None for a layer or a tuning without a rule.
 
-    Without ``low_residual`` (``align.models.precision``), as trl trains, float32 flows between the layers, and autocast
-    casts it for every matrix. With ``checkpointing`` only the inputs of layers are kept, and one layer at a time is
-    computed again. ``flash``: ragged rows use torch's attention kernel, on a GPU or above ``SHORT`` tokens, as trl
-    always does; it keeps keys and values once per query head.
+    Without ``low_residual`` (``align.models.precision``) float32 flows between the layers, and autocast casts it for
+    every matrix. With ``checkpointing`` only the inputs of layers are kept, and one layer at a time is
+    computed again. ``flash``: ragged rows use torch's attention kernel, on a GPU or above ``SHORT`` tokens; it
+    keeps keys and values once per query head.
     """
     layer = activations_of_layer(model, tuning, precision, low_residual, flash or not low_residual)
     if layer is None:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.config.launch import rank
 from align.data.rows import has_rows
+from align.models.malloc import trim_malloc
 from align.models.precision import frozen_in_bf16
 from align.models.processes import all_gather, broadcast
 from align.models.sharding import is_sharded
@@ -102,6 +103,7 @@ def _fit(
     if best is not None:
         report_scores(context, trainer.state.global_step, score_in_training())
         best.restore()
+    _release_optimizer(trainer)
     state_bytes = keep_trained_state(context, trainer)
     scores_after = score_test()
     context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in scores_after.items()})
@@ -145,6 +147,18 @@ def frozen_weights_rounded(trainer: Any) -> AbstractContextManager[None]:
     if not trainer.args.bf16 or trainer.args.gradient_checkpointing or is_partitioned or not is_plain_lora:
         return contextlib.nullcontext()
     return frozen_in_bf16(model)
+
+
+def _release_optimizer(trainer: Any) -> None:
+    """Free gradients and AdamW's averages, three times the trained weights, before the work after the last step.
+
+    Their last values are in the last checkpoint. A partitioned optimizer belongs to its wrapper and stays.
+    """
+    if is_sharded(trainer.model) or trainer.is_deepspeed_enabled or trainer.optimizer is None:
+        return
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.state.clear()
+    trim_malloc()
 
 
 def _add_last_callbacks(context: StageContext, trainer: Any, checkpoint: Path | None) -> TrainingClock:

@@ -27,7 +27,7 @@ def use_blockwise_head() -> None:
     small model's work. It calls the first replaced function for that choice only.
     """
     trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
-    trl.trainer.utils._ChunkedLogProbFunction = _BlockwiseHead  # type: ignore[attr-defined]
+    trl.trainer.utils._ChunkedLogProbFunction = _BlockwiseHead  # type: ignore[attr-defined,assignment]
 
 
 class _BlockwiseHead:

@@ -44,7 +44,8 @@ def pack(checkpoint: Path, folder: Path) -> None:
     for file in sorted(checkpoint.iterdir()):
         if file.suffix in PICKLED:
             with safe_globals():
-                content = torch.load(file, map_location="cpu", weights_only=True)
+                # Mapped, not read: AdamW's state is twice the model's size, and it is written page by page.
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             structure[file.name] = _encode(content, file.stem, tensors)
     save_file(tensors, folder / TENSORS, {"format": "pt"})
     (folder / STRUCTURE).write_text(json.dumps(structure), encoding="utf-8")
@@ -66,7 +67,7 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
-        tensors[place] = value.detach().contiguous().clone()
+        tensors[place] = _separate(value.detach().contiguous(), tensors)
         return {"tensor": place}
     if isinstance(value, np.ndarray):
         tensors[place] = torch.from_numpy(value.astype(np.int64))
@@ -79,6 +80,13 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         # Pairs, not an object: an optimizer's keys are numbers, which JSON would make texts.
         return {"items": [[key, _encode(item, f"{place}/{key}", tensors)] for key, item in value.items()]}
     raise UnknownState(f"{place} is a {type(value).__name__}")
+
+
+def _separate(value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return ``value`` with memory of its own, which safetensors asks for: a copy only where it shares some."""
+    is_part = value.untyped_storage().nbytes() != value.nbytes
+    is_shared = any(value.data_ptr() == tensor.data_ptr() for tensor in tensors.values())
+    return value.clone() if is_part or is_shared else value
 
 
 def _decode(value: Any, tensors: Any) -> Any:

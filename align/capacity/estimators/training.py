@@ -6,12 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align.capacity.job import Job, Setting, Work
-from align.capacity.memory import Choice, Estimate, Memory, copied_parameters, model_bytes, resolve_engine, state_note
+from align.capacity.memory import (
+    LOGITS_AT_ONCE,
+    Choice,
+    Estimate,
+    Memory,
+    copied_parameters,
+    head_work_space,
+    model_bytes,
+    resolve_engine,
+    state_note,
+)
 from align.config.base import Precision
 from align.config.runtime import Runtime
 from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning, LoraTuning, LowRank, TuningBase
-from align.models.activations import FLOAT, SIZES, activations_of_layer, activations_per_token
+from align.models.activations import FLOAT, SIZES, activations_per_token, passing_per_token
 from align.models.architecture import Architecture, UnknownArchitecture
 from align.models.flops import forward_flops, learning_flops
 
@@ -19,8 +29,10 @@ TRAINED_FIELDS = ("model", "policy", "student")
 """Input fields that name the trained checkpoint."""
 SCORED_TOKENS = 4096
 """Padded tokens of a pass without gradients (``align.training.trainers.SCORING_TOKENS``)."""
+SHORT = 512
+"""Keys up to which a CPU has attention without torch's kernel (``align.models.fast.ragged_rows.SHORT``)."""
 TILE = (4096, 32768)
-"""Tokens and words of the vocabulary whose logits trl's fused head has in memory at a time."""
+"""Tokens and words of the vocabulary whose logits trl's fused head has in memory at a time, on a GPU."""
 
 Models = Mapping[str, Sequence[Architecture]]
 
@@ -79,7 +91,11 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
         scoring=_scoring(config, models, tuning, setting.gpu),
         saving=_saving(config, model, tuning, setting.gpu),
         activations=activations_per_token(
-            model, tuning, config.precision, low_residual=False, checkpointing=setting.checkpointing
+            model,
+            tuning,
+            config.precision,
+            checkpointing=setting.checkpointing,
+            flash=setting.gpu or config.max_length > SHORT,
         ),
         accumulated=setting.accumulated,
     )
@@ -104,25 +120,24 @@ def _other_models(config: TrainingFields, models: Models, trained: int) -> int:
 
 
 def _learning_logits(model: Architecture, tokens: int, precision: Precision, trained: bool, gpu: bool) -> int:
-    """Return the work space of trl's fused head in its backward pass (``trl.kernels.chunked_logprob``).
+    """Return the work space of the head in its backward pass; all tokens are assumed to have a label.
 
-    All tokens are assumed to have a label. On a GPU a tile of logits becomes its own gradient in place. On a CPU torch
-    makes eight more tensors of its size in float32: log-probabilities, probabilities, gradients and targets among them.
+    On a CPU it runs in blocks that stay in cache (``align.models.fast.token_logprobs``), on a GPU in trl's tiles.
     """
+    states = FLOAT * tokens * model.hidden  # their gradients' float32 sum
+    if not gpu:
+        return head_work_space(model, trained, precision == "bfloat16", LOGITS_AT_ONCE["cpu"]) + states
     size, width = SIZES[precision], min(model.vocabulary, TILE[1])
-    tile = min(tokens, TILE[0]) * width
-    head_tile = width * model.hidden
-    summed = FLOAT * (tokens * model.hidden + (model.head if trained else 0))
+    # A tile of logits becomes its own gradient in place.
+    tile, head_tile = min(tokens, TILE[0]) * width, width * model.hidden
+    summed = states + (FLOAT * model.head if trained else 0)
     # Under autocast a tile has a bfloat16 copy of the head's part, and float32 ones while gradients are summed.
-    low_copy = widened = 0
-    if precision == "bfloat16":
-        low_copy = size * head_tile
-        widened = FLOAT * (tile + head_tile)
-    return size * tile + low_copy + summed + (widened if gpu else max(29 * tile, widened))
+    copies = size * head_tile + FLOAT * (tile + head_tile) if precision == "bfloat16" else 0
+    return size * tile + copies + summed
 
 
 def _scoring(config: TrainingFields, models: Models, tuning: TuningBase, gpu: bool) -> int:
-    """Return the work space of a pass over held-out rows: of the vocabulary's logits, or of one layer without them.
+    """Return the work space of a pass over held-out rows: of the vocabulary's logits, or of one layer.
 
     A ``reference`` that is a model of its own is in memory while it scores the rows.
     """
@@ -130,12 +145,14 @@ def _scoring(config: TrainingFields, models: Models, tuning: TuningBase, gpu: bo
     size = SIZES[config.precision]
     references = sum(FLOAT * reference.parameters for reference in models.get("reference", ()))
     tokens = min(SCORED_TOKENS, rows_to_tokens(config, config.eval_rows))
+    layer = tokens * passing_per_token(model, size, size)
     if not config.has_vocabulary:
-        return tokens * (activations_of_layer(model, tuning, config.precision, False, True) or 0)
-    # As in training, logits are computed tile by tile over the vocabulary.
-    tile = tokens * min(model.vocabulary, TILE[1])
-    logits = (size if gpu else size + 3 * FLOAT) * tile
-    return references + logits + FLOAT * tokens * model.hidden
+        return layer
+    if gpu:
+        logits = size * tokens * min(model.vocabulary, TILE[1])
+    else:
+        logits = head_work_space(model, False, config.precision == "bfloat16", LOGITS_AT_ONCE["cpu"])
+    return references + max(layer, logits + FLOAT * tokens * model.hidden)
 
 
 def _saving(config: TrainingFields, model: Architecture, tuning: TuningBase, gpu: bool) -> int:
@@ -190,7 +207,7 @@ def job(config: TrainingFields, models: Models, runtime: Runtime | None) -> Job:
 def _notes(config: TrainingFields) -> list[str]:
     tuning = config.tuning
     notes = [
-        f"+: activations of a micro-batch, here {config.micro_batch} rows of up to {config.max_length} tokens, padded.",
+        f"+: activations of a micro-batch, here {config.micro_batch} rows of up to {config.max_length} tokens.",
         "Not counted: Python and its libraries (about 0.6 GiB).",
     ]
     if config.has_vocabulary:

@@ -158,7 +158,7 @@ def _row_lengths(inputs: dict[str, Any]) -> torch.Tensor | None:
     if ids is None or mask is None or mask.dim() != 2 or mask.shape != ids.shape:
         return None
     real = mask != 0
-    lengths = real.sum(dim=1)
+    lengths: torch.Tensor = real.sum(dim=1)
     # Right-padded: the last real token of each row is where its number of tokens says, and no row is empty.
     is_right_padded = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     if not bool((real == is_right_padded).all()) or int(lengths.min()) == 0:
