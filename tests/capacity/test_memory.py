@@ -19,12 +19,12 @@ from align.models import activations
 from align.models.activations import FLOAT, activations_per_token
 from align.models.architecture import Architecture, Linear, architecture_of
 from align.models.fast import ragged_rows
+from align.models.fast import token_logprobs as logprobs
 from align.models.fast.ragged_rows import enable_ragged, hidden_states, make_layout
 from align.models.precision import low_residual
 from align.models.tuning.apply import apply_tuning
 from align.models.tuning.notice import weight_bytes
 from align.models.tuning.quantized import quantize
-from align.rl import logprobs
 from align.rl.critic import trunk_of
 from tests.support.peak_memory import peak_of
 

@@ -31,17 +31,18 @@ def test_sft_by_hand() -> None:
     assert (lora.chosen, full.chosen) == (True, False)
     assert (lora.memory.weights, lora.memory.gradients, lora.memory.optimizer) == (4 * 178, 4 * 36, 8 * 36)
     assert (full.memory.weights, full.memory.gradients, full.memory.optimizer) == (4 * 142, 4 * 142, 8 * 142)
-    assert lora.memory.copies == 2 * 50  # the head's copies are made and dropped tile by tile
+    assert lora.memory.copies == 2 * (50 + 40 + 40)  # the matrices, the embeddings and the head
     assert counted(SftConfig, LORA, precision="float32").choices[0].memory.copies == 0
 
 
 def test_the_head_s_work_space_by_hand() -> None:
-    tile = 4096 * 10  # of 8 x 1024 tokens and 10 words
-    cpu = 2 * tile + 2 * 40 + 4 * 8192 * 4 + 29 * tile  # a tile, the head's part, the states' gradient, float32 tiles
-    gpu = 2 * tile + 2 * 40 + 4 * 8192 * 4 + 4 * (tile + 40)
+    blocks = (2 * 4 + 2 * 2) * 2**20  # two blocks of logits, in float32 and in bfloat16
+    states = 4 * 8192 * 4  # the gradient of 8 x 1024 tokens' states
+    tile = 4096 * 10  # on a GPU: 4,096 tokens and 10 words
+    gpu = 2 * tile + 2 * 40 + states + 4 * (tile + 40)
     lora = counted(SftConfig, LORA).choices[0].memory
-    assert (lora.logits, lora.scoring) == (cpu, (2 + 12) * tile + 4 * 4096 * 4)
-    assert lora.total == 4 * 178 + 12 * 36 + 2 * 50 + cpu
+    assert (lora.logits, lora.scoring) == (blocks + states, blocks + 4 * 4096 * 4)
+    assert lora.total == 4 * 178 + 12 * 36 + 2 * (50 + 40 + 40) + blocks + states
     card = {"runtime": Runtime(device="cuda")}
     assert counted(SftConfig, LORA, **card).choices[0].memory.logits == gpu
     full = counted(SftConfig, {"method": "full"}, **card).choices[0].memory

@@ -86,7 +86,7 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
         gradients=FLOAT * trained,
         optimizer=2 * FLOAT * trained,
         reference=_other_models(config, models, trained),
-        copies=_copies(model, tuning, setting.checkpointing) if low else 0,
+        copies=_copies(model, tuning, setting.checkpointing, scores) if low else 0,
         logits=0 if scores else _learning_logits(model, learned, config.precision, tuning.trains_all, setting.gpu),
         scoring=_scoring(config, models, tuning, setting.gpu),
         saving=_saving(config, model, tuning, setting.gpu),
@@ -101,9 +101,14 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
     )
 
 
-def _copies(model: Architecture, tuning: TuningBase, checkpointing: bool) -> int:
-    """Return the bytes of autocast's bfloat16 copies."""
-    return 0 if tuning.method == "qlora" else 2 * copied_parameters(model, tuning, checkpointing)
+def _copies(model: Architecture, tuning: TuningBase, checkpointing: bool, scores: bool) -> int:
+    """Return the bytes of bfloat16 copies: autocast's, or below adapters those of all frozen matrices."""
+    if tuning.method == "qlora":
+        return 0
+    rounded_once = isinstance(tuning, LowRank) and not tuning.dora and not checkpointing
+    head = 0 if model.tied or scores else model.head
+    embeddings = model.embedded + head if rounded_once else 0
+    return 2 * (copied_parameters(model, tuning, checkpointing) + embeddings)
 
 
 def rows_to_tokens(config: TrainingFields, rows: int) -> int:
