@@ -71,7 +71,7 @@ def test_checkpointing_keeps_a_layer_s_input_and_one_layer() -> None:
 
 def test_a_reward_model_has_a_score_head_in_the_place_of_the_other() -> None:
     lora = counted(RewardConfig, LORA).choices[0].memory
-    assert (lora.weights, lora.gradients, lora.copies) == (4 * (102 + 36 + 4), 4 * (36 + 4), 2 * 50)
+    assert (lora.weights, lora.gradients, lora.copies) == (4 * (102 + 36 + 4), 4 * (36 + 4), 2 * (50 + 40))
     full = counted(RewardConfig, {"method": "full"}).choices[0].memory
     assert (full.weights, full.optimizer) == (4 * 106, 8 * 106)
 
