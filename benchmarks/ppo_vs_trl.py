@@ -160,7 +160,7 @@ def curve_lines(points: list[dict[str, Any]]) -> list[str]:
 
 def parse() -> argparse.Namespace:
     """Options, with their defaults."""
-    from align.models.embedded import cache_folder
+    from align.config.user_paths import cache_folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -74,6 +74,19 @@ def stages_in_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's cache folder, empty, for a process that has looked up no class's fields yet."""
+    from align.config.field_dumps import class_options, field_dump
+
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    for lookup in (class_options, field_dump):
+        lookup.cache_clear()
+    yield tmp_path / "cache"
+    for lookup in (class_options, field_dump):
+        lookup.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a two-layer causal model with a byte tokenizer; read-only by agreement."""

@@ -1,7 +1,7 @@
 """Options under a stage's ``trainer:``, checked against the config class of trl or align that they go to. Torch-free.
 
-A stage's config names the class (``trainer_class``), which is read from source (``class_options``). Rules across fields
-are left to the class itself when the stage runs.
+A stage's config names the class (``trainer_class``), whose fields ``field_dumps`` has. Rules across fields are left to
+the class itself when the stage runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from align.config.class_options import Option, class_options, find_option, module_file
+from align.config.class_options import refuse_unknown_option
+from align.config.field_dumps import class_options
 
 OWNED: dict[str, str] = {
     "learning_rate": "set 'learning_rate' beside 'trainer'",
@@ -100,17 +101,17 @@ def check_trainer_options(
     if not options:
         return
     try:
-        known = trainer_options(trainer_class)
+        known = class_options(trainer_class)
     except LookupError as error:
         raise ValueError(f"the class of its options, {trainer_class}, cannot be read: {error}") from None
     for name, value in options.items():
         # An unknown name first: a misspelling should not be told that the stage decides it.
-        option = find_option(known, name, trainer_class.partition(":")[2])
+        refuse_unknown_option(name, {*known, *fields}, trainer_class.partition(":")[2])
         if name in owned:
             raise ValueError(f"'{name}' is not set here: {owned[name]}.")
         if name in fields:
             raise ValueError(f"'{name}' is not set here: set '{name}' beside 'trainer'.")
-        option.check(value)
+        known[name].check(value)
 
 
 def remedy_for_option(trainer_class: str, owned: Mapping[str, str], name: str) -> str | None:
@@ -122,29 +123,7 @@ def remedy_for_option(trainer_class: str, owned: Mapping[str, str], name: str) -
         reason = owned[name].removesuffix(" beside 'trainer'")
         return f"Leave it out: {reason}."
     try:
-        is_option = name in trainer_options(trainer_class)
+        is_option = name in class_options(trainer_class)
     except LookupError:
         return None
     return f"It goes under 'trainer': `trainer: {{{name}: …}}`." if is_option else None
-
-
-def trainer_options(trainer_class: str) -> dict[str, Option]:
-    """Return every option of a class (``package.module:Name``) by name, base classes included.
-
-    Raises ``LookupError`` if the installed source does not have the class there.
-    """
-    package, file, name = class_place(trainer_class)
-    try:
-        return class_options(package, file, name)
-    except OSError:
-        raise LookupError(f"{package} has no file {file}.") from None
-
-
-def class_place(path: str) -> tuple[str, str, str]:
-    """Return the package, the file in it and the name of a class that the import path ``path`` names.
-
-    Raises ``LookupError`` for a package that is not installed.
-    """
-    module, _, name = path.partition(":")
-    package, *submodules = module.split(".")
-    return package, module_file(package, submodules), name

@@ -1,4 +1,4 @@
-"""Check paths that a user wrote. Never imports torch."""
+"""Paths that a user wrote or sets by a variable, checked. Never imports torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from align.errors import UserError, shorten
 
 REFUSED = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 """Errors of paths that cannot exist. A missing file is no error here: its reader reports it."""
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads and small caches, outside the repository and the store."""
+    return Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align").expanduser()
 
 
 def user_path(text: str, base: Path | None = None) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from align.config.user_paths import cache_folder
 from align.errors import UserError
 from align.store.fingerprint import file_digest
 
@@ -42,11 +42,6 @@ OUR_TURN = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
 )
 OUR_PROMPT = "{{ '\\n<|im_start|>assistant\\n' }}"
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloads, outside the repository and the store."""
-    return Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align").expanduser()
 
 
 def fetch(log: Callable[[str], None] = LOG.info) -> Path:

@@ -15,6 +15,7 @@ from align.config.recipe.format_options import KINDS
 from align.config.recipe.recipe import Recipe, load_recipe
 from align.config.recipe.source_settings import FilesSource, InputSource, Source
 from align.config.stages.data import DataConfig
+from align.config.user_paths import cache_folder
 from align.config.validation import validate
 from align.data.build import build
 from align.data.card import write_card
@@ -25,7 +26,6 @@ from align.data.sources import identity
 from align.data.steps.step_kinds import step_identities
 from align.data.workers import BuildResources
 from align.errors import UserError
-from align.models.embedded import cache_folder
 from align.models.files import read_optional
 from align.models.step_models import StepModels
 from align.pipeline.context import StageContext

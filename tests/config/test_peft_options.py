@@ -1,4 +1,4 @@
-"""peft's methods and options, read from its source: they are those of its classes, and misspellings are told."""
+"""peft's methods and options, they are those of its classes, and misspellings are told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.config.tuning import Tuning
 
 
 def test_every_type_and_option_is_pefts_own() -> None:
-    """Fails loudly when a new peft has methods that nobody has looked at, or options the source does not show."""
+    """Fails loudly when a new peft has methods that nobody has looked at, or options that the dump lacks."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     theirs = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -62,6 +62,8 @@ def test_a_type_that_is_not_to_be_had_is_refused(name: str, message: str) -> Non
         ("vera", {"task_type": "CAUSAL_LM"}, "'task_type' is not set here: the stage decides"),
         ("oft", {"bias": "all"}, "cannot be switched off"),
         ("lokr", {"target_modules": 3}, r"should be list\[str\] \| str \| None; found 3"),
+        ("road", {"variant": 3}, "should be str; found 3"),
+        ("adamss", {"init_weights": "orthgonal"}, "should be one of 'orthogonal', None; found 'orthgonal'"),
         ("lokr", {"init_weights": 3}, r"should be bool \| str; found 3"),
     ],
 )

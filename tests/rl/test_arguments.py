@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
+from align.config.field_dumps import class_options
 from align.config.stages.rl import DriftFields, RolloutFields, trainer_fields
-from align.config.trl_options import trainer_options
+from align.config.trl_options import check_trainer_options
 from align.pipeline.registry import STAGES, load_object
 from align.rl.arguments import RolloutArguments
 
@@ -96,8 +97,11 @@ def test_arguments_take_every_field_by_keyword(kind: str) -> None:
 
 
 @KINDS
-def test_options_of_a_stage_are_those_of_the_class_and_the_stage(kind: str) -> None:
-    """Read from source: the class's fields, and the stage's, which are set beside ``trainer``."""
-    fields = {field.name for field in dataclasses.fields(arguments_of(kind)) if field.init}
-    options = set(trainer_options(settings_of(kind).trainer_class))
-    assert options == fields | set(settings_of(kind).model_fields) | set(DriftFields.model_fields)
+def test_options_are_the_fields_of_the_class_and_the_stages_own_are_set_beside(kind: str) -> None:
+    settings = settings_of(kind)
+    assert set(class_options(settings.trainer_class)) == {
+        f.name for f in dataclasses.fields(arguments_of(kind)) if f.init
+    }
+    for name in settings.model_fields:
+        with pytest.raises(ValueError, match=f"^'{name}' is not set here"):
+            check_trainer_options(settings.trainer_class, {name: 1}, settings.model_fields, settings.owned_options)

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import stage_input
+from align.config.field_dumps import UnreadableClass, class_options
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import TrainingFields
-from align.config.trl_options import OWNED, class_place, trainer_options
+from align.config.trl_options import OWNED
 from align.store.artifacts import GENERATORS
 
 
@@ -73,11 +74,14 @@ class ExperimentalFields(PreferenceFields):
     @model_validator(mode="after")
     def _trl_has_the_trainer(self) -> Self:
         try:
-            trainer_options(self.trainer_class)
+            class_options(self.trainer_class)
+        except UnreadableClass as error:
+            raise ValueError(f"the class of its options, {self.trainer_class}, cannot be read: {error}") from None
         except LookupError:
-            package, file, name = class_place(self.trainer_class)
+            module, _, name = self.trainer_class.partition(":")
+            package = module.partition(".")[0]
             raise ValueError(
-                f"{package} {importlib.metadata.version(package)} has no {name} ({package}/{file}), which is "
-                "experimental there and which this stage needs. Install trl 1.16, or take stage 'dpo'."
+                f"{package} {importlib.metadata.version(package)} has no {name} ({module.replace('.', '/')}.py), which "
+                "is experimental there and which this stage needs. Install trl 1.16, or take stage 'dpo'."
             ) from None
         return self

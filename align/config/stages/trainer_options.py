@@ -14,7 +14,7 @@ class TrainerOptions(Config):
     """Check of the field ``trainer``, which a subclass has, against the class that takes its options."""
 
     trainer_class: ClassVar[str]
-    """Import path of the class that takes the options under ``trainer``; its source is read, never imported here."""
+    """Import path of the class that takes the options under ``trainer``. It is never imported in this process."""
     owned_options: ClassVar[dict[str, str]] = OWNED
     """Options of that class which the stage sets itself, with what to do instead."""
 
