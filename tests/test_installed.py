@@ -20,6 +20,7 @@ def test_the_wheel_has_what_is_shipped_and_nothing_of_the_workshop(installed_ali
     }
     assert shipped == in_repository
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"align"}, "no tests, benchmarks or docs"
+    assert "align/config/field_dumps.json" in names
 
 
 def test_commands_find_shipped_files_from_an_empty_folder(installed_align: InstalledAlign, tmp_path: Path) -> None:
