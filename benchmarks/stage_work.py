@@ -12,9 +12,11 @@ from align.pipeline.registry import find_stage
 from align.store.artifacts import Artifact, Kind
 
 WORDS = ("red", "green", "blue", "house", "water", "paper", "music", "river", "stone", "light", "garden", "winter")
-FIELD = {"sft": "model", "reward": "model", "dpo": "policy", "ppo": "policy", "sample": "policy"}
+FIELD = {"sft": "model", "reward": "model", "dpo": "policy", "ppo": "policy", "grpo": "policy", "sample": "policy"}
 """Stages that can be measured, and what each calls the model it trains, or samples from."""
-PROMPTED = ("ppo", "sample")
+ROLLOUTS = ("ppo", "grpo")
+"""Those that learn from rollouts, which a reward model scores."""
+PROMPTED = (*ROLLOUTS, "sample")
 """Those that answer prompts."""
 
 
@@ -24,7 +26,7 @@ def config_of(kind: str, fields: Mapping[str, Any]) -> Any:
     named |= {"prompts" if kind in PROMPTED else "data": "d"}
     if kind != "sample":
         named["learning_rate"] = 1e-5
-    if kind == "ppo":
+    if kind in ROLLOUTS:
         named |= {"reward": "r", "reward_floor": None}
     return find_stage(kind).config_class().model_validate(named)
 
@@ -37,7 +39,7 @@ def run_stage(
 
     inputs: dict[str, Any] = {FIELD[kind]: _holder(root / "source", model)}
     data = _data(root / "data", load_tokenizer(model), kind, length, rows)
-    if kind == "ppo":
+    if kind in ROLLOUTS:
         inputs |= {"prompts": data, "reward": _reward(root, model), "ptx": None}
     elif kind == "sample":
         reward = None if fields.get("reward") is None else _reward(root, model, scores=True)

@@ -129,6 +129,9 @@ class Runtime(Config):
     """The store; ``store: FOLDER`` is short for its folder, ``store: s3://…`` for its remote."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` uses CUDA if torch finds it."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that give equal bits in every run, slower ones among them. vLLM has none, so ``auto``
+    samples with transformers. A CPU gives equal bits without it."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per process; by default all cores, divided among a stage's processes."""
     workers: int | None = Field(None, ge=1)
@@ -174,6 +177,32 @@ class Runtime(Config):
     def _servers_fit(cls, rollouts: RolloutsConfig) -> RolloutsConfig:
         rollouts.refuse_unfit()
         return rollouts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_deterministic_engine(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("deterministic") is not True:
+            return value
+        engine = value.get("engine", {})
+        is_open = isinstance(engine, dict) and engine.get("name", "auto") == "auto"
+        return value | {"engine": engine | {"name": "transformers"}} if is_open else value
+
+    @model_validator(mode="after")
+    def _deterministic_engine(self) -> Runtime:
+        if not self.deterministic:
+            return self
+        used = {
+            "engine.name is vllm": self.engine.name == "vllm",
+            "rollouts names servers of vLLM": self.rollouts.pooled,
+            "executor.samplers has engines on other machines": self.samplers.count > 0,
+        }
+        for setting, is_set in used.items():
+            if is_set:
+                raise ValueError(
+                    f"deterministic is true, but {setting}, whose samples may differ between two runs. Sample with "
+                    "`engine: {name: transformers}`, or set deterministic to false."
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_engine(self) -> Runtime:

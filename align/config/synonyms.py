@@ -245,6 +245,7 @@ SYNONYMS = (
     Synonym("runtime:launch.nodes", "num_machines nnodes num_nodes"),
     Synonym("runtime:workers", "num_proc preprocessing_num_workers dataset_num_proc dataset_processes"),
     Synonym("runtime:device", "use_cpu no_cuda"),
+    Synonym("runtime:deterministic", "full_determinism use_deterministic_algorithms"),
 )
 """Every field once; where several have a name, the first of those that the block can have is the answer."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from align.models.determinism import cumulative_sum
+
 BLOCK = 256
 """Vocabulary entries per block of the two-level search."""
 
@@ -24,7 +26,8 @@ def processed_logprobs(logits: torch.Tensor, temperature: float, top_p: float) -
     if top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities  # mass ahead of each token: the first always stays
+        # The mass ahead of each token; the first token always stays.
+        before = cumulative_sum(probabilities, dim=-1) - probabilities
         cut = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(cut, float("-inf"))
     return logits.log_softmax(dim=-1)
@@ -44,12 +47,13 @@ def pick_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, greedy: bool = Fa
         probabilities = torch.nn.functional.pad(probabilities, (0, BLOCK - width % BLOCK))
     blocks = probabilities.view(rows, -1, BLOCK)
     # 1. Find the block in which the cumulative sum passes the target.
-    totals = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)  # (B, V / BLOCK)
+    totals = cumulative_sum(blocks.sum(dim=2, dtype=torch.float64), dim=1)  # (B, V / BLOCK)
     target = uniform.to(torch.float64)[:, None] * totals[:, -1:]  # scaled by the sum, which is 1 up to rounding
     block = _first_above(totals, target)  # (B, 1)
     # 2. Find the entry within it. The bound keeps rounding from stepping past its last entry.
     before = torch.where(block > 0, totals.gather(1, (block - 1).clamp(min=0)), torch.zeros_like(target))
-    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].to(torch.float64).cumsum(dim=1)
+    entries = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].to(torch.float64)  # (B, BLOCK)
+    inside = cumulative_sum(entries, dim=1)
     offset = _first_above(inside, torch.minimum(target - before, inside[:, -1:] * (1 - 1e-12)))
     return (block * BLOCK + offset)[:, 0]
 

@@ -38,6 +38,7 @@ from align.store.retry import UNREACHABLE_STORE, is_unreachable
 UNREACHABLE_CODE = 74
 """Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
 HANDOVER, PROCESSES, LAUNCHER = "align.checks.stage", "align.models.processes", "align.runner.ranks"
+DETERMINISM = "align.models.determinism"
 """Loaded as the stage itself is: not before the process of a stage needs it."""
 
 
@@ -141,6 +142,8 @@ def _end_at_once(ended: list[int]) -> None:
 def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: str) -> dict[str, Any]:
     """The stage's result, or what became of it instead."""
     try:
+        if _runtime(work).deterministic:
+            load_object(f"{DETERMINISM}:use_deterministic_kernels")()
         if world_size() > 1:
             load_object(f"{PROCESSES}:join")(_runtime(work))
         metrics = _run(_context(folder, work, started, result_file), find_stage(work["stage"]))

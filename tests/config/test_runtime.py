@@ -89,3 +89,24 @@ def test_what_no_stage_can_have_is_refused(runtime: dict[str, Any], words: str) 
 
 def test_a_runtime_without_stages_is_itself() -> None:
     assert Runtime(threads=2).for_stage("any") == Runtime(threads=2)
+
+
+def test_a_deterministic_run_samples_with_transformers() -> None:
+    assert Runtime().engine.name == "auto"
+    deterministic = Runtime.model_validate({"deterministic": True, "engine": {"batch_size": 4}})
+    assert (deterministic.engine.name, deterministic.engine.batch_size) == ("transformers", 4)
+    assert Runtime(deterministic=True).for_stage("any").engine.name == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"engine": {"name": "vllm"}}, "engine.name is vllm"),
+        ({"rollouts": {"servers": 1}}, "rollouts names servers of vLLM"),
+        ({"executor": {"name": "ray", "samplers": {"count": 1}}}, "executor.samplers has engines on other machines"),
+        ({"stages": {"one": {"engine": {"name": "vllm"}}}}, "engine.name is vllm"),
+    ],
+)
+def test_a_deterministic_run_refuses_engines_whose_samples_may_differ(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=f"deterministic is true, but {words}"):
+        with_runtime({"deterministic": True, **fields})

@@ -60,6 +60,17 @@ def test_a_stage_starts_with_large_pages_unless_the_user_says_otherwise(store: P
     assert found(2)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
+def test_a_deterministic_run_restricts_the_kernels_in_the_process_of_its_stages(store: Path) -> None:
+    def environment(seed: int, runtime: dict[str, Any]) -> dict[str, str]:
+        raw = {"name": "toy", "seed": seed, "runtime": runtime, "stages": {"env": {"stage": "tests.support.toy:ENV"}}}
+        artifact = run_pipeline(Pipeline(raw), store=store).artifacts["env"]
+        return json.loads((artifact.path / "environment.json").read_text())
+
+    # What cuBLAS must have, set by the same function that restricts torch (tests/models/test_determinism.py).
+    assert environment(1, {"deterministic": True})["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in environment(2, {})
+
+
 def test_a_plan_reads_each_record_of_the_store_once_however_many_stages_are_to_run(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
