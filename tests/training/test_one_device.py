@@ -12,14 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+import align.rl
 import align.stages.distill
 import align.stages.rl
 import align.training.arguments
 import align.training.fit
+from align.pipeline.context import StageContext
+from align.pipeline.registry import STAGES
+from align.rl.arguments import RolloutArguments
 from align.rl.trainer import RLTrainer
+from align.stages import evaluate
 from tests.support.rl import stages as sampled
+from tests.support.stages.evaluation_stage import context, inputs
 from tests.support.training import aimed_stages
 from tests.support.training.kills import assert_same, run
+
+__all__ = ["context", "inputs"]  # fixtures
 
 
 class Built(Exception):
@@ -82,15 +90,37 @@ def test_the_machine_s_devices_change_nothing(
     assert_same(plain, several, expected, run(several))
 
 
-def test_a_script_s_own_config_is_for_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from align.rl import BestOfNConfig, GRPOConfig, OnlineDPOConfig, PPOConfig, RLOOConfig
+def test_every_kind_that_trains_is_among_those_above() -> None:
+    assert {kind for kind, stage in STAGES.items() if stage.distributed} == {*aimed_stages.KINDS, *sampled.KINDS}
 
+
+@pytest.mark.usefixtures("four_devices")
+def test_sampling_and_scoring_use_no_other_device(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation samples, and runs policies, the reference and the reward model over the responses."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        pytest.fail("a model was copied to several devices")
+
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", refuse)
+    monkeypatch.setattr(torch.nn.parallel, "data_parallel", refuse)
+    assert evaluate.run(context)["tokens"] > 0
+
+
+CONFIGS = [name for name in align.rl.__all__ if name.endswith("Config")]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_script_s_own_config_is_for_one(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for config in (PPOConfig, GRPOConfig, RLOOConfig, OnlineDPOConfig, BestOfNConfig):
-        arguments = config(output_dir=str(tmp_path), rollout_batch=8, samples_per_prompt=4,
-                           per_device_train_batch_size=2, learning_rate=1e-6,
-                           num_mini_batches=1, report_to="none")  # fmt: skip
-        assert (arguments.n_gpu, arguments.train_batch_size) == (1, 2)
+    arguments = getattr(align.rl, name)(
+        output_dir=str(tmp_path), rollout_batch=8, samples_per_prompt=4, per_device_train_batch_size=2,
+        learning_rate=1e-6, num_mini_batches=1, report_to="none",
+    )  # fmt: skip
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 2)
+
+
+def test_every_arguments_class_of_scripts_is_among_those_above() -> None:
+    assert {arguments.__name__ for arguments in RolloutArguments.__subclasses__()} == set(CONFIGS)
 
 
 def test_a_process_without_devices_has_none(tmp_path: Path) -> None:
