@@ -10,11 +10,12 @@ READY := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart setup browser slurm slurm-stop check docs test test-slow test-gpu bench clean
+.PHONY: help quickstart setup browser slurm slurm-stop check docs test test-slow test-gpu gpu-evidence bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
-	@echo "make test-gpu    what needs one GPU: its tests, then one table of speed and memory (10 minutes)"
+	@echo "make test-gpu    the tests that need one GPU"
+	@echo "make gpu-evidence  all that needs one GPU, in commands of 9 minutes: repeat it until it says done (docs/gpu.md)"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
 	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
 	@echo "make check       ruff, mypy --strict, import-linter, the documentation's strict build"
@@ -74,7 +75,10 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests/gpu --timeout 900 -rs
-	$(BIN)/python -m benchmarks.gpu
+
+# Exit code 75: the time of this command is over, and the next one goes on.
+gpu-evidence: $(READY)
+	$(BIN)/python -m benchmarks.gpu_evidence
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.rollouts

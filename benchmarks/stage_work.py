@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def run_stage(
     if kind in ROLLOUTS:
         inputs |= {"prompts": data, "reward": _reward(root, model), "ptx": None}
     elif kind == "sample":
-        reward = None if fields.get("reward") is None else _reward(root, model, scores=True)
+        reward = None if fields.get("reward") is None else _reward(root, model)
         inputs |= {"prompts": data, "reward": reward}
     else:
         inputs |= {"data": data, "replay": None, "reference": None}
@@ -66,15 +67,14 @@ def by_length(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
     return [float(len(response)) for response in responses]
 
 
-def _reward(root: Path, model: Path, scores: bool = False) -> Artifact:
-    """A reward model with a new head, which gives every answer 0 unless it ``scores``."""
+def _reward(root: Path, model: Path) -> Artifact:
+    """Write a reward model with a head that gives few answers the same score, so that there is something to learn."""
     from align.models.loading import load_tokenizer, new_reward
 
     folder = root / "reward" / "model"
-    made = new_reward(model)
-    if scores:
-        made.score.weight.data.fill_(0.01)[..., ::2] *= -1
-    made.save_pretrained(folder)
+    reward_model = new_reward(model)
+    reward_model.score.weight.data.fill_(0.01)[..., ::2] *= -1
+    reward_model.save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)
     return Artifact("r", Kind.REWARD, root / "reward", {"key": "1"})
 
@@ -104,13 +104,21 @@ def _text(number: int, words: int) -> str:
 
 
 def _filled(tokenizer: Any, length: int, number: int, prompt: bool) -> list[dict[str, Any]]:
-    """One turn that makes a row of ``length`` tokens, or of few less: a prompt, or the answer to a short one."""
+    """Return the last turn of a row of ``length`` tokens, or of few less: a prompt, or the answer to a short question.
+
+    Raises ``ValueError`` where no word fits.
+    """
     from align.data.rows import assistant, user
 
-    for words in range(length, 0, -1):
+    def turns(words: int) -> list[dict[str, Any]]:
         text = _text(number, words)
-        turns = [user(text)] if prompt else [user(f"{number}"), assistant(text)]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False)
-        if len(ids) <= length:
-            return turns[-1:]
-    raise ValueError(f"no row fits into {length} tokens")
+        return [user(text)] if prompt else [user(f"{number}"), assistant(text)]
+
+    def tokens(words: int) -> int:
+        return len(tokenizer.apply_chat_template(turns(words), add_generation_prompt=prompt, return_dict=False))
+
+    # A word has at least one token, so a row has at most ``length`` words.
+    words = bisect.bisect_right(range(1, length + 1), length, key=tokens)
+    if words == 0:
+        raise ValueError(f"no row fits into {length} tokens")
+    return turns(words)[-1:]

@@ -21,7 +21,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Data": ("data", "data_*", "synthesis", "lint"),
     "Training": ("methods", "methods_*", "rewards", "ppo", "ppo_*", "rl", "rl_*"),
     "Evaluation": ("evaluation", "evaluation_*", "reporting", "results", "results_*"),
-    "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "performance", "performance_*"),
+    "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "gpu", "performance", "performance_*"),
     "Operations": ("store", "faults", "security"),
     "Contributing": ("development", "contributing", "testing", "changelog"),
 }

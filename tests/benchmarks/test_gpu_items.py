@@ -1,0 +1,88 @@
+"""What is measured on a GPU: models of the released sizes, and configs that every stage accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from align.capacity.estimate import estimator_of
+from align.models.architecture import architecture_of, read_architecture
+from align.models.loading import load_policy, load_tokenizer
+from align.pipeline.registry import STAGES
+from benchmarks.gpu_items import Item, Machine, determinism_items, plan_items, training_items
+from benchmarks.gpu_models import SHAPES, make_model, sizes_of
+from benchmarks.stage_work import FIELD, ROLLOUTS, config_of
+
+MACHINES = [Machine("cuda", tiny=False), Machine("cpu", tiny=True)]
+
+
+def items_of(machine: Machine) -> list[Item]:
+    return [*training_items(machine), *plan_items(machine), *determinism_items(machine)]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=["card", "tiny"])
+def test_every_item_is_a_valid_stage_that_the_plan_can_count(machine: Machine) -> None:
+    for item in items_of(machine):
+        stage = item.stage
+        model = architecture_of(sizes_of(stage.shape, stage.tiny))
+        models = {FIELD[stage.stage]: [model]} | ({"reward": [model]} if stage.stage in ROLLOUTS else {})
+        config = config_of(stage.stage, stage.fields)
+        job = estimator_of(STAGES[stage.stage]).job(config, models, stage.runtime)
+        assert job.work(1.0).learning > 0, item.name
+        # Two steps at the start are not timed, and one must be left.
+        assert (config.updates if stage.stage in ROLLOUTS else config.max_steps) >= 3, item.name
+        assert stage.length <= (config.max_prompt_tokens if stage.stage in ROLLOUTS else config.max_length), item.name
+
+
+def test_every_stage_tuning_and_model_is_measured_plainly_before_the_alternatives() -> None:
+    names = [item.name for item in training_items(Machine("cuda", tiny=False))]
+    assert len(set(names)) == len(names)
+    stages = [f"{stage} {method}" for stage in ("sft", "reward", "dpo", "ppo", "grpo") for method in ("full", "lora")]
+    plain = [f"{shape} {stage}" for shape in SHAPES for stage in stages]
+    assert names[: len(plain)] == plain
+    alternatives = names[len(plain) :]
+    assert "qwen2.5-1.5b ppo full vllm" in alternatives
+    assert "llama3.2-1b dpo lora liger" in alternatives
+    assert "qwen2.5-0.5b reward full flash" in alternatives
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "liger_kernel" or None)
+    obstacles = {item.name: item.obstacle for item in training_items(Machine("cuda", tiny=False))}
+    assert obstacles["qwen2.5-0.5b sft full"] is None
+    assert obstacles["qwen2.5-0.5b sft full liger"] is None
+    assert obstacles["qwen2.5-0.5b sft full flash"] == "flash_attn is not installed"
+    assert obstacles["qwen2.5-0.5b ppo full vllm"] == "vllm is not installed"
+    on_processor = {item.name: item.obstacle for item in training_items(Machine("cpu", tiny=True))}
+    assert on_processor["qwen2.5-0.5b sft full liger"] == "liger_kernel needs a GPU"
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [("qwen2.5-0.5b", 494_032_768), ("llama3.2-1b", 1_235_814_400), ("qwen2.5-1.5b", 1_543_714_304)],
+)
+def test_the_shapes_have_the_released_models_parameters(shape: str, parameters: int) -> None:
+    assert architecture_of(sizes_of(shape, tiny=False)).parameters == parameters
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_a_model_is_made_once_and_samples_ids_that_its_tokenizer_lacks(shape: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path, shape, tiny=True, device="cpu")
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert make_model(tmp_path, shape, tiny=True, device="cpu") == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    policy, tokenizer = load_policy(folder), load_tokenizer(folder)
+    assert policy.config.model_type == SHAPES[shape]["model_type"]
+    assert policy.num_parameters() == read_architecture(folder / "config.json").parameters
+    assert len(tokenizer) < policy.config.vocab_size
+    assert tokenizer.decode([tokenizer.convert_tokens_to_ids("a"), policy.config.vocab_size - 1]) == "a"
+
+
+def test_another_attention_is_a_folder_with_the_same_weights(tmp_path: Path) -> None:
+    plain = make_model(tmp_path, "qwen2.5-0.5b", tiny=True, device="cpu")
+    flash = make_model(tmp_path, "qwen2.5-0.5b", tiny=True, device="cpu", attention="flash")
+    assert (flash / "model.safetensors").samefile(plain / "model.safetensors")
+    assert AutoConfig.from_pretrained(flash)._attn_implementation == "flash_attention_2"
+    assert AutoConfig.from_pretrained(plain)._attn_implementation != "flash_attention_2"
