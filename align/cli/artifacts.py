@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from align.cli.parser import print_json, printable_json
+from align.cli.parser import add_store, print_json, printable_json
 from align.errors import NO_SPACE, UserError, printable
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def print_damage(errors: Iterable[Exception]) -> None:
 
 
 def list_artifacts(options: argparse.Namespace) -> int:
-    """list the artifacts in the store and the runs that use them"""
+    """Run ``align list``."""
     from align.runner.open_store import open_store
 
     store = open_store(None, options.store)
@@ -64,7 +64,7 @@ def list_artifacts(options: argparse.Namespace) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    """show an artifact's record; --log prints its log, --verify checks the digest of every file"""
+    """Run ``align show``."""
     from align.runner.open_store import open_store
 
     store = open_store(None, options.store)
@@ -98,7 +98,7 @@ def _print_log(path: Path) -> int:
 
 
 def collect_garbage(options: argparse.Namespace) -> int:
-    """list artifacts that no run uses any more; --delete deletes them"""
+    """Run ``align gc``."""
     from align.clusters.slurm.submit import used_by_jobs
     from align.runner.open_store import open_store
     from align.store.garbage import delete_garbage, find_garbage
@@ -171,13 +171,20 @@ def _size(folder: Path) -> int:
     return total
 
 
-def add_arguments(list_parser: Any, show_parser: Any, gc_parser: Any) -> None:
-    """Add the options of the three commands."""
-    from align.cli.parser import add_store
+def add_list_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``align list``."""
+    add_store(parser)
 
-    for parser in (list_parser, show_parser, gc_parser):
-        add_store(parser)
-    show_parser.add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
-    show_parser.add_argument("--log", action="store_true", help="print the stage's log")
-    show_parser.add_argument("--verify", action="store_true", help="check the digest of every file")
-    gc_parser.add_argument("--delete", action="store_true", help="delete the listed artifacts")
+
+def add_show_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``align show``."""
+    add_store(parser)
+    parser.add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
+    parser.add_argument("--log", action="store_true", help="print the stage's log")
+    parser.add_argument("--verify", action="store_true", help="check the digest of every file")
+
+
+def add_gc_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``align gc``."""
+    add_store(parser)
+    parser.add_argument("--delete", action="store_true", help="delete the listed artifacts")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run(options: argparse.Namespace) -> int:
-    """end a run's cluster jobs or its local process; finished stages and checkpoints are kept"""
+    """Run ``align cancel``."""
     from align.cli.run_page import find_run
     from align.clusters.follow import SchedulerError
     from align.clusters.slurm.submission import submissions

@@ -26,7 +26,7 @@ SEED = "seed"
 
 
 def run(options: argparse.Namespace) -> int:
-    """compare runs on one page: changed settings against results, score against KL, training curves"""
+    """Run ``align compare``."""
     from align.cli.run_page import damaged_stages, finished_artifacts
     from align.report.compare.comparison import write_comparison
     from align.report.compare.over_seeds import compare_over_seeds

@@ -20,7 +20,7 @@ NOT_COPIED = ("log.txt", "events.jsonl")
 
 
 def run(options: argparse.Namespace) -> int:
-    """work with datasets: build a recipe, show its rows, lint them, compare builds, push one to the Hub"""
+    """Run ``align data``."""
     return COMMANDS[options.data_command](options)
 
 
@@ -182,7 +182,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def add_commands(group: argparse.ArgumentParser) -> None:
+def add_arguments(group: argparse.ArgumentParser) -> None:
     """Add the subcommands of ``align data`` and their options."""
     subparsers = group.add_subparsers(dest="data_command", metavar="COMMAND", required=True, parser_class=Parser)
     parsers = {name: subparsers.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}

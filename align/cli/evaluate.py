@@ -20,7 +20,7 @@ PAGE_FOLDERS = ("figures", "tables")
 
 
 def run(options: argparse.Namespace) -> int:
-    """score checkpoints and their base model by a suite of tasks; cached and resumable like any run"""
+    """Run ``align eval``."""
     from align.cli.checkpoints import find_all, find_reward, find_rows
     from align.cli.report import output_folder
     from align.cli.run_session import print_failed_gates, print_page, run_and_report, run_document

@@ -39,7 +39,7 @@ class ExportSource:
 
 
 def run(options: argparse.Namespace) -> int:
-    """write a checkpoint as an ordinary model folder, check its answers and describe it; --push uploads it"""
+    """Run ``align export``."""
     log: Callable[[str], None] = (lambda text: print(text, file=sys.stderr)) if options.json else print
     chosen = find_source(options.checkpoint, options.base, options.store)
     output = Path(options.output)

@@ -89,7 +89,7 @@ class Subject:
 
 
 def run(options: argparse.Namespace) -> int:
-    """print the fields of a stage or another block: type, default, bounds and meaning"""
+    """Run ``align fields``."""
     if options.kind is None:
         _list_subjects(options.json)
         return 0

@@ -16,7 +16,7 @@ NEXT_COMMANDS = {"data": "align data build"}
 
 
 def run(options: argparse.Namespace) -> int:
-    """copy a commented starting point: a YAML file with data and functions; without a name, list them"""
+    """Run ``align init``."""
     points = starting_points()
     if options.name is None:
         return _list(points, options.json)

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.cli import (
-    artifacts,
-    cancel,
-    compare,
-    completion,
-    data,
-    evaluate,
-    export,
-    fields,
-    init,
-    plan_hardware,
-    push,
-    report,
-    status,
-    sweep,
-)
 from align.cli.parser import Parser, add_assignments, add_executor, add_store, print_json
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
-from align.config.hub_commits import go_offline
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.stop_signal import Stopped
 from align.store.version import VERSION
 
 if TYPE_CHECKING:
     from align.capacity.memory import Estimate
-    from align.pipeline.pipeline import Node
+    from align.pipeline.pipeline import Node, Pipeline
     from align.runner.plan import History, Step
+    from align.store.store import Store
 
 FAILED = 1
 INTERRUPTED = 130
@@ -55,18 +41,56 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
 
 
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_pipeline(parser)
+    parser.add_argument("--strict", action="store_true", help="refuse artifacts from other source code")
+    add_executor(parser, "stages")
+    parser.add_argument("--detach", action="store_true", help="submit the stages to the cluster and return")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from align.cli import plan_hardware
+
+    _add_pipeline(parser)
+    parser.add_argument(
+        "--resolved", action="store_true", help="print the pipeline with its base files, variables and --set filled in"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="estimate the memory of each tuning method and of PPO's critic"
+    )
+    plan_hardware.add_arguments(parser)
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    from align.cli import completion
+
+    completion.add_arguments(parser)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, a key, or PIPELINE:STAGE")
+    parser.add_argument("--store", metavar="DIR")
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max-tokens", type=int, default=256)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    add_store(parser)
+    parser.add_argument(
+        "--engines", action="store_true", help="import vLLM and check that its servers could start (half a minute)"
+    )
+
+
 def _run(options: argparse.Namespace) -> int:
-    """run a pipeline and write its report; finished stages are skipped, a killed stage resumes"""
     from align.cli.run import run
 
     return run(options)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    """show what `run` would do with each stage, and why; --memory and --hardware estimate what it needs"""
-    from align.capacity.estimate import estimate_memory
-    from align.capacity.table import memory_lines
-    from align.cli.run import load, print_pins, print_recipes
+    from align.cli import plan_hardware
+    from align.cli.loading import load, print_pins, print_recipes
     from align.config.yaml import dump_yaml
     from align.runner.open_store import open_store
     from align.runner.plan import choose_stages, plan
@@ -85,7 +109,7 @@ def _plan(options: argparse.Namespace) -> int:
     plan_hardware.refuse_without_hardware(options)
     forced = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
     steps = plan(pipeline, store, forced)
-    memory = estimate_memory(pipeline, store) if options.memory else {}
+    memory = _estimate_memory(pipeline, store) if options.memory else {}
     if options.json:
         print_json([_step_json(step, memory.get(step.node.name)) for step in steps])
         return 0
@@ -95,10 +119,24 @@ def _plan(options: argparse.Namespace) -> int:
         for note in step.notes:
             print(printable(f"{'':<{width}}  · {note}"))
     print_pins(pipeline)
+    _print_memory(memory)
+    return 0
+
+
+def _estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | str]:
+    from align.capacity.estimate import estimate_memory
+
+    return estimate_memory(pipeline, store)
+
+
+def _print_memory(memory: Mapping[str, Estimate | str]) -> None:
+    if not memory:
+        return
+    from align.capacity.table import memory_lines
+
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for name, estimate in memory.items():
         print("", *memory_lines(name, estimate, columns), sep="\n")
-    return 0
 
 
 def _step_json(step: Step, estimate: Estimate | str | None) -> dict[str, Any]:
@@ -119,8 +157,7 @@ def _step_json(step: Step, estimate: Estimate | str | None) -> dict[str, Any]:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    """show which fields changed since each stage last finished"""
-    from align.cli.run import load
+    from align.cli.loading import load
     from align.runner.open_store import open_store
     from align.runner.plan import History
 
@@ -146,7 +183,6 @@ def _stage_state(history: History, node: Node) -> str:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    """print the JSON schema of pipeline files, for editors"""
     from align.pipeline.json_schema import pipeline_schema
 
     print_json(pipeline_schema())
@@ -154,12 +190,12 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _completion(options: argparse.Namespace) -> int:
-    """print a script for bash, zsh or fish that completes commands, options, files and stages"""
+    from align.cli import completion
+
     return completion.run(options, parser())
 
 
 def _chat(options: argparse.Namespace) -> int:
-    """chat with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE"""
     from align.cli.arguments import find_checkpoint
     from align.cli.lineage import refuse_damage
 
@@ -171,7 +207,6 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """check the installation: packages, engine, device and disk space"""
     from align.cli.doctor import examine
 
     findings = []
@@ -186,77 +221,112 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 DOCTOR_MARKS = {"ok": " ", "note": "!", "problem": "✗"}
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "run": _run,
-    "plan": _plan,
-    "explain": _explain,
-    "init": init.run,
-    "list": artifacts.list_artifacts,
-    "show": artifacts.show,
-    "gc": artifacts.collect_garbage,
-    "fields": fields.run,
-    "schema": _schema,
-    "completion": _completion,
-    "chat": _chat,
-    "doctor": _doctor,
-    "data": data.run,
-    "eval": evaluate.run,
-    "report": report.run,
-    "compare": compare.run,
-    "export": export.run,
-    "sweep": sweep.run,
-    "status": status.run,
-    "cancel": cancel.run,
-    "push": push.run,
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its line in ``align --help``, its function, and the function that adds its arguments."""
+
+    purpose: str
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+
+def _imported(module: str, purpose: str, run: str = "run", add_arguments: str = "add_arguments") -> Command:
+    """Return a command of ``align.cli.MODULE``, which is imported when the command is used."""
+
+    def late(name: str) -> Callable[..., Any]:
+        return lambda argument: getattr(importlib.import_module(f"align.cli.{module}"), name)(argument)
+
+    return Command(purpose, late(run), late(add_arguments))
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(
+        "run a pipeline and write its report; finished stages are skipped, a killed stage resumes", _run, _add_run
+    ),
+    "plan": Command(
+        "show what `run` would do with each stage, and why; --memory and --hardware estimate what it needs",
+        _plan,
+        _add_plan,
+    ),
+    "explain": Command("show which fields changed since each stage last finished", _explain, _add_pipeline),
+    "init": _imported(
+        "init", "copy a commented starting point: a YAML file with data and functions; without a name, list them"
+    ),
+    "list": _imported(
+        "artifacts",
+        "list the artifacts in the store and the runs that use them",
+        "list_artifacts",
+        "add_list_arguments",
+    ),
+    "show": _imported(
+        "artifacts",
+        "show an artifact's record; --log prints its log, --verify checks the digest of every file",
+        "show",
+        "add_show_arguments",
+    ),
+    "gc": _imported(
+        "artifacts",
+        "list artifacts that no run uses any more; --delete deletes them",
+        "collect_garbage",
+        "add_gc_arguments",
+    ),
+    "fields": _imported("fields", "print the fields of a stage or another block: type, default, bounds and meaning"),
+    "schema": Command("print the JSON schema of pipeline files, for editors", _schema, add_store),
+    "completion": Command(
+        "print a script for bash, zsh or fish that completes commands, options, files and stages",
+        _completion,
+        _add_completion,
+    ),
+    "chat": Command("chat with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE", _chat, _add_chat),
+    "doctor": Command("check the installation: packages, engine, device and disk space", _doctor, _add_doctor),
+    "data": _imported(
+        "data", "work with datasets: build a recipe, show its rows, lint them, compare builds, push one to the Hub"
+    ),
+    "eval": _imported(
+        "evaluate", "score checkpoints and their base model by a suite of tasks; cached and resumable like any run"
+    ),
+    "report": _imported(
+        "report", "write the report of a run, by name or by pipeline file; --open opens it in a browser"
+    ),
+    "compare": _imported(
+        "compare", "compare runs on one page: changed settings against results, score against KL, training curves"
+    ),
+    "export": _imported(
+        "export", "write a checkpoint as an ordinary model folder, check its answers and describe it; --push uploads it"
+    ),
+    "sweep": _imported(
+        "sweep",
+        "try out a space over a pipeline's fields; unchanged stages are made once, an interrupted sweep goes on",
+    ),
+    "status": _imported(
+        "status", "show the state of each stage of a run, here and on a cluster; without a name, of every run"
+    ),
+    "cancel": _imported(
+        "cancel", "end a run's cluster jobs or its local process; finished stages and checkpoints are kept"
+    ),
+    "push": _imported("push", "upload finished stages that the store's bucket lacks; runs do so by themselves"),
 }
-"""Command -> function; the function's docstring is its line in ``align --help``."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, or one that knows only the arguments of ``command``."""
     top = Parser(prog="align", description="From a base model to an aligned, scored checkpoint.")
     top.add_argument("--version", action="version", version=f"align {VERSION}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    parsers = {name: commands.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
-    for name in ("run", "plan", "explain"):
-        _add_pipeline(parsers[name])
-    for name in ("doctor", "schema"):
-        add_store(parsers[name])
-    parsers["doctor"].add_argument(
-        "--engines", action="store_true", help="import vLLM and check that its servers could start (half a minute)"
-    )
-    fields.add_arguments(parsers["fields"])
-    completion.add_arguments(parsers["completion"])
-    artifacts.add_arguments(parsers["list"], parsers["show"], parsers["gc"])
-    run_parser = parsers["run"]
-    run_parser.add_argument("--strict", action="store_true", help="refuse artifacts from other source code")
-    add_executor(run_parser, "stages")
-    run_parser.add_argument("--detach", action="store_true", help="submit the stages to the cluster and return")
-    plan_parser = parsers["plan"]
-    plan_parser.add_argument(
-        "--resolved", action="store_true", help="print the pipeline with its base files, variables and --set filled in"
-    )
-    plan_parser.add_argument(
-        "--memory", action="store_true", help="estimate the memory of each tuning method and of PPO's critic"
-    )
-    plan_hardware.add_arguments(plan_parser)
-    chat = parsers["chat"]
-    chat.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, a key, or PIPELINE:STAGE")
-    chat.add_argument("--store", metavar="DIR")
-    chat.add_argument("--system", help="a system message")
-    chat.add_argument("--temperature", type=float, default=0.7)
-    chat.add_argument("--max-tokens", type=int, default=256)
-    data.add_commands(parsers["data"])
-    evaluate.add_arguments(parsers["eval"])
-    report.add_arguments(parsers["report"])
-    compare.add_arguments(parsers["compare"])
-    sweep.add_arguments(parsers["sweep"])
-    export.add_arguments(parsers["export"])
-    init.add_arguments(parsers["init"])
-    push.add_arguments(parsers["push"])
-    status.add_arguments(parsers["status"])
-    cancel.add_arguments(parsers["cancel"])
+    for name, entry in COMMANDS.items():
+        subparser = commands.add_parser(name, help=entry.purpose)
+        if command in (None, name):
+            entry.add_arguments(subparser)
     return top
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line, importing no other command than its own."""
+    # Only options without a value stand before a command, and ``align --help`` shows no command's arguments.
+    command = next((word for word in words if not word.startswith("-")), "")
+    return parser(command).parse_args(words)
 
 
 LIBRARY_LOGGERS = ("DeepSpeed", "bitsandbytes")
@@ -294,12 +364,14 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
     try:
-        options = parser().parse_args(arguments)
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
         output.goes_on = options.command in WORKING_COMMANDS
         output.is_document = bool(getattr(options, "json", False))
         if getattr(options, "offline", False):
+            from align.config.hub_commits import go_offline
+
             go_offline()
-        return COMMANDS[options.command](options)
+        return COMMANDS[options.command].run(options)
     except (UserError, StageFailed, Stopped) as error:
         print("\n".join(printable(line) for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(options: argparse.Namespace) -> int:
-    """upload finished stages that the store's bucket lacks; runs do so by themselves"""
+    """Run ``align push``."""
     from align.runner.open_store import open_store
 
     store = open_store(None, options.store)

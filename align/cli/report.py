@@ -19,7 +19,7 @@ MIN_SECONDS, MAX_SECONDS = 1, 3600
 
 
 def run(options: argparse.Namespace) -> int:
-    """write the report of a run, by name or by pipeline file; --open opens it in a browser"""
+    """Run ``align report``."""
     from align.cli.run_page import damaged_stages, find_failure, find_run, write_page
     from align.pipeline.pipeline import Pipeline
     from align.runner.open_store import open_store

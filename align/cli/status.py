@@ -43,7 +43,7 @@ class StageStatus:
 
 
 def run(options: argparse.Namespace) -> int:
-    """show the state of each stage of a run, here and on a cluster; without a name, of every run"""
+    """Run ``align status``."""
     from align.cli.artifacts import print_damage
     from align.cli.run_page import find_run, stored_outline
     from align.runner.open_store import open_store

@@ -25,7 +25,7 @@ MAX_COMPARED = 16
 
 
 def run(options: argparse.Namespace) -> int:
-    """try out a space over a pipeline's fields; unchanged stages are made once, an interrupted sweep goes on"""
+    """Run ``align sweep``."""
     from align.cli.sweep_table import print_plan, print_trials
     from align.config.shipped import find_shipped
     from align.runner.open_store import open_store

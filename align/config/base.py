@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
+from align.config.field_docstrings import field_docstrings
 from align.store.artifacts import Kind
 
 Precision = Literal["bfloat16", "float32"]
@@ -23,7 +25,8 @@ class Config(BaseModel):
         strict=True,  # "true" is not a number of steps, and "3" is not a number
         allow_inf_nan=False,
         protected_namespaces=(),
-        use_attribute_docstrings=True,
+        # A validator is built when it validates: one command needs few of the classes that it imports.
+        defer_build=True,
     )
 
     identified: ClassVar[frozenset[str]] = frozenset()
@@ -36,6 +39,16 @@ class Config(BaseModel):
     def fields_outside_key(self) -> set[str]:
         """Return the fields whose text the stage's key leaves out: ``identified``, unless their value decides."""
         return set(self.identified)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the block's JSON schema, with the docstrings of its fields as descriptions."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, docstring in field_docstrings(cls).items():
+            if name in properties:
+                properties[name]["description"] = docstring
+        return schema
 
     @classmethod
     def remedy_for_unknown(cls, key: str) -> str | None:

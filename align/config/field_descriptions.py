@@ -19,6 +19,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from align.config.field_docstrings import field_docstrings
+
 BlockNaming = Callable[[Sequence[type[BaseModel]]], str]
 """Returns words for a value that is a block of one of these classes: links in a document, a list in a terminal."""
 
@@ -169,6 +171,7 @@ class FieldDescription:
 def describe_fields(model: type[BaseModel], name_blocks: BlockNaming) -> list[FieldDescription]:
     """Return the description of each field of a block, required ones first."""
     fields = sorted(model.model_fields.items(), key=lambda item: not item[1].is_required())
+    docstrings = field_docstrings(model)
     return [
         FieldDescription(
             name,
@@ -176,7 +179,7 @@ def describe_fields(model: type[BaseModel], name_blocks: BlockNaming) -> list[Fi
             describe_type(_with_marker(field), name_blocks),
             describe_default(field),
             describe_bounds(field),
-            join_lines(field.description or ""),
+            join_lines(docstrings.get(name, "")),
         )
         for name, field in fields
     ]

@@ -30,7 +30,8 @@ LORA_INITS = ("default", "gaussian", "orthogonal", "eva", "pissa", "olora", "lof
 """Initializations of LoRA's matrices; ``pissa_niter_N`` is allowed too."""
 
 
-class TuningBase(Config):
+# Every stage that trains takes one of these blocks: built once, their schemas are parts of each stage's.
+class TuningBase(Config, defer_build=False):
     """Properties of every method."""
 
     method: str

@@ -27,7 +27,8 @@ from align.data.ledger import Counts, SourceLine, describe_empty_split, make_led
 from align.data.licenses import mixture_license
 from align.data.rows import take_rows
 from align.data.shards import Pass, Task, is_complete, read_shard, read_sketches, read_summary
-from align.data.sources import choose_format, identity, read, source_folder
+from align.data.source_identity import identity, source_folder
+from align.data.sources import choose_format, read
 from align.data.steps.base import StepContext, Table, TableStep, Verdict, keep_all
 from align.data.steps.split import SPLITS, IdenticalStep, MaxRowsStep, SplitStep, UsableStep
 from align.data.steps.step_kinds import STEPS, start_step

@@ -10,7 +10,8 @@ from typing import Any
 from align.config.recipe.evaluation_set import EvaluationSet
 from align.config.validation import suggest
 from align.data.rows import BadRecord
-from align.data.sources import identity, read
+from align.data.source_identity import identity
+from align.data.sources import read
 from align.errors import UserError
 
 QUESTIONS = ("prompt", "question", "turns", "instruction", "problem", "goal", "query", "text")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from align.config.recipe.format_options import PAIRED, SEVERAL, Form
 from align.config.recipe.source_settings import Source
-from align.data.sources import choose_format, read
 
 KINDS_OF_FORMATS = {
     **dict.fromkeys((*PAIRED, *SEVERAL), "preferences"),
@@ -41,6 +40,9 @@ def guess(source: Source, base: Path, kind: str | None = None) -> Guess:
 
     Raises ``UserError`` for a source that cannot be read, and for records that fit no format or several.
     """
+    # Late: a plan of a recipe guesses nothing, and reads no records.
+    from align.data.sources import choose_format, read
+
     choice = choose_format(source, read(source, base), kind)
     form = choice.format.form
     return Guess(form, kind or kind_of(form), choice.reason)

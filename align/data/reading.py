@@ -20,9 +20,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from align.config.validation import suggest
 from align.data.rows import BadRecord, Record, decode, json_columns
 from align.errors import UserError
@@ -104,6 +101,8 @@ def _broken(packed: str, error: Exception) -> str:
 def _open(path: Path, packed: str) -> io.BufferedReader:
     raw: Any
     if packed == ".zst":
+        import pyarrow as pa  # late, as below: plans look for files and read none
+
         raw = pa.CompressedInputStream(pa.PythonFile(path.open("rb")), "zstd")
     else:
         opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": open}[packed]
@@ -282,6 +281,9 @@ def _enter_list(events: Iterator[tuple[str, Any]], keys: Sequence[str]) -> None:
 
 
 def _read_parquet(path: Path) -> Iterator[Item]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw, pre_buffer=False) as file:

@@ -20,64 +20,41 @@ A row is a plain dict:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
 
 Row = dict[str, Any]
 Message = dict[str, Any]
 
-_MESSAGE = {"role": pa.string(), "content": pa.string()}
-_MESSAGE_MORE = {"tool_calls": pa.string(), "tool_call_id": pa.string(), "name": pa.string(), "train": pa.bool_()}
-_RESPONSE = {"content": pa.string(), "score": pa.float64(), "rank": pa.int32()}
-_RESPONSE_MORE = {"finished": pa.bool_(), "model": pa.string()}
-_STRUCTS = {
-    **dict.fromkeys(("prompt", "completion", "chosen", "rejected"), (_MESSAGE, _MESSAGE_MORE)),
-    "responses": (_RESPONSE, _RESPONSE_MORE),
+_MESSAGE_MORE = ("tool_calls", "tool_call_id", "name", "train")
+_OPTIONAL = {
+    **dict.fromkeys(("prompt", "completion", "chosen", "rejected"), _MESSAGE_MORE),
+    "responses": ("finished", "model"),
 }
-"""Columns of lists, with the fields of every item, and fields that are written only where an item has them: many chat
-templates read ``tool_calls: None`` as a call.
+"""Columns of lists, with the fields that are written only where an item has them: many chat templates read
+``tool_calls: None`` as a call.
 """
-_MESSAGES = pa.list_(pa.struct(_MESSAGE))
-_TYPES: dict[str, pa.DataType] = {
-    "id": pa.string(),
-    "source": pa.string(),
-    "prompt": _MESSAGES,
-    "checks": pa.string(),
-    "completion": _MESSAGES,
-    "chosen": _MESSAGES,
-    "rejected": _MESSAGES,
-    "chosen_score": pa.float64(),
-    "rejected_score": pa.float64(),
-    "completion_finished": pa.bool_(),
-    "chosen_finished": pa.bool_(),
-    "rejected_finished": pa.bool_(),
-    "label": pa.bool_(),
-    "responses": pa.list_(pa.struct(_RESPONSE)),
-    "tools": pa.string(),
-    "text": pa.string(),
-    "text_finished": pa.bool_(),
-    "steps": pa.list_(pa.struct({"content": pa.string(), "label": pa.float64()})),
-    "flipped": pa.bool_(),
-    "score": pa.float64(),
-    "_where": pa.string(),
-    "_source": pa.int32(),
-    "_split": pa.string(),
-}
+COLUMNS = (
+    "id", "source", "prompt", "checks", "completion", "chosen", "rejected", "chosen_score", "rejected_score",
+    "completion_finished", "chosen_finished", "rejected_finished", "label", "responses", "tools", "text",
+    "text_finished", "steps", "flipped", "score", "_where", "_source", "_split",
+)  # fmt: skip
+"""The known columns in the order they are written."""
 JSON_MARK = b"align"
 """Key in the metadata of a Parquet column whose texts are JSON."""
-_NUMBERS = {pa.int64(), pa.float64()}
 REQUIRED = ("id", "source", "prompt", "checks")
 REQUIRED_OF_TEXTS = ("id", "source", "text")
 _CONTENT_FIELDS = ("completion", "chosen", "rejected", "label", "responses", "tools")
@@ -127,21 +104,52 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
+@functools.cache
+def _structs() -> dict[str, tuple[dict[str, pa.DataType], dict[str, pa.DataType]]]:
+    """Return the columns of lists, each with the fields of every item and with its optional fields."""
+    # Here and below pyarrow is imported where it is used: plans need rows, but read and write none.
+    import pyarrow as pa
+
+    text = pa.string()
+    message = {"role": text, "content": text}
+    message_more = {"tool_calls": text, "tool_call_id": text, "name": text, "train": pa.bool_()}
+    response = {"content": text, "score": pa.float64(), "rank": pa.int32()}
+    response_more = {"finished": pa.bool_(), "model": text}
+    of_messages = dict.fromkeys(("prompt", "completion", "chosen", "rejected"), (message, message_more))
+    return {**of_messages, "responses": (response, response_more)}
+
+
+@functools.cache
+def _types() -> dict[str, pa.DataType]:
+    """Return the type of each known column, without optional fields."""
+    import pyarrow as pa
+
+    types = dict.fromkeys(COLUMNS, pa.string())
+    types |= {name: pa.list_(pa.struct(fields)) for name, (fields, _) in _structs().items()}
+    types["steps"] = pa.list_(pa.struct({"content": pa.string(), "label": pa.float64()}))
+    types |= dict.fromkeys(("chosen_score", "rejected_score", "score"), pa.float64())
+    types |= dict.fromkeys((*_FINISHED, "label", "flipped"), pa.bool_())
+    types["_source"] = pa.int32()
+    return types
+
+
 def column_types() -> dict[str, pa.DataType]:
     """Return the known columns in the order they are written, with their types where no message calls a tool."""
-    return dict(_TYPES)
+    return dict(_types())
 
 
 def kept_columns(row: Mapping[str, Any]) -> Row:
     """Return a row's columns beside align's own: those that a recipe keeps, with a value."""
-    return {name: value for name, value in row.items() if name not in _TYPES and name[:1] != "_" and value is not None}
+    return {name: value for name, value in row.items() if name not in COLUMNS and name[:1] != "_" and value is not None}
 
 
 def _column(name: str, rows: list[Row]) -> pa.Array:
+    import pyarrow as pa
+
     values = [row.get(name) for row in rows]
-    if name not in _STRUCTS:
-        return pa.array(values, type=_TYPES.get(name))
-    fields, optional = _STRUCTS[name]
+    if name not in _OPTIONAL:
+        return pa.array(values, type=_types().get(name))
+    fields, optional = _structs()[name]
     # An optional field is written only if some item of this file has it.
     used = {key for items in values if items for item in items for key in item if item[key] is not None}
     used_optional = {key: kind for key, kind in optional.items() if key in used}
@@ -153,6 +161,9 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
     Raises ``ValueError`` for a row without a required column.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     required = REQUIRED_OF_TEXTS if rows and is_text(rows[0]) else REQUIRED
     for number, row in enumerate(rows):
         missing = [name for name in required if name not in row]
@@ -160,7 +171,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
             raise ValueError(f"row {number} has no {', '.join(missing)}")
     # Columns in the order of first use, required ones first. Those that need JSON say so in their metadata.
     names = list(dict.fromkeys([*required, *(name for row in rows for name in row)]))
-    encoded = [name for name in names if name not in _TYPES and needs_json(row.get(name) for row in rows)]
+    encoded = [name for name in names if name not in COLUMNS and needs_json(row.get(name) for row in rows)]
     if not encoded:
         pq.write_table(pa.table([_column(name, rows) for name in names], names=names), path)
         return
@@ -194,6 +205,8 @@ _LARGEST_EXACT = 2**53
 
 def json_field(name: str) -> pa.Field:
     """Return the field of a column whose values are stored as JSON text; its metadata says so."""
+    import pyarrow as pa
+
     return pa.field(name, pa.string(), metadata={JSON_MARK: b"json"})
 
 
@@ -225,15 +238,17 @@ def merged_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
 
     A kept column that is of one type in one file and of another in the next is JSON text.
     """
+    import pyarrow as pa
+
     schemas = list(schemas)
     types: dict[str, set[pa.DataType]] = {}
     encoded: set[str] = set()
     for schema in schemas:
         encoded.update(json_columns(schema))
         for column in schema:
-            if column.name not in _TYPES and not pa.types.is_null(column.type):
+            if column.name not in COLUMNS and not pa.types.is_null(column.type):
                 types.setdefault(column.name, set()).add(column.type)
-    encoded |= {name for name, kinds in types.items() if len(kinds) > 1 and not kinds <= _NUMBERS}
+    encoded |= {name for name, kinds in types.items() if len(kinds) > 1 and not kinds <= {pa.int64(), pa.float64()}}
     plain = [pa.schema([column for column in schema if column.name not in encoded]) for schema in schemas]
     merged = pa.unify_schemas(plain, promote_options="permissive")
     return pa.schema([*merged, *map(json_field, sorted(encoded))]) if encoded else merged
@@ -244,6 +259,8 @@ def fit_column(column: pa.ChunkedArray, source: pa.Field, target: pa.Field) -> p
 
     Raises ``UserError`` for an integer that a column of floats cannot hold exactly.
     """
+    import pyarrow as pa
+
     if is_json(target) and not is_json(source):
         return pa.chunked_array([pa.array([to_json_text(value) for value in column.to_pylist()], pa.string())])
     try:
@@ -264,6 +281,8 @@ def split_files(path: Path) -> list[Path]:
 
 def has_rows(path: Path) -> bool:
     """Return True where a split has a row, by the footers of its files."""
+    import pyarrow.parquet as pq
+
     return any(pq.read_metadata(file).num_rows for file in split_files(path) if file.exists())
 
 
@@ -277,16 +296,19 @@ def read_rows(path: Path) -> list[Row]:
 
 def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
     """Yield the rows that :func:`read_rows` returns, with ``batch_size`` of them in memory at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         for file in split_files(path):
             with pq.ParquetFile(file) as parquet:
-                structs = [name for name in _STRUCTS if name in parquet.schema_arrow.names]
+                structs = [name for name in _OPTIONAL if name in parquet.schema_arrow.names]
                 encoded = json_columns(parquet.schema_arrow)
                 for batch in parquet.iter_batches(batch_size=batch_size):
                     for row in batch.to_pylist():
                         decode(row, encoded)
                         for name in structs:
-                            row[name] = _without_absent(row[name], _STRUCTS[name][1])
+                            row[name] = _without_absent(row[name], _OPTIONAL[name])
                         yield row
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; run the stage that makes it.") from None
@@ -296,17 +318,19 @@ def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
 
 def take_rows(path: Path, places: np.ndarray) -> list[Row]:
     """Return the rows at ``places`` (M,) of one file that :func:`write_rows` wrote, without decoding the others."""
+    import pyarrow.parquet as pq
+
     table = pq.read_table(path)
     encoded = json_columns(table.schema)
     rows: list[Row] = table.take(places).to_pylist()
     for row in rows:
         decode(row, encoded)
-        for name in set(_STRUCTS) & row.keys():
-            row[name] = _without_absent(row[name], _STRUCTS[name][1])
+        for name in set(_OPTIONAL) & row.keys():
+            row[name] = _without_absent(row[name], _OPTIONAL[name])
     return rows
 
 
-def _without_absent(items: list[dict[str, Any]] | None, optional: dict[str, Any]) -> list[dict[str, Any]] | None:
+def _without_absent(items: list[dict[str, Any]] | None, optional: Sequence[str]) -> list[dict[str, Any]] | None:
     if not items or not any(key in items[0] for key in optional):
         return items
     return [{key: value for key, value in item.items() if value is not None or key not in optional} for item in items]

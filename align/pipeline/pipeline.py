@@ -222,10 +222,13 @@ class Pipeline:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"{self._place(name)}.seed: should be a whole number from 0 to 2**32-1; found {seed!r}.")
         config_class = stage.config_class()
-        # A first pass with ``seed`` as a field, only for its error messages: ``sed: 1`` then suggests ``seed``.
-        if "seed" not in config_class.model_fields:
-            validate(_with_seed(config_class), block, self._place(name))
-        return validate(config_class, block, self._place(name)), seed
+        try:
+            return validate(config_class, block, self._place(name)), seed
+        except UserError:
+            # Once more with ``seed`` as a field, only for its message: ``sed: 1`` then suggests ``seed``.
+            if "seed" not in config_class.model_fields:
+                validate(_with_seed(config_class), block, self._place(name))
+            raise
 
     def _runtimes(self) -> dict[str, Runtime]:
         """Return each stage's runtime; ``UserError`` for a name below ``runtime.stages`` that is no stage's."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
+from align.config.field_docstrings import field_docstrings
 from align.config.launch import LaunchConfig
 from align.config.stages.grpo import PRESETS, GrpoConfig, Preset, Scale
 from align.config.stages.online_dpo import OnlineDpoConfig
@@ -48,9 +49,10 @@ def arguments_of(settings: type[RolloutFields]) -> Callable[[type[Arguments]], t
 
     def decorate(cls: type[Arguments]) -> type[Arguments]:
         annotations: dict[str, Any] = {}
+        docstrings = field_docstrings(settings)
         for name, info in trainer_fields(settings).items():
             default = None if info.is_required() else info.default
-            setattr(cls, name, field(default=default, metadata={"help": info.description}))
+            setattr(cls, name, field(default=default, metadata={"help": docstrings.get(name)}))
             annotations[name] = info.annotation
         cls.__annotations__ = annotations | cls.__annotations__
         cls.settings = (settings, *getattr(cls, "settings", ()))  # type: ignore[attr-defined]

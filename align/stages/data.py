@@ -17,20 +17,15 @@ from align.config.recipe.source_settings import FilesSource, InputSource, Source
 from align.config.stages.data import DataConfig
 from align.config.user_paths import cache_folder
 from align.config.validation import validate
-from align.data.build import build
-from align.data.card import write_card
 from align.data.dataset_recipe import dataset_recipe, is_local, sources_of
 from align.data.guess import guess, kind_of
-from align.data.ledger import summary_lines
-from align.data.sources import identity
-from align.data.steps.step_kinds import step_identities
-from align.data.workers import BuildResources
+from align.data.source_identity import identity
+from align.data.steps.step_identities import step_identities
 from align.errors import UserError
 from align.models.files import read_optional
 from align.models.step_models import StepModels
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import die_with_parent
-from align.report.dataset.preview import write_preview
 from align.store.artifacts import Kind
 from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest
@@ -154,6 +149,13 @@ def _without_identified(value: Any) -> Any:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Build the recipe (``align.data.build``) with its card and preview page, and return the row counts."""
+    # A plan asks this module for keys, and must not wait for what builds datasets.
+    from align.data.build import build
+    from align.data.card import write_card
+    from align.data.ledger import summary_lines
+    from align.data.workers import BuildResources
+    from align.report.dataset.preview import write_preview
+
     config: DataConfig = context.config
     base = Path.cwd()
     recipe = resolved_recipe(config, base)

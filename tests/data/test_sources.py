@@ -22,7 +22,8 @@ from align.config.recipe.source_settings import (
 from align.config.validation import validate
 from align.data import embedded
 from align.data.rows import BadRecord, assistant, user, write_rows
-from align.data.sources import Item, choose_format, find_files, identity, read
+from align.data.source_identity import find_files, identity
+from align.data.sources import Item, choose_format, read
 from align.errors import UserError
 from tests.support.damage import flip_last_bit
 from tests.support.records import put_record

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
-from align.config.field_dumps import class_options
+from align.config.field_docstrings import field_docstrings
 from align.config.stages.rl import DriftFields, RolloutFields, trainer_fields
 from align.config.trl_options import check_trainer_options
 from align.pipeline.registry import STAGES, load_object
@@ -50,9 +50,10 @@ def make_settings(kind: str, **fields: Any) -> RolloutFields:
 @KINDS
 def test_every_field_has_the_default_and_the_help_of_the_stage(kind: str) -> None:
     fields = {field.name: field for field in dataclasses.fields(arguments_of(kind))}
+    docstrings = field_docstrings(settings_of(kind))
     for name, info in trainer_fields(settings_of(kind)).items():
         assert fields[name].default == (None if info.is_required() else info.default), name
-        assert fields[name].metadata["help"] == info.description, name
+        assert fields[name].metadata["help"] == docstrings[name], name
         assert fields[name].type == info.annotation, name
     arguments, stage = make_arguments(kind), make_settings(kind)
     for name in trainer_fields(settings_of(kind)):

@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from align.data.rows import Dropped, Row
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class RowFilter(ABC):
@@ -146,4 +147,6 @@ def require_models(models: ModelLoaders | None) -> ModelLoaders:
 
 def keep_all(count: int) -> np.ndarray:
     """Return a ``code`` that keeps ``count`` rows."""
+    import numpy as np  # late: plans import this module, too
+
     return np.full(count, -1, dtype=np.int32)

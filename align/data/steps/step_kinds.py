@@ -1,10 +1,9 @@
-"""Registry of steps: the code that a step's settings configure, how it runs, and the files it depends on."""
+"""Registry of steps: the code that a step's settings configure, and how it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from align.config.base import Config
@@ -21,26 +20,19 @@ from align.config.recipe.step_settings import (
     ScoreStep,
     SemanticDuplicatesStep,
 )
-from align.data.steps.base import ModelLoaders, StepContext
+from align.data.steps.base import StepContext
 from align.data.steps.cap import Cap
-from align.data.steps.decontaminate import Decontaminate, evaluation_set_identities
+from align.data.steps.decontaminate import Decontaminate
 from align.data.steps.divide import Divide
 from align.data.steps.exact_duplicates import ExactDuplicates
-from align.data.steps.filter import Filter, filter_identities
+from align.data.steps.filter import Filter
 from align.data.steps.mix import Mix
 from align.data.steps.near_duplicates import NearDuplicates
-from align.data.steps.normalize import Normalize, normalize_identities
+from align.data.steps.normalize import Normalize
 from align.data.steps.pairs import Pairs
-from align.data.steps.score import Score, scorer_identities
-from align.data.steps.semantic_duplicates import SemanticDuplicates, embedder_identities
+from align.data.steps.score import Score
+from align.data.steps.semantic_duplicates import SemanticDuplicates
 from align.data.steps.split import Identical, IdenticalStep, MaxRows, MaxRowsStep, Split, SplitStep, Usable, UsableStep
-
-Identities = Callable[[Any, Path, ModelLoaders | None], dict[str, str]]
-"""A function from a step's settings, the folder that paths start at and the models to digests and versions by name."""
-
-
-def _no_identities(config: Any, base: Path, models: ModelLoaders | None) -> dict[str, str]:
-    return {}
 
 
 @dataclass(frozen=True)
@@ -54,22 +46,18 @@ class StepKind:
     """True for a ``TableStep``, which decides over the sketches of all rows."""
     runs_model: bool = False
     """True for a step that uses all cores or a GPU, and so must not run in several processes at once."""
-    identities: Identities = _no_identities
-    """Digests and versions of everything that the step reads beside the rows, by name."""
 
 
 STEPS: dict[type[Config], StepKind] = {
-    NormalizeStep: StepKind(Normalize, identities=normalize_identities),
-    FilterStep: StepKind(Filter, identities=filter_identities),
+    NormalizeStep: StepKind(Normalize),
+    FilterStep: StepKind(Filter),
     DivideStep: StepKind(Divide),
     PairsStep: StepKind(Pairs),
-    ScoreStep: StepKind(Score, needs_all_rows=True, runs_model=True, identities=scorer_identities),
+    ScoreStep: StepKind(Score, needs_all_rows=True, runs_model=True),
     ExactDuplicatesStep: StepKind(ExactDuplicates, needs_all_rows=True),
     NearDuplicatesStep: StepKind(NearDuplicates, needs_all_rows=True),
-    SemanticDuplicatesStep: StepKind(
-        SemanticDuplicates, needs_all_rows=True, runs_model=True, identities=embedder_identities
-    ),
-    DecontaminateStep: StepKind(Decontaminate, needs_all_rows=True, identities=evaluation_set_identities),
+    SemanticDuplicatesStep: StepKind(SemanticDuplicates, needs_all_rows=True, runs_model=True),
+    DecontaminateStep: StepKind(Decontaminate, needs_all_rows=True),
     CapStep: StepKind(Cap, needs_all_rows=True),
     MixStep: StepKind(Mix, needs_all_rows=True),
     # Not written in recipes: every build ends with these.
@@ -83,8 +71,3 @@ STEPS: dict[type[Config], StepKind] = {
 def start_step(config: Config, context: StepContext) -> Any:
     """Return the step that ``config`` describes. Raises ``UserError`` where it cannot run."""
     return STEPS[type(config)].start(config, context)
-
-
-def step_identities(config: Config, base: Path, models: ModelLoaders | None = None) -> dict[str, str]:
-    """Return digests and versions of what the step reads beside the rows. Raises ``UserError`` for a missing file."""
-    return STEPS[type(config)].identities(config, base, models)

@@ -33,7 +33,7 @@ REFERENCED_CATEGORIES = frozenset({"math", "reasoning", "coding"})
 
 def identities(config: JudgedConfig, base: Path) -> dict[str, str]:
     """Return digests of the files, and the judge's identity."""
-    from align.data.sources import identity
+    from align.data.source_identity import identity
 
     digests = file_identities(config, base)
     if config.references_files is not None:

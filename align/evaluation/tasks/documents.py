@@ -33,7 +33,7 @@ class Document:
 
 def find_documents(patterns: Sequence[str], base: Path) -> tuple[list[Path], FilesSource | None]:
     """Return the plain texts among the files that match the patterns, and a source of the files with records."""
-    from align.data.sources import find_files
+    from align.data.source_identity import find_files
 
     texts: dict[Path, None] = {}
     record_patterns: list[str] = []

@@ -79,7 +79,7 @@ def build(name: str, config: Gsm8kConfig, inputs: TaskInputs) -> Gsm8kTask:
 
 def describe(config: Gsm8kConfig, base: Path) -> dict[str, Any]:
     """Return what identifies the problems and the examples. JSON-able."""
-    from align.data.sources import identity
+    from align.data.source_identity import identity
 
     description = describe_records(config, base)
     source = examples_source(config)

@@ -49,7 +49,7 @@ METRICS = {
 
 def identities(config: PerplexityConfig, base: Path) -> dict[str, str]:
     """Return digests of the files, plain texts and records."""
-    from align.data.sources import identity
+    from align.data.source_identity import identity
 
     if config.files is None:
         return {}

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from align.config.stages import evaluation_tasks as configs
 from align.config.stages.evaluation_fields import TaskConfig
-from align.evaluation.judges import judged
-from align.evaluation.lm_eval import task as lm_eval
-from align.evaluation.tasks import gsm8k, ifeval, multiple_choice, perplexity, preference, reward_pairs, xstest
 from align.evaluation.tasks.base import Task, TaskInputs
-from align.evaluation.tasks.task_records import file_identities, identities_with_examples
+from align.pipeline.registry import load_object
 
 
 @dataclass(frozen=True)
 class TaskKind:
-    """The functions behind a settings class."""
+    """Import paths of the functions behind a settings class, so that a plan imports the tasks that it names alone."""
 
-    build: Callable[[str, Any, TaskInputs], Task]
+    build: str
     """Reads the items. Called once, before anything expensive; raises ``UserError`` for data that does not fit."""
-    identities: Callable[[Any, Path], dict[str, str]] = file_identities
+    identities: str = "align.evaluation.tasks.task_records:file_identities"
     """Returns digests of everything that is read outside the store; raises ``UserError`` for a missing file."""
 
 
+_WITH_EXAMPLES = "align.evaluation.tasks.task_records:identities_with_examples"
 TASKS: dict[type[TaskConfig], TaskKind] = {
-    configs.IfevalConfig: TaskKind(ifeval.build),
-    configs.IfbenchConfig: TaskKind(ifeval.build),
-    configs.Gsm8kConfig: TaskKind(gsm8k.build, identities_with_examples),
-    configs.MultipleChoiceConfig: TaskKind(multiple_choice.build, identities_with_examples),
-    configs.XstestConfig: TaskKind(xstest.build),
-    configs.JudgedConfig: TaskKind(judged.build, judged.identities),
-    configs.PreferenceConfig: TaskKind(preference.build),
-    configs.PerplexityConfig: TaskKind(perplexity.build, perplexity.identities),
-    configs.RewardPairsConfig: TaskKind(reward_pairs.build),
-    configs.LmEvalConfig: TaskKind(lm_eval.build, lm_eval.identities),
+    configs.IfevalConfig: TaskKind("align.evaluation.tasks.ifeval:build"),
+    configs.IfbenchConfig: TaskKind("align.evaluation.tasks.ifeval:build"),
+    configs.Gsm8kConfig: TaskKind("align.evaluation.tasks.gsm8k:build", _WITH_EXAMPLES),
+    configs.MultipleChoiceConfig: TaskKind("align.evaluation.tasks.multiple_choice:build", _WITH_EXAMPLES),
+    configs.XstestConfig: TaskKind("align.evaluation.tasks.xstest:build"),
+    configs.JudgedConfig: TaskKind("align.evaluation.judges.judged:build", "align.evaluation.judges.judged:identities"),
+    configs.PreferenceConfig: TaskKind("align.evaluation.tasks.preference:build"),
+    configs.PerplexityConfig: TaskKind(
+        "align.evaluation.tasks.perplexity:build", "align.evaluation.tasks.perplexity:identities"
+    ),
+    configs.RewardPairsConfig: TaskKind("align.evaluation.tasks.reward_pairs:build"),
+    configs.LmEvalConfig: TaskKind("align.evaluation.lm_eval.task:build", "align.evaluation.lm_eval.task:identities"),
 }
 
 
 def build_task(name: str, config: TaskConfig, inputs: TaskInputs) -> Task:
     """Build the task that ``config`` describes."""
-    return TASKS[type(config)].build(name, config, inputs)
+    task: Task = load_object(TASKS[type(config)].build)(name, config, inputs)
+    return task
 
 
 def task_identities(config: TaskConfig, base: Path) -> dict[str, str]:
     """Return digests or revisions of everything outside the store that the task reads."""
-    return TASKS[type(config)].identities(config, base)
+    identities: dict[str, str] = load_object(TASKS[type(config)].identities)(config, base)
+    return identities

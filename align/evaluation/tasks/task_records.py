@@ -86,7 +86,7 @@ def file_identities(config: RecordFields, base: Path) -> dict[str, str]:
 
     Raises ``UserError`` where a file is missing.
     """
-    from align.data.sources import identity
+    from align.data.source_identity import identity
 
     return {} if config.files is None else identity(record_source(config), base)
 
@@ -102,7 +102,7 @@ def examples_source(config: Any) -> FilesSource | HubSource | None:
 
 def identities_with_examples(config: Any, base: Path) -> dict[str, str]:
     """Return digests of the files, those of ``examples_files`` as well."""
-    from align.data.sources import identity
+    from align.data.source_identity import identity
 
     digests = file_identities(config, base)
     if config.examples_files is not None:
@@ -127,7 +127,7 @@ def describe_records(config: RecordFields, base: Path) -> dict[str, Any]:
         description: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         description["revision"] = source.revision
     else:
-        from align.data.sources import identity
+        from align.data.source_identity import identity
 
         description = {"files": identity(source, base)}
     if config.max_items is not None:

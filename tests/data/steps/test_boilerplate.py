@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from align.config.recipe.filter_settings import Boilerplate, FilterStep
 from align.data.rows import assistant
 from align.data.steps.boilerplate import rules
-from align.data.steps.step_kinds import step_identities
+from align.data.steps.step_identities import step_identities
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 RULES = {rule.name: rule for rule in rules()}

@@ -16,7 +16,7 @@ from align.config.recipe.step_settings import DecontaminateStep
 from align.data.rows import Row, assistant, user
 from align.data.sources import read
 from align.data.steps import decontaminate
-from align.data.steps.step_kinds import step_identities
+from align.data.steps.step_identities import step_identities
 from tests.support.data.steps.tables import decide, kept, row
 
 WORDS = [f"w{number}" for number in range(20)]

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from align.config.recipe.filter_settings import LANGUAGES, FilterStep
 from align.data.rows import Dropped, assistant, user
 from align.data.steps.language import load_detector, readable
-from align.data.steps.step_kinds import step_identities
+from align.data.steps.step_identities import step_identities
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 OTHERS = {
