@@ -163,8 +163,6 @@ def write_page(
     written again. ``refresh`` makes the page reload itself after so many seconds. Raises ``UserError`` where there is
     nothing to show.
     """
-    from align.report.run.run_report import write_report
-
     artifacts = finished_artifacts(run, store)
     if failure is not None:
         artifacts.pop(failure.stage, None)  # a rerun: the earlier artifact is not a result of this run
@@ -177,6 +175,9 @@ def write_page(
         # Compare under the lock: another process may have written the same page meanwhile.
         if not always and (folder / PAGE).is_file() and _read(folder / STAMP) == _seal(stamp, folder):
             return folder / PAGE
+        # Late: a run of which everything is cached writes no page.
+        from align.report.run.run_report import write_report
+
         # A kill from here on leaves a page without a stamp, which the next run writes again.
         (folder / STAMP).unlink(missing_ok=True)
         # Everything that is neither finished, failed nor a report is still to be run.

@@ -1,3 +1,4 @@
+import argparse
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from align import Pipeline
-from align.cli.main import COMMANDS, LIBRARY_LOGGERS, main
+from align.cli.main import COMMANDS, LIBRARY_LOGGERS, main, parser
 
 
 @pytest.fixture
@@ -107,6 +108,47 @@ def test_these_answer_without_torch(arguments: list[str], store: str) -> None:
     )  # fmt: skip
     assert "HEAVY []" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+UNUSED_BY_A_PLAN = {
+    "numpy", "pyarrow", "rich", "jinja2", "httpx", "pandas", "matplotlib", "align.cli.export", "align.cli.sweep",
+    "align.runner.console", "align.data.build", "align.evaluation.tasks.ifeval", "align.data.steps.near_duplicates",
+}  # fmt: skip
+"""Modules that no shipped pipeline's plan needs; each took 10 to 100 ms of every command."""
+
+
+@pytest.mark.parametrize("pipeline", ["quickstart", "smoke", "methods", "iterate"])
+def test_a_plan_imports_nothing_that_it_does_not_need(pipeline: str, store: str) -> None:
+    code = "import sys\nfrom align.cli.main import main\nmain(sys.argv[1:])\nprint(*sys.modules, file=sys.stderr)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", f"pipelines/{pipeline}.yaml", "--store", store],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "align.runner.plan" in done.stderr.split()
+    assert UNUSED_BY_A_PLAN & set(done.stderr.split()) == set()
+
+
+def test_a_cached_run_imports_nothing_that_writes_pages(pipeline_file: Path, store: str) -> None:
+    code = "import sys\nfrom align.cli.main import main\nmain(sys.argv[1:])\nprint(*sys.modules, file=sys.stderr)\n"
+    words = [sys.executable, "-c", code, "run", str(pipeline_file), "--store", store]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    for _ in range(2):
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert "cached" in done.stdout
+    assert {"align.report.run.run_report", "pyarrow", "jinja2", "numpy"} & set(done.stderr.split()) == set()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_the_same_options_whether_or_not_the_others_are_imported(name: str) -> None:
+    alone, all_commands = (choices_of(parser(command))[name] for command in (name, None))
+    assert alone.format_help() == all_commands.format_help()
+
+
+def choices_of(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    return action.choices
 
 
 def test_a_plan_says_on_request_what_ppo_costs_in_memory(store: str, capsys: pytest.CaptureFixture[str]) -> None:
