@@ -156,14 +156,17 @@ def write_page(
     cached: Collection[str] = (),
     always: bool = True,
     refresh: int | None = None,
+    finished: Collection[str] | None = None,
 ) -> Path:
     """Write the page into ``folder``, by default the store's place for it, and return its path.
 
     ``cached`` names the stages that a run did not have to run. Unless ``always``, a page with the same content is not
-    written again. ``refresh`` makes the page reload itself after so many seconds. Raises ``UserError`` where there is
-    nothing to show.
+    written again. ``refresh`` makes the page reload itself after so many seconds. ``finished`` names the stages whose
+    artifacts count; by default all. Raises ``UserError`` where there is nothing to show.
     """
     artifacts = finished_artifacts(run, store)
+    if finished is not None:
+        artifacts = {name: artifact for name, artifact in artifacts.items() if name in finished}
     if failure is not None:
         artifacts.pop(failure.stage, None)  # a rerun: the earlier artifact is not a result of this run
     if not artifacts and failure is None:

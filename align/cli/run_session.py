@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from align.cli.live_page import LivePage
 from align.cli.parser import print_json
 from align.cli.run_page import STOPPED, Failure, first_missing, outline_of, try_write_page
 from align.errors import StageFailed, UserError, printable
@@ -55,7 +56,48 @@ class _SessionListener(Listener):
 
 
 class _ConsoleSession(_SessionListener, ConsoleListener):
-    """The same, and shows everything on the console."""
+    """The same, and shows everything on the console. The run's page is written from the first stage on."""
+
+    def __init__(self, pipeline: Pipeline, console: Console | None, store: str | Path | Store | None) -> None:
+        super().__init__(list(pipeline), console)
+        self._pipeline, self._store = pipeline, store
+        self._page: LivePage | None = None
+        self._cached: list[str] = []
+
+    def stage_cached(self, node: Node, artifact: Artifact) -> None:
+        self._cached.append(node.name)
+        if self._page is not None:
+            self._page.state.leave(node.name)
+            self._page.state.cached.append(node.name)
+            self._page.send()
+        super().stage_cached(node, artifact)
+
+    def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
+        if self._page is None:
+            self._page = LivePage(self._pipeline.name, open_store(self._pipeline, self._store))
+            self._page.state.cached += self._cached
+            print_page(self._page.path, "Page while it runs")
+        self._page.state.leave(node.name)
+        self._page.state.running.append(node.name)
+        self._page.send()
+        super().stage_started(node, folder, resumed)
+
+    def stage_done(self, node: Node, artifact: Artifact) -> None:
+        if self._page is not None:
+            self._page.state.leave(node.name)
+            self._page.state.done.append(node.name)
+            self._page.send()
+        super().stage_done(node, artifact)
+
+    def stage_failed(self, node: Node, message: str, log: Path) -> None:
+        if self._page is not None:
+            self._page.state.leave(node.name)
+        super().stage_failed(node, message, log)
+
+    def close_page(self) -> None:
+        """End the process that writes the page, before the final page is written."""
+        if self._page is not None:
+            self._page.close()
 
 
 @dataclass(frozen=True)
@@ -91,10 +133,11 @@ def report_on(
     """
     listener: _SessionListener | _ConsoleSession = _SessionListener()
     if not quiet:
-        listener = _ConsoleSession(list(pipeline), console)
+        listener = _ConsoleSession(pipeline, console, store)
     try:
         with contextlib.ExitStack() as stack:
             if isinstance(listener, _ConsoleSession):
+                stack.callback(listener.close_page)
                 stack.enter_context(listener)
             run = run_with(listener)
     except (UserError, StageFailed, Stopped, KeyboardInterrupt) as error:
@@ -102,7 +145,7 @@ def report_on(
             # A run that was refused before its first stage has nothing to show.
             opened = open_store(pipeline, store)
             page = try_write_page(outline_of(pipeline), opened, _failure(listener, error, pipeline, opened))
-            print_page(page, sys.stderr if quiet else sys.stdout)
+            print_page(page, stream=sys.stderr if quiet else sys.stdout)
         raise
     cached = [name for name in run.artifacts if name not in run.ran]
     return Outcome(run, try_write_page(outline_of(pipeline), run.store, None, cached))
@@ -124,10 +167,10 @@ def _failure(listener: _SessionListener, error: BaseException, pipeline: Pipelin
     return None if missing is None else Failure(missing.name, message, None, status)
 
 
-def print_page(page: Path | None, stream: Any = None) -> None:
+def print_page(page: Path | None, label: str = "Report", stream: Any = None) -> None:
     """Print the path of the page."""
     if page is not None:
-        print(f"Report: {printable(str(page.resolve()))}", file=stream or sys.stdout)
+        print(f"{label}: {printable(str(page.resolve()))}", file=stream or sys.stdout)
 
 
 def print_failed_gates(run: Run) -> int:

@@ -7,6 +7,7 @@ smoothed; the page's script enlarges one to zoom and smooth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,32 +102,54 @@ def stage_curves(events: Events, limit: int) -> tuple[list[Curve], list[str]]:
     return curves, [title for title, _ in panels[limit:]]
 
 
-@styled
+@dataclass(frozen=True)
+class _Line:
+    """A metric over steps, as it is drawn; ``low`` and ``high`` are its spread where points average several steps."""
+
+    name: str
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+
+def _line(name: str, events: Events) -> _Line:
+    steps, values = events.series[name]
+    low, high = events.spread.get(name, ((), ()))
+    return _Line(name, tuple(steps), tuple(values), tuple(low), tuple(high))
+
+
 def draw_curve(title: str, names: Sequence[str], events: Events) -> Curve:
     """Draw one panel: the metrics ``names`` (training first, then held out) over steps."""
+    drawing, reading = _draw_lines(title, tuple(_line(name, events) for name in names))
+    return Curve(title, Panel.embed(drawing, _spoken_label(title, names, events.series)), reading)
+
+
+# A process that writes the page of a running run draws the curves of finished stages once.
+@functools.lru_cache(maxsize=512)
+@styled
+def _draw_lines(title: str, lines: tuple[_Line, ...]) -> tuple[str, dict[str, Any]]:
+    """Return the panel as an SVG file, and its numbers."""
     panel = Panel(WIDTH, HEIGHT, AXES_BOX)
     axes = panel.axes
-    for index, name in enumerate(names):
-        steps, values = events.series[name]
-        if name in events.spread:
-            low, high = events.spread[name]
-            axes.fill_between(steps, low, high, color=nth(COLORS, index), alpha=0.2, linewidth=0)
+    for index, line in enumerate(lines):
+        if line.low:
+            axes.fill_between(line.steps, line.low, line.high, color=nth(COLORS, index), alpha=0.2, linewidth=0)
         axes.plot(
-            steps,
-            values,
+            line.steps,
+            line.values,
             color=nth(COLORS, index),
             linestyle=nth(LINES, index),
-            marker=nth(MARKERS, index) if len(steps) <= MAX_MARKERS else None,
+            marker=nth(MARKERS, index) if len(line.steps) <= MAX_MARKERS else None,
             markersize=3.5,
-            label=legend_name(name),
+            label=legend_name(line.name),
         )
     label_axes(axes)
     axes.set_title(printable(title)[:44], fontsize=9.5, loc="left", color=INK)
-    if len(names) > 1:
+    if len(lines) > 1:
         axes.legend(loc="best")
-    svg = panel.svg(_spoken_label(title, names, events.series))
-    lines = [_line_numbers(name, events) for name in names]
-    return Curve(title, svg, axes_reading(axes, AXES_BOX, (WIDTH, HEIGHT), lines))
+    drawing = panel.drawing()
+    return drawing, axes_reading(axes, AXES_BOX, (WIDTH, HEIGHT), [_line_numbers(line) for line in lines])
 
 
 def label_axes(axes: Any) -> None:
@@ -160,13 +183,11 @@ def axes_reading(
     }
 
 
-def _line_numbers(name: str, events: Events) -> dict[str, Any]:
-    steps, values = events.series[name]
-    line: dict[str, Any] = {"name": name, "x": short_numbers(steps), "y": short_numbers(values)}
-    if name in events.spread:
-        low, high = events.spread[name]
-        line |= {"low": short_numbers(low), "high": short_numbers(high)}
-    return line
+def _line_numbers(line: _Line) -> dict[str, Any]:
+    numbers: dict[str, Any] = {"name": line.name, "x": short_numbers(line.steps), "y": short_numbers(line.values)}
+    if line.low:
+        numbers |= {"low": short_numbers(line.low), "high": short_numbers(line.high)}
+    return numbers
 
 
 def _spoken_label(

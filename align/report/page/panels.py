@@ -86,10 +86,19 @@ class Panel:
 
     def svg(self, label: str) -> Markup:
         """Return the figure as an ``<svg>`` element that scales with the page; screen readers read ``label``."""
+        return Panel.embed(self.drawing(), label)
+
+    def drawing(self) -> str:
+        """Draw the figure and return it as an SVG file, for ``embed``."""
         buffer = io.StringIO()
         self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
+    @staticmethod
+    def embed(drawing: str, label: str) -> Markup:
+        """Return a drawn figure as an element of the current page."""
         Panel.svg_count += 1
-        return _embed(buffer.getvalue(), label, f"f{Panel.svg_count}-")
+        return _embed(drawing, label, f"f{Panel.svg_count}-")
 
     def name_rows(self, names: Sequence[str]) -> None:
         """Name the rows of a plot from top to bottom, without lines of the grid between them."""

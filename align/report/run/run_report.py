@@ -17,6 +17,7 @@ from align.report.page.assets import FIGURES, TABLES, AssetWriter
 from align.report.page.panels import Panel
 from align.report.page.templates import load_template, page_shell, script_json
 from align.report.run import data_ledgers, stage_costs
+from align.report.run.measured_changes import measured_changes
 from align.report.run.pipeline_diagram import pipeline_diagram
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact
@@ -67,6 +68,7 @@ def write_report(
         totals=stage_costs.totals(artifacts),
         failure=_failure(failed),
         diagram=pipeline_diagram(artifacts, failed, cached, pending or {}),
+        changes=measured_changes(artifacts),
         stages=stage_costs.stage_rows(artifacts, finished_events),
         data=data_ledgers.data_sections(artifacts, assets),
         licenses=licenses,

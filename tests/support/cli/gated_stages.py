@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,4 +45,20 @@ def switched(context: StageContext) -> dict[str, Any]:
 
 SWITCHED = Stage(
     "switched", 1, Kind.PROMPTS, f"{__name__}:SwitchedConfig", f"{__name__}:switched", "x", f"{__name__}:SWITCHED"
+)
+
+
+def waiting(context: StageContext) -> dict[str, Any]:
+    """Write a file once the file of the config exists; fail after a minute without it."""
+    deadline = time.monotonic() + 60
+    while not Path(context.config.file).exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError("nobody opened the gate")
+        time.sleep(0.05)
+    (context.output / "file.txt").write_text("on")
+    return {"test_loss_before": 3.25, "test_loss_after": 1.5}
+
+
+WAITING = Stage(
+    "waiting", 1, Kind.PROMPTS, f"{__name__}:SwitchedConfig", f"{__name__}:waiting", "x", f"{__name__}:WAITING"
 )

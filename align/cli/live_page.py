@@ -1,0 +1,184 @@
+"""The page of a run while it goes on: the stages that are done, running and waiting, and what the finished ones show.
+
+A process of its own writes it, so that the runner loads neither matplotlib nor pyarrow. The runner sends the state of
+its stages through a pipe. The end of the pipe without a last word means that the runner is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.cli.run_page import PAGE, RUNNING, Failure, RunOutline, find_failure, stored_outline, write_page
+from align.errors import UserError
+from align.runner.open_store import Opening
+from align.store.partial import LOG
+from align.store.store import REPORTS, Store
+
+START_AFTER = 5.0
+"""Seconds that a run goes on before its page is written: a run that ends sooner has its final page at once."""
+EVERY = 30.0
+"""Seconds between two pages while one stage runs; the page reloads itself as often."""
+SHARE_OF_TIME = 0.05
+"""Largest share of the time that goes into writing pages: the run needs the processors."""
+NICENESS = 10
+SECONDS_TO_END = 20.0
+"""Time that the writer has to finish a page when the run ends."""
+
+
+@dataclass
+class RunState:
+    """Names of a run's stages by state; stages in none of the lists wait."""
+
+    cached: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
+    """In the order of their start; only a cluster runs several at once."""
+    has_ended: bool = False
+
+    def leave(self, name: str) -> None:
+        """Note that a stage does not run any more."""
+        if name in self.running:
+            self.running.remove(name)
+
+
+class LivePage:
+    """The runner's side: starts the writer a little after the run's first stage, and tells it what runs."""
+
+    def __init__(self, run: str, store: Store) -> None:
+        self.path = store.root / REPORTS / run / PAGE
+        self.state = RunState()
+        self._command = [sys.executable, "-m", "align.cli.live_page", json.dumps(asdict(Opening.of(store))), run]
+        self._process: subprocess.Popen[str] | None = None
+        # Re-entrant: a signal's handler may report a stage's end while its start is being sent.
+        self._lock = threading.RLock()
+        self._timer = threading.Timer(START_AFTER, self._start)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def send(self) -> None:
+        """Tell the writer the state, if it has been started."""
+        with self._lock:
+            if self._process is None or self._process.stdin is None:
+                return
+            # A writer that is gone must not end the run; the final page says what is wrong with pages.
+            with contextlib.suppress(OSError):
+                self._process.stdin.write(json.dumps(asdict(self.state)) + "\n")
+                self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End the writer, after the page that it may be writing."""
+        self._timer.cancel()
+        with self._lock:
+            self.state.has_ended = True
+            self.send()
+            process, self._process = self._process, None
+        if process is None or process.stdin is None:
+            return
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self.state.has_ended:
+                return
+            # In a session of its own, because Ctrl-C is the runner's to answer.
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+            self.send()
+
+
+def write_pages(run: str, store: Store, states: Iterator[RunState | None]) -> None:
+    """Write the page of ``run`` at each state. ``None`` stands for the end of a runner that took no leave."""
+    outline = stored_outline(run, store.runs()[run])
+    for state in states:
+        if state is None:
+            # The last page would reload itself for ever.
+            write_page(outline, store, find_failure(outline, store), always=False)
+        elif not state.has_ended and (state.running or state.cached or state.done):
+            write_state(outline, store, state)
+
+
+def write_state(outline: RunOutline, store: Store, state: RunState) -> Path | None:
+    """Write the page that shows ``state``; None where there is nothing to show yet."""
+    failure = None
+    if state.running:
+        name = state.running[-1]
+        log = store.partial(*outline.stages[name]) / LOG
+        failure = Failure(name, RUNNING, log if log.is_file() else None, "running")
+    with contextlib.suppress(UserError):
+        return write_page(
+            outline,
+            store,
+            failure,
+            cached=state.cached,
+            always=False,
+            refresh=round(EVERY),
+            finished={*state.cached, *state.done},
+        )
+    return None
+
+
+def read_states(pipe: int, every: float = EVERY) -> Iterator[RunState | None]:
+    """Yield the newest state that comes through ``pipe``, and the last one again after ``every`` seconds without news.
+
+    Ends after a state of a run that has ended, or with ``None`` where the pipe ends before. Waits longer after a page
+    that took long.
+    """
+    state: RunState | None = None
+    text = b""
+    pause = every
+    while True:
+        if select.select([pipe], [], [], pause)[0]:
+            piece = os.read(pipe, 1 << 16)
+            if not piece:
+                yield None
+                return
+            *lines, text = (text + piece).split(b"\n")
+            if not lines:
+                continue
+            # Of several states only the newest is worth a page.
+            state = RunState(**json.loads(lines[-1]))
+        if state is None:
+            continue
+        started = time.monotonic()
+        yield state
+        if state.has_ended:
+            return
+        pause = max(every, (time.monotonic() - started) / SHARE_OF_TIME)
+
+
+def main(words: list[str]) -> None:
+    """Write pages until standard input ends; ``words`` are the store's ``Opening`` as JSON and the run's name."""
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    opening: dict[str, Any] = json.loads(words[0])
+    # Pages show what lies in the folder; a bucket is not asked.
+    store = Opening(**{**opening, "remote": None}).open()
+    write_pages(words[1], store, read_states(sys.stdin.fileno()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

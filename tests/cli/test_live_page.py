@@ -1,0 +1,154 @@
+"""The page of a run is there while the run goes on, and says what runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align.cli import live_page
+from align.cli.live_page import RunState, read_states, write_pages
+from align.cli.main import main
+from align.runner.open_store import Opening
+from align.store.store import Store
+
+Capture = pytest.CaptureFixture[str]
+STAGES = "tests.support.cli.gated_stages:WAITING"
+
+
+def page_of(store: Path) -> Path:
+    return store / "reports" / "gates" / "report.html"
+
+
+def boxes(page: Path) -> dict[str, str]:
+    found = re.findall(r'<g class="box (\w+)"><title>(\w+)</title>', page.read_text())
+    return {name: status for status, name in found}
+
+
+def await_page(page: Path, has_content: Callable[[str], bool]) -> str:
+    """Return the page's text once it has the content; fail after a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if page.is_file() and has_content(page.read_text()):
+            return page.read_text()
+        time.sleep(0.1)
+    raise AssertionError(f"{page}: not there, or without the content")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Path:
+    """Return the file of a pipeline of two stages that wait for ``first`` and ``second`` beside it."""
+    stages = {name: {"stage": STAGES, "file": str(tmp_path / name)} for name in ("first", "second")}
+    path = tmp_path / "gates.yaml"
+    path.write_text(yaml.safe_dump({"name": "gates", "stages": stages}, sort_keys=False))
+    return path
+
+
+def test_the_page_shows_each_stage_while_it_runs(
+    gates: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(live_page, "START_AFTER", 0.0)
+    codes: list[int] = []
+    run = threading.Thread(target=lambda: codes.append(main(["run", str(gates), "--store", str(store)])))
+    run.start()
+    try:
+        text = await_page(page_of(store), lambda text: "Stage first is running" in text)
+        assert 'data-refresh="30"' in text and "No evaluation is finished yet." in text
+        assert boxes(page_of(store)) == {"first": "running", "second": "pending"}
+        (gates.parent / "first").touch()
+        text = await_page(page_of(store), lambda text: "Stage second is running" in text)
+        assert boxes(page_of(store)) == {"first": "done", "second": "running"}
+        assert "held-out loss" in text and "3.25" in text and "1.50" in text
+    finally:
+        (gates.parent / "first").touch()
+        (gates.parent / "second").touch()
+        run.join()
+    assert codes == [0]
+    assert "data-refresh" not in page_of(store).read_text(), "the final page reloads no more"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Page while it runs: {page_of(store).resolve()}"
+    assert lines[-1] == f"Report: {page_of(store).resolve()}"
+
+
+def test_a_short_run_starts_no_writer(
+    gates: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    commands: list[str] = []
+    start = subprocess.Popen
+
+    def remember(command: list[str], *rest: object, **options: object) -> object:
+        commands.append(" ".join(map(str, command)))
+        return start(command, *rest, **options)
+
+    monkeypatch.setattr(live_page, "START_AFTER", 600.0)
+    monkeypatch.setattr(live_page.subprocess, "Popen", remember)
+    for name in ("first", "second"):
+        (gates.parent / name).touch()
+    assert main(["run", str(gates), "--store", str(store)]) == 0
+    assert any("align.runner" in command for command in commands)
+    assert not any("live_page" in command for command in commands)
+    capsys.readouterr()
+    # Nothing runs, so there is no page to announce beside the final one.
+    assert main(["run", str(gates), "--store", str(store)]) == 0
+    assert "Page while it runs" not in capsys.readouterr().out
+
+
+def test_a_stage_that_runs_again_is_not_shown_as_done(gates: Path, store: Path) -> None:
+    for name in ("first", "second"):
+        (gates.parent / name).touch()
+    assert main(["run", str(gates), "--store", str(store), "--json"]) == 0
+    write_pages("gates", Store(store), iter([RunState(running=["first"])]))
+    assert boxes(page_of(store)) == {"first": "running", "second": "pending"}
+    write_pages("gates", Store(store), iter([RunState(cached=["first"], running=["second"])]))
+    assert boxes(page_of(store)) == {"first": "cached", "second": "running"}
+
+
+def test_the_writer_leaves_a_final_page_where_the_runner_was_killed(gates: Path, store: Path) -> None:
+    for name in ("first", "second"):
+        (gates.parent / name).touch()
+    assert main(["run", str(gates), "--store", str(store), "--json"]) == 0
+    opening = json.dumps(asdict(Opening.of(Store(store))))
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "align.cli.live_page", opening, "gates"], stdin=subprocess.PIPE, text=True
+    )
+    assert writer.stdin is not None
+    writer.stdin.write(json.dumps(asdict(RunState(done=["first"], running=["second"]))) + "\n")
+    writer.stdin.flush()
+    await_page(page_of(store), lambda text: "Stage second is running" in text)
+    writer.stdin.close()
+    assert writer.wait(60) == 0
+    assert "data-refresh" not in page_of(store).read_text()
+
+
+def test_only_the_newest_state_is_written_and_again_after_a_while() -> None:
+    reader, writer = os.pipe()
+    states = [RunState(running=["a"]), RunState(done=["a"], running=["b"])]
+    os.write(writer, "".join(json.dumps(asdict(state)) + "\n" for state in states).encode())
+    news = read_states(reader, every=0.05)
+    assert next(news) == states[1]
+    assert next(news) == states[1], "the running stage goes on, so its curves may have grown"
+    os.write(writer, (json.dumps(asdict(RunState(has_ended=True))) + "\n").encode())
+    assert next(news) == RunState(has_ended=True)
+    assert list(news) == []
+
+
+def test_the_end_of_the_pipe_without_a_last_word_is_told() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, (json.dumps(asdict(RunState(running=["a"]))) + "\n").encode())
+    os.close(writer)
+    assert list(read_states(reader, every=5.0)) == [RunState(running=["a"]), None]
