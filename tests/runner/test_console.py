@@ -107,10 +107,29 @@ def test_each_work_of_a_stage_has_its_own_rate() -> None:
     assert stage.status().startswith("2/9 systems scored · 35s left")
 
 
-def test_a_log_gets_a_line_a_minute_about_a_running_stage() -> None:
+def test_a_stage_shows_the_step_it_is_at() -> None:
+    stage = RunningStage(started=0.0)
+    stage.update(progress(0.0, 0, 4, "parts", step="loading torch and transformers"))
+    assert stage.status() == "0/4 parts · loading torch and transformers"
+
+
+def test_the_first_line_about_a_running_stage_comes_after_ten_seconds() -> None:
     console_listener, out = listener()
     console_listener.stage_started(NODE, Path(), resumed=False)
     console_listener.running["one"] = RunningStage(started=0.0, reported=0.0)
+    console_listener.stage_event(NODE, progress(1.0, 0, 40, "steps"))
+    console_listener.stage_event(NODE, progress(9.0, 4, 40, "steps"))
+    console_listener.report_running(9.0)
+    assert out.getvalue().splitlines() == ["▸ one  starts"]
+    console_listener.report_running(10.0)
+    console_listener.report_running(69.0)
+    assert out.getvalue().splitlines()[1:] == ["▸ one  4/40 steps · 1m 12s left · 30 steps/min"]
+
+
+def test_a_log_gets_a_line_a_minute_about_a_running_stage() -> None:
+    console_listener, out = listener()
+    console_listener.stage_started(NODE, Path(), resumed=False)
+    console_listener.running["one"] = RunningStage(started=0.0, reported=0.0, pause=60.0)
     console_listener.report_running(59.0)
     console_listener.report_running(60.0)
     console_listener.stage_event(NODE, progress(65.0, 0, 40, "responses"))
@@ -132,7 +151,7 @@ def test_a_log_gets_a_line_a_minute_about_a_running_stage() -> None:
 
 def test_the_line_a_minute_needs_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that says nothing at all is reported by the listener's own thread."""
-    monkeypatch.setattr(console, "REPORT_EVERY", 0.0)
+    monkeypatch.setattr(console, "FIRST_REPORT", 0.0)
     console_listener, out = listener()
     with console_listener:
         console_listener.stage_started(NODE, Path(), resumed=True)
