@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from align.config.recipe.evaluation_set import EvaluationSet
+from align.config.recipe.step_settings import DecontaminateStep
 from align.config.validation import suggest
 from align.data.rows import BadRecord
 from align.data.source_identity import identity
 from align.data.sources import read
+from align.data.steps.base import ModelLoaders
 from align.errors import UserError
 
 QUESTIONS = ("prompt", "question", "turns", "instruction", "problem", "goal", "query", "text")
@@ -34,6 +36,14 @@ def set_identities(settings: EvaluationSet, base: Path) -> dict[str, str]:
     if settings.files is None:
         return {}
     return {f"{settings.name}: {file}": digest for file, digest in identity(settings.source(), base).items()}
+
+
+def evaluation_set_identities(config: DecontaminateStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
+    """Return digests of the files of all sets of a step."""
+    identities: dict[str, str] = {}
+    for evaluation_set in config.sets:
+        identities |= set_identities(evaluation_set, base)
+    return identities
 
 
 def read_items(settings: EvaluationSet, base: Path) -> list[Item]:

@@ -117,7 +117,7 @@ UNUSED_BY_A_PLAN = {
 """Modules that no shipped pipeline's plan needs; each took 10 to 100 ms of every command."""
 
 
-@pytest.mark.parametrize("pipeline", ["quickstart", "smoke", "methods", "iterate"])
+@pytest.mark.parametrize("pipeline", ["quickstart", "smoke", "methods", "iterate", "hh", "domain"])
 def test_a_plan_imports_nothing_that_it_does_not_need(pipeline: str, store: str) -> None:
     code = "import sys\nfrom align.cli.main import main\nmain(sys.argv[1:])\nprint(*sys.modules, file=sys.stderr)\n"
     done = subprocess.run(

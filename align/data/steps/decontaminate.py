@@ -8,17 +8,16 @@ covered: paraphrases and translations, which share no n-gram. Torch-free.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from align.config.recipe.step_settings import DecontaminateStep
-from align.data.evaluation_sets import Item, read_all_items, set_identities
+from align.data.evaluation_sets import Item, read_all_items
 from align.data.overlap import Index, best_of_pairs
 from align.data.row_texts import prompt_texts, reply_texts
 from align.data.rows import Row, is_text, normalized
-from align.data.steps.base import ModelLoaders, StepContext, Table, Verdict, keep_all
+from align.data.steps.base import StepContext, Table, Verdict, keep_all
 
 MOST = 4
 """Items that are stored of a row, those with the highest coverage; further ones are only counted."""
@@ -26,14 +25,6 @@ CONTAMINATED = 0.02
 """Share of a set's items from which Tülu 3 calls a dataset contaminated."""
 EXCERPT = 200
 EXAMPLES = 20
-
-
-def evaluation_set_identities(config: DecontaminateStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
-    """Return digests of the sets' files."""
-    identities: dict[str, str] = {}
-    for evaluation_set in config.sets:
-        identities |= set_identities(evaluation_set, base)
-    return identities
 
 
 class Decontaminate:

@@ -7,11 +7,10 @@ and names the setting; the detail says what was found.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from align.config.recipe.filter_settings import FilterStep
 from align.config.user_functions import function_identity
@@ -129,7 +128,9 @@ class PredicateFilter(RowFilter):
             answer = self._function(copy.deepcopy(row))
         except Exception as error:
             raise UserError(f"{place}: where '{self._path}' raised {type(error).__name__}: {error}") from error
-        if isinstance(answer, np.bool_):
+        # A boolean of numpy's can only come where somebody has imported it; a plan has not.
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(answer, numpy.bool_):
             answer = bool(answer)
         if answer is True or answer is None:
             return None

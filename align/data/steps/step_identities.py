@@ -15,7 +15,7 @@ _FUNCTIONS: dict[type[Config], str] = {
     FilterStep: "align.data.steps.filter:filter_identities",
     ScoreStep: "align.data.steps.score:scorer_identities",
     SemanticDuplicatesStep: "align.data.steps.semantic_duplicates:embedder_identities",
-    DecontaminateStep: "align.data.steps.decontaminate:evaluation_set_identities",
+    DecontaminateStep: "align.data.evaluation_sets:evaluation_set_identities",
 }
 """Import paths, so that a plan imports no other steps than its recipe's. The other steps read nothing beside the rows.
 """
