@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
+from align.config.field_dumps import class_options
 from align.config.field_docstrings import field_docstrings
 from align.config.stages.rl import DriftFields, RolloutFields, trainer_fields
 from align.config.trl_options import check_trainer_options

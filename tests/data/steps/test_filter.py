@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from align.config.recipe.filter_settings import FilterStep
 from align.data.rows import Dropped, Row, assistant, user
-from align.data.steps.step_kinds import start_step, step_identities
+from align.data.steps.step_identities import step_identities
+from align.data.steps.step_kinds import start_step
 from align.errors import UserError
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, reason, run
 

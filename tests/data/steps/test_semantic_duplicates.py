@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from align.config.recipe.step_settings import SemanticDuplicatesStep
 from align.data.steps.semantic_duplicates import fetch_model
-from align.data.steps.step_kinds import start_step, step_identities
+from align.data.steps.step_identities import step_identities
+from align.data.steps.step_kinds import start_step
 from align.errors import UserError
 from tests.support.data.steps.tables import context, decide, kept, row
 
