@@ -1,0 +1,85 @@
+"""The peers' virtual environments, made with pip where they are missing. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from align.errors import UserError
+from benchmarks.ppo_work import SAME, last_lines
+
+INVENTORY = """
+import json
+from importlib.metadata import PackageNotFoundError, version
+versions = {}
+for name in ("trl", "llamafactory", "torch", "transformers", "peft", "accelerate", "datasets"):
+    try:
+        versions[name] = version(name)
+    except PackageNotFoundError:
+        pass
+print(json.dumps(versions))
+"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """The package of a peer, its version and its command."""
+
+    name: str
+    version: str
+    executable: str
+
+    @property
+    def folder(self) -> str:
+        """Default name of its environment's folder."""
+        return f"{self.name}-{self.version}"
+
+
+TRL = Package("trl", "1.16.0", "trl")
+LLAMAFACTORY = Package("llamafactory", "0.9.5", "llamafactory-cli")
+PACKAGES = {"trl": TRL, "trl_threads": TRL, "llamafactory": LLAMAFACTORY}
+
+
+def requirements(package: Package) -> list[str]:
+    """Return what pip installs: trl on the versions of this environment, LLaMA-Factory on those that it asks for."""
+    major, minor = version("torch").split("+")[0].split(".")[:2]
+    torch = f"torch>={major}.{minor},<{major}.{int(minor) + 1}"
+    same = [f"{name}=={version(name)}" for name in (*SAME, "datasets")] if package is TRL else []
+    return [f"{package.name}=={package.version}", *same, torch]
+
+
+def prepare(package: Package, folder: Path) -> Path:
+    """Return the package's command in the environment in ``folder``, which is made or completed if need be.
+
+    Raises ``UserError`` for a folder that is something else or holds another version, and where pip fails.
+    """
+    python = folder / "bin" / "python"
+    if not python.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not a virtual environment; name another folder for {package.name}.")
+        print(f"creating a virtual environment for {package.name} {package.version} in {folder}", flush=True)
+        _run([sys.executable, "-m", "venv", str(folder)])
+    installed = inventory(python).get(package.name)
+    if installed is None:
+        print(f"installing {package.name} {package.version} there", flush=True)
+        _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements(package)])
+    elif installed != package.version:
+        raise UserError(f"{folder} has {package.name} {installed}; {package.version} is compared. Name another folder.")
+    return folder / "bin" / package.executable
+
+
+def inventory(python: Path) -> dict[str, str]:
+    """Return the versions of the packages that matter, in the environment of ``python``."""
+    process = subprocess.run([str(python), "-c", INVENTORY], capture_output=True, text=True, check=True)
+    versions: dict[str, str] = json.loads(process.stdout)
+    return versions
+
+
+def _run(command: list[str]) -> None:
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{last_lines(process.stdout + process.stderr)}")
