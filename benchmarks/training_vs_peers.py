@@ -3,12 +3,12 @@
     python -m benchmarks.training_vs_peers --rounds 2 --json FILE [--only sft_lora,dpo_full] [--peers trl_threads]
 
 Works: SFT with LoRA and in full, a reward model in full, DPO with LoRA and in full, KTO with LoRA. Peers: ``trl`` as it
-comes, which on a CPU trains on one thread and recomputes activations; ``trl_threads``, all cores and nothing recomputed;
-``llamafactory``, the same. Every peer has a virtual environment of its own, made with pip where it is missing.
+comes, which on a CPU trains on one thread and recomputes activations; ``trl_threads``, on all cores and without
+recomputation; ``llamafactory``, the same. Every peer has a virtual environment of its own, made with pip where it is missing.
 
 Alike on all sides: the embedded SmolLM2-135M-Instruct with a chat template that adds no system message, single-turn
-rows of LLaMA-Factory's demo files that fit the greatest length, one epoch in steps of 8 rows (pairs) in one micro-batch,
-learning rate, LoRA of rank 16 on every linear layer but the head, products in bfloat16. Weights are float32 masters,
+rows of LLaMA-Factory's demo files that fit the greatest length, one epoch in steps of 8 rows (pairs) in one
+micro-batch, learning rate, LoRA of rank 16 on every linear layer but the head, products in bfloat16. Weights are float32 masters,
 but for LLaMA-Factory's LoRA, which holds the frozen ones in bfloat16. Each side draws its own order of the rows. Nobody
 evaluates; each saves as it does by default, a checkpoint after the last step included.
 
@@ -24,6 +24,7 @@ that would end later, and exits with 3 while runs are left. A failed peer is a r
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -131,10 +132,16 @@ def compare(options: argparse.Namespace, folder: Path, start: float) -> int:
     return int(bool(failures) or any("failure" in run for run in results.runs))
 
 
+def stop_on_request() -> None:
+    """Turn SIGTERM into an exception, which also ends the command that is being measured."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main() -> None:
     """Compare; exit code 0, 1 where a run failed, 2 for wrong input, 3 while runs are left."""
     start = time.monotonic()
     options = parse()
+    stop_on_request()
     try:
         if options.folder is not None:
             options.folder.mkdir(parents=True, exist_ok=True)

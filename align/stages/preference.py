@@ -148,6 +148,9 @@ class Reference:
         # Moved only now: with every answer in the cache, the reference never needs the device.
         if next(self._loaded.parameters()).device.type != device.type:
             self._loaded.to(device)
+        # Before the first batch, so that the pass shows at once and the events tell how long it took.
+        if answers:
+            self.context.progress(0, len(answers), unit="reference answers")
         # Adapters off, or their initial values: the policy as it was before its first step.
         with initial_policy(self._loaded) as start:
             return answer_sums(

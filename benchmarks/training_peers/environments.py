@@ -67,9 +67,24 @@ def prepare(package: Package, folder: Path) -> Path:
     if installed is None:
         print(f"installing {package.name} {package.version} there", flush=True)
         _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements(package)])
+        if package is LLAMAFACTORY:
+            repair_torchaudio(python, folder)
     elif installed != package.version:
         raise UserError(f"{folder} has {package.name} {installed}; {package.version} is compared. Name another folder.")
     return folder / "bin" / package.executable
+
+
+def repair_torchaudio(python: Path, folder: Path) -> None:
+    """Remove torchaudio's native library where it does not load; LLaMA-Factory imports torchaudio for any training.
+
+    torchaudio's wheels are built for CUDA, and their library does not load beside a CPU build of torch. Without the
+    file the package imports, as torchaudio intends; only alignment of speech is lost.
+    """
+    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode == 0:
+        return
+    for library in folder.glob("lib/python*/site-packages/torchaudio/lib/_torchaudio*.so"):
+        print(f"removing {library}, which does not load beside this torch", flush=True)
+        library.unlink()
 
 
 def inventory(python: Path) -> dict[str, str]:

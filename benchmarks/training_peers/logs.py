@@ -10,6 +10,7 @@ import ast
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def reference_seconds(events: Iterable[dict[str, Any]]) -> float:
     A pass begins with an event that says 0 answers are done; of a pass without it, the time since the event before
     counts, which is too long rather than too short. Raises ``UnreadableRun`` where there is no such event either.
     """
-    total, before, done = 0.0, None, 0.0
+    total, before = 0.0, None
     for event in events:
         is_reference = event["event"] == "progress" and event.get("unit") == REFERENCE_UNIT
         if is_reference and event["done"] > 0:
@@ -129,6 +130,6 @@ def _step_of(state: Path) -> int:
 def _checked(steps: list[Step]) -> list[Step]:
     if len(steps) < 2:
         raise UnreadableRun(f"{len(steps)} steps: at least 2 are needed, because the first is not counted")
-    if any(later.tokens <= earlier.tokens for earlier, later in zip(steps, steps[1:], strict=False)):
+    if any(later.tokens <= earlier.tokens for earlier, later in pairwise(steps)):
         raise UnreadableRun("a step read no tokens")
     return steps

@@ -92,6 +92,7 @@ def run_measured(
     finally:
         # An interrupt must not leave the command behind: it would disturb whatever is measured next.
         kill_group(process.pid)
+        process.wait()
         ended.set()
         watcher.join()
     return Measured(code, time.perf_counter() - start, peak[0], lines)
