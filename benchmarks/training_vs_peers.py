@@ -4,13 +4,14 @@
 
 Works: SFT with LoRA and in full, a reward model in full, DPO with LoRA and in full, KTO with LoRA. Peers: ``trl`` as it
 comes, which on a CPU trains on one thread and recomputes activations; ``trl_threads``, on all cores and without
-recomputation; ``llamafactory``, the same. Every peer has a virtual environment of its own, made with pip where it is missing.
+recomputation; ``llamafactory``, the same. Every peer has a virtual environment of its own, made with pip where it is
+missing.
 
 Alike on all sides: the embedded SmolLM2-135M-Instruct with a chat template that adds no system message, single-turn
 rows of LLaMA-Factory's demo files that fit the greatest length, one epoch in steps of 8 rows (pairs) in one
-micro-batch, learning rate, LoRA of rank 16 on every linear layer but the head, products in bfloat16. Weights are float32 masters,
-but for LLaMA-Factory's LoRA, which holds the frozen ones in bfloat16. Each side draws its own order of the rows. Nobody
-evaluates; each saves as it does by default, a checkpoint after the last step included.
+micro-batch, learning rate, LoRA of rank 16 on every linear layer but the head, products in bfloat16. Weights are
+float32 masters, but for LLaMA-Factory's LoRA, which holds the frozen ones in bfloat16. Each side draws its own order of
+the rows. Nobody evaluates; each saves as it does by default, a checkpoint after the last step included.
 
 Measured in each run, a process tree of its own that starts from an empty folder: the training loop from the end of the
 first step to the end of the last, in real tokens (prompt and answer, no padding, a pair's prompt twice) as the side
