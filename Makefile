@@ -75,6 +75,9 @@ check: $(READY)
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
+# Where bytecode is not cached, every process of the tests compiles all modules, and pytest rewrites every assert anew.
+test test-slow: export PYTHONDONTWRITEBYTECODE =
+
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
