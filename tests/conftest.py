@@ -30,19 +30,24 @@ BUCKETS = itertools.count()
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST = (
     "test_end_to_end.py",
+    "stages/test_ppo_engine_lost.py",
     "rl/test_learning.py",
     "cli/test_export.py",
+    "rl/objectives/test_trainers.py",
     "stages/test_reload.py",
     "training/test_aimed_kills.py",
-    "rl/objectives/test_trainers.py",
-    "stages/test_ppo_engine_lost.py",
-    "training/test_inserted_tunings.py",
-    "training/test_tunings.py",
-    "evaluation/lm_eval/test_task.py",
+    "stages/test_preference.py",
     "inference/test_vllm.py",
     "inference/test_server_vllm.py",
+    "inference/test_vllm_adapters.py",
+    "training/test_inserted_tunings.py",
+    "evaluation/lm_eval/test_task.py",
     "rl/test_aimed_kills.py",
+    "stages/test_data.py",
     "runner/test_ranks.py",
+    "inference/test_nccl.py",
+    "training/test_tunings.py",
+    "stages/test_pretrain.py",
 )
 """The files that take longest, the longest first."""
 
