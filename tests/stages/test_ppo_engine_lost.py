@@ -1,8 +1,10 @@
-"""The ppo stage, in a process of its own, with an engine that dies or hangs in the middle of the run.
+"""The ppo stage with an engine that dies or hangs in the middle of the run.
 
 Servers are started anew, or asked again, and the run goes on. Where there is no engine any more the stage ends with the
 reason, leaves what it had, and the next run goes on from there. Either way it comes to the very weights of a run whose
 engine never failed.
+
+The stage that fails runs in a process of its own, as users have it. What goes on from it may run in the test's process.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,16 +53,23 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+Processes = Callable[[bool], None]
+
+
 @pytest.fixture(autouse=True)
-def inputs_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run only the ppo stage in a process of its own."""
+def stage_process(monkeypatch: pytest.MonkeyPatch) -> Processes:
+    """Run only the ppo stage in a process of its own; after ``stage_process(False)`` none."""
     start = run_stage.run_attempt
 
     def run_attempt(name: str, *rest: Any, **options: Any) -> dict[str, Any]:
         run = start if name == "ppo" else in_process.run_attempt
         return run(name, *rest, **options)
 
-    monkeypatch.setattr(run_stage, "run_attempt", run_attempt)
+    def choose(separate: bool) -> None:
+        monkeypatch.setattr(run_stage, "run_attempt", run_attempt if separate else in_process.run_attempt)
+
+    choose(True)
+    return choose
 
 
 @pytest.fixture
@@ -232,6 +241,7 @@ def test_the_last_server_of_the_stage_s_own_that_dies(
     wholes: dict[str, Whole],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    stage_process: Processes,
 ) -> None:
     """The next run starts a new one."""
     monkeypatch.setenv("FAKE_DIES_AT", str(FAULTY_LOAD - 1))  # it starts with the weights that another is given
@@ -240,6 +250,7 @@ def test_the_last_server_of_the_stage_s_own_that_dies(
     assert "Its process was ended by SIGKILL" in error
     assert "Once the server answers, run again to resume from checkpoint-2." in error
     monkeypatch.delenv("FAKE_DIES_AT")
+    stage_process(False)
     actual = finish(raw, tmp_path / "store", {"servers": 1})
     assert_as_without_failure(actual, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
 

@@ -6,10 +6,11 @@ A stage's process imports torch and transformers anew, which takes longer than m
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -36,7 +37,8 @@ def run_attempt(
             contextlib.redirect_stderr(log),
         ):
             print(f"--- {name}")
-            result = worker._outcome(partial, read_work(partial).model_dump(), started, RESULT)
+            with _messages_to(log):
+                result = worker._outcome(partial, read_work(partial).model_dump(), started, RESULT)
             worker._finish(partial, RESULT, result)
     finally:
         torch.set_num_threads(threads)
@@ -44,3 +46,17 @@ def run_attempt(
         follow(event)
     write_attempts(partial, [*attempts, round(time.time() - started, 2)])
     return read_result(partial / RESULT).model_dump()
+
+
+@contextlib.contextmanager
+def _messages_to(log: TextIO) -> Iterator[None]:
+    """Write align's log messages to ``log`` as well, as the worker's own process does."""
+    logger, handler = logging.getLogger("align"), logging.StreamHandler(log)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
