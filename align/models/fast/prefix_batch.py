@@ -8,6 +8,7 @@ prompt. A causal model computes the same states for these tokens whatever follow
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ import torch
 from align.models.fast.ragged_rows import make_layout
 
 MIN_PREFIX = 8
-"""Common tokens from which a prefix is worth a segment of its own."""
+"""Common tokens from which a prefix of all rows is worth a segment of its own."""
+LEAST_SHARED = 4
+"""Tokens from which ``share_prefixes`` reads a common part once. Attention for one more segment takes less time than
+the matrix products for so many tokens do."""
 
 
 class PrefixBatch:
@@ -110,9 +114,71 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return length if length >= MIN_PREFIX else 0
 
 
-def _shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """Return the number of first tokens that all rows share."""
-    # In sorted order the first and the last row differ most: what these two share, all rows share.
-    first, last = min(map(list, rows)), max(map(list, rows))
-    limit = min(len(first), len(last))
-    return next((index for index in range(limit) if first[index] != last[index]), limit)
+def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[PrefixBatch, list[list[int]]]:
+    """Return a line of tokens that holds what rows begin with in common once, and each row's places in it.
+
+    The rows may share beginnings at several depths: a system message, the conversations that begin with it, the answers
+    to one of these. ``places[i][t]`` is the index in the line of token t of row i. Equal rows have the same places.
+    """
+    line = PrefixBatch()
+    places: list[list[int]] = [[] for _ in rows]
+    # In sorted order, rows with a common beginning are neighbors.
+    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
+    common = [_common_length(rows[first], rows[second]) for first, second in pairwise(order)]
+    # Rows order[start:end] whose first tokens, as many as ``path`` has places, are in the line; ``parent`` ends them.
+    pending: list[tuple[int, int, list[int], int | None]] = [(0, len(order), [], None)]
+    while pending:
+        start, end, path, parent = pending.pop()
+        depth = len(path)
+        while start < end:
+            # The run of rows that go on alike for at least LEAST_SHARED tokens, or to the end of all of them.
+            stop = start + 1
+            while stop < end and _go_on_alike(rows[order[stop - 1]], rows[order[stop]], common[stop - 1], depth):
+                stop += 1
+            row = rows[order[start]]
+            length = min(common[start : stop - 1], default=len(row))
+            segment, longer_path = parent, path
+            if length > depth:
+                segment = line.add(row[depth:length], parent)
+                first = line.starts[segment]
+                longer_path = [*path, *range(first, first + length - depth)]
+            if len(rows[order[stop - 1]]) == length:
+                # The last one has no further token, so the run's rows are equal.
+                for index in order[start:stop]:
+                    places[index] = longer_path
+            else:
+                pending.append((start, stop, longer_path, segment))
+            start = stop
+    return line, places
+
+
+def _go_on_alike(first: Sequence[int], second: Sequence[int], common: int, depth: int) -> bool:
+    """Return True where two rows with ``common`` tokens share a segment after the first ``depth`` tokens."""
+    return common - depth >= LEAST_SHARED or common == len(first) == len(second)
+
+
+def batches_of_shared(rows: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """Return the rows' indices in batches whose lines, by ``share_prefixes``, have about ``tokens`` tokens at most.
+
+    Rows with a common beginning are in one batch where it has room; equal rows always are. A longer row is alone.
+    """
+    batches: list[list[int]] = []
+    size = 0
+    for index in sorted(range(len(rows)), key=lambda index: tuple(rows[index])):
+        row = rows[index]
+        if batches:
+            common = _common_length(rows[batches[-1][-1]], row)
+            added = len(row) - (common if common >= LEAST_SHARED else 0)
+            if size + added <= tokens or list(row) == list(rows[batches[-1][-1]]):
+                batches[-1].append(index)
+                size += added
+                continue
+        batches.append([index])
+        size = len(row)
+    return batches
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of tokens that two rows begin with in common."""
+    limit = min(len(first), len(second))
+    return next((index for index in range(limit) if first[index] != second[index]), limit)

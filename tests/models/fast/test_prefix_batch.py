@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 from align.models.fast import ragged_rows
-from align.models.fast.prefix_batch import MIN_PREFIX, PrefixBatch, common_prefix
+from align.models.fast.prefix_batch import MIN_PREFIX, PrefixBatch, batches_of_shared, common_prefix, share_prefixes
 from align.models.fast.ragged_rows import enable_ragged, hidden_states
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -111,3 +111,56 @@ def test_in_common_is_what_comparing_all_would_find(rows, start):
     while all(actual < len(row) - 1 for row in rows) and len({row[actual] for row in rows}) == 1:
         actual += 1
     assert common_prefix(rows) == (actual if actual >= MIN_PREFIX else 0)
+
+
+@st.composite
+def rows_with_beginnings(draw):
+    """Rows that continue earlier ones of the list from anywhere, some without a token more."""
+    rows: list[list[int]] = []
+    token = st.integers(0, 3)  # few values, so that rows also begin alike by chance
+    for _ in range(draw(st.integers(1, 12))):
+        beginning = draw(st.sampled_from(rows)) if rows and draw(st.booleans()) else []
+        kept = draw(st.integers(0, len(beginning)))
+        rows.append([*beginning[:kept], *draw(st.lists(token, min_size=0 if kept else 1, max_size=9))])
+    return rows
+
+
+@given(rows_with_beginnings())
+@settings(max_examples=60, deadline=None)
+def test_rows_that_share_beginnings_are_read_as_if_alone(llama, rows):
+    line, places = share_prefixes(rows)
+    assert [[line.tokens[place] for place in row_places] for row_places in places] == rows
+    assert line.batch()["position_ids"][0].tolist() == [
+        dict(zip(places[row], range(len(rows[row])), strict=True))[place]
+        for place in range(len(line.tokens))
+        for row in [next(row for row, row_places in enumerate(places) if place in row_places)]
+    ]
+    with torch.no_grad():
+        states = read(llama, line)
+        for row, row_places in zip(rows, places, strict=True):
+            expected = llama(torch.tensor([row])).last_hidden_state[0]
+            assert torch.allclose(states[row_places], expected, atol=1e-4)
+
+
+def test_beginnings_at_several_depths_are_there_once():
+    system, question = list(range(10)), [20, 21, 22, 23, 24]
+    rows = [[*system, *question, 1], [*system, *question, 2, 3], [*system, 30], [*system, *question, 1], [40]]
+    line, places = share_prefixes(rows)
+    assert len(line.tokens) == 10 + 5 + 1 + 2 + 1 + 1
+    assert places[0] == places[3]
+    # Three tokens in common are not worth a segment.
+    assert len(share_prefixes([[1, 2, 3, 4], [1, 2, 3, 5]])[0].tokens) == 8
+
+
+@given(rows_with_beginnings(), st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_batches_have_every_row_once_and_equal_rows_together(rows, tokens):
+    batches = batches_of_shared(rows, tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    batch_of = {index: number for number, batch in enumerate(batches) for index in batch}
+    for first, row in enumerate(rows):
+        assert {batch_of[second] for second, other in enumerate(rows) if other == row} == {batch_of[first]}
+    for batch in batches:
+        members = [rows[index] for index in batch]
+        # A little over the limit where common tokens are too few to be read once, or one row alone is longer.
+        assert len(share_prefixes(members)[0].tokens) <= max(tokens + 3 * len(members), *map(len, members), 1)
