@@ -109,8 +109,8 @@ class ScoringLoad:
     """None if their number or length is not known in advance: they count for memory, not for time."""
     logit_tokens: int = 0
     """Tokens of a row that need logits; 0 for a reward model."""
-    other_models: tuple[Architecture, ...] = ()
-    """Other checkpoints in memory at the same time."""
+    is_rounded: bool = False
+    """True where bfloat16 means that the matrices are rounded once, when they are loaded."""
 
     @property
     def is_reward_model(self) -> bool:
@@ -151,10 +151,7 @@ class Inference:
     @property
     def models(self) -> tuple[Architecture, ...]:
         """Every model that samples or reads, each once."""
-        models = [*(load.model for load in self.sampling), *(load.model for load in self.scoring)]
-        for load in self.scoring:
-            models.extend(load.other_models)
-        return tuple(dict.fromkeys(models))
+        return tuple(dict.fromkeys(load.model for load in (*self.sampling, *self.scoring)))
 
 
 def reward_scoring(name: str, model: Architecture, rows: int | None, length: int) -> ScoringLoad:
@@ -197,21 +194,25 @@ def _sampler_bytes(size: int, uses_top_p: bool) -> int:
     return size + 5 * FLOAT + 8 if uses_top_p else size + 3 * FLOAT
 
 
-def scoring_memory(load: ScoringLoad, precision: Precision) -> dict[str, int]:
+def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False) -> dict[str, int]:
     """Return the bytes of one device while texts are scored, by purpose."""
     model, size = load.model, SIZES[precision]
     widest = max((linear.parameters for linear in model.linears), default=0)
+    purpose, parameters = "weights", model.parameters
     if load.is_reward_model:
-        weights = {"reward": FLOAT * (model.trunk + model.hidden)}
+        purpose, parameters = "reward", model.trunk + model.hidden
     else:
-        weights = {"weights": FLOAT * model.parameters}
         widest = max(widest, model.head)
+    weights = {purpose: FLOAT * parameters}
+    if load.is_rounded and precision == "bfloat16":
+        # The rounded weights are in memory beside the file that they are read from, but for a GPU's memory.
+        weights = {purpose: size * parameters, "file": 0 if gpu else FLOAT * parameters}
+        widest = 0
     # Only positions that predict a wanted token have logits.
     logit_rows = round(load.pass_tokens * load.logit_tokens / load.length)
     # one chunk of logits in float32, scaled, and the work space of their sum
     chunk = 3 * FLOAT * min(HEAD_ROWS, logit_rows) * model.vocabulary
     return weights | {
-        "reference": sum(FLOAT * other.parameters for other in load.other_models),
         "copies": 2 * widest if precision == "bfloat16" else 0,
         "activations": load.pass_tokens * passing_per_token(model, size, FLOAT),
         "logits": 2 * size * logit_rows * model.vocabulary + chunk,

@@ -227,7 +227,8 @@ class _SamplingPlan:
                 phases.append(("loading", engine.loading_parts(sequences)))
         for scoring in self.inference.scoring:
             name = f"scoring by {scoring.name}" if scoring.is_reward_model else f"reading by {scoring.name}"
-            phases.append((name, scoring_memory(scoring, self.inference.precision) | {"context": device.context}))
+            parts = scoring_memory(scoring, self.inference.precision, gpu=device.gpu)
+            phases.append((name, parts | {"context": device.context}))
         fullest: dict[str, dict[str, int]] = {}
         for name, parts in phases:
             present = {part: amount for part, amount in parts.items() if amount}

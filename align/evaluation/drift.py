@@ -6,87 +6,165 @@ Both come from the checkpoints' own forward passes, cached under a key of their 
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 from align.data.rows import is_finished
 from align.evaluation.generation import ResponseSet
-from align.evaluation.measure import LoadedModels, ResultCache, heldout_losses, kl_values
+from align.evaluation.measure import LoadedModels, ResultCache, heldout_losses, kl_values, read_responses
 from align.evaluation.plan import Plan
-from align.evaluation.systems import System
+from align.evaluation.systems import Policy, System
 from align.evaluation.tasks.base import Values
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
 logger = logging.getLogger(__name__)
 
+HeldoutLosses = tuple[list[int], list[float], list[int]]
+"""Indices of the rows that were read, their loss per token in nats, and their tokens."""
 SAMPLER_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
 """Largest mean |sampler - policy| log-probability per token, in nats: above it the engine holds other weights."""
 
 
 class DriftMeasurement:
-    """Measures the compared systems' drift with the checkpoints' forward passes."""
+    """Measures the drift of the compared systems, checkpoint by checkpoint, so that each is loaded once.
 
-    def __init__(self, context: StageContext, plan: Plan, models: LoadedModels, results: ResultCache) -> None:
+    The reference comes first (``reading_order``): it reads all systems' responses in one pass. Every other checkpoint
+    then reads those of its own systems.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        plan: Plan,
+        models: LoadedModels,
+        results: ResultCache,
+        response_sets: dict[str, ResponseSet],
+    ) -> None:
         self.context = context
         self.plan = plan
         self.models = models
         self.results = results
+        self.response_sets = response_sets
+        self.reference = next(system for system in plan.systems if system.name == plan.reference)
+        self._measured: dict[str, dict[str, Any]] = {}
+        """KL by system, as far as it is known."""
+        self._ref_logprobs: dict[str, list[list[float]]] = {}
+        self._losses: dict[str, HeldoutLosses] = {}
+        """Held-out losses by checkpoint."""
+        self._losses_of_key: dict[str, HeldoutLosses] = {}
+        """The same by the key of the weights, which several checkpoints may share."""
+        self._missing = self._find_missing()
 
-    def measure_kl(
-        self, response_sets: dict[str, ResponseSet], values: dict[str, dict[str, Values]]
-    ) -> dict[str, list[list[float]]]:
+    def reading_order(self) -> list[Policy]:
+        """Return the checkpoints: first those with the reference's weights, and those of equal weights in a row."""
+        keys = list(dict.fromkeys([self.reference.policy.key, *(policy.key for policy in self.plan.policies)]))
+        return sorted(self.plan.policies, key=lambda policy: keys.index(policy.key))
+
+    def measure(self, policy: Policy) -> None:
+        """Read with one checkpoint, in ``reading_order``: the responses of its systems, and the held-out rows.
+
+        Raises ``RuntimeError`` where its log-probabilities differ too much from the engine's.
+        """
+        self._measure_kl(policy)
+        if self.plan.heldout:
+            self._measure_heldout(policy)
+
+    # ---- KL ----
+
+    def kl(self, values: dict[str, dict[str, Values]]) -> dict[str, list[list[float]]]:
         """Add the KL to the reference to every system's ``values``, but for best of N; return it token by token."""
         by_system: dict[str, list[list[float]]] = {}
-        for number, system in enumerate(self.plan.systems, 1):
-            if system.name not in response_sets or system.info.role == "best_of":
-                continue
-            measured = self._kl(system, response_sets[system.name])
+        for system in self.plan.systems:
+            measured = dict(self._measured.get(system.name, {}))
             token_kl = measured.pop("token_kl", None)
             values[system.name] |= measured
             if token_kl:
                 by_system[system.name] = token_kl
-            self.context.progress(number, len(self.plan.systems), unit="systems measured")
         return by_system
 
-    def _kl(self, system: System, response_set: ResponseSet) -> dict[str, Any]:
-        """Return the KL of one system's responses; empty where it has no meaning.
+    def _find_missing(self) -> list[System]:
+        """Return the systems whose KL has to be measured, and take that of the others from the cache.
 
-        Raises ``RuntimeError`` where the checkpoint's log-probabilities differ too much from the engine's.
+        A system has none where it has no meaning: greedy responses are no sample to estimate from, and KL per token
+        needs one vocabulary.
         """
+        missing: list[System] = []
+        if self.plan.sampling.temperature == 0:
+            return missing
+        vocabulary = self.reference.policy.tokenizer.get_vocab()
+        for system in self.plan.systems:
+            if system.name not in self.response_sets or system.info.role == "best_of":
+                continue
+            if system.policy.tokenizer.get_vocab() != vocabulary:
+                continue
+            if system is self.reference:
+                # The reference's drift from itself is 0 without a forward pass.
+                zero = [[0.0] * len(samples) for samples in self.response_sets[system.name].responses]
+                self._measured[system.name] = {"kl": zero, "kl_k3": zero}
+                continue
+            measured = self.results.read(*self._entry(system))
+            if measured is None:
+                missing.append(system)
+            else:
+                self._keep(system, measured)
+        return missing
+
+    def _entry(self, system: System) -> tuple[str, str]:
+        """Return the name and the key of a system's KL in the cache."""
         plan = self.plan
-        temperature = plan.sampling.temperature
-        reference = next(candidate for candidate in plan.systems if candidate.name == plan.reference)
-        policy = system.policy
-        # Greedy responses are no sample to estimate from, and KL per token needs one vocabulary.
-        if temperature == 0 or policy.tokenizer.get_vocab() != reference.policy.tokenizer.get_vocab():
-            return {}
-        if system is reference:
-            # The reference's drift from itself is 0 without a forward pass.
-            zero = [[0.0] * len(samples) for samples in response_set.responses]
-            return {"kl": zero, "kl_k3": zero}
-        prompts, ref_prompts = plan.prompts[system.name], plan.prompts[plan.reference]
-        policy_logprobs = self.models.logprobs_of(policy.name, temperature)
-        ref_logprobs = self.models.logprobs_of(reference.policy.name, temperature)
         key = digest(
             {
                 # Everything that the numbers depend on. The count behind "kl" is raised when the computation changes.
-                "what": "kl 4",
-                "policy": policy.key,
-                "reference": reference.policy.key,
-                "prompts": [prompts, ref_prompts],
-                "responses": _tokens(response_set),
-                "temperature": temperature,
+                "what": "kl 5",
+                "policy": system.policy.key,
+                "reference": self.reference.policy.key,
+                "prompts": [plan.prompts[system.name], plan.prompts[plan.reference]],
+                "responses": _tokens(self.response_sets[system.name]),
+                "temperature": plan.sampling.temperature,
                 "precision": plan.precision,
             }
         )
-        measured: dict[str, Any] = self.results.read_or_compute(
-            f"kl-{system.name}",
-            key,
-            lambda: kl_values(policy_logprobs, ref_logprobs, prompts, response_set, ref_prompts),
+        return f"kl-{system.name}", key
+
+    def _keep(self, system: System, measured: dict[str, Any]) -> None:
+        self._check_sampler(system, self.response_sets[system.name].engine, measured.pop("sampler_gap"))
+        self._measured[system.name] = measured
+
+    def _measure_kl(self, policy: Policy) -> None:
+        """Measure the KL of the systems of a checkpoint, and of all other checkpoints with the same weights."""
+        plan = self.plan
+        systems = [system for system in self._missing if system.policy.key == policy.key]
+        reads = [(plan.prompts[system.name], self.response_sets[system.name]) for system in systems]
+        ref_reads = []
+        if policy.key == self.reference.policy.key and not self._ref_logprobs:
+            # Systems that have the reference's weights and prompts, too, are read once for both.
+            ref_reads = [(plan.prompts[plan.reference], self.response_sets[system.name]) for system in self._missing]
+        if not reads and not ref_reads:
+            return
+        logprobs_of = self.models.logprobs_of(policy.name, plan.sampling.temperature, self._report)
+        logprobs = read_responses(logprobs_of, [*reads, *ref_reads])
+        own_logprobs = logprobs[: len(reads)]
+        if ref_reads:
+            names = [system.name for system in self._missing]
+            self._ref_logprobs = dict(zip(names, logprobs[len(reads) :], strict=True))
+        for system, own in zip(systems, own_logprobs, strict=True):
+            self._keep(system, self._write_kl(system, own))
+        self._missing = [system for system in self._missing if system not in systems]
+
+    def _write_kl(self, system: System, own_logprobs: list[list[float]]) -> dict[str, Any]:
+        """Return the KL of a system's responses, as the cache reads it back."""
+        plan, ref_logprobs = self.plan, self._ref_logprobs[system.name]
+        measured = kl_values(
+            lambda prompts, responses: own_logprobs,
+            lambda prompts, responses: ref_logprobs,
+            plan.prompts[system.name],
+            self.response_sets[system.name],
         )
-        self._check_sampler(system, response_set.engine, measured.pop("sampler_gap"))
-        return measured
+        written: dict[str, Any] = self.results.write(*self._entry(system), measured)
+        return written
+
+    def _report(self, done: int, total: int) -> None:
+        self.context.progress(done, total, unit="answers read")
 
     def _check_sampler(self, system: System, engine: str, gap: float) -> None:
         """Check that the engine sampled from the checkpoint; ``gap`` is their mean difference in nats per token."""
@@ -100,12 +178,10 @@ class DriftMeasurement:
                 "transformers, and report this."
             )
 
-    def measure_heldout(self) -> dict[str, tuple[list[float], list[int]]]:
-        """Return, by checkpoint, the loss per token and the tokens of the held-out rows that fit every checkpoint."""
+    # ---- held-out loss ----
+
+    def _measure_heldout(self, policy: Policy) -> None:
         plan = self.plan
-        if not plan.heldout:
-            return {}
-        losses: dict[str, tuple[list[int], list[float], list[int]]] = {}
         # Two datasets may share ids, so the key holds the rows themselves, as far as they are read.
         rows = digest(
             [
@@ -113,25 +189,36 @@ class DriftMeasurement:
                 for row in plan.heldout
             ]
         )
-        for policy in plan.policies:
-            key = digest(["held-out loss 2", policy.key, rows, plan.heldout_length, plan.precision])
-            logprobs_of = self.models.logprobs_of(policy.name, 1.0)
-            measure = partial(heldout_losses, logprobs_of, policy.tokenizer, plan.heldout, plan.heldout_length)
-            indices, values, tokens = self.results.read_or_compute(f"heldout-{policy.name}", key, measure)
-            losses[policy.name] = indices, values, tokens
-            self.context.progress(len(losses), len(plan.policies), unit="held-out sets read")
+        key = digest(["held-out loss 3", policy.key, rows, plan.heldout_length, plan.precision])
+        logprobs_of = self.models.logprobs_of(policy.name, 1.0, self._report)
+
+        def measure() -> HeldoutLosses:
+            if policy.key in self._losses_of_key:
+                return self._losses_of_key[policy.key]
+            return heldout_losses(logprobs_of, policy.tokenizer, plan.heldout, plan.heldout_length)
+
+        indices, values, tokens = self.results.read_or_compute(f"heldout-{policy.name}", key, measure)
+        self._losses[policy.name] = self._losses_of_key[policy.key] = indices, values, tokens
+
+    def heldout(self) -> dict[str, tuple[list[float], list[int]]]:
+        """Return, by checkpoint, the loss per token and the tokens of the held-out rows that fit every checkpoint."""
+        plan = self.plan
+        if not plan.heldout:
+            return {}
         # Templates and tokenizers differ, so a row may fit one checkpoint and not another.
         # Only rows that every checkpoint could read are compared, so that the losses are paired.
-        common = set.intersection(*(set(indices) for indices, _, _ in losses.values()))
+        common = set.intersection(*(set(indices) for indices, _, _ in self._losses.values()))
         left_out = len(plan.heldout) - len(common)
         if left_out:
             self.context.warn(
                 f"{left_out} of {len(plan.heldout)} held-out rows left out: longer than max_heldout_length"
             )
         heldout = {}
-        for name, (indices, values, tokens) in losses.items():
+        for policy in plan.policies:
+            indices, values, tokens = self._losses[policy.name]
             positions = [position for position, index in enumerate(indices) if index in common]
-            heldout[name] = ([values[position] for position in positions], [tokens[position] for position in positions])
+            losses = [values[position] for position in positions]
+            heldout[policy.name] = (losses, [tokens[position] for position in positions])
         return heldout
 
 

@@ -37,6 +37,8 @@ from align.store.fingerprint import digest
 Row = dict[str, Any]
 PROMPT_SET = "prompts"
 """Name of the prompt set among the tasks."""
+MeasuredTasks = dict[str, dict[str, Measured]]
+"""By task and system."""
 REWARD_FIELDS: tuple[RewardField, ...] = ("reward", "second_reward")
 
 
@@ -62,7 +64,7 @@ class Evaluation:
         from align.models.threads import device_of
 
         plan = self.plan
-        return LoadedModels(plan.policies, plan.reference, device_of(self.context.runtime), plan.precision)
+        return LoadedModels(plan.policies, device_of(self.context.runtime), plan.precision)
 
     def run(self, open_engine: OpenEngine) -> tuple[dict[str, Any], SystemResponses]:
         """Run all phases, write the files, and return the scorecard and the responses."""
@@ -76,10 +78,12 @@ class Evaluation:
         programs = self._run_programs(responses, values)
         # Phase 3: the checkpoints' own forward passes measure KL and held-out loss, and read the tasks' texts.
         self.scoring.close()
-        drift = DriftMeasurement(self.context, plan, self.models, self.results)
-        token_kl = drift.measure_kl(responses.prompt_set, values)
-        heldout = drift.measure_heldout()
-        tasks = self._measure_tasks(responses.answers)
+        drift = DriftMeasurement(self.context, plan, self.models, self.results, responses.prompt_set)
+        measured = self._read_with_checkpoints(drift)
+        token_kl = drift.kl(values)
+        heldout = drift.heldout()
+        # Phase 4: programs, reward models and judges score the tasks' answers.
+        tasks = self._score_tasks(measured, responses.answers)
         self.scoring.close()
         measurements = Measurements(
             systems=[system.info for system in plan.systems],
@@ -165,19 +169,22 @@ class Evaluation:
         if reward is None:
             return values
         prompts = [[row["prompt"], row.get("tools")] for row in plan.rows]
-        for number, (name, response_set) in enumerate(responses.prompt_set.items(), 1):
+        entries = {}
+        for name, response_set in responses.prompt_set.items():
             # Texts, not tokens: a reward model with another tokenizer reads the text.
             texts = [[[response.text, response.finished] for response in samples] for samples in response_set.responses]
             # All that the scores depend on; the number is raised when the computation changes.
-            key = digest(["rewards 2", reward.weights, prompts, texts, plan.precision])
-            values[name]["reward"] = self.results.read_or_compute(
-                f"reward-{name}", key, partial(self._rewards, response_set)
-            )
-            self.context.progress(number, len(responses.prompt_set), unit="systems scored")
+            entries[name] = f"reward-{name}", digest(["rewards 3", reward.weights, prompts, texts, plan.precision])
+        known = {name: self.results.read(*entry) for name, entry in entries.items()}
+        missing = [name for name, scores in known.items() if scores is None]
+        # All systems at once: the model then reads each prompt once for the answers of all of them.
+        score = partial(self.scoring.score, "reward")
+        computed = reward_values(score, plan.rows, [responses.prompt_set[name] for name in missing]) if missing else []
+        for name, scores in zip(missing, computed, strict=True):
+            known[name] = self.results.write(*entries[name], scores)
+        for name, scores in known.items():
+            values[name]["reward"] = scores
         return values
-
-    def _rewards(self, response_set: ResponseSet) -> Values:
-        return reward_values(self.scoring.model("reward").score, self.plan.rows, response_set)
 
     def _run_programs(
         self, responses: SystemResponses, values: dict[str, dict[str, Values]]
@@ -205,31 +212,39 @@ class Evaluation:
             artifact = self.scoring.artifact(field)
             if artifact is None:
                 continue
-            key = digest(["pair scores 2", artifact.weights, sides, plan.precision])
+            key = digest(["pair scores 3", artifact.weights, sides, plan.precision])
             score = partial(self._pair_scores, sides, field)
             chosen, rejected = self.results.read_or_compute("pairs", key, score)
             scores.append((artifact.stage, (chosen, rejected)))
         return pair_reports(plan.pairs, scores, seed=plan.resampling.seed, task="pairs")
 
     def _pair_scores(self, sides: Any, field: RewardField) -> Scores:
-        return score_sides(sides, self.scoring.model(field).score)
+        return score_sides(sides, partial(self.scoring.score, field))
 
-    def _measure_tasks(self, answers: dict[str, dict[str, Answers]]) -> list[TaskResult]:
-        """Measure every task: first the reading, checkpoint by checkpoint, then the scoring of answers."""
+    def _read_with_checkpoints(self, drift: DriftMeasurement) -> MeasuredTasks:
+        """Measure drift and read the tasks' texts, checkpoint by checkpoint, since each is loaded once."""
         plan = self.plan
-        measured: dict[str, dict[str, Measured]] = {task.name: {} for task in plan.tasks}
+        measured: MeasuredTasks = {task.name: {} for task in plan.tasks}
         reading = [task for task in plan.tasks if task.reads]
         # Best of N has no distribution to read with, and a checkpoint that is only sampled again reads as before.
         readers = [system for system in plan.systems if system.info.role not in ("best_of", "again")]
         done = 0
-        # Checkpoint by checkpoint, since each is loaded once and all tasks read it before the next one.
-        for system in sorted(readers, key=lambda system: plan.policies.index(system.policy)):
-            for task in reading:
-                reader = SystemReader(system, self.models, self.results, self.context.runtime)
-                measured[task.name][system.name] = task.read(reader)
-                done += 1
-                self.context.progress(done, len(readers) * len(reading), unit="tasks read")
+        for policy in drift.reading_order():
+            drift.measure(policy)
+            for system in readers:
+                if system.policy is not policy:
+                    continue
+                for task in reading:
+                    reader = SystemReader(system, self.models, self.results, self.context.runtime)
+                    measured[task.name][system.name] = task.read(reader)
+                    done += 1
+                    self.context.progress(done, len(readers) * len(reading), unit="tasks read")
         self.models.close()  # a judge may need the memory
+        return measured
+
+    def _score_tasks(self, measured: MeasuredTasks, answers: dict[str, dict[str, Answers]]) -> list[TaskResult]:
+        """Add the scores of the tasks' answers to what reading ``measured``; return every task's result."""
+        plan = self.plan
         for task in plan.tasks:
             # Tasks that read have their numbers by now; scoring adds those of tasks that respond.
             measured[task.name] |= task.score(answers[task.name] if task.responds else {}, self.scoring)

@@ -6,7 +6,7 @@ They come from the trainer's forward pass, never from the engine: the two round 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
@@ -16,6 +16,8 @@ from align.config.batch_sizes import READ_TOKENS
 
 HEAD_ROWS = 256
 """Positions whose logits are converted to float32 at a time."""
+OnProgress = Callable[[int, int], None]
+"""(done, total) → nothing."""
 
 
 def response_logprobs(
@@ -26,12 +28,13 @@ def response_logprobs(
     temperature: float,
     precision: Any,
     pad: int,
+    on_progress: OnProgress | None = None,
 ) -> list[list[float]]:
     """Log-probability of each response token under ``softmax(logits / temperature)``, in nats; one list per response.
 
-    A prompt that several responses share is read once for as many of them as ``READ_TOKENS`` allows, where the model
-    supports it (``align.models.fast.ragged_rows``): the choices of a question, samples of one prompt, both sides of a
-    pair.
+    Equal pairs of prompt and response are read once. Where the model supports it (``align.models.fast.ragged_rows``),
+    so is what several of them begin with: a template's system message, examples, the prompt of several responses. The
+    model is in eval mode. ``on_progress(done, total)`` counts responses.
     """
     import torch
 
@@ -39,27 +42,21 @@ def response_logprobs(
     from align.models.precision import autocast
 
     device = next(model.parameters()).device
-    reading = _Reading(model, prompts, responses, temperature, pad, [[] for _ in prompts])
-    # Responses that share a prompt form a tree, which is read in one sequence with the prompt once.
-    trees = _trees(prompts, responses)
-    if trees and not _can_share(model):
-        trees = []
-    with torch.no_grad(), autocast(device, precision):
+    reading = _Reading(model, prompts, responses, temperature, pad, [[] for _ in prompts], on_progress)
+    with torch.inference_mode(), autocast(device, precision):
         try:
-            for batch in _tree_batches(trees):
-                # First the trees. A model that turns out not to support them falls back to plain rows.
-                _read_trees(reading, batch)
+            if _can_share(model):
+                _read_all_shared(reading)
+                return reading.logprobs
         except NotRaggedError:
-            trees = []  # everything is read row by row below
-        in_trees = {index for tree in trees for index in tree.members}
-        remaining = [index for index in range(len(prompts)) if index not in in_trees]
-        lengths = {index: len(prompts[index]) + len(responses[index]) for index in remaining}
+            pass  # a model that turns out not to support them: everything is read row by row
+        lengths = {index: len(prompts[index]) + len(responses[index]) for index in range(len(prompts))}
         for indices in _batches(lengths):
             _read_rows(reading, indices)
     return reading.logprobs
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Reading:
     """The inputs of :func:`response_logprobs`, and its result so far."""
 
@@ -70,10 +67,19 @@ class _Reading:
     pad: int
     logprobs: list[list[float]]
     """Per response; empty until it was read."""
+    on_progress: OnProgress | None = None
+    done: int = 0
+    """Responses read."""
+
+    def report(self, count: int) -> None:
+        """Count so many more responses as read."""
+        self.done += count
+        if self.on_progress is not None:
+            self.on_progress(self.done, len(self.prompts))
 
 
 def _can_share(model: Any) -> bool:
-    """Prepare the model to read responses to one prompt in one sequence; return False where it cannot."""
+    """Prepare the model to read several rows in one line of tokens; return False where it cannot."""
     from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
 
     parameters = signature(model.forward).parameters.values()
@@ -108,89 +114,81 @@ def _read_rows(reading: _Reading, batch: Sequence[int]) -> None:
     flat = iter(_chosen_logprobs(logits[targets], ids[:, start + 1 :][targets], reading.temperature))
     for index in batch:
         reading.logprobs[index] = list(islice(flat, len(responses[index])))
+    reading.report(len(batch))
 
 
-@dataclass(frozen=True)
-class _Tree:
-    """Responses to one prompt that are read in one sequence: the prompt, then each response without its last token."""
+def _read_all_shared(reading: _Reading) -> None:
+    """Fill ``logprobs``: batch by batch in one line of tokens, without padding, each common beginning once."""
+    from align.models.fast.prefix_batch import batches_of_shared
 
-    members: list[int]
-    length: int
-
-
-def _trees(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[_Tree]:
-    """Group responses that share a prompt, at least two per tree, with at most ``READ_TOKENS`` tokens."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        if responses[index]:
-            groups.setdefault(tuple(prompt), []).append(index)
-    trees = []
-    for prompt, indices in groups.items():
-        members = [indices[0]]
-        # A response's last token is only predicted, never read, so it takes no room.
-        length = len(prompt) + len(responses[indices[0]]) - 1
-        for index in indices[1:]:
-            added = len(responses[index]) - 1
-            if length + added > READ_TOKENS:
-                trees.append(_Tree(members, length))
-                members = []
-                length = len(prompt)
-            members.append(index)
-            length += added
-        trees.append(_Tree(members, length))
-    return [tree for tree in trees if len(tree.members) > 1]
+    # A response's last token is only predicted, never read, so it takes no room. An empty response needs no pass.
+    wanted = [index for index, response in enumerate(reading.responses) if response]
+    rows = [[*reading.prompts[index], *reading.responses[index][:-1]] for index in wanted]
+    for batch in batches_of_shared(rows, READ_TOKENS):
+        _read_shared(reading, [wanted[number] for number in batch], [rows[number] for number in batch])
+        reading.report(len(batch))
+    reading.report(len(reading.responses) - len(wanted))
 
 
-def _tree_batches(trees: Sequence[_Tree]) -> Iterator[list[_Tree]]:
-    """Yield batches of trees of similar length, at most ``READ_TOKENS`` each."""
-    batch: list[_Tree] = []
-    for tree in sorted(trees, key=lambda tree: -tree.length):
-        if batch and sum(member.length for member in batch) + tree.length > READ_TOKENS:
-            yield batch
-            batch = []
-        batch.append(tree)
-    if batch:
-        yield batch
-
-
-def _read_trees(reading: _Reading, trees: Sequence[_Tree]) -> None:
-    """Fill ``logprobs`` for the members of ``trees``: each response attends to the prompt and itself, as if alone."""
+def _read_shared(reading: _Reading, members: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
+    """Fill ``logprobs`` for the responses ``members``, which are predicted from ``rows``, as if each were alone."""
     import torch
 
-    from align.models.fast.prefix_batch import PrefixBatch
+    from align.models.fast.prefix_batch import share_prefixes
     from align.models.fast.ragged_rows import to_device
 
-    model, prompts, responses = reading.model, reading.prompts, reading.responses
-    device = next(model.parameters()).device
-    line = PrefixBatch()
-    keep: list[int] = []  # positions whose logits predict a response token
-    rows: list[int] = []  # for each response token, the index in ``keep`` of the position that predicts it
-    for tree in trees:
-        prompt = line.add(prompts[tree.members[0]])
-        # The prompt's last token predicts the first token of every response.
-        last = len(keep)
-        keep.append(len(line.tokens) - 1)
-        for index in tree.members:
-            # A response's last token is only a target, never an input.
-            inputs = responses[index][:-1]
-            rows += [last, *range(len(keep), len(keep) + len(inputs))]
-            if inputs:
-                start = line.starts[line.add(inputs, prompt)]
-                keep += range(start, start + len(inputs))
+    device = next(reading.model.parameters()).device
+    line, places = share_prefixes(rows)
+    # (place, token) of each prediction, and its number. Rows that are in the same place and go on alike share it.
+    numbers: dict[tuple[int, int], int] = {}
+    predictions = []
+    for index, row_places in zip(members, places, strict=True):
+        response = reading.responses[index]
+        pairs = zip(row_places[-len(response) :], response, strict=True)
+        predictions.append([numbers.setdefault(pair, len(numbers)) for pair in pairs])
+    keep, targets = (torch.tensor(list(values), device=device) for values in zip(*numbers, strict=True))
     batch = line.batch()
+    inputs = batch["input_ids"].to(device), batch["position_ids"].to(device), to_device(batch["layout"], device)
+    values = _predict(reading, inputs, keep, targets)
+    for index, indices in zip(members, predictions, strict=True):
+        reading.logprobs[index] = [values[number] for number in indices]
+
+
+def _predict(reading: _Reading, inputs: tuple[Any, Any, Any], keep: Any, targets: Any) -> list[float]:
+    """Return the log-probabilities of ``targets`` (N,), predicted from places ``keep`` (N,) of a line of tokens.
+
+    ``inputs`` are the line's token ids and positions, (1, L) each, and its layout.
+    """
+    import torch
+
+    from align.models.fast.ragged_rows import hidden_states
+    from align.models.fast.token_logprobs import token_logprobs
+
+    model = reading.model
+    ids, position_ids, layout = inputs
+    if _has_plain_head(model):
+        states = hidden_states(getattr(model, model.base_model_prefix), ids, position_ids, layout)[keep]
+        values, _ = token_logprobs(states, model.get_output_embeddings(), targets, reading.temperature)
+        logprobs: list[float] = values.tolist()
+        return logprobs
+    # The model's own head, with any scaling or capping it has. Several tokens may follow one place.
+    places, rows = keep.unique(return_inverse=True)
     logits = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),  # as ragged.hidden_states
-        position_ids=batch["position_ids"].to(device),
+        input_ids=ids,
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # as ragged_rows.hidden_states
+        position_ids=position_ids,
         use_cache=False,
-        layout=to_device(batch["layout"], device),
-        logits_to_keep=torch.tensor(keep, device=device),
-    ).logits[0]  # (N, V)
-    members = [index for tree in trees for index in tree.members]
-    targets = torch.tensor([token for index in members for token in responses[index]], device=device)
-    flat = iter(_chosen_logprobs(logits, targets, reading.temperature, torch.tensor(rows, device=device)))
-    for index in members:
-        reading.logprobs[index] = list(islice(flat, len(responses[index])))
+        layout=layout,
+        logits_to_keep=places,
+    ).logits[0]  # (M, V)
+    return _chosen_logprobs(logits, targets, reading.temperature, rows)
+
+
+def _has_plain_head(model: Any) -> bool:
+    """Return True for a model type whose logits are known to be its head's product with the trunk's states."""
+    from align.models.fast.shared_layers import SPLITTABLE
+
+    return getattr(model.config, "model_type", "") in SPLITTABLE
 
 
 def sequence_kl(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tuple[float, float]:

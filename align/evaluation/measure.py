@@ -5,27 +5,31 @@ Each measurement is cached on disk under a key of its inputs, so that an interru
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.config.base import Precision
 from align.data.scoring import Scorer
 from align.data.weighted_scores import WeightedSum
 from align.errors import UserError
 from align.evaluation.generation import ResponseSet
-from align.evaluation.logprobs import response_logprobs, sequence_kl
+from align.evaluation.logprobs import OnProgress, response_logprobs, sequence_kl
 from align.evaluation.reward_metrics import REWARD, SUM
 from align.evaluation.systems import Policy
 from align.evaluation.tasks.base import Values
 from align.inference.protocol import Response
 from align.models.render import render_answered, render_prompt
-from align.store.sealed import read_or_compute
+from align.store.sealed import read_entry, read_or_compute, write_entry
 
 Row = dict[str, Any]
 LogprobsOf = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
 """(prompts, responses) → log-probability of each response token, under one model."""
+Prompts = Sequence[list[int]]
+"""Token ids of prompts."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,21 @@ class ResultCache:
 
         A damaged result is computed again, with a warning.
         """
-        return read_or_compute(self.folder / f"{name}-{key[:16]}.jsonl", key, compute, self.warn)
+        return read_or_compute(self._path(name, key), key, compute, self.warn)
+
+    def read(self, name: str, key: str) -> Any:
+        """Return the result of an earlier attempt or run; None where there is none."""
+        values = read_entry(self._path(name, key), key, self.warn)
+        return values[0] if values is not None and len(values) == 1 else None
+
+    def write(self, name: str, key: str, result: Any) -> Any:
+        """Store a JSON-able result, and return it as JSON reads it back."""
+        plain = json.loads(json.dumps(result))
+        write_entry(self._path(name, key), key, [plain])
+        return plain
+
+    def _path(self, name: str, key: str) -> Path:
+        return self.folder / f"{name}-{key[:16]}.jsonl"
 
 
 def shape_values(response_set: ResponseSet) -> dict[str, Values]:
@@ -75,14 +93,47 @@ def reward_list_values(scorer: WeightedSum, rows: Sequence[Row], response_set: R
     }
 
 
-def reward_values(score: Callable[..., list[float]], rows: Sequence[Row], response_set: ResponseSet) -> Values:
-    """Return reward-model scores, per prompt and sample; ``score(prompts, responses, finished, tools)``."""
-    responses, repeated = _flatten(rows, response_set)
-    prompts = [row["prompt"] for row in repeated]
-    tools = [row.get("tools") for row in repeated]
-    texts = [response.text for response in responses]
-    scores = score(prompts, texts, [response.finished for response in responses], tools)
-    return _unflatten(scores, response_set)
+def reward_values(
+    score: Callable[..., list[float]], rows: Sequence[Row], response_sets: Sequence[ResponseSet]
+) -> list[Values]:
+    """Return reward-model scores of each set of responses to ``rows``, per prompt and sample.
+
+    ``score(prompts, responses, finished, tools)`` is called once, so that a model reads each prompt once for all sets.
+    """
+    responses: list[Response] = []
+    repeated: list[Row] = []
+    for response_set in response_sets:
+        set_responses, set_rows = _flatten(rows, response_set)
+        responses += set_responses
+        repeated += set_rows
+    scores = score(
+        [row["prompt"] for row in repeated],
+        [response.text for response in responses],
+        [response.finished for response in responses],
+        [row.get("tools") for row in repeated],
+    )
+    remaining = iter(scores)
+    return [
+        [[float(next(remaining)) for _ in samples] for samples in response_set.responses]
+        for response_set in response_sets
+    ]
+
+
+def read_responses(logprobs_of: LogprobsOf, reads: Sequence[tuple[Prompts, ResponseSet]]) -> list[list[list[float]]]:
+    """Return the log-probabilities of each set's response tokens after its prompts, by one call for all sets.
+
+    The sets' responses are in one list each, prompt by prompt, as ``kl_values`` takes them.
+    """
+    prompts: list[list[int]] = []
+    tokens: list[list[int]] = []
+    sizes = []
+    for set_prompts, response_set in reads:
+        responses, repeated = _flatten(set_prompts, response_set)
+        prompts += repeated
+        tokens += [response.token_ids for response in responses]
+        sizes.append(len(responses))
+    remaining = iter(logprobs_of(prompts, tokens))
+    return [[next(remaining) for _ in range(size)] for size in sizes]
 
 
 def _flatten(rows: Sequence[Any], response_set: ResponseSet) -> tuple[list[Response], list[Any]]:
@@ -167,16 +218,19 @@ def heldout_losses(
 
 
 class LoadedModels:
-    """Checkpoints for forward passes: the reference stays loaded, with one other checkpoint at a time."""
+    """Checkpoints for forward passes, one at a time; those of equal weights are one.
 
-    def __init__(self, policies: Sequence[Policy], reference: str, device: Any, precision: Any) -> None:
+    Under bfloat16 the weights are rounded once, when they are loaded, and so is what flows between layers.
+    """
+
+    def __init__(self, policies: Sequence[Policy], device: Any, precision: Precision) -> None:
         self.policies = {policy.name: policy for policy in policies}
-        self.reference = reference
         self.device = device
         self.precision = precision
         self.models: dict[str, Any] = {}
+        """The loaded checkpoint, by the key of its weights."""
 
-    def logprobs_of(self, name: str, temperature: float) -> LogprobsOf:
+    def logprobs_of(self, name: str, temperature: float, on_progress: OnProgress | None = None) -> LogprobsOf:
         """Return a function for the checkpoint's log-probabilities; the checkpoint is loaded at the first call."""
 
         def compute(prompts: list[list[int]], responses: list[list[int]]) -> list[list[float]]:
@@ -187,24 +241,28 @@ class LoadedModels:
                 temperature=temperature,
                 precision=self.precision,
                 pad=int(self.policies[name].tokenizer.pad_token_id),
+                on_progress=on_progress,
             )
 
         return compute
 
     def close(self) -> None:
-        """Free the loaded checkpoints."""
+        """Free the loaded checkpoint."""
         self.models.clear()
 
     def _model(self, name: str) -> Any:
         from align.models.loading import load_policy
+        from align.models.precision import cast_frozen_to_bf16, low_residual
 
-        if name not in self.models:
-            # At most two models in memory: the reference, which every comparison needs, and the one that is measured.
-            for loaded in list(self.models):
-                if loaded != self.reference:
-                    del self.models[loaded]
-            self.models[name] = load_policy(self.policies[name].model_dir).to(self.device).requires_grad_(False)
-        return self.models[name]
+        policy = self.policies[name]
+        if policy.key not in self.models:
+            self.models.clear()  # before the next one is loaded: the memory holds one
+            model = load_policy(policy.model_dir).requires_grad_(False)
+            if self.precision == "bfloat16":
+                low_residual(model)
+                cast_frozen_to_bf16(model)
+            self.models[policy.key] = model.to(self.device)
+        return self.models[policy.key]
 
 
 def _unflatten(flat: Sequence[float], response_set: ResponseSet) -> Values:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Precision
+from align.config.batch_sizes import READ_TOKENS
 from align.config.runtime import Runtime
 from align.data.rows import Message
 from align.errors import UserError
@@ -92,7 +93,8 @@ class SystemReader:
 
     def cached(self, name: str, identity: Any, compute: Callable[[], Any]) -> Any:
         """See the protocol."""
-        key = digest([self.info.key, self._precision, identity])
+        # The number is raised when the forward pass changes.
+        key = digest(["read 2", self.info.key, self._precision, identity])
         return self.results.read_or_compute(f"{name}-{self.info.name}", key, compute)
 
 
@@ -119,6 +121,8 @@ class StageScoringContext:
         self.shared: Path | None = results.folder
         self.results = results
         self._models: dict[str, Any] = {}
+        self._scored: dict[RewardField, dict[str, float]] = {}
+        """Scores so far, by the digest of prompt, answer, whether it is finished, and tools."""
 
     def artifact(self, field: RewardField) -> Artifact | None:
         """Return the artifact of a reward model; None where the stage has none."""
@@ -131,14 +135,22 @@ class StageScoringContext:
         return None if artifact is None else artifact.stage
 
     def model(self, field: RewardField) -> Any:
-        """Load a reward model; one is held at a time. Raises ``UserError`` where the stage has none."""
+        """Load a reward model; one is held at a time. Raises ``UserError`` where the stage has none.
+
+        Under bfloat16 its weights are rounded once. What several conversations begin with is read once.
+        """
         if field not in self._models:
             from align.models.reward import RewardModel
             from align.models.threads import device_of
 
             artifact = self._required_artifact(field)
             self._models.clear()
-            self._models[field] = RewardModel(artifact.model, device_of(self.context.runtime), self.precision)
+            model = RewardModel(
+                artifact.model, device_of(self.context.runtime), self.precision, pass_tokens=READ_TOKENS
+            )
+            model.prepare_for_inference()
+            model.on_progress = lambda done, total: self.progress(done, total, unit="answers scored")
+            self._models[field] = model
         return self._models[field]
 
     def _required_artifact(self, field: RewardField) -> Artifact:
@@ -161,11 +173,32 @@ class StageScoringContext:
         """See the protocol; scores are cached under everything they depend on."""
         artifact = self._required_artifact(field)
         arguments = [list(prompts), list(answers), [bool(flag) for flag in finished]]
-        identity = digest(["scores", artifact.weights, self.precision, arguments])
+        identity = digest(["scores 2", artifact.weights, self.precision, arguments])
         scores: list[float] = self.results.read_or_compute(
-            "scores", identity, lambda: self.model(field).score(*arguments)
+            "scores", identity, lambda: self.score(field, prompts, answers, finished, [None] * len(prompts))
         )
         return scores
+
+    def score(
+        self,
+        field: RewardField,
+        prompts: Sequence[list[Message]],
+        answers: Sequence[str],
+        finished: Sequence[bool],
+        tools: Sequence[str | None],
+    ) -> list[float]:
+        """Return a reward model's scores in one pass; it reads no answer that it read before in this stage."""
+        requests = [
+            (list(prompt), answer, bool(flag), offered)
+            for prompt, answer, flag, offered in zip(prompts, answers, finished, tools, strict=True)
+        ]
+        keys = [digest(list(request)) for request in requests]
+        scored = self._scored.setdefault(field, {})
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in scored}
+        if missing:
+            columns = [list(column) for column in zip(*missing.values(), strict=True)]
+            scored |= zip(missing, self.model(field).score(*columns), strict=True)
+        return [scored[key] for key in keys]
 
     def warn(self, message: str) -> None:
         """See the protocol."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,19 @@ import torch
 
 from align.config.base import Precision
 from align.config.batch_sizes import SCORED_AT_ONCE
-from align.models.fast.prefix_batch import PrefixBatch, common_prefix
+from align.models.fast.prefix_batch import PrefixBatch, batches_of_shared, common_prefix, share_prefixes
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, to_device
 from align.models.loading import load_reward, load_tokenizer
-from align.models.precision import autocast, cast_frozen_to_bf16
+from align.models.precision import autocast, cast_frozen_to_bf16, low_residual
 from align.models.render import Message, render_conversation
 from align.models.steps import Steps, combine_steps, tokenize_steps
 
 Answer = tuple[list[Message], str, bool, str | None]
 """Prompt, text, whether the answer is finished, and the tools of its row."""
+Request = tuple[tuple[int, ...], tuple[int, ...]]
+"""A rendered conversation, and the places in it that are scored."""
+OnProgress = Callable[[int, int], None]
+"""(done, total) → nothing."""
 
 
 class RewardModel:
@@ -31,11 +35,15 @@ class RewardModel:
         precision: Precision = "bfloat16",
         batch_size: int = SCORED_AT_ONCE,
         share_beginnings: bool = False,
+        pass_tokens: int | None = None,
     ) -> None:
         """Load the model. Raises ``UserError`` for a checkpoint without a score head.
 
-        With ``share_beginnings`` a prefix that all conversations of a batch share is computed once. Rounding then
-        depends on the batch, so the same answer may get a slightly different score in the next call.
+        With ``share_beginnings`` a prefix that all conversations of a batch share is computed once. With
+        ``pass_tokens`` a batch has about that many tokens, in place of ``batch_size`` rows, and whatever several of its
+        conversations begin with is computed once. Rounding then depends on the batch, so the same answer may get a
+        slightly different score in the next call; within a call equal answers have equal scores. A model that cannot
+        run without padding takes batches of ``batch_size`` rows.
         """
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_reward(model_dir).to(device).requires_grad_(False)
@@ -43,6 +51,9 @@ class RewardModel:
         self.precision = precision
         self.batch_size = batch_size
         self.share_beginnings = share_beginnings
+        self.pass_tokens = pass_tokens
+        self.on_progress: OnProgress | None = None
+        """Told of the different rows that were scored, and of those of the call."""
         self._steps = Steps.read(model_dir)
         self._ragged = can_run_ragged(self.model)
         if self._ragged:
@@ -55,6 +66,15 @@ class RewardModel:
             # The head still belongs to the memory-mapped file, which would stay in memory as a whole.
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.clone()
+
+    def prepare_for_inference(self) -> None:
+        """Round weights and what flows between layers to bfloat16 where the model computes in it.
+
+        The fastest form of a model that is only read; scores change by rounding.
+        """
+        if self.precision == "bfloat16":
+            low_residual(self.model)
+        self.round_weights()
 
     @property
     def steps(self) -> Steps | None:
@@ -110,18 +130,27 @@ class RewardModel:
     def score_places(self, rows: list[list[int]], places: list[list[int]]) -> list[list[float]]:
         """Return the scores at the tokens ``places[i]`` of each row, in order.
 
-        Rows of similar length share a batch. Equal rows are computed once, so that their scores are equal too.
+        Equal rows are computed once, so that their scores are equal too.
         """
-        # The longest rows come first: a batch then has rows of similar length, and memory peaks at the first batch.
         requests = [(tuple(row), tuple(row_places)) for row, row_places in zip(rows, places, strict=True)]
-        scores: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = {}
-        order = sorted(dict.fromkeys(requests), key=lambda request: -len(request[0]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        scores: dict[Request, list[float]] = {}
+        different = list(dict.fromkeys(requests))
+        for batch in self._batches(different):
             values = iter(self._forward([list(row) for row, _ in batch], [list(row_places) for _, row_places in batch]))
             for request in batch:
                 scores[request] = [next(values) for _ in request[1]]
+            if self.on_progress is not None:
+                self.on_progress(len(scores), len(different))
         return [list(scores[request]) for request in requests]
+
+    def _batches(self, requests: list[Request]) -> list[list[Request]]:
+        """Return the requests in batches: by what they begin with, or else by length."""
+        if self.pass_tokens is not None and self._ragged:
+            by_tokens = batches_of_shared([row for row, _ in requests], self.pass_tokens)
+            return [[requests[index] for index in batch] for batch in by_tokens]
+        # The longest rows come first: a batch then has rows of similar length, and memory peaks at the first batch.
+        order = sorted(requests, key=lambda request: -len(request[0]))
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
     def _forward(self, rows: list[list[int]], places: list[list[int]]) -> list[float]:
         with autocast(self.device, self.precision):
@@ -131,21 +160,26 @@ class RewardModel:
         return values
 
     def _ragged_states(self, rows: list[list[int]], places: list[list[int]]) -> torch.Tensor:
-        """Return the (P, H) states at ``places`` from one ragged row, in which a common prefix appears once."""
-        batch_builder = PrefixBatch()
-        shared = common_prefix(rows) if self.share_beginnings else 0
-        prefix = batch_builder.add(rows[0][:shared]) if shared else None
-        indices = []
-        for row, row_places in zip(rows, places, strict=True):
-            segment = batch_builder.add(row[shared:], prefix)
-            offset = batch_builder.starts[segment] - shared
-            indices += [place if place < shared else offset + place for place in row_places]
-        batch = batch_builder.batch()
+        """Return the (P, H) states at ``places`` from one line of tokens, in which a common prefix appears once."""
+        line, in_line = share_prefixes(rows) if self.pass_tokens is not None else self._line_of(rows)
+        indices = [in_line[row][place] for row, row_places in enumerate(places) for place in row_places]
+        batch = line.batch()
         ids = batch["input_ids"].to(self.device)
         position_ids = batch["position_ids"].to(self.device)
         trunk = getattr(self.model, self.model.base_model_prefix)
         states = hidden_states(trunk, ids, position_ids, to_device(batch["layout"], self.device))
         return states[torch.tensor(indices, device=self.device)]
+
+    def _line_of(self, rows: list[list[int]]) -> tuple[PrefixBatch, list[list[int]]]:
+        """Return a line of the rows, with ``share_beginnings`` their common prefix once, and their places in it."""
+        line = PrefixBatch()
+        shared = common_prefix(rows) if self.share_beginnings else 0
+        prefix = line.add(rows[0][:shared]) if shared else None
+        places = []
+        for row in rows:
+            start = line.starts[line.add(row[shared:], prefix)]
+            places.append([*range(shared), *range(start, start + len(row) - shared)])
+        return line, places
 
     def _padded_states(self, rows: list[list[int]], places: list[list[int]]) -> torch.Tensor:
         """Return the (P, H) states at ``places``, right-padded: positions need no shift, padding is masked."""

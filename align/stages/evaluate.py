@@ -22,7 +22,6 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.evaluation.plan import make_plan
     from align.evaluation.rewards import judge_usage
     from align.inference.engine import open_engine
-    from align.training.tracking import scorecard_values, track_result
 
     config: EvaluateConfig = context.config
     # Everything is read and checked before the engine starts.
@@ -40,7 +39,11 @@ def run(context: StageContext) -> dict[str, Any]:
         )
 
     card, responses = evaluate(context, plan, open_for)
-    track_result(context, scorecard_values(card), card["settings"])
+    if context.runtime.report_to:
+        # Imported only here: it brings transformers' Trainer, which takes seconds and nothing else needs.
+        from align.training.tracking import scorecard_values, track_result
+
+        track_result(context, scorecard_values(card), card["settings"])
     usage = {} if plan.scorer is None else judge_usage(plan.scorer.parts)
     return headline(card) | {"tokens": responses.tokens} | usage
 

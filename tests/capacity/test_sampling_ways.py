@@ -74,11 +74,15 @@ def test_vllm_reads_so_many_tokens_at_a_time_and_sets_its_cache_aside_on_a_proce
 def test_bytes_of_what_is_read_by_hand() -> None:
     reward = scoring_memory(reward_scoring("reward", TOY, 3, 8), "bfloat16")
     assert reward == {
-        "reward": 4 * (102 + 4), "reference": 0, "copies": 2 * 25,
+        "reward": 4 * (102 + 4), "copies": 2 * 25,
         "activations": 32 * 8 * (4 * 8 + 2 * 22), "logits": 0,
     }  # fmt: skip
-    requested = scoring_memory(ScoringLoad("sft", TOY, 8, 16, 3, logit_tokens=2, other_models=(TOY,)), "float32")
-    assert (requested["weights"], requested["reference"], requested["copies"]) == (4 * 142, 4 * 142, 0)
+    load = ScoringLoad("sft", TOY, 8, 16, 3, logit_tokens=2, is_rounded=True)
+    requested = scoring_memory(load, "float32")
+    assert (requested["weights"], requested["copies"], requested.get("file")) == (4 * 142, 0, None)
+    rounded = scoring_memory(load, "bfloat16")
+    assert (rounded["weights"], rounded["copies"], rounded["file"]) == (2 * 142, 0, 4 * 142)
+    assert scoring_memory(load, "bfloat16", gpu=True)["file"] == 0
     assert requested["logits"] == 2 * 4 * 4 * 10 + 12 * 4 * 10  # two rows of 8 tokens in a pass, two words each
 
 

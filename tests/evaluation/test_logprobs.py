@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, NemotronConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GraniteConfig, MistralConfig, NemotronConfig
 
 from align.evaluation import logprobs as module
 from align.evaluation.logprobs import response_logprobs, sequence_kl
@@ -44,7 +46,7 @@ def read_shared(model):
     """Return the log-probabilities of SHARED, those of each row alone, and the number of tokens read."""
     expected = [alone(model, prompt, response) for prompt, response in zip(SHARED, ANSWERS, strict=True)]
     sizes = []
-    hook = model.register_forward_pre_hook(
+    hook = model.base_model.register_forward_pre_hook(
         lambda _, __, inputs: sizes.append(inputs["input_ids"].numel()), with_kwargs=True
     )
     logprobs = response_logprobs(model, SHARED, ANSWERS, temperature=1.0, precision="float32", pad=3)
@@ -56,11 +58,11 @@ def read_shared(model):
 
 def test_a_shared_prompt_is_read_once_and_answers_do_not_see_one_another(tiny_model: Path, monkeypatch):
     model = load_policy(tiny_model)
-    # The first prompt, 5 tokens, with 2 + 0 + 3 + 0 behind it; the third, 4, with 1 + 0; then two rows of 4.
-    assert read_shared(model) == (5 + 5) + (4 + 1) + 2 * 4
-    # At most 7 tokens at once: 5 + 2 + 0 and 4 + 1; what would follow stands in rows of its own, of 9, 6, 4 and 4.
+    # The first prompt, 5 tokens, with 2 + 0 + 3 + 0 behind it; the third, 4, with 1 + 0; then a row of 2 + 1.
+    assert read_shared(model) == (5 + 5) + (4 + 1) + 3
+    # At most 7 tokens at once, in the order of the tokens: 5 + 0 + 2; 5 + 3, a row that is longer; 2 + 1 and 4; 4 + 1.
     monkeypatch.setattr(module, "READ_TOKENS", 7)
-    assert read_shared(model) == 7 + 5 + 9 + 6 + 4 + 4
+    assert read_shared(model) == 7 + 8 + 7 + 5
 
 
 def test_a_shared_prompt_under_bfloat16(tiny_model: Path):
@@ -84,6 +86,52 @@ def test_models_that_cannot_share_read_every_row(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     assert read_shared(model) >= sum(len(prompt) + len(answer) for prompt, answer in zip(SHARED, ANSWERS, strict=True))
+
+
+def test_a_model_that_scales_its_logits_keeps_its_own_head():
+    config = GraniteConfig(**SMALL, num_key_value_heads=2, logits_scaling=4.0, embedding_multiplier=6.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert read_shared(model) == (5 + 5) + (4 + 1) + 3
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_model: Path):
+    return load_policy(tiny_model)
+
+
+@st.composite
+def prompts_and_responses(draw):
+    """Prompts that begin alike, several responses to each, and pairs that are there twice."""
+    ids = st.integers(4, 200)
+    system = draw(st.lists(ids, min_size=1, max_size=8))
+    prompts = [[*system, *tail] for tail in draw(st.lists(st.lists(ids, max_size=9), min_size=1, max_size=4))]
+    responses = draw(st.lists(st.lists(ids, max_size=9), min_size=1, max_size=4))
+    pairs = draw(st.lists(st.tuples(st.sampled_from(prompts), st.sampled_from(responses)), min_size=1, max_size=9))
+    return [list(prompt) for prompt, _ in pairs], [list(response) for _, response in pairs]
+
+
+@given(prompts_and_responses(), st.sampled_from([1, 12, 40, 2048]), st.sampled_from([0.7, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_values_are_those_of_each_row_alone(llama, rows, batch_tokens, temperature):
+    prompts, responses = rows
+    expected = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        table = torch.log_softmax(llama(torch.tensor([[*prompt, *response]])).logits[0] / temperature, dim=-1)
+        expected.append([table[len(prompt) - 1 + index, token].item() for index, token in enumerate(response)])
+    progress: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "READ_TOKENS", batch_tokens)
+        logprobs = response_logprobs(
+            llama, prompts, responses, temperature=temperature, precision="float32", pad=3,
+            on_progress=lambda done, total: progress.append((done, total)),
+        )  # fmt: skip
+    for got, want in zip(logprobs, expected, strict=True):
+        assert got == pytest.approx(want, abs=1e-4)
+    assert progress[-1] == (len(prompts), len(prompts))
+    for first, pair in enumerate(zip(prompts, responses, strict=True)):
+        second = next(i for i, other in enumerate(zip(prompts, responses, strict=True)) if other == pair)
+        assert logprobs[first] == logprobs[second]
 
 
 def test_kl_by_hand():

@@ -57,6 +57,50 @@ def test_what_conversations_begin_with_is_read_once(tiny_reward: Path) -> None:
     assert scores[0] == scores[2]
 
 
+def test_whatever_conversations_begin_with_is_read_once(tiny_reward: Path) -> None:
+    system, question = list(range(20, 40)), [50, 51, 52, 53]
+    rows = [[*system, *question, 5, 6], [*system, 7], [*system, *question, 8], [*system, *question, 5, 6], [9]]
+    places = [[21, 24, 25], [3, 20], [24], [21, 24, 25], [0]]
+    plain = RewardModel(tiny_reward, precision="float32").score_places(rows, places)
+    for pass_tokens, tokens in ((2048, 20 + 4 + 2 + 1 + 1 + 1), (26, (1 + 26) + 25 + 21)):
+        model = RewardModel(tiny_reward, precision="float32", pass_tokens=pass_tokens)
+        read, progress = [], []
+        model.on_progress = lambda done, total, progress=progress: progress.append((done, total))
+        model.model.base_model.register_forward_pre_hook(
+            lambda _, __, inputs, read=read: read.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        scores = model.score_places(rows, places)
+        assert sum(read) == tokens
+        assert progress[-1] == (4, 4)  # the fourth row is the first
+        for got, want in zip(scores, plain, strict=True):
+            assert got == pytest.approx(want, abs=1e-5)
+        assert scores[0] == scores[3]
+
+
+def test_a_padded_model_takes_rows_for_tokens(tiny_reward: Path, monkeypatch) -> None:
+    expected = RewardModel(tiny_reward, precision="float32").score(PROMPTS, ANSWERS)
+    monkeypatch.setattr("align.models.reward.can_run_ragged", lambda model: False)
+    padded = RewardModel(tiny_reward, precision="float32", batch_size=2, pass_tokens=2048)
+    read = []
+    padded.model.base_model.register_forward_pre_hook(
+        lambda _, __, inputs: read.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    assert padded.score(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
+    assert read == [2, 1]
+
+
+def test_a_prepared_model_scores_as_autocast_does(tiny_reward: Path) -> None:
+    before = RewardModel(tiny_reward, precision="bfloat16").score(PROMPTS, ANSWERS)
+    scorer = RewardModel(tiny_reward, precision="bfloat16", pass_tokens=2048)
+    scorer.prepare_for_inference()
+    assert {p.dtype for p in scorer.model.model.layers.parameters() if p.dim() == 2} == {torch.bfloat16}
+    assert scorer.score(PROMPTS, ANSWERS) == pytest.approx(before, abs=0.02)
+    exact = RewardModel(tiny_reward, precision="float32", pass_tokens=2048)
+    unprepared = exact.score(PROMPTS, ANSWERS)
+    exact.prepare_for_inference()
+    assert exact.score(PROMPTS, ANSWERS) == unprepared
+
+
 def test_rounded_weights_score_as_autocast_does(tiny_reward: Path) -> None:
     scorer = RewardModel(tiny_reward, precision="bfloat16")
     before = scorer.score(PROMPTS, ANSWERS)

@@ -9,8 +9,11 @@ import pytest
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import assistant, read_rows, user, write_rows
 from align.errors import UserError
+from align.evaluation import measure
 from align.evaluation.plan import make_plan
 from align.inference.transformers import TransformersEngine
+from align.models import loading
+from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
 from align.stages import evaluate
 from tests.support.inference.fake_chat import FakeChat, completion
@@ -56,6 +59,47 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     monkeypatch.setattr("align.models.reward.RewardModel", no_engine)
     evaluate.run(context)
     assert (context.output / "scorecard.json").read_text(encoding="utf-8") == text
+
+
+def test_each_checkpoint_is_loaded_once_and_reads_no_answer_twice(context, inputs, monkeypatch):
+    """The best of two samples of sft contains what sft answers itself, and model has the weights of sft."""
+    policies = [replace(artifact, record={"key": "same"}) for artifact in inputs["policies"][:2]]
+    policies.append(inputs["policies"][2])
+    baselines = {"best": {"of": "sft", "best_of": 2}, "again": {"of": "ppo", "sample_seed": 1}}
+    config = EvaluateConfig(
+        **context.config.model_dump()
+        | {"baselines": baselines, "tasks": {"read": {"task": "preference"}}, "samples_per_prompt": 1}
+    )
+    loaded = []
+    load_policy = loading.load_policy
+    monkeypatch.setattr(loading, "load_policy", lambda folder: loaded.append(folder) or load_policy(folder))
+    read, scored = [], []
+    response_logprobs, score_places = measure.response_logprobs, RewardModel.score_places
+
+    def logprobs(model, prompts, responses, **options):
+        read.append(
+            [id(model), options["temperature"], list(zip(map(tuple, prompts), map(tuple, responses), strict=True))]
+        )
+        return response_logprobs(model, prompts, responses, **options)
+
+    def score(model, rows, places):
+        scored.append([tuple(row) for row in rows])
+        return score_places(model, rows, places)
+
+    monkeypatch.setattr(measure, "response_logprobs", logprobs)
+    monkeypatch.setattr(RewardModel, "score_places", score)
+    evaluate.run(replace(context, config=config, inputs=inputs | {"policies": policies, "reference": policies[1]}))
+    assert loaded.count(policies[2].model) == 1
+    assert loaded.count(policies[0].model) <= 2  # the engine starts on it, too
+    # Two weights: the reference reads all systems in one call, ppo its own two.
+    kl = [rows for _, _, rows in read if len(rows) % PROMPTS == 0 and len(rows) >= 2 * PROMPTS]
+    assert [len(rows) // PROMPTS for rows in kl] == [1 + 3, 2]
+    # One call for the best of two, one for what else there is of the prompt set, one for the pairs.
+    answers = [row for rows in scored for row in rows]
+    assert len(answers) == len(set(answers))
+    card = read_card(context)
+    assert card["estimates"]["model"]["kl"]["value"] == 0
+    assert card["estimates"]["again"]["kl"]["value"] > 0.1
 
 
 def read_card(context):

@@ -91,9 +91,7 @@ class _Evaluation:
                 continue
             # the log-probabilities of a system's answers under itself and under the reference
             for reader in (checkpoint, config.reference):
-                partner = config.reference if reader == checkpoint else checkpoint
-                others = () if checkpoint == config.reference else (self.policies[partner],)
-                self.scoring.append(self._reading(reader, answers, length, config.max_tokens, others))
+                self.scoring.append(self._reading(reader, answers, length, config.max_tokens))
 
     def _add_answers(
         self, prompts: int | None, samples: int, prompt_tokens: int, response_tokens: int, top_p: float = 1.0
@@ -115,11 +113,13 @@ class _Evaluation:
             self.sampling.append(load)
             if best_of > 1:
                 reward = self.models["reward"][0]
-                self.scoring.append(reward_scoring("reward", reward, sequences, load.length))
+                self.scoring.append(_scoring("reward", reward, sequences, load.length))
 
     def _add_reward(self, field: str, rows: int | None, length: int) -> None:
         """Add the scores of the reward models that the config's ``field`` names, if any."""
-        self.scoring += [reward_scoring(field, model, rows, length) for model in self.models.get(field, ())]
+        # Rewards of a list score as in all stages.
+        count = reward_scoring if field == "score.reward" else _scoring
+        self.scoring += [count(field, model, rows, length) for model in self.models.get(field, ())]
 
     # ---- tasks ----
 
@@ -134,7 +134,7 @@ class _Evaluation:
                 length = logit_tokens = task.max_length
             # Systems that share a checkpoint are read by it in turn, with the same memory.
             readers = dict.fromkeys(checkpoint for _, checkpoint, best_of in self.systems if best_of == 1)
-            self.scoring += [self._reading(reader, None, length, logit_tokens, ()) for reader in readers]
+            self.scoring += [self._reading(reader, None, length, logit_tokens) for reader in readers]
             self._leave_out(f"{name}: {UNKNOWN_LENGTH}")
         elif isinstance(task, RewardPairsConfig):
             for field in ("reward", "second_reward"):
@@ -187,16 +187,19 @@ class _Evaluation:
         config = self.config
         if config.heldout is None:
             return
-        # The reference stays in memory while the others are read one by one.
+        # One checkpoint after the other: the memory holds one.
         rows, length = self.rows["heldout"].count_test(config.max_heldout), config.max_heldout_length
         for name in self.policies:
-            others = () if name == config.reference else (self.policies[config.reference],)
-            self.scoring.append(self._reading(name, rows, length, length, others))
+            self.scoring.append(self._reading(name, rows, length, length))
 
-    def _reading(
-        self, name: str, rows: int | None, length: int, logit_tokens: int, others: tuple[Architecture, ...]
-    ) -> ScoringLoad:
-        return ScoringLoad(name, self.policies[name], length, max(READ_TOKENS, length), rows, logit_tokens, others)
+    def _reading(self, name: str, rows: int | None, length: int, logit_tokens: int) -> ScoringLoad:
+        tokens = max(READ_TOKENS, length)
+        return ScoringLoad(name, self.policies[name], length, tokens, rows, logit_tokens, is_rounded=True)
+
+
+def _scoring(name: str, model: Architecture, rows: int | None, length: int) -> ScoringLoad:
+    """Return the load of the stage's own reward model, which reads ``READ_TOKENS`` tokens at a time."""
+    return ScoringLoad(name, model, length, max(READ_TOKENS, length), rows, is_rounded=True)
 
 
 def _count_items(name: str, task: Any) -> tuple[int | None, int]:
