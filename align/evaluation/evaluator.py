@@ -37,6 +37,8 @@ from align.store.fingerprint import digest
 Row = dict[str, Any]
 PROMPT_SET = "prompts"
 """Name of the prompt set among the tasks."""
+SCORED_TOGETHER = 4096
+"""Answers of several systems that a reward model scores between two writes: a killed stage repeats at most these."""
 MeasuredTasks = dict[str, dict[str, Measured]]
 """By task and system."""
 REWARD_FIELDS: tuple[RewardField, ...] = ("reward", "second_reward")
@@ -177,11 +179,12 @@ class Evaluation:
             entries[name] = f"reward-{name}", digest(["rewards 3", reward.weights, prompts, texts, plan.precision])
         known = {name: self.results.read(*entry) for name, entry in entries.items()}
         missing = [name for name, scores in known.items() if scores is None]
-        # All systems at once: the model then reads each prompt once for the answers of all of them.
         score = partial(self.scoring.score, "reward")
-        computed = reward_values(score, plan.rows, [responses.prompt_set[name] for name in missing]) if missing else []
-        for name, scores in zip(missing, computed, strict=True):
-            known[name] = self.results.write(*entries[name], scores)
+        # Several systems at once: the model then reads each prompt once for the answers of all of them.
+        for names in _scored_together(missing, responses.prompt_set):
+            computed = reward_values(score, plan.rows, [responses.prompt_set[name] for name in names])
+            for name, scores in zip(names, computed, strict=True):
+                known[name] = self.results.write(*entries[name], scores)
         for name, scores in known.items():
             values[name]["reward"] = scores
         return values
@@ -274,6 +277,20 @@ class Evaluation:
             "reward_model": reward and reward.key,
             "second_reward_model": second_reward and second_reward.key,
         }
+
+
+def _scored_together(names: list[str], response_sets: dict[str, ResponseSet]) -> list[list[str]]:
+    """Return the systems in groups of at most ``SCORED_TOGETHER`` answers, or of one system."""
+    groups: list[list[str]] = []
+    answers = 0
+    for name in names:
+        count = sum(len(samples) for samples in response_sets[name].responses)
+        if not groups or answers + count > SCORED_TOGETHER:
+            groups.append([])
+            answers = 0
+        groups[-1].append(name)
+        answers += count
+    return groups
 
 
 def find_copies(plan: Plan, responses: SystemResponses) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import pytest
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import assistant, read_rows, user, write_rows
 from align.errors import UserError
-from align.evaluation import measure
+from align.evaluation import evaluator, measure
 from align.evaluation.plan import make_plan
 from align.inference.transformers import TransformersEngine
 from align.models import loading
@@ -100,6 +100,25 @@ def test_each_checkpoint_is_loaded_once_and_reads_no_answer_twice(context, input
     card = read_card(context)
     assert card["estimates"]["model"]["kl"]["value"] == 0
     assert card["estimates"]["again"]["kl"]["value"] > 0.1
+
+
+def test_systems_are_scored_in_groups_that_a_kill_does_not_lose(context, monkeypatch):
+    monkeypatch.setattr(evaluator, "SCORED_TOGETHER", 4 * PROMPTS)  # two systems with two answers to each prompt
+    scored = []
+    score_places = RewardModel.score_places
+
+    def score(model, rows, places):
+        scored.append(len(rows))
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return score_places(model, rows, places)
+
+    monkeypatch.setattr(RewardModel, "score_places", score)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(context)
+    evaluate.run(context)
+    # model and sft answer alike: one request each for the answers of both; then ppo, twice; then the pairs.
+    assert scored[0] <= 2 * PROMPTS and scored[1] == scored[2] and len(scored) == 4
 
 
 def read_card(context):
