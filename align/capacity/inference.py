@@ -151,7 +151,8 @@ class Inference:
     @property
     def models(self) -> tuple[Architecture, ...]:
         """Every model that samples or reads, each once."""
-        return tuple(dict.fromkeys(load.model for load in (*self.sampling, *self.scoring)))
+        models = [*(load.model for load in self.sampling), *(load.model for load in self.scoring)]
+        return tuple(dict.fromkeys(models))
 
 
 def reward_scoring(name: str, model: Architecture, rows: int | None, length: int) -> ScoringLoad:
