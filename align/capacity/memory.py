@@ -257,7 +257,7 @@ def _reference_bytes(model: Architecture, low: bool) -> int:
     return _frozen_bytes(model, low) + head
 
 
-def _logits(model: Architecture, head_trained: bool, low: bool, block: int) -> int:
+def head_work_space(model: Architecture, head_trained: bool, low: bool, block: int) -> int:
     """Return the work space of ``align.models.fast.token_logprobs``, whose backward pass is the fuller one.
 
     While a block's logits are computed, the former block's are still in memory. While the head's gradient is rounded,

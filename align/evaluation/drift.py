@@ -75,7 +75,9 @@ class DriftMeasurement:
         """Add the KL to the reference to every system's ``values``, but for best of N; return it token by token."""
         by_system: dict[str, list[list[float]]] = {}
         for system in self.plan.systems:
-            measured = dict(self._measured.get(system.name, {}))
+            if system.name not in self._measured:  # no prompt set, or KL has no meaning there
+                continue
+            measured = dict(self._measured[system.name])
             token_kl = measured.pop("token_kl", None)
             values[system.name] |= measured
             if token_kl:

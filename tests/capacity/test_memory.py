@@ -18,7 +18,8 @@ from align.evaluation import logprobs as evaluation
 from align.models import activations
 from align.models.activations import FLOAT, activations_per_token
 from align.models.architecture import Architecture, Linear, architecture_of
-from align.models.fast import ragged_rows, token_logprobs
+from align.models.fast import ragged_rows
+from align.models.fast import token_logprobs as logprobs
 from align.models.fast.ragged_rows import enable_ragged, hidden_states, make_layout
 from align.models.precision import low_residual
 from align.models.tuning.apply import apply_tuning
@@ -254,12 +255,12 @@ def test_activations_are_those_of_the_larger_of_policy_and_critic() -> None:
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("hidden", [32, 512])
 def test_the_head_s_work_space_is_what_the_profiler_sees(precision: Any, trained: bool, hidden: int) -> None:
-    assert memory.LOGITS_AT_ONCE == token_logprobs.LOGITS
+    assert memory.LOGITS_AT_ONCE == logprobs.LOGITS
     vocabulary = 4000
     head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(trained)
     states = torch.randn(600, hidden, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        log_probabilities, _ = token_logprobs.token_logprobs(states, head, torch.zeros(600, dtype=torch.long), 1.0)
+        log_probabilities, _ = logprobs.token_logprobs(states, head, torch.zeros(600, dtype=torch.long), 1.0)
     loss = log_probabilities.sum()
     sizes = replace(TOY, vocabulary=vocabulary, hidden=hidden)
     counted = cost(FullTuning() if trained else LORA, "head", sizes, precision).logits

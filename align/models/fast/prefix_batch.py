@@ -46,54 +46,6 @@ class PrefixBatch:
         self.tokens += tokens
         return len(self.lengths) - 1
 
-    def add_rows(self, rows: Sequence[Sequence[int]], share: bool = True) -> list[list[int]]:
-        """Append rows of tokens, and return for each row the index in the line of each of its tokens.
-
-        With ``share`` a prefix of at least ``MIN_PREFIX`` tokens that several rows have in common is there once, at
-        every level: a template's system message for all rows, a prompt for the answers to it.
-        """
-        indices: list[list[int]] = [[] for _ in rows]
-        if share:
-            self._add_branch(rows, indices, list(range(len(rows))), None)
-            return indices
-        for row, tokens in enumerate(rows):
-            self._extend(indices, [row], tokens, None)
-        return indices
-
-    def _add_branch(
-        self, rows: Sequence[Sequence[int]], indices: list[list[int]], members: list[int], parent: int | None
-    ) -> None:
-        """Append what the rows ``members`` have after the tokens that are placed, which they all share."""
-        start = len(indices[members[0]])
-        # 1. What all of them share becomes a segment, if it is long enough.
-        end = _shared_length([rows[member] for member in members])
-        if len(members) > 1 and end - start >= MIN_PREFIX:
-            parent = self._extend(indices, members, rows[members[0]][start:end], parent)
-            start = end
-        # 2. Behind it they part by their next token.
-        branches: dict[int | None, list[int]] = {}
-        for member in members:
-            next_token = rows[member][end] if end < len(rows[member]) else None
-            branches.setdefault(next_token, []).append(member)
-        # 3. Rows that go on together may share more; a single row ends with a segment of its own.
-        for next_token, branch in branches.items():
-            if len(branch) > 1 and next_token is not None:
-                self._add_branch(rows, indices, branch, parent)
-                continue
-            for member in branch:
-                if len(rows[member]) > start:
-                    self._extend(indices, [member], rows[member][start:], parent)
-
-    def _extend(
-        self, indices: list[list[int]], members: Sequence[int], tokens: Sequence[int], parent: int | None
-    ) -> int:
-        """Append a segment that belongs to all rows ``members``; return its index."""
-        segment = self.add(tokens, parent)
-        places = range(self.starts[segment], self.starts[segment] + len(tokens))
-        for member in members:
-            indices[member] += places
-        return segment
-
     def batch(self) -> dict[str, Any]:
         """Return ``input_ids`` and ``position_ids``, both (1, N), and their attention ``layout``."""
         return {
@@ -110,7 +62,10 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """
     if len(rows) < 2:
         return 0
-    length = min(_shared_length(rows), min(map(len, rows)) - 1)
+    # In sorted order the first and the last row differ most: what these two share, all rows share.
+    first, *_, last = sorted(map(list, rows))
+    limit = min(map(len, rows)) - 1
+    length = next((index for index in range(limit) if first[index] != last[index]), limit)
     return length if length >= MIN_PREFIX else 0
 
 

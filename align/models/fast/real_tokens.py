@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from align.models.fast.prefix_batch import PrefixBatch
+from align.models.fast.prefix_batch import PrefixBatch, share_prefixes
 from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, to_device
 
 LOG = logging.getLogger(__name__)
@@ -102,12 +102,11 @@ class _RealTokens:
             return None
         ids = inputs["input_ids"]
         rows = [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
-        line = PrefixBatch()
-        indices = line.add_rows(rows, self.share)
+        line, row_places = share_prefixes(rows) if self.share else _whole_rows(rows)
         batch = line.batch()
         places = torch.full(ids.shape, len(line.tokens))
-        for row, row_indices in enumerate(indices):
-            places[row, : len(row_indices)] = torch.tensor(row_indices)
+        for row, indices in enumerate(row_places):
+            places[row, : len(indices)] = torch.tensor(indices)
         self._places = places.to(ids.device)
         return (), {
             "input_ids": batch["input_ids"].to(ids.device),
@@ -147,6 +146,13 @@ class _RealTokens:
                 module.training = True
         difference = (in_line - padded).abs().max()
         return bool(difference <= TOLERANCE * padded.abs().max())
+
+
+def _whole_rows(rows: list[list[int]]) -> tuple[PrefixBatch, list[list[int]]]:
+    """Return a line of the rows, one after the other, and each row's places in it."""
+    line = PrefixBatch()
+    starts = [line.starts[line.add(row)] for row in rows]
+    return line, [list(range(start, start + len(row))) for start, row in zip(starts, rows, strict=True)]
 
 
 def _row_lengths(inputs: dict[str, Any]) -> torch.Tensor | None:

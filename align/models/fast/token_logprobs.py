@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of response tokens from hidden states, without logits of the entire batch.
+"""Log-probabilities and entropies of tokens from hidden states, without logits of the entire batch.
 
 The output head runs over blocks of the vocabulary. The logits of one block exist at a time, in float32 for the softmax
 and small enough to stay in a core's cache. The backward pass computes them again instead of keeping them.
@@ -7,7 +7,8 @@ and small enough to stay in a core's cache. The backward pass computes them agai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,24 +22,45 @@ Temperature = float | torch.Tensor
 """Divisor of the logits: a number for all tokens, or one for each, (N, 1)."""
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """(N, H) hidden states -> log-probability of each target and entropy of each distribution, (N,) float32."""
+class TokenStatistics(NamedTuple):
+    """Numbers of N predicted tokens, (N,) each; only the first two have gradients."""
+
+    logprobs: torch.Tensor
+    """Log-probability of the target, float32."""
+    entropies: torch.Tensor
+    """Entropy of the distribution in nats, float32."""
+    is_top1: torch.Tensor
+    """True where the target is the likeliest token; of equal logits the first token counts."""
+    mean_logits: torch.Tensor
+    """Mean logit over the vocabulary, float32."""
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """(N, H) hidden states -> ``TokenStatistics`` and the logarithm of the softmax's denominator, (N,) each."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return log-probabilities and entropies, (N,) each, of hidden states (N, H) and targets (N,)."""
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the statistics of hidden states (N, H), targets (N,) and the head's weight (V, H)."""
         slices = [slice(start, start + TOKENS) for start in range(0, len(hidden), TOKENS)]
-        parts = [_forward(hidden[part], weight, targets[part], _part_of(temperature, part)) for part in slices]
-        empty = hidden.new_empty(0, dtype=torch.float32)
-        logprobs, normalizers, entropies = (torch.cat(pieces) for pieces in zip((empty,) * 3, *parts, strict=True))
+        parts = [_OnlineSoftmax(hidden[part], targets[part]) for part in slices]
+        for part, softmax in zip(slices, parts, strict=True):
+            for block, logits in _blocks(hidden[part], weight, _part_of(temperature, part)):
+                softmax.add(block, logits)
+        columns = [softmax.result(len(weight)) for softmax in parts]
+        logprobs, entropies, is_top1, mean_logits, normalizers = (
+            torch.cat(pieces) for pieces in zip(_no_statistics(hidden.device), *columns, strict=True)
+        )
         ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.temperature = temperature
-        return logprobs, entropies
+        ctx.mark_non_differentiable(is_top1, mean_logits)
+        return logprobs, entropies, is_top1, mean_logits
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor, *no_gradients: Any
+    ) -> Any:
         """Return gradients of the hidden states (N, H) and, if it is trained, of the head's weight (V, H)."""
         hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
@@ -69,34 +91,71 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
-def _forward(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probabilities, logarithms of the softmax's denominators, and entropies, (n,) each.
+@dataclass
+class _OnlineSoftmax:
+    """Statistics of n tokens over the blocks of the vocabulary seen so far, (n, 1) each.
 
-    Online softmax: the maximum so far, and sums relative to it, are updated block by block (arXiv 1805.02867).
+    Sums are relative to the largest logit so far, and scaled when a larger one appears (arXiv 1805.02867).
     """
-    highest = hidden.new_full((len(hidden), 1), float("-inf"), dtype=torch.float32)
-    total, weighted = torch.zeros_like(highest), torch.zeros_like(highest)  # sums of e^d and of d e^d, d = l - highest
-    chosen = torch.zeros_like(highest)
-    for block, logits in _blocks(hidden, weight, temperature):
-        inside, column = _within(targets, block)
-        chosen[inside, 0] = logits[inside, column]
-        higher = torch.maximum(highest, logits.amax(dim=-1, keepdim=True))
-        shift = (highest - higher).clamp(min=-1e4)  # at the first block -inf, and the factor 0
-        lower = torch.exp(shift)
-        weighted = lower * (weighted + shift * total)
-        total = lower * total
-        highest = higher
-        logits.sub_(highest)
+
+    hidden: torch.Tensor
+    targets: torch.Tensor
+
+    def __post_init__(self) -> None:
+        zeros = self.hidden.new_zeros(len(self.hidden), 1, dtype=torch.float32)
+        self.highest = torch.full_like(zeros, float("-inf"))
+        self.highest_before = torch.full_like(zeros, float("-inf"))
+        """Largest logit of the tokens before the target."""
+        self.chosen = zeros.clone()
+        """Logit of the target."""
+        self.total, self.weighted = zeros.clone(), zeros.clone()
+        """Sums of e^d and of d e^d, where d is a logit minus the largest one."""
+        self.sum = zeros.clone()
+
+    def add(self, block: slice, logits: torch.Tensor) -> None:
+        """Add the logits (n, v) of one block, which are overwritten."""
+        inside, column = _within(self.targets, block)
+        self.chosen[inside, 0] = logits[inside, column]
+        self.sum += logits.sum(dim=-1, keepdim=True)
+        block_highest = logits.amax(dim=-1, keepdim=True)
+        self._add_before(block, inside, column, logits, block_highest)
+        higher = torch.maximum(self.highest, block_highest)
+        shift = (self.highest - higher).clamp(min=-1e4)  # at the first block -inf, and the factor 0
+        factor = torch.exp(shift)
+        self.weighted = factor * (self.weighted + shift * self.total)
+        self.total = factor * self.total
+        self.highest = higher
+        logits.sub_(higher)
         unnormalized = torch.exp(logits)
-        total += unnormalized.sum(dim=-1, keepdim=True)
-        weighted += unnormalized.mul_(logits).sum(dim=-1, keepdim=True)
-    log_total = torch.log(total)
-    # H = -sum p log p = log sum e^d - sum p d
-    logprobs = chosen - highest - log_total
-    entropies = log_total - weighted / total
-    return logprobs.squeeze(1), (log_total + highest).squeeze(1), entropies.squeeze(1)
+        self.total += unnormalized.sum(dim=-1, keepdim=True)
+        self.weighted += unnormalized.mul_(logits).sum(dim=-1, keepdim=True)
+
+    def _add_before(
+        self, block: slice, inside: torch.Tensor, column: torch.Tensor, logits: torch.Tensor, highest: torch.Tensor
+    ) -> None:
+        """Update the largest logit before the target: from the whole block, from its part, or not at all."""
+        is_before = (self.targets >= block.stop)[:, None]
+        part = logits[inside]  # a copy: each token's target is in one block only
+        part.masked_fill_(torch.arange(part.shape[1], device=part.device) >= column[:, None], float("-inf"))
+        before = torch.where(is_before, highest, float("-inf"))
+        before[inside] = part.amax(dim=-1, keepdim=True)
+        self.highest_before = torch.maximum(self.highest_before, before)
+
+    def result(self, vocabulary: int) -> tuple[torch.Tensor, ...]:
+        """Return log-probabilities, entropies, ``is_top1``, mean logits and log-denominators, (n,) each."""
+        log_total = torch.log(self.total)
+        logprobs = self.chosen - self.highest - log_total
+        # H = -sum p log p = log sum e^d - sum p d
+        entropies = log_total - self.weighted / self.total
+        is_top1 = (self.chosen >= self.highest) & (self.chosen > self.highest_before)
+        columns = (logprobs, entropies, is_top1, self.sum / vocabulary, log_total + self.highest)
+        return tuple(column.squeeze(1) for column in columns)
+
+
+def _no_statistics(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return the columns of no tokens."""
+    empty = torch.empty(0, dtype=torch.float32, device=device)
+    return empty, empty, empty.bool(), empty, empty
 
 
 def _blocks(
@@ -136,15 +195,23 @@ def token_logprobs(
     runs in autocast's type, the softmax in float32. A head that is more than a plain bias-free linear layer (an
     adapter, a bias) runs as it is, with logits of all N tokens.
     """
-    device = hidden.device.type
     if type(head) is not nn.Linear or head.bias is not None:
         return _from_logits(head(hidden).float() / temperature, targets)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    statistics = token_statistics(hidden, head.weight, targets, temperature)
+    return statistics.logprobs, statistics.entropies
+
+
+def token_statistics(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: Temperature = 1.0
+) -> TokenStatistics:
+    """Return the statistics of ``softmax(hidden weight^T / temperature)`` at ``targets``.
+
+    ``hidden`` is (N, H), ``weight`` (V, H), ``targets`` (N,). The matrix products run in autocast's type.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        result: tuple[torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(
-            hidden.to(dtype), head.weight.to(dtype), targets, temperature
-        )
-    return result
+        return TokenStatistics(*_TokenStatistics.apply(hidden.to(dtype), weight.to(dtype), targets, temperature))
 
 
 def _from_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

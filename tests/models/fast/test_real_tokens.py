@@ -20,7 +20,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from align.models.fast.prefix_batch import MIN_PREFIX, PrefixBatch
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens, remove_hooks
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -49,43 +48,6 @@ def count_tokens(model: Any) -> list[int]:
     counts: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: counts.append(args[0].numel()))
     return counts
-
-
-# ---- the line ----
-
-
-def test_rows_share_a_system_message_and_each_prompt() -> None:
-    system, first, second = list(range(10)), list(range(20, 30)), list(range(40, 50))
-    rows = [[*system, *first, 1], [*system, *second, 2, 3], [*system, *first, 4, 5], [*system, *second, 6]]
-    line = PrefixBatch()
-    indices = line.add_rows(rows)
-    # 10 tokens of the system message, 10 of each prompt, and 1 + 2 + 2 + 1 of the answers.
-    assert len(line.tokens) == 36
-    assert [[line.tokens[index] for index in row] for row in indices] == rows
-    positions = line.batch()["position_ids"][0]
-    assert all(positions[row].tolist() == list(range(len(row))) for row in indices)
-
-
-def test_equal_rows_are_there_once_and_short_prefixes_are_repeated() -> None:
-    line = PrefixBatch()
-    indices = line.add_rows([PROMPT, PROMPT])
-    assert len(line.tokens) == len(PROMPT) and indices[0] == indices[1]
-    line = PrefixBatch()
-    line.add_rows([[*PROMPT[: MIN_PREFIX - 1], 50], [*PROMPT[: MIN_PREFIX - 1], 51]])
-    assert len(line.tokens) == 2 * MIN_PREFIX
-
-
-def test_a_row_that_ends_inside_another_has_no_segment_of_its_own() -> None:
-    line = PrefixBatch()
-    indices = line.add_rows([PROMPT, [*PROMPT, 50]])
-    assert line.lengths == [len(PROMPT), 1]
-    assert [len(row) for row in indices] == [len(PROMPT), len(PROMPT) + 1]
-
-
-def test_without_sharing_every_row_is_whole() -> None:
-    line = PrefixBatch()
-    line.add_rows(PAIR, share=False)
-    assert line.lengths == [15, 14]
 
 
 # ---- values and gradients ----
@@ -130,6 +92,14 @@ def test_a_reward_model_scores_rows_as_before(config: Any) -> None:
     assert compute_real_tokens(model)
     assert torch.allclose(model(**pad(PAIR)).logits, before, atol=1e-5)
     assert counts[0] == 30 and counts[-1] == 17  # the prompt once, and 3 + 2 tokens of the answers
+
+
+def test_without_sharing_every_row_is_computed_whole() -> None:
+    model = make_model()
+    assert compute_real_tokens(model, share=False)
+    counts = count_tokens(model)
+    model.model(**pad(PAIR))
+    assert counts == [29]
 
 
 def test_adapters_and_copies_of_a_model_keep_the_hooks() -> None:
