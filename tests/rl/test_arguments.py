@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
-from align.config.field_dumps import class_options
 from align.config.field_docstrings import field_docstrings
+from align.config.field_dumps import class_options
 from align.config.stages.rl import DriftFields, RolloutFields, trainer_fields
 from align.config.trl_options import check_trainer_options
 from align.pipeline.registry import STAGES, load_object
