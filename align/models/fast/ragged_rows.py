@@ -29,6 +29,8 @@ SHORT = 512
 """Keys up to which a CPU is faster without its flash kernel (benchmarks: 2 to 4 times at 100, even at 800)."""
 GROUP_SIZE = 8
 """Most sequences of a group. A sequence much shorter than the longest of its group starts a new one."""
+QUERY_BLOCK = 128
+"""Queries of a long sequence that a CPU takes at a time: none of them attends beyond the last of its block."""
 MIN_FILL = 0.8
 """Least length of a sequence as a share of the longest in its group."""
 
@@ -69,23 +71,24 @@ class _LayoutBuilder:
         self.token_keys = torch.empty(self.total, dtype=torch.long)
 
     def add(self, segment: int, queries: int, prefix_width: int) -> None:
-        """Place one segment, padded to ``queries`` tokens, and behind its keys those of its ancestors, padded too."""
+        """Place one segment, padded to ``queries`` tokens, and before its keys those of its ancestors, padded too."""
         start, size = self.starts[segment], self.lengths[segment]
         tokens = torch.full((queries,), self.total)
         tokens[:size] = torch.arange(start, start + size)
         self.token_slots[start : start + size] = torch.arange(self.slots, self.slots + size)
-        self.token_keys[start : start + size] = torch.arange(self.key_slots, self.key_slots + size)
+        first_key = self.key_slots + prefix_width
+        self.token_keys[start : start + size] = torch.arange(first_key, first_key + size)
 
         prefix = torch.full((prefix_width,), self.total)
         offset = 0
         for ancestor in self.ancestors[segment]:
             length = self.lengths[ancestor]
             prefix[offset : offset + length] = torch.arange(self.starts[ancestor], self.starts[ancestor + 1])
-            self.prefix_copies.append((self.key_slots + queries + offset, self.starts[ancestor], length))
+            self.prefix_copies.append((self.key_slots + offset, self.starts[ancestor], length))
             offset += length
 
         self.slot_tokens.append(tokens)
-        self.key_tokens += [tokens, prefix]
+        self.key_tokens += [prefix, tokens]
         self.slots += queries
         self.key_slots += queries + prefix_width
 
@@ -158,11 +161,11 @@ def _make_mask(queries: int, prefix_lengths: Sequence[int]) -> torch.Tensor:
     causal = torch.ones(queries, queries, dtype=torch.bool).tril()[None, None]  # (1, 1, Q, Q)
     width = max(prefix_lengths)
     if min(prefix_lengths) == width:
-        return torch.cat([causal, causal.new_ones(1, 1, queries, width)], dim=-1)
+        return torch.cat([causal.new_ones(1, 1, queries, width), causal], dim=-1)
     count = len(prefix_lengths)
     prefix = torch.arange(width) < torch.tensor(prefix_lengths)[:, None]  # (S, W)
     prefix = prefix[:, None, None].expand(-1, 1, queries, -1)
-    return torch.cat([causal.expand(count, -1, -1, -1), prefix], dim=-1)
+    return torch.cat([prefix, causal.expand(count, -1, -1, -1)], dim=-1)
 
 
 def to_device(layout: Layout, device: Any) -> Layout:
@@ -329,7 +332,9 @@ class _TakeKeys(torch.autograd.Function):
 class _ShortAttention(torch.autograd.Function):
     """softmax(q k^T scale) v of (S, h, Q, D) queries and (S, g, K, D) keys; g divides h, as in grouped-query attention.
 
-    Queries that share keys are multiplied together. The backward pass recomputes the weights instead of keeping them.
+    The first K - Q keys are a prefix, the others the queries' own. Queries that share keys are multiplied together, a
+    block of them at a time with the keys up to its end: causal masks hide about half of the rest. The backward pass
+    recomputes the weights instead of keeping them.
     """
 
     @staticmethod
@@ -337,24 +342,46 @@ class _ShortAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """(S, h, Q, D), (S, g, K, D), (S, g, K, D) -> (S, h, Q, D)."""
-        q, k, v = _by_group(q, k.shape[1]), k.contiguous(), v.contiguous()
+        k, v = k.contiguous(), v.contiguous()
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
-        ctx.heads = q.shape[1] * q.shape[2] // mask.shape[2]
-        return _by_head(_attention_weights(q, k, mask, scale).to(v.dtype) @ v, ctx.heads)
+        results = []
+        for queries, keys in _query_blocks(q.shape[2], k.shape[2]):
+            block = _by_group(q[:, :, queries], k.shape[1])
+            weights = _attention_weights(block, k[:, :, keys], mask[:, :, queries, keys], scale)
+            results.append(_by_head(weights.to(v.dtype) @ v[:, :, keys], q.shape[1]))
+        return results[0] if len(results) == 1 else torch.cat(results, dim=2)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """(S, h, Q, D) -> gradients of q, k and v in their shapes."""
         q, k, v, mask = ctx.saved_tensors
-        weights = _attention_weights(q, k, mask, ctx.scale)
-        grad = _by_group(grad, k.shape[1])
-        grad_v = weights.to(grad.dtype).transpose(-1, -2) @ grad
-        grad_weights = (grad @ v.transpose(-1, -2)).float()
-        # Softmax, row by row: d score = w * (g - sum w g).
-        inner = (grad_weights * weights).sum(dim=-1, keepdim=True)
-        grad_scores = grad_weights.sub_(inner).mul_(weights).mul_(ctx.scale).to(q.dtype)
-        return _by_head(grad_scores @ k, ctx.heads), grad_scores.transpose(-1, -2) @ q, grad_v, None, None
+        grads_q = []
+        # A key gets a gradient from each block behind it. In bfloat16 their sum would lose its last bits.
+        wide = torch.promote_types(k.dtype, torch.float32)
+        grad_k, grad_v = (torch.zeros_like(tensor, dtype=wide) for tensor in (k, v))
+        for queries, keys in _query_blocks(q.shape[2], k.shape[2]):
+            block, block_grad = (_by_group(tensor[:, :, queries], k.shape[1]) for tensor in (q, grad))
+            weights = _attention_weights(block, k[:, :, keys], mask[:, :, queries, keys], ctx.scale)
+            grad_v[:, :, keys] += weights.to(grad.dtype).transpose(-1, -2) @ block_grad
+            grad_weights = (block_grad @ v[:, :, keys].transpose(-1, -2)).float()
+            # Softmax, row by row: d score = w * (g - sum w g).
+            inner = (grad_weights * weights).sum(dim=-1, keepdim=True)
+            grad_scores = grad_weights.sub_(inner).mul_(weights).mul_(ctx.scale).to(q.dtype)
+            grads_q.append(_by_head(grad_scores @ k[:, :, keys], q.shape[1]))
+            grad_k[:, :, keys] += grad_scores.transpose(-1, -2) @ block
+        return torch.cat(grads_q, dim=2), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _query_blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
+    """Return blocks of queries and, for each, the keys that its queries may attend to: the prefix and its own.
+
+    A rest of less than half a block is no block of its own.
+    """
+    starts = range(0, max(1, queries - QUERY_BLOCK // 2), QUERY_BLOCK)
+    ends = [*starts[1:], queries]
+    prefix = keys - queries
+    return [(slice(start, end), slice(0, prefix + end)) for start, end in zip(starts, ends, strict=True)]
 
 
 def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:

@@ -65,9 +65,10 @@ def trees(draw):
 
 
 @settings(max_examples=30, deadline=None)
-@given(trees(), st.sampled_from([1, 16, 512]))
-def test_each_piece_is_as_in_a_sequence_of_its_own(llama, tree, short):
+@given(trees(), st.sampled_from([1, 16, 512]), st.sampled_from([4, 128]))
+def test_each_piece_is_as_in_a_sequence_of_its_own(llama, tree, short, query_block):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged_rows, "QUERY_BLOCK", query_block)
         patch.setattr(ragged_rows, "SHORT", short)  # both kernels, and both in one batch
         agree(llama, *tree)
 

@@ -54,11 +54,26 @@ def agree(model, rows):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.sampled_from([1, 8, 512]))
-def test_each_row_is_as_if_alone(llama, lengths, short):
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.sampled_from([1, 8, 512]), st.sampled_from([4, 128]))
+def test_each_row_is_as_if_alone(llama, lengths, short, query_block):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged_rows, "QUERY_BLOCK", query_block)
         patch.setattr(ragged_rows, "SHORT", short)  # both kernels, and both in one batch
         agree(llama, rows_of(lengths))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "blocks"),
+    [
+        (100, 100, [(0, 100, 100)]),
+        (192, 200, [(0, 192, 200)]),  # the rest is half a block: it joins the only one
+        (300, 310, [(0, 128, 138), (128, 300, 310)]),
+        (321, 321, [(0, 128, 128), (128, 256, 256), (256, 321, 321)]),
+    ],
+)
+def test_a_block_of_queries_has_the_keys_up_to_its_end(queries, keys, blocks):
+    computed = ragged_rows._query_blocks(queries, keys)
+    assert [(part.start, part.stop, seen.stop) for part, seen in computed] == blocks
 
 
 @pytest.mark.parametrize(
@@ -96,8 +111,8 @@ def test_unlike_beginnings_in_a_group_have_masks_of_their_own():
     assert layout["shapes"][1] == (2, 3, 13)
     mask = layout["masks"][1]
     assert mask.shape == (2, 1, 3, 13)
-    assert mask[0, 0].tolist() == [[True] * (1 + i) + [False] * (2 - i) + [True] * 10 for i in range(3)]
-    assert mask[1, 0, 0].tolist() == [True, False, False] + [True] * 9 + [False]
+    assert mask[0, 0].tolist() == [[True] * (11 + i) + [False] * (2 - i) for i in range(3)]
+    assert mask[1, 0, 0].tolist() == [True] * 9 + [False] + [True, False, False]
 
 
 def test_what_only_looks_at_a_window_is_refused():
