@@ -52,7 +52,7 @@ class _Turn:
 
 def main(folder: Path, stage: str) -> int:
     """Run one stage; returns the exit code: 0 done, 1 or 2 failed, 75 stopped and requeued."""
-    submission = Submission.read(folder)
+    submission = Submission.read_for(folder, stage)
     log: Path | None = None
     stop = StopRequest()
     with stop.handle_signals(signal.SIGUSR1, signal.SIGTERM):

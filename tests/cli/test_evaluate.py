@@ -197,6 +197,13 @@ def rows_of_table(text: str) -> dict[str, str]:
     return {line.split("  ")[0].strip(): line for line in text.splitlines() if line.strip()}
 
 
+def flat(value: Any, place: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by their places."""
+    if not isinstance(value, dict):
+        return {place: value}
+    return {name: leaf for key, item in value.items() for name, leaf in flat(item, f"{place}/{key}").items()}
+
+
 def test_it_is_what_the_pipelines_own_stage_finds(chain: SimpleNamespace, tmp_path: Path, capsys: Capture) -> None:
     inputs = ["--prompts", key_of(chain, "prompts"), "--reward", f"{chain.file}:reward", "--reference", "sft"]
     out = tmp_path / "out"
@@ -206,7 +213,13 @@ def test_it_is_what_the_pipelines_own_stage_finds(chain: SimpleNamespace, tmp_pa
     pipeline_card = json.loads((chain.artifacts["evaluate"].path / "scorecard.json").read_text())
     assert card["policies"] == ["base", "sft", "ppo", "prompted"] and card["base"] == "base"
     renamed = {"base": "model", "sft": "sft", "ppo": "ppo", "prompted": "prompted"}
-    assert {renamed[name]: estimates for name, estimates in card["estimates"].items()} == pipeline_card["estimates"]
+    # Both read the same tokens in batches of their own, so numbers may differ by rounding.
+    estimates = {renamed[name]: estimates for name, estimates in card["estimates"].items()}
+    here, there = flat(estimates), flat(pipeline_card["estimates"])
+    assert here.keys() == there.keys()
+    for place, value in here.items():
+        is_number = isinstance(value, float)
+        assert value == (pytest.approx(there[place], rel=1e-4, abs=1e-6) if is_number else there[place]), place
     assert [system["key"] for system in card["systems"]] == [system["key"] for system in pipeline_card["systems"]]
     samples = [[json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
                for path in (out, chain.artifacts["evaluate"].path)]  # fmt: skip

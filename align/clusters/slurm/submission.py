@@ -92,6 +92,25 @@ class Submission:
             ) from None
         return cls(folder, **{name: getattr(about, name) for name in _About.model_fields})
 
+    @classmethod
+    def read_for(cls, folder: Path, stage: str, seconds: float = 60.0) -> Submission:
+        """Read the submission in ``folder`` once it lists the job of ``stage``.
+
+        Slurm may start a job before the command that submitted it has written the job's number down, and a shared file
+        system may show that late. Raises ``UserError`` if the job is not listed after ``seconds``.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            submission = cls.read(folder)
+            if any(job.stage == stage for job in submission.stages):
+                return submission
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"{folder / ABOUT} does not list the job of stage '{stage}': the command that submitted it ended "
+                    "before it wrote the job down. Run the command again."
+                )
+            time.sleep(0.2)
+
     def write(self) -> None:
         """Write ``submission.json`` atomically."""
         about = asdict(self)
