@@ -38,7 +38,7 @@ class Efficiency:
 
 
 ASSUMED = {True: Efficiency(0.30, 0.8, 0.6), False: Efficiency(0.50, 0.8, 0.6)}
-"""Shares by whether the device is a GPU. On a GPU a guess for padded rows without fused kernels; on a processor close
+"""Shares by whether the device is a GPU. On a GPU a guess without fused kernels; on a processor close
 to what was measured (54 %, docs/performance.md)."""
 SLOWEST = {True: Efficiency(0.20, 0.5, 0.4), False: Efficiency(0.40, 0.5, 0.4)}
 """Lower bounds of the shares."""
