@@ -130,7 +130,7 @@ def compare(options: argparse.Namespace, folder: Path, start: float) -> int:
     if left:
         print(f"{left} runs are left; the same command goes on with them")
         return RUNS_LEFT
-    return int(bool(failures) or any("failure" in run for run in results.runs))
+    return int(bool(failures) or any({"failure", "failure_after_training"} & run.keys() for run in results.runs))
 
 
 def stop_on_request() -> None:

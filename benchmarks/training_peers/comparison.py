@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.training_peers.logs import Loop, UnreadableRun, loop_of_output, read_align
@@ -37,6 +37,7 @@ class Comparison:
     timeout: float
     deadline: float | None = None
     keep: bool = False
+    _rows: dict[str, int] = field(default_factory=dict)
 
     def prepare(self, data: Path, rows: int | None) -> None:
         """Write the rows of every work and note their tokens. Raises ``UserError`` where too few fit."""
@@ -46,7 +47,7 @@ class Comparison:
             # Otherwise the file's first rows, which may be of one kind, would always be the step that is not counted.
             random.Random(0).shuffle(chosen)
             write_rows(chosen, work.kind, self.folder / work.name)
-            self.results.expected_tokens[work.name] = tokens
+            self.results.expected_tokens[work.name], self._rows[work.name] = tokens, len(chosen)
 
     def schedule(self) -> Iterator[tuple[Work, int, str]]:
         """Yield every run: sides take turns, and so does which of them goes first."""
@@ -82,21 +83,24 @@ class Comparison:
         try:
             command = command_of(side, self.executables[side], work, self.settings, place)
             measured = run_measured(command, environment_of(side), place.run, place.run / "log.txt", self.timeout)
-            if measured.failure is not None:
-                return {"failure": measured.failure, "seconds": measured.seconds}
             try:
-                loop = self._loop(work, side, place, measured.lines)
+                run = run_of(self._loop(work, side, place, measured.lines), measured.seconds, measured.peak)
             except UnreadableRun as error:
-                return {"failure": str(error), "seconds": measured.seconds}
-            return run_of(loop, measured.seconds, measured.peak)
+                return {"failure": measured.failure or str(error), "seconds": measured.seconds}
+            if measured.failure is not None:
+                # Trained to the end and then failed, as a peer that cannot save its model does: the loop still counts.
+                run["failure_after_training"] = measured.failure
+            return run
         finally:
             if not self.keep:
                 shutil.rmtree(place.run, ignore_errors=True)
 
     def _loop(self, work: Work, side: str, place: Place, lines: list[tuple[float, str]]) -> Loop:
-        if side == "align":
-            return read_align(place.run, work.kind)
-        return loop_of_output(lines, place.run / "out")
+        loop = read_align(place.run, work.kind) if side == "align" else loop_of_output(lines, place.run / "out")
+        steps = self._rows[work.name] // self.settings.batch
+        if len(loop.steps) != steps:
+            raise UnreadableRun(f"{len(loop.steps)} steps were done; {steps} were expected")
+        return loop
 
 
 def summary(run: Run) -> str:
@@ -104,7 +108,8 @@ def summary(run: Run) -> str:
     if "failure" in run:
         return f"failed after {run['seconds']:.0f} s: {run['failure'].splitlines()[0]}"
     rate, peak = 1 / run["seconds_per_token"], run["peak_bytes"] / 2**30
-    return f"{rate:.0f} tokens/s, {peak:.1f} GiB, {run['seconds']:.0f} s"
+    end = "failed after training" if "failure_after_training" in run else f"{run['seconds']:.0f} s"
+    return f"{rate:.0f} tokens/s, {peak:.1f} GiB, {end}"
 
 
 def own_executable() -> Path:

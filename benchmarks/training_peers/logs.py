@@ -1,7 +1,8 @@
 """Times and tokens of a run's optimizer steps, read from what the side itself writes. Torch-free.
 
 ``align`` writes events with times. trl and LLaMA-Factory print a dict for every step, whose arrival ``process`` times,
-and leave ``trainer_state.json`` with exact tokens.
+and leave ``trainer_state.json`` with exact tokens; LLaMA-Factory has them in ``trainer_log.jsonl`` too, step by step,
+which is there even if the model could not be saved.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 REFERENCE_UNIT = "reference answers"
 """Unit of align's progress while a reference model scores the rows."""
-TOKENS = ("num_tokens", "num_input_tokens_seen")
-"""Names of the tokens so far in a log: trl's own, and transformers'."""
+TOKENS = ("num_tokens", "num_input_tokens_seen", "total_tokens")
+"""Names of the tokens so far in a log: trl's own, transformers', LLaMA-Factory's."""
 
 
 class UnreadableRun(ValueError):
@@ -110,16 +111,18 @@ def _parse_line(line: tuple[float, str]) -> tuple[float, dict[str, float] | None
 
 
 def read_tokens(out: Path) -> list[int]:
-    """Return the real tokens so far at each logged step, from the newest ``trainer_state.json`` below ``out``."""
+    """Return the real tokens so far at each logged step, from the newest file below ``out`` that has them."""
     states = [out / "trainer_state.json", *sorted(out.glob("checkpoint-*/trainer_state.json"), key=_step_of)[::-1]]
-    existing = [path for path in states if path.is_file()]
+    existing = [path for path in (*states, out / "trainer_log.jsonl") if path.is_file()]
     if not existing:
-        raise UnreadableRun(f"{out} has no trainer_state.json")
-    history = json.loads(existing[0].read_text(encoding="utf-8"))["log_history"]
+        raise UnreadableRun(f"{out} has neither trainer_state.json nor trainer_log.jsonl")
+    text = existing[0].read_text(encoding="utf-8")
+    is_log = existing[0].suffix == ".jsonl"
+    history = [json.loads(line) for line in text.splitlines()] if is_log else json.loads(text)["log_history"]
     entries = [entry for entry in history if "loss" in entry]
     names = [name for name in TOKENS if all(name in entry for entry in entries)]
     if not names:
-        raise UnreadableRun(f"{existing[0]} has no tokens: neither {' nor '.join(TOKENS)} in every step")
+        raise UnreadableRun(f"{existing[0]} has no tokens: neither of {', '.join(TOKENS)} is in every step")
     return [int(entry[names[0]]) for entry in entries]
 
 

@@ -68,11 +68,11 @@ def run_measured(
         errors="replace",
         start_new_session=True,
     )
+    root = psutil.Process(process.pid)
     peak = [0]
     ended = threading.Event()
 
     def watch() -> None:
-        root = psutil.Process(process.pid)
         while not ended.wait(INTERVAL):
             peak[0] = max(peak[0], resident(root))
             if timeout is not None and time.perf_counter() - start > timeout:
@@ -84,7 +84,7 @@ def run_measured(
     lines = []
     assert process.stdout is not None
     try:
-        with log.open("w", encoding="utf-8") as file:
+        with log.open("w", buffering=1, encoding="utf-8") as file:
             for line in process.stdout:
                 lines.append((time.time(), line.rstrip("\n")))
                 file.write(line)

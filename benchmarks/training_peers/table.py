@@ -20,8 +20,15 @@ def good_runs(runs: Iterable[Run], work: str, side: str) -> dict[int, Run]:
     return {run["round"]: run for run in runs if (run["work"], run["side"]) == (work, side) and "failure" not in run}
 
 
+def saved_runs(measured: dict[int, Run]) -> dict[int, Run]:
+    """Return the runs whose command ended well; only their time is that of a whole command."""
+    return {number: run for number, run in measured.items() if "failure_after_training" not in run}
+
+
 def ratio_cell(ours: dict[int, Run], theirs: dict[int, Run], name: str) -> str:
     """Return the median of align's value over the peer's, with the extremes of several rounds."""
+    if name == "seconds":
+        theirs = saved_runs(theirs)
     ratios = [ours[number][name] / theirs[number][name] for number in sorted(ours.keys() & theirs.keys())]
     if not ratios:
         return "-"
@@ -52,7 +59,7 @@ def _row(runs: list[Run], work: str, side: str) -> list[str]:
         side,
         f"{1 / _median(measured, 'seconds_per_token'):.0f}",
         f"{_median(measured, 'peak_bytes') / GIB:.1f}",
-        f"{_median(measured, 'seconds'):.0f}",
+        f"{_median(saved_runs(measured), 'seconds'):.0f}" if saved_runs(measured) else "failed",
     ]
     if side == "align":
         return [*cells, "", "", ""]
@@ -70,6 +77,9 @@ def notes(runs: list[Run], expected_tokens: dict[str, int]) -> list[str]:
         place = f"{run['work']}, {run['side']}, round {run['round'] + 1}"
         if "failure" in run:
             lines.append(f"{place} failed: {run['failure']}")
-        elif run["tokens"] != expected_tokens[run["work"]]:
+            continue
+        if "failure_after_training" in run:
+            lines.append(f"{place} failed after training: {run['failure_after_training']}")
+        if run["tokens"] != expected_tokens[run["work"]]:
             lines.append(f"{place} read {run['tokens']} tokens; its rows have {expected_tokens[run['work']]}")
     return lines

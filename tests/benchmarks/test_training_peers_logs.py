@@ -127,7 +127,7 @@ def test_lines_that_only_look_like_a_log_are_passed_over(tmp_path):
     ("printed", "history", "message"),
     [
         (1, [{"loss": 1.0, "num_tokens": 5}, {"loss": 1.0, "num_tokens": 9}], "1 steps were printed"),
-        (2, [{"loss": 1.0}, {"loss": 1.0}], "has no tokens: neither num_tokens nor num_input_tokens_seen"),
+        (2, [{"loss": 1.0}, {"loss": 1.0}], "has no tokens: neither of num_tokens, num_input_tokens_seen"),
         (1, [{"loss": 1.0, "num_tokens": 5}], "1 steps: at least 2 are needed"),
         (2, [{"loss": 1.0, "num_tokens": 5}, {"loss": 1.0, "num_tokens": 5}], "a step read no tokens"),
     ],
@@ -139,5 +139,13 @@ def test_a_run_that_cannot_be_measured_is_refused(tmp_path, printed, history, me
 
 
 def test_output_without_a_state_is_refused(tmp_path):
-    with pytest.raises(UnreadableRun, match=r"has no trainer_state\.json"):
+    with pytest.raises(UnreadableRun, match=r"has neither trainer_state\.json nor"):
         loop_of_output([(1.0, "{'loss': '1.0'}")], tmp_path)
+
+
+def test_log_of_llamafactory_counts_where_the_model_was_not_saved(tmp_path):
+    entries = [{"current_steps": n, "loss": 0.7, "total_tokens": 40 * n} for n in (1, 2)]
+    text = "".join(json.dumps(entry) + "\n" for entry in [*entries, {"current_steps": 2, "total_steps": 2}])
+    (tmp_path / "trainer_log.jsonl").write_text(text)
+    loop = loop_of_output([(1.0, "{'loss': '0.7'}"), (3.0, "{'loss': '0.7'}")], tmp_path)
+    assert [step.tokens for step in loop.steps] == [40, 80]

@@ -51,13 +51,18 @@ def failed_run(side, number=0, work="sft_lora"):
 
 
 def test_lines_are_timed_when_they_arrive(tmp_path):
-    code = "import time; print('first', flush=True); time.sleep(0.3); print('second')"
-    measured = run_python(code, tmp_path)
-    (first, one), (second, two) = measured.lines
-    assert (one, two) == ("first", "second")
-    assert second - first >= 0.25
+    # The second line is printed only after the first was read and logged.
+    code = (
+        "import time; print('first', flush=True)\n"
+        "while 'first' not in open('log.txt').read(): time.sleep(0.05)\n"
+        "print(time.time())"
+    )
+    measured = run_python(code, tmp_path, timeout=60)
+    (first, text), (second, printed) = measured.lines
     assert measured.failure is None
-    assert (tmp_path / "log.txt").read_text() == "first\nsecond\n"
+    assert text == "first"
+    assert first <= float(printed) <= second
+    assert (tmp_path / "log.txt").read_text() == f"first\n{printed}\n"
 
 
 def test_peak_memory_is_that_of_the_process_tree(tmp_path):
@@ -135,6 +140,40 @@ def test_a_failed_peer_is_a_row_and_a_note():
 def test_other_tokens_than_expected_are_noted():
     runs = [make_run("align", tokens=100), make_run("trl", tokens=108)]
     assert notes(runs, {"sft_lora": 100}) == ["sft_lora, trl, round 1 read 108 tokens; its rows have 100"]
+
+
+def test_a_peer_that_cannot_save_has_its_loop_but_no_time_of_the_command():
+    unsaved = make_run("llamafactory", per_token=0.02, peak=2**31) | {"failure_after_training": "cannot save"}
+    lines = table([make_run("align"), unsaved], ["sft_lora"], ["align", "llamafactory"])
+    cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
+    assert cells == ["sft_lora", "llamafactory", "50", "2.0", "failed", "0.50", "0.50", "-"]
+    assert notes([unsaved], {"sft_lora": 100}) == ["sft_lora, llamafactory, round 1 failed after training: cannot save"]
+
+
+SIDE = """#!/bin/sh
+echo "{'loss': '0.7'}"
+echo "{'loss': '0.6'}"
+mkdir out
+echo '{"loss": 0.7, "total_tokens": 40}' > out/trainer_log.jsonl
+echo '{"loss": 0.6, "total_tokens": 90}' >> out/trainer_log.jsonl
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "text"),
+    [(16, "failure_after_training", "exit code 1"), (24, "failure", "exit code 1")],
+)
+def test_a_command_that_fails_counts_only_after_its_last_step(tmp_path, rows, name, text):
+    side = tmp_path / "llamafactory-cli"
+    side.write_text(SIDE)
+    side.chmod(0o755)
+    comparison = make_comparison(tmp_path, None)
+    comparison.executables["llamafactory"] = side
+    comparison._rows["sft_lora"] = rows
+    run = comparison.measure(WORKS["sft_lora"], "llamafactory")
+    assert run[name].startswith(text)
+    assert ("tokens" in run) == (name == "failure_after_training")
 
 
 def test_results_keep_what_the_table_needs():
