@@ -175,10 +175,11 @@ class Reference:
 
 def _reduce_work(context: StageContext, model: Any) -> None:
     """Let the policy, or its reference, compute as the trainer will."""
+    from align.training.arguments import shares_prefixes
     from align.training.trainers import reduce_work
 
     bfloat16 = context.config.precision == "bfloat16"
-    reduce_work(model, bfloat16=bfloat16, shared_prefixes=context.runtime.shared_prefixes)
+    reduce_work(model, bfloat16=bfloat16, shared_prefixes=shares_prefixes(context))
 
 
 def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
@@ -187,6 +188,7 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
     ``named`` is the reference's checkpoint if it is not the policy's.
     """
     from align.models.threads import device_of
+    from align.training.arguments import shares_prefixes
 
     tuning: TuningBase = context.config.tuning
     loaded = "float32"
@@ -200,6 +202,7 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
         "loaded": loaded,
         "precision": context.config.precision,
         "device": device_of(context.runtime).type,
+        "shared_prefixes": str(shares_prefixes(context)),
     }
 
 

@@ -28,6 +28,9 @@ SCHEDULERS = {
 MIN_LR_RATIO = 0.1
 """Default final share of the learning rate for a cosine with a floor (Chinchilla's tenth, arXiv 2203.15556)."""
 
+NEEDS_PADDING = ("torch_compile", "torch_compile_backend", "torch_compile_mode", "neftune_noise_alpha")
+"""Options of trainers that turn ``runtime.shared_prefixes`` off."""
+
 
 def accumulation(stage: str, fields: TrainingFields, processes: int) -> int:
     """Return the micro-batches per step and process. Raises ``UserError`` for a ``batch_size`` that leaves a rest."""
@@ -120,9 +123,20 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     }
     arguments = config_class(**{**options, **stage_options, **fields.trainer})
     arguments.launch, arguments.precision = context.runtime.launch, fields.precision
-    arguments.shared_prefixes = context.runtime.shared_prefixes
+    arguments.shared_prefixes = shares_prefixes(context)
     arguments.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
     return use_one_device(arguments)
+
+
+def shares_prefixes(context: StageContext) -> bool:
+    """Return True where the stage's models compute what rows begin with once (``trainers.reduce_work``).
+
+    Options of the trainer that need padded rows turn it off: a compiled model would be compiled again for every line's
+    length, and transformers scales noise on embeddings by the length of the batch.
+    """
+    options = context.config.trainer
+    needs_padding = any(options.get(name) for name in NEEDS_PADDING)
+    return context.runtime.shared_prefixes and not needs_padding
 
 
 def use_one_device(arguments: T) -> T:

@@ -54,18 +54,26 @@ class GroupedOrder:
 
 
 def by_length(lengths: Sequence[int], tokens: int, groups: Sequence[Sequence[int]] = ()) -> list[list[int]]:
-    """Return batches of row indices for scoring, longest first, of at most ``tokens`` padded tokens or one group.
+    """Return batches of row indices for scoring, longest first, of at most ``tokens`` padded tokens.
 
-    The rows of a group, such as the answers to one prompt, stay in one batch. Without ``groups`` each row is one.
+    The rows of a group, such as the answers to one prompt, stay in one batch as far as it has room. Without ``groups``
+    each row is one. A longer row is alone, or with one of its group: what a pair needs, training needs too.
     """
-    groups = groups or [[row] for row in range(len(lengths))]
-    longest = [max(lengths[row] for row in group) for group in groups]
+    parts = [part for group in groups for part in _cut(group, lengths, tokens)]
+    parts = parts or [[row] for row in range(len(lengths))]
+    longest = [max(lengths[row] for row in part) for part in parts]
     batches: list[list[int]] = []
     width = 0
-    for index in sorted(range(len(groups)), key=lambda index: (-longest[index], index)):
-        if batches and width * (len(batches[-1]) + len(groups[index])) <= tokens:
-            batches[-1] += groups[index]
+    for index in sorted(range(len(parts)), key=lambda index: (-longest[index], index)):
+        if batches and width * (len(batches[-1]) + len(parts[index])) <= tokens:
+            batches[-1] += parts[index]
         else:
-            batches.append(list(groups[index]))
+            batches.append(parts[index])
             width = longest[index]
     return batches
+
+
+def _cut(group: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Return the rows of a group in parts of at most ``tokens`` padded tokens or two rows."""
+    size = max(2, tokens // max(1, *(lengths[row] for row in group)))
+    return [list(group[start : start + size]) for start in range(0, len(group), size)]

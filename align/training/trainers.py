@@ -85,9 +85,7 @@ class Prepared(ShardingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A compiled model would be compiled again for every line's length.
-        shared_prefixes = getattr(self.args, "shared_prefixes", True) and not self.args.torch_compile
-        reduce_work(self.model, bfloat16=self.args.bf16, shared_prefixes=shared_prefixes)
+        reduce_work(self.model, bfloat16=self.args.bf16, shared_prefixes=getattr(self.args, "shared_prefixes", True))
         self.shard_model()
         if self.args.world_size > 1:
             self.accelerator.gather = gather_uneven(self.accelerator.gather)

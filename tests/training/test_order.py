@@ -44,3 +44,11 @@ def test_scoring_batches_hold_every_row_within_the_budget() -> None:
     assert sorted(row for batch in batches for row in batch) == list(range(6))
     assert batches[0] == [4]  # longer than the budget, so alone
     assert all(max(lengths[row] for row in batch) * len(batch) <= 100 for batch in batches[1:])
+
+
+def test_a_group_stays_together_as_far_as_a_batch_has_room() -> None:
+    lengths = [10] * 50 + [60, 60, 200]
+    batches = by_length(lengths, 100, [range(50), [50, 51], [52]])
+    assert sorted(row for batch in batches for row in batch) == list(range(53))
+    assert batches[:2] == [[52], [50, 51]]  # a pair is not separated, though padded it has 120 tokens
+    assert batches[2:] == [list(range(start, start + 10)) for start in range(0, 50, 10)]

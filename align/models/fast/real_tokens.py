@@ -26,6 +26,8 @@ LOG = logging.getLogger(__name__)
 
 PASSED_ON = ("input_ids", "attention_mask", "use_cache")
 """Arguments of the calls that are changed; all others must be None or False."""
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""Names that transformers' configs have for the dropout of attention weights, which a line of rows lacks."""
 TOLERANCE = 2e-2
 """Largest difference that rounding makes to a state, as a share of the largest state; another row changes it by more
 than a tenth."""
@@ -53,8 +55,9 @@ def compute_real_tokens(model: Any, share: bool = True) -> bool:
 
 def can_compute_real_tokens(plain: Any) -> bool:
     """Return True for a transformers model with full attention from the registry, and without attention dropout."""
-    dropout = getattr(plain.config.get_text_config(), "attention_dropout", 0.0)
-    return not dropout and can_run_ragged(plain)
+    config = plain.config.get_text_config()
+    has_dropout = any(getattr(config, name, None) for name in ATTENTION_DROPOUTS)
+    return not has_dropout and can_run_ragged(plain)
 
 
 def computes_real_tokens(model: Any) -> bool:
@@ -127,7 +130,8 @@ class _RealTokens:
     @torch.no_grad()
     def are_exact(self, trunk: Any) -> bool:
         """Return True where two rows with a common prefix have the same states in one line as padded."""
-        vocabulary, device = trunk.get_input_embeddings().num_embeddings, next(trunk.parameters()).device
+        # Of the config: adapters wrap the embedding, and their modules do not tell its size.
+        vocabulary, device = trunk.config.get_text_config().vocab_size, next(trunk.parameters()).device
         # Three segments: a prefix of 16 tokens, and behind it 8 and 24. No random numbers are drawn.
         rows = [[(place * 7919 + (place >= 16) * row * 31) % vocabulary for place in range(40)] for row in range(2)]
         mask = torch.ones(2, 40, dtype=torch.long, device=device)

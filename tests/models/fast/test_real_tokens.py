@@ -114,6 +114,22 @@ def test_adapters_and_copies_of_a_model_keep_the_hooks() -> None:
     assert counts == [17] and not computes_real_tokens(model)
 
 
+@pytest.mark.parametrize(
+    "embedding",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 20]},
+    ],
+)
+def test_an_embedding_with_adapters_computes_real_tokens(embedding: dict[str, Any]) -> None:
+    model = get_peft_model(make_model(), LoraConfig(r=2, init_lora_weights=False, **embedding)).eval()
+    real = pad(PAIR)["attention_mask"].bool()
+    before = model(**pad(PAIR)).logits[real]
+    assert compute_real_tokens(model)
+    assert torch.allclose(model(**pad(PAIR)).logits[real], before, atol=1e-5)
+
+
 def test_checkpointed_activations_give_the_same_gradients() -> None:
     model = make_model().train()
     assert compute_real_tokens(model)
@@ -164,6 +180,7 @@ def test_embeddings_in_place_of_tokens_pass_unchanged() -> None:
     [
         MistralConfig(**SMALL, **HEADS, sliding_window=8),
         LlamaConfig(**SMALL, **HEADS, attention_dropout=0.1),
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.1),
     ],
 )
 def test_a_model_with_other_attention_is_refused(config: Any) -> None:
@@ -176,7 +193,7 @@ def test_a_model_that_computes_lines_differently_is_refused_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Absolute positions that ignore ``position_ids``: rows behind the first one have others in a line."""
-    model = make_model(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    model = make_model(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0))
     trunk = model.transformer
     forward = type(trunk).forward
 
