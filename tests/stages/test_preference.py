@@ -15,6 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from align.data.rows import write_rows
 from align.errors import UserError
+from align.models.fast.real_tokens import computes_real_tokens
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
@@ -116,6 +117,28 @@ def test_another_run_finds_the_reference_scored(
     assert losses(second) == losses(alone)
     # The reference's tail counts as the policy's does, so there is no margin before the first step.
     assert losses(second)[1] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_padded_rows_have_a_reference_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
+    keys = set()
+    for name, shared in (("line", True), ("padded", False)):
+        plain = preference_stage(tmp_path / name, tiny_model, "dpo")
+        stage = replace(plain, runtime=plain.runtime.model_copy(update={"shared_prefixes": shared}))
+        reference = Reference(stage, prepare_policy(stage, encode_pairs, DataCollatorForPreference))
+        keys.add(reference.cache.key([]))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "in_line"),
+    [({}, True), ({"torch_compile_mode": "default"}, False), ({"neftune_noise_alpha": 5.0}, False)],
+)
+def test_options_that_need_padded_rows_get_them(
+    options: dict[str, Any], in_line: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    stage = preference_stage(tmp_path, tiny_model, "dpo", trainer=options)
+    model = prepare_policy(stage, encode_pairs, DataCollatorForPreference).tuned_model(stage)
+    assert computes_real_tokens(model) is in_line
 
 
 def other_model(folder: Path, tiny_model: Path, **changes: Any) -> Artifact:
