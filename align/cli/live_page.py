@@ -98,15 +98,17 @@ class LivePage:
             if self.state.has_ended:
                 return
             # In a session of its own, because Ctrl-C is the runner's to answer.
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )
+            # Where no process can be started, the run goes on, and the final page is the first.
+            with contextlib.suppress(OSError):
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    start_new_session=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                )
             self.send()
 
 
@@ -122,13 +124,14 @@ def write_pages(run: str, store: Store, states: Iterator[RunState | None]) -> No
 
 
 def write_state(outline: RunOutline, store: Store, state: RunState) -> Path | None:
-    """Write the page that shows ``state``; None where there is nothing to show yet."""
+    """Write the page that shows ``state``; None where there is nothing to show yet, or no page can be written."""
     failure = None
-    if state.running:
-        name = state.running[-1]
-        log = store.partial(*outline.stages[name]) / LOG
-        failure = Failure(name, RUNNING, log if log.is_file() else None, "running")
-    with contextlib.suppress(UserError):
+    # A full disk or a folder that does not answer may be back when the next page is due.
+    with contextlib.suppress(UserError, OSError):
+        if state.running:
+            name = state.running[-1]
+            log = store.partial(*outline.stages[name]) / LOG
+            failure = Failure(name, RUNNING, log if log.is_file() else None, "running")
         return write_page(
             outline,
             store,

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align import Pipeline
 from align.cli import live_page
 from align.cli.live_page import RunState, read_states, write_pages
 from align.cli.main import main
+from align.cli.run_session import _ConsoleSession
 from align.runner.open_store import Opening
 from align.store.store import Store
 
@@ -133,6 +135,62 @@ def test_the_writer_leaves_a_final_page_where_the_runner_was_killed(gates: Path,
     writer.stdin.close()
     assert writer.wait(60) == 0
     assert "data-refresh" not in page_of(store).read_text()
+
+
+def test_a_page_that_cannot_be_written_is_tried_again(
+    gates: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        (gates.parent / name).touch()
+    assert main(["run", str(gates), "--store", str(store), "--json"]) == 0
+    write, failures = live_page.write_page, [OSError(28, "No space left on device")]
+
+    def write_or_fail(*arguments: object, **options: object) -> Path:
+        if failures:
+            raise failures.pop()
+        return write(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(live_page, "write_page", write_or_fail)
+    write_pages("gates", Store(store), iter([RunState(running=["first"]), RunState(running=["first"])]))
+    assert boxes(page_of(store)) == {"first": "running", "second": "pending"}
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_writer_that_cannot_be_started_is_no_end_of_the_run(
+    gates: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, tried = subprocess.Popen, threading.Event()
+
+    def refuse(command: list[str], *rest: object, **options: object) -> object:
+        if "align.cli.live_page" not in command:
+            return start(command, *rest, **options)  # type: ignore[call-overload]
+        tried.set()
+        (gates.parent / "second").touch()
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(live_page, "START_AFTER", 0.0)
+    monkeypatch.setattr(live_page.subprocess, "Popen", refuse)
+    (gates.parent / "first").touch()
+    assert main(["run", str(gates), "--store", str(store)]) == 0
+    assert tried.is_set()
+
+
+def test_a_failed_stage_runs_no_more_while_others_go_on(
+    gates: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster, where several stages run at once."""
+    sent: list[list[str]] = []
+    monkeypatch.setattr(live_page, "START_AFTER", 600.0)
+    monkeypatch.setattr(live_page.LivePage, "send", lambda page: sent.append(list(page.state.running)))
+    pipeline = Pipeline.load(gates)
+    session = _ConsoleSession(pipeline, None, store)
+    try:
+        for node in pipeline:
+            session.stage_started(node, store, resumed=False)
+        session.stage_failed(pipeline.nodes["first"], "a bug", store / "log.txt")
+    finally:
+        session.close_page()
+    assert sent == [["first"], ["first", "second"], ["second"], ["second"]]
 
 
 def test_only_the_newest_state_is_written_and_again_after_a_while() -> None:
