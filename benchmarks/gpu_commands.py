@@ -187,11 +187,9 @@ def run_quickstart(item: Item, place: Place, seconds: float) -> dict[str, Any]:
     for setting in place.settings:
         command += ["--set", setting]
     code = run_command(command, log, seconds, grace=min(GRACE, seconds / 3))
-    text = log.read_text(encoding="utf-8")
-    start = re.search(r"^\{", text, re.MULTILINE)
-    if code or start is None:
+    document = None if code else last_document(log)
+    if document is None:
         return {"failed": last_line(log)}
-    document = json.loads(text[start.start() :])
     stages = document["stages"]
     return {
         "stages": {name: stage["seconds"] for name, stage in stages.items()},
@@ -199,6 +197,18 @@ def run_quickstart(item: Item, place: Place, seconds: float) -> dict[str, Any]:
         "engine": stages["ppo"]["metrics"].get("engine"),
         **scores(Path(stages["evaluate"]["path"])),
     }
+
+
+def last_document(log: Path) -> dict[str, Any] | None:
+    """Return the last JSON object that begins a line of its own; None without one. Libraries may print around it."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    for start in reversed(list(re.finditer(r"^\{$", text, re.MULTILINE))):
+        try:
+            document: dict[str, Any] = json.JSONDecoder().raw_decode(text, start.start())[0]
+        except json.JSONDecodeError:
+            continue
+        return document
+    return None
 
 
 def scores(evaluation: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from benchmarks.gpu_commands import (
     OutOfTime,
     Place,
     last_json,
+    last_line,
     list_tests,
     run_command,
     run_quickstart,
@@ -147,11 +148,15 @@ RUN: dict[str, Callable[[Item, Place, float], dict[str, Any]]] = {"tests": run_t
 
 
 def describe_machine(place: Place, seconds: float) -> dict[str, Any]:
-    """Return the card and the versions, from a process of its own. Raises ``RuntimeError`` where torch fails."""
+    """Return the card and the versions, from a process of its own. Raises ``UserError`` where torch fails."""
     log = place.log("machine")
     command = [sys.executable, "-m", "benchmarks.gpu_machine", place.machine.device]
-    if run_command(command, log, seconds):
-        raise RuntimeError(f"torch does not start here; see {log}")
+    try:
+        code = run_command(command, log, seconds)
+    except OutOfTime:
+        raise UserError(f"torch did not start within {seconds:.0f} s. Give the command more by --limit.") from None
+    if code:
+        raise UserError(f"torch does not start here: {last_line(log)} Repair its installation; the log is {log}.")
     machine: dict[str, Any] = json.loads(last_json(log))
     return machine
 
@@ -176,7 +181,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what has no result yet, within the limit, and write the table; exit code 2 for damaged results."""
+    """Run what has no result yet, within the limit, and write the table; exit code 2 where that cannot begin."""
     try:
         return run(parse_options(arguments))
     except UserError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_commands
-from benchmarks.gpu_commands import OutOfTime, Place, last_json, read_report, run_command, run_stage_item
+from benchmarks.gpu_commands import OutOfTime, Place, last_document, last_json, read_report, run_command, run_stage_item
 from benchmarks.gpu_items import Item, Machine
 from benchmarks.gpu_results import Results
 from benchmarks.gpu_run import StageItem, speed, weights_digest
@@ -45,6 +45,19 @@ def _running(marker: str) -> list[bytes]:
         with contextlib.suppress(OSError):  # it may end meanwhile
             lines.append(path.read_bytes())
     return [line for line in lines if marker.encode() in line]
+
+
+@pytest.mark.parametrize("end", ["", "resource_tracker: 1 leaked semaphore\n", "{'a': 1}\n{\nno JSON\n"])
+def test_a_run_s_document_is_read_among_what_libraries_print(end: str, tmp_path: Path) -> None:
+    document = {"name": "smoke", "stages": {"sft": {"seconds": 1.5}}}
+    log = tmp_path / "log"
+    log.write_text('{"rank": 0}\n' + json.dumps(document, indent=2) + "\n" + end)
+    assert last_document(log) == document
+
+
+def test_an_output_without_a_document_has_none(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("{\nno JSON\n")
+    assert last_document(tmp_path / "log") is None
 
 
 def test_a_command_with_grace_is_asked_to_stop_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

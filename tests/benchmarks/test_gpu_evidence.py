@@ -197,6 +197,25 @@ def test_this_machine_s_torch_is_asked_in_a_process_of_its_own(tmp_path: Path) -
     assert machine["python"] == sys.version.split()[0]
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("120", "torch does not start here: RuntimeError: no driver Repair"),
+        ("0.2", "Give the command more by --limit."),
+    ],
+)
+def test_a_torch_that_does_not_start_is_named_with_the_remedy(
+    limit: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\nsleep 1\necho "RuntimeError: no driver"\nexit 1\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(gpu_evidence.sys, "executable", str(interpreter))
+    words = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--limit", limit]
+    assert gpu_evidence.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_stages_are_really_measured_on_a_processor(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--work", str(tmp_path / "work"), "--limit", "1500"]
