@@ -44,7 +44,9 @@ class Option:
         """Raise ``ValueError`` for a value of the wrong type or outside the choices."""
         if not self.accepts(value):
             raise ValueError(f"'{self.name}' should be {self.annotation}; found {value!r}.")
-        if self.choices and value not in self.choices:
+        # trl and transformers list the choices of ``str | None`` without None.
+        is_left_open = value is None and "None" in map(str.strip, _split_union(self.annotation))
+        if self.choices and not is_left_open and value not in self.choices:
             raise ValueError(f"'{self.name}' should be one of {', '.join(map(repr, self.choices))}; found {value!r}.")
 
 

@@ -142,6 +142,16 @@ def test_right_values_pass() -> None:
     check("sft", {"adam_beta2": 0.95, "gradient_checkpointing_kwargs": {"use_reentrant": False}})
 
 
+def test_none_passes_where_the_type_has_it_and_the_choices_do_not() -> None:
+    option = class_options(SFT)["ddp_backend"]
+    assert option.choices and None not in option.choices
+    check("sft", {"ddp_backend": None})
+    with pytest.raises(ValueError, match="should be one of 'nccl'"):
+        check("sft", {"ddp_backend": "ncl"})
+    with pytest.raises(ValueError, match="should be str; found None"):
+        check("sft", {"log_level": None})
+
+
 def test_reading_is_quick_and_torch_free() -> None:
     code = (
         "import sys, time; import align.pipeline.registry; start = time.perf_counter();"
