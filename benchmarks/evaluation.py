@@ -32,7 +32,7 @@ TRUNK, HEAD = 106_203_456, 28_311_552
 
 @dataclass
 class Work:
-    """What one kind of pass took."""
+    """Seconds, tokens and operations of one kind of pass."""
 
     seconds: float = 0.0
     processor: float = 0.0

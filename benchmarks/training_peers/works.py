@@ -47,7 +47,7 @@ WORKS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What every side gets alike. ``checkpointing`` recomputes activations in the backward pass."""
+    """Settings that are equal on all sides. ``checkpointing`` recomputes activations in the backward pass."""
 
     batch: int = 8
     micro_batch: int = 8

@@ -33,8 +33,8 @@ def page_of(store: Path) -> Path:
 
 
 def boxes(page: Path) -> dict[str, str]:
-    found = re.findall(r'<g class="box (\w+)"><title>(\w+)</title>', page.read_text())
-    return {name: status for status, name in found}
+    matches = re.findall(r'<g class="box (\w+)"><title>(\w+)</title>', page.read_text())
+    return {name: status for status, name in matches}
 
 
 def await_page(page: Path, has_content: Callable[[str], bool]) -> str:

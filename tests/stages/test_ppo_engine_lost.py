@@ -137,7 +137,7 @@ def run(
 
 
 def fail(raw: dict[str, Any], store: Path, rollouts: dict[str, Any] | None = None, **engine: Any) -> str:
-    """What is said of a run that fails; it exits with 1 and leaves a partial that the next one resumes."""
+    """Return the message of a run that fails; it exits with 1 and leaves a partial that the next one resumes."""
     with pytest.raises(StageFailed) as caught:
         run(raw, store, rollouts, **engine)
     assert caught.value.exit_code == 1

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
-from align.models.fast import ragged_rows
+from align.models.fast import ragged_rows, short_attention
 from align.models.fast.prefix_batch import MIN_PREFIX, PrefixBatch, batches_of_shared, common_prefix, share_prefixes
 from align.models.fast.ragged_rows import enable_ragged, hidden_states
 
@@ -68,7 +68,7 @@ def trees(draw):
 @given(trees(), st.sampled_from([1, 16, 512]), st.sampled_from([4, 128]))
 def test_each_piece_is_as_in_a_sequence_of_its_own(llama, tree, short, query_block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ragged_rows, "QUERY_BLOCK", query_block)
+        patch.setattr(short_attention, "QUERY_BLOCK", query_block)
         patch.setattr(ragged_rows, "SHORT", short)  # both kernels, and both in one batch
         agree(llama, *tree)
 

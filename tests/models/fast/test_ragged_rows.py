@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from align.models.fast import ragged_rows
+from align.models.fast import ragged_rows, short_attention
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, make_layout
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -57,7 +57,7 @@ def agree(model, rows):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.sampled_from([1, 8, 512]), st.sampled_from([4, 128]))
 def test_each_row_is_as_if_alone(llama, lengths, short, query_block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ragged_rows, "QUERY_BLOCK", query_block)
+        patch.setattr(short_attention, "QUERY_BLOCK", query_block)
         patch.setattr(ragged_rows, "SHORT", short)  # both kernels, and both in one batch
         agree(llama, rows_of(lengths))
 
@@ -72,7 +72,7 @@ def test_each_row_is_as_if_alone(llama, lengths, short, query_block):
     ],
 )
 def test_a_block_of_queries_has_the_keys_up_to_its_end(queries, keys, blocks):
-    computed = ragged_rows._query_blocks(queries, keys)
+    computed = short_attention._query_blocks(queries, keys)
     assert [(part.start, part.stop, seen.stop) for part, seen in computed] == blocks
 
 

@@ -1,0 +1,82 @@
+"""Attention of short sequences by matrix products, which a CPU computes faster than torch's flash kernel there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+QUERY_BLOCK = 128
+"""Queries of a long sequence that a CPU takes at a time: none of them attends beyond the last of its block."""
+
+
+class ShortAttention(torch.autograd.Function):
+    """softmax(q k^T scale) v of (S, h, Q, D) queries and (S, g, K, D) keys; g divides h, as in grouped-query attention.
+
+    The first K - Q keys are a prefix, the others the queries' own. Queries that share keys are multiplied together, a
+    block of them at a time with the keys up to its end: causal masks hide about half of the rest. The backward pass
+    recomputes the weights instead of keeping them.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """(S, h, Q, D), (S, g, K, D), (S, g, K, D) -> (S, h, Q, D)."""
+        k, v = k.contiguous(), v.contiguous()
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        results = []
+        for queries, keys in _query_blocks(q.shape[2], k.shape[2]):
+            block = _by_group(q[:, :, queries], k.shape[1])
+            weights = _attention_weights(block, k[:, :, keys], mask[:, :, queries, keys], scale)
+            results.append(_by_head(weights.to(v.dtype) @ v[:, :, keys], q.shape[1]))
+        return results[0] if len(results) == 1 else torch.cat(results, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """(S, h, Q, D) -> gradients of q, k and v in their shapes."""
+        q, k, v, mask = ctx.saved_tensors
+        grads_q = []
+        # A key gets a gradient from each block behind it. In bfloat16 their sum would lose its last bits.
+        wide = torch.promote_types(k.dtype, torch.float32)
+        grad_k, grad_v = (torch.zeros_like(tensor, dtype=wide) for tensor in (k, v))
+        for queries, keys in _query_blocks(q.shape[2], k.shape[2]):
+            block, block_grad = (_by_group(tensor[:, :, queries], k.shape[1]) for tensor in (q, grad))
+            weights = _attention_weights(block, k[:, :, keys], mask[:, :, queries, keys], ctx.scale)
+            grad_v[:, :, keys] += weights.to(grad.dtype).transpose(-1, -2) @ block_grad
+            grad_weights = (block_grad @ v[:, :, keys].transpose(-1, -2)).float()
+            # Softmax, row by row: d score = w * (g - sum w g).
+            inner = (grad_weights * weights).sum(dim=-1, keepdim=True)
+            grad_scores = grad_weights.sub_(inner).mul_(weights).mul_(ctx.scale).to(q.dtype)
+            grads_q.append(_by_head(grad_scores @ k[:, :, keys], q.shape[1]))
+            grad_k[:, :, keys] += grad_scores.transpose(-1, -2) @ block
+        return torch.cat(grads_q, dim=2), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _query_blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
+    """Return blocks of queries and, for each, the keys that its queries may attend to: the prefix and its own.
+
+    A rest of less than half a block is no block of its own.
+    """
+    starts = range(0, max(1, queries - QUERY_BLOCK // 2), QUERY_BLOCK)
+    ends = [*starts[1:], queries]
+    prefix = keys - queries
+    return [(slice(start, end), slice(0, prefix + end)) for start, end in zip(starts, ends, strict=True)]
+
+
+def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """(S, h, Q, D) -> (S, g, h / g Q, D)."""
+    return rows.contiguous().view(len(rows), groups, -1, rows.shape[-1])
+
+
+def _by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """(S, g, h / g Q, D) -> (S, h, Q, D)."""
+    return rows.view(len(rows), heads, -1, rows.shape[-1])
+
+
+def _attention_weights(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """(S, g, h / g Q, K) float32."""
+    scores = (q @ k.transpose(-1, -2)).float().mul_(scale)
+    scores.unflatten(2, (-1, mask.shape[2])).masked_fill_(~mask[:, :, None], float("-inf"))
+    return torch.softmax(scores, dim=-1)
