@@ -145,19 +145,18 @@ class DriftMeasurement:
             return
         logprobs_of = self.models.logprobs_of(policy.name, plan.sampling.temperature, self._report)
         logprobs = read_responses(logprobs_of, [*reads, *ref_reads])
-        own_logprobs = logprobs[: len(reads)]
         if ref_reads:
             names = [system.name for system in self._missing]
             self._ref_logprobs = dict(zip(names, logprobs[len(reads) :], strict=True))
-        for system, own in zip(systems, own_logprobs, strict=True):
-            self._keep(system, self._write_kl(system, own))
+        for system, policy_logprobs in zip(systems, logprobs[: len(reads)], strict=True):
+            self._keep(system, self._write_kl(system, policy_logprobs))
         self._missing = [system for system in self._missing if system not in systems]
 
-    def _write_kl(self, system: System, own_logprobs: list[list[float]]) -> dict[str, Any]:
+    def _write_kl(self, system: System, policy_logprobs: list[list[float]]) -> dict[str, Any]:
         """Return the KL of a system's responses, as the cache reads it back."""
         plan, ref_logprobs = self.plan, self._ref_logprobs[system.name]
         measured = kl_values(
-            lambda prompts, responses: own_logprobs,
+            lambda prompts, responses: policy_logprobs,
             lambda prompts, responses: ref_logprobs,
             plan.prompts[system.name],
             self.response_sets[system.name],
