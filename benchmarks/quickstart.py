@@ -22,6 +22,7 @@ from typing import Any
 from align.models.architecture import Architecture, architecture_of
 from align.models.flops import forward_flops, learning_flops
 from align.pipeline.pipeline import Node, Pipeline
+from align.runner.open_store import open_store
 from align.store.store import Store
 from benchmarks.rollouts import measure
 from benchmarks.training import matrix_peak
@@ -107,7 +108,8 @@ def main() -> int:
     peak = matrix_peak()
     rate = options.sampling_rate or measure("vllm", prompts=32, samples=4, tokens=48)
     print(f"bf16 matrix product: {peak / 1e9:.0f} GFLOP/s; vLLM alone: {rate:.0f} tokens/s\n")
-    print(table(Pipeline.load(PIPELINE), Store(options.store), peak, rate))
+    pipeline = Pipeline.load(PIPELINE)
+    print(table(pipeline, open_store(pipeline, options.store), peak, rate))
     return 0
 
 

@@ -12,7 +12,7 @@ from align.config.tuning import FullTuning
 from align.models.architecture import architecture_of
 from align.models.known import TINY_SIZES
 from align.pipeline.pipeline import Pipeline
-from align.store.store import Store
+from align.runner.open_store import open_store
 from benchmarks.quickstart import PIPELINE, Work, table, work_of
 
 MODEL = architecture_of({**TINY_SIZES, "num_attention_heads": 2})
@@ -56,4 +56,4 @@ def test_a_floor_is_arithmetic_and_sampling_one_after_the_other() -> None:
 
 def test_a_store_without_the_run_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no finished model, data, sft"):
-        table(Pipeline.load(PIPELINE), Store(tmp_path), 1.0, 1.0)
+        table(Pipeline.load(PIPELINE), open_store(None, tmp_path), 1.0, 1.0)
