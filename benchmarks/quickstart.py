@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ from align.models.flops import forward_flops, learning_flops
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.open_store import open_store
 from align.store.store import Store
-from benchmarks.rollouts import measure
 from benchmarks.training import matrix_peak
 
 PIPELINE = Path(__file__).parents[1] / "pipelines" / "quickstart.yaml"
@@ -75,6 +75,13 @@ def _ppo_work(node: Node, metrics: dict[str, Any], model: Architecture) -> Work:
     return Work(flops, tokens)
 
 
+def vllm_rate() -> float:
+    """Return the tokens a second of vLLM by itself, in a process whose threads are its own."""
+    command = [sys.executable, "-m", "benchmarks.rollouts", "--engine", "vllm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["rate"])
+
+
 def table(pipeline: Pipeline, store: Store, peak: float, rate: float) -> str:
     """Return a Markdown table: seconds, floor and their ratio for each stage that has run."""
     lines = ["| stage | seconds | floor | ratio |", "| --- | --- | --- | --- |"]
@@ -106,7 +113,7 @@ def main() -> int:
     parser.add_argument("--sampling-rate", type=float, help="tokens a second of vLLM alone; measured by default")
     options = parser.parse_args()
     peak = matrix_peak()
-    rate = options.sampling_rate or measure("vllm", prompts=32, samples=4, tokens=48)
+    rate = options.sampling_rate or vllm_rate()
     print(f"bf16 matrix product: {peak / 1e9:.0f} GFLOP/s; vLLM alone: {rate:.0f} tokens/s\n")
     pipeline = Pipeline.load(PIPELINE)
     print(table(pipeline, open_store(pipeline, options.store), peak, rate))
