@@ -58,6 +58,13 @@ def environment_of(side: str) -> dict[str, str]:
     return {**inherited, **common, **threads}
 
 
+HELD_OUT_PAIR = {
+    "prompt": [{"role": "user", "content": "Is water wet?"}],
+    "chosen": [{"role": "assistant", "content": "Yes, it is."}],
+    "rejected": [{"role": "assistant", "content": "I would rather not say."}],
+}
+
+
 def write_pipeline(work: Work, settings: Settings, place: Place) -> None:
     """Write align's ``pipeline.yaml`` and the recipe of its rows, all of which are trained on."""
     kinds = {"sft": "instructions", "reward": "preferences", "dpo": "preferences", "kto": "unpaired"}
@@ -68,6 +75,18 @@ def write_pipeline(work: Work, settings: Settings, place: Place) -> None:
         "sources": [{"type": "files", "name": "rows", "license": "Apache-2.0", "paths": [rows]}],
         "test_size": 0,
     }
+    if work.kind == "reward":
+        # A reward stage wants a held-out pair. It is read before and after training, outside the loop.
+        held_out = place.run / "held_out.jsonl"
+        held_out.write_text(json.dumps(HELD_OUT_PAIR) + "\n", encoding="utf-8")
+        source = {
+            "type": "files",
+            "name": "held-out",
+            "license": "Apache-2.0",
+            "paths": [str(held_out)],
+            "part": "test",
+        }
+        recipe["sources"] = [*recipe["sources"], source]  # type: ignore[misc]
     stage: dict[str, Any] = {
         "model" if work.kind in ("sft", "reward") else "policy": "model",
         "data": "data",

@@ -52,6 +52,9 @@ def test_pipeline_is_one_that_align_accepts(work, place, tmp_path, tiny_model):
     stage = next(node for node in pipeline if node.name == work.kind)
     assert stage.config.batch_size == stage.config.micro_batch_size == 8
     assert stage.config.tuning.method == work.tuning
+    # A reward stage refuses data without a held-out pair; the others train on all rows and have none.
+    sources = yaml.safe_load((place.run / "rows.yaml").read_text())["sources"]
+    assert [source.get("part") for source in sources] == [None, "test"][: 1 + (work.kind == "reward")]
 
 
 @EVERY_WORK
