@@ -53,8 +53,8 @@ def failed_run(side, number=0, work="sft_lora"):
 def test_lines_are_timed_when_they_arrive(tmp_path):
     # The second line is printed only after the first was read and logged.
     code = (
-        "import time; print('first', flush=True)\n"
-        "while 'first' not in open('log.txt').read(): time.sleep(0.05)\n"
+        "import os, time; print('first', flush=True)\n"
+        "while not os.path.exists('log.txt') or 'first' not in open('log.txt').read(): time.sleep(0.05)\n"
         "print(time.time())"
     )
     measured = run_python(code, tmp_path, timeout=60)
