@@ -100,6 +100,11 @@ def attach(base: Any, adapter: Path, merge: bool) -> Any:
     return model.eval()
 
 
+def plain_of(model: Any) -> Any:
+    """Return the transformers model inside a peft model; another model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _untie(base: Any) -> None:
     """Give a head that is tied to its embedding a matrix of its own where an adapter is on one of the two, in place.
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from align.config.tuning import LowRank, TuningBase
 from align.errors import UserError
+from align.models.adapters import plain_of
 from align.models.tuning.apply import apply_tuning
 
 
@@ -39,7 +40,7 @@ class Critic(nn.Module):
 
 def trunk_of(model: Any) -> Any:
     """Return the module below the head that turns token ids into hidden states, also of a model in a peft wrapper."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = plain_of(model)
     trunk = getattr(base, base.base_model_prefix, None)
     if trunk is None or trunk is base:
         raise UserError(f"{type(base).__name__} has no separate trunk; PPO needs a decoder with a head on top.")

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from align.models.adapters import plain_of
+
 Divergence = Literal["forward", "reverse", "jsd"]
 CHUNK = 256
 """Tokens whose distributions exist at a time."""
@@ -157,7 +159,7 @@ def _sum_over_chunks(loss: Callable[..., torch.Tensor], *tensors: torch.Tensor) 
 
 def trunk_and_head(model: Any) -> tuple[Any, Any]:
     """Return trunk and vocabulary head, unwrapped from an adapter; the head is None for a model without one."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_of(model)
     return getattr(plain, plain.base_model_prefix), plain.get_output_embeddings()
 
 

@@ -14,6 +14,7 @@ import trl
 from trl.trainer.utils import add_fused_lm_head
 
 from align.errors import UserError
+from align.models.adapters import plain_of
 from align.training.trainers import Prepared
 
 
@@ -53,7 +54,7 @@ class PairForward(Prepared):
 
     def __init__(self, *, model: Any, train_dataset: list[dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(model=model, train_dataset=Rows(train_dataset), **kwargs)  # type: ignore[call-arg]
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = plain_of(model)
         add_fused_lm_head(plain, outputs=("log_probs", "mean_logits"))
 
     def concatenated_forward(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

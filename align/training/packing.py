@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from align.errors import UserError
+from align.models.adapters import plain_of
 from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, make_layout
 from align.training.rows import MASKED, Encoded
 
@@ -89,11 +90,6 @@ def packing_form(model: Any) -> Form:
         f"packing and padding_free: the attention '{plain.config._attn_implementation}' of this model cannot keep rows "
         "in one line apart. Turn them off."
     )
-
-
-def plain_of(model: Any) -> Any:
-    """Return the transformers model inside a peft model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def enable_flat(model: Any, form: Form) -> None:

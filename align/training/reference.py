@@ -20,6 +20,7 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from align.config.launch import rank
+from align.models.adapters import plain_of
 from align.models.processes import all_gather, broadcast, rank_range
 from align.store.fingerprint import canonical
 from align.training.order import by_length
@@ -133,7 +134,7 @@ def _write(file: Path, key: str, sums: Sums) -> None:
 @contextmanager
 def _fused(model: Any) -> Any:
     """Inside, ``model`` has trl's fused head, which scores labeled positions only."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_of(model)
     # trl replaces forward on the instance; the class's own method comes back by deleting that attribute.
     original = plain.__dict__.get("forward")
     add_fused_lm_head(plain)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from align.models.adapters import plain_of
 from align.models.fast.prefix_batch import PrefixBatch, share_prefixes
 from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, to_device
 
@@ -39,7 +40,7 @@ def compute_real_tokens(model: Any, share: bool = True) -> bool:
     With ``share`` off every row is computed whole, for methods that treat rows as separate (noise on embeddings). The
     hooks are verified on two short rows, by the model itself, and taken away with a warning where its states differ.
     """
-    plain = _plain_of(model)
+    plain = plain_of(model)
     if not can_compute_real_tokens(plain):
         return False
     trunk = plain.base_model
@@ -62,7 +63,7 @@ def can_compute_real_tokens(plain: Any) -> bool:
 
 def computes_real_tokens(model: Any) -> bool:
     """Return True where the hooks are installed."""
-    return hasattr(_plain_of(model).base_model, "_real_tokens")
+    return hasattr(plain_of(model).base_model, "_real_tokens")
 
 
 def remove_hooks(trunk: Any) -> None:
@@ -70,11 +71,6 @@ def remove_hooks(trunk: Any) -> None:
     hooks = getattr(trunk, "_real_tokens", None)
     if hooks is not None:
         hooks.remove()
-
-
-def _plain_of(model: Any) -> Any:
-    """Return the transformers model inside a peft model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class _RealTokens:

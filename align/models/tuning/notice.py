@@ -7,6 +7,7 @@ from typing import Any
 from align.config.base import Precision
 from align.config.tuning import TuningBase
 from align.models.activations import activations_per_token
+from align.models.adapters import plain_of
 from align.models.architecture import UnknownArchitecture, architecture_of
 
 GRADIENT_AND_ADAMW = 12
@@ -75,7 +76,7 @@ def notice(
 
 
 def _activations(model: Any, tuning: TuningBase, precision: Precision, low_residual: bool) -> str:
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_of(model)
     try:
         sizes = architecture_of(plain.config.to_dict())
         per_token = activations_per_token(sizes, tuning, precision, low_residual=low_residual)
