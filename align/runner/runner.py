@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from align.runner.listener import Listener
 from align.runner.prepare import Prepared, RunOptions, prepare_run
 from align.runner.results import COLUMNS, FRAME_TYPES, data_frame, logged_rows, result_rows
 from align.runner.run_stage import StageRun
+from align.runner.stage_process import forked_stages
 from align.runner.sync import upload
 from align.store.artifacts import Artifact, Kind
 from align.store.store import Store
@@ -123,7 +125,11 @@ def run_pipeline(
     # A caller with its own request, such as a job of Slurm, handles the signals itself.
     requests = contextlib.nullcontext(stop) if stop is not None else StopRequest().handle_signals(signal.SIGUSR1)
     try:
-        with requests as stop, ready.store.use(pipeline.name, pipeline.references, pipeline.plain):
+        with (
+            requests as stop,
+            ready.store.use(pipeline.name, pipeline.references, pipeline.plain),
+            _forked_stages(pipeline, ready.wanted),
+        ):
             return _run_stages(pipeline, ready, only, listener, stop)
     except OSError as error:  # the runner's own writing: locks, records, the move of a result to its place
         if error.errno not in NO_SPACE:
@@ -157,6 +163,14 @@ def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener:
             if has_run:
                 run.ran.append(node.name)
     return run
+
+
+def _forked_stages(pipeline: Pipeline, nodes: list[Node]) -> AbstractContextManager[None]:
+    """Return the context in which stages that load models are forked, where ``nodes`` has several of them."""
+    runtimes = [pipeline.runtimes[node.name] for node in nodes if node.stage.estimator is not None]
+    if len(runtimes) < 2:
+        return contextlib.nullcontext()
+    return forked_stages(runtimes[-1].threads)
 
 
 def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None:

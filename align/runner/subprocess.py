@@ -20,8 +20,9 @@ from align.config.launch import BY_SRUN
 from align.errors import disk_is_full, no_space
 from align.pipeline.registry import find_stage
 from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
+from align.runner.stage_process import StageProcess, stage_environment, start_stage
 from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
-from align.runner.worker import ENVIRONMENT, UNREACHABLE_CODE
+from align.runner.worker import UNREACHABLE_CODE
 from align.store.events import parse_event
 from align.store.json_files import DamagedFile
 from align.store.partial import EVENTS, LOG
@@ -52,20 +53,12 @@ def run_attempt(
     ``retry`` is for a folder that does not answer.
     """
     retry = retry or Retry(partial)
-    environment = {**ENVIRONMENT, **os.environ}
+    environment = stage_environment()
     # Before the process starts: the tail begins where an earlier attempt's events end.
     events, spent = retry.call(lambda: (Tail(partial / EVENTS), _Spent(partial)))
     output = retry.call(lambda: _open_log(partial, name))
     command = _command(partial, environment)
-    # A session of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
+    process = start_stage(command, environment, read_work(partial).runtime.get("threads"), output)
     with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
         os.close(output)
     try:
@@ -191,7 +184,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: StageProcess) -> None:
     """End the stage's whole process group: politely, then not."""
     for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         with contextlib.suppress(ProcessLookupError):

@@ -56,9 +56,14 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 step took ten times as long); to sleep at once costs a sixth of PPO's update where nothing else runs. So few turns are
 as fast alone and, beside other jobs, near to sleeping (docs/performance.md)."""
 
+_exit_codes: list[int] = []
+"""Exit code of the stage of this process, once it is known."""
 
-def main(folder: Path) -> int:
+
+def main(folder: Path, parent: int | None = None) -> int:
     """Run the stage described in ``folder``; exit code 0 done, 1 failed, 2 wrong input, 75 stopped as asked.
+
+    ``parent``: the process whose end is this one's, by default the runner.
 
     A stage that trains in several processes is run by ranks of this one (``align.runner.ranks``).
     """
@@ -67,16 +72,17 @@ def main(folder: Path) -> int:
     except UserError as error:
         return _finish(folder, RESULT, {"status": "refused", "message": str(error)})
     # Under srun the parent is Slurm's daemon, and other nodes have no runner at all.
-    die_with_parent(work.get("runner_pid") if is_head() and not os.environ.get(BY_SRUN) else None)
+    runner = work.get("runner_pid") if is_head() and not os.environ.get(BY_SRUN) else None
+    die_with_parent(parent or runner)
     _log_to_output()
     started = time.time()
-    if _several(work):
+    if in_several_processes(work):
         # None: the settings come down to a single process, which is then this one.
         result: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
         if result is not None:
             result["seconds"] = max(0.0, time.time() - started)  # the clock may have been set back
             return _finish(folder, RESULT, result) if is_head() else int(result["status"] != "done")
-    _set_threads(work["runtime"])
+    set_threads(work["runtime"].get("threads"))
     return _finish(folder, RESULT, _outcome(folder, work, started, RESULT))
 
 
@@ -93,7 +99,7 @@ def _runtime(work: dict[str, Any]) -> Runtime:
     return validate_plain(Runtime, work["runtime"])
 
 
-def _several(work: dict[str, Any]) -> bool:
+def in_several_processes(work: dict[str, Any]) -> bool:
     """Return whether several processes run the stage, as far as the settings alone tell."""
     try:
         distributed = find_stage(work["stage"]).distributed
@@ -104,12 +110,9 @@ def _several(work: dict[str, Any]) -> bool:
 
 def run_rank(folder: Path) -> int:
     """One of several processes of the stage in ``folder``; leaves its result for the launcher."""
-    ended: list[int] = []
-    # Registered before torch is imported, so that it runs after every exit handler of the libraries.
-    atexit.register(_end_at_once, ended)
     work = read_work(folder).model_dump()
     die_with_parent(int(os.environ[PARENT]))
-    _set_threads(work["runtime"])
+    set_threads(work["runtime"].get("threads"))
     ranks, number = folder / RANKS, rank()
     write_text_atomically(ranks / f"{number}.pid", str(os.getpid()))
     if number:
@@ -123,20 +126,24 @@ def run_rank(folder: Path) -> int:
     if code:
         os._exit(code)  # the group is broken: its threads would have to be waited for
     load_object(f"{PROCESSES}:leave")()
-    ended.append(code)
     return code
 
 
-def _end_at_once(ended: list[int]) -> None:
-    """End a rank that has done its work, after all that others want done at an end: registered first, this runs last.
+def end_without_teardown() -> None:
+    """Have this process end right after its exit handlers; call it before torch is imported.
 
-    Gloo's threads may still hold tensors, even of a group that was destroyed, and one that lets go of them while the
-    interpreter is taken down aborts the process (pytorch/pytorch#179291).
+    What is registered first runs last, so libraries have done by then what they want done at an end. Taking the
+    interpreter down after that costs a second, for memory that the system frees anyway. In a rank it may even abort:
+    Gloo's threads can still hold tensors of a group that was destroyed (pytorch/pytorch#179291).
     """
-    if ended:
+    atexit.register(_end_at_once)
+
+
+def _end_at_once() -> None:
+    if _exit_codes:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(ended[0])
+        os._exit(_exit_codes[-1])
 
 
 def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: str) -> dict[str, Any]:
@@ -241,10 +248,10 @@ def _artifact(item: dict[str, str]) -> Artifact:
     return read_artifact(path, item["stage"])
 
 
-def _set_threads(runtime: dict[str, Any]) -> None:
-    """This process's share of the cores there are, unless the user says otherwise; before torch is imported."""
+def set_threads(threads: int | None) -> None:
+    """Set this process's threads, by default its share of the cores there are; before torch is imported."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = str(runtime.get("threads") or max(1, cores // local_size()))
+    os.environ["OMP_NUM_THREADS"] = str(threads or max(1, cores // local_size()))
     if not WAITING.keys() & os.environ.keys():
         os.environ.update(WAITING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -268,16 +275,20 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions}
 
 
-def _start(arguments: list[str]) -> int:
+def start(arguments: list[str], parent: int | None = None) -> int:
     """``main`` or ``run_rank``; a store that is away before or after what they look after has an exit code, too."""
     try:
-        return (run_rank if "--rank" in arguments[1:] else main)(Path(arguments[0]))
+        folder = Path(arguments[0])
+        code = run_rank(folder) if "--rank" in arguments[1:] else main(folder, parent)
     except OSError as error:
         if not is_unreachable(error):
             raise
-        return UNREACHABLE_CODE
+        code = UNREACHABLE_CODE
+    _exit_codes.append(code)
+    return code
 
 
 if __name__ == "__main__":
+    end_without_teardown()
     relax_collections()
-    sys.exit(_start(sys.argv[1:]))
+    sys.exit(start(sys.argv[1:]))

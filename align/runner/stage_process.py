@@ -1,0 +1,199 @@
+"""Start the process of a stage: by the interpreter, or by a fork of one that has its imports. Never imports torch.
+
+``ForkServer`` is this side of ``fork_server.py``. It is started beside the first of several stages, and a stage is
+forked where the server is ready, and has the very environment, folder and threads that the stage's process would have.
+Anything else starts as ``python -m align.runner.worker FOLDER``, and comes to the same result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from align.runner.worker import ENVIRONMENT
+
+OFF = "ALIGN_FORK_STAGES"
+"""Variable of the environment that is 0 where every stage is started by the interpreter."""
+
+IGNORED = "PYTEST_CURRENT_TEST"
+"""Variable that pytest sets anew for every test, and that says nothing to a stage."""
+PRELOADED = (
+    "align.training.trainers",
+    "align.training.stop_request",
+    "align.rl.trainer",
+    "align.checks.stage",
+    "align.inference.transformers",
+)
+"""Modules which, with what they import, are most of what a stage imports. vLLM is left to the stages that use it."""
+
+
+class StageProcess(Protocol):
+    """What ``subprocess.Popen`` offers of which a runner makes use."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> Any:
+        """Exit code, negative for a signal; None while the process runs."""
+
+    def poll(self) -> int | None:
+        """Look whether the process has ended, and return its exit code."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code. Raises ``subprocess.TimeoutExpired`` after ``timeout`` seconds."""
+
+
+def stage_environment() -> dict[str, str]:
+    """Return the environment of a stage's process, unless a cluster adds to it."""
+    return {name: value for name, value in {**ENVIRONMENT, **os.environ}.items() if name != IGNORED}
+
+
+def start_stage(command: list[str], environment: dict[str, str], threads: int | None, log: int) -> StageProcess:
+    """Start ``command``, whose last word is the stage's folder, with its output in the file ``log``.
+
+    ``threads``: as of ``runtime.threads``. The process leads a session of its own: Ctrl-C reaches the runner only,
+    which then ends the stage in order.
+    """
+    server = ForkServer.current
+    if server is not None and server.serves(command, environment, threads):
+        forked = server.fork(command[-1], log)
+        if forked is not None:
+            return forked
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def forked_stages(threads: int | None) -> Iterator[None]:
+    """Start stages by forks inside of this, where they have these ``threads``; a context inside another adds nothing.
+
+    The server starts at once, and nobody waits for it: what starts before it is ready starts as ever.
+    """
+    if ForkServer.current is not None or not ForkServer.is_possible():
+        yield
+        return
+    ForkServer.current = ForkServer(stage_environment(), threads)
+    try:
+        yield
+    finally:
+        ForkServer.current.close()
+        ForkServer.current = None
+
+
+class ForkServer:
+    """A running fork server, and what it was started with."""
+
+    current: ForkServer | None = None
+    """The server of this process; None where there is none."""
+
+    def __init__(self, environment: Mapping[str, str], threads: int | None, modules: Sequence[str] = PRELOADED) -> None:
+        self.environment, self.threads, self.folder = dict(environment), threads, Path.cwd()
+        self.control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ready = False
+        numbers = (other.fileno(), os.getpid(), threads or 0)
+        with other:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "align.runner.fork_server", *map(str, numbers), *modules],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=self.environment,
+                pass_fds=[other.fileno()],
+                start_new_session=True,
+            )
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Return whether this system can fork with libraries imported: Linux; macOS ends a process forked so."""
+        return sys.platform.startswith("linux") and hasattr(os, "pidfd_open") and os.environ.get(OFF) != "0"
+
+    def serves(self, command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
+        """Return whether a fork would be the process that ``command`` starts, and the server is ready."""
+        if command[0] != sys.executable or (environment, threads) != (self.environment, self.threads):
+            return False
+        return self.folder == Path.cwd() and self._is_ready()
+
+    def _is_ready(self) -> bool:
+        if not self.ready:
+            with contextlib.suppress(OSError):  # not yet, or not any more
+                self.ready = bool(self.control.recv(64, socket.MSG_DONTWAIT))
+        return self.ready
+
+    def fork(self, folder: str, log: int) -> ForkedProcess | None:
+        """Fork the process of the stage in ``folder``; None where the server has ended."""
+        reader, writer = os.pipe()
+        try:
+            socket.send_fds(self.control, [folder.encode()], [log, writer])
+        except OSError:
+            os.close(reader)
+            return None
+        finally:
+            os.close(writer)
+        return ForkedProcess.accept(reader)
+
+    def close(self) -> None:
+        """End the server, and wait until it has: stages of its that still run end with it."""
+        self.control.close()
+        if not self.ready:
+            self.process.kill()  # it would go on importing
+        self.process.wait()
+
+
+class ForkedProcess:
+    """A stage's process that a server has forked; ``reader`` is the pipe through which its exit code comes."""
+
+    def __init__(self, reader: int, pid: int) -> None:
+        self.reader, self.pid = reader, pid
+        self.returncode: int | None = None
+        os.set_blocking(reader, False)
+
+    @classmethod
+    def accept(cls, reader: int) -> ForkedProcess | None:
+        """Wait for the process's id; None where the server, or the process itself, ended before it was told."""
+        line = b""
+        # Byte by byte: what follows the first line is the exit code, for later.
+        while not line.endswith(b"\n"):
+            data = os.read(reader, 1)
+            if not data:
+                break
+            line += data
+        label, _, number = line.decode().partition(" ")
+        if label != "pid":
+            os.close(reader)
+            return None
+        return cls(reader, int(number))
+
+    def poll(self) -> int | None:
+        """Look whether the process has ended, and return its exit code.
+
+        A process whose server died has died with it, by the same signal.
+        """
+        if self.returncode is None:
+            with contextlib.suppress(BlockingIOError):
+                line = os.read(self.reader, 64)
+                self.returncode = int(line.split()[1]) if line else -signal.SIGKILL
+                os.close(self.reader)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code. Raises ``subprocess.TimeoutExpired`` after ``timeout`` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"stage's process {self.pid}", timeout or 0.0)
+            time.sleep(0.02)
+        return code

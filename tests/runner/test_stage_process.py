@@ -1,0 +1,270 @@
+"""Stages that are forked from a process with the libraries: as those that the interpreter starts, in every way."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from align import Pipeline
+from align.errors import StageFailed, UserError
+from align.pipeline.pipeline import Node
+from align.runner import fork_server
+from align.runner.listener import Listener
+from align.runner.runner import run_pipeline
+from align.runner.stage_process import (
+    OFF,
+    ForkedProcess,
+    ForkServer,
+    forked_stages,
+    stage_environment,
+    start_stage,
+)
+from tests.support import toy
+from tests.support.runs import wait_for
+
+pytestmark = pytest.mark.skipif(not ForkServer.is_possible(), reason="only Linux forks a process with its libraries")
+WORKER = [sys.executable, "-m", "align.runner.worker"]
+
+
+LIBRARY = "datasets"
+"""What the servers of these tests import; a stage's record says that it was there."""
+
+
+def start_server() -> ForkServer:
+    """Start a server, and wait until it is ready."""
+    server = ForkServer(stage_environment(), None, [LIBRARY])
+    wait_for(lambda: server.serves([*WORKER, "folder"], stage_environment(), None))
+    return server
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[ForkServer]:
+    server = start_server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(shared_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> ForkServer:
+    """A server from which stages without settings are forked."""
+    monkeypatch.setattr(ForkServer, "current", shared_server)
+    return shared_server
+
+
+def run_surroundings(store: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Run a stage that writes its environment; return that, and the artifact's record."""
+    raw = {"name": "toy", "stages": {"env": {"stage": "tests.support.toy:ENV"}}}
+    artifact = run_pipeline(Pipeline(raw), store=store).artifacts["env"]
+    return json.loads((artifact.path / "environment.json").read_text()), artifact.record
+
+
+def test_a_forked_stage_is_as_one_that_the_interpreter_starts(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment, record = run_surroundings(tmp_path / "forked")
+    assert LIBRARY in record["packages"], "the interpreter has started it"
+    monkeypatch.setattr(ForkServer, "current", None)
+    expected_environment, expected = run_surroundings(tmp_path / "started")
+    assert LIBRARY not in expected["packages"]
+    assert environment == expected_environment
+    for name in ("key", "config", "metrics", "inputs", "parts", "source"):
+        assert record[name] == expected[name]
+
+
+def test_a_forked_stage_that_is_killed_resumes(server: ForkServer, tmp_path: Path) -> None:
+    raw = toy.pipeline(one={"crash": "kill"})
+    with pytest.raises(StageFailed, match="killed .SIGKILL"):
+        run_pipeline(Pipeline(raw), store=tmp_path)
+    run = run_pipeline(Pipeline(raw), store=tmp_path)
+    assert run.metrics("one") == {"number": 1, "resumed_at": 2, "tokens": 7}
+    assert LIBRARY in run.artifact("one").record["packages"]
+    assert len((run.artifact("one").path / "log.txt").read_text().splitlines()) == 2  # a line for each attempt
+
+
+@pytest.mark.parametrize(
+    ("crash", "error", "message"),
+    [
+        ("user", UserError, "the dataset is empty"),
+        ("bug", StageFailed, "ValueError: a bug"),
+        ("exit", StageFailed, "ended with exit code 9"),
+    ],
+)
+@pytest.mark.usefixtures("server")
+def test_a_forked_stage_fails_as_others_do(tmp_path: Path, crash: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run_pipeline(Pipeline(toy.pipeline(one={"crash": crash})), store=tmp_path)
+    (log,) = tmp_path.glob("number/*.partial/log.txt")
+    assert ("Traceback" in log.read_text()) == (crash == "bug")
+
+
+@pytest.mark.usefixtures("server")
+def test_the_exit_code_and_the_name_of_a_forked_process(tmp_path: Path) -> None:
+    (tmp_path / "work.json").write_text("{}")  # refused
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = start_stage([*WORKER, str(tmp_path)], stage_environment(), None, log.fileno())
+    assert isinstance(process, ForkedProcess)
+    assert process.wait(20) == 2
+    assert process.poll() == process.returncode == 2
+
+
+class Process(Listener):
+    """Looks at the process of the first stage that reports, and may end what is above it."""
+
+    def __init__(self, kill: int | None = None) -> None:
+        self.kill, self.command, self.session = kill, "", 0
+
+    def stage_event(self, node: Node, event: dict[str, Any]) -> None:
+        if self.command:
+            return
+        # The last of the family is the deepest: below the runner the server, below that the stage.
+        stage = psutil.Process().children(recursive=True)[-1]
+        self.command, self.session = " ".join(stage.cmdline()), os.getsid(stage.pid) - stage.pid
+        if self.kill is not None:
+            os.kill(self.kill, signal.SIGKILL)
+
+
+def test_a_forked_process_names_its_folder_and_leads_a_session(server: ForkServer, tmp_path: Path) -> None:
+    pytest.importorskip("setproctitle")
+    listener = Process()
+    run_pipeline(Pipeline(toy.pipeline(one={"pause": 0.2})), store=tmp_path, listener=listener)
+    assert f"align.runner.worker {tmp_path}/number/" in listener.command
+    assert listener.session == 0
+
+
+def test_a_stage_ends_with_its_server_and_the_next_is_started_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    monkeypatch.setattr(ForkServer, "current", server)
+    raw = toy.pipeline(one={"pause": 0.2, "steps": 6})
+    with pytest.raises(StageFailed, match="killed .SIGKILL"):
+        run_pipeline(Pipeline(raw), store=tmp_path, listener=Process(kill=server.process.pid))
+    run = run_pipeline(Pipeline(raw), store=tmp_path)
+    server.close()
+    assert run.metrics("one")["resumed_at"] >= 1
+    assert LIBRARY not in run.artifact("one").record["packages"]
+
+
+def test_a_killed_runner_takes_server_and_stage_along(tmp_path: Path) -> None:
+    raw = toy.pipeline(one={"pause": 0.1, "steps": 100})
+    script = f"""
+import time
+from align import Pipeline
+from align.runner.stage_process import ForkServer, stage_environment
+server = ForkServer.current = ForkServer(stage_environment(), None, ["numpy"])
+while not server.serves({[*WORKER, ""]!r}, stage_environment(), None): time.sleep(0.05)
+Pipeline({raw!r}).run(store={str(tmp_path)!r})
+"""
+    runner = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    wait_for(lambda: list(tmp_path.glob("number/*.partial/checkpoints/step-0")))
+    family = psutil.Process(runner.pid).children(recursive=True)
+    assert len(family) == 2  # the server and the stage
+    runner.kill()
+    runner.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_an_interrupt_ends_a_forked_stage(server: ForkServer, tmp_path: Path) -> None:
+    class Interrupt(Listener):
+        def stage_event(self, node: Node, event: dict[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(Pipeline(toy.pipeline(one={"pause": 0.2, "steps": 100})), store=tmp_path, listener=Interrupt())
+    assert not psutil.Process(server.process.pid).children()
+
+
+def test_another_environment_folder_or_number_of_threads_is_started_without(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, environment = [*WORKER, "folder"], stage_environment()
+    assert server.serves(command, environment, None)
+    assert not server.serves(command, environment, 1)
+    assert not server.serves(command, environment | {"HF_HOME": "elsewhere"}, None)
+    assert not server.serves(["srun", *command], environment, None)
+    monkeypatch.chdir(tmp_path)
+    assert not server.serves(command, environment, None)
+
+
+def test_a_server_that_is_not_ready_is_not_waited_for(tmp_path: Path) -> None:
+    with forked_stages(None):
+        started = ForkServer.current
+        assert started is not None
+        with forked_stages(None):
+            assert ForkServer.current is started
+        run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
+    assert "torch" not in run.artifact("one").record["packages"]
+    assert ForkServer.current is None
+    assert started.process.returncode == -signal.SIGKILL
+
+
+def test_the_environment_can_turn_forks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OFF, "0")
+    with forked_stages(None):
+        assert ForkServer.current is None
+
+
+def test_only_runs_with_several_stages_that_load_models_have_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int | None] = []
+
+    def start(environment: dict[str, str], number: int | None) -> ForkServer:
+        threads.append(number)
+        raise OSError("no process")
+
+    monkeypatch.setattr("align.runner.stage_process.ForkServer.__init__", lambda self, *rest: start(*rest))
+    run_pipeline(Pipeline(toy.pipeline()), store=tmp_path / "toy")
+    assert threads == []
+    smoke = Pipeline.load("pipelines/smoke.yaml")
+    with pytest.raises(OSError, match="no process"):
+        run_pipeline(smoke, store=tmp_path / "smoke")
+    assert threads == [smoke.runtimes["ppo"].threads]
+
+
+def test_a_process_that_ended_before_it_told_its_id_is_none() -> None:
+    for told in (b"exit -9\n", b""):
+        reader, writer = os.pipe()
+        os.write(writer, told)
+        os.close(writer)
+        assert ForkedProcess.accept(reader) is None
+
+
+def test_a_forked_process_is_waited_for_so_long() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"pid 12\n")
+    process = ForkedProcess.accept(reader)
+    assert process is not None and process.pid == 12
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.05)
+    os.write(writer, b"exit -15\n")
+    os.close(writer)
+    assert process.wait() == -signal.SIGTERM
+
+
+def test_a_server_ends_where_there_is_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("align.runner.worker.end_without_teardown", lambda: None)
+    monkeypatch.setattr("align.runner.worker.set_threads", lambda threads: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr(fork_server, "relax_collections", lambda: None)
+    monkeypatch.setattr(fork_server, "die_with_parent", lambda parent: None)
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here.close()
+    assert fork_server.preload(0, ["torch"])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not fork_server.preload(0, ["torch"])
+    assert fork_server.main(there.detach(), os.getpid(), 0, ["torch"]) == 0
