@@ -15,9 +15,11 @@ LITTLE_SPACE = 64 * 1024
 
 
 SECRETS = (
-    (re.compile(r"(://)[^\s@:/'\"<>]+:[^\s'\"<>]*@"), r"\1***@"),  # a password may hold @ and /
-    (re.compile(r"(://)[^\s/?#'\"<>]*@"), r"\1***@"),
+    # A password may hold @ and /. An address that was taken for a path has one slash.
+    (re.compile(r"(:/{1,2})[^\s@:/'\"<>]+:[^\s'\"<>]*@"), r"\1***@"),
+    (re.compile(r"(:/{1,2})[^\s/?#'\"<>]*@"), r"\1***@"),
     (re.compile(r"(^|[\s'\"(\[=,])[^\s:/@'\"(\[=,]+:(?!//)[^\s@'\"]+@(?=[\w\[])"), r"\1***@"),  # without a scheme
+    (re.compile(r"(/)[^\s:/@'\"<>]+:[^\s:/@'\"<>]+@(?=[\w\[])"), r"\1***@"),  # and taken for a path
     (
         re.compile(
             r"([?&][^=&\s'\"]*(?:key|token|secret|passw|pwd|signature|sig|credential|auth)[^=&\s'\"]*=)[^&\s'\"]+", re.I
