@@ -18,7 +18,7 @@ TINY = {
     "runtime": {"engine": {"name": "transformers"}},
     "stages": {
         "model": {"source": "tiny"},
-        "data": {"recipe": "data_recipes/embedded.yaml", "max_rows": 60},
+        "data": {"recipe": str(Path("data_recipes/embedded.yaml").resolve()), "max_rows": 60},
         "sft": {"model": "model", "data": "data", "learning_rate": 3e-3, "max_steps": 2, "max_length": 256},
         "evaluate": {
             "policies": ["model", "sft"], "reference": "model", "prompts": "data",
