@@ -38,6 +38,8 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
     """
     from peft import get_peft_model
 
+    from align.models.tuning.fused_lora import fuse_lora
+
     if tuning.init == "eva" and not rows:
         raise UserError("tuning.init: eva reads training rows, and this stage has none; take another init.")
     if isinstance(tuning.targets, list):
@@ -63,6 +65,7 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
     config.init_lora_weights, config.eva_config = True, None
     if tuning.starts_from_weights:
         store_initial_values(peft_model)
+    fuse_lora(peft_model)
     return peft_model
 
 

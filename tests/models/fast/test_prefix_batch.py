@@ -65,9 +65,10 @@ def trees(draw):
 
 
 @settings(max_examples=30, deadline=None)
-@given(trees(), st.sampled_from([1, 16, 512]), st.sampled_from([4, 128]))
-def test_each_piece_is_as_in_a_sequence_of_its_own(llama, tree, short, query_block):
+@given(trees(), st.sampled_from([1, 16, 512]), st.sampled_from([4, 128]), st.sampled_from([1, 300, 8_000]))
+def test_each_piece_is_as_in_a_sequence_of_its_own(llama, tree, short, query_block, group_pairs):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged_rows, "GROUP_PAIRS", group_pairs)
         patch.setattr(short_attention, "QUERY_BLOCK", query_block)
         patch.setattr(ragged_rows, "SHORT", short)  # both kernels, and both in one batch
         agree(llama, *tree)

@@ -1,5 +1,6 @@
 """Ragged rows: what each sequence alone would give, in values and gradients."""
 
+import itertools
 import json
 
 import pytest
@@ -54,9 +55,15 @@ def agree(model, rows):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.sampled_from([1, 8, 512]), st.sampled_from([4, 128]))
-def test_each_row_is_as_if_alone(llama, lengths, short, query_block):
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    st.sampled_from([1, 8, 512]),
+    st.sampled_from([4, 128]),
+    st.sampled_from([1, 300, 8_000]),
+)
+def test_each_row_is_as_if_alone(llama, lengths, short, query_block, group_pairs):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged_rows, "GROUP_PAIRS", group_pairs)
         patch.setattr(short_attention, "QUERY_BLOCK", query_block)
         patch.setattr(ragged_rows, "SHORT", short)  # both kernels, and both in one batch
         agree(llama, rows_of(lengths))
@@ -90,14 +97,46 @@ def test_other_architectures(config):
     agree(model, rows_of([3, 17, 9, 1]))
 
 
-def test_a_group_wastes_a_fifth_at_most_and_places_are_given_back():
+def test_groups_take_the_least_work_and_places_are_given_back(monkeypatch):
+    """10 and 9, 8 and 7, and 3 alone: 200 + 128 + 9 pairs and 30 for each group; 10, 9 and 8 together would take 448."""
+    monkeypatch.setattr(ragged_rows, "GROUP_PAIRS", 30)
     layout = make_layout([10, 3, 9, 8, 7])
-    assert layout["shapes"] == [(3, 10, 10), (1, 7, 7), (1, 3, 3)]  # 10, 9, 8 together; 7 < 0.8 * 10
+    assert layout["shapes"] == [(2, 10, 10), (2, 8, 8), (1, 3, 3)]  # 200 + 128 + 9 + 90
     assert layout["slot_tokens"][layout["token_slots"]].tolist() == list(range(37))
-    assert (layout["slot_tokens"] == 37).sum() == 3  # 9 and 8 are filled up to 10
+    assert (layout["slot_tokens"] == 37).sum() == 2  # 9 is filled up to 10, 7 to 8
 
 
-def test_pieces_that_see_as_much_before_them_are_together_and_no_mask_is_made_twice():
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=9),
+    st.sampled_from([1, 500, 10**6]),
+    st.sampled_from([1, 8_000, 10**6]),
+)
+def test_no_other_cut_of_the_sorted_segments_takes_less_work(sizes, worth, most):
+    lengths, prefixes = [length for length, _ in sizes], [prefix for _, prefix in sizes]
+
+    def pairs(group):
+        longest = max(lengths[i] for i in group)
+        return len(group) * longest * (longest + max(prefixes[i] for i in group))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged_rows, "GROUP_PAIRS", worth)
+        patch.setattr(ragged_rows, "MAX_PAIRS", most)
+        groups = ragged_rows._group_segments(lengths, prefixes)
+    order = [i for group in groups for i in group]
+    assert sorted(order) == list(range(len(sizes)))
+    assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
+    assert all(len(group) == 1 or pairs(group) <= most for group in groups)
+    work = sum(pairs(group) + worth for group in groups)
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        starts = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(order)]
+        others = [order[start:end] for start, end in itertools.pairwise(starts)]
+        if all(len(group) == 1 or pairs(group) <= most for group in others):
+            assert work <= sum(pairs(group) + worth for group in others)
+
+
+def test_pieces_that_see_as_much_before_them_are_together_and_no_mask_is_made_twice(monkeypatch):
+    monkeypatch.setattr(ragged_rows, "GROUP_PAIRS", 1)
     layout = make_layout([10, 4, 4, 5, 4], [None, 0, 0, None, 1])
     assert layout["shapes"] == [(1, 10, 10), (1, 5, 5), (1, 4, 18), (2, 4, 14)]
     assert layout["masks"][3].shape == (1, 1, 4, 14)  # both see all of the 10
@@ -106,7 +145,8 @@ def test_pieces_that_see_as_much_before_them_are_together_and_no_mask_is_made_tw
         assert layout["key_tokens"][place : place + count].tolist() == list(range(token, token + count))
 
 
-def test_unlike_beginnings_in_a_group_have_masks_of_their_own():
+def test_unlike_beginnings_in_a_group_have_masks_of_their_own(monkeypatch):
+    monkeypatch.setattr(ragged_rows, "GROUP_PAIRS", 20)
     layout = make_layout([10, 9, 3, 3], [None, None, 0, 1])
     assert layout["shapes"][1] == (2, 3, 13)
     mask = layout["masks"][1]
