@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,6 +25,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two-layer models are faster on one thread, and threads that spin starve the processes which tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# accelerate sets this when it is imported. Now it is the same in every process.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # The key of stand-ins for vLLM's servers, which tests reach by address (tests/support/inference/fake_server.py).
 os.environ.setdefault("ALIGN_SERVER_KEY", "the-key-of-stand-ins-for-servers")
 
@@ -67,6 +71,35 @@ def frozen_imports() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> Iterator[None]:
+    """Fork stages that load models from one server of this test process, in every run that has one.
+
+    It starts with the first such run and the environment that the tests began with. A stage whose environment a test
+    has changed is started by the interpreter.
+    """
+    from align.runner import runner
+    from align.runner.stage_process import ForkServer, stage_environment
+
+    environment = stage_environment()
+    servers: dict[int | None, ForkServer] = {}
+
+    def use_server(pipeline: Any, nodes: list[Any]) -> contextlib.nullcontext[None]:
+        threads = [pipeline.runtimes[node.name].threads for node in nodes if node.stage.estimator is not None]
+        if threads and ForkServer.is_possible():
+            if threads[-1] not in servers:
+                servers[threads[-1]] = ForkServer(environment, threads[-1])
+            ForkServer.current = servers[threads[-1]]
+        return contextlib.nullcontext()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_forked_stages", use_server)
+        yield
+    for server in servers.values():
+        server.close()
+    ForkServer.current = None
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
 Those imports take five to seven seconds, and a run has them once for each stage that loads a model. Here it has them
 once, beside its first stage. ``python -m align.runner.fork_server SOCKET RUNNER THREADS MODULE...`` serves the process
-RUNNER at the other end of the socket: it imports the modules, says ``READY``, then takes one message per stage (its
-folder, with two file descriptors: the log and a pipe). The stage's process writes ``pid NUMBER`` to the pipe, and the
-server adds ``exit CODE`` when it has ended.
+RUNNER at the other end of the socket: it imports the modules, says ``READY``, then takes one message per stage: its
+folder and the variables of its environment that are not the server's, with two file descriptors, the log and a pipe.
+The stage's process writes ``pid NUMBER`` to the pipe, and the server adds ``exit CODE`` when it has ended.
 
 The server holds no model and no threads that work, so that nothing is lost in a fork. It ends where there is an
 accelerator, whose driver does not survive a fork: stages are then started as ever (``stage_process.py``).
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import json
 import os
 import selectors
 import socket
@@ -81,8 +82,9 @@ def serve(control: socket.socket) -> str | None:
                     # What belongs to the server is closed, so that its end is seen by those who wait for it.
                     for handle in (*statuses, *statuses.values()):
                         os.close(handle)
-                    _become_stage(log, status)
-                    return message.decode()
+                    order = json.loads(message)
+                    _become_stage(log, status, order["environment"])
+                    return str(order["folder"])
                 os.close(log)
                 process = os.pidfd_open(pid)
                 statuses[process] = status
@@ -98,9 +100,14 @@ def _report_end(process: int, status: int, pid: int) -> None:
     os.close(status)
 
 
-def _become_stage(log: int, status: int) -> None:
+def _become_stage(log: int, status: int, environment: dict[str, str | None]) -> None:
     """Lead a session of this process's own, as a stage's process does, and write to its log."""
     os.setsid()
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)

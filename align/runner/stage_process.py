@@ -8,6 +8,7 @@ Anything else starts as ``python -m align.runner.worker FOLDER``, and comes to t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -23,8 +24,8 @@ from align.runner.worker import ENVIRONMENT
 OFF = "ALIGN_FORK_STAGES"
 """Variable of the environment that is 0 where every stage is started by the interpreter."""
 
-IGNORED = "PYTEST_CURRENT_TEST"
-"""Variable that pytest sets anew for every test, and that says nothing to a stage."""
+PASSED_ON = ("ALIGN_", "PYTEST_")
+"""Beginnings of variables that no library reads: a fork has them as its runner does, whatever the server has."""
 PRELOADED = (
     "align.training.trainers",
     "align.training.stop_request",
@@ -53,7 +54,7 @@ class StageProcess(Protocol):
 
 def stage_environment() -> dict[str, str]:
     """Return the environment of a stage's process, unless a cluster adds to it."""
-    return {name: value for name, value in {**ENVIRONMENT, **os.environ}.items() if name != IGNORED}
+    return {**ENVIRONMENT, **os.environ}
 
 
 def start_stage(command: list[str], environment: dict[str, str], threads: int | None, log: int) -> StageProcess:
@@ -64,7 +65,7 @@ def start_stage(command: list[str], environment: dict[str, str], threads: int | 
     """
     server = ForkServer.current
     if server is not None and server.serves(command, environment, threads):
-        forked = server.fork(command[-1], log)
+        forked = server.fork(command[-1], environment, log)
         if forked is not None:
             return forked
     return subprocess.Popen(
@@ -123,9 +124,14 @@ class ForkServer:
 
     def serves(self, command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
         """Return whether a fork would be the process that ``command`` starts, and the server is ready."""
-        if command[0] != sys.executable or (environment, threads) != (self.environment, self.threads):
-            return False
-        return self.folder == Path.cwd() and self._is_ready()
+        is_alike = threads == self.threads and self.folder == Path.cwd() and command[0] == sys.executable
+        differences = self._differences(environment)
+        return is_alike and all(name.startswith(PASSED_ON) for name in differences) and self._is_ready()
+
+    def _differences(self, environment: Mapping[str, str]) -> dict[str, str | None]:
+        """Return the variables that the server has otherwise, with their values; None for one to be removed."""
+        names = {*environment, *self.environment}
+        return {name: environment.get(name) for name in names if environment.get(name) != self.environment.get(name)}
 
     def _is_ready(self) -> bool:
         if not self.ready:
@@ -133,11 +139,12 @@ class ForkServer:
                 self.ready = bool(self.control.recv(64, socket.MSG_DONTWAIT))
         return self.ready
 
-    def fork(self, folder: str, log: int) -> ForkedProcess | None:
+    def fork(self, folder: str, environment: Mapping[str, str], log: int) -> ForkedProcess | None:
         """Fork the process of the stage in ``folder``; None where the server has ended."""
+        message = json.dumps({"folder": folder, "environment": self._differences(environment)})
         reader, writer = os.pipe()
         try:
-            socket.send_fds(self.control, [folder.encode()], [log, writer])
+            socket.send_fds(self.control, [message.encode()], [log, writer])
         except OSError:
             os.close(reader)
             return None

@@ -186,6 +186,18 @@ def test_an_interrupt_ends_a_forked_stage(server: ForkServer, tmp_path: Path) ->
     assert not psutil.Process(server.process.pid).children()
 
 
+@pytest.mark.usefixtures("server")
+def test_a_forked_stage_has_variables_that_no_library_reads_as_its_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGN_TEST_VALUE", "from the runner")
+    monkeypatch.delenv("ALIGN_SERVER_KEY")
+    environment, record = run_surroundings(tmp_path)
+    assert LIBRARY in record["packages"]
+    assert environment["ALIGN_TEST_VALUE"] == "from the runner"
+    assert "ALIGN_SERVER_KEY" not in environment
+
+
 def test_another_environment_folder_or_number_of_threads_is_started_without(
     server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,12 +244,12 @@ def test_the_last_server_of_the_stage_s_own_that_dies(
     stage_process: Processes,
 ) -> None:
     """The next run starts a new one."""
-    monkeypatch.setenv("FAKE_DIES_AT", str(FAULTY_LOAD - 1))  # it starts with the weights that another is given
+    monkeypatch.setenv("ALIGN_TEST_DIES_AT", str(FAULTY_LOAD - 1))  # it starts with the weights that another is given
     error = fail(raw, tmp_path / "store", {"servers": 1, "restarts": 0})
     assert re.search(r"EngineLost: the vLLM server at unix:/\S+ could not be asked for /v1/completions", error)
     assert "Its process was ended by SIGKILL" in error
     assert "Once the server answers, run again to resume from checkpoint-2." in error
-    monkeypatch.delenv("FAKE_DIES_AT")
+    monkeypatch.delenv("ALIGN_TEST_DIES_AT")
     stage_process(False)
     actual = finish(raw, tmp_path / "store", {"servers": 1})
     assert_as_without_failure(actual, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
@@ -264,7 +264,7 @@ def test_servers_that_die_are_started_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both are killed by the weights of the third update, after two answers; new ones are given those weights first."""
-    monkeypatch.setenv("FAKE_DIES_AT", str(FAULTY_LOAD - 1))
+    monkeypatch.setenv("ALIGN_TEST_DIES_AT", str(FAULTY_LOAD - 1))
     result = run(raw, tmp_path / "store", {"servers": 2})
     events = [json.loads(line) for line in (result.path / "events.jsonl").read_text().splitlines()]
     warned = [event["message"] for event in events if event["event"] == "warning"]
@@ -278,11 +278,11 @@ def test_servers_that_die_are_started_anew(
 def test_an_engine_in_the_process_that_hangs(
     raw: dict[str, Any], wholes: dict[str, Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ENGINE_HANGS", "1")
+    monkeypatch.setenv("ALIGN_TEST_HANGS", "1")
     error = fail(raw, tmp_path / "store", name="transformers", timeout=3)
     assert "the transformers engine made no progress in 'generate' for 3 s (runtime.engine.timeout)" in error
     (log,) = tmp_path.glob("store/ppo/*.partial/log.txt")
     assert "in never" in log.read_text()
-    monkeypatch.delenv("ENGINE_HANGS")
+    monkeypatch.delenv("ALIGN_TEST_HANGS")
     actual = finish(raw, tmp_path / "store", name="transformers")
     assert_as_without_failure(actual, raw, tmp_path / "store", wholes, name="transformers")

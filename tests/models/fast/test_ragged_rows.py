@@ -98,7 +98,7 @@ def test_other_architectures(config):
 
 
 def test_groups_take_the_least_work_and_places_are_given_back(monkeypatch):
-    """10 and 9, 8 and 7, and 3 alone: 200 + 128 + 9 pairs and 30 for each group; 10, 9 and 8 together would take 448."""
+    """10 and 9, 8 and 7, and 3 alone: 200 + 128 + 9 pairs and 30 a group; 10, 9 and 8 together would take 448."""
     monkeypatch.setattr(ragged_rows, "GROUP_PAIRS", 30)
     layout = make_layout([10, 3, 9, 8, 7])
     assert layout["shapes"] == [(2, 10, 10), (2, 8, 8), (1, 3, 3)]  # 200 + 128 + 9 + 90

@@ -2,7 +2,7 @@
 
 ``python -m tests.support.inference.model_server --uds PATH --model FOLDER [what vLLM takes]`` answers until it is
 ended. With
-``$FAKE_DIES_AT=3`` it kills itself in the middle of the answers that follow the third set of weights it is given.
+``$ALIGN_TEST_DIES_AT=3`` it kills itself in the middle of the answers that follow the third set of weights it is given.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     model_dir, path = (arguments[arguments.index(name) + 1] for name in ("--model", "--uds"))
     server = ModelServer(Path(model_dir), path)
-    server.fault_at = int(os.environ.get("FAKE_DIES_AT", "-1"))
+    server.fault_at = int(os.environ.get("ALIGN_TEST_DIES_AT", "-1"))
     server.fault = lambda body: os.kill(os.getpid(), signal.SIGKILL)
     server.stopped.wait()
 

@@ -14,9 +14,9 @@ _scored: list[int] = []
 
 
 def share(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
-    """Share of a response's characters that are vowels. With ``$ENGINE_HANGS`` the third rollout never comes."""
+    """Share of a response's characters that are vowels. With ``$ALIGN_TEST_HANGS`` the third rollout never comes."""
     _scored.append(len(responses))
-    if os.environ.get("ENGINE_HANGS") and len(_scored) == HANGS_AFTER:
+    if os.environ.get("ALIGN_TEST_HANGS") and len(_scored) == HANGS_AFTER:
         TransformersEngine._decode = lambda *arguments: never()  # type: ignore[assignment]
     return [sum(c in "aeiou" for c in text) / max(len(text), 1) for text in responses]
 
