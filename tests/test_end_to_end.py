@@ -2,12 +2,13 @@
 
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 SMOKE = "pipelines/smoke.yaml"
@@ -38,10 +39,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.time() < end, "PPO wrote no checkpoint"
         time.sleep(0.05)
-    partial = next(iter(folder.glob("ppo/*.partial")))
-    result = subprocess.run(["pgrep", "-f", str(partial)], capture_output=True, text=True)
-    for pid in result.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
+    # Also the process that stages are forked from, whose name a stage may have kept.
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if re.search(r"align\.runner\.(worker|fork_server)", " ".join(child.cmdline())):
+            child.kill()
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output
     assert "SIGKILL" in output
