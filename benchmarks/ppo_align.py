@@ -17,7 +17,7 @@ from typing import Any
 
 from align.config.tuning import FullTuning, LoraTuning
 from benchmarks.ppo_trl import LEARNING_RATE
-from benchmarks.ppo_work import TRL_METHODS, read_work
+from benchmarks.ppo_work import TRL_METHODS, load_work_tokenizer, read_work
 
 LAST_LAYERS = 15
 """Layers with adapters of ``lora_last``: half of the embedded model's."""
@@ -90,7 +90,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     from align.config.runtime import EngineConfig, Runtime
     from align.data.weighted_scores import Part, RewardScorer, WeightedSum
     from align.inference.engine import open_engine
-    from align.models.loading import load_policy, load_tokenizer
+    from align.models.loading import load_policy
     from align.models.reward import RewardModel
     from align.models.threads import use_threads
     from align.rl.arguments import PPOConfig
@@ -122,7 +122,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
             seed=shape.seed,
         ),
         train_dataset=work["rows"],
-        processing_class=load_tokenizer(model),
+        processing_class=load_work_tokenizer(model, shape),
         scorer=WeightedSum((Part("reward", 1.0, RewardScorer(reward)),)),
         engine=FixedLengths(opened, work),
         reward_model=reward.model,

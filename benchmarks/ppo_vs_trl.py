@@ -173,6 +173,7 @@ def parse() -> argparse.Namespace:
     add("--lengths", choices=("mixed", "full"), default="mixed", help="of responses; mixed: from an eighth to the most")
     add("--samples", type=int, default=1, help="responses to a prompt")
     add("--instructions", type=int, default=1, help="prompts hold 1 to this many, for a wider mix of lengths")
+    add("--template", default="", help="chat template by name; chatml: prompts share no system message")
     add("--micro-batch", type=int, default=16, help="episodes of a training pass, on both sides")
     add("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="what align samples with")
     add("--reuse-forward-full", type=float, default=0.0, help="share of measuring passes that align learns from")
@@ -195,6 +196,7 @@ def main() -> None:
         micro_batch=options.micro_batch,
         instructions=options.instructions,
         lengths=options.lengths,
+        template=options.template,
         updates=options.warm_up + options.updates,
     )
     try:

@@ -51,6 +51,19 @@ class Shape:
     lengths: str = "mixed"
     updates: int = 3
     seed: int = 0
+    template: str = ""
+    """Chat template by name; empty for the model's own, whose system message all prompts begin with."""
+
+
+def load_work_tokenizer(model: Path, shape: Shape) -> Any:
+    """Return the model's tokenizer, with the chat template of ``shape``."""
+    from align.models.loading import load_tokenizer
+    from align.models.named_templates import template_file
+
+    tokenizer = load_tokenizer(model)
+    if shape.template:
+        tokenizer.chat_template = template_file(shape.template, Path()).read_text(encoding="utf-8")
+    return tokenizer
 
 
 def response_lengths(shape: Shape) -> list[list[int]]:
@@ -83,11 +96,10 @@ def make_rows(shape: Shape) -> list[dict[str, Any]]:
 def prepare(shape: Shape, folder: Path) -> None:
     """Write ``work.json``, and the reward model if it is not there yet."""
     from align.models.embedded import fetch
-    from align.models.loading import load_tokenizer
     from align.rl.prompts import Prompts
 
     model = fetch()
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_work_tokenizer(model, shape)
     rows = make_rows(shape)
     prompts, count = Prompts(rows, tokenizer, None), shape.batch // shape.samples
     batches = [

@@ -13,7 +13,7 @@ from benchmarks.ppo_align import FixedLengths
 from benchmarks.ppo_table import efficiency, efficiency_lines, floor_flops, matrix_flops, phases, table, tokens_line
 from benchmarks.ppo_trl import Clock, Cutter
 from benchmarks.ppo_vs_trl import RunFailed, curve_lines, run_module
-from benchmarks.ppo_work import TRL, Shape, environment, make_rows, requirements, response_lengths
+from benchmarks.ppo_work import TRL, Shape, environment, load_work_tokenizer, make_rows, requirements, response_lengths
 
 
 def make_run(seconds, **more):
@@ -99,6 +99,13 @@ def test_prompts_differ_and_take_turns_in_size():
     contents = [row["prompt"][0]["content"] for row in rows]
     assert len(set(contents)) == len(contents) == 8
     assert ["\n\n" in content for content in contents[:4]] == [False, True, False, True]
+
+
+def test_a_named_template_takes_the_place_of_the_models(tiny_model):
+    own = load_work_tokenizer(tiny_model, Shape()).chat_template
+    named = load_work_tokenizer(tiny_model, Shape(template="zephyr")).chat_template
+    assert own != named
+    assert "<|assistant|>" in named
 
 
 def test_only_torch_has_a_range():
