@@ -21,6 +21,7 @@ from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
 from align.inference.protocol import Progress, Response, Sampling
 from align.inference.vllm_internals import (
+    cpu_block_size,
     install_sampler,
     model_runner,
     report_steps,
@@ -114,7 +115,6 @@ class VllmEngine:
         if device.type == "cpu":
             memory = {
                 "kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30),
-                "block_size": 32,
                 # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_STEP_TOKENS, max_length),
@@ -123,6 +123,8 @@ class VllmEngine:
             from vllm import LLM
 
             resume_collections()
+            if device.type == "cpu":
+                memory["block_size"] = cpu_block_size(model_dir, dtype)
             self.llm = LLM(
                 model=str(model_dir),
                 trust_remote_code=False,

@@ -1,6 +1,6 @@
 """Access to what is not public in vLLM 0.30 and 0.31; raises ``VllmChanged`` where it has moved.
 
-Five places: the attention kernels of a CPU and their head sizes; the path from ``LLM`` to the model runner; its
+Five places: the attention kernels of a CPU, their head sizes and blocks; the path from ``LLM`` to the model runner; its
 ``reload_weights``; the engine core's ``get_output``, by which the watchdog learns of each step; and on a CPU the
 sampler, whose random numbers cost a third of a decoding step.
 """
@@ -52,6 +52,29 @@ def why_model_unsupported(model_dir: Path, device: torch.device) -> str | None:
     if not sizes or size in sizes:
         return None
     return f"vLLM on a CPU has no attention for heads of {size} numbers, only of {', '.join(map(str, sizes))}"
+
+
+def cpu_block_size(model_dir: Path, dtype: torch.dtype) -> int:
+    """Return the number of tokens in a block of the cache on a CPU, and let vLLM take it. Raises ``VllmChanged``.
+
+    Prompts share whole blocks, and many an instruction has fewer than the 32 tokens of vLLM's least. Its kernel for
+    AVX-512 takes blocks of 16 as well and is as fast; that for AMX, and those of other processors, need 32. Draws
+    random numbers, as ``why_model_unsupported``.
+    """
+    from vllm.config import ModelConfig
+
+    module = importlib.import_module("vllm.v1.attention.backends.cpu_attn")
+    kernel, multiple = getattr(module, "_get_attn_isa", None), getattr(module, "MultipleOf", None)
+    backend: Any = getattr(module, "CPUAttentionBackend", None)
+    if kernel is None or multiple is None or not hasattr(backend, "get_supported_kernel_block_sizes"):
+        raise VllmChanged("get_supported_kernel_block_sizes")
+    config = ModelConfig(model=str(model_dir), trust_remote_code=False)
+    if config.is_attention_free or config.use_mla:
+        return 32
+    if [kernel(dtype, size, config.get_head_size()) for size in (32, 16)] != ["vec", "vec16"]:
+        return 32
+    backend.get_supported_kernel_block_sizes = staticmethod(lambda *_, **__: [multiple(16)])
+    return 16
 
 
 def model_runner(llm: Any) -> Any:

@@ -21,7 +21,13 @@ from align.inference.engine import open_engine
 from align.inference.parity import ParityError, probe, trainer_logprobs
 from align.inference.protocol import Sampling
 from align.inference.vllm import VllmEngine, why_model_unusable
-from align.inference.vllm_internals import VllmChanged, install_sampler, model_runner, report_steps
+from align.inference.vllm_internals import (
+    VllmChanged,
+    cpu_block_size,
+    install_sampler,
+    model_runner,
+    report_steps,
+)
 from align.inference.weights import checkpoint_weights
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
@@ -198,7 +204,41 @@ def corrupted_tensor_is_caught(engine: VllmEngine, model_dir: Path) -> None:
     raise AssertionError("a corrupted tensor went unnoticed")
 
 
-def changed_insides_fail_loudly() -> None:
+def samples_share_a_short_prompt(engine: VllmEngine, model_dir: Path) -> None:
+    """Of 20 tokens four samples read 16 once, where the processor's kernel takes such blocks."""
+    if cpu_block_size(model_dir, engine.dtype) == 32:
+        return
+    prompt, scheduled = [[7 + token for token in range(20)]], []
+    executor = engine.llm.llm_engine.engine_core.engine_core.model_executor
+    execute = executor.execute_model
+
+    def count(output: Any, *args: Any, **options: Any) -> Any:
+        scheduled.append(output.total_num_scheduled_tokens)
+        return execute(output, *args, **options)
+
+    executor.execute_model = count
+    drawn = flat(engine.generate(prompt, Sampling(3, n=4, seed=5)))
+    executor.execute_model = execute
+    assert scheduled[0] == 20 + 3 * 4, scheduled
+    for response in drawn:
+        # Read from the cache or not, the states are those of the model.
+        (expected,) = engine.score_tokens(prompt, [response.token_ids], 1.0)
+        assert np.allclose(response.logprobs, expected, atol=2e-3), (response.logprobs, expected)
+
+
+def changed_insides_fail_loudly(model_dir: Path) -> None:
+    from vllm.v1.attention.backends import cpu_attn
+
+    backend = cpu_attn.CPUAttentionBackend
+    cpu_attn.CPUAttentionBackend = object
+    try:
+        cpu_block_size(model_dir, torch.float32)
+    except VllmChanged as error:
+        assert "get_supported_kernel_block_sizes" in str(error)
+    else:
+        raise AssertionError("changed kernels of attention went unnoticed")
+    finally:
+        cpu_attn.CPUAttentionBackend = backend
     try:
         report_steps(type("LLM", (), {"llm_engine": object()})(), print)
     except VllmChanged as error:
@@ -271,7 +311,8 @@ def main(model_dir: Path) -> None:
     left_out_head_is_caught(engine, model_dir)
     missing_weight_is_an_error(engine, model_dir)
     corrupted_tensor_is_caught(engine, model_dir)
-    changed_insides_fail_loudly()
+    samples_share_a_short_prompt(engine, model_dir)
+    changed_insides_fail_loudly(model_dir)
     progress_is_told(engine)
     a_hang_is_noticed(engine)
     training_still_works(model_dir)
