@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,18 @@ def fork_server() -> Iterator[None]:
     has changed is started by the interpreter.
     """
     from align.runner import runner
-    from align.runner.stage_process import ForkServer, stage_environment
+    from align.runner.stage_process import ForkServer, stage_environment, this_thread
 
     environment = stage_environment()
     servers: dict[int | None, ForkServer] = {}
 
     def use_server(pipeline: Any, nodes: list[Any]) -> contextlib.nullcontext[None]:
         threads = [pipeline.runtimes[node.name].threads for node in nodes if node.stage.estimator is not None]
-        if threads and ForkServer.is_possible():
+        # Linux ends a server with the thread that has started it.
+        if threads and ForkServer.is_possible() and threading.current_thread() is threading.main_thread():
             if threads[-1] not in servers:
                 servers[threads[-1]] = ForkServer(environment, threads[-1])
-            ForkServer.current = servers[threads[-1]]
+            this_thread.server = servers[threads[-1]]
         return contextlib.nullcontext()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -99,7 +101,7 @@ def fork_server() -> Iterator[None]:
         yield
     for server in servers.values():
         server.close()
-    ForkServer.current = None
+    this_thread.server = None
 
 
 @pytest.fixture(scope="module")

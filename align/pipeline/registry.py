@@ -206,7 +206,7 @@ STAGES: dict[str, Stage] = {
         ),
         _stage(
             "synthesize",
-            2,
+            3,
             None,
             "make instructions, responses or pairs with a model or an endpoint",
             estimator="align.capacity.estimators.synthesize",

@@ -2,7 +2,7 @@
 
 Those imports take five to seven seconds, and a run has them once for each stage that loads a model. Here it has them
 once, beside its first stage. ``python -m align.runner.fork_server SOCKET RUNNER THREADS MODULE...`` serves the process
-RUNNER at the other end of the socket: it imports the modules, says ``READY``, then takes one message per stage: its
+RUNNER at the other end of the socket: it imports the modules, says ``ready``, then takes one message per stage: its
 folder and the variables of its environment that are not the server's, with two file descriptors, the log and a pipe.
 The stage's process writes ``pid NUMBER`` to the pipe, and the server adds ``exit CODE`` when it has ended.
 
@@ -52,10 +52,9 @@ def preload(threads: int, modules: Sequence[str]) -> bool:
     # Libraries read the number of threads when they are imported: it is the same for all stages of a server.
     worker.set_threads(threads)
     for name in modules:
-        importlib.import_module(name)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.accelerator.is_available():
-        return False
+        imported = importlib.import_module(name)
+        if name == "torch" and imported.accelerator.is_available():
+            return False
     # Objects that are never walked again stay in memory pages that all forks share.
     gc.collect()
     gc.freeze()
@@ -77,8 +76,11 @@ def serve(control: socket.socket) -> str | None:
                 if not message:
                     return None
                 log, status = descriptors
+                server = os.getpid()
                 pid = os.fork()
                 if pid == 0:
+                    # First of all: the runner takes the end of the server for that of the stage.
+                    die_with_parent(server)
                     # What belongs to the server is closed, so that its end is seen by those who wait for it.
                     for handle in (*statuses, *statuses.values()):
                         os.close(handle)
@@ -122,6 +124,7 @@ def run_stage(folder: str) -> int:
     with contextlib.suppress(ImportError):  # it comes with vLLM
         # ``ps`` and ``pgrep`` tell stages apart by their folder.
         importlib.import_module("setproctitle").setproctitle(f"python -m align.runner.worker {folder}")
+    # Where the server has ended meanwhile, this process has, too.
     return worker.start([folder], parent=os.getppid())
 
 

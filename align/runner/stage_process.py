@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ OFF = "ALIGN_FORK_STAGES"
 PASSED_ON = ("ALIGN_", "PYTEST_")
 """Beginnings of variables that no library reads: a fork has them as its runner does, whatever the server has."""
 PRELOADED = (
+    "torch",
     "align.training.trainers",
     "align.training.stop_request",
     "align.rl.trainer",
@@ -34,6 +37,10 @@ PRELOADED = (
     "align.inference.transformers",
 )
 """Modules which, with what they import, are most of what a stage imports. vLLM is left to the stages that use it."""
+
+
+ANSWER_SECONDS = 20.0
+"""Seconds that a server may take to fork a process."""
 
 
 class StageProcess(Protocol):
@@ -63,7 +70,7 @@ def start_stage(command: list[str], environment: dict[str, str], threads: int | 
     ``threads``: as of ``runtime.threads``. The process leads a session of its own: Ctrl-C reaches the runner only,
     which then ends the stage in order.
     """
-    server = ForkServer.current
+    server = this_thread.server
     if server is not None and server.serves(command, environment, threads):
         forked = server.fork(command[-1], environment, log)
         if forked is not None:
@@ -82,48 +89,59 @@ def start_stage(command: list[str], environment: dict[str, str], threads: int | 
 def forked_stages(threads: int | None) -> Iterator[None]:
     """Start stages by forks inside of this, where they have these ``threads``; a context inside another adds nothing.
 
-    The server starts at once, and nobody waits for it: what starts before it is ready starts as ever.
+    The server starts at once, and nobody waits for it: what starts before it is ready starts as ever. It belongs to
+    this thread alone, since Linux ends it with the thread that has started it.
     """
-    if ForkServer.current is not None or not ForkServer.is_possible():
+    if this_thread.server is not None or not ForkServer.is_possible():
         yield
         return
-    ForkServer.current = ForkServer(stage_environment(), threads)
+    # A machine that is short of processes can do without.
+    with contextlib.suppress(OSError):
+        this_thread.server = ForkServer(stage_environment(), threads)
     try:
         yield
     finally:
-        ForkServer.current.close()
-        ForkServer.current = None
+        server, this_thread.server = this_thread.server, None
+        if server is not None:
+            server.close()
 
 
 class ForkServer:
     """A running fork server, and what it was started with."""
 
-    current: ForkServer | None = None
-    """The server of this process; None where there is none."""
-
     def __init__(self, environment: Mapping[str, str], threads: int | None, modules: Sequence[str] = PRELOADED) -> None:
         self.environment, self.threads, self.folder = dict(environment), threads, Path.cwd()
-        self.control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.owner = os.getpid()
+        self.control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.ready = False
-        numbers = (other.fileno(), os.getpid(), threads or 0)
-        with other:
+        numbers = (far_end.fileno(), self.owner, threads or 0)
+        with far_end:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "align.runner.fork_server", *map(str, numbers), *modules],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=self.environment,
-                pass_fds=[other.fileno()],
+                pass_fds=[far_end.fileno()],
                 start_new_session=True,
             )
 
     @staticmethod
     def is_possible() -> bool:
         """Return whether this system can fork with libraries imported: Linux; macOS ends a process forked so."""
-        return sys.platform.startswith("linux") and hasattr(os, "pidfd_open") and os.environ.get(OFF) != "0"
+        if not sys.platform.startswith("linux") or os.environ.get(OFF) == "0":
+            return False
+        try:
+            # Old kernels lack it, and some sandboxes refuse it.
+            os.close(os.pidfd_open(os.getpid()))
+        except (AttributeError, OSError):
+            return False
+        return True
 
     def serves(self, command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
         """Return whether a fork would be the process that ``command`` starts, and the server is ready."""
+        if os.getpid() != self.owner:  # in a fork of the runner
+            return False
         is_alike = threads == self.threads and self.folder == Path.cwd() and command[0] == sys.executable
         differences = self._differences(environment)
         return is_alike and all(name.startswith(PASSED_ON) for name in differences) and self._is_ready()
@@ -140,7 +158,7 @@ class ForkServer:
         return self.ready
 
     def fork(self, folder: str, environment: Mapping[str, str], log: int) -> ForkedProcess | None:
-        """Fork the process of the stage in ``folder``; None where the server has ended."""
+        """Fork the process of the stage in ``folder``; None where the server has ended or does not answer."""
         message = json.dumps({"folder": folder, "environment": self._differences(environment)})
         reader, writer = os.pipe()
         try:
@@ -150,13 +168,17 @@ class ForkServer:
             return None
         finally:
             os.close(writer)
-        return ForkedProcess.accept(reader)
+        process = ForkedProcess.accept(reader)
+        if process is None:
+            # It may answer yet, and a stage must not have two processes.
+            self.close()
+        return process
 
     def close(self) -> None:
-        """End the server, and wait until it has: stages of its that still run end with it."""
+        """End the server, and wait until it has ended; its stages that still run end with it."""
+        self.ready = False
         self.control.close()
-        if not self.ready:
-            self.process.kill()  # it would go on importing
+        self.process.kill()
         self.process.wait()
 
 
@@ -170,10 +192,15 @@ class ForkedProcess:
 
     @classmethod
     def accept(cls, reader: int) -> ForkedProcess | None:
-        """Wait for the process's id; None where the server, or the process itself, ended before it was told."""
+        """Wait for the process's id; None where the server, or the process itself, ended before it was told.
+
+        The same for one that does not answer within ``ANSWER_SECONDS``.
+        """
         line = b""
         # Byte by byte: what follows the first line is the exit code, for later.
         while not line.endswith(b"\n"):
+            if not select.select([reader], [], [], ANSWER_SECONDS)[0]:
+                break
             data = os.read(reader, 1)
             if not data:
                 break
@@ -204,3 +231,13 @@ class ForkedProcess:
                 raise subprocess.TimeoutExpired(f"stage's process {self.pid}", timeout or 0.0)
             time.sleep(0.02)
         return code
+
+
+class _ThisThread(threading.local):
+    """What belongs to one thread of a runner."""
+
+    server: ForkServer | None = None
+    """The server from which its stages are forked."""
+
+
+this_thread = _ThisThread()

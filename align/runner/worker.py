@@ -76,7 +76,7 @@ def main(folder: Path, parent: int | None = None) -> int:
     die_with_parent(parent or runner)
     _log_to_output()
     started = time.time()
-    if in_several_processes(work):
+    if runs_in_several_processes(work):
         # None: the settings come down to a single process, which is then this one.
         result: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
         if result is not None:
@@ -99,7 +99,7 @@ def _runtime(work: dict[str, Any]) -> Runtime:
     return validate_plain(Runtime, work["runtime"])
 
 
-def in_several_processes(work: dict[str, Any]) -> bool:
+def runs_in_several_processes(work: dict[str, Any]) -> bool:
     """Return whether several processes run the stage, as far as the settings alone tell."""
     try:
         distributed = find_stage(work["stage"]).distributed
@@ -132,15 +132,16 @@ def run_rank(folder: Path) -> int:
 def end_without_teardown() -> None:
     """Have this process end right after its exit handlers; call it before torch is imported.
 
-    What is registered first runs last, so libraries have done by then what they want done at an end. Taking the
-    interpreter down after that costs a second, for memory that the system frees anyway. In a rank it may even abort:
-    Gloo's threads can still hold tensors of a group that was destroyed (pytorch/pytorch#179291).
+    What is registered first runs last, so torch and whatever is imported later have done by then what they want done at
+    an end. Taking the interpreter down after that costs a second, for memory that the system frees anyway. In a rank it
+    may even abort: Gloo's threads can still hold tensors of a group that was destroyed (pytorch/pytorch#179291).
     """
     atexit.register(_end_at_once)
 
 
 def _end_at_once() -> None:
     if _exit_codes:
+        logging.shutdown()  # registered before this one, when logging was imported
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_exit_codes[-1])

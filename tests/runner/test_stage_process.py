@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 from align import Pipeline
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
-from align.runner import fork_server
+from align.runner import fork_server, runner
 from align.runner.listener import Listener
 from align.runner.runner import run_pipeline
 from align.runner.stage_process import (
@@ -29,11 +30,13 @@ from align.runner.stage_process import (
     forked_stages,
     stage_environment,
     start_stage,
+    this_thread,
 )
 from tests.support import toy
 from tests.support.runs import wait_for
 
 pytestmark = pytest.mark.skipif(not ForkServer.is_possible(), reason="only Linux forks a process with its libraries")
+FORKED_STAGES = runner._forked_stages
 WORKER = [sys.executable, "-m", "align.runner.worker"]
 
 
@@ -58,7 +61,7 @@ def shared_server() -> Iterator[ForkServer]:
 @pytest.fixture
 def server(shared_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> ForkServer:
     """A server from which stages without settings are forked."""
-    monkeypatch.setattr(ForkServer, "current", shared_server)
+    monkeypatch.setattr(this_thread, "server", shared_server)
     return shared_server
 
 
@@ -74,7 +77,7 @@ def test_a_forked_stage_is_as_one_that_the_interpreter_starts(
 ) -> None:
     environment, record = run_surroundings(tmp_path / "forked")
     assert LIBRARY in record["packages"], "the interpreter has started it"
-    monkeypatch.setattr(ForkServer, "current", None)
+    monkeypatch.setattr(this_thread, "server", None)
     expected_environment, expected = run_surroundings(tmp_path / "started")
     assert LIBRARY not in expected["packages"]
     assert environment == expected_environment
@@ -146,7 +149,7 @@ def test_a_stage_ends_with_its_server_and_the_next_is_started_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server()
-    monkeypatch.setattr(ForkServer, "current", server)
+    monkeypatch.setattr(this_thread, "server", server)
     raw = toy.pipeline(one={"pause": 0.2, "steps": 6})
     with pytest.raises(StageFailed, match="killed .SIGKILL"):
         run_pipeline(Pipeline(raw), store=tmp_path, listener=Process(kill=server.process.pid))
@@ -161,8 +164,8 @@ def test_a_killed_runner_takes_server_and_stage_along(tmp_path: Path) -> None:
     script = f"""
 import time
 from align import Pipeline
-from align.runner.stage_process import ForkServer, stage_environment
-server = ForkServer.current = ForkServer(stage_environment(), None, ["numpy"])
+from align.runner.stage_process import ForkServer, stage_environment, this_thread
+server = this_thread.server = ForkServer(stage_environment(), None, ["numpy"])
 while not server.serves({[*WORKER, ""]!r}, stage_environment(), None): time.sleep(0.05)
 Pipeline({raw!r}).run(store={str(tmp_path)!r})
 """
@@ -210,40 +213,82 @@ def test_another_environment_folder_or_number_of_threads_is_started_without(
     assert not server.serves(command, environment, None)
 
 
-def test_a_server_that_is_not_ready_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_server_that_is_not_ready_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(this_thread, "server", None)
     with forked_stages(None):
-        started = ForkServer.current
+        started = this_thread.server
         assert started is not None
         with forked_stages(None):
-            assert ForkServer.current is started
+            assert this_thread.server is started
         run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
     assert "torch" not in run.artifact("one").record["packages"]
-    assert ForkServer.current is None
+    assert this_thread.server is None
     assert started.process.returncode == -signal.SIGKILL
 
 
 def test_the_environment_can_turn_forks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(this_thread, "server", None)
     monkeypatch.setenv(OFF, "0")
     with forked_stages(None):
-        assert ForkServer.current is None
+        assert this_thread.server is None
+
+
+@pytest.mark.parametrize("place", ["align.runner.stage_process.subprocess.Popen", "os.pidfd_open"])
+def test_a_system_that_refuses_a_server_does_without(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(this_thread, "server", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, refuse)
+        with forked_stages(None):
+            assert this_thread.server is None
+    assert ForkServer.is_possible()
+
+
+def test_another_thread_and_a_fork_of_the_runner_have_no_part_in_a_server(
+    server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ForkServer | None] = []
+    thread = threading.Thread(target=lambda: seen.append(this_thread.server))
+    thread.start()
+    thread.join()
+    assert seen == [None]
+    monkeypatch.setattr("align.runner.stage_process.os.getpid", lambda: server.owner + 1)
+    assert not server.serves([*WORKER, "folder"], stage_environment(), None)
+
+
+def test_a_server_that_does_not_answer_is_ended_and_the_stage_started_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.runner.stage_process.ANSWER_SECONDS", 0.2)
+    server = start_server()
+    monkeypatch.setattr(this_thread, "server", server)
+    os.kill(server.process.pid, signal.SIGSTOP)
+    run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path)
+    assert server.process.returncode == -signal.SIGKILL
+    assert LIBRARY not in run.artifact("one").record["packages"]
 
 
 def test_only_runs_with_several_stages_that_load_models_have_a_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads: list[int | None] = []
+    class Stop(Exception):
+        pass
 
-    def start(environment: dict[str, str], number: int | None) -> ForkServer:
-        threads.append(number)
-        raise OSError("no process")
+    def refuse(threads: int | None) -> None:
+        raise Stop(threads)
 
-    monkeypatch.setattr("align.runner.stage_process.ForkServer.__init__", lambda self, *rest: start(*rest))
+    # The test process keeps a server of its own otherwise (tests/conftest.py).
+    monkeypatch.setattr(runner, "_forked_stages", FORKED_STAGES)
+    monkeypatch.setattr(runner, "forked_stages", refuse)
     run_pipeline(Pipeline(toy.pipeline()), store=tmp_path / "toy")
-    assert threads == []
     smoke = Pipeline.load("pipelines/smoke.yaml")
-    with pytest.raises(OSError, match="no process"):
+    with pytest.raises(Stop) as stopped:
         run_pipeline(smoke, store=tmp_path / "smoke")
-    assert threads == [smoke.runtimes["ppo"].threads]
+    assert stopped.value.args == (smoke.runtimes["ppo"].threads,)
 
 
 def test_a_process_that_ended_before_it_told_its_id_is_none() -> None:

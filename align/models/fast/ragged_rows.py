@@ -32,8 +32,10 @@ SHORT = 512
 GROUP_PAIRS = 8_000
 """Work of a further group, in pairs of a query and a key: its calls take as long, forward and backward, as the products
 and the softmax of so many pairs (SmolLM2-135M on two cores: 1.4 ms, and 0.17 microseconds per pair of all heads)."""
-MAX_PAIRS = 2_000_000
-"""Most pairs of a group with several segments; their weights are in memory at once."""
+MAX_PAIRS = 500_000
+"""Most pairs of a group of several short segments: their weights, for every head, are in memory at once."""
+MAX_GROUP = 128
+"""Most segments of a group; the work of finding the best groups grows with it."""
 
 Layout = dict[str, Any]
 """Where each token of a row goes for attention. A plain dict, because models pass it on as a keyword argument.
@@ -143,11 +145,12 @@ def _group_segments(lengths: Sequence[int], prefix_lengths: Sequence[int]) -> li
     work, sizes = [0], [0]
     for end in range(1, len(order) + 1):
         best, best_size, widest_prefix = None, 0, 0
-        for size in range(1, end + 1):
+        for size in range(1, min(end, MAX_GROUP) + 1):
             longest = order[end - size]
             widest_prefix = max(widest_prefix, prefix_lengths[longest])
-            pairs = size * lengths[longest] * (lengths[longest] + widest_prefix)
-            if size > 1 and pairs > MAX_PAIRS:
+            keys = lengths[longest] + widest_prefix
+            pairs = size * lengths[longest] * keys
+            if size > 1 and keys <= SHORT and pairs > MAX_PAIRS:
                 break
             total = work[end - size] + pairs + GROUP_PAIRS
             if best is None or total < best:

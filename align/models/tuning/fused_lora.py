@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
+from torch.autograd.function import once_differentiable
 
 
 class FusedLoraLinear(Linear):
@@ -18,7 +19,7 @@ class FusedLoraLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        adapter = None if args or kwargs else self._only_adapter()
+        adapter = None if args or kwargs else self._find_only_adapter()
         weight: Any = self.base_layer.weight
         if adapter is None or not _is_whole(weight):
             return super().forward(x, *args, **kwargs)
@@ -37,7 +38,7 @@ class FusedLoraLinear(Linear):
         )
         return output
 
-    def _only_adapter(self) -> str | None:
+    def _find_only_adapter(self) -> str | None:
         """Return the one active adapter, where it is plain LoRA that nothing else takes part in."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1:
@@ -46,11 +47,11 @@ class FusedLoraLinear(Linear):
         dropout = self.lora_dropout[name]
         if isinstance(dropout, torch.nn.Dropout) and dropout.training and dropout.p > 0:
             return None
-        # A hook would have to see the call of its module: parallel wrappers gather weights in one.
-        parts = (base, self.lora_A[name], self.lora_B[name], dropout)
-        has_hooks = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        is_plain = name not in self.lora_variant and self.lora_B[name].bias is None and type(base) is torch.nn.Linear
-        return name if is_plain and not has_hooks and not base.weight.requires_grad else None
+        matrices = (base, self.lora_A[name], self.lora_B[name])
+        are_plain = name not in self.lora_variant and all(type(matrix) is torch.nn.Linear for matrix in matrices)
+        if not are_plain or self.lora_B[name].bias is not None or base.weight.requires_grad:
+            return None
+        return None if any(map(_is_watched, (*matrices, dropout))) else name
 
 
 def fuse_lora(model: Any) -> None:
@@ -58,6 +59,12 @@ def fuse_lora(model: Any) -> None:
     for module in model.modules():
         if type(module) is Linear and not module.fan_in_fan_out:
             module.__class__ = FusedLoraLinear
+
+
+def _is_watched(module: Any) -> bool:
+    """Return True where somebody must see the module's call: a wrapper gathers or loads weights in it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def _is_whole(weight: torch.Tensor) -> bool:
@@ -83,19 +90,21 @@ class _LowRankSum(torch.autograd.Function):
         narrow = rows @ low.t()  # (N, r)
         output = torch.nn.functional.linear(rows, weight, bias)
         output.addmm_(narrow, high.t(), alpha=scale)
-        ctx.save_for_backward(rows, narrow, weight, low, high)
+        # Views: a parameter whose values are swapped before the backward pass leaves them as they were.
+        ctx.save_for_backward(rows, narrow, weight, low.t(), high.t())
         ctx.scale, ctx.shape = scale, x.shape
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], len(weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """(..., out) -> gradients of x, A and B in their shapes."""
-        rows, narrow, weight, low, high = ctx.saved_tensors
+        rows, narrow, weight, low_view, high_view = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_narrow = (grad @ high).mul_(ctx.scale)  # (N, r)
+        grad_narrow = (grad @ high_view.t()).mul_(ctx.scale)  # (N, r)
         grad_x = grad_low = grad_high = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_narrow, low).view(ctx.shape)
+            grad_x = (grad @ weight).addmm_(grad_narrow, low_view.t()).view(ctx.shape)
         if ctx.needs_input_grad[3]:
             grad_low = grad_narrow.t() @ rows
         if ctx.needs_input_grad[4]:

@@ -28,7 +28,7 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def adapted(seed: int = 0, **options: Any) -> Any:
+def make_adapted(seed: int = 0, **options: Any) -> Any:
     """A net with LoRA whose second matrices are not 0."""
     torch.manual_seed(seed)
     config = {"r": 3, "lora_alpha": 5, "target_modules": ["first", "second"]} | options
@@ -39,7 +39,7 @@ def adapted(seed: int = 0, **options: Any) -> Any:
     return model
 
 
-def results(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
+def compute_results(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
     """Output, gradient of the input, and those of the trained parameters."""
     x = x.clone().requires_grad_()
     model.zero_grad()
@@ -68,10 +68,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(0, 99), st.booleans())
 def test_values_and_gradients_are_pefts(shape: list[int], seed: int, rslora: bool) -> None:
     x = torch.randn(*shape, 12, generator=torch.Generator().manual_seed(seed))
-    model = adapted(seed, use_rslora=rslora)
-    expected = results(model, x)
+    model = make_adapted(seed, use_rslora=rslora)
+    expected = compute_results(model, x)
     fuse_lora(model)
-    for actual, wanted in zip(results(model, x), expected, strict=True):
+    for actual, wanted in zip(compute_results(model, x), expected, strict=True):
         assert torch.allclose(actual, wanted, atol=1e-5)
 
 
@@ -92,11 +92,11 @@ def test_gradients_are_those_of_differences() -> None:
 
 
 def test_autocast_computes_in_its_type_and_gradients_keep_that_of_the_parameters(calls: list[str]) -> None:
-    x, model = torch.randn(7, 12), adapted()
+    x, model = torch.randn(7, 12), make_adapted()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = results(model, x)
+        expected = compute_results(model, x)
         fuse_lora(model)
-        actual = results(model, x)
+        actual = compute_results(model, x)
     assert len(calls) == 2
     assert actual[0].dtype == torch.bfloat16
     for value, wanted in zip(actual, expected, strict=True):
@@ -105,7 +105,7 @@ def test_autocast_computes_in_its_type_and_gradients_keep_that_of_the_parameters
 
 
 def test_a_gradient_that_nobody_asks_for_is_not_computed(calls: list[str]) -> None:
-    model = adapted()
+    model = make_adapted()
     fuse_lora(model)
     x = torch.randn(3, 12)  # no gradient flows out of the first matrix
     model(x).sum().backward()
@@ -119,19 +119,19 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(calls: list[str]) -> No
     ids=lambda options: next(iter(options)),
 )
 def test_other_layers_take_pefts_way(options: dict[str, Any], calls: list[str]) -> None:
-    model = adapted(**options).train()
+    model = make_adapted(**options).train()
     x = torch.randn(4, 12)
     torch.manual_seed(1)
-    expected = results(model, x)
+    expected = compute_results(model, x)
     fuse_lora(model)
     torch.manual_seed(1)
-    for actual, wanted in zip(results(model, x), expected, strict=True):
+    for actual, wanted in zip(compute_results(model, x), expected, strict=True):
         assert torch.equal(actual, wanted)
     assert not calls
 
 
 def test_dropout_in_evaluation_and_of_0_is_none(calls: list[str]) -> None:
-    model = adapted(lora_dropout=0.5).eval()
+    model = make_adapted(lora_dropout=0.5).eval()
     fuse_lora(model)
     model(torch.randn(4, 12))
     model.train()
@@ -144,7 +144,7 @@ def test_dropout_in_evaluation_and_of_0_is_none(calls: list[str]) -> None:
 
 @pytest.mark.parametrize("way", ["disabled", "merged", "two adapters", "hook", "trained base", "other type"])
 def test_other_calls_take_pefts_way(way: str, calls: list[str]) -> None:
-    model = adapted()
+    model = make_adapted()
     context: Any = contextlib.nullcontext()
     x = torch.randn(4, 12)
     if way == "disabled":
@@ -169,8 +169,45 @@ def test_other_calls_take_pefts_way(way: str, calls: list[str]) -> None:
     assert not calls
 
 
+def test_a_forward_that_somebody_has_replaced_is_called(calls: list[str]) -> None:
+    model = make_adapted()
+    fuse_lora(model)
+    base = model.base_model.model.first.base_layer
+    forward = base.forward
+    base.forward = lambda x: forward(x) + 1  # as accelerate does for weights that are elsewhere
+    model(torch.randn(4, 12))
+    assert len(calls) == 1
+
+
+def test_no_rows_are_no_rows() -> None:
+    model = make_adapted()
+    fuse_lora(model)
+    assert model(torch.randn(0, 12)).shape == (0, 6)
+
+
+def test_values_that_are_swapped_do_not_reach_an_older_graph() -> None:
+    model = make_adapted()
+    fuse_lora(model)
+    layer = model.base_model.model.first
+    x = torch.randn(4, 12, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), x)[0]
+    output = layer(x)
+    for matrix in (layer.lora_A["default"], layer.lora_B["default"]):
+        matrix.weight.data = torch.zeros_like(matrix.weight)
+    assert torch.equal(torch.autograd.grad(output.sum(), x)[0], expected)
+
+
+def test_second_derivatives_are_refused(calls: list[str]) -> None:
+    model = make_adapted()
+    fuse_lora(model)
+    x = torch.randn(4, 12, requires_grad=True)
+    (gradient,) = torch.autograd.grad((model(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 def test_a_weight_that_is_shared_out_takes_pefts_way(calls: list[str]) -> None:
-    model = adapted()
+    model = make_adapted()
     fuse_lora(model)
     model.base_model.model.first.base_layer.weight.ds_id = 1  # DeepSpeed's mark: its values may be elsewhere
     model(torch.randn(4, 12))
@@ -178,7 +215,7 @@ def test_a_weight_that_is_shared_out_takes_pefts_way(calls: list[str]) -> None:
 
 
 def test_names_merging_and_unfused_classes_stay() -> None:
-    model = adapted()
+    model = make_adapted()
     names = list(model.state_dict())
     fuse_lora(model)
     assert list(model.state_dict()) == names
