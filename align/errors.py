@@ -14,14 +14,13 @@ LITTLE_SPACE = 64 * 1024
 """Bytes; a disk with less cannot even take a stage's result."""
 
 _SCHEME = r"://|\b(?:https?|s3|gs|hf|ftp|redis|wss?):/"
+"""End of a scheme; an address that was taken for a path has one slash."""
 SECRETS = (
-    # A password may hold @ and /. An address that was taken for a path has one slash. Lengths are bounded, because each
-    # start of a long text would be followed to its end.
-    (re.compile(rf"({_SCHEME})[^\s@:/'\"<>]{{1,500}}:[^\s'\"<>]{{0,2000}}@"), r"\1***@"),
-    (re.compile(rf"({_SCHEME})[^\s/?#'\"<>]{{0,2000}}@"), r"\1***@"),
+    (re.compile(rf"({_SCHEME})[^\s@:/'\"<>]+:[^\s'\"<>]*@"), r"\1***@"),  # a password may hold @ and /
+    (re.compile(rf"({_SCHEME})[^\s/?#'\"<>]*@"), r"\1***@"),
     (re.compile(r"(^|[\s'\"(\[=,])[^\s:/@'\"(\[=,]+:(?!//)[^\s@'\"]+@(?=[\w\[])"), r"\1***@"),  # without a scheme
     # The same, taken for a path: with a port behind it, which an image's digest and a mount have not.
-    (re.compile(r"(/)[^\s:/@'\"<>]{1,500}:[^\s:/@'\"<>]{1,2000}@(?=[\w.\-]{1,255}:\d)"), r"\1***@"),
+    (re.compile(r"(/)[^\s:/@'\"<>]+:[^\s:/@'\"<>]+@(?=[\w.\-]+:\d)"), r"\1***@"),
     (
         re.compile(
             r"([?&][^=&\s'\"]*(?:key|token|secret|passw|pwd|signature|sig|credential|auth)[^=&\s'\"]*=)[^&\s'\"]+", re.I
