@@ -29,13 +29,13 @@ SAME = ("transformers", "peft", "accelerate")
 INVENTORY = """
 import json
 from importlib.metadata import PackageNotFoundError, version
-found = {}
-for name in ("trl", "torch", "transformers", "peft", "accelerate"):
+versions = {}
+for name in ("trl", "llamafactory", "torch", "transformers", "peft", "accelerate", "datasets"):
     try:
-        found[name] = version(name)
+        versions[name] = version(name)
     except PackageNotFoundError:
         pass
-print(json.dumps(found))
+print(json.dumps(versions))
 """
 
 
@@ -143,13 +143,13 @@ def environment(folder: Path) -> Path:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not a virtual environment; name another folder with --environment.")
         print(f"making a virtual environment for trl {TRL} in {folder}")
-        _pip([sys.executable, "-m", "venv", str(folder)])
+        run_or_refuse([sys.executable, "-m", "venv", str(folder)])
     found = inventory(python)
     if found.get("trl", TRL) != TRL:
         raise UserError(f"{folder} has trl {found['trl']}, and this needs {TRL}; name another with --environment.")
     if not {"trl", *SAME} <= set(found):
         print(f"installing trl {TRL} and what it needs there")
-        _pip([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements()])
+        run_or_refuse([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements()])
     return python
 
 
@@ -161,16 +161,17 @@ def requirements() -> list[str]:
 
 
 def inventory(python: Path) -> dict[str, str]:
-    """Versions of the packages that matter, in the environment of ``python``."""
-    done = subprocess.run([str(python), "-c", INVENTORY], capture_output=True, text=True, check=True)
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    """Return the versions of the packages that matter, in the environment of ``python``."""
+    process = subprocess.run([str(python), "-c", INVENTORY], capture_output=True, text=True, check=True)
+    versions: dict[str, str] = json.loads(process.stdout)
+    return versions
 
 
-def _pip(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{last_lines(done.stdout + done.stderr)}")
+def run_or_refuse(command: list[str]) -> None:
+    """Run a command that makes an environment; raises ``UserError`` with the end of its output where it fails."""
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{last_lines(process.stdout + process.stderr)}")
 
 
 def last_lines(text: str, count: int = 20) -> str:

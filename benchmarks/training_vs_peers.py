@@ -35,8 +35,9 @@ from typing import Any
 
 from align.errors import UserError
 from align.models.embedded import cache_folder
+from benchmarks.ppo_work import inventory
 from benchmarks.training_peers.comparison import Comparison, own_executable
-from benchmarks.training_peers.environments import LLAMAFACTORY, PACKAGES, TRL, inventory, prepare
+from benchmarks.training_peers.environments import LLAMAFACTORY, PACKAGES, TRL, prepare
 from benchmarks.training_peers.model import export_model
 from benchmarks.training_peers.results import Results
 from benchmarks.training_peers.rows import data_folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,19 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from align.errors import UserError
-from benchmarks.ppo_work import SAME, last_lines
-
-INVENTORY = """
-import json
-from importlib.metadata import PackageNotFoundError, version
-versions = {}
-for name in ("trl", "llamafactory", "torch", "transformers", "peft", "accelerate", "datasets"):
-    try:
-        versions[name] = version(name)
-    except PackageNotFoundError:
-        pass
-print(json.dumps(versions))
-"""
+from benchmarks.ppo_work import SAME, inventory, run_or_refuse
 
 
 @dataclass(frozen=True)
@@ -62,11 +49,13 @@ def prepare(package: Package, folder: Path) -> Path:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not a virtual environment; name another folder for {package.name}.")
         print(f"creating a virtual environment for {package.name} {package.version} in {folder}", flush=True)
-        _run([sys.executable, "-m", "venv", str(folder)])
+        run_or_refuse([sys.executable, "-m", "venv", str(folder)])
     installed = inventory(python).get(package.name)
     if installed is None:
         print(f"installing {package.name} {package.version} there", flush=True)
-        _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements(package)])
+        run_or_refuse(
+            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements(package)]
+        )
         if package is LLAMAFACTORY:
             repair_torchaudio(python, folder)
     elif installed != package.version:
@@ -85,16 +74,3 @@ def repair_torchaudio(python: Path, folder: Path) -> None:
     for library in folder.glob("lib/python*/site-packages/torchaudio/lib/_torchaudio*.so"):
         print(f"removing {library}, which does not load beside this torch", flush=True)
         library.unlink()
-
-
-def inventory(python: Path) -> dict[str, str]:
-    """Return the versions of the packages that matter, in the environment of ``python``."""
-    process = subprocess.run([str(python), "-c", INVENTORY], capture_output=True, text=True, check=True)
-    versions: dict[str, str] = json.loads(process.stdout)
-    return versions
-
-
-def _run(command: list[str]) -> None:
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{last_lines(process.stdout + process.stderr)}")

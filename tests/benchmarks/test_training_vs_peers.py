@@ -299,7 +299,7 @@ def test_environment_that_is_complete_is_used(tmp_path):
 def test_environment_that_lacks_the_package_is_completed(tmp_path, monkeypatch):
     make_python(tmp_path, "echo '{}'")
     commands, repaired = [], []
-    monkeypatch.setattr(environments, "_run", commands.append)
+    monkeypatch.setattr(environments, "run_or_refuse", commands.append)
     monkeypatch.setattr(environments, "repair_torchaudio", lambda python, folder: repaired.append(folder))
     prepare(LLAMAFACTORY, tmp_path)
     ((_, *command),) = commands
@@ -308,15 +308,15 @@ def test_environment_that_lacks_the_package_is_completed(tmp_path, monkeypatch):
     assert repaired == [tmp_path]
 
 
-@pytest.mark.parametrize(("code", "kept"), [(0, True), (1, False)])
-def test_torchaudio_loses_a_library_only_where_it_does_not_load(tmp_path, code, kept):
+@pytest.mark.parametrize(("code", "remains"), [(0, True), (1, False)])
+def test_torchaudio_loses_a_library_only_where_it_does_not_load(tmp_path, code, remains):
     python = make_python(tmp_path, f"exit {code}")
     folder = tmp_path / "lib" / "python3.11" / "site-packages" / "torchaudio" / "lib"
     folder.mkdir(parents=True)
     (folder / "_torchaudio.abi3.so").touch()
     (folder / "libtorchaudio.abi3.so").touch()
     repair_torchaudio(python, tmp_path)
-    assert (folder / "_torchaudio.abi3.so").exists() == kept
+    assert (folder / "_torchaudio.abi3.so").exists() == remains
     assert (folder / "libtorchaudio.abi3.so").exists()
 
 
