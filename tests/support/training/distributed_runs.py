@@ -29,7 +29,8 @@ LORA = {"method": "lora", "rank": 4}
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"model": "model", "data": "rows", **ROWS},
     "reward": {"model": "model", "data": "rows", **ROWS},
-    "dpo": {"policy": "model", "data": "rows", **ROWS, "beta": 0.5},
+    # AdamW divides a gradient near 0 by itself, which makes steps of rounding: a larger epsilon leaves it small.
+    "dpo": {"policy": "model", "data": "rows", **ROWS, "beta": 0.5, "trainer": {"adam_epsilon": 1e-6}},
     "ppo": {**SAMPLED, "num_epochs": 2, "num_mini_batches": 2, "eval_updates": 2},
     "ppo_lora": {"stage": "ppo", **SAMPLED, "tuning": LORA},
     "sft_lora": {"stage": "sft", "model": "model", "data": "rows", **ROWS, "tuning": LORA, "ema": 0.9, "keep": "best",
@@ -74,7 +75,7 @@ class Made:
 
 
 def same(first: Made, second: Made) -> None:
-    """Losses, held-out scores and nearly all weights within ``WITHIN``, and as many tokens."""
+    """Losses, held-out scores and weights within ``WITHIN``, and as many tokens."""
     assert len(first.losses) >= 3
     assert second.losses == pytest.approx(first.losses, abs=WITHIN)
     scores = {name: value for name, value in first.metrics.items() if name.startswith(("test_loss", "score_", "kl_"))}
@@ -83,10 +84,7 @@ def same(first: Made, second: Made) -> None:
     assert second.metrics["tokens"] == first.metrics["tokens"]
     assert first.weights.keys() == second.weights.keys()
     for name, tensor in first.weights.items():
-        difference = (tensor - second.weights[name]).abs()
-        # AdamW divides a gradient near 0 by itself: rounding alone may move such a weight by a part of a step (1e-3).
-        assert (difference >= WITHIN).sum() <= 1 + tensor.numel() // 1000, name
-        assert difference.max() < 3 * WITHIN, name
+        assert (tensor - second.weights[name]).abs().max() < WITHIN, name
 
 
 def interrupted(tmp_path: Path, name: str, first: dict[str, Any], then: dict[str, Any]) -> Made:
