@@ -27,6 +27,8 @@ class NamedTemplate:
     """Models that use it."""
     tokens: tuple[str, ...] = ()
     """Special tokens that it writes, beside bos and eos. The last one ends a turn; without any, eos does."""
+    tools: bool = False
+    """True where it has a place for tools, their calls and their results."""
 
 
 TEMPLATES: dict[str, NamedTemplate] = {
@@ -34,12 +36,17 @@ TEMPLATES: dict[str, NamedTemplate] = {
     "chatml": NamedTemplate(
         "SmolLM2, OpenHermes and many others, without a default system prompt", ("<|im_start|>", "<|im_end|>")
     ),
+    "chatml-tools": NamedTemplate(
+        "ChatML with tools, for models that learn to call them; calls as Hermes writes them",
+        ("<|im_start|>", "<|im_end|>"),
+        tools=True,
+    ),
     "gemma": NamedTemplate("Gemma 1 to 3", ("<start_of_turn>", "<end_of_turn>")),
     "llama2": NamedTemplate("Llama 2 Chat"),
     "llama3": NamedTemplate("Llama 3, 3.1, 3.2 and 3.3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "mistral": NamedTemplate("Mistral Instruct v0.3 and Mixtral"),
     "phi3": NamedTemplate("Phi 3", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
-    "qwen2.5": NamedTemplate("Qwen2.5, with tools", ("<|im_start|>", "<|im_end|>")),
+    "qwen2.5": NamedTemplate("Qwen2.5, with tools", ("<|im_start|>", "<|im_end|>"), tools=True),
     "tulu": NamedTemplate("Tulu 2 and 3"),
     "vicuna": NamedTemplate("Vicuna 1.1 and 1.5"),
     "zephyr": NamedTemplate("Zephyr: <|user|> and <|assistant|> as plain text"),
@@ -97,6 +104,11 @@ def fitting_templates(vocabulary: Collection[str]) -> list[str]:
     """Return the named templates whose special tokens are in the vocabulary, those with tokens of their own first."""
     fitting = [name for name, template in TEMPLATES.items() if all(token in vocabulary for token in template.tokens)]
     return sorted(fitting, key=lambda name: not TEMPLATES[name].tokens)
+
+
+def templates_with_tools(vocabulary: Collection[str]) -> list[str]:
+    """Return the named templates with a place for tools whose special tokens are in the vocabulary."""
+    return [name for name in fitting_templates(vocabulary) if TEMPLATES[name].tools]
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,1 @@
+"""Environments: conversations of several turns, with the tools and scores that a policy meets in them."""

@@ -1,0 +1,193 @@
+"""Render conversations to token ids so that no text of a message becomes a control token. Torch-free.
+
+Tools, rows and users write whatever they like, ``<|im_end|>`` too. A template mixes such text with its own, and a
+tokenizer cannot tell them apart afterwards. So marks are set into the texts before the template sees them, where a
+control token could begin; in the rendering only the template's own control tokens are whole, and these get private
+names, which a copy of the tokenizer knows them by. Then the marks go, and every text is as it was, in ordinary tokens.
+A text without control tokens has the ids that the tokenizer itself gives it.
+
+Left out: tokenizers without a ``tokenizer.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align.errors import UserError
+from align.models.render import explain_refusal
+
+Message = Mapping[str, Any]
+
+MARK, NAME_START, NAME_END = "\ufdd0", "\ufdd1", "\ufdd2"
+"""Unicode's noncharacters, which no text in exchange may have; those of a message are replaced."""
+UNUSABLE = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")
+REPLACEMENT = "\ufffd"
+TAG = re.compile(r"</?[^<>\s]+>|\[/?[A-Z_]+\]|<\uff5c[^<>\uff5c]+\uff5c>")
+"""Texts of added tokens that are marks although the tokenizer does not call them special, as ``<tool_call>``."""
+TURN_TAG = re.compile(r"<\|[^<>]+\|>")
+"""Those of them that an answer cannot have in its text either."""
+DATE = "26 July 2025"
+"""The day that templates hear when they ask for it: a prompt must not change from day to day."""
+PLAIN_FIELDS = ("role",)
+HIDDEN_FIELDS = ("train",)
+
+
+class GuardedRenderer:
+    """Renders messages with a tokenizer's template, or another one, to ids."""
+
+    def __init__(self, tokenizer: Any, where: str) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(
+                f"{where} has a tokenizer without a tokenizer.json, whose control tokens cannot be told from text. "
+                "Convert it with transformers' AutoTokenizer and save it again."
+            )
+        self.tokenizer = tokenizer
+        tokens = _control_tokens(tokenizer)
+        self._ids = {text: index for text, (index, _) in tokens.items()}
+        self._tokens = _any_of(self._ids)
+        self._of_turns = _any_of({text for text, (_, is_special) in tokens.items() if is_special})
+        self._starts = re.compile("[" + re.escape("".join(sorted({text[0] for text in self._ids}))) + "]")
+        self._copy, self._real_ids = _private_copy(backend, self._ids)
+
+    def text(
+        self,
+        template: str,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Return the rendering with private names for the template's control tokens, for :meth:`encode`.
+
+        Raises ``UserError`` where the template raises.
+        """
+        from jinja2 import TemplateError
+
+        guarded = [self._guard_message(message) for message in messages]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                guarded,
+                tools=self._guard(list(tools)) if tools else None,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=_today,
+            )
+        except TemplateError as error:
+            raise explain_refusal(self.tokenizer, messages, error) from None
+        named = self._tokens.sub(lambda token: private_name(self._ids[token.group()]), str(rendered))
+        return named.replace(MARK, "").replace("\\ufdd0", "")
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a rendering, or of a part of it that begins and ends between tokens."""
+        ids = self._copy.encode(text, add_special_tokens=False).ids
+        return [self._real_ids.get(index, index) for index in ids]
+
+    def name_of(self, token: int) -> str:
+        """Return the private name of a control token."""
+        return private_name(token)
+
+    def readable(self, text: str) -> str:
+        """Return a rendering as the template wrote it."""
+        return re.sub(
+            f"{NAME_START}([0-9]+){NAME_END}",
+            lambda name: str(self.tokenizer.convert_ids_to_tokens(int(name.group(1)))),
+            text,
+        )
+
+    def _guard_message(self, message: Message) -> dict[str, Any]:
+        """Return a message as templates expect it, with marks in its texts, and without empty fields."""
+        guarded: dict[str, Any] = {}
+        for name, value in message.items():
+            if value is None or name in HIDDEN_FIELDS or (name == "tool_calls" and not value):
+                continue
+            if name == "tool_calls" and isinstance(value, str):
+                value = json.loads(value)
+            if name in PLAIN_FIELDS:
+                guarded[name] = value
+            elif name == "content" and message.get("role") == "assistant" and isinstance(value, str):
+                guarded[name] = self._guard_answer(value)
+            else:
+                guarded[name] = self._guard(value)
+        return guarded
+
+    def _guard(self, value: Any) -> Any:
+        """Set a mark wherever a control token could begin, in every text of a value."""
+        # Not in whole tokens alone: a template that removes a part of the text could join one.
+        if isinstance(value, str):
+            return self._starts.sub(lambda start: start.group() + MARK, UNUSABLE.sub(REPLACEMENT, value))
+        if isinstance(value, Mapping):
+            return {self._guard(key): self._guard(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guard(item) for item in value]
+        return value
+
+    def _guard_answer(self, text: str) -> str:
+        """Set marks in special tokens; thoughts and calls in an answer are the tokens that a model writes them with."""
+        return self._of_turns.sub(
+            lambda token: token.group()[0] + MARK + token.group()[1:], UNUSABLE.sub(REPLACEMENT, text)
+        )
+
+
+def private_name(token: int) -> str:
+    """Return the name by which the copy of the tokenizer knows a control token."""
+    return f"{NAME_START}{token}{NAME_END}"
+
+
+def _today(form: str) -> str:
+    from datetime import datetime
+
+    return datetime.strptime(DATE, "%d %B %Y").strftime(form)
+
+
+def _any_of(texts: Mapping[str, int] | set[str]) -> re.Pattern[str]:
+    """Return a pattern of some texts, the longest first; one that never matches for none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _control_tokens(tokenizer: Any) -> dict[str, tuple[int, bool]]:
+    """Return text → id of every control token, and whether no answer may have it in its text."""
+    tokens: dict[str, tuple[int, bool]] = {}
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if token.special or TAG.fullmatch(token.content):
+            tokens[token.content] = (int(index), bool(token.special or TURN_TAG.fullmatch(token.content)))
+    for text, index in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=False):
+        tokens[str(text)] = (int(index), True)
+    return tokens
+
+
+def _private_copy(backend: Any, control: Mapping[str, int]) -> tuple[Any, dict[int, int]]:
+    """Return a copy of a tokenizer that knows control tokens by their private names alone, and its ids → real ids."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(backend.to_str())
+    # Neither a BOS nor padding or truncation: the rendering is complete.
+    state |= {"post_processor": None, "padding": None, "truncation": None}
+    for token in state["added_tokens"]:
+        if token["content"] in control:
+            token["content"] = private_name(control[token["content"]])
+    _rename_in_model(state["model"], {text: private_name(index) for text, index in control.items()})
+    copy = Tokenizer.from_str(json.dumps(state))
+    real = {copy.token_to_id(private_name(index)): index for index in control.values()}
+    for text, index in backend.get_vocab().items():
+        if text not in control and (renamed := copy.token_to_id(text)) != index:
+            real[renamed] = index
+    return copy, {renamed: index for renamed, index in real.items() if renamed is not None and renamed != index}
+
+
+def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Rename control tokens in a model's vocabulary, so that no text is looked up as one of them."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(text, text): index for text, index in vocabulary.items()}
+    elif isinstance(vocabulary, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if model.get("merges"):
+        # A merge is a pair, or in older files a text with a space.
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not ({*pair, "".join(pair)} & names.keys())]

@@ -1,0 +1,273 @@
+"""Token ids of a conversation that goes on: its prompt, and what a template writes between two turns of the policy.
+
+What was sampled stays as it was, id for id; only the template's new tokens are added behind it. So a template must be
+prefix-preserving: rendering more messages must not change the tokens before them. One that is not is replaced by a
+training template of its family, or refused. Torch-free. Left out: parsing calls (``align/data/tool_calls.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.tool_calls import ToolCall
+from align.environments.guarded_rendering import GuardedRenderer, Message
+from align.errors import UserError
+from align.models.named_templates import templates_with_tools
+from align.models.render import require_chat_template
+from align.models.training_templates import training_templates
+
+QUESTION, NEXT, RESULT, TEXT = "Qanat", "Xylem", "Vortex", "Zephyrus"
+"""Rare words of the probes: everything else in a rendering is the template's."""
+ASKED: list[Message] = [{"role": "user", "content": QUESTION}]
+FIELD = "the model stage's chat_template field"
+DATE = re.compile(r"\d{1,2} \w{3,9} \d{4}")
+THOUGHT_OPENED = re.compile(r"<think>\s*\Z")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A short conversation: what the policy answers to, its answer, and what follows."""
+
+    before: Sequence[Message]
+    text: str
+    after: Sequence[Message]
+    calls: tuple[ToolCall, ...] = ()
+
+
+class TurnTemplate:
+    """A tokenizer's chat template, as episodes use it."""
+
+    eos: int
+    """The token that ends a turn of the policy."""
+    template: str
+    """Text of the template that is used: the model's own, or a training template."""
+    training: str = ""
+    """Name of the training template; "" for the model's own."""
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None, where: str) -> None:
+        """Choose a template for conversations with ``tools``; ``where`` names the model in messages.
+
+        Raises ``UserError`` for a tokenizer without template, tools that it has no place for, and a template that is
+        not prefix-preserving where no training template fits.
+        """
+        require_chat_template(tokenizer, where)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{where} has no eos token, so no turn could end. Bring it in through a model stage.")
+        self._renderer = GuardedRenderer(tokenizer, where)
+        self._tools = list(tools) if tools else None
+        self._where = where
+        self.eos = int(tokenizer.eos_token_id)
+        self._end = self._renderer.name_of(self.eos)
+        self.template = str(tokenizer.get_chat_template(tools=self._tools))
+        self._choose(set(tokenizer.get_vocab()))
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a conversation's beginning, up to the start of the policy's turn."""
+        return self._renderer.encode(self._text(self.template, messages, add_generation_prompt=True))
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a whole conversation; after an answer they end with its end of turn.
+
+        The text of an assistant message is a turn as it was sampled, with its calls in it.
+        """
+        text = self._text(self.template, messages)
+        if messages[-1]["role"] == "assistant":
+            text = text[: text.rindex(self._end) + len(self._end)]
+        return self._renderer.encode(text)
+
+    def between(self, messages: Sequence[Message], calls: Sequence[ToolCall] = ()) -> list[int]:
+        """Return the ids that follow a sampled turn: the rest of its ending, ``messages``, and the next turn's start.
+
+        The turn ends with :attr:`eos`. ``calls`` are those of the turn; the results among ``messages`` are theirs, in
+        order.
+        """
+        probe = Probe(ASKED, TEXT if not calls else "", _with_ids(messages, calls), tuple(calls))
+        try:
+            answered, whole = self._renderings(self.template, probe)
+        except NotPreserving as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise UserError(f"{self._where}: before the roles {roles}, its chat template has {error}.") from None
+        # The end of turn is encoded with what follows, as some tokenizers take white space into a token.
+        ids = self._renderer.encode(whole[len(answered) - len(self._end) :])
+        if ids[:1] != [self.eos]:
+            raise UserError(f"{self._where}: its tokenizer merges the end of turn with the text after it.")
+        return ids[1:]
+
+    def _choose(self, vocabulary: set[str]) -> None:
+        """Keep the model's own template, or take a training template that writes the same prompts."""
+        fault = self._missing_tools(self.template) or self._fault(self.template)
+        if fault is None:
+            return
+        if not fault.startswith("no place"):
+            for name, text in training_templates(self.template, vocabulary):
+                if self._writes_same_prompts(text) and (self._missing_tools(text) or self._fault(text)) is None:
+                    self.template, self.training = text, name
+                    return
+        with_tools = templates_with_tools(vocabulary)
+        fitting = f"one of align's that fits its tokens ({', '.join(with_tools)}), or " if with_tools else ""
+        raise UserError(
+            f"{self._where}: its chat template has {fault}. Name another in {FIELD}: {fitting}a Jinja file."
+        )
+
+    def _missing_tools(self, template: str) -> str | None:
+        """Return what a template lacks for the tools; None where it writes them and their results."""
+        if not self._tools:
+            return None
+        prompt = self._try(template, ASKED, add_generation_prompt=True)
+        names = [_tool_name(tool) for tool in self._tools]
+        missing = [name for name in names if prompt is not None and name not in self._renderer.readable(prompt)]
+        if missing:
+            return f"no place for tools, and the environment has {', '.join(missing)}"
+        call = ToolCall(names[0], {}, "")
+        results = _with_ids([{"role": "tool", "content": RESULT}], [call])
+        rendered = self._try(template, [*ASKED, _answer("", [call]), *results])
+        rendered = rendered or self._try(template, [*ASKED, _answer(TEXT), *results])
+        if rendered is None or RESULT not in rendered:
+            return "no place for the results of tools (the role 'tool')"
+        return None
+
+    def _fault(self, template: str) -> str | None:
+        """Return why a template cannot be used in episodes; None for one that can."""
+        start = self._try(template, ASKED, add_generation_prompt=True)
+        opened = THOUGHT_OPENED.search(self._renderer.readable(start)) if start else None
+        probes = [
+            Probe(ASKED, TEXT, [{"role": "user", "content": NEXT}]),
+            Probe(ASKED, f"<think>\n{RESULT}\n</think>\n\n{TEXT}", [{"role": "user", "content": NEXT}]),
+            # A second turn behind the first one's.
+            Probe([*ASKED, _answer(TEXT), *ASKED], TEXT, [{"role": "user", "content": NEXT}]),
+            Probe([{"role": "system", "content": NEXT}, *ASKED], TEXT, ASKED),
+        ]
+        if self._tools:
+            call = ToolCall(_tool_name(self._tools[0]), {}, "")
+            result = {"role": "tool", "content": RESULT}
+            after = _with_ids([result], [call])
+            probes.append(Probe(ASKED, "", after, (call,)))
+            probes.append(Probe([*ASKED, _answer(TEXT), {"role": "tool", "content": RESULT}], TEXT, ASKED))
+        for probe in probes:
+            if self._try(template, probe.before, add_generation_prompt=True) is None:
+                if probe.before[0]["role"] != "system":
+                    return f"no way to write the roles {', '.join(str(message['role']) for message in probe.before)}"
+                continue  # a template may refuse system messages
+            fault = self._fault_of(template, probe, opened)
+            if fault is not None:
+                return fault
+        return None
+
+    def _fault_of(self, template: str, probe: Probe, opened: re.Match[str] | None) -> str | None:
+        if opened and not probe.calls:
+            text = probe.text if probe.text.startswith("<think>") else "<think>\n</think>\n\n" + probe.text
+            # The turn as sampled begins within the thought that the prompt opens.
+            probe = Probe(probe.before, opened.group() + text.removeprefix("<think>").lstrip(), probe.after)
+        try:
+            start = self._text(template, probe.before, add_generation_prompt=True)
+            self._renderings(template, probe, start)
+        except NotPreserving as error:
+            return str(error)
+        except UserError as error:
+            return f"no way to go on: {error}"
+        return None
+
+    def _renderings(self, template: str, probe: Probe, start: str = "") -> tuple[str, str]:
+        """Return a probe's rendering up to the end of its answer, and all of it with the next turn's start.
+
+        Raises ``NotPreserving`` where the first is no beginning of the second, or does not begin with ``start``.
+        """
+        # Some templates write one call in a turn, others refuse an answer with calls without such a field.
+        answers = [_answer(probe.text, probe.calls), _answer(probe.text, probe.calls[:1]), _answer(TEXT)]
+        for answer in answers:
+            answered = self._try(template, [*probe.before, answer])
+            if answered is not None:
+                break
+        else:
+            # The last of them raises the template's own message.
+            answered = self._text(template, [*probe.before, answer])
+        end = answered.rfind(self._end)
+        if end < len(start):
+            raise NotPreserving(
+                f"no {self._renderer.readable(self._end)!r} at the end of an answer, which is the tokenizer's eos, and "
+                "the policy's turns end with it"
+            )
+        answered = answered[: end + len(self._end)]
+        whole = self._text(template, [*probe.before, answer, *probe.after], add_generation_prompt=True)
+        self._require_beginning(start, answered, "once the prompt is answered")
+        self._require_beginning(answered, whole, "once the conversation goes on")
+        return answered, whole
+
+    def _require_beginning(self, first: str, second: str, occasion: str) -> None:
+        if second.startswith(first):
+            return
+        # Ids say it better than characters: they are what the policy has sampled.
+        before, after = self._renderer.encode(first), self._renderer.encode(second)
+        pairs = enumerate(zip(before, after, strict=False))
+        place = next((index for index, (a, b) in pairs if a != b), min(len(before), len(after)))
+        old, new = (
+            repr(self._renderer.tokenizer.decode(ids[place : place + 1])) if place < len(ids) else "nothing"
+            for ids in (before, after)
+        )
+        raise NotPreserving(
+            f"turns that change {occasion}: token {place + 1} of a conversation is {old} and becomes {new}"
+        )
+
+    def _writes_same_prompts(self, text: str) -> bool:
+        """Return True where a training template writes the prompts that the model's own does, but for dates."""
+        system: list[Message] = [{"role": "system", "content": NEXT}]
+        is_same = []
+        for messages in (ASKED, [*system, *ASKED]):
+            own, training = (
+                self._try(template, messages, add_generation_prompt=True) for template in (self.template, text)
+            )
+            if own is not None:
+                is_same.append(training is not None and DATE.sub("", own) == DATE.sub("", training))
+        return bool(is_same) and all(is_same)
+
+    def _text(self, template: str, messages: Iterable[Message], add_generation_prompt: bool = False) -> str:
+        return self._renderer.text(template, list(messages), self._tools, add_generation_prompt)
+
+    def _try(self, template: str, messages: Iterable[Message], add_generation_prompt: bool = False) -> str | None:
+        """Return a rendering; None where the template refuses it."""
+        try:
+            return self._text(template, messages, add_generation_prompt)
+        except UserError:
+            return None
+
+
+class NotPreserving(UserError):
+    """A template under which a conversation's beginning changes."""
+
+
+def _answer(text: str, calls: Sequence[ToolCall] = ()) -> Message:
+    answer: dict[str, Any] = {"role": "assistant", "content": text}
+    if calls:
+        answer["tool_calls"] = [
+            {
+                "type": "function",
+                "id": call_id(call, index),
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for index, call in enumerate(calls)
+        ]
+    return answer
+
+
+def call_id(call: ToolCall, index: int) -> str:
+    """Return a call's own id, or one of nine letters and digits, which Mistral's templates ask for."""
+    return call.id or f"call{index:05d}"
+
+
+def _with_ids(messages: Sequence[Message], calls: Sequence[ToolCall]) -> list[Message]:
+    """Return messages whose results of tools name the calls that they answer, in order."""
+    remaining = list(enumerate(calls))
+    named: list[Message] = []
+    for message in messages:
+        if message["role"] == "tool" and remaining:
+            index, call = remaining.pop(0)
+            message = {"tool_call_id": call_id(call, index), "name": call.name, **message}
+        named.append(message)
+    return named
+
+
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    return str(tool.get("function", tool).get("name"))
