@@ -78,13 +78,15 @@ class TurnTemplate:
             text = text[: text.rindex(self._end) + len(self._end)]
         return self._renderer.encode(text)
 
-    def between(self, messages: Sequence[Message], calls: Sequence[ToolCall] = ()) -> list[int]:
+    def between(
+        self, messages: Sequence[Message], calls: Sequence[ToolCall] = (), prompt: Sequence[Message] = ()
+    ) -> list[int]:
         """Return the ids that follow a sampled turn: the rest of its ending, ``messages``, and the next turn's start.
 
         The turn ends with :attr:`eos`. ``calls`` are those of the turn; the results among ``messages`` are theirs, in
-        order.
+        order. ``prompt`` is the conversation's beginning: some templates read in its system message how turns start.
         """
-        probe = Probe(ASKED, TEXT if not calls else "", _with_ids(messages, calls), tuple(calls))
+        probe = Probe(prompt or ASKED, TEXT if not calls else "", _with_ids(messages, calls), tuple(calls))
         try:
             answered, whole = self._renderings(self.template, probe)
         except NotPreserving as error:
@@ -163,7 +165,9 @@ class TurnTemplate:
             probe = Probe(probe.before, opened.group() + text.removeprefix("<think>").lstrip(), probe.after)
         try:
             start = self._text(template, probe.before, add_generation_prompt=True)
-            self._renderings(template, probe, start)
+            answered, _ = self._renderings(template, probe, start)
+            if probe.text not in self._renderer.readable(answered):
+                return f"answers that lose a part of their text, such as {probe.text!r}"
         except NotPreserving as error:
             return str(error)
         except UserError as error:

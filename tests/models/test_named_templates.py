@@ -40,6 +40,8 @@ TEXTS = {
     "\n\n### Response:\n",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4"
     "<|im_end|>\n<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n",
+    "chatml-tools": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
+    "<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nAnd 3?<|im_end|>\n<|im_start|>assistant\n",
     "gemma": "<s><start_of_turn>user\nBe brief.\n\n2 + 2?<end_of_turn>\n<start_of_turn>model\n4<end_of_turn>\n"
     "<start_of_turn>user\nAnd 3?<end_of_turn>\n<start_of_turn>model\n",
     "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n2 + 2? [/INST] 4 </s><s>[INST] And 3? [/INST]",
@@ -109,7 +111,7 @@ def test_a_conversation_goes_on_from_its_prompt_and_ends_with_the_end_of_turn(na
     assert tokenizer.decode(whole[len(prompt) :]).strip().replace(" ", "") == f"3{end}"
 
 
-@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"chatml", "zephyr", "qwen2.5", "tulu"}))
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"chatml", "chatml-tools", "zephyr", "qwen2.5", "tulu"}))
 def test_a_role_that_the_format_lacks_is_refused(name: str) -> None:
     with pytest.raises(TemplateError, match=f"{name} has no role tool"):
         render(name, [*TALK, {"role": "tool", "content": "5"}])
@@ -157,6 +159,25 @@ def test_qwen_writes_tools_calls_and_results_as_its_own_template_does() -> None:
     assert '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>' in texts[0]
 
 
+def test_chatml_with_tools() -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    messages = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "It is 4."},
+    ]
+    assert render("chatml-tools", messages, tools=[tool]) == (
+        "<|im_start|>system\nYou may call these functions:\n<tools>\n"
+        '{"name": "add", "parameters": {"type": "object", "properties": {}}}\n</tools>\n'
+        'To call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>.<|im_end|>\n'
+        "<|im_start|>user\n2 + 2?<|im_end|>\n"
+        '<|im_start|>assistant\n<tool_call>{"name": "add", "arguments": {"a": 2, "b": 2}}</tool_call><|im_end|>\n'
+        "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\nIt is 4.<|im_end|>\n"
+    )
+
+
 def test_names_and_paths(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{{ messages }}")
     assert read_template("own.jinja", tmp_path) == "{{ messages }}"
@@ -180,7 +201,7 @@ def test_a_token_that_the_vocabulary_lacks_names_add_tokens() -> None:
 
 def test_fitting_templates_have_their_tokens_first() -> None:
     fitting = fitting_templates({"<|im_start|>", "<|im_end|>"})
-    assert fitting[:2] == ["chatml", "qwen2.5"] and "llama3" not in fitting and "zephyr" in fitting
+    assert fitting[:3] == ["chatml", "chatml-tools", "qwen2.5"] and "llama3" not in fitting and "zephyr" in fitting
     assert "chatml, qwen2.5, alpaca" in explain_no_template("base", {"<|im_start|>", "<|im_end|>"})
 
 

@@ -29,9 +29,9 @@ class ModelConfig(Config):
     trust_remote_code: bool = False
     """Run Python code of the model's repository; otherwise such a model is refused."""
     chat_template: NameOrPath | None = None
-    """Chat template, which replaces the model's: one that ships with align, by name (alpaca, chatml, gemma, llama2,
-    llama3, mistral, phi3, qwen2.5, tulu, vicuna, zephyr), or the path of a Jinja file. Required for a base model
-    without one."""
+    """Chat template, which replaces the model's: one that ships with align, by name (alpaca, chatml, chatml-tools,
+    gemma, llama2, llama3, mistral, phi3, qwen2.5, tulu, vicuna, zephyr), or the path of a Jinja file. Required for a
+    base model without one."""
     add_tokens: list[str] = Field([])
     """Special tokens to add to the vocabulary, such as those of the chat template: ``["<|im_start|>", "<|im_end|>"]``.
     Their embeddings start as the mean of all others; ``train_tokens`` of LoRA trains them."""
