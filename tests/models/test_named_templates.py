@@ -202,7 +202,7 @@ def test_a_token_that_the_vocabulary_lacks_names_add_tokens() -> None:
 def test_fitting_templates_have_their_tokens_first() -> None:
     fitting = fitting_templates({"<|im_start|>", "<|im_end|>"})
     assert fitting[:3] == ["chatml", "chatml-tools", "qwen2.5"] and "llama3" not in fitting and "zephyr" in fitting
-    assert "chatml, qwen2.5, alpaca" in explain_no_template("base", {"<|im_start|>", "<|im_end|>"})
+    assert "chatml, chatml-tools, qwen2.5, alpaca" in explain_no_template("base", {"<|im_start|>", "<|im_end|>"})
 
 
 def test_templates_of_a_folder(tmp_path: Path) -> None:
