@@ -15,6 +15,7 @@ from align.data.rows import Row
 from align.errors import UserError
 from align.lint.across_rows import DuplicateRows, check_leaked_answers, check_leaked_prompts, check_repeated_answers
 from align.lint.batches import BatchReader, Collator, TokenSequence, padded_label_counts
+from align.lint.calls import CallChecks
 from align.lint.chat_format import ChatFormat, squeezed
 from align.lint.encodings import encoding_of
 from align.lint.findings import Finding, Findings, Place
@@ -79,6 +80,7 @@ class Linter:
         self.rows: dict[str, list[tuple[Place, Row]]] = {}
         """Split → the rows looked at, with their places."""
         self._pairs = PairChecks()
+        self._calls = CallChecks(self.chat_format)
         self._labels = {True: 0, False: 0}
         self._checked_starts = 0
 
@@ -107,6 +109,7 @@ class Linter:
             place = Place(split, number + 1, str(row.get("id", "")), str(row.get("_where", "")))
             placed_rows.append((place, row))
             check_turns(row, place, self.chat_format, self.findings)
+            self._calls.check(row, place, self.findings)
             if isinstance(row.get("label"), bool):
                 self._labels[row["label"]] += 1
             sequences, encoded = self._sequences(number, row, place, collator, prepared)

@@ -181,6 +181,16 @@ RULES: dict[str, Rule] = {
         "a turn's role is none of system, user, assistant and tool; templates print it as it is",
         "Rename the role (sharegpt's `human` is `user`, `gpt` is `assistant`).",
     ),
+    "unreadable-call": Rule(
+        "error",
+        "a tool call of an answer cannot be read back from what the template writes, so that no episode could run it",
+        "Correct the call, or take a template that writes calls in a known format.",
+    ),
+    "unknown-tool": Rule(
+        "warning",
+        "an answer calls a tool that its row does not offer",
+        "Add the tool to the row's tools, or leave the row out.",
+    ),
     "special-token-in-content": Rule(
         "error",
         "the text of a turn contains a control token, which ends or opens turns inside it",

@@ -39,6 +39,7 @@ class Family:
     byte_level: bool = True
 
 
+PAD = "<|test_pad|>"
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLAMA3 = (
     "<|begin_of_text|>",
@@ -82,7 +83,7 @@ def make(name: str, strips: bool = False) -> Any:
     """Return a new tokenizer of a family; with ``strips``, its end of turn takes the white space behind it."""
     bound_templates()
     family = FAMILIES[name]
-    core = (_byte_level if family.byte_level else _byte_fallback)(family.special)
+    core = (_byte_level if family.byte_level else _byte_fallback)((*family.special, PAD))
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.plain])
     if strips:
         core.add_special_tokens([AddedToken(family.eos, special=True, normalized=False, rstrip=True)])
@@ -90,7 +91,7 @@ def make(name: str, strips: bool = False) -> Any:
         tokenizer_object=core,
         bos_token=family.bos,
         eos_token=family.eos,
-        pad_token="<unk>" if "<unk>" in family.special else family.special[0],
+        pad_token=PAD,
         clean_up_tokenization_spaces=False,
         model_max_length=8192,
     )

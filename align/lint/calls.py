@@ -1,0 +1,111 @@
+"""Checks on tool calls: what the template writes must be what episodes would read, by the same parser.
+
+A row's calls are rendered by its template and parsed back in the format that the template shows. Calls that an answer
+has as text are parsed as they are. Left out: templates of no known format, and arguments that a tool's schema does not
+have.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+from align.data.call_values import MalformedCall, call_from_json
+from align.data.rows import Message, Row
+from align.data.tool_calls import ParsedTurn, ToolCall, ToolCallFormat, detect_format
+from align.errors import UserError
+from align.lint.chat_format import ChatFormat
+from align.lint.findings import Findings, Place
+from align.lint.text import turns
+from align.models.render import render_conversation, render_prompt
+
+
+class CallChecks:
+    """Checks the calls of rows for one template."""
+
+    def __init__(self, chat_format: ChatFormat) -> None:
+        self._chat_format = chat_format
+
+    @cached_property
+    def format(self) -> ToolCallFormat | None:
+        """The format of calls that the template shows; None for one without tools."""
+        template = self._chat_format.tokenizer.chat_template
+        return detect_format(template if isinstance(template, str) else json.dumps(template, ensure_ascii=False))
+
+    def check(self, row: Row, place: Place, findings: Findings) -> None:
+        """Check the answers of one row that are trained on, and those before them."""
+        if not row.get("tools") and not any(message.get("tool_calls") for _, part in turns(row) for message in part):
+            return
+        offered = tool_names(row.get("tools"))
+        for name, messages in turns(row):
+            before = [] if name == "prompt" else list(row["prompt"])
+            for index, message in enumerate(messages):
+                if message["role"] != "assistant" or message.get("train") is False:
+                    continue
+                history = [*before, *messages[:index]]
+                calls = self._calls(history, message, row.get("tools"), f"{name}: ", place, findings)
+                unknown = [call.name for call in calls if offered and call.name not in offered]
+                if unknown:
+                    findings.add(
+                        "unknown-tool", place, f"{name}: {unknown[0]}, offered are {', '.join(sorted(offered))}"
+                    )
+
+    def _calls(
+        self, history: list[Message], message: Message, tools: str | None, where: str, place: Place, findings: Findings
+    ) -> list[ToolCall]:
+        """Return the calls of a turn, and report what cannot be read of them."""
+        if not message.get("tool_calls"):
+            parsed = self.format.parse(message["content"] or "") if self.format else ParsedTurn("")
+            for error in parsed.errors:
+                findings.add("unreadable-call", place, f"{where}{error}")
+            return parsed.calls
+        try:
+            stored = json.loads(message["tool_calls"])
+            expected = [call_from_json(call, "") for call in (stored if isinstance(stored, list) else [stored])]
+        except (MalformedCall, ValueError) as error:
+            findings.add("unreadable-call", place, f"{where}tool_calls: a call {error}: {message['tool_calls']}")
+            return []
+        text = self._turn_text(history, message, tools)
+        if self.format is None or text is None:
+            return expected
+        parsed = self.format.parse(text)
+        if parsed.errors or _contents(parsed.calls) != _contents(expected):
+            problem = parsed.errors[0] if parsed.errors else f"read as {_shown(parsed.calls)}"
+            findings.add("unreadable-call", place, f"{where}{_shown(expected)} is written as {text!r}: {problem}")
+        return expected
+
+    def _turn_text(self, history: list[Message], message: Message, tools: str | None) -> str | None:
+        """Return what the template writes for a turn, without its end; None where other findings tell why not."""
+        tokenizer = self._chat_format.tokenizer
+        try:
+            start = render_prompt(tokenizer, history, tools)
+            ids = render_conversation(tokenizer, [*history, message], tools=tools)
+        except (UserError, UnicodeError, TypeError):
+            return None
+        if ids[: len(start)] != start:
+            return None
+        end = len(ids) - 1 if ids[-1] in self._chat_format.ends else len(ids)
+        return self._chat_format.decode(ids[len(start) : end])
+
+
+def tool_names(tools: str | None) -> frozenset[str]:
+    """Return the names of a row's tools; empty where it offers none, or tools of another form."""
+    try:
+        entries = json.loads(tools) if tools else []
+    except ValueError:
+        return frozenset()
+    functions = [entry.get("function", entry) for entry in entries if isinstance(entry, dict)]
+    return frozenset(
+        function["name"]
+        for function in functions
+        if isinstance(function, dict) and isinstance(function.get("name"), str)
+    )
+
+
+def _contents(calls: list[ToolCall]) -> list[tuple[str, Any]]:
+    return [(call.name, call.arguments) for call in calls]
+
+
+def _shown(calls: list[ToolCall]) -> str:
+    return ", ".join(f"{call.name}({json.dumps(call.arguments, ensure_ascii=False)})" for call in calls) or "no call"

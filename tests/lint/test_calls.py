@@ -1,0 +1,92 @@
+"""Tool rows: calls that the template's format reads back raise no alarm, others are found."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from align.data.rows import assistant, user
+from align.lint.linter import Options
+from tests.support.environments.families import FAMILIES, TOOLS, make, tokenizer_of
+from tests.support.lint.harness import alarms, look
+
+WITH_TOOLS = [name for name, family in FAMILIES.items() if family.tools]
+
+
+def row(number: int, *turns: dict[str, Any], tools: list[dict[str, Any]] | None = TOOLS) -> dict[str, Any]:
+    """A row whose last turn is learned."""
+    row = {"id": f"row-{number}", "source": "test", "checks": "", "prompt": list(turns[:-1]), "completion": [turns[-1]]}
+    return row | ({"tools": json.dumps(tools)} if tools else {})
+
+
+def calling(*calls: dict[str, Any], text: str = "") -> dict[str, Any]:
+    functions = [{"type": "function", "function": call} for call in calls]
+    return {"role": "assistant", "content": text, "tool_calls": json.dumps(functions)}
+
+
+def add(number: int, **arguments: Any) -> dict[str, Any]:
+    return {"name": "add", "arguments": {"a": number, "b": 2, **arguments}}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Rows that call, and rows that answer after a call."""
+    made = []
+    for number in range(6):
+        asked, result = user(f"How much is {number} + 2?"), {"role": "tool", "content": str(number + 2)}
+        made.append(row(number, asked, calling(add(number))))
+        made.append(row(10 + number, asked, calling(add(number)), result, assistant(f"It is {number + 2}.")))
+    return made
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+@pytest.mark.parametrize("stage", ["sft", "prompts"])
+def test_calls_that_are_read_back_raise_no_alarm(name: str, stage: Any) -> None:
+    findings = look(tokenizer_of(name), rows(), options=Options(stage))
+    assert not {"unreadable-call", "unknown-tool", "template-refuses-row"} & findings.keys()
+    assert alarms(findings) <= {"unexpected-system-prompt"}
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "chatml-tools", "mistral", "olmo3"])
+def test_a_tool_that_is_not_offered(name: str) -> None:
+    spoilt = rows()
+    spoilt[2]["completion"] = [calling({"name": "multiply", "arguments": {}})]
+    finding = look(tokenizer_of(name), spoilt)["unknown-tool"]
+    assert [finding.count, finding.examples[0].place.id] == [1, spoilt[2]["id"]]  # type: ignore[union-attr]
+    assert finding.examples[0].excerpt == "completion: multiply, offered are add, look_up"
+    spoilt[2].pop("tools")  # the tools may stand in a system message
+    assert "unknown-tool" not in look(tokenizer_of(name), spoilt)
+
+
+@pytest.mark.parametrize(
+    ("turn", "excerpt"),
+    [
+        (calling({"name": "add"}), 'tool_calls: a call of add has no "arguments"'),
+        (calling({"name": "add", "arguments": [1]}), '"arguments" that are a list'),
+        (assistant('<tool_call>{"name": "add", "arguments": {}</tool_call>'), "A tool call is no valid JSON"),
+        (assistant('Well: <tool_call>\n{"name": "add"}\n</tool_call>'), 'of add has no "arguments"'),
+    ],
+)
+def test_a_call_that_cannot_be_read(turn: dict[str, Any], excerpt: str) -> None:
+    spoilt = rows()
+    spoilt[2]["completion"] = [turn]
+    finding = look(make("chatml-tools"), spoilt)["unreadable-call"]
+    assert [finding.count, finding.severity] == [1, "error"]
+    assert excerpt in finding.examples[0].excerpt
+
+
+def test_a_template_that_writes_calls_otherwise() -> None:
+    """A call's arguments have another name than models of that format write."""
+    tokenizer = make("chatml-tools")
+    tokenizer.chat_template = tokenizer.chat_template.replace(""", "arguments": '""", """, "args": '""")
+    finding = look(tokenizer, rows())["unreadable-call"]
+    assert finding.count == 12  # each row has a call, in its prompt or its answer
+    assert 'add({"a": 0, "b": 2}) is written as \'<tool_call>' in finding.examples[0].excerpt
+
+
+def test_rows_without_tools_are_not_parsed() -> None:
+    plain = [
+        row(number, user(f"What is {number}?"), assistant(f"<tool_call>{number}"), tools=None) for number in range(4)
+    ]
+    assert "unreadable-call" not in look(make("chatml-tools"), plain)
