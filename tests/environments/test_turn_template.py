@@ -283,6 +283,14 @@ def test_a_template_of_a_known_family_is_replaced(family: str, own: str, tools: 
     require_same_ids(template, ASKED, [("Yes.", ASKED), ("No.", ASKED)])
 
 
+def test_a_template_of_a_known_family_with_other_prompts_is_refused() -> None:
+    """Training under another prompt than the model's would not train the model that is used."""
+    tokenizer = make("mistral")
+    tokenizer.chat_template = MOVES_TOOLS.replace("'[INST] '", "'[INST]'")
+    with pytest.raises(UserError, match="turns that change once the conversation goes on: token"):
+        TurnTemplate(tokenizer, TOOLS, MODEL)
+
+
 def test_every_training_template_is_tested() -> None:
     assert TRAINING_TEMPLATES.keys() <= FAMILIES.keys()
 
