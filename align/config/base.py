@@ -46,8 +46,9 @@ class Config(BaseModel):
         schema = handler(core_schema)
         properties = handler.resolve_ref_schema(schema).get("properties", {})
         for name, docstring in field_docstrings(cls).items():
-            if name in properties:
-                properties[name]["description"] = docstring
+            key = cls.model_fields[name].alias or name
+            if key in properties:
+                properties[key]["description"] = docstring
         return schema
 
     @classmethod

@@ -174,7 +174,7 @@ def describe_fields(model: type[BaseModel], name_blocks: BlockNaming) -> list[Fi
     docstrings = field_docstrings(model)
     return [
         FieldDescription(
-            name,
+            field.alias or name,
             field.is_required(),
             describe_type(_with_marker(field), name_blocks),
             describe_default(field),

@@ -33,8 +33,11 @@ class Parameters:
     takes_any: bool
     """True with ``**options``."""
 
-    def check(self, arguments: Collection[str], function: str, place: str) -> None:
-        """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing one."""
+    def check(self, arguments: Collection[str], function: str, place: str, beside: str = "function") -> None:
+        """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing one.
+
+        ``beside``: field of the YAML that names the function, or the class.
+        """
         for name in arguments:
             if name not in self.known and not self.takes_any:
                 remedy = suggest(name, self.known) or " It takes none that a YAML could set."
@@ -43,7 +46,7 @@ class Parameters:
         if missing:
             raise UserError(
                 f"{place}: {function} needs {', '.join(missing)}; write `arguments: {{{missing[0]}: ...}}` beside "
-                "`function:`, or give it a default."
+                f"`{beside}:`, or give it a default."
             )
 
 
@@ -54,25 +57,35 @@ def check_arguments(path: str, arguments: Mapping[str, Any], place: str, positio
     ``place``, for a function that is not in its module, an argument that it does not have, and one that it needs.
     """
     module, _, name = full_path(path, place).partition(":")
+    tree = read_module(module, path, place)
+    if tree is None:
+        return
+    definition = _find_definition(tree, name)
+    if definition is not None:
+        if not definition.decorator_list:
+            parameters_of(definition.args, positional).check(arguments, name, place)
+        return
+    names = top_level_names(tree)
+    if names is not None and name not in names:
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        raise UserError(f"{place} '{path}': {module} has no function '{name}'.{suggest(name, functions)}")
+
+
+def read_module(module: str, path: str, place: str) -> ast.Module | None:
+    """Return the source of a module, parsed; None for one that is missing or has no source.
+
+    Raises ``UserError``, which begins with ``place``, for source that is no Python.
+    """
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return
+        return None
     try:
-        tree = ast.parse(Path(spec.origin).read_bytes())
+        return ast.parse(Path(spec.origin).read_bytes())
     except SyntaxError as error:
         raise UserError(f"{place} '{path}': {spec.origin}, line {error.lineno}: {error.msg}.") from None
-    definition = _find_definition(tree, name)
-    if definition is not None:
-        if not definition.decorator_list:
-            _from_source(definition.args, positional).check(arguments, name, place)
-        return
-    names = _top_level_names(tree)
-    if names is not None and name not in names:
-        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        raise UserError(f"{place} '{path}': {module} has no function '{name}'.{suggest(name, functions)}")
 
 
 def check_call(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, place: str) -> None:
@@ -93,7 +106,8 @@ def check_call(function: Callable[..., Any], arguments: Mapping[str, Any], name:
     ).check(arguments, name, place)
 
 
-def _from_source(arguments: ast.arguments, positional: int) -> Parameters:
+def parameters_of(arguments: ast.arguments, positional: int) -> Parameters:
+    """Return the parameters of a definition without the first ``positional`` ones."""
     names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
     named = names[positional:]
     # Defaults belong to the last of these parameters.
@@ -115,7 +129,7 @@ def _find_definition(tree: ast.Module, name: str) -> ast.FunctionDef | ast.Async
     return None
 
 
-def _top_level_names(tree: ast.Module) -> set[str] | None:
+def top_level_names(tree: ast.Module) -> set[str] | None:
     """Return the names that a module defines; None where its source does not tell all of them."""
     names: set[str] = set()
     for node in ast.walk(tree):

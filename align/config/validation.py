@@ -231,7 +231,7 @@ def remedy_for_unknown(key: str, models: Sequence[type[BaseModel]]) -> str:
         remedy = model.remedy_for_unknown(key) if issubclass(model, Config) else None
         if remedy is not None:
             return remedy
-    return suggest(key, [name for model in models for name in model.model_fields]).strip()
+    return suggest(key, [name for model in models for name in _fields_by_key(model)]).strip()
 
 
 def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:
@@ -252,11 +252,11 @@ def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:
             continue
         # pydantic puts the discriminator's value into the path, where the YAML has no such key.
         tagged = [model for model in holders if part in _tags(model)]
-        if tagged and (len(holders) > 1 or not any(part in model.model_fields for model in holders)):
+        if tagged and (len(holders) > 1 or not any(part in _fields_by_key(model) for model in holders)):
             current = list(tagged)
             holders = tagged
             continue
-        fields = [model.model_fields[part] for model in holders if part in model.model_fields]
+        fields = [_fields_by_key(model)[part] for model in holders if part in _fields_by_key(model)]
         values = [arg for kind in current if typing.get_origin(kind) is dict for arg in typing.get_args(kind)[1:]]
         if not fields and values:
             shown.append(part)
@@ -267,6 +267,11 @@ def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:
         shown.append(part)
         current = [member for field in fields for member in _members([_annotation(field)])]
     return _Place(tuple(shown), holders, current)
+
+
+def _fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return a block's fields by the key that the YAML has for them: an alias, where the name is a word of Python's."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _annotation(field: FieldInfo) -> Any:

@@ -1,0 +1,205 @@
+"""The block ``environment:``: what a policy acts in over several turns, and the limits of an episode. Torch-free.
+
+Leaves out the acting itself (``align.environments``).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from align.config.base import Config, settings_for_key
+from align.config.class_source import check_class
+from align.config.extras import require_extra
+from align.config.function_arguments import read_module, top_level_names
+from align.config.scores import scoring_identity
+from align.config.user_functions import SHORT, function_identity
+from align.config.validation import hint_nearest, suggest
+from align.errors import UserError, redact
+from align.store.fingerprint import canonical
+
+SOURCES = ("class", "tools", "verifiers", "openenv")
+"""Keys of which the block has exactly one."""
+METHODS = ("reset", "score")
+"""Methods that a class must have."""
+FREE = frozenset({"workers", "isolation"})
+"""Fields that change no result, and no key."""
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
+class EnvironmentConfig(Config):
+    """What the policy acts in over the turns of an episode. Has exactly one of class, tools, verifiers and openenv."""
+
+    # ``class`` is a word of Python's; a stage's process gets its config by the names of the fields.
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    class_name: str | None = Field(None, alias="class")
+    """Class of the user's as ``module:Class``, one instance an episode: ``reset``, ``score``, and its tools."""
+    tools: list[str] | None = Field(None, min_length=1)
+    """Functions that the policy may call, each as ``module:function``, with type hints and a docstring."""
+    score: str | None = None
+    """Function that scores an episode, beside ``tools``: ``gold``, ``gsm8k_answer``, or ``module:function``."""
+    verifiers: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    """Installed environment of the package verifiers, by the name of its package: ``reverse-text``."""
+    openenv: str | None = None
+    """Address of a server that speaks OpenEnv: ``http://127.0.0.1:8000``."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class, of the function in ``score``, of verifiers' environment, or of OpenEnv's
+    ``reset``."""
+    max_turns: int = Field(4, ge=1, le=1000)
+    """Most turns of the policy in an episode."""
+    max_tokens: int = Field(ge=1)
+    """Most tokens of an episode after its prompt, what tools and users say included."""
+    turn_max_tokens: int | None = Field(None, ge=1)
+    """Most tokens that the policy may write in one turn. Null: as many as the episode has left."""
+    tool_seconds: float = Field(30.0, gt=0, le=86_400)
+    """Most seconds that one call of the environment may take."""
+    workers: int = Field(16, ge=1, le=1024)
+    """Calls of environments under way at once, over all episodes."""
+    isolation: Literal["thread", "process"] = "thread"
+    """``process`` runs each episode's environment in a process of its own, which is killed when it hangs, and may
+    crash alone. ``thread`` is faster."""
+    max_result_tokens: int = Field(512, ge=1)
+    """Most tokens of one result of a tool, or of one answer of the environment; more is cut, with a notice."""
+    tool_format: str = Field("auto", min_length=1)
+    """How the policy writes a tool call: ``auto`` (as the chat template shows), ``hermes``, ``llama3``, ``mistral``,
+    ``smollm3``, or ``regex:PATTERN`` with the named groups ``name`` and ``arguments``."""
+    turn_discount: float = Field(1.0, ge=0, le=1)
+    """Factor by which a reward counts less for each turn between an action and the reward."""
+
+    @field_validator("class_name", "score")
+    @classmethod
+    def _is_import_path(cls, path: str | None) -> str | None:
+        if path is not None and path not in SHORT:
+            _check_path(path)
+        return path
+
+    @field_validator("tools")
+    @classmethod
+    def _are_import_paths(cls, tools: list[str] | None) -> list[str] | None:
+        for path in tools or []:
+            _check_path(path)
+        names = [tool_name(path) for path in tools or []]
+        for index, name in enumerate(names):
+            if not TOOL_NAME.fullmatch(name):
+                raise ValueError(
+                    f"'{name}' cannot name a tool; give the function a name of up to 64 letters, digits and '_'."
+                )
+            if name in names[:index]:
+                raise ValueError(
+                    f"two tools are called '{name}' ([{names.index(name)}] and [{index}]); rename one of the functions."
+                )
+        return tools
+
+    @field_validator("openenv")
+    @classmethod
+    def _is_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        is_odd = parts.query or parts.fragment or not parts.hostname or url.strip() != url
+        if "@" in parts.netloc:
+            raise ValueError("holds a name or password, which would be written into records; remove them.")
+        if parts.scheme not in ("http", "https") or is_odd:
+            raise ValueError(f"'{redact(url)}' should look like http://127.0.0.1:8000, without a query.")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        sources = self._sources()
+        if len(sources) != 1:
+            listed = f"has {' and '.join(sources)}" if sources else f"has none of {', '.join(SOURCES)}"
+            raise ValueError(f"{listed}; an environment comes from exactly one of them.")
+        if self.tools and self.score is None:
+            raise ValueError("tools need a `score`: a function that says how good the episode is.")
+        if self.score is not None and not self.tools:
+            raise ValueError(f"score is for `tools`, and the {sources[0]} scores its episodes itself; remove it.")
+        return self
+
+    @model_validator(mode="after")
+    def _turns_fit(self) -> Self:
+        # A turn has at least one token, and so has what stands between two turns.
+        least = 2 * self.max_turns - 1
+        if self.max_tokens < least:
+            raise ValueError(
+                f"max_turns {self.max_turns} can never fit into max_tokens {self.max_tokens}: these turns and what "
+                f"stands between them are at least {least} tokens. Raise max_tokens, or lower max_turns."
+            )
+        if self.turn_max_tokens is not None and self.turn_max_tokens > self.max_tokens:
+            raise ValueError(
+                f"turn_max_tokens {self.turn_max_tokens} is more than max_tokens {self.max_tokens}, which the whole "
+                "episode has; lower it, or raise max_tokens."
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """What the environment is called in messages: a class, functions, a package, or an address."""
+        return self.class_name or ", ".join(self.tools or []) or self.verifiers or str(self.openenv)
+
+    def identity(self, place: str = "environment") -> str:
+        """Return everything that episodes depend on, as JSON: the code of the user's, and the settings.
+
+        Runs no code of the user's. Raises ``UserError``, which begins with ``place``, for a class or function that is
+        not there, and arguments that it does not take.
+        """
+        settings = settings_for_key(self, self.model_dump(exclude=set(FREE)))
+        return canonical(settings | {"code": dict(self._code(place))})
+
+    def _sources(self) -> list[str]:
+        values = (self.class_name, self.tools, self.verifiers, self.openenv)
+        return [name for name, value in zip(SOURCES, values, strict=True) if value is not None]
+
+    def _code(self, place: str) -> Iterator[tuple[str, str]]:
+        """Yield what the environment is made of, and the digest or version of each."""
+        if self.class_name is not None:
+            yield "class", function_identity(self.class_name, f"{place}.class")
+            check_class(self.class_name, self.arguments, METHODS, f"{place}.class")
+        for index, path in enumerate(self.tools or []):
+            yield f"tools[{index}]", function_identity(path, f"{place}.tools[{index}]")
+            _check_function(path, f"{place}.tools[{index}]")
+        if self.score is not None:
+            yield "score", scoring_identity(self.score, self.arguments, f"{place}.score")
+        if self.verifiers is not None:
+            require_extra("verifiers", "verifiers", f"{place}.verifiers:")
+            yield "verifiers", importlib.metadata.version("verifiers")
+            yield self.verifiers, _version_of_package(self.verifiers, f"{place}.verifiers")
+        if self.openenv is not None:
+            require_extra("openenv", "openenv", f"{place}.openenv:")
+
+
+def tool_name(path: str) -> str:
+    """Return the name by which the policy calls a function."""
+    return path.rpartition(":")[2]
+
+
+def _check_path(path: str) -> None:
+    if not IMPORT_PATH.fullmatch(path):
+        raise ValueError(f"'{path}' is no import path; write it as package.module:name.{hint_nearest(path, SHORT)}")
+
+
+def _check_function(path: str, place: str) -> None:
+    """Raise ``UserError`` for a name that the source of its module does not define."""
+    module, _, name = path.partition(":")
+    tree = read_module(module, path, place)
+    names = None if tree is None else top_level_names(tree)
+    if names is not None and name not in names:
+        raise UserError(f"{place} '{path}': {module} has no function '{name}'.{suggest(name, names)}")
+
+
+def _version_of_package(name: str, place: str) -> str:
+    """Return the version of an environment's package; verifiers names it with or without an owner before it."""
+    package = name.rpartition("/")[2]
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"{place} '{name}': there is no package '{package}'; install the environment with pip in the environment "
+            "that align runs in."
+        ) from None

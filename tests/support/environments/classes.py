@@ -1,0 +1,230 @@
+"""Environments that tests name in ``environment:``, of every form that there is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from typing import Any
+
+from align.environments.errors import EnvironmentFailed
+
+Row = dict[str, Any]
+CALLS: list[str] = []
+"""Names of the tools that were called, in order, over all episodes of a process."""
+
+
+class Counter:
+    """An environment that counts up to a goal."""
+
+    def __init__(self, step_size: int = 1) -> None:
+        self.step_size = step_size
+        self.goal = self.count = 0
+
+    def reset(self, row: Row) -> str:
+        """Begin."""
+        self.goal = int(row["goal"])
+        return f"Count to {self.goal}."
+
+    def add(self, number: int) -> str:
+        """Add a number to the count.
+
+        Args:
+            number: What to add.
+        """
+        CALLS.append("add")
+        self.count += number * self.step_size
+        return f"The count is {self.count}."
+
+    async def wait_and_add(self, number: int, seconds: float = 0.0) -> int:
+        """Add a number after a while.
+
+        Args:
+            number: What to add.
+            seconds: How long to wait.
+        """
+        CALLS.append("wait_and_add")
+        await asyncio.sleep(seconds)
+        self.count += number
+        return self.count
+
+    def score(self) -> dict[str, float]:
+        """Return 1 for the right count."""
+        return {"right": float(self.count == self.goal), "close": -abs(self.goal - self.count) / 10}
+
+
+class Saved(Counter):
+    """A counter that is saved, rather than played again."""
+
+    def state(self) -> Row:
+        return {"goal": self.goal, "count": self.count}
+
+    def load(self, state: Row) -> None:
+        self.goal, self.count = state["goal"], state["count"]
+
+
+class Troubled:
+    """An environment whose tools go wrong in every way."""
+
+    def reset(self, row: Row) -> list[Row]:
+        return [{"role": "system", "content": "Break it."}, {"role": "user", "content": str(row.get("goal", ""))}]
+
+    def divide(self, first: float, second: float) -> float:
+        """Divide.
+
+        Args:
+            first: The dividend.
+            second: The divisor.
+        """
+        return first / second
+
+    def give_up(self) -> str:
+        """End the episode."""
+        raise EnvironmentFailed("the sandbox is gone")
+
+    def leave(self) -> str:
+        """Exit the interpreter."""
+        sys.exit(3)
+
+    def hang(self, seconds: float = 3600.0) -> str:
+        """Hang.
+
+        Args:
+            seconds: How long.
+        """
+        time.sleep(seconds)
+        return "awake"
+
+    async def hang_softly(self) -> str:
+        """Hang in an await."""
+        await asyncio.sleep(3600)
+        return "awake"
+
+    def die(self) -> str:
+        """Kill the process."""
+        os._exit(11)
+
+    def shout(self, characters: int = 2**20) -> str:
+        """Return very much.
+
+        Args:
+            characters: How much.
+        """
+        return "a" * characters
+
+    def odd(self, kind: str) -> Any:
+        """Return something else than a text.
+
+        Args:
+            kind: What.
+        """
+        kinds = {"none": None, "list": [1, "ä"], "object": object(), "surrogate": "a\ud800b", "bytes": b"\xff"}
+        return kinds[kind]
+
+    def score(self) -> float:
+        return 1.0
+
+
+class Game:
+    """An environment without tools that answers each message."""
+
+    def reset(self, row: Row) -> None:
+        self.secret = str(row["goal"])
+        self.tries = 0
+
+    def step(self, message: str) -> Any:
+        self.tries += 1
+        if message == self.secret:
+            return True
+        return f"Not {message}."
+
+    def score(self, response: str) -> dict[str, Any]:
+        return {"turn": [0.0] * (self.tries - 1) + [float(response == self.secret)]}
+
+
+class Odd:
+    """An environment that returns what ``row`` says."""
+
+    def reset(self, row: Row) -> Any:
+        self.row = row
+        return row.get("first")
+
+    def step(self, message: str) -> Any:
+        return self.row.get("next")
+
+    def score(self) -> Any:
+        return self.row.get("score")
+
+
+class WithoutReset:
+    def resett(self, row: Row) -> str:
+        return ""
+
+    def score(self) -> float:
+        return 0.0
+
+
+class WithoutScore:
+    def reset(self, row: Row) -> str:
+        return ""
+
+
+class WithoutHint:
+    def reset(self, row: Row) -> str:
+        return ""
+
+    def look(self, place) -> str:  # type: ignore[no-untyped-def]
+        """Look.
+
+        Args:
+            place: Where.
+        """
+        return str(place)
+
+    def score(self) -> float:
+        return 0.0
+
+
+class OddHint(WithoutHint):
+    def look(self, place: complex) -> str:
+        """Look.
+
+        Args:
+            place: Where.
+        """
+        return str(place)
+
+
+class WithoutDocstring(WithoutHint):
+    def look(self, place: str) -> str:
+        return place
+
+
+class WithoutArgumentDocstring(WithoutHint):
+    def look(self, place: str) -> str:
+        """Look somewhere."""
+        return place
+
+
+class TakesMany(WithoutHint):
+    def look(self, *places: str) -> str:
+        """Look at places."""
+        return " ".join(places)
+
+
+class OddScore(WithoutDocstring):
+    def look(self) -> str:
+        """Look."""
+        return ""
+
+    def score(self, anything: str) -> float:
+        return 0.0
+
+
+class HalfSaved(OddScore):
+    def score(self) -> float:
+        return 0.0
+
+    def state(self) -> Row:
+        return {}
