@@ -6,14 +6,19 @@ from align.store.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from align.api import Pipeline, Run, Scorecard
+    from align.environments.errors import EnvironmentFailed
 
-__all__ = ["Pipeline", "Run", "Scorecard", "__version__"]
+__all__ = ["EnvironmentFailed", "Pipeline", "Run", "Scorecard", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the names of ``align.api`` on first use, so that ``import align`` stays instant."""
+    """Load names of other modules on first use, so that ``import align`` stays instant."""
     if name in ("Pipeline", "Run", "Scorecard"):
         from align import api
 
         return getattr(api, name)
+    if name == "EnvironmentFailed":
+        from align.environments import errors
+
+        return errors.EnvironmentFailed
     raise AttributeError(f"module 'align' has no attribute {name!r}")

@@ -88,14 +88,21 @@ def read_module(module: str, path: str, place: str) -> ast.Module | None:
         raise UserError(f"{place} '{path}': {spec.origin}, line {error.lineno}: {error.msg}.") from None
 
 
-def check_call(function: Callable[..., Any], arguments: Mapping[str, Any], name: str, place: str) -> None:
-    """Check an imported function's arguments; raise ``UserError`` as ``check_arguments`` does."""
+def check_call(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    name: str,
+    place: str,
+    positional: int = POSITIONAL,
+    beside: str = "function",
+) -> None:
+    """Check the arguments of an imported function, or class; raise ``UserError`` as ``check_arguments`` does."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return  # written in C, without a signature
     parameters = list(signature.parameters.values())
-    by_position = [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL_KINDS][:POSITIONAL]
+    by_position = [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL_KINDS][:positional]
     named = [
         parameter for parameter in parameters if parameter.kind in _NAMED_KINDS and parameter.name not in by_position
     ]
@@ -103,7 +110,7 @@ def check_call(function: Callable[..., Any], arguments: Mapping[str, Any], name:
         known=tuple(parameter.name for parameter in named),
         required=frozenset(parameter.name for parameter in named if parameter.default is inspect.Parameter.empty),
         takes_any=any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters),
-    ).check(arguments, name, place)
+    ).check(arguments, name, place, beside)
 
 
 def parameters_of(arguments: ast.arguments, positional: int) -> Parameters:

@@ -10,16 +10,22 @@ import functools
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 
 def wait_for(awaitable: Awaitable[Any]) -> Any:
     """Return the result of an awaitable, which runs in the process's loop; its exception is raised here."""
+    return start(awaitable).result()
+
+
+def start(awaitable: Awaitable[Any]) -> Future[Any]:
+    """Run an awaitable in the process's loop; the future may be cancelled from any thread."""
 
     async def run() -> Any:
         return await awaitable
 
-    return asyncio.run_coroutine_threadsafe(run(), _loop(os.getpid())).result()
+    return asyncio.run_coroutine_threadsafe(run(), _loop(os.getpid()))
 
 
 async def gather_bounded(calls: Sequence[Callable[[], Awaitable[Any]]], concurrency: int) -> list[Any]:

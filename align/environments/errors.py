@@ -13,6 +13,21 @@ class EnvironmentFailed(Exception):
 class ToolError(Exception):
     """A call had no result; the text says so to the model, and the episode goes on."""
 
+    kind = "raised"
+    """What went wrong, in metrics and records: the tool raised an exception."""
+
+
+class BadCall(ToolError):
+    """The model called a tool that there is not, or with arguments that it does not take."""
+
+    kind = "arguments"
+
 
 class ToolTimeout(ToolError):
     """A call took longer than ``tool_seconds``, and was given up. The instance that it ran in is gone."""
+
+    kind = "timeout"
+
+
+ERRORS: dict[str, type[ToolError]] = {error.kind: error for error in (ToolError, BadCall, ToolTimeout)}
+"""The errors that are said to the model, by kind."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from align.environments.errors import EnvironmentFailed
@@ -196,7 +198,10 @@ class OddHint(WithoutHint):
         return str(place)
 
 
-class WithoutDocstring(WithoutHint):
+class WithoutDocstring(WithoutScore):
+    def score(self) -> float:
+        return 0.0
+
     def look(self, place: str) -> str:
         return place
 
@@ -228,3 +233,53 @@ class HalfSaved(OddScore):
 
     def state(self) -> Row:
         return {}
+
+
+class Starter(Troubled):
+    """An environment that starts processes."""
+
+    def start(self) -> str:
+        """Return the ids of this process and of one that it starts."""
+        return f"{os.getpid()} {subprocess.Popen(['sleep', '600']).pid}"
+
+
+class Closing(Odd):
+    """An environment that leaves a file when it is closed."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def close(self) -> None:
+        (self.folder / str(self.row["id"])).touch(exist_ok=False)
+
+
+class Stuck(Counter):
+    """A counter with a tool that hangs."""
+
+    def hang(self) -> str:
+        """Hang."""
+        time.sleep(3600)
+        return ""
+
+
+class SavedStuck(Stuck, Saved):
+    """The same with a state."""
+
+
+class Clock(Counter):
+    """A counter that tells the time."""
+
+    def add(self, number: int) -> str:
+        """Tell the time.
+
+        Args:
+            number: Nothing.
+        """
+        return str(time.monotonic_ns())
+
+
+class OddState(Saved):
+    """A counter with a state that JSON cannot hold."""
+
+    def state(self) -> Row:
+        return {"goal": {self.goal}}

@@ -1,0 +1,104 @@
+"""The process from which those of episodes are forked.
+
+It imports the user's module once and runs no thread, so that a fork takes milliseconds and is safe. ``processes.py``
+starts it with a socket, over which it sends the pickled source of environments, then commands of nine bytes. ``F`` and
+a number forks a process for an episode, which serves the descriptor that comes along. ``K`` and a number kills it, and
+is answered with how it ended. All die when the socket closes. Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+
+from align.environments.environment import Environment, EnvironmentSource
+from align.environments.errors import EnvironmentFailed, ToolError
+from align.environments.methods import describe_failure
+from align.environments.pipes import Disconnected, encode_error, encode_result, receive, send
+from align.pipeline.stop_signal import die_with_parent
+
+COMMAND = struct.Struct("!cQ")
+FORK, KILL = b"F", b"K"
+STATUS = struct.Struct("!i")
+
+
+def main() -> None:
+    """Serve the socket whose descriptor is the argument, until it closes."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        # From the process that started this one.
+        source: EnvironmentSource = pickle.loads(receive(control))  # noqa: S301
+        source.make().close()  # imports the user's module, here alone
+        send(control, b"")
+    except Exception as error:
+        send(control, describe_failure(error).encode())
+        return
+    children: dict[int, int] = {}
+    try:
+        while True:
+            content, descriptors, _, _ = socket.recv_fds(control, COMMAND.size, 1)
+            if len(content) < COMMAND.size:
+                return
+            command, number = COMMAND.unpack(content)
+            if command == FORK:
+                children[number] = _fork(source, control, descriptors[0])
+            else:
+                control.sendall(STATUS.pack(_kill(children.pop(number))))
+    finally:
+        for child in children.values():
+            _kill(child)
+
+
+def _fork(source: EnvironmentSource, control: socket.socket, descriptor: int) -> int:
+    """Fork a process that serves the descriptor; returns its id."""
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        os.close(descriptor)
+        return child
+    try:
+        os.setsid()  # a group of its own, with what its tools start
+        die_with_parent(parent)
+        control.close()
+        serve(source, socket.socket(fileno=descriptor))
+    finally:
+        os._exit(0)
+
+
+def _kill(child: int) -> int:
+    """Kill a child that was not waited for yet, with its group; returns how it had ended, or ``-SIGKILL``."""
+    # The child is no other process as long as nobody waited for it.
+    ended, status = os.waitpid(child, os.WNOHANG)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    if not ended:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return -signal.SIGKILL
+    return os.waitstatus_to_exitcode(status)
+
+
+def serve(source: EnvironmentSource, connection: socket.socket) -> None:
+    """Make an instance, and call its methods as the other end asks, until it closes the connection."""
+    environment: Environment | None = None
+    while True:
+        try:
+            method, inputs = pickle.loads(receive(connection))  # noqa: S301  # from the process that started this one
+        except Disconnected:
+            return
+        try:
+            if environment is None:
+                environment = source.make()
+            answer = encode_result(getattr(environment, method)(*inputs))
+        except (ToolError, EnvironmentFailed) as error:
+            answer = encode_error(error)
+        except Exception as error:
+            answer = encode_error(EnvironmentFailed(describe_failure(error)))
+        sys.stdout.flush()
+        send(connection, answer)

@@ -1,0 +1,174 @@
+"""What an environment returns, read as data: texts, messages, steps and scores. Torch-free.
+
+Whatever a method of the user's returns becomes one of these, or ``EnvironmentFailed`` with a sentence on what it should
+have been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.rows import Message, Row, user
+from align.data.scoring import METRIC_NAME, SCORE
+from align.environments.errors import EnvironmentFailed
+from align.errors import shorten
+
+TURN = "turn"
+"""Key of the scores by turn in the mapping that ``score`` may return."""
+CHARACTERS_PER_TOKEN = 32
+"""Most characters of a text that are kept for each token that it may have. The rest could only be cut by token."""
+LONGEST_ERROR = 1000
+"""Characters of an exception's text that the model is told."""
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an environment says to a message of the policy."""
+
+    messages: list[Message]
+    """New messages, for the policy to answer; none where the episode is over."""
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good an episode was."""
+
+    total: float
+    parts: dict[str, float]
+    """Scores by name, where the environment gives several."""
+    turns: list[float] | None = None
+    """A score for each turn of the policy; they are part of the total."""
+
+
+def read_text(value: Any, most_tokens: int) -> str:
+    """Return a tool's result as the text that the model reads; anything but a text as JSON.
+
+    A text that is longer than ``most_tokens`` can be is cut, with a notice of how long it was.
+    """
+    if value is None:
+        text = ""
+    elif isinstance(value, str):
+        text = value
+    else:
+        try:
+            text = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            text = str(value)
+    return cut_text(clean(text), most_tokens)
+
+
+def cut_text(text: str, most_tokens: int) -> str:
+    """Return a text without what lies beyond the characters that ``most_tokens`` tokens may have, with a notice."""
+    most = most_tokens * CHARACTERS_PER_TOKEN
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}\n[cut: {len(text):,} characters, of which the first {most:,} are shown]"
+
+
+def clean(text: str) -> str:
+    """Return a text that can be encoded: half characters (lone surrogates) become the replacement character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def describe_exception(error: BaseException) -> str:
+    """Return an exception as the model is told of it: its type and text."""
+    text = str(error)
+    return shorten(clean(f"{type(error).__name__}: {text}" if text else type(error).__name__), LONGEST_ERROR)
+
+
+def read_prompt(value: Any, row: Row, place: str) -> list[Message] | None:
+    """Return the messages with which ``reset`` begins an episode; None for those of the row.
+
+    A text is a user's message, below the system message that the row has.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        system = [dict(message) for message in list(row.get("prompt") or [])[:1] if message["role"] == "system"]
+        return [*system, user(clean(value))]
+    messages = read_messages(value, ROLES, f"{place} returned", "a text, a list of messages, or None")
+    if not messages or messages[-1]["role"] == "assistant":
+        raise EnvironmentFailed(f"{place} returned messages that do not end with one for the policy to answer.")
+    return messages
+
+
+def read_step(value: Any, most_tokens: int, place: str) -> Step:
+    """Return what ``step`` said: a text or messages to go on, True or None at the end, or messages and whether."""
+    expected = "a text, a list of messages, True at the end, or (messages, is_done)"
+    if value is None or value is True:
+        return Step([], True)
+    done = False
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], bool):
+        value, done = value
+    if value is None:
+        value = []
+    if isinstance(value, str):
+        value = [user(value)]
+    messages = read_messages(value, ("system", "user", "tool"), f"{place} returned", expected)
+    if not messages and not done:
+        raise EnvironmentFailed(f"{place} returned no messages and did not end the episode; return {expected}.")
+    return Step([message | {"content": cut_text(message["content"], most_tokens)} for message in messages], done)
+
+
+def read_messages(value: Any, roles: Sequence[str], place: str, expected: str) -> list[Message]:
+    """Return plain copies of messages; raise ``EnvironmentFailed``, which begins with ``place``, for anything else."""
+    if not isinstance(value, list):
+        raise EnvironmentFailed(f"{place} {shorten(repr(value))}; return {expected}.")
+    messages = []
+    for message in value:
+        if not (
+            isinstance(message, Mapping) and message.get("role") in roles and isinstance(message.get("content"), str)
+        ):
+            raise EnvironmentFailed(
+                f"{place} the message {shorten(repr(message))}; a message has a 'role' ({', '.join(roles)}) and a text "
+                "as 'content'."
+            )
+        messages.append(dict(message) | {"content": clean(message["content"])})
+    try:
+        copies: list[Message] = json.loads(json.dumps(messages))
+    except (TypeError, ValueError) as error:
+        raise EnvironmentFailed(f"{place} messages that JSON cannot hold ({error}).") from None
+    return copies
+
+
+def read_scores(value: Any, place: str) -> Scores:
+    """Return the scores of a number, or of a mapping of names to numbers, with a list of them under ``turn``.
+
+    The total of a mapping is its ``score``, or the sum of all that is in it.
+    """
+    if isinstance(value, Mapping):
+        turns = None
+        if value.get(TURN) is not None:
+            if not isinstance(value[TURN], Sequence) or isinstance(value[TURN], str):
+                raise EnvironmentFailed(f"{place} returned {shorten(repr(value[TURN]))} as 'turn'; return a list.")
+            turns = [_finite(number, place, f" as 'turn'[{index}]") for index, number in enumerate(value[TURN])]
+        parts = {}
+        for name, number in value.items():
+            if name == TURN:
+                continue
+            if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)):
+                raise EnvironmentFailed(
+                    f"{place} returned a score called {shorten(repr(name))}; a name has letters, digits, '_', '.', '-'."
+                )
+            parts[name] = _finite(number, place, f" as '{name}'")
+        if not parts and turns is None:
+            raise EnvironmentFailed(f"{place} returned an empty mapping; return a number, or names with numbers.")
+        total = parts.pop(SCORE, None)
+        if total is None:
+            total = math.fsum([*parts.values(), *(turns or [])])
+        return Scores(total, parts, turns)
+    return Scores(_finite(value, place, ""), {}, None)
+
+
+def _finite(value: Any, place: str, key: str) -> float:
+    if hasattr(value, "item"):  # numpy's and torch's numbers
+        value = value.item()
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise EnvironmentFailed(f"{place} returned {shorten(repr(value))}{key}; return finite numbers.")
+    return float(value)
