@@ -56,7 +56,8 @@ def test_what_the_journal_has_is_not_done_again(opened: Open, name: str) -> None
     score = again.score([]).result(20)
     assert score == Scores(1.0, {"right": 1.0, "close": 0.0})
     # A counter that cannot be saved repeats its three calls; one that can comes from its state.
-    assert CALLS == ([] if name == "Saved" else ["add"] * 3)
+    repeated = [] if name == "Saved" else ["add"] * 3
+    assert repeated == CALLS
     last = opened(open_class(name))
     assert last.score([]).result(20) == score and not last._pool.is_open(0)
 

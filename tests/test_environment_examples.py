@@ -1,0 +1,105 @@
+"""The shipped environments: what they tell the model, and what they score."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from align.environments.environment import EnvironmentSource
+from align.environments.errors import ToolError
+from align.environments.results import Scores, Step
+from examples import calculator, guess_the_number
+from tests.support.environments.opened import open_block
+
+ROW = {"id": "1", "prompt": [{"role": "user", "content": "What is 12 * 12?"}], "answer": "#### 144"}
+
+
+def said(text: str) -> list[dict[str, Any]]:
+    return [*ROW["prompt"], {"role": "assistant", "content": text}]  # type: ignore[misc]
+
+
+def opened(name: str, **fields: Any) -> EnvironmentSource:
+    return open_block({"class": f"examples.{name}"} | fields)
+
+
+def test_a_calculator_answers_and_scores() -> None:
+    source = opened("calculator:Calculator", arguments={"call_reward": 0.5})
+    assert [schema["function"]["name"] for schema in source.tools] == ["calculate"]
+    assert source.can_save and not source.has_step
+    environment = source.make()
+    assert environment.reset(ROW) == [{"role": "user", "content": "What is 12 * 12?"}]
+    assert environment.score(said("It is 144.")) == Scores(1.0, {"right": 1.0, "called": 0.0})
+    assert environment.call("calculate", {"expression": "12*12"}) == "144"
+    assert environment.score(said("It is 12.")) == Scores(0.5, {"right": 0.0, "called": 0.5})
+    other = source.make()
+    assert other.restore(ROW, [], environment.state()) == 0
+    assert other.score(said("144 it is")).total == 1.5
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("(12 + 3) * 4", "60"),
+        ("-7 // 2", "-4"),
+        ("7 / 2", "3.5"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("2 ** 10", "ValueError: only numbers, + - * / // % and brackets are allowed"),
+        ("__import__('os')", "ValueError: only numbers, + - * / // % and brackets are allowed"),
+        ("1 +", "ValueError: this is no arithmetic expression"),
+        ("(" * 150, "ValueError: this is no arithmetic expression"),
+        ("1+" * 150, "ValueError: the expression has more than 200 characters"),
+        ("True + 1", "ValueError: only numbers, + - * / // % and brackets are allowed"),
+    ],
+)
+def test_a_calculator_takes_arithmetic_alone(expression: str, result: str) -> None:
+    environment = opened("calculator:Calculator").make()
+    environment.reset(ROW)
+    try:
+        text = environment.call("calculate", {"expression": expression})
+    except ToolError as error:
+        text = str(error)
+    assert text == result
+
+
+def test_products_are_different_and_right() -> None:
+    records = list(calculator.products(count=50))
+    assert len({record["question"] for record in records}) == 50
+    for record in records:
+        question = record["question"].removeprefix("What is ").removesuffix("?")
+        assert calculator.evaluate(question) == calculator.last_number(record["answer"])
+
+
+def test_functions_search_and_calculate() -> None:
+    source = open_block(
+        {"tools": ["examples.tools:search", "examples.tools:calculate"], "score": "examples.tools:right_answer"}
+    )
+    environment = source.make()
+    row = ROW | {"answer": "1000"}
+    environment.reset(row)
+    assert environment.call("search", {"query": "How high is the Eiffel Tower"}).startswith("The Eiffel Tower is 330")
+    assert environment.call("search", {"query": "zebra"}) == "Nothing was found."
+    assert environment.call("calculate", {"expression": "330 + 670"}) == "1000"
+    assert environment.score(said("1,000 metres")) == Scores(1.0, {"right": 1.0, "asked": 0.0})
+    asked = [*said(""), {"role": "tool", "content": "1000"}, {"role": "assistant", "content": "1000"}]
+    assert environment.score(asked) == Scores(1.1, {"right": 1.0, "asked": 0.1})
+
+
+def test_a_number_is_guessed_by_its_hints() -> None:
+    environment = opened("guess_the_number:GuessTheNumber").make()
+    assert environment.reset({"id": "1", "secret": 30}) is None
+    for message, answer in [("25?", "Higher."), ("40", "Lower."), ("I say 31", "Lower."), ("no idea", "Say a number")]:
+        step = environment.step(message)
+        assert not step.done and step.messages[0]["content"].startswith(answer)
+    assert environment.step("30") == Step([], True)
+    assert environment.score([]).turns == [0.1, 0.0, 0.1, -0.1, 1.0]
+
+
+def test_a_secret_is_drawn_from_the_row() -> None:
+    games = list(itertools.islice(guess_the_number.games(), 20))
+    assert all(1 <= game["secret"] <= 50 for game in games)
+    first, second = guess_the_number.GuessTheNumber(), guess_the_number.GuessTheNumber()
+    first.reset({"id": "x"})
+    second.reset({"id": "x"})
+    assert first.secret == second.secret and 1 <= first.secret <= 50
