@@ -51,7 +51,7 @@ def calculate(expression: str) -> str:
 def right_answer(row: dict[str, Any], messages: list[dict[str, Any]], call_reward: float = 0.1) -> dict[str, float]:
     """Return 1 for a right answer in the last turn, and a little for having asked a tool.
 
-    A function that scores takes the row, and the ``messages`` of the whole episode or the ``response`` of its last turn.
+    A function that scores takes the row, and the ``messages`` of the episode or the ``response`` of its last turn.
     """
     turns = [message["content"] for message in messages if message["role"] == "assistant"]
     is_right = bool(turns) and last_number(turns[-1]) == last_number(str(row["answer"]))

@@ -18,7 +18,11 @@ from align.store.fingerprint import file_digest
 
 CHECKERS = "align.data.checkers"
 """Module of align's own functions, which are identified by its ``VERSION``, not by its source."""
-SHORT = {"gold": f"{CHECKERS}:gold", "gsm8k_answer": f"{CHECKERS}:gsm8k_answer"}
+SHORT = {
+    "gold": f"{CHECKERS}:gold",
+    "gsm8k_answer": f"{CHECKERS}:gsm8k_answer",
+    "reasoning_gym": "align.data.gym_tasks:verified",
+}
 """Short names of align's own functions."""
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import glob
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
+from align.config.extras import require_extra
 from align.config.recipe.source_settings import (
     ArtifactSource,
     EmbeddedSource,
     FilesSource,
+    GymSource,
     HubSource,
     InputSource,
     PythonSource,
@@ -41,6 +44,9 @@ def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[st
         from align.data import checkers, embedded
 
         return {"embedded": f"version {embedded.VERSION}, checks {checkers.VERSION}"}
+    if isinstance(source, GymSource):
+        require_extra("reasoning_gym", "gym", f"{source.label}:")
+        return {"reasoning-gym": importlib.metadata.version("reasoning-gym")}
     folder = source_folder(source, base, inputs)
     return {"artifact" if isinstance(source, ArtifactSource) else f"input {source.index}": artifact_key(folder)}
 

@@ -19,6 +19,7 @@ from align.config.recipe.source_settings import (
     ArtifactSource,
     EmbeddedSource,
     FilesSource,
+    GymSource,
     HubSource,
     PythonSource,
     RecordSource,
@@ -28,7 +29,7 @@ from align.config.recipe.split import SplitPart, parse_split
 from align.config.recipe.templates import lookup, parse_column
 from align.config.user_functions import load_function
 from align.config.validation import nearest, suggest
-from align.data import embedded
+from align.data import embedded, gym_tasks
 from align.data.formats import DETECTION_RECORDS, Detection, SourceFormat, detect
 from align.data.formats.compared_columns import label_rule
 from align.data.formats.fields import Malformed, Unusable, present
@@ -80,6 +81,9 @@ def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> I
     elif isinstance(source, EmbeddedSource):
         rows = embedded.generate(source.size, seed, source.families)
         yield from ((f"embedded: row {number}", row) for number, row in enumerate(rows, 1))
+    elif isinstance(source, GymSource):
+        tasks = gym_tasks.generate(source.named_tasks, source.count, source.seed, source.label)
+        yield from ((f"reasoning_gym: row {number}", row) for number, row in enumerate(tasks, 1))
     else:
         folder = source_folder(source, base, inputs)
         # The store checks the inputs of a stage; an artifact that is named by its folder is checked here.

@@ -100,11 +100,14 @@ def open_environment(config: EnvironmentConfig, place: str = "environment") -> E
     """
     from align.environments.class_environment import open_class
     from align.environments.function_environment import open_functions
+    from align.environments.openenv_adapter import open_openenv
 
     if config.class_name is not None:
         return open_class(config, place)
     if config.tools is not None:
         return open_functions(config, place)
+    if config.openenv is not None:
+        return open_openenv(config, place)
     raise UserError(f"{place}: {config.label} is of a kind that cannot be opened.")
 
 

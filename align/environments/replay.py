@@ -166,7 +166,7 @@ class JournaledEnvironment:
     def _after_call(self, request: _Request, result: Result) -> None:
         failure = result.exception()
         value: Any
-        if isinstance(failure, ToolError):
+        if isinstance(failure, ToolError) and request.method == "call":
             value = CallResult(str(failure), failure.kind, result.seconds)
         elif failure is not None:
             self._write(request, {FAILED: str(failure)})

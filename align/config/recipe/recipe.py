@@ -94,9 +94,9 @@ class Recipe(Config):
             if form == "auto" and not (isinstance(source, RecordSource) and source.grouped is not None):
                 continue
             form = "scored" if form == "auto" else form
-            if source.type == "embedded" and self.kind not in ("instructions", "prompts", "texts"):
+            if source.type in ("embedded", "reasoning_gym") and self.kind not in ("instructions", "prompts", "texts"):
                 raise ValueError(
-                    f"kind is {self.kind}, but sources[{index}] (embedded) has one reply per prompt; "
+                    f"kind is {self.kind}, but sources[{index}] ({source.type}) has one reply per prompt; "
                     "use kind instructions or prompts"
                 )
             if self.kind not in KINDS[form]:

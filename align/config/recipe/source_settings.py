@@ -128,6 +128,45 @@ class EmbeddedSource(SourceConfig):
         return self
 
 
+class GymTask(Config):
+    """A task of reasoning-gym with a configuration of its own."""
+
+    name: str
+    """Name in reasoning-gym: ``chain_sum``."""
+    arguments: dict[str, Any] = Field({})
+    """Fields of its configuration: ``{min_terms: 2, max_terms: 3}``."""
+
+
+class GymSource(SourceConfig):
+    """Tasks of the package reasoning-gym, with a verifier for ``score: reasoning_gym`` (extra ``gym``)."""
+
+    type: Literal["reasoning_gym"]
+    tasks: list[str | GymTask] = Field(min_length=1)
+    """Tasks that take turns: names, or names with ``arguments``."""
+    count: int = Field(1000, ge=1, le=10_000_000)
+    """Rows to generate, before the split."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Another seed makes other questions."""
+    format: ClassVar[Literal["rows"]] = "rows"
+    options: ClassVar[FormatOptions] = FormatOptions()
+
+    @property
+    def named_tasks(self) -> list[tuple[str, dict[str, Any]]]:
+        """Names and arguments of the tasks."""
+        return [(task, {}) if isinstance(task, str) else (task.name, task.arguments) for task in self.tasks]
+
+    def _origin(self) -> str:
+        return f"reasoning_gym {', '.join(name for name, _ in self.named_tasks)}"
+
+    @model_validator(mode="after")
+    def _sets_no_seed(self) -> Self:
+        for name, arguments in self.named_tasks:
+            taken = sorted({"seed", "size"} & set(arguments))
+            if taken:
+                raise ValueError(f"the task '{name}' sets {taken[0]}, which is a field of the source: seed, or count")
+        return self
+
+
 class FilesSource(RecordSource):
     """Local files."""
 
@@ -238,7 +277,7 @@ class InputSource(SourceConfig):
 
 
 Source = Annotated[
-    EmbeddedSource | FilesSource | HubSource | PythonSource | ArtifactSource | InputSource,
+    EmbeddedSource | GymSource | FilesSource | HubSource | PythonSource | ArtifactSource | InputSource,
     Field(discriminator="type"),
 ]
 

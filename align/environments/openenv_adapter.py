@@ -1,0 +1,229 @@
+"""A server that speaks OpenEnv as an environment, one session for each episode (extra ``openenv``). Torch-free.
+
+A server of MCP tools has its tools as the policy's. One whose action is a single text is spoken to in messages. For any
+other, the tool ``act`` takes the action's fields. The score is the sum of the rewards. OpenEnv saves no state, so an
+episode is brought back by its seed, which follows from the row, and its actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from align.config.endpoint import LOCAL
+from align.config.environment import EnvironmentConfig
+from align.config.extras import require_extra
+from align.data.event_loop import wait_for
+from align.data.rows import Message, Row, user
+from align.environments.environment import Action, check_arguments, play_again
+from align.environments.errors import EnvironmentFailed, ToolError
+from align.environments.results import Scores, Step, describe_exception, read_prompt, read_step, read_text
+from align.errors import UserError
+from align.store.fingerprint import digest
+
+ACT = "act"
+"""Tool for a server whose action has several fields."""
+OVER = "[the episode is over]"
+MCP_ACTIONS = frozenset({"Action", "CallToolAction", "ListToolsAction"})
+"""Titles of the action schemas of servers whose actions are calls of MCP tools."""
+CAPACITY = " Is it there, with a max_concurrent_envs of at least the episodes that run at once?"
+OPEN_SECONDS = 10.0
+TOLD = ("EXECUTION_ERROR", "VALIDATION_ERROR")
+"""Codes of errors that the model may learn from; others are about the session."""
+
+
+@dataclass(frozen=True)
+class OpenEnvSource:
+    """A server, and how its actions are written."""
+
+    url: str
+    arguments: Mapping[str, Any]
+    tools: list[dict[str, Any]]
+    message_field: str | None
+    """Field of the action that takes a message; None for a server with tools."""
+    is_mcp: bool
+    max_result_tokens: int
+    can_save: bool = False
+
+    @property
+    def has_step(self) -> bool:
+        """Whether the policy speaks to the server in messages."""
+        return self.message_field is not None
+
+    def make(self) -> OpenEnvEnvironment:
+        """Return a new session, which connects when it begins."""
+        return OpenEnvEnvironment(self)
+
+
+def open_openenv(config: EnvironmentConfig, place: str) -> OpenEnvSource:
+    """Ask a server for its actions. Raises ``UserError``, which begins with ``place``, where it does not answer."""
+    where = f"{place}.openenv"
+    require_extra("openenv", "openenv", f"{where}:")
+    url = str(config.openenv)
+    try:
+        # A proxy of the network's does not lead to this machine.
+        is_local = urlsplit(url).hostname in LOCAL
+        response = httpx.get(f"{url}/schema", timeout=OPEN_SECONDS, trust_env=not is_local)
+        response.raise_for_status()
+        schema = response.json()["action"]
+        properties = {name: field for name, field in schema["properties"].items() if name != "metadata"}
+        is_mcp = schema.get("title") in MCP_ACTIONS
+        tools = _list_tools(url) if is_mcp else []
+    except Exception as error:
+        raise UserError(
+            f"{where}: {url} does not answer as an OpenEnv server does ({describe_exception(error)}); start the server "
+            "first, or correct the address."
+        ) from None
+    required = [name for name in schema.get("required", ()) if name in properties]
+    message_field = None
+    if not is_mcp:
+        if len(required) == 1 and properties[required[0]].get("type") == "string":
+            message_field = required[0]
+        else:
+            parameters = {"type": "object", "properties": properties, "required": required}
+            parameters |= {"$defs": schema["$defs"]} if "$defs" in schema else {}
+            tools = [_tool(ACT, schema.get("description", "Act in the environment."), parameters)]
+    if not (tools or message_field):
+        raise UserError(f"{where}: the server at {url} has no tools.")
+    return OpenEnvSource(url, config.arguments, tools, message_field, is_mcp, config.max_result_tokens)
+
+
+class OpenEnvEnvironment:
+    """A session of a server."""
+
+    def __init__(self, source: OpenEnvSource) -> None:
+        from openenv.core.generic_client import GenericEnvClient
+
+        self._source = source
+        # The pool gives up a call that takes too long.
+        self._client = GenericEnvClient(
+            source.url, connect_timeout_s=OPEN_SECONDS, message_timeout_s=86_400.0, mode="simulation"
+        )
+        self._schemas = {schema["function"]["name"]: schema for schema in source.tools}
+        self._rewards: list[float] = []
+        self._is_over = False
+
+    def reset(self, row: Row) -> list[Message] | None:
+        """Begin the episode; the first observation is the user's message, where there is one."""
+        seed = row.get("seed")
+        if not isinstance(seed, int):
+            seed = int(digest(str(row.get("id", "")))[:8], 16) >> 1
+        try:
+            result = self._request(self._client.reset(**({"seed": seed} | dict(self._source.arguments))))
+        except ToolError as error:
+            raise EnvironmentFailed(f"the server at {self._source.url} refused to reset: {error}.") from None
+        self._rewards, self._is_over = [], bool(result.done)
+        return read_prompt(observation_text(result.observation) or None, row, "OpenEnv's reset")
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """Return what the server answers to a call. Raises ``ToolError`` or ``EnvironmentFailed``."""
+        check_arguments(self._schemas, name, arguments)
+        if self._is_over:
+            raise ToolError(OVER)
+        action = arguments
+        if self._source.is_mcp:
+            action = {"type": "call_tool", "tool_name": name, "arguments": arguments}
+        result = self._act(action)
+        text = _tool_result(result.observation) if self._source.is_mcp else observation_text(result.observation)
+        ending = f"\n{OVER}" if self._is_over else ""
+        return read_text(text, self._source.max_result_tokens) + ending
+
+    def step(self, message: str) -> Step:
+        """Act with a message of the policy."""
+        try:
+            result = self._act({str(self._source.message_field): message.strip()})
+        except ToolError as error:  # the server refused the message
+            return Step([user(str(error))])
+        text = observation_text(result.observation)
+        messages = [user(text)] if text else []
+        return read_step((messages, self._is_over), self._source.max_result_tokens, "OpenEnv's step")
+
+    def score(self, messages: list[Message]) -> Scores:
+        """Return the sum of the rewards."""
+        return Scores(sum(self._rewards), {})
+
+    def state(self) -> Any:
+        """Return nothing: OpenEnv restores no state."""
+        return None
+
+    def restore(self, row: Row, actions: Sequence[Action], state: Any = None) -> int:
+        """Begin again with the same seed, and repeat the actions."""
+        self.reset(row)
+        return play_again(self, actions)
+
+    def cancel(self) -> None:
+        """Do nothing: the call ends with its connection."""
+
+    def close(self) -> None:
+        """End the session."""
+        wait_for(self._client.close())
+
+    def _act(self, action: dict[str, Any]) -> Any:
+        result = self._request(self._client.step(action))
+        self._is_over = bool(result.done)
+        if result.reward is not None:
+            self._rewards.append(float(result.reward))
+        return result
+
+    def _request(self, request: Any) -> Any:
+        try:
+            return wait_for(request)
+        except RuntimeError as error:
+            text = str(error).removeprefix("Server error: ")
+            if any(f"(code: {code})" in text for code in TOLD):
+                raise ToolError(text) from None
+            raise EnvironmentFailed(f"the server at {self._source.url} refused: {text}.{CAPACITY}") from None
+        except Exception as error:
+            # A full server closes the session before it can say so.
+            raise EnvironmentFailed(
+                f"the server at {self._source.url} ended the session ({describe_exception(error)}).{CAPACITY}"
+            ) from None
+
+
+def observation_text(observation: Any) -> str:
+    """Return an observation as text: the only text in it, else all of it as JSON; empty for an empty one."""
+    if not isinstance(observation, Mapping):
+        return "" if observation is None else read_text(observation, 1 << 20)
+    fields = {name: value for name, value in observation.items() if name not in ("done", "reward", "metadata")}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if len(fields) == 1 and isinstance(text := next(iter(fields.values())), str):
+        return text
+    return read_text(fields, 1 << 20) if fields else ""
+
+
+def _tool_result(observation: Mapping[str, Any]) -> str:
+    """Return the result of an MCP tool. Raises ``ToolError`` for one that failed."""
+    error = observation.get("error")
+    if error:
+        raise ToolError(str(error.get("message") if isinstance(error, Mapping) else error))
+    result = observation.get("result", observation)
+    if isinstance(result, Mapping):
+        if result.get("is_error"):
+            raise ToolError(read_text(result.get("data") or result.get("content"), 1 << 20))
+        # MCP's own form of a result, beside which ``data`` has what the tool returned.
+        result = result.get("data") if result.get("data") is not None else result.get("content", result)
+    return read_text(result, 1 << 20)
+
+
+def _list_tools(url: str) -> list[dict[str, Any]]:
+    from openenv.core.generic_client import GenericEnvClient
+
+    async def ask() -> Any:
+        client = GenericEnvClient(
+            url, connect_timeout_s=OPEN_SECONDS, message_timeout_s=OPEN_SECONDS, mode="simulation"
+        )
+        try:
+            return await client.step({"type": "list_tools"})
+        finally:
+            await client.close()
+
+    tools = wait_for(ask()).observation["tools"]
+    return [_tool(tool["name"], tool["description"], tool["input_schema"]) for tool in tools]
+
+
+def _tool(name: str, description: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": dict(parameters)}}
