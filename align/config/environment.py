@@ -6,8 +6,10 @@ Leaves out the acting itself (``align.environments``).
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -18,9 +20,10 @@ from align.config.class_source import check_class
 from align.config.extras import require_extra
 from align.config.function_arguments import read_module, top_level_names
 from align.config.scores import scoring_identity
-from align.config.user_functions import SHORT, function_identity
+from align.config.user_functions import SHORT, function_identity, search_module_folders
 from align.config.validation import hint_nearest, suggest
 from align.errors import UserError, redact
+from align.store.code_identity import code_identity
 from align.store.fingerprint import canonical
 
 SOURCES = ("class", "tools", "verifiers", "openenv")
@@ -45,7 +48,7 @@ class EnvironmentConfig(Config):
     """Functions that the policy may call, each as ``module:function``, with type hints and a docstring."""
     score: str | None = None
     """Function that scores an episode, beside ``tools``: ``gold``, ``gsm8k_answer``, or ``module:function``."""
-    verifiers: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    verifiers: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$")
     """Installed environment of the package verifiers, by the name of its package: ``reverse-text``."""
     openenv: str | None = None
     """Address of a server that speaks OpenEnv: ``http://127.0.0.1:8000``."""
@@ -169,7 +172,7 @@ class EnvironmentConfig(Config):
         if self.verifiers is not None:
             require_extra("verifiers", "verifiers", f"{place}.verifiers:")
             yield "verifiers", importlib.metadata.version("verifiers")
-            yield self.verifiers, _version_of_package(self.verifiers, f"{place}.verifiers")
+            yield self.verifiers, _taskset_identity(self.verifiers, f"{place}.verifiers")
         if self.openenv is not None:
             require_extra("openenv", "openenv", f"{place}.openenv:")
 
@@ -193,13 +196,22 @@ def _check_function(path: str, place: str) -> None:
         raise UserError(f"{place} '{path}': {module} has no function '{name}'.{suggest(name, names)}")
 
 
-def _version_of_package(name: str, place: str) -> str:
-    """Return the version of an environment's package; verifiers names it with or without an owner before it."""
-    package = name.rpartition("/")[2]
+def _taskset_identity(name: str, place: str) -> str:
+    """Return the digest of an environment's code; one that comes with verifiers has the version of that."""
+    # The name may have an owner before it and a version behind it.
+    module = name.rpartition("/")[2].partition("@")[0].replace("-", "_").lower()
+    package = importlib.util.find_spec("verifiers")
+    places = package.submodule_search_locations if package is not None else None
+    if any(Path(place, "v1", "tasksets", module).exists() for place in places or ()):
+        return "of verifiers"
+    search_module_folders()
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        is_there = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        is_there = False
+    if not is_there:
         raise UserError(
-            f"{place} '{name}': there is no package '{package}'; install the environment with pip in the environment "
-            "that align runs in."
-        ) from None
+            f"{place} '{name}': there is no module '{module}'; install the environment's package where align is "
+            "installed, or put the module beside the YAML file."
+        )
+    return code_identity(module)

@@ -46,6 +46,10 @@ class ClassSource:
     max_result_tokens: int
     place: str = "environment"
 
+    def preload(self) -> None:
+        """Import the class."""
+        load_function(self.path, f"{self.place}.class")
+
     def make(self) -> ClassEnvironment:
         """Return a new instance. Raises ``EnvironmentFailed``."""
         return ClassEnvironment(self)

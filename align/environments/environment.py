@@ -15,7 +15,7 @@ from align.data.rows import Message, Row
 from align.environments.errors import BadCall, ToolError
 from align.environments.results import Scores, Step
 from align.environments.tool_schema import argument_problem
-from align.errors import UserError, shorten
+from align.errors import shorten
 
 MESSAGES, RESPONSE = "messages", "response"
 """Parameters of a function or method that scores: the whole conversation, or the policy's last turn."""
@@ -88,6 +88,10 @@ class EnvironmentSource(Protocol):
         """Whether instances have ``state`` and are restored from it."""
         ...
 
+    def preload(self) -> None:
+        """Import what instances need, and make none."""
+        ...
+
     def make(self) -> Environment:
         """Return a new instance. Raises ``EnvironmentFailed``."""
         ...
@@ -101,6 +105,7 @@ def open_environment(config: EnvironmentConfig, place: str = "environment") -> E
     from align.environments.class_environment import open_class
     from align.environments.function_environment import open_functions
     from align.environments.openenv_adapter import open_openenv
+    from align.environments.verifiers_adapter import open_verifiers
 
     if config.class_name is not None:
         return open_class(config, place)
@@ -108,7 +113,7 @@ def open_environment(config: EnvironmentConfig, place: str = "environment") -> E
         return open_functions(config, place)
     if config.openenv is not None:
         return open_openenv(config, place)
-    raise UserError(f"{place}: {config.label} is of a kind that cannot be opened.")
+    return open_verifiers(config, place)
 
 
 def check_arguments(schemas: Mapping[str, dict[str, Any]], name: str, arguments: dict[str, Any]) -> None:

@@ -34,6 +34,10 @@ class FunctionSource:
     has_step: bool = False
     can_save: bool = False
 
+    def preload(self) -> None:
+        """Import the functions."""
+        assert self.functions and self.scorer
+
     def make(self) -> FunctionEnvironment:
         """Return a new instance."""
         return FunctionEnvironment(self)
@@ -65,8 +69,8 @@ def open_functions(config: EnvironmentConfig, place: str) -> FunctionSource:
         tools.append(tool_schema(function, tool_name(path), where))
     score = full_path(str(config.score), f"{place}.score")
     source = FunctionSource(paths, score, config.arguments, tools, config.max_result_tokens, place)
-    # Import everything now: a mistake is an error before a model is loaded.
-    assert source.functions and source.scorer
+    # A mistake is an error before a model is loaded.
+    source.preload()
     return source
 
 

@@ -54,6 +54,10 @@ class OpenEnvSource:
         """Whether the policy speaks to the server in messages."""
         return self.message_field is not None
 
+    def preload(self) -> None:
+        """Import the client."""
+        import openenv.core.generic_client  # noqa: F401
+
     def make(self) -> OpenEnvEnvironment:
         """Return a new session, which connects when it begins."""
         return OpenEnvEnvironment(self)

@@ -33,7 +33,7 @@ def main() -> None:
     try:
         # From the process that started this one.
         source: EnvironmentSource = pickle.loads(receive(control))  # noqa: S301
-        source.make().close()  # imports the user's module, here alone
+        source.preload()
         send(control, b"")
     except Exception as error:
         send(control, describe_failure(error).encode())

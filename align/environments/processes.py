@@ -25,15 +25,17 @@ START_SECONDS = 120.0
 
 
 class ProcessServer:
-    """The process from which those of episodes are forked. Started for the first episode, and again if it dies."""
+    """The process from which those of episodes are forked. It is started again if it dies."""
 
     def __init__(self, source: EnvironmentSource) -> None:
+        """Start the process, which may take as long as its imports. Raises ``EnvironmentFailed``."""
         self._source = source
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0
         """How many episodes had a process; also the number of the last one."""
+        self._start()
 
     def start_episode(self) -> EpisodeProcess:
         """Return a new process. Raises ``EnvironmentFailed``."""

@@ -91,6 +91,11 @@ class EnvironmentPool:
         tool_seconds: float = 30.0,
         isolation: Literal["thread", "process"] = "thread",
     ) -> None:
+        """Start the process from which those of episodes are forked, where they have processes of their own.
+
+        ``workers`` is the number of calls at once, ``tool_seconds`` the limit of each. Raises ``EnvironmentFailed`` for
+        a process that does not start.
+        """
         self.source = source
         self.tool_seconds = tool_seconds
         self.timeouts = 0

@@ -158,6 +158,29 @@ def test_code_arguments_and_limits_are_part_of_the_identity_and_workers_are_not(
     assert environment(block).identity() != before
 
 
+def test_packages_that_are_not_installed_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = identity_refusal({"verifiers": "reverse-text", "max_tokens": 64})
+    assert (
+        "environment.verifiers: needs the package verifiers, which is not installed: pip install 'align[ver" in message
+    )
+    message = identity_refusal({"openenv": "http://127.0.0.1:8010", "max_tokens": 64})
+    assert "environment.openenv: needs the package openenv, which is not installed" in message
+
+
+def test_an_environment_of_verifiers_is_identified_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.config.environment.require_extra", lambda *names: None)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.4.0")
+    (tmp_path / "my_taskset.py").write_text("a = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    block = {"verifiers": "owner/my-taskset@1", "max_tokens": 64}
+    before = environment(block).identity()
+    (tmp_path / "my_taskset.py").write_text("a = 2\n")
+    assert environment(block).identity() != before
+    message = identity_refusal(block | {"verifiers": "no-taskset"})
+    assert "environment.verifiers 'no-taskset': there is no module 'no_taskset'; install" in message
+
+
 def test_the_schema_has_the_key_that_the_yaml_has() -> None:
     properties = EnvironmentConfig.model_json_schema()["properties"]
     assert properties["class"]["description"].startswith("Class of the user's")

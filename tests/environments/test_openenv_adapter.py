@@ -142,10 +142,10 @@ def test_episodes_go_on_in_another_process(serve: Serve, tmp_path: Path, isolati
     source = opened(serve("guess"))
     said = []
     for run in range(3):
-        pool = EnvironmentPool(source, workers=4, tool_seconds=20.0, isolation=isolation)
+        pool = EnvironmentPool(source, workers=4, tool_seconds=100.0, isolation=isolation)
         environment = JournaledEnvironment(pool, Journal(tmp_path / "journal"), 0, ROW)
-        assert environment.reset().result(20) == [user("Guess a number up to 9.")]
-        said.append([environment.step(turn, str(turn + 1)).result(20) for turn in range(run)])
+        assert environment.reset().result(100) == [user("Guess a number up to 9.")]
+        said.append([environment.step(turn, str(turn + 1)).result(100) for turn in range(run)])
         assert environment.differing == 0
         pool.close()
     assert said[2][:1] == said[1]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,14 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     assert done.returncode == -9, done.stderr
     for process in done.stdout.split():
         wait_for_end(int(process))
+
+
+def test_a_module_that_cannot_be_imported_there_is_an_error_at_once() -> None:
+    source = replace(open_class("Counter"), path="no_such_module:Counter")  # type: ignore[type-var]
+    with pytest.raises(
+        EnvironmentFailed, match="the process of the environments did not start: UserError: .*no_such_m"
+    ):
+        EnvironmentPool(source, isolation="process")
 
 
 def test_a_dead_server_fails_its_episodes_and_is_started_again() -> None:

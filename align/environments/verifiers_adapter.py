@@ -1,0 +1,256 @@
+"""Environments of the package verifiers 0.4 (extra ``verifiers``): a taskset, and the code that plays it. Torch-free.
+
+The environment's own code runs, with the policy in the place of its agent (``verifiers_seat.py``): its prompts, its
+user turns, its tools, its rewards. Left out: several agents, harnesses that are programs, containers, and images. A
+row's column ``task`` has the number of its task; ``tasks`` makes such rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from align.config.environment import EnvironmentConfig
+from align.config.extras import require_extra
+from align.config.user_functions import search_module_folders
+from align.data.event_loop import wait_for
+from align.data.rows import Message, Row
+from align.environments.environment import Action, check_arguments, play_again
+from align.environments.errors import EnvironmentFailed
+from align.environments.methods import Methods, describe_failure
+from align.environments.results import (
+    Scores,
+    Step,
+    describe_exception,
+    read_messages,
+    read_step,
+    read_text,
+)
+from align.errors import UserError
+from align.store.fingerprint import digest
+
+if TYPE_CHECKING:
+    from align.environments.verifiers_seat import Play
+
+MOST_TASKS = 1000
+"""Tasks among which a row without a column ``task`` gets one."""
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class VerifiersSource:
+    """An environment of verifiers, with the settings of its taskset."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    tools: list[dict[str, Any]]
+    max_result_tokens: int
+    has_step: bool = True
+    """Every message of the policy goes to the environment, the last one too."""
+    can_save: bool = False
+
+    def preload(self) -> None:
+        """Import the environment."""
+        _load(self.name, _canonical(self.arguments))
+
+    def make(self) -> VerifiersEnvironment:
+        """Return a new episode."""
+        return VerifiersEnvironment(self)
+
+
+def open_verifiers(config: EnvironmentConfig, place: str) -> VerifiersSource:
+    """Import an environment. Raises ``UserError``, which begins with ``place``, for one that align cannot play."""
+    where, name = f"{place}.verifiers", str(config.verifiers)
+    require_extra("verifiers", "verifiers", f"{where}:")
+    search_module_folders()
+    try:
+        env = _load(name, _canonical(config.arguments))
+    except Exception as error:
+        raise UserError(
+            f"{where} '{name}': verifiers cannot load it ({describe_exception(error)}). `arguments` are the fields of "
+            "its taskset, and its package must be installed."
+        ) from None
+    objection = _objection(env)
+    if objection:
+        raise UserError(f"{where} '{name}': {objection}.")
+    from align.environments.verifiers_seat import tool_schemas
+
+    kind = type(env.taskset).task_type()
+    toolsets = [*env.taskset.toolsets(env.taskset.config), *kind.toolsets(env.taskset.config.task)]
+    tools = wait_for(tool_schemas(toolsets))
+    names = [tool["function"]["name"] for tool in tools]
+    repeated = sorted({tool for tool in names if names.count(tool) > 1})
+    if repeated:
+        raise UserError(f"{where} '{name}': two of its tools are called '{repeated[0]}'.")
+    return VerifiersSource(name, config.arguments, tools, config.max_result_tokens)
+
+
+def tasks(name: str, count: int, first: int = 0, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """Yield tasks of an environment, as records of format ``prompt``, for a source of type ``python``.
+
+    Their column ``task`` must be kept: ``keep: [task]``. Fewer are yielded where the taskset has fewer.
+    """
+    env = _load(name, _canonical(arguments))
+    for task in itertools.islice(env.taskset, first, first + count):
+        data = task.data
+        text = data.prompt_text or data.name or f"{name} {data.idx}"
+        yield {"prompt": text, "task": data.idx}
+
+
+class VerifiersEnvironment:
+    """An episode of an environment of verifiers."""
+
+    def __init__(self, source: VerifiersSource) -> None:
+        self._source = source
+        self._env = _load(source.name, _canonical(source.arguments))
+        self._methods = Methods("")
+        self._schemas = {schema["function"]["name"]: schema for schema in source.tools}
+        self._play: Play | None = None
+        self._called: list[Any] = []
+        """Calls of the policy's turn, and their results, in the words of verifiers."""
+        self._is_done = False
+
+    def reset(self, row: Row) -> list[Message] | None:
+        """Begin the episode of the row's task."""
+        from align.environments.verifiers_seat import Play
+
+        self._play = Play(self._env, self._task(row))
+        self._called, self._is_done = [], False
+        kind, value = self._play.start()
+        messages = self._read(kind, value)
+        if self._is_done:
+            raise EnvironmentFailed("the environment ended before the policy spoke.")
+        return read_messages(messages, ROLES, "verifiers returned", "messages")
+
+    def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """Return a tool's result. Raises ``ToolError`` or ``EnvironmentFailed``."""
+        import verifiers.v1 as vf
+
+        check_arguments(self._schemas, name, arguments)
+        play = self._playing()
+        text = ""
+        try:
+            result = self._methods.run_tool(name, play.tools[name], arguments)
+            text = read_text(result, self._source.max_result_tokens)
+        except Exception as error:
+            text = str(error)
+            raise
+        finally:
+            identity = f"call_{len(self._called)}"
+            call = vf.ToolCall(id=identity, name=name, arguments=json.dumps(arguments))
+            self._called += [
+                vf.AssistantMessage(content=None, tool_calls=[call]),
+                vf.ToolMessage(tool_call_id=identity, content=text, name=name),
+            ]
+        return text
+
+    def step(self, message: str) -> Step:
+        """Give the environment a message of the policy."""
+        import verifiers.v1 as vf
+
+        reply, self._called = [*self._called, vf.AssistantMessage(content=message)], []
+        messages = self._read(*self._playing().answer(reply))
+        return read_step((messages, self._is_done), self._source.max_result_tokens, "verifiers")
+
+    def score(self, messages: list[Message]) -> Scores:
+        """Return the environment's rewards; one that still waits for the policy ends first."""
+        play = self._playing()
+        if not self._is_done:
+            self._read(*play.answer(None))
+        if not self._is_done or play.trace is None:
+            raise EnvironmentFailed("the environment asks for another turn of a policy that has none left.")
+        rewards = {name: reward for name, reward in play.trace.rewards.items() if reward is not None}
+        metrics = {name: float(value) for name, value in play.trace.metrics.items() if value is not None}
+        return Scores(float(play.trace.reward), metrics | {name: float(item.score) for name, item in rewards.items()})
+
+    def state(self) -> Any:
+        """Return nothing: verifiers restores no state."""
+        return None
+
+    def restore(self, row: Row, actions: Sequence[Action], state: Any = None) -> int:
+        """Begin the task again, and repeat the actions."""
+        self.reset(row)
+        return play_again(self, actions)
+
+    def cancel(self) -> None:
+        """End the call that runs, and the episode."""
+        self._methods.cancel()
+        if self._play is not None:
+            self._play.cancel()
+
+    def close(self) -> None:
+        """End the episode."""
+        self.cancel()
+
+    def _playing(self) -> Play:
+        if self._play is None:
+            raise EnvironmentFailed("the environment of verifiers did not begin.")
+        return self._play
+
+    def _read(self, kind: str, value: Any) -> list[Message]:
+        """Return the messages that the environment says; none at its end. Raises ``EnvironmentFailed``."""
+        if kind == "failed":
+            if isinstance(value, EnvironmentFailed):
+                raise value
+            raise EnvironmentFailed(f"{self._source.name} raised {describe_failure(value)}") from value
+        self._is_done = kind == "done"
+        return value or []
+
+    def _task(self, row: Row) -> Any:
+        index = row.get("task")
+        if not isinstance(index, int):
+            index = int(digest(str(row.get("id", "")))[:8], 16) % _count(self._source.name, self._source.arguments)
+        task = next(itertools.islice(self._env.taskset, index, None), None)
+        if task is None:
+            raise EnvironmentFailed(f"{self._source.name} has no task {index}.")
+        return task
+
+
+@functools.lru_cache(maxsize=8)
+def _load(name: str, arguments: str) -> Any:
+    """Return an environment by the name of its taskset's package, and the settings of the taskset as JSON."""
+    import verifiers.v1 as vf
+
+    return vf.load_environment(vf.resolve_env_config({"taskset": json.loads(arguments) | {"id": name}}))
+
+
+def _count(name: str, arguments: Mapping[str, Any]) -> int:
+    """Return the number of tasks, up to ``MOST_TASKS``."""
+    return _counted(name, _canonical(arguments))
+
+
+@functools.lru_cache(maxsize=8)
+def _counted(name: str, arguments: str) -> int:
+    count = sum(1 for _ in itertools.islice(_load(name, arguments).taskset, MOST_TASKS))
+    if not count:
+        raise EnvironmentFailed(f"{name} has no tasks.")
+    return count
+
+
+def _canonical(arguments: Mapping[str, Any]) -> str:
+    return json.dumps(dict(arguments), sort_keys=True)
+
+
+def _objection(env: Any) -> str | None:
+    """Return why align cannot play an environment; None where it can."""
+    import verifiers.v1 as vf
+    from verifiers.v1.configs.agent import agent_config_fields
+    from verifiers.v1.session import hook_boundary
+
+    seats = list(agent_config_fields(env.config))
+    if len(seats) != 1:
+        return f"it has the agents {', '.join(seats)}, and align plays one"
+    if type(env).start is not vf.Env.start:
+        return "it starts services of its own, which align has no place for"
+    kind = type(env.taskset).task_type()
+    if kind.NEEDS_CONTAINER:
+        return "its tasks need a container"
+    probe = kind.__new__(kind)
+    probe.config = env.taskset.config.task
+    if any(hook_boundary(hook, allow_trace=True) is not vf.Trace for hook in kind.hooks(probe, "stop")):
+        return "it stops at single requests of a model, which align does not send"
+    return None

@@ -1,0 +1,246 @@
+"""The seat of the policy in an environment of the package verifiers: what its code speaks to. Torch-free.
+
+That code runs as a coroutine. Where it asks its agent for a turn, it waits here until the policy has spoken. Private
+parts of verifiers 0.4 are used in this file alone: the state of its tool servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import queue
+from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import Future
+from typing import Any
+
+import verifiers.v1 as vf
+from verifiers.v1.dialects import parse_message
+from verifiers.v1.session import hook_boundary
+from verifiers.v1.state import state_cls
+from verifiers.v1.types import content_text
+from verifiers.v1.utils.decorators import discover_decorated, invoke
+
+from align.data import event_loop
+from align.data.rows import Message
+from align.environments.errors import EnvironmentFailed
+
+END = None
+"""In place of the policy's turn: it has no more turns."""
+
+
+class Play:
+    """One episode of a verifiers environment, which waits for the policy's turns."""
+
+    def __init__(self, env: Any, task: Any) -> None:
+        self._env, self._task = env, task
+        self._said: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        """What comes out of the coroutine: ``turn`` with new messages, ``done`` or ``failed``."""
+        self._reply: asyncio.Future[list[Any] | None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._coroutine: Future[Any] | None = None
+        self._is_seated = False
+        self.trace: Any = None
+        self.tools: dict[str, Any] = {}
+        """Functions that the policy may call, by the name that it has for them."""
+
+    def start(self) -> tuple[str, Any]:
+        """Begin the episode; return what it says first."""
+        self._coroutine = event_loop.start(self._run())
+        return self._said.get()
+
+    def answer(self, reply: list[Any] | None) -> tuple[str, Any]:
+        """Give the policy's messages, or ``END``; return what the environment says to them."""
+        if self._reply is None or self._loop is None:
+            raise EnvironmentFailed("the environment of verifiers waits for no message.")
+        waiting, self._reply = self._reply, None
+        self._loop.call_soon_threadsafe(waiting.set_result, reply)
+        return self._said.get()
+
+    def cancel(self) -> None:
+        """End the episode without a score."""
+        if self._coroutine is not None:
+            self._coroutine.cancel()
+
+    async def exchange(self, messages: list[Message]) -> list[Any] | None:
+        """Say messages to the policy, and wait for its turn; ``END`` where it has no more."""
+        self._reply = asyncio.get_running_loop().create_future()
+        waiting = self._reply
+        self._said.put(("turn", messages))
+        return await waiting
+
+    def take_seat(self) -> None:
+        """Raise ``EnvironmentFailed`` for a second conversation in an episode."""
+        if self._is_seated:
+            raise EnvironmentFailed("the environment plays several conversations in one episode; align plays one.")
+        self._is_seated = True
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            record = vf.TraceTask(
+                type=type(self._task).__name__, data=self._task.data, key=self._task.key, hash=self._task.hash
+            )
+            episode = vf.Episode(env=vf.EnvInfo(id=self._env.config.env_id), task=record)
+            agents = vf.Agents(self._env.config, lambda name, config: Seat(self, episode, name, config))
+            await self._env.setup(agents)
+            await self._env.run(self._task, agents)
+            await self._env.finalize(self._task, episode)
+            self._said.put(("done", None))
+        except BaseException as error:
+            self._said.put(("failed", error))
+            if not isinstance(error, Exception):
+                raise
+
+
+class Seat:
+    """What an environment's code has for an agent."""
+
+    def __init__(self, play: Play, episode: Any, name: str, config: Any) -> None:
+        self._play, self._episode, self._name, self._config = play, episode, name, config
+        self.trainable = True
+
+    async def run(self, task: Any, **options: Any) -> Any:
+        """Have the policy answer a task's prompt; return the trace."""
+        async with self.interaction(task, **options) as interaction:
+            await interaction.turn()
+        return interaction.trace
+
+    @contextlib.asynccontextmanager
+    async def interaction(self, task: Any, **options: Any) -> AsyncIterator[Conversation]:
+        """Open a conversation with the policy; at its end the task scores it."""
+        refused = [name for name, value in options.items() if value is not None and name != "on_trace"]
+        if refused:
+            raise EnvironmentFailed(f"the environment gives its agent a {refused[0]}, which align has no place for.")
+        self._play.take_seat()
+        trace = vf.Trace(
+            task=vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash),
+            state=state_cls(type(task))(),
+            agent=vf.AgentInfo(config=self._config, name=self._name, trainable=self.trainable),
+        )
+        self._play.trace = trace
+        available = {"task": task.data, "trace": trace, "runtime": None}
+        await _wait(invoke(task.setup, available))
+        self._play.tools = await start_tools(task, self._play_toolsets(task), trace.state)
+        conversation = Conversation(self._play, task, trace, self._config.max_turns)
+        yield conversation
+        trace.stop("user_closed")
+        await _wait(invoke(task.finalize, available))
+        await task.score(trace)
+        trace.ok = True
+        self._episode.traces.append(trace)
+
+    def _play_toolsets(self, task: Any) -> list[Any]:
+        return make_toolsets(self._play._env, task)
+
+
+class Conversation:
+    """What an environment's code has for an open conversation with an agent."""
+
+    def __init__(self, play: Play, task: Any, trace: Any, max_turns: int | None) -> None:
+        self._play, self._task, self.trace, self._max_turns = play, task, trace, max_turns
+        self._is_over = False
+        self._stops = [hook for hook in task.hooks("stop") if hook_boundary(hook, allow_trace=True) is vf.Trace]
+
+    async def turn(self, message: Any = None) -> Any:
+        """Say a message to the policy, and return what it did until it spoke again."""
+        new: list[Any] = []
+        data = self._task.data
+        if not self.trace.nodes:
+            if data.system_prompt is not None:
+                new.append(vf.SystemMessage(content=data.system_prompt))
+            new += [vf.UserMessage(content=data.prompt)] if isinstance(data.prompt, str) else list(data.prompt or [])
+        if isinstance(message, str):
+            new.append(vf.UserMessage(content=message))
+        else:
+            new += [parse_message(item) if isinstance(item, dict) else item for item in message or []]
+        reply = END
+        if not (self._is_over or await self._is_stopped()):
+            reply = await self._play.exchange([plain_message(item) for item in new])
+        if reply is None:
+            self._is_over = True
+            self.trace.stop("max_turns")
+            return vf.Segment(messages=[], terminated=True)
+        self._add(new, sampled=False)
+        self._add(reply, sampled=True)
+        return vf.Segment(messages=reply)
+
+    async def _is_stopped(self) -> bool:
+        if self._max_turns is not None and self.trace.num_turns >= self._max_turns:
+            return True
+        if not self.trace.nodes:
+            return False
+        available = {vf.Trace: self.trace, "trace": self.trace, "task": self._task.data}
+        for stop in self._stops:
+            if await _wait(invoke(stop, available)):
+                self.trace.stop(stop.__name__)
+                return True
+        return False
+
+    def _add(self, messages: list[Any], sampled: bool) -> None:
+        for message in messages:
+            parent = len(self.trace.nodes) - 1 if self.trace.nodes else None
+            is_sampled = sampled and message.role == "assistant"
+            self.trace.nodes.append(vf.MessageNode(parent=parent, message=message, sampled=is_sampled))
+
+
+def plain_message(message: Any) -> Message:
+    """Return a message of verifiers as align has it. Raises ``EnvironmentFailed`` for an image."""
+    if not isinstance(message.content, str | None) and any(part.type != "text" for part in message.content):
+        raise EnvironmentFailed("the environment sends an image, and align's policies read text alone.")
+    plain = {"role": message.role, "content": content_text(message.content)}
+    calls = getattr(message, "tool_calls", None)
+    if calls:
+        functions = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in calls]
+        plain["tool_calls"] = json.dumps([{"type": "function", "function": function} for function in functions])
+    return plain
+
+
+def make_toolsets(env: Any, task: Any) -> list[Any]:
+    """Return new tool servers for one task, and those that verifiers would share among all tasks."""
+    return [*env.taskset.toolsets(env.taskset.config), *task.toolsets(task.config)]
+
+
+async def start_tools(task: Any, toolsets: list[Any], state: Any) -> dict[str, Any]:
+    """Set tool servers up in this process; return their functions by the name that the policy has for them."""
+    functions: dict[str, Any] = {}
+    for toolset in toolsets:
+        # Without a server of its own, a toolset keeps its state here: that of the episode.
+        toolset._inert_state = state
+        await _wait(toolset.setup())
+        await _wait(toolset.setup_task(task.data))
+        functions |= tool_functions(toolset)
+    return functions
+
+
+def tool_functions(toolset: Any) -> dict[str, Any]:
+    """Return the tools of a server by the name that the policy has for them."""
+    prefix = f"{toolset.server_name}_" if toolset.server_name else ""
+    return {
+        prefix + (getattr(function, "tool_name", None) or function.__name__): function
+        for function in discover_decorated(toolset, "tool")
+    }
+
+
+async def tool_schemas(toolsets: list[Any]) -> list[dict[str, Any]]:
+    """Return the JSON schemas of tool servers, as verifiers' own harness tells the model of them."""
+    from mcp.server.mcpserver import MCPServer
+
+    schemas = []
+    for toolset in toolsets:
+        server = MCPServer(toolset.server_name or type(toolset).__name__)
+        toolset.register(server)
+        prefix = f"{toolset.server_name}_" if toolset.server_name else ""
+        for tool in await server.list_tools():
+            function = {
+                "name": prefix + tool.name,
+                "description": inspect.cleandoc(tool.description or ""),
+                "parameters": tool.input_schema,
+            }
+            schemas.append({"type": "function", "function": function})
+    return schemas
+
+
+async def _wait(value: Any) -> Any:
+    return await value if isinstance(value, Awaitable) else value
