@@ -19,7 +19,7 @@ COPIED = {"index.md": "README.md", "development.md": "CONTRIBUTING.md", "changel
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Start": ("index", "getting_started", "tasks", "pipelines", "python", "commands"),
     "Data": ("data", "data_*", "synthesis", "lint"),
-    "Training": ("methods", "methods_*", "rewards", "ppo", "ppo_*", "rl", "rl_*"),
+    "Training": ("methods", "methods_*", "rewards", "environments", "ppo", "ppo_*", "rl", "rl_*"),
     "Evaluation": ("evaluation", "evaluation_*", "reporting", "results", "results_*"),
     "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "gpu", "performance", "performance_*"),
     "Operations": ("store", "faults", "security"),
