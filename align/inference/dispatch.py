@@ -1,8 +1,9 @@
 """Load balancing over several servers: each request goes to the least loaded one, and to another where that fails.
 
 A server is lost when its process ends, when it does not answer in time, when it no longer says that it is well, or when
-it gives several bad replies in a row. The pool is told, and the server's requests go to the others. Leaves out the
-content of requests (``server.py``) and the return of lost servers (``pool.py``).
+it gives several bad replies in a row. The pool is told, and the server's requests go to the others. Requests are known
+at once (``run``), or are submitted while others are under way (``submit`` and ``poll``). Leaves out the content of
+requests (``server.py``) and the return of lost servers (``pool.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -54,6 +55,11 @@ class ServerRequest:
     """Takes the pool member, the body and the JSON of the reply; raises ``BadReply``."""
     group: int
     """Requests of one group go to one server, where they share the keys and values of their prompt."""
+    affinity: tuple[Hashable, ...] = ()
+    """Names under which a server is remembered: the request goes to the one that had the first of them last.
+
+    The later names are for a request whose first name no server has had, or whose server is lost or full.
+    """
 
     @property
     def tokens(self) -> int:
@@ -93,7 +99,7 @@ class ServerReply:
 
 
 class Dispatcher:
-    """One round of requests; ``run`` returns their parsed replies in order."""
+    """Requests under way; ``run`` returns the parsed replies to all of them in order, ``poll`` as they come."""
 
     def __init__(
         self,
@@ -104,16 +110,22 @@ class Dispatcher:
         on_progress: Progress | None = None,
     ) -> None:
         """``concurrency`` is how many requests a server has in flight at most."""
-        self.pool, self.path, self.requests, self.concurrency = pool, path, requests, concurrency
+        self.pool, self.path, self.concurrency = pool, path, concurrency
         self.on_progress = on_progress
-        self.results: list[Any] = [None] * len(requests)
-        self.remaining = len(requests)
+        self.requests = dict(enumerate(requests))
+        """By index; ``poll`` drops those whose reply it has returned."""
+        self.results: dict[int, Any] = {}
+        """Parsed replies by index of their request."""
+        self.count = self.remaining = len(requests)
+        """Requests so far, and those that have no reply."""
         self.bad_replies: dict[int, int] = {}
         """Index of a request → bad replies to it so far."""
         self.failed_servers: dict[int, set[int]] = {}
         """Index of a request → servers that gave them."""
         self.servers = [ServerState(index, member) for index, member in enumerate(pool.members)]
-        self.pending = deque(self._group(range(len(requests))))
+        self.homes: dict[Hashable, int] = {}
+        """Name of an affinity → index of the server that had a request with it last."""
+        self.pending = deque(self._group(self.requests))
         self.replies: queue.SimpleQueue[ServerReply] = queue.SimpleQueue()
 
     def run(self) -> list[Any]:
@@ -123,20 +135,66 @@ class Dispatcher:
         """
         try:
             while self.remaining:
-                # 1. Fill every ready server up to its concurrency.
-                self._assign()
-                # 2. Take one reply. Waiting is short, so that step 3 comes around while nobody answers.
-                with contextlib.suppress(queue.Empty):
-                    self._on_reply(self.replies.get(timeout=POLL_SECONDS))
-                # 3. Find servers that died or fell silent; their requests are pending again.
-                self._check_silent_servers()
-                # 4. With nothing in flight no reply will come: a server has to come back first.
-                if self.remaining and not any(state.in_flight for state in self.servers):
-                    self.pool.await_ready()
-            return self.results
+                self._advance(POLL_SECONDS)
+                self._await_server()
+            return [self.results[index] for index in range(self.count)]
         finally:
-            for state in self.servers:
-                state.member.client.cancel_all()
+            self.cancel()
+
+    def submit(self, request: ServerRequest) -> int:
+        """Send one more request, or queue it where no server has room. Returns its index."""
+        index, self.count = self.count, self.count + 1
+        self.requests[index] = request
+        self.remaining += 1
+        self.pending.append([index])
+        self._assign()
+        return index
+
+    def poll(self, timeout: float | None) -> dict[int, Any]:
+        """Return parsed replies that have come since the last call, by index of their request; waits for the first.
+
+        Returns none after ``timeout`` seconds, or where every request has its reply. Raises as ``run``. While no server
+        is ready it waits for one, whatever the timeout.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.remaining and not self.results:
+            left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
+            self._advance(min(POLL_SECONDS, max(0.0, left)))
+            if self.results or left <= 0:
+                break
+            self._await_server()
+        while self.remaining and not self.replies.empty():
+            self._advance(0)
+        replies, self.results = self.results, {}
+        for index in replies:
+            del self.requests[index]
+        return replies
+
+    def cancel(self) -> None:
+        """Cancel the calls in flight."""
+        for state in self.servers:
+            state.member.client.cancel_all()
+
+    def lose(self, member: Any, error: Exception) -> None:
+        """Stop using a server that was found unfit outside of its replies; its requests go to others."""
+        for state in self.servers:
+            if state.member is member:
+                self._lose(state, error)
+
+    def _advance(self, seconds: float) -> None:
+        """Send what can be sent, and take one reply, waiting so long for it at most."""
+        # 1. Fill every ready server up to its concurrency.
+        self._assign()
+        # 2. Take one reply. Waiting is short, so that step 3 comes around while nobody answers.
+        with contextlib.suppress(queue.Empty):
+            self._on_reply(self.replies.get(timeout=seconds))
+        # 3. Find servers that died or fell silent; their requests are pending again.
+        self._check_silent_servers()
+
+    def _await_server(self) -> None:
+        """With nothing in flight no reply will come: wait until a server has come back."""
+        if self.remaining and not any(state.in_flight for state in self.servers):
+            self.pool.await_ready()
 
     def _group(self, indexes: Iterable[int]) -> list[list[int]]:
         """Return the requests by group, in their order."""
@@ -161,7 +219,8 @@ class Dispatcher:
     def _least_loaded(self, group: list[int]) -> ServerState | None:
         """Return the ready server with room that has the fewest tokens in flight; None while there is none.
 
-        A server that gave a bad reply to one of the group is only taken when every ready server did.
+        One to which the group has an affinity comes first, whatever its load. A server that gave a bad reply to one of
+        the group is only taken when every ready server did.
         """
         ready = [state for state in self.servers if state.member.ready]
         failed = set().union(*(self.failed_servers.get(index, set()) for index in group))
@@ -170,14 +229,22 @@ class Dispatcher:
         # Better the server that failed than none: it may answer this time.
         if not candidates and all(state.index in failed for state in ready):
             candidates = with_room
+        # A server that had an episode's last turn has the keys and values of all before the next.
+        homes = [self.homes[name] for name in self.requests[group[0]].affinity if name in self.homes]
+        for home in homes:
+            for state in candidates:
+                if state.index == home:
+                    return state
         return min(candidates, key=lambda state: state.tokens, default=None)
 
     def _send(self, state: ServerState, index: int) -> None:
         if not state.in_flight:
             state.last_reply = time.monotonic()
         state.in_flight.add(index)
-        state.tokens += self.requests[index].tokens
-        future = state.member.client.submit("POST", self.path, self.requests[index].body)
+        request = self.requests[index]
+        state.tokens += request.tokens
+        self.homes.update(dict.fromkeys(request.affinity, state.index))
+        future = state.member.client.submit("POST", self.path, request.body)
         self._queue_reply(future, state, index)
 
     def _queue_reply(self, future: Future[Reply], state: ServerState, index: int | None) -> None:
@@ -218,7 +285,7 @@ class Dispatcher:
         state.missed_probes = 0
         self.remaining -= 1
         if self.on_progress is not None:
-            self.on_progress(len(self.requests) - self.remaining, len(self.requests))
+            self.on_progress(self.count - self.remaining, self.count)
 
     def _take_off(self, state: ServerState, index: int) -> None:
         """Take a request off a server's load."""

@@ -152,33 +152,37 @@ class PoolEngine:
 
     def _dispatch(self, requests: list[ServerRequest], on_progress: Progress | None) -> list[Any]:
         """Return the results of requests, with the servers' weights compared before and after."""
-        self._check_weights()
+        self.check_weights()
         self.await_ready()
         results = Dispatcher(self, COMPLETIONS, requests, self.batch_size, on_progress).run()
-        self._check_weights(sampled=True)
+        self.check_weights(sampled=True)
         return results
 
     def ask_each(self, action: Callable[[RolloutEngine], Result]) -> list[Result]:
         """Return the results of ``action`` for every ready server; one that fails is lost. Raises ``EngineLost``."""
-        self._check_weights()
+        self.check_weights()
         results = []
         for member in self._ready_members():
             try:
                 results.append(action(member.engine))
             except FAULTS as error:
                 self.lose(member, error)
-        self._check_weights(sampled=True)
+        self.check_weights(sampled=True)
         self.await_ready()
         return results
 
     # ---- weights ----
 
-    def _check_weights(self, *, sampled: bool = False, content: bool = False) -> None:
+    def check_weights(
+        self, *, sampled: bool = False, content: bool = False, lose: Callable[[Member, Exception], None] | None = None
+    ) -> None:
         """Raise ``WeightsChanged`` where a server holds other weights than it was given.
 
         ``content`` compares tensors too. Where nothing was ``sampled`` since the last check, nothing is spoiled: a
-        server that was restarted meanwhile is only lost, and comes back with weights.
+        server that was restarted meanwhile is only lost, and comes back with weights. ``lose`` is called for servers
+        that are lost, in a thread for each, instead of the pool's own method.
         """
+        lose = lose or self.lose
 
         def check(member: Member) -> None:
             try:
@@ -186,9 +190,9 @@ class PoolEngine:
             except WeightsChanged as error:
                 if sampled or not error.restarted:
                     raise
-                self.lose(member, error)
+                lose(member, error)
             except FAULTS as error:
-                self.lose(member, error)
+                lose(member, error)
 
         self._for_each(self._ready_members(), check)
 
@@ -198,7 +202,7 @@ class PoolEngine:
         Each tensor has the shape that the checkpoint gives its name.
         Raises ``EngineLost`` when no server is left that can take them, ``BadReply`` when none can read the folder.
         """
-        self._check_weights(content=True)
+        self.check_weights(content=True)
         self.await_ready()
         self._give(weights)
 
@@ -216,7 +220,7 @@ class PoolEngine:
 
     def adopt(self, version: int) -> None:
         """Have every server read a version that was written: the second half of ``load_weights``. Raises as it does."""
-        self._check_weights(content=True)
+        self.check_weights(content=True)
         self.await_ready()
         self._give(version)
 

@@ -57,6 +57,19 @@ class Response:
 
 
 @dataclass(frozen=True)
+class TurnRequest:
+    """One turn of an episode that a session samples."""
+
+    key: int
+    """Number of the episode, under which the turn comes back. Of one episode at most one turn is in flight."""
+    prompt: list[int]
+    """Everything before the turn, earlier turns included."""
+    max_tokens: int
+    seed: int
+    """Seed of the turn's own generator, a non-negative int64 such as ``Sampling.request_seed`` returns."""
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """Model, settings and limits of an engine."""
 
@@ -95,3 +108,41 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free the model and the cache."""
+
+
+class Session(Protocol):
+    """Turns of many episodes, each sampled as soon as it is submitted. Use a session from one thread.
+
+    ``align.inference.sessions.open_session`` opens one. Between opening and closing it the engine is used for nothing
+    else while a turn is in flight, and its weights stay.
+    """
+
+    is_lockstep: bool
+    """True where ``poll`` samples all that was submitted as batches: submit every turn that is ready first."""
+
+    @property
+    def pending(self) -> int:
+        """Turns that were submitted and have not come back."""
+        ...
+
+    def submit(self, request: TurnRequest) -> None:
+        """Take a turn. Raises ``ValueError`` for one that cannot be sampled, or whose episode has one in flight."""
+        ...
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """Return finished turns by key: waits for the first, and returns none after ``timeout`` seconds.
+
+        Without a turn in flight there is nothing to wait for. A timeout is looked at between two decoding steps.
+        """
+        ...
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """Return ``prefix_hit_rate``, the share of prompt tokens that was in the engine's cache.
+
+        Counts the turns that came back. None where the engine has no such cache or does not tell.
+        """
+        ...
+
+    def close(self) -> None:
+        """Abort what is in flight, and let the engine sleep where it does after ``generate``."""
+        ...

@@ -20,7 +20,7 @@ from align.config.runtime import Runtime
 from align.config.validation import validate_plain
 from align.errors import UserError
 from align.inference import ray_client
-from align.inference.protocol import EngineSpec, Progress, Response, RolloutEngine, Sampling
+from align.inference.protocol import EngineSpec, Progress, Response, RolloutEngine, Sampling, TurnRequest
 
 SHARES = 4
 """Shares for each engine: one that is slow, or comes late, takes fewer."""
@@ -77,6 +77,24 @@ class Shard:
         """Return responses under the weights of ``version``; ``weights`` holds Ray's reference to them."""
         self._take_weights(version, weights)
         return [[asdict(response) for response in row] for row in self.engine.generate(prompts, sampling)]
+
+    def sample(
+        self, requests: list[TurnRequest], temperature: float, top_p: float, version: int, weights: list[Any]
+    ) -> list[dict[str, Any]]:
+        """Return the responses to ``requests`` under the weights of ``version``; each has its own seed and limit."""
+        from align.inference.sessions import open_session
+
+        self._take_weights(version, weights)
+        session = open_session(self.engine, temperature, top_p)
+        try:
+            for request in requests:
+                session.submit(request)
+            responses: dict[int, Response] = {}
+            while session.pending:
+                responses.update(session.poll())
+        finally:
+            session.close()
+        return [asdict(responses[request.key]) for request in requests]
 
     def score(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float, version: int, weights: list[Any]
@@ -163,6 +181,14 @@ class RayEngine:
 
         rows = self._run_shares(len(prompts), start, report)
         return [[Response(**fields) for fields in row] for row in rows]
+
+    def sample(self, requests: list[TurnRequest], temperature: float, top_p: float) -> list[Response]:
+        """Return the responses to ``requests``, whose keys differ; each has its own seed and limit."""
+
+        def start(actor: Any, first: int, last: int) -> Any:
+            return actor.sample.remote(requests[first:last], temperature, top_p, self.version, self.weights)
+
+        return [Response(**fields) for fields in self._run_shares(len(requests), start, lambda requests_done: None)]
 
     def score_tokens(
         self, prompts: list[list[int]], responses: list[list[int]], temperature: float

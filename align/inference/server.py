@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from align.inference import nccl
-from align.inference.protocol import Progress, Response, Sampling
+from align.inference.protocol import Progress, Response, Sampling, TurnRequest
 from align.inference.server_client import POLL_SECONDS, BadReply, Client, WeightsChanged
 from align.inference.server_options import ServerSpec, check_server, read_key
 from align.inference.server_process import GRACE_SECONDS, Placement, ServerLaunch, start_server
@@ -96,21 +96,29 @@ class ServerEngine:
     def sampling_requests(self, prompts: list[list[int]], sampling: Sampling) -> list[dict[str, Any]]:
         """Return one request per response, those to one prompt one after another."""
         return [
-            {
-                "prompt": prompts[index],
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "seed": sampling.request_seed(index, sample),
-                "stop_token_ids": [self.eos],
-                "ignore_eos": True,  # only our end token stops; configs of some models name others
-                "logprobs": 0,
-                "return_token_ids": True,
-                "return_tokens_as_token_ids": True,  # or every token is decoded once more, for a field nobody reads
-            }
+            self.sampling_request(
+                TurnRequest(index, prompts[index], sampling.max_tokens, sampling.request_seed(index, sample)),
+                sampling.temperature,
+                sampling.top_p,
+            )
             for index in range(len(prompts))
             for sample in range(sampling.n)
         ]
+
+    def sampling_request(self, request: TurnRequest, temperature: float, top_p: float) -> dict[str, Any]:
+        """Return the body of a request for one response."""
+        return {
+            "prompt": request.prompt,
+            "max_tokens": request.max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": request.seed,
+            "stop_token_ids": [self.eos],
+            "ignore_eos": True,  # only our end token stops; configs of some models name others
+            "logprobs": 0,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # or every token is decoded once more, for a field nobody reads
+        }
 
     def build_responses(self, samples: list[tuple[list[int], list[float]]], n: int) -> list[list[Response]]:
         """Return ``n`` responses per prompt from tokens and log-probabilities in the order of the requests."""
@@ -133,6 +141,13 @@ class ServerEngine:
         if problem is not None:
             raise self.client.unexpected(COMPLETIONS, problem, choice)
         return tokens, [float(value) for value in logprobs]
+
+    def cached_tokens(self, answer: Any) -> int | None:
+        """Return how many tokens of the prompt were in the server's cache; None where the answer does not say."""
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+        count = details.get("cached_tokens") if isinstance(details, dict) else None
+        return count if isinstance(count, int) else None
 
     def _token_problem(self, tokens: Any, max_tokens: int) -> str | None:
         """Say what is wrong with ``token_ids``; None where nothing is."""

@@ -90,7 +90,7 @@ class ServerSpec:
         options = ["--dtype", str(self.dtype).removeprefix("torch."), "--max-model-len", str(self.max_length)]
         options += ["--max-num-seqs", str(config.batch_size), "--logprobs-mode", "processed_logprobs"]
         options += ["--generation-config", "vllm"]  # or the checkpoint's own top-k and penalties would creep in
-        options += ["--enable-prefix-caching", "--disable-log-stats"]
+        options += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-log-stats"]
         options += ["--middleware", GUARD, "--worker-extension-cls", WORKER]
         if not config.compile:
             options.append("--enforce-eager")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from align.inference.protocol import Progress, Response, Sampling
+from align.inference.protocol import Progress, Response, Sampling, TurnRequest
 from align.inference.sampling import pick_tokens, processed_logprobs
 from align.inference.watchdog import Watchdog
 from align.models.loading import load_policy, load_tokenizer
@@ -49,35 +49,44 @@ class TransformersEngine:
     ) -> list[list[Response]]:
         """Return sampled responses, as the protocol has it."""
         jobs = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(sampling.n)]
-        # Longest first: a batch that does not fit in memory fails at once, not after an hour.
-        order = sorted(range(len(jobs)), key=lambda job: (-len(prompts[jobs[job][0]]), job))
-        by_job: list[Response | None] = [None] * len(jobs)
-        done = 0
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            rows = [prompts[jobs[job][0]] for job in batch]
-            seeds = [sampling.request_seed(*jobs[job]) for job in batch]
-            with self.watchdog.watch("generate"):
-                decoded = self._decode(rows, seeds, sampling)
-            for job, response in zip(batch, decoded, strict=True):
-                by_job[job] = response
-            done += len(batch)
-            if on_progress is not None:
-                on_progress(done, len(jobs))
-        responses = [response for response in by_job if response is not None]
+        requests = [
+            TurnRequest(number, prompts[prompt], sampling.max_tokens, sampling.request_seed(prompt, sample))
+            for number, (prompt, sample) in enumerate(jobs)
+        ]
+        responses = self.sample(requests, sampling.temperature, sampling.top_p, on_progress)
         return [responses[index * sampling.n : (index + 1) * sampling.n] for index in range(len(prompts))]
 
+    def sample(
+        self,
+        requests: list[TurnRequest],
+        temperature: float,
+        top_p: float,
+        on_progress: Progress | None = None,
+    ) -> list[Response]:
+        """Return the responses to ``requests``, in their order; each has its own seed and limit."""
+        # Longest first: a batch that does not fit in memory fails at once, not after an hour.
+        order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index))
+        by_request: dict[int, Response] = {}
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            with self.watchdog.watch("generate"):
+                decoded = self._decode([requests[index] for index in batch], temperature, top_p)
+            by_request.update(zip(batch, decoded, strict=True))
+            if on_progress is not None:
+                on_progress(len(by_request), len(requests))
+        return [by_request[index] for index in range(len(requests))]
+
     @torch.inference_mode()
-    def _decode(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
-        """Decode one batch of B prompts from the first token to the last."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        ids, mask = self._left_pad(prompts)  # (B, P)
+    def _decode(self, requests: list[TurnRequest], temperature: float, top_p: float) -> list[Response]:
+        """Decode one batch of B requests from the first token to the last."""
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        ids, mask = self._left_pad([request.prompt for request in requests])  # (B, P)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        tokens: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # index of the response that each row of the cache belongs to
+        tokens: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        rows = list(range(len(requests)))  # index of the response that each row of the cache belongs to
         cache = None
-        for step in range(sampling.max_tokens):
+        while True:
             out = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -88,20 +97,20 @@ class TransformersEngine:
             )
             cache = out.past_key_values
             # 1. Sample a token for every row, with its response's own generator.
-            scores = processed_logprobs(out.logits[:, -1].float(), sampling.temperature, sampling.top_p)  # (B, V)
+            scores = processed_logprobs(out.logits[:, -1].float(), temperature, top_p)  # (B, V)
             uniform = torch.stack([torch.rand((), generator=generators[row], dtype=torch.float64) for row in rows])
-            picked = pick_tokens(scores, uniform.to(self.device), greedy=sampling.temperature == 0)  # (B,)
+            picked = pick_tokens(scores, uniform.to(self.device), greedy=temperature == 0)  # (B,)
             values = scores.gather(1, picked[:, None])[:, 0].tolist()
-            # 2. Append it, unless the row has ended and is only waiting to leave the batch.
+            # 2. Append it, unless the row is done and is only waiting to leave the batch.
             for row, token, value in zip(rows, picked.tolist(), values, strict=True):
-                if not self._ended(tokens[row]):
+                if not self._is_done(tokens[row], requests[row]):
                     tokens[row].append(token)
                     logprobs[row].append(value)
             self.watchdog.progress()
-            alive = [index for index, row in enumerate(rows) if not self._ended(tokens[row])]
-            if not alive or step + 1 == sampling.max_tokens:
+            alive = [index for index, row in enumerate(rows) if not self._is_done(tokens[row], requests[row])]
+            if not alive:
                 break
-            # 3. Drop ended rows from the cache, once they are a quarter of the batch.
+            # 3. Drop the others from the cache, once they are a quarter of the batch.
             keep = torch.arange(len(rows), device=self.device)
             if len(alive) <= 0.75 * len(rows):
                 keep = torch.tensor(alive, device=self.device)
@@ -111,6 +120,9 @@ class TransformersEngine:
             mask = torch.cat([mask[keep], mask.new_ones(len(keep), 1)], dim=1)
             positions = positions[keep, -1:] + 1
         return [self._response(*pair) for pair in zip(tokens, logprobs, strict=True)]
+
+    def _is_done(self, tokens: list[int], request: TurnRequest) -> bool:
+        return self._ended(tokens) or len(tokens) >= request.max_tokens
 
     def _ended(self, tokens: list[int]) -> bool:
         return bool(tokens) and tokens[-1] == self.eos

@@ -19,7 +19,7 @@ import torch
 
 from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
-from align.inference.protocol import Progress, Response, Sampling
+from align.inference.protocol import Progress, Response, Sampling, Session, TurnRequest
 from align.inference.vllm_internals import (
     cpu_block_size,
     install_sampler,
@@ -139,6 +139,8 @@ class VllmEngine:
                 seed=seed,
                 **memory,
             )
+        self.session: Session | None = None
+        """The session that is open."""
         self.sleep_mode = SleepMode(self.llm, memory.get("enable_sleep_mode", False))
         self.runner = model_runner(self.llm)
         report_steps(self.llm, self.watchdog.progress)
@@ -151,32 +153,48 @@ class VllmEngine:
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
     ) -> list[list[Response]]:
         """Return sampled responses, as the protocol has it."""
+        requests = [
+            TurnRequest(index, prompts[index], sampling.max_tokens, sampling.request_seed(index, sample))
+            for index in range(len(prompts))
+            for sample in range(sampling.n)
+        ]
+        params = [self.sampling_params(request, sampling.temperature, sampling.top_p) for request in requests]
+        # Outputs come back in the order of the requests, whatever order vLLM finished them in.
+        outputs = self._run("generate", [request.prompt for request in requests], params, on_progress)
+        responses = self.responses(outputs)
+        return [responses[index * sampling.n : (index + 1) * sampling.n] for index in range(len(prompts))]
+
+    def sampling_params(self, request: TurnRequest, temperature: float, top_p: float) -> Any:
+        """Return vLLM's ``SamplingParams`` of one response."""
         from vllm import SamplingParams
 
-        requests = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.n)]
-        params = [
-            SamplingParams(
-                max_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.request_seed(index, sample),
-                stop_token_ids=[self.eos],
-                ignore_eos=True,  # only our end token stops; configs of some models name others
-                logprobs=0,
-                detokenize=False,
-            )
-            for index, sample in requests
-        ]
-        outputs = self._run("generate", [prompts[index] for index, _ in requests], params, on_progress)
-        # Token ids come back in the order of the requests, whatever order vLLM finished them in.
+        return SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=request.seed,
+            stop_token_ids=[self.eos],
+            ignore_eos=True,  # only our end token stops; configs of some models name others
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def responses(self, outputs: list[Any]) -> list[Response]:
+        """Return the responses of vLLM's outputs, one of each."""
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        responses: list[list[Response]] = [[] for _ in prompts]
-        for (index, _), output, ids, text in zip(requests, outputs, tokens, texts, strict=True):
+        responses = []
+        for output, ids, text in zip(outputs, tokens, texts, strict=True):
             candidates = output.outputs[0].logprobs  # one dictionary per token, of which the sampled one counts
             logprobs = [float(entry[token].logprob) for token, entry in zip(ids, candidates, strict=True)]
-            responses[index].append(Response(ids, logprobs, ids[-1] == self.eos, text))
+            responses.append(Response(ids, logprobs, ids[-1] == self.eos, text))
         return responses
+
+    @contextmanager
+    def call(self, name: str) -> Iterator[None]:
+        """Watch a call into vLLM, and keep the caller's random states and torch settings as they are."""
+        with self.watchdog.watch(name), torch.inference_mode(), _preserve_global_state():
+            yield
 
     def _run(self, call: str, prompts: list[list[int]], params: Any, on_progress: Progress | None = None) -> list[Any]:
         total = len(prompts)
@@ -188,18 +206,25 @@ class VllmEngine:
                 return _ProgressBar(total, on_progress) if iterable is None else iterable
 
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        with self.watchdog.watch(call), torch.inference_mode(), _preserve_global_state():
+        self._refuse_in_flight(call)
+        with self.call(call):
             self.sleep_mode.wake(WEIGHTS, CACHE)
             outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
             if call == "generate":
                 self.sleep_mode.sleep()
             return outputs
 
+    def _refuse_in_flight(self, call: str) -> None:
+        """Raise ``RuntimeError`` while a session's turns are in flight: they would mix with the call's requests."""
+        if self.session is not None and self.session.pending:
+            raise RuntimeError(f"'{call}' was called while {self.session.pending} turns of a session are in flight")
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the policy's weights in the live model, and drop every cached prefix.
 
         Each tensor has the shape that the checkpoint gives its name; vLLM fuses them into its own.
         """
+        self._refuse_in_flight("load_weights")
         loaded: set[str] = set()
         with self.watchdog.watch("load_weights"):
             with torch.no_grad(), _preserve_global_state():

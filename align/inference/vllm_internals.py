@@ -1,8 +1,9 @@
 """Access to what is not public in vLLM 0.30 and 0.31; raises ``VllmChanged`` where it has moved.
 
-Five places: the attention kernels of a CPU, their head sizes and blocks; the path from ``LLM`` to the model runner; its
-``reload_weights``; the engine core's ``get_output``, by which the watchdog learns of each step; and on a CPU the
-sampler, whose random numbers cost a third of a decoding step.
+Six places: the attention kernels of a CPU, their head sizes and blocks; the path from ``LLM`` to the model runner; its
+``reload_weights``; the engine core's ``get_output``, by which the watchdog learns of each step; requests that come and
+go between two steps, with the core's scheduler and its queue of batches; and on a CPU the sampler, whose random numbers
+cost a third of a decoding step.
 """
 
 from __future__ import annotations
@@ -113,6 +114,41 @@ def report_steps(llm: Any, progress: Callable[[], None]) -> None:
         return step
 
     core.get_output = get_output
+
+
+class Steps:
+    """Decoding steps of an in-process engine, between which requests come and go. ``LLM.generate`` takes the same path.
+
+    Leaves out what a call needs around it: ``VllmEngine.call`` and the sleep mode.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        """Raises ``VllmChanged``."""
+        self.llm = llm
+        self.engine: Any = getattr(llm, "llm_engine", None)
+        for owner, name in ((llm, "enqueue"), (self.engine, "step"), (self.engine, "abort_request")):
+            if not callable(getattr(owner, name, None)):
+                raise VllmChanged(name)
+        core: Any = getattr(getattr(self.engine, "engine_core", None), "engine_core", None)
+        self.scheduler: Any = getattr(core, "scheduler", None)
+        if not callable(getattr(self.scheduler, "has_requests", None)) or not hasattr(core, "batch_queue"):
+            raise VllmChanged("scheduler")
+        self.core = core
+
+    def add(self, prompt: list[int], params: Any) -> str:
+        """Add a request before the next step, and return its name. Raises ``ValueError`` for one that does not fit."""
+        (name,) = self.llm.enqueue({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        return str(name).partition("-")[0]  # vLLM adds random letters, and leaves them out of what it returns
+
+    def step(self) -> dict[str, Any]:
+        """Decode another token of each request; return the outputs of those that ended, by the name of the request."""
+        return {output.request_id: output for output in self.engine.step() if output.finished}
+
+    def abort(self, names: list[str]) -> None:
+        """Drop requests, and step until nothing of them is left on the device or in the scheduler."""
+        self.engine.abort_request(names)
+        while self.scheduler.has_requests() or self.core.batch_queue:
+            self.engine.step()
 
 
 def install_sampler(runner: Any) -> None:

@@ -1,0 +1,276 @@
+"""Sessions: turns of many episodes, each sampled as soon as it is submitted, while tools work for other episodes.
+
+vLLM decodes turns together however they come, in this process or behind servers; transformers samples what has been
+submitted as one batch. Every turn has its own seed, so that which turns are decoded together changes no sample, but for
+the rounding of sums. The next turn of an episode finds the keys and values of everything before it in vLLM's prefix
+cache, unless others have pushed them out. Leaves out conversations and tools, which are the caller's.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from align.inference.dispatch import Dispatcher, ServerRequest
+from align.inference.pool import Member, PoolEngine
+from align.inference.protocol import Response, RolloutEngine
+from align.inference.protocol import Session as Session
+from align.inference.protocol import TurnRequest as TurnRequest
+from align.inference.ray_shards import RayEngine
+from align.inference.server import COMPLETIONS
+from align.inference.shared_engine import RemoteRankEngine
+from align.inference.transformers import TransformersEngine
+from align.inference.vllm import CACHE, WEIGHTS, VllmEngine
+from align.inference.vllm_internals import Steps, VllmChanged
+
+
+def open_session(engine: RolloutEngine, temperature: float, top_p: float = 1.0) -> Session:
+    """Return a session of ``engine``; close it before the engine's weights change. Temperature 0 is greedy."""
+    if isinstance(engine, VllmEngine):
+        return VllmSession(engine, temperature, top_p)
+    if isinstance(engine, PoolEngine):
+        return PoolSession(engine, temperature, top_p)
+    if isinstance(engine, TransformersEngine | RayEngine):
+        return LockstepSession(engine, temperature, top_p)
+    if isinstance(engine, RemoteRankEngine):
+        return RemoteRankSession()
+    raise TypeError(f"{type(engine).__name__} has no sessions")
+
+
+class CacheUse:
+    """Prompt tokens of the turns that came back, and those of them that were in the engine's cache."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = self.cached_tokens = 0
+
+    def count(self, prompt_tokens: int, cached_tokens: int | None) -> None:
+        """Add a turn, unless its engine does not tell."""
+        if cached_tokens is not None:
+            self.prompt_tokens += prompt_tokens
+            self.cached_tokens += cached_tokens
+
+    def statistics(self) -> dict[str, float] | None:
+        """Return the share that was in the cache; None before a turn was counted."""
+        return {"prefix_hit_rate": self.cached_tokens / self.prompt_tokens} if self.prompt_tokens else None
+
+
+class VllmSession:
+    """Turns by vLLM in this process: each joins the batch between two decoding steps, and leaves it when it ends.
+
+    The engine has one session at a time. It stays awake from the first turn until the session is closed, on a shared
+    GPU too, where its sleep would drop the prefix cache.
+    """
+
+    is_lockstep = False
+
+    def __init__(self, engine: VllmEngine, temperature: float, top_p: float) -> None:
+        if engine.session is not None:
+            raise RuntimeError("this engine has an open session; close it first")
+        self.engine, self.temperature, self.top_p = engine, temperature, top_p
+        self.steps, self.cache_use = Steps(engine.llm), CacheUse()
+        self._keys: dict[str, int] = {}
+        """vLLM's name of a request in flight → key of its turn."""
+        engine.session = self
+
+    @property
+    def pending(self) -> int:
+        """Turns in flight."""
+        return len(self._keys)
+
+    def submit(self, request: TurnRequest) -> None:
+        """Add a turn before the next decoding step. Raises ``ValueError``, as the protocol has it."""
+        _refuse_closed(self.engine.session is not self)
+        _check_request(request, request.key in self._keys.values())
+        params = self.engine.sampling_params(request, self.temperature, self.top_p)
+        with self.engine.call("generate"):
+            self.engine.sleep_mode.wake(WEIGHTS, CACHE)
+            self._keys[self.steps.add(request.prompt, params)] = request.key
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """Decode until a turn ends, one step at least; returns the turns that ended with that step."""
+        if not self._keys:
+            return []
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self.engine.call("generate"):
+            finished = self.steps.step()
+            while not finished and (deadline is None or time.monotonic() < deadline):
+                finished = self.steps.step()
+        if not finished.keys() <= self._keys.keys():
+            raise VllmChanged("name of a request")
+        for output in finished.values():
+            self.cache_use.count(len(output.prompt_token_ids), output.num_cached_tokens)
+        keys = [self._keys.pop(name) for name in finished]
+        return list(zip(keys, self.engine.responses(list(finished.values())), strict=True))
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """Return the share of prompt tokens that vLLM took from its cache."""
+        return self.cache_use.statistics()
+
+    def close(self) -> None:
+        """Abort what is in flight, and let the engine sleep."""
+        if self.engine.session is not self:
+            return
+        self.engine.session = None
+        with self.engine.call("close"):
+            if self._keys:
+                self.steps.abort(list(self._keys))
+                self._keys.clear()
+            self.engine.sleep_mode.sleep()
+
+
+class PoolSession:
+    """Turns by a pool of servers: each goes to one of them, and to another where that is lost.
+
+    An episode's turns go to the server that had the last one, and first turns of one prompt to one server, as long as
+    it has room: it has their beginning in its cache.
+    """
+
+    is_lockstep = False
+
+    def __init__(self, pool: PoolEngine, temperature: float, top_p: float) -> None:
+        """Raises as ``PoolEngine.generate`` where no server is ready or one holds other weights."""
+        self.pool, self.temperature, self.top_p = pool, temperature, top_p
+        pool.check_weights()
+        pool.await_ready()
+        self.dispatcher = Dispatcher(pool, COMPLETIONS, [], pool.batch_size)
+        self.cache_use = CacheUse()
+        self._requests: dict[int, TurnRequest] = {}
+        """Turns in flight, by the dispatcher's index."""
+        self._is_closed = False
+
+    @property
+    def pending(self) -> int:
+        """Turns in flight."""
+        return len(self._requests)
+
+    def submit(self, request: TurnRequest) -> None:
+        """Send a turn, or queue it where no server has room. Raises ``ValueError``, as the protocol has it."""
+        _refuse_closed(self._is_closed)
+        _check_request(request, any(request.key == turn.key for turn in self._requests.values()))
+        body = self.pool.members[0].engine.sampling_request(request, self.temperature, self.top_p)
+        affinity = (("episode", request.key), ("prompt", hash(tuple(request.prompt))))
+        index = self.dispatcher.submit(ServerRequest(body, _parse_turn, group=request.key, affinity=affinity))
+        self._requests[index] = request
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """Return turns that came back, once the servers' weights are known to be those that were sampled from.
+
+        Raises as ``PoolEngine.generate``. While no server is ready it waits for one, whatever the timeout.
+        """
+        finished = self.dispatcher.poll(timeout)
+        if not finished:
+            return []
+        self._check_weights()
+        requests = [self._requests.pop(index) for index in finished]
+        for request, (_, cached_tokens) in zip(requests, finished.values(), strict=True):
+            self.cache_use.count(len(request.prompt), cached_tokens)
+        samples = [sample for sample, _ in finished.values()]
+        responses = self.pool.members[0].engine.build_responses(samples, 1)
+        return [(request.key, response) for request, (response,) in zip(requests, responses, strict=True)]
+
+    def _check_weights(self) -> None:
+        """Raise ``WeightsChanged`` where a server holds other weights than it was given; one without an answer is lost.
+
+        Checked before turns are handed out, not when the session ends: the caller may store them at once.
+        """
+        lost: list[tuple[Member, Exception]] = []
+        self.pool.check_weights(sampled=True, lose=lambda member, error: lost.append((member, error)))
+        for member, error in lost:
+            self.dispatcher.lose(member, error)
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """Return the share of prompt tokens that servers took from their caches; None where they do not tell.
+
+        Servers tell that were started with ``--enable-prompt-tokens-details``, as those of a run are.
+        """
+        return self.cache_use.statistics()
+
+    def close(self) -> None:
+        """Cancel what is in flight; servers drop the requests behind it."""
+        self._is_closed = True
+        self._requests.clear()
+        self.dispatcher.cancel()
+
+
+class LockstepSession:
+    """Turns in batches, by transformers here or by engines of a Ray cluster.
+
+    The same set of turns gives the same responses bit for bit, in whatever order it was submitted.
+    """
+
+    is_lockstep = True
+
+    def __init__(self, engine: TransformersEngine | RayEngine, temperature: float, top_p: float) -> None:
+        self.engine, self.temperature, self.top_p = engine, temperature, top_p
+        self._requests: dict[int, TurnRequest] = {}
+        """Turns for the next batch, by key."""
+        self._is_closed = False
+
+    @property
+    def pending(self) -> int:
+        """Turns that the next ``poll`` samples."""
+        return len(self._requests)
+
+    def submit(self, request: TurnRequest) -> None:
+        """Keep a turn for the next ``poll``. Raises ``ValueError``, as the protocol has it."""
+        _refuse_closed(self._is_closed)
+        _check_request(request, request.key in self._requests)
+        self._requests[request.key] = request
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """Sample every turn that was submitted, to its end, and return all of them by key, whatever the timeout."""
+        # Tools end in any order. Rows of a batch must not, or its sums are rounded in another order.
+        requests = [self._requests[key] for key in sorted(self._requests)]
+        self._requests.clear()
+        responses = self.engine.sample(requests, self.temperature, self.top_p)
+        return [(request.key, response) for request, response in zip(requests, responses, strict=True)]
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """Return None: no cache outlives a batch here."""
+        return None
+
+    def close(self) -> None:
+        """Drop what was submitted."""
+        self._is_closed = True
+        self._requests.clear()
+
+
+class RemoteRankSession:
+    """Placeholder in a stage's other processes for the session of the first one, which calls the servers for them."""
+
+    is_lockstep = False
+    pending = 0
+
+    def submit(self, request: TurnRequest) -> None:
+        """Refuse: only the first process may call servers."""
+        raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """Return no turns."""
+        return []
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """Return None: this process has no engine."""
+        return None
+
+    def close(self) -> None:
+        """Do nothing: nothing is in flight."""
+
+
+def _parse_turn(member: Member, body: dict[str, Any], answer: Any) -> tuple[tuple[list[int], list[float]], int | None]:
+    """Return tokens and log-probabilities, and how many tokens of the prompt were cached where the server tells."""
+    return member.engine.parse_sample(body, answer), member.engine.cached_tokens(answer)
+
+
+def _refuse_closed(is_closed: bool) -> None:
+    if is_closed:
+        raise RuntimeError("this session is closed")
+
+
+def _check_request(request: TurnRequest, is_in_flight: bool) -> None:
+    """Raise ``ValueError`` for a turn that no engine samples."""
+    if is_in_flight:
+        raise ValueError(f"episode {request.key} has a turn in flight")
+    if not request.prompt or request.max_tokens < 1:
+        sizes = f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens}"
+        raise ValueError(f"episode {request.key}: a turn needs a prompt and room for a token, and has {sizes}")
