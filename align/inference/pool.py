@@ -18,7 +18,7 @@ import torch
 
 from align.errors import UserError
 from align.inference.dispatch import Dispatcher, ServerRequest
-from align.inference.protocol import Progress, Response, RolloutEngine, Sampling
+from align.inference.protocol import Progress, Response, RolloutEngine, Sampling, Session, check_idle
 from align.inference.server import COMPLETIONS, ServerEngine
 from align.inference.server_client import POLL_SECONDS, BadReply, Client, EngineLost, WeightsChanged
 from align.inference.server_options import ServerSpec
@@ -80,6 +80,8 @@ class PoolEngine:
         self.members = [Member(number) for number in range(spec.pool.servers or len(spec.pool.addresses))]
         self.version = 0
         """Version of the weights that are sampled from; 0 are those of the checkpoint."""
+        self.session: Session | None = None
+        """The session that is open."""
         self.returns = 0
         """Times that a server came back."""
         self.closing = threading.Event()
@@ -152,6 +154,7 @@ class PoolEngine:
 
     def _dispatch(self, requests: list[ServerRequest], on_progress: Progress | None) -> list[Any]:
         """Return the results of requests, with the servers' weights compared before and after."""
+        check_idle(self.session, "generate")
         self.check_weights()
         self.await_ready()
         results = Dispatcher(self, COMPLETIONS, requests, self.batch_size, on_progress).run()
@@ -160,6 +163,7 @@ class PoolEngine:
 
     def ask_each(self, action: Callable[[RolloutEngine], Result]) -> list[Result]:
         """Return the results of ``action`` for every ready server; one that fails is lost. Raises ``EngineLost``."""
+        check_idle(self.session, "ask_each")
         self.check_weights()
         results = []
         for member in self._ready_members():
@@ -238,6 +242,7 @@ class PoolEngine:
             except FAULTS as error:
                 failed[member] = error
 
+        check_idle(self.session, "load_weights")
         with self._weights_lock:
             ready = self._ready_members()
             # 1. Hand the weights over: through the folder, which all read at once, or over NCCL, one after another.

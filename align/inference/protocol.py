@@ -146,3 +146,9 @@ class Session(Protocol):
     def close(self) -> None:
         """Abort what is in flight, and let the engine sleep where it does after ``generate``."""
         ...
+
+
+def check_idle(session: Session | None, call: str) -> None:
+    """Raise ``RuntimeError`` where an engine is called while its open session has turns in flight."""
+    if session is not None and session.pending:
+        raise RuntimeError(f"'{call}' was called while {session.pending} turns of a session are in flight")

@@ -102,12 +102,14 @@ class Client:
     ) -> list[Any]:
         """Return the replies in the order of ``bodies``, of which at most ``concurrency`` are in flight.
 
-        Raises ``EngineLost`` or ``BadReply`` at the first call that fails, and cancels the others.
+        Raises ``EngineLost`` or ``BadReply`` at the first call that fails, and cancels the others of ``bodies``.
         """
         finished: queue.SimpleQueue[tuple[int, Future[Reply]]] = queue.SimpleQueue()
+        unfinished: set[Future[Reply]] = set()
 
         def start(index: int) -> None:
             future = self.submit(method, path, bodies[index])
+            unfinished.add(future)
             future.add_done_callback(lambda done: finished.put((index, done)))
 
         replies: list[Any] = [None] * len(bodies)
@@ -118,6 +120,7 @@ class Client:
                 start(index)
             for done in range(1, len(bodies) + 1):
                 index, future = self._next_finished(finished, path)
+                unfinished.discard(future)
                 replies[index] = self.read(_outcome(future, path))
                 if started < len(bodies):
                     start(started)
@@ -126,7 +129,9 @@ class Client:
                     on_progress(done, len(bodies))
             return replies
         finally:
-            self.cancel_all()
+            # Only these: a session has requests under way while it asks for the weights that the server holds.
+            for future in unfinished:
+                future.cancel()
 
     def _next_finished(
         self, finished: queue.SimpleQueue[tuple[int, Future[Reply]]], path: str

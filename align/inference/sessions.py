@@ -64,8 +64,7 @@ class VllmSession:
     is_lockstep = False
 
     def __init__(self, engine: VllmEngine, temperature: float, top_p: float) -> None:
-        if engine.session is not None:
-            raise RuntimeError("this engine has an open session; close it first")
+        _refuse_second(engine.session)
         self.engine, self.temperature, self.top_p = engine, temperature, top_p
         self.steps, self.cache_use = Steps(engine.llm), CacheUse()
         self._keys: dict[str, int] = {}
@@ -80,7 +79,7 @@ class VllmSession:
     def submit(self, request: TurnRequest) -> None:
         """Add a turn before the next decoding step. Raises ``ValueError``, as the protocol has it."""
         _refuse_closed(self.engine.session is not self)
-        _check_request(request, request.key in self._keys.values())
+        _check_request(request, request.key in self._keys.values(), self.engine.max_length)
         params = self.engine.sampling_params(request, self.temperature, self.top_p)
         with self.engine.call("generate"):
             self.engine.sleep_mode.wake(WEIGHTS, CACHE)
@@ -95,6 +94,8 @@ class VllmSession:
             finished = self.steps.step()
             while not finished and (deadline is None or time.monotonic() < deadline):
                 finished = self.steps.step()
+        if not finished:
+            return []
         if not finished.keys() <= self._keys.keys():
             raise VllmChanged("name of a request")
         for output in finished.values():
@@ -119,7 +120,7 @@ class VllmSession:
 
 
 class PoolSession:
-    """Turns by a pool of servers: each goes to one of them, and to another where that is lost.
+    """Turns by a pool of servers: each goes to one of them, and to another where that is lost. One session at a time.
 
     An episode's turns go to the server that had the last one, and first turns of one prompt to one server, as long as
     it has room: it has their beginning in its cache.
@@ -129,6 +130,7 @@ class PoolSession:
 
     def __init__(self, pool: PoolEngine, temperature: float, top_p: float) -> None:
         """Raises as ``PoolEngine.generate`` where no server is ready or one holds other weights."""
+        _refuse_second(pool.session)
         self.pool, self.temperature, self.top_p = pool, temperature, top_p
         pool.check_weights()
         pool.await_ready()
@@ -136,7 +138,7 @@ class PoolSession:
         self.cache_use = CacheUse()
         self._requests: dict[int, TurnRequest] = {}
         """Turns in flight, by the dispatcher's index."""
-        self._is_closed = False
+        pool.session = self
 
     @property
     def pending(self) -> int:
@@ -145,8 +147,9 @@ class PoolSession:
 
     def submit(self, request: TurnRequest) -> None:
         """Send a turn, or queue it where no server has room. Raises ``ValueError``, as the protocol has it."""
-        _refuse_closed(self._is_closed)
-        _check_request(request, any(request.key == turn.key for turn in self._requests.values()))
+        _refuse_closed(self.pool.session is not self)
+        is_in_flight = any(request.key == turn.key for turn in self._requests.values())
+        _check_request(request, is_in_flight, self.pool.spec.max_length)
         body = self.pool.members[0].engine.sampling_request(request, self.temperature, self.top_p)
         affinity = (("episode", request.key), ("prompt", hash(tuple(request.prompt))))
         index = self.dispatcher.submit(ServerRequest(body, _parse_turn, group=request.key, affinity=affinity))
@@ -157,6 +160,8 @@ class PoolSession:
 
         Raises as ``PoolEngine.generate``. While no server is ready it waits for one, whatever the timeout.
         """
+        if not self._requests:
+            return []
         finished = self.dispatcher.poll(timeout)
         if not finished:
             return []
@@ -187,7 +192,9 @@ class PoolSession:
 
     def close(self) -> None:
         """Cancel what is in flight; servers drop the requests behind it."""
-        self._is_closed = True
+        if self.pool.session is not self:
+            return
+        self.pool.session = None
         self._requests.clear()
         self.dispatcher.cancel()
 
@@ -262,15 +269,22 @@ def _parse_turn(member: Member, body: dict[str, Any], answer: Any) -> tuple[tupl
     return member.engine.parse_sample(body, answer), member.engine.cached_tokens(answer)
 
 
+def _refuse_second(session: Session | None) -> None:
+    if session is not None:
+        raise RuntimeError("this engine has an open session; close it first")
+
+
 def _refuse_closed(is_closed: bool) -> None:
     if is_closed:
         raise RuntimeError("this session is closed")
 
 
-def _check_request(request: TurnRequest, is_in_flight: bool) -> None:
-    """Raise ``ValueError`` for a turn that no engine samples."""
+def _check_request(request: TurnRequest, is_in_flight: bool, max_length: int | None = None) -> None:
+    """Raise ``ValueError`` for a turn that the engine does not sample, with sequences of at most ``max_length``."""
     if is_in_flight:
         raise ValueError(f"episode {request.key} has a turn in flight")
+    sizes = f"{len(request.prompt)} tokens of prompt and max_tokens {request.max_tokens}"
     if not request.prompt or request.max_tokens < 1:
-        sizes = f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens}"
         raise ValueError(f"episode {request.key}: a turn needs a prompt and room for a token, and has {sizes}")
+    if max_length is not None and len(request.prompt) + request.max_tokens > max_length:
+        raise ValueError(f"episode {request.key}: the engine takes {max_length} tokens, and a turn has {sizes}")

@@ -19,7 +19,7 @@ import torch
 
 from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
-from align.inference.protocol import Progress, Response, Sampling, Session, TurnRequest
+from align.inference.protocol import Progress, Response, Sampling, Session, TurnRequest, check_idle
 from align.inference.vllm_internals import (
     cpu_block_size,
     install_sampler,
@@ -110,7 +110,7 @@ class VllmEngine:
         self.eos = int(self.tokenizer.eos_token_id)
         # A change of weights must bring every one of these.
         self.names = weight_names(model_dir)
-        self.dtype = dtype
+        self.dtype, self.max_length = dtype, max_length
         memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": config.sleep}
         if device.type == "cpu":
             memory = {
@@ -206,7 +206,7 @@ class VllmEngine:
                 return _ProgressBar(total, on_progress) if iterable is None else iterable
 
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        self._refuse_in_flight(call)
+        check_idle(self.session, call)
         with self.call(call):
             self.sleep_mode.wake(WEIGHTS, CACHE)
             outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
@@ -214,17 +214,12 @@ class VllmEngine:
                 self.sleep_mode.sleep()
             return outputs
 
-    def _refuse_in_flight(self, call: str) -> None:
-        """Raise ``RuntimeError`` while a session's turns are in flight: they would mix with the call's requests."""
-        if self.session is not None and self.session.pending:
-            raise RuntimeError(f"'{call}' was called while {self.session.pending} turns of a session are in flight")
-
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the policy's weights in the live model, and drop every cached prefix.
 
         Each tensor has the shape that the checkpoint gives its name; vLLM fuses them into its own.
         """
-        self._refuse_in_flight("load_weights")
+        check_idle(self.session, "load_weights")
         loaded: set[str] = set()
         with self.watchdog.watch("load_weights"):
             with torch.no_grad(), _preserve_global_state():

@@ -136,7 +136,7 @@ class Steps:
         self.core = core
 
     def add(self, prompt: list[int], params: Any) -> str:
-        """Add a request before the next step, and return its name. Raises ``ValueError`` for one that does not fit."""
+        """Add a request before the next step, and return its name."""
         (name,) = self.llm.enqueue({"prompt_token_ids": prompt}, params, use_tqdm=False)
         return str(name).partition("-")[0]  # vLLM adds random letters, and leaves them out of what it returns
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +18,10 @@ from align.inference.server_worker import LOAD
 from align.inference.shared_engine import ask_each, returns
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import FakeServer, completion, info
-from tests.support.inference.server_harness import PROMPTS, served_at, soon, wait_for
+from tests.support.inference.server_harness import PROMPTS, soon, wait_for
 
 COMPLETIONS = "/v1/completions"
 Opened = Callable[..., PoolEngine]
-
-
-@pytest.fixture
-def fakes() -> Iterator[list[FakeServer]]:
-    """Two healthy servers until a test says otherwise."""
-    two = [FakeServer(), FakeServer()]
-    yield two
-    for entry in two:
-        entry.stop()
-
-
-@pytest.fixture
-def warnings() -> list[str]:
-    """What the pool warned of."""
-    return []
-
-
-@pytest.fixture
-def opened(fakes: list[FakeServer], tiny_model: Path, warnings: list[str]) -> Iterator[Opened]:
-    """Opens a pool at ``fakes``, which then have forgotten the calls that opened it."""
-    pools: list[PoolEngine] = []
-
-    def open_pool(**settings: Any) -> PoolEngine:
-        pool = PoolEngine(served_at(tiny_model, [fake.address for fake in fakes], **settings), warnings.append)
-        pools.append(pool)
-        for fake in fakes:
-            fake.calls.clear()
-        return pool
-
-    yield open_pool
-    for pool in pools:
-        pool.close()
 
 
 def asked(fake: FakeServer) -> list[Any]:

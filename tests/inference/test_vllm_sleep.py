@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from align.config.runtime import EngineConfig
-from align.inference.protocol import Sampling
+from align.inference.protocol import Sampling, TurnRequest
+from align.inference.sessions import open_session
 from align.inference.vllm import VllmEngine
 from align.inference.weights import checkpoint_weights
 
@@ -24,7 +25,11 @@ class FakeLLM:
         self.asleep: set[str] = set()
         worker = SimpleNamespace(model_runner=SimpleNamespace(reload_weights=self.reload_weights))
         executor = SimpleNamespace(driver_worker=SimpleNamespace(worker=worker))
-        self.llm_engine = SimpleNamespace(model_executor=executor, engine_core=SimpleNamespace(get_output=print))
+        inner = SimpleNamespace(scheduler=SimpleNamespace(has_requests=bool), batch_queue=None)
+        core = SimpleNamespace(get_output=print, engine_core=inner)
+        self.llm_engine = SimpleNamespace(
+            model_executor=executor, engine_core=core, step=self.step, abort_request=self.heard.append
+        )
         self.model_config = SimpleNamespace(hf_config=SimpleNamespace(tie_word_embeddings=True))
 
     def sleep(self, level: int) -> None:
@@ -47,6 +52,19 @@ class FakeLLM:
             )
             for entry in inputs
         ]
+
+    def enqueue(self, prompt: dict[str, list[int]], params: Any, use_tqdm: bool) -> list[str]:
+        assert not self.asleep
+        self.heard.append("enqueue")
+        (self.output,) = self.generate([prompt], params, use_tqdm)
+        self.output.__dict__.update(request_id="0", finished=True, num_cached_tokens=0, **prompt)
+        self.heard.remove("generate")
+        return ["0-1a2b3c4d"]
+
+    def step(self) -> list[Any]:
+        assert not self.asleep
+        self.heard.append("step")
+        return [self.output]
 
     def reload_weights(self, weights_iterator: Any) -> None:
         assert "weights" not in self.asleep
@@ -101,3 +119,25 @@ def test_it_stays_awake_on_a_cpu_and_where_it_is_told_to(open_engine: Any, devic
     engine.generate([[1, 30]], Sampling(1))
     assert engine.llm.heard == ["generate"]
     assert not engine.llm.options.get("enable_sleep_mode")
+
+
+def test_it_sleeps_once_a_session_is_closed(open_engine: Any) -> None:
+    """Not between two turns: sleep would drop the cache, in which the second finds the first."""
+    engine = open_engine("cuda")
+    engine.generate([[1, 30]], Sampling(1))
+    engine.llm.heard.clear()
+    session = open_session(engine, 1.0)
+    for prompt in ([1, 30], [1, 30, 2, 31]):
+        session.submit(TurnRequest(0, prompt, 1, 0))
+        assert [key for key, _ in session.poll()] == [0]
+    session.close()
+    woken = ["wake weights", "wake kv_cache"]
+    assert engine.llm.heard == [*woken, "enqueue", "step", "enqueue", "step", "sleep 1"]
+
+
+def test_a_session_that_is_closed_early_sleeps_too(open_engine: Any) -> None:
+    engine = open_engine("cuda")
+    session = open_session(engine, 1.0)
+    session.submit(TurnRequest(0, [1, 30], 1, 0))
+    session.close()
+    assert engine.llm.heard == ["enqueue", ["0"], "sleep 1"]  # ["0"] was aborted

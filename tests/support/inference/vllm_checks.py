@@ -34,6 +34,7 @@ from align.models.tuning.apply import apply_tuning
 from align.models.tuning.merged_weights import merged_weights
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))
+from tests.support.inference.vllm_session_checks import check_sessions
 from tests.support.models.tuning.tuning_cases import CASES, push, tuning_of, wrapped
 
 PROMPTS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) for i in range(8)]
@@ -312,6 +313,7 @@ def main(model_dir: Path) -> None:
     missing_weight_is_an_error(engine, model_dir)
     corrupted_tensor_is_caught(engine, model_dir)
     samples_share_a_short_prompt(engine, model_dir)
+    check_sessions(engine, PROMPTS)
     changed_insides_fail_loudly(model_dir)
     progress_is_told(engine)
     a_hang_is_noticed(engine)
