@@ -65,12 +65,14 @@ def test_each_turn_has_its_own_limit(engine: TransformersEngine) -> None:
         assert cut[key].finished == (cut[key].token_ids[-1] == engine.eos)
 
 
-def test_a_turn_does_not_depend_on_the_others(engine: TransformersEngine) -> None:
+def test_a_turn_follows_from_its_prompt_and_seed_alone(engine: TransformersEngine) -> None:
     session = open_session(engine, SAMPLING.temperature)
     together = dict(_sampled(session, REQUESTS))
     for request in REQUESTS:
-        ((key, alone),) = _sampled(session, [request])
-        assert alone.token_ids == together[key].token_ids
+        ((_, alone),) = _sampled(session, [TurnRequest(7 + request.key, request.prompt, 24, request.seed)])
+        assert alone.token_ids == together[request.key].token_ids
+    ((_, another),) = _sampled(session, [TurnRequest(0, PROMPTS[0], 24, 1)])
+    assert another.token_ids != together[0].token_ids
 
 
 def test_temperature_and_nucleus_are_the_sessions(engine: TransformersEngine) -> None:
