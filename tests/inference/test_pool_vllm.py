@@ -15,8 +15,9 @@ from align.config.runtime import EngineConfig
 from align.config.vllm_servers import RolloutsConfig
 from align.inference.parity import probe
 from align.inference.pool import Member, PoolEngine
-from align.inference.protocol import Sampling
+from align.inference.protocol import Sampling, TurnRequest
 from align.inference.server_options import ServerSpec
+from align.inference.sessions import open_session
 from align.inference.shared_engine import ask_each, returns
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
@@ -90,6 +91,29 @@ def test_two_servers_say_what_each_says(pool: PoolEngine) -> None:
     sampling = Sampling(16, n=2, seed=3)
     together = tokens(pool.generate(PROMPTS, sampling))
     assert ask_each(pool, lambda engine: tokens(engine.generate(PROMPTS, sampling))) == [together, together]
+
+
+def test_a_session_samples_what_a_round_does_and_finds_first_turns_cached(pool: PoolEngine) -> None:
+    prompts = [[1, 100 + index, *range(30, 64)] for index in range(8)]  # a block of 32, and four tokens
+    sampling = Sampling(16, seed=3)
+    session = open_session(pool, 1.0)
+
+    def sample(turns: list[list[int]]) -> list[list[int]]:
+        for key, prompt in enumerate(turns):
+            session.submit(TurnRequest(key, prompt, 16, sampling.request_seed(key, 0)))
+        responses: dict[int, list[int]] = {}
+        while session.pending:
+            responses |= {key: response.token_ids for key, response in session.poll()}
+        return [responses[key] for key in range(len(turns))]
+
+    first = sample(prompts)
+    assert session.cache_statistics() == {"prefix_hit_rate": 0.0}
+    second = [[*prompt, *response, 7] for prompt, response in zip(prompts, first, strict=True)]
+    sample(second)
+    total = sum(map(len, [*prompts, *second]))
+    assert session.cache_statistics() == {"prefix_hit_rate": 8 * 32 / total}  # each at the server that had the first
+    session.close()
+    assert first == [row[0].token_ids for row in pool.generate(prompts, sampling)]
 
 
 def test_both_hold_new_weights(pool: PoolEngine) -> None:

@@ -19,7 +19,7 @@ import torch
 from align.config.runtime import EngineConfig
 from align.config.vllm_servers import RolloutsConfig
 from align.inference.parity import ParityError, probe, trainer_logprobs
-from align.inference.protocol import Sampling
+from align.inference.protocol import Sampling, TurnRequest
 from align.inference.server import COMPLETIONS, RESET, RPC, ServerEngine
 from align.inference.server_client import BadReply, EngineLost, WeightsChanged
 from align.inference.server_options import INFO, ServerSpec
@@ -101,6 +101,13 @@ def test_samples_follow_their_seeds(engine: ServerEngine, model: Any) -> None:
     tokens = [[entry.token_ids for some in one_draw for entry in some] for one_draw in draws]
     assert tokens[0] == tokens[1] != tokens[2]
     assert draws[0][0][0].token_ids != draws[0][0][1].token_ids
+
+
+def test_it_tells_how_much_of_a_prompt_was_cached(engine: ServerEngine, model: Any) -> None:
+    prompt = [1, *range(30, 94)]  # two blocks of 32, and a token
+    body = engine.sampling_request(TurnRequest(0, prompt, 4, 0), 1.0, 1.0)
+    answers = [engine.client.call(COMPLETIONS, body) for _ in range(2)]
+    assert [engine.cached_tokens(answer) for answer in answers] == [0, 64]
 
 
 def test_it_stops_at_our_end_token_and_says_so(
