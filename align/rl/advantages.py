@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from align.rl.masking import last_index, masked_mean_var, whiten
+from align.rl.masking import last_index, masked_mean_var, turn_ends, whiten
 
 Truncation = Literal["bootstrap", "terminal"]
 """Value after a response cut at its maximum length: the critic's value of the state reached, or 0."""
@@ -29,6 +29,7 @@ def gae(
     gamma: float,
     lam: float,
     truncation: Truncation,
+    turn_discount: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return advantages and returns, both (B, T), zero on padding (arXiv 1506.02438, equation 16).
 
@@ -37,6 +38,8 @@ def gae(
     (B, T+1): ``values[:, t]`` is the value of the state *before* token t, and the column after a row's last real token
     the value of the state the response ended in. After EOS that one counts as 0, since the episode is over. After
     truncation it is used (``bootstrap``, arXiv 1712.00378) or 0 (``terminal``). Values past a row's end are not read.
+    Where an environment's tokens leave a gap in the mask, the recursion goes on as if they were not there:
+    ``V_{t+1}`` is the value before the next sampled token. ``turn_discount`` multiplies gamma at such a step.
     """
     batch, width = rewards.shape
     last = last_index(response_mask)  # (B,)
@@ -46,14 +49,19 @@ def gae(
     if truncation == "terminal":
         value_at_end = torch.zeros_like(value_at_end)
 
+    # A step that leads into another turn is discounted by ``turn_discount``, too, (B, T). None follows the last one.
+    crosses_turns = turn_ends(response_mask)
+    crosses_turns[rows, last] = False
+    discounts = torch.where(crosses_turns, gamma * turn_discount, gamma).to(rewards.dtype)
+    traces = torch.where(crosses_turns, gamma * turn_discount * lam, gamma * lam).to(rewards.dtype)
     advantages = torch.zeros_like(rewards)
     next_value = value_at_end
     next_advantage = torch.zeros_like(value_at_end)
     for t in range(width - 1, -1, -1):
         is_real = response_mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
-        # Padding carries both unchanged, so that a row's recursion starts at its own last token.
+        delta = rewards[:, t] + discounts[:, t] * next_value - values[:, t]
+        advantage = delta + traces[:, t] * next_advantage
+        # Padding carries both unchanged, so that a row's recursion starts at its own last token; so do gaps.
         next_advantage = torch.where(is_real, advantage, next_advantage)
         next_value = torch.where(is_real, values[:, t], next_value)
         advantages[:, t] = torch.where(is_real, advantage, advantages[:, t])

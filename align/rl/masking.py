@@ -1,7 +1,8 @@
 """Masks over response tokens, and reductions that ignore padding.
 
-A mask is True on real tokens. Responses are right-padded, so a row of a mask is True, ..., True, False, ..., False.
-Every process has all responses of a rollout, so means are global.
+A mask is True on the tokens that the policy sampled. Responses are right-padded. The tokens of an episode that an
+environment wrote between two turns are False, as padding is, so a row may have gaps. Every process has all responses of
+a rollout, so means are global.
 """
 
 from __future__ import annotations
@@ -18,9 +19,28 @@ def response_mask(lengths: Sequence[int], width: int | None = None) -> torch.Ten
     return torch.arange(width)[None, :] < counts[:, None]
 
 
+def pad_masks(masks: Sequence[Sequence[bool]], width: int) -> torch.Tensor:
+    """Return masks of different lengths as one, (B, width), False on padding."""
+    return pad_rows(masks, width, torch.bool)
+
+
 def last_index(mask: torch.Tensor) -> torch.Tensor:
     """Return the column of each row's last real token, (B,), of a mask (B, T). Every row needs at least one."""
-    return mask.sum(dim=1) - 1
+    # Counting would be wrong where an environment's tokens leave gaps.
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, columns, -1).max(dim=1).values
+
+
+def value_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return which states have a value, (B, T+1), of a mask (B, T): those before real tokens, and the last one."""
+    states = torch.cat([mask, mask.new_zeros(len(mask), 1)], dim=1)
+    return states.scatter(1, last_index(mask)[:, None] + 1, True)
+
+
+def turn_ends(mask: torch.Tensor) -> torch.Tensor:
+    """Return True on the last token of each turn, (B, T): a real token that no real one follows directly."""
+    following = torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], dim=1)
+    return mask & ~following
 
 
 def pad_rows(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -15,6 +15,7 @@ from align.models.fast.token_logprobs import Temperature, token_logprobs
 from align.models.sharding import is_partitioned
 from align.models.tuning.apply import initial_policy
 from align.rl.critic import Critic, trunk_of
+from align.rl.masking import value_mask
 from align.rl.packing import Batch
 
 
@@ -173,8 +174,7 @@ class PolicyAndCritic(PolicyAndReference):
             states = states.detach()
         assert states is not None
         responses = len(batch["targets"]) - int(batch.get("ptx", 0))
-        mask = batch["response_mask"][:responses]
-        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)  # (B, T+1)
+        mask = value_mask(batch["response_mask"][:responses])  # (B, T+1)
         return _scatter(self.critic.values(states[batch["positions"][:responses][mask]]), mask)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from align.models.fast.prefix_batch import PrefixBatch, common_prefix
-from align.rl.masking import response_mask
+from align.rl.masking import pad_masks, response_mask
 
 Form = Literal["shared", "ragged", "padded"]
 Batch = dict[str, Any]
@@ -27,8 +27,19 @@ index into the flattened tokens of the state before each response token, and of 
 TokenLists = Sequence[Sequence[int]]
 
 
-def pack(prompts: TokenLists, responses: TokenLists, groups: Sequence[int], pad_id: int, form: Form) -> Batch:
-    """Return the tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses to the same prompt."""
+def pack(
+    prompts: TokenLists,
+    responses: TokenLists,
+    groups: Sequence[int],
+    pad_id: int,
+    form: Form,
+    masks: Sequence[Sequence[bool]] | None = None,
+) -> Batch:
+    """Return the tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses to the same prompt.
+
+    ``masks`` are False on the tokens of episodes that the policy did not sample: the model reads them, and nothing else
+    does.
+    """
     if form == "padded":
         inputs, prompt_ends, starts = _pad(prompts, responses, pad_id)
     else:
@@ -41,7 +52,7 @@ def pack(prompts: TokenLists, responses: TokenLists, groups: Sequence[int], pad_
         positions[i, 0] = prompt_ends[i]
         positions[i, 1 : len(response) + 1] = starts[i] + torch.arange(len(response))
         targets[i, : len(response)] = torch.tensor(response)
-    mask = response_mask([len(response) for response in responses])
+    mask = response_mask([len(response) for response in responses]) if masks is None else pad_masks(masks, width)
     return {"positions": positions, "targets": targets, "response_mask": mask, **inputs}
 
 

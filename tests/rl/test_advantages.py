@@ -86,3 +86,32 @@ def test_explained_variance():
     assert explained_variance(torch.tensor([[2.0, 2.0, 2.0]]), returns, mask) == pytest.approx(0.0)
     # values in the wrong order: residuals -2, 0, 2: four times the variance
     assert explained_variance(torch.tensor([[3.0, 2.0, 1.0]]), returns, mask) == pytest.approx(-3.0)
+
+
+def test_an_environments_tokens_are_skipped_as_if_they_were_not_there():
+    # Two sampled tokens, two of a tool, one sampled token. V is 0.5, 0.4 before the first two, 0.2 before the last.
+    mask = torch.tensor([[True, True, False, False, True]])
+    rewards = torch.tensor([[0.0, 0.3, 0.0, 0.0, 1.0]])
+    nan = float("nan")
+    values = torch.tensor([[0.5, 0.4, nan, nan, 0.2, 0.8]])
+    # d4 = 1 + 0 - 0.2 = 0.8              A4 = 0.8
+    # d1 = 0.3 + 0.9*0.2 - 0.4 = 0.08     A1 = 0.08 + 0.45*0.8 = 0.44
+    # d0 = 0.9*0.4 - 0.5 = -0.14          A0 = -0.14 + 0.45*0.44 = 0.058
+    settings = {"gamma": GAMMA, "lam": LAM, "truncation": "terminal"}
+    advantages, returns = gae(rewards, values, mask, torch.tensor([True]), **settings)
+    assert advantages[0].tolist() == pytest.approx([0.058, 0.44, 0, 0, 0.8], abs=1e-6)
+    assert returns[0].tolist() == pytest.approx([0.558, 0.84, 0, 0, 1.0], abs=1e-6)
+    # The same as in a row without the gap, bit for bit.
+    own = mask[0].nonzero()[:, 0]
+    short = gae(
+        rewards[:, own], values[:, [0, 1, 4, 5]], torch.ones(1, 3, dtype=torch.bool), torch.tensor([True]), **settings
+    )
+    assert torch.equal(short[0], advantages[:, own]) and torch.equal(short[1], returns[:, own])
+    # A discount of 0.5 between turns: d1 = 0.3 + 0.45*0.2 - 0.4 = -0.01, A1 = -0.01 + 0.225*0.8 = 0.17;
+    # A0 = -0.14 + 0.45*0.17 = -0.0635. Nothing follows the last turn, so its own step keeps gamma.
+    advantages, _ = gae(rewards, values, mask, torch.tensor([True]), turn_discount=0.5, **settings)
+    assert advantages[0].tolist() == pytest.approx([-0.0635, 0.17, 0, 0, 0.8], abs=1e-6)
+    # Truncated, bootstrapped from 0.8: d4 = 1 + 0.9*0.8 - 0.2 = 1.52, also with a discount between turns.
+    settings["truncation"] = "bootstrap"
+    advantages, _ = gae(rewards, values, mask, torch.tensor([False]), turn_discount=0.5, **settings)
+    assert advantages[0, 4].item() == pytest.approx(1.52, abs=1e-6)

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from align.rl.masking import last_index, masked_mean_var, masked_sum, pad_rows, response_mask, whiten
+from align.rl.masking import (
+    last_index,
+    masked_mean_var,
+    masked_sum,
+    pad_masks,
+    pad_rows,
+    response_mask,
+    turn_ends,
+    value_mask,
+    whiten,
+)
 
 VALUES = torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("inf"), 99.0]])
 MASK = response_mask([2, 1], 3)
@@ -12,6 +22,23 @@ MASK = response_mask([2, 1], 3)
 def test_response_mask_is_true_on_real_tokens():
     assert MASK.tolist() == [[True, True, False], [True, False, False]]
     assert last_index(MASK).tolist() == [1, 0]
+
+
+def test_masks_of_episodes_have_gaps():
+    # Two sampled tokens, one of a tool, one sampled; and a single sampled token.
+    mask = pad_masks([[True, True, False, True], [True]], 5)
+    assert mask.tolist() == [[True, True, False, True, False], [True, False, False, False, False]]
+    assert last_index(mask).tolist() == [3, 0]
+    # States with a value: before tokens 0, 1 and 3, and the end, 4. The one before the tool's token has none.
+    assert value_mask(mask).tolist() == [
+        [True, True, False, True, True, False],
+        [True, True, False, False, False, False],
+    ]
+    assert turn_ends(mask).tolist() == [[False, True, False, True, False], [True, False, False, False, False]]
+
+
+def test_a_response_without_gaps_has_values_before_every_token_and_at_its_end():
+    assert value_mask(MASK).tolist() == [[True, True, True, False], [True, True, False, False]]
 
 
 def test_nothing_leaks_from_the_padding():

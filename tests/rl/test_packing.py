@@ -101,6 +101,23 @@ def test_packing_and_padding_change_no_number_and_no_gradient(model, change, pro
         assert (a - b).norm() <= 1e-5 * a.norm()
 
 
+GAPS = [[True, False, True], [True, True], [True, False, False, True], [True]]
+
+
+@pytest.mark.parametrize("form", ["padded", "ragged", "shared"])
+def test_tokens_of_an_environment_are_read_and_get_no_number(model, form):
+    full = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="padded"), reference=True)
+    results = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form=form, masks=GAPS), reference=True)
+    for i, mask in enumerate(GAPS):
+        for t, sampled in enumerate(mask):
+            # The same as if all tokens were the policy's: it has read those before.
+            for name in ("logprobs", "entropy", "ref_logprobs", "values"):
+                expected = full[name][i, t].item() if sampled else 0.0
+                assert results[name][i, t].item() == pytest.approx(expected, abs=1e-5), (name, i, t)
+        end = len(mask)
+        assert results["values"][i, end].item() == pytest.approx(full["values"][i, end].item(), abs=1e-5)
+
+
 def test_log_probabilities_are_those_of_the_plain_model(model):
     results = model(pack(PROMPTS, RESPONSES, GROUPS, pad_id=3, form="shared"), reference=True)
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
