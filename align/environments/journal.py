@@ -1,8 +1,9 @@
 """What happened in the episodes of one update, on disk before it is used, so that a killed update goes on from it.
 
-A file of sealed JSON lines, one for each entry, which is only ever appended to. A line is synced before its entry can
-be read back. What follows the first line that is torn or damaged is dropped: entries build on those before them.
-Torch-free. Leaves out what the entries mean (``replay.py``).
+A file of sealed JSON lines, which is only ever appended to. Entries that were written together share a line: after a
+kill all of them are there, or none. A line is synced before its entries can be read back. What follows the first line
+that is torn or damaged is dropped: entries build on those before them. Torch-free. Leaves out what the entries mean
+(``replay.py``).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Journal:
         self._end = self._read()
         """Length of the lines that count, in bytes."""
         if not self._end:
-            self._append([{"kind": HEADER, "key": key}])
+            self._append({"kind": HEADER, "key": key})
             sync_folder(path.parent)
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class Journal:
         self.put_all([(Position(kind, episode, turn, index), entry)])
 
     def put_all(self, entries: Iterable[tuple[Position, Mapping[str, Any]]]) -> None:
-        """Write entries, and return when they are on the disk. After a kill a first part of them may be there.
+        """Write entries together, and return when they are on the disk.
 
         Raises ``ValueError`` for a position that has an entry, and ``OSError`` where the disk takes none.
         """
@@ -88,8 +89,7 @@ class Journal:
                 raise ValueError(f"the journal has an entry of {position} already")
             lines.append({**asdict(position), "entry": dict(entry)})
         if lines:
-            for line in self._append(lines):
-                self._remember(line)
+            self._remember(self._append({"entries": lines}))
 
     def drop(self) -> None:
         """Delete the journal: its update is complete."""
@@ -124,13 +124,15 @@ class Journal:
         return True
 
     def _remember(self, content: dict[str, Any]) -> None:
-        position = Position(**{field.name: content[field.name] for field in fields(Position)})
-        self._entries[position] = content["entry"]
+        # All positions first: of a line that does not belong here nothing is taken.
+        names = [field.name for field in fields(Position)]
+        positions = [Position(**{name: line[name] for name in names}) for line in content["entries"]]
+        for position, line in zip(positions, content["entries"], strict=True):
+            self._entries[position] = line["entry"]
 
-    def _append(self, contents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Write lines and sync them; returns them as they read back."""
-        sealed = [seal(content) for content in contents]
-        text = "".join(json.dumps(line) + "\n" for line in sealed).encode("ascii")
+    def _append(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Write a line and sync it; returns it as it reads back."""
+        text = json.dumps(seal(content)).encode("ascii") + b"\n"
         with self._write_lock:
             if self._descriptor is None:
                 raise ValueError(f"the journal {self.path} is closed")
@@ -148,7 +150,8 @@ class Journal:
                 covered = self._written
                 os.fsync(self._descriptor)
                 self._synced = covered
-        return [{name: value for name, value in line.items() if name != "seal"} for line in sealed]
+        read: dict[str, Any] = json.loads(text)
+        return read
 
 
 def _read_line(line: bytes) -> dict[str, Any] | None:

@@ -97,9 +97,22 @@ def test_a_journal_that_is_torn_at_any_byte_has_the_entries_before_and_goes_on(
     there = sum(end <= cut for end in ends[1:]) if cut >= ends[0] else 0
     torn = Journal(path, key="k")
     assert [entry for _, entry in torn.entries(0)] == entries[:there]
-    torn.put_all([(Position("turn", 0, index), entries[index]) for index in range(there, len(entries))])
+    for index in range(there, len(entries)):
+        torn.put("turn", 0, index, entry=entries[index])
     assert path.read_bytes() == whole
     assert [entry for _, entry in Journal(path, key="k").entries(0)] == entries
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_entries_that_were_written_together_are_there_together_or_not_at_all(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("together") / "journal"
+    Journal(path).put_all([(Position("turn", episode), {"token_ids": [episode]}) for episode in range(4)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    assert len(Journal(path)) == (4 if path.read_bytes() == whole else 0)
 
 
 @pytest.mark.parametrize("changed", range(3))
