@@ -1,0 +1,118 @@
+"""Opens the environment of a stage, and plays episodes in it with an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from align.config.environment import EnvironmentConfig
+from align.data.tool_calls import tool_call_format
+from align.environments.environment import EnvironmentSource, open_environment
+from align.environments.episode import Episode
+from align.environments.episode_run import EpisodeRules
+from align.environments.journal import Journal
+from align.environments.player import EpisodePlayer, EpisodeTask, Progress
+from align.environments.turn_template import TurnTemplate
+from align.environments.worker_pool import EnvironmentPool
+from align.inference.protocol import Session
+from align.inference.sessions import open_session
+from align.pipeline.context import StageContext
+
+CHARACTERS_PER_TOKEN = 16
+"""Characters of a result that are looked at for each token of its limit: a megabyte is never tokenized."""
+
+
+class EnvironmentPlayer:
+    """Plays episodes in an environment; an ``EpisodeSource``."""
+
+    def __init__(
+        self, config: EnvironmentConfig, source: EnvironmentSource, tokenizer: Any, max_prompt_tokens: int, where: str
+    ) -> None:
+        """Raise ``UserError`` for a chat template that has no place for the tools, or rewrites earlier turns."""
+        self.config, self.source, self.tokenizer = config, source, tokenizer
+        turns = TurnTemplate(tokenizer, source.tools or None, where)
+        self.rules = EpisodeRules(
+            turns=turns,
+            call_format=tool_call_format(config.tool_format, turns.template) if source.tools else None,
+            decode=self._decode,
+            shorten=self._shorten,
+            has_step=source.has_step,
+            max_turns=config.max_turns,
+            max_tokens=config.max_tokens,
+            turn_max_tokens=config.turn_max_tokens or config.max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        self.training_template = turns.training
+        """Name of the template that replaces the model's own, which rewrites earlier turns; empty for none."""
+        self.pool = EnvironmentPool(source, config.workers, config.tool_seconds, config.isolation)
+        self.cache_statistics: dict[str, float] | None = None
+        """Use of the engine's prefix cache in the last call of ``play``."""
+
+    def play(
+        self,
+        engine: Any,
+        tasks: Sequence[EpisodeTask],
+        *,
+        temperature: float,
+        journal: Journal | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[Episode]:
+        """Return an episode for each task, in order."""
+        session = open_session(engine, temperature)
+        try:
+            return self.play_in(session, tasks, journal, on_progress)
+        finally:
+            self.cache_statistics = session.cache_statistics()
+            session.close()
+
+    def play_in(
+        self,
+        session: Session,
+        tasks: Sequence[EpisodeTask],
+        journal: Journal | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[Episode]:
+        """Return an episode for each task, in order, with the turns of ``session``."""
+        with contextlib.ExitStack() as stack:
+            if journal is None:
+                # Nothing goes on from it; instances that were lost are restored from it all the same.
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="align-episodes-"))
+                journal = Journal(Path(folder) / "episodes.jsonl")
+            stack.callback(journal.close)
+            return EpisodePlayer(self.pool, self.rules, session, journal, on_progress).play(tasks)
+
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.close()
+
+    def _decode(self, token_ids: list[int]) -> str:
+        # Some formats mark calls by special tokens.
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _shorten(self, result: str) -> str:
+        """Return a result cut at ``max_result_tokens``, with a note of how much is missing."""
+        limit = self.config.max_result_tokens
+        head = result[: CHARACTERS_PER_TOKEN * limit]
+        ids = self.tokenizer(head, add_special_tokens=False)["input_ids"]
+        if len(ids) <= limit and len(head) == len(result):
+            return result
+        kept = str(self.tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False))
+        return f"{kept}\n[cut: {len(result)} characters in all]"
+
+
+def open_player(context: StageContext, tokenizer: Any) -> EnvironmentPlayer | None:
+    """Return the player of a stage's ``environment``; None where it has none."""
+    config = context.config.environment
+    if config is None:
+        return None
+    source = open_environment(config, f"{context.name}.environment")
+    player = EnvironmentPlayer(config, source, tokenizer, context.config.max_prompt_tokens, context.name)
+    if player.training_template:
+        context.note(
+            f"{context.name}: the model's chat template rewrites earlier turns, so episodes are rendered by align's "
+            f"training template {player.training_template}"
+        )
+    return player

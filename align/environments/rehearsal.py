@@ -1,0 +1,204 @@
+"""Plays episodes of an environment with a checkpoint, without training; and plays stored ones again.
+
+A replay takes the stored turns instead of sampling, and does all the rest anew: it parses their calls, runs the tools
+and scores the episode. So a change of an environment, or of a reward, shows on the same behavior.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.base import Precision
+from align.config.environment import EnvironmentConfig
+from align.config.runtime import Runtime
+from align.environments.environment import open_environment
+from align.environments.environment_player import EnvironmentPlayer
+from align.environments.episode import Episode, PolicyTurn
+from align.environments.player import EpisodeTask, Progress
+from align.errors import UserError
+from align.inference.engine import open_engine
+from align.inference.protocol import Response, RolloutEngine
+from align.inference.sessions import TurnRequest
+from align.models.loading import load_tokenizer
+from align.store.atomic_write import write_text_atomically
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """An environment, a checkpoint, and how the policy samples."""
+
+    environment: EnvironmentConfig
+    model_dir: Path
+    runtime: Runtime
+    precision: Precision
+    max_prompt_tokens: int
+    temperature: float
+    seed: int
+    where: str
+    """Place of the environment in the pipeline, for messages."""
+
+    def open_player(self) -> EnvironmentPlayer:
+        """Open the environment. Raises ``UserError`` for one that does not fit the checkpoint."""
+        source = open_environment(self.environment, self.where)
+        return EnvironmentPlayer(
+            self.environment, source, load_tokenizer(self.model_dir), self.max_prompt_tokens, self.where
+        )
+
+    def open_engine(self, warn: Any) -> RolloutEngine:
+        """Open an engine for the checkpoint."""
+        return open_engine(
+            self.model_dir,
+            self.runtime,
+            precision=self.precision,
+            max_length=self.max_prompt_tokens + self.environment.max_tokens,
+            seed=self.seed,
+            warn=warn,
+        )
+
+
+@dataclass(frozen=True)
+class StoredEpisode:
+    """An episode in a file, with the row and the seed that it was played with."""
+
+    row: dict[str, Any]
+    seed: int
+    episode: Episode
+
+    @property
+    def task(self) -> EpisodeTask:
+        """The task that it was played for."""
+        return EpisodeTask(self.row, self.seed)
+
+
+def play(
+    rehearsal: Rehearsal, tasks: Sequence[EpisodeTask], warn: Any, on_progress: Progress | None = None
+) -> list[StoredEpisode]:
+    """Sample an episode for each task."""
+    player = rehearsal.open_player()
+    try:
+        engine = rehearsal.open_engine(warn)
+        try:
+            episodes = player.play(engine, tasks, temperature=rehearsal.temperature, on_progress=on_progress)
+        finally:
+            engine.close()
+    finally:
+        player.close()
+    return [StoredEpisode(task.row, task.seed, episode) for task, episode in zip(tasks, episodes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A stored episode and the same turns played again."""
+
+    before: Episode
+    after: Episode
+    logprob_gap: float | None = None
+    """Mean absolute difference of the checkpoint's log-probabilities from the stored ones, in nats per token; None
+    where they were not measured."""
+
+    @property
+    def difference(self) -> str:
+        """First thing that differs: the tokens, the calls or the score; empty where nothing does."""
+        if self.before.token_ids != self.after.token_ids:
+            return "what the environment answers"
+        calls = [[(call.name, call.arguments, call.error) for call in part.calls] for part in (self.before, self.after)]
+        if calls[0] != calls[1]:
+            return "how calls are read"
+        if self.before.score != self.after.score and not (self.before.stop == self.after.stop == "failed"):
+            return "the score"
+        return ""
+
+
+def replay(rehearsal: Rehearsal, stored: Sequence[StoredEpisode], engine: RolloutEngine | None) -> list[Replayed]:
+    """Play stored episodes again, and measure their tokens with ``engine`` where there is one."""
+    player = rehearsal.open_player()
+    try:
+        session = ReplaySession([entry.episode.turns for entry in stored])
+        episodes = player.play_in(session, [entry.task for entry in stored])
+    finally:
+        player.close()
+    gaps = [None] * len(stored) if engine is None else _measure(engine, [entry.episode for entry in stored])
+    return [Replayed(entry.episode, episode, gap) for entry, episode, gap in zip(stored, episodes, gaps, strict=True)]
+
+
+def _measure(engine: RolloutEngine, episodes: Sequence[Episode]) -> list[float | None]:
+    """Return the mean gap of each episode's log-probabilities from the engine's at temperature 1."""
+    scored = engine.score_tokens([episode.prompt_ids for episode in episodes], [e.token_ids for e in episodes], 1.0)
+    gaps: list[float | None] = []
+    for episode, logprobs in zip(episodes, scored, strict=True):
+        triples = zip(logprobs, episode.logprobs, episode.mask, strict=True)
+        differences = [abs(new - old) for new, old, sampled in triples if sampled and old == old]
+        gaps.append(sum(differences) / len(differences) if differences else None)
+    return gaps
+
+
+class ReplaySession:
+    """Returns stored turns instead of sampling; a ``Session``."""
+
+    is_lockstep = True
+
+    def __init__(self, turns: Sequence[Sequence[PolicyTurn]]) -> None:
+        self._turns = turns
+        self._requests: deque[tuple[int, int]] = deque()
+        """Episode and turn of each request."""
+        self._asked = [0] * len(turns)
+
+    @property
+    def pending(self) -> int:
+        """Turns that were asked for."""
+        return len(self._requests)
+
+    def submit(self, request: TurnRequest) -> None:
+        """Ask for the next turn of the episode ``request.key``."""
+        self._requests.append((request.key, self._asked[request.key]))
+        self._asked[request.key] += 1
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """Return all that was asked for. A turn that was never played is empty, and cut off."""
+        responses = []
+        while self._requests:
+            episode, number = self._requests.popleft()
+            turns = self._turns[episode]
+            turn = turns[number] if number < len(turns) else PolicyTurn([], [], False, "")
+            responses.append((episode, Response(turn.token_ids, turn.logprobs, turn.finished, turn.text)))
+        return responses
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """Return None: nothing is computed."""
+        return None
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def write_episodes(path: Path, stored: Iterable[StoredEpisode]) -> None:
+    """Write episodes to a file of JSON lines."""
+    lines = [
+        json.dumps({"row": entry.row, "seed": entry.seed, "episode": entry.episode.to_json()}, ensure_ascii=False)
+        for entry in stored
+    ]
+    write_text_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def read_episodes(path: Path) -> list[StoredEpisode]:
+    """Read a file of ``write_episodes``. Raises ``UserError`` with the line that is no episode."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; `align rollout … --save FILE` writes one.")
+    stored = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            stored.append(StoredEpisode(entry["row"], int(entry["seed"]), Episode.from_json(entry["episode"])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}:{number}: no episode ({type(error).__name__}: {error}). `align rollout … --save FILE` "
+                "writes such files."
+            ) from None
+    if not stored:
+        raise UserError(f"{path}: has no episodes.")
+    return stored
