@@ -73,8 +73,6 @@ class EnvironmentConfig(Config):
     tool_format: str = Field("auto", min_length=1)
     """How the policy writes a tool call: ``auto`` (as the chat template shows), ``hermes``, ``llama3``, ``mistral``,
     ``smollm3``, or ``regex:PATTERN`` with the named groups ``name`` and ``arguments``."""
-    turn_discount: float = Field(1.0, ge=0, le=1)
-    """Factor by which a reward counts less for each turn between an action and the reward."""
 
     @field_validator("class_name", "score")
     @classmethod

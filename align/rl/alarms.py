@@ -22,6 +22,9 @@ COLLAPSED_ENTROPY = 0.1
 COLLAPSED_LENGTH = 0.25
 EXPLODED_LENGTH = 2.0
 MANY_CUT = 0.5
+COLLAPSED_CALLS = 0.1
+FEW_CALLS = 0.2
+"""Calls of tools per episode at the start below which none can be missed."""
 CLEAR = 2.0
 """Standard errors that a change of means must exceed."""
 
@@ -40,7 +43,7 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
     if len(history) <= START:
         return []
     update = int(history[-1]["update"])
-    checks = (_collapse, _explosion, _over_optimization)
+    checks = (_collapse, _explosion, _over_optimization, _calls)
     raised = (check(history) for check in checks)
     return [Alarm(name, update, text) for name, text in raised if text]
 
@@ -101,6 +104,25 @@ def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
             f"while gold fell from {_mean(before, 'gold'):.3g} to {_mean(after, 'gold'):.3g}: the policy "
             "exploits what the reward model overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, or "
             "train the reward model on this policy's responses"
+        )
+    return name, ""
+
+
+def _calls(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for episodes that no longer call tools, or mostly call them until ``max_turns`` ends them."""
+    name, latest, start = "calls", history[-1], history[:START]
+    if "calls" not in latest:
+        return name, ""
+    calls, at_limit = _mean(start, "calls"), _mean(start, "max_turns_rate")
+    if calls >= FEW_CALLS and latest["calls"] < COLLAPSED_CALLS * calls:
+        return name, (
+            f"calls fell from {calls:.2g} to {latest['calls']:.2g} an episode: the policy no longer uses its tools. "
+            "Check that the score needs them, and what errors they answer with"
+        )
+    if latest["max_turns_rate"] > MANY_CUT and at_limit < MANY_CUT / 2:
+        return name, (
+            f"{latest['max_turns_rate']:.0%} of the episodes are ended by max_turns, {at_limit:.0%} at the start: the "
+            "policy calls tools without coming to an answer. Score the end of an episode, or take something off a call"
         )
     return name, ""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,23 @@ def _describe(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
         "tokens": len(rollout.responses[index]),
         "finished": bool(tensors["finished"][index]),
         "by_token": _by_token(rollout, index, tokenizer),
+        **_episode_fields(rollout, index),
+    }
+
+
+def _episode_fields(rollout: Rollout, index: int) -> dict[str, Any]:
+    """Return the conversation, calls and scores by turn of an episode, and which of its tokens the policy sampled."""
+    if rollout.episodes is None:
+        return {}
+    episode = rollout.episodes[index]
+    return {
+        "messages": episode.messages,
+        "calls": [asdict(call) for call in episode.calls],
+        "turns": len(episode.turns),
+        "turn_scores": episode.turn_scores,
+        "stop": episode.stop,
+        "failure": episode.failure,
+        "sampled": episode.mask,
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from align.environments.episode import Episode
 from align.rl.advantages import explained_variance
 from align.rl.kl import estimate_kl
 from align.rl.masking import masked_sum
@@ -85,6 +86,8 @@ def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
     if "values" in tensors:
         values = tensors["values"][:, :-1]
         statistics["explained_variance"] = explained_variance(values, tensors["returns"], mask)
+    if candidates.episodes is not None:
+        add_episodes(averages, candidates.episodes)
     lengths = candidates.tensors["response_mask"].sum(dim=1)
     statistics["score_length_correlation"] = correlation(candidates.tensors["scores"], lengths)
     return statistics
@@ -103,7 +106,32 @@ def _add_scores(averages: Averages, candidates: Rollout) -> None:
         averages.add("gold", tensors["gold"].sum(), responses)
     averages.add("length", tensors["response_mask"].sum(), responses)
     averages.add("eos_rate", tensors["finished"].sum(), responses)
-    averages.add("truncation_rate", (~tensors["finished"]).sum(), responses)
+    averages.add("truncation_rate", truncated(candidates).sum(), responses)
+
+
+def truncated(rollout: Rollout) -> torch.Tensor:
+    """Return which responses reached their maximum of tokens, (B,)."""
+    if rollout.episodes is None:
+        return ~rollout.tensors["finished"]
+    return torch.tensor([episode.stop == "truncated" for episode in rollout.episodes])
+
+
+def add_episodes(averages: Averages, episodes: Sequence[Episode]) -> None:
+    """Add turns, calls and failures per episode, and the score of each turn."""
+    count = len(episodes)
+    calls = [call for episode in episodes for call in episode.calls]
+    averages.add("turns", sum(len(episode.turns) for episode in episodes), count)
+    averages.add("episode_tokens", sum(episode.length for episode in episodes), count)
+    averages.add("calls", len(calls), count)
+    averages.add("malformed_calls", sum(call.error == "malformed" for call in calls), count)
+    averages.add("tool_errors", sum(call.error in ("arguments", "raised", "timeout") for call in calls), count)
+    averages.add("tool_seconds", sum(call.seconds for call in calls), count)
+    averages.add("max_turns_rate", sum(episode.stop == "max_turns" for episode in episodes), count)
+    averages.add("failure_rate", sum(episode.stop == "failed" for episode in episodes), count)
+    scored = [episode.turn_scores for episode in episodes if episode.turn_scores]
+    for turn in range(max(map(len, scored), default=0)):
+        scores = [turn_scores[turn] for turn_scores in scored if turn < len(turn_scores)]
+        averages.add(f"score_turn_{turn + 1}", sum(scores), len(scores))
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:

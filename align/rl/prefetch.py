@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from align.environments.episode import Episode
 from align.inference.pool import PoolEngine
 from align.inference.shared_engine import is_shared
 from align.rl.rollout import Rollout
@@ -123,7 +124,7 @@ class RolloutPrefetcher:
     def load_state_dict(self, state: list[dict[str, Any]], restore: Callable[[int, list[Any]], Rollout | None]) -> None:
         """Restore prefetched rollouts; ``restore(update, responses)`` returns this process's part of one."""
         for entry in state:
-            responses = [[_StoredResponse(**response) for response in group] for group in entry["answers"]]
+            responses = [[_from_json(response) for response in group] for group in entry["answers"]]
             rollout = restore(entry["update"], responses)
             if rollout is not None:
                 rollout.weights_update, rollout.sampling_seconds = entry["weights_of"], entry["drawing"]
@@ -145,10 +146,17 @@ class _StoredResponse:
         self.token_ids, self.logprobs, self.finished, self.text = token_ids, logprobs, finished, text
 
 
+def _from_json(response: dict[str, Any]) -> Any:
+    return Episode.from_json(response) if "turns" in response else _StoredResponse(**response)
+
+
 def _to_json(rollout: Rollout) -> dict[str, Any]:
     """Return a rollout that is not scored yet. Python's floats survive JSON exactly, and float32 survives Python's."""
     responses: dict[int, list[dict[str, Any]]] = {}
     for i, tokens in enumerate(rollout.responses):
+        if rollout.episodes is not None:
+            responses.setdefault(rollout.groups[i], []).append(rollout.episodes[i].to_json())
+            continue
         response = {
             "token_ids": tokens,
             "logprobs": rollout.tensors["sampler_logprobs"][i, : len(tokens)].tolist(),

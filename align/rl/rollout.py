@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from align.rl.masking import pad_rows, response_mask
+from align.environments.episode import Episode
+from align.rl.masking import pad_masks, pad_rows, response_mask
 from align.rl.packing import Batch, Form, pack
 from align.rl.prompts import Prompts, Row
 
@@ -36,8 +37,11 @@ class Rollout:
     """Equal for responses to the same prompt."""
     prompts: list[list[int]]
     responses: list[list[int]]
+    """Token ids after the prompts. Of an episode they include what its environment wrote between the turns."""
     texts: list[str]
     tensors: dict[str, torch.Tensor]
+    episodes: list[Episode] | None = None
+    """Turns, calls and scores of each response, where an environment gave the prompts."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time by phase of the update."""
     candidates: Rollout | None = None
@@ -54,7 +58,7 @@ class Rollout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all responses."""
+        """Tokens of all responses that the policy sampled."""
         return int(self.tensors["response_mask"].sum())
 
     @property
@@ -74,10 +78,12 @@ class Rollout:
         by SFT's loss; and ``without_ptx``, a batch of the responses alone.
         """
         prompts, responses = [self.prompts[i] for i in indices], [self.responses[i] for i in indices]
-        groups = [self.groups[i] for i in indices]
-        batch = pack(prompts, responses, groups, pad_id, form)
+        groups, masks = self._prompt_numbers(indices), self._masks(indices)
+        batch = pack(prompts, responses, groups, pad_id, form, masks)
         if not texts:
             return batch
+        if masks is not None:
+            masks = [*masks, *([True] * len(answer) for _, answer in texts)]
         # A critic with its own trunk learns nothing from texts, so it reads the first batch.
         batch_with_texts = pack(
             [*prompts, *(prompt for prompt, _ in texts)],
@@ -85,9 +91,23 @@ class Rollout:
             [*groups, *(-1 - i for i in range(len(texts)))],  # a group of its own for each text
             pad_id,
             form,
+            masks,
         )
         count = torch.tensor(len(texts))
         return batch_with_texts | {"ptx": count, "supervised": count, "without_ptx": batch}
+
+    def _prompt_numbers(self, indices: list[int]) -> list[int]:
+        """Return numbers that are equal for responses to equal prompts of one group.
+
+        An environment may begin each episode of a group differently.
+        """
+        if self.episodes is None:
+            return [self.groups[i] for i in indices]
+        numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+        return [numbers.setdefault((self.groups[i], tuple(self.prompts[i])), len(numbers)) for i in indices]
+
+    def _masks(self, indices: list[int]) -> list[list[bool]] | None:
+        return None if self.episodes is None else [self.episodes[i].mask for i in indices]
 
     def select(self, indices: list[int], names: tuple[str, ...]) -> Batch:
         """Return rows of the named tensors, cut to the longest of these responses: (b, t), ``values`` (b, t+1)."""
@@ -115,6 +135,7 @@ class Rollout:
             responses=[self.responses[i] for i in indices],
             texts=[self.texts[i] for i in indices],
             tensors={name: select_rows(tensor) for name, tensor in self.tensors.items()},
+            episodes=None if self.episodes is None else [self.episodes[i] for i in indices],
             candidates=self,
             weights_update=self.weights_update,
             sampling_seconds=self.sampling_seconds,
@@ -130,24 +151,46 @@ class Rollout:
 
 
 def make_rollout(prompts: Prompts, indices: list[int], responses: Sequence[Sequence[Any]], update: int) -> Rollout:
-    """Return a rollout of an engine's ``Response`` lists to the prompts at ``indices``."""
+    """Return a rollout of an engine's ``Response`` lists, or of lists of ``Episode``, to the prompts at ``indices``."""
     flat = [(group, index, response) for group, index in enumerate(indices) for response in responses[group]]
     if any(not response.token_ids for _, _, response in flat):
         raise RuntimeError("the engine returned an empty response; even one that ends at once has its end token")
-    lengths = [len(response.token_ids) for _, _, response in flat]
-    return Rollout(
+    token_ids = [list(response.token_ids) for _, _, response in flat]
+    episodes = [response for _, _, response in flat if isinstance(response, Episode)]
+    lengths = list(map(len, token_ids))
+    mask = pad_masks([episode.mask for episode in episodes], max(lengths)) if episodes else response_mask(lengths)
+    rollout = Rollout(
         update=update,
         rows=[prompts.rows[index] for _, index, _ in flat],
         groups=[group for group, _, _ in flat],
         prompts=[prompts.token_ids[index] for _, index, _ in flat],
-        responses=[list(response.token_ids) for _, _, response in flat],
+        responses=token_ids,
         texts=[response.text for _, _, response in flat],
         tensors={
             "finished": torch.tensor([response.finished for _, _, response in flat]),
-            "response_mask": response_mask(lengths),
+            "response_mask": mask,
             "sampler_logprobs": pad_rows([response.logprobs for _, _, response in flat], max(lengths)),
         },
     )
+    if episodes:
+        rollout.episodes = episodes
+        # The environment may have begun each episode with a prompt of its own.
+        rollout.prompts = [episode.prompt_ids for episode in episodes]
+        _add_episode_scores(rollout, episodes)
+    return rollout
+
+
+def _add_episode_scores(rollout: Rollout, episodes: list[Episode]) -> None:
+    """Add ``failed`` (B,), and ``turn_rewards`` (B, T): each turn's score on its last token, 0 elsewhere."""
+    rollout.tensors["failed"] = torch.tensor([episode.stop == "failed" for episode in episodes])
+    rewards = torch.zeros(rollout.tensors["response_mask"].shape)
+    for row, episode in enumerate(episodes):
+        end = -1
+        for turn, score in enumerate(episode.turn_scores or []):
+            end += len(episode.turns[turn].token_ids)
+            rewards[row, end] = score
+            end += len(episode.observations[turn]) if turn < len(episode.observations) else 0
+    rollout.tensors["turn_rewards"] = rewards
 
 
 def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
@@ -168,9 +211,16 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         responses=[response for part in parts for response in part.responses],
         texts=[text for part in parts for text in part.texts],
         tensors=tensors,
+        episodes=_join_episodes(parts),
         weights_update=parts[0].weights_update,
         sampling_seconds=max(part.sampling_seconds for part in parts),
     )
+
+
+def _join_episodes(parts: Sequence[Rollout]) -> list[Episode] | None:
+    if any(part.episodes is None for part in parts):
+        return None
+    return [episode for part in parts for episode in part.episodes or ()]
 
 
 def _tensor_names(parts: Sequence[Rollout]) -> list[str]:

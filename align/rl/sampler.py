@@ -6,19 +6,24 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from align.config.launch import rank
 from align.data.scoring import ScoreFunction, Scorer
+from align.environments.journal import Journal
+from align.environments.player import EpisodeSource, EpisodeTask
 from align.errors import UserError
 from align.inference.parity import Parity, probe
 from align.inference.protocol import RolloutEngine, Sampling
 from align.inference.shared_engine import ask_each, part_for, returns
 from align.models.processes import all_gather
+from align.rl.packing import group_members
 from align.rl.prompts import Prompts, derive_seed
 from align.rl.rollout import COMPONENT, Rollout, join_rollouts, make_rollout
+from align.store.fingerprint import digest
 
 if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
@@ -41,11 +46,15 @@ class RolloutSampler:
         self,
         prompts: Prompts,
         engine: Any,
-        scorer: AnyScorer,
+        scorer: AnyScorer | None,
         gold: AnyScorer | None,
         args: RolloutArguments,
+        episodes: EpisodeSource | None = None,
     ) -> None:
+        """``episodes`` plays episodes in an environment instead of sampling single responses; it scores them, and
+        ``scorer``, which may then be None, adds to that."""
         self.prompts, self.engine, self.scorer, self.gold, self.args = prompts, engine, scorer, gold, args
+        self.episodes = episodes
 
     def sample_local(self, update: int) -> Rollout | None:
         """Return this process's part of an update's rollout, unscored; None where other processes sample all of it.
@@ -75,9 +84,17 @@ class RolloutSampler:
         rollout.seconds = {"sampling": sampled - started, "scoring": time.perf_counter() - sampled}
         return rollout
 
+    @property
+    def cache_statistics(self) -> dict[str, float]:
+        """Share of the prompt tokens of episodes' turns that the engine had in its prefix cache, where it says so."""
+        return {} if self.episodes is None else self.episodes.cache_statistics or {}
+
     def score(self, rollout: Rollout) -> None:
         """Add scores, and gold scores where there is a gold function."""
-        score_rollout(rollout, self.scorer)
+        if self.scorer is not None:
+            score_rollout(rollout, self.scorer)
+        if rollout.episodes is not None:
+            add_environment_scores(rollout)
         if self.gold is not None:
             score_rollout(rollout, self.gold, "gold")
 
@@ -99,13 +116,9 @@ class RolloutSampler:
         local_range = part_for(self.engine, len(prompts))
         local = None
         if local_range:
-            sampling = Sampling(
-                max_tokens=self.args.max_tokens,
-                temperature=self.args.temperature,
-                # The same at every call, in any number of processes: only the policy differs between two validations.
-                seeds=tuple(derive_seed(self.args.seed, "validation", index) for index in local_range),
-            )
-            responses = self.engine.generate([prompts.token_ids[index] for index in local_range], sampling)
+            # The same at every call, in any number of processes: only the policy differs between two validations.
+            seeds = [derive_seed(self.args.seed, "validation", index) for index in local_range]
+            responses = self._respond(prompts, list(local_range), seeds, samples=1)
             local = make_rollout(prompts, list(local_range), responses, update=0)
             self.score(local)
         return join_rollouts([part for part in all_gather(local) if part is not None])
@@ -116,18 +129,61 @@ class RolloutSampler:
         if not local_range:
             return None
         part = slice(local_range.start, local_range.stop)
-        local_indices = indices[part]
-        sampling = Sampling(
-            max_tokens=self.args.max_tokens,
-            temperature=self.args.temperature,
-            n=self.args.samples_per_prompt,
-            seeds=tuple(seeds[part]),
-        )
-        responses = self.engine.generate([self.prompts.token_ids[index] for index in local_indices], sampling)
+        local_indices, samples = indices[part], self.args.samples_per_prompt
+        responses = self._respond(self.prompts, local_indices, seeds[part], samples, update)
         count, expected = sum(map(len, responses)), len(local_indices) * self.args.samples_per_prompt
         if count != expected:
             raise RuntimeError(f"engine {self.engine.name} returned {count} responses; expected {expected}")
         return make_rollout(self.prompts, local_indices, responses, update)
+
+    def _respond(
+        self, prompts: Prompts, indices: list[int], seeds: Sequence[int], samples: int, update: int | None = None
+    ) -> Sequence[Sequence[Any]]:
+        """Return ``samples`` responses, or episodes, to each of the prompts at ``indices``.
+
+        ``update``: the update whose rollout they belong to; None for a validation, which is not journaled.
+        """
+        if self.episodes is None:
+            sampling = Sampling(
+                max_tokens=self.args.max_tokens, temperature=self.args.temperature, n=samples, seeds=tuple(seeds)
+            )
+            responses: Sequence[Sequence[Any]] = self.engine.generate(
+                [prompts.token_ids[index] for index in indices], sampling
+            )
+            return responses
+        tasks = [
+            EpisodeTask(prompts.rows[index], derive_seed(seed, "episode", sample))
+            for index, seed in zip(indices, seeds, strict=True)
+            for sample in range(samples)
+        ]
+        journal = None if update is None else self._journal(update, tasks)
+        episodes = self.episodes.play(self.engine, tasks, temperature=self.args.temperature, journal=journal)
+        return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
+
+    def _journal(self, update: int, tasks: Sequence[EpisodeTask]) -> Journal:
+        """Return the journal of an update's episodes. One of other episodes or settings is not read."""
+        identity = digest(
+            {
+                "fingerprint": self.args.fingerprint(),
+                "update": update,
+                "tasks": [[task.row.get("prompt"), task.seed] for task in tasks],
+            }
+        )
+        # An update may sample more than once: each set of episodes has a file of its own.
+        name = f"{update:06d}-{identity[:12]}-{rank()}.jsonl"
+        return Journal(journal_folder(self.args.output_dir) / name, identity)
+
+
+def journal_folder(output_dir: Any) -> Path:
+    """Return the folder of the journals of a run's episodes."""
+    return Path(str(output_dir)) / "episodes"
+
+
+def drop_journals(output_dir: Any, updates: int) -> None:
+    """Delete the journals of the first ``updates`` updates, which a checkpoint has made superfluous."""
+    for path in journal_folder(output_dir).glob("*.jsonl"):
+        if int(path.name.partition("-")[0]) < updates:
+            path.unlink(missing_ok=True)
 
 
 class ParityProbe:
@@ -179,6 +235,27 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     for part, scores in parts.items():
         tensor = _check_scores(rollout, [float(score) for score in scores], may_lack=bool(part))
         rollout.tensors[f"{COMPONENT}{part}" if part else name] = tensor
+
+
+def add_environment_scores(rollout: Rollout) -> None:
+    """Add what the environments of a rollout's episodes scored to ``scores`` (B,), and their parts as components.
+
+    An episode whose environment failed gets the mean of its group's others: it then moves no other's advantage, and
+    nothing is learned from it.
+    """
+    episodes = rollout.episodes or []
+    totals = torch.tensor([episode.score for episode in episodes])
+    failed = rollout.tensors["failed"]
+    for members in group_members(rollout.groups):
+        rows = torch.tensor(members)
+        others = totals[rows][~failed[rows]]
+        totals[rows[failed[rows]]] = float(others.mean()) if len(others) else 0.0
+    rollout.tensors["scores"] = _check_scores(rollout, totals.tolist(), may_lack=False) + rollout.tensors.get(
+        "scores", 0
+    )
+    for name in dict.fromkeys(name for episode in episodes for name in episode.parts):
+        values = [episode.parts.get(name, math.nan) for episode in episodes]
+        rollout.tensors[f"{COMPONENT}{name}"] = _check_scores(rollout, values, may_lack=True)
 
 
 def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torch.Tensor:

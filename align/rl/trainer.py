@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from align.environments.player import EpisodeSource
 from align.errors import UserError
 from align.models.precision import cast_frozen_to_bf16, frozen_in_bf16, low_residual
 from align.models.processes import all_reduce, broadcast, split_by_rank
@@ -42,7 +43,7 @@ from align.rl.prefetch import RolloutPrefetcher
 from align.rl.prompts import Prompts
 from align.rl.ptx import make_ptx, split_outputs
 from align.rl.rollout import Rollout
-from align.rl.sampler import AnyScorer, ParityProbe, RolloutSampler
+from align.rl.sampler import AnyScorer, ParityProbe, RolloutSampler, drop_journals
 from align.rl.saving import AtomicCheckpoints
 from align.rl.validation import make_validation
 from align.training.checkpoints import link
@@ -59,11 +60,14 @@ class RolloutInputs:
     """The parts of rollouts and validations, as the trainers' arguments of these names."""
 
     train_dataset: Rows
-    scorer: AnyScorer
+    scorer: AnyScorer | None
+    """None where an environment scores all there is."""
     engine: Any
     gold: AnyScorer | None = None
     eval_dataset: Rows | None = None
     ptx_dataset: Rows | None = None
+    episodes: EpisodeSource | None = None
+    """Plays episodes in an environment, instead of single responses."""
 
 
 class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[misc]
@@ -104,7 +108,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         self.shard_model()
         self.engine = inputs.engine
         self.prompts = Prompts(inputs.train_dataset, processing_class, args.max_prompt_tokens)
-        self.sampler = RolloutSampler(self.prompts, inputs.engine, inputs.scorer, inputs.gold, args)
+        self.sampler = RolloutSampler(self.prompts, inputs.engine, inputs.scorer, inputs.gold, args, inputs.episodes)
         self.validation = make_validation(args, inputs.eval_dataset, processing_class)
         self.ptx = make_ptx(args, inputs.ptx_dataset, processing_class)
         self.buffer = RolloutBuffer(objective, args, form, int(processing_class.pad_token_id), self.ptx)
@@ -264,7 +268,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         self.totals["episodes"] += sum(len(part) for part in rollout.sampled)
         self.totals["tokens"] += sum(part.tokens for part in rollout.sampled)
         statistics = metrics.rollout_statistics(self.objective.averages, rollout, self.args.max_staleness > 0)
-        self._update_metrics = statistics | {"kl_coef": kl_coef}
+        self._update_metrics = statistics | {"kl_coef": kl_coef} | self.sampler.cache_statistics
         if self.args.kl_budget is not None and kl > self.args.kl_budget:
             self.stopped = (
                 f"update {rollout.update + 1}: the KL to the reference is {kl:.3g} nats a response, over kl_budget "
@@ -496,7 +500,8 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
             link(folder / BEST, self.validation.weights)
 
     def after_saving(self) -> None:
-        """Delete the weights of former best policies."""
+        """Delete the weights of former best policies, and the journals of episodes that were learned from."""
+        drop_journals(self.args.output_dir, self.update)
         if self.validation is not None:
             self.validation.tidy()
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainerCallback
 
 from align.config.tuning import FullTuning, TuningBase
+from align.environments.player import EpisodeSource
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
 from align.models.tuning.apply import apply_tuning
 from align.rl.arguments import PPOConfig, RolloutArguments
@@ -36,7 +37,8 @@ class PPOTrainer(RLTrainer):
     only logged. ``engine`` samples (``align.inference``). ``critic`` starts from ``reward_model``, a sequence
     classifier, by default where there is one, else from the ``policy``; or it is a ``head`` on the policy's trunk.
     ``eval_dataset`` has prompts for validations, ``ptx_dataset`` rows with ``prompt`` and ``completion`` messages for
-    ``ptx_coef``. ``notify`` is called with each alarm; by default it logs a warning.
+    ``ptx_coef``. ``episodes`` plays episodes in an environment instead of single responses; ``scorer`` is then None, or
+    adds to what the environment scores. ``notify`` is called with each alarm; by default it logs a warning.
     """
 
     args: PPOConfig
@@ -48,7 +50,7 @@ class PPOTrainer(RLTrainer):
         args: PPOConfig,
         train_dataset: Rows,
         processing_class: Any,
-        scorer: AnyScorer,
+        scorer: AnyScorer | None,
         *,
         engine: Any,
         reward_model: Any = None,
@@ -57,6 +59,7 @@ class PPOTrainer(RLTrainer):
         critic: Literal["reward", "policy", "head"] | None = None,
         eval_dataset: Rows | None = None,
         ptx_dataset: Rows | None = None,
+        episodes: EpisodeSource | None = None,
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
@@ -72,7 +75,7 @@ class PPOTrainer(RLTrainer):
             form,
             args,
             processing_class,
-            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset),
+            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset, episodes),
             callbacks=callbacks,
             notify=notify,
         )
@@ -92,13 +95,14 @@ class CriticFreeTrainer(RLTrainer):
         args: RolloutArguments,
         train_dataset: Rows,
         processing_class: Any,
-        scorer: AnyScorer,
+        scorer: AnyScorer | None,
         *,
         engine: Any,
         gold: AnyScorer | None = None,
         tuning: TuningBase | None = None,
         eval_dataset: Rows | None = None,
         ptx_dataset: Rows | None = None,
+        episodes: EpisodeSource | None = None,
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
@@ -110,7 +114,7 @@ class CriticFreeTrainer(RLTrainer):
             form,
             args,
             processing_class,
-            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset),
+            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset, episodes),
             callbacks=callbacks,
             notify=notify,
         )

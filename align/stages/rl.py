@@ -19,6 +19,7 @@ from align.config.stages.rl import RolloutFields, trainer_fields
 from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
 from align.data.weighted_scores import Ensemble, Part, RewardScorer, WeightedSum
+from align.environments.environment_player import open_player
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, open_rewards
 from align.inference.engine import open_engine
@@ -54,7 +55,10 @@ logger = logging.getLogger(__name__)
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """Value of ``scheduler`` -> transformers' name of it."""
 
-SUMMARIZED = ("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap")
+SUMMARIZED = (
+    *("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"),
+    *("turns", "calls", "malformed_calls", "tool_errors", "max_turns_rate", "failure_rate"),
+)
 """Metrics whose first and last values are metrics of the stage."""
 
 
@@ -74,6 +78,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     config: RolloutFields = context.config
     source = context.artifact("policy").model
     # All checks come before the engine, whose start may take minutes.
+    player = open_player(context, load_tokenizer(source))
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
     prompts = _read_prompts(context)
@@ -103,6 +108,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
             model=policy,
             processing_class=tokenizer,
             engine=engine,
+            episodes=player,
         )
         if trainer.prompts.dropped:
             context.warn(
@@ -117,9 +123,12 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
             gather(context.checkpoints, context.output / "completions.jsonl")
-        return {"engine": engine.name, **_facts(context, trainer), **summary(trainer), **judge_usage(scorer.parts)}
+        usage = {} if scorer is None else judge_usage(scorer.parts)
+        return {"engine": engine.name, **_facts(context, trainer), **summary(trainer), **usage}
     finally:
         engine.close()
+        if player is not None:
+            player.close()
 
 
 def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:
@@ -312,8 +321,11 @@ def _load_reward_model(context: StageContext, artifact: Artifact) -> RewardModel
     return RewardModel(artifact.model, device=device, precision=context.config.precision, share_beginnings=True)
 
 
-def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> WeightedSum:
-    """Return the sum of ``reward`` and ``score``. Functions and judges are checked now, before the engine starts."""
+def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> WeightedSum | None:
+    """Return the sum of ``reward`` and ``score``; None where an environment scores all there is.
+
+    Functions and judges are checked now, before the engine starts.
+    """
     config: RolloutFields = context.config
     parts: list[Part] = []
     if reward_models:
@@ -329,7 +341,7 @@ def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> Wei
     for part in open_rewards(context, load, world_size()):
         # score_weight is that of a single function; a list has weights of its own, and score_weight 1.
         parts.append(replace(part, weight=config.score_weight * part.weight))
-    return WeightedSum(tuple(parts), isinstance(config.score, list))
+    return WeightedSum(tuple(parts), isinstance(config.score, list)) if parts else None
 
 
 def make_arguments(context: StageContext, arguments_class: type[RolloutArguments]) -> RolloutArguments:

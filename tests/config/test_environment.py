@@ -78,7 +78,6 @@ def test_a_config_reads_back_from_its_dump_whose_fields_have_names_of_python() -
         (COUNTER | {"isolation": "proces"}, "environment.isolation: 'proces' is none of 'thread' or 'process'. Did"),
         (COUNTER | {"max_result_tokens": 0}, "environment.max_result_tokens: "),
         (COUNTER | {"tool_format": ""}, "environment.tool_format: "),
-        (COUNTER | {"turn_discount": 1.5}, "environment.turn_discount: should be less than or equal to 1"),
         (COUNTER | {"arguments": 3}, "environment.arguments: "),
     ],
 )  # fmt: skip

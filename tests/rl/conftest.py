@@ -11,7 +11,7 @@ from align.rl import PPOConfig, PPOTrainer
 from tests.support.rl.arguments import unbounded
 from tests.support.rl.trainers import ROWS, make_engine, options_in, share_of_vowels
 
-PASSED = ("critic", "eval_dataset", "ptx_dataset", "notify")
+PASSED = ("episodes", "critic", "eval_dataset", "ptx_dataset", "notify")
 """Arguments of ``PPOTrainer`` that are no fields of its config."""
 
 

@@ -70,3 +70,33 @@ def test_without_gold_there_is_nothing_to_compare_with():
     for entry in entries:
         del entry["gold"]
     assert alarms(entries) == []
+
+
+def episodes(**changes):
+    """Twelve healthy updates of episodes with tools."""
+    healthy = {"calls": [1.0] * 12, "max_turns_rate": [0.05] * 12}
+    entries = history(**healthy)
+    for name, value in changes.items():
+        entries[-1][name] = value
+    return entries
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"calls": 0.05}, "no longer uses its tools"),
+        ({"max_turns_rate": 0.8}, "80% of the episodes are ended by max_turns, 5% at the start"),
+    ],
+)
+def test_calls_that_collapse_or_go_on_to_the_limit(changes, says):
+    assert alarms(episodes()) == []
+    (alarm,) = alarms(episodes(**changes))
+    assert alarm.name == "calls" and says in alarm.text
+
+
+def test_calls_that_were_always_rare_are_no_collapse():
+    entries = episodes()
+    for entry in entries:
+        entry["calls"] = 0.1
+    entries[-1]["calls"] = 0.0
+    assert alarms(entries) == []

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from align.rl.metrics import Averages, correlation
+from align.environments.episode import CallRecord, Episode, PolicyTurn
+from align.rl.metrics import Averages, add_episodes, correlation
 
 
 def test_correlation_of_scores_and_lengths():
@@ -18,3 +19,32 @@ def test_an_average_over_nothing_is_zero():
     averages.add("ratio", torch.tensor(0.0), torch.tensor(0))
     averages.add("score", torch.tensor(6.0), torch.tensor(3))
     assert averages.means(lambda totals: totals) == {"ratio": 0.0, "score": 2.0}
+
+
+def test_metrics_of_episodes():
+    turn = PolicyTurn([1, 2], [-1.0, -1.0], True, "")
+    episodes = [
+        Episode(
+            [1],
+            [turn, turn],
+            [[7, 8, 9]],
+            calls=[CallRecord(0, "add", {}, "3", "", 0.5), CallRecord(0, "", {}, "no", "malformed")],
+            turn_scores=[0.0, 1.0],
+        ),
+        Episode([1], [turn], stop="max_turns", calls=[CallRecord(0, "sub", {}, "no", "arguments")], turn_scores=[0.5]),
+    ]
+    averages = Averages()
+    add_episodes(averages, episodes)
+    # 3 turns, 7 + 2 tokens, 3 calls over 2 episodes; the first turns score 0 and 0.5, the only second one 1.
+    assert averages.means(lambda totals: totals) == {
+        "turns": 1.5,
+        "episode_tokens": 4.5,
+        "calls": 1.5,
+        "malformed_calls": 0.5,
+        "tool_errors": 0.5,
+        "tool_seconds": 0.25,
+        "max_turns_rate": 0.5,
+        "failure_rate": 0.0,
+        "score_turn_1": 0.25,
+        "score_turn_2": 1.0,
+    }

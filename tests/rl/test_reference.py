@@ -12,6 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from align.config.tuning import FullTuning
+from align.environments.episode import Episode, PolicyTurn
+from align.inference.protocol import Sampling
 from tests.support.rl.trainers import make_engine
 
 KL_COEF, GAMMA, LAM, CLIP, DUAL, VALUE_CLIP, VF, ENTROPY, CAP, PENALTY, TEMPERATURE = (
@@ -39,6 +41,43 @@ class NoisyEngine:
             ]
             for place, group in enumerate(answers)
         ]
+
+
+class TwoTurns:
+    """Episodes of two turns with an environment's tokens between them; one in four has a single turn.
+
+    Turns have scores of their own where ``by_turn`` says so.
+    """
+
+    OBSERVATION = [11, 12, 13]
+    cache_statistics = None
+
+    def __init__(self, by_turn):
+        self.by_turn = by_turn
+
+    def play(self, engine, tasks, *, temperature, journal=None, on_progress=None):
+        episodes = [Episode([3 + number % 2, 20, 21 + number // 2]) for number in range(len(tasks))]
+        playing = list(range(len(tasks)))
+        for turn in range(2):
+            if turn == 1:
+                playing = [number for number in playing if number % 4]
+                for number in playing:
+                    episodes[number].observations.append(self.OBSERVATION)
+            seeds = tuple(tasks[number].seed + turn for number in playing)
+            prompts = [episodes[number].context_ids() for number in playing]
+            responses = engine.engine.generate(prompts, Sampling(3, temperature, seeds=seeds))
+            for number, (response, *_) in zip(playing, responses, strict=True):
+                ended = number % 2 == 1
+                response = cut_at_eos(response, 2) if ended else response
+                # Off, so that the correction has something to correct.
+                logprobs = [p + 0.3 * (-1) ** (number + t) for t, p in enumerate(response.logprobs)]
+                turn = PolicyTurn(response.token_ids, logprobs, ended, response.text)
+                episodes[number].turns.append(turn)
+        for number, episode in enumerate(episodes):
+            episode.stop = "finished" if episode.turns[-1].finished else "truncated"
+            episode.score = 0.25 * (number % 3) - 0.1
+            episode.turn_scores = [0.3 * (number % 3), -0.1][: len(episode.turns)] if self.by_turn else None
+        return episodes
 
 
 def cut_at_eos(answer, length):
@@ -86,30 +125,47 @@ def experience(model, reference, rollout, truncation, options):
             ref, _, _ = forward(reference, prompt, response)
         finished = response[-1] == 2
         last = len(response) - 1
-        rewards = []
-        for t in range(len(response)):
-            rewards.append(0.0 if options.get("kl_in") == "loss" else -KL_COEF * (old[t].item() - ref[t].item()))
+        own, ends = policy_tokens(rollout, i)
+        rewards = [0.0] * len(response)
+        for t in own:
+            rewards[t] = 0.0 if options.get("kl_in") == "loss" else -KL_COEF * (old[t].item() - ref[t].item())
         rewards[last] += scores[i] - (0.0 if finished else PENALTY)
-        rewards[last] -= options.get("length_penalty", 0.0) * len(response)
+        rewards[last] -= options.get("length_penalty", 0.0) * len(own)
+        for end, score in zip(ends, (rollout.episodes and rollout.episodes[i].turn_scores) or [], strict=False):
+            rewards[end] += score
+            rewards[last] -= score
         advantages, returns = [0.0] * len(response), [0.0] * len(response)
         following = 0.0
         after = values[last + 1].item() if truncation == "bootstrap" and not finished else 0.0
-        for t in reversed(range(len(response))):
-            delta = rewards[t] + GAMMA * after - values[t].item()
-            following = delta + GAMMA * LAM * following
+        for t in reversed(own):
+            gamma = GAMMA * options.get("turn_discount", 1.0) if t in ends[:-1] else GAMMA
+            delta = rewards[t] + gamma * after - values[t].item()
+            following = delta + gamma * LAM * following
             after = values[t].item()
             advantages[t] = following
             returns[t] = following + values[t].item()
         learned = finished or options.get("truncated") != "mask"
         outcome.append(
             {"old": old, "ref": ref, "values": values, "rewards": rewards, "advantages": advantages, "returns": returns}
-            | {"learned": learned}
+            | {"learned": learned, "own": own}
         )
     return outcome
 
 
+def policy_tokens(rollout, i):
+    """Indices of the tokens of response i that the policy sampled, and of the last one of each turn."""
+    if rollout.episodes is None:
+        return list(range(len(rollout.responses[i]))), [len(rollout.responses[i]) - 1]
+    own, ends, start = [], [], 0
+    for turn in rollout.episodes[i].turns:
+        own += range(start, start + len(turn.token_ids))
+        ends.append(own[-1])
+        start += len(turn.token_ids) + len(TwoTurns.OBSERVATION)
+    return own, ends
+
+
 def whitened(result):
-    everything = [a for row in result if row["learned"] for a in row["advantages"]]
+    everything = [row["advantages"][t] for row in result if row["learned"] for t in row["own"]]
     mean = sum(everything) / len(everything)
     variance = sum((a - mean) ** 2 for a in everything) / len(everything)
     return [[(a - mean) / math.sqrt(variance + 1e-8) for a in row["advantages"]] for row in result]
@@ -118,7 +174,7 @@ def whitened(result):
 def loss_of(model, result, advantages, rollout, members, aggregation, options):
     """The loss of one optimizer step over the responses in ``members``."""
     members = [i for i in members if result[i]["learned"]]
-    tokens = sum(len(rollout.responses[i]) for i in members)
+    tokens = sum(len(result[i]["own"]) for i in members)
     share_of = {
         "token": lambda length: 1 / tokens,
         "sequence": lambda length: 1 / length / len(members),
@@ -129,10 +185,13 @@ def loss_of(model, result, advantages, rollout, members, aggregation, options):
         response = rollout.responses[i]
         new, entropies, values = forward(model, rollout.prompts[i], response)
         gaps = [
-            result[i]["old"][t].item() - rollout.tensors["sampler_logprobs"][i, t].item() for t in range(len(response))
+            result[i]["old"][t].item() - rollout.tensors["sampler_logprobs"][i, t].item()
+            if t in result[i]["own"]
+            else 0.0
+            for t in range(len(response))
         ]
         dropped = abs(sum(gaps)) > math.log(options.get("importance_sequence_cap", math.inf))
-        for t in range(len(response)):
+        for t in result[i]["own"]:
             advantage, old, old_value = advantages[i][t], result[i]["old"][t].item(), result[i]["values"][t].item()
             ratio = torch.exp(new[t] - old)
             policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
@@ -145,7 +204,7 @@ def loss_of(model, result, advantages, rollout, members, aggregation, options):
             near = old_value + (values[t] - old_value).clamp(-VALUE_CLIP, VALUE_CLIP)
             target = result[i]["returns"][t]
             value = torch.maximum((values[t] - target) ** 2, (near - target) ** 2) / 2
-            share = share_of(len(response))
+            share = share_of(len(result[i]["own"]))
             total = total + share * (weight * policy + VF * value - ENTROPY * entropies[t] + kl)
     return total
 
@@ -175,6 +234,9 @@ def close_gradients(ours, theirs, scale, label):
         ("sequence", 2, "bootstrap", {"truncated": "mask"}),
         ("token", 4, "terminal", {"length_penalty": 0.05, "normalize_scores": True}),
         ("constant", 2, "terminal", {"importance_sequence_cap": 2.0}),
+        ("token", 4, "bootstrap", {"episodes": TwoTurns(by_turn=False)}),
+        ("sequence", 2, "terminal", {"episodes": TwoTurns(by_turn=True), "turn_discount": 0.8}),
+        ("constant", 1, "bootstrap", {"episodes": TwoTurns(by_turn=True), "length_penalty": 0.05}),
     ],
 )
 def test_a_whole_update_equals_the_plain_implementation(
@@ -229,7 +291,8 @@ def test_a_whole_update_equals_the_plain_implementation(
         close(rollout.tensors["rewards"][i, :length], torch.tensor(row["rewards"]), "rewards")
         close(rollout.tensors["raw_advantages"][i, :length], torch.tensor(row["advantages"]), "advantages")
         if row["learned"]:
-            close(rollout.tensors["advantages"][i, :length], torch.tensor(advantages[i]), "whitened advantages")
+            own = row["own"]
+            close(rollout.tensors["advantages"][i, own], torch.tensor(advantages[i])[own], "whitened advantages")
         close(rollout.tensors["returns"][i, :length], torch.tensor(row["returns"]), "returns")
 
     assert len(capture.steps) == 4

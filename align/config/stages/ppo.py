@@ -21,6 +21,8 @@ class PpoConfig(DriftFields):
     trainer_class: ClassVar[str] = "align.rl.arguments:PPOConfig"
     stage_only: ClassVar[frozenset[str]] = DriftFields.stage_only | {"critic"}
 
+    keyed_when_set: ClassVar[frozenset[str]] = DriftFields.keyed_when_set | {"turn_discount"}
+
     critic: Literal["reward", "policy", "head"] | None = None
     """Model that the critic starts from: by default the reward model, else the policy. From ``policy`` it starts at 0.
 
@@ -38,6 +40,8 @@ class PpoConfig(DriftFields):
     """First updates in which only the critic learns."""
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount per token."""
+    turn_discount: float = Field(1.0, gt=0, le=1)
+    """For episodes: discount at each step from one turn to the next, on top of ``gamma``."""
     lam: float = Field(0.95, ge=0, le=1)
     """Lambda of generalized advantage estimation: 1 trusts the returns, 0 the critic."""
     truncation: Literal["bootstrap", "terminal"] = "terminal"

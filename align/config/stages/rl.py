@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from align.config.base import stage_input
+from align.config.environment import EnvironmentConfig
 from align.config.launch import LaunchConfig
 from align.config.scores import Score, rename_score_stages, reward_names, score_identities
 from align.config.stages.lint import LintSettings
@@ -32,13 +33,13 @@ class RolloutFields(TrainerOptions):
         {
             *("policy", "prompts", "reward", "ptx", "continue_from"),  # stages; a script passes models and rows
             *("ensemble", "uncertainty_weight", "reward_floor", "reward_weight", "score", "score_weight", "gold"),
-            *("max_prompts", "eval_prompts", "lint", "tuning", "trainer"),
+            *("max_prompts", "eval_prompts", "lint", "tuning", "trainer", "environment"),
             *("micro_batch_size", "precision", "scheduler", "warmup_ratio"),  # TrainingArguments has its own names
         }
     )
     """Fields that are no arguments of the trainer. All others are, with the same name, bounds and default."""
 
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "environment"})
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained. It is the reference, too. Usually the SFT stage."""
@@ -46,6 +47,9 @@ class RolloutFields(TrainerOptions):
     """Stage whose training prompts the policy answers."""
     reward: stage_input(Kind.REWARD) | list[stage_input(Kind.REWARD)] | None = None  # type: ignore[valid-type]
     """Reward stage that scores responses, or a list of them as an ensemble. Set this, ``score``, or both."""
+    environment: EnvironmentConfig | None = None
+    """Environment that the policy acts in over several turns, with tools or by answers. It scores episodes; ``reward``
+    and ``score``, which read an episode's last turn, add to that (docs/environments.md)."""
     ensemble: Literal["mean", "minimum", "uncertainty"] = "mean"
     """How several reward models give one score. ``uncertainty``: their mean minus their variance (arXiv 2310.02743)."""
     uncertainty_weight: float = Field(1.0, ge=0)
@@ -132,7 +136,7 @@ class RolloutFields(TrainerOptions):
     lint: LintSettings = LintSettings()
     """Checks of the prompts' tokens to skip before the first update (docs/lint.md)."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"score", "gold", "lint"})
+    identified: ClassVar[frozenset[str]] = frozenset({"score", "gold", "lint", "environment"})
 
     @property
     def kept_per_prompt(self) -> int:
@@ -187,12 +191,26 @@ class RolloutFields(TrainerOptions):
 
     @model_validator(mode="after")
     def _check_scorer(self) -> Self:
-        if not self.reward and self.score is None:
+        if not self.reward and self.score is None and self.environment is None:
             raise ValueError("neither reward nor score is set; name a reward stage, a function, or both.")
         if isinstance(self.score, list) and self.score_weight != 1.0:
             raise ValueError("score_weight is for a score that is one function; set the `weight` of each in the list.")
         if self.reward and "reward" in reward_names(self.score):
             raise ValueError("the name 'reward' in score is that of the field reward; set another `name`.")
+        return self
+
+    @model_validator(mode="after")
+    def _use_the_tokens_of_episodes(self) -> Self:
+        if self.environment is None:
+            return self
+        tokens = self.environment.max_tokens
+        if "max_tokens" in self.model_fields_set and self.max_tokens != tokens:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}, and environment.max_tokens {tokens}; an episode has one limit. "
+                "Remove max_tokens here."
+            )
+        # Without a note that it was set: the file did not set it.
+        self.__dict__["max_tokens"] = tokens
         return self
 
     @model_validator(mode="after")
@@ -246,7 +264,8 @@ class RolloutFields(TrainerOptions):
         from align.config.user_functions import function_identity
 
         gold = {} if self.gold is None else {"gold": function_identity(self.gold)}
-        return score_identities(self.score) | gold
+        environment = {} if self.environment is None else {"environment": self.environment.identity()}
+        return score_identities(self.score) | gold | environment
 
     @classmethod
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:

@@ -122,6 +122,19 @@ def masked_kl(rollout: Rollout) -> torch.Tensor:
 
 
 def mask_to_learn(rollout: Rollout, truncated: str) -> torch.Tensor:
-    """Return the mask (B, T) of tokens that the loss includes; ``mask`` leaves truncated responses out."""
+    """Return the mask (B, T) of tokens that the loss includes; ``mask`` leaves truncated responses out.
+
+    Episodes whose environment failed are always left out: their score is no judgment of the policy.
+    """
     mask = rollout.tensors["response_mask"]
+    if "failed" in rollout.tensors:
+        mask = mask & ~rollout.tensors["failed"][:, None]
     return mask & rollout.tensors["finished"][:, None] if truncated == "mask" else mask
+
+
+def failures(rollout: Rollout) -> list[bool]:
+    """Return which responses are episodes whose environment failed, (B,)."""
+    if "failed" not in rollout.tensors:
+        return [False] * len(rollout)
+    failed: list[bool] = rollout.tensors["failed"].tolist()
+    return failed

@@ -14,7 +14,7 @@ from align.rl.arguments import BestOfNConfig
 from align.rl.kl import KLPenalty
 from align.rl.losses import aggregate, loss_count
 from align.rl.masking import masked_sum
-from align.rl.objectives.base import Objective, Step, masked_kl
+from align.rl.objectives.base import Objective, Step, failures, masked_kl
 from align.rl.packing import Batch, group_members
 from align.rl.rollout import Rollout
 from align.rl.sampler import RolloutSampler
@@ -39,6 +39,7 @@ class BestOfNObjective(Objective):
         good = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores >= threshold
         if self.args.truncated == "mask":
             good = good & rollout.tensors["finished"]
+        good = good & ~torch.tensor(failures(rollout))
         selected: list[int] = []
         for members in group_members(rollout.groups):
             earlier: set[tuple[int, ...]] = set()

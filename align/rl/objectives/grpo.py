@@ -46,7 +46,9 @@ class GroupObjective(Objective):
         """Compare each response's score, minus its KL penalty, with its group's. All its tokens get the result."""
         tensors = rollout.tensors
         mask = tensors["response_mask"]
-        scores = self.adjusted_scores(rollout, scale=self.scale) - self.score_penalty(mask.sum(dim=1))
+        # ``max_tokens`` counts an environment's tokens, too.
+        lengths = torch.tensor([len(response) for response in rollout.responses])
+        scores = self.adjusted_scores(rollout, scale=self.scale) - self.score_penalty(lengths)
         kl = masked_kl(rollout)
         # In the reward, a response pays for its whole drift before it is compared with its group.
         totals = scores - penalty.in_reward * kl.sum(dim=1)

@@ -9,7 +9,7 @@ import torch
 from align.rl.arguments import OnlineDPOConfig
 from align.rl.kl import KLPenalty
 from align.rl.losses import pair_loss
-from align.rl.objectives.base import Objective, Step, masked_kl
+from align.rl.objectives.base import Objective, Step, failures, mask_to_learn, masked_kl
 from align.rl.packing import Batch, group_members
 from align.rl.rollout import Rollout
 from align.rl.sampler import RolloutSampler
@@ -28,6 +28,7 @@ class OnlineDPOObjective(Objective):
         A side is 1 for the better, -1 for the worse, and 0 for both where all score the same.
         """
         scores = self.adjusted_scores(rollout).tolist()
+        failed = failures(rollout)
         groups = group_members(rollout.groups)
         selected: list[int] = []
         sides: list[float] = []
@@ -36,7 +37,9 @@ class OnlineDPOObjective(Objective):
             worst = min((i for i in members if i != best), key=scores.__getitem__)
             # Neighbors: ``plan`` keeps a group together, so a pair is in one micro-batch.
             selected += [best, worst]
-            sides += [1.0, -1.0] if scores[best] > scores[worst] else [0.0, 0.0]
+            # Nothing is learned from a pair one of whose environments failed.
+            is_decided = scores[best] > scores[worst] and not (failed[best] or failed[worst])
+            sides += [1.0, -1.0] if is_decided else [0.0, 0.0]
         pairs = rollout.subset(selected)
         pairs.tensors["sides"] = torch.tensor(sides)[:, None]
         self.averages.add("tied_pairs", float(sides.count(0.0)) / 2, len(groups))
@@ -44,7 +47,7 @@ class OnlineDPOObjective(Objective):
 
     def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
         """Add the KL to log. There are no advantages: the loss learns only which response is better."""
-        rollout.tensors |= {"kl": masked_kl(rollout), "learn_mask": rollout.tensors["response_mask"]}
+        rollout.tensors |= {"kl": masked_kl(rollout), "learn_mask": mask_to_learn(rollout, "learn")}
 
     def token_count(self, batches: list[Batch]) -> float:
         """Return the pairs of an optimizer step that are no ties."""

@@ -36,9 +36,15 @@ class PPOObjective(Objective):
         args, tensors = self.args, rollout.tensors
         mask = tensors["response_mask"]
         scores = self.adjusted_scores(rollout, scale=self.scale)
+        turn_rewards = self._turn_rewards(rollout)
+        if turn_rewards is not None:
+            # They are part of the score: the end earns what is left of it.
+            scores = scores - turn_rewards.sum(dim=1)
         rewards, tensors["kl"] = shape_rewards(
             scores, tensors["logprobs"], tensors["ref_logprobs"], mask, penalty.in_reward
         )
+        if turn_rewards is not None:
+            rewards = rewards + turn_rewards
         if args.whiten_rewards:
             rewards = whiten_rewards(rewards, mask)
         advantages, returns = gae(
@@ -49,6 +55,7 @@ class PPOObjective(Objective):
             gamma=args.gamma,
             lam=args.lam,
             truncation=args.truncation,
+            turn_discount=args.turn_discount,
         )
         tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
         # Whitened over the tokens that are learned from; metrics log the raw advantages.
@@ -56,6 +63,13 @@ class PPOObjective(Objective):
         if args.whiten_advantages:
             advantages = whiten_advantages(advantages, tensors["learn_mask"])
         tensors["advantages"] = advantages
+
+    def _turn_rewards(self, rollout: Rollout) -> torch.Tensor | None:
+        """Return the scores of turns on the running scale, (B, T); None where there are no episodes."""
+        rewards = rollout.tensors.get("turn_rewards")
+        if rewards is None or self.scale is None:
+            return rewards
+        return rewards / (self.scale.std or 1.0)
 
     def token_count(self, batches: list[Batch]) -> float:
         """Return the tokens or responses of an optimizer step, by ``loss_aggregation``."""

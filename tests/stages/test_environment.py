@@ -1,0 +1,107 @@
+"""The stages that learn from rollouts with an ``environment:``, on a tiny model that presses buttons."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from align.errors import UserError
+from align.pipeline.registry import STAGES
+from tests.support.environments.buttons import FORMAT, make_presser
+from tests.support.rl.stages import COMMON, KINDS, make_stage
+from tests.support.stages.vowels import share
+
+ENVIRONMENT: dict[str, Any] = {
+    "class": "tests.support.environments.buttons:Buttons",
+    "tool_format": FORMAT,
+    "max_turns": 3,
+    "max_tokens": 60,
+    "turn_max_tokens": 8,
+}
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    """Return the fields that a stage has with an environment, which knows ``max_tokens`` and scores."""
+    return {"environment": ENVIRONMENT | changes, "score": None, "max_tokens": 60, "updates": 1, "completions": 4}
+
+
+@pytest.fixture(scope="module")
+def presser(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_presser(tiny_model, tmp_path_factory.mktemp("presser"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_learns_from_episodes(kind: str, presser: Path, tmp_path: Path) -> None:
+    context = make_stage(kind, tmp_path, presser, **fields(), eval_updates=1)
+    metrics = STAGES[kind].runner()(context)
+    assert metrics["turns_last"] > 1 and metrics["calls_last"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "output" / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        assert len(line["sampled"]) == line["tokens"] == len(line["by_token"])
+        roles = [message["role"] for message in line["messages"]]
+        assert roles[:2] == ["user", "assistant"] and line["turns"] == roles.count("assistant")
+    assert any(line["calls"] for line in lines)
+    assert not list((tmp_path / "checkpoints" / "episodes").glob("*.jsonl"))
+
+
+def test_a_score_adds_to_that_of_the_environment(presser: Path, tmp_path: Path) -> None:
+    context = make_stage("grpo", tmp_path, presser, **fields() | {"score": "tests.support.stages.vowels:share"})
+    STAGES["grpo"].runner()(context)
+    lines = [json.loads(line) for line in (tmp_path / "output" / "completions.jsonl").read_text().splitlines()]
+    # The environment gives whole and half points, the function the share of vowels in the last turn.
+    shares = share([], [line["response"] for line in lines])
+    assert any(shares)
+    for line, vowels in zip(lines, shares, strict=True):
+        points = 2 * (line["score"] - vowels)
+        assert points == pytest.approx(round(points), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 64}, "an episode has one limit. Remove max_tokens here"),
+        ({"environment": None}, "neither reward nor score is set"),
+        ({"environment": ENVIRONMENT | {"max_turns": 40}}, "max_turns 40 can never fit into max_tokens 60"),
+        ({"environment": ENVIRONMENT | {"tools": ["a:b"]}}, "exactly one"),
+    ],
+)
+def test_wrong_configs_are_refused(changes: dict[str, Any], message: str) -> None:
+    config = STAGES["ppo"].config_class()
+    with pytest.raises(ValidationError, match=message):
+        config(**{**COMMON, **fields(), **changes})
+
+
+def test_an_episode_has_the_tokens_that_its_environment_says() -> None:
+    given = {name: value for name, value in {**COMMON, **fields()}.items() if name != "max_tokens"}
+    config = STAGES["ppo"].config_class()(**given)
+    assert config.max_tokens == 60 and "max_tokens" not in config.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class": "tests.support.environments.buttons:Missing"}, "Missing"),
+        ({"tool_format": "hermez"}, "hermes"),
+    ],
+)
+def test_an_environment_that_does_not_fit_is_refused_before_the_engine_starts(
+    changes: dict[str, Any], message: str, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr("align.stages.rl.open_engine", start)
+    monkeypatch.setattr("align.stages.rl.load_for_tuning", start)
+    context = make_stage("ppo", tmp_path, presser, **fields(**changes))
+    with pytest.raises(UserError, match=message):
+        STAGES["ppo"].runner()(context)
+
+
+def test_a_template_without_tools_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no place for tools, and the environment has"):
+        STAGES["ppo"].runner()(make_stage("ppo", tmp_path, tiny_model, **fields()))
