@@ -287,6 +287,9 @@ COMMANDS: dict[str, Command] = {
     "eval": _imported(
         "evaluate", "score checkpoints and their base model by a suite of tasks; cached and resumable like any run"
     ),
+    "rollout": _imported(
+        "rollout", "play episodes of a stage's environment with a checkpoint and print them; nothing is trained"
+    ),
     "report": _imported(
         "report", "write the report of a run, by name or by pipeline file; --open opens it in a browser"
     ),

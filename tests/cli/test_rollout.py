@@ -1,0 +1,126 @@
+"""``align rollout``: plays a stage's environment with a checkpoint, stores the episodes, and plays them again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.cli.main import main
+from align.environments.rehearsal import read_episodes
+from align.errors import UserError
+from tests.support.environments.buttons import FORMAT, make_presser
+
+QUESTIONS = [{"question": f"Go {number}", "answer": "#### 1"} for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def presser(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_presser(tiny_model, tmp_path_factory.mktemp("presser"))
+
+
+@pytest.fixture(scope="module")
+def folder(presser: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline whose model and prompts are finished, in a folder with its store."""
+    folder = tmp_path_factory.mktemp("rollout")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    recipe = {
+        "kind": "instructions",
+        "sources": [{"type": "files", "paths": ["rows.jsonl"], "format": "gsm8k", "license": "CC0-1.0"}],
+        "test_size": 0.5,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    training = {"policy": "model", "prompts": "data", "learning_rate": 1e-3, "precision": "float32", "updates": 1}
+    environment = {
+        "class": "tests.support.environments.buttons:Buttons",
+        "tool_format": FORMAT,
+        "max_turns": 3,
+        "max_tokens": 60,
+        "turn_max_tokens": 8,
+    }
+    pipeline = {
+        "name": "buttons",
+        "runtime": {"engine": {"name": "transformers"}, "threads": 1},
+        "stages": {
+            "model": {"source": str(presser)},
+            "data": {"recipe": "recipe.yaml"},
+            "ppo": training | {"environment": environment},
+            "plain": training | {"stage": "ppo", "score": "gsm8k_answer"},
+        },
+    }
+    (folder / "buttons.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    for stage in ("model", "data"):
+        assert main(["run", str(folder / "buttons.yaml"), "--only", stage, "--store", str(folder / "store")]) == 0
+    return folder
+
+
+def rollout(folder: Path, *words: str) -> int:
+    return main(["rollout", str(folder / "buttons.yaml"), "--store", str(folder / "store"), *words])
+
+
+def test_episodes_are_printed_stored_and_played_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "episodes.jsonl"
+    assert rollout(folder, "--n", "5", "--save", str(saved)) == 0
+    output = capsys.readouterr().out
+    assert output.count("--- episode") == 5 and "user: go" in output and "tokens sampled" in output
+    assert "5 episodes, mean score" in output
+    stored = read_episodes(saved)
+    assert len(stored) == 5 and any(entry.episode.calls for entry in stored)
+
+    # The same turns in the same environment: the same tokens, calls and scores, and the checkpoint's own numbers.
+    assert rollout(folder, "--replay", str(saved), "--json") == 0
+    for entry, result in zip(stored, json.loads(capsys.readouterr().out), strict=True):
+        assert result["episode"]["score"] == entry.episode.score and result["difference"] == ""
+        assert result["logprob_gap"] < 1e-4
+
+    # Another environment scores them anew.
+    other = "stages.ppo.environment.class=tests.support.environments.buttons:Generous"
+    assert rollout(folder, "--replay", str(saved), "--set", other) == 1
+    assert "differs in the score" in capsys.readouterr().out
+
+
+def test_what_the_model_and_tools_say_cannot_drive_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "stages.ppo.environment.class=tests.support.environments.buttons:Hostile"
+    assert rollout(folder, "--n", "5", "--set", hostile) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output and "<|im_end|>" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", "0"], "--n is 0"),
+        (["--stage", "pop"], "there is no stage 'pop'. Did you mean 'ppo'"),
+        (["--stage", "plain"], "has no `environment:` block. Stages that have one: ppo"),
+        (["--replay", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--set", "stages.ppo.environment=null", "--set", "stages.ppo.score=gsm8k_answer"], "no stage has one"),
+    ],
+)
+def test_wrong_words_are_refused(folder: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        _run_command(folder, words)
+    assert message in str(error.value)
+
+
+def _run_command(folder: Path, words: list[str]) -> Any:
+    from align.cli import rollout as module
+    from align.cli.main import _parse
+
+    options = _parse(["rollout", str(folder / "buttons.yaml"), "--store", str(folder / "store"), *words])
+    return module.run(options)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", '{"row": {}, "seed": 1, "episode": {"turns": 3}}'])
+def test_a_file_that_has_no_episodes_is_refused_with_its_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "episodes.jsonl"
+    path.write_text(content and content + "\n")
+    with pytest.raises(UserError, match="no episode|has no episodes"):
+        read_episodes(path)
