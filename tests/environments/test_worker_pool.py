@@ -184,9 +184,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
 
 def test_a_module_that_cannot_be_imported_there_is_an_error_at_once() -> None:
     source = replace(open_class("Counter"), path="no_such_module:Counter")  # type: ignore[type-var]
-    with pytest.raises(
-        EnvironmentFailed, match="the process of the environments did not start: UserError: .*no_su"
-    ):
+    with pytest.raises(EnvironmentFailed, match="the process of the environments did not start: UserError: .*no_su"):
         EnvironmentPool(source, isolation="process")
 
 
