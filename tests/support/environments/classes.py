@@ -283,3 +283,32 @@ class OddState(Saved):
 
     def state(self) -> Row:
         return {"goal": {self.goal}}
+
+
+class Writer:
+    """An environment whose tool leaves a trace in the world, and that is saved."""
+
+    def reset(self, row: Row) -> str:
+        self.folder, self.turns = row["folder"], 0
+        return "Write."
+
+    def append(self, turn: int) -> str:
+        """Append a line to a file.
+
+        Args:
+            turn: What to write.
+        """
+        with (Path(self.folder) / "called").open("a") as file:
+            file.write(f"{turn}\n")
+        self.turns += 1
+        time.sleep(0.005)
+        return f"{self.turns} turns"
+
+    def score(self) -> float:
+        return float(self.turns)
+
+    def state(self) -> Row:
+        return {"folder": self.folder, "turns": self.turns}
+
+    def load(self, state: Row) -> None:
+        self.folder, self.turns = state["folder"], state["turns"]
