@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import pytest
 
+from align.environments.replay import CallResult
+from align.environments.results import Scores
 from align.report.run.run_report import write_report
 from align.store.artifacts import Kind
 from tests.support.report.browser import chromium, console, needs_browser, open_page, requests, resize
+from tests.support.report.example_episodes import episode_line, play
 from tests.support.report.example_run import HOSTILE, write_artifact
 
 pytestmark = needs_browser
@@ -150,6 +154,37 @@ def test_rollouts_of_training(driver, opened):
     assert [button.text for button in card.find_elements("css selector", "button")] == [
         "KL by token", "Value by token", "Advantage by token",
     ]  # fmt: skip
+
+
+def test_an_episode_is_a_conversation_and_its_environment_s_tokens_are_gray(driver, tmp_path):
+    ppo = write_artifact(tmp_path, "ppo", Kind.POLICY)
+    prompt = [{"role": "user", "content": "1+1?"}]
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    script = [call, CallResult(HOSTILE, "raised"), "2", Scores(0.5, {}, [0.0, 0.5])]
+    line = episode_line(play(prompt, script), prompt)
+    (ppo.path / "completions.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    page = write_report([ppo], None, tmp_path / "r.html")
+    resize(driver, 390, 844)
+    open_page(driver, page)
+    card = first(driver, "#list .answer")
+    plain = card.find_element("css selector", ".conversation").text
+    assert 'add({"a": 1})' in plain and "✗ the tool raised" in plain and "<script>document.title" in plain
+    assert "turn 2 · score 0.500" in plain
+    assert "2 turns · 1 call · 1 × the tool raised" in card.text
+    assert "■ ended by the model or its environment" in card.text
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    card.find_element("css selector", ".heat-buttons button").click()
+    gray = "".join(each.get_property("textContent") for each in all_of(driver, ".tok.env"))
+    assert gray.startswith("<Error: <script>") and gray.endswith(">")
+    colors = {each.value_of_css_property("background-color") for each in all_of(driver, ".tok.env")}
+    assert len(colors) == 1 and colors != {first(driver, ".tok:not(.env)").value_of_css_property("background-color")}
+    driver.execute_script("arguments[0].focus()", first(driver, ".tok.env"))
+    assert card.find_element("css selector", ".reading").text.endswith("from the environment")
+    card.find_element("css selector", ".heat-buttons button").click()
+    assert card.find_element("css selector", ".conversation").text == plain
+    choose(driver, "find", "GNP.EXE")  # words of a result are searched
+    assert first(driver, "#shown").text == "1 of 1 prompts"
+    assert (driver.title, console(driver), requests(driver, page)) == ("Alignment report", [], [])
 
 
 def test_values_are_read_off_a_curve(driver, opened):

@@ -15,14 +15,13 @@ from markupsafe import Markup
 
 from align.evaluation.prompt_metrics import program_metrics
 from align.report.page.templates import script_json
+from align.report.scorecard.episode_view import MAX_TEXT, cut, episode_view, is_episode
 from align.report.scorecard.scorecard_tables import PROMPTS, task_title
 
 MAX_BYTES = 7_000_000
 """Text on the page; beyond it the prompts with the smallest score changes are left out, and counted."""
 MAX_HEAT_BYTES = 2_500_000
 """Numbers by token on the page, on top of the text."""
-MAX_TEXT = 6_000
-"""Characters of one response or turn on the page."""
 MAX_TOKENS = 2_000
 """Tokens of a response that are shown with numbers."""
 MAX_ROLLOUTS = 48
@@ -30,6 +29,8 @@ RESPONSE_FIELDS = ("tokens", "finished", "gold", "reward", "kl")
 TOKEN_NUMBERS = ("k", "v", "a")
 """KL, value and advantage, in the order in which a line of rollouts has them behind each token's text."""
 HUNDREDTHS = 100
+COMPONENT = "score_"
+"""Beginning of the name of a score that is part of an episode's."""
 
 Sample = dict[str, Any]
 
@@ -54,7 +55,7 @@ def read_lines(path: Path, fields: Set[str]) -> Iterator[dict[str, Any]]:
             for text in file:
                 try:
                     line = json.loads(text)
-                except ValueError:
+                except (ValueError, RecursionError):  # the latter for brackets that nest without end
                     continue
                 if isinstance(line, dict) and fields <= line.keys():
                     yield line
@@ -228,24 +229,42 @@ def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> S
 
 
 def _rollout_item(stage: str, line: Sample) -> dict[str, Any]:
-    """Return a response sampled in training, with each token's KL, value and advantage where the line has them."""
-    answer = _answer({**line, "text": line["response"]})
+    """Return a response sampled in training, with each token's KL, value and advantage where the line has them.
+
+    An episode is a conversation (``episode``), and 1 in ``s`` marks the tokens that the policy sampled.
+    """
+    if is_episode(line):
+        answer, prompt = _episode_answer(line)
+    else:
+        answer, prompt = _answer({**line, "text": line["response"]}), _turns(line["prompt"])
     tokens = [token for token in (line.get("by_token") or [])[:MAX_TOKENS] if len(token) > len(TOKEN_NUMBERS)]
     if tokens:
         answer["heat"] = {"t": [str(token[0]) for token in tokens]}
         for column, key in enumerate(TOKEN_NUMBERS, start=1):
             answer["heat"][key] = [_hundredths(token[column]) for token in tokens]
+        if "episode" in answer and isinstance(line.get("sampled"), list):
+            answer["heat"]["s"] = [int(bool(mark)) for mark in line["sampled"][: len(tokens)]]
     return {
         "id": "",
         "task": f"rollouts {stage}",
         "source": f"update {line.get('update', '?')}",
-        "prompt": _turns(line["prompt"]),
+        "prompt": prompt,
         "columns": [stage],
         "answers": {stage: [answer]},
         "score": {stage: _round(line.get("score"))},
         "change": {},
         "weight": 0.0,
     }
+
+
+def _episode_answer(line: Sample) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Return an episode as an answer, and its prompt; its scores are all that begin with ``score_``."""
+    # ``turns`` of an episode is their number, and the text of the last one is part of the conversation.
+    answer = _answer({name: value for name, value in line.items() if name != "turns"})
+    episode = episode_view(line)
+    prompt = episode.pop("prompt") or _turns(line["prompt"])
+    scores = {str(name): _round(value) for name, value in line.items() if name.startswith(COMPONENT)}
+    return answer | {"episode": episode} | ({"scores": scores} if scores else {}), prompt
 
 
 def _turns(prompt: Any) -> list[dict[str, str]]:
@@ -314,4 +333,4 @@ def _round(value: Any) -> Any:
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
+    return cut(text, MAX_TEXT)

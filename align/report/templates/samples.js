@@ -42,13 +42,19 @@
   option(sort, "long", "longest responses");
   option(sort, "order", "as they came");
 
+  function episodeTexts(answer) {
+    if (!answer.episode) return [];
+    const calls = (entry) => entry.calls.flatMap((call) => [call.name, call.arguments, call.result, call.note]);
+    return [...answer.episode.entries.flatMap((entry) => [entry.text, ...calls(entry)]), answer.episode.end];
+  }
+
   const words = new Map();  // filled by the first search
   function haystack(item) {
     if (!words.has(item)) {
       words.set(item, [
         ...item.prompt.map((turn) => turn.text),
         ...columns(item).flatMap((policy) => item.answers[policy].flatMap((answer) =>
-          [answer.text, ...(answer.turns || []).flatMap((turn) => [turn.prompt, turn.text])])),
+          [answer.text, ...(answer.turns || []).flatMap((turn) => [turn.prompt, turn.text]), ...episodeTexts(answer)])),
       ].join("\n").toLowerCase());
     }
     return words.get(item);
@@ -71,12 +77,14 @@
 
   const MEASURES = { k: { name: "KL by token", unit: "nats", short: "KL" }, v: { name: "Value by token", unit: "", short: "value" },
     a: { name: "Advantage by token", unit: "", short: "advantage" } };
+  const isFromEnvironment = (heat, index) => heat.s !== undefined && heat.s[index] === 0;
   const ends = {};
   function end(key) {  // one scale for the whole page: all but the largest hundredth
     if (ends[key] === undefined) {
       const all = data.items.flatMap((item) => columns(item).flatMap((policy) => {
         const heat = item.answers[policy].length ? item.answers[policy][0].heat : undefined;
-        return heat && heat[key] ? heat[key].map((value) => Math.abs(value || 0)) : [];
+        if (!heat || !heat[key]) return [];
+        return heat[key].filter((value, index) => !isFromEnvironment(heat, index)).map((value) => Math.abs(value || 0));
       })).sort((a, b) => a - b);
       ends[key] = Math.max(1, all[Math.floor(0.99 * (all.length - 1))] || 1);
     }
@@ -88,7 +96,8 @@
     heat.t.forEach((text, index) => {
       const value = heat[key][index];
       const level = value === null ? 0 : Math.min(LEVELS, Math.round((Math.abs(value) / end(key)) * LEVELS));
-      const span = add(fragment, "span", "tok l" + level + (value < 0 ? " below" : "") + (text ? "" : " part"), text);
+      const look = isFromEnvironment(heat, index) ? "env" : "l" + level + (value < 0 ? " below" : "");
+      const span = add(fragment, "span", "tok " + look + (text ? "" : " part"), text);
       span.tabIndex = index ? -1 : 0;
       span.dataset.index = index;
     });
@@ -100,7 +109,7 @@
       const value = heat[key][index];
       const number = value === null ? "–" : (value > 0 ? "+" : "") + (value / HUNDREDTHS).toFixed(2).replace("-", "−");
       reading.textContent = "token " + (Number(index) + 1) + " of " + heat.t.length + " “" + heat.t[index] + "” · "
-        + MEASURES[key].short + " " + number + " " + MEASURES[key].unit;
+        + (isFromEnvironment(heat, index) ? "from the environment" : MEASURES[key].short + " " + number + " " + MEASURES[key].unit);
     };
     const stop = new AbortController(), until = { signal: stop.signal };
     box.addEventListener("pointerover", read, until);
@@ -114,11 +123,12 @@
       next.tabIndex = 0;
       next.focus();
     }, until);
-    reading.textContent = "Point at a token, or go with ← →, to read its number. Thicker: further from zero; dotted: below zero.";
+    reading.textContent = "Point at a token, or go with ← →, to read its number. Thicker: further from zero; dotted: below zero."
+      + (heat.s ? " Gray: from the environment, not learned from." : "");
     return stop;
   }
 
-  function heatButtons(parent, text, response) {
+  function heatButtons(parent, text, response, restore) {
     const bar = add(parent, "div", "heat-buttons");
     const reading = document.createElement("div");
     reading.className = "small reading";
@@ -135,7 +145,7 @@
         if (stop) stop.abort();
         text.classList.remove("heat");
         if (open) {
-          text.textContent = response.text;
+          restore();
           return;
         }
         button.setAttribute("aria-pressed", "true");
@@ -154,21 +164,54 @@
     return box;
   }
 
+  function addConversation(box, episode) {
+    for (const entry of episode.entries) {
+      const said = add(box, "div", "said" + (entry.policy ? " policy" : ""));
+      add(said, "span", "role", entry.role);
+      if (entry.note) add(said, "span", "small", " " + entry.note);
+      if (entry.text) textBox(said, "text", entry.text);
+      for (const call of entry.calls) {
+        const called = add(said, "div", "call" + (call.ok ? "" : " wrong"));
+        if (call.name) add(called, "code", "", call.name + "(" + call.arguments + ")");
+        if (call.note) add(called, "span", "small", (call.name ? " " : "") + call.note);
+        if (call.result) textBox(called, "text", call.result);
+      }
+      if (entry.left_out) add(said, "div", "small", entry.left_out);
+    }
+    if (episode.left_out) add(box, "div", "small", episode.left_out);
+  }
+
+  function addEpisode(parent, response) {
+    const box = add(parent, "div", "conversation");
+    const restore = () => { box.replaceChildren(); addConversation(box, response.episode); };
+    restore();
+    if (response.heat) {
+      heatButtons(parent, box, response, restore);
+      const shown = response.heat.t.length;
+      if (shown < response.tokens) add(parent, "div", "small", "By token: the first " + shown + " of " + response.tokens + " tokens.");
+    }
+    add(parent, "div", response.episode.ok ? "small" : "cut", response.episode.end);
+  }
+
   function addAnswer(parent, item, response, isOneOfSeveral) {
-    const facts = [response.tokens + " tokens"];
+    const facts = [response.tokens + " tokens", ...(response.episode ? response.episode.facts : [])];
     const numbers = { gold: response.gold, reward: response.reward, kl: response.kl, ...response.scores };
     for (const [name, value] of Object.entries(numbers)) {
       const isInTitle = name === data.tasks[item.task].key && !isOneOfSeveral;  // shown next to the system's name
       if (typeof value === "number" && !isInTitle) facts.push(name + " " + show(value));
     }
     add(parent, "div", "small", facts.join(" · "));
+    if (response.episode) {
+      addEpisode(parent, response);
+      return;
+    }
     (response.turns || []).slice(0, -1).forEach((turn, index) => {
       if (index) textBox(parent, "follow-up", turn.prompt);
       textBox(parent, "text", turn.text);
     });
     if (response.turns && response.turns.length > 1) textBox(parent, "follow-up", response.turns[response.turns.length - 1].prompt);
     const box = textBox(parent, "text", response.text);
-    if (response.heat) heatButtons(parent, box, response);
+    if (response.heat) heatButtons(parent, box, response, () => { box.textContent = response.text; });
     if (response.finished === false) add(parent, "div", "cut", "✂ cut at the token limit");
   }
 

@@ -6,12 +6,17 @@ from html.parser import HTMLParser
 
 import pytest
 
+from align.environments.replay import CallResult
+from align.environments.results import Scores
 from align.evaluation.comparisons import Resampling
 from align.evaluation.scorecard import Measurements, build
 from align.evaluation.tasks.base import SystemInfo
 from align.report.run.run_report import write_report
 from align.report.scorecard.samples import page_samples
+from align.store.artifacts import Kind
 from tests.support.report.example_card import SETTINGS, reward_report
+from tests.support.report.example_episodes import episode_line, play
+from tests.support.report.example_run import HOSTILE
 
 
 class Page(HTMLParser):
@@ -131,3 +136,27 @@ def test_an_evaluation_of_reward_models_alone_has_a_page(tmp_path):
     assert "The reward model reward orders " in text
     assert "Chat Hard" in text
     assert "not measured" not in text
+
+
+def test_a_hostile_episode_is_text_of_bounded_size(make_artifact, tmp_path):
+    ppo = make_artifact("ppo", Kind.POLICY, curves={"turns": [1.0, 2.0], "score_turn_1": [0.0, 1.0]})
+    prompt = [{"role": "user", "content": HOSTILE}]
+    whole = HOSTILE.rstrip("\ud800")  # half a character in a call makes it malformed
+    call = '<tool_call>{"name": "add", "arguments": ' + json.dumps({whole: whole}) + "}</tool_call>"
+    result, malformed = HOSTILE + "x" * 1_000_000, "<tool_call>{" + HOSTILE
+    script = [HOSTILE + call, CallResult(result, "raised"), malformed, "end", Scores(0.5, {}, [0.0, 0.0, 0.5])]
+    line = episode_line(play(prompt, script), prompt)
+    line |= {"by_token": line["by_token"][:9], "sampled": line["sampled"][:9], "failure": HOSTILE}
+    (ppo.path / "completions.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    text = write_report([ppo], None, tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(text) < 200_000
+    assert [tag for tag, _ in page.tags].count("script") == 3
+    assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object")]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e\ud800]", text)
+    # Without a script the conversation is there to be read, too.
+    for words in ("turn 1 · score 0.000", "turn 3 · score 0.500", "✗ the tool raised", "more characters)", "3 turns"):
+        assert words in page.text, words
+    assert page.text.count("<script>document.title") >= 4
+    labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg" and "aria-label" in attributes]
+    assert [label.split(" over steps")[0] for label in labels if " over steps" in label] == ["score_turn_1", "turns"]

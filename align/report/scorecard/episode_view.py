@@ -1,0 +1,242 @@
+"""Episodes on the page: a line of ``completions.jsonl`` as a conversation with calls, results, scores and its end.
+
+Nothing here is trusted: texts come from a model and its environment. They are cut, and so is the whole. The page
+escapes them. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.report.page.number_format import number
+
+MAX_EPISODE = 40_000
+"""Characters of a conversation, and of the prompt before it; later messages are left out, and counted."""
+MAX_TEXT = 6_000
+"""Characters of a message."""
+MAX_RESULT = 3_000
+"""Characters of a result, of the arguments of a call, and of the reason of a failure."""
+MAX_NAME = 100
+ENTRY_COST = 100
+"""Characters that an entry costs besides its text: thousands of empty messages fill a page, too."""
+ERRORS = {
+    "malformed": "malformed call",
+    "arguments": "no such tool or arguments",
+    "raised": "the tool raised",
+    "timeout": "timed out",
+}
+"""Words for what went wrong with a call."""
+ENDS = {
+    "finished": "■ ended by the model or its environment",
+    "truncated": "✂ cut at the token limit",
+    "max_turns": "✂ cut at max_turns",
+    "failed": "✗ the environment failed",
+}
+"""Mark and words for the end of an episode."""
+
+Message = Mapping[str, Any]
+
+
+def is_episode(line: Mapping[str, Any]) -> bool:
+    """Return whether a line describes an episode that can be shown."""
+    messages, calls = line.get("messages"), line.get("calls")
+    return _is_list_of_mappings(messages) and _is_list_of_mappings(calls)
+
+
+def _is_list_of_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def episode_view(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of an episode: ``prompt``, ``entries``, ``left_out``, ``facts``, ``end``, ``ok``.
+
+    An entry has ``role``, ``note``, ``text``, ``calls`` and ``policy`` (True for the policy's own turns). A call has
+    ``name`` (empty where it is malformed), ``arguments``, ``result``, ``note`` and ``ok``. All texts are bounded.
+    """
+    prompt, conversation = _split(line)
+    budget = _Budget(MAX_EPISODE)
+    messages = list(_messages(conversation, line))
+    entries = []
+    for message in messages:
+        if budget.left <= 0:
+            break
+        entries.append(_entry(message, budget))
+    return {
+        "prompt": _prompt_turns(prompt),
+        "entries": entries,
+        "left_out": _left_out(len(messages) - len(entries), "message"),
+        "facts": _facts(line),
+        "end": _end(line),
+        "ok": line.get("stop") == "finished",
+    }
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text of at most ``most`` characters, and how many more it had."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
+
+
+class _Budget:
+    """Characters that are left for a conversation."""
+
+    def __init__(self, characters: int) -> None:
+        self.left = characters
+
+    def cut(self, text: str, most: int) -> str:
+        """Return a text cut to ``most`` characters and to what is left, and count it."""
+        most = max(0, min(most, self.left))
+        self.left -= min(most, len(text))
+        return cut(text, most)
+
+
+@dataclass(frozen=True)
+class _ViewedMessage:
+    """A message of the conversation; ``turn`` counts the policy's own ones from 1 and is 0 for all others."""
+
+    role: str
+    text: str
+    turn: int = 0
+    score: float | None = None
+    calls: Sequence[Mapping[str, Any]] = ()
+
+
+def _split(line: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+    """Return the messages before the policy's first turn, and those from it on."""
+    messages: list[Message] = line["messages"]
+    sampled = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+    # A prompt may have answers, too, as examples; an environment adds none. So the last ones are the policy's turns.
+    turns = 0 if _failed_at_once(line) else _count(line.get("turns"))
+    first = sampled[-turns:][0] if turns and sampled else len(messages)
+    return messages[:first], messages[first:]
+
+
+def _failed_at_once(line: Mapping[str, Any]) -> bool:
+    """Return whether the environment failed before the first turn; an end of turn stands for the response then."""
+    is_empty = not line.get("response") and line.get("turns") == line.get("tokens") == 1
+    messages = line["messages"]
+    has_turn = bool(messages) and messages[-1].get("role") == "assistant"
+    return line.get("stop") == "failed" and is_empty and not has_turn
+
+
+def _messages(conversation: Sequence[Message], line: Mapping[str, Any]) -> Iterator[_ViewedMessage]:
+    """Yield the messages of a conversation; results of calls go with their calls."""
+    turn = results = 0
+    for message in conversation:
+        role, text = str(message.get("role", "")), str(message.get("content") or "")
+        if role == "assistant":
+            records = [call for call in line["calls"] if call.get("turn") == turn]
+            # Each call is answered by one message, right after the turn.
+            results = len(records)
+            calls = [*records, *_unanswered(message, records, line)]
+            turn += 1
+            yield _ViewedMessage(role, text, turn, _turn_score(line, turn), calls)
+        elif role == "tool" and results:
+            results -= 1
+        else:
+            results = 0
+            yield _ViewedMessage(role, text)
+
+
+def _unanswered(message: Message, records: Sequence[Mapping[str, Any]], line: Mapping[str, Any]) -> list[Message]:
+    """Return the calls of a turn that have no result, because the episode ended before."""
+    calls = message.get("tool_calls")
+    if not _is_list_of_mappings(calls):
+        return []
+    made = sum(record.get("error") != "malformed" for record in records)
+    reason = "no result" if line.get("stop") == "failed" else "not run"
+    return [{**call, "error": reason} for call in (calls or [])[made:]]
+
+
+def _turn_score(line: Mapping[str, Any], turn: int) -> float | None:
+    scores = line.get("turn_scores")
+    if not isinstance(scores, list) or turn > len(scores):
+        return None
+    score = scores[turn - 1]
+    return score if isinstance(score, int | float) else None
+
+
+def _entry(message: _ViewedMessage, budget: _Budget) -> dict[str, Any]:
+    budget.left -= ENTRY_COST
+    notes = [f"turn {message.turn}"] if message.turn else []
+    if message.score is not None:
+        notes.append(f"score {number(float(message.score))}")
+    entry: dict[str, Any] = {
+        "role": budget.cut(message.role, MAX_NAME),
+        "note": " · ".join(notes),
+        "policy": message.turn > 0,
+        "text": budget.cut(message.text, MAX_TEXT),
+        "calls": [],
+    }
+    for call in message.calls:
+        if budget.left <= 0:
+            break
+        entry["calls"].append(_call(call, budget))
+    entry["left_out"] = _left_out(len(message.calls) - len(entry["calls"]), "call")
+    return entry
+
+
+def _call(call: Mapping[str, Any], budget: _Budget) -> dict[str, Any]:
+    budget.left -= ENTRY_COST
+    error = str(call.get("error") or "")
+    seconds = call.get("seconds")
+    notes = [f"✗ {ERRORS.get(error, cut(error, MAX_NAME))}"] if error else []
+    if isinstance(seconds, int | float) and seconds > 0:
+        notes.append(f"{number(float(seconds))} s")
+    return {
+        "name": budget.cut(str(call.get("name") or ""), MAX_NAME),
+        "arguments": "" if error == "malformed" else budget.cut(_arguments(call.get("arguments")), MAX_RESULT),
+        "result": budget.cut(str(call.get("result") or ""), MAX_RESULT),
+        "note": " · ".join(notes),
+        "ok": not error,
+    }
+
+
+def _arguments(arguments: Any) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False)
+    except RecursionError:  # brackets that nest without end
+        return "(arguments that nest too deeply to be shown)"
+
+
+def _prompt_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return the messages of the prompt as ``role`` and ``text``."""
+    budget = _Budget(MAX_EPISODE)
+    turns: list[dict[str, str]] = []
+    for message in messages:
+        if budget.left <= 0:
+            turns.append({"role": "", "text": _left_out(len(messages) - len(turns), "message")})
+            break
+        budget.left -= ENTRY_COST
+        role, text = str(message.get("role", "")), str(message.get("content") or "")
+        turns.append({"role": budget.cut(role, MAX_NAME), "text": budget.cut(text, MAX_TEXT)})
+    return turns
+
+
+def _facts(line: Mapping[str, Any]) -> list[str]:
+    """Return the episode's counts: turns, calls, and calls that went wrong, by kind."""
+    turns = 0 if _failed_at_once(line) else _count(line.get("turns"))
+    kinds = [str(call.get("error") or "") for call in line["calls"]]
+    wrong = [f"{kinds.count(kind)} × {words}" for kind, words in ERRORS.items() if kind in kinds]
+    return [_plural(turns, "turn"), _plural(len(kinds), "call"), *wrong]
+
+
+def _end(line: Mapping[str, Any]) -> str:
+    stop = str(line.get("stop") or "")
+    words = ENDS.get(stop, cut(stop, MAX_NAME))
+    failure = str(line.get("failure") or "")
+    return f"{words}: {cut(failure, MAX_RESULT)}" if failure else words
+
+
+def _left_out(count: int, noun: str) -> str:
+    return f"… {_plural(count, f'more {noun}')}, left out for size" if count > 0 else ""
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
