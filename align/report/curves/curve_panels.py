@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.errors import printable
-from align.report.curves.metric_series import Events, group_by_panel
+from align.report.curves.metric_series import Events, group_by_panel, is_episode_panel
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import number
 from align.report.page.panels import COLORS, INK, LINES, MARKERS, Panel, legend_name, nth, styled
@@ -95,9 +95,10 @@ def _steps_per_point(events: Events) -> int:
 def stage_curves(events: Events, limit: int) -> tuple[list[Curve], list[str]]:
     """Return a stage's panels in reading order, and the titles of those beyond ``limit``.
 
-    A single point is no curve; the record has its value.
+    A single point is no curve; the record has its value. Panels about episodes do not count towards ``limit``.
     """
     panels = group_by_panel({name: points for name, points in events.series.items() if len(points[0]) > 1})
+    limit += sum(is_episode_panel(title) for title, _ in panels)
     curves = [draw_curve(title, names, events) for title, names in panels[:limit]]
     return curves, [title for title, _ in panels[limit:]]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ FIRST_CURVES = (
     "kl",
     "length",
     "eos_rate",
+    "turns",
+    "calls",
+    "malformed_calls",
+    "tool_errors",
+    "tool_seconds",
+    "max_turns_rate",
+    "failure_rate",
+    "prefix_hit_rate",
+    "episode_tokens",
     "entropy",
     "accuracy",
     "rewards/accuracies",
@@ -34,6 +44,23 @@ FIRST_CURVES = (
     "grad_norm",
 )
 """Curves in the order in which readers look for them; all others follow by name."""
+EPISODE_CURVES = frozenset(
+    (
+        "turns",
+        "calls",
+        "malformed_calls",
+        "tool_errors",
+        "tool_seconds",
+        "max_turns_rate",
+        "failure_rate",
+        "prefix_hit_rate",
+        "episode_tokens",
+    )
+)
+"""Curves of stages whose environment answers the policy."""
+TURN_SCORE = re.compile(r"score_turn_(\d+)")
+TURNS_PER_PANEL = 6
+"""Scores by turn that share a panel; each has a color and a line style of its own."""
 TRAINING_NAMES = {
     "token_accuracy": "mean_token_accuracy",
     "accuracy": "rewards/accuracies",
@@ -125,10 +152,13 @@ def _equal_runs(count: int, max_runs: int) -> list[tuple[int, int]]:
 def group_by_panel(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Return (title, metrics) of each panel, in reading order.
 
-    A held-out curve shares the panel of its training curve and stands second in it.
+    A held-out curve shares the panel of its training curve and stands second in it. Scores by turn share panels, too.
     """
-    groups: dict[str, list[str]] = {}
+    groups = _group_turns(series)
+    grouped = {name for names in groups.values() for name in names}
     for name in series:
+        if name in grouped:
+            continue
         base = _base_name(name)
         # trl logs some training metrics under other names than those of held-out rows.
         if base != name and base not in series:
@@ -139,6 +169,22 @@ def group_by_panel(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return sorted(panels, key=lambda panel: _reading_order(panel[0]))
 
 
+def _group_turns(series: Iterable[str]) -> dict[str, list[str]]:
+    """Return title → scores by turn of each of their panels."""
+    turns = sorted(int(match[1]) for name in series if (match := TURN_SCORE.fullmatch(name)))
+    groups = {}
+    for start in range(0, len(turns), TURNS_PER_PANEL):
+        block = turns[start : start + TURNS_PER_PANEL]
+        title = f"score_turn_{block[0]}" + (f" to {block[-1]}" if len(block) > 1 else "")
+        groups[title] = [f"score_turn_{turn}" for turn in block]
+    return groups
+
+
+def is_episode_panel(title: str) -> bool:
+    """Return whether a panel is about episodes: stages without an environment have none."""
+    return title in EPISODE_CURVES or TURN_SCORE.match(title) is not None
+
+
 def _base_name(name: str) -> str:
     """Return a curve's name without the split that it was measured on."""
     return name.removeprefix("test_").removeprefix("validation_").removeprefix("eval_")
@@ -146,6 +192,9 @@ def _base_name(name: str) -> str:
 
 def _reading_order(title: str) -> tuple[int, str]:
     name = _base_name(title)
+    turn = TURN_SCORE.match(name)
+    if turn:
+        return FIRST_CURVES.index("score"), f"score_turn_{int(turn[1]):06d}"
     if name.startswith("score_") and not name.endswith(("_std", "_correlation")):
         return FIRST_CURVES.index("score"), name  # the rewards of a list, beside their sum
     return (FIRST_CURVES.index(name) if name in FIRST_CURVES else len(FIRST_CURVES), name)

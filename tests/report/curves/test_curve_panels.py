@@ -5,7 +5,7 @@ import re
 import pytest
 
 from align.report.curves.curve_panels import AXES_BOX, draw_curve, stage_curves
-from align.report.curves.metric_series import Events
+from align.report.curves.metric_series import EPISODE_CURVES, Events
 
 
 def test_readings_are_where_the_line_is_drawn():
@@ -37,3 +37,16 @@ def test_a_single_point_is_no_curve_and_the_rest_is_named():
     assert [curve.title for curve in curves] == ["loss", "ant"]
     assert left_out == ["zebra"]
     assert "loss from 1.00 to 2.00" in curves[0].svg  # what a screen reader says
+
+
+def test_panels_about_episodes_leave_the_others_their_room():
+    line = ([1.0, 2.0], [0.0, 1.0])
+    others = {"loss": line, "ant": line, "zebra": line}
+    curves, left_out = stage_curves(Events(others), 2)
+    assert ([curve.title for curve in curves], left_out) == (["loss", "ant"], ["zebra"])
+    episodes = dict.fromkeys([*EPISODE_CURVES, "score_turn_2", "score_turn_1"], line)
+    curves, left_out = stage_curves(Events(others | episodes), 2)
+    titles = {curve.title for curve in curves}
+    assert (titles, left_out) == ({"loss", "ant", "score_turn_1 to 2", *EPISODE_CURVES}, ["zebra"])
+    shared = next(curve for curve in curves if curve.title == "score_turn_1 to 2")
+    assert [drawn["name"] for drawn in shared.reading["lines"]] == ["score_turn_1", "score_turn_2"]

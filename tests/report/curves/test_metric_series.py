@@ -54,3 +54,22 @@ def test_held_out_shares_the_panel_and_loss_comes_first():
         ("test_ndcg", ["test_ndcg"]),
         ("zebra", ["zebra"]),
     ]
+
+
+def test_episodes_come_before_losses_and_scores_by_turn_share_panels():
+    turns = [f"score_turn_{turn}" for turn in range(14, 0, -1)]
+    names = ["policy_loss", "prefix_hit_rate", "tool_errors", *turns, "calls", "turns", "kl", "score_form", "score"]
+    assert group_by_panel(dict.fromkeys(names)) == [
+        ("score", ["score"]),
+        ("score_form", ["score_form"]),
+        ("score_turn_1 to 6", [f"score_turn_{turn}" for turn in range(1, 7)]),
+        ("score_turn_7 to 12", [f"score_turn_{turn}" for turn in range(7, 13)]),
+        ("score_turn_13 to 14", ["score_turn_13", "score_turn_14"]),
+        ("kl", ["kl"]),
+        ("turns", ["turns"]),
+        ("calls", ["calls"]),
+        ("tool_errors", ["tool_errors"]),
+        ("prefix_hit_rate", ["prefix_hit_rate"]),
+        ("policy_loss", ["policy_loss"]),
+    ]
+    assert group_by_panel({"score_turn_1": 0}) == [("score_turn_1", ["score_turn_1"])]
