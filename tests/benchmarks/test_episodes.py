@@ -1,4 +1,4 @@
-"""What ``benchmarks.episodes`` does without measuring: scripts, tables, bounds, options, and the script on both sides."""
+"""What ``benchmarks.episodes`` does without measuring: scripts, tables, bounds, options, and both sides' turns."""
 
 import subprocess
 import sys
