@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from align.evaluation.drift import DriftMeasurement
+from align.evaluation.episodes import SystemPerformer
 from align.evaluation.generation import OpenEngine, ResponseCache, ResponseSet, Sampler, SystemResponses
 from align.evaluation.measure import (
     LoadedModels,
@@ -85,7 +86,7 @@ class Evaluation:
         token_kl = drift.kl(values)
         heldout = drift.heldout()
         # Phase 4: programs, reward models and judges score the tasks' answers.
-        tasks = self._score_tasks(measured, responses.answers)
+        tasks = self._score_tasks(measured, responses)
         self.scoring.close()
         measurements = Measurements(
             systems=[system.info for system in plan.systems],
@@ -117,10 +118,14 @@ class Evaluation:
             precision=plan.precision,
         )
         tasks = [task for task in plan.tasks if task.responds]
-        items = sum(len(task.items) for task in tasks)
+        playing = [task for task in plan.tasks if task.plays]
         for system in plan.systems:
-            sampler.expect(system.info.best_of * (len(plan.rows) * plan.sampling.n + items))
-        responses = SystemResponses(answers={task.name: {} for task in tasks})
+            sampler.expect(system.info.best_of * len(plan.rows) * plan.sampling.n)
+            sampler.expect(system.info.best_of * sum(len(task.items) for task in tasks))
+            sampler.expect(sum(len(task.items) for task in playing if system.info.role != "best_of"))
+        responses = SystemResponses(
+            answers={task.name: {} for task in tasks}, episodes={task.name: {} for task in playing}
+        )
         try:
             # Systems of one checkpoint answer in a row, so that the engine loads each checkpoint's weights once.
             for policy in plan.policies:
@@ -134,11 +139,26 @@ class Evaluation:
                     respondent = SystemRespondent(system, sampler, plan.max_length, self.context.warn)
                     for task in tasks:
                         responses.answers[task.name][system.name] = task.respond(respondent)
+                    if system.info.role == "best_of":
+                        continue
+                    for task in playing:
+                        responses.episodes[task.name][system.name] = task.play(self._performer(system, sampler))
         finally:
             sampler.close()
         responses.engines = sorted(sampler.engines)
         responses.tokens = sampler.tokens
         return responses
+
+    def _performer(self, system: System, sampler: Sampler) -> SystemPerformer:
+        return SystemPerformer(
+            system,
+            sampler,
+            results=self.results,
+            journals=self.context.checkpoints / "episodes",
+            max_length=self.plan.max_length,
+            warn=self.context.warn,
+            note=self.context.note,
+        )
 
     def _select_best(self, responses: SystemResponses) -> None:
         """Replace the N answers of best-of-N systems by the best, and put systems in the plan's order."""
@@ -245,12 +265,14 @@ class Evaluation:
         self.models.close()  # a judge may need the memory
         return measured
 
-    def _score_tasks(self, measured: MeasuredTasks, answers: dict[str, dict[str, Answers]]) -> list[TaskResult]:
+    def _score_tasks(self, measured: MeasuredTasks, responses: SystemResponses) -> list[TaskResult]:
         """Add the scores of the tasks' answers to what reading ``measured``; return every task's result."""
         plan = self.plan
         for task in plan.tasks:
             # Tasks that read have their numbers by now; scoring adds those of tasks that respond.
-            measured[task.name] |= task.score(answers[task.name] if task.responds else {}, self.scoring)
+            measured[task.name] |= task.score(responses.answers[task.name] if task.responds else {}, self.scoring)
+            if task.plays:
+                measured[task.name] |= task.score_episodes(responses.episodes[task.name], self.scoring)
         order = self._order()
         results = []
         for task in plan.tasks:
@@ -317,4 +339,7 @@ def _token_ids(responses: SystemResponses, system: str) -> dict[str, Any]:
         by_task[task] = [
             [[turn.response.token_ids for turn in turns] for turns in samples] for samples in answers[system]
         ]
+    for task, episodes in responses.episodes.items():
+        if system in episodes:
+            by_task[task] = [[episode.token_ids for episode in samples] for samples in episodes[system]]
     return by_task

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from align.config.runtime import Runtime
 from align.evaluation.systems import Policy
-from align.evaluation.tasks.base import Answers
+from align.evaluation.tasks.base import Answers, Episodes
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.switching import SwitchingEngine, architecture
 from align.store.fingerprint import digest
@@ -40,6 +40,8 @@ class SystemResponses:
     """System → its responses to the prompt set."""
     answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
     """Task → system → its answers."""
+    episodes: dict[str, dict[str, Episodes]] = field(default_factory=dict)
+    """Task → system → its episodes, for tasks with an environment."""
     engines: list[str] = field(default_factory=list)
     tokens: int = 0
 
@@ -102,7 +104,8 @@ class Sampler:
         self.progress = progress
         self.warn = warn
         dtype = precision if runtime.engine.dtype == "auto" else runtime.engine.dtype
-        self._engine_identity = [_engine_name(runtime), dtype]
+        self.identity = [_engine_name(runtime), dtype]
+        """The engine and its precision, as far as samples depend on them."""
         self.engines: set[str] = set()
         """Engines of all responses so far."""
         self.expected = self.done = self.tokens = 0
@@ -120,24 +123,32 @@ class Sampler:
                 "key": policy.key,
                 "prompts": prompts,
                 "sampling": asdict(sampling),
-                "engine": self._engine_identity,
+                "engine": self.identity,
             }
         )
         response_set = self.cache.read(identity)
         if response_set is None:
-            response_set = _generate(
-                self._engine.with_weights(policy.model_dir), policy, prompts, sampling, self._report
-            )
+            response_set = _generate(self.engine_with(policy), policy, prompts, sampling, self.report)
             self.cache.write(identity, response_set)
-        self.done += len(prompts) * sampling.n
-        self.tokens += sum(len(response.token_ids) for samples in response_set.responses for response in samples)
-        self._report(0, 0)
-        if self.engines and response_set.engine not in self.engines:
-            self.warn("responses come from different engines (an earlier run used another); do not compare them")
-        self.engines.add(response_set.engine)
+        tokens = sum(len(response.token_ids) for samples in response_set.responses for response in samples)
+        self.count(len(prompts) * sampling.n, tokens, response_set.engine)
         return response_set
 
-    def _report(self, done: int, _: int) -> None:
+    def engine_with(self, policy: Policy) -> RolloutEngine:
+        """Return the engine with a checkpoint's weights, until those of the next are asked for."""
+        return self._engine.with_weights(policy.model_dir)
+
+    def count(self, responses: int, tokens: int, engine: str) -> None:
+        """Count responses or episodes that an engine sampled, now or in an earlier run."""
+        self.done += responses
+        self.tokens += tokens
+        self.report(0, 0)
+        if self.engines and engine not in self.engines:
+            self.warn("responses come from different engines (an earlier run used another); do not compare them")
+        self.engines.add(engine)
+
+    def report(self, done: int, _: int) -> None:
+        """Report progress within the responses that are being sampled."""
         self.progress(self.done + done, max(self.done + done, self.expected))
 
     def close(self) -> None:

@@ -118,6 +118,8 @@ def make_plan(context: StageContext) -> Plan:
     tasks = _build_tasks(context, pairs, heldout)
     _check_systems(tasks, systems)
     rows, prompts = _prompt_set(context, systems)
+    max_length = _max_length(config, policies, prompts, tasks)
+    _check_checkpoints(tasks, policies, max_length)
     sampling = Sampling(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -139,7 +141,7 @@ def make_plan(context: StageContext) -> Plan:
         heldout_length=config.max_heldout_length,
         precision=config.precision,
         resampling=Resampling(config.bootstrap, context.seed),
-        max_length=_max_length(config, policies, prompts, tasks),
+        max_length=max_length,
         tasks=tasks,
         gates=parse_gates(config.gates, [system.name for system in systems], config.reference),
     )
@@ -242,6 +244,7 @@ def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) ->
         warn=context.warn,
         note=context.note,
         texts={artifact.stage: artifact for artifact in context.inputs.get("texts") or []},
+        rows={artifact.stage: artifact for artifact in context.inputs.get("rows") or []},
     )
     tasks = []
     for name, task_config in config.tasks.items():
@@ -258,12 +261,23 @@ def _check_systems(tasks: list[Task], systems: list[System]) -> None:
     for task in tasks:
         for system in systems:
             reads = task.reads and system.info.role not in ("best_of", "again")
-            if not (task.responds or reads):
+            plays = task.plays and system.info.role != "best_of"
+            if not (task.responds or reads or plays):
                 continue
             try:
                 task.check(system.info)
-                if task.responds or task.renders:
+                if task.responds or task.renders or task.plays:
                     system.conversation([user("?")], task.examples(system.info.shots))
+            except UserError as error:
+                raise _task_error(task.name, error) from None
+
+
+def _check_checkpoints(tasks: list[Task], policies: list[Policy], max_length: int) -> None:
+    """Check that every checkpoint can play the tasks' episodes, in an engine that holds ``max_length`` tokens."""
+    for task in tasks:
+        for policy in policies if task.plays else []:
+            try:
+                task.check_checkpoint(policy.tokenizer, max_length, policy.name)
             except UserError as error:
                 raise _task_error(task.name, error) from None
 
@@ -279,7 +293,7 @@ def _max_length(
     """Return the engine's length: as the prompt set needs it, and for tasks up to ``max_context``."""
     longest_prompt = max((len(ids) for per_system in prompts.values() for ids in per_system), default=0)
     max_length = longest_prompt + config.max_tokens
-    if not any(task.responds for task in tasks):
+    if not any(task.responds or task.plays for task in tasks):
         return max_length
     # The engine is opened once, so the checkpoint with the shortest context limits all of them.
     limits = [max_positions(policy.model_dir) or config.max_context for policy in policies]

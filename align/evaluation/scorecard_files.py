@@ -5,7 +5,9 @@
   ``source``, ``prompt`` (messages), ``row`` (columns that the recipe keeps, if any) and ``responses``, system →
   samples, each ``{text, tokens, finished}``, with ``reward`` and ``kl`` where they were measured, ``scores`` (of
   programs, or the task's metrics), ``turns`` (in conversations of several), ``token_kl`` (``[[text, nats], …]``, of
-  first samples). A pair that reward models scored has its two sides as ``responses``, named in ``columns``, and
+  first samples). An episode also has ``messages``, ``calls`` (with results and errors), ``parts`` of its score,
+  ``turn_scores``, ``stop`` and ``failure``, its ``tokens`` are those that the policy sampled, and ``prompt`` is how the
+  environment began it. A pair that reward models scored has its two sides as ``responses``, named in ``columns``, and
   ``scores`` by reward model
 - ``items.jsonl``: a line per item of every task: ``task``, ``id``, ``source``, ``values``: system → metric → one number
   per sample, without the metrics that leave the item out. For pairs, ``values`` are the reward models':
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.data.rows import kept_columns
 from align.evaluation.comparisons import Column
+from align.evaluation.episode_samples import episode_samples
 from align.evaluation.scorecard import Measurements, TaskResult
 from align.evaluation.tasks.base import Answers, Turn, Values
 from align.models.render import token_texts
@@ -49,8 +52,7 @@ def write(
         for line in _prompt_samples(plan, responses, measurements, token_kl):
             file.write(json.dumps(line) + "\n")
         for result in measurements.tasks:
-            answers = responses.answers.get(result.task.name, {})
-            for line in _task_samples(result, answers) if answers else _scored_answers(result):
+            for line in _task_lines(result, responses):
                 file.write(json.dumps(line) + "\n")
     with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
         for line in _items(plan, measurements):
@@ -84,6 +86,14 @@ def _prompt_samples(
             **({"row": columns} if (columns := kept_columns(row)) else {}),
             "responses": by_system,
         }
+
+
+def _task_lines(result: TaskResult, responses: SystemResponses) -> Iterator[dict[str, Any]]:
+    name = result.task.name
+    if responses.episodes.get(name):
+        return episode_samples(result, responses.episodes[name])
+    answers = responses.answers.get(name, {})
+    return _task_samples(result, answers) if answers else _scored_answers(result)
 
 
 def _task_samples(result: TaskResult, answers: dict[str, Answers]) -> Iterator[dict[str, Any]]:

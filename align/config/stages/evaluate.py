@@ -12,6 +12,7 @@ from align.config.base import Config, stage_input
 from align.config.located_paths import UserPath
 from align.config.metric_functions import MetricFunction, metric_functions
 from align.config.scores import Score, rename_score_stages, reward_names
+from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluation_gates import KL_PREFIX, GateSpec, parse_gates
 from align.config.stages.evaluation_tasks import AnyTask, PerplexityConfig, add_task_kinds
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
@@ -20,6 +21,8 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 """Names of tasks and baselines."""
 PROMPT_SET = "prompts"
 """Name of the prompt set among the tasks."""
+TASK_INPUTS = ("texts", "rows")
+"""Fields of tasks that name a stage."""
 PROMPT_METRICS = ("reward", "finished", "length", "kl", "kl_k3", "heldout_loss")
 """Metrics that belong to no task and to no function, as gates name them."""
 
@@ -80,6 +83,9 @@ class EvaluateConfig(Config):
     """Instructions whose ``test`` split gives every checkpoint's loss per token on reference answers."""
     texts: list[stage_input(Kind.TEXTS)] = Field([])  # type: ignore[valid-type]
     """Plain texts whose ``test`` split the task ``perplexity`` reads: ``domain: {task: perplexity, texts: books}``."""
+    rows: list[stage_input(*PROMPT_SOURCES)] | None = Field(None, min_length=1)  # type: ignore[valid-type]
+    """Stages of prompts whose ``test`` split tasks of the kind ``environment`` play: ``sums: {task: environment, rows:
+    data, environment: {...}}``."""
     score: Score = None
     """A program that scores responses (``gold`` or ``package.module:function``), a metric called what its function is
     called; or a list of rewards: the metric ``score`` is their weighted sum, ``score_<name>`` each of them."""
@@ -119,7 +125,7 @@ class EvaluateConfig(Config):
     """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"tasks", "baselines"})
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"metrics"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"metrics", "rows"})
 
     def fields_outside_key(self) -> set[str]:
         """Return ``identified``, and ``score`` where it is a list, whose rates and prices change no result."""
@@ -146,11 +152,10 @@ class EvaluateConfig(Config):
         if self.second_reward is not None and self.reward is None:
             raise ValueError("second_reward is compared with reward, which is missing; name it as reward.")
         for name, task in self.tasks.items():
-            if isinstance(task, PerplexityConfig) and task.texts is not None and task.texts not in self.texts:
-                known = ", ".join(self.texts) or "none"
-                raise ValueError(
-                    f"tasks.{name}: texts '{task.texts}' is none of the stage's texts ({known}); add it there."
-                )
+            if isinstance(task, PerplexityConfig):
+                _require_input(f"tasks.{name}: texts", task.texts, "texts", self.texts)
+            if isinstance(task, EnvironmentTaskConfig):
+                _require_input(f"tasks.{name}: rows", task.rows, "rows", self.rows or [])
         if (self.score is not None or self.metrics) and self.prompts is None:
             raise ValueError("score and metrics are programs for the responses to prompts; name prompts.")
         names = [function.metric for function in self.metric_functions]
@@ -206,14 +211,31 @@ class EvaluateConfig(Config):
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
         """Return the block as the YAML has it, with stages renamed also where baselines and gates name them."""
         renamed = rename_score_stages(dict(block), rename)
-        baselines, gates = block.get("baselines"), block.get("gates")
+        baselines, gates, tasks = block.get("baselines"), block.get("gates"), block.get("tasks")
         if isinstance(baselines, dict):
             renamed["baselines"] = {name: _rename_baseline(spec, rename) for name, spec in baselines.items()}
+        if isinstance(tasks, dict):
+            renamed["tasks"] = {name: _rename_task(spec, rename) for name, spec in tasks.items()}
         if isinstance(gates, dict):
             renamed["gates"] = {
                 _rename_key(str(key), rename): _rename_words(spec, rename) for key, spec in gates.items()
             }
         return renamed
+
+
+def _require_input(place: str, name: str | None, field: str, known: list[str]) -> None:
+    """Raise ``ValueError`` where a task names a stage that is not among the evaluation's own."""
+    if name is not None and name not in known:
+        raise ValueError(
+            f"{place} '{name}' is none of the stage's {field} ({', '.join(known) or 'none'}); add it there."
+        )
+
+
+def _rename_task(spec: Any, rename: Callable[[str], str]) -> Any:
+    """Rename the stage that a task reads: ``texts`` of perplexity, ``rows`` of an environment."""
+    fields = spec if isinstance(spec, dict) else {}
+    renamed = {name: rename(fields[name]) for name in TASK_INPUTS if isinstance(fields.get(name), str)}
+    return {**spec, **renamed} if renamed else spec
 
 
 def _rename_baseline(spec: Any, rename: Callable[[str], str]) -> Any:

@@ -107,11 +107,9 @@ class RecordFields(RecordColumns):
         return self
 
 
-class SamplingFields(Config):
-    """Fields of a task that samples answers; a task's config inherits them beside ``TaskConfig``."""
+class TemperatureFields(Config):
+    """Fields of a task in which systems sample; ``SamplingFields`` has them too."""
 
-    max_tokens: int = Field(512, ge=1)
-    """Longest answer in tokens; a longer one is cut off there and scored as it is."""
     temperature: float = Field(0.0, ge=0)
     """0 decodes greedily, as the published numbers do; above 0 answers are sampled with the run's seed."""
     samples: int = Field(1, ge=1)
@@ -122,6 +120,13 @@ class SamplingFields(Config):
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples above 1 would be identical at temperature 0; raise temperature or drop samples")
         return self
+
+
+class SamplingFields(TemperatureFields):
+    """Fields of a task that samples answers; a task's config inherits them beside ``TaskConfig``."""
+
+    max_tokens: int = Field(512, ge=1)
+    """Longest answer in tokens; a longer one is cut off there and scored as it is."""
 
     def sampling_settings(self, seed: int) -> dict[str, Any]:
         """Return the sampling settings for the scorecard. JSON-able."""

@@ -18,6 +18,7 @@ from align.config.known_datasets import KNOWN_DATASETS
 from align.config.located_paths import UserPath
 from align.config.recipe.format_options import Format, FormatOptions
 from align.config.recipe.record_mapping import RecordMapping
+from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluation_fields import (
     CHOICE_COLUMNS,
     HUB_FIELDS,
@@ -344,6 +345,7 @@ TASK_CONFIGS: dict[str, type[TaskConfig]] = {
     "gsm8k": Gsm8kConfig,
     "multiple_choice": MultipleChoiceConfig,
     "xstest": XstestConfig,
+    "environment": EnvironmentTaskConfig,
     "judged": JudgedConfig,
     "preference": PreferenceConfig,
     "perplexity": PerplexityConfig,

@@ -1,9 +1,10 @@
 """The interface of a task: its items, and the phases in which it measures every system. Torch-free.
 
 An evaluation has phases, so that a machine holds one model at a time. First every system answers every task
-(``respond``, with a rollout engine). Then every system reads texts (``read``, its own forward pass). Then answers are
-scored (``score``: programs, reward models, judges). A task implements the phases it needs. Statistics are computed
-elsewhere, from the numbers per item that it returns.
+(``respond``, with a rollout engine), and plays the episodes of tasks with an environment (``play``, with the same
+engine). Then every system reads texts (``read``, its own forward pass). Then answers are scored (``score``: programs,
+reward models, judges). A task implements the phases it needs. Statistics are computed elsewhere, from the numbers per
+item that it returns.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from align.config.runtime import Runtime
-from align.data.rows import Message
+from align.data.rows import Message, Row
+from align.environments.episode import Episode
 from align.inference.protocol import Response, Sampling
 from align.store.artifacts import Artifact
+
+if TYPE_CHECKING:
+    # A plan imports this module, and needs no environments.
+    from align.config.environment import EnvironmentConfig
+    from align.environments.environment import EnvironmentSource
 
 Values = list[list[float]]
 """Per item, one number for each sample; a task without samples has one."""
@@ -60,6 +67,26 @@ class Turn:
 
 Answers = list[list[list[Turn]]]
 """One system's answers: per item, per sample, its turns in order; most tasks have one turn."""
+Episodes = list[list[Episode]]
+"""One system's episodes: per item, per sample."""
+
+
+@dataclass(frozen=True)
+class EpisodeSet:
+    """The episodes that a task wants of every system: ``samples`` of each row."""
+
+    task: str
+    environment: EnvironmentConfig
+    source: EnvironmentSource
+    """The environment, opened."""
+    identity: str
+    """Everything that episodes depend on in the environment: its code and settings."""
+    rows: list[Row]
+    ids: list[str]
+    """Name of each row: an episode's seed depends on it, and not on the rows beside it."""
+    samples: int
+    temperature: float
+    seed: int
 
 
 @dataclass
@@ -120,6 +147,19 @@ class Respondent(Protocol):
         system takes its shots in order; it raises ``UserError`` where it needs more than there are.
         ``is_continuation`` marks later turns of conversations that a best-of-N system already has N times, so that they
         are not multiplied by N again.
+        """
+        ...
+
+
+class Performer(Protocol):
+    """One system that acts in environments while the engine holds its weights. Best-of-N systems play no episodes."""
+
+    info: SystemInfo
+
+    def play(self, wanted: EpisodeSet) -> Episodes:
+        """Return the episodes of a task, kept on disk.
+
+        The system adds its own system message and examples before the first message of each.
         """
         ...
 
@@ -203,6 +243,8 @@ class TaskInputs:
     """Shows a line to the user where nothing is wrong."""
     texts: Mapping[str, Artifact] = field(default_factory=dict)
     """The stage's ``texts``, by the name of the stage that made them."""
+    rows: Mapping[str, Artifact] = field(default_factory=dict)
+    """The stage's ``rows``, likewise."""
 
 
 class Task(ABC):
@@ -210,6 +252,8 @@ class Task(ABC):
 
     responds: ClassVar[bool] = False
     reads: ClassVar[bool] = False
+    plays: ClassVar[bool] = False
+    """True where systems play episodes; those of best of N take no part."""
     renders: bool = False
     """True where a conversation is read, with the system's own prompt and examples before it."""
 
@@ -233,12 +277,22 @@ class Task(ABC):
         Called for every system before anything expensive.
         """
 
+    def check_checkpoint(self, tokenizer: Any, max_length: int, where: str) -> None:  # noqa: B027
+        """Raise ``UserError`` for a checkpoint that cannot play the task's episodes; for tasks with ``plays``.
+
+        ``max_length`` is the number of tokens that the engine holds, ``where`` names the checkpoint.
+        """
+
     def settings(self) -> dict[str, Any]:
         """Return everything needed to reproduce the numbers: data, template, sampling, rubric, seed. JSON-able."""
         return {}
 
     def respond(self, respondent: Respondent) -> Answers:
         """Have one system answer; for tasks with ``responds``."""
+        raise NotImplementedError
+
+    def play(self, performer: Performer) -> Episodes:
+        """Have one system play; for tasks with ``plays``."""
         raise NotImplementedError
 
     def read(self, reader: Reader) -> Measured:
@@ -248,6 +302,10 @@ class Task(ABC):
     def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
         """Return the numbers of every system that answered, by name; without ``responds``, ``answers`` is empty."""
         return {}
+
+    def score_episodes(self, episodes: Mapping[str, Episodes], context: ScoringContext) -> dict[str, Measured]:
+        """Return the numbers of every system that played, by name; for tasks with ``plays``."""
+        raise NotImplementedError
 
     def item_values(self) -> dict[str, list[dict[str, list[float | None]]]]:
         """Return numbers of items that belong to no compared system: a reward model's stage → item → name → numbers."""

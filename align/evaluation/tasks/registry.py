@@ -40,6 +40,12 @@ def _xstest() -> ModuleType:
     return xstest
 
 
+def _environment() -> ModuleType:
+    from align.evaluation.tasks import environment
+
+    return environment
+
+
 def _judged() -> ModuleType:
     from align.evaluation.judges import judged
 
@@ -76,6 +82,7 @@ TASKS: dict[type[TaskConfig], Callable[[], ModuleType]] = {
     configs.Gsm8kConfig: _gsm8k,
     configs.MultipleChoiceConfig: _multiple_choice,
     configs.XstestConfig: _xstest,
+    configs.EnvironmentTaskConfig: _environment,
     configs.JudgedConfig: _judged,
     configs.PreferenceConfig: _preference,
     configs.PerplexityConfig: _perplexity,
@@ -87,7 +94,12 @@ TASKS: dict[type[TaskConfig], Callable[[], ModuleType]] = {
 The module has ``build(name, config, inputs)``, which reads the items. It is called once, before anything expensive, and
 raises ``UserError`` for data that does not fit.
 """
-OWN_IDENTITIES = (configs.JudgedConfig, configs.PerplexityConfig, configs.LmEvalConfig)
+OWN_IDENTITIES = (
+    configs.EnvironmentTaskConfig,
+    configs.JudgedConfig,
+    configs.PerplexityConfig,
+    configs.LmEvalConfig,
+)
 """Settings whose module says by ``identities(config, base)`` what it reads outside the store."""
 SHOW_EXAMPLES = (configs.Gsm8kConfig, configs.MultipleChoiceConfig)
 """Settings with a file of worked examples beside the items."""

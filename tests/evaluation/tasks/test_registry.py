@@ -14,6 +14,7 @@ BLOCKS = {
     "ifbench": FILES,
     "gsm8k": FILES | {"shots": 2, "examples_files": ["y.jsonl"]},
     "xstest": FILES | {"max_items": 5},
+    "environment": FILES | {"environment": {"class": "games:Guess", "max_tokens": 64}},
     "multiple_choice": FILES | {"format": "arc"},
     "perplexity": FILES,
     "preference": {},

@@ -1,0 +1,197 @@
+"""Episodes of every compared system in a task's environment, by the evaluation's one engine, kept on disk.
+
+Episodes are played in parts. A part that is complete is cached, for this evaluation and for others of the same weights.
+One that was killed goes on from its journal: no turn is sampled twice, and no tool is called twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from align.data.rows import Message
+from align.data.tool_calls import ToolCall
+from align.environments.environment_player import EnvironmentPlayer
+from align.environments.episode import Episode
+from align.environments.episode_run import Turns
+from align.environments.journal import Journal
+from align.environments.player import EpisodeTask
+from align.evaluation.episode_samples import never_began, sampled_tokens
+from align.evaluation.generation import Sampler
+from align.evaluation.measure import ResultCache
+from align.evaluation.systems import System
+from align.evaluation.tasks.base import Episodes, EpisodeSet, SystemInfo
+from align.inference.protocol import Response, Sampling, Session, TurnRequest
+from align.inference.sessions import open_session
+from align.store.fingerprint import digest
+
+PLAYED_TOGETHER = 512
+"""Episodes of a part: as many instances of the environment live at once."""
+
+
+@dataclass(frozen=True)
+class SystemPerformer:
+    """One system, playing through the evaluation's engine."""
+
+    system: System
+    sampler: Sampler
+    results: ResultCache
+    journals: Path
+    """Folder of the episodes that are being played."""
+    max_length: int
+    """Tokens of an episode and its prompt together that the engine can hold."""
+    warn: Callable[[str], None]
+    note: Callable[[str], None]
+
+    @property
+    def info(self) -> SystemInfo:
+        """The system that plays."""
+        return self.system.info
+
+    def play(self, wanted: EpisodeSet) -> Episodes:
+        """See the protocol. An episode whose prompt leaves no room for ``max_tokens`` counts as failed."""
+        # A system that is sampled again gets seeds of its own.
+        sampling = self.system.sampling(Sampling(1, wanted.temperature, seed=wanted.seed))
+        tasks = [
+            EpisodeTask(row, episode_seed(sampling.seed, id, sample))
+            for row, id in zip(wanted.rows, wanted.ids, strict=True)
+            for sample in range(wanted.samples)
+        ]
+        episodes: list[Episode] = []
+        for start in range(0, len(tasks), PLAYED_TOGETHER):
+            episodes += self._part(wanted, tasks[start : start + PLAYED_TOGETHER])
+        self._report_long_prompts(wanted, episodes)
+        return [episodes[start : start + wanted.samples] for start in range(0, len(episodes), wanted.samples)]
+
+    def _part(self, wanted: EpisodeSet, tasks: Sequence[EpisodeTask]) -> list[Episode]:
+        """Return the episodes of some tasks, from the cache or played now."""
+        identity = digest(
+            {
+                # The number is raised when the same episodes would be played in another way.
+                "episodes": 1,
+                "key": self.info.key,
+                "environment": wanted.identity,
+                "tasks": [[task.row, task.seed] for task in tasks],
+                "temperature": wanted.temperature,
+                "max_length": self.max_length,
+                "engine": self.sampler.identity,
+            }
+        )
+        stored = self.results.read("episodes", identity)
+        if stored is None:
+            journal = Journal(self.journals / f"{identity[:32]}.jsonl", identity)
+            content = self._sample(wanted, tasks, journal)
+            stored = self.results.write("episodes", identity, content)
+            journal.drop()
+        episodes = [Episode.from_json(content) for content in stored["episodes"]]
+        self.sampler.count(len(episodes), sum(map(sampled_tokens, episodes)), stored["engine"])
+        return episodes
+
+    def _sample(self, wanted: EpisodeSet, tasks: Sequence[EpisodeTask], journal: Journal) -> dict[str, Any]:
+        """Play episodes, or play on where the journal ends. JSON-able."""
+        policy = self.system.policy
+        engine = self.sampler.engine_with(policy)
+        place = f"tasks.{wanted.task}: {policy.name}"
+        player = EnvironmentPlayer(
+            wanted.environment, wanted.source, policy.tokenizer, self._max_prompt_tokens(wanted), place
+        )
+        if player.training_template:
+            self.note(
+                f"{place}: the chat template rewrites earlier turns, so episodes are rendered by align's training "
+                f"template {player.training_template}"
+            )
+        if not self.system.is_plain:
+            player.rules = replace(player.rules, turns=PromptedTurns(player.rules.turns, self.system))
+        try:
+            session = DecodingSession(open_session(engine, wanted.temperature), policy.tokenizer)
+            try:
+                episodes = player.play_in(session, tasks, journal, self.sampler.report)
+            finally:
+                # Before the weights change.
+                session.close()
+        finally:
+            player.close()
+        return {"engine": engine.name, "episodes": [episode.to_json() for episode in episodes]}
+
+    def _max_prompt_tokens(self, wanted: EpisodeSet) -> int:
+        return self.max_length - wanted.environment.max_tokens
+
+    def _report_long_prompts(self, wanted: EpisodeSet, episodes: Sequence[Episode]) -> None:
+        """Warn of episodes that never began. Their prompts were cut, and are as long as a prompt may be."""
+        limit = self._max_prompt_tokens(wanted)
+        count = sum(
+            episode.stop == "failed" and len(episode.prompt_ids) == limit and never_began(episode)
+            for episode in episodes
+        )
+        if count:
+            self.warn(
+                f"{self.info.name}: {count} prompts of {wanted.task} leave no room for its environment.max_tokens "
+                f"{wanted.environment.max_tokens} in {self.max_length} tokens; their episodes count as failed. Raise "
+                "max_context"
+            )
+
+
+def episode_seed(seed: int, id: str, sample: int) -> int:
+    """Return the seed of an episode, which other rows do not change; a non-negative int64."""
+    return int(digest([seed, id, sample])[:15], 16)
+
+
+@dataclass(frozen=True)
+class PromptedTurns:
+    """Turns of a prompted system: its own messages stand before the environment's first."""
+
+    turns: Turns
+    system: System
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a turn."""
+        return self.turns.eos
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Return the ids of the prompt, the system's own messages included."""
+        return self.turns.prompt(self.system.conversation(messages))
+
+    def between(
+        self, messages: list[Message], calls: Sequence[ToolCall] = (), prompt: Sequence[Message] = ()
+    ) -> list[int]:
+        """Return the ids that follow a sampled turn."""
+        return self.turns.between(messages, calls, self.system.conversation(prompt))
+
+
+class DecodingSession:
+    """A session whose texts are decoded with a tokenizer of its own; a ``Session``.
+
+    The engine was opened with another checkpoint's tokenizer.
+    """
+
+    def __init__(self, session: Session, tokenizer: Any) -> None:
+        self._session, self._tokenizer = session, tokenizer
+        self.is_lockstep = session.is_lockstep
+
+    @property
+    def pending(self) -> int:
+        """See the protocol."""
+        return self._session.pending
+
+    def submit(self, request: TurnRequest) -> None:
+        """See the protocol."""
+        self._session.submit(request)
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """See the protocol."""
+        return [(key, self._decode(response)) for key, response in self._session.poll(timeout)]
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """See the protocol."""
+        return self._session.cache_statistics()
+
+    def close(self) -> None:
+        """See the protocol."""
+        self._session.close()
+
+    def _decode(self, response: Response) -> Response:
+        text = str(self._tokenizer.decode(response.token_ids, skip_special_tokens=True))
+        return replace(response, text=text)

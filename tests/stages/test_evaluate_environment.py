@@ -1,0 +1,312 @@
+"""The stage ``evaluate`` with an environment: episodes of several systems, through a kill, on the page and in files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.config.runtime import EngineConfig, Runtime
+from align.config.stages.evaluate import EvaluateConfig
+from align.data.rows import user, write_rows
+from align.environments.turn_template import TurnTemplate
+from align.errors import UserError
+from align.evaluation.episodes import PromptedTurns
+from align.evaluation.plan import make_plan
+from align.evaluation.tasks.environment import pass_at
+from align.inference.engine import open_engine
+from align.inference.sessions import LockstepSession
+from align.models.loading import load_tokenizer
+from align.pipeline.context import StageContext
+from align.report.scorecard.samples import page_samples, read_samples
+from align.stages import evaluate
+from align.store.artifacts import Artifact, Kind
+from tests.support.environments.buttons import FORMAT, make_presser
+
+ENVIRONMENT: dict[str, Any] = {
+    "class": "tests.support.environments.buttons:SavedButtons",
+    "tool_format": FORMAT,
+    "max_turns": 3,
+    "max_tokens": 60,
+    "turn_max_tokens": 8,
+}
+ROWS, SAMPLES = 4, 4
+
+
+class Killed(BaseException):
+    """The end of a process, which nothing catches."""
+
+
+@pytest.fixture(scope="module")
+def presser(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_presser(tiny_model, tmp_path_factory.mktemp("presser"))
+
+
+@pytest.fixture
+def make_context(presser: Path, tiny_model: Path, tmp_path: Path) -> Callable[..., StageContext]:
+    """``make_context(environment fields, task=…, **stage fields)`` returns the context of a stage of two systems.
+
+    ``sft`` presses buttons; ``model`` has the same tokenizer and has learned nothing.
+    """
+    for stage in ("model", "sft"):
+        shutil.copytree(presser, tmp_path / stage / "model")
+    shutil.copy(tiny_model / "model.safetensors", tmp_path / "model" / "model" / "model.safetensors")
+    data = Artifact("data", Kind.PROMPTS, tmp_path / "data", {"key": "data"})
+    data.path.mkdir()
+    rows = [{"id": f"r{i}", "source": "buttons", "checks": "", "prompt": [user("go")]} for i in range(ROWS)]
+    write_rows(data.split("test"), rows)
+    policies = [
+        Artifact("model", Kind.MODEL, tmp_path / "model", {"key": "model"}),
+        Artifact("sft", Kind.POLICY, tmp_path / "sft", {"key": "sft"}),
+    ]
+
+    def make(environment: dict[str, Any] | None = None, task: Any = (), **fields: Any) -> StageContext:
+        block = {
+            "task": "environment", "rows": "data", "environment": ENVIRONMENT | (environment or {}),
+            "samples": SAMPLES, "temperature": 1.0,
+        } | dict(task)  # fmt: skip
+        config = EvaluateConfig(
+            policies=["model", "sft"], reference="sft", rows=["data"], precision="float32", bootstrap=200,
+            **{"tasks": {"buttons": block}, "max_context": 128} | fields,
+        )  # fmt: skip
+        for name in ("out", "checkpoints"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        return StageContext(
+            name="evaluate",
+            config=config,
+            inputs={"policies": policies, "reference": policies[1], "rows": [data]},
+            seed=3,
+            runtime=Runtime(device="cpu", engine=EngineConfig(name="transformers")),
+            output=tmp_path / "out",
+            checkpoints=tmp_path / "checkpoints",
+            events=tmp_path / "events.jsonl",
+        )
+
+    return make
+
+
+def read_card(context: StageContext) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((context.output / "scorecard.json").read_text())
+    return card
+
+
+def test_systems_play_and_are_compared(make_context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def count(*values: Any, **options: Any) -> Any:
+        opened.append(values)
+        return open_engine(*values, **options)
+
+    monkeypatch.setattr("align.inference.engine.open_engine", count)
+    context = make_context(baselines={"again": {"of": "sft", "sample_seed": 1}}, gates={"sft/buttons.success": ">= 0"})
+    metrics = evaluate.run(context)
+    assert len(opened) == 1  # the weights are switched
+    card = read_card(context)
+    names = ["success", "pass_at_2", "pass_at_4", "score", "turns", "calls", "tool_errors", "failure_rate"]
+    assert list(card["metrics"]) == [f"buttons.{name}" for name in names]
+    assert card["primary"] == "buttons.success" and card["policies"] == ["model", "sft", "again"]
+    assert card["gates"][0]["passed"] and not metrics["failed_gates"]
+    samples = read_samples(context.output / "samples.jsonl")
+    assert [sample["id"] for sample in samples] == [f"r{i}" for i in range(ROWS)]
+    estimates = card["estimates"]
+    for system in card["policies"]:
+        episodes = [sample["responses"][system] for sample in samples]
+        assert {len(per_row) for per_row in episodes} == {SAMPLES}
+        flat = [episode for per_row in episodes for episode in per_row]
+        scores = [episode["scores"]["score"] for episode in flat]
+        assert estimates[system]["buttons.score"]["value"] == pytest.approx(sum(scores) / len(scores))
+        successes = [sum(episode["scores"]["score"] >= 1 for episode in per_row) for per_row in episodes]
+        assert estimates[system]["buttons.success"]["value"] == pytest.approx(sum(successes) / len(flat))
+        passed = sum(pass_at(2, SAMPLES, count) for count in successes) / ROWS
+        assert estimates[system]["buttons.pass_at_2"]["value"] == pytest.approx(passed)
+        calls = sum(len(episode["calls"]) for episode in flat) / len(flat)
+        assert estimates[system]["buttons.calls"]["value"] == pytest.approx(calls)
+        low, high = (estimates[system]["buttons.success"][side] for side in ("low", "high"))
+        assert 0 <= low <= estimates[system]["buttons.success"]["value"] <= high <= 1
+    assert estimates["model"]["buttons.calls"]["value"] == 0 < estimates["sft"]["buttons.calls"]["value"]
+    compared = {(row["policy"], row["against"]) for row in card["differences"] if row["metric"] == "buttons.success"}
+    assert compared == {("sft", "model"), ("again", "sft"), ("again", "model")}
+    # The same weights under other seeds play other episodes.
+    assert not card["copies"] and samples[0]["responses"]["again"] != samples[0]["responses"]["sft"]
+    assert card["tasks"]["buttons"]["notes"]["sft"]["episodes"] == ROWS * SAMPLES
+    lines = [json.loads(line) for line in (context.output / "items.jsonl").read_text().splitlines()]
+    assert [len(line["values"]["sft"]["pass_at_2"]) for line in lines] == [1] * ROWS
+    assert metrics["tokens"] == sum(
+        episode["tokens"] for sample in samples for per_row in sample["responses"].values() for episode in per_row
+    )
+
+
+def test_the_page_shows_turns_with_what_tools_said(make_context: Any) -> None:
+    context = make_context()
+    evaluate.run(context)
+    page = page_samples(read_samples(context.output / "samples.jsonl"), read_card(context))
+    assert page["tasks"]["buttons"] == {
+        "title": page["tasks"]["buttons"]["title"],
+        "metric": "success rate",
+        "key": "success",
+    }
+    answers = [answer for item in page["items"] for answer in item["answers"]["sft"]]
+    assert {item["prompt"][0]["text"] for item in page["items"]} == {"go"}
+    pressing = next(answer for answer in answers if answer["turns"][0]["text"] == "!a" and len(answer["turns"]) > 1)
+    assert pressing["turns"][0]["prompt"] == "go" and pressing["turns"][1]["prompt"] == "A"
+    assert pressing["scores"]["calls"] >= 1
+
+
+def test_greedy_play_repeats_itself_and_is_no_measure_of_noise(make_context: Any) -> None:
+    context = make_context(
+        task={"samples": 1, "temperature": 0.0}, baselines={"again": {"of": "sft", "sample_seed": 1}}
+    )
+    evaluate.run(context)
+    assert read_card(context)["copies"] == {"again": ["buttons"]}
+
+
+def test_a_killed_stage_plays_on_and_calls_no_tool_twice(
+    make_context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_context()
+    evaluate.run(plain)
+    expected = {name: (plain.output / name).read_text() for name in ("samples.jsonl", "items.jsonl")}
+    shutil.rmtree(plain.checkpoints)
+
+    log = tmp_path / "presses"
+    context = make_context({"arguments": {"log": str(log)}})
+    poll, turns = LockstepSession.poll, []
+
+    def counted(session: LockstepSession, timeout: float | None = None) -> Any:
+        # Between the rounds of both systems, when some turns and calls are over and others are not.
+        if kills and len(turns) == kills[0]:
+            raise Killed(kills.pop(0))
+        turns.append(session.pending)
+        return poll(session, timeout)
+
+    monkeypatch.setattr(LockstepSession, "poll", counted)
+    kills = [1, 2, 3]
+    for _ in list(kills):
+        with pytest.raises(Killed):
+            evaluate.run(context)
+    evaluate.run(context)
+    samples = read_samples(context.output / "samples.jsonl")
+    presses = [call for sample in samples for episode in sample["responses"]["sft"] for call in episode["calls"]]
+    presses = [call for call in presses if not call["error"]]
+    assert len(log.read_text().splitlines()) == len(presses) > 0
+    played = [
+        len(episode["turns"]) for sample in samples for system in sample["responses"].values() for episode in system
+    ]
+    assert sum(turns) == sum(played)  # no turn was sampled twice
+    for name, text in expected.items():
+        assert without_seconds((context.output / name).read_text()) == without_seconds(text)
+    assert not list((context.checkpoints / "episodes").iterdir())
+
+    # A later attempt takes all of it from the cache.
+    monkeypatch.setattr(LockstepSession, "poll", lambda *values: pytest.fail("a turn was sampled"))
+    card = read_card(context)
+    evaluate.run(context)
+    assert read_card(context) == card
+
+
+def without_seconds(text: str) -> list[Any]:
+    """Return the lines of a file without the time that calls took."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        for episodes in line.get("responses", {}).values():
+            for call in (call for episode in episodes for call in episode["calls"]):
+                del call["seconds"]
+    return lines
+
+
+def test_environments_that_fail_are_counted_and_leave_no_score(make_context: Any) -> None:
+    context = make_context({"class": "tests.support.environments.buttons:Fragile"})
+    evaluate.run(context)
+    card = read_card(context)
+    estimates = card["estimates"]["sft"]
+    failed = card["tasks"]["buttons"]["notes"]["sft"]["failed"]
+    assert 0 < failed < ROWS * SAMPLES
+    assert estimates["buttons.failure_rate"]["value"] == pytest.approx(failed / (ROWS * SAMPLES))
+    samples = read_samples(context.output / "samples.jsonl")
+    for episode in (episode for sample in samples for episode in sample["responses"]["sft"]):
+        assert ("score" in episode["scores"]) == (episode["stop"] != "failed")
+        assert ("the machine fell over" in episode["failure"]) == (episode["stop"] == "failed")
+        assert episode["scores"]["success"] in (0, 1)
+    assert f"buttons: {failed} of 16 episodes of sft failed, and count as no success" in context.events.read_text()
+
+
+def test_prompts_that_leave_no_room_are_counted(make_context: Any) -> None:
+    context = make_context(max_context=65)
+    evaluate.run(context)
+    assert read_card(context)["estimates"]["sft"]["buttons.failure_rate"]["value"] == 1
+    text = context.events.read_text()
+    assert "sft: 16 prompts of buttons leave no room for its environment.max_tokens 60 in 65 tokens" in text
+
+
+def test_a_prompted_system_sees_its_own_message_first(make_context: Any, presser: Path) -> None:
+    context = make_context(baselines={"told": {"of": "sft", "system": "press a"}})
+    system = make_plan(context).systems[2]
+    tokenizer = load_tokenizer(presser)
+    turns = PromptedTurns(TurnTemplate(tokenizer, [{"type": "function", "function": {"name": "a"}}], "sft"), system)
+    text = tokenizer.decode(turns.prompt([user("go")]))
+    assert text.endswith("spress a<|im_end|><|im_start|>ugo<|im_end|><|im_start|>a")
+    assert turns.eos == tokenizer.eos_token_id
+    evaluate.run(context)
+    card = read_card(context)
+    assert card["estimates"]["told"] != card["estimates"]["sft"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "fields", "message"),
+    [
+        ({"class": "tests.support.environments.buttons:Nothing"}, {}, r"tasks\.buttons: environment\.class .*Nothing"),
+        ({"tool_format": "hermez"}, {}, r"tasks\.buttons: .*hermes"),
+        ({"max_tokens": 128}, {}, r"tasks\.buttons: environment\.max_tokens is 128, and the engine holds 128 tokens"),
+        ({}, {"gates": {"buttons.sucess": ">= 0"}}, r"gates\.buttons\.sucess: nothing measures"),
+    ],
+)
+def test_wrong_environments_are_refused_before_anything_is_loaded(
+    make_context: Any, environment: dict[str, Any], fields: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.inference.engine.open_engine", lambda *values, **more: pytest.fail("it was opened"))
+    with pytest.raises(UserError, match=message):
+        evaluate.run(make_context(environment, **fields))
+
+
+def test_a_template_without_tools_is_refused(make_context: Any, tiny_model: Path, tmp_path: Path) -> None:
+    context = make_context()
+    shutil.rmtree(tmp_path / "model" / "model")
+    shutil.copytree(tiny_model, tmp_path / "model" / "model")
+    with pytest.raises(UserError, match=r"tasks\.buttons: model.*no place for tools"):
+        evaluate.run(context)
+
+
+def test_a_misspelled_part_ends_the_stage_after_the_first_system(make_context: Any) -> None:
+    with pytest.raises(UserError, match=r"tasks\.buttons: success 'right' is no part .* It has no parts"):
+        evaluate.run(make_context(task={"success": "right"}))
+
+
+def test_rows_of_a_stage_without_a_test_split_are_refused(make_context: Any) -> None:
+    context = make_context()
+    write_rows(context.inputs["rows"][0].split("test"), [])
+    with pytest.raises(UserError, match=r"tasks\.buttons: rows: .* has no rows"):
+        evaluate.run(context)
+
+
+def test_rows_name_one_of_the_stages_own() -> None:
+    task = {"task": "environment", "rows": "date", "environment": ENVIRONMENT}
+    with pytest.raises(ValueError, match=r"tasks\.buttons: rows 'date' is none of the stage's rows \(data\); add it"):
+        EvaluateConfig(policies=["sft"], reference="sft", rows=["data"], tasks={"buttons": task})
+    renamed = EvaluateConfig.rename_stages(
+        {"rows": ["data"], "tasks": {"buttons": task, "arc": {"shots": 2}}}, str.upper
+    )
+    assert renamed["tasks"]["buttons"]["rows"] == "DATE" and renamed["tasks"]["arc"] == {"shots": 2}
+
+
+def test_best_of_n_plays_no_episodes(make_context: Any, tiny_reward: Path) -> None:
+    context = make_context(baselines={"best": {"of": "sft", "best_of": 2}}, reward="reward")
+    reward = Artifact("reward", Kind.REWARD, tiny_reward.parent, {"key": "reward"})
+    context = replace(context, inputs=context.inputs | {"reward": reward})
+    evaluate.run(context)
+    card = read_card(context)
+    assert "buttons.success" in card["estimates"]["sft"] and "buttons.success" not in card["estimates"]["best"]
