@@ -180,7 +180,7 @@ def test_a_killed_sweep_goes_on_with_the_trial_and_its_checkpoints(
 ) -> None:
     changes: dict[str, Any] = {
         "space": {"stages.ppo.height": {"low": 0, "high": 1}}, "trials": 1,
-        "set": {"stages.ppo.pause": 0.5, "stages.ppo.steps": 3},
+        "set": {"stages.ppo.pause": 0.5, "stages.ppo.steps": 6},
     }  # fmt: skip
     file, store = toy_sweep.write(tmp_path, **changes), tmp_path / "store"
     process = start(file, store)
