@@ -63,7 +63,7 @@ class EnvironmentConfig(Config):
     """Most tokens that the policy may write in one turn. Null: as many as the episode has left."""
     tool_seconds: float = Field(30.0, gt=0, le=86_400)
     """Most seconds that one call of the environment may take."""
-    workers: int = Field(16, ge=1, le=1024)
+    workers: int = Field(64, ge=1, le=1024)
     """Calls of environments under way at once, over all episodes."""
     isolation: Literal["thread", "process"] = "thread"
     """``process`` runs each episode's environment in a process of its own, which is killed when it hangs, and may

@@ -87,7 +87,7 @@ class EnvironmentPool:
     def __init__(
         self,
         source: EnvironmentSource,
-        workers: int = 16,
+        workers: int = 64,
         tool_seconds: float = 30.0,
         isolation: Literal["thread", "process"] = "thread",
     ) -> None:
