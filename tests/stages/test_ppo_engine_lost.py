@@ -221,15 +221,14 @@ def test_a_server_that_hangs(
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage starts the stand-in where it looks for vLLM's server."""
+def stand_in(server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage starts the stand-in where it looks for vLLM's server; ``server`` has its model."""
     package = tmp_path / "shadow" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
         (folder / "__init__.py").touch()
-    (package / "api_server.py").write_text(
-        "import sys; from tests.support.inference.model_server import main; main(sys.argv)"
-    )
+    (package / "api_server.py").write_text("import sys; from tests.support.inference.stand_in import main; main(sys.argv)")
+    monkeypatch.setenv("ALIGN_TEST_MODEL", f"{server.address} {os.environ['ALIGN_SERVER_KEY']}")
     path = [str(tmp_path / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 

@@ -1,15 +1,10 @@
 """The stand-in for vLLM's server with a real model behind it: it reads the weights it is told to and samples from them.
 
-``python -m tests.support.inference.model_server --uds PATH --model FOLDER [what vLLM takes]`` answers until it is
-ended. With
-``$ALIGN_TEST_DIES_AT=3`` it kills itself in the middle of the answers that follow the third set of weights it is given.
+It runs in a thread of the test's process. ``stand_in.py`` is a process of its own that answers from the same model.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +16,13 @@ from align.inference.protocol import Sampling
 from align.inference.transformers import TransformersEngine
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import FakeServer
-
-BEFORE_A_FAULT = 2
-"""Answers that are still given to the weights at which something goes wrong."""
+from tests.support.inference.stand_in import ANSWER, BEFORE_A_FAULT, READ
 
 
 class ModelServer(FakeServer):
     """Float32 on one CPU thread, one response at a time: what it answers depends on nothing but weights and request."""
 
-    def __init__(self, model_dir: Path, path: str | None = None) -> None:
+    def __init__(self, model_dir: Path) -> None:
         self.engine = TransformersEngine(model_dir, device=torch.device("cpu"), dtype=torch.float32, batch_size=1)
         self.loads = self.answered = 0
         """Sets of weights it was given, and answers since the last."""
@@ -37,24 +30,45 @@ class ModelServer(FakeServer):
         """Which set of weights ``fault`` follows, counted from 1."""
         self.fault: Callable[[Any], Any] = self.hang
         self.model_lock = threading.Lock()
-        super().__init__(path)
-        self.answers["/v1/completions"] = self._complete
+        self.read: list[dict[str, torch.Tensor]] = []
+        """Sets of weights of stand-ins, by their number."""
+        self.held: int | None = None
+        """The number of those in the engine; None for its own."""
+        super().__init__()
+        self.answers |= {"/v1/completions": self._complete, READ: self._read, ANSWER: self._answer}
 
     def load(self, path: str) -> None:
         """Read a set of weights."""
         with self.model_lock:
             self.loads, self.answered = self.loads + 1, 0
             self.engine.load_weights(checkpoint_weights(Path(path)))
+            self.held = None
 
     def _complete(self, body: dict[str, Any]) -> Any:
         with self.model_lock:
             faulty = self.loads == self.fault_at and self.answered >= BEFORE_A_FAULT
             if not faulty:
                 self.answered += 1
-                sampling = Sampling(body["max_tokens"], temperature=body["temperature"], top_p=body["top_p"])
-                response = self.engine._decode([body["prompt"]], [body["seed"]], sampling)[0]
-        if faulty:
-            return self.fault(body)
+                return self._sample(body)
+        return self.fault(body)
+
+    def _read(self, path: str) -> int:
+        """Keep the weights of a stand-in, whose file may be gone when it answers; return their number."""
+        with self.model_lock:
+            self.read.append(dict(checkpoint_weights(Path(path))))
+            return len(self.read) - 1
+
+    def _answer(self, body: dict[str, Any]) -> Any:
+        """Answer for a stand-in with its weights."""
+        with self.model_lock:
+            if self.held != body["weights"]:
+                self.engine.load_weights(self.read[body["weights"]].items())
+                self.held = body["weights"]
+            return self._sample(body["request"])
+
+    def _sample(self, body: dict[str, Any]) -> Any:
+        sampling = Sampling(body["max_tokens"], temperature=body["temperature"], top_p=body["top_p"])
+        response = self.engine._decode([body["prompt"]], [body["seed"]], sampling)[0]
         choice = {
             "token_ids": response.token_ids,
             "prompt_token_ids": body["prompt"],
@@ -62,17 +76,3 @@ class ModelServer(FakeServer):
             "finish_reason": "stop" if response.finished else "length",
         }
         return {"choices": [choice]}
-
-
-def main(arguments: list[str]) -> None:
-    """Serve until this process is ended."""
-    torch.set_num_threads(1)
-    model_dir, path = (arguments[arguments.index(name) + 1] for name in ("--model", "--uds"))
-    server = ModelServer(Path(model_dir), path)
-    server.fault_at = int(os.environ.get("ALIGN_TEST_DIES_AT", "-1"))
-    server.fault = lambda body: os.kill(os.getpid(), signal.SIGKILL)
-    server.stopped.wait()
-
-
-if __name__ == "__main__":
-    main(sys.argv)
