@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
@@ -94,7 +96,8 @@ def stage_input(*kinds: Kind) -> Any:
     return Annotated[str, StageInput(kinds)]
 
 
-def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
+@functools.cache
+def input_fields(config_class: type[Config]) -> Mapping[str, StageInput]:
     """Return the config fields that name earlier stages, with the artifacts that each takes.
 
     A field of the blocks in a list stands as ``score.reward``, for ``score: [{reward: STAGE}, ...]``.
@@ -106,7 +109,7 @@ def input_fields(config_class: type[Config]) -> dict[str, StageInput]:
             fields[name] = marker
         for block in _blocks_in_lists(info.annotation):
             fields |= {f"{name}.{nested}": marker for nested, marker in input_fields(block).items()}
-    return fields
+    return MappingProxyType(fields)
 
 
 def input_names(config: Config, name: str) -> str | list[str] | None:
