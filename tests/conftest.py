@@ -82,25 +82,20 @@ def fork_server() -> Iterator[None]:
     has changed is started by the interpreter.
     """
     from align.runner import runner
-    from align.runner.stage_process import ForkServer, stage_environment, this_thread
-
-    environment = stage_environment()
-    servers: dict[int | None, ForkServer] = {}
+    from align.runner.stage_process import ForkServer, this_thread
+    from tests.support.fork_server import close_shared_servers, shared_server
 
     def use_server(pipeline: Any, nodes: list[Any]) -> contextlib.nullcontext[None]:
-        threads = [pipeline.runtimes[node.name].threads for node in nodes if node.stage.estimator is not None]
         # Linux ends a server with the thread that has started it.
-        if threads and ForkServer.is_possible() and threading.current_thread() is threading.main_thread():
-            if threads[-1] not in servers:
-                servers[threads[-1]] = ForkServer(environment, threads[-1])
-            this_thread.server = servers[threads[-1]]
+        is_possible = ForkServer.is_possible() and threading.current_thread() is threading.main_thread()
+        if is_possible and any(node.stage.estimator is not None for node in nodes):
+            this_thread.server = shared_server()
         return contextlib.nullcontext()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_forked_stages", use_server)
         yield
-    for server in servers.values():
-        server.close()
+    close_shared_servers()
     this_thread.server = None
 
 

@@ -109,6 +109,11 @@ def forked_stages(threads: int | None) -> Iterator[None]:
 class ForkServer:
     """A running fork server, and what it was started with."""
 
+    module = "align.runner.fork_server"
+    """What the server runs."""
+    passed_on: tuple[str, ...] = PASSED_ON
+    """Beginnings of variables in which a fork may differ from its server."""
+
     def __init__(self, environment: Mapping[str, str], threads: int | None, modules: Sequence[str] = PRELOADED) -> None:
         self.environment, self.threads, self.folder = dict(environment), threads, Path.cwd()
         self.owner = os.getpid()
@@ -117,7 +122,7 @@ class ForkServer:
         numbers = (far_end.fileno(), self.owner, threads or 0)
         with far_end:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "align.runner.fork_server", *map(str, numbers), *modules],
+                [sys.executable, "-m", self.module, *map(str, numbers), *modules],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -144,7 +149,7 @@ class ForkServer:
             return False
         is_alike = threads == self.threads and self.folder == Path.cwd() and command[0] == sys.executable
         differences = self._differences(environment)
-        return is_alike and all(name.startswith(PASSED_ON) for name in differences) and self._is_ready()
+        return is_alike and all(name.startswith(self.passed_on) for name in differences) and self._is_ready()
 
     def _differences(self, environment: Mapping[str, str]) -> dict[str, str | None]:
         """Return the variables that the server has otherwise, with their values; None for one to be removed."""

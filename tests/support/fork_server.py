@@ -1,0 +1,194 @@
+"""The fork server of a test process: it forks stages, with any number of threads, and modules that tests run.
+
+The libraries take some 8 s of CPU to import, which every process that a test starts by the interpreter would spend.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from align.pipeline.stop_signal import die_with_parent
+from align.runner import fork_server, worker
+from align.runner.stage_process import PASSED_ON, ForkedProcess, ForkServer, StageProcess, stage_environment
+
+THREADS, COMMAND = "ALIGN_TEST_THREADS", "ALIGN_TEST_COMMAND"
+"""Variables of a fork: the threads of a stage, and the module that runs in place of one, with its arguments."""
+SERVER = "a server with vLLM"
+"""What stands for the module of such a server."""
+VLLM = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.llama",
+)
+"""Modules which, with what they import, are most of what an engine on a CPU imports."""
+ENVIRONMENT = stage_environment()
+"""What the tests began with."""
+
+
+class TestForkServer(ForkServer):
+    """A server that is ready, and that serves stages of any number of threads."""
+
+    __test__ = False
+    module = "tests.support.fork_server"
+    passed_on = (*PASSED_ON, "PYTHONPATH")
+
+    def __init__(self) -> None:
+        super().__init__(ENVIRONMENT, 1)
+        self.wanted: int | None = None
+
+    def wait(self) -> bool:
+        """Wait until it is ready: what starts before would import the libraries beside it.
+
+        False where it has ended, as it does beside an accelerator.
+        """
+        if not self.ready:
+            select.select([self.control], [], [], 120)
+        return self._is_ready()
+
+    def serves(self, command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
+        """Return whether a fork would be the process that ``command`` starts."""
+        self.wanted = threads
+        return super().serves(command, environment, self.threads)
+
+    def fork(self, folder: str, environment: Mapping[str, str], log: int) -> ForkedProcess | None:
+        """Fork the process of the stage in ``folder``."""
+        return super().fork(folder, {**environment, THREADS: str(self.wanted or 0)}, log)
+
+    def fork_module(self, command: Sequence[str], variables: Mapping[str, str], output: Path) -> ForkedProcess:
+        """Fork the process of a module with its arguments; see ``start_module``."""
+        environment = stage_environment() | variables | {COMMAND: json.dumps(list(command))}
+        with output.open("ab") as log:
+            forked = super().fork("", environment, log.fileno())
+        assert forked is not None, "the fork server has ended"
+        return forked
+
+
+class VllmForkServer(TestForkServer):
+    """A fork of another server that has imported vLLM, too."""
+
+    def __init__(self, server: TestForkServer) -> None:
+        self.environment, self.threads, self.folder = server.environment, server.threads, server.folder
+        self.owner, self.ready, self.wanted = server.owner, False, None
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(f"{folder}/socket")
+            listener.listen()
+            self.forked = server.fork_module([SERVER, f"{folder}/socket"], {}, Path(os.devnull))
+            self.control, _ = listener.accept()
+
+    def close(self) -> None:
+        """End the server."""
+        self.ready = False
+        self.control.close()
+        self.forked.wait(20)
+
+
+_servers: list[TestForkServer] = []
+"""That of this process, once something was forked, and the one with vLLM, once a module needed it."""
+
+
+def shared_server() -> TestForkServer:
+    """Return the server of this process, which the first call starts."""
+    if _servers and _servers[0].process.poll() is not None:
+        close_shared_servers()
+    if not _servers:
+        _servers.append(TestForkServer())
+    _servers[0].wait()
+    return _servers[0]
+
+
+def shared_vllm_server() -> TestForkServer:
+    """Return the server with vLLM, which the first call starts."""
+    server = shared_server()
+    if len(_servers) < 2:
+        _servers.append(VllmForkServer(server))
+    _servers[1].wait()
+    return _servers[1]
+
+
+def close_shared_servers() -> None:
+    """End them and their forks."""
+    while _servers:
+        _servers.pop().close()
+
+
+def start_module(
+    module: str, arguments: Sequence[str], output: Path, *, vllm: bool = False, **variables: str
+) -> StageProcess:
+    """Start ``python -m module arguments``, whose output goes to the file ``output``.
+
+    ``variables`` are those of its environment that are not this process's. The libraries, with ``vllm`` also that, are
+    imported already when they are set.
+    """
+    if ForkServer.is_possible() and shared_server().wait():
+        server = shared_vllm_server() if vllm else shared_server()
+        return server.fork_module([module, *arguments], variables, output)
+    command = [sys.executable, "-m", module, *arguments]
+    with output.open("ab") as log:
+        return subprocess.Popen(command, env=stage_environment() | variables, stdout=log, stderr=subprocess.STDOUT)
+
+
+def main(descriptor: int, runner: int, threads: int, modules: Sequence[str]) -> int:
+    """Serve until the test process closes its end; in a fork, run the stage or the module."""
+    die_with_parent(runner)
+    control = socket.socket(fileno=descriptor)
+    return serve(control) if fork_server.preload(threads, modules) else 0
+
+
+def serve(control: socket.socket) -> int:
+    """Fork what is asked for at the other end; return the exit code of this server, or of the fork."""
+    with control:
+        control.sendall(fork_server.READY)
+        folder = fork_server.serve(control)
+    if folder is None:
+        return 0
+    # As the interpreter would have found it.
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
+    command = os.environ.pop(COMMAND, None)
+    if command is not None:
+        module, *arguments = json.loads(command)
+        if module == SERVER:
+            return serve_with_vllm(arguments[0])
+        sys.argv[1:] = arguments
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return 0
+    import torch
+
+    worker.set_threads(int(os.environ.pop(THREADS)) or None)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    return fork_server.run_stage(folder)
+
+
+def serve_with_vllm(address: str) -> int:
+    """Import vLLM, with what it imports only when an engine is opened, and serve whoever listens at ``address``."""
+    from align.inference.vllm import why_unusable
+
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control.connect(address)
+    assert why_unusable() is None
+    for module in VLLM:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    return serve(control)
+
+
+if __name__ == "__main__":
+    numbers, modules = sys.argv[1:4], sys.argv[4:]
+    sys.exit(main(int(numbers[0]), int(numbers[1]), int(numbers[2]), modules))
