@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,18 @@ from align.config.runtime import Runtime
 from align.config.vllm_servers import RolloutsConfig
 from align.errors import UserError
 from align.inference.engine import open_engine
+from tests.support.fork_server import start_module
 from tests.support.inference.fake_server import FakeServer, info
 from tests.support.inference.server_harness import open_at
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_the_way_of_weights(tiny_model: Path) -> None:
+def test_the_way_of_weights(tiny_model: Path, tmp_path: Path) -> None:
     """Every check of ``nccl_checks.py``; its output names the one that failed."""
-    command = [sys.executable, "-m", "tests.support.inference.nccl_checks", str(tiny_model)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert "all checks passed" in done.stdout
+    log = tmp_path / "log.txt"
+    process = start_module("tests.support.inference.nccl_checks", [str(tiny_model)], log, vllm=True)
+    assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
+    assert "all checks passed" in log.read_text()
 
 
 def test_a_trainer_without_cuda_is_refused(tiny_model: Path, fake: FakeServer) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.fork_server import start_module
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
-CHECKS = Path(__file__).parents[1] / "support" / "inference" / "vllm_checks.py"
 
-
-def test_engine(tiny_model: Path) -> None:
+def test_engine(tiny_model: Path, tmp_path: Path) -> None:
     """Every check of ``vllm_checks.py`` and ``vllm_session_checks.py``; its output names the one that failed."""
-    done = subprocess.run([sys.executable, str(CHECKS), str(tiny_model)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert "all checks passed" in done.stdout
+    log = tmp_path / "log.txt"
+    process = start_module("tests.support.inference.vllm_checks", [str(tiny_model)], log, vllm=True)
+    assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
+    assert "all checks passed" in log.read_text()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,9 @@ from align.inference.engine import open_engine
 from align.inference.vllm_adapters import why_unsupported
 from align.models.loading import load_policy
 from align.models.render import render_prompt
+from tests.support.fork_server import start_module
 from tests.support.models.tuning.confident_model import confident_copy, saved
 
-CHECKS = Path(__file__).parents[1] / "support" / "inference" / "vllm_adapter_checks.py"
 HAS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 SEQUENTIAL = AdaptersTuning(position="sequential", size=8)
 
@@ -30,31 +27,14 @@ SEQUENTIAL = AdaptersTuning(position="sequential", size=8)
 def test_stored_adapters_run_in_vllm(tiny_model: Path, tmp_path: Path) -> None:
     """Prefix, sequential bottleneck and LLaMA-Adapter; the output names the check that failed."""
     base = confident_copy(tiny_model, tmp_path / "base")
-    _passes([str(CHECKS), str(base)])
+    _passes(tmp_path, str(base))
 
 
-def _passes(arguments: list[str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert "all checks passed" in done.stdout
-
-
-FOLDED = """
-import sys
-from pathlib import Path
-from typing import Any
-from align.models.loading import load_policy
-from align.inference.engine import open_engine
-from align.config.runtime import EngineConfig, Runtime
-from tests.support.inference.vllm_adapter_checks import difference
-folder = Path(sys.argv[1])
-runtime = Runtime(engine=EngineConfig(name="vllm", cpu_kv_cache_gb=0.1))
-engine = open_engine(folder, runtime, precision="float32", max_length=128, seed=7, warn=print)
-found = difference(engine, load_policy(folder))
-assert found < 1e-3, found
-print("all checks passed")
-"""
+def _passes(tmp_path: Path, *arguments: str) -> None:
+    log = tmp_path / "log.txt"
+    process = start_module("tests.support.inference.vllm_adapter_checks", arguments, log, vllm=True)
+    assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
+    assert "all checks passed" in log.read_text()
 
 
 @HAS_VLLM
@@ -66,7 +46,7 @@ print("all checks passed")
 )
 def test_folded_checkpoints_are_plain_to_vllm(tuning: TuningBase, tiny_model: Path, tmp_path: Path) -> None:
     folder = saved(confident_copy(tiny_model, tmp_path / "base"), tuning, tmp_path / "out" / "model")
-    _passes(["-c", FOLDED, str(folder)])
+    _passes(tmp_path, str(folder), "folded")
 
 
 def test_the_transformers_engine_runs_a_stored_adapter(tiny_model: Path, tmp_path: Path) -> None:

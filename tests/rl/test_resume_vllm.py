@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.support.fork_server import start_module
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -25,9 +25,11 @@ def live(tiny_model: Path, tiny_reward: Path, folder: Path, updates: int, points
     """Folders of the uninterrupted run and of the one with a life for each point."""
     uninterrupted, killed = folder / "whole", folder / "killed"
     plan = json.dumps([[str(uninterrupted), updates, []], [str(killed), updates, points]])
-    command = [sys.executable, "-m", "tests.support.rl.vllm_killed_run", str(tiny_model), str(tiny_reward), plan]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    log = folder / "log.txt"
+    process = start_module(
+        "tests.support.rl.vllm_killed_run", [str(tiny_model), str(tiny_reward), plan], log, vllm=True
+    )
+    assert process.wait() == 0, log.read_text()[-4000:]
     return uninterrupted, killed
 
 

@@ -227,7 +227,9 @@ def stand_in(server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
         (folder / "__init__.py").touch()
-    (package / "api_server.py").write_text("import sys; from tests.support.inference.stand_in import main; main(sys.argv)")
+    (package / "api_server.py").write_text(
+        "import sys; from tests.support.inference.stand_in import main; main(sys.argv)"
+    )
     monkeypatch.setenv("ALIGN_TEST_MODEL", f"{server.address} {os.environ['ALIGN_SERVER_KEY']}")
     path = [str(tmp_path / "shadow"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))

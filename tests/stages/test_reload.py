@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+import select
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,11 +19,10 @@ from align.config.peft_options import peft_types
 from align.models.loading import load_tokenizer
 from align.models.tiny import make_tiny
 from align.models.tuning.apply import save_tuned
+from tests.support.fork_server import start_module
 from tests.support.models.tuning.tuning_cases import CASES, FEW, peft_case, push, tuning_of, wrapped
-from tests.support.stages import vllm_reader
 from tests.support.stages.trained_checkpoints import IDS, POLICIES, REWARDS, BaseModels, run
 
-READER = Path(vllm_reader.__file__)
 HAS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 QUICK = ("pretrain", "sft-packed", "distill", "merge", "reward")
 """Those that no other test of the short run reads back."""
@@ -57,27 +57,33 @@ def checkpoint(base_models: BaseModels, tmp_path_factory: pytest.TempPathFactory
 
 def reading(kind: str, folder: Path, log: Path) -> Iterator[Read]:
     """An engine in a process of its own, which a process can have one of; it swaps weights."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(READER), kind, str(folder)], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-        )  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
+    questions, answers = (log.parent / name for name in ("questions", "answers"))
+    for pipe in (questions, answers):
+        os.mkfifo(pipe)
+    arguments = [kind, str(folder), str(questions), str(answers)]
+    process = start_module("tests.support.stages.vllm_reader", arguments, log, vllm=True)
+
+    def ends() -> str:
+        """Wait for its end, and return its last words."""
+        process.wait(20)
+        return log.read_text()[-4000:]
+
+    # Opened to be written as well, so that nobody waits here for a reader that has failed.
+    with os.fdopen(os.open(questions, os.O_RDWR), "w") as asked, os.fdopen(os.open(answers, os.O_RDWR), "r") as told:
 
         def read(checkpoint: Path) -> dict[str, float]:
-            process.stdin.write(f"{checkpoint}\n")
-            process.stdin.flush()
-            for line in process.stdout:
-                if line.startswith(vllm_reader.ANSWER):
-                    return json.loads(line.removeprefix(vllm_reader.ANSWER))
-            raise AssertionError(f"vLLM read no checkpoint at {checkpoint}:\n{log.read_text()[-4000:]}")
+            asked.write(f"{checkpoint}\n")
+            asked.flush()
+            while not select.select([told], [], [], 1)[0]:
+                assert process.poll() is None, f"vLLM read no checkpoint at {checkpoint}:\n{ends()}"
+            return json.loads(told.readline())
 
         try:
             yield read
         finally:
-            process.kill()
-            process.communicate()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait(20)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""Stored adapters in vLLM, all in one engine: ``python vllm_adapter_checks.py TINY_MODEL``."""
+"""Adapters in vLLM: ``python -m tests.support.inference.vllm_adapter_checks FOLDER [folded]``.
+
+Stored adapters of the model in FOLDER, all in one engine; or the checkpoint in FOLDER, into which one was folded.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,15 @@ def difference(engine: VllmEngine, model: Any) -> float:
     return float(max((ours - theirs).abs().max(), (ours - again).abs().max()))
 
 
-def main(tiny: Path, root: Path) -> None:
+def folded(checkpoint: Path) -> None:
+    runtime = Runtime(engine=EngineConfig(name="vllm", cpu_kv_cache_gb=0.1))
+    engine = open_engine(checkpoint, runtime, precision="float32", max_length=128, seed=7, warn=print)
+    actual = difference(engine, load_policy(checkpoint))
+    assert actual < 1e-3, actual
+    print("all checks passed")
+
+
+def stored(tiny: Path, root: Path) -> None:
     prefix = PrefixTuning(tokens=4)
     checkpoint = saved(tiny, prefix, root / "prefix" / "model")
     base = root / "base"  # with room for the prefix's tokens, so that one engine takes all
@@ -59,12 +70,12 @@ def main(tiny: Path, root: Path) -> None:
     assert difference(engine, load_policy(checkpoint)) > 0.1
 
     for name, tuning in OTHERS.items():
-        stored = saved(base, tuning, root / name / "model")
+        other = saved(base, tuning, root / name / "model")
         engine.adapter.remove()
-        engine.adapter = Adapter(engine.runner.model, stored, torch.float32)
-        engine.names = weight_names(stored)
-        engine.load_weights(checkpoint_weights(stored))
-        actual = difference(engine, load_policy(stored))
+        engine.adapter = Adapter(engine.runner.model, other, torch.float32)
+        engine.names = weight_names(other)
+        engine.load_weights(checkpoint_weights(other))
+        actual = difference(engine, load_policy(other))
         assert actual < 1e-3, (name, actual)
         assert difference(engine, load_policy(base)) > 0.1, name
     engine.close()
@@ -72,5 +83,8 @@ def main(tiny: Path, root: Path) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        main(Path(sys.argv[1]), Path(folder))
+    if sys.argv[2:] == ["folded"]:
+        folded(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            stored(Path(sys.argv[1]), Path(folder))

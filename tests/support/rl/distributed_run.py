@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from align.inference.protocol import Response
 from align.models.loading import load_policy, load_tokenizer
 from align.models.processes import leave
 from align.rl import PPOConfig, PPOTrainer
+from tests.support.fork_server import start_module
 from tests.support.rl.gradients import TEXTS
 
 
@@ -55,15 +55,14 @@ def launch(module: str, processes: int, model_dir: Path, out: Path, *words: str)
         port = free.getsockname()[1]
     running = []
     for rank in range(processes):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if processes > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", module, str(model_dir), str(out), *words]
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    for process in running:
-        output, _ = process.communicate(timeout=280)
-        assert process.returncode == 0, output[-3000:]
+            variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        log = out.parent / f"{rank}.log"
+        running.append((start_module(module, [str(model_dir), str(out), *words], log, **variables), log))
+    for process, log in running:
+        assert process.wait(timeout=280) == 0, log.read_text()[-3000:]
     return torch.load(out, weights_only=True)
 
 

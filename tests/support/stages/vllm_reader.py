@@ -1,7 +1,8 @@
-"""One vLLM engine that reads checkpoint after checkpoint: ``python vllm_reader.py policy|reward FOLDER``.
+"""One vLLM engine that reads checkpoint after checkpoint.
 
-Answers every folder that comes as a line by a line that begins with ``ANSWER`` and says in JSON how far vLLM is from
-transformers. The engine opens on ``FOLDER``. A reward model is read as its users would, by vLLM's own ``LLM``.
+``python -m tests.support.stages.vllm_reader policy|reward FOLDER QUESTIONS ANSWERS`` answers every folder that comes as
+a line of the pipe ``QUESTIONS`` by a line which says in JSON how far vLLM is from transformers. The engine opens on
+``FOLDER``. A reward model is read as its users would, by vLLM's own ``LLM``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from align.models.loading import load_policy
 from align.models.reward import RewardModel
 from tests.support.inference.vllm_adapter_checks import difference
 
-ANSWER = "checkpoint read: "
 HALF = 2
 """A place in a row where a process model could have a step's mark."""
 ROWS = [[1, 30 + i, 31, 32 + i] + [40 + i] * (3 * i) + [2] for i in range(6)]
@@ -72,11 +72,12 @@ def largest(result: list[float], expected: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(result, expected, strict=True))
 
 
-def main(kind: str, folder: Path) -> None:
+def main(kind: str, folder: Path, questions: Path, answers: Path) -> None:
     reader = Policies(folder) if kind == "policy" else Rewards(folder)
-    for line in sys.stdin:
-        print(ANSWER + json.dumps(reader.read(Path(line.strip()))), flush=True)
+    with questions.open() as asked, answers.open("w") as told:
+        for line in asked:
+            print(json.dumps(reader.read(Path(line.strip()))), file=told, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], *map(Path, sys.argv[2:]))
