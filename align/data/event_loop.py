@@ -13,6 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+_starting = threading.Lock()
+"""Held by who looks for the loop: threads that begin at the same time would start one each."""
+
 
 def wait_for(awaitable: Awaitable[Any]) -> Any:
     """Return the result of an awaitable, which runs in the process's loop; its exception is raised here."""
@@ -25,7 +28,9 @@ def start(awaitable: Awaitable[Any]) -> Future[Any]:
     async def run() -> Any:
         return await awaitable
 
-    return asyncio.run_coroutine_threadsafe(run(), _loop(os.getpid()))
+    with _starting:
+        loop = _loop(os.getpid())
+    return asyncio.run_coroutine_threadsafe(run(), loop)
 
 
 async def gather_bounded(calls: Sequence[Callable[[], Awaitable[Any]]], concurrency: int) -> list[Any]:

@@ -1,9 +1,11 @@
 """Scores of several reward models and functions, worked by hand."""
 
 import asyncio
+import time
 
 import pytest
 
+from align.data import event_loop
 from align.data.scoring import FunctionScorer
 from align.data.weighted_scores import Ensemble, Part, WeightedSum, combine
 from align.errors import UserError
@@ -64,3 +66,23 @@ def test_rewards_that_wait_do_so_at_the_same_time():
 
     both = WeightedSum((Part("a", 1.0, FunctionScorer("a", meet)), Part("b", 2.0, FunctionScorer("b", meet))))
     assert both.score([{"id": "1"}], ["a"]) == [3.0]
+
+
+def test_rewards_that_begin_at_the_same_time_share_one_loop(monkeypatch):
+    """As the first of their process: a loop that takes its time to start must not have the other start one, too."""
+    start = asyncio.new_event_loop
+
+    def start_slowly():
+        time.sleep(0.2)
+        return start()
+
+    async def loop_of(rows, texts):
+        loops.append(asyncio.get_running_loop())
+        return [1.0 for _ in texts]
+
+    loops = []
+    event_loop._loop.cache_clear()
+    monkeypatch.setattr(asyncio, "new_event_loop", start_slowly)
+    both = WeightedSum((Part("a", 1.0, FunctionScorer("a", loop_of)), Part("b", 2.0, FunctionScorer("b", loop_of))))
+    both.score([{"id": "1"}], ["a"])
+    assert len(loops) == 2 and loops[0] is loops[1]
