@@ -20,7 +20,7 @@ def test_it_learns_a_reward_that_is_known(make_trainer, tuning, seed):
     LoRA cannot touch the tiny model's head, whose short rows bound a logit near 6: at temperature 1 the best byte would
     have a probability of about 0.5, at 0.5 nearly 1.
     """
-    entries = history(make_trainer(tuning=tuning, updates=30, kl_coef=0.0, seed=seed, **SETTINGS))
+    entries = history(make_trainer(tuning=tuning, updates=20, kl_coef=0.0, seed=seed, **SETTINGS))
     scores = [entry["score"] for entry in entries]
     assert scores[0] < 0.1
     assert min(scores[-3:]) > 0.9, scores
@@ -37,7 +37,7 @@ def test_the_critic_matters(make_trainer, seed):
     learned = {}
     for name, rate in (("on", 5e-3), ("off", 1e-30)):
         trainer = make_trainer(
-            rows=LETTERS, scorer=by_prompt, gold=share_of_vowels, updates=30, kl_coef=0.0, seed=seed,
+            rows=LETTERS, scorer=by_prompt, gold=share_of_vowels, updates=24, kl_coef=0.0, seed=seed,
             critic_learning_rate=rate, **SETTINGS,
         )  # fmt: skip
         entries = history(trainer)
@@ -57,7 +57,7 @@ def test_the_kl_penalty_matters(make_trainer, seed):
     last = []
     for kl_coef in (0.0, 0.05):
         trainer = make_trainer(
-            scorer=share_of_lower_case, updates=20, kl_coef=kl_coef, seed=seed,
+            scorer=share_of_lower_case, updates=16, kl_coef=kl_coef, seed=seed,
             **(SETTINGS | {"learning_rate": 2e-3, "temperature": 1.0}),
         )  # fmt: skip
         last.append(history(trainer)[-1])
