@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from align.cli.lineage import find_scorecard, lineage, pipeline_of
 from align.cli.main import main
 from align.errors import StageFailed
+from align.export import verify_worker
 from align.export.push import prepare, push
 from align.models.loading import load_reward
 from tests.support.cli.example_store import LICENSES, ExampleStore, add_scorecard, make_store
 from tests.support.data.hub import CACHED, TOKEN, Hub, hub, online, operations
+from tests.support.fork_server import Forking
 from tests.support.report.example_card import full_card
 
 __all__ = ["hub", "online"]  # fixtures
@@ -53,10 +55,10 @@ def checked(
     example = make_store(root, tiny_model, trained, tiny_reward, LICENSES)
     add_scorecard(example, full_card() | {"settings": {"checkpoints": {"sft": example.sft.key}}})
     word = str(example.sft.path / "adapter")
-    assert (
-        main(["export", word, "--output", str(root / "out"), "--dtype", "bfloat16", "--store", str(example.store.root)])
-        == 0
-    )
+    options = ["--output", str(root / "out"), "--dtype", "bfloat16", "--store", str(example.store.root)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_worker, "subprocess", Forking(vllm=True))
+        assert main(["export", word, *options]) == 0
     return root / "out", example
 
 

@@ -11,12 +11,14 @@ import json
 import os
 import runpy
 import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from align.pipeline.stop_signal import die_with_parent
 from align.runner import fork_server, worker
@@ -71,11 +73,12 @@ class TestForkServer(ForkServer):
         """Fork the process of the stage in ``folder``."""
         return super().fork(folder, {**environment, THREADS: str(self.wanted or 0)}, log)
 
-    def fork_module(self, command: Sequence[str], variables: Mapping[str, str], output: Path) -> ForkedProcess:
-        """Fork the process of a module with its arguments; see ``start_module``."""
-        environment = stage_environment() | variables | {COMMAND: json.dumps(list(command))}
-        with output.open("ab") as log:
-            forked = super().fork("", environment, log.fileno())
+    def fork_module(
+        self, command: Sequence[str], environment: Mapping[str, str], output: int, folder: Path | None = None
+    ) -> ForkedProcess:
+        """Fork the process of a module with its arguments, in another folder than this one where that is given."""
+        order = json.dumps([str(folder or ""), *command])
+        forked = super().fork("", {**environment, COMMAND: order}, output)
         assert forked is not None, "the fork server has ended"
         return forked
 
@@ -89,7 +92,8 @@ class VllmForkServer(TestForkServer):
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(f"{folder}/socket")
             listener.listen()
-            self.forked = server.fork_module([SERVER, f"{folder}/socket"], {}, Path(os.devnull))
+            with open(os.devnull, "wb") as nowhere:
+                self.forked = server.fork_module([SERVER, f"{folder}/socket"], self.environment, nowhere.fileno())
             self.control, _ = listener.accept()
 
     def close(self) -> None:
@@ -136,12 +140,52 @@ def start_module(
     ``variables`` are those of its environment that are not this process's. The libraries, with ``vllm`` also that, are
     imported already when they are set.
     """
-    if ForkServer.is_possible() and shared_server().wait():
-        server = shared_vllm_server() if vllm else shared_server()
-        return server.fork_module([module, *arguments], variables, output)
-    command = [sys.executable, "-m", module, *arguments]
+    environment = stage_environment() | variables
     with output.open("ab") as log:
-        return subprocess.Popen(command, env=stage_environment() | variables, stdout=log, stderr=subprocess.STDOUT)
+        if ForkServer.is_possible() and shared_server().wait():
+            server = shared_vllm_server() if vllm else shared_server()
+            return server.fork_module([module, *arguments], environment, log.fileno())
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+class Forked:
+    """A forked module as ``subprocess.Popen`` shows it."""
+
+    def __init__(self, process: ForkedProcess) -> None:
+        self.pid, self.poll, self.wait, self.process = process.pid, process.poll, process.wait, process
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.returncode
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+class Forking:
+    """Stands in for ``subprocess`` in a module of align's that starts ``python -m MODULE``, which is forked here."""
+
+    DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
+
+    def __init__(self, vllm: bool = False) -> None:
+        self.vllm = vllm
+
+    def Popen(self, command: list[str], stdout: IO[bytes], **options: Any) -> Any:
+        """Start the module of ``command``, which the interpreter starts where nothing can be forked."""
+        if not ForkServer.is_possible() or not shared_server().wait():
+            return subprocess.Popen(command, stdout=stdout, **options)
+        server = shared_vllm_server() if self.vllm else shared_server()
+        environment = options.get("env") or os.environ
+        assert command[:2] == [sys.executable, "-m"]
+        return Forked(server.fork_module(command[2:], environment, stdout.fileno(), options.get("cwd")))
+
+    def run(self, command: list[str], stdout: IO[bytes], check: bool, **options: Any) -> Any:
+        """Run the module of ``command`` to its end."""
+        process = self.Popen(command, stdout, **options)
+        process.wait()
+        assert not check
+        return process
 
 
 def main(descriptor: int, runner: int, threads: int, modules: Sequence[str]) -> int:
@@ -162,11 +206,21 @@ def serve(control: socket.socket) -> int:
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     command = os.environ.pop(COMMAND, None)
     if command is not None:
-        module, *arguments = json.loads(command)
+        folder, module, *arguments = json.loads(command)
         if module == SERVER:
             return serve_with_vllm(arguments[0])
+        if folder:
+            os.chdir(folder)
+            sys.path.insert(0, folder)
         sys.argv[1:] = arguments
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        # It ends as a stage's process does: taking down the interpreter would copy all memory that the server shares.
+        worker._exit_codes.append(1)
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit:
+            worker._exit_codes.clear()
+            raise
+        worker._exit_codes.append(0)
         return 0
     import torch
 
