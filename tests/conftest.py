@@ -76,20 +76,21 @@ def frozen_imports() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server() -> Iterator[None]:
-    """Fork stages that load models from one server of this test process, in every run that has one.
+    """Fork stages from a server of this test process: those of runs in which one loads a model, and those of others.
 
     It starts with the first such run and the environment that the tests began with. A stage whose environment a test
     has changed is started by the interpreter.
     """
     from align.runner import runner
     from align.runner.stage_process import ForkServer, this_thread
-    from tests.support.fork_server import close_shared_servers, shared_server
+    from tests.support.fork_server import close_shared_servers, server_without_torch, shared_server
 
     def use_server(pipeline: Any, nodes: list[Any]) -> contextlib.nullcontext[None]:
         # Linux ends a server with the thread that has started it.
         is_possible = ForkServer.is_possible() and threading.current_thread() is threading.main_thread()
-        if is_possible and any(node.stage.estimator is not None for node in nodes):
-            this_thread.server = shared_server()
+        if is_possible:
+            loads_models = any(node.stage.estimator is not None for node in nodes)
+            this_thread.server = shared_server() if loads_models else server_without_torch()
         return contextlib.nullcontext()
 
     with pytest.MonkeyPatch.context() as patch:

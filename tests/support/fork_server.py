@@ -5,6 +5,7 @@ The libraries take some 8 s of CPU to import, which every process that a test st
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -22,12 +23,14 @@ from typing import IO, Any
 
 from align.pipeline.stop_signal import die_with_parent
 from align.runner import fork_server, worker
-from align.runner.stage_process import PASSED_ON, ForkedProcess, ForkServer, StageProcess, stage_environment
+from align.runner.stage_process import PASSED_ON, PRELOADED, ForkedProcess, ForkServer, StageProcess, stage_environment
 
 THREADS, COMMAND = "ALIGN_TEST_THREADS", "ALIGN_TEST_COMMAND"
 """Variables of a fork: the threads of a stage, and the module that runs in place of one, with its arguments."""
 SERVER = "a server with vLLM"
 """What stands for the module of such a server."""
+TORCH_FREE = ("align.runner.worker", "align.checks.stage")
+"""Modules of every stage's process, the preparation of models left out."""
 VLLM = (
     "vllm.entrypoints.llm",
     "vllm.v1.engine.llm_engine",
@@ -51,8 +54,8 @@ class TestForkServer(ForkServer):
     module = "tests.support.fork_server"
     passed_on = (*PASSED_ON, "PYTHONPATH")
 
-    def __init__(self) -> None:
-        super().__init__(ENVIRONMENT, 1)
+    def __init__(self, modules: Sequence[str] = PRELOADED) -> None:
+        super().__init__(ENVIRONMENT, 1, modules)
         self.wanted: int | None = None
 
     def wait(self) -> bool:
@@ -126,10 +129,21 @@ def shared_vllm_server() -> TestForkServer:
     return _servers[1]
 
 
+@functools.cache
+def server_without_torch() -> TestForkServer:
+    """Return the server of stages that load no model, which the first call starts."""
+    server = TestForkServer(TORCH_FREE)
+    server.wait()
+    return server
+
+
 def close_shared_servers() -> None:
     """End them and their forks."""
     while _servers:
         _servers.pop().close()
+    if server_without_torch.cache_info().currsize:
+        server_without_torch().close()
+        server_without_torch.cache_clear()
 
 
 def start_module(
@@ -222,10 +236,9 @@ def serve(control: socket.socket) -> int:
             raise
         worker._exit_codes.append(0)
         return 0
-    import torch
-
     worker.set_threads(int(os.environ.pop(THREADS)) or None)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     return fork_server.run_stage(folder)
 
 
