@@ -192,6 +192,18 @@ def test_stages_that_generate_are_planned_and_paid_for(plan: Any, evaluated: Non
     assert f"all of these stages, but for what is not counted: {low:,.2f} - {high:,.2f} dollars" in text
 
 
+def test_episodes_are_counted_at_their_longest(plan: Any, evaluated: None, tmp_path: Path) -> None:
+    environment = "{class: tests.support.environments.buttons:Buttons, max_tokens: 100}"
+    task = f"{{files: [{tmp_path}/none.jsonl], samples: 3, temperature: 1.0, max_items: 10, environment: {environment}}}"
+    override = ["--set", f"stages.judged.tasks={{environment: {task}}}", "--rows", "200", "--json"]
+    code, out, err = plan(MISTRAL, "--hardware", "8xh100", *override)
+    assert code == 0, err
+    judged = stages(out)["judged"]
+    # best of four plays no episodes: three checkpoints play 10 rows three times
+    assert judged["options"][0]["time"]["sampled"] == 7 * 50 * 64 + 3 * 10 * 3 * 100
+    assert any("environment: the time of the environment and its tools is not counted" in n for n in judged["notes"])
+
+
 def test_a_stage_whose_engine_does_not_fit_is_refused_with_remedies_that_hold(plan: Any) -> None:
     code, out, err = plan(MISTRAL, "--hardware", "1xa100-40", "--json")
     line = next(line for line in err.splitlines() if "stages.sample fits on a100-40 in no way" in line)

@@ -17,6 +17,7 @@ from align.config.batch_sizes import READ_TOKENS
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
 from align.config.stages.evaluation_tasks import (
+    EnvironmentTaskConfig,
     JudgedConfig,
     LmEvalConfig,
     MultipleChoiceConfig,
@@ -94,11 +95,22 @@ class _Evaluation:
                 self.scoring.append(self._reading(reader, answers, length, config.max_tokens))
 
     def _add_answers(
-        self, prompts: int | None, samples: int, prompt_tokens: int, response_tokens: int, top_p: float = 1.0
+        self,
+        prompts: int | None,
+        samples: int,
+        prompt_tokens: int,
+        response_tokens: int,
+        top_p: float = 1.0,
+        *,
+        best_of: bool = True,
     ) -> None:
-        """Add every system's answers; a reward model scores those of a best of N. ``prompts`` is None if unknown."""
-        for _, checkpoint, best_of in self.systems:
-            sequences = None if prompts is None else prompts * samples * best_of
+        """Add every system's answers; a reward model scores those of a best of N. ``prompts`` is None if unknown.
+
+        Without ``best_of`` the best-of-N systems take no part.
+        """
+        systems = self.systems if best_of else [system for system in self.systems if system[2] == 1]
+        for _, checkpoint, answers in systems:
+            sequences = None if prompts is None else prompts * samples * answers
             load = SamplingLoad(
                 name=checkpoint,
                 model=self.policies[checkpoint],
@@ -111,7 +123,7 @@ class _Evaluation:
                 needs_transformers=self.mixes_architectures,
             )
             self.sampling.append(load)
-            if best_of > 1:
+            if answers > 1:
                 reward = self.models["reward"][0]
                 self.scoring.append(_scoring("reward", reward, sequences, load.length))
 
@@ -140,8 +152,21 @@ class _Evaluation:
             for field in ("reward", "second_reward"):
                 self._add_reward(field, None, config.max_context)
             self._leave_out(f"{name}: {UNKNOWN_LENGTH}")
+        elif isinstance(task, EnvironmentTaskConfig):
+            self._add_episodes(name, task)
         else:
             self._add_answered_task(name, task)
+
+    def _add_episodes(self, name: str, task: EnvironmentTaskConfig) -> None:
+        """Add every system's episodes, each as one answer of ``max_tokens``; best-of-N systems play none."""
+        rows = task.max_items if task.rows is not None else _count_items(name, task)[0]
+        if rows is None:
+            self._leave_out(f"{name}: its memory is counted, not its time: the number of its rows is not known.")
+        else:
+            self.task_sizes.append(rows)
+        self._leave_out(f"{name}: the time of the environment and its tools is not counted.")
+        tokens = task.environment.max_tokens
+        self._add_answers(rows, task.samples, max(1, self.config.max_context - tokens), tokens, best_of=False)
 
     def _leave_out(self, note: str) -> None:
         """Note something that is not counted."""
