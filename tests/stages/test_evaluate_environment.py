@@ -300,6 +300,7 @@ def test_rows_name_one_of_the_stages_own() -> None:
     renamed = EvaluateConfig.rename_stages(
         {"rows": ["data"], "tasks": {"buttons": task, "arc": {"shots": 2}}}, str.upper
     )
+    assert renamed["rows"] == ["data"]  # an input, which the loop renames itself
     assert renamed["tasks"]["buttons"]["rows"] == "DATE" and renamed["tasks"]["arc"] == {"shots": 2}
 
 
