@@ -21,7 +21,8 @@ Method = Literal["reset", "call", "step", "score"]
 class Turns(Protocol):
     """The part of ``TurnTemplate`` that an episode needs."""
 
-    eos: int
+    @property
+    def eos(self) -> int: ...
 
     def prompt(self, messages: list[Message]) -> list[int]: ...
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from align.capacity.inference import UNKNOWN_CALL, Inference, Rows, SamplingLoad, ScoringLoad, reward_scoring
 from align.config.batch_sizes import READ_TOKENS
+from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
 from align.config.stages.evaluation_tasks import (
-    EnvironmentTaskConfig,
     JudgedConfig,
     LmEvalConfig,
     MultipleChoiceConfig,

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from align.config.stages import evaluation_tasks as configs
+from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluation_fields import TaskConfig
 from align.evaluation.tasks.base import Task, TaskInputs
 
@@ -82,7 +83,7 @@ TASKS: dict[type[TaskConfig], Callable[[], ModuleType]] = {
     configs.Gsm8kConfig: _gsm8k,
     configs.MultipleChoiceConfig: _multiple_choice,
     configs.XstestConfig: _xstest,
-    configs.EnvironmentTaskConfig: _environment,
+    EnvironmentTaskConfig: _environment,
     configs.JudgedConfig: _judged,
     configs.PreferenceConfig: _preference,
     configs.PerplexityConfig: _perplexity,
@@ -95,7 +96,7 @@ The module has ``build(name, config, inputs)``, which reads the items. It is cal
 raises ``UserError`` for data that does not fit.
 """
 OWN_IDENTITIES = (
-    configs.EnvironmentTaskConfig,
+    EnvironmentTaskConfig,
     configs.JudgedConfig,
     configs.PerplexityConfig,
     configs.LmEvalConfig,
