@@ -44,6 +44,13 @@ LIBRARY = "datasets"
 """What the servers of these tests import; a stage's record says that it was there."""
 
 
+@pytest.fixture(autouse=True)
+def without_the_tests_own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs start their servers themselves, if they do (tests/conftest.py)."""
+    monkeypatch.setattr(runner, "_forked_stages", FORKED_STAGES)
+    monkeypatch.setattr(this_thread, "server", None)
+
+
 def start_server() -> ForkServer:
     """Start a server, and wait until it is ready."""
     server = ForkServer(stage_environment(), None, [LIBRARY])
@@ -281,8 +288,6 @@ def test_only_runs_with_several_stages_that_load_models_have_a_server(
     def refuse(threads: int | None) -> None:
         raise Stop(threads)
 
-    # The test process keeps a server of its own otherwise (tests/conftest.py).
-    monkeypatch.setattr(runner, "_forked_stages", FORKED_STAGES)
     monkeypatch.setattr(runner, "forked_stages", refuse)
     run_pipeline(Pipeline(toy.pipeline()), store=tmp_path / "toy")
     smoke = Pipeline.load("pipelines/smoke.yaml")
