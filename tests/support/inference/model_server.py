@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from align.inference.protocol import Sampling
+from align.inference.protocol import TurnRequest
 from align.inference.transformers import TransformersEngine
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import FakeServer
@@ -67,8 +67,8 @@ class ModelServer(FakeServer):
             return self._sample(body["request"])
 
     def _sample(self, body: dict[str, Any]) -> Any:
-        sampling = Sampling(body["max_tokens"], temperature=body["temperature"], top_p=body["top_p"])
-        response = self.engine._decode([body["prompt"]], [body["seed"]], sampling)[0]
+        request = TurnRequest(0, body["prompt"], body["max_tokens"], body["seed"])
+        (response,) = self.engine.sample([request], body["temperature"], body["top_p"])
         choice = {
             "token_ids": response.token_ids,
             "prompt_token_ids": body["prompt"],
