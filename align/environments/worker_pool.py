@@ -98,6 +98,7 @@ class EnvironmentPool:
         """
         self.source = source
         self.tool_seconds = tool_seconds
+        """Limit of the calls that are submitted from now on."""
         self.timeouts = 0
         """Calls that were given up."""
         self.abandoned = 0
@@ -327,9 +328,7 @@ class EnvironmentPool:
                 log.warning("ending the environment of episode %d failed: %s", call.episode, error)
         call.result.seconds = time.monotonic() - call.started
         if call.method == "call":
-            call.result.set_exception(
-                ToolTimeout(f"{call.inputs[0]} did not answer within {self.tool_seconds:g} seconds.")
-            )
+            call.result.set_exception(ToolTimeout(f"{call.inputs[0]} did not answer within {call.limit:g} seconds."))
         elif call.method == "close":
             log.warning("closing the environment of episode %d took too long", call.episode)
             call.result.set_result(None)

@@ -118,12 +118,14 @@ def test_errors_are_told_and_come_back_as_they_were(opened: Open) -> None:
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 @pytest.mark.parametrize("name", ["Stuck", "SavedStuck"])
 def test_an_instance_comes_back_after_a_call_that_hangs(opened: Open, name: str, isolation: Any) -> None:
-    environment = opened(open_class(name), isolation=isolation, tool_seconds=1.0)
+    environment = opened(open_class(name), isolation=isolation)
     environment.reset()
     assert environment.call(0, 0, "add", {"number": 2}).result(20).text == "The count is 2."
+    environment._pool.tool_seconds = 0.3
     stuck = environment.call(1, 0, "hang", {})
+    environment._pool.tool_seconds = 20.0
     queued = environment.call(1, 1, "add", {"number": 4})
-    assert stuck.result(20) == CallResult("hang did not answer within 1 seconds.", "timeout", stuck.result().seconds)
+    assert stuck.result(20) == CallResult("hang did not answer within 0.3 seconds.", "timeout", stuck.result().seconds)
     # The call that hung is not repeated.
     assert queued.result(20).text == "The count is 6."
     assert environment.score([]).result(20).total == 1.0
