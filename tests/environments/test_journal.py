@@ -125,3 +125,14 @@ def test_what_follows_a_damaged_line_is_dropped(tmp_path: Path, changed: int) ->
     lines[1 + changed] = lines[1 + changed].replace(b"[1", b"[7")
     path.write_bytes(b"".join(lines))
     assert [entry["token_ids"] for _, entry in Journal(path).entries(0)] == [[10 + index] for index in range(changed)]
+
+
+def test_what_is_dropped_leaves_the_file_with_the_next_entry(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.put("turn", 0, 0, entry={"token_ids": list(range(100))})
+    header = path.read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    Journal(path).put("turn", 0, 0, entry={"token_ids": [7]})
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert lines[0] == header and len(lines) == 2 and b"[7]" in lines[1]
