@@ -24,8 +24,17 @@ def run(options: argparse.Namespace) -> int:
     from align.cli.checkpoints import find_all, find_reward, find_rows
     from align.cli.report import output_folder
     from align.cli.run_session import print_failed_gates, print_page, run_and_report, run_document
-    from align.cli.suite import REWARDS, ROWS, ComparedCheckpoints, choose_reference, load_suite, suite_pipeline
+    from align.cli.suite import (
+        NAMED_ROWS,
+        REWARDS,
+        ROWS,
+        ComparedCheckpoints,
+        choose_reference,
+        load_suite,
+        suite_pipeline,
+    )
     from align.runner.open_store import open_store
+    from align.store.artifacts import PROMPT_SOURCES
 
     folder = output_folder(options.output)
     suite = load_suite(options.suite, options.assignments)
@@ -43,6 +52,9 @@ def run(options: argparse.Namespace) -> int:
             inputs[name] = find_rows(f"--{name}", getattr(options, name), options.store, kinds)
         elif name in suite.rows:
             inputs[name] = find_rows(f"{options.suite}: {name}", suite.rows[name], options.store, kinds)
+    for name, word in suite.named_rows.items():
+        field = f"{NAMED_ROWS}.{name}"
+        inputs[field] = find_rows(f"{options.suite}: {field}", word, options.store, PROMPT_SOURCES)
     compared = ComparedCheckpoints(checkpoints, bases, reference)
     pipeline, evaluation = suite_pipeline(suite, compared, inputs, options.name, _print_note)
     try:

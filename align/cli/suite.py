@@ -1,7 +1,7 @@
 """A suite: the ``evaluate`` block of a pipeline, without the checkpoints that the command line supplies.
 
 A suite may also have ``name``, ``description``, ``seed`` and ``runtime``, as a pipeline has. Its ``prompts``, ``pairs``
-and ``heldout`` are recipes or builds, not stages.
+and ``heldout`` are recipes or builds, not stages; its ``rows`` are several by name.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ ROWS: dict[str, tuple[Kind, ...]] = {
 }
 """Inputs that are rows, with the kinds of artifacts that they may be."""
 KNOWN_FIELDS = [*PIPELINE_FIELDS, *(name for name in EvaluateConfig.model_fields if name not in INPUT_OPTIONS)]
+NAMED_ROWS = "rows"
+"""Field of rows by name, each of the kinds in ``PROMPT_SOURCES``; tasks name them."""
 REWARDS = ("reward", "second_reward")
 NAMED_BLOCKS = ("tasks", "baselines", "gates")
 """Blocks whose entries have names; a null takes an entry out."""
@@ -55,6 +57,8 @@ class Suite:
     top: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, str] = field(default_factory=dict)
     """Recipes or builds of ``prompts``, ``pairs`` and ``heldout``."""
+    named_rows: dict[str, str] = field(default_factory=dict)
+    """Recipes or builds of ``rows``, by the names under which tasks have them."""
 
     @property
     def name(self) -> str:
@@ -103,11 +107,23 @@ def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
             raw[name] = {key: value for key, value in raw[name].items() if value is not None}
     top = {name: unmark(raw.pop(name)) for name in PIPELINE_FIELDS if name in raw}
     rows = {name: raw.pop(name) for name in ROWS if raw.get(name) is not None}
-    for name, word in rows.items():
-        if not isinstance(word, str):
-            raise UserError(f"{path}: {name} is {word!r}; expected a recipe, a build's folder, or a key.")
-        rows[name] = settle_path(word, Path.cwd(), f"{path}: {name}", PathField(may_be_name=True))
-    return Suite(path, raw, top, rows)
+    named = raw.pop(NAMED_ROWS, None) or {}
+    if not isinstance(named, Mapping):
+        raise UserError(f"{path}: rows is {unmark(named)!r}; name each: `rows: {{sums: sums.yaml}}`.")
+    return Suite(
+        path,
+        raw,
+        top,
+        {name: _settle_rows(word, f"{path}: {name}") for name, word in rows.items()},
+        {str(name): _settle_rows(word, f"{path}: rows.{name}") for name, word in named.items()},
+    )
+
+
+def _settle_rows(word: Any, place: str) -> str:
+    """Return the recipe, folder or key that a word of the suite means."""
+    if not isinstance(word, str):
+        raise UserError(f"{place} is {word!r}; expected a recipe, a build's folder, or a key.")
+    return settle_path(word, Path.cwd(), place, PathField(may_be_name=True))
 
 
 def choose_reference(chosen: str | None, names: Sequence[str], bases: Sequence[str]) -> str:
@@ -132,8 +148,8 @@ def suite_pipeline(
 ) -> tuple[Pipeline, str]:
     """Return the suite's pipeline and the name of its ``evaluate`` stage.
 
-    ``inputs`` are the stages for ``prompts``, ``reward`` and so on; ``name`` is the run's, None for the suite's name.
-    Raises ``UserError`` with places in the suite's file.
+    ``inputs`` are the stages for ``prompts``, ``reward`` and so on, and under ``rows.sums`` for the rows ``sums``;
+    ``name`` is the run's, None for the suite's name. Raises ``UserError`` with places in the suite's file.
     """
     if name is not None and not re.fullmatch(NAME_PATTERN, name):
         raise UserError(f"--name {name}: letters, digits, - and _, beginning with a letter.")
@@ -141,9 +157,13 @@ def suite_pipeline(
     block = _resolve_aliases(suite.block, compared, warn)
     block |= {"policies": compared.names, "reference": compared.reference}
     for input_name, stage in inputs.items():
-        stage_name = unique_name(input_name, stages)
+        field_name, _, row_name = input_name.partition(".")
+        if row_name in stages:
+            raise UserError(f"{suite.where}: {input_name}: another input is called '{row_name}'; choose another name.")
+        # Tasks name rows, so these stages keep their names.
+        stage_name = row_name or unique_name(field_name, stages)
         stages[stage_name] = stage
-        block[input_name] = stage_name
+        block[field_name] = [*block.get(field_name, []), stage_name] if row_name else stage_name
     # Validate the block first, with the suite's file as its place: the pipeline would report other places.
     validate(EvaluateConfig, block, suite.where)
     evaluation = unique_name("evaluate", stages)

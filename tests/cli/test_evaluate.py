@@ -471,6 +471,62 @@ def test_a_prompt_set_and_functions_make_an_evaluation_in_five_lines(
     assert "my-sums" in Store(Path(chain.store)).runs()
 
 
+GAME = """
+class Echo:
+    def reset(self, row):
+        self.asked, self.said = row["prompt"][0]["content"], []
+        return self.asked
+
+    def step(self, message: str):
+        self.said.append(message)
+        return len(self.said) == 2 or "And again?"
+
+    def score(self):
+        return {"long": float(len(self.said[-1]) > 1), "asked": float(self.asked.endswith("and 1?"))}
+"""
+PLAYED = """\
+rows: {{sums: {folder}/sums.yaml}}
+tasks:
+  echo:
+    {{task: environment, rows: sums, success: asked, environment: {{class: "own_game:Echo", max_tokens: 40}}}}
+"""
+
+
+def test_a_suite_plays_the_rows_of_a_recipe_in_an_environment(
+    chain: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_game.py").write_text(GAME)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    records = [{"ask": f"{number} and 1?", "answer": number + 1} for number in range(3)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "sums.yaml").write_text(FIVE_LINES[1].format(folder=tmp_path))
+    (tmp_path / "game.yaml").write_text(PLAYED.format(folder=tmp_path))
+    words = ["--set", "runtime={engine: {name: transformers}, device: cpu}", "--set", "bootstrap=200"]
+    out = tmp_path / "out"
+    suite = ["--suite", str(tmp_path / "game.yaml"), "--store", chain.store, "--output", str(out)]
+    assert main(["eval", f"{chain.file}:sft", f"{chain.file}:ppo", *suite, *words]) == 0
+    card = json.loads((out / "scorecard.json").read_text())
+    assert list(card["metrics"]) == [f"echo.{name}" for name in ("success", "score", "turns", "failure_rate")]
+    assert {row["policy"] for row in card["differences"]} == {"sft", "ppo"}
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert sorted(sample["prompt"][0]["content"] for sample in samples) == [record["ask"] for record in records]
+    for sample in samples:
+        for (episode,) in sample["responses"].values():
+            if episode["stop"] == "finished":
+                assert episode["turns"][1]["prompt"] == "And again?" and episode["parts"]["asked"] == 1
+    assert "success rate" in (out / "report.html").read_text()
+
+
+def test_names_of_rows_in_a_suite_are_its_own(chain: SimpleNamespace, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "game.yaml").write_text("rows: [sums]\n")
+    command = ["eval", f"{chain.file}:sft", "--suite", str(tmp_path / "game.yaml"), "--store", chain.store]
+    assert main(command) == 2
+    assert "rows is ['sums']; name each: `rows: {sums: sums.yaml}`" in capsys.readouterr().err
+    (tmp_path / "game.yaml").write_text(f"rows: {{sft: {key_of(chain, 'prompts')}}}\n")
+    assert main(command) == 2
+    assert "rows.sft: another input is called 'sft'; choose another name." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
