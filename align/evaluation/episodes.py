@@ -138,17 +138,12 @@ def episode_seed(seed: int, id: str, sample: int) -> int:
     return int(digest([seed, id, sample])[:15], 16)
 
 
-@dataclass(frozen=True)
 class PromptedTurns:
     """Turns of a prompted system: its own messages stand before the environment's first."""
 
-    turns: Turns
-    system: System
-
-    @property
-    def eos(self) -> int:
-        """The token that ends a turn."""
-        return self.turns.eos
+    def __init__(self, turns: Turns, system: System) -> None:
+        self.turns, self.system = turns, system
+        self.eos = turns.eos
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Return the ids of the prompt, the system's own messages included."""

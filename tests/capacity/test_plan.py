@@ -194,7 +194,8 @@ def test_stages_that_generate_are_planned_and_paid_for(plan: Any, evaluated: Non
 
 def test_episodes_are_counted_at_their_longest(plan: Any, evaluated: None, tmp_path: Path) -> None:
     environment = "{class: tests.support.environments.buttons:Buttons, max_tokens: 100}"
-    task = f"{{files: [{tmp_path}/none.jsonl], samples: 3, temperature: 1, max_items: 10, environment: {environment}}}"
+    sampling = "samples: 3, temperature: 1.0, max_items: 10"
+    task = f"{{files: [{tmp_path}/none.jsonl], {sampling}, environment: {environment}}}"
     override = ["--set", f"stages.judged.tasks={{environment: {task}}}", "--rows", "200", "--json"]
     code, out, err = plan(MISTRAL, "--hardware", "8xh100", *override)
     assert code == 0, err

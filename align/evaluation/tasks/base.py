@@ -154,11 +154,6 @@ class Respondent(Protocol):
 class Performer(Protocol):
     """One system that acts in environments while the engine holds its weights. Best-of-N systems play no episodes."""
 
-    @property
-    def info(self) -> SystemInfo:
-        """Name and role of the system."""
-        ...
-
     def play(self, wanted: EpisodeSet) -> Episodes:
         """Return the episodes of a task, kept on disk.
 

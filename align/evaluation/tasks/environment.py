@@ -35,9 +35,8 @@ from align.evaluation.tasks.base import (
 from align.evaluation.tasks.task_records import TaskRecord, describe_records, draw, file_identities, item_ids
 from align.evaluation.tasks.task_records import load_records as load_file_records
 
-SUCCESS, SCORE, TURNS, CALLS, TOOL_ERRORS, FAILURES = (
-    *("success", "score", "turns", "calls", "tool_errors", "failure_rate"),
-)
+SUCCESS, SCORE, FAILURES = "success", "score", "failure_rate"
+TURNS, CALLS, TOOL_ERRORS = "turns", "calls", "tool_errors"
 PART_SUCCESS = 1.0
 """Value of a part from which on it is a success."""
 ROUNDING = 1e-9
