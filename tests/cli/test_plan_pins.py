@@ -48,7 +48,10 @@ def test_a_base_model_without_a_template_is_named_at_once(
     for source in (str(base), "org/base"):
         assert plan(tmp_path, {"model": {"source": source}}) == 2
         message = capsys.readouterr().err
-        assert f"stages.model: source: '{source}' has no chat template" in message and "chatml, chatml-tools, qwen2.5" in message
+        assert (
+            f"stages.model: source: '{source}' has no chat template" in message
+            and "chatml, chatml-tools, qwen2.5" in message
+        )
         assert plan(tmp_path, {"model": {"source": source, "chat_template": "chatml"}}) == 0
         assert plan(tmp_path, {"model": {"source": source, "chat_template": "llama3"}}) == 2
         message = capsys.readouterr().err
