@@ -1,7 +1,8 @@
 """Environments as the rest of align sees them: an instance for each episode, made by a source. Torch-free.
 
-A source is opened once, with all checks, and can be pickled, so that processes of their own can make its instances.
-Leaves out the kinds of environments, which have files of their own, and time limits (``worker_pool.py``).
+A source is opened once, with all checks. It is a dataclass of what JSON holds, so that processes of their own can make
+its instances. Leaves out the kinds of environments, which have files of their own, and time limits
+(``worker_pool.py``).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Environment(Protocol):
 
 
 class EnvironmentSource(Protocol):
-    """What a config names. Can be pickled."""
+    """What a config names; a dataclass whose fields JSON holds."""
 
     @property
     def tools(self) -> list[dict[str, Any]]:

@@ -52,10 +52,6 @@ class FunctionSource:
         """The function that scores."""
         return function_scorer(self.score_path, self.arguments, place=f"{self.place}.score")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the fields without the functions that were imported."""
-        return {name: value for name, value in vars(self).items() if name not in ("functions", "scorer")}
-
 
 def open_functions(config: EnvironmentConfig, place: str) -> FunctionSource:
     """Return the source of functions; raise ``UserError``, which begins with ``place``, for one that is no tool."""

@@ -1,16 +1,15 @@
-"""Messages between this process and those of environments: requests are pickled, answers are JSON.
-
-An environment may run what a model wrote, so nothing that comes back is unpickled. Torch-free.
-"""
+"""Messages between this process and those of environments, in JSON: what they read runs no code. Torch-free."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from align.environments.environment import Action, EnvironmentSource
 from align.environments.errors import ERRORS, EnvironmentFailed, ToolError
 from align.environments.results import Scores, Step
 
@@ -40,6 +39,40 @@ def receive(connection: socket.socket) -> bytes:
     if length > LARGEST:
         raise EnvironmentFailed(f"the environment returned {length:,} bytes; return at most {LARGEST:,}.")
     return _read(connection, length)
+
+
+def encode_source(source: EnvironmentSource) -> bytes:
+    """Return a source for ``decode_source``: its class and its fields."""
+    assert is_dataclass(source)
+    values = {field.name: getattr(source, field.name) for field in fields(source)}
+    return json.dumps({"module": type(source).__module__, "class": type(source).__name__, "fields": values}).encode()
+
+
+def decode_source(content: bytes) -> EnvironmentSource:
+    """Return the source of ``encode_source``."""
+    message = json.loads(content)
+    source: EnvironmentSource = getattr(importlib.import_module(message["module"]), message["class"])(
+        **message["fields"]
+    )
+    return source
+
+
+def encode_request(method: str, inputs: tuple[Any, ...]) -> bytes:
+    """Return a call of a method for ``decode_request``. Raises ``EnvironmentFailed`` for a row that is no JSON."""
+    try:
+        return json.dumps([method, *inputs]).encode()
+    except (TypeError, ValueError) as error:
+        raise EnvironmentFailed(
+            f"a row holds what JSON cannot hold ({error}), and `isolation: process` sends rows as JSON."
+        ) from None
+
+
+def decode_request(content: bytes) -> tuple[str, list[Any]]:
+    """Return the method and the arguments of ``encode_request``."""
+    method, *inputs = json.loads(content)
+    if method == "restore":
+        inputs[1] = [Action(*action) for action in inputs[1]]
+    return method, inputs
 
 
 def encode_result(value: Any) -> bytes:

@@ -1,29 +1,39 @@
 """The process from which those of episodes are forked.
 
 It imports the user's module once and runs no thread, so that a fork takes milliseconds and is safe. ``processes.py``
-starts it with a socket, over which it sends the pickled source of environments, then commands of nine bytes. ``F`` and
+starts it with a socket, over which it sends the source of environments as JSON, then commands of nine bytes. ``F`` and
 a number forks a process for an episode, which serves the descriptor that comes along. ``K`` and a number kills it, and
-is answered with how it ended. All die when the socket closes. Torch-free.
+``R`` lets it end by itself first; both are answered with how it ended. All die when the socket closes. Torch-free.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import socket
 import struct
 import sys
+import time
 
 from align.environments.environment import Environment, EnvironmentSource
 from align.environments.errors import EnvironmentFailed, ToolError
 from align.environments.methods import describe_failure
-from align.environments.pipes import Disconnected, encode_error, encode_result, receive, send
+from align.environments.pipes import (
+    Disconnected,
+    decode_request,
+    decode_source,
+    encode_error,
+    encode_result,
+    receive,
+    send,
+)
 from align.pipeline.stop_signal import die_with_parent
 
 COMMAND = struct.Struct("!cQ")
-FORK, KILL = b"F", b"K"
+FORK, KILL, REAP = b"F", b"K", b"R"
+LAST_SECONDS = 2.0
+"""Time that a process whose connection is closed has to end by itself, so that it is known how."""
 STATUS = struct.Struct("!i")
 
 
@@ -31,8 +41,7 @@ def main() -> None:
     """Serve the socket whose descriptor is the argument, until it closes."""
     control = socket.socket(fileno=int(sys.argv[1]))
     try:
-        # From the process that started this one.
-        source: EnvironmentSource = pickle.loads(receive(control))  # noqa: S301
+        source = decode_source(receive(control))
         source.preload()
         send(control, b"")
     except Exception as error:
@@ -48,7 +57,10 @@ def main() -> None:
             if command == FORK:
                 children[number] = _fork(source, control, descriptors[0])
             else:
-                control.sendall(STATUS.pack(_kill(children.pop(number))))
+                child = children.pop(number)
+                if command == REAP:
+                    _await_end(child)
+                control.sendall(STATUS.pack(_kill(child)))
     finally:
         for child in children.values():
             _kill(child)
@@ -70,6 +82,15 @@ def _fork(source: EnvironmentSource, control: socket.socket, descriptor: int) ->
         os._exit(0)
 
 
+def _await_end(child: int) -> None:
+    """Wait a moment for a child to end, without taking its status."""
+    deadline = time.monotonic() + LAST_SECONDS
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.002)
+
+
 def _kill(child: int) -> int:
     """Kill a child that was not waited for yet, with its group; returns how it had ended, or ``-SIGKILL``."""
     # The child is no other process as long as nobody waited for it.
@@ -89,7 +110,7 @@ def serve(source: EnvironmentSource, connection: socket.socket) -> None:
     environment: Environment | None = None
     while True:
         try:
-            method, inputs = pickle.loads(receive(connection))  # noqa: S301  # from the process that started this one
+            method, inputs = decode_request(receive(connection))
         except Disconnected:
             return
         try:

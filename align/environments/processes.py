@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import pickle
 import signal
 import socket
 import subprocess
@@ -17,8 +16,15 @@ from typing import Any
 
 from align.environments.environment import EnvironmentSource
 from align.environments.errors import EnvironmentFailed
-from align.environments.pipes import Disconnected, decode_answer, receive, send
-from align.environments.process_server import COMMAND, FORK, KILL, STATUS
+from align.environments.pipes import (
+    Disconnected,
+    decode_answer,
+    encode_request,
+    encode_source,
+    receive,
+    send,
+)
+from align.environments.process_server import COMMAND, FORK, KILL, REAP, STATUS
 
 START_SECONDS = 120.0
 """Longest import of a user's module."""
@@ -57,13 +63,16 @@ class ProcessServer:
                     raise EnvironmentFailed("the process of the environments died.") from None
             return EpisodeProcess(self, self._started, ours)
 
-    def end_episode(self, number: int) -> int | None:
-        """Kill an episode's process, and what it started; return how it had ended, None where nobody knows."""
+    def end_episode(self, number: int, *, is_ending: bool = False) -> int | None:
+        """Kill an episode's process, and what it started; return how it had ended, None where nobody knows.
+
+        ``is_ending``: it is about to end by itself.
+        """
         with self._lock:
             if self._control is None:
                 return None
             try:
-                self._control.sendall(COMMAND.pack(KILL, number))
+                self._control.sendall(COMMAND.pack(REAP if is_ending else KILL, number))
                 return int(STATUS.unpack(self._control.recv(STATUS.size, socket.MSG_WAITALL))[0])
             except Exception:  # the server died, and its children with it
                 self._stop()
@@ -90,7 +99,7 @@ class ProcessServer:
         self._control = ours
         try:
             ours.settimeout(START_SECONDS)
-            send(ours, pickle.dumps(self._source))
+            send(ours, encode_source(self._source))
             problem = receive(ours).decode()
             ours.settimeout(None)
         except Disconnected as error:
@@ -123,19 +132,23 @@ class EpisodeProcess:
     def perform(self, method: str, inputs: tuple[Any, ...]) -> Any:
         """Return the result of a method. Raises ``ToolError``, or ``EnvironmentFailed`` for a dead process, too."""
         try:
-            send(self._connection, pickle.dumps((method, inputs)))
+            send(self._connection, encode_request(method, inputs))
             content = receive(self._connection)
         except Disconnected:
-            raise EnvironmentFailed(f"the environment's process died{_describe(self.end())} in `{method}`.") from None
+            status = _describe(self.end(is_ending=True))
+            raise EnvironmentFailed(f"the environment's process died{status} in `{method}`.") from None
         return decode_answer(method, content)
 
-    def end(self) -> int | None:
-        """Kill the process, and what it started. A call in another thread raises ``EnvironmentFailed``."""
+    def end(self, *, is_ending: bool = False) -> int | None:
+        """Kill the process, and what it started. A call in another thread raises ``EnvironmentFailed``.
+
+        ``is_ending``: it is about to end by itself.
+        """
         with self._lock:
             if self.is_ended:
                 return None
             self.is_ended = True
-        status = self._server.end_episode(self._number)
+        status = self._server.end_episode(self._number, is_ending=is_ending)
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         return status

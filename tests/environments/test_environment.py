@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from align import EnvironmentFailed
 from align.environments.environment import Action
 from align.environments.errors import BadCall, ToolError
+from align.environments.pipes import decode_source, encode_source
 from align.environments.results import Scores, Step
 from align.errors import UserError
 from tests.support.environments.opened import CLASSES, TOOLS, open_block, open_class, open_tools
@@ -233,7 +233,7 @@ def test_score_may_take_the_conversation_or_the_last_turn() -> None:
 def test_functions_are_tools_and_another_one_scores(score: str, fields: Any, scores: Scores) -> None:
     source = open_tools("double", "shout", score=score, **fields)
     assert names(source) == ["double", "shout"]
-    environment = pickle.loads(pickle.dumps(source)).make()
+    environment = decode_source(encode_source(source)).make()
     assert environment.reset({"goal": "3"}) is None
     assert environment.call("double", {"number": 4}) == "8"
     assert environment.call("shout", {"text": "a", "times": 2}) == "AA"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import signal
 import subprocess
@@ -13,17 +12,19 @@ from typing import Any
 
 import pytest
 
+from align.environments.pipes import encode_source
 from tests.support.environments.opened import open_class
 
 TURNS = 30
 PROGRAM = f"""
-import pickle, sys
+import sys
 from pathlib import Path
 from align.environments.journal import Journal
+from align.environments.pipes import decode_source
 from align.environments.replay import JournaledEnvironment
 from align.environments.worker_pool import EnvironmentPool
 
-source, folder = pickle.load(open(sys.argv[1], "rb")), Path(sys.argv[2])
+source, folder = decode_source(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2])
 pool = EnvironmentPool(source, isolation=sys.argv[3])
 environment = JournaledEnvironment(pool, Journal(folder / "journal"), 0, {{"folder": str(folder)}})
 environment.reset().result()
@@ -37,7 +38,7 @@ print(texts, environment.score([]).result().total, environment.differing)
 def test_a_tool_with_side_effects_is_called_once_but_for_the_calls_that_were_cut_off(
     tmp_path: Path, isolation: Any
 ) -> None:
-    (tmp_path / "source").write_bytes(pickle.dumps(open_class("Writer")))
+    (tmp_path / "source").write_bytes(encode_source(open_class("Writer")))
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "source"), str(tmp_path), isolation]
     moments = random.Random(isolation)
     kills = 0
