@@ -153,7 +153,7 @@ def open_player(
 ) -> ScriptedPlayer:
     """Return the player of the benchmark's environment."""
     from align.config.environment import EnvironmentConfig
-    from align.environments.environment import open_environment
+    from align.environments.sources import open_environment
 
     config = EnvironmentConfig.model_validate(
         {

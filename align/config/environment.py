@@ -141,7 +141,7 @@ class EnvironmentConfig(Config):
 
     @property
     def label(self) -> str:
-        """What the environment is called in messages: a class, functions, a package, or an address."""
+        """Name of the environment in messages: a class, functions, a package, or an address."""
         return self.class_name or ", ".join(self.tools or []) or self.verifiers or str(self.openenv)
 
     def identity(self, place: str = "environment") -> str:

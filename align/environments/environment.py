@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from align.config.environment import EnvironmentConfig
 from align.config.validation import suggest
 from align.data.rows import Message, Row
 from align.environments.errors import BadCall, ToolError
@@ -81,12 +80,12 @@ class EnvironmentSource(Protocol):
 
     @property
     def has_step(self) -> bool:
-        """Whether the environment answers messages that call no tool."""
+        """True where the environment answers messages that call no tool."""
         ...
 
     @property
     def can_save(self) -> bool:
-        """Whether instances have ``state`` and are restored from it."""
+        """True where instances have ``state`` and are restored from it."""
         ...
 
     def preload(self) -> None:
@@ -96,25 +95,6 @@ class EnvironmentSource(Protocol):
     def make(self) -> Environment:
         """Return a new instance. Raises ``EnvironmentFailed``."""
         ...
-
-
-def open_environment(config: EnvironmentConfig, place: str = "environment") -> EnvironmentSource:
-    """Import what a config names, and check all that can be checked before an episode.
-
-    Raises ``UserError``, which begins with ``place``.
-    """
-    from align.environments.class_environment import open_class
-    from align.environments.function_environment import open_functions
-    from align.environments.openenv_adapter import open_openenv
-    from align.environments.verifiers_adapter import open_verifiers
-
-    if config.class_name is not None:
-        return open_class(config, place)
-    if config.tools is not None:
-        return open_functions(config, place)
-    if config.openenv is not None:
-        return open_openenv(config, place)
-    return open_verifiers(config, place)
 
 
 def check_arguments(schemas: Mapping[str, dict[str, Any]], name: str, arguments: dict[str, Any]) -> None:

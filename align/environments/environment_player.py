@@ -10,11 +10,12 @@ from typing import Any
 
 from align.config.environment import EnvironmentConfig
 from align.data.tool_calls import tool_call_format
-from align.environments.environment import EnvironmentSource, open_environment
+from align.environments.environment import EnvironmentSource
 from align.environments.episode import Episode
 from align.environments.episode_run import EpisodeRules
 from align.environments.journal import Journal
 from align.environments.player import EpisodePlayer, EpisodeTask, Progress
+from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Session
@@ -99,8 +100,8 @@ class EnvironmentPlayer:
         ids = self.tokenizer(head, add_special_tokens=False)["input_ids"]
         if len(ids) <= limit and len(head) == len(result):
             return result
-        kept = str(self.tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False))
-        return f"{kept}\n[cut: {len(result)} characters in all]"
+        beginning = str(self.tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False))
+        return f"{beginning}\n[cut: {len(result)} characters in all]"
 
 
 def open_player(context: StageContext, tokenizer: Any) -> EnvironmentPlayer | None:

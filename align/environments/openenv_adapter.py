@@ -51,7 +51,7 @@ class OpenEnvSource:
 
     @property
     def has_step(self) -> bool:
-        """Whether the policy speaks to the server in messages."""
+        """True where the policy speaks to the server in messages."""
         return self.message_field is not None
 
     def preload(self) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 from align.config.base import Precision
 from align.config.environment import EnvironmentConfig
 from align.config.runtime import Runtime
-from align.environments.environment import open_environment
 from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode, PolicyTurn
 from align.environments.player import EpisodeTask, Progress
+from align.environments.sources import open_environment
 from align.errors import UserError
 from align.inference.engine import open_engine
 from align.inference.protocol import Response, RolloutEngine

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from align.config.runtime import Runtime
 
@@ -108,6 +108,15 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free the model and the cache."""
+
+
+@runtime_checkable
+class BatchEngine(Protocol):
+    """An engine that samples turns in batches: transformers, or the engines of a Ray cluster."""
+
+    def sample(self, requests: list[TurnRequest], temperature: float, top_p: float) -> list[Response]:
+        """Return the responses to ``requests``, in their order; each has its own seed and limit."""
+        ...
 
 
 class Session(Protocol):

@@ -21,6 +21,7 @@ from align.config.validation import validate_plain
 from align.errors import UserError
 from align.inference import ray_client
 from align.inference.protocol import EngineSpec, Progress, Response, RolloutEngine, Sampling, TurnRequest
+from align.inference.sessions import open_session
 
 SHARES = 4
 """Shares for each engine: one that is slow, or comes late, takes fewer."""
@@ -82,8 +83,6 @@ class Shard:
         self, requests: list[TurnRequest], temperature: float, top_p: float, version: int, weights: list[Any]
     ) -> list[dict[str, Any]]:
         """Return the responses to ``requests`` under the weights of ``version``; each has its own seed and limit."""
-        from align.inference.sessions import open_session
-
         self._take_weights(version, weights)
         session = open_session(self.engine, temperature, top_p)
         try:

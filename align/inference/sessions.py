@@ -13,13 +13,11 @@ from typing import Any
 
 from align.inference.dispatch import Dispatcher, ServerRequest
 from align.inference.pool import Member, PoolEngine
-from align.inference.protocol import Response, RolloutEngine
+from align.inference.protocol import BatchEngine, Response, RolloutEngine
 from align.inference.protocol import Session as Session
 from align.inference.protocol import TurnRequest as TurnRequest
-from align.inference.ray_shards import RayEngine
 from align.inference.server import COMPLETIONS
 from align.inference.shared_engine import RemoteRankEngine
-from align.inference.transformers import TransformersEngine
 from align.inference.vllm import CACHE, WEIGHTS, VllmEngine
 from align.inference.vllm_internals import Steps, VllmChanged
 
@@ -30,7 +28,7 @@ def open_session(engine: RolloutEngine, temperature: float, top_p: float = 1.0) 
         return VllmSession(engine, temperature, top_p)
     if isinstance(engine, PoolEngine):
         return PoolSession(engine, temperature, top_p)
-    if isinstance(engine, TransformersEngine | RayEngine):
+    if isinstance(engine, BatchEngine):
         return LockstepSession(engine, temperature, top_p)
     if isinstance(engine, RemoteRankEngine):
         return RemoteRankSession()
@@ -207,7 +205,7 @@ class LockstepSession:
 
     is_lockstep = True
 
-    def __init__(self, engine: TransformersEngine | RayEngine, temperature: float, top_p: float) -> None:
+    def __init__(self, engine: BatchEngine, temperature: float, top_p: float) -> None:
         self.engine, self.temperature, self.top_p = engine, temperature, top_p
         self._requests: dict[int, TurnRequest] = {}
         """Turns for the next batch, by key."""

@@ -9,8 +9,8 @@ import torch
 
 from align.config.environment import EnvironmentConfig
 from align.config.tuning import LoraTuning
-from align.environments.environment import open_environment
 from align.environments.environment_player import EnvironmentPlayer
+from align.environments.sources import open_environment
 from align.inference.sessions import LockstepSession
 from align.models.loading import load_policy, load_tokenizer
 from align.rl import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer

@@ -16,8 +16,9 @@ from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.validation import suggest
 from align.data.rows import Message, read_rows, user
 from align.data.tool_calls import tool_call_format
-from align.environments.environment import EnvironmentSource, open_environment
+from align.environments.environment import EnvironmentSource
 from align.environments.episode import Episode
+from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError, shorten
 from align.evaluation.tasks.base import (

@@ -145,9 +145,9 @@ def _unanswered(message: Message, records: Sequence[Mapping[str, Any]], line: Ma
     calls = message.get("tool_calls")
     if not _is_list_of_mappings(calls):
         return []
-    made = sum(record.get("error") != "malformed" for record in records)
+    answered = sum(record.get("error") != "malformed" for record in records)
     reason = "no result" if line.get("stop") == "failed" else "not run"
-    return [{**call, "error": reason} for call in (calls or [])[made:]]
+    return [{**call, "error": reason} for call in (calls or [])[answered:]]
 
 
 def _turn_score(line: Mapping[str, Any], turn: int) -> float | None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from align.config.environment import EnvironmentConfig
 from align.config.validation import validate
-from align.environments.environment import EnvironmentSource, open_environment
+from align.environments.environment import EnvironmentSource
+from align.environments.sources import open_environment
 
 CLASSES, TOOLS = "tests.support.environments.classes", "tests.support.environments.tools"
 
