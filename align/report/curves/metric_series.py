@@ -13,13 +13,7 @@ from align.store.events import parse_event
 
 MAX_POINTS = 400
 """Points of a drawn curve; more are averaged in runs of equal length, which no screen shows differently."""
-FIRST_CURVES = (
-    "loss",
-    "score",
-    "gold",
-    "kl",
-    "length",
-    "eos_rate",
+EPISODE_CURVES = (
     "turns",
     "calls",
     "malformed_calls",
@@ -29,6 +23,16 @@ FIRST_CURVES = (
     "failure_rate",
     "prefix_hit_rate",
     "episode_tokens",
+)
+"""Curves of stages whose environment answers the policy."""
+FIRST_CURVES = (
+    "loss",
+    "score",
+    "gold",
+    "kl",
+    "length",
+    "eos_rate",
+    *EPISODE_CURVES,
     "entropy",
     "accuracy",
     "rewards/accuracies",
@@ -44,20 +48,6 @@ FIRST_CURVES = (
     "grad_norm",
 )
 """Curves in the order in which readers look for them; all others follow by name."""
-EPISODE_CURVES = frozenset(
-    (
-        "turns",
-        "calls",
-        "malformed_calls",
-        "tool_errors",
-        "tool_seconds",
-        "max_turns_rate",
-        "failure_rate",
-        "prefix_hit_rate",
-        "episode_tokens",
-    )
-)
-"""Curves of stages whose environment answers the policy."""
 TURN_SCORE = re.compile(r"score_turn_(\d+)")
 TURNS_PER_PANEL = 6
 """Scores by turn that share a panel; each has a color and a line style of its own."""
