@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,8 @@ SHORT = {
 """Short names of align's own functions."""
 
 
+SEARCH = threading.RLock()
+"""Held while modules are searched for: ``importlib.invalidate_caches`` fails where two threads call it at once."""
 FOLDERS = "ALIGN_MODULE_FOLDERS"
 """Environment variable with the folders of the YAML files that were read, for the processes of their stages."""
 
@@ -102,15 +105,16 @@ def full_path(path: str, role: str) -> str:
 def _find(full: str, role: str) -> Path:
     """Return the module's file; the current folder is searched too, as ``python -m`` does, and those of YAML files."""
     module = full.partition(":")[0]
-    directory = str(Path.cwd())
-    if directory not in sys.path and "" not in sys.path:
-        sys.path.insert(0, directory)
-    search_module_folders()
-    importlib.invalidate_caches()
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
+    with SEARCH:
+        directory = str(Path.cwd())
+        if directory not in sys.path and "" not in sys.path:
+            sys.path.insert(0, directory)
+        search_module_folders()
+        importlib.invalidate_caches()
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise UserError(
             f"{role} '{full}': there is no module '{module}'; write it as package.module:function, in the "
