@@ -20,6 +20,7 @@ from align.config.class_source import check_class
 from align.config.extras import require_extra
 from align.config.function_arguments import read_module, top_level_names
 from align.config.scores import scoring_identity
+from align.config.tool_formats import check_tool_format
 from align.config.user_functions import SHORT, function_identity, search_module_folders
 from align.config.validation import hint_nearest, suggest
 from align.errors import UserError, redact
@@ -72,7 +73,7 @@ class EnvironmentConfig(Config):
     """Most tokens of one result of a tool, or of one answer of the environment; more is cut, with a notice."""
     tool_format: str = Field("auto", min_length=1)
     """How the policy writes a tool call: ``auto`` (as the chat template shows), ``hermes``, ``llama3``, ``mistral``,
-    ``smollm3``, or ``regex:PATTERN`` with the named groups ``name`` and ``arguments``."""
+    ``smollm3``, ``olmo3``, or ``regex:PATTERN`` with the named groups ``name`` and ``arguments``."""
 
     @field_validator("class_name", "score")
     @classmethod
@@ -97,6 +98,12 @@ class EnvironmentConfig(Config):
                     f"two tools are called '{name}' ([{names.index(name)}] and [{index}]); rename one of the functions."
                 )
         return tools
+
+    @field_validator("tool_format")
+    @classmethod
+    def _is_tool_format(cls, name: str) -> str:
+        check_tool_format(name)
+        return name
 
     @field_validator("openenv")
     @classmethod

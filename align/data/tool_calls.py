@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
-from align.config.validation import hint_nearest
+from align.config.tool_formats import AUTO, PATTERN_PREFIX, check_tool_format, compile_call_pattern
 from align.data.call_values import MalformedCall, call_from_json, calls_from_code, decode_json
 from align.data.call_values import ToolCall as ToolCall
-from align.errors import UserError, shorten
+from align.errors import UserError
 
+MATCH_SECONDS = 1.0
+"""Longest search of one turn for a user's pattern."""
 THOUGHT = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 """The thought that a turn begins with; one that is never closed is the whole turn."""
 OPENED_THOUGHT = re.compile(r"(?:(?!<think>).)*?</think>(?=\s|<|\[|\Z)", re.DOTALL)
@@ -50,9 +52,13 @@ def tool_call_format(name: str, template: str = "") -> ToolCallFormat:
     ``regex:PATTERN`` is a format of the user's, with the groups ``name`` and ``arguments`` (a JSON object). Raises
     ``UserError`` for an unknown name, a pattern that cannot be used, and a template that shows no format.
     """
-    if name.startswith("regex:"):
-        return RegexFormat(name.removeprefix("regex:"))
-    if name == "auto":
+    try:
+        check_tool_format(name)
+    except ValueError as error:
+        raise UserError(f"tool_format: {error}") from None
+    if name.startswith(PATTERN_PREFIX):
+        return RegexFormat(name.removeprefix(PATTERN_PREFIX))
+    if name == AUTO:
         detected = detect_format(template)
         if detected is None:
             raise UserError(
@@ -60,11 +66,6 @@ def tool_call_format(name: str, template: str = "") -> ToolCallFormat:
                 f"({', '.join(FORMATS)}), or give a pattern (regex:PATTERN)."
             )
         return detected
-    if name not in FORMATS:
-        raise UserError(
-            f"tool_format: unknown format '{shorten(name)}'.{hint_nearest(name, [*FORMATS, 'auto'])} "
-            f"Known are auto, {', '.join(FORMATS)} and regex:PATTERN."
-        )
     return FORMATS[name]
 
 
@@ -273,27 +274,21 @@ class RegexFormat:
     """A user's pattern with the groups ``name`` and ``arguments``; ``.`` matches line breaks too."""
 
     def __init__(self, pattern: str) -> None:
-        self.name = f"regex:{pattern}"
-        try:
-            self._pattern = re.compile(pattern, re.DOTALL)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise UserError(
-                f"tool_format: '{shorten(pattern)}' is no regular expression ({error}). Correct it; special "
-                "characters such as [ and { need a backslash."
-            ) from None
-        missing = [group for group in ("name", "arguments") if group not in self._pattern.groupindex]
-        if missing:
-            raise UserError(
-                f"tool_format: '{shorten(pattern)}' has no group {' and no group '.join(missing)}. Write them as "
-                "(?P<name>...) and (?P<arguments>...)."
-            )
-        if self._pattern.match(""):
-            raise UserError(f"tool_format: '{shorten(pattern)}' matches an empty text, so that every turn would call.")
+        """Raise ``ValueError`` for a pattern that cannot be used."""
+        self.name = f"{PATTERN_PREFIX}{pattern}"
+        self._pattern = compile_call_pattern(pattern)
 
     def parse(self, text: str) -> ParsedTurn:
         """Split an assistant's turn."""
         reader = _Reader(text)
-        for match in self._pattern.finditer(reader.visible):
+        try:
+            # All matches come before the first is read: the time is for the whole turn.
+            matches = list(self._pattern.finditer(reader.visible, timeout=MATCH_SECONDS))
+        except TimeoutError:
+            # A model can write a text on which a pattern with nested repetitions would search for years.
+            reader.errors.append("This turn could not be searched for tool calls; write the call alone, and shorter.")
+            return reader.result()
+        for match in matches:
             if match.start() == match.end():
                 continue
             reader.remove(match.start(), match.end())

@@ -78,6 +78,10 @@ def test_a_config_reads_back_from_its_dump_whose_fields_have_names_of_python() -
         (COUNTER | {"isolation": "proces"}, "environment.isolation: 'proces' is none of 'thread' or 'process'. Did"),
         (COUNTER | {"max_result_tokens": 0}, "environment.max_result_tokens: "),
         (COUNTER | {"tool_format": ""}, "environment.tool_format: "),
+        (COUNTER | {"tool_format": "hermez"}, "environment.tool_format: unknown format 'hermez'. Did you"
+         " mean 'hermes'?"),
+        (COUNTER | {"tool_format": "regex:(?P<name>x)"}, "environment.tool_format: '(?P<name>x)' has no"
+         " group arguments"),
         (COUNTER | {"arguments": 3}, "environment.arguments: "),
     ],
 )  # fmt: skip

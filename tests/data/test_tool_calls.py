@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from align.config.tool_formats import TOOL_FORMATS
 from align.data.tool_calls import FORMATS, ParsedTurn, detect_format, tool_call_format
 from align.errors import UserError
 
@@ -172,6 +173,18 @@ def test_a_format_that_cannot_be_used(name: str, message: str) -> None:
     with pytest.raises(UserError, match="tool_format: ") as error:
         tool_call_format(name, "{{ messages }}")
     assert message in str(error.value)
+
+
+def test_a_pattern_that_searches_forever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.data.tool_calls.MATCH_SECONDS", 0.05)
+    pattern = tool_call_format(r"regex:(?P<name>(?:\w|\w\w)+)!(?P<arguments>\{.*\})")
+    assert calls(pattern.parse("f!{}")) == [("f", {})]
+    turn = pattern.parse("a" * 60 + "!x" + "b" * 60 + "!{")
+    assert turn.calls == [] and "could not be searched for tool calls" in turn.errors[0]
+
+
+def test_formats_have_the_names_that_a_block_may_say() -> None:
+    assert tuple(FORMATS) == TOOL_FORMATS
 
 
 def test_the_template_shows_the_format() -> None:

@@ -86,7 +86,7 @@ def test_an_episode_has_the_tokens_that_its_environment_says() -> None:
     ("changes", "message"),
     [
         ({"class": "tests.support.environments.buttons:Missing"}, "Missing"),
-        ({"tool_format": "hermez"}, "hermes"),
+        ({"tool_format": "auto"}, "does not show how its model writes calls"),
     ],
 )
 def test_an_environment_that_does_not_fit_is_refused_before_the_engine_starts(

@@ -260,7 +260,7 @@ def test_a_prompted_system_sees_its_own_message_first(make_context: Any, presser
     ("environment", "fields", "message"),
     [
         ({"class": "tests.support.environments.buttons:Nothing"}, {}, r"tasks\.buttons: environment\.class .*Nothing"),
-        ({"tool_format": "hermez"}, {}, r"tasks\.buttons: .*hermes"),
+        ({"tool_format": "auto"}, {}, r"tasks\.buttons: .*does not show how its model writes calls"),
         ({"max_tokens": 128}, {}, r"tasks\.buttons: environment\.max_tokens is 128, and the engine holds 128 tokens"),
         ({}, {"gates": {"buttons.sucess": ">= 0"}}, r"gates\.buttons\.sucess: nothing measures"),
     ],
