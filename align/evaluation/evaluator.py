@@ -122,7 +122,7 @@ class Evaluation:
         for system in plan.systems:
             sampler.expect(system.info.best_of * len(plan.rows) * plan.sampling.n)
             sampler.expect(system.info.best_of * sum(len(task.items) for task in tasks))
-            sampler.expect(sum(len(task.items) for task in playing if system.info.role != "best_of"))
+            sampler.expect(sum(task.episode_count for task in playing if system.info.role != "best_of"))
         responses = SystemResponses(
             answers={task.name: {} for task in tasks}, episodes={task.name: {} for task in playing}
         )

@@ -106,6 +106,9 @@ def test_systems_play_and_are_compared(make_context: Any, monkeypatch: pytest.Mo
     context = make_context(baselines={"again": {"of": "sft", "sample_seed": 1}}, gates={"sft/buttons.success": ">= 0"})
     metrics = evaluate.run(context)
     assert len(opened) == 1  # the weights are switched
+    events = [json.loads(line) for line in (context.events or Path()).read_text().splitlines()]
+    totals = {event["total"] for event in events if event["event"] == "progress" and event["unit"] == "responses"}
+    assert totals == {3 * ROWS * SAMPLES}
     card = read_card(context)
     names = ["success", "pass_at_2", "pass_at_4", "score", "turns", "calls", "tool_errors", "failure_rate"]
     assert list(card["metrics"]) == [f"buttons.{name}" for name in names]

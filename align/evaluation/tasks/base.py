@@ -252,6 +252,8 @@ class Task(ABC):
     reads: ClassVar[bool] = False
     plays: ClassVar[bool] = False
     """True where systems play episodes; those of best of N take no part."""
+    episode_count: int = 0
+    """Episodes that each system plays."""
     renders: bool = False
     """True where a conversation is read, with the system's own prompt and examples before it."""
 

@@ -98,6 +98,7 @@ class EnvironmentTask(Task):
             self._data = describe_records(config, inputs.base)
         else:
             self._data = {"rows": config.rows, "max_items": config.max_items}
+        self.episode_count = len(rows) * config.samples
         self._wanted = EpisodeSet(
             task=name,
             environment=config.environment,
