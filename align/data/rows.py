@@ -4,8 +4,9 @@ A row is a plain dict:
 
 - Every row has ``id`` (stable text), ``source``, ``prompt`` (messages, the last one a user turn, or a tool's result)
   and ``checks`` (JSON text for :mod:`align.data.checkers`, ``""`` when no program can check the answer).
-- Instructions add ``completion``. Preferences add ``chosen`` and ``rejected`` (one assistant turn each), and may add
-  ``chosen_score`` and ``rejected_score``. Unpaired rows add ``completion`` and ``label``.
+- Instructions add ``completion``. Preferences add ``chosen`` and ``rejected``, and may add ``chosen_score`` and
+  ``rejected_score``. Unpaired rows add ``completion`` and ``label``. An answer is one assistant turn; of an episode it
+  is all that followed the prompt, up to the last assistant turn, with the results of tools in between.
 - ``completion_finished``, ``chosen_finished``, ``rejected_finished`` or ``text_finished`` is False for a text that was
   cut off at its length limit: no end of turn, or of text, follows it in training.
 - Before the step ``pairs``, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best),

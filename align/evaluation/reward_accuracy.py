@@ -67,7 +67,7 @@ def read_sides(rows: Sequence[Row]) -> Sides:
     """Return a reward model's inputs for the pairs: all chosen answers, then all rejected ones."""
     both = [(row, side) for side in ("chosen", "rejected") for row in rows]
     return (
-        [row["prompt"] for row, _ in both],
+        [[*row["prompt"], *row[side][:-1]] for row, side in both],
         [row[side][-1]["content"] for row, side in both],
         [is_finished(row, side) for row, side in both],
         [row.get("tools") for row, _ in both],

@@ -31,12 +31,14 @@ class TokenSequence:
     labels: list[int] | None
     """As long as ``ids``; None for a sequence without labels (a reward model's or a sampler's input)."""
     messages: list[Message]
-    """The rendered turns, the answer last; empty where they are not known."""
+    """The rendered turns, the answer's last; empty where they are not known."""
     finished: bool
     """False for an answer that was cut off."""
     chat_format: ChatFormat
     tools: str | None = ""
     """The row's tools, as JSON text."""
+    prompt_turns: int = 0
+    """Turns of the prompt among ``messages``."""
     hidden_end: int | None = None
     """The id behind ``ids`` that is in the batch but not attended to, if any."""
 
@@ -106,6 +108,7 @@ class BatchReader:
                 finished=is_finished(row, field),
                 chat_format=self.chat_format,
                 tools=row.get("tools"),
+                prompt_turns=len(row["prompt"]),
                 hidden_end=hidden if len(parts) == 1 else None,
             )
             sequences.append(sequence)

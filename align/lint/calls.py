@@ -39,6 +39,8 @@ class CallChecks:
             return
         offered = tool_names(row.get("tools"))
         for name, messages in turns(row):
+            if name == "rejected" or (name == "completion" and row.get("label") is False):
+                continue  # nothing is to be learned from such a call
             before = [] if name == "prompt" else list(row["prompt"])
             for index, message in enumerate(messages):
                 if message["role"] != "assistant" or message.get("train") is False:

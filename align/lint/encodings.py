@@ -31,7 +31,7 @@ class RowEncoding:
     encode: Callable[[Any, Sequence[Row], int], encoders.Encoded] | None = None
     """Encodes rows as ``encode(tokenizer, rows, max_length)``; None where prompts are rendered for sampling."""
     collator: str | None = None
-    """Import path of the collator class of trl's trainer, made as ``collator(pad_token_id=...)``."""
+    """Import path of the trainer's collator class, made as ``collator(pad_token_id=...)``."""
 
     @property
     def is_pair(self) -> bool:
@@ -46,7 +46,7 @@ class RowEncoding:
         return {name: value for name, value in row.items() if name not in ANSWERS - read}
 
     def default_collator(self, tokenizer: Any) -> Collator | None:
-        """Return the default collator of trl's trainer; None for prompts."""
+        """Return the trainer's collator; None for prompts."""
         if self.collator is None:
             return None
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -56,10 +56,10 @@ class RowEncoding:
 SUPERVISED = RowEncoding(
     ("completion",), encoders.encode_supervised, "trl.trainer.sft_trainer:DataCollatorForLanguageModeling"
 )
-PAIRS = RowEncoding(PAIR, encoders.encode_pairs, "trl.trainer.dpo_trainer:DataCollatorForPreference")
+PAIRS = RowEncoding(PAIR, encoders.encode_pairs, "align.training.answer_collators:PairCollator")
 SCORED_PAIRS = RowEncoding(PAIR, encoders.encode_conversations, "trl.trainer.reward_trainer:DataCollatorForPreference")
 """Both answers as complete conversations, which a reward model scores."""
-UNPAIRED = RowEncoding(("completion",), encode_unpaired, "trl.trainer.kto_trainer:DataCollatorForUnpairedPreference")
+UNPAIRED = RowEncoding(("completion",), encode_unpaired, "align.training.answer_collators:UnpairedCollator")
 PROMPTS = RowEncoding(())
 
 DATA_ENCODINGS = {"instructions": SUPERVISED, "preferences": PAIRS, "unpaired": UNPAIRED, "prompts": PROMPTS}

@@ -65,7 +65,7 @@ class PairChecks:
         self._add_differences(chosen, rejected)
         # Tokens behind the common beginning are the answers' own.
         shared = _shared_length(chosen.ids, rejected.ids)
-        _check_prompts(chosen, rejected, shared, findings)
+        _check_prompts(chosen, shared, findings)
         chosen_length, rejected_length = len(chosen.ids) - shared, len(rejected.ids) - shared
         self.count += 1
         self.longer += chosen_length > rejected_length
@@ -91,7 +91,7 @@ class PairChecks:
         """Record a pair's features; pairs whose turns are not known are left out."""
         if not chosen.messages or not rejected.messages:
             return
-        prompt = " ".join(message["content"] or "" for message in chosen.messages[:-1])
+        prompt = " ".join(message["content"] or "" for message in chosen.messages[: chosen.prompt_turns])
         answers = [str(side.messages[-1]["content"] or "") for side in (chosen, rejected)]
         lengths = [math.log(1 + len(answer)) for answer in answers]
         shares = [_share_of_prompt(answer, prompt) for answer in answers]
@@ -127,24 +127,19 @@ def check_with_reward_model(rows: Sequence[tuple[Place, Row]], score: Score, fin
 
 def _side_scores(rows: Sequence[Row], side: str, score: Score) -> list[float]:
     return score(
-        [row["prompt"] for row in rows],
+        [[*row["prompt"], *row[side][:-1]] for row in rows],
         [str(row[side][-1]["content"] or "") for row in rows],
         [is_finished(row, side) for row in rows],
         [row.get("tools") for row in rows],
     )
 
 
-def _check_prompts(chosen: TokenSequence, rejected: TokenSequence, shared: int, findings: Findings) -> None:
+def _check_prompts(chosen: TokenSequence, shared: int, findings: Findings) -> None:
     """Check that both sides share the prompt, up to its last turn's text; ``shared`` ids are equal."""
-    chosen_prompt, rejected_prompt = chosen.messages[:-1], rejected.messages[:-1]
-    if chosen_prompt != rejected_prompt:
-        missing: Message = {"role": "", "content": "fewer turns"}
-        extra = next((message for message in rejected_prompt if message not in chosen_prompt), missing)
-        findings.add("pair-prompts-differ", chosen.place, f"only before rejected: {extra['content']}")
+    prompt = chosen.messages[: chosen.prompt_turns]
+    if not prompt:
         return
-    if not chosen_prompt:
-        return
-    last = chosen_prompt[-1]["content"] or ""
+    last = prompt[-1]["content"] or ""
     # The sides must part in the answers: the shared ids have to cover the prompt's last turn.
     start = squeezed(chosen.chat_format.decode(chosen.ids[:shared]))
     if not chosen.chat_format.has_text(start, last):

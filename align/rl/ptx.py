@@ -16,7 +16,7 @@ from align.data.rows import answer_side
 from align.errors import UserError
 from align.rl.prompts import derive_seed
 from align.rl.rollout import Text
-from align.training.rows import split_answer
+from align.training.rows import answer_turns, split_answer, split_turns
 
 if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
@@ -26,17 +26,17 @@ class PtxRows:
     """Tokenized rows with ``prompt`` and ``completion`` (or ``chosen``), drawn by step from the seed alone."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> None:
-        """``dropped`` counts rows longer than ``max_length`` tokens. Raises ``UserError`` when no row is left."""
+        """``dropped`` counts texts longer than ``max_length`` tokens. Raises ``UserError`` when no row is left."""
         self.texts: list[Text] = []
         self.dropped = 0
         for row in rows:
             if not row.get(answer_side(row)):
                 raise UserError(f"a ptx row needs a 'prompt' and a 'completion'; found {sorted(row)}.")
-            prompt, completion = split_answer(tokenizer, row)
-            if len(prompt) + len(completion) > max_length:
-                self.dropped += 1
-            else:
-                self.texts.append((prompt, completion))
+            for prompt, completion in _split_row(tokenizer, row):
+                if len(prompt) + len(completion) > max_length:
+                    self.dropped += 1
+                else:
+                    self.texts.append((prompt, completion))
         if not self.texts:
             raise UserError(
                 f"no ptx row is left: {self.dropped} are longer than max_prompt_tokens + max_tokens, {max_length}."
@@ -52,6 +52,16 @@ class PtxRows:
             order = torch.randperm(len(self.texts), generator=generator).tolist()
             texts += [self.texts[i] for i in order[offset : offset + count - len(texts)]]
         return texts
+
+
+def _split_row(tokenizer: Any, row: Mapping[str, Any]) -> list[Text]:
+    """Return the texts of a row: one, or of an answer with calls of tools one for each turn of the assistant."""
+    side = answer_side(row)
+    if len(row[side]) == 1:
+        return [split_answer(tokenizer, row)]
+    # A text is learned as a whole, so what tools wrote may only stand before it.
+    places = answer_turns([*row["prompt"], *row[side]], len(row["prompt"]))
+    return split_turns(tokenizer, row, side, places)
 
 
 def make_ptx(args: RolloutArguments, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> PtxRows | None:

@@ -22,10 +22,10 @@ def run(context: StageContext) -> dict[str, Any]:
     use_threads(context.runtime)
     from datasets import Dataset
     from trl.trainer.dpo_config import DPOConfig as Arguments
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     from align.stages.preference import prepare_policy
     from align.training import held_out
+    from align.training.answer_collators import PairCollator
     from align.training.arguments import total_steps, training_arguments
     from align.training.dpo_trainer import PreparedDPO
     from align.training.fit import fit
@@ -33,7 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.save import save
 
     config: DpoConfig = context.config
-    prepared = prepare_policy(context, encode_pairs, DataCollatorForPreference)
+    prepared = prepare_policy(context, encode_pairs, PairCollator)
     prepared.lint(context)
     facts = _score_by_reference(context, prepared)
     rows = len(prepared.train.rows)
@@ -91,8 +91,9 @@ def add_reference(rows: list[dict[str, Any]], ld_alpha: float | None, sums: Any)
     answers = []
     for row in rows:
         # LD-DPO weighs the tokens up to the shorter answer's length apart from those beyond it.
-        shared = min(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        answers += [Answer(row["prompt_ids"], row[side], shared) for side in ("chosen_ids", "rejected_ids")]
+        sides = [(row[f"{side}_ids"], row.get(f"{side}_mask")) for side in ("chosen", "rejected")]
+        shared = min(len(ids) if mask is None else sum(mask) for ids, mask in sides)
+        answers += [Answer(row["prompt_ids"], ids, shared, mask) for ids, mask in sides]
     logps = sums(answers).weighted(ld_alpha)
     for row, chosen, rejected in zip(rows, logps[::2], logps[1::2], strict=True):
         row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen, rejected

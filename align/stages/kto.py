@@ -20,9 +20,9 @@ def run(context: StageContext) -> dict[str, Any]:
     use_threads(context.runtime)
     from datasets import Dataset
     from trl.trainer.kto_config import KTOConfig as Arguments
-    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
     from align.stages.preference import Reference, prepare_policy
+    from align.training.answer_collators import UnpairedCollator
     from align.training.arguments import total_steps, training_arguments
     from align.training.fit import fit
     from align.training.kto_trainer import PreparedKTO, held_out
@@ -31,7 +31,7 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.unpaired import encode_unpaired, fixed_groups, unpair
 
     config: KtoConfig = context.config
-    prepared = prepare_policy(context, encode_unpaired, DataCollatorForUnpairedPreference, unpair)
+    prepared = prepare_policy(context, encode_unpaired, UnpairedCollator, unpair)
     prepared.lint(context)
     desirable = _check_labels(context, [bool(row["label"]) for row in prepared.train.rows])
     seed, point = context.seed % 2**32, config.loss == "kto"
@@ -96,7 +96,7 @@ def _add_reference(
     from align.training.reference import Answer
     from align.training.unpaired import add_mismatched
 
-    answers = [Answer(row["prompt_ids"], row["completion_ids"]) for row in rows]
+    answers = [Answer(row["prompt_ids"], row["completion_ids"], mask=row.get("completion_mask")) for row in rows]
     for row, total in zip(rows, reference.sums(split, answers).total, strict=True):
         row["ref_logps"] = total
     if groups is None:
@@ -107,6 +107,6 @@ def _add_reference(
             f"{context.name}: {same_prompt} of {len(rows)} {split} answers stand for another prompt's in the reference "
             "point and have the same prompt; a larger micro_batch_size avoids it."
         )
-    answers = [Answer(row["prompt_ids"], row["KL_completion_ids"]) for row in rows]
+    answers = [Answer(row["prompt_ids"], row["KL_completion_ids"], mask=row.get("KL_completion_mask")) for row in rows]
     for row, total in zip(rows, reference.sums(f"{split}_mismatched", answers).total, strict=True):
         row["ref_KL_logps"] = total

@@ -231,15 +231,14 @@ def train_without_reference(
     from align.models.threads import use_threads
 
     use_threads(context.runtime)
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-
+    from align.training.answer_collators import PairCollator
     from align.training.arguments import training_arguments
     from align.training.cpo_trainer import held_out
     from align.training.fit import fit
     from align.training.rows import counts, encode_pairs
     from align.training.save import save
 
-    prepared = prepare_policy(context, encode_pairs, DataCollatorForPreference)
+    prepared = prepare_policy(context, encode_pairs, PairCollator)
     prepared.lint(context)
     trainer = trainer_class(
         model=prepared.tuned_model(context),

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from align.training.answer_collators import MASKS
 from align.training.trainers import Prepared
 
 
@@ -36,6 +37,7 @@ class ScoredByReference(Prepared):
     state: Any
     beta: float
     _metrics: Any
+    _signature_columns: list[str] | None
 
     def __init__(self, *, model: Any, beta_at: Callable[[int], float], **kwargs: Any) -> None:
         self._beta_at = beta_at
@@ -47,6 +49,12 @@ class ScoredByReference(Prepared):
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Columns that are not named here would be removed from the rows.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()  # type: ignore[misc]
+            self._signature_columns = [*(self._signature_columns or []), *MASKS]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         self.beta = self._beta_at(self.state.global_step)

@@ -61,12 +61,16 @@ def held_out(trainer: PreparedKTO, encoded: Encoded) -> dict[str, float]:
 def _drifts(trainer: PreparedKTO, encoded: Encoded, answers: str, reference: str) -> torch.Tensor:
     """Return each answer's log-probability by the model minus by the reference, in nats: (N,) float64."""
     drifts = torch.zeros(len(encoded.rows), dtype=torch.float64)
-    rows = [{**row, "completion_ids": row[answers]} for row in encoded.rows]
+    mask = answers.replace("_ids", "_mask")
+    rows: list[dict[str, Any]] = [
+        {**row, "completion_ids": row[answers], "completion_mask": row.get(mask)} for row in encoded.rows
+    ]
     lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
     trainer.beta = trainer._beta_at(trainer.state.global_step)
     with scoring(trainer):
         for batch in by_length(lengths, SCORING_TOKENS):
-            picked = [{name: rows[row][name] for name in ("prompt_ids", "completion_ids", "label")} for row in batch]
+            names = ("prompt_ids", "completion_ids", "completion_mask", "label")
+            picked = [{name: rows[row][name] for name in names} for row in batch]
             inputs = trainer._prepare_inputs(trainer.data_collator(picked))
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             outputs = trainer.model(

@@ -38,11 +38,14 @@ NO_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of a prompt and of an answer to it; ``shared`` is the length of the shorter answer of its pair."""
+    """Token ids of a prompt and of an answer to it."""
 
     prompt: Sequence[int]
     ids: Sequence[int]
     shared: int | None = None
+    """Number of tokens that the assistant wrote in the shorter answer of its pair."""
+    mask: Sequence[int] | None = None
+    """1 on the tokens of ``ids`` that the assistant wrote, 0 between its turns; None where it wrote all."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class ReferenceCache:
         """Return a digest of the identity and of every token, in order."""
         digest = hashlib.sha256(canonical({**self.identity, "version": VERSION}).encode())
         for answer in answers:
-            line = f"{list(answer.prompt)}{list(answer.ids)}{answer.shared}\n"
+            mask = "" if answer.mask is None else list(answer.mask)
+            line = f"{list(answer.prompt)}{list(answer.ids)}{answer.shared}{mask}\n"
             digest.update(line.encode())
         return digest.hexdigest()
 
@@ -194,7 +198,10 @@ def _token_logprobs(
     ids, attention_mask = pad_right([[*answer.prompt, *answer.ids] for answer in answers], pad)
     answer_mask = attention_mask.clone()
     for row, answer in enumerate(answers):
-        answer_mask[row, : len(answer.prompt)] = 0
+        start = len(answer.prompt)
+        answer_mask[row, :start] = 0
+        if answer.mask is not None:
+            answer_mask[row, start : start + len(answer.ids)] = torch.tensor(answer.mask)
     ids, attention_mask, answer_mask = ids.to(device), attention_mask.to(device), answer_mask.to(device)
     labels = ids.masked_fill(answer_mask == 0, -100)
     outputs = model(input_ids=ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)

@@ -30,6 +30,7 @@ CUT = "answer cut at max_length, so without its end of turn"
 SPLIT_UP = "made a row for each answer, since the template rewrites earlier ones"
 NOT_TRAINED = "left out, every answer is marked as not to be trained on"
 SAME_ANSWERS = "left out, both answers are the same"
+REWRITTEN = "left out, the template rewrites earlier turns of an answer"
 
 
 class PromptRewritten(UserError):
@@ -151,30 +152,69 @@ def split_answer(tokenizer: Any, row: Mapping[str, Any], side: str | None = None
     return split_turn(tokenizer, row["prompt"], row[side], is_finished(row, side), row.get("tools"))
 
 
-def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """Encode as ``encode_supervised``, with labels on every answer of a conversation.
+def answer_turns(messages: Sequence[Row], first: int = 0) -> list[int]:
+    """Return the places of the assistant's turns from ``first`` on, without those that are excluded from training."""
+    places = range(first, len(messages))
+    return [
+        place
+        for place in places
+        if messages[place]["role"] == "assistant" and messages[place].get("train") is not False
+    ]
 
-    A turn with ``train: False`` has no labels; a row with only such turns is left out and counted. Answers are located
-    by rendering the conversation up to each of them, which works with any template. Some templates rewrite earlier
-    answers once others follow, for example to drop thoughts. Then no single rendering contains each answer as it is
-    sampled: the conversation becomes one row per answer, and is counted.
+
+def split_turns(
+    tokenizer: Any, row: Mapping[str, Any], side: str, places: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Return ``split_turn`` of the turns at ``places`` in a row's prompt and answer, each after all before it."""
+    messages, finished = [*row["prompt"], *row[side]], is_finished(row, side)
+    # Only the last turn can be cut off.
+    return [
+        split_turn(
+            tokenizer,
+            messages[:place],
+            [messages[place]],
+            finished or place < len(messages) - 1,
+            row.get("tools"),
+        )
+        for place in places
+    ]
+
+
+def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
+    """Encode as ``encode_supervised``, with labels on every answer of a conversation."""
+    return _encode_turns(tokenizer, rows, max_length, with_prompt=True)
+
+
+def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
+    """Encode ``input_ids`` and ``labels`` for SFT on ``completion``, else ``chosen``.
+
+    Labels are on the assistant's turns of the answer. What stands between them, such as the results of tools, and the
+    prompt are ``MASKED``. A turn with ``train: False`` has no labels; a row with only such turns is left out and
+    counted. An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn; one that was cut off
+    in sampling has none. Prompts that leave no room for an answer are left out.
+    """
+    return _encode_turns(tokenizer, rows, max_length, with_prompt=False)
+
+
+def _encode_turns(tokenizer: Any, rows: Sequence[Row], max_length: int, with_prompt: bool) -> Encoded:
+    """Encode rows with labels on turns of their answers, and ``with_prompt`` on those of the prompt too.
+
+    Turns are located by rendering the conversation up to each of them, which works with any template. Some templates
+    rewrite earlier turns once others follow, for example to drop thoughts. Then no single rendering contains each turn
+    as it is sampled: the conversation becomes one row per turn, and is counted.
     """
     out = Encoded()
     for row in rows:
-        messages, ended = [*row["prompt"], *row[answer_side(row)]], is_finished(row, answer_side(row))
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        places = [index for index in answers if messages[index].get("train") is not False]
+        side = answer_side(row)
+        first = 0 if with_prompt else len(row["prompt"])
+        places = answer_turns([*row["prompt"], *row[side]], first)
         if not places:
             out.count(NOT_TRAINED)
             continue
-        # Each answer with the conversation before it, rendered as it would be sampled.
-        parts = [
-            split_turn(tokenizer, messages[:place], [messages[place]], ended or place < answers[-1], row.get("tools"))
-            for place in places
-        ]
+        parts = split_turns(tokenizer, row, side, places)
         conversation = [*parts[-1][0], *parts[-1][1]]
         # If all of these are prefixes of the last one, a single row can hold all answers.
-        if all(conversation[: len(before) + len(answer)] == before + answer for before, answer in parts):
+        if _are_parts(conversation, parts):
             labels = [MASKED] * len(conversation)
             for before, answer in parts:
                 labels[len(before) : len(before) + len(answer)] = answer
@@ -184,6 +224,11 @@ def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enco
             for before, answer in parts:
                 _add_cut(out, before + answer, [MASKED] * len(before) + answer, max_length, row)
     return out
+
+
+def _are_parts(conversation: Sequence[int], parts: Sequence[tuple[list[int], list[int]]]) -> bool:
+    """Return True where each turn with all before it is a beginning of the conversation."""
+    return all(list(conversation[: len(before) + len(turn)]) == before + turn for before, turn in parts)
 
 
 def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, row: Row) -> None:
@@ -196,36 +241,45 @@ def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, r
     out.add({"input_ids": ids[:max_length], "labels": labels[:max_length]}, min(len(ids), max_length), row)
 
 
-def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """Encode ``input_ids`` and ``labels`` (``MASKED`` on the prompt) for SFT on ``completion``, else ``chosen``.
+def assistant_mask(
+    tokenizer: Any, row: Mapping[str, Any], side: str, prompt_ids: list[int], answer_ids: list[int]
+) -> list[int] | None:
+    """Return 1 for each token of an answer that the assistant writes, 0 for what stands between its turns.
 
-    An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn; one that was cut off in
-    sampling has none. Left out are prompts that leave no room for an answer, and answers with ``train: False``.
+    ``prompt_ids`` and ``answer_ids`` are those of ``split_answer``. Turns with ``train: False`` have 0. None where the
+    template rewrites earlier turns, so that no rendering contains each turn as it is sampled.
     """
-    out = Encoded()
-    for row in rows:
-        if row[answer_side(row)][-1].get("train") is False:
-            out.count(NOT_TRAINED)
-            continue
-        prompt_ids, answer_ids = split_answer(tokenizer, row)
-        # Only the answer is cut: a cut prompt would be another prompt.
-        room = max_length - len(prompt_ids)
-        if room <= 0:
-            out.count(NO_ROOM)
-            continue
-        if len(answer_ids) > room:
-            out.count(CUT)
-        ids = prompt_ids + answer_ids[:room]
-        out.add({"input_ids": ids, "labels": [MASKED] * len(prompt_ids) + ids[len(prompt_ids) :]}, len(ids), row)
-    return out
+    if len(row[side]) == 1:
+        return [1] * len(answer_ids)
+    start = len(prompt_ids)
+    places = answer_turns([*row["prompt"], *row[side]], len(row["prompt"]))
+    parts = split_turns(tokenizer, row, side, places)
+    if not _are_parts([*prompt_ids, *answer_ids], parts):
+        return None
+    mask = [0] * len(answer_ids)
+    for before, turn in parts:
+        mask[len(before) - start : len(before) + len(turn) - start] = [1] * len(turn)
+    return mask
+
+
+def add_masks(out: Encoded, masks: Mapping[str, Sequence[list[int]]]) -> None:
+    """Add the masks of every row, by column, if one of them has a 0; rows without a gap need none."""
+    if all(all(mask) for column in masks.values() for mask in column):
+        return
+    for name, column in masks.items():
+        for row, mask in zip(out.rows, column, strict=True):
+            row[name] = mask
 
 
 def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """Encode ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (answers only) for DPO.
 
-    A pair with a side longer than ``max_length`` is left out: a cut answer would be judged by its missing end.
+    Where an answer has several turns, all rows have ``chosen_mask`` and ``rejected_mask`` too: 1 on the assistant's
+    tokens, 0 on what tools and users say in between. A pair with a side longer than ``max_length`` is left out: a cut
+    answer would be judged by its missing end.
     """
     out = Encoded()
+    masks: dict[str, list[list[int]]] = {"chosen_mask": [], "rejected_mask": []}
     for row in rows:
         (prompt_ids, chosen_ids), (_, rejected_ids) = (
             split_answer(tokenizer, row, side) for side in ("chosen", "rejected")
@@ -238,7 +292,18 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
         if length > max_length:
             out.count(TOO_LONG)
             continue
+        chosen_mask = assistant_mask(tokenizer, row, "chosen", prompt_ids, chosen_ids)
+        rejected_mask = assistant_mask(tokenizer, row, "rejected", prompt_ids, rejected_ids)
+        if chosen_mask is None or rejected_mask is None:
+            out.count(REWRITTEN)
+            continue
+        if not (any(chosen_mask) and any(rejected_mask)):
+            out.count(NOT_TRAINED)
+            continue
         out.add({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}, length, row)
+        masks["chosen_mask"].append(chosen_mask)
+        masks["rejected_mask"].append(rejected_mask)
+    add_masks(out, masks)
     return out
 
 

@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 
 from align.training.order import grouped_order
-from align.training.rows import NO_ROOM, TOO_LONG, Encoded, Row, split_answer
+from align.training.rows import (
+    NO_ROOM,
+    NOT_TRAINED,
+    REWRITTEN,
+    TOO_LONG,
+    Encoded,
+    Row,
+    add_masks,
+    assistant_mask,
+    split_answer,
+)
 
 SIDES = (("chosen", True), ("rejected", False))
 
@@ -37,8 +47,12 @@ def unpair(rows: Sequence[Row]) -> list[Row]:
 
 
 def encode_unpaired(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """Encode ``prompt_ids``, ``completion_ids`` and ``label`` of each answer; too long ones are left out, not cut."""
+    """Encode ``prompt_ids``, ``completion_ids`` and ``label`` of each answer; too long ones are left out, not cut.
+
+    Where an answer has several turns, all rows have ``completion_mask`` too, as in ``encode_pairs``.
+    """
     out = Encoded()
+    masks: list[list[int]] = []
     for row in rows:
         prompt_ids, answer_ids = split_answer(tokenizer, row, "completion")
         if len(prompt_ids) >= max_length:
@@ -48,12 +62,21 @@ def encode_unpaired(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enc
         if length > max_length:
             out.count(TOO_LONG)
             continue
+        mask = assistant_mask(tokenizer, row, "completion", prompt_ids, answer_ids)
+        if mask is None:
+            out.count(REWRITTEN)
+            continue
+        if not any(mask):
+            out.count(NOT_TRAINED)
+            continue
         encoded_row: dict[str, Any] = {
             "prompt_ids": prompt_ids,
             "completion_ids": answer_ids,
             "label": bool(row["label"]),
         }
         out.add(encoded_row, length, row)
+        masks.append(mask)
+    add_masks(out, {"completion_mask": masks})
     return out
 
 
@@ -84,7 +107,7 @@ class GroupOrder:
 
 
 def add_mismatched(rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[int]], max_length: int) -> int:
-    """Add ``KL_completion_ids`` to each row: another row's answer, if possible to another prompt.
+    """Add ``KL_completion_ids`` to each row, with its mask: another row's answer, if possible to another prompt.
 
     A group's answers are shifted by the number of positions that returns the fewest to their own prompt; the two sides
     of a pair share a prompt and have similar lengths, so a shift by one is not always best. Returns the number of rows
@@ -102,8 +125,10 @@ def add_mismatched(rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[int
         best = min(counts, key=lambda shift: (counts[shift], shift), default=0)
         same_prompt += counts.get(best, 1)
         for index, row in enumerate(group):
-            answer = rows[donors[index - best]]["completion_ids"]
-            rows[row]["KL_completion_ids"] = answer[: max_length - len(rows[row]["prompt_ids"])]
+            donor, room = rows[donors[index - best]], max_length - len(rows[row]["prompt_ids"])
+            for name in ("completion_ids", "completion_mask"):
+                if name in donor:
+                    rows[row][f"KL_{name}"] = donor[name][:room]
     return same_prompt
 
 

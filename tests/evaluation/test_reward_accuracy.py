@@ -64,6 +64,18 @@ def test_both_sides_are_scored_against_their_own_prompt():
     assert (chosen, rejected) == ([3.0, 1.0], [1.0, 2.0])
 
 
+def test_the_last_turn_of_an_episode_is_scored_behind_the_turns_before_it():
+    turns = [
+        {"role": "assistant", "content": ""},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "x"},
+    ]
+    row = pair("a", "b") | {"chosen": turns}
+    prompts, texts, *_ = read_sides([row])
+    assert prompts == [[*row["prompt"], *turns[:2]], row["prompt"]]
+    assert texts == ["x", "b"]
+
+
 def many(n: int, seed: int = 0, gold: bool = False) -> tuple[list[dict], np.ndarray]:
     """Pairs of random lengths, and those lengths."""
     g = np.random.default_rng(seed)

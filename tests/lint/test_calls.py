@@ -9,6 +9,7 @@ import pytest
 
 from align.data.rows import assistant, user
 from align.lint.linter import Options
+from align.training.unpaired import unpair
 from tests.support.environments.families import FAMILIES, TOOLS, make, tokenizer_of
 from tests.support.lint.harness import alarms, look
 
@@ -90,3 +91,33 @@ def test_rows_without_tools_are_not_parsed() -> None:
         row(number, user(f"What is {number}?"), assistant(f"<tool_call>{number}"), tools=None) for number in range(4)
     ]
     assert "unreadable-call" not in look(make("chatml-tools"), plain)
+
+
+def episodes() -> list[dict[str, Any]]:
+    """Pairs of whole episodes: one that calls a tool and answers, one that answers at once."""
+    made = []
+    for number in range(6):
+        pair = row(number, user(f"How much is {number} + 2?"), assistant(""))
+        del pair["completion"]
+        called = [calling(add(number)), {"role": "tool", "content": str(number + 2)}, assistant(f"It is {number + 2}.")]
+        made.append(pair | {"chosen": called, "rejected": [assistant(f"Maybe {number + 7} or {number + 9}?")]})
+    return made
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "chatml-tools"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "reward"])
+def test_whole_episodes_raise_no_alarm(name: str, stage: Any) -> None:
+    made = unpair(episodes()) if stage == "kto" else episodes()
+    findings = look(tokenizer_of(name), made, options=Options(stage))
+    assert alarms(findings) <= {"unexpected-system-prompt"}
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "chatml-tools"])
+def test_an_unreadable_call_is_no_fault_of_an_answer_that_is_not_learned(name: str) -> None:
+    rejected = episodes()
+    for pair in rejected:
+        pair["rejected"] = [assistant("<tool_call>{not json</tool_call>"), user("what?"), assistant("sorry")]
+    assert "unreadable-call" not in look(tokenizer_of(name), rejected, options=Options("dpo"))
+    assert "unreadable-call" not in look(tokenizer_of(name), unpair(rejected), options=Options("kto"))
+    learned = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in rejected]
+    assert "unreadable-call" in look(tokenizer_of(name), learned, options=Options("dpo"))

@@ -67,6 +67,16 @@ def test_rows_are_drawn_by_step_and_long_ones_left_out(tiny_model):
         PtxRows([{"prompt": "x"}], tokenizer, 100)
 
 
+def test_an_episode_is_a_text_for_each_of_its_turns(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    prompt, told = [{"role": "user", "content": "a"}], {"role": "user", "content": "c"}
+    turns = [{"role": "assistant", "content": "b"}, told, {"role": "assistant", "content": "d"}]
+    texts = PtxRows([{"prompt": prompt, "completion": turns}], tokenizer, 1000).texts
+    assert texts == [
+        split_turn(tokenizer, prompt, turns[:1]), split_turn(tokenizer, [*prompt, *turns[:2]], turns[2:])
+    ]  # fmt: skip
+
+
 def test_outputs_without_texts_pass_through():
     out = {"logprobs": torch.ones(2, 3)}
     assert split_outputs(out, {}, 3) == (out, None, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from align.models.loading import load_policy, load_tokenizer
+from align.store.fingerprint import canonical
 from align.training import reference
 from align.training.fused_head import use_blockwise_head
 from align.training.reference import Answer, ReferenceCache, Sums, answer_sums
@@ -46,6 +48,29 @@ def test_sums_are_those_of_each_answer_alone(tiny_model: Path, monkeypatch: pyte
     assert actual.weighted(0.25)[1] == pytest.approx(actual.total[1] - 0.75 * actual.tail[1])
     # The head that scores labeled positions only is gone again.
     assert "forward" not in model.__dict__
+
+
+def test_tokens_that_a_tool_wrote_are_not_summed(tiny_model: Path) -> None:
+    use_blockwise_head()
+    answer = answers(tiny_model)[0]
+    mask = [1, 0, *[1] * (len(answer.ids) - 2)]
+    masked = Answer(answer.prompt, answer.ids, 1, mask)
+    sums = answer_sums(load_policy(tiny_model), [masked], 0, bfloat16=False)
+    ids = torch.tensor([[*answer.prompt, *answer.ids]])
+    with torch.no_grad():
+        logits = load_policy(tiny_model)(ids).logits
+    every = logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[-len(answer.ids) :, 0]
+    assert sums.total[0] == pytest.approx(float((every * torch.tensor(mask)).sum()), abs=1e-3)
+    # After the first token that the assistant wrote.
+    assert sums.tail[0] == pytest.approx(float(every[2:].sum()), abs=1e-3)
+
+
+def test_the_key_of_answers_without_gaps_is_as_it_was(tmp_path: Path) -> None:
+    cache = ReferenceCache(tmp_path, None, IDENTITY)
+    plain = Answer([1, 2], [3, 4], 1)
+    line = hashlib.sha256((canonical({**IDENTITY, "version": reference.VERSION}) + "[1, 2][3, 4]1\n").encode())
+    assert cache.key([plain]) == line.hexdigest()
+    assert cache.key([plain]) != cache.key([Answer([1, 2], [3, 4], 1, [1, 0])])
 
 
 def computed(sums: Sums, calls: list[int]) -> object:

@@ -15,8 +15,18 @@ from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_prompt
+from align.training.answer_collators import PairCollator, UnpairedCollator
 from align.training.input_checks import check_encoded, check_ends, check_model, check_same_vocabulary
-from align.training.rows import MASKED, encode_conversations, encode_pairs, encode_supervised, read_split
+from align.training.rows import (
+    MASKED,
+    NOT_TRAINED,
+    REWRITTEN,
+    encode_conversations,
+    encode_pairs,
+    encode_supervised,
+    read_split,
+)
+from align.training.unpaired import add_mismatched, encode_unpaired, unpair
 from tests.support.training.harness import rows
 
 
@@ -160,3 +170,80 @@ def test_tokenizer_and_model_are_checked(tiny_model: Path, tokenizer: Any) -> No
     tokenizer.pad_token = tokenizer.eos_token
     with pytest.raises(UserError, match="the two must differ"):
         check_model("sft", model, tokenizer)
+
+
+TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ '!' + call['function']['name'] }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL = {**assistant(""), "tool_calls": '[{"type": "function", "function": {"name": "look", "arguments": {}}}]'}
+RESULT = {"role": "tool", "content": "a wall"}
+
+
+def episode_pair(**changes: Any) -> dict[str, Any]:
+    """A pair of an episode that looks before it answers, and one that does not."""
+    chosen, rejected = [CALL, RESULT, assistant("blue")], [assistant("red")]
+    return {
+        "id": "0",
+        "source": "t",
+        "prompt": [user("?")],
+        "checks": "",
+        "chosen": chosen,
+        "rejected": rejected,
+    } | changes
+
+
+def test_results_of_tools_within_an_answer_are_not_supervised(tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
+    (row,) = encode_supervised(tokenizer, [episode_pair()], 200).rows
+    assert supervised_text(tokenizer, row) == "!look<|im_end|>blue<|im_end|>"
+    assert "a wall" in tokenizer.decode(row["input_ids"])
+    excluded = episode_pair(chosen=[{**CALL, "train": False}, RESULT, assistant("blue")])
+    (row,) = encode_supervised(tokenizer, [excluded], 200).rows
+    assert supervised_text(tokenizer, row) == "blue<|im_end|>"
+
+
+def test_masks_of_pairs_leave_the_results_of_tools_out(tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
+    (row,) = encode_pairs(tokenizer, [episode_pair()], 200).rows
+    learned = [token for token, mask in zip(row["chosen_ids"], row["chosen_mask"], strict=True) if mask]
+    assert tokenizer.decode(learned) == "!look<|im_end|>blue<|im_end|>"
+    assert row["rejected_mask"] == [1] * len(row["rejected_ids"])
+    batch = PairCollator(pad_token_id=0)([row])
+    labeled = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, 0)
+    assert [id for id in labeled[0].tolist() if id] == learned
+    assert [id for id in labeled[1].tolist() if id] == row["rejected_ids"]
+    # Rows of single turns are as they were.
+    (single,) = encode_pairs(tokenizer, [episode_pair(chosen=[assistant("blue")])], 200).rows
+    assert set(single) == {"prompt_ids", "chosen_ids", "rejected_ids"}
+
+
+def test_a_pair_whose_template_rewrites_earlier_turns_is_left_out(tokenizer: Any) -> None:
+    # As templates that drop the thoughts of all turns but the last.
+    tokenizer.chat_template = TOOLS.replace(
+        "m['content'] }}", "(m['content'] if loop.last or m['role'] != 'assistant' else '') }}"
+    )
+    talk = [assistant("hm"), user("well?"), assistant("blue")]
+    encoded = encode_pairs(tokenizer, [episode_pair(chosen=talk)], 200)
+    assert not encoded.rows and encoded.counts == {REWRITTEN: 1}
+    split = encode_supervised(tokenizer, [episode_pair(chosen=talk)], 200)
+    assert [supervised_text(tokenizer, row) for row in split.rows] == ["hm<|im_end|>", "blue<|im_end|>"]
+
+
+def test_a_pair_with_nothing_to_learn_on_a_side_is_left_out(tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
+    excluded = episode_pair(chosen=[{**CALL, "train": False}, RESULT, {**assistant("blue"), "train": False}])
+    assert encode_pairs(tokenizer, [excluded], 200).counts == {NOT_TRAINED: 1}
+
+
+def test_unpaired_answers_and_their_mismatched_ones_have_masks(tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
+    encoded = encode_unpaired(tokenizer, unpair([episode_pair(), episode_pair(id="1", prompt=[user("!")])]), 200)
+    assert [0 in row["completion_mask"] for row in encoded.rows] == [True, False, True, False]
+    add_mismatched(encoded.rows, [[0, 1], [2, 3]], 200)
+    assert [0 in row["KL_completion_mask"] for row in encoded.rows] == [False, True, False, True]
+    batch = UnpairedCollator(pad_token_id=0)(encoded.rows)
+    for index, row in enumerate(encoded.rows):
+        assert int(batch["completion_mask"][index].sum()) == sum(row["completion_mask"])
+        assert int(batch["KL_completion_mask"][index].sum()) == sum(row["KL_completion_mask"])

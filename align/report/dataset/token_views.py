@@ -126,7 +126,8 @@ def _pair(tokenizer: Any, row: Row, limit: int) -> list[View]:
     views = []
     for side in sides:
         answer = encoded.rows[0][f"{side}_ids"]
-        trained = (False,) * len(prompt) + (True,) * len(answer)
+        mask = encoded.rows[0].get(f"{side}_mask", [1] * len(answer))
+        trained = (False,) * len(prompt) + tuple(map(bool, mask))
         views.append(View(side, (*prompt, *answer), trained, notes))
     return views
 

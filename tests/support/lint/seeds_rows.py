@@ -109,14 +109,6 @@ def another_question_before_rejected(case: Case) -> dict[str, Finding]:
     return look(case.tokenizer, rows, prepared, options=Options("reward"))
 
 
-@seeds("pair-prompts-differ")
-def the_pair_parts_before_its_last_turn(case: Case) -> dict[str, Finding]:
-    rows = pairs()
-    rows[SPOILT]["chosen"] = [assistant("Well."), user("Go on."), *rows[SPOILT]["chosen"]]
-    rows[SPOILT]["rejected"] = [assistant("Hm."), user("Go on."), *rows[SPOILT]["rejected"]]
-    return look(case.tokenizer, rows, options=Options("reward"))
-
-
 @seeds("length-imbalance")
 def one_side_ten_times_as_long(case: Case) -> dict[str, Finding]:
     rows = pairs()
