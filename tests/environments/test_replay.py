@@ -187,3 +187,18 @@ def test_closing_is_not_journaled(opened: Open) -> None:
     assert environment.close().result(20) is None
     # A request after that brings the instance back.
     assert environment.call(1, 0, "add", {"number": 1}).result(20).text == "The count is 2."
+
+
+def test_an_environment_that_is_closed_under_a_call_did_not_fail(opened: Open) -> None:
+    environment = opened(open_class("Saved"))
+    play(environment, 1)
+    # As where a run ends early: the call is over when its state can no longer be saved.
+    late = environment.call(1, 0, "wait_and_add", {"number": 1, "seconds": 0.2})
+    environment.close().result(20)
+    with pytest.raises(EnvironmentFailed):
+        late.result(20)
+    # The next attempt makes the call again.
+    again = opened(open_class("Saved"))
+    assert again.reset().result(20) == environment._journal.get("reset", 0)["messages"]  # type: ignore[index]
+    assert again.call(0, 0, "add", {"number": 1}).result(20).text == "The count is 1."
+    assert again.call(1, 0, "wait_and_add", {"number": 1, "seconds": 0.0}).result(20).error == ""
