@@ -17,6 +17,8 @@ from align.errors import UserError
 from align.inference.requests import Answer, Request, RequestCache
 
 MILLION = 1_000_000
+CALL_FORM = 2
+"""Size of a call or a tool's schema in a prompt, at most, over that of its JSON."""
 TURN_TOKENS, TEMPLATE_TOKENS = 16, 64
 """Tokens that a chat template may add to a message, and to a conversation (a default system prompt)."""
 
@@ -47,7 +49,10 @@ def bounds(request: Request) -> tuple[int, int]:
     """Return the most tokens that a request and its answer can have: no token is shorter than a byte."""
     # A byte per token is the worst case of any tokenizer.
     content = sum(len((message.get("content") or "").encode()) + TURN_TOKENS for message in request.messages)
-    return content + TEMPLATE_TOKENS, request.max_tokens
+    # Templates write calls and schemas in forms of their own.
+    calls = sum(len((message.get("tool_calls") or "").encode()) for message in request.messages)
+    schemas = len(request.tools.encode())
+    return content + CALL_FORM * (calls + schemas) + TEMPLATE_TOKENS, request.max_tokens
 
 
 class AnswerSink(Protocol):

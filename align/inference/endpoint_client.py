@@ -1,7 +1,7 @@
 """Client of an OpenAI-compatible server: many requests at once, each bounded in time, retried where that may help.
 
 The key is read from the environment when a run starts and goes only into the header: not into records, caches, logs or
-messages. Torch-free. Leaves out streaming, tools, images, and several choices per request.
+messages. Torch-free. Leaves out streaming, images, and several choices per request.
 """
 
 from __future__ import annotations
@@ -180,11 +180,13 @@ class Endpoint:
     async def _attempt(self, transport: Transport, request: Request, sink: AnswerSink) -> Answer:
         body = {
             "model": self.config.model,
-            "messages": [_strip_train_mark(message) for message in request.messages],
+            "messages": [_wire_message(message) for message in request.messages],
             self.config.length_field: request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
         }
+        if request.tools:
+            body["tools"] = json.loads(request.tools)
         if self.config.send_seed:
             body["seed"] = request.own_seed
         content = json.dumps({**body, **self.config.extra}).encode()
@@ -282,6 +284,7 @@ def read_completion(completion: Any) -> Answer:
             content = "".join(part["text"] for part in content if part.get("type") == "text")
         if not isinstance(content, (str, type(None))):
             raise TypeError("content is no text")
+        tool_calls = [_read_call(call) for call in choice["message"].get("tool_calls") or ()]
         is_refused = bool(choice["message"].get("refusal"))
         usage = completion.get("usage") or {}
         prompt_tokens = _token_count(usage.get("prompt_tokens"))
@@ -290,12 +293,29 @@ def read_completion(completion: Any) -> Answer:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     return Answer(
-        text=(content or "").encode("utf-8", "replace").decode("utf-8"),  # half a surrogate fits no Parquet file
+        text=_clean_text(content or ""),
         finished=reason != "length",
         refused=is_refused or reason == "content_filter",
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
+        tool_calls=tool_calls,
     )
+
+
+def _read_call(call: Any) -> dict[str, Any]:
+    """Return a call of a tool. Raises ``TypeError`` for one without name or arguments."""
+    function = call["function"]
+    name, arguments = function["name"], function.get("arguments")
+    if isinstance(arguments, dict):  # some servers send the object itself
+        arguments = json.dumps(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, str | None):
+        raise TypeError("a tool call has no name or arguments")
+    return {"id": str(call.get("id") or ""), "name": _clean_text(name), "arguments": _clean_text(arguments or "{}")}
+
+
+def _clean_text(text: str) -> str:
+    """Return a text without halves of surrogates, which fit no Parquet file."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _token_count(value: Any) -> int | None:
@@ -304,9 +324,22 @@ def _token_count(value: Any) -> int | None:
     return value if is_count else None
 
 
-def _strip_train_mark(message: Message) -> Message:
-    """Return a message without ``train``, which is no field of OpenAI's: servers refuse those."""
-    return {name: value for name, value in message.items() if name != "train"}
+def _wire_message(message: Message) -> Message:
+    """Return a message as servers take it: without ``train``, which is no field of OpenAI's, and with calls as objects.
+
+    A call's arguments stay JSON text.
+    """
+    fields = {name: value for name, value in message.items() if name != "train"}
+    if fields.get("tool_calls"):
+        fields["tool_calls"] = [_wire_call(call) for call in json.loads(fields["tool_calls"])]
+    return fields
+
+
+def _wire_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _retry_after(reply: Reply) -> float | None:

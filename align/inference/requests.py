@@ -15,7 +15,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,17 @@ class Request:
     seed: int = 0
     sample: int = 0
     """Number among several answers to the same messages."""
+    tools: str = ""
+    """Functions that the model may call, as a JSON list; empty for none."""
 
     @cached_property
     def key(self) -> str:
         """Return the sha256 of the request, 64 hex digits."""
-        return digest(asdict(self))
+        content = asdict(self)
+        if not self.tools:
+            # As it was before there were tools, so that their answers stay in the caches.
+            del content["tools"]
+        return digest(content)
 
     @property
     def own_seed(self) -> int:
@@ -65,6 +71,8 @@ class Answer:
     completion_tokens: int | None = None
     error: str = ""
     """Reason for a missing answer, where the request itself was at fault. Never cached."""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    """Calls of tools: ``id``, ``name``, and ``arguments`` as the model wrote them, JSON text."""
 
 
 @dataclass(frozen=True)

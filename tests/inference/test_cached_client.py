@@ -100,6 +100,9 @@ def test_bounds_and_prices_by_hand() -> None:
     request = Request({}, [{"role": "user", "content": "äb"}], max_tokens=100)
     # 3 bytes and 16 for the turn, 64 for the template
     assert bounds(request) == (83, 100)
+    with_tools = Request({}, [{"role": "assistant", "content": "", "tool_calls": "[12]"}], 100, tools="[{}]")
+    # 16 for the turn, 64 for the template, and twice the 4 bytes of the call and of the schemas
+    assert bounds(with_tools) == (96, 100)
     prices = Prices(input=2.0, output=10.0)
     assert prices.bound(request) == pytest.approx((83 * 2 + 100 * 10) / 1e6)
     assert prices.cost(request, Answer("", prompt_tokens=5, completion_tokens=7)) == pytest.approx((5 * 2 + 70) / 1e6)

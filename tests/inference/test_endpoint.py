@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import gzip
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -78,6 +79,50 @@ def test_a_mark_of_training_stays_here(fake: FakeChat, tmp_path: Path) -> None:
     (request,) = _requests(endpoint, 1)
     CachedClient(RequestCache(tmp_path)).ask(endpoint, [replace(request, messages=turns)])
     assert fake.bodies[0]["messages"] == [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"id": "x1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def test_tools_calls_and_results_go_as_openai_has_them(fake: FakeChat, tmp_path: Path) -> None:
+    endpoint = _endpoint(fake)
+    messages = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
+        {"role": "tool", "content": "2", "tool_call_id": "x1", "name": "add"},
+    ]
+    request = Request(endpoint.identity, messages, max_tokens=20, tools=json.dumps([TOOL]))
+    CachedClient(RequestCache(tmp_path)).ask(endpoint, [request])
+    (body,) = fake.bodies
+    assert body["tools"] == [TOOL]
+    # Arguments are text there, also where rows have the object.
+    assert body["messages"][1]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert body["messages"][2]["tool_call_id"] == "x1"
+
+
+def test_calls_in_an_answer_are_read_and_cached(fake: FakeChat, tmp_path: Path) -> None:
+    reply = completion(None, finish_reason="tool_calls")
+    calls = [CALL, {"id": "x2", "type": "function", "function": {"name": "add", "arguments": "{half"}}]
+    reply["choices"][0]["message"]["tool_calls"] = calls
+    fake.reply = lambda body: reply
+    endpoint = _endpoint(fake)
+    for _ in range(2):
+        (answer,) = CachedClient(RequestCache(tmp_path)).ask(endpoint, _requests(endpoint, 1))
+        assert answer.tool_calls == [
+            {"id": "x1", "name": "add", "arguments": '{"a": 1}'},
+            {"id": "x2", "name": "add", "arguments": "{half"},
+        ]
+        assert answer.finished and answer.text == ""
+    assert len(fake.bodies) == 1
+
+
+@pytest.mark.parametrize("calls", [[{}], ["add"], [{"function": {"arguments": "{}"}}], [{"function": {"name": 3}}]])
+def test_calls_that_are_none_are_no_completion(calls: Any) -> None:
+    reply = completion("x")
+    reply["choices"][0]["message"]["tool_calls"] = calls
+    with pytest.raises(ValueError, match=r"KeyError|TypeError"):
+        read_completion(reply)
 
 
 def test_the_first_goes_alone(fake: FakeChat, tmp_path: Path) -> None:

@@ -35,9 +35,10 @@ def test_a_request_is_named_by_all_that_decides_its_answer() -> None:
         replace(ONE, top_p=0.9),
         replace(ONE, seed=4),
         replace(ONE, sample=1),
+        replace(ONE, tools="[]"),
     ]
-    assert len({entry.key for entry in [ONE, *changed]}) == 8
-    assert len({entry.own_seed for entry in [ONE, *changed]}) == 8
+    assert len({entry.key for entry in [ONE, *changed]}) == 9
+    assert len({entry.own_seed for entry in [ONE, *changed]}) == 9
     assert all(0 <= entry.own_seed < 2**31 for entry in changed)
     # the name is part of the format on disk: a change would orphan every cache
     assert ONE.key == "ce78a1e105e3df460978b723a419d354b01f6d8a36c1e284bbc426d68af9f8b0"
