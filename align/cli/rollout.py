@@ -105,7 +105,13 @@ def _find_model(pipeline: Pipeline, node: Node, store: Store, options: argparse.
     if trained is not None and (trained.path / "model").is_dir():
         print_warning(f"playing with stage {node.name}; --checkpoint names another")
         return trained.model
-    return _input(pipeline, node, store, "policy").model
+    field = "policy" if "policy" in type(node.config).model_fields else "model"
+    if node.inputs.get(field) is None:
+        raise UserError(
+            f"{node.name}: an endpoint plays in this stage's environment, and `align rollout` plays with checkpoints. "
+            "Name one: --checkpoint."
+        )
+    return _input(pipeline, node, store, field).model
 
 
 def _input(pipeline: Pipeline, node: Node, store: Store, field: str) -> Artifact:

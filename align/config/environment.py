@@ -182,6 +182,24 @@ class EnvironmentConfig(Config):
             require_extra("openenv", "openenv", f"{place}.openenv:")
 
 
+def take_episode_tokens(config: Config) -> None:
+    """Set a stage's ``max_tokens`` to those of its ``environment``. Raises ``ValueError`` where it has others.
+
+    For a validator of a stage with both fields.
+    """
+    environment: EnvironmentConfig | None = getattr(config, "environment", None)
+    if environment is None:
+        return
+    tokens, limit = environment.max_tokens, getattr(config, "max_tokens", None)
+    if "max_tokens" in config.model_fields_set and limit != tokens:
+        raise ValueError(
+            f"max_tokens is {limit}, and environment.max_tokens {tokens}; an episode has one limit. Remove max_tokens "
+            "here."
+        )
+    # Without a note that it was set: the file did not set it.
+    config.__dict__["max_tokens"] = tokens
+
+
 def tool_name(path: str) -> str:
     """Return the name by which the policy calls a function."""
     return path.rpartition(":")[2]

@@ -10,16 +10,26 @@ from itertools import pairwise
 from typing import NamedTuple, get_args
 
 from align.config.recipe.step_settings import PairStrategy
-from align.data.rows import Row, assistant, kept_columns
+from align.data.rows import Message, Row, assistant, kept_columns
+
+
+class Answers(NamedTuple):
+    """The messages of a response on each side of a pair."""
+
+    chosen: list[Message]
+    rejected: list[Message]
 
 
 class Candidate(NamedTuple):
-    """One response of a prompt: its text, score, place among the samples, and whether it ended by itself."""
+    """One response of a prompt."""
 
     text: str
+    """What it says; two of equal text make no pair."""
     score: float
     sample: int
+    """Place among the samples."""
     finished: bool
+    """Whether it ended by itself."""
 
 
 def make_pairs(
@@ -31,6 +41,7 @@ def make_pairs(
     noise: float,
     seed: int,
     finished: list[list[bool]] | None = None,
+    answers: list[list[Answers]] | None = None,
     ties: list[Row] | None = None,
 ) -> tuple[list[Row], dict[str, int]]:
     """Pair each prompt's responses by score, as :func:`compare_candidates` selects them.
@@ -40,7 +51,8 @@ def make_pairs(
     off (``chosen_finished``, ``rejected_finished``), so that training puts no end of turn after them. With probability
     ``noise`` (drawn from ``seed`` and the pair's id, independent of the order) a pair's label is wrong: the texts swap
     sides, ``flipped`` is True, and ``chosen_score`` and ``rejected_score`` stay the true scores of the texts that they
-    belong to. Tied comparisons are appended to ``ties``, if it is not None, as pairs whose sides mean nothing.
+    belong to. ``answers`` are the messages of responses that are more than one turn of the assistant, such as episodes.
+    Tied comparisons are appended to ``ties``, if it is not None, as pairs whose sides mean nothing.
 
     Returns the pairs and counts: ``prompts = prompts_too_few + prompts compared``, ``compared = identical + tied +
     pairs``. Raises ``ValueError`` for unequal lengths, a score that is not finite, or ``noise`` outside [0, 1).
@@ -53,9 +65,10 @@ def make_pairs(
     pairs: list[Row] = []
     if finished is None:
         finished = [[True] * len(texts) for texts in responses]
-    for row, texts, values, ends in zip(rows, responses, scores, finished, strict=True):
+    for index, (row, texts, values, ends) in enumerate(zip(rows, responses, scores, finished, strict=True)):
         if any(not math.isfinite(value) for value in values):
             raise ValueError(f"row {row['id']}: a score is not finite: {values}")
+        row_answers = None if answers is None else answers[index]
         candidates = [
             Candidate(text, float(value), sample, end)
             for sample, (text, value, end) in enumerate(zip(texts, values, ends, strict=True))
@@ -72,9 +85,9 @@ def make_pairs(
             elif better.score == worse.score:
                 counts["tied"] += 1
                 if ties is not None:
-                    ties.append(_pair(row, better, worse, 0.0, seed))
+                    ties.append(_pair(row, better, worse, 0.0, seed, row_answers))
             else:
-                pair = _pair(row, better, worse, noise, seed)
+                pair = _pair(row, better, worse, noise, seed, row_answers)
                 counts["pairs"] += 1
                 counts["flipped"] += pair["flipped"]
                 pairs.append(pair)
@@ -122,7 +135,9 @@ def is_separate(better: Candidate, worse: Candidate, margin: float) -> bool:
     return better.score > worse.score and better.score - worse.score >= margin
 
 
-def _pair(row: Row, better: Candidate, worse: Candidate, noise: float, seed: int) -> Row:
+def _pair(
+    row: Row, better: Candidate, worse: Candidate, noise: float, seed: int, answers: list[Answers] | None = None
+) -> Row:
     name = f"{row['id']}-{better.sample}-{worse.sample}"
     # Seeded by the pair's own name, so that other prompts do not change which labels flip.
     flipped = random.Random(f"{seed}:{name}").random() < noise  # noqa: S311  (label noise, not secrecy)
@@ -132,12 +147,13 @@ def _pair(row: Row, better: Candidate, worse: Candidate, noise: float, seed: int
         "source": row["source"],
         "prompt": row["prompt"],
         "checks": row["checks"],
-        "chosen": [assistant(chosen.text)],
-        "rejected": [assistant(rejected.text)],
+        "chosen": [assistant(chosen.text)] if answers is None else answers[chosen.sample].chosen,
+        "rejected": [assistant(rejected.text)] if answers is None else answers[rejected.sample].rejected,
         "chosen_score": chosen.score,
         "rejected_score": rejected.score,
         "chosen_finished": chosen.finished,
         "rejected_finished": rejected.finished,
         "flipped": flipped,
+        **({"tools": row["tools"]} if row.get("tools") else {}),
         **kept_columns(row),
     }

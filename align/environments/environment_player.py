@@ -104,13 +104,19 @@ class EnvironmentPlayer:
         return f"{beginning}\n[cut: {len(result)} characters in all]"
 
 
-def open_player(context: StageContext, tokenizer: Any) -> EnvironmentPlayer | None:
-    """Return the player of a stage's ``environment``; None where it has none."""
+def open_player(
+    context: StageContext, tokenizer: Any, max_prompt_tokens: int | None = None
+) -> EnvironmentPlayer | None:
+    """Return the player of a stage's ``environment``; None where it has none.
+
+    ``max_prompt_tokens`` are the config's, where they are not given.
+    """
     config = context.config.environment
     if config is None:
         return None
     source = open_environment(config, f"{context.name}.environment")
-    player = EnvironmentPlayer(config, source, tokenizer, context.config.max_prompt_tokens, context.name)
+    limit = context.config.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
+    player = EnvironmentPlayer(config, source, tokenizer, limit, context.name)
     if player.training_template:
         context.note(
             f"{context.name}: the model's chat template rewrites earlier turns, so episodes are rendered by align's "

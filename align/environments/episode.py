@@ -31,6 +31,11 @@ class PolicyTurn:
     text: str
     """The tokens decoded, special ones left out."""
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that were sampled."""
+        return len(self.token_ids)
+
 
 @dataclass(frozen=True)
 class CallRecord:

@@ -112,7 +112,7 @@ class EpisodeRun:
             self._add_message({"role": "assistant", "content": turn.text})
             self._after_words(turn)
             return
-        calls = [{"name": call.name, "arguments": call.arguments} for call in parsed.calls]
+        calls = [describe_call(call) for call in parsed.calls]
         self._add_message({"role": "assistant", "content": parsed.content, "tool_calls": calls})
         if len(episode.turns) == self.rules.max_turns:
             # Nobody would read the results.
@@ -248,6 +248,12 @@ class EpisodeRun:
 
     def _add_message(self, message: Message) -> None:
         self.episode.messages.append(message)
+
+
+def describe_call(call: ToolCall) -> dict[str, Any]:
+    """Return a call as messages have it; its id only where the policy gave it one."""
+    named = {"id": call.id} if call.id else {}
+    return {**named, "name": call.name, "arguments": call.arguments}
 
 
 def row_messages(row: dict[str, Any]) -> list[Message]:

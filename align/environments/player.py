@@ -19,6 +19,7 @@ from align.environments.journal import Journal, Position
 from align.environments.replay import JournaledEnvironment
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Response, Session, TurnRequest
+from align.store.fingerprint import digest
 
 TURN_SECONDS = 0.05
 """Time that decoding goes on before the results of tools are looked at again."""
@@ -33,6 +34,18 @@ class EpisodeTask:
 
     row: dict[str, Any]
     seed: int
+
+
+def episode_seed(seed: int, id: str, sample: int) -> int:
+    """Return the seed of an episode, which other rows do not change; a non-negative int64."""
+    return int(digest([seed, id, sample])[:15], 16)
+
+
+def episode_tasks(rows: Sequence[dict[str, Any]], samples: int, seed: int, name: str) -> list[EpisodeTask]:
+    """Return the tasks of ``samples`` episodes of each row, in order; ``name`` is that of the rows' split."""
+    return [
+        EpisodeTask(row, episode_seed(seed, f"{name}/{row['id']}", sample)) for row in rows for sample in range(samples)
+    ]
 
 
 class EpisodeSource(Protocol):
@@ -71,7 +84,7 @@ class EpisodePlayer:
 
     def play(self, tasks: Sequence[EpisodeTask]) -> list[Episode]:
         """Return an episode for each task, in order."""
-        self._runs = [EpisodeRun(task.row, task.seed, self.rules) for task in tasks]
+        self._runs = [self._make_run(task) for task in tasks]
         self._environments = [
             JournaledEnvironment(self.pool, self.journal, index, task.row) for index, task in enumerate(tasks)
         ]
@@ -84,6 +97,9 @@ class EpisodePlayer:
             # All are closed here: a pool's numbers of episodes begin anew in the next rollout.
             wait([environment.close() for environment in self._environments])
         return [run.episode for run in self._runs]
+
+    def _make_run(self, task: EpisodeTask) -> EpisodeRun:
+        return EpisodeRun(task.row, task.seed, self.rules)
 
     def _play_on(self) -> None:
         """Take what has come back; wait where nothing has."""

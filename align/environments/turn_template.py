@@ -258,7 +258,12 @@ def _answer(text: str, calls: Sequence[ToolCall] = ()) -> Message:
 
 def call_id(call: ToolCall, index: int) -> str:
     """Return a call's own id, or one of nine letters and digits, which Mistral's templates ask for."""
-    return call.id or f"call{index:05d}"
+    return call.id or call_id_at(index)
+
+
+def call_id_at(index: int) -> str:
+    """Return the id of a call without one, by its number in its turn."""
+    return f"call{index:05d}"
 
 
 def _with_ids(messages: Sequence[Message], calls: Sequence[ToolCall]) -> list[Message]:

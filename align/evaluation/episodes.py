@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.data.rows import Message
-from align.data.tool_calls import ToolCall
+from align.config.batch_sizes import EPISODES_TOGETHER
+from align.environments.conversation import never_began, sampled_tokens
 from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode
-from align.environments.episode_run import Turns
 from align.environments.journal import Journal
-from align.environments.player import EpisodeTask
-from align.evaluation.episode_samples import never_began, sampled_tokens
+from align.environments.player import EpisodeTask, episode_seed
+from align.environments.prompted_turns import PromptedTurns
 from align.evaluation.generation import Sampler
 from align.evaluation.measure import ResultCache
 from align.evaluation.systems import System
@@ -26,9 +25,6 @@ from align.evaluation.tasks.base import Episodes, EpisodeSet, SystemInfo
 from align.inference.protocol import Response, Sampling, Session, TurnRequest
 from align.inference.sessions import open_session
 from align.store.fingerprint import digest
-
-PLAYED_TOGETHER = 512
-"""Episodes of a part: as many instances of the environment live at once."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,8 @@ class SystemPerformer:
             for sample in range(wanted.samples)
         ]
         episodes: list[Episode] = []
-        for start in range(0, len(tasks), PLAYED_TOGETHER):
-            episodes += self._part(wanted, tasks[start : start + PLAYED_TOGETHER])
+        for start in range(0, len(tasks), EPISODES_TOGETHER):
+            episodes += self._part(wanted, tasks[start : start + EPISODES_TOGETHER])
         self._report_long_prompts(wanted, episodes)
         return [episodes[start : start + wanted.samples] for start in range(0, len(episodes), wanted.samples)]
 
@@ -103,7 +99,7 @@ class SystemPerformer:
                 f"template {player.training_template}"
             )
         if not self.system.is_plain:
-            player.rules = replace(player.rules, turns=PromptedTurns(player.rules.turns, self.system))
+            player.rules = replace(player.rules, turns=PromptedTurns(player.rules.turns, self.system.conversation))
         try:
             session = DecodingSession(open_session(engine, wanted.temperature), policy.tokenizer)
             try:
@@ -131,29 +127,6 @@ class SystemPerformer:
                 f"{wanted.environment.max_tokens} in {self.max_length} tokens; their episodes count as failed. Raise "
                 "max_context"
             )
-
-
-def episode_seed(seed: int, id: str, sample: int) -> int:
-    """Return the seed of an episode, which other rows do not change; a non-negative int64."""
-    return int(digest([seed, id, sample])[:15], 16)
-
-
-class PromptedTurns:
-    """Turns of a prompted system: its own messages stand before the environment's first."""
-
-    def __init__(self, turns: Turns, system: System) -> None:
-        self.turns, self.system = turns, system
-        self.eos = turns.eos
-
-    def prompt(self, messages: list[Message]) -> list[int]:
-        """Return the ids of the prompt, the system's own messages included."""
-        return self.turns.prompt(self.system.conversation(messages))
-
-    def between(
-        self, messages: list[Message], calls: Sequence[ToolCall] = (), prompt: Sequence[Message] = ()
-    ) -> list[int]:
-        """Return the ids that follow a sampled turn."""
-        return self.turns.between(messages, calls, self.system.conversation(prompt))
 
 
 class DecodingSession:

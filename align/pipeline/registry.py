@@ -198,7 +198,7 @@ STAGES: dict[str, Stage] = {
         ),
         _stage(
             "sample",
-            3,
+            4,
             Kind.PREFERENCES,
             "sample responses from a checkpoint, score and pair them",
             estimator="align.capacity.estimators.sample",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from align.config.batch_sizes import SAMPLE_CHUNK
 from align.config.scores import describe_score
+from align.config.stages.sample import SampleConfig
 from align.data.response_pairs import make_pairs
 from align.data.rows import kept_columns, read_rows
 from align.data.weighted_scores import Part, WeightedSum
@@ -21,9 +21,10 @@ from align.models.loading import load_tokenizer
 from align.models.render import render_prompt
 from align.models.threads import use_threads
 from align.pipeline.context import StageContext
+from align.stages.sample_episodes import SampledSplit, sample_episodes
 from align.store.fingerprint import digest
 from align.store.sealed import read_entry, write_entry
-from align.synthesis.counts import write_table
+from align.synthesis.counts import write_lines, write_table
 
 SPLITS = ("train", "test")
 
@@ -49,9 +50,23 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` if there is no training pair.
     """
     use_threads(context.runtime)
-    config = context.config
     scorer = _open_scorer(context)
     tokenizer = load_tokenizer(context.artifact("policy").model)
+    if context.config.environment is None:
+        assert scorer is not None, "without an environment something scores"
+        results, facts = _sample_responses(context, tokenizer, scorer)
+    else:
+        rows = {split: _read_rows(context, split) for split in SPLITS}
+        results, facts = sample_episodes(context, tokenizer, scorer, rows)
+    metrics = _write(context, results)
+    return metrics | ({} if scorer is None else judge_usage(scorer.parts)) | facts
+
+
+def _sample_responses(
+    context: StageContext, tokenizer: Any, scorer: WeightedSum
+) -> tuple[list[SampledSplit], dict[str, Any]]:
+    """Return samples, pairs and counts of each split, and the engine's name and speed."""
+    config = context.config
     splits = [_read_prompts(context, split, tokenizer) for split in SPLITS]
     samples: dict[str, list[dict[str, Any]]] = {prompts.split: [] for prompts in splits}
     sampler = _ChunkSampler(context, sum(len(prompts.rows) for prompts in splits) * config.n)
@@ -61,15 +76,20 @@ def run(context: StageContext) -> dict[str, Any]:
     sampler.close()
     # The engine goes before scoring, so that a reward model has the device to itself.
     _score(scorer, context, splits, samples)
-    metrics = _write(context, splits, samples)
-    return metrics | judge_usage(scorer.parts) | {"engine": sampler.engine_name, **sampler.speed()}
+    results = [_result(context, prompts, samples[prompts.split]) for prompts in splits]
+    return results, {"engine": sampler.engine_name, **sampler.speed()}
 
 
-def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPrompts:
+def _read_rows(context: StageContext, split: str) -> list[dict[str, Any]]:
+    """Return the rows of a split, at most ``max_prompts``. Raises ``UserError`` where there are none to train on."""
     rows = read_rows(context.artifact("prompts").split(split))
     if split == "train" and not rows:
         raise UserError("prompts: there are no train rows; give their recipe a test_size below 1.")
-    rows = rows[: getattr(context.config.max_prompts, split)]
+    return rows[: getattr(context.config.max_prompts, split)]
+
+
+def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPrompts:
+    rows = _read_rows(context, split)
     rendered = [(row, render_prompt(tokenizer, row["prompt"], row.get("tools"))) for row in rows]
     # Cutting a prompt would ask another question, so long ones are left out and counted.
     fitting = [(row, ids) for row, ids in rendered if len(ids) <= context.config.max_prompt_tokens]
@@ -207,61 +227,70 @@ def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _open_scorer(context: StageContext) -> WeightedSum:
-    """Return what scores: the list, the function or the reward stage. Functions and judges are checked now."""
+def _open_scorer(context: StageContext) -> WeightedSum | None:
+    """Return what scores: the list, the function or the reward stage; None where an environment alone does.
+
+    Functions and judges are checked now.
+    """
     if context.config.score is not None:
         return open_score(context)
+    if context.config.reward is None:
+        return None
     return WeightedSum((Part("reward", 1.0, load_late(context)(context.artifact("reward"))),))
 
 
-def _write(
-    context: StageContext, splits: list[SplitPrompts], samples: dict[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
+def _result(context: StageContext, prompts: SplitPrompts, samples: list[dict[str, Any]]) -> SampledSplit:
+    """Return a split's samples as lines, and its pairs."""
+    config, lines = context.config, []
+    for row, sample in zip(prompts.rows, samples, strict=True):
+        columns = kept_columns(row)
+        row_columns = {"row": columns} if columns else {}
+        lines.append({"split": prompts.split, "prompt": row["prompt"], **sample, **row_columns})
+    pairs, counts = make_pairs(
+        prompts.rows,
+        [sample["texts"] for sample in samples],
+        [sample["scores"] for sample in samples],
+        config.pairs,
+        noise=config.noise,
+        seed=context.seed,
+        finished=[sample["finished"] for sample in samples],
+    )
+    return SampledSplit(prompts.split, lines, pairs, {**counts, "too_long": prompts.too_long})
+
+
+def _write(context: StageContext, results: list[SampledSplit]) -> dict[str, Any]:
     """Write samples and pairs, and return the stage's metrics."""
     config = context.config
     metrics: dict[str, Any] = {}
-    with (context.output / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for prompts in splits:
-            for row, sample in zip(prompts.rows, samples[prompts.split], strict=True):
-                columns = kept_columns(row)
-                line = {
-                    "split": prompts.split,
-                    "prompt": row["prompt"],
-                    **sample,
-                    **({"row": columns} if columns else {}),
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    for prompts in splits:
-        split, split_samples = prompts.split, samples[prompts.split]
-        pairs, counts = make_pairs(
-            prompts.rows,
-            [sample["texts"] for sample in split_samples],
-            [sample["scores"] for sample in split_samples],
-            config.pairs,
-            noise=config.noise,
-            seed=context.seed,
-            finished=[sample["finished"] for sample in split_samples],
-        )
-        write_table(context.output / f"{split}.parquet", pairs, ("chosen", "rejected"))
-        metrics |= {f"{split}_{name}": count for name, count in counts.items()}
-        metrics[f"{split}_too_long"] = prompts.too_long
-        metrics |= {f"{split}_{name}": value for name, value in _rates(split_samples).items()}
+    write_lines(context.output / "samples.jsonl", [line for result in results for line in result.lines])
+    for result in results:
+        write_table(context.output / f"{result.split}.parquet", result.pairs, ("chosen", "rejected"))
+        values = result.metrics | _rates(result.lines)
+        metrics |= {f"{result.split}_{name}": value for name, value in values.items()}
     if metrics["train_pairs"] == 0:
         raise UserError(
             f"no train pair came out of {metrics['train_prompts']} prompts: every prompt's responses score alike (mean "
             f"{metrics.get('train_mean_score', 0):.3f}) or are identical. Raise n or temperature, or check score "
-            f"'{describe_score(config.score) or 'reward'}' on samples like those in this stage's log."
+            f"'{_describe_scorer(config)}' on samples like those in this stage's log."
         )
     if metrics["test_pairs"] == 0:
         context.warn("no test pair came out, so a reward model's accuracy cannot be measured; raise max_prompts.test")
     return metrics
 
 
+def _describe_scorer(config: SampleConfig) -> str:
+    """Return what scores, for messages."""
+    if config.score is None and config.environment is not None and config.reward is None:
+        return config.environment.label
+    return describe_score(config.score) or "reward"
+
+
 def _rates(samples: list[dict[str, Any]]) -> dict[str, float]:
     """Return means over all responses: score and its parts, share that ended with EOS, tokens."""
     rates = {}
     for name, field in (("mean_score", "scores"), ("eos_rate", "finished"), ("mean_tokens", "tokens")):
-        values = [float(value) for sample in samples for value in sample[field]]
+        # An episode whose environment failed has no score.
+        values = [float(value) for sample in samples for value in sample[field] if value is not None]
         if values:
             rates[name] = sum(values) / len(values)
     names = dict.fromkeys(name for sample in samples for name in sample.get("parts", ()))

@@ -12,7 +12,7 @@ from typing import Literal
 
 from align.config.stages.synthesis_tasks import PairsTask
 from align.data.response_pairs import make_pairs
-from align.data.rows import Message, Row
+from align.data.rows import Message, Row, kept_columns
 from align.evaluation.judges.judge_prompts import (
     Outcome,
     Verdict,
@@ -23,7 +23,16 @@ from align.evaluation.judges.judge_prompts import (
 )
 from align.inference.requests import Answer
 from align.synthesis.counts import Ledger
-from align.synthesis.selection import ANSWERS, ROWS, PromptResponses, prompt_fields, usable_places
+from align.synthesis.selection import (
+    ANSWERS,
+    OTHER_BEGINNINGS,
+    ROWS,
+    PromptResponses,
+    drop_prompt,
+    pair_sides,
+    prompt_fields,
+    usable_places,
+)
 
 COMPARED = "comparisons"
 UNDECIDED: dict[Outcome, str] = {"tie": "tie", "disagreement": "orders disagree", "unreadable": "verdict not readable"}
@@ -44,14 +53,17 @@ def pair_by_score(task: PairsTask, prompts: list[PromptResponses], seed: int, le
     result = PairingResult([], [])
     for responses in prompts:
         usable = _count_usable(responses, ledger)
+        if not responses.begins_alike:
+            drop_prompt(responses, [], ledger, OTHER_BEGINNINGS)
+            continue
         scores = {place: responses.score_of(place) for place in usable}
         ties: list[Row] = []
-        pairs, counts = _make_pairs(responses, scores, task.pairs, seed, ties)
+        pairs, counts = pair_responses(responses, scores, task.pairs, seed, ties=ties)
         ledger.add(COMPARED, counts["compared"])
         for _ in range(counts["identical"]):
             ledger.drop(COMPARED, "both answers the same", responses.row["id"], responses.answers[usable[0]].text)
         for tie in ties:
-            ledger.drop(COMPARED, "tie", tie["id"], tie["chosen"][0]["content"], score=tie["chosen_score"])
+            ledger.drop(COMPARED, "tie", tie["id"], tie["chosen"][-1]["content"], score=tie["chosen_score"])
             result.ties.append(_tie_row(responses, tie, "equal scores", scored=True))
         wide_pairs = []
         for pair in pairs:
@@ -89,7 +101,7 @@ def pair_by_judge(
         pairs = []
         for better, worse, outcome in _select_comparisons(places, prompt_outcomes, task.pairs):
             ledger.add(COMPARED)
-            (pair,), _ = _make_pairs(responses, {better: 1.0, worse: 0.0}, "best_worst", seed, [])
+            (pair,), _ = pair_responses(responses, {better: 1.0, worse: 0.0}, "best_worst", seed)
             if outcome == "one":
                 pairs.append(pair)
                 continue
@@ -191,25 +203,30 @@ def _count_pairs(responses: PromptResponses, usable: list[int], pairs: list[Row]
         ledger.drop(ROWS, reason, responses.row["id"])
 
 
-def _make_pairs(
+def pair_responses(
     responses: PromptResponses,
     scores: dict[int, float],
     how: Literal["best_worst", "all"],
     seed: int,
-    ties: list[Row],
+    *,
+    noise: float = 0.0,
+    ties: list[Row] | None = None,
 ) -> tuple[list[Row], dict[str, int]]:
     """Pair the responses that have a score; the others are blanked, since empty texts make no pair."""
-    texts = [answer.text if place in scores else "" for place, answer in enumerate(responses.answers)]
-    values = [scores.get(place, 0.0) for place in range(len(texts))]
-    finished = [answer.finished for answer in responses.answers]
+    places = range(len(responses.answers))
+    texts = [responses.content(place) if place in scores else "" for place in places]
+    values = [scores.get(place, 0.0) for place in places]
+    finished = [place in scores and responses.ended(place) for place in places]
+    answers = [pair_sides(responses, place) for place in places] if responses.episodes else None
     return make_pairs(
-        [prompt_fields(responses.row)],
+        [prompt_fields(responses, min(scores, default=0))],
         [texts],
         [values],
         how,
-        noise=0.0,
+        noise=noise,
         seed=seed,
         finished=[finished],
+        answers=None if answers is None else [answers],
         ties=ties,
     )
 
@@ -218,11 +235,12 @@ def _tie_row(responses: PromptResponses, pair: Row, why: str, *, scored: bool) -
     """Return a row of ``ties.parquet``: two responses of which neither counts as better, and the reason."""
     both = [
         {
-            "content": pair[side][0]["content"],
+            "content": pair[side][-1]["content"],
             "score": pair[f"{side}_score"] if scored else None,
             "rank": None,
             "finished": pair[f"{side}_finished"],
         }
         for side in ("chosen", "rejected")
     ]
-    return {**prompt_fields(responses.row), "id": pair["id"], "responses": both, "why": why}
+    fields: Row = {name: pair[name] for name in ("source", "prompt", "checks", "tools") if name in pair}
+    return {**fields, **kept_columns(responses.row), "id": pair["id"], "responses": both, "why": why}

@@ -7,13 +7,15 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config.endpoint import EndpointConfig
 from align.config.stages.synthesis_tasks import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
 from align.config.user_paths import user_path
 from align.data.rows import Message, Row, read_rows, user
 from align.data.weighted_scores import Part, WeightedSum
+from align.environments.conversation import sampled_tokens
+from align.environments.episode import Episode
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score
 from align.inference.cached_client import Backend, CachedClient, Prices
@@ -24,7 +26,12 @@ from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import canonical
 from align.synthesis import instructions, pairing, selection
 from align.synthesis.counts import Ledger, split_by_prompt, write_lines, write_table
+from align.synthesis.endpoint_episodes import EndpointEpisodes
+from align.synthesis.episode_counts import episode_rates, report_failures
 from align.synthesis.selection import PromptResponses
+
+if TYPE_CHECKING:
+    from align.synthesis.episode_parts import EpisodeParts
 
 SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}
@@ -62,6 +69,8 @@ class _Synthesis:
         # Loaded first, so that a misspelled name ends the stage at once.
         self.scorer = self._open_scorer()
         self.engines: Any = None
+        self.played: list[Episode] = []
+        """Episodes of both splits, where an environment plays them."""
         self._last_progress = 0.0
         self.model = self._backend("model", config.endpoint, "endpoint")
         self.judge = None
@@ -159,15 +168,9 @@ class _Synthesis:
         return rows[: getattr(self.config.max_prompts, split)]
 
     def _responses(self) -> _Output:
-        """Sample responses to the prompts of both splits, score them, and select rows."""
+        """Sample responses to the prompts of both splits, or play episodes; score them, and select rows."""
         prompts = {split: self._prompts(split) for split in SPLITS}
-        requests = self._requests([row["prompt"] for split in SPLITS for row in prompts[split]])
-        answers = iter(self.client.ask(self.model, requests))
-        responses: dict[str, list[PromptResponses]] = {}
-        for split in SPLITS:
-            responses[split] = [
-                PromptResponses(row, [next(answers) for _ in range(self.config.task.n)]) for row in prompts[split]
-            ]
+        responses = self._answer(prompts) if self.config.environment is None else self._play(prompts)
         if self.engines is not None and self.judge is None:
             self.engines.close()  # frees memory for the reward model
         self._score([*responses["train"], *responses["test"]])
@@ -176,6 +179,60 @@ class _Synthesis:
             output.rows[split] = self._select(responses[split], split, output)
             output.samples += [prompt_responses.to_json(split) for prompt_responses in responses[split]]
         return output
+
+    def _answer(self, prompts: dict[str, list[Row]]) -> dict[str, list[PromptResponses]]:
+        """Return ``n`` responses to every prompt."""
+        requests = self._requests([row["prompt"] for split in SPLITS for row in prompts[split]])
+        answers = iter(self.client.ask(self.model, requests))
+        responses: dict[str, list[PromptResponses]] = {}
+        for split in SPLITS:
+            responses[split] = [
+                PromptResponses(row, [next(answers) for _ in range(self.config.task.n)]) for row in prompts[split]
+            ]
+        return responses
+
+    def _play(self, prompts: dict[str, list[Row]]) -> dict[str, list[PromptResponses]]:
+        """Return ``n`` episodes of every prompt, by the checkpoint or the endpoint."""
+        samples = self.config.task.n
+        parts = self._open_episodes(samples * sum(map(len, prompts.values())))
+        responses: dict[str, list[PromptResponses]] = {}
+        try:
+            for split, rows in prompts.items():
+                episodes = parts.play(split, rows, samples)
+                responses[split] = [
+                    PromptResponses.of_episodes(row, row_episodes, parts.tools)
+                    for row, row_episodes in zip(rows, episodes, strict=True)
+                ]
+                self.played += [episode for row_episodes in episodes for episode in row_episodes]
+        finally:
+            parts.close()
+        report_failures(self.context, self.played)
+        return responses
+
+    def _open_episodes(self, total: int) -> EpisodeParts | EndpointEpisodes:
+        """Open the environment, for ``total`` episodes of the checkpoint or the endpoint.
+
+        Raises ``UserError`` for an episode that leaves no room for its prompt.
+        """
+        config, model, engines = self.config, self.model, self.engines
+        if isinstance(model, Endpoint):
+            return EndpointEpisodes(self.context, model.identity, lambda requests: self.client.ask(model, requests))
+        # Late, since they import torch.
+        from align.synthesis.episode_parts import EpisodeParts, Policy
+        from align.synthesis.local_model import LocalModel
+
+        assert isinstance(model, LocalModel)
+        limit, tokens = config.max_prompt_tokens, config.environment.max_tokens
+        if model.max_positions is not None:
+            limit = min(limit, model.max_positions - tokens)
+        if limit < 1:
+            raise UserError(
+                f"environment.max_tokens is {tokens}, and the model has {model.max_positions} positions, which the "
+                "prompt needs too; lower it."
+            )
+        weights, model_dir = model.identity["checkpoint"], model.model_dir
+        policy = Policy(model.tokenizer, weights, lambda: engines.with_weights(model_dir), limit, config.system)
+        return EpisodeParts(self.context, policy, total)
 
     def _requests(self, prompts: list[list[Message]]) -> list[Request]:
         """Return ``n`` requests per prompt; a repeated prompt gets further sample numbers, and so other answers."""
@@ -190,12 +247,15 @@ class _Synthesis:
         return requests
 
     def _score(self, prompts: list[PromptResponses]) -> None:
-        """Fill in the scores of both splits at once."""
-        if self.scorer is not None:
+        """Fill in the scores of both splits at once, where something scores."""
+        if self.scorer is not None or self.config.environment is not None:
             selection.score_all(prompts, self.scorer)
 
     def _open_scorer(self) -> WeightedSum | None:
-        """Return what scores: the list, the function or the reward stage; None where a judge compares, or nobody."""
+        """Return what scores: the list, the function or the reward stage; None where a judge compares, or nobody.
+
+        An environment scores its episodes by itself.
+        """
         if self.config.score is not None:
             return open_score(self.context)
         if self.config.reward is None:
@@ -264,6 +324,7 @@ class _Synthesis:
 
     def _metrics(self, ledger: dict[str, Any]) -> dict[str, Any]:
         usage = ledger["usage"]
+        tokens = sum(model["completion_tokens"] + model["copied_completion_tokens"] for model in usage.values())
         metrics = {f"{split}_rows": ledger["rows"][split] for split in SPLITS}
         for level in self.ledger.tallies:
             metrics |= {f"{level}_in": ledger[level]["in"], f"{level}_out": ledger[level]["out"]}
@@ -273,7 +334,7 @@ class _Synthesis:
             **metrics,
             "dropped": {level: ledger[level]["dropped"] for level in self.ledger.tallies},
             **({"ties": ledger["ties"]} if "ties" in ledger else {}),
-            "tokens": sum(model["completion_tokens"] + model["copied_completion_tokens"] for model in usage.values()),
+            "tokens": tokens + sum(map(sampled_tokens, self.played if self.engines is not None else [])),
             "prompt_tokens": sum(model["prompt_tokens"] + model["copied_prompt_tokens"] for model in usage.values()),
             "usage": usage,
             "asked_in_this_attempt": self.client.new,
@@ -281,6 +342,7 @@ class _Synthesis:
             **({"cost": round(sum(costs), 6), "spent": round(self.client.budget.spent, 6)} if costs else {}),
             **({} if self.scorer is None else judge_usage(self.scorer.parts)),
             "engines": [] if self.engines is None else self.engines.names,
+            **episode_rates(self.played),
         }
 
 

@@ -5,17 +5,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from align.config.stages.synthesis_tasks import BestOfTask, ResponsesTask
-from align.data.rows import Row, assistant, kept_columns
+from align.data.response_pairs import Answers
+from align.data.rows import Message, Row, assistant, kept_columns
 from align.data.scoring import Scorer, parts_of
+from align.environments.conversation import answer_of, describe_episode, prompt_of, sampled_tokens
+from align.environments.episode import Episode
 from align.inference.requests import Answer
+from align.store.fingerprint import canonical
 from align.synthesis.counts import Ledger
 
 ROWS, ANSWERS = "prompts", "answers"
+OTHER_BEGINNINGS = "episodes begin differently"
+"""Reason to drop a prompt whose responses cannot be compared."""
 
 
 @dataclass
@@ -26,13 +33,65 @@ class PromptResponses:
     answers: list[Answer]
     scores: list[float | None] = field(default_factory=list)
     parts: dict[str, list[float | None]] = field(default_factory=dict)
-    """Scores and metrics of each reward of a list, by name."""
+    """Scores and metrics of each reward of a list, or of an environment, by name."""
     verdicts: list[dict[str, Any]] = field(default_factory=list)
+    episodes: list[Episode] = field(default_factory=list)
+    """The episodes that the answers are the last turns of, where an environment played them."""
+    tools: str = ""
+    """JSON schemas of the environment's tools; empty for none."""
+
+    @classmethod
+    def of_episodes(cls, row: Row, episodes: list[Episode], tools: list[dict[str, Any]]) -> PromptResponses:
+        """Return the responses of a row whose environment was played; their scores are the environment's."""
+        answers = [
+            Answer(
+                text=episode.text,
+                finished=episode.finished,
+                completion_tokens=sampled_tokens(episode),
+                error=episode.failure,
+            )
+            for episode in episodes
+        ]
+        schemas = json.dumps(tools, ensure_ascii=False) if tools else ""
+        return cls(row, answers, episodes=episodes, tools=schemas)
 
     @property
     def usable(self) -> list[int]:
-        """Places of the responses with text."""
-        return [place for place, answer in enumerate(self.answers) if not _find_fault(answer, "keep")]
+        """Places of the responses with text, and of the episodes that did not fail."""
+        return [place for place in range(len(self.answers)) if not self.fault(place, "keep")]
+
+    @property
+    def begins_alike(self) -> bool:
+        """True where the usable responses answer the same prompt: an environment may begin each of its episodes anew.
+
+        Others cannot be compared by their scores.
+        """
+        prompts = [self.prompt(place) for place in self.usable] if self.episodes else []
+        return all(prompt == prompts[0] for prompt in prompts)
+
+    def fault(self, place: int, cut_off: str) -> str:
+        """Return the reason why a response is unusable; empty for a usable one."""
+        if self.episodes:
+            return _episode_fault(self.episodes[place], cut_off)
+        return _find_fault(self.answers[place], cut_off)
+
+    def prompt(self, place: int) -> list[Message]:
+        """Return the messages that a response answers: the row's, or those that the environment began with."""
+        return prompt_of(self.episodes[place]) if self.episodes else list(self.row["prompt"])
+
+    def completion(self, place: int, side: str = "completion") -> list[Message]:
+        """Return the messages of a response. A malformed call is learned by no ``side`` but ``rejected``."""
+        if not self.episodes:
+            return [assistant(self.answers[place].text)]
+        return answer_of(self.episodes[place], marks_malformed=side != "rejected")
+
+    def ended(self, place: int) -> bool:
+        """Return whether the last turn of a response has its end."""
+        return self.episodes[place].turns[-1].finished if self.episodes else self.answers[place].finished
+
+    def content(self, place: int) -> str:
+        """Return the text that a response has in common with equal ones; for an episode its conversation as JSON."""
+        return canonical(answer_of(self.episodes[place])) if self.episodes else self.answers[place].text
 
     def score_of(self, place: int) -> float:
         """Return the score of a usable response; scores must have been filled in."""
@@ -42,10 +101,11 @@ class PromptResponses:
 
     def to_json(self, split: str) -> dict[str, Any]:
         """Return a line of ``samples.jsonl``."""
+        first = next(iter(self.usable), 0)
         line: dict[str, Any] = {
             "split": split,
             "id": self.row["id"],
-            "prompt": self.row["prompt"],
+            "prompt": self.prompt(first) or self.row["prompt"],
             "texts": [answer.text for answer in self.answers],
             "finished": [answer.finished for answer in self.answers],
             "tokens": [answer.completion_tokens for answer in self.answers],
@@ -56,6 +116,8 @@ class PromptResponses:
             line["parts"] = self.parts
         if self.verdicts:
             line["verdicts"] = self.verdicts
+        if self.episodes:
+            line["episodes"] = [describe_episode(episode) for episode in self.episodes]
         return line
 
 
@@ -72,10 +134,38 @@ def _find_fault(answer: Answer, cut_off: str) -> str:
     return ""
 
 
-def prompt_fields(row: Row) -> Row:
-    """Return the fields that a new row copies from the prompt's row."""
-    fields = {"id": row["id"], "source": row["source"], "prompt": row["prompt"], "checks": row["checks"] or ""}
+def _episode_fault(episode: Episode, cut_off: str) -> str:
+    """Return the reason why an episode is unusable; empty for a usable one."""
+    if episode.stop == "failed":
+        return "episode failed"
+    if cut_off == "drop" and episode.stop == "truncated":
+        return "cut off at max_tokens"
+    if cut_off == "drop" and episode.stop == "max_turns":
+        return "cut off at max_turns"
+    last = answer_of(episode)[-1]
+    if not last["content"].strip() and not last.get("tool_calls"):
+        return "empty answer"
+    return ""
+
+
+def prompt_fields(responses: PromptResponses, place: int = 0) -> Row:
+    """Return the fields that a new row copies from the prompt's row, with the prompt that the response answers."""
+    row = responses.row
+    fields = {
+        "id": row["id"],
+        "source": row["source"],
+        "prompt": responses.prompt(place),
+        "checks": row["checks"] or "",
+        **({"tools": responses.tools} if responses.tools else {}),
+    }
     return fields | kept_columns(row)
+
+
+def pair_sides(responses: PromptResponses, place: int) -> Answers:
+    """Return the messages of a response on each side of a pair; none for one that makes no pair."""
+    if responses.fault(place, "keep"):
+        return Answers([], [])
+    return Answers(responses.completion(place, "chosen"), responses.completion(place, "rejected"))
 
 
 def usable_places(responses: PromptResponses, cut_off: str, ledger: Ledger) -> list[int]:
@@ -83,7 +173,7 @@ def usable_places(responses: PromptResponses, cut_off: str, ledger: Ledger) -> l
     usable = []
     for place, answer in enumerate(responses.answers):
         ledger.add(ANSWERS)
-        reason = _find_fault(answer, cut_off)
+        reason = responses.fault(place, cut_off)
         if reason:
             ledger.drop(ANSWERS, reason, f"{responses.row['id']} answer {place}", answer.text, error=answer.error)
         else:
@@ -96,11 +186,12 @@ def _distinct(responses: PromptResponses, places: list[int], ledger: Ledger) -> 
     texts: set[str] = set()
     distinct = []
     for place in places:
-        text = responses.answers[place].text.strip()
-        if text in texts:
+        content = responses.content(place).strip()
+        if content in texts:
+            text = responses.answers[place].text.strip()
             ledger.drop(ANSWERS, "same as another answer", f"{responses.row['id']} answer {place}", text)
         else:
-            texts.add(text)
+            texts.add(content)
             distinct.append(place)
     return distinct
 
@@ -121,18 +212,22 @@ def select_all(task: ResponsesTask, prompts: list[PromptResponses], ledger: Ledg
 
 
 def _instruction(responses: PromptResponses, place: int, numbered: bool) -> Row:
-    fields = prompt_fields(responses.row)
+    fields = prompt_fields(responses, place)
     name = f"{fields['id']}-{place}" if numbered else fields["id"]
-    answer = responses.answers[place]
-    return {**fields, "id": name, "completion": [assistant(answer.text)], "completion_finished": answer.finished}
+    answer = {"completion": responses.completion(place), "completion_finished": responses.ended(place)}
+    return {**fields, "id": name, **answer}
 
 
-def score_all(prompts: list[PromptResponses], scorer: Scorer) -> None:
-    """Fill in the scores of every response with text, and those of a list's rewards, in one call for all prompts."""
+def score_all(prompts: list[PromptResponses], scorer: Scorer | None) -> None:
+    """Fill in the scores of every usable response, and those of a list's rewards, in one call for all prompts.
+
+    Episodes have their environment's score, to which that of a ``scorer`` adds, which reads their last turns.
+    """
     usable = [(responses, place) for responses in prompts for place in responses.usable]
     for responses in prompts:
         responses.scores = [None] * len(responses.answers)
-    if not usable:
+    _add_environment_scores(usable)
+    if not usable or scorer is None:
         return
     # One call for all prompts, so that a reward model fills its batches.
     parts = parts_of(
@@ -143,10 +238,25 @@ def score_all(prompts: list[PromptResponses], scorer: Scorer) -> None:
     )
     scores = parts.pop("")
     for index, (responses, place) in enumerate(usable):
-        responses.scores[place] = scores[index]
+        environment_score = responses.scores[place]
+        total = scores[index] if environment_score is None else environment_score + scores[index]
+        responses.scores[place] = total
         for name, values in parts.items():
-            column = responses.parts.setdefault(name, [None] * len(responses.answers))
-            column[place] = values[index] if math.isfinite(values[index]) else None
+            _put_part(responses, place, name, values[index])
+
+
+def _add_environment_scores(usable: list[tuple[PromptResponses, int]]) -> None:
+    for responses, place in usable:
+        if responses.episodes:
+            episode = responses.episodes[place]
+            responses.scores[place] = episode.score
+            for name, value in episode.parts.items():
+                _put_part(responses, place, name, value)
+
+
+def _put_part(responses: PromptResponses, place: int, name: str, value: float) -> None:
+    column = responses.parts.setdefault(name, [None] * len(responses.answers))
+    column[place] = value if math.isfinite(value) else None
 
 
 def select_best(task: BestOfTask, prompts: list[PromptResponses], ledger: Ledger) -> list[Row]:
@@ -158,9 +268,12 @@ def select_best(task: BestOfTask, prompts: list[PromptResponses], ledger: Ledger
     for responses in prompts:
         ledger.add(ROWS)
         usable = usable_places(responses, task.cut_off, ledger)
-        texts = {responses.answers[place].text.strip() for place in usable}
-        if not usable or (len(usable) > 1 and len(texts) == 1):
-            _drop_prompt(responses, usable, ledger)
+        contents = {responses.content(place).strip() for place in usable}
+        if not usable or (len(usable) > 1 and len(contents) == 1):
+            drop_prompt(responses, usable, ledger, "all answers the same" if usable else "no answer of use")
+            continue
+        if not responses.begins_alike:
+            drop_prompt(responses, usable, ledger, OTHER_BEGINNINGS)
             continue
         ranked = sorted(_distinct(responses, usable, ledger), key=lambda place: (-responses.score_of(place), place))
         # Ranked by score, so the eligible ones come first.
@@ -188,9 +301,8 @@ def select_best(task: BestOfTask, prompts: list[PromptResponses], ledger: Ledger
     return rows
 
 
-def _drop_prompt(responses: PromptResponses, usable: list[int], ledger: Ledger) -> None:
+def drop_prompt(responses: PromptResponses, usable: list[int], ledger: Ledger, reason: str) -> None:
     """Count a prompt without a choice as dropped, with its usable responses."""
-    reason = "all answers the same" if usable else "no answer of use"
     for place in usable:
         ledger.drop(ANSWERS, reason, f"{responses.row['id']} answer {place}", responses.answers[place].text)
     ledger.drop(ROWS, reason, responses.row["id"], responses.answers[usable[0]].text if usable else "")

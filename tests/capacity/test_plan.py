@@ -205,6 +205,18 @@ def test_episodes_are_counted_at_their_longest(plan: Any, evaluated: None, tmp_p
     assert any("environment: the time of the environment and its tools is not counted" in n for n in judged["notes"])
 
 
+def test_episodes_that_become_data_are_counted_at_their_longest(plan: Any, evaluated: None) -> None:
+    environment = "{class: tests.support.environments.buttons:Buttons, max_tokens: 100}"
+    sampled = ["--set", "stages.sample.max_tokens=100", "--set", f"stages.sample.environment={environment}"]
+    made = ["--set", f"stages.asked.environment={environment}"]
+    code, out, err = plan(MISTRAL, "--hardware", "8xh100", *sampled, *made, "--rows", "200", "--json")
+    assert code == 0, err
+    planned = stages(out)
+    assert planned["sample"]["options"][0]["time"]["sampled"] == 200 * 4 * 100
+    for name in ("sample", "asked"):
+        assert "The time of the environment and its tools is not counted." in planned[name]["notes"]
+
+
 def test_a_stage_whose_engine_does_not_fit_is_refused_with_remedies_that_hold(plan: Any) -> None:
     code, out, err = plan(MISTRAL, "--hardware", "1xa100-40", "--json")
     line = next(line for line in err.splitlines() if "stages.sample fits on a100-40 in no way" in line)

@@ -124,3 +124,27 @@ def test_a_file_that_has_no_episodes_is_refused_with_its_line(tmp_path: Path, co
     path.write_text(content and content + "\n")
     with pytest.raises(UserError, match="no episode|has no episodes"):
         read_episodes(path)
+
+
+def test_stages_that_make_data_are_played_with_the_checkpoint_that_answers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = yaml.safe_load((folder / "buttons.yaml").read_text())
+    fields = {"prompts": "data", "environment": pipeline["stages"]["ppo"]["environment"]}
+    made = {"stage": "synthesize", "task": {"type": "responses"}, **fields}
+    endpoint = {"url": "http://127.0.0.1:9/v1", "model": "teacher"}
+    stages = {
+        "model": pipeline["stages"]["model"],
+        "data": pipeline["stages"]["data"],
+        "sample": {"policy": "model", **fields},
+        "made": made | {"model": "model"},
+        "taught": made | {"endpoint": endpoint},
+    }
+    path = folder / "data_stages.yaml"
+    path.write_text(yaml.safe_dump(pipeline | {"stages": stages}, sort_keys=False))
+    words = ["rollout", str(path), "--store", str(folder / "store"), "--n", "2", "--stage"]
+    for stage in ("sample", "made"):
+        assert main([*words, stage]) == 0
+        assert capsys.readouterr().out.count("--- episode") == 2
+    assert main([*words, "taught"]) == 2
+    assert "taught: an endpoint plays in this stage's environment" in capsys.readouterr().err

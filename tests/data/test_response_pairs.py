@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from align.data.response_pairs import make_pairs
-from align.data.rows import user
+from align.data.response_pairs import Answers, make_pairs
+from align.data.rows import assistant, user
 
 
 def row(name: str = "r") -> dict:
@@ -69,3 +69,20 @@ def test_bad_arguments() -> None:
         make_pairs([row()], [["a", "b"]], [[1.0, float("nan")]], "all", noise=0.0, seed=0)
     with pytest.raises(ValueError, match="expected best_worst, all"):
         make_pairs([row()], [["a", "b"]], [[1.0, 0.0]], "some", noise=0.0, seed=0)  # type: ignore[arg-type]
+
+
+def test_answers_of_several_messages_and_the_tools_of_their_prompt() -> None:
+    def episode(text: str) -> Answers:
+        turns = [assistant("look"), {"role": "tool", "content": text}, assistant(text)]
+        return Answers([{**turns[0], "train": False}, *turns[1:]], turns)
+
+    answers = [[episode("good"), episode("bad")]]
+    prompt = row() | {"tools": "[{}]"}
+    options = {"noise": 0.0, "seed": 0, "answers": answers}
+    (pair,), _ = make_pairs([prompt], [["good", "bad"]], [[1.0, 0.0]], "best_worst", **options)
+    assert pair["chosen"] == answers[0][0].chosen and pair["rejected"] == answers[0][1].rejected
+    assert pair["tools"] == "[{}]"
+    # Where noise swaps the sides, each has the form of the side on which it stands.
+    options |= {"noise": 0.99}
+    (flipped,), _ = make_pairs([prompt], [["good", "bad"]], [[1.0, 0.0]], "best_worst", **options)
+    assert flipped["flipped"] and flipped["chosen"] == answers[0][1].chosen

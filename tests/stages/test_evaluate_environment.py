@@ -14,9 +14,9 @@ import pytest
 from align.config.runtime import EngineConfig, Runtime
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import user, write_rows
+from align.environments.prompted_turns import PromptedTurns
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
-from align.evaluation.episodes import PromptedTurns
 from align.evaluation.plan import make_plan
 from align.evaluation.tasks.environment import pass_at
 from align.inference.engine import open_engine
@@ -250,7 +250,9 @@ def test_a_prompted_system_sees_its_own_message_first(make_context: Any, presser
     context = make_context(baselines={"told": {"of": "sft", "system": "press a"}})
     system = make_plan(context).systems[2]
     tokenizer = load_tokenizer(presser)
-    turns = PromptedTurns(TurnTemplate(tokenizer, [{"type": "function", "function": {"name": "a"}}], "sft"), system)
+    turns = PromptedTurns(
+        TurnTemplate(tokenizer, [{"type": "function", "function": {"name": "a"}}], "sft"), system.conversation
+    )
     text = tokenizer.decode(turns.prompt([user("go")]))
     assert text.endswith("spress a<|im_end|><|im_start|>ugo<|im_end|><|im_start|>a")
     assert turns.eos == tokenizer.eos_token_id

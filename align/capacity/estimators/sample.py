@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from align.capacity.inference import Inference, Rows, SamplingLoad, reward_scoring
-from align.config.batch_sizes import SAMPLE_CHUNK
+from align.config.batch_sizes import EPISODES_TOGETHER, SAMPLE_CHUNK
 from align.config.scores import describe_score
 from align.config.stages.sample import SampleConfig
 from align.models.architecture import Architecture
@@ -14,7 +14,10 @@ from align.models.architecture import Architecture
 def inference(
     config: SampleConfig, models: Mapping[str, Sequence[Architecture]], rows: Mapping[str, Rows]
 ) -> Inference:
-    """Return the prompts of both splits, ``n`` responses to each, and a reward model's scores of them."""
+    """Return the prompts of both splits, ``n`` responses to each, and a reward model's scores of them.
+
+    An episode counts as one response of ``max_tokens``.
+    """
     prompts = rows["prompts"].count_both(config.max_prompts.train, config.max_prompts.test)
     load = SamplingLoad(
         name="policy",
@@ -23,12 +26,14 @@ def inference(
         prompts=prompts,
         prompt_tokens=config.max_prompt_tokens,
         response_tokens=config.max_tokens,
-        call=SAMPLE_CHUNK * config.n,
+        call=SAMPLE_CHUNK * config.n if config.environment is None else EPISODES_TOGETHER,
         uses_top_p=config.top_p < 1,
     )
     rewards = (*models.get("reward", ()), *models.get("score.reward", ()))
     scoring = [reward_scoring("reward", model, load.sequences, load.length) for model in rewards]
     notes = []
+    if config.environment is not None:
+        notes.append("The time of the environment and its tools is not counted.")
     if config.score not in (None, "gold"):
         notes.append(f"The time of {describe_score(config.score)}, which scores, is not counted.")
     return Inference(

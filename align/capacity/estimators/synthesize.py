@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from align.capacity.inference import Inference, Rows, SamplingLoad, reward_scoring
-from align.config.batch_sizes import SYNTHESIS_CHUNK
+from align.config.batch_sizes import EPISODES_TOGETHER, SYNTHESIS_CHUNK
 from align.config.stages.synthesis_tasks import InstructionsTask
 from align.config.stages.synthesize import SynthesizeConfig
 from align.models.architecture import Architecture
@@ -25,7 +25,8 @@ def inference(
     else:
         prompts = data.count_both(config.max_prompts.train, config.max_prompts.test)
         samples, row = task.n, "prompts"
-        call, rows_are_known = SYNTHESIS_CHUNK, data.is_known
+        call = SYNTHESIS_CHUNK if config.environment is None else EPISODES_TOGETHER
+        rows_are_known = data.is_known
     answers = prompts * samples
     answering = [
         SamplingLoad(
@@ -46,6 +47,7 @@ def inference(
     rewards = (*models.get("reward", ()), *models.get("score.reward", ()))
     scoring = tuple(reward_scoring("reward", model, answers, length) for model in rewards)
     servers = _servers(config)
+    notes = [] if config.environment is None else ["The time of the environment and its tools is not counted."]
     is_counted = bool(answering or judging or scoring)
     return Inference(
         precision=config.precision,
@@ -56,7 +58,7 @@ def inference(
         rows_are_known=rows_are_known,
         external=", and ".join(servers),
         is_partial=bool(servers),
-        notes=tuple(f"{server}; that is not counted." for server in servers if is_counted),
+        notes=(*notes, *(f"{server}; that is not counted." for server in servers if is_counted)),
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from align.config.base import stage_input
-from align.config.environment import EnvironmentConfig
+from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.launch import LaunchConfig
 from align.config.scores import Score, rename_score_stages, reward_names, score_identities
 from align.config.stages.lint import LintSettings
@@ -201,16 +201,7 @@ class RolloutFields(TrainerOptions):
 
     @model_validator(mode="after")
     def _use_the_tokens_of_episodes(self) -> Self:
-        if self.environment is None:
-            return self
-        tokens = self.environment.max_tokens
-        if "max_tokens" in self.model_fields_set and self.max_tokens != tokens:
-            raise ValueError(
-                f"max_tokens is {self.max_tokens}, and environment.max_tokens {tokens}; an episode has one limit. "
-                "Remove max_tokens here."
-            )
-        # Without a note that it was set: the file did not set it.
-        self.__dict__["max_tokens"] = tokens
+        take_episode_tokens(self)
         return self
 
     @model_validator(mode="after")

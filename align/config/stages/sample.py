@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Config, Precision, stage_input
+from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, rename_score_stages, score_identities
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
@@ -31,6 +32,9 @@ class SampleConfig(Config):
     """Stage with the prompts; both splits are used."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """Reward stage that scores the responses, if ``score`` is null."""
+    environment: EnvironmentConfig | None = None
+    """Environment that the policy acts in over several turns, with tools or by answers. It scores episodes; ``reward``
+    or ``score``, which read an episode's last turn, add to that where they are set (docs/environments.md)."""
     n: int = Field(4, ge=2, le=64)
     """Responses per prompt; more give better and worse ones, and take proportionally longer."""
     temperature: float = Field(1.0, gt=0, le=5)
@@ -43,7 +47,7 @@ class SampleConfig(Config):
     """Longer prompts are dropped and counted."""
     score: Score = "gold"
     """Function that scores responses (``gold``, or an import path ``module:name``), or a list of rewards; null for
-    ``reward``."""
+    ``reward``. With an ``environment`` the default is null: its score alone counts."""
     cut_off_score: float | None = None
     """Score of every response that was cut off at ``max_tokens``; null scores it like any other."""
     noise: float = Field(0.0, ge=0, lt=0.5)
@@ -55,18 +59,32 @@ class SampleConfig(Config):
     precision: Precision = "bfloat16"
     """Type of the matrix products."""
 
-    identified: ClassVar[frozenset[str]] = frozenset({"score"})
+    identified: ClassVar[frozenset[str]] = frozenset({"score", "environment"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"environment"})
 
     @model_validator(mode="after")
     def _one_scorer(self) -> SampleConfig:
+        if self.environment is not None:
+            if "score" not in self.model_fields_set:
+                # Without a note that it was set: the file did not set it.
+                self.__dict__["score"] = None
+            if self.score is None or self.reward is None:
+                return self
+            raise ValueError("both score and reward are set; beside an environment at most one of them scores.")
         if (self.score is None) == (self.reward is None):
             have = "both score and reward are" if self.score else "neither score nor reward is"
             raise ValueError(f"{have} set; exactly one scores the responses. With a reward stage, write `score: null`.")
         return self
 
+    @model_validator(mode="after")
+    def _use_the_tokens_of_episodes(self) -> SampleConfig:
+        take_episode_tokens(self)
+        return self
+
     def identities(self, base: Path) -> dict[str, str]:
-        """Return the identities of all that scores."""
-        return score_identities(self.score)
+        """Return the identities of all that scores, and of the environment."""
+        environment = {} if self.environment is None else {"environment": self.environment.identity()}
+        return score_identities(self.score) | environment
 
     @classmethod
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import Field, StrictBool, model_validator
 
 from align.config.base import Config, Precision, stage_input
 from align.config.endpoint import EndpointConfig
+from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.judge import JudgeConfig
 from align.config.located_paths import UserPath
 from align.config.scores import Score, rename_score_stages, score_identities
@@ -33,6 +34,9 @@ class SynthesizeConfig(Config):
     """Stage with the prompts to answer, both splits; for instructions, its train prompts are the seeds."""
     seeds: UserPath | None = None
     """Seed instructions: a .jsonl file with a field ``instruction``, like self-instruct's seed_tasks.jsonl."""
+    environment: EnvironmentConfig | None = None
+    """Environment that the model or endpoint acts in over several turns, with tools or by answers. Rows are whole
+    episodes. It scores them; ``reward`` or ``score`` read the last turn, and add to that (docs/environments.md)."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """Reward stage that scores answers."""
     score: Score = None
@@ -66,7 +70,10 @@ class SynthesizeConfig(Config):
 
     # endpoints, seeds and scorer enter the key through ``identities``; rate, retries and price of requests do not
     # change the result
-    identified: ClassVar[frozenset[str]] = frozenset({"endpoint", "seeds", "score", "judge", "cache", "max_cost"})
+    identified: ClassVar[frozenset[str]] = frozenset(
+        {"endpoint", "environment", "seeds", "score", "judge", "cache", "max_cost"}
+    )
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"environment"})
 
     @model_validator(mode="after")
     def _one_generator(self) -> SynthesizeConfig:
@@ -94,12 +101,33 @@ class SynthesizeConfig(Config):
         wrong = [name for name in labels if name not in allowed]
         if wrong:
             raise ValueError(f"{kind} does not use {', '.join(wrong)}")
-        if allowed and len(labels) != 1:
+        if self.environment is not None:
+            self._check_environment(labels)
+        elif allowed and len(labels) != 1:
             raise ValueError(f"{kind} needs one of {', '.join(allowed)}; {', '.join(labels) or 'none'} set")
         if isinstance(self.task, PairsTask) and self.judge is not None and self.task.min_margin:
             raise ValueError("task.min_margin is a difference of scores, and a judge gives none")
         if self.temperature == 0 and getattr(self.task, "n", 1) > 1:
             raise ValueError("temperature 0 gives the same answer n times; raise it, or set task.n to 1")
+        return self
+
+    def _check_environment(self, labels: list[str]) -> None:
+        """Raise ``ValueError`` for a task without episodes, and for what cannot score them."""
+        if self.task.type == "instructions":
+            raise ValueError(
+                "environment plays episodes from prompts, and instructions writes new prompts; remove it here, and set "
+                "it in a stage that answers them (responses, best_of, pairs)"
+            )
+        if self.endpoint is not None and "tools" in self.endpoint.extra:
+            raise ValueError("endpoint.extra sets tools, which are those of the environment; remove them")
+        if self.judge is not None:
+            raise ValueError("judge compares single answers, and an environment scores its episodes; remove judge")
+        if len(labels) > 1:
+            raise ValueError("both score and reward are set; beside an environment at most one of them scores")
+
+    @model_validator(mode="after")
+    def _use_the_tokens_of_episodes(self) -> SynthesizeConfig:
+        take_episode_tokens(self)
         return self
 
     @model_validator(mode="after")
@@ -120,8 +148,10 @@ class SynthesizeConfig(Config):
         return {"instructions": Kind.PROMPTS, "pairs": Kind.PREFERENCES}.get(self.task.type, Kind.INSTRUCTIONS)
 
     def identities(self, base: Path) -> dict[str, str]:
-        """Return identities of endpoints' models (by name), seeds (by content) and functions (by code)."""
+        """Return identities of endpoints' models (by name), seeds (by content), functions and environment (by code)."""
         identities = {}
+        if self.environment is not None:
+            identities["environment"] = self.environment.identity()
         if self.endpoint is not None:
             identities["endpoint"] = canonical(self.endpoint.identity())
         if self.judge is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from pathlib import Path
@@ -83,6 +84,16 @@ class Fragile(Buttons):
         if "b" in self.presses:
             raise EnvironmentFailed("the machine fell over")
         return self._press("b")
+
+
+class Greeting(Buttons):
+    """Buttons that begin each episode in another way."""
+
+    count = itertools.count()
+
+    def reset(self, row: dict[str, Any]) -> str:
+        """Begin."""
+        return f"{super().reset(row)} {next(self.count)}"
 
 
 class Generous(Buttons):

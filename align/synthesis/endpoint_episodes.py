@@ -1,0 +1,86 @@
+"""Episodes that a server plays in a stage's environment, through its chat API with tools. Torch-free.
+
+Its answers are requests like any others: cached by content, within the budget, and retried. What the environment did is
+in a journal, so that a killed stage makes no finished call again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from align.config.batch_sizes import EPISODES_TOGETHER
+from align.data.rows import Message
+from align.environments.chat_episodes import Ask, ChatPlayer, ChatSession, chat_rules
+from align.environments.episode import Episode
+from align.environments.journal import Journal
+from align.environments.player import EpisodeTask, episode_tasks
+from align.environments.prompted_turns import with_system
+from align.environments.sources import open_environment
+from align.environments.worker_pool import EnvironmentPool
+from align.inference.requests import Request
+from align.pipeline.context import StageContext
+from align.store.fingerprint import digest
+from align.synthesis.episode_counts import FOLDER
+
+
+class EndpointEpisodes:
+    """Plays the episodes of a stage with its ``endpoint``."""
+
+    def __init__(self, context: StageContext, identity: dict[str, str], ask: Ask) -> None:
+        """Open the environment. ``identity`` is the model's in requests, which ``ask`` answers."""
+        self.context, self.identity, self._ask = context, identity, ask
+        config = context.config.environment
+        source = open_environment(config, f"{context.name}.environment")
+        self.tools: list[dict[str, Any]] = source.tools
+        self._rules = chat_rules(config, source.has_step)
+        self._pool = EnvironmentPool(source, config.workers, config.tool_seconds, config.isolation)
+        self._with_system = with_system(context.config.system)
+
+    def play(self, name: str, rows: Sequence[dict[str, Any]], samples: int) -> list[list[Episode]]:
+        """Return ``samples`` episodes of each row; ``name`` tells these rows from those of other calls."""
+        tasks = episode_tasks(rows, samples, self.context.seed, name)
+        episodes: list[Episode] = []
+        for start in range(0, len(tasks), EPISODES_TOGETHER):
+            episodes += self._part(f"{name}-{start:07d}", tasks[start : start + EPISODES_TOGETHER])
+        return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
+
+    def _part(self, name: str, tasks: Sequence[EpisodeTask]) -> list[Episode]:
+        # The journal stays until the stage ends: answers are asked for again by every attempt, which counts their cost.
+        journal = Journal(self.context.checkpoints / FOLDER / f"{name}.journal", self._key(tasks))
+        try:
+            session = ChatSession(self._request, self._ask, journal)
+            return ChatPlayer(self._pool, self._rules, session, journal).play(tasks)
+        finally:
+            journal.close()
+
+    def _key(self, tasks: Sequence[EpisodeTask]) -> str:
+        """Return a digest of all that the episodes depend on."""
+        config = self.context.config
+        return digest(
+            {
+                "model": self.identity,
+                "environment": config.environment.identity(),
+                "sampling": [config.temperature, config.top_p, config.system],
+                "tasks": [[task.row, task.seed] for task in tasks],
+            }
+        )
+
+    def _request(self, messages: list[Message], max_tokens: int, seed: int) -> Request:
+        """Return the request for a turn. Episodes have numbers of their own, so that equal prompts have own answers."""
+        config = self.context.config
+        return Request(
+            model=self.identity,
+            messages=self._with_system(messages),
+            max_tokens=max_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=self.context.seed,
+            sample=seed,
+            tools=json.dumps(self.tools, ensure_ascii=False) if self.tools else "",
+        )
+
+    def close(self) -> None:
+        """End the environment's workers."""
+        self._pool.close()
