@@ -13,6 +13,8 @@ from align.data.formats import FieldUsage
 
 MOST_NAMES = 5
 """Fields that the summary's advice names."""
+MANY_PROMPTS, LARGE_CLUSTER = 20, 0.1
+"""Number and share of prompts from which on a cluster of near-duplicates is warned of."""
 EXAMPLES = 3
 """Dropped rows shown for each step and reason; all of them are in the build's ``dropped`` files."""
 
@@ -193,6 +195,20 @@ def summary_lines(ledger: dict[str, Any]) -> Iterator[str]:
     for name, choice in ledger["format_choices"].items():
         yield f"{name}: {choice}"
     yield f"train {ledger['splits']['train']}, test {ledger['splits']['test']}"
+
+
+def describe_large_cluster(ledger: dict[str, Any]) -> str | None:
+    """Return a warning where many prompts are near-duplicates of one another, and so on one side of the split."""
+    split = ledger["steps"][-1]["notes"]
+    prompts, largest = split.get("prompts", 0), split.get("largest_cluster", 0)
+    if largest < max(MANY_PROMPTS, LARGE_CLUSTER * prompts):
+        return None
+    test, rows = ledger["splits"]["test"], sum(ledger["splits"].values())
+    return (
+        f"{largest} of {prompts} prompts are near-duplicates of one another and stay on one side of the split; the "
+        f"test split has {test / rows:.0%} of the rows. Where prompts follow a template, set `near_duplicate_prompts: "
+        "null` in the recipe."
+    )
 
 
 def _keep_hint(line: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_run_writes_splits_ledger_and_metrics(here: Path) -> None:
     assert json.dumps(metrics) and "progress" in (here / "events.jsonl").read_text()
     again = run(context(config, here))
     assert again == metrics and read_rows(here / "out" / "train.parquet") == train
+
+
+def test_prompts_of_one_template_are_warned_of(here: Path) -> None:
+    """All of them are on one side, whatever ``test_size`` says."""
+    task = "Answer with a list of words that are separated by commas. Reverse the words of this list"
+    (here / "template.jsonl").write_text(
+        "".join(json.dumps({"question": f"{task}: {i}", "answer": f"so\n#### {i}"}) + "\n" for i in range(30))
+    )
+    recipe("template.yaml", {"type": "files", "paths": ["template.jsonl", "a.jsonl"], "format": "gsm8k"})
+    run(context(DataConfig(recipe="template.yaml"), here))
+    events = (here / "events.jsonl").read_text()
+    assert "30 of 70 prompts are near-duplicates of one another and stay on one side of the split" in events
+    assert "near_duplicate_prompts: null" in events
+    shutil.rmtree(here / "out")
+    (here / "events.jsonl").unlink()
+    recipe("single.yaml", {"type": "files", "paths": ["a.jsonl"], "format": "gsm8k"})
+    run(context(DataConfig(recipe="single.yaml"), here))
+    assert "warning" not in (here / "events.jsonl").read_text()
 
 
 def test_files_and_max_rows_override_the_recipe(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

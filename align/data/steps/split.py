@@ -24,6 +24,8 @@ PARTS = ("split", *SPLITS)
 
 EQUAL, OVER, LEAKED = "duplicate", "over max_rows", "its question is in the test split"
 
+LARGEST = "largest_cluster"
+"""Note of the ledger: prompts of the largest cluster of near-duplicates."""
 ID_TAKEN = "_id_taken"
 """Column that marks rows whose id an earlier row with other content has: they get another id."""
 
@@ -142,11 +144,12 @@ class Split:
         part = np.array([PARTS.index(name) for name in self.config.parts], dtype=np.int8)[table.source[places]]
         first, label = np.unique(table.columns["group"][places], return_index=True, return_inverse=True)[1:]
         label = first[label]  # of each row, the first row with its prompt
-        clusters = len(first)
+        notes = {"prompts": len(first), "clusters": len(first)}
         # Join groups of similar prompts; the first row of a cluster draws for all of them.
-        if self.config.near_duplicates is not None:
+        if self.config.near_duplicates is not None and len(places):
             label = self._cluster(table, places, label, self.config.near_duplicates)
-            clusters = len(np.unique(label))
+            prompts_of_cluster = np.unique(label[first], return_counts=True)[1]
+            notes |= {"clusters": len(prompts_of_cluster), LARGEST: int(prompts_of_cluster.max())}
         tested = self._draw_test_rows(table.columns["draw"][places][label], label, part == 0)
         # Sources with `part: train` or `part: test` go where they say; a training row whose question a test row has
         # is dropped.
@@ -156,7 +159,7 @@ class Split:
         code[places[leaked]] = 0
         side = np.zeros(len(table), dtype="U5")
         side[places] = np.where(in_test, "test", "train")
-        return Verdict(code, [LEAKED], columns={"_split": side}, notes={"prompts": len(first), "clusters": clusters})
+        return Verdict(code, [LEAKED], columns={"_split": side}, notes=notes)
 
     def _cluster(self, table: Table, places: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:
         """Return (M,) for each row the first row of its cluster of similar prompts."""

@@ -105,6 +105,7 @@ def test_near_duplicates_of_a_prompt_are_on_its_side():
         rows += [row(" ".join(words)), row(" ".join([*words, "now"]))]
     sides = split(rows, 0.4, near=0.6).columns["_split"]
     assert (sides[::2] == sides[1::2]).all() and set(sides) == {"train", "test"}
+    assert split(rows, 0.4, near=0.6).notes == {"prompts": 120, "clusters": 60, "largest_cluster": 2}
     apart = split(rows, 0.4).columns["_split"]
     assert (apart[::2] != apart[1::2]).any()
 
@@ -114,7 +115,7 @@ def test_prompts_of_one_template_stay_apart_though_estimates_waver():
     draws = np.random.default_rng(0).integers(5000, size=(400, 25))
     shared = " ".join(f"w{place}" for place in range(79))
     rows = [row(shared + " " + " ".join(f"own{word}" for word in draw)) for draw in draws]
-    assert split(rows, near=0.7).notes == {"prompts": 400, "clusters": 400}
+    assert split(rows, near=0.7).notes == {"prompts": 400, "clusters": 400, "largest_cluster": 1}
 
 
 def test_a_near_duplicate_of_a_test_prompt_leaves_training():
