@@ -111,13 +111,14 @@ class ScriptedPlayer(EnvironmentPlayer):
         temperature: float,
         journal: Journal | None = None,
         on_progress: Progress | None = None,
+        weights_update: int | None = None,
     ) -> list[Episode]:
         """Return an episode for each task, in order. Raises ``RuntimeError`` for one that leaves the script."""
         script = next(self._scripts)
         with forced_lengths(engine):
             session = ScriptedSession(open_session(engine, temperature), script, self.tokenizer)
             try:
-                episodes = self.play_in(session, tasks, journal, on_progress)
+                episodes = self.play_in(session, tasks, journal, on_progress, weights_update)
             finally:
                 self.cache_statistics = session.cache_statistics()
                 session.close()

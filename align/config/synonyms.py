@@ -223,6 +223,11 @@ SYNONYMS = (
     Synonym("overlong_penalty", "overlong_penalty_factor"),
     Synonym("importance_cap", "vllm_importance_sampling_cap tis_imp_ratio_cap rollout_is_threshold"),
     Synonym("max_staleness", "async_steps staleness_threshold max_async_level"),
+    Synonym(
+        "in_flight",
+        "partial_rollout partial_rollouts in_flight_weight_updates inflight_weight_updates in_flight_weight_update",
+        "Its values are wait and continue.",
+    ),
     Synonym("ptx_coef", "ptx_loss_coef"),
     Synonym("completions", "num_completions_to_print log_completions"),
     # where and how a run happens

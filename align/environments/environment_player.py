@@ -60,11 +60,12 @@ class EnvironmentPlayer:
         temperature: float,
         journal: Journal | None = None,
         on_progress: Progress | None = None,
+        weights_update: int | None = None,
     ) -> list[Episode]:
-        """Return an episode for each task, in order."""
+        """Return an episode for each task, in order; see ``EpisodeSource``."""
         session = open_session(engine, temperature)
         try:
-            return self.play_in(session, tasks, journal, on_progress)
+            return self.play_in(session, tasks, journal, on_progress, weights_update)
         finally:
             self.cache_statistics = session.cache_statistics()
             session.close()
@@ -75,6 +76,7 @@ class EnvironmentPlayer:
         tasks: Sequence[EpisodeTask],
         journal: Journal | None = None,
         on_progress: Progress | None = None,
+        weights_update: int | None = None,
     ) -> list[Episode]:
         """Return an episode for each task, in order, with the turns of ``session``."""
         with contextlib.ExitStack() as stack:
@@ -83,7 +85,7 @@ class EnvironmentPlayer:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="align-episodes-"))
                 journal = Journal(Path(folder) / "episodes.jsonl")
             stack.callback(journal.close)
-            return EpisodePlayer(self.pool, self.rules, session, journal, on_progress).play(tasks)
+            return EpisodePlayer(self.pool, self.rules, session, journal, on_progress, weights_update).play(tasks)
 
     def close(self) -> None:
         """End the workers."""

@@ -30,6 +30,8 @@ class PolicyTurn:
     """True where the end of turn was sampled."""
     text: str
     """The tokens decoded, special ones left out."""
+    weights_update: int | None = None
+    """Update before which the policy had the weights that sampled it; None outside of training."""
 
     @property
     def tokens(self) -> int:
@@ -85,6 +87,14 @@ class Episode:
             logprobs += turn.logprobs
             logprobs += [0.0] * len(observation)
         return logprobs
+
+    @property
+    def weights_updates(self) -> list[int | None]:
+        """Update whose weights sampled each of ``token_ids``, (T,): that of the turn before on the environment's."""
+        updates: list[int | None] = []
+        for turn, observation in self._pairs():
+            updates += [turn.weights_update] * (len(turn.token_ids) + len(observation))
+        return updates
 
     @property
     def mask(self) -> list[bool]:

@@ -62,8 +62,12 @@ class EpisodeSource(Protocol):
         temperature: float,
         journal: Journal | None = None,
         on_progress: Progress | None = None,
+        weights_update: int | None = None,
     ) -> list[Episode]:
-        """Return an episode for each task, in order."""
+        """Return an episode for each task, in order.
+
+        ``weights_update`` is the update whose weights the engine has; its session may know of newer ones.
+        """
         ...
 
 
@@ -76,6 +80,8 @@ class EpisodePlayer:
     session: Session
     journal: Journal
     on_progress: Progress | None = None
+    weights_update: int | None = None
+    """Update whose weights sample turns of which the session says no other."""
     _runs: list[EpisodeRun] = field(default_factory=list)
     _environments: list[JournaledEnvironment] = field(default_factory=list)
     _acting: dict[Future[Any], int] = field(default_factory=dict)
@@ -154,10 +160,7 @@ class EpisodePlayer:
 
     def _take_turns(self, responses: list[tuple[int, Response]]) -> None:
         """Take turns that were sampled together, and write them down together."""
-        turns = {
-            index: PolicyTurn(response.token_ids, response.logprobs, response.finished, response.text)
-            for index, response in sorted(responses, key=lambda pair: pair[0])
-        }
+        turns = {index: self._turn(response) for index, response in sorted(responses, key=lambda pair: pair[0])}
         self.journal.put_all(
             (Position("turn", index, len(self._runs[index].episode.turns)), asdict(turn))
             for index, turn in turns.items()
@@ -165,3 +168,7 @@ class EpisodePlayer:
         for index, turn in turns.items():
             self._runs[index].take_turn(turn)
             self._advance(index)
+
+    def _turn(self, response: Response) -> PolicyTurn:
+        update = self.weights_update if response.weights_update is None else response.weights_update
+        return PolicyTurn(response.token_ids, response.logprobs, response.finished, response.text, update)

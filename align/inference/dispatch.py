@@ -34,7 +34,11 @@ class Pool(Protocol):
 
     @property
     def members(self) -> Sequence[Any]:
-        """Servers. ``client`` makes calls to one; ``ready`` is True while it holds the weights to sample from."""
+        """Servers. ``client`` makes calls to one."""
+        ...
+
+    def takes_requests(self, member: Any) -> bool:
+        """Return True while requests may be sent to a server: it holds the weights to sample from."""
         ...
 
     def lose(self, member: Any, error: Exception) -> None:
@@ -126,7 +130,8 @@ class Dispatcher:
         self.homes: dict[Hashable, int] = {}
         """Name of an affinity → index of the server that had a request with it last."""
         self.pending = deque(self._group(self.requests))
-        self.replies: queue.SimpleQueue[ServerReply] = queue.SimpleQueue()
+        self.replies: queue.SimpleQueue[ServerReply | None] = queue.SimpleQueue()
+        """Replies to take; None only ends the waiting for one."""
 
     def run(self) -> list[Any]:
         """Send requests until each has a reply.
@@ -170,6 +175,10 @@ class Dispatcher:
             del self.requests[index]
         return replies
 
+    def wake(self) -> None:
+        """Send what can be sent at once, since a server takes requests again. Any thread may call it."""
+        self.replies.put(None)
+
     def cancel(self) -> None:
         """Cancel the calls in flight."""
         for state in self.servers:
@@ -187,7 +196,9 @@ class Dispatcher:
         self._assign()
         # 2. Take one reply. Waiting is short, so that step 3 comes around while nobody answers.
         with contextlib.suppress(queue.Empty):
-            self._on_reply(self.replies.get(timeout=seconds))
+            arrived = self.replies.get(timeout=seconds)
+            if arrived is not None:
+                self._on_reply(arrived)
         # 3. Find servers that died or fell silent; their requests are pending again.
         self._check_silent_servers()
 
@@ -222,7 +233,7 @@ class Dispatcher:
         One to which the group has an affinity comes first, whatever its load. A server that gave a bad reply to one of
         the group is only taken when every ready server did.
         """
-        ready = [state for state in self.servers if state.member.ready]
+        ready = [state for state in self.servers if self.pool.takes_requests(state.member)]
         failed = set().union(*(self.failed_servers.get(index, set()) for index in group))
         with_room = [state for state in ready if len(state.in_flight) < self.concurrency]
         candidates = [state for state in with_room if state.index not in failed]

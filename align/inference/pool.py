@@ -18,9 +18,10 @@ import torch
 
 from align.errors import UserError
 from align.inference.dispatch import Dispatcher, ServerRequest
+from align.inference.pool_member import FAULTS, NO_WEIGHTS, Member
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling, Session, check_idle
 from align.inference.server import COMPLETIONS, ServerEngine
-from align.inference.server_client import POLL_SECONDS, BadReply, Client, EngineLost, WeightsChanged
+from align.inference.server_client import POLL_SECONDS, BadReply, EngineLost, WeightsChanged
 from align.inference.server_options import ServerSpec
 from align.inference.server_process import GRACE_SECONDS
 from align.inference.watchdog import Watchdog
@@ -30,32 +31,6 @@ from align.inference.weights_folder import WeightsFolder
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
-
-FAULTS = (EngineLost, BadReply, OSError)
-"""Errors of one server that another server, or the same one after a restart, may not have."""
-NO_WEIGHTS = -1
-"""Version of a server that came back and waits for weights over NCCL."""
-
-
-class Member:
-    """One server of the pool."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.losses = 0
-        """Times that it was lost, or failed to come back."""
-        self.last_error = ""
-        self.engine: ServerEngine
-        self.version = 0
-        """Version of the weights that it holds; 0 are those of the checkpoint."""
-        self.ready = False
-        """True while it holds the weights that are sampled from."""
-        self.coming_back = False
-
-    @property
-    def client(self) -> Client:
-        """The client that makes its calls."""
-        return self.engine.client
 
 
 class PoolEngine:
@@ -80,6 +55,10 @@ class PoolEngine:
         self.members = [Member(number) for number in range(spec.pool.servers or len(spec.pool.addresses))]
         self.version = 0
         """Version of the weights that are sampled from; 0 are those of the checkpoint."""
+        self.offered = 0
+        """Newest version that a session may go over to."""
+        self.weights_updates: dict[int, int] = {}
+        """Version that was offered → update before which the policy had these weights."""
         self.session: Session | None = None
         """The session that is open."""
         self.returns = 0
@@ -124,6 +103,10 @@ class PoolEngine:
 
     def _ready_members(self) -> list[Member]:
         return [member for member in self.members if member.ready]
+
+    def takes_requests(self, member: Member) -> bool:
+        """Return True while a server holds the weights to sample from; during a session it may still have others."""
+        return member.ready and member.version == self.version
 
     # ---- sampling ----
 
@@ -180,7 +163,7 @@ class PoolEngine:
     def check_weights(
         self, *, sampled: bool = False, content: bool = False, lose: Callable[[Member, Exception], None] | None = None
     ) -> None:
-        """Raise ``WeightsChanged`` where a server holds other weights than it was given.
+        """Raise ``WeightsChanged`` where a server holds other weights than it was given; skip those that read new ones.
 
         ``content`` compares tensors too. Where nothing was ``sampled`` since the last check, nothing is spoiled: a
         server that was restarted meanwhile is only lost, and comes back with weights. ``lose`` is called for servers
@@ -198,7 +181,7 @@ class PoolEngine:
             except FAULTS as error:
                 lose(member, error)
 
-        self._for_each(self._ready_members(), check)
+        self._for_each([member for member in self._ready_members() if not member.is_loading], check)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Give every server a full set of weights; none samples again before it holds them.
@@ -222,8 +205,26 @@ class PoolEngine:
         """
         return self.folder.write(weights)
 
+    def offer(self, version: int, update: int) -> None:
+        """Let a session go over to a version that was written, between two turns (``rolling_update.py``).
+
+        ``update`` is the one before which the policy has these weights. Call ``adopt`` behind the session.
+        """
+        self.weights_updates[version] = update
+        self.offered = version
+
+    def take_offer(self) -> None:
+        """Sample from the newest version that was offered, where it is newer. Servers with others get no requests."""
+        # While a server that comes back reads a version, the offer can wait.
+        if self.offered > self.version and self._weights_lock.acquire(blocking=False):
+            self.version = self.offered
+            self._weights_lock.release()
+
     def adopt(self, version: int) -> None:
-        """Have every server read a version that was written: the second half of ``load_weights``. Raises as it does."""
+        """Have every server read a version that was written: the second half of ``load_weights``. Raises as it does.
+
+        Servers that hold it, or a newer one that was offered, keep what they have.
+        """
         self.check_weights(content=True)
         self.await_ready()
         self._give(version)
@@ -237,8 +238,7 @@ class PoolEngine:
 
         def read(member: Member) -> None:
             try:
-                member.engine.read_weights(self.version)
-                member.version = self.version
+                member.read(self.version)
             except FAULTS as error:
                 failed[member] = error
 
@@ -247,8 +247,8 @@ class PoolEngine:
             ready = self._ready_members()
             # 1. Hand the weights over: through the folder, which all read at once, or over NCCL, one after another.
             if isinstance(weights, int):
-                self.version = weights
-                self._for_each(ready, read)
+                self.version = max(self.version, weights)
+                self._for_each([member for member in ready if member.version != self.version], read)
             elif self.takes_folders:
                 self.version = self.folder.write(weights)
                 self._for_each(ready, read)

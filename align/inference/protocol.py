@@ -54,6 +54,8 @@ class Response:
     """True when the end-of-turn token was sampled, False when the length limit cut it off."""
     text: str
     """The tokens decoded, special ones left out."""
+    weights_update: int | None = None
+    """Update whose weights sampled it, where they may change while a session is open; None where they stay."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Session(Protocol):
     """Turns of many episodes, each sampled as soon as it is submitted. Use a session from one thread.
 
     ``align.inference.sessions.open_session`` opens one. Between opening and closing it the engine is used for nothing
-    else while a turn is in flight, and its weights stay.
+    else while a turn is in flight. Its weights stay, but for those that a pool of servers was offered.
     """
 
     is_lockstep: bool

@@ -8,15 +8,20 @@ cache, unless others have pushed them out. Leaves out conversations and tools, w
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align.inference.dispatch import Dispatcher, ServerRequest
-from align.inference.pool import Member, PoolEngine
+from align.inference.pool import PoolEngine
+from align.inference.pool_member import Member
 from align.inference.protocol import BatchEngine, Response, RolloutEngine
 from align.inference.protocol import Session as Session
 from align.inference.protocol import TurnRequest as TurnRequest
+from align.inference.rolling_update import RollingUpdate
 from align.inference.server import COMPLETIONS
+from align.inference.server_client import POLL_SECONDS
 from align.inference.shared_engine import RemoteRankEngine
 from align.inference.vllm import CACHE, WEIGHTS, VllmEngine
 from align.inference.vllm_internals import Steps, VllmChanged
@@ -121,7 +126,7 @@ class PoolSession:
     """Turns by a pool of servers: each goes to one of them, and to another where that is lost. One session at a time.
 
     An episode's turns go to the server that had the last one, and first turns of one prompt to one server, as long as
-    it has room: it has their beginning in its cache.
+    it has room: it has their beginning in its cache. Weights that the pool is offered meanwhile are taken between turns.
     """
 
     is_lockstep = False
@@ -133,6 +138,7 @@ class PoolSession:
         pool.check_weights()
         pool.await_ready()
         self.dispatcher = Dispatcher(pool, COMPLETIONS, [], pool.batch_size)
+        self.rolling_update = RollingUpdate(pool, self.dispatcher)
         self.cache_use = CacheUse()
         self._requests: dict[int, TurnRequest] = {}
         """Turns in flight, by the dispatcher's index."""
@@ -146,6 +152,7 @@ class PoolSession:
     def submit(self, request: TurnRequest) -> None:
         """Send a turn, or queue it where no server has room. Raises ``ValueError``, as the protocol has it."""
         _refuse_closed(self.pool.session is not self)
+        self.rolling_update.advance()
         is_in_flight = any(request.key == turn.key for turn in self._requests.values())
         _check_request(request, is_in_flight, self.pool.spec.max_length)
         body = self.pool.members[0].engine.sampling_request(request, self.temperature, self.top_p)
@@ -158,18 +165,30 @@ class PoolSession:
 
         Raises as ``PoolEngine.generate``. While no server is ready it waits for one, whatever the timeout.
         """
-        if not self._requests:
-            return []
-        finished = self.dispatcher.poll(timeout)
-        if not finished:
-            return []
-        self._check_weights()
-        requests = [self._requests.pop(index) for index in finished]
-        for request, (_, cached_tokens) in zip(requests, finished.values(), strict=True):
-            self.cache_use.count(len(request.prompt), cached_tokens)
-        samples = [sample for sample, _ in finished.values()]
-        responses = self.pool.members[0].engine.build_responses(samples, 1)
-        return [(request.key, response) for request, (response,) in zip(requests, responses, strict=True)]
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while self._requests:
+            self.rolling_update.advance()
+            left = deadline - time.monotonic()
+            # Waiting is short, so that weights that are offered meanwhile are seen.
+            finished = self.dispatcher.poll(min(POLL_SECONDS, max(0.0, left)))
+            if finished:
+                self._check_weights()
+                return self._build_responses(finished)
+            if left <= 0:
+                break
+        return []
+
+    def _build_responses(self, finished: dict[int, ServedTurn]) -> list[tuple[int, Response]]:
+        """Return the turns that came back, with the update of their weights where the pool was told it."""
+        requests, turns = [self._requests.pop(index) for index in finished], list(finished.values())
+        for request, turn in zip(requests, turns, strict=True):
+            self.cache_use.count(len(request.prompt), turn.cached_tokens)
+        responses = self.pool.members[0].engine.build_responses([turn.sample for turn in turns], 1)
+        updates = [self.pool.weights_updates.get(turn.version) for turn in turns]
+        return [
+            (request.key, replace(response, weights_update=update))
+            for request, (response,), update in zip(requests, responses, updates, strict=True)
+        ]
 
     def _check_weights(self) -> None:
         """Raise ``WeightsChanged`` where a server holds other weights than it was given; one without an answer is lost.
@@ -194,6 +213,8 @@ class PoolSession:
             return
         self.pool.session = None
         self._requests.clear()
+        # Canceling would end the reading of weights, too.
+        self.rolling_update.wait()
         self.dispatcher.cancel()
 
 
@@ -262,9 +283,20 @@ class RemoteRankSession:
         """Do nothing: nothing is in flight."""
 
 
-def _parse_turn(member: Member, body: dict[str, Any], answer: Any) -> tuple[tuple[list[int], list[float]], int | None]:
-    """Return tokens and log-probabilities, and how many tokens of the prompt were cached where the server tells."""
-    return member.engine.parse_sample(body, answer), member.engine.cached_tokens(answer)
+@dataclass(frozen=True)
+class ServedTurn:
+    """A turn as a server of a pool gave it."""
+
+    sample: tuple[list[int], list[float]]
+    """Tokens and log-probabilities."""
+    cached_tokens: int | None
+    """Tokens of the prompt that were in the cache; None where the server does not tell."""
+    version: int
+    """Version of the weights that the server holds: it reads no others before its turns have come back."""
+
+
+def _parse_turn(member: Member, body: dict[str, Any], answer: Any) -> ServedTurn:
+    return ServedTurn(member.engine.parse_sample(body, answer), member.engine.cached_tokens(answer), member.version)
 
 
 def _refuse_second(session: Session | None) -> None:

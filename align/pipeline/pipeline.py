@@ -247,7 +247,15 @@ class Pipeline:
             stage_runtime = next((blocks[block] for block in (name, *of_rounds) if block in blocks), None)
             self._check_launch(self.nodes[name], runtimes[name], stage_runtime)
             self._check_executor(self.nodes[name], runtimes[name], stage_runtime)
+            self._check_sampling(self.nodes[name], runtimes[name])
         return runtimes
+
+    def _check_sampling(self, node: Node, runtime: Runtime) -> None:
+        """Check that the servers of a stage can take new weights when its ``in_flight`` says."""
+        check = getattr(node.config, "sampling_objection", None)
+        objection = check(runtime.rollouts) if check is not None else None
+        if objection:
+            raise UserError(f"{self._place(node.name)}.in_flight: {objection}")
 
     def _check_executor(self, node: Node, runtime: Runtime, stage_runtime: StageRuntime | None) -> None:
         """Check that a stage names another executor than the run's only for the tasks of its data build."""

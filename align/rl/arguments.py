@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
+from align.config.environment import EnvironmentConfig
 from align.config.field_docstrings import field_docstrings
 from align.config.launch import LaunchConfig
 from align.config.stages.grpo import PRESETS, GrpoConfig, Preset, Scale
@@ -151,6 +152,9 @@ class RolloutArguments(TrainingArguments):
             values["learning_rate"] = self.learning_rate
             if self.ptx_coef and "ptx_coef" in names:
                 values["ptx"] = "ptx"
+            if "in_flight" in names and self.in_flight == "continue":
+                # The trainer gets the player of episodes itself, and checks that there is one.
+                values["environment"] = EnvironmentConfig(verifiers="any", max_turns=1, max_tokens=self.max_tokens)
             try:
                 settings(**values)
             except ValidationError as error:

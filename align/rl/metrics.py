@@ -49,7 +49,7 @@ def rollout_statistics(averages: Averages, rollout: Rollout, is_prefetched: bool
     seconds = rollout.seconds["sampling"]
     if is_prefetched:
         seconds = rollout.sampling_seconds
-        statistics["staleness"] = float(rollout.update - rollout.weights_update)
+        statistics |= add_staleness(averages, rollout)
     tokens = sum(part.tokens for part in rollout.sampled)
     statistics["sampled_tokens_per_second"] = tokens / max(seconds, 1e-9)
     return statistics
@@ -77,9 +77,7 @@ def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
     if "raw_advantages" in tensors:
         averages.add("advantage", masked_sum(tensors["raw_advantages"], mask), tokens)
         averages.add("advantage_square", masked_sum(tensors["raw_advantages"] ** 2, mask), tokens)
-    # Distance of the engine's log-probabilities from the trainer's; large gaps mean that they hold different models.
-    gap = (tensors["logprobs"] - tensors["sampler_logprobs"]).abs()
-    is_known = mask & torch.isfinite(gap)
+    gap, is_known = _parity_gap(rollout)
     averages.add("parity_gap", masked_sum(gap, is_known), is_known.sum())
     averages.add("parity_ratio", masked_sum(gap.exp(), is_known), is_known.sum())
     statistics = {"parity_gap_max": float(torch.where(is_known, gap, gap.new_zeros(())).max())}
@@ -91,6 +89,32 @@ def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
     lengths = candidates.tensors["response_mask"].sum(dim=1)
     statistics["score_length_correlation"] = correlation(candidates.tensors["scores"], lengths)
     return statistics
+
+
+def _parity_gap(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the distance of the engine's log-probabilities from the trainer's, (B, T), and a mask of those known.
+
+    Large gaps of tokens that the current weights sampled mean that engine and trainer hold different models.
+    """
+    gap = (rollout.tensors["logprobs"] - rollout.tensors["sampler_logprobs"]).abs()
+    return gap, rollout.tensors["response_mask"] & torch.isfinite(gap)
+
+
+def add_staleness(averages: Averages, rollout: Rollout) -> dict[str, float]:
+    """Return how old the weights were that sampled the tokens, in updates: mean and maximum.
+
+    Where they were not equally old, the gap between engine and trainer is added by age: the current weights' shows
+    whether the two agree, the others' also how far the policy has moved.
+    """
+    ages = rollout.staleness
+    different = ages.unique().tolist()
+    if len(different) > 1:
+        gap, is_known = _parity_gap(rollout)
+        all_ages = rollout.update - rollout.tensors["weights_update"]
+        for age in different:
+            is_counted = is_known & (all_ages == age)
+            averages.add(f"parity_gap_stale_{age}", masked_sum(gap, is_counted), is_counted.sum())
+    return {"staleness": float(ages.double().mean()), "staleness_max": float(ages.max())}
 
 
 def _add_scores(averages: Averages, candidates: Rollout) -> None:

@@ -1,9 +1,10 @@
 """Rollouts sampled before they are learned from, so that servers sample while the trainer learns.
 
-The rollout of an update is sampled with the weights that the policy had ``max_staleness`` updates earlier, never with
-others. So nothing depends on a clock, and the result is the same where nothing runs in the background: runs are
-repeatable, and a checkpoint can store what was prefetched. Left out: rollouts that continue across a change of weights,
-and weights as new as there happen to be.
+With ``in_flight: wait`` the rollout of an update is sampled with the weights that the policy had ``max_staleness``
+updates earlier, never with others. So nothing depends on a clock, and the result is the same where nothing runs in the
+background: runs are repeatable, and a checkpoint stores what was prefetched. With ``in_flight: continue`` servers take
+newer weights between the turns of episodes, and a checkpoint leaves what is being sampled to its journal. Left out:
+weights that change within a turn.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +22,7 @@ from align.inference.shared_engine import is_shared
 from align.rl.rollout import Rollout
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+InFlight = Literal["wait", "continue"]
 
 
 class RolloutPrefetcher:
@@ -30,11 +32,19 @@ class RolloutPrefetcher:
     the same cores: this saves no time, and the results are the same.
     """
 
-    def __init__(self, engine: Any, sample: Callable[[int], Rollout | None], staleness: int, updates: int) -> None:
-        """``sample(update)`` returns this process's part of an update's rollout, sampled from ``engine`` with the
-        weights that it holds; None where other processes sample all of it. It may run at any time, so it must not
-        communicate with other processes."""
+    def __init__(
+        self,
+        engine: Any,
+        sample: Callable[[int, int], Rollout | None],
+        staleness: int,
+        updates: int,
+        in_flight: InFlight = "wait",
+    ) -> None:
+        """``sample(update, weights_update)`` returns this process's part of an update's rollout, sampled from
+        ``engine`` with the weights that it holds, which the policy had before ``weights_update``; None where other
+        processes sample all of it. It may run at any time, so it must not communicate with other processes."""
         self.engine, self._sample, self.staleness, self.updates = engine, sample, staleness, updates
+        self.in_flight = in_flight
         self._rollouts: dict[int, Future[Rollout | None]] = {}
         """Rollouts that were begun and not yet returned, by update."""
         self._weights_update = 0
@@ -60,10 +70,20 @@ class RolloutPrefetcher:
         if self.in_background and self.engine.takes_folders:
             # Written now, since training will change them; loaded behind the rollouts that are still being sampled.
             version = self.engine.write_weights(weights)
+            if self.in_flight == "continue":
+                self.engine.offer(version, update)
             self._last_job = self._adoption = self._submit(lambda: self.engine.adopt(version))
             return
         self.wait()  # a rollout must not be sampled with two versions of the weights
         self.engine.load_weights(weights)
+
+    def continuing_objection(self) -> str | None:
+        """Return why the engine cannot take new weights between turns, and the remedy; None if it can."""
+        if not self.shared_engine:
+            return f"engine {self.engine.name} samples in this process. Pass an engine of vLLM servers"
+        if isinstance(self.engine, PoolEngine) and not self.engine.takes_folders:
+            return "its servers get weights over NCCL, while none of them samples. Take `weights: folder`"
+        return None
 
     def wait(self) -> None:
         """Wait until the engine holds the last weights and samples nothing. Raises what went wrong there."""
@@ -79,16 +99,27 @@ class RolloutPrefetcher:
         for upcoming in range(begin, end + 1):
             self._rollouts[upcoming] = self._begin(upcoming)
         self._next_update = max(begin, end + 1)
-        return self._rollouts.pop(update).result()
+        rollout = self._rollouts.pop(update).result()
+        if rollout is not None:
+            self._check_staleness(rollout)
+        return rollout
+
+    def _check_staleness(self, rollout: Rollout) -> None:
+        """Raise ``RuntimeError`` where a token is older than ``staleness`` updates, or newer than the rollout."""
+        ages = rollout.staleness
+        if ages.numel() and not 0 <= int(ages.min()) <= int(ages.max()) <= self.staleness:
+            raise RuntimeError(
+                f"the rollout of update {rollout.update + 1} has tokens of weights that are {int(ages.min())} to "
+                f"{int(ages.max())} updates old, and max_staleness is {self.staleness}"
+            )
 
     def _begin(self, update: int) -> Future[Rollout | None]:
         weights_update = self._weights_update
 
         def sample() -> Rollout | None:
             started = time.perf_counter()
-            rollout = self._sample(update)
+            rollout = self._sample(update, weights_update)
             if rollout is not None:
-                rollout.weights_update = weights_update
                 rollout.sampling_seconds = time.perf_counter() - started
             return rollout
 
@@ -117,17 +148,26 @@ class RolloutPrefetcher:
         self._thread = self._last_job = None
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Wait for the prefetched rollouts, and return them as JSON."""
-        rollouts = [self._rollouts[update].result() for update in sorted(self._rollouts)]
+        """Return the prefetched rollouts as JSON; those that are still being sampled are waited for.
+
+        With ``in_flight: continue`` they are left out: waiting would end what was to go on with the next weights. A
+        resumed run plays them from their journals.
+        """
+        futures = [self._rollouts[update] for update in sorted(self._rollouts)]
+        if self.in_flight == "continue":
+            futures = [future for future in futures if future.done()]
+        rollouts = [future.result() for future in futures]
         return [_to_json(rollout) for rollout in rollouts if rollout is not None]
 
-    def load_state_dict(self, state: list[dict[str, Any]], restore: Callable[[int, list[Any]], Rollout | None]) -> None:
-        """Restore prefetched rollouts; ``restore(update, responses)`` returns this process's part of one."""
+    def load_state_dict(
+        self, state: list[dict[str, Any]], restore: Callable[[int, list[Any], int], Rollout | None]
+    ) -> None:
+        """Restore prefetched rollouts; ``restore(update, responses, weights_update)`` returns this process's part."""
         for entry in state:
             responses = [[_from_json(response) for response in group] for group in entry["answers"]]
-            rollout = restore(entry["update"], responses)
+            rollout = restore(entry["update"], responses, entry["weights_of"])
             if rollout is not None:
-                rollout.weights_update, rollout.sampling_seconds = entry["weights_of"], entry["drawing"]
+                rollout.sampling_seconds = entry["drawing"]
             self._rollouts[entry["update"]] = _completed(rollout)
         if state:
             self._next_update = max(self._rollouts) + 1
@@ -164,5 +204,7 @@ def _to_json(rollout: Rollout) -> dict[str, Any]:
             "text": rollout.texts[i],
         }
         responses.setdefault(rollout.groups[i], []).append(response)
-    facts = {"update": rollout.update, "weights_of": rollout.weights_update, "drawing": rollout.sampling_seconds}
+    # Turns of episodes have an update of their own; this is that of responses, and of turns by an older version.
+    weights_update = rollout.update - int(rollout.staleness.max())
+    facts = {"update": rollout.update, "weights_of": weights_update, "drawing": rollout.sampling_seconds}
     return facts | {"answers": list(responses.values())}

@@ -26,7 +26,8 @@ class Rollout:
 
     (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>`` (NaN where a response lacks a
     metric), ``gold``; (B, T):
-    ``response_mask``, ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
+    ``response_mask``, ``weights_update`` (update before which the policy had the weights that sampled the token),
+    ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
     ``advantages`` (whitened if the settings say so), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens that the
     loss includes); (B, T+1): ``values``.
     """
@@ -48,8 +49,6 @@ class Rollout:
     """Rollout that these responses were selected from, whose scores are logged; None where none were left out."""
     resampled: list[Rollout] = field(default_factory=list)
     """Further responses that were sampled to select from."""
-    weights_update: int = 0
-    """Update before which the policy had the weights that sampled this."""
     sampling_seconds: float = 0.0
     """Time that sampling took, in the background or not."""
 
@@ -60,6 +59,12 @@ class Rollout:
     def tokens(self) -> int:
         """Tokens of all responses that the policy sampled."""
         return int(self.tensors["response_mask"].sum())
+
+    @property
+    def staleness(self) -> torch.Tensor:
+        """Updates that the policy had learned from since it had the weights of each sampled token, (tokens,)."""
+        mask = self.tensors["response_mask"]
+        return self.update - self.tensors["weights_update"][mask]
 
     @property
     def lengths(self) -> list[int]:
@@ -137,7 +142,6 @@ class Rollout:
             tensors={name: select_rows(tensor) for name, tensor in self.tensors.items()},
             episodes=None if self.episodes is None else [self.episodes[i] for i in indices],
             candidates=self,
-            weights_update=self.weights_update,
             sampling_seconds=self.sampling_seconds,
         )
 
@@ -150,8 +154,19 @@ class Rollout:
             target[indices, : result.shape[1]] = result.float().cpu()
 
 
-def make_rollout(prompts: Prompts, indices: list[int], responses: Sequence[Sequence[Any]], update: int) -> Rollout:
-    """Return a rollout of an engine's ``Response`` lists, or of lists of ``Episode``, to the prompts at ``indices``."""
+def make_rollout(
+    prompts: Prompts,
+    indices: list[int],
+    responses: Sequence[Sequence[Any]],
+    update: int,
+    weights_update: int | None = None,
+) -> Rollout:
+    """Return a rollout of an engine's ``Response`` lists, or of lists of ``Episode``, to the prompts at ``indices``.
+
+    ``weights_update`` is the update whose weights sampled it, by default its own. Turns of episodes may name another.
+    """
+    if weights_update is None:
+        weights_update = update
     flat = [(group, index, response) for group, index in enumerate(indices) for response in responses[group]]
     if any(not response.token_ids for _, _, response in flat):
         raise RuntimeError("the engine returned an empty response; even one that ends at once has its end token")
@@ -169,6 +184,7 @@ def make_rollout(prompts: Prompts, indices: list[int], responses: Sequence[Seque
         tensors={
             "finished": torch.tensor([response.finished for _, _, response in flat]),
             "response_mask": mask,
+            "weights_update": torch.full(mask.shape, weights_update),
             "sampler_logprobs": pad_rows([response.logprobs for _, _, response in flat], max(lengths)),
         },
     )
@@ -176,8 +192,18 @@ def make_rollout(prompts: Prompts, indices: list[int], responses: Sequence[Seque
         rollout.episodes = episodes
         # The environment may have begun each episode with a prompt of its own.
         rollout.prompts = [episode.prompt_ids for episode in episodes]
+        rollout.tensors["weights_update"] = _weights_updates(episodes, mask.shape[1], weights_update)
         _add_episode_scores(rollout, episodes)
     return rollout
+
+
+def _weights_updates(episodes: list[Episode], width: int, default: int) -> torch.Tensor:
+    """Return the update whose weights sampled each token, (B, T); ``default`` where a turn names none."""
+    updates = torch.full((len(episodes), width), default)
+    for row, episode in enumerate(episodes):
+        known = [default if update is None else update for update in episode.weights_updates]
+        updates[row, : len(known)] = torch.tensor(known)
+    return updates
 
 
 def _add_episode_scores(rollout: Rollout, episodes: list[Episode]) -> None:
@@ -212,7 +238,6 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         texts=[text for part in parts for text in part.texts],
         tensors=tensors,
         episodes=_join_episodes(parts),
-        weights_update=parts[0].weights_update,
         sampling_seconds=max(part.sampling_seconds for part in parts),
     )
 

@@ -56,20 +56,21 @@ class RolloutSampler:
         self.prompts, self.engine, self.scorer, self.gold, self.args = prompts, engine, scorer, gold, args
         self.episodes = episodes
 
-    def sample_local(self, update: int) -> Rollout | None:
+    def sample_local(self, update: int, weights_update: int) -> Rollout | None:
         """Return this process's part of an update's rollout, unscored; None where other processes sample all of it.
 
-        Does not communicate with other processes, so it may run in a thread at any time.
+        ``weights_update`` is the update whose weights the engine has. Does not communicate with other processes, so it
+        may run in a thread at any time.
         """
         numbers = self.prompt_range(update)
         indices = self.prompts.next(numbers, self.args.seed)
         seeds = [derive_seed(self.args.seed, "sampling", number) for number in numbers]
-        return self._sample_part(update, indices, seeds)
+        return self._sample_part(update, indices, seeds, weights_update)
 
     def sample(self, update: int, indices: list[int], seeds: list[int]) -> Rollout:
         """Return scored responses to the prompts at ``indices``, with a seed for each; every process samples a part."""
         started = time.perf_counter()
-        return self.gather_rollouts(self._sample_part(update, indices, seeds), started)
+        return self.gather_rollouts(self._sample_part(update, indices, seeds, update), started)
 
     def gather_rollouts(self, local: Rollout | None, started: float) -> Rollout:
         """Score this process's part and return the parts of all processes as one rollout, the same in each of them.
@@ -98,13 +99,13 @@ class RolloutSampler:
         if self.gold is not None:
             score_rollout(rollout, self.gold, "gold")
 
-    def restore(self, update: int, responses: list[Any]) -> Rollout | None:
+    def restore(self, update: int, responses: list[Any], weights_update: int) -> Rollout | None:
         """Return the rollout of an update from a checkpoint's responses; all of it belongs to the first process."""
         if rank() > 0:
             return None
         numbers = self.prompt_range(update)
         indices = self.prompts.next(numbers, self.args.seed)
-        return make_rollout(self.prompts, indices, responses, update)
+        return make_rollout(self.prompts, indices, responses, update, weights_update)
 
     def prompt_range(self, update: int) -> range:
         """Return the numbers of an update's prompts in the endless sequence of all updates' prompts."""
@@ -123,25 +124,34 @@ class RolloutSampler:
             self.score(local)
         return join_rollouts([part for part in all_gather(local) if part is not None])
 
-    def _sample_part(self, update: int, indices: list[int], seeds: Sequence[int]) -> Rollout | None:
+    def _sample_part(
+        self, update: int, indices: list[int], seeds: Sequence[int], weights_update: int
+    ) -> Rollout | None:
         # Of servers, the first process asks for all; an engine in each process gets its share of the prompts.
         local_range = part_for(self.engine, len(indices))
         if not local_range:
             return None
         part = slice(local_range.start, local_range.stop)
         local_indices, samples = indices[part], self.args.samples_per_prompt
-        responses = self._respond(self.prompts, local_indices, seeds[part], samples, update)
+        responses = self._respond(self.prompts, local_indices, seeds[part], samples, update, weights_update)
         count, expected = sum(map(len, responses)), len(local_indices) * self.args.samples_per_prompt
         if count != expected:
             raise RuntimeError(f"engine {self.engine.name} returned {count} responses; expected {expected}")
-        return make_rollout(self.prompts, local_indices, responses, update)
+        return make_rollout(self.prompts, local_indices, responses, update, weights_update)
 
     def _respond(
-        self, prompts: Prompts, indices: list[int], seeds: Sequence[int], samples: int, update: int | None = None
+        self,
+        prompts: Prompts,
+        indices: list[int],
+        seeds: Sequence[int],
+        samples: int,
+        update: int | None = None,
+        weights_update: int | None = None,
     ) -> Sequence[Sequence[Any]]:
         """Return ``samples`` responses, or episodes, to each of the prompts at ``indices``.
 
         ``update``: the update whose rollout they belong to; None for a validation, which is not journaled.
+        ``weights_update``: the update whose weights the engine has.
         """
         if self.episodes is None:
             sampling = Sampling(
@@ -157,7 +167,9 @@ class RolloutSampler:
             for sample in range(samples)
         ]
         journal = None if update is None else self._journal(update, tasks)
-        episodes = self.episodes.play(self.engine, tasks, temperature=self.args.temperature, journal=journal)
+        episodes = self.episodes.play(
+            self.engine, tasks, temperature=self.args.temperature, journal=journal, weights_update=weights_update
+        )
         return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
 
     def _journal(self, update: int, tasks: Sequence[EpisodeTask]) -> Journal:

@@ -113,12 +113,16 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         self.ptx = make_ptx(args, inputs.ptx_dataset, processing_class)
         self.buffer = RolloutBuffer(objective, args, form, int(processing_class.pad_token_id), self.ptx)
         self.probe = ParityProbe(inputs.engine, self.prompts, args)
-        self.prefetcher = RolloutPrefetcher(inputs.engine, self.sampler.sample_local, args.max_staleness, args.updates)
+        self.prefetcher = RolloutPrefetcher(
+            inputs.engine, self.sampler.sample_local, args.max_staleness, args.updates, args.in_flight
+        )
         if args.max_staleness and args.world_size > 1 and not self.prefetcher.shared_engine:
             raise UserError(
                 f"{objective.name}: max_staleness {args.max_staleness} in several processes needs servers: an engine "
                 "in each process would sample while it learns. Set runtime.rollouts, or max_staleness 0."
             )
+        if args.in_flight == "continue":
+            self._refuse_continuing(inputs)
         # compute_loss divides by num_items_in_batch itself: without this the Trainer would divide once more.
         self.model_accepts_loss_kwargs = True
         self.kl_controller = make_controller(args.kl_controller, args.kl_coef, args.kl_target, args.kl_horizon)
@@ -132,6 +136,17 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         """Metrics of the current update that are no means over micro-batches; empty once they are logged."""
         self._learning_started = 0.0
         self._gradient_norms: dict[str, torch.Tensor] = {}
+
+    def _refuse_continuing(self, inputs: RolloutInputs) -> None:
+        """Raise ``UserError`` where no weights can change between the turns of episodes."""
+        problem = self.prefetcher.continuing_objection()
+        if inputs.episodes is None:
+            problem = "single responses have one turn. Pass `episodes`"
+        if problem is not None:
+            raise UserError(
+                f"{self.objective.name}: in_flight is continue, by which servers take new weights between turns, but "
+                f"{problem}, or `in_flight='wait'`."
+            )
 
     @property
     def update(self) -> int:

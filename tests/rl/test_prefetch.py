@@ -39,19 +39,22 @@ class WeightsRecorder:
         self.holds = weights
 
 
+def described(engine, update: int, weights_update: int) -> Rollout:
+    """A rollout of one token, whose text is what the engine holds."""
+    tensors = {"response_mask": torch.ones(1, 1, dtype=torch.bool), "weights_update": torch.tensor([[weights_update]])}
+    return Rollout(update, [], [], [], [], [str(engine.holds)], tensors)
+
+
 def sampled_with(staleness: int, updates: int) -> list[tuple]:
     """(update, weights that sampled it, the update they are recorded for), as the trainer would get them."""
     engine = WeightsRecorder()
 
-    def sample(update: int) -> Rollout:
-        return Rollout(update, [], [], [], [], [str(engine.holds)], {})
-
-    prefetcher = RolloutPrefetcher(engine, sample, staleness, updates)
+    prefetcher = RolloutPrefetcher(engine, lambda *told: described(engine, *told), staleness, updates)
     values = []
     for update in range(updates):
         prefetcher.set_weights(update, update)
         rollout = prefetcher.get(update)
-        values.append((rollout.update, int(rollout.texts[0]), rollout.weights_update))
+        values.append((rollout.update, int(rollout.texts[0]), rollout.update - int(rollout.staleness.max())))
     return values
 
 
@@ -84,10 +87,7 @@ def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejecte
     """Later versions that would be taken hide nothing: the run ends at the first rollout of the rejected weights."""
     engine = Rejecting({rejected})
 
-    def sample(update: int) -> Rollout:
-        return Rollout(update, [], [], [], [], [str(engine.holds)], {})
-
-    prefetcher = RolloutPrefetcher(engine, sample, staleness, updates=6)
+    prefetcher = RolloutPrefetcher(engine, lambda *told: described(engine, *told), staleness, updates=6)
     chosen = []
     try:
         with pytest.raises(BadReply, match=f"weights {rejected} were rejected"):
@@ -99,14 +99,12 @@ def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejecte
     finally:
         prefetcher.close()
     assert len(chosen) == draws
-    assert all(int(rollout.texts[0]) == rollout.weights_update for rollout in chosen)
+    assert all(int(rollout.texts[0]) == rollout.update - int(rollout.staleness.max()) for rollout in chosen)
 
 
 def test_weights_rejected_behind_the_last_rollout_end_the_run_too() -> None:
-    def sample(update: int) -> Rollout:
-        return Rollout(update, [], [], [], [], [""], {})
-
-    prefetcher = RolloutPrefetcher(Rejecting({1}), sample, 1, updates=2)
+    engine = Rejecting({1})
+    prefetcher = RolloutPrefetcher(engine, lambda *told: described(engine, *told), 1, updates=2)
     try:
         for update in range(2):
             prefetcher.set_weights(update, update)

@@ -47,7 +47,7 @@ def requests(world_size, update, seed=3, local=False):
             patched.setenv("RANK", str(process))
             sampler = make_sampler(seed)
             if local:
-                sampler.sample_local(update)
+                sampler.sample_local(update, update)
             else:
                 numbers = sampler.prompt_range(update)
                 indices = sampler.prompts.draw(numbers.start, len(numbers), seed)
@@ -76,7 +76,7 @@ def test_a_missing_response_is_named():
     sampler = make_sampler(3)
     sampler.engine.generate = lambda prompts, sampling: [[]] * len(prompts)
     with pytest.raises(RuntimeError, match="engine recorder returned 0 responses; expected 8"):
-        sampler.sample_local(0)
+        sampler.sample_local(0, 0)
 
 
 def test_a_metric_that_one_process_never_got_is_missing_there_and_no_error():

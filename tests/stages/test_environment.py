@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from align.errors import UserError
+from align.pipeline.pipeline import Pipeline
 from align.pipeline.registry import STAGES
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.rl.stages import COMMON, KINDS, make_stage
@@ -105,3 +106,27 @@ def test_an_environment_that_does_not_fit_is_refused_before_the_engine_starts(
 def test_a_template_without_tools_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no place for tools, and the environment has"):
         STAGES["ppo"].runner()(make_stage("ppo", tmp_path, tiny_model, **fields()))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ({}, "continue lets servers take new weights between turns, but no servers sample for this stage"),
+        ({"rollouts": {"servers": 1, "weights": "nccl"}}, "runtime.rollouts.weights is nccl"),
+        ({"stages": {"ppo": {"rollouts": {"servers": 1}}}}, None),
+    ],
+)
+def test_continuing_with_new_weights_needs_servers(runtime: dict[str, Any], words: str | None) -> None:
+    ppo = {"stage": "ppo", "policy": "policy", "prompts": "prompts", "learning_rate": 1e-3, "environment": ENVIRONMENT}
+    stages = {
+        "policy": {"stage": "tests.support.stages.fixed_inputs:POLICY", "folder": "."},
+        "prompts": {"stage": "tests.support.stages.fixed_inputs:PROMPTS", "count": 8},
+        "ppo": {**ppo, "in_flight": "continue", "max_staleness": 1},
+    }
+    raw = {"name": "x", "runtime": runtime, "stages": stages}
+    if words is None:
+        assert Pipeline(raw, "p.yaml").nodes["ppo"].config.in_flight == "continue"
+        return
+    with pytest.raises(UserError) as caught:
+        Pipeline(raw, "p.yaml")
+    assert str(caught.value).startswith("p.yaml: stages.ppo.in_flight: ") and words in str(caught.value)

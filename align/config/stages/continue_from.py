@@ -64,6 +64,8 @@ def inexactness(config: Any, finished: int | None, steps: int | None) -> str | N
         return f"scheduler {config.scheduler} sets every step's rate by the number of steps"
     if getattr(config, "beta_schedule", "constant") != "constant":
         return f"beta_schedule {config.beta_schedule} sets every step's beta by the number of steps"
+    if getattr(config, "in_flight", "wait") == "continue":
+        return "with `in_flight: continue` the weights of every turn depend on the clock"
     if getattr(config, "max_staleness", 0):
         return "with max_staleness the last updates of the first part were sampled from other weights"
     if not config.warmup_ratio:

@@ -22,6 +22,7 @@ from align.config.stages.trainer_options import TrainerOptions
 from align.config.stages.training import sharding_objection
 from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS
 from align.config.tuning import FullTuning, Tuning
+from align.config.vllm_servers import RolloutsConfig
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
@@ -267,6 +268,8 @@ class RolloutFields(TrainerOptions):
 class DriftFields(RolloutFields):
     """Settings of the methods that penalize drift from the reference: ppo, grpo, rloo."""
 
+    keyed_when_set: ClassVar[frozenset[str]] = RolloutFields.keyed_when_set | {"in_flight"}
+
     kl_coef: float = Field(0.05, ge=0)
     """KL penalty per nat of drift from the reference. 0 lets the policy follow the score anywhere."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -293,6 +296,9 @@ class DriftFields(RolloutFields):
     """Cap on the importance weights that correct the engine's log-probabilities to the trainer's. Null: no weights."""
     max_staleness: int = Field(0, ge=0, le=64)
     """Updates that sampling may run ahead, with weights as old. With 1, servers sample while the trainer learns."""
+    in_flight: Literal["wait", "continue"] = "wait"
+    """What happens to episodes under way when the policy has new weights. ``wait``: they end with the old ones.
+    ``continue``: servers take the new ones between two turns. Then the weights of a turn depend on the clock."""
     importance_sequence_cap: float | None = Field(None, gt=1)
     """Drop responses whose sequence ratio of trainer to engine is outside [1/cap, cap]. Null: drop none."""
 
@@ -304,6 +310,39 @@ class DriftFields(RolloutFields):
                 "Set importance_cap (2.0 by default), or `max_staleness: 0`."
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_in_flight(self) -> Self:
+        if self.in_flight == "wait":
+            return self
+        if not self.max_staleness:
+            raise ValueError(
+                "in_flight is continue, but max_staleness is 0, with which the policy gets no new weights while "
+                "episodes are played. Set `max_staleness: 1`, or `in_flight: wait`."
+            )
+        if self.environment is None:
+            raise ValueError(
+                "in_flight is continue, which changes weights between the turns of an episode, but there is no "
+                "environment; a single response has one turn. Set environment, or `in_flight: wait`."
+            )
+        return self
+
+    def sampling_objection(self, rollouts: RolloutsConfig) -> str | None:
+        """Return why the servers that sample cannot do what ``in_flight`` says, and the remedy; None if they can."""
+        if self.in_flight == "wait":
+            return None
+        remedy = "or `in_flight: wait`"
+        if not rollouts.pooled:
+            return (
+                "continue lets servers take new weights between turns, but no servers sample for this stage. Set "
+                f"runtime.rollouts, {remedy}."
+            )
+        if rollouts.weights == "nccl":
+            return (
+                "continue lets servers take new weights between turns, but runtime.rollouts.weights is nccl, by which "
+                f"the trainer sends them while no server samples. Take `weights: folder`, {remedy}."
+            )
+        return None
 
     @model_validator(mode="after")
     def _check_kl_estimator(self) -> Self:

@@ -1,0 +1,68 @@
+"""``in_flight``: what it needs of the stage and of what samples, and keys of stages without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from align.config.base import settings_for_key
+from align.config.stages.continue_from import inexactness, must_be_equal
+from align.config.stages.grpo import GrpoConfig
+from align.config.stages.online_dpo import OnlineDpoConfig
+from align.config.stages.ppo import PpoConfig
+from align.config.stages.rloo import RlooConfig
+from align.config.vllm_servers import RolloutsConfig
+
+FIELDS: dict[str, Any] = {"policy": "p", "prompts": "q", "score": "gold", "learning_rate": 1e-3}
+ENVIRONMENT = {"environment": {"class": "module:Class", "max_tokens": 64}}
+CONTINUE = {"in_flight": "continue", "max_staleness": 1}
+
+
+@pytest.mark.parametrize("kind", [PpoConfig, GrpoConfig, RlooConfig])
+def test_continue_needs_staleness_and_episodes(kind: type[PpoConfig]) -> None:
+    assert kind(**FIELDS, **ENVIRONMENT, **CONTINUE).in_flight == "continue"
+    with pytest.raises(ValidationError, match="in_flight is continue, but max_staleness is 0.*Set `max_staleness: 1`"):
+        kind(**FIELDS, **ENVIRONMENT, in_flight="continue")
+    with pytest.raises(ValidationError, match=r"there is no environment; a single response has one turn\. Set env"):
+        kind(**FIELDS, **CONTINUE)
+
+
+def test_methods_without_staleness_have_no_such_field() -> None:
+    with pytest.raises(ValidationError, match="in_flight"):
+        OnlineDpoConfig(**FIELDS, **ENVIRONMENT, in_flight="continue")
+
+
+def test_the_default_is_no_part_of_the_key() -> None:
+    def settings(**fields: Any) -> dict[str, Any]:
+        config = PpoConfig(**FIELDS, **ENVIRONMENT, max_staleness=1, **fields)
+        chosen: dict[str, Any] = settings_for_key(config, config.model_dump())
+        return chosen
+
+    assert "in_flight" not in settings() and settings() == settings(in_flight="wait")
+    assert settings(in_flight="continue")["in_flight"] == "continue"
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "objection"),
+    [
+        ({}, "but no servers sample for this stage. Set runtime.rollouts, or `in_flight: wait`."),
+        ({"servers": 1, "weights": "nccl"}, "Take `weights: folder`, or `in_flight: wait`."),
+        ({"servers": 2}, None),
+        ({"addresses": ["http://127.0.0.1:8000"]}, None),
+    ],
+)
+def test_continue_needs_servers_that_read_a_folder(rollouts: dict[str, Any], objection: str | None) -> None:
+    config = GrpoConfig(**FIELDS, **ENVIRONMENT, **CONTINUE)
+    message = config.sampling_objection(RolloutsConfig(**rollouts))
+    assert (message is None) == (objection is None)
+    if objection is not None:
+        assert message is not None and message.endswith(objection)
+    assert GrpoConfig(**FIELDS, **ENVIRONMENT).sampling_objection(RolloutsConfig(**rollouts)) is None
+
+
+def test_a_stage_that_continues_another_keeps_it_and_is_not_exact() -> None:
+    config = GrpoConfig(**FIELDS, **ENVIRONMENT, **CONTINUE)
+    assert "in_flight" in must_be_equal(config)
+    assert inexactness(config, 4, 8) == "with `in_flight: continue` the weights of every turn depend on the clock"
