@@ -126,7 +126,8 @@ class PoolSession:
     """Turns by a pool of servers: each goes to one of them, and to another where that is lost. One session at a time.
 
     An episode's turns go to the server that had the last one, and first turns of one prompt to one server, as long as
-    it has room: it has their beginning in its cache. Weights that the pool is offered meanwhile are taken between turns.
+    it has room: it has their beginning in its cache. Weights that the pool is offered meanwhile are taken between two
+    turns.
     """
 
     is_lockstep = False

@@ -16,6 +16,7 @@ from align.config.environment import EnvironmentConfig
 from align.config.tuning import LoraTuning
 from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode, PolicyTurn
+from align.environments.player import EpisodePlayer
 from align.environments.sources import open_environment
 from align.errors import UserError
 from align.inference.pool import PoolEngine
@@ -176,7 +177,10 @@ def presser(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """A trainer of episodes at two servers. In each rollout buttons answer once the newest weights were offered."""
+    """A trainer of episodes at two servers. New weights come in the middle of every rollout but the first of all.
+
+    They wait for some turns, and buttons answer when they were offered.
+    """
 
     def __init__(self, presser: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.servers = [ModelServer(presser), ModelServer(presser)]
@@ -187,21 +191,30 @@ class Run:
             presser, folder, self.pool, self.player, updates=3, learning_rate=5e-3, save_strategy="steps", **CONTINUE
         )
         self.offered = self.playing = -1
+        """Updates of the weights that were offered last, and of the rollout that is being played."""
+        self.turns = 0
+        """Turns of that rollout."""
         self.rollouts: list[Rollout] = []
         offer, compute, press = self.pool.offer, self.trainer.compute_advantages, Buttons._press
-        sample = self.trainer.prefetcher._sample
+        sample, take_turns = self.trainer.prefetcher._sample, EpisodePlayer._take_turns
 
         def note_offer(version: int, update: int) -> None:
+            if self.playing >= 0:
+                wait_for(lambda: self.playing >= update and self.turns >= 4, 60)
             offer(version, update)
             self.offered = update
 
         def note_playing(update: int, weights_update: int) -> Rollout | None:
-            self.playing = update
+            self.playing, self.turns = update, 0
             return sample(update, weights_update)
 
         def press_late(buttons: Buttons, name: str) -> str:
-            wait_for(lambda: self.offered >= self.playing)
+            wait_for(lambda: self.offered >= self.playing, 60)
             return press(buttons, name)
+
+        def note_turns(player: EpisodePlayer, responses: list[Any]) -> None:
+            take_turns(player, responses)
+            self.turns += len(responses)
 
         def note_rollout(rollout: Rollout) -> None:
             self.rollouts.append(rollout)
@@ -211,6 +224,7 @@ class Run:
         monkeypatch.setattr(self.trainer.prefetcher, "_sample", note_playing)
         monkeypatch.setattr(self.trainer, "compute_advantages", note_rollout)
         monkeypatch.setattr(Buttons, "_press", press_late)
+        monkeypatch.setattr(EpisodePlayer, "_take_turns", note_turns)
 
     def close(self) -> None:
         self.pool.close()
