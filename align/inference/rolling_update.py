@@ -45,13 +45,15 @@ class RollingUpdate:
 
     def _take_results(self) -> None:
         for member in [member for member, load in self._loads.items() if load.done()]:
-            error = self._loads.pop(member).exception()
-            # A server that was restarted has spoiled no turn: those that it had were checked.
-            is_restarted = isinstance(error, WeightsChanged) and error.restarted
-            if is_restarted or isinstance(error, FAULTS):
+            try:
+                self._loads.pop(member).result()
+            except WeightsChanged as error:
+                # A server that was restarted has spoiled no turn: those that it had were checked.
+                if not error.restarted:
+                    raise
                 self.dispatcher.lose(member, error)
-            elif error is not None:
-                raise error
+            except FAULTS as error:
+                self.dispatcher.lose(member, error)
 
     def _begin(self, member: Member) -> None:
         if self._threads is None:
