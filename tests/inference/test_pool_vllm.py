@@ -13,8 +13,9 @@ import torch
 
 from align.config.runtime import EngineConfig
 from align.config.vllm_servers import RolloutsConfig
-from align.inference.parity import probe
-from align.inference.pool import Member, PoolEngine
+from align.inference.parity import probe, trainer_logprobs
+from align.inference.pool import PoolEngine
+from align.inference.pool_member import Member
 from align.inference.protocol import Sampling, TurnRequest
 from align.inference.server_options import ServerSpec
 from align.inference.sessions import open_session
@@ -114,6 +115,36 @@ def test_a_session_samples_what_a_round_does_and_finds_first_turns_cached(pool: 
     assert session.cache_statistics() == {"prefix_hit_rate": 8 * 32 / total}  # each at the server that had the first
     session.close()
     assert first == [row[0].token_ids for row in pool.generate(prompts, sampling)]
+
+
+def test_turns_go_on_with_new_weights_and_none_of_the_old_cache(pool: PoolEngine) -> None:
+    """Each turn has the probabilities of the weights that it names, whatever computed the turns before it."""
+    models = [trained(pool.spec.model_dir, size) for size in (0.05, 0.15)]
+    version = pool.write_weights(merged_weights(models[0]))
+    pool.offer(version, 0)
+    pool.adopt(version)
+    session = open_session(pool, 1.0)
+    histories = [[1, 100 + index, *range(30, 64)] for index in range(8)]  # a block of 32, and four tokens
+    for key, history in enumerate(histories):
+        session.submit(TurnRequest(key, list(history), 16, Sampling(16).request_seed(key, 0)))
+    updates: list[list[int | None]] = [[] for _ in histories]
+    version = pool.write_weights(merged_weights(models[1]))
+    while session.pending:
+        for key, response in session.poll():
+            updates[key].append(response.weights_update)
+            model = models[response.weights_update or 0]
+            logprobs = trainer_logprobs(model, [histories[key]], [response.token_ids], 1.0)
+            assert (logprobs - torch.tensor(response.logprobs)).abs().max() < 1e-3
+            histories[key] += [*response.token_ids, 7]
+            if len(updates[key]) < 3:
+                request = TurnRequest(key, list(histories[key]), 16, Sampling(16).request_seed(key, len(updates[key])))
+                session.submit(request)
+        if sum(map(len, updates)) >= 4:
+            pool.offer(version, 1)
+    session.close()
+    pool.adopt(version)
+    assert all(turns[-1] == 1 and turns == sorted(turns) for turns in updates), updates  # type: ignore[type-var]
+    assert any(turns[0] == 0 for turns in updates)
 
 
 def test_both_hold_new_weights(pool: PoolEngine) -> None:
