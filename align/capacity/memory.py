@@ -47,7 +47,7 @@ class Memory:
     critic: int = 0
     """Weights, gradients and AdamW's state that only the critic has."""
     reward: int = 0
-    """Frozen reward models."""
+    """Frozen models that only read or answer: reward models, and the one that plays the user of an environment."""
     copies: int = 0
     """Autocast's bfloat16 copies of float32 matrices, kept from a forward pass to its backward pass."""
     logits: int = 0

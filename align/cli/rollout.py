@@ -90,8 +90,16 @@ def _make_rehearsal(pipeline: Pipeline, node: Node, store: Store, options: argpa
         max_prompt_tokens=config.max_prompt_tokens,
         temperature=config.temperature if options.temperature is None else options.temperature,
         seed=node.seed,
-        where=f"{node.name}.environment",
+        where=node.name,
+        user_dir=_find_user(pipeline, node, store),
     )
+
+
+def _find_user(pipeline: Pipeline, node: Node, store: Store) -> Path | None:
+    """Return the folder of the checkpoint that plays the user, where one does."""
+    from align.config.simulated_user import USER_INPUT
+
+    return None if node.inputs.get(USER_INPUT) is None else _input(pipeline, node, store, USER_INPUT).model
 
 
 def _find_model(pipeline: Pipeline, node: Node, store: Store, options: argparse.Namespace) -> Path:

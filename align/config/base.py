@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, get_origin
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
@@ -100,14 +100,15 @@ def stage_input(*kinds: Kind) -> Any:
 def input_fields(config_class: type[Config]) -> Mapping[str, StageInput]:
     """Return the config fields that name earlier stages, with the artifacts that each takes.
 
-    A field of the blocks in a list stands as ``score.reward``, for ``score: [{reward: STAGE}, ...]``.
+    A field of a block stands as ``environment.user.model``; one of the blocks in a list as ``score.reward``, for
+    ``score: [{reward: STAGE}, ...]``.
     """
     fields: dict[str, StageInput] = {}
     for name, info in config_class.model_fields.items():
         marker = _find_marker(info.annotation, info.metadata)
         if marker is not None:
             fields[name] = marker
-        for block in _blocks_in_lists(info.annotation):
+        for block in _blocks(info.annotation):
             fields |= {f"{name}.{nested}": marker for nested, marker in input_fields(block).items()}
     return MappingProxyType(fields)
 
@@ -115,30 +116,35 @@ def input_fields(config_class: type[Config]) -> Mapping[str, StageInput]:
 def input_names(config: Config, name: str) -> str | list[str] | None:
     """Return the stages that a field of ``input_fields`` names; for blocks in a list, those of all blocks in order."""
     field, _, nested = name.partition(".")
-    value = getattr(config, field)
+    # The block may be of another class of its union, which lacks the field.
+    value = getattr(config, field, None)
     if not nested:
         return value  # type: ignore[no-any-return]
+    if isinstance(value, Config):
+        return input_names(value, nested)
     blocks = [block for block in value if isinstance(block, Config)] if isinstance(value, list) else []
     return [getattr(block, nested) for block in blocks if getattr(block, nested) is not None] or None
 
 
 def names_in_block(block: Mapping[str, Any], name: str) -> list[str]:
     """Return the stages that a field of ``input_fields`` names in a stage's block, as the YAML has it."""
-    field, _, nested = name.partition(".")
-    value = block.get(field)
-    values = value if isinstance(value, list) else [value]
-    if nested:
-        values = [item.get(nested) for item in values if isinstance(item, Mapping)]
-    return [item for item in values if isinstance(item, str)]
+    values: list[Any] = [block]
+    for field in name.split("."):
+        inside: list[Any] = []
+        for value in values:
+            content = value.get(field) if isinstance(value, Mapping) else None
+            inside += content if isinstance(content, list) else [content]
+        values = inside
+    return [value for value in values if isinstance(value, str)]
 
 
-def _blocks_in_lists(annotation: Any) -> list[type[Config]]:
-    """Return the config classes that are items of lists in a field's type."""
-    arguments = getattr(annotation, "__args__", ())
-    blocks = []
-    if get_origin(annotation) is list:
-        blocks = [item for item in arguments if isinstance(item, type) and issubclass(item, Config)]
-    return blocks + [block for argument in arguments for block in _blocks_in_lists(argument)]
+def _blocks(annotation: Any) -> list[type[Config]]:
+    """Return the config classes that a field holds, by itself or as items of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if get_origin(annotation) not in (Annotated, Union, UnionType, list):
+        return []
+    return [block for argument in annotation.__args__ for block in _blocks(argument)]
 
 
 def _find_marker(annotation: Any, metadata: list[Any]) -> StageInput | None:

@@ -16,6 +16,7 @@ from align.errors import UserError
 
 PLAIN_BASES = frozenset({"object", "ABC", "Protocol", "Generic"})
 """Bases that add no method of a user's."""
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 NO_PARAMETERS = Parameters(known=(), required=frozenset(), takes_any=False)
 REMEDIES = {
     "reset": " Add `reset(self, row)`, which begins an episode and returns its first message.",
@@ -30,19 +31,7 @@ def check_class(path: str, arguments: Mapping[str, Any], required: Collection[st
     ``required`` are methods that it must have, ``arguments`` the keyword arguments of its ``__init__``. Raises
     ``UserError``, which begins with ``place``.
     """
-    module, _, name = path.partition(":")
-    tree = read_module(module, path, place)
-    if tree is None:
-        return
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    if name not in classes:
-        names = top_level_names(tree)
-        if names is not None and name not in names:
-            raise UserError(f"{place} '{path}': {module} has no class '{name}'.{suggest(name, classes)}")
-        if any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name for node in tree.body):
-            raise UserError(f"{place} '{path}': {name} is a function; name a class, or list functions under `tools`.")
-        return
-    lineage = _lineage(classes[name], classes)
+    lineage = _find_class(path, place)
     if lineage is None:
         return
     check_methods(path, {method for node in lineage for method in _names_in(node)}, required, place)
@@ -51,9 +40,16 @@ def check_class(path: str, arguments: Mapping[str, Any], required: Collection[st
     initializers = (_initializer(node) for node in lineage)
     definition = next((node for node in initializers if node is not None), None)
     if definition is None:
-        NO_PARAMETERS.check(arguments, name, place, "class")
+        NO_PARAMETERS.check(arguments, lineage[0].name, place, "class")
     elif not definition.decorator_list:
-        parameters_of(definition.args, 1).check(arguments, name, place, "class")
+        parameters_of(definition.args, 1).check(arguments, lineage[0].name, place, "class")
+
+
+def defines_method(path: str, method: str, place: str) -> bool:
+    """Return whether the source of a class shows that it has a method. Raises ``UserError`` as ``check_class`` does."""
+    lineage = _find_class(path, place) or []
+    functions = (child for node in lineage for child in node.body if isinstance(child, FUNCTIONS))
+    return any(function.name == method for function in functions)
 
 
 def check_methods(path: str, methods: Collection[str], required: Collection[str], place: str) -> None:
@@ -62,6 +58,26 @@ def check_methods(path: str, methods: Collection[str], required: Collection[str]
         if method not in methods and "__getattr__" not in methods:
             hint = hint_nearest(method, [name for name in methods if not name.startswith("_")])
             raise UserError(f"{place} '{path}': the class has no method '{method}'.{hint or REMEDIES.get(method, '')}")
+
+
+def _find_class(path: str, place: str) -> list[ast.ClassDef] | None:
+    """Return a class and all its bases, the class first; None where its module's source does not tell.
+
+    Raises ``UserError``, which begins with ``place``, for a module without such a class.
+    """
+    module, _, name = path.partition(":")
+    tree = read_module(module, path, place)
+    if tree is None:
+        return None
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    if name in classes:
+        return _lineage(classes[name], classes)
+    names = top_level_names(tree)
+    if names is not None and name not in names:
+        raise UserError(f"{place} '{path}': {module} has no class '{name}'.{suggest(name, classes)}")
+    if any(isinstance(node, FUNCTIONS) and node.name == name for node in tree.body):
+        raise UserError(f"{place} '{path}': {name} is a function; name a class, or list functions under `tools`.")
+    return None
 
 
 def _lineage(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[ast.ClassDef] | None:
@@ -82,7 +98,7 @@ def _lineage(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[as
 def _names_in(node: ast.ClassDef) -> Iterator[str]:
     """Yield the names that a class's body defines."""
     for child in ast.walk(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(child, FUNCTIONS):
             yield child.name
         elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
             yield child.id

@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from align.config.base import Config, settings_for_key
-from align.config.class_source import check_class
+from align.config.class_source import check_class, defines_method
 from align.config.extras import require_extra
 from align.config.function_arguments import read_module, top_level_names
 from align.config.scores import scoring_identity
+from align.config.simulated_user import SimulatedUserConfig
 from align.config.tool_formats import check_tool_format
 from align.config.user_functions import SHORT, function_identity, search_module_folders
 from align.config.validation import hint_nearest, suggest
@@ -28,7 +29,9 @@ from align.store.code_identity import code_identity
 from align.store.fingerprint import canonical
 
 SOURCES = ("class", "tools", "verifiers", "openenv")
-"""Keys of which the block has exactly one."""
+"""Keys of which the block has exactly one. Beside ``user`` a ``score`` is enough."""
+WITH_USER = ("class", "tools")
+"""Those of them that go with a simulated user; the others have users of their own."""
 METHODS = ("reset", "score")
 """Methods that a class must have."""
 FREE = frozenset({"workers", "isolation"})
@@ -38,7 +41,10 @@ TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 class EnvironmentConfig(Config):
-    """What the policy acts in over the turns of an episode. Has exactly one of class, tools, verifiers and openenv."""
+    """What the policy acts in over the turns of an episode.
+
+    Has exactly one of class, tools, verifiers and openenv, or a simulated user and a score.
+    """
 
     # ``class`` is a word of Python's; a stage's process gets its config by the names of the fields.
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
@@ -48,7 +54,8 @@ class EnvironmentConfig(Config):
     tools: list[str] | None = Field(None, min_length=1)
     """Functions that the policy may call, each as ``module:function``, with type hints and a docstring."""
     score: str | None = None
-    """Function that scores an episode, beside ``tools``: ``gold``, ``gsm8k_answer``, or ``module:function``."""
+    """Function that scores an episode, beside ``tools`` or a ``user``: ``gold``, ``gsm8k_answer``, or
+    ``module:function``."""
     verifiers: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$")
     """Installed environment of the package verifiers, by the name of its package: ``reverse-text``."""
     openenv: str | None = None
@@ -56,6 +63,8 @@ class EnvironmentConfig(Config):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class, of the function in ``score``, of verifiers' environment, or of OpenEnv's
     ``reset``."""
+    user: SimulatedUserConfig | None = None
+    """A model that answers the turns of the policy that call no tool, beside ``class`` or ``tools``, or by itself."""
     max_turns: int = Field(4, ge=1, le=1000)
     """Most turns of the policy in an episode."""
     max_tokens: int = Field(ge=1)
@@ -121,13 +130,18 @@ class EnvironmentConfig(Config):
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
         sources = self._sources()
-        if len(sources) != 1:
+        is_user_alone = not sources and self.user is not None
+        if len(sources) != 1 and not is_user_alone:
             listed = f"has {' and '.join(sources)}" if sources else f"has none of {', '.join(SOURCES)}"
             raise ValueError(f"{listed}; an environment comes from exactly one of them.")
         if self.tools and self.score is None:
             raise ValueError("tools need a `score`: a function that says how good the episode is.")
-        if self.score is not None and not self.tools:
+        if is_user_alone and self.score is None:
+            raise ValueError("a user alone needs a `score`: a function that says how good the episode is.")
+        if self.score is not None and not self.tools and not is_user_alone:
             raise ValueError(f"score is for `tools`, and the {sources[0]} scores its episodes itself; remove it.")
+        if self.user is not None and sources and sources[0] not in WITH_USER:
+            raise ValueError(f"user answers beside a class or tools, and {sources[0]} has users of its own; remove it.")
         return self
 
     @model_validator(mode="after")
@@ -149,7 +163,8 @@ class EnvironmentConfig(Config):
     @property
     def label(self) -> str:
         """Name of the environment in messages: a class, functions, a package, or an address."""
-        return self.class_name or ", ".join(self.tools or []) or self.verifiers or str(self.openenv)
+        named = self.class_name or ", ".join(self.tools or []) or self.verifiers or self.openenv
+        return named or "a simulated user"
 
     def identity(self, place: str = "environment") -> str:
         """Return everything that episodes depend on, as JSON: the code of the user's, and the settings.
@@ -157,8 +172,9 @@ class EnvironmentConfig(Config):
         Runs no code of the user's. Raises ``UserError``, which begins with ``place``, for a class or function that is
         not there, and arguments that it does not take.
         """
-        settings = settings_for_key(self, self.model_dump(exclude=set(FREE)))
-        return canonical(settings | {"code": dict(self._code(place))})
+        settings = settings_for_key(self, self.model_dump(exclude={*FREE, "user"}))
+        user = {} if self.user is None else {"user": self.user.identity()}
+        return canonical(settings | user | {"code": dict(self._code(place))})
 
     def _sources(self) -> list[str]:
         values = (self.class_name, self.tools, self.verifiers, self.openenv)
@@ -169,6 +185,8 @@ class EnvironmentConfig(Config):
         if self.class_name is not None:
             yield "class", function_identity(self.class_name, f"{place}.class")
             check_class(self.class_name, self.arguments, METHODS, f"{place}.class")
+            if self.user is not None and defines_method(self.class_name, "step", f"{place}.class"):
+                raise two_answers(self.class_name, place)
         for index, path in enumerate(self.tools or []):
             yield f"tools[{index}]", function_identity(path, f"{place}.tools[{index}]")
             _check_function(path, f"{place}.tools[{index}]")
@@ -198,6 +216,14 @@ def take_episode_tokens(config: Config) -> None:
         )
     # Without a note that it was set: the file did not set it.
     config.__dict__["max_tokens"] = tokens
+
+
+def two_answers(path: str, place: str) -> UserError:
+    """Return the error of a class that has a ``step`` beside a simulated user."""
+    return UserError(
+        f"{place}.user: {tool_name(path)} has a `step`, which answers the policy's messages as the user does; remove "
+        "one of them."
+    )
 
 
 def tool_name(path: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.class_source import check_methods
-from align.config.environment import METHODS, EnvironmentConfig, tool_name
+from align.config.environment import METHODS, EnvironmentConfig, tool_name, two_answers
 from align.config.function_arguments import check_call
 from align.config.user_functions import load_function
 from align.data.rows import Message, Row
@@ -68,6 +68,8 @@ def open_class(config: EnvironmentConfig, place: str) -> ClassSource:
     for method, call in (("reset", "reset(self, row)"), ("step", "step(self, message)"), ("load", "load(self, state)")):
         if hasattr(kind, method) and not _takes(getattr(kind, method), 2):
             raise UserError(f"{where} '{path}': its {method} takes other arguments; write it as `{call}`.")
+    if config.user is not None and hasattr(kind, "step"):
+        raise two_answers(path, place)
     if hasattr(kind, "state") != hasattr(kind, "load"):
         raise UserError(f"{where} '{path}': the class has one of state and load; write both, or neither.")
     tools = [tool_schema(getattr(kind, method), method, where) for method in public_methods(kind)]

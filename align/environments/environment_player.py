@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.config.environment import EnvironmentConfig
+from align.config.launch import world_size
+from align.config.simulated_user import USER_INPUT
 from align.data.tool_calls import tool_call_format
 from align.environments.environment import EnvironmentSource
 from align.environments.episode import Episode
-from align.environments.episode_run import EpisodeRules
+from align.environments.episode_run import EpisodeRules, UserRules
 from align.environments.journal import Journal
 from align.environments.player import EpisodePlayer, EpisodeTask, Progress
+from align.environments.simulated_user import SimulatedUser
 from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
+from align.environments.user_models import UserResources, open_user
+from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Session
 from align.inference.sessions import open_session
@@ -30,10 +35,21 @@ class EnvironmentPlayer:
     """Plays episodes in an environment; an ``EpisodeSource``."""
 
     def __init__(
-        self, config: EnvironmentConfig, source: EnvironmentSource, tokenizer: Any, max_prompt_tokens: int, where: str
+        self,
+        config: EnvironmentConfig,
+        source: EnvironmentSource,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        where: str,
+        user: SimulatedUser | None = None,
     ) -> None:
-        """Raise ``UserError`` for a chat template that has no place for the tools, or rewrites earlier turns."""
-        self.config, self.source, self.tokenizer = config, source, tokenizer
+        """``user`` is the model of the config's ``user``, where it has one; ``close`` closes it.
+
+        Raises ``UserError`` for a chat template that has no place for the tools, or rewrites earlier turns.
+        """
+        if (config.user is None) != (user is None):
+            raise ValueError("a simulated user needs its settings, and they need a user")
+        self.config, self.source, self.tokenizer, self.user, self.where = config, source, tokenizer, user, where
         turns = TurnTemplate(tokenizer, source.tools or None, where)
         self.rules = EpisodeRules(
             turns=turns,
@@ -45,6 +61,7 @@ class EnvironmentPlayer:
             max_tokens=config.max_tokens,
             turn_max_tokens=config.turn_max_tokens or config.max_tokens,
             max_prompt_tokens=max_prompt_tokens,
+            user=None if config.user is None else UserRules(config.user.stop, config.user.opens),
         )
         self.training_template = turns.training
         """Name of the template that replaces the model's own, which rewrites earlier turns; empty for none."""
@@ -85,11 +102,33 @@ class EnvironmentPlayer:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="align-episodes-"))
                 journal = Journal(Path(folder) / "episodes.jsonl")
             stack.callback(journal.close)
-            return EpisodePlayer(self.pool, self.rules, session, journal, on_progress, weights_update).play(tasks)
+            turns = None if self.user is None else UserTurns(self.user, self.read_user_prompt, journal)
+            if self.user is not None:
+                # Before the policy's first turn, so that a model without room is an error at once.
+                self.user.load()
+            player = EpisodePlayer(self.pool, self.rules, session, journal, on_progress, weights_update, turns)
+            return player.play(tasks)
+
+    def read_user_prompt(self, row: Mapping[str, Any]) -> str:
+        """Return the system message of the user's model for a row. Raises ``UserError`` for a column it lacks."""
+        assert self.config.user is not None
+        return self.config.user.system_message(row, f"{self.where}.environment.user")
+
+    def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raise ``UserError`` for a row without a column that the user's prompt quotes."""
+        for row in rows if self.user is not None else ():
+            self.read_user_prompt(row)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and free the user's model."""
         self.pool.close()
+        if self.user is not None:
+            self.user.close()
+
+    def user_usage(self) -> dict[str, Any]:
+        """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
+        usage = {} if self.user is None else self.user.usage()
+        return {"user": usage} if usage else {}
 
     def _decode(self, token_ids: list[int]) -> str:
         # Some formats mark calls by special tokens.
@@ -116,12 +155,29 @@ def open_player(
     config = context.config.environment
     if config is None:
         return None
-    source = open_environment(config, f"{context.name}.environment")
+    place = f"{context.name}.environment"
+    source = open_environment(config, place)
+    user = None if config.user is None else _open_user(context, f"{place}.user")
     limit = context.config.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
-    player = EnvironmentPlayer(config, source, tokenizer, limit, context.name)
+    player = EnvironmentPlayer(config, source, tokenizer, limit, context.name, user)
     if player.training_template:
         context.note(
             f"{context.name}: the model's chat template rewrites earlier turns, so episodes are rendered by align's "
             f"training template {player.training_template}"
         )
     return player
+
+
+def _open_user(context: StageContext, place: str) -> SimulatedUser:
+    """Open the model that plays the user of a stage's episodes."""
+    artifact = context.inputs.get(USER_INPUT)
+    resources = UserResources(
+        runtime=context.runtime,
+        precision=context.config.precision,
+        folder=context.checkpoints,
+        shared=context.cache,
+        warn=context.warn,
+        on_hang=context.fail_at_once,
+        processes=world_size(),
+    )
+    return open_user(context.config.environment.user, None if artifact is None else artifact.model, resources, place)

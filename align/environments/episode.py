@@ -64,6 +64,8 @@ class Episode:
     messages: list[Message] = field(default_factory=list)
     """The conversation, for people: nothing is tokenized from it."""
     calls: list[CallRecord] = field(default_factory=list)
+    user_answers: list[str] = field(default_factory=list)
+    """What a simulated user said, in order and whole: with the text that ends the conversation, and what was cut."""
     stop: Stop = "finished"
     score: float = math.nan
     """Total of the scores; NaN where the environment failed."""

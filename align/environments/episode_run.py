@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from align.data.rows import user
 from align.data.tool_calls import ParsedTurn, ToolCall, ToolCallFormat
 from align.environments.episode import CallRecord, Episode, Message, PolicyTurn, failed_episode
 from align.environments.results import Scores, Step
 
-Method = Literal["reset", "call", "step", "score"]
+Method = Literal["reset", "call", "step", "user", "score"]
 
 
 class Turns(Protocol):
@@ -29,6 +30,16 @@ class Turns(Protocol):
     def between(
         self, messages: list[Message], calls: Sequence[ToolCall] = (), prompt: Sequence[Message] = ()
     ) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class UserRules:
+    """The part of a simulated user that is the same for all episodes."""
+
+    stop: str | None
+    """Text by which it ends the conversation."""
+    opens: bool
+    """True where it speaks first."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class EpisodeRules:
     """Tokens of an episode after its prompt, those of its environment included."""
     turn_max_tokens: int
     max_prompt_tokens: int
+    user: UserRules | None = None
+    """The simulated user that answers turns without calls; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class SampleTurn:
 
 @dataclass(frozen=True)
 class Act:
-    """Call a method of the environment."""
+    """Call a method of the environment, or ask the simulated user (``user``)."""
 
     method: Method
     turn: int
@@ -114,7 +127,7 @@ class EpisodeRun:
             return
         calls = [describe_call(call) for call in parsed.calls]
         self._add_message({"role": "assistant", "content": parsed.content, "tool_calls": calls})
-        if len(episode.turns) == self.rules.max_turns:
+        if self._is_last_turn:
             # Nobody would read the results.
             self._record_errors(parsed.errors)
             self._end("max_turns")
@@ -129,12 +142,17 @@ class EpisodeRun:
         return self.rules.call_format.parse(self.rules.decode(turn.token_ids[:-1]))
 
     def _after_words(self, turn: PolicyTurn) -> None:
-        """Go on after a turn without calls: the environment answers it, or the episode is over."""
+        """Go on after a turn without calls: the environment or a user answers it, or the episode is over."""
         number = len(self.episode.turns) - 1
         if self.rules.has_step:
             self.action = Act("step", number, 0, (turn.text,))
-        else:
+        elif self.rules.user is None:
             self._end("finished")
+        elif self._is_last_turn and self.rules.user.stop is None:
+            # Nobody would read the answer.
+            self._end("max_turns")
+        else:
+            self._ask_user()
 
     def _record_errors(self, errors: Sequence[str]) -> None:
         """Answer the calls of a turn that could not be read."""
@@ -177,6 +195,35 @@ class EpisodeRun:
             turn, self.episode.context_ids(), min(self.rules.turn_max_tokens, room), turn_seed(self.seed, turn)
         )
 
+    @property
+    def _is_last_turn(self) -> bool:
+        return len(self.episode.turns) == self.rules.max_turns
+
+    # ---- a simulated user ----
+
+    def _ask_user(self) -> None:
+        """Ask the user for its next turn, with the conversation and a seed."""
+        turn = len(self.episode.turns)
+        self.action = Act("user", turn, 0, (list(self.episode.messages), user_seed(self.seed, turn)))
+
+    def _take_answer(self, answer: str) -> None:
+        """Go on with what the user said."""
+        assert self.rules.user is not None
+        self.episode.user_answers.append(answer)
+        text, stop, _ = answer.partition(self.rules.user.stop) if self.rules.user.stop else (answer, "", "")
+        messages = [user(self.rules.shorten(text.strip()))] if text.strip() else []
+        if not self.episode.turns:
+            if stop:
+                self.fail("user: it ended the conversation before the policy spoke.")
+            else:
+                self._start([*self.episode.messages, *messages])
+        elif stop or self._is_last_turn:
+            for message in messages:
+                self._add_message(message)
+            self._end("finished" if stop else "max_turns")
+        else:
+            self._observe(messages)
+
     # ---- the environment's answers ----
 
     def take_result(self, result: Any) -> None:
@@ -192,13 +239,23 @@ class EpisodeRun:
             self._next_call()
         elif act.method == "step":
             self._take_step(result)
+        elif act.method == "user":
+            self._take_answer(result)
         else:
             self._take_scores(result)
 
     def _begin(self, messages: list[Message] | None) -> None:
-        """Render the prompt: the messages that the environment returned, or the row's."""
+        """Take the messages that the environment returned, or the row's; a user who speaks first adds its own."""
         if messages is None:
             messages = row_messages(self.row)
+        if self.rules.user is None or not self.rules.user.opens:
+            self._start(messages)
+            return
+        self.episode.messages = [message for message in messages if message["role"] == "system"]
+        self._ask_user()
+
+    def _start(self, messages: list[Message]) -> None:
+        """Render the prompt, and ask for the policy's first turn."""
         self._first_messages, self.episode.messages = messages, list(messages)
         ids = self.rules.turns.prompt(messages)
         if len(ids) > self.rules.max_prompt_tokens:
@@ -219,7 +276,7 @@ class EpisodeRun:
             for message in messages:
                 self._add_message(message)
             self._end("finished")
-        elif len(self.episode.turns) == self.rules.max_turns:
+        elif self._is_last_turn:
             self._end("max_turns")
         else:
             self._observe(messages)
@@ -264,5 +321,13 @@ def row_messages(row: dict[str, Any]) -> list[Message]:
 
 def turn_seed(seed: int, turn: int) -> int:
     """Return the seed of a turn, a non-negative int64; it depends on nothing but the episode's seed and the turn."""
-    digest = hashlib.blake2b(f"{seed}/turn/{turn}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return _seed(f"{seed}/turn/{turn}")
+
+
+def user_seed(seed: int, turn: int) -> int:
+    """Return the seed of what a simulated user says after ``turn`` turns of the policy, as ``turn_seed`` does."""
+    return _seed(f"{seed}/user/{turn}")
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

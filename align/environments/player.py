@@ -1,7 +1,7 @@
 """Plays episodes: many at a time, each at its own pace, with one engine call for whatever turns are ready.
 
-The loop has two sources of work. The session samples turns, and the environments carry out their methods. What comes
-back is in the journal before it is used, so a rollout that was killed samples no turn and makes no call twice.
+The loop has three sources of work. The session samples turns, the environments carry out their methods, and a simulated
+user answers, where there is one. What comes back is in the journal before it is used, so a rollout that was killed samples no turn and makes no call twice.
 Torch-free.
 """
 
@@ -17,6 +17,7 @@ from align.environments.episode_run import Act, EpisodeRules, EpisodeRun, Sample
 from align.environments.errors import EnvironmentFailed
 from align.environments.journal import Journal, Position
 from align.environments.replay import JournaledEnvironment
+from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Response, Session, TurnRequest
 from align.store.fingerprint import digest
@@ -82,10 +83,12 @@ class EpisodePlayer:
     on_progress: Progress | None = None
     weights_update: int | None = None
     """Update whose weights sample turns of which the session says no other."""
+    user: UserTurns | None = None
+    """The simulated user, where the rules have one."""
     _runs: list[EpisodeRun] = field(default_factory=list)
     _environments: list[JournaledEnvironment] = field(default_factory=list)
     _acting: dict[Future[Any], int] = field(default_factory=dict)
-    """Methods that are running → index of their episode."""
+    """Methods that are running, and turns of the user that are asked for → index of their episode."""
     _finished: int = 0
 
     def play(self, tasks: Sequence[EpisodeTask]) -> list[Episode]:
@@ -110,12 +113,24 @@ class EpisodePlayer:
     def _play_on(self) -> None:
         """Take what has come back; wait where nothing has."""
         self._take_results()
-        if self._acting and (self.session.is_lockstep or not self.session.pending):
+        if self.user is not None and self._is_turn_of(self.user):
+            self.user.send()
+        elif self._acting and (self.session.is_lockstep or not self.session.pending):
             # A session that samples in lockstep gets all turns of a round at once: its batch, and so its rounding, then
             # does not depend on how fast tools are.
             wait(self._acting, return_when=FIRST_COMPLETED)
         elif self.session.pending:
             self._take_turns(self.session.poll(TURN_SECONDS if self._acting else None))
+
+    def _is_turn_of(self, user: UserTurns) -> bool:
+        """Return whether the user answers now what it is asked for."""
+        if not user.can_send:
+            return False
+        if user.in_background:
+            return True
+        # The user's model takes this process. It answers all episodes of a round as one batch, once no tool is running
+        # and no turn is sampled; a session in lockstep samples its turns after that.
+        return user.waiting == len(self._acting) and (self.session.is_lockstep or not self.session.pending)
 
     def _advance(self, index: int) -> None:
         """Carry an episode on until it waits for the engine or its environment, or is over."""
@@ -142,6 +157,9 @@ class EpisodePlayer:
             return environment.call(act.turn, act.index, *act.arguments)
         if act.method == "step":
             return environment.step(act.turn, *act.arguments)
+        if act.method == "user":
+            assert self.user is not None
+            return self.user.ask(index, act.turn, self._runs[index].row, *act.arguments)
         return environment.score(*act.arguments)
 
     def _take_results(self) -> None:

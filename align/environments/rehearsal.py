@@ -1,12 +1,14 @@
 """Plays episodes of an environment with a checkpoint, without training; and plays stored ones again.
 
-A replay takes the stored turns instead of sampling, and does all the rest anew: it parses their calls, runs the tools
-and scores the episode. So a change of an environment, or of a reward, shows on the same behavior.
+A replay takes the stored turns of the policy and of a simulated user instead of sampling, and does all the rest anew: it
+parses their calls, runs the tools and scores the episode. So a change of an environment, or of a reward, shows on the same behavior.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from align.config.runtime import Runtime
 from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode, PolicyTurn
 from align.environments.player import EpisodeTask, Progress
+from align.environments.simulated_user import SimulatedUser, UserAnswer, UserRequest
 from align.environments.sources import open_environment
+from align.environments.user_models import UserResources, open_user
 from align.errors import UserError
 from align.inference.engine import open_engine
 from align.inference.protocol import Response, RolloutEngine
@@ -40,14 +44,24 @@ class Rehearsal:
     temperature: float
     seed: int
     where: str
-    """Place of the environment in the pipeline, for messages."""
+    """Name of the stage, for messages."""
+    user_dir: Path | None = None
+    """Checkpoint that plays the user, where one does."""
 
-    def open_player(self) -> EnvironmentPlayer:
+    def open_player(self, user: SimulatedUser | None) -> EnvironmentPlayer:
         """Open the environment. Raises ``UserError`` for one that does not fit the checkpoint."""
-        source = open_environment(self.environment, self.where)
+        source = open_environment(self.environment, f"{self.where}.environment")
         return EnvironmentPlayer(
-            self.environment, source, load_tokenizer(self.model_dir), self.max_prompt_tokens, self.where
+            self.environment, source, load_tokenizer(self.model_dir), self.max_prompt_tokens, self.where, user
         )
+
+    def open_user(self, folder: Path, warn: Any) -> SimulatedUser | None:
+        """Open the simulated user, where there is one; a server's answers are kept in ``folder``."""
+        config = self.environment.user
+        if config is None:
+            return None
+        resources = UserResources(self.runtime, self.precision, folder, None, warn)
+        return open_user(config, self.user_dir, resources, f"{self.where}.environment.user")
 
     def open_engine(self, warn: Any) -> RolloutEngine:
         """Open an engine for the checkpoint."""
@@ -79,15 +93,14 @@ def play(
     rehearsal: Rehearsal, tasks: Sequence[EpisodeTask], warn: Any, on_progress: Progress | None = None
 ) -> list[StoredEpisode]:
     """Sample an episode for each task."""
-    player = rehearsal.open_player()
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="align-rehearsal-"))
+        player = rehearsal.open_player(rehearsal.open_user(Path(folder), warn))
+        stack.callback(player.close)
+        player.check_rows(task.row for task in tasks)
         engine = rehearsal.open_engine(warn)
-        try:
-            episodes = player.play(engine, tasks, temperature=rehearsal.temperature, on_progress=on_progress)
-        finally:
-            engine.close()
-    finally:
-        player.close()
+        stack.callback(engine.close)
+        episodes = player.play(engine, tasks, temperature=rehearsal.temperature, on_progress=on_progress)
     return [StoredEpisode(task.row, task.seed, episode) for task, episode in zip(tasks, episodes, strict=True)]
 
 
@@ -116,7 +129,8 @@ class Replayed:
 
 def replay(rehearsal: Rehearsal, stored: Sequence[StoredEpisode], engine: RolloutEngine | None) -> list[Replayed]:
     """Play stored episodes again, and measure their tokens with ``engine`` where there is one."""
-    player = rehearsal.open_player()
+    answers = ReplayUser([entry.episode.user_answers for entry in stored])
+    player = rehearsal.open_player(None if rehearsal.environment.user is None else answers)
     try:
         session = ReplaySession([entry.episode.turns for entry in stored])
         episodes = player.play_in(session, [entry.task for entry in stored])
@@ -171,6 +185,34 @@ class ReplaySession:
     def cache_statistics(self) -> dict[str, float] | None:
         """Return None: nothing is computed."""
         return None
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class ReplayUser:
+    """Returns what a simulated user said in stored episodes; a ``SimulatedUser``."""
+
+    in_background = False
+
+    def __init__(self, answers: Sequence[Sequence[str]]) -> None:
+        self._answers = [deque(texts) for texts in answers]
+
+    def load(self) -> None:
+        """Do nothing."""
+
+    def answer(self, requests: Sequence[UserRequest]) -> list[UserAnswer]:
+        """Return the next answer of each episode."""
+        return [self._next(self._answers[request.episode]) for request in requests]
+
+    def _next(self, texts: deque[str]) -> UserAnswer:
+        if not texts:
+            return UserAnswer(failure="the stored episode has no further answer of the user.")
+        return UserAnswer(texts.popleft())
+
+    def usage(self) -> dict[str, Any]:
+        """Return nothing: no server is asked."""
+        return {}
 
     def close(self) -> None:
         """Do nothing."""

@@ -17,8 +17,9 @@ def open_environment(config: EnvironmentConfig, place: str = "environment") -> E
     """
     if config.class_name is not None:
         return open_class(config, place)
-    if config.tools is not None:
-        return open_functions(config, place)
     if config.openenv is not None:
         return open_openenv(config, place)
-    return open_verifiers(config, place)
+    if config.verifiers is not None:
+        return open_verifiers(config, place)
+    # Beside a simulated user there may be no tools, but a function that scores.
+    return open_functions(config, place)

@@ -18,6 +18,8 @@ from align.environments.episode import Episode
 from align.environments.journal import Journal
 from align.environments.player import EpisodeTask, episode_seed
 from align.environments.prompted_turns import PromptedTurns
+from align.environments.simulated_user import SimulatedUser
+from align.environments.user_models import UserResources, open_user
 from align.evaluation.generation import Sampler
 from align.evaluation.measure import ResultCache
 from align.evaluation.systems import System
@@ -38,6 +40,8 @@ class SystemPerformer:
     """Folder of the episodes that are being played."""
     max_length: int
     """Tokens of an episode and its prompt together that the engine can hold."""
+    users: UserResources
+    """What models that play users get."""
     warn: Callable[[str], None]
     note: Callable[[str], None]
 
@@ -91,7 +95,12 @@ class SystemPerformer:
         engine = self.sampler.engine_with(policy)
         place = f"tasks.{wanted.task}: {policy.name}"
         player = EnvironmentPlayer(
-            wanted.environment, wanted.source, policy.tokenizer, self._max_prompt_tokens(wanted), place
+            wanted.environment,
+            wanted.source,
+            policy.tokenizer,
+            self._max_prompt_tokens(wanted),
+            place,
+            self._open_user(wanted),
         )
         if player.training_template:
             self.note(
@@ -107,9 +116,27 @@ class SystemPerformer:
             finally:
                 # Before the weights change.
                 session.close()
+            self._report_usage(wanted.task, player.user_usage().get("user"))
         finally:
             player.close()
         return {"engine": engine.name, "episodes": [episode.to_json() for episode in episodes]}
+
+    def _open_user(self, wanted: EpisodeSet) -> SimulatedUser | None:
+        """Open the model that plays the user of a task's episodes. It is freed with the part's last episode."""
+        config = wanted.environment.user
+        if config is None:
+            return None
+        return open_user(config, wanted.user_dir, self.users, f"tasks.{wanted.task}.environment.user")
+
+    def _report_usage(self, task: str, usage: dict[str, Any] | None) -> None:
+        """Note what the server that plays the user was asked so far, by all attempts of the stage."""
+        if usage is None:
+            return
+        cost = f", for {usage['cost']:g}" if "cost" in usage else ""
+        self.note(
+            f"tasks.{task}: the user's server has answered {usage['requests']} requests, with {usage['prompt_tokens']} "
+            f"tokens of prompts and {usage['completion_tokens']} of answers{cost}"
+        )
 
     def _max_prompt_tokens(self, wanted: EpisodeSet) -> int:
         return self.max_length - wanted.environment.max_tokens

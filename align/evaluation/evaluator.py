@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any
 
+from align.environments.user_models import UserResources
 from align.evaluation.drift import DriftMeasurement
 from align.evaluation.episodes import SystemPerformer
 from align.evaluation.generation import OpenEngine, ResponseCache, ResponseSet, Sampler, SystemResponses
@@ -156,6 +157,14 @@ class Evaluation:
             results=self.results,
             journals=self.context.checkpoints / "episodes",
             max_length=self.plan.max_length,
+            users=UserResources(
+                runtime=self.context.runtime,
+                precision=self.plan.precision,
+                folder=self.context.checkpoints,
+                shared=self.context.cache,
+                warn=self.context.warn,
+                on_hang=self.context.fail_at_once,
+            ),
             warn=self.context.warn,
             note=self.context.note,
         )

@@ -245,6 +245,7 @@ def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) ->
         note=context.note,
         texts={artifact.stage: artifact for artifact in context.inputs.get("texts") or []},
         rows={artifact.stage: artifact for artifact in context.inputs.get("rows") or []},
+        users={artifact.stage: artifact for artifact in context.inputs.get("users") or []},
     )
     tasks = []
     for name, task_config in config.tasks.items():

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from align.config.endpoint import EndpointConfig
 from align.errors import UserError
 from align.inference.requests import Answer, Request, RequestCache
 
@@ -249,9 +251,39 @@ class CachedClient:
             done = len(self._counted) + answered
             self.on_progress(done, max(done, self.expected), tokens)
 
+    def usage_of_stage(self, backend: Backend, name: str = "model") -> Usage:
+        """Return the usage of a model by all attempts and processes of the stage, as the folder of its cache has it."""
+        self.cache.sync()
+        usage, prices = Usage(), self.prices.get(name)
+        for request, answer in RequestCache(self.cache.folder).asked():
+            if request.model == backend.identity:
+                usage.add(request, answer, copied=False, prices=prices)
+        return usage
+
     def usage_json(self) -> dict[str, Any]:
         """Return the usage by name, for the ledger: the same whether or not the stage was killed on its way."""
         return {name: usage.to_json() for name, usage in self.usage.items()}
+
+
+def open_caches(
+    folder: Path, shared: Path | None, content: str, warn: Callable[[str], object]
+) -> tuple[RequestCache, RequestCache | None]:
+    """Open a stage's cache, and the one that runs share where there is one.
+
+    ``warn`` is told of damaged lines; ``content`` says what is lost with them.
+    """
+    caches = RequestCache(folder), None if shared is None else RequestCache(shared)
+    for cache in caches:
+        if cache is not None and cache.unreadable:
+            warn(f"{cache.unreadable} lines in {cache.folder} are damaged; their {content} are asked for again")
+    return caches
+
+
+def prices_of(endpoint: EndpointConfig) -> Prices | None:
+    """Return an endpoint's prices; None where they are not known."""
+    if endpoint.price_input is None or endpoint.price_output is None:
+        return None
+    return Prices(endpoint.price_input, endpoint.price_output)
 
 
 class _CachingSink:

@@ -43,6 +43,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 class EndpointLost(RuntimeError):
     """The endpoint was not reached, not in time, or gave nothing usable, in all attempts."""
 
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        """``remedy`` is for a run that ends with this error."""
+        super().__init__(f"{problem} {remedy}".rstrip())
+        self.problem = problem
+
 
 class _AttemptFailed(Exception):
     """One attempt failed in a way that another may not."""
@@ -160,8 +165,8 @@ class Endpoint:
             return Answer("", error=str(failure))
         attempts = "one attempt" if self.config.retries == 0 else f"{self.config.retries + 1} attempts"
         raise EndpointLost(
-            f"the endpoint {self.config.url} {failure}; gave up after {attempts} ({self.place}.retries). What was "
-            "answered is kept: run again to go on."
+            f"the endpoint {self.config.url} {failure}; gave up after {attempts} ({self.place}.retries).",
+            "What was answered is kept: run again to go on.",
         )
 
     async def _wait(self, failure: _AttemptFailed, attempt: int) -> None:
@@ -171,8 +176,8 @@ class Endpoint:
             return
         if failure.wait > MAX_WAIT:
             raise EndpointLost(
-                f"the endpoint {self.config.url} {failure} and asks to wait {failure.wait:.0f} s. What was answered is "
-                "kept: run again then to go on."
+                f"the endpoint {self.config.url} {failure} and asks to wait {failure.wait:.0f} s.",
+                "What was answered is kept: run again then to go on.",
             )
         # The server's limit holds for the key, so all requests in flight wait, not only this one.
         self._paused_until = max(self._paused_until, time.monotonic() + failure.wait)

@@ -17,6 +17,8 @@ from align.inference.watchdog import OnHang, Watchdog
 if TYPE_CHECKING:
     import torch
 
+    from align.inference.transformers import TransformersEngine
+
 
 def open_engine(
     model_dir: Path,
@@ -54,7 +56,23 @@ def open_engine(
         if obstacle is None:
             return _open_vllm(spec, device, on_hang)
         warn(f"{obstacle}; sampling with transformers instead, which is slower")
-    return _open_transformers(spec, device, on_hang)
+    return open_transformers(model_dir, runtime, precision, on_hang)
+
+
+def open_transformers(
+    model_dir: Path, runtime: Runtime, precision: Precision, on_hang: OnHang | None = None
+) -> TransformersEngine:
+    """Open transformers in this process, whatever engine ``runtime`` names; a process may have several."""
+    from align.inference.transformers import TransformersEngine
+    from align.models.threads import device_of
+
+    return TransformersEngine(
+        model_dir,
+        device=device_of(runtime),
+        dtype=engine_dtype(runtime, precision),
+        batch_size=runtime.engine.batch_size,
+        watchdog=Watchdog("transformers", runtime.engine.timeout, on_hang),
+    )
 
 
 def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:
@@ -100,19 +118,6 @@ def _open_vllm(spec: EngineSpec, device: torch.device, on_hang: OnHang | None) -
         max_length=spec.max_length,
         seed=spec.seed,
         watchdog=Watchdog("vllm", config.timeout, on_hang),
-    )
-
-
-def _open_transformers(spec: EngineSpec, device: torch.device, on_hang: OnHang | None) -> RolloutEngine:
-    from align.inference.transformers import TransformersEngine
-
-    config = spec.runtime.engine
-    return TransformersEngine(
-        spec.model_dir,
-        device=device,
-        dtype=engine_dtype(spec.runtime, spec.precision),
-        batch_size=config.batch_size,
-        watchdog=Watchdog("transformers", config.timeout, on_hang),
     )
 
 

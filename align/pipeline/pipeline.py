@@ -377,8 +377,10 @@ class Pipeline:
         keys: dict[str, Any] = {}
         for field_name, value in inputs.items():
             if isinstance(value, str):
-                # The input's key replaces its name, so that renaming a stage makes nothing run again.
-                settings.pop(field_name)
+                # The input's key replaces its name, so that renaming a stage makes nothing run again. One within a
+                # block is left out of the block's identity.
+                if "." not in field_name:
+                    settings.pop(field_name)
                 keys[field_name] = self.nodes[value].key
             elif value is not None:
                 keys[field_name] = [self.nodes[item].key for item in value]

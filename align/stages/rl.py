@@ -82,6 +82,8 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
     prompts = _read_prompts(context)
+    if player is not None:
+        player.check_rows([*prompts.train, *(prompts.validation or ())])
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts.train)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
     scorer = _open_scorer(context, reward_models)
@@ -124,6 +126,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         if rank() == 0:
             gather(context.checkpoints, context.output / "completions.jsonl")
         usage = {} if scorer is None else judge_usage(scorer.parts)
+        usage |= {} if player is None else player.user_usage()
         return {"engine": engine.name, **_facts(context, trainer), **summary(trainer), **usage}
     finally:
         engine.close()

@@ -165,6 +165,9 @@ class _Evaluation:
         else:
             self.task_sizes.append(rows)
         self._leave_out(f"{name}: the time of the environment and its tools is not counted.")
+        user = task.environment.user
+        if user is not None:
+            self._leave_out(f"{name}: {user.label}, which plays the user, is not counted.")
         tokens = task.environment.max_tokens
         self._add_answers(rows, task.samples, max(1, self.config.max_context - tokens), tokens, best_of=False)
 

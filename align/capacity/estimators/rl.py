@@ -20,6 +20,7 @@ from align.capacity.memory import (
     state_note,
 )
 from align.config.runtime import Runtime
+from align.config.simulated_user import USER_INPUT
 from align.config.stages.rl import RolloutFields
 from align.config.tuning import FullTuning, LoraTuning, TuningBase
 from align.models.activations import FLOAT, SHORT
@@ -96,8 +97,32 @@ def rollout_memory(
         gpu=setting.gpu,
         flash=setting.gpu or config.max_prompt_tokens + config.max_tokens > SHORT,
     )
-    memory = replace(memory, engine=engine, kv_cache=cache, released=released, accumulated=setting.accumulated)
+    user, user_cache = _user_memory(config, models, runtime, setting)
+    memory = replace(
+        memory,
+        reward=memory.reward + user,
+        engine=engine,
+        kv_cache=cache + user_cache,
+        released=released,
+        accumulated=setting.accumulated,
+    )
     return replace(memory, critic=0) if getattr(config, "critic_source", None) is None else memory
+
+
+def _user_memory(config: RolloutFields, models: Models, runtime: Runtime, setting: Setting) -> tuple[int, int]:
+    """Return the bytes of the checkpoint that plays the user, and of its key-value cache; 0 without one."""
+    user = None if config.environment is None else config.environment.user
+    if user is None or USER_INPUT not in models:
+        return 0, 0
+    weights, cache, _ = engine_memory(
+        models[USER_INPUT][0],
+        runtime.with_transformers(),
+        precision=config.precision,
+        sequences=-(-config.rollout_batch // setting.processes),
+        # It reads the conversation, tools left out, under a prompt of its own.
+        length=config.max_prompt_tokens + config.max_tokens + user.max_tokens,
+    )
+    return weights, cache
 
 
 def _checkpointing(config: RolloutFields) -> bool:
@@ -192,6 +217,10 @@ def _notes(config: RolloutFields, runtime: Runtime) -> list[str]:
             f"reuse_forward: activations of policy and critic together, and of {share:g} of an optimizer step's "
             "micro-batches at once."
         )
+    if config.environment is not None and config.environment.user is not None:
+        user = config.environment.user
+        counted = "is counted with the reward models, its time is not" if user.model else "is not counted"
+        notes.append(f"{user.label}, which plays the user, {counted}.")
     if "optim" in config.trainer:
         notes.append(f"AdamW's state is counted; optim {config.trainer['optim']} may need another amount.")
     return notes

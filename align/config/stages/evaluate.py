@@ -12,6 +12,7 @@ from align.config.base import Config, stage_input
 from align.config.located_paths import UserPath
 from align.config.metric_functions import MetricFunction, metric_functions
 from align.config.scores import Score, rename_score_stages, reward_names
+from align.config.simulated_user import rename_user_stage
 from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluation_gates import KL_PREFIX, GateSpec, parse_gates
 from align.config.stages.evaluation_tasks import AnyTask, PerplexityConfig, add_task_kinds
@@ -86,6 +87,9 @@ class EvaluateConfig(Config):
     rows: list[stage_input(*PROMPT_SOURCES)] | None = Field(None, min_length=1)  # type: ignore[valid-type]
     """Stages of prompts whose ``test`` split tasks of the kind ``environment`` play: ``sums: {task: environment, rows:
     data, environment: {...}}``."""
+    users: list[stage_input(*GENERATORS)] | None = Field(None, min_length=1)  # type: ignore[valid-type]
+    """Stages whose checkpoints play the user in tasks of the kind ``environment``: ``environment: {user: {model: sft,
+    ...}, ...}``."""
     score: Score = None
     """A program that scores responses (``gold`` or ``package.module:function``), a metric called what its function is
     called; or a list of rewards: the metric ``score`` is their weighted sum, ``score_<name>`` each of them."""
@@ -125,7 +129,7 @@ class EvaluateConfig(Config):
     """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"tasks", "baselines"})
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"metrics", "rows"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"metrics", "rows", "users"})
 
     def fields_outside_key(self) -> set[str]:
         """Return ``identified``, and ``score`` where it is a list, whose rates and prices change no result."""
@@ -156,6 +160,9 @@ class EvaluateConfig(Config):
                 _require_input(f"tasks.{name}: texts", task.texts, "texts", self.texts)
             if isinstance(task, EnvironmentTaskConfig):
                 _require_input(f"tasks.{name}: rows", task.rows, "rows", self.rows or [])
+                user = task.environment.user
+                model = None if user is None else user.model
+                _require_input(f"tasks.{name}: environment.user.model", model, "users", self.users or [])
         if (self.score is not None or self.metrics) and self.prompts is None:
             raise ValueError("score and metrics are programs for the responses to prompts; name prompts.")
         names = [function.metric for function in self.metric_functions]
@@ -232,10 +239,11 @@ def _require_input(place: str, name: str | None, field: str, known: list[str]) -
 
 
 def _rename_task(spec: Any, rename: Callable[[str], str]) -> Any:
-    """Rename the stage that a task reads: ``texts`` of perplexity, ``rows`` of an environment."""
-    fields = spec if isinstance(spec, dict) else {}
-    renamed = {name: rename(fields[name]) for name in TASK_INPUTS if isinstance(fields.get(name), str)}
-    return {**spec, **renamed} if renamed else spec
+    """Rename the stages that a task reads: ``texts`` of perplexity, ``rows`` and the user of an environment."""
+    if not isinstance(spec, dict):
+        return spec
+    renamed = {name: rename(spec[name]) for name in TASK_INPUTS if isinstance(spec.get(name), str)}
+    return rename_user_stage({**spec, **renamed}, rename)
 
 
 def _rename_baseline(spec: Any, rename: Callable[[str], str]) -> Any:

@@ -17,6 +17,7 @@ from align.config.base import stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.launch import LaunchConfig
 from align.config.scores import Score, rename_score_stages, reward_names, score_identities
+from align.config.simulated_user import rename_user_stage
 from align.config.stages.lint import LintSettings
 from align.config.stages.trainer_options import TrainerOptions
 from align.config.stages.training import sharding_objection
@@ -261,8 +262,8 @@ class RolloutFields(TrainerOptions):
 
     @classmethod
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-        """Return the block as the YAML has it, with the reward stages of its ``score`` renamed."""
-        return rename_score_stages(block, rename)
+        """Return the block as the YAML has it, with the stages that its ``score`` and ``environment`` name renamed."""
+        return rename_user_stage(rename_score_stages(block, rename), rename)
 
 
 class DriftFields(RolloutFields):

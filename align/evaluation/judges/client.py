@@ -17,8 +17,8 @@ from align.config.judge import EndpointJudge
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.tasks.base import ScoringContext
-from align.inference.cached_client import CachedClient, Prices, Progress
-from align.inference.requests import Answer, Request, RequestCache
+from align.inference.cached_client import CachedClient, Progress, open_caches, prices_of
+from align.inference.requests import Answer, Request
 
 FOLDER = "judgments"
 NAME = "judge"
@@ -58,17 +58,17 @@ def open_client(
     ``processes`` of one stage that ask at the same time share what is left of the budget.
     """
     assert config.endpoint is not None
-    cache = RequestCache(caches.folder / FOLDER)
-    shared = None if caches.shared is None else RequestCache(caches.shared / FOLDER)
-    for opened in (cache, shared):
-        if opened is not None and opened.unreadable:
-            caches.warn(
-                f"{opened.unreadable} lines in {opened.folder} are damaged; their judgments are asked for again"
-            )
-    prices = {}
-    if config.endpoint.price_input is not None and config.endpoint.price_output is not None:
-        prices[NAME] = Prices(config.endpoint.price_input, config.endpoint.price_output)
-    return CachedClient(cache, shared, config.max_cost, prices, on_progress, processes=processes)
+    shared = None if caches.shared is None else caches.shared / FOLDER
+    cache, shared_cache = open_caches(caches.folder / FOLDER, shared, "judgments", caches.warn)
+    prices = prices_of(config.endpoint)
+    return CachedClient(
+        cache,
+        shared_cache,
+        config.max_cost,
+        {} if prices is None else {NAME: prices},
+        on_progress,
+        processes=processes,
+    )
 
 
 class JudgeClient:

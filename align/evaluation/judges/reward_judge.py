@@ -16,9 +16,9 @@ from align.data.scoring import Parts
 from align.errors import UserError, shorten
 from align.evaluation.judges import judge_prompts as prompts
 from align.evaluation.judges.client import NAME, QUOTED_CHARACTERS, JudgmentCaches, judge_request, open_client
-from align.inference.cached_client import CachedClient, Usage
+from align.inference.cached_client import CachedClient
 from align.inference.endpoint_client import Endpoint
-from align.inference.requests import Answer, Request, RequestCache
+from align.inference.requests import Answer, Request
 
 READY = [user("Reply with the one word: ready")]
 """A test request, sent before anything expensive starts."""
@@ -78,12 +78,7 @@ class JudgeScorer:
 
     def usage(self) -> dict[str, Any]:
         """Return requests, tokens and cost of all attempts and processes of the stage so far."""
-        usage, prices = Usage(), self.client.prices.get(NAME)
-        self.client.cache.sync()
-        for request, answer in RequestCache(self.client.cache.folder).asked():
-            if request.model == self.endpoint.identity:
-                usage.add(request, answer, copied=False, prices=prices)
-        return usage.to_json()
+        return self.client.usage_of_stage(self.endpoint, NAME).to_json()
 
     def _rubric(self, row: Row) -> str:
         """Return the rubric for a response to this row, with the columns that it quotes."""

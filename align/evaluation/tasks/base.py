@@ -80,13 +80,15 @@ class EpisodeSet:
     source: EnvironmentSource
     """The environment, opened."""
     identity: str
-    """Everything that episodes depend on in the environment: its code and settings."""
+    """Everything that episodes depend on in the environment: its code and settings, and the weights of its user."""
     rows: list[Row]
     ids: list[str]
     """Name of each row: an episode's seed depends on it, and not on the rows beside it."""
     samples: int
     temperature: float
     seed: int
+    user_dir: Path | None = None
+    """Folder of the checkpoint that plays the user, where one does."""
 
 
 @dataclass
@@ -243,6 +245,8 @@ class TaskInputs:
     """The stage's ``texts``, by the name of the stage that made them."""
     rows: Mapping[str, Artifact] = field(default_factory=dict)
     """The stage's ``rows``, likewise."""
+    users: Mapping[str, Artifact] = field(default_factory=dict)
+    """The stage's ``users``, likewise."""
 
 
 class Task(ABC):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.config.simulated_user import SimulatedUserConfig
 from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.validation import suggest
 from align.data.rows import Message, read_rows, user
@@ -21,6 +22,7 @@ from align.environments.episode import Episode
 from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError, shorten
+from align.evaluation.judges.client import warn_if_unreachable
 from align.evaluation.tasks.base import (
     Episodes,
     EpisodeSet,
@@ -35,6 +37,7 @@ from align.evaluation.tasks.base import (
 )
 from align.evaluation.tasks.task_records import TaskRecord, describe_records, draw, file_identities, item_ids
 from align.evaluation.tasks.task_records import load_records as load_file_records
+from align.store.fingerprint import canonical
 
 SUCCESS, SCORE, FAILURES = "success", "score", "failure_rate"
 TURNS, CALLS, TOOL_ERRORS = "turns", "calls", "tool_errors"
@@ -53,12 +56,35 @@ def build(name: str, config: EnvironmentTaskConfig, inputs: TaskInputs) -> Envir
     Raises ``UserError`` for an environment that cannot be opened, and for rows that it could not get.
     """
     source = open_environment(config.environment, PLACE)
-    return EnvironmentTask(name, config, load_records(config, inputs), source, inputs)
+    task = EnvironmentTask(name, config, load_records(config, inputs), source, inputs)
+    _check_user(task, config.environment.user, inputs)
+    return task
+
+
+def _check_user(task: EnvironmentTask, user: SimulatedUserConfig | None, inputs: TaskInputs) -> None:
+    """Raise ``UserError`` for a simulated user that cannot answer; warn of a server that does not yet."""
+    if user is None:
+        return
+    place = f"{PLACE}.user"
+    for row in task.rows:
+        user.system_message(row, place)
+    if user.endpoint is not None:
+        warn_if_unreachable(user.endpoint, f"{place}.endpoint", inputs.warn)
+    else:
+        from align.environments.checkpoint_user import check_template
+        from align.models.loading import load_tokenizer
+
+        check_template(load_tokenizer(inputs.users[str(user.model)].model), f"{place}.model")
 
 
 def identities(config: EnvironmentTaskConfig, base: Path) -> dict[str, str]:
-    """Return digests of the files, and the environment's settings with the digest of its code."""
-    return file_identities(config, base) | {PLACE: config.environment.identity(PLACE)}
+    """Return digests of the files, and the environment's settings with the digest of its code.
+
+    The user's checkpoint goes by its name, which is a label of the stage's ``users``.
+    """
+    digests = file_identities(config, base) | {PLACE: config.environment.identity(PLACE)}
+    user = config.environment.user
+    return digests if user is None or user.model is None else digests | {f"{PLACE}.user.model": user.model}
 
 
 def load_records(config: EnvironmentTaskConfig, inputs: TaskInputs) -> list[TaskRecord]:
@@ -92,23 +118,27 @@ class EnvironmentTask(Task):
         self.metrics = describe_metrics(config, has_tools=bool(source.tools))
         self._config = config
         ids = item_ids(records, "id")
-        rows = [_row(id, record) for id, record in zip(ids, records, strict=True)]
+        self.rows = rows = [_row(id, record) for id, record in zip(ids, records, strict=True)]
         self.items = [Item(id, row["source"], _shown_prompt(row)) for id, row in zip(ids, rows, strict=True)]
         if config.rows is None:
             self._data = describe_records(config, inputs.base)
         else:
             self._data = {"rows": config.rows, "max_items": config.max_items}
         self.episode_count = len(rows) * config.samples
+        user = config.environment.user
+        checkpoint = None if user is None or user.model is None else inputs.users[user.model]
+        identity = config.environment.identity(PLACE)
         self._wanted = EpisodeSet(
             task=name,
             environment=config.environment,
             source=source,
-            identity=config.environment.identity(PLACE),
+            identity=identity if checkpoint is None else canonical([identity, checkpoint.weights]),
             rows=rows,
             ids=ids,
             samples=config.samples,
             temperature=config.temperature,
             seed=inputs.seed,
+            user_dir=None if checkpoint is None else checkpoint.model,
         )
 
     def settings(self) -> dict[str, Any]:

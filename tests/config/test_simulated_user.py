@@ -1,0 +1,172 @@
+"""``user:`` of an environment: what it may say, what is refused, and how its stage and settings enter keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.config.environment import EnvironmentConfig
+from align.config.simulated_user import SimulatedUserConfig, rename_user_stage
+from align.config.stages.evaluate import EvaluateConfig
+from align.config.validation import validate
+from align.errors import UserError
+from align.pipeline.pipeline import Node, Pipeline
+
+CLASSES, TOOLS = "tests.support.environments.classes", "tests.support.environments.tools"
+USER = {"model": "model", "prompt": "You want {goal}."}
+ENDPOINT = {"url": "http://127.0.0.1:9/v1", "model": "m"}
+COUNTER = {"class": f"{CLASSES}:Counter", "max_tokens": 64}
+
+
+def environment(block: dict[str, Any], user: dict[str, Any] | None = None) -> EnvironmentConfig:
+    return validate(EnvironmentConfig, block | {"user": user or USER}, "p.yaml: stages.ppo.environment")
+
+
+def test_a_user_goes_with_a_class_with_tools_or_with_a_score() -> None:
+    assert environment(COUNTER).label == f"{CLASSES}:Counter"
+    functions = {"tools": [f"{TOOLS}:double"], "score": f"{TOOLS}:by_response", "max_tokens": 64}
+    assert environment(functions).label == f"{TOOLS}:double"
+    alone = environment({"score": f"{TOOLS}:by_messages", "max_tokens": 64})
+    assert alone.label == "a simulated user" and alone.identity()
+
+
+@pytest.mark.parametrize(
+    ("block", "user", "message"),
+    [
+        ({"max_tokens": 64}, {}, "environment: a user alone needs a `score`"),
+        (COUNTER | {"score": "gold"}, {}, "environment: score is for `tools`, and the class scores its episodes"),
+        ({"verifiers": "a", "max_tokens": 64}, {}, "environment: user answers beside a class or tools, and verifiers has"),
+        ({"openenv": "http://127.0.0.1:9", "max_tokens": 64}, {}, "and openenv has users of its own; remove it"),
+        (COUNTER, {"model": None}, "environment.user: either model or endpoint speaks as the user; neither is set"),
+        (COUNTER, {"endpoint": ENDPOINT}, "environment.user: either model or endpoint speaks as the user; both are set"),
+        (COUNTER, {"prompt": " "}, "environment.user.prompt: "),
+        (COUNTER, {"prompt": "You want {goal"}, "environment.user.prompt: 'You want {goal' has a single '{'"),
+        (COUNTER, {"prompt": "{goal!r}"}, "environment.user.prompt: '{goal!r}' in '{goal!r}' has a conversion"),
+        (COUNTER, {"stop": ""}, "environment.user.stop: "),
+        (COUNTER, {"max_tokens": 0}, "environment.user.max_tokens: "),
+        (COUNTER, {"temperature": 6.0}, "environment.user.temperature: "),
+        (COUNTER, {"max_cost": 1.0}, "environment.user: max_cost needs endpoint.price_input and endpoint.price_output"),
+        (COUNTER, {"promt": "a"}, "environment.user: unknown key 'promt'. Did you mean 'prompt'?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_block_is_refused_at_its_place(block: dict[str, Any], user: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        environment(block, USER | user)
+    assert message in str(caught.value)
+
+
+def test_a_class_that_answers_itself_is_refused_when_the_file_is_read() -> None:
+    with pytest.raises(UserError, match=r"environment\.user: Game has a `step`, which answers the policy's messages"):
+        environment(COUNTER | {"class": f"{CLASSES}:Game"}).identity()
+
+
+def test_the_prompt_quotes_columns_of_the_row() -> None:
+    user = SimulatedUserConfig(model="sft", prompt="You want {goal}, {prompt[0].content} {{and}} {more?}.")
+    row = {"id": "7", "goal": "a lamp", "prompt": [{"role": "user", "content": "Hi"}]}
+    assert user.system_message(row, "user") == "You want a lamp, Hi {and} ."
+    with pytest.raises(
+        UserError, match=r"user\.prompt: row 8: there is no value for '\{goal\}'.*the row has id, prompt"
+    ):
+        user.system_message({"id": "8", "prompt": []}, "user")
+
+
+def test_an_identity_has_what_the_user_is_told_and_its_server() -> None:
+    before = environment(COUNTER).identity()
+    assert environment(COUNTER, USER | {"model": "other"}).identity() == before  # an input of the stage
+    for change in ({"prompt": "You."}, {"stop": "BYE"}, {"opens": True}, {"max_tokens": 9}, {"temperature": 0.5}):
+        assert environment(COUNTER, USER | change).identity() != before
+    plain = validate(EnvironmentConfig, COUNTER, "environment")
+    assert "user" not in plain.identity() and plain.identity() != before
+    prices = {"price_input": 1.0, "price_output": 1.0}
+
+    def served(**fields: Any) -> str:
+        user = {"prompt": "You.", "endpoint": ENDPOINT | prices | fields}
+        return environment(COUNTER, user | ({"max_cost": 3.0} if fields else {})).identity()
+
+    assert served() == served(concurrency=3, retries=0) == served(price_input=2.0)
+    assert served() != served(model="n")
+
+
+STAGES: dict[str, Any] = {
+    "model": {"source": "tiny"},
+    "other": {"stage": "model", "source": "tiny"},
+    "data": {"recipe": "data_recipes/embedded.yaml"},
+    "ppo": {
+        "policy": "model", "prompts": "data", "learning_rate": 1e-3,
+        "environment": COUNTER | {"user": USER | {"model": "other"}},
+    },
+}  # fmt: skip
+
+
+def nodes_of(stages: dict[str, Any]) -> dict[str, Node]:
+    return Pipeline({"name": "p", "stages": STAGES | stages}, "p.yaml").nodes
+
+
+def ppo(user: str, stage: str = "ppo") -> dict[str, Any]:
+    block = STAGES["ppo"]
+    return {stage: block | {"environment": COUNTER | {"user": USER | {"model": user}}}}
+
+
+def test_the_users_stage_is_an_input() -> None:
+    nodes = nodes_of({})
+    assert nodes["ppo"].inputs["environment.user.model"] == "other"
+    assert nodes["ppo"].input_names == ["model", "data", "other"]
+    assert nodes["ppo"].parts["inputs"]["environment.user.model"] == nodes["other"].key
+    # Two stages that make the same checkpoint are one input; another checkpoint is another key.
+    assert nodes_of(ppo("model"))["ppo"].key == nodes["ppo"].key
+    changed = nodes_of({"other": STAGES["other"] | {"chat_template": "chatml"}})
+    assert changed["ppo"].key != nodes["ppo"].key
+    with pytest.raises(
+        UserError, match=r"ppo\.environment\.user\.model: there is no stage 'othr'. Did you mean 'other'"
+    ):
+        nodes_of(ppo("othr"))
+    with pytest.raises(UserError, match=r"environment\.user\.model points at 'data', a "):
+        nodes_of(ppo("data"))
+
+
+def test_a_stage_without_an_environment_has_no_such_input() -> None:
+    block = {name: value for name, value in STAGES["ppo"].items() if name != "environment"}
+    node = nodes_of({"ppo": block | {"score": "gold"}})["ppo"]
+    assert node.inputs["environment.user.model"] is None
+    assert "environment.user.model" not in node.parts["inputs"]
+
+
+def test_a_user_is_renamed_with_its_stage() -> None:
+    block = {"environment": {"class": "a:B", "user": {"model": "sft"}}, "policy": "sft"}
+    renamed = rename_user_stage(block, lambda name: f"{name}-2")
+    assert renamed == {"environment": {"class": "a:B", "user": {"model": "sft-2"}}, "policy": "sft"}
+    for other in ({}, {"environment": None}, {"environment": {"user": {"endpoint": ENDPOINT}}}):
+        assert rename_user_stage(other, str.upper) is other
+
+
+def test_a_loop_plays_each_round_against_the_policy_of_the_one_before() -> None:
+    loop = {"rounds": 2, "carry": {"before": {"first": "model", "then": "ppo"}}, "stages": ppo("before")}
+    stages = {name: block for name, block in STAGES.items() if name != "ppo"}
+    nodes = Pipeline({"name": "p", "stages": stages | {"loop": loop}}, "p.yaml").nodes
+    assert nodes["ppo-1"].inputs["environment.user.model"] == "model"
+    assert nodes["ppo-2"].inputs["environment.user.model"] == "ppo-1"
+
+
+def test_tasks_of_an_evaluation_name_one_of_its_users() -> None:
+    task = {"task": "environment", "files": ["a.jsonl"], "environment": COUNTER | {"user": USER}}
+    fields: dict[str, Any] = {"policies": ["sft"], "reference": "sft", "tasks": {"talk": task}}
+    assert EvaluateConfig(**fields, users=["model", "sft"]).users == ["model", "sft"]
+    with pytest.raises(ValueError, match=r"tasks\.talk: environment\.user\.model 'model' is none of the stage's users"):
+        EvaluateConfig(**fields, users=["sft"])
+    renamed = EvaluateConfig.rename_stages(fields, lambda name: f"{name}-1")
+    assert renamed["tasks"]["talk"]["environment"]["user"]["model"] == "model-1"
+
+
+def test_the_name_of_an_evaluations_user_is_part_of_its_key(tmp_path: Path) -> None:
+    from align.evaluation.inspect import identities
+
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q"}\n')
+    keys = set()
+    for model in ("model", "sft"):
+        user = USER | {"model": model}
+        task = {"task": "environment", "files": ["a.jsonl"], "environment": COUNTER | {"user": user}}
+        config = EvaluateConfig(policies=["sft"], reference="sft", users=["model", "sft"], tasks={"talk": task})  # type: ignore[arg-type]
+        keys.add(str(identities(config, tmp_path)))
+    assert len(keys) == 2
