@@ -1,40 +1,11 @@
 """The course of an episode: what it asks for, and what it makes of turns, results and failures."""
 
-from align.data.tool_calls import tool_call_format
 from align.environments.episode import PolicyTurn
-from align.environments.episode_run import Act, EpisodeRules, EpisodeRun, SampleTurn, row_messages, turn_seed
+from align.environments.episode_run import Act, EpisodeRun, SampleTurn, row_messages, turn_seed
 from align.environments.replay import CallResult
 from align.environments.results import Scores, Step
-
-EOS = 9
-
-
-class Letters:
-    """Tokens are code points, and a message is its content in brackets."""
-
-    eos = EOS
-
-    def prompt(self, messages):
-        return [ord(character) for message in messages for character in message["content"]]
-
-    def between(self, messages, calls=(), prompt=()):
-        return [ord(character) for message in messages for character in f"<{message['content']}>"]
-
-
-def rules(**changes):
-    fields = {
-        "turns": Letters(),
-        "call_format": tool_call_format("hermes"),
-        "decode": lambda ids: "".join(map(chr, ids)),
-        "shorten": lambda result: result[:80],
-        "has_step": False,
-        "max_turns": 3,
-        "max_tokens": 400,
-        "turn_max_tokens": 100,
-        "max_prompt_tokens": 20,
-    }
-    return EpisodeRules(**(fields | changes))
-
+from tests.support.environments.letters import EOS
+from tests.support.environments.letters import letter_rules as rules
 
 ROW = {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "1+1?"}]}
 

@@ -5,39 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from align.data.tool_calls import tool_call_format
 from align.environments.episode import Episode, PolicyTurn
-from align.environments.episode_run import EpisodeRules, EpisodeRun
-
-EOS = 9
-
-
-class Letters:
-    """Tokens are code points, and a message is its content in brackets."""
-
-    eos = EOS
-
-    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Return the code points of the prompt."""
-        return [ord(character) for message in messages for character in message["content"]]
-
-    def between(self, messages: list[dict[str, Any]], calls: Any = (), prompt: Any = ()) -> list[int]:
-        """Return the code points of new messages."""
-        return [ord(character) for message in messages for character in f"<{message['content']}>"]
+from align.environments.episode_run import EpisodeRun
+from tests.support.environments.letters import EOS, letter_rules
 
 
 def play(prompt: list[dict[str, Any]], script: list[Any], max_turns: int = 4, has_step: bool = False) -> Episode:
     """Return the episode of a script: a text is a sampled turn, an exception a failure, all else a result."""
-    rules = EpisodeRules(
-        turns=Letters(),
-        call_format=tool_call_format("hermes"),
-        decode=lambda ids: "".join(map(chr, ids)),
+    most = 10**7
+    rules = letter_rules(
         shorten=lambda result: result,
         has_step=has_step,
         max_turns=max_turns,
-        max_tokens=10**7,
-        turn_max_tokens=10**7,
-        max_prompt_tokens=10**7,
+        max_tokens=most,
+        turn_max_tokens=most,
+        max_prompt_tokens=most,
     )
     run = EpisodeRun({"prompt": prompt}, 5, rules)
     run.take_result(None)
