@@ -1,0 +1,139 @@
+"""A simulated user by a server: what it is asked, what fails an episode and what the run, the cache and the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.config.simulated_user import SimulatedUserConfig
+from align.data.rows import user
+from align.environments.endpoint_user import EndpointUser
+from align.environments.simulated_user import UserAnswer, UserRequest
+from align.errors import UserError
+from align.inference import endpoint_client
+from tests.support.inference.fake_chat import FakeChat, completion
+
+SYSTEM = {"role": "system", "content": "You want a lamp."}
+Open = Callable[..., EndpointUser]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeChat]:
+    fake = FakeChat(lambda body: completion("A lamp."))
+    yield fake
+    fake.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_client, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture
+def open_user(server: FakeChat, tmp_path: Path) -> Open:
+    """Opens a user at the server as another process would, with the same folder."""
+
+    def open_(endpoint: dict[str, Any] | None = None, folder: str = "user", **fields: Any) -> EndpointUser:
+        block = {"url": server.url, "model": "good-model", "retries": 1, "concurrency": 2} | (endpoint or {})
+        config = SimulatedUserConfig(endpoint=block, **{"prompt": "You.", "max_tokens": 9} | fields)  # type: ignore[arg-type]
+        return EndpointUser(
+            config, tmp_path / folder, None, where="ppo.environment.user", warn=lambda text: pytest.fail(text)
+        )
+
+    return open_
+
+
+def asked(episode: int, seed: int = 7) -> UserRequest:
+    return UserRequest(episode, 1, [SYSTEM, user("Hi!")], seed)
+
+
+def test_it_is_asked_with_the_episodes_seed_and_once(server: FakeChat, open_user: Open) -> None:
+    speaker = open_user(temperature=0.5)
+    requests = [asked(0, 7), asked(1, 8), asked(2, 7)]
+    assert speaker.answer(requests) == [UserAnswer("A lamp.")] * 3
+    # Equal seeds and conversations are one request.
+    assert len(server.bodies) == 2 and server.bodies[0]["seed"] != server.bodies[1]["seed"]
+    for body in server.bodies:
+        assert body["messages"] == [SYSTEM, user("Hi!")]
+        assert (body["max_tokens"], body["temperature"], body["model"]) == (9, 0.5, "good-model")
+    # A process that was killed before it wrote its journal finds the answers again.
+    assert open_user(temperature=0.5).answer(requests) == [UserAnswer("A lamp.")] * 3
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "failure"),
+    [
+        (completion(""), "the user's answer is empty."),
+        (completion("A la", finish_reason="length"), "the user's answer was cut off at its max_tokens"),
+        (completion("", refusal="no"), "the user's server declined to answer."),
+        (completion("x", finish_reason="content_filter"), "the user's server declined to answer."),
+        ((400, {"error": {"message": "too long"}}), "the user's server refuses the request with status 400: too long."),
+        (b"no JSON", "the user's server gave an answer that is no chat completion"),
+        ((503, "busy"), "answered with status 503: \"busy\"; gave up after 2 attempts (ppo.environment.user.endpoint.retr"),
+    ],
+)  # fmt: skip
+def test_what_fails_an_episode_fails_no_other(server: FakeChat, open_user: Open, reply: Any, failure: str) -> None:
+    server.reply = lambda body: reply if body["seed"] == broken else completion("A lamp.")
+    speaker = open_user()
+    broken = -1
+    assert speaker.answer([asked(0, 1)]) == [UserAnswer("A lamp.")]
+    broken = seed_of(server, asked(1, 2), open_user)
+    good, bad = speaker.answer([asked(0, 1), asked(1, 2)])
+    assert good == UserAnswer("A lamp.") and failure in bad.failure and not bad.text
+    assert "run again" not in bad.failure
+    # The next turn is asked for as if nothing had happened.
+    broken = -1
+    assert speaker.answer([asked(1, 3)]) == [UserAnswer("A lamp.")]
+
+
+def seed_of(server: FakeChat, request: UserRequest, open_user: Open) -> int:
+    """Return the seed that a request is sent with."""
+    open_user(folder="elsewhere").answer([request])
+    seed: int = server.bodies[-1]["seed"]
+    return seed
+
+
+def test_a_server_that_is_gone_fails_what_it_did_not_answer(server: FakeChat, open_user: Open) -> None:
+    speaker = open_user({"concurrency": 1})
+    assert speaker.answer([asked(0, 1)]) == [UserAnswer("A lamp.")]
+    server.stop()
+    answers = speaker.answer([asked(0, 1), asked(1, 2), asked(2, 3)])
+    assert answers[0] == UserAnswer("A lamp.")
+    for answer in answers[1:]:
+        assert "could not be asked" in answer.failure and "gave up after 2 attempts" in answer.failure
+
+
+def test_a_wrong_address_key_or_model_is_an_error_before_anything_starts(
+    server: FakeChat, open_user: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_user().check()
+    assert server.prompts() == ["Reply with the one word: ready"]
+    with pytest.raises(UserError, match=r"user\.endpoint\.url: http://127\.0\.0\.1:9/v1 could not be asked"):
+        open_user({"url": "http://127.0.0.1:9/v1"}, folder="other").check()
+    with pytest.raises(
+        UserError, match=r"^ppo\.environment\.user\.endpoint\.key_variable: the environment variable NO"
+    ):
+        open_user({"key_variable": "NO_SUCH_KEY"})
+    monkeypatch.setenv("A_KEY", "wrong")
+    server.reply = lambda body: (401, {"error": {"message": "who are you?"}})
+    with pytest.raises(UserError, match="refuses the key in A_KEY: status 401: who are you?"):
+        open_user({"key_variable": "A_KEY"}, folder="third").check()
+    server.reply = lambda body: (400, {"error": {"message": "no such field"}})
+    with pytest.raises(UserError, match=r"user\.endpoint: the server refuses the request with status 400"):
+        open_user(folder="fourth").check()
+
+
+def test_costs_are_counted_over_attempts_and_stop_at_the_budget(server: FakeChat, open_user: Open) -> None:
+    endpoint = {"price_input": 1000.0, "price_output": 10000.0}
+    speaker = open_user(endpoint, max_cost=1000.0)
+    speaker.answer([asked(0, 1), asked(1, 2)])
+    usage = open_user(endpoint, max_cost=1000.0).usage()
+    # 10 tokens of a prompt at 1000 a million, and two words of an answer at 10000 a million.
+    assert usage["requests"] == 2 and usage["cost"] == pytest.approx(2 * (0.01 + 0.02))
+    assert usage["prompt_tokens"] == 20 and usage["completion_tokens"] == 4
+    with pytest.raises(UserError, match=r"max_cost 0\.07 is reached: 0\.06 spent"):
+        open_user(endpoint, max_cost=0.07).answer([asked(2, 3)])
