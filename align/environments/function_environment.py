@@ -35,8 +35,8 @@ class FunctionSource:
     can_save: bool = False
 
     def preload(self) -> None:
-        """Import the functions."""
-        assert self.functions and self.scorer
+        """Import the functions. There may be no tools: a simulated user then speaks with the policy."""
+        assert self.functions is not None and self.scorer is not None
 
     def make(self) -> FunctionEnvironment:
         """Return a new instance."""

@@ -1,0 +1,126 @@
+"""The loop of episodes with a simulated user: who waits for whom."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.environments.episode_run import UserRules
+from align.environments.journal import Journal
+from align.environments.player import EpisodePlayer, EpisodeTask
+from align.environments.user_turns import UserTurns
+from align.environments.worker_pool import EnvironmentPool
+from align.inference.protocol import Response, TurnRequest
+from tests.support.environments.letters import EOS, letter_rules
+from tests.support.environments.opened import open_block
+from tests.support.environments.users import ScriptedUser
+
+TASKS = [EpisodeTask({"id": str(number), "prompt": "Hi"}, number) for number in range(4)]
+
+
+class OneByOne:
+    """A session that is not in lockstep: every poll returns the turn that was submitted first."""
+
+    is_lockstep = False
+
+    def __init__(self, say: Callable[[TurnRequest], str]) -> None:
+        self._say = say
+        self._requests: list[TurnRequest] = []
+        self.sampled: list[int] = []
+        """Episodes whose turns were sampled, in order."""
+
+    @property
+    def pending(self) -> int:
+        """Turns in flight."""
+        return len(self._requests)
+
+    def submit(self, request: TurnRequest) -> None:
+        """Take a turn."""
+        self._requests.append(request)
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
+        """Return the first turn."""
+        request = self._requests.pop(0)
+        self.sampled.append(request.key)
+        text = self._say(request)
+        ids = [*map(ord, text), EOS]
+        return [(request.key, Response(ids, [-1.0] * len(ids), True, text))]
+
+    def cache_statistics(self) -> dict[str, float] | None:
+        """Return None."""
+        return None
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def pool() -> Iterator[EnvironmentPool]:
+    block = {"score": "tests.support.environments.tools:by_messages", "user": {"model": "sft", "prompt": "You."}}
+    opened = EnvironmentPool(open_block(block))
+    yield opened
+    opened.close()
+
+
+def play(pool: EnvironmentPool, session: OneByOne, user: ScriptedUser, folder: Path) -> list[Any]:
+    rules = letter_rules(call_format=None, user=UserRules("BYE", opens=False))
+    journal = Journal(folder / "journal")
+    turns = UserTurns(user, lambda row: "You.", journal)
+    return EpisodePlayer(pool, rules, session, journal, user=turns).play(TASKS)
+
+
+def test_a_user_in_this_process_answers_when_no_turn_is_being_sampled(pool: EnvironmentPool, tmp_path: Path) -> None:
+    session = OneByOne(lambda request: "Yes?")
+    pending: list[int] = []
+
+    def say(request: Any) -> str:
+        pending.append(session.pending)
+        return "go on" if request.turn == 1 else "BYE"
+
+    user = ScriptedUser(say)
+    episodes = play(pool, session, user, tmp_path)
+    assert [[request.episode for request in batch] for batch in user.batches] == [[0, 1, 2, 3]] * 2
+    assert not any(pending)
+    for episode in episodes:
+        assert episode.stop == "finished" and episode.user_answers == ["go on", "BYE"]
+        assert episode.score == 4.0  # the messages: two of each
+
+
+def test_a_user_elsewhere_holds_up_its_episodes_alone(pool: EnvironmentPool, tmp_path: Path) -> None:
+    asked, sampled = threading.Event(), threading.Event()
+
+    def speak(request: TurnRequest) -> str:
+        # The first episode is at its user when the others are sampled.
+        if request.key == 0:
+            return "Yes?"
+        assert asked.wait(20)
+        if request.key == 3:
+            sampled.set()
+        return "Yes?"
+
+    def answer(request: Any) -> str:
+        asked.set()
+        assert sampled.wait(20)
+        return "BYE"
+
+    episodes = play(pool, OneByOne(speak), ScriptedUser(answer, in_background=True), tmp_path)
+    assert all(episode.user_answers == ["BYE"] for episode in episodes)
+
+
+def test_a_failure_of_the_user_ends_the_rollout_though_turns_are_in_flight(
+    pool: EnvironmentPool, tmp_path: Path
+) -> None:
+    def refuse(request: Any) -> str:
+        raise RuntimeError("no budget")
+
+    def speak(request: TurnRequest) -> str:
+        time.sleep(0.02)
+        return "Yes?"
+
+    with pytest.raises(RuntimeError, match="no budget"):
+        play(pool, OneByOne(speak), ScriptedUser(refuse, in_background=True), tmp_path)
