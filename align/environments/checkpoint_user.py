@@ -48,7 +48,7 @@ class CheckpointUser:
         """
         self._config, self._model_dir, self._runtime, self._precision = config, model_dir, runtime, precision
         self._on_hang = on_hang
-        self._turns = check_template(load_tokenizer(model_dir), where)
+        self._turns = read_template(model_dir, where)
         self._positions = max_positions(model_dir)
         self._engine: Any = None
 
@@ -97,8 +97,16 @@ class CheckpointUser:
             self._engine = None
 
 
-def check_template(tokenizer: Any, where: str) -> TurnTemplate:
-    """Return the template of a user's model. Raises ``UserError`` for one that cannot write its conversations."""
+def read_template(model_dir: Path, where: str) -> TurnTemplate:
+    """Return the template of a user's model.
+
+    Raises ``UserError``, which begins with ``where``, for a tokenizer without one, or that cannot write the user's
+    conversations.
+    """
+    try:
+        tokenizer = load_tokenizer(model_dir)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     turns = TurnTemplate(tokenizer, None, where)
     try:
         turns.prompt(PROBE)

@@ -1,7 +1,8 @@
 """Plays episodes: many at a time, each at its own pace, with one engine call for whatever turns are ready.
 
 The loop has three sources of work. The session samples turns, the environments carry out their methods, and a simulated
-user answers, where there is one. What comes back is in the journal before it is used, so a rollout that was killed samples no turn and makes no call twice.
+user answers, where there is one. What comes back is in the journal before it is used, so a rollout that was killed
+samples no turn and makes no call twice.
 Torch-free.
 """
 

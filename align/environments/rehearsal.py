@@ -1,7 +1,8 @@
 """Plays episodes of an environment with a checkpoint, without training; and plays stored ones again.
 
-A replay takes the stored turns of the policy and of a simulated user instead of sampling, and does all the rest anew: it
-parses their calls, runs the tools and scores the episode. So a change of an environment, or of a reward, shows on the same behavior.
+A replay takes the stored turns, of the policy and of a simulated user, instead of sampling, and does all the rest anew:
+it parses their calls, runs the tools and scores the episode. So a change of an environment, or of a reward, shows on
+the same behavior.
 """
 
 from __future__ import annotations

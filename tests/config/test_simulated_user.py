@@ -37,10 +37,10 @@ def test_a_user_goes_with_a_class_with_tools_or_with_a_score() -> None:
     [
         ({"max_tokens": 64}, {}, "environment: a user alone needs a `score`"),
         (COUNTER | {"score": "gold"}, {}, "environment: score is for `tools`, and the class scores its episodes"),
-        ({"verifiers": "a", "max_tokens": 64}, {}, "environment: user answers beside a class or tools, and verifiers has"),
+        ({"verifiers": "a", "max_tokens": 64}, {}, "environment: user answers beside a class or tools, and verifiers"),
         ({"openenv": "http://127.0.0.1:9", "max_tokens": 64}, {}, "and openenv has users of its own; remove it"),
         (COUNTER, {"model": None}, "environment.user: either model or endpoint speaks as the user; neither is set"),
-        (COUNTER, {"endpoint": ENDPOINT}, "environment.user: either model or endpoint speaks as the user; both are set"),
+        (COUNTER, {"endpoint": ENDPOINT}, "environment.user: either model or endpoint speaks as the user; both are"),
         (COUNTER, {"prompt": " "}, "environment.user.prompt: "),
         (COUNTER, {"prompt": "You want {goal"}, "environment.user.prompt: 'You want {goal' has a single '{'"),
         (COUNTER, {"prompt": "{goal!r}"}, "environment.user.prompt: '{goal!r}' in '{goal!r}' has a conversion"),

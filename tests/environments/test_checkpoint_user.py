@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 
 from align.config.runtime import EngineConfig, Runtime
 from align.config.simulated_user import SimulatedUserConfig
-from align.data.rows import Message, assistant, user
-from align.environments.checkpoint_user import CheckpointUser, check_template
+from align.data.rows import Message, user
+from align.environments.checkpoint_user import CheckpointUser, read_template
 from align.environments.simulated_user import UserAnswer, UserRequest
 from align.errors import UserError
 from align.models.loading import load_tokenizer
@@ -110,14 +111,16 @@ def test_greedy_answers_are_alike(presser: Path) -> None:
     greedy.close()
 
 
-def test_a_template_that_cannot_write_the_conversation_is_refused(tiny_model: Path, presser: Path) -> None:
+def test_a_template_that_cannot_write_the_conversation_is_refused(presser: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(presser)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
         + tokenizer.chat_template
     )
+    shutil.copytree(presser, tmp_path / "strict")
+    tokenizer.save_pretrained(tmp_path / "strict")
     with pytest.raises(UserError, match=r"^ppo\.user: the user's model has a system message\. .*no system message"):
-        check_template(tokenizer, "ppo.user")
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"^ppo\.user has no chat template"):
-        check_template(tokenizer, "ppo.user")
+        read_template(tmp_path / "strict", "ppo.user")
+    (tmp_path / "strict" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"^ppo\.user: the tokenizer in .* has no chat template"):
+        read_template(tmp_path / "strict", "ppo.user")

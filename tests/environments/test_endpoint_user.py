@@ -73,7 +73,7 @@ def test_it_is_asked_with_the_episodes_seed_and_once(server: FakeChat, open_user
         (completion("x", finish_reason="content_filter"), "the user's server declined to answer."),
         ((400, {"error": {"message": "too long"}}), "the user's server refuses the request with status 400: too long."),
         (b"no JSON", "the user's server gave an answer that is no chat completion"),
-        ((503, "busy"), "answered with status 503: \"busy\"; gave up after 2 attempts (ppo.environment.user.endpoint.retr"),
+        ((503, "busy"), "answered with status 503: \"busy\"; gave up after 2 attempts (ppo.environment.user.endp"),
     ],
 )  # fmt: skip
 def test_what_fails_an_episode_fails_no_other(server: FakeChat, open_user: Open, reply: Any, failure: str) -> None:

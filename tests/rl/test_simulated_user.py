@@ -35,7 +35,7 @@ def presser(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_trainer(presser, tmp_path):
-    """``make_trainer(kind, environment fields, user, **trainer fields)``; by default the presser plays the user, too."""
+    """``make_trainer(kind, environment fields, user, **trainer fields)``; by default the presser plays the user."""
     players = []
 
     def make(kind="grpo", environment=(), user=None, folder=None, **fields):

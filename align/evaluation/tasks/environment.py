@@ -71,10 +71,9 @@ def _check_user(task: EnvironmentTask, user: SimulatedUserConfig | None, inputs:
     if user.endpoint is not None:
         warn_if_unreachable(user.endpoint, f"{place}.endpoint", inputs.warn)
     else:
-        from align.environments.checkpoint_user import check_template
-        from align.models.loading import load_tokenizer
+        from align.environments.checkpoint_user import read_template
 
-        check_template(load_tokenizer(inputs.users[str(user.model)].model), f"{place}.model")
+        read_template(inputs.users[str(user.model)].model, f"{place}.model")
 
 
 def identities(config: EnvironmentTaskConfig, base: Path) -> dict[str, str]:
