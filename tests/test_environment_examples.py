@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from align.config.environment import EnvironmentConfig
+from align.config.runtime import EngineConfig, Runtime
+from align.environments.checkpoint_user import CheckpointUser
 from align.environments.environment import EnvironmentSource
+from align.environments.environment_player import EnvironmentPlayer
 from align.environments.errors import ToolError
+from align.environments.player import EpisodeTask
 from align.environments.results import Scores, Step
-from examples import calculator, guess_the_number
+from align.environments.sources import open_environment
+from align.inference.engine import open_transformers
+from align.models.loading import load_tokenizer
+from examples import calculator, guess_the_number, shop
+from tests.support.environments.buttons import make_presser
 from tests.support.environments.opened import open_block
 
 ROW = {"id": "1", "prompt": [{"role": "user", "content": "What is 12 * 12?"}], "answer": "#### 144"}
@@ -103,3 +114,73 @@ def test_a_secret_is_drawn_from_the_row() -> None:
     first.reset({"id": "x"})
     second.reset({"id": "x"})
     assert first.secret == second.secret and 1 <= first.secret <= 50
+
+
+# ---- a shop whose customer is a model ----
+
+VISIT = next(iter(shop.visits(count=1, seed=3)))
+
+
+def test_a_shop_is_left_as_the_customer_wants() -> None:
+    source = opened("shop:Shop", user={"model": "sft", "prompt": "{goal}"})
+    assert [schema["function"]["name"] for schema in source.tools] == ["find_orders", "cancel_order", "send_to"]
+    assert source.can_save and not source.has_step
+    environment = source.make()
+    assert environment.reset(VISIT) is None
+    name = VISIT["orders"][0]["customer"]
+    assert json.loads(environment.call("find_orders", {"customer": f" {name.upper()}"})) == VISIT["orders"]
+    assert environment.call("find_orders", {"customer": "Zoe"}) == "There are no orders under this name."
+    assert environment.score([]) == Scores(0.0, {"right": 0.0})
+    with pytest.raises(ToolError, match="ValueError: there is no order 1"):
+        environment.call("cancel_order", {"number": "1"})
+    number = VISIT["orders"][0]["number"]
+    if VISIT["wanted"][number] == shop.CANCELLED:
+        environment.call("cancel_order", {"number": number})
+    else:
+        environment.call("send_to", {"number": number, "city": VISIT["wanted"][number]})
+    assert environment.score([]).total == 1.0
+    other = source.make()
+    assert other.restore(VISIT, [], environment.state()) == 0
+    assert other.score([]).total == 1.0
+    other.call("cancel_order", {"number": VISIT["orders"][1]["number"]})
+    assert other.score([]).total == 0.0
+
+
+def test_every_visit_can_be_fulfilled_and_its_goal_says_how() -> None:
+    visits = list(shop.visits(count=40, seed=1))
+    wishes = {"cancel": 0, "send": 0}
+    for visit in visits:
+        changed = [order for order in visit["orders"] if visit["wanted"][order["number"]] != order["place"]]
+        assert len(changed) == 1 and changed[0]["item"] in visit["goal"] and changed[0]["customer"] in visit["goal"]
+        target = visit["wanted"][changed[0]["number"]]
+        wishes["cancel" if target == shop.CANCELLED else "send"] += 1
+        assert target == shop.CANCELLED or f"sent to {target}" in visit["goal"]
+        assert changed[0]["number"] not in visit["goal"]  # the policy has to look it up
+    assert min(wishes.values()) > 10
+
+
+def test_a_model_plays_the_customer(tiny_model: Path, tmp_path: Path) -> None:
+    presser = make_presser(tiny_model, tmp_path / "presser")
+    block = {
+        "class": "examples.shop:Shop",
+        "user": {"model": "sft", "prompt": "{goal} Say !b when it is done.", "stop": "!b", "max_tokens": 8},
+        "tool_format": "regex:(?P<name>no such call)(?P<arguments>)",
+        "max_turns": 3,
+        "max_tokens": 120,
+        "turn_max_tokens": 8,
+    }
+    config = EnvironmentConfig.model_validate(block)
+    assert config.user is not None
+    runtime = Runtime(device="cpu", engine=EngineConfig(name="transformers"), threads=1)
+    user = CheckpointUser(config.user, presser, runtime, "float32", where="test")
+    player = EnvironmentPlayer(config, open_environment(config), load_tokenizer(presser), 200, "test", user)
+    rows = [visit | {"id": str(number)} for number, visit in enumerate(shop.visits(count=8))]
+    player.check_rows(rows)
+    engine = open_transformers(presser, runtime, "float32")
+    tasks = [EpisodeTask(row, number) for number, row in enumerate(rows)]
+    episodes = player.play(engine, tasks, temperature=1.0)
+    player.close()
+    engine.close()
+    talked = [episode for episode in episodes if episode.user_answers]
+    assert talked and all(episode.score == 0.0 for episode in episodes if episode.stop != "failed")
+    assert {"finished"} <= {episode.stop for episode in episodes}

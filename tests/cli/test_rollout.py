@@ -14,6 +14,7 @@ from align.environments.rehearsal import read_episodes
 from align.errors import UserError
 from tests.support.environments.buttons import FORMAT, make_presser
 
+USER = {"model": "model", "prompt": "ab", "stop": "!b", "max_tokens": 8}
 QUESTIONS = [{"question": f"Go {number}", "answer": "#### 1"} for number in range(12)]
 
 
@@ -49,6 +50,7 @@ def folder(presser: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "data": {"recipe": "recipe.yaml"},
             "ppo": training | {"environment": environment},
             "plain": training | {"stage": "ppo", "score": "gsm8k_answer"},
+            "talk": training | {"stage": "ppo", "environment": environment | {"user": USER}},
         },
     }
     (folder / "buttons.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
@@ -58,7 +60,8 @@ def folder(presser: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rollout(folder: Path, *words: str) -> int:
-    return main(["rollout", str(folder / "buttons.yaml"), "--store", str(folder / "store"), *words])
+    stage = [] if "--stage" in words else ["--stage", "ppo"]
+    return main(["rollout", str(folder / "buttons.yaml"), "--store", str(folder / "store"), *stage, *words])
 
 
 def test_episodes_are_printed_stored_and_played_again(
@@ -84,6 +87,13 @@ def test_episodes_are_printed_stored_and_played_again(
     assert "differs in the score" in capsys.readouterr().out
 
 
+WITHOUT = [
+    word
+    for stage in ("ppo", "talk")
+    for word in ("--set", f"stages.{stage}.environment=null", "--set", f"stages.{stage}.score=gsm8k_answer")
+]
+
+
 def test_what_the_model_and_tools_say_cannot_drive_the_terminal(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,15 +103,39 @@ def test_what_the_model_and_tools_say_cannot_drive_the_terminal(
     assert "\x1b" not in output and "<|im_end|>" in output
 
 
+def test_a_replay_takes_what_the_user_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "episodes.jsonl"
+    assert rollout(folder, "--stage", "talk", "--n", "6", "--save", str(saved)) == 0
+    assert "user: go" in capsys.readouterr().out
+    stored = read_episodes(saved)
+    assert any(entry.episode.user_answers for entry in stored)
+
+    monkeypatch.setattr("align.environments.rehearsal.open_user", lambda *values: pytest.fail("a user was opened"))
+    assert rollout(folder, "--stage", "talk", "--replay", str(saved), "--json") == 0
+    for entry, result in zip(stored, json.loads(capsys.readouterr().out), strict=True):
+        assert result["episode"]["user_answers"] == entry.episode.user_answers and result["difference"] == ""
+        assert result["episode"]["messages"] == entry.episode.messages
+
+    # Where the turns of the policy are read in another way, the user was never asked.
+    other = ["--set", "stages.talk.environment.tool_format=regex:(?P<name>zz)(?P<arguments>)"]
+    assert rollout(folder, "--stage", "talk", "--replay", str(saved), "--json", *other) == 1
+    failures = {result["episode"]["failure"] for result in json.loads(capsys.readouterr().out)}
+    assert "user: the stored episode has no further answer of the user." in failures
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--n", "0"], "--n is 0"),
         (["--stage", "pop"], "there is no stage 'pop'. Did you mean 'ppo'"),
-        (["--stage", "plain"], "has no `environment:` block. Stages that have one: ppo"),
-        (["--replay", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
-        (["--checkpoint", "nowhere"], "nowhere"),
-        (["--set", "stages.ppo.environment=null", "--set", "stages.ppo.score=gsm8k_answer"], "no stage has one"),
+        (["--stage", "plain"], "has no `environment:` block. Stages that have one: ppo, talk"),
+        ([], "--stage names the stage with the environment; several stages have one: ppo, talk"),
+        (["--stage", "talk", "--set", "stages.talk.environment.user.prompt=Want {goal}"], "user.prompt: row"),
+        (["--stage", "ppo", "--replay", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+        (["--stage", "ppo", "--checkpoint", "nowhere"], "nowhere"),
+        (WITHOUT, "no stage has one"),
     ],
 )
 def test_wrong_words_are_refused(folder: Path, words: list[str], message: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from align.config.runtime import EngineConfig, Runtime
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import user, write_rows
+from align.environments.checkpoint_user import CheckpointUser
 from align.environments.prompted_turns import PromptedTurns
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
@@ -27,6 +28,7 @@ from align.report.scorecard.samples import page_samples, read_samples
 from align.stages import evaluate
 from align.store.artifacts import Artifact, Kind
 from tests.support.environments.buttons import FORMAT, make_presser
+from tests.support.inference.fake_chat import FakeChat, completion
 
 ENVIRONMENT: dict[str, Any] = {
     "class": "tests.support.environments.buttons:SavedButtons",
@@ -316,3 +318,71 @@ def test_best_of_n_plays_no_episodes(make_context: Any, tiny_reward: Path) -> No
     evaluate.run(context)
     card = read_card(context)
     assert "buttons.success" in card["estimates"]["sft"] and "buttons.success" not in card["estimates"]["best"]
+
+
+USER = {"model": "sft", "prompt": "ab", "stop": "!b", "max_tokens": 8}
+
+
+def with_user(context: StageContext) -> StageContext:
+    """The stage with the checkpoint ``sft`` among its users."""
+    return replace(context, inputs=context.inputs | {"users": [context.inputs["policies"][1]]})
+
+
+def test_a_checkpoint_plays_the_user_of_every_system(make_context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    close = CheckpointUser.close
+    monkeypatch.setattr(CheckpointUser, "close", lambda user: closed.append(user) or close(user))
+    context = with_user(make_context({"user": USER}, users=["sft"]))
+    evaluate.run(context)
+    estimates = read_card(context)["estimates"]
+    assert estimates["sft"]["buttons.turns"]["value"] > 1
+    samples = read_samples(context.output / "samples.jsonl")
+    talks = [
+        episode["messages"] for sample in samples for system in ("model", "sft")
+        for episode in sample["responses"][system]
+    ]  # fmt: skip
+    users = [sum(message["role"] == "user" for message in messages) for messages in talks]
+    assert max(users) > 1
+    # Its weights leave the memory with the last episode of a system.
+    assert len(closed) == 2 and all(user._engine is None for user in closed)
+
+    # Another checkpoint of the same name plays other episodes, and the same one none.
+    monkeypatch.setattr(LockstepSession, "poll", lambda *values: pytest.fail("a turn was sampled"))
+    evaluate.run(context)
+    changed = Artifact("sft", Kind.POLICY, context.inputs["users"][0].path, {"key": "another"})
+    with pytest.raises(pytest.fail.Exception, match="a turn was sampled"):
+        evaluate.run(replace(context, inputs=context.inputs | {"users": [changed]}))
+
+
+def test_a_user_without_the_row_that_its_prompt_quotes_is_refused(make_context: Any) -> None:
+    context = with_user(make_context({"user": USER | {"prompt": "You want {goal}."}}, users=["sft"]))
+    with pytest.raises(UserError, match=r"tasks\.buttons: environment\.user\.prompt: row r0: there is no value for"):
+        make_plan(context)
+
+
+def test_a_server_that_does_not_answer_yet_is_told_of(make_context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = {"prompt": "ab", "endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}}
+    context = make_context({"user": user})
+    make_plan(context)
+    text = context.events.read_text()
+    assert (
+        "tasks.buttons.environment.user.endpoint: nothing answers at http://127.0.0.1:9/v1 yet" in text
+        and "plays the user of episodes: start it now" in text
+    )
+    with pytest.raises(
+        UserError, match=r"tasks\.buttons\.environment\.user\.endpoint\.url: http://127.0.0.1:9/v1 could"
+    ):
+        evaluate.run(context)
+
+
+def test_the_use_of_a_server_is_noted(make_context: Any) -> None:
+    server = FakeChat(lambda body: completion("go on"))
+    try:
+        endpoint = {"url": server.url, "model": "good-model", "price_input": 1.0, "price_output": 1.0}
+        context = make_context({"user": {"prompt": "ab", "endpoint": endpoint}})
+        evaluate.run(context)
+    finally:
+        server.stop()
+    text = context.events.read_text()
+    assert f"tasks.buttons: the user's server has answered {len(server.bodies)} requests, with" in text
+    assert "of answers, for " in text

@@ -158,8 +158,13 @@ class JudgeClient:
         self.context.progress(done, total, "judgments")
 
 
-def warn_if_unreachable(endpoint: EndpointConfig, place: str, warn: Callable[[str], None]) -> None:
-    """Warn when nothing listens at the judge's address. It is needed late, and may be started until then.
+JUDGED_LATE = "The judge is asked after every system has answered; start it until then."
+
+
+def warn_if_unreachable(
+    endpoint: EndpointConfig, place: str, warn: Callable[[str], None], remedy: str = JUDGED_LATE
+) -> None:
+    """Warn when nothing listens at an endpoint's address. A judge is needed late, and may be started until then.
 
     Raises ``UserError`` when the endpoint's key is not in the environment.
     """
@@ -171,7 +176,4 @@ def warn_if_unreachable(endpoint: EndpointConfig, place: str, warn: Callable[[st
     try:
         httpx.get(f"{endpoint.url}/models", timeout=3, trust_env=endpoint.url.startswith("https:"))
     except httpx.HTTPError as error:
-        warn(
-            f"{place}: nothing answers at {endpoint.url} yet ({type(error).__name__}). The judge is asked after every "
-            "system has answered; start it until then."
-        )
+        warn(f"{place}: nothing answers at {endpoint.url} yet ({type(error).__name__}). {remedy}")

@@ -46,6 +46,7 @@ PART_SUCCESS = 1.0
 ROUNDING = 1e-9
 """A sum of parts reaches a bound that it misses by rounding alone."""
 PLACE = "environment"
+NEEDED_NOW = "It plays the user of episodes: start it now, unless all of them are cached."
 SOURCE = "rows"
 """Source of rows that name none."""
 
@@ -69,7 +70,7 @@ def _check_user(task: EnvironmentTask, user: SimulatedUserConfig | None, inputs:
     for row in task.rows:
         user.system_message(row, place)
     if user.endpoint is not None:
-        warn_if_unreachable(user.endpoint, f"{place}.endpoint", inputs.warn)
+        warn_if_unreachable(user.endpoint, f"tasks.{task.name}.{place}.endpoint", inputs.warn, NEEDED_NOW)
     else:
         from align.environments.checkpoint_user import read_template
 
