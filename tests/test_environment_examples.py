@@ -21,8 +21,8 @@ from align.environments.sources import open_environment
 from align.inference.engine import open_transformers
 from align.models.loading import load_tokenizer
 from examples import calculator, guess_the_number, shop
-from tests.support.environments.buttons import make_presser
 from tests.support.environments.opened import open_block
+from tests.support.environments.talker import make_talker
 
 ROW = {"id": "1", "prompt": [{"role": "user", "content": "What is 12 * 12?"}], "answer": "#### 144"}
 
@@ -160,10 +160,10 @@ def test_every_visit_can_be_fulfilled_and_its_goal_says_how() -> None:
 
 
 def test_a_model_plays_the_customer(tiny_model: Path, tmp_path: Path) -> None:
-    presser = make_presser(tiny_model, tmp_path / "presser")
+    talker = make_talker(tiny_model, tmp_path / "talker", ["ok", "no", "bye"])
     block = {
         "class": "examples.shop:Shop",
-        "user": {"model": "sft", "prompt": "{goal} Say !b when it is done.", "stop": "!b", "max_tokens": 8},
+        "user": {"model": "sft", "prompt": "{goal} Say bye when it is done.", "stop": "bye", "max_tokens": 8},
         "tool_format": "regex:(?P<name>no such call)(?P<arguments>)",
         "max_turns": 3,
         "max_tokens": 120,
@@ -172,11 +172,11 @@ def test_a_model_plays_the_customer(tiny_model: Path, tmp_path: Path) -> None:
     config = EnvironmentConfig.model_validate(block)
     assert config.user is not None
     runtime = Runtime(device="cpu", engine=EngineConfig(name="transformers"), threads=1)
-    user = CheckpointUser(config.user, presser, runtime, "float32", where="test")
-    player = EnvironmentPlayer(config, open_environment(config), load_tokenizer(presser), 200, "test", user)
+    user = CheckpointUser(config.user, talker, runtime, "float32", where="test")
+    player = EnvironmentPlayer(config, open_environment(config), load_tokenizer(talker), 200, "test", user)
     rows = [visit | {"id": str(number)} for number, visit in enumerate(shop.visits(count=8))]
     player.check_rows(rows)
-    engine = open_transformers(presser, runtime, "float32")
+    engine = open_transformers(talker, runtime, "float32")
     tasks = [EpisodeTask(row, number) for number, row in enumerate(rows)]
     episodes = player.play(engine, tasks, temperature=1.0)
     player.close()
