@@ -1,4 +1,4 @@
-"""Warning signs in an update's metrics: collapse, exploding lengths, a score that rises while gold falls.
+"""Warning signs in an update's metrics: collapse, exploding lengths, a score that rises while gold falls, failures.
 
 A loss or gradient that is not finite stops the run by itself (``trainer.py``); these failures do not. They are found
 from logged metrics alone, so a resumed run raises what the uninterrupted one would have raised.
@@ -43,7 +43,7 @@ def alarms(history: Sequence[Entry]) -> list[Alarm]:
     if len(history) <= START:
         return []
     update = int(history[-1]["update"])
-    checks = (_collapse, _explosion, _over_optimization, _calls)
+    checks = (_collapse, _explosion, _over_optimization, _calls, _failures)
     raised = (check(history) for check in checks)
     return [Alarm(name, update, text) for name, text in raised if text]
 
@@ -125,6 +125,17 @@ def _calls(history: Sequence[Entry]) -> tuple[str, str]:
             "policy calls tools without coming to an answer. Score the end of an episode, or take something off a call"
         )
     return name, ""
+
+
+def _failures(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for an environment, or a simulated user, that fails in most of the episodes."""
+    rate = history[-1].get("failure_rate", 0.0)
+    if rate <= MANY_CUT:
+        return "failures", ""
+    return "failures", (
+        f"the environment, or the user that is simulated in it, failed in {rate:.0%} of the episodes: nothing is "
+        "learned from these. completions.jsonl has the reason of each as `failure`"
+    )
 
 
 def _change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float:

@@ -100,3 +100,11 @@ def test_calls_that_were_always_rare_are_no_collapse():
         entry["calls"] = 0.1
     entries[-1]["calls"] = 0.0
     assert alarms(entries) == []
+
+
+def test_environments_that_mostly_fail():
+    entries = episodes(failure_rate=0.5)
+    assert alarms(entries) == []
+    entries[-1]["failure_rate"] = 0.6
+    (alarm,) = alarms(entries)
+    assert alarm.name == "failures" and "failed in 60% of the episodes" in alarm.text
