@@ -85,7 +85,6 @@ def rename_user_stage(block: dict[str, Any], rename: Callable[[str], str]) -> di
     """Return a block with an ``environment``, as the YAML has it, with the stage of its user renamed."""
     environment = block.get(BLOCK)
     user = environment.get(USER) if isinstance(environment, dict) else None
-    name = user.get(MODEL) if isinstance(user, dict) else None
-    if not isinstance(name, str):
+    if not isinstance(environment, dict) or not isinstance(user, dict) or not isinstance(user.get(MODEL), str):
         return block
-    return {**block, BLOCK: {**environment, USER: {**user, MODEL: rename(name)}}}
+    return {**block, BLOCK: {**environment, USER: {**user, MODEL: rename(user[MODEL])}}}
