@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from align.capacity.memory import engine_memory
 from align.config.base import Precision
 from align.config.batch_sizes import CPU_STEP_TOKENS, SCORED_AT_ONCE
+from align.config.environment import EnvironmentConfig
 from align.config.runtime import Runtime
 from align.models.activations import FLOAT, SIZES, passing_per_token
 from align.models.architecture import Architecture
@@ -218,3 +219,11 @@ def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False
         "activations": load.pass_tokens * passing_per_token(model, size, FLOAT),
         "logits": 2 * size * logit_rows * model.vocabulary + chunk,
     }
+
+
+def environment_notes(environment: EnvironmentConfig) -> list[str]:
+    """Return what is left out of the estimate of a stage that plays episodes."""
+    notes = ["The time of the environment and its tools is not counted."]
+    if environment.user is not None:
+        notes.append(f"{environment.user.label}, which plays the user, is not counted.")
+    return notes

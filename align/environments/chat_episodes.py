@@ -15,7 +15,7 @@ from align.data.call_values import MalformedCall, call_from_json
 from align.data.tool_calls import ParsedTurn, ToolCall
 from align.environments.conversation import dialogue
 from align.environments.episode import Episode, Message, PolicyTurn
-from align.environments.episode_run import EpisodeRules, EpisodeRun, SampleTurn
+from align.environments.episode_run import EpisodeRules, EpisodeRun, SampleTurn, UserRules
 from align.environments.journal import Journal, Position
 from align.environments.player import EpisodePlayer, EpisodeTask
 from align.inference.protocol import Response, TurnRequest
@@ -64,7 +64,16 @@ def read_turn(answer: Answer) -> ChatTurn:
     if errors:
         written = [f"{call['name']}({call['arguments']})" for call in answer.tool_calls]
         text, calls = "\n".join([text, *written]).strip(), []
-    return ChatTurn([], [], answer.finished, text, calls, errors, answer.prompt_tokens, answer.completion_tokens)
+    return ChatTurn(
+        token_ids=[],
+        logprobs=[],
+        finished=answer.finished,
+        text=text,
+        calls=calls,
+        errors=errors,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+    )
 
 
 @dataclass
@@ -124,7 +133,7 @@ class NoTokens:
 class ChatResponse(Response):
     """A server's answer to a turn."""
 
-    answer: Answer
+    answer: Answer = field(kw_only=True)
 
 
 class ChatSession:
@@ -173,7 +182,7 @@ class ChatSession:
             if entry is None and not answer.error
         )
         return [
-            (place.episode, ChatResponse([], [], answer.finished, answer.text, answer))
+            (place.episode, ChatResponse([], [], answer.finished, answer.text, answer=answer))
             for place, answer in zip(places, answers, strict=True)
         ]
 
@@ -231,4 +240,5 @@ def chat_rules(config: EnvironmentConfig, has_step: bool) -> EpisodeRules:
         max_tokens=config.max_tokens,
         turn_max_tokens=config.turn_max_tokens or config.max_tokens,
         max_prompt_tokens=0,
+        user=None if config.user is None else UserRules(config.user.stop, config.user.opens),
     )

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from align.config.environment import EnvironmentConfig
-from align.config.launch import world_size
-from align.config.simulated_user import USER_INPUT
 from align.data.tool_calls import tool_call_format
 from align.environments.environment import EnvironmentSource
 from align.environments.episode import Episode
@@ -20,7 +18,7 @@ from align.environments.player import EpisodePlayer, EpisodeTask, Progress
 from align.environments.simulated_user import SimulatedUser
 from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
-from align.environments.user_models import UserResources, open_user
+from align.environments.user_models import open_stage_user
 from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Session
@@ -157,7 +155,7 @@ def open_player(
         return None
     place = f"{context.name}.environment"
     source = open_environment(config, place)
-    user = None if config.user is None else _open_user(context, f"{place}.user")
+    user = open_stage_user(context)
     limit = context.config.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
     player = EnvironmentPlayer(config, source, tokenizer, limit, context.name, user)
     if player.training_template:
@@ -166,18 +164,3 @@ def open_player(
             f"training template {player.training_template}"
         )
     return player
-
-
-def _open_user(context: StageContext, place: str) -> SimulatedUser:
-    """Open the model that plays the user of a stage's episodes."""
-    artifact = context.inputs.get(USER_INPUT)
-    resources = UserResources(
-        runtime=context.runtime,
-        precision=context.config.precision,
-        folder=context.checkpoints,
-        shared=context.cache,
-        warn=context.warn,
-        on_hang=context.fail_at_once,
-        processes=world_size(),
-    )
-    return open_user(context.config.environment.user, None if artifact is None else artifact.model, resources, place)

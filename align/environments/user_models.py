@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.config.base import Precision
+from align.config.launch import world_size
 from align.config.runtime import Runtime
-from align.config.simulated_user import SimulatedUserConfig
+from align.config.simulated_user import USER_INPUT, SimulatedUserConfig
 from align.environments.simulated_user import SimulatedUser
 from align.inference.watchdog import OnHang
+from align.pipeline.context import StageContext
 
 FOLDER = "user"
 """Folder of a server's answers."""
@@ -64,3 +66,22 @@ def open_user(
     )
     user.check()
     return user
+
+
+def open_stage_user(context: StageContext) -> SimulatedUser | None:
+    """Open the model that plays the user of a stage's episodes; None where its environment has none."""
+    config = context.config.environment.user
+    if config is None:
+        return None
+    artifact = context.inputs.get(USER_INPUT)
+    resources = UserResources(
+        runtime=context.runtime,
+        precision=context.config.precision,
+        folder=context.checkpoints,
+        shared=context.cache,
+        warn=context.warn,
+        on_hang=context.fail_at_once,
+        processes=world_size(),
+    )
+    model_dir = None if artifact is None else artifact.model
+    return open_user(config, model_dir, resources, f"{context.name}.environment.user")

@@ -78,6 +78,7 @@ def sample_episodes(
                 PromptResponses.of_episodes(row, row_episodes, parts.tools)
                 for row, row_episodes in zip(split_rows, episodes, strict=True)
             ]
+        usage = parts.user_usage()
     finally:
         parts.close()
         engine.close()
@@ -89,7 +90,7 @@ def sample_episodes(
         if config.cut_off_score is not None:
             _score_cut_off(prompts, config.cut_off_score)
     results = [_result(context, split, prompts) for split, prompts in responses.items()]
-    return results, {"engine": parts.engine_name, **parts.speed()}
+    return results, {"engine": parts.engine_name, **parts.speed(), **usage}
 
 
 def _score_cut_off(prompts: list[PromptResponses], score: float) -> None:

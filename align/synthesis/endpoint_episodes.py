@@ -7,7 +7,7 @@ in a journal, so that a killed stage makes no finished call again.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.config.batch_sizes import EPISODES_TOGETHER
@@ -18,6 +18,8 @@ from align.environments.journal import Journal
 from align.environments.player import EpisodeTask, episode_tasks
 from align.environments.prompted_turns import with_system
 from align.environments.sources import open_environment
+from align.environments.user_models import open_stage_user
+from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.requests import Request
 from align.pipeline.context import StageContext
@@ -36,10 +38,13 @@ class EndpointEpisodes:
         self.tools: list[dict[str, Any]] = source.tools
         self._rules = chat_rules(config, source.has_step)
         self._pool = EnvironmentPool(source, config.workers, config.tool_seconds, config.isolation)
+        self._user = open_stage_user(context)
         self._with_system = with_system(context.config.system)
 
     def play(self, name: str, rows: Sequence[dict[str, Any]], samples: int) -> list[list[Episode]]:
         """Return ``samples`` episodes of each row; ``name`` tells these rows from those of other calls."""
+        for row in rows if self._user is not None else ():
+            self._read_user_prompt(row)
         tasks = episode_tasks(rows, samples, self.context.seed, name)
         episodes: list[Episode] = []
         for start in range(0, len(tasks), EPISODES_TOGETHER):
@@ -50,10 +55,23 @@ class EndpointEpisodes:
         # The journal stays until the stage ends: answers are asked for again by every attempt, which counts their cost.
         journal = Journal(self.context.checkpoints / FOLDER / f"{name}.journal", self._key(tasks))
         try:
+            turns = None if self._user is None else UserTurns(self._user, self._read_user_prompt, journal)
+            if self._user is not None:
+                self._user.load()
             session = ChatSession(self._request, self._ask, journal)
-            return ChatPlayer(self._pool, self._rules, session, journal).play(tasks)
+            return ChatPlayer(self._pool, self._rules, session, journal, user=turns).play(tasks)
         finally:
             journal.close()
+
+    def _read_user_prompt(self, row: Mapping[str, Any]) -> str:
+        """Return the system message of the user's model for a row. Raises ``UserError`` for a column it lacks."""
+        user = self.context.config.environment.user
+        return str(user.system_message(row, f"{self.context.name}.environment.user"))
+
+    def user_usage(self) -> dict[str, Any]:
+        """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
+        usage = {} if self._user is None else self._user.usage()
+        return {"user": usage} if usage else {}
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:
         """Return a digest of all that the episodes depend on."""
@@ -82,5 +100,7 @@ class EndpointEpisodes:
         )
 
     def close(self) -> None:
-        """End the environment's workers."""
+        """End the environment's workers, and free the user's model."""
         self._pool.close()
+        if self._user is not None:
+            self._user.close()

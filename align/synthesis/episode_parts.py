@@ -62,6 +62,7 @@ class EpisodeParts:
 
     def play(self, name: str, rows: Sequence[dict[str, Any]], samples: int) -> list[list[Episode]]:
         """Return ``samples`` episodes of each row; ``name`` tells these rows from those of other calls."""
+        self.player.check_rows(rows)
         tasks = episode_tasks(rows, samples, self.context.seed, name)
         episodes: list[Episode] = []
         for start in range(0, len(tasks), EPISODES_TOGETHER):
@@ -119,6 +120,10 @@ class EpisodeParts:
     def speed(self) -> dict[str, float]:
         """Return the tokens sampled, and the tokens per second of this attempt."""
         return {"tokens": self.tokens, "tokens_per_second": self.new_tokens / self.seconds if self.seconds else 0.0}
+
+    def user_usage(self) -> dict[str, Any]:
+        """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
+        return self.player.user_usage()
 
     def close(self) -> None:
         """End the environment's workers."""

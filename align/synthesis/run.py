@@ -70,6 +70,8 @@ class _Synthesis:
         self.scorer = self._open_scorer()
         self.engines: Any = None
         self.played: list[Episode] = []
+        self.user_usage: dict[str, Any] = {}
+        """Requests, tokens and cost of a server that plays the user of episodes."""
         """Episodes of both splits, where an environment plays them."""
         self._last_progress = 0.0
         self.model = self._backend("model", config.endpoint, "endpoint")
@@ -204,6 +206,7 @@ class _Synthesis:
                     for row, row_episodes in zip(rows, episodes, strict=True)
                 ]
                 self.played += [episode for row_episodes in episodes for episode in row_episodes]
+            self.user_usage = parts.user_usage()
         finally:
             parts.close()
         report_failures(self.context, self.played)
@@ -343,6 +346,7 @@ class _Synthesis:
             **({} if self.scorer is None else judge_usage(self.scorer.parts)),
             "engines": [] if self.engines is None else self.engines.names,
             **episode_rates(self.played),
+            **self.user_usage,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from align.config.runtime import EngineConfig, Runtime
+from align.config.simulated_user import USER_INPUT
 from align.config.stages.sample import SampleConfig
 from align.data.rows import read_rows, user, write_rows
 from align.environments import player as episode_player
@@ -106,6 +108,16 @@ def test_pairs_are_whole_episodes_that_dpo_can_train_on(presser: Path, tmp_path:
             turns = [message for message in pair[side] if message["role"] == "assistant"]
             assert text.count("<|im_end|>") == len(turns) - (not pair[f"{side}_finished"])
             assert "A" not in text and "B" not in text
+
+
+def test_a_checkpoint_plays_the_user(presser: Path, tmp_path: Path) -> None:
+    environment = ENVIRONMENT | {"max_tokens": 80, "user": {"model": "sft", "prompt": "ab", "max_tokens": 8}}
+    context = make_context(tmp_path, presser, environment=environment)
+    inputs = context.inputs | {USER_INPUT: context.inputs["policy"]}
+    metrics = run(replace(context, inputs=inputs))
+    assert metrics["train_turns"] > 1 and "user" not in metrics
+    sides = [pair[side] for pair in read_rows(context.output / "train.parquet") for side in ("chosen", "rejected")]
+    assert any(message["role"] == "user" for side in sides for message in side)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "simpo", "reward"])

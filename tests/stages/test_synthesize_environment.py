@@ -194,6 +194,27 @@ def test_an_endpoint_plays_with_tools(fake: FakeChat, tmp_path: Path) -> None:
     assert all(episode["turns"][0]["text"] == "" for line in lines for episode in line["episodes"])
 
 
+def test_an_endpoint_speaks_with_a_simulated_user(fake: FakeChat, tmp_path: Path) -> None:
+    """The user's server is another one, which sees no call and no result."""
+    buyer = FakeChat(lambda body: completion("That is all. BYE" if len(body["messages"]) > 5 else "And then?"))
+    try:
+        said = {"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE"}
+        fields = endpoint_fields(fake, max_turns=6, user=said)
+        context = make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **fields)
+        metrics = run(context)
+    finally:
+        buyer.stop()
+    assert metrics["user"]["requests"] == len(buyer.bodies) > 3
+    for body in buyer.bodies[1:]:
+        assert body["messages"][0] == {"role": "system", "content": "You buy."} and "tools" not in body
+        assert all(message["role"] in ("system", "user", "assistant") for message in body["messages"])
+        assert not any("tool_calls" in message for message in body["messages"])
+    for row in read_rows(context.output / "train.parquet"):
+        # The words by which it ends the conversation answer nothing that is learned.
+        assert [message["content"] for message in row["completion"] if message["role"] == "user"] == ["And then?"]
+        assert row["completion"][-1]["role"] == "assistant"
+
+
 def test_an_endpoint_plays_a_game_without_tools(fake: FakeChat, tmp_path: Path) -> None:
     def count_up(body: dict[str, Any]) -> dict[str, Any]:
         return completion(str(sum(message["role"] == "assistant" for message in body["messages"]) + 1))

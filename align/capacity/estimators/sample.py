@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from align.capacity.inference import Inference, Rows, SamplingLoad, reward_scoring
+from align.capacity.inference import Inference, Rows, SamplingLoad, environment_notes, reward_scoring
 from align.config.batch_sizes import EPISODES_TOGETHER, SAMPLE_CHUNK
 from align.config.scores import describe_score
 from align.config.stages.sample import SampleConfig
@@ -33,7 +33,7 @@ def inference(
     scoring = [reward_scoring("reward", model, load.sequences, load.length) for model in rewards]
     notes = []
     if config.environment is not None:
-        notes.append("The time of the environment and its tools is not counted.")
+        notes += environment_notes(config.environment)
     if config.score not in (None, "gold"):
         notes.append(f"The time of {describe_score(config.score)}, which scores, is not counted.")
     return Inference(

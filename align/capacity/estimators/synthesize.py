@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from align.capacity.inference import Inference, Rows, SamplingLoad, reward_scoring
+from align.capacity.inference import Inference, Rows, SamplingLoad, environment_notes, reward_scoring
 from align.config.batch_sizes import EPISODES_TOGETHER, SYNTHESIS_CHUNK
 from align.config.stages.synthesis_tasks import InstructionsTask
 from align.config.stages.synthesize import SynthesizeConfig
@@ -47,7 +47,7 @@ def inference(
     rewards = (*models.get("reward", ()), *models.get("score.reward", ()))
     scoring = tuple(reward_scoring("reward", model, answers, length) for model in rewards)
     servers = _servers(config)
-    notes = [] if config.environment is None else ["The time of the environment and its tools is not counted."]
+    notes = [] if config.environment is None else environment_notes(config.environment)
     is_counted = bool(answering or judging or scoring)
     return Inference(
         precision=config.precision,
