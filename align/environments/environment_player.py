@@ -114,7 +114,9 @@ class EnvironmentPlayer:
 
     def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Raise ``UserError`` for a row without a column that the user's prompt quotes."""
-        for row in rows if self.user is not None else ():
+        if self.user is None:
+            return
+        for row in rows:
             self.read_user_prompt(row)
 
     def close(self) -> None:
