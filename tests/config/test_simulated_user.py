@@ -13,6 +13,7 @@ from align.config.stages.evaluate import EvaluateConfig
 from align.config.validation import validate
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.registry import STAGES as STAGE_KINDS
 
 CLASSES, TOOLS = "tests.support.environments.classes", "tests.support.environments.tools"
 USER = {"model": "model", "prompt": "You want {goal}."}
@@ -139,6 +140,8 @@ def test_a_user_is_renamed_with_its_stage() -> None:
     assert renamed == {"environment": {"class": "a:B", "user": {"model": "sft-2"}}, "policy": "sft"}
     for other in ({}, {"environment": None}, {"environment": {"user": {"endpoint": ENDPOINT}}}):
         assert rename_user_stage(other, str.upper) is other
+    for kind in ("ppo", "grpo", "rloo", "online_dpo", "rejection", "sample", "synthesize"):
+        assert STAGE_KINDS[kind].config_class().rename_stages(block, lambda name: f"{name}-2") == renamed, kind
 
 
 def test_a_loop_plays_each_round_against_the_policy_of_the_one_before() -> None:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from align.config.base import Config, Precision, stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, rename_score_stages, score_identities
+from align.config.simulated_user import rename_user_stage
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
@@ -88,5 +89,5 @@ class SampleConfig(Config):
 
     @classmethod
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-        """Return the block as the YAML has it, with the reward stages of its ``score`` renamed."""
-        return rename_score_stages(block, rename)
+        """Return the block as the YAML has it, with the stages that its ``score`` and ``environment`` name renamed."""
+        return rename_user_stage(rename_score_stages(block, rename), rename)

@@ -14,6 +14,7 @@ from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.judge import JudgeConfig
 from align.config.located_paths import UserPath
 from align.config.scores import Score, rename_score_stages, score_identities
+from align.config.simulated_user import rename_user_stage
 from align.config.stages.sample import SplitCounts
 from align.config.stages.synthesis_tasks import PairsTask, Task
 from align.errors import UserError
@@ -168,5 +169,5 @@ class SynthesizeConfig(Config):
 
     @classmethod
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-        """Return the block as the YAML has it, with the reward stages of its ``score`` renamed."""
-        return rename_score_stages(block, rename)
+        """Return the block as the YAML has it, with the stages that its ``score`` and ``environment`` name renamed."""
+        return rename_user_stage(rename_score_stages(block, rename), rename)
