@@ -26,6 +26,7 @@ from align.errors import UserError, printable
 from align.pipeline.pipeline import Pipeline, PipelineConfig
 from align.pipeline.registry import STAGES
 from align.pipeline.stage_kinds import stage_of
+from tests.support.pipeline.shipped import is_runnable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCALARS = [
@@ -42,7 +43,7 @@ SCALARS = [
 def shipped() -> dict[str, tuple[Path, str]]:
     """A shipped pipeline and the name of a stage in it for each kind that there is one of."""
     stages_by_kind: dict[str, tuple[Path, str]] = {}
-    for path in sorted((REPOSITORY / "pipelines").rglob("*.yaml")):
+    for path in filter(is_runnable, sorted((REPOSITORY / "pipelines").rglob("*.yaml"))):
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         for name, block in raw.get("stages", {}).items():
             if name != "loop" and block.get("stage") != "loop":
