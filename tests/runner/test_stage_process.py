@@ -137,8 +137,8 @@ class Process(Listener):
     def stage_event(self, node: Node, event: dict[str, Any]) -> None:
         if self.command:
             return
-        # The last of the family is the deepest: below the runner the server, below that the stage.
-        stage = psutil.Process().children(recursive=True)[-1]
+        # The stage is the youngest of the family; a server of other tests may be in it, too.
+        stage = max(psutil.Process().children(recursive=True), key=psutil.Process.create_time)
         self.command, self.session = " ".join(stage.cmdline()), os.getsid(stage.pid) - stage.pid
         if self.kill is not None:
             os.kill(self.kill, signal.SIGKILL)
