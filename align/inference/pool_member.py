@@ -25,7 +25,7 @@ class Member:
         self.ready = False
         """True while it holds the weights that it was given last."""
         self.is_loading = False
-        """True while it reads new ones during a session."""
+        """True while it reads new ones during a session, and until the session has seen how that ended."""
         self.coming_back = False
 
     @property

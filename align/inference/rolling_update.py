@@ -38,18 +38,22 @@ class RollingUpdate:
                 self._begin(member)
 
     def wait(self) -> None:
-        """Wait until no server reads weights."""
+        """Wait until no server reads weights, and lose those that could not."""
         wait(self._loads.values())
         if self._threads is not None:
             self._threads.shutdown()
+        # Nothing is sampled any more, so a server that held others' weights spoils nothing.
+        self._take_results(is_over=True)
 
-    def _take_results(self) -> None:
+    def _take_results(self, is_over: bool = False) -> None:
         for member in [member for member, load in self._loads.items() if load.done()]:
+            # Until now nobody compared what it holds: a load that failed halfway would look like weights of others.
+            member.is_loading = False
             try:
                 self._loads.pop(member).result()
             except WeightsChanged as error:
                 # A server that was restarted has spoiled no turn: those that it had were checked.
-                if not error.restarted:
+                if not (error.restarted or is_over):
                     raise
                 self.dispatcher.lose(member, error)
             except FAULTS as error:
@@ -66,7 +70,6 @@ class RollingUpdate:
                 member.engine.check_weights(content=True)
                 member.read(version)
             finally:
-                member.is_loading = False
                 self.dispatcher.wake()
 
         self._loads[member] = self._threads.submit(load)

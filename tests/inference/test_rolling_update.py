@@ -14,7 +14,7 @@ from align.inference.pool import PoolEngine
 from align.inference.protocol import Response, Sampling, TurnRequest
 from align.inference.server_client import EngineLost, WeightsChanged
 from align.inference.server_worker import LOAD
-from align.inference.sessions import open_session
+from align.inference.sessions import PoolSession, open_session
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import FakeServer, completion
 from tests.support.inference.server_harness import PROMPTS, soon, wait_for
@@ -255,8 +255,26 @@ def test_a_server_that_cannot_read_the_weights_is_lost(
         turns |= next_turns(session)
     assert {version_of(response) for response in turns.values()} == {new}
     session.close()
-    pool.adopt(new)  # where the other one had answered all turns before its refusal came
     assert len(warnings) == 1 and "no room" in warnings[0] and "Server 1 of 2 is lost" in warnings[0]
+
+
+def test_a_load_that_failed_is_seen_by_the_session_first(
+    fakes: list[VersionedServer], opened: Opened, offer: Offer, warnings: list[str]
+) -> None:
+    """What the server holds is compared with nothing before, and the server is lost once."""
+    pool = opened(restarts=0)
+    member = pool.members[0]
+    fakes[0].refuses_weights = True
+    session = open_session(pool, 1.0)
+    offer(pool, 1)
+    session.submit(turn(0))
+    assert isinstance(session, PoolSession)
+    wait_for(lambda: all(load.done() for load in session.rolling_update._loads.values()))
+    fakes[0].holding["content"] = "half of the new ones"
+    assert member.is_loading and member.ready
+    pool.check_weights(sampled=True)
+    session.close()
+    assert not member.is_loading and not member.ready and member.losses == 1 and len(warnings) == 1
 
 
 def test_where_no_server_can_read_the_weights_the_session_ends(
