@@ -149,8 +149,8 @@ class EpisodeRun:
         elif self.rules.user is None:
             self._end("finished")
         elif self._is_last_turn and self.rules.user.stop is None:
-            # Nobody would read the answer.
-            self._end("max_turns")
+            # A user without a word for the end speaks until the last turn: this is the whole conversation.
+            self._end("finished")
         else:
             self._ask_user()
 

@@ -70,9 +70,9 @@ class _Synthesis:
         self.scorer = self._open_scorer()
         self.engines: Any = None
         self.played: list[Episode] = []
+        """Episodes of both splits, where an environment plays them."""
         self.user_usage: dict[str, Any] = {}
         """Requests, tokens and cost of a server that plays the user of episodes."""
-        """Episodes of both splits, where an environment plays them."""
         self._last_progress = 0.0
         self.model = self._backend("model", config.endpoint, "endpoint")
         self.judge = None

@@ -125,7 +125,7 @@ def test_after_the_last_turn_only_a_user_who_may_end_the_conversation_is_asked()
     assert run.episode.stop == "max_turns" and run.episode.messages[-1] == user("And a chair.")
     endless = begun(stop=None, max_turns=1)
     endless.take_turn(turn("Done."))
-    assert endless.episode.stop == "max_turns" and not endless.episode.user_answers
+    assert endless.episode.stop == "finished" and not endless.episode.user_answers
 
 
 def test_an_answer_is_cut_like_a_result_and_counts_for_the_tokens_of_the_episode() -> None:
