@@ -23,7 +23,7 @@ from align.environments.journal import Journal
 from align.environments.player import EpisodeTask, Progress
 from align.inference.protocol import Response, Session, TurnRequest
 from align.inference.sessions import open_session
-from benchmarks.episodes_work import EpisodeShape, Script, ScriptedTurn, load_tokenizer, read_work
+from benchmarks.episodes_work import NO_MARKUP, EpisodeShape, Markup, Script, ScriptedTurn, load_tokenizer, read_work
 from benchmarks.ppo_align import TUNINGS
 from benchmarks.ppo_trl import LEARNING_RATE
 from benchmarks.ppo_work import TRL_METHODS
@@ -32,8 +32,8 @@ from benchmarks.ppo_work import TRL_METHODS
 class ScriptedSession:
     """A session whose turns have given lengths and endings; a ``Session``."""
 
-    def __init__(self, session: Session, script: Script, tokenizer: Any) -> None:
-        self.session, self.script, self.tokenizer = session, script, tokenizer
+    def __init__(self, session: Session, script: Script, tokenizer: Any, markup: Markup = NO_MARKUP) -> None:
+        self.session, self.script, self.tokenizer, self.markup = session, script, tokenizer, markup
         self.is_lockstep = session.is_lockstep
         self._turns = [0] * len(script)
         """Turns of each episode that were asked for."""
@@ -57,7 +57,7 @@ class ScriptedSession:
 
     def _complete(self, key: int, response: Response) -> Response:
         turn: ScriptedTurn = self.script[key][self._turns[key] - 1]
-        ids = turn.complete(response.token_ids)
+        ids = turn.complete(response.token_ids, self.markup)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Response(ids, response.logprobs[: len(ids)], True, text)
 
@@ -99,7 +99,7 @@ class ScriptedPlayer(EnvironmentPlayer):
 
     def __init__(self, *arguments: Any, scripts: Sequence[Script]) -> None:
         super().__init__(*arguments)
-        self._scripts = iter(scripts)
+        self._scripts, self._markup = iter(scripts), Markup.of(self.tokenizer)
         self.counts: list[dict[str, int]] = []
         """Tokens and calls of each update."""
 
@@ -116,7 +116,7 @@ class ScriptedPlayer(EnvironmentPlayer):
         """Return an episode for each task, in order. Raises ``RuntimeError`` for one that leaves the script."""
         script = next(self._scripts)
         with forced_lengths(engine):
-            session = ScriptedSession(open_session(engine, temperature), script, self.tokenizer)
+            session = ScriptedSession(open_session(engine, temperature), script, self.tokenizer, self._markup)
             try:
                 episodes = self.play_in(session, tasks, journal, on_progress, weights_update)
             finally:

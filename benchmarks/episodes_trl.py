@@ -20,7 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.episodes_work import EpisodeShape, Script, ScriptedTurn, Shelf, count_calls, load_tokenizer, read_work
+from benchmarks.episodes_work import (
+    NO_MARKUP,
+    EpisodeShape,
+    Markup,
+    Script,
+    ScriptedTurn,
+    Shelf,
+    count_calls,
+    load_tokenizer,
+    read_work,
+)
 from benchmarks.ppo_trl import LEARNING_RATE
 
 
@@ -86,9 +96,11 @@ class PhaseClock:
 class ScriptedTurns:
     """Around ``_generate_single_turn``: the turns of the script, one for every row that trl carries on."""
 
-    def __init__(self, scripts: Sequence[Script], limit: Callable[[list[int]], Any]) -> None:
+    def __init__(
+        self, scripts: Sequence[Script], limit: Callable[[list[int]], Any], markup: Markup = NO_MARKUP
+    ) -> None:
         """``limit`` tells the engine the lengths of the rows to come."""
-        self._scripts, self._limit = iter(scripts), limit
+        self._scripts, self._limit, self._markup = iter(scripts), limit, markup
         self._left: list[Iterator[ScriptedTurn]] = []
 
     def begin(self) -> None:
@@ -110,7 +122,7 @@ class ScriptedTurns:
                 raise RuntimeError(f"trl carries on {len(prompt_ids)} episodes; the script has {len(turns)}")
             self._limit([turn.length for turn in turns])
             sampled, logprobs = function(prompt_ids, *args, **kwargs)
-            completed = [turn.complete(ids) for turn, ids in zip(turns, sampled, strict=True)]
+            completed = [turn.complete(ids, self._markup) for turn, ids in zip(turns, sampled, strict=True)]
             if logprobs is not None:
                 logprobs = [row[: turn.length] for turn, row in zip(turns, logprobs, strict=True)]
             return completed, logprobs
@@ -234,7 +246,7 @@ def measure(work: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
         if options.engine == "vllm":
             limit = limit_vllm(trainer)
             repair_weights(trainer)
-        turns = ScriptedTurns(work["script"], limit)
+        turns = ScriptedTurns(work["script"], limit, Markup.of(trainer.processing_class))
         generate, expected = trainer._generate, iter(work["script"])
 
         def generate_scripted(prompts: list[Any]) -> Any:

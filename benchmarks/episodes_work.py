@@ -4,7 +4,8 @@
 
 A model that has not learned to call tools calls none, so turns follow a script, drawn once for both sides: a turn is
 sampled to the length that the script gives it, and its last tokens are then replaced by a tool call, or by the end of
-the turn. Calls are parsed, tools run and results are rendered by each side as always. Torch-free at import.
+the turn. So are tokens of which the model may have begun a call of its own. Calls are parsed, tools run and results are
+rendered by each side as always. Torch-free at import.
 """
 
 from __future__ import annotations
@@ -56,6 +57,25 @@ class EpisodeShape:
 
 
 @dataclass(frozen=True)
+class Markup:
+    """Tokens of which a model may happen to write a call, which would be none of the script's."""
+
+    ids: frozenset[int] = frozenset()
+    filler: int = 0
+    """Token that stands in their place."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Markup:
+        """Return the tokens with ``<`` and the special tokens."""
+        opening = {id for token, id in tokenizer.get_vocab().items() if "<" in token}
+        filler = tokenizer("a", add_special_tokens=False)["input_ids"][0]
+        return cls(frozenset(opening | set(tokenizer.all_special_ids)), filler)
+
+
+NO_MARKUP = Markup()
+
+
+@dataclass(frozen=True)
 class ScriptedTurn:
     """A turn of ``length`` tokens, the last of which are ``tail``: a call and the end of the turn."""
 
@@ -67,11 +87,12 @@ class ScriptedTurn:
         """Tokens that stay as they were sampled."""
         return self.length - len(self.tail)
 
-    def complete(self, sampled: Sequence[int]) -> list[int]:
-        """Return the turn, out of at least ``length`` sampled tokens."""
+    def complete(self, sampled: Sequence[int], markup: Markup = NO_MARKUP) -> list[int]:
+        """Return the turn, out of at least ``length`` sampled tokens, with ``markup`` replaced."""
         if len(sampled) < self.length:
             raise RuntimeError(f"a turn has {len(sampled)} sampled tokens; the script has {self.length}")
-        return [*sampled[: self.sampled], *self.tail]
+        kept = [markup.filler if token in markup.ids else token for token in sampled[: self.sampled]]
+        return [*kept, *self.tail]
 
 
 Script = list[list[ScriptedTurn]]

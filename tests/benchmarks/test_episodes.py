@@ -25,6 +25,7 @@ from benchmarks.episodes_trl import PhaseClock, ScriptedTurns, TrlShelf
 from benchmarks.episodes_trl import count_tokens as count_trl_tokens
 from benchmarks.episodes_work import (
     EpisodeShape,
+    Markup,
     ScriptedTurn,
     ShelfEnvironment,
     count_calls,
@@ -152,6 +153,11 @@ def test_a_turn_keeps_its_length_and_gets_its_ending():
     assert turn.complete([1, 2, 3, 4, 5]) == [1, 2, 8, 9]
     with pytest.raises(RuntimeError, match="3 sampled tokens; the script has 4"):
         turn.complete([1, 2, 3])
+
+
+def test_a_call_that_the_model_began_is_replaced():
+    turn = ScriptedTurn(4, [8, 9])
+    assert turn.complete([1, 2, 3, 4], Markup(frozenset({2, 3}), 7)) == [1, 7, 8, 9]
 
 
 def test_both_environments_have_the_same_tool_and_score():
