@@ -37,14 +37,16 @@ class EndpointUser:
         where: str,
         warn: Callable[[str], object],
         processes: int = 1,
+        outage_fails_episodes: bool = False,
     ) -> None:
         """Open the caches: ``folder`` survives a kill of the stage, ``shared`` spares other runs the same requests.
 
-        ``processes`` of one stage that ask at the same time share what is left of the budget. Raises ``UserError`` when
-        the endpoint's key is not in the environment.
+        ``processes`` of one stage that ask at the same time share what is left of the budget. With
+        ``outage_fails_episodes`` a lost server fails the episodes that it did not answer, else it ends the stage.
+        Raises ``UserError`` when the endpoint's key is not in the environment.
         """
         assert config.endpoint is not None
-        self._config, self._where = config, where
+        self._config, self._where, self._outage_fails_episodes = config, where, outage_fails_episodes
         # A request that the server rejects (a content filter, a length) costs one episode, not the run.
         self._endpoint = Endpoint(config.endpoint, drop=True, place=f"{where}.endpoint")
         cache, shared_cache = open_caches(folder, shared, "answers", warn)
@@ -61,9 +63,10 @@ class EndpointUser:
             raise UserError(f"{self._where}.endpoint: the server {answer.error}.")
 
     def answer(self, requests: Sequence[UserRequest]) -> list[UserAnswer]:
-        """Return an answer to each request, in their order; a failure where the server gave none in all attempts.
+        """Return an answer to each request, in their order; a failure where the server gave none that can be used.
 
-        Raises ``UserError`` for settings that the server refuses, and for a spent budget.
+        Raises ``UserError`` for settings that the server refuses, and for a spent budget. Raises ``EndpointLost`` for a
+        request that runs out of attempts, unless that fails its episode; what was answered until then is cached.
         """
         asked = [
             Request(
@@ -78,6 +81,8 @@ class EndpointUser:
         try:
             return [self._read(answer) for answer in self._client.ask(self._endpoint, asked, NAME)]
         except EndpointLost as error:
+            if not self._outage_fails_episodes:
+                raise
             # What was answered before the server was lost is in the cache.
             cached = [self._client.cache.get(request.key) for request in asked]
             lost = UserAnswer(failure=error.problem)

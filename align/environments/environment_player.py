@@ -146,18 +146,23 @@ class EnvironmentPlayer:
 
 
 def open_player(
-    context: StageContext, tokenizer: Any, max_prompt_tokens: int | None = None
+    context: StageContext,
+    tokenizer: Any,
+    max_prompt_tokens: int | None = None,
+    *,
+    outage_fails_episodes: bool = False,
 ) -> EnvironmentPlayer | None:
     """Return the player of a stage's ``environment``; None where it has none.
 
-    ``max_prompt_tokens`` are the config's, where they are not given.
+    ``max_prompt_tokens`` are the config's, where they are not given. For ``outage_fails_episodes`` see
+    ``UserResources``.
     """
     config = context.config.environment
     if config is None:
         return None
     place = f"{context.name}.environment"
     source = open_environment(config, place)
-    user = open_stage_user(context)
+    user = open_stage_user(context, outage_fails_episodes=outage_fails_episodes)
     limit = context.config.max_prompt_tokens if max_prompt_tokens is None else max_prompt_tokens
     player = EnvironmentPlayer(config, source, tokenizer, limit, context.name, user)
     if player.training_template:

@@ -61,7 +61,7 @@ class Rehearsal:
         config = self.environment.user
         if config is None:
             return None
-        resources = UserResources(self.runtime, self.precision, folder, None, warn)
+        resources = UserResources(self.runtime, self.precision, folder, None, warn, outage_fails_episodes=True)
         return open_user(config, self.user_dir, resources, f"{self.where}.environment.user")
 
     def open_engine(self, warn: Any) -> RolloutEngine:

@@ -32,6 +32,9 @@ class UserResources:
     on_hang: OnHang | None = None
     processes: int = 1
     """Processes of the stage, which share a server's budget."""
+    outage_fails_episodes: bool = False
+    """Whether a server that is lost fails the episodes that it did not answer. Else ``EndpointLost`` ends the stage:
+    what is stored for good should hold no outage."""
 
 
 def open_user(
@@ -63,13 +66,17 @@ def open_user(
         where=where,
         warn=resources.warn,
         processes=resources.processes,
+        outage_fails_episodes=resources.outage_fails_episodes,
     )
     user.check()
     return user
 
 
-def open_stage_user(context: StageContext) -> SimulatedUser | None:
-    """Open the model that plays the user of a stage's episodes; None where its environment has none."""
+def open_stage_user(context: StageContext, *, outage_fails_episodes: bool = False) -> SimulatedUser | None:
+    """Open the model that plays the user of a stage's episodes; None where its environment has none.
+
+    For ``outage_fails_episodes`` see ``UserResources``.
+    """
     config = context.config.environment.user
     if config is None:
         return None
@@ -82,6 +89,7 @@ def open_stage_user(context: StageContext) -> SimulatedUser | None:
         warn=context.warn,
         on_hang=context.fail_at_once,
         processes=world_size(),
+        outage_fails_episodes=outage_fails_episodes,
     )
     model_dir = None if artifact is None else artifact.model
     return open_user(config, model_dir, resources, f"{context.name}.environment.user")

@@ -78,7 +78,8 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     config: RolloutFields = context.config
     source = context.artifact("policy").model
     # All checks come before the engine, whose start may take minutes.
-    player = open_player(context, load_tokenizer(source))
+    # A rollout is used once, so that a server's outage may fail episodes: the update goes on.
+    player = open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
     prompts = _read_prompts(context)

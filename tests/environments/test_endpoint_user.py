@@ -14,6 +14,7 @@ from align.environments.endpoint_user import EndpointUser
 from align.environments.simulated_user import UserAnswer, UserRequest
 from align.errors import UserError
 from align.inference import endpoint_client
+from align.inference.endpoint_client import EndpointLost
 from tests.support.inference.fake_chat import FakeChat, completion
 
 SYSTEM = {"role": "system", "content": "You want a lamp."}
@@ -36,11 +37,21 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def open_user(server: FakeChat, tmp_path: Path) -> Open:
     """Opens a user at the server as another process would, with the same folder."""
 
-    def open_(endpoint: dict[str, Any] | None = None, folder: str = "user", **fields: Any) -> EndpointUser:
+    def open_(
+        endpoint: dict[str, Any] | None = None,
+        folder: str = "user",
+        outage_fails_episodes: bool = True,
+        **fields: Any,
+    ) -> EndpointUser:
         block = {"url": server.url, "model": "good-model", "retries": 1, "concurrency": 2} | (endpoint or {})
         config = SimulatedUserConfig(endpoint=block, **{"prompt": "You.", "max_tokens": 9} | fields)  # type: ignore[arg-type]
         return EndpointUser(
-            config, tmp_path / folder, None, where="ppo.environment.user", warn=lambda text: pytest.fail(text)
+            config,
+            tmp_path / folder,
+            None,
+            where="ppo.environment.user",
+            warn=lambda text: pytest.fail(text),
+            outage_fails_episodes=outage_fails_episodes,
         )
 
     return open_
@@ -105,6 +116,20 @@ def test_a_server_that_is_gone_fails_what_it_did_not_answer(server: FakeChat, op
     assert answers[0] == UserAnswer("A lamp.")
     for answer in answers[1:]:
         assert "could not be asked" in answer.failure and "gave up after 2 attempts" in answer.failure
+
+
+def test_a_server_that_is_gone_ends_a_stage_that_keeps_its_episodes(server: FakeChat, open_user: Open) -> None:
+    speaker = open_user({"concurrency": 1}, outage_fails_episodes=False)
+    lost = seed_of(server, asked(1, 2), open_user)
+    server.reply = lambda body: (503, "busy") if body["seed"] == lost else completion("A lamp.")
+    requests = [asked(0, 1), asked(1, 2), asked(2, 3)]
+    with pytest.raises(EndpointLost, match="gave up after 2 attempts"):
+        speaker.answer(requests)
+    # The next attempt asks for what is missing.
+    server.reply = lambda body: completion("A lamp.")
+    server.bodies.clear()
+    assert open_user(outage_fails_episodes=False).answer(requests) == [UserAnswer("A lamp.")] * 3
+    assert len(server.bodies) == 2
 
 
 def test_a_wrong_address_key_or_model_is_an_error_before_anything_starts(

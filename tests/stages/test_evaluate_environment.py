@@ -20,6 +20,7 @@ from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
 from align.evaluation.plan import make_plan
 from align.evaluation.tasks.environment import pass_at
+from align.inference.endpoint_client import EndpointLost
 from align.inference.engine import open_engine
 from align.inference.sessions import LockstepSession
 from align.models.loading import load_tokenizer
@@ -386,3 +387,20 @@ def test_the_use_of_a_server_is_noted(make_context: Any) -> None:
     text = context.events.read_text()
     assert f"tasks.buttons: the user's server has answered {len(server.bodies)} requests, with" in text
     assert "of answers, for " in text
+
+
+def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(
+    make_context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.inference.endpoint_client.FIRST_WAIT", 0.01)
+    server = FakeChat(lambda body: completion("go on") if len(server.bodies) < 4 else (503, "busy"))
+    try:
+        endpoint = {"url": server.url, "model": "good-model", "retries": 1}
+        context = make_context({"user": {"prompt": "ab", "endpoint": endpoint}})
+        with pytest.raises(EndpointLost, match="run again to go on"):
+            evaluate.run(context)
+        server.reply = lambda body: completion("go on")
+        evaluate.run(context)
+    finally:
+        server.stop()
+    assert all(system["buttons.failure_rate"]["value"] == 0 for system in read_card(context)["estimates"].values())

@@ -16,6 +16,7 @@ from align.config.stages.sample import SampleConfig
 from align.data.rows import read_rows, user, write_rows
 from align.environments import player as episode_player
 from align.errors import UserError
+from align.inference.endpoint_client import EndpointLost
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
@@ -24,6 +25,7 @@ from align.stages.sample import run
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import encode_pairs
 from tests.support.environments.buttons import FORMAT, make_presser
+from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.training.harness import context as stage_context
 
 BUTTONS = "tests.support.environments.buttons"
@@ -118,6 +120,23 @@ def test_a_checkpoint_plays_the_user(presser: Path, tmp_path: Path) -> None:
     assert metrics["train_turns"] > 1 and "user" not in metrics
     sides = [pair[side] for pair in read_rows(context.output / "train.parquet") for side in ("chosen", "rejected")]
     assert any(message["role"] == "user" for side in sides for message in side)
+
+
+def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(
+    presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.inference.endpoint_client.FIRST_WAIT", 0.01)
+    server = FakeChat(lambda body: completion("go on") if len(server.bodies) < 4 else (503, "busy"))
+    try:
+        said = {"endpoint": {"url": server.url, "model": "good-model", "retries": 1}, "prompt": "ab"}
+        context = make_context(tmp_path, presser, environment=ENVIRONMENT | {"max_tokens": 80, "user": said})
+        with pytest.raises(EndpointLost, match="run again to go on"):
+            run(context)
+        server.reply = lambda body: completion("go on")
+        run(context)
+    finally:
+        server.stop()
+    assert not any(episode["stop"] == "failed" for line in read_lines(context) for episode in line["episodes"])
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "simpo", "reward"])

@@ -16,6 +16,7 @@ from align.data.rows import assistant, read_rows, user, write_rows
 from align.environments.chat_episodes import ChatSession
 from align.errors import UserError
 from align.inference import endpoint_client
+from align.inference.endpoint_client import EndpointLost
 from align.models.loading import load_tokenizer
 from align.stages import sft
 from align.stages.synthesize import run
@@ -213,6 +214,25 @@ def test_an_endpoint_speaks_with_a_simulated_user(fake: FakeChat, tmp_path: Path
         # The words by which it ends the conversation answer nothing that is learned.
         assert [message["content"] for message in row["completion"] if message["role"] == "user"] == ["And then?"]
         assert row["completion"][-1]["role"] == "assistant"
+
+
+def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(fake: FakeChat, tmp_path: Path) -> None:
+    def say(body: dict[str, Any]) -> dict[str, Any]:
+        return completion("That is all. BYE" if len(body["messages"]) > 5 else "And then?")
+
+    buyer = FakeChat(lambda body: say(body) if len(buyer.bodies) < 3 else (503, "busy"))
+    try:
+        said = {"endpoint": endpoint_of(buyer, retries=1), "prompt": "You buy.", "stop": "BYE"}
+        fields = endpoint_fields(fake, max_turns=6, user=said)
+        context = make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **fields)
+        with pytest.raises(EndpointLost, match="run again to go on"):
+            run(context)
+        buyer.reply = say
+        run(context)
+    finally:
+        buyer.stop()
+    lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    assert not any(episode["stop"] == "failed" for line in lines for episode in line["episodes"])
 
 
 def test_an_endpoint_plays_a_game_without_tools(fake: FakeChat, tmp_path: Path) -> None:
