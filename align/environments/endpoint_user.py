@@ -19,6 +19,8 @@ from align.inference.requests import Answer, Request
 
 NAME = "user"
 """Name of the model among a client's."""
+MAX_LOST = 2
+"""Requests in a row without any answer after which a server is gone. A single one may be at fault itself."""
 READY = [user("Reply with the one word: ready")]
 """A test request, sent before anything expensive starts."""
 
@@ -78,15 +80,37 @@ class EndpointUser:
             )
             for request in requests
         ]
-        try:
+        if not self._outage_fails_episodes:
             return [self._read(answer) for answer in self._client.ask(self._endpoint, asked, NAME)]
-        except EndpointLost as error:
-            if not self._outage_fails_episodes:
-                raise
-            # What was answered before the server was lost is in the cache.
-            cached = [self._client.cache.get(request.key) for request in asked]
-            lost = UserAnswer(failure=error.problem)
-            return [lost if lookup is None else self._read(lookup.answer) for lookup in cached]
+        answers = self._ask_on(asked)
+        return [answers[request.key] for request in asked]
+
+    def _ask_on(self, requests: list[Request]) -> dict[str, UserAnswer]:
+        """Return answers by key. A request that runs out of attempts is a failure, and the rest is asked for again.
+
+        The server counts as gone once ``MAX_LOST`` requests ran out of attempts and none was answered meanwhile.
+        """
+        answers: dict[str, UserAnswer] = {}
+        lost_in_a_row = 0
+        while True:
+            unasked = [request for request in requests if request.key not in answers]
+            try:
+                asked = self._client.ask(self._endpoint, unasked, NAME)
+            except EndpointLost as error:
+                # What was answered before is in the cache.
+                new = self._cached(unasked)
+                lost = UserAnswer(failure=error.problem)
+                lost_in_a_row = len(error.requests) + (0 if new else lost_in_a_row)
+                is_gone = not new and lost_in_a_row >= MAX_LOST
+                answers |= new | {request.key: lost for request in (unasked if is_gone else error.requests)}
+                continue
+            answers |= {request.key: self._read(answer) for request, answer in zip(unasked, asked, strict=True)}
+            return answers
+
+    def _cached(self, requests: list[Request]) -> dict[str, UserAnswer]:
+        """Return the answers that are in the stage's own cache, by key."""
+        lookups = {request.key: self._client.cache.get(request.key) for request in requests}
+        return {key: self._read(lookup.answer) for key, lookup in lookups.items() if lookup is not None}
 
     def _read(self, answer: Answer) -> UserAnswer:
         if answer.error:

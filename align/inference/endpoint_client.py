@@ -47,6 +47,8 @@ class EndpointLost(RuntimeError):
         """``remedy`` is for a run that ends with this error."""
         super().__init__(f"{problem} {remedy}".rstrip())
         self.problem = problem
+        self.requests: list[Request] = []
+        """Requests that were sent and not answered in all attempts; others may not have been sent."""
 
 
 class _AttemptFailed(Exception):
@@ -134,12 +136,16 @@ class Endpoint:
 
         await asyncio.gather(*(work() for _ in range(self.config.concurrency)))
         if failures:
-            raise failures[0]
+            raise _first(failures)
 
     async def _answer_one(self, transport: Transport, request: Request, sink: AnswerSink) -> None:
         # The cost is reserved before the request is sent: many in flight could exceed the budget together.
         async with sink.reserve(request):
-            answer = await self._retry(transport, request, sink)
+            try:
+                answer = await self._retry(transport, request, sink)
+            except EndpointLost as error:
+                error.requests.append(request)
+                raise
             if not answer.error:
                 self._checked = True
             sink.record([(request, answer)])
@@ -345,6 +351,16 @@ def _wire_call(call: dict[str, Any]) -> dict[str, Any]:
     arguments = function["arguments"]
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": {**function, "arguments": text}}
+
+
+def _first(failures: list[Exception]) -> Exception:
+    """Return the first of several failures; one of the server has the requests of all."""
+    first = failures[0]
+    if isinstance(first, EndpointLost):
+        first.requests = [
+            request for error in failures if isinstance(error, EndpointLost) for request in error.requests
+        ]
+    return first
 
 
 def _retry_after(reply: Reply) -> float | None:

@@ -118,6 +118,37 @@ def test_a_server_that_is_gone_fails_what_it_did_not_answer(server: FakeChat, op
         assert "could not be asked" in answer.failure and "gave up after 2 attempts" in answer.failure
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_a_request_without_an_answer_fails_no_other_of_its_batch(
+    server: FakeChat, open_user: Open, concurrency: int
+) -> None:
+    """With ``concurrency`` 1 or 2 most of the batch is not sent yet when the first request runs out of attempts."""
+    speaker = open_user({"concurrency": concurrency})
+    requests = [asked(episode, 10 + episode) for episode in range(8)]
+    lost = {seed_of(server, requests[episode], open_user) for episode in (0, 5)}
+    speaker.answer([asked(0, 1)])
+    server.bodies.clear()
+    server.reply = lambda body: (503, "busy") if body["seed"] in lost else completion("A lamp.")
+    answers = speaker.answer(requests)
+    for episode, answer in enumerate(answers):
+        if episode in (0, 5):
+            assert "gave up after 2 attempts" in answer.failure
+        else:
+            assert answer == UserAnswer("A lamp.")
+    # Two attempts of the two, and one of each of the others.
+    assert len(server.bodies) == 2 * 2 + 6
+
+
+def test_a_server_that_is_gone_is_not_waited_for_by_every_episode(server: FakeChat, open_user: Open) -> None:
+    speaker = open_user({"concurrency": 1})
+    speaker.answer([asked(0, 1)])
+    server.bodies.clear()
+    server.reply = lambda body: (503, "busy")
+    answers = speaker.answer([asked(episode, 10 + episode) for episode in range(8)])
+    assert all("gave up after 2 attempts" in answer.failure for answer in answers)
+    assert len(server.bodies) == 2 * 2  # two requests
+
+
 def test_a_server_that_is_gone_ends_a_stage_that_keeps_its_episodes(server: FakeChat, open_user: Open) -> None:
     speaker = open_user({"concurrency": 1}, outage_fails_episodes=False)
     lost = seed_of(server, asked(1, 2), open_user)
