@@ -5,6 +5,7 @@ An answer is cached as soon as it comes, so that a killed stage asks for none tw
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,15 @@ class EndpointUser:
 
     def check(self) -> None:
         """Ask the server for a word. Raises ``UserError`` or ``EndpointLost`` for one that cannot be used."""
-        request = Request(self._endpoint.identity, READY, self._config.max_tokens, self._config.temperature)
-        answer = self._client.ask(self._endpoint, [request], NAME, fresh=True)[0]
+        request = Request(
+            model=self._endpoint.identity,
+            messages=READY,
+            max_tokens=self._config.max_tokens,
+            temperature=self._config.temperature,
+            # In no cache, so that every attempt of a stage asks the server.
+            sample=time.time_ns(),
+        )
+        answer = self._client.ask(self._endpoint, [request], NAME)[0]
         if answer.error:
             raise UserError(f"{self._where}.endpoint: the server {answer.error}.")
 

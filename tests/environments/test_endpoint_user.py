@@ -168,6 +168,11 @@ def test_a_wrong_address_key_or_model_is_an_error_before_anything_starts(
 ) -> None:
     open_user().check()
     assert server.prompts() == ["Reply with the one word: ready"]
+    # A server that answered an earlier attempt of the stage is asked again.
+    server.reply = lambda body: (400, {"error": {"message": "no such model"}})
+    with pytest.raises(UserError, match=r"user\.endpoint: the server refuses the request with status 400: no such"):
+        open_user().check()
+    server.reply = lambda body: completion("ready")
     with pytest.raises(UserError, match=r"user\.endpoint\.url: http://127\.0\.0\.1:9/v1 could not be asked"):
         open_user({"url": "http://127.0.0.1:9/v1"}, folder="other").check()
     with pytest.raises(
