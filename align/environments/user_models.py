@@ -88,8 +88,13 @@ def open_stage_user(context: StageContext, *, outage_fails_episodes: bool = Fals
         shared=context.cache,
         warn=context.warn,
         on_hang=context.fail_at_once,
-        processes=world_size(),
+        processes=playing_processes(context.runtime),
         outage_fails_episodes=outage_fails_episodes,
     )
     model_dir = None if artifact is None else artifact.model
     return open_user(config, model_dir, resources, f"{context.name}.environment.user")
+
+
+def playing_processes(runtime: Runtime) -> int:
+    """Return how many processes of this stage play episodes: with a pool of servers the first one plays all."""
+    return 1 if runtime.rollouts.pooled else world_size()
