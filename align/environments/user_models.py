@@ -10,6 +10,7 @@ from align.config.base import Precision
 from align.config.launch import world_size
 from align.config.runtime import Runtime
 from align.config.simulated_user import USER_INPUT, SimulatedUserConfig
+from align.config.user_paths import user_path
 from align.environments.simulated_user import SimulatedUser
 from align.inference.watchdog import OnHang
 from align.pipeline.context import StageContext
@@ -85,7 +86,7 @@ def open_stage_user(context: StageContext, *, outage_fails_episodes: bool = Fals
         runtime=context.runtime,
         precision=context.config.precision,
         folder=context.checkpoints,
-        shared=context.cache,
+        shared=_shared_folder(context),
         warn=context.warn,
         on_hang=context.fail_at_once,
         processes=playing_processes(context.runtime),
@@ -98,3 +99,11 @@ def open_stage_user(context: StageContext, *, outage_fails_episodes: bool = Fals
 def playing_processes(runtime: Runtime) -> int:
     """Return how many processes of this stage play episodes: with a pool of servers the first one plays all."""
     return 1 if runtime.rollouts.pooled else world_size()
+
+
+def _shared_folder(context: StageContext) -> Path | None:
+    """Return the folder of answers that runs share: the store's, unless the ``cache`` of a stage says otherwise."""
+    place = getattr(context.config, "cache", True)
+    if isinstance(place, str):
+        return user_path(place, Path.cwd())
+    return context.cache if place else None

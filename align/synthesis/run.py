@@ -219,6 +219,12 @@ class _Synthesis:
         """
         config, model, engines = self.config, self.model, self.engines
         if isinstance(model, Endpoint):
+            speaker = config.environment.user
+            if speaker is not None and speaker.model is not None:
+                # Late, since it imports torch, which nothing but the user's checkpoint needs.
+                from align.models.threads import use_threads
+
+                use_threads(self.context.runtime)
             return EndpointEpisodes(self.context, model.identity, lambda requests: self.client.ask(model, requests))
         # Late, since they import torch.
         from align.synthesis.episode_parts import EpisodeParts, Policy

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from align.config.simulated_user import USER_INPUT
 from align.config.stages.sft import SftConfig
 from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import assistant, read_rows, user, write_rows
@@ -24,7 +26,7 @@ from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED, encode_supervised
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.inference.fake_chat import FakeChat, completion
-from tests.support.stages.synthesis_harness import endpoint_of, make_context, make_rows, read_ledger
+from tests.support.stages.synthesis_harness import endpoint_of, make_artifact, make_context, make_rows, read_ledger
 from tests.support.training.harness import context as stage_context
 
 BUTTONS = "tests.support.environments.buttons"
@@ -214,6 +216,35 @@ def test_an_endpoint_speaks_with_a_simulated_user(fake: FakeChat, tmp_path: Path
         # The words by which it ends the conversation answer nothing that is learned.
         assert [message["content"] for message in row["completion"] if message["role"] == "user"] == ["And then?"]
         assert row["completion"][-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(("cache", "shared"), [(True, "store/user"), (False, None), ("answers", "answers/user")])
+def test_answers_of_the_user_are_shared_where_the_cache_says(
+    fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool | str, shared: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    buyer = FakeChat(lambda body: completion("That is all. BYE"))
+    try:
+        fields = endpoint_fields(fake, user={"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE"})
+        context = make_context(tmp_path, task={"type": "responses"}, train=2, test=1, cache=cache, **fields)
+        run(replace(context, cache=tmp_path / "store"))
+    finally:
+        buyer.stop()
+    folders = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.glob("*/user/answers-1.jsonl")}
+    assert folders - {"checkpoints/user"} == ({shared} if shared else set())
+
+
+def test_a_checkpoint_that_speaks_with_an_endpoint_has_the_stages_threads(
+    fake: FakeChat, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtimes: list[Any] = []
+    monkeypatch.setattr("align.models.threads.use_threads", runtimes.append)
+    fields = endpoint_fields(fake, user={"model": "sft", "prompt": "You buy.", "max_tokens": 8})
+    task = {"type": "responses", "cut_off": "keep"}
+    context = make_context(tmp_path, task=task, train=2, test=1, **fields)
+    speaker = make_artifact(tmp_path, "speaker", Kind.POLICY, presser)
+    run(replace(context, inputs=context.inputs | {USER_INPUT: speaker}))
+    assert runtimes == [context.runtime]
 
 
 def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(fake: FakeChat, tmp_path: Path) -> None:
