@@ -101,11 +101,15 @@ class EnvironmentPlayer:
                 journal = Journal(Path(folder) / "episodes.jsonl")
             stack.callback(journal.close)
             turns = None if self.user is None else UserTurns(self.user, self.read_user_prompt, journal)
-            if self.user is not None:
-                # Before the policy's first turn, so that a model without room is an error at once.
-                self.user.load()
+            # Before the policy's first turn, so that a model without room is an error at once.
+            self.load_user()
             player = EpisodePlayer(self.pool, self.rules, session, journal, on_progress, weights_update, turns)
             return player.play(tasks)
+
+    def load_user(self) -> None:
+        """Load the weights of a checkpoint that plays the user, unless that was done."""
+        if self.user is not None:
+            self.user.load()
 
     def read_user_prompt(self, row: Mapping[str, Any]) -> str:
         """Return the system message of the user's model for a row. Raises ``UserError`` for a column it lacks."""

@@ -20,6 +20,7 @@ from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
 from align.data.weighted_scores import Ensemble, Part, RewardScorer, WeightedSum
 from align.environments.environment_player import open_player
+from align.environments.user_models import playing_processes
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, open_rewards
 from align.inference.engine import open_engine
@@ -121,6 +122,9 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         context.note(
             notice(trainer.model.policy, config.tuning, config.precision, low_residual=True, loaded=trainer.model)
         )
+        if player is not None and rank() < playing_processes(context.runtime):
+            # Not in the thread that samples ahead: loading changes torch's default type in the trainer's thread, too.
+            player.load_user()
         _resume_and_train(context, trainer)
         # Every process takes part, since sharded weights are gathered; the first one writes.
         trainer.save_model(str(context.output / "model"))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from align.config.simulated_user import USER_INPUT
+from align.environments.checkpoint_user import CheckpointUser
 from align.environments.simulated_user import GREETING
 from align.errors import UserError
 from align.pipeline.context import StageContext
@@ -61,6 +62,21 @@ def test_a_stage_learns_from_conversations_with_a_checkpoint(kind: str, presser:
     roles = [[message["role"] for message in line["messages"]] for line in completions(tmp_path)]
     assert any(role.count("user") > 1 for role in roles)
     assert not list((tmp_path / "checkpoints" / "episodes").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(("rank", "loads"), [(0, 1), (1, 0)])
+def test_a_checkpoint_is_loaded_before_the_training_where_it_plays(
+    presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, loads: int
+) -> None:
+    """Episodes may be played in a thread. With servers that sample the first process plays all."""
+    events: list[str] = []
+    monkeypatch.setattr(CheckpointUser, "load", lambda user: events.append("load"))
+    monkeypatch.setattr("align.stages.rl._resume_and_train", lambda *values: events.append("train"))
+    monkeypatch.setattr("align.stages.rl.playing_processes", lambda runtime: 1)
+    monkeypatch.setattr("align.stages.rl._facts", lambda *values: {})
+    monkeypatch.setattr("align.stages.rl.rank", lambda: rank)
+    STAGES["grpo"].runner()(make("grpo", tmp_path, presser, {"model": "sft"}))
+    assert events == ["load"] * loads + ["train"]
 
 
 def test_a_server_plays_the_user_and_its_use_is_counted(server: FakeChat, presser: Path, tmp_path: Path) -> None:
