@@ -97,8 +97,13 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file; it stays."""
-        if self._descriptor is not None:
+        """Close the file; it stays. A line that a thread is writing is written and synced first."""
+        with self._write_lock, self._sync_lock:
+            if self._descriptor is None:
+                return
+            if self._synced < self._written:
+                os.fsync(self._descriptor)
+                self._synced = self._written
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,39 @@ def test_a_journal_is_deleted_with_its_update(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="closed"):
         journal.put("reset", 1, entry={})
+
+
+@pytest.mark.parametrize("step", ["pwrite", "fsync"])
+def test_a_line_that_a_thread_is_writing_is_whole_before_the_journal_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    begun, release, call = threading.Event(), threading.Event(), getattr(os, step)
+
+    def wait_first(*values: Any) -> Any:
+        begun.set()
+        assert release.wait(20)
+        return call(*values)
+
+    monkeypatch.setattr(os, step, wait_first)
+    failures: list[Exception] = []
+
+    def write() -> None:
+        try:
+            journal.put("user", 0, 1, entry={"text": "A lamp."})
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write), threading.Thread(target=journal.close)]
+    threads[0].start()
+    assert begun.wait(20)
+    threads[1].start()
+    threads[1].join(0.1)
+    release.set()
+    for thread in threads:
+        thread.join(20)
+    assert not failures
+    assert Journal(tmp_path / "journal").get("user", 0, 1) == {"text": "A lamp."}
 
 
 def test_many_threads_write_at_once(tmp_path: Path) -> None:
