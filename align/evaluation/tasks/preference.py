@@ -58,9 +58,13 @@ def build(name: str, config: PreferenceConfig, inputs: TaskInputs) -> Preference
         description = describe_records(config, inputs.base)
     usable = [row for row in rows if _is_plain(row)]
     if len(usable) < len(rows):
-        inputs.warn(f"{name}: {len(rows) - len(usable)} of {len(rows)} pairs are left out: tools, or no words")
+        inputs.warn(
+            f"{name}: {len(rows) - len(usable)} of {len(rows)} pairs are left out: tools, several turns, or no words"
+        )
     if not usable:
-        raise UserError(f"{name}: none of {len(rows)} pairs can be read: all have tools, or an answer is empty.")
+        raise UserError(
+            f"{name}: none of {len(rows)} pairs can be read: all have tools or several turns, or an answer is empty."
+        )
     return PreferenceTask(name, draw(usable, config.max_items, inputs.seed), description)
 
 
@@ -188,7 +192,9 @@ def read_pairs(source: FilesSource | HubSource, inputs: TaskInputs, name: str) -
 
 
 def _is_plain(row: Row) -> bool:
-    """Return True for a pair of words alone: tools and tool calls are not rendered here."""
+    """Return True for a pair of one turn on each side, of words alone: tools and tool calls are not rendered here."""
+    if any(len(row[side]) != 1 for side in SIDES):
+        return False
     if row.get("tools") or any(message.get("tool_calls") for side in SIDES for message in row[side]):
         return False
     return all(row[side][-1]["content"].strip() for side in SIDES)

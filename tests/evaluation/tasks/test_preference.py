@@ -181,9 +181,18 @@ def test_pairs_with_tools_are_left_out_and_said(tmp_path: Path) -> None:
     messages: list[str] = []
     task = build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, rows, messages))
     assert [item.data["chosen"] for item in task.items] == ["a"]
-    assert messages == ["prefers: 3 of 4 pairs are left out: tools, or no words"]
+    assert messages == ["prefers: 3 of 4 pairs are left out: tools, several turns, or no words"]
     with pytest.raises(UserError, match="prefers: none of 1 pairs can be read"):
         build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, rows[1:2]))
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_pairs_of_several_turns_are_left_out_and_said(tmp_path: Path, side: str) -> None:
+    talk = pair("a", "b") | {side: [assistant("One."), user("And?"), assistant("Two.")]}
+    messages: list[str] = []
+    task = build_task("prefers", PreferenceConfig(), task_inputs(tmp_path, [pair("c", "d"), talk], messages))
+    assert [item.data["chosen"] for item in task.items] == ["c"]
+    assert messages == ["prefers: 1 of 2 pairs are left out: tools, several turns, or no words"]
 
 
 @pytest.mark.parametrize(
