@@ -190,7 +190,7 @@ class DriftMeasurement:
                 for row in plan.heldout
             ]
         )
-        key = digest(["held-out loss 3", policy.key, rows, plan.heldout_length, plan.precision])
+        key = digest(["held-out loss 4", policy.key, rows, plan.heldout_length, plan.precision])
         logprobs_of = self.models.logprobs_of(policy.name, 1.0, self._report)
 
         def measure() -> HeldoutLosses:
@@ -212,7 +212,8 @@ class DriftMeasurement:
         left_out = len(plan.heldout) - len(common)
         if left_out:
             self.context.warn(
-                f"{left_out} of {len(plan.heldout)} held-out rows left out: longer than max_heldout_length"
+                f"{left_out} of {len(plan.heldout)} held-out rows left out: longer than max_heldout_length, or without "
+                "a turn to train on"
             )
         heldout = {}
         for policy in plan.policies:

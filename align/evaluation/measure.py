@@ -22,6 +22,7 @@ from align.evaluation.reward_metrics import REWARD, SUM
 from align.evaluation.systems import Policy
 from align.evaluation.tasks.base import Values
 from align.inference.protocol import Response
+from align.models.answer_tokens import PromptRewritten, answer_turns, assistant_mask, split_turns
 from align.models.render import render_answered, render_prompt
 from align.store.sealed import read_entry, read_or_compute, write_entry
 
@@ -198,23 +199,54 @@ def heldout_losses(
 ) -> tuple[list[int], list[float], list[int]]:
     """Loss per token of each row's reference answer, as in SFT: with its end of turn unless it was cut off.
 
-    Returns the indices of the rows that fit ``max_length`` tokens, their loss per token in nats, and their tokens.
-    Raises ``UserError`` when none fits.
+    Only turns of the assistant count: not what tools and users write, and no turn with ``train: False``. Returns the
+    indices of the rows that fit ``max_length`` tokens, their loss per token in nats, and their tokens. Raises
+    ``UserError`` when none fits.
     """
-    prompts, answers, indices = [], [], []
-    for index, row in enumerate(rows):
-        tools = row.get("tools")
-        prompt = render_prompt(tokenizer, row["prompt"], tools)
-        ids = render_answered(tokenizer, row, "completion")
-        # Templates that rewrite the prompt once an answer follows have no answer tokens to cut out.
-        if ids[: len(prompt)] == prompt and len(prompt) < len(ids) <= max_length:
-            prompts.append(prompt)
-            answers.append(ids[len(prompt) :])
-            indices.append(index)
+    reads = {index: _heldout_reads(tokenizer, row, max_length) for index, row in enumerate(rows)}
+    indices = [index for index in reads if reads[index]]
     if not indices:
-        raise UserError(f"heldout: none of {len(rows)} rows fits max_heldout_length={max_length} tokens; raise it.")
-    losses = [-sum(values) / len(values) for values in logprobs_of(prompts, answers)]
-    return indices, losses, [len(answer) for answer in answers]
+        raise UserError(
+            f"heldout: none of {len(rows)} rows has a turn to train on and fits max_heldout_length={max_length} "
+            "tokens; raise it."
+        )
+    flat = [read for index in indices for read in reads[index]]
+    logprobs = iter(logprobs_of([prompt for prompt, _, _ in flat], [answer for _, answer, _ in flat]))
+    losses, tokens = [], []
+    for index in indices:
+        counted: list[float] = []
+        for _, _, mask in reads[index]:
+            counted += [value for value, counts in zip(next(logprobs), mask, strict=True) if counts]
+        losses.append(-sum(counted) / len(counted))
+        tokens.append(len(counted))
+    return indices, losses, tokens
+
+
+def _heldout_reads(tokenizer: Any, row: Row, max_length: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Return prompts, answers, and 1 for each token of an answer that counts; nothing for a row that is left out.
+
+    There is one answer, or one for each turn where the template rewrites earlier ones.
+    """
+    side = "completion"
+    places = answer_turns([*row["prompt"], *row[side]], len(row["prompt"]))
+    if not places:
+        return []
+    prompt = render_prompt(tokenizer, row["prompt"], row.get("tools"))
+    ids = render_answered(tokenizer, row, side)
+    # Templates that rewrite the prompt once an answer follows have no answer tokens to cut out.
+    if ids[: len(prompt)] != prompt or not len(prompt) < len(ids) <= max_length:
+        return []
+    answer = ids[len(prompt) :]
+    try:
+        mask = assistant_mask(tokenizer, row, side, prompt, answer)
+        if mask is not None:
+            return [(prompt, answer, mask)]
+        parts = split_turns(tokenizer, row, side, places)
+    except PromptRewritten:
+        return []
+    if any(len(before) + len(turn) > max_length for before, turn in parts):
+        return []
+    return [(before, turn, [1] * len(turn)) for before, turn in parts]
 
 
 class LoadedModels:

@@ -212,14 +212,16 @@ def _test_rows(context: StageContext, field: str, limit: int | None) -> list[Row
 def _fallback_examples(context: StageContext, count: int) -> list[Example]:
     """Draw solved questions of the prompt set's train split, by seed, from as many sources as possible.
 
-    Empty where the prompts' stage has no reference answers.
+    Empty where the prompts' stage has no reference answers. Rows of several turns are no examples.
     """
     from align.data.rows import read_rows
 
     artifact = context.inputs.get("prompts")
     if count == 0 or artifact is None or artifact.kind != Kind.INSTRUCTIONS:
         return []
-    rows = [row for row in read_rows(artifact.split("train")) if len(row["prompt"]) == 1]
+    rows = [
+        row for row in read_rows(artifact.split("train")) if len(row["prompt"]) == 1 and len(row["completion"]) == 1
+    ]
     random.Random(context.seed).shuffle(rows)  # noqa: S311
     # Round robin over the sources: first the first row of each source, then the second of each.
     counts: Counter[str] = Counter()

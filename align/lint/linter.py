@@ -24,8 +24,9 @@ from align.lint.pairs import PairChecks
 from align.lint.template import check_template, injected_system
 from align.lint.text import check_turns
 from align.lint.tokens import Limits, check_tokens, label_runs
+from align.models.answer_tokens import PromptRewritten
 from align.models.render import render_prompt
-from align.training.rows import NO_ROOM, SAME_ANSWERS, TOO_LONG, PromptRewritten
+from align.training.rows import NO_ROOM, SAME_ANSWERS, TOO_LONG
 
 Prepared = Callable[[int], "dict[str, Any] | None"]
 """Index of a row in its split → its row of the trainer's dataset; None for a row that was left out."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from align.models.answer_tokens import assistant_mask, split_answer
 from align.training.order import grouped_order
 from align.training.rows import (
     NO_ROOM,
@@ -21,8 +22,6 @@ from align.training.rows import (
     Encoded,
     Row,
     add_masks,
-    assistant_mask,
-    split_answer,
 )
 
 SIDES = (("chosen", True), ("rejected", False))
