@@ -286,7 +286,7 @@ STAGES: dict[str, Stage] = {
         ),
         _stage(
             "evaluate",
-            6,
+            7,
             Kind.SCORECARD,
             "compare systems on prompts, benchmarks and by judges, with intervals",
             estimator="align.capacity.estimators.evaluate",
