@@ -81,19 +81,25 @@ def answer_of(episode: Episode, marks_malformed: bool = False) -> list[Message]:
 
     It ends with the last turn: what came after that was read by nobody. A turn with a malformed call is the text that
     was sampled; ``marks_malformed`` excludes it from training (``train: False``). Calls and results have ids, as some
-    chat templates need them.
+    chat templates need them. Those of a server are numbered anew: it draws them, so equal episodes would differ.
     """
     places = turn_places(episode)
-    return _answer(episode, places, places[-1] + 1, marks_malformed) if places else []
+    if not places:
+        return []
+    # Ids that a policy sampled are part of its text; a server's turns have no tokens.
+    keeps_ids = any(turn.token_ids for turn in episode.turns)
+    return _answer(episode, places, places[-1] + 1, marks_malformed=marks_malformed, keeps_ids=keeps_ids)
 
 
 def dialogue(episode: Episode) -> list[Message]:
     """Return the whole conversation so far, as rows have messages, for a model to go on with."""
     places = turn_places(episode)
-    return [*prompt_of(episode), *(_answer(episode, places, len(episode.messages), False) if places else [])]
+    return [*prompt_of(episode), *(_answer(episode, places, len(episode.messages)) if places else [])]
 
 
-def _answer(episode: Episode, places: Sequence[int], end: int, marks_malformed: bool) -> list[Message]:
+def _answer(
+    episode: Episode, places: Sequence[int], end: int, *, marks_malformed: bool = False, keeps_ids: bool = True
+) -> list[Message]:
     """Return the messages from the first of the turns at ``places`` up to ``end``."""
     malformed = {call.turn for call in episode.calls if call.error == "malformed"}
     answer: list[Message] = []
@@ -108,7 +114,7 @@ def _answer(episode: Episode, places: Sequence[int], end: int, marks_malformed: 
                 answer.append({"role": "assistant", "content": episode.turns[turn].text, **marked})
                 ids = []
                 continue
-            calls = _with_ids(message.get("tool_calls") or [])
+            calls = _with_ids(message.get("tool_calls") or [], keeps_ids)
             ids = [call["id"] for call in calls]
             answer.append(_row_message({**message, "tool_calls": calls}))
         else:
@@ -117,8 +123,13 @@ def _answer(episode: Episode, places: Sequence[int], end: int, marks_malformed: 
     return answer
 
 
-def _with_ids(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**call, "id": call.get("id") or call_id_at(index)} for index, call in enumerate(calls)]
+def _with_ids(calls: Sequence[dict[str, Any]], keeps_ids: bool) -> list[dict[str, Any]]:
+    """Return calls with ids: their own where they have some and they are kept, else by number."""
+    named = []
+    for index, call in enumerate(calls):
+        kept = call.get("id") if keeps_ids else None
+        named.append({**call, "id": kept or call_id_at(index)})
+    return named
 
 
 def _row_message(message: Message) -> Message:

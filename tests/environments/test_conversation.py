@@ -56,6 +56,20 @@ def test_calls_are_json_text_with_ids_that_their_results_name() -> None:
     assert json.loads(second["tool_calls"])[0]["id"] == three["tool_call_id"] == "own"
 
 
+def test_ids_that_a_server_drew_are_numbered_anew_in_rows() -> None:
+    def played(id: str) -> Episode:
+        talk = episode(user("?"), called("a", id=id), RESULT, assistant("."), texts=["", "."])
+        talk.turns = [PolicyTurn([], [], True, "") for _ in talk.turns]
+        return talk
+
+    row = answer_of(played("call_x7"))
+    assert row == answer_of(played("call_q2"))
+    assert json.loads(row[0]["tool_calls"])[0]["id"] == row[1]["tool_call_id"] == "call00000"
+    # The server reads its own ids.
+    spoken = dialogue(played("call_x7"))
+    assert json.loads(spoken[1]["tool_calls"])[0]["id"] == spoken[2]["tool_call_id"] == "call_x7"
+
+
 def test_arguments_keep_their_nulls() -> None:
     (call,) = json.loads(prompt_of(episode(EXAMPLE, user("?"), assistant("x"), texts=["x"]))[0]["tool_calls"])
     assert call["function"]["arguments"] == ADD["arguments"]
