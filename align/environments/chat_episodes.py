@@ -84,12 +84,6 @@ class ChatRun(EpisodeRun):
         assert isinstance(turn, ChatTurn)
         return ParsedTurn(turn.text, turn.calls, turn.errors)
 
-    def _observe(self, messages: list[Message], calls: Sequence[ToolCall] = ()) -> None:
-        # What answers a malformed call comes from a user: for a result of a tool there must be a call.
-        errors = sum(message["role"] == "tool" for message in messages) - len(calls)
-        spoken = [{"role": "user", "content": message["content"]} for message in messages[:errors]]
-        super()._observe([*spoken, *messages[errors:]] if errors > 0 else messages, calls)
-
     def _ask(self) -> None:
         turn, room = len(self.episode.turns), self.rules.max_tokens - self._spent()
         if room < 1:

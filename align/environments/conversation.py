@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from align.data.formats.messages import tool_calls
-from align.data.rows import Message
+from align.data.rows import Message, user
 from align.environments.episode import Episode
 from align.environments.turn_template import call_id_at
 
@@ -86,8 +86,8 @@ def answer_of(episode: Episode, marks_malformed: bool = False) -> list[Message]:
     places = turn_places(episode)
     if not places:
         return []
-    # Ids that a policy sampled are part of its text; a server's turns have no tokens.
-    keeps_ids = any(turn.token_ids for turn in episode.turns)
+    # Ids that a policy sampled are part of its text.
+    keeps_ids = not _is_served(episode)
     return _answer(episode, places, places[-1] + 1, marks_malformed=marks_malformed, keeps_ids=keeps_ids)
 
 
@@ -100,7 +100,11 @@ def dialogue(episode: Episode) -> list[Message]:
 def _answer(
     episode: Episode, places: Sequence[int], end: int, *, marks_malformed: bool = False, keeps_ids: bool = True
 ) -> list[Message]:
-    """Return the messages from the first of the turns at ``places`` up to ``end``."""
+    """Return the messages from the first of the turns at ``places`` up to ``end``.
+
+    In an episode of a server, what answers a malformed call is a user's: for a result of a tool there must be a call.
+    """
+    is_served = _is_served(episode)
     malformed = {call.turn for call in episode.calls if call.error == "malformed"}
     answer: list[Message] = []
     ids: list[str] = []
@@ -117,10 +121,18 @@ def _answer(
             calls = _with_ids(message.get("tool_calls") or [], keeps_ids)
             ids = [call["id"] for call in calls]
             answer.append(_row_message({**message, "tool_calls": calls}))
+        elif message["role"] == "tool" and ids:
+            answer.append(_row_message({"tool_call_id": ids.pop(0)} | message))
+        elif message["role"] == "tool" and is_served:
+            answer.append(user(message["content"]))
         else:
-            named = {"tool_call_id": ids.pop(0)} if message["role"] == "tool" and ids else {}
-            answer.append(_row_message(named | message))
+            answer.append(_row_message(message))
     return answer
+
+
+def _is_served(episode: Episode) -> bool:
+    """Return True where a server played: its turns have no tokens."""
+    return not any(turn.token_ids for turn in episode.turns)
 
 
 def _with_ids(calls: Sequence[dict[str, Any]], keeps_ids: bool) -> list[dict[str, Any]]:

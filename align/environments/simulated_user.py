@@ -72,12 +72,15 @@ def user_conversation(system: str, messages: Sequence[Message]) -> list[Message]
     """Return a policy's conversation as the user's model reads it, below its own system message.
 
     The roles are swapped: the policy's turns are the messages that the model answers. Left out are the policy's system
-    message, its thoughts, its turns that call tools, and their results. Texts of one side in a row are joined.
+    message, its thoughts, its turns that call tools, malformed calls too, and their results. Texts of one side in a row
+    are joined.
     """
     swapped: list[Message] = []
-    for message in messages:
+    for message, following in zip(messages, [*messages[1:], None], strict=True):
         role = str(message["role"])
-        if role not in SWAPPED or message.get("tool_calls"):
+        # A turn whose calls are all malformed has none; what answers it is a tool's all the same.
+        has_calls = message.get("tool_calls") or (following is not None and following["role"] == "tool")
+        if role not in SWAPPED or (role == "assistant" and has_calls):
             continue
         text = str(message.get("content") or "")
         if role == "assistant":

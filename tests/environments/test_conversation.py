@@ -83,6 +83,15 @@ def test_a_malformed_call_is_the_text_that_was_sampled_and_may_be_excluded() -> 
     assert answer_of(played, marks_malformed=True)[0] == assistant("<tool_call>{") | {"train": False}
 
 
+def test_a_server_reads_what_answers_a_malformed_call_from_a_user() -> None:
+    told = {"role": "tool", "content": "Error: A tool call is no valid JSON."}
+    record = CallRecord(0, "", {}, "A tool call is no valid JSON.", "malformed")
+    played = episode(user("?"), called(), told, assistant("x"), texts=["a({", "x"], calls=[record])
+    played.turns = [PolicyTurn([], [], True, turn.text) for turn in played.turns]
+    assert answer_of(played) == [assistant("a({"), user(told["content"]), assistant("x")]
+    assert dialogue(played) == [user("?"), *answer_of(played)]
+
+
 def test_an_episode_that_never_began_has_no_answer() -> None:
     failed = failed_episode([1], 9, "reset: no")
     failed.messages = [user("?")]

@@ -39,6 +39,16 @@ def test_calls_results_and_thoughts_are_not_shown() -> None:
     assert user_conversation("You want a lamp.", messages)[2:] == [assistant("Hi"), user("It is here.")]
 
 
+def test_a_turn_with_a_malformed_call_is_not_shown_nor_what_answers_it() -> None:
+    messages = [
+        user("Hi"),
+        {"role": "assistant", "content": "find({no json", "tool_calls": []},
+        {"role": "tool", "content": "Error: A tool call is no valid JSON."},
+        {"role": "assistant", "content": "It is here.", "tool_calls": []},
+    ]
+    assert user_conversation("You want a lamp.", messages)[2:] == [assistant("Hi"), user("It is here.")]
+
+
 def test_texts_of_one_side_are_joined_and_nothing_said_is_a_turn_too() -> None:
     messages = [user("Hi"), user("I"), assistant("a"), assistant("<think>b")]
     assert user_conversation("You want a lamp.", messages)[2:] == [assistant("Hi\n\nI"), user("a")]

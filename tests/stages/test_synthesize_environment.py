@@ -266,6 +266,26 @@ def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(fake: Fake
     assert not any(episode["stop"] == "failed" for line in lines for episode in line["episodes"])
 
 
+def test_the_user_reads_no_malformed_call_and_nothing_that_answers_it(fake: FakeChat, tmp_path: Path) -> None:
+    def stutter(body: dict[str, Any]) -> dict[str, Any]:
+        told = [message for message in body["messages"] if message["content"].startswith("Error: A tool call")]
+        return completion("Which lamp?") if told else call("a", "{not json")
+
+    fake.reply = stutter
+    buyer = FakeChat(lambda body: completion("That is all. BYE"))
+    try:
+        said = {"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE"}
+        fields = endpoint_fields(fake, max_turns=6, user=said)
+        run(make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **fields))
+    finally:
+        buyer.stop()
+    assert len(buyer.bodies) > 1
+    for body in buyer.bodies[1:]:
+        system, greeting, *talk = body["messages"]
+        assert (system["role"], greeting["role"]) == ("system", "user")
+        assert talk == [assistant("go"), user("Which lamp?")]
+
+
 def test_an_endpoint_plays_a_game_without_tools(fake: FakeChat, tmp_path: Path) -> None:
     def count_up(body: dict[str, Any]) -> dict[str, Any]:
         return completion(str(sum(message["role"] == "assistant" for message in body["messages"]) + 1))
