@@ -18,7 +18,7 @@ from align.environments.player import EpisodePlayer, EpisodeTask, Progress
 from align.environments.simulated_user import SimulatedUser
 from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
-from align.environments.user_models import open_stage_user
+from align.environments.user_models import check_user_rows, open_stage_user
 from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Session
@@ -118,10 +118,7 @@ class EnvironmentPlayer:
 
     def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Raise ``UserError`` for a row without a column that the user's prompt quotes."""
-        if self.user is None:
-            return
-        for row in rows:
-            self.read_user_prompt(row)
+        check_user_rows(self.config, rows, self.where)
 
     def close(self) -> None:
         """End the workers, and free the user's model."""

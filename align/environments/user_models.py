@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.config.base import Precision
+from align.config.environment import EnvironmentConfig
 from align.config.launch import world_size
 from align.config.runtime import Runtime
 from align.config.simulated_user import USER_INPUT, SimulatedUserConfig
@@ -107,3 +109,14 @@ def _shared_folder(context: StageContext) -> Path | None:
     if isinstance(place, str):
         return user_path(place, Path.cwd())
     return context.cache if place else None
+
+
+def check_user_rows(config: EnvironmentConfig, rows: Iterable[Mapping[str, Any]], where: str) -> None:
+    """Raise ``UserError`` for a row without a column that the user's prompt quotes; ``where`` is the stage's name.
+
+    It needs no model, so stages call it with all their rows before they load one.
+    """
+    if config.user is None:
+        return
+    for row in rows:
+        config.user.system_message(row, f"{where}.environment.user")

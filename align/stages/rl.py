@@ -20,7 +20,7 @@ from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
 from align.data.weighted_scores import Ensemble, Part, RewardScorer, WeightedSum
 from align.environments.environment_player import open_player
-from align.environments.user_models import playing_processes
+from align.environments.user_models import check_user_rows, playing_processes
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, open_rewards
 from align.inference.engine import open_engine
@@ -79,13 +79,13 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     config: RolloutFields = context.config
     source = context.artifact("policy").model
     # All checks come before the engine, whose start may take minutes.
+    prompts = _read_prompts(context)
+    if config.environment is not None:
+        check_user_rows(config.environment, [*prompts.train, *(prompts.validation or ())], context.name)
     # A rollout is used once, so that a server's outage may fail episodes: the update goes on.
     player = open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
-    prompts = _read_prompts(context)
-    if player is not None:
-        player.check_rows([*prompts.train, *(prompts.validation or ())])
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts.train)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
     scorer = _open_scorer(context, reward_models)

@@ -13,6 +13,7 @@ from align.config.stages.sample import SampleConfig
 from align.data.response_pairs import make_pairs
 from align.data.rows import kept_columns, read_rows
 from align.data.weighted_scores import Part, WeightedSum
+from align.environments.user_models import check_user_rows
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score
 from align.inference.engine import open_engine
@@ -50,13 +51,17 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` if there is no training pair.
     """
     use_threads(context.runtime)
+    environment = context.config.environment
+    if environment is not None:
+        rows = {split: _read_rows(context, split) for split in SPLITS}
+        for split_rows in rows.values():
+            check_user_rows(environment, split_rows, context.name)
     scorer = _open_scorer(context)
     tokenizer = load_tokenizer(context.artifact("policy").model)
-    if context.config.environment is None:
+    if environment is None:
         assert scorer is not None, "without an environment something scores"
         results, facts = _sample_responses(context, tokenizer, scorer)
     else:
-        rows = {split: _read_rows(context, split) for split in SPLITS}
         results, facts = sample_episodes(context, tokenizer, scorer, rows)
     metrics = _write(context, results)
     return metrics | ({} if scorer is None else judge_usage(scorer.parts)) | facts

@@ -43,8 +43,6 @@ class EndpointEpisodes:
 
     def play(self, name: str, rows: Sequence[dict[str, Any]], samples: int) -> list[list[Episode]]:
         """Return ``samples`` episodes of each row; ``name`` tells these rows from those of other calls."""
-        for row in rows if self._user is not None else ():
-            self._read_user_prompt(row)
         tasks = episode_tasks(rows, samples, self.context.seed, name)
         episodes: list[Episode] = []
         for start in range(0, len(tasks), EPISODES_TOGETHER):

@@ -16,6 +16,7 @@ from align.data.rows import Message, Row, read_rows, user
 from align.data.weighted_scores import Part, WeightedSum
 from align.environments.conversation import sampled_tokens
 from align.environments.episode import Episode
+from align.environments.user_models import check_user_rows
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score
 from align.inference.cached_client import Backend, CachedClient, Prices
@@ -66,6 +67,9 @@ class _Synthesis:
     def __init__(self, context: StageContext) -> None:
         config = context.config
         self.context, self.config, self.ledger = context, config, Ledger()
+        if config.environment is not None:
+            for split in SPLITS:
+                check_user_rows(config.environment, self._prompts(split), context.name)
         # Loaded first, so that a misspelled name ends the stage at once.
         self.scorer = self._open_scorer()
         self.engines: Any = None

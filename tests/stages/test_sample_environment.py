@@ -139,6 +139,21 @@ def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(
     assert not any(episode["stop"] == "failed" for line in read_lines(context) for episode in line["episodes"])
 
 
+def test_rows_without_a_column_of_the_users_prompt_are_refused_before_an_episode(
+    presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "align.stages.sample_episodes.open_engine", lambda *args, **kwargs: pytest.fail("an engine was started")
+    )
+    environment = ENVIRONMENT | {"user": {"model": "sft", "prompt": "You want {goal}.", "max_tokens": 8}}
+    context = make_context(tmp_path, presser, environment=environment)
+    path = tmp_path / "prompts" / "train.parquet"
+    write_rows(path, [row | {"goal": "a lamp"} for row in read_rows(path)])  # test has none
+    inputs = context.inputs | {USER_INPUT: context.inputs["policy"]}
+    with pytest.raises(UserError, match=r"sample\.environment\.user\.prompt: row test0: there is no value"):
+        run(replace(context, inputs=inputs))
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto", "simpo", "reward"])
 def test_stages_train_on_the_pairs_as_they_are(kind: str, presser: Path, tmp_path: Path) -> None:
     sampled = make_context(tmp_path / "sampled", presser)

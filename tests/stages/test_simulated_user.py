@@ -117,9 +117,10 @@ def test_a_server_that_goes_away_loses_no_update(
         ({"model": "sft", "prompt": "You want {goal}."}, r"grpo\.environment\.user\.prompt: row 0: there is no value"),
     ],
 )
-def test_a_user_that_cannot_speak_is_refused_before_the_engine_starts(
+def test_a_user_that_cannot_speak_is_refused_before_the_policy_is_loaded(
     user: dict[str, Any], message: str, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.stages.rl.open_engine", lambda *args, **kwargs: pytest.fail("the engine was started"))
+    monkeypatch.setattr("align.stages.rl.load_for_tuning", lambda *args: pytest.fail("the policy was loaded"))
     with pytest.raises(UserError, match=message):
         STAGES["grpo"].runner()(make("grpo", tmp_path, presser, user))

@@ -266,6 +266,22 @@ def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(fake: Fake
     assert not any(episode["stop"] == "failed" for line in lines for episode in line["episodes"])
 
 
+def test_rows_without_a_column_of_the_users_prompt_are_refused_before_a_request(fake: FakeChat, tmp_path: Path) -> None:
+    buyer = FakeChat(lambda body: completion("And then?"))
+    try:
+        said = {"endpoint": endpoint_of(buyer), "prompt": "You want {goal}."}
+        context = make_context(
+            tmp_path, task={"type": "responses"}, train=2, test=1, **endpoint_fields(fake, user=said)
+        )
+        path = tmp_path / "prompts" / "train.parquet"
+        write_rows(path, [row | {"goal": "a lamp"} for row in read_rows(path)])  # test has none
+        with pytest.raises(UserError, match=r"environment\.user\.prompt: row b0: there is no value"):
+            run(context)
+    finally:
+        buyer.stop()
+    assert not fake.bodies and not buyer.bodies
+
+
 def test_the_user_reads_no_malformed_call_and_nothing_that_answers_it(fake: FakeChat, tmp_path: Path) -> None:
     def stutter(body: dict[str, Any]) -> dict[str, Any]:
         told = [message for message in body["messages"] if message["content"].startswith("Error: A tool call")]
