@@ -109,7 +109,7 @@ class EndpointUser:
                 new = self._cached(unasked)
                 lost = UserAnswer(failure=error.problem)
                 lost_in_a_row = len(error.requests) + (0 if new else lost_in_a_row)
-                is_gone = not new and lost_in_a_row >= MAX_LOST
+                is_gone = not new and (lost_in_a_row >= MAX_LOST or not error.requests)
                 answers |= new | {request.key: lost for request in (unasked if is_gone else error.requests)}
                 continue
             answers |= {request.key: self._read(answer) for request, answer in zip(unasked, asked, strict=True)}
