@@ -76,10 +76,11 @@ def user_conversation(system: str, messages: Sequence[Message]) -> list[Message]
     are joined.
     """
     swapped: list[Message] = []
-    for message, following in zip(messages, [*messages[1:], None], strict=True):
+    for index, message in enumerate(messages):
         role = str(message["role"])
         # A turn whose calls are all malformed has none; what answers it is a tool's all the same.
-        has_calls = message.get("tool_calls") or (following is not None and following["role"] == "tool")
+        following = messages[index + 1 : index + 2]
+        has_calls = message.get("tool_calls") or any(answer["role"] == "tool" for answer in following)
         if role not in SWAPPED or (role == "assistant" and has_calls):
             continue
         text = str(message.get("content") or "")

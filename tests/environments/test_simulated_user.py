@@ -26,6 +26,7 @@ def test_roles_are_swapped_below_the_users_own_system_message() -> None:
 
 def test_a_user_that_speaks_first_is_greeted() -> None:
     assert user_conversation("You want a lamp.", [{"role": "system", "content": "S"}]) == [SYSTEM, user(GREETING)]
+    assert user_conversation("You want a lamp.", []) == [SYSTEM, user(GREETING)]
 
 
 def test_calls_results_and_thoughts_are_not_shown() -> None:
