@@ -200,7 +200,7 @@ class ChatPlayer(EpisodePlayer):
         return super().play(tasks)
 
     def _make_run(self, task: EpisodeTask) -> EpisodeRun:
-        return ChatRun(task.row, task.seed, self.rules)
+        return ChatRun(task.row, task.seed, self.rules, task.opening_seed)
 
     def _conversation(self, index: int) -> tuple[list[Message], int, int]:
         run = self._runs[index]

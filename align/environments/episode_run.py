@@ -95,6 +95,8 @@ class EpisodeRun:
     row: dict[str, Any]
     seed: int
     rules: EpisodeRules
+    opening_seed: int | None = None
+    """Seed of a user who speaks first; None for the episode's own."""
     episode: Episode = field(default_factory=lambda: Episode([]))
     action: Action | None = None
     _first_messages: list[Message] = field(default_factory=list)
@@ -204,7 +206,10 @@ class EpisodeRun:
     def _ask_user(self) -> None:
         """Ask the user for its next turn, with the conversation and a seed."""
         turn = len(self.episode.turns)
-        self.action = Act("user", turn, 0, (list(self.episode.messages), user_seed(self.seed, turn)))
+        seed = self.seed
+        if turn == 0 and self.opening_seed is not None:
+            seed = self.opening_seed
+        self.action = Act("user", turn, 0, (list(self.episode.messages), user_seed(seed, turn)))
 
     def _take_answer(self, answer: str) -> None:
         """Go on with what the user said."""

@@ -36,6 +36,8 @@ class EpisodeTask:
 
     row: dict[str, Any]
     seed: int
+    opening_seed: int | None = None
+    """Seed of a user who speaks first, the same in episodes that are to begin alike; None for the episode's own."""
 
 
 def episode_seed(seed: int, id: str, sample: int) -> int:
@@ -45,9 +47,15 @@ def episode_seed(seed: int, id: str, sample: int) -> int:
 
 def episode_tasks(rows: Sequence[dict[str, Any]], samples: int, seed: int, name: str) -> list[EpisodeTask]:
     """Return the tasks of ``samples`` episodes of each row, in order; ``name`` is that of the rows' split."""
-    return [
-        EpisodeTask(row, episode_seed(seed, f"{name}/{row['id']}", sample)) for row in rows for sample in range(samples)
-    ]
+    tasks: list[EpisodeTask] = []
+    for row in rows:
+        tasks += row_tasks(row, [episode_seed(seed, f"{name}/{row['id']}", sample) for sample in range(samples)])
+    return tasks
+
+
+def row_tasks(row: dict[str, Any], seeds: Sequence[int]) -> list[EpisodeTask]:
+    """Return the tasks of a row's episodes, one for each seed. A user who speaks first begins all of them alike."""
+    return [EpisodeTask(row, seed, seeds[0]) for seed in seeds]
 
 
 class EpisodeSource(Protocol):
@@ -109,7 +117,7 @@ class EpisodePlayer:
         return [run.episode for run in self._runs]
 
     def _make_run(self, task: EpisodeTask) -> EpisodeRun:
-        return EpisodeRun(task.row, task.seed, self.rules)
+        return EpisodeRun(task.row, task.seed, self.rules, task.opening_seed)
 
     def _play_on(self) -> None:
         """Take what has come back; wait where nothing has."""

@@ -16,7 +16,7 @@ from align.environments.conversation import never_began, sampled_tokens
 from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode
 from align.environments.journal import Journal
-from align.environments.player import EpisodeTask, episode_seed
+from align.environments.player import EpisodeTask, episode_seed, row_tasks
 from align.environments.prompted_turns import PromptedTurns
 from align.environments.simulated_user import SimulatedUser
 from align.environments.user_models import UserResources, open_user
@@ -54,11 +54,9 @@ class SystemPerformer:
         """See the protocol. An episode whose prompt leaves no room for ``max_tokens`` counts as failed."""
         # A system that is sampled again gets seeds of its own.
         sampling = self.system.sampling(Sampling(1, wanted.temperature, seed=wanted.seed))
-        tasks = [
-            EpisodeTask(row, episode_seed(sampling.seed, id, sample))
-            for row, id in zip(wanted.rows, wanted.ids, strict=True)
-            for sample in range(wanted.samples)
-        ]
+        tasks: list[EpisodeTask] = []
+        for row, id in zip(wanted.rows, wanted.ids, strict=True):
+            tasks += row_tasks(row, [episode_seed(sampling.seed, id, sample) for sample in range(wanted.samples)])
         episodes: list[Episode] = []
         for start in range(0, len(tasks), EPISODES_TOGETHER):
             episodes += self._part(wanted, tasks[start : start + EPISODES_TOGETHER])

@@ -14,7 +14,7 @@ import torch
 from align.config.launch import rank
 from align.data.scoring import ScoreFunction, Scorer
 from align.environments.journal import Journal
-from align.environments.player import EpisodeSource, EpisodeTask
+from align.environments.player import EpisodeSource, EpisodeTask, row_tasks
 from align.errors import UserError
 from align.inference.parity import Parity, probe
 from align.inference.protocol import RolloutEngine, Sampling
@@ -161,11 +161,10 @@ class RolloutSampler:
                 [prompts.token_ids[index] for index in indices], sampling
             )
             return responses
-        tasks = [
-            EpisodeTask(prompts.rows[index], derive_seed(seed, "episode", sample))
-            for index, seed in zip(indices, seeds, strict=True)
-            for sample in range(samples)
-        ]
+        tasks: list[EpisodeTask] = []
+        for index, seed in zip(indices, seeds, strict=True):
+            episode_seeds = [derive_seed(seed, "episode", sample) for sample in range(samples)]
+            tasks += row_tasks(prompts.rows[index], episode_seeds)
         journal = None if update is None else self._journal(update, tasks)
         episodes = self.episodes.play(
             self.engine, tasks, temperature=self.args.temperature, journal=journal, weights_update=weights_update

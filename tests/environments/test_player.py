@@ -12,7 +12,7 @@ import pytest
 
 from align.environments.episode_run import UserRules
 from align.environments.journal import Journal
-from align.environments.player import EpisodePlayer, EpisodeTask
+from align.environments.player import EpisodePlayer, EpisodeTask, episode_tasks
 from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Response, TurnRequest
@@ -57,6 +57,15 @@ class OneByOne:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+def test_the_episodes_of_a_row_have_one_opening_seed() -> None:
+    rows = [{"id": "a"}, {"id": "b"}]
+    first, second, third, fourth = episode_tasks(rows, 2, 3, "train")
+    assert first.opening_seed == second.opening_seed and third.opening_seed == fourth.opening_seed
+    assert first.opening_seed != third.opening_seed
+    assert len({task.seed for task in (first, second, third, fourth)}) == 4
+    assert episode_tasks(rows[1:], 3, 3, "train")[:2] == [third, fourth], "neither others nor their number change it"
 
 
 @pytest.fixture

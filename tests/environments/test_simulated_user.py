@@ -170,6 +170,16 @@ def test_a_user_who_speaks_first_begins_below_the_system_message_alone() -> None
     assert asked(run)[0] == 1 and user_seed(5, 1) != user_seed(5, 0)
 
 
+def test_episodes_with_one_opening_seed_begin_alike_and_go_on_by_their_own() -> None:
+    runs = [EpisodeRun(ROW, seed, letter_rules(user=UserRules("BYE", True)), 9) for seed in (5, 6)]
+    for run in runs:
+        run.take_result(None)
+        assert asked(run) == [0, ROW["prompt"][:1], user_seed(9, 0)]
+        run.take_result("A lamp?")
+        run.take_turn(turn("Yes?"))
+        assert asked(run)[2] == user_seed(run.seed, 1)
+
+
 @pytest.mark.parametrize("answer", ["BYE", "No. BYE"])
 def test_a_user_who_ends_before_the_beginning_fails_the_episode(answer: str) -> None:
     run = begun(opens=True)

@@ -56,6 +56,24 @@ def requests(world_size, update, seed=3, local=False):
     return values
 
 
+class Tasks:
+    """A player that notes its tasks, and plays none."""
+
+    def play(self, engine, tasks, **options):
+        self.tasks = tasks
+        return [None] * len(tasks)
+
+
+def test_the_episodes_of_a_prompt_have_seeds_of_their_own_and_one_opening():
+    sampler = make_sampler(3)
+    sampler.episodes = Tasks()
+    sampler._respond(sampler.prompts, [0, 1], [7, 8], samples=2)
+    first, second, third, fourth = sampler.episodes.tasks
+    assert first.row is second.row and third.row is fourth.row
+    assert first.opening_seed == second.opening_seed != third.opening_seed == fourth.opening_seed
+    assert len({task.seed for task in sampler.episodes.tasks}) == 4
+
+
 @pytest.mark.parametrize("update", [0, 5])
 def test_processes_share_out_the_requests_of_one(update):
     assert requests(2, update) == requests(1, update) == requests(3, update)

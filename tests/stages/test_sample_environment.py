@@ -154,6 +154,15 @@ def test_rows_without_a_column_of_the_users_prompt_are_refused_before_an_episode
         run(replace(context, inputs=inputs))
 
 
+def test_a_user_who_speaks_first_begins_the_episodes_of_a_row_alike(presser: Path, tmp_path: Path) -> None:
+    speaker = {"model": "sft", "prompt": "ab", "max_tokens": 8, "opens": True}
+    context = make_context(tmp_path, presser, environment=ENVIRONMENT | {"max_tokens": 80, "user": speaker})
+    metrics = run(replace(context, inputs=context.inputs | {USER_INPUT: context.inputs["policy"]}))
+    assert metrics["train_different_beginnings"] == metrics["test_different_beginnings"] == 0
+    openings = {json.dumps(pair["prompt"]) for pair in read_rows(context.output / "train.parquet")}
+    assert len(openings) > 1, "rows begin differently"
+
+
 @pytest.mark.parametrize("kind", ["dpo", "kto", "simpo", "reward"])
 def test_stages_train_on_the_pairs_as_they_are(kind: str, presser: Path, tmp_path: Path) -> None:
     sampled = make_context(tmp_path / "sampled", presser)

@@ -282,6 +282,23 @@ def test_rows_without_a_column_of_the_users_prompt_are_refused_before_a_request(
     assert not fake.bodies and not buyer.bodies
 
 
+def test_a_server_that_speaks_first_is_asked_for_one_opening_of_a_row(fake: FakeChat, tmp_path: Path) -> None:
+    buyer = FakeChat(lambda body: completion("So be it. BYE" if len(body["messages"]) > 2 else f"{body['seed']}?"))
+    try:
+        said = {"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE", "opens": True}
+        fields = endpoint_fields(fake, max_turns=6, user=said)
+        context = make_context(tmp_path, task={"type": "best_of", "n": 3}, train=2, test=1, **fields)
+        run(context)
+    finally:
+        buyer.stop()
+    openings = [body for body in buyer.bodies[1:] if len(body["messages"]) == 2]
+    assert len(openings) == 3
+    lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert len({episode["messages"][0]["content"] for episode in line["episodes"]}) == 1
+    assert "begin differently" not in (context.output / "dropped.jsonl").read_text()
+
+
 def test_the_user_reads_no_malformed_call_and_nothing_that_answers_it(fake: FakeChat, tmp_path: Path) -> None:
     def stutter(body: dict[str, Any]) -> dict[str, Any]:
         told = [message for message in body["messages"] if message["content"].startswith("Error: A tool call")]
