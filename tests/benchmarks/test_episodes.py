@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from align.environments.episode import CallRecord, Episode, PolicyTurn
+from align.environments.player import EpisodeTask
 from align.errors import UserError
 from align.inference.protocol import Response, TurnRequest
 from benchmarks.episodes import check_trl, comparison_shape, latency_shape, parse, side_arguments
@@ -242,7 +243,7 @@ def test_player_carries_out_the_script(tiny_model):
     shape = EpisodeShape(batch=2, turns=2, tokens=200, lengths="full", updates=1, result_words=2)
     (script,) = make_script(shape, tokenizer)
     player = open_player(shape, tokenizer, [script], workers=2)
-    tasks = [type("Task", (), {"row": {"prompt": [{"role": "user", "content": "ab"}]}, "seed": 0})()] * 2
+    tasks = [EpisodeTask({"prompt": [{"role": "user", "content": "ab"}]}, seed=0)] * 2
     try:
         episodes = player.play_in(ScriptedSession(RepeatingSession(), script, tokenizer), tasks)
     finally:
