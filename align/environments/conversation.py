@@ -139,8 +139,8 @@ def _with_ids(calls: Sequence[dict[str, Any]], keeps_ids: bool) -> list[dict[str
     """Return calls with ids: their own where they have some and they are kept, else by number."""
     named = []
     for index, call in enumerate(calls):
-        kept = call.get("id") if keeps_ids else None
-        named.append({**call, "id": kept or call_id_at(index)})
+        call_id = call.get("id") if keeps_ids else None
+        named.append({**call, "id": call_id or call_id_at(index)})
     return named
 
 

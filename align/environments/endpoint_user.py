@@ -78,7 +78,7 @@ class EndpointUser:
         Raises ``UserError`` for settings that the server refuses, and for a spent budget. Raises ``EndpointLost`` for a
         request that runs out of attempts, unless that fails its episode; what was answered until then is cached.
         """
-        asked = [
+        server_requests = [
             Request(
                 model=self._endpoint.identity,
                 messages=request.messages,
@@ -89,9 +89,9 @@ class EndpointUser:
             for request in requests
         ]
         if not self._outage_fails_episodes:
-            return [self._read(answer) for answer in self._client.ask(self._endpoint, asked, NAME)]
-        answers = self._ask_on(asked)
-        return [answers[request.key] for request in asked]
+            return [self._read(answer) for answer in self._client.ask(self._endpoint, server_requests, NAME)]
+        answers = self._ask_on(server_requests)
+        return [answers[request.key] for request in server_requests]
 
     def _ask_on(self, requests: list[Request]) -> dict[str, UserAnswer]:
         """Return answers by key. A request that runs out of attempts is a failure, and the rest is asked for again.
@@ -103,7 +103,7 @@ class EndpointUser:
         while True:
             unasked = [request for request in requests if request.key not in answers]
             try:
-                asked = self._client.ask(self._endpoint, unasked, NAME)
+                replies = self._client.ask(self._endpoint, unasked, NAME)
             except EndpointLost as error:
                 # What was answered before is in the cache.
                 new = self._cached(unasked)
@@ -112,7 +112,7 @@ class EndpointUser:
                 is_gone = not new and (lost_in_a_row >= MAX_LOST or not error.requests)
                 answers |= new | {request.key: lost for request in (unasked if is_gone else error.requests)}
                 continue
-            answers |= {request.key: self._read(answer) for request, answer in zip(unasked, asked, strict=True)}
+            answers |= {request.key: self._read(reply) for request, reply in zip(unasked, replies, strict=True)}
             return answers
 
     def _cached(self, requests: list[Request]) -> dict[str, UserAnswer]:

@@ -86,12 +86,12 @@ def user_conversation(system: str, messages: Sequence[Message]) -> list[Message]
         text = str(message.get("content") or "")
         if role == "assistant":
             text = hide_thoughts(text).strip()
-        said = SWAPPED[role](text)
-        if swapped and swapped[-1]["role"] == said["role"]:
-            joined = f"{swapped[-1]['content']}\n\n{said['content']}".strip()
-            swapped[-1] = said | {"content": joined}
+        turn = SWAPPED[role](text)
+        if swapped and swapped[-1]["role"] == turn["role"]:
+            joined = f"{swapped[-1]['content']}\n\n{turn['content']}".strip()
+            swapped[-1] = turn | {"content": joined}
         else:
-            swapped.append(said)
+            swapped.append(turn)
     if not swapped or swapped[0]["role"] == "assistant":
         swapped.insert(0, user(GREETING))
     return [{"role": "system", "content": system}, *swapped]
@@ -102,11 +102,11 @@ def read_answer(text: str, finished: bool, stop: str | None) -> UserAnswer:
 
     One that is empty, or was cut off before it said ``stop``, is a failure.
     """
-    said = hide_thoughts(clean(text)).strip()
-    if stop is not None and stop in said:
-        return UserAnswer(said)
+    answer = hide_thoughts(clean(text)).strip()
+    if stop is not None and stop in answer:
+        return UserAnswer(answer)
     if not finished:
         return UserAnswer(failure="the user's answer was cut off at its max_tokens; raise user.max_tokens.")
-    if not said:
+    if not answer:
         return UserAnswer(failure="the user's answer is empty.")
-    return UserAnswer(said)
+    return UserAnswer(answer)

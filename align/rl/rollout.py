@@ -62,7 +62,7 @@ class Rollout:
 
     @property
     def staleness(self) -> torch.Tensor:
-        """Updates that the policy had learned from since it had the weights of each sampled token, (tokens,)."""
+        """Updates that the policy had learned from since it had the weights of each sampled token, shape (N,)."""
         mask = self.tensors["response_mask"]
         return self.update - self.tensors["weights_update"][mask]
 

@@ -134,7 +134,7 @@ def _make_pairs(context: StageContext, prompts: list[PromptResponses]) -> tuple[
     counts = dict.fromkeys(COUNTS, 0)
     for prompt in prompts:
         scores = {place: prompt.score_of(place) for place in prompt.usable}
-        made, made_counts = pair_responses(prompt, scores, config.pairs, context.seed, noise=config.noise)
-        pairs += made
-        counts = {name: count + made_counts[name] for name, count in counts.items()}
+        prompt_pairs, prompt_counts = pair_responses(prompt, scores, config.pairs, context.seed, noise=config.noise)
+        pairs += prompt_pairs
+        counts = {name: count + prompt_counts[name] for name, count in counts.items()}
     return pairs, counts
