@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+
+from tests.support.processes import command_of, descendants
 
 SMOKE = "pipelines/smoke.yaml"
 
@@ -40,8 +41,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert time.time() < end, "PPO wrote no checkpoint"
         time.sleep(0.05)
     # Also the process that stages are forked from, whose name a stage may have kept.
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if re.search(r"align\.runner\.(worker|fork_server)", " ".join(child.cmdline())):
+    for child in descendants(process.pid):
+        if re.search(r"align\.runner\.(worker|fork_server)", command_of(child)):
             child.kill()
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1, output

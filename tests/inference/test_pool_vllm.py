@@ -23,6 +23,7 @@ from align.inference.shared_engine import ask_each, returns
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
 from align.models.tuning.merged_weights import merged_weights
+from tests.support.processes import descendants, is_alive
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,15 +54,12 @@ def pool(tiny_model: Path, warnings: list[str]) -> Iterator[PoolEngine]:
     yield engine
     group = [child for member in engine.members for child in children(member)]
     engine.close()
-    assert [process for process in group if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+    assert not [process for process in group if is_alive(process)]
 
 
 def children(member: Member) -> list[psutil.Process]:
     assert member.client.server is not None
-    try:
-        return psutil.Process(member.client.server.process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:  # it was killed, and is being started anew
-        return []
+    return descendants(member.client.server.process.pid)
 
 
 def kill_api(member: Member) -> None:

@@ -24,6 +24,7 @@ from align.inference.server_process import LocalServer
 from tests.support.inference import fake_server
 from tests.support.inference.fake_server import FakeServer
 from tests.support.inference.server_harness import PROMPTS, open_at, soon, wait_for
+from tests.support.processes import command_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -157,7 +158,7 @@ def test_no_other_user_can_reach_it_and_its_key_is_shown_nowhere(tiny_model: Pat
     assert key_file.stat().st_mode & 0o777 == 0o600
     assert socket.parent.stat().st_mode & 0o777 == 0o700
     for process in _group(_local(engine).process.pid):
-        assert key not in " ".join(process.cmdline())
+        assert key not in command_of(process)
         assert key not in json.dumps(process.environ())
         assert [
             connection for connection in process.net_connections("inet") if connection.status == psutil.CONN_LISTEN

@@ -28,6 +28,7 @@ from align.inference.weights import checkpoint_weights
 from align.inference.weights_folder import WeightsFolder
 from align.models.loading import load_policy
 from align.models.tuning.merged_weights import merged_weights
+from tests.support.processes import command_of, descendants, is_alive
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -193,10 +194,10 @@ def test_no_route_answers_without_the_key(engine: ServerEngine, model: Any) -> N
         assert (path, reply.status, reply.error) == (path, 401, None)
     socket = Path(engine.client.address.removeprefix("unix:"))
     assert socket.parent.stat().st_mode & 0o777 == 0o700
-    for process in psutil.Process(_local(engine).process.pid).children(recursive=True):
+    for process in descendants(_local(engine).process.pid):
         listening = [entry for entry in process.net_connections("inet") if entry.status == psutil.CONN_LISTEN]
         assert all(entry.laddr.ip == "127.0.0.1" for entry in listening)
-        assert engine.client._key not in " ".join(process.cmdline())
+        assert engine.client._key not in command_of(process)
 
 
 def test_a_foreign_reload_is_noticed(engine: ServerEngine, model: Any) -> None:
@@ -239,8 +240,8 @@ def test_a_second_user_of_a_running_server(engine: ServerEngine, model: Any, mon
 
 
 def test_a_hanging_worker_is_an_error_and_can_be_survived(engine: ServerEngine, model: Any) -> None:
-    group = psutil.Process(_local(engine).process.pid).children(recursive=True)
-    worker = next(entry for entry in group if "Worker" in " ".join(entry.cmdline()))
+    group = descendants(_local(engine).process.pid)
+    worker = next(entry for entry in group if "Worker" in command_of(entry))
     worker.send_signal(signal.SIGSTOP)
     timeout, engine.client.timeout = engine.client.timeout, 1.5
     try:
@@ -260,7 +261,7 @@ def test_a_hanging_worker_is_an_error_and_can_be_survived(engine: ServerEngine, 
 def test_killed_during_a_call(engine: ServerEngine, model: Any) -> None:
     """The last one: nothing is left of the server, its workers included."""
     leader = _local(engine).process.pid
-    group = psutil.Process(leader).children(recursive=True)
+    group = descendants(leader)
     server = next(entry for entry in group if entry.ppid() == leader)
     killed: list[float] = []
 
@@ -275,5 +276,5 @@ def test_killed_during_a_call(engine: ServerEngine, model: Any) -> None:
     assert time.monotonic() - killed[0] < 10
     engine.close()
     assert len(group) >= 3  # API process, engine, worker
-    left = [entry for entry in group if entry.is_running() and entry.status() != psutil.STATUS_ZOMBIE]
+    left = [entry for entry in group if is_alive(entry)]
     assert left == [], left

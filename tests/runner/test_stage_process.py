@@ -33,6 +33,7 @@ from align.runner.stage_process import (
     this_thread,
 )
 from tests.support import toy
+from tests.support.processes import command_of, descendants, is_alive
 from tests.support.runs import wait_for
 
 pytestmark = pytest.mark.skipif(not ForkServer.is_possible(), reason="only Linux forks a process with its libraries")
@@ -139,7 +140,7 @@ class Process(Listener):
             return
         # The stage is the youngest of the family; a server of other tests may be in it, too.
         stage = max(psutil.Process().children(recursive=True), key=psutil.Process.create_time)
-        self.command, self.session = " ".join(stage.cmdline()), os.getsid(stage.pid) - stage.pid
+        self.command, self.session = command_of(stage), os.getsid(stage.pid) - stage.pid
         if self.kill is not None:
             os.kill(self.kill, signal.SIGKILL)
 
@@ -178,12 +179,12 @@ Pipeline({raw!r}).run(store={str(tmp_path)!r})
 """
     runner = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()})
     wait_for(lambda: list(tmp_path.glob("number/*.partial/checkpoints/step-0")))
-    family = psutil.Process(runner.pid).children(recursive=True)
+    family = descendants(runner.pid)
     assert len(family) == 2  # the server and the stage
     runner.kill()
     runner.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not [process for process in alive if is_alive(process)]
 
 
 def test_an_interrupt_ends_a_forked_stage(server: ForkServer, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import align
 from align.errors import UserError
 from align.evaluation.lm_eval import process
 from align.evaluation.lm_eval.process import lm_eval_version, log_end, run_lm_eval
+from tests.support.processes import command_of, is_alive
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_idleness_ends_it_and_speech_or_work_does_not(
     with pytest.raises(RuntimeError, match=r"did nothing for 2 s and was killed .*\n.*\nthinking"):
         run_lm_eval({}, tmp_path, 2)
     assert time.monotonic() - began < 30
-    assert not [child for child in psutil.Process().children() if "stand_in" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if "stand_in" in command_of(child)]
     ends = "json.dump({}, open(folder + '/result.json', 'w'))\n"
     program.write_text(
         WRITES + "import time\nfor _ in range(15):\n    print('.', flush=True)\n    time.sleep(0.2)\n" + ends
@@ -141,11 +142,11 @@ def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
     starter = subprocess.Popen([sys.executable, "-c", code, json.dumps(job)], env=environment)
     try:
-        pid = _wait_for(mark, starter)
+        process = psutil.Process(_wait_for(mark, starter))
         starter.send_signal(signal.SIGKILL)
         starter.wait()
         deadline = time.monotonic() + 30
-        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        while is_alive(process):
             assert time.monotonic() < deadline, "it lives on"
             time.sleep(0.1)
     finally:
