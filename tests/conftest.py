@@ -84,6 +84,20 @@ def frozen_imports() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Take back the variables that a stage or an engine in this process has set, such as the number of threads.
+
+    A later stage in a process of its own would get them, and could not be forked.
+    """
+    current = "PYTEST_CURRENT_TEST"
+    before = {name: value for name, value in os.environ.items() if name != current}
+    yield
+    for name in os.environ.keys() - before.keys() - {current}:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fork_server() -> Iterator[None]:
     """Fork stages from a server of this test process: those of runs in which one loads a model, and those of others.

@@ -218,6 +218,11 @@ class Runtime(Config):
         """Engines on a Ray cluster that sample for a stage; their count is 0 unless the executor is ``ray``."""
         return self.executor.samplers if isinstance(self.executor, RayExecutor) else SamplersConfig()
 
+    @property
+    def may_open_vllm(self) -> bool:
+        """Whether a stage that samples opens vLLM in its own process, where vLLM is installed."""
+        return self.engine.name != "transformers" and not self.rollouts.pooled and self.samplers.count == 0
+
     def with_transformers(self) -> Runtime:
         """Return the same settings, but with transformers as the engine, in the stage's own process."""
         engine = self.engine.model_copy(update={"name": "transformers"})

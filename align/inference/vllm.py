@@ -6,6 +6,7 @@ in ``vllm_internals.py``. Leaves out servers, tensor parallelism and LoRA reques
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import random
@@ -21,6 +22,7 @@ from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
 from align.inference.protocol import Progress, Response, Sampling, Session, TurnRequest, check_idle
 from align.inference.vllm_internals import (
+    ENGINE_MODULES,
     cpu_block_size,
     install_sampler,
     model_runner,
@@ -48,6 +50,19 @@ def why_unusable() -> str | None:
     except Exception as error:  # a broken build fails in many ways
         return f"vLLM does not import ({type(error).__name__}: {error})"
     return None
+
+
+def import_engine() -> None:
+    """Import what an engine imports when it is opened, for the processes that are forked from this one.
+
+    Raises ``RuntimeError`` where vLLM cannot be used, and ``ImportError`` where one of its modules has moved.
+    """
+    obstacle = why_unusable()
+    if obstacle is not None:
+        raise RuntimeError(obstacle)
+    with _preserve_global_state():
+        for module in ENGINE_MODULES:
+            importlib.import_module(module)
 
 
 def why_model_unusable(model_dir: Path, device: torch.device) -> str | None:

@@ -19,6 +19,19 @@ from align.inference.sampling import pick_tokens
 from align.inference.vllm_adapters import Adapter
 from align.models.tuning.stored import is_stored
 
+ENGINE_MODULES = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.llama",
+)
+"""Modules which, with what they import, are most of what an engine in this process imports on a CPU."""
+
 
 class VllmChanged(RuntimeError):
     """vLLM's internals are not those that this file was written for."""

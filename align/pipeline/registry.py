@@ -43,6 +43,8 @@ class Stage:
     """Import path of this record itself (``module:NAME``), for a stage that is not in ``STAGES``."""
     distributed: bool = False
     """Whether ``run`` may be run by several processes at once (``runtime.launch``), as ranks of torch.distributed."""
+    samples: bool = False
+    """Whether ``run`` opens an engine that samples responses."""
     estimator: str | None = None
     """Import path of the module that estimates memory and work: ``estimate(config, models, runtime)`` and ``job`` with
     the same arguments for a kind that trains, ``inference(config, models, rows)`` for one that samples or scores."""
@@ -165,7 +167,7 @@ def _trained(kind: str, version: int, purpose: str, card_verb: str, **others: An
 def _on_policy(kind: str, version: int, purpose: str, card_verb: str) -> Stage:
     """Return the record of a kind that trains on its own rollouts."""
     fields = {"headline": ROLLOUTS, "lint": f"{ENCODINGS}:PROMPTS", "estimator": "align.capacity.estimators.rl"}
-    return _trained(kind, version, purpose, card_verb, **fields)
+    return _trained(kind, version, purpose, card_verb, samples=True, **fields)
 
 
 STAGES: dict[str, Stage] = {
@@ -201,6 +203,7 @@ STAGES: dict[str, Stage] = {
             4,
             Kind.PREFERENCES,
             "sample responses from a checkpoint, score and pair them",
+            samples=True,
             estimator="align.capacity.estimators.sample",
             headline={"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
         ),
@@ -209,6 +212,7 @@ STAGES: dict[str, Stage] = {
             3,
             None,
             "make instructions, responses or pairs with a model or an endpoint",
+            samples=True,
             estimator="align.capacity.estimators.synthesize",
         ),
         _trained(
@@ -289,6 +293,7 @@ STAGES: dict[str, Stage] = {
             7,
             Kind.SCORECARD,
             "compare systems on prompts, benchmarks and by judges, with intervals",
+            samples=True,
             estimator="align.capacity.estimators.evaluate",
             inspector="align.evaluation.inspect",
             headline={"reward_accuracy": "RM accuracy"},

@@ -6,6 +6,9 @@ RUNNER at the other end of the socket: it imports the modules, says ``ready``, t
 folder and the variables of its environment that are not the server's, with two file descriptors, the log and a pipe.
 The stage's process writes ``pid NUMBER`` to the pipe, and the server adds ``exit CODE`` when it has ended.
 
+Another message asks for a branch: a fork that imports vLLM, too, and serves stages that sample at a socket of its own.
+vLLM takes five seconds more, which a stage that trains would only wait for.
+
 The server holds no model and no threads that work, so that nothing is lost in a fork. It ends where there is an
 accelerator, whose driver does not survive a fork: stages are then started as ever (``stage_process.py``).
 """
@@ -75,7 +78,7 @@ def serve(control: socket.socket) -> str | None:
                 message, descriptors, _, _ = socket.recv_fds(control, 65536, 2)
                 if not message:
                     return None
-                log, status = descriptors
+                order = json.loads(message)
                 server = os.getpid()
                 pid = os.fork()
                 if pid == 0:
@@ -84,13 +87,34 @@ def serve(control: socket.socket) -> str | None:
                     # What belongs to the server is closed, so that its end is seen by those who wait for it.
                     for handle in (*statuses, *statuses.values()):
                         os.close(handle)
-                    order = json.loads(message)
-                    _become_stage(log, status, order["environment"])
+                    if "branch" in order:
+                        control.close()
+                        return _serve_branch(socket.socket(fileno=descriptors[0]), order["branch"])
+                    _become_stage(descriptors[0], descriptors[1], order["environment"])
                     return str(order["folder"])
+                if "branch" in order:
+                    os.close(descriptors[0])
+                    continue
+                log, status = descriptors
                 os.close(log)
                 process = os.pidfd_open(pid)
                 statuses[process] = status
                 selector.register(process, selectors.EVENT_READ, pid)
+
+
+def _serve_branch(control: socket.socket, importer: str) -> str | None:
+    """Call ``importer`` (``module:name``), then serve the runner at another socket as ``serve`` does."""
+    module, _, name = importer.partition(":")
+    with control:
+        try:
+            getattr(importlib.import_module(module), name)()
+        except Exception:  # it is never ready: a stage that imports vLLM itself says what is wrong
+            return None
+        gc.collect()
+        gc.freeze()
+        with contextlib.suppress(OSError):  # the runner has ended meanwhile
+            control.sendall(READY)
+        return serve(control)
 
 
 def _report_end(process: int, status: int, pid: int) -> None:

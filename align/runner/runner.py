@@ -170,7 +170,8 @@ def _forked_stages(pipeline: Pipeline, nodes: list[Node]) -> AbstractContextMana
     runtimes = [pipeline.runtimes[node.name] for node in nodes if node.stage.estimator is not None]
     if len(runtimes) < 2:
         return contextlib.nullcontext()
-    return forked_stages(runtimes[-1].threads)
+    vllm = any(node.stage.samples and pipeline.runtimes[node.name].may_open_vllm for node in nodes)
+    return forked_stages(runtimes[-1].threads, vllm=vllm)
 
 
 def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None:

@@ -8,6 +8,7 @@ Anything else starts as ``python -m align.runner.worker FOLDER``, and comes to t
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -36,8 +37,9 @@ PRELOADED = (
     "align.checks.stage",
     "align.inference.transformers",
 )
-"""Modules which, with what they import, are most of what a stage imports. vLLM is left to the stages that use it."""
-
+"""Modules which, with what they import, are most of what a stage imports."""
+VLLM = "align.inference.vllm:import_engine"
+"""Function that imports what a stage which samples with vLLM imports on top."""
 
 ANSWER_SECONDS = 20.0
 """Seconds that a server may take to fork a process."""
@@ -64,15 +66,17 @@ def stage_environment() -> dict[str, str]:
     return {**ENVIRONMENT, **os.environ}
 
 
-def start_stage(command: list[str], environment: dict[str, str], threads: int | None, log: int) -> StageProcess:
+def start_stage(
+    command: list[str], environment: dict[str, str], threads: int | None, log: int, *, vllm: bool = False
+) -> StageProcess:
     """Start ``command``, whose last word is the stage's folder, with its output in the file ``log``.
 
-    ``threads``: as of ``runtime.threads``. The process leads a session of its own: Ctrl-C reaches the runner only,
-    which then ends the stage in order.
+    ``threads``: as of ``runtime.threads``; ``vllm``: whether the stage samples with vLLM. The process leads a session
+    of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
     """
     server = this_thread.server
     if server is not None and server.serves(command, environment, threads):
-        forked = server.fork(command[-1], environment, log)
+        forked = server.fork(command[-1], environment, log, vllm=vllm)
         if forked is not None:
             return forked
     return subprocess.Popen(
@@ -86,9 +90,10 @@ def start_stage(command: list[str], environment: dict[str, str], threads: int | 
 
 
 @contextlib.contextmanager
-def forked_stages(threads: int | None) -> Iterator[None]:
+def forked_stages(threads: int | None, *, vllm: bool = False) -> Iterator[None]:
     """Start stages by forks inside of this, where they have these ``threads``; a context inside another adds nothing.
 
+    ``vllm``: whether a stage among them may sample with vLLM.
     The server starts at once, and nobody waits for it: what starts before it is ready starts as ever. It belongs to
     this thread alone, since Linux ends it with the thread that has started it.
     """
@@ -98,6 +103,8 @@ def forked_stages(threads: int | None) -> Iterator[None]:
     # A machine that is short of processes can do without.
     with contextlib.suppress(OSError):
         this_thread.server = ForkServer(stage_environment(), threads)
+        if vllm and importlib.util.find_spec("vllm") is not None:
+            this_thread.server.start_branch()
     try:
         yield
     finally:
@@ -106,8 +113,31 @@ def forked_stages(threads: int | None) -> Iterator[None]:
             server.close()
 
 
+class Channel:
+    """This process's end of the socket to a process that forks stages."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.control, self._ready = control, False
+
+    def is_ready(self) -> bool:
+        """Return whether the process has imported what stages need."""
+        if not self._ready:
+            with contextlib.suppress(OSError):  # not yet, or not any more
+                self._ready = bool(self.control.recv(64, socket.MSG_DONTWAIT))
+        return self._ready
+
+    def close(self) -> None:
+        """Close this end, by which the process ends."""
+        self._ready = False
+        self.control.close()
+
+
 class ForkServer:
-    """A running fork server, and what it was started with."""
+    """A running fork server, and what it was started with.
+
+    Its branch is a process that it has forked from itself and that has imported vLLM, too. Stages that sample are
+    forked from the branch once it is ready, all others from the server.
+    """
 
     module = "align.runner.fork_server"
     """What the server runs."""
@@ -117,8 +147,9 @@ class ForkServer:
     def __init__(self, environment: Mapping[str, str], threads: int | None, modules: Sequence[str] = PRELOADED) -> None:
         self.environment, self.threads, self.folder = dict(environment), threads, Path.cwd()
         self.owner = os.getpid()
-        self.control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.ready = False
+        control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel = Channel(control)
+        self.branch: Channel | None = None
         numbers = (far_end.fileno(), self.owner, threads or 0)
         with far_end:
             self.process = subprocess.Popen(
@@ -130,6 +161,13 @@ class ForkServer:
                 pass_fds=[far_end.fileno()],
                 start_new_session=True,
             )
+
+    def start_branch(self) -> None:
+        """Ask for the branch. The server forks it as soon as its own imports are done; nobody waits for it."""
+        control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far_end, contextlib.suppress(OSError):  # the server has ended
+            socket.send_fds(self.channel.control, [json.dumps({"branch": VLLM}).encode()], [far_end.fileno()])
+        self.branch = Channel(control)
 
     @staticmethod
     def is_possible() -> bool:
@@ -149,25 +187,26 @@ class ForkServer:
             return False
         is_alike = threads == self.threads and self.folder == Path.cwd() and command[0] == sys.executable
         differences = self._differences(environment)
-        return is_alike and all(name.startswith(self.passed_on) for name in differences) and self._is_ready()
+        return is_alike and all(name.startswith(self.passed_on) for name in differences) and self.channel.is_ready()
 
     def _differences(self, environment: Mapping[str, str]) -> dict[str, str | None]:
         """Return the variables that the server has otherwise, with their values; None for one to be removed."""
         names = {*environment, *self.environment}
         return {name: environment.get(name) for name in names if environment.get(name) != self.environment.get(name)}
 
-    def _is_ready(self) -> bool:
-        if not self.ready:
-            with contextlib.suppress(OSError):  # not yet, or not any more
-                self.ready = bool(self.control.recv(64, socket.MSG_DONTWAIT))
-        return self.ready
+    def fork(
+        self, folder: str, environment: Mapping[str, str], log: int, *, vllm: bool = False
+    ) -> ForkedProcess | None:
+        """Fork the process of the stage in ``folder``; None where the server has ended or does not answer.
 
-    def fork(self, folder: str, environment: Mapping[str, str], log: int) -> ForkedProcess | None:
-        """Fork the process of the stage in ``folder``; None where the server has ended or does not answer."""
+        ``vllm``: from the branch, where that is ready.
+        """
+        has_branch = vllm and self.branch is not None and self.branch.is_ready()
+        channel = self.branch if has_branch and self.branch is not None else self.channel
         message = json.dumps({"folder": folder, "environment": self._differences(environment)})
         reader, writer = os.pipe()
         try:
-            socket.send_fds(self.control, [message.encode()], [log, writer])
+            socket.send_fds(channel.control, [message.encode()], [log, writer])
         except OSError:
             os.close(reader)
             return None
@@ -180,9 +219,10 @@ class ForkServer:
         return process
 
     def close(self) -> None:
-        """End the server, and wait until it has ended; its stages that still run end with it."""
-        self.ready = False
-        self.control.close()
+        """End the server and its branch, and wait until it has ended; stages that still run end with them."""
+        for channel in (self.channel, self.branch):
+            if channel is not None:
+                channel.close()
         self.process.kill()
         self.process.wait()
 

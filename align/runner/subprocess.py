@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.launch import BY_SRUN
+from align.config.runtime import Runtime
 from align.errors import disk_is_full, no_space
 from align.pipeline.registry import find_stage
 from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
@@ -58,7 +59,9 @@ def run_attempt(
     events, spent = retry.call(lambda: (Tail(partial / EVENTS), _Spent(partial)))
     output = retry.call(lambda: _open_log(partial, name))
     command = _command(partial, environment)
-    process = start_stage(command, environment, read_work(partial).runtime.get("threads"), output)
+    work = read_work(partial)
+    vllm = find_stage(work.stage).samples and Runtime.model_validate(work.runtime).may_open_vllm
+    process = start_stage(command, environment, work.runtime.get("threads"), output, vllm=vllm)
     with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
         os.close(output)
     try:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
 
 from align import Pipeline
+from align.config.runtime import Runtime
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
 from align.runner import fork_server, runner
@@ -221,6 +227,107 @@ def test_another_environment_folder_or_number_of_threads_is_started_without(
     assert not server.serves(command, environment, None)
 
 
+# --- the branch with vLLM ---
+
+
+def import_stand_in() -> None:
+    """Stands in for the import of vLLM."""
+    sys.modules["vllm"] = ModuleType("vllm")
+
+
+def import_nothing() -> None:
+    raise ImportError("libmissing.so: cannot open shared object file")
+
+
+def run_branched(store: Path, monkeypatch: pytest.MonkeyPatch, samples: bool) -> dict[str, str]:
+    """Run a stage of a kind that samples or does not; return the packages that its process had."""
+    monkeypatch.setattr(toy, "NUMBER", replace(toy.NUMBER, samples=samples))
+    raw = {"name": "toy", "stages": {"one": {"stage": "tests.support.toy:NUMBER"}}}
+    packages: dict[str, str] = run_pipeline(Pipeline(raw), store=store).artifacts["one"].record["packages"]
+    return packages
+
+
+@pytest.fixture
+def branched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ForkServer]]:
+    """A function that starts a server with a branch that calls ``importer``, a function of this file."""
+    servers: list[ForkServer] = []
+
+    def start(importer: str) -> ForkServer:
+        monkeypatch.setattr("align.runner.stage_process.VLLM", f"{__name__}:{importer}")
+        server = start_server()
+        server.start_branch()
+        monkeypatch.setattr(this_thread, "server", server)
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def test_a_stage_that_samples_is_forked_from_the_branch_and_others_are_not(
+    branched: Callable[[str], ForkServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = branched("import_stand_in")
+    assert server.branch is not None
+    wait_for(server.branch.is_ready)
+    assert {LIBRARY, "vllm"} <= set(run_branched(tmp_path / "samples", monkeypatch, samples=True))
+    packages = run_branched(tmp_path / "trains", monkeypatch, samples=False)
+    assert LIBRARY in packages and "vllm" not in packages
+    monkeypatch.setattr(Runtime, "may_open_vllm", False)
+    packages = run_branched(tmp_path / "servers", monkeypatch, samples=True)
+    assert LIBRARY in packages and "vllm" not in packages
+
+
+def test_a_branch_that_cannot_import_vllm_is_done_without(
+    branched: Callable[[str], ForkServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = branched("import_nothing")
+    assert server.branch is not None
+    control = server.branch.control
+    wait_for(lambda: select.select([control], [], [], 0)[0])  # it has ended
+    packages = run_branched(tmp_path, monkeypatch, samples=True)
+    assert LIBRARY in packages and "vllm" not in packages
+
+
+def test_a_branch_ends_with_its_server(branched: Callable[[str], ForkServer]) -> None:
+    server = branched("import_stand_in")
+    assert server.branch is not None
+    wait_for(server.branch.is_ready)
+    (branch,) = descendants(server.process.pid)
+    server.close()
+    wait_for(lambda: not is_alive(branch))
+
+
+@pytest.mark.parametrize(
+    ("engine", "installed", "expected"),
+    [
+        ("auto", True, True),
+        ("vllm", True, True),
+        ("transformers", True, False),
+        ("auto", False, False),
+    ],
+)
+def test_a_run_has_a_branch_where_a_stage_may_open_vllm(
+    engine: str, installed: bool, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*arguments: object) -> None:
+        raise Stop
+
+    branches: list[ForkServer] = []
+    monkeypatch.setattr(ForkServer, "start_branch", lambda self: branches.append(self))
+    find_spec, vllm = importlib.util.find_spec, ModuleSpec("vllm", None) if installed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: vllm if name == "vllm" else find_spec(name))
+    monkeypatch.setattr(runner, "_run_stages", stop)
+    smoke = Pipeline.load("pipelines/smoke.yaml").set(f"runtime.engine.name={engine}")
+    with pytest.raises(Stop):
+        run_pipeline(smoke, store=tmp_path)
+    assert bool(branches) == expected
+
+
 def test_a_server_that_is_not_ready_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(this_thread, "server", None)
     with forked_stages(None):
@@ -286,15 +393,15 @@ def test_only_runs_with_several_stages_that_load_models_have_a_server(
     class Stop(Exception):
         pass
 
-    def refuse(threads: int | None) -> None:
-        raise Stop(threads)
+    def refuse(threads: int | None, vllm: bool) -> None:
+        raise Stop(threads, vllm)
 
     monkeypatch.setattr(runner, "forked_stages", refuse)
     run_pipeline(Pipeline(toy.pipeline()), store=tmp_path / "toy")
-    smoke = Pipeline.load("pipelines/smoke.yaml")
+    smoke = Pipeline.load("pipelines/smoke.yaml").set("runtime.threads=3")
     with pytest.raises(Stop) as stopped:
         run_pipeline(smoke, store=tmp_path / "smoke")
-    assert stopped.value.args == (smoke.runtimes["ppo"].threads,)
+    assert stopped.value.args == (3, False)
 
 
 def test_a_process_that_ended_before_it_told_its_id_is_none() -> None:

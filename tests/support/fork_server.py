@@ -6,8 +6,7 @@ The libraries take some 8 s of CPU to import, which every process that a test st
 from __future__ import annotations
 
 import functools
-import gc
-import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -16,33 +15,26 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from align.pipeline.stop_signal import die_with_parent
 from align.runner import fork_server, worker
-from align.runner.stage_process import PASSED_ON, PRELOADED, ForkedProcess, ForkServer, StageProcess, stage_environment
+from align.runner.stage_process import (
+    PASSED_ON,
+    PRELOADED,
+    Channel,
+    ForkedProcess,
+    ForkServer,
+    StageProcess,
+    stage_environment,
+)
 
 THREADS, COMMAND = "ALIGN_TEST_THREADS", "ALIGN_TEST_COMMAND"
 """Variables of a fork: the threads of a stage, and the module that runs in place of one, with its arguments."""
-SERVER = "a server with vLLM"
-"""What stands for the module of such a server."""
 TORCH_FREE = ("align.runner.worker", "align.checks.stage")
 """Modules of every stage's process, the preparation of models left out."""
-VLLM = (
-    "vllm.entrypoints.llm",
-    "vllm.v1.engine.llm_engine",
-    "vllm.v1.engine.core",
-    "vllm.v1.core.sched.scheduler",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.v1.attention.backends.cpu_attn",
-    "vllm.model_executor.model_loader",
-    "vllm.model_executor.models.llama",
-)
-"""Modules which, with what they import, are most of what an engine on a CPU imports."""
 ENVIRONMENT = stage_environment()
 """What the tests began with."""
 
@@ -63,51 +55,56 @@ class TestForkServer(ForkServer):
 
         False where it has ended, as it does beside an accelerator.
         """
-        if not self.ready:
-            select.select([self.control], [], [], 120)
-        return self._is_ready()
+        return wait_for_channel(self.channel)
 
     def serves(self, command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
         """Return whether a fork would be the process that ``command`` starts."""
         self.wanted = threads
         return super().serves(command, environment, self.threads)
 
-    def fork(self, folder: str, environment: Mapping[str, str], log: int) -> ForkedProcess | None:
+    def wait_for_branch(self) -> None:
+        """Wait until the branch with vLLM is ready; the first call asks for it."""
+        if self.branch is None:
+            self.start_branch()
+        assert self.branch is not None
+        is_usable = wait_for_channel(self.branch) or importlib.util.find_spec("vllm") is None
+        assert is_usable, "align.inference.vllm.import_engine failed in the branch"
+
+    def fork(
+        self, folder: str, environment: Mapping[str, str], log: int, *, vllm: bool = False
+    ) -> ForkedProcess | None:
         """Fork the process of the stage in ``folder``."""
-        return super().fork(folder, {**environment, THREADS: str(self.wanted or 0)}, log)
+        if vllm:
+            self.wait_for_branch()
+        return super().fork(folder, {**environment, THREADS: str(self.wanted or 0)}, log, vllm=vllm)
 
     def fork_module(
-        self, command: Sequence[str], environment: Mapping[str, str], output: int, folder: Path | None = None
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        output: int,
+        *,
+        folder: Path | None = None,
+        vllm: bool = False,
     ) -> ForkedProcess:
         """Fork the process of a module with its arguments, in another folder than this one where that is given."""
+        if vllm:
+            self.wait_for_branch()
         order = json.dumps([str(folder or ""), *command])
-        forked = super().fork("", {**environment, COMMAND: order}, output)
+        forked = super().fork("", {**environment, COMMAND: order}, output, vllm=vllm)
         assert forked is not None, "the fork server has ended"
         return forked
 
 
-class VllmForkServer(TestForkServer):
-    """A fork of another server that has imported vLLM, too."""
-
-    def __init__(self, server: TestForkServer) -> None:
-        self.environment, self.threads, self.folder = server.environment, server.threads, server.folder
-        self.owner, self.ready, self.wanted = server.owner, False, None
-        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(f"{folder}/socket")
-            listener.listen()
-            with open(os.devnull, "wb") as nowhere:
-                self.forked = server.fork_module([SERVER, f"{folder}/socket"], self.environment, nowhere.fileno())
-            self.control, _ = listener.accept()
-
-    def close(self) -> None:
-        """End the server."""
-        self.ready = False
-        self.control.close()
-        self.forked.wait(20)
+def wait_for_channel(channel: Channel) -> bool:
+    """Wait until the process at the other end is ready; False where it has ended."""
+    if not channel.is_ready():
+        select.select([channel.control], [], [], 120)
+    return channel.is_ready()
 
 
 _servers: list[TestForkServer] = []
-"""That of this process, once something was forked, and the one with vLLM, once a module needed it."""
+"""That of this process, once something was forked."""
 
 
 def shared_server() -> TestForkServer:
@@ -118,15 +115,6 @@ def shared_server() -> TestForkServer:
         _servers.append(TestForkServer())
     _servers[0].wait()
     return _servers[0]
-
-
-def shared_vllm_server() -> TestForkServer:
-    """Return the server with vLLM, which the first call starts."""
-    server = shared_server()
-    if len(_servers) < 2:
-        _servers.append(VllmForkServer(server))
-    _servers[1].wait()
-    return _servers[1]
 
 
 @functools.cache
@@ -157,8 +145,7 @@ def start_module(
     environment = stage_environment() | variables
     with output.open("ab") as log:
         if ForkServer.is_possible() and shared_server().wait():
-            server = shared_vllm_server() if vllm else shared_server()
-            return server.fork_module([module, *arguments], environment, log.fileno())
+            return shared_server().fork_module([module, *arguments], environment, log.fileno(), vllm=vllm)
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -189,10 +176,12 @@ class Forking:
         """Start the module of ``command``, which the interpreter starts where nothing can be forked."""
         if not ForkServer.is_possible() or not shared_server().wait():
             return subprocess.Popen(command, stdout=stdout, **options)
-        server = shared_vllm_server() if self.vllm else shared_server()
         environment = options.get("env") or os.environ
         assert command[:2] == [sys.executable, "-m"]
-        return Forked(server.fork_module(command[2:], environment, stdout.fileno(), options.get("cwd")))
+        process = shared_server().fork_module(
+            command[2:], environment, stdout.fileno(), folder=options.get("cwd"), vllm=self.vllm
+        )
+        return Forked(process)
 
     def run(self, command: list[str], stdout: IO[bytes], check: bool, **options: Any) -> Any:
         """Run the module of ``command`` to its end."""
@@ -221,8 +210,6 @@ def serve(control: socket.socket) -> int:
     command = os.environ.pop(COMMAND, None)
     if command is not None:
         folder, module, *arguments = json.loads(command)
-        if module == SERVER:
-            return serve_with_vllm(arguments[0])
         if folder:
             os.chdir(folder)
             sys.path.insert(0, folder)
@@ -240,20 +227,6 @@ def serve(control: socket.socket) -> int:
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     return fork_server.run_stage(folder)
-
-
-def serve_with_vllm(address: str) -> int:
-    """Import vLLM, with what it imports only when an engine is opened, and serve whoever listens at ``address``."""
-    from align.inference.vllm import why_unusable
-
-    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    control.connect(address)
-    assert why_unusable() is None
-    for module in VLLM:
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()
-    return serve(control)
 
 
 if __name__ == "__main__":
