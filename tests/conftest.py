@@ -147,6 +147,15 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
         lookup.cache_clear()
 
 
+@pytest.fixture
+def forked_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the fields of classes in forks, which have imported trl and peft already."""
+    from align.config import field_dumps
+    from tests.support.fork_server import Forking
+
+    monkeypatch.setattr(field_dumps, "subprocess", Forking())
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a two-layer causal model with a byte tokenizer; read-only by agreement."""

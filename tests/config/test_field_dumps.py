@@ -107,6 +107,7 @@ def test_the_tested_versions_need_no_process_and_no_cache(empty_cache: Path) -> 
 # --- other versions ---
 
 
+@pytest.mark.usefixtures("forked_dumps")
 def test_other_versions_are_read_once_in_a_process_of_their_own(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,7 +124,7 @@ def test_other_versions_are_read_once_in_a_process_of_their_own(
     assert len(list((empty_cache / "class-fields").iterdir())) == 1
 
     look_up_anew()
-    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: pytest.fail("read again"))
+    monkeypatch.setattr(field_dumps.subprocess, "run", lambda *arguments, **options: pytest.fail("read again"))
     assert class_options(SFT) == known
     # Another version has another file, and peft's fields do not depend on trl.
     assert "vera" in field_dump(PEFT).classes
@@ -133,6 +134,7 @@ def test_other_versions_are_read_once_in_a_process_of_their_own(
         class_options(SFT)
 
 
+@pytest.mark.usefixtures("forked_dumps")
 def test_other_versions_of_peft_are_read_too(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = field_dump(PEFT)
     look_up_anew()

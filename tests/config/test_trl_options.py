@@ -44,7 +44,7 @@ def test_every_stage_with_a_trainer_block_names_a_class_that_is_there() -> None:
     assert STAGES["data"].trainer_class is None
 
 
-@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.usefixtures("empty_cache", "forked_dumps")
 def test_a_class_may_be_named_where_its_package_exports_it() -> None:
     assert class_options("trl:SFTConfig") == class_options(SFT)
 

@@ -138,6 +138,7 @@ def test_the_trainer_options_of_the_page_s_training_stage_are_checked(project):
 
 
 @pytest.mark.usefixtures("empty_cache")
+@pytest.mark.usefixtures("forked_dumps")
 def test_a_stage_may_name_its_own_class_of_trainer_options(project):
     """A class of the user's package, which builds on one of trl's."""
     (project / "mypackage" / "arguments.py").write_text(

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -168,6 +169,7 @@ class Forking:
     """Stands in for ``subprocess`` in a module of align's that starts ``python -m MODULE``, which is forked here."""
 
     DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
+    TimeoutExpired = subprocess.TimeoutExpired
 
     def __init__(self, vllm: bool = False) -> None:
         self.vllm = vllm
@@ -177,18 +179,21 @@ class Forking:
         if not ForkServer.is_possible() or not shared_server().wait():
             return subprocess.Popen(command, stdout=stdout, **options)
         environment = options.get("env") or os.environ
-        assert command[:2] == [sys.executable, "-m"]
+        assert command[0] == sys.executable and "-m" in command
         process = shared_server().fork_module(
-            command[2:], environment, stdout.fileno(), folder=options.get("cwd"), vllm=self.vllm
+            command[command.index("-m") + 1 :], environment, stdout.fileno(), folder=options.get("cwd"), vllm=self.vllm
         )
         return Forked(process)
 
-    def run(self, command: list[str], stdout: IO[bytes], check: bool, **options: Any) -> Any:
-        """Run the module of ``command`` to its end."""
-        process = self.Popen(command, stdout, **options)
-        process.wait()
-        assert not check
-        return process
+    def run(self, command: list[str], stdout: IO[bytes] | None = None, **options: Any) -> Any:
+        """Run the module of ``command`` to its end; without ``stdout`` its output is the result's ``stderr``."""
+        assert not options.pop("check", False)
+        timeout = options.pop("timeout", None)
+        with tempfile.TemporaryFile() as log:
+            process = self.Popen(command, stdout or log, **options)
+            process.wait(timeout)
+            log.seek(0)
+            return subprocess.CompletedProcess(command, process.returncode, "", log.read().decode())
 
 
 def main(descriptor: int, runner: int, threads: int, modules: Sequence[str]) -> int:
