@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from align.config.batch_sizes import EPISODES_TOGETHER
 from align.environments.episode import Episode, PolicyTurn
 from align.environments.episode_run import Act, EpisodeRules, EpisodeRun, SampleTurn
 from align.environments.errors import EnvironmentFailed
@@ -51,6 +52,24 @@ def episode_tasks(rows: Sequence[dict[str, Any]], samples: int, seed: int, name:
     for row in rows:
         tasks += row_tasks(row, [episode_seed(seed, f"{name}/{row['id']}", sample) for sample in range(samples)])
     return tasks
+
+
+def play_in_parts(
+    play_part: Callable[[str, Sequence[EpisodeTask]], list[Episode]],
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    samples: int,
+    seed: int,
+) -> list[list[Episode]]:
+    """Return ``samples`` episodes of each row, which ``play_part`` plays part by part under a name of its own.
+
+    ``name`` tells these rows from those of other calls.
+    """
+    tasks = episode_tasks(rows, samples, seed, name)
+    episodes: list[Episode] = []
+    for start in range(0, len(tasks), EPISODES_TOGETHER):
+        episodes += play_part(f"{name}-{start:07d}", tasks[start : start + EPISODES_TOGETHER])
+    return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
 
 
 def row_tasks(row: dict[str, Any], seeds: Sequence[int]) -> list[EpisodeTask]:

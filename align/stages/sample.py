@@ -16,13 +16,12 @@ from align.data.weighted_scores import Part, WeightedSum
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score
-from align.inference.engine import open_engine
-from align.inference.protocol import RolloutEngine, Sampling
+from align.inference.protocol import Sampling
 from align.models.loading import load_tokenizer
 from align.models.render import render_prompt
 from align.models.threads import use_threads
 from align.pipeline.context import StageContext
-from align.stages.sample_episodes import SampledSplit, sample_episodes
+from align.stages.sample_episodes import LateEngine, SampledSplit, sample_episodes
 from align.store.fingerprint import digest
 from align.store.sealed import read_entry, write_entry
 from align.synthesis.counts import write_lines, write_table
@@ -78,7 +77,7 @@ def _sample_responses(
     for prompts in splits:
         for start in prompts.chunks():
             samples[prompts.split] += sampler.chunk(prompts, start)
-    sampler.close()
+    sampler.engine.close()
     # The engine goes before scoring, so that a reward model has the device to itself.
     _score(scorer, context, splits, samples)
     results = [_result(context, prompts, samples[prompts.split]) for prompts in splits]
@@ -114,7 +113,7 @@ class _ChunkSampler:
 
     def __init__(self, context: StageContext, total: int) -> None:
         self.context, self.total = context, total
-        self.engine: RolloutEngine | None = None
+        self.engine = LateEngine(context)
         self.engine_name = "none"
         self.done = self.tokens = self.new_tokens = 0
         self.seconds = 0.0
@@ -158,21 +157,11 @@ class _ChunkSampler:
         )
 
     def _sample(self, prompts: SplitPrompts, start: int, sampling: Sampling) -> list[dict[str, Any]]:
-        context, config = self.context, self.context.config
-        if self.engine is None:
-            self.engine = open_engine(
-                context.artifact("policy").model,
-                context.runtime,
-                precision=config.precision,
-                max_length=config.max_prompt_tokens + config.max_tokens,
-                seed=context.seed,
-                warn=context.warn,
-                on_hang=context.fail_at_once,
-            )
-            self.engine_name = self.engine.name
+        engine = self.engine.open()
+        self.engine_name = engine.name
         chunk = slice(start, start + SAMPLE_CHUNK)
         started = time.perf_counter()
-        responses = self.engine.generate(prompts.prompts[chunk], sampling, self._report)
+        responses = engine.generate(prompts.prompts[chunk], sampling, self._report)
         self.seconds += time.perf_counter() - started
         samples = [
             {
@@ -192,11 +181,6 @@ class _ChunkSampler:
     def speed(self) -> dict[str, float]:
         """Return the tokens sampled, and the tokens per second of this attempt."""
         return {"tokens": self.tokens, "tokens_per_second": self.new_tokens / self.seconds if self.seconds else 0.0}
-
-    def close(self) -> None:
-        """Free the engine before scoring, which may load a model of its own."""
-        if self.engine is not None:
-            self.engine.close()
 
 
 def _score(

@@ -7,6 +7,7 @@ from typing import Any
 
 from align.data.rows import Row, kept_columns
 from align.data.weighted_scores import WeightedSum
+from align.environments.player import play_in_parts
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.pipeline.context import StageContext
@@ -31,8 +32,8 @@ class SampledSplit:
     """Counts and rates, without the split's name."""
 
 
-class _Engine:
-    """The engine, opened when the first episode is sampled: a stage that was complete needs none."""
+class LateEngine:
+    """The engine of the stage's policy, opened when something is sampled: a stage that was complete needs none."""
 
     def __init__(self, context: StageContext) -> None:
         self.context = context
@@ -66,14 +67,14 @@ def sample_episodes(
 
     Raises ``UserError`` for an environment that does not fit the policy, and one that fails in every episode.
     """
-    config, engine = context.config, _Engine(context)
+    config, engine = context.config, LateEngine(context)
     total = config.n * sum(map(len, rows.values()))
     policy = Policy(tokenizer, context.artifact("policy").weights, engine.open, config.max_prompt_tokens)
     parts = EpisodeParts(context, policy, total)
     responses: dict[str, list[PromptResponses]] = {}
     try:
         for split, split_rows in rows.items():
-            episodes = parts.play(split, split_rows, config.n)
+            episodes = play_in_parts(parts.play_part, split, split_rows, config.n, context.seed)
             responses[split] = [
                 PromptResponses.of_episodes(row, row_episodes, parts.tools)
                 for row, row_episodes in zip(split_rows, episodes, strict=True)

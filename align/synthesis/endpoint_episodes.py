@@ -10,12 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.config.batch_sizes import EPISODES_TOGETHER
 from align.data.rows import Message
 from align.environments.chat_episodes import Ask, ChatPlayer, ChatSession, chat_rules
 from align.environments.episode import Episode
 from align.environments.journal import Journal
-from align.environments.player import EpisodeTask, episode_tasks
+from align.environments.player import EpisodeTask
 from align.environments.prompted_turns import with_system
 from align.environments.sources import open_environment
 from align.environments.user_models import open_stage_user
@@ -41,15 +40,8 @@ class EndpointEpisodes:
         self._user = open_stage_user(context)
         self._with_system = with_system(context.config.system)
 
-    def play(self, name: str, rows: Sequence[dict[str, Any]], samples: int) -> list[list[Episode]]:
-        """Return ``samples`` episodes of each row; ``name`` tells these rows from those of other calls."""
-        tasks = episode_tasks(rows, samples, self.context.seed, name)
-        episodes: list[Episode] = []
-        for start in range(0, len(tasks), EPISODES_TOGETHER):
-            episodes += self._part(f"{name}-{start:07d}", tasks[start : start + EPISODES_TOGETHER])
-        return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
-
-    def _part(self, name: str, tasks: Sequence[EpisodeTask]) -> list[Episode]:
+    def play_part(self, name: str, tasks: Sequence[EpisodeTask]) -> list[Episode]:
+        """Return the episodes of some tasks, played on where the journal ends."""
         # The journal stays until the stage ends: answers are asked for again by every attempt, which counts their cost.
         journal = Journal(self.context.checkpoints / FOLDER / f"{name}.journal", self._key(tasks))
         try:

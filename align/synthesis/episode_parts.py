@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.config.batch_sizes import EPISODES_TOGETHER
 from align.environments.conversation import sampled_tokens
 from align.environments.environment_player import open_player
 from align.environments.episode import Episode
 from align.environments.journal import Journal
-from align.environments.player import EpisodeTask, episode_tasks
+from align.environments.player import EpisodeTask
 from align.environments.prompted_turns import PromptedTurns, with_system
 from align.inference.protocol import RolloutEngine
 from align.inference.sessions import open_session
@@ -60,15 +59,7 @@ class EpisodeParts:
         """JSON schemas of the environment's tools."""
         return self.player.source.tools
 
-    def play(self, name: str, rows: Sequence[dict[str, Any]], samples: int) -> list[list[Episode]]:
-        """Return ``samples`` episodes of each row; ``name`` tells these rows from those of other calls."""
-        tasks = episode_tasks(rows, samples, self.context.seed, name)
-        episodes: list[Episode] = []
-        for start in range(0, len(tasks), EPISODES_TOGETHER):
-            episodes += self._part(f"{name}-{start:07d}", tasks[start : start + EPISODES_TOGETHER])
-        return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
-
-    def _part(self, name: str, tasks: Sequence[EpisodeTask]) -> list[Episode]:
+    def play_part(self, name: str, tasks: Sequence[EpisodeTask]) -> list[Episode]:
         """Return the episodes of some tasks, read back or played now."""
         path = self.context.checkpoints / FOLDER / f"{name}.jsonl"
         key = self._key(tasks)

@@ -16,6 +16,7 @@ from align.data.rows import Message, Row, read_rows, user
 from align.data.weighted_scores import Part, WeightedSum
 from align.environments.conversation import sampled_tokens
 from align.environments.episode import Episode
+from align.environments.player import play_in_parts
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score
@@ -204,7 +205,7 @@ class _Synthesis:
         responses: dict[str, list[PromptResponses]] = {}
         try:
             for split, rows in prompts.items():
-                episodes = parts.play(split, rows, samples)
+                episodes = play_in_parts(parts.play_part, split, rows, samples, self.context.seed)
                 responses[split] = [
                     PromptResponses.of_episodes(row, row_episodes, parts.tools)
                     for row, row_episodes in zip(rows, episodes, strict=True)
