@@ -1,4 +1,4 @@
-"""Samples for the page's script: responses of all systems to a prompt, and rollouts of training.
+"""Samples for the page's script: responses of all systems to a prompt, rollouts of training, and sampled episodes.
 
 Samples are sorted by score change and bounded in size. Torch-free.
 """
@@ -42,9 +42,38 @@ def read_samples(path: Path) -> list[Sample]:
 
 def read_rollouts(path: Path) -> list[Sample]:
     """Return at most :data:`MAX_ROLLOUTS` lines of a ``completions.jsonl``, evenly from its first to its last."""
-    lines = list(read_lines(path, {"prompt", "response"}))
+    return _evenly(list(read_lines(path, {"prompt", "response"})))
+
+
+def read_episodes(path: Path) -> list[Sample]:
+    """Return at most :data:`MAX_ROLLOUTS` episodes of a stage that samples, as lines of rollouts.
+
+    ``path`` is its ``samples.jsonl``, where a line has all episodes of a prompt. Single responses are left out.
+    """
+    return _evenly([line for prompt in read_lines(path, {"prompt", "episodes"}) for line in _episode_lines(prompt)])
+
+
+def _episode_lines(prompt: Sample) -> Iterator[Sample]:
+    episodes, scores = prompt["episodes"], prompt.get("scores") or []
+    if not isinstance(episodes, list) or not isinstance(scores, list):
+        return
+    for index, episode in enumerate(episodes):
+        if not isinstance(episode, dict):
+            continue
+        turns = episode.get("turns")
+        score = scores[index] if index < len(scores) else None
+        yield episode | {
+            "prompt": prompt["prompt"],
+            "response": str(episode.get("text", "")),
+            "source": f"{prompt.get('split', '')} {prompt.get('id', '')}".strip(),
+            "score": score if isinstance(score, int | float) else None,
+            "turns": len(turns) if isinstance(turns, list) else 0,
+        }
+
+
+def _evenly(lines: list[Sample]) -> list[Sample]:
+    """Return at most :data:`MAX_ROLLOUTS` lines, the first, the last and some between, at equal distances."""
     count = min(MAX_ROLLOUTS, len(lines))
-    # Evenly spaced, so that the page shows the beginning and the end of training and what lies between.
     return [lines[round(index * (len(lines) - 1) / max(1, count - 1))] for index in range(count)]
 
 
@@ -229,9 +258,10 @@ def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> S
 
 
 def _rollout_item(stage: str, line: Sample) -> dict[str, Any]:
-    """Return a response sampled in training, with each token's KL, value and advantage where the line has them.
+    """Return a response of a stage that trains or samples.
 
-    An episode is a conversation (``episode``), and 1 in ``s`` marks the tokens that the policy sampled.
+    It has the KL, value and advantage of each token where the line has them. An episode is a conversation
+    (``episode``), and 1 in ``s`` marks the tokens that the policy sampled.
     """
     if is_episode(line):
         answer, prompt = _episode_answer(line)
@@ -247,7 +277,7 @@ def _rollout_item(stage: str, line: Sample) -> dict[str, Any]:
     return {
         "id": "",
         "task": f"rollouts {stage}",
-        "source": f"update {line.get('update', '?')}",
+        "source": str(line["source"]) if "source" in line else f"update {line.get('update', '?')}",
         "prompt": prompt,
         "columns": [stage],
         "answers": {stage: [answer]},

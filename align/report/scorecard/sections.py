@@ -23,6 +23,7 @@ from align.report.scorecard import scorecard_tables as tables
 from align.report.scorecard.samples import (
     page_json,
     page_samples,
+    read_episodes,
     read_rollouts,
     read_samples,
     response_lengths,
@@ -83,7 +84,12 @@ def evaluation_sections(
     card, problem = load_scorecard(artifacts, scorecard)
     evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
     samples = read_samples(evaluations[-1].path / SAMPLES) if evaluations else []
-    rollouts = {artifact.stage: read_rollouts(artifact.path / ROLLOUTS) for artifact in artifacts}
+    rollouts = {
+        artifact.stage: read_rollouts(artifact.path / ROLLOUTS)
+        # An evaluation's samples are compared side by side.
+        + ([] if artifact in evaluations else read_episodes(artifact.path / SAMPLES))
+        for artifact in artifacts
+    }
     # Samples and training paths exist without a scorecard that can be shown, too.
     page = page_samples(samples, card, rollouts)
     sections: dict[str, Any] = {

@@ -2,10 +2,11 @@
 
 import json
 
+from align.environments.conversation import describe_episode
 from align.environments.replay import CallResult
 from align.environments.results import Scores, Step
 from align.report.scorecard.episode_view import MAX_EPISODE, MAX_RESULT, episode_view, is_episode
-from align.report.scorecard.samples import page_samples, read_rollouts
+from align.report.scorecard.samples import page_samples, read_episodes, read_rollouts
 from tests.support.report.example_episodes import episode_line, play
 
 ASK = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "1+1?"}]
@@ -120,6 +121,22 @@ def test_damaged_and_foreign_lines_are_no_episodes_or_harmless(tmp_path):
     path = tmp_path / "completions.jsonl"
     path.write_text('{"prompt": "p", "response": ' + "[" * 100_000 + "\n" + json.dumps(line) + "\n", encoding="utf-8")
     assert read_rollouts(path) == [line]
+
+
+def test_episodes_of_a_stage_that_samples_are_shown_with_their_scores(tmp_path):
+    episodes = [play(ASK, [call(a=1), CallResult("one"), str(answer), Scores(1.0, {})]) for answer in (2, 3)]
+    line = {"split": "train", "id": "r1", "prompt": ASK, "scores": [1.0, None]}
+    line |= {"texts": ["2", "3"], "episodes": [describe_episode(episode) for episode in episodes]}
+    path = tmp_path / "samples.jsonl"
+    damaged = [line | {"episodes": 3}, line | {"scores": 3}, line | {"episodes": [3]}, {"prompt": "p", "texts": ["x"]}]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in [line, *damaged]), encoding="utf-8")
+    first, second = page_samples([], None, {"sample": read_episodes(path)})["items"]
+    assert (first["source"], first["score"], second["score"]) == ("train r1", {"sample": 1.0}, {"sample": None})
+    episode = first["answers"]["sample"][0]["episode"]
+    assert [entry["text"].strip() for entry in episode["entries"]] == ["", "2"]
+    assert [shown["result"] for shown in episode["entries"][0]["calls"]] == ["one"]
+    assert episode["facts"] == ["2 turns", "1 call"]
+    assert read_episodes(tmp_path / "missing.jsonl") == []
 
 
 def test_an_episode_among_the_samples_has_scores_and_marks_by_token():
