@@ -20,9 +20,10 @@ import pytest
 
 from align import Pipeline
 from align.config.launch import LATE, LOST, LaunchConfig, is_head, symptom
+from align.config.runtime import Runtime
 from align.errors import StageFailed, UserError
 from align.runner.listener import Listener
-from align.runner.ranks import outcome
+from align.runner.ranks import outcome, run_ranks
 from align.runner.runner import Run, run_pipeline
 from align.runner.stage_result import write_result
 from align.store.retry import UNREACHABLE_STORE
@@ -257,6 +258,19 @@ def test_a_stages_processes_keep_the_runs_strategy() -> None:
     runtime = {"launch": {"processes": 4, "strategy": "fsdp2"}, "stages": {"sft": {"launch": {"processes": 2}}}}
     launch = Pipeline({"name": "x", "runtime": runtime, "stages": {**SFT, "sft": TRAINED}}).runtimes["sft"].launch
     assert launch == LaunchConfig(processes=2, strategy="fsdp2")
+
+
+def test_a_node_whose_ranks_ended_well_needs_no_result_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first node's runner may have moved the stage's folder to its place by then."""
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *agent: lambda *command: {})
+    runtime = Runtime.model_validate({"launch": {"nodes": 2, "processes": 1, "rendezvous": "127.0.0.1:29500"}})
+    with monkeypatch.context() as patch:
+        patch.setenv("ALIGN_NODE_RANK", "1")
+        assert run_ranks(tmp_path, runtime) == {"status": "done", "metrics": {}}
+    result = run_ranks(tmp_path, runtime)
+    assert result is not None and result["status"] == "failed"
 
 
 @pytest.mark.slow

@@ -162,8 +162,14 @@ def test_pruning_by_the_loss_on_held_out_rows_takes_those_that_the_stage_scores(
 
 def start(file: str, store: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "align.cli.main", "sweep", file, "--store", str(store), *words]
+    # A shell that starts the tests in the background has them ignore SIGINT, and so would the sweep.
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

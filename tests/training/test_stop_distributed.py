@@ -31,7 +31,7 @@ class AskAt(Listener):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("kind", "changes"), [("sft", {"save_steps": 100, "max_steps": 40}), ("ppo", {"save_updates": 100})]
+    ("kind", "changes"), [("sft", {"save_steps": 1000, "max_steps": 150}), ("ppo", {"save_updates": 100})]
 )
 def test_two_processes_stop_together_and_one_goes_on(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     stop = StopRequest()
