@@ -87,10 +87,10 @@ def test_a_failure_before_the_first_turn_has_a_prompt_alone():
 
 
 def test_a_megabyte_is_cut_and_counted():
-    million = "x" * 1_000_000
-    shown = view([million + call(a=million), CallResult(million), "2", Scores(0.0, {})])
+    million, sampled = "x" * 1_000_000, "x" * 100_000  # the stand-in has a token for each character that was sampled
+    shown = view([sampled + call(a=sampled), CallResult(million), "2", Scores(0.0, {})])
     first = shown["entries"][0]
-    assert first["text"].endswith("… (994,000 more characters)")
+    assert first["text"].endswith("… (94,000 more characters)")
     assert len(first["calls"][0]["arguments"]) < MAX_RESULT + 50
     assert first["calls"][0]["result"].endswith("… (997,000 more characters)")
     assert len(json.dumps(shown)) < MAX_EPISODE
