@@ -276,6 +276,7 @@ def test_servers_that_die_are_started_anew(
     assert_as_without_failure(result, raw, tmp_path / "store", wholes, {"addresses": [server.address]})
 
 
+@pytest.mark.slow  # tests/inference/test_watchdog.py has every call that hangs
 def test_an_engine_in_the_process_that_hangs(
     raw: dict[str, Any], wholes: dict[str, Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
