@@ -1,9 +1,9 @@
 """Access to what is not public in vLLM 0.30 and 0.31; raises ``VllmChanged`` where it has moved.
 
-Six places: the attention kernels of a CPU, their head sizes and blocks; the path from ``LLM`` to the model runner; its
-``reload_weights``; the engine core's ``get_output``, by which the watchdog learns of each step; requests that come and
-go between two steps, with the core's scheduler and its queue of batches; and on a CPU the sampler, whose random numbers
-cost a third of a decoding step.
+Seven places: the modules of an engine; the attention kernels of a CPU, their head sizes and blocks; the path from
+``LLM`` to the model runner; its ``reload_weights``; the engine core's ``get_output``, by which the watchdog learns of
+each step; requests that come and go between two steps, with the core's scheduler and its queue of batches; and on a CPU
+the sampler, whose random numbers cost a third of a decoding step.
 """
 
 from __future__ import annotations

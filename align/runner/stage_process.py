@@ -201,8 +201,9 @@ class ForkServer:
 
         ``vllm``: from the branch, where that is ready.
         """
-        has_branch = vllm and self.branch is not None and self.branch.is_ready()
-        channel = self.branch if has_branch and self.branch is not None else self.channel
+        channel = self.channel
+        if vllm and self.branch is not None and self.branch.is_ready():
+            channel = self.branch
         message = json.dumps({"folder": folder, "environment": self._differences(environment)})
         reader, writer = os.pipe()
         try:

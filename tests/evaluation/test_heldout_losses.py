@@ -15,15 +15,11 @@ from align.evaluation.plan import _fallback_examples
 from align.models.loading import load_tokenizer
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED, encode_supervised
+from tests.support.chat_templates import THINKS
 
 ONE = {"prompt": [user("2 + 3?")], "completion": [assistant("5")]}
 TALK = {"prompt": [user("2 + 3?")], "completion": [assistant("5"), user("times 2"), assistant("ten")]}
 SKIPPED = {**TALK, "completion": [assistant("5") | {"train": False}, *TALK["completion"][1:]]}
-THINKS = (  # drops the thoughts of all answers but the last, as reasoning models' templates do
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.last %}{{ '(thinks) ' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from align.models.loading import load_policy, load_tokenizer
 from align.stages.sft import run
 from align.store.artifacts import Artifact, Kind
 from align.training.rows import MASKED, NOT_TRAINED, SPLIT_UP, encode_answers, encode_supervised
+from tests.support.chat_templates import THINKS
 from tests.support.training.harness import context, events
 
 TALK = {"prompt": [user("one"), assistant("first"), user("two"), assistant("second"), user("three")]}
@@ -29,11 +30,6 @@ TEMPLATES = {
         "{% endfor %}{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
     ),
 }
-THINKS = (  # drops the thoughts of all answers but the last, as reasoning models' templates do
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.last %}{{ '(thinks) ' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 @pytest.fixture

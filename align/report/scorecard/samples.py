@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,20 @@ def read_samples(path: Path) -> list[Sample]:
 
 def read_rollouts(path: Path) -> list[Sample]:
     """Return at most :data:`MAX_ROLLOUTS` lines of a ``completions.jsonl``, evenly from its first to its last."""
-    return _evenly(list(read_lines(path, {"prompt", "response"})))
+    lines = list(read_lines(path, {"prompt", "response"}))
+    count = min(MAX_ROLLOUTS, len(lines))
+    # Evenly spaced, so that the page shows the beginning and the end of training and what lies between.
+    return [lines[round(index * (len(lines) - 1) / max(1, count - 1))] for index in range(count)]
 
 
 def read_episodes(path: Path) -> list[Sample]:
-    """Return at most :data:`MAX_ROLLOUTS` episodes of a stage that samples, as lines of rollouts.
+    """Return the first :data:`MAX_ROLLOUTS` episodes of a stage that samples in an environment, as lines of rollouts.
 
-    ``path`` is its ``samples.jsonl``, where a line has all episodes of a prompt. Single responses are left out.
+    ``path`` is its ``samples.jsonl``, where a line has all episodes of a prompt. No more of the file is read: it may
+    have millions of lines, and the page is written again and again.
     """
-    return _evenly([line for prompt in read_lines(path, {"prompt", "episodes"}) for line in _episode_lines(prompt)])
+    lines = (line for prompt in read_lines(path, {"prompt", "episodes"}) for line in _episode_lines(prompt))
+    return list(islice(lines, MAX_ROLLOUTS))
 
 
 def _episode_lines(prompt: Sample) -> Iterator[Sample]:
@@ -69,12 +75,6 @@ def _episode_lines(prompt: Sample) -> Iterator[Sample]:
             "score": score if isinstance(score, int | float) else None,
             "turns": len(turns) if isinstance(turns, list) else 0,
         }
-
-
-def _evenly(lines: list[Sample]) -> list[Sample]:
-    """Return at most :data:`MAX_ROLLOUTS` lines, the first, the last and some between, at equal distances."""
-    count = min(MAX_ROLLOUTS, len(lines))
-    return [lines[round(index * (len(lines) - 1) / max(1, count - 1))] for index in range(count)]
 
 
 def read_lines(path: Path, fields: Set[str]) -> Iterator[dict[str, Any]]:

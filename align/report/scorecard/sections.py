@@ -77,6 +77,14 @@ def load_scorecard(artifacts: Sequence[Artifact], scorecard: Card | None) -> tup
     return scorecard, ""
 
 
+def _rollouts_of(artifact: Artifact) -> list[dict[str, Any]]:
+    """Return responses or episodes of a stage that trains on its rollouts, or that samples in an environment."""
+    # Without an environment there are no episodes to look for in a file that may be large.
+    plays = artifact.kind != Kind.SCORECARD and (artifact.record.get("config") or {}).get("environment") is not None
+    episodes = read_episodes(artifact.path / SAMPLES) if plays else []
+    return read_rollouts(artifact.path / ROLLOUTS) + episodes
+
+
 def evaluation_sections(
     artifacts: Sequence[Artifact], scorecard: Card | None, events: Mapping[str, Events], assets: AssetWriter
 ) -> dict[str, Any]:
@@ -84,12 +92,7 @@ def evaluation_sections(
     card, problem = load_scorecard(artifacts, scorecard)
     evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
     samples = read_samples(evaluations[-1].path / SAMPLES) if evaluations else []
-    rollouts = {
-        artifact.stage: read_rollouts(artifact.path / ROLLOUTS)
-        # An evaluation's samples are compared side by side.
-        + ([] if artifact in evaluations else read_episodes(artifact.path / SAMPLES))
-        for artifact in artifacts
-    }
+    rollouts = {artifact.stage: _rollouts_of(artifact) for artifact in artifacts}
     # Samples and training paths exist without a scorecard that can be shown, too.
     page = page_samples(samples, card, rollouts)
     sections: dict[str, Any] = {

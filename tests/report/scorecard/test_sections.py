@@ -19,7 +19,8 @@ from align.report.scorecard.conclusions import (
     sentences,
     setup,
 )
-from align.store.artifacts import Kind
+from align.report.scorecard.sections import evaluation_sections
+from align.store.artifacts import Artifact, Kind
 from tests.support.report.example_card import POLICIES, full_card, small_card
 from tests.support.report.example_run import write_artifact, write_evaluation
 
@@ -189,3 +190,13 @@ def test_a_card_with_nothing_but_a_task(tmp_path):
     assert "on 40 items of IFEval" in page
     assert 'id="samples"' not in page
     assert 'id="gates"' not in page
+
+
+@pytest.mark.parametrize(("environment", "shown"), [({"class": "shop:Shop"}, 1), (None, 0)])
+def test_episodes_are_looked_for_in_stages_with_an_environment(tmp_path, environment, shown):
+    episode = {"text": "2", "messages": [{"role": "assistant", "content": "2"}], "calls": [], "turns": [{}]}
+    line = {"prompt": [{"role": "user", "content": "1+1?"}], "scores": [1.0], "episodes": [episode]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    artifact = Artifact("sample", Kind.PREFERENCES, tmp_path, {"config": {"environment": environment}})
+    sections = evaluation_sections([artifact], None, {}, AssetWriter(tmp_path / "assets"))
+    assert [item["columns"] for item in sections["samples"]["items"]] == [["sample"]] * shown
