@@ -14,10 +14,22 @@ from align.capacity.ways import Way
 from align.errors import printable
 
 COLUMNS = {
-    "weights": "weights", "gradients": "grads", "optimizer": "AdamW", "activations": "acts", "logits": "logits",
-    "copies": "bf16", "reference": "ref", "critic": "critic", "reward": "reward", "engine": "engine",
-    "kv_cache": "KV", "file": "file", "saving": "saving", "buffers": "buffers", "context": "driver",
-}  # fmt: skip
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "AdamW",
+    "activations": "acts",
+    "logits": "logits",
+    "copies": "bf16",
+    "reference": "ref",
+    "critic": "critic",
+    "reward": "reward",
+    "engine": "engine",
+    "kv_cache": "KV",
+    "file": "file",
+    "saving": "saving",
+    "buffers": "buffers",
+    "context": "driver",
+}
 """Parts of a device's memory, with their headings."""
 MAX_SHOWN = 5
 """Ways of a stage that fit and are shown."""

@@ -15,13 +15,31 @@ from align.config.base import Config
 from align.config.validation import nearest
 
 OURS = {
-    "array": "--workers", "chdir": "the current folder", "dependency": "what a stage reads", "error": "the store",
-    "export": "your environment", "job-name": "the pipeline's name", "output": "the store", "requeue": "requeue",
-    "no-requeue": "requeue", "signal": "grace", "wrap": "the stage", "parsable": "nothing", "wait": "--detach",
-    "hold": "nothing", "partition": "partition", "account": "account", "qos": "qos", "time": "time", "mem": "memory_gb",
-    "cpus-per-task": "cpus", "gpus-per-node": "gpus", "nodes": "nodes", "ntasks-per-node": "nothing",
+    "array": "--workers",
+    "chdir": "the current folder",
+    "dependency": "what a stage reads",
+    "error": "the store",
+    "export": "your environment",
+    "job-name": "the pipeline's name",
+    "output": "the store",
+    "requeue": "requeue",
+    "no-requeue": "requeue",
+    "signal": "grace",
+    "wrap": "the stage",
+    "parsable": "nothing",
+    "wait": "--detach",
+    "hold": "nothing",
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "time": "time",
+    "mem": "memory_gb",
+    "cpus-per-task": "cpus",
+    "gpus-per-node": "gpus",
+    "nodes": "nodes",
+    "ntasks-per-node": "nothing",
     "constraint": "constraint",
-}  # fmt: skip
+}
 """Options of sbatch that align sets, with the setting that decides each."""
 
 

@@ -33,10 +33,10 @@ class Parameters:
     takes_any: bool
     """True with ``**options``."""
 
-    def check(self, arguments: Collection[str], function: str, place: str, beside: str = "function") -> None:
+    def check(self, arguments: Collection[str], function: str, place: str, field: str = "function") -> None:
         """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing one.
 
-        ``beside``: field of the YAML that names the function, or the class.
+        ``field`` is that of the YAML that names the function, or the class.
         """
         for name in arguments:
             if name not in self.known and not self.takes_any:
@@ -46,7 +46,7 @@ class Parameters:
         if missing:
             raise UserError(
                 f"{place}: {function} needs {', '.join(missing)}; write `arguments: {{{missing[0]}: ...}}` beside "
-                f"`{beside}:`, or give it a default."
+                f"`{field}:`, or give it a default."
             )
 
 
@@ -94,7 +94,7 @@ def check_call(
     name: str,
     place: str,
     positional: int = POSITIONAL,
-    beside: str = "function",
+    field: str = "function",
 ) -> None:
     """Check the arguments of an imported function, or class; raise ``UserError`` as ``check_arguments`` does."""
     try:
@@ -110,7 +110,7 @@ def check_call(
         known=tuple(parameter.name for parameter in named),
         required=frozenset(parameter.name for parameter in named if parameter.default is inspect.Parameter.empty),
         takes_any=any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters),
-    ).check(arguments, name, place, beside)
+    ).check(arguments, name, place, field)
 
 
 def parameters_of(arguments: ast.arguments, positional: int) -> Parameters:

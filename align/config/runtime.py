@@ -220,7 +220,7 @@ class Runtime(Config):
 
     @property
     def may_open_vllm(self) -> bool:
-        """Whether a stage that samples opens vLLM in its own process, where vLLM is installed."""
+        """Return True where a stage that samples opens vLLM in its own process, where vLLM is installed."""
         return self.engine.name != "transformers" and not self.rollouts.pooled and self.samplers.count == 0
 
     def with_transformers(self) -> Runtime:

@@ -368,9 +368,10 @@ class AdaptersTuning(TuningBase):
         # compare values, not which fields were set: a stage's process gets its config with every default written out
         defaults = type(self).model_construct().__dict__
         foreign = sorted(
-            name for name, value in self.__dict__.items()
+            name
+            for name, value in self.__dict__.items()
             if name not in allowed | {"method", "kind"} and value != defaults[name]
-        )  # fmt: skip
+        )
         if foreign:
             raise ValueError(
                 f"'{foreign[0]}' has no effect with kind {self.kind}, which has {', '.join(sorted(allowed))}."

@@ -300,8 +300,12 @@ def _names_a_stage(annotations: Iterable[Any]) -> bool:
 
 
 WORDS: dict[Any, str] = {
-    type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "a text",
-}  # fmt: skip
+    type(None): "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
 
 
 def _in_words(expected: list[Any]) -> str:

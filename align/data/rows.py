@@ -49,10 +49,13 @@ _OPTIONAL = {
 ``tool_calls: None`` as a call.
 """
 COLUMNS = (
-    "id", "source", "prompt", "checks", "completion", "chosen", "rejected", "chosen_score", "rejected_score",
-    "completion_finished", "chosen_finished", "rejected_finished", "label", "responses", "tools", "text",
-    "text_finished", "steps", "flipped", "score", "_where", "_source", "_split",
-)  # fmt: skip
+    *("id", "source", "prompt", "checks", "completion"),
+    *("chosen", "rejected", "chosen_score", "rejected_score"),
+    *("completion_finished", "chosen_finished", "rejected_finished"),
+    *("label", "responses", "tools", "text", "text_finished", "steps"),
+    *("flipped", "score"),
+    *("_where", "_source", "_split"),
+)
 """The known columns in the order they are written."""
 JSON_MARK = b"align"
 """Key in the metadata of a Parquet column whose texts are JSON."""

@@ -64,7 +64,7 @@ def open_class(config: EnvironmentConfig, place: str) -> ClassSource:
     if not is_class:
         raise UserError(f"{where} '{path}': {name} is no class; name a class, or list functions under `tools`.")
     check_methods(path, dir(kind), METHODS, where)
-    check_call(kind, config.arguments, name, where, positional=0, beside="class")
+    check_call(kind, config.arguments, name, where, positional=0, field="class")
     for method, call in (("reset", "reset(self, row)"), ("step", "step(self, message)"), ("load", "load(self, state)")):
         if hasattr(kind, method) and not _takes(getattr(kind, method), 2):
             raise UserError(f"{where} '{path}': its {method} takes other arguments; write it as `{call}`.")

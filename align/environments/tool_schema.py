@@ -20,9 +20,14 @@ PLAIN = (str, int, float, bool, type(None), Any, list, dict, tuple)
 CONTAINERS = (list, dict, tuple)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 WORDS = {
-    "string": "a text", "integer": "a whole number", "number": "a number", "boolean": "true or false",
-    "array": "a list", "object": "a mapping", "null": "null",
-}  # fmt: skip
+    "string": "a text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+}
 
 
 def tool_schema(function: Callable[..., Any], name: str, place: str) -> dict[str, Any]:
@@ -153,6 +158,11 @@ def _is_of_kind(value: Any, kind: str) -> bool:
     if isinstance(value, bool) or kind == "boolean":
         return kind == "boolean" and isinstance(value, bool)
     types_of_kind: dict[str, Any] = {
-        "string": str, "integer": int, "number": (int, float), "array": list, "object": dict, "null": type(None),
-    }  # fmt: skip
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "array": list,
+        "object": dict,
+        "null": type(None),
+    }
     return kind not in types_of_kind or isinstance(value, types_of_kind[kind])

@@ -88,12 +88,12 @@ class TurnTemplate:
         """
         probe = Probe(prompt or ASKED, TEXT if not calls else "", _with_ids(messages, calls), tuple(calls))
         try:
-            answered, whole = self._renderings(self.template, probe)
+            answered, continued = self._renderings(self.template, probe)
         except NotPreserving as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise UserError(f"{self._where}: before the roles {roles}, its chat template has {error}.") from None
         # The end of turn is encoded with what follows, as some tokenizers take white space into a token.
-        ids = self._renderer.encode(whole[len(answered) - len(self._end) :])
+        ids = self._renderer.encode(continued[len(answered) - len(self._end) :])
         if ids[:1] != [self.eos]:
             raise UserError(f"{self._where}: its tokenizer merges the end of turn with the text after it.")
         return ids[1:]
@@ -195,10 +195,10 @@ class TurnTemplate:
                 "the policy's turns end with it"
             )
         answered = answered[: end + len(self._end)]
-        whole = self._text(template, [*probe.before, answer, *probe.after], add_generation_prompt=True)
+        continued = self._text(template, [*probe.before, answer, *probe.after], add_generation_prompt=True)
         self._require_beginning(start, answered, "once the prompt is answered")
-        self._require_beginning(answered, whole, "once the conversation goes on")
-        return answered, whole
+        self._require_beginning(answered, continued, "once the conversation goes on")
+        return answered, continued
 
     def _require_beginning(self, first: str, second: str, occasion: str) -> None:
         if second.startswith(first):
@@ -220,11 +220,11 @@ class TurnTemplate:
         system: list[Message] = [{"role": "system", "content": NEXT}]
         is_same = []
         for messages in (ASKED, [*system, *ASKED]):
-            own, training = (
+            prompt, training_prompt = (
                 self._try(template, messages, add_generation_prompt=True) for template in (self.template, text)
             )
-            if own is not None:
-                is_same.append(training is not None and DATE.sub("", own) == DATE.sub("", training))
+            if prompt is not None:
+                is_same.append(training_prompt is not None and DATE.sub("", prompt) == DATE.sub("", training_prompt))
         return bool(is_same) and all(is_same)
 
     def _text(self, template: str, messages: Iterable[Message], add_generation_prompt: bool = False) -> str:

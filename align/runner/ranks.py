@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.config.launch import LATE, PARENT, RANKS, is_head
+from align.config.launch import LATE, PARENT, RANKS, LaunchConfig, is_head
 from align.config.runtime import Runtime
 from align.runner.stage_result import read_result
 from align.store.json_files import DamagedFile
@@ -42,9 +42,8 @@ def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
             "processes to auto, or runtime.device to cpu."
         )
         return {"status": "refused", "message": message, "peak_memory_bytes": 0, "versions": {}}
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig as Agent
     from torch.distributed.launcher.api import elastic_launch
 
     ranks = folder / RANKS
@@ -55,25 +54,9 @@ def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
             old.unlink()
     # The ranks inherit it and die with this process.
     os.environ[PARENT] = str(os.getpid())
-    alone = launch.nodes == 1
-    if alone and sys.platform.startswith("linux"):
+    if launch.nodes == 1 and sys.platform.startswith("linux"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
-    agent = Agent(
-        # A fixed number of nodes and no restarts: a stage resumes from its checkpoint in the next run instead.
-        min_nodes=launch.nodes,
-        max_nodes=launch.nodes,
-        nproc_per_node=processes,
-        run_id=folder.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0" if alone else str(launch.rendezvous),
-        rdzv_configs={"timeout": launch.timeout} if alone else {"timeout": launch.timeout, "is_host": is_head()},
-        local_addr="127.0.0.1" if alone else None,
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=str(ranks / "agent")),
-        shutdown_timeout=GRACE_SECONDS,
-        virtual_local_rank=gpus > 0,  # each sees its own GPU alone, and so does an engine in the same process
-    )
-    world = processes * launch.nodes
+    agent = _agent_settings(folder, launch, processes, one_gpu_each=gpus > 0)
     try:
         elastic_launch(agent, sys.executable)("-m", "align.runner.worker", str(folder.resolve()), "--rank")
         failures: Mapping[int, int] = {}
@@ -87,7 +70,30 @@ def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
     if not failures and not is_head():
         # The first node tells how the stage ended, and may have moved its folder to the store by now.
         return {"status": "done", "metrics": {}}
-    return outcome(ranks, world, failures, launch.timeout)
+    return outcome(ranks, processes * launch.nodes, failures, launch.timeout)
+
+
+def _agent_settings(folder: Path, launch: LaunchConfig, processes: int, *, one_gpu_each: bool) -> Any:
+    """Return the settings of torch's elastic agent, which starts this node's ranks and watches them."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig as Agent
+
+    alone = launch.nodes == 1
+    return Agent(
+        # A fixed number of nodes and no restarts: a stage resumes from its checkpoint in the next run instead.
+        min_nodes=launch.nodes,
+        max_nodes=launch.nodes,
+        nproc_per_node=processes,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0" if alone else str(launch.rendezvous),
+        rdzv_configs={"timeout": launch.timeout} if alone else {"timeout": launch.timeout, "is_host": is_head()},
+        local_addr="127.0.0.1" if alone else None,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / RANKS / "agent")),
+        shutdown_timeout=GRACE_SECONDS,
+        virtual_local_rank=one_gpu_each,  # each sees its own GPU alone, and so does an engine in the same process
+    )
 
 
 def _gpus(runtime: Runtime) -> int:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,6 +25,7 @@ from align.environments.user_models import check_user_rows, playing_processes
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, open_rewards
 from align.inference.engine import open_engine
+from align.inference.protocol import RolloutEngine
 from align.inference.server_client import EngineLost
 from align.lint.trainer import Split, lint_prompts
 from align.models.loading import load_tokenizer
@@ -91,17 +93,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     scorer = _open_scorer(context, reward_models)
     if reward_models and _critic_source(config) == "reward":
         check_same_vocabulary(context.name, tokenizer, reward_models[0].tokenizer, ("the policy", "the reward model"))
-    # The first process prepares the folder that the engine loads; the others wait for it.
-    engine = open_engine(
-        broadcast(lambda: engine_source(source, config.tuning, context.checkpoints / "engine" / "model")),
-        context.runtime,
-        precision=config.precision,
-        max_length=config.max_prompt_tokens + config.max_tokens,
-        seed=context.seed % 2**32,
-        warn=context.warn,
-        on_hang=context.fail_at_once,
-        shared_engine=True,
-    )
+    engine = _open_engine(context, source)
     try:
         trainer = _make_trainer(
             trainer_class,
@@ -137,6 +129,22 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         engine.close()
         if player is not None:
             player.close()
+
+
+def _open_engine(context: StageContext, source: Path) -> RolloutEngine:
+    """Open the engine that samples with the policy in ``source``, prepared for the stage's tuning."""
+    config: RolloutFields = context.config
+    # The first process prepares the folder that the engine loads; the others wait for it.
+    return open_engine(
+        broadcast(lambda: engine_source(source, config.tuning, context.checkpoints / "engine" / "model")),
+        context.runtime,
+        precision=config.precision,
+        max_length=config.max_prompt_tokens + config.max_tokens,
+        seed=context.seed % 2**32,
+        warn=context.warn,
+        on_hang=context.fail_at_once,
+        shared_engine=True,
+    )
 
 
 def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:

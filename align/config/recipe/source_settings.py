@@ -161,9 +161,9 @@ class GymSource(SourceConfig):
     @model_validator(mode="after")
     def _sets_no_seed(self) -> Self:
         for name, arguments in self.named_tasks:
-            taken = sorted({"seed", "size"} & set(arguments))
-            if taken:
-                raise ValueError(f"the task '{name}' sets {taken[0]}, which is a field of the source: seed, or count")
+            fields = sorted({"seed", "size"} & set(arguments))
+            if fields:
+                raise ValueError(f"the task '{name}' sets {fields[0]}, which is a field of the source: seed, or count")
         return self
 
 

@@ -18,9 +18,28 @@ not their answers.
 {tasks}"""
 
 BLACKLIST = (
-    "image", "images", "graph", "graphs", "picture", "pictures", "photo", "photos", "file", "files", "map", "maps",
-    "draw", "plot", "go to", "video", "videos", "audio", "music", "flowchart", "diagram",
-)  # fmt: skip
+    "image",
+    "images",
+    "graph",
+    "graphs",
+    "picture",
+    "pictures",
+    "photo",
+    "photos",
+    "file",
+    "files",
+    "map",
+    "maps",
+    "draw",
+    "plot",
+    "go to",
+    "video",
+    "videos",
+    "audio",
+    "music",
+    "flowchart",
+    "diagram",
+)
 """Words of tasks that a text model cannot do; close to self-instruct's list."""
 
 

@@ -18,7 +18,7 @@ class FusedLoraLinear(Linear):
     """peft's LoRA layer on a matrix; calls that the fused function does not cover take peft's way."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
+        """Map x of shape (..., in) to (..., out)."""
         adapter = None if args or kwargs else self._find_only_adapter()
         weight: Any = self.base_layer.weight
         if adapter is None or not _is_whole(weight):
@@ -85,7 +85,7 @@ class _LowRankSum(torch.autograd.Function):
         high: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
+        """Map x of shape (..., in) to (..., out)."""
         rows = x.reshape(-1, x.shape[-1])
         narrow = rows @ low.t()  # (N, r)
         output = torch.nn.functional.linear(rows, weight, bias)
