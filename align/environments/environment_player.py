@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from align.environments.player import EpisodePlayer, EpisodeTask, Progress
 from align.environments.simulated_user import SimulatedUser
 from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
-from align.environments.user_models import check_user_rows, open_stage_user
+from align.environments.user_models import check_user_rows, open_stage_user, user_prompt, user_usage
 from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Session
@@ -100,7 +101,8 @@ class EnvironmentPlayer:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="align-episodes-"))
                 journal = Journal(Path(folder) / "episodes.jsonl")
             stack.callback(journal.close)
-            turns = None if self.user is None else UserTurns(self.user, self.read_user_prompt, journal)
+            read_prompt = partial(user_prompt, self.config, self.where)
+            turns = None if self.user is None else UserTurns(self.user, read_prompt, journal)
             # Before the policy's first turn, so that a model without room is an error at once.
             self.load_user()
             player = EpisodePlayer(self.pool, self.rules, session, journal, on_progress, weights_update, turns)
@@ -110,11 +112,6 @@ class EnvironmentPlayer:
         """Load the weights of a checkpoint that plays the user, unless that was done."""
         if self.user is not None:
             self.user.load()
-
-    def read_user_prompt(self, row: Mapping[str, Any]) -> str:
-        """Return the system message of the user's model for a row. Raises ``UserError`` for a column it lacks."""
-        assert self.config.user is not None
-        return self.config.user.system_message(row, f"{self.where}.environment.user")
 
     def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Raise ``UserError`` for a row without a column that the user's prompt quotes."""
@@ -128,8 +125,7 @@ class EnvironmentPlayer:
 
     def user_usage(self) -> dict[str, Any]:
         """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
-        usage = {} if self.user is None else self.user.usage()
-        return {"user": usage} if usage else {}
+        return user_usage(self.user)
 
     def _decode(self, token_ids: list[int]) -> str:
         # Some formats mark calls by special tokens.

@@ -12,7 +12,6 @@ from align.config.environment import EnvironmentConfig
 from align.config.launch import world_size
 from align.config.runtime import Runtime
 from align.config.simulated_user import USER_INPUT, SimulatedUserConfig
-from align.config.user_paths import user_path
 from align.environments.simulated_user import SimulatedUser
 from align.inference.watchdog import OnHang
 from align.pipeline.context import StageContext
@@ -88,7 +87,7 @@ def open_stage_user(context: StageContext, *, outage_fails_episodes: bool = Fals
         runtime=context.runtime,
         precision=context.config.precision,
         folder=context.checkpoints,
-        shared=_shared_folder(context),
+        shared=context.shared_answers(),
         warn=context.warn,
         on_hang=context.fail_at_once,
         processes=playing_processes(context.runtime),
@@ -103,14 +102,6 @@ def playing_processes(runtime: Runtime) -> int:
     return 1 if runtime.rollouts.pooled else world_size()
 
 
-def _shared_folder(context: StageContext) -> Path | None:
-    """Return the folder of answers that runs share: the store's, unless the ``cache`` of a stage says otherwise."""
-    place = getattr(context.config, "cache", True)
-    if isinstance(place, str):
-        return user_path(place, Path.cwd())
-    return context.cache if place else None
-
-
 def check_user_rows(config: EnvironmentConfig, rows: Iterable[Mapping[str, Any]], where: str) -> None:
     """Raise ``UserError`` for a row without a column that the user's prompt quotes; ``where`` is the stage's name.
 
@@ -119,4 +110,16 @@ def check_user_rows(config: EnvironmentConfig, rows: Iterable[Mapping[str, Any]]
     if config.user is None:
         return
     for row in rows:
-        config.user.system_message(row, f"{where}.environment.user")
+        user_prompt(config, where, row)
+
+
+def user_prompt(config: EnvironmentConfig, where: str, row: Mapping[str, Any]) -> str:
+    """Return the system message of the user's model for a row. Raises ``UserError`` for a column it lacks."""
+    assert config.user is not None
+    return config.user.system_message(row, f"{where}.environment.user")
+
+
+def user_usage(user: SimulatedUser | None) -> dict[str, Any]:
+    """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
+    usage = {} if user is None else user.usage()
+    return {"user": usage} if usage else {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config.user_paths import user_path
 from align.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -53,6 +54,16 @@ class StageContext:
         value = self.inputs[field_name]
         assert isinstance(value, Artifact), f"{field_name} is not a single artifact"
         return value
+
+    def shared_answers(self, subfolder: str = "") -> Path | None:
+        """Return the folder of models' answers that runs share: ``subfolder`` of ``cache``, or the user's own folder.
+
+        A stage's field ``cache`` names one, or is False for none. None without a store, too.
+        """
+        place = getattr(self.config, "cache", True)
+        if isinstance(place, str):
+            return user_path(place, Path.cwd())
+        return self.cache / subfolder if place and self.cache is not None else None
 
     def emit(self, kind: str, **values: Any) -> None:
         """Append one event to the stage's event file, which the console and the report read."""

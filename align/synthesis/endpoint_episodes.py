@@ -7,7 +7,8 @@ in a journal, so that a killed stage makes no finished call again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from align.data.rows import Message
@@ -17,7 +18,7 @@ from align.environments.journal import Journal
 from align.environments.player import EpisodeTask
 from align.environments.prompted_turns import with_system
 from align.environments.sources import open_environment
-from align.environments.user_models import open_stage_user
+from align.environments.user_models import open_stage_user, user_prompt, user_usage
 from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.requests import Request
@@ -45,7 +46,8 @@ class EndpointEpisodes:
         # The journal stays until the stage ends: answers are asked for again by every attempt, which counts their cost.
         journal = Journal(self.context.checkpoints / FOLDER / f"{name}.journal", self._key(tasks))
         try:
-            turns = None if self._user is None else UserTurns(self._user, self._read_user_prompt, journal)
+            read_prompt = partial(user_prompt, self.context.config.environment, self.context.name)
+            turns = None if self._user is None else UserTurns(self._user, read_prompt, journal)
             if self._user is not None:
                 self._user.load()
             session = ChatSession(self._request, self._ask, journal)
@@ -53,15 +55,9 @@ class EndpointEpisodes:
         finally:
             journal.close()
 
-    def _read_user_prompt(self, row: Mapping[str, Any]) -> str:
-        """Return the system message of the user's model for a row. Raises ``UserError`` for a column it lacks."""
-        user = self.context.config.environment.user
-        return str(user.system_message(row, f"{self.context.name}.environment.user"))
-
     def user_usage(self) -> dict[str, Any]:
         """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
-        usage = {} if self._user is None else self._user.usage()
-        return {"user": usage} if usage else {}
+        return user_usage(self._user)
 
     def _key(self, tasks: Sequence[EpisodeTask]) -> str:
         """Return a digest of all that the episodes depend on."""

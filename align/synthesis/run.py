@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from align.config.endpoint import EndpointConfig
 from align.config.stages.synthesis_tasks import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
-from align.config.user_paths import user_path
 from align.data.rows import Message, Row, read_rows, user
 from align.data.weighted_scores import Part, WeightedSum
 from align.environments.conversation import sampled_tokens
@@ -85,7 +84,7 @@ class _Synthesis:
             self.judge = self._backend("judge_model", config.judge.endpoint, "judge.endpoint")
         # The stage's own cache survives a kill; the store's spares other runs the same requests.
         stage_cache = RequestCache(context.checkpoints)
-        folder = _shared_folder(context)
+        folder = context.shared_answers(SHARED)
         shared_cache = None if folder is None else RequestCache(folder)
         for cache in (stage_cache, shared_cache):
             if cache is not None and cache.unreadable:
@@ -359,11 +358,3 @@ class _Synthesis:
             **episode_rates(self.played),
             **self.user_usage,
         }
-
-
-def _shared_folder(context: StageContext) -> Path | None:
-    """Return the folder of shared answers; None without one, as in a stage that runs without a store."""
-    place = context.config.cache
-    if isinstance(place, str):
-        return user_path(place, Path.cwd())
-    return context.cache / SHARED if place and context.cache is not None else None
