@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +134,39 @@ def test_rows_are_made_of_tasks() -> None:
     assert [record["task"] for record in itertools.islice(tasks(GREETING, 3), 3)] == [0, 1, 2]
 
 
-def test_a_text_game_of_theirs() -> None:
+WORDS = ("apple", "house", "river", "stone", "cloud")
+
+
+@pytest.fixture(scope="module")
+def word_lists(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The corpus and the tagger that TextArena's word games read, which NLTK would load from the network, once."""
     pytest.importorskip("textarena", reason="textarena is not installed")
-    source = opened("textarena", arguments={"game": "Hangman-v0"})
-    environment = source.make()
+    import nltk
+
+    folder = tmp_path_factory.mktemp("nltk")
+    corpus, tagger = folder / "corpora" / "words", folder / "taggers" / "averaged_perceptron_tagger_eng"
+    corpus.mkdir(parents=True)
+    tagger.mkdir(parents=True)
+    for name in ("en", "en-basic", "README"):
+        (corpus / name).write_text("\n".join(WORDS) + "\n")
+    contents = {"weights": {}, "tagdict": dict.fromkeys(WORDS, "NN"), "classes": ["NN"]}
+    for part, content in contents.items():
+        (tagger / f"{tagger.name}.{part}.json").write_text(json.dumps(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nltk.data, "path", [str(folder)])
+        patch.setattr(nltk, "download", lambda *arguments, **options: True)
+        yield
+
+
+@pytest.mark.usefixtures("word_lists")
+@pytest.mark.parametrize("game", ["Hangman-v0", "Wordle-v0"])
+def test_text_games_of_theirs_are_played_to_the_end(game: str) -> None:
+    environment = opened("textarena", arguments={"game": game}).make()
     first = environment.reset({"task": 1})
-    assert first is not None and first[0]["role"] == "system" and "Hangman" in str(first)
-    step = environment.step("[A]")
-    assert step.messages or step.done
-    assert 0.0 <= environment.score([]).total <= 1.0
+    assert first is not None and first[0]["role"] == "system" and "word" in str(first[-1])
+    assert "invalid move" in str(environment.step("I do not know.").messages)
+    # One of the words is the secret one; neither game ends before five wrong guesses.
+    steps = list(itertools.takewhile(lambda step: not step.done, (environment.step(f"[{word}]") for word in WORDS)))
+    assert len(steps) < len(WORDS)
+    assert environment.score([]).total == 1.0
+    environment.close()
