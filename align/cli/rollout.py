@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from align.errors import UserError, printable
 
 if TYPE_CHECKING:
     from align.environments.episode import Episode
+    from align.environments.player import EpisodeTask
     from align.environments.rehearsal import Rehearsal, Replayed
     from align.pipeline.pipeline import Node, Pipeline
     from align.store.artifacts import Artifact
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pipeline", metavar="PIPELINE", help="a pipeline file, or the name of a shipped one: calculator"
     )
     parser.add_argument("--stage", metavar="NAME", help="the stage with the environment; needed where several have one")
+    parser.add_argument("--task", metavar="TASK", help="the task of an `evaluate` stage, where several have one")
     parser.add_argument("--n", type=int, default=4, metavar="N", help="episodes to play, of the first prompts (4)")
     parser.add_argument("--split", choices=["train", "test"], default="test", help="prompts to play (test)")
     parser.add_argument(
@@ -50,66 +53,149 @@ def run(options: argparse.Namespace) -> int:
     if options.n < 1:
         raise UserError(f"--n is {options.n}; play at least one episode.")
     pipeline = load(options)
-    node = _choose_stage(pipeline, options.stage)
-    store = open_store(pipeline, options.store)
-    rehearsal = _make_rehearsal(pipeline, node, store, options)
+    scene = _choose_scene(pipeline, options.stage, options.task)
+    finished = Finished(pipeline, open_store(pipeline, options.store))
+    rehearsal = _make_rehearsal(scene, finished, options)
     if options.replay is not None:
         return _replay(rehearsal, options)
-    return _play(rehearsal, _read_prompts(pipeline, node, store, options), options)
+    return _play(rehearsal, _read_tasks(scene, finished, options), options)
 
 
-def _choose_stage(pipeline: Pipeline, name: str | None) -> Node:
-    """Return the stage whose environment is played."""
+@dataclass(frozen=True)
+class Scene:
+    """A stage, and what of it is played: its own environment, or that of a task of an ``evaluate`` stage."""
+
+    node: Node
+    task: str | None = None
+
+    @property
+    def config(self) -> Any:
+        """The stage's settings."""
+        return self.node.config
+
+    @property
+    def settings(self) -> Any:
+        """The settings that have ``environment`` and ``temperature``: the stage's, or the task's."""
+        return self.config if self.task is None else self.config.tasks[self.task]
+
+    @property
+    def place(self) -> str:
+        """Where the settings are, for messages."""
+        return self.node.name if self.task is None else f"{self.node.name}.tasks.{self.task}"
+
+
+def _scenes(node: Node) -> list[Scene]:
+    """Return what can be played of a stage."""
+    if getattr(node.config, "environment", None) is not None:
+        return [Scene(node)]
+    tasks = getattr(node.config, "tasks", None)
+    if not isinstance(tasks, dict):
+        return []
+    return [Scene(node, name) for name, task in tasks.items() if getattr(task, "environment", None) is not None]
+
+
+def _choose_scene(pipeline: Pipeline, stage: str | None, task: str | None) -> Scene:
+    """Return the stage or the task whose environment is played."""
     from align.config.validation import suggest
 
-    playing = {node.name: node for node in pipeline if getattr(node.config, "environment", None) is not None}
-    if name is not None and name not in pipeline.nodes:
-        raise UserError(f"{pipeline.where}: there is no stage '{name}'.{suggest(name, pipeline.nodes)}")
-    if name is not None and name not in playing:
+    if stage is not None and stage not in pipeline.nodes:
+        raise UserError(f"{pipeline.where}: there is no stage '{stage}'.{suggest(stage, pipeline.nodes)}")
+    playing = {node.name: scenes for node in pipeline if (scenes := _scenes(node))}
+    if stage is not None and stage not in playing:
         raise UserError(
-            f"{pipeline.where}: stage '{name}' has no `environment:` block. Stages that have one: "
+            f"{pipeline.where}: stage '{stage}' has no `environment:` block. Stages that have one: "
             f"{', '.join(playing) or 'none'}."
         )
-    if name is not None:
-        return playing[name]
-    if len(playing) != 1:
+    if stage is None and len(playing) != 1:
         listed = f"several stages have one: {', '.join(playing)}" if playing else "no stage has one"
         raise UserError(f"{pipeline.where}: --stage names the stage with the environment; {listed}.")
-    return next(iter(playing.values()))
+    scenes = playing[stage or next(iter(playing))]
+    if task is None and len(scenes) == 1:
+        return scenes[0]
+    named = {scene.task: scene for scene in scenes if scene.task is not None}
+    if task not in named:
+        listed = f"Its tasks with an environment: {', '.join(named) or 'none'}.{suggest(task or '', named)}"
+        raise UserError(f"{pipeline.where}: --task names a task of stage '{scenes[0].node.name}'. {listed}")
+    return named[task]
 
 
-def _make_rehearsal(pipeline: Pipeline, node: Node, store: Store, options: argparse.Namespace) -> Rehearsal:
+@dataclass(frozen=True)
+class Finished:
+    """A pipeline, and the store in which some of its stages are finished."""
+
+    pipeline: Pipeline
+    store: Store
+
+    def artifact(self, name: str, place: str) -> Artifact:
+        """Return the artifact of a stage that ``place`` reads. Raises ``UserError`` where there is none."""
+        source = self.pipeline.nodes[self.pipeline.resolve(name)]
+        artifact = self.store.obtain(source.stage.kind, source.key, source.name)
+        if artifact is None:
+            raise UserError(
+                f"{place}: stage '{source.name}' is not finished in {self.store.root}; "
+                f"`align run {self.pipeline.where} --only {source.name}` makes it."
+            )
+        return artifact
+
+    def input(self, node: Node, field: str) -> Artifact:
+        """Return the artifact behind an input of a stage."""
+        return self.artifact(str(node.inputs[field]), f"{node.name}.{field}")
+
+
+def _make_rehearsal(scene: Scene, finished: Finished, options: argparse.Namespace) -> Rehearsal:
     from align.environments.rehearsal import Rehearsal
 
-    config: Any = node.config
+    node, settings = scene.node, scene.settings
+    model_dir = _find_model(scene, finished, options)
     return Rehearsal(
-        environment=config.environment,
-        model_dir=_find_model(pipeline, node, store, options),
-        runtime=pipeline.runtimes[node.name],
-        precision=config.precision,
-        max_prompt_tokens=config.max_prompt_tokens,
-        temperature=config.temperature if options.temperature is None else options.temperature,
+        environment=settings.environment,
+        model_dir=model_dir,
+        runtime=finished.pipeline.runtimes[node.name],
+        precision=scene.config.precision,
+        max_prompt_tokens=_max_prompt_tokens(scene, model_dir),
+        temperature=settings.temperature if options.temperature is None else options.temperature,
         seed=node.seed,
-        where=node.name,
-        user_dir=_find_user(pipeline, node, store),
+        where=scene.place,
+        user_dir=_find_user(scene, finished),
     )
 
 
-def _find_user(pipeline: Pipeline, node: Node, store: Store) -> Path | None:
+def _max_prompt_tokens(scene: Scene, model_dir: Path) -> int:
+    """Return the longest prompt: the stage's, or for a task what its episodes leave of the engine's length."""
+    from align.inference.switching import max_positions
+
+    config = scene.config
+    if scene.task is None:
+        return int(config.max_prompt_tokens)
+    length = min(config.max_context, max_positions(model_dir) or config.max_context)
+    return int(length - scene.settings.environment.max_tokens)
+
+
+def _find_user(scene: Scene, finished: Finished) -> Path | None:
     """Return the folder of the checkpoint that plays the user, where one does."""
     from align.config.simulated_user import USER_INPUT
 
-    return None if node.inputs.get(USER_INPUT) is None else _input(pipeline, node, store, USER_INPUT).model
+    node, user = scene.node, scene.settings.environment.user
+    if user is None or user.model is None:
+        return None
+    if scene.task is not None:
+        return finished.artifact(user.model, f"{scene.place}.environment.user.model").model
+    return finished.input(node, USER_INPUT).model
 
 
-def _find_model(pipeline: Pipeline, node: Node, store: Store, options: argparse.Namespace) -> Path:
+def _find_model(scene: Scene, finished: Finished, options: argparse.Namespace) -> Path:
     """Return the folder of the model that plays."""
     from align.cli.arguments import find_checkpoint
 
+    node = scene.node
     if options.checkpoint is not None:
         folder = find_checkpoint(options.checkpoint, options.store)
         return folder if (folder / "config.json").is_file() else folder / "model"
-    trained = store.obtain(node.stage.kind, node.key, node.name)
+    if scene.task is not None:
+        policy = scene.config.policies[-1]
+        print_warning(f"playing with stage {policy}, the last of policies; --checkpoint names another")
+        return finished.artifact(policy, f"{node.name}.policies").model
+    trained = finished.store.obtain(node.stage.kind, node.key, node.name)
     if trained is not None and (trained.path / "model").is_dir():
         print_warning(f"playing with stage {node.name}; --checkpoint names another")
         return trained.model
@@ -119,36 +205,55 @@ def _find_model(pipeline: Pipeline, node: Node, store: Store, options: argparse.
             f"{node.name}: an endpoint plays in this stage's environment, and `align rollout` plays with checkpoints. "
             "Name one: --checkpoint."
         )
-    return _input(pipeline, node, store, field).model
+    return finished.input(node, field).model
 
 
-def _input(pipeline: Pipeline, node: Node, store: Store, field: str) -> Artifact:
-    """Return the finished artifact behind an input of the stage."""
-    source = pipeline.nodes[str(node.inputs[field])]
-    artifact = store.obtain(source.stage.kind, source.key, source.name)
-    if artifact is None:
-        raise UserError(
-            f"{node.name}.{field}: stage '{source.name}' is not finished in {store.root}; "
-            f"`align run {pipeline.where} --only {source.name}` makes it."
-        )
-    return artifact
-
-
-def _read_prompts(pipeline: Pipeline, node: Node, store: Store, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _read_tasks(scene: Scene, finished: Finished, options: argparse.Namespace) -> list[EpisodeTask]:
+    """Return what is played: the first rows of the stage's prompts, or those of the evaluation's task."""
+    if scene.task is not None:
+        return _evaluated_tasks(scene, finished)[: options.n]
     from align.data.rows import read_rows
-
-    artifact = _input(pipeline, node, store, "prompts")
-    rows: list[dict[str, Any]] = read_rows(artifact.split(options.split))[: options.n]
-    if not rows:
-        raise UserError(f"{node.name}.prompts has no {options.split} rows; try the other --split.")
-    return rows
-
-
-def _play(rehearsal: Rehearsal, rows: list[dict[str, Any]], options: argparse.Namespace) -> int:
     from align.environments.player import EpisodeTask
+
+    artifact = finished.input(scene.node, "prompts")
+    rows = read_rows(artifact.split(options.split))[: options.n]
+    if not rows:
+        raise UserError(f"{scene.node.name}.prompts has no {options.split} rows; try the other --split.")
+    return [EpisodeTask(row, scene.node.seed + number) for number, row in enumerate(rows)]
+
+
+def _evaluated_tasks(scene: Scene, finished: Finished) -> list[EpisodeTask]:
+    """Return the episodes of an evaluation's task, with the seeds that a checkpoint gets there."""
+    from align.evaluation.episodes import episode_tasks
+    from align.evaluation.tasks.base import TaskInputs
+    from align.evaluation.tasks.environment import build
+
+    node, settings = scene.node, scene.settings
+    user = settings.environment.user
+    artifacts = {
+        name: finished.artifact(name, scene.place)
+        for name in (settings.rows, None if user is None else user.model)
+        if name is not None
+    }
+    inputs = TaskInputs(
+        seed=node.seed,
+        base=finished.pipeline.base,
+        pairs=[],
+        heldout=[],
+        has_reward=False,
+        has_second_reward=False,
+        precision=scene.config.precision,
+        warn=print_warning,
+        note=print_warning,
+        rows=artifacts,
+        users=artifacts,
+    )
+    return episode_tasks(build(str(scene.task), settings, inputs).wanted, node.seed)
+
+
+def _play(rehearsal: Rehearsal, tasks: list[EpisodeTask], options: argparse.Namespace) -> int:
     from align.environments.rehearsal import play, write_episodes
 
-    tasks = [EpisodeTask(row, rehearsal.seed + number) for number, row in enumerate(rows)]
     stored = play(rehearsal, tasks, print_warning)
     if options.save is not None:
         write_episodes(Path(options.save), stored)

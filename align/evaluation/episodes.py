@@ -54,9 +54,7 @@ class SystemPerformer:
         """See the protocol. An episode whose prompt leaves no room for ``max_tokens`` counts as failed."""
         # A system that is sampled again gets seeds of its own.
         sampling = self.system.sampling(Sampling(1, wanted.temperature, seed=wanted.seed))
-        tasks: list[EpisodeTask] = []
-        for row, id in zip(wanted.rows, wanted.ids, strict=True):
-            tasks += row_tasks(row, [episode_seed(sampling.seed, id, sample) for sample in range(wanted.samples)])
+        tasks = episode_tasks(wanted, sampling.seed)
         episodes: list[Episode] = []
         for start in range(0, len(tasks), EPISODES_TOGETHER):
             episodes += self._part(wanted, tasks[start : start + EPISODES_TOGETHER])
@@ -152,6 +150,14 @@ class SystemPerformer:
                 f"{wanted.environment.max_tokens} in {self.max_length} tokens; their episodes count as failed. Raise "
                 "max_context"
             )
+
+
+def episode_tasks(wanted: EpisodeSet, seed: int) -> list[EpisodeTask]:
+    """Return the tasks of all episodes of a set, row by row, with seeds that follow from ``seed``."""
+    tasks: list[EpisodeTask] = []
+    for row, id in zip(wanted.rows, wanted.ids, strict=True):
+        tasks += row_tasks(row, [episode_seed(seed, id, sample) for sample in range(wanted.samples)])
+    return tasks
 
 
 class DecodingSession:

@@ -182,3 +182,66 @@ def test_stages_that_make_data_are_played_with_the_checkpoint_that_answers(
         assert capsys.readouterr().out.count("--- episode") == 2
     assert main([*words, "taught"]) == 2
     assert "taught: an endpoint plays in this stage's environment" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def evaluation(folder: Path) -> Path:
+    """A pipeline whose evaluation has two tasks with environments."""
+    pipeline = yaml.safe_load((folder / "buttons.yaml").read_text())
+    task = {"task": "environment", "environment": pipeline["stages"]["ppo"]["environment"], "rows": "data"}
+    stages = {
+        "model": pipeline["stages"]["model"],
+        "data": pipeline["stages"]["data"],
+        "evaluate": {
+            "policies": ["model"],
+            "reference": "model",
+            "rows": ["data"],
+            "users": ["model"],
+            "max_context": 128,
+            "tasks": {
+                "press": task | {"samples": 2, "temperature": 1.0, "max_items": 3},
+                "talk": task | {"environment": task["environment"] | {"user": USER}},
+            },
+        },
+    }
+    path = folder / "evaluation.yaml"
+    path.write_text(yaml.safe_dump(pipeline | {"stages": stages}, sort_keys=False))
+    return path
+
+
+def test_episodes_of_an_evaluation_s_task_are_those_that_it_plays(
+    folder: Path, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "episodes.jsonl"
+    words = [str(evaluation), "--store", str(folder / "store"), "--stage", "evaluate"]
+    assert main(["rollout", *words, "--task", "press", "--n", "20", "--save", str(saved)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("--- episode") == 6 and "playing with stage model, the last of policies" in captured.err
+
+    assert main(["run", str(evaluation), "--store", str(folder / "store")]) == 0
+    played = [
+        episode
+        for path in (folder / "store" / "cache" / "evaluation").glob("episodes-*.jsonl")
+        for line in path.read_text().splitlines()
+        for episode in json.loads(line).get("episodes", [])
+    ]
+    texts = [[turn["token_ids"] for turn in episode["turns"]] for episode in played]
+    for entry in read_episodes(saved):
+        assert [turn.token_ids for turn in entry.episode.turns] in texts
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--task names a task of stage 'evaluate'. Its tasks with an environment: press, talk"),
+        (["--task", "pres"], "Did you mean 'press'?"),
+        (["--task", "talk", "--set", "stages.evaluate.tasks.talk.environment.user.prompt=Want {goal}"], "user"),
+    ],
+)
+def test_a_task_that_is_not_there_is_refused(folder: Path, evaluation: Path, words: list[str], message: str) -> None:
+    from align.cli import rollout as module
+    from align.cli.main import _parse
+
+    with pytest.raises(UserError) as error:
+        module.run(_parse(["rollout", str(evaluation), "--store", str(folder / "store"), *words]))
+    assert message in str(error.value)

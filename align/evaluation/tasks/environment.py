@@ -128,7 +128,7 @@ class EnvironmentTask(Task):
         user = config.environment.user
         checkpoint = None if user is None or user.model is None else inputs.users[user.model]
         identity = config.environment.identity(PLACE)
-        self._wanted = EpisodeSet(
+        self.wanted = EpisodeSet(
             task=name,
             environment=config.environment,
             source=source,
@@ -151,13 +151,13 @@ class EnvironmentTask(Task):
             "sampling": {
                 "temperature": self._config.temperature,
                 "samples": self._config.samples,
-                "seed": self._wanted.seed,
+                "seed": self.wanted.seed,
             },
         }
 
     def check_checkpoint(self, tokenizer: Any, max_length: int, where: str) -> None:
         """Refuse a chat template without a place for the tools, and an episode that is longer than the engine."""
-        environment, tools = self._config.environment, self._wanted.source.tools
+        environment, tools = self._config.environment, self.wanted.source.tools
         turns = TurnTemplate(tokenizer, tools or None, where)
         if tools:
             tool_call_format(environment.tool_format, turns.template)
@@ -169,7 +169,7 @@ class EnvironmentTask(Task):
 
     def play(self, performer: Performer) -> Episodes:
         """Have one system play."""
-        episodes = performer.play(self._wanted)
+        episodes = performer.play(self.wanted)
         # Now, and not when the last system has played.
         self._check_success(episodes)
         return episodes
