@@ -37,7 +37,8 @@ def pick_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, greedy: bool = Fa
     """Return token ids (B,), sampled by inverting the cumulative distribution at ``uniform``, (B,) in [0, 1).
 
     ``logprobs`` is (B, V). The search has two levels, blocks and entries of one block, so that only block sums are
-    accumulated over the vocabulary, in float64: a token without probability is never sampled.
+    accumulated over the vocabulary, in float64: a token without probability is never sampled. Converting all entries to
+    float64 first took a tenth of a decode step on two cores.
     """
     if greedy:
         return logprobs.argmax(dim=-1)
@@ -47,7 +48,7 @@ def pick_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, greedy: bool = Fa
         probabilities = torch.nn.functional.pad(probabilities, (0, BLOCK - width % BLOCK))
     blocks = probabilities.view(rows, -1, BLOCK)
     # 1. Find the block in which the cumulative sum passes the target.
-    totals = cumulative_sum(blocks.sum(dim=2, dtype=torch.float64), dim=1)  # (B, V / BLOCK)
+    totals = cumulative_sum(blocks.sum(dim=2).to(torch.float64), dim=1)  # (B, V / BLOCK)
     target = uniform.to(torch.float64)[:, None] * totals[:, -1:]  # scaled by the sum, which is 1 up to rounding
     block = _first_above(totals, target)  # (B, 1)
     # 2. Find the entry within it. The bound keeps rounding from stepping past its last entry.

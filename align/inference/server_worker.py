@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from align.inference.vllm_norms import use_cpu_norms
 from align.inference.weights_digest import combine, digest_all
 
 WORKER = f"{__name__}.WeightsKeeper"
@@ -75,6 +76,8 @@ class WeightsKeeper:
         if hasattr(self, "_align_loads"):
             return
         self._align_loads = 0
+        # The run asks for a report before it samples; in a server that runs already, before it loads weights.
+        use_cpu_norms()
         for name in WEIGHT_METHODS:
             method = getattr(self, name, None)
             if method is not None:

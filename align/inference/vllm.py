@@ -30,6 +30,7 @@ from align.inference.vllm_internals import (
     stored_adapter,
     why_model_unsupported,
 )
+from align.inference.vllm_norms import use_cpu_norms
 from align.inference.watchdog import Watchdog
 from align.inference.weights import refuse_missing, weight_names, with_tied_head
 from align.models.loading import load_tokenizer
@@ -163,6 +164,7 @@ class VllmEngine:
         self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
         if device.type == "cpu":
             install_sampler(self.runner)
+            use_cpu_norms()
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None

@@ -15,6 +15,14 @@ from align.inference.weights import checkpoint_weights
 from align.inference.weights_digest import combine, digest_all, tensor_digest
 
 
+@pytest.fixture(autouse=True)
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Calls for vLLM's norms, which are not made here: that would import vLLM."""
+    calls: list[bool] = []
+    monkeypatch.setattr("align.inference.server_worker.use_cpu_norms", lambda: calls.append(True))
+    return calls
+
+
 class Worker(WeightsKeeper):
     """vLLM's worker as far as it matters here: a model, and methods that change it."""
 
@@ -51,10 +59,11 @@ def test_digests_tell_names_types_shapes_and_every_bit_apart() -> None:
     assert combine(digest_all(pairs)) != combine(digest_all(pairs[:-1]))
 
 
-def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_path: Path) -> None:
+def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_path: Path, norms: list[bool]) -> None:
     worker = Worker()
     folder, digest = saved(tmp_path / "one", 1)
     assert worker.align_report_weights() == {"version": None, "digest": None, "loads": 0}
+    assert norms == [True]  # before anything is sampled
     message = getattr(worker, LOAD)(path=folder, version="run:1", digest=digest)
     assert (message["version"], message["digest"], message["loads"]) == ("run:1", digest, 1)
     assert message == getattr(worker, REPORT)(content=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from align.config.runtime import EngineConfig, Runtime
 from align.config.tuning import LoraTuning
@@ -260,6 +261,35 @@ def changed_insides_fail_loudly(model_dir: Path) -> None:
     raise AssertionError("a changed sampler went unnoticed")
 
 
+def norms_run_by_kernels(engine: VllmEngine) -> None:
+    """A CPU's norms go to vLLM's C++ kernels, whose results are right to a rounding; other tensors go its own way."""
+    from vllm.ir import ops
+
+    if not torch.cuda.is_available():
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            engine.generate(PROMPTS[:1], Sampling(2, seed=1))
+        names = {event.key for event in trace.key_averages()}
+        assert {"_C::rms_norm", "_C::fused_add_rms_norm"} <= names, names
+    generator = torch.Generator().manual_seed(3)
+    x, residual = (torch.randn(5, 64, generator=generator).bfloat16() for _ in range(2))
+    weight = torch.rand(64, generator=generator).bfloat16()
+
+    def norm(rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.double()
+        return rows / (rows.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+
+    def is_near(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+        return torch.allclose(actual.double(), expected, rtol=2**-7, atol=1e-6)
+
+    assert is_near(ops.rms_norm(x, weight, 1e-5), norm(x))
+    # Rows that do not lie one after the other.
+    assert is_near(ops.rms_norm(x.t().contiguous().t(), weight, 1e-5), norm(x))
+    expected = norm((x.float() + residual.float()).bfloat16())
+    total = (x.float() + residual.float()).bfloat16()
+    actual, summed = ops.fused_add_rms_norm.maybe_inplace(x.clone(), residual.clone(), weight, 1e-5)
+    assert torch.equal(summed, total) and is_near(actual, expected)
+
+
 def progress_is_told(engine: VllmEngine) -> None:
     calls: list[tuple[int, int]] = []
     engine.generate(PROMPTS, Sampling(4, n=2), lambda done, total: calls.append((done, total)))
@@ -315,6 +345,7 @@ def main(model_dir: Path) -> None:
     samples_share_a_short_prompt(engine, model_dir)
     check_sessions(engine, PROMPTS)
     changed_insides_fail_loudly(model_dir)
+    norms_run_by_kernels(engine)
     progress_is_told(engine)
     a_hang_is_noticed(engine)
     training_still_works(model_dir)
