@@ -385,10 +385,9 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         """Clip policy and critic separately: a critic that is far off must not shrink the policy's step."""
-        if self.is_deepspeed_enabled:
-            norms = self._gradient_norms  # clipped already, and the step is made
-        else:
-            norms = clip_by_part(self.accelerator.unwrap_model(model), self.args.max_grad_norm)
+        # DeepSpeed has clipped them already, and made the step.
+        clipped = self.is_deepspeed_enabled
+        norms = self._gradient_norms if clipped else clip_by_part(self.model, self.args.max_grad_norm)
         norms = {name: full_tensor(norm) for name, norm in norms.items()}
         for name, norm in norms.items():
             self._require_finite(f"gradient of the {name}", norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.config.tuning import FullTuning, LoraTuning
-from tests.support.rl.runs import SETTINGS, history
+from tests.support.rl.runs import SETTINGS, StopOnceLearned, history
 from tests.support.rl.trainers import share_of_vowels
 
 SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
@@ -20,7 +20,8 @@ def test_it_learns_a_reward_that_is_known(make_trainer, tuning, seed):
     LoRA cannot touch the tiny model's head, whose short rows bound a logit near 6: at temperature 1 the best byte would
     have a probability of about 0.5, at 0.5 nearly 1.
     """
-    entries = history(make_trainer(tuning=tuning, updates=20, kl_coef=0.0, seed=seed, **SETTINGS))
+    learned = StopOnceLearned(score=0.9)
+    entries = history(make_trainer(tuning=tuning, updates=20, kl_coef=0.0, seed=seed, callbacks=[learned], **SETTINGS))
     scores = [entry["score"] for entry in entries]
     assert scores[0] < 0.1
     assert min(scores[-3:]) > 0.9, scores
@@ -35,12 +36,14 @@ def by_prompt(rows, texts):
 def test_the_critic_matters(make_trainer, seed):
     """Prompts differ by far more than answers: without a baseline for each, their noise drowns the signal."""
     learned = {}
+    updates = 24
     for name, rate in (("on", 5e-3), ("off", 1e-30)):
         trainer = make_trainer(
-            rows=LETTERS, scorer=by_prompt, gold=share_of_vowels, updates=24, kl_coef=0.0, seed=seed,
-            critic_learning_rate=rate, **SETTINGS,
+            rows=LETTERS, scorer=by_prompt, gold=share_of_vowels, updates=updates, kl_coef=0.0, seed=seed,
+            critic_learning_rate=rate, callbacks=[StopOnceLearned(gold=0.7, explained_variance=0.9)], **SETTINGS,
         )  # fmt: skip
         entries = history(trainer)
+        updates = len(entries)  # without a critic it is given no more
         learned[name] = entries[-1]["gold"]
         assert (entries[-1]["explained_variance"] > 0.9) == (name == "on")
     assert learned["on"] > 0.7 > 2 * learned["off"], learned

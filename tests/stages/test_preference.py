@@ -329,7 +329,7 @@ def test_settings_that_do_not_fit_together(kind: str, fields: dict[str, Any], me
 
 @pytest.mark.parametrize("kind", ["cpo", "simpo", "orpo"])
 def test_a_trl_without_the_experimental_trainer_is_said_before_anything_runs(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, monkeypatch: pytest.MonkeyPatch, forked_dumps: None
 ) -> None:
     name = "orpo" if kind == "orpo" else "cpo"
     config = STAGES[kind].config_class()

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from align.pipeline.registry import STAGES
 from align.pipeline.stop_signal import Stopped, clear_request, request_stop
 from align.training.checkpoints import MARKER, is_complete, mark_complete
 from align.training.fit import SECONDS_FILE
+from tests.support.fork_server import start_module
 from tests.support.training.harness import losses
 from tests.support.training.killed_stage import Killed, dying
 from tests.support.training.training_stages import FULL, make_stage
@@ -140,29 +139,20 @@ def test_a_checkpoint_that_does_not_say_how_long_it_took_is_left_out_of_the_spee
     assert rest == pytest.approx(first["tokens"] - state["num_input_tokens_seen"])
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from align.pipeline.registry import STAGES
-from tests.support.training.training_stages import FULL, make_stage
-STAGES["sft"].runner()(make_stage("sft", Path(sys.argv[1]), Path(sys.argv[2]), FULL, save_steps=1))
-"""
-
-
 def test_sigkill_in_the_middle_of_saving(tiny_model: Path, tmp_path: Path) -> None:
     uninterrupted = make_stage("sft", tmp_path / "whole", tiny_model, FULL, save_steps=1)
     STAGES["sft"].runner()(uninterrupted)
     root = tmp_path / "parts"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(root), str(tiny_model)], env=environment)
+    log = tmp_path / "log.txt"
+    child = start_module("tests.support.training.sft_run", [str(root), str(tiny_model)], log)
     try:
         deadline = time.monotonic() + 120
         while not (root / "checkpoints" / "checkpoint-5").exists():
-            assert child.poll() is None, "the stage ended before it could be killed"
+            assert child.poll() is None, f"the stage ended before it could be killed: {log.read_text()}"
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
-        child.send_signal(signal.SIGKILL)
+        os.kill(child.pid, signal.SIGKILL)
         child.wait()
     parts = make_stage("sft", root, tiny_model, FULL, save_steps=1)
     metrics = STAGES["sft"].runner()(parts)
