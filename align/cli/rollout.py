@@ -106,6 +106,10 @@ def _choose_scene(pipeline: Pipeline, stage: str | None, task: str | None) -> Sc
             f"{pipeline.where}: stage '{stage}' has no `environment:` block. Stages that have one: "
             f"{', '.join(playing) or 'none'}."
         )
+    if stage is None:
+        # A pipeline that trains in an environment often evaluates in it, too: the stage that trains is meant.
+        training = {name: scenes for name, scenes in playing.items() if scenes[0].task is None}
+        playing = training or playing
     if stage is None and len(playing) != 1:
         listed = f"several stages have one: {', '.join(playing)}" if playing else "no stage has one"
         raise UserError(f"{pipeline.where}: --stage names the stage with the environment; {listed}.")
@@ -211,6 +215,8 @@ def _find_model(scene: Scene, finished: Finished, options: argparse.Namespace) -
 def _read_tasks(scene: Scene, finished: Finished, options: argparse.Namespace) -> list[EpisodeTask]:
     """Return what is played: the first rows of the stage's prompts, or those of the evaluation's task."""
     if scene.task is not None:
+        if options.split != "test":
+            raise UserError(f"{scene.place}: --split {options.split} has no use; a task plays its own rows.")
         return _evaluated_tasks(scene, finished)[: options.n]
     from align.data.rows import read_rows
     from align.environments.player import EpisodeTask

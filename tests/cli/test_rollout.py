@@ -235,6 +235,7 @@ def test_episodes_of_an_evaluation_s_task_are_those_that_it_plays(
     [
         ([], "--task names a task of stage 'evaluate'. Its tasks with an environment: press, talk"),
         (["--task", "pres"], "Did you mean 'press'?"),
+        (["--task", "press", "--split", "train"], "evaluate.tasks.press: --split train has no use"),
         (["--task", "talk", "--set", "stages.evaluate.tasks.talk.environment.user.prompt=Want {goal}"], "user"),
     ],
 )
