@@ -103,24 +103,24 @@ def real_items(folder: Path) -> list[str]:
     lines = (folder / "mt-bench" / "question.jsonl").read_text(encoding="utf-8").splitlines()
     items += [json.loads(line)["turns"][0] for line in lines]
     for record in json.loads((folder / "arc" / "ARC-Easy.test.json").read_text(encoding="utf-8")):
-        found = re.search(r"question: (.*?)\n\nAnswer1", record["instruction"], re.DOTALL)
-        items += [found[1]] if found else []
+        match = re.search(r"question: (.*?)\n\nAnswer1", record["instruction"], re.DOTALL)
+        items += [match[1]] if match else []
     lines = (folder / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[-1000:]
     return list(dict.fromkeys(item for item in [*items, *(json.loads(line)["question"] for line in lines)] if item))
 
 
 def made_items(count: int, short: int, rng: random.Random) -> Iterator[str]:
     """Generated questions, ``short`` of them of fewer than eight words."""
-    seen: set[str] = set()
-    while len(seen) < count:
-        some = rng.sample(WORDS, 2)
-        if len(seen) >= short:
-            some = [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))) for _ in range(2)]
-        text = rng.choice(STEMS).format(*some)
-        if len(seen) >= count - 895:
+    texts: set[str] = set()
+    while len(texts) < count:
+        words = rng.sample(WORDS, 2)
+        if len(texts) >= short:
+            words = [" ".join(rng.choices(WORDS, k=rng.randint(4, 14))) for _ in range(2)]
+        text = rng.choice(STEMS).format(*words)
+        if len(texts) >= count - 895:
             text = FRAME + " ".join(rng.choices(WORDS, k=24))
-        if text not in seen:
-            seen.add(text)
+        if text not in texts:
+            texts.add(text)
             yield text
 
 
@@ -168,7 +168,7 @@ def main() -> None:
 
 
 def measure(step: object, items: list[str], clean: list[tuple[str, Row]], show: int) -> None:
-    """Run the step over leaks and clean rows and print what it found."""
+    """Run the step over leaks and clean rows, and print its hits, seconds and memory."""
     ways = [list(LEAKS)[number % len(LEAKS)] for number in range(len(items))]
     rows = [LEAKS[way](item) for way, item in zip(ways, items, strict=True)]
     few = [len(item.split()) < 8 for item in items]
@@ -176,9 +176,9 @@ def measure(step: object, items: list[str], clean: list[tuple[str, Row]], show: 
     hit = _hit(step, rows)
     seconds = time.process_time() - began
     for way in LEAKS:
-        inside = np.array([one == way for one in ways])
-        found = hit & inside
-        print(f"{way:<30} {found.sum():>6,} of {inside.sum():>6,}  {found.sum() / inside.sum():.4f}")
+        inside = np.array([leak_way == way for leak_way in ways])
+        way_hits = hit & inside
+        print(f"{way:<30} {way_hits.sum():>6,} of {inside.sum():>6,}  {way_hits.sum() / inside.sum():.4f}")
     brief = np.array(few)
     print(f"{'of fewer than eight words':<30} {(hit & brief).sum():>6,} of {brief.sum():>6,}  {hit[brief].mean():.4f}")
     print(f"{'all':<30} {hit.sum():>6,} of {len(hit):>6,}  {hit.mean():.4f}")
@@ -189,14 +189,15 @@ def measure(step: object, items: list[str], clean: list[tuple[str, Row]], show: 
     )
     print("clean rows hit: " + ", ".join(f"{name} {count[name]} of {total[name]:,}" for name in total))
     print(f"{seconds:.1f} s for the leaks; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
-    for at in np.flatnonzero(alarms)[:show]:
-        found = step.sketch([clean[at][1]])["item"][0, 0]  # type: ignore[attr-defined]
-        print(f"- {items[found]!r} in {json.dumps(clean[at][1], ensure_ascii=False)[:1500]}")
+    for index in np.flatnonzero(alarms)[:show]:
+        item_index = step.sketch([clean[index][1]])["item"][0, 0]  # type: ignore[attr-defined]
+        print(f"- {items[item_index]!r} in {json.dumps(clean[index][1], ensure_ascii=False)[:1500]}")
 
 
 def _hit(step: object, rows: list[Row]) -> np.ndarray:
-    """(N,) bool: whether each row would be dropped, 10,000 rows at a time as in a build."""
-    parts = [step.sketch(rows[at : at + 10_000]) for at in range(0, len(rows), 10_000)]  # type: ignore[attr-defined]
+    """Return (N,) booleans, True for a row that would be dropped; sketches 10,000 rows at a time, as in a build."""
+    starts = range(0, len(rows), 10_000)
+    parts = [step.sketch(rows[start : start + 10_000]) for start in starts]  # type: ignore[attr-defined]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     table = Table(columns, np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=np.int32), ["s"], rows.__getitem__)
     return step.decide(table).code >= 0  # type: ignore[attr-defined,no-any-return]

@@ -70,8 +70,8 @@ def edited(text: list[str], words: list[str], rng: random.Random) -> list[str]:
     """A copy with one to three words in a hundred changed."""
     copy = list(text)
     for _ in range(max(1, round(len(text) * rng.choice((0.005, 0.01, 0.02, 0.03))))):
-        place, what = rng.randrange(len(copy)), rng.randrange(3)
-        copy[place : place + (what != 0)] = [] if what == 1 else [rng.choice(words)]
+        place, edit = rng.randrange(len(copy)), rng.randrange(3)  # 0 inserts, 1 deletes, 2 replaces
+        copy[place : place + (edit != 0)] = [] if edit == 1 else [rng.choice(words)]
     return copy
 
 
@@ -81,13 +81,13 @@ def look_alike(text: list[str], words: list[str], rng: random.Random) -> list[st
     return text[:shared] + [rng.choice(words) for _ in range(len(text) - shared)]
 
 
-def exact_jaccard(one: list[str], other: list[str]) -> float:
-    """Of the sets of shingles of prompt and reply, as the row has them."""
+def exact_jaccard(first: list[str], second: list[str]) -> float:
+    """Return the Jaccard similarity of two texts' shingles, those of prompt and reply apart, as the row has them."""
     sets = []
-    for text in (one, other):
+    for text in (first, second):
         cut = max(len(text) // 4, 1)
         parts = (text[:cut], text[cut:])
-        sets.append({tuple(p[at : at + SHINGLE]) for p in parts for at in range(max(len(p) - SHINGLE + 1, 1))})
+        sets.append({tuple(p[start : start + SHINGLE]) for p in parts for start in range(max(len(p) - SHINGLE + 1, 1))})
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
@@ -149,7 +149,7 @@ def run_align(folder: Path, threshold: float) -> dict[str, Any]:
 
 
 def run_datasketch(folder: Path, threshold: float) -> dict[str, Any]:
-    """The same work with datasketch's signatures and index."""
+    """Do the same work with datasketch's signatures and index."""
     from datasketch import MinHash, MinHashLSH
 
     bands = choose_bands(threshold, PERMUTATIONS)
@@ -158,9 +158,9 @@ def run_datasketch(folder: Path, threshold: float) -> dict[str, Any]:
     dropped, sketching, deciding = [], 0.0, 0.0
     for records in shards(folder):
         begin = time.process_time()
-        some = MinHash.bulk([_byte_shingles(record) for record in records], num_perm=PERMUTATIONS)
+        batch = MinHash.bulk([_byte_shingles(record) for record in records], num_perm=PERMUTATIONS)
         middle = time.process_time()
-        for signature in some:
+        for signature in batch:
             number = len(signatures)
             signatures.append(signature)
             if any(signature.jaccard(signatures[other]) >= threshold for other in index.query(signature)):
@@ -172,38 +172,39 @@ def run_datasketch(folder: Path, threshold: float) -> dict[str, Any]:
 
 
 def _byte_shingles(record: dict[str, str]) -> list[bytes]:
-    found = []
+    shingles = []
     for part in (record["prompt"], record["reply"]):
         words = normalized(part).split()
-        found += [" ".join(words[at : at + SHINGLE]).encode() for at in range(max(len(words) - SHINGLE + 1, 1))]
-    return found
+        starts = range(max(len(words) - SHINGLE + 1, 1))
+        shingles += [" ".join(words[start : start + SHINGLE]).encode() for start in starts]
+    return shingles
 
 
 def judge(folder: Path, threshold: float, dropped: list[int]) -> dict[str, float]:
-    """Recall and precision of the dropped rows against what was planted."""
+    """Return recall and precision of the dropped rows against the planted copies."""
     planted = {int(number): value for number, value in json.loads((folder / "truth.json").read_text()).items()}
     gone = set(dropped)
     wanted = {number for number, similarity in planted.items() if similarity >= threshold}
-    found = {"planted": len(wanted), "dropped": len(gone)}
-    found["recall"] = len(gone & wanted) / max(len(wanted), 1)
-    found["precision"] = len(gone & set(planted)) / max(len(gone), 1)
+    scores = {"planted": len(wanted), "dropped": len(gone)}
+    scores["recall"] = len(gone & wanted) / max(len(wanted), 1)
+    scores["precision"] = len(gone & set(planted)) / max(len(gone), 1)
     for low, high in ((0.7, 0.8), (0.8, 0.9), (0.9, 1.01)):
-        some = {number for number, similarity in planted.items() if low <= similarity < high}
-        found[f"recall {low:g} to {min(high, 1):g}"] = len(gone & some) / max(len(some), 1)
-    return found
+        bucket = {number for number, similarity in planted.items() if low <= similarity < high}
+        scores[f"recall {low:g} to {min(high, 1):g}"] = len(gone & bucket) / max(len(bucket), 1)
+    return scores
 
 
 def measure(side: str, folder: Path, threshold: float) -> None:
-    """One side, in this process; prints what it measured as JSON."""
-    found = (run_align if side == "align" else run_datasketch)(folder, threshold)
-    found |= judge(folder, threshold, found.pop("dropped"))
-    found["rows/s"] = found["rows"] / (found["sketching"] + found["deciding"])
-    found["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(found))
+    """Run one side in this process, and print its measurements as JSON."""
+    results = (run_align if side == "align" else run_datasketch)(folder, threshold)
+    results |= judge(folder, threshold, results.pop("dropped"))
+    results["rows/s"] = results["rows"] / (results["sketching"] + results["deciding"])
+    results["peak MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(results))
 
 
 def main() -> None:
-    """Generate, run the sides in turn, print a line each and the ratio."""
+    """Generate rows, run the sides in turn, and print a line each and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=1)
@@ -211,22 +212,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=SIDES)
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        measure(given.measure[0], Path(given.measure[1]), given.threshold)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure[0], Path(options.measure[1]), options.threshold)
         return
     with tempfile.TemporaryDirectory() as name:
-        generate(Path(name), given.rows, given.seed)
+        generate(Path(name), options.rows, options.seed)
         rates: dict[str, list[float]] = {}
-        for side in [given.only] if given.only else list(SIDES) * given.rounds:
+        for side in [options.only] if options.only else list(SIDES) * options.rounds:
             command = [sys.executable, "-m", "benchmarks.dedup", "--measure", side, name]
-            command += ["--threshold", str(given.threshold)]
+            command += ["--threshold", str(options.threshold)]
             run = subprocess.run(command, check=True, capture_output=True, text=True)
-            found = json.loads(run.stdout)
-            rates.setdefault(side, []).append(found["rows/s"])
-            print(f"{side:11}", "  ".join(f"{key} {_short(value)}" for key, value in found.items() if key != "notes"))
-            if "notes" in found:
-                print(f"{'':11}", found["notes"])
+            results = json.loads(run.stdout)
+            rates.setdefault(side, []).append(results["rows/s"])
+            print(f"{side:11}", "  ".join(f"{key} {_short(value)}" for key, value in results.items() if key != "notes"))
+            if "notes" in results:
+                print(f"{'':11}", results["notes"])
     if len(rates) == len(SIDES):
         print(f"align / datasketch: {max(rates['align']) / max(rates['datasketch']):.1f} times the rows a second")
 

@@ -100,13 +100,13 @@ def side_arguments(options: argparse.Namespace, side: str, method: str) -> list[
 def compare(runs: Runs, shape: EpisodeShape) -> dict[str, Any]:
     """Run both sides with all methods, print a table each, and return everything measured."""
     runs.prepare(shape)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for method in runs.options.methods:
         rounds = runs.rounds(method)
         print(f"\n{method}: {shape.batch} episodes of up to {shape.turns} turns of up to {shape.tokens} tokens")
         print("\n".join([*lines(rounds), ""]), flush=True)
-        found[method] = {"rounds": rounds, "summary": summary(rounds)}
-    return found
+        results[method] = {"rounds": rounds, "summary": summary(rounds)}
+    return results
 
 
 def latency(runs: Runs, shape: EpisodeShape) -> dict[str, Any]:
@@ -202,16 +202,16 @@ def check_trl(packages: dict[str, str]) -> None:
 def main() -> None:
     """Measure what ``--parts`` names; exit code 2 for packages or work that do not fit, 1 for a run that failed."""
     options = parse()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         packages = inventory(Path(sys.executable))
         check_trl(packages)
         with tempfile.TemporaryDirectory(prefix="align-episodes-") as folder:
             runs = Runs(options, Path(folder))
             if "comparison" in options.parts:
-                found["comparison"] = compare(runs, comparison_shape(options))
+                results["comparison"] = compare(runs, comparison_shape(options))
             if "latency" in options.parts:
-                found["latency"] = latency(runs, latency_shape(options))
+                results["latency"] = latency(runs, latency_shape(options))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -220,9 +220,9 @@ def main() -> None:
         sys.exit(1)
     finally:
         # What was measured before a failure is kept.
-        if options.json and found:
+        if options.json and results:
             settings = {name: value for name, value in vars(options).items() if name != "json"}
-            about = {"settings": settings, "packages": packages, "found": found}
+            about = {"settings": settings, "packages": packages, "found": results}
             options.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--isolation", choices=("thread", "process"), default="thread")
     options = parser.parse_args()
-    found = measure(read_work(options.work), options)
-    options.out.write_text(json.dumps(found), encoding="utf-8")
+    results = measure(read_work(options.work), options)
+    options.out.write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

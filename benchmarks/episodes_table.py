@@ -1,4 +1,4 @@
-"""What ``episodes`` prints, out of what its runs measured: pure, and tested without trl."""
+"""Output of ``episodes``, from the measurements of its runs: pure, and tested without trl."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def phase_run(run: Run) -> Run:
 
 
 def episode_seconds(run: Run) -> dict[str, float]:
-    """Return the median seconds that sampling an episode took, the whole update by the episode, and of an update."""
-    found = phases(phase_run(run))
+    """Return median seconds: of sampling per episode, of the whole update per episode, and of an update."""
+    medians = phases(phase_run(run))
     episodes = run["updates"][0]["episodes"]
     return {
-        "sampling": found["sampling"] / episodes,
-        "whole": found["seconds"] / episodes,
-        "update": found["seconds"],
+        "sampling": medians["sampling"] / episodes,
+        "whole": medians["seconds"] / episodes,
+        "update": medians["seconds"],
     }
 
 
@@ -54,17 +54,17 @@ def summary(rounds: list[Round]) -> dict[str, Any]:
 
 def lines(rounds: list[Round]) -> list[str]:
     """Return the table of phases, and seconds by the episode against the targets."""
-    found = summary(rounds)
+    results = summary(rounds)
     text = [tokens_line(rounds), *table([{side: phase_run(run) for side, run in runs.items()} for runs in rounds]), ""]
     text += [
         f"{side}: {values['sampling']:.2f} s to sample an episode, {values['whole']:.2f} s of an update by the episode"
-        for side, values in found.items()
+        for side, values in results.items()
         if isinstance(values, dict)
     ]
-    if "update_ratio" in found:
+    if "update_ratio" in results:
         text += [
-            verdict("an episode sampled", found["sampling_ratio"], SAMPLING_TARGET),
-            verdict("an update", found["update_ratio"], UPDATE_TARGET),
+            verdict("an episode sampled", results["sampling_ratio"], SAMPLING_TARGET),
+            verdict("an update", results["update_ratio"], UPDATE_TARGET),
         ]
     return text
 
@@ -113,21 +113,21 @@ def latency_summary(run: dict[str, Any]) -> dict[str, float]:
 
 
 def latency_lines(run: dict[str, Any]) -> list[str]:
-    """Return what the slow tools cost, against the bound, and the use of the prefix cache."""
-    found = latency_summary(run)
-    met = "met" if found["share"] <= 1 else "missed"
+    """Return lines on the cost of slow tools against the bound, and on the use of the prefix cache."""
+    results = latency_summary(run)
+    met = "met" if results["share"] <= 1 else "missed"
     text = [
         f"{run['episodes']} episodes of up to {run['calls'] + 1} turns, engine {run['engine']}, {run['workers']} "
         f"workers ({run['isolation']})",
-        f"tools that return at once: {found['quick_seconds']:.1f} s; tools that sleep {run['tool_seconds']:g} s: "
-        f"{found['slow_seconds']:.1f} s",
-        f"bound: {LATENCY_FACTOR:g} x {found['quick_seconds']:.1f} s + {run['calls']} calls x "
-        f"{run['tool_seconds']:g} s = {found['bound']:.1f} s; {found['share']:.2f} of it (worst of "
-        f"{len(run['slow'])}: {found['worst_share']:.2f}): {met}",
+        f"tools that return at once: {results['quick_seconds']:.1f} s; tools that sleep {run['tool_seconds']:g} s: "
+        f"{results['slow_seconds']:.1f} s",
+        f"bound: {LATENCY_FACTOR:g} x {results['quick_seconds']:.1f} s + {run['calls']} calls x "
+        f"{run['tool_seconds']:g} s = {results['bound']:.1f} s; {results['share']:.2f} of it (worst of "
+        f"{len(run['slow'])}: {results['worst_share']:.2f}): {met}",
     ]
-    if "slow_prefix_hit_rate" in found:
+    if "slow_prefix_hit_rate" in results:
         text.append(
-            f"prompt tokens of turns from the prefix cache: {found['quick_prefix_hit_rate']:.0%}, with slow tools "
-            f"{found['slow_prefix_hit_rate']:.0%}"
+            f"prompt tokens of turns from the prefix cache: {results['quick_prefix_hit_rate']:.0%}, with slow tools "
+            f"{results['slow_prefix_hit_rate']:.0%}"
         )
     return text

@@ -71,21 +71,21 @@ class PhaseClock:
         return call
 
     def begin(self) -> None:
-        """The first update begins."""
+        """Begin the first update."""
         self._began = time.perf_counter()
 
     def end(self, **counts: float) -> None:
-        """An update ends, and the next one begins."""
+        """End an update, and begin the next one."""
         now = time.perf_counter()
         sampling, scoring, rollout = (self._seconds[phase] for phase in ("sampling", "scoring", "rollout"))
-        whole = now - self._began
+        update_seconds = now - self._began
         self.updates.append(
             {
                 "sampling": sampling,
                 "scoring": scoring,
                 "measuring": rollout - sampling - scoring,
-                "learning": whole - rollout,
-                "seconds": whole,
+                "learning": update_seconds - rollout,
+                "seconds": update_seconds,
                 **counts,
             }
         )
@@ -94,23 +94,23 @@ class PhaseClock:
 
 
 class ScriptedTurns:
-    """Around ``_generate_single_turn``: the turns of the script, one for every row that trl carries on."""
+    """Wrapper of ``_generate_single_turn``: the turns of the script, one for every row that trl carries on."""
 
     def __init__(
         self, scripts: Sequence[Script], limit: Callable[[list[int]], Any], markup: Markup = NO_MARKUP
     ) -> None:
-        """``limit`` tells the engine the lengths of the rows to come."""
+        """Take ``limit``, which tells the engine the lengths of the rows to come."""
         self._scripts, self._limit, self._markup = iter(scripts), limit, markup
-        self._left: list[Iterator[ScriptedTurn]] = []
+        self._remaining: list[Iterator[ScriptedTurn]] = []
 
     def begin(self) -> None:
-        """A rollout begins."""
-        self._left = [iter(turns) for turns in next(self._scripts)]
+        """Begin a rollout."""
+        self._remaining = [iter(turns) for turns in next(self._scripts)]
 
     def next_turns(self) -> list[ScriptedTurn]:
         """Return the next turn of every episode that has one: trl carries on rows in their order."""
-        pairs = [(turns, next(turns, None)) for turns in self._left]
-        self._left = [turns for turns, turn in pairs if turn is not None]
+        pairs = [(turns, next(turns, None)) for turns in self._remaining]
+        self._remaining = [turns for turns, turn in pairs if turn is not None]
         return [turn for _, turn in pairs if turn is not None]
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -308,8 +308,8 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    found = measure(read_work(options.work), options)
-    options.out.write_text(json.dumps(found), encoding="utf-8")
+    results = measure(read_work(options.work), options)
+    options.out.write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

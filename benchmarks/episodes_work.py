@@ -1,4 +1,4 @@
-"""What both sides of ``episodes`` play: prompts, an environment with a tool, and a script of every turn.
+"""Work of both sides of ``episodes``: prompts, an environment with a tool, and a script of every turn.
 
     python -m benchmarks.episodes_work SHAPE FOLDER   (called by episodes; SHAPE as JSON)
 
@@ -32,7 +32,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "nu
 
 @dataclass(frozen=True)
 class EpisodeShape:
-    """How much there is to play; ``updates`` counts the warm-up too."""
+    """Size of the work to play; ``updates`` counts the warm-up too."""
 
     batch: int = 16
     """Episodes of an update."""
@@ -91,8 +91,8 @@ class ScriptedTurn:
         """Return the turn, out of at least ``length`` sampled tokens, with ``markup`` replaced."""
         if len(sampled) < self.length:
             raise RuntimeError(f"a turn has {len(sampled)} sampled tokens; the script has {self.length}")
-        kept = [markup.filler if token in markup.ids else token for token in sampled[: self.sampled]]
-        return [*kept, *self.tail]
+        tokens = [markup.filler if token in markup.ids else token for token in sampled[: self.sampled]]
+        return [*tokens, *self.tail]
 
 
 Script = list[list[ScriptedTurn]]

@@ -1,4 +1,4 @@
-"""What an evaluation computes once its responses are there: reward scores, KL and held-out losses.
+"""Computation of an evaluation once its responses are there: reward scores, KL and held-out losses.
 
     python -m benchmarks.evaluation --folder work --prompts 50
 
@@ -131,20 +131,20 @@ def measure(folder: Path, prompts: int, threads: int) -> dict[str, Any]:
 
     drift.SAMPLER_TOLERANCE = dict.fromkeys(drift.SAMPLER_TOLERANCE, float("inf"))  # the responses are no model's
     peaks = [matrix_peak()]
-    whole = Work()
+    total = Work()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         context = make_context(Path(scratch), inputs, prompts)
         evaluation = Evaluation(context, make_plan(context))
         clock = Clock()
         evaluation.run(open_instantly)
-        clock.add_to(whole)
+        clock.add_to(total)
     peaks.append(matrix_peak())
     peak, processor_peak = (max(values) for values in zip(*peaks, strict=True))
     table: dict[str, Any] = {
         "threads": threads,
         "peak, GFLOP/s": round(peak / 1e9),
         "peak by processor time, GFLOP/s": round(processor_peak / 1e9),
-        "whole": seconds_of(whole),
+        "whole": seconds_of(total),
         "loading": seconds_of(meter.loading),
     }
     for name, work in meter.work.items():

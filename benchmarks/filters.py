@@ -56,12 +56,12 @@ def measure(name: str, steps: list[RowStep], rows: list[Row]) -> None:
     """Print the rate of some steps, one after another."""
     best = 0.0
     for _ in range(3):
-        left = rows
+        remaining = rows
         start = time.process_time()
         for step in steps:
-            left = [result for result in step.apply(left) if isinstance(result, dict)]
+            remaining = [result for result in step.apply(remaining) if isinstance(result, dict)]
         best = max(best, len(rows) / (time.process_time() - start))
-        assert len(left) == len(rows), f"{name} dropped {len(rows) - len(left)} rows"
+        assert len(remaining) == len(rows), f"{name} dropped {len(rows) - len(remaining)} rows"
     print(f"{name:<45}{best:>12,.0f} rows/s")
 
 

@@ -34,7 +34,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where items run, and where their files lie."""
+    """Place in which items run and keep their files."""
 
     machine: Machine
     work: Path

@@ -24,7 +24,7 @@ NEVER_SAVE = 100_000
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the items run."""
+    """Machine that the items run on."""
 
     device: str
     tiny: bool

@@ -51,11 +51,11 @@ def matrix_rate(device: str, size: int | None = None) -> float:
     import torch
 
     size = size or (8192 if device == "cuda" else 1024)
-    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    first, second = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(10):
         started = time.perf_counter()
-        left @ right
+        first @ second
         if device == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)

@@ -36,18 +36,18 @@ def model_folder(folder: Path) -> Path:
 
 
 def task_of(options: argparse.Namespace) -> Any:
-    """The task, as an evaluation builds it."""
+    """Return the task, as an evaluation builds it."""
     from align.config.stages.evaluation_tasks import IfevalConfig
     from align.evaluation.tasks.base import TaskInputs
     from align.evaluation.tasks.registry import build_task
 
     config = IfevalConfig(files=[options.file], max_tokens=options.tokens, max_items=options.prompts)
-    given = TaskInputs(0, Path.cwd(), [], [], False, False, "bfloat16", lambda text: None, lambda text: None)
-    return build_task("ifeval", config, given)
+    inputs = TaskInputs(0, Path.cwd(), [], [], False, False, "bfloat16", lambda text: None, lambda text: None)
+    return build_task("ifeval", config, inputs)
 
 
 def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """``LLM.generate`` on the rendered prompts."""
+    """Measure ``LLM.generate`` on the rendered prompts."""
     import os
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -65,13 +65,13 @@ def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
     params = SamplingParams(temperature=0.0, max_tokens=options.tokens)
     llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(max_tokens=4), use_tqdm=False)
     start = time.perf_counter()
-    found = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": sum(len(one.outputs[0].token_ids) for one in found)}
+    return {"seconds": seconds, "tokens": sum(len(output.outputs[0].token_ids) for output in outputs)}
 
 
 def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """The task through the evaluation's own parts."""
+    """Measure the task through the evaluation's own parts."""
     from align.config.runtime import EngineConfig, Runtime
     from align.evaluation.generation import ResponseCache, Sampler
     from align.evaluation.phases import SystemRespondent
@@ -85,16 +85,16 @@ def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
     (system,) = make_systems([policy], "model", {}, Path.cwd())
     engine = open_engine(model, runtime, precision="bfloat16", max_length=2048, seed=0, warn=print)
     engine.generate([[1, 2, 3]], Sampling(4))
-    with tempfile.TemporaryDirectory() as kept:
+    with tempfile.TemporaryDirectory() as cache_folder:
         start = time.perf_counter()
         task = task_of(options)
         built = time.perf_counter()
-        sampler = Sampler(
-            [policy], runtime, lambda *given: engine, ResponseCache(Path(kept), print), print, lambda *done: None
-        )
+        cache = ResponseCache(Path(cache_folder), print)
+        sampler = Sampler([policy], runtime, lambda *arguments: engine, cache, print, lambda *arguments: None)
         answers = task.respond(SystemRespondent(system, sampler, 2048, print))
         answered = time.perf_counter()
-        measured = task.score({"model": answers}, SimpleNamespace(progress=lambda *given: None, warn=print))["model"]
+        context = SimpleNamespace(progress=lambda *arguments: None, warn=print)
+        measured = task.score({"model": answers}, context)["model"]
         end = time.perf_counter()
     strict = measured.values["prompt_strict"]
     return {"seconds": end - start, "tokens": sampler.tokens, "reading": built - start, "answering": answered - built,
@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        found = {"vllm": run_vllm, "align": run_align}[options.side](Path(options.folder), options)
-        print("RESULT " + json.dumps(found))
+        results = {"vllm": run_vllm, "align": run_align}[options.side](Path(options.folder), options)
+        print("RESULT " + json.dumps(results))
         return
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(Path(folder))
@@ -125,9 +125,9 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(done.stderr[-3000:])
-                found = json.loads(done.stdout.rpartition("RESULT ")[2])
-                seconds[side].append(found["seconds"])
-                print(side, json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
+                results = json.loads(done.stdout.rpartition("RESULT ")[2])
+                seconds[side].append(results["seconds"])
+                print(side, json.dumps({name: round(value, 3) for name, value in results.items()}), flush=True)
         medians = {side: statistics.median(values) for side, values in seconds.items()}
         print(f"align takes {medians['align'] / medians['vllm']:.2f} of vLLM's generation time")
 

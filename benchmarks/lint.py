@@ -1,4 +1,4 @@
-"""How long a training stage's look at its rows takes, beside the encoding that it does anyway.
+"""Seconds of a training stage's look at its rows, beside the encoding that it does anyway.
 
     python -m benchmarks.lint --rows 10000 --files path/to/dolly_3k.json
 
@@ -21,19 +21,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def rows_of(count: int, file: str | None) -> list[dict[str, Any]]:
-    """``count`` instruction rows with ids of their own."""
+    """Return ``count`` instruction rows with ids of their own."""
     from align.config.recipe.source_settings import EMBEDDED_MAX_ROWS
     from align.data.embedded import generate
     from align.data.rows import assistant, user
 
     if file is None:
-        found = generate(min(count, EMBEDDED_MAX_ROWS), seed=0)
+        rows = generate(min(count, EMBEDDED_MAX_ROWS), seed=0)
     else:
         records = json.loads(Path(file).read_text(encoding="utf-8"))
         texts = [(f"{r['instruction']}\n\n{r.get('input', '')}".strip(), r["output"].strip()) for r in records]
-        found = [{"prompt": [user(asked)], "completion": [assistant(told)]} for asked, told in texts if told]
-    times = -(-count // len(found))
-    return [{**row, "id": f"{n}"} for n, row in enumerate((found * times)[:count])]
+        rows = [{"prompt": [user(prompt)], "completion": [assistant(answer)]} for prompt, answer in texts if answer]
+    times = -(-count // len(rows))
+    return [{**row, "id": f"{n}"} for n, row in enumerate((rows * times)[:count])]
 
 
 def main() -> None:
@@ -58,11 +58,11 @@ def main() -> None:
         start = time.process_time()
         encoded = encode_supervised(tokenizer, rows, options.max_length)
         encoding.append(time.process_time() - start)
-        at = {id(row): number for number, row in enumerate(encoded.sources)}
-        kept = [encoded.rows[at[id(row)]] if id(row) in at else None for row in rows]
+        positions = {id(row): number for number, row in enumerate(encoded.sources)}
+        encoded_rows = [encoded.rows[positions[id(row)]] if id(row) in positions else None for row in rows]
         start = time.process_time()
         linter = Linter(tokenizer, Options(limits=limits, ends=ends))
-        linter.look("train", rows, collator, kept.__getitem__)
+        linter.look("train", rows, collator, encoded_rows.__getitem__)
         names = [finding.name for finding in linter.result()]
         linting.append(time.process_time() - start)
         tokens = sum(encoded.lengths)

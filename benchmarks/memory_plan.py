@@ -128,10 +128,11 @@ def _architecture(name: str) -> Architecture:
 
 
 def compare(measurer: Measurer, wanted: Configuration) -> dict[str, Any]:
-    """What was counted and measured, and the count's error as a share of the measurement."""
-    parts, found = counted(wanted), measurer.measure(**vars(wanted))
+    """Return the counted and the measured bytes, and the count's error as a share of the measurement."""
+    parts, measurement = counted(wanted), measurer.measure(**vars(wanted))
     total = sum(parts.values())
-    return {"label": wanted.label, "counted": total, **found, "error": total / found["peak"] - 1, "parts": parts}
+    error = total / measurement["peak"] - 1
+    return {"label": wanted.label, "counted": total, **measurement, "error": error, "parts": parts}
 
 
 def main() -> int:
@@ -141,24 +142,25 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     options = parser.parse_args()
     if any(name not in os.environ for name in ENVIRONMENT) or os.environ.get("OMP_NUM_THREADS") != "1":
-        # glibc and OpenMP read theirs when a process starts
+        # glibc and OpenMP read these variables when a process starts
         command = [sys.executable, "-m", "benchmarks.memory_plan", *sys.argv[1:]]
         os.execve(sys.executable, command, {**SURROUNDINGS, **ONE_THREAD})
-    chosen = [one for one in CONFIGURATIONS if options.only in one.label]
+    chosen = [configuration for configuration in CONFIGURATIONS if options.only in configuration.label]
     print("stage  tuning model   tokens x rows       counted  measured, MiB    off")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         measurer = Measurer(Path(folder))
-        for one in chosen:
-            found = compare(measurer, one)
-            results.append(found)
+        for configuration in chosen:
+            result = compare(measurer, configuration)
+            results.append(result)
             print(
-                f"{one.label:<40} {found['counted'] / MIB:8,.0f} {found['peak'] / MIB:9,.0f} {found['error']:+13.1%}",
+                f"{configuration.label:<40} {result['counted'] / MIB:8,.0f} {result['peak'] / MIB:9,.0f} "
+                f"{result['error']:+13.1%}",
                 flush=True,
             )
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    beyond = [found["label"] for found in results if abs(found["error"]) > TOLERANCE]
+    beyond = [result["label"] for result in results if abs(result["error"]) > TOLERANCE]
     print(f"{len(results) - len(beyond)} of {len(results)} within {TOLERANCE:.0%}")
     return 1 if beyond else 0
 

@@ -56,7 +56,10 @@ class Measurer:
         self.warm: set[str] = set()
 
     def measure(self, stage: str, model: str, length: int, rows: int, fields: dict[str, Any]) -> dict[str, int]:
-        """Baseline and peak beyond it, in bytes; ``RuntimeError`` if the fork fails, whose output went to stderr."""
+        """Return the baseline and the peak beyond it, in bytes.
+
+        Raises ``RuntimeError`` if the fork fails; its output went to stderr.
+        """
         if stage not in self.warm:
             with tempfile.TemporaryDirectory(dir=self.root) as folder, contextlib.redirect_stdout(sys.stderr):
                 tiny = model_in(Path(folder), "tiny")
@@ -74,8 +77,8 @@ class Measurer:
             _, status = os.waitpid(child, 0)
             if status or not result.exists():
                 raise RuntimeError(f"{stage} on {model} with {fields} failed; see above")
-            found: dict[str, int] = json.loads(result.read_text(encoding="utf-8"))
-            return found
+            measurement: dict[str, int] = json.loads(result.read_text(encoding="utf-8"))
+            return measurement
 
     def _in_fork(self, root: Path, result: Path, stage: str, model: str, length: int, rows: int, fields: Any) -> None:
         code = 1
@@ -85,8 +88,8 @@ class Measurer:
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             before = memory("VmRSS")
             run_stage(root / "run", stage, fields, folder, length, rows, self.runtime)
-            found = {"baseline": before, "peak": memory("VmHWM") - before}
-            result.write_text(json.dumps(found), encoding="utf-8")
+            measurement = {"baseline": before, "peak": memory("VmHWM") - before}
+            result.write_text(json.dumps(measurement), encoding="utf-8")
             code = 0
         except BaseException:
             traceback.print_exc()

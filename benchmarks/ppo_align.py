@@ -35,18 +35,19 @@ class FixedLengths:
 
     def __init__(self, engine: Any, work: dict[str, Any]) -> None:
         self.engine, self.name, self.dtype = engine, engine.name, engine.dtype
-        self._samples, self._left = work["shape"].samples, list(zip(work["prompts"], work["lengths"], strict=True))
+        self._samples = work["shape"].samples
+        self._remaining = list(zip(work["prompts"], work["lengths"], strict=True))
         self.counts: list[dict[str, int]] = []
         self.load_weights, self.score_tokens, self.close = engine.load_weights, engine.score_tokens, engine.close
 
     def generate(self, prompts: list[list[int]], sampling: Any, on_progress: Any = None) -> Any:
         """See ``align.inference.protocol``. Raises ``RuntimeError`` when a response has another length."""
-        if not self._left or [ids for ids in prompts for _ in range(self._samples)] != self._left[0][0]:
+        if not self._remaining or [ids for ids in prompts for _ in range(self._samples)] != self._remaining[0][0]:
             return self.engine.generate(prompts, sampling, on_progress)
-        expected, lengths = self._left.pop(0)
+        expected, lengths = self._remaining.pop(0)
         sample = self._by_limit if self.name == "vllm" else self._by_cutting
         responses = sample(prompts, sampling, lengths)
-        counted = [len(response.token_ids) for some in responses for response in some]
+        counted = [len(response.token_ids) for group in responses for response in group]
         if counted != lengths:
             raise RuntimeError(f"responses have {counted} tokens, not {lengths}")
         self.counts.append({"prompt_tokens": sum(map(len, expected)), "response_tokens": sum(counted)})
@@ -56,8 +57,8 @@ class FixedLengths:
         run = self.engine._run
 
         def limited(call: str, rows: Any, params: Any, on_progress: Any) -> Any:
-            for one, length in zip(params, lengths, strict=True):
-                one.max_tokens = one.min_tokens = length
+            for request, length in zip(params, lengths, strict=True):
+                request.max_tokens = request.min_tokens = length
             return run(call, rows, params, on_progress)
 
         self.engine._run = limited
@@ -71,18 +72,18 @@ class FixedLengths:
 
         end, self.engine.eos = self.engine.eos, -1
         try:
-            drawn = self.engine.generate(prompts, sampling)
+            responses = self.engine.generate(prompts, sampling)
         finally:
             self.engine.eos = end
-        left = iter(lengths)
+        remaining_lengths = iter(lengths)
 
         def cut(response: Response) -> Response:
-            size = next(left)
+            size = next(remaining_lengths)
             ids = response.token_ids[:size]
             text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
             return Response(ids, response.logprobs[:size], False, text)
 
-        return [[cut(response) for response in some] for some in drawn]
+        return [[cut(response) for response in group] for group in responses]
 
 
 def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, reuse_forward: float = 0.0) -> Any:
@@ -146,7 +147,7 @@ def count_read(trainer: Any, read: list[int]) -> None:
 
 
 def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: float) -> dict[str, Any]:
-    """Run all updates; seconds and tokens of each, peak memory in GiB, the model's size, the machine's matrix peak."""
+    """Run all updates; return their seconds and tokens, peak memory in GiB, the model's size and the matrix peak."""
     from transformers import TrainerCallback
 
     from align.rl.metrics import peak_memory_gib
@@ -182,8 +183,13 @@ def measure(work: dict[str, Any], method: str, engine: str, reuse_forward: float
     base = trainer.model.policy if method == "full" else trainer.model.policy.get_base_model()
     parameters = {"all": sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n)}
     parameters["head"] = base.get_output_embeddings().weight.numel()
-    found = {"updates": updates, "peak_gib": peak_memory_gib(), "engine": trainer.engine.name, "parameters": parameters}
-    return found | {"matrix_peak": matrix_peak()}
+    return {
+        "updates": updates,
+        "peak_gib": peak_memory_gib(),
+        "engine": trainer.engine.name,
+        "parameters": parameters,
+        "matrix_peak": matrix_peak(),
+    }
 
 
 def main() -> None:
@@ -195,8 +201,8 @@ def main() -> None:
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
     parser.add_argument("--reuse-forward", type=float, default=0.0)
     options = parser.parse_args()
-    found = measure(read_work(options.work), options.method, options.engine, options.reuse_forward)
-    options.out.write_text(json.dumps(found), encoding="utf-8")
+    results = measure(read_work(options.work), options.method, options.engine, options.reuse_forward)
+    options.out.write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What ``ppo_vs_trl`` prints, out of what its runs measured: pure, and tested without trl.
+"""Output of ``ppo_vs_trl``, from the measurements of its runs: pure, and tested without trl.
 
-A *run* is what one process found: ``updates`` without those that warmed up (seconds by phase, the whole under
+A *run* is the result of one process: ``updates`` without those that warmed up (seconds by phase, the whole under
 ``seconds``, real tokens and, of align, how many a model reads: what all prompts of a micro-batch begin with counts
 once), ``peak_gib`` and, of align, ``parameters`` and ``matrix_peak``.
 """
@@ -69,11 +69,11 @@ LABELS = {
 
 
 def table(rounds: list[Round]) -> list[str]:
-    """Medians over the rounds by side and phase, the median of the rounds' ratios, and these ratios."""
-    found = [{side: phases(run) for side, run in one.items()} for one in rounds]
+    """Return medians over the rounds by side and phase, the median of the rounds' ratios, and these ratios."""
+    medians = [{side: phases(run) for side, run in runs.items()} for runs in rounds]
     lines = [f"{'':<24}{'align':>9}{'trl':>9}{'ratio':>9}   align / trl, round by round"]
     for name, label in LABELS.items():
-        ours, theirs = ([one[side][name] for one in found if side in one] for side in ("align", "trl"))
+        ours, theirs = ([by_side[side][name] for by_side in medians if side in by_side] for side in ("align", "trl"))
         line = f"{label:<24}{statistics.median(ours):9.2f}"
         if theirs:
             line += f"{statistics.median(theirs):9.2f}"
@@ -85,8 +85,11 @@ def table(rounds: list[Round]) -> list[str]:
 
 
 def efficiency(rounds: list[Round], method: str) -> dict[str, float]:
-    """align's update phase against the machine: its floor in seconds at the best matrix rate seen, and shares of it."""
-    runs = [one["align"] for one in rounds if "align" in one]
+    """Return the best matrix rate of the runs, and medians of align's update phase: seconds, and shares of that rate.
+
+    A share is the time that the phase needs at that rate over the time that it took.
+    """
+    runs = [round_runs["align"] for round_runs in rounds if "align" in round_runs]
     peak = max(run["matrix_peak"] for run in runs)
     sizes = runs[0]["parameters"]
     shares, needed, read, seconds = [], [], [], []
@@ -97,28 +100,29 @@ def efficiency(rounds: list[Round], method: str) -> dict[str, float]:
         shares.append(floor_flops(method, sizes["all"], prompt + response) / peak / spent)
         read.append(floor_flops(method, sizes["all"], update["read_tokens"]) / peak / spent)
         needed.append(matrix_flops(method, sizes["all"], sizes["head"], prompt, response) / peak / spent)
-    found = {"share": shares, "share_needed": needed, "share_read": read, "update_phase": seconds}
-    return {"matrix_peak": peak} | {name: statistics.median(values) for name, values in found.items()}
+    series = {"share": shares, "share_needed": needed, "share_read": read, "update_phase": seconds}
+    return {"matrix_peak": peak} | {name: statistics.median(values) for name, values in series.items()}
 
 
 def efficiency_lines(rounds: list[Round], method: str) -> list[str]:
-    """The same in words."""
-    found = efficiency(rounds, method)
-    floor = found["share"] * found["update_phase"]
+    """Return ``efficiency`` in words."""
+    results = efficiency(rounds, method)
+    floor = results["share"] * results["update_phase"]
     return [
-        f"align's update phase ({', '.join(UPDATE)}) takes {found['update_phase']:.1f} s; {FLOPS[method]} FLOPs per "
-        f"parameter and real token at {found['matrix_peak'] / 1e9:.0f} GFLOP/s (bf16, 2048 square) are {floor:.1f} s:",
-        f"{found['share']:.0%} of the matrix peak; {found['share_needed']:.0%} counting only products that are needed "
-        "(no embedding, the head at response tokens); "
-        f"{found['share_read']:.0%} counting once a micro-batch what all its prompts begin with, as it is read",
+        f"align's update phase ({', '.join(UPDATE)}) takes {results['update_phase']:.1f} s; {FLOPS[method]} FLOPs per "
+        f"parameter and real token at {results['matrix_peak'] / 1e9:.0f} GFLOP/s (bf16, 2048 square) are "
+        f"{floor:.1f} s:",
+        f"{results['share']:.0%} of the matrix peak; {results['share_needed']:.0%} counting only products that are "
+        "needed (no embedding, the head at response tokens); "
+        f"{results['share_read']:.0%} counting once a micro-batch what all its prompts begin with, as it is read",
     ]
 
 
 def tokens_line(rounds: list[Round]) -> str:
-    """Real tokens of an update by side."""
+    """Return the real tokens of an update by side."""
     sides = []
     for side in ("align", "trl"):
-        updates = [update for one in rounds if side in one for update in one[side]["updates"]]
+        updates = [update for runs in rounds if side in runs for update in runs[side]["updates"]]
         if updates:
             prompt, response = (
                 statistics.mean(update[name] for update in updates) for name in ("prompt_tokens", "response_tokens")

@@ -72,11 +72,11 @@ class Clock:
         return marked
 
     def begin(self) -> None:
-        """The first update begins."""
+        """Begin the first update."""
         self._began = time.perf_counter()
 
     def end(self, **counts: float) -> None:
-        """An update ends, and the next one begins."""
+        """End an update, and begin the next one."""
         now = time.perf_counter()
         self._phases["measuring"] = self._learning - self._sampled - self._phases["scoring"]
         self._phases["learning"] = now - self._learning
@@ -85,7 +85,7 @@ class Clock:
 
 
 class Cutter:
-    """Around ``generate``: ends each response where the work says, and counts real tokens."""
+    """Wrapper of ``generate``: ends each response where the work says, and counts real tokens."""
 
     def __init__(self, lengths: list[list[int]], end: int) -> None:
         self._lengths = iter([length for update in lengths for length in update])
@@ -213,8 +213,8 @@ def main() -> None:
     # transformers 5 no longer tells accelerate through the environment, so trl's `bf16` alone changes nothing.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     work = json.loads(options.work.read_text(encoding="utf-8"))
-    found = measure(work, options.method, options.weights)
-    options.out.write_text(json.dumps(found), encoding="utf-8")
+    results = measure(work, options.method, options.weights)
+    options.out.write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -73,8 +73,7 @@ class Comparison:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder, self.warm_up = options, folder, options.warm_up
-        own = Path(sys.executable)
-        self.pythons = {"align": own}
+        self.pythons = {"align": Path(sys.executable)}
         if not options.curve or options.curve_trl:
             self.pythons["trl"] = environment(options.environment)
 
@@ -84,7 +83,7 @@ class Comparison:
         run_module(Path(sys.executable), "benchmarks.ppo_work", arguments, self.folder / "prepare.log")
 
     def run(self, side: str, method: str) -> Run:
-        """One process of ``side`` on the work there is."""
+        """Run one process of ``side`` on the work there is, and return what it measured."""
         out = self.folder / "result.json"
         arguments = [str(self.folder / "work.json"), str(out), "--method"]
         if side == "align":
@@ -94,35 +93,34 @@ class Comparison:
             arguments += [TRL_METHODS[method]]
             arguments += ["--weights", self.options.trl_weights]
         print(f"  {method}: {side} ...", end="", flush=True)
-        more = (
-            {**ENVIRONMENT, **WAITING} if side == "align" else {}
-        )  # as align's runner starts it; trl's starts with the user's own
+        # As align's runner starts a stage; trl's side starts with the user's own environment.
+        more = {**ENVIRONMENT, **WAITING} if side == "align" else {}
         run_module(self.pythons[side], SIDES[side], arguments, self.folder / f"{side}.log", more)
-        found: Run = json.loads(out.read_text(encoding="utf-8"))
+        result: Run = json.loads(out.read_text(encoding="utf-8"))
         out.unlink()
-        found["warm_up"], found["updates"] = found["updates"][: self.warm_up], found["updates"][self.warm_up :]
-        print(f" {phases(found)['seconds']:.1f} s an update, {found['peak_gib']:.1f} GiB")
-        return found
+        result["warm_up"], result["updates"] = result["updates"][: self.warm_up], result["updates"][self.warm_up :]
+        print(f" {phases(result)['seconds']:.1f} s an update, {result['peak_gib']:.1f} GiB")
+        return result
 
     def rounds(self, method: str) -> list[Round]:
-        """Alternating runs of both sides."""
-        found = []
+        """Return alternating runs of both sides."""
+        rounds = []
         for index in range(self.options.rounds):
             order = list(SIDES) if index % 2 == 0 else list(reversed(SIDES))
-            found.append({side: self.run(side, method) for side in order})
-        return found
+            rounds.append({side: self.run(side, method) for side in order})
+        return rounds
 
 
 def compare(comparison: Comparison, shape: Shape) -> dict[str, Any]:
-    """All methods at one shape: prints a table each, returns everything measured."""
+    """Run all methods at one shape, print a table each, and return everything measured."""
     comparison.prepare(shape)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for method in comparison.options.methods:
         rounds = comparison.rounds(method)
         print(f"\n{method}: {shape.batch} episodes of up to {shape.tokens} response tokens, lengths {shape.lengths}")
         print("\n".join([tokens_line(rounds), *table(rounds), *efficiency_lines(rounds, method), ""]))
-        found[method] = {"rounds": rounds, "efficiency": efficiency(rounds, method)}
-    return found
+        results[method] = {"rounds": rounds, "efficiency": efficiency(rounds, method)}
+    return results
 
 
 def curve(comparison: Comparison, shape: Shape) -> list[dict[str, Any]]:
@@ -143,15 +141,15 @@ def curve(comparison: Comparison, shape: Shape) -> list[dict[str, Any]]:
 
 
 def curve_lines(points: list[dict[str, Any]]) -> list[str]:
-    """A line for each point: seconds an update, milliseconds a real token, peak memory, by side."""
+    """Return a line for each point: seconds an update, milliseconds a real token, peak memory, by side."""
     head = "".join(f"{side + ' s':>10}{'ms/token':>10}{'GiB':>7}" for side in SIDES)
     lines = [f"{'method':<8}{'batch':>6}{'tokens':>8}{head}"]
     for point in points:
         line = f"{point['method']:<8}{point['batch']:>6}{point['tokens']:>8}"
         for side in SIDES:
             if side in point["runs"]:
-                found = phases(point["runs"][side])
-                line += f"{found['seconds']:10.1f}{found['per_token']:10.2f}{found['peak_gib']:7.1f}"
+                medians = phases(point["runs"][side])
+                line += f"{medians['seconds']:10.1f}{medians['per_token']:10.2f}{medians['peak_gib']:7.1f}"
             else:
                 line += f"{'-':>10}{'-':>10}{'-':>7}"
         lines.append(line)
@@ -202,7 +200,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             comparison = Comparison(options, Path(folder))
-            found: Any = (curve if options.curve else compare)(comparison, shape)
+            results: Any = (curve if options.curve else compare)(comparison, shape)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -213,7 +211,7 @@ def main() -> None:
         settings = {name: value for name, value in vars(options).items() if name not in ("json", "environment")}
         packages = {side: inventory(python) for side, python in comparison.pythons.items()}
         about = {"shape": asdict(shape), "settings": settings, "packages": packages}
-        options.json.write_text(json.dumps(about | {"found": found}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(about | {"found": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What both sides of ``ppo_vs_trl`` work on, and where trl's side runs.
+"""Work of both sides of ``ppo_vs_trl``, and the environment that trl's side runs in.
 
     python -m benchmarks.ppo_work SHAPE FOLDER   (called by ppo_vs_trl; SHAPE as JSON)
 
@@ -41,7 +41,7 @@ print(json.dumps(versions))
 
 @dataclass(frozen=True)
 class Shape:
-    """How much work there is; ``updates`` counts the warm-up too."""
+    """Size of the work; ``updates`` counts the warm-up too."""
 
     batch: int = 32
     tokens: int = 64
@@ -67,7 +67,7 @@ def load_work_tokenizer(model: Path, shape: Shape) -> Any:
 
 
 def response_lengths(shape: Shape) -> list[list[int]]:
-    """Tokens of each response of each update.
+    """Draw the tokens of each response of each update.
 
     ``full``: the most there may be. ``mixed``: anything from an eighth of that, evenly, and at least one that is full,
     as real responses that end by themselves or are cut off.
@@ -76,10 +76,10 @@ def response_lengths(shape: Shape) -> list[list[int]]:
         return [[shape.tokens] * shape.batch for _ in range(shape.updates)]
     rng = random.Random(f"{shape.seed}:lengths")
     least = max(1, shape.tokens // 8)
-    drawn = [[rng.randint(least, shape.tokens) for _ in range(shape.batch)] for _ in range(shape.updates)]
-    for lengths in drawn:
+    batches = [[rng.randint(least, shape.tokens) for _ in range(shape.batch)] for _ in range(shape.updates)]
+    for lengths in batches:
         lengths[rng.randrange(shape.batch)] = shape.tokens
-    return drawn
+    return batches
 
 
 def make_rows(shape: Shape) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def read_work(path: Path) -> dict[str, Any]:
 
 
 def environment(folder: Path) -> Path:
-    """The Python of a virtual environment with trl 1.12, made or completed in ``folder`` if need be.
+    """Return the Python of a virtual environment with trl 1.12, made or completed in ``folder`` if need be.
 
     Raises ``UserError`` for a folder that is something else, or holds another trl, and when pip fails.
     """
@@ -144,10 +144,10 @@ def environment(folder: Path) -> Path:
             raise UserError(f"{folder} is not a virtual environment; name another folder with --environment.")
         print(f"making a virtual environment for trl {TRL} in {folder}")
         run_or_refuse([sys.executable, "-m", "venv", str(folder)])
-    found = inventory(python)
-    if found.get("trl", TRL) != TRL:
-        raise UserError(f"{folder} has trl {found['trl']}, and this needs {TRL}; name another with --environment.")
-    if not {"trl", *SAME} <= set(found):
+    versions = inventory(python)
+    if versions.get("trl", TRL) != TRL:
+        raise UserError(f"{folder} has trl {versions['trl']}, and this needs {TRL}; name another with --environment.")
+    if not {"trl", *SAME} <= set(versions):
         print(f"installing trl {TRL} and what it needs there")
         run_or_refuse([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements()])
     return python

@@ -41,8 +41,8 @@ def prepare(folder: Path, rows: int, seed: int) -> None:
     rng = random.Random(seed)
     items = [[f"item{rng.randrange(10_000):x}" for _ in range(rng.randrange(10, 40))] for _ in range(SETS * ITEMS)]
     for number in range(SETS):
-        some = items[number * ITEMS : (number + 1) * ITEMS]
-        lines = [json.dumps({"prompt": " ".join(words)}) + "\n" for words in some]
+        set_items = items[number * ITEMS : (number + 1) * ITEMS]
+        lines = [json.dumps({"prompt": " ".join(words)}) + "\n" for words in set_items]
         (folder / f"set{number}.jsonl").write_text("".join(lines))
     with (folder / "rows.jsonl").open() as source, (folder / "input.jsonl").open("w") as file:
         for line in source:
@@ -53,7 +53,7 @@ def prepare(folder: Path, rows: int, seed: int) -> None:
 
 
 def recipe() -> Recipe:
-    """What is built."""
+    """Return the recipe that is built."""
     sets = [{"name": f"set{number}", "files": [f"set{number}.jsonl"]} for number in range(SETS)]
     return Recipe.model_validate(
         {
@@ -85,7 +85,7 @@ class Memory(threading.Thread):
         self.peak, self.going = 0, True
 
     def run(self) -> None:
-        """Until ``going`` is False."""
+        """Sample until ``going`` is False."""
         me = psutil.Process()
         while self.going:
             total = 0
@@ -99,7 +99,7 @@ class Memory(threading.Thread):
 
 
 def run(folder: Path, workers: int) -> dict[str, Any]:
-    """Build; seconds and rows of each step, wall seconds, GiB."""
+    """Build, and return seconds and rows of each step, wall seconds and GiB."""
     memory = Memory()
     memory.start()
     work, out = folder / "work", folder / "out"
@@ -126,15 +126,15 @@ def run(folder: Path, workers: int) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any], workers: int) -> None:
-    """Print a table."""
-    print(f"{found['rows_in']:,} rows on {workers} processes: {found['wall']:.0f} s, ", end="")
-    print(f"{found['rows_in'] / found['wall']:,.0f} rows/s, peak {found['gib']:.2f} GiB")
-    for line in [*found["steps"], {"step": "storage", "rows": found["rows_in"], "seconds": found["storage"]}]:
+def show(results: dict[str, Any], workers: int) -> None:
+    """Print a table of a run."""
+    print(f"{results['rows_in']:,} rows on {workers} processes: {results['wall']:.0f} s, ", end="")
+    print(f"{results['rows_in'] / results['wall']:,.0f} rows/s, peak {results['gib']:.2f} GiB")
+    for line in [*results["steps"], {"step": "storage", "rows": results["rows_in"], "seconds": results["storage"]}]:
         if line["seconds"] > 0:
             rate = line["rows"] / line["seconds"]
             print(f"  {line['step']:<22}{line['rows']:>12,} rows{line['seconds']:>9.1f} s{rate:>12,.0f} rows/s")
-    for reason, count in found["dropped"].items():
+    for reason, count in results["dropped"].items():
         print(f"  dropped {count:>10,}  {reason}")
 
 
@@ -146,14 +146,14 @@ def main() -> None:
     parser.add_argument("--datasketch", type=int, default=0, metavar="N")
     parser.add_argument("--folder", type=Path, help="keep the rows here and use them again")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        prepare(folder, given.rows, given.seed)
-        show(run(folder, given.workers), given.workers)
-    if given.datasketch:
-        subprocess.run([sys.executable, "-m", "benchmarks.dedup", "--rows", str(given.datasketch)], check=True)
+        prepare(folder, options.rows, options.seed)
+        show(run(folder, options.workers), options.workers)
+    if options.datasketch:
+        subprocess.run([sys.executable, "-m", "benchmarks.dedup", "--rows", str(options.datasketch)], check=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 The run is made up: six stages, of which four log ``--steps`` steps each (PPO with 40 metrics, the others with 10), and
 an evaluation of four systems with ``--samples`` prompts, a response of ``--tokens`` tokens with its KL by token from
 each, and four tasks. Writing is timed in a process of its own, without its imports, which are timed apart; ``cpu`` is
-what of it the processor worked, on a machine that others use too. A page is
-usable when it is loaded and painted and has answered one word typed into the samples' filter; that is timed in the page
-itself, from the start of the navigation. Without Chromium and chromedriver the page is only written.
+its processor time, which is comparable on a machine that others use too. A page is usable when it is loaded and painted
+and has answered one word typed into the samples' filter; that is timed in the page itself, from the start of the
+navigation. Without Chromium and chromedriver the page is only written.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def prepare(folder: Path, steps: int, samples: int, tokens: int) -> None:
         record = {
             "key": stage.encode().hex() * 8, "kind": stage, "stage": stage, "makes": str(kind), "version": 1,
             "seed": 17,
-            "config": {f"field_{at}": at / 7 for at in range(40)}, "tokens": 1_000_000, "seconds": 3600.0,
-            "input_stages": [{"stage": one, "kind": one, "key": one.encode().hex() * 8} for one in inputs],
-            "metrics": {f"metric_{at}": rng.random() for at in range(30)}, "peak_memory_bytes": 9 * 2**30,
+            "config": {f"field_{index}": index / 7 for index in range(40)}, "tokens": 1_000_000, "seconds": 3600.0,
+            "input_stages": [{"stage": name, "kind": name, "key": name.encode().hex() * 8} for name in inputs],
+            "metrics": {f"metric_{index}": rng.random() for index in range(30)}, "peak_memory_bytes": 9 * 2**30,
             "created": "2026-01-02T03:04:05+00:00", "packages": {"torch": "2.13"}, "platform": "linux",
             "command": "align run run.yaml",
         }  # fmt: skip
         (path / "record.json").write_text(json.dumps(record))
         with (path / "events.jsonl").open("w") as file:
-            names = ["loss", "score", "gold", "kl", *(f"metric_{at}" for at in range(4, metrics))][:metrics]
+            names = ["loss", "score", "gold", "kl", *(f"metric_{index}" for index in range(4, metrics))][:metrics]
             for step in range(1, steps + 1 if metrics else 0):
                 values = {name: math.exp(-step / steps) + rng.gauss(0, 0.1) for name in names}
                 file.write(json.dumps({"event": "metrics", "time": step / 7, "step": step, **values}) + "\n")
@@ -91,18 +91,20 @@ def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
     class MadeUp(Task):
         def __init__(self, name: str) -> None:
             self.name = self.kind = self.title = name
-            self.metrics = {f"metric_{at}": Metric(f"Metric {at}", "higher", "share", "made up") for at in range(4)}
+            self.metrics = {
+                f"metric_{index}": Metric(f"Metric {index}", "higher", "share", "made up") for index in range(4)
+            }
             self.primary = "metric_0"
-            self.items = [Item(f"{name}-{at}", f"source {at % 12}", []) for at in range(500)]
+            self.items = [Item(f"{name}-{index}", f"source {index % 12}", []) for index in range(500)]
 
     def draw(count: int, rate: bool) -> list[list[float]]:
         return [[float(rng.random() < 0.5) if rate else rng.random()] for _ in range(count)]
 
     names = {"gold": False, "reward": False, "length": False, "finished": True, "kl": False}
     tasks = [MadeUp(name) for name in ("ifeval", "gsm8k", "arc", "truthfulqa")]
-    found = Measurements(
+    measurements = Measurements(
         [SystemInfo(name, name, "base" if name == "model" else "checkpoint", name) for name in SYSTEMS], "sft", "model",
-        [f"source {at % 20}" for at in range(prompts)],
+        [f"source {index % 20}" for index in range(prompts)],
         {system: {name: draw(prompts, rate) for name, rate in names.items()} for system in SYSTEMS},
         {"gold": ("higher", "made up")},
         tasks=[
@@ -112,7 +114,7 @@ def scorecard(rng: random.Random, prompts: int) -> dict[str, Any]:
     )  # fmt: skip
     settings = {"prompts": prompts, "samples_per_prompt": 1, "sampling": {"max_tokens": 96, "temperature": 1.0},
                 "engines": ["made up"], "seed": 0}  # fmt: skip
-    return build(found, Resampling(200, 0), settings)
+    return build(measurements, Resampling(200, 0), settings)
 
 
 def write(folder: Path, out: Path) -> None:
@@ -131,7 +133,7 @@ def write(folder: Path, out: Path) -> None:
 
 
 def open_page(page: Path) -> dict[str, float] | None:
-    """Milliseconds until the page is parsed, loaded, and has answered the filter; None without a browser."""
+    """Return milliseconds until the page is parsed, loaded and has answered the filter; None without a browser."""
     browser, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
     if not (browser and driver_path):
         return None
@@ -151,7 +153,7 @@ def open_page(page: Path) -> dict[str, float] | None:
     try:
         driver.set_script_timeout(120)
         driver.get(page.as_uri())
-        found: dict[str, float] = driver.execute_async_script(
+        timings: dict[str, float] = driver.execute_async_script(
             """
             const done = arguments[0], twice = (then) => requestAnimationFrame(() => requestAnimationFrame(then));
             twice(() => {
@@ -167,7 +169,7 @@ def open_page(page: Path) -> dict[str, float] | None:
         )
     finally:
         driver.quit()
-    return found | {"usable": max(found["loaded"], found["painted"]) + found["filter"]}
+    return timings | {"usable": max(timings["loaded"], timings["painted"]) + timings["filter"]}
 
 
 def main() -> None:
@@ -193,12 +195,11 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rounds.append(json.loads(done.stdout) | (open_page(folder / "out" / "report.html") or {}))
         page = folder / "out" / "report.html"
-        beside = (
-            sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file()) - page.stat().st_size
-        )
-        print(f"page {page.stat().st_size / 1e6:.1f} MB, files beside it {beside / 1e6:.1f} MB")
+        page_bytes = page.stat().st_size
+        total_bytes = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
+        print(f"page {page_bytes / 1e6:.1f} MB, files beside it {(total_bytes - page_bytes) / 1e6:.1f} MB")
         for name in rounds[0]:
-            values = sorted(one[name] for one in rounds)
+            values = sorted(timings[name] for timings in rounds)
             unit = "s" if name in ("imports", "write", "cpu") else "ms"
             print(f"{name:8} {values[len(values) // 2]:8.1f} {unit} (slowest {values[-1]:.1f})")
     finally:

@@ -23,7 +23,7 @@ BATCH = 64
 
 
 def align_engine(folder: Path, inputs: list[list[int]], samples: int, tokens: int) -> Callable[[int], int]:
-    """The engine that stages use."""
+    """Return a sampling run of the engine that stages use."""
     from align.config.runtime import EngineConfig, Runtime
     from align.inference.engine import open_engine
     from align.inference.protocol import Sampling
@@ -38,14 +38,14 @@ def align_engine(folder: Path, inputs: list[list[int]], samples: int, tokens: in
     )
 
     def run(seed: int) -> int:
-        drawn = engine.generate(inputs, Sampling(tokens, n=samples, seed=seed))
-        return sum(len(one.token_ids) for some in drawn for one in some)
+        responses = engine.generate(inputs, Sampling(tokens, n=samples, seed=seed))
+        return sum(len(response.token_ids) for group in responses for response in group)
 
     return run
 
 
 def plain_vllm(folder: Path, inputs: list[list[int]], samples: int, tokens: int) -> Callable[[int], int]:
-    """vLLM's own defaults, beside what the task fixes."""
+    """Return a sampling run of vLLM with its own defaults, beside what the task fixes."""
     import os
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -55,14 +55,14 @@ def plain_vllm(folder: Path, inputs: list[list[int]], samples: int, tokens: int)
 
     def run(seed: int) -> int:
         params = SamplingParams(temperature=1.0, max_tokens=tokens, n=samples, seed=seed, logprobs=0)
-        found = llm.generate([{"prompt_token_ids": ids} for ids in inputs], params, use_tqdm=False)
-        return sum(len(one.token_ids) for some in found for one in some.outputs)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in inputs], params, use_tqdm=False)
+        return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
 
     return run
 
 
 def plain_transformers(folder: Path, inputs: list[list[int]], samples: int, tokens: int) -> Callable[[int], int]:
-    """``generate()`` with left padding; the log-probabilities come from its logits."""
+    """Return a run of ``generate()`` with left padding; the log-probabilities come from its logits."""
     import torch
 
     from align.models.loading import load_policy, load_tokenizer
@@ -75,8 +75,8 @@ def plain_transformers(folder: Path, inputs: list[list[int]], samples: int, toke
     def run(seed: int) -> int:
         torch.manual_seed(seed)
         count, step = 0, BATCH // samples
-        for at in range(0, len(inputs), step):
-            batch = tokenizer.pad({"input_ids": inputs[at : at + step]}, return_tensors="pt")
+        for start in range(0, len(inputs), step):
+            batch = tokenizer.pad({"input_ids": inputs[start : start + step]}, return_tensors="pt")
             with torch.inference_mode():
                 out = model.generate(
                     **batch, **options, num_return_sequences=samples, pad_token_id=tokenizer.pad_token_id,
@@ -125,14 +125,14 @@ def main() -> None:
         return
     rates: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     for _ in range(options.rounds):
-        for engine, found in rates.items():
+        for engine, engine_rates in rates.items():
             command = [sys.executable, "-m", "benchmarks.rollouts", "--engine", engine]
             for name in ("prompts", "samples", "tokens"):
                 command += [f"--{name}", str(getattr(options, name))]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found.append(json.loads(done.stdout.strip().splitlines()[-1])["rate"])
-    for engine, found in rates.items():
-        print(f"{engine:<20} {statistics.median(found):7.0f} tokens/s  {[round(rate) for rate in found]}")
+            engine_rates.append(json.loads(done.stdout.strip().splitlines()[-1])["rate"])
+    for engine, engine_rates in rates.items():
+        print(f"{engine:<20} {statistics.median(engine_rates):7.0f} tokens/s  {[round(rate) for rate in engine_rates]}")
     for other in ENGINES[1:]:
         ratios = [a / b for a, b in zip(rates["align"], rates[other], strict=True)]
         print(f"align / {other:<12} {statistics.median(ratios):7.2f}           {[round(ratio, 2) for ratio in ratios]}")

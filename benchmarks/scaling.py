@@ -120,7 +120,7 @@ def _cells(best: Way, hardware: Hardware, base: float | None) -> tuple[list[str]
 
 
 def written() -> str:
-    """What stands between the page's two marks."""
+    """Return the text between the page's two marks."""
     sft = {name: sft_job(model) for name, model in MODELS.items()}
     ppo = {name: ppo_job(model) for name, model in MODELS.items()}
     return "\n".join(

@@ -92,15 +92,15 @@ def _data(root: Path, tokenizer: Any, kind: str, length: int, count: int) -> Art
     root.mkdir(parents=True)
     for split, start in (("train", 0), ("test", count)):
         rows = [
-            {"id": f"{start + at}", "source": "made", "checks": "", **row(start + at)}
-            for at in range(count if split == "train" else 4)
+            {"id": f"{start + index}", "source": "made", "checks": "", **row(start + index)}
+            for index in range(count if split == "train" else 4)
         ]
         write_rows(root / f"{split}.parquet", rows)
     return Artifact("d", Kind.PROMPTS if kind in PROMPTED else Kind.PREFERENCES, root, {"key": "2"})
 
 
 def _text(number: int, words: int) -> str:
-    return " ".join(WORDS[(number * 7 + at * (1 + number % 5)) % len(WORDS)] for at in range(words))
+    return " ".join(WORDS[(number * 7 + index * (1 + number % 5)) % len(WORDS)] for index in range(words))
 
 
 def _filled(tokenizer: Any, length: int, number: int, prompt: bool) -> list[dict[str, Any]]:

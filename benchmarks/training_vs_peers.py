@@ -53,11 +53,11 @@ def names(known: tuple[str, ...]) -> Any:
     """Return an argument type: a comma-separated list of known names, in their own order."""
 
     def parse_names(text: str) -> list[str]:
-        asked = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = [name for name in asked if name not in known]
+        requested = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in requested if name not in known]
         if unknown:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return [name for name in known if name in asked]
+        return [name for name in known if name in requested]
 
     return parse_names
 
@@ -122,14 +122,14 @@ def compare(options: argparse.Namespace, folder: Path, start: float) -> int:
         keep=options.folder is not None,
     )
     comparison.prepare(options.data or data_folder(), options.rows)
-    left = comparison.run(options.retry)
+    remaining = comparison.run(options.retry)
     print()
     print("\n".join(table(results.runs, options.only, ("align", *options.peers))))
     print("\n".join(notes(results.runs, results.expected_tokens)))
     for peer, failure in failures.items():
         print(f"{peer} could not be run: {failure}")
-    if left:
-        print(f"{left} runs are left; the same command goes on with them")
+    if remaining:
+        print(f"{remaining} runs are left; the same command goes on with them")
         return RUNS_LEFT
     return int(bool(failures) or any({"failure", "failure_after_training"} & run.keys() for run in results.runs))
 

@@ -37,8 +37,8 @@ class GuessTheNumber:
     def reset(self, row: dict[str, Any]) -> None:
         """Begin a game. None: the episode begins with the row's prompt."""
         # Drawn from the row: a game that is played again after a kill has the same secret.
-        drawn = random.Random(f"{row.get('id')}").randint(1, self.highest)  # noqa: S311
-        self.secret = int(row.get("secret") or drawn)
+        default_secret = random.Random(f"{row.get('id')}").randint(1, self.highest)  # noqa: S311
+        self.secret = int(row.get("secret") or default_secret)
         self.nearest = None
         self.turns = []
 

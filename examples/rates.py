@@ -22,15 +22,15 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="override a field of the pipeline, in every run")
     parser.add_argument("--rows", type=int, default=160, help="training rows of a run")
     parser.add_argument("--store", default=None)
-    given = parser.parse_args()
-    pipeline = Pipeline.load(given.pipeline).set(*given.set)
-    for stage in given.stages:
-        own = float(pipeline.nodes[stage].config.learning_rate)  # type: ignore[attr-defined]
-        found = {}
-        for rate in given.rates or (own / 3, own, own * 3):
-            found[rate] = loss_at(pipeline, stage, rate, given.rows, given.store)
-        best = min(found, key=lambda rate: found[rate])
-        shown = "  ".join(f"{rate:.2g}: {loss:.3f}{' *' if rate == best else ''}" for rate, loss in found.items())
+    options = parser.parse_args()
+    pipeline = Pipeline.load(options.pipeline).set(*options.set)
+    for stage in options.stages:
+        file_rate = float(pipeline.nodes[stage].config.learning_rate)  # type: ignore[attr-defined]
+        losses = {}
+        for rate in options.rates or (file_rate / 3, file_rate, file_rate * 3):
+            losses[rate] = loss_at(pipeline, stage, rate, options.rows, options.store)
+        best = min(losses, key=lambda rate: losses[rate])
+        shown = "  ".join(f"{rate:.2g}: {loss:.3f}{' *' if rate == best else ''}" for rate, loss in losses.items())
         print(f"{stage:14} {shown}", flush=True)
 
 

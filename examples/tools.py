@@ -55,5 +55,5 @@ def right_answer(row: dict[str, Any], messages: list[dict[str, Any]], call_rewar
     """
     turns = [message["content"] for message in messages if message["role"] == "assistant"]
     is_right = bool(turns) and last_number(turns[-1]) == last_number(str(row["answer"]))
-    asked = any(message["role"] == "tool" for message in messages)
-    return {"right": float(is_right), "asked": call_reward * asked}
+    is_tool_used = any(message["role"] == "tool" for message in messages)
+    return {"right": float(is_right), "asked": call_reward * is_tool_used}

@@ -1,4 +1,4 @@
-"""How each side is started: its files, its command line and its environment. Torch-free.
+"""Start of each side: its files, its command line and its environment. Torch-free.
 
 ``align``: ``align run``, as it comes. ``trl``: trl's command line as it comes, which trains on one thread (accelerate's
 launcher sets ``OMP_NUM_THREADS=1`` where it is not set) and recomputes activations (``gradient_checkpointing`` is on by
