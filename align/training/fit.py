@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,10 @@ from align.training.unfreezing import OpenLayers
 SECONDS_FILE = "training_seconds.txt"
 """In a checkpoint's folder: the seconds of training up to it."""
 
+LOSSES_COMPARED = 4
+"""Logged losses in a fifth of a run from which on their mean says something."""
+LEAST_GAIN, MOST_LOST = 0.05, 0.6
+"""A loss that fell by a 20th of its start, and rose again by six tenths of that, is told of."""
 Scores = dict[str, float]
 HeldOut = Callable[[str], Scores]
 """Scores the rows of a split, ``test`` or ``validation``, with the trainer's current model."""
@@ -125,10 +129,29 @@ def _fit(
     }
     if losses:
         metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
+        _warn_of_lost_progress(context, losses)
     for extra in extras:
         metrics |= getattr(extra, "facts", dict)()
     metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
     return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
+
+
+def _warn_of_lost_progress(context: StageContext, losses: Sequence[float]) -> None:
+    """Warn where the loss fell and rose again, by the means of five parts of a run: what was learned is lost.
+
+    Held-out accuracy may hide it: a reward model whose training broke off ranks pairs by differences near zero.
+    """
+    count = len(losses) // 5
+    if count < LOSSES_COMPARED:
+        return
+    first, *others = (sum(losses[index * count : (index + 1) * count]) / count for index in range(4))
+    lowest, last = min(first, *others), sum(losses[-count:]) / count
+    gained = first - lowest
+    if gained > LEAST_GAIN * abs(first) and last - lowest > MOST_LOST * gained:
+        context.warn(
+            f"{context.name}: the loss fell from {first:.4g} to {lowest:.4g} and rose to {last:.4g} again (means of "
+            f"{count} logged steps). What was learned is lost; lower learning_rate ({context.config.learning_rate:g})."
+        )
 
 
 def frozen_weights_rounded(trainer: Any) -> AbstractContextManager[None]:

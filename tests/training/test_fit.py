@@ -1,0 +1,45 @@
+"""Warnings of ``fit`` about how a run went."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from align.training.fit import _warn_of_lost_progress
+
+BROKEN_OFF = [
+    *(0.69, 0.69, 0.69, 0.69, 0.69, 0.69, 0.69, 0.68, 0.69, 0.67, 0.65),
+    *(0.63, 0.60, 0.64, 0.57, 0.63, 0.69, 0.50, 0.60, 0.48, 0.75, 0.52),
+    *(0.72, 0.52, 0.73, 0.72, 0.72, 0.72, 0.72, 0.72, 0.71, 0.71, 0.70),
+    *(0.71, 0.70, 0.71, 0.67, 0.70, 0.70, 0.70, 0.64, 0.70, 0.70, 0.70),
+]
+"""A reward model of the quickstart at a learning rate of 1e-3; 0.81 of the held-out pairs were still in order."""
+
+
+def warnings_of(losses: list[float]) -> list[str]:
+    warnings: list[str] = []
+    config = SimpleNamespace(learning_rate=1e-3)
+    _warn_of_lost_progress(SimpleNamespace(name="reward", config=config, warn=warnings.append), losses)  # type: ignore[arg-type]
+    return warnings
+
+
+def test_a_loss_that_fell_and_rose_again_is_told_of() -> None:
+    (warning,) = warnings_of(BROKEN_OFF)
+    # Parts of 8: 5.51 / 8, 4.78 / 8 and 5.51 / 8.
+    assert warning.startswith("reward: the loss fell from 0.6887 to 0.5975 and rose to 0.6888 again (means of 8")
+    assert warning.endswith("lower learning_rate (0.001).")
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [0.69 - 0.005 * step for step in range(40)],  # learns
+        [0.69, 0.5, 0.4, 0.4, 0.7],  # too few to tell
+        [0.69, 0.70, 0.68, 0.71, 0.67] * 8,  # nothing but noise
+        [0.7] * 8 + [0.4] * 16 + [0.5] * 16,  # a third of it is lost
+    ],
+    ids=["learns", "short", "noise", "a third"],
+)
+def test_other_curves_are_not(losses: list[float]) -> None:
+    assert warnings_of(losses) == []
