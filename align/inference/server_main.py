@@ -4,8 +4,11 @@ vLLM starts its engine and its workers by ``spawn``, and Python then imports the
 ``vllm.entrypoints.openai.api_server`` that is the whole API server, here it is nothing.
 """
 
-if __name__ == "__main__":
-    # Of vLLM 0.31; what `vllm serve` runs, too.
-    from vllm.entrypoints.launchers.api_server.entry import main
+import runpy
 
-    main()
+SERVER = "vllm.entrypoints.openai.api_server"
+"""Module behind ``vllm serve``; that command itself does not start from the CPU build."""
+
+if __name__ == "__main__":
+    # Without ``alter_sys``, this module stays the main one for ``spawn``.
+    runpy.run_module(SERVER, run_name="__main__")
