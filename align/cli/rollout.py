@@ -80,7 +80,7 @@ class Scene:
 
     @property
     def place(self) -> str:
-        """Where the settings are, for messages."""
+        """The stage, or the task with its stage, as messages name it."""
         return self.node.name if self.task is None else f"{self.node.name}.tasks.{self.task}"
 
 

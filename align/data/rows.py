@@ -53,8 +53,7 @@ COLUMNS = (
     *("chosen", "rejected", "chosen_score", "rejected_score"),
     *("completion_finished", "chosen_finished", "rejected_finished"),
     *("label", "responses", "tools", "text", "text_finished", "steps"),
-    *("flipped", "score"),
-    *("_where", "_source", "_split"),
+    *("flipped", "score", "_where", "_source", "_split"),
 )
 """The known columns in the order they are written."""
 JSON_MARK = b"align"

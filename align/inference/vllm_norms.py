@@ -44,6 +44,7 @@ def _register(ops: Any, kernels: Any) -> None:
     """Register both operations; tensors that the kernels cannot take go to vLLM's own implementation."""
 
     def takes(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
+        """Return True where the kernel takes x (..., H) and weight (H,)."""
         has_weight = weight is not None and weight.dtype == x.dtype
         return has_weight and variance_size is None and x.is_contiguous()
 
@@ -54,6 +55,7 @@ def _register(ops: Any, kernels: Any) -> None:
         epsilon: float,
         variance_size: int | None = None,
     ) -> bool:
+        """Return True where the kernel takes x and the residual, both (..., H), and weight (H,)."""
         return takes(x, weight, epsilon, variance_size) and x_residual.is_contiguous()
 
     @ops.rms_norm.register_impl(PROVIDER, supports_args=takes)  # type: ignore[untyped-decorator]
