@@ -23,8 +23,8 @@ from align.errors import UserError
 from align.inference.server_client import POLL_SECONDS, UNIX, Client, EngineLost
 from align.inference.server_guard import HOSTS, KEY, KEY_FILE, new_key, write_key
 
-MODULE = "align.inference.server_main"
-"""Main module of a server; it takes the options of ``vllm serve``."""
+MODULE = "vllm.entrypoints.openai.api_server"
+"""Module behind ``vllm serve``; that command itself does not start from the CPU build."""
 GRACE_SECONDS = 20.0
 """Time that a server, and then its workers, have to end after SIGTERM."""
 MAX_SOCKET_PATH = 100
