@@ -139,11 +139,8 @@ def fork_server() -> Iterator[None]:
         # Linux ends a server with the thread that has started it.
         is_possible = ForkServer.is_possible() and threading.current_thread() is threading.main_thread()
         if is_possible:
-            # align's own stages import torch or what takes as long, but for reports; those of these tests do not.
-            imports_much = any(
-                node.stage.run.startswith("align.stages.") for node in nodes if node.stage.kind != "report"
-            )
-            this_thread.server = shared_server() if imports_much else server_without_torch()
+            loads_models = any(node.stage.estimator is not None for node in nodes)
+            this_thread.server = shared_server() if loads_models else server_without_torch()
         return contextlib.nullcontext()
 
     with pytest.MonkeyPatch.context() as patch:

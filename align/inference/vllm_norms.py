@@ -1,7 +1,7 @@
 """RMS norms of vLLM on a CPU by its own C++ kernels, as of 0.31.
 
 vLLM builds these kernels for CPUs too, but takes them on GPUs alone: on a CPU a norm is ten torch operations. In a
-decode step of SmolLM2-135M for 32 sequences on two cores, 61 norms took 30 of 100 ms; the kernels take 1 ms. They round
+decode step of SmolLM2-135M for 32 sequences on two cores, 61 norms took 25 of 95 ms; the kernels take 1 ms. They round
 once, where the operations round before and after the weight, so tokens may differ. Log-probabilities come no further
 from those in float32 (docs/performance.md).
 """

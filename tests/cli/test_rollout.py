@@ -236,7 +236,10 @@ def test_episodes_of_an_evaluation_s_task_are_those_that_it_plays(
         ([], "--task names a task of stage 'evaluate'. Its tasks with an environment: press, talk"),
         (["--task", "pres"], "Did you mean 'press'?"),
         (["--task", "press", "--split", "train"], "evaluate.tasks.press: --split train has no use"),
-        (["--task", "talk", "--set", "stages.evaluate.tasks.talk.environment.user.prompt=Want {goal}"], "user"),
+        (
+            ["--task", "talk", "--set", "stages.evaluate.tasks.talk.environment.user.prompt=Want {goal}"],
+            "user.prompt: row",
+        ),
     ],
 )
 def test_a_task_that_is_not_there_is_refused(folder: Path, evaluation: Path, words: list[str], message: str) -> None:

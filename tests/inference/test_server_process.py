@@ -38,9 +38,7 @@ def test_no_server_at_the_address(tiny_model: Path) -> None:
         open_at(tiny_model, gone.address)
     assert f"runtime.rollouts.addresses has {gone.address}, but no vLLM server" in str(caught.value)
     assert "ConnectionRefusedError" in str(caught.value)
-    assert "Start it with: ALIGN_SERVER_KEY_FILE=server.key VLLM_SERVER_DEV_MODE=1 python -m vllm." in str(
-        caught.value
-    )
+    assert "Start it with: ALIGN_SERVER_KEY_FILE=server.key VLLM_SERVER_DEV_MODE=1 python -m vllm." in str(caught.value)
     assert "--middleware align.inference.server_guard.Guard" in str(caught.value)
 
 
