@@ -67,11 +67,13 @@ def low_residual(model: Any) -> None:
     import torch
 
     from align.models.fast.norms import lean_norms
+    from align.models.fast.rotary import lean_rotary
 
     if getattr(model, "has_low_residual", False):
         return
     model.has_low_residual = True
     lean_norms(model)
+    lean_rotary(model)
 
     def cast_output(module: Any, inputs: Any, output: Any) -> Any:
         device_type = output.device.type

@@ -18,11 +18,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # type: ignore[override]
         """(B, T, H) -> (B, T, H); ``weight`` is (H,)."""
-        wide = x.float()
-        # No vecdot: autocast would compute it in bfloat16.
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True).add_(eps))  # (..., 1)
+        wide = x.to(torch.float32, copy=True)
+        # One pass over the input: its square would be as large. No vecdot: autocast would compute it in bfloat16.
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # (..., 1)
+        scale = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, weight, scale)
-        return wide.mul(scale).mul_(weight).to(x.dtype)
+        return wide.mul_(scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
@@ -71,11 +72,11 @@ def _is_llama_norm(norm: type) -> bool:
 
     if not norm.__name__.endswith("RMSNorm") or hasattr(norm, "lean"):
         return False
-    source = _source_lines(norm.forward)  # type: ignore[attr-defined]
-    return bool(source) and source == _source_lines(LlamaRMSNorm.forward)
+    source = source_lines(norm.forward)  # type: ignore[attr-defined]
+    return bool(source) and source == source_lines(LlamaRMSNorm.forward)
 
 
-def _source_lines(function: Any) -> list[str]:
+def source_lines(function: Any) -> list[str]:
     """Return a function's lines without indentation; none where the source is not available."""
     try:
         return [line.strip() for line in inspect.getsource(function).splitlines()]

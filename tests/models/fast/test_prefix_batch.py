@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
 from align.models.fast import ragged_rows, short_attention
+from align.models.fast.head_gather import ToGroups
 from align.models.fast.prefix_batch import MIN_PREFIX, PrefixBatch, batches_of_shared, common_prefix, share_prefixes
 from align.models.fast.ragged_rows import enable_ragged, hidden_states
 
@@ -80,18 +81,19 @@ def test_learned_positions_go_on_too():
 
 def test_a_beginning_s_gradient_is_summed_in_float32(llama):
     """Of 64 pieces each adds a little: in bfloat16 the last of them would be rounded away."""
-    rows = torch.zeros(64 + 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.zeros(64 + 1, 1, dtype=torch.bfloat16, requires_grad=True)
     line = PrefixBatch()
     beginning = line.add([0])
     for _ in range(64):
         line.add([1], beginning)
     layout = line.batch()["layout"]
-    chosen = ragged_rows._TakeKeys.apply(rows, layout["key_tokens"], layout["token_keys"], layout["prefix_copies"])
+    gather = ragged_rows._gather_keys(layout, heads=1)
+    chosen = ToGroups.apply(rows, gather)
     grad = torch.full_like(chosen, 1 / 64)
-    grad[layout["token_keys"][0]] = 4.0
+    grad[gather.places[0]] = 4.0
     chosen.backward(grad)
     assert rows.grad[0].item() == 5.0  # one by one in bfloat16: 4 + 1/64 is 4 again
-    assert rows.grad[1:].tolist() == [[[1 / 64]]] * 64
+    assert rows.grad[1:].tolist() == [[1 / 64]] * 64
 
 
 def test_what_is_in_common_leaves_each_a_token():

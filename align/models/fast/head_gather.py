@@ -1,0 +1,119 @@
+"""Copy the rows of single heads from a row of tokens into groups of sequences, and back.
+
+Matrix products of attention need (S, h, W, D) blocks. Rows of one head are copied to their place in such a block at
+once: to copy a token's heads together and transpose them later takes twice as long.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class HeadGather:
+    """Where the rows (N * h, D) of all tokens and heads go in the groups, and back.
+
+    Group after group, the groups hold (S, h, W) rows, for S segments of W slots. ``sources`` (M * h,): the row that is
+    copied to each of these; any row for padding. ``padding``: the places of padding. ``places`` (N * h,): the place of
+    each row, for keys that within its own segment. ``prefix_copies``: of each run of keys that is there again, its
+    segment's places, its slice of the segment's slots, and its slice of the tokens.
+    """
+
+    heads: int
+    shapes: list[tuple[int, int]]
+    """Segments and slots of each group."""
+    sources: torch.Tensor
+    padding: torch.Tensor
+    places: torch.Tensor
+    prefix_copies: list[tuple[slice, slice, slice]] = field(default_factory=list)
+
+    @classmethod
+    def of_slots(
+        cls, shapes: list[tuple[int, int]], slot_tokens: torch.Tensor, token_slots: torch.Tensor, heads: int
+    ) -> HeadGather:
+        """Spread the tokens of slots (M,) and the slots of tokens (N,) over the heads."""
+        total = len(token_slots)
+        head = torch.arange(heads, device=slot_tokens.device)
+        sources, slot_places = [], []
+        start = 0
+        for count, width in shapes:
+            tokens = slot_tokens[start : start + count * width].view(count, 1, width)
+            sources.append((tokens * heads + head[None, :, None]).flatten())
+            places = torch.arange(start * heads, (start + count * width) * heads, device=head.device)
+            # (S, h, W) -> the places of each slot, (S * W, h)
+            slot_places.append(places.view(count, heads, width).transpose(1, 2).reshape(-1, heads))
+            start += count * width
+        rows = torch.cat(sources)
+        return cls(
+            heads=heads,
+            shapes=shapes,
+            sources=rows.clamp(max=total * heads - 1),
+            padding=(rows >= total * heads).nonzero().flatten(),
+            places=torch.cat(slot_places)[token_slots].flatten(),
+        )
+
+    def add_copies(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Add the runs of keys that are there again, (slot, token, count) each, as a ``Layout`` has them."""
+        widths = [width for count, width in self.shapes for _ in range(count)]  # of each segment
+        ends = list(itertools.accumulate(widths))
+        for slot, token, count in copies:
+            segment = bisect.bisect_right(ends, slot)
+            start = ends[segment] - widths[segment]
+            places = slice(start * self.heads, ends[segment] * self.heads)
+            self.prefix_copies.append((places, slice(slot - start, slot - start + count), slice(token, token + count)))
+
+    def split(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return each group's part of (M * h, D) rows as (S, h, W, D)."""
+        parts = rows.split([count * self.heads * width for count, width in self.shapes])
+        return [
+            part.view(count, self.heads, width, rows.shape[-1])
+            for part, (count, width) in zip(parts, self.shapes, strict=True)
+        ]
+
+
+class ToGroups(torch.autograd.Function):
+    """Copy rows into groups, where keys may be in their own segment and again in those that continue it.
+
+    The gradient of a row that is there once is a copy. Others get their sum, in float32: a prefix that many segments
+    share would lose the last bits in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, gather: HeadGather) -> torch.Tensor:  # type: ignore[override]
+        """(N * h, D) -> (M * h, D)."""
+        ctx.gather = gather
+        return rows.index_select(0, gather.sources)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """(M * h, D) -> (N * h, D)."""
+        gather: HeadGather = ctx.gather
+        rows = grad.index_select(0, gather.places)
+        if not gather.prefix_copies:
+            return rows, None
+        heads, width = gather.heads, grad.shape[-1]
+        total = rows.to(torch.promote_types(rows.dtype, torch.float32)).view(-1, heads, width)
+        for segment, slots, tokens in gather.prefix_copies:  # whole slices: index_add_ on a CPU goes row by row
+            total[tokens] += grad[segment].view(heads, -1, width)[:, slots].transpose(0, 1)
+        return total.to(grad.dtype).flatten(0, 1), None
+
+
+class FromGroups(torch.autograd.Function):
+    """Copy rows back from the groups. What is left out is padding, whose gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, gather: HeadGather) -> torch.Tensor:  # type: ignore[override]
+        """(M * h, D) -> (N * h, D)."""
+        ctx.gather = gather
+        return rows.index_select(0, gather.places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """(N * h, D) -> (M * h, D)."""
+        return grad.index_select(0, ctx.gather.sources).index_fill_(0, ctx.gather.padding, 0), None
