@@ -7,6 +7,7 @@ allocator keeps for itself, and kernels' scratch space.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from align.capacity.memory import engine_memory
@@ -14,6 +15,7 @@ from align.config.base import Precision
 from align.config.batch_sizes import CPU_STEP_TOKENS, SCORED_AT_ONCE
 from align.config.environment import EnvironmentConfig
 from align.config.runtime import Runtime
+from align.config.simulated_user import USER_INPUT, SimulatedUserConfig
 from align.models.activations import FLOAT, SIZES, passing_per_token
 from align.models.architecture import Architecture
 from align.models.flops import forward_flops
@@ -55,6 +57,15 @@ def _limit(number: int, maximum: int | None) -> int:
 
 
 @dataclass(frozen=True)
+class UserLoad:
+    """A checkpoint that plays the user of episodes: transformers samples it in the stage's own process."""
+
+    model: Architecture
+    length: int
+    """Tokens of the longest conversation, under the user's own prompt."""
+
+
+@dataclass(frozen=True)
 class SamplingLoad:
     """Sequences that an engine samples from one checkpoint, each of the greatest length."""
 
@@ -75,6 +86,8 @@ class SamplingLoad:
     """Whether ``top_p`` sorts the vocabulary for each token."""
     needs_transformers: bool = False
     """Whether transformers samples them if the engine is in the stage's own process."""
+    user: UserLoad | None = None
+    """The checkpoint that answers between the turns of episodes, if there is one."""
 
     @property
     def length(self) -> int:
@@ -161,6 +174,25 @@ def reward_scoring(name: str, model: Architecture, rows: int | None, length: int
     return ScoringLoad(name, model, length, SCORED_AT_ONCE * length, rows)
 
 
+def user_memory(user: UserLoad, runtime: Runtime, precision: Precision, sequences: int) -> tuple[int, int]:
+    """Return the bytes of the weights and of the cache of a user who takes part in ``sequences`` episodes at a time."""
+    weights, cache, _ = engine_memory(
+        user.model, runtime.with_transformers(), precision=precision, sequences=sequences, length=user.length
+    )
+    return weights, cache
+
+
+def user_load(
+    environment: EnvironmentConfig | None, models: Mapping[str, Sequence[Architecture]], prompt_tokens: int
+) -> UserLoad | None:
+    """Return the checkpoint that plays the user of episodes after prompts of ``prompt_tokens``; None without one."""
+    user = None if environment is None else environment.user
+    if environment is None or user is None or USER_INPUT not in models:
+        return None
+    # It reads the conversation, tools left out, under a prompt of its own.
+    return UserLoad(models[USER_INPUT][0], prompt_tokens + environment.max_tokens + user.max_tokens)
+
+
 def sampling_memory(
     load: SamplingLoad, runtime: Runtime, precision: Precision, sequences: int, engine: str, *, gpu: bool
 ) -> dict[str, int]:
@@ -225,5 +257,11 @@ def environment_notes(environment: EnvironmentConfig) -> list[str]:
     """Return what is left out of the estimate of a stage that plays episodes."""
     notes = ["The time of the environment and its tools is not counted."]
     if environment.user is not None:
-        notes.append(f"{environment.user.label}, which plays the user, is not counted.")
+        notes.append(user_note(environment.user))
     return notes
+
+
+def user_note(user: SimulatedUserConfig) -> str:
+    """Return what is counted of the model that plays the user of episodes."""
+    counted = "is counted, its time is not" if user.model else "is not counted"
+    return f"{user.label}, which plays the user, {counted}."

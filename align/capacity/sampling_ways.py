@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from align.capacity.hardware import DEVICES, GIB, Hardware
-from align.capacity.inference import Inference, SamplingLoad, sampling_memory, scoring_memory
+from align.capacity.inference import Inference, SamplingLoad, sampling_memory, scoring_memory, user_memory
 from align.capacity.layouts import (
     GPUS_OF_A_MACHINE,
     EngineLayout,
@@ -92,7 +92,12 @@ class _Engine:
         weights, cache = tensor_parallel_bytes(
             self.load.model, parts["engine"], parts["kv_cache"], self.bytes_per_number, self.layout.tensor_parallel
         )
-        return parts | {"engine": weights, "kv_cache": cache}
+        parts |= {"engine": weights, "kv_cache": cache}
+        if self.load.user is not None:
+            # Beside servers it is in the stage's own process, on another device maybe; it is counted here all the same.
+            user, user_cache = user_memory(self.load.user, runtime, self.precision, sequences)
+            parts |= {"user": user, "kv_cache": cache + user_cache}
+        return parts
 
     @property
     def room(self) -> int:

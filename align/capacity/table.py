@@ -24,6 +24,7 @@ COLUMNS = {
     "critic": "critic",
     "reward": "reward",
     "engine": "engine",
+    "user": "user",
     "kv_cache": "KV",
     "file": "file",
     "saving": "saving",

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.capacity.estimators import rl
+import pytest
+
+from align.capacity.estimators import evaluate, rl, sample, synthesize
+from align.capacity.hardware import parse_hardware
+from align.capacity.inference import Rows
+from align.capacity.sampling_ways import sampling_ways
 from align.config.runtime import Runtime
 from align.config.simulated_user import USER_INPUT
+from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.grpo import GrpoConfig
+from align.config.stages.sample import SampleConfig
+from align.config.stages.synthesize import SynthesizeConfig
 from tests.support.capacity.models import TOY
 
 ENVIRONMENT: dict[str, Any] = {"class": "a:B", "max_tokens": 60}
@@ -46,3 +54,42 @@ def test_a_server_costs_nothing_here_and_a_note_says_so() -> None:
         "sft, which plays the user, is counted with the reward models" in note
         for note in estimated({"model": "sft"}).notes
     )
+
+
+def inference_of(stage: str, with_user: bool) -> Any:
+    """Estimate a stage that plays episodes of 60 tokens after prompts of at most 100, with the user ``sft`` or none."""
+    user = {"user": {"prompt": "You.", "max_tokens": 40, "model": "sft"}} if with_user else {}
+    block = {"environment": ENVIRONMENT | user}
+    models = {USER_INPUT: [TOY]} if with_user else {}
+    rows = {"prompts": Rows(test=8, train=8)}
+    if stage == "sample":
+        config = SampleConfig(policy="p", prompts="d", n=2, max_prompt_tokens=100, **block)  # type: ignore[arg-type]
+        return sample.inference(config, {"policy": [TOY], **models}, rows)
+    if stage == "synthesize":
+        content = {
+            "model": "p",
+            "prompts": "d",
+            "max_prompt_tokens": 100,
+            "task": {"type": "responses", "n": 2},
+            **block,
+        }
+        return synthesize.inference(SynthesizeConfig(**content), {"model": [TOY], **models}, rows)  # type: ignore[arg-type]
+    task = {"max_items": 8, "rows": "d", **block}
+    lists: Any = {"users": ["sft"]} if with_user else {}
+    content = {"policies": ["p"], "reference": "p", "rows": ["d"], "tasks": {"environment": task}, "max_context": 160}
+    evaluation = EvaluateConfig(**content, **lists)  # type: ignore[arg-type]
+    return evaluate.inference(evaluation, {"policies": [TOY]} | ({"users": [TOY]} if with_user else {}), {})
+
+
+@pytest.mark.parametrize("stage", ["sample", "synthesize", "evaluate"])
+def test_stages_that_sample_count_it_beside_their_engine(stage: str) -> None:
+    runtime = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"}})
+    hardware = parse_hardware("cpu")
+    alone, together = (
+        sampling_ways(inference_of(stage, with_user), runtime, hardware, 1.0)[0] for with_user in (False, True)
+    )
+    assert together.batch == alone.batch > 0
+    assert together.parts["user"] == 2 * 142 and "user" not in alone.parts
+    per_token = 2 * 2 * 3 * 2  # a key and a value of three numbers in two layers, of two bytes
+    assert together.parts["kv_cache"] - alone.parts["kv_cache"] == per_token * alone.batch * (100 + 60 + 40)
+    assert any("sft, which plays the user, is counted, its time is not." in n for n in inference_of(stage, True).notes)

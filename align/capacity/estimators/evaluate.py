@@ -12,8 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.capacity.inference import UNKNOWN_CALL, Inference, Rows, SamplingLoad, ScoringLoad, reward_scoring
+from align.capacity.inference import (
+    UNKNOWN_CALL,
+    Inference,
+    Rows,
+    SamplingLoad,
+    ScoringLoad,
+    UserLoad,
+    reward_scoring,
+    user_load,
+    user_note,
+)
 from align.config.batch_sizes import READ_TOKENS
+from align.config.simulated_user import USER_INPUT
 from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
@@ -61,6 +72,8 @@ class _Evaluation:
     def __init__(self, config: EvaluateConfig, models: Models, rows: Mapping[str, Rows]) -> None:
         self.config, self.models, self.rows = config, models, rows
         self.policies = dict(zip(config.policies, models["policies"], strict=True))
+        self.users = dict(zip(config.users or (), models.get("users", ()), strict=True))
+        """Checkpoints that play the user of episodes, by name; a task names its own."""
         self.systems = [(name, name, 1) for name in config.policies]
         """A system's name, the checkpoint that answers for it, and the answers sampled for each one that is kept."""
         self.systems += [(name, baseline.of, baseline.best_of) for name, baseline in config.baselines.items()]
@@ -103,10 +116,11 @@ class _Evaluation:
         top_p: float = 1.0,
         *,
         best_of: bool = True,
+        user: UserLoad | None = None,
     ) -> None:
         """Add every system's answers; a reward model scores those of a best of N. ``prompts`` is None if unknown.
 
-        Without ``best_of`` the best-of-N systems take no part.
+        Without ``best_of`` the best-of-N systems take no part. ``user`` plays the user of episodes.
         """
         systems = self.systems if best_of else [system for system in self.systems if system[2] == 1]
         for _, checkpoint, answers in systems:
@@ -121,6 +135,7 @@ class _Evaluation:
                 call=UNKNOWN_CALL if sequences is None else max(1, sequences),
                 uses_top_p=top_p < 1,
                 needs_transformers=self.mixes_architectures,
+                user=user,
             )
             self.sampling.append(load)
             if answers > 1:
@@ -167,9 +182,12 @@ class _Evaluation:
         self._leave_out(f"{name}: the time of the environment and its tools is not counted.")
         user = task.environment.user
         if user is not None:
-            self._leave_out(f"{name}: {user.label}, which plays the user, is not counted.")
+            self._leave_out(f"{name}: {user_note(user)}")
         tokens = task.environment.max_tokens
-        self._add_answers(rows, task.samples, max(1, self.config.max_context - tokens), tokens, best_of=False)
+        prompt_tokens = max(1, self.config.max_context - tokens)
+        checkpoint = {} if user is None or user.model is None else {USER_INPUT: [self.users[user.model]]}
+        load = user_load(task.environment, checkpoint, prompt_tokens)
+        self._add_answers(rows, task.samples, prompt_tokens, tokens, best_of=False, user=load)
 
     def _leave_out(self, note: str) -> None:
         """Note something that is not counted."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from align.capacity.inference import user_load, user_memory
 from align.capacity.job import Job, Setting, Work
 from align.capacity.memory import (
     Choice,
@@ -20,7 +21,6 @@ from align.capacity.memory import (
     state_note,
 )
 from align.config.runtime import Runtime
-from align.config.simulated_user import USER_INPUT
 from align.config.stages.rl import RolloutFields
 from align.config.tuning import FullTuning, LoraTuning, TuningBase
 from align.models.activations import FLOAT, SHORT
@@ -111,18 +111,10 @@ def rollout_memory(
 
 def _user_memory(config: RolloutFields, models: Models, runtime: Runtime, setting: Setting) -> tuple[int, int]:
     """Return the bytes of the checkpoint that plays the user, and of its key-value cache; 0 without one."""
-    user = None if config.environment is None else config.environment.user
-    if user is None or USER_INPUT not in models:
+    user = user_load(config.environment, models, config.max_prompt_tokens)
+    if user is None:
         return 0, 0
-    weights, cache, _ = engine_memory(
-        models[USER_INPUT][0],
-        runtime.with_transformers(),
-        precision=config.precision,
-        sequences=-(-config.rollout_batch // setting.processes),
-        # It reads the conversation, tools left out, under a prompt of its own.
-        length=config.max_prompt_tokens + config.max_tokens + user.max_tokens,
-    )
-    return weights, cache
+    return user_memory(user, runtime, config.precision, -(-config.rollout_batch // setting.processes))
 
 
 def _checkpointing(config: RolloutFields) -> bool:
