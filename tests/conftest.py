@@ -85,8 +85,22 @@ LONGEST = (
 """The files that take longest, the longest first."""
 
 
+def slow_tests() -> set[str]:
+    """Return the ids in ``slow_tests.txt``: they cost much, and others run every line that they run."""
+    lines = (REPOSITORY / "tests" / "slow_tests.txt").read_text(encoding="utf-8").splitlines()
+    return {line for line in lines if not line.startswith("#")}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest files first, so that no process is left with one when the others are done."""
+    """Mark the tests of ``slow_tests.txt``, and start the longest files first.
+
+    No process is then left with a long file when the others are done.
+    """
+    slow = slow_tests()
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
     places = {REPOSITORY / "tests" / file: place for place, file in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 

@@ -214,3 +214,13 @@ def test_the_files_of_tests_that_start_first_exist():
     from tests.conftest import LONGEST
 
     assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
+
+
+def test_the_tests_that_are_left_for_make_test_slow_exist_and_leave_a_case():
+    """A name that nobody has any more would hide that its test runs; a test with cases keeps one in `make test`."""
+    from tests.conftest import slow_tests
+
+    names = {name.partition("[")[0] for name in slow_tests()}
+    functions = {name: f"def {name.partition('::')[2]}(" for name in names}
+    assert [name for name, start in functions.items() if start not in read(name.partition("::")[0])] == []
+    assert len(slow_tests()) < 200, "tests that are slow by nature are marked where they stand"
