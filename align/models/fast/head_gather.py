@@ -16,13 +16,25 @@ import torch
 
 
 @dataclass
+class PrefixCopies:
+    """A run of keys that several segments of a group have again."""
+
+    group: int
+    segments: torch.Tensor
+    """Indices of the segments in their group."""
+    slots: slice
+    """Where it stands in each of them."""
+    tokens: slice
+    """Where it stands in the row."""
+
+
+@dataclass
 class HeadGather:
     """Where the rows (N * h, D) of all tokens and heads go in the groups, and back.
 
     Group after group, the groups hold (S, h, W) rows, for S segments of W slots. ``sources`` (M * h,): the row that is
     copied to each of these; any row for padding. ``padding``: the places of padding. ``places`` (N * h,): the place of
-    each row, for keys that within its own segment. ``prefix_copies``: of each run of keys that is there again, its
-    segment's places, its slice of the segment's slots, and its slice of the tokens.
+    each row, for keys that within its own segment.
     """
 
     heads: int
@@ -31,7 +43,8 @@ class HeadGather:
     sources: torch.Tensor
     padding: torch.Tensor
     places: torch.Tensor
-    prefix_copies: list[tuple[slice, slice, slice]] = field(default_factory=list)
+    copies: list[PrefixCopies] = field(default_factory=list)
+    """Runs of keys that are there again, for segments that continue others."""
 
     @classmethod
     def of_slots(
@@ -60,13 +73,22 @@ class HeadGather:
 
     def add_copies(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Add the runs of keys that are there again, (slot, token, count) each, as a ``Layout`` has them."""
-        widths = [width for count, width in self.shapes for _ in range(count)]  # of each segment
-        ends = list(itertools.accumulate(widths))
+        first_slots = list(itertools.accumulate((count * width for count, width in self.shapes), initial=0))
+        # The responses to a prompt hold it in the same slots: one sum takes all of a group.
+        segments: dict[tuple[int, int, int, int], list[int]] = {}
         for slot, token, count in copies:
-            segment = bisect.bisect_right(ends, slot)
-            start = ends[segment] - widths[segment]
-            places = slice(start * self.heads, ends[segment] * self.heads)
-            self.prefix_copies.append((places, slice(slot - start, slot - start + count), slice(token, token + count)))
+            group = bisect.bisect_right(first_slots, slot) - 1
+            segment, offset = divmod(slot - first_slots[group], self.shapes[group][1])
+            segments.setdefault((group, offset, token, count), []).append(segment)
+        for (group, offset, token, count), members in segments.items():
+            self.copies.append(
+                PrefixCopies(
+                    group,
+                    torch.tensor(members, device=self.places.device),
+                    slice(offset, offset + count),
+                    slice(token, token + count),
+                )
+            )
 
     def split(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Return each group's part of (M * h, D) rows as (S, h, W, D)."""
@@ -95,12 +117,14 @@ class ToGroups(torch.autograd.Function):
         """(M * h, D) -> (N * h, D)."""
         gather: HeadGather = ctx.gather
         rows = grad.index_select(0, gather.places)
-        if not gather.prefix_copies:
+        if not gather.copies:
             return rows, None
-        heads, width = gather.heads, grad.shape[-1]
-        total = rows.to(torch.promote_types(rows.dtype, torch.float32)).view(-1, heads, width)
-        for segment, slots, tokens in gather.prefix_copies:  # whole slices: index_add_ on a CPU goes row by row
-            total[tokens] += grad[segment].view(heads, -1, width)[:, slots].transpose(0, 1)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = rows.to(wide).view(-1, gather.heads, grad.shape[-1])  # (N, h, D)
+        groups = gather.split(grad)
+        for run in gather.copies:  # whole slices: index_add_ on a CPU goes row by row
+            again = groups[run.group][:, :, run.slots].index_select(0, run.segments)  # (s, h, count, D)
+            total[run.tokens] += again.sum(dim=0, dtype=wide).transpose(0, 1)
         return total.to(grad.dtype).flatten(0, 1), None
 
 

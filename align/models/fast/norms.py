@@ -29,12 +29,13 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """(B, T, H) -> gradients of ``x`` (B, T, H) and ``weight`` (H,)."""
         x, weight, scale = ctx.saved_tensors
-        unit = x.float().mul_(scale)  # x / rms
-        grad = grad.float()
+        # Copies: what autograd has saved, and what it may still use, stays as it is.
+        unit = x.to(torch.float32, copy=True).mul_(scale)  # x / rms
+        grad = grad.to(torch.float32, copy=True)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * unit).flatten(0, -2).sum(dim=0).to(weight.dtype)
-        grad = grad * weight
+        grad.mul_(weight)
         # d unit / d x = (1 - unit unit^T / width) / rms
         projection = (grad * unit).mean(dim=-1, keepdim=True)  # (..., 1)
         return grad.sub_(unit.mul_(projection)).mul_(scale).to(x.dtype), grad_weight, None

@@ -22,6 +22,7 @@ def test_value_and_gradients_by_hand():
     # unit u = (3, 4) / rms, g = weight: (g - u (g.u) / 2) / rms, with g.u = 11 / rms
     expected = [(1 - 3 * 11 / 12.5 / 2) / rms, (2 - 4 * 11 / 12.5 / 2) / rms]
     assert x.grad.tolist() == [[pytest.approx(v, abs=1e-6) for v in expected]]
+    assert x.tolist() == [[3.0, 4.0]]  # neither pass writes into what it was given
 
 
 def test_gradients_are_those_of_differences():
