@@ -44,8 +44,10 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
     """
     start += len(text[start:]) - len(text[start:].lstrip())
     try:
+        # An escape may hold half of a character. It decodes without an error, and only encoding it again fails.
         value, end = _DECODER.raw_decode(text, start)
-        json.dumps(value, ensure_ascii=False).encode()
+        # A number such as 1e999 decodes to infinity, which no JSON file holds.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except json.JSONDecodeError as error:
         raise MalformedCall(f"is no valid JSON ({error.msg} at character {error.pos - start})") from None
     except UnicodeEncodeError:
@@ -101,6 +103,7 @@ def calls_from_code(code: str) -> Iterator[ToolCall]:
         raise MalformedCall(f"has over {LONGEST_CODE} characters")
     lines = textwrap.dedent(code).strip()
     try:
+        # The code is parsed and never run.
         body = ast.parse(lines).body
     except SYNTAX_ERRORS as error:
         raise MalformedCall(f"is no call in Python's syntax ({shorten(str(error))})") from None

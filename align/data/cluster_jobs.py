@@ -82,7 +82,9 @@ class ClusterWorkers:
         gone_since: float | None = None
         while left := [shard for shard in shards if read_summary(spec.folder, shard) is None]:
             _raise_error(folder)
-            if not _is_queued(self.config, folder):
+            if _is_queued(self.config, folder):
+                gone_since = None  # a squeue that failed once said that they were gone
+            else:
                 # Files of a finished job may reach this node late (NFS), so wait before the jobs count as failed.
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since > grace:
@@ -120,6 +122,7 @@ def _raise_error(folder: Path) -> None:
 
 
 def _to_json(task: Task) -> str:
+    # In JSON a list is a record, and an object is one that could not be read. The job drops or refuses it.
     records = [
         {"where": item.where, "problem": item.problem} if isinstance(item, BadRecord) else list(item)
         for item in task.records
@@ -153,6 +156,7 @@ def _launch(config: ClusterExecutor, work: Callable[..., None], ranks: int, fold
         try:
             RayPipelineExecutor(**common, ray_remote_kwargs=_ray_options(config)).run()
         except Exception:
+            # A rank's own report says more than Ray's error.
             _raise_error(folder)
             raise
         return
@@ -232,6 +236,7 @@ def _ray_options(config: RayExecutor) -> dict[str, Any]:
 
 def _is_queued(config: ClusterExecutor, folder: Path) -> bool:
     """Return True while a job waits or runs."""
+    # Jobs of Ray have ended by the time that ``_launch`` returns.
     if config.name == "ray":
         return False
     job = (folder / "job").read_text(encoding="utf-8")

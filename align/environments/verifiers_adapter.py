@@ -95,10 +95,11 @@ def tasks(name: str, count: int, first: int = 0, **arguments: Any) -> Iterator[d
     Their column ``task`` must be kept: ``keep: [task]``. Fewer are yielded where the taskset has fewer.
     """
     env = _load(name, _canonical(arguments))
-    for task in itertools.islice(env.taskset, first, first + count):
+    for place, task in enumerate(itertools.islice(env.taskset, first, first + count), start=first):
         data = task.data
         text = data.prompt_text or data.name or f"{name} {data.idx}"
-        yield {"prompt": text, "task": data.idx}
+        # Its place, by which an episode finds it again; a taskset may number its tasks otherwise.
+        yield {"prompt": text, "task": place}
 
 
 class VerifiersEnvironment:
@@ -140,6 +141,7 @@ class VerifiersEnvironment:
             text = str(error)
             raise
         finally:
+            # Failed calls are recorded, too: rewards and metrics read the whole conversation.
             identity = f"call_{len(self._called)}"
             call = vf.ToolCall(id=identity, name=name, arguments=json.dumps(arguments))
             self._called += [
@@ -160,6 +162,7 @@ class VerifiersEnvironment:
         """Return the environment's rewards; one that still waits for the policy ends first."""
         play = self._playing()
         if not self._is_done:
+            # Without another turn the environment runs to its end, where it computes its rewards.
             self._read(*play.answer(None))
         if not self._is_done or play.trace is None:
             raise EnvironmentFailed("the environment asks for another turn of a policy that has none left.")
@@ -203,6 +206,7 @@ class VerifiersEnvironment:
     def _task(self, row: Row) -> Any:
         index = row.get("task")
         if not isinstance(index, int):
+            # A row without a task gets one that depends only on the row's id, so a restored episode has the same task.
             index = int(digest(str(row.get("id", "")))[:8], 16) % _count(self._source.name, self._source.arguments)
         task = next(itertools.islice(self._env.taskset, index, None), None)
         if task is None:

@@ -144,7 +144,9 @@ class EnvironmentPool:
         """Have an episode's instance closed after its calls. The result never raises."""
         call = _Call(episode, "close", (), self.tool_seconds)
         with self._lock:
-            if self._is_closed or not (episode in self._instances or episode in self._waiting):
+            # A call that runs may be making the instance.
+            is_known = episode in self._instances or episode in self._waiting or episode in self._running
+            if self._is_closed or not is_known:
                 call.result.set_result(None)
             else:
                 self._put(call)
@@ -153,6 +155,7 @@ class EnvironmentPool:
     def close(self) -> None:
         """Close all instances, in at most ``tool_seconds``, and end their processes. Calls that wait are cancelled."""
         with self._lock:
+            # 1. Take no more calls, drop those that wait, and have idle instances closed.
             self._is_closed = True
             waiting = [call for calls in self._waiting.values() for call in calls]
             self._waiting.clear()
@@ -164,8 +167,10 @@ class EnvironmentPool:
                     self._put(closing[-1])
         for call in waiting:
             call.result.cancel()
+        # 2. Wait as long as one call may take.
         wait([call.result for call in closing], self.tool_seconds)
         with self._lock:
+            # 3. End the idle threads, and give up what still runs.
             self._ready.clear()
             self._work.notify_all()
             self._alarm.notify_all()
@@ -181,12 +186,14 @@ class EnvironmentPool:
     def _put(self, call: _Call) -> None:
         calls = self._waiting.setdefault(call.episode, deque())
         calls.append(call)
+        # Only the first call of an idle episode is offered. The others follow as each call ends (_release).
         if call.episode not in self._running and len(calls) == 1:
             self._offer(call.episode)
 
     def _offer(self, episode: int) -> None:
         """Have a thread take an episode's next call."""
         self._ready.append(episode)
+        # An idle thread takes the call, or a new thread starts, up to `workers`.
         if self._idle >= len(self._ready):
             self._work.notify()
         elif self._threads < self._workers:
@@ -213,6 +220,7 @@ class EnvironmentPool:
         call = calls.popleft()
         if not calls:
             del self._waiting[episode]
+        # Nobody waits for this call any more, so the episode's next one begins.
         if not call.result.set_running_or_notify_cancel():
             self._release(episode)
             return None
@@ -236,6 +244,7 @@ class EnvironmentPool:
             failure = EnvironmentFailed(f"{call.method} raised {describe_failure(error)}")
             failure.__cause__ = error
         with self._lock:
+            # The call was given up. Whoever did that sets its result, and another thread counts in this one's place.
             if call.is_over:
                 self.abandoned -= 1
                 return False
@@ -246,6 +255,7 @@ class EnvironmentPool:
         else:
             call.result.set_exception(failure)
         with self._lock:
+            # The episode counts as running until here, so a next call that a callback submits has to wait.
             del self._running[call.episode]
             self._release(call.episode)
         return True
@@ -265,6 +275,7 @@ class EnvironmentPool:
                 raise EnvironmentFailed(f"{call.method} was called on an environment that did not begin, or is gone.")
             instance = LocalInstance(self.source) if self._server is None else self._server.start_episode()
             with self._lock:
+                # Making the instance may have exceeded the limit, and the episode may have a new one by now.
                 is_over = call.is_over
                 if not is_over:
                     self._instances[call.episode] = instance
@@ -316,6 +327,7 @@ class EnvironmentPool:
         """Take an episode from the thread that is stuck in its call, and the thread out of the count."""
         call.is_over = True
         self.timeouts += 1
+        # A thread cannot be killed. It ends by itself when its call returns (_finish).
         self.abandoned += 1
         self._threads -= 1
         return self._instances.pop(call.episode, None)
@@ -327,6 +339,7 @@ class EnvironmentPool:
             except Exception as error:
                 log.warning("ending the environment of episode %d failed: %s", call.episode, error)
         call.result.seconds = time.monotonic() - call.started
+        # The model hears of a tool that timed out. Any other method fails the episode, except closing.
         if call.method == "call":
             call.result.set_exception(ToolTimeout(f"{call.inputs[0]} did not answer within {call.limit:g} seconds."))
         elif call.method == "close":

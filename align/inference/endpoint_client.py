@@ -160,6 +160,8 @@ class Endpoint:
                 return await self._attempt(transport, request, sink)
             except _AttemptFailed as error:
                 failure = error
+                if not failure.is_usable:  # the server has answered, and charged for it
+                    sink.record_lost(request)
             # Nothing was ever reached at this address: it is probably wrong, and retrying would only delay the message.
             if not self._checked and not failure.is_reached:
                 remedy = "Start the server there, or correct the address."
@@ -167,6 +169,7 @@ class Endpoint:
             if attempt < self.config.retries:
                 self.retried += 1
                 await self._wait(failure, attempt)
+        # The server works, but not for this request. Only its row is left out.
         if not failure.is_usable and self.drop:
             return Answer("", error=str(failure))
         attempts = "one attempt" if self.config.retries == 0 else f"{self.config.retries + 1} attempts"
@@ -206,6 +209,7 @@ class Endpoint:
         )
         if reply.error is None:
             return await self._read(transport, reply)
+        # No connection was made, so nothing was sent and nothing is charged.
         if reply.is_unreachable:
             raise _AttemptFailed(self._explain(reply), is_reached=False)
         if isinstance(reply.error, ReplyTooLong):
@@ -242,6 +246,7 @@ class Endpoint:
         if status in (401, 403):
             sender = f"the key in {self.config.key_variable}" if self._key else "requests without a key (key_variable)"
             raise UserError(f"{endpoint} refuses {sender}: status {status}{quote}.")
+        # Address or model is wrong: ask the server for its models, to say which.
         if status == 404:
             raise UserError(f"{endpoint} answers with status 404{quote}. {await self._explain_missing(transport)}")
         if status == 402 or 300 <= status < 400:

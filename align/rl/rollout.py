@@ -127,7 +127,7 @@ class Rollout:
         full_width = self.tensors["response_mask"].shape[1]
 
         def select_rows(tensor: torch.Tensor) -> torch.Tensor:
-            """Return the rows of a tensor (B,), (B, 1), (B, T) or (B, T+1), cut to ``width``."""
+            """Return the rows of a tensor (B,), (B, 1) or (B, T), the last one cut to ``width``."""
             selected = tensor[rows]
             is_per_token = selected.dim() == 2 and selected.shape[1] == full_width
             return selected[:, :width] if is_per_token else selected
@@ -167,6 +167,7 @@ def make_rollout(
     """
     if weights_update is None:
         weights_update = update
+    # One row per response. The responses to one prompt follow each other.
     flat = [(group, index, response) for group, index in enumerate(indices) for response in responses[group]]
     if any(not response.token_ids for _, _, response in flat):
         raise RuntimeError("the engine returned an empty response; even one that ends at once has its end token")
@@ -211,6 +212,7 @@ def _add_episode_scores(rollout: Rollout, episodes: list[Episode]) -> None:
     rollout.tensors["failed"] = torch.tensor([episode.stop == "failed" for episode in episodes])
     rewards = torch.zeros(rollout.tensors["response_mask"].shape)
     for row, episode in enumerate(episodes):
+        # Turns and observations alternate in the response. `end` is the index of the last token seen so far.
         end = -1
         for turn, score in enumerate(episode.turn_scores or []):
             end += len(episode.turns[turn].token_ids)
@@ -238,6 +240,7 @@ def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
         texts=[text for part in parts for text in part.texts],
         tensors=tensors,
         episodes=_join_episodes(parts),
+        # Processes sample at the same time, so the slowest one counts.
         sampling_seconds=max(part.sampling_seconds for part in parts),
     )
 

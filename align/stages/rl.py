@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -49,9 +49,6 @@ from align.training.kept_state import continued_facts, refuse_no_steps, restore_
 from align.training.rows import hold_back_validation
 from align.training.stop_request import StopOnRequest
 from align.training.tracking import follow, tracking_options
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +197,7 @@ def _critic_source(config: RolloutFields) -> str | None:
 def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
     """Train from the last checkpoint, or from the start where there is none."""
     refuse_no_steps(context, trainer.args.max_steps, "updates", trainer.args.steps_per_update)
+    # Set before the first update, since it decides the order of the prompts.
     trainer.prompts.continuation = continue_prompts(context, trainer)
     # One process chooses, so that all resume from the same checkpoint even if a file appears meanwhile.
     checkpoint: Path | None = broadcast(

@@ -22,6 +22,8 @@ MAX_CONCURRENCY = 4
 TRIES, TRY_SECONDS = 3, 30
 """Retries of obstore within a call; longer ones are the caller's."""
 RETRIED_STATUSES = (408, 425, 429)
+WRONG_SETTINGS = ("InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError", "ValueError")
+"""Errors that no repetition helps."""
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN), AWS_REGION, AWS_ENDPOINT_URL",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -120,6 +122,7 @@ class Bucket:
                 self._opened = _open(self.address)
             return action(obstore, self._opened)
         except FileNotFoundError as error:
+            # A missing object and a missing bucket are the same error; only the text tells them apart.
             if "missing" in default and "NoSuchBucket" not in str(error):
                 return default["missing"]
             raise UserError(f"{self.address}: there is no such bucket, or none that these credentials see.") from None
@@ -143,6 +146,9 @@ class Bucket:
             return UserError(f"{self.address}/{path}: access was refused ({code or text}). Look at {names}.")
         if 400 <= code < 500 and code not in RETRIED_STATUSES:
             return UserError(f"{self.address}/{path}: {text}")
+        if type(error).__name__ in WRONG_SETTINGS:
+            return UserError(f"{self.address}: {text}")
+        # All else may pass, such as a server that is overloaded or away: callers repeat it.
         return OSError(errno.EHOSTUNREACH, text)
 
 
@@ -170,6 +176,8 @@ class BucketClaims:
 
     def write(self, number: int, content: bytes) -> None:
         """Replace the object. Raises ``FileNotFoundError`` where it is gone."""
+        # A put creates what is gone, so look first. A claim that comes back all the same does no harm: the process that
+        # deleted it has a higher number, and the highest one counts.
         if not self.read(number):
             raise FileNotFoundError(self.describe(number))
         self.bucket.put(f"{self.prefix}/{number}", content)

@@ -66,6 +66,7 @@ class _TrialListener(Listener):
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
         """Record the curve of a finished stage: later trials are compared with it."""
         if node.name == self.stage:
+            # The pruner's answer is ignored, since the work of this stage is done already.
             for event in read_events(artifact.path / EVENTS):
                 self._record_point(node, event)
             self._check_curve(node)
@@ -96,9 +97,17 @@ class _TrialListener(Listener):
         self.failure = (node, message, log)
         self.inner.stage_failed(node, message, log)
 
+    def stage_queued(self, node: Node, how: str) -> None:
+        """Pass it on."""
+        self.inner.stage_queued(node, how)
+
     def waiting(self, node: Node, holder: str) -> None:
         """Pass it on."""
         self.inner.waiting(node, holder)
+
+    def transfer(self, message: str) -> None:
+        """Pass it on."""
+        self.inner.transfer(message)
 
     def warning(self, message: str) -> None:
         """Pass it on."""
@@ -174,6 +183,7 @@ class Worker:
             try:
                 run = run_pipeline(pipeline, store=self.store, listener=listener, stop=self.stop)
             except TrialPruned:
+                # The listener raised it while the runner followed the stage, and that has ended the stage's process.
                 assert listener.current is not None
                 node = listener.current
                 # Nobody will continue this stage, so its checkpoints only take space.

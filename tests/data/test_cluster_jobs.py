@@ -10,6 +10,7 @@ import os
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,6 +87,22 @@ def test_jobs_build_what_this_process_does(slurm: SlurmExecutor, tmp_path: Path)
     for line in ("cpus-per-task=2", "mem-per-cpu=2560M", "partition=cpu", "account=nlp", "time=04:00:00", "array=0-1"):
         assert f"#SBATCH --{line}" in script
     assert "echo set up" in script
+
+
+def test_a_queue_that_was_silent_once_does_not_count_against_jobs_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """squeue fails at 0 s and at 100 s, with a grace of 60; the shard is done at 150 s."""
+    answers = iter([False, True, False, True])
+    clock = iter([0.0, 0.0, 100.0, 100.0])
+    summaries = iter([None, None, None, None, {"rows": 1}])
+    monkeypatch.setattr(cluster_jobs, "_is_queued", lambda config, folder: next(answers))
+    monkeypatch.setattr(cluster_jobs, "read_summary", lambda folder, shard: next(summaries))
+    monkeypatch.setattr(cluster_jobs.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cluster_jobs.time, "sleep", lambda seconds: None)
+    jobs = cluster_jobs.ClusterWorkers(SlurmExecutor(partition="cpu", tasks=1), 1)
+    jobs._wait(SimpleNamespace(folder=tmp_path), tmp_path, [0])  # type: ignore[arg-type]
+    assert next(summaries, "all read") == "all read"
 
 
 def test_without_tasks_this_process_builds_all_shards(slurm: SlurmExecutor, tmp_path: Path) -> None:

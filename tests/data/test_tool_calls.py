@@ -108,6 +108,7 @@ def test_thoughts_call_nothing() -> None:
         ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', '"arguments" that are a list'),
         ("hermes", '<tool_call>"f"</tool_call>', "is a text and no object"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', "NaN is no JSON number"),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>', "is no valid JSON (Out of range"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>', "half of a character"),
         ("hermes", "<tool_call>" + "[" * 100_000 + "</tool_call>", "nested too deeply"),
         ("hermes", '<tool_call>{"name": "f", "arguments": {"x": ' + "1" * 5000 + "}}</tool_call>", "is no valid JSON"),

@@ -226,6 +226,17 @@ def test_close_is_called_once_for_each_instance(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
 
 
+def test_an_instance_that_is_still_being_made_is_closed_too(tmp_path: Path) -> None:
+    """It would be there afterwards, and a later episode of the same number would get it."""
+    with pool_of(open_class("Closing", arguments={"folder": str(tmp_path), "seconds": 0.3})) as pool:
+        pool.submit(0, "reset", {"id": 0})
+        while not pool._running:
+            time.sleep(0.005)
+        pool.close_episode(0).result(20)
+        assert not pool.is_open(0)
+        assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
 def test_many_slow_calls_run_at_once() -> None:
     with pool_of(open_class("Counter"), workers=64) as pool:
         for episode in range(64):

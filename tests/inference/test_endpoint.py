@@ -270,6 +270,7 @@ def test_an_endless_answer_is_refused(fake: FakeChat, tmp_path: Path, monkeypatc
     fake.reply = lambda body: b" " * (3 << 20)
     with pytest.raises(EndpointLost, match="sent more than 1 MiB"):
         _ask(_endpoint(fake, retries=0), tmp_path)
+    assert len(RequestCache(tmp_path).lost) == 1
 
 
 def test_an_answer_that_unpacks_without_end_is_refused(
@@ -383,6 +384,7 @@ def test_answers_never_readable_are_dropped_where_asked(fake: FakeChat, tmp_path
     fake.reply = lambda body: b"{" if body["messages"][0]["content"] == "q1" else echo(body)
     answers = _ask(_endpoint(fake, drop=True, retries=1), tmp_path, 3)
     assert answers[1].startswith("gave an answer that is no chat completion")
+    assert len(RequestCache(tmp_path).lost) == 2, "the server may charge for what nobody can read"
     with pytest.raises(EndpointLost, match="no chat completion"):
         _ask(_endpoint(fake, retries=1), tmp_path / "other", 3)
 

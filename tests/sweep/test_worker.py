@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from align.cli.main import main
+from align.runner.listener import Listener
 from align.store.garbage import find_garbage
 from align.store.store import Store
+from align.sweep.worker import _TrialListener
 from tests.support.sweep import toy_sweep
 
 pytestmark = pytest.mark.usefixtures("stages_in_process")
@@ -250,3 +252,9 @@ def test_gpus_are_shared_out_where_there_is_one_for_each_worker() -> None:
         {"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "1"},
     ]  # fmt: skip
     assert device_share("0", 1, 2) == {} and device_share(None, 0, 2) == {}
+
+
+def test_a_trial_passes_on_everything_that_a_run_tells() -> None:
+    """A kind of event that it does not know would be lost in sweeps alone, such as an upload that failed."""
+    told = {name for name, value in vars(Listener).items() if callable(value) and not name.startswith("_")}
+    assert told and told <= vars(_TrialListener).keys()

@@ -106,6 +106,7 @@ def _live_submissions(store: Store, run: str, nodes: list[Node]) -> dict[str, Su
     live: dict[str, Submission] = {}
     for submission, job in candidates:
         if job.job in states and states[job.job].is_live:
+            # The newest submission comes first, and its job is the one that counts.
             live.setdefault(job.stage, submission)
     return live
 
@@ -129,11 +130,13 @@ def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
         for node in nodes:
             stage = node.name
             commands.check(requests[stage].options, requests[stage].script)
+        # From here on the run's record keeps ``gc`` from what the jobs need.
         store.remember_run(pipeline.name, pipeline.references, pipeline.plain)
         # 2. Stages come in the pipeline's order, so the jobs that one depends on have numbers.
         for node in nodes:
             stage = node.name
             artifact = store.find_intact(node.stage.kind, node.key, stage)
+            # An input without a job is finished already.
             inputs = [run.job(name) for name in node.input_names if name in run.submissions]
             options = [*requests[stage].options, *dependency(inputs)]
             number = commands.submit(options, requests[stage].script)
@@ -145,14 +148,23 @@ def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
             run.submissions[stage] = submission
             run.new.append(stage)
     except SchedulerError as error:
-        cancel_jobs([submission])
         raise UserError(
             f"{pipeline.where}: stage '{stage}': Slurm does not take its job ({error}). Change runtime.executor, or "
-            f"runtime.stages.{stage}.executor; nothing is left submitted."
+            f"runtime.stages.{stage}.executor; {_take_back(submission)}."
         ) from None
     except BaseException:  # Ctrl-C: half a run is of no use
         cancel_jobs([submission])
         raise
+
+
+def _take_back(submission: Submission) -> str:
+    """Cancel the jobs of a submission that failed; return what is left of them, in words."""
+    try:
+        cancel_jobs([submission])
+    except SchedulerError:  # what has refused the job may be a Slurm that is away
+        numbers = " ".join(str(job.job) for job in submission.stages)
+        return f"Slurm does not cancel the others either: scancel {numbers}" if numbers else "nothing is left submitted"
+    return "nothing is left submitted"
 
 
 def _prepare_job(pipeline: Pipeline, node: Node, submission: Submission) -> _Request:
@@ -178,9 +190,10 @@ def cancel_jobs(targets: Iterable[Submission], stages: set[str] | None = None) -
         numbers = {job.job for job in submission.stages if stages is None or job.stage in stages}
         if submission.sweep is not None and stages is None and submission.sweep.get("job") is not None:
             numbers.add(int(submission.sweep["job"]))
-        live = [number for number, job in commands.jobs(numbers).items() if job.is_live]
         if stages is None:
-            submission.mark_cancelled()  # before the jobs end: none may requeue itself
+            # Before Slurm is asked: no job may requeue itself, whether or not it answers.
+            submission.mark_cancelled()
+        live = [number for number, job in commands.jobs(numbers).items() if job.is_live]
         commands.cancel(live)
         cancelled += live
     return cancelled

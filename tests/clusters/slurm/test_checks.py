@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from align import Pipeline
-from align.clusters.slurm import checks
+from align.clusters.follow import SchedulerError
+from align.clusters.slurm import checks, commands
 from align.clusters.slurm.checks import file_system
 from align.clusters.slurm.script import sbatch_options, write_script
 from align.clusters.slurm.submission import submissions
@@ -71,6 +73,32 @@ def test_what_slurm_refuses_is_said_with_the_stage_and_nothing_stays_submitted(s
     assert "nothing is left submitted" in refused(slurm)
     slurm.wait_until(lambda: all(job["state"] == "CANCELLED" for job in slurm.jobs().values()) and slurm.jobs())
     assert all(submission.is_cancelled for submission in submissions(Store.open(slurm.store)))
+
+
+def test_jobs_that_slurm_cannot_be_asked_to_cancel_are_named(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm goes away in the middle: the first job is in its queue, the second is not, and no answer comes any more."""
+
+    def unreachable(numbers: Any, **options: Any) -> Any:
+        raise SchedulerError("squeue: Unable to contact slurm controller")
+
+    (slurm.state / "refuses").write_text("--dependency=afterok")
+    submit = commands.submit
+
+    def submit_until_gone(options: list[str], script: Path) -> int:
+        try:
+            return submit(options, script)
+        except SchedulerError:
+            monkeypatch.setattr(commands, "jobs", unreachable)
+            raise
+
+    monkeypatch.setattr(commands, "submit", submit_until_gone)
+    with pytest.raises(UserError, match="Slurm does not take its job") as caught:
+        submit_run(Pipeline(toy.pipeline(), "toy.yaml", base=slurm.folder), RunOptions(slurm.store))
+    (submission,) = submissions(Store.open(slurm.store))
+    assert len(submission.stages) == len(slurm.jobs()) == 2
+    left = " ".join(str(job.job) for job in submission.stages)
+    assert f"Slurm does not cancel the others either: scancel {left}." in str(caught.value)
+    assert submission.is_cancelled  # none requeues itself
 
 
 def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:

@@ -244,9 +244,10 @@ class Starter(Troubled):
 
 
 class Closing(Odd):
-    """An environment that leaves a file when it is closed."""
+    """An environment that takes ``seconds`` to be made, and leaves a file when it is closed."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, seconds: float = 0.0) -> None:
+        time.sleep(seconds)
         self.folder = Path(folder)
 
     def close(self) -> None:
