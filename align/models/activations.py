@@ -43,6 +43,7 @@ def activations_per_token(
     layers = model.learning_layers(tuning)
     if not checkpointing:
         return layers * layer + last
+    # Checkpointing keeps each layer's input, and the activations of the one layer that is computed again.
     flowing = SIZES[precision] if low_residual else FLOAT
     return layers * flowing * model.hidden + layer + last
 

@@ -59,6 +59,7 @@ def load_merged(base: Path, adapter: Path, tokens: int) -> Any:
     from align.models.pretrained import open_model
 
     model, _ = open_model("causal", base, torch.float32)
+    # An adapter that stores a whole embedding decides the number of rows.
     grow_embeddings(model, _embedding_rows(adapter) or tokens)
     return attach(model, adapter, merge=True)
 

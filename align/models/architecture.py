@@ -342,6 +342,7 @@ def inserted_parameters(model: Architecture, tuning: TuningBase) -> int | None:
         encoder = _p_tuning_encoder(model.hidden, tuning.hidden_size or model.hidden, tuning.encoder)
         return tuning.tokens * model.hidden + encoder
     if isinstance(tuning, PrefixTuning):
+        # Every layer has keys and values for each virtual token.
         return tuning.tokens * model.layers * 2 * model.key_value_width
     if isinstance(tuning, VirtualTokens):
         return tuning.tokens * model.hidden
@@ -349,9 +350,12 @@ def inserted_parameters(model: Architecture, tuning: TuningBase) -> int | None:
         return None
     if tuning.kind == "llama_adapter":
         layers = tuning.layers if tuning.layers is not None else max(1, model.layers - 2)
+        # Every adapted layer has the learned tokens and one gate.
         return layers * (tuning.tokens * model.hidden + 1)
     if tuning.position == "parallel":
+        # Parallel: gate, up and down, without biases.
         return model.layers * 3 * tuning.size * model.hidden
+    # Sequential: down and up with their biases, after attention, the MLP or both.
     return model.layers * len(tuning.after) * (2 * tuning.size * model.hidden + tuning.size + model.hidden)
 
 

@@ -109,6 +109,7 @@ class _Generation(Extension):
     def _note(self, caller: Any) -> str:
         text = str(caller())
         if self._pieces is not None and self._places is not None:
+            # `_pieces` has all text before this block, so their length is where the block starts.
             start = sum(map(len, self._pieces))
             self._places.append((start, start + len(text)))
         return text

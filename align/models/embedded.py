@@ -91,6 +91,7 @@ def fetch_wheel(cache: Path, log: Callable[[str], None] = LOG.info) -> Path:
                 f"{WHEEL} has sha256 {checksum}, expected {WHEEL_SHA256}: the index served another file. "
                 "Nothing was kept; check the index that pip uses."
             )
+        # Only a verified wheel gets its final name.
         fetched.replace(wheel)
     return wheel
 

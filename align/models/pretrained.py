@@ -79,10 +79,12 @@ def open_model(
     """
     import transformers
 
+    # 1. Check the files and compare the shapes. No tensor is read yet.
     config = open_config(folder, trust_remote_code=trust_remote_code)
     _refuse_adapter(folder)
     if not trust_remote_code:  # only its own code knows which tensors such a model has
         compare_shapes(task, folder, config, may_lack, options)
+    # 2. Load. transformers draws numbers for missing weights, so the random state is kept.
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
     resume_collections()
     with _preserved_rng(), refusing(folder):
@@ -94,6 +96,7 @@ def open_model(
             trust_remote_code=trust_remote_code,
             **options,
         )
+    # 3. Check what was loaded. A model with code of its own was not compared before.
     refuse_misfits(task, folder, info, may_lack)
     return model, set(info["missing_keys"]) & set(may_lack)
 

@@ -31,6 +31,7 @@ def join(runtime: Runtime) -> None:
     backend = "gloo"
     if device_of(runtime).type == "cuda":
         torch.cuda.set_device(local_rank())
+        # Objects and CPU tensors go over gloo, tensors on GPUs over NCCL.
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=runtime.launch.timeout))
 

@@ -161,6 +161,7 @@ class RewardModel:
 
     def _ragged_states(self, rows: list[list[int]], places: list[list[int]]) -> torch.Tensor:
         """Return the (P, H) states at ``places`` from one line of tokens, in which a common prefix appears once."""
+        # `in_line` maps each row's places to places in the common line.
         line, in_line = share_prefixes(rows) if self.pass_tokens is not None else self._line_of(rows)
         indices = [in_line[row][place] for row, row_places in enumerate(places) for place in row_places]
         batch = line.batch()

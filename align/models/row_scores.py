@@ -95,6 +95,7 @@ class _PerplexityScorer:
         # The reply alone follows the token that opens a text, so that its own first token is scored too.
         start = self.tokenizer.bos_token_id
         begin = prompt[:1] if start is None else [start]
+        # Both texts score the same answer tokens, so this one is cut where the other was.
         return [conditioned, ([*begin, *answer[: len(conditioned[0]) - len(prompt)]], 1)]
 
     def _losses(self, texts: list[tuple[list[int], int]]) -> list[float]:

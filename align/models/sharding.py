@@ -114,6 +114,7 @@ def local_shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     on_device = tensor.to(like.device_mesh.device_type, like.dtype)
+    # Every process has the full tensor already, so none has to send it (src_data_rank).
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
 
 
@@ -165,6 +166,7 @@ def full_model(model: Any, store: bool = False) -> Iterator[Any]:
                 model, {name: full_parameters[id(parameter)].detach() for name, parameter in shell_parameters.items()}
             )
     finally:
+        # The shell gets its parameters without memory back, which frees the gathered ones.
         _set_parameters(
             shell, {id(full_parameters[id(parameter)]): parameter for parameter in shell_parameters.values()}
         )

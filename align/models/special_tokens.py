@@ -91,6 +91,7 @@ def choose_pad(tokenizer: Any, model: Any) -> None:
         if token in added and added[token] not in reserved:
             tokenizer.pad_token = token
             return
+    # The last resort: no special token is free, so the vocabulary grows by one.
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))

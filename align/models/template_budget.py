@@ -36,6 +36,7 @@ class Budget:
         self.steps -= count
         if self.steps < 0:
             raise TemplateOutOfBounds(f"did not end within {STEPS} steps")
+        # Reading the clock costs more than a step, so it is read every few thousand steps.
         if self.steps < self.next_clock_read:
             self.next_clock_read = self.steps - STEPS_BETWEEN_CLOCK_READS
             if time.thread_time() > self.deadline:

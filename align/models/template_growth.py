@@ -40,6 +40,7 @@ def growth(name: str, values: Sequence[Any], keywords: Mapping[str, Any], *, is_
         raise TemplateOutOfBounds(f"passes {name} the number {max(numbers, key=abs)}")
     if name == "join":
         argument = arguments[0] if arguments else ""
+        # The method is called on the separator, the filter on the items.
         return _joined(subject, argument) if is_method else _joined(argument, subject)
     # Every occurrence can grow to the length of the replacement.
     if name == "replace":

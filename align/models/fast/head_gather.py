@@ -30,10 +30,10 @@ class PrefixCopies:
 
 @dataclass
 class HeadGather:
-    """Where the rows (N * h, D) of all tokens and heads go in the groups, and back.
+    """Where the rows (N h, D) of all tokens and heads go in the groups, and back.
 
-    Group after group, the groups hold (S, h, W) rows, for S segments of W slots. ``sources`` (M * h,): the row that is
-    copied to each of these; any row for padding. ``padding``: the places of padding. ``places`` (N * h,): the place of
+    Group after group, the groups hold (S, h, W) rows, for S segments of W slots. ``sources`` (M h,): the row that is
+    copied to each of these; any row for padding. ``padding``: the places of padding. ``places`` (N h,): the place of
     each row, for keys that within its own segment.
     """
 
@@ -56,13 +56,16 @@ class HeadGather:
         sources, slot_places = [], []
         start = 0
         for count, width in shapes:
+            # 1. Where each place of the group takes its row from. A token's heads follow each other in the row.
             tokens = slot_tokens[start : start + count * width].view(count, 1, width)
             sources.append((tokens * heads + head[None, :, None]).flatten())
+            # 2. The other way round: all places of the group in order, and for each slot those of its heads.
             places = torch.arange(start * heads, (start + count * width) * heads, device=head.device)
             # (S, h, W) -> the places of each slot, (S * W, h)
             slot_places.append(places.view(count, heads, width).transpose(1, 2).reshape(-1, heads))
             start += count * width
         rows = torch.cat(sources)
+        # Padding stands for token N, whose heads would follow the last row: any row serves, as nothing attends to it.
         return cls(
             heads=heads,
             shapes=shapes,
@@ -91,7 +94,7 @@ class HeadGather:
             )
 
     def split(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Return each group's part of (M * h, D) rows as (S, h, W, D)."""
+        """Return each group's part of (M h, D) rows as (S, h, W, D)."""
         parts = rows.split([count * self.heads * width for count, width in self.shapes])
         return [
             part.view(count, self.heads, width, rows.shape[-1])
@@ -108,13 +111,13 @@ class ToGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, gather: HeadGather) -> torch.Tensor:  # type: ignore[override]
-        """(N * h, D) -> (M * h, D)."""
+        """Map shape (N h, D) to (M h, D)."""
         ctx.gather = gather
         return rows.index_select(0, gather.sources)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        """(M * h, D) -> (N * h, D)."""
+        """Map shape (M h, D) to (N h, D)."""
         gather: HeadGather = ctx.gather
         rows = grad.index_select(0, gather.places)
         if not gather.copies:
@@ -133,11 +136,11 @@ class FromGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, gather: HeadGather) -> torch.Tensor:  # type: ignore[override]
-        """(M * h, D) -> (N * h, D)."""
+        """Map shape (M h, D) to (N h, D)."""
         ctx.gather = gather
         return rows.index_select(0, gather.places)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        """(N * h, D) -> (M * h, D)."""
+        """Map shape (N h, D) to (M h, D)."""
         return grad.index_select(0, ctx.gather.sources).index_fill_(0, ctx.gather.padding, 0), None

@@ -52,8 +52,21 @@ Only where segments continue others:
 ``token_keys`` (N,): the key slot of each token within its own segment.
 ``prefix_copies``: (key slot, token, count) of each run of keys that is there again, for a segment that continues it.
 
-``cache``: what attention derives from these at its first layer, by number of heads or type (``_cached``).
+``cache``: what attention derives from these at its first layer, for the layers after it.
 """
+
+
+class LayoutCache(dict[tuple[Any, ...], Any]):
+    """What attention derives from a layout, by what it is, and number of heads or type.
+
+    A class of its own: wrappers that cast a layer's arguments rebuild plain dicts, and would lose what it holds.
+    """
+
+    def get_or_compute(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` gives, computed once: all layers of a pass share the layout."""
+        if key not in self:
+            self[key] = compute()
+        return self[key]
 
 
 @dataclass
@@ -123,6 +136,7 @@ def make_layout(lengths: Sequence[int], parents: Sequence[int | None] | None = N
         "token_slots": builder.token_slots,
         "shapes": shapes,
         "masks": masks,
+        "cache": LayoutCache(),
     }
     if builder.prefix_copies:
         layout["key_tokens"] = torch.cat(builder.key_tokens)
@@ -189,7 +203,8 @@ def to_device(layout: Layout, device: Any) -> Layout:
     """Return the layout with its tensors on ``device``."""
     names = ("slot_tokens", "token_slots", "key_tokens", "token_keys")
     moved = {name: layout[name].to(device) for name in names if name in layout}
-    return layout | moved | {"masks": [mask.to(device) for mask in layout["masks"]]}
+    masks = [mask.to(device) for mask in layout["masks"]]
+    return layout | moved | {"masks": masks, "cache": LayoutCache()}
 
 
 class NotRaggedError(RuntimeError):
@@ -264,10 +279,10 @@ def ragged_attention(
     shape = query[0].transpose(0, 1).shape  # (N, h, D)
 
     # 1. From the row to the groups.
-    query_gather = _cached(layout, ("queries", shape[1]), lambda: _gather_queries(layout, shape[1]))
-    queries = ToGroups.apply(_head_rows(query), query_gather)  # (M * h, D)
+    query_gather = layout["cache"].get_or_compute(("queries", shape[1]), lambda: _gather_queries(layout, shape[1]))
+    queries = ToGroups.apply(_head_rows(query), query_gather)  # (M h, D)
     heads = key.shape[1]
-    key_gather = _cached(layout, ("keys", heads), lambda: _gather_keys(layout, heads))
+    key_gather = layout["cache"].get_or_compute(("keys", heads), lambda: _gather_keys(layout, heads))
     keys, values = (ToGroups.apply(_head_rows(tensor), key_gather) for tensor in (key, value))
 
     # 2. Attention, group by group.
@@ -275,23 +290,14 @@ def ragged_attention(
         query_gather.split(queries),
         key_gather.split(keys),
         key_gather.split(values),
-        _cached(layout, ("biases", query.dtype), lambda: _biases(layout["masks"], query.dtype)),
-        layout["masks"],
+        layout["cache"].get_or_compute(("masks", query.dtype), lambda: _attention_masks(layout["masks"], query)),
         strict=True,
     )
-    results = [_attend(q, k, v, bias, mask, scale).reshape(-1, shape[-1]) for q, k, v, bias, mask in groups]
+    results = [_attend(q, k, v, mask, scale).reshape(-1, shape[-1]) for q, k, v, mask in groups]
 
     # 3. Back to the row.
     rows = FromGroups.apply(results[0] if len(results) == 1 else torch.cat(results), query_gather)
     return rows.view(1, *shape), None
-
-
-def _cached(layout: Layout, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-    """Return what ``compute`` gives for this layout, computed once: all layers of a pass share the layout."""
-    cache = layout.setdefault("cache", {})
-    if key not in cache:
-        cache[key] = compute()
-    return cache[key]
 
 
 def _gather_queries(layout: Layout, heads: int) -> HeadGather:
@@ -309,20 +315,31 @@ def _gather_keys(layout: Layout, heads: int) -> HeadGather:
 
 
 def _head_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(1, h, N, D) -> (N * h, D), without a copy where memory has the tokens outside, as projections leave it."""
+    """(1, h, N, D) -> (N h, D), without a copy where memory has the tokens outside, as projections leave it."""
     return tensor[0].transpose(0, 1).reshape(-1, tensor.shape[-1])
 
 
-def _biases(masks: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return masks to add to scores: 0 where a query may look, -inf elsewhere. Adding is 3 times as fast as filling."""
-    return [torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf")) for mask in masks]
+def _is_short(tensor: torch.Tensor, keys: int) -> bool:
+    """Return True where matrix products are faster than torch's kernel."""
+    return tensor.device.type == "cpu" and keys <= SHORT
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    if q.device.type == "cpu" and k.shape[2] <= SHORT:
-        output: torch.Tensor = ShortAttention.apply(q, k, v, bias, scale)
+def _attention_masks(masks: Sequence[torch.Tensor], query: torch.Tensor) -> list[torch.Tensor]:
+    """Return each group's mask as its attention takes it.
+
+    Short attention adds it to scores, 0 where a query may look and -inf elsewhere: filling takes 3 times as long.
+    """
+    return [
+        torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        if _is_short(query, mask.shape[-1])
+        else mask
+        for mask in masks
+    ]
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    if _is_short(q, k.shape[2]):
+        output: torch.Tensor = ShortAttention.apply(q, k, v, mask, scale)
         return output
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)

@@ -62,6 +62,7 @@ def _make_lean(attention: type) -> type:
     plain = forward.__globals__[NAME]
 
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        """Rotate queries (B, h, T, D) and keys (B, g, T, D) by angles (B, T, D)."""
         if q.dtype not in (torch.bfloat16, torch.float16) or cos.requires_grad or cos.dtype != q.dtype:
             return plain(q, k, cos, sin)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

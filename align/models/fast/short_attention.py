@@ -21,17 +21,15 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """(S, h, Q, D), (S, g, K, D), (S, g, K, D) -> (S, h, Q, D); ``bias`` is 0 or -inf, (S or 1, 1, Q, K)."""
-        ctx.save_for_backward(q, k, v, bias)
+        """(S, h, Q, D), (S, g, K, D), (S, g, K, D) -> (S, h, Q, D); ``mask`` is 0 or -inf, (S or 1, 1, Q, K)."""
+        ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
         results = []
         for queries, keys in _query_blocks(q.shape[2], k.shape[2]):
             block = _by_group(q[:, :, queries], k.shape[1])
-            scores, factor = _masked_scores(block, k[:, :, keys], bias[:, :, queries, keys], scale)
-            if factor != 1.0:
-                scores = scores.to(_wide(q)).mul_(factor)
+            scores = _masked_scores(block, k[:, :, keys], mask[:, :, queries, keys], scale)
             # The softmax of bfloat16 scores computes in float32, and rounds once.
             weights = torch.softmax(scores, dim=-1)
             results.append(_by_head(weights.to(v.dtype) @ v[:, :, keys], q.shape[1]))
@@ -40,15 +38,15 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """(S, h, Q, D) -> gradients of q, k and v in their shapes."""
-        q, k, v, bias = ctx.saved_tensors
+        q, k, v, mask = ctx.saved_tensors
         grads_q = []
         # A key gets a gradient from each block behind it. In bfloat16 their sum would lose its last bits.
         wide = _wide(k)
         grad_k, grad_v = (torch.zeros_like(tensor, dtype=wide) for tensor in (k, v))
         for queries, keys in _query_blocks(q.shape[2], k.shape[2]):
             block, block_grad = (_by_group(tensor[:, :, queries], k.shape[1]) for tensor in (q, grad))
-            scores, factor = _masked_scores(block, k[:, :, keys], bias[:, :, queries, keys], ctx.scale)
-            weights = torch.softmax(scores.to(wide).mul_(factor), dim=-1)
+            scores = _masked_scores(block, k[:, :, keys], mask[:, :, queries, keys], ctx.scale)
+            weights = torch.softmax(scores.to(wide), dim=-1)
             grad_v[:, :, keys] += weights.to(grad.dtype).transpose(-1, -2) @ block_grad
             grad_weights = (block_grad @ v[:, :, keys].transpose(-1, -2)).to(wide)
             # Softmax, row by row: d score = w * (g - sum w g).
@@ -85,13 +83,10 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _masked_scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """Return scores (S, g, h / g Q, K) in ``q``'s type, and the factor that is left of the scale.
-
-    A power of two, as the scale of heads of 64 or 256 is, multiplies the queries without rounding.
-    """
-    if math.frexp(scale)[0] == 0.5:
-        q, scale = q * scale, 1.0
-    scores = q @ k.transpose(-1, -2)
-    scores.unflatten(2, (-1, bias.shape[2])).add_(bias[:, :, None])
-    return scores, scale
+def _masked_scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return scores (S, g, h / g Q, K), in float32 where they would lose bits in ``q``'s type."""
+    # A power of two, as the scale of heads of 64 or 256 is, multiplies the queries without rounding.
+    is_exact = math.frexp(scale)[0] == 0.5
+    scores = (q * scale if is_exact else q) @ k.transpose(-1, -2)
+    scores.unflatten(2, (-1, mask.shape[2])).add_(mask[:, :, None])
+    return scores if is_exact else scores.to(_wide(q)).mul_(scale)

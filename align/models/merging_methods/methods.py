@@ -34,6 +34,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """
     start, end = a.float(), b.float()
     norms = start.norm() * end.norm()
+    # A zero tensor has no direction, and so no angle.
     if norms == 0:
         return torch.lerp(start, end, share)
     cosine = ((start * end).sum() / norms).clamp(-1, 1)
@@ -73,6 +74,7 @@ def dare(task_vectors: Sequence[Tensor], weights: Sequence[float], density: floa
         return ties(task_vectors, weights, 1.0) if elect else linear(task_vectors, weights)
     vectors = [vector.float() for vector in task_vectors]
     with torch.random.fork_rng(devices=[]):
+        # peft draws the dropped entries from torch's global generator.
         torch.manual_seed(seed)
         merge = merge_utils.dare_ties if elect else merge_utils.dare_linear
         return merge(vectors, torch.tensor(list(weights)), density)

@@ -89,6 +89,7 @@ def initial_policy(model: Any) -> Iterator[Any]:
     weights cannot go back; it stays as it is.
     """
     if hasattr(model, START):
+        # Adapters that started from the weights took their part out of them, so switching them off is not enough.
         with at_initial_values(model):
             yield model
     elif hasattr(model, "disable_adapter"):
@@ -109,15 +110,18 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     # Merging needs float32 copies of matrices, one at a time, so return what training has freed.
     trim_malloc()
     plain = model
+    # The bare adapter is kept beside the merged model.
     if isinstance(model, PeftModel):
         save_adapter(model, out_dir.parent / "adapter")
         plain = model.get_base_model()
     weights = {name: tensor.detach() for name, tensor in merged_weights(model)}
     config = plain.config
+    # Other tools read these tokens from the configs, not from the tokenizer.
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     generation = getattr(plain, "generation_config", None)
     if generation is not None:
         generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    # Merging may widen or untie matrices, and the written config must say so.
     weights, changes = stored.prepare_save(plain, weights, tokenizer, out_dir)
     with stored.config_with(config, changes):
         plain_save(plain, out_dir, weights)

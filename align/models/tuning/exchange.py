@@ -29,6 +29,7 @@ def swapped_values(parameters: Mapping[str, torch.Tensor], values: Mapping[str, 
     for name, parameter in parameters.items():
         parameter.data = values[name].to(parameter.device, parameter.dtype)
     try:
+        # Autocast may hold a bf16 copy of the values from before the exchange.
         with without_autocast_cache():
             yield
     finally:

@@ -89,6 +89,7 @@ class _LowRankSum(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         narrow = rows @ low.t()  # (N, r)
         output = torch.nn.functional.linear(rows, weight, bias)
+        # Added in place, without another tensor of the output's size.
         output.addmm_(narrow, high.t(), alpha=scale)
         # Views: a parameter whose values are swapped before the backward pass leaves them as they were.
         ctx.save_for_backward(rows, narrow, weight, low.t(), high.t())
@@ -101,6 +102,7 @@ class _LowRankSum(torch.autograd.Function):
         """(..., out) -> gradients of x, A and B in their shapes."""
         rows, narrow, weight, low_view, high_view = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
+        # The gradient of x A^T, which the gradients of x and A share.
         grad_narrow = (grad @ high_view.t()).mul_(ctx.scale)  # (N, r)
         grad_x = grad_low = grad_high = None
         if ctx.needs_input_grad[0]:

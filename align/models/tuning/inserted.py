@@ -88,6 +88,7 @@ def _save_trained(model: Any, save_directory: Any, **_: Any) -> None:
 @contextlib.contextmanager
 def _without_insertions(model: Any) -> Iterator[None]:
     """Inside, ``model`` is the initial one; afterwards its insertions are as before."""
+    # The initial model had trained insertions already: they are swapped back, not switched off.
     if model.initial_insertions is not None:
         with swapped_values(inserted_weights(model, keep_vars=True), model.initial_insertions):
             yield

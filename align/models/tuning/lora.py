@@ -75,6 +75,7 @@ def _config(model: Any, tuning: LowRank) -> Any:
     classifier = hasattr(model, "score")
     saved = [*tuning.save_modules, *(["score"] if classifier else [])]
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)) and not classifier
+    # peft draws default values for LoftQ. quantized.py replaces them later.
     starts: dict[str, Any] = {"default": True, "loftq": True}
     return LoraConfig(
         r=tuning.rank,
@@ -147,6 +148,7 @@ def _unshare_matrices(model: Any) -> None:
     """Give matrices new parameters over the same memory: peft replaces their data, which other models may share."""
     embedding = getattr(model.get_input_embeddings(), "weight", None)
     for module in model.modules():
+        # A tied head must keep the embedding's parameter.
         if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
             module.weight = torch.nn.Parameter(module.weight.data, requires_grad=module.weight.requires_grad)
 

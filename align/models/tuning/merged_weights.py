@@ -77,6 +77,7 @@ def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
     """
     base = layer.get_base_layer()
     if _is_plain_lora(layer):
+        # A sum in float32: in bf16 a small update would vanish beside the weight.
         merged = float_weight(base).clone()
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A or adapter in layer.lora_embedding_A:

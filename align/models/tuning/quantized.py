@@ -101,6 +101,7 @@ def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
         bias=module.bias is not None,
         compress_statistics=tuning.double_quantization,
         quant_type=tuning.quantization,
+        # No memory here: the quantized weight is assigned below.
         device="meta",
     )
     quantized.weight = bnb.nn.Params4bit(
@@ -115,6 +116,7 @@ def _quantized(module: torch.nn.Linear, tuning: QloraTuning) -> QuantizedLinear:
         # LoftQ: the adapters start as the best low-rank approximation of the quantization error.
         error = module.weight.data.float() - dequantized(quantized)
         left, sizes, right = torch.linalg.svd(error, full_matrices=False)
+        # Each factor gets the root of the singular values, so both have the same scale.
         root = sizes[: tuning.rank].sqrt()
         quantized.loftq = (root[:, None] * right[: tuning.rank], left[:, : tuning.rank] * root)
     return quantized

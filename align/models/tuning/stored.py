@@ -189,6 +189,7 @@ def prepare_save(
     """
     if not insertions(model):
         return weights, {}
+    # 1. Virtual tokens are merged into the embedding, which unties the head.
     tokens = virtual_tokens.learned_tokens(model)
     if tokens is not None:
         ids = [tokens.first + index for index in range(tokens.count)]
@@ -197,9 +198,11 @@ def prepare_save(
         virtual_tokens.write_peft(tokens, out_dir.parent / FOLDER, reward=hasattr(model, "score"))
         has_head = model.get_output_embeddings() is not None
         return weights, {"tie_word_embeddings": False} if has_head else {}
+    # 2. A parallel bottleneck is merged into the MLPs, which are wider then.
     if bottleneck.is_parallel(model):
         write_adapter(model, out_dir.parent / FOLDER)
         return weights, {"intermediate_size": bottleneck.merged_width(model)}
+    # 3. Everything else is stored beside the frozen weights.
     write_adapter(model, out_dir / FOLDER)
     inserted = inserted_weights(model)
     return {name: tensor for name, tensor in weights.items() if name not in inserted}, {}

@@ -186,6 +186,7 @@ def insert_tokens(model: Any, tokens: Tokens) -> None:
     embedding = model.get_input_embeddings()
     hooked = hasattr(embedding, NAME)
     embedding.add_module(NAME, tokens.to(embedding.weight.device))
+    # The hooks from before read whatever module has this name now.
     if hooked:
         return
     embedding.register_forward_hook(_look_up)
@@ -201,6 +202,7 @@ def _look_up(embedding: Any, inputs: tuple[torch.Tensor, ...], embedded: torch.T
     numbers = inputs[0] - tokens.first  # (B, T)
     is_virtual = (numbers >= 0) & (numbers < tokens.count)
     tokens.places = torch.where(is_virtual, numbers, -1)
+    # A prefix only needs the places: it replaces keys and values, not embeddings.
     vectors = tokens.vectors()
     if vectors is None:
         return embedded
