@@ -231,6 +231,7 @@ def _sampler_bytes(size: int, uses_top_p: bool) -> int:
 def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False) -> dict[str, int]:
     """Return the bytes of one device while texts are scored, by purpose."""
     model, size = load.model, SIZES[precision]
+    # Without gradients autocast keeps no copy of a matrix, so only the widest one counts.
     widest = max((linear.parameters for linear in model.linears), default=0)
     purpose, parameters = "weights", model.parameters
     if load.is_reward_model:

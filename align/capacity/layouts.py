@@ -234,5 +234,6 @@ def tensor_parallel_bytes(
     # With more devices than key heads, each device keeps a copy of one head: weights and cache divide less.
     head_share = max(1, key_heads // devices) / key_heads
     norms = bytes_per_weight * (model.layers * model.vectors + model.last_norm)
+    # Projections of keys and values: what a device holds of them beyond an even share.
     repeated = 2 * bytes_per_weight * model.layers * model.hidden * model.key_value_width * (head_share - 1 / devices)
     return round((weights - norms) / devices + norms + repeated), round(cache * head_share)

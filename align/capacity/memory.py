@@ -181,6 +181,7 @@ def ppo_memory(
         raise ValueError("critic is reward, but there is no reward model")
     critic_base = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     critic_trained = policy.hidden + 1  # the value head and its bias
+    # Both lists have an entry for the policy, and one for the critic if it has a trunk.
     copies = [(0 if quantized else copied_parameters(policy, tuning, checkpointing)) + policy.head]
     per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing, flash=flash)]
     if critic_base is not None:
@@ -268,6 +269,7 @@ def head_work_space(model: Architecture, head_trained: bool, low: bool, block: i
     computing = (2 * FLOAT + 2 * low_bytes) * block
     if not head_trained:
         return computing
+    # Two blocks beside the gradient's float32 sum, or one block beside the sum and its rounded copy.
     return max(computing + FLOAT * model.head, (FLOAT + low_bytes) * block + (FLOAT + low_bytes) * model.head)
 
 

@@ -85,6 +85,7 @@ class _Engine:
 
     def parts(self, sequences: int) -> dict[str, int]:
         """Return the bytes of the engine on one device while it decodes ``sequences`` at a time, by purpose."""
+        # ``engine_memory`` counts at most ``batch_size`` sequences, so a larger number needs a larger setting.
         batch_size = max(sequences, self.runtime.engine.batch_size)
         settings = self.runtime.engine.model_copy(update={"name": self.name, "batch_size": batch_size})
         runtime = self.runtime.model_copy(update={"engine": settings})
@@ -177,14 +178,17 @@ class _SamplingPlan:
 
     def way(self, fill: float) -> Way:
         """Return memory and time."""
+        # 1. Obstacles that no memory removes.
         indivisible = next((engine.obstacle for engine in self.engines if engine.obstacle), "")
         obstacle = self.layout.obstacle or self._crowding() or indivisible
+        # 2. The most sequences at a time that fit.
         largest = 0
         if self.engines and not obstacle:
             # Engines of one stage run one after the other, so each must fit, and the tightest sets the limit.
             largest = min(engine.largest for engine in self.engines)
             if largest == 0:
                 obstacle = next(engine.shortage for engine in self.engines if not engine.fits(1))
+        # 3. Memory of each phase at the sequences that the engines will take.
         batches = [min(engine.wanted, largest or 1) for engine in self.engines]
         phases = self._phases([] if indivisible else batches)
         # A phase with the most bytes decides whether the stage fits.
@@ -192,6 +196,7 @@ class _SamplingPlan:
         obstacle = obstacle or self._scoring_obstacle(phases)
         batch = 0 if obstacle else max(batches, default=0)
         wanted = max((engine.wanted for engine in self.engines), default=0)
+        # 4. Time, if the way fits and the size of some load is known.
         time = None
         if not obstacle and self.inference.has_known_time:
             schedule = [
@@ -265,6 +270,7 @@ def sampling_remedies(
 
     remedies = []
     engine, is_gpu = runtime.engine, hardware.device.gpu
+    # The engine's settings first, which cost nothing.
     can_grow = is_gpu and engine.gpu_memory < LARGE_GPU_MEMORY
     if can_grow and fits(inference, _with_engine(runtime, gpu_memory=LARGE_GPU_MEMORY), hardware):
         remedies.append(f"--set runtime.engine.gpu_memory={LARGE_GPU_MEMORY:g}")

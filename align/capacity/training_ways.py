@@ -48,6 +48,7 @@ def training_way(job: Job, hardware: Hardware, strategy: Strategy, rows: int | N
     # Only micro-batches that fill a device's share exactly, as the stage itself requires.
     divisors = [size for size in range(1, min(device_batch, job.micro_batch) + 1) if device_batch % size == 0]
     micro_batch = max((size for size in divisors if size <= largest), default=0)
+    # One row at least, so that a way that does not fit shows how much it lacks.
     parts = device_parts(job, hardware, strategy, micro_batch or 1)
     host = _host_memory(job, hardware, strategy, micro_batch or 1)
     obstacle, usable = "", device.usable + device.context
@@ -105,6 +106,7 @@ def training_remedies(job: Job, hardware: Hardware, tried: Sequence[Way], smalle
         next_batch = -(-job.batch // hardware.devices) * hardware.devices
         return [f"{next_batch} {job.row} a step, which divide among {hardware.devices} devices"]
     remedies = []
+    # The fewest machines that are enough, then the cheapest other card.
     for factor in MACHINE_FACTORS:
         wider = replace(hardware, nodes=hardware.nodes * factor)
         if _fits(job, wider):
@@ -118,4 +120,5 @@ def training_remedies(job: Job, hardware: Hardware, tried: Sequence[Way], smalle
 
 
 def _fits(job: Job, hardware: Hardware) -> bool:
+    # Without rows no time is computed, and whether a way fits does not depend on it.
     return any(way.fits for way in training_ways(job, hardware, None, 1.0))

@@ -196,6 +196,7 @@ class JobFollower:
         if followed.state != state:
             followed.state = state
             self.listener.stage_queued(followed.node, state.description)
+        # A job that ran and waits again was requeued. Its next turn is followed as a new start.
         if state.state == "waits":
             followed.tail = None
             return

@@ -79,6 +79,7 @@ class Build:
         # Step 0 is the conversion of records, so the steps are numbered from 1.
         with Workers(self.resources) as workers:
             last, shards = self._passes(first, deque(enumerate(steps, start=1)), workers)
+        # Without shards no row is left. The ledger then says which steps dropped them.
         splits = dict.fromkeys(SPLITS, 0)
         digests: dict[str, str] = {}
         if shards:
@@ -143,6 +144,7 @@ class Build:
     def _steps(self) -> list[Any]:
         """Return the recipe's steps and those that every build ends with; ``mix`` is last, since it repeats rows."""
         recipe = self.recipe
+        # Equal rows go before ``max_rows`` counts, and only rows that stay are split.
         last_steps: list[Any] = [IdenticalStep()]
         if recipe.max_rows is not None:
             last_steps.append(MaxRowsStep(rows=recipe.max_rows))
@@ -185,6 +187,7 @@ class Build:
         """Do one pass and return the rows of each shard."""
         spec.folder.mkdir(parents=True, exist_ok=True)
         steps = (*spec.row_steps, *spec.table_steps)
+        # Every local worker would load the model anew, so a pass that runs one stays in this process.
         runs_model = any(STEPS[type(config)].runs_model for _, config, _ in steps)
         tasks = self._first_tasks(spec) if spec.before is None else self._later_tasks(spec)
         done = 0
@@ -225,6 +228,7 @@ class Build:
     def _later_tasks(self, spec: Pass) -> Iterator[Task]:
         """Yield the tasks of a later pass: the shards of the one before."""
         assert spec.before is not None
+        # ``start`` counts rows over all shards, since a verdict is one array over all rows.
         start = 0
         for shard in itertools.count():
             summary = read_summary(spec.before, shard)

@@ -194,18 +194,22 @@ def _candidates(columns: Sequence[ColumnFacts], count: int) -> Iterator[tuple[st
     names = {facts.name.lower(): facts for facts in columns if facts.filled}
     prompt = _named(names, PROMPT_NAMES)
     renamed = {"columns": {"prompt": prompt.name}} if prompt and prompt.name not in ("prompt", "question") else {}
+    # Two answers, and a label that names the better one.
     pair = _pair_of_columns(columns)
     label = _named(names, LABEL_NAMES)
     if pair and label and label.name not in pair:
         # Without a prompt of its own, each side is a conversation that begins with it.
         yield "preferences", {**renamed, "better": {"label": label.name, "a": pair[0], "b": pair[1]}}
+    # Two answers in columns whose names say which is better.
     better, worse = _named(names, BETTER_NAMES), _named(names, WORSE_NAMES)
     if better and worse and (better.name, worse.name) != ("chosen", "rejected"):
         mapped = {"prompt": prompt.name} if prompt else {}
         yield "preferences", {"columns": {**mapped, "chosen": better.name, "rejected": worse.name}}
+    # A question with its choices and the right one.
     choices, key = _choice_columns(columns), _named(names, KEY_NAMES)
     if prompt and choices and key:
         yield "prompts", {}
+    # One answer with a score in each record, and several records to a prompt.
     answer, score = _named(names, ANSWER_NAMES), _named(names, SCORE_NAMES)
     if prompt and answer and score and score.is_number and len(prompt.distinct) <= MOST_DISTINCT * count:
         yield "preferences", {**renamed, "grouped": {"by": prompt.name, "answer": answer.name, "score": score.name}}
@@ -219,6 +223,7 @@ def _candidates(columns: Sequence[ColumnFacts], count: int) -> Iterator[tuple[st
         first_choice = int("0" not in key.distinct)
         for option in ({}, {"options": {"first_choice": first_choice}}):
             yield "prompts", {"format": "multiple_choice", "columns": questions, **option}
+    # Last, single columns under their usual names.
     if prompt and answer and answer.name != prompt.name:
         yield "instructions", {"columns": {"prompt": prompt.name, "completion": answer.name}}
     if prompt:

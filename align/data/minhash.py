@@ -163,6 +163,7 @@ def find_clusters(
         search.join(lambda left, right, estimated: estimated >= threshold)
         return Clusters(label, search.compared, 0, search.left_out)
     # First search: join certain pairs and collect the uncertain ones. Then the shingles of their rows decide.
+    # At a threshold of 1 the standard error is 0 and no pair would be uncertain, so it is taken at 0.95 at most.
     exact = _ExactDecision(threshold, standard_error(min(threshold, 0.95), signature.shape[1]), len(label))
     search.join(exact.collect)
     compared, left_out = search.compared, search.left_out
@@ -170,6 +171,7 @@ def find_clusters(
         exact.sets = read(np.flatnonzero(exact.is_uncertain))
         if exact.count <= STORED_PAIRS:
             left, right = exact.collected_pairs()
+            # Estimates were not stored. ``possible`` stands in for all of them, so that shingles decide on every pair.
             similar = exact.decide(left, right, np.full(len(left), exact.possible))
             join(label, left[similar], right[similar])
         else:
@@ -245,6 +247,7 @@ class _Search:
                 self.compared += len(left)
                 similar = judge(left, right, estimate(self.signature, left, right))
                 similar_pairs.append(np.stack([left[similar], right[similar]]))
+            # Join after each band, so that later bands skip pairs that are in one cluster by now.
             if similar_pairs:
                 join(self.label, *np.concatenate(similar_pairs, axis=1))
 
@@ -256,6 +259,7 @@ class _Search:
         packed = np.sort((self._key(band) >> bits << bits) | np.arange(len(self.rows), dtype=np.uint64))
         key = packed >> bits
         same = key[1:] == key[:-1]
+        # A row shares its bucket if a neighbor on either side has the same key. A new key begins the next bucket.
         shared = np.append(same, False) | np.append(False, same)
         bucket = np.cumsum(np.diff(key[shared], prepend=key[:1]) != 0)
         return self.rows[(packed[shared] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)], bucket
@@ -269,12 +273,14 @@ class _Search:
             stop = min(start + 8, end)
             chunk = np.zeros((len(self.rows), 8), dtype=np.uint8)
             chunk[:, : stop - start] = self.signature[self.rows, start:stop]
+            # Chain the chunks: what is hashed so far is mixed with the next 8 bytes.
             key = mix(key ^ chunk.view("<u8")[:, 0])
         return key
 
 
 def _beyond_window(bucket: np.ndarray) -> int:
     """Return the number of pairs of a bucket that no window covers."""
+    # A bucket of n rows has n - d pairs at distance d. Beyond the window these are n - 1 - WINDOW, ..., 2, 1 pairs.
     sizes = np.bincount(bucket)
     beyond = np.maximum(sizes[sizes > 0] - 1 - WINDOW, 0)
     return int((beyond * (beyond + 1) // 2).sum())

@@ -77,6 +77,7 @@ def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the powers of the multiplier and of its inverse, (size,) uint64 each, from 0 on, modulo 2**64."""
 
     def powers_of(base: int) -> np.ndarray:
+        # Products of uint64 wrap around, which is arithmetic modulo 2**64.
         factors = np.full(size, base, dtype=np.uint64)
         factors[0] = 1
         return np.cumprod(factors)
@@ -97,6 +98,7 @@ def encode(text: str) -> bytes:
     # Cheap test by first bytes before the regular expression.
     if len(encoded.translate(None, _UNSPACED_LEADS)) < len(encoded):
         encoded = _UNSPACED.sub(r" \1 ", text).encode("utf-8", "surrogatepass")
+    # Cut once more: characters may take several bytes, and unspaced scripts have got spaces.
     return encoded[:LONGEST_BYTES]
 
 
@@ -139,6 +141,7 @@ class Words:
         # Number all runs through, then shift each text's numbers to its own first word.
         shift = np.repeat(self.first[:-1] - offsets[:-1], runs)
         left = np.arange(offsets[-1]) + shift
+        # The single run of a short text ends at the text's last word.
         right = np.minimum(left + (size - 1), np.repeat(self.first[1:] - 1, runs))
         return self._hash(left, right), offsets
 
@@ -170,6 +173,7 @@ def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     # One space between texts, so that no word spans two of them.
     bounds = np.concatenate([[0], np.cumsum(lengths + 1)])
+    # The empty text at the end puts a space behind the last word too.
     joined = b" ".join([*texts, b""])
     letters = np.frombuffer(joined.translate(_BYTE), dtype=np.uint8)
     inside = letters != _SPACE
@@ -180,6 +184,7 @@ def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:
     retained = inside
     retained[ends] = True
     compact = letters[retained]
+    # In the compacted bytes every word takes its own length and one space.
     end = np.cumsum(ends - begins + 1) - 1
     start = end - (ends - begins)
     # Prefix sums of byte value times power: the hash of any run is a difference of two of them.
@@ -210,6 +215,7 @@ def _edges(joined: bytes, first: np.ndarray, begins: np.ndarray, ends: np.ndarra
     capital = (following >= ord("A")) & (following <= ord("Z"))
     closes[:-1] = (signs[begins[1:] + 1] > signs[ends[:-1]]) | capital
     has_words = np.diff(first) > 0
+    # The ends of a text are edges without any sign.
     opens[first[:-1][has_words]] = True
     closes[first[1:][has_words] - 1] = True
     return opens, closes
@@ -261,4 +267,5 @@ def blocks(rows: Iterable[Sequence[tuple[str, int]]], edges: bool = False) -> It
 
 
 def _power_of_two(size: int) -> int:
+    # Few different sizes, so that the cache of ``_powers`` serves nearly all blocks.
     return max(2 * BLOCK_BYTES, 1 << (size - 1).bit_length())

@@ -60,6 +60,7 @@ class Index:
             grams.append(hashes[is_long])
             owners.append(np.repeat(numbers, grams_per_text)[is_long])
             places.append((np.arange(len(hashes)) - np.repeat(offsets[:-1], grams_per_text))[is_long])
+        # Full texts, sorted by hash, to find parts that equal one.
         text_hash = _concatenate(text_hashes)
         non_empty = np.flatnonzero(self.words > 0)
         self._text_hash, self._hashed_text = _sort_by_hash(text_hash[non_empty], non_empty)
@@ -71,8 +72,10 @@ class Index:
         is_template = _find_templates(hashes, owner, groups, template)
         self._counted, self._begin = self._count_words(owner[is_template], place[is_template])
         self._gram, self._owner, self._place = hashes[~is_template], owner[~is_template], place[~is_template]
+        # In scripts without spaces a word is one character, and five characters are too few to count anywhere.
         unspaced = np.array([is_unspaced(text) for text in texts], dtype=bool)
         self._may_be_anywhere = (self.words >= ANYWHERE_WORDS) & ~unspaced
+        # Short texts have no n-gram of ``size`` words, so each length has an index of its own.
         self._short: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         """Sorted hashes and texts of the short texts, by their number of words."""
         for length in np.unique(self.words[(self.words >= STRETCH_WORDS) & (self.words < size)]):
@@ -106,9 +109,11 @@ class Index:
 
     def _search(self, block: Block, least: float) -> Hits:
         row_of_part = np.repeat(np.arange(len(block.parts) - 1), np.diff(block.parts))
+        # First search: parts that equal a text, or hold a short one. Such a text is covered in full.
         part, equal_text = self._find_equal(block)
         total = self._counted[self._begin[1:]] - self._counted[self._begin[:-1]]  # counted words of each text
         rows, texts, words = [row_of_part[part]], [equal_text], [total[equal_text]]
+        # Second search: n-grams that the rows share with the long texts.
         hashes, offsets = block.ngrams(self.size)
         row_of_gram = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         place, count = _find_places(self._gram, hashes)
@@ -129,6 +134,7 @@ class Index:
         words = block.words
         match, part = _find_matches(self._text_hash, words.hash_texts())
         parts, texts = [part], [self._hashed_text[match]]
+        # Then runs of words inside the parts that equal a short text.
         for length, (known, text) in self._short.items():
             assert words.opens is not None and words.closes is not None
             hashes, part, first = words.exact_runs(length)
@@ -144,9 +150,11 @@ class Index:
         self, row: np.ndarray, text: np.ndarray, place: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return row, text and covered words (P,) of each pair; its n-grams begin at ``place`` (M,)."""
+        # Sorted, so that a pair's matches follow each other by their place in the text.
         order = np.lexsort((place, text, row))
         row, text, place = row[order], text[order], place[order]
         is_first = _starts_pair(row, text)
+        # A pair's last match has no next one and adds its full n-gram.
         is_last = np.append(is_first[1:], True)[: len(is_first)]
         # Each match adds its words up to the next match, so that overlapping n-grams count no word twice.
         next_place = np.where(is_last, place + self.size, np.append(place[1:], 0)[: len(place)])
@@ -218,6 +226,7 @@ def _find_places(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.
 
 def _expand_matches(place: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (P,) every place in ``known`` of every hash, and the number of the hash."""
+    # Equal hashes lie side by side in ``known``: count up from the first place of each.
     number = np.repeat(np.arange(len(count)), count)
     shift = np.cumsum(count) - count
     return place[number] + np.arange(len(number)) - shift[number], number

@@ -144,6 +144,7 @@ def _parse(line: bytes, where: str) -> Item:
     # Counting brackets is cheap, and rules out nearly every line.
     if line.count(b"[") + line.count(b"{") > DEEPEST and _is_too_deep(value):
         return BadRecord(where, TOO_DEEP)
+    # UTF-8 cannot hold half of a surrogate pair, but an escape can. Only lines with such escapes are searched.
     return check_record(value, where) if b"\\ud" in line.lower() else _record(value, where)
 
 
@@ -255,6 +256,7 @@ def _items(file: io.BufferedReader, keys: Sequence[str] = ()) -> Iterator[Any]:
 def _enter_list(events: Iterator[tuple[str, Any]], keys: Sequence[str]) -> None:
     """Read events up to the opening bracket of the list under ``keys``. Raises ``LookupError`` where there is none."""
     names: list[str] = []
+    # ``depth`` counts open brackets, ``level`` the keys that were followed so far.
     depth = level = 0
     for event, value in events:
         # A key counts only in the object that the keys before it led to.
@@ -273,6 +275,7 @@ def _enter_list(events: Iterator[tuple[str, Any]], keys: Sequence[str]) -> None:
         depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
         if depth > DEEPEST:
             raise ValueError(TOO_DEEP)
+        # The object that should have the next key has ended without it.
         if depth < level + 1 and event.startswith("end_"):
             break
     known = ", ".join(map(repr, names[:MOST_KEYS])) or "none"

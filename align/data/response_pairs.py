@@ -111,6 +111,7 @@ def compare_candidates(
         min(candidates, key=lambda candidate: candidate.score),
     )
     if how == "best_worst":
+        # ``best`` and ``worst`` are one candidate where all scores tie. The first two then stand for the tie.
         yield (best, worst) if best is not worst else (candidates[0], candidates[1])
     elif how == "best_random":
         lower = [

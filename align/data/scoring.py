@@ -96,6 +96,7 @@ class FunctionScorer:
                 self.function(row, response, **self.arguments) for row, response in zip(rows, responses, strict=True)
             ]
 
+        # Calls are passed unstarted, since the event loop starts one only when a slot is free.
         def call(row: Row, response: str) -> Callable[[], Awaitable[Any]]:
             return lambda: self.function(row, response, **self.arguments)
 

@@ -84,15 +84,18 @@ class Worker:
     def run(self, task: Task) -> int:
         """Do one shard and write its files; return its number of rows."""
         shard = _Shard(self.spec)
+        # 1. The rows: converted from records in the first pass, later those that the verdicts leave.
         if self.spec.before is None:
             with shard.timed(0):
                 rows = shard.convert(task)
         else:
             with shard.timed(STORAGE):
                 rows = shard.apply_verdicts(read_shard(self.spec.before, task.shard), task.start)
+        # 2. The row steps, each on what the one before returned.
         for number, step in self.row_steps:
             with shard.timed(number):
                 rows = shard.apply(number, step, rows)
+        # 3. The sketches, from which the table steps decide after the pass.
         sketches = {"source": np.array([row["_source"] for row in rows], dtype=np.int32)}
         # Columns are stored under the number of their step, so that several steps can share a pass.
         for number, table_step in self.table_steps:
@@ -185,6 +188,7 @@ class _Shard:
     def apply_verdicts(self, rows: list[Row], start: int) -> list[Row]:
         """Return the rows after the table steps' verdicts on them; ``start`` is the first row's number among all."""
         part = slice(start, start + len(rows))
+        # Each row keeps its place in the stored shard, by which all verdicts of the pass count.
         alive: list[tuple[int, Row]] = list(enumerate(rows))
         for number, folder in self.spec.verdicts:
             verdict = StoredVerdict(folder, part)

@@ -30,6 +30,7 @@ def shingles(block: Block, size: int) -> tuple[np.ndarray, np.ndarray]:
     wordless = np.diff(offsets) == 0
     # Rows without words get one fixed shingle, so that every row has one.
     hashes = np.insert(hashes, offsets[:-1][wordless], constants(1, stream=6))
+    # Each inserted shingle moves the rows behind it by one place.
     return hashes, offsets + np.concatenate([[0], np.cumsum(wordless)])
 
 
@@ -87,6 +88,7 @@ class Sets:
     def _keys(self, places: np.ndarray) -> np.ndarray:
         """Return every shingle of the rows at these places, below the number of the pair in the high 32 bits."""
         sizes = np.diff(self.offsets)[places]
+        # Number the shingles of all places through, then shift each place's numbers to where its shingles lie.
         shift = np.repeat(self.offsets[places] - (np.cumsum(sizes) - sizes), sizes)
         hashes = self.hashes[np.arange(len(shift)) + shift].astype(np.uint64)
         keys: np.ndarray = np.repeat(np.arange(len(places)), sizes).astype(np.uint64) << np.uint64(32)

@@ -193,6 +193,7 @@ def _detect(
     names = [*source.columns, *(MAPPED_NAMES["better"] if source.better else ())]
     names += MAPPED_NAMES["grouped"] if source.grouped else ()
     ignored = source.options.ignore
+    # The recipe names mapped fields on purpose, so they may decide alone. All fields are the second choice.
     if names and mapped:
         chosen = [{name: fields.get(name) for name in names} for fields in mapped]
         with contextlib.suppress(UserError):

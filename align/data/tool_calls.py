@@ -71,6 +71,7 @@ def tool_call_format(name: str, template: str = "") -> ToolCallFormat:
 
 def detect_format(template: str) -> ToolCallFormat | None:
     """Return the format of the calls that a chat template writes or asks for; None where it shows none."""
+    # The most specific mark first: SmolLM3's template also has Hermes' tags.
     if "[TOOL_CALLS]" in template:
         return FORMATS["mistral"]
     if "<function_calls>" in template:
@@ -135,6 +136,7 @@ class HermesFormat:
         position = 0
         while (start := reader.visible.find(self.OPEN, position)) >= 0:
             position = self._read(reader, start)
+        # The second form counts only in a turn without any call in the first.
         if self._code and not reader.calls and not reader.errors:
             self._read_code(reader)
         return reader.result()
@@ -153,6 +155,7 @@ class HermesFormat:
             return stop
         closing = re.compile(r"\s*" + re.escape(self.CLOSE)).match(reader.visible, end)
         if closing is None:
+            # Reading goes on behind the next closing tag, so that one bad call does not hide a good one.
             tag = reader.visible.find(self.CLOSE, end)
             stop = len(reader.text) if tag < 0 else tag + len(self.CLOSE)
             reader.errors.append(f"A tool call is not closed after its JSON; write {self.EXAMPLE}.")
@@ -184,6 +187,7 @@ class Llama3Format:
         tag = reader.visible.find(self.TAG)
         start = tag + len(self.TAG) if tag >= 0 else len(reader.visible) - len(reader.visible.lstrip())
         body = reader.visible[start:]
+        # Without the tag, a turn is a call only if it begins like one.
         if tag < 0 and not re.match(r'\{\s*"(?:name|type|function|parameters)"', body):
             return reader.result()
         reader.remove(tag if tag >= 0 else start, len(text))
@@ -227,12 +231,14 @@ class MistralFormat:
         """Split an assistant's turn."""
         reader = _Reader(text)
         marks = [match.start() for match in re.finditer(re.escape(self.MARK), reader.visible)]
+        # A mark's call reaches up to the next mark.
         for start, end in pairwise([*marks, len(text)]):
             reader.remove(start, end)
             self._read(reader, start + len(self.MARK), end)
         return reader.result()
 
     def _read(self, reader: _Reader, start: int, end: int) -> None:
+        # Cut at its end alone, so that places in it are those in the turn.
         body = reader.visible[:end]
         named = self.NAMED.match(body, start)
         try:
@@ -289,6 +295,7 @@ class RegexFormat:
             reader.errors.append("This turn could not be searched for tool calls; write the call alone, and shorter.")
             return reader.result()
         for match in matches:
+            # A pattern whose parts are all optional matches the empty text everywhere.
             if match.start() == match.end():
                 continue
             reader.remove(match.start(), match.end())

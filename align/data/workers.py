@@ -73,6 +73,7 @@ class Workers:
             )
         waiting: deque[Future[int] | None] = deque()
         for task in tasks:
+            # A shard of an earlier attempt takes a place in the queue, so that it is reported in its turn.
             if is_complete(spec.folder, task.shard):
                 waiting.append(None)
             else:
@@ -90,6 +91,7 @@ def _run_here(spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
     worker: Worker | None = None
     for task in tasks:
         if not is_complete(spec.folder, task.shard):
+            # Late, so that a resumed pass with nothing left starts no step.
             worker = worker or Worker(spec)
             worker.run(task)
         yield

@@ -99,6 +99,7 @@ class ChatRun(EpisodeRun):
         first, last = turns[0].prompt_tokens, turns[-1].prompt_tokens
         if first is None or last is None:
             return sum(turn.tokens for turn in turns)
+        # The last prompt contains everything before it, so its growth counts all turns and results in between.
         return last - first + turns[-1].tokens
 
     def fail(self, reason: str) -> None:
@@ -158,6 +159,7 @@ class ChatSession:
         """Return an answer to every turn that was submitted, whatever the timeout."""
         places: list[Position] = []
         requests: list[Request] = []
+        # In the order of the episodes, so that the requests do not depend on which tool was faster.
         for key, limit in sorted(self._limits.items()):
             messages, turn, seed = self.conversation(key)
             places.append(Position(ANSWER, key, turn))

@@ -72,6 +72,7 @@ class CheckpointUser:
             self._config.temperature,
             1.0,
         )
+        # Conversations that do not fit fail on their own. The others are still answered.
         answers = [UserAnswer(failure=failure) for failure in failures]
         for number, response in zip(fitting, responses, strict=True):
             answers[number] = read_answer(response.text, response.finished, self._config.stop)

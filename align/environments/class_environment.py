@@ -88,6 +88,7 @@ def open_class(config: EnvironmentConfig, place: str) -> ClassSource:
 def public_methods(kind: type) -> list[str]:
     """Return the names of a class's tools, in the order in which it and its bases define them."""
     names: dict[str, None] = {}
+    # Base classes come first, and so do the tools that they define.
     for base in reversed(kind.__mro__):
         names |= dict.fromkeys(vars(base))
     tools = [name for name in names if not name.startswith("_") and name not in NO_TOOLS]
@@ -131,6 +132,7 @@ class ClassEnvironment:
         self._source = source
         self._methods = Methods(tool_name(source.path))
         kind = load_function(source.path, f"{source.place}.class")
+        # A copy, so that one instance cannot change the arguments of the next.
         self._instance = self._methods.run("__init__", kind, **copy.deepcopy(dict(source.arguments)))
         self._schemas = {schema["function"]["name"]: schema for schema in source.tools}
 

@@ -113,6 +113,7 @@ def _answer(
         message = episode.messages[index]
         if index in places:
             turn = places.index(index)
+            # This call has no structure to store, so the sampled text stands for it.
             if turn in malformed:
                 marked = {"train": False} if marks_malformed else {}
                 answer.append({"role": "assistant", "content": episode.turns[turn].text, **marked})

@@ -108,6 +108,7 @@ class EndpointUser:
                 # What was answered before is in the cache.
                 new = self._cached(unasked)
                 lost = UserAnswer(failure=error.problem)
+                # An answer in between shows that the server is there, so the count starts over.
                 lost_in_a_row = len(error.requests) + (0 if new else lost_in_a_row)
                 is_gone = not new and (lost_in_a_row >= MAX_LOST or not error.requests)
                 answers |= new | {request.key: lost for request in (unasked if is_gone else error.requests)}

@@ -134,6 +134,7 @@ class EpisodeRun:
             self._record_errors(parsed.errors)
             self._end("max_turns")
             return
+        # Calls run one after another. The policy reads all results together.
         self._turn_calls, self._calls, self._results = list(parsed.calls), deque(parsed.calls), []
         self._record_errors(parsed.errors)
         self._next_call()
@@ -215,8 +216,10 @@ class EpisodeRun:
         """Go on with what the user said."""
         assert self.rules.user is not None
         self.episode.user_answers.append(answer)
+        # What the user says after the stop text is dropped.
         text, stop, _ = answer.partition(self.rules.user.stop) if self.rules.user.stop else (answer, "", "")
         messages = [user(self.rules.shorten(text.strip()))] if text.strip() else []
+        # A user who speaks first completes the prompt.
         if not self.episode.turns:
             if stop:
                 self.fail("user: it ended the conversation before the policy spoke.")
@@ -256,6 +259,7 @@ class EpisodeRun:
         if self.rules.user is None or not self.rules.user.opens:
             self._start(messages)
             return
+        # The user's own first words replace the question of the row.
         self.episode.messages = [message for message in messages if message["role"] == "system"]
         self._ask_user()
 
@@ -303,6 +307,7 @@ class EpisodeRun:
         if self.episode.turns:
             self.episode.stop, self.episode.failure = "failed", reason
         else:
+            # No turn was sampled, but a rollout needs a token for every response.
             messages = self.episode.messages
             self.episode = failed_episode(self.episode.prompt_ids, self.rules.turns.eos, reason)
             self.episode.messages = messages

@@ -78,7 +78,9 @@ class GuardedRenderer:
             )
         except TemplateError as error:
             raise explain_refusal(self.tokenizer, messages, error) from None
+        # Marks split every control token in the messages. Those that are still whole are the template's own.
         named = self._tokens.sub(lambda token: private_name(self._ids[token.group()]), str(rendered))
+        # A template that writes JSON may have escaped a mark.
         return named.replace(MARK, "").replace("\\ufdd0", "")
 
     def encode(self, text: str) -> list[int]:
@@ -172,6 +174,7 @@ def _private_copy(backend: Any, control: Mapping[str, int]) -> tuple[Any, dict[i
     _rename_in_model(state["model"], {text: private_name(index) for text, index in control.items()})
     copy = Tokenizer.from_str(json.dumps(state))
     real = {copy.token_to_id(private_name(index)): index for index in control.values()}
+    # The copy may number tokens differently. These ids are mapped back as well.
     for text, index in backend.get_vocab().items():
         if text not in control and (renamed := copy.token_to_id(text)) != index:
             real[renamed] = index

@@ -55,6 +55,7 @@ class Journal:
         self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._end = self._read()
         """Length of the lines that count, in bytes."""
+        # The file is new or has another key. What it holds is overwritten from the start.
         if not self._end:
             self._append({"kind": HEADER, "key": key})
             sync_folder(path.parent)

@@ -57,6 +57,7 @@ class Methods:
     def _finish(self, value: Any) -> Any:
         if not inspect.isawaitable(value):
             return value
+        # Coroutines run in the shared event loop. Another thread may cancel this one (cancel).
         self._pending = event_loop.start(value)
         try:
             return self._pending.result()

@@ -85,6 +85,7 @@ def open_openenv(config: EnvironmentConfig, place: str) -> OpenEnvSource:
     required = [name for name in schema.get("required", ()) if name in properties]
     message_field = None
     if not is_mcp:
+        # One required text: the policy's messages are the actions. Otherwise it calls a tool with all fields.
         if len(required) == 1 and properties[required[0]].get("type") == "string":
             message_field = required[0]
         else:
@@ -115,6 +116,7 @@ class OpenEnvEnvironment:
         """Begin the episode; the first observation is the user's message, where there is one."""
         seed = row.get("seed")
         if not isinstance(seed, int):
+            # The seed depends only on the row, so a restored episode begins in the same way.
             seed = int(digest(str(row.get("id", "")))[:8], 16) >> 1
         try:
             result = self._request(self._client.reset(**({"seed": seed} | dict(self._source.arguments))))
@@ -170,6 +172,7 @@ class OpenEnvEnvironment:
         result = self._request(self._client.step(action))
         self._is_over = bool(result.done)
         if result.reward is not None:
+            # Restoring repeats the actions from reset() on, so the sum is right again.
             self._rewards.append(float(result.reward))
         return result
 

@@ -164,12 +164,14 @@ class EpisodePlayer:
         """Carry an episode on until it waits for the engine or its environment, or is over."""
         run = self._runs[index]
         while isinstance(run.action, SampleTurn):
+            # A turn from before a kill is used as it was sampled.
             stored = self.journal.get("turn", index, run.action.turn)
             if stored is None:
                 action = run.action
                 self.session.submit(TurnRequest(index, action.prompt, action.max_tokens, action.seed))
                 return
             run.take_turn(PolicyTurn(**stored))
+        # The result arrives in _take_results(), which carries the episode on.
         if run.action is not None:
             self._acting[self._start(index, run.action)] = index
             return
@@ -207,6 +209,7 @@ class EpisodePlayer:
     def _take_turns(self, responses: list[tuple[int, Response]]) -> None:
         """Take turns that were sampled together, and write them down together."""
         turns = {index: self._turn(response) for index, response in sorted(responses, key=lambda pair: pair[0])}
+        # All turns are on disk before any episode goes on, since calls build on these tokens.
         self.journal.put_all(
             (Position("turn", index, len(self._runs[index].episode.turns)), asdict(turn))
             for index, turn in turns.items()

@@ -76,6 +76,7 @@ def _fork(source: EnvironmentSource, control: socket.socket, descriptor: int) ->
     try:
         os.setsid()  # a group of its own, with what its tools start
         die_with_parent(parent)
+        # A copy of this socket would hide from the stage that the server has died.
         control.close()
         serve(source, socket.socket(fileno=descriptor))
     finally:
@@ -121,5 +122,6 @@ def serve(source: EnvironmentSource, connection: socket.socket) -> None:
             answer = encode_error(error)
         except Exception as error:
             answer = encode_error(EnvironmentFailed(describe_failure(error)))
+        # The process ends by os._exit(), which would lose what is still buffered.
         sys.stdout.flush()
         send(connection, answer)

@@ -51,6 +51,7 @@ class ProcessServer:
             assert self._control is not None
             self._started += 1
             ours, theirs = socket.socketpair()
+            # The forked process gets a copy of `theirs`. This one is closed, so the connection ends with that process.
             with theirs:
                 try:
                     # One message holds the command and the descriptor.
@@ -110,6 +111,7 @@ class ProcessServer:
 
     def _stop(self) -> None:
         if self._control is not None:
+            # The server process ends when its socket closes, and its children end with it.
             self._control.close()
             self._control = None
         if self._process is not None:
@@ -150,6 +152,7 @@ class EpisodeProcess:
             self.is_ended = True
         status = self._server.end_episode(self._number, is_ending=is_ending)
         with contextlib.suppress(OSError):
+            # This wakes the thread that waits in perform().
             self._connection.shutdown(socket.SHUT_RDWR)
         return status
 

@@ -123,6 +123,7 @@ class Replayed:
         calls = [[(call.name, call.arguments, call.error) for call in part.calls] for part in (self.before, self.after)]
         if calls[0] != calls[1]:
             return "how calls are read"
+        # Failed episodes have the score NaN, which differs from itself.
         if self.before.score != self.after.score and not (self.before.stop == self.after.stop == "failed"):
             return "the score"
         return ""
@@ -147,6 +148,7 @@ def _measure(engine: RolloutEngine, episodes: Sequence[Episode]) -> list[float |
     gaps: list[float | None] = []
     for episode, logprobs in zip(episodes, scored, strict=True):
         triples = zip(logprobs, episode.logprobs, episode.mask, strict=True)
+        # The environment's tokens were not sampled, and a failed start has NaN: `old == old` is False for NaN.
         differences = [abs(new - old) for new, old, sampled in triples if sampled and old == old]
         gaps.append(sum(differences) / len(differences) if differences else None)
     return gaps
@@ -179,6 +181,7 @@ class ReplaySession:
         while self._requests:
             episode, number = self._requests.popleft()
             turns = self._turns[episode]
+            # A changed environment may ask for more turns than were stored.
             turn = turns[number] if number < len(turns) else PolicyTurn([], [], False, "")
             responses.append((episode, Response(turn.token_ids, turn.logprobs, turn.finished, turn.text)))
         return responses

@@ -118,6 +118,7 @@ class JournaledEnvironment:
         request = _Request(position, method, inputs, describe, read, future)
         with self._lock:
             self._waiting.append(request)
+            # The request under way takes up this one when it is done (_go_on).
             if self._is_busy:
                 return future
             self._is_busy = True
@@ -142,6 +143,7 @@ class JournaledEnvironment:
         if request.method == "reset" or self._pool.is_open(self._episode):
             self._perform(request)
             return
+        # There is no live instance, after a resume or a timeout. A new one repeats what the journal has.
         restored = self._pool.submit(self._episode, "restore", self._row, *self._history())
         restored.add_done_callback(lambda done: self._guard(request, lambda: self._after_restore(request, restored)))
 
@@ -178,6 +180,7 @@ class JournaledEnvironment:
             if request.method == "call":
                 value = CallResult(value, "", result.seconds)
         entry = request.describe(value)
+        # The state is written in the same entry as the result, so the two always match. Nothing follows a score.
         if request.method == "score" or not self._pool.source.can_save or not self._pool.is_open(self._episode):
             self._write(request, entry)
             return
@@ -198,6 +201,7 @@ class JournaledEnvironment:
             self._go_on()
             return
         self._journal.put_all([(request.position, entry)])
+        # Read back, so that this run sees the result in the same form as a resumed one.
         written = self._journal.find(request.position)
         assert written is not None
         self._answer(request, written)
@@ -226,6 +230,7 @@ class JournaledEnvironment:
         for position, entry in self._journal.entries(self._episode):
             if "state" in entry:
                 state = entry["state"]
+                # The state already contains these actions.
                 actions.clear()
             elif position.kind == "call" and FAILED not in entry and entry["error"] not in NOT_REPEATED:
                 actions.append(Action(entry["name"], entry["arguments"], entry["text"]))

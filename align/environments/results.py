@@ -131,6 +131,7 @@ def read_messages(value: Any, roles: Sequence[str], place: str, expected: str) -
             )
         messages.append(dict(message) | {"content": clean(message["content"])})
     try:
+        # The messages now look as they will when they are read from the journal.
         copies: list[Message] = json.loads(json.dumps(messages))
     except (TypeError, ValueError) as error:
         raise EnvironmentFailed(f"{place} messages that JSON cannot hold ({error}).") from None

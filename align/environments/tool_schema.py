@@ -155,6 +155,7 @@ def _value_problem(schema: Mapping[str, Any], value: Any) -> str | None:
 
 
 def _is_of_kind(value: Any, kind: str) -> bool:
+    # In Python True is an integer. In JSON it is not.
     if isinstance(value, bool) or kind == "boolean":
         return kind == "boolean" and isinstance(value, bool)
     types_of_kind: dict[str, Any] = {

@@ -75,6 +75,7 @@ class TurnTemplate:
         """
         text = self._text(self.template, messages)
         if messages[-1]["role"] == "assistant":
+            # A policy stops at the end of turn, so nothing may follow it.
             text = text[: text.rindex(self._end) + len(self._end)]
         return self._renderer.encode(text)
 
@@ -103,6 +104,7 @@ class TurnTemplate:
         fault = self._missing_tools(self.template) or self._fault(self.template)
         if fault is None:
             return
+        # A training template keeps earlier turns. It does not add a place for tools.
         if not fault.startswith("no place"):
             for name, text in training_templates(self.template, vocabulary):
                 if self._writes_same_prompts(text) and (self._missing_tools(text) or self._fault(text)) is None:
@@ -133,8 +135,10 @@ class TurnTemplate:
 
     def _fault(self, template: str) -> str | None:
         """Return why a template cannot be used in episodes; None for one that can."""
+        # Some templates open a thought in the prompt. The sampled turn then begins inside it.
         start = self._try(template, ASKED, add_generation_prompt=True)
         opened = THOUGHT_OPENED.search(self._renderer.readable(start)) if start else None
+        # Each probe tests a place where known templates rewrite what came before.
         probes = [
             Probe(ASKED, TEXT, [{"role": "user", "content": NEXT}]),
             Probe(ASKED, f"<think>\n{RESULT}\n</think>\n\n{TEXT}", [{"role": "user", "content": NEXT}]),
@@ -188,6 +192,7 @@ class TurnTemplate:
         else:
             # The last of them raises the template's own message.
             answered = self._text(template, [*probe.before, answer])
+        # The answer ends at its end of turn. What the template writes after it belongs to the next turn.
         end = answered.rfind(self._end)
         if end < len(start):
             raise NotPreserving(

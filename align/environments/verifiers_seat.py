@@ -65,6 +65,7 @@ class Play:
 
     async def exchange(self, messages: list[Message]) -> list[Any] | None:
         """Say messages to the policy, and wait for its turn; ``END`` where it has no more."""
+        # The future must exist before the messages go out: answer() runs in another thread and may come at once.
         self._reply = asyncio.get_running_loop().create_future()
         waiting = self._reply
         self._said.put(("turn", messages))
@@ -89,6 +90,7 @@ class Play:
             await self._env.finalize(self._task, episode)
             self._said.put(("done", None))
         except BaseException as error:
+            # start() or answer() waits for a message, so a failure and a cancellation must send one.
             self._said.put(("failed", error))
             if not isinstance(error, Exception):
                 raise
@@ -124,6 +126,7 @@ class Seat:
         await _wait(invoke(task.setup, available))
         self._play.tools = await start_tools(task, self._play_toolsets(task), trace.state)
         conversation = Conversation(self._play, task, trace, self._config.max_turns)
+        # The environment's code now talks to the policy. After that its task scores the trace.
         yield conversation
         trace.stop("user_closed")
         await _wait(invoke(task.finalize, available))
@@ -155,6 +158,7 @@ class Conversation:
             new.append(vf.UserMessage(content=message))
         else:
             new += [parse_message(item) if isinstance(item, dict) else item for item in message or []]
+        # No turn is asked for after the conversation was stopped.
         reply = END
         if not (self._is_over or await self._is_stopped()):
             reply = await self._play.exchange([plain_message(item) for item in new])
@@ -162,6 +166,7 @@ class Conversation:
             self._is_over = True
             self.trace.stop("max_turns")
             return vf.Segment(messages=[], terminated=True)
+        # Messages enter the trace only once the policy has answered them.
         self._add(new, sampled=False)
         self._add(reply, sampled=True)
         return vf.Segment(messages=reply)

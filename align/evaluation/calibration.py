@@ -76,6 +76,7 @@ def calibration_error(confidence: Floats, right: Floats, bins: int = BINS) -> Es
     places = _places(confidence, bins)
     counts = np.bincount(places)
     used = counts > 0
+    # Each bin's gap between confidence and accuracy, weighted by its share of the pairs.
     gaps = np.abs(np.bincount(places, confidence - right))[used] / n
     counts = counts[used]
     rates = (np.bincount(places, right)[used] + 0.5) / (counts + 1)  # kept off 0 and 1, where the noise would vanish

@@ -143,8 +143,10 @@ class DriftMeasurement:
             ref_reads = [(plan.prompts[plan.reference], self.response_sets[system.name]) for system in self._missing]
         if not reads and not ref_reads:
             return
+        # One call reads both, so that equal rows and common beginnings are read once.
         logprobs_of = self.models.logprobs_of(policy.name, plan.sampling.temperature, self._report)
         logprobs = read_responses(logprobs_of, [*reads, *ref_reads])
+        # The reference reads first, so its numbers are known when other checkpoints compute their KL.
         if ref_reads:
             names = [system.name for system in self._missing]
             self._ref_logprobs = dict(zip(names, logprobs[len(reads) :], strict=True))

@@ -80,6 +80,7 @@ class SystemPerformer:
             journal = Journal(self.journals / f"{identity[:32]}.jsonl", identity)
             content = self._sample(wanted, tasks, journal)
             stored = self.results.write("episodes", identity, content)
+            # Only now, so that a kill at any time leaves the journal or the result.
             journal.drop()
         episodes = [Episode.from_json(content) for content in stored["episodes"]]
         self.sampler.count(len(episodes), sum(map(sampled_tokens, episodes)), stored["engine"])

@@ -144,6 +144,7 @@ def _read_shared(reading: _Reading, members: Sequence[int], rows: Sequence[Seque
     predictions = []
     for index, row_places in zip(members, places, strict=True):
         response = reading.responses[index]
+        # The last places of a row predict its response: each one the token behind it.
         pairs = zip(row_places[-len(response) :], response, strict=True)
         predictions.append([numbers.setdefault(pair, len(numbers)) for pair in pairs])
     keep, targets = (torch.tensor(list(values), device=device) for values in zip(*numbers, strict=True))
@@ -197,6 +198,7 @@ def sequence_kl(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tup
     k1 = sum(log p - log q) is unbiased; k3 = sum(q/p - 1 - log(q/p)) is never negative and varies less
     (Schulman 2020, "Approximating KL divergence").
     """
+    # The log of q/p for each token.
     ratios = [ref_logprob - logprob for logprob, ref_logprob in zip(logprobs, ref_logprobs, strict=True)]
     return -math.fsum(ratios), math.fsum(math.expm1(ratio) - ratio for ratio in ratios)
 

@@ -188,6 +188,7 @@ def _token_kl(
     token_kl = []
     start = 0
     for samples in response_set.responses[:TOKEN_PROMPTS]:
+        # ``start`` is the first response of the prompt in the flat lists.
         pairs = zip(logprobs[start], ref_logprobs[start], strict=True)
         token_kl.append([round(logprob - ref_logprob, 4) for logprob, ref_logprob in pairs])
         start += len(samples)
@@ -210,6 +211,7 @@ def heldout_losses(
             f"heldout: none of {len(rows)} rows has a turn to train on and fits max_heldout_length={max_length} "
             "tokens; raise it."
         )
+    # All answers are read in one call, and their log-probabilities come back in this order.
     flat = [read for index in indices for read in reads[index]]
     logprobs = iter(logprobs_of([prompt for prompt, _, _ in flat], [answer for _, answer, _ in flat]))
     losses, tokens = [], []
@@ -241,6 +243,7 @@ def _heldout_reads(tokenizer: Any, row: Row, max_length: int) -> list[tuple[list
         mask = assistant_mask(tokenizer, row, side, prompt, answer)
         if mask is not None:
             return [(prompt, answer, mask)]
+        # The template rewrites earlier turns, so no single rendering has all turns as they are sampled.
         parts = split_turns(tokenizer, row, side, places)
     except PromptRewritten:
         return []

@@ -144,6 +144,7 @@ class StageScoringContext:
             from align.models.threads import device_of
 
             artifact = self._required_artifact(field)
+            # Before the next one is loaded, since memory holds one.
             self._models.clear()
             model = RewardModel(
                 artifact.model, device_of(self.context.runtime), self.precision, pass_tokens=READ_TOKENS
@@ -192,6 +193,7 @@ class StageScoringContext:
             (list(prompt), answer, bool(flag), offered)
             for prompt, answer, flag, offered in zip(prompts, answers, finished, tools, strict=True)
         ]
+        # Scores vary in their last digits with the other rows of a batch. One score for equal answers makes them tie.
         keys = [digest(list(request)) for request in requests]
         scored = self._scored.setdefault(field, {})
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in scored}
@@ -222,6 +224,7 @@ def select_best(answers: Answers, best_of: int, context: StageScoringContext) ->
     remaining = iter(scores)
     for samples in answers:
         item_scores = [next(remaining) for _ in samples]
+        # Samples come in groups of ``best_of``, each of which stands for one sample of another system.
         groups = [range(start, start + best_of) for start in range(0, len(samples), best_of)]
         selected.append([samples[_best_index(item_scores, group)] for group in groups])
     return selected

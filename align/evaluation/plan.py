@@ -105,6 +105,7 @@ def make_plan(context: StageContext) -> Plan:
 
     config: EvaluateConfig = context.config
     artifacts = context.inputs["policies"]
+    # 1. The compared systems.
     policies = [
         Policy(artifact.stage, artifact.model, artifact.weights, load_tokenizer(artifact.model))
         for artifact in artifacts
@@ -113,10 +114,12 @@ def make_plan(context: StageContext) -> Plan:
     # Baselines without a file of examples fall back on solved questions of the prompt set's train split.
     shots = max((baseline.shots for baseline in config.baselines.values() if baseline.examples is None), default=0)
     systems = make_systems(policies, base, config.baselines, Path.cwd(), _fallback_examples(context, shots))
+    # 2. Rows and tasks. A system that cannot take a task is refused here.
     pairs = _test_rows(context, "pairs", config.max_pairs)
     heldout = _test_rows(context, "heldout", config.max_heldout)
     tasks = _build_tasks(context, pairs, heldout)
     _check_systems(tasks, systems)
+    # 3. The prompt set under every system's template, and the length that the engine must hold.
     rows, prompts = _prompt_set(context, systems)
     max_length = _max_length(config, policies, prompts, tasks)
     _check_checkpoints(tasks, policies, max_length)
@@ -145,6 +148,7 @@ def make_plan(context: StageContext) -> Plan:
         tasks=tasks,
         gates=parse_gates(config.gates, [system.name for system in systems], config.reference),
     )
+    # 4. Gates, which may name any system and any metric of the plan.
     check_gates(plan.gates, _metric_names(plan, config), [system.info for system in systems], plan.reference)
     return plan
 

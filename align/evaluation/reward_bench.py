@@ -136,6 +136,7 @@ def ties(ids: Sequence[str], scores: Sequence[tuple[list[float], list[float]]]) 
     has_both = ~np.isnan(smaller)
     closeness = np.where(has_both & np.isnan(closeness), 0.0, closeness)  # 0 / 0
     defined = np.column_stack([~np.isnan(distance), has_both, has_both, has_both]).astype(np.float64)
+    # Columns in the order of ``TIES_WEIGHTS``. ``distance`` has two of them: tied prompts and ref prompts.
     values = np.column_stack([distance > 0, distance[:, 0] > spread, smaller > spread, closeness])
     return np.where(defined > 0, values, 0.0), defined, np.array(TIES_WEIGHTS)
 
@@ -169,6 +170,7 @@ def _mean_of_parts(parts: Sequence[Part], seed: int) -> Estimate:
             value += float((numerators.sum(axis=0) / denominators.sum(axis=0)) @ weights)
             resampled += ((counts @ numerators) / (counts @ denominators)) @ weights
     value, resampled = value / len(parts), resampled / len(parts)
+    # A resample may miss all items that a ratio counts, and then has no value.
     resampled = resampled[~np.isnan(resampled)]
     low, high = percentiles(resampled, n) if n > 1 and len(resampled) > 1 else (float("nan"), float("nan"))
     return Estimate(value, low, high, n, "bootstrap")

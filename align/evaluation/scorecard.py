@@ -200,6 +200,7 @@ class _Builder:
         groups = _group(measurements.sources)
         names = [name for name in (*measurements.programs, *FAMILY_METRICS) if name in self.columns]
         differences = self._family_differences(groups) if self.primary in names else []
+        # Corrected apart, so that a look at single sources costs the main table no power.
         correct(differences, self.metrics)
         tasks: dict[str, Any] = {}
         for result in measurements.tasks:
@@ -277,6 +278,7 @@ def _columns(measurements: Measurements) -> tuple[dict[str, Any], dict[str, dict
         # Weighted by tokens, so that the estimate is the loss per token over all rows.
         column = Column([[loss] for loss in losses], [float(count) for count in tokens])
         columns.setdefault("heldout_loss", {})[policy] = column
+    # The order of the scorecard: programs, the prompt set's own metrics, then those of the tasks.
     known = {name: program_entry(name, *entry) for name, entry in measurements.programs.items()} | PROMPT_SET_METRICS
     metrics: dict[str, Any] = {name: dict(entry) for name, entry in known.items() if name in columns}
     for result in measurements.tasks:

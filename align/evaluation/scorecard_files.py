@@ -73,6 +73,7 @@ def _prompt_samples(
                 measured = {field: values[field][index][number] for field in SAMPLE_FIELDS if field in values}
                 scores = {metric: values[metric][index][number] for metric in measurements.programs}
                 samples.append(sample | measured | ({"scores": scores} if scores else {}))
+            # KL by token exists for the first response to the first prompts alone.
             if index < len(token_kl.get(name, ())) and samples:
                 ids = response_set.responses[index][0].token_ids
                 pieces = token_texts(tokenizers[name], ids)

@@ -56,6 +56,7 @@ def welch(treatment: Sequence[float], control: Sequence[float]) -> Difference:
 
     Welch (1947), with the degrees of freedom of Satterthwaite (1946).
     """
+    # Squared standard error of each side. Their sum is that of the difference.
     shares = [variance(values) / len(values) for values in (treatment, control)]
     total = sum(shares)
     denominator = shares[0] ** 2 / (len(treatment) - 1) + shares[1] ** 2 / (len(control) - 1)
@@ -66,6 +67,7 @@ def welch(treatment: Sequence[float], control: Sequence[float]) -> Difference:
 
 def t_p_value(t: float, degrees: float) -> float:
     """Return the two-sided p-value of Student's t with ``degrees`` > 0 degrees of freedom, which may be a fraction."""
+    # Both tails of t are one value of this function (Numerical Recipes, 6.4).
     return _incomplete_beta(degrees / (degrees + t * t), degrees / 2, 0.5)
 
 
@@ -75,6 +77,7 @@ def t_critical(degrees: float) -> float:
     By bisection, exact to rounding. ``statistics.t_quantile`` takes whole degrees and is off by up to 1 %, which
     matters for three seeds and not for hundreds of prompts.
     """
+    # Double the upper end until its p-value is small enough, then bisect between the two ends.
     low, high = 0.0, 1.0
     while t_p_value(high, degrees) > 1 - LEVEL:
         high *= 2
@@ -110,12 +113,14 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
 
 def _beta_fraction(x: float, a: float, b: float) -> float:
     """Evaluate the continued fraction of the incomplete beta function by Lentz's method."""
+    # Ratios of successive numerators, and of successive denominators, which themselves could overflow.
     numerator = 1.0
     denominator = 1 / _off_zero(1 - (a + b) * x / (a + 1))
     result = denominator
     for term in range(1, MAX_TERMS):
         even = term * (b - term) * x / ((a + 2 * term - 1) * (a + 2 * term))
         odd = -(a + term) * (a + b + term) * x / ((a + 2 * term) * (a + 2 * term + 1))
+        # The fraction's coefficients of even and of odd number have a formula each.
         for coefficient in (even, odd):
             denominator = 1 / _off_zero(1 + coefficient * denominator)
             numerator = _off_zero(1 + coefficient / numerator)

@@ -127,6 +127,7 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
 
     check_source(source)
     tokenizer = load_tokenizer(source.tokenizer_folder)
+    # By default the weights keep the type that they have on disk.
     written_dtype = dtype or stored_type(source.folder)
     model = load_source(source, written_dtype)
     require_embeddings(

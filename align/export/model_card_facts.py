@@ -71,6 +71,7 @@ def metadata(facts: Facts) -> ModelCardData:
     tags = [str(artifact.record["kind"]) for artifact in trained if artifact.kind != Kind.REWARD]
     if facts.written.is_reward:
         tags = ["reward-model"]
+    # The Hub takes one name as text, and several as a list.
     names: Any = license.names[0] if len(license.names) == 1 else list(license.names)
     return ModelCardData(
         base_model=base,
@@ -124,6 +125,7 @@ def weight_history(lineage: Sequence[Artifact]) -> list[Artifact]:
     # An import is listed under the key of its original, and its readers name its own: both have the same weights.
     by_weights = {artifact.weights: artifact for artifact in lineage}
     reached: set[str] = set()
+    # Walk back from the checkpoint itself, the last artifact of the lineage.
     waiting = list(lineage[-1:])
     while waiting:
         artifact = waiting.pop()

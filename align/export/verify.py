@@ -103,6 +103,7 @@ def verify(
         expected = run(replace(source_job, round_to=round_to), scratch / "rounded")
         if not source.is_reward():
             agreement.rounding = sum(a != b for a, b in zip(unrounded.tokens, expected.tokens, strict=True))
+    # Only used where two answers diverge: it scores both candidate tokens.
     gap_job = replace(source_job, want="logprobs", round_to=round_to)
 
     log("the exported folder answers, in transformers")
@@ -241,6 +242,7 @@ def _refuse_unless_tied(comparison: _Comparison, divergences: Sequence[_Divergen
     # A tie in probability may fall either way without any fault; anything further apart is a real difference.
     gaps = _measure_divergences(comparison, divergences)
     are_ties = all(nats <= TIE for nats in gaps)
+    # Early ties in many answers leave too little that was compared.
     if are_ties and shared * 2 >= sum(map(len, expected.tokens)):
         return
     # Report the first real difference, or the first tie where there are too many of them.

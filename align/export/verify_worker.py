@@ -174,6 +174,7 @@ def _vllm_scores(job: Job) -> JobResult:
         disable_log_stats=True,
         **memory_options,
     )
+    # The raw score, as transformers returns it: no activation on top.
     outputs = llm.encode(
         [{"prompt_token_ids": row} for row in job.rows],  # type: ignore[arg-type]
         pooling_params=PoolingParams(use_activation=False),

@@ -237,10 +237,12 @@ class CachedClient:
             return
         self._counted_backends.append(backend.identity)
         answered = (pair for pair in self.cache.asked() if pair[0].model == backend.identity)
+        # An attempt that was given up may have been charged for, so it counts at its highest cost.
         lost = (request for request in self.cache.lost if request.model == backend.identity)
         self.budget.spent += sum(prices.cost(request, answer) for request, answer in answered)
         self.budget.spent += sum(prices.bound(request) for request in lost)
         if self.max_cost is not None:
+            # Processes do not see each other's costs, so each gets an equal part of what is left.
             remaining = max(0.0, self.max_cost - self.budget.spent)
             self.budget.limit = self.max_cost if self.processes == 1 else self.budget.spent + remaining / self.processes
 
@@ -255,6 +257,7 @@ class CachedClient:
         """Return the usage of a model by all attempts and processes of the stage, as the folder of its cache has it."""
         self.cache.sync()
         usage, prices = Usage(), self.prices.get(name)
+        # Opened again, since this process has not read what the others have written meanwhile.
         for request, answer in RequestCache(self.cache.folder).asked():
             if request.model == backend.identity:
                 usage.add(request, answer, copied=False, prices=prices)

@@ -168,6 +168,7 @@ class Dispatcher:
             if self.results or left <= 0:
                 break
             self._await_server()
+        # Also take the replies that have arrived meanwhile, without waiting.
         while self.remaining and not self.replies.empty():
             self._advance(0)
         replies, self.results = self.results, {}
@@ -219,6 +220,7 @@ class Dispatcher:
     def _assign(self) -> None:
         """Send pending groups in order, as long as a server has room."""
         while self.pending:
+            # The order is kept: no group overtakes one that waits for room.
             group = self.pending[0]
             state = self._least_loaded(group)
             if state is None:
@@ -249,6 +251,7 @@ class Dispatcher:
         return min(candidates, key=lambda state: state.tokens, default=None)
 
     def _send(self, state: ServerState, index: int) -> None:
+        # An idle server is not silent. Its clock starts with its first request.
         if not state.in_flight:
             state.last_reply = time.monotonic()
         state.in_flight.add(index)
@@ -314,6 +317,7 @@ class Dispatcher:
         self.failed_servers.setdefault(index, set()).add(state.index)
         if self.bad_replies[index] >= BAD_REPLIES:
             raise error
+        # The request goes first, since it has waited longest.
         self.pending.appendleft([index])
         state.bad_replies += 1
         if state.bad_replies >= BAD_REPLIES:
@@ -362,6 +366,7 @@ class Dispatcher:
         self.pending.extendleft(reversed(self._group(state.in_flight)))
         state.in_flight = set()
         state.tokens = 0
+        # The epoch is raised before the calls are cancelled, so that replies that still arrive count as stale.
         state.epoch += 1
         state.bad_replies = 0
         state.missed_probes = 0

@@ -44,6 +44,7 @@ def open_engine(
     from align.models.threads import device_of, use_threads
 
     spec = EngineSpec(model_dir, runtime, precision, max_length, seed)
+    # Engines on a Ray cluster set up threads and devices on their own nodes.
     if runtime.samplers.count:
         return _open_on_ray(spec, warn)
     use_threads(runtime)
@@ -51,6 +52,7 @@ def open_engine(
     if runtime.rollouts.pooled:
         _check_pool(model_dir, runtime, device, shared_engine)
         return _open_pool(spec, device, warn, on_hang)
+    # `auto` falls back to transformers where vLLM cannot be used. `vllm` raises there.
     if runtime.engine.name != "transformers":
         obstacle = _vllm_obstacle(model_dir, runtime, device)
         if obstacle is None:

@@ -86,6 +86,7 @@ def trainer_logprobs(
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([[*prompt, *response]], device=device)
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()  # (T, V)
+        # At temperature 0 the engines report log-probabilities of the unscaled logits.
         scores = (logits / (temperature or 1.0)).log_softmax(dim=-1)
         logprobs.append(scores.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
     model.train(training)

@@ -70,6 +70,7 @@ class PoolEngine:
         self._return_threads: list[threading.Thread] = []
         try:
             self._open_all()
+            # Named servers hold whatever they were given last, maybe by another run.
             if spec.pool.addresses:
                 self._give(checkpoint_weights(spec.model_dir), first=True)
         except BaseException:
@@ -292,6 +293,7 @@ class PoolEngine:
             self._changed.notify_all()
         self._warn_lost(member, error)
         if returns:
+            # A restart takes minutes. The other servers sample on meanwhile.
             thread = threading.Thread(target=self._take_back, args=(member,), name="vllm-pool-return", daemon=True)
             self._return_threads.append(thread)
             thread.start()
@@ -324,6 +326,7 @@ class PoolEngine:
                     with self._changed:
                         member.ready = member.version == self.version
                         member.coming_back = False
+                        # When this number grows, the trainer probes parity again.
                         self.returns += 1
                         self._changed.notify_all()
                 return
@@ -348,6 +351,7 @@ class PoolEngine:
 
     def _reopen(self, member: Member) -> None:
         """Start or connect to a server again, for up to ``runtime.engine.timeout`` seconds; raises the last error."""
+        # The old process may still hold the GPU.
         member.engine.end()
         deadline = time.monotonic() + self.spec.config.timeout
         while True:

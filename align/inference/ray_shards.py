@@ -208,6 +208,7 @@ class RayEngine:
 
         ``start(actor, first, last)`` starts one share; ``report`` gets the number of prompts that are done.
         """
+        # Several shares per engine, so that a fast engine takes more of them.
         size = max(1, -(-count // (SHARES * len(self.actors))))
         waiting = [(first, min(first + size, count)) for first in range(0, count, size)]
         results: dict[int, list[Any]] = {}

@@ -69,6 +69,7 @@ class Replier:
         first = 1 if turns[0]["role"] == "system" else 0
         ids = render_prompt(self.tokenizer, turns)
         while len(ids) > longest and len(turns) > first + 1:
+            # A system message stays: it is the first turn.
             del turns[first : first + 2]  # a question and its answer
             ids = render_prompt(self.tokenizer, turns)
         return torch.tensor([ids], device=self.model.device)

@@ -67,9 +67,11 @@ class RollingUpdate:
 
         def load() -> None:
             try:
+                # This is the last chance to compare the old weights: reading replaces them.
                 member.engine.check_weights(content=True)
                 member.read(version)
             finally:
+                # The session may be waiting for replies, with turns that this server can take now.
                 self.dispatcher.wake()
 
         self._loads[member] = self._threads.submit(load)

@@ -72,6 +72,7 @@ class ServerEngine:
         )
         self.client = start_server(launch, cancelled)
         try:
+            # The worker starts to count loads with its first report.
             self.held_weights = self._call_workers(REPORT, content=True)
         except BaseException:
             self.end()
@@ -136,6 +137,7 @@ class ServerEngine:
         logprobs = self.client.find(COMPLETIONS, choice, "logprobs", "token_logprobs")
         reason = self.client.find(COMPLETIONS, choice, "finish_reason")
         problem = self._token_problem(tokens, body["max_tokens"]) or _logprob_problem(logprobs, len(tokens))
+        # Reason and last token must agree. Otherwise the server ends turns with another token.
         if problem is None and (reason not in ("stop", "length") or (reason == "stop") != (tokens[-1] == self.eos)):
             problem = f"it ended with '{reason}' at token {tokens[-1]}, where {self.eos} is the one that ends a turn"
         if problem is not None:
@@ -225,6 +227,7 @@ class ServerEngine:
         self.sender.send(with_tied_head(weights, spec.tied_embeddings), set(spec.tensor_names))
         self._reset_prefix_cache()
         self.sent_versions += 1
+        # Reported last, so that the loads of this transfer are included.
         self.held_weights = self._call_workers(NAME, version=f"{self.folder.owner}:nccl:{self.sent_versions}")
 
     def read_weights(self, version: int) -> None:
@@ -261,6 +264,7 @@ class ServerEngine:
         expected = [{name: report[name] for name in fields} for report in self.held_weights]
         if reports == expected:
             return
+        # A server that has just started has no version at all.
         restarted = all(report["version"] is None for report in reports) and expected[0]["version"] is not None
         problem = "does not hold the weights that this run gave it: somebody else changed them, or uses the server too"
         if restarted:

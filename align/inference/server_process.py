@@ -72,6 +72,7 @@ class Placement:
     def of(cls, pool: RolloutsConfig, number: int, device: str) -> Placement:
         """Return the placement of server ``number``: its share of the cores, or its GPUs. Raises ``UserError``."""
         if device == "cpu":
+            # use_threads() has set the variable to this process's share of the cores.
             cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
             return cls(threads=max(1, cores // (pool.servers * pool.tensor_parallel)))
         import torch

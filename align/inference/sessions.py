@@ -157,6 +157,7 @@ class PoolSession:
         is_in_flight = any(request.key == turn.key for turn in self._requests.values())
         _check_request(request, is_in_flight, self.pool.spec.max_length)
         body = self.pool.members[0].engine.sampling_request(request, self.temperature, self.top_p)
+        # The server of the episode's last turn comes first, then one that had the same prompt.
         affinity = (("episode", request.key), ("prompt", hash(tuple(request.prompt))))
         index = self.dispatcher.submit(ServerRequest(body, _parse_turn, group=request.key, affinity=affinity))
         self._requests[index] = request

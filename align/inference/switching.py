@@ -32,6 +32,7 @@ class SwitchingEngine:
             if self._loaded != model_dir:
                 self._engine.load_weights(checkpoint_weights(model_dir))
         else:
+            # A process can hold only one vLLM engine.
             self.close()
             self._engine = self._open_checkpoint(model_dir)
             self._architecture = required

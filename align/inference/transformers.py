@@ -81,6 +81,7 @@ class TransformersEngine:
         """Decode one batch of B requests from the first token to the last."""
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         ids, mask = self._left_pad([request.prompt for request in requests])  # (B, P)
+        # Padding on the left takes no positions: the first real token of every prompt is at 0.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
@@ -156,6 +157,7 @@ class TransformersEngine:
         names_by_address: dict[int, set[str]] = {}
         for name, tensor in state.items():
             names_by_address.setdefault(tensor.data_ptr(), set()).add(name)
+        # Tied tensors share an address. It is enough that one of their names was given.
         lacking = sorted(name for name in missing if len(names_by_address[state[name].data_ptr()]) == 1)
         if lacking:
             raise ValueError(f"the new weights lack {', '.join(lacking[:3])}: a full set is needed")

@@ -269,6 +269,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        # vLLM always samples at least one token. Nobody reads it here.
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         outputs = self._run("score_tokens", rows, params)
         logprobs = []

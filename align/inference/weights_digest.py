@@ -38,6 +38,7 @@ def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     with ThreadPoolExecutor(workers, thread_name_prefix="weights-digest") as threads:
         for name, tensor in tensors:
             waiting.append((name, threads.submit(tensor_digest, tensor)))
+            # Wait for the oldest digest before the next tensor is read, so that memory stays bounded.
             if len(waiting) > 2 * workers:
                 first, future = waiting.pop(0)
                 digests[first] = future.result()

@@ -113,6 +113,7 @@ def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtyp
     def flush() -> None:
         file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
+        # Digests are of the tensors as written, in the servers' type. A server can compute the same ones.
         digests.update(digest_all(shard.items()))
         index.update(dict.fromkeys(shard, file))
         shard.clear()

@@ -122,6 +122,7 @@ def check_leaked_answers(train: Sequence[PlacedRow], test: Sequence[PlacedRow], 
     for place, row in test:
         for answer in _long_answers(row):
             source = sources.get(answer)
+            # With the same prompt it is the prompt that leaked, and that is reported already.
             if source is not None and source[1] != prompt_key(row):
                 findings.add("leaked-answer", place, f"also {source[0]}: {answer}")
 

@@ -93,10 +93,12 @@ class BatchReader:
         ``row`` is the source row; without it only tokens are known.
         """
         parts = batch_rows(self.collator([prepared]))
+        # Parts that do not match the row's sides cannot be compared with its turns.
         if row is None or len(parts) != len(self.sides):
             return [TokenSequence(place, "text", ids, labels, [], True, self.chat_format) for ids, labels, _ in parts]
         sequences = []
         for side, (ids, labels, hidden) in zip(self.sides, parts, strict=True):
+            # A supervised stage learns the chosen answer of a pair.
             field = side if row.get(side) else "chosen"
             answer = row.get(field) or []
             sequence = TokenSequence(

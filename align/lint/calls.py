@@ -57,6 +57,7 @@ class CallChecks:
         self, history: list[Message], message: Message, tools: str | None, where: str, place: Place, findings: Findings
     ) -> list[ToolCall]:
         """Return the calls of a turn, and report what cannot be read of them."""
+        # A call that is plain text is parsed as an episode would parse it.
         if not message.get("tool_calls"):
             parsed = self.format.parse(message["content"] or "") if self.format else ParsedTurn("")
             for error in parsed.errors:
@@ -68,6 +69,7 @@ class CallChecks:
         except (MalformedCall, ValueError) as error:
             findings.add("unreadable-call", place, f"{where}tool_calls: a call {error}: {message['tool_calls']}")
             return []
+        # A stored call is rendered and parsed again. It must come back unchanged.
         text = self._turn_text(history, message, tools)
         if self.format is None or text is None:
             return expected
@@ -81,6 +83,7 @@ class CallChecks:
         """Return what the template writes for a turn, without its end; None where other findings tell why not."""
         tokenizer = self._chat_format.tokenizer
         try:
+            # The turn is what the conversation has behind its generation prompt.
             start = render_prompt(tokenizer, history, tools)
             ids = render_conversation(tokenizer, [*history, message], tools=tools)
         except (UserError, UnicodeError, TypeError):

@@ -131,6 +131,7 @@ class ChatFormat:
     def user_header(self) -> str:
         """Header of a user's turn, squeezed: ``<|im_start|>user``, ``[INST]``, ``USER:``; "" when unknown."""
         text = squeezed(self.user_start or "")
+        # The text begins with the end of the answer's turn. The header follows behind it.
         for mark in self.special_pattern.findall(text) if self.special_pattern else []:
             if self.special[mark] in self.ends:
                 text = text.partition(mark)[2] or text

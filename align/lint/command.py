@@ -123,6 +123,7 @@ def load_tokenizer_and_limits(model: str, scratch: Path, max_length: int | None)
     folder = model_folder(model, scratch)
     tokenizer = open_tokenizer(folder)  # checks the folder first
     config = read_optional(folder / "config.json")
+    # Multimodal configs have the text model's sizes under ``text_config``.
     sizes = {**config, **config.get("text_config", {})}
     ends = read_optional(folder / "generation_config.json").get("eos_token_id")
     if not isinstance(ends, list):

@@ -195,6 +195,7 @@ def _rendered_answer(sequence: TokenSequence, index: int) -> str:
 
 
 def _is_start(content: str, answers: list[str]) -> bool:
+    # A cut within a character leaves bytes that decode to U+FFFD.
     return any(squeezed(answer).startswith(content.rstrip("\ufffd")) for answer in answers)
 
 

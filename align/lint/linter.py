@@ -109,10 +109,12 @@ class Linter:
             row = self.encoding.relevant_fields(full_row)
             place = Place(split, number + 1, str(row.get("id", "")), str(row.get("_where", "")))
             placed_rows.append((place, row))
+            # 1. The turns as text.
             check_turns(row, place, self.chat_format, self.findings)
             self._calls.check(row, place, self.findings)
             if isinstance(row.get("label"), bool):
                 self._labels[row["label"]] += 1
+            # 2. The tokens and labels that the stage makes of the row.
             sequences, encoded = self._sequences(number, row, place, collator, prepared)
             self._check_sequences(sequences)
             if not sequences:
@@ -123,6 +125,7 @@ class Linter:
                 batch.append((encoded, sum(end - start for start, end in label_runs(first))))
         self.totals[split] = (len(placed_rows), total)
         self.findings.looked_at += len(placed_rows)
+        # 3. The first rows again in one padded batch: padding must not change their labels.
         if collator is not None and len(batch) > 1:
             self._check_padding(split, batch, collator)
 

@@ -101,8 +101,10 @@ class PairChecks:
     def _check_swapped(self, findings: Findings) -> None:
         for name, differences in self.differences.items():
             sizes = [abs(difference) for difference in differences]
+            # The feature must separate the sides in nearly all pairs, else its sign means nothing.
             if len(sizes) < MIN_PAIRS or fmean(sizes) <= SEPARATION * pstdev(sizes):
                 continue
+            # Each sign is one group of labels, and the smaller group contradicts the larger one.
             positive = sum(difference > 0 for difference in differences)
             minority = wilson(min(positive, len(sizes) - positive), len(sizes))
             if minority.low > SWAPPED_SHARE and minority.high < 0.5:

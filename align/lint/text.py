@@ -50,6 +50,7 @@ def check_turns(row: Row, place: Place, chat_format: ChatFormat, findings: Findi
                 if not message.get("tool_calls"):
                     findings.add(kind, place, f"{name}: {role} says {text!r}")
             _check_text(text, f"{name}: {role}", place, chat_format, findings)
+    # Roles must be in order in the prompt with each of its answers.
     answers = [row[name] for name in ANSWER_FIELDS if row.get(name)]
     for answer in answers or [[]]:
         _check_order([*row["prompt"], *answer], place, findings)

@@ -55,6 +55,7 @@ def _check_turns(sequence: TokenSequence, limits: Limits, findings: Findings) ->
     chat_format, text = sequence.chat_format, squeezed(sequence.text)
     is_full = is_cut(sequence, limits)
     first = chat_format.first_token
+    # A full sequence without the template's first token was cut at its beginning.
     if first is not None and first not in sequence.ids[:2] and is_full:
         findings.add("prompt-truncated", sequence.place, f"begins with {sequence.text}")
         return

@@ -188,6 +188,7 @@ def lint_trainer(
     linter = Linter(trainer.processing_class, options)
     check_embeddings(trainer.model, linter.chat_format, linter.findings)
     _check_dropped_rows(dataset, rows, linter.findings)
+    # Unequal numbers mean that rows were packed or dropped, so only the tokens can be checked.
     if rows is not None and len(rows) == len(dataset):
         linter.look("train", rows, trainer.data_collator, lambda number: dict(dataset[number]))
     else:
@@ -219,6 +220,7 @@ def check_embeddings(model: Any, chat_format: ChatFormat, findings: Findings) ->
     ids = {name: index for name, index in ids.items() if index < len(weight) and index not in virtual}
     if not ids or weight.is_meta or weight.dim() != 2:
         return
+    # Rows at regular distances are enough for the mean, and spare a float32 copy of the table.
     step = max(1, len(weight) // SAMPLED_EMBEDDINGS)
     sample = weight[::step].float()
     mean = sample.mean(dim=0)

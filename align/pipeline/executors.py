@@ -44,6 +44,8 @@ def choose_executor(raw: dict[str, Any], name: str, warn: Callable[[str], None])
     unused = []
     for place, holder in _holders(raw):
         block = holder.get(EXECUTOR)
+        # A block without a name is meant for the file's executor, or for any where the file names none. Only fields
+        # beside the name are worth a warning.
         if isinstance(block, dict) and (name_in(block) or previous or name) != name:
             unused += [f"{place}.{EXECUTOR}"] if set(block) - {"name"} else []
             del holder[EXECUTOR]

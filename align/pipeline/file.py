@@ -60,6 +60,7 @@ def complete_values(
             "Pipeline.load reads a file."
         )
     raw = in_long_forms(drop_anchor_blocks(_plain(values, place)))
+    # Relative paths then start at ``folder``, as those in a file start at that file's folder.
     if folder.absolute() != Path.cwd():
         raw = locate(raw, folder / place)
     raw = _merge_with_base(raw, folder, place, ())
@@ -152,6 +153,7 @@ def fill_in_variables(value: Any, place: str) -> Any:
     if not isinstance(value, str):
         return value
     text = VARIABLE.sub(_value_of(place), value)
+    # The mark stays: a path with a variable still starts at its file.
     return LocatedText(text, value.file) if isinstance(value, LocatedText) else text
 
 

@@ -40,9 +40,11 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
             raise UserError(f"{where}: there is no stage '{source}'.{suggest(source, blocks)}")
         if source not in written:
             raise UserError(f"{where}: stage '{source}' comes later; move it above '{name}'.")
+        # From ``written``, so that fields which the source has inherited itself are handed on.
         base = dict(written[source])
         kind = base.pop("stage", source)
         base.pop(CONTINUE, None)
+        # Without ``stage`` a name that is a kind says the kind; any other name takes that of the source.
         kind_here = block.get("stage", name if name in STAGES else kind)
         if kind_here != kind:
             raise UserError(

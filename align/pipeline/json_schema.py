@@ -47,6 +47,7 @@ def pipeline_schema() -> dict[str, Any]:
     loop["properties"]["stages"] = {**stages, "description": loop["properties"]["stages"]["description"]}
     loop["properties"]["stage"] = {"const": LOOP, "description": "the kind, for a loop of another name"}
     definitions["stage_loop"] = loop
+    # It has the kind of the stage that it continues, so it needs no ``stage``.
     definitions["continued_stage"] = {"type": "object", "required": [CONTINUE], "not": {"required": ["stage"]}}
     either = [
         {"$ref": "#/$defs/named_stage"},

@@ -92,6 +92,7 @@ def expand(blocks: Mapping[str, dict[str, Any]], file: str, seed: int) -> Expand
     for name, block in blocks.items():
         place = f"stages.{name}"
         if name in plain_names:
+            # Only its place in the order: its inputs are renamed below, once every round has its name.
             expanded.stages[name] = block
             expanded.places[name] = place
             continue
@@ -215,6 +216,7 @@ def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) 
 
         for name, block in loop.stages.items():
             changes = loop.changes.get(number, {}).get(name, {})
+            # The kind is written out, since a name with a round, ``dpo-2``, is that of no kind.
             stage_block = {"stage": name, **copy.deepcopy(block), **copy.deepcopy(changes)}
             stage_block = _rename_inputs(name, stage_block, in_this_round, rounds_so_far)
             stage_seed = stage_block.get("seed", seed)
@@ -254,6 +256,7 @@ def _rename_inputs(
                 stages = match_rounds(item) if isinstance(item, str) else [item]
                 items += [rename(item)] if stages is None else stages
             renamed[field_name] = items
+    # Some kinds name stages outside their input fields, too, such as in gates and baselines.
     stage = STAGES.get(str(block.get("stage", name)))
     config_class = stage.config_class() if stage is not None else None
     if config_class is not None and hasattr(config_class, "rename_stages"):

@@ -201,6 +201,7 @@ def _in_loop(stages: dict[str, Any], parts: list[str], path: str) -> list[str]:
 
 def _keep_siblings(stages: dict[str, Any], parts: list[str]) -> None:
     """A part of a field, changed for one round, leaves the field's other parts as the block has them."""
+    # ``stages.LOOP.changes.ROUND.STAGE.FIELD``, and at least one part below the field.
     if len(parts) < 7 or parts[2] != "changes":
         return
     loop = stages.get(parts[1]) or {}

@@ -241,6 +241,7 @@ class Pipeline:
         for name in self.nodes:
             of_rounds = [short for short, rounds in self.expanded.rounds.items() if name in rounds]
             runtimes[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
+            # A later stage needs this one's trainer state, whatever the file says about keeping it.
             if name in continued:
                 runtimes[name] = runtimes[name].model_copy(update={"keep_state": True})
             blocks = self.config.runtime.stages
@@ -283,17 +284,21 @@ class Pipeline:
         """Check what the stage reads, and work out its key."""
         stage = kinds[name]
         config_class = stage.config_class()
+        # 1. The stages that it reads: are they there, above it, and of a kind that fits?
         inputs = {field_name: input_names(config, field_name) for field_name in input_fields(config_class)}
         self._check_inputs(name, config_class, inputs, kinds)
+        # 2. A stage that continues another may change only some of that one's fields.
         continued = inputs.get(CONTINUE)
         if isinstance(continued, str):
             source = self.nodes[continued]
             before = Settings(source.name, source.config, source.seed)
             refuse_changes(self._place(name), Settings(name, config, seed), before)
+        # 3. What it reads outside the store: pin names, such as a Hub model to a commit, and digest files.
         with self._saying_where(name):
             config = self._pinned(name, stage, config)
             makes = stage.makes_with(config)
             identities = stage.identities(config, self.base)
+        # 4. The key: a digest of what decides the result.
         parts = self._key_parts(stage, config, seed, inputs, identities)
         try:
             key = digest(parts)

@@ -43,6 +43,7 @@ def stage_sources(stage: Stage) -> dict[str, bytes]:
     while queue:
         module = queue.pop()
         read = _read_module(module)
+        # ``from align.x import y`` was noted as a module ``align.x.y``; where y is a function there is no such file.
         if read is None or module in sources:
             continue
         sources[module], imported = read

@@ -41,6 +41,7 @@ def stage_of(name: str, block: Mapping[str, Any], above: str) -> Stage:
     known = [*STAGES, LOOP]
     if "stage" in block:
         raise UserError(f"{place}.stage: unknown stage '{kind}'.{suggest(kind, known)}")
+    # Neither a kind nor a block with ``stage``. It may be a misspelled kind, else a misspelled ``stage``.
     hint = nearest(kind, known)
     if hint:
         raise UserError(

@@ -98,6 +98,7 @@ def die_with_parent(parent: int | None) -> None:
     """Have Linux end this process when process ``parent`` dies, so that no orphan works on under a released lock."""
     if not sys.platform.startswith("linux"):
         return
+    # Linux takes the thread that started this process for its parent, so the end of that thread is enough.
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:  # it died before the line above

@@ -57,6 +57,7 @@ def gae(
     advantages = torch.zeros_like(rewards)
     next_value = value_at_end
     next_advantage = torch.zeros_like(value_at_end)
+    # Go backward over the columns of all rows at once: A_t needs A_{t+1} and V_{t+1}.
     for t in range(width - 1, -1, -1):
         is_real = response_mask[:, t]
         delta = rewards[:, t] + discounts[:, t] * next_value - values[:, t]
@@ -65,6 +66,7 @@ def gae(
         next_advantage = torch.where(is_real, advantage, next_advantage)
         next_value = torch.where(is_real, values[:, t], next_value)
         advantages[:, t] = torch.where(is_real, advantage, advantages[:, t])
+    # The critic's targets stay in units of reward: they are computed before the advantages are whitened.
     returns = torch.where(response_mask, advantages + values[:, :-1], torch.zeros_like(advantages))
     return advantages, returns
 
@@ -91,6 +93,7 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, response_mas
 
 def group_sums(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of ``values`` (B,) over each response's group, and the group's size, both (B,)."""
+    # Group numbers may have gaps, but index_add_ needs the indices 0 to count - 1.
     _, group_index = torch.unique(groups, return_inverse=True)
     count = int(group_index.max()) + 1
     totals = values.new_zeros(count).index_add_(0, group_index, values)
@@ -111,6 +114,7 @@ def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale) -
         return centered
     if scale == "group":
         squares, _ = group_sums(centered**2, groups)
+        # The sample variance. In a group of one the clamp avoids 0 / 0.
         return centered / ((squares / (sizes - 1).clamp(min=1)).sqrt() + EPSILON)
     return centered / (_standard_deviation(scores) + EPSILON)
 
@@ -121,6 +125,7 @@ def leave_one_out(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     ``scores`` and ``groups`` are (B,). Source: arXiv 2402.14740, equation 8.
     """
     sums, sizes = group_sums(scores, groups)
+    # In a group of one there are no other responses, and the baseline is 0.
     return scores - (sums - scores) / (sizes - 1).clamp(min=1)
 
 

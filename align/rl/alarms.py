@@ -142,6 +142,7 @@ def _change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float
     """Return the difference of two windows' means in its standard errors; infinite where values do not vary."""
     windows = [[entry[name] for entry in window] for window in (before, after)]
     difference = statistics.fmean(windows[1]) - statistics.fmean(windows[0])
+    # The standard error of a difference of two means (Welch).
     error = sum(statistics.variance(window) / len(window) for window in windows) ** 0.5
     if error != 0:
         return float(difference / error)

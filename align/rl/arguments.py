@@ -113,6 +113,7 @@ class RolloutArguments(TrainingArguments):
         if self.kl_estimator is None:
             self.kl_estimator = "k1" if self.kl_in == "reward" else self.default_loss_estimator
         micro_batches = self.num_mini_batches * self.per_device_train_batch_size
+        # One optimizer step learns from one mini-batch, so its micro-batches are accumulated.
         self.gradient_accumulation_steps = self.local_responses // micro_batches
         self.max_steps = self.updates * self.steps_per_update
         self.logging_steps = self.steps_per_update
@@ -142,6 +143,7 @@ class RolloutArguments(TrainingArguments):
         """Raise ``ValueError`` where a stage's config would refuse the values of its fields."""
         checked: set[str] = set()
         for settings in self.settings:
+            # The most special settings come first. The others check only fields that are still unchecked.
             names = trainer_fields(settings).keys() - checked
             if not names:
                 continue

@@ -60,12 +60,15 @@ class RolloutBuffer:
         so that their activations are freed after the backward pass.
         """
         for number, mini_batch in enumerate(mini_batches):
+            # Steps are numbered over the entire run, so a resumed run draws the same texts.
             step = rollout.update * self.args.steps_per_update + epoch * len(mini_batches) + number
             texts = [] if self.ptx is None else self.ptx.draw(step, self.args.ptx_rows, self.args.seed)
             # In every process as many micro-batches: DDP and sharded models make their passes together.
             for index, indices, _ in split_by_rank(mini_batch):
+                # The texts of a step are dealt out to its micro-batches over all processes.
                 pack = self.pack(rollout, indices, texts[index :: len(mini_batch)])
                 if self.objective.learns_likelihood:
+                    # Every row counts as supervised: SFT's loss knows no sampling temperature.
                     pack["supervised"] = torch.tensor(len(pack["response_mask"]))
                 batch: dict[str, Any] = {
                     "pack": pack,

@@ -89,6 +89,7 @@ def publish(draft: Path, output_dir: Path, limit: int | None) -> None:
     # The marker lists digests, so it is written last; the rename then makes the checkpoint visible at once.
     checkpoints.mark_complete(folder)
     target = output_dir / folder.name
+    # A run that resumed from an earlier step writes this checkpoint a second time.
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
     sync_folder(output_dir)

@@ -57,6 +57,7 @@ def keep_rollout_state(context: StageContext, trainer: RLTrainer) -> int:
     def history() -> RowHistory:
         before, digests = continued_history(context), _digests(prompts)
         start = facts.start
+        # After twice as many draws as there are prompts, all were drawn: first the new ones, then an epoch over all.
         numbers = range(start, min(_prompts_done(trainer, steps), start + len(digests) * 2))
         trained = {digests[index] for index in prompts.next(numbers, args.seed)}
         if before is not None:

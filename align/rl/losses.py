@@ -186,6 +186,7 @@ def group_loss(
     multiply each token's loss.
     """
     low, high = clip
+    # At sequence and response level there is one ratio per response, (B, 1), which broadcasts over its tokens.
     log_ratio = log_ratios(new_logprobs, logprobs, mask, level)
     ratio = torch.exp(log_ratio)
     if clips:
@@ -232,6 +233,7 @@ def pair_loss(
     is_decided = sides.view(-1, 2).ne(0).all(dim=1)
     if kind == "sigmoid":
         right, wrong = functional.logsigmoid(beta * margins), functional.logsigmoid(-beta * margins)
+        # Label smoothing assumes that this share of the pairs has swapped labels.
         per_pair = -(1 - label_smoothing) * right - label_smoothing * wrong
     elif kind == "ipo":
         # Per token, or long responses would need a larger drift for the same margin.

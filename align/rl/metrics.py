@@ -172,6 +172,7 @@ def finish(means: dict[str, float]) -> dict[str, float]:
     for name, square in means.items():
         if name.endswith("_square"):
             base = name.removesuffix("_square")
+            # Rounding can make this difference slightly negative.
             finished[f"{base}_std"] = max(square - means[base] ** 2, 0.0) ** 0.5
     return finished
 

@@ -27,6 +27,7 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
                 continue
             decay = args.weight_decay if decays else 0.0  # biases and norms do not decay
             group = {"params": parameters, "lr": rate, "weight_decay": decay}
+            # Only optimizers like Adam take a single epsilon.
             if part != "policy" and isinstance(options.get("eps"), float):
                 group["eps"] = args.critic_adam_epsilon
             groups.append(group)

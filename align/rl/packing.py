@@ -121,6 +121,7 @@ def plan(
     mini_batches = []
     for start in range(0, len(order), size):
         indices = order[start : start + size]
+        # Whole groups are sorted by their tokens, so the responses to one prompt stay neighbors.
         rows = [[indices[i] for i in row] for row in group_members([groups[i] for i in indices])]
         rows.sort(key=lambda row: sum(lengths[i] for i in row))
         by_length = [i for row in rows for i in row]

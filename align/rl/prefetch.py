@@ -99,6 +99,7 @@ class RolloutPrefetcher:
         for upcoming in range(begin, end + 1):
             self._rollouts[upcoming] = self._begin(upcoming)
         self._next_update = max(begin, end + 1)
+        # This waits for the background thread, and raises what went wrong there.
         rollout = self._rollouts.pop(update).result()
         if rollout is not None:
             self._check_staleness(rollout)
@@ -114,6 +115,7 @@ class RolloutPrefetcher:
             )
 
     def _begin(self, update: int) -> Future[Rollout | None]:
+        # Read now, not in the job: newer weights may be set before the job runs.
         weights_update = self._weights_update
 
         def sample() -> Rollout | None:
@@ -170,6 +172,7 @@ class RolloutPrefetcher:
                 rollout.sampling_seconds = entry["drawing"]
             self._rollouts[entry["update"]] = _completed(rollout)
         if state:
+            # get() starts sampling after the rollouts that the checkpoint had.
             self._next_update = max(self._rollouts) + 1
 
 

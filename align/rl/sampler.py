@@ -92,6 +92,7 @@ class RolloutSampler:
 
     def score(self, rollout: Rollout) -> None:
         """Add scores, and gold scores where there is a gold function."""
+        # The order matters: the environment's scores are added to those of the scorer.
         if self.scorer is not None:
             score_rollout(rollout, self.scorer)
         if rollout.episodes is not None:
@@ -103,6 +104,7 @@ class RolloutSampler:
         """Return the rollout of an update from a checkpoint's responses; all of it belongs to the first process."""
         if rank() > 0:
             return None
+        # The prompts follow from the update's number, so a checkpoint stores only the responses.
         numbers = self.prompt_range(update)
         indices = self.prompts.next(numbers, self.args.seed)
         return make_rollout(self.prompts, indices, responses, update, weights_update)
@@ -169,6 +171,7 @@ class RolloutSampler:
         episodes = self.episodes.play(
             self.engine, tasks, temperature=self.args.temperature, journal=journal, weights_update=weights_update
         )
+        # play() keeps the order of the tasks, so a prompt's episodes follow each other.
         return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
 
     def _journal(self, update: int, tasks: Sequence[EpisodeTask]) -> Journal:
@@ -219,6 +222,7 @@ class ParityProbe:
         def compare(engine: RolloutEngine) -> Parity:
             return probe(engine, policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
 
+        # Read before the probe, so a server that comes back during it is probed next time.
         self._server_returns = returns(self.engine)
         for parity in ask_each(self.engine, compare):
             logger.info(

@@ -58,9 +58,11 @@ class AtomicCheckpoints(Base):
         self._draft = output_dir / checkpoint.DRAFT
         checkpoint.clear(self._draft, self.accelerator)
         try:
+            # The Trainer calls save_model, then writes optimizer, random states and trainer_state.json.
             super()._save_checkpoint(model, trial)
         finally:
             draft, self._draft = self._draft, None
+        # Each process writes its own random state. The checkpoint is complete once all of them have.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.publish(draft, output_dir, self.args.save_total_limit)
@@ -82,6 +84,7 @@ class AtomicCheckpoints(Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
+        # One process hashes the files. All processes read the weights.
         if self.args.should_save:
             checkpoint.check_files(folder)
         state = checkpoint.load_state(folder, self.state_to_save()["fingerprint"])

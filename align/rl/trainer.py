@@ -93,6 +93,8 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
+        # The policy keeps float32 weights: in bf16 a small update would be rounded away. The frozen reference is never
+        # updated, so it may be bf16.
         if args.bf16:
             low_residual(model)
             if model.reference is not None:
@@ -166,6 +168,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         """Make the rollout of an update and yield its micro-batches; none where the run stops before learning."""
         rollout = self.sample(update)
         for epoch in range(self.args.num_epochs):
+            # Every epoch cuts the same rollout anew. Its old log-probabilities and advantages stay the same.
             mini_batches = self.buffer.plan(rollout, epoch)
             outputs: list[Batch] = []
             if epoch == 0:
@@ -177,6 +180,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
                 micro_batches = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch]
                 outputs = self.measure(rollout, micro_batches, reused)
                 self.compute_advantages(rollout)
+                # The KL is over kl_budget. An update without micro-batches ends the loader, and so the run.
                 if self.stopped:
                     return
             yield from self.buffer.micro_batches(rollout, epoch, mini_batches, outputs)
@@ -186,6 +190,8 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
     def sample(self, update: int) -> Rollout:
         """Give the engine the policy's weights, validate if it is time, and return scored responses to learn from."""
         started = time.perf_counter()
+        # 1. Give the engine the current weights. A pool that samples in the background writes them now, and its servers
+        # load them once the running rollouts are done.
         with full_model(self.model) as model:
             # Sharded weights are gathered for the engine, and freed again when it has them.
             self.prefetcher.set_weights(update, merged_weights(model.policy))
@@ -197,9 +203,11 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
                 with self.accelerator.autocast():
                     self.probe.run(model.policy)
         synchronized = time.perf_counter()
+        # 2. Validate these weights, before anything is learned in this update.
         if is_validating:
             self.validate(update)
         validated = time.perf_counter()
+        # 3. Take the rollout of this update. With max_staleness it was started earlier, with older weights.
         candidates = self.sampler.gather_rollouts(self.prefetcher.get(update), validated)
         candidates.seconds["sync"] = synchronized - started
         if self.validation is not None:
@@ -213,6 +221,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         """Log how the policy does on held-out prompts after ``update`` updates. The engine must hold its weights."""
         assert self.validation is not None
         rollout = self.sampler.answer(self.validation.prompts)
+        # For the KL to the reference: a policy that is too far from it does not count as the best.
         self.measure(rollout, self.buffer.by_length(rollout))
         means = self.validation.run(rollout, update, self.model)
         super().log({**means, "update": update})
@@ -253,8 +262,10 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
                         rows = indices if counts else []
                         rollout.store(rows, {name: output.detach()[: len(rows)] for name, output in outputs.items()})
                         if with_graph:
+                            # The reference has no graph, and the loss reads its values from the rollout.
                             outputs.pop("ref_logprobs")
                             outputs_to_reuse.append(outputs)
+        # No backward pass follows these passes, so free what FSDP2 keeps gathered for one.
         if not reused:
             reshard(self.model)
         for name in sorted(names):  # zeros where another process measured
@@ -278,6 +289,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         is_in_loss = self.args.kl_in == "loss"
         self.kl_penalty = KLPenalty(in_loss=kl_coef) if is_in_loss else KLPenalty(in_reward=kl_coef)
         self.objective.advantages(rollout, self.kl_penalty)
+        # Nats per response: the unit of kl_target and kl_budget.
         kl = float(rollout.tensors["kl"].double().sum()) / len(rollout)
         self.kl_controller.update(kl, len(rollout))  # for the next update
         self.totals["episodes"] += sum(len(part) for part in rollout.sampled)
@@ -297,6 +309,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Return the divisors of this optimizer step's loss and supervised loss, (2,), counted over all processes."""
+        # The Trainer calls this once per optimizer step, with all its micro-batches, before the first forward pass.
         count = self.objective.token_count([sample["rollout"] for sample in batch_samples])
         ptx_tokens = 0.0
         for sample in batch_samples:
@@ -327,9 +340,11 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         outputs, ptx_loss, ptx_tokens = split_outputs(outputs, inputs["pack"], _width(inputs))
         loss = self.objective.loss(outputs, inputs["rollout"], step)
         if ptx_loss is not None:
+            # The term is multiplied by 0, not left out: under DDP every parameter needs a gradient.
             ptx_coef = 0.0 if self.objective.rests_policy(step.update) else self.args.ptx_coef
             loss = loss + ptx_coef * ptx_loss / ptx_count
         if self.ptx is not None:
+            # Added even without texts: the sums are reduced by position, so all processes must add the same names.
             self.objective.averages.add("ptx_loss", 0.0 if ptx_loss is None else ptx_loss.detach(), ptx_tokens)
         self._require_finite("loss", loss)
         loss = loss * self.args.world_size + critic_loss  # DDP averages gradients; ours are shares of one sum
@@ -415,6 +430,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
     # ---- log ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # An epoch is one pass over the prompts. The Trainer's count is of the loader, which covers the whole run.
         prompts = self.state.global_step / self.args.steps_per_update * self.args.rollout_batch
         self.state.epoch = prompts / self.args.samples_per_prompt / len(self.prompts)
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -430,6 +446,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
             logs["peak_memory_gib"] = metrics.peak_memory_gib()
             self._update_metrics = {}
         super().log(logs, start_time)
+        # Alarms read log_history, which has this update only after it was logged.
         if "score" in logs:
             self._raise_alarms()
 
@@ -454,6 +471,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, validate the last policy, and restore the best one if ``keep`` says so."""
         if resume_from_checkpoint is True:
+            # Only one process looks for it, because the search moves damaged checkpoints away.
             newest = broadcast(lambda: last_checkpoint(Path(str(self.args.output_dir)), self.notify))
             resume_from_checkpoint = True if newest is None else str(newest)
         try:
@@ -469,6 +487,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
                     self.engine.load_weights(merged_weights(model.policy))
                 self.validate(self.update)
             if self.args.keep != "last":
+                # The first process may still be writing the best weights that all processes read next.
                 self.accelerator.wait_for_everyone()
                 self.validation.restore(self.model)
         return result
@@ -485,6 +504,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         if self.objective.scale is not None:
             state["scale"] = self.objective.scale.state_dict()
         if self.args.max_staleness:
+            # Older weights sampled these rollouts. A resumed run has no copy of them to sample from again.
             state["ahead"] = self.prefetcher.state_dict()
         if self.validation is not None:
             state["best"] = self.validation.best
@@ -505,11 +525,13 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
     def save_extra_files(self, folder: Path) -> None:
         """Add the weights of the best policy so far."""
         if self.validation is not None and self.validation.weights is not None:
+            # A link: the checkpoint keeps these weights when tidy deletes the folder of a former best policy.
             link(self.validation.weights, folder / BEST)
 
     def load_extra_files(self, folder: Path) -> None:
         """Restore the weights of the best policy so far."""
         if self.validation is not None and self.validation.weights is not None:
+            # tidy may have deleted the folder, if a later checkpoint that is now lost had a better policy.
             self.validation.weights.parent.mkdir(exist_ok=True)
             link(folder / BEST, self.validation.weights)
 

@@ -58,6 +58,7 @@ class Validation:
     def _save(self, model: Any, update: int) -> None:
         with full_model(model) as gathered_model:
             if self.args.should_save:
+                # A killed run may have left a part of this folder.
                 target = self.folder / f"{FOLDER}{update}"
                 shutil.rmtree(target, ignore_errors=True)
                 target.mkdir(parents=True)

@@ -29,6 +29,7 @@ def refuse_without_state(pipeline: Pipeline, store: Store, wanted: Iterable[Node
     """Raise ``UserError`` for a stage whose finished source kept no state, or ended early, before anything starts."""
     for node in wanted:
         source = _source(pipeline, node)
+        # A source that this run makes keeps its state, because a stage continues it (``Pipeline``).
         if source is None or source.name in force:
             continue
         artifact = store.find_intact(source.stage.kind, source.key, source.name)
@@ -116,6 +117,7 @@ def _is_beginning(artifact: Artifact, node: Node) -> bool:
     lengths = [name for name in LENGTHS if name in new["config"]]
     pairs = [(_count(old["config"].get(name)), _count(new["config"].get(name))) for name in lengths]
     for parts in (old, new):
+        # Lengths may differ, and fields that only observe; every other part of the key must be equal.
         for name in (*LENGTHS, *OBSERVED):
             parts["config"].pop(name, None)
     is_shorter = any(before < after for before, after in pairs) and all(before <= after for before, after in pairs)
@@ -123,6 +125,7 @@ def _is_beginning(artifact: Artifact, node: Node) -> bool:
 
 
 def _as_plain(parts: dict[str, Any]) -> dict[str, Any]:
+    # A copy, in the types that JSON has: a record's parts have been through JSON, those of a node have not.
     plain: dict[str, Any] = json.loads(json.dumps(parts))
     return plain
 

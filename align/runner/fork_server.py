@@ -45,6 +45,7 @@ def main(descriptor: int, runner: int, threads: int, modules: Sequence[str]) -> 
         with contextlib.suppress(OSError):  # the runner has ended meanwhile
             control.sendall(READY)
         folder = serve(control)
+    # In a fork, the stage begins only here: the loop of the server is left and its socket is closed.
     return 0 if folder is None else run_stage(folder)
 
 
@@ -71,10 +72,12 @@ def serve(control: socket.socket) -> str | None:
         selector.register(control, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
+                # 1. A stage's process has ended: pass its exit code on.
                 if key.fd in statuses:
                     selector.unregister(key.fd)
                     _report_end(key.fd, statuses.pop(key.fd), key.data)
                     continue
+                # 2. A message is one process to fork. An empty one says that the runner has closed its end.
                 message, descriptors, _, _ = socket.recv_fds(control, 65536, 2)
                 if not message:
                     return None
@@ -93,10 +96,13 @@ def serve(control: socket.socket) -> str | None:
                     _become_stage(descriptors[0], descriptors[1], order["environment"])
                     return str(order["folder"])
                 if "branch" in order:
+                    # The branch has the socket now, and ends once the runner closes its end. Nobody waits for it.
                     os.close(descriptors[0])
                     continue
+                # 3. The log is the stage's. The pipe stays open here for the exit code.
                 log, status = descriptors
                 os.close(log)
+                # A pidfd is readable once its process has ended, so one select waits for runner and stages.
                 process = os.pidfd_open(pid)
                 statuses[process] = status
                 selector.register(process, selectors.EVENT_READ, pid)

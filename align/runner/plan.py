@@ -180,6 +180,7 @@ def choose_stages(
             raise UserError(
                 f"--only {only}: it reads {', '.join(missing)}, not finished yet. Run without --only first."
             )
+        # Nothing else runs, so nothing else may count as about to be made.
         force &= {only}
     return force
 

@@ -62,10 +62,12 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     rebuilt = choose_stages(pipeline, store, None, from_, rebuild)
     fetch_missing(pipeline, store, options.only, rebuilt, listener.transfer)
     force = choose_stages(pipeline, store, options.only, from_, rebuild)
+    # All that can stop the run is checked before its first stage, not hours later when a stage reads it.
     _refuse_damage(pipeline, store, pipeline.touched_by(options.only) - force)
     warnings = check_sources(pipeline, store, options.strict)
     wanted = stages_to_make(pipeline, store, options.only, force)
     refuse_without_state(pipeline, store, wanted, force)
+    # Forced stages get no suggestion: the user asked for all of their steps.
     history = History(pipeline, store)
     suggestions = [history.suggest(node) for node in wanted if node.name not in force]
     return Prepared(store, force, wanted, [*warnings, *(text for text in suggestions if text)])

@@ -86,7 +86,9 @@ def _agent_settings(folder: Path, launch: LaunchConfig, processes: int, *, one_g
         nproc_per_node=processes,
         run_id=folder.name,
         rdzv_backend="c10d",
+        # With port 0 the system picks a free one, so that stages on the same machine do not clash.
         rdzv_endpoint="127.0.0.1:0" if alone else str(launch.rendezvous),
+        # Of several nodes the first one serves the meeting place to the others.
         rdzv_configs={"timeout": launch.timeout} if alone else {"timeout": launch.timeout, "is_host": is_head()},
         local_addr="127.0.0.1" if alone else None,
         max_restarts=0,
@@ -131,6 +133,7 @@ def _why(
     stopped = next((result for result in failed.values() if result["status"] == "stopped"), None)
     if stopped is not None:  # one that the agent ended before it could say so has stopped with the others
         return {"status": "stopped", "message": stopped["message"]}
+    # Ranks that waited in vain: the one that they waited for is among those that reported no failure.
     late = [number for number, result in failed.items() if result.get("symptom") == LATE]
     silent = [number for number in range(world) if number not in failed and number not in late]
     if late:
@@ -141,6 +144,7 @@ def _why(
             ranks,
             silent[:1],
         )
+    # A killed rank leaves no result. SIGTERM does not count: with it the agent ends the ranks that are left.
     died = [
         number for number, code in failures.items() if code < 0 and code != -signal.SIGTERM and number not in results
     ]
@@ -152,6 +156,7 @@ def _why(
             ranks,
             died[:1],
         )
+    # No rank says why. Name the one that failed first without a result, else the first that failed.
     first = next((number for number in failures if number not in results), next(iter(failures), None))
     if first is None:
         return _failed(f"its {world} processes ended without a result.", ranks, [0])

@@ -151,6 +151,7 @@ class StageRun:
         except DamagedFile as error:
             self.listener.warning(f"{path}: damaged: it {error}. The stage goes on from its checkpoints instead.")
             return None
+        # Without output it was published already, by a runner that died before it dropped the partial.
         return result.model_dump() if result.status == "done" and (self.partial / OUTPUT).is_dir() else None
 
     def _run_attempts(self, hold: Hold) -> dict[str, Any]:

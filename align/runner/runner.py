@@ -127,6 +127,7 @@ def run_pipeline(
     try:
         with (
             requests as stop,
+            # While stages run, ``gc`` on any machine leaves this run's artifacts alone, those to come included.
             ready.store.use(pipeline.name, pipeline.references, pipeline.plain),
             _forked_stages(pipeline, ready.wanted),
         ):
@@ -152,6 +153,7 @@ def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener:
             # An earlier run may have finished the stage while the remote was away.
             upload(opened, artifact, listener.transfer)
         elif only is None or node.name == only:
+            # Without ``only`` this loop has found or made the inputs. With it they were checked, and may be gone since.
             gone = [name for name in node.input_names if name not in run.artifacts]
             if gone:
                 raise UserError(f"--only {only}: it reads {', '.join(gone)}, deleted just now. Run without --only.")
@@ -168,6 +170,7 @@ def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener:
 def _forked_stages(pipeline: Pipeline, nodes: list[Node]) -> AbstractContextManager[None]:
     """Return the context in which stages that load models are forked, where ``nodes`` has several of them."""
     runtimes = [pipeline.runtimes[node.name] for node in nodes if node.stage.estimator is not None]
+    # The server's imports take as long as a stage's own, so a single stage would gain nothing.
     if len(runtimes) < 2:
         return contextlib.nullcontext()
     vllm = any(node.stage.samples and pipeline.runtimes[node.name].may_open_vllm for node in nodes)

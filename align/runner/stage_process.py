@@ -79,6 +79,7 @@ def start_stage(
         forked = server.fork(command[-1], environment, log, vllm=vllm)
         if forked is not None:
             return forked
+    # No server, or none whose fork would be the same process.
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -122,6 +123,7 @@ class Channel:
     def is_ready(self) -> bool:
         """Return whether the process has imported what stages need."""
         if not self._ready:
+            # An empty answer says that the process has ended; it then never becomes ready.
             with contextlib.suppress(OSError):  # not yet, or not any more
                 self._ready = bool(self.control.recv(64, socket.MSG_DONTWAIT))
         return self._ready
@@ -147,10 +149,12 @@ class ForkServer:
     def __init__(self, environment: Mapping[str, str], threads: int | None, modules: Sequence[str] = PRELOADED) -> None:
         self.environment, self.threads, self.folder = dict(environment), threads, Path.cwd()
         self.owner = os.getpid()
+        # Packets keep each message apart from the next one, and together with its file descriptors.
         control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(control)
         self.branch: Channel | None = None
         numbers = (far_end.fileno(), self.owner, threads or 0)
+        # Closed here once the server has its own copy, so that this end shows when the server is gone.
         with far_end:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", self.module, *map(str, numbers), *modules],
@@ -212,6 +216,7 @@ class ForkServer:
             os.close(reader)
             return None
         finally:
+            # Without a copy here, the end of the pipe tells that the server is gone, and its stage with it.
             os.close(writer)
         process = ForkedProcess.accept(reader)
         if process is None:
@@ -224,6 +229,7 @@ class ForkServer:
         for channel in (self.channel, self.branch):
             if channel is not None:
                 channel.close()
+        # Closing ends a server that waits for messages; one that still imports does not look at its socket.
         self.process.kill()
         self.process.wait()
 

@@ -80,12 +80,12 @@ def run_attempt(
                     follow(event)
                 spent.note()
                 time.sleep(POLL_SECONDS)
+            # Events that were written between the last look and the end of the process.
             for event in events.read():
                 follow(event)
-    # Events that were written between the last look and the end of the process.
     except BaseException:
-        _stop(process)
         # Also for an error of ``check`` or ``follow``: no process may work on without a runner that holds its lock.
+        _stop(process)
         raise
     finally:
         spent.note(at_once=True)
@@ -118,8 +118,10 @@ def _command(partial: Path, environment: dict[str, str]) -> list[str]:
     command = [sys.executable, "-m", "align.runner.worker", str(partial.resolve())]
     work = read_work(partial)
     nodes = int(work.runtime["launch"]["nodes"])
+    # Outside a job with so many nodes the user starts the same command line on the others (docs/distributed.md).
     if nodes == 1 or not find_stage(work.stage).distributed or int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) < nodes:
         return command
+    # Under srun the stage's parent is Slurm's daemon; expecting this process it would exit (``die_with_parent``).
     environment[BY_SRUN] = "1"
     # srun does not take the job's cores for its own
     cores = [f"--cpus-per-task={n}"] if (n := os.environ.get("SLURM_CPUS_PER_TASK")) else []
@@ -149,6 +151,7 @@ class _Spent:
 
     def __init__(self, partial: Path) -> None:
         self.partial, self.before = partial, seconds_of_attempts(partial)
+        # So that the first note is due at once: an attempt that dies at its start counts, too.
         self.start, self.noted = time.monotonic(), -KEEP_SECONDS
 
     def note(self, at_once: bool = False) -> None:
@@ -190,6 +193,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
 def _stop(process: StageProcess) -> None:
     """End the stage's whole process group: politely, then not."""
     for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        # The process leads this group, so what it has started there gets the signal as well.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):

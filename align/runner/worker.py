@@ -81,6 +81,7 @@ def main(folder: Path, parent: int | None = None) -> int:
         result: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
         if result is not None:
             result["seconds"] = max(0.0, time.time() - started)  # the clock may have been set back
+            # The first node writes the stage's result. The others only have an exit code, which srun looks at.
             return _finish(folder, RESULT, result) if is_head() else int(result["status"] != "done")
     set_threads(work["runtime"].get("threads"))
     return _finish(folder, RESULT, _outcome(folder, work, started, RESULT))
@@ -153,6 +154,7 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         if _runtime(work).deterministic:
             load_object(f"{DETERMINISM}:use_deterministic_kernels")()
         if world_size() > 1:
+            # Before the stage imports transformers and accelerate, which use a group that is there.
             load_object(f"{PROCESSES}:join")(_runtime(work))
         metrics = _run(_context(folder, work, started, result_file), find_stage(work["stage"]))
         result: dict[str, Any] = {"status": "done", "metrics": metrics}
@@ -167,6 +169,7 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         _print_trace()
         result = _explain(error, folder)
         if world_size() > 1 and not isinstance(error, OSError):
+            # The error may only tell that another rank is gone. The launcher then looks for that one's reason.
             result["symptom"] = symptom(error)
     result.update(seconds=max(0.0, time.time() - started), peak_memory_bytes=_peak_memory(), versions=_versions())
     return result
@@ -179,6 +182,7 @@ def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
     try:
         write_result(folder / name, result)
     except OSError as error:
+        # Not even the result can be written, so the exit code has to say it.
         with contextlib.suppress(OSError):
             logging.getLogger("align").error(explain_os_error(error, folder))
         return UNREACHABLE_CODE if is_unreachable(error) else code or 1
@@ -253,6 +257,7 @@ def set_threads(threads: int | None) -> None:
     """Set this process's threads, by default its share of the cores there are; before torch is imported."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(threads or max(1, cores // local_size()))
+    # Both or neither: a user who sets one has chosen how threads wait.
     if not WAITING.keys() & os.environ.keys():
         os.environ.update(WAITING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -285,6 +290,7 @@ def start(arguments: list[str], parent: int | None = None) -> int:
         if not is_unreachable(error):
             raise
         code = UNREACHABLE_CODE
+    # For ``_end_at_once``, which ends the process with this code.
     _exit_codes.append(code)
     return code
 

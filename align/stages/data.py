@@ -64,6 +64,7 @@ def _guessed_format(config: DataConfig, base: Path) -> str:
     source = validate(_HubOrFiles, {"source": block}, f"dataset {config.dataset}").source
     if isinstance(source, FilesSource):
         return guess(source, base, config.kind).format
+    # Another version of align may guess another format.
     key = digest({"source": block_text(block), "kind": config.kind, "align": VERSION})
     file = cache_folder() / GUESSES / f"{key}.json"
     known = read_optional(file).get("format") if file.is_file() else None

@@ -80,6 +80,7 @@ def run(context: StageContext) -> dict[str, Any]:
     save(context, trainer, tokenizer)
     facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **targets.facts()}
     if engine is not None:
+        # The steps follow from the seed, so those of earlier attempts are counted as well.
         on_policy_steps = (
             is_on_policy_step(trainer.args.seed, step, config.on_policy) for step in range(metrics["steps"])
         )
@@ -129,6 +130,7 @@ class _TeacherTargets:
             "top_k": config.top_k,
             "vocabulary": vocabulary,
         }
+        # Without a shared cache, at least a resumed attempt finds them.
         folder = (context.cache or context.checkpoints) / "teachers"
         self.cache = TeacherCache(folder, identity, context.warn)
 

@@ -94,6 +94,7 @@ def add_reference(rows: list[dict[str, Any]], ld_alpha: float | None, sums: Any)
         sides = [(row[f"{side}_ids"], row.get(f"{side}_mask")) for side in ("chosen", "rejected")]
         shared = min(len(ids) if mask is None else sum(mask) for ids, mask in sides)
         answers += [Answer(row["prompt_ids"], ids, shared, mask) for ids, mask in sides]
+    # All answers are scored in one call. Both sides of a pair follow each other and share their prompt.
     logps = sums(answers).weighted(ld_alpha)
     for row, chosen, rejected in zip(rows, logps[::2], logps[1::2], strict=True):
         row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen, rejected

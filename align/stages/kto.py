@@ -101,6 +101,7 @@ def _add_reference(
         row["ref_logps"] = total
     if groups is None:
         return
+    # The reference point needs answers to other prompts, scored by the reference as well.
     same_prompt = add_mismatched(rows, groups, context.config.max_length)
     if same_prompt:
         context.warn(

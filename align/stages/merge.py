@@ -113,6 +113,7 @@ class _Distances:
         if origin is None:
             return
         self.has_base = True
+        # In float64, since millions of small products are added up.
         vectors = torch.stack([(tensor - origin).flatten() for tensor in tensors]).double()
         # Inner products add up over tensors; lengths and cosines follow from them at the end.
         self.products += vectors @ vectors.T

@@ -53,6 +53,7 @@ def _adapter_config(source: Source) -> Path | None:
         return source.path / ADAPTER_CONFIG
     if source.origin is not Origin.HUB or source.revision is None:
         return None
+    # A model has a config.json. An adapter alone has none.
     if small_file(source.name, source.revision, CONFIG) is not None:
         return None
     return small_file(source.name, source.revision, ADAPTER_CONFIG)

@@ -167,6 +167,7 @@ class Reference:
 
         tuning: TuningBase = self.context.config.tuning
         model = load_for_tuning(artifact.model, tuning)
+        # LoftQ's adapters start as the quantization error, so the reference needs them as well.
         if tuning.completes_weights:
             model = apply_tuning(model, tuning, self.context.seed)
         _reduce_work(self.context, model)

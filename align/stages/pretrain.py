@@ -39,6 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     ends = document_ends(tokenizer, config.document_end, f"{context.name}.document_end")
     stored, splits = read_splits(context), {}
     for split, rows in stored.items():
+        # Held-out texts get no end token: bits per byte are taken over the text's own bytes.
         splits[split] = encode_texts(tokenizer, rows, config.max_length, ends, learn_end=split == "train")
         check_encoded(context, splits[split], len(rows), split)
     train = splits["train"]

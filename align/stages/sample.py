@@ -138,6 +138,7 @@ class _ChunkSampler:
             # Written at once: a kill loses at most the chunk that is being sampled.
             write_entry(path, key, [self.engine_name, *samples])
         else:
+            # The engine's name is stored, too: a stage that finds all chunks opens no engine.
             self.engine_name, *samples = lines
         self.done += sum(len(sample["texts"]) for sample in samples)
         self.tokens += sum(sum(sample["tokens"]) for sample in samples)
@@ -262,6 +263,7 @@ def _write(context: StageContext, results: list[SampledSplit]) -> dict[str, Any]
             f"{metrics.get('train_mean_score', 0):.3f}) or are identical. Raise n or temperature, or check score "
             f"'{_describe_scorer(config)}' on samples like those in this stage's log."
         )
+    # Training is possible without test pairs, so this is only a warning.
     if metrics["test_pairs"] == 0:
         context.warn("no test pair came out, so a reward model's accuracy cannot be measured; raise max_prompts.test")
     return metrics

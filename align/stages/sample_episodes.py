@@ -104,6 +104,7 @@ def _score_cut_off(prompts: list[PromptResponses], score: float) -> None:
 
 
 def _result(context: StageContext, split: str, prompts: list[PromptResponses]) -> SampledSplit:
+    # Both answers of a pair must follow the same prompt.
     comparable = [prompt for prompt in prompts if prompt.begins_alike]
     if len(comparable) < len(prompts):
         context.warn(

@@ -59,6 +59,7 @@ def run(context: StageContext) -> dict[str, Any]:
     lint_stage(context, lint_rows(trainer, train), linted, supervise=config.supervise)
     facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
     if config.packing or config.padding_free:
+        # Checked before training: rows that attend to each other would spoil it silently.
         facts |= {"pack_difference": check_separate(context.name, trainer, train)}
     if config.packing:
         facts |= {"packs": len(rows), "pack_fill": fill_ratio(rows, config.max_length)}

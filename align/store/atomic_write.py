@@ -25,6 +25,8 @@ def atomic_draft(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield draft
+        # Content first, then the name: the name must never stand for a file without its content. The folder is not
+        # synced, so after a power cut the old file may be back, which is whole, too.
         sync_file(draft)
         draft.replace(path)
     finally:

@@ -97,6 +97,7 @@ class FolderClaims:
         """Rewrite the file in place: no space is allocated, and no other process's file can be hit."""
         handle = os.open(self.folder / str(number), os.O_WRONLY)
         try:
+            # A waiter on another machine sees the beat only once the server has it.
             os.pwrite(handle, content, 0)
             os.fsync(handle)
         finally:

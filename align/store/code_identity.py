@@ -71,8 +71,10 @@ class _Imports:
         if file is None:  # an attribute of its parent, or a folder without a file of its own
             return parents
         self.identities[name] = file_digest(file)
+        # A compiled module counts by its bytes. What it imports cannot be read from them.
         if file.suffix != ".py":
             return parents
+        # Relative imports start at the package: the module itself, or the one that it lies in.
         package = name if file.stem == "__init__" else name.rpartition(".")[0]
         return [*parents, *_imported_names(file, package)]
 
@@ -86,6 +88,7 @@ class _Imports:
         if top in sys.stdlib_module_names:
             return None
         try:
+            # For a top-level name this only looks for the file; it runs nothing.
             spec = importlib.util.find_spec(top)
         except (ImportError, ValueError):
             spec = None
@@ -107,6 +110,7 @@ def _file_of(places: list[Path], rest: str) -> Path | None:
         if place.is_file():
             return None if rest else place
         inside = place.joinpath(*rest.split(".")) if rest else place
+        # As in an import, a package goes before a module of the same name.
         candidates = [inside / "__init__.py"]
         if rest:
             candidates += [inside.with_name(inside.name + suffix) for suffix in SUFFIXES]
@@ -134,6 +138,7 @@ def _imported_names(file: Path, package: str) -> Iterator[str]:
             start = _import_source(node, package)
             if start:
                 yield start
+                # ``from a import b`` may name a module ``a.b``; a b that is none has no file and is left out.
                 yield from (f"{start}.{alias.name}" for alias in node.names if alias.name != "*")
 
 

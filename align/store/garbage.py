@@ -57,5 +57,6 @@ def _reached_folders(store: Store, used: Iterable[UsedStage]) -> set[Path]:
                 queue.append(stage)
     folders = set()
     for kind, key in reached:
+        # Partials stay, too: an interrupted stage resumes from its checkpoints there.
         folders |= {store.folder(kind, key), store.partial(kind, key)}
     return folders

@@ -61,6 +61,7 @@ class RunLeases:
             # Behind the gate: ``gc`` sees the complete lease, or has ended.
             with self.gate():
                 hold = Lock(folder, self.lease).acquire(lambda _: None, self.retry)
+                # Registered before the uses are written: an error there must not leave a lease that is kept alive.
                 lease.callback(_end, hold, folder)
                 self.retry.call(lambda: write_sealed(folder / USES, uses))
             yield

@@ -63,6 +63,7 @@ class _Claim:
             "token": self.token,
             "pid": os.getpid(),
             "host": socket.gethostname()[:200],
+            # A waiter on this machine tells by these two that the holder died, even where its pid is in use again.
             "machine": _machine(),
             "started": _start_time(os.getpid()),
             "since": self.since,
@@ -70,6 +71,7 @@ class _Claim:
             "beats": beats,
             "released": released,
         }
+        # Padded to one length: a rewrite in place must leave nothing of the old content behind its end.
         return json.dumps(fields).encode("ascii").ljust(CLAIM_BYTES)
 
 
@@ -126,6 +128,7 @@ class Hold:
         highest = max(self.claims.numbers(), default=0)
         if highest > self.number:
             self.lost = f"the lock was taken by {describe(self.claims.read(highest))} while this run was silent"
+        # Somebody deleted the files. Numbers may have begun anew since, so that ours is another process's claim.
         elif highest < self.number or _parse(self.claims.read(self.number)).get("token") != self._claim.token:
             self.lost = f"the lock's file {self.claims.describe(self.number)} is gone"
 
@@ -201,6 +204,7 @@ class Lock:
         """
         first = highest = retry.call(self._highest)
         while self._judge(*highest) == "held":
+            # On this machine a holder that counts as held is known to run. Elsewhere its next beat shows that it lives.
             if highest != first or _is_of_this_machine(_parse(highest[1])):
                 return True
             time.sleep(LONGEST_LOOK)
@@ -240,6 +244,7 @@ class Lock:
             return "free"
         if _died_here(fields):
             return "dead"
+        # Another number or another beat: somebody lives, so silence counts from zero again.
         if (number, content) != self._last_seen:
             self._last_seen = (number, content)
             self._silence = 0.0
@@ -247,6 +252,7 @@ class Lock:
             # A waiter that was stopped for an hour has not watched for an hour.
             self._silence += min(now - self._last_look, 2 * LONGEST_LOOK)
         self._last_look = now
+        # The holder's own lease counts: it beats at that pace, and this process may have other settings.
         return "silent" if self._silence >= float(fields.get("lease", self.lease.seconds)) else "held"
 
 

@@ -59,6 +59,7 @@ class Remote:
         Raises ``DamagedRecord``.
         """
         path = _path(kind, key)
+        # Absence is not remembered: another machine may publish at any time.
         if self._known.get(path) is None:
             data = self._call(lambda: self.bucket.get(f"{path}/{RECORD}"))
             self._known[path] = None if data is None else self._parse(path, data, kind, key)
@@ -109,6 +110,7 @@ class Remote:
             data = self._get(f"{prefix}/{name}")
             if data is not None:
                 write_bytes_atomically(folder / name, data)
+        # The record comes last, as in every artifact: where it is, all files are.
         write_record(folder, record)
 
     def _download_file(self, path: str, target: Path, entry: dict[str, Any]) -> None:
@@ -120,6 +122,7 @@ class Remote:
                 # With the recorded time the file need not be hashed at every later look.
                 os.utime(target, ns=(entry["mtime_ns"], entry["mtime_ns"]))
                 return
+            # The part from an earlier download may have been damaged: the second attempt starts from nothing.
             target.unlink()
             if attempt == 2:
                 problem = "is missing" if size == 0 and entry["bytes"] else "is not what its record says"
@@ -141,6 +144,7 @@ class Remote:
                     break
                 file.write(data)
                 size += len(data)
+            # On disk before the store's rename makes the artifact visible.
             file.flush()
             os.fsync(file.fileno())
         return size
@@ -153,11 +157,13 @@ class Remote:
         record = artifact.record
         path = _path(record["kind"], record["key"])
         prefix = f"{path}/{_content_name(record)}"
+        # Damage here must not spread to other machines.
         problems = self.retry.call(lambda: find_problems(artifact, thorough=False))
         if problems:
             text = f"{problems[0].path} {problems[0].description}, so it was not uploaded to {self.address}."
             raise DamagedArtifact(text, artifact.stage)
         # 1. Upload the files that are not there yet. Until the record is there, nobody looks at them.
+        #    With ``replace`` all are uploaded: the objects there may be damaged, which their sizes do not tell.
         uploaded = {} if replace else self._call(lambda: self.bucket.sizes(prefix))
         for name, entry in record["outputs"].items():
             if uploaded.get(f"{prefix}/{name}") != entry["bytes"]:
@@ -181,6 +187,7 @@ class Remote:
         Raises ``DamagedRecord`` for a damaged one, which only ``replace`` overwrites.
         """
         path = _path(record["kind"], record["key"])
+        # What is remembered may be older than the record that the put has just met.
         self._known.pop(path, None)
         try:
             published = self.find(record["kind"], record["key"])
@@ -189,11 +196,13 @@ class Remote:
                 raise
             self._call(lambda: self.bucket.put(f"{path}/{RECORD}", data))
             return True
+        # Where the times are equal, the record there is this artifact's own, from an earlier push.
         if published is None or published["created"] == record["created"]:
             return True
         if not replace:
             return False
         self._call(lambda: self.bucket.put(f"{path}/{RECORD}", data))
+        # Only now: until it was replaced, the other record named these files.
         if _content_name(published) != _content_name(record):
             self._delete_below(f"{path}/{_content_name(published)}")
         return True

@@ -111,6 +111,7 @@ def drop_nfs_cache(folder: Path) -> None:
 def is_unreachable(error: BaseException) -> bool:
     """Return True when an error, also one wrapped by a library, says that a file system is away, not just any peer."""
     if isinstance(error, OSError) and error.errno is not None:
+        # Sockets give the other errors, too. Only a call that took a path has a file name in its error.
         return error.errno in FILE_SYSTEM_ERRORS or (error.errno in UNREACHABLE and error.filename is not None)
     text = str(error)  # safetensors and tokenizers wrap the system's error in one of their own
     return any(f"(os error {number})" in text for number in FILE_SYSTEM_ERRORS)

@@ -109,6 +109,7 @@ def _read(path: Path, key: str) -> list[Any]:
     last: bytes | None = None
     with path.open("rb") as file:
         for line in file:
+            # One line behind: a line is a value only once another one follows it, else it is the seal.
             if last is not None:
                 hasher.update(last)
                 values.append(json.loads(last))

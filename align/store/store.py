@@ -57,6 +57,7 @@ class Store:
 
     def __init__(self, root: Path, *, lease: float | None = None, retry_seconds: float = SECONDS) -> None:
         self.root = root
+        # Several beats fit into a lease, so that one late write does not lose the lock.
         self.lease = Lease() if lease is None else Lease(lease, min(lease / 6, Lease.every))
         self.retry = Retry(root, retry_seconds)
         self.remote: Remote | None = None
@@ -84,6 +85,7 @@ class Store:
     def partial(self, kind: str, key: str) -> Path:
         """Return the folder in which the artifact of ``key`` is in progress."""
         plain = self.root / kind / f"{key[:SHORT]}.partial"
+        # Each takeover leaves a name with a higher number (``_take_over``); the last one is in use.
         taken_over = list(plain.parent.glob(f"{key[:SHORT]}.*.partial"))
         return max(taken_over, key=_lock_number, default=plain)
 
@@ -97,6 +99,7 @@ class Store:
         """
         folder = self.folder(kind, key)
         artifact = self._read(folder, stage)
+        # The folder's name has only the first digits of a key, which another key may share.
         if artifact is not None and artifact.record["key"] != key:
             raise DamagedRecord(folder / RECORD, f"is the record of key {artifact.record['key']}", stage)
         return artifact
@@ -112,6 +115,7 @@ class Store:
         try:
             artifact = read_artifact(folder, stage)
         except (FileNotFoundError, NotADirectoryError):
+            # No record means "not finished" only where the store is there: an unmounted one looks empty.
             require_marker(self.root)
             return None
         kind, key = artifact.record["kind"], artifact.record["key"]
@@ -124,6 +128,7 @@ class Store:
         """Return every finished artifact, oldest first, and the errors of those whose records are damaged."""
         intact, damaged = [], []
         for folder in self.folders():
+            # Partials, drafts of downloads, and what a replacement has set aside.
             if folder.suffix:
                 continue
             try:
@@ -166,6 +171,7 @@ class Store:
         if len(records) == 1:
             artifact = self.fetch(records[0]["kind"], records[0]["key"])
             return [] if artifact is None else [artifact]
+        # Of several none is fetched: the caller only names them in its error.
         return [
             Artifact(record["stage"], Kind(record["makes"]), self.folder(record["kind"], record["key"]), record)
             for record in records
@@ -195,10 +201,12 @@ class Store:
             if artifact is not None:  # another process has fetched it meanwhile
                 return artifact
             folder = self.folder(kind, key)
+            # The same name at every attempt, so that an interrupted download goes on where it stopped.
             draft = folder.with_name(folder.name + FETCHED)
             self.remote.download(record, draft)
             if folder.exists():  # without a record, so of no use
                 shutil.rmtree(folder)
+            # The draft has its record already, so this one rename makes a finished artifact visible.
             draft.rename(folder)
             sync_folder(folder.parent)
         return self.find(kind, key, stage)
@@ -242,6 +250,7 @@ class Store:
 
     def _take_over(self, kind: str, key: str, hold: Hold) -> None:
         partial = self.partial(kind, key)
+        # A repeated call finds the number of this holder: the rename was done, and only its answer was lost.
         if partial.is_dir() and _lock_number(partial) < hold.number:
             partial.rename(partial.with_name(f"{key[:SHORT]}.{hold.number}.partial"))
 
@@ -288,6 +297,7 @@ class Store:
 
     def _check_replaceable(self, folder: Path, hold: Hold | None, replaces: Artifact | None) -> None:
         """Raise ``LockLost`` where the folder has an intact artifact other than ``replaces``."""
+        # A folder without an intact record is no artifact, so nothing is lost with it.
         if hold is None or self._read_intact(folder) is None:
             return
         if replaces is None or not self._has_record(folder, replaces.record):
@@ -295,6 +305,8 @@ class Store:
 
     def _replace(self, folder: Path, output: Path) -> None:
         """Put ``output`` in the place of an old artifact, which comes back if that fails."""
+        # A rename cannot replace a folder that has files, so the old one steps aside. After a kill between the two
+        # renames neither has the name; the next run publishes the output, which is still in its partial.
         aside = folder.with_name(f"{folder.name}.old-{uuid.uuid4().hex[:8]}")
         folder.rename(aside)
         try:
@@ -306,6 +318,7 @@ class Store:
 
     def _has_record(self, folder: Path, record: dict[str, Any]) -> bool:
         artifact = self._read_intact(folder)
+        # The time of creation tells apart two artifacts of the same key.
         return artifact is not None and artifact.record["created"] == record.get("created")
 
     def _read_intact(self, folder: Path) -> Artifact | None:
@@ -315,6 +328,7 @@ class Store:
             return None
 
     def _read_published(self, folder: Path) -> Artifact:
+        # The rename must survive a power cut before anybody hears that the artifact is published.
         sync_folder(folder.parent)
         artifact = self._read(folder)
         assert artifact is not None

@@ -52,6 +52,7 @@ class Sweep:
             base = base.set(text)
         refuse_contradiction(base.config.runtime, on)
         space = read_space(config.space, base, where)
+        # Only for its errors: a dimension without steps, or too many combinations.
         if config.sampler == "grid":
             grid(space, where)
         first_draw, *other_draws = corner_draws(space)

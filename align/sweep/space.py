@@ -65,6 +65,7 @@ class Range:
         # A continuous range, or a logarithmic one without steps.
         if step is None:
             return None
+        # In floats 0.3 / 0.1 is a little below 3; without the small number the last step would be lost.
         count = math.floor((self.high - self.low) / step + 1e-9) + 1
         return [self._typed(self.low + index * step) for index in range(count)]
 

@@ -97,6 +97,7 @@ class Study:
                 pruner=_pruner(config.prune),
                 load_if_exists=True,
             )
+            # Read once here, so that damage in the journal is found now and named with its file.
             self._study.get_trials(deepcopy=False)
 
     @classmethod
@@ -127,6 +128,7 @@ class Study:
 
     def _queue_grid(self) -> None:
         trials = self._study.get_trials(deepcopy=False)
+        # A worker that was killed here has queued the first part of the grid; the rest follows in the same order.
         queued = sum(RETRY not in trial.user_attrs for trial in trials)
         for draw in grid(self.space, "")[queued : self.limit]:
             self._study.enqueue_trial(dict(draw))
@@ -146,6 +148,7 @@ class Study:
             if trial is not None:
                 return trial
             running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+            # The first worker that proves dead ends the watch: the loop then takes over its trial.
             if all(self._lock(number).holder_lives(self.store.retry) for number in running):
                 return None
 
@@ -176,11 +179,13 @@ class Study:
         has_retries = any(trial.state == TrialState.WAITING and RETRY in trial.user_attrs for trial in trials)
         if new_count >= self.limit and not has_retries:
             return None
+        # The number that a new trial gets. A queued one has its values already, so its seed does not matter.
         self._study.sampler = _sampler(self.config, len(trials))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a sampler is experimental
             handle = self._study.ask({dimension.name: _distribution(dimension) for dimension in self.space})
         hold = self._acquire(handle.number)
+        # Trials are taken under the study's lock, so no other worker can have seen this one yet.
         assert hold is not None
         return Trial(handle.number, dict(handle.params), False, hold, handle)
 
@@ -227,6 +232,7 @@ class Study:
             self.store.retry.call(trial.hold.confirm)
         except LockLost as error:
             raise TrialLost(str(error)) from None
+        # Notes before the state: Optuna refuses attributes of a trial that has ended.
         for name, value in notes.items():
             trial.handle.set_user_attr(name, value)
         self._study.tell(trial.number, values, state)

@@ -65,9 +65,11 @@ class EpisodeParts:
         key = self._key(tasks)
         lines = read_entry(path, key, self.context.warn)
         if lines is None:
+            # The key covers all that episodes depend on. A journal under another key is not used.
             journal = Journal(path.with_suffix(".journal"), key)
             episodes = self._sample(tasks, journal)
             write_entry(path, key, [self.engine_name, *(episode.to_json() for episode in episodes)])
+            # Only now, so that a kill at any time leaves the journal or the file.
             journal.drop()
         else:
             self.engine_name, *stored = lines

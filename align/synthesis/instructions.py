@@ -122,6 +122,7 @@ class _InstructionGenerator:
         rng = random.Random(f"{self.seed}:{number}")  # noqa: S311  (data, not secrecy)
         new = [row["prompt"][0]["content"] for row in self.rows]
         chosen = rng.sample(new, min(self.task.made_examples, len(new)))
+        # The first rounds have few instructions of their own, so seeds take the places that are left.
         chosen += rng.sample(self.example_seeds, self.task.seed_examples + self.task.made_examples - len(chosen))
         rng.shuffle(chosen)
         return chosen

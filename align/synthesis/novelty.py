@@ -69,6 +69,7 @@ class Pool:
             upper_bound = 2 * min(length, len(coded)) / max(1, length + len(coded))
             if upper_bound <= lower_bound:
                 continue
+            # Below the cutoff rapidfuzz gives up early and returns None.
             match = process.extractOne(
                 coded, self._coded[length], scorer=Indel.normalized_similarity, score_cutoff=lower_bound or None
             )

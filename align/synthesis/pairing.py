@@ -57,6 +57,7 @@ def pair_by_score(task: PairsTask, prompts: list[PromptResponses], seed: int, le
             drop_prompt(responses, [], ledger, OTHER_BEGINNINGS)
             continue
         scores = {place: responses.score_of(place) for place in usable}
+        # 1. Compare the responses. Equal texts and equal scores make no pair.
         ties: list[Row] = []
         pairs, counts = pair_responses(responses, scores, task.pairs, seed, ties=ties)
         ledger.add(COMPARED, counts["compared"])
@@ -65,6 +66,7 @@ def pair_by_score(task: PairsTask, prompts: list[PromptResponses], seed: int, le
         for tie in ties:
             ledger.drop(COMPARED, "tie", tie["id"], tie["chosen"][-1]["content"], score=tie["chosen_score"])
             result.ties.append(_tie_row(responses, tie, "equal scores", scored=True))
+        # 2. Of the pairs, those with too small a margin are ties as well.
         wide_pairs = []
         for pair in pairs:
             margin = pair["chosen_score"] - pair["rejected_score"]
@@ -95,12 +97,14 @@ def pair_by_judge(
     second in their own comparison. Fills in ``verdicts`` of each prompt.
     """
     usable = [_count_usable(responses, ledger) for responses in prompts]
+    # The comparisons of all prompts go out in one call, so that an endpoint answers many at a time.
     outcomes = _judge_all(prompts, usable, judge, ledger)
     result = PairingResult([], [])
     for responses, places, prompt_outcomes in zip(prompts, usable, outcomes, strict=True):
         pairs = []
         for better, worse, outcome in _select_comparisons(places, prompt_outcomes, task.pairs):
             ledger.add(COMPARED)
+            # Scores of 1 and 0 stand for the verdict, so that the pair is built as from scores.
             (pair,), _ = pair_responses(responses, {better: 1.0, worse: 0.0}, "best_worst", seed)
             if outcome == "one":
                 pairs.append(pair)
@@ -135,6 +139,7 @@ def _judge_all(
     replies = judge.ask(questions)
     outcomes: list[dict[tuple[int, int], Outcome]] = [{} for _ in prompts]
     for number, (index, first, second) in enumerate(comparisons):
+        # Replies come in the order of the questions: two for each comparison, straight and swapped.
         both_orders = replies[2 * number : 2 * number + 2]
         straight, swapped = (None if reply.error else read_verdict(reply.text) for reply in both_orders)
         _count_verdicts(ledger, straight, swapped)

@@ -176,10 +176,13 @@ class _Synthesis:
     def _responses(self) -> _Output:
         """Sample responses to the prompts of both splits, or play episodes; score them, and select rows."""
         prompts = {split: self._prompts(split) for split in SPLITS}
+        # 1. Responses or episodes for both splits.
         responses = self._answer(prompts) if self.config.environment is None else self._play(prompts)
         if self.engines is not None and self.judge is None:
             self.engines.close()  # frees memory for the reward model
+        # 2. Scores of both splits in one call, so that a reward model fills its batches.
         self._score([*responses["train"], *responses["test"]])
+        # 3. Rows, split by split.
         output = _Output({}, [], [] if isinstance(self.config.task, PairsTask) else None)
         for split in SPLITS:
             output.rows[split] = self._select(responses[split], split, output)
@@ -320,6 +323,7 @@ class _Synthesis:
             "usage": self.client.usage_json(),
         }
         write_text_atomically(folder / "ledger.json", json.dumps(ledger, indent=2) + "\n")
+        # After the files are written, so that a stage without rows leaves its reasons to be read.
         self._check_splits(splits, output)
         return self._metrics(ledger)
 

@@ -58,6 +58,7 @@ class PromptResponses:
     @property
     def usable(self) -> list[int]:
         """Places of the responses with text, and of the episodes that did not fail."""
+        # Cut-off responses are usable here. Tasks with ``cut_off`` leave them out later.
         return [place for place in range(len(self.answers)) if not self.fault(place, "keep")]
 
     @property
@@ -238,6 +239,7 @@ def score_all(prompts: list[PromptResponses], scorer: Scorer | None) -> None:
     )
     scores = parts.pop("")
     for index, (responses, place) in enumerate(usable):
+        # What an environment scored stays, and the scorer's value is added to it.
         environment_score = responses.scores[place]
         total = scores[index] if environment_score is None else environment_score + scores[index]
         responses.scores[place] = total

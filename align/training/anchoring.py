@@ -121,6 +121,7 @@ class KLToStart:
         if num_items is None:
             alone: torch.Tensor = self.weight * mean
             return alone
+        # num_items then counts the tokens of all processes, and DDP averages their gradients.
         scale = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
         term: torch.Tensor = self.weight * scale * total / torch.as_tensor(num_items).clamp(min=1).to(total.device)
         return term

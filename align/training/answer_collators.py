@@ -25,6 +25,7 @@ class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return trl's batch, with a ``completion_mask`` that has the gaps of the answers."""
         batch: dict[str, Any] = super().torch_call(examples)
+        # chunk() returns views, so the changes below reach the batch.
         chosen, rejected = batch["completion_mask"].chunk(2)
         _add_gaps(chosen, examples, "chosen_mask")
         _add_gaps(rejected, examples, "rejected_mask")

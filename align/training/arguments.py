@@ -111,6 +111,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "save_steps": fields.save_steps,
         "save_total_limit": 2,
         "logging_steps": 1,
+        # A loss of NaN must reach the log: ReportProgress stops the stage there.
         "logging_nan_inf_filter": False,
         "eval_strategy": "no",
         "include_num_input_tokens_seen": "non_padding",

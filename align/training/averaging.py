@@ -64,6 +64,7 @@ class AverageWeights(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # From here on the averages are the result, so scoring() swaps no more.
         self._swap()
         self.in_place = True
 

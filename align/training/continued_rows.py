@@ -56,6 +56,7 @@ def _grouped(first: list[int], trainer: Any) -> list[int]:
 
 def _position(trainer: Any, steps: int) -> int:
     """Return the position in the endless sequence of passes at which transformers goes on after ``steps`` steps."""
+    # The last step of a pass may have fewer rows, so whole passes are counted in rows.
     passes, rest = divmod(steps, steps_per_epoch(trainer))
     return passes * len(trainer.train_dataset) + rest * int(trainer.rows_per_step)
 
@@ -77,6 +78,7 @@ def keep_trained_state(context: StageContext, trainer: Any) -> int:
     if rank() or context.runtime.keep_state is False:
         return 0
     checkpoint = last_complete(context.checkpoints, context.warn)
+    # With wsd the state before the decay is kept. A state that is too large was not kept, and keep_state() says so.
     if context.config.scheduler == "wsd" and not (checkpoint and is_too_large(context, checkpoint)):
         folder = context.checkpoints / STABLE
         checkpoint = folder if folder.is_dir() else None

@@ -58,6 +58,7 @@ def held_out(trainer: Any, encoded: Encoded) -> dict[str, float]:
             token_count = inputs["attention_mask" if trainer.prompt_too else "completion_mask"][: len(batch), 1:].sum()
             total += float(loss) * int(token_count)
             tokens += int(token_count)
+            # In the order of the keys of `sums`.
             values = (
                 losses,
                 (chosen_rewards > rejected_rewards).float(),

@@ -67,8 +67,10 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
                 rows.append({"input_ids": prompt + answer, "labels": [MASKED] * len(prompt) + answer})
             collated = self.data_collator(rows)
             if SHARE in batch:
+                # The answers are new, but the micro-batch keeps its weight among the processes.
                 collated[SHARE] = batch[SHARE]
             sampled_batches.append({name: value.to(device) for name, value in collated.items()})
+        # Sampled answers have other lengths, so the divisor of the step is counted again.
         return sampled_batches, self._get_num_items_in_batch(sampled_batches, device)
 
     def compute_loss(
@@ -79,6 +81,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             hidden = answer_states(model, plain, inputs)
             total = self.divergence(plain, hidden, inputs)
+            # Only answers of the data are imitated. Sampled ones (row -1) are the student's own.
             if self.sft_weight and int(inputs["row"][0]) >= 0:
                 shifted = inputs["labels"][:, 1:]
                 targets, head = shifted[shifted != MASKED], trunk_and_head(plain)[1]

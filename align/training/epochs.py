@@ -39,6 +39,7 @@ def micro_batches_of_rank(
         for rows in full_batches:
             for first in range(0, len(rows), part):
                 part_rows = rows[first : first + part]
+                # A part counts by its share of the rows, so the parts add up to the micro-batch's mean.
                 parts.append((part_rows, len(part_rows) / len(rows)))
         # Every process runs this many passes; part k belongs to process k modulo the number of processes.
         rounds = -(-len(parts) // processes)

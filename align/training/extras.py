@@ -30,6 +30,7 @@ def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback
     tuning = config.tuning
     callbacks: list[TrainerCallback] = []
     if isinstance(tuning, FullTuning):
+        # The trainer reads it when it creates the optimizer, which is later.
         trainer.layer_decay = tuning.layer_decay
         if tuning.scheduled:
             callbacks.append(schedule_layers(context, trainer, tuning))

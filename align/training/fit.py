@@ -104,6 +104,7 @@ def _fit(
     with frozen_weights_rounded(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = clock.seconds()
+    # ReportProgress does not score the last step, which may be the best one.
     if best is not None:
         report_scores(context, trainer.state.global_step, score_in_training())
         best.restore()
@@ -114,6 +115,7 @@ def _fit(
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = int(trainer.state.num_input_tokens_seen)
+    # An old checkpoint may have no seconds. Its tokens are then left out of the speed, too.
     timed_tokens = tokens if clock.is_complete else tokens - _tokens_in(checkpoint)
     trained, total = parameter_counts(trainer.model)
     metrics = {

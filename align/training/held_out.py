@@ -30,6 +30,7 @@ def scoring(trainer: Any) -> Iterator[None]:
             yield
     finally:
         trainer.model.train(training)
+        # Without a backward pass FSDP2 leaves the parameters outside the layers gathered.
         reshard(trainer.model)
 
 
@@ -72,6 +73,7 @@ def preferences(trainer: Any, encoded: Encoded) -> dict[str, float]:
     # compute_loss writes its metrics into the trainer, so save and restore those of the training steps.
     metrics = {mode: dict(values) for mode, values in trainer._metrics.items()}
     with scoring(trainer):
+        # Lengths are per pair, and both sides of a pair are rows of the batch.
         for batch in by_length(encoded.lengths, SCORING_TOKENS // 2):
             inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[row] for row in batch]))
             trainer._metrics["eval"].clear()

@@ -83,6 +83,7 @@ def restore_checkpoint(context: StageContext) -> Path | None:
         unpack(folder, draft)
     except (UnknownState, KeyError, ValueError) as error:
         raise UserError(f"{context.name}: the state in {folder} cannot be read: {error}. Rebuild that stage.") from None
+    # The marker is written before the rename, so the checkpoint is complete as soon as it has its name.
     mark_complete(draft)
     checkpoint = context.checkpoints / f"checkpoint-{facts.steps}"
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -224,6 +225,7 @@ def keep_state(
     for file in files:
         link(file, folder / file.name)
     history().save(folder)
+    # Written last: without this file the state counts as not kept.
     write_sealed(folder / FACTS, facts.model_dump())
     # The tensors alone: other files hold times, so their sizes differ from run to run.
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

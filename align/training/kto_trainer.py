@@ -66,6 +66,7 @@ def _drifts(trainer: PreparedKTO, encoded: Encoded, answers: str, reference: str
         {**row, "completion_ids": row[answers], "completion_mask": row.get(mask)} for row in encoded.rows
     ]
     lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
+    # Held-out losses use the beta of the current step, as the next training step would.
     trainer.beta = trainer._beta_at(trainer.state.global_step)
     with scoring(trainer):
         for batch in by_length(lengths, SCORING_TOKENS):
@@ -80,6 +81,7 @@ def _drifts(trainer: PreparedKTO, encoded: Encoded, answers: str, reference: str
                 use_cache=False,
                 fused_lm_head=True,
             )
+            # Methods with virtual tokens return more positions than the row has.
             sums = outputs.log_probs[:, -(labels.shape[1] - 1) :].double().sum(dim=1)
             reference_sums = torch.tensor([encoded.rows[row][reference] for row in batch], dtype=torch.float64)
             drifts[torch.tensor(batch)] = sums.cpu() - reference_sums

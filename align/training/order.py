@@ -65,6 +65,7 @@ def by_length(lengths: Sequence[int], tokens: int, groups: Sequence[Sequence[int
     batches: list[list[int]] = []
     width = 0
     for index in sorted(range(len(parts)), key=lambda index: (-longest[index], index)):
+        # Parts come by falling length, so the first part of a batch sets its width.
         if batches and width * (len(batches[-1]) + len(parts[index])) <= tokens:
             batches[-1] += parts[index]
         else:

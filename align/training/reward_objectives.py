@@ -113,6 +113,7 @@ class Pairs(Objective):
     def encode(self, rows: list[Row]) -> Encoded:
         encoded = encode_conversations(self.tokenizer, rows, self.config.max_length)
         if self.config.margin:
+            # The margin is a column of the rows: trl's loss subtracts it from the score difference.
             add_margins(encoded, self.config.margin, self.context.name)
         return encoded
 

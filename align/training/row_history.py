@@ -112,6 +112,7 @@ class ContinuedOrder:
             elif offset < len(first):
                 yield first[offset]
             else:
+                # Passes over all rows follow, in the plain order. Only the current pass is held in memory.
                 number, index = divmod(offset - len(first), rows)
                 if number not in cached:
                     self.order.set_epoch(number)
@@ -124,6 +125,7 @@ def passed_rows(order: Order, start: int, stop: int) -> set[int]:
     length = len(order)
     passed: set[int] = set()
     for epoch in range(start // length, -(-stop // length)):
+        # All rows were passed, so further epochs add none.
         if len(passed) == length:
             break
         order.set_epoch(epoch)

@@ -85,6 +85,7 @@ class ShardingTrainer:
             zero.clip_before_step(self.model_wrapped, self.clip_in_parts)
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
+            # DeepSpeed trains float32 copies of its own. Loading into the model does not change them.
             zero.sync_master_weights(self._groups)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
@@ -99,6 +100,7 @@ class ShardingTrainer:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
         sharded = self.model
+        # transformers saves self.model, so the gathered copy takes its place for the moment.
         with full_model(sharded) as self.model:
             if self.args.should_save:
                 self._save(output_dir or self.args.output_dir)
@@ -160,6 +162,7 @@ def _shard_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     for number, values in state["state"].items():
         like = numbered[number]
         for name, value in values.items():
+            # AdamW's averages have the parameter's shape and are sharded. Its step is a scalar and stays.
             if isinstance(value, torch.Tensor) and value.shape == like.shape:
                 values[name] = local_shard(value, like)
     return state

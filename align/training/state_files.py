@@ -70,6 +70,7 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[place] = _separate(value.detach().contiguous(), tensors)
         return {"tensor": place}
     if isinstance(value, np.ndarray):
+        # numpy's random state is an array of uint32. Every value fits into int64.
         tensors[place] = torch.from_numpy(value.astype(np.int64))
         return {"array": place, "type": value.dtype.name}
     if isinstance(value, list):

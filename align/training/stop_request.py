@@ -22,6 +22,7 @@ class StopOnRequest(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_requested = is_stop_requested(self.context.events.parent)
+        # All processes are at the same step, so either all of them enter the reduction or none does.
         if state.global_step % self.every or not _any_process(is_requested, args):
             return
         if control.should_training_stop:  # training ends here anyway, so finish the stage

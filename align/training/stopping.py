@@ -89,6 +89,7 @@ class BestSoFar(TrainerCallback):
         self.best_step, self.waited = saved["best_step"], saved["waited"]
         self.best_loss = float("inf") if saved["best_loss"] is None else saved["best_loss"]
         if self.keep and self.best_step and state.is_world_process_zero:
+            # The file in the folder may come from a later step, which the kill threw away.
             link(checkpoint / WEIGHTS, self.folder / WEIGHTS)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -106,6 +107,7 @@ class BestSoFar(TrainerCallback):
             }
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             write_text_atomically(checkpoint / STATE, json.dumps(state_to_save))
+            # MarkCheckpoints runs after this callback, so the marker has the digests of both files.
             if self.keep and self.best_step:
                 link(self.folder / WEIGHTS, checkpoint / WEIGHTS)
 

@@ -99,6 +99,7 @@ class Teacher:
                 with torch.no_grad():
                     logits = live.head(live.hidden[start : start + CHUNK])[:, :vocabulary]
                     best = measure.log_softmax(logits, live.cap).topk(min(measure.top_k, logits.shape[-1]), dim=-1)
+                # int32 holds any vocabulary in half the space.
                 ids.append(best.indices.to(torch.int32).cpu())
                 logprobs.append(best.values.cpu())
             # The batch's tokens are in one sequence; cut it into rows by their number of labels.

@@ -159,6 +159,7 @@ class _Runs:
 
         for callback in list(self.callbacks):
             with self._drop_on_failure(callback):
+                # End the run here, or on_train_end would record it as finished.
                 if failed and _name(callback) == "mlflow":
                     callback._ml_flow.end_run("FAILED")
                 callback.on_train_end(self.arguments[callback], TrainerState(), self.control)

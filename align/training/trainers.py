@@ -88,6 +88,7 @@ class Prepared(ShardingTrainer):
         reduce_work(self.model, bfloat16=self.args.bf16, shared_prefixes=getattr(self.args, "shared_prefixes", True))
         self.shard_model()
         if self.args.world_size > 1:
+            # trl gathers metrics by row, and the last micro-batches of an epoch differ in size between processes.
             self.accelerator.gather = gather_uneven(self.accelerator.gather)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -116,6 +117,7 @@ class Prepared(ShardingTrainer):
             loss = loss * weight
         for term in terms:
             term_loss = term.loss(self, model, inputs, num_items_in_batch)
+            # A part of the step's sum is scaled already. A mean over the micro-batch needs the micro-batch's weight.
             loss = loss + (term_loss if term.of_the_step else term_loss * weight)
         return (loss, *rest) if return_outputs else loss
 
@@ -169,6 +171,7 @@ class Prepared(ShardingTrainer):
         return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
+        # A copy's tokens are counted with the micro-batch that it repeats.
         if is_copy(inputs):
             inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["input_ids"])}
         super()._track_num_input_tokens(inputs)  # type: ignore[misc]
@@ -237,6 +240,7 @@ def set_layer_learning_rates(optimizer: torch.optim.Optimizer, model: Any, decay
         by_share: dict[float, list[torch.nn.Parameter]] = {}
         for parameter in group["params"]:
             by_share.setdefault(shares[id(parameter)], []).append(parameter)
+        # Read once: the group itself gets a new rate below.
         rate = group["lr"]
         for index, share in enumerate(sorted(by_share, reverse=True)):
             if index == 0:

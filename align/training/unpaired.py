@@ -98,6 +98,7 @@ class GroupOrder:
         return sum(map(len, self.groups))
 
     def __iter__(self) -> Iterator[int]:
+        # trl cuts the sequence into micro-batches of one size, so a short group may only come at the end.
         size = len(self.groups[0])
         full = [group for group in self.groups if len(group) == size]
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(full))
@@ -124,6 +125,7 @@ def add_mismatched(rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[int
         best = min(counts, key=lambda shift: (counts[shift], shift), default=0)
         same_prompt += counts.get(best, 1)
         for index, row in enumerate(group):
+            # The borrowed answer is cut to the room that this prompt leaves.
             donor, room = rows[donors[index - best]], max_length - len(rows[row]["prompt_ids"])
             for name in ("completion_ids", "completion_mask"):
                 if name in donor:

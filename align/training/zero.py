@@ -100,6 +100,7 @@ def full_optimizer_state(groups: Groups, optimizer: Any, step: int) -> dict[str,
             # Stage 3 replaces the parameter's own shape by that of its partition.
             shape = getattr(parameter, "ds_shape", parameter.shape)
             state[number] = {name: value.detach().cpu().view(shape).clone() for name, value in moments.items()}
+            # A single process stores the step with every parameter.
             state[number]["step"] = torch.tensor(float(step))
     return {"state": state, "param_groups": described}
 
@@ -153,6 +154,7 @@ def clip_grad_norm(parameters: list[torch.nn.Parameter], max_norm: float) -> tor
     """
     from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
+    # safe_get_full_grad gathers a partitioned gradient, so the norm is that of the full model.
     gradients = [(p, grad) for p in parameters if (grad := safe_get_full_grad(p)) is not None]
     if not gradients:
         return torch.zeros(())

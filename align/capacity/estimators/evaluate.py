@@ -258,6 +258,7 @@ def _count_items(name: str, task: Any) -> tuple[int | None, int]:
     try:
         records = load_records(task, Path.cwd(), 0)
         if isinstance(task, JudgedConfig):
+            # Each later turn of a conversation is an answer of its own.
             return len(records), sum(len(item.data["later"]) for item in make_items(records, None, None, name))
     except UserError:
         return task.max_items, 0

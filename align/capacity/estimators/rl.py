@@ -156,6 +156,7 @@ def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
             # the reference continues from the policy's hidden states below the first adapter
             frozen_share = 1 - policy.learning_layers(tuning) / policy.layers
             scoring -= forward_flops(policy, tokens, length) * frozen_share
+        # A rollout is scored once and learned from in every epoch, each time with its recomputation.
         epochs = config.num_epochs * trained_share
         return Work(epochs * learning, epochs * recomputation, scoring, epochs * tokens, sampled)
 

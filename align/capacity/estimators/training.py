@@ -75,6 +75,7 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
     if scores and not model.tied:
         # A reward model is loaded without the vocabulary's head.
         weights -= FLOAT * model.head
+    # ``added`` counts parameters beside the model's own: adapters and the score head.
     head = model.hidden if scores else 0
     if tuning.trains_all:
         added, trained = head, (model.trunk if scores else model.parameters) + head

@@ -59,6 +59,7 @@ def run_stage_task(fields: dict[str, Any], *input_statuses: str) -> str:
     ``fields`` are a ``StageTask``'s. ``input_statuses`` are the results of the tasks of its inputs: as arguments, they
     make Ray wait for those tasks.
     """
+    # A failed stage is an ordinary result to Ray, so this task starts all the same and has to look.
     if any(status != "done" for status in input_statuses):
         return "skipped"
     task = StageTask(**fields)
@@ -98,6 +99,7 @@ def _run_stage(task: StageTask) -> JobResult:
             only=node.name,
             rebuild=(node.name,) if is_forced else (),
             listener=Listener(),
+            # It hears no signal: ``RayQueue._stop`` leaves its request in the stage's folder instead.
             stop=StopRequest(),
         )
     except Stopped as stopped:
@@ -203,6 +205,7 @@ class RayQueue:
     def _final_state(self, stage: str, status: Any, reason: str) -> JobState:
         if status == "done":
             return JobState("gone", "its task is done, but its artifact is missing")
+        # A task that was cancelled, raised an error, or lost its node too often returns nothing.
         if status is None:
             retries = self.block(stage).retries
             return JobState("over", reason, f"Raise runtime.stages.{stage}.executor.retries (now {retries}).")

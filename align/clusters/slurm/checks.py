@@ -56,6 +56,7 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
+    # A path lies on the file system with the longest mount point above it.
     longest, kind = -1, ""
     resolved = path.resolve()
     for line in lines:

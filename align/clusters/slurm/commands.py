@@ -95,6 +95,7 @@ def submit(options: Sequence[str], script: Path) -> int:
     """Submit a job and return its number. Tried once: a second try could submit it twice."""
     answer = run_command(["sbatch", "--parsable", *options, str(script)], tries=1)
     try:
+        # The answer is NUMBER, or NUMBER;CLUSTER.
         return int(answer.strip().splitlines()[-1].partition(";")[0])
     except (ValueError, IndexError):
         raise SchedulerError(f"sbatch: no number of a job in its answer {answer!r}") from None
@@ -132,6 +133,7 @@ def _past_jobs(numbers: Collection[int]) -> dict[int, Job]:
     try:
         answer = run_command(command, tries=1)
     except SchedulerError:
+        # No accounting here. The jobs count as gone, and the store tells whether they succeeded.
         return {}
     past: dict[int, Job] = {}
     for line in answer.splitlines():

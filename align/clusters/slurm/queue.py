@@ -28,12 +28,14 @@ class SlurmQueue:
 
     def _state(self, stage: str, job: commands.Job | None) -> JobState:
         number = self.run.job(stage)
+        # Slurm has forgotten the job, which says nothing about how it ended.
         if job is None:
             return JobState("gone", f"its job is gone and has left no artifact (job {number})")
         if job.waits:
             return JobState("waits", f"job {number} waits" + (f" ({job.reason})" if job.reason else ""))
         if job.is_live:
             return JobState("runs", f"job {number} runs on {job.nodes}")
+        # A shared file system may show the artifact late, so this is no failure yet.
         if job.state == "COMPLETED":
             return JobState("gone", f"its job is done, but its artifact is missing (job {number})")
         block, place = slurm_block(self.run.pipeline, stage), f"runtime.stages.{stage}.executor"

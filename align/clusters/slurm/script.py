@@ -61,9 +61,12 @@ def sbatch_options(block: SlurmExecutor, name: str, log_folder: Path, workdir: P
     """
     settings = {
         "job-name": name,
+        # sbatch replaces % and a letter in this path, so a % of the folder's own is doubled.
         "output": f"{str(log_folder).replace('%', '%%')}/{log}",
+        # A requeued job adds to the log of its earlier turns.
         "open-mode": "append",
         "chdir": str(workdir),
+        # B: to the script's own process alone, which has become Python by ``exec``.
         "signal": f"B:USR1@{block.grace}",
         "partition": block.partition,
         "account": block.account,

@@ -77,6 +77,7 @@ class Submission:
             sweep=sweep,
             references=pipeline.references,
         )
+        # Before any job is submitted: the first one may start, and read this file, at once.
         submission.write()
         return submission
 

@@ -157,6 +157,7 @@ def _convert(
         raise BadRecord(where, describe_unrecognized(mapped.fields, form, fitting(mapped.fields)))
     if source.is_own:
         return complete_rows(dict(record), kind, check)
+    # The tracked record collects the fields that a converter reads. What is left is reported as unused.
     tracked = TrackedRecord(parse_conversations(mapped.fields))
     rows: list[Row | Dropped] = []
     for draft in CONVERTERS[form](tracked, source.reading_options, kind):

@@ -39,6 +39,7 @@ def _complete(row: Row, draft: Row, count: int) -> Row:
     row = {name: value for name, value in row.items() if value is not None and (name != "tools" or value)}
     if not is_text(row):
         row.setdefault("checks", "")
+    # A record's own id can name one row, not several.
     keeps_id = count == 1 and draft.get("id")
     return {"id": draft["id"] if keeps_id else row_id(row), **_without(row, ("id",))}
 
@@ -129,6 +130,7 @@ def find_fault(row: Row, ignore_mendable: bool = False) -> Dropped | None:
         return None if row["text"].strip() else Dropped("empty text")
     prompt: list[Message] = row["prompt"]
     turns = [message for message in prompt if message["role"] != "system"]
+    # Faults of the prompt that ``normalize`` can mend.
     if not ignore_mendable:
         if any(message["role"] == "system" for message in prompt[1:]):
             return Dropped("system turn in the middle")

@@ -117,6 +117,7 @@ class Decontaminate:
         summary = {}
         for number, evaluation_set in enumerate(self.config.sets):
             count = int((self.set_of_item == number).sum())
+            # Searches name the first of equal items, and a hit on it counts for all of them.
             items_hit = int(self.equal_items[hit[self.set_of_item[hit] == number]].sum())
             share = items_hit / count
             summary[evaluation_set.name] = {

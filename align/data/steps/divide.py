@@ -49,6 +49,7 @@ def divide_text(text: str, characters: int) -> list[str]:
 def _find_cut(text: str, characters: int) -> tuple[int, int]:
     """Return the place of the best separator and its length; without one, cut after ``characters`` characters."""
     for separator in SEPARATORS:
+        # From the middle on, so that pieces do not become short. The separator itself may lie behind the limit.
         place = text.rfind(separator, characters // 2, characters + 1)
         if place > 0:
             return place, len(separator)

@@ -37,6 +37,7 @@ class ExactDuplicates:
     def decide(self, table: Table) -> Verdict:
         """Keep the first of equal rows; the dropped ones name it."""
         places = np.flatnonzero(table.alive)
+        # Both halves of a key as one structured value, which ``np.unique`` can compare.
         keys = table.columns["key"][places].view([("high", "<u8"), ("low", "<u8")])[:, 0]
         code, instead = first_stays(len(table), places, first_equal(keys))
         return Verdict(code, [DUPLICATE], instead)

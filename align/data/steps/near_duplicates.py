@@ -39,11 +39,13 @@ class NearDuplicates:
         """Keep the first row of each cluster; the dropped ones name it."""
         places = np.flatnonzero(table.alive)
         text_hash = table.columns["whole"][places]
+        # Signatures are the largest column, so they are copied only where some rows are gone.
         signature = table.columns["signature"]
         if len(places) < len(table):
             signature = signature[places]
 
         def read(rows: np.ndarray) -> Sets:
+            # The search numbers the rows that are left. ``places`` turns these into numbers of the table.
             texts = (compared_texts(row, self.config.of) for row in table.rows(places[rows]))
             return read_sets(rows, texts, self.shingle)
 

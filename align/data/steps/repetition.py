@@ -62,6 +62,7 @@ def find_repetition(text: str, config: Repetition) -> Repeat | None:
     if len(words) < 8:  # two sentences of four words
         return None
     repeat = _check_sentences(text, config)
+    # Gopher's shares need some length: in a short text a single repeated phrase is a large share.
     if repeat is None and len(words) >= config.min_words:
         repeat = (
             _check_blocks(text, config.scale)
@@ -102,6 +103,7 @@ def _check_sentences(text: str, config: Repetition) -> Repeat | None:
         if limit is None:
             continue
         for sentence, count in counts.items():
+            # Steps of a calculation look alike, so lines of mathematics may repeat twice as often.
             sentence_limit = 2 * limit if _MATHS.search(sentence) else limit
             if count >= sentence_limit:
                 return Repeat(key.replace("_", " "), count, sentence_limit, sentence)
@@ -148,6 +150,7 @@ def _check_top_ngram(words: list[str], scale: float) -> Repeat | None:
     for size, limit in GOPHER_TOP.items():
         counts = Counter(_ngrams(words, size))
         lengths = [(count * len(" ".join(ngram)), ngram) for ngram, count in counts.items() if count > 1]
+        # The n-gram that covers most characters, which need not be the most frequent one.
         length, top = max(lengths, default=(0, ()))
         share = length / chars
         if share > limit * scale:

@@ -132,6 +132,7 @@ class Split:
             "draw": np.array([share(name, self.seed) for name in groups], dtype=np.float64),
             "group": np.array([share(name, 0) for name in groups], dtype=np.float64),
         }
+        # Questions alone are compared: a reply that differs must not put one question on both sides.
         if self.config.near_duplicates is not None:
             from align.data.minhash import signatures
 
@@ -148,8 +149,10 @@ class Split:
         # Join groups of similar prompts; the first row of a cluster draws for all of them.
         if self.config.near_duplicates is not None and len(places):
             label = self._cluster(table, places, label, self.config.near_duplicates)
+            # ``first`` has one row for each prompt, so this counts the prompts of each cluster.
             prompts_of_cluster = np.unique(label[first], return_counts=True)[1]
             notes |= {"clusters": len(prompts_of_cluster), LARGEST: int(prompts_of_cluster.max())}
+        # All rows of a cluster use the draw of its first row, so they fall on the same side.
         tested = self._draw_test_rows(table.columns["draw"][places][label], label, part == 0)
         # Sources with `part: train` or `part: test` go where they say; a training row whose question a test row has
         # is dropped.

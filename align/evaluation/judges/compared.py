@@ -91,6 +91,7 @@ class ComparedTask(JudgedTask):
             self.contests = []
             return {}
         sides = dict(first_samples)
+        # The file's answers take part as if a system had given them.
         if opponent == FILE:
             sides[FILE] = [[Turn(item.prompt, Response([], [], True, item.data["output"]))] for item in self.items]
         if self.config.judge.endpoint is not None:
@@ -98,6 +99,7 @@ class ComparedTask(JudgedTask):
         else:
             self.contests = self._judge_by_reward(pairs, sides, context)
         return {
+            # Contests with the opponent are a system's metric. All others are in the ``win_rates`` extra alone.
             contest.first: self._measured(contest, first_samples[contest.first])
             for contest in self.contests
             if contest.second == opponent

@@ -158,6 +158,7 @@ class GradedTask(JudgedTask):
         replies until then are cached.
         """
         first_samples = {name: [samples[0] for samples in per_item] for name, per_item in answers.items()}
+        # The answers of all systems and turns are graded in one call.
         places = [
             (name, index, turn)
             for name, per_item in first_samples.items()

@@ -180,6 +180,7 @@ def read_grade(text: str) -> float | None:
 
 
 def _last_mark(text: str, marked: re.Pattern[str], bare: re.Pattern[str]) -> str | None:
+    # From the last line: a judge gives its reasons first, and may quote the marks in them.
     for line in reversed(text.splitlines()):
         marks = set(marked.findall(line))
         if marks:

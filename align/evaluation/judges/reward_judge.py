@@ -70,6 +70,7 @@ class JudgeScorer:
         answers = self.client.ask(self.endpoint, requests, NAME)
         grades = [prompts.read_grade(answer.text) for answer in answers]
         self._check_readable([answer for answer, grade in zip(answers, grades, strict=True) if grade is None], requests)
+        # An unreadable grade counts as the lowest one, and ``unreadable`` marks it.
         scale = prompts.MAX_GRADE - prompts.MIN_GRADE
         return {
             "": [0.0 if grade is None else (grade - prompts.MIN_GRADE) / scale for grade in grades],

@@ -136,6 +136,7 @@ def _group_columns(selected: Mapping[str, Any], tasks: Mapping[str, Any]) -> lis
                         members.setdefault(filter_name, []).append(task)
                         better = metric["better"]
         for filter_name, member_tasks in members.items():
+            # Tasks that turn documents into a number in different ways have no common mean.
             if len(forms[filter_name]) == 1 and forms[filter_name] <= {"mean", "custom", "bits"}:
                 form: Any = next(iter(forms[filter_name]))
                 group = selected["name"]

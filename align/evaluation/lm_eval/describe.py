@@ -35,10 +35,13 @@ def describe(job: Mapping[str, Any]) -> dict[str, Any]:
     """
     import lm_eval
 
+    # 1. Before any task is loaded: commits for the Hub's data, and NLTK's data without a download.
     unpinned = pin_data(job["revisions"])
     offer_nltk_data()
+    # 2. Refuse unsafe tasks by their YAML, since loading one may run its code.
     manager = task_index(job["include"], job["tasks"])
     _refuse_unfit(manager, job["tasks"])
+    # 3. Load the tasks with their data.
     tasks: dict[str, Any] = {}
     selected = []
     for name in job["tasks"]:
@@ -55,6 +58,7 @@ def describe(job: Mapping[str, Any]) -> dict[str, Any]:
             if aggregate.aggregation == "mean"
         ]
         selected.append({"name": name, "tasks": list(loaded["tasks"]), "averaged": averaged})
+    # 4. Loading has shown which datasets have no commit.
     if unpinned:
         raise UserError(_missing_commits_message(sorted(unpinned)))
     _require_nltk_data()
@@ -88,6 +92,7 @@ def _entries(manager: Any, name: str, visited: frozenset[str] = frozenset()) -> 
     """Yield a name and, through groups and tags, its members, each with its entry in the index or None."""
     entry = manager.task_index.get(name)
     yield name, entry
+    # Groups may name each other, so a name is followed once.
     if entry is None or name in visited:
         return
     inner = (entry.cfg or {}).get("task")
@@ -222,4 +227,5 @@ def _config_digest(task: Any) -> str:
     config = dict(task.dump_config())
     config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}
     text = json.dumps(config, sort_keys=True, default=str)
+    # Functions print with their address, which differs from process to process.
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode("utf-8")).hexdigest()

@@ -203,6 +203,7 @@ class LmEvalTask(Task):
         self._check_questions(results)
         self._add_new_columns(results)
         measured = Measured({}, notes={"shots": results["shots"]})
+        # Over a copy, since ``_drop`` takes columns out of the list.
         for column in list(self.columns):
             try:
                 values, weights = numbers(column, results, self.order)

@@ -97,6 +97,7 @@ def read_results(results: Any) -> dict[str, Any]:
     for task, samples in _entry(results, "samples", "result").items():
         values[task], hashes[task] = {}, {}
         for sample in samples:
+            # A sample is one document under one filter, with a value for each metric.
             document = _entry(sample, "doc_id", "samples")
             filter_name = _entry(sample, "filter", "samples")
             hashes[task][str(document)] = _entry(sample, "doc_hash", "samples")
@@ -108,6 +109,7 @@ def read_results(results: Any) -> dict[str, Any]:
         for name, row in _entry(results, "results", "result").items()
     }
     for task, metrics in values.items():
+        # Every column is checked against lm-eval's own number later, so that number must be there.
         missing = set(metrics) - set(aggregates.get(task, {}))
         if missing:
             raise LmEvalChangedError(f"results of {task} have no '{sorted(missing)[0]}', which its samples have")
@@ -182,6 +184,7 @@ def _model_arguments(job: Mapping[str, Any]) -> dict[str, Any]:
         memory = {
             "kv_cache_memory_bytes": int(engine["cpu_kv_cache_gb"] * 2**30),
             "block_size": 32,
+            # Without it one step must hold the longest prompt, hence the limit below.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_STEP_TOKENS, max_length),
         }

@@ -80,6 +80,7 @@ def choose_form(records: Sequence[TaskRecord], form: Form | Literal["auto"]) -> 
     """
     if form != "auto":
         return form, ""
+    # Stricter formats come first: the generic one fits MMLU's records too.
     for candidate, fits, reason in _DETECTORS:
         if all(fits(record) for record in records[:DETECTION_RECORDS]):
             return candidate, reason

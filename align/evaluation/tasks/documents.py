@@ -45,6 +45,7 @@ def find_documents(patterns: Sequence[str], base: Path) -> tuple[list[Path], Fil
         if not plain:
             record_patterns.append(pattern)
             find_files([pattern], base)  # raises UserError for a pattern that matches nothing
+        # A pattern that matches texts and records is replaced by the paths of its records.
         record_patterns += [glob.escape(str(path)) for path in files if plain and path not in texts]
     return list(texts), FilesSource(type="files", paths=record_patterns) if record_patterns else None
 

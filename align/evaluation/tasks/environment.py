@@ -127,6 +127,7 @@ class EnvironmentTask(Task):
         self.episode_count = len(rows) * config.samples
         user = config.environment.user
         checkpoint = None if user is None or user.model is None else inputs.users[user.model]
+        # The settings give the user's checkpoint by name alone, so its weights are added to the identity.
         identity = config.environment.identity(PLACE)
         self.wanted = EpisodeSet(
             task=name,

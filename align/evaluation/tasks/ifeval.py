@@ -116,6 +116,7 @@ class IfevalTask(SampledTask):
                         values[f"instruction_{level}"].append([sum(flags) / len(flags) for flags in followed])
                     done += 1
                     context.progress(done, total, "answers")
+                # A prompt's share, weighted by its instructions, adds up to the share of all instructions.
                 counts = [float(len(item.data["instructions"])) for item in self.items]
                 weights = {INSTRUCTION_STRICT: counts, INSTRUCTION_LOOSE: counts}
                 measured[system] = Measured(values, weights, dict(answer_counts(system_answers)))
@@ -146,6 +147,7 @@ def check(item: Item, text: str) -> tuple[list[bool], list[bool]]:
 
 def variants(text: str) -> list[str]:
     """Return the loose variants of an answer without the answer itself, each once."""
+    # The first line may be an introduction and the last a closing remark. Asterisks are Markdown.
     lines = text.split("\n")
     shorter = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
     without_asterisks = [variant.replace("*", "") for variant in (text, *shorter)]
@@ -210,6 +212,7 @@ def _require_data(instruction: str, checker: Any, where: str) -> None:
     """Raise ``UserError`` for a checker of IFBench whose NLTK data is not installed."""
     from align.evaluation.punkt import ensure_punkt
 
+    # If the sentence model alone is missing, it can be written from an installed package. Then try again.
     for attempt in range(2):
         try:
             checker.check_following(PROBE)

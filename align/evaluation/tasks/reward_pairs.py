@@ -83,6 +83,7 @@ def _choose_layout(config: RewardPairsConfig, records: Sequence[TaskRecord]) -> 
         raise UserError(f"{unknown.where}: '{subset}' is no subset of RewardBench.{suggest(subset, known)}")
     if config.layout != "auto":
         return config.layout
+    # ``auto``: lists of answers are RewardBench 2's, known subsets alone are RewardBench's, all else are pairs.
     if all(_is_texts(record.get("chosen")) and _is_texts(record.get("rejected")) for record in records):
         return "reward_bench_2"
     return "reward_bench" if unknown is None else "pairs"

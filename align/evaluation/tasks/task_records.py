@@ -74,6 +74,7 @@ def record_source(config: RecordFields) -> FilesSource | HubSource:
     if config.files is not None:
         return FilesSource(type="files", paths=config.files, **mapping)
     defaults = config.hub_defaults() or {}
+    # Another dataset must not inherit the benchmark's configuration and commit.
     if config.dataset is not None and config.dataset != defaults.get("dataset"):
         defaults = {"dataset": config.dataset}
     fields = {"config": config.config, "split": config.split, "revision": config.revision}

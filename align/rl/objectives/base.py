@@ -76,6 +76,7 @@ class Objective(ABC):
         tensors = rollout.tensors
         scores = tensors["scores"]
         if scale is not None:
+            # The scores are added first, so the very first rollout already has a scale.
             scale.add(scores)
             scores = scale.apply(scores)
         return adjust_scores(

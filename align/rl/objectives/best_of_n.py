@@ -44,6 +44,7 @@ class BestOfNObjective(Objective):
         for members in group_members(rollout.groups):
             earlier: set[tuple[int, ...]] = set()
             for i in members:
+                # Equal responses to a prompt are learned from only once.
                 good[i] &= tuple(rollout.responses[i]) not in earlier
                 earlier.add(tuple(rollout.responses[i]))
             # Good ones first, by score; ``best`` of them from every group keep the batch size fixed.

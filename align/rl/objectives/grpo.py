@@ -125,6 +125,7 @@ def resample(rollout: Rollout, sampler: RolloutSampler, rounds: int) -> Rollout:
         flat = _groups(selected, varying=False)
         if not flat:
             break
+        # Rounds are numbered by update, so a resumed run draws the same prompts and seeds again.
         extra = _sample_more(sampler, rollout, rounds * rollout.update + number, len(flat))
         resampled.append(extra)
         # As many flat groups go as varying ones came, so the number of prompts stays the same.

@@ -34,6 +34,7 @@ class OnlineDPOObjective(Objective):
         sides: list[float] = []
         for members in groups:
             best = max(members, key=scores.__getitem__)
+            # Never the best one itself, even if all scores are equal.
             worst = min((i for i in members if i != best), key=scores.__getitem__)
             # Neighbors: ``plan`` keeps a group together, so a pair is in one micro-batch.
             selected += [best, worst]

@@ -40,6 +40,7 @@ class PPOObjective(Objective):
         if turn_rewards is not None:
             # They are part of the score: the end earns what is left of it.
             scores = scores - turn_rewards.sum(dim=1)
+        # 1. Rewards per token: every token pays the KL penalty, the last one earns the score.
         rewards, tensors["kl"] = shape_rewards(
             scores, tensors["logprobs"], tensors["ref_logprobs"], mask, penalty.in_reward
         )
@@ -47,6 +48,7 @@ class PPOObjective(Objective):
             rewards = rewards + turn_rewards
         if args.whiten_rewards:
             rewards = whiten_rewards(rewards, mask)
+        # 2. Advantages and returns, from the critic's values at the start of the update.
         advantages, returns = gae(
             rewards,
             tensors["values"],
@@ -69,6 +71,7 @@ class PPOObjective(Objective):
         rewards = rollout.tensors.get("turn_rewards")
         if rewards is None or self.scale is None:
             return rewards
+        # Only divided, not shifted: the whole episode's score is shifted once, and its end gets what is left.
         return rewards / (self.scale.std or 1.0)
 
     def token_count(self, batches: list[Batch]) -> float:
@@ -100,6 +103,7 @@ class PPOObjective(Objective):
 
     def _critic_loss(self, outputs: Batch, batch: Batch, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return vf_coef x value loss, and its sums to log."""
+        # The last column of the values is the state after the response. It has no return, so nothing is learned there.
         terms = value_loss(
             outputs["values"][:, :-1],
             batch["values"][:, :-1],
