@@ -44,13 +44,8 @@ def run(context: StageContext) -> dict[str, Any]:
         check_encoded(context, splits[split], len(rows), split)
     train = splits["train"]
     packs = pack_rows(train, config.max_length)
-    model = apply_tuning(
-        model,
-        config.tuning,
-        context.seed,
-        tokenizer=tokenizer,
-        rows=[row["input_ids"] for row in train.rows],
-    )
+    rows_of_ids = [row["input_ids"] for row in train.rows]
+    model = apply_tuning(model, config.tuning, context.seed, tokenizer=tokenizer, rows=rows_of_ids)
     use_blockwise_head()
     form = packing_form(model)
     enable_flat(model, form)

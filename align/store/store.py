@@ -57,7 +57,6 @@ class Store:
 
     def __init__(self, root: Path, *, lease: float | None = None, retry_seconds: float = SECONDS) -> None:
         self.root = root
-        # Several beats fit into a lease, so that one late write does not lose the lock.
         self.lease = Lease() if lease is None else Lease(lease, min(lease / 6, Lease.every))
         self.retry = Retry(root, retry_seconds)
         self.remote: Remote | None = None
@@ -85,7 +84,6 @@ class Store:
     def partial(self, kind: str, key: str) -> Path:
         """Return the folder in which the artifact of ``key`` is in progress."""
         plain = self.root / kind / f"{key[:SHORT]}.partial"
-        # Each takeover leaves a name with a higher number (``_take_over``); the last one is in use.
         taken_over = list(plain.parent.glob(f"{key[:SHORT]}.*.partial"))
         return max(taken_over, key=_lock_number, default=plain)
 
@@ -99,7 +97,6 @@ class Store:
         """
         folder = self.folder(kind, key)
         artifact = self._read(folder, stage)
-        # The folder's name has only the first digits of a key, which another key may share.
         if artifact is not None and artifact.record["key"] != key:
             raise DamagedRecord(folder / RECORD, f"is the record of key {artifact.record['key']}", stage)
         return artifact
@@ -128,7 +125,6 @@ class Store:
         """Return every finished artifact, oldest first, and the errors of those whose records are damaged."""
         intact, damaged = [], []
         for folder in self.folders():
-            # Partials, drafts of downloads, and what a replacement has set aside.
             if folder.suffix:
                 continue
             try:
@@ -171,7 +167,6 @@ class Store:
         if len(records) == 1:
             artifact = self.fetch(records[0]["kind"], records[0]["key"])
             return [] if artifact is None else [artifact]
-        # Of several none is fetched: the caller only names them in its error.
         return [
             Artifact(record["stage"], Kind(record["makes"]), self.folder(record["kind"], record["key"]), record)
             for record in records
@@ -250,7 +245,6 @@ class Store:
 
     def _take_over(self, kind: str, key: str, hold: Hold) -> None:
         partial = self.partial(kind, key)
-        # A repeated call finds the number of this holder: the rename was done, and only its answer was lost.
         if partial.is_dir() and _lock_number(partial) < hold.number:
             partial.rename(partial.with_name(f"{key[:SHORT]}.{hold.number}.partial"))
 
@@ -297,7 +291,6 @@ class Store:
 
     def _check_replaceable(self, folder: Path, hold: Hold | None, replaces: Artifact | None) -> None:
         """Raise ``LockLost`` where the folder has an intact artifact other than ``replaces``."""
-        # A folder without an intact record is no artifact, so nothing is lost with it.
         if hold is None or self._read_intact(folder) is None:
             return
         if replaces is None or not self._has_record(folder, replaces.record):
@@ -318,7 +311,6 @@ class Store:
 
     def _has_record(self, folder: Path, record: dict[str, Any]) -> bool:
         artifact = self._read_intact(folder)
-        # The time of creation tells apart two artifacts of the same key.
         return artifact is not None and artifact.record["created"] == record.get("created")
 
     def _read_intact(self, folder: Path) -> Artifact | None:

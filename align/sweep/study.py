@@ -97,7 +97,6 @@ class Study:
                 pruner=_pruner(config.prune),
                 load_if_exists=True,
             )
-            # Read once here, so that damage in the journal is found now and named with its file.
             self._study.get_trials(deepcopy=False)
 
     @classmethod
@@ -128,7 +127,6 @@ class Study:
 
     def _queue_grid(self) -> None:
         trials = self._study.get_trials(deepcopy=False)
-        # A worker that was killed here has queued the first part of the grid; the rest follows in the same order.
         queued = sum(RETRY not in trial.user_attrs for trial in trials)
         for draw in grid(self.space, "")[queued : self.limit]:
             self._study.enqueue_trial(dict(draw))
@@ -148,7 +146,6 @@ class Study:
             if trial is not None:
                 return trial
             running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
-            # The first worker that proves dead ends the watch: the loop then takes over its trial.
             if all(self._lock(number).holder_lives(self.store.retry) for number in running):
                 return None
 

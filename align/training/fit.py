@@ -115,8 +115,6 @@ def _fit(
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = int(trainer.state.num_input_tokens_seen)
-    # An old checkpoint may have no seconds. Its tokens are then left out of the speed, too.
-    timed_tokens = tokens if clock.is_complete else tokens - _tokens_in(checkpoint)
     trained, total = parameter_counts(trainer.model)
     metrics = {
         "steps": trainer.state.global_step,
@@ -124,7 +122,7 @@ def _fit(
         **_starts(context, checkpoint),
         "tokens": tokens,
         "training_seconds": seconds,
-        "tokens_per_second": timed_tokens / seconds,
+        "tokens_per_second": _timed_tokens(tokens, clock, checkpoint) / seconds,
         "trainable_parameters": trained,
         "parameters": total,
         "state_bytes": state_bytes,
@@ -136,6 +134,11 @@ def _fit(
         metrics |= getattr(extra, "facts", dict)()
     metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
     return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
+
+
+def _timed_tokens(tokens: int, clock: TrainingClock, checkpoint: Path | None) -> int:
+    """Return the tokens whose seconds are known: an old checkpoint may have none, and then counts no tokens either."""
+    return tokens if clock.is_complete else tokens - _tokens_in(checkpoint)
 
 
 def _warn_of_lost_progress(context: StageContext, losses: Sequence[float]) -> None:
