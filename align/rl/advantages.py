@@ -34,9 +34,10 @@ def gae(
     """Return advantages and returns, both (B, T), zero on padding (arXiv 1506.02438, equation 16).
 
     ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, ``return_t = A_t + V_t``.
-    ``rewards`` and ``response_mask`` are (B, T), ``finished`` (B,) is True where EOS was reached. ``values`` is
-    (B, T+1): ``values[:, t]`` is the value of the state *before* token t, and the column after a row's last real token
-    the value of the state the response ended in. After EOS that one counts as 0, since the episode is over. After
+    ``rewards`` and ``response_mask`` are (B, T), ``finished`` (B,) is True where nothing cut the response off: EOS was
+    reached, in an episode after its last turn. ``values`` is (B, T+1): ``values[:, t]`` is the value of the state
+    *before* token t, and the column after a row's last real token the value of the state the response ended in. That
+    one counts as 0 where the response is finished, since the episode is over. After
     truncation it is used (``bootstrap``, arXiv 1712.00378) or 0 (``terminal``). Values past a row's end are not read.
     Where an environment's tokens leave a gap in the mask, the recursion goes on as if they were not there:
     ``V_{t+1}`` is the value before the next sampled token. ``turn_discount`` multiplies gamma at such a step.
@@ -99,6 +100,17 @@ def group_sums(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor
     totals = values.new_zeros(count).index_add_(0, group_index, values)
     sizes = values.new_zeros(count).index_add_(0, group_index, torch.ones_like(values))
     return totals[group_index], sizes[group_index]
+
+
+def fill_failed(values: torch.Tensor, failed: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Return values where failed responses have the mean of their group's others, 0 in a group without any, (B,).
+
+    Compared with its group, such a response moves the mean of no other. ``values``, ``failed`` and ``groups`` are (B,).
+    """
+    # What failed counts as 0 in the sums, whatever stands there: NaN for a score that nobody gave.
+    sums, _ = group_sums(torch.where(failed, torch.zeros_like(values), values), groups)
+    counts, _ = group_sums((~failed).to(values.dtype), groups)
+    return torch.where(failed, sums / counts.clamp(min=1), values)
 
 
 def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale) -> torch.Tensor:

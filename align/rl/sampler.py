@@ -20,7 +20,7 @@ from align.inference.parity import Parity, probe
 from align.inference.protocol import RolloutEngine, Sampling
 from align.inference.shared_engine import ask_each, part_for, returns
 from align.models.processes import all_gather
-from align.rl.packing import group_members
+from align.rl.advantages import fill_failed
 from align.rl.prompts import Prompts, derive_seed
 from align.rl.rollout import COMPONENT, Rollout, join_rollouts, make_rollout
 from align.store.fingerprint import digest
@@ -260,11 +260,7 @@ def add_environment_scores(rollout: Rollout) -> None:
     """
     episodes = rollout.episodes or []
     totals = torch.tensor([episode.score for episode in episodes])
-    failed = rollout.tensors["failed"]
-    for members in group_members(rollout.groups):
-        rows = torch.tensor(members)
-        others = totals[rows][~failed[rows]]
-        totals[rows[failed[rows]]] = float(others.mean()) if len(others) else 0.0
+    totals = fill_failed(totals, rollout.tensors["failed"], torch.tensor(rollout.groups))
     rollout.tensors["scores"] = _check_scores(rollout, totals.tolist(), may_lack=False) + rollout.tensors.get(
         "scores", 0
     )

@@ -76,6 +76,16 @@ def test_every_kind_of_result_and_error_arrives(isolation: Any) -> None:
 
 
 @both
+def test_a_tool_that_prints_megabytes_disturbs_nobody(isolation: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Calls and results have a socket of their own; what is printed goes to the stage's log."""
+    with pool_of(open_class("Loud"), isolation=isolation) as pool:
+        pool.submit(0, "reset", {"goal": 1}).result()
+        assert pool.submit(0, "call", "loud", {}).result() == "said"
+        assert pool.submit(0, "call", "wait_and_add", {"number": 1}).result() == "1"
+    assert capfd.readouterr().out.count("x") == 2_000_000
+
+
+@both
 def test_functions_run_in_a_pool(isolation: Any) -> None:
     with pool_of(open_tools("double", "shout"), isolation=isolation) as pool:
         pool.submit(0, "reset", {"goal": "A"})

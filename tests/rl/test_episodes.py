@@ -105,7 +105,13 @@ def test_it_learns_which_button_pays(make_trainer, kind):
 
 
 def test_an_environment_that_fails_is_recorded_and_teaches_nothing(make_trainer):
-    trainer = make_trainer("grpo", {"class": "tests.support.environments.buttons:Fragile"}, updates=1)
+    trainer = make_trainer(
+        "grpo",
+        {"class": "tests.support.environments.buttons:Fragile"},
+        updates=1,
+        missing_eos_penalty=3.0,
+        length_penalty=0.5,
+    )
     rollouts = []
     compute = trainer.compute_advantages
     trainer.compute_advantages = lambda rollout: rollouts.append(rollout) or compute(rollout)
@@ -124,6 +130,11 @@ def test_an_environment_that_fails_is_recorded_and_teaches_nothing(make_trainer)
         if len(others):
             for score in rollout.tensors["scores"][members & failed].tolist():
                 assert score == pytest.approx(others.mean().item())
+    # Nor by the penalties for its length and its missing end: compared with its group, it is the mean.
+    assert rollout.tensors["advantages"][failed].abs().max() < 1e-5
+    for group in set(rollout.groups):
+        others = (groups == group) & ~failed
+        assert rollout.tensors["advantages"][others, 0].sum().abs() < 1e-4
     (entry,) = history(trainer)
     assert entry["failure_rate"] == pytest.approx(failed.float().mean().item())
 

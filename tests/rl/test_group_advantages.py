@@ -7,6 +7,7 @@ import torch
 
 from align.rl.advantages import (
     EPSILON,
+    fill_failed,
     group_advantages,
     leave_one_out,
     overlong_penalty,
@@ -65,3 +66,13 @@ def test_groups_with_one_score_are_found():
     scores = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
     groups = torch.tensor([0, 0, 1, 1, 2, 2])
     assert without_variance(scores, groups).tolist() == [True, True, False, False, True, True]
+
+
+def test_what_failed_has_the_mean_of_its_groups_others_and_moves_none_of_them():
+    values = torch.tensor([1.0, torch.nan, 4.0, -9.0, 2.0])
+    failed = torch.tensor([False, True, False, True, False])
+    groups = torch.tensor([7, 7, 7, 3, 5])
+    filled = fill_failed(values, failed, groups)
+    assert filled.tolist() == [1.0, 2.5, 4.0, 0.0, 2.0]  # (1 + 4) / 2; a group of failures has 0
+    assert leave_one_out(filled, groups)[1] == 0.0
+    assert group_advantages(filled, groups, "none").tolist() == [-1.5, 0.0, 1.5, 0.0, 0.0]

@@ -5,11 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from align.environments.episode import Episode, PolicyTurn
 from align.inference.protocol import Response
 from align.rl import metrics
 from align.rl import sampler as module
+from align.rl.advantages import gae
+from align.rl.objectives.base import mask_to_learn
 from align.rl.prompts import Prompts, derive_seed
-from align.rl.rollout import Rollout, join_rollouts
+from align.rl.rewards import adjust_scores
+from align.rl.rollout import Rollout, join_rollouts, make_rollout
 from align.rl.sampler import RolloutSampler
 
 
@@ -113,3 +117,21 @@ def test_a_metric_that_one_process_never_got_is_missing_there_and_no_error():
     metrics._add_scores(averages, joined)
     means = metrics.finish(averages.means(lambda total: total))
     assert means["score"] == 2.0 and means["score_a_tokens"] == 5.0 and means["score_a_tokens_std"] == 0.0
+
+
+def test_an_episode_that_was_cut_off_counts_so_though_its_last_token_ends_a_turn():
+    """Twice the same turn (5, EOS); the second episode had a call in it whose result found no room."""
+    turn = PolicyTurn([5, 2], [-1.0, -1.0], True, "")
+    prompts = Prompts.__new__(Prompts)
+    prompts.rows, prompts.token_ids = [{"id": "0"}], [[1]]
+    rollout = make_rollout(
+        prompts, [0], [[Episode([1], [turn], score=1.0), Episode([1], [turn], [], stop="max_turns", score=1.0)]], 0
+    )
+    finished, mask = rollout.tensors["finished"], rollout.tensors["response_mask"]
+    assert finished.tolist() == [True, False]
+    assert adjust_scores(torch.ones(2), finished, missing_eos_penalty=3.0).tolist() == [1.0, -2.0]
+    assert mask_to_learn(rollout, "mask").tolist() == [[True, True], [False, False]]
+    # The value after the last token counts where the episode was cut off: 1 - 0.5, and 1 + 4 - 0.5.
+    rewards, values = torch.tensor([[0.0, 1.0]] * 2), torch.tensor([[0.5, 0.5, 4.0]] * 2)
+    advantages, _ = gae(rewards, values, mask, finished, gamma=1.0, lam=1.0, truncation="bootstrap")
+    assert advantages.tolist() == [[0.5, 0.5], [4.5, 4.5]]

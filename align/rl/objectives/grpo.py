@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from align.rl.advantages import group_advantages, overlong_penalty, without_variance
+from align.rl.advantages import fill_failed, group_advantages, overlong_penalty, without_variance
 from align.rl.arguments import GRPOConfig
 from align.rl.kl import KLPenalty
 from align.rl.losses import Aggregation, RatioLevel, group_loss, loss_count
@@ -52,7 +52,11 @@ class GroupObjective(Objective):
         kl = masked_kl(rollout)
         # In the reward, a response pays for its whole drift before it is compared with its group.
         totals = scores - penalty.in_reward * kl.sum(dim=1)
-        advantages = self.compare(totals, torch.tensor(rollout.groups))[:, None] * mask
+        groups = torch.tensor(rollout.groups)
+        if "failed" in tensors:
+            # Their scores are the mean of the others, but penalties for drift, length and a missing end are their own.
+            totals = fill_failed(totals, tensors["failed"], groups)
+        advantages = self.compare(totals, groups)[:, None] * mask
         tensors |= {"kl": kl, "rewards": totals, "raw_advantages": advantages, "advantages": advantages}
         tensors["learn_mask"] = mask_to_learn(rollout, self.args.truncated)
         # Logged for the prompts as they came, before any resampling.

@@ -254,6 +254,15 @@ class Closing(Odd):
         (self.folder / str(self.row["id"])).touch(exist_ok=False)
 
 
+class Loud(Counter):
+    """A counter with a tool that prints without end."""
+
+    def loud(self) -> str:
+        """Print two megabytes."""
+        print("x" * 2_000_000, flush=True)
+        return "said"
+
+
 class Stuck(Counter):
     """A counter with a tool that hangs."""
 
