@@ -48,8 +48,8 @@ def open_at(model_dir: Path, address: str | None, dtype: torch.dtype = torch.flo
 
 
 @contextmanager
-def soon(seconds: float = 8.0) -> Iterator[None]:
-    """Whatever happens inside has ended after so many seconds: one or two on idle cores."""
+def soon(seconds: float = 15.0) -> Iterator[None]:
+    """Whatever happens inside has ended after so many seconds, where idle cores take one or two."""
     began = time.monotonic()
     yield
     assert time.monotonic() - began < seconds
