@@ -190,10 +190,10 @@ def cancel_jobs(targets: Iterable[Submission], stages: set[str] | None = None) -
         numbers = {job.job for job in submission.stages if stages is None or job.stage in stages}
         if submission.sweep is not None and stages is None and submission.sweep.get("job") is not None:
             numbers.add(int(submission.sweep["job"]))
-        if stages is None:
-            # Before Slurm is asked: no job may requeue itself, whether or not it answers.
-            submission.mark_cancelled()
+        # First, so that nothing counts as cancelled where Slurm does not answer: ``gc`` keeps what its jobs need.
         live = [number for number, job in commands.jobs(numbers).items() if job.is_live]
+        if stages is None:
+            submission.mark_cancelled()  # before the jobs end: none may requeue itself
         commands.cancel(live)
         cancelled += live
     return cancelled
