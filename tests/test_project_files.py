@@ -216,8 +216,8 @@ def test_the_files_of_tests_that_start_first_exist():
     assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
 
 
-def test_the_tests_that_are_left_for_make_test_slow_exist_and_leave_a_case():
-    """A name that nobody has any more would hide that its test runs; a test with cases keeps one in `make test`."""
+def test_the_tests_that_are_left_for_make_test_slow_exist():
+    """A name that nobody has any more would look as if its test were slow, while the renamed one is not."""
     from tests.conftest import slow_tests
 
     names = {name.partition("[")[0] for name in slow_tests()}

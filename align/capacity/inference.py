@@ -182,15 +182,20 @@ def user_memory(user: UserLoad, runtime: Runtime, precision: Precision, sequence
     return weights, cache
 
 
+def user_of(models: Mapping[str, Sequence[Architecture]]) -> Architecture | None:
+    """Return the checkpoint that plays the user of a stage's episodes, of its models by input; None without one."""
+    return next(iter(models.get(USER_INPUT, ())), None)
+
+
 def user_load(
-    environment: EnvironmentConfig | None, models: Mapping[str, Sequence[Architecture]], prompt_tokens: int
+    environment: EnvironmentConfig | None, checkpoint: Architecture | None, prompt_tokens: int
 ) -> UserLoad | None:
-    """Return the checkpoint that plays the user of episodes after prompts of ``prompt_tokens``; None without one."""
+    """Return what a checkpoint that plays the user of episodes after such prompts reads; None without one."""
     user = None if environment is None else environment.user
-    if environment is None or user is None or USER_INPUT not in models:
+    if environment is None or user is None or checkpoint is None:
         return None
     # It reads the conversation, tools left out, under a prompt of its own.
-    return UserLoad(models[USER_INPUT][0], prompt_tokens + environment.max_tokens + user.max_tokens)
+    return UserLoad(checkpoint, prompt_tokens + environment.max_tokens + user.max_tokens)
 
 
 def sampling_memory(

@@ -24,7 +24,6 @@ from align.capacity.inference import (
     user_note,
 )
 from align.config.batch_sizes import READ_TOKENS
-from align.config.simulated_user import USER_INPUT
 from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
@@ -185,7 +184,7 @@ class _Evaluation:
             self._leave_out(f"{name}: {user_note(user)}")
         tokens = task.environment.max_tokens
         prompt_tokens = max(1, self.config.max_context - tokens)
-        checkpoint = {} if user is None or user.model is None else {USER_INPUT: [self.users[user.model]]}
+        checkpoint = None if user is None or user.model is None else self.users[user.model]
         load = user_load(task.environment, checkpoint, prompt_tokens)
         self._add_answers(rows, task.samples, prompt_tokens, tokens, best_of=False, user=load)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from align.capacity.inference import user_load, user_memory
+from align.capacity.inference import user_load, user_memory, user_of
 from align.capacity.job import Job, Setting, Work
 from align.capacity.memory import (
     Choice,
@@ -111,7 +111,7 @@ def rollout_memory(
 
 def _user_memory(config: RolloutFields, models: Models, runtime: Runtime, setting: Setting) -> tuple[int, int]:
     """Return the bytes of the checkpoint that plays the user, and of its key-value cache; 0 without one."""
-    user = user_load(config.environment, models, config.max_prompt_tokens)
+    user = user_load(config.environment, user_of(models), config.max_prompt_tokens)
     if user is None:
         return 0, 0
     return user_memory(user, runtime, config.precision, -(-config.rollout_batch // setting.processes))

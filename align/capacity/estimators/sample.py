@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from align.capacity.inference import Inference, Rows, SamplingLoad, environment_notes, reward_scoring, user_load
+from align.capacity.inference import (
+    Inference,
+    Rows,
+    SamplingLoad,
+    environment_notes,
+    reward_scoring,
+    user_load,
+    user_of,
+)
 from align.config.batch_sizes import EPISODES_TOGETHER, SAMPLE_CHUNK
 from align.config.scores import describe_score
 from align.config.stages.sample import SampleConfig
@@ -28,7 +36,7 @@ def inference(
         response_tokens=config.max_tokens,
         call=SAMPLE_CHUNK * config.n if config.environment is None else EPISODES_TOGETHER,
         uses_top_p=config.top_p < 1,
-        user=user_load(config.environment, models, config.max_prompt_tokens),
+        user=user_load(config.environment, user_of(models), config.max_prompt_tokens),
     )
     rewards = (*models.get("reward", ()), *models.get("score.reward", ()))
     scoring = [reward_scoring("reward", model, load.sequences, load.length) for model in rewards]

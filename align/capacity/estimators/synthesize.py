@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from align.capacity.inference import Inference, Rows, SamplingLoad, environment_notes, reward_scoring, user_load
+from align.capacity.inference import (
+    Inference,
+    Rows,
+    SamplingLoad,
+    environment_notes,
+    reward_scoring,
+    user_load,
+    user_of,
+)
 from align.config.batch_sizes import EPISODES_TOGETHER, SYNTHESIS_CHUNK
 from align.config.stages.synthesis_tasks import InstructionsTask
 from align.config.stages.synthesize import SynthesizeConfig
@@ -38,7 +46,7 @@ def inference(
             response_tokens=config.max_tokens,
             call=call,
             uses_top_p=config.top_p < 1,
-            user=user_load(config.environment, models, config.max_prompt_tokens),
+            user=user_load(config.environment, user_of(models), config.max_prompt_tokens),
         )
         for model in models.get("model", ())
     ]

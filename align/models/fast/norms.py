@@ -7,6 +7,7 @@ not written as Llama's; they work as before.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,10 +47,15 @@ def lean_norms(model: Any) -> int:
 
     Under autocast these norms return autocast's type, rounded once at the end. Without autocast they compute as before.
     """
+    return replace_classes(model, _is_llama_norm, _make_lean)
+
+
+def replace_classes(model: Any, matches: Callable[[type], bool], make: Callable[[type], type]) -> int:
+    """Give every module whose class matches the class that ``make`` derives from it; return their number."""
     changed = 0
     for module in model.modules():
-        if _is_llama_norm(type(module)):
-            module.__class__ = _make_lean(type(module))
+        if matches(type(module)):
+            module.__class__ = make(type(module))
             changed += 1
     return changed
 

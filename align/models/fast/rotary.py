@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from align.models.fast.norms import source_lines
+from align.models.fast.norms import replace_classes, source_lines
 
 NAME = "apply_rotary_pos_emb"
 """Function of transformers' models that an attention layer calls by its global name."""
@@ -49,12 +49,7 @@ def lean_rotary(model: Any) -> int:
     Queries and keys in bfloat16 or float16 are rotated by it, and rounded twice rather than three times. In float32
     nothing changes.
     """
-    changed = 0
-    for module in model.modules():
-        if _rotates_as_llama(type(module)):
-            module.__class__ = _make_lean(type(module))
-            changed += 1
-    return changed
+    return replace_classes(model, _rotates_as_llama, _make_lean)
 
 
 def _make_lean(attention: type) -> type:
