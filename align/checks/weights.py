@@ -146,7 +146,11 @@ def _rounded(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype != "F32":
         kind = np.float64 if dtype == "F64" else np.float16
         bits = bits.view(kind).astype(np.float32).view(np.uint32)
-    # Add half of the last kept bit, and one more where that bit is odd, then cut: ties go to even.
-    wide = bits.astype(np.uint64)
-    rounded: NDArray[Any] = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype("<u2")
-    return rounded
+    # Add half of the last kept bit, and one more where that bit is odd, then cut: ties go to even. In place, because
+    # passes over memory are all that this costs; a carry out of the 32 bits is cut with the rest.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += bits
+    rounded += 0x7FFF
+    rounded >>= 16
+    return rounded.astype("<u2")

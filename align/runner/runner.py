@@ -168,10 +168,11 @@ def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener:
 
 
 def _forked_stages(pipeline: Pipeline, nodes: list[Node]) -> AbstractContextManager[None]:
-    """Return the context in which stages that load models are forked, where ``nodes`` has several of them."""
-    runtimes = [pipeline.runtimes[node.name] for node in nodes if node.stage.estimator is not None]
-    # The server's imports take as long as a stage's own, so a single stage would gain nothing.
-    if len(runtimes) < 2:
+    """Return the context in which stages that load models are forked, where one follows the first of ``nodes``."""
+    # The server's imports take as long as a stage's own. They gain nothing for the first stage, and all of it for one
+    # that follows: they are done beside the first.
+    runtimes = [pipeline.runtimes[node.name] for node in nodes[1:] if node.stage.estimator is not None]
+    if not runtimes:
         return contextlib.nullcontext()
     vllm = any(node.stage.samples and pipeline.runtimes[node.name].may_open_vllm for node in nodes)
     return forked_stages(runtimes[-1].threads, vllm=vllm)

@@ -1,8 +1,8 @@
 """Start the process of a stage: by the interpreter, or by a fork of one that has its imports. Never imports torch.
 
-``ForkServer`` is this side of ``fork_server.py``. It is started beside the first of several stages, and a stage is
-forked where the server is ready, and has the very environment, folder and threads that the stage's process would have.
-Anything else starts as ``python -m align.runner.worker FOLDER``, and comes to the same result.
+``ForkServer`` is this side of ``fork_server.py``. It is started beside a run's first stage, for those that follow. A
+stage is forked where the server is ready, and has the very environment, folder and threads that the stage's process
+would have. Anything else starts as ``python -m align.runner.worker FOLDER``, and comes to the same result.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ VLLM = "align.inference.vllm:import_engine"
 
 ANSWER_SECONDS = 20.0
 """Seconds that a server may take to fork a process."""
+HEAD_START_SECONDS = 2.0
+"""Seconds after its start from which a server has imported enough to be worth waiting for."""
+IMPORT_SECONDS = 60.0
+"""Seconds after its start from which a server that is not ready is no longer waited for."""
 
 
 class StageProcess(Protocol):
@@ -95,8 +99,8 @@ def forked_stages(threads: int | None, *, vllm: bool = False) -> Iterator[None]:
     """Start stages by forks inside of this, where they have these ``threads``; a context inside another adds nothing.
 
     ``vllm``: whether a stage among them may sample with vLLM.
-    The server starts at once, and nobody waits for it: what starts before it is ready starts as ever. It belongs to
-    this thread alone, since Linux ends it with the thread that has started it.
+    The server starts at once, and what starts before it is ready starts as ever, unless it asks ``is_importing`` and
+    waits. It belongs to this thread alone, since Linux ends it with the thread that has started it.
     """
     if this_thread.server is not None or not ForkServer.is_possible():
         yield
@@ -112,6 +116,14 @@ def forked_stages(threads: int | None, *, vllm: bool = False) -> Iterator[None]:
         server, this_thread.server = this_thread.server, None
         if server is not None:
             server.close()
+
+
+def is_importing() -> bool:
+    """Return whether this thread's server will be ready sooner than a process that imports the same from now on."""
+    server = this_thread.server
+    if server is None or server.channel.is_ready() or server.process.poll() is not None:
+        return False
+    return HEAD_START_SECONDS < time.monotonic() - server.start < IMPORT_SECONDS
 
 
 class Channel:
@@ -148,7 +160,7 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str], threads: int | None, modules: Sequence[str] = PRELOADED) -> None:
         self.environment, self.threads, self.folder = dict(environment), threads, Path.cwd()
-        self.owner = os.getpid()
+        self.owner, self.start = os.getpid(), time.monotonic()
         # Packets keep each message apart from the next one, and together with its file descriptors.
         control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(control)

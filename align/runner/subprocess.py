@@ -21,7 +21,7 @@ from align.config.runtime import Runtime
 from align.errors import disk_is_full, no_space
 from align.pipeline.registry import find_stage
 from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
-from align.runner.stage_process import StageProcess, stage_environment, start_stage
+from align.runner.stage_process import StageProcess, is_importing, stage_environment, start_stage
 from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
 from align.runner.worker import UNREACHABLE_CODE
 from align.store.events import parse_event
@@ -60,7 +60,10 @@ def run_attempt(
     output = retry.call(lambda: _open_log(partial, name))
     command = _command(partial, environment)
     work = read_work(partial)
-    vllm = find_stage(work.stage).samples and Runtime.model_validate(work.runtime).may_open_vllm
+    stage = find_stage(work.stage)
+    vllm = stage.samples and Runtime.model_validate(work.runtime).may_open_vllm
+    if stage.estimator is not None:
+        _wait_for_imports(stop, check)
     process = start_stage(command, environment, work.runtime.get("threads"), output, vllm=vllm)
     with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
         os.close(output)
@@ -90,6 +93,13 @@ def run_attempt(
     finally:
         spent.note(at_once=True)
     return retry.call(lambda: _result(partial, process.returncode))
+
+
+def _wait_for_imports(stop: StopRequest, check: Callable[[], None]) -> None:
+    """Wait while a process from which the stage can be forked imports what the stage would import itself."""
+    while is_importing() and not stop.is_requested:
+        check()
+        time.sleep(POLL_SECONDS)
 
 
 def _open_log(partial: Path, name: str) -> int:

@@ -26,6 +26,7 @@ from align import Pipeline
 from align.config.runtime import Runtime
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
+from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner import fork_server, runner
 from align.runner.listener import Listener
 from align.runner.runner import run_pipeline
@@ -34,6 +35,7 @@ from align.runner.stage_process import (
     ForkedProcess,
     ForkServer,
     forked_stages,
+    is_importing,
     stage_environment,
     start_stage,
     this_thread,
@@ -341,6 +343,66 @@ def test_a_server_that_is_not_ready_is_not_waited_for(tmp_path: Path, monkeypatc
     assert started.process.returncode == -signal.SIGKILL
 
 
+class Waiting(Listener):
+    """Lets the server's imports go on once the stage has started, or asks the run to stop."""
+
+    def __init__(self, go_on: Path | None, stop: StopRequest | None = None) -> None:
+        self.go_on, self.stop = go_on, stop
+
+    def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
+        threading.Timer(0.3, self.act).start()
+
+    def act(self) -> None:
+        if self.go_on is not None:
+            self.go_on.touch()
+        if self.stop is not None:
+            self.stop.request()
+
+
+@pytest.fixture
+def importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A server whose imports end once the file exists, and a kind of stage that loads models."""
+    (tmp_path / "slow_import.py").write_text(
+        "import pathlib, time\n"
+        f"while not pathlib.Path({str(tmp_path / 'go_on')!r}).exists(): time.sleep(0.02)\n"
+        f"import {LIBRARY}\n"
+    )
+    monkeypatch.setattr("align.runner.stage_process.HEAD_START_SECONDS", 0.0)
+    monkeypatch.setattr(toy, "NUMBER", replace(toy.NUMBER, estimator="never:called"))
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    server = ForkServer(stage_environment() | {"PYTHONPATH": path}, None, ["slow_import"])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setattr(this_thread, "server", server)
+    yield tmp_path / "go_on"
+    server.close()
+
+
+def test_a_stage_that_loads_models_waits_for_imports_that_have_begun(importing: Path, tmp_path: Path) -> None:
+    run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path / "store", listener=Waiting(importing))
+    assert LIBRARY in run.artifact("one").record["packages"]
+
+
+def test_a_run_that_is_stopped_no_longer_waits_for_imports(importing: Path, tmp_path: Path) -> None:
+    stop = StopRequest()
+    raw = toy.pipeline(one={"pause": 0.1, "steps": 100})
+    with pytest.raises(Stopped):
+        run_pipeline(Pipeline(raw), store=tmp_path / "store", listener=Waiting(None, stop), stop=stop)
+    assert not importing.exists()
+
+
+@pytest.mark.parametrize(("head_start", "limit", "waits"), [(0, 60, True), (60, 60, False), (0, 0, False)])
+def test_imports_are_waited_for_between_their_head_start_and_their_limit(
+    head_start: float, limit: float, waits: bool, importing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.runner.stage_process.HEAD_START_SECONDS", head_start)
+    monkeypatch.setattr("align.runner.stage_process.IMPORT_SECONDS", limit)
+    assert is_importing() == waits
+    assert this_thread.server is not None
+    this_thread.server.process.kill()
+    this_thread.server.process.wait()
+    assert not is_importing()
+
+
 def test_the_environment_can_turn_forks_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(this_thread, "server", None)
     monkeypatch.setenv(OFF, "0")
@@ -387,7 +449,7 @@ def test_a_server_that_does_not_answer_is_ended_and_the_stage_started_without(
     assert LIBRARY not in run.artifact("one").record["packages"]
 
 
-def test_only_runs_with_several_stages_that_load_models_have_a_server(
+def test_only_runs_with_a_stage_that_loads_models_after_another_have_a_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(Exception):
@@ -402,6 +464,11 @@ def test_only_runs_with_several_stages_that_load_models_have_a_server(
     with pytest.raises(Stop) as stopped:
         run_pipeline(smoke, store=tmp_path / "smoke")
     assert stopped.value.args == (3, False)
+
+    nodes = {node.name: node for node in smoke}
+    monkeypatch.setattr(runner, "forked_stages", lambda threads, vllm: "forked")
+    assert runner._forked_stages(smoke, [nodes["model"], nodes["sft"]]) == "forked"
+    assert runner._forked_stages(smoke, [nodes["sft"], nodes["data"]]) != "forked"
 
 
 def test_a_process_that_ended_before_it_told_its_id_is_none() -> None:
