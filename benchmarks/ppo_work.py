@@ -30,7 +30,7 @@ INVENTORY = """
 import json
 from importlib.metadata import PackageNotFoundError, version
 versions = {}
-for name in ("trl", "llamafactory", "torch", "transformers", "peft", "accelerate", "datasets"):
+for name in ("align", "trl", "llamafactory", "torch", "transformers", "peft", "accelerate", "datasets"):
     try:
         versions[name] = version(name)
     except PackageNotFoundError:

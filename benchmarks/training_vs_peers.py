@@ -4,8 +4,8 @@
 
 Works: SFT with LoRA and in full, a reward model in full, DPO with LoRA and in full, KTO with LoRA. Peers: ``trl`` as it
 comes, which on a CPU trains on one thread and recomputes activations; ``trl_threads``, on all cores and without
-recomputation; ``llamafactory``, the same. Every peer has a virtual environment of its own, made with pip where it is
-missing.
+recomputation; ``llamafactory``, the same. Every side has a virtual environment of its own, made with pip where it is
+missing: align's runs this checkout, without optional packages.
 
 Alike on all sides: the embedded SmolLM2-135M-Instruct with a chat template that adds no system message, single-turn
 rows of LLaMA-Factory's demo files that fit the greatest length, one epoch in steps of 8 rows (pairs) in one
@@ -36,8 +36,8 @@ from typing import Any
 from align.errors import UserError
 from align.models.embedded import cache_folder
 from benchmarks.ppo_work import inventory
-from benchmarks.training_peers.comparison import Comparison, own_executable
-from benchmarks.training_peers.environments import LLAMAFACTORY, PACKAGES, TRL, prepare
+from benchmarks.training_peers.comparison import Comparison
+from benchmarks.training_peers.environments import ALIGN, LLAMAFACTORY, PACKAGES, TRL, prepare
 from benchmarks.training_peers.model import export_model
 from benchmarks.training_peers.results import Results
 from benchmarks.training_peers.rows import data_folder
@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=float, default=1800, help="seconds after which a run is killed")
     add("--retry", action="store_true", help="repeat runs that failed")
     add("--folder", type=Path, help="keep everything that the runs write there, logs included")
-    for package in (TRL, LLAMAFACTORY):
+    for package in (ALIGN, TRL, LLAMAFACTORY):
         add(f"--{package.name}-environment", type=Path, default=cache_folder() / package.folder)
     options = parser.parse_args(arguments)
     if options.rows is not None and (options.rows < 16 or options.rows % 8):
@@ -88,8 +88,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def environments(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str, dict[str, str]], dict[str, str]]:
     """Return the command of each side, its packages, and why a peer that cannot be run cannot."""
-    executables = {"align": own_executable()}
-    packages = {"align": inventory(Path(sys.executable))}
+    folder = options.align_environment
+    executables = {"align": prepare(ALIGN, folder)}
+    packages = {"align": inventory(folder / "bin" / "python")}
     failures = {}
     for peer in options.peers:
         package = PACKAGES[peer]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -110,8 +109,3 @@ def summary(run: Run) -> str:
     rate, peak = 1 / run["seconds_per_token"], run["peak_bytes"] / 2**30
     end = "failed after training" if "failure_after_training" in run else f"{run['seconds']:.0f} s"
     return f"{rate:.0f} tokens/s, {peak:.1f} GiB, {end}"
-
-
-def own_executable() -> Path:
-    """Return the ``align`` command of this environment."""
-    return Path(sys.executable).parent / "align"

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from align.models.threads import cores
+from benchmarks.training_peers.environments import ROOT
 from benchmarks.training_peers.works import ALPHA, BETA, RANK, SEED, Settings, Work
 
 PEERS = ("trl", "trl_threads", "llamafactory")
@@ -52,10 +53,10 @@ def environment_of(side: str) -> dict[str, str]:
     }
     common = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     threads = {} if side in ("align", "trl") else {"OMP_NUM_THREADS": str(cores())}
-    if side != "align":
-        # The peers must not import this repository's packages; align may be a checkout that is not installed.
-        inherited.pop("PYTHONPATH", None)
-    return {**inherited, **common, **threads}
+    inherited.pop("PYTHONPATH", None)
+    # Peers must not import this repository's packages. align's environment may have been made for another checkout.
+    path = {"PYTHONPATH": str(ROOT)} if side == "align" else {}
+    return {**inherited, **common, **threads, **path}
 
 
 HELD_OUT_PAIR = {

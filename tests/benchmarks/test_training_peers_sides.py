@@ -10,6 +10,7 @@ from trl import DPOConfig, KTOConfig, ModelConfig, RewardConfig, ScriptArguments
 
 from align.models.threads import cores
 from align.pipeline.pipeline import Pipeline
+from benchmarks.training_peers.environments import ROOT
 from benchmarks.training_peers.rows import write_rows
 from benchmarks.training_peers.sides import Place, command_of, environment_of, trl_options
 from benchmarks.training_peers.works import WORKS, Settings
@@ -109,6 +110,6 @@ def test_only_trl_and_align_as_shipped_choose_their_own_threads(monkeypatch):
         side: environment_of(side).get("OMP_NUM_THREADS") for side in ("align", "trl", "trl_threads", "llamafactory")
     }
     assert threads == {"align": None, "trl": None, "trl_threads": str(cores()), "llamafactory": str(cores())}
-    assert environment_of("align")["PYTHONPATH"] == "/checkout"
+    assert environment_of("align")["PYTHONPATH"] == str(ROOT)
     assert "PYTHONPATH" not in environment_of("llamafactory")
     assert environment_of("trl")["PATH"] == os.environ["PATH"]

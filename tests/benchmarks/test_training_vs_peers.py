@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
+from align.store.version import VERSION
 from benchmarks import training_vs_peers
 from benchmarks.training_peers import environments
 from benchmarks.training_peers.comparison import Comparison
-from benchmarks.training_peers.environments import LLAMAFACTORY, TRL, prepare, repair_torchaudio, requirements
+from benchmarks.training_peers.environments import ALIGN, LLAMAFACTORY, TRL, prepare, repair_torchaudio, requirements
 from benchmarks.training_peers.logs import Loop, Step
 from benchmarks.training_peers.process import run_measured
 from benchmarks.training_peers.results import Results, run_of
+from benchmarks.training_peers.sides import environment_of
 from benchmarks.training_peers.table import notes, table
 from benchmarks.training_peers.works import WORKS, Settings
 
@@ -273,6 +275,14 @@ def test_trl_gets_the_versions_of_this_environment_and_llamafactory_its_own():
     assert "+" not in trl[-1]
 
 
+def test_align_is_this_checkout_without_optional_packages():
+    constraints, checkout = requirements(ALIGN)[1::2]
+    assert Path(checkout, "pyproject.toml").is_file()
+    assert Path(constraints) == Path(checkout, "constraints.txt")
+    assert environment_of("align")["PYTHONPATH"] == checkout
+    assert "PYTHONPATH" not in environment_of("trl")
+
+
 def make_python(folder, script):
     (folder / "bin").mkdir(parents=True)
     python = folder / "bin" / "python"
@@ -321,9 +331,11 @@ def test_torchaudio_loses_a_library_only_where_it_does_not_load(tmp_path, code, 
 
 
 def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_vs_peers, "inventory", lambda python: {"torch": "2"})
+    make_python(tmp_path / "align", f"""echo '{{"align": "{VERSION}"}}'""")
     (tmp_path / "notes.txt").write_text("mine")
-    options = training_vs_peers.parse(["--peers", "llamafactory", "--llamafactory-environment", str(tmp_path)])
+    folders = ["--align-environment", str(tmp_path / "align"), "--llamafactory-environment", str(tmp_path)]
+    options = training_vs_peers.parse(["--peers", "llamafactory", *folders])
     executables, packages, failures = training_vs_peers.environments(options)
-    assert executables.keys() == packages.keys() == {"align"}
+    assert executables == {"align": tmp_path / "align" / "bin" / "align"}
+    assert packages == {"align": {"align": VERSION}}
     assert "is not a virtual environment" in failures["llamafactory"]
