@@ -43,9 +43,9 @@ class Memory:
     optimizer: int
     """AdamW's state for the policy."""
     reference: int = 0
-    """Models beside the trained one: a reference, a teacher, averages of the weights."""
+    """Models beside the trained one: a reference, a teacher, averages of the weights, a critic's frozen matrices."""
     critic: int = 0
-    """Weights, gradients and AdamW's state that only the critic has."""
+    """Weights, gradients and AdamW's state of what only the critic trains: 16 bytes a parameter."""
     reward: int = 0
     """Frozen models that only read or answer: reward models, and the one that plays the user of an environment."""
     copies: int = 0
@@ -195,15 +195,15 @@ def ppo_memory(
         )
     combine = max if sequential else sum
     known = [amount for amount in per_token if amount is not None]
-    critic_bytes = TRAINED * critic_trained
+    reference = _reference_bytes(policy, low) if full else 0
     if critic_base is not None:
-        critic_bytes += _unshared_matrices(critic_base, tuning, critic)
+        reference += _unshared_matrices(critic_base, tuning, critic)
     return Memory(
         weights=model_bytes(policy, tuning) + (0 if full else FLOAT * trained),
         gradients=FLOAT * trained,
         optimizer=2 * FLOAT * trained,
-        reference=_reference_bytes(policy, low) if full else 0,
-        critic=critic_bytes,
+        reference=reference,
+        critic=TRAINED * critic_trained,
         reward=sum(_frozen_bytes(reward, low) + FLOAT * reward.hidden for reward in rewards),
         copies=2 * combine(copies) if low else 0,
         logits=head_work_space(policy, full, low, LOGITS_AT_ONCE["cuda" if gpu else "cpu"]),
