@@ -113,7 +113,7 @@ def forward(model, prompt, response):
 def experience(model, reference, rollout, truncation, options):
     """Rewards, advantages (before whitening) and returns of every response, as lists of floats."""
     outcome = []
-    scores = rollout.tensors["scores"].double().tolist()
+    scores, std = rollout.tensors["scores"].double().tolist(), 1.0
     if options.get("normalize_scores"):
         mean = sum(scores) / len(scores)
         std = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
@@ -132,8 +132,8 @@ def experience(model, reference, rollout, truncation, options):
         rewards[last] += scores[i] - (0.0 if finished else PENALTY)
         rewards[last] -= options.get("length_penalty", 0.0) * len(own)
         for end, score in zip(ends, (rollout.episodes and rollout.episodes[i].turn_scores) or [], strict=False):
-            rewards[end] += score
-            rewards[last] -= score
+            rewards[end] += score / std
+            rewards[last] -= score / std
         advantages, returns = [0.0] * len(response), [0.0] * len(response)
         following = 0.0
         after = values[last + 1].item() if truncation == "bootstrap" and not finished else 0.0
@@ -237,6 +237,7 @@ def close_gradients(ours, theirs, scale, label):
         ("token", 4, "bootstrap", {"episodes": TwoTurns(by_turn=False)}),
         ("sequence", 2, "terminal", {"episodes": TwoTurns(by_turn=True), "turn_discount": 0.8}),
         ("constant", 1, "bootstrap", {"episodes": TwoTurns(by_turn=True), "length_penalty": 0.05}),
+        ("token", 2, "terminal", {"episodes": TwoTurns(by_turn=True), "normalize_scores": True}),
     ],
 )
 def test_a_whole_update_equals_the_plain_implementation(

@@ -19,6 +19,7 @@ from align.environments.prompted_turns import PromptedTurns
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
 from align.evaluation.plan import make_plan
+from align.evaluation.statistics import mean_interval
 from align.evaluation.tasks.environment import pass_at
 from align.inference.endpoint_client import EndpointLost
 from align.inference.engine import open_engine
@@ -128,8 +129,10 @@ def test_systems_play_and_are_compared(make_context: Any, monkeypatch: pytest.Mo
         assert estimates[system]["buttons.score"]["value"] == pytest.approx(sum(scores) / len(scores))
         successes = [sum(episode["scores"]["score"] >= 1 for episode in per_row) for per_row in episodes]
         assert estimates[system]["buttons.success"]["value"] == pytest.approx(sum(successes) / len(flat))
-        passed = sum(pass_at(2, SAMPLES, count) for count in successes) / ROWS
-        assert estimates[system]["buttons.pass_at_2"]["value"] == pytest.approx(passed)
+        # A row counts once, whatever its samples: its interval resamples rows.
+        passed = [pass_at(2, SAMPLES, count) for count in successes]
+        expected = mean_interval(passed, resamples=context.config.bootstrap, seed=context.seed).as_dict()
+        assert estimates[system]["buttons.pass_at_2"] == pytest.approx(expected)
         calls = sum(len(episode["calls"]) for episode in flat) / len(flat)
         assert estimates[system]["buttons.calls"]["value"] == pytest.approx(calls)
         low, high = (estimates[system]["buttons.success"][side] for side in ("low", "high"))
