@@ -118,10 +118,12 @@ def forked_stages(threads: int | None, *, vllm: bool = False) -> Iterator[None]:
             server.close()
 
 
-def is_importing() -> bool:
-    """Return whether this thread's server will be ready sooner than a process that imports the same from now on."""
+def is_importing(command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
+    """Return whether the stage can be forked sooner than a process of its own would have imported the same."""
     server = this_thread.server
-    if server is None or server.channel.is_ready() or server.process.poll() is not None:
+    if server is None or not server.suits(command, environment, threads):
+        return False
+    if server.channel.is_ready() or server.process.poll() is not None:
         return False
     return HEAD_START_SECONDS < time.monotonic() - server.start < IMPORT_SECONDS
 
@@ -199,11 +201,14 @@ class ForkServer:
 
     def serves(self, command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
         """Return whether a fork would be the process that ``command`` starts, and the server is ready."""
+        return self.suits(command, environment, threads) and self.channel.is_ready()
+
+    def suits(self, command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
+        """Return whether a fork would be the process that ``command`` starts, once the server is ready."""
         if os.getpid() != self.owner:  # in a fork of the runner
             return False
         is_alike = threads == self.threads and self.folder == Path.cwd() and command[0] == sys.executable
-        differences = self._differences(environment)
-        return is_alike and all(name.startswith(self.passed_on) for name in differences) and self.channel.is_ready()
+        return is_alike and all(name.startswith(self.passed_on) for name in self._differences(environment))
 
     def _differences(self, environment: Mapping[str, str]) -> dict[str, str | None]:
         """Return the variables that the server has otherwise, with their values; None for one to be removed."""

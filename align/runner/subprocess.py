@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,20 +56,20 @@ def run_attempt(
     """
     retry = retry or Retry(partial)
     environment = stage_environment()
+    command, work = retry.call(lambda: (_command(partial, environment), read_work(partial)))
+    stage, threads = find_stage(work.stage), work.runtime.get("threads")
+    vllm = stage.samples and Runtime.model_validate(work.runtime).may_open_vllm
+    if stage.estimator is not None:
+        with _ended_in_order(stop):
+            _wait_for_imports(command, environment, threads, stop, check)
     # Before the process starts: the tail begins where an earlier attempt's events end.
     events, spent = retry.call(lambda: (Tail(partial / EVENTS), _Spent(partial)))
     output = retry.call(lambda: _open_log(partial, name))
-    command = _command(partial, environment)
-    work = read_work(partial)
-    stage = find_stage(work.stage)
-    vllm = stage.samples and Runtime.model_validate(work.runtime).may_open_vllm
-    if stage.estimator is not None:
-        _wait_for_imports(stop, check)
-    process = start_stage(command, environment, work.runtime.get("threads"), output, vllm=vllm)
+    process = start_stage(command, environment, threads, output, vllm=vllm)
     with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
         os.close(output)
     try:
-        with contextlib.nullcontext() if signal.SIGTERM in stop.signals else _terminate_as_interrupt():
+        with _ended_in_order(stop):
             is_passed_on = False
             # One loop does it all: watch the locks, pass on a stop, forward events, note the time.
             while process.poll() is None:
@@ -95,9 +96,15 @@ def run_attempt(
     return retry.call(lambda: _result(partial, process.returncode))
 
 
-def _wait_for_imports(stop: StopRequest, check: Callable[[], None]) -> None:
+def _wait_for_imports(
+    command: list[str],
+    environment: dict[str, str],
+    threads: int | None,
+    stop: StopRequest,
+    check: Callable[[], None],
+) -> None:
     """Wait while a process from which the stage can be forked imports what the stage would import itself."""
-    while is_importing() and not stop.is_requested:
+    while is_importing(command, environment, threads) and not stop.is_requested:
         check()
         time.sleep(POLL_SECONDS)
 
@@ -182,9 +189,14 @@ def _describe_exit(code: int) -> str:
     return f"its process ended with exit code {code} and left no result."
 
 
+def _ended_in_order(stop: StopRequest) -> AbstractContextManager[None]:
+    """Return a context in which SIGTERM to the runner ends the stage too, unless ``stop`` hears the signal itself."""
+    return contextlib.nullcontext() if signal.SIGTERM in stop.signals else _terminate_as_interrupt()
+
+
 @contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM to the runner like Ctrl-C, so that the stage's process is ended with it."""
+    """Treat SIGTERM to the runner like Ctrl-C."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt

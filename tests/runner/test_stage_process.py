@@ -390,17 +390,33 @@ def test_a_run_that_is_stopped_no_longer_waits_for_imports(importing: Path, tmp_
     assert not importing.exists()
 
 
+def test_sigterm_while_imports_are_waited_for_ends_the_run_in_order(importing: Path, tmp_path: Path) -> None:
+    class Terminating(Waiting):
+        def act(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what it would otherwise do here: end the tests
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(Pipeline(toy.pipeline()), store=tmp_path / "store", listener=Terminating(None))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert not list((tmp_path / "store").glob("number/*.partial/log.txt"))
+
+
 @pytest.mark.parametrize(("head_start", "limit", "waits"), [(0, 60, True), (60, 60, False), (0, 0, False)])
 def test_imports_are_waited_for_between_their_head_start_and_their_limit(
     head_start: float, limit: float, waits: bool, importing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.runner.stage_process.HEAD_START_SECONDS", head_start)
     monkeypatch.setattr("align.runner.stage_process.IMPORT_SECONDS", limit)
-    assert is_importing() == waits
+    stage = [*WORKER, "folder"], stage_environment(), None
+    assert is_importing(*stage) == waits
+    assert not is_importing([*WORKER, "folder"], stage_environment(), 1)  # it could not be forked from this server
     assert this_thread.server is not None
     this_thread.server.process.kill()
     this_thread.server.process.wait()
-    assert not is_importing()
+    assert not is_importing(*stage)
 
 
 def test_the_environment_can_turn_forks_off(monkeypatch: pytest.MonkeyPatch) -> None:
