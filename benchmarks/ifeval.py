@@ -30,8 +30,7 @@ def model_folder(folder: Path) -> Path:
 
     out = folder / "model"
     if not out.exists():
-        copy_model(str(fetch(lambda text: print(text, file=sys.stderr))), out, trust_remote_code=False,
-                   chat_template=None, dtype="float32", warn=lambda text: None)  # fmt: skip
+        copy_model(fetch(lambda text: print(text, file=sys.stderr)), out, warn=lambda text: None)
     return out
 
 
@@ -90,7 +89,7 @@ def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
         task = task_of(options)
         built = time.perf_counter()
         cache = ResponseCache(Path(cache_folder), print)
-        sampler = Sampler([policy], runtime, lambda *arguments: engine, cache, print, lambda *arguments: None)
+        sampler = Sampler([policy], runtime, lambda *arguments: engine, cache, warn=print, progress=lambda *_: None)
         answers = task.respond(SystemRespondent(system, sampler, 2048, print))
         answered = time.perf_counter()
         context = SimpleNamespace(progress=lambda *arguments: None, warn=print)

@@ -46,13 +46,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    from align.lint.command import default_collator, load_tokenizer_and_limits
+    from align.lint.command import load_tokenizer_and_limits
+    from align.lint.encodings import encoding_of
     from align.lint.linter import Linter, Options
     from align.training.rows import encode_supervised
 
     tokenizer, limits, ends = load_tokenizer_and_limits(options.model, Path("."), options.max_length)
     rows = rows_of(options.rows, options.files)
-    collator = default_collator("sft", tokenizer)
+    collator = encoding_of("sft").default_collator(tokenizer)
     encoding, linting, tokens, names = [], [], 0, []
     for _ in range(options.repeats):
         start = time.process_time()
@@ -61,7 +62,7 @@ def main() -> None:
         positions = {id(row): number for number, row in enumerate(encoded.sources)}
         encoded_rows = [encoded.rows[positions[id(row)]] if id(row) in positions else None for row in rows]
         start = time.process_time()
-        linter = Linter(tokenizer, Options(limits=limits, ends=ends))
+        linter = Linter(tokenizer, Options("sft", limits=limits, ends=ends))
         linter.look("train", rows, collator, encoded_rows.__getitem__)
         names = [finding.name for finding in linter.result()]
         linting.append(time.process_time() - start)
