@@ -1,7 +1,7 @@
 """The sides' virtual environments, made with pip where they are missing. Torch-free.
 
 align has one, too: beside optional packages that development installs, such as bitsandbytes and scikit-learn, peft and
-transformers take four seconds longer to import.
+transformers take five seconds longer to import.
 """
 
 from __future__ import annotations
