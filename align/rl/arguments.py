@@ -1,7 +1,7 @@
 """Arguments of the trainers: transformers' ``TrainingArguments`` and the settings of a stage.
 
-The settings are described once, in ``align.config.stages``. ``arguments_of`` adds them to a dataclass with the same
-name, bounds, default and help. Written out here is only what a stage has no field for.
+The settings are described once, in ``align.config.stages``. ``argument_fields`` makes dataclasses of them, and the
+arguments inherit from those. Written out here is only what a stage has no field for.
 
 One *update* is a rollout of ``rollout_batch`` responses and ``num_epochs * num_mini_batches`` optimizer steps.
 ``per_device_train_batch_size`` is the micro-batch in responses. Accumulation and ``max_steps`` follow from these.
@@ -9,25 +9,26 @@ One *update* is a rollout of ``rollout_batch`` responses and ``num_epochs * num_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
 from align.config.environment import EnvironmentConfig
-from align.config.field_docstrings import field_docstrings
 from align.config.launch import LaunchConfig
-from align.config.stages.grpo import PRESETS, GrpoConfig, Preset, Scale
-from align.config.stages.online_dpo import OnlineDpoConfig
-from align.config.stages.ppo import PpoConfig
-from align.config.stages.rejection import RejectionConfig
-from align.config.stages.rl import DriftFields, RolloutFields, trainer_fields
-from align.config.stages.rloo import RlooConfig
+from align.config.stages.grpo import PRESETS, Preset, Scale
+from align.config.stages.rl import RolloutFields, trainer_fields
+from align.rl.argument_fields import (
+    DriftArguments,
+    GrpoArguments,
+    OnlineDpoArguments,
+    PpoArguments,
+    RejectionArguments,
+    RlooArguments,
+)
 from align.training.arguments import use_one_device
-
-Arguments = TypeVar("Arguments")
 
 FINGERPRINT = (
     "seed",
@@ -42,28 +43,8 @@ FINGERPRINT = (
 """Arguments that decide the order of the data. A checkpoint stores them, and a resumed run must have the same."""
 
 
-def arguments_of(settings: type[RolloutFields]) -> Callable[[type[Arguments]], type[Arguments]]:
-    """Return a decorator that makes a dataclass with the trainer's fields of a stage's ``settings``.
-
-    A field without a default there has None here, which ``__post_init__`` refuses.
-    """
-
-    def decorate(cls: type[Arguments]) -> type[Arguments]:
-        annotations: dict[str, Any] = {}
-        docstrings = field_docstrings(settings)
-        for name, info in trainer_fields(settings).items():
-            default = None if info.is_required() else info.default
-            setattr(cls, name, field(default=default, metadata={"help": docstrings.get(name)}))
-            annotations[name] = info.annotation
-        cls.__annotations__ = annotations | cls.__annotations__
-        cls.settings = (settings, *getattr(cls, "settings", ()))  # type: ignore[attr-defined]
-        return dataclass(cls)
-
-    return decorate
-
-
-@arguments_of(DriftFields)
-class RolloutArguments(TrainingArguments):
+@dataclass
+class RolloutArguments(DriftArguments, TrainingArguments):
     """Arguments of every trainer that samples. Counts are over all processes together."""
 
     adam_epsilon: float = field(default=1e-5, metadata={"help": "AdamW's epsilon for the policy; usual for PPO."})
@@ -87,19 +68,14 @@ class RolloutArguments(TrainingArguments):
         default=True, metadata={"help": "Check at start and resume that engine and trainer agree."}
     )
 
-    settings: ClassVar[tuple[type[RolloutFields], ...]]
-    """Stage configs that the arguments come from, the most special first."""
     default_loss_estimator: ClassVar[Literal["k2", "k3"]] = "k2"
     """KL estimator in the loss where ``kl_estimator`` is not set."""
     has_importance_weights: ClassVar[bool] = True
     """True where the loss weights tokens by the ratio of the trainer's to the sampler's probability."""
 
-    if TYPE_CHECKING:  # ``arguments_of`` adds the fields, a stage its launch and precision
-        kl_estimator: Literal["k1", "k2", "k3"] | None
-        launch: LaunchConfig
-        precision: str
-
-        def __getattr__(self, name: str) -> Any: ...
+    if TYPE_CHECKING:  # a stage sets them
+        launch: LaunchConfig = field(init=False)
+        precision: str = field(init=False)
 
     def __post_init__(self) -> None:
         """Check the settings and derive the Trainer's counts. Raises ``ValueError`` for what the stage would refuse."""
@@ -142,7 +118,7 @@ class RolloutArguments(TrainingArguments):
     def _check_settings(self) -> None:
         """Raise ``ValueError`` where a stage's config would refuse the values of its fields."""
         checked: set[str] = set()
-        for settings in self.settings:
+        for settings in stage_configs(type(self)):
             # The most special settings come first. The others check only fields that are still unchecked.
             names = trainer_fields(settings).keys() - checked
             if not names:
@@ -190,6 +166,14 @@ class RolloutArguments(TrainingArguments):
         return {name: getattr(self, name) for name in FINGERPRINT}
 
 
+def stage_configs(cls: type[Any]) -> Iterator[type[RolloutFields]]:
+    """Yield the configs that a class's fields come from, the most special first."""
+    for base in cls.__mro__:
+        config = vars(base).get("stage_config")
+        if config is not None:
+            yield config
+
+
 def _refusal(detail: Any) -> str:
     """Return one error of pydantic as a sentence about an argument."""
     message = str(detail["msg"]).removeprefix("Value error, ")
@@ -199,8 +183,8 @@ def _refusal(detail: Any) -> str:
     return f"{name} is {detail['input']!r}; it {message.removeprefix('Input ')}."
 
 
-@arguments_of(PpoConfig)
-class PPOConfig(RolloutArguments):
+@dataclass
+class PPOConfig(PpoArguments, RolloutArguments):
     """Arguments of ``PPOTrainer``: the fields of stage ``ppo``. Counts are over all processes together."""
 
     critic_adam_epsilon: float = field(
@@ -209,8 +193,8 @@ class PPOConfig(RolloutArguments):
     )
 
 
-@arguments_of(GrpoConfig)
-class GRPOConfig(RolloutArguments):
+@dataclass
+class GRPOConfig(GrpoArguments, RolloutArguments):
     """Arguments of ``GRPOTrainer``: the fields of stage ``grpo``. Counts are over all processes together."""
 
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
@@ -236,8 +220,8 @@ class GRPOConfig(RolloutArguments):
         return self.scale_rewards or self.preset.scale_rewards
 
 
-@arguments_of(RlooConfig)
-class RLOOConfig(RolloutArguments):
+@dataclass
+class RLOOConfig(RlooArguments, RolloutArguments):
     """Arguments of ``RLOOTrainer``: the fields of stage ``rloo``. Counts are over all processes together."""
 
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
@@ -248,8 +232,8 @@ class RLOOConfig(RolloutArguments):
         return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
 
 
-@arguments_of(OnlineDpoConfig)
-class OnlineDPOConfig(RolloutArguments):
+@dataclass
+class OnlineDPOConfig(OnlineDpoArguments, RolloutArguments):
     """Arguments of ``OnlineDPOTrainer``: the fields of stage ``online_dpo``, and those of ``RolloutArguments``."""
 
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
@@ -269,8 +253,8 @@ class OnlineDPOConfig(RolloutArguments):
             )
 
 
-@arguments_of(RejectionConfig)
-class BestOfNConfig(RolloutArguments):
+@dataclass
+class BestOfNConfig(RejectionArguments, RolloutArguments):
     """Arguments of ``BestOfNTrainer``: the fields of stage ``rejection``, and those of ``RolloutArguments``."""
 
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})

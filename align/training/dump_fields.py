@@ -116,10 +116,10 @@ def _describe_type(annotation: Any) -> tuple[str, list[Any]]:
     literals = [value for member in members for value in _literal_values(member)]
     others = [member for member in members if not _literal_values(member)]
     if not literals:
-        return _type_text(annotation), []
+        return type_text(annotation), []
     if set(others) <= {type(None)}:
-        return _type_text(annotation), [*literals, *([None] if others else [])]
-    return _join_members([*map(_type_text, others), *(type(value).__name__ for value in literals)]), []
+        return type_text(annotation), [*literals, *([None] if others else [])]
+    return _join_members([*map(type_text, others), *(type(value).__name__ for value in literals)]), []
 
 
 def _join_members(members: list[str]) -> str:
@@ -140,7 +140,7 @@ def _literal_values(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
 
 
-def _type_text(annotation: Any) -> str:
+def type_text(annotation: Any) -> str:
     """Return a type as an author would write it, without the modules of its names."""
     if annotation is type(None):
         return "None"
@@ -153,12 +153,12 @@ def _type_text(annotation: Any) -> str:
         return f"Literal[{', '.join(map(repr, values))}]"
     arguments = typing.get_args(annotation)
     if isinstance(annotation, list):  # the parameters of a Callable
-        return f"[{', '.join(map(_type_text, annotation))}]"
+        return f"[{', '.join(map(type_text, annotation))}]"
     members = _union_members(annotation)
     if len(members) > 1:
-        return _join_members([_type_text(member) for member in members])
+        return _join_members([type_text(member) for member in members])
     name = getattr(annotation, "__name__", None) or str(annotation)
-    return f"{name}[{', '.join(map(_type_text, arguments))}]" if arguments else str(name)
+    return f"{name}[{', '.join(map(type_text, arguments))}]" if arguments else str(name)
 
 
 def shipped_text() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 from typing import Any
@@ -15,6 +16,7 @@ from align.config.field_dumps import class_options
 from align.config.stages.rl import DriftFields, RolloutFields, trainer_fields
 from align.config.trl_options import check_trainer_options
 from align.pipeline.registry import STAGES, load_object
+from align.rl.argument_stub import STUB, stub_text
 from align.rl.arguments import RolloutArguments
 
 SCRIPT_ONLY = {"reuse_forward", "padding_free", "share_prompts", "probe_parity"}
@@ -60,6 +62,19 @@ def test_every_field_has_the_default_and_the_help_of_the_stage(kind: str) -> Non
     for name in trainer_fields(settings_of(kind)):
         if name != "kl_estimator":  # resolved
             assert getattr(arguments, name) == getattr(stage, name), name
+
+
+def test_the_stub_states_the_fields_of_the_configs() -> None:
+    assert STUB.read_text(encoding="utf-8") == stub_text(), "Write it again: python -m align.rl.argument_stub"
+
+
+@KINDS
+def test_the_stub_has_every_argument_that_a_stage_has(kind: str) -> None:
+    """A type checker reads the stub in place of the module: its classes, together, must have all fields."""
+    bases = {base.__name__ for base in arguments_of(kind).__mro__}
+    classes = [node for node in ast.parse(stub_text()).body if isinstance(node, ast.ClassDef) and node.name in bases]
+    stated = {ast.unparse(line.target) for node in classes for line in node.body if isinstance(line, ast.AnnAssign)}
+    assert stated == {"stage_config"} | set(trainer_fields(DriftFields)) | set(trainer_fields(settings_of(kind)))
 
 
 @KINDS
