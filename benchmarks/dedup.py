@@ -185,7 +185,7 @@ def judge(folder: Path, threshold: float, dropped: list[int]) -> dict[str, float
     planted = {int(number): value for number, value in json.loads((folder / "truth.json").read_text()).items()}
     gone = set(dropped)
     wanted = {number for number, similarity in planted.items() if similarity >= threshold}
-    scores = {"planted": len(wanted), "dropped": len(gone)}
+    scores: dict[str, float] = {"planted": len(wanted), "dropped": len(gone)}
     scores["recall"] = len(gone & wanted) / max(len(wanted), 1)
     scores["precision"] = len(gone & set(planted)) / max(len(gone), 1)
     for low, high in ((0.7, 0.8), (0.8, 0.9), (0.9, 1.01)):

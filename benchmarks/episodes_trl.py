@@ -144,7 +144,8 @@ def limit_transformers(trainer: Any) -> Callable[[list[int]], None]:
 def limit_vllm(trainer: Any) -> Callable[[list[int]], None]:
     """Return a function that gives each of vLLM's next requests its length."""
     llm = trainer.vllm_generation.llm
-    generate, lengths_to_come = llm.generate, []
+    generate = llm.generate
+    lengths_to_come: list[int] = []
 
     def limited(prompts: Any, sampling_params: Any, **kwargs: Any) -> Any:
         params = []
@@ -187,8 +188,9 @@ def make_trainer(work: dict[str, Any], options: argparse.Namespace, folder: str)
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
-    from trl import GRPOConfig, GRPOTrainer
     from trl.chat_template_utils import qwen3_template
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     shape: EpisodeShape = work["shape"]
     tokenizer = load_tokenizer(work["model"])

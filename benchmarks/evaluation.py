@@ -98,8 +98,10 @@ class Meter:
             return
         mask = options.get("attention_mask")
         ids = options["input_ids"]
-        is_padded = mask is not None and mask.shape == ids.shape
-        self.current.tokens += int(mask.sum()) if is_padded else ids.numel()
+        if mask is not None and mask.shape == ids.shape:
+            self.current.tokens += int(mask.sum())
+        else:
+            self.current.tokens += ids.numel()
 
 
 def main() -> None:
@@ -172,12 +174,13 @@ def seconds_of(work: Work) -> dict[str, float]:
 def install(meter: Meter) -> None:
     """Put the meter around the passes of reward models and checkpoints."""
     from align.evaluation import measure as measurement
+    from align.evaluation.logprobs import response_logprobs
     from align.models import loading, reward
 
-    reward.load_reward = meter.loaded(reward.load_reward)
+    reward.load_reward = meter.loaded(loading.load_reward)  # type: ignore[attr-defined]
     loading.load_policy = meter.loaded(loading.load_policy)
     reward.RewardModel.score = meter.timed("reward model", reward.RewardModel.score)  # type: ignore[method-assign]
-    read = meter.timed("log-probabilities", measurement.response_logprobs)
+    read = meter.timed("log-probabilities", response_logprobs)
 
     def counted(model: Any, prompts: Any, responses: Any, **options: Any) -> Any:
         values = read(model, prompts, responses, **options)
@@ -185,7 +188,7 @@ def install(meter: Meter) -> None:
         meter.work["log-probabilities"].predictions += sum(len(response) for _, response in pairs)
         return values
 
-    measurement.response_logprobs = counted
+    measurement.response_logprobs = counted  # type: ignore[attr-defined]
 
 
 def matrix_peak() -> tuple[float, float]:

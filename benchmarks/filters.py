@@ -71,7 +71,8 @@ def main() -> None:
     rows = make_rows(20_000)
 
     def filtering(**settings: Any) -> RowStep:
-        return start_step(FilterStep(type="filter", **settings), context)
+        step: RowStep = start_step(FilterStep(type="filter", **settings), context)
+        return step
 
     normalize = start_step(NormalizeStep(type="normalize"), context)
     measure("normalize + " + ", ".join(GOAL), [normalize, filtering(**{name: FILTERS[name] for name in GOAL})], rows)

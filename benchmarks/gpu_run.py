@@ -15,14 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.capacity.estimate import estimator_of
 from align.capacity.job import Job, Setting
 from align.config.runtime import Runtime
 from align.models.architecture import read_architecture
-from align.pipeline.registry import STAGES
 from benchmarks.gpu_machine import PeakMemory, matrix_rate
 from benchmarks.gpu_models import make_model
-from benchmarks.stage_work import FIELD, ROLLOUTS, config_of, run_stage
+from benchmarks.stage_work import FIELD, ROLLOUTS, config_of, plan_job, run_stage
 
 FIRST = 2
 """Steps, or updates, at the start that are left out of the speed: kernels are compiled and memory is taken there."""
@@ -93,8 +91,7 @@ def planned_job(item: StageItem, model: Path) -> Job:
     """Return what ``align plan`` counts for the stage."""
     architecture = read_architecture(model / "config.json")
     models = {FIELD[item.stage]: [architecture]} | ({"reward": [architecture]} if item.stage in ROLLOUTS else {})
-    job: Job = estimator_of(STAGES[item.stage]).job(config_of(item.stage, item.fields), models, item.runtime)
-    return job
+    return plan_job(item.stage, config_of(item.stage, item.fields), models, item.runtime)
 
 
 def _rows_of_step(item: StageItem, job: Job) -> int:

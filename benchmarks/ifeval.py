@@ -57,14 +57,15 @@ def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
     tokenizer = load_tokenizer(model)
     prompts = [render_prompt(tokenizer, list(item.prompt)) for item in task_of(options).items]
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     llm = LLM(str(model), dtype="bfloat16", enforce_eager=True, max_model_len=2048, max_num_seqs=BATCH,
               generation_config="vllm", disable_log_stats=True,
               gpu_memory_utilization=0.3)  # fmt: skip
     params = SamplingParams(temperature=0.0, max_tokens=options.tokens)
-    llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(max_tokens=4), use_tqdm=False)
+    llm.generate([TokensPrompt(prompt_token_ids=prompts[0])], SamplingParams(max_tokens=4), use_tqdm=False)
     start = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "tokens": sum(len(output.outputs[0].token_ids) for output in outputs)}
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.capacity.estimate import estimator_of
 from align.capacity.estimators import sample as memory_sample
 from align.capacity.hardware import parse_hardware
 from align.capacity.inference import Rows
@@ -28,10 +27,9 @@ from align.capacity.sampling_ways import sampling_way
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
-from align.pipeline.registry import STAGES
 from align.runner.worker import ENVIRONMENT, WAITING
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer
-from benchmarks.stage_work import FIELD, config_of
+from benchmarks.stage_work import FIELD, config_of, plan_job
 
 SURROUNDINGS = {**ENVIRONMENT, **WAITING, "TOKENIZERS_PARALLELISM": "false", **os.environ}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -102,7 +100,7 @@ def counted(wanted: Configuration) -> dict[str, int]:
         return _sampled(wanted, model)
     models = {FIELD[wanted.stage]: [model]} | ({"reward": [model]} if wanted.stage == "ppo" else {})
     config, runtime = config_of(wanted.stage, wanted.fields), Runtime.model_validate(RUNTIME)
-    job = estimator_of(STAGES[wanted.stage]).job(config, models, runtime)
+    job = plan_job(wanted.stage, config, models, runtime)
     memory = job.memory(Setting(job.micro_batch, accumulated=job.batch > job.micro_batch))
     parts: dict[str, int] = memory.fullest(job.tokens(job.micro_batch))
     return parts

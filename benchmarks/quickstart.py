@@ -60,7 +60,8 @@ def work_of(node: Node, record: dict[str, Any], model: Architecture) -> Work:
 
 def _training_flops(node: Node, metrics: dict[str, Any], model: Architecture) -> float:
     """Count the passes over the trained rows, over the held-out rows before and after, and the reference's."""
-    tokens, config = float(metrics["tokens"]), node.config
+    config: Any = node.config
+    tokens = float(metrics["tokens"])
     rows = metrics.get("rows") or metrics["pairs"]
     held_out = tokens / rows * (metrics.get("test_rows") or metrics["test_pairs"])
     times_scored = sum(f"test_loss_{moment}" in metrics for moment in ("before", "after"))
@@ -70,8 +71,9 @@ def _training_flops(node: Node, metrics: dict[str, Any], model: Architecture) ->
 
 def _ppo_work(node: Node, metrics: dict[str, Any], model: Architecture) -> Work:
     """Count sampling; reading by policy, reference, critic and reward model; learning of policy and critic."""
-    tokens, tuning = float(metrics["tokens"]), node.config.tuning
-    flops = 4 * forward_flops(model, tokens, 0.0) + 2 * learning_flops(model, tuning, tokens, 0.0)
+    config: Any = node.config
+    tokens = float(metrics["tokens"])
+    flops = 4 * forward_flops(model, tokens, 0.0) + 2 * learning_flops(model, config.tuning, tokens, 0.0)
     return Work(flops, tokens)
 
 

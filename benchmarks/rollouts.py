@@ -50,12 +50,13 @@ def plain_vllm(folder: Path, inputs: list[list[int]], samples: int, tokens: int)
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     llm = LLM(str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=512, max_num_seqs=BATCH)
 
     def run(seed: int) -> int:
         params = SamplingParams(temperature=1.0, max_tokens=tokens, n=samples, seed=seed, logprobs=0)
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in inputs], params, use_tqdm=False)
+        outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in inputs], params, use_tqdm=False)
         return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
 
     return run

@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from align.capacity.estimate import estimator_of
 from align.capacity.hardware import DEVICES, GIB, Hardware
 from align.capacity.job import Job
 from align.capacity.training_ways import training_ways
@@ -20,6 +19,7 @@ from align.capacity.ways import Way
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
 from align.pipeline.registry import find_stage
+from benchmarks.stage_work import plan_job
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- written by python -m benchmarks.scaling --write -->", "<!-- end of what is written -->"
@@ -62,9 +62,7 @@ def ppo_job(model: Architecture) -> Job:
 
 def _job(kind: str, models: dict[str, list[Architecture]], fields: dict[str, Any]) -> Job:
     runtime = Runtime.model_validate({"device": "cuda", "engine": {"name": "vllm"}})
-    stage = find_stage(kind)
-    job: Job = estimator_of(stage).job(stage.config_class().model_validate(fields), models, runtime)
-    return job
+    return plan_job(kind, find_stage(kind).config_class().model_validate(fields), models, runtime)
 
 
 def hardware_of(devices: int) -> Hardware:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from align.capacity.estimate import estimator_of
+from align.capacity.job import Job
 from align.config.runtime import Runtime
+from align.models.architecture import Architecture
 from align.pipeline.context import StageContext
 from align.pipeline.registry import find_stage
 from align.store.artifacts import Artifact, Kind
@@ -19,6 +22,15 @@ ROLLOUTS = ("ppo", "grpo")
 """Those that learn from rollouts, which a reward model scores."""
 PROMPTED = (*ROLLOUTS, "sample")
 """Those that answer prompts."""
+
+
+def plan_job(kind: str, config: Any, models: Mapping[str, list[Architecture]], runtime: Runtime) -> Job:
+    """Return the job that ``align plan`` counts the memory of. Raises ``ValueError`` for a kind without an estimate."""
+    estimator = estimator_of(find_stage(kind))
+    if estimator is None:
+        raise ValueError(f"align plan estimates nothing for stage {kind}")
+    job: Job = estimator.job(config, models, runtime)
+    return job
 
 
 def config_of(kind: str, fields: Mapping[str, Any]) -> Any:

@@ -33,8 +33,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from align.config.user_paths import cache_folder
 from align.errors import UserError
-from align.models.embedded import cache_folder
 from benchmarks.ppo_work import inventory
 from benchmarks.training_peers.comparison import Comparison
 from benchmarks.training_peers.environments import ALIGN, LLAMAFACTORY, PACKAGES, TRL, prepare
