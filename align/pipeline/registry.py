@@ -255,7 +255,7 @@ STAGES: dict[str, Stage] = {
         ),
         _trained(
             "distill",
-            3,
+            4,
             "learn a larger teacher's distribution over the next token",
             "distilled from a larger teacher",
             headline={"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},

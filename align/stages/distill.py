@@ -20,7 +20,7 @@ from align.models.tuning.apply import apply_tuning, engine_source, load_for_tuni
 from align.models.tuning.merged_weights import merged_weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
-from align.training.arguments import training_arguments
+from align.training.arguments import shares_prefixes, training_arguments
 from align.training.distill_trainer import AnswerCollator, PreparedDistill, held_out, is_on_policy_step
 from align.training.divergence import Known, Measure
 from align.training.fit import fit
@@ -28,6 +28,7 @@ from align.training.input_checks import check_encoded, check_ends, check_model, 
 from align.training.rows import Encoded, Row, counts, encode_supervised, read_splits
 from align.training.save import save
 from align.training.teacher import Teacher, TeacherCache
+from align.training.trainers import reduce_work
 
 if TYPE_CHECKING:
     from align.config.stages.distill import DistillConfig
@@ -129,6 +130,7 @@ class _TeacherTargets:
             "temperature": config.temperature,
             "top_k": config.top_k,
             "vocabulary": vocabulary,
+            "shared_prefixes": shares_prefixes(context),
         }
         # Without a shared cache, at least a resumed attempt finds them.
         folder = (context.cache or context.checkpoints) / "teachers"
@@ -153,6 +155,8 @@ class _TeacherTargets:
         if self.teacher is None:
             low = self.context.config.precision == "bfloat16"
             model = load_policy(self.artifact.model, torch.bfloat16 if low else torch.float32)
+            # As the student computes, so that equal weights give equal distributions.
+            reduce_work(model, bfloat16=low, shared_prefixes=shares_prefixes(self.context))
             self.teacher = Teacher(model.to(device_of(self.context.runtime)).requires_grad_(False), low)
         return self.teacher
 

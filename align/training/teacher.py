@@ -26,7 +26,7 @@ from align.training.trainers import SCORING_TOKENS
 
 LOG = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Part of the key; increased when the same weights and rows should give other numbers."""
 
 

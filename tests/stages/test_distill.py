@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,33 @@ def test_the_teachers_word_is_computed_once(
     other_teacher = make_tiny(tmp_path / "other" / "model", seed=6)
     with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
         run(distill_stage(tmp_path / "another", tiny_model, other_teacher, max_steps=1))
+
+
+def test_the_teacher_reads_no_padding_and_shared_prefixes_once(
+    tiny_model: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = work.load_policy
+    read: list[int] = []
+
+    def load_counted(*arguments: Any) -> Any:
+        model = load(*arguments)
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+        return model
+
+    monkeypatch.setattr(work, "load_policy", load_counted)
+    metrics, tokens = {}, {}
+    for shared in (False, True):
+        stage = distill_stage(tmp_path / str(shared), tiny_model, teacher, max_steps=1)
+        runtime = stage.runtime.model_copy(update={"shared_prefixes": shared})
+        metrics[shared] = run(replace(stage, runtime=runtime))
+        tokens[shared] = sum(read)
+        read.clear()
+    # 48 and 80 tokens are read where the one line is checked against padded rows.
+    assert tokens[True] - 128 < 0.8 * tokens[False]
+    assert metrics[True]["teacher_rows_computed"] == 32  # no row of a teacher that read otherwise
+    for name in ("test_divergence_before", "test_loss_before"):
+        assert metrics[True][name] == pytest.approx(metrics[False][name], rel=1e-4)
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
