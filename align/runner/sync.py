@@ -13,6 +13,7 @@ from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.store.artifacts import Artifact
 from align.store.locks import Hold
+from align.store.object_store import AccessRefused
 from align.store.record import DamagedRecord
 from align.store.retry import StoreUnreachable
 from align.store.store import Store
@@ -69,10 +70,13 @@ def remote_lock(store: Store, kind: str, key: str, log_holder: Log, log: Log) ->
 
 
 def fetch_if_published(store: Store, kind: str, key: str, stage: str, log: Log) -> Artifact | None:
-    """Fetch an artifact that another machine has published since the run began; None where the remote is away."""
+    """Fetch an artifact that another machine has published since the run began.
+
+    None where the remote is away, or refuses what it allowed before. Raises ``UserError`` for a damaged artifact.
+    """
     try:
         return store.fetch(kind, key, stage)
-    except StoreUnreachable as error:
+    except (StoreUnreachable, AccessRefused) as error:
         log(str(error))
         return None
 

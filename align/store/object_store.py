@@ -43,11 +43,15 @@ def check_address(address: str) -> str:
     return address.rstrip("/")
 
 
+class AccessRefused(UserError):
+    """The object store answers and refuses: no such bucket, no rights, no credentials, or none that are still valid."""
+
+
 class Bucket:
     """Objects below an address such as ``s3://bucket/prefix``.
 
-    Calls raise ``OSError`` where the other side does not answer (they may be repeated), and ``UserError`` where it
-    refuses: no such bucket, no rights, no credentials.
+    Calls raise ``OSError`` where the other side does not answer (they may be repeated), and ``AccessRefused`` where it
+    refuses.
     """
 
     def __init__(self, address: str) -> None:
@@ -125,12 +129,14 @@ class Bucket:
             # A missing object and a missing bucket are the same error; only the text tells them apart.
             if "missing" in default and "NoSuchBucket" not in str(error):
                 return default["missing"]
-            raise UserError(f"{self.address}: there is no such bucket, or none that these credentials see.") from None
+            raise AccessRefused(
+                f"{self.address}: there is no such bucket, or none that these credentials see."
+            ) from None
         except (obstore.exceptions.BaseError, obstore.exceptions.GenericError, ValueError) as error:
             raise self._explain(error, path) from None
 
     def _explain(self, error: Exception, path: str) -> Exception:
-        """Return the ``UserError`` or ``OSError`` for an error of obstore. Its first line names no key."""
+        """Return the ``AccessRefused`` or ``OSError`` for an error of obstore. Its first line names no key."""
         text = str(error).splitlines()[0].partition(": <?xml")[0].strip()
         # obstore has no error class per status, so the text is read.
         status = re.search(r"status code: (\d{3})", text)
@@ -139,15 +145,15 @@ class Bucket:
         names = CREDENTIALS.get(scheme, "those of its own client")
         # The last resort of the credential chain is the cloud's metadata service, which is not there.
         if "169.254." in text or "metadata.google" in text:
-            return UserError(f"{self.address}: no credentials were found. Set {names}.")
+            return AccessRefused(f"{self.address}: no credentials were found. Set {names}.")
         if "NoSuchBucket" in str(error):
-            return UserError(f"{self.address}: there is no such bucket.")
+            return AccessRefused(f"{self.address}: there is no such bucket.")
         if code in (401, 403) or "privileges" in text or "Unauthenticated" in type(error).__name__:
-            return UserError(f"{self.address}/{path}: access was refused ({code or text}). Look at {names}.")
+            return AccessRefused(f"{self.address}/{path}: access was refused ({code or text}). Look at {names}.")
         if 400 <= code < 500 and code not in RETRIED_STATUSES:
-            return UserError(f"{self.address}/{path}: {text}")
+            return AccessRefused(f"{self.address}/{path}: {text}")
         if type(error).__name__ in WRONG_SETTINGS:
-            return UserError(f"{self.address}: {text}")
+            return AccessRefused(f"{self.address}: {text}")
         # All else may pass, such as a server that is overloaded or away: callers repeat it.
         return OSError(errno.EHOSTUNREACH, text)
 

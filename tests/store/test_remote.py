@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +369,29 @@ def test_a_remote_that_goes_away_costs_nothing_and_the_next_run_uploads(
     assert at(tmp_path / "b", address).remote.all() == []
     assert run_pipeline(Pipeline(raw(address)), store=tmp_path / "a").ran == []
     assert len(at(tmp_path / "b", address).remote.all()) == 3
+
+
+def test_credentials_that_expire_cost_a_run_only_its_uploads(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, hurried: None
+) -> None:
+    recorder = Recorder()
+    opened = at(tmp_path / "a", address)
+    lock = remote_module.Remote.lock
+
+    @contextlib.contextmanager
+    def lock_and_expire(self: remote_module.Remote, *arguments: Any) -> Iterator[Any]:
+        with lock(self, *arguments) as hold:
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
+            self.bucket._opened = None
+            yield hold
+
+    with monkeypatch.context() as patched:
+        patched.setattr(remote_module.Remote, "lock", lock_and_expire)
+        run = run_pipeline(Pipeline(raw(address)), store=opened, listener=recorder)
+    assert run.ran == ["one", "two", "total"]
+    said = [str(text) for label, text in recorder.said]
+    assert [text for text in said if "access was refused" in text and "is only in" not in text]
+    assert [text for text in said if "is only in" in text and "next run uploads it" in text]
 
 
 def test_wrong_credentials_and_none_are_said(
