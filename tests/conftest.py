@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.support.environment import remember_environment, restore_environment
 from tests.support.installed import installed_align as installed_align
 from tests.support.s3_server import KEY, NAMES, SECRET, Server
 
@@ -32,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # The key of stand-ins for vLLM's servers, which tests reach by address (tests/support/inference/fake_server.py).
 os.environ.setdefault("ALIGN_SERVER_KEY", "the-key-of-stand-ins-for-servers")
+remember_environment()
 
 BUCKETS = itertools.count()
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -105,6 +107,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
+def pytest_collection_finish() -> None:
+    """Take back what the imports of test modules have set, such as vLLM's variables: stages could not be forked."""
+    restore_environment()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen_imports() -> None:
     """Keep what earlier files imported out of garbage collections.
@@ -122,6 +129,13 @@ def cached_package_lookups() -> None:
     imports = sys.modules.get("accelerate.utils.imports")
     if imports is not None and not hasattr(imports._is_package_available, "cache_clear"):
         imports._is_package_available = functools.cache(imports._is_package_available)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_as_at_the_beginning() -> Iterator[None]:
+    """Take back what a file's fixtures have left in the environment, or the libraries that they imported."""
+    yield
+    restore_environment()
 
 
 @pytest.fixture(autouse=True)

@@ -31,13 +31,12 @@ from align.runner.stage_process import (
     StageProcess,
     stage_environment,
 )
+from tests.support.environment import beginning_environment
 
 THREADS, COMMAND = "ALIGN_TEST_THREADS", "ALIGN_TEST_COMMAND"
 """Variables of a fork: the threads of a stage, and the module that runs in place of one, with its arguments."""
 TORCH_FREE = ("align.runner.worker", "align.checks.stage")
 """Modules of every stage's process, the preparation of models left out."""
-ENVIRONMENT = stage_environment()
-"""What the tests began with."""
 
 
 class TestForkServer(ForkServer):
@@ -45,10 +44,10 @@ class TestForkServer(ForkServer):
 
     __test__ = False
     module = "tests.support.fork_server"
-    passed_on = (*PASSED_ON, "PYTHONPATH")
+    passed_on = (*PASSED_ON, "PYTHONPATH", "AWS_")
 
     def __init__(self, modules: Sequence[str] = PRELOADED) -> None:
-        super().__init__(ENVIRONMENT, 1, modules)
+        super().__init__({**worker.ENVIRONMENT, **beginning_environment()}, 1, modules)
         self.wanted: int | None = None
 
     def wait(self) -> bool:
