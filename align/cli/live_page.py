@@ -30,7 +30,9 @@ START_AFTER = 5.0
 EVERY = 30.0
 """Seconds between two pages while one stage runs; the page reloads itself as often."""
 SHARE_OF_TIME = 0.05
-"""Largest share of the time that goes into writing pages: the run needs the processors."""
+"""Largest share of the time that goes into writing pages while one stage runs: the run needs the processors."""
+SHARE_OF_CHANGES = 0.2
+"""The same while stages begin and end, which a reader waits to see."""
 NICENESS = 10
 SECONDS_TO_END = 20.0
 """Time that the writer has to finish a page when the run ends."""
@@ -148,13 +150,17 @@ def read_states(pipe: int, every: float = EVERY) -> Iterator[RunState | None]:
     """Yield the newest state that comes through ``pipe``, and the last one again after ``every`` seconds without news.
 
     Ends after a state of a run that has ended, or with ``None`` where the pipe ends before. Waits longer after a page
-    that took long.
+    that took long, unless the run has ended.
     """
     state: RunState | None = None
     text = b""
-    pause = every
+    is_news = False
+    news_due = repeat_due = 0.0
     while True:
-        if select.select([pipe], [], [], pause)[0]:
+        # Between two pages, news waits for less long than the last state does.
+        due = news_due if is_news else repeat_due
+        seconds = every if state is None else max(0.0, due - time.monotonic())
+        if select.select([pipe], [], [], seconds)[0]:
             piece = os.read(pipe, 1 << 16)
             if not piece:
                 yield None
@@ -163,14 +169,18 @@ def read_states(pipe: int, every: float = EVERY) -> Iterator[RunState | None]:
             if not lines:
                 continue
             # Of several states only the newest is worth a page.
-            state = RunState(**json.loads(lines[-1]))
+            state, is_news = RunState(**json.loads(lines[-1])), True
+            if not state.has_ended and time.monotonic() < news_due:
+                continue
         if state is None:
             continue
         started = time.monotonic()
         yield state
         if state.has_ended:
             return
-        pause = max(every, (time.monotonic() - started) / SHARE_OF_TIME)
+        is_news, spent = False, time.monotonic() - started
+        news_due = started + spent / SHARE_OF_CHANGES
+        repeat_due = started + max(every, spent / SHARE_OF_TIME)
 
 
 def main(words: list[str]) -> None:

@@ -205,6 +205,30 @@ def test_only_the_newest_state_is_written_and_again_after_a_while() -> None:
     assert list(news) == []
 
 
+def test_news_waits_after_a_page_that_took_long_and_the_end_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_page, "SHARE_OF_CHANGES", 0.25)
+    reader, writer = os.pipe()
+
+    def send(state: RunState) -> None:
+        os.write(writer, (json.dumps(asdict(state)) + "\n").encode())
+
+    news = read_states(reader, every=60.0)
+    send(RunState(running=["a"]))
+    next(news)
+    started = time.monotonic()
+    send(RunState(done=["a"]))
+    send(RunState(done=["a"], running=["b"]))
+    time.sleep(0.1)  # the page
+    assert next(news) == RunState(done=["a"], running=["b"])
+    assert time.monotonic() - started > 0.3
+    time.sleep(0.1)
+    send(RunState(done=["a"], running=["c"]))
+    send(RunState(has_ended=True))
+    started = time.monotonic()
+    assert next(news) == RunState(has_ended=True)
+    assert time.monotonic() - started < 0.2
+
+
 def test_the_end_of_the_pipe_without_a_last_word_is_told() -> None:
     reader, writer = os.pipe()
     os.write(writer, (json.dumps(asdict(RunState(running=["a"]))) + "\n").encode())
