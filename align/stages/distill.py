@@ -155,9 +155,10 @@ class _TeacherTargets:
         if self.teacher is None:
             low = self.context.config.precision == "bfloat16"
             model = load_policy(self.artifact.model, torch.bfloat16 if low else torch.float32)
+            model.to(device_of(self.context.runtime)).requires_grad_(False)
             # As the student computes, so that equal weights give equal distributions.
             reduce_work(model, bfloat16=low, shared_prefixes=shares_prefixes(self.context))
-            self.teacher = Teacher(model.to(device_of(self.context.runtime)).requires_grad_(False), low)
+            self.teacher = Teacher(model, low)
         return self.teacher
 
     def facts(self) -> dict[str, Any]:
