@@ -72,6 +72,9 @@ def _trl(stage: str, tuning: dict[str, Any], length: int, micro: int) -> Configu
 
 def _ppo(model: str, tuning: dict[str, Any], prompt: int, response: int, micro: int) -> Configuration:
     fields = {"tuning": tuning, "updates": 2, "rollout_batch": 8, "samples_per_prompt": 4, "micro_batch_size": micro}
+    if model == "wide":
+        # Random weights give large logits, and these differ by 0.16 nats in bfloat16 for rounding alone.
+        fields["trainer"] = {"probe_parity": False}
     return Configuration("ppo", model, prompt, fields | {"max_prompt_tokens": prompt, "max_tokens": response})
 
 

@@ -4,8 +4,8 @@
 parameter takes 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved, the
 reference and reward models, are in bfloat16 if that is the ``precision`` (``align.models.precision``).
 
-Left out: the interpreter and its libraries, and what an allocator keeps for itself. ``align.capacity.sharding`` divides
-the parts among devices.
+Left out: the interpreter and its libraries, and what a GPU's allocator keeps for itself. ``align.capacity.sharding``
+divides the parts among devices.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from align.models.architecture import Architecture
 
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
+HEAP_BYTES, HEAP_SHARE = 100 * 2**20, 0.06
+"""Bytes of rows, tokenizer and buffers of a process on a CPU, and the share of all memory that lies in gaps between the
+blocks of C's heap, whose pages are of 2 MiB. Fitted to ``benchmarks.memory_plan``: 20 stages of SmolLM2-135M."""
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
 """Logits of a block (``align.models.fast.token_logprobs.LOGITS``)."""
 
@@ -68,11 +71,24 @@ class Memory:
     """Whether an earlier micro-batch's gradients are in memory during the next one's passes."""
     buffers: int = 0
     """Buffers in which devices exchange gradients and weights."""
+    in_heap: bool = False
+    """Whether all of it lies in C's heap: on a CPU."""
 
     @property
     def total(self) -> int:
         """Peak bytes without activations."""
         return self.peak(0)
+
+    @property
+    def heap(self) -> int:
+        """Bytes that the heap of a process on a CPU holds beside what is counted, without activations; else 0."""
+        return self.fullest(0).get("heap", 0)
+
+    @property
+    def per_token(self) -> float | None:
+        """Bytes for each token of a micro-batch, the heap's share included; None without a rule."""
+        share = 1 + HEAP_SHARE if self.in_heap else 1.0
+        return None if self.activations is None else share * self.activations
 
     def peak(self, tokens: int) -> int:
         """Return the peak in bytes with micro-batches of ``tokens`` tokens; without activations if these are None."""
@@ -99,13 +115,17 @@ class Memory:
         if self.accumulated:
             # a single micro-batch frees its activations while its gradients appear, so only an earlier one's count
             learning["gradients"] = self.gradients
-        return {
+        phases = {
             "sampling": lasting | engine,
             "learning": asleep | learning,
             "stepping": asleep | {"gradients": self.gradients},
             "scoring": asleep | {"logits": self.scoring},
             "saving": asleep | {"saving": self.saving},
         }
+        if self.in_heap:
+            for parts in phases.values():
+                parts["heap"] = HEAP_BYTES + int(HEAP_SHARE * sum(parts.values()))
+        return phases
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ COLUMNS = {
     "file": "file",
     "saving": "saving",
     "buffers": "buffers",
+    "heap": "heap",
     "context": "driver",
 }
 """Parts of a device's memory, with their headings."""
@@ -50,9 +51,10 @@ MEMORY_COLUMNS = {
     "logits": "logits",
     "engine": "engine",
     "kv_cache": "KV",
+    "heap": "heap",
     "total": "in all",
 }
-"""Fields of ``align.capacity.memory.Memory`` that ``align plan --memory`` shows, with their headings."""
+"""Parts of ``align.capacity.memory.Memory`` that ``align plan --memory`` shows, with their headings."""
 MIB = 2**20
 
 
@@ -233,8 +235,8 @@ def memory_lines(name: str, estimate: Estimate | str, width: int | None = None) 
     for choice in estimate.choices:
         amounts = [getattr(choice.memory, field) for field in columns]
         numbers = [f"{amount / unit:.2f}" if amount else "-" for amount in amounts]
-        activations = choice.memory.activations
-        per_1k_tokens = "not known" if activations is None else f"{1000 * activations / unit:.2f}"
+        per_token = choice.memory.per_token
+        per_1k_tokens = "not known" if per_token is None else f"{1000 * per_token / unit:.2f}"
         rows.append(["*" if choice.chosen else "", *choice.settings.values(), *numbers, per_1k_tokens])
     table = align_columns(rows, text_columns=1 + len(settings))
     notes = list(estimate.notes)

@@ -42,11 +42,16 @@ def test_the_head_s_work_space_by_hand() -> None:
     gpu = 2 * tile + 2 * 40 + states + 4 * (tile + 40)
     lora = counted(SftConfig, LORA).choices[0].memory
     assert (lora.logits, lora.scoring) == (blocks + states, blocks + 4 * 4096 * 4)
-    assert lora.total == 4 * 178 + 12 * 36 + 2 * (50 + 40 + 40) + blocks + states
+    parts = lora.fullest(0)
+    heap = parts.pop("heap")
+    assert sum(parts.values()) == 4 * 178 + 12 * 36 + 2 * (50 + 40 + 40) + blocks + states
+    assert heap == 100 * 2**20 + int(0.06 * sum(parts.values()))
+    assert lora.total == sum(parts.values()) + heap
     card = {"runtime": Runtime(device="cuda")}
     assert counted(SftConfig, LORA, **card).choices[0].memory.logits == gpu
     full = counted(SftConfig, {"method": "full"}, **card).choices[0].memory
     assert full.logits == gpu + 4 * 40  # the head's own gradient is summed up in float32
+    assert "heap" not in full.fullest(0)
 
 
 def test_what_stands_beside_the_model_is_counted() -> None:

@@ -105,6 +105,7 @@ def rollout_memory(
         kv_cache=cache + user_cache,
         released=released,
         accumulated=setting.accumulated,
+        in_heap=not setting.gpu,
     )
     return replace(memory, critic=0) if getattr(config, "critic_source", None) is None else memory
 

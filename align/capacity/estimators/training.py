@@ -99,6 +99,7 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
             flash=setting.gpu or config.max_length > SHORT,
         ),
         accumulated=setting.accumulated,
+        in_heap=not setting.gpu,
     )
 
 

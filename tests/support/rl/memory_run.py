@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,9 @@ def main(model_dir: Path, folder: Path, method: str, critic: Any) -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM back to what is held now
     trainer.train()
     peak = _peak_memory() - start
-    counted = ppo_memory(sizes, [sizes], tuning=tuning, critic=critic, precision="bfloat16")
+    counted = replace(ppo_memory(sizes, [sizes], tuning=tuning, critic=critic, precision="bfloat16"), in_heap=True)
     assert counted.activations is not None
-    total = counted.total + counted.activations * max(tokens)
+    total = counted.peak(max(tokens))
     print(json.dumps({"peak": peak, "counted": total, "tokens": max(tokens), "without activations": counted.total}))
 
 
