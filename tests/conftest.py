@@ -108,7 +108,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take back what the imports of test modules have set, such as vLLM's variables: stages could not be forked."""
+    """Take back what imports of test modules have set, such as lm-eval's variable: stages could not be forked."""
     restore_environment()
 
 

@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from align.config.stages.rl import RolloutFields
 from align.rl import argument_fields
 from align.rl.argument_fields import DriftArguments
 from align.store.atomic_write import write_text_atomically
@@ -22,13 +23,14 @@ A class leaves out what it shares with ``DriftArguments``, which every trainer's
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from align.config.stages.rl import RolloutFields
 '''
 
 
 def stub_text() -> str:
     """Return the stub of ``argument_fields``: a class for each dataclass, with types and defaults."""
-    return "\n".join([HEADER, *map(_class_text, made_dataclasses())])
+    # Apart, or a search for this file's own imports would find it.
+    imported = f"from {RolloutFields.__module__} import {RolloutFields.__name__}\n"
+    return "\n".join([HEADER + imported, *map(_class_text, made_dataclasses())])
 
 
 def made_dataclasses() -> list[type[Any]]:
