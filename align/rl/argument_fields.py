@@ -1,7 +1,7 @@
 """Dataclasses of the fields that a trainer's arguments and its stage share, each made from the stage's config.
 
 They are made at import, so names, types, defaults and help stand in ``align.config.stages`` alone. Type checkers and
-editors read ``argument_fields.pyi``, which ``python -m align.training.dump_fields`` writes.
+editors read ``argument_fields.pyi``, which ``python -m align.rl.argument_stub`` writes.
 """
 
 from __future__ import annotations

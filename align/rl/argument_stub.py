@@ -1,5 +1,7 @@
-"""``python -m align.rl.argument_stub``: write ``argument_fields.pyi``, from which type checkers and editors know the
-fields that ``argument_fields`` makes at import."""
+"""``python -m align.rl.argument_stub``: write ``argument_fields.pyi``.
+
+From it type checkers and editors know the fields that ``argument_fields`` makes at import.
+"""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ def remember_environment() -> None:
 
 
 def beginning_environment() -> dict[str, str]:
-    """Return the variables that the tests began with."""
-    return dict(_variables)
+    """Return the variables that the tests began with; outside of tests, those of now."""
+    return dict(_variables or os.environ)
 
 
 def restore_environment() -> None:
