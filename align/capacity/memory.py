@@ -161,10 +161,10 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return every choice in bytes and words, with each total."""
+        """Return every choice in bytes and words, with each one's heap and total."""
         choices = [asdict(choice) for choice in self.choices]
         for shown, choice in zip(choices, self.choices, strict=True):
-            shown["memory"]["total"] = choice.memory.total
+            shown["memory"] |= {"heap": choice.memory.heap, "total": choice.memory.total}
         return {"parameters": self.parameters, "choices": choices, "notes": list(self.notes)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,6 +48,11 @@ def test_the_head_s_work_space_by_hand() -> None:
     assert sum(parts.values()) == 4 * 178 + 12 * 36 + 2 * (50 + 40 + 40) + blocks + states
     assert heap == 100 * 2**20 + int(0.06 * sum(parts.values()))
     assert lora.total == sum(parts.values()) + heap
+    assert lora.per_token is None, "this architecture has no rule for activations"
+    assert replace(lora, activations=1000).per_token == 1060
+    assert replace(lora, activations=1000, in_heap=False).per_token == 1000
+    shown = counted(SftConfig, LORA).to_json()["choices"][0]["memory"]
+    assert (shown["heap"], shown["total"]) == (heap, lora.total)
     card = {"runtime": Runtime(device="cuda")}
     assert counted(SftConfig, LORA, **card).choices[0].memory.logits == gpu
     full = counted(SftConfig, {"method": "full"}, **card).choices[0].memory
