@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from align.synthesis.novelty import Nearest, Pool, rouge_words
@@ -53,31 +54,30 @@ def test_words() -> None:
     assert rouge_words("写一首诗 about 海") == ["写", "一", "首", "诗", "about", "海"]
 
 
-def _longest_common(first: list[str], second: list[str]) -> int:
-    """The textbook table."""
-    row = [0] * (len(second) + 1)
+def _longest_common(first: list[str], others: list[list[str]]) -> np.ndarray:
+    """The textbook table, for each of the others at once: a row of it is (others, words + 1)."""
+    width = max(map(len, others))
+    words = np.array([text + [""] * (width - len(text)) for text in others])
+    row = np.zeros((len(others), width + 1), dtype=int)
     for word in first:
-        before = row
-        row = [0]
-        for place, same in enumerate(second):
-            row.append(before[place] + 1 if word == same else max(before[place + 1], row[place]))
-    return row[-1]
+        row[:, 1:] = np.maximum(row[:, 1:], row[:, :-1] + (words == word))
+        row = np.maximum.accumulate(row, axis=1)
+    return row[:, -1]
 
 
 def test_the_nearest_of_many_is_found() -> None:
     rng = random.Random(1)
     texts = [" ".join(rng.choices("abcdefghij", k=rng.randint(1, 90))) for _ in range(300)]
-    pool = _pool(*texts[:250])
+    others = texts[:250]
+    pool = _pool(*others)
+    lengths = np.array([len(text.split()) for text in others])
     for text in texts[250:]:
         words = text.split()
-        each = {
-            other_text: 2 * _longest_common(words, other_text.split()) / (len(words) + len(other_text.split()))
-            for other_text in texts[:250]
-        }
+        similarities = 2 * _longest_common(words, [other.split() for other in others]) / (len(words) + lengths)
         nearest = pool.nearest(text)
         assert nearest is not None
-        assert nearest.similarity == pytest.approx(max(each.values()))
-        assert each[nearest.text] == pytest.approx(nearest.similarity)
+        assert nearest.similarity == pytest.approx(similarities.max())
+        assert similarities[others.index(nearest.text)] == pytest.approx(nearest.similarity)
 
 
 def test_more_words_than_one_byte_holds() -> None:
