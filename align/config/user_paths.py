@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 from pathlib import Path
 
@@ -37,6 +38,18 @@ def user_path(text: str, base: Path | None = None) -> Path:
         if error.errno in REFUSED:
             raise UserError(f"'{shorten(text)}' is no path: {error.strerror}.") from None
     return path
+
+
+def matching_paths(pattern: str, base: Path) -> list[Path]:
+    """Return the files and folders that a path or glob names, sorted; a relative one starts at ``base``.
+
+    A bracket in ``base``, or in a path that exists as it is written, is a sign like others.
+    """
+    path = user_path(pattern, base)
+    if path.exists():
+        return [path]
+    names = glob.glob(str(Path(pattern).expanduser()), root_dir=base, recursive=True)
+    return sorted(base / name for name in names)
 
 
 def _encoding_problem(error: ValueError) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -113,13 +112,23 @@ def calls_from_code(code: str) -> Iterator[ToolCall]:
         call = statement.value if isinstance(statement, ast.Expr) else None
         if not isinstance(call, ast.Call):
             raise MalformedCall("is no call of a function")
-        name = ast.unparse(call.func)
-        if not re.fullmatch(r"\w+(?:\.\w+)*", name):
-            raise MalformedCall("does not name a function")
+        name = _dotted_name(call.func)
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise MalformedCall(f"of {shorten(name)} has arguments without a name")
         arguments = {str(keyword.arg): _literal(keyword.value, name) for keyword in call.keywords}
         yield ToolCall(name, arguments, ast.get_source_segment(lines, statement) or lines)
+
+
+def _dotted_name(node: ast.expr) -> str:
+    """Return ``a.b.c`` of the code that names a function. Raises ``MalformedCall`` for any other code."""
+    # In a loop: a model that repeats itself writes chains that are too deep for a function that calls itself.
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        raise MalformedCall("does not name a function")
+    return ".".join([node.id, *reversed(parts)])
 
 
 _CONSTANTS = {"true": True, "false": False, "null": None}

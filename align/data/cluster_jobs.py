@@ -8,7 +8,10 @@ its jobs as a dill file in that folder.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime
+import decimal
 import functools
 import importlib
 import itertools
@@ -28,7 +31,7 @@ from typing import Any
 from align.config.executor import RayExecutor, SlurmExecutor
 from align.data.formats import SourceFormat
 from align.data.rows import BadRecord
-from align.data.shards import Pass, Task, Worker, is_complete, read_summary
+from align.data.shards import Pass, Task, Worker, discard_summary, is_complete, read_summary
 from align.errors import UserError
 from align.store.atomic_write import write_atomically, write_text_atomically
 
@@ -67,6 +70,8 @@ class ClusterWorkers:
             shards += 1
             if not is_complete(spec.folder, task.shard):
                 write_text_atomically(folder / "tasks" / f"{len(waiting):05d}.json", _to_json(task))
+                # The summary of a damaged shard would say that its job is done.
+                discard_summary(spec.folder, task.shard)
                 waiting.append(task.shard)
         # Ranks take every n-th task, so that large neighboring shards are spread over the jobs.
         if waiting:
@@ -128,11 +133,36 @@ def _to_json(task: Task) -> str:
         for item in task.records
     ]
     head = {"shard": task.shard, "start": task.start, "source": task.source, "format": task.format.to_json()}
-    return json.dumps({**head, "records": records}, default=str)
+    return json.dumps({**head, "records": records}, default=_typed)
+
+
+_TYPE = "\0type"
+"""Key of a value that JSON has no type for, such as a date of a Parquet file: a job must get what was read here."""
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, bytes | bytearray):
+        return {_TYPE: "bytes", "value": base64.b64encode(value).decode()}
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return {_TYPE: type(value).__name__, "value": value.isoformat()}
+    if isinstance(value, decimal.Decimal):
+        return {_TYPE: "Decimal", "value": str(value)}
+    return str(value)
+
+
+def _untyped(fields: dict[str, Any]) -> Any:
+    if _TYPE not in fields:
+        return fields
+    kind, value = fields[_TYPE], fields["value"]
+    if kind == "bytes":
+        return base64.b64decode(value)
+    if kind == "Decimal":
+        return decimal.Decimal(value)
+    return getattr(datetime, kind).fromisoformat(value)
 
 
 def _from_json(text: str) -> Task:
-    fields = json.loads(text)
+    fields = json.loads(text, object_hook=_untyped)
     records = tuple(
         BadRecord(item["where"], item["problem"]) if isinstance(item, dict) else (item[0], item[1])
         for item in fields.pop("records")

@@ -239,7 +239,8 @@ def _named(names: Mapping[str, ColumnFacts], wanted: Sequence[str]) -> ColumnFac
 
 def _pair_of_columns(columns: Sequence[ColumnFacts]) -> tuple[str, str] | None:
     """Return two columns of text or messages whose names differ in the last sign: a and b, 0 and 1, 1 and 2."""
-    names = [facts.name for facts in columns if facts.is_long or any(kind.startswith("list") for kind in facts.types)]
+    named = [facts for facts in columns if facts.name]
+    names = [facts.name for facts in named if facts.is_long or any(kind.startswith("list") for kind in facts.types)]
     for first, second in itertools.combinations(names, 2):
         if first[:-1] == second[:-1] and (first[-1] + second[-1]).lower() in ("ab", "01", "12"):
             return first, second
@@ -251,7 +252,8 @@ def _choice_columns(columns: Sequence[ColumnFacts]) -> list[str] | str | None:
     for facts in columns:
         if facts.name.lower() in ("choices", "options", "endings"):
             return facts.name
-    names = [facts.name for facts in columns if facts.filled]
+    # The index that pandas writes into a CSV file has no name.
+    names = [facts.name for facts in columns if facts.filled and facts.name]
     for start in names:
         # sol1, sol2 or ans0, ans1, ans2: the next name has the next last sign.
         run = [start]

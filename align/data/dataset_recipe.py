@@ -15,7 +15,7 @@ from align.config.recipe.recipe import Recipe
 from align.config.recipe.source_settings import RecordSource
 from align.config.recipe.split import parse_split
 from align.config.stages.data import DataConfig
-from align.config.user_paths import user_path
+from align.config.user_paths import matching_paths, user_path
 from align.config.validation import validate
 from align.data.reading import SUFFIXES
 from align.errors import UserError
@@ -28,7 +28,7 @@ PASSED_ON = tuple(name for name in RecordSource.model_fields if name not in ("na
 
 def is_local(dataset: str, base: Path) -> bool:
     """Return True for a dataset of this machine: a file, a folder or a glob. Raises ``UserError`` for no dataset."""
-    if user_path(dataset, base).exists() or glob.glob(str(user_path(dataset, base)), recursive=True):
+    if matching_paths(dataset, base):
         return True
     looks_like_path = dataset.startswith((".", "/", "~")) or dataset.lower().endswith(SUFFIXES) or "*" in dataset
     if not looks_like_path and HUB_NAME.fullmatch(dataset):
@@ -88,7 +88,7 @@ def _paths(dataset: str, base: Path) -> list[str]:
         # The longest ending of each name: .jsonl.gz, not .gz.
         ends = {next((end for end in SUFFIXES if name.endswith(end)), "") for name in names} - {"", ".md"}
         if ends:
-            return [f"{dataset.rstrip('/')}/{pattern}{end}" for end in sorted(ends)]
+            return [f"{glob.escape(dataset.rstrip('/'))}/{pattern}{end}" for end in sorted(ends)]
     raise UserError(f"dataset: the folder '{dataset}' has no file that can be read; known are {', '.join(SUFFIXES)}.")
 
 

@@ -277,6 +277,11 @@ def read_summary(folder: Path, shard: int) -> ShardSummary | None:
     return ShardSummary(summary["rows"], Counts.from_json(summary), seconds, summary["digests"])
 
 
+def discard_summary(folder: Path, shard: int) -> None:
+    """Delete a shard's summary, without which it is not finished."""
+    (folder / f"{shard:05d}.json").unlink(missing_ok=True)
+
+
 def is_complete(folder: Path, shard: int) -> bool:
     """Return True where a shard is finished and its files are intact; any other shard is done again."""
     summary = read_summary(folder, shard)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from align.config.recipe.source_settings import (
     Source,
 )
 from align.config.user_functions import function_identity
-from align.config.user_paths import user_path
+from align.config.user_paths import matching_paths, user_path
 from align.config.validation import suggest
 from align.data.reading import SUFFIXES, is_readable
 from align.errors import UserError
@@ -55,8 +54,7 @@ def find_files(patterns: Sequence[str], base: Path) -> list[Path]:
     """Return the files of paths and globs, in sorted order, each once. Raises ``UserError`` for one without a match."""
     unique: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(Path(name) for name in glob.glob(str(user_path(pattern, base)), recursive=True))
-        files = [path for path in matches if path.is_file()]
+        files = [path for path in matching_paths(pattern, base) if path.is_file()]
         if not files:
             raise UserError(f"no file matches '{pattern}' (searched from {base}).{_neighbors(base / pattern)}")
         for path in files:

@@ -236,7 +236,8 @@ def read_episodes(path: Path) -> list[StoredEpisode]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; `align rollout … --save FILE` writes one.")
     stored = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: what a model says may hold U+2028, a line separator that ends no line of JSON.
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             entry = json.loads(line)
             stored.append(StoredEpisode(entry["row"], int(entry["seed"]), Episode.from_json(entry["episode"])))

@@ -178,7 +178,8 @@ def read_examples(config: BaselineConfig, base: Path) -> list[Example]:
         return []
     path = _examples_path(config, base)
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: a text may hold U+2028, a line separator that ends no line of JSON.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -47,7 +47,8 @@ def read_seeds(path: Path) -> list[Seed]:
     Each line is a record with ``instruction``, and perhaps an input in ``input`` or in the first of ``instances``.
     """
     seeds = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: a text may hold U+2028, a line separator that ends no line of JSON.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

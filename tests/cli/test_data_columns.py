@@ -100,6 +100,15 @@ def test_columns_have_types_shares_and_examples(
     assert document["columns"][1] == {"name": "answer", "types": {"text": 2}, "filled": 2, "example": "4"}
 
 
+def test_the_index_that_pandas_writes_has_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text(",question,answer\n0,What?,4\n1,Which?,5\n")
+    table, recipe = show(capsys, "a.csv")
+    assert "question" in table and recipe["kind"] == "instructions"
+
+
 def test_records_under_a_key_and_tables_without_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

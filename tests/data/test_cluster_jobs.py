@@ -9,6 +9,8 @@ import json
 import os
 import stat
 import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +149,24 @@ def test_jobs_that_end_without_their_shards_are_named_and_the_rest_is_kept(
     assert run(tmp_path, content, "jobs", slurm) == run(tmp_path, content, "here")
 
 
+def test_a_damaged_shard_is_waited_for(slurm: SlurmExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = recipe(tmp_path, lines(40))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building, "finish", interrupt)
+        run(tmp_path, content, "jobs", slurm)
+    (damaged,) = (tmp_path / "jobs-work").rglob("pass-0/00001.parquet")
+    damaged.write_bytes(b"damaged")
+    # A summary that stays would end the wait before the job has begun.
+    monkeypatch.setattr(cluster_jobs, "_launch", lambda *_: None)
+    monkeypatch.setattr(cluster_jobs, "_is_queued", lambda *_: False)
+    with pytest.raises(RuntimeError, match="1 of 1 shards are not done"):
+        run(tmp_path, content, "jobs", slurm)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_without_slurm_the_remedy_is_named(slurm: SlurmExecutor, tmp_path: Path) -> None:
     (tmp_path / "bin" / "sbatch").unlink()
     with pytest.raises(UserError, match="no sbatch here; run this on a login node"):
@@ -162,7 +182,11 @@ def test_a_refused_job_is_the_users_to_mend(slurm: SlurmExecutor, tmp_path: Path
 def test_a_task_survives_its_file() -> None:
     mapping = RecordMapping(columns={"output": "o", "label": Constant(constant=[1, "x"])}, keep=["n"])
     source = SourceFormat("alpaca", FormatOptions(turns="all"), mapping, LabelRule(frozenset("1"), is_signed=True))
-    task = Task(3, 30, 1, source, (("a:1", {"instruction": "é", "n": [1, None]}), BadRecord("a:2", "no good")))
+    # A Parquet file may hold values that JSON has no type for.
+    day = datetime(2024, 1, 2, 3, 4)
+    values = {"day": day, "date": day.date(), "time": day.time(), "bytes": b"\xff", "price": Decimal("1.10")}
+    record = {"instruction": "é", "n": [1, None], "values": [values]}
+    task = Task(3, 30, 1, source, (("a:1", record), BadRecord("a:2", "no good")))
     again = cluster_jobs._from_json(cluster_jobs._to_json(task))
     assert (again.shard, again.start, again.source, again.format) == (3, 30, 1, source)
     assert again.records[0] == task.records[0]

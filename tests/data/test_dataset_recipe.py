@@ -107,6 +107,8 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
     assert paths("rows/a.jsonl") == ["rows/a.jsonl"]
     assert paths("rows/*.jsonl") == ["rows/*.jsonl"]
     assert paths("rows/") == ["rows/*.csv.gz", "rows/*.jsonl"]
+    (tmp_path / "rows").rename(tmp_path / "rows[1]")
+    assert paths("rows[1]") == ["rows[[]1]/*.csv.gz", "rows[[]1]/*.jsonl"]
     for dataset, message in (
         ("pairs.csv", "neither a file, folder or glob below"),
         ("just-a-word", "nor the name of a Hub dataset like 'owner/name'"),

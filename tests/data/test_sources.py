@@ -53,6 +53,21 @@ def test_files_by_path_and_glob_each_once(tmp_path: Path) -> None:
         find_files(["f.xml"], tmp_path)
 
 
+def test_brackets_in_a_folder_or_a_files_name_are_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "project[1]"
+    folder.mkdir()
+    for name in ("a.jsonl", "data[v1].jsonl", "datav.jsonl"):
+        (folder / name).write_text("{}\n")
+    for pattern, names in {
+        "a.jsonl": ["a.jsonl"],
+        "data[v1].jsonl": ["data[v1].jsonl"],
+        "data[vw].jsonl": ["datav.jsonl"],
+        "*.jsonl": ["a.jsonl", "data[v1].jsonl", "datav.jsonl"],
+    }.items():
+        assert [path.name for path in find_files([pattern], folder)] == names
+    assert [path.name for path in find_files([str(folder / "a.jsonl")], tmp_path)] == ["a.jsonl"]
+
+
 def test_identity_of_files_is_their_content(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()

@@ -119,6 +119,8 @@ def test_thoughts_call_nothing() -> None:
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}] so', "text after its JSON"),
         ("olmo3", "<function_calls>f(1)</function_calls>", "arguments without a name"),
         ("olmo3", "<function_calls>f(x=g())</function_calls>", "no plain value"),
+        ("olmo3", "<function_calls>f" + ".a" * 600 + "(x=g())</function_calls>", "no plain value"),
+        ("olmo3", "<function_calls>f" + "()" * 900 + "</function_calls>", "does not name a function"),
         ("olmo3", "<function_calls>f(x=</function_calls>", "no call in Python's syntax"),
         ("olmo3", "<function_calls>x = 1</function_calls>", "no call of a function"),
         ("olmo3", "<function_calls></function_calls>", "is empty"),

@@ -162,10 +162,10 @@ def test_seeds_with_an_input_are_compared_with_but_not_shown(tmp_path: Path) -> 
         },
         {"instruction": " Name a color ", "instances": [{"input": "", "output": "Red"}]},
         {"instruction": "Sum up the text", "input": "Once upon a time"},
-        {"instruction": "Tell a joke"},
+        {"instruction": "Tell a\u2028joke"},  # no end of a line of JSON
     ]
     path = tmp_path / "seeds.jsonl"
-    path.write_text("\n".join(json.dumps(entry) for entry in records) + "\n\n")
+    path.write_text("\n".join(json.dumps(entry, ensure_ascii=False) for entry in records) + "\n\n")
     seeds = read_seeds(path)
     assert [entry.shown for entry in seeds] == [False, True, False, True]
     assert seeds[1].text == "Name a color"

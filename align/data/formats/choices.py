@@ -80,7 +80,7 @@ def right_choice(answer: Any, choices: Choices, first_choice: int | None = None)
         words = TRUE_WORDS if answer else FALSE_WORDS
         places = [index for index, choice in enumerate(texts) if choice.strip().lower() in words]
         return places[0] if len(places) == 1 else None
-    if isinstance(answer, float) and answer == int(answer):
+    if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, str):
         if texts.count(answer) == 1:

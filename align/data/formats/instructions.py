@@ -8,7 +8,7 @@ from typing import Any
 
 from align.config.recipe.format_options import ReadingOptions
 from align.data.formats.fields import COMPLETIONS, CONVERSATIONS, PROMPTS, TEXTS, Malformed, Unusable, first
-from align.data.formats.messages import messages, prompt, reply, text, tools, with_system
+from align.data.formats.messages import lone_reply, messages, prompt, text, tools, with_system
 from align.data.rows import Dropped, Message, Row, assistant, user
 
 
@@ -73,10 +73,7 @@ def from_prompt_completion(record: dict[str, Any], options: ReadingOptions, kind
     """Convert a prompt and its answer, each text or messages."""
     prompt_name, answer = first(record, PROMPTS), first(record, COMPLETIONS)
     assert prompt_name is not None and answer is not None
-    # The answer may be messages, but the prompt must not be among them.
-    before, completion = reply(record[answer], answer, options)
-    if before:
-        raise Malformed(f"'{answer}' holds {len(before) + 1} messages, expected the answer alone")
+    completion = lone_reply(record[answer], answer, options)
     return [{"prompt": question(record, prompt_name, options), "completion": [completion], "tools": tools(record)}]
 
 

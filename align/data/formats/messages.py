@@ -223,6 +223,14 @@ def reply(value: Any, name: str, options: ReadingOptions) -> tuple[list[Message]
     return turns[:-1], turns[-1]
 
 
+def lone_reply(value: Any, name: str, options: ReadingOptions) -> Message:
+    """Return the answer to a prompt that has a field of its own. Raises ``Malformed`` where turns come before it."""
+    before, answer = reply(value, name, options)
+    if before:
+        raise Malformed(f"'{name}' holds {len(before) + 1} messages, expected the answer alone")
+    return answer
+
+
 def conversations(turns: list[Message], options: ReadingOptions, kind: str, fields: Row) -> list[Row | Dropped]:
     """Return drafts of a conversation: of its last answer, or of each; of the prompt alone where no answer follows.
 

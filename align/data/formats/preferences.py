@@ -19,7 +19,7 @@ from align.data.formats.fields import (
     first,
 )
 from align.data.formats.instructions import question
-from align.data.formats.messages import messages, reply, text, tools, with_system
+from align.data.formats.messages import lone_reply, messages, reply, text, tools, with_system
 from align.data.rows import Dropped, Message, Row, assistant, user
 
 TRUE = ("true", "yes", "1", "good", "desirable", "chosen")
@@ -126,7 +126,7 @@ def from_unpaired(record: dict[str, Any], options: ReadingOptions, kind: str) ->
         prompt_name = first(record, (*PROMPTS, *CONVERSATIONS))
         assert prompt_name is not None
         prompt = question(record, prompt_name, options)
-        _, completion = reply(record[answer], answer, options)
+        completion = lone_reply(record[answer], answer, options)
     elif conversation is not None:
         turns, completion = reply(messages(record[conversation], conversation, options), conversation, options)
         prompt = with_system(record, turns)

@@ -94,6 +94,9 @@ class Filter:
             filtered = row_filter.apply([rows[index] for index in alive])
             still_alive: list[int] = []
             for index, result in zip(alive, filtered, strict=True):
+                # Without an address or a name, two answers may be the same.
+                if isinstance(result, dict) and result is not rows[index] and _has_equal_sides(result):
+                    result = Dropped("filter: chosen equals rejected")
                 results[index] = result
                 if isinstance(result, dict):
                     still_alive.append(index)
@@ -102,6 +105,10 @@ class Filter:
                 rows = [result if isinstance(result, dict) else row for result, row in zip(results, rows, strict=True)]
             alive = still_alive
         return results
+
+
+def _has_equal_sides(row: Row) -> bool:
+    return bool(row.get("chosen")) and row["chosen"] == row.get("rejected")
 
 
 class PredicateFilter(RowFilter):

@@ -243,9 +243,10 @@ def _disorder(row: Row) -> str | None:
         return "last prompt turn is not the user's"
     if any(_is_empty(turn) for turn in turns):
         return "empty turn"
-    replies = {name: row[name][-1] for name in ("completion", "chosen", "rejected") if row.get(name)}
-    if any(_is_empty(reply) for reply in replies.values()):
+    replies = [row[name] for name in ("completion", "chosen", "rejected") if row.get(name)]
+    if any(_is_empty(reply[-1]) for reply in replies):
         return "empty reply"
-    if "chosen" in replies and replies["chosen"] == replies.get("rejected"):
+    # All turns: episodes that end in the same words may have called different tools.
+    if row.get("chosen") and row["chosen"] == row.get("rejected"):
         return "chosen equals rejected"
     return None

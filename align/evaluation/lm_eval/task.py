@@ -8,7 +8,6 @@ refused. The answers' text stays in lm-eval.
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from align.config.stages.evaluation_tasks import LmEvalConfig
-from align.config.user_paths import user_path
+from align.config.user_paths import matching_paths, user_path
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.lm_eval.columns import Column, MissingValuesError, NotAMeanError, column_name, columns, numbers
@@ -91,8 +90,7 @@ def _data_files(file: Path, base: Path) -> Iterator[Path]:
     for text in (str(block.get("dataset_path", "")), *_leaf_texts(named)):
         if not text:
             continue
-        for name in glob.glob(str(user_path(text, base)), recursive=True):
-            path = Path(name)
+        for path in matching_paths(text, base):
             if path.is_dir():
                 yield from (inner for inner in path.rglob("*") if inner.is_file())
             else:

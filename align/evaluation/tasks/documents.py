@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.config.recipe.source_settings import FilesSource
-from align.config.user_paths import user_path
+from align.config.user_paths import matching_paths
 from align.errors import UserError
 from align.evaluation.tasks.task_records import TaskRecord
 
@@ -38,8 +38,7 @@ def find_documents(patterns: Sequence[str], base: Path) -> tuple[list[Path], Fil
     texts: dict[Path, None] = {}
     record_patterns: list[str] = []
     for pattern in patterns:
-        names = glob.glob(str(user_path(pattern, base)), recursive=True)
-        files = [Path(name).absolute() for name in sorted(names) if Path(name).is_file()]
+        files = [path.absolute() for path in matching_paths(pattern, base) if path.is_file()]
         plain = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES]
         texts |= dict.fromkeys(plain)
         if not plain:

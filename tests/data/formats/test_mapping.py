@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -231,6 +232,9 @@ def test_an_answer_that_is_no_choice_is_refused() -> None:
         BadRecord, match=r"'answer' is 2, expected the number of a choice from 0 to 1, .*: first_choice: 1 .or 0."
     ):
         convert(record, SourceFormat("multiple_choice"), "f:1", "prompts")
+    for missing in (math.nan, math.inf, None):  # a missing label of JSON lines may be NaN
+        with pytest.raises(BadRecord, match="'answer'"):
+            convert({**record, "answer": missing}, SourceFormat("multiple_choice"), "f:1", "prompts")
     with pytest.raises(BadRecord, match="'choices' has 1 choices, expected 2 to 26"):
         convert({**record, "choices": ["a"]}, SourceFormat("multiple_choice"), "f:1", "prompts")
     # choices that are left aside on purpose make no multiple choice

@@ -125,6 +125,7 @@ def test_unpaired_messages_and_other_kinds() -> None:
         (record | {"label": "maybe"}, "a label is 'maybe', expected true or false"),
         (record | {"label": 0.5}, "a label is 0.5"),
         ({"prompt": "q", "label": True}, "a label without an answer"),
+        ({"prompt": "q", "completion": chat("q", "a", "r", "b")[1:], "label": True}, "holds 3 messages, expected the"),
     ):
         with pytest.raises(BadRecord, match=message):
             convert(bad, SourceFormat("unpaired"), "f:1", "unpaired")

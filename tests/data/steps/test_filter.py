@@ -18,7 +18,7 @@ from align.data.rows import Dropped, Row, assistant, user
 from align.data.steps.step_identities import step_identities
 from align.data.steps.step_kinds import start_step
 from align.errors import UserError
-from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, reason, run
+from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair, reason, run
 
 EVERYTHING: dict[str, Any] = {
     "turns": {"max": 3}, "urls": "strip", "personal_data": {"action": "mask"}, "chars": {"max": 300},
@@ -116,6 +116,13 @@ def test_lengths_are_measured_after_texts_were_changed():
     assert result == row | {"completion": [assistant("See")]}
     (result,) = run([row], urls="strip", where=f"{__name__}:was_stripped")
     assert isinstance(result, dict)
+
+
+def test_answers_that_differ_in_an_address_alone_are_no_pair_without_it():
+    row = pair("See https://a.org now", "See https://b.org now")
+    assert reason(row, urls="strip") == "filter: chosen equals rejected"
+    (result,) = run([pair("See https://a.org now", "Go to https://b.org now")], urls="strip")
+    assert result["chosen"] == [assistant("See now")]
 
 
 def was_stripped(row: Row) -> bool:

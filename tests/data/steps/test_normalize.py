@@ -146,6 +146,14 @@ def test_tool_turns_are_neither_merged_nor_empty():
     assert step(row) is row
 
 
+def test_episodes_that_end_alike_after_other_calls_are_a_pair():
+    sides = [[assistant("") | {"tool_calls": call}, {"role": "tool", "content": "4"}, assistant("4")] for call in "ab"]
+    row = instruction() | dict(zip(("chosen", "rejected"), sides, strict=True))
+    del row["completion"]
+    assert step(row) is row
+    assert step(row | {"rejected": row["chosen"]}).reason == "normalize: chosen equals rejected"
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
