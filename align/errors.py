@@ -4,6 +4,7 @@ Everything else that escapes is a bug in align and keeps its traceback.
 """
 
 import errno
+import math
 import re
 import shutil
 import unicodedata
@@ -44,6 +45,11 @@ LONG = re.compile(r"\S{1000,}")
 def shorten(text: str, most: int = MOST_SHOWN) -> str:
     """Text of at most ``most`` characters, and how many it had where it was longer."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def plain_number(value: float) -> str:
+    """Return a number as text: a whole one with all its digits, others with six."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
 
 
 def redact(text: str) -> str:

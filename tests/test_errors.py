@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.errors import StageFailed, UserError, printable, redact, shorten
+from align.errors import StageFailed, UserError, plain_number, printable, redact, shorten
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,12 @@ def test_whatever_the_text_it_can_be_printed(text: str) -> None:
 def test_words_without_end_are_cut() -> None:
     assert str(UserError("x" * 5000 + " is no folder")) == "x" * 200 + "... (5,000 characters) is no folder"
     assert shorten("short") == "short"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(1234567, "1234567"), (2e6, "2000000"), (3, "3"), (-4.0, "-4"), (0.1234567, "0.123457"), (1.5, "1.5"),
+     (float("inf"), "inf"), (float("nan"), "nan")],
+)  # fmt: skip
+def test_whole_numbers_keep_their_digits(number: float, text: str) -> None:
+    assert plain_number(number) == text

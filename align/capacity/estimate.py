@@ -38,7 +38,7 @@ def estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | st
             continue
         try:
             models = input_models(pipeline, node, store)
-            estimates[node.name] = estimator.estimate(node.config, models, pipeline.config.runtime)
+            estimates[node.name] = estimator.estimate(node.config, models, pipeline.runtimes[node.name])
         except UnknownArchitecture as error:
             estimates[node.name] = str(error)
     return estimates

@@ -36,6 +36,12 @@ class Build:
     """The run that built it, or found it in the store, where a recipe was named."""
 
 
+def refuse_current_folder(output: Path) -> None:
+    """Raise ``UserError`` for the current folder or one above it: a result that takes its place would pull it away."""
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise UserError(f"--output {output}: is the current folder, or has it inside; name a new folder in it.")
+
+
 def find_build(word: str, store: str | None = None, workers: int | None = None) -> Build:
     """Return the build that ``word`` names: a folder, a recipe (which is built if needed), or the beginning of a key.
 

@@ -71,10 +71,16 @@ def show(options: argparse.Namespace) -> int:
     artifact = store.resolve(options.key)
     if options.verify:
         problems = store.problems(artifact, thorough=True)
+        if options.json:
+            described = [{"path": str(problem.path), "problem": problem.description} for problem in problems]
+            print_json({"path": str(artifact.path), "problems": described})
+            return 1 if problems else 0
         for problem in problems:
             print(printable(f"{problem.path} {problem.description}"))
         print(printable(f"{artifact.path}: {'corrupted' if problems else 'all digests agree'}"))
         return 1 if problems else 0
+    if options.log and options.json:
+        raise UserError("--log prints the log as it is; leave out --json.")
     if options.log:
         return _print_log(artifact.path / "log.txt")
     if options.json:

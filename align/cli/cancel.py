@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import os
 import signal
-import socket
 from typing import TYPE_CHECKING
 
 from align.cli.parser import add_store, print_json
@@ -20,14 +19,13 @@ if TYPE_CHECKING:
 
 def run(options: argparse.Namespace) -> int:
     """Run ``align cancel``."""
-    from align.cli.run_page import find_run
+    from align.cli.run_page import find_run, open_store_of
     from align.clusters.follow import SchedulerError
     from align.clusters.slurm.submission import submissions
     from align.clusters.slurm.submit import cancel_jobs
-    from align.runner.open_store import open_store
     from align.store.store import JOBS
 
-    store = open_store(None, options.store)
+    store = open_store_of([options.run], options.store)
     # A sweep on a cluster has jobs of its own, but is no run of the store.
     is_sweep = (store.root / JOBS / options.run).is_dir() and options.run not in store.runs()
     outline = None if is_sweep else find_run(options.run, store)
@@ -58,12 +56,15 @@ def _stop_processes(outline: RunOutline, store: Store, stages: set[str]) -> list
 
     A run ends on SIGTERM as on Ctrl-C. ``stages`` restricts this to some stages; empty means all.
     """
+    from align.store.locks import is_of_this_machine
+
     holders: set[int] = set()
     for stage, (kind, key) in outline.stages.items():
         if (stages and stage not in stages) or not store.is_locked(kind, key):
             continue
         holder = store.holder_of(kind, key)
-        if holder is not None and holder.get("host") == socket.gethostname():
+        # Not the host's name: containers and machines on a shared store may have the same.
+        if holder is not None and is_of_this_machine(holder):
             holders.add(int(holder["pid"]))
     ended = []
     # This process may hold a lock itself while it looks.

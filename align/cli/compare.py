@@ -27,14 +27,13 @@ SEED = "seed"
 
 def run(options: argparse.Namespace) -> int:
     """Run ``align compare``."""
-    from align.cli.run_page import damaged_stages, finished_artifacts
+    from align.cli.run_page import damaged_stages, finished_artifacts, open_store_of
     from align.report.compare.comparison import write_comparison
     from align.report.compare.over_seeds import compare_over_seeds
-    from align.runner.open_store import open_store
     from align.store.store import REPORTS
 
     folder = output_folder(options.output)
-    store = open_store(None, options.store)
+    store = open_store_of([split_name(word)[1] for word in options.runs], options.store)
     runs = find_runs(options.runs, store)
     artifacts = {name: finished_artifacts(outline, store) for name, outline in runs.items()}
     # Runs share stages, so the same damage may show up in several of them: print it once.
@@ -72,16 +71,22 @@ def _print_seeds(seeds: SeedComparison) -> None:
         print(printable(f"  {line}"))
 
 
+def split_name(word: str) -> tuple[str | None, str]:
+    """Return the name and the run of ``NAME=RUN``; without a name, None and the word."""
+    # An existing file wins over NAME=RUN: its name may have a "=" in it.
+    named = None if Path(word).exists() else NAMED.fullmatch(word)
+    return (named[1], named[2]) if named else (None, word)
+
+
 def find_runs(words: list[str], store: Store) -> dict[str, RunOutline]:
     """Return the runs that ``words`` name, by the name that the page shows. Raise ``UserError`` for fewer than two."""
     from align.cli.run_page import find_run
 
     runs: dict[str, RunOutline] = {}
     for word in words:
-        # An existing file wins over NAME=RUN: its name may have a "=" in it.
-        named = None if Path(word).exists() else NAMED.fullmatch(word)
-        outline = find_run(named[2] if named else word, store)
-        name = named[1] if named else outline.name
+        chosen_name, run_word = split_name(word)
+        outline = find_run(run_word, store)
+        name = chosen_name or outline.name
         if name in runs:
             raise UserError(f"two runs are called '{name}'; give each its own name: NAME=RUN.")
         runs[name] = outline

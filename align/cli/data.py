@@ -30,6 +30,9 @@ def build(options: argparse.Namespace) -> int:
     from align.data.build_files import read_ledger
     from align.data.ledger import summary_lines
 
+    target = Path(options.output) if options.output else None
+    if target is not None:
+        refuse_target(target)
     run = build_recipe(
         options.recipe,
         options.store,
@@ -41,7 +44,7 @@ def build(options: argparse.Namespace) -> int:
     )
     artifact = run.artifacts[STAGE]
     ledger = read_ledger(artifact.path)
-    folder = copy_out(artifact.path, Path(options.output)) if options.output else artifact.path
+    folder = artifact.path if target is None else copy_out(artifact.path, target)
     if options.json:
         print_json({"path": str(folder), "key": artifact.record["key"], "ran": STAGE in run.ran, "ledger": ledger})
         return 0
@@ -53,15 +56,23 @@ def build(options: argparse.Namespace) -> int:
     return 0
 
 
-def copy_out(folder: Path, target: Path) -> Path:
-    """Copy a build to ``target`` and return ``target``; an earlier build there is replaced, anything else refused.
+def refuse_target(target: Path) -> None:
+    """Raise ``UserError`` for a place that no build can take: a file, a full folder that is no build, this folder."""
+    from align.cli.arguments import refuse_current_folder
 
-    The copy is complete before one rename puts it in place.
-    """
+    refuse_current_folder(target)
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {target}: is a file; name a folder.")
     if target.is_dir() and any(target.iterdir()) and not (target / "ledger.json").is_file():
         raise UserError(f"--output {target}: not empty, and not a build that can be replaced; name another folder.")
+
+
+def copy_out(folder: Path, target: Path) -> Path:
+    """Copy a build to ``target`` and return ``target``; an earlier build there is replaced.
+
+    The copy is complete before one rename puts it in place.
+    """
+    refuse_target(target)  # again: building takes its time
     target.parent.mkdir(parents=True, exist_ok=True)
     # Next to the target, so that both moves are renames on one disk.
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from align.store.store import Store
 
 FILES = ("scorecard.json", "samples.jsonl", "items.jsonl")
-PAGE_FOLDERS = ("figures", "tables")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -138,6 +137,8 @@ def copy_results(artifact: Path, page: Path | None, folder: Path) -> None:
             shutil.copyfile(artifact / name, folder / name)
     if page is None:
         return
+    from align.cli.run_page import PAGE_FOLDERS
+
     shutil.copyfile(page, folder / page.name)
     for name in PAGE_FOLDERS:
         if (page.parent / name).is_dir():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.cli.arguments import find_checkpoint
+from align.cli.arguments import find_checkpoint, refuse_current_folder
 from align.cli.lineage import find_base, find_scorecard, lineage, pipeline_of, record_of, refuse_damage
 from align.cli.parser import add_store, print_json
 from align.config.user_paths import user_path
@@ -92,6 +92,7 @@ def find_source(word: str, base: str | None, store: str | None) -> ExportSource:
 
 
 def _refuse_output(output: Path) -> None:
+    refuse_current_folder(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a new folder.")
     if output.is_dir() and any(output.iterdir()):

@@ -32,17 +32,21 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
         "pipeline", metavar="PIPELINE", help="a pipeline file, or the name of a shipped one: quickstart"
     )
     add_assignments(parser, "override a field, like stages.ppo.kl_coef=0.1; repeatable")
-    parser.add_argument("--from", dest="from_", metavar="STAGE", help="rerun this stage and all that depend on it")
-    parser.add_argument("--only", metavar="STAGE", help="run this stage only; its inputs must be finished")
-    parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="rerun this stage; repeatable")
     parser.add_argument(
         "--offline", action="store_true", help="take models and datasets of the Hub from its cache on this machine"
     )
     add_store(parser)
 
 
+def _add_stages(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", dest="from_", metavar="STAGE", help="rerun this stage and all that depend on it")
+    parser.add_argument("--only", metavar="STAGE", help="run this stage only; its inputs must be finished")
+    parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="rerun this stage; repeatable")
+
+
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_pipeline(parser)
+    _add_stages(parser)
     parser.add_argument("--strict", action="store_true", help="refuse artifacts from other source code")
     add_executor(parser, "stages")
     parser.add_argument("--detach", action="store_true", help="submit the stages to the cluster and return")
@@ -52,6 +56,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     from align.cli import plan_hardware
 
     _add_pipeline(parser)
+    _add_stages(parser)
     parser.add_argument(
         "--resolved", action="store_true", help="print the pipeline with its base files, variables and --set filled in"
     )
@@ -100,7 +105,7 @@ def _plan(options: argparse.Namespace) -> int:
         if options.json:
             print_json(pipeline.resolved)
         else:
-            print(dump_yaml(pipeline.resolved), end="")
+            print(printable(dump_yaml(pipeline.resolved)), end="")
             print_recipes(pipeline)
         return 0
     store = open_store(pipeline, options.store)
@@ -108,7 +113,8 @@ def _plan(options: argparse.Namespace) -> int:
         return plan_hardware.run(options, pipeline, store)
     plan_hardware.refuse_without_hardware(options)
     forced = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
-    steps = plan(pipeline, store, forced)
+    used = pipeline.touched_by(options.only)
+    steps = [step for step in plan(pipeline, store, forced) if step.node.name in used]
     memory = _estimate_memory(pipeline, store) if options.memory else {}
     if options.json:
         print_json([_step_json(step, memory.get(step.node.name)) for step in steps])

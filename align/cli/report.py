@@ -20,15 +20,10 @@ MIN_SECONDS, MAX_SECONDS = 1, 3600
 
 def run(options: argparse.Namespace) -> int:
     """Run ``align report``."""
-    from align.cli.run_page import damaged_stages, find_failure, find_run, write_page
-    from align.pipeline.pipeline import Pipeline
-    from align.runner.open_store import open_store
+    from align.cli.run_page import damaged_stages, find_failure, find_run, open_store_of, write_page
 
-    word = options.run
-    # A pipeline file names its own store (runtime.store); a run's name is looked up in the default store.
-    pipeline = Pipeline.load(word) if word is not None and word.endswith((".yaml", ".yml")) else None
-    store = open_store(pipeline, options.store)
-    outline = _latest_run(store) if word is None else find_run(word, store)
+    store = open_store_of([options.run], options.store)
+    outline = _latest_run(store) if options.run is None else find_run(options.run, store)
     for name, text in damaged_stages(outline, store).items():
         print(printable(f"! stage '{name}' is left out: {text}"), file=sys.stderr)
     folder = output_folder(options.output)

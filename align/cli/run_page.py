@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from align.config.validation import suggest
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.registry import find_stage
+from align.runner.open_store import open_store
 from align.runner.stage_result import left_result
 from align.store.artifacts import Artifact, Kind
 from align.store.atomic_write import write_text_atomically
@@ -29,6 +30,8 @@ from align.store.store import REPORTS, Store
 from align.store.version import VERSION
 
 PAGE, STAMP = "report.html", ".written"
+PAGE_FOLDERS = ("figures", "tables")
+"""Folders of a page's files."""
 STOPPED = "stopped before it was done; the same command continues."
 RUNNING = "running now; this page shows its state when it was written."
 
@@ -79,9 +82,29 @@ def outline_of(pipeline: Pipeline) -> RunOutline:
     return RunOutline(pipeline.name, {node.name: (node.stage.kind, node.key) for node in pipeline}, pipeline.plain)
 
 
+def names_file(word: str) -> bool:
+    """Return True for a word that names a pipeline file, and False for the name of a run."""
+    return Path(word).is_file() or word.endswith((".yaml", ".yml"))
+
+
+def open_store_of(words: Iterable[str | None], place: str | None) -> Store:
+    """Open the store at ``place``, else the one that the pipeline files among the words name (``runtime.store``).
+
+    Raise ``UserError`` where they name different stores.
+    """
+    pipelines = {word: Pipeline.load(word) for word in words if word is not None and names_file(word)}
+    if not pipelines:
+        return open_store(None, place)
+    first, *others = pipelines
+    for word in others if place is None else ():
+        if pipelines[word].config.runtime.store != pipelines[first].config.runtime.store:
+            raise UserError(f"{first} and {word} name different stores (runtime.store); name the one with --store.")
+    return open_store(pipelines[first], place)
+
+
 def find_run(word: str, store: Store) -> RunOutline:
     """Return the run that ``word`` names: a pipeline file or a run of the store. Raise ``UserError`` for neither."""
-    if Path(word).is_file() or word.endswith((".yaml", ".yml")):
+    if names_file(word):
         return outline_of(Pipeline.load(word))
     runs, damaged = store.survey_runs()
     if word not in runs:
@@ -241,10 +264,10 @@ def _stamp(run: RunOutline, artifacts: Mapping[str, Artifact], failure: Failure 
 
 
 def _seal(stamp: str, folder: Path) -> str:
-    """Return a digest of the stamp and of all written files, so that a damaged page is written again."""
-    files = [
-        path for path in folder.rglob("*") if path.is_file() and not path.relative_to(folder).parts[0].startswith(".")
-    ]
+    """Return a digest of the stamp and of the page's files, so that a damaged page is written again."""
+    # No other files: a user's folder may hold a whole store.
+    parts = [folder / PAGE, *(path for name in PAGE_FOLDERS for path in (folder / name).rglob("*"))]
+    files = sorted(path for path in parts if path.is_file())
     return digest([stamp, {path.relative_to(folder).as_posix(): file_digest(path) for path in files}])
 
 

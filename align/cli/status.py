@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import add_store, print_json
-from align.errors import printable
+from align.errors import plain_number, printable
 from align.store.events import parse_event
 from align.store.record import DamagedRecord
 
@@ -45,10 +45,9 @@ class StageStatus:
 def run(options: argparse.Namespace) -> int:
     """Run ``align status``."""
     from align.cli.artifacts import print_damage
-    from align.cli.run_page import find_run, stored_outline
-    from align.runner.open_store import open_store
+    from align.cli.run_page import find_run, open_store_of, stored_outline
 
-    store = open_store(None, options.store)
+    store = open_store_of([options.run], options.store)
     if options.run is None:
         entries, damaged = store.survey_runs()
         print_damage(damaged)
@@ -163,7 +162,7 @@ def _progress(partial: Path) -> str:
     for line in reversed(lines):
         event = parse_event(line)
         if event is not None and event["event"] == "progress":
-            return f"{event['done']:g}/{event['total']:g} {event.get('unit', '')}".strip()
+            return f"{plain_number(event['done'])}/{plain_number(event['total'])} {event.get('unit', '')}".strip()
     return ""
 
 

@@ -74,9 +74,11 @@ class RolloutsConfig(Config):
         settings = self.weights == "nccl" or self.weights_folder is not None or self.tensor_parallel > 1
         if not self.pooled and (settings or self.gpus is not None):
             raise ValueError("no server is named: write `servers: 2`, or `addresses: [http://127.0.0.1:8000]`.")
-        if self.gpus is not None and len(set(self.gpus)) != self.servers * self.tensor_parallel:
+        if self.gpus is not None and len(set(self.gpus)) < len(self.gpus):
+            raise ValueError("gpus names a GPU twice; each of a server's has a GPU of its own.")
+        if self.gpus is not None and len(self.gpus) != self.servers * self.tensor_parallel:
             raise ValueError(
-                f"gpus names {len(set(self.gpus))} GPUs; {self.servers} servers of {self.tensor_parallel} each need "
+                f"gpus names {len(self.gpus)} GPUs; {self.servers} servers of {self.tensor_parallel} each need "
                 f"{self.servers * self.tensor_parallel}."
             )
 

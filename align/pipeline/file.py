@@ -137,7 +137,9 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 def _is_of_another_kind(key: str, base: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
     if key == EXECUTOR:
         return "name" in base and "name" in changes and base["name"] != changes["name"]
-    return any(key in changes and changes[key] != base.get(key) for key in DISCRIMINATORS)
+    # The kind of a stage without ``stage`` is its name, which is the block's key.
+    names = {"stage": key}
+    return any(word in changes and changes[word] != base.get(word, names.get(word)) for word in DISCRIMINATORS)
 
 
 def fill_in_variables(value: Any, place: str) -> Any:

@@ -14,7 +14,7 @@ from align.config.base import Config
 from align.config.stages.continue_from import CONTINUE, DATA, LENGTHS, must_be_equal
 from align.config.tuning import FullTuning
 from align.config.validation import suggest
-from align.errors import UserError
+from align.errors import UserError, plain_number
 from align.pipeline.registry import STAGES
 
 START_FIELDS = ("model", "policy")
@@ -109,7 +109,7 @@ def _refuse_no_more(place: str, config: Config, source: Settings) -> None:
     has_other_rows = any(getattr(config, name, None) != getattr(source.config, name, None) for name in DATA)
     if after == before and has_other_rows and "epochs" in lengths:
         return
-    settings = ", ".join(f"{name} {value:g}" for name, value in before.items() if value is not None)
+    settings = ", ".join(f"{name} {plain_number(value)}" for name, value in before.items() if value is not None)
     raise UserError(
         f"{place}: '{source.name}' has {settings} and this stage no more, so nothing is left to train. Lengths count "
         f"from the start of '{source.name}'; set a larger {' or '.join(lengths)}."

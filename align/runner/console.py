@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from align.errors import printable, redact
+from align.errors import plain_number, printable, redact
 from align.pipeline.pipeline import Node
 from align.pipeline.registry import Stage
 from align.runner.listener import Listener
@@ -69,7 +69,7 @@ class RunningStage:
         if event is None or first is None:
             return ""
         unit = event.get("unit", "")
-        parts = [f"{event['done']:g}/{event['total']:g} {unit}"]
+        parts = [f"{plain_number(event['done'])}/{plain_number(event['total'])} {unit}"]
         if event.get("step"):
             parts.append(str(event["step"]))
         # A resumed stage starts at its checkpoint, so rates count from the first event of this attempt.

@@ -16,7 +16,7 @@ from align.config.stages.continue_from import (
     size_text,
     steps_per_length,
 )
-from align.errors import UserError
+from align.errors import UserError, plain_number
 from align.pipeline.pipeline import Node, Pipeline
 from align.store.artifacts import Artifact
 from align.store.record import SHORT
@@ -100,7 +100,7 @@ def suggest_continuing(pipeline: Pipeline, node: Node, finished: Iterable[Artifa
     reason = inexactness(node.config, int(_done(best)) * steps_per_length(node.config), _steps(node, None))
     equal = "with the same result, bit for bit on a CPU" if reason is None else f"with another result, as {reason}"
     more = _free_name(f"{node.name}_more", pipeline)
-    done = f"{_done(best):g} {'updates' if 'updates' in settings else 'steps'}"
+    done = f"{plain_number(_done(best))} {'updates' if 'updates' in settings else 'steps'}"
     return (
         f"'{node.name}': its first {done} are finished ({node.stage.kind}/{best.record['key'][:SHORT]}). "
         f"To train only the others, {equal}: leave {_yaml(changed)} in stages.{node.name}, add "
@@ -156,7 +156,7 @@ def _lengths(node: Node, names: Iterable[str]) -> str:
 
 
 def _yaml(settings: dict[str, Any]) -> str:
-    texts = {name: "null" if value is None else f"{value:g}" for name, value in settings.items()}
+    texts = {name: "null" if value is None else plain_number(value) for name, value in settings.items()}
     return ", ".join(f"{name}: {text}" for name, text in texts.items())
 
 

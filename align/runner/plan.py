@@ -196,10 +196,15 @@ def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, force: se
     ]
 
 
-def check_sources(pipeline: Pipeline, store: Store, strict: bool) -> list[str]:
-    """Warnings for cached artifacts that other source code made under the same version; refused when ``strict``."""
+def check_sources(pipeline: Pipeline, store: Store, used: set[str], strict: bool) -> list[str]:
+    """Return warnings for cached stages in ``used`` that other source code made under the same version.
+
+    Raises ``UserError`` for them when ``strict``.
+    """
     warnings = []
     for node in pipeline:
+        if node.name not in used:
+            continue
         artifact = store.find_intact(node.stage.kind, node.key, node.name)
         if artifact is not None and artifact.record.get("source") != source_digest(node.stage):
             warnings.append(node.name)

@@ -63,8 +63,9 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     fetch_missing(pipeline, store, options.only, rebuilt, listener.transfer)
     force = choose_stages(pipeline, store, options.only, from_, rebuild)
     # All that can stop the run is checked before its first stage, not hours later when a stage reads it.
-    _refuse_damage(pipeline, store, pipeline.touched_by(options.only) - force)
-    warnings = check_sources(pipeline, store, options.strict)
+    used = pipeline.touched_by(options.only) - force
+    _refuse_damage(pipeline, store, used)
+    warnings = check_sources(pipeline, store, used, options.strict)
     wanted = stages_to_make(pipeline, store, options.only, force)
     refuse_without_state(pipeline, store, wanted, force)
     # Forced stages get no suggestion: the user asked for all of their steps.

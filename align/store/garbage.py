@@ -57,6 +57,6 @@ def _reached_folders(store: Store, used: Iterable[UsedStage]) -> set[Path]:
                 queue.append(stage)
     folders = set()
     for kind, key in reached:
-        # Partials stay, too: an interrupted stage resumes from its checkpoints there.
-        folders |= {store.folder(kind, key), store.partial(kind, key)}
+        # Partials stay, too: an interrupted stage resumes from its checkpoints there, and a download where it stopped.
+        folders |= {store.folder(kind, key), store.partial(kind, key), store.fetched(kind, key)}
     return folders

@@ -205,7 +205,7 @@ class Lock:
         first = highest = retry.call(self._highest)
         while self._judge(*highest) == "held":
             # On this machine a holder that counts as held is known to run. Elsewhere its next beat shows that it lives.
-            if highest != first or _is_of_this_machine(_parse(highest[1])):
+            if highest != first or is_of_this_machine(_parse(highest[1])):
                 return True
             time.sleep(LONGEST_LOOK)
             highest = retry.call(self._highest)
@@ -320,8 +320,9 @@ def _start_time(pid: int) -> str:
 
 def _died_here(fields: dict[str, Any]) -> bool:
     """Return True for a claim of a process on this machine that has ended. Of other machines nobody can know."""
-    return _is_of_this_machine(fields) and _start_time(fields["pid"]) != fields.get("started")
+    return is_of_this_machine(fields) and _start_time(fields["pid"]) != fields.get("started")
 
 
-def _is_of_this_machine(fields: dict[str, Any]) -> bool:
+def is_of_this_machine(fields: dict[str, Any]) -> bool:
+    """Return True for a claim whose process id means a process here: of this boot and this space of process ids."""
     return bool(_machine()) and fields.get("machine") == _machine() and isinstance(fields.get("pid"), int)

@@ -87,6 +87,11 @@ class Store:
         taken_over = list(plain.parent.glob(f"{key[:SHORT]}.*.partial"))
         return max(taken_over, key=_lock_number, default=plain)
 
+    def fetched(self, kind: str, key: str) -> Path:
+        """Return the folder of a download in progress, the same at every attempt: it goes on where it stopped."""
+        folder = self.folder(kind, key)
+        return folder.with_name(folder.name + FETCHED)
+
     # ---- reading ----
 
     @with_retry
@@ -195,9 +200,7 @@ class Store:
             artifact = self.find(kind, key, stage)
             if artifact is not None:  # another process has fetched it meanwhile
                 return artifact
-            folder = self.folder(kind, key)
-            # The same name at every attempt, so that an interrupted download goes on where it stopped.
-            draft = folder.with_name(folder.name + FETCHED)
+            folder, draft = self.folder(kind, key), self.fetched(kind, key)
             self.remote.download(record, draft)
             if folder.exists():  # without a record, so of no use
                 shutil.rmtree(folder)

@@ -151,7 +151,9 @@ def test_datasets_reads_a_real_build(example: SimpleNamespace, tmp_path: Path) -
     assert dataset["train"].column_names[:3] == ["id", "source", "prompt"]
 
 
-def test_output_is_a_copy_that_replaces_only_builds(example: SimpleNamespace, tmp_path: Path, capsys: Capture) -> None:
+def test_output_is_a_copy_that_replaces_only_builds(
+    example: SimpleNamespace, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["data", "build", example.recipe, "--store", example.store, "--output"]
     assert main([*words, str(tmp_path / "a" / "out")]) == 0
     names = {path.name for path in (tmp_path / "a" / "out").iterdir()}
@@ -166,6 +168,11 @@ def test_output_is_a_copy_that_replaces_only_builds(example: SimpleNamespace, tm
     assert main([*words, str(tmp_path / "mine")]) == 2
     assert "not empty, and not a build that can be replaced" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.tex").exists()
+    # A folder that has this one inside would be moved away.
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([*words, "."]) == 2
+    assert "--output .: is the current folder" in capsys.readouterr().err
 
 
 def test_show_takes_a_recipe_a_folder_and_a_key(example: SimpleNamespace, capsys: Capture) -> None:

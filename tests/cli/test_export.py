@@ -373,3 +373,12 @@ def test_a_hub_that_is_away_is_a_failure(hub: Hub, online: None, tiny_model: Pat
     upload = prepare(tiny_model, "me/set", License(("mit",), ""), None, private=False)
     with pytest.raises(StageFailed, match="cannot be reached"):
         push(upload, "x", HfApi(endpoint=address))
+
+
+def test_the_current_folder_is_not_replaced(
+    export: Callable[..., int], example: ExampleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert export(example.sft.key[:8], output=Path(".")) == 2
+    assert "--output .: is the current folder" in capsys.readouterr().err

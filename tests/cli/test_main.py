@@ -21,6 +21,10 @@ def store(tmp_path: Path) -> str:
 def test_run_plan_list_show_gc(pipeline_file: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(pipeline_file), "--store", store]) == 0
     assert capsys.readouterr().out.count(" run ") == 3
+    assert main(["explain", str(pipeline_file), "--store", store, "--only", "one"]) == 2
+    assert "unrecognized arguments: --only one" in capsys.readouterr().err
+    assert main(["plan", str(pipeline_file), "--store", store, "--only", "two", "--json"]) == 0
+    assert [step["stage"] for step in json.loads(capsys.readouterr().out)] == ["two"]
     assert main(["run", str(pipeline_file), "--store", store, "--set", "stages.two.number=5"]) == 0
     output = capsys.readouterr().out
     assert "total 6" in output
@@ -37,6 +41,10 @@ def test_run_plan_list_show_gc(pipeline_file: Path, store: str, capsys: pytest.C
     assert "total" in capsys.readouterr().out
     assert main(["show", key[:8], "--store", store, "--verify"]) == 0
     assert "all digests agree" in capsys.readouterr().out
+    assert main(["show", key[:8], "--store", store, "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    assert main(["show", key[:8], "--store", store, "--log", "--json"]) == 2
+    assert "leave out --json" in capsys.readouterr().err
     assert main(["list", "--store", store]) == 0
     listed = capsys.readouterr().out
     assert listed.count("no run") == 2

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from align.cli import run_page
 from align.cli.main import main
 from align.cli.run_page import outline_of, stored_outline, write_page
 from align.cli.watch_report import Watch
@@ -392,3 +393,17 @@ def test_watch_ends_after_a_quiet_while_or_by_the_reader(
 def test_watch_refuses_what_it_cannot_do(finished_store: Path, capsys: Capture, words: list[str], message: str) -> None:
     assert main(["report", "toy", "--watch", "--store", str(finished_store), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_page_s_seal_reads_no_file_but_the_page_s(tmp_path: Path) -> None:
+    """A user may write it into a folder with a whole store."""
+    (tmp_path / "report.html").write_text("page")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "runs.csv").write_text("a,b")
+    seal = run_page._seal("stamp", tmp_path)
+    (tmp_path / "store" / "sft").mkdir(parents=True)
+    (tmp_path / "store" / "sft" / "model.safetensors").write_text("weights")
+    (tmp_path / "thesis.tex").write_text("x")
+    assert run_page._seal("stamp", tmp_path) == seal
+    (tmp_path / "tables" / "runs.csv").write_text("a,c")
+    assert run_page._seal("stamp", tmp_path) != seal

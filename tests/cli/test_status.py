@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from align import Pipeline
+from align.cli.cancel import _stop_processes
 from align.cli.main import main
+from align.cli.run_page import stored_outline
 from align.errors import StageFailed
 from align.runner.runner import run_pipeline
 from tests.support import toy
@@ -76,3 +80,36 @@ def test_a_run_of_this_machine_is_seen_and_ended(
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 130, output
     assert states(store, capsys)["one"].startswith("stopped: ")
+
+
+def test_a_file_names_its_own_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ALIGN_STORE", raising=False)
+    for name in ("one", "two"):
+        raw = {**toy.pipeline(), "name": name, "runtime": {"store": {"folder": f"store-{name}"}}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+        run_pipeline(Pipeline.load(tmp_path / f"{name}.yaml"))
+    capsys.readouterr()
+    assert main(["status", "one.yaml", "--json"]) == 0
+    assert {row["state"] for row in json.loads(capsys.readouterr().out)["one"]} == {"done"}
+    assert main(["cancel", "one.yaml"]) == 0
+    assert main(["compare", "one.yaml", "two.yaml"]) == 2
+    assert "one.yaml and two.yaml name different stores (runtime.store)" in capsys.readouterr().err
+    assert main(["compare", "a=one.yaml", "b=one.yaml"]) == 0
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_process_of_another_machine_of_the_same_name_is_left_alone(store: Path) -> None:
+    run = run_pipeline(Pipeline(toy.pipeline()), store=store)
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        claim = {"host": socket.gethostname(), "machine": "other-boot pid:[1]", "pid": sleeper.pid}
+        fake = SimpleNamespace(is_locked=lambda *_: True, holder_of=lambda *_: claim)
+        outline = stored_outline("toy", run.store.runs()["toy"])
+        assert _stop_processes(outline, fake, set()) == []  # type: ignore[arg-type]
+        assert sleeper.poll() is None
+    finally:
+        sleeper.kill()
+        sleeper.wait()

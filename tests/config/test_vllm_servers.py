@@ -32,7 +32,8 @@ def test_none_is_named_by_default() -> None:
         ({"weights_folder": "shared"}, "no server is named"),
         ({"tensor_parallel": 2}, "no server is named"),
         ({"servers": 2, "tensor_parallel": 2, "gpus": [1, 2, 3]}, "gpus names 3 GPUs; 2 servers of 2 each need 4"),
-        ({"servers": 2, "gpus": [1, 1]}, "gpus names 1 GPUs"),
+        ({"servers": 2, "gpus": [1]}, "gpus names 1 GPUs"),
+        ({"servers": 2, "gpus": [0, 0, 1]}, "gpus names a GPU twice"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -59,6 +59,13 @@ def test_another_method_leaves_nothing_of_the_base_block(base: Path) -> None:
     assert Pipeline.load(path).raw["stages"]["sft"]["tuning"] == {"method": "full"}
 
 
+def test_a_block_that_says_the_kind_of_its_name_keeps_its_base(base: Path) -> None:
+    path = write(base.parent, "extends: base.yaml\nstages: {sft: {stage: sft, epochs: 1}}\n")
+    assert Pipeline.load(path).nodes["sft"].config.learning_rate == 1.0e-3  # type: ignore[attr-defined]
+    assert merge({"sft": {"lr": 1}}, {"sft": {"stage": "pretrain"}}) == {"sft": {"stage": "pretrain"}}
+    assert merge({"x": {"stage": "sft", "lr": 1}}, {"x": {"stage": "dpo"}}) == {"x": {"stage": "dpo"}}
+
+
 def test_the_path_of_a_base_starts_at_the_files_folder(base: Path) -> None:
     path = write(base.parent / "deeper", "extends: ../base.yaml\nname: mine\n")
     write(base.parent, "extends: deeper/mine.yaml\nseed: 9\n", "third.yaml")

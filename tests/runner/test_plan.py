@@ -87,6 +87,12 @@ def test_runtime_changes_the_engine_s_part(store: Store) -> None:
     assert {choice.memory.released for choice in of(Pipeline(RAW), store).choices} == {"cache"}
 
 
+def test_a_stage_s_own_runtime_counts(store: Store) -> None:
+    everywhere = of(Pipeline(RAW).set("runtime.device=cuda"), store)
+    own = of(Pipeline(RAW).set("runtime.stages={ppo: {device: cuda}}"), store)
+    assert own == everywhere != of(Pipeline(RAW), store)
+
+
 def test_what_is_not_here_is_not_guessed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     pipeline = Pipeline(RAW).set(stages__other__source="some/model", stages__other__revision="0" * 40)

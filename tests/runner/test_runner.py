@@ -221,8 +221,13 @@ def test_other_source_code_warns_and_strict_refuses(store: Path) -> None:
     recorder = Recorder()
     run_pipeline(pipeline, store=store, listener=recorder)
     assert any(label == "warning" and "same stage version: one" in text for label, text in recorder.said)
-    with pytest.raises(UserError, match="same stage version: one"):
+    with pytest.raises(UserError, match="same stage version: one. `--rebuild one` makes it again"):
         run_pipeline(pipeline, store=store, strict=True)
+    # The remedy works, without a warning, and a run of a stage that does not read it is not refused.
+    assert run_pipeline(pipeline, store=store, strict=True, only="two").ran == []
+    recorder = Recorder()
+    assert run_pipeline(pipeline, store=store, strict=True, rebuild=("one",), listener=recorder).ran[0] == "one"
+    assert not any(label == "warning" for label, _ in recorder.said)
 
 
 def test_ctrl_c_ends_the_stage_and_the_next_run_resumes(store: Path, tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ def test_gc_keeps_what_a_named_run_reaches_and_its_inputs(tmp_path: Path) -> Non
     # a run that names only the sum still keeps what the sum was made from
     store.remember_run("toy", {"total": store.runs()["toy"]["stages"]["total"]}, {})
     assert find_garbage(store) == garbage
+    # A download that broke off stays where a run needs it.
+    one = store.runs()["toy"]["stages"]["total"]
+    needed, unneeded = store.fetched(one["kind"], one["key"]), store.fetched("number", "0" * 64)
+    for draft in (needed, unneeded):
+        draft.mkdir()
+    garbage = find_garbage(store)
+    assert unneeded in garbage and needed not in garbage
+    needed.rmdir()
     assert all(store.delete(path) for path in garbage)
     assert len(store.all()) == 3
     assert run_pipeline(Pipeline(toy.pipeline(one={"number": 9})), store=tmp_path).ran == []
