@@ -11,6 +11,7 @@ from typing import Any
 
 from align.config.shipped import find_shipped
 from align.config.validation import suggest
+from align.config.yaml import load_yaml
 from align.data.build_files import is_build
 from align.data.card import read_name
 from align.errors import UserError
@@ -92,7 +93,11 @@ def build_recipe(
     rebuild: bool = False,
     quiet: bool = False,
 ) -> Run:
-    """Build a recipe into the store, unless it is there; progress goes to standard error unless ``quiet``."""
+    """Build a recipe into the store, unless it is there; progress goes to standard error unless ``quiet``.
+
+    Raises ``UserError`` for a file that is no recipe, and whatever building raises.
+    """
+    _refuse_other_file(recipe)
     pipeline = recipe_pipeline(recipe, files, max_rows, workers)
     forced = (STAGE,) if rebuild else ()
     if quiet:
@@ -104,6 +109,17 @@ def build_recipe(
     console = Console(stderr=True, highlight=False)
     with ConsoleListener(list(pipeline), console) as listener:
         return run_pipeline(pipeline, store=store, rebuild=forced, listener=listener)
+
+
+def _refuse_other_file(recipe: str) -> None:
+    """Raise ``UserError`` for rows, and for a pipeline, where a recipe is expected."""
+    path = Path(recipe)
+    if not path.is_file():
+        return  # its reader reports it
+    if path.suffix not in RECIPE_SUFFIXES:
+        raise UserError(f"{recipe}: no recipe (.yaml); `align data columns {recipe}` prints one that reads such rows.")
+    if "stages" in load_yaml(path):
+        raise UserError(f"{recipe}: is a pipeline and no recipe; `align run {recipe} --only STAGE` makes its data.")
 
 
 def find_checkpoint(name: str, store: str | None) -> Path:
@@ -128,10 +144,18 @@ def find_checkpoint(name: str, store: str | None) -> Path:
     return artifact.model
 
 
+def refuse_pipeline(name: str) -> None:
+    """Raise ``UserError`` with the stages of a pipeline file that was named without one of them."""
+    if Path(name).suffix in RECIPE_SUFFIXES and Path(name).is_file():
+        stages = ", ".join(f"{name}:{stage}" for stage in Pipeline.load(name).nodes)
+        raise UserError(f"{name}: is a whole pipeline; name a stage of it: {stages}.")
+
+
 def find_artifact(name: str, store: str | None) -> Artifact:
     """Return the finished artifact that ``name`` names: the beginning of a key, or PIPELINE:STAGE."""
     # Keys have no colon; the last one separates a pipeline file from its stage.
     if ":" not in name:
+        refuse_pipeline(name)
         return open_store(None, store).resolve(name)
     path, _, stage = name.rpartition(":")
     pipeline = Pipeline.load(find_shipped(path))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.cli.arguments import HUB_NAME, find_artifact, find_build, find_checkpoint
+from align.cli.arguments import HUB_NAME, find_artifact, find_build, find_checkpoint, refuse_pipeline
 from align.config.user_paths import user_path
 from align.config.validation import suggest
 from align.errors import UserError
@@ -76,6 +76,7 @@ def _split_name(word: str) -> tuple[str | None, str]:
 
 def _find(word: str, store: str | None) -> Checkpoint:
     """Return the checkpoint that a word without ``NAME=`` names."""
+    refuse_pipeline(word)
     folder = user_path(word)
     # An artifact's model folder stands for the artifact, whose record says where it comes from.
     if folder.name == "model" and (folder.parent / RECORD).is_file():

@@ -42,6 +42,9 @@ def columns(options: argparse.Namespace) -> int:
         return 0
     recipe = report.guess.recipe()
     print(f"\n# {_summary(report.guess)}")
+    if report.guess.bad:
+        count, first = len(report.guess.bad), report.guess.bad[0]
+        print(printable(f"# Records that cannot be used: {count}; on_error: drop leaves them out. The first: {first}"))
     print(
         printable(
             yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=96, default_flow_style=None)
@@ -68,6 +71,7 @@ def _as_json(report: FileReport) -> dict[str, Any]:
         "recipe": guess and guess.recipe(),
         "rows": guess and guess.rows,
         "dropped": guess and dict(guess.dropped),
+        "bad": guess and [str(error) for error in guess.bad],
     }
 
 

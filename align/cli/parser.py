@@ -24,7 +24,11 @@ class Parser(argparse.ArgumentParser):
         commands = self._commands()
         if message.startswith("unrecognized arguments:"):
             word = message.split(": ", 1)[1].split()[0].split("=")[0]
-            hint = hint_nearest(word, [name for name in option_names(self) if name.startswith("--")])
+            options = {name for name in option_names(self) if name.startswith("--")}
+            # An option of another subcommand is no remedy for itself.
+            hint = hint_nearest(word, options - {word})
+            if word in options:
+                hint = f" It is an option of other commands of {self.prog}; see --help."
         elif "invalid choice:" in message and commands and not message.startswith("argument -"):
             word = message.split("invalid choice: ", 1)[1].split("'")[1]
             message = f"unknown command '{word}'"

@@ -151,7 +151,7 @@ class Runtime(Config):
     """Supervised and preference trainers compute real tokens only, and prefixes that rows share once. ``false`` pads
     rows as trl does; results change by rounding."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field([])
-    """Trackers that log each stage's curves and scores while it runs (docs/evaluation.md)."""
+    """Trackers that log each stage's curves and scores while it runs (docs/reporting.md)."""
     tracking: TrackingConfig = TrackingConfig()
     """Project and folder of those trackers."""
     handover: HandoverConfig = HandoverConfig()

@@ -146,16 +146,20 @@ SYNONYMS = (
     ),
     Synonym("source", "model_name_or_path base_model name_or_path path repo_id"),
     Synonym("revision", "model_revision revision_of_model"),
-    Synonym("model:source", "model_name_or_path base_model"),
+    Synonym("model:source", "model_name_or_path base_model path"),
     Synonym("model:revision", "model_revision"),
     Synonym("model:chat_template", "chat_template template chat_template_path chat_template_jinja"),
     Synonym("model:trust_remote_code", "trust_remote_code"),
     Synonym("model:add_tokens", "new_special_tokens additional_special_tokens added_tokens add_special_tokens"),
-    Synonym("data:dataset", "dataset_name datasets train_file train_files dataset_path data_path"),
+    Synonym("data:dataset", "dataset_name datasets train_file train_files dataset_path data_path hf_dataset path"),
     Synonym("data:name", "dataset_config dataset_config_name subset"),
     Synonym("data:split", "dataset_split dataset_train_split train_split"),
     Synonym("data:test_split", "dataset_test_split eval_split validation_split"),
-    Synonym("data:test_size", "val_set_size val_size test_fraction"),
+    Synonym(
+        "data:test_size",
+        "val_set_size val_size test_fraction eval_dataset eval_datasets validation_file",
+        "The rows that it holds out are those that every stage is measured on.",
+    ),
     Synonym("recipe:test_size", "val_set_size val_size test_fraction"),
     Synonym("recipe:sources", "dataset dataset_name datasets"),
     Synonym("max_length", "max_seq_length max_seq_len cutoff_len sequence_len max_len model_max_length max_token_len"),
@@ -253,6 +257,10 @@ SYNONYMS = (
     Synonym("runtime:deterministic", "full_determinism use_deterministic_algorithms"),
 )
 """Every field once; where several have a name, the first of those that the block can have is the answer."""
+
+
+VALUES = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32"}
+"""Other words for a value → the value."""
 
 
 def find_synonym(name: str, models: Sequence[type[BaseModel]]) -> str | None:

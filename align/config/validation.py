@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from align.config.base import Config
-from align.config.synonyms import find_synonym
+from align.config.synonyms import VALUES, find_synonym
 from align.errors import MOST_SHOWN, UserError, shorten
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -211,7 +211,10 @@ def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
     if kind == "literal_error":
         choices = str(context.get("expected", ""))
         names = [part.strip(" '") for part in choices.replace(" or ", ",").split(",")]
-        return f"{place}: {_shown(detail['input'])} is none of {choices}.{suggest(str(detail['input']), names)}"
+        word = str(detail["input"])
+        value = VALUES.get(word.lower())
+        hint = f" Did you mean '{value}'?" if value in names else suggest(word, names)
+        return f"{place}: {_shown(detail['input'])} is none of {choices}.{hint}"
     if kind in ("value_error", "assertion_error"):
         return f"{place}: {detail['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
     message = detail["msg"].replace("Input should be", "should be", 1)

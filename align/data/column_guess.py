@@ -5,6 +5,7 @@ A guess is a source as the recipe writes it. It counts only if records convert w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -25,6 +26,8 @@ from align.errors import UserError
 
 SAMPLE = 1_000
 """Records that are looked at."""
+MOST_BAD = 0.05
+"""Share of records that a mapping need not fit; a build drops them."""
 LONG_TEXT = 25
 """Mean characters from which a text may be an answer, not a label."""
 MOST_DISTINCT = 0.7
@@ -119,11 +122,14 @@ class Guess:
     dropped: Counter[str]
     several: bool
     """True for several answers to a prompt, of which the step ``pairs`` makes pairs."""
+    bad: list[BadRecord] = field(default_factory=list)
+    """Records that cannot be read, or that the mapping does not fit."""
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe to paste."""
         steps = {"steps": [{"type": "pairs"}]} if self.several and self.kind in ("preferences", "unpaired") else {}
-        return {"kind": self.kind, "sources": [self.source], **steps}
+        errors = {"on_error": "drop"} if self.bad else {}
+        return {"kind": self.kind, **errors, "sources": [self.source], **steps}
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,10 @@ def report_columns(settings: Mapping[str, Any], base: Path) -> FileReport:
     if not records:
         raise next((item for item in items if isinstance(item, BadRecord)), UserError(f"{source.label}: no records."))
     columns = describe_columns(record for _, record in records)
-    return FileReport(columns, len(records), _guess(dict(settings), columns, records))
+    guess = _guess(dict(settings), columns, records)
+    if guess is not None:
+        guess.bad[:0] = [item for item in items if isinstance(item, BadRecord)]
+    return FileReport(columns, len(records), guess)
 
 
 def describe_columns(records: Iterable[Mapping[str, Any]]) -> list[ColumnFacts]:
@@ -181,11 +190,15 @@ def _type_name(value: Any) -> str:
 def _guess(
     settings: dict[str, Any], columns: Sequence[ColumnFacts], records: Sequence[tuple[str, dict[str, Any]]]
 ) -> Guess | None:
-    """Return the first candidate that converts at least half of the records into rows."""
-    for kind, extra in _candidates(columns, len(records)):
-        guess = _try(kind, {"type": "files", **settings, **extra}, records)
-        if guess is not None:
-            return _with_kept_columns(guess, columns, records)
+    """Return the first candidate that converts at least half of the records into rows.
+
+    One that fits every record comes before one that does not fit a few.
+    """
+    for most_bad in (0, int(MOST_BAD * len(records))):
+        for kind, extra in _candidates(columns, len(records)):
+            guess = _try(kind, {"type": "files", **settings, **extra}, records, most_bad)
+            if guess is not None:
+                return _with_kept_columns(guess, columns, records)
     return None
 
 
@@ -268,8 +281,13 @@ def _free_name(name: str) -> str:
     return f"record_{name.lstrip('_')}" if name in ROW_FIELDS or name.startswith("_") else name
 
 
-def _try(kind: str, settings: dict[str, Any], records: Sequence[tuple[str, dict[str, Any]]]) -> Guess | None:
-    """Return the guess with what it makes of the records; None where it fails on one or drops more than half."""
+def _try(
+    kind: str, settings: dict[str, Any], records: Sequence[tuple[str, dict[str, Any]]], most_bad: int
+) -> Guess | None:
+    """Return the guess with what it makes of the records; None where it drops more than half of them.
+
+    So is it where it does not fit more than ``most_bad`` of them.
+    """
     try:
         source = validate_plain(FilesSource, settings)
         stream = iter(records)
@@ -277,11 +295,18 @@ def _try(kind: str, settings: dict[str, Any], records: Sequence[tuple[str, dict[
             choice = choose_format(source, group_records(source.grouped, stream), kind)
         else:
             choice = choose_format(source, stream, kind)
-        rows, dropped = 0, Counter[str]()
+        rows, dropped, bad = 0, Counter[str](), list[BadRecord]()
         for item in choice.records:
-            if isinstance(item, BadRecord):
-                return None
-            for row in convert(item[1], choice.format, item[0], kind):
+            try:
+                if isinstance(item, BadRecord):
+                    raise item
+                converted = convert(item[1], choice.format, item[0], kind)
+            except BadRecord as error:
+                bad.append(error)
+                if len(bad) > most_bad:
+                    return None
+                continue
+            for row in converted:
                 if isinstance(row, Dropped):
                     dropped[row.reason] += 1
                 else:
@@ -289,7 +314,7 @@ def _try(kind: str, settings: dict[str, Any], records: Sequence[tuple[str, dict[
     except (UserError, ValueError):
         return None
     several = choice.format.form in ("scored", "ranked", "oasst", "multiple_choice")
-    return Guess(kind, settings, rows, dropped, several) if rows > dropped.total() else None
+    return Guess(kind, settings, rows, dropped, several, bad) if rows > dropped.total() else None
 
 
 def _with_kept_columns(
@@ -303,11 +328,12 @@ def _with_kept_columns(
     usage = FieldUsage()
     choice = choose_format(source, iter(records), guess.kind)
     for where, record in records:
-        convert(record, choice.format, where, guess.kind, usage=usage)
+        with contextlib.suppress(BadRecord):
+            convert(record, choice.format, where, guess.kind, usage=usage)
     unused = [facts.name for facts in columns if facts.name in usage.unused and not facts.is_long]
     named = {_free_name(name): name for name in unused if "{" not in name}
     # A list of names is enough where none of them is one of align's own.
     keep: Any = named if any(name != column for name, column in named.items()) else list(named)
     if not keep:
         return guess
-    return _try(guess.kind, {**guess.source, "keep": keep}, records) or guess
+    return _try(guess.kind, {**guess.source, "keep": keep}, records, len(guess.bad)) or guess

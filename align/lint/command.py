@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 
 from align.data.rows import Row, is_text, iter_rows, split_files
 from align.errors import UserError
-from align.lint.encodings import encoding_of
+from align.lint.encodings import UNPAIRED, encoding_of
 from align.lint.findings import Finding
 from align.lint.linter import Linter, Options
 from align.lint.tokens import Limits
+from align.training.unpaired import unpair
 
 MAX_SCORED_PAIRS = 500
 """Pairs of a split that a reward model scores; each takes some 0.2 s with 135M parameters on two cores."""
@@ -50,8 +51,16 @@ def lint_dataset(
     splits or a model without chat template.
     """
     splits = find_splits(folder)
-    stage = kind or detect_kind(next(iter_rows(next(iter(splits)))), folder)
-    encoding_of(stage)  # an unknown kind is refused before a model is loaded
+    first = next(iter_rows(next(iter(splits))))
+    stage = kind or detect_kind(first, folder)
+    # What cannot be is refused before a model is loaded.
+    encoding = encoding_of(stage)
+    splits_pairs = encoding is UNPAIRED and bool(first.get("chosen"))
+    if not splits_pairs and not encoding.fits(first):
+        raise UserError(
+            f"--kind {stage}: it reads {' and '.join(encoding.needed)}, and {folder} has rows of kind "
+            f"{detect_kind(first, folder)}. Name the kind of a stage that reads these, or leave --kind out."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer, limits, ends = load_tokenizer_and_limits(model, Path(scratch), max_length)
         linter = _linter(tokenizer, Options(stage, limits=limits, ends=ends, rows=rows, seed=seed))
@@ -59,6 +68,8 @@ def lint_dataset(
             # Draw first, then stream: only the drawn rows of a large dataset are encoded.
             numbers = set(linter.sample(total))
             sampled = ((number, row) for number, row in enumerate(iter_rows(path)) if number in numbers)
+            if splits_pairs:  # as the stage does
+                sampled = ((number, answer) for number, row in sampled for answer in unpair([row]))
             linter.look_at_rows(path.stem, sampled, total, linter.encoding.default_collator(tokenizer))
         if reward is not None:
             _check_with_reward_model(linter, reward)

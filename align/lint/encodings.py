@@ -38,6 +38,18 @@ class RowEncoding:
         """True if it compares two answers."""
         return self.sides == PAIR
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Fields that every row must have."""
+        return (*self.sides, "label") if self.encode is encode_unpaired else self.sides
+
+    def fits(self, row: Row) -> bool:
+        """Return True for a row with all that the stage reads."""
+        relevant = self.relevant_fields(row)
+        if self.sides == ("completion",) and self.encode is not encode_unpaired:
+            return bool(relevant.get("completion") or relevant.get("chosen"))
+        return all(relevant.get(name) is not None for name in self.needed)
+
     def relevant_fields(self, row: Row) -> Row:
         """Return the row without the answers that the stage does not read."""
         read = set(self.sides)

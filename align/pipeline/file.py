@@ -42,8 +42,22 @@ def read_pipeline_file(
     """
     # The order is part of the interface: bases, then variables, then overrides, which therefore always win.
     raw: dict[str, Any] = fill_in_variables(_read_with_bases(path, ()), str(path))
+    _refuse_other_file(raw, path)
     adjust(raw)
     return _apply(overrides, raw, known_keys)
+
+
+def _refuse_other_file(raw: Mapping[str, Any], path: Path) -> None:
+    """Raise ``UserError`` for a data recipe and for a sweep."""
+    if "stages" in raw:
+        return
+    if "sources" in raw:
+        raise UserError(
+            f"{path}: is a data recipe and no pipeline. `align data build` builds it, and a stage of kind data reads "
+            f"it: `data: {{recipe: {path.name}}}`."
+        )
+    if "space" in raw:
+        raise UserError(f"{path}: is a sweep and no pipeline; `align sweep` runs it.")
 
 
 def complete_values(

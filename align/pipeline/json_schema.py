@@ -31,10 +31,19 @@ def pipeline_schema() -> dict[str, Any]:
             block["anyOf"] = [{"required": block.pop("required", [])}, {"required": [CONTINUE]}]
         definitions[f"stage_{kind}"] = block
         named[kind] = {"anyOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"$ref": "#/$defs/named_stage"}]}
+    # A stage of a user's own is in a module, whose fields this schema does not know.
+    own_stage = {"properties": {"stage": {"type": "string", "pattern": ":"}}}
     definitions["named_stage"] = {
+        "type": "object",
         "required": ["stage"],
-        "oneOf": [{"allOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"required": ["stage"]}]} for kind in STAGES],
+        "oneOf": [
+            *({"allOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"required": ["stage"]}]} for kind in STAGES),
+            own_stage,
+        ],
     }
+    _name_tasks_by_kind(definitions["stage_evaluate"]["properties"]["tasks"])
+    for name in ("store", "report_to"):
+        _accept_text(definitions["Runtime"]["properties"], name)
     stages = {
         "type": "object",
         "minProperties": 1,
@@ -54,15 +63,49 @@ def pipeline_schema() -> dict[str, Any]:
         {"$ref": "#/$defs/continued_stage"},
         {"allOf": [{"$ref": "#/$defs/stage_loop"}, {"required": ["stage"]}]},
     ]
-    schema["properties"]["stages"] = {
+    all_stages = {
         **stages,
-        "description": "The stages in order; a name that is a stage kind needs no `stage:`.",
         "properties": {**named, LOOP: {"anyOf": [{"$ref": "#/$defs/stage_loop"}, either[0]]}},
         "additionalProperties": {"anyOf": either},
     }
+    schema["properties"]["stages"] = {
+        "type": "object",
+        "description": "The stages in order; a name that is a stage kind needs no `stage:`.",
+    }
+    # A file on top of another one may leave out whatever the other has, in every block.
+    schema["if"] = {"required": [EXTENDS]}
+    schema["else"] = {"required": schema.pop("required"), "properties": {"stages": all_stages}}
     schema["properties"][EXTENDS] = {"type": "string", "description": "another pipeline file, which this one changes"}
     schema["properties"][ANCHOR_BLOCK] = {"description": "blocks with anchors; sets nothing by itself"}
     schema["patternProperties"] = {f"^{ANCHOR_PREFIX}": {"description": "blocks with anchors; sets nothing by itself"}}
+    _allow_variables(schema)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "align pipeline"
     return schema
+
+
+def _name_tasks_by_kind(tasks: dict[str, Any]) -> None:
+    """Let a task that is called as its kind leave out ``task``, which any other name needs."""
+    any_task = tasks["additionalProperties"]
+    named_task = {"allOf": [{"required": ["task"]}, any_task]}
+    kinds = any_task["discriminator"]["mapping"]
+    tasks["properties"] = {kind: {"anyOf": [{"$ref": block}, named_task]} for kind, block in kinds.items()}
+    tasks["additionalProperties"] = named_task
+
+
+def _accept_text(properties: dict[str, Any], name: str) -> None:
+    """Let the property be a text, too: the short form of its block or list."""
+    about = {key: properties[name].pop(key) for key in ("description", "default") if key in properties[name]}
+    properties[name] = {**about, "anyOf": [{"type": "string"}, properties[name]]}
+
+
+def _allow_variables(node: Any) -> None:
+    """Let every text with a pattern have a variable in it, ``${NAME}``, whose value no editor knows."""
+    if isinstance(node, list):
+        for item in node:
+            _allow_variables(item)
+    if isinstance(node, dict):
+        if node.get("type") == "string" and "pattern" in node:
+            node["pattern"] += r"|\$\{"
+        for item in node.values():
+            _allow_variables(item)

@@ -99,6 +99,12 @@ def by_hand(tmp_path: Path) -> Path:
         (["data", "show", "{empty}"], "has no train or test Parquet files"),
         (["data", "show", "abc"], "no artifact's key starts with 'abc'"),
         (["data", "build", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["data", "build", "{hand}/ledger.json"], "ledger.json: no recipe (.yaml); `align data columns"),
+        (["data", "build", "pipelines/smoke.yaml"], "smoke.yaml: is a pipeline and no recipe; `align run"),
+        (
+            ["data", "columns", "x.csv", "--workers", "2"],
+            "It is an option of other commands of align; see --help.",
+        ),
         (["data", "diff", "{hand}", "{hand}/ledger.json"], "neither a build's folder nor a recipe (.yaml)"),
         (["data", "push", "{hand}", "me"], "'me' is no name of a Hub dataset"),
         (["data", "push", "{hand}", "me/set"], "not pushed: a source's license is not known."),

@@ -127,3 +127,24 @@ def test_records_under_a_key_and_tables_without_names(
     }
     assert main(["data", "columns", "nothing.csv"]) == 2
     assert "no file matches 'nothing.csv'" in capsys.readouterr().err
+
+
+def test_records_that_cannot_be_used_are_counted_and_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = {"role": "assistant", "content": "a"}
+    records = [{"messages": [{"role": "user", "content": f"question {i}"}, answer]} for i in range(40)]
+    records[7]["messages"][1] = {"role": "assistant", "text": "a"}
+    name = put(tmp_path / "a.jsonl", records)
+    with (tmp_path / name).open("a") as file:
+        file.write("not json\n")
+    assert main(["data", "columns", name]) == 0
+    printed = capsys.readouterr().out
+    assert "# Records that cannot be used: 2; on_error: drop leaves them out. The first: " in printed
+    assert "a.jsonl:41: not valid JSON" in printed
+    recipe = yaml.safe_load(printed.partition("\n\n")[2])
+    output = tmp_path / "out"
+    output.mkdir()
+    ledger = build(Recipe.model_validate(recipe), tmp_path, tmp_path / "work", output)
+    assert recipe["on_error"] == "drop" and ledger["rows_out"] == 39

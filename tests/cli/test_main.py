@@ -63,7 +63,11 @@ def test_run_plan_list_show_gc(pipeline_file: Path, store: str, capsys: pytest.C
         (["run", "{file}", "--stor", "x"], "unrecognized arguments: --stor x. Did you mean '--store'?"),
         (["run", "{file}", "--set", "stages.one.numbr=2"], "unknown key 'numbr'. Did you mean 'number'?"),
         (["run", "{file}", "--only", "onee"], "--only onee: there is no such stage. Did you mean 'one'?"),
+        (["plan", "data_recipes/embedded.yaml"], "is a data recipe and no pipeline. `align data build` builds it"),
+        (["plan", "pipelines/sweeps/dpo.yaml"], "is a sweep and no pipeline; `align sweep` runs it."),
         (["show", "abc"], "no artifact's key starts with 'abc'"),
+        (["chat", "{file}"], "is a whole pipeline; name a stage of it: {file}:one, {file}:two, {file}:total."),
+        (["eval", "{file}", "--suite", "quick"], "is a whole pipeline; name a stage of it: {file}:one"),
         (["chat", "abc"], "no artifact's key starts with 'abc'"),
         (["run", "{file}", "--store", "{file}"], "not an align store"),
     ],
@@ -76,7 +80,7 @@ def test_mistakes_end_with_2_and_one_message(
         words += ["--store", store]
     assert main(words) == 2
     captured = capsys.readouterr()
-    assert expected in captured.err
+    assert expected.format(file=pipeline_file) in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 

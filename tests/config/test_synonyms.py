@@ -82,6 +82,9 @@ def test_every_target_stands_once_and_every_name_is_an_answer_somewhere() -> Non
         ("ppo", "dataset_name", "In align this is 'prompts'. It names a stage of kind data"),
         ("sft", "model_name_or_path", "In align this is 'model'."),
         ("data", "dataset_name", "In align this is 'dataset'."),
+        ("data", "path", "In align this is 'dataset'."),
+        ("model", "path", "In align this is 'source'."),
+        ("sft", "eval_dataset", "In align this is 'test_size' of a stage of kind data. The rows that it holds out"),
         ("sft", "dataset_config_name", "In align this is 'name' of a stage of kind data."),
         ("merge", "base_model", "In align this is 'base'."),
         ("sft", "adam_beta2", "It goes under 'trainer': `trainer: {adam_beta2: …}`."),
@@ -92,6 +95,12 @@ def test_every_target_stands_once_and_every_name_is_an_answer_somewhere() -> Non
 )
 def test_a_name_of_another_tool_is_answered(kind: str, name: str, answer: str) -> None:
     assert f"p.yaml: stages.{kind}: unknown key '{name}'. {answer}" in refusal(kind, {name: 1})
+
+
+@pytest.mark.parametrize(("word", "value"), [("gpu", "cuda"), ("GPU", "cuda"), ("cdua", "cuda")])
+def test_other_words_for_a_value_are_answered(word: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"Did you mean '{value}'"):
+        validate(Runtime, {"device": word}, "p.yaml: runtime")
 
 
 def test_a_recipe_is_answered_with_its_fields() -> None:

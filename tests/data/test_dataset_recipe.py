@@ -66,6 +66,19 @@ def test_a_kind_that_is_named_decides_among_the_formats(tmp_path: Path) -> None:
         guess(source, tmp_path, "preferences")
 
 
+def test_a_list_of_records_under_a_key_is_named_and_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [{"prompt": "q", "completion": "a"}] * 3}))
+    with pytest.raises(UserError, match="Its 'data' is a list of records: write records: data where the file is"):
+        guess(FilesSource(type="files", paths=["rows.json"]), tmp_path)
+    fields = {"records": "data", "kind": "instructions", "format": "prompt_completion"}
+    source = sources_of(DataConfig(dataset="rows.json", **fields), tmp_path)[0]
+    assert (source["paths"], source["records"]) == (["rows.json"], "data")
+    with pytest.raises(UserError, match="records is about files, and this source reads none"):
+        dataset_recipe(config(records="data", format="hh_rlhf"), tmp_path)
+    with pytest.raises(ValidationError, match="records belongs to dataset"):
+        DataConfig(recipe="r.yaml", records="data")
+
+
 def config(**fields: Any) -> DataConfig:
     return DataConfig(**{"dataset": "org/pairs", "revision": COMMIT, "kind": "preferences"} | fields)
 

@@ -44,8 +44,25 @@ def test_the_kind_is_found_or_given(tiny_model: Path, tmp_path: Path) -> None:
     assert not lint_dataset(folder, str(tiny_model), "ppo", max_length=400)
     with pytest.raises(UserError, match=r"unknown kind 'grop'\. Did you mean 'grpo'\? Known are instructions, "):
         lint_dataset(folder, str(tiny_model), "grop")
+    # KTO makes two labeled answers of a pair.
+    assert set(named(lint_dataset(folder, str(tiny_model), "kto", max_length=400))) == {"over-max-length"}
     with pytest.raises(UserError, match="stage 'pretrain' names no row encoding"):
         lint_dataset(folder, str(tiny_model), "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("dpo", "--kind dpo: it reads chosen and rejected, and .* has rows of kind instructions"),
+        ("preferences", "--kind preferences: it reads chosen and rejected"),
+        ("kto", "--kind kto: it reads completion and label"),
+        ("unpaired", "--kind unpaired: it reads completion and label"),
+    ],
+)
+def test_a_kind_whose_fields_the_rows_lack_is_refused(tmp_path: Path, kind: str, message: str) -> None:
+    rows = instructions(10)
+    with pytest.raises(UserError, match=message):
+        lint_dataset(dataset(tmp_path, rows[:8], rows[8:]), "no model is opened", kind)
 
 
 def test_labeled_answers_are_read_as_kto_reads_them(tiny_model: Path, tmp_path: Path) -> None:

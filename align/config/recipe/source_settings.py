@@ -87,6 +87,9 @@ class RecordSource(RecordMapping, SourceConfig):
     options: FormatOptions = FormatOptions()
     """Choices that the format leaves open."""
 
+    def _may_read_files(self) -> bool:
+        return bool(getattr(self, "paths", None) or getattr(self, "files", None))
+
     @model_validator(mode="after")
     def _mapping_fits(self) -> Self:
         for name in ("better", "grouped"):
@@ -95,8 +98,7 @@ class RecordSource(RecordMapping, SourceConfig):
                 named_forms = " or ".join(forms)
                 raise ValueError(f"{name} makes records of format {named_forms}, and format is {self.format}; drop one")
         for name in ("header", "records"):
-            reads_files = getattr(self, "paths", None) or getattr(self, "files", None)
-            if getattr(self, name) is not None and not reads_files:
+            if getattr(self, name) is not None and not self._may_read_files():
                 raise ValueError(f"{name} is about files, and this source reads none; take it out")
         if self.format == "rows" and (self.columns or self.system or self.keep):
             raise ValueError(

@@ -53,6 +53,10 @@ class DataConfig(RecordSource):
         }
     )
 
+    def _may_read_files(self) -> bool:
+        # What ``dataset`` names is seen when its source is made, which is checked like one of a recipe.
+        return True
+
     @field_validator("split", "test_split")
     @classmethod
     def _is_split(cls, split: str | None) -> str | None:

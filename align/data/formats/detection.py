@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +225,12 @@ def _used_fields(record: Record, form: str) -> frozenset[str]:
     return frozenset([name for name in required if name] + optional)
 
 
+def _list_of_records(record: Record) -> str | None:
+    """Return the field of a file's only record that holds a list of records."""
+    lists = {name: value for name, value in record.items() if isinstance(value, list) and value}
+    return next((name for name, items in lists.items() if all(isinstance(item, Mapping) for item in items)), None)
+
+
 def _describe_no_format(records: Sequence[Record], counts: dict[str, int], kind: str | None) -> str:
     record = records[0]
     text = f"format: auto finds no format for the first {len(records)} records"
@@ -238,6 +244,9 @@ def _describe_no_format(records: Sequence[Record], counts: dict[str, int], kind:
     if fits:
         sentence = ", ".join(fits)
         text += f" {sentence[0].upper()}{sentence[1:]}."
+    key = _list_of_records(record) if len(records) == 1 else None
+    if key is not None:
+        text += f" Its '{key}' is a list of records: write records: {key} where the file is named."
     near = nearest_formats(record, kind)[:4]
     for name, meant in misspelled(record, [group for form in near for group in FIELDS[form]]).items():
         text += f" Is '{name}' meant as '{meant}'?"
