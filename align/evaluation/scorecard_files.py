@@ -71,7 +71,8 @@ def _prompt_samples(
             for number, response in enumerate(response_set.responses[index]):
                 sample = {"text": response.text, "tokens": len(response.token_ids), "finished": response.finished}
                 measured = {field: values[field][index][number] for field in SAMPLE_FIELDS if field in values}
-                scores = {metric: values[metric][index][number] for metric in measurements.programs}
+                # A metric that a reward returns is missing where some response lacks it.
+                scores = {metric: values[metric][index][number] for metric in measurements.programs if metric in values}
                 samples.append(sample | measured | ({"scores": scores} if scores else {}))
             # KL by token exists for the first response to the first prompts alone.
             if index < len(token_kl.get(name, ())) and samples:
