@@ -29,16 +29,18 @@ _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
 
 def calibration(margins: Sequence[float], *, seed: int, bins: int = BINS) -> dict[str, Any] | None:
-    """Calibration of the differences ``margins`` (N,), chosen minus rejected; None without pairs. JSON-able.
+    """Calibration of the differences ``margins`` (N,), chosen minus rejected; None without finite ones. JSON-able.
 
     - ``ece`` as an estimate, and ``ece_plain`` without the correction, as others publish it
     - ``temperature``, which maximizes the likelihood of sigma(difference / temperature) on all pairs: above 1 for an
       overconfident model
     - ``ece_scaled``: the error with a temperature; each half of the pairs, drawn by ``seed``, uses the other half's
     - ``bins`` that have pairs: ``low``, ``high``, ``n``, mean ``confidence``, ``accuracy``
-    - ``note``: the reason where ``temperature`` or ``ece_scaled`` is None
+    - ``note``: the reason where ``temperature`` or ``ece_scaled`` is None, and the number of pairs left out because
+      their difference is not finite
     """
-    x = np.asarray(margins, dtype=np.float64)
+    every = np.asarray(margins, dtype=np.float64)
+    x = every[np.isfinite(every)]
     if len(x) == 0:
         return None
     confidence, right = _confidence(x)
@@ -47,6 +49,11 @@ def calibration(margins: Sequence[float], *, seed: int, bins: int = BINS) -> dic
     scaled = None if temperature is None else _cross_scaled(x, seed)
     if temperature is not None and scaled is None:
         note = "one half of the pairs has no likeliest temperature"
+    left_out = len(every) - len(x)
+    if left_out:
+        counted = "1 pair has" if left_out == 1 else f"{left_out} pairs have"
+        reason = f"{counted} a score difference that is not finite"
+        note = reason if note is None else f"{note}; {reason}"
     return {
         "n": len(x),
         "ece": calibration_error(confidence, right, bins).as_dict(),

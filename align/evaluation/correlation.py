@@ -20,13 +20,15 @@ MIN_ITEMS = 4
 def spearman(x: ArrayLike, y: ArrayLike, *, resamples: int, seed: int) -> Estimate:
     """Rank correlation of ``x`` and ``y``, both (N,) or (N, K), ties at their mean rank.
 
-    Rows are resampled, so that K numbers that belong together (both answers of a pair) stay together; ``n`` is N. NaN
-    where one side is constant. Raises ``ValueError`` for different shapes.
+    Rows are resampled, so that K numbers that belong together (both answers of a pair) stay together; ``n`` is N. Rows
+    with a NaN are left out, also of ``n``. NaN where one side is constant. Raises ``ValueError`` for different shapes.
     """
     first, second = (np.asarray(side, dtype=np.float64) for side in (x, y))
     first, second = (side[:, None] if side.ndim == 1 else side for side in (first, second))
     if first.shape != second.shape:
         raise ValueError(f"both sides need one shape, got {first.shape} and {second.shape}")
+    is_known = ~np.isnan(np.hstack([first, second])).any(axis=1)
+    first, second = first[is_known], second[is_known]
     n, width = first.shape
     ones = np.ones((1, n))
     value = float(_correlations(first, second, ones)[0]) if n else math.nan

@@ -101,7 +101,7 @@ def pair_report(
     chosen, rejected = (np.asarray(side, dtype=np.float64) for side in scores)
     lengths = np.array([[len(row[side][-1]["content"]) for side in ("chosen", "rejected")] for row in rows])
     lengths = lengths.reshape(-1, 2)
-    margins = chosen - rejected
+    margins = _margins(scores)
     gaps = lengths[:, 0] - lengths[:, 1]
     shorter = margins[gaps < 0] > 0
     both = np.column_stack([chosen, rejected])
@@ -133,13 +133,14 @@ def pair_reports(
 
 
 def agreement(first: Scores, second: Scores, *, seed: int) -> dict[str, Any]:
-    """Return the agreement of two scorers on pairs.
+    """Return the agreement of two scorers on the pairs that both have a score difference for.
 
     ``accuracy`` is the share they order alike, a tie of both included. ``kappa`` is the agreement beyond chance, given
     how often each prefers the chosen answer: two accurate scorers agree often even if their errors are unrelated.
     ``spearman`` is the rank correlation of their score differences.
     """
-    margins = [np.asarray(chosen) - np.asarray(rejected) for chosen, rejected in (first, second)]
+    margins = np.stack([_margins(first), _margins(second)])
+    margins = margins[:, ~np.isnan(margins).any(axis=0)]
     signs = [np.sign(margin).astype(int).tolist() for margin in margins]
     equal = sum(a == b for a, b in zip(*signs, strict=True))
     return {
@@ -147,6 +148,13 @@ def agreement(first: Scores, second: Scores, *, seed: int) -> dict[str, Any]:
         "kappa": cohen_kappa(*signs, resamples=RESAMPLES, seed=seed).as_dict(),
         "spearman": spearman(*margins, resamples=RESAMPLES, seed=seed).as_dict(),
     }
+
+
+def _margins(scores: Scores) -> np.ndarray:
+    """Return (N,) chosen minus rejected scores; NaN where a score is NaN or both are the same infinity."""
+    with np.errstate(invalid="ignore"):
+        margins: np.ndarray = np.asarray(scores[0], dtype=np.float64) - np.asarray(scores[1], dtype=np.float64)
+    return margins
 
 
 def _by_margin(rows: Sequence[Row], margins: np.ndarray) -> dict[str, Any]:
@@ -164,8 +172,10 @@ def _by_margin(rows: Sequence[Row], margins: np.ndarray) -> dict[str, Any]:
         sizes = np.abs(gold[gold != 0])
         right = (gold * margins)[gold != 0] > 0
     else:
-        sizes = np.abs(margins)
-        right = margins > 0
+        # A margin that is not finite has no place in a bin.
+        finite = margins[np.isfinite(margins)]
+        sizes = np.abs(finite)
+        right = finite > 0
     count = int(np.clip(len(sizes) // PAIRS_PER_BIN, 1, MARGIN_BINS))
     # Bins with equally many pairs; equal quantiles of tied sizes collapse into one edge.
     edges = np.unique(np.quantile(sizes, np.linspace(0, 1, count + 1))) if len(sizes) else np.zeros(0)

@@ -12,6 +12,7 @@ supported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,7 +105,9 @@ def best_sections(
 
 
 def best_credit(good: Sequence[float], bad: Sequence[float]) -> float:
-    """Return the share of good answers among those with the highest score."""
+    """Return the share of good answers among those with the highest score; 0 where a score is not finite."""
+    if not _is_finite(good, bad):
+        return 0.0
     highest = max(*good, *bad)
     good_count = sum(score == highest for score in good)
     return good_count / (good_count + sum(score == highest for score in bad))
@@ -118,6 +121,8 @@ def ties(ids: Sequence[str], scores: Sequence[tuple[list[float], list[float]]]) 
     its good answers are apart; and the share where the same holds for the smaller of its and the ref prompt's distance.
     Weighted 0.01: tanh(that distance / the good answers' spread - 1), which separates models that are equal otherwise;
     the maximum is thus 1.01.
+
+    A prompt with a score that is not finite is wrong.
     """
     numbers = sorted({name.partition(":")[2] for name in ids})
     rows = {number: row for row, number in enumerate(numbers)}
@@ -126,10 +131,11 @@ def ties(ids: Sequence[str], scores: Sequence[tuple[list[float], list[float]]]) 
     spread = np.full(len(numbers), np.nan)
     for name, (good, bad) in zip(ids, scores, strict=True):
         kind, _, number = name.partition(":")
+        is_finite = _is_finite(good, bad)
         # Above 0 where every good answer beats every bad one.
-        distance[rows[number], int(kind == "ref")] = min(good) - max(bad)
+        distance[rows[number], int(kind == "ref")] = min(good) - max(bad) if is_finite else -np.inf
         if kind != "ref":
-            spread[rows[number]] = max(good) - min(good)
+            spread[rows[number]] = max(good) - min(good) if is_finite else 0.0
     smaller = distance.min(axis=1)  # NaN where one of the two is missing
     with np.errstate(divide="ignore", invalid="ignore"):
         closeness = np.tanh(smaller / spread - 1)
@@ -139,6 +145,10 @@ def ties(ids: Sequence[str], scores: Sequence[tuple[list[float], list[float]]]) 
     # Columns in the order of ``TIES_WEIGHTS``. ``distance`` has two of them: tied prompts and ref prompts.
     values = np.column_stack([distance > 0, distance[:, 0] > spread, smaller > spread, closeness])
     return np.where(defined > 0, values, 0.0), defined, np.array(TIES_WEIGHTS)
+
+
+def _is_finite(good: Sequence[float], bad: Sequence[float]) -> bool:
+    return all(map(math.isfinite, (*good, *bad)))
 
 
 def _rate(values: Floats, weights: Floats) -> Estimate:

@@ -238,13 +238,16 @@ def _bootstrap_means(x: Floats, w: Floats, resamples: int, seed: int) -> Floats:
 def _sign_flip_p(weighted: Floats, resamples: int, seed: int) -> float:
     """Two-sided p-value: the share of random sign patterns with a mean at least as far from zero as the observed one.
 
-    The observed pattern is included. ``weighted`` (N,) are the prompts' differences times their weights.
+    The observed pattern is included. ``weighted`` (N,) are the prompts' differences times their weights. 1 where their
+    sum is not finite, which is evidence of nothing.
     """
     weighted = weighted[weighted != 0]
     # A difference of zero stays zero under either sign.
     if len(weighted) == 0:
         return 1.0
     observed = abs(float(weighted.sum()))
+    if not math.isfinite(observed):
+        return 1.0
     generator = np.random.default_rng(seed)
     tolerance = 1e-9 * float(np.abs(weighted).sum())  # sums of the same terms differ in the last bits
     hits = 0

@@ -112,6 +112,17 @@ def test_without_pairs_there_is_no_calibration():
     assert calibration([], seed=0) is None
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_pairs_without_a_finite_difference_are_left_out_and_counted(broken):
+    margins = [0.1, -0.1, 1.0, 1.0, -1.0, 3.0]
+    report = calibration([broken, *margins], seed=0)
+    expected = calibration(margins, seed=0)
+    assert "1 pair has a score difference that is not finite" in report["note"]
+    assert report | {"note": expected["note"]} == expected
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert calibration([broken], seed=0) is None
+
+
 def test_scaling_takes_the_temperature_of_the_other_half():
     margins = pairs(4000, 3.0, seed=4)
     report = calibration(margins, seed=0)

@@ -55,6 +55,12 @@ def test_spearmans_interval_covers():
     assert covered / 250 == pytest.approx(0.95, abs=0.048)  # 3.5 standard errors
 
 
+def test_rows_with_a_number_missing_are_left_out():
+    x, y = np.random.default_rng(4).normal(size=(2, 20, 2))
+    broken = np.vstack([[[math.nan, 1.0]], x])
+    assert spearman(broken, np.vstack([[[9.0, 1.0]], y]), resamples=50, seed=0) == spearman(x, y, resamples=50, seed=0)
+
+
 def test_one_constant_side_has_no_correlation():
     correlation = spearman([1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0], resamples=50, seed=0)
     assert math.isnan(correlation.value)

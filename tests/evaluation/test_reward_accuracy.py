@@ -1,6 +1,7 @@
 """A reward model on held-out pairs: counted by hand, and on scores whose faults are known."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -209,6 +210,22 @@ def test_two_reward_models_are_each_others_second_scorer():
     assert first["as_labeled"] != second["as_labeled"]
     [alone] = pair_reports(rows, [("reward", left)], seed=0, task="pairs")
     assert alone["agreement"] is None
+
+
+@pytest.mark.parametrize("gold", [False, True])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_wrong_and_the_report_stays_json(broken, gold):
+    rows, _ = many(50, gold=gold)
+    g = np.random.default_rng(1)
+    chosen, rejected = g.normal(1, 1, 50).tolist(), g.normal(0, 1, 50).tolist()
+    chosen[0], chosen[1], rejected[1] = math.nan, broken, broken
+    report = pair_report(rows, (chosen, rejected), seed=0, second=("other", (rejected, chosen)))
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    intact = pair_report(rows[2:], (chosen[2:], rejected[2:]), seed=0)
+    assert report["as_labeled"]["n"] == 50
+    assert report["as_labeled"]["value"] * 50 == pytest.approx(intact["as_labeled"]["value"] * 48)
+    assert report["agreement"]["accuracy"]["n"] == report["calibration"]["n"] == 48
+    assert gold or report["by_margin"] == intact["by_margin"]
 
 
 def test_no_pairs_are_no_error():

@@ -59,6 +59,18 @@ def test_a_tie_for_the_top_shares_the_credit():
     assert best_credit([2.0], [1.0, 3.0, 0.0]) == 0
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_prompt_with_a_score_that_is_not_finite_is_wrong(broken):
+    assert best_credit([broken], [1.0, 2.0]) == 0
+    assert best_credit([3.0], [1.0, broken]) == 0
+    intact = ([2.0, 2.0], [0.0])
+    # all is lost but that the other prompt's good answers beat its bad one; the distance's tanh is -1
+    tied = ties(["tied:1", "ref:1"], [([broken, 2.0], [0.0]), ([1.0], [0.0])])
+    assert value(tied) == pytest.approx(0.3 - 0.01)
+    ref = ties(["tied:1", "ref:1"], [intact, ([1.0], [broken])])
+    assert value(ref) == pytest.approx(0.3 + 0.2 - 0.01)
+
+
 def test_ties_by_hand():
     # 1: worst good is 3 above, goods 1 apart; the ref prompt's is 0.5 above. Then 1, 1, 1, 0 and tanh(0.5 / 1 - 1).
     # 2: worst good is 1 below, goods 2 apart; the ref prompt's is 1 below. Then 0, 0, 0, 0 and tanh(-1 / 2 - 1).

@@ -153,3 +153,9 @@ def test_samples_of_one_prompt_do_not_count_as_independent():
     assert agreeing.high - agreeing.low == pytest.approx(single.high - single.low, rel=0.02)
     assert mixed.high - mixed.low < 0.6 * (single.high - single.low)
     assert rate_interval([1.0] * 30, 4).low == wilson(30, 30).low
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_difference_that_is_not_finite_is_no_evidence(broken):
+    actual = paired_difference([broken, *map(float, range(29))], [0.5] * 30, resamples=200, seed=0)
+    assert actual.p == 1

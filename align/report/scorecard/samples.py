@@ -345,10 +345,11 @@ def _hundredths(value: float | None) -> int | None:
 
 
 def _score(response: Mapping[str, Any], metric: str) -> float | None:
-    if response.get(metric) is not None:
-        return float(response[metric])
-    value = (response.get("scores") or {}).get(metric)
-    return None if value is None else float(value)
+    value = response.get(metric)
+    if value is None:
+        value = (response.get("scores") or {}).get(metric)
+    # A broken reward model's score is shown as missing, and makes no change.
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

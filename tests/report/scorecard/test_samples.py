@@ -54,6 +54,15 @@ def test_numbers_that_are_none_or_not_finite_are_shown_as_missing():
     assert answer["gold"] is None
 
 
+def test_a_score_that_is_not_finite_makes_no_change():
+    sample = next(prompt_samples(["sft", "ppo"], heat=False))
+    sample["responses"]["sft"][0] |= {"gold": 0.5}
+    sample["responses"]["ppo"][0] |= {"gold": float("nan")}
+    (item,) = page_samples([sample], full_card())["items"]
+    assert item["score"]["ppo"] is None
+    assert "ppo" not in item["change"]
+
+
 def test_pairs_that_reward_models_scored_have_columns_of_their_own():
     def side(text, score):
         return [{"text": text, "finished": True, "scores": {"rm": score, "rm-b": None}}]
