@@ -88,8 +88,8 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
 
 
 def checkpoints(card: Card) -> list[str]:
-    """Return the systems among which a reader chooses: the base and trained checkpoints, not prompted or best-of-N."""
-    return [system["name"] for system in card["systems"] if system["role"] not in UNTRAINED]
+    """Return the systems among which a reader chooses: the base and trained checkpoints, each as it is and once."""
+    return [system["name"] for system in card["systems"] if system["role"] in ("base", "checkpoint")]
 
 
 def decide_by_items(card: Card, columns: Columns, names: Sequence[str]) -> Decision | None:

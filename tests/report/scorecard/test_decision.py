@@ -73,6 +73,15 @@ def test_two_at_the_top_are_both_named():
     assert "cannot be told apart from it, and model is clearly below" in text
 
 
+def test_a_checkpoint_that_is_sampled_again_is_no_choice():
+    card, by_item = make_card({"sft": NOISE, "ppo": NOISE + 0.3, "ppo_again": NOISE + 0.31})
+    card["systems"][2] |= {"role": "again", "of": "ppo"}
+    assert checkpoints(card) == ["sft", "ppo"]
+    decision = decide_by_items(card, by_item, checkpoints(card))
+    assert decision.lead == "Take ppo"
+    assert "ppo_again" not in decision.reason
+
+
 def test_a_failed_gate_and_a_rival_without_training_stand_in_the_sentence():
     columns = {"model": NOISE, "sft": NOISE + 0.3, "best8": NOISE + 0.5 - FLIPS, "ppo": NOISE + 0.5 + FLIPS}
     card, by_item = make_card(columns, best_of=("best8",))
