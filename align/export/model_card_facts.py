@@ -87,8 +87,8 @@ def metadata(facts: Facts) -> ModelCardData:
 
 
 def base_model(lineage: Sequence[Artifact]) -> str | None:
-    """Return the base model's name on the Hub, if it has one."""
-    for artifact in lineage:
+    """Return the Hub's name of the model from which the last artifact's weights come, if it has one."""
+    for artifact in weight_history(lineage):
         if artifact.kind != Kind.MODEL:
             continue
         source = str((artifact.record.get("config") or {}).get("source", ""))

@@ -270,6 +270,17 @@ def test_the_strictest_license_of_base_and_data_is_stated(
         license_of(ancestors, "a\nb")
 
 
+def test_the_base_is_that_of_the_weights_and_not_a_teachers_or_a_reward_models(tmp_path: Path) -> None:
+    model, data, sft, ppo = lineage(tmp_path, source="models/mine")
+    model.record["config"]["revision"] = None
+    config = {"source": "org/large", "revision": "c" * 40}
+    large = artifact(tmp_path / "large", "model", Kind.MODEL, "8" * 64, config=config)
+    ppo.record["inputs"] |= {"teacher": large.record["key"]}
+    assert base_model([large, model, data, sft, ppo]) is None
+    model.record["config"] = {"source": "org/base", "revision": "b" * 40}
+    assert base_model([large, model, data, sft, ppo]) == "org/base"
+
+
 def test_a_base_that_is_not_of_the_hub_is_not_named_as_one(tmp_path: Path) -> None:
     ancestors = lineage(tmp_path)
     assert base_model(ancestors) == "org/base"
