@@ -118,10 +118,11 @@ def limitations(facts: Facts) -> list[str]:
     lines: list[str] = []
     if card is not None:
         for gate in card.get("gates") or []:
-            if gate.get("system") in names and gate.get("passed") is False:
-                lines.append(
-                    f"- Gate not passed ({plain(str(gate.get('level', 'error')))}): {plain(str(gate['text']))}."
-                )
+            # An undecided gate fails the run as well.
+            if gate.get("system") in names and gate.get("passed") is not True:
+                state = "not passed" if gate.get("passed") is False else "could not be decided"
+                level = plain(str(gate.get("level", "error")))
+                lines.append(f"- Gate {state} ({level}): {plain(str(gate['text']))}.")
         lines += [f"- {_flag(flag)}" for flag in card.get("flags") or [] if flag.get("policy") in (*names, None, "")]
     measured = bool(reward_results(facts)) if facts.written.is_reward else bool(names)
     if not measured:

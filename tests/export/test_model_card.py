@@ -203,6 +203,15 @@ def test_limitations_are_what_was_measured(tmp_path: Path) -> None:
     assert "Safety was not measured" in text
 
 
+def test_a_gate_that_nobody_could_decide_is_a_limitation(tmp_path: Path) -> None:
+    card = full_card() | {"flags": []}
+    gate = {"system": "ppo", "level": "error", "passed": None, "text": "kl of ppo cannot be compared with <= 5"}
+    card["gates"] = [gate, gate | {"passed": True, "text": "a passed one"}]
+    _, text = written(tmp_path, Facts("x", POLICY, CHECKED, lineage(tmp_path), **scored(tmp_path, card)))
+    assert "- Gate could not be decided (error): kl of ppo cannot be compared with" in text
+    assert "no gate failed" not in text and "a passed one" not in text
+
+
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
     data, text = written(tmp_path, Facts("x", POLICY, None, lineage(tmp_path)))
     assert "model-index" not in data
