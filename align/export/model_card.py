@@ -85,7 +85,7 @@ def _use(facts: Facts) -> list[str]:
             'given = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)\n'
             "print(float(model(**given).logits[0, 0]))  # only differences of scores mean something"
         )
-        return fenced(code, "python")
+        return [*fenced(code, "python"), "", *_checked(facts)]
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "path/to/this/folder"\n'
@@ -104,8 +104,9 @@ def _checked(facts: Facts) -> list[str]:
     agreement = facts.agreement
     if agreement is None:
         return ["Not checked when it was written: whether the folder answers as the checkpoint did."]
+    compared = agreement.what if facts.written.is_reward else f"greedy {agreement.what}"
     lines = [
-        f"Checked when it was written: {agreement.compared:,} greedy {agreement.what} of {agreement.prompts} prompts "
+        f"Checked when it was written: {agreement.compared:,} {compared} of {agreement.prompts} prompts "
         f"are the checkpoint's, in float32, in {' and '.join(agreement.engines)}."
     ]
     if agreement.ties:

@@ -235,6 +235,11 @@ def test_what_was_checked_is_said(tmp_path: Path) -> None:
     unchecked = replace(CHECKED, unchecked="vLLM is not installed")
     _, text = written(tmp_path, Facts("x", POLICY, unchecked, lineage(tmp_path)))
     assert "Not checked in vLLM: vLLM is not installed." in text
+    scores = Agreement("scores", 8, 8, ["transformers 5.17.0"])
+    _, text = written(tmp_path, Facts("x", REWARD, scores, lineage(tmp_path)))
+    assert "8 scores of 8 prompts are the checkpoint's, in float32, in transformers 5.17.0." in text
+    _, text = written(tmp_path, Facts("x", REWARD, None, lineage(tmp_path)))
+    assert "Not checked when it was written" in text
 
 
 def test_training_data_recipe_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
