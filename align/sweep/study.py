@@ -90,8 +90,9 @@ class Study:
         """Trial → lock, kept between looks: a holder is known to be silent only by watching its lock."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with _explain_damage(self.folder):
+            self._storage = _storage(self.folder)
             self._study = optuna.create_study(
-                storage=_storage(self.folder),
+                storage=self._storage,
                 study_name=config.name,
                 directions=["maximize" if objective.higher else "minimize" for objective in self.objectives],
                 pruner=_pruner(config.prune),
@@ -134,7 +135,7 @@ class Study:
     # ---- taking trials ------------------------------------------------------------------------------------------
 
     def next(self) -> Trial | None:
-        """Return an interrupted trial, else a new one, else None: all trials were begun and none is abandoned.
+        """Return an interrupted trial, else a retry, else a new one, else None: all were begun and none is abandoned.
 
         Before None is returned, trials of other machines are watched until each has shown that its worker lives.
         """
@@ -142,7 +143,7 @@ class Study:
             # Only one worker at a time takes a trial.
             with _study_lock(self.store, self.folder):
                 trials = self._study.get_trials(deepcopy=False)
-                trial = self._take_interrupted(trials) or self._take_new(trials)
+                trial = self._take_interrupted(trials) or self._take_retry(trials) or self._take_new(trials)
             if trial is not None:
                 return trial
             running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
@@ -161,20 +162,34 @@ class Study:
             if self._study.get_trials(deepcopy=False)[frozen.number].state != TrialState.RUNNING:
                 self._release(hold)
                 continue
-            self._study.sampler = _sampler(self.config, frozen.number)
-            # Optuna has no public way to continue a trial that another process began.
-            handle = optuna.Trial(self._study, frozen._trial_id)
-            # Values that were drawn before come again; the others are drawn now.
-            draw = {dimension.name: _suggest(handle, dimension) for dimension in self.space}
-            return Trial(frozen.number, draw, True, hold, handle)
+            return self._complete_draw(frozen, hold, resumed=True)
         return None
 
+    def _take_retry(self, trials: Sequence[FrozenTrial]) -> Trial | None:
+        """Return a failed trial that is queued to run again. Retries do not count toward the limit."""
+        # Not by ``ask``, which takes the first queued trial: a grid's others were queued before.
+        for frozen in trials:
+            if frozen.state == TrialState.WAITING and RETRY in frozen.user_attrs:
+                self._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING)
+                hold = self._acquire(frozen.number)
+                # Trials are taken under the study's lock, so no other worker can have seen this one yet.
+                assert hold is not None
+                return self._complete_draw(frozen, hold, resumed=False)
+        return None
+
+    def _complete_draw(self, frozen: FrozenTrial, hold: Hold, *, resumed: bool) -> Trial:
+        """Return a trial of the study with all its values."""
+        self._study.sampler = _sampler(self.config, frozen.number)
+        # Optuna has no public way to continue a trial that another process began, or to take a certain queued one.
+        handle = optuna.Trial(self._study, frozen._trial_id)
+        # Values that were drawn before come again; the others are drawn now.
+        draw = {dimension.name: _suggest(handle, dimension) for dimension in self.space}
+        return Trial(frozen.number, draw, resumed, hold, handle)
+
     def _take_new(self, trials: Sequence[FrozenTrial]) -> Trial | None:
-        """Return a new trial, or None when all were begun. Retries do not count toward the limit."""
+        """Return a new trial, or None when all were begun."""
         begun = [trial for trial in trials if trial.state != TrialState.WAITING]
-        new_count = sum(RETRY not in trial.user_attrs for trial in begun)
-        has_retries = any(trial.state == TrialState.WAITING and RETRY in trial.user_attrs for trial in trials)
-        if new_count >= self.limit and not has_retries:
+        if sum(RETRY not in trial.user_attrs for trial in begun) >= self.limit:
             return None
         # The number that a new trial gets. A queued one has its values already, so its seed does not matter.
         self._study.sampler = _sampler(self.config, len(trials))

@@ -170,6 +170,23 @@ def test_a_failed_trial_of_part_of_a_grid_comes_again_and_not_the_rest_of_the_gr
     assert finish(study) == [first.draw]
 
 
+def test_a_failed_trial_of_a_grid_comes_again_before_the_rest_of_the_grid(tmp_path: Path) -> None:
+    space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": [0.2, 0.4, 0.6]}
+    full = toy_sweep.check(tmp_path, space=space, sampler="grid", trials=None)
+    study = toy_sweep.opened(full, tmp_path / "s")
+    first = study.next()
+    assert first is not None
+    study.fail(first, error="no")
+    assert finish(study, 1) and study.retry() == 1
+    again = study.next()
+    assert again is not None and again.is_retry and not again.resumed and again.draw == first.draw
+    study.fail(again, error="no")
+    assert study.retry() == 1
+    # a lower limit: two trials were begun, so one more may be, beside the retry
+    lower = toy_sweep.opened(toy_sweep.check(tmp_path, space=space, sampler="grid", trials=3), tmp_path / "s")
+    assert [list(draw.values()) for draw in finish(lower)] == [["a", "0.2"], ["a", "0.6"]]
+
+
 def test_a_trial_run_again_takes_no_new_ones_place(tmp_path: Path) -> None:
     study = toy_sweep.opened(toy_sweep.check(tmp_path, space=SPACE, trials=2), tmp_path / "s")
     first = study.next()
