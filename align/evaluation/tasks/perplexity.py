@@ -172,7 +172,7 @@ class PerplexityTask(Task):
         windows = unknown = 0
         for number, block in enumerate(_blocks(self.documents)):
             # Block by block through the cache, so that a killed run resumes at its last block.
-            identity = digest(["perplexity 2", window, [document.text for document in block], prefix])
+            identity = digest(["perplexity 3", window, [document.text for document in block], prefix])
             read_block = partial(self._read_block, reader, block, window, prefix)
             result = reader.cached(f"{self.name}-{number}", identity, read_block)
             losses += result["losses"]
@@ -202,7 +202,7 @@ class PerplexityTask(Task):
     def _prefix_ids(self, reader: Reader, window: int) -> list[int]:
         """Return the ids that a prompted system reads before each window.
 
-        Raises ``UserError`` where they take more than half of a window.
+        Raises ``UserError`` where they take half of a window or more.
         """
         if self.prefix_texts is None:
             return []
@@ -211,9 +211,9 @@ class PerplexityTask(Task):
         if not parts:
             return []
         ids = reader.tokenizer.encode("".join(f"{part}\n\n" for part in parts), add_special_tokens=False)
-        if len(ids) > window // 2:
+        if 2 * len(ids) >= window:
             raise UserError(
-                f"{self.name}: '{info.name}' reads {len(ids)} tokens first, more than half of a window of {window}. "
+                f"{self.name}: '{info.name}' reads {len(ids)} tokens first, half of a window of {window} or more. "
                 "Lower shots or raise max_length."
             )
         return [int(token) for token in ids]
@@ -233,10 +233,11 @@ class PerplexityTask(Task):
                 f"{block[documents.index([])].text[:40]!r}. Leave it out."
             )
         first = prefix_token(tokenizer)
-        # The prompt takes its room from every window, so that all systems stay within one length.
-        divided = [rolling_windows(ids, first, window - len(prefix)) for ids in documents]
-        if prefix:
-            divided = [_prepend(windows, [first, *prefix]) for windows in divided]
+        # The prompt and its first context take their room from every window, so that all stay within one length.
+        shown = [first, *prefix] if prefix else []
+        divided = [rolling_windows(ids, first, window - len(shown)) for ids in documents]
+        if shown:
+            divided = [_prepend(windows, shown) for windows in divided]
         pairs = [pair for windows in divided for pair in windows]
         flat = iter(reader.logprobs([context for context, _ in pairs], [targets for _, targets in pairs]))
         losses = [-math.fsum(value for _ in windows for value in next(flat)) for windows in divided]

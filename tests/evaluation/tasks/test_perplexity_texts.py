@@ -82,13 +82,49 @@ def test_later_windows_keep_what_was_shown(tiny_model: Path, tmp_path: Path) -> 
     assert len(calls) > len(TEST) or max(map(len, TEST)) <= 47
 
 
+def test_a_prompted_system_never_reads_more_than_a_window(tiny_model: Path, tmp_path: Path) -> None:
+    task = build_task("domain", PerplexityConfig(texts="books", max_length=30), task_inputs(tmp_path / "data"))
+    reader: Any = ModelReader(tiny_model)
+    reader.info = SystemInfo("shown", "model", "prompted", "k", system="Tables hold", shots=0)
+    reads: list[tuple[int, str]] = []
+    full = reader.logprobs
+
+    def record(contexts: list[list[int]], windows: list[list[int]]) -> list[list[float]]:
+        # The last target is never an input.
+        for context, targets in zip(contexts, windows, strict=True):
+            reads.append((len(context) + len(targets) - 1, reader.tokenizer.decode(targets)))
+        return full(contexts, windows)
+
+    reader.logprobs = record
+    measured = task.read(reader)
+    # 13 tokens of the system's and one of context leave 16 targets: the first document of 40 takes three windows.
+    assert [text for _, text in reads[:3]] == [TEST[0][:16], TEST[0][16:32], TEST[0][32:]]
+    assert [size for size, _ in reads[:3]] == [29, 30, 30]  # the first one's context is what is shown
+    assert max(size for size, _ in reads) == 30
+    assert measured.notes["tokens"] == sum(map(len, TEST))
+
+
+@pytest.mark.parametrize("max_length", range(2, 30))
+def test_every_window_has_room_for_a_target_or_is_refused(max_length: int, tiny_model: Path, tmp_path: Path) -> None:
+    config = PerplexityConfig(texts="books", max_length=max_length)
+    task = build_task("domain", config, task_inputs(tmp_path / "data"))
+    reader: Any = ModelReader(tiny_model)
+    reader.info = SystemInfo("shown", "model", "prompted", "k", system="x", shots=0)  # three tokens
+    reader.logprobs = lambda contexts, windows: [[0.0] * len(targets) for targets in windows]
+    if max_length > 6:
+        assert task.read(reader).notes["tokens"] == sum(map(len, TEST))
+        return
+    with pytest.raises(UserError, match=f"half of a window of {max_length} or more"):
+        task.read(reader)
+
+
 def test_there_must_be_enough_to_show_and_room_for_it(tiny_model: Path, tmp_path: Path) -> None:
     task = build_task("domain", PerplexityConfig(texts="books", max_length=60), task_inputs(tmp_path / "data"))
     with pytest.raises(UserError, match="baseline 'shown' shows 5 texts, and there are 4"):
         task.check(SystemInfo("shown", "model", "prompted", "k", shots=5))
     reader: Any = ModelReader(tiny_model)
     reader.info = SystemInfo("shown", "model", "prompted", "k", shots=4)
-    with pytest.raises(UserError, match="more than half of a window of 60. Lower shots"):
+    with pytest.raises(UserError, match="half of a window of 60 or more. Lower shots"):
         task.read(reader)
 
 
