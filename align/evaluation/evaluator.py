@@ -188,7 +188,9 @@ class Evaluation:
             [[Turn(row["prompt"], response)] for response in samples]
             for row, samples in zip(self.plan.rows, response_set.responses, strict=True)
         ]
-        selected = select_best(turns, system.info.best_of, self.scoring)
+        # As the prompt set's answers are scored afterwards: with the tools that they could call.
+        tools = [row.get("tools") for row in self.plan.rows]
+        selected = select_best(turns, system.info.best_of, self.scoring, tools)
         best = [[sample[-1].response for sample in samples] for samples in selected]
         responses.prompt_set[system.name] = ResponseSet(response_set.engine, best)
 

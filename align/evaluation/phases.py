@@ -170,13 +170,19 @@ class StageScoringContext:
         answers: Sequence[str],
         finished: Sequence[bool],
         field: RewardField = "reward",
+        *,
+        tools: Sequence[str | None] | None = None,
     ) -> list[float]:
-        """See the protocol; scores are cached under everything they depend on."""
+        """See the protocol; scores are cached under everything they depend on. ``tools`` are those of each prompt."""
         artifact = self._required_artifact(field)
-        arguments = [list(prompts), list(answers), [bool(flag) for flag in finished]]
+        offered = [None] * len(prompts) if tools is None else list(tools)
+        arguments: list[Any] = [list(prompts), list(answers), [bool(flag) for flag in finished]]
+        # Most rows have no tools: without them an entry has the name that it always had.
+        if any(tool is not None for tool in offered):
+            arguments.append(offered)
         identity = digest(["scores 2", artifact.weights, self.precision, arguments])
         scores: list[float] = self.results.read_or_compute(
-            "scores", identity, lambda: self.score(field, prompts, answers, finished, [None] * len(prompts))
+            "scores", identity, lambda: self.score(field, prompts, answers, finished, offered)
         )
         return scores
 
@@ -211,14 +217,23 @@ class StageScoringContext:
         self.context.progress(done, total, unit=unit)
 
 
-def select_best(answers: Answers, best_of: int, context: StageScoringContext) -> Answers:
+def select_best(
+    answers: Answers, best_of: int, context: StageScoringContext, tools: Sequence[str | None] | None = None
+) -> Answers:
     """Select of every ``best_of`` samples the one with the highest reward, the first of equal ones.
 
-    A conversation of several turns is scored at its last answer, where the model reads all of them.
+    A conversation of several turns is scored at its last answer, where the model reads all of them. ``tools`` are those
+    of each item.
     """
     last = [sample[-1] for samples in answers for sample in samples]
+    offered = None
+    if tools is not None:
+        offered = [tool for tool, samples in zip(tools, answers, strict=True) for _ in samples]
     scores = context.reward_scores(
-        [turn.prompt for turn in last], [turn.response.text for turn in last], [turn.response.finished for turn in last]
+        [turn.prompt for turn in last],
+        [turn.response.text for turn in last],
+        [turn.response.finished for turn in last],
+        tools=offered,
     )
     selected: Answers = []
     remaining = iter(scores)

@@ -3,17 +3,20 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from align.config.stages.evaluate import BaselineConfig
 from align.errors import UserError
-from align.evaluation.generation import ResponseSet
+from align.evaluation.evaluator import Evaluation
+from align.evaluation.generation import ResponseSet, SystemResponses
 from align.evaluation.phases import NO_ANSWER, SystemRespondent, select_best
 from align.evaluation.systems import Policy, best_of_kl, example_identities, make_systems
 from align.evaluation.tasks.base import Example, Turn
 from align.inference.protocol import Response, Sampling
+from align.store.artifacts import Artifact, Kind
 
 
 class Spelled:
@@ -135,8 +138,8 @@ class Likes:
     def __init__(self):
         self.asked = []
 
-    def reward_scores(self, prompts, answers, finished):
-        self.asked.append((prompts, answers, finished))
+    def reward_scores(self, prompts, answers, finished, *, tools=None):
+        self.asked.append((prompts, answers, finished, tools))
         return [float(text) for text in answers]
 
 
@@ -152,6 +155,39 @@ def test_the_best_of_each_group_is_kept():
     assert best[0][0][0].response.text == "9"  # the whole conversation
     assert best[1][0] is answers[1][0]  # the first of equal ones
     assert bench.asked[0][2] == [True, True, True, False, True, True, True, True]  # cut-off answers are told
+    assert bench.asked[0][3] is None
+    assert select_best(answers, 2, bench, ["[]", None]) == best
+    assert bench.asked[1][3] == ["[]"] * 4 + [None] * 4
+
+
+class Caller:
+    """A reward model that likes a call where tools are offered, and plain text elsewhere."""
+
+    def score(self, prompts, answers, finished, tools):
+        return [
+            float(("call" in answer) == (offered is not None)) for answer, offered in zip(answers, tools, strict=True)
+        ]
+
+
+def test_best_of_n_is_chosen_and_cached_with_the_rows_tools(tmp_path):
+    artifact = Artifact("rm", Kind.REWARD, tmp_path, {"key": "k"})
+    context = SimpleNamespace(inputs={"reward": artifact}, checkpoints=tmp_path, cache=None, warn=print, seed=0)
+    sides = [[Turn([turn("user", "q")], Response([1], [0.0], True, text))] for text in ("plain", "call")]
+
+    def evaluation(row):
+        best = SimpleNamespace(name="best", info=SimpleNamespace(role="best_of", best_of=2))
+        plan = SimpleNamespace(systems=[best], rows=[row], reference="sft", base=None, precision="float32")
+        prepared = Evaluation(context, plan)
+        prepared.scoring._models["reward"] = Caller()
+        responses = SystemResponses(prompt_set={"best": ResponseSet("e", [[sample[-1].response for sample in sides]])})
+        prepared._select_best(responses)
+        return prepared, responses.prompt_set["best"].responses[0][0].text
+
+    row = {"id": "1", "source": "s", "prompt": [turn("user", "q")]}
+    assert evaluation(row)[1] == "plain"
+    assert evaluation(row | {"tools": "[{}]"})[1] == "call"  # another entry of the cache than the one without
+    prepared, _ = evaluation(row | {"tools": None})
+    assert prepared.scoring._scored == {}, "rows without tools keep the entry of those that have no such column"
 
 
 def test_a_conversation_without_room_counts_as_not_answered(tmp_path):
