@@ -29,9 +29,10 @@ from align.evaluation.plan import Plan
 from align.evaluation.prompt_metrics import ProgramDescription
 from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
 from align.evaluation.reward_metrics import describe_rewards
+from align.evaluation.rewards import close_rewards
 from align.evaluation.scorecard import Measurements, TaskResult, build
 from align.evaluation.scorecard_files import write
-from align.evaluation.systems import System
+from align.evaluation.systems import Policy, System
 from align.evaluation.tasks.base import Answers, Measured, RewardField, Turn, Values
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
@@ -79,9 +80,10 @@ class Evaluation:
         self._select_best(responses)
         values = self._score_prompt_set(responses)
         reward_models = self._measure_reward_models()
+        # A list of rewards may load models of its own.
+        self.scoring.close()
         programs = self._run_programs(responses, values)
         # Phase 3: the checkpoints' own forward passes measure KL and held-out loss, and read the tasks' texts.
-        self.scoring.close()
         drift = DriftMeasurement(self.context, plan, self.models, self.results, responses.prompt_set)
         measured = self._read_with_checkpoints(drift)
         token_kl = drift.kl(values)
@@ -233,6 +235,8 @@ class Evaluation:
                 described |= describe_rewards(plan.reward_weights, scores)
             for program in plan.programs:
                 values[name][program.metric] = function_values(program.scorer, plan.rows, response_set)
+        if plan.scorer is not None:
+            close_rewards(plan.scorer.parts)  # the checkpoints need the memory
         return described | {program.metric: (program.better, program.meaning) for program in plan.programs}
 
     def _measure_reward_models(self) -> list[dict[str, Any]]:
@@ -257,24 +261,32 @@ class Evaluation:
 
     def _read_with_checkpoints(self, drift: DriftMeasurement) -> MeasuredTasks:
         """Measure drift and read the tasks' texts, checkpoint by checkpoint, since each is loaded once."""
+        measured: MeasuredTasks = {task.name: {} for task in self.plan.tasks}
+        order = drift.reading_order()
+        for policy in order:
+            drift.measure(policy)
+            self._read(policy, measured, loads_checkpoint=False)
+        self.models.close()  # a process that loads the checkpoints itself may need the memory, or a judge
+        for policy in order:
+            self._read(policy, measured, loads_checkpoint=True)
+        return measured
+
+    def _read(self, policy: Policy, measured: MeasuredTasks, *, loads_checkpoint: bool) -> None:
+        """Have a checkpoint's systems read the tasks that load it themselves, or those that do not."""
         plan = self.plan
-        measured: MeasuredTasks = {task.name: {} for task in plan.tasks}
         reading = [task for task in plan.tasks if task.reads]
         # Best of N has no distribution to read with, and a checkpoint that is only sampled again reads as before.
         readers = [system for system in plan.systems if system.info.role not in ("best_of", "again")]
-        done = 0
-        for policy in drift.reading_order():
-            drift.measure(policy)
-            for system in readers:
-                if system.policy is not policy:
+        for system in readers:
+            if system.policy is not policy:
+                continue
+            for task in reading:
+                if task.loads_checkpoint != loads_checkpoint:
                     continue
-                for task in reading:
-                    reader = SystemReader(system, self.models, self.results, self.context.runtime)
-                    measured[task.name][system.name] = task.read(reader)
-                    done += 1
-                    self.context.progress(done, len(readers) * len(reading), unit="tasks read")
-        self.models.close()  # a judge may need the memory
-        return measured
+                reader = SystemReader(system, self.models, self.results, self.context.runtime)
+                measured[task.name][system.name] = task.read(reader)
+                done = sum(map(len, measured.values()))
+                self.context.progress(done, len(readers) * len(reading), unit="tasks read")
 
     def _score_tasks(self, measured: MeasuredTasks, responses: SystemResponses) -> list[TaskResult]:
         """Add the scores of the tasks' answers to what reading ``measured``; return every task's result."""

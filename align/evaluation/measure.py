@@ -282,8 +282,11 @@ class LoadedModels:
         return compute
 
     def close(self) -> None:
-        """Free the loaded checkpoint."""
+        """Free the loaded checkpoint, for other processes as well."""
+        import torch
+
         self.models.clear()
+        torch.cuda.empty_cache()  # torch keeps freed memory of a GPU for itself
 
     def _model(self, name: str) -> Any:
         from align.models.loading import load_policy

@@ -38,6 +38,10 @@ class LateScorer:
             self._scorer = self.load()
         return self._scorer.score(rows, responses, truncated)
 
+    def close(self) -> None:
+        """Free the reward model; another score would load it again."""
+        self._scorer = None
+
 
 def open_score(context: StageContext) -> WeightedSum:
     """Return the scorer of ``context.config.score``; raises as ``open_rewards`` does."""
@@ -81,6 +85,13 @@ def judge_usage(parts: tuple[Part, ...]) -> dict[str, Any]:
     """Return ``judges``: requests, tokens and cost of each judge by name; nothing without one."""
     usage = {part.name: part.scorer.usage() for part in parts if isinstance(part.scorer, JudgeScorer)}
     return {"judges": usage} if usage else {}
+
+
+def close_rewards(parts: tuple[Part, ...]) -> None:
+    """Free the reward models that were loaded late."""
+    for part in parts:
+        if isinstance(part.scorer, LateScorer):
+            part.scorer.close()
 
 
 def load_late(context: StageContext) -> LoadReward:

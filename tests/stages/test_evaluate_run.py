@@ -1,8 +1,11 @@
 """The evaluate stage end to end on two-layer models: files, numbers, going on from an earlier attempt."""
 
+import gc
 import json
 import re
+import shutil
 from dataclasses import replace
+from weakref import WeakSet
 
 import pytest
 
@@ -358,6 +361,43 @@ def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):
     samples = [json.loads(line) for line in (listed.output / "samples.jsonl").read_text().splitlines()]
     first = samples[0]["responses"]["ppo"][0]["scores"]
     assert first["score"] == pytest.approx(first["score_length"] - 2 * first["score_open"])
+
+
+def test_reward_models_are_freed_before_others_and_before_checkpoints_are_loaded(context, inputs, monkeypatch):
+    alive: WeakSet[RewardModel] = WeakSet()
+    held: dict[str, list[list[str]]] = {}
+    init, load_policy, score_list = RewardModel.__init__, loading.load_policy, evaluator.reward_list_values
+
+    def note(event):
+        gc.collect()
+        held.setdefault(event, []).append(sorted(model.folder for model in alive))
+
+    def remember(model, folder, *arguments, **options):
+        note("reward")
+        model.folder = folder.parent.name
+        alive.add(model)
+        init(model, folder, *arguments, **options)
+
+    def load(folder):
+        note("policy")
+        return load_policy(folder)
+
+    def score(*arguments):
+        note("list")
+        return score_list(*arguments)
+
+    monkeypatch.setattr(RewardModel, "__init__", remember)
+    monkeypatch.setattr(loading, "load_policy", load)
+    monkeypatch.setattr(evaluator, "reward_list_values", score)
+    changes = {"score": [{"reward": "listed"}], "baselines": {"best": {"of": "sft", "best_of": 2}}}
+    config = EvaluateConfig(**context.config.model_dump() | changes)
+    listed = replace(inputs["reward"], stage="listed", path=context.output.parent / "listed")
+    shutil.copytree(inputs["reward"].path, listed.path)
+    evaluate.run(replace(context, config=config, inputs=inputs | {"score.reward": [listed]}))
+    # The stage's own model is gone when the list's is loaded; every system is then scored by one load of it.
+    assert held["reward"] == [[], []]
+    assert held["list"] == [[], ["listed"], ["listed"], ["listed"]]
+    assert held["policy"] and not any(held["policy"])
 
 
 def test_a_judge_among_the_rewards_tells_its_requests_and_quotes_columns(context, inputs):

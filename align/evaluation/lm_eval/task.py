@@ -110,6 +110,7 @@ class LmEvalTask(Task):
     """Tasks of lm-eval as one task, which every system's checkpoint runs inside lm-eval."""
 
     reads = True
+    loads_checkpoint = True
     kind = "lm_eval"
 
     def __init__(

@@ -254,6 +254,8 @@ class Task(ABC):
 
     responds: ClassVar[bool] = False
     reads: ClassVar[bool] = False
+    loads_checkpoint: ClassVar[bool] = False
+    """True where reading loads the checkpoint again, in another process: such a task reads when nothing is loaded."""
     plays: ClassVar[bool] = False
     """True where systems play episodes; those of best of N take no part."""
     episode_count: int = 0
