@@ -201,16 +201,10 @@ def heldout_losses(
     """Loss per token of each row's reference answer, as in SFT: with its end of turn unless it was cut off.
 
     Only turns of the assistant count: not what tools and users write, and no turn with ``train: False``. Returns the
-    indices of the rows that fit ``max_length`` tokens, their loss per token in nats, and their tokens. Raises
-    ``UserError`` when none fits.
+    indices of the rows that fit ``max_length`` tokens, their loss per token in nats, and their tokens.
     """
     reads = {index: _heldout_reads(tokenizer, row, max_length) for index, row in enumerate(rows)}
     indices = [index for index in reads if reads[index]]
-    if not indices:
-        raise UserError(
-            f"heldout: none of {len(rows)} rows has a turn to train on and fits max_heldout_length={max_length} "
-            "tokens; raise it."
-        )
     # All answers are read in one call, and their log-probabilities come back in this order.
     flat = [read for index in indices for read in reads[index]]
     logprobs = iter(logprobs_of([prompt for prompt, _, _ in flat], [answer for _, answer, _ in flat]))
@@ -222,6 +216,15 @@ def heldout_losses(
         losses.append(-sum(counted) / len(counted))
         tokens.append(len(counted))
     return indices, losses, tokens
+
+
+def check_heldout(tokenizer: Any, rows: Sequence[Row], max_length: int) -> None:
+    """Raise ``UserError`` where :func:`heldout_losses` would leave out every row."""
+    if not any(_heldout_reads(tokenizer, row, max_length) for row in rows):
+        raise UserError(
+            f"heldout: none of {len(rows)} rows has a turn to train on and fits max_heldout_length={max_length} "
+            "tokens; raise it."
+        )
 
 
 def _heldout_reads(tokenizer: Any, row: Row, max_length: int) -> list[tuple[list[int], list[int], list[int]]]:

@@ -18,6 +18,8 @@ from align.data.weighted_scores import WeightedSum
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
 from align.evaluation.gates import check_gates
+from align.evaluation.measure import check_heldout
+from align.evaluation.phases import max_input_tokens
 from align.evaluation.systems import Policy, System, make_systems
 from align.evaluation.tasks.base import Example, Task, TaskInputs
 from align.evaluation.tasks.registry import build_task
@@ -119,6 +121,8 @@ def make_plan(context: StageContext) -> Plan:
     heldout = _test_rows(context, "heldout", config.max_heldout)
     tasks = _build_tasks(context, pairs, heldout)
     _check_systems(tasks, systems)
+    for policy in policies if heldout else []:
+        check_heldout(policy.tokenizer, heldout, config.max_heldout_length)
     # 3. The prompt set under every system's template, and the length that the engine must hold.
     rows, prompts = _prompt_set(context, systems)
     max_length = _max_length(config, policies, prompts, tasks)
@@ -266,6 +270,10 @@ def _check_systems(tasks: list[Task], systems: list[System]) -> None:
     """Check that every system can take every task: above all, that there are as many examples as it shows."""
     # Before anything expensive: a task without enough examples would otherwise fail after hours of sampling.
     for task in tasks:
+        try:
+            task.check_systems([system.info for system in systems])
+        except UserError as error:
+            raise _task_error(task.name, error) from None
         for system in systems:
             reads = task.reads and system.info.role not in ("best_of", "again")
             plays = task.plays and system.info.role != "best_of"
@@ -275,6 +283,9 @@ def _check_systems(tasks: list[Task], systems: list[System]) -> None:
                 task.check(system.info)
                 if task.responds or task.renders or task.plays:
                     system.conversation([user("?")], task.examples(system.info.shots))
+                if reads:
+                    tokenizer = system.policy.tokenizer
+                    task.check_reading(system.info, tokenizer, max_input_tokens(system.policy.model_dir, tokenizer))
             except UserError as error:
                 raise _task_error(task.name, error) from None
 
@@ -291,6 +302,9 @@ def _check_checkpoints(tasks: list[Task], policies: list[Policy], max_length: in
 
 def _task_error(name: str, error: UserError) -> UserError:
     text = str(error).removeprefix(f"{name}: ")
+    # Some tasks name themselves in full: their errors may come later, too, when nobody adds the place.
+    if text.startswith((f"tasks.{name}: ", f"tasks.{name}.")):
+        return UserError(text)
     return UserError(f"tasks.{name}: {text}")
 
 

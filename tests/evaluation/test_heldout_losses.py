@@ -10,7 +10,7 @@ import pytest
 
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
-from align.evaluation.measure import heldout_losses
+from align.evaluation.measure import check_heldout, heldout_losses
 from align.evaluation.plan import _fallback_examples
 from align.models.loading import load_tokenizer
 from align.store.artifacts import Artifact, Kind
@@ -49,7 +49,7 @@ def test_rows_without_a_turn_to_train_on_are_left_out(tokenizer: Any) -> None:
     unmarked = {**ONE, "completion": [assistant("5") | {"train": False}]}
     assert heldout_losses(by_token, tokenizer, [unmarked, TALK, ONE], 200)[0] == [1, 2]
     with pytest.raises(UserError, match="none of 1 rows has a turn to train on and fits max_heldout_length=20"):
-        heldout_losses(by_token, tokenizer, [unmarked], 200)
+        check_heldout(tokenizer, [unmarked], 200)
 
 
 def test_examples_are_drawn_from_rows_of_one_turn(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from align.models import loading
 from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
 from align.stages import evaluate
+from align.store.artifacts import Artifact, Kind
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.stages.evaluation_stage import PROMPTS, context, inputs
 
@@ -332,6 +333,39 @@ def test_a_conversation_without_examples_to_show_is_refused_before_anything_runs
     config = EvaluateConfig(**context.config.model_dump() | changes | {"score": None})
     with pytest.raises(UserError, match=r"tasks\.mine: baselines\.shown: shots is 2, but there are 0 examples"):
         make_plan(replace(context, config=config, inputs=inputs | {"prompts": None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_heldout_length": 2}, "heldout: none of 7 rows has a turn to train on and fits max_heldout_length=2"),
+        (
+            {"tasks": {"house": {"task": "judged", "mode": "compare", "against": "base", "files": ["questions.jsonl"],
+             "judge": {"reward": True}}}, "policies": ["sft", "ppo"]},
+            r"^tasks\.house\.against: base, but no stage of kind `model` is among policies",
+        ),
+        (
+            {"tasks": {"words": {"task": "perplexity", "texts": "books", "max_length": 20}}, "texts": ["books"],
+             "baselines": {"shown": {"of": "model", "system": "x" * 20}}},
+            r"^tasks\.words: 'shown' reads 22 tokens first, half of a window of 20 or more",
+        ),
+    ],
+    ids=["held-out", "base", "prompt"],
+)  # fmt: skip
+def test_what_cannot_be_read_or_compared_is_refused_before_anything_runs(
+    context, inputs, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    books = Artifact("books", Kind.TEXTS, tmp_path / "books", {"key": "books-key"})
+    books.path.mkdir()
+    for split in ("train", "test"):
+        write_rows(books.split(split), [{"id": "1", "source": "t", "text": "abc"}])
+    config = EvaluateConfig(**context.config.model_dump() | changes)
+    policies = [artifact for artifact in inputs["policies"] if artifact.stage in config.policies]
+    values = inputs | {"policies": policies, "texts": [books]}
+    with pytest.raises(UserError, match=message):
+        make_plan(replace(context, config=config, inputs=values))
 
 
 def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):

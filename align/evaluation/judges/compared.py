@@ -21,7 +21,6 @@ from align.evaluation.tasks.base import (
     Item,
     Measured,
     Metric,
-    Respondent,
     ScoringContext,
     SystemInfo,
     TaskInputs,
@@ -52,7 +51,6 @@ class ComparedTask(JudgedTask):
         meaning = f"share of questions where {self.judge_name} prefers the answer to that of {opponent}; a tie is half"
         self.metrics = {WIN_RATE: Metric(f"{self.label} win rate against {opponent}", "higher", "share", meaning, True)}
         self.contests: list[Contest] = []
-        self._roles: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """Return the base's settings, and the opponent."""
@@ -63,15 +61,13 @@ class ComparedTask(JudgedTask):
         return {"win_rates": [contest.row(self.name, self.judge_name) for contest in self.contests]}
 
     def check(self, info: SystemInfo) -> None:
-        """Record the system's role, and refuse a system with the name of the records' answers."""
-        self._roles.add(info.role)
+        """Refuse a system with the name of the records' answers."""
         self._check_name(info.name)
 
-    def respond(self, respondent: Respondent) -> Answers:
-        """Have a system answer, once it is clear that there is an opponent."""
-        if self.config.against == "base" and self._roles and "base" not in self._roles:
+    def check_systems(self, systems: Sequence[SystemInfo]) -> None:
+        """Check that there is an opponent."""
+        if self.config.against == "base" and all(info.role != "base" for info in systems):
             raise self._no_base_error()
-        return super().respond(respondent)
 
     def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
         """Return the win rates of every system but the opponent.

@@ -283,6 +283,18 @@ class Task(ABC):
         Called for every system before anything expensive.
         """
 
+    def check_systems(self, systems: Sequence[SystemInfo]) -> None:  # noqa: B027
+        """Raise ``UserError`` where the task needs a system that is not there, such as the base to compare with.
+
+        Called once for all systems, before anything expensive.
+        """
+
+    def check_reading(self, info: SystemInfo, tokenizer: Any, max_length: int) -> None:  # noqa: B027
+        """Raise ``UserError`` for a system that cannot read the task; for tasks with ``reads``.
+
+        ``max_length`` is the number of tokens that its model can read at once.
+        """
+
     def check_checkpoint(self, tokenizer: Any, max_length: int, where: str) -> None:  # noqa: B027
         """Raise ``UserError`` for a checkpoint that cannot play the task's episodes; for tasks with ``plays``.
 

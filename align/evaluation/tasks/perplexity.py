@@ -154,6 +154,10 @@ class PerplexityTask(Task):
                 f"baseline '{info.name}' shows {info.shots} texts, and there are {len(self.prefix_texts)}; lower shots."
             )
 
+    def check_reading(self, info: SystemInfo, tokenizer: Any, max_length: int) -> None:
+        """Check that what a prompted system reads first leaves room for the text."""
+        self._prefix_ids(info, tokenizer, min(self.max_length, max_length))
+
     def settings(self) -> dict[str, Any]:
         """Return data and windows."""
         return {
@@ -166,7 +170,7 @@ class PerplexityTask(Task):
     def read(self, reader: Reader) -> Measured:
         """Return the loss under one checkpoint; a prompted system reads its prompt and texts before each window."""
         window = min(self.max_length, reader.max_length)
-        prefix = self._prefix_ids(reader, window)
+        prefix = self._prefix_ids(reader.info, reader.tokenizer, window)
         losses: list[float] = []
         tokens: list[int] = []
         windows = unknown = 0
@@ -199,18 +203,17 @@ class PerplexityTask(Task):
             },
         )
 
-    def _prefix_ids(self, reader: Reader, window: int) -> list[int]:
+    def _prefix_ids(self, info: SystemInfo, tokenizer: Any, window: int) -> list[int]:
         """Return the ids that a prompted system reads before each window.
 
         Raises ``UserError`` where they take half of a window or more.
         """
         if self.prefix_texts is None:
             return []
-        info = reader.info
         parts = [*([info.system] if info.system else []), *self.prefix_texts[: info.shots]]
         if not parts:
             return []
-        ids = reader.tokenizer.encode("".join(f"{part}\n\n" for part in parts), add_special_tokens=False)
+        ids = tokenizer.encode("".join(f"{part}\n\n" for part in parts), add_special_tokens=False)
         if 2 * len(ids) >= window:
             raise UserError(
                 f"{self.name}: '{info.name}' reads {len(ids)} tokens first, half of a window of {window} or more. "

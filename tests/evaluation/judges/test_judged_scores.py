@@ -188,12 +188,10 @@ def test_against_the_base_model_and_against_the_file(fake: FakeChat, tmp_path: P
 def test_opponents_that_are_not_there_are_told_before_anyone_answers(fake: FakeChat, tmp_path: Path) -> None:
     system = constant("sft", "x")
     task = make_task(tmp_path, 2, against="base", judge=endpoint(fake))
-    task.check(system.info)
     with pytest.raises(UserError, match="no stage of kind `model`"):
-        task.respond(system)
-    assert system.asked == []
-    task.check(replace(system.info, role="base"))
-    assert len(task.respond(system)) == 2
+        task.check_systems([system.info])
+    task.check_systems([system.info, replace(system.info, role="base")])
+    make_task(tmp_path, 2, judge=endpoint(fake)).check_systems([system.info])
     records = [{"instruction": "Question 0", "output": "xx"}]
     task = make_task(tmp_path, records=records, against="file", judge=endpoint(fake))
     with pytest.raises(UserError, match="a system is called 'file'"):

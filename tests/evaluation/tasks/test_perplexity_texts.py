@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,12 @@ def test_there_must_be_enough_to_show_and_room_for_it(tiny_model: Path, tmp_path
     task = build_task("domain", PerplexityConfig(texts="books", max_length=60), task_inputs(tmp_path / "data"))
     with pytest.raises(UserError, match="baseline 'shown' shows 5 texts, and there are 4"):
         task.check(SystemInfo("shown", "model", "prompted", "k", shots=5))
-    reader: Any = ModelReader(tiny_model)
-    reader.info = SystemInfo("shown", "model", "prompted", "k", shots=4)
+    tokenizer, info = load_tokenizer(tiny_model), SystemInfo("shown", "model", "prompted", "k", shots=4)
     with pytest.raises(UserError, match="half of a window of 60 or more. Lower shots"):
-        task.read(reader)
+        task.check_reading(info, tokenizer, 2048)
+    with pytest.raises(UserError, match="half of a window of 20 or more"):
+        task.check_reading(replace(info, shots=1), tokenizer, 20)  # the model reads fewer
+    task.check_reading(replace(info, shots=0), tokenizer, 20)
 
 
 @pytest.mark.parametrize(
