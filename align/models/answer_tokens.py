@@ -101,7 +101,7 @@ def assistant_mask(
     template rewrites earlier turns, so that no rendering contains each turn as it is sampled.
     """
     if len(row[side]) == 1:
-        return [1] * len(answer_ids)
+        return [int(row[side][0].get("train") is not False)] * len(answer_ids)
     start = len(prompt_ids)
     places = answer_turns([*row["prompt"], *row[side]], len(row["prompt"]))
     parts = split_turns(tokenizer, row, side, places)

@@ -237,6 +237,15 @@ def test_a_pair_with_nothing_to_learn_on_a_side_is_left_out(tokenizer: Any) -> N
     assert encode_pairs(tokenizer, [excluded], 200).counts == {NOT_TRAINED: 1}
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_answer_of_one_turn_that_is_not_to_be_trained_on_is_left_out(side: str, tokenizer: Any) -> None:
+    pair = {**episode_pair(chosen=[assistant("blue")]), side: [assistant("!look") | {"train": False}]}
+    encoded = encode_pairs(tokenizer, [pair], 200)
+    assert (encoded.rows, encoded.counts) == ([], {NOT_TRAINED: 1})
+    unpaired = encode_unpaired(tokenizer, unpair([pair]), 200)
+    assert (len(unpaired.rows), unpaired.counts) == (1, {NOT_TRAINED: 1})
+
+
 def test_unpaired_answers_and_their_mismatched_ones_have_masks(tokenizer: Any) -> None:
     tokenizer.chat_template = TOOLS
     encoded = encode_unpaired(tokenizer, unpair([episode_pair(), episode_pair(id="1", prompt=[user("!")])]), 200)
