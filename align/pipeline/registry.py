@@ -189,10 +189,10 @@ STAGES: dict[str, Stage] = {
             "build a dataset from a recipe",
             headline={"train_rows": "train", "test_rows": "test"},
         ),
-        _trained("pretrain", 3, "continued pre-training on plain texts, packed", "pre-trained further on plain texts"),
+        _trained("pretrain", 4, "continued pre-training on plain texts, packed", "pre-trained further on plain texts"),
         _trained(
             "sft",
-            3,
+            4,
             "supervised fine-tuning on responses",
             "fine-tuned on responses",
             headline={"test_loss_before": "held-out loss", "test_loss_after": "→"},
@@ -255,7 +255,7 @@ STAGES: dict[str, Stage] = {
         ),
         _trained(
             "distill",
-            4,
+            5,
             "learn a larger teacher's distribution over the next token",
             "distilled from a larger teacher",
             headline={"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},

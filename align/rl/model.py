@@ -12,6 +12,7 @@ from torch import nn
 from align.errors import UserError
 from align.models.fast import ragged_rows, shared_layers
 from align.models.fast.token_logprobs import Temperature, token_logprobs
+from align.models.logits import PLAIN, logit_transform
 from align.models.sharding import is_partitioned
 from align.models.tuning.apply import initial_policy
 from align.rl.critic import Critic, trunk_of
@@ -200,11 +201,9 @@ def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _check_head(policy: Any) -> None:
     """Raise ``UserError`` for a model that transforms its logits: ``token_logprobs.py`` applies a linear head only."""
-    config = policy.config.get_text_config()
-    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1)):
-        value = getattr(config, name, neutral)
-        if value not in (None, neutral):
-            raise UserError(
-                f"ppo: this model transforms its logits ({name}: {value}), which PPO here does not do. "
-                "Its log-probabilities would be wrong. Use a model without it."
-            )
+    transform = logit_transform(policy)
+    if transform != PLAIN:
+        raise UserError(
+            f"ppo: this model transforms its logits (scale {transform.scale:g}, soft cap {transform.cap}), which PPO "
+            "here does not do. Its log-probabilities would be wrong. Use a model without it."
+        )

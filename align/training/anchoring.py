@@ -17,10 +17,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import UserError
+from align.models.logits import logit_transform
 from align.models.precision import cast_frozen_to_bf16
 from align.models.sharding import full_model, full_tensor
 from align.models.tuning.apply import initial_policy
-from align.training.divergence import soft_cap, summed_kl, trunk_and_head
+from align.training.divergence import summed_kl, trunk_and_head
 
 
 class PullToStart(TrainerCallback):
@@ -114,7 +115,7 @@ class KLToStart:
         # accelerate wraps the trained model's own forward pass in autocast, and nothing else.
         with trainer.accelerator.autocast():
             base, base_head = self._start(trunk, head, model_inputs)
-            total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, soft_cap(self.model))
+            total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, logit_transform(self.model))
         mean = total / mask.sum().clamp(min=1)
         trainer.add_metric("kl_to_start", float(mean.detach()))
         # Scale the term as trl scales its loss: the micro-batch's mean, or the sum over the step's number of labels.

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.training.divergence import Known, Live, Measure, soft_cap, summed_divergence, summed_nll, trunk_and_head
+from align.models.logits import logit_transform
+from align.training.divergence import Known, Live, Measure, summed_divergence, summed_nll, trunk_and_head
 from align.training.epochs import SHARE
 from align.training.held_out import scoring
 from align.training.order import by_length
@@ -85,7 +86,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
             if self.sft_weight and int(inputs["row"][0]) >= 0:
                 shifted = inputs["labels"][:, 1:]
                 targets, head = shifted[shifted != MASKED], trunk_and_head(plain)[1]
-                total = total + self.sft_weight * summed_nll(targets, hidden, head, soft_cap(plain))
+                total = total + self.sft_weight * summed_nll(targets, hidden, head, logit_transform(plain))
         # The Trainer passes the number of labels in all micro-batches of the step.
         loss = total / (len(hidden) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -107,7 +108,7 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         else:
             assert self.teacher is not None
             teacher = self.teacher.live(inputs)
-        return summed_divergence(self.measure, hidden, trunk_and_head(plain)[1], teacher, soft_cap(plain))
+        return summed_divergence(self.measure, hidden, trunk_and_head(plain)[1], teacher, logit_transform(plain))
 
 
 class PreparedDistill(Prepared, _Distilling):  # type: ignore[misc]
@@ -141,6 +142,6 @@ def held_out(trainer: Any, encoded: Encoded, known: Sequence[Known]) -> dict[str
             shifted = inputs["labels"][:, 1:]
             targets = shifted[shifted != MASKED]
             divergence += float(trainer.divergence(plain, hidden, inputs, known))
-            nll += float(summed_nll(targets, hidden, trunk_and_head(plain)[1], soft_cap(plain)))
+            nll += float(summed_nll(targets, hidden, trunk_and_head(plain)[1], logit_transform(plain)))
             tokens += len(targets)
     return {"divergence": divergence / tokens, "loss": nll / tokens}

@@ -18,6 +18,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from align.models.adapters import plain_of
+from align.models.logits import PLAIN, LogitTransform
 
 Divergence = Literal["forward", "reverse", "jsd"]
 CHUNK = 256
@@ -50,17 +51,13 @@ class Measure:
         mixture = torch.logaddexp(teacher + weight.log(), student + torch.log1p(-weight))
         return self.beta * _kl(teacher, mixture) + (1 - self.beta) * _kl(student, mixture)
 
-    def log_softmax(self, logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-        """Return (N, V) log-probabilities in float32 at this temperature; ``cap`` is the model's soft cap, if any."""
-        return torch.log_softmax(_apply_cap(logits.float(), cap) / self.temperature, dim=-1)
+    def log_softmax(self, product: torch.Tensor, transform: LogitTransform = PLAIN) -> torch.Tensor:
+        """Return (N, V) log-probabilities in float32 at this temperature; ``product`` is the head's."""
+        return torch.log_softmax(transform.apply(product.float()) / self.temperature, dim=-1)
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(dim=-1)
-
-
-def _apply_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
@@ -80,15 +77,15 @@ class Known:
 
 @dataclass(frozen=True)
 class Live:
-    """A teacher's (N, H) hidden states, and the head that maps them to logits."""
+    """A teacher's (N, H) hidden states, and the head and the transform that map them to logits."""
 
     hidden: torch.Tensor
     head: Any
-    cap: float | None = None
+    transform: LogitTransform = PLAIN
 
 
 def summed_divergence(
-    measure: Measure, hidden: torch.Tensor, head: Any, teacher: Known | Live, cap: float | None = None
+    measure: Measure, hidden: torch.Tensor, head: Any, teacher: Known | Live, transform: LogitTransform = PLAIN
 ) -> torch.Tensor:
     """Return the scalar sum of the divergence over N tokens, in nats; ``hidden`` (N, H) is the student's.
 
@@ -97,18 +94,18 @@ def summed_divergence(
     if isinstance(teacher, Known):
 
         def _known_loss(states: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-            student = measure.log_softmax(head(states), cap).gather(1, ids)
+            student = measure.log_softmax(head(states), transform).gather(1, ids)
             return measure.of(with_rest(student), with_rest(logprobs)).sum()
 
         return _sum_over_chunks(_known_loss, hidden, teacher.ids, teacher.logprobs)
 
     def _live_loss(states: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
-        logits = head(states)
+        product = head(states)
         with torch.no_grad():
-            teacher_logits = teacher.head(teacher_states)
-            common = min(teacher_logits.shape[-1], logits.shape[-1])
-            target = measure.log_softmax(teacher_logits[:, :common], teacher.cap)
-        student = measure.log_softmax(logits[:, :common], cap)
+            teacher_product = teacher.head(teacher_states)
+            common = min(teacher_product.shape[-1], product.shape[-1])
+            target = measure.log_softmax(teacher_product[:, :common], teacher.transform)
+        student = measure.log_softmax(product[:, :common], transform)
         if measure.top_k is None:
             return measure.of(student, target).sum()
         # The teacher's likeliest tokens, and all others as one.
@@ -119,32 +116,34 @@ def summed_divergence(
 
 
 def summed_kl(
-    base: torch.Tensor, base_head: Any, hidden: torch.Tensor, head: Any, cap: float | None = None
+    base: torch.Tensor, base_head: Any, hidden: torch.Tensor, head: Any, transform: LogitTransform = PLAIN
 ) -> torch.Tensor:
     """Return the scalar sum of KL(base || model) over N tokens, in nats, from (N, H) hidden states and their heads.
 
-    ``cap`` is the soft cap on logits of models that have one.
+    ``transform`` is that of both models' logits.
     """
 
     def _kl_of(base_states: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            target = _log_softmax(base_head(base_states), cap)
-        return (target.exp() * (target - _log_softmax(head(states), cap))).sum()
+            target = _log_softmax(base_head(base_states), transform)
+        return (target.exp() * (target - _log_softmax(head(states), transform))).sum()
 
     return _sum_over_chunks(_kl_of, base, hidden)
 
 
-def summed_nll(targets: torch.Tensor, hidden: torch.Tensor, head: Any, cap: float | None = None) -> torch.Tensor:
+def summed_nll(
+    targets: torch.Tensor, hidden: torch.Tensor, head: Any, transform: LogitTransform = PLAIN
+) -> torch.Tensor:
     """Return the scalar sum of -log p(target) over N tokens, in nats; ``targets`` is (N,), ``hidden`` (N, H)."""
 
     def _nll_of(token_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        return -_log_softmax(head(states), cap).gather(1, token_ids[:, None]).sum()
+        return -_log_softmax(head(states), transform).gather(1, token_ids[:, None]).sum()
 
     return _sum_over_chunks(_nll_of, targets, hidden)
 
 
-def _log_softmax(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    return torch.log_softmax(_apply_cap(logits.float(), cap), dim=-1)
+def _log_softmax(product: torch.Tensor, transform: LogitTransform) -> torch.Tensor:
+    return torch.log_softmax(transform.apply(product.float()), dim=-1)
 
 
 def _sum_over_chunks(loss: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -161,9 +160,3 @@ def trunk_and_head(model: Any) -> tuple[Any, Any]:
     """Return trunk and vocabulary head, unwrapped from an adapter; the head is None for a model without one."""
     plain = plain_of(model)
     return getattr(plain, plain.base_model_prefix), plain.get_output_embeddings()
-
-
-def soft_cap(model: Any) -> float | None:
-    """Return the bound that some models (Gemma 2) put on their logits by a tanh; None for others."""
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return None if cap is None else float(cap)

@@ -17,7 +17,8 @@ import torch
 from transformers import TrainerCallback
 
 from align.config.launch import rank, world_size
-from align.training.divergence import soft_cap, summed_nll, trunk_and_head
+from align.models.logits import logit_transform
+from align.training.divergence import summed_nll, trunk_and_head
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded, collate_labeled
 from align.training.trainers import SCORING_TOKENS
@@ -89,7 +90,7 @@ class Replay(TrainerCallback):
         with self.trainer.accelerator.autocast():
             hidden = trunk(**batch, use_cache=False)[0][:, :-1]
             is_label = labels != MASKED
-            return summed_nll(labels[is_label], hidden[is_label], head, soft_cap(self.trainer.model))
+            return summed_nll(labels[is_label], hidden[is_label], head, logit_transform(self.trainer.model))
 
     def scores(self) -> dict[str, float]:
         """Return ``replay_loss``: nats per answer token of the general test rows."""

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from align.models.logits import logit_transform
 from align.store.fingerprint import canonical
-from align.training.divergence import CHUNK, Known, Live, Measure, soft_cap, trunk_and_head
+from align.training.divergence import CHUNK, Known, Live, Measure, trunk_and_head
 from align.training.order import by_length
 from align.training.rows import MASKED
 from align.training.sealed_tensors import read_tensors, write_tensors
@@ -26,7 +27,7 @@ from align.training.trainers import SCORING_TOKENS
 
 LOG = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Part of the key; increased when the same weights and rows should give other numbers."""
 
 
@@ -71,7 +72,7 @@ class Teacher:
         """Return the teacher's hidden states for one batch, with its head."""
         device = inputs["input_ids"].device
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
-            return Live(answer_states(self.model, self.model, inputs), self._head, soft_cap(self.model))
+            return Live(answer_states(self.model, self.model, inputs), self._head, logit_transform(self.model))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -97,8 +98,9 @@ class Teacher:
             ids, logprobs = [], []
             for start in range(0, len(live.hidden), CHUNK):
                 with torch.no_grad():
-                    logits = live.head(live.hidden[start : start + CHUNK])[:, :vocabulary]
-                    best = measure.log_softmax(logits, live.cap).topk(min(measure.top_k, logits.shape[-1]), dim=-1)
+                    product = live.head(live.hidden[start : start + CHUNK])[:, :vocabulary]
+                    distribution = measure.log_softmax(product, live.transform)
+                    best = distribution.topk(min(measure.top_k, product.shape[-1]), dim=-1)
                 # int32 holds any vocabulary in half the space.
                 ids.append(best.indices.to(torch.int32).cpu())
                 logprobs.append(best.values.cpu())

@@ -15,6 +15,7 @@ from align.config.stages.distill import DistillConfig
 from align.errors import UserError
 from align.inference.protocol import Response, Sampling
 from align.models.loading import load_policy, load_tokenizer
+from align.models.logits import LogitTransform
 from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import distill as work
@@ -22,7 +23,8 @@ from align.stages.distill import run
 from align.training.distill_trainer import AnswerCollator, is_on_policy_step, prompt_of
 from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest
 from align.training.rows import MASKED, encode_supervised
-from align.training.teacher import TeacherCache
+from align.training.teacher import Teacher, TeacherCache
+from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.stages.more_tokens import add_token
 from tests.support.stages.stage_contexts import distill_stage
 from tests.support.training.harness import losses, rows
@@ -121,11 +123,27 @@ def test_soft_caps_are_those_of_each_model() -> None:
     student, teacher = 4 * torch.randn(5, 11), 4 * torch.randn(5, 11)
     identity = torch.nn.Identity()
     divergence = summed_divergence(
-        Measure(temperature=2.0), student, identity, Live(teacher, identity, cap=3.0), cap=5.0
+        Measure(temperature=2.0),
+        student,
+        identity,
+        Live(teacher, identity, LogitTransform(cap=3.0)),
+        LogitTransform(cap=5.0),
     )
     capped_student, capped_teacher = 5 * torch.tanh(student / 5), 3 * torch.tanh(teacher / 3)
     expected = summed_divergence(Measure(temperature=2.0), capped_student, identity, Live(capped_teacher, identity))
     assert float(divergence) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_teachers_own_scale_of_its_logits_counts(tmp_path: Path) -> None:
+    model = load_policy(make_scaling_model(tmp_path))
+    ids = torch.arange(40, 50)
+    row = {"input_ids": ids.tolist(), "labels": [MASKED] * 4 + ids[4:].tolist(), "row": 0}
+    with torch.no_grad():
+        expected = model(ids[None]).logits[0, 3:-1].log_softmax(-1).topk(5).values
+    (known,) = Teacher(model, bfloat16=False).known(
+        [row], AnswerCollator(pad=0), Measure(top_k=5), 260, lambda done, total: None
+    )
+    assert torch.allclose(known.logprobs, expected, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_whole_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

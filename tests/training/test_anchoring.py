@@ -18,11 +18,13 @@ from align.config.tuning import AdaptersTuning, LoraTuning, Tuning
 from align.config.validation import validate
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward
+from align.models.logits import PLAIN, LogitTransform
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.divergence import CHUNK, summed_kl, trunk_and_head
 from align.training.sft_trainer import NoisyEmbeddings
+from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.models.tuning.confident_model import saved
 from tests.support.training.harness import events, losses
 from tests.support.training.killed_stage import Killed, dying
@@ -95,23 +97,23 @@ def test_a_share_of_the_steps_items_counts_for_all_that_average_it(
     assert value(1, nothing, None) == value(1, nothing, 0) == 0.0
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
-def test_kl_in_chunks_is_that_of_whole_distributions(cap: float | None) -> None:
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(scale=0.5, cap=3.0)])
+def test_kl_in_chunks_is_that_of_whole_distributions(transform: LogitTransform) -> None:
     torch.manual_seed(0)
     count = CHUNK + 7
     base, hidden = torch.randn(count, 8), torch.randn(count, 8, requires_grad=True)
     base_head, head = nn.Linear(8, 11, bias=False), nn.Linear(8, 11, bias=False)
-    actual = summed_kl(base, base_head, hidden, head, cap)
+    actual = summed_kl(base, base_head, hidden, head, transform)
     actual.backward()
     got = (hidden.grad, head.weight.grad)
     hidden.grad, head.weight.grad = None, None
 
-    def capped(logits: torch.Tensor) -> torch.Tensor:
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+    def transformed(logits: torch.Tensor) -> torch.Tensor:
+        return logits if transform is PLAIN else 3 * torch.tanh(0.5 * logits / 3)
 
     wanted = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=capped(base_head(base)).detach()),
-        torch.distributions.Categorical(logits=capped(head(hidden))),
+        torch.distributions.Categorical(logits=transformed(base_head(base)).detach()),
+        torch.distributions.Categorical(logits=transformed(head(hidden))),
     ).sum()
     wanted.backward()
     assert float(actual) == pytest.approx(float(wanted), rel=1e-5)
@@ -149,9 +151,11 @@ def test_an_anchored_model_learns_and_stays_nearer(
         assert held_metrics["moved"] > 0
 
 
-def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path) -> None:
+@pytest.mark.parametrize("scales", [False, True])
+def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path, tmp_path: Path, scales: bool) -> None:
     """A micro-batch like DPO's against distributions computed in full; halves of it add up over ``num_items``."""
-    model = load_policy(tiny_model)
+    folder = make_scaling_model(tmp_path) if scales else tiny_model
+    model = load_policy(folder)
 
     class Holder:
         def __init__(self) -> None:
@@ -161,7 +165,7 @@ def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path) -> None:
 
     trainer = Holder()
     term = KLToStart(trainer, 2.0, low=False)
-    start = load_policy(tiny_model)
+    start = load_policy(folder)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from align.models.logits import PLAIN, LogitTransform
 from align.training.divergence import CHUNK, Known, Live, Measure, summed_divergence, with_rest
 
 STUDENT, TEACHER = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])
@@ -35,8 +36,8 @@ def test_beta_is_the_teachers_share_of_the_mixture(beta: float) -> None:
 def test_the_cap_comes_before_the_temperature() -> None:
     logits = torch.tensor([[8.0, 1.0, -3.0]])
     expected = torch.log_softmax(5 * torch.tanh(logits / 5) / 2, dim=-1)
-    assert torch.allclose(Measure(temperature=2.0).log_softmax(logits, 5.0), expected)
-    assert torch.allclose(Measure(temperature=2.0).log_softmax(logits, None), torch.log_softmax(logits / 2, dim=-1))
+    assert torch.allclose(Measure(temperature=2.0).log_softmax(logits, LogitTransform(cap=5.0)), expected)
+    assert torch.allclose(Measure(temperature=2.0).log_softmax(logits), torch.log_softmax(logits / 2, dim=-1))
 
 
 def test_all_other_tokens_count_as_one() -> None:
@@ -52,22 +53,22 @@ def both(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, nn.Linear, nn.Line
     return torch.randn(count, 8), torch.randn(count, 6), nn.Linear(8, 11, bias=False), nn.Linear(6, rows, bias=False)
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("transform", [PLAIN, LogitTransform(scale=0.5, cap=3.0)])
 @pytest.mark.parametrize("rows", [9, 11, 14])
-def test_a_live_teacher_in_chunks_is_one_over_all_common_tokens(rows: int, cap: float | None) -> None:
+def test_a_live_teacher_in_chunks_is_one_over_all_common_tokens(rows: int, transform: LogitTransform) -> None:
     hidden, states, head, teacher_head = both(rows)
     measure = Measure("jsd", 0.3, temperature=1.5)
     common = min(11, rows)
-    student = measure.log_softmax(head(hidden)[:, :common], cap)
-    teacher = measure.log_softmax(teacher_head(states)[:, :common], None)
-    actual = summed_divergence(measure, hidden, head, Live(states, teacher_head), cap)
+    student = measure.log_softmax(head(hidden)[:, :common], transform)
+    teacher = measure.log_softmax(teacher_head(states)[:, :common])
+    actual = summed_divergence(measure, hidden, head, Live(states, teacher_head), transform)
     assert float(actual) == pytest.approx(float(measure.of(student, teacher).sum()), rel=1e-5)
 
 
 def test_kept_tokens_give_what_a_live_teacher_gives_with_as_many() -> None:
     hidden, states, head, teacher_head = both()
     measure = Measure("forward", temperature=2.0, top_k=3)
-    best = measure.log_softmax(teacher_head(states), None).topk(3, dim=-1)
+    best = measure.log_softmax(teacher_head(states)).topk(3, dim=-1)
     live = summed_divergence(measure, hidden, head, Live(states, teacher_head))
     remaining = summed_divergence(measure, hidden, head, Known(best.indices, best.values.detach()))
     assert float(remaining) == pytest.approx(float(live), rel=1e-5)

@@ -18,6 +18,7 @@ from align.models.loading import load_policy
 from align.pipeline.registry import STAGES
 from align.training.replay import Replay, replayed_rows
 from align.training.rows import Encoded
+from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.training.harness import events, losses
 from tests.support.training.killed_stage import Killed, dying
 from tests.support.training.training_stages import FULL, make_replay_stage, make_stage
@@ -38,9 +39,12 @@ def test_a_step_replays_its_fraction_and_carries_the_rest() -> None:
     assert [len(replay.rows_of(step)) for step in range(4)] == [2, 3, 2, 3]
 
 
+@pytest.mark.parametrize("scales", [False, True])
 @pytest.mark.parametrize("num_items", [None, 40])
-def test_the_term_is_the_steps_mean_whatever_the_micro_batches(tiny_model: Path, num_items: int | None) -> None:
-    model = load_policy(tiny_model)
+def test_the_term_is_the_steps_mean_whatever_the_micro_batches(
+    tiny_model: Path, tmp_path: Path, num_items: int | None, scales: bool
+) -> None:
+    model = load_policy(make_scaling_model(tmp_path) if scales else tiny_model)
     rows = [{"input_ids": list(range(40, 44 + n)), "labels": [-100, -100, *range(42, 44 + n)]} for n in range(6)]
     encoded = Encoded(rows=rows, lengths=[len(row["input_ids"]) for row in rows])
     trainer = SimpleNamespace(
