@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from align.data.rows import Row, answer_side, is_finished
+from align.models.answer_tokens import split_turns
 from align.models.loading import load_policy, load_tokenizer
+from align.models.logits import logit_transform
 from align.models.precision import autocast
-from align.models.render import render_conversation, render_prompt
 from align.models.reward import RewardModel
 
 Scorer = Callable[[list[Row]], list[float]]
@@ -51,12 +52,16 @@ class _RewardScorer:
 
 
 class _PerplexityScorer:
-    """Perplexity of the reply given the prompt; with ``alone``, divided by that of the reply without it (IFD)."""
+    """Perplexity of an answer's last turn given all before it; with ``alone``, divided by that of the turn alone (IFD).
+
+    Raises ``PromptRewritten`` for a template that renders what stands before the turn differently once it follows.
+    """
 
     def __init__(self, folder: Path, device: str, config: Any, alone: bool) -> None:
         self.tokenizer = load_tokenizer(folder)
         model = load_policy(folder).to(device).eval()
         self._trunk, self._head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+        self._transform = logit_transform(model)
         self.device, self.precision, self.batch_size = device, config.precision, config.batch_size
         self.max_length, self.alone = config.max_length, alone
 
@@ -82,14 +87,12 @@ class _PerplexityScorer:
         text = reply_text(row)
         if not text:
             return []
-        messages = [*row["prompt"], {"role": "assistant", "content": text}]
-        tools = row.get("tools")
-        prompt = render_prompt(self.tokenizer, row["prompt"], tools)
-        conversation = render_conversation(self.tokenizer, messages, is_finished(row, answer_side(row)), tools)
-        answer = conversation[len(prompt) :]
+        side = answer_side(row)
+        last = len(row["prompt"]) + len(row[side]) - 1
+        ((prompt, answer),) = split_turns(self.tokenizer, row, side, [last])
         if len(prompt) + 1 >= self.max_length or not answer:
             return []
-        conditioned = (conversation[: self.max_length], len(prompt))
+        conditioned = ([*prompt, *answer][: self.max_length], len(prompt))
         if not self.alone:
             return [conditioned]
         # The reply alone follows the token that opens a text, so that its own first token is scored too.
@@ -121,9 +124,10 @@ class _PerplexityScorer:
             hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
         scored = scored.to(self.device)
         with autocast(self.device, self.precision):
-            logits = self._head(hidden[scored])  # only of tokens that count: (N, V)
+            product = self._head(hidden[scored])  # only of tokens that count: (N, V)
+        logits = self._transform.apply(product.float())
         # Sum the losses per row: nonzero()[:, 0] is the row of each scored token.
-        losses = F.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
+        losses = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none")
         sums = losses.new_zeros(len(texts)).index_add_(0, scored.nonzero()[:, 0], losses)
         means: list[float] = (sums / scored.sum(dim=1)).tolist()
         return means

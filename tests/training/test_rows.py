@@ -7,9 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, trainers
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
@@ -27,6 +24,7 @@ from align.training.rows import (
     read_split,
 )
 from align.training.unpaired import add_mismatched, encode_unpaired, unpair
+from tests.support.models.joining_tokenizer import make_joining_tokenizer
 from tests.support.training.harness import rows
 
 
@@ -111,26 +109,9 @@ def test_an_answer_that_was_cut_off_gets_no_end_of_turn(tokenizer: Any) -> None:
         assert open_end["chosen_ids"] == ended["chosen_ids"]
 
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
 @pytest.fixture
 def joining_tokenizer() -> Any:
-    """A byte-level BPE tokenizer that joins a line break and the blanks behind it, as GPT-2's and SmolLM2's do."""
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(["def f(x):\n    y = x\n    return y\n" * 20], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
-    )
+    return make_joining_tokenizer()
 
 
 def test_an_answers_indentation_is_learned_as_it_is_sampled(joining_tokenizer: Any) -> None:

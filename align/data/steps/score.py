@@ -2,7 +2,8 @@
 
 ``reward``: a reward model's score of the reply. ``perplexity``: exp of the mean negative log-likelihood of the reply's
 tokens, given the prompt. ``ifd``: instruction-following difficulty (arXiv 2308.12032, eq. 3), the perplexity of the
-reply given the prompt divided by that of the reply alone: near 1 the prompt helps little, above 1 it misleads.
+reply given the prompt divided by that of the reply alone: near 1 the prompt helps little, above 1 it misleads. The last
+turn of an answer is its reply; the turns before it count as prompt.
 ``function``: a function of your own. The number stays in the rows as ``score``.
 """
 

@@ -8,12 +8,15 @@ import torch
 from pydantic import ValidationError
 
 from align.config.recipe.step_settings import ScoreStep
+from align.data.rows import assistant, user
 from align.data.steps.score import ABOVE, BELOW, NO_SCORE
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.render import render_conversation, render_prompt
 from align.models.reward import RewardModel
 from tests.support.data.steps.tables import decide, kept, row
+from tests.support.models.joining_tokenizer import make_joining_tokenizer
+from tests.support.models.scaled_logits import make_scaling_model
 
 ROWS = [row(f"q{i}", completion="x" * (i + 1), source=i % 2) for i in range(10)]
 
@@ -121,6 +124,42 @@ def test_perplexity_and_difficulty_are_those_of_the_plain_model(tiny_model):
         alone = likelihood(model, [*begin, *conversation[len(prompt) :]], 1)
         assert perplexity[index] == pytest.approx(math.exp(conditioned), rel=1e-4)
         assert difficulty[index] == pytest.approx(math.exp(conditioned - alone), rel=1e-4)
+
+
+def score(folder, *rows):
+    """Perplexity of each row by the step."""
+    config = ScoreStep(type="score", by="perplexity", model=str(folder), precision="float32", batch_size=2)
+    return decide(config, list(rows)).columns["score"]
+
+
+def test_perplexity_is_of_the_models_scaled_logits(tmp_path):
+    model, tokenizer = load_policy(make_scaling_model(tmp_path)), load_tokenizer(tmp_path)
+    conversation = render_conversation(tokenizer, [*ROWS[3]["prompt"], *ROWS[3]["completion"]])
+    expected = likelihood(model, conversation, len(render_prompt(tokenizer, ROWS[3]["prompt"])))
+    assert score(tmp_path, ROWS[3])[0] == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+def test_the_turns_before_the_last_one_are_its_context(tiny_model):
+    prompt, before, last = [user("which wall?")], [assistant("!look"), user("blue")], assistant("the blue one")
+    episode = row("episode") | {"prompt": prompt, "completion": [*before, last]}
+    flat = row("flat") | {"prompt": [*prompt, *before], "completion": [last]}
+    without = row("without") | {"prompt": prompt, "completion": [last]}
+    scores = score(tiny_model, episode, flat, without)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    assert scores[0] != pytest.approx(scores[2], rel=1e-3)
+
+
+def test_an_answer_that_would_join_its_prompt_is_scored_as_it_is_sampled(tiny_model, tmp_path):
+    model, tokenizer = load_policy(tiny_model), make_joining_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code = row("code") | {"prompt": [user("def f(x):")], "completion": [assistant("    return x\n")]}
+    prompt = render_prompt(tokenizer, code["prompt"])
+    answer = [*tokenizer("    return x\n")["input_ids"], tokenizer.eos_token_id]
+    assert render_conversation(tokenizer, [*code["prompt"], *code["completion"]]) != [*prompt, *answer]
+    expected = likelihood(model, [*prompt, *answer], len(prompt))
+    assert score(tmp_path, code)[0] == pytest.approx(math.exp(expected), rel=1e-4)
 
 
 def test_a_prompt_that_fills_the_context_has_no_score(tiny_model):
