@@ -48,7 +48,8 @@ def unify_special_tokens(tokenizer: Any, model: Any, warn: Callable[[str], None]
             settings.bos_token_id = tokenizer.bos_token_id
 
 
-CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ANSWER = "b"
+CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
 
 
 def require_turn_end(tokenizer: Any) -> int | None:
@@ -64,6 +65,8 @@ def require_turn_end(tokenizer: Any) -> int | None:
 def turn_end_token(tokenizer: Any) -> int | None:
     """Return the id of the special token with which the chat template closes an assistant's turn, or None.
 
+    None, too, for a template that closes a turn only by the role of the next one.
+
     Raises the template's ``TemplateError``, and ``UserError`` for one that exceeds its bounds (``chat_template.py``).
     """
     from align.models.template_budget import TemplateOutOfBounds
@@ -77,6 +80,9 @@ def turn_end_token(tokenizer: Any) -> int | None:
     for token in reversed(ids[-1 - MAX_TRAILING :]):
         if token in special:
             return int(token)
+        # A special token before the answer opens the turn.
+        if ANSWER in tokenizer.decode([token]):
+            return None
     return None
 
 

@@ -175,7 +175,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         _inspected(
             "model",
-            1,
+            2,
             Kind.MODEL,
             "bring a base model into the store as plain safetensors",
             headline={"parameters": "parameters", "architecture": ""},
