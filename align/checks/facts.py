@@ -41,6 +41,8 @@ class Facts:
     """Digest of a reward model's score head."""
     turn_end: bool = False
     """True once eos was verified to be the template's end of turn."""
+    finite: bool = False
+    """True once the weights were verified to have no NaN and no infinity."""
     accuracy: float | None = None
     """Accuracy of a reward model on held-out pairs as labeled."""
     pairs: int | None = None
@@ -121,9 +123,19 @@ def head_of(tensors: dict[str, Tensor]) -> Tensor | None:
 
 
 def facts_of(
-    folder: Path, stage: str, tensors: dict[str, Tensor], metrics: dict[str, Any], adapter_base: str | None = None
+    folder: Path,
+    stage: str,
+    tensors: dict[str, Tensor],
+    metrics: dict[str, Any],
+    *,
+    verified: bool,
+    adapter_base: str | None = None,
 ) -> Facts:
-    """Return the facts of a finished checkpoint without faults; ``metrics`` are its stage's."""
+    """Return the facts of a finished checkpoint; ``metrics`` are its stage's.
+
+    ``verified`` is True for a checkpoint without faults. One with a waived fault is checked in full by each later
+    stage, since a fault can hide others.
+    """
     template, ids = template_text(folder), token_ids(folder)
     head = head_of(tensors)
     accuracy, pairs = metrics.get("test_accuracy_after"), metrics.get("test_pairs")
@@ -137,7 +149,8 @@ def facts_of(
         eos=special_token(folder, "eos_token"),
         pad=special_token(folder, "pad_token"),
         head=None if head is None else tensor_digest(head),
-        turn_end=True,
+        turn_end=verified,
+        finite=verified,
         accuracy=float(accuracy) if scores and accuracy is not None else None,
         pairs=int(pairs) if scores and pairs is not None else None,
         adapter_base=adapter_base,

@@ -30,8 +30,10 @@ def check_inputs(context: StageContext, makes: Kind | None) -> None:
     models = input_checkpoints(context)
     faults: list[Fault] = []
     for _, artifact in models:
-        # Weights with recorded facts were checked for NaN before they were published.
-        faults += check_folder(artifact.model, artifact.kind == Kind.REWARD, values=read_facts(artifact.model) is None)
+        # Most weights were checked for NaN before they were published.
+        facts = read_facts(artifact.model)
+        is_verified = facts is not None and facts.finite
+        faults += check_folder(artifact.model, artifact.kind == Kind.REWARD, values=not is_verified)
     if not faults and makes in TRAINED:
         faults = [*_unlike(context.config, models), *below_floor(context.config, models, context.warn)]
     refuse(context.name, faults, context.runtime.handover.waive)
@@ -82,15 +84,14 @@ def check_output(context: StageContext, kind: str, makes: Kind | None, metrics: 
     folder = context.output / "model"
     if makes not in CHECKPOINTS or not folder.is_dir() or folder.is_symlink():
         return
-    refuse(
-        f"{context.name}, of its own result", check_folder(folder, makes == Kind.REWARD), context.runtime.handover.waive
-    )
-    # After the checks, so that the facts describe a checkpoint without faults.
+    faults = check_folder(folder, makes == Kind.REWARD)
+    refuse(f"{context.name}, of its own result", faults, context.runtime.handover.waive)
+    # After the checks, so that nothing is recorded of a checkpoint with faults that were not waived.
     tensors = read_tensors(folder)
     if kind == "artifact" and read_facts(folder) is not None:
         return  # an imported artifact keeps its facts
     base = weights_digest(tensors) if (folder / ADAPTER).is_dir() else None
-    write_facts(folder, facts_of(folder, kind, tensors, metrics, base))
+    write_facts(folder, facts_of(folder, kind, tensors, metrics, verified=not faults, adapter_base=base))
     _record_base(context)
 
 

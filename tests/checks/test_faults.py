@@ -239,3 +239,20 @@ def test_a_folder_of_a_link_is_left_as_it_is(tiny_model: Path, tmp_path: Path) -
     (tmp_path / "model").symlink_to(tiny_model)
     check_output(context(tmp_path, {}), "sft", Kind.POLICY, {})
     assert not (tiny_model / "align.json").exists()
+
+
+@pytest.mark.parametrize("inject", [never_stop, poison, pad_with_eos])
+def test_a_waived_fault_is_no_fact_for_the_next_stage(
+    inject: Callable[[dict[str, Path]], None], artifacts: dict[str, Artifact], tmp_path: Path
+) -> None:
+    policy = artifacts["policy"]
+    inject({"policy": policy.model})
+    (policy.model / "align.json").unlink(missing_ok=True)
+    with pytest.raises(UserError) as refused:
+        check_output(context(policy.path, {}), "sft", Kind.POLICY, {})
+    names = [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]]
+    check_output(context(policy.path, {}, waive=names), "sft", Kind.POLICY, {})
+    facts = read_facts(policy.model)
+    assert facts is not None and not facts.turn_end and not facts.finite
+    with pytest.raises(UserError, match=names[0]):
+        check_inputs(context(tmp_path / "next", {"policy": policy}), Kind.POLICY)
