@@ -47,7 +47,7 @@ def tokenizer_folder(adapter: Path, base: Path) -> Path:
     return adapter if (adapter / "tokenizer_config.json").is_file() else base
 
 
-def load_merged(base: Path, adapter: Path, tokens: int) -> Any:
+def load_merged(base: Path, adapter: Path, tokens: int, *, trust_remote_code: bool = False) -> Any:
     """Return the model of ``base`` with the adapter merged, in float32 on the CPU.
 
     Embeddings grow first where the adapter was trained with more rows, or its tokenizer has more ``tokens``. Raises
@@ -58,7 +58,7 @@ def load_merged(base: Path, adapter: Path, tokens: int) -> Any:
     from align.models.added_tokens import grow_embeddings
     from align.models.pretrained import open_model
 
-    model, _ = open_model("causal", base, torch.float32)
+    model, _ = open_model("causal", base, torch.float32, trust_remote_code=trust_remote_code)
     # An adapter that stores a whole embedding decides the number of rows.
     grow_embeddings(model, _embedding_rows(adapter) or tokens)
     return attach(model, adapter, merge=True)

@@ -85,7 +85,13 @@ def copy_model(
 
 
 def merge_adapter(
-    base: Path, adapter: Path, out_dir: Path, changes: Changes | None = None, warn: Callable[[str], None] = LOG.warning
+    base: Path,
+    adapter: Path,
+    out_dir: Path,
+    changes: Changes | None = None,
+    warn: Callable[[str], None] = LOG.warning,
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Merge a peft adapter into its base in float32 and write the result as a plain folder.
 
@@ -94,14 +100,16 @@ def merge_adapter(
     import torch
 
     changes = changes or Changes()
-    tokenizer = open_tokenizer(tokenizer_folder(adapter, base))
+    tokenizer = open_tokenizer(tokenizer_folder(adapter, base), trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
-        tokenizer.chat_template = open_tokenizer(base).chat_template
+        tokenizer.chat_template = open_tokenizer(base, trust_remote_code=trust_remote_code).chat_template
     if changes.chat_template is None:
         require_chat_template(tokenizer, f"the adapter '{adapter}' and its base")
-    model = load_merged(base, adapter, len(tokenizer))
+    model = load_merged(base, adapter, len(tokenizer), trust_remote_code=trust_remote_code)
     _apply(changes, tokenizer, model, str(adapter))
     write_model(model.to(getattr(torch, changes.dtype)), tokenizer, out_dir, warn, str(adapter))
+    if trust_remote_code:
+        remove_code(out_dir)
 
 
 def _apply(changes: Changes, tokenizer: Any, model: Any, source: str) -> None:

@@ -36,8 +36,8 @@ def pinned(config: ModelConfig, base: Path) -> ModelConfig:
     settings = _adapter_config(source)
     if settings is not None:
         changes |= _pinned_base(config, settings, base)
-    elif config.base_model is not None and source.path is not None:
-        raise UserError(f"base_model: '{config.source}' is a whole model, no adapter; leave base_model out.")
+    elif (config.base_model or config.base_revision) and _is_whole(source):
+        _refuse_base(config)
     changes = {name: value for name, value in changes.items() if getattr(config, name) != value}
     config = config.model_copy(update=changes) if changes else config
     check_template(config, base)
@@ -57,6 +57,23 @@ def _adapter_config(source: Source) -> Path | None:
     if small_file(source.name, source.revision, CONFIG) is not None:
         return None
     return small_file(source.name, source.revision, ADAPTER_CONFIG)
+
+
+def _is_whole(source: Source) -> bool:
+    """Return True for a source that is known to be a model of its own."""
+    if source.origin is not Origin.HUB:
+        return source.origin is not Origin.ADAPTER
+    if source.revision is None or small_file(source.name, source.revision, CONFIG) is None:
+        return False
+    # Some adapters come with a copy of their base's config.
+    return small_file(source.name, source.revision, ADAPTER_CONFIG) is None
+
+
+def _refuse_base(config: ModelConfig) -> None:
+    """Raise ``UserError`` for the base of a model that is no adapter; return where none is set."""
+    for name in ("base_model", "base_revision"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{name}: '{config.source}' is a whole model, no adapter; leave {name} out.")
 
 
 def _pinned_base(config: ModelConfig, settings: Path, base: Path) -> dict[str, Any]:
@@ -129,8 +146,10 @@ def run(context: StageContext) -> dict[str, Any]:
     folder = _fetch(source, context)
     context.progress(2, PARTS, unit="parts", step="writing weights and tokenizer")
     if is_adapter(folder):
-        merge_adapter(_fetch_base(folder, context), folder, out_dir, changes, context.warn)
+        base = _fetch_base(folder, context)
+        merge_adapter(base, folder, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
     else:
+        _refuse_base(config)  # again: the plan may not have known the files of a Hub name
         copy_model(folder, out_dir, changes, context.warn, trust_remote_code=config.trust_remote_code)
     return _describe(out_dir, context)
 

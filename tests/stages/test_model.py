@@ -18,6 +18,7 @@ from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
 from align.stages.model import identities, run
+from tests.support.models.adapters import train_adapter
 
 
 def _context(tmp_path: Path, **config: Any) -> StageContext:
@@ -132,6 +133,22 @@ def test_code_that_is_trusted_does_not_go_into_the_store(tiny_model: Path, tmp_p
     assert not list((context.output / "model").glob("*.py"))
     assert "auto_map" not in (context.output / "model" / "config.json").read_text()
     assert type(load_policy(context.output / "model")).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.usefixtures("code_of_models")
+def test_the_code_of_an_adapters_base_runs_where_it_is_trusted(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = str(train_adapter(tiny_model, tmp_path / "lora"))
+    base = str(_with_code(tiny_model, tmp_path / "base", "own-kind"))
+    for name, trusted, finding in (("one", False, "running Python code"), ("two", True, "own-kind")):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=finding):
+            run(_context(tmp_path / name, source=adapter, base_model=base, trust_remote_code=trusted))
+    (tmp_path / "three").mkdir()
+    known = _with_code(tiny_model, tmp_path / "known", "llama")
+    plain = _context(tmp_path / "three", source=adapter, base_model=str(known), trust_remote_code=True)
+    run(plain)
+    assert not list((plain.output / "model").glob("*.py"))
+    assert type(load_policy(plain.output / "model")).__name__ == "LlamaForCausalLM"
 
 
 @pytest.mark.usefixtures("code_of_models")

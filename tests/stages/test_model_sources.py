@@ -134,8 +134,13 @@ def test_an_adapter_without_its_base_is_refused_when_planned(adapter: Path, tiny
         pinned(ModelConfig(source=str(moved), base_model=str(tiny_model)), tmp_path)
     with pytest.raises(UserError, match="is an adapter; an adapter is merged into a model folder"):
         pinned(ModelConfig(source=str(adapter), base_model=str(adapter)), tmp_path)
-    with pytest.raises(UserError, match="is a whole model, no adapter; leave base_model out"):
-        pinned(ModelConfig(source=str(tiny_model), base_model="tiny"), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"base_model": "tiny"}, {"base_revision": "main"}])
+def test_a_whole_model_has_no_base(fields: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
+    for source in (str(tiny_model), "tiny", "smollm2-135m-instruct"):
+        with pytest.raises(UserError, match=f"is a whole model, no adapter; leave {next(iter(fields))} out"):
+            pinned(ModelConfig(source=source, **fields), tmp_path)
 
 
 def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
@@ -214,6 +219,24 @@ def test_an_adapter_on_the_hub_with_its_base_there(
     assert (context.config.base_model, context.config.base_revision) == ("org/base", base_commit)
     expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter))
     torch.testing.assert_close(logits(load_policy(context.output / "model")), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_whole_model_on_the_hub_has_no_base(
+    online_hub: HubServer, adapter: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online_hub.push_folder("models/org/tiny", tiny_model)
+    fields = {"source": "org/tiny", "base_model": str(tiny_model)}
+    with pytest.raises(UserError, match="base_model: 'org/tiny' is a whole model"):
+        pinned(ModelConfig(**fields), tmp_path)
+    # An adapter with a copy of its base's config is no whole model.
+    both = shutil.copytree(adapter, tmp_path / "pushed")
+    shutil.copy(tiny_model / "config.json", both)
+    online_hub.push_folder("models/org/lora", both)
+    assert pinned(ModelConfig(source="org/lora", base_model=str(tiny_model)), tmp_path).base_model == str(tiny_model)
+    # Where the plan cannot know, the stage finds out.
+    monkeypatch.setattr("align.stages.model.small_file", lambda *names: None)
+    with pytest.raises(UserError, match="base_model: 'org/tiny' is a whole model"):
+        bring_in(tmp_path, **fields)
 
 
 # --- checkpoints in shards
