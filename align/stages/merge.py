@@ -10,15 +10,16 @@ import torch
 
 from align.models.merging_methods import methods
 from align.models.merging_methods.compatibility import check_architecture, check_language, check_origin, check_tensors
-from align.models.merging_methods.lazy_weights import Weights
+from align.models.merging_methods.lazy_weights import HEAD, Weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 
 if TYPE_CHECKING:
     from align.config.stages.merge import MergeConfig
 
-SCORE = frozenset({"score.weight"})
-"""A reward model's head; for a base without one it counts as zero."""
+HEADS = frozenset({"score.weight", HEAD})
+"""Heads of a reward model and of a policy as its base: the missing score head counts as zero, the output head is left
+out."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def run(context: StageContext) -> dict[str, Any]:
     for weights, artifact in compared:
         check_architecture(models[0], weights)
         check_language(tokenizer, load_tokenizer(artifact.model), (models[0].label, weights.label))
-        check_tensors(models[0], weights, SCORE if weights is base and config.rewards else frozenset())
+        check_tensors(models[0], weights, HEADS if weights is base and config.rewards else frozenset())
     # Checkpoints of another origin average to noise, which no later check would notice.
     cosines = check_origin(models, base)
     model = (load_reward if config.rewards else load_policy)(artifacts[0].model)

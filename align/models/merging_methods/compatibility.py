@@ -40,12 +40,15 @@ def check_architecture(first: Weights, second: Weights) -> None:
 
 
 def check_tensors(first: Weights, second: Weights, optional: frozenset[str] = frozenset()) -> None:
-    """Raise ``UserError`` unless ``second`` has the tensors of ``first``; ``optional`` ones may be missing."""
-    for name in sorted(first.names):
-        if name not in second.names:
-            if name in optional:
-                continue
-            raise UserError(f"{second.label} has no {name}, which {first.label} has; they are not of one architecture.")
+    """Raise ``UserError`` unless both have the same tensors; either may lack ``optional`` ones."""
+    unshared = sorted((first.names ^ second.names) - optional)
+    if unshared:
+        name = unshared[0]
+        complete, incomplete = (first, second) if name in first.names else (second, first)
+        raise UserError(
+            f"{incomplete.label} has no {name}, which {complete.label} has; they are not of one architecture."
+        )
+    for name in sorted(first.names & second.names):
         first_shape, second_shape = first.shape(name), second.shape(name)
         if first_shape != second_shape:
             hint = " Their vocabularies differ." if first_shape[1:] == second_shape[1:] else ""
