@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from align import Pipeline
 from align.config.stages.merge import MergeConfig
+from align.config.tuning import AdaptersTuning
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.merging_methods import methods
+from align.models.tuning.stored import apply, write_adapter
 from align.pipeline.context import StageContext
 from align.stages.merge import merge_tensor, run
 from align.store.artifacts import Kind
@@ -163,6 +165,45 @@ def test_reward_models_merge_from_a_policy_which_has_no_head(
     # a head starts at zero, so half the way to the average is a quarter of the sum
     head = load_reward(stage.output / "model").score.weight
     assert torch.allclose(head, (heads[0] + heads[1]) / 4, atol=1e-6)
+
+
+def untie(folder: Path) -> None:
+    """Give a checkpoint a head of its own, as a merged adapter on the head or the embeddings does."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = -weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+
+@pytest.mark.parametrize("policies", [["a", "b"], ["b", "a"]])
+def test_a_head_that_only_one_checkpoint_has_is_refused(
+    policies: list[str], trained: dict[str, Path], tmp_path: Path
+) -> None:
+    untie(trained["b"])
+    message = r"policies \('a'\) has no lm_head.weight, which policies \('b'\) has"
+    with pytest.raises(UserError, match=message):
+        run(merge_stage(tmp_path / "run", trained, policies=policies))
+
+
+def test_reward_models_merge_from_a_policy_with_a_head_of_its_own(
+    tiny_reward: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folders = {name: perturbed_copy(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
+    folders["base"] = tmp_path / "base" / "model"
+    shutil.copytree(tiny_model, folders["base"])
+    untie(folders["base"])
+    stage = merge_stage(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"], base="base")
+    run(stage)
+    heads = [load_reward(folder).score.weight for folder in (folders["a"], folders["b"], stage.output / "model")]
+    assert torch.allclose(heads[2], (heads[0] + heads[1]) / 2, atol=1e-6)
+
+
+def test_an_adapter_beside_the_weights_is_named_by_its_method(trained: dict[str, Path], tmp_path: Path) -> None:
+    tuned = apply(load_policy(trained["b"]), AdaptersTuning(kind="llama_adapter", layers=1), 0, None)
+    write_adapter(tuned, trained["b"] / "adapter")
+    with pytest.raises(UserError, match=r"carries an adapter that is no part of its weights \(llama_adapter 10\)"):
+        run(merge_stage(tmp_path / "run", trained, policies=["a", "b"]))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from align.errors import UserError
 from align.models.files import weight_files
+from align.models.tuning.stored import FOLDER, is_stored, stored_tuning
 
 HEAD = "lm_head.weight"
 
@@ -22,7 +23,7 @@ class Weights:
         """Open a folder, called ``label`` in messages. Raises ``UserError`` where an adapter is stored in it."""
         self.folder, self.label = folder, label
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (folder / "adapter").is_dir():
+        if (folder / FOLDER).is_dir():
             raise UserError(
                 f"{label} carries an adapter that is no part of its weights ({self._method()}), so its weights are "
                 "those of its base. Merge checkpoints of methods that fold into the weights (docs/methods.md)."
@@ -36,9 +37,9 @@ class Weights:
         self.names = {name for name in self._files if not (self.tied and name == HEAD)}
 
     def _method(self) -> str:
-        about = self.folder / "adapter" / "adapter.json"
-        known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-        return str(known.get("method", "prefix, sequential adapters or LLaMA-Adapter"))
+        if is_stored(self.folder):
+            return stored_tuning(self.folder).label
+        return "prefix, sequential adapters or LLaMA-Adapter"
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], framework="pt") as tensors:
