@@ -78,7 +78,9 @@ def _fit(
 ) -> dict[str, Any]:
     extras = extra_callbacks(context, trainer)
     max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
-    context.note(notice(trainer.model, context.config.tuning, context.config.precision, max_trained=max_trained))
+    tuning, precision = context.config.tuning, context.config.precision
+    low = precision == "bfloat16"  # ``Prepared`` rounds activations between layers then
+    context.note(notice(trainer.model, tuning, precision, low_residual=low, max_trained=max_trained))
 
     # The test rows before training; for a resumed run those of the first attempt.
     score_before = scored_with(extras, partial(held_out, "test") if before else dict)

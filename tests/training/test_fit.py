@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from align.config.base import Precision
+from align.config.tuning import FullTuning
+from align.models.loading import load_policy
+from align.models.tuning.notice import notice
+from align.stages.sft import run
 from align.training.fit import _warn_of_lost_progress
+from tests.support.training.harness import events
+from tests.support.training.training_stages import make_stage
 
 BROKEN_OFF = [
     *(0.69, 0.69, 0.69, 0.69, 0.69, 0.69, 0.69, 0.68, 0.69, 0.67, 0.65),
@@ -15,6 +23,16 @@ BROKEN_OFF = [
     *(0.71, 0.70, 0.71, 0.67, 0.70, 0.70, 0.70, 0.64, 0.70, 0.70, 0.70),
 ]
 """A reward model of the quickstart at a learning rate of 1e-3; 0.81 of the held-out pairs were still in order."""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_memory_note_counts_activations_as_they_are_trained(
+    precision: Precision, tiny_model: Path, tmp_path: Path
+) -> None:
+    stage = make_stage("sft", tmp_path, tiny_model, {"method": "full"}, precision=precision, max_steps=1)
+    run(stage)
+    expected = notice(load_policy(tiny_model), FullTuning(), precision, low_residual=precision == "bfloat16")
+    assert expected in [event["message"] for event in events(stage, "note")]
 
 
 def warnings_of(losses: list[float]) -> list[str]:
