@@ -513,10 +513,11 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         self.kl_controller.load_state_dict(state["kl"])
-        if self.objective.scale is not None:
+        # The run before may have neither scaled scores nor validated.
+        if self.objective.scale is not None and "scale" in state:
             self.objective.scale.load_state_dict(state["scale"])
         if self.validation is not None:
-            self.validation.best = state["best"]
+            self.validation.best = state.get("best")
         self.totals = state["totals"]
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
         self.stopped = state["stopped"]

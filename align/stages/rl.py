@@ -315,9 +315,9 @@ def _summarize_history(history: list[dict[str, float]], reward_names: list[str])
         if name in history[0]:
             metrics[f"{name}_first"] = sum(entry[name] for entry in history[:count]) / count
             metrics[f"{name}_last"] = sum(entry[name] for entry in history[-count:]) / count
-    for name in history[-1]:
-        if name.startswith("seconds"):
-            metrics[name] = sum(entry[name] for entry in history)
+    # Where a stage continues another, only one of the two may have validated.
+    for name in dict.fromkeys(name for entry in history for name in entry if name.startswith("seconds")):
+        metrics[name] = sum(entry.get(name, 0.0) for entry in history)
     metrics["kl_coef_last"] = history[-1]["kl_coef"]
     metrics["peak_memory_gib"] = max(entry["peak_memory_gib"] for entry in history)
     return metrics

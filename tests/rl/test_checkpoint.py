@@ -95,3 +95,11 @@ def test_checkpoints_of_another_program_are_left_alone(tmp_path):
     (foreign / "model.safetensors").write_bytes(b"weights")
     assert last_checkpoint(tmp_path) is None
     assert (foreign / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_resumed_run_may_begin_to_normalize_its_scores(make_trainer, tmp_path):
+    folder = tmp_path / "run"
+    make_trainer(output_dir=str(folder), **(FIELDS | {"updates": 1, "normalize_scores": False})).train()
+    trainer = make_trainer(output_dir=str(folder), **(FIELDS | {"updates": 2, "normalize_scores": True}))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.update == 2 and trainer.objective.scale.count == trainer.args.rollout_batch

@@ -80,6 +80,17 @@ def test_a_stage_without_an_update_left_is_refused(tiny_model: Path, tmp_path: P
         train(continuing(first, "grpo", tmp_path / "more", tiny_model, updates=1))
 
 
+def test_validations_begin_and_end_with_any_part_of_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    first = stage("grpo", tmp_path / "first", tiny_model, updates=1)
+    train(first)
+    second = continuing(first, "grpo", tmp_path / "second", tiny_model, updates=2, eval_updates=1, eval_prompts=2)
+    metrics = train(second)
+    assert metrics["updates"] == 2 and metrics["seconds_validating"] > 0
+    assert [event["step"] for event in events(second, "metrics") if "test_score" in event] == [1, 2]
+    third = continuing(second, "grpo", tmp_path / "third", tiny_model, updates=3)
+    assert train(third)["seconds_validating"] == metrics["seconds_validating"]
+
+
 def test_new_prompts_come_first_and_then_all(tiny_model: Path, tmp_path: Path) -> None:
     """2 prompts an update; 2 of the 8 are done when 3 new ones are added."""
     first = stage("grpo", tmp_path / "first", tiny_model, updates=1)
