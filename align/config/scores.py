@@ -65,7 +65,7 @@ class RewardEntry(Config):
             raise ValueError(f"{listed}; a reward comes from exactly one of them.")
         if self.function is None and self.arguments:
             raise ValueError(f"arguments are for a function, and this is a {sources[0]}; remove them.")
-        if self.label in RESERVED or self.label.endswith("_square"):
+        if is_reserved(self.label):
             raise ValueError(f"the name '{self.label}' is taken by another metric; set another `name`.")
         return self
 
@@ -91,6 +91,11 @@ class RewardEntry(Config):
             source = {"judge": self.judge.identity() | {"reference": self.judge.reference}}
         fields = {"name": self.label, "weight": self.weight}
         return canonical(fields | source | ({"arguments": self.arguments} if self.arguments else {}))
+
+
+def is_reserved(name: str) -> bool:
+    """Return True for a name that no component of a score may have, since another metric would be mistaken for it."""
+    return name in RESERVED or name.endswith("_square")
 
 
 def _check_names(score: str | list[RewardEntry] | None) -> str | list[RewardEntry] | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from align.config.function_arguments import check_call
+from align.config.scores import is_reserved
 from align.config.user_functions import full_path, load_function
 from align.data.event_loop import gather_bounded, wait_for
 from align.data.rows import Row
@@ -24,6 +25,11 @@ ScoreFunction = Callable[..., Any]
 SCORE = "score"
 """Key of the score in the mapping that a function may return; the others are metrics."""
 METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+NAME_RULE = (
+    "a name has letters, digits, '_', '.' and '-', is neither 'std' nor 'length_correlation', and does not end with "
+    "'_square'"
+)
+"""What ``is_metric_name`` accepts, for messages."""
 Parts = dict[str, list[float]]
 """Scores under ``""`` and metrics by name, in the order of the responses; NaN where a response lacks a metric."""
 
@@ -115,10 +121,9 @@ class FunctionScorer:
         for name, value in result.items():
             if name == SCORE:
                 continue
-            if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)) or name == "std" or name.endswith("_square"):
+            if not is_metric_name(name):
                 raise UserError(
-                    f"{self.path} returned a metric called {shorten(repr(name))} for row {row['id']}; a name has "
-                    "letters, digits, '_', '.' and '-', and is neither 'std' nor ends with '_square'."
+                    f"{self.path} returned a metric called {shorten(repr(name))} for row {row['id']}; {NAME_RULE}."
                 )
             metrics[name] = self._finite(row, value, f" as '{name}'")
         return self._finite(row, result[SCORE], " as 'score'"), metrics
@@ -129,6 +134,11 @@ class FunctionScorer:
                 f"{self.path} returned {shorten(repr(value))}{key} for row {row['id']}; it must return finite numbers."
             )
         return float(value)
+
+
+def is_metric_name(name: Any) -> bool:
+    """Return True for a name that a function or an environment may give a metric beside its score."""
+    return isinstance(name, str) and METRIC_NAME.fullmatch(name) is not None and not is_reserved(name)
 
 
 def function_scorer(

@@ -21,7 +21,15 @@ from align.data.event_loop import wait_for
 from align.data.rows import Message, Row, user
 from align.environments.environment import Action, check_arguments, play_again
 from align.environments.errors import EnvironmentFailed, ToolError
-from align.environments.results import Scores, Step, describe_exception, read_prompt, read_step, read_text
+from align.environments.results import (
+    Scores,
+    Step,
+    describe_exception,
+    read_prompt,
+    read_scores,
+    read_step,
+    read_text,
+)
 from align.errors import UserError
 from align.store.fingerprint import digest
 
@@ -150,7 +158,7 @@ class OpenEnvEnvironment:
 
     def score(self, messages: list[Message]) -> Scores:
         """Return the sum of the rewards."""
-        return Scores(sum(self._rewards), {})
+        return read_scores(sum(self._rewards), f"the server at {self._source.url}")
 
     def state(self) -> Any:
         """Return nothing: OpenEnv restores no state."""

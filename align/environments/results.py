@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from align.config.scores import is_reserved
 from align.data.rows import Message, Row, user
-from align.data.scoring import METRIC_NAME, SCORE
+from align.data.scoring import NAME_RULE, SCORE, is_metric_name
 from align.environments.errors import EnvironmentFailed
 from align.errors import shorten
 
@@ -153,10 +154,8 @@ def read_scores(value: Any, place: str) -> Scores:
         for name, number in value.items():
             if name == TURN:
                 continue
-            if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)):
-                raise EnvironmentFailed(
-                    f"{place} returned a score called {shorten(repr(name))}; a name has letters, digits, '_', '.', '-'."
-                )
+            if not is_metric_name(name):
+                raise EnvironmentFailed(f"{place} returned a score called {shorten(repr(name))}; {NAME_RULE}.")
             parts[name] = _finite(number, place, f" as '{name}'")
         if not parts and turns is None:
             raise EnvironmentFailed(f"{place} returned an empty mapping; return a number, or names with numbers.")
@@ -165,6 +164,17 @@ def read_scores(value: Any, place: str) -> Scores:
             total = math.fsum([*parts.values(), *(turns or [])])
         return Scores(total, parts, turns)
     return Scores(_finite(value, place, ""), {}, None)
+
+
+def read_package_scores(total: Any, parts: Mapping[str, Any], place: str) -> Scores:
+    """Return the scores of an environment of another package, whose names may have any characters (``judge/style``)."""
+    reserved = sorted(filter(is_reserved, parts))
+    if reserved:
+        raise EnvironmentFailed(
+            f"{place} returned a score called '{reserved[0]}', which is the name of another metric."
+        )
+    finite_parts = {name: _finite(number, place, f" as '{name}'") for name, number in parts.items()}
+    return Scores(_finite(total, place, ""), finite_parts)
 
 
 def _finite(value: Any, place: str, key: str) -> float:

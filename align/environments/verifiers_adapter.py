@@ -27,6 +27,7 @@ from align.environments.results import (
     Step,
     describe_exception,
     read_messages,
+    read_package_scores,
     read_step,
     read_text,
 )
@@ -167,8 +168,9 @@ class VerifiersEnvironment:
         if not self._is_done or play.trace is None:
             raise EnvironmentFailed("the environment asks for another turn of a policy that has none left.")
         rewards = {name: reward for name, reward in play.trace.rewards.items() if reward is not None}
-        metrics = {name: float(value) for name, value in play.trace.metrics.items() if value is not None}
-        return Scores(float(play.trace.reward), metrics | {name: float(item.score) for name, item in rewards.items()})
+        metrics = {name: value for name, value in play.trace.metrics.items() if value is not None}
+        parts = metrics | {name: reward.score for name, reward in rewards.items()}
+        return read_package_scores(play.trace.reward, parts, self._source.name)
 
     def state(self) -> Any:
         """Return nothing: verifiers restores no state."""

@@ -117,6 +117,7 @@ def test_an_exception_passes_through_at_once() -> None:
         ({"score": None}, "returned None as 'score' for row 0"),
         ({"score": 1.0, "tokens": "12"}, "returned '12' as 'tokens' for row 0"),
         ({"score": 1.0, "std": 1.0}, "a metric called 'std'"),
+        ({"score": 1.0, "length_correlation": 1.0}, "a metric called 'length_correlation'"),
         ({"score": 1.0, "a b": 1.0}, "a metric called 'a b'"),
         (None, "returned None for row 0"),
         (float("inf"), "returned inf for row 0"),

@@ -123,6 +123,17 @@ def test_a_server_of_mcp_tools_has_these(serve: Serve) -> None:
     environment.close()
 
 
+def test_a_sum_of_rewards_that_is_not_finite_fails_the_episode(serve: Serve) -> None:
+    environment = opened(serve("guess")).make()
+    environment.reset(ROW)
+    environment.step("all")
+    assert environment.score([]).total == sys.float_info.max
+    environment.step("all")
+    with pytest.raises(EnvironmentFailed, match=r"^the server at http://\S+ returned inf; return finite numbers"):
+        environment.score([])
+    environment.close()
+
+
 def test_a_server_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"environment.openenv: http://127.0.0.1:9 does not answer as an OpenEnv"):
         opened("http://127.0.0.1:9")

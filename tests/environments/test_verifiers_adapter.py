@@ -91,6 +91,30 @@ def test_an_episode_that_is_cut_short_or_stopped_is_scored() -> None:
     assert environment.score([]).total == 0.0
 
 
+@pytest.mark.parametrize(
+    ("message", "failure"),
+    [
+        ("nan", f"^{GREETING} returned nan as 'politeness'; return finite numbers"),
+        ("inf", f"^{GREETING} returned inf as 'politeness'; return finite numbers"),
+        ("tone=nan", f"^{GREETING} returned nan as 'tone'; return finite numbers"),
+        ("std=1", f"^{GREETING} returned a score called 'std', which is the name of another metric"),
+    ],
+)
+def test_scores_that_no_update_can_learn_from_fail_the_episode(message: str, failure: str) -> None:
+    environment = opened(GREETING).make()
+    environment.reset({"task": 0})
+    environment.step(message)
+    with pytest.raises(EnvironmentFailed, match=failure):
+        environment.score([])
+
+
+def test_names_of_scores_may_have_any_characters() -> None:
+    environment = opened(GREETING).make()
+    environment.reset({"task": 0})
+    environment.step("judge/tone=0.5")
+    assert environment.score([]).parts == {"politeness": 0.0, "judge/tone": 0.5}
+
+
 def test_an_exception_of_its_code_fails_the_episode() -> None:
     environment = opened(GREETING).make()
     environment.reset({"task": 0})

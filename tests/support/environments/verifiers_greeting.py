@@ -30,12 +30,17 @@ class GreetingConfig(vf.EnvConfig):
 
 class GreetingEnv(vf.Env[GreetingConfig]):
     async def run(self, task: Any, agents: Any) -> None:
-        polite = 0
+        polite: float = 0
         async with agents.player.interaction(task) as interaction:
             segment = await interaction.turn("Greet me.")
             while not segment.terminated:
                 if segment.last_reply == "explode":
                     raise ValueError("the user is gone")
+                if "=" in segment.last_reply:
+                    name, _, value = segment.last_reply.partition("=")
+                    interaction.trace.record_metric(name, float(value))
+                if segment.last_reply in ("nan", "inf"):
+                    polite = float(segment.last_reply)
                 polite += segment.last_reply == "Hello"
                 if polite == 2:
                     break
