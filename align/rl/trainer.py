@@ -480,7 +480,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         finally:
             self.prefetcher.close()
         if self.validation is not None:
-            validated = [entry["update"] for entry in self.state.log_history if "eval_score" in entry]
+            validated = [entry["update"] for entry in self.state.log_history if "eval_kl" in entry]
             # The last update's policy, unless its validation was due anyway.
             if self.update not in validated:
                 with full_model(self.model) as model:

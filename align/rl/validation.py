@@ -37,7 +37,8 @@ class Validation:
     def run(self, rollout: Rollout, update: int, model: Any) -> dict[str, float]:
         """Summarize measured responses of ``model`` after ``update`` updates, and save its weights if it is the best.
 
-        Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1).
+        Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are those of
+        the episodes that did not fail; there are none where all did.
         """
         means = _means(rollout)
         if self._is_best(means):
@@ -53,6 +54,8 @@ class Validation:
         if self.args.keep_kl is not None and means["kl"] > self.args.keep_kl:
             return False
         name = "gold" if self.args.keep == "best_gold" else "score"
+        if name not in means:
+            return False
         return self.best is None or means[name] > self.best[name]
 
     def _save(self, model: Any, update: int) -> None:
@@ -110,17 +113,18 @@ def make_validation(
 def _means(rollout: Rollout) -> dict[str, float]:
     tensors = rollout.tensors
     mask = tensors["response_mask"]
-    sums = {"score": tensors["scores"].double().sum()}
-    if "gold" in tensors:
-        sums["gold"] = tensors["gold"].double().sum()
-    sums |= {
+    # A failed episode says nothing of the policy. Counted as 0, it would look good where scores are negative.
+    is_scored = ~tensors.get("failed", torch.zeros(len(rollout), dtype=torch.bool))
+    scores = {"score": tensors["scores"]} | ({"gold": tensors["gold"]} if "gold" in tensors else {})
+    means = {name: float(values[is_scored].double().mean()) for name, values in scores.items() if is_scored.any()}
+    sums = {
         "kl": ((tensors["logprobs"] - tensors["ref_logprobs"]) * mask).double().sum(),
         "length": mask.double().sum(),
         "eos_rate": tensors["finished"].double().sum(),
     }
-    means = {name: float(total) / len(rollout) for name, total in sums.items()}
+    means |= {name: float(total) / len(rollout) for name, total in sums.items()}
     for name in (name for name in tensors if name.startswith(COMPONENT)):
-        values = tensors[name][torch.isfinite(tensors[name])].double()
+        values = tensors[name][torch.isfinite(tensors[name]) & is_scored].double()
         if len(values):
             means[name] = float(values.mean())
     return means

@@ -264,10 +264,10 @@ class ReportUpdates(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Report ``logs``: it has ``score`` after an update, ``eval_score`` after a validation, else run totals."""
+        """Report ``logs``: it has ``score`` after an update, ``eval_kl`` after a validation, else run totals."""
         if not state.is_world_process_zero or not logs:
             return
-        if "eval_score" in logs:
+        if "eval_kl" in logs:
             split = _validation_split(self.context.config)
             metrics = {name.replace("eval", split, 1): float(value) for name, value in logs.items() if "eval_" in name}
             self.context.log(int(logs["update"]), **metrics)

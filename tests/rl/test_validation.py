@@ -11,7 +11,8 @@ import torch
 from align.errors import UserError
 from align.models.loading import load_tokenizer
 from align.rl.checkpoint import last_checkpoint
-from align.rl.validation import make_validation
+from align.rl.rollout import Rollout
+from align.rl.validation import Validation, make_validation
 from tests.support.rl.runs import KillAt, Killed, outcome
 from tests.support.rl.trainers import ROWS
 
@@ -111,6 +112,35 @@ def test_a_prompt_is_answered_alike_in_any_number_of_processes(make_trainer, mon
     assert list(answers) == [row["id"] for row in HELD_OUT]
     assert all(entry == two for entry, two in answers.values())
     assert len({tuple(entry) for entry, _ in answers.values()}) == len(answers)  # sampled, and each by itself
+
+
+def test_failed_episodes_count_in_no_score():
+    """Two of four fail; counted as 0, they would win where scores are negative."""
+
+    def validated(scores, failed, gold):
+        tensors = {
+            "scores": torch.tensor(scores),
+            "failed": torch.tensor(failed),
+            "gold": torch.tensor(gold),
+            "score_style": torch.tensor(scores),
+            "finished": torch.ones(4, dtype=torch.bool),
+            "response_mask": torch.ones(4, 2, dtype=torch.bool),
+            "logprobs": torch.zeros(4, 2),
+            "ref_logprobs": torch.zeros(4, 2),
+        }
+        lists = [[1]] * 4
+        return Rollout(0, [{}] * 4, [0, 1, 2, 3], lists, lists, ["a"] * 4, tensors)
+
+    validation = Validation.__new__(Validation)
+    validation.args, validation.best = SimpleNamespace(keep="best", keep_kl=None), {"update": 0.0, "score": -0.9}
+    validation._save = lambda model, update: None
+    halved = validation.run(
+        validated([-1.0, -1.0, 0.0, 0.0], [False, False, True, True], [3.0, 1.0, 9.0, 9.0]), 1, None
+    )
+    assert (halved["eval_score"], halved["eval_gold"], halved["eval_score_style"]) == (-1.0, 2.0, -1.0)
+    outage = validation.run(validated([0.0] * 4, [True] * 4, [9.0] * 4), 2, None)
+    assert outage.keys() == {"eval_kl", "eval_length", "eval_eos_rate"}
+    assert validation.best == {"update": 0.0, "score": -0.9}
 
 
 def test_wrong_settings_are_refused(make_trainer):
