@@ -181,9 +181,10 @@ class Dispatcher:
         self.replies.put(None)
 
     def cancel(self) -> None:
-        """Cancel the calls in flight."""
+        """Cancel the requests in flight. A server without any may be coming back, and read its weights."""
         for state in self.servers:
-            state.member.client.cancel_all()
+            if state.in_flight:
+                state.member.client.cancel_all()
 
     def lose(self, member: Any, error: Exception) -> None:
         """Stop using a server that was found unfit outside of its replies; its requests go to others."""

@@ -15,6 +15,7 @@ from align.inference.pool import PoolEngine
 from align.inference.protocol import Sampling
 from align.inference.server_client import BadReply, EngineLost, WeightsChanged
 from align.inference.server_worker import LOAD
+from align.inference.sessions import open_session
 from align.inference.shared_engine import ask_each, returns
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import FakeServer, completion, info
@@ -313,6 +314,31 @@ def test_a_question_that_nobody_answers(fakes: list[FakeServer], opened: Opened)
         pool.generate(PROMPTS, Sampling(4))
     assert sum(body["prompt"] == PROMPTS[3] for fake in fakes for body in asked(fake)) == dispatch.BAD_REPLIES
     assert tokens(pool.generate(PROMPTS[:3], Sampling(4))) == expected(Sampling(4), PROMPTS[:3])
+
+
+def test_the_end_of_a_round_leaves_a_server_alone_that_reads_its_weights(
+    fakes: list[FakeServer], opened: Opened, warnings: list[str], tiny_model: Path
+) -> None:
+    pool, sampling, reading, gate = opened(timeout=20, restarts=3), Sampling(4), threading.Event(), threading.Event()
+    pool.load_weights(checkpoint_weights(tiny_model))
+    rpc = fakes[0].answers["/collective_rpc"]
+
+    def slow_load(body: Any) -> Any:
+        if body["method"] == LOAD:
+            reading.set()
+            gate.wait(20)
+        return rpc(body)
+
+    fakes[0].answers["/collective_rpc"] = slow_load
+    fakes[0].answers[COMPLETIONS] = fakes[0].drop
+    with soon(30):
+        assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
+        assert reading.wait(20)
+        assert tokens(pool.generate(PROMPTS, sampling)) == expected(sampling)
+        open_session(pool, 1.0).close()
+        gate.set()
+        wait_for(lambda: returns(pool) == 1)
+    assert pool.members[0].losses == 1 and len(warnings) == 1
 
 
 def test_all_are_lost(fakes: list[FakeServer], opened: Opened) -> None:
