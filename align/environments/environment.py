@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from align.config.validation import suggest
 from align.data.rows import Message, Row
 from align.environments.errors import BadCall, ToolError
-from align.environments.results import Scores, Step
+from align.environments.results import Scores, Step, clean
 from align.environments.tool_schema import argument_problem
 from align.errors import shorten
 
@@ -122,6 +122,6 @@ def play_again(environment: Environment, actions: Sequence[Action]) -> int:
             else:
                 result = environment.call(action.name, action.argument)
         except ToolError as error:
-            result = str(error)
+            result = clean(str(error))  # as the journal has it
         differing += result != action.result
     return differing

@@ -151,7 +151,7 @@ class OpenEnvEnvironment:
         try:
             result = self._act({str(self._source.message_field): message.strip()})
         except ToolError as error:  # the server refused the message
-            return Step([user(str(error))])
+            return read_step(str(error), self._source.max_result_tokens, "OpenEnv's step")
         text = observation_text(result.observation)
         messages = [user(text)] if text else []
         return read_step((messages, self._is_over), self._source.max_result_tokens, "OpenEnv's step")

@@ -19,7 +19,7 @@ from align.data.rows import Message, Row
 from align.environments.environment import Action
 from align.environments.errors import BadCall, EnvironmentFailed, ToolError, ToolTimeout
 from align.environments.journal import Journal, Position
-from align.environments.results import Scores, Step
+from align.environments.results import Scores, Step, clean
 from align.environments.worker_pool import EnvironmentPool, Result
 
 FAILED = "failed"
@@ -150,7 +150,7 @@ class JournaledEnvironment:
     def _after_restore(self, request: _Request, restored: Result) -> None:
         failure = restored.exception()
         if failure is not None:
-            self._write(request, {FAILED: f"the environment could not be restored: {failure}"})
+            self._write(request, _failure(f"the environment could not be restored: {failure}"))
             return
         differing = restored.result()
         if differing and not self.differing:
@@ -171,9 +171,9 @@ class JournaledEnvironment:
         failure = result.exception()
         value: Any
         if isinstance(failure, ToolError) and request.method == "call":
-            value = CallResult(str(failure), failure.kind, result.seconds)
+            value = CallResult(clean(str(failure)), failure.kind, result.seconds)
         elif failure is not None:
-            self._write(request, {FAILED: str(failure)})
+            self._write(request, _failure(str(failure)))
             return
         else:
             value = result.result()
@@ -190,7 +190,7 @@ class JournaledEnvironment:
     def _after_state(self, request: _Request, entry: dict[str, Any], state: Result) -> None:
         failure = state.exception()
         if failure is not None:
-            self._write(request, {FAILED: str(failure)})
+            self._write(request, _failure(str(failure)))
         else:
             self._write(request, entry | {"state": state.result()})
 
@@ -237,3 +237,8 @@ class JournaledEnvironment:
             elif position.kind == "step" and FAILED not in entry:
                 actions.append(Action(None, entry["message"], entry["messages"]))
         return actions, state
+
+
+def _failure(text: str) -> dict[str, Any]:
+    """Return the entry of a failure. Its text is a user's or a server's, and must be fit to be encoded."""
+    return {FAILED: clean(text)}

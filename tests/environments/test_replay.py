@@ -115,6 +115,14 @@ def test_errors_are_told_and_come_back_as_they_were(opened: Open) -> None:
             environment.call(3, 0, "give_up", {}).result(20)
 
 
+def test_half_a_character_of_an_error_is_replaced(opened: Open) -> None:
+    environment = opened(open_class("Garbled"))
+    environment.reset()
+    assert environment.call(0, 0, "shout", {}).result(20).text == "bad \ufffd"
+    with pytest.raises(EnvironmentFailed, match="^bad \ufffd$"):
+        opened(open_class("Garbled"), {"fails": True}, episode=1).reset().result(20)
+
+
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 @pytest.mark.parametrize("name", ["Stuck", "SavedStuck"])
 def test_an_instance_comes_back_after_a_call_that_hangs(opened: Open, name: str, isolation: Any) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from align.environments.errors import EnvironmentFailed
+from align.environments.errors import EnvironmentFailed, ToolError
 
 Row = dict[str, Any]
 CALLS: list[str] = []
@@ -64,6 +64,22 @@ class Saved(Counter):
 
     def load(self, state: Row) -> None:
         self.goal, self.count = state["goal"], state["count"]
+
+
+class Garbled:
+    """An environment whose errors have half a character, as those of a server may."""
+
+    def reset(self, row: Row) -> str:
+        if row.get("fails"):
+            raise EnvironmentFailed("bad \ud83d")
+        return "Go on."
+
+    def shout(self) -> str:
+        """Shout."""
+        raise ToolError("bad \ud83d")
+
+    def score(self) -> float:
+        return 0.0
 
 
 class Troubled:
