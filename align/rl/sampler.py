@@ -237,11 +237,13 @@ class ParityProbe:
 def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> None:
     """Add one number per response to the rollout's tensors under ``name``, and a scorer's components.
 
-    Raises ``UserError`` for a scorer that returns too few numbers, or one that is not finite.
+    Components of ``gold`` are called ``gold_<component>``, since those of the reward may have the same names. Raises
+    ``UserError`` for a scorer that returns too few numbers, or one that is not finite.
     """
     truncated = (~rollout.tensors["finished"]).tolist()
     parts: dict[str, Any]
     if hasattr(scorer, "score_parts"):
+    prefix = COMPONENT if name == "scores" else f"{COMPONENT}{name}_"
         parts = scorer.score_parts(rollout.rows, rollout.texts, truncated)
     elif callable(scorer):
         parts = {"": scorer(rollout.rows, rollout.texts)}
@@ -249,14 +251,14 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
         parts = {"": scorer.score(rollout.rows, rollout.texts, truncated)}
     for part, scores in parts.items():
         tensor = _check_scores(rollout, [float(score) for score in scores], may_lack=bool(part))
-        rollout.tensors[f"{COMPONENT}{part}" if part else name] = tensor
+        rollout.tensors[f"{prefix}{part}" if part else name] = tensor
 
 
 def add_environment_scores(rollout: Rollout) -> None:
     """Add what the environments of a rollout's episodes scored to ``scores`` (B,), and their parts as components.
 
     An episode whose environment failed gets the mean of its group's others: it then moves no other's advantage, and
-    nothing is learned from it.
+    nothing is learned from it. Raises ``UserError`` for a part with the name of a scorer's component.
     """
     episodes = rollout.episodes or []
     totals = torch.tensor([episode.score for episode in episodes])
@@ -268,6 +270,11 @@ def add_environment_scores(rollout: Rollout) -> None:
         values = [episode.parts.get(name, math.nan) for episode in episodes]
         rollout.tensors[f"{COMPONENT}{name}"] = _check_scores(rollout, values, may_lack=True)
 
+        if f"{COMPONENT}{name}" in rollout.tensors:
+            raise UserError(
+                f"environment: it scores '{name}', and so does a reward of score; set another `name` for that reward, "
+                "or rename the environment's."
+            )
 
 def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torch.Tensor:
     """Return scores as a tensor (B,). Raises ``UserError`` where their number or one of them is wrong.

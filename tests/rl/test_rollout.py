@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from align.environments.episode import Episode, PolicyTurn
+from align.errors import UserError
 from align.inference.protocol import Response
 from align.rl import metrics
 from align.rl import sampler as module
@@ -117,6 +118,43 @@ def test_a_metric_that_one_process_never_got_is_missing_there_and_no_error():
     metrics._add_scores(averages, joined)
     means = metrics.finish(averages.means(lambda total: total))
     assert means["score"] == 2.0 and means["score_a_tokens"] == 5.0 and means["score_a_tokens_std"] == 0.0
+
+
+def scored(scores, parts):
+    """Two responses, whose episodes have ``scores`` and ``parts``."""
+    episodes = [Episode([1], [PolicyTurn([5], [-1.0], True, "")], score=score, parts=parts) for score in scores]
+    prompts = Prompts.__new__(Prompts)
+    prompts.rows, prompts.token_ids = [{"id": "0"}], [[1]]
+    return make_rollout(prompts, [0], [episodes], 0)
+
+
+class Brief:
+    """A scorer with a component ``brief``."""
+
+    def __init__(self, score, brief):
+        self.numbers = {"": score, "brief": brief}
+
+    def score_parts(self, rows, responses, truncated):
+        return {name: [number] * len(rows) for name, number in self.numbers.items()}
+
+
+def test_components_of_gold_stand_beside_those_of_the_score():
+    rollout = scored([0.0, 0.0], {})
+    sampler = RolloutSampler(None, None, Brief(1.0, 0.25), Brief(0.5, 99.0), None)
+    sampler.score(rollout)
+    numbers = {name: tensor.tolist() for name, tensor in rollout.tensors.items() if name.startswith(("score", "gold"))}
+    assert numbers == {
+        "scores": [1.0, 1.0],
+        "score_brief": [0.25, 0.25],
+        "gold": [0.5, 0.5],
+        "score_gold_brief": [99.0, 99.0],
+    }
+
+
+def test_an_environment_s_part_with_the_name_of_a_reward_is_refused():
+    sampler = RolloutSampler(None, None, Brief(1.0, 0.25), None, None)
+    with pytest.raises(UserError, match=r"^environment: it scores 'brief', .* set another `name` for that reward"):
+        sampler.score(scored([0.0, 0.0], {"brief": 1.0}))
 
 
 def test_an_episode_that_was_cut_off_counts_so_though_its_last_token_ends_a_turn():
