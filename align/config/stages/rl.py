@@ -284,7 +284,7 @@ class DriftFields(RolloutFields):
     kl_target: float = Field(6.0, gt=0)
     """Target of the adaptive controller, in nats per response."""
     kl_horizon: int = Field(10_000, ge=1)
-    """Responses over which the adaptive controller reacts."""
+    """Responses over which the adaptive controller reacts; at least ``rollout_batch``."""
     truncated: Literal["learn", "mask"] = "learn"
     """``mask`` leaves responses cut at ``max_tokens`` out of the loss. Metrics still count them."""
     normalize_scores: bool = False
@@ -302,6 +302,17 @@ class DriftFields(RolloutFields):
     ``continue``: servers take the new ones between two turns. Then the weights of a turn depend on the clock."""
     importance_sequence_cap: float | None = Field(None, gt=1)
     """Drop responses whose sequence ratio of trainer to engine is outside [1/cap, cap]. Null: drop none."""
+
+    @model_validator(mode="after")
+    def _check_kl_controller(self) -> Self:
+        # The coefficient changes by up to 20 % per horizon: over several in an update, it could even turn negative.
+        if self.kl_controller == "adaptive" and self.kl_horizon < self.rollout_batch:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} is shorter than an update, whose rollout_batch is "
+                f"{self.rollout_batch} responses, so kl_coef would overshoot; set kl_horizon to {self.rollout_batch} "
+                "or more, or `kl_controller: fixed`."
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_staleness(self) -> Self:
