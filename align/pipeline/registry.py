@@ -261,7 +261,7 @@ STAGES: dict[str, Stage] = {
             headline={"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
             lint=f"{ENCODINGS}:SUPERVISED",
         ),
-        _on_policy("ppo", 4, "PPO with a critic against a reward model or a checker", "trained with PPO and a critic"),
+        _on_policy("ppo", 5, "PPO with a critic against a reward model or a checker", "trained with PPO and a critic"),
         _on_policy(
             "grpo",
             3,

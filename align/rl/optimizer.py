@@ -42,7 +42,8 @@ def learning_rates(args: Any, model: PolicyAndReference) -> dict[str, float]:
     critic = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
     head = args.critic_head_learning_rate
     if head is None:
-        has_adapters = any(not parameter.requires_grad for parameter in model.policy.parameters())
+        # A policy with adapters is its own reference. Frozen weights are no sign of them: full tuning may freeze, too.
+        has_adapters = model.reference is None
         head = critic * (LORA_HEAD_RATE if has_adapters else 1.0)
     return {"policy": args.learning_rate, "critic": critic, "head": head}
 

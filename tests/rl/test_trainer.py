@@ -177,6 +177,13 @@ def test_a_value_head_beside_adapters_learns_more_slowly(make_trainer, inputs, w
         assert (group["lr"] == wanted) == any(id(p) in head for p in group["params"])
 
 
+def test_a_value_head_beside_frozen_weights_has_the_critics_rate(make_trainer):
+    trainer = make_trainer(tuning=FullTuning(freeze=["model.layers.0"]), critic_learning_rate=5e-3)
+    head = {id(p) for p in trainer.model.critic.head.parameters()}
+    rates = {g["lr"] for g in trainer.create_optimizer().param_groups if any(id(p) in head for p in g["params"])}
+    assert rates == {5e-3}
+
+
 def test_the_trunk_below_a_head_that_starts_at_zero_learns_from_the_start(make_trainer):
     """Its first gradients are of the size of the head: with PPO's epsilon of 1e-5 Adam's steps would vanish."""
     moved = {}
