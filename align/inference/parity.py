@@ -14,6 +14,8 @@ import torch
 
 from align.inference.protocol import RolloutEngine, Sampling
 
+PROBE_TOKENS = 16
+"""Tokens of a response that are compared, unless the run's are shorter."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 """Largest mean |difference| in nats per token, by the less exact of the two types.
 
@@ -42,7 +44,7 @@ def probe(
     prompts: list[list[int]],
     *,
     temperature: float = 1.0,
-    max_tokens: int = 16,
+    max_tokens: int = PROBE_TOKENS,
     seed: int = 0,
 ) -> Parity:
     """Compare ``engine`` with ``model`` (the live policy) on its own responses to ``prompts``, token ids.

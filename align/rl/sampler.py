@@ -16,7 +16,7 @@ from align.data.scoring import ScoreFunction, Scorer
 from align.environments.journal import Journal
 from align.environments.player import EpisodeSource, EpisodeTask, row_tasks
 from align.errors import UserError
-from align.inference.parity import Parity, probe
+from align.inference.parity import PROBE_TOKENS, Parity, probe
 from align.inference.protocol import RolloutEngine, Sampling
 from align.inference.shared_engine import ask_each, part_for, returns
 from align.models.processes import all_gather
@@ -220,7 +220,10 @@ class ParityProbe:
         """Compare on a few prompts. Raises ``ParityError`` where the engine holds another model than ``policy``."""
 
         def compare(engine: RolloutEngine) -> Parity:
-            return probe(engine, policy, self.prompts.token_ids[:4], temperature=self.args.temperature)
+            # A server refuses more tokens than the run's responses may have.
+            max_tokens = min(PROBE_TOKENS, self.args.max_tokens)
+            prompts, temperature = self.prompts.token_ids[:4], self.args.temperature
+            return probe(engine, policy, prompts, temperature=temperature, max_tokens=max_tokens)
 
         # Read before the probe, so a server that comes back during it is probed next time.
         self._server_returns = returns(self.engine)

@@ -297,6 +297,14 @@ def test_the_probe_comes_back_every_so_many_updates(make_trainer, caplog):
     assert caplog.text.count("parity of") == 3  # before updates 1, 3 and 5
 
 
+def test_the_probe_asks_for_no_more_tokens_than_the_run_does(make_trainer):
+    trainer = make_trainer(updates=1, probe_parity=True, max_tokens=3)
+    asked, generate = [], trainer.engine.generate
+    trainer.engine.generate = lambda prompts, sampling: asked.append(sampling.max_tokens) or generate(prompts, sampling)
+    trainer.train()
+    assert asked == [3, 3]
+
+
 @pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
 def test_a_value_head_on_the_policys_trunk_leaves_it_alone_unless_asked(make_trainer, tuning):
     def policy_gradient(**fields):

@@ -61,6 +61,8 @@ def test_wrong_configs_are_refused_with_a_remedy(kind, inputs, message):
         ("grpo", {"resample_rounds": 2}, "set `zero_variance: resample`"),
         ("grpo", {"overlong_buffer": 65}, "longer than max_tokens 64"),
         ("grpo", {"kl_estimator": "k1"}, "use k2 or k3"),
+        ("grpo", {"loss": "cispo", "clip_range": 0.1}, "set clip_range_high instead"),
+        ("grpo", {"kl_controller": "adaptive", "kl_horizon": 1}, "or `kl_controller: fixed`"),
         ("rloo", {"kl_estimator": "k3"}, "use k1"),
         ("rloo", {"rollout_batch": 10}, "not a multiple of samples_per_prompt 4; the next one is 12"),
         ("online_dpo", {"micro_batch_size": 1}, "use an even number"),

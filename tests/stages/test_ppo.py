@@ -53,6 +53,8 @@ BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
         ({"score": "gold", "keep_kl": 3.0}, "keep is last"),
         ({"score": "gold", "ptx": "data"}, "ptx and ptx_coef go together"),
         ({"score": "gold", "ptx_coef": 0.5}, "ptx and ptx_coef go together"),
+        ({"score": "gold", "kl_controller": "adaptive", "kl_horizon": 63}, "set kl_horizon to 64 or more"),
+        ({"score": "gold", "critic_warmup_updates": 3, "updates": 3}, "leaves none of 3 updates for the policy"),
         ({"score": "gold", "kl_estimator": "k3"}, "use k1, or set `kl_in: loss`"),
         ({"score": "gold", "kl_in": "loss", "kl_estimator": "k1"}, "use k2 or k3"),
     ],

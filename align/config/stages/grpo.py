@@ -66,7 +66,7 @@ class GrpoConfig(DriftFields):
     """Divide centered scores by their standard deviation in the ``group``, in the ``batch``, or not (``none``).
     ``dr_grpo``: none, the others: group."""
     clip_range: float | None = Field(None, gt=0, lt=1)
-    """Clip range of the ratio below 1. ``gspo``: 0.0003, the others: 0.2."""
+    """Clip range of the ratio below 1. ``gspo``: 0.0003, the others: 0.2. Not for ``cispo``, which has no lower one."""
     clip_range_high: float | None = Field(None, gt=0)
     """Clip range of the ratio above 1. ``dapo``: 0.28, ``gspo``: 0.0004, ``cispo`` (which caps at 1 + this): 4, else
     ``clip_range``."""
@@ -87,6 +87,8 @@ class GrpoConfig(DriftFields):
         # Compare values, not what was set: a stage's process reads back the entire config, defaults included.
         if self.zero_variance == "keep" and self.resample_rounds != type(self).model_fields["resample_rounds"].default:
             raise ValueError("resample_rounds is set, but zero_variance is keep; set `zero_variance: resample`.")
+        if self.loss == "cispo" and self.clip_range is not None:
+            raise ValueError("clip_range is set, but `loss: cispo` only caps the ratio; set clip_range_high instead.")
         if self.max_staleness and self.zero_variance == "resample":
             raise ValueError(
                 f"max_staleness is {self.max_staleness}, but `zero_variance: resample` samples more for the current "

@@ -80,6 +80,11 @@ class PpoConfig(DriftFields):
     def _check_critic(self) -> Self:
         if self.critic == "reward" and not self.reward:
             raise ValueError("critic is reward, but no reward stage is named; set reward, or `critic: policy`.")
+        if self.critic_warmup_updates >= self.updates:
+            raise ValueError(
+                f"critic_warmup_updates {self.critic_warmup_updates} leaves none of {self.updates} updates for the "
+                "policy; lower it, or raise updates."
+            )
         if self.whiten_rewards and self.rollout_batch < 8:
             raise ValueError(f"whiten_rewards needs a rollout_batch of at least 8; it is {self.rollout_batch}.")
         return self
