@@ -193,8 +193,8 @@ def journal_folder(output_dir: Any) -> Path:
     return Path(str(output_dir)) / "episodes"
 
 
-def drop_journals(output_dir: Any, updates: int) -> None:
-    """Delete the journals of the first ``updates`` updates, which a checkpoint has made superfluous."""
+def drop_journals(output_dir: Any, updates: float = math.inf) -> None:
+    """Delete the journals of the first ``updates`` updates, by default of all: nobody will read them any more."""
     for path in journal_folder(output_dir).glob("*.jsonl"):
         if int(path.name.partition("-")[0]) < updates:
             path.unlink(missing_ok=True)
@@ -243,10 +243,10 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
     Components of ``gold`` are called ``gold_<component>``, since those of the reward may have the same names. Raises
     ``UserError`` for a scorer that returns too few numbers, or one that is not finite.
     """
+    prefix = COMPONENT if name == "scores" else f"{COMPONENT}{name}_"
     truncated = (~rollout.tensors["finished"]).tolist()
     parts: dict[str, Any]
     if hasattr(scorer, "score_parts"):
-    prefix = COMPONENT if name == "scores" else f"{COMPONENT}{name}_"
         parts = scorer.score_parts(rollout.rows, rollout.texts, truncated)
     elif callable(scorer):
         parts = {"": scorer(rollout.rows, rollout.texts)}
@@ -270,14 +270,14 @@ def add_environment_scores(rollout: Rollout) -> None:
         "scores", 0
     )
     for name in dict.fromkeys(name for episode in episodes for name in episode.parts):
-        values = [episode.parts.get(name, math.nan) for episode in episodes]
-        rollout.tensors[f"{COMPONENT}{name}"] = _check_scores(rollout, values, may_lack=True)
-
         if f"{COMPONENT}{name}" in rollout.tensors:
             raise UserError(
                 f"environment: it scores '{name}', and so does a reward of score; set another `name` for that reward, "
                 "or rename the environment's."
             )
+        values = [episode.parts.get(name, math.nan) for episode in episodes]
+        rollout.tensors[f"{COMPONENT}{name}"] = _check_scores(rollout, values, may_lack=True)
+
 
 def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torch.Tensor:
     """Return scores as a tensor (B,). Raises ``UserError`` where their number or one of them is wrong.

@@ -474,6 +474,8 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
             # Only one process looks for it, because the search moves damaged checkpoints away.
             newest = broadcast(lambda: last_checkpoint(Path(str(self.args.output_dir)), self.notify))
             resume_from_checkpoint = True if newest is None else str(newest)
+        if not resume_from_checkpoint:
+            self._drop_older_journals()
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             self.prefetcher.wait()  # a run that ended early may be prefetching
@@ -491,6 +493,17 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
                 self.accelerator.wait_for_everyone()
                 self.validation.restore(self.model)
         return result
+
+    def _drop_older_journals(self) -> None:
+        """Delete the journals in ``output_dir`` if they are another run's. One without a checkpoint begins again.
+
+        A run that saves nothing never goes on, and one that has saved would have resumed.
+        """
+        folder = Path(str(self.args.output_dir))
+        is_older = self.args.save_strategy == "no" or any(folder.glob("checkpoint-*"))
+        if is_older and self.is_world_process_zero():
+            drop_journals(folder)
+        self.accelerator.wait_for_everyone()
 
     def state_to_save(self) -> dict[str, Any]:
         """Return KL controller, totals, alarms, score scale, best validation, prefetched rollouts, and fingerprint."""

@@ -144,6 +144,20 @@ def presses(logs):
     return round(sum(16 * (entry["calls"] - entry["tool_errors"] - entry["malformed_calls"]) for entry in logs))
 
 
+@pytest.mark.parametrize(("saves", "kept"), [("no", False), ("steps", False), ("never yet", True)])
+def test_a_run_from_the_start_reads_no_episodes_of_an_older_run(make_trainer, tmp_path, saves, kept):
+    """But a run that has not saved yet goes on from its journal."""
+    folder = tmp_path / "run"
+    older = folder / "episodes" / "000005-0123456789ab-0.jsonl"
+    older.parent.mkdir(parents=True)
+    older.write_text("{}\n")
+    if saves == "steps":
+        (folder / "checkpoint-1").mkdir()
+    strategy = "no" if saves == "no" else "steps"
+    make_trainer("grpo", folder=tmp_path, updates=1, save_strategy=strategy).train()
+    assert older.exists() == kept
+
+
 @pytest.mark.parametrize("environment", ["Buttons", "SavedButtons"])
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_kill_in_the_middle_of_an_episode_changes_nothing(make_trainer, tmp_path, monkeypatch, kind, environment):
