@@ -18,8 +18,11 @@ from urllib.parse import urlsplit
 from align.inference.protocol import Progress
 from align.inference.transport import Reply, Transport, background_loop, root_cause
 
-POLL_SECONDS, PROBE_SECONDS = 0.25, 1.0
-"""Time between two looks at a server's process, and time that ``/health`` has to answer."""
+POLL_SECONDS, PROBE_SECONDS, EXIT_SECONDS = 0.25, 1.0, 3.0
+"""Seconds between two looks at a server's process, and those that ``/health`` has to answer.
+
+Where it does not, the process has the last ones to end.
+"""
 UNIX = "unix:"
 MAX_REPLY_BYTES = 256 << 20
 """Bytes of one reply; the log-probabilities of 128k tokens take some 20 MiB."""
@@ -52,8 +55,8 @@ class ServerProcess(Protocol):
         """The process that was started."""
         ...
 
-    def describe_exit(self) -> str:
-        """Say whether the process is alive, or how it ended."""
+    def describe_exit(self, seconds: float) -> str:
+        """Say whether the process is alive after so many seconds, or how it ended."""
         ...
 
     def log_tail(self) -> str:
@@ -263,7 +266,10 @@ class Client:
         """Describe whether the server lives, as far as can be seen from here, with the end of its log."""
         if self.server is None:
             return f"This run did not start it, so its process cannot be seen from here; /health {self.health()}."
-        return f"Its process {self.server.describe_exit()}; /health {self.health()}.{self.server.log_tail()}"
+        health = self.health()
+        # A connection breaks before the process that broke it is gone: by seconds on a busy machine.
+        seconds = 2 * POLL_SECONDS if health == "answers" else EXIT_SECONDS
+        return f"Its process {self.server.describe_exit(seconds)}; /health {health}.{self.server.log_tail()}"
 
 
 def _outcome(future: Future[Reply], path: str) -> Reply:

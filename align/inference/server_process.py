@@ -117,10 +117,10 @@ class LocalServer:
                 start_new_session=True,
             )
 
-    def describe_exit(self) -> str:
-        """Say whether the process is alive, or how it ended."""
+    def describe_exit(self, seconds: float) -> str:
+        """Say whether the process is alive after so many seconds, or how it ended."""
         try:
-            code = self.process.wait(2 * POLL_SECONDS)  # a connection breaks before the process that broke it is gone
+            code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             return f"(pid {self.process.pid}) is alive"
         number = -code if code < 0 else code - 128  # the guard's own signal, or the server's in a shell's notation
