@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from align.capacity.memory import Memory
 from align.config.base import Precision
+from align.config.launch import LaunchConfig
 from align.config.tuning import TuningBase
 from align.models.architecture import Architecture
 
@@ -67,6 +68,12 @@ class Job:
     """Return the rows trained on in the stage from those of its data; None for unknown."""
     steps: Callable[[int], int]
     """Return the optimizer steps for so many rows."""
+    run_micro_batch: Callable[[int], int]
+    """Return the rows of a micro-batch that the run takes in each of so many processes."""
+    objection: Callable[[LaunchConfig], str | None]
+    """Return why the stage cannot run in such processes, whatever their micro-batches; None if it can."""
+    unit: int = 1
+    """Rows that no micro-batch separates."""
     rollout: int = 0
     """Responses of one rollout; 0 for a stage that does not sample."""
     trained: int = 0

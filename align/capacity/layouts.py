@@ -23,6 +23,12 @@ Offload = Literal["none", "optimizer", "all"]
 EngineName = Literal["transformers", "vllm"]
 Placement = Literal["process", "servers", "samplers", "external", "none"]
 
+OFFLOADED: dict[Offload, dict[str, bool]] = {
+    "none": {},
+    "optimizer": {"offload_optimizer": True},
+    "all": {"offload_optimizer": True, "offload_parameters": True},
+}
+"""Settings of DeepSpeed for what is offloaded."""
 GPUS_OF_A_MACHINE = (2, 4, 8)
 """Devices of one machine that a remedy may ask for."""
 
@@ -98,18 +104,32 @@ def requested_strategy(launch: LaunchConfig, devices: int, checkpointing: bool) 
     return Strategy("deepspeed", zero.stage, checkpointing, offload)
 
 
+def launch_of(strategy: Strategy, hardware: Hardware) -> LaunchConfig:
+    """Return the block ``runtime.launch`` that asks for a strategy on several devices."""
+    block: dict[str, Any] = {"processes": hardware.per_node, "nodes": hardware.nodes, "strategy": strategy.name}
+    if strategy.name == "fsdp2" and strategy.offload != "none":
+        block["fsdp"] = {"offload": True}
+    if strategy.name == "deepspeed":
+        block["deepspeed"] = {"stage": strategy.zero_stage} | OFFLOADED[strategy.offload]
+    return LaunchConfig.model_validate(block)
+
+
 def candidate_strategies(devices: int, checkpointing: bool) -> list[Strategy]:
     """Return every strategy to try, simplest first; ``checkpointing`` if the config already asks for it."""
-    # Offloading is slower, so it comes last and matters only where nothing else fits.
-    plain: list[tuple[StrategyName, int]] = [("single", 0)]
+    # A single process shards and offloads nothing.
+    settings: list[tuple[StrategyName, int, Offload]] = [("single", 0, "none")]
     if devices > 1:
-        plain = [("ddp", 0), ("deepspeed", 1), ("deepspeed", 2), ("fsdp2", 0), ("deepspeed", 3)]
-    offloading: list[tuple[StrategyName, int, Offload]] = [
-        ("deepspeed", 2, "optimizer"),
-        ("fsdp2", 0, "all"),
-        ("deepspeed", 3, "all"),
-    ]
-    settings = [*((name, stage, "none") for name, stage in plain), *offloading]
+        # Offloading is slower, so it comes last and matters only where nothing else fits.
+        settings = [
+            ("ddp", 0, "none"),
+            ("deepspeed", 1, "none"),
+            ("deepspeed", 2, "none"),
+            ("fsdp2", 0, "none"),
+            ("deepspeed", 3, "none"),
+            ("deepspeed", 2, "optimizer"),
+            ("fsdp2", 0, "all"),
+            ("deepspeed", 3, "all"),
+        ]
     checkpointed = (True,) if checkpointing else (False, True)
     return [Strategy(name, stage, flag, offload) for name, stage, offload in settings for flag in checkpointed]
 

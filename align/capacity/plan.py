@@ -20,6 +20,7 @@ from align.config.validation import suggest, validate_plain
 from align.errors import UserError
 from align.models.architecture import Architecture, UnknownArchitecture, read_architecture
 from align.pipeline.pipeline import Node, Pipeline
+from align.store.artifacts import Kind
 from align.store.store import Store
 
 ROWS_SHOWN = 1000
@@ -147,7 +148,7 @@ class _Planner:
         if not ways[0].fits:
             # Remedies are tried, not guessed: each is a full plan of the stage with that setting.
             smaller = _smaller(node, LESS_TO_TRAIN, lambda config: estimator.job(config, models, runtime))
-            remedies = training_remedies(job, hardware, ways, smaller)
+            remedies = training_remedies(job, hardware, ways, smaller, requested)
         return StagePlan(
             node.name,
             node.stage.kind,
@@ -205,12 +206,14 @@ class _Planner:
         return {} if artifact is None else artifact.record.get("metrics") or {}
 
     def _training_rows(self, node: Node) -> int | None:
-        """Return the training rows of the stage's data; None while it is not finished."""
+        """Return the training rows that the stage makes of its data; None while that is not finished."""
         name = node.inputs.get("data")
         if not isinstance(name, str):
             return None
         metrics = self._metrics(name)
-        return next((int(metrics[field]) for field in ROW_METRICS if metrics.get(field)), None)
+        rows = next((int(metrics[field]) for field in ROW_METRICS if metrics.get(field)), None)
+        has_pairs = self.pipeline.nodes[name].makes == Kind.PREFERENCES
+        return rows * getattr(node.config, "rows_of_a_pair", 1) if rows is not None and has_pairs else rows
 
     def _input_rows(self, node: Node) -> dict[str, Rows]:
         """Return the rows of each input's splits, by its field."""
@@ -263,11 +266,14 @@ def refuse_what_fits_nowhere(pipeline: Pipeline, plans: list[StagePlan], hardwar
         raise UserError("\n".join(lines))
 
 
-def _distance(way: Way) -> tuple[bool, int]:
-    """Sort key of ways that do not fit: first those whose engine fits, where only a later phase is too large."""
+def _distance(way: Way) -> tuple[bool, bool, int]:
+    """Sort key of ways that do not fit: first those that the stage can run, and whose engine fits.
+
+    There only a later phase is too large.
+    """
     # False sorts before True.
     is_engine_too_large = isinstance(way.layout, EngineLayout) and not way.largest
-    return is_engine_too_large, way.peak
+    return way.is_refused, is_engine_too_large, way.peak
 
 
 def read_configs(pipeline: Pipeline, texts: list[str]) -> dict[str, Architecture]:

@@ -165,6 +165,8 @@ def _settings(plan: StagePlan, best: Way, hardware: Hardware) -> list[str]:
     if plan.job is not None and isinstance(layout, Strategy):
         if layout.checkpointing and not plan.job.checkpointing:
             result.append(f"  checkpointing is a setting of the stage: {plan.job.checkpointing_field}: true")
+        if best.batch != plan.job.run_micro_batch((plan.hardware or hardware).devices):
+            result.append(f"  the micro-batch is a setting of the stage: micro_batch_size: {best.batch}")
     elif isinstance(layout, EngineLayout):
         if layout.setting and not best.is_requested:
             result.append(f"  servers are a setting of the run: {layout.setting}")

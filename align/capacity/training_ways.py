@@ -6,12 +6,13 @@ of devices, so it must divide among them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from align.capacity.hardware import DEVICES, GIB, Hardware
 from align.capacity.job import Job, Setting
-from align.capacity.layouts import Strategy, candidate_strategies
+from align.capacity.layouts import Strategy, candidate_strategies, launch_of
 from align.capacity.memory import Memory
 from align.capacity.sharding import offloaded, sharded
 from align.capacity.timing import training_time
@@ -45,15 +46,23 @@ def training_way(job: Job, hardware: Hardware, strategy: Strategy, rows: int | N
         return Way(strategy, 0, 0, device_parts(job, hardware, strategy, 1), obstacle=obstacle)
     device_batch = job.batch // devices
     largest = _largest(job, hardware, strategy)
+    # The plan asks the stage itself what it refuses, such as 4 bits that FSDP2 cannot shard.
+    objection = None if devices == 1 else job.objection(launch_of(strategy, hardware))
+    if objection is not None:
+        parts = device_parts(job, hardware, strategy, job.unit)
+        return Way(strategy, 0, 0, parts, obstacle=objection.rstrip("."), is_refused=True)
     # Only micro-batches that fill a device's share exactly, as the stage itself requires.
-    divisors = [size for size in range(1, min(device_batch, job.micro_batch) + 1) if device_batch % size == 0]
+    sizes = range(job.unit, min(device_batch, job.micro_batch) + 1, job.unit)
+    divisors = [size for size in sizes if device_batch % size == 0]
     micro_batch = max((size for size in divisors if size <= largest), default=0)
-    # One row at least, so that a way that does not fit shows how much it lacks.
-    parts = device_parts(job, hardware, strategy, micro_batch or 1)
-    host = _host_memory(job, hardware, strategy, micro_batch or 1)
+    # The smallest at least, so that a way that does not fit shows how much it lacks.
+    parts = device_parts(job, hardware, strategy, micro_batch or job.unit)
+    host = _host_memory(job, hardware, strategy, micro_batch or job.unit)
     obstacle, usable = "", device.usable + device.context
     if not micro_batch:
-        obstacle = f"one of the {job.row} needs {sum(parts.values()) / GIB:.1f} GiB, usable are {usable / GIB:.1f}"
+        smallest = "one" if job.unit == 1 else str(job.unit)
+        needed = sum(parts.values()) / GIB
+        obstacle = f"{smallest} of the {job.row} needs {needed:.1f} GiB, usable are {usable / GIB:.1f}"
     elif host > device.host:
         obstacle = f"{host / GIB:.0f} GiB of the machine's memory for each device, of {device.host / GIB:.0f}"
     time = None
@@ -96,15 +105,22 @@ def _largest(job: Job, hardware: Hardware, strategy: Strategy) -> int:
     return largest_that_fits(fits, MAX_MICRO_BATCH)
 
 
-def training_remedies(job: Job, hardware: Hardware, tried: Sequence[Way], smaller: Mapping[str, Job]) -> list[str]:
+def training_remedies(
+    job: Job, hardware: Hardware, tried: Sequence[Way], smaller: Mapping[str, Job], requested: Strategy | None = None
+) -> list[str]:
     """Return command-line options with which the stage fits; each was tried.
 
     They are more machines, another card, or one of ``smaller``: jobs that need less, by the option that asks for them.
+    Where ``runtime.launch`` asks for a way, it also says on how many devices, and the first remedy is another launch.
     """
     if all(INDIVISIBLE in way.obstacle for way in tried):
         # No memory would help; the next larger batch that divides does.
         next_batch = -(-job.batch // hardware.devices) * hardware.devices
         return [f"{next_batch} {job.row} a step, which divide among {hardware.devices} devices"]
+    smaller_fit = [words for words, smaller_job in smaller.items() if _fits(smaller_job, hardware, requested)]
+    if requested is not None:
+        best = training_ways(job, hardware, None, 1.0)[0]
+        return [*([_launch_option(best, hardware)] if best.fits and hardware.devices > 1 else []), *smaller_fit]
     remedies = []
     # The fewest machines that are enough, then the cheapest other card.
     for factor in MACHINE_FACTORS:
@@ -116,9 +132,15 @@ def training_remedies(job: Job, hardware: Hardware, tried: Sequence[Way], smalle
         if card.name != hardware.device.name and _fits(job, replace(hardware, device=card)):
             remedies.append(f"--hardware {replace(hardware, device=card).label}")
             break
-    return remedies + [words for words, smaller_job in smaller.items() if _fits(smaller_job, hardware)]
+    return remedies + smaller_fit
 
 
-def _fits(job: Job, hardware: Hardware) -> bool:
+def _launch_option(way: Way, hardware: Hardware) -> str:
+    assert isinstance(way.layout, Strategy)
+    block = launch_of(way.layout, hardware).model_dump(exclude_unset=True)
+    return f"--set runtime.launch='{json.dumps(block)}'"
+
+
+def _fits(job: Job, hardware: Hardware, requested: Strategy | None = None) -> bool:
     # Without rows no time is computed, and whether a way fits does not depend on it.
-    return any(way.fits for way in training_ways(job, hardware, None, 1.0))
+    return any(way.fits for way in training_ways(job, hardware, None, 1.0, requested))

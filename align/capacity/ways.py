@@ -34,6 +34,8 @@ class Way:
     """The ``batch`` that the settings ask for; 0 if they leave it open."""
     is_requested: bool = False
     """Whether the run's settings name this way, so that no other is tried."""
+    is_refused: bool = False
+    """Whether the stage itself cannot run this way, however much memory there is."""
 
     @property
     def fits(self) -> bool:
@@ -78,9 +80,9 @@ class Way:
         }
 
 
-def by_preference(way: Way) -> tuple[bool, float]:
-    """Sort key: ways that fit first, the fastest of them first; among the others the smallest first."""
-    return not way.fits, way.time.seconds if way.time else way.peak
+def by_preference(way: Way) -> tuple[bool, bool, float]:
+    """Sort key: ways that fit first, the fastest of them first; then the smallest that only lacks memory."""
+    return not way.fits, way.is_refused, way.time.seconds if way.time else way.peak
 
 
 def largest_that_fits(fits: Callable[[int], bool], maximum: int) -> int:

@@ -13,7 +13,10 @@ import pytest
 
 from align.capacity.estimators import training as memory_training
 from align.cli.main import main
+from align.pipeline.pipeline import Pipeline
+from align.store.store import Store
 from tests.support.capacity.models import MISTRAL, SEVENTY
+from tests.support.records import put_record
 
 
 @pytest.fixture
@@ -235,6 +238,48 @@ def test_servers_that_run_already_are_not_counted(plan: Any) -> None:
     assert "their memory and time are not counted" in " ".join(sample["notes"])
 
 
+def test_one_device_shards_and_offloads_nothing(plan: Any) -> None:
+    code, out, err = plan(MISTRAL, "--hardware", "h100", "--json")
+    assert code == 2 and "stages.sft fits on h100 in no way" in err
+    for stage in (way for way in stages(out).values() if way["kind"] != "sample"):
+        assert {way["strategy"] for way in stage["options"]} == {"single"}
+
+
+def test_ways_that_the_stage_refuses_are_none(plan: Any) -> None:
+    """QLoRA is not sharded: the table does not propose what ``align run`` then refuses."""
+    words = ["--hardware", "8xa100-40", "--set", "stages.sft.tuning={method: qlora}", "--json"]
+    code, out, err = plan(SEVENTY, *words)
+    sft = stages(out)["sft"]
+    assert code == 2 and not any(way["fits"] for way in sft["options"])
+    assert sft["options"][0]["strategy"] == "ddp", "what lacks memory alone is nearest"
+    sharded = [way for way in sft["options"] if way["strategy"] != "ddp"]
+    assert sharded and all("keeps weights in 4 bits, which strategy" in way["why_not"] for way in sharded)
+    assert "stages.sft fits on 8xa100-40 in no way; nearest is ddp, checkpointing" in err
+    four = stages(plan(MISTRAL, *words)[1])["sft"]["options"]
+    assert four[0]["fits"] and four[0]["strategy"] == "ddp"
+
+
+def test_a_launch_that_does_not_fit_gets_one_that_does(plan: Any) -> None:
+    """Not another machine: the launch says on how many devices the stage runs."""
+    words = ["--hardware", "8xh100", "--set", "runtime.launch={processes: 4, strategy: ddp}"]
+    code, out, err = plan(MISTRAL, *words, "--json")
+    remedies = stages(out)["sft"]["remedies"]
+    assert code == 2 and "nearest is ddp" in err and not any("--hardware" in remedy for remedy in remedies)
+    assert remedies[0].startswith("--set runtime.launch='")
+    for remedy in remedies:
+        actual = stages(plan(MISTRAL, *words, *shlex.split(remedy), "--json")[1])["sft"]["options"]
+        assert len(actual) == 1 and actual[0]["fits"], remedy
+
+
+def test_another_micro_batch_than_the_run_s_is_a_setting_to_make(plan: Any) -> None:
+    words = ["--hardware", "h100", "--set", "stages.sft.tuning={method: lora}"]
+    _, out, _ = plan(MISTRAL, *words)
+    assert "the micro-batch is a setting of the stage: micro_batch_size: 2" in out
+    _, out, _ = plan(MISTRAL, *words, "--set", "stages.sft.micro_batch_size=2")
+    sft = out.split("\nsft: ")[1].split("\nsample: ")[0]
+    assert "the micro-batch is a setting" not in sft
+
+
 def test_more_processes_than_devices_are_refused(plan: Any) -> None:
     code, _, err = plan(MISTRAL, "--hardware", "2xh100", "--set", "runtime.launch.processes=8")
     assert code == 2 and "asks for 1 x 8 processes (runtime.launch), and --hardware 2xh100 has 1 x 2 devices" in err
@@ -280,3 +325,15 @@ def test_nothing_heavy_is_imported(pipeline: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+def test_kto_makes_two_rows_of_each_pair(plan: Any, pipeline: Path, tmp_path: Path) -> None:
+    stage = "  kto: {policy: sft, data: sample, learning_rate: 1.0e-6, batch_size: 64, max_length: 512}\n"
+    pipeline.write_text(pipeline.read_text() + stage)
+    sample = Pipeline.load(pipeline).nodes["sample"]
+    folder = Store.open(tmp_path / "store").folder("sample", sample.key)
+    folder.mkdir(parents=True)
+    metrics = {"train_pairs": 1000}
+    put_record(folder, key=sample.key, stage="sample", kind="sample", makes=sample.makes, metrics=metrics)
+    planned = stages(plan(MISTRAL, "--hardware", "8xh100", "--json")[1])
+    assert (planned["dpo"]["rows"], planned["kto"]["rows"]) == (1000, 2000)

@@ -204,6 +204,10 @@ def job(config: TrainingFields, models: Models, runtime: Runtime | None) -> Job:
         work=work,
         rows=rows,
         steps=lambda count: math.ceil(count / config.batch_size),
+        run_micro_batch=config.micro_batch_of,
+        objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
+        # Where losses of micro-batches do not add up, another size would be another training.
+        unit=1 if config.rows_add_up else config.micro_batch,
         trained=trained,
         gathered=model.parameters,
         checkpointing=config.gradient_checkpointing,
