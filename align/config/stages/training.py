@@ -149,13 +149,20 @@ class TrainingFields(TrainerOptions):
         return (
             self._batch_objection(launch.known or 1)
             or sharding_objection(launch, self.tuning, looks_back=self.anchor is not None and self.anchor.to == "kl")
-            or (self._zero_objection() if launch.strategy == "deepspeed" and launch.known != 1 else None)
+            or self._strategy_objection(launch)
         )
 
-    def _zero_objection(self) -> str | None:
-        """Name a setting that changes weights outside DeepSpeed's engine, which has its own copies of them."""
-        settings = {"ema": self.ema, "anchor": self.anchor, "replay": self.replay}
-        settings["keep: best"] = self.keep == "best" or None
+    def _strategy_objection(self, launch: LaunchConfig) -> str | None:
+        """Name a setting that does not go with the strategy, and the remedy; None if all do."""
+        if launch.strategy == "ddp" or launch.known == 1:
+            return None
+        if self.replay is not None:
+            # Its passes through the trunk alone gather no weights, and a process without replayed rows has none.
+            return f"replay does not go with strategy {launch.strategy}; take ddp, or leave it out."
+        if launch.strategy == "fsdp2":
+            return None
+        # These change weights outside DeepSpeed's engine, which has its own copies of them.
+        settings = {"ema": self.ema, "anchor": self.anchor, "keep: best": self.keep == "best" or None}
         for name, value in settings.items():
             if value is not None:
                 return f"{name} does not go with strategy deepspeed; take fsdp2, or leave it out."

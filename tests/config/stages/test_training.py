@@ -88,3 +88,18 @@ def test_stages_that_do_not_look_back_take_such_adapters_in_parts() -> None:
     assert SftConfig(**SFT, tuning=PISSA).processes_objection(IN_PARTS) is None
     pairs = {"policy": "p", "data": "d", "learning_rate": 1e-4}
     assert DpoConfig(**pairs, tuning=PISSA).processes_objection(IN_PARTS) is None
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed"])
+@pytest.mark.parametrize("settings", [{}, {"replay_fraction": 0.0}])
+def test_replay_needs_the_complete_model_in_each_process(strategy: str, settings: dict[str, object]) -> None:
+    replaying = SftConfig(**SFT, replay="general", **settings)
+    objection = replaying.processes_objection(LaunchConfig(processes=2, strategy=strategy))
+    assert objection == f"replay does not go with strategy {strategy}; take ddp, or leave it out."
+    assert replaying.processes_objection(LaunchConfig(processes=1, strategy=strategy)) is None
+    assert replaying.processes_objection(LaunchConfig(processes=2)) is None
+
+
+@pytest.mark.parametrize("extra", [{"ema": 0.9}, {"anchor": {"to": "l2", "weight": 0.1}}])
+def test_other_protection_against_forgetting_is_for_a_model_in_parts_too(extra: dict[str, object]) -> None:
+    assert SftConfig(**SFT, **extra).processes_objection(IN_PARTS) is None
