@@ -66,10 +66,13 @@ def scale_of(rows: Sequence[Row], stage: str) -> Scale:
             "from chosen_score and rejected_score of pairs, from score of instructions (a `score` step writes it), or "
             "from label of unpaired rows."
         )
+    # Not deviation == 0: the mean of equal scores may be off by rounding.
+    if min(targets) == max(targets):
+        raise UserError(
+            f"{stage}: all {len(targets)} training answers have the score {targets[0]:g}: nothing to learn."
+        )
     mean = sum(targets) / len(targets)
     deviation = math.sqrt(sum((target - mean) ** 2 for target in targets) / len(targets))
-    if deviation == 0:
-        raise UserError(f"{stage}: all {len(targets)} training answers have the score {mean:g}: nothing to learn.")
     return Scale(mean, deviation)
 
 
