@@ -264,7 +264,7 @@ STAGES: dict[str, Stage] = {
         _on_policy("ppo", 5, "PPO with a critic against a reward model or a checker", "trained with PPO and a critic"),
         _on_policy(
             "grpo",
-            3,
+            4,
             "GRPO and its variants: responses to a prompt compared, without a critic",
             "trained with GRPO",
         ),

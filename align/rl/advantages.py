@@ -118,10 +118,11 @@ def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale) -
 
     ``scores`` and ``groups`` are (B,). ``scale`` selects the standard deviation: within the group, over the batch
     (arXiv 2508.08221), or none: dividing favors prompts that are nearly always or nearly never solved
-    (arXiv 2503.20783).
+    (arXiv 2503.20783). 0 where a group's scores are all equal.
     """
     sums, sizes = group_sums(scores, groups)
-    centered = scores - sums / sizes
+    # The mean of equal scores may be off by rounding, which the division would make 1 / EPSILON times larger.
+    centered = (scores - sums / sizes).masked_fill(without_variance(scores, groups), 0.0)
     if scale == "none":
         return centered
     if scale == "group":

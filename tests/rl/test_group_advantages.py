@@ -37,6 +37,19 @@ def test_spreads_are_trl_s(scale):
     assert torch.allclose(group_advantages(SCORES, GROUPS, scale), expected)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("score", [37.3, -12.7, 250.3])
+def test_equal_scores_have_no_advantage_though_their_mean_is_rounded(scale, score):
+    # the float32 mean of 16 scores of 37.3 is 4e-6 off, which EPSILON would turn into 0.037
+    scores = torch.full((16,), score)
+    both = torch.cat([scores, SCORES])
+    groups = torch.cat([torch.zeros(16, dtype=torch.long), GROUPS])
+    assert group_advantages(scores, groups[:16], scale).tolist() == [0.0] * 16
+    assert group_advantages(both, groups, scale)[:16].tolist() == [0.0] * 16
+    if scale != "batch":
+        assert torch.equal(group_advantages(both, groups, scale)[16:], group_advantages(SCORES, GROUPS, scale))
+
+
 def test_the_others_mean_is_rloo_s_baseline():
     # 1 - (3+2)/2, 3 - (1+2)/2, 2 - (1+3)/2; 0 - 3, 0 - 3, 6 - 0
     assert leave_one_out(SCORES, GROUPS).tolist() == [-1.5, 1.5, 0.0, -3.0, -3.0, 6.0]
