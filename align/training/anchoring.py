@@ -80,7 +80,10 @@ class KLToStart:
                 if low:
                     cast_frozen_to_bf16(module)
         elif type(head) is not torch.nn.Linear:
-            raise UserError("anchor: kl cannot tell the start's head from an adapted one; take lm_head out of targets.")
+            raise UserError(
+                "anchor: kl cannot tell the start's head from one that is adapted or trained; leave lm_head, and an "
+                "embedding that it is tied to, out of targets, save_modules and train_tokens, or take `to: l2`."
+            )
         self.hidden: torch.Tensor | None = None
 
     @contextmanager

@@ -255,13 +255,30 @@ def test_a_reward_model_has_no_distributions(tiny_reward: Path) -> None:
         validate(RewardConfig, settings, "p.yaml: stages.reward")
 
 
-def test_an_adapted_head_is_refused(tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("is_tied", "settings"),
+    [
+        (False, {"targets": ["lm_head"]}),
+        (False, {"save_modules": ["lm_head"]}),
+        (True, {"save_modules": ["embed_tokens"]}),
+    ],
+)
+def test_a_head_that_is_adapted_or_trained_is_refused(is_tied: bool, settings: Any, tiny_model: Path) -> None:
     model = load_policy(tiny_model)
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    model = apply_tuning(model, LoraTuning(rank=2, targets=["lm_head"]), 0)
-    with pytest.raises(UserError, match="take lm_head out of targets"):
+    if not is_tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model = apply_tuning(model, LoraTuning(rank=2, **settings), 0)
+    with pytest.raises(UserError, match="out of targets, save_modules and train_tokens, or take `to: l2`"):
         KLToStart(type("T", (), {"model": model}), 1.0, low=False)
+
+
+def test_trained_tokens_are_refused() -> None:
+    settings = {"model": "m", "data": "d", "learning_rate": 1e-3, "anchor": {"to": "kl", "weight": 1}}
+    tuning = {"method": "lora", "rank": 2, "train_tokens": ["<|im_start|>"]}
+    with pytest.raises(UserError, match=r"anchor: kl does not go with tuning\.train_tokens"):
+        validate(SftConfig, {**settings, "tuning": tuning}, "p.yaml: stages.sft")
+    validate(SftConfig, {**settings, "tuning": tuning, "anchor": {"to": "l2", "weight": 1}}, "p.yaml: stages.sft")
 
 
 @pytest.mark.parametrize(("key", "hint"), [("weigth", "weight"), ("too", "to")])

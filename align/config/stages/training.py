@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from align.config.base import Config, Precision, stage_input
 from align.config.launch import LaunchConfig
 from align.config.stages.trainer_options import TrainerOptions
+from align.config.trained_tokens import TrainedTokens
 from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
 from align.store.artifacts import Kind
 
@@ -210,6 +211,12 @@ class TrainingFields(TrainerOptions):
     def _kl_needs_a_start_to_switch_to(self) -> Self:
         if self.anchor is not None and self.anchor.to == "kl" and self.tuning.input_only:
             raise ValueError(f"anchor: kl does not go with {self.tuning.method}, which changes every input; take l2.")
+        trains_tokens = isinstance(self.tuning, TrainedTokens) and bool(self.tuning.train_tokens)
+        if self.anchor is not None and self.anchor.to == "kl" and trains_tokens:
+            raise ValueError(
+                "anchor: kl does not go with tuning.train_tokens, which trains rows of the head that the start needs; "
+                "take `to: l2`, or leave train_tokens out."
+            )
         return self
 
     @model_validator(mode="after")
