@@ -246,8 +246,11 @@ def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False
     weights = {purpose: FLOAT * parameters}
     if load.is_rounded and precision == "bfloat16":
         # The rounded weights are in memory beside the file that they are read from, but for a GPU's memory.
-        weights = {purpose: size * parameters, "file": 0 if gpu else FLOAT * parameters}
-        widest = 0
+        # Embeddings that scale their rows stay float32. A head that is tied to them is cast in every pass.
+        unrounded = model.embedded if model.scaled_embeddings else 0
+        rounded_bytes = size * parameters + (FLOAT - size) * unrounded
+        weights = {purpose: rounded_bytes, "file": 0 if gpu else FLOAT * parameters}
+        widest = unrounded if model.tied and not load.is_reward_model else 0
     # Only positions that predict a wanted token have logits.
     logit_rows = round(load.pass_tokens * load.logit_tokens / load.length)
     # one chunk of logits in float32, scaled, and the work space of their sum

@@ -74,6 +74,8 @@ class Architecture:
     """Features of one layer's queries and keys that have norms of their own."""
     lean_norms: bool = False
     """True where norms are written as Llama's, and so keep little (``align.models.fast.norms``)."""
+    scaled_embeddings: bool = False
+    """True where the token embedding is a class that scales its rows, and so is not rounded."""
     conv1d: bool = False
     """True where the matrices are GPT-2's ``Conv1D`` instead of linear layers."""
     layers_path: str = "model.layers"
@@ -95,7 +97,7 @@ class Architecture:
     def rounded(self) -> int:
         """Parameters of the trunk that ``align.models.precision.cast_frozen_to_bf16`` keeps in bfloat16."""
         linears = 0 if self.conv1d else sum(linear.inputs * linear.outputs for linear in self.linears)
-        return self.embedded + self.layers * linears
+        return (0 if self.scaled_embeddings else self.embedded) + self.layers * linears
 
     @property
     def head(self) -> int:
@@ -215,6 +217,8 @@ class _LlamaLike:
     """Norms over a layer's width."""
     lean: bool = True
     """Norms are written as Llama's."""
+    scaled_embeddings: bool = False
+    """The token embedding is a class that scales its rows, as Gemma's."""
     tied: bool = False
     """Default where the config has no such field."""
     fused: bool = False
@@ -245,6 +249,7 @@ class _LlamaLike:
             norms=self.norms,
             normed_heads=0 if self.head_norms == "none" else queries + keys,
             lean_norms=self.lean,
+            scaled_embeddings=self.scaled_embeddings,
             heads=(heads, groups),
         )
 
@@ -327,9 +332,9 @@ RULES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "qwen2": _LlamaLike(needs=GROUPS, qkv_bias=True),
     "qwen3": _LlamaLike(needs=HEADS, head_norms="head"),
     "olmo2": _LlamaLike(head_norms="all", lean=False),
-    "gemma": _LlamaLike(needs=HEADS, lean=False, tied=True),
-    "gemma2": _LlamaLike(needs=HEADS, norms=4, lean=False, tied=True),
-    "gemma3_text": _LlamaLike(needs=HEADS, norms=4, head_norms="head", lean=False, tied=True),
+    "gemma": _LlamaLike(needs=HEADS, lean=False, scaled_embeddings=True, tied=True),
+    "gemma2": _LlamaLike(needs=HEADS, norms=4, lean=False, scaled_embeddings=True, tied=True),
+    "gemma3_text": _LlamaLike(needs=HEADS, norms=4, head_norms="head", lean=False, scaled_embeddings=True, tied=True),
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
 }

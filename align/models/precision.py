@@ -91,6 +91,23 @@ def low_residual(model: Any) -> None:
             module.cast_input_dtype_enabled = False
 
 
+def _matrices(model: Any) -> list[Any]:
+    """Return the linear layers and embeddings of ``model`` whose weights may be rounded before autocast does it.
+
+    Embeddings of a class of their own are left out: Gemma's scale their rows by a factor that has the type of the
+    weight. So is a head that shares such a weight.
+    """
+    import torch
+
+    modules = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))]
+    special = {
+        id(module.weight)
+        for module in modules
+        if isinstance(module, torch.nn.Embedding) and type(module) is not torch.nn.Embedding
+    }
+    return [module for module in modules if id(module.weight) not in special]
+
+
 def cast_frozen_to_bf16(model: Any) -> None:
     """Keep the frozen matrices of ``model`` in bfloat16, which autocast would otherwise cast in every pass.
 
@@ -98,9 +115,8 @@ def cast_frozen_to_bf16(model: Any) -> None:
     """
     import torch
 
-    for module in model.modules():
-        matrix = isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and module.weight.is_floating_point()
-        if matrix and not module.weight.requires_grad:
+    for module in _matrices(model):
+        if module.weight.is_floating_point() and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(torch.bfloat16)
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.dtype == torch.float32:
@@ -120,11 +136,9 @@ def frozen_in_bf16(model: Any) -> Iterator[None]:
     # Modules and their float32 weights, to be restored at the end.
     replaced: list[tuple[Any, Any]] = []
     rounded: dict[int, Any] = {}
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or type(weight) is not torch.nn.Parameter:
-            continue
-        if weight.requires_grad or weight.dtype != torch.float32:
+    for module in _matrices(model):
+        weight = module.weight
+        if type(weight) is not torch.nn.Parameter or weight.requires_grad or weight.dtype != torch.float32:
             continue
         if id(weight) not in rounded:  # tied matrices stay tied
             rounded[id(weight)] = torch.nn.Parameter(weight.data.to(torch.bfloat16), requires_grad=False)

@@ -83,6 +83,10 @@ def test_bytes_of_what_is_read_by_hand() -> None:
     rounded = scoring_memory(load, "bfloat16")
     assert (rounded["weights"], rounded["copies"], rounded["file"]) == (2 * 142, 0, 4 * 142)
     assert scoring_memory(load, "bfloat16", gpu=True)["file"] == 0
+    # an embedding that scales its 10 rows of 4 features stays float32; the head that is tied to it is cast in a pass
+    scaled = replace(load, model=replace(TOY, scaled_embeddings=True, tied=True))
+    rounded = scoring_memory(scaled, "bfloat16")
+    assert (rounded["weights"], rounded["copies"]) == (2 * 62 + 4 * 40, 2 * 40)
     assert requested["logits"] == 2 * 4 * 4 * 10 + 12 * 4 * 10  # two rows of 8 tokens in a pass, two words each
 
 

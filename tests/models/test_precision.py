@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.config.tuning import LoraTuning
 from align.models.loading import load_policy
@@ -123,3 +125,22 @@ def test_frozen_matrices_are_rounded_for_a_while_and_no_number_changes(tiny_mode
     wanted = gradients(plain)
     assert wanted and gradients(model).keys() == wanted.keys()
     assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients(model).items())
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_embeddings_that_scale_their_rows_are_rounded_by_nobody(kind: str) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 80, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval().requires_grad_(False)
+    low_residual(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with torch.no_grad(), autocast("cpu", "bfloat16"):
+        expected = model(IDS).logits  # rows times 80 ** 0.5 = 8.944, which is 8.938 in bfloat16
+        with frozen_in_bf16(model):
+            assert torch.equal(model(IDS).logits, expected)
+            assert embedding.weight is head.weight and embedding.weight.dtype == torch.float32
+        cast_frozen_to_bf16(model)
+        assert torch.equal(model(IDS).logits, expected)
+    assert embedding.weight is head.weight and embedding.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
