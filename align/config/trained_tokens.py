@@ -18,7 +18,7 @@ class TrainedTokens(Config):
     train_tokens: list[str] = Field(default_factory=list)
     """Tokens whose rows of embedding and head are trained in full beside the adapters, such as those that a model
     stage's ``add_tokens`` added: ``["<|im_start|>", "<|im_end|>"]``. All other rows stay. Not for a partitioned model
-    (fsdp2, stage 3 of deepspeed)."""
+    (fsdp2, stage 3 of deepspeed), nor with ``anchor: kl``."""
 
     @model_serializer(mode="wrap")
     def _leave_out_no_tokens(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class TrainingFields(TrainerOptions):
     anchor: Anchor | None = None
     """Keep the model near its start: ``{to: l2, weight: 0.1}`` or ``{to: kl, weight: 0.1}``."""
     replay: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
-    """Stage with general data to train on as well, so that less is forgotten; its test rows are scored."""
+    """Stage with general data to train on as well, so that less is forgotten; its test rows are scored. Not
+    for a partitioned model (fsdp2, deepspeed)."""
     replay_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of replayed rows in an optimizer step, in addition to ``batch_size``; 0 only scores the test rows."""
     replay_weight: float | None = Field(None, gt=0)
