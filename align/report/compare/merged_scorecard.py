@@ -141,11 +141,7 @@ def merge(evaluated: Sequence[EvaluatedRun]) -> Card:
         "families": _merge_families(evaluated, lambda card: card["families"]),
         "task_families": _merge_task_families(evaluated),
         "family_differences": [],
-        "win_rates": [
-            {**row, "one": run.labels[row["one"]], "other": run.labels[row["other"]]}
-            for run in evaluated
-            for row in run.card["win_rates"]
-        ],
+        "win_rates": _merge_win_rates(evaluated),
         "reward_models": _merge_reward_models(evaluated),
         "gates": _unique_rows([_labeled(run, gate, "system") for run in evaluated for gate in run.card["gates"]]),
         "flags": _unique_rows([_labeled(run, flag, "policy") for run in evaluated for flag in run.card["flags"]]),
@@ -212,6 +208,17 @@ def _merge_task_families(evaluated: Sequence[EvaluatedRun]) -> dict[str, Any]:
         task: _merge_families(evaluated, lambda card, task=task: card["task_families"].get(task, {}))  # type: ignore[misc]
         for task in tasks
     }
+
+
+def _merge_win_rates(evaluated: Sequence[EvaluatedRun]) -> list[Row]:
+    """Return the win rates of all runs; two systems that several runs compared alike have one row."""
+    rows: dict[tuple[str, str, str, str], Row] = {}
+    for run in evaluated:
+        for row in run.card["win_rates"]:
+            # An opponent that is a file's answers is no system and has no label.
+            first, second = (run.labels.get(row[side], row[side]) for side in ("one", "other"))
+            rows.setdefault((row["task"], row["judge"], first, second), {**row, "one": first, "other": second})
+    return list(rows.values())
 
 
 def _merge_reward_models(evaluated: Sequence[EvaluatedRun]) -> list[Row]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from align.evaluation.judges.compared import FILE
+from align.evaluation.judges.win_rates import Contest
 from align.evaluation.typed_scorecard import FORMAT
 from align.report.compare.comparison import write_comparison
 from align.report.compare.merged_scorecard import differing_item_counts, merge, merge_samples, read_cards
@@ -159,6 +161,31 @@ def test_runs_without_a_scorecard_that_can_be_read_are_named(sweep: dict[str, An
     text = text_of(write_comparison(runs, tmp_path / "out" / "compare.html"), "runs")
     for problem in problems.values():
         assert problem in text
+
+
+def win_rates_of(root: Path, *rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the page's card where each of two runs has ``rows``."""
+    runs = make_sweep(root / "runs", {"a": (0.5, 1.0), "b": (0.6, 2.0)})
+    for run in runs.values():
+        path = run["evaluate"].path / "scorecard.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"win_rates": rows}))
+    page = write_comparison(runs, root / "out" / "compare.html")
+    return list(json.loads((page.parent / "scorecard.json").read_text())["win_rates"])
+
+
+def win_rate(first: str, second: str) -> dict[str, Any]:
+    contest = Contest(first, second, ["one", "one", "other", "tie"], gaps=[0] * 4)
+    return contest.row("ifeval", "judge")
+
+
+def test_the_answers_of_a_file_are_an_opponent_of_every_run(tmp_path: Path) -> None:
+    rows = win_rates_of(tmp_path, win_rate("ppo", FILE))
+    assert [(row["one"], row["other"]) for row in rows] == [("a: ppo", FILE), ("b: ppo", FILE)]
+
+
+def test_two_systems_that_all_runs_share_have_one_win_rate(tmp_path: Path) -> None:
+    rows = win_rates_of(tmp_path, win_rate("sft", "model"))
+    assert [(row["one"], row["other"]) for row in rows] == [("sft", "model")]
 
 
 # --- settings against results -----------------------------------------------------------------------------------------
