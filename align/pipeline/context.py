@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.user_paths import user_path
+from align.errors import redact
 from align.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ class StageContext:
             follower(step, metrics)
 
     def warn(self, message: str) -> None:
-        """A warning the user sees on the console and in the report."""
-        self.emit("warning", message=message)
+        """A warning the user sees on the console and in the report, without the passwords in its addresses."""
+        self.emit("warning", message=redact(message))
 
     def note(self, message: str) -> None:
-        """A line the user sees on the console and in the report, where nothing is wrong."""
-        self.emit("note", message=message)
+        """A line the user sees on the console and in the report, where nothing is wrong; redacted like a warning."""
+        self.emit("note", message=redact(message))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.user_paths import user_path
-from align.errors import UserError
+from align.errors import UserError, redact
 from align.pipeline.context import StageContext
 from align.training.checkpoints import read_state, write_state
 
@@ -292,9 +292,9 @@ def _remember(context: StageContext, callbacks: list[Any]) -> None:
 
 
 def _safe(error: Exception) -> str:
-    """Return an error's first line without secrets of the environment."""
+    """Return an error's first line without secrets of the environment and of addresses."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     for name, value in os.environ.items():
         if len(value) >= 6 and any(word in name.upper() for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
             text = text.replace(value, "***")
-    return f"{type(error).__name__}: {text}".rstrip(".")
+    return f"{type(error).__name__}: {redact(text)}".rstrip(".")

@@ -23,7 +23,7 @@ from align.runner.runner import run_pipeline
 from align.store.artifacts import Kind
 from align.training import tracking
 from align.training.checkpoints import read_state
-from align.training.tracking import scorecard_values, track_result
+from align.training.tracking import _safe, scorecard_values, track_result
 from tests.support import toy
 from tests.support.stages.evaluation_stage import context as evaluated
 from tests.support.stages.evaluation_stage import inputs
@@ -195,6 +195,11 @@ def test_a_tracker_that_cannot_start_refuses_the_stage_and_says_no_secret(
     with pytest.raises(UserError, match=r"report_to: tensorboard cannot start: RuntimeError: no such user for \*\*\*"):
         STAGES["sft"].runner()(stage)
     assert not stage.events.exists(), "nothing was computed"
+
+
+def test_an_error_is_told_without_the_password_of_its_address() -> None:
+    error = OSError("https://alice:hunter22@mlflow.example.com/api does not answer")
+    assert _safe(error) == "OSError: https://***@mlflow.example.com/api does not answer"
 
 
 def test_a_tracker_that_fails_later_is_left_out_with_one_warning(
