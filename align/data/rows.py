@@ -353,12 +353,15 @@ def is_text(row: Row) -> bool:
 
 
 def prompt_key(row: Row) -> str:
-    """Return the key of a prompt: role, normalized content and tool calls of every turn; of a text, the text."""
-    if is_text(row):
-        return normalized(row["text"])
+    """Return the key of a prompt, see ``turns_key``; of a text, the normalized text."""
+    return normalized(row["text"]) if is_text(row) else turns_key(row["prompt"])
+
+
+def turns_key(messages: Sequence[Message]) -> str:
+    """Return the role, the normalized content and the tool calls of every turn as one text."""
     return "\n".join(
-        f"{message['role']}: {normalized(message['content'])}{message.get('tool_calls') or ''}"
-        for message in row["prompt"]
+        f"{message['role']}: {normalized(message['content'] or '')}{message.get('tool_calls') or ''}"
+        for message in messages
     )
 
 

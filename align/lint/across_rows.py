@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from align.data.rows import Row, normalized, prompt_key
+from align.data.rows import Row, normalized, prompt_key, turns_key
 from align.lint.findings import Findings, Place
 
 PlacedRow = tuple[Place, Row]
@@ -107,9 +107,11 @@ def check_repeated_answers(rows: Sequence[PlacedRow], findings: Findings) -> Non
 
 def _check_contradiction(place: Place, row: Row, preferences: set[tuple[str, str]], findings: Findings) -> None:
     """Check that no other pair of the prompt has the same sides the other way round."""
-    chosen, rejected = _last_text(row, "chosen"), _last_text(row, "rejected")
+    # All turns count: two episodes may end in the same words after other calls.
+    chosen, rejected = turns_key(row["chosen"]), turns_key(row["rejected"])
     if chosen != rejected and (rejected, chosen) in preferences:
-        findings.add("pairs-contradict", place, f"another pair prefers {rejected!r} to {chosen!r}")
+        texts = [_last_text(row, name) for name in ("rejected", "chosen")]
+        findings.add("pairs-contradict", place, f"another pair prefers {texts[0]!r} to {texts[1]!r}")
     preferences.add((chosen, rejected))
 
 

@@ -166,6 +166,12 @@ def _answer(side: TokenSequence) -> str:
     return str(side.messages[-1]["content"] or "") if side.messages else side.text
 
 
-def _letters(side: TokenSequence) -> str:
-    """Return the answer without white space and case."""
-    return squeezed(_answer(side)).casefold()
+def _letters(side: TokenSequence) -> list[tuple[str, str, str]]:
+    """Return the role, the text without white space and case, and the calls of each of the answer's turns."""
+    if not side.messages:
+        return [("", squeezed(side.text).casefold(), "")]
+    # The case of a call's arguments counts: they name files, places and keys.
+    return [
+        (message["role"], squeezed(message["content"] or "").casefold(), message.get("tool_calls") or "")
+        for message in side.messages[side.prompt_turns :]
+    ]

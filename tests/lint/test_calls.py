@@ -121,3 +121,39 @@ def test_an_unreadable_call_is_no_fault_of_an_answer_that_is_not_learned(name: s
     assert "unreadable-call" not in look(tokenizer_of(name), unpair(rejected), options=Options("kto"))
     learned = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in rejected]
     assert "unreadable-call" in look(tokenizer_of(name), learned, options=Options("dpo"))
+
+
+def pair(number: int, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> dict[str, Any]:
+    prompt = [user("How much is 2 + 2?")]
+    return {"id": f"row-{number}", "source": "test", "checks": "", "prompt": prompt, "tools": json.dumps(TOOLS),
+            "chosen": chosen, "rejected": rejected}  # fmt: skip
+
+
+def ask_tool(number: int, answer: str) -> list[dict[str, Any]]:
+    """An episode: a call, its result, an answer."""
+    return [calling(add(number)), {"role": "tool", "content": "4"}, assistant(answer)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ([calling(add(2))], [calling(add(3))]),
+        (ask_tool(2, "It is 4."), ask_tool(3, "It is 4.")),
+        (ask_tool(2, "It is 4."), [assistant("It is 4.")]),
+    ],
+    ids=["calls", "calls of earlier turns", "number of turns"],
+)
+def test_sides_that_call_differently_do_not_differ_in_case_alone(
+    chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
+) -> None:
+    findings = look(tokenizer_of("qwen2.5"), [pair(0, chosen, rejected)], options=Options("dpo"))
+    assert "sides-differ-in-case-alone" not in findings and "chosen-equals-rejected" not in findings
+
+
+def test_pairs_with_other_calls_and_the_same_last_words_do_not_contradict() -> None:
+    first = pair(0, ask_tool(2, "It is 4."), ask_tool(3, "It is 5."))
+    other_calls = pair(1, ask_tool(7, "It is 5."), ask_tool(8, "It is 4."))
+    turned = pair(2, first["rejected"], first["chosen"])
+    tokenizer, options = tokenizer_of("qwen2.5"), Options("dpo")
+    assert "pairs-contradict" not in look(tokenizer, [first, other_calls], options=options)
+    assert look(tokenizer, [first, turned], options=options)["pairs-contradict"].count == 1
