@@ -260,6 +260,22 @@ def test_a_curve_is_enlarged_zoomed_and_smoothed(driver, opened):
     assert console(driver) == []
 
 
+def test_late_steps_are_read_with_all_their_digits(driver, tmp_path):
+    sft = write_artifact(tmp_path, "sft", Kind.POLICY)
+    points = [{"event": "metrics", "step": step, "loss": 1.0} for step in (12345, 12346, 12347)]
+    (sft.path / "events.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    open_page(driver, write_report([sft], None, tmp_path / "r.html"))
+    figure = first(driver, "figure.curve")
+    driver.execute_script("arguments[0].focus()", figure)
+    figure.send_keys("\ue014")  # arrow right
+    assert figure.find_element("css selector", ".reading").text == "step 12345 · 1"
+    figure.send_keys("\ue007")  # Enter
+    plot = first(driver, "dialog.curve-view svg[role=img]")
+    assert plot.get_attribute("aria-label") == "sft: loss, steps 12345 to 12347"
+    assert {"12345.0", "12346.0", "12347.0"} <= {label.text for label in plot.find_elements("css selector", "text")}
+    assert console(driver) == []
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_wider_than_the_window(driver, opened, width):
     resize(driver, width, 844)

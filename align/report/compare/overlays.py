@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.compare.merged_scorecard import Card
-from align.report.curves.curve_panels import MAX_MARKERS, Curve, axes_reading, label_axes, short_numbers
+from align.report.curves.curve_panels import MAX_MARKERS, Curve, axes_reading, label_axes, short_numbers, step_numbers
 from align.report.curves.metric_series import Events, group_by_panel
 from align.report.page.number_format import number
 from align.report.page.panels import COLORS, INK, LINES, MARKERS, Panel, error_bars, legend_name, nth, styled
@@ -151,7 +151,7 @@ def draw_overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
             marker=nth(MARKERS, index) if len(steps) <= MAX_MARKERS else None,
             markersize=3.5,
         )
-        numbers = {"x": short_numbers(steps), "y": short_numbers(values)}
+        numbers = {"x": step_numbers(steps), "y": short_numbers(values)}
         # A run keeps its color where runs before it lack this curve.
         lines.append({"name": printable(run), "style": index, **numbers})
         changes.append(f"{run} from {number(values[0])} to {number(values[-1])}")

@@ -185,7 +185,7 @@ def axes_reading(
 
 
 def _line_numbers(line: _Line) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"name": line.name, "x": short_numbers(line.steps), "y": short_numbers(line.values)}
+    numbers: dict[str, Any] = {"name": line.name, "x": step_numbers(line.steps), "y": short_numbers(line.values)}
     if line.low:
         numbers |= {"low": short_numbers(line.low), "high": short_numbers(line.high)}
     return numbers
@@ -203,6 +203,11 @@ def short_number(value: float) -> float:
     """Return a number with :data:`DIGITS` significant digits, so that thousands of them stay small as JSON."""
     short = float(f"{value:.{DIGITS}g}")
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
+
+
+def step_numbers(steps: Sequence[float]) -> list[float]:
+    """Return steps with all their digits before the point; means of several steps have one behind it."""
+    return [int(step) if float(step).is_integer() else round(step, 1) for step in steps]
 
 
 def short_numbers(values: Sequence[float]) -> list[float]:

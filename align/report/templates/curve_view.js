@@ -19,6 +19,8 @@
     const short = size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
     return short.replace(/-/g, "−");
   };
+  // Steps are counted: they keep all their digits. A place between two of them has one behind the point.
+  const stepText = (step) => String(Number(step.toFixed(1)));
   const make = (name, attributes, parent) => {
     const element = document.createElementNS(NS, name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -52,13 +54,16 @@
     for (let index = Math.ceil(low / step); index * step <= high + step * 1e-9; index++) places.push(Number((index * step).toPrecision(12)));
     return places;
   }
-  // Labels of one axis have the decimals of its step.
-  function labels(places) {
-    const step = places.length > 1 ? Math.abs(places[1] - places[0]) : 0, most = Math.max(...places.map(Math.abs));
-    if (!step || most < 0.01 || most >= 1e5) return places.map(text);
-    const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  // Labels of one axis have the decimals of the distance between them.
+  function withDecimals(places) {
+    const decimals = Math.max(0, -Math.floor(Math.log10(Math.abs(places[1] - places[0])) + 1e-9));
     return places.map((place) => place.toFixed(decimals).replace("-", "−"));
   }
+  function valueLabels(places) {
+    const most = Math.max(...places.map(Math.abs));
+    return places.length < 2 || most < 0.01 || most >= 1e5 ? places.map(text) : withDecimals(places);
+  }
+  const stepLabels = (places) => (places.length < 2 ? places.map(stepText) : withDecimals(places));
   function logTicks(low, high) {
     const places = [];
     for (let power = Math.floor(low); power <= Math.ceil(high); power++) {
@@ -128,16 +133,16 @@
   const pathOf = (line, values) => line.x.map((step, index) => (index ? "L" : "M") + across(step).toFixed(1) + " " + up(values[index]).toFixed(1)).join("");
 
   function drawAxes() {
-    const steps = ticks(view.x[0], view.x[1], WIDTH / 110), stepLabels = labels(steps);
+    const steps = ticks(view.x[0], view.x[1], WIDTH / 110), stepTexts = stepLabels(steps);
     steps.forEach((step, index) => {
       make("line", { x1: across(step), x2: across(step), y1: BOX.top, y2: BOX.bottom, class: "grid" }, svg);
-      make("text", { x: across(step), y: BOX.bottom + 18, "text-anchor": "middle" }, svg).textContent = stepLabels[index];
+      make("text", { x: across(step), y: BOX.bottom + 18, "text-anchor": "middle" }, svg).textContent = stepTexts[index];
     });
     const values = view.log ? logTicks(view.y[0], view.y[1]).map((place) => 10 ** place) : ticks(view.y[0], view.y[1], 6);
-    const valueLabels = view.log ? values.map(text) : labels(values);
+    const valueTexts = view.log ? values.map(text) : valueLabels(values);
     values.forEach((value, index) => {
       make("line", { x1: BOX.left, x2: BOX.right, y1: up(value), y2: up(value), class: "grid" }, svg);
-      make("text", { x: BOX.left - 8, y: up(value) + 4, "text-anchor": "end" }, svg).textContent = valueLabels[index];
+      make("text", { x: BOX.left - 8, y: up(value) + 4, "text-anchor": "end" }, svg).textContent = valueTexts[index];
     });
     make("text", { x: (BOX.left + BOX.right) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, svg).textContent = "step";
   }
@@ -166,7 +171,7 @@
     });
     view.cursor = make("g", { class: "crosshair" }, svg);
     heading.textContent = view.curve.stage + ": " + view.curve.title;
-    svg.setAttribute("aria-label", `${heading.textContent}, steps ${text(view.x[0])} to ${text(view.x[1])}`);
+    svg.setAttribute("aria-label", `${heading.textContent}, steps ${stepText(view.x[0])} to ${stepText(view.x[1])}`);
     amount.textContent = smoothing.toFixed(2);
     reading.textContent = drawn.map((line) => `${line.name} ${text(line.smooth[line.smooth.length - 1])}`).join(" · ") + " at the end";
   }
@@ -216,7 +221,7 @@
       const mean = smoothing ? ` (smoothed ${text(line.smooth[best])})` : "";
       return `${line.name} ${text(line.y[best])}${mean}`;
     });
-    reading.textContent = `step ${text(step)} · ${values.join(" · ")}`;
+    reading.textContent = `step ${stepText(step)} · ${values.join(" · ")}`;
   }
 
   let dragFrom = null, dragX = 0;

@@ -15,6 +15,8 @@
     const text = size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
     return text.replace(/-/g, "−");
   };
+  // Steps are counted: they keep all their digits. The mean of several has one behind the point.
+  const stepText = (step) => String(Number(step.toFixed(1)));
 
   function nearest(xs, step) {
     let low = 0, high = xs.length - 1;
@@ -58,13 +60,13 @@
         const mark = document.createElementNS(NS, "line");
         for (const [name, value] of [["x1", across(x)], ["x2", across(x)], ["y1", top], ["y2", bottom]]) mark.setAttribute(name, value);
         overlay.appendChild(mark);
-        parts.push("step " + number(x));
+        parts.push("step " + stepText(x));
       }
       const dot = document.createElementNS(NS, "circle");
       for (const [name, value] of [["cx", across(x)], ["cy", up(y)], ["r", 2.4]]) dot.setAttribute(name, value);
       overlay.appendChild(dot);
       const range = line.low ? " (" + number(line.low[point]) + " to " + number(line.high[point]) + ")" : "";
-      parts.push((curve.lines.length > 1 ? line.name + " " : "") + number(y) + range + (index && x !== curve.lines[0].x[nearest(curve.lines[0].x, step)] ? " at " + number(x) : ""));
+      parts.push((curve.lines.length > 1 ? line.name + " " : "") + number(y) + range + (index && x !== curve.lines[0].x[nearest(curve.lines[0].x, step)] ? " at " + stepText(x) : ""));
     });
     panel.svg.appendChild(overlay);
     panel.overlay = overlay;

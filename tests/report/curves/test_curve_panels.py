@@ -50,3 +50,9 @@ def test_panels_about_episodes_leave_the_others_their_room():
     assert (titles, left_out) == ({"loss", "ant", "score_turn_1 to 2", *EPISODE_CURVES}, ["zebra"])
     shared = next(curve for curve in curves if curve.title == "score_turn_1 to 2")
     assert [drawn["name"] for drawn in shared.reading["lines"]] == ["score_turn_1", "score_turn_2"]
+
+
+def test_the_numbers_of_late_steps_are_not_rounded():
+    events = Events(series={"loss": ([1234567.0, 1234568.0], [1.0, 0.5])})
+    (line,) = draw_curve("loss", ["loss"], events).reading["lines"]
+    assert line["x"] == [1234567, 1234568]
