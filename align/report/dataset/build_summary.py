@@ -42,7 +42,10 @@ _SERIAL_NUMBERS = itertools.count()
 
 @dataclass
 class Lengths:
-    """Histograms of one source: characters by bin of :data:`EDGES` (the last bin is open), turns, rows by split."""
+    """Histograms of one source: characters by bin of :data:`EDGES` (the last bin is open), turns, rows by split.
+
+    Plain texts have the side ``text`` among the answers, and no prompt and no turns.
+    """
 
     prompt: np.ndarray = field(default_factory=lambda: np.zeros(len(EDGES), np.int64))
     answers: dict[str, np.ndarray] = field(default_factory=dict)
@@ -132,20 +135,20 @@ def _count_lengths(batch: pa.RecordBatch, split: str, sources: list[str], length
     """Add a batch's characters, turns and rows to the histograms of its sources."""
     # Source names as small numbers, so that each source's rows are found by one comparison.
     names, codes = np.unique(np.array(sources, dtype=object).astype(str), return_inverse=True)
-    if "prompt" in batch.schema.names:
+    has_prompts = "prompt" in batch.schema.names
+    if has_prompts:
         prompt, turns = _characters(batch.column("prompt"))
         answers = {name: _characters(batch.column(name))[0] for name in ANSWERS if name in batch.schema.names}
-    else:  # plain texts have no turns
-        prompt = np.zeros(len(sources), np.int64)
-        turns = prompt
+    else:
         answers = {"text": pc.utf8_length(batch.column("text")).to_numpy(zero_copy_only=False)}
     # Sources are few and rows many: numpy handles all rows of a source at once.
     for code, name in enumerate(names.tolist()):
         mask = codes == code
         histograms = lengths[name]
         histograms.rows[split] += int(mask.sum())
-        histograms.prompt += _histogram(prompt[mask])
-        histograms.turns += np.bincount(np.minimum(turns[mask], MAX_TURNS), minlength=MAX_TURNS + 1)
+        if has_prompts:
+            histograms.prompt += _histogram(prompt[mask])
+            histograms.turns += np.bincount(np.minimum(turns[mask], MAX_TURNS), minlength=MAX_TURNS + 1)
         for side, sizes in answers.items():
             histograms.answers.setdefault(side, np.zeros(len(EDGES), np.int64))
             histograms.answers[side] += _histogram(sizes[mask])

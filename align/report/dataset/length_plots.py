@@ -14,24 +14,29 @@ from align.report.page.panels import COLORS, LINES, Panel, styled
 MAX_OUTLINES = 6
 """Sources with an outline of their own; the others are merged."""
 MAX_LABEL_LENGTH = 28
-ANSWER_CAPTIONS = {"completion": "Answers.", "chosen": "Chosen answers."}
+CAPTIONS = {"completion": ("answer", "Answers."), "chosen": ("answer", "Chosen answers."), "text": ("text", "Texts.")}
+"""Side → the subject of its axis, and the caption of its plot."""
 
 
 def length_plots(lengths: Mapping[str, Lengths]) -> list[tuple[Markup, str]]:
-    """Return each plot with its caption."""
+    """Return each plot with its caption; plain texts have none of prompts and turns."""
     groups = merge_small_sources(lengths)
-    prompts = {name: group.prompt for name, group in groups.items()}
-    plots = [(plot_lengths(prompts, "prompt"), "Prompts, all turns together.")]
-    for side, caption in ANSWER_CAPTIONS.items():
+    total = _sum(groups.values())
+    has_prompts = bool(total.prompt.any())
+    plots = []
+    if has_prompts:
+        prompts = {name: group.prompt for name, group in groups.items()}
+        plots.append((plot_lengths(prompts, "prompt"), "Prompts, all turns together."))
+    for side, (subject, caption) in CAPTIONS.items():
         counts = {name: group.answers[side] for name, group in groups.items() if side in group.answers}
         if counts:
-            plots.append((plot_lengths(counts, "answer"), caption))
-    total = _sum(groups.values())
+            plots.append((plot_lengths(counts, subject), caption))
     if "chosen" in total.answers and "rejected" in total.answers:
         pair = {side: total.answers[side] for side in ("chosen", "rejected")}
         caption = "Both sides of all pairs: a model can learn that longer is better."
         plots.append((plot_lengths(pair, "answer"), caption))
-    plots.append((plot_turns(groups), "Messages in the prompt; 1 is a single question."))
+    if has_prompts:
+        plots.append((plot_turns(groups), "Messages in the prompt; 1 is a single question."))
     return plots
 
 
@@ -62,7 +67,7 @@ def _sum(parts: Iterable[Lengths]) -> Lengths:
 def plot_lengths(counts: Mapping[str, np.ndarray], subject: str) -> Markup:
     """Draw the share of rows by length in characters on a logarithmic axis, with an outline for each name.
 
-    ``subject`` says what is measured: a prompt or an answer.
+    ``subject`` says what is measured: a prompt, an answer or a text.
     """
     from matplotlib.ticker import FuncFormatter
 

@@ -77,7 +77,10 @@ def write_preview(
 
 
 def _source_rows(ledger: Mapping[str, Any], summary: BuildSummary) -> list[dict[str, Any]]:
-    """Return the lines of the table of sources; ``prompt`` and ``answer`` are median lengths in characters."""
+    """Return the lines of the table of sources; ``prompt`` and ``answer`` are median lengths in characters.
+
+    The answer of a plain text is the text itself; its prompt is None.
+    """
     rows = []
     for line in ledger["sources"]:
         lengths = summary.lengths.get(line["source"])
@@ -90,7 +93,7 @@ def _source_rows(ledger: Mapping[str, Any], summary: BuildSummary) -> list[dict[
                 "unknown": license == UNKNOWN,
                 "share": line["rows_out"] / ledger["rows_out"] if ledger["rows_out"] else 0,
                 "splits": dict(lengths.rows) if lengths else {},
-                "prompt": quantile(lengths.prompt, 0.5) if lengths else 0,
+                "prompt": quantile(lengths.prompt, 0.5) if lengths and lengths.prompt.any() else None,
                 "answer": quantile(answers[0], 0.5) if answers else None,
                 "lost": sum(line["dropped"].values()),
             }

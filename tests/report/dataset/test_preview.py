@@ -22,7 +22,7 @@ from align.report.dataset.build_summary import (
     quantile,
     summarize,
 )
-from align.report.dataset.length_plots import merge_small_sources
+from align.report.dataset.length_plots import length_plots, merge_small_sources
 from align.report.dataset.preview import write_preview
 from tests.support.data.sample_build import HOSTILE, pair, row, write_build
 
@@ -116,6 +116,18 @@ def test_pairs_show_both_sides_and_their_lengths(tmp_path: Path) -> None:
     page = write_preview(folder, {"kind": "preferences"}, "pairs").read_text(encoding="utf-8")
     assert "Both sides of all pairs" in page
     assert ">chosen <" in page.replace("</div>", " </div>") and "rejected" in page
+
+
+def test_texts_have_lengths_and_neither_prompts_nor_turns(tmp_path: Path) -> None:
+    texts = [{"id": f"t{number}", "source": "first", "text": "x" * 100} for number in range(3)]
+    folder = write_build(tmp_path / "texts", texts[:2], texts[2:])
+    summary = summarize(folder)
+    assert [caption for _, caption in length_plots(summary.lengths)] == ["Texts."]
+    first = summary.lengths["first"]
+    assert {int(EDGES[bin]): int(n) for bin, n in enumerate(first.answers["text"]) if n} == {91: 3}
+    page = write_preview(folder, {"kind": "texts"}, "texts").read_text(encoding="utf-8")
+    assert '<td class="num">–</td><td class="num">91</td></tr>' in page  # no prompt, then the text
+    assert "characters of the text" in page and "Messages in the prompt" not in page
 
 
 def test_the_same_build_gives_the_same_page(hostile: Path, tmp_path: Path) -> None:
