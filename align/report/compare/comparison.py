@@ -25,7 +25,7 @@ from align.report.compare.merged_scorecard import (
     read_cards,
 )
 from align.report.compare.over_seeds import SeedComparison
-from align.report.compare.overlays import overlays, pareto_front, pareto_plot, points
+from align.report.compare.overlays import MAX_RUNS, drawn_runs, overlays, pareto_front, pareto_plot, points
 from align.report.compare.run_table import Runs, cost_rows, run_table
 from align.report.compare.seed_section import seed_findings, seed_headlines, seed_section
 from align.report.compare.sweep_trials import SweepTrials, sweep_section
@@ -95,6 +95,7 @@ def write_comparison(
         other_items=differing_item_counts(evaluated),
         curves=curves,
         curves_json=script_json(readings),
+        max_runs=MAX_RUNS,
         same=same_stages,
         costs=cost_rows(runs, assets),
         folders=(FIGURES, TABLES),
@@ -250,8 +251,11 @@ def _curve_sections(
         if len(by_run) > 1 and len(_stage_keys(runs, stage)) == 1:
             same_stages.append(stage)
             continue
-        curves, left_out = overlays(by_run, MAX_PANELS)
+        # Chosen before the curves: a metric of the runs that are left out alone would have an empty panel.
+        drawn, undrawn = drawn_runs(by_run)
+        curves, left_out = overlays(drawn, MAX_PANELS)
         if curves:
             panels = add_panels(stage, curves, readings, assets)
-            sections.append(curve_section(stage, panels, left_out, steps_per_point=1))
+            section = curve_section(stage, panels, left_out, steps_per_point=1)
+            sections.append({**section, "undrawn_runs": undrawn})
     return sections, readings, same_stages

@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 5.6, 2.5
 AXES_BOX = (0.1, 0.17, 0.56, 0.7)
 """Left, bottom, width and height of its axes, as shares of the panel; the rest of it is for the names."""
 MAX_RUNS = 21
-"""Runs in a panel; the names of more would not fit next to the axes."""
+"""Runs in the panels of a stage; the names of more would not fit next to the axes."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def pareto_plot(candidates: Sequence[Point], front: Sequence[Point], title: str,
     return panel.svg(f"{title} against KL to {reference}; the best trade-offs are {names}")
 
 
+def drawn_runs(by_run: Mapping[str, Events]) -> tuple[dict[str, Events], list[str]]:
+    """Return the first ``MAX_RUNS`` runs, and the names of those that are left out of the panels."""
+    return dict(list(by_run.items())[:MAX_RUNS]), list(by_run)[MAX_RUNS:]
+
+
 def overlays(by_run: Mapping[str, Events], limit: int) -> tuple[list[Curve], list[str]]:
     """Return a panel for each metric that some run logged more than once, and the names of those beyond ``limit``.
 
@@ -138,7 +143,7 @@ def draw_overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
     lines = []
     changes = []
     for index, (run, events) in enumerate(by_run.items()):
-        if title not in events.series or index >= MAX_RUNS:
+        if title not in events.series:
             continue
         steps, values = events.series[title]
         axes.plot(

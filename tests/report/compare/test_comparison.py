@@ -283,6 +283,21 @@ def test_curves_of_a_stage_that_differs_lie_over_each_other(page: Path) -> None:
     assert (page.parent / "figures" / "curve-ppo-kl.svg").is_file()
 
 
+def test_runs_beyond_the_room_of_a_panel_are_named(tmp_path: Path) -> None:
+    runs = {}
+    for number in range(23):
+        folder = tmp_path / f"run-{number}"
+        folder.mkdir()
+        # Only the last run logs KL: a panel of it would have no line.
+        curves = {"loss": [2.0, 1.0]} | ({"kl": [0.0, 1.0]} if number == 22 else {})
+        ppo = write_artifact(folder, "ppo", Kind.POLICY, (), curves, key=f"{number:02}" * 32)
+        runs[f"run-{number}"] = {"ppo": ppo}
+    text = text_of(write_comparison(runs, tmp_path / "out" / "compare.html"), "curves")
+    curves = json.loads(text.split('id="curves-data">')[1].split("</script>")[0])
+    assert [(curve["title"], len(curve["lines"])) for curve in curves] == [("loss", 21)]
+    assert "Runs without curves here: run-21, run-22. There is room for the first 21." in text
+
+
 def test_no_two_runs_of_a_panel_look_alike() -> None:
     line = Events(series={"loss": ([1.0, 2.0], [3.0, 2.0])})
     svg = str(draw_overlay("loss", {f"run {number}": line for number in range(14)}).svg)
