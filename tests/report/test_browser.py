@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 
 import pytest
 
 from align.environments.replay import CallResult
 from align.environments.results import Scores
 from align.report.run.run_report import write_report
-from align.store.artifacts import Kind
+from align.store.artifacts import Artifact, Kind
 from tests.support.report.browser import chromium, console, needs_browser, open_page, requests, resize
 from tests.support.report.example_episodes import episode_line, play
 from tests.support.report.example_run import HOSTILE, write_artifact
@@ -305,6 +306,43 @@ def test_the_page_of_a_run_that_goes_on_reloads_itself_and_keeps_what_is_open(dr
     write_report([model], None, page, None, title="done")
     WebDriverWait(driver, 20).until(lambda browser: browser.title == "done")
     assert all_of(driver, "#hold") == []
+
+
+def test_after_a_reload_folds_that_differ_in_a_digit_are_told_apart(driver, tmp_path):
+    stages = [write_artifact(tmp_path, name, Kind.POLICY) for name in ("dpo_1", "dpo_2")]
+    failed = {"stage": "evaluate", "message": "runs", "status": "running"}
+    open_page(driver, write_report(stages, None, tmp_path / "r.html", failed, refresh=1))
+    folds = "[...document.querySelectorAll('#stages details.stage')]"
+    driver.execute_script(f"window.isOld = true; {folds}[1].open = true")
+    wait_for_reload(driver)
+    assert driver.execute_script(f"return {folds}.map((fold) => fold.open)") == [False, True]
+
+
+def test_after_a_reload_the_same_samples_have_their_further_answers_open(driver, full_run, tmp_path):
+    artifacts, card = full_run
+    evaluate = next(artifact for artifact in artifacts if (artifact.path / "samples.jsonl").is_file())
+    folder = tmp_path / "evaluate"
+    shutil.copytree(evaluate.path, folder)
+    lines = [json.loads(line) for line in (evaluate.path / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["responses"] = {name: answers * 2 for name, answers in line["responses"].items()}
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate = Artifact(evaluate.stage, evaluate.kind, folder, evaluate.record)
+    failed = {"stage": "sft", "message": "runs", "status": "running"}
+    open_page(driver, write_report([evaluate], card, tmp_path / "r.html", failed, refresh=1))
+    folds = "[...document.querySelectorAll('#samples #list details')]"
+    count = driver.execute_script(f"window.isOld = true; {folds}[1].open = true; return {folds}.length")
+    assert count > 2
+    wait_for_reload(driver)
+    is_open = driver.execute_script(f"return {folds}.map((fold) => fold.open)")
+    assert is_open == [index == 1 for index in range(count)]
+
+
+def wait_for_reload(driver):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    is_new = "return !window.isOld && document.readyState === 'complete'"
+    WebDriverWait(driver, 20).until(lambda browser: browser.execute_script(is_new))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,9 @@
   const seconds = Number(document.body.dataset.refresh);
   const STORE = "align-open:" + location.pathname;
   const folds = () => [...document.querySelectorAll("details")];
-  const nameOf = (fold) => (fold.closest("section") || fold).id + "/" + fold.querySelector("summary").textContent.replace(/\d+/g, "");
+  // The summary of a fold whose like occurs once has counts that change. Of several alike, data-fold says which one.
+  const labelOf = (fold) => fold.dataset.fold || fold.querySelector("summary").textContent.replace(/\d+/g, "");
+  const nameOf = (fold) => (fold.closest("section") || fold).id + "/" + labelOf(fold);
 
   // Storage may be refused for files; the page then opens as it was written.
   try {

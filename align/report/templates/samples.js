@@ -224,6 +224,7 @@
     answers.slice(0, 1).forEach((response) => addAnswer(card, item, response, answers.length > 1));
     if (answers.length < 2) return;
     const rest = add(card, "details", "");
+    rest.dataset.fold = data.items.indexOf(item) + " " + policy;
     add(rest, "summary", "small", answers.length - 1 + " more");
     answers.slice(1).forEach((response) => addAnswer(rest, item, response, true));
   }
