@@ -58,7 +58,6 @@ class Session:
     place: Place
     results: Results
     limit: float
-    card: str
     only: str = ""
     retry: bool = False
 
@@ -112,7 +111,7 @@ class Session:
         try:
             names = list_tests(self.place, self.seconds_left)
         except RuntimeError as error:
-            self.results.put("tests", COLLECTION, {"failed": str(error), "seconds": 0.0, "card": self.card})
+            self.results.put("tests", COLLECTION, {"failed": str(error), "seconds": 0.0})
             print(f"tests: {error}", flush=True)
             return []
         self.results.list_items("tests", names)
@@ -132,7 +131,7 @@ class Session:
             if part == "quickstart" or not is_whole:
                 return False
             result = {"failed": f"took longer than the {self.limit:.0f} seconds of a command (--limit)"}
-        result |= {"seconds": time.monotonic() - started, "card": self.card}
+        result["seconds"] = time.monotonic() - started
         self.results.put(part, item.name, result)
         print(f"{part}: {item.name}: {summarize(result)} ({result['seconds']:.0f} s)", flush=True)
         return True
@@ -200,7 +199,7 @@ def run(options: argparse.Namespace) -> int:
     if "absent" in machine:
         print(f"Nothing is measured: {machine['absent']}. `--device cpu --tiny` runs the same code on a processor.")
         return 0
-    session = Session(place, results, options.limit, machine["card"], options.only, options.retry)
+    session = Session(place, results, options.limit, options.only, options.retry)
     results.machine = machine | {"commit": _commit(), "tiny": options.tiny}
     results.write()
     parts = [part for part in PARTS if part in (options.part or PARTS)]

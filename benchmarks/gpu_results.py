@@ -1,8 +1,9 @@
 """The results of the evidence for a GPU: one JSON file for each part, written anew after every item.
 
-``PART.json`` is ``{"machine": {...}, "items": {NAME: RESULT}, "listed": [NAME]}``; ``listed`` has the names of the
-tests, once pytest has collected them. A result has ``skipped`` with the reason where the item cannot be run on the
-machine, ``failed`` with a message, or numbers; ``seconds`` and ``card`` say how long it took and where.
+``PART.json`` is ``{"items": {NAME: RESULT}, "listed": [NAME]}``; ``listed`` has the names of the tests, once pytest has
+collected them. A result has ``skipped`` with the reason where the item cannot be run on the machine, ``failed`` with a
+message, or numbers. ``seconds`` says how long it took, and ``machine`` has the card, the versions and the commit:
+results of several cards may be in one file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Results:
     def __init__(self, folder: Path, earlier: Sequence[Path] = ()) -> None:
         self.folder = folder
         self.machine: dict[str, Any] = {}
-        """The card and the versions of this command."""
+        """The card, the versions and the commit of this command."""
         self.parts: dict[str, Part] = {part: empty_part() for part in PARTS}
         for source in (*earlier, folder):
             self._take_over(source)
@@ -37,16 +38,14 @@ class Results:
                 # What could not be run is no news beside a number.
                 if "skipped" not in result or name not in content["items"]:
                     content["items"][name] = result
-            for key in ("machine", "listed"):
-                content[key] = stored[key] or content[key]
+            content["listed"] = stored["listed"] or content["listed"]
 
     def put(self, part: str, name: str, result: dict[str, Any]) -> None:
         """Keep an item's result, and write the part's file."""
         content = self.parts[part]
         if "skipped" in result and self.is_done(part, name):
             return
-        content["items"][name] = result
-        content["machine"] = self.machine
+        content["items"][name] = {**result, "machine": self.machine}
         self.write(part)
 
     def write(self, *parts: str) -> None:
@@ -88,7 +87,7 @@ class Results:
 
 def empty_part() -> Part:
     """Return the content of a part without results."""
-    return {"machine": {}, "items": {}, "listed": []}
+    return {"items": {}, "listed": []}
 
 
 def read_part(file: Path) -> Part:
@@ -97,7 +96,9 @@ def read_part(file: Path) -> Part:
         return empty_part()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        items = {name: dict(result) for name, result in content["items"].items()}
-        return {"machine": dict(content["machine"]), "items": items, "listed": list(content["listed"])}
+        # Older files name one machine for all of their results.
+        machine = dict(content.get("machine", {}))
+        items = {name: {"machine": machine, **result} for name, result in content["items"].items()}
+        return {"items": items, "listed": list(content["listed"])}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file}: is not a file of results. Remove it, and its items are measured again.") from None

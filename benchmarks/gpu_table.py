@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,15 +15,16 @@ MISSING = "-"
 
 
 def make_table(parts: dict[str, Any]) -> str:
-    """Return the document: a section for each part that has results."""
+    """Return the document: a section for each part that has results, with a table for each machine and commit."""
     sections = []
     for part, write in WRITERS.items():
-        content = parts[part]
-        measured = {name: result for name, result in content["items"].items() if "skipped" not in result}
-        lines = write(measured) if measured else []
-        lines += _skipped(content["items"])
+        lines = []
+        for items in _by_machine(parts[part]["items"]):
+            measured = {name: result for name, result in items.items() if "skipped" not in result}
+            *_, last = items.values()
+            lines += ["", *_machine(last["machine"]), "", *(write(measured) if measured else []), *_skipped(items)]
         if lines:
-            sections.append("\n".join([f"## {TITLES[part]}", "", *_machine(content["machine"]), "", *lines]))
+            sections.append("\n".join([f"## {TITLES[part]}", *lines]))
     return "\n\n".join(sections or ["No results yet."]) + "\n"
 
 
@@ -37,6 +39,16 @@ def summarize(result: Result) -> str:
     if "equal" in result:
         return "equal bits" if result["equal"] else "different bits"
     return f"{result['tokens_per_second']:,.0f} tokens/s, peak {result['peak'] / GIB:.2f} GiB"
+
+
+def _by_machine(items: dict[str, Result]) -> list[dict[str, Result]]:
+    """Return the items of each card, commit and set of versions."""
+    groups: dict[str, dict[str, Result]] = {}
+    for name, result in items.items():
+        # The matrix rate is measured by every command, and differs a little each time.
+        machine = {key: value for key, value in result["machine"].items() if key != "matrix_rate"}
+        groups.setdefault(json.dumps(machine, sort_keys=True), {})[name] = result
+    return list(groups.values())
 
 
 def _machine(machine: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def test_the_table_has_a_section_for_each_part_with_results(tmp_path: Path) -> N
     results = Results(tmp_path)
     results.machine = {"card": "H100", "memory": 80 * 2**30, "matrix_rate": 8e14, "python": "3.12.3",
                        "versions": {"torch": "2.11.0"}, "commit": "0123456789abcdef", "tiny": False}  # fmt: skip
-    timing = {"seconds": 12.0, "card": "H100"}
+    timing = {"seconds": 12.0}
     numbers = {"tokens_per_second": 1234.5, "share": 0.25, "peak": 2**30, "reserved": 2**31, "plan": 2**29,
                "engine": "vllm", "sampling_share": 0.5, "sha256": "ab"} | timing  # fmt: skip
     results.put("training", "qwen2.5-0.5b ppo lora vllm", numbers)
@@ -174,3 +175,26 @@ def test_the_table_has_a_section_for_each_part_with_results(tmp_path: Path) -> N
         "| sft | 0.250 | 0.200 | 0.300 |",
     ):
         assert line in text.splitlines()
+
+
+def test_figures_stand_below_the_card_and_the_commit_that_they_are_of(tmp_path: Path) -> None:
+    numbers = {"tokens_per_second": 1.0, "share": None, "sampling_share": None, "peak": 2**30, "reserved": 2**30,
+               "plan": 2**30, "seconds": 1.0}  # fmt: skip
+    machine = {"memory": None, "python": "3.12.3", "versions": {"torch": "2.11.0"}, "tiny": False}
+    folders = []
+    # The second command measures another matrix rate of the same card.
+    for card, commit, rate in (("H100", "aaaa", 7e14), ("H100", "aaaa", 7.1e14), ("H200", "bbbb", 7e14)):
+        results = Results(tmp_path / str(len(folders)), folders)
+        results.machine = machine | {"card": card, "commit": commit, "matrix_rate": rate}
+        results.put("training", f"item {len(folders)}", numbers)
+        folders.append(results.folder)
+    lines = make_table(results.parts).splitlines()
+    shown = [re.split(r",| \| ", line)[0] for line in lines if line.startswith(("H", "| item "))]
+    assert shown == ["H100", "| item 0", "| item 1", "H200", "| item 2"]
+    assert [line.rpartition("commit ")[2] for line in lines if line.startswith("H")] == ["aaaa.", "bbbb."]
+
+
+def test_results_of_a_file_with_one_machine_are_that_machine_s(tmp_path: Path) -> None:
+    content = {"machine": {"card": "H100"}, "items": {"item": {"failed": "x", "seconds": 1.0}}, "listed": []}
+    (tmp_path / "training.json").write_text(json.dumps(content))
+    assert Results(tmp_path).parts["training"]["items"]["item"]["machine"] == {"card": "H100"}

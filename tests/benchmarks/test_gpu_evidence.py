@@ -79,7 +79,9 @@ def test_a_command_ends_in_time_and_the_next_ones_go_on(stages: Stages, tmp_path
     assert stages.ran == [f"item {number}" for number in range(4)]
     assert call(tmp_path, "--limit", "100") == 0
     assert len(stages.ran) == 4
-    assert kept(tmp_path)["item 3"] == NUMBERS | {"seconds": 40.0, "card": "a card"}
+    result = kept(tmp_path)["item 3"]
+    assert {name: value for name, value in result.items() if name != "machine"} == NUMBERS | {"seconds": 40.0}
+    assert result["machine"]["card"] == "a card" and "commit" in result["machine"]
 
 
 def test_an_item_that_was_cut_short_is_run_again_and_one_too_long_for_any_command_is_not(
@@ -118,7 +120,7 @@ def test_an_obstacle_is_told_and_measured_once_it_is_gone(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(tmp_path) == 0
-    assert kept(tmp_path)["with vLLM"] == {"skipped": "vllm is not installed"}
+    assert kept(tmp_path)["with vLLM"]["skipped"] == "vllm is not installed"
     assert "Not measured: 1 items (vllm is not installed)." in (tmp_path / "table.md").read_text()
     monkeypatch.setattr(gpu_evidence, "training_items", lambda machine: [Item("with vLLM")])
     assert call(tmp_path) == 0
