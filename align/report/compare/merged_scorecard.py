@@ -1,15 +1,17 @@
 """Merges the scorecards of several runs into one, with differences paired across runs. Torch-free.
 
 A system that all runs share (the same checkpoint, used and measured alike) is in the merged scorecard once. Every other
-system is called ``run: system``. Differences between runs are computed from their items, paired by task and id, where
-both answered the same ones. Metrics with weighted items have no such differences, because items do not carry their
-weights.
+system is called ``run: system``. Differences between runs are computed from their items, paired by task, id and prompt,
+where both answered the same ones. Metrics with weighted items have no such differences, because items do not carry
+their weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,13 +21,14 @@ from typing import Any
 from align.evaluation.comparisons import Column, Resampling, correct_table, difference, per_item
 from align.evaluation.scorecard import DRIFT
 from align.evaluation.typed_scorecard import FORMAT
+from align.report.scorecard.episode_view import is_episode
 from align.report.scorecard.samples import read_lines, read_samples
 from align.store.artifacts import Artifact, Kind
 
 Card = dict[str, Any]
 Row = dict[str, Any]
-ItemId = tuple[str, str]
-"""Task and id of an item."""
+ItemId = tuple[str, ...]
+"""Task and id of an item; across runs also the digest of its prompt, because runs may number other prompts alike."""
 Items = dict[ItemId, list[float]]
 """Item → a number for each sample."""
 
@@ -64,13 +67,26 @@ class EvaluatedRun:
         items: dict[str, dict[str, Items]] = {}
         for line in read_lines(self.folder / ITEMS, {"task", "id", "values"}):
             task = str(line["task"])
-            item = (task, str(line["id"]))
+            item: ItemId = (task, str(line["id"]))
             for system, metrics in line["values"].items():
                 for metric, samples in metrics.items():
                     name = metric if task == PROMPTS else f"{task}.{metric}"
                     if samples and system in self.labels:
                         items.setdefault(self.labels[system], {}).setdefault(name, {})[item] = samples
         return items
+
+    @cached_property
+    def prompts(self) -> dict[ItemId, str]:
+        """Item → digest of its prompt, where ``samples.jsonl`` has it.
+
+        Left out are episodes: a sample has the words with which one of them began, which a model may have played.
+        """
+        digests: dict[ItemId, str] = {}
+        for sample in read_samples(self.folder / SAMPLES):
+            responses = [response for answers in sample["responses"].values() for response in answers]
+            if not any(is_episode(response) for response in responses):
+                digests[_sample_id(sample)] = _prompt_digest(sample)
+        return digests
 
 
 def read_cards(runs: Mapping[str, Mapping[str, Artifact]]) -> tuple[list[EvaluatedRun], dict[str, str]]:
@@ -191,6 +207,21 @@ def differing_item_counts(evaluated: Sequence[EvaluatedRun]) -> list[str]:
     return sentences
 
 
+def differing_prompts(evaluated: Sequence[EvaluatedRun]) -> list[str]:
+    """Return a sentence for each task, and the prompt set, that has other prompts under the same ids in some runs."""
+    prompts: dict[ItemId, set[str]] = {}
+    for run in evaluated:
+        for item, prompt in run.prompts.items():
+            prompts.setdefault(item, set()).add(prompt)
+    counts = Counter(task for (task, _), digests in prompts.items() if len(digests) > 1)
+    titles = {name: str(task["title"]) for run in evaluated for name, task in run.card["tasks"].items()}
+    return [
+        f"{titles.get(task, 'The prompt set')} has other prompts under the same id in {count:,} items; these are not "
+        "compared across runs that differ in them."
+        for task, count in counts.items()
+    ]
+
+
 def _merge_families(evaluated: Sequence[EvaluatedRun], families_of: Callable[[Card], Any]) -> dict[str, Any]:
     """Return the estimates by source (family) of all runs; ``n`` is the largest of a source."""
     families: dict[str, Any] = {}
@@ -292,6 +323,8 @@ def comparable_columns(evaluated: Sequence[EvaluatedRun], card: Card) -> dict[tu
     for run in evaluated:
         for label, metrics in run.items.items():
             for metric, items in metrics.items():
+                if len(evaluated) > 1:
+                    items = {(*item, run.prompts.get(item, "")): samples for item, samples in items.items()}
                 estimate = card["estimates"].get(label, {}).get(metric)
                 means = per_item(list(items.values()))
                 if estimate is None or estimate["value"] is None or not means:
@@ -330,13 +363,19 @@ def paired_difference(first: Items, second: Items, resampling: Resampling) -> Ro
 
 def merge_samples(evaluated: Sequence[EvaluatedRun]) -> Iterator[Row]:
     """Yield lines of ``samples.jsonl`` that have the responses of all runs to the same prompt."""
-    lines: dict[tuple[str, str, str], Row] = {}
+    lines: dict[ItemId, Row] = {}
     for run in evaluated:
         for sample in read_samples(run.folder / SAMPLES):
-            prompt = json.dumps(sample["prompt"], sort_keys=True)
-            # Ids alone are not enough: runs may number other prompts alike.
-            place = (str(sample.get("task", PROMPTS)), str(sample.get("id", "")), prompt)
+            place = (*_sample_id(sample), _prompt_digest(sample))
             line = lines.setdefault(place, {**sample, "responses": {}})
             for system, responses in sample["responses"].items():
                 line["responses"].setdefault(run.labels.get(system, system), responses)
     yield from lines.values()
+
+
+def _sample_id(sample: Row) -> ItemId:
+    return str(sample.get("task", PROMPTS)), str(sample.get("id", ""))
+
+
+def _prompt_digest(sample: Row) -> str:
+    return hashlib.sha256(json.dumps(sample["prompt"], sort_keys=True).encode()).hexdigest()

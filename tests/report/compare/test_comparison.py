@@ -14,7 +14,13 @@ from align.evaluation.judges.compared import FILE
 from align.evaluation.judges.win_rates import Contest
 from align.evaluation.typed_scorecard import FORMAT
 from align.report.compare.comparison import write_comparison
-from align.report.compare.merged_scorecard import differing_item_counts, merge, merge_samples, read_cards
+from align.report.compare.merged_scorecard import (
+    differing_item_counts,
+    differing_prompts,
+    merge,
+    merge_samples,
+    read_cards,
+)
 from align.report.compare.overlays import Point, draw_overlay, pareto_front
 from align.report.compare.run_table import changed_fields
 from align.report.curves.metric_series import Events
@@ -138,6 +144,36 @@ def test_runs_measured_on_other_items_say_so(tmp_path: Path) -> None:
     assert text.startswith("IFEval has other items in some runs (a: 30, b: 20)")
     rows = {(row["policy"], row["against"], row["metric"]): row for row in merge(evaluated)["differences"]}
     assert rows["b: ppo", "a: ppo", "ifeval.prompt_strict"]["n"] == 20
+
+
+def test_items_with_the_same_id_and_another_prompt_are_not_paired(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path / "runs", {"a": (0.5, 1.0), "b": (0.6, 2.0), "c": (0.7, 3.0)})
+    path = runs["b"]["evaluate"].path / "samples.jsonl"
+    lines = path.read_text().splitlines()
+    # Run b has 30 prompts of its own, numbered as the prompts of the others.
+    changed = [line.replace('"question ', '"another question ') for line in lines[:30]]
+    path.write_text("".join(line + "\n" for line in [*changed, *lines[30:]]))
+    evaluated, _ = read_cards(runs)
+    rows = {(row["policy"], row["against"], row["metric"]): row for row in merge(evaluated)["differences"]}
+    assert rows["b: ppo", "a: ppo", "gold"]["n"] == 10
+    assert rows["c: ppo", "a: ppo", "gold"]["n"] == 40
+    assert rows["b: ppo", "a: ppo", "ifeval.prompt_strict"]["n"] == 30  # without samples, by id alone
+    sentence = "The prompt set has other prompts under the same id in 30 items"
+    assert [text.partition(";")[0] for text in differing_prompts(evaluated)] == [sentence]
+    assert sentence in write_comparison(runs, tmp_path / "out" / "compare.html").read_text()
+
+
+def test_episodes_are_paired_however_they_began(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path / "runs", {"a": (0.5, 1.0), "b": (0.6, 2.0)})
+    for name, run in runs.items():
+        path = run["evaluate"].path / "samples.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["prompt"] = [{"role": "user", "content": f"a greeting in {name}"}]
+            line["responses"] = {system: [{"messages": [], "calls": [], "text": ""}] for system in line["responses"]}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {(row["policy"], row["against"], row["metric"]): row for row in merge(read_cards(runs)[0])["differences"]}
+    assert rows["b: ppo", "a: ppo", "gold"]["n"] == 40
 
 
 def test_answers_to_the_same_question_stand_side_by_side(sweep: dict[str, Any]) -> None:
