@@ -46,12 +46,14 @@ class RunState:
     done: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
     """In the order of their start; only a cluster runs several at once."""
+    failed: list[str] = field(default_factory=list)
     has_ended: bool = False
 
     def leave(self, name: str) -> None:
-        """Note that a stage does not run any more."""
-        if name in self.running:
-            self.running.remove(name)
+        """Note that a stage does not run any more, or that one that failed is tried again."""
+        for names in (self.running, self.failed):
+            if name in names:
+                names.remove(name)
 
 
 class LivePage:
@@ -142,6 +144,7 @@ def write_state(outline: RunOutline, store: Store, state: RunState) -> Path | No
             always=False,
             refresh=round(EVERY),
             finished={*state.cached, *state.done},
+            states=dict.fromkeys(state.running[:-1], "running") | dict.fromkeys(state.failed, "failed"),
         )
     return None
 

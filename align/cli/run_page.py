@@ -180,12 +180,14 @@ def write_page(
     always: bool = True,
     refresh: int | None = None,
     finished: Collection[str] | None = None,
+    states: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the page into ``folder``, by default the store's place for it, and return its path.
 
     ``cached`` names the stages that a run did not have to run. Unless ``always``, a page with the same content is not
     written again. ``refresh`` makes the page reload itself after so many seconds. ``finished`` names the stages whose
-    artifacts count; by default all. Raises ``UserError`` where there is nothing to show.
+    artifacts count; by default all. ``states`` has stages besides that of ``failure`` that are ``running`` or
+    ``failed``, as on a cluster. Raises ``UserError`` where there is nothing to show.
     """
     artifacts = finished_artifacts(run, store)
     if finished is not None:
@@ -196,7 +198,8 @@ def write_page(
         raise UserError(f"{run.name}: no stage is finished yet, so there is nothing to show; `align run` runs them.")
     folder = folder or store.root / REPORTS / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = _stamp(run, artifacts, failure, refresh)
+    states = dict(states or {})
+    stamp = _stamp(run, artifacts, failure, states, refresh)
     with _page_lock(folder, store):
         # Compare under the lock: another process may have written the same page meanwhile.
         if not always and (folder / PAGE).is_file() and _read(folder / STAMP) == _seal(stamp, folder):
@@ -206,13 +209,17 @@ def write_page(
 
         # A kill from here on leaves a page without a stamp, which the next run writes again.
         (folder / STAMP).unlink(missing_ok=True)
-        # Everything that is neither finished, failed nor a report is still to be run.
+        # Everything that is neither finished nor a report, beside the stage of the failure.
         pending = {
             name: run.inputs(name)
             for name, (kind, _) in run.stages.items()
             if name not in artifacts and kind != "report" and (failure is None or name != failure.stage)
         }
-        failed = None if failure is None else _describe_failure(run, store, failure, list(pending))
+        failed = (
+            None
+            if failure is None
+            else _describe_failure(run, store, failure, [name for name in pending if name not in states])
+        )
         page = write_report(
             list(artifacts.values()),
             None,
@@ -221,6 +228,7 @@ def write_page(
             title=run.title,
             cached=cached,
             pending=pending,
+            states=states,
             refresh=refresh,
         )
         write_text_atomically(folder / STAMP, _seal(stamp, folder))
@@ -253,14 +261,21 @@ def _describe_failure(run: RunOutline, store: Store, failure: Failure, pending: 
     }
 
 
-def _stamp(run: RunOutline, artifacts: Mapping[str, Artifact], failure: Failure | None, refresh: int | None) -> str:
+def _stamp(
+    run: RunOutline,
+    artifacts: Mapping[str, Artifact],
+    failure: Failure | None,
+    states: Mapping[str, str],
+    refresh: int | None,
+) -> str:
     """Return a digest of everything that the page shows: it changes when the page would."""
     identities = [
         (name, [artifact.record["key"], str(artifact.record.get("created"))]) for name, artifact in artifacts.items()
     ]
     # The log and curves of a failed attempt grow in the same file, so its time counts too.
     failure_identity = None if failure is None else [failure.stage, failure.message, _file_times(failure)]
-    return digest([VERSION, _code_digest(), run.title, list(run.stages), identities, failure_identity, refresh])
+    state_identities = [failure_identity, states, refresh]
+    return digest([VERSION, _code_digest(), run.title, list(run.stages), identities, *state_identities])
 
 
 def _seal(stamp: str, folder: Path) -> str:

@@ -92,6 +92,7 @@ class _ConsoleSession(_SessionListener, ConsoleListener):
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         if self._page is not None:
             self._page.state.leave(node.name)
+            self._page.state.failed.append(node.name)
             # On a cluster other stages may go on for hours.
             self._page.send()
         super().stage_failed(node, message, log)

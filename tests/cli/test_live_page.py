@@ -188,9 +188,32 @@ def test_a_failed_stage_runs_no_more_while_others_go_on(
         for node in pipeline:
             session.stage_started(node, store, resumed=False)
         session.stage_failed(pipeline.nodes["first"], "a bug", store / "log.txt")
+        assert session._page is not None and session._page.state.failed == ["first"]
     finally:
         session.close_page()
     assert sent == [["first"], ["first", "second"], ["second"], ["second"]]
+
+
+def test_all_stages_that_run_and_fail_at_once_are_shown(tmp_path: Path, store: Path) -> None:
+    """As on a cluster, while ``last`` waits."""
+    names = ("first", "second", "third", "last")
+    stages = {name: {"stage": STAGES, "file": str(tmp_path / name)} for name in names}
+    path = tmp_path / "gates.yaml"
+    path.write_text(yaml.safe_dump({"name": "gates", "stages": stages}, sort_keys=False))
+    for name in names:
+        (tmp_path / name).touch()
+    assert main(["run", str(path), "--store", str(store), "--json"]) == 0
+    write_pages("gates", Store(store), iter([RunState(running=["first", "second", "third"])]))
+    assert boxes(page_of(store)) == dict.fromkeys(names[:3], "running") | {"last": "pending"}
+    assert "Not run: last." in page_of(store).read_text()
+    write_pages("gates", Store(store), iter([RunState(running=["second", "third"], failed=["first"])]))
+    assert boxes(page_of(store)) == {"first": "failed", "second": "running", "third": "running", "last": "pending"}
+
+
+def test_a_failed_stage_that_is_tried_again_is_running() -> None:
+    state = RunState(failed=["a"])
+    state.leave("a")
+    assert state == RunState()
 
 
 def test_only_the_newest_state_is_written_and_again_after_a_while() -> None:

@@ -28,12 +28,14 @@ def pipeline_diagram(
     failed: Mapping[str, Any] | None,
     cached: Collection[str] = (),
     pending: Mapping[str, Sequence[str]] | None = None,
+    states: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return boxes and arrows with coordinates in pixels, for the template.
 
     A stage stands one column right of the last stage that it reads. ``failed`` describes a failed or running stage and
     the stages that wait for it (``stage``, and optionally ``status``, ``inputs`` and ``pending``, lists of names).
-    ``pending`` has further stages that were not run, with the stages that they read. None of these has a cost.
+    ``pending`` has further stages that are not finished, with the stages that they read, and ``states`` those of them
+    that are ``running`` or ``failed``. None of these has a cost.
     """
     # A record names its inputs by key. Inputs from outside of this run have no box, hence no arrow.
     stages = {artifact.record.get("key"): artifact.stage for artifact in artifacts}
@@ -52,7 +54,8 @@ def pipeline_diagram(
             boxes[waiting] = _unfinished_box(waiting, "pending", "not run")
     for waiting, sources in (pending or {}).items():
         # A stage may be pending both behind the failed one and by itself: keep the first box, and the full inputs.
-        boxes.setdefault(waiting, _unfinished_box(waiting, "pending", "not run"))
+        status = (states or {}).get(waiting, "pending")
+        boxes.setdefault(waiting, _unfinished_box(waiting, status, LEGEND[status][1]))
         inputs[waiting] = [source for source in sources if source in boxes]
     return _place_boxes(boxes, inputs)
 

@@ -38,6 +38,7 @@ def write_report(
     *,
     cached: Collection[str] = (),
     pending: Mapping[str, Sequence[str]] | None = None,
+    states: Mapping[str, str] | None = None,
     refresh: int | None = None,
 ) -> Path:
     """Write the page about ``artifacts`` (finished stages, in order) to ``out`` and return ``out``.
@@ -46,9 +47,10 @@ def write_report(
     ``scorecard.json``; None takes that of the last scorecard among the artifacts. ``failed`` describes a stage that did
     not finish: ``stage`` and ``message``, and optionally ``status`` (``failed``, ``stopped`` or ``running``), ``kind``,
     ``log`` (path), ``folder`` (its partial folder, whose curves are shown), ``inputs`` and ``pending`` (stage names).
-    ``cached`` names the finished stages that this run did not have to run. ``pending`` has further stages that were not
-    run, each with the names of the stages that it reads. ``refresh`` is the number of seconds after which the page
-    reloads itself, while its run goes on.
+    ``cached`` names the finished stages that this run did not have to run. ``pending`` has further stages that are not
+    finished, each with the names of the stages that it reads; ``states`` has those that are ``running`` or ``failed``,
+    and the others were not run. ``refresh`` is the number of seconds after which the page reloads itself, while its run
+    goes on.
     """
     Panel.start_page()
     assets = AssetWriter()
@@ -67,7 +69,7 @@ def write_report(
         refresh=refresh,
         totals=stage_costs.totals(artifacts),
         failure=_failure(failed),
-        diagram=pipeline_diagram(artifacts, failed, cached, pending or {}),
+        diagram=pipeline_diagram(artifacts, failed, cached, pending, states),
         changes=measured_changes(artifacts),
         stages=stage_costs.stage_rows(artifacts, finished_events),
         data=data_ledgers.data_sections(artifacts, assets),
