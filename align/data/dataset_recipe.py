@@ -22,7 +22,7 @@ from align.errors import UserError
 from align.store.record import RECORD
 
 DEFAULT_SPLIT = "train"
-PASSED_ON = tuple(name for name in RecordSource.model_fields if name not in ("name", "part", "format"))
+PASSED_ON = tuple(name for name in RecordSource.model_fields if name not in ("name", "format"))
 """Fields of the stage that are the source's, as they are."""
 
 

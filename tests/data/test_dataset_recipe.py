@@ -109,6 +109,14 @@ def test_a_split_to_hold_out_is_a_source_of_its_own(tmp_path: Path) -> None:
     assert [step.type for step in dataset_recipe(config(format="scored"), tmp_path).steps] == ["pairs"]
 
 
+def test_all_rows_go_to_the_part_that_is_named(tmp_path: Path) -> None:
+    (source,) = dataset_recipe(config(part="test", test_size=1.0), tmp_path).sources
+    assert source.part == "test"
+    with pytest.raises(UserError, match="every source goes to train, .* write test_size: 0"):
+        dataset_recipe(config(part="train"), tmp_path)
+    assert dataset_recipe(config(test_size=0), tmp_path).empty_split == "test"
+
+
 def test_files_folders_and_globs(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     for name in ("a.jsonl", "b.csv.gz", "README.md"):
@@ -160,6 +168,8 @@ def test_fields_of_the_hub_mean_nothing_for_files(tmp_path: Path, fields: dict[s
         ({"recipe": "a.yaml", "format": "alpaca"}, "format belongs to dataset"),
         ({"dataset": "b.csv", "files": ["c.csv"]}, "files replace the sources of a recipe; name them as dataset"),
         ({"dataset": "b.csv", "split": "train[5]"}, "is no split"),
+        ({"dataset": "a/b", "test_split": "test", "part": "train"}, "so part means nothing; drop one of them"),
+        ({"dataset": "a/b", "test_split": "test", "test_size": 0.2}, "test_split and test_size both say what is held"),
     ],
 )
 def test_settings_that_contradict_each_other(fields: dict[str, Any], message: str) -> None:

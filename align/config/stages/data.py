@@ -37,8 +37,9 @@ class DataConfig(RecordSource):
     """Branch, tag or commit of the Hub dataset, by default main. The plan shows the commit that it means."""
     kind: Literal["instructions", "preferences", "prompts", "unpaired", "texts"] | None = None
     """Contents of a row, as in a recipe; guessed from the columns by default."""
-    test_size: float | None = Field(None, gt=0, lt=1)
-    """Share of the prompts held out for testing; 0.1 by default."""
+    test_size: float | None = Field(None, ge=0, le=1)
+    """Share of the prompts held out for testing; 0.1 by default. 1.0 leaves nothing to train on, 0 nothing to test
+    on."""
 
     inputs: list[stage_input(*DATASETS, Kind.POLICY, Kind.REWARD)] = Field([])  # type: ignore[valid-type]
     """Earlier stages with data for the recipe's sources of type ``input``, or with models for its steps."""
@@ -70,6 +71,10 @@ class DataConfig(RecordSource):
             raise ValueError("a data stage has a recipe or a dataset; write one of them")
         if self.dataset is not None and self.files is not None:
             raise ValueError("files replace the sources of a recipe; name them as dataset")
+        if self.test_split is not None and self.test_size is not None:
+            raise ValueError("test_split and test_size both say what is held out for testing; drop one of them")
+        if self.test_split is not None and self.part != "split":
+            raise ValueError("test_split decides the part of each row, so part means nothing; drop one of them")
         if self.recipe is not None:
             defaults = type(self).model_fields
             of_datasets = [*RecordSource.model_fields, "split", "test_split", "revision", "kind", "test_size"]
