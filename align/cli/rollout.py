@@ -246,7 +246,6 @@ def _evaluated_tasks(scene: Scene, finished: Finished) -> list[EpisodeTask]:
         base=finished.pipeline.base,
         pairs=[],
         heldout=[],
-        has_reward=False,
         has_second_reward=False,
         precision=scene.config.precision,
         warn=print_warning,

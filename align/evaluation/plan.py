@@ -248,7 +248,6 @@ def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) ->
         base=Path.cwd(),
         pairs=pairs,
         heldout=heldout,
-        has_reward=context.inputs.get("reward") is not None,
         has_second_reward=context.inputs.get("second_reward") is not None,
         precision=config.precision,
         warn=context.warn,

@@ -8,6 +8,7 @@ from align.errors import UserError
 from align.evaluation.inspect import identities
 
 GOOD = {"policies": ["model", "sft"], "reference": "sft", "prompts": "data"}
+FILES = {"files": ["x.jsonl"]}
 
 
 def test_a_minimal_config_is_enough():
@@ -32,6 +33,13 @@ def test_a_minimal_config_is_enough():
         ({"baselines": {"b": {"of": "sft", "best_of": 4}}}, "name reward"),
         ({"tasks": {"prompts": {"task": "ifeval", "files": ["x"]}}}, "is no valid name"),
         ({"prompts": None}, "nothing to evaluate on"),
+        ({"tasks": {"preference": {}}}, "tasks.preference: there are no pairs; name the stage's `pairs`"),
+        ({"tasks": {"reward_pairs": FILES}}, "tasks.reward_pairs: measures a reward model; name a reward stage"),
+        ({"tasks": {"judged": {**FILES, "judge": {"reward": True}}}}, "tasks.judged.judge.reward: .* has no reward"),
+        (
+            {"reward": "rm", "tasks": {"judged": {**FILES, "judge": {"reward": "second_reward"}}}},
+            "name a reward stage as `second_reward`",
+        ),
     ],
 )
 def test_what_is_refused(change, words):

@@ -15,7 +15,14 @@ from align.config.scores import Score, rename_score_stages, reward_names
 from align.config.simulated_user import rename_user_stage
 from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluation_gates import KL_PREFIX, GateSpec, parse_gates
-from align.config.stages.evaluation_tasks import AnyTask, PerplexityConfig, add_task_kinds
+from align.config.stages.evaluation_tasks import (
+    AnyTask,
+    JudgedConfig,
+    PerplexityConfig,
+    PreferenceConfig,
+    RewardPairsConfig,
+    add_task_kinds,
+)
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -163,6 +170,16 @@ class EvaluateConfig(Config):
                 user = task.environment.user
                 model = None if user is None else user.model
                 _require_input(f"tasks.{name}: environment.user.model", model, "users", self.users or [])
+            if isinstance(task, PreferenceConfig) and task.reads_stage_pairs and self.pairs is None:
+                raise ValueError(f"tasks.{name}: there are no pairs; name the stage's `pairs`, or files of its own.")
+            if isinstance(task, RewardPairsConfig) and self.reward is None:
+                raise ValueError(f"tasks.{name}: measures a reward model; name a reward stage as `reward`.")
+            if isinstance(task, JudgedConfig):
+                field = task.judge.reward_field
+                if field is not None and getattr(self, field) is None:
+                    raise ValueError(
+                        f"tasks.{name}.judge.reward: the stage has no {field}; name a reward stage as `{field}`."
+                    )
         if (self.score is not None or self.metrics) and self.prompts is None:
             raise ValueError("score and metrics are programs for the responses to prompts; name prompts.")
         names = [function.metric for function in self.metric_functions]

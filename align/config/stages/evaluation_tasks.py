@@ -239,16 +239,20 @@ class PreferenceConfig(RecordFields, RecordMapping, TaskConfig):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if self.reads_stage_pairs:
+            fields = type(self).model_fields
+            for name in (*RecordMapping.model_fields, "format", "options"):
+                if getattr(self, name) != fields[name].get_default():
+                    raise ValueError(
+                        f"{name} is about files or a dataset, and there are none: it takes the stage's `pairs`. Name "
+                        f"files, or take {name} out"
+                    )
             return self
         if self.files is None and (self.dataset is None or self.revision is None):
             raise ValueError(
                 "give its files, or its dataset and revision (a commit, 40 hexadecimal digits) on the Hub; without any "
                 "of them it takes the stage's `pairs`"
             )
-        hub_fields = [name for name in HUB_FIELDS if getattr(self, name) is not None]
-        if self.files is not None and hub_fields:
-            raise ValueError(f"it has files, so '{hub_fields[0]}' means nothing; drop one of them")
-        return self
+        return super()._one_place()  # type: ignore[operator,no-any-return]
 
 
 class PerplexityConfig(RecordFields, TaskConfig):

@@ -47,10 +47,6 @@ def identities(config: JudgedConfig, base: Path) -> dict[str, str]:
 
 def build(name: str, config: JudgedConfig, inputs: TaskInputs) -> JudgedTask:
     """Read the questions, and warn where the judge cannot be reached yet."""
-    field = config.judge.reward_field
-    is_available = {"reward": inputs.has_reward, "second_reward": inputs.has_second_reward}
-    if field is not None and not is_available[field]:
-        raise UserError(f"judge.reward: the stage has no {field}; name a reward stage as `{field}`.")
     records = load_records(config, inputs.base, inputs.seed)
     _check_records(config, records)
     references = None if config.references_files is None else read_references(config.references_files, inputs.base)

@@ -235,7 +235,6 @@ class TaskInputs:
     """Rows of the stage's ``pairs``, test split; empty without."""
     heldout: list[dict[str, Any]]
     """Rows of the stage's ``heldout``, test split."""
-    has_reward: bool
     has_second_reward: bool
     precision: Literal["bfloat16", "float32"]
     warn: Callable[[str], None]

@@ -45,11 +45,9 @@ METRICS = {
 
 
 def build(name: str, config: PreferenceConfig, inputs: TaskInputs) -> PreferenceTask:
-    """Read the pairs. Raises ``UserError`` where there are none, and for records that are no pairs."""
+    """Read the pairs. Raises ``UserError`` where none can be read, and for records that are no pairs."""
     if config.reads_stage_pairs:
         rows = inputs.pairs
-        if not rows:
-            raise UserError(f"{name}: there are no pairs; name the evaluate stage's `pairs`, or files of its own.")
         description: dict[str, Any] = {} if config.max_items is None else {"max_items": config.max_items}
         description["data"] = "the stage's pairs"
     else:

@@ -61,9 +61,7 @@ class Comparison:
 
 
 def build(name: str, config: RewardPairsConfig, inputs: TaskInputs) -> RewardPairsTask:
-    """Read the pairs. Raises ``UserError`` without a reward model, and for records that are no pairs."""
-    if not inputs.has_reward:
-        raise UserError(f"{name} measures a reward model; name a reward stage as the evaluate stage's `reward`.")
+    """Read the pairs. Raises ``UserError`` for records that are no pairs."""
     records = read_records(record_source(config), inputs.base)
     layout = _choose_layout(config, records)
     if layout == "reward_bench_2":

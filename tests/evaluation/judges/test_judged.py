@@ -245,16 +245,6 @@ def test_alpaca_eval_has_no_place_on_the_hub_that_could_be_read() -> None:
         JudgedConfig(preset="alpaca_eval", judge=REWARD, revision="0" * 40)
 
 
-def test_a_reward_model_must_be_there(tmp_path: Path) -> None:
-    files = [write_lines(tmp_path / "q.jsonl", [{"prompt": "a"}])]
-    config = JudgedConfig(files=files, judge=REWARD)
-    with pytest.raises(UserError, match="the stage has no reward; name a reward stage"):
-        build_task("t", config, task_inputs(tmp_path, has_reward=False))
-    second = JudgedConfig(files=files, judge={"reward": "second_reward"})
-    with pytest.raises(UserError, match="the stage has no second_reward"):
-        build_task("t", second, task_inputs(tmp_path))
-
-
 def test_the_judge_and_the_files_contents_enter_the_key(tmp_path: Path) -> None:
     files = [write_lines(tmp_path / "q.jsonl", [{"prompt": "a"}])]
     references = [write_lines(tmp_path / "r.jsonl", [{"id": "1", "reference": "a"}])]

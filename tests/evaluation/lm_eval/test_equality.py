@@ -149,7 +149,7 @@ def ours_and_theirs(
     from lm_eval.tasks import TaskManager
 
     files = [str(shared_data / "arc" / "ARC-Easy.test.json")]
-    label = TaskInputs(0, folder, [], [], False, False, "float32", lambda message: None, lambda message: None)
+    label = TaskInputs(0, folder, [], [], False, "float32", lambda message: None, lambda message: None)
     task = build_task("arc", MultipleChoiceConfig(format="arc", files=files, max_items=count), label)
     rows = [
         {

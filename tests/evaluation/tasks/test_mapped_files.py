@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def test_pairs_by_a_label(tmp_path: Path) -> None:
         {"chosen": "good", "rejected": "bad"},
         {"chosen": "bad", "rejected": "good"},
     ]
-    scored = build_task("llmbar", RewardPairsConfig(**settings), replace(task_inputs(tmp_path), has_reward=True))
+    scored = build_task("llmbar", RewardPairsConfig(**settings), task_inputs(tmp_path))
     assert [comparison.chosen for comparison in scored.comparisons] == [["good"], ["bad"]]
 
 

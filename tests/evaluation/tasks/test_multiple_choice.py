@@ -37,7 +37,7 @@ DEV = [{**record, "question": f"dev {record['question']}"} for record in MMLU]
 
 
 def task_inputs(base: Path, seed: int = 0) -> TaskInputs:
-    return TaskInputs(seed, base, [], [], False, False, "float32", lambda message: None, print)
+    return TaskInputs(seed, base, [], [], False, "float32", lambda message: None, print)
 
 
 def build(folder: Path, records: list[dict[str, Any]], solved: Any = None, **settings: Any) -> MultipleChoiceTask:

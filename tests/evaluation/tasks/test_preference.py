@@ -37,7 +37,7 @@ def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
 
 def task_inputs(base: Path, pairs: Any = (), messages: list[str] | None = None) -> TaskInputs:
     return TaskInputs(
-        0, base, list(pairs), [], False, False, "float32", (messages if messages is not None else []).append, print
+        0, base, list(pairs), [], False, "float32", (messages if messages is not None else []).append, print
     )
 
 
@@ -130,8 +130,6 @@ def test_the_stage_s_pairs_are_the_default(tmp_path: Path) -> None:
     assert [item.id for item in task.items][3] == "a-bb-2"
     assert task.settings() == {"data": "the stage's pairs", "chosen_is_shorter": 2.5 / 4}
     assert len(build_task("prefers", PreferenceConfig(max_items=2), task_inputs(tmp_path, rows)).items) == 2
-    with pytest.raises(UserError, match=r"prefers: there are no pairs; name the evaluate stage's `pairs`"):
-        build_task("prefers", PreferenceConfig(), task_inputs(tmp_path))
 
 
 def test_files_are_spelled_as_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +198,12 @@ def test_pairs_of_several_turns_are_left_out_and_said(tmp_path: Path, side: str)
     [
         ({"dataset": "a/b"}, "its dataset and revision .*without any of them it takes the stage's `pairs`"),
         ({"split": "test"}, "without any of them it takes the stage's `pairs`"),
+        ({"dataset": "a/b", "revision": "0" * 40, "header": ["chosen", "rejected"]}, "header is about files"),
+        ({"dataset": "a/b", "revision": "0" * 40, "records": "data"}, "records is about files"),
+        ({"format": "hh_rlhf"}, "format is about files or a dataset, .* it takes the stage's `pairs`"),
+        ({"columns": {"chosen": "better"}}, "columns is about files or a dataset"),
+        ({"header": ["chosen", "rejected"]}, "header is about files or a dataset"),
+        ({"options": {"ignore": ["note"]}}, "options is about files or a dataset"),
         ({"files": ["a"], "split": "test"}, "it has files, so 'split' means nothing"),
         ({"files": ["a"], "format": "hh_rhlf"}, "'hh_rhlf' is none of .*Did you mean 'hh_rlhf'"),
     ],

@@ -46,7 +46,6 @@ class Shelf:
 def with_models(folder: Path, count: int = 1, warned: list[str] | None = None, seed: int = 0) -> TaskInputs:
     return dataclasses.replace(
         task_inputs(folder, seed),
-        has_reward=count > 0,
         has_second_reward=count > 1,
         warn=(warned if warned is not None else []).append,
     )
@@ -258,12 +257,6 @@ def test_what_makes_no_pair_is_counted(tmp_path):
 def test_records_of_another_kind_are_refused(tmp_path, records, more, words):
     with pytest.raises(UserError, match=words):
         make_task(tmp_path, records, **more)
-
-
-def test_without_a_reward_model_there_is_nothing_to_measure(tmp_path):
-    config = RewardPairsConfig(files=[write(tmp_path / "mine.jsonl", PAIRS)])
-    with pytest.raises(UserError, match="rm_set measures a reward model; name a reward stage"):
-        build_task("rm_set", config, task_inputs(tmp_path))
 
 
 def test_settings_that_are_refused():

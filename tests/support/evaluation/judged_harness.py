@@ -80,7 +80,7 @@ class FolderContext:
 def task_inputs(base: Path, warnings: list[str] | None = None, **changed: Any) -> TaskInputs:
     """Return the inputs of a task."""
     settings: dict[str, Any] = {
-        "seed": 5, "base": base, "pairs": [], "heldout": [], "has_reward": True, "has_second_reward": False,
+        "seed": 5, "base": base, "pairs": [], "heldout": [], "has_second_reward": False,
         "precision": "float32", "note": lambda message: None, "warn": ([] if warnings is None else warnings).append,
     }  # fmt: skip
     return TaskInputs(**{**settings, **changed})

@@ -22,7 +22,6 @@ def task_inputs(base: Path, seed: int = 0) -> TaskInputs:
         base=base,
         pairs=[],
         heldout=[],
-        has_reward=False,
         has_second_reward=False,
         precision="float32",
         warn=lambda message: None,
