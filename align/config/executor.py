@@ -42,7 +42,8 @@ OURS = {
 }
 """Options of sbatch that align sets, with the setting that decides each."""
 
-
+TIME = re.compile(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}")
+"""A time in Slurm's notation."""
 SLACK = 60
 """Seconds by which Slurm may send a signal early."""
 
@@ -99,7 +100,7 @@ class SlurmExecutor(_ExecutorFields):
     """Slurm's quality of service, if the cluster requires one."""
     constraint: str | None = Field(None, min_length=1)
     """Node features, in sbatch's notation: ``a100|h100``."""
-    time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")
+    time: str | None = None
     """Time limit of a job, days-hours:minutes:seconds; a stage that needs longer continues in its next job."""
     nodes: int | None = Field(None, ge=1)
     """Nodes per job; by default those of ``runtime.launch`` for a stage that trains, else one."""
@@ -134,6 +135,16 @@ class SlurmExecutor(_ExecutorFields):
         if self.tasks is not None and self.partition is None:
             return f"with tasks (now {self.tasks}), the jobs of data builds need a partition: write `partition: cpu`."
         return None
+
+    @field_validator("time")
+    @classmethod
+    def _is_time(cls, time: str | None) -> str | None:
+        if time is not None and not TIME.fullmatch(time):
+            raise ValueError(
+                f'\'{time}\' is no time of Slurm; write "90" (minutes), "12:00:00" (hours:minutes:seconds) or '
+                '"1-00:00:00" (days first).'
+            )
+        return time
 
     @field_validator("sbatch")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from align.clusters.follow import SchedulerError
@@ -17,6 +18,8 @@ LOCAL = frozenset(
     )
 )
 """File systems of one machine alone, unless it serves them to others."""
+ESCAPED = re.compile(r"\\(040|011|012|134)")
+"""Characters that Linux escapes in a mount point: space, tab, line break, backslash."""
 
 
 def check_cluster(blocks: dict[str, SlurmExecutor], store: Path, where: str) -> None:
@@ -26,11 +29,13 @@ def check_cluster(blocks: dict[str, SlurmExecutor], store: Path, where: str) -> 
         # An unknown partition would fail in sbatch as well, but without the nearest name.
         known = commands.partitions()
         for place, block in blocks.items():
-            if block.partition is not None and block.partition not in known:
-                raise UserError(
-                    f"{where}: {place}.partition: there is no partition '{block.partition}' in this cluster."
-                    f"{suggest(block.partition, known)}"
-                )
+            # For sbatch, ``gpu,cpu`` is the one of the two that starts the job first.
+            for partition in [] if block.partition is None else block.partition.split(","):
+                if partition not in known:
+                    raise UserError(
+                        f"{where}: {place}.partition: there is no partition '{partition}' in this cluster."
+                        f"{suggest(partition, known)}"
+                    )
         for block in blocks.values():
             _check_store(block, store)
     except SchedulerError as error:
@@ -63,7 +68,7 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
         words = line.split(" ")
         if len(words) < 3:
             continue
-        point = words[1].encode().decode("unicode_escape")  # a space in it is written \040
+        point = ESCAPED.sub(lambda match: chr(int(match[1], 8)), words[1])
         if resolved.is_relative_to(point) and len(point) >= longest:  # of two at one point the later one is on top
             longest, kind = len(point), words[2]
     return kind

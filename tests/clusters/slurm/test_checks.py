@@ -47,6 +47,15 @@ def test_an_unknown_partition_is_named_with_its_place(slurm: Slurm) -> None:
     assert "toy.yaml: runtime.stages.two.executor.partition: there is no partition 'x'" in refused(
         slurm, executor="slurm", stages={"two": {"executor": {"partition": "x"}}}
     )
+    assert "there is no partition 'cpi'" in refused(slurm, executor={"name": "slurm", "partition": "gpu,cpi"})
+
+
+def test_several_partitions_are_known_each_by_its_name(slurm: Slurm) -> None:
+    executor = {"name": "slurm", "partition": "gpu,cpu"}
+    submit_run(
+        Pipeline(toy.pipeline() | {"runtime": {"executor": executor}}, base=slurm.folder), RunOptions(slurm.store)
+    )
+    slurm.wait_until(lambda: len(slurm.jobs()) == 3)
 
 
 def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,10 +115,13 @@ def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path
     mounts.write_text(
         "/dev/vda / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n"
         "tmpfs /home/a\\040b tmpfs rw 0 0\nnone /homes xfs rw 0 0\n"
+        "server:/data /büro\\134\\011x nfs4 rw 0 0\n",
+        encoding="utf-8",
     )
     assert file_system(Path("/usr"), mounts) == "ext4"
     assert file_system(Path("/home/me/store"), mounts) == "nfs4"
     assert file_system(Path("/home/a b/store"), mounts) == "tmpfs"
+    assert file_system(Path("/büro\\\tx/store"), mounts) == "nfs4"
     assert file_system(Path("/home"), tmp_path / "none") == ""
 
 
@@ -128,11 +140,28 @@ def test_options_that_are_set_here_are_refused(settings: dict[str, str], message
 
 @pytest.mark.parametrize(
     ("time", "seconds"),
-    [("5", 300), ("5:30", 330), ("02:00:00", 7200), ("1-2", 93600), ("1-02:30", 95400), ("2-00:00:01", 172801)],
+    [
+        ("5", 300),
+        ("5:30", 330),
+        ("02:00:00", 7200),
+        ("1-2", 93600),
+        ("1-02:30", 95400),
+        ("2-00:00:01", 172801),
+        ("120", 7200),
+        ("120:00", 7200),
+        ("100:00:00", 360_000),
+        ("1:5", 65),
+    ],
 )
 def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
     assert seconds_of(time) == seconds
     assert SlurmExecutor(time=time).time == time
+
+
+@pytest.mark.parametrize("time", ["", "2h", "1:00:00:00", "1-", "-5", "1:00\n"])
+def test_a_time_that_slurm_does_not_read_is_refused_with_examples(time: str) -> None:
+    with pytest.raises(ValueError, match=r'is no time of Slurm; write "90" \(minutes\), "12:00:00"'):
+        SlurmExecutor(time=time)
 
 
 def test_a_time_limit_that_leaves_no_time_is_refused() -> None:
