@@ -74,10 +74,10 @@ def _follow(
     while True:
         print_changes(sweep, study, states, quiet)
         for reference in list(running):
-            is_over, returned, reason = ray_client.outcome(ray, reference)
-            if is_over:
+            outcome = ray_client.outcome(ray, reference)
+            if outcome.is_over:
                 running.remove(reference)
-                yield reason or str(returned or "")
+                yield outcome.error or str(outcome.result or "")
         if not running:
             return
         if stop.is_requested:  # interrupted trials continue later, where their stages left off

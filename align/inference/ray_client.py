@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from align.config.executor import RayExecutor
@@ -85,20 +86,33 @@ def could_ever_hold(ray: Any, needs: dict[str, float]) -> bool:
     return False
 
 
-def outcome(ray: Any, reference: Any) -> tuple[bool, Any, str]:
-    """Return whether a task is over, its result, and the reason where it has none."""
+@dataclass(frozen=True)
+class Outcome:
+    """State of a task and, once it is over, its result."""
+
+    is_over: bool
+    result: Any = None
+    error: str = ""
+    """Reason why a task that is over has no result."""
+    is_lost: bool = False
+    """True where its worker or its node died as often as it may be tried again."""
+
+
+def outcome(ray: Any, reference: Any) -> Outcome:
+    """Return whether a task is over, with its result or the reason why it has none."""
     done, _ = ray.wait([reference], timeout=0)
     if not done:
-        return False, None, ""
+        return Outcome(is_over=False)
     try:
-        return True, ray.get(reference), ""
+        return Outcome(is_over=True, result=ray.get(reference))
     except ray.exceptions.TaskCancelledError:
-        return True, None, "it was cancelled"
+        return Outcome(is_over=True, error="it was cancelled")
     except ray.exceptions.RayTaskError as error:
-        return True, None, f"its task failed: {str(error).strip().splitlines()[-1]}"
+        return Outcome(is_over=True, error=f"its task failed: {str(error).strip().splitlines()[-1]}")
     except ray.exceptions.RayError as error:
         kind = type(error).__name__
-        return True, None, f"its worker or its node died ({kind}), as often as it may be tried again"
+        text = f"its worker or its node died ({kind}), as often as it may be tried again"
+        return Outcome(is_over=True, error=text, is_lost=True)
 
 
 def current_node() -> str:

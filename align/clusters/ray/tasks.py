@@ -67,8 +67,6 @@ def run_stage_task(fields: dict[str, Any], *input_statuses: str) -> str:
     folder = Path(task.store["folder"])
     if not (folder / MARKER).is_file():
         return f"failed: node {host} does not see the store {folder}; all nodes must, under the same path."
-    # Relative paths in the pipeline start where the command was given.
-    os.chdir(task.base)
     task.write_note(JobResult("runs", host, node=ray_client.current_node()))
     result = _run_stage(task)
     task.write_note(result)
@@ -76,9 +74,10 @@ def run_stage_task(fields: dict[str, Any], *input_statuses: str) -> str:
 
 
 def _run_stage(task: StageTask) -> JobResult:
-    store = Opening(**task.store).open()
     log: Path | None = None
     try:
+        _enter(task.base)
+        store = Opening(**task.store).open()
         pipeline = Pipeline(task.raw, task.where, Path(task.base), task.rounds)
         pipeline = with_threads(pipeline, max(1, task.cores))
         node = pipeline.nodes[task.stage]
@@ -110,6 +109,20 @@ def _run_stage(task: StageTask) -> JobResult:
         status = "refused" if isinstance(error, UserError) else "failed"
         return JobResult(status, message, log=str(log) if log is not None and log.is_file() else None)
     return JobResult("done", "")
+
+
+def _enter(folder: str) -> None:
+    """Change to the folder where the command was given: relative paths in the pipeline start there.
+
+    Raises ``UserError`` where this node does not see it.
+    """
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"node {socket.gethostname()} does not see the folder {folder} ({error.strerror}); all nodes must, under "
+            "the same path."
+        ) from None
 
 
 def ray_block(pipeline: Pipeline, stage: str | None = None) -> RayExecutor:
@@ -190,9 +203,9 @@ class RayQueue:
     def _state(self, stage: str, remaining: Collection[str]) -> JobState:
         if stage in self._cancelled:
             return self._cancelled[stage]
-        is_over, status, reason = ray_client.outcome(self.ray, self.references[stage])
-        if is_over:
-            return self._final_state(stage, status, reason)
+        outcome = ray_client.outcome(self.ray, self.references[stage])
+        if outcome.is_over:
+            return self._final_state(stage, outcome)
         # Ray does not say whether a task waits for others or for a node.
         if any(name in remaining for name in self.pipeline.nodes[stage].input_names):
             return JobState("waits", "waits for its inputs")
@@ -202,14 +215,14 @@ class RayQueue:
             return JobState("runs", f"runs on {note.message}")
         return self._waiting_state(stage)
 
-    def _final_state(self, stage: str, status: Any, reason: str) -> JobState:
-        if status == "done":
+    def _final_state(self, stage: str, outcome: ray_client.Outcome) -> JobState:
+        if outcome.result == "done":
             return JobState("gone", "its task is done, but its artifact is missing")
-        # A task that was cancelled, raised an error, or lost its node too often returns nothing.
-        if status is None:
+        if outcome.is_lost:
             retries = self.block(stage).retries
-            return JobState("over", reason, f"Raise runtime.stages.{stage}.executor.retries (now {retries}).")
-        return JobState("over", str(status).removeprefix("failed: "))
+            return JobState("over", outcome.error, f"Raise runtime.stages.{stage}.executor.retries (now {retries}).")
+        # A task that was cancelled or raised an error returns nothing.
+        return JobState("over", outcome.error or str(outcome.result).removeprefix("failed: "))
 
     def _waiting_state(self, stage: str) -> JobState:
         """Return the state of a task that could start: it waits for a free node, or for one that does not exist yet.

@@ -14,7 +14,7 @@ import pytest
 from align import Pipeline
 from align.cli import run_on_ray
 from align.cli.sweep_on_ray import run_worker_task
-from align.clusters.follow import JobFollower, JobResult, write_note
+from align.clusters.follow import JobFollower, JobResult, JobState, write_note
 from align.clusters.ray import run as ray_run
 from align.clusters.ray.tasks import RayQueue, StageTask, run_stage_task
 from align.config.executor import RayExecutor
@@ -24,6 +24,7 @@ from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.prepare import RunOptions
 from align.runner.runner import Run
+from align.store.marker import MARKER
 from align.store.store import Store
 from align.sweep.config import SweepConfig
 from tests.support import toy
@@ -80,6 +81,15 @@ def test_a_node_without_the_store_or_with_other_files_says_so(folder: Path) -> N
     assert "does not see the store" in run_stage_task(work(folder, "one", store=elsewhere))
     assert run_stage_task(work(folder, "one", key="0" * 64)) == "refused"
     assert "All nodes must see the same files" in said(folder, "one")["message"]
+
+
+def test_a_node_without_the_folder_or_with_a_damaged_store_leaves_a_note(folder: Path) -> None:
+    assert run_stage_task(work(folder, "one", base=str(folder / "gone"))) == "refused"
+    assert f"does not see the folder {folder / 'gone'} (No such file or directory)" in said(folder, "one")["message"]
+    task = work(folder, "one")
+    (folder / "store" / MARKER).write_text("{")
+    assert run_stage_task(task) == "refused"
+    assert MARKER in said(folder, "one")["message"]
 
 
 def test_a_stage_is_made_anew_once(folder: Path) -> None:
@@ -160,6 +170,48 @@ def test_a_stage_that_no_node_could_hold_is_given_up_in_time(folder: Path) -> No
     queue = RayQueue(NoNode(), pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
     with pytest.raises(StageFailed, match=r"no node of the Ray cluster has what it asks for \(CPU 1, a100 1\)"):
         JobFollower(pipeline, queue.store, ["one"], queue, Listener()).follow()
+
+
+class Ended:
+    """A cluster whose only task has ended with an error."""
+
+    class exceptions:
+        class RayError(Exception): ...
+
+        class TaskCancelledError(RayError): ...
+
+        class RayTaskError(RayError): ...
+
+        class WorkerCrashedError(RayError): ...
+
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return references, []
+
+    def get(self, reference: Any) -> Any:
+        raise self.error("Traceback\nOSError: no space")
+
+
+@pytest.mark.parametrize(
+    ("error", "description", "remedy"),
+    [
+        (Ended.exceptions.TaskCancelledError, "it was cancelled", ""),
+        (Ended.exceptions.RayTaskError, "its task failed: OSError: no space", ""),
+        (
+            Ended.exceptions.WorkerCrashedError,
+            "its worker or its node died (WorkerCrashedError), as often as it may be tried again",
+            "Raise runtime.stages.one.executor.retries (now 3).",
+        ),
+    ],
+)
+def test_more_retries_are_the_remedy_for_dead_workers_alone(
+    folder: Path, error: type[Exception], description: str, remedy: str
+) -> None:
+    pipeline = Pipeline(toy.pipeline() | {"runtime": {"executor": "ray"}})
+    queue = RayQueue(Ended(error), pipeline, Store.open(folder / "store"), folder / "said", {"one": object()}, every=0)
+    assert queue.query(["one"])["one"] == JobState("over", description, remedy)
 
 
 def test_a_stage_whose_node_died_is_not_taken_to_run(folder: Path) -> None:
