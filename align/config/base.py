@@ -42,6 +42,14 @@ class Config(BaseModel):
         """Return the fields whose text the stage's key leaves out: ``identified``, unless their value decides."""
         return set(self.identified)
 
+    def changed(self, *names: str) -> list[str]:
+        """Return those of the fields that differ from their defaults.
+
+        Not ``model_fields_set``: a stage's process reads its config back with every default written out.
+        """
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].get_default(call_default_factory=True)]
+
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Return the block's JSON schema, with the docstrings of its fields as descriptions."""

@@ -82,10 +82,7 @@ class TaskJudge(EndpointJudge):
         if bool(self.reward) == (self.endpoint is not None):
             raise ValueError("name the judge: `reward: true` or `endpoint`, one of them")
         if self.reward:
-            # Compared with the defaults: a stage's process reads settings back with all of them written out.
-            fields = type(self).model_fields
-            names = ("rubric", "max_tokens", "temperature", "seed")
-            unused = sorted(name for name in names if getattr(self, name) != fields[name].get_default())
+            unused = sorted(self.changed("rubric", "max_tokens", "temperature", "seed"))
             if unused:
                 raise ValueError(f"a reward model does not use {', '.join(unused)}; remove it")
         return self

@@ -42,11 +42,7 @@ def is_local(dataset: str, base: Path) -> bool:
 def sources_of(config: DataConfig, base: Path) -> list[dict[str, Any]]:
     """Return the sources of the stage's dataset as a recipe writes them."""
     assert config.dataset is not None
-    fields = {
-        name: getattr(config, name)
-        for name in PASSED_ON
-        if name in config.model_fields_set and getattr(config, name) != RecordSource.model_fields[name].get_default()
-    }
+    fields = {name: getattr(config, name) for name in config.changed(*PASSED_ON)}
     if config.format != "auto":
         fields["format"] = config.format
     if is_local(config.dataset, base):

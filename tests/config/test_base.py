@@ -36,6 +36,11 @@ def test_a_later_field_counts_when_it_is_set_and_a_retired_one_always() -> None:
     assert settings_for_key(Outer(), {}) == {}  # what a key leaves out stays out
 
 
+def test_a_field_has_changed_where_its_value_is_not_the_default() -> None:
+    config = Outer(inner=Inner(), several=[Inner()], by_number={})
+    assert config.changed("inner", "several", "by_number") == ["several"]
+
+
 def test_the_mapping_of_a_source_counts_only_where_a_recipe_uses_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a", "gold": 1}\n')

@@ -33,6 +33,7 @@ def test_a_minimal_config_is_enough():
         ({"baselines": {"b": {"of": "sft", "best_of": 4}}}, "name reward"),
         ({"tasks": {"prompts": {"task": "ifeval", "files": ["x"]}}}, "is no valid name"),
         ({"prompts": None}, "nothing to evaluate on"),
+        ({"temperature": 0.0, "samples_per_prompt": 2}, "would be identical at temperature 0; raise temperature"),
         ({"tasks": {"preference": {}}}, "tasks.preference: there are no pairs; name the stage's `pairs`"),
         ({"tasks": {"reward_pairs": FILES}}, "tasks.reward_pairs: measures a reward model; name a reward stage"),
         ({"tasks": {"judged": {**FILES, "judge": {"reward": True}}}}, "tasks.judged.judge.reward: .* has no reward"),

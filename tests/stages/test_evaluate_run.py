@@ -189,7 +189,8 @@ def test_an_empty_split_is_refused(context, inputs):
 
 
 def test_greedy_leaves_kl_out(context, inputs):
-    changes = {"temperature": 0.0, "reward": None, "pairs": None, "heldout": None, "score": None}
+    changes = {"temperature": 0.0, "samples_per_prompt": 1}
+    changes |= dict.fromkeys(("reward", "pairs", "heldout", "score"))
     config = context.config.model_copy(update=changes)
     values = inputs | {"reward": None, "pairs": None, "heldout": None}
     evaluate.run(StageContext(**{**context.__dict__, "config": config, "inputs": values}))
@@ -253,7 +254,8 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
 
 def test_a_gate_on_what_nothing_measures_is_refused_before_anything_runs(context, monkeypatch):
     monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *values: pytest.fail("it ran"))
-    config = EvaluateConfig(**context.config.model_dump() | {"gates": {"kl": "<= 3"}, "temperature": 0.0})
+    greedy = {"gates": {"kl": "<= 3"}, "temperature": 0.0, "samples_per_prompt": 1}
+    config = EvaluateConfig(**context.config.model_dump() | greedy)
     with pytest.raises(UserError, match=r"gates\.kl: nothing measures"):
         evaluate.run(replace(context, config=config))
 

@@ -76,9 +76,9 @@ class DataConfig(RecordSource):
         if self.test_split is not None and self.part != "split":
             raise ValueError("test_split decides the part of each row, so part means nothing; drop one of them")
         if self.recipe is not None:
-            defaults = type(self).model_fields
-            of_datasets = [*RecordSource.model_fields, "split", "test_split", "revision", "kind", "test_size"]
-            for name in of_datasets:
-                if getattr(self, name) != defaults[name].get_default():
-                    raise ValueError(f"{name} belongs to dataset; with a recipe, write it there")
+            changed = self.changed(
+                *RecordSource.model_fields, *("split", "test_split", "revision", "kind", "test_size")
+            )
+            if changed:
+                raise ValueError(f"{changed[0]} belongs to dataset; with a recipe, write it there")
         return self

@@ -65,3 +65,14 @@ class DistillConfig(TrainingFields):
         if self.on_policy and self.max_tokens >= self.max_length:
             raise ValueError(f"max_tokens {self.max_tokens} leaves no room for a prompt in max_length.")
         return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if self.divergence != "jsd" and self.changed("jsd_beta"):
+            raise ValueError(f"jsd_beta has no effect with divergence {self.divergence}; take jsd.")
+        unused = [] if self.on_policy else self.changed("max_tokens", "sample_temperature")
+        if unused:
+            raise ValueError(
+                f"{unused[0]} is about sampled answers, and on_policy is 0; raise it, or take {unused[0]} out."
+            )
+        return self

@@ -99,6 +99,8 @@ class DpoConfig(ReferenceFields):
                 f"label_smoothing has no effect with {', '.join(terms)}; it is used by {', '.join(SMOOTHED)}. For "
                 "pairs that may be mislabeled take `loss: robust`."
             )
+        if "discopop" not in terms and self.changed("discopop_tau"):
+            raise ValueError(f"discopop_tau has no effect with {', '.join(terms)}; it is used by discopop.")
         if "exo_pair" in terms and not self.label_smoothing:
             raise ValueError("exo_pair needs label_smoothing above 0; 0.001 in its paper.")
         if set(terms) & {"aot", "aot_unpaired"} and self.micro_batch < 2:

@@ -180,6 +180,11 @@ class EvaluateConfig(Config):
                     raise ValueError(
                         f"tasks.{name}.judge.reward: the stage has no {field}; name a reward stage as `{field}`."
                     )
+        if self.samples_per_prompt > 1 and self.temperature == 0:
+            raise ValueError(
+                "samples_per_prompt above 1 would be identical at temperature 0; raise temperature or drop "
+                "samples_per_prompt."
+            )
         if (self.score is not None or self.metrics) and self.prompts is None:
             raise ValueError("score and metrics are programs for the responses to prompts; name prompts.")
         names = [function.metric for function in self.metric_functions]

@@ -239,13 +239,12 @@ class PreferenceConfig(RecordFields, RecordMapping, TaskConfig):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if self.reads_stage_pairs:
-            fields = type(self).model_fields
-            for name in (*RecordMapping.model_fields, "format", "options"):
-                if getattr(self, name) != fields[name].get_default():
-                    raise ValueError(
-                        f"{name} is about files or a dataset, and there are none: it takes the stage's `pairs`. Name "
-                        f"files, or take {name} out"
-                    )
+            changed = self.changed(*RecordMapping.model_fields, "format", "options")
+            if changed:
+                raise ValueError(
+                    f"{changed[0]} is about files or a dataset, and there are none: it takes the stage's `pairs`. "
+                    f"Name files, or take {changed[0]} out"
+                )
             return self
         if self.files is None and (self.dataset is None or self.revision is None):
             raise ValueError(

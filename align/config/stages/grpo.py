@@ -84,8 +84,7 @@ class GrpoConfig(DriftFields):
     def _check_resampling_and_penalty(self) -> Self:
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"overlong_buffer {self.overlong_buffer} is longer than max_tokens {self.max_tokens}.")
-        # Compare values, not what was set: a stage's process reads back the entire config, defaults included.
-        if self.zero_variance == "keep" and self.resample_rounds != type(self).model_fields["resample_rounds"].default:
+        if self.zero_variance == "keep" and self.changed("resample_rounds"):
             raise ValueError("resample_rounds is set, but zero_variance is keep; set `zero_variance: resample`.")
         if self.loss == "cispo" and self.clip_range is not None:
             raise ValueError("clip_range is set, but `loss: cispo` only caps the ratio; set clip_range_high instead.")

@@ -197,6 +197,11 @@ class RolloutFields(TrainerOptions):
             raise ValueError("neither reward nor score is set; name a reward stage, a function, or both.")
         if isinstance(self.score, list) and self.score_weight != 1.0:
             raise ValueError("score_weight is for a score that is one function; set the `weight` of each in the list.")
+        if self.ensemble != "mean" and not (isinstance(self.reward, list) and len(self.reward) > 1):
+            raise ValueError(
+                f"ensemble is {self.ensemble}, which needs several reward models; name a list of them as reward, or "
+                "take ensemble out."
+            )
         if self.reward and "reward" in reward_names(self.score):
             raise ValueError("the name 'reward' in score is that of the field reward; set another `name`.")
         return self
@@ -305,6 +310,12 @@ class DriftFields(RolloutFields):
 
     @model_validator(mode="after")
     def _check_kl_controller(self) -> Self:
+        # The controller multiplies the coefficient.
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise ValueError(
+                "kl_controller is adaptive, but kl_coef is 0 and stays so; set kl_coef above 0, or `kl_controller: "
+                "fixed`."
+            )
         # The coefficient changes by up to 20 % per horizon: over several in an update, it could even turn negative.
         if self.kl_controller == "adaptive" and self.kl_horizon < self.rollout_batch:
             raise ValueError(

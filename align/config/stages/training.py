@@ -189,9 +189,7 @@ class TrainingFields(TrainerOptions):
 
     @model_validator(mode="after")
     def _replay_settings_need_its_data(self) -> Self:
-        # not model_fields_set: a stage's process gets its config with every default written out
-        defaults = {name: type(self).model_fields[name].default for name in ("replay_fraction", "replay_weight")}
-        changed = sorted(name for name, default in defaults.items() if getattr(self, name) != default)
+        changed = self.changed("replay_fraction", "replay_weight")
         if self.replay is None and changed:
             raise ValueError(f"{changed[0]} needs a `replay:` stage to replay from, and there is none.")
         if self.replay_fraction == 0 and self.replay_weight is not None:
@@ -235,6 +233,8 @@ class TrainingFields(TrainerOptions):
             raise ValueError(
                 f"min_lr_ratio has no effect with scheduler {self.scheduler}; take cosine_with_min_lr or wsd."
             )
+        if self.scheduler != "wsd" and self.changed("decay_ratio"):
+            raise ValueError(f"decay_ratio has no effect with scheduler {self.scheduler}; take wsd.")
         if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise ValueError(
                 f"warmup_ratio {self.warmup_ratio:g} and decay_ratio {self.decay_ratio:g} add up to more than all "
