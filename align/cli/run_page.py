@@ -209,22 +209,13 @@ def write_page(
 
         # A kill from here on leaves a page without a stamp, which the next run writes again.
         (folder / STAMP).unlink(missing_ok=True)
-        # Everything that is neither finished nor a report, beside the stage of the failure.
-        pending = {
-            name: run.inputs(name)
-            for name, (kind, _) in run.stages.items()
-            if name not in artifacts and kind != "report" and (failure is None or name != failure.stage)
-        }
-        failed = (
-            None
-            if failure is None
-            else _describe_failure(run, store, failure, [name for name in pending if name not in states])
-        )
+        pending = _pending_stages(run, artifacts, failure)
+        others = [name for name in pending if name not in states]
         page = write_report(
             list(artifacts.values()),
             None,
             folder / PAGE,
-            failed=failed,
+            failed=None if failure is None else _describe_failure(run, store, failure, others),
             title=run.title,
             cached=cached,
             pending=pending,
@@ -233,6 +224,15 @@ def write_page(
         )
         write_text_atomically(folder / STAMP, _seal(stamp, folder))
     return page
+
+
+def _pending_stages(run: RunOutline, finished: Collection[str], failure: Failure | None) -> dict[str, Any]:
+    """Return the inputs of each stage that is neither finished, a report, nor that of the failure."""
+    return {
+        name: run.inputs(name)
+        for name, (kind, _) in run.stages.items()
+        if name not in finished and kind != "report" and (failure is None or name != failure.stage)
+    }
 
 
 @contextlib.contextmanager

@@ -12,8 +12,7 @@ A row is a plain dict:
 - Before the step ``pairs``, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best),
   where either of the last two may be None.
 - ``tools`` is a JSON list of the functions that a model may call (``""`` for none). A message that calls some has
-  ``tool_calls``, JSON text too, since the arguments have no common type.
-- An assistant's turn that is excluded from training has ``train: False``.
+  ``tool_calls``, JSON text too, since the arguments have no common type. One that is not learned has ``train: False``.
 - A row of plain text has ``id``, ``source`` and ``text`` only.
 - Any other column is one that the recipe keeps (``keep: [answer]``), for scorers, filters, judges and metrics. One
   whose values are lists, mappings or of several types is stored as JSON text, and parsed where rows are read.
@@ -359,10 +358,8 @@ def prompt_key(row: Row) -> str:
 
 def turns_key(messages: Sequence[Message]) -> str:
     """Return the role, the normalized content and the tool calls of every turn as one text."""
-    return "\n".join(
-        f"{message['role']}: {normalized(message['content'] or '')}{message.get('tool_calls') or ''}"
-        for message in messages
-    )
+    turns = [(turn["role"], normalized(turn["content"] or ""), turn.get("tool_calls") or "") for turn in messages]
+    return "\n".join(f"{role}: {text}{calls}" for role, text, calls in turns)
 
 
 def row_id(row: Row) -> str:

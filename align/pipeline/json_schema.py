@@ -17,6 +17,51 @@ def pipeline_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a whole pipeline file."""
     schema = PipelineConfig.model_json_schema()
     definitions: dict[str, Any] = schema.setdefault("$defs", {})
+    named = _define_stages(definitions)
+    stages = {
+        "type": "object",
+        "minProperties": 1,
+        "propertyNames": {"pattern": NAME_PATTERN},
+        "properties": named,
+        "additionalProperties": {"$ref": "#/$defs/named_stage"},
+    }
+    _define_loop(definitions, stages)
+    # It has the kind of the stage that it continues, so it needs no ``stage``.
+    definitions["continued_stage"] = {"type": "object", "required": [CONTINUE], "not": {"required": ["stage"]}}
+    _name_tasks_by_kind(definitions["stage_evaluate"]["properties"]["tasks"])
+    for name in ("store", "report_to"):
+        _accept_text(definitions["Runtime"]["properties"], name)
+    named_stage = {"$ref": "#/$defs/named_stage"}
+    loop = {"$ref": "#/$defs/stage_loop"}
+    all_stages = {
+        **stages,
+        "properties": {**named, LOOP: {"anyOf": [loop, named_stage]}},
+        "additionalProperties": {
+            "anyOf": [
+                named_stage,
+                {"$ref": "#/$defs/continued_stage"},
+                {"allOf": [loop, {"required": ["stage"]}]},
+            ]
+        },
+    }
+    schema["properties"]["stages"] = {
+        "type": "object",
+        "description": "The stages in order; a name that is a stage kind needs no `stage:`.",
+    }
+    # A file on top of another one may leave out whatever the other has, in every block.
+    schema["if"] = {"required": [EXTENDS]}
+    schema["else"] = {"required": schema.pop("required"), "properties": {"stages": all_stages}}
+    schema["properties"][EXTENDS] = {"type": "string", "description": "another pipeline file, which this one changes"}
+    schema["properties"][ANCHOR_BLOCK] = {"description": "blocks with anchors; sets nothing by itself"}
+    schema["patternProperties"] = {f"^{ANCHOR_PREFIX}": {"description": "blocks with anchors; sets nothing by itself"}}
+    _allow_variables(schema)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "align pipeline"
+    return schema
+
+
+def _define_stages(definitions: dict[str, Any]) -> dict[str, Any]:
+    """Add each kind's block and ``named_stage``, a block that says its kind; return the schema of each name."""
     named: dict[str, Any] = {}
     for kind, stage in STAGES.items():
         block = stage.config_class().model_json_schema(ref_template="#/$defs/{model}")
@@ -41,47 +86,16 @@ def pipeline_schema() -> dict[str, Any]:
             own_stage,
         ],
     }
-    _name_tasks_by_kind(definitions["stage_evaluate"]["properties"]["tasks"])
-    for name in ("store", "report_to"):
-        _accept_text(definitions["Runtime"]["properties"], name)
-    stages = {
-        "type": "object",
-        "minProperties": 1,
-        "propertyNames": {"pattern": NAME_PATTERN},
-        "properties": named,
-        "additionalProperties": {"$ref": "#/$defs/named_stage"},
-    }
+    return named
+
+
+def _define_loop(definitions: dict[str, Any], stages: dict[str, Any]) -> None:
+    """Add ``stage_loop``, which repeats ``stages``."""
     loop = LoopConfig.model_json_schema(ref_template="#/$defs/{model}")
     definitions.update(loop.pop("$defs", {}))
     loop["properties"]["stages"] = {**stages, "description": loop["properties"]["stages"]["description"]}
     loop["properties"]["stage"] = {"const": LOOP, "description": "the kind, for a loop of another name"}
     definitions["stage_loop"] = loop
-    # It has the kind of the stage that it continues, so it needs no ``stage``.
-    definitions["continued_stage"] = {"type": "object", "required": [CONTINUE], "not": {"required": ["stage"]}}
-    either = [
-        {"$ref": "#/$defs/named_stage"},
-        {"$ref": "#/$defs/continued_stage"},
-        {"allOf": [{"$ref": "#/$defs/stage_loop"}, {"required": ["stage"]}]},
-    ]
-    all_stages = {
-        **stages,
-        "properties": {**named, LOOP: {"anyOf": [{"$ref": "#/$defs/stage_loop"}, either[0]]}},
-        "additionalProperties": {"anyOf": either},
-    }
-    schema["properties"]["stages"] = {
-        "type": "object",
-        "description": "The stages in order; a name that is a stage kind needs no `stage:`.",
-    }
-    # A file on top of another one may leave out whatever the other has, in every block.
-    schema["if"] = {"required": [EXTENDS]}
-    schema["else"] = {"required": schema.pop("required"), "properties": {"stages": all_stages}}
-    schema["properties"][EXTENDS] = {"type": "string", "description": "another pipeline file, which this one changes"}
-    schema["properties"][ANCHOR_BLOCK] = {"description": "blocks with anchors; sets nothing by itself"}
-    schema["patternProperties"] = {f"^{ANCHOR_PREFIX}": {"description": "blocks with anchors; sets nothing by itself"}}
-    _allow_variables(schema)
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "align pipeline"
-    return schema
 
 
 def _name_tasks_by_kind(tasks: dict[str, Any]) -> None:

@@ -89,8 +89,7 @@ class Store:
 
     def fetched(self, kind: str, key: str) -> Path:
         """Return the folder of a download in progress, the same at every attempt: it goes on where it stopped."""
-        folder = self.folder(kind, key)
-        return folder.with_name(folder.name + FETCHED)
+        return self.root / kind / f"{key[:SHORT]}{FETCHED}"
 
     # ---- reading ----
 
@@ -191,10 +190,8 @@ class Store:
 
         Continues where an earlier fetch was interrupted. Raises ``UserError`` for files that differ from their record.
         """
-        if self.remote is None:
-            return None
-        record = self.remote.find(kind, key)
-        if record is None:
+        record = None if self.remote is None else self.remote.find(kind, key)
+        if self.remote is None or record is None:
             return None
         with self.lock(kind, key, lambda _: None):
             artifact = self.find(kind, key, stage)

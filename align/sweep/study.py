@@ -4,14 +4,12 @@ A study is a folder of the store with Optuna's journal (which has its own lock, 
 lock for each running trial. A trial whose lock nobody holds, or whose holder was silent for the store's lease, was
 interrupted: the next worker, on any machine, continues it under its number. Each trial's sampler is seeded by the
 sweep's seed and the trial's number, so an interrupted sweep tries the same values as an uninterrupted one; Optuna's
-own samplers would start their random numbers again. Only this file uses Optuna. Leaves out running a trial
-(``worker.py``). Never imports torch.
+own samplers would start their random numbers again. Leaves out running a trial (``worker.py``). Never imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +21,9 @@ from align.errors import UserError
 from align.store.json_files import DamagedFile, as_json, parse_sealed, write_sealed
 from align.store.locks import Hold, Lock, LockLost
 from align.store.store import SWEEPS, Store
-from align.sweep.config import PruneConfig, SweepConfig
+from align.sweep.draws import make_distribution, make_pruner, make_sampler, suggest_value
 from align.sweep.plan import Sweep
-from align.sweep.space import Choice, Dimension, Draw, grid
+from align.sweep.space import Draw, grid
 
 try:
     import optuna
@@ -95,7 +93,7 @@ class Study:
                 storage=self._storage,
                 study_name=config.name,
                 directions=["maximize" if objective.higher else "minimize" for objective in self.objectives],
-                pruner=_pruner(config.prune),
+                pruner=make_pruner(config.prune),
                 load_if_exists=True,
             )
             self._study.get_trials(deepcopy=False)
@@ -179,11 +177,11 @@ class Study:
 
     def _complete_draw(self, frozen: FrozenTrial, hold: Hold, *, resumed: bool) -> Trial:
         """Return a trial of the study with all its values."""
-        self._study.sampler = _sampler(self.config, frozen.number)
+        self._study.sampler = make_sampler(self.config, frozen.number)
         # Optuna has no public way to continue a trial that another process began, or to take a certain queued one.
         handle = optuna.Trial(self._study, frozen._trial_id)
         # Values that were drawn before come again; the others are drawn now.
-        draw = {dimension.name: _suggest(handle, dimension) for dimension in self.space}
+        draw = {dimension.name: suggest_value(handle, dimension) for dimension in self.space}
         return Trial(frozen.number, draw, resumed, hold, handle)
 
     def _take_new(self, trials: Sequence[FrozenTrial]) -> Trial | None:
@@ -192,10 +190,10 @@ class Study:
         if sum(RETRY not in trial.user_attrs for trial in begun) >= self.limit:
             return None
         # The number that a new trial gets. A queued one has its values already, so its seed does not matter.
-        self._study.sampler = _sampler(self.config, len(trials))
+        self._study.sampler = make_sampler(self.config, len(trials))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a sampler is experimental
-            handle = self._study.ask({dimension.name: _distribution(dimension) for dimension in self.space})
+            handle = self._study.ask({dimension.name: make_distribution(dimension) for dimension in self.space})
         hold = self._acquire(handle.number)
         # Trials are taken under the study's lock, so no other worker can have seen this one yet.
         assert hold is not None
@@ -368,48 +366,6 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:
 
 
 # ---- the sweep in Optuna's terms --------------------------------------------------------------------------------
-
-
-def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    """Return the values that a dimension may take."""
-    if isinstance(dimension, Choice):
-        return optuna.distributions.CategoricalDistribution(list(dimension.options))
-    high = float(dimension.high)
-    points = dimension.points() if dimension.step else None
-    if points:
-        high = float(points[-1])  # Optuna wants the last step itself
-    if dimension.is_integer:
-        step = int(dimension.step or 1)
-        return optuna.distributions.IntDistribution(int(dimension.low), int(high), log=dimension.log, step=step)
-    low = float(dimension.low)
-    return optuna.distributions.FloatDistribution(low, high, log=dimension.log, step=dimension.step)
-
-
-def _suggest(trial: optuna.Trial, dimension: Dimension) -> float | int | str:
-    """Return a trial's value of a dimension, drawn before or now."""
-    kind = _distribution(dimension)
-    if isinstance(kind, optuna.distributions.CategoricalDistribution):
-        return str(trial.suggest_categorical(dimension.name, kind.choices))
-    if isinstance(kind, optuna.distributions.IntDistribution):
-        return trial.suggest_int(dimension.name, kind.low, kind.high, step=kind.step, log=kind.log)
-    assert isinstance(kind, optuna.distributions.FloatDistribution)
-    return trial.suggest_float(dimension.name, kind.low, kind.high, step=kind.step, log=kind.log)
-
-
-def _pruner(config: PruneConfig | None) -> optuna.pruners.BasePruner:
-    if config is None:
-        return optuna.pruners.NopPruner()
-    if config.method == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=config.start)
-    return optuna.pruners.SuccessiveHalvingPruner(min_resource=config.start, reduction_factor=config.reduction)
-
-
-def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler of trial ``number``, seeded by the sweep's seed and the number."""
-    seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{number}".encode()).digest()[:4], "big")
-    if config.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed)
-    return optuna.samplers.RandomSampler(seed=seed)  # a grid's trials are queued beforehand
 
 
 __all__ = ["Study", "Trial", "TrialLost", "TrialRecord", "folder_of"]

@@ -73,15 +73,19 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
         return _fit(trainer, context, gathered, before, checkpoint)
 
 
+def _note_memory(context: StageContext, trainer: Any, extras: Sequence[Any]) -> None:
+    """Note the memory that training takes."""
+    tuning, precision = context.config.tuning, context.config.precision
+    max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
+    low = precision == "bfloat16"  # ``Prepared`` rounds activations between layers then
+    context.note(notice(trainer.model, tuning, precision, low_residual=low, max_trained=max_trained))
+
+
 def _fit(
     trainer: Any, context: StageContext, held_out: HeldOut, before: bool, checkpoint: Path | None
 ) -> dict[str, Any]:
     extras = extra_callbacks(context, trainer)
-    max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
-    tuning, precision = context.config.tuning, context.config.precision
-    low = precision == "bfloat16"  # ``Prepared`` rounds activations between layers then
-    context.note(notice(trainer.model, tuning, precision, low_residual=low, max_trained=max_trained))
-
+    _note_memory(context, trainer, extras)
     # The test rows before training; for a resumed run those of the first attempt.
     score_before = scored_with(extras, partial(held_out, "test") if before else dict)
     scores_before = _score_before(context, score_before) if before or has_scores(extras) else {}

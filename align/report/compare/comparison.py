@@ -253,8 +253,8 @@ def _curve_sections(
             same_stages.append(stage)
             continue
         # Chosen before the curves: a metric of the runs that are left out alone would have an empty panel.
-        drawn, undrawn = drawn_runs(by_run)
-        curves, left_out = overlays(drawn, MAX_PANELS)
+        shown_runs, undrawn = drawn_runs(by_run)
+        curves, left_out = overlays(shown_runs, MAX_PANELS)
         if curves:
             panels = add_panels(stage, curves, readings, assets)
             section = curve_section(stage, panels, left_out, steps_per_point=1)
