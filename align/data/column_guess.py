@@ -194,7 +194,8 @@ def _guess(
 
     One that fits every record comes before one that does not fit a few.
     """
-    for most_bad in (0, int(MOST_BAD * len(records))):
+    # Of fewer than twenty records a mapping has to fit each, so there is one round.
+    for most_bad in sorted({0, int(MOST_BAD * len(records))}):
         for kind, extra in _candidates(columns, len(records)):
             guess = _try(kind, {"type": "files", **settings, **extra}, records, most_bad)
             if guess is not None:

@@ -73,6 +73,11 @@ def change_texts(row: Row, change: Callable[[str], str]) -> Row:
     return row | new if new else row
 
 
+def has_equal_sides(row: Row) -> bool:
+    """Return True for a pair whose answers are the same in every turn, calls of tools included."""
+    return bool(row.get("chosen")) and row["chosen"] == row.get("rejected")
+
+
 def change_messages(messages: list[Message], change: Callable[[str], str]) -> list[Message]:
     """Return messages with changed contents; the same list object where nothing changed."""
     changed: list[Message] = []

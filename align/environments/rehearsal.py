@@ -31,6 +31,7 @@ from align.inference.protocol import Response, RolloutEngine
 from align.inference.sessions import TurnRequest
 from align.models.loading import load_tokenizer
 from align.store.atomic_write import write_text_atomically
+from align.store.json_files import numbered_lines
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,7 @@ def read_episodes(path: Path) -> list[StoredEpisode]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; `align rollout … --save FILE` writes one.")
     stored = []
-    # Not splitlines: what a model says may hold U+2028, a line separator that ends no line of JSON.
-    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+    for number, line in numbered_lines(path):
         try:
             entry = json.loads(line)
             stored.append(StoredEpisode(entry["row"], int(entry["seed"]), Episode.from_json(entry["episode"])))

@@ -23,6 +23,7 @@ from align.evaluation.tasks.base import Example, SystemInfo
 from align.inference.protocol import Sampling
 from align.models.render import render_prompt
 from align.store.fingerprint import digest, file_digest
+from align.store.json_files import numbered_lines
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,7 @@ def read_examples(config: BaselineConfig, base: Path) -> list[Example]:
         return []
     path = _examples_path(config, base)
     examples = []
-    # Not splitlines: a text may hold U+2028, a line separator that ends no line of JSON.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             record = json.loads(line)
             question = _first_text(record, "question", "prompt")

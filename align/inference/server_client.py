@@ -18,11 +18,12 @@ from urllib.parse import urlsplit
 from align.inference.protocol import Progress
 from align.inference.transport import Reply, Transport, background_loop, root_cause
 
-POLL_SECONDS, PROBE_SECONDS, EXIT_SECONDS = 0.25, 1.0, 3.0
-"""Seconds between two looks at a server's process, and those that ``/health`` has to answer.
-
-Where it does not, the process has the last ones to end.
-"""
+POLL_SECONDS = 0.25
+"""Time between two looks at a server's process."""
+PROBE_SECONDS = 1.0
+"""Time that ``/health`` has to answer."""
+EXIT_SECONDS = 3.0
+"""Time that a process has to end where ``/health`` does not answer."""
 UNIX = "unix:"
 MAX_REPLY_BYTES = 256 << 20
 """Bytes of one reply; the log-probabilities of 128k tokens take some 20 MiB."""

@@ -495,9 +495,10 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         return result
 
     def _drop_older_journals(self) -> None:
-        """Delete the journals in ``output_dir`` if they are another run's. One without a checkpoint begins again.
+        """Delete the journals in ``output_dir`` where they are another run's.
 
-        A run that saves nothing never goes on, and one that has saved would have resumed.
+        They are where this run could not go on from them: one with a checkpoint would have resumed from it, and one
+        that saves nothing never does. Without a checkpoint it may be this run, killed early, which reads its journal.
         """
         folder = Path(str(self.args.output_dir))
         is_older = self.args.save_strategy == "no" or any(folder.glob("checkpoint-*"))

@@ -7,7 +7,7 @@ no signature: whoever may write to the folder is trusted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +58,16 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except (PermissionError, IsADirectoryError) as error:
         raise DamagedFile(f"cannot be read ({error.strerror})") from None
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of each line of a file of JSON lines, from 1 on, without blank ones.
+
+    Not by ``splitlines``: a text may hold U+2028, which separates lines, but ends none of JSON.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line.strip():
+            yield number, line
 
 
 def read_sealed(path: Path, schema: type[Model]) -> Model:

@@ -19,6 +19,7 @@ from align.config.stages.synthesis_tasks import InstructionsTask
 from align.data.rows import Message, Row, user
 from align.errors import UserError
 from align.inference.requests import Answer
+from align.store.json_files import numbered_lines
 from align.synthesis.counts import Ledger
 from align.synthesis.novelty import Nearest, Pool
 
@@ -47,10 +48,7 @@ def read_seeds(path: Path) -> list[Seed]:
     Each line is a record with ``instruction``, and perhaps an input in ``input`` or in the first of ``instances``.
     """
     seeds = []
-    # Not splitlines: a text may hold U+2028, a line separator that ends no line of JSON.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             record = json.loads(line)
             text = record["instruction"]

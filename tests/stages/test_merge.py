@@ -153,12 +153,18 @@ def test_reward_models_merge_with_their_heads(tiny_reward: Path, tiny_model: Pat
     assert torch.allclose(heads[2], (heads[0] + heads[1]) / 2, atol=1e-6)
 
 
+def rewards_and_base(reward: Path, policy: Path, folder: Path) -> dict[str, Path]:
+    """Return two reward models, ``a`` and ``b``, and a policy as their ``base``."""
+    folders = {name: perturbed_copy(reward, folder / name / "model", seed) for seed, name in enumerate("ab")}
+    folders["base"] = folder / "base" / "model"
+    shutil.copytree(policy, folders["base"])
+    return folders
+
+
 def test_reward_models_merge_from_a_policy_which_has_no_head(
     tiny_reward: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    folders = {name: perturbed_copy(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
-    folders["base"] = tmp_path / "base" / "model"
-    shutil.copytree(tiny_model, folders["base"])
+    folders = rewards_and_base(tiny_reward, tiny_model, tmp_path)
     stage = merge_stage(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"], base="base", scale=0.5)
     run(stage)
     heads = [load_reward(folders[name]).score.weight for name in "ab"]
@@ -189,9 +195,7 @@ def test_a_head_that_only_one_checkpoint_has_is_refused(
 def test_reward_models_merge_from_a_policy_with_a_head_of_its_own(
     tiny_reward: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    folders = {name: perturbed_copy(tiny_reward, tmp_path / name / "model", seed) for seed, name in enumerate("ab")}
-    folders["base"] = tmp_path / "base" / "model"
-    shutil.copytree(tiny_model, folders["base"])
+    folders = rewards_and_base(tiny_reward, tiny_model, tmp_path)
     untie(folders["base"])
     stage = merge_stage(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"], base="base")
     run(stage)

@@ -14,6 +14,7 @@ from typing import Any
 
 from align.config.recipe.filter_settings import FilterStep
 from align.config.user_functions import function_identity
+from align.data.row_texts import has_equal_sides
 from align.data.rows import Dropped, Row
 from align.data.steps.base import ModelLoaders, RowFilter, RowStep, StepContext
 from align.data.steps.boilerplate import BoilerplateFilter, boilerplate_identities
@@ -95,7 +96,7 @@ class Filter:
             still_alive: list[int] = []
             for index, result in zip(alive, filtered, strict=True):
                 # Without an address or a name, two answers may be the same.
-                if isinstance(result, dict) and result is not rows[index] and _has_equal_sides(result):
+                if isinstance(result, dict) and result is not rows[index] and has_equal_sides(result):
                     result = Dropped("filter: chosen equals rejected")
                 results[index] = result
                 if isinstance(result, dict):
@@ -105,10 +106,6 @@ class Filter:
                 rows = [result if isinstance(result, dict) else row for result, row in zip(results, rows, strict=True)]
             alive = still_alive
         return results
-
-
-def _has_equal_sides(row: Row) -> bool:
-    return bool(row.get("chosen")) and row["chosen"] == row.get("rejected")
 
 
 class PredicateFilter(RowFilter):

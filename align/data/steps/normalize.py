@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from align.config.extras import require_extra
 from align.config.recipe.step_settings import NormalizeStep
-from align.data.row_texts import change_texts
+from align.data.row_texts import change_texts, has_equal_sides
 from align.data.rows import Dropped, Message, Row, is_text
 from align.data.steps.base import ModelLoaders, StepContext
 
@@ -246,7 +246,6 @@ def _disorder(row: Row) -> str | None:
     replies = [row[name] for name in ("completion", "chosen", "rejected") if row.get(name)]
     if any(_is_empty(reply[-1]) for reply in replies):
         return "empty reply"
-    # All turns: episodes that end in the same words may have called different tools.
-    if row.get("chosen") and row["chosen"] == row.get("rejected"):
+    if has_equal_sides(row):
         return "chosen equals rejected"
     return None

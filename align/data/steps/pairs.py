@@ -10,6 +10,7 @@ from typing import Any
 
 from align.config.recipe.step_settings import PairsStep
 from align.data.response_pairs import Candidate, compare_candidates, is_separate
+from align.data.row_texts import has_equal_sides
 from align.data.rows import Dropped, Row, assistant
 from align.data.steps.base import StepContext
 from align.errors import UserError
@@ -47,7 +48,7 @@ class Pairs:
 
     def _check_pair(self, row: Row) -> Row | Dropped:
         """Return a row that is a pair already, or the reason why it teaches nothing."""
-        if row["chosen"] == row["rejected"]:
+        if has_equal_sides(row):
             return Dropped("chosen equals rejected")
         better, worse = row.get("chosen_score"), row.get("rejected_score")
         if better is None or worse is None:
