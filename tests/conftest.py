@@ -33,10 +33,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # The key of stand-ins for vLLM's servers, which tests reach by address (tests/support/inference/fake_server.py).
 os.environ.setdefault("ALIGN_SERVER_KEY", "the-key-of-stand-ins-for-servers")
+# Processes that tests start import `tests.support` and this checkout's `align` from any folder.
+REPOSITORY = Path(__file__).resolve().parents[1]
+SEARCH_PATH = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(REPOSITORY), *SEARCH_PATH]))
 remember_environment()
 
 BUCKETS = itertools.count()
-REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST = (
     "inference/test_server_vllm.py",
     "rl/test_learning.py",

@@ -176,7 +176,7 @@ class Forking:
     def Popen(self, command: list[str], stdout: IO[bytes], **options: Any) -> Any:
         """Start the module of ``command``, which the interpreter starts where nothing can be forked."""
         if not ForkServer.is_possible() or not shared_server().wait():
-            return subprocess.Popen(command, stdout=stdout, **options)
+            return subprocess.Popen(command, stdout=stdout, **{"stderr": subprocess.STDOUT, **options})
         environment = options.get("env") or os.environ
         assert command[0] == sys.executable and "-m" in command
         process = shared_server().fork_module(
@@ -188,6 +188,9 @@ class Forking:
         """Run the module of ``command`` to its end; without ``stdout`` its output is the result's ``stderr``."""
         assert not options.pop("check", False)
         timeout = options.pop("timeout", None)
+        # The log takes both streams.
+        for option in ("capture_output", "text", "errors"):
+            options.pop(option, None)
         with tempfile.TemporaryFile() as log:
             process = self.Popen(command, stdout or log, **options)
             process.wait(timeout)
