@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Generator, Iterator
@@ -88,6 +89,39 @@ LONGEST = (
     "training/test_anchoring.py",
 )
 """The files that take longest, the longest first."""
+PRELOADED: pytest.StashKey[Any] = pytest.StashKey()
+WORKER_INPUT = "preloaded_python"
+"""Key of its address in what pytest-xdist hands to a process."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Fork pytest's processes from one that has imported torch, transformers and trl."""
+    from align.runner.stage_process import ForkServer
+    from tests.support.preloaded_server import PreloadedPython, preloaded_command
+
+    if not ForkServer.is_possible() or any(not spec.popen or spec.python for spec in specs):
+        return
+    server = config.stash[PRELOADED] = PreloadedPython()
+    config.add_cleanup(server.close)
+    command = shlex.join(preloaded_command(server.address))
+    specs[:] = [type(spec)(f"{spec}//id={spec.id}//python={command}") for spec in specs]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each of these processes where that one is."""
+    server = node.config.stash.get(PRELOADED, None)
+    node.workerinput[WORKER_INPUT] = server and server.address
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the fork servers of one of these processes come from there, too."""
+    address = getattr(config, "workerinput", {}).get(WORKER_INPUT)
+    if address is not None:
+        from tests.support.fork_server import use_preloaded
+
+        use_preloaded(address)
 
 
 def slow_tests() -> set[str]:

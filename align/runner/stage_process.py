@@ -167,11 +167,11 @@ class ForkServer:
         control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(control)
         self.branch: Channel | None = None
-        numbers = (far_end.fileno(), self.owner, threads or 0)
         # Closed here once the server has its own copy, so that this end shows when the server is gone.
         with far_end:
+            numbers = (far_end.fileno(), self.owner, threads or 0)
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *map(str, numbers), *modules],
+                [*self.python(far_end.fileno()), "-m", self.module, *map(str, numbers), *modules],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -179,6 +179,11 @@ class ForkServer:
                 pass_fds=[far_end.fileno()],
                 start_new_session=True,
             )
+
+    @staticmethod
+    def python(descriptor: int) -> list[str]:
+        """Return the interpreter of the server, to which ``descriptor`` is passed."""
+        return [sys.executable]
 
     def start_branch(self) -> None:
         """Ask for the branch. The server forks it as soon as its own imports are done; nobody waits for it."""

@@ -32,6 +32,7 @@ from align.runner.stage_process import (
     stage_environment,
 )
 from tests.support.environment import beginning_environment
+from tests.support.preloaded_server import preloaded_command
 
 THREADS, COMMAND = "ALIGN_TEST_THREADS", "ALIGN_TEST_COMMAND"
 """Variables of a fork: the threads of a stage, and the module that runs in place of one, with its arguments."""
@@ -49,6 +50,11 @@ class TestForkServer(ForkServer):
     def __init__(self, modules: Sequence[str] = PRELOADED) -> None:
         super().__init__({**worker.ENVIRONMENT, **beginning_environment()}, 1, modules)
         self.wanted: int | None = None
+
+    @staticmethod
+    def python(descriptor: int) -> list[str]:
+        """Return the interpreter, or what stands for it where pytest has several processes."""
+        return preloaded_command(_preloaded[0], [descriptor]) if _preloaded else [sys.executable]
 
     def wait(self) -> bool:
         """Wait until it is ready: what starts before would import the libraries beside it.
@@ -103,8 +109,15 @@ def wait_for_channel(channel: Channel) -> bool:
     return channel.is_ready()
 
 
+_preloaded: list[str] = []
+"""Address of the Python that has imported the libraries already, in a process of pytest-xdist."""
 _servers: list[TestForkServer] = []
 """That of this process, once something was forked."""
+
+
+def use_preloaded(address: str) -> None:
+    """Fork the servers of this process from a Python that has imported the libraries already."""
+    _preloaded[:] = [address]
 
 
 def shared_server() -> TestForkServer:
@@ -200,7 +213,9 @@ class Forking:
 
 def main(descriptor: int, runner: int, threads: int, modules: Sequence[str]) -> int:
     """Serve until the test process closes its end; in a fork, run the stage or the module."""
-    die_with_parent(runner)
+    # A fork of the preloaded Python has that for its parent, and ends when the test process closes its end.
+    if os.getppid() == runner:
+        die_with_parent(runner)
     control = socket.socket(fileno=descriptor)
     return serve(control) if fork_server.preload(threads, modules) else 0
 
