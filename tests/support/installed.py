@@ -32,8 +32,7 @@ class InstalledAlign:
     @property
     def environment(self) -> dict[str, str]:
         """Variables for processes of this environment, which sees nothing of the repository."""
-        hidden = ("PYTHONPATH", "ALIGN_STORE", "ALIGN_MODULE_FOLDERS", "VIRTUAL_ENV")
-        return {name: value for name, value in os.environ.items() if name not in hidden} | OFFLINE
+        return _outer_environment() | OFFLINE
 
     def run(self, *arguments: str, folder: Path, timeout: float = 250) -> subprocess.CompletedProcess[str]:
         """Run ``align`` with ``arguments`` in ``folder``; the result has its output as text."""
@@ -79,7 +78,13 @@ def build_wheel(folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
+def _outer_environment() -> dict[str, str]:
+    """Return this process's variables without those that lead to the repository."""
+    hidden = ("PYTHONPATH", "ALIGN_STORE", "ALIGN_MODULE_FOLDERS", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
 def _run(command: list[str], folder: Path) -> None:
-    # From another folder: pip would take the repository's modules for installed ones.
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
+    # From another folder, and without its path: pip would take the repository's modules for installed ones.
+    result = subprocess.run(command, cwd=folder, env=_outer_environment(), capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stdout + result.stderr
