@@ -1,6 +1,6 @@
 """Compare learning rates for tunings: short SFT runs of pipelines/methods.yaml, by held-out loss.
 
-    python examples/rates.py sft lora_r4 --rates 2e-4 5e-4 1e-3 --set stages.sft.max_rows=160
+    python examples/rates.py sft lora_r4 --rates 2e-4 5e-4 1e-3 --rows 160
 
 Every run is a stage in the store, so a second call runs only new combinations. Held-out loss is measured on the data's
 test split, so this choice uses that split: compare methods on other prompts.

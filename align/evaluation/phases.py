@@ -6,6 +6,7 @@ Nothing is loaded before its first use.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -246,5 +247,6 @@ def select_best(
 
 
 def _best_index(scores: Sequence[float], group: range) -> int:
+    # A score that is no number is below all others: compared as it is, the first sample would win.
     # Of equal scores the first: ``-index`` is larger for an earlier sample.
-    return max(group, key=lambda index: (scores[index], -index))
+    return max(group, key=lambda index: (-math.inf if math.isnan(scores[index]) else scores[index], -index))

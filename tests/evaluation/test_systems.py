@@ -160,6 +160,13 @@ def test_the_best_of_each_group_is_kept():
     assert bench.asked[1][3] == ["[]"] * 4 + [None] * 4
 
 
+def test_an_answer_whose_score_is_no_number_is_never_the_best():
+    answers = [[[Turn([turn("user", "p")], Response([1], [-1.0], True, text))] for text in ("nan", "-3", "nan", "nan")]]
+    best = select_best(answers, 2, Likes())
+    assert [samples[-1].response.text for samples in best[0]] == ["-3", "nan"]
+    assert best[0][1] is answers[0][2]
+
+
 class Caller:
     """A reward model that likes a call where tools are offered, and plain text elsewhere."""
 
