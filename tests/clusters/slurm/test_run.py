@@ -30,6 +30,7 @@ from align.store.json_files import write_sealed
 from align.store.store import Store
 from tests.support import toy
 from tests.support.clusters.slurm.cluster import Slurm
+from tests.support.runs import wait_for
 
 
 class Recorder(Listener):
@@ -84,7 +85,8 @@ def test_a_run_s_stages_are_jobs_that_wait_for_what_they_read_and_come_to_the_sa
     assert "cpus-per-task" not in first["options"] and second["options"]["cpus-per-task"] == "3"
     assert recorder.said.index(("one", "done")) < recorder.said.index(("total", "starts"))
     assert ("total", "job  waits") in [(n, h.replace(first["number"], "")) for n, h in recorder.said] or recorder.said
-    assert (slurm.store / "reports" / "toy" / "report.html").is_file()  # the last job wrote it
+    # The last job writes it once its stage is done, which is what ends the run.
+    wait_for((slurm.store / "reports" / "toy" / "report.html").is_file)
     again = Recorder()
     assert here(raw, slurm, again).ran == []
     assert again.said == [("one", "cached"), ("two", "cached"), ("total", "cached")]
