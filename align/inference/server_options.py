@@ -20,7 +20,7 @@ from align.errors import UserError
 from align.inference import nccl
 from align.inference.server_client import BadReply, Client, EngineLost
 from align.inference.server_guard import HOSTS, KEY_FILE, Guard, key_problem
-from align.inference.server_process import MODULE
+from align.inference.server_process import EAGER, MODULE
 from align.inference.server_worker import WORKER
 from align.inference.weights import weight_names
 from align.models.loading import load_tokenizer
@@ -93,7 +93,7 @@ class ServerSpec:
         options += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-log-stats"]
         options += ["--middleware", GUARD, "--worker-extension-cls", WORKER]
         if not config.compile:
-            options.append("--enforce-eager")
+            options.append(EAGER)
         if self.pool.tensor_parallel > 1:
             options += ["--tensor-parallel-size", str(self.pool.tensor_parallel)]
         if self.pool.weights == "nccl":

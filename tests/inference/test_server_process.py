@@ -20,7 +20,7 @@ from align.inference import server_process
 from align.inference.protocol import Sampling
 from align.inference.server import ServerEngine
 from align.inference.server_client import BadReply, EngineLost
-from align.inference.server_process import LocalServer
+from align.inference.server_process import LocalServer, Placement
 from tests.support.inference import fake_server
 from tests.support.inference.fake_server import FakeServer
 from tests.support.inference.server_harness import PROMPTS, open_at, soon, wait_for
@@ -137,7 +137,7 @@ def _local(engine: ServerEngine) -> LocalServer:
 
 @pytest.mark.usefixtures("stand_in")
 def test_it_is_started_and_ended(tiny_model: Path) -> None:
-    engine = open_at(tiny_model, None, timeout=20)
+    engine = open_at(tiny_model, None, timeout=120)
     assert engine.client.address.startswith("unix:/")
     assert len(engine.generate(PROMPTS, Sampling(4))) == len(PROMPTS)
     leader, log = _local(engine).process.pid, _local(engine).log
@@ -150,7 +150,7 @@ def test_it_is_started_and_ended(tiny_model: Path) -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_no_other_user_can_reach_it_and_its_key_is_shown_nowhere(tiny_model: Path) -> None:
-    engine = open_at(tiny_model, None, timeout=20)
+    engine = open_at(tiny_model, None, timeout=120)
     socket = Path(engine.client.address.removeprefix("unix:"))
     key_file = socket.with_name("server.key")
     key = key_file.read_text().strip()
@@ -176,7 +176,7 @@ def test_a_long_path_of_temporary_files(tiny_model: Path, tmp_path: Path, monkey
     long = tmp_path / ("long" * 20)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    engine = open_at(tiny_model, None, timeout=20)
+    engine = open_at(tiny_model, None, timeout=120)
     closed = Path(engine.client.address.removeprefix("unix:")).parent
     assert closed.parent == Path("/tmp") and closed.stat().st_mode & 0o777 == 0o700
     assert len(engine.generate(PROMPTS, Sampling(4))) == len(PROMPTS)
@@ -187,7 +187,7 @@ def test_a_long_path_of_temporary_files(tiny_model: Path, tmp_path: Path, monkey
 @pytest.mark.usefixtures("stand_in")
 def test_it_is_killed_during_a_call(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SERVER", "hang")
-    engine = open_at(tiny_model, None, timeout=20)
+    engine = open_at(tiny_model, None, timeout=120)
     with soon(), pytest.raises(EngineLost, match=r"within 0\.5 s .*Its process \(pid \d+\) is alive; /health answers"):
         engine.client.timeout = 0.5
         engine.generate(PROMPTS, Sampling(4))
@@ -205,7 +205,7 @@ def test_its_death_is_seen_though_its_connections_live(tiny_model: Path, monkeyp
     """A child that inherited them keeps them open: nothing but the process itself tells."""
     monkeypatch.setenv("FAKE_SERVER", "cling")
     monkeypatch.setattr(server_process, "GRACE_SECONDS", 0.3)
-    engine = open_at(tiny_model, None, timeout=20)
+    engine = open_at(tiny_model, None, timeout=120)
     leader = _local(engine).process.pid
     victim = psutil.Process(leader).children()[0]
     threading.Timer(0.5, victim.kill).start()
@@ -272,3 +272,32 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     parent.wait()
     wait_for(lambda: _group(leader) == [])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("placement", "option", "set_by_user", "expected"),
+    [
+        (Placement(threads=2), ["--enforce-eager"], None, "1"),
+        (Placement(threads=2), [], None, None),  # it was asked to compile
+        (Placement(gpus=(0,)), ["--enforce-eager"], None, None),  # where its helper saves memory
+        (Placement(threads=2), ["--enforce-eager"], "0", "0"),
+    ],
+)
+def test_a_server_on_cpu_that_is_eager_compiles_no_helper_either(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    placement: Placement,
+    option: list[str],
+    set_by_user: str | None,
+    expected: str | None,
+) -> None:
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    if set_by_user is not None:
+        monkeypatch.setenv("TORCH_COMPILE_DISABLE", set_by_user)
+    server = LocalServer([sys.executable, "-c", "import time; time.sleep(60)", *option], [tmp_path], placement)
+    process = psutil.Process(server.process.pid)
+    try:
+        wait_for(lambda: "PATH" in process.environ())  # empty until the program has replaced this one
+        assert process.environ().get("TORCH_COMPILE_DISABLE") == expected
+    finally:
+        server.end()
