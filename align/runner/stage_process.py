@@ -167,9 +167,9 @@ class ForkServer:
         control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(control)
         self.branch: Channel | None = None
+        numbers = (far_end.fileno(), self.owner, threads or 0)
         # Closed here once the server has its own copy, so that this end shows when the server is gone.
         with far_end:
-            numbers = (far_end.fileno(), self.owner, threads or 0)
             self.process = subprocess.Popen(
                 [*self.python(far_end.fileno()), "-m", self.module, *map(str, numbers), *modules],
                 stdin=subprocess.DEVNULL,
