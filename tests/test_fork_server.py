@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from align.runner.stage_process import ForkServer
-from tests.support.fork_server import start_module
+from align.runner.stage_process import OFF, ForkServer
+from tests.support.fork_server import Forking, start_module
 
 pytestmark = pytest.mark.skipif(not ForkServer.is_possible(), reason="only Linux forks a process with its libraries")
 
@@ -25,3 +28,15 @@ def test_a_failure(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in log.read_text()
     assert start_module("no_such_module", [], log).wait(60) == 1
     assert "No module named no_such_module" in log.read_text()
+
+
+@pytest.mark.parametrize("forks", ["1", "0"])
+def test_what_stands_for_subprocess_takes_its_options_also_where_nothing_is_forked(
+    forks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OFF, forks)
+    command = [sys.executable, "-m", "timeit", "-n1", "-r1", "print('a line'); 1 / 0"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": 60}
+    done: subprocess.CompletedProcess[str] = Forking().run(command, **options)
+    assert done.returncode == 1
+    assert "a line" in done.stderr and "ZeroDivisionError" in done.stderr

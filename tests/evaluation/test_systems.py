@@ -160,7 +160,7 @@ def test_the_best_of_each_group_is_kept():
     assert bench.asked[1][3] == ["[]"] * 4 + [None] * 4
 
 
-def test_an_answer_whose_score_is_no_number_is_never_the_best():
+def test_a_score_that_is_no_number_loses_to_any_other():
     answers = [[[Turn([turn("user", "p")], Response([1], [-1.0], True, text))] for text in ("nan", "-3", "nan", "nan")]]
     best = select_best(answers, 2, Likes())
     assert [samples[-1].response.text for samples in best[0]] == ["-3", "nan"]
