@@ -1,14 +1,15 @@
-"""Sampling speed: align's vLLM engine, vLLM as it comes, and transformers' ``generate()``, side by side.
+"""Sampling speed: align's vLLM engine and server, vLLM as it comes, and transformers' ``generate()``, side by side.
 
     python -m benchmarks.rollouts [--prompts 32] [--samples 4] [--tokens 48] [--rounds 3]
 
 What PPO and the sample stage ask for: several seeded responses to each prompt with the log-probabilities of their
 tokens, ended by the end-of-turn token or cut at ``--tokens``. Each runs in a process of its own, in turn, after a
-warm-up, on the embedded model in bf16 at batch 64; rates count response tokens. Quote the ratio: single rates move with
-whatever else the machine does.
+warm-up, on the embedded model in bf16 at batch 64; rates count response tokens. ``--engine`` measures one engine and
+its start. Quote the ratio: single rates move with whatever else the machine does.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -18,19 +19,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("align", "vllm", "transformers")
+ENGINES = ("align", "server", "vllm", "transformers")
 BATCH = 64
 
 
-def align_engine(folder: Path, inputs: list[list[int]], samples: int, tokens: int) -> Callable[[int], int]:
-    """Return a sampling run of the engine that stages use."""
+def align_engine(
+    folder: Path, inputs: list[list[int]], samples: int, tokens: int, servers: int = 0
+) -> Callable[[int], int]:
+    """Return a sampling run of the engine that stages use, in this process or in servers of its own."""
     from align.config.runtime import EngineConfig, Runtime
+    from align.config.vllm_servers import RolloutsConfig
     from align.inference.engine import open_engine
     from align.inference.protocol import Sampling
 
     engine = open_engine(
         folder,
-        Runtime(engine=EngineConfig(name="vllm", batch_size=BATCH)),
+        Runtime(engine=EngineConfig(name="vllm", batch_size=BATCH), rollouts=RolloutsConfig(servers=servers)),
         precision="bfloat16",
         max_length=512,
         seed=0,
@@ -93,8 +97,8 @@ def plain_transformers(folder: Path, inputs: list[list[int]], samples: int, toke
     return run
 
 
-def measure(engine: str, prompts: int, samples: int, tokens: int) -> float:
-    """Response tokens per second of one engine in this process, after a warm-up."""
+def measure(engine: str, prompts: int, samples: int, tokens: int) -> dict[str, float]:
+    """Return the response tokens per second of one engine, after a warm-up, and the seconds that its start took."""
     from align.data.embedded import generate
     from align.models.embedded import fetch
     from align.models.loading import load_tokenizer
@@ -103,12 +107,19 @@ def measure(engine: str, prompts: int, samples: int, tokens: int) -> float:
     folder = fetch()
     tokenizer = load_tokenizer(folder)
     inputs = [render_prompt(tokenizer, row["prompt"]) for row in generate(prompts, 0)]
-    make = {"align": align_engine, "vllm": plain_vllm, "transformers": plain_transformers}[engine]
-    run = make(folder, inputs, samples, tokens)
+    makers: dict[str, Callable[..., Callable[[int], int]]] = {
+        "align": align_engine,
+        "server": functools.partial(align_engine, servers=1),
+        "vllm": plain_vllm,
+        "transformers": plain_transformers,
+    }
+    began = time.perf_counter()
+    run = makers[engine](folder, inputs, samples, tokens)
+    opened = time.perf_counter()
     run(1)
     start = time.perf_counter()
     count = run(2)
-    return count / (time.perf_counter() - start)
+    return {"rate": count / (time.perf_counter() - start), "start": opened - began}
 
 
 def main() -> None:
@@ -121,8 +132,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, help="measure one, here, and print JSON")
     options = parser.parse_args()
     if options.engine:
-        rate = measure(options.engine, options.prompts, options.samples, options.tokens)
-        print(json.dumps({"rate": rate}))
+        print(json.dumps(measure(options.engine, options.prompts, options.samples, options.tokens)))
         return
     rates: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     for _ in range(options.rounds):

@@ -20,13 +20,18 @@ from align.errors import UserError
 from align.inference import nccl
 from align.inference.server_client import BadReply, Client, EngineLost
 from align.inference.server_guard import HOSTS, KEY_FILE, Guard, key_problem
-from align.inference.server_process import EAGER, MODULE
+from align.inference.server_process import BINDING, MODULE
 from align.inference.server_worker import WORKER
 from align.inference.weights import weight_names
 from align.models.loading import load_tokenizer
 from align.models.pretrained import open_config
 
 INFO = "/server_info"
+ONE_PROCESS = ["--distributed-executor-backend", "vllm.v1.executor.UniProcExecutor"]
+"""Run the model in the scheduler's process.
+
+vLLM turns its own word for this, ``uni``, into ``mp`` on a CPU, because only a worker process can be bound to cores.
+"""
 GUARD = f"{Guard.__module__}.{Guard.__name__}"
 """Name of the middleware, as vLLM's ``--middleware`` takes it."""
 KEY_COMMAND = "umask 077; python -c 'import secrets; print(secrets.token_hex(32))' > server.key"
@@ -93,13 +98,16 @@ class ServerSpec:
         options += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-log-stats"]
         options += ["--middleware", GUARD, "--worker-extension-cls", WORKER]
         if not config.compile:
-            options.append(EAGER)
+            options.append("--enforce-eager")
         if self.pool.tensor_parallel > 1:
             options += ["--tensor-parallel-size", str(self.pool.tensor_parallel)]
         if self.pool.weights == "nccl":
             options += nccl.SERVER_OPTIONS
         if self.device.type != "cpu":
             return [*options, "--gpu-memory-utilization", str(config.gpu_memory)]
+        if self.pool.tensor_parallel == 1 and BINDING not in os.environ:
+            # A scheduler and its worker wait for each other by spinning, on the cores that compute.
+            options += ONE_PROCESS
         # A prompt read in parts makes vLLM wind its request's generator back, which a CPU generator cannot do.
         step_tokens = max(CPU_STEP_TOKENS, self.max_length)
         options += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(step_tokens)]

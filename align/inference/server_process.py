@@ -24,8 +24,9 @@ from align.inference.server_client import POLL_SECONDS, UNIX, Client, EngineLost
 from align.inference.server_guard import HOSTS, KEY, KEY_FILE, new_key, write_key
 
 MODULE = "vllm.entrypoints.openai.api_server"
+BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+"""Variable that binds vLLM's worker processes on a CPU to cores."""
 """Module behind ``vllm serve``; that command itself does not start from the CPU build."""
-EAGER = "--enforce-eager"
 """The server's option for compiling nothing."""
 GRACE_SECONDS = 20.0
 """Time that a server, and then its workers, have to end after SIGTERM."""
@@ -115,7 +116,7 @@ class LocalServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(folders[0], placement or Placement(), key_file, is_eager=EAGER in command),
+                env=_environment(folders[0], placement or Placement(), key_file),
                 start_new_session=True,
             )
 
@@ -184,24 +185,15 @@ _DROPPED_VARIABLES = frozenset(
 _DROPPED_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
-def _environment(
-    folder: Path, placement: Placement, key_file: Path | None, *, is_eager: bool = False
-) -> dict[str, str]:
-    """Return the environment of a server: defaults, then the user's own values, then what the engine depends on.
-
-    ``is_eager``: it was told to compile nothing.
-    """
+def _environment(folder: Path, placement: Placement, key_file: Path | None) -> dict[str, str]:
+    """Return the environment of a server: defaults, then the user's own values, then what the engine depends on."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         # Bound to cores, vLLM's CPU worker leaves one to the scheduler, which hardly uses it: half of a small machine.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        BINDING: "nobind",
     }
-    if is_eager and placement.threads is not None:
-        # vLLM counts the tokens above a sampled one by a function that it compiles even so. On a CPU that calls a C++
-        # compiler, at the first sampled token of each server: its cache lies in the server's temporary folder.
-        defaults["TORCH_COMPILE_DISABLE"] = "1"
     inherited = {
         name: value
         for name, value in os.environ.items()

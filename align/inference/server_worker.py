@@ -28,6 +28,7 @@ WEIGHT_METHODS = (
 class WeightsKeeper:
     """Methods that vLLM adds to its worker. Their results are plain JSON."""
 
+    device: Any
     model_runner: Any
 
     def align_load_weights(self, path: str, version: str, digest: str) -> dict[str, Any]:
@@ -77,11 +78,19 @@ class WeightsKeeper:
             return
         self._align_loads = 0
         # The run asks for a report before it samples; in a server that runs already, before it loads weights.
-        use_cpu_norms()
+        self._align_speed_up()
         for name in WEIGHT_METHODS:
             method = getattr(self, name, None)
             if method is not None:
                 setattr(self, name, self._align_counted(method))
+
+    def _align_speed_up(self) -> None:
+        """On a CPU, take the norms and the sampler of the in-process engine: a seed draws the same tokens in both."""
+        if self.device.type == "cpu":
+            from align.inference.vllm_internals import install_sampler
+
+            use_cpu_norms()
+            install_sampler(self.model_runner)
 
     def _align_counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,35 @@ from align.inference.pool import PoolEngine
 from align.inference.protocol import Sampling
 from align.inference.server import ServerEngine
 from align.inference.server_client import BadReply, EngineLost
+from align.inference.server_options import ONE_PROCESS
+from align.inference.server_process import BINDING
 from align.inference.transport import Transport, background_loop
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import EOS, FakeServer, completion
-from tests.support.inference.server_harness import PROMPTS, soon, wait_for
+from tests.support.inference.server_harness import PROMPTS, served_at, soon, wait_for
+
+# ---- how servers are started ----
+
+
+@pytest.mark.parametrize(
+    ("device", "tensor_parallel", "binding", "in_one_process"),
+    [("cpu", 1, None, True), ("cpu", 2, None, False), ("cpu", 1, "0-3", False), ("cuda", 1, None, False)],
+)
+def test_only_an_unbound_server_of_one_rank_on_a_cpu_has_no_worker_process(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    tensor_parallel: int,
+    binding: str | None,
+    in_one_process: bool,
+) -> None:
+    monkeypatch.delenv(BINDING, raising=False)
+    if binding is not None:
+        monkeypatch.setenv(BINDING, binding)
+    spec = served_at(tiny_model, [], tensor_parallel=tensor_parallel)
+    options = replace(spec, device=torch.device(device)).options()
+    assert (" ".join(ONE_PROCESS) in " ".join(options)) == in_one_process
+
 
 # ---- what is asked, and what is made of the answers ----
 

@@ -20,7 +20,7 @@ from align.inference import server_process
 from align.inference.protocol import Sampling
 from align.inference.server import ServerEngine
 from align.inference.server_client import BadReply, EngineLost
-from align.inference.server_process import LocalServer, Placement
+from align.inference.server_process import LocalServer
 from tests.support.inference import fake_server
 from tests.support.inference.fake_server import FakeServer
 from tests.support.inference.server_harness import PROMPTS, open_at, soon, wait_for
@@ -272,32 +272,3 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     parent.wait()
     wait_for(lambda: _group(leader) == [])
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("placement", "option", "set_by_user", "expected"),
-    [
-        (Placement(threads=2), ["--enforce-eager"], None, "1"),
-        (Placement(threads=2), [], None, None),  # it was asked to compile
-        (Placement(gpus=(0,)), ["--enforce-eager"], None, None),  # where its helper saves memory
-        (Placement(threads=2), ["--enforce-eager"], "0", "0"),
-    ],
-)
-def test_a_server_on_cpu_that_is_eager_compiles_no_helper_either(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    placement: Placement,
-    option: list[str],
-    set_by_user: str | None,
-    expected: str | None,
-) -> None:
-    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-    if set_by_user is not None:
-        monkeypatch.setenv("TORCH_COMPILE_DISABLE", set_by_user)
-    server = LocalServer([sys.executable, "-c", "import time; time.sleep(60)", *option], [tmp_path], placement)
-    process = psutil.Process(server.process.pid)
-    try:
-        wait_for(lambda: "PATH" in process.environ())  # empty until the program has replaced this one
-        assert process.environ().get("TORCH_COMPILE_DISABLE") == expected
-    finally:
-        server.end()

@@ -20,6 +20,7 @@ from align.config.runtime import EngineConfig
 from align.config.vllm_servers import RolloutsConfig
 from align.inference.parity import ParityError, probe, trainer_logprobs
 from align.inference.protocol import Sampling, TurnRequest
+from align.inference.sampling import pick_tokens
 from align.inference.server import COMPLETIONS, RESET, RPC, ServerEngine
 from align.inference.server_client import BadReply, EngineLost, WeightsChanged
 from align.inference.server_options import INFO, ServerSpec
@@ -102,6 +103,17 @@ def test_samples_follow_their_seeds(engine: ServerEngine, model: Any) -> None:
     tokens = [[entry.token_ids for some in one_draw for entry in some] for one_draw in draws]
     assert tokens[0] == tokens[1] != tokens[2]
     assert draws[0][0][0].token_ids != draws[0][0][1].token_ids
+
+
+def test_a_token_is_drawn_as_in_the_process_of_a_trainer(engine: ServerEngine, model: Any) -> None:
+    """By one random number of the request's generator, as ``install_sampler`` has it."""
+    sampling = Sampling(1, seed=11)
+    for place, (response,) in enumerate(engine.generate(PROMPTS, sampling)):
+        generator = torch.Generator().manual_seed(sampling.request_seed(place, 0))
+        uniform = torch.rand((1,), generator=generator, dtype=torch.float64)
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([PROMPTS[place]])).logits[:, -1].log_softmax(dim=-1)
+        assert response.token_ids == pick_tokens(logprobs, uniform).tolist()
 
 
 def test_it_tells_how_much_of_a_prompt_was_cached(engine: ServerEngine, model: Any) -> None:
@@ -239,10 +251,16 @@ def test_a_second_user_of_a_running_server(engine: ServerEngine, model: Any, mon
     assert engine.client.health() == "answers"
 
 
-def test_a_hanging_worker_is_an_error_and_can_be_survived(engine: ServerEngine, model: Any) -> None:
+def test_the_model_runs_in_the_scheduler_s_process(engine: ServerEngine) -> None:
+    commands = [command_of(entry) for entry in descendants(_local(engine).process.pid)]
+    assert any("EngineCore" in command for command in commands)
+    assert not any("Worker" in command for command in commands)
+
+
+def test_a_hanging_engine_is_an_error_and_can_be_survived(engine: ServerEngine, model: Any) -> None:
     group = descendants(_local(engine).process.pid)
-    worker = next(entry for entry in group if "Worker" in command_of(entry))
-    worker.send_signal(signal.SIGSTOP)
+    core = next(entry for entry in group if "EngineCore" in command_of(entry))
+    core.send_signal(signal.SIGSTOP)
     timeout, engine.client.timeout = engine.client.timeout, 1.5
     try:
         began = time.monotonic()
@@ -252,14 +270,14 @@ def test_a_hanging_worker_is_an_error_and_can_be_survived(engine: ServerEngine, 
             engine.generate(PROMPTS, Sampling(64))
         assert time.monotonic() - began < 10
     finally:
-        worker.send_signal(signal.SIGCONT)
+        core.send_signal(signal.SIGCONT)
         engine.client.timeout = timeout
     engine.load_weights(merged_weights(model))
     assert probe(engine, model, PROMPTS).mean_gap < 1e-4
 
 
 def test_killed_during_a_call(engine: ServerEngine, model: Any) -> None:
-    """The last one: nothing is left of the server, its workers included."""
+    """The last one: nothing is left of the server, its engine included."""
     leader = _local(engine).process.pid
     group = descendants(leader)
     server = next(entry for entry in group if entry.ppid() == leader)
@@ -275,6 +293,6 @@ def test_killed_during_a_call(engine: ServerEngine, model: Any) -> None:
             engine.generate(PROMPTS * 8, Sampling(100, seed=seed))
     assert time.monotonic() - killed[0] < 10
     engine.close()
-    assert len(group) >= 3  # API process, engine, worker
+    assert len(group) >= 2  # API process, engine
     left = [entry for entry in group if is_alive(entry)]
     assert left == [], left

@@ -16,17 +16,19 @@ from align.inference.weights_digest import combine, digest_all, tensor_digest
 
 
 @pytest.fixture(autouse=True)
-def norms(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Calls for vLLM's norms, which are not made here: that would import vLLM."""
-    calls: list[bool] = []
-    monkeypatch.setattr("align.inference.server_worker.use_cpu_norms", lambda: calls.append(True))
-    return calls
+def replaced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts of vLLM that are replaced on a CPU. They are not, here: that would import vLLM."""
+    parts: list[str] = []
+    monkeypatch.setattr("align.inference.server_worker.use_cpu_norms", lambda: parts.append("norms"))
+    monkeypatch.setattr("align.inference.vllm_internals.install_sampler", lambda runner: parts.append("sampler"))
+    return parts
 
 
 class Worker(WeightsKeeper):
     """vLLM's worker as far as it matters here: a model, and methods that change it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
         self.model = torch.nn.Linear(3, 2)
         self.model_runner = SimpleNamespace(get_model=lambda: self.model)
 
@@ -59,11 +61,19 @@ def test_digests_tell_names_types_shapes_and_every_bit_apart() -> None:
     assert combine(digest_all(pairs)) != combine(digest_all(pairs[:-1]))
 
 
-def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_path: Path, norms: list[bool]) -> None:
+def test_parts_are_replaced_once_on_a_cpu_before_anything_is_sampled(replaced: list[str]) -> None:
+    Worker("meta").align_report_weights()
+    assert replaced == []
+    worker = Worker()
+    worker.align_report_weights()
+    worker.align_report_weights()
+    assert replaced == ["norms", "sampler"]
+
+
+def test_weights_are_loaded_under_their_name_if_they_are_those_announced(tmp_path: Path) -> None:
     worker = Worker()
     folder, digest = saved(tmp_path / "one", 1)
     assert worker.align_report_weights() == {"version": None, "digest": None, "loads": 0}
-    assert norms == [True]  # before anything is sampled
     message = getattr(worker, LOAD)(path=folder, version="run:1", digest=digest)
     assert (message["version"], message["digest"], message["loads"]) == ("run:1", digest, 1)
     assert message == getattr(worker, REPORT)(content=True)
