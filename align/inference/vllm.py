@@ -140,7 +140,7 @@ class VllmEngine:
 
             resume_collections()
             if device.type == "cpu":
-                memory["block_size"] = cpu_block_size(model_dir, dtype)
+                memory["block_size"] = cpu_block_size(model_dir, dtype, max_length)
             self.llm = LLM(
                 model=str(model_dir),
                 trust_remote_code=False,

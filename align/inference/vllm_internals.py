@@ -31,6 +31,8 @@ ENGINE_MODULES = (
     "vllm.model_executor.models.llama",
 )
 """Modules which, with what they import, are most of what an engine in this process imports on a CPU."""
+SHORT = 512
+"""Tokens of sequences for which smaller blocks gain more than AMX (docs/performance.md)."""
 
 
 class VllmChanged(RuntimeError):
@@ -68,12 +70,13 @@ def why_model_unsupported(model_dir: Path, device: torch.device) -> str | None:
     return f"vLLM on a CPU has no attention for heads of {size} numbers, only of {', '.join(map(str, sizes))}"
 
 
-def cpu_block_size(model_dir: Path, dtype: torch.dtype) -> int:
+def cpu_block_size(model_dir: Path, dtype: torch.dtype, max_length: int) -> int:
     """Return the number of tokens in a block of the cache on a CPU, and let vLLM take it. Raises ``VllmChanged``.
 
     Prompts share whole blocks, and many an instruction has fewer than the 32 tokens of vLLM's least. Its kernel for
-    AVX-512 takes blocks of 16 as well and is as fast; that for AMX, and those of other processors, need 32. Draws
-    random numbers, as ``why_model_unsupported``.
+    AVX-512 takes blocks of 16 as well and is as fast. That for AMX needs 32, as do those of other processors; it is the
+    faster one where sequences, of at most ``max_length`` tokens, are long. Draws random numbers, as
+    ``why_model_unsupported``.
     """
     from vllm.config import ModelConfig
 
@@ -85,7 +88,8 @@ def cpu_block_size(model_dir: Path, dtype: torch.dtype) -> int:
     config = ModelConfig(model=str(model_dir), trust_remote_code=False)
     if config.is_attention_free or config.use_mla:
         return 32
-    if [kernel(dtype, size, config.get_head_size()) for size in (32, 16)] != ["vec", "vec16"]:
+    kernels = tuple(kernel(dtype, size, config.get_head_size()) for size in (32, 16))
+    if kernels != ("vec", "vec16") and not (kernels == ("amx", "vec16") and max_length <= SHORT):
         return 32
     backend.get_supported_kernel_block_sizes = staticmethod(lambda *_, **__: [multiple(16)])
     return 16

@@ -82,7 +82,7 @@ def open_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module.LLM, module.SamplingParams = FakeLLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr("align.inference.vllm.install_sampler", lambda runner: None)
-    monkeypatch.setattr("align.inference.vllm.cpu_block_size", lambda model_dir, dtype: 32)
+    monkeypatch.setattr("align.inference.vllm.cpu_block_size", lambda model_dir, dtype, max_length: 32)
     monkeypatch.setattr("align.inference.vllm._prepare_environment", lambda: None)
     monkeypatch.setattr("align.inference.vllm.use_cpu_norms", lambda: False)
 

@@ -23,6 +23,7 @@ from align.inference.parity import ParityError, probe, trainer_logprobs
 from align.inference.protocol import Sampling
 from align.inference.vllm import VllmEngine, why_model_unusable
 from align.inference.vllm_internals import (
+    SHORT,
     VllmChanged,
     cpu_block_size,
     install_sampler,
@@ -208,7 +209,7 @@ def corrupted_tensor_is_caught(engine: VllmEngine, model_dir: Path) -> None:
 
 def samples_share_a_short_prompt(engine: VllmEngine, model_dir: Path) -> None:
     """Of 20 tokens four samples read 16 once, where the processor's kernel takes such blocks."""
-    if cpu_block_size(model_dir, engine.dtype) == 32:
+    if cpu_block_size(model_dir, engine.dtype, engine.max_length) == 32:
         return
     prompt, scheduled = [[7 + token for token in range(20)]], []
     executor = engine.llm.llm_engine.engine_core.engine_core.model_executor
@@ -228,13 +229,27 @@ def samples_share_a_short_prompt(engine: VllmEngine, model_dir: Path) -> None:
         assert np.allclose(response.logprobs, expected, atol=2e-3), (response.logprobs, expected)
 
 
+def long_sequences_keep_the_blocks_of_amx(model_dir: Path) -> None:
+    from vllm.v1.attention.backends import cpu_attn
+
+    backend, kernel_of = cpu_attn.CPUAttentionBackend, cpu_attn._get_attn_isa
+    sizes_before = backend.get_supported_kernel_block_sizes
+    cpu_attn._get_attn_isa = lambda dtype, size, head_size: "vec16" if size == 16 else "amx"
+    try:
+        sizes = [cpu_block_size(model_dir, torch.bfloat16, length) for length in (SHORT, SHORT + 1)]
+    finally:
+        cpu_attn._get_attn_isa = kernel_of
+        backend.get_supported_kernel_block_sizes = staticmethod(sizes_before)
+    assert sizes == [16, 32], sizes
+
+
 def changed_insides_fail_loudly(model_dir: Path) -> None:
     from vllm.v1.attention.backends import cpu_attn
 
     backend = cpu_attn.CPUAttentionBackend
     cpu_attn.CPUAttentionBackend = object
     try:
-        cpu_block_size(model_dir, torch.float32)
+        cpu_block_size(model_dir, torch.float32, 128)
     except VllmChanged as error:
         assert "get_supported_kernel_block_sizes" in str(error)
     else:
@@ -344,6 +359,7 @@ def main(model_dir: Path) -> None:
     corrupted_tensor_is_caught(engine, model_dir)
     samples_share_a_short_prompt(engine, model_dir)
     check_sessions(engine, PROMPTS)
+    long_sequences_keep_the_blocks_of_amx(model_dir)
     changed_insides_fail_loudly(model_dir)
     norms_run_by_kernels(engine)
     progress_is_told(engine)
