@@ -16,6 +16,10 @@ from align.store.artifacts import Artifact
 if TYPE_CHECKING:
     from align.config.runtime import Runtime
 
+PROGRESS_SECONDS = 0.2
+STEPS = ("steps", "updates", "parts")
+"""Units of which every report is kept: each has its own loss, score or name."""
+
 
 @dataclass(frozen=True)
 class StageContext:
@@ -46,6 +50,8 @@ class StageContext:
     followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
     """Told of every point of the curves, as the event file is."""
     started: float = field(default_factory=time.time)
+    _reported_at: dict[str, float] = field(default_factory=dict)
+    """Time (``monotonic``) of the last progress of each unit."""
     fail_at_once: Callable[[str], None] | None = None
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
     ``run`` was called in a process that is not a stage's own."""
@@ -74,7 +80,16 @@ class StageContext:
             file.write(line + "\n")
 
     def progress(self, done: float, total: float, unit: str = "steps", tokens: int | None = None, **shown: Any) -> None:
-        """Report ``done`` of ``total`` units, the real ``tokens`` so far, and values to show (loss, score)."""
+        """Report ``done`` of ``total`` units, the real ``tokens`` so far, and values to show (loss, score).
+
+        Of counts that follow one another faster than every ``PROGRESS_SECONDS``, the last one is certain to be kept.
+        """
+        now = time.monotonic()
+        # An engine may answer hundreds of times a second, and each report is a line in a file.
+        is_due = now - self._reported_at.get(unit, -PROGRESS_SECONDS) >= PROGRESS_SECONDS
+        if not is_due and done < total and unit not in STEPS:
+            return
+        self._reported_at[unit] = now
         self.emit("progress", done=done, total=total, unit=unit, tokens=tokens, **shown)
 
     def log(self, step: int, **metrics: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,6 @@ SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}
 SHARED = "requests"
 """Folder of the store's cache with all requests and their answers."""
-PROGRESS_SECONDS = 0.2
 READY = [user("Reply with the one word: ready")]
 """A test request to the judge, sent before anything expensive starts."""
 
@@ -77,7 +75,6 @@ class _Synthesis:
         """Episodes of both splits, where an environment plays them."""
         self.user_usage: dict[str, Any] = {}
         """Requests, tokens and cost of a server that plays the user of episodes."""
-        self._last_progress = 0.0
         self.model = self._backend("model", config.endpoint, "endpoint")
         self.judge = None
         if config.judge is not None:
@@ -111,10 +108,6 @@ class _Synthesis:
         return LocalModel(self.engines, self.context.artifact(field), config.max_prompt_tokens, config.precision)
 
     def _progress(self, done: int, total: int, tokens: int) -> None:
-        now = time.monotonic()
-        if done < total and now - self._last_progress < PROGRESS_SECONDS:
-            return  # an endpoint may answer hundreds of times a second, and each report is a line in a file
-        self._last_progress = now
         # Cost is only known for endpoints with prices.
         spent = {"cost": round(self.client.budget.spent, 4)} if self.client.prices else {}
         self.context.progress(done, total, "requests", tokens, **spent)

@@ -7,7 +7,6 @@ reached, or whose replies are unreadable, ends the evaluation with counts.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ PROBE_SIZE = 16
 """Judgments to ask for first: where half of them are unreadable, the rest is not paid for."""
 QUOTED_CHARACTERS = 200
 """Characters of a reply in an error."""
-PROGRESS_SECONDS = 0.2
 
 
 class JudgmentCaches(NamedTuple):
@@ -87,7 +85,6 @@ class JudgeClient:
         self.endpoint = Endpoint(config.endpoint, drop=True, place=f"tasks.{task}.judge.endpoint")
         caches = JudgmentCaches(context.folder, context.shared, context.warn)
         self.client = open_client(config, caches, self._progress)
-        self._reported_at = 0.0
 
     def ask(
         self, questions: Sequence[list[Message]], groups: Sequence[str], is_readable: Callable[[str], bool]
@@ -151,10 +148,6 @@ class JudgeClient:
         )
 
     def _progress(self, done: int, total: int, tokens: int) -> None:
-        now = time.monotonic()
-        if done < total and now - self._reported_at < PROGRESS_SECONDS:
-            return  # each report is a line in a file
-        self._reported_at = now
         self.context.progress(done, total, "judgments")
 
 
