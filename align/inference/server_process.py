@@ -24,10 +24,9 @@ from align.inference.server_client import POLL_SECONDS, UNIX, Client, EngineLost
 from align.inference.server_guard import HOSTS, KEY, KEY_FILE, new_key, write_key
 
 MODULE = "vllm.entrypoints.openai.api_server"
+"""Module behind ``vllm serve``; that command itself does not start from the CPU build."""
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 """Variable that binds vLLM's worker processes on a CPU to cores."""
-"""Module behind ``vllm serve``; that command itself does not start from the CPU build."""
-"""The server's option for compiling nothing."""
 GRACE_SECONDS = 20.0
 """Time that a server, and then its workers, have to end after SIGTERM."""
 MAX_SOCKET_PATH = 100

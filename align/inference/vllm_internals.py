@@ -31,8 +31,8 @@ ENGINE_MODULES = (
     "vllm.model_executor.models.llama",
 )
 """Modules which, with what they import, are most of what an engine in this process imports on a CPU."""
-SHORT = 512
-"""Tokens of sequences for which smaller blocks gain more than AMX (docs/performance.md)."""
+SHORT_LENGTH = 512
+"""Greatest length of sequences, in tokens, at which smaller blocks gain more than AMX (docs/performance.md)."""
 
 
 class VllmChanged(RuntimeError):
@@ -89,7 +89,7 @@ def cpu_block_size(model_dir: Path, dtype: torch.dtype, max_length: int) -> int:
     if config.is_attention_free or config.use_mla:
         return 32
     kernels = tuple(kernel(dtype, size, config.get_head_size()) for size in (32, 16))
-    if kernels != ("vec", "vec16") and not (kernels == ("amx", "vec16") and max_length <= SHORT):
+    if kernels != ("vec", "vec16") and not (kernels == ("amx", "vec16") and max_length <= SHORT_LENGTH):
         return 32
     backend.get_supported_kernel_block_sizes = staticmethod(lambda *_, **__: [multiple(16)])
     return 16

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from align.config.runtime import Runtime
 
 PROGRESS_SECONDS = 0.2
+"""Least time between two reports of a count."""
 STEPS = ("steps", "updates", "parts")
 """Units of which every report is kept: each has its own loss, score or name."""
 
@@ -50,11 +51,11 @@ class StageContext:
     followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
     """Told of every point of the curves, as the event file is."""
     started: float = field(default_factory=time.time)
-    _reported_at: dict[str, float] = field(default_factory=dict)
-    """Time (``monotonic``) of the last progress of each unit."""
     fail_at_once: Callable[[str], None] | None = None
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
     ``run`` was called in a process that is not a stage's own."""
+    _reported_at: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    """Time (``monotonic``) of the last reported progress of each unit."""
 
     def artifact(self, field_name: str) -> Artifact:
         """The artifact behind a required input field."""
@@ -82,7 +83,7 @@ class StageContext:
     def progress(self, done: float, total: float, unit: str = "steps", tokens: int | None = None, **shown: Any) -> None:
         """Report ``done`` of ``total`` units, the real ``tokens`` so far, and values to show (loss, score).
 
-        Of counts that follow one another faster than every ``PROGRESS_SECONDS``, the last one is certain to be kept.
+        A count is left out within ``PROGRESS_SECONDS`` of the report before it, unless all units are done.
         """
         now = time.monotonic()
         # An engine may answer hundreds of times a second, and each report is a line in a file.

@@ -23,7 +23,7 @@ from align.inference.parity import ParityError, probe, trainer_logprobs
 from align.inference.protocol import Sampling
 from align.inference.vllm import VllmEngine, why_model_unusable
 from align.inference.vllm_internals import (
-    SHORT,
+    SHORT_LENGTH,
     VllmChanged,
     cpu_block_size,
     install_sampler,
@@ -236,7 +236,7 @@ def long_sequences_keep_the_blocks_of_amx(model_dir: Path) -> None:
     sizes_before = backend.get_supported_kernel_block_sizes
     cpu_attn._get_attn_isa = lambda dtype, size, head_size: "vec16" if size == 16 else "amx"
     try:
-        sizes = [cpu_block_size(model_dir, torch.bfloat16, length) for length in (SHORT, SHORT + 1)]
+        sizes = [cpu_block_size(model_dir, torch.bfloat16, length) for length in (SHORT_LENGTH, SHORT_LENGTH + 1)]
     finally:
         cpu_attn._get_attn_isa = kernel_of
         backend.get_supported_kernel_block_sizes = staticmethod(sizes_before)
