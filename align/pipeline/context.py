@@ -54,7 +54,7 @@ class StageContext:
     fail_at_once: Callable[[str], None] | None = None
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
     ``run`` was called in a process that is not a stage's own."""
-    _reported_at: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    _reported_at: dict[str, float] = field(default_factory=dict, repr=False)
     """Time (``monotonic``) of the last reported progress of each unit."""
 
     def artifact(self, field_name: str) -> Artifact:
