@@ -27,11 +27,12 @@ from align.capacity.sampling_ways import sampling_way
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
-from align.runner.worker import ENVIRONMENT, WAITING
+from align.pipeline.thread_waiting import SPINNING
+from align.runner.worker import ENVIRONMENT
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer
 from benchmarks.stage_work import FIELD, config_of, plan_job
 
-SURROUNDINGS = {**ENVIRONMENT, **WAITING, "TOKENIZERS_PARALLELISM": "false", **os.environ}
+SURROUNDINGS = {**ENVIRONMENT, **SPINNING, "TOKENIZERS_PARALLELISM": "false", **os.environ}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For threads that load weights too: torch's setting is the main thread's alone, and a fork has none of its pool."""
 TOLERANCE = 0.15

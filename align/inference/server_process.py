@@ -22,6 +22,7 @@ from align.config.vllm_servers import RolloutsConfig
 from align.errors import UserError
 from align.inference.server_client import POLL_SECONDS, UNIX, Client, EngineLost
 from align.inference.server_guard import HOSTS, KEY, KEY_FILE, new_key, write_key
+from align.pipeline.thread_waiting import waiting_beside
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """Module behind ``vllm serve``; that command itself does not start from the CPU build."""
@@ -198,7 +199,8 @@ def _environment(folder: Path, placement: Placement, key_file: Path | None) -> d
         for name, value in os.environ.items()
         if name not in _DROPPED_VARIABLES and not name.startswith(_DROPPED_PREFIXES)
     }
-    required = {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
+    # Server and stage may compute at once, and only one of two processes may spin.
+    required = {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder), **waiting_beside(inherited)}
     if placement.threads is not None:
         required["OMP_NUM_THREADS"] = str(placement.threads)
     if placement.gpus:

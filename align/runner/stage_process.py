@@ -20,8 +20,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
+from align.pipeline.thread_waiting import claim_spinning
 from align.runner.worker import ENVIRONMENT
 
 OFF = "ALIGN_FORK_STAGES"
@@ -67,7 +69,7 @@ class StageProcess(Protocol):
 
 def stage_environment() -> dict[str, str]:
     """Return the environment of a stage's process, unless a cluster adds to it."""
-    return {**ENVIRONMENT, **os.environ}
+    return {**ENVIRONMENT, **this_thread.waiting, **os.environ}
 
 
 def start_stage(
@@ -105,17 +107,20 @@ def forked_stages(threads: int | None, *, vllm: bool = False) -> Iterator[None]:
     if this_thread.server is not None or not ForkServer.is_possible():
         yield
         return
-    # A machine that is short of processes can do without.
-    with contextlib.suppress(OSError):
-        this_thread.server = ForkServer(stage_environment(), threads)
-        if vllm and importlib.util.find_spec("vllm") is not None:
-            this_thread.server.start_branch()
-    try:
-        yield
-    finally:
-        server, this_thread.server = this_thread.server, None
-        if server is not None:
-            server.close()
+    # The stages of this thread compute one after another, so they share one claim.
+    with claim_spinning() as this_thread.waiting:
+        # A machine that is short of processes can do without.
+        with contextlib.suppress(OSError):
+            this_thread.server = ForkServer(stage_environment(), threads)
+            if vllm and importlib.util.find_spec("vllm") is not None:
+                this_thread.server.start_branch()
+        try:
+            yield
+        finally:
+            server, this_thread.server = this_thread.server, None
+            this_thread.waiting = {}
+            if server is not None:
+                server.close()
 
 
 def is_importing(command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
@@ -312,6 +317,8 @@ class _ThisThread(threading.local):
 
     server: ForkServer | None = None
     """The server from which its stages are forked."""
+    waiting: Mapping[str, str] = MappingProxyType({})
+    """Variables that say how the threads of its stages wait (``thread_waiting``)."""
 
 
 this_thread = _ThisThread()

@@ -28,6 +28,7 @@ from align.pipeline.context import StageContext
 from align.pipeline.garbage_collection import relax_collections
 from align.pipeline.registry import Stage, find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
+from align.pipeline.thread_waiting import set_waiting
 from align.runner.stage_result import RESULT, read_work, write_result
 from align.store.artifacts import Artifact
 from align.store.atomic_write import write_text_atomically
@@ -51,11 +52,6 @@ ENVIRONMENT = {
 }
 """What a stage's process is started with, unless the user's environment says otherwise; read when a process starts."""
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-"""How OpenMP's threads wait for work. libgomp's own 300,000 turns starve whatever else runs on the same cores (an SFT
-step took ten times as long); to sleep at once costs a sixth of PPO's update where nothing else runs. So few turns are
-as fast alone and, beside other jobs, near to sleeping (docs/performance.md)."""
-
 _exit_codes: list[int] = []
 """Exit code of the stage of this process, once it is known."""
 
@@ -77,6 +73,7 @@ def main(folder: Path, parent: int | None = None) -> int:
     _log_to_output()
     started = time.time()
     if runs_in_several_processes(work):
+        set_waiting()  # for all of them: each has cores of its own
         # None: the settings come down to a single process, which is then this one.
         result: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
         if result is not None:
@@ -257,9 +254,7 @@ def set_threads(threads: int | None) -> None:
     """Set this process's threads, by default its share of the cores there are; before torch is imported."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(threads or max(1, cores // local_size()))
-    # Both or neither: a user who sets one has chosen how threads wait.
-    if not WAITING.keys() & os.environ.keys():
-        os.environ.update(WAITING)
+    set_waiting()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

@@ -27,6 +27,7 @@ from align.config.runtime import Runtime
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
 from align.pipeline.stop_signal import Stopped, StopRequest
+from align.pipeline.thread_waiting import SLEEPING, SPINNING
 from align.runner import fork_server, runner
 from align.runner.listener import Listener
 from align.runner.runner import run_pipeline
@@ -341,6 +342,17 @@ def test_a_server_that_is_not_ready_is_not_waited_for(tmp_path: Path, monkeypatc
     assert "torch" not in run.artifact("one").record["packages"]
     assert this_thread.server is None
     assert started.process.returncode == -signal.SIGKILL
+
+
+def test_the_stages_of_a_run_share_what_it_has_chosen_for_waiting_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(this_thread, "server", None)
+    for variable in SPINNING:
+        monkeypatch.delenv(variable, raising=False)
+    with forked_stages(None):
+        chosen = {name: stage_environment()[name] for name in SPINNING}
+        assert chosen in (SPINNING, SLEEPING)  # another run may be on this machine
+        assert this_thread.server is not None and chosen.items() <= this_thread.server.environment.items()
+    assert not SPINNING.keys() & stage_environment().keys()
 
 
 class Waiting(Listener):

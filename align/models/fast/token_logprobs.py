@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 TOKENS = 1024
 """Tokens per pass through the head."""
 LOGITS = {"cpu": 2**20, "cuda": 2**24}
-"""Logits of a block, 4 bytes each: 4 MiB stay in the caches of a few cores; a GPU prefers large kernels."""
+"""Most logits of a block, 4 bytes each: 4 MiB stay in the caches of a few cores; a GPU prefers large kernels."""
+ROWS = 64
+"""On a CPU tokens come in multiples of it, and blocks in powers of two, so that shapes repeat: oneDNN compiles a
+product for each shape, and 60 ms for one over 4,161 words is as long as all products of a short micro-batch."""
 
 Temperature = float | torch.Tensor
 """Divisor of the logits: a number for all tokens, or one for each, (N, 1)."""
@@ -162,7 +166,8 @@ def _blocks(
     hidden: torch.Tensor, weight: torch.Tensor, temperature: Temperature
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield parts of the vocabulary, and their float32 logits (n, v)."""
-    size = max(256, LOGITS.get(hidden.device.type, LOGITS["cuda"]) // len(hidden))
+    most = max(256, LOGITS.get(hidden.device.type, LOGITS["cuda"]) // len(hidden))
+    size = 2 ** (most.bit_length() - 1)
     for start in range(0, len(weight), size):
         block = slice(start, start + size)
         logits = (hidden @ weight[block].T).float()
@@ -210,8 +215,15 @@ def token_statistics(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    count = len(hidden)
+    padding = -count % ROWS if device == "cpu" else 0
+    if padding:
+        hidden, targets = F.pad(hidden, (0, 0, 0, padding)), F.pad(targets, (0, padding))
+        if isinstance(temperature, torch.Tensor):
+            temperature = F.pad(temperature, (0, 0, 0, padding), value=1.0)
     with torch.autocast(device, enabled=False):
-        return TokenStatistics(*_TokenStatistics.apply(hidden.to(dtype), weight.to(dtype), targets, temperature))
+        columns = _TokenStatistics.apply(hidden.to(dtype), weight.to(dtype), targets, temperature)
+    return TokenStatistics(*(column[:count] for column in columns[:4]))
 
 
 def _from_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from align.models.fast import token_logprobs as module
-from align.models.fast.token_logprobs import token_logprobs
+from align.models.fast.token_logprobs import token_logprobs, token_statistics
 
 
 def plain(hidden, head, targets, temperature):
@@ -62,3 +62,24 @@ def test_softmax_is_float32_under_autocast():
         logprobs, entropies = token_logprobs(torch.randn(5, 8), head, torch.zeros(5, dtype=torch.long), 1.0)
     assert logprobs.dtype == entropies.dtype == torch.float32
     assert (entropies > 0).all()
+
+
+def test_micro_batches_of_different_sizes_multiply_matrices_of_the_same_shapes(monkeypatch):
+    shapes = []
+    blocks = module._blocks
+
+    def record(hidden, weight, temperature):
+        for block, logits in blocks(hidden, weight, temperature):
+            shapes.append(tuple(logits.shape))
+            yield block, logits
+
+    monkeypatch.setattr(module, "_blocks", record)
+    monkeypatch.setattr(module, "LOGITS", {"cpu": 2**15, "cuda": 2**15})
+    weight = torch.randn(1024, 8)
+    for count in (65, 90, 128):
+        hidden = torch.randn(count, 8)
+        statistics = token_statistics(hidden, weight, torch.arange(count), torch.full((count, 1), 2.0))
+        expected = torch.log_softmax(hidden @ weight.T / 2.0, dim=-1).diagonal()
+        torch.testing.assert_close(statistics.logprobs, expected)
+        assert all(len(column) == count for column in statistics)
+    assert set(shapes) == {(128, 256)}
