@@ -260,9 +260,9 @@ def test_the_head_s_work_space_is_what_the_profiler_sees(precision: Any, trained
     assert memory.LOGITS_AT_ONCE == logprobs.LOGITS
     vocabulary = 4000
     head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(trained)
-    states = torch.randn(600, hidden, requires_grad=True)
+    states = torch.randn(512, hidden, requires_grad=True)  # a power of two: its blocks have the most logits
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        log_probabilities, _ = logprobs.token_logprobs(states, head, torch.zeros(600, dtype=torch.long), 1.0)
+        log_probabilities, _ = logprobs.token_logprobs(states, head, torch.zeros(512, dtype=torch.long), 1.0)
     loss = log_probabilities.sum()
     sizes = replace(TOY, vocabulary=vocabulary, hidden=hidden)
     counted = cost(FullTuning() if trained else LORA, "head", sizes, precision).logits
