@@ -20,7 +20,8 @@ from align.inference import server_process
 from align.inference.protocol import Sampling
 from align.inference.server import ServerEngine
 from align.inference.server_client import BadReply, EngineLost
-from align.inference.server_process import LocalServer
+from align.inference.server_process import LocalServer, Placement
+from align.pipeline.thread_waiting import SLEEPING, SPINNING
 from tests.support.inference import fake_server
 from tests.support.inference.fake_server import FakeServer
 from tests.support.inference.server_harness import PROMPTS, open_at, soon, wait_for
@@ -272,3 +273,13 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     parent.wait()
     wait_for(lambda: _group(leader) == [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_threads_of_a_server_sleep_where_those_of_its_stage_spin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SPINNING.items():
+        monkeypatch.setenv(name, value)
+    assert SLEEPING.items() <= server_process._environment(tmp_path, Placement(), None).items()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # the user's own
+    assert server_process._environment(tmp_path, Placement(), None)["GOMP_SPINCOUNT"] == "7"
