@@ -45,6 +45,7 @@ def test_the_first_model_ends_the_rare_collections_and_freezes_the_imports(tiny_
 
 
 def test_nothing_is_frozen_in_a_process_that_collects_as_usual() -> None:
+    gc.set_threshold(*THRESHOLDS)  # a process of pytest-xdist has relaxed them, until a test resumes them
     frozen = gc.get_freeze_count()
     resume_collections()
     assert gc.get_freeze_count() == frozen
