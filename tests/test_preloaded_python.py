@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -56,8 +57,12 @@ def test_a_module_and_its_errors(python: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, "a reason\n")
 
 
-def test_a_descriptor_keeps_its_number_and_closes_with_the_process(python: list[str]) -> None:
-    reader, writer = os.pipe()
+# 67: a number that the fork may give to a descriptor while it sorts them.
+@pytest.mark.parametrize("lowest", [3, 67])
+def test_a_descriptor_keeps_its_number_and_closes_with_the_process(python: list[str], lowest: int) -> None:
+    reader, low_writer = os.pipe()
+    writer = fcntl.fcntl(low_writer, fcntl.F_DUPFD_CLOEXEC, lowest)
+    os.close(low_writer)
     command = preloaded_command(python[4], [writer])
     process = subprocess.Popen([*command, "-c", f"import os; os.write({writer}, b'text')"], pass_fds=[writer])
     os.close(writer)

@@ -28,7 +28,7 @@ from align.runner.stage_process import PRELOADED
 
 CLIENT = Path(__file__).with_name("preloaded_python.py")
 MOST_DESCRIPTORS = 64
-"""Of one process. They wait beyond this number until each has the number that it had in the command."""
+"""Of one process, and connections that may wait for an answer."""
 
 
 class PreloadedPython:
@@ -129,8 +129,9 @@ def _close_all(selector: selectors.BaseSelector, listener: socket.socket, connec
 
 def become_process(order: dict[str, Any], descriptors: list[int]) -> None:
     """Take over the streams, the environment and the folder of a command."""
-    # All of them first move out of the way: a number that one has may be another's.
-    waiting = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, MOST_DESCRIPTORS) for descriptor in descriptors]
+    # All of them first move beyond every number that is wanted: a number that one has may be another's, or its own.
+    beyond = max(order["descriptors"]) + 1
+    waiting = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, beyond) for descriptor in descriptors]
     for descriptor in descriptors:
         os.close(descriptor)
     for descriptor, number in zip(waiting, order["descriptors"], strict=True):
