@@ -34,9 +34,12 @@ def by_prompt(rows, texts):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_critic_matters(make_trainer, seed):
-    """Prompts differ by far more than answers: without a baseline for each, their noise drowns the signal."""
+    """Prompts differ by far more than answers: without a baseline for each, their noise drowns the signal.
+
+    With a critic, twelve seeds took 13 to 30 updates. Which seed takes how many depends on the processor's rounding.
+    """
     learned = {}
-    updates = 24
+    updates = 48
     for name, rate in (("on", 5e-3), ("off", 1e-30)):
         trainer = make_trainer(
             rows=LETTERS, scorer=by_prompt, gold=share_of_vowels, updates=updates, kl_coef=0.0, seed=seed,
