@@ -34,8 +34,12 @@ SHARE_OF_TIME = 0.05
 SHARE_OF_CHANGES = 0.2
 """The same while stages begin and end, which a reader waits to see."""
 NICENESS = 10
+SETTLE = 1.0
+"""Seconds that a state without a running stage waits: mostly the next stage starts at once, or the run ends."""
 SECONDS_TO_END = 20.0
 """Time that the writer has to finish a page when the run ends."""
+SECONDS_FOR_FINAL_PAGE = 60.0
+"""Time that it has for that and the final page of a complete run."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class RunState:
     """In the order of their start; only a cluster runs several at once."""
     failed: list[str] = field(default_factory=list)
     has_ended: bool = False
+    is_complete: bool = False
+    """The run has ended and every stage is done, so that its final page is due."""
 
     def leave(self, name: str) -> None:
         """Note that a stage does not run any more, or that one that failed is tried again."""
@@ -80,11 +86,16 @@ class LivePage:
                 self._process.stdin.write(json.dumps(asdict(self.state)) + "\n")
                 self._process.stdin.flush()
 
-    def close(self) -> None:
-        """End the writer, after the page that it may be writing."""
+    def close(self, is_complete: bool = False) -> None:
+        """End the writer, after the page that it may be writing, and after the final one where all stages are done.
+
+        The writer has matplotlib and most figures already, which the runner would load and draw in some seconds. The
+        runner still asks for the final page: it is not written twice, and written here where the writer is gone.
+        """
         self._timer.cancel()
         with self._lock:
             self.state.has_ended = True
+            self.state.is_complete = is_complete
             self.send()
             process, self._process = self._process, None
         if process is None or process.stdin is None:
@@ -92,7 +103,7 @@ class LivePage:
         with contextlib.suppress(OSError):
             process.stdin.close()
         try:
-            process.wait(SECONDS_TO_END)
+            process.wait(SECONDS_FOR_FINAL_PAGE if is_complete else SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -123,6 +134,9 @@ def write_pages(run: str, store: Store, states: Iterator[RunState | None]) -> No
         if state is None:
             # The last page would reload itself for ever.
             write_page(outline, store, find_failure(outline, store), always=False)
+        elif state.is_complete:
+            with contextlib.suppress(UserError, OSError):
+                write_page(outline, store, cached=state.cached, always=False)
         elif not state.has_ended and (state.running or state.cached or state.done):
             write_state(outline, store, state)
 
@@ -173,6 +187,8 @@ def read_states(pipe: int, every: float = EVERY) -> Iterator[RunState | None]:
                 continue
             # Of several states only the newest is worth a page.
             state, is_news = RunState(**json.loads(lines[-1])), True
+            if not state.running:
+                news_due = max(news_due, time.monotonic() + SETTLE)
             if not state.has_ended and time.monotonic() < news_due:
                 continue
         if state is None:

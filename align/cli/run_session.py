@@ -97,10 +97,10 @@ class _ConsoleSession(_SessionListener, ConsoleListener):
             self._page.send()
         super().stage_failed(node, message, log)
 
-    def close_page(self) -> None:
-        """End the process that writes the page, before the final page is written."""
+    def close_page(self, is_complete: bool = False) -> None:
+        """End the process that writes the page; it writes the final one of a complete run."""
         if self._page is not None:
-            self._page.close()
+            self._page.close(is_complete)
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ def report_on(
                 stack.callback(listener.close_page)
                 stack.enter_context(listener)
             run = run_with(listener)
+            if isinstance(listener, _ConsoleSession):
+                listener.close_page(is_complete=True)
     except (UserError, StageFailed, Stopped, KeyboardInterrupt) as error:
         if listener.has_begun:
             # A run that was refused before its first stage has nothing to show.

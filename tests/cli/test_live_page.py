@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -21,7 +23,9 @@ from align.cli import live_page
 from align.cli.live_page import RunState, read_states, write_pages
 from align.cli.main import main
 from align.cli.run_session import _ConsoleSession
+from align.report.run import run_report
 from align.runner.open_store import Opening
+from align.store.artifacts import Artifact
 from align.store.store import Store
 
 Capture = pytest.CaptureFixture[str]
@@ -85,6 +89,38 @@ def test_the_page_shows_each_stage_while_it_runs(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Page while it runs: {page_of(store).resolve()}"
     assert lines[-1] == f"Report: {page_of(store).resolve()}"
+
+
+@pytest.mark.parametrize("is_writer_killed", [False, True])
+def test_the_writer_draws_the_final_page_and_the_runner_where_it_is_gone(
+    gates: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, is_writer_killed: bool
+) -> None:
+    drawn: list[Path] = []
+    draw = run_report.write_report
+
+    def remember(artifacts: Sequence[Artifact], scorecard: None, out: Path, **options: Any) -> Path:
+        drawn.append(out)
+        return draw(artifacts, scorecard, out, **options)
+
+    # In this process, which is the runner's.
+    monkeypatch.setattr(run_report, "write_report", remember)
+    monkeypatch.setattr(live_page, "START_AFTER", 0.0)
+    (gates.parent / "first").touch()
+    run = threading.Thread(target=main, args=(["run", str(gates), "--store", str(store)],))
+    run.start()
+    try:
+        await_page(page_of(store), lambda text: "Stage second is running" in text)
+        if is_writer_killed:
+            for process in psutil.Process().children():
+                if "align.cli.live_page" in process.cmdline():
+                    process.kill()
+    finally:
+        (gates.parent / "second").touch()
+        run.join()
+    assert drawn == [page_of(store)] * is_writer_killed
+    assert boxes(page_of(store)) == {"first": "done", "second": "done"}
+    assert "data-refresh" not in page_of(store).read_text()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_short_run_starts_no_writer(
@@ -226,6 +262,22 @@ def test_only_the_newest_state_is_written_and_again_after_a_while() -> None:
     os.write(writer, (json.dumps(asdict(RunState(has_ended=True))) + "\n").encode())
     assert next(news) == RunState(has_ended=True)
     assert list(news) == []
+
+
+def test_a_state_between_two_stages_is_not_worth_a_page() -> None:
+    reader, writer = os.pipe()
+    states = read_states(reader, every=60.0)
+
+    def send(state: RunState) -> None:
+        os.write(writer, (json.dumps(asdict(state)) + "\n").encode())
+
+    send(RunState(running=["a"]))
+    assert next(states) == RunState(running=["a"])
+    send(RunState(done=["a"]))
+    end = threading.Timer(0.3, send, (RunState(done=["a"], has_ended=True),))
+    end.start()
+    assert next(states) == RunState(done=["a"], has_ended=True)
+    end.join()
 
 
 def test_news_waits_after_a_page_that_took_long_and_the_end_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
