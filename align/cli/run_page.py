@@ -151,10 +151,16 @@ def damaged_stages(run: RunOutline, store: Store) -> dict[str, str]:
 
 def find_failure(run: RunOutline, store: Store) -> Failure | None:
     """Return the first stage that is damaged or unfinished, with the message of its process; None if there is none."""
+    return next(find_unfinished(run, store), None)
+
+
+def find_unfinished(run: RunOutline, store: Store) -> Iterator[Failure]:
+    """Yield the stages that are damaged or have begun and not finished, in the run's order."""
     damaged = damaged_stages(run, store)
     for name, (kind, key) in run.stages.items():
         if name in damaged:
-            return Failure(name, damaged[name])
+            yield Failure(name, damaged[name])
+            continue
         partial = store.partial(kind, key)
         # A stage without a partial folder has not begun.
         if store.find_intact(kind, key) is not None or not partial.is_dir():
@@ -162,12 +168,13 @@ def find_failure(run: RunOutline, store: Store) -> Failure | None:
         log = partial / LOG if (partial / LOG).is_file() else None
         # The lock is held as long as some process runs the stage, here or on another machine.
         if store.is_locked(kind, key):
-            return Failure(name, RUNNING, log, "running")
+            yield Failure(name, RUNNING, log, "running")
+            continue
         result = left_result(partial)
         if result is None or result.status == "done":
-            return Failure(name, STOPPED, log, "stopped")
-        return Failure(name, result.message, log)
-    return None
+            yield Failure(name, STOPPED, log, "stopped")
+        else:
+            yield Failure(name, result.message, log)
 
 
 def write_page(
@@ -187,7 +194,7 @@ def write_page(
     ``cached`` names the stages that a run did not have to run. Unless ``always``, a page with the same content is not
     written again. ``refresh`` makes the page reload itself after so many seconds. ``finished`` names the stages whose
     artifacts count; by default all. ``states`` has stages besides that of ``failure`` that are ``running`` or
-    ``failed``, as on a cluster. Raises ``UserError`` where there is nothing to show.
+    ``failed``, as on a cluster; by default the store says which. Raises ``UserError`` where there is nothing to show.
     """
     artifacts = finished_artifacts(run, store)
     if finished is not None:
@@ -198,7 +205,7 @@ def write_page(
         raise UserError(f"{run.name}: no stage is finished yet, so there is nothing to show; `align run` runs them.")
     folder = folder or store.root / REPORTS / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    states = dict(states or {})
+    states = _other_states(run, store, failure) if states is None else dict(states)
     stamp = _stamp(run, artifacts, failure, states, refresh)
     with _page_lock(folder, store):
         # Compare under the lock: another process may have written the same page meanwhile.
@@ -224,6 +231,14 @@ def write_page(
         )
         write_text_atomically(folder / STAMP, _seal(stamp, folder))
     return page
+
+
+def _other_states(run: RunOutline, store: Store, failure: Failure | None) -> dict[str, str]:
+    """Return the stages beside that of ``failure`` that run or have failed, as several do on a cluster."""
+    if failure is None:
+        return {}
+    others = (stage for stage in find_unfinished(run, store) if stage.stage != failure.stage)
+    return {other.stage: other.status for other in others if other.status != "stopped"}
 
 
 def _pending_stages(run: RunOutline, finished: Collection[str], failure: Failure | None) -> dict[str, Any]:

@@ -246,6 +246,23 @@ def test_all_stages_that_run_and_fail_at_once_are_shown(tmp_path: Path, store: P
     assert boxes(page_of(store)) == {"first": "failed", "second": "running", "third": "running", "last": "pending"}
 
 
+def test_all_failed_stages_are_shown_once_nothing_runs_any_more(tmp_path: Path, store: Path) -> None:
+    """As after a run on a cluster, whose first failure alone has its message on the page."""
+    names = ("first", "second", "last")
+    stage = "tests.support.cli.gated_stages:SWITCHED"
+    stages = {name: {"stage": stage, "file": str(tmp_path / name)} for name in names}
+    path = tmp_path / "gates.yaml"
+    path.write_text(yaml.safe_dump({"name": "gates", "stages": stages}, sort_keys=False))
+    for name in names[:2]:
+        (tmp_path / name).touch()
+        assert main(["run", str(path), "--store", str(store), "--only", name, "--json"]) == 1
+    assert boxes(page_of(store)) == {"first": "failed", "second": "failed", "last": "pending"}
+    (tmp_path / "second").unlink()
+    assert main(["run", str(path), "--store", str(store), "--only", "second", "--json"]) == 0
+    assert main(["report", "gates", "--store", str(store)]) == 0
+    assert boxes(page_of(store)) == {"first": "failed", "second": "done", "last": "pending"}
+
+
 def test_a_failed_stage_that_is_tried_again_is_running() -> None:
     state = RunState(failed=["a"])
     state.leave("a")
