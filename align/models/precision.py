@@ -66,6 +66,7 @@ def low_residual(model: Any) -> None:
     """
     import torch
 
+    from align.models.fast.gated_mlp import lean_mlps
     from align.models.fast.norms import lean_norms
     from align.models.fast.rotary import lean_rotary
 
@@ -74,6 +75,7 @@ def low_residual(model: Any) -> None:
     model.has_low_residual = True
     lean_norms(model)
     lean_rotary(model)
+    lean_mlps(model)
 
     def cast_output(module: Any, inputs: Any, output: Any) -> Any:
         device_type = output.device.type
