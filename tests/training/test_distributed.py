@@ -85,4 +85,8 @@ def test_bfloat16_and_checkpointed_activations_go_with_it(tmp_path: Path, name: 
         launch = {"processes": processes, "strategy": strategy}
         finished = run_pipeline(pipeline(name, launch, precision="bfloat16", **more), store=tmp_path / f"{processes}")
         actual[processes] = Made(name, finished.artifacts[name].path, finished.metrics(name))
-    assert actual[2].losses == pytest.approx(actual[1].losses, abs=0.03)
+    # Batches of other sizes round otherwise, and PPO samples other tokens by that: from its second update on, the two
+    # runs learn from other responses.
+    comparable = 1 if name == "ppo" else len(actual[1].losses)
+    assert len(actual[2].losses) == len(actual[1].losses)
+    assert actual[2].losses[:comparable] == pytest.approx(actual[1].losses[:comparable], abs=0.01)
