@@ -53,7 +53,7 @@ class RunState:
     failed: list[str] = field(default_factory=list)
     has_ended: bool = False
     is_complete: bool = False
-    """The run has ended and every stage is done, so that its final page is due."""
+    """The run has come to its end, so that its final page is due."""
 
     def leave(self, name: str) -> None:
         """Note that a stage does not run any more, or that one that failed is tried again."""
@@ -87,7 +87,7 @@ class LivePage:
                 self._process.stdin.flush()
 
     def close(self, is_complete: bool = False) -> None:
-        """End the writer, after the page that it may be writing, and after the final one where all stages are done.
+        """End the writer, after the page that it may be writing, and after the final one of a run that came to its end.
 
         The writer has matplotlib and most figures already, which the runner would load and draw in some seconds. The
         runner still asks for the final page: it is not written twice, and written here where the writer is gone.

@@ -111,8 +111,9 @@ def test_the_writer_draws_the_final_page_and_the_runner_where_it_is_gone(
     try:
         await_page(page_of(store), lambda text: "Stage second is running" in text)
         if is_writer_killed:
-            for process in psutil.Process().children():
-                if "align.cli.live_page" in process.cmdline():
+            # Other processes may end meanwhile, and other tests have writers of their own.
+            for process in psutil.process_iter(["ppid", "cmdline"]):
+                if process.info["ppid"] == os.getpid() and "align.cli.live_page" in (process.info["cmdline"] or ()):
                     process.kill()
     finally:
         (gates.parent / "second").touch()
@@ -281,7 +282,8 @@ def test_only_the_newest_state_is_written_and_again_after_a_while() -> None:
     assert list(news) == []
 
 
-def test_a_state_between_two_stages_is_not_worth_a_page() -> None:
+def test_a_state_between_two_stages_is_not_worth_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_page, "SETTLE", 60.0)
     reader, writer = os.pipe()
     states = read_states(reader, every=60.0)
 

@@ -1,9 +1,10 @@
 """Gated MLPs that use memory again where nothing is learned.
 
 transformers computes ``down(silu(gate(x)) * up(x))`` with a new tensor of the MLP's width for each of the two
-operations between the products. On a CPU the kernel clears fresh memory page by page, which takes longer than they do.
-Without gradients nobody reads the gate any more, so both write over it: the same numbers. Left out: passes that are
-learned from, MLPs that are not written as Llama's, and other activations; they work as before.
+operations between the products. Fresh memory is cleared page by page, which on a CPU shows in the time of a pass
+(docs/performance.md). Without gradients nobody reads the gate any more, so both write over it: the same numbers. Left
+out: passes that are learned from, where autograd would copy the gate first, MLPs that are not written as Llama's, and
+other activations; they work as before.
 """
 
 from __future__ import annotations

@@ -18,25 +18,26 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-
-
 TOKENS = 7
 
 
 class WideTensors(TorchDispatchMode):
-    """Counts the storages of activations of the MLP's width that operations return."""
+    """Records operations, and the activations of the MLP's width that they return."""
 
     def __init__(self):
         super().__init__()
+        self.operations = []
         self.kept = []  # alive, so that no address is used twice
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
+        self.operations.append(str(function))
         if isinstance(output, torch.Tensor) and output.numel() == TOKENS * SMALL["intermediate_size"]:
             self.kept.append(output)
         return output
 
     def count(self):
+        """Return the number of different storages."""
         return len({tensor.untyped_storage().data_ptr() for tensor in self.kept})
 
 
@@ -69,10 +70,14 @@ def test_a_pass_that_is_learned_from_is_transformers_own():
     plain, lean = make_pair(LlamaConfig)
     lean_mlps(lean)
     ids = torch.randint(0, 50, (2, 9))
-    gradients = []
+    operations, gradients = [], []
     for model in (plain, lean):
+        with WideTensors() as wide:
+            model.model.layers[0].mlp(torch.ones(1, TOKENS, 32))
+        operations.append(wide.operations)
         model(ids).logits.logsumexp(-1).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
+    assert operations[0] == operations[1]
     assert all(map(torch.equal, *gradients))
 
 
