@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from align.store.artifacts import Artifact, Kind
+from tests.support.report.browser import chromium
 from tests.support.report.example_card import POLICIES, small_card
 from tests.support.report.example_run import make_full_run, prompt_samples, write_artifact, write_evaluation
 
@@ -33,6 +35,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Artifact], dict]
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Artifact], dict]:
     """A run with everything; tests only read it."""
     return make_full_run(tmp_path_factory.mktemp("full"))
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    """A browser, for the tests of one module."""
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture

@@ -17,12 +17,20 @@
   } catch (error) { /* nothing to restore */ }
   if (!seconds) return;
 
+  // Saved when the page goes, not when its reload is asked for: a busy machine takes a while in between.
+  addEventListener("pagehide", () => {
+    try {
+      sessionStorage.setItem(STORE, JSON.stringify(folds().filter((fold) => fold.open).map(nameOf)));
+    } catch (error) { /* reload without it */ }
+  });
+
   const button = document.getElementById("hold");
   let paused = false;
   button.hidden = false;
   button.addEventListener("click", () => {
     paused = !paused;
     button.textContent = paused ? "Go on" : "Pause";
+    if (paused) window.stop();  // a reload that was asked for and has not come yet
   });
   const isBusy = () => {
     const active = document.activeElement;
@@ -30,10 +38,6 @@
     return paused || document.hidden || typing || document.querySelector("dialog[open]") !== null;
   };
   setInterval(() => {
-    if (isBusy()) return;
-    try {
-      sessionStorage.setItem(STORE, JSON.stringify(folds().filter((fold) => fold.open).map(nameOf)));
-    } catch (error) { /* reload without it */ }
-    location.reload();
+    if (!isBusy()) location.reload();
   }, seconds * 1000);
 })();

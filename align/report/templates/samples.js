@@ -149,7 +149,7 @@
           return;
         }
         button.setAttribute("aria-pressed", "true");
-        text.after(reading);
+        bar.after(reading);  // below the buttons, so that they stay where they are while readings of other lengths come
         stop = tokens(text, reading, response.heat, key);
       });
       return button;
