@@ -177,7 +177,7 @@ class Printer:
             score = response.get("score")
             self._turn(f"response {number}" + ("" if score is None else f" ({score:g})"), response, TRAINED)
         if "label" in row:
-            self._print(Text("wanted" if row["label"] else "unwanted"))
+            self._print(Text("desirable" if row["label"] else "undesirable"))
         for name, text in kept_texts(row).items():
             self._turn(name, {"content": text}, "")
         self._print(Text())

@@ -47,7 +47,7 @@ COLUMNS = {
     "checks": "JSON for a program that checks the answer, or empty",
     "chosen": "the better answer",
     "rejected": "the worse answer",
-    "label": "whether the answer is wanted",
+    "label": "whether the answer is desirable",
     "tools": "JSON list of the tools that may be called, or empty",
     "responses": "answers with scores or ranks",
     "text": "a document",

@@ -50,27 +50,27 @@ class SystemPerformer:
         """The system that plays."""
         return self.system.info
 
-    def play(self, wanted: EpisodeSet) -> Episodes:
+    def play(self, episode_set: EpisodeSet) -> Episodes:
         """See the protocol. An episode whose prompt leaves no room for ``max_tokens`` counts as failed."""
         # A system that is sampled again gets seeds of its own.
-        sampling = self.system.sampling(Sampling(1, wanted.temperature, seed=wanted.seed))
-        tasks = episode_tasks(wanted, sampling.seed)
+        sampling = self.system.sampling(Sampling(1, episode_set.temperature, seed=episode_set.seed))
+        tasks = episode_tasks(episode_set, sampling.seed)
         episodes: list[Episode] = []
         for start in range(0, len(tasks), EPISODES_TOGETHER):
-            episodes += self._part(wanted, tasks[start : start + EPISODES_TOGETHER])
-        self._report_long_prompts(wanted, episodes)
-        return [episodes[start : start + wanted.samples] for start in range(0, len(episodes), wanted.samples)]
+            episodes += self._part(episode_set, tasks[start : start + EPISODES_TOGETHER])
+        self._report_long_prompts(episode_set, episodes)
+        return [episodes[start : start + episode_set.samples] for start in range(0, len(episodes), episode_set.samples)]
 
-    def _part(self, wanted: EpisodeSet, tasks: Sequence[EpisodeTask]) -> list[Episode]:
+    def _part(self, episode_set: EpisodeSet, tasks: Sequence[EpisodeTask]) -> list[Episode]:
         """Return the episodes of some tasks, from the cache or played now."""
         identity = digest(
             {
                 # The number is raised when the same episodes would be played in another way.
                 "episodes": 1,
                 "key": self.info.key,
-                "environment": wanted.identity,
+                "environment": episode_set.identity,
                 "tasks": [[task.row, task.seed] for task in tasks],
-                "temperature": wanted.temperature,
+                "temperature": episode_set.temperature,
                 "max_length": self.max_length,
                 "engine": self.sampler.identity,
             }
@@ -78,7 +78,7 @@ class SystemPerformer:
         stored = self.results.read("episodes", identity)
         if stored is None:
             journal = Journal(self.journals / f"{identity[:32]}.jsonl", identity)
-            content = self._sample(wanted, tasks, journal)
+            content = self._sample(episode_set, tasks, journal)
             stored = self.results.write("episodes", identity, content)
             # Only now, so that a kill at any time leaves the journal or the result.
             journal.drop()
@@ -86,18 +86,18 @@ class SystemPerformer:
         self.sampler.count(len(episodes), sum(map(sampled_tokens, episodes)), stored["engine"])
         return episodes
 
-    def _sample(self, wanted: EpisodeSet, tasks: Sequence[EpisodeTask], journal: Journal) -> dict[str, Any]:
+    def _sample(self, episode_set: EpisodeSet, tasks: Sequence[EpisodeTask], journal: Journal) -> dict[str, Any]:
         """Play episodes, or play on where the journal ends. JSON-able."""
         policy = self.system.policy
         engine = self.sampler.engine_with(policy)
-        place = f"tasks.{wanted.task}: {policy.name}"
+        place = f"tasks.{episode_set.task}: {policy.name}"
         player = EnvironmentPlayer(
-            wanted.environment,
-            wanted.source,
+            episode_set.environment,
+            episode_set.source,
             policy.tokenizer,
-            self._max_prompt_tokens(wanted),
+            self._max_prompt_tokens(episode_set),
             place,
-            self._open_user(wanted),
+            self._open_user(episode_set),
         )
         if player.training_template:
             self.note(
@@ -107,23 +107,23 @@ class SystemPerformer:
         if not self.system.is_plain:
             player.rules = replace(player.rules, turns=PromptedTurns(player.rules.turns, self.system.conversation))
         try:
-            session = DecodingSession(open_session(engine, wanted.temperature), policy.tokenizer)
+            session = DecodingSession(open_session(engine, episode_set.temperature), policy.tokenizer)
             try:
                 episodes = player.play_in(session, tasks, journal, self.sampler.report)
             finally:
                 # Before the weights change.
                 session.close()
-            self._report_usage(wanted.task, player.user_usage().get("user"))
+            self._report_usage(episode_set.task, player.user_usage().get("user"))
         finally:
             player.close()
         return {"engine": engine.name, "episodes": [episode.to_json() for episode in episodes]}
 
-    def _open_user(self, wanted: EpisodeSet) -> SimulatedUser | None:
+    def _open_user(self, episode_set: EpisodeSet) -> SimulatedUser | None:
         """Open the model that plays the user of a task's episodes. It is freed with the part's last episode."""
-        config = wanted.environment.user
+        config = episode_set.environment.user
         if config is None:
             return None
-        return open_user(config, wanted.user_dir, self.users, f"tasks.{wanted.task}.environment.user")
+        return open_user(config, episode_set.user_dir, self.users, f"tasks.{episode_set.task}.environment.user")
 
     def _report_usage(self, task: str, usage: dict[str, Any] | None) -> None:
         """Note what the server that plays the user was asked so far, by all attempts of the stage."""
@@ -135,29 +135,29 @@ class SystemPerformer:
             f"tokens of prompts and {usage['completion_tokens']} of answers{cost}"
         )
 
-    def _max_prompt_tokens(self, wanted: EpisodeSet) -> int:
-        return self.max_length - wanted.environment.max_tokens
+    def _max_prompt_tokens(self, episode_set: EpisodeSet) -> int:
+        return self.max_length - episode_set.environment.max_tokens
 
-    def _report_long_prompts(self, wanted: EpisodeSet, episodes: Sequence[Episode]) -> None:
+    def _report_long_prompts(self, episode_set: EpisodeSet, episodes: Sequence[Episode]) -> None:
         """Warn of episodes that never began. Their prompts were cut, and are as long as a prompt may be."""
-        limit = self._max_prompt_tokens(wanted)
+        limit = self._max_prompt_tokens(episode_set)
         count = sum(
             episode.stop == "failed" and len(episode.prompt_ids) == limit and never_began(episode)
             for episode in episodes
         )
         if count:
             self.warn(
-                f"{self.info.name}: {count} prompts of {wanted.task} leave no room for its environment.max_tokens "
-                f"{wanted.environment.max_tokens} in {self.max_length} tokens; their episodes count as failed. Raise "
-                "max_context"
+                f"{self.info.name}: {count} prompts of {episode_set.task} leave no room for its environment.max_tokens "
+                f"{episode_set.environment.max_tokens} in {self.max_length} tokens; their episodes count as failed. "
+                "Raise max_context"
             )
 
 
-def episode_tasks(wanted: EpisodeSet, seed: int) -> list[EpisodeTask]:
+def episode_tasks(episode_set: EpisodeSet, seed: int) -> list[EpisodeTask]:
     """Return the tasks of all episodes of a set, row by row, with seeds that follow from ``seed``."""
     tasks: list[EpisodeTask] = []
-    for row, id in zip(wanted.rows, wanted.ids, strict=True):
-        tasks += row_tasks(row, [episode_seed(seed, id, sample) for sample in range(wanted.samples)])
+    for row, id in zip(episode_set.rows, episode_set.ids, strict=True):
+        tasks += row_tasks(row, [episode_seed(seed, id, sample) for sample in range(episode_set.samples)])
     return tasks
 
 

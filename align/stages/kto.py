@@ -63,7 +63,7 @@ def run(context: StageContext) -> dict[str, Any]:
         trainer, context, lambda split: held_out(trainer, prepared.splits[split]), before=config.reference is not None
     )
     save(context, trainer, prepared.tokenizer)
-    facts = {"answers": len(prepared.train.rows), "wanted": desirable, **counts(prepared.splits, "answers")}
+    facts = {"answers": len(prepared.train.rows), "desirable": desirable, **counts(prepared.splits, "answers")}
     return {**metrics, **reference.facts(), **facts}
 
 
@@ -74,15 +74,15 @@ def _check_labels(context: StageContext, labels: list[bool]) -> int:
     undesirable = len(labels) - desirable
     if desirable == 0 or undesirable == 0:
         context.warn(
-            f"{context.name}: all {len(labels)} answers are {'un' if desirable == 0 else ''}wanted; without the other "
-            "kind the policy only learns to move away from the reference."
+            f"{context.name}: all {len(labels)} answers are {'un' if desirable == 0 else ''}desirable; without the "
+            "other kind the policy only learns to move away from the reference."
         )
         return desirable
-    # The paper advises equal total weight of both kinds, up to a third more for the wanted ones.
+    # The paper advises equal total weight of both kinds, up to a third more for desirable ones.
     ratio = config.desirable_weight * desirable / (config.undesirable_weight * undesirable)
     if not 0.99 <= ratio <= 1.34:
         context.warn(
-            f"{context.name}: {desirable} answers are wanted and {undesirable} not, and with these weights wanted ones "
+            f"{context.name}: {desirable} answers are desirable and {undesirable} not, and with these weights they "
             f"count {ratio:.2f} times as much as the others in all, where 1 to 1.33 is advised (2402.01306, eq. 8). "
             f"Set desirable_weight to {config.undesirable_weight * undesirable / desirable:.3g}."
         )

@@ -264,7 +264,7 @@ def test_kto_says_which_weights_suit_the_labels(tiny_model: Path, tmp_path: Path
     plain = preference_stage(tmp_path, tiny_model, "kto", max_steps=1, desirable_weight=3.0)
     STAGES["kto"].runner()(plain)
     (warning,) = [e["message"] for e in events(plain, "warning") if "eq. 8" in e["message"]]
-    assert "24 answers are wanted and 24 not" in warning and "count 3.00 times" in warning
+    assert "24 answers are desirable and 24 not" in warning and "count 3.00 times" in warning
     assert warning.endswith("Set desirable_weight to 1.")
     # The lint looked at answers, not at pairs.
     looked_at = json.loads((plain.output / "findings.json").read_text())["looked_at"]

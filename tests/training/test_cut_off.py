@@ -130,14 +130,14 @@ def test_held_out_losses_are_of_what_was_written(tokenizer: Any) -> None:
 def test_the_mark_survives_the_way_from_kind_to_kind_and_to_the_disk(tmp_path: Path) -> None:
     row = {**pair(), "chosen_finished": False, "rejected_finished": True}
     (instruction,) = convert_kind(row, "instructions")
-    wanted, unwanted = convert_kind(row, "unpaired")
+    desirable, undesirable = convert_kind(row, "unpaired")
     best = {"content": "b", "score": 2.0, "rank": None, "finished": False}
     (of_best,) = convert_kind(
         {"prompt": row["prompt"], "responses": [{**best, "score": 1.0, "finished": True}, best]}, "instructions"
     )
     assert isinstance(instruction, dict)
     assert instruction["completion"] == row["chosen"]
-    marks = [answer["completion_finished"] for answer in (instruction, wanted, unwanted, of_best)]  # type: ignore[index]
+    marks = [answer["completion_finished"] for answer in (instruction, desirable, undesirable, of_best)]  # type: ignore[index]
     assert marks == [False, False, True, False]
     (again,) = convert_kind(instruction, "instructions")
     assert again == instruction

@@ -10,14 +10,14 @@ from align.training.unpaired import GroupOrder, add_mismatched, encode_unpaired,
 from tests.support.training.harness import rows
 
 
-def test_a_pair_becomes_a_wanted_and_an_unwanted_answer() -> None:
+def test_a_pair_becomes_a_desirable_and_an_undesirable_answer() -> None:
     pair = {**rows(1)[0], "rejected_finished": False}
     single = {"id": "s", "prompt": pair["prompt"], "completion": pair["chosen"], "label": False}
-    wanted, unwanted, remaining = unpair([pair, single])
-    assert (wanted["completion"], wanted["label"]) == (pair["chosen"], True)
-    assert (unwanted["completion"], unwanted["label"]) == (pair["rejected"], False)
-    assert (wanted["completion_finished"], unwanted["completion_finished"]) == (None, False)
-    assert "chosen" not in wanted and "rejected_score" not in wanted
+    desirable, undesirable, remaining = unpair([pair, single])
+    assert (desirable["completion"], desirable["label"]) == (pair["chosen"], True)
+    assert (undesirable["completion"], undesirable["label"]) == (pair["rejected"], False)
+    assert (desirable["completion_finished"], undesirable["completion_finished"]) == (None, False)
+    assert "chosen" not in desirable and "rejected_score" not in desirable
     assert remaining is single
 
 

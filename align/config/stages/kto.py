@@ -1,4 +1,4 @@
-"""Settings of the stage ``kto``: single answers marked as wanted or not. Torch-free."""
+"""Settings of the stage ``kto``: single answers marked as desirable or not. Torch-free."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class KtoConfig(ReferenceFields):
 
     @property
     def rows_of_a_pair(self) -> int:
-        """A pair is two answers, one of them wanted."""
+        """A pair is two answers, one of them desirable."""
         return 2
 
     @property

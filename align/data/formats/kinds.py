@@ -1,4 +1,4 @@
-"""From a draft, which has all that a record holds, to a row of the recipe's kind; and rows that no trainer can use."""
+"""Turn drafts, which hold all of a record, into rows of a recipe's kind, and find rows that no trainer can use."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class Respondent(Protocol):
 class Performer(Protocol):
     """One system that acts in environments while the engine holds its weights. Best-of-N systems play no episodes."""
 
-    def play(self, wanted: EpisodeSet) -> Episodes:
+    def play(self, episode_set: EpisodeSet) -> Episodes:
         """Return the episodes of a task, kept on disk.
 
         The system adds its own system message and examples before the first message of each.

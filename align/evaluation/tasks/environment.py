@@ -129,7 +129,7 @@ class EnvironmentTask(Task):
         checkpoint = None if user is None or user.model is None else inputs.users[user.model]
         # The settings give the user's checkpoint by name alone, so its weights are added to the identity.
         identity = config.environment.identity(PLACE)
-        self.wanted = EpisodeSet(
+        self.episode_set = EpisodeSet(
             task=name,
             environment=config.environment,
             source=source,
@@ -152,13 +152,13 @@ class EnvironmentTask(Task):
             "sampling": {
                 "temperature": self._config.temperature,
                 "samples": self._config.samples,
-                "seed": self.wanted.seed,
+                "seed": self.episode_set.seed,
             },
         }
 
     def check_checkpoint(self, tokenizer: Any, max_length: int, where: str) -> None:
         """Refuse a chat template without a place for the tools, and an episode that is longer than the engine."""
-        environment, tools = self._config.environment, self.wanted.source.tools
+        environment, tools = self._config.environment, self.episode_set.source.tools
         turns = TurnTemplate(tokenizer, tools or None, where)
         if tools:
             tool_call_format(environment.tool_format, turns.template)
@@ -170,7 +170,7 @@ class EnvironmentTask(Task):
 
     def play(self, performer: Performer) -> Episodes:
         """Have one system play."""
-        episodes = performer.play(self.wanted)
+        episodes = performer.play(self.episode_set)
         # Now, and not when the last system has played.
         self._check_success(episodes)
         return episodes
@@ -221,10 +221,10 @@ class EnvironmentTask(Task):
     def _is_success(self, episode: Episode) -> bool:
         if episode.stop == "failed" or math.isnan(episode.score):
             return False
-        wanted = self._config.success
-        if isinstance(wanted, str):
-            return episode.parts.get(wanted, -math.inf) >= PART_SUCCESS - ROUNDING
-        return episode.score >= wanted - ROUNDING
+        success = self._config.success
+        if isinstance(success, str):
+            return episode.parts.get(success, -math.inf) >= PART_SUCCESS - ROUNDING
+        return episode.score >= success - ROUNDING
 
 
 def describe_metrics(config: EnvironmentTaskConfig, has_tools: bool) -> dict[str, Metric]:

@@ -182,7 +182,7 @@ def _answers(row: Row) -> list[dict[str, Any]]:
         answers.append({"title": f"response {number}", "score": response.get("score"), "text": text})
     if "label" in row and answers:
         # A row with a label has a single answer.
-        answers[0]["title"] = "a wanted answer" if row["label"] else "an unwanted answer"
+        answers[0]["title"] = "a desirable answer" if row["label"] else "an undesirable answer"
     return answers
 
 

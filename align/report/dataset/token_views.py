@@ -85,7 +85,7 @@ def token_views(tokenizer: Any, row: Row, max_length: int | None = None) -> list
     if "completion" in row:
         views = _supervised(tokenizer, row, limit)
         if "label" in row:
-            title = "a wanted answer" if row["label"] else "an unwanted answer"
+            title = "a desirable answer" if row["label"] else "an undesirable answer"
             return [replace(view, title=title) for view in views]
         return views
     return [_untrained(tokenizer, "prompt, up to where the answer begins", row)]

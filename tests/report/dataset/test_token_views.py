@@ -76,7 +76,7 @@ def test_a_cut_answer_is_shown_as_it_is_cut(tokenizer) -> None:
 
 
 def test_labels_and_responses_are_named(tokenizer) -> None:
-    assert [v.title for v in token_views(tokenizer, row("q", "a", label=False))] == ["an unwanted answer"]
+    assert [v.title for v in token_views(tokenizer, row("q", "a", label=False))] == ["an undesirable answer"]
     prompt_row = {name: value for name, value in row("q", "a").items() if name != "completion"}
     several = [{"content": "x", "score": 0.5, "rank": None}, {"content": "y", "score": None, "rank": 1}]
     views = token_views(tokenizer, {**prompt_row, "responses": several})
