@@ -122,9 +122,12 @@ def measure(folder: Path, prompts: int, threads: int) -> dict[str, Any]:
     import tempfile
 
     from align.config.runtime import Runtime
+    from align.models.malloc import keep_freed_memory
     from align.models.threads import use_threads
 
+    # As the stage does.
     use_threads(Runtime(device="cpu", threads=threads))
+    keep_freed_memory()
     meter = Meter()
     install(meter)
     inputs = prepare(folder, prompts)

@@ -1,8 +1,9 @@
-"""Return freed CPU memory that C's allocator holds to the operating system.
+"""Say what C's allocator does with freed CPU memory: give it back to the operating system, or keep it.
 
 glibc keeps the small blocks that a backward pass frees in its heap, as much as all activations together. Large blocks,
-such as logits, are then allocated on top of it. Trimming pays off between passes of different kinds. On other C
-libraries nothing happens.
+such as logits, are then allocated on top of it. Trimming pays off between passes of different kinds. Large blocks it
+gives back at once, and the system clears them page by page when they are asked for again. Keeping them pays off where
+passes without gradients follow each other. On other C libraries nothing happens.
 """
 
 from __future__ import annotations
@@ -10,6 +11,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from typing import Any
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Options of ``mallopt`` (``malloc.h``)."""
+LARGEST_KEPT = 32 * 2**20
+"""The most that older glibc takes, and that any raises it to by itself."""
+KEPT = 2 * LARGEST_KEPT
 
 
 def trim_malloc(garbage: bool = True) -> None:
@@ -20,8 +28,25 @@ def trim_malloc(garbage: bool = True) -> None:
     """
     if garbage:
         gc.collect()
-    if not sys.platform.startswith("linux"):
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+    trim = _glibc_function("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to ``KEPT`` bytes of freed memory from now on, those of blocks up to ``LARGEST_KEPT`` bytes.
+
+    By itself it keeps twice the largest block that it has given back so far: less than an MLP holds between its
+    products. A process cannot take this back, so it is for one that trains nothing.
+    """
+    set_option = _glibc_function("mallopt")
+    if set_option is not None:
+        set_option(M_TRIM_THRESHOLD, KEPT)
+        set_option(M_MMAP_THRESHOLD, LARGEST_KEPT)
+
+
+def _glibc_function(name: str) -> Any:
+    """Return a function of glibc; None on other systems, and where the C library lacks it."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)  # musl has none of them

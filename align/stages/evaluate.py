@@ -15,9 +15,11 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for an empty test split, prompts that are all too long, tasks whose data does not fit, and
     gates on metrics that nothing measures.
     """
+    from align.models.malloc import keep_freed_memory
     from align.models.threads import use_threads
 
     use_threads(context.runtime)
+    keep_freed_memory()
     from align.evaluation.evaluator import evaluate
     from align.evaluation.plan import make_plan
     from align.evaluation.rewards import judge_usage
