@@ -17,8 +17,10 @@ def plain(hidden, head, targets, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2, torch.tensor([0.7, 1.0, 0.3, 2.0, 1.0, 0.5, 0.9])[:, None]])
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
-def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, entropy_weight):
-    monkeypatch.setattr(module, "TOKENS", 3)  # seven tokens: two full parts and a rest
+@pytest.mark.parametrize("tokens", [3, 1024])
+def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, entropy_weight, tokens):
+    monkeypatch.setattr(module, "ROWS", 1)
+    monkeypatch.setattr(module, "TOKENS", tokens)  # seven tokens: two full parts and a rest, or all at once
     monkeypatch.setitem(module.LOGITS, "cpu", 1)  # blocks of 256 words: two, and a rest of 188
     torch.manual_seed(0)
     head = nn.Linear(8, 700, bias=False)
@@ -33,6 +35,23 @@ def test_values_and_gradients_equal_plain_autograd(monkeypatch, temperature, ent
         results.append((logprobs, entropies, hidden.grad, head.weight.grad))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(0, torch.bfloat16), (5, torch.bfloat16), (130, torch.float32)])
+def test_the_weight_s_gradient_is_summed_in_float32_where_there_is_a_sum(monkeypatch, count, dtype):
+    monkeypatch.setattr(module, "TOKENS", 128)
+    dtypes = []
+    empty_sum = module._empty_sum
+    monkeypatch.setattr(module, "_empty_sum", lambda *args: dtypes.append(empty_sum(*args).dtype) or empty_sum(*args))
+    torch.manual_seed(0)
+    head = nn.Linear(8, 700, bias=False)
+    hidden, targets = torch.randn(count, 8), torch.randint(0, 700, (count,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        token_logprobs(hidden, head, targets, 1.0)[0].sum().backward()
+    assert dtypes == [dtype]
+    expected = torch.softmax(hidden @ head.weight.T, dim=-1)
+    expected = (nn.functional.one_hot(targets, 700) - expected).T @ hidden
+    assert torch.allclose(head.weight.grad, expected, atol=0.05)
 
 
 @pytest.mark.parametrize("index", [0, 400, 699])
