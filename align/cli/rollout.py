@@ -253,7 +253,7 @@ def _evaluated_tasks(scene: Scene, finished: Finished) -> list[EpisodeTask]:
         rows=artifacts,
         users=artifacts,
     )
-    return episode_tasks(build(str(scene.task), settings, inputs).wanted, node.seed)
+    return episode_tasks(build(str(scene.task), settings, inputs).episode_set, node.seed)
 
 
 def _play(rehearsal: Rehearsal, tasks: list[EpisodeTask], options: argparse.Namespace) -> int:

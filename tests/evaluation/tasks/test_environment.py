@@ -119,10 +119,10 @@ class Playing:
 
     def __init__(self, *episodes: Episode) -> None:
         self.episodes = episodes
-        self.wanted: EpisodeSet | None = None
+        self.episode_set: EpisodeSet | None = None
 
-    def play(self, wanted: EpisodeSet) -> list[list[Episode]]:
-        self.wanted = wanted
+    def play(self, episode_set: EpisodeSet) -> list[list[Episode]]:
+        self.episode_set = episode_set
         return [[episode] for episode in self.episodes]
 
 
@@ -155,7 +155,7 @@ def test_rows_reach_the_environment_with_messages_and_an_id(tmp_path: Path) -> N
     performer: Any = Playing(play(1.0), play(1.0), play(1.0))
     task.play(performer)
     prompt = [{"role": "user", "content": "go"}]
-    assert performer.wanted.rows == [
+    assert performer.episode_set.rows == [
         {"id": "rows.jsonl:1", "prompt": prompt, "answer": "3", "source": "rows"},
         {"id": "7", "prompt": prompt, "source": "sums"},
         {"id": "7 (2)", "level": 2, "source": "rows"},
