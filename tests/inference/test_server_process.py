@@ -209,7 +209,14 @@ def test_its_death_is_seen_though_its_connections_live(tiny_model: Path, monkeyp
     engine = open_at(tiny_model, None, timeout=120)
     leader = _local(engine).process.pid
     victim = psutil.Process(leader).children()[0]
-    threading.Timer(0.5, victim.kill).start()
+
+    def kill_once_all_are_held() -> None:
+        # The engine sends the prompts in four requests, each of which leaves a child. A connection that no child has
+        # inherited yet would end with the server.
+        wait_for(lambda: len(victim.children()) == 4)
+        victim.kill()
+
+    threading.Thread(target=kill_once_all_are_held).start()
     with soon(), pytest.raises(EngineLost, match="its process ended, after .* Its process was ended by SIGKILL"):
         engine.generate(PROMPTS, Sampling(4))
     engine.close()
