@@ -282,8 +282,7 @@ def head_work_space(model: Architecture, head_trained: bool, low: bool, block: i
     """Return the work space of ``align.models.fast.token_logprobs``, whose backward pass is the fuller one.
 
     ``block`` is the most logits of a block; some numbers of tokens have as few as half of it. While a block's logits
-    are computed, the former block's are still in memory. While the head's gradient is rounded, its float32 sum is. Up
-    to 1,024 tokens need less: their gradient is one product, which has no sum.
+    are computed, the former block's are still in memory. While the head's gradient is rounded, its float32 sum is.
     """
     low_bytes = 2 if low else 0
     # Two blocks alive at once, each in float32 and, under autocast, in bfloat16 too.

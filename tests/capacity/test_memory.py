@@ -258,19 +258,13 @@ def test_activations_are_those_of_the_larger_of_policy_and_critic() -> None:
 @pytest.mark.parametrize("hidden", [32, 512])
 def test_the_head_s_work_space_is_what_the_profiler_sees(precision: Any, trained: bool, hidden: int) -> None:
     assert memory.LOGITS_AT_ONCE == logprobs.LOGITS
-    # Powers of two: their blocks have the most logits. The gradient of 2,048 tokens is a sum of two products.
-    for tokens in (2048, 512):
-        vocabulary = 4000
-        head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(trained)
-        states = torch.randn(tokens, hidden, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            log_probabilities, _ = logprobs.token_logprobs(states, head, torch.zeros(tokens, dtype=torch.long), 1.0)
-        loss = log_probabilities.sum()
-        sizes = replace(TOY, vocabulary=vocabulary, hidden=hidden)
-        counted = cost(FullTuning() if trained else LORA, "head", sizes, precision).logits
-        counted += FLOAT * states.numel()  # their gradient
-        peak = peak_of(loss.backward)
-        if tokens == 512 and trained and precision == "bfloat16":
-            assert 0.7 * counted < peak < 1.05 * counted  # one product, which stays in bfloat16
-        else:
-            assert counted == pytest.approx(peak, rel=0.05)
+    vocabulary = 4000
+    head = torch.nn.Linear(hidden, vocabulary, bias=False).requires_grad_(trained)
+    states = torch.randn(512, hidden, requires_grad=True)  # a power of two: its blocks have the most logits
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        log_probabilities, _ = logprobs.token_logprobs(states, head, torch.zeros(512, dtype=torch.long), 1.0)
+    loss = log_probabilities.sum()
+    sizes = replace(TOY, vocabulary=vocabulary, hidden=hidden)
+    counted = cost(FullTuning() if trained else LORA, "head", sizes, precision).logits
+    counted += FLOAT * states.numel()  # their gradient
+    assert counted == pytest.approx(peak_of(loss.backward), rel=0.05)

@@ -68,7 +68,9 @@ class _TokenStatistics(torch.autograd.Function):
         """Return gradients of the hidden states (N, H) and, if it is trained, of the head's weight (V, H)."""
         hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = _empty_sum(weight, -(-len(hidden) // TOKENS)) if ctx.needs_input_grad[1] else None
+        # The first product is written, so the sum needs no zeros; without any token it has nothing else.
+        room = torch.empty_like if len(hidden) else torch.zeros_like
+        grad_weight = room(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with_entropy = bool(grad_entropies.any())
         for start in range(0, len(hidden), TOKENS):
             part = slice(start, start + TOKENS)
@@ -95,17 +97,6 @@ class _TokenStatistics(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
-
-
-def _empty_sum(weight: torch.Tensor, parts: int) -> torch.Tensor:
-    """Return room for a sum of (V, H) products, of which the first is to be written and the others added.
-
-    One product needs no more bits than it has, and a vocabulary of zeros to add it to would be cleared for nothing. A
-    sum of several is in float32. That of none is zeros.
-    """
-    if parts == 0:
-        return torch.zeros_like(weight)
-    return torch.empty_like(weight, dtype=torch.float32 if parts > 1 else weight.dtype)
 
 
 @dataclass
