@@ -211,9 +211,9 @@ def test_its_death_is_seen_though_its_connections_live(tiny_model: Path, monkeyp
     victim = psutil.Process(leader).children()[0]
 
     def kill_once_all_are_held() -> None:
-        # The engine sends the prompts in four requests, each of which leaves a child. A connection that no child has
+        # The engine has ``batch_size`` requests in flight, and each leaves a child. A connection that no child has
         # inherited yet would end with the server.
-        wait_for(lambda: len(victim.children()) == 4)
+        wait_for(lambda: len(victim.children()) == engine.batch_size)
         victim.kill()
 
     threading.Thread(target=kill_once_all_are_held).start()
