@@ -46,16 +46,17 @@ def hidden_states_of(model: Any) -> Any:
 def answer_states(called: Any, plain: Any, inputs: Any) -> torch.Tensor:
     """Return the (N, H) hidden states that predict a batch's N labeled tokens, in order, by one call of ``called``.
 
-    ``plain`` is the same model without its parallel wrapper. The head runs at one position only.
+    ``plain`` is the same model without its parallel wrapper. The head runs at no position.
     """
     # A hook reads the hidden states, so that the call goes through the parallel wrapper, whose gradients need it.
+    # The head is called with an empty selection. The last position would be a slice, for which torch's CPU product
+    # copies the head once a row.
+    ids = inputs["input_ids"]
+    nothing = torch.empty(0, dtype=torch.long, device=ids.device)
     with hidden_states_of(plain) as hidden_states:
-        called(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=1
-        )
+        called(input_ids=ids, attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=nothing)
     # Methods with virtual tokens return more positions than the row has.
-    width = inputs["input_ids"].shape[1]
-    states = hidden_states[-1][:, -width:]  # (B, T, H), without virtual tokens in front
+    states = hidden_states[-1][:, -ids.shape[1] :]  # (B, T, H), without virtual tokens in front
     predicting: torch.Tensor = states[:, :-1][inputs["labels"][:, 1:] != MASKED]
     return predicting
 
