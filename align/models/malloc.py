@@ -3,7 +3,7 @@
 glibc keeps the small blocks that a backward pass frees in its heap, as much as all activations together. Large blocks,
 such as logits, are then allocated on top of it. Trimming pays off between passes of different kinds. Large blocks it
 gives back at once, and the system clears them page by page when they are asked for again. Keeping them pays off where
-passes without gradients follow each other. On other C libraries nothing happens.
+passes of one kind follow each other. On other C libraries nothing happens.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Options of ``mallopt`` (``malloc.h``)."""
+DEFAULT_MMAP_MAX = 65536
+"""Blocks that glibc takes from the system one by one, unless it is told otherwise."""
 LARGEST_KEPT = 32 * 2**20
 """The most that older glibc takes, and that any raises it to by itself."""
 KEPT = 2 * LARGEST_KEPT
@@ -37,12 +41,33 @@ def keep_freed_memory() -> None:
     """Let glibc keep up to ``KEPT`` bytes of freed memory from now on, those of blocks up to ``LARGEST_KEPT`` bytes.
 
     By itself it keeps twice the largest block that it has given back so far: less than an MLP holds between its
-    products. A process cannot take this back, so it is for one that trains nothing.
+    products. A process cannot take this back.
     """
     set_option = _glibc_function("mallopt")
     if set_option is not None:
         set_option(M_TRIM_THRESHOLD, KEPT)
         set_option(M_MMAP_THRESHOLD, LARGEST_KEPT)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, glibc keeps whatever is freed, and takes blocks of every size from its heap.
+
+    For a loop that asks for the same blocks in each step: with full tuning those of the gradients alone are as large as
+    the weights. Behind it the memory is given back, and glibc works as after ``keep_freed_memory``.
+    """
+    set_option = _glibc_function("mallopt")
+    if set_option is None:
+        yield
+        return
+    set_option(M_MMAP_MAX, 0)
+    set_option(M_TRIM_THRESHOLD, -1)  # no limit: the largest number of a size_t
+    try:
+        yield
+    finally:
+        set_option(M_MMAP_MAX, DEFAULT_MMAP_MAX)
+        keep_freed_memory()
+        trim_malloc()
 
 
 def _glibc_function(name: str) -> Any:

@@ -65,8 +65,56 @@ def test_blocks_of_a_pass_are_there_for_the_next_one():
     assert kept < plain / 10
 
 
+LOOP = """
+import ctypes, resource
+from align.models.malloc import freed_memory_kept
+from benchmarks.memory_run import memory
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+MIB = 1 << 20
+
+def step():
+    blocks = [(c.malloc(size * MIB), size * MIB) for size in (3, 120, 6, 50)]
+    for block, size in blocks:
+        ctypes.memset(block, 1, size)
+    for block, _ in blocks:
+        c.free(block)
+
+def faults_of_steps():
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+start = memory("VmRSS")
+outside = faults_of_steps()
+with freed_memory_kept():
+    inside = faults_of_steps()
+    kept = memory("VmRSS") - start
+print(outside, inside, faults_of_steps(), kept // MIB, (memory("VmRSS") - start) // MIB)
+"""
+"""Prints the cleared pages of steps before, in and behind the context, and MiB more than at the start in and behind it.
+
+A step has blocks as full tuning asks for them: some above the 32 MiB that glibc's own heap takes at most.
+"""
+
+
+@needs_glibc
+def test_a_loop_keeps_blocks_of_every_size_until_it_ends():
+    output = subprocess.check_output([sys.executable, "-c", LOOP])
+    outside, inside, behind, kept, left = map(int, output.split())
+    assert outside > 100, "glibc kept them by itself: nothing was tested"
+    assert inside < 10
+    assert behind > 100, "large blocks come from the system again"
+    assert kept > 170
+    assert left < kept - 100
+
+
 def test_elsewhere_nothing_happens(monkeypatch):
     monkeypatch.setattr(malloc.sys, "platform", "darwin")
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: pytest.fail("looked for glibc"))
     malloc.trim_malloc()
     malloc.keep_freed_memory()
+    with malloc.freed_memory_kept():
+        pass

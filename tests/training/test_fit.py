@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -33,6 +36,23 @@ def test_the_memory_note_counts_activations_as_they_are_trained(
     run(stage)
     expected = notice(load_policy(tiny_model), FullTuning(), precision, low_residual=precision == "bfloat16")
     assert expected in [event["message"] for event in events(stage, "note")]
+
+
+@pytest.mark.parametrize(("tuning", "is_kept"), [({"method": "full"}, True), ({"method": "lora"}, False)])
+def test_full_tuning_keeps_the_memory_of_its_gradients(
+    tuning: dict[str, Any], is_kept: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    @contextlib.contextmanager
+    def freed_memory_kept() -> Iterator[None]:
+        steps.append("kept")
+        yield
+        steps.append("given back")
+
+    monkeypatch.setattr("align.training.fit.freed_memory_kept", freed_memory_kept)
+    run(make_stage("sft", tmp_path, tiny_model, tuning, max_steps=1))
+    assert steps == (["kept", "given back"] if is_kept else [])
 
 
 def warnings_of(losses: list[float]) -> list[str]:
