@@ -273,7 +273,7 @@ def open_caches(
 ) -> tuple[RequestCache, RequestCache | None]:
     """Open a stage's cache, and the one that runs share where there is one.
 
-    ``warn`` is told of damaged lines; ``content`` says what is lost with them.
+    ``warn`` is called for damaged lines; ``content`` says what is lost with them.
     """
     caches = RequestCache(folder), None if shared is None else RequestCache(shared)
     for cache in caches:

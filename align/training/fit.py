@@ -39,7 +39,7 @@ SECONDS_FILE = "training_seconds.txt"
 LOSSES_COMPARED = 4
 """Logged losses in a fifth of a run from which on their mean says something."""
 LEAST_GAIN, MOST_LOST = 0.05, 0.6
-"""A loss that fell by a 20th of its start, and rose again by six tenths of that, is told of."""
+"""A loss that fell by a 20th of its start and then lost six tenths of that gain raises a warning."""
 Scores = dict[str, float]
 HeldOut = Callable[[str], Scores]
 """Scores the rows of a split, ``test`` or ``validation``, with the trainer's current model."""
@@ -186,7 +186,7 @@ def frozen_weights_rounded(trainer: Any) -> AbstractContextManager[None]:
 def _gradients_kept(trainer: Any) -> AbstractContextManager[None]:
     """Return a context in which the memory of gradients stays with the process from step to step.
 
-    Only where most weights are trained on a CPU: with full tuning a step took 0.82 of its time, LoRA gained nothing
+    Only where most weights are trained on a CPU: SFT in full took 0.82 of its time, LoRA gained nothing
     (docs/performance.md).
     """
     trained, total = parameter_counts(trainer.model)
