@@ -50,7 +50,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def untrimmed_heap() -> Iterator[None]:
     """Inside, glibc keeps whatever is freed, and takes blocks of every size from its heap.
 
     For a loop that asks for the same blocks in each step: with full tuning those of the gradients alone are as large as
@@ -67,7 +67,7 @@ def freed_memory_kept() -> Iterator[None]:
     finally:
         set_option(M_MMAP_MAX, DEFAULT_MMAP_MAX)
         keep_freed_memory()
-        trim_malloc()
+        trim_malloc(garbage=False)
 
 
 def _glibc_function(name: str) -> Any:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.config.launch import rank
 from align.data.rows import has_rows
-from align.models.malloc import freed_memory_kept, trim_malloc
+from align.models.malloc import trim_malloc, untrimmed_heap
 from align.models.precision import frozen_in_bf16
 from align.models.processes import all_gather, broadcast
 from align.models.sharding import is_sharded
@@ -107,7 +107,7 @@ def _fit(
 
     if checkpoint is not None:
         context.note(f"resuming from {checkpoint}")
-    with frozen_weights_rounded(trainer), _gradients_kept(trainer):
+    with frozen_weights_rounded(trainer), _untrimmed_heap_for(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = clock.seconds()
     # ReportProgress does not score the last step, which may be the best one.
@@ -183,15 +183,15 @@ def frozen_weights_rounded(trainer: Any) -> AbstractContextManager[None]:
     return frozen_in_bf16(model)
 
 
-def _gradients_kept(trainer: Any) -> AbstractContextManager[None]:
-    """Return a context in which the memory of gradients stays with the process from step to step.
+def _untrimmed_heap_for(trainer: Any) -> AbstractContextManager[None]:
+    """Return a context in which glibc keeps the memory of gradients from step to step.
 
     Only where most weights are trained on a CPU: SFT in full took 0.82 of its time, LoRA gained nothing
     (docs/performance.md).
     """
     trained, total = parameter_counts(trainer.model)
     is_on_cpu = trainer.args.device.type == "cpu"
-    return freed_memory_kept() if is_on_cpu and trained > total / 2 else contextlib.nullcontext()
+    return untrimmed_heap() if is_on_cpu and trained > total / 2 else contextlib.nullcontext()
 
 
 def _release_optimizer(trainer: Any) -> None:

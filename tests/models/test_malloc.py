@@ -67,7 +67,7 @@ def test_blocks_of_a_pass_are_there_for_the_next_one():
 
 LOOP = """
 import ctypes, resource
-from align.models.malloc import freed_memory_kept
+from align.models.malloc import untrimmed_heap
 from benchmarks.memory_run import memory
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -89,7 +89,7 @@ def faults_of_steps():
 
 start = memory("VmRSS")
 outside = faults_of_steps()
-with freed_memory_kept():
+with untrimmed_heap():
     inside = faults_of_steps()
     kept = memory("VmRSS") - start
 print(outside, inside, faults_of_steps(), kept // MIB, (memory("VmRSS") - start) // MIB)
@@ -116,5 +116,5 @@ def test_elsewhere_nothing_happens(monkeypatch):
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: pytest.fail("looked for glibc"))
     malloc.trim_malloc()
     malloc.keep_freed_memory()
-    with malloc.freed_memory_kept():
+    with malloc.untrimmed_heap():
         pass

@@ -45,12 +45,12 @@ def test_full_tuning_keeps_the_memory_of_its_gradients(
     steps: list[str] = []
 
     @contextlib.contextmanager
-    def freed_memory_kept() -> Iterator[None]:
+    def untrimmed_heap() -> Iterator[None]:
         steps.append("kept")
         yield
         steps.append("given back")
 
-    monkeypatch.setattr("align.training.fit.freed_memory_kept", freed_memory_kept)
+    monkeypatch.setattr("align.training.fit.untrimmed_heap", untrimmed_heap)
     run(make_stage("sft", tmp_path, tiny_model, tuning, max_steps=1))
     assert steps == (["kept", "given back"] if is_kept else [])
 
