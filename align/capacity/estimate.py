@@ -12,6 +12,7 @@ from types import ModuleType
 
 from align.capacity.memory import Estimate
 from align.models.architecture import Architecture, UnknownArchitecture, read_architecture
+from align.models.compute_types import with_expected_precision
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.registry import Stage
 from align.store.artifacts import GENERATORS, Kind
@@ -38,7 +39,8 @@ def estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | st
             continue
         try:
             models = input_models(pipeline, node, store)
-            estimates[node.name] = estimator.estimate(node.config, models, pipeline.runtimes[node.name])
+            config = with_expected_precision(node.config, gpu=pipeline.runtimes[node.name].device == "cuda")
+            estimates[node.name] = estimator.estimate(config, models, pipeline.runtimes[node.name])
         except UnknownArchitecture as error:
             estimates[node.name] = str(error)
     return estimates

@@ -19,6 +19,7 @@ from align.config.launch import LaunchConfig
 from align.config.validation import suggest, validate_plain
 from align.errors import UserError
 from align.models.architecture import Architecture, UnknownArchitecture, read_architecture
+from align.models.compute_types import with_expected_precision
 from align.pipeline.pipeline import Node, Pipeline
 from align.store.artifacts import Kind
 from align.store.store import Store
@@ -136,7 +137,8 @@ class _Planner:
         """Plan a stage that trains."""
         runtime = self.pipeline.runtimes[node.name]
         hardware = self._launch_hardware(node)
-        job: Job = estimator.job(node.config, models, runtime)
+        config = with_expected_precision(node.config, gpu=self.hardware.device.gpu)
+        job: Job = estimator.job(config, models, runtime)
         data_rows = self._training_rows(node)
         rows = job.rows(self.rows if data_rows is None else data_rows)
         requested = None
@@ -147,7 +149,7 @@ class _Planner:
         remedies: list[str] = []
         if not ways[0].fits:
             # Remedies are tried, not guessed: each is a full plan of the stage with that setting.
-            smaller = _smaller(node, LESS_TO_TRAIN, lambda config: estimator.job(config, models, runtime))
+            smaller = _smaller(node.name, config, LESS_TO_TRAIN, lambda config: estimator.job(config, models, runtime))
             remedies = training_remedies(job, hardware, ways, smaller, requested)
         return StagePlan(
             node.name,
@@ -165,14 +167,15 @@ class _Planner:
         """Plan a stage that samples or scores."""
         runtime = self.pipeline.runtimes[node.name]
         input_rows = self._input_rows(node)
-        inference: Inference = estimator.inference(node.config, models, input_rows)
+        config = with_expected_precision(node.config, gpu=self.hardware.device.gpu)
+        inference: Inference = estimator.inference(config, models, input_rows)
         ways: list[Way] = []
         if inference.sampling or inference.scoring:
             ways = sampling_ways(inference, runtime, self.hardware, self.fill)
         remedies: list[str] = []
         if ways and not ways[0].fits:
             # Remedies are tried only where they are needed: each one plans the stage again.
-            smaller = _smaller(node, {}, lambda config: estimator.inference(config, models, input_rows))
+            smaller = _smaller(node.name, config, {}, lambda config: estimator.inference(config, models, input_rows))
             remedies = sampling_remedies(inference, runtime, self.hardware, smaller)
         plan = StagePlan(
             node.name,
@@ -230,12 +233,14 @@ def _split_rows(metrics: dict[str, Any], split: str) -> int | None:
     return next((int(metrics[key]) for key in (f"{split}_rows", f"{split}_pairs") if key in metrics), None)
 
 
-def _smaller(node: Node, settings: dict[str, dict[str, Any]], build: Callable[[Any], Load]) -> dict[str, Load]:
+def _smaller(
+    name: str, config: Any, settings: dict[str, dict[str, Any]], build: Callable[[Any], Load]
+) -> dict[str, Load]:
     """Return the loads that ``build`` makes of the stage with reduced settings, by the option that asks for them.
 
     Settings that the stage does not allow are left out.
     """
-    place, config = f"stages.{node.name}", node.config
+    place = f"stages.{name}"
     changes = {f"--set '{place}.{words}'": fields for words, fields in settings.items()}
     for field in LENGTH_FIELDS:
         if hasattr(config, field):

@@ -81,21 +81,15 @@ def _torch() -> list[Finding]:
     if not findings:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         findings.append(Finding("ok", f"device cpu: {cores} cores, {setup.threads} torch threads"))
-        has_bf16 = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
-        note = "bf16 instructions" if has_bf16 else "no bf16 instructions: `precision: float32` will be faster"
-        findings.append(Finding("ok" if has_bf16 else "note", f"CPU capability {setup.cpu_capability}, {note}"))
+        speed = setup.cpu_speed
+        instructions = f"CPU capability {setup.cpu_capability}"
+        products = f"precision auto computes in {speed.faster} here ({speed.describe()})"
+        findings.append(Finding("ok", f"{instructions}, {products}"))
     for name in BREAKING:
         if setup.is_cpu_build and version_of(name) is not None:
             problem = f"{name} is a CUDA build but torch is a CPU build: pip uninstall -y {name}"
             findings.append(Finding("problem", problem))
     return findings
-
-
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def _engine(import_engines: bool) -> Iterator[Finding]:

@@ -99,6 +99,7 @@ def _plan(options: argparse.Namespace) -> int:
     from align.config.yaml import dump_yaml
     from align.runner.open_store import open_store
     from align.runner.plan import choose_stages, plan
+    from align.runner.stage_precision import plan_notes as precision_notes
 
     pipeline = load(options)
     if options.resolved:
@@ -124,6 +125,8 @@ def _plan(options: argparse.Namespace) -> int:
         print(printable(f"{step.node.name:<{width}}  {step.action:<7}  {step.node.key[:12]}  {step.why}"))
         for note in step.notes:
             print(printable(f"{'':<{width}}  · {note}"))
+    for note in precision_notes(pipeline, steps):
+        print(printable(note))
     print_pins(pipeline)
     _print_memory(memory)
     return 0

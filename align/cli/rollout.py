@@ -16,6 +16,7 @@ from align.cli.parser import add_assignments, add_store, print_json, print_warni
 from align.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from align.config.base import Precision
     from align.environments.episode import Episode
     from align.environments.player import EpisodeTask
     from align.environments.rehearsal import Rehearsal, Replayed
@@ -146,6 +147,14 @@ class Finished:
         return self.artifact(str(node.inputs[field]), f"{node.name}.{field}")
 
 
+def _precision_of(scene: Scene, finished: Finished) -> Precision:
+    """Return the type that the stage's ``precision`` stands for on this machine."""
+    from align.models.product_speed import resolve_precision
+    from align.models.threads import device_of
+
+    return resolve_precision(scene.config.precision, device_of(finished.pipeline.runtimes[scene.node.name]))
+
+
 def _make_rehearsal(scene: Scene, finished: Finished, options: argparse.Namespace) -> Rehearsal:
     from align.environments.rehearsal import Rehearsal
 
@@ -155,7 +164,7 @@ def _make_rehearsal(scene: Scene, finished: Finished, options: argparse.Namespac
         environment=settings.environment,
         model_dir=model_dir,
         runtime=finished.pipeline.runtimes[node.name],
-        precision=scene.config.precision,
+        precision=_precision_of(scene, finished),
         max_prompt_tokens=_max_prompt_tokens(scene, model_dir),
         temperature=settings.temperature if options.temperature is None else options.temperature,
         seed=node.seed,
@@ -247,7 +256,7 @@ def _evaluated_tasks(scene: Scene, finished: Finished) -> list[EpisodeTask]:
         pairs=[],
         heldout=[],
         has_second_reward=False,
-        precision=scene.config.precision,
+        precision=_precision_of(scene, finished),
         warn=print_warning,
         note=print_warning,
         rows=artifacts,

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from align.cli.parser import print_json
 from align.errors import printable
+from align.pipeline.pace import duration
 from align.report.page.number_format import interval, number
-from align.runner.console import duration
 
 if TYPE_CHECKING:
     from align.store.store import Store

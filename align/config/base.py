@@ -16,6 +16,8 @@ from align.store.artifacts import Kind
 
 Precision = Literal["bfloat16", "float32"]
 """Type of matrix products; weights stay float32 (``align.models.precision``)."""
+PrecisionSetting = Literal["auto", "bfloat16", "float32"]
+"""``precision`` in a YAML: ``auto`` is the type that the device multiplies faster in, measured when a stage starts."""
 
 
 class Config(BaseModel):

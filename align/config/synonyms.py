@@ -91,7 +91,7 @@ SYNONYMS = (
     Synonym("max_prompts", "max_samples max_train_samples limit num_prompts"),
     Synonym("eval_rows", "max_eval_samples"),
     # numbers and memory
-    Synonym("precision", "bf16 fp16 mixed_precision torch_dtype dtype", "Its values are bfloat16 and float32."),
+    Synonym("precision", "bf16 fp16 mixed_precision torch_dtype dtype", "Its values are auto, bfloat16 and float32."),
     Synonym(
         "gradient_checkpointing", "activation_checkpointing enable_gradient_checkpointing use_gradient_checkpointing"
     ),

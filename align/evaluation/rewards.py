@@ -103,7 +103,7 @@ def load_late(context: StageContext) -> LoadReward:
             from align.models.threads import device_of, use_threads
 
             use_threads(context.runtime)
-            return RewardScorer(RewardModel(artifact.model, device_of(context.runtime), context.config.precision))
+            return RewardScorer(RewardModel(artifact.model, device_of(context.runtime), context.precision))
 
         return LateScorer(load_model)
 

@@ -234,6 +234,7 @@ def _reproduce(facts: Facts) -> list[str]:
         ("align", f"{record.get('align', '')} {_commit(facts.lineage)}".strip()),
         ("packages", packages),
         ("machine", str(record.get("platform", ""))),
+        ("precision", str(record.get("precision") or "")),
         ("made", str(record.get("created", ""))[:19]),
     ]
     return [*lines, *table(("", ""), [row for row in rows if row[1]])]

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from align.models.compute_types import ProductSpeed
+from align.models.product_speed import product_speed
+
 
 @dataclass(frozen=True)
 class TorchSetup:
@@ -15,6 +18,8 @@ class TorchSetup:
     cuda_devices: tuple[tuple[str, int], ...]
     threads: int
     cpu_capability: str
+    cpu_speed: ProductSpeed
+    """Speed of the processor's matrix products."""
 
     @property
     def is_cpu_build(self) -> bool:
@@ -31,4 +36,5 @@ def torch_setup() -> TorchSetup:
         cuda_devices=tuple((device.name, device.total_memory) for device in properties),
         threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cpu_speed=product_speed(torch.device("cpu")),
     )

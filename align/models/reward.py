@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from align.config.base import Precision
+from align.config.base import PrecisionSetting
 from align.config.batch_sizes import SCORED_AT_ONCE
 from align.models.fast.prefix_batch import PrefixBatch, batches_of_shared, common_prefix, share_prefixes
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, to_device
 from align.models.loading import load_reward, load_tokenizer
 from align.models.precision import autocast, cast_frozen_to_bf16, low_residual
+from align.models.product_speed import resolve_precision
 from align.models.render import Message, render_conversation
 from align.models.steps import Steps, combine_steps, tokenize_steps
 
@@ -32,7 +33,7 @@ class RewardModel:
         self,
         model_dir: Path,
         device: Any = "cpu",
-        precision: Precision = "bfloat16",
+        precision: PrecisionSetting = "auto",
         batch_size: int = SCORED_AT_ONCE,
         share_beginnings: bool = False,
         pass_tokens: int | None = None,
@@ -48,7 +49,7 @@ class RewardModel:
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_reward(model_dir).to(device).requires_grad_(False)
         self.device = torch.device(device)
-        self.precision = precision
+        self.precision = resolve_precision(precision, self.device)
         self.batch_size = batch_size
         self.share_beginnings = share_beginnings
         self.pass_tokens = pass_tokens

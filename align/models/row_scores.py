@@ -18,6 +18,7 @@ from align.models.answer_tokens import split_turns
 from align.models.loading import load_policy, load_tokenizer
 from align.models.logits import logit_transform
 from align.models.precision import autocast
+from align.models.product_speed import resolve_precision
 from align.models.reward import RewardModel
 
 Scorer = Callable[[list[Row]], list[float]]
@@ -62,7 +63,9 @@ class _PerplexityScorer:
         model = load_policy(folder).to(device).eval()
         self._trunk, self._head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
         self._transform = logit_transform(model)
-        self.device, self.precision, self.batch_size = device, config.precision, config.batch_size
+        self.device = device
+        self.precision = resolve_precision(config.precision, torch.device(device))
+        self.batch_size = config.batch_size
         self.max_length, self.alone = config.max_length, alone
 
     def __call__(self, rows: list[Row]) -> list[float]:

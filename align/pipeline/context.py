@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config.base import Precision, PrecisionSetting
 from align.config.user_paths import user_path
 from align.errors import redact
+from align.pipeline.pace import Pace
 from align.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -51,11 +53,21 @@ class StageContext:
     followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
     """Told of every point of the curves, as the event file is."""
     started: float = field(default_factory=time.time)
+    auto_precision: Precision = "bfloat16"
+    """What ``precision: auto`` stands for in this run. The stage's process measures it."""
     fail_at_once: Callable[[str], None] | None = None
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
     ``run`` was called in a process that is not a stage's own."""
+    pace: Pace = field(default_factory=Pace, repr=False)
+    """How fast the stage's work advances, from all reported progress."""
     _reported_at: dict[str, float] = field(default_factory=dict, repr=False)
     """Time (``monotonic``) of the last reported progress of each unit."""
+
+    @property
+    def precision(self) -> Precision:
+        """The type of the stage's matrix products, with ``auto`` resolved."""
+        setting: PrecisionSetting = self.config.precision
+        return self.auto_precision if setting == "auto" else setting
 
     def artifact(self, field_name: str) -> Artifact:
         """The artifact behind a required input field."""
@@ -85,6 +97,7 @@ class StageContext:
 
         A count is left out within ``PROGRESS_SECONDS`` of the report before it, unless all units are done.
         """
+        self.pace.update({"done": done, "total": total, "unit": unit, "tokens": tokens, "time": time.time()})
         now = time.monotonic()
         # An engine may answer hundreds of times a second, and each report is a line in a file.
         is_due = now - self._reported_at.get(unit, -PROGRESS_SECONDS) >= PROGRESS_SECONDS

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pydantic import Field, create_model
 
-from align.config.base import Config, input_fields, input_names, names_in_block, settings_for_key
+from align.config.base import Config, PrecisionSetting, input_fields, input_names, names_in_block, settings_for_key
 from align.config.runtime import Runtime, StageRuntime
 from align.config.stages.continue_from import CONTINUE
 from align.config.user_functions import add_module_folder
@@ -43,6 +43,8 @@ class PipelineConfig(Config):
     """Free text for the report."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Every random choice of every stage follows from it."""
+    precision: PrecisionSetting | None = None
+    """Type of the matrix products of every stage that sets none itself; by default each stage's own default, auto."""
     runtime: Runtime = Runtime()
     """Where and how the pipeline runs; changes no result and no key."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -222,6 +224,8 @@ class Pipeline:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"{self._place(name)}.seed: should be a whole number from 0 to 2**32-1; found {seed!r}.")
         config_class = stage.config_class()
+        if self.config.precision is not None and "precision" in config_class.model_fields:
+            block.setdefault("precision", self.config.precision)
         try:
             return validate(config_class, block, self._place(name)), seed
         except UserError:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from align.errors import plain_number, printable, redact
+from align.pipeline.pace import Pace, duration
 from align.pipeline.pipeline import Node
 from align.pipeline.registry import Stage
 from align.runner.listener import Listener
@@ -31,56 +32,34 @@ WIDE = 100
 """Columns of a terminal that has room for a long bar."""
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as ``42s``, ``3m 05s`` or ``2h 10m``."""
-    # Round first: 119.7 s are two minutes, not 1m 60s.
-    total = round(seconds)
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m {total % 60:02d}s"
-    return f"{total // 3600}h {total % 3600 // 60:02d}m"
-
-
 @dataclass
 class RunningStage:
     """Progress of a stage in this attempt; times are those of ``time.time``."""
 
     started: float = field(default_factory=time.time)
-    first: dict[str, Any] | None = None
-    """First progress event of the work that goes on; rates and the time left count from it."""
-    last: dict[str, Any] | None = None
+    pace: Pace = field(default_factory=Pace)
+    """Progress of the work in hand."""
     reported: float = field(default_factory=time.time)
     """Time of the last line about the stage."""
     pause: float = field(default_factory=lambda: FIRST_REPORT)
     """Seconds until the next line."""
 
-    def update(self, event: dict[str, Any]) -> None:
-        """Take over a progress event."""
-        # A stage that samples and then scores counts each work from zero, in a unit of its own.
-        last = self.last
-        if last is None or event.get("unit") != last.get("unit") or event["done"] < last["done"]:
-            self.first = event
-        self.last = event
-
     def status(self) -> str:
         """Return ``12/40 steps · 2m 10s left · 310 tok/s · loss 1.23``; empty before the first progress event."""
-        event, first = self.last, self.first
-        if event is None or first is None:
+        event = self.pace.last
+        if event is None:
             return ""
         unit = event.get("unit", "")
         parts = [f"{plain_number(event['done'])}/{plain_number(event['total'])} {unit}"]
         if event.get("step"):
             parts.append(str(event["step"]))
-        # A resumed stage starts at its checkpoint, so rates count from the first event of this attempt.
-        elapsed = event["time"] - first["time"]
-        done = event["done"] - first["done"]
-        if done > 0 and elapsed > 0:
-            parts.append(f"{duration((event['total'] - event['done']) * elapsed / done)} left")
-        if event.get("tokens") is not None and elapsed > 0:
-            parts.append(f"{(event['tokens'] - (first.get('tokens') or 0)) / elapsed:.0f} tok/s")
-        elif done > 0 and elapsed > 0:
-            parts.append(_rate(done / elapsed, unit))
+        left, tokens, units = self.pace.seconds_left(), self.pace.tokens_per_second(), self.pace.units_per_second()
+        if left is not None:
+            parts.append(f"{duration(left)} left")
+        if tokens is not None:
+            parts.append(f"{tokens:.0f} tok/s")
+        elif units is not None:
+            parts.append(_rate(units, unit))
         for name in SHOWN:
             if isinstance(event.get(name), (int, float)):
                 parts.append(f"{name} {event[name]:.3g}")
@@ -88,9 +67,9 @@ class RunningStage:
 
     def report(self, now: float) -> str:
         """Return the line for a log: the status, and for how long the stage has been silent."""
-        if self.last is None:
+        if self.pace.last is None:
             return f"running for {duration(now - self.started)}, no progress yet"
-        silence = now - self.last["time"]
+        silence = now - self.pace.last["time"]
         suffix = f" · silent for {duration(silence)}" if silence >= REPORT_EVERY else ""
         return self.status() + suffix
 
@@ -192,7 +171,7 @@ class ConsoleListener(Listener):
         elif event.get("event") == "progress" and node.name in self.running:
             with self._lock:
                 stage = self.running[node.name]
-                stage.update(event)
+                stage.pace.update(event)
             if node.name in self.tasks:
                 task = self.tasks[node.name]
                 status = escape(printable(stage.status()))

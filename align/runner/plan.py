@@ -52,7 +52,9 @@ def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = fr
             if problems:
                 steps.append(Step(node, "damaged", f"{problems[0].path.name} {problems[0].description}"))
                 continue
-            steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}"))
+            precision = artifact.record.get("precision")
+            how = f", in {precision}" if precision else ""
+            steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}{how}"))
             continue
         # A forced stage runs in any case, so nobody asks the remote for it.
         remote = store.remote if artifact is None and node.name not in force else None

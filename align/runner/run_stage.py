@@ -289,6 +289,7 @@ class StageRun:
             "peak_memory_bytes": result["peak_memory_bytes"],
             "created": datetime.now(UTC).isoformat(),
             "align": VERSION,
+            "precision": result["precision"],
             "packages": result["versions"],
             "source": source_digest(node.stage),
             "git": git_commit(),

@@ -53,6 +53,8 @@ class StageResult(BaseModel):
     seconds: float = Field(0.0, ge=0)
     peak_memory_bytes: int = Field(0, ge=0)
     versions: dict[str, str] = {}
+    precision: str | None = None
+    """Type of the stage's matrix products; None for a stage without any."""
     symptom: str | None = None
     """Of one process among several: the sign by which its error only tells of another one's end."""
 

@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from align.pipeline.garbage_collection import relax_collections
 from align.pipeline.registry import Stage, find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.pipeline.thread_waiting import set_waiting
+from align.runner.slow_stage import watch
+from align.runner.stage_precision import choose_precision, emulation_warning, measured_speed
 from align.runner.stage_result import RESULT, read_work, write_result
 from align.store.artifacts import Artifact
 from align.store.atomic_write import write_text_atomically
@@ -153,8 +156,12 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
         if world_size() > 1:
             # Before the stage imports transformers and accelerate, which use a group that is there.
             load_object(f"{PROCESSES}:join")(_runtime(work))
-        metrics = _run(_context(folder, work, started, result_file), find_stage(work["stage"]))
+        context = _context(folder, work, started, result_file)
+        with _speed_watched(context):
+            metrics = _run(context, find_stage(work["stage"]))
         result: dict[str, Any] = {"status": "done", "metrics": metrics}
+        if hasattr(context.config, "precision"):
+            result["precision"] = context.precision
     except UserError as error:
         result = {"status": "refused", "message": str(error)}
     except Stopped as error:
@@ -227,12 +234,14 @@ def _context(folder: Path, work: dict[str, Any], started: float, result_file: st
         inputs[name] = [_artifact(item) for item in value] if isinstance(value, list) else value and _artifact(value)
     (folder / OUTPUT).mkdir(exist_ok=True)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    config = validate_plain(stage.config_class(), work["config"])
+    runtime = _runtime(work)
     return StageContext(
         name=work["name"],
-        config=validate_plain(stage.config_class(), work["config"]),
+        config=config,
         inputs=inputs,
         seed=work["seed"],
-        runtime=validate_plain(Runtime, work["runtime"]),
+        runtime=runtime,
         output=folder / OUTPUT,
         checkpoints=folder / CHECKPOINTS,
         events=Path(os.devnull) if rank() else folder / EVENTS,  # of several processes the first one speaks
@@ -241,8 +250,24 @@ def _context(folder: Path, work: dict[str, Any], started: float, result_file: st
         kind=work["stage"],
         group=work.get("group", ""),
         started=started,
+        auto_precision=choose_precision(folder, config, inputs, runtime),
         fail_at_once=functools.partial(fail_at_once, folder, result_file),
     )
+
+
+@contextlib.contextmanager
+def _speed_watched(context: StageContext) -> Iterator[None]:
+    """Inside, the stage warns if it is slow for a reason that its user can remove."""
+    if rank():  # of several processes the first one speaks
+        yield
+        return
+    speed = None
+    if hasattr(context.config, "precision"):
+        speed = measured_speed(context.runtime)
+        if context.precision == "bfloat16" and speed.emulates_bfloat16:
+            context.warn(f"{context.name}: {emulation_warning(speed)}.")
+    with watch(context, speed, _available_cores()):
+        yield
 
 
 def _artifact(item: dict[str, str]) -> Artifact:
@@ -250,10 +275,15 @@ def _artifact(item: dict[str, str]) -> Artifact:
     return read_artifact(path, item["stage"])
 
 
+def _available_cores() -> int:
+    """Return this process's share of the cores there are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_size())
+
+
 def set_threads(threads: int | None) -> None:
     """Set this process's threads, by default its share of the cores there are; before torch is imported."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = str(threads or max(1, cores // local_size()))
+    os.environ["OMP_NUM_THREADS"] = str(threads or _available_cores())
     set_waiting()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

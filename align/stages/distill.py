@@ -126,7 +126,7 @@ class _TeacherTargets:
         self.teacher: Teacher | None = None
         identity = {
             "teacher": artifact.weights,
-            "precision": config.precision,
+            "precision": context.precision,
             "temperature": config.temperature,
             "top_k": config.top_k,
             "vocabulary": vocabulary,
@@ -153,7 +153,7 @@ class _TeacherTargets:
 
     def _load(self) -> Teacher:
         if self.teacher is None:
-            low = self.context.config.precision == "bfloat16"
+            low = self.context.precision == "bfloat16"
             model = load_policy(self.artifact.model, torch.bfloat16 if low else torch.float32)
             model.to(device_of(self.context.runtime)).requires_grad_(False)
             # As the student computes, so that equal weights give equal distributions.
@@ -175,7 +175,7 @@ def _engine(context: StageContext) -> RolloutEngine:
             )
         ),
         context.runtime,
-        precision=config.precision,
+        precision=context.precision,
         max_length=config.max_length + config.max_tokens,
         seed=context.seed % 2**32,
         warn=context.warn,

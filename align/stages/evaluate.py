@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from align.config.stages.evaluate import EvaluateConfig
 from align.pipeline.context import StageContext
 
 
@@ -25,7 +24,6 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.evaluation.rewards import judge_usage
     from align.inference.engine import open_engine
 
-    config: EvaluateConfig = context.config
     # Everything is read and checked before the engine starts.
     plan = make_plan(context)
 
@@ -33,7 +31,7 @@ def run(context: StageContext) -> dict[str, Any]:
         return open_engine(
             model_dir,
             runtime,
-            precision=config.precision,
+            precision=context.precision,
             max_length=plan.max_length,
             seed=context.seed,
             warn=context.warn,

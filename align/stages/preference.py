@@ -141,7 +141,6 @@ class Reference:
         from align.models.tuning.apply import initial_policy
         from align.training.reference import answer_sums
 
-        config = self.context.config
         if self._loaded is None:
             self._loaded = self.prepared.tuned_model(self.context) if self.named is None else self._load(self.named)
         device = device_of(self.context.runtime)
@@ -157,7 +156,7 @@ class Reference:
                 start,
                 answers,
                 self.prepared.tokenizer.pad_token_id,
-                config.precision == "bfloat16",
+                self.context.precision == "bfloat16",
                 lambda done, total: self.context.progress(done, total, unit="reference answers"),
             )
 
@@ -179,7 +178,7 @@ def _reduce_work(context: StageContext, model: Any) -> None:
     from align.training.arguments import shares_prefixes
     from align.training.trainers import reduce_work
 
-    bfloat16 = context.config.precision == "bfloat16"
+    bfloat16 = context.precision == "bfloat16"
     reduce_work(model, bfloat16=bfloat16, shared_prefixes=shares_prefixes(context))
 
 
@@ -201,7 +200,7 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
     return {
         "weights": (named or context.artifact("policy")).weights,
         "loaded": loaded,
-        "precision": context.config.precision,
+        "precision": context.precision,
         "device": device_of(context.runtime).type,
         "shared_prefixes": str(shares_prefixes(context)),
     }

@@ -109,7 +109,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
                 f"max_prompt_tokens {config.max_prompt_tokens} and were left out."
             )
         context.note(
-            notice(trainer.model.policy, config.tuning, config.precision, low_residual=True, loaded=trainer.model)
+            notice(trainer.model.policy, config.tuning, context.precision, low_residual=True, loaded=trainer.model)
         )
         if player is not None and rank() < playing_processes(context.runtime):
             # Not in the thread that samples ahead: loading changes torch's default type in the trainer's thread, too.
@@ -135,7 +135,7 @@ def _open_engine(context: StageContext, source: Path) -> RolloutEngine:
     return open_engine(
         broadcast(lambda: engine_source(source, config.tuning, context.checkpoints / "engine" / "model")),
         context.runtime,
-        precision=config.precision,
+        precision=context.precision,
         max_length=config.max_prompt_tokens + config.max_tokens,
         seed=context.seed % 2**32,
         warn=context.warn,
@@ -256,6 +256,17 @@ class ReportUpdates(TrainerCallback):
     def __init__(self, context: StageContext) -> None:
         self.context = context
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Report the updates that are to come; rates count from here, so the first update is part of them."""
+        if not state.is_world_process_zero:
+            return
+        done = state.global_step // args.steps_per_update  # type: ignore[attr-defined]  # RolloutArguments
+        tokens = [int(entry["tokens"]) for entry in state.log_history if "tokens" in entry]
+        total = args.updates  # type: ignore[attr-defined]
+        self.context.progress(done, total, unit="updates", tokens=tokens[-1] if tokens else 0)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -332,7 +343,7 @@ def _load_reward_models(context: StageContext) -> list[RewardModel]:
 
 def _load_reward_model(context: StageContext, artifact: Artifact) -> RewardModel:
     device = device_of(context.runtime)
-    return RewardModel(artifact.model, device=device, precision=context.config.precision, share_beginnings=True)
+    return RewardModel(artifact.model, device=device, precision=context.precision, share_beginnings=True)
 
 
 def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> WeightedSum | None:
@@ -369,7 +380,7 @@ def make_arguments(context: StageContext, arguments_class: type[RolloutArguments
         "output_dir": str(context.checkpoints),
         "seed": context.seed % 2**32,
         "use_cpu": not on_gpu,
-        "bf16": config.precision == "bfloat16",
+        "bf16": context.precision == "bfloat16",
         "per_device_train_batch_size": config.micro_batch_of(world_size()),
         "ddp_timeout": math.ceil(context.runtime.launch.timeout),
         "lr_scheduler_type": SCHEDULERS[config.scheduler],
@@ -382,5 +393,5 @@ def make_arguments(context: StageContext, arguments_class: type[RolloutArguments
         **parallel_options(context, on_gpu),
     }
     arguments = arguments_class(**(options | config.trainer))
-    arguments.launch, arguments.precision = context.runtime.launch, config.precision
+    arguments.launch, arguments.precision = context.runtime.launch, context.precision
     return arguments

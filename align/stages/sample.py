@@ -126,7 +126,7 @@ class _ChunkSampler:
             {
                 # All that the responses depend on. A chunk of an earlier attempt is used only under the same key.
                 "policy": self.context.artifact("policy").weights,
-                "precision": self.context.config.precision,
+                "precision": self.context.precision,
                 "sampling": asdict(sampling),
                 "rows": [row["id"] for row in prompts.rows[start : start + SAMPLE_CHUNK]],
                 "prompts": prompts.prompts[start : start + SAMPLE_CHUNK],

@@ -46,7 +46,7 @@ class LateEngine:
             self._engine = open_engine(
                 context.artifact("policy").model,
                 context.runtime,
-                precision=config.precision,
+                precision=context.precision,
                 max_length=config.max_prompt_tokens + config.max_tokens,
                 seed=context.seed,
                 warn=context.warn,

@@ -1,3 +1,3 @@
 """The version of align, which every record holds."""
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"

@@ -85,7 +85,7 @@ class EpisodeParts:
         return digest(
             {
                 "policy": self.policy.weights,
-                "precision": config.precision,
+                "precision": self.context.precision,
                 "environment": config.environment.identity(),
                 "sampling": [config.temperature, config.top_p, self.policy.max_prompt_tokens, self.policy.system],
                 "tasks": [[task.row, task.seed] for task in tasks],

@@ -41,7 +41,7 @@ class Engines(SwitchingEngine):
         engine = open_engine(
             model_dir,
             runtime,
-            precision=context.config.precision,
+            precision=context.precision,
             max_length=min(self.max_length, max_positions(model_dir) or self.max_length),
             seed=context.seed,
             warn=context.warn,

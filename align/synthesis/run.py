@@ -105,7 +105,7 @@ class _Synthesis:
         if self.engines is None:
             answers = max(config.max_tokens, 0 if config.judge is None else config.judge.max_tokens)
             self.engines = Engines(self.context, config.max_prompt_tokens + answers)
-        return LocalModel(self.engines, self.context.artifact(field), config.max_prompt_tokens, config.precision)
+        return LocalModel(self.engines, self.context.artifact(field), config.max_prompt_tokens, self.context.precision)
 
     def _progress(self, done: int, total: int, tokens: int) -> None:
         # Cost is only known for endpoints with prices.

@@ -79,7 +79,7 @@ def parallel_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
         return {}
     from align.training.zero import zero_options
 
-    return zero_options(launch.deepspeed, on_gpu, context.config.precision == "bfloat16")
+    return zero_options(launch.deepspeed, on_gpu, context.precision == "bfloat16")
 
 
 def training_arguments(config_class: type[Any], context: StageContext, rows: int, **stage_options: Any) -> Any:
@@ -94,7 +94,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         "output_dir": str(context.checkpoints),
         "seed": context.seed % 2**32,  # numpy takes no more
         "use_cpu": not on_gpu,
-        "bf16": fields.precision == "bfloat16",
+        "bf16": context.precision == "bfloat16",
         "max_steps": steps,
         "per_device_train_batch_size": fields.micro_batch_of(world_size()),
         "per_device_eval_batch_size": fields.micro_batch_of(world_size()),
@@ -123,7 +123,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         **parallel_options(context, on_gpu),
     }
     arguments = config_class(**{**options, **stage_options, **fields.trainer})
-    arguments.launch, arguments.precision = context.runtime.launch, fields.precision
+    arguments.launch, arguments.precision = context.runtime.launch, context.precision
     arguments.shared_prefixes = shares_prefixes(context)
     arguments.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
     return use_one_device(arguments)

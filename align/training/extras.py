@@ -38,7 +38,7 @@ def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback
     if config.anchor is not None and config.anchor.to == "l2":
         callbacks.append(PullToStart(trainer.model, config.anchor.weight))
     if config.anchor is not None and config.anchor.to == "kl":
-        low = config.precision == "bfloat16"
+        low = context.precision == "bfloat16"
         trainer.terms = [*trainer.terms, KLToStart(trainer, config.anchor.weight, low)]
     if config.replay is not None:
         replay = make_replay(context, trainer)

@@ -75,7 +75,7 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
 
 def _note_memory(context: StageContext, trainer: Any, extras: Sequence[Any]) -> None:
     """Note the memory that training takes."""
-    tuning, precision = context.config.tuning, context.config.precision
+    tuning, precision = context.config.tuning, context.precision
     max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
     low = precision == "bfloat16"  # ``Prepared`` rounds activations between layers then
     context.note(notice(trainer.model, tuning, precision, low_residual=low, max_trained=max_trained))

@@ -14,9 +14,10 @@ from rich.text import Text
 
 from align.capacity.memory import Choice, Estimate, Memory
 from align.capacity.table import memory_lines
+from align.pipeline.pace import duration
 from align.pipeline.registry import STAGES
 from align.runner import console
-from align.runner.console import ConsoleListener, RunningStage, duration
+from align.runner.console import ConsoleListener, RunningStage
 from align.store.artifacts import Artifact, Kind
 
 NODE: Any = SimpleNamespace(name="one", stage=STAGES["evaluate"])
@@ -81,35 +82,35 @@ def progress(seconds: float, done: float, total: float, unit: str = "steps", **s
 
 def test_rates_and_time_left_count_from_this_attempts_first_event() -> None:
     stage = RunningStage(started=90.0)
-    stage.update(progress(100.0, 10, 40, tokens=1000))
-    stage.update(progress(110.0, 20, 40, tokens=4000, loss=1.5))
+    stage.pace.update(progress(100.0, 10, 40, tokens=1000))
+    stage.pace.update(progress(110.0, 20, 40, tokens=4000, loss=1.5))
     assert stage.status() == "20/40 steps · 20s left · 300 tok/s · loss 1.5"
 
 
 @pytest.mark.parametrize(("done", "rate"), [(30, "3 responses/s"), (5, "30 responses/min")])
 def test_a_stage_that_counts_no_tokens_shows_the_rate_of_its_unit(done: int, rate: str) -> None:
     stage = RunningStage(started=0.0)
-    stage.update(progress(0.0, 0, 60, "responses"))
-    stage.update(progress(10.0, done, 60, "responses"))
+    stage.pace.update(progress(0.0, 0, 60, "responses"))
+    stage.pace.update(progress(10.0, done, 60, "responses"))
     assert rate in stage.status()
 
 
 def test_each_work_of_a_stage_has_its_own_rate() -> None:
     """An evaluation samples for minutes and then scores: the scores' rate does not count the sampling."""
     stage = RunningStage(started=0.0)
-    stage.update(progress(0.0, 0, 600, "responses"))
-    stage.update(progress(300.0, 600, 600, "responses"))
-    stage.update(progress(310.0, 1, 6, "systems scored"))
-    stage.update(progress(320.0, 2, 6, "systems scored"))
+    stage.pace.update(progress(0.0, 0, 600, "responses"))
+    stage.pace.update(progress(300.0, 600, 600, "responses"))
+    stage.pace.update(progress(310.0, 1, 6, "systems scored"))
+    stage.pace.update(progress(320.0, 2, 6, "systems scored"))
     assert stage.status().startswith("2/6 systems scored · 40s left")
-    stage.update(progress(330.0, 1, 9, "systems scored"))  # the next pass, in the same unit
-    stage.update(progress(335.0, 2, 9, "systems scored"))
+    stage.pace.update(progress(330.0, 1, 9, "systems scored"))  # the next pass, in the same unit
+    stage.pace.update(progress(335.0, 2, 9, "systems scored"))
     assert stage.status().startswith("2/9 systems scored · 35s left")
 
 
 def test_a_stage_shows_the_step_it_is_at() -> None:
     stage = RunningStage(started=0.0)
-    stage.update(progress(0.0, 0, 4, "parts", step="loading torch and transformers"))
+    stage.pace.update(progress(0.0, 0, 4, "parts", step="loading torch and transformers"))
     assert stage.status() == "0/4 parts · loading torch and transformers"
 
 

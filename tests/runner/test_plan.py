@@ -10,6 +10,7 @@ import pytest
 
 from align.capacity.estimate import estimate_memory
 from align.capacity.memory import Estimate
+from align.models.compute_types import ProductSpeed
 from align.pipeline.pipeline import Node, Pipeline
 from align.store.store import Store
 from tests.support.records import put_record
@@ -30,6 +31,12 @@ RAW: dict[str, Any] = {
 MILLION_135, TINY = 134_515_008, 98_880
 TINY_REWARD = 2 * 98_560 + 4 * (320 + 64)
 """Bytes: matrices in bfloat16; norms and the score head in float32."""
+
+
+@pytest.fixture(autouse=True)
+def processor_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the same memory on every processor."""
+    monkeypatch.setattr("align.models.compute_types.read_speed", lambda: ProductSpeed(2.0, 1.0))
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from align.errors import UserError
 from align.evaluation.judges.judged import make_items
 from align.evaluation.tasks.task_records import load_records
 from align.models.architecture import Architecture
+from align.models.compute_types import resolved
 
 Models = Mapping[str, Sequence[Architecture]]
 UNKNOWN_LENGTH = "its memory is counted, not its time: the length of its texts is not known."
@@ -54,7 +55,7 @@ def inference(config: EvaluateConfig, models: Models, rows: Mapping[str, Rows]) 
     evaluation.add_pairs()
     evaluation.add_heldout()
     return Inference(
-        precision=config.precision,
+        precision=resolved(config.precision),
         sampling=tuple(evaluation.sampling),
         scoring=tuple(evaluation.scoring),
         row="prompts" if config.prompts is not None else "items",

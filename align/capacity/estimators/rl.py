@@ -25,6 +25,7 @@ from align.config.stages.rl import RolloutFields
 from align.config.tuning import FullTuning, LoraTuning, TuningBase
 from align.models.activations import FLOAT, SHORT
 from align.models.architecture import Architecture
+from align.models.compute_types import resolved
 from align.models.flops import forward_flops, learning_flops
 
 Models = Mapping[str, Sequence[Architecture]]
@@ -82,7 +83,7 @@ def rollout_memory(
     engine, cache, released = engine_memory(
         policy,
         runtime,
-        precision=config.precision,
+        precision=resolved(config.precision),
         sequences=-(-config.rollout_batch // setting.processes),
         length=config.max_prompt_tokens + config.max_tokens,
     )
@@ -91,7 +92,7 @@ def rollout_memory(
         rewards,
         tuning=tuning,
         critic=critic,
-        precision=config.precision,
+        precision=resolved(config.precision),
         checkpointing=setting.checkpointing,
         sequential=setting.processes == 1,
         gpu=setting.gpu,
@@ -115,7 +116,7 @@ def _user_memory(config: RolloutFields, models: Models, runtime: Runtime, settin
     user = user_load(config.environment, user_of(models), config.max_prompt_tokens)
     if user is None:
         return 0, 0
-    return user_memory(user, runtime, config.precision, -(-config.rollout_batch // setting.processes))
+    return user_memory(user, runtime, resolved(config.precision), -(-config.rollout_batch // setting.processes))
 
 
 def _checkpointing(config: RolloutFields) -> bool:
@@ -164,7 +165,7 @@ def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
     return Job(
         model=policy,
         tuning=tuning,
-        precision=config.precision,
+        precision=resolved(config.precision),
         batch=config.responses_per_step,
         micro_batch=config.micro_batch,
         row="responses",

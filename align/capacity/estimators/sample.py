@@ -17,6 +17,7 @@ from align.config.batch_sizes import EPISODES_TOGETHER, SAMPLE_CHUNK
 from align.config.scores import describe_score
 from align.config.stages.sample import SampleConfig
 from align.models.architecture import Architecture
+from align.models.compute_types import resolved
 
 
 def inference(
@@ -46,7 +47,7 @@ def inference(
     if config.score not in (None, "gold"):
         notes.append(f"The time of {describe_score(config.score)}, which scores, is not counted.")
     return Inference(
-        precision=config.precision,
+        precision=resolved(config.precision),
         sampling=(load,),
         scoring=tuple(scoring),
         row="prompts",

@@ -20,6 +20,7 @@ from align.config.batch_sizes import EPISODES_TOGETHER, SYNTHESIS_CHUNK
 from align.config.stages.synthesis_tasks import InstructionsTask
 from align.config.stages.synthesize import SynthesizeConfig
 from align.models.architecture import Architecture
+from align.models.compute_types import resolved
 
 
 def inference(
@@ -59,7 +60,7 @@ def inference(
     notes = [] if config.environment is None else environment_notes(config.environment)
     is_counted = bool(answering or judging or scoring)
     return Inference(
-        precision=config.precision,
+        precision=resolved(config.precision),
         sampling=(*answering, *judging),
         scoring=scoring,
         row=row,

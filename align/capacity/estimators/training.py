@@ -23,6 +23,7 @@ from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning, LoraTuning, LowRank, TuningBase
 from align.models.activations import FLOAT, SIZES, activations_per_token, passing_per_token
 from align.models.architecture import Architecture, UnknownArchitecture
+from align.models.compute_types import resolved
 from align.models.flops import forward_flops, learning_flops
 
 TRAINED_FIELDS = ("model", "policy", "student")
@@ -81,20 +82,22 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
         added, trained = head, (model.trunk if scores else model.parameters) + head
     else:
         added = trained = model.adapters(tuning, "trunk" if scores else "model") + head
-    low, learned = config.precision == "bfloat16", rows_to_tokens(config, setting.rows)
+    precision = resolved(config.precision)
+    learned = rows_to_tokens(config, setting.rows)
+    logits = 0 if scores else _learning_logits(model, learned, precision, tuning.trains_all, setting.gpu)
     return Memory(
         weights=weights + FLOAT * added,
         gradients=FLOAT * trained,
         optimizer=2 * FLOAT * trained,
         reference=_other_models(config, models, trained),
-        copies=_copies(model, tuning, setting.checkpointing, scores) if low else 0,
-        logits=0 if scores else _learning_logits(model, learned, config.precision, tuning.trains_all, setting.gpu),
+        copies=_copies(model, tuning, setting.checkpointing, scores) if precision == "bfloat16" else 0,
+        logits=logits,
         scoring=_scoring(config, models, tuning, setting.gpu),
         saving=_saving(config, model, tuning, setting.gpu),
         activations=activations_per_token(
             model,
             tuning,
-            config.precision,
+            precision,
             checkpointing=setting.checkpointing,
             flash=setting.gpu or config.max_length > SHORT,
         ),
@@ -149,7 +152,7 @@ def _scoring(config: TrainingFields, models: Models, tuning: TuningBase, gpu: bo
     A ``reference`` that is a model of its own is in memory while it scores the rows.
     """
     model = trained_model(models)
-    size = SIZES[config.precision]
+    size = SIZES[resolved(config.precision)]
     references = sum(FLOAT * reference.parameters for reference in models.get("reference", ()))
     tokens = min(SCORED_TOKENS, rows_to_tokens(config, config.eval_rows))
     layer = tokens * passing_per_token(model, size, size)
@@ -158,7 +161,7 @@ def _scoring(config: TrainingFields, models: Models, tuning: TuningBase, gpu: bo
     if gpu:
         logits = size * tokens * min(model.vocabulary, TILE[1])
     else:
-        logits = head_work_space(model, False, config.precision == "bfloat16", LOGITS_AT_ONCE["cpu"])
+        logits = head_work_space(model, False, resolved(config.precision) == "bfloat16", LOGITS_AT_ONCE["cpu"])
     return references + max(layer, logits + FLOAT * tokens * model.hidden)
 
 
@@ -195,7 +198,7 @@ def job(config: TrainingFields, models: Models, runtime: Runtime | None) -> Job:
     return Job(
         model=model,
         tuning=tuning,
-        precision=config.precision,
+        precision=resolved(config.precision),
         batch=config.batch_size,
         micro_batch=config.micro_batch,
         row="pairs" if config.sides == 2 else "rows",

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.config.base import Config
+from align.config.base import Config, PrecisionSetting
 from align.config.located_paths import NameOrPath
 from align.config.recipe.evaluation_set import EvaluationSet
 from align.config.recipe.filter_settings import FilterStep
@@ -104,8 +104,8 @@ class ScoreStep(Config):
     """Tokens of prompt and reply that a model reads; a longer row is scored by its beginning."""
     batch_size: int = Field(16, ge=1)
     """Rows of one forward pass."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the matrix products."""
+    precision: PrecisionSetting = "auto"
+    """Type of the matrix products; ``auto`` measures which one this device multiplies faster in."""
 
     @model_validator(mode="after")
     def _has_one_scorer(self) -> Self:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.config.base import Config, stage_input
+from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.located_paths import UserPath
 from align.config.metric_functions import MetricFunction, metric_functions
 from align.config.scores import Score, rename_score_stages, reward_names
@@ -130,8 +130,8 @@ class EvaluateConfig(Config):
     """At most so many held-out answers, drawn by seed."""
     max_heldout_length: int = Field(1024, ge=2)
     """Held-out rows longer than this, in tokens, are left out, and counted."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the matrix products, in sampling and scoring."""
+    precision: PrecisionSetting = "auto"
+    """Type of the matrix products, in sampling and scoring; ``auto`` measures which one is faster here."""
     bootstrap: int = Field(10_000, ge=100)
     """Resamples behind every interval and permutation test; the smallest p-value is about 1 / this."""
 

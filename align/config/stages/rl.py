@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
-from align.config.base import stage_input
+from align.config.base import PrecisionSetting, stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.launch import LaunchConfig
 from align.config.scores import Score, rename_score_stages, reward_names, score_identities
@@ -103,8 +103,9 @@ class RolloutFields(TrainerOptions):
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient norm to clip to, for the policy and the critic separately."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the matrix products; bfloat16 is twice as fast. Weights and AdamW's state are float32 either way."""
+    precision: PrecisionSetting = "auto"
+    """Type of the matrix products; ``auto`` measures which one this device multiplies faster in. Weights and AdamW's
+    state are float32 either way."""
     missing_eos_penalty: float | None = Field(None, ge=0)
     """Subtracted from the score of a response without an end token. Teaches the policy to stop."""
     length_penalty: float = Field(0.0, ge=0)

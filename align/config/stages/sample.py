@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from align.config.base import Config, Precision, stage_input
+from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.scores import Score, rename_score_stages, score_identities
 from align.config.simulated_user import rename_user_stage
@@ -57,8 +57,8 @@ class SampleConfig(Config):
     """One pair per prompt (best and worst response), or every two responses with different scores."""
     max_prompts: SplitCounts = SplitCounts()
     """Most prompts per split: ``{train: 600, test: 100}``."""
-    precision: Precision = "bfloat16"
-    """Type of the matrix products."""
+    precision: PrecisionSetting = "auto"
+    """Type of the matrix products; ``auto`` measures which one this device multiplies faster in."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"score", "environment"})
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"environment"})

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
-from align.config.base import Config, Precision, stage_input
+from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.endpoint import EndpointConfig
 from align.config.environment import EnvironmentConfig, take_episode_tokens
 from align.config.judge import JudgeConfig
@@ -59,8 +59,8 @@ class SynthesizeConfig(Config):
     """Longer prompts are dropped and counted; only for ``model`` and ``judge_model``, a server has its own limit."""
     max_prompts: SplitCounts = SplitCounts()
     """Most prompts per split: ``{train: 600, test: 100}``."""
-    precision: Precision = "bfloat16"
-    """Type of the matrix products of ``model``, ``judge_model`` and ``reward``."""
+    precision: PrecisionSetting = "auto"
+    """Type of the matrix products of ``model``, ``judge_model`` and ``reward``; ``auto`` measures the faster one."""
     cache: StrictBool | str = True
     """Cache of answers that stages and runs share: true for the store's cache, a folder for another one, false for
     none. A killed stage always resumes from its own answers."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from align.config.base import Config, Precision, stage_input
+from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.launch import LaunchConfig
 from align.config.stages.trainer_options import TrainerOptions
 from align.config.trained_tokens import TrainedTokens
@@ -47,8 +47,9 @@ class TrainingFields(TrainerOptions):
 
     tuning: Tuning = FullTuning()
     """``{method: full}`` trains every weight, ``{method: lora, rank: 16}`` adapters of a few per cent."""
-    precision: Precision = "bfloat16"
-    """Type of the matrix products; bfloat16 is twice as fast. Weights and AdamW's state are float32 either way."""
+    precision: PrecisionSetting = "auto"
+    """Type of the matrix products; ``auto`` measures which one this device multiplies faster in. Weights and AdamW's
+    state are float32 either way."""
     learning_rate: float = Field(gt=0, le=1)
     """Peak learning rate of AdamW. LoRA needs about ten times that of full tuning, so there is no default."""
     epochs: float = Field(1.0, gt=0, le=1000)

@@ -75,6 +75,9 @@ def stage_settings(record: Mapping[str, Any], with_seed: bool) -> dict[str, Any]
     inputs = record.get("inputs") or {}
     settings = _flatten({name: value for name, value in (record.get("config") or {}).items() if name not in inputs})
     settings |= {"kind": record.get("kind"), "stage version": record.get("version")}
+    if settings.get("precision") == "auto" and record.get("precision"):
+        # The setting is the same on every machine, what it stood for may differ.
+        settings["precision"] = f"auto ({record['precision']})"
     if with_seed:
         settings["seed"] = record.get("seed")
     for name, value in (record.get("identities") or {}).items():

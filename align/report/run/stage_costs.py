@@ -111,6 +111,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Reads", ", ".join(inputs)),
         ("Outside the store", ", ".join(identities)),
         ("Git commit", record.get("git")),
+        ("Precision", record.get("precision")),
         ("Packages", ", ".join(packages)),
         ("Machine", device(record)),
         ("Made", record.get("created")),
