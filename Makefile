@@ -17,10 +17,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart setup browser slurm slurm-stop check docs test test-slow test-gpu gpu-evidence bench clean
+.PHONY: help quickstart setup browser slurm slurm-stop check docs test test-slow test-avx2 test-gpu gpu-evidence bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
+	@echo "make test-avx2   the tests whose numbers or time depend on the processor, as if it had AVX2 only"
 	@echo "make test-gpu    the tests that need one GPU"
 	@echo "make gpu-evidence  all that needs one GPU, in commands of 9 minutes: repeat it until it says done (docs/gpu.md)"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
@@ -83,6 +84,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "slow or not slow" --timeout 3600
+
+# A newer processor then behaves like one with AVX2 only, whose numbers, times and default type differ.
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  tests/rl tests/training tests/stages tests/inference tests/models tests/test_end_to_end.py
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests/gpu --timeout 900 -rs

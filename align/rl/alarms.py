@@ -27,6 +27,10 @@ FEW_CALLS = 0.2
 """Calls of tools per episode at the start below which none can be missed."""
 CLEAR = 2.0
 """Standard errors that a change of means must exceed."""
+SPAN = 8
+"""Updates in which the score's trend is compared with gold's."""
+CLEAR_TREND = 3.0
+"""Standard errors that the slope of a line through the scores must exceed: 1 in 100 flat lines of 8 points does."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,35 @@ def _explosion(history: Sequence[Entry]) -> tuple[str, str]:
 
 
 def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
-    """Return an alarm for a mean score clearly up and gold clearly down between two windows (arXiv 2210.10760)."""
+    """Return an alarm for a mean score that clearly rises while gold clearly falls, or no longer rises (2210.10760).
+
+    Scores scatter from update to update. A fall is a difference between two windows in its standard errors. A gold
+    score that stands still is seen later: over ``SPAN`` updates a line through the score rises steeply for its scatter,
+    and one through gold does not rise at all.
+    """
     name = "over-optimization"
-    if len(history) < 2 * WINDOW or "gold" not in history[-1]:
+    if "gold" not in history[-1]:
         return name, ""
-    # Scores scatter from update to update: two windows are compared in standard errors of their difference.
+    remedy = (
+        "the policy exploits what the reward model overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, "
+        "or train the reward model on this policy's responses"
+    )
     before, after = history[-2 * WINDOW : -WINDOW], history[-WINDOW:]
-    if _change(before, after, "score") > CLEAR and _change(before, after, "gold") < -CLEAR:
+    has_windows = len(history) >= 2 * WINDOW
+    if has_windows and _change(before, after, "score") > CLEAR and _change(before, after, "gold") < -CLEAR:
         return name, (
             f"in {WINDOW} updates the score rose from {_mean(before, 'score'):.3g} to {_mean(after, 'score'):.3g} "
-            f"while gold fell from {_mean(before, 'gold'):.3g} to {_mean(after, 'gold'):.3g}: the policy "
-            "exploits what the reward model overrates. Keep an earlier checkpoint (keep: best), raise kl_coef, or "
-            "train the reward model on this policy's responses"
+            f"while gold fell from {_mean(before, 'gold'):.3g} to {_mean(after, 'gold'):.3g}: {remedy}"
+        )
+    latest = history[-SPAN:]
+    has_span = len(history) >= SPAN + START
+    if has_span and _trend(latest, "score") > CLEAR_TREND and _trend(latest, "gold") <= 0:
+        half = SPAN // 2
+        first, last = latest[:half], latest[half:]
+        return name, (
+            f"over {SPAN} updates the score rose (means of halves {_mean(first, 'score'):.3g} and "
+            f"{_mean(last, 'score'):.3g}) while gold did not ({_mean(first, 'gold'):.3g} and "
+            f"{_mean(last, 'gold'):.3g}): {remedy}"
         )
     return name, ""
 
@@ -147,3 +168,17 @@ def _change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float
     if error != 0:
         return float(difference / error)
     return math.copysign(math.inf, difference) if difference else 0.0
+
+
+def _trend(history: Sequence[Entry], name: str) -> float:
+    """Return the slope of a least-squares line through the values in its standard errors (Student's t)."""
+    values = [entry[name] for entry in history]
+    count = len(values)
+    middle, mean = (count - 1) / 2, statistics.fmean(values)
+    spread = sum((index - middle) ** 2 for index in range(count))
+    slope = sum((index - middle) * value for index, value in enumerate(values)) / spread
+    residuals = [value - mean - slope * (index - middle) for index, value in enumerate(values)]
+    error = (sum(residual**2 for residual in residuals) / (count - 2) / spread) ** 0.5
+    if error > 1e-12 * abs(slope):
+        return slope / error
+    return math.copysign(math.inf, slope) if slope else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from align.rl.alarms import alarms
+from align.rl.alarms import _trend, alarms
 
 
 def history(**changes):
@@ -108,3 +108,31 @@ def test_environments_that_mostly_fail():
     entries[-1]["failure_rate"] = 0.6
     (alarm,) = alarms(entries)
     assert alarm.name == "failures" and "failed in 60% of the episodes" in alarm.text
+
+
+def test_gold_that_stands_still_is_over_optimization():
+    """Gold peaks at update 3 while the reward model's score keeps rising, as in a quickstart on a Zen 3."""
+    score = [-0.08, 0.25, 0.25, 0.22, 0.29, 0.31, 0.34, 0.36, 0.40, 0.43, 0.44, 0.48]
+    gold = [0.28, 0.38, 0.453, 0.41, 0.43, 0.39, 0.41, 0.42, 0.40, 0.41, 0.39, 0.40]
+    entries = history(score=score, gold=gold)
+    assert [len(alarms(entries[:end])) for end in range(1, 13)] == [0] * 10 + [1, 1]
+    (alarm,) = alarms(entries)
+    assert alarm.name == "over-optimization" and "while gold did not (0.412 and 0.4)" in alarm.text
+
+
+def test_slow_gold_that_still_rises_is_healthy():
+    gold = [0.30, 0.31, 0.33, 0.32, 0.34, 0.33, 0.35, 0.36, 0.35, 0.37, 0.36, 0.38]
+    assert alarms(history(gold=gold)) == []
+
+
+def test_score_that_only_scatters_is_no_trend():
+    score = [0.1, 0.3, 0.2, 0.1, 0.4, 0.2, 0.3, 0.1, 0.3, 0.2, 0.4, 0.2]
+    assert alarms(history(score=score, gold=[0.3] * 12)) == []
+
+
+def test_trend_is_the_slope_in_standard_errors():
+    # Values 0, 1, 1: slope 1/2 over spread 2, residuals -1/6, 1/3, -1/6 of variance (1/6) / 1 degree of freedom.
+    entries = [{"x": value} for value in (0.0, 1.0, 1.0)]
+    assert _trend(entries, "x") == pytest.approx(0.5 / (1 / 6 / 2) ** 0.5)
+    assert _trend([{"x": 2.0}] * 4, "x") == 0.0
+    assert _trend([{"x": float(index)} for index in range(4)], "x") == float("inf")

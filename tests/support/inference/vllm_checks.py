@@ -30,6 +30,7 @@ from align.inference.vllm_internals import (
     model_runner,
     report_steps,
 )
+from align.inference.vllm_norms import rounds_to_nearest
 from align.inference.weights import checkpoint_weights
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
@@ -284,7 +285,9 @@ def norms_run_by_kernels(engine: VllmEngine) -> None:
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             engine.generate(PROMPTS[:1], Sampling(2, seed=1))
         names = {event.key for event in trace.key_averages()}
-        assert {"_C::rms_norm", "_C::fused_add_rms_norm"} <= names, names
+        # Kernels that cut digits off, as those for AVX2 do, are for float32 only.
+        is_exact = engine.dtype != torch.bfloat16 or rounds_to_nearest(torch.ops._C)
+        assert ({"_C::rms_norm", "_C::fused_add_rms_norm"} <= names) == is_exact, names
     generator = torch.Generator().manual_seed(3)
     x, residual = (torch.randn(5, 64, generator=generator).bfloat16() for _ in range(2))
     weight = torch.rand(64, generator=generator).bfloat16()
