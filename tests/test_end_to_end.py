@@ -74,6 +74,17 @@ def test_the_report_and_the_scorecard_name_every_policy(store: Path) -> None:
         assert policy in json.dumps(scorecard)
 
 
+def test_record_plan_and_page_show_the_type_of_products(store: Path) -> None:
+    records = {path.parent.parent.name: json.loads(path.read_text()) for path in store.glob("*/*/record.json")}
+    types = {kind: record["precision"] for kind, record in records.items()}
+    assert types["sft"] in ("bfloat16", "float32")
+    assert set(types.values()) == {types["sft"], None}
+    assert {kind for kind, precision in types.items() if precision is None} == {"model", "data", "report"}
+    assert f", in {types['sft']}" in align("plan", SMOKE, "--store", str(store)).stdout
+    page = next(iter(store.glob("report/*/report.html"))).read_text(encoding="utf-8")
+    assert re.search(rf"Precision</\w+>\s*<\w+[^>]*>{types['sft']}<", page)
+
+
 def test_every_checkpoint_is_plain_safetensors_without_pickles(store: Path) -> None:
     folders = [path.parent for path in store.glob("*/*/model/config.json")]
     assert len(folders) == 5

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from align import Pipeline
 from align.config.runtime import Runtime
-from align.models.compute_types import ProductSpeed
-from align.pipeline.pipeline import Pipeline
+from align.models.compute_types import ProductSpeed, write_speed
 from align.runner import stage_precision
 from align.runner.plan import Step
 from align.runner.stage_precision import choose_precision, plan_notes
@@ -93,6 +93,21 @@ def test_plan_names_the_type_and_an_emulated_one(speed: list[ProductSpeed]) -> N
     speed.append(NATIVE)
     (auto,) = plan_notes(chosen, steps(chosen))
     assert auto.startswith("precision auto: bfloat16")
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_stage_records_its_type_and_warns_of_emulation(
+    precision: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    write_speed(EMULATED)
+    stages = {"products": {"stage": "tests.support.toy:PRODUCTS", "precision": precision}}
+    raw = {"name": "types", "runtime": {"device": "cpu"}, "stages": stages}
+    artifact = Pipeline(raw).run(store=tmp_path / "store").artifacts["products"]
+    assert (artifact.path / "type.txt").read_text() == artifact.record["precision"] == expected
+    assert artifact.record["config"]["precision"] == precision
+    events = (artifact.path / "events.jsonl").read_text()
+    assert ("this processor emulates bfloat16" in events) == (precision == "bfloat16")
 
 
 def test_plan_without_measurement_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

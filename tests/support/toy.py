@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from align.config.base import Config, stage_input
+from align.config.base import Config, PrecisionSetting, stage_input
 from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import Stage
@@ -25,6 +25,10 @@ class NumberConfig(Config):
     steps: int = 3
     pause: float = 0.0
     stops: bool = False
+
+
+class ProductsConfig(NumberConfig):
+    precision: PrecisionSetting = "auto"
 
 
 class SumConfig(Config):
@@ -60,6 +64,12 @@ def number(context: StageContext) -> dict[str, Any]:
             raise Stopped(f"stopped as asked, at step {step + 1} of {context.config.steps}.")
     (context.output / "number.txt").write_text(str(context.config.number))
     return {"number": context.config.number, "resumed_at": done, "tokens": 7}
+
+
+def products(context: StageContext) -> dict[str, Any]:
+    """Name the type of the matrix products; no torch is needed for that once the processor has been measured."""
+    (context.output / "type.txt").write_text(context.precision)
+    return {}
 
 
 def add(context: StageContext) -> dict[str, Any]:
@@ -139,6 +149,15 @@ POLICY = Stage(
     "tests.support.toy:number",
     "a policy",
     "tests.support.toy:POLICY",
+)
+PRODUCTS = Stage(
+    "products",
+    1,
+    Kind.PROMPTS,
+    "tests.support.toy:ProductsConfig",
+    "tests.support.toy:products",
+    "its type",
+    "tests.support.toy:PRODUCTS",
 )
 ENV = Stage(
     "env",

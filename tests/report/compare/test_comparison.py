@@ -248,6 +248,15 @@ def test_every_kind_of_change_is_seen(tmp_path: Path) -> None:
     }
 
 
+def test_types_that_auto_stood_for_are_compared(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path / "runs", {"a": (0.5, 1.0), "b": (0.5, 1.0)})
+    for name, precision in (("a", "bfloat16"), ("b", "float32")):
+        record = runs[name]["ppo"].record
+        record["config"] = {"policy": "sft", "precision": "auto"}
+        record["precision"] = precision
+    assert changed_fields(runs) == {"ppo.precision": {"a": "auto (bfloat16)", "b": "auto (float32)"}}
+
+
 def test_a_seed_is_one_field_where_all_stages_have_it_and_theirs_where_not(tmp_path: Path) -> None:
     runs = make_sweep(tmp_path / "runs", {"a": (0.5, 1.0), "b": (0.6, 2.0)})
     ppo = runs["b"]["ppo"].record
