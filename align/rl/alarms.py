@@ -180,5 +180,5 @@ def _trend(history: Sequence[Entry], name: str) -> float:
     residuals = [value - mean - slope * (index - middle) for index, value in enumerate(values)]
     error = (sum(residual**2 for residual in residuals) / (count - 2) / spread) ** 0.5
     if error > 1e-12 * abs(slope):
-        return slope / error
+        return float(slope / error)
     return math.copysign(math.inf, slope) if slope else 0.0

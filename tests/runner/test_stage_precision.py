@@ -106,7 +106,8 @@ def test_stage_records_its_type_and_warns_of_emulation(
     artifact = Pipeline(raw).run(store=tmp_path / "store").artifacts["products"]
     assert (artifact.path / "type.txt").read_text() == artifact.record["precision"] == expected
     assert artifact.record["config"]["precision"] == precision
-    events = (artifact.path / "events.jsonl").read_text()
+    events_file = artifact.path / "events.jsonl"
+    events = events_file.read_text() if events_file.exists() else ""
     assert ("this processor emulates bfloat16" in events) == (precision == "bfloat16")
 
 
