@@ -1,4 +1,4 @@
-"""Warning signs in an update's metrics: collapse, exploding lengths, a score that rises while gold falls, failures.
+"""Warning signs in an update's metrics: a constant score, divergence, collapse, exploding lengths, exploited rewards.
 
 A loss or gradient that is not finite stops the run by itself (``trainer.py``); these failures do not. They are found
 from logged metrics alone, so a resumed run raises what the uninterrupted one would have raised.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Entry = Mapping[str, float]
@@ -18,19 +18,33 @@ START = 3
 """Updates at the start; later ones are compared with their mean."""
 WINDOW = 5
 """Updates per side of a comparison of trends."""
-COLLAPSED_ENTROPY = 0.1
+COLLAPSED_ENTROPY = 0.25
+SURGED_ENTROPY = 2.0
 COLLAPSED_LENGTH = 0.25
 EXPLODED_LENGTH = 2.0
 MANY_CUT = 0.5
 COLLAPSED_CALLS = 0.1
 FEW_CALLS = 0.2
 """Calls of tools per episode at the start below which none can be missed."""
+ALL_CUT = 0.95
+"""Share of responses cut off at ``max_tokens`` that means that none ends, also from the start."""
+KL_PER_TOKEN = 1.0
+"""Nats a token: far beyond what learning takes (0.2 in the quickstart, 0.5 between a model and its base)."""
+LEAST_KL = 5.0
+"""Nats a response below which no KL is an alarm, however short the responses."""
+SURGED_GRADIENT = 20.0
+"""Gradient norms of the policy, as a multiple of their mean at the start. Healthy ones stay within a factor of 2."""
+CONSTANT_UPDATES = 2
+"""Updates without any difference between scores, from which nothing can be learned."""
 CLEAR = 2.0
 """Standard errors that a change of means must exceed."""
 SPAN = 8
 """Updates in which the score's trend is compared with gold's."""
 CLEAR_TREND = 3.0
 """Standard errors that the slope of a line through the scores must exceed: 1 in 100 flat lines of 8 points does."""
+
+
+CONSTANT_SCORE = "constant score"
 
 
 @dataclass(frozen=True)
@@ -42,12 +56,19 @@ class Alarm:
     text: str
 
 
+Check = Callable[[Sequence[Entry]], tuple[str, str]]
+"""Returns an alarm's name, and its text if it holds."""
+
+
 def alarms(history: Sequence[Entry]) -> list[Alarm]:
     """Return the alarms that hold at the last of ``history``, which has one entry per update in order."""
-    if len(history) <= START:
+    if not history:
         return []
     update = int(history[-1]["update"])
-    checks = (_collapse, _explosion, _over_optimization, _calls, _failures)
+    # The first checks need no start to compare with: a run of few updates must not end without a word.
+    checks: list[Check] = [_constant_score, _kl, _truncation, _failures]
+    if len(history) > START:
+        checks += [_collapse, _entropy_surge, _gradient, _explosion, _over_optimization, _calls]
     raised = (check(history) for check in checks)
     return [Alarm(name, update, text) for name, text in raised if text]
 
@@ -61,6 +82,66 @@ def new_alarms(history: Sequence[Entry]) -> list[Alarm]:
 
 def _mean(history: Sequence[Entry], name: str) -> float:
     return statistics.fmean(entry[name] for entry in history)
+
+
+def _constant_score(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for updates in which all responses have the same score: every advantage is then 0."""
+    latest = history[-CONSTANT_UPDATES:]
+    if len(latest) < CONSTANT_UPDATES or any(entry.get("score_range", 1.0) > 0 for entry in latest):
+        return CONSTANT_SCORE, ""
+    return CONSTANT_SCORE, (
+        f"every response of {CONSTANT_UPDATES} updates scored {latest[-1]['score']:g}, so the policy learns nothing. "
+        "Check the score on the rows' own reference answers"
+    )
+
+
+def _kl(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for a policy that is further from its reference than learning explains."""
+    latest = history[-1]
+    kl, length = latest.get("kl", 0.0), max(latest["length"], 1.0)
+    if kl > LEAST_KL and kl / length > KL_PER_TOKEN:
+        return "KL", (
+            f"the KL to the reference is {kl:.3g} nats in {length:.1f} tokens: the policy has left the language that "
+            "it started from. Lower learning_rate, or raise kl_coef or set kl_budget"
+        )
+    return "KL", ""
+
+
+def _truncation(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for responses that never end."""
+    latest = history[-START:]
+    if len(latest) == START and all(entry["truncation_rate"] >= ALL_CUT for entry in latest):
+        return "truncation", (
+            f"{latest[-1]['truncation_rate']:.0%} of the responses are cut off at max_tokens, for {START} updates: "
+            "their scores are of unfinished answers. Raise max_tokens, set missing_eos_penalty, or check that SFT "
+            "taught the end token"
+        )
+    return "truncation", ""
+
+
+def _entropy_surge(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for entropy twice as high as it was: the policy is losing what it knew."""
+    entropy = _mean(history[:START], "entropy")
+    if history[-1]["entropy"] > SURGED_ENTROPY * entropy:
+        return "entropy", (
+            f"the policy's entropy rose from {entropy:.3g} to {history[-1]['entropy']:.3g} nats a token: its answers "
+            "get more random. Lower learning_rate, or lower entropy_coef if it is set"
+        )
+    return "entropy", ""
+
+
+def _gradient(history: Sequence[Entry]) -> tuple[str, str]:
+    """Return an alarm for the policy's gradients many times as large as they were, in two updates."""
+    name = "grad_norm_policy"
+    if name not in history[-1] or name not in history[0]:
+        return "gradient", ""
+    start = _mean(history[:START], name)
+    if start > 0 and all(entry[name] > SURGED_GRADIENT * start for entry in history[-2:]):
+        return "gradient", (
+            f"the policy's gradient norm rose from {start:.3g} to {history[-1][name]:.3g}: training is about to "
+            "diverge. Lower learning_rate or max_grad_norm"
+        )
+    return "gradient", ""
 
 
 def _collapse(history: Sequence[Entry]) -> tuple[str, str]:

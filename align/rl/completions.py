@@ -11,7 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from align.errors import shorten
 from align.models.render import token_texts
+from align.rl.reference_scores import reference_of
 from align.rl.rollout import COMPONENT, Rollout
 from align.store.atomic_write import write_text_atomically
 
@@ -30,6 +32,13 @@ def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
     responses = [_describe(rollout, index, tokenizer) for index in range(min(count, len(rollout)))]
     lines = [json.dumps(response, ensure_ascii=False) + "\n" for response in responses]
     write_text_atomically(path, "".join(lines))
+
+
+def example(rollout: Rollout) -> str:
+    """Return the first response of a rollout with its score, and its row's reference answer if there is one."""
+    reference, score = reference_of(rollout.rows[0]), float(rollout.tensors["scores"][0])
+    prefix = "" if reference is None else f"reference {shorten(repr(reference))}, "
+    return f"{prefix}response {shorten(repr(rollout.texts[0]))}, score {score:g}."
 
 
 def _describe(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:

@@ -86,8 +86,10 @@ def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
         statistics["explained_variance"] = explained_variance(values, tensors["returns"], mask)
     if candidates.episodes is not None:
         add_episodes(averages, candidates.episodes)
+    scores = candidates.tensors["scores"]
+    statistics["score_range"] = float(scores.max() - scores.min())
     lengths = candidates.tensors["response_mask"].sum(dim=1)
-    statistics["score_length_correlation"] = correlation(candidates.tensors["scores"], lengths)
+    statistics["score_length_correlation"] = correlation(scores, lengths)
     return statistics
 
 

@@ -292,3 +292,16 @@ def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torc
                 f"update {rollout.update + 1}: the scorer gave {score} to {text[:80]!r}; scores must be finite."
             )
     return torch.tensor(scores)
+
+
+def require_some_episode(rollout: Rollout, stage: str) -> None:
+    """Raise ``UserError`` if all episodes of a rollout failed for one reason: no later update would do better.
+
+    Failures for several reasons raise the alarm *failures* instead.
+    """
+    failures = [episode.failure for episode in rollout.episodes or ()]
+    if failures and all(failures) and len(set(failures)) == 1:
+        raise UserError(
+            f"{stage}: update {rollout.update + 1}: all {len(failures)} episodes failed: {failures[0]}. Correct the "
+            "environment; the last checkpoint is from before this update. `align rollout` plays single episodes."
+        )

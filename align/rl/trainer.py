@@ -30,7 +30,7 @@ from align.models.processes import all_reduce, broadcast, split_by_rank
 from align.models.sharding import full_model, full_tensor, is_sharded, reshard
 from align.models.tuning.merged_weights import merged_weights
 from align.rl import completions, metrics
-from align.rl.alarms import Alarm, new_alarms
+from align.rl.alarms import CONSTANT_SCORE, Alarm, new_alarms
 from align.rl.arguments import RolloutArguments
 from align.rl.buffer import RolloutBuffer, UpdateLoader
 from align.rl.checkpoint import BEST, last_checkpoint
@@ -43,7 +43,7 @@ from align.rl.prefetch import RolloutPrefetcher
 from align.rl.prompts import Prompts
 from align.rl.ptx import make_ptx, split_outputs
 from align.rl.rollout import Rollout
-from align.rl.sampler import AnyScorer, ParityProbe, RolloutSampler, drop_journals
+from align.rl.sampler import AnyScorer, ParityProbe, RolloutSampler, drop_journals, require_some_episode
 from align.rl.saving import AtomicCheckpoints
 from align.rl.validation import make_validation
 from align.training.checkpoints import link
@@ -136,6 +136,8 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         """Reason why the run ended before its last update, if it did."""
         self._update_metrics: dict[str, float] = {}
         """Metrics of the current update that are no means over micro-batches; empty once they are logged."""
+        self._example = ""
+        """A response of the current update with its score, for an alarm."""
         self._learning_started = 0.0
         self._gradient_norms: dict[str, torch.Tensor] = {}
 
@@ -210,6 +212,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         # 3. Take the rollout of this update. With max_staleness it was started earlier, with older weights.
         candidates = self.sampler.gather_rollouts(self.prefetcher.get(update), validated)
         candidates.seconds["sync"] = synchronized - started
+        require_some_episode(candidates, self.objective.name)
         if self.validation is not None:
             candidates.seconds["validating"] = validated - synchronized
         # Some methods learn from a part of the responses, and may ask for more of them.
@@ -301,6 +304,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
                 f"update {rollout.update + 1}: the KL to the reference is {kl:.3g} nats a response, over kl_budget "
                 f"{self.args.kl_budget:g}"
             )
+        self._example = completions.example(rollout.candidates or rollout)
         if self.args.completions and self.is_world_process_zero():
             completions.write(Path(str(self.args.output_dir)), rollout, self.args.completions, self.processing_class)
         self._learning_started = time.perf_counter()
@@ -454,7 +458,8 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         """Notify of alarms that are new in this update, and stop the run if ``on_alarm`` says so."""
         for alarm in new_alarms([entry for entry in self.state.log_history if "score" in entry]):
             self.alarms.append(alarm)
-            text = f"update {alarm.update}: {alarm.name}: {alarm.text}."
+            example = f" Example: {self._example}" if alarm.name == CONSTANT_SCORE else ""
+            text = f"update {alarm.update}: {alarm.name}: {alarm.text}.{example}"
             if self.is_world_process_zero():
                 self.notify(text)
             if self.args.on_alarm == "stop":

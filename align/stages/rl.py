@@ -40,6 +40,7 @@ from align.rl.arguments import RolloutArguments
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
 from align.rl.continued_prompts import continue_prompts, continuing_callbacks, keep_rollout_state
+from align.rl.reference_scores import score_references
 from align.rl.rollout import COMPONENT
 from align.rl.trainer import RLTrainer
 from align.store.artifacts import Artifact
@@ -88,6 +89,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts.train)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
     scorer = _open_scorer(context, reward_models)
+    reference_facts = _score_references(context, scorer, prompts.train)
     if reward_models and _critic_source(config) == "reward":
         check_same_vocabulary(context.name, tokenizer, reward_models[0].tokenizer, ("the policy", "the reward model"))
     engine = _open_engine(context, source)
@@ -121,11 +123,28 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
             gather(context.checkpoints, context.output / "completions.jsonl")
         usage = {} if scorer is None else judge_usage(scorer.parts)
         usage |= {} if player is None else player.user_usage()
-        return {"engine": engine.name, **_facts(context, trainer), **summary(trainer), **usage}
+        return {"engine": engine.name, **reference_facts, **_facts(context, trainer), **summary(trainer), **usage}
     finally:
         engine.close()
         if player is not None:
             player.close()
+
+
+def _score_references(
+    context: StageContext, scorer: WeightedSum | None, rows: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Note how the rows' own references score; a reward that cannot tell them from nothing gets a warning."""
+    # Episodes are scored by their environment, and a reward reads only their last turn.
+    scored = None
+    if scorer is not None and context.config.environment is None:
+        scored = score_references(scorer, rows)
+    if scored is None:
+        return {}
+    context.note(f"{context.name}: {scored.describe()}")
+    warning = scored.warning()
+    if warning is not None:
+        context.warn(f"{context.name}: {warning}.")
+    return {"reference_score": scored.mean}
 
 
 def _open_engine(context: StageContext, source: Path) -> RolloutEngine:

@@ -18,6 +18,9 @@ def history(**changes):
                 "entropy": 2.0 - 0.05 * update,
                 "length": 20.0 + wobble,
                 "truncation_rate": 0.05,
+                "kl": 0.3 * update,
+                "grad_norm_policy": 0.5,
+                "score_range": 1.5,
                 "score": 0.1 * update + wobble,
                 "gold": 0.3 + 0.01 * update + wobble,
             }
@@ -38,6 +41,11 @@ def test_a_healthy_run_raises_none():
     ("changes", "name", "says"),
     [
         ({"entropy": [0.15]}, "collapse", "gives nearly the same"),
+        ({"entropy": [4.2]}, "entropy", "its answers get more random"),
+        ({"kl": [27.8], "length": [20.0]}, "KL", "27.8 nats in 20.0 tokens"),
+        ({"truncation_rate": [1.0, 1.0, 1.0], "length": [39.0, 39.0, 39.0]}, "truncation", "cut off at max_tokens"),
+        ({"grad_norm_policy": [15.0, 16.0]}, "gradient", "rose from 0.5 to 16"),
+        ({"score_range": [0.0, 0.0]}, "constant score", "scored 1.21, so the policy learns nothing"),
         ({"length": [4.0]}, "collapse", "rewards short answers"),
         ({"length": [41.0]}, "length explosion", "missing_eos_penalty"),
         ({"truncation_rate": [0.6]}, "length explosion", "60% of them truncated"),
@@ -45,9 +53,11 @@ def test_a_healthy_run_raises_none():
     ],
 )
 def test_each_failure_is_named_with_its_update(changes, name, says):
-    (alarm,) = alarms(history(**changes))
-    assert (alarm.name, alarm.update) == (name, 12)
-    assert says in alarm.text
+    raised = {alarm.name: alarm for alarm in alarms(history(**changes))}
+    assert name in raised and raised[name].update == 12
+    # Responses that are all cut off were not so at the start.
+    assert set(raised) - {name} <= ({"length explosion"} if name == "truncation" else set())
+    assert says in raised[name].text
 
 
 def test_gold_that_falls_together_with_the_score_is_no_over_optimization():
@@ -136,3 +146,28 @@ def test_trend_is_the_slope_in_standard_errors():
     assert _trend(entries, "x") == pytest.approx(0.5 / (1 / 6 / 2) ** 0.5)
     assert _trend([{"x": 2.0}] * 4, "x") == 0.0
     assert _trend([{"x": float(index)} for index in range(4)], "x") == float("inf")
+
+
+def test_constant_score_is_seen_after_two_updates():
+    entries = history(score_range=[0.0] * 12, score=[0.0] * 12)[:2]
+    assert alarms(entries[:1]) == []
+    (alarm,) = alarms(entries)
+    assert (alarm.name, alarm.update) == ("constant score", 2)
+    assert "every response of 2 updates scored 0" in alarm.text
+
+
+def test_divergence_is_seen_without_a_start():
+    """KL 27.8 nats over 8 tokens, and no response that ends: the run of a learning rate of 3e-2."""
+    entries = history(kl=[27.8] * 12, length=[8.0] * 12, truncation_rate=[1.0] * 12)
+    assert [alarm.name for alarm in alarms(entries[:2])] == ["KL"]
+    assert [alarm.name for alarm in alarms(entries[:3])] == ["KL", "truncation"]
+
+
+def test_kl_of_the_quickstart_is_healthy():
+    # The most that any run of it had: 5.7 nats over 12.5 tokens.
+    assert alarms(history(kl=[5.7] * 12, length=[12.5] * 12)) == []
+
+
+def test_all_failures_are_an_alarm_from_the_first_update():
+    (alarm,) = alarms(episodes(failure_rate=1.0)[-1:])
+    assert alarm.name == "failures"

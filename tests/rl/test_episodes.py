@@ -11,6 +11,7 @@ from align.config.environment import EnvironmentConfig
 from align.config.tuning import LoraTuning
 from align.environments.environment_player import EnvironmentPlayer
 from align.environments.sources import open_environment
+from align.errors import UserError
 from align.inference.sessions import LockstepSession
 from align.models.loading import load_policy, load_tokenizer
 from align.rl import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
@@ -192,3 +193,11 @@ def test_a_kill_in_the_middle_of_an_episode_changes_nothing(make_trainer, tmp_pa
     if environment == "SavedButtons":
         # A tool of an environment with a state is called once for each call, however often the run is killed.
         assert len((tmp_path / "log").read_text().splitlines()) == presses(logs)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_episodes_that_all_fail_alike_end_the_run(make_trainer, kind):
+    trainer = make_trainer(kind, {"class": "tests.support.environments.buttons:Broken"}, updates=3)
+    with pytest.raises(UserError, match=r"update 1: all 16 episodes failed: .*no such machine"):
+        trainer.train()
+    assert history(trainer) == []

@@ -404,3 +404,24 @@ def test_only_the_first_optimizer_step_learns_from_the_measuring_passes(make_tra
 def test_a_share_of_passes_outside_zero_to_one_is_refused(make_trainer):
     with pytest.raises(ValueError, match="reuse_forward is 2.0; it is a share"):
         make_trainer(reuse_forward=2.0)
+
+
+@pytest.mark.parametrize("on_alarm", ["warn", "stop"])
+def test_constant_score_is_told_with_an_example(make_trainer, on_alarm):
+    """A check that no response passes: five updates of advantages 0 would end with a green tick."""
+    from tests.support.rl.trainers import ROWS
+
+    rows = [row | {"answer": "4"} for row in ROWS]
+    messages = []
+    trainer = make_trainer(
+        rows=rows,
+        scorer=lambda rows, responses: [0.0] * len(responses),
+        updates=4,
+        on_alarm=on_alarm,
+        notify=messages.append,
+    )
+    trainer.train()
+    (message,) = messages
+    assert message.startswith("update 2: constant score: every response of 2 updates scored 0, so the policy learns")
+    assert "Example: reference '4', response " in message and message.endswith("score 0.")
+    assert len(updates(trainer)) == (2 if on_alarm == "stop" else 4)

@@ -86,6 +86,14 @@ class Fragile(Buttons):
         return self._press("b")
 
 
+class Broken(Buttons):
+    """Buttons of a machine that is not there."""
+
+    def reset(self, row: dict[str, Any]) -> str:
+        """Fail."""
+        raise EnvironmentFailed("no such machine")
+
+
 class Greeting(Buttons):
     """Buttons that begin each episode in another way."""
 
