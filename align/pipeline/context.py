@@ -24,6 +24,14 @@ STEPS = ("steps", "updates", "parts")
 """Units of which every report is kept: each has its own loss, score or name."""
 
 
+@dataclass
+class _Phase:
+    """The phase that was reported last, and the time (``monotonic``) of the report."""
+
+    name: str = ""
+    reported: float = 0.0
+
+
 @dataclass(frozen=True)
 class StageContext:
     """Everything that ``run(context)`` gets.
@@ -60,6 +68,7 @@ class StageContext:
     ``run`` was called in a process that is not a stage's own."""
     pace: Pace = field(default_factory=Pace, repr=False)
     """How fast the stage's work advances, from all reported progress."""
+    _phase: _Phase = field(default_factory=lambda: _Phase(), repr=False)
     _reported_at: dict[str, float] = field(default_factory=dict, repr=False)
     """Time (``monotonic``) of the last reported progress of each unit."""
 
@@ -105,6 +114,17 @@ class StageContext:
             return
         self._reported_at[unit] = now
         self.emit("progress", done=done, total=total, unit=unit, tokens=tokens, **shown)
+
+    def phase(self, text: str) -> None:
+        """Name what the stage does now, such as ``starting vLLM`` or ``sampling 32/64``, for work without progress.
+
+        Counts of one phase are reported as rarely as progress is.
+        """
+        now, name = time.monotonic(), text.split()[0]
+        if name == self._phase.name and now - self._phase.reported < PROGRESS_SECONDS:
+            return
+        self._phase.name, self._phase.reported = name, now
+        self.emit("phase", text=text)
 
     def log(self, step: int, **metrics: float) -> None:
         """One point of the stage's curves, for the report."""

@@ -136,6 +136,10 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         """Reason why the run ended before its last update, if it did."""
         self._update_metrics: dict[str, float] = {}
         """Metrics of the current update that are no means over micro-batches; empty once they are logged."""
+        self.report_phase: Callable[[str], None] = lambda text: None
+        """Gets the names of an update's phases, such as ``learning 2/4``; a stage sets it."""
+        self._learned = 0
+        """Micro-batches of the current update that were learned from."""
         self._example = ""
         """A response of the current update with its score, for an alarm."""
         self._learning_started = 0.0
@@ -157,14 +161,18 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         """Number of finished updates."""
         return int(self.state.global_step) // self.args.steps_per_update
 
+    @property
+    def _micro_batches(self) -> int:
+        """Micro-batches of an update that this process learns from."""
+        return int(self.args.steps_per_update * self.args.gradient_accumulation_steps)
+
     def num_examples(self, dataloader: Any) -> int:
         """Return the number of prompts."""
         return len(self.prompts)
 
     def get_train_dataloader(self) -> Any:
         """Return the micro-batches of all updates to come."""
-        per_update = self.args.steps_per_update * self.args.gradient_accumulation_steps
-        return UpdateLoader(self.make_micro_batches, lambda: self.update, self.args.updates, per_update)
+        return UpdateLoader(self.make_micro_batches, lambda: self.update, self.args.updates, self._micro_batches)
 
     def make_micro_batches(self, update: int) -> Iterator[dict[str, Any]]:
         """Make the rollout of an update and yield its micro-batches; none where the run stops before learning."""
@@ -192,6 +200,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
     def sample(self, update: int) -> Rollout:
         """Give the engine the policy's weights, validate if it is time, and return scored responses to learn from."""
         started = time.perf_counter()
+        self.report_phase("sampling")
         # 1. Give the engine the current weights. A pool that samples in the background writes them now, and its servers
         # load them once the running rollouts are done.
         with full_model(self.model) as model:
@@ -249,6 +258,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         ``reused`` micro-batches with their graphs, to learn from.
         """
         started = time.perf_counter()
+        self.report_phase("measuring")
         self.model.eval()
         outputs_to_reuse = []
         names: set[str] = set()
@@ -308,6 +318,7 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         if self.args.completions and self.is_world_process_zero():
             completions.write(Path(str(self.args.output_dir)), rollout, self.args.completions, self.processing_class)
         self._learning_started = time.perf_counter()
+        self._learned = 0
 
     # ---- learn ----
 
@@ -328,6 +339,8 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
 
         Under DDP it has some, zeros or a shared trunk's, with which AdamW would decay its weights and count steps.
         """
+        self._learned += 1
+        self.report_phase(f"learning {self._learned}/{self._micro_batches}")
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if self.objective.rests_policy(self.update):
             for parameter in self.model.policy.parameters():

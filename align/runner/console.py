@@ -22,6 +22,8 @@ from align.store.artifacts import Artifact, Kind
 
 SHOWN = ("loss", "score", "gold", "accuracy", "kl")
 """Values that a stage may show next to its bar, in this order."""
+PARTS = "parts"
+"""Unit of work whose pieces are not alike."""
 MAX_NUMBERS = 4
 """Numbers in the closing line of a stage without a headline of its own."""
 REPORT_EVERY = 60.0
@@ -39,6 +41,8 @@ class RunningStage:
     started: float = field(default_factory=time.time)
     pace: Pace = field(default_factory=Pace)
     """Progress of the work in hand."""
+    phase: str = "importing"
+    """What the stage does, between two reports of progress."""
     reported: float = field(default_factory=time.time)
     """Time of the last line about the stage."""
     pause: float = field(default_factory=lambda: FIRST_REPORT)
@@ -54,11 +58,12 @@ class RunningStage:
         if event.get("step"):
             parts.append(str(event["step"]))
         left, tokens, units = self.pace.seconds_left(), self.pace.tokens_per_second(), self.pace.units_per_second()
-        if left is not None:
+        # Parts of a stage take different times, so the first ones do not tell about the others.
+        if left is not None and unit != PARTS:
             parts.append(f"{duration(left)} left")
         if tokens is not None:
             parts.append(f"{tokens:.0f} tok/s")
-        elif units is not None:
+        elif units is not None and unit != PARTS:
             parts.append(_rate(units, unit))
         for name in SHOWN:
             if isinstance(event.get(name), (int, float)):
@@ -68,14 +73,17 @@ class RunningStage:
     def report(self, now: float) -> str:
         """Return the line for a log: the status, and for how long the stage has been silent."""
         if self.pace.last is None:
-            return f"running for {duration(now - self.started)}, no progress yet"
+            return f"running for {duration(now - self.started)}: {self.phase}"
         silence = now - self.pace.last["time"]
         suffix = f" · silent for {duration(silence)}" if silence >= REPORT_EVERY else ""
-        return self.status() + suffix
+        phase = f" · {self.phase}" if self.phase else ""
+        return self.status() + phase + suffix
 
 
 def _rate(per_second: float, unit: str) -> str:
     """Return a rate per second, or per minute where that is less than one a second."""
+    if per_second >= 100:
+        return f"{per_second:,.0f} {unit}/s"
     if per_second >= 1:
         return f"{per_second:.3g} {unit}/s"
     return f"{60 * per_second:.3g} {unit}/min"
@@ -168,10 +176,18 @@ class ConsoleListener(Listener):
             self._print_line("!", node.name, str(event.get("message")), "yellow")
         elif event.get("event") == "note":
             self._print_line("·", node.name, str(event.get("message")))
+        elif event.get("event") == "phase" and node.name in self.running:
+            with self._lock:
+                stage = self.running[node.name]
+                stage.phase = str(event["text"])
+            if node.name in self.tasks:
+                status = " · ".join(part for part in (stage.status(), stage.phase) if part)
+                self.progress.update(self.tasks[node.name], status=escape(printable(status)))
         elif event.get("event") == "progress" and node.name in self.running:
             with self._lock:
                 stage = self.running[node.name]
                 stage.pace.update(event)
+                stage.phase = ""
             if node.name in self.tasks:
                 task = self.tasks[node.name]
                 status = escape(printable(stage.status()))

@@ -28,6 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     plan = make_plan(context)
 
     def open_for(model_dir: Path, runtime: Any) -> Any:
+        context.phase("starting the engine")
         return open_engine(
             model_dir,
             runtime,

@@ -84,6 +84,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         check_user_rows(config.environment, [*prompts.train, *(prompts.validation or ())], context.name)
     # A rollout is used once, so that a server's outage may fail episodes: the update goes on.
     player = open_player(context, load_tokenizer(source), outage_fails_episodes=True)
+    context.phase("loading models")
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts.train)}, config.max_prompt_tokens)
@@ -105,6 +106,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
             engine=engine,
             episodes=player,
         )
+        trainer.report_phase = context.phase
         if trainer.prompts.dropped:
             context.warn(
                 f"{context.name}: {trainer.prompts.dropped} of {len(prompts.train)} prompts are longer than "
@@ -150,6 +152,7 @@ def _score_references(
 def _open_engine(context: StageContext, source: Path) -> RolloutEngine:
     """Open the engine that samples with the policy in ``source``, prepared for the stage's tuning."""
     config: RolloutFields = context.config
+    context.phase("starting the engine")
     # The first process prepares the folder that the engine loads; the others wait for it.
     return open_engine(
         broadcast(lambda: engine_source(source, config.tuning, context.checkpoints / "engine" / "model")),

@@ -43,6 +43,7 @@ class LateEngine:
         """Return the engine."""
         if self._engine is None:
             context, config = self.context, self.context.config
+            context.phase("starting the engine")
             self._engine = open_engine(
                 context.artifact("policy").model,
                 context.runtime,

@@ -34,7 +34,11 @@ class _Metrics(_Event):
     step: float
 
 
-SCHEMAS: dict[str, type[_Event]] = {"progress": _Progress, "metrics": _Metrics}
+class _Phase(_Event):
+    text: str
+
+
+SCHEMAS: dict[str, type[_Event]] = {"progress": _Progress, "metrics": _Metrics, "phase": _Phase}
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:

@@ -38,6 +38,7 @@ class Engines(SwitchingEngine):
         if self.names and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
             context.warn("the judge is of another architecture than the model, so transformers samples its verdicts")
             runtime = runtime.with_transformers()
+        context.phase("starting the engine")
         engine = open_engine(
             model_dir,
             runtime,

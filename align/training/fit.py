@@ -116,6 +116,7 @@ def _fit(
         best.restore()
     _release_optimizer(trainer)
     state_bytes = keep_trained_state(context, trainer)
+    context.phase("scoring held-out rows")
     scores_after = score_test()
     context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in scores_after.items()})
 
@@ -261,6 +262,7 @@ def _score_before(context: StageContext, held_out: Callable[[], Scores]) -> Scor
 
     The model still has its initial weights: no checkpoint is loaded yet.
     """
+    context.phase("scoring held-out rows")
     file = context.checkpoints / "before.json"
     stored = broadcast(lambda: read_state(file))
     if stored is not None:

@@ -114,6 +114,38 @@ def test_a_stage_shows_the_step_it_is_at() -> None:
     assert stage.status() == "0/4 parts · loading torch and transformers"
 
 
+def test_parts_that_are_not_alike_give_no_estimate() -> None:
+    stage = RunningStage(started=0.0, phase="")
+    stage.pace.update(progress(0.0, 0, 4, "parts"))
+    stage.pace.update(progress(1.0, 1, 4, "parts", step="fetching tiny"))
+    assert stage.report(70.0) == "1/4 parts · fetching tiny · silent for 1m 09s"
+
+
+def test_large_rates_have_all_their_digits() -> None:
+    stage = RunningStage(started=0.0)
+    stage.pace.update(progress(0.0, 0, 10_000_000, "rows"))
+    stage.pace.update(progress(10.0, 7_430_000, 10_000_000, "rows"))
+    assert "743,000 rows/s" in stage.status()
+
+
+def test_phase_is_named_until_there_is_progress() -> None:
+    console_listener, out = listener()
+    console_listener.stage_started(NODE, Path(), resumed=False)
+    console_listener.running["one"] = RunningStage(started=0.0, reported=0.0)
+    console_listener.stage_event(NODE, {"event": "phase", "text": "starting the engine"})
+    console_listener.report_running(70.0)
+    console_listener.stage_event(NODE, progress(71.0, 1, 12, "updates"))
+    console_listener.stage_event(NODE, {"event": "phase", "text": "learning 2/4"})
+    console_listener.report_running(130.0)
+    console_listener.stage_event(NODE, progress(135.0, 2, 12, "updates"))
+    console_listener.report_running(190.0)
+    assert out.getvalue().splitlines()[1:] == [
+        "▸ one  running for 1m 10s: starting the engine",
+        "▸ one  1/12 updates · learning 2/4",
+        "▸ one  2/12 updates · 10m 40s left · 0.938 updates/min",
+    ]
+
+
 def test_the_first_line_about_a_running_stage_comes_after_ten_seconds() -> None:
     console_listener, out = listener()
     console_listener.stage_started(NODE, Path(), resumed=False)
@@ -143,7 +175,7 @@ def test_a_log_gets_a_line_a_minute_about_a_running_stage() -> None:
     lines = out.getvalue().splitlines()
     assert lines[:3] == [
         "▸ one  starts",
-        "▸ one  running for 1m 00s, no progress yet",
+        "▸ one  running for 1m 00s: importing",
         "▸ one  20/40 responses · 50s left · 24 responses/min",
     ]
     assert lines[3] == lines[2] + " · silent for 1m 05s"
@@ -157,7 +189,7 @@ def test_the_line_a_minute_needs_no_event(monkeypatch: pytest.MonkeyPatch) -> No
     with console_listener:
         console_listener.stage_started(NODE, Path(), resumed=True)
         deadline = time.monotonic() + 10
-        while "no progress yet" not in out.getvalue() and time.monotonic() < deadline:
+        while ": importing" not in out.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)
     assert out.getvalue().startswith("▸ one  resumes\n▸ one  running for ")
 

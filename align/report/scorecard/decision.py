@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.evaluation.comparisons import Resampling, correct
+from align.evaluation.comparisons import Resampling, correct, verdict
 from align.report.compare.merged_scorecard import EvaluatedRun, Items, comparable_columns, paired_difference
 from align.report.page.number_format import interval, number
 from align.report.scorecard.conclusions import (
@@ -62,7 +62,9 @@ def item_columns(artifacts: Sequence[Artifact], card: Card) -> Columns:
 def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
     """Return the system with the best primary value among ``names``; none where the metric has no better side.
 
-    A difference is missing where the two have no items in common. P-values are Holm-corrected.
+    There are no differences if two systems have no items in common. P-values are Holm-corrected. The scorecard's own
+    differences are used if it has them, so that a page never gives two p-values for one comparison; others are
+    corrected together with them.
     """
     primary = card["primary"]
     better = card["metrics"][primary]["better"]
@@ -74,17 +76,35 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
     best = max(values, key=lambda name: sign * values[name])
     settings = card["settings"]
     resampling = Resampling(int(settings.get("bootstrap", 10_000)), int(settings.get("seed", 0)))
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
+    new_rows: list[dict[str, Any]] = []
     for name in values:
         if name == best:
             continue
-        # Paired over the items that both answered, as in the scorecard itself.
-        row = paired_difference(columns.get((name, primary), {}), columns.get((best, primary), {}), resampling)
-        if row is not None:
-            rows[name] = {**row, "metric": primary}
-    # The best of several was picked by its number, so all comparisons with it are corrected together.
-    correct(list(rows.values()), card["metrics"])
+        row = _tested_difference(card, name, best)
+        if row is None:
+            # Paired over the items that both answered, as in the scorecard itself.
+            row = paired_difference(columns.get((name, primary), {}), columns.get((best, primary), {}), resampling)
+            if row is None:
+                # The best of some systems only is not the best: without items nothing is said about any.
+                return Best(best, {})
+            row = {**row, "metric": primary}
+            new_rows.append(row)
+        rows[name] = row
+    # The best of several was picked by its number, so all comparisons with it count in the correction.
+    tested_rows = [dict(row) for row in card["differences"] if row["metric"] == primary and row.get("p") is not None]
+    correct([*new_rows, *tested_rows], card["metrics"])
     return Best(best, rows)
+
+
+def _tested_difference(card: Card, name: str, best: str) -> dict[str, Any] | None:
+    """Return the scorecard's own difference of a system to the best; None if it compared them neither way."""
+    primary = card["primary"]
+    row = find_difference(card, name, best, primary)
+    if row is None:
+        turned = find_difference(card, best, name, primary)
+        row = None if turned is None else _turned(turned)
+    return row and {**row, "verdict": verdict(row, card["metrics"][primary]["better"])}
 
 
 def checkpoints(card: Card) -> list[str]:
@@ -113,11 +133,31 @@ def decide(card: Card, names: Sequence[str], best: Best, place: str) -> Decision
         return Decision("note", "There is nothing to choose from", f"only {next(iter(values))} was measured.")
     if best.name is None:
         return Decision("note", "No checkpoint can be called best", f"{title} has no better side.")
+    chance = _chance_of_reward_model(card)
+    if chance is not None:
+        return Decision("note", "No checkpoint can be recommended", chance)
     if len(best.differences) < len(values) - 1:
         return _untested_decision(card, best.name, title)
     if len(best.ties) == len(values) - 1:
         return _tied_decision(card, best.name, values, place)
     return _clear_decision(card, best, title)
+
+
+def _chance_of_reward_model(card: Card) -> str | None:
+    """Return why the reward model's scores decide nothing; None if they are not the primary metric, or it can rank."""
+    if card["primary"] != "reward":
+        return None
+    for report in card["reward_models"]:
+        accuracy = report.get("as_labeled") or {}
+        low, high = accuracy.get("low"), accuracy.get("high")
+        if low is not None and high is not None and low <= 0.5 <= high:
+            return (
+                f"the primary metric is {metric_phrase(card, 'reward')}, and the reward model '{report['stage']}' "
+                f"ranks {number(accuracy['value'])} of {accuracy['n']} held-out pairs as labeled (95 % interval "
+                f"{interval(accuracy)}), which guessing could reach. Measure more pairs, train it on more, or give "
+                "`score:` a function."
+            )
+    return None
 
 
 def _primary_values(card: Card, names: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from align.evaluation.scorecard import Measurements, build
 from align.evaluation.tasks.base import SystemInfo
 from align.report.run.run_report import write_report
 from align.report.scorecard.conclusions import group_findings
-from align.report.scorecard.decision import checkpoints, decide_by_items
+from align.report.scorecard.decision import checkpoints, decide_by_items, find_best
 from align.store.artifacts import Kind
 from tests.support.report.example_card import SETTINGS
 from tests.support.report.example_run import HOSTILE, write_artifact, write_evaluation
@@ -112,8 +112,50 @@ def test_lower_may_be_better():
 )
 def test_without_rivals_or_items_nothing_is_recommended(columns, with_items, words):
     card, by_item = make_card(columns)
+    if not with_items:
+        card["differences"] = []
     decision = decide_by_items(card, by_item if with_items else {}, checkpoints(card))
     assert f"{decision.lead}: {decision.reason}".startswith(words)
+
+
+def test_decision_and_findings_share_one_family():
+    """A difference that the scorecard calls unclear is not clear in the sentence at the top of the same page."""
+    columns = {"model": NOISE - 0.5, "sft": NOISE, "dpo": NOISE + 0.1, "ppo": NOISE - 0.02 + 1.2 * FLIPS}
+    card, by_item = make_card(columns)
+    for row in card["differences"]:
+        if {row["policy"], row["against"]} == {"ppo", "sft"}:
+            row["p_holm"], row["verdict"] = 0.11, "unclear"
+    best = find_best(card, by_item, ["sft", "ppo"])
+    assert (best.name, best.differences["ppo"]["p_holm"]) == ("sft", 0.11)
+    assert best.ties == ["ppo"]
+    decision = decide_by_items(card, by_item, ["sft", "ppo"])
+    assert decision.lead == "No checkpoint can be told apart from the others"
+
+
+def test_new_comparisons_are_corrected_with_the_cards_own():
+    columns = {"model": NOISE - 0.5, "sft": NOISE, "dpo": NOISE + 0.1, "ppo": NOISE + 0.1 - 0.012 + FLIPS}
+    card, by_item = make_card(columns)
+    alone = {**card, "differences": []}
+    together = find_best(card, by_item, ["dpo", "ppo"]).differences["ppo"]
+    assert together["p_holm"] >= find_best(alone, by_item, ["dpo", "ppo"]).differences["ppo"]["p_holm"]
+    assert together["p"] <= together["p_holm"]
+
+
+@pytest.mark.parametrize(("low", "decides"), [(0.357, False), (0.52, True)])
+def test_reward_model_that_may_guess_decides_nothing(low, decides):
+    card, by_item = make_card({"model": NOISE, "sft": NOISE + 0.3})
+    for entry in (card["metrics"], *card["estimates"].values()):
+        entry["reward"] = entry["gold"]
+    card["primary"] = "reward"
+    card["differences"] = [{**row, "metric": "reward"} for row in card["differences"]]
+    accuracy = {"value": 0.6, "low": low, "high": 0.802, "n": 15, "method": "wilson"}
+    card["reward_models"] = [{"stage": "rm", "as_labeled": accuracy}]
+    decision = decide_by_items(card, by_item, checkpoints(card))
+    if decides:
+        assert decision.lead == "Take sft"
+    else:
+        assert decision.lead == "No checkpoint can be recommended"
+        assert "the reward model 'rm' ranks 0.600 of 15 held-out pairs as labeled" in decision.reason
 
 
 def test_findings_are_grouped_with_problems_first():
