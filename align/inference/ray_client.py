@@ -19,7 +19,7 @@ def require_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("executor ray: ray is not installed here: pip install 'align[ray]'.") from None
+        raise UserError("executor ray: ray is not installed here: pip install 'align-pipeline[ray]'.") from None
     return ray
 
 

@@ -38,8 +38,8 @@ def _static(folder: Path, max_length: int) -> Embedder:
         model = open_static(folder)
     except ImportError:
         raise UserError(
-            f"{folder} holds static embeddings, which model2vec reads: pip install 'align[data]'. A transformers model "
-            "needs nothing more."
+            f"{folder} holds static embeddings, which model2vec reads: pip install 'align-pipeline[data]'. "
+            "A transformers model needs nothing more."
         ) from None
 
     def embed(texts: list[str]) -> np.ndarray:

@@ -119,7 +119,7 @@ class Bucket:
             import obstore
         except ImportError:
             raise UserError(
-                f"{self.address}: object stores need obstore, which is not installed: pip install 'align[s3]'."
+                f"{self.address}: object stores need obstore, which is not installed: pip install 'align-pipeline[s3]'."
             ) from None
         try:
             if self._opened is None:

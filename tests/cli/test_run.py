@@ -17,7 +17,7 @@ from tests.support.sweep import toy_sweep
 
 SLURM = {"executor": {"name": "slurm", "partition": "gpu"}, "stages": {"two": {"executor": {"cpus": 2}}}}
 NO_SLURM = "there is no sbatch here. Run this on a login node"
-NO_RAY = "ray is not installed here: pip install 'align[ray]'"
+NO_RAY = "ray is not installed here: pip install 'align-pipeline[ray]'"
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def test_a_step_names_its_extra_before_the_build(
     config = validate(config_class, step, "recipe.yaml")
     step_identities(config, Path.cwd())
     hide(monkeypatch, package)
-    with pytest.raises(UserError, match=rf"{step['type']}\.\w+ needs .*{package}.*pip install 'align\[data\]'"):
+    with pytest.raises(UserError, match=rf"{step['type']}\.\w+ needs .*{package}.*pip install 'align-pipeline\[data\]'"):
         step_identities(config, Path.cwd())
 
 
@@ -55,7 +55,7 @@ def test_a_step_names_its_extra_before_the_build(
 def test_a_module_names_its_extra(monkeypatch: pytest.MonkeyPatch, package: str, module: str, extra: str) -> None:
     monkeypatch.delitem(sys.modules, module, raising=False)
     hide(monkeypatch, package)
-    with pytest.raises(UserError, match=rf"needs the package {package}, .*pip install 'align\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"needs the package {package}, .*pip install 'align-pipeline\[{extra}\]'"):
         importlib.import_module(module)
     monkeypatch.undo()
     # Modules that hold the real one are not left with a copy of it.

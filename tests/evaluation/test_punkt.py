@@ -33,6 +33,6 @@ def test_nltk_reads_the_tables_that_the_package_carries(monkeypatch: pytest.Monk
 def test_without_the_model_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setitem(sys.modules, "punkt", None)
-    with pytest.raises(UserError, match=r"pip install 'align\[evaluation\]' brings it.*punkt_tab"):
+    with pytest.raises(UserError, match=r"pip install 'align-pipeline\[evaluation\]' brings it.*punkt_tab"):
         ensure_punkt()
     assert nltk.data.path == []

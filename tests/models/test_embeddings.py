@@ -16,7 +16,7 @@ TEXTS = ["Name a color.", "Name a color, please, and say why it is your favorite
 
 def static_model(folder: Path) -> Path:
     """Three words with known vectors."""
-    model2vec = pytest.importorskip("model2vec", reason="pip install 'align[data]'")
+    model2vec = pytest.importorskip("model2vec", reason="pip install 'align-pipeline[data]'")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "red": 1, "blue": 2}, unk_token="[UNK]"))
@@ -67,5 +67,5 @@ def test_folders_that_hold_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         make_embedder(tmp_path, "cpu", 256, 64)
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "model2vec", None)
-    with pytest.raises(UserError, match=r"pip install 'align\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install 'align-pipeline\[data\]'"):
         make_embedder(tmp_path, "cpu", 256, 64)

@@ -40,7 +40,8 @@ def lm_eval_version() -> str:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            "tasks of the kind lm_eval need lm-eval, which is not installed: `pip install 'align[evaluation]'`."
+            "tasks of the kind lm_eval need lm-eval, which is not installed: "
+            "`pip install 'align-pipeline[evaluation]'`."
         ) from None
 
 

@@ -133,7 +133,7 @@ def test_without_ray_or_without_a_cluster_the_remedy_is_named(monkeypatch: pytes
     with pytest.raises(UserError, match=remedy), ray_client.connected("auto"):
         pass
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"ray is not installed here: pip install 'align\[ray\]'"):
+    with pytest.raises(UserError, match=r"ray is not installed here: pip install 'align-pipeline\[ray\]'"):
         ray_client.require_ray()
 
 

@@ -24,7 +24,7 @@ VECTORS = ((0, 0, 0), (1, 0, 0), (0.98, 0.1, 0), (0, 1, 0), (0.1, 0.98, 0), (0, 
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Static embeddings in which big is like large, and a dog like a hound."""
-    model2vec = pytest.importorskip("model2vec", reason="pip install 'align[data]'")
+    model2vec = pytest.importorskip("model2vec", reason="pip install 'align-pipeline[data]'")
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))

@@ -108,7 +108,7 @@ def test_lm_eval_that_is_not_installed_is_named_with_its_extra(monkeypatch: pyte
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(UserError, match=r"pip install 'align\[evaluation\]'"):
+    with pytest.raises(UserError, match=r"pip install 'align-pipeline\[evaluation\]'"):
         lm_eval_version()
 
 

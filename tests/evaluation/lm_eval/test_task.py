@@ -104,7 +104,7 @@ def test_folders_that_are_not_there_and_yaml_that_does_not_parse(tmp_path: Path)
 
 def test_without_lm_eval_or_vllm_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> str:
-        raise UserError("align[evaluation]")
+        raise UserError("align-pipeline[evaluation]")
 
     def start(*arguments: Any) -> Any:
         raise AssertionError("a process was started")
