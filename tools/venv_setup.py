@@ -1,12 +1,12 @@
-"""Creates the virtual environment: a Python, the torch that fits this machine, an engine, align. Needs nothing installed.
+"""Creates the virtual environment: a Python, the torch that fits this machine, an engine, align.
 
     python3 tools/venv_setup.py create --venv .venv           # what pipelines run with
     .venv/bin/python tools/venv_setup.py add dev              # an extra on top
     python3 tools/venv_setup.py find --python python3.12      # where torch would come from; exit code 1: nowhere
 
 A machine without an NVIDIA GPU gets a CPU build of torch or a message that says what to do, never the CUDA build, which
-is 3.8 GB with its libraries. docs/decisions/0061-setup.md says why it is done this way. The first part of this file also
-runs on Pythons that are older than the ones align supports.
+is 3.8 GB with its libraries. docs/decisions/0061-setup.md says why it is done this way. Nothing needs to be installed
+before, and the commands ``create`` and ``find`` also start on Pythons that are older than those align supports.
 """
 
 from __future__ import annotations
@@ -421,10 +421,7 @@ def no_cpu_torch(attempts: list[str]) -> SetupError:
 def fill(engine: str, torch: str, extras: str, editable: bool) -> None:
     """Install torch, the engine and align into the environment of this Python."""
     build, engine = choose_build(engine, torch)
-    if build == "cpu":
-        engine = install_cpu_torch(engine)
-    else:
-        engine = install_cuda_torch(engine)
+    engine = install_cpu_torch(engine) if build == "cpu" else install_cuda_torch(engine)
     names = ",".join(name for name in (engine if engine != "none" else "", extras) if name)
     install_align(names, editable)
 
@@ -481,7 +478,7 @@ def install_cpu_engine() -> str | None:
 def install_cuda_torch(engine: str) -> str:
     """Install the CUDA build of torch that fits the driver; return the engine that was installed or is to be."""
     if engine == "none":
-        say("torch for CUDA, 3.8 GB with its libraries; without vLLM, so responses are sampled with transformers (slower)")
+        say("torch for CUDA, 3.8 GB with its libraries, and no vLLM: responses are sampled with transformers (slower)")
         requirements = [torch_requirement()]
     else:
         say("vllm: responses are sampled with vLLM on the GPU")

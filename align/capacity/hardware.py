@@ -6,12 +6,12 @@ which is less than its name says.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
 
 from align.config.validation import suggest
 from align.errors import UserError
+from align.pipeline.machine_limits import usable_cores, usable_memory
 
 GIB = 2**30
 PRICES_FROM = (
@@ -145,8 +145,8 @@ def _divide_processor(device: Device, processes: int) -> Device:
 
 def _processor(gib: str | None) -> Device:
     """Return this machine's processor; ``gib`` replaces the machine's memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = int(gib) * GIB if gib else _machine_memory()
+    cores = usable_cores()
+    memory = int(gib) * GIB if gib else usable_memory()
     return Device(
         name="cpu" if gib is None else f"cpu-{gib}",
         memory=memory,
@@ -160,17 +160,3 @@ def _processor(gib: str | None) -> Device:
         host=memory,
         gpu=False,
     )
-
-
-def _machine_memory() -> int:
-    """Return the bytes of this machine's memory, or of its container's limit."""
-    import psutil
-
-    total = int(psutil.virtual_memory().total)
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="utf-8") as file:
-            limit = file.read().strip()
-    except OSError:
-        return total
-    # In a container the limit counts, not the machine; without one the file says ``max``.
-    return min(total, int(limit)) if limit.isdigit() else total

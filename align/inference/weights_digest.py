@@ -8,10 +8,11 @@ where it was measured.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+
+from align.pipeline.machine_limits import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     """Return the digest of each tensor, of any shape, by its name. Few tensors are held in memory at once."""
-    workers = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    workers = min(MAX_THREADS, usable_cores())
     digests: dict[str, str] = {}
     waiting: list[tuple[str, Future[str]]] = []
     with ThreadPoolExecutor(workers, thread_name_prefix="weights-digest") as threads:

@@ -8,13 +8,7 @@ from typing import Any
 from align.config.launch import local_size
 from align.config.runtime import Runtime
 from align.errors import UserError
-
-
-def cores() -> int:
-    """Return the cores this process may use; a container or ``taskset`` may allow fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from align.pipeline.machine_limits import usable_cores
 
 
 def use_threads(runtime: Runtime) -> int:
@@ -24,7 +18,7 @@ def use_threads(runtime: Runtime) -> int:
     """
     import torch
 
-    threads = runtime.threads or max(1, cores() // local_size())
+    threads = runtime.threads or max(1, usable_cores() // local_size())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

@@ -27,6 +27,7 @@ from align.config.validation import validate_plain
 from align.errors import UserError, explain_os_error, no_space
 from align.pipeline.context import StageContext
 from align.pipeline.garbage_collection import relax_collections
+from align.pipeline.machine_limits import usable_cores
 from align.pipeline.registry import Stage, find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.pipeline.thread_waiting import set_waiting
@@ -277,8 +278,7 @@ def _artifact(item: dict[str, str]) -> Artifact:
 
 def _available_cores() -> int:
     """Return this process's share of the cores there are."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_size())
+    return max(1, usable_cores() // local_size())
 
 
 def set_threads(threads: int | None) -> None:

@@ -25,6 +25,7 @@ from align.errors import UserError
 from align.models.files import read_optional
 from align.models.step_models import StepModels
 from align.pipeline.context import StageContext
+from align.pipeline.machine_limits import usable_cores
 from align.pipeline.stop_signal import die_with_parent
 from align.store.artifacts import Kind
 from align.store.atomic_write import write_text_atomically
@@ -162,10 +163,8 @@ def run(context: StageContext) -> dict[str, Any]:
     recipe = resolved_recipe(config, base)
     if config.files and any(isinstance(source, FilesSource) for source in recipe.sources):
         logger.info("reading %d local patterns instead of the recipe's sources", len(config.files))
-    # Cores that this process may use: a container or scheduler often grants fewer than there are.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     resources = BuildResources(
-        workers=context.runtime.workers or cores,
+        workers=context.runtime.workers or usable_cores(),
         device=context.runtime.device,
         start_worker=functools.partial(die_with_parent, os.getpid()),
         executor=context.runtime.executor,

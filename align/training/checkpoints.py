@@ -21,6 +21,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.models.processes import wait_for_all
+from align.pipeline.machine_limits import usable_cores
 from align.store.atomic_write import sync_folder, write_atomically
 from align.store.json_files import DamagedFile, parse_sealed, read_file, write_sealed
 
@@ -29,7 +30,7 @@ DAMAGED = "damaged"
 """Folder beside the checkpoints for damaged ones."""
 BLOCK_BYTES, READ_BYTES = 64 * 2**20, 4 * 2**20
 """Size of a block, which has its own digest so that threads can share a file, and of one read."""
-READERS = min(8, os.cpu_count() or 1)
+READERS = min(8, usable_cores())
 """Threads; each computes 2 GB of SHA-256 a second with the processor's own instructions."""
 
 LOG = logging.getLogger(__name__)

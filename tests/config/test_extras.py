@@ -44,7 +44,9 @@ def test_a_step_names_its_extra_before_the_build(
     config = validate(config_class, step, "recipe.yaml")
     step_identities(config, Path.cwd())
     hide(monkeypatch, package)
-    with pytest.raises(UserError, match=rf"{step['type']}\.\w+ needs .*{package}.*pip install 'align-pipeline\[data\]'"):
+    with pytest.raises(
+        UserError, match=rf"{step['type']}\.\w+ needs .*{package}.*pip install 'align-pipeline\[data\]'"
+    ):
         step_identities(config, Path.cwd())
 
 
