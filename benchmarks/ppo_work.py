@@ -181,11 +181,11 @@ def last_lines(text: str, count: int = 20) -> str:
 
 def process_environment() -> dict[str, str]:
     """Both sides' environment: all cores, no GPU, nothing from the network."""
-    from align.models.threads import cores
+    from align.pipeline.machine_limits import usable_cores
 
     return {
         **os.environ,
-        "OMP_NUM_THREADS": str(cores()),
+        "OMP_NUM_THREADS": str(usable_cores()),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -196,10 +196,10 @@ def choose_python(requested: str, venv: Path, build: str) -> str:
             raise SetupError(f"{requested} is not a Python {', '.join(PYTHONS)} with the modules venv and ensurepip.")
         return requested
     names = [f"python{version}" for version in PYTHONS] + ["python3"]
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         version = version_of_python(name)
-        if version in PYTHONS:
+        if version is not None and version in PYTHONS:
             found.setdefault(version, name)
     if not found:
         raise SetupError(
@@ -528,12 +528,12 @@ def install_align(extras: str, editable: bool) -> None:
 
 def extra(name: str) -> str:
     """Return the requirement of an extra that has only one."""
-    return project()["optional-dependencies"][name][0]  # type: ignore[no-any-return]
+    return str(project()["optional-dependencies"][name][0])
 
 
 def torch_requirement() -> str:
     """Return the requirement of torch."""
-    return next(text for text in project()["dependencies"] if re.match(r"torch\b", text))
+    return next(str(text) for text in project()["dependencies"] if re.match(r"torch\b", text))
 
 
 def project() -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from align.models.threads import cores
+from align.pipeline.machine_limits import usable_cores
 from benchmarks.training_peers.environments import ROOT
 from benchmarks.training_peers.works import ALPHA, BETA, RANK, SEED, Settings, Work
 
@@ -52,7 +52,7 @@ def environment_of(side: str) -> dict[str, str]:
         if not name.startswith(("OMP_", "MKL_", "GOMP_", "ALIGN_", "HF_", "GLIBC_TUNABLES", "TOKENIZERS_"))
     }
     common = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    threads = {} if side in ("align", "trl") else {"OMP_NUM_THREADS": str(cores())}
+    threads = {} if side in ("align", "trl") else {"OMP_NUM_THREADS": str(usable_cores())}
     inherited.pop("PYTHONPATH", None)
     # Peers must not import this repository's packages. align's environment may have been made for another checkout.
     path = {"PYTHONPATH": str(ROOT)} if side == "align" else {}

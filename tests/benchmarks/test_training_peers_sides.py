@@ -8,7 +8,7 @@ import pytest
 import yaml
 from trl import DPOConfig, KTOConfig, ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
-from align.models.threads import cores
+from align.pipeline.machine_limits import usable_cores
 from align.pipeline.pipeline import Pipeline
 from benchmarks.training_peers.environments import ROOT
 from benchmarks.training_peers.rows import write_rows
@@ -109,7 +109,12 @@ def test_only_trl_and_align_as_shipped_choose_their_own_threads(monkeypatch):
     threads = {
         side: environment_of(side).get("OMP_NUM_THREADS") for side in ("align", "trl", "trl_threads", "llamafactory")
     }
-    assert threads == {"align": None, "trl": None, "trl_threads": str(cores()), "llamafactory": str(cores())}
+    assert threads == {
+        "align": None,
+        "trl": None,
+        "trl_threads": str(usable_cores()),
+        "llamafactory": str(usable_cores()),
+    }
     assert environment_of("align")["PYTHONPATH"] == str(ROOT)
     assert "PYTHONPATH" not in environment_of("llamafactory")
     assert environment_of("trl")["PATH"] == os.environ["PATH"]

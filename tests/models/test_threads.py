@@ -9,7 +9,8 @@ import torch
 
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.models.threads import cores, device_of, use_threads
+from align.models.threads import device_of, use_threads
+from align.pipeline.machine_limits import usable_cores
 
 
 def test_threads_from_the_runtime_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +19,7 @@ def test_threads_from_the_runtime_whatever_the_environment_says(monkeypatch: pyt
     try:
         assert use_threads(Runtime(threads=3)) == torch.get_num_threads() == 3
         assert os.environ["OMP_NUM_THREADS"] == "3"
-        assert use_threads(Runtime()) == torch.get_num_threads() == cores()
+        assert use_threads(Runtime()) == torch.get_num_threads() == usable_cores()
     finally:
         torch.set_num_threads(before)
 
