@@ -516,11 +516,14 @@ def install_align(extras: str, editable: bool) -> None:
         code, lines = Installer().run([*command, *(["-e"] if editable else []), target])
     if code != 0:
         raise SetupError("\n".join([*lines[-40:], f"{target} cannot be installed: {cause(lines)}"]))
+    say(f"done: torch {installed_version('torch')}; {check_requirements()}")
+
+
+def check_requirements() -> str:
+    """Return what ``pip check`` says of the environment."""
     check = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
-    if check.returncode == 0:
-        say(f"done: torch {installed_version('torch')}; pip check finds no broken requirements")
-    else:
-        say(f"done: torch {installed_version('torch')}\nNOTE: pip check:\n{check.stdout.strip()}")
+    words = check.stdout.strip()
+    return "pip check finds no broken requirements" if check.returncode == 0 else f"NOTE: pip check:\n{words}"
 
 
 # Metadata of packages
@@ -570,29 +573,29 @@ def waive_requirements(package: str, names: Iterable[str]) -> None:
     pip then installs neither of them with a later package, and ``pip check`` knows that they are left out on purpose.
     """
     metadata, record = metadata_files(package)
-    text = metadata.read_text(encoding="utf-8")
-    for name in names:
-        text = re.sub(rf"^(Requires-Dist: {name}\b[^;\n]*)\n", r'\1; extra == "gpu"\n', text, flags=re.MULTILINE)
-        text = re.sub(
-            rf'^(Requires-Dist: {name}\b[^;\n]*); (?!.*extra == "gpu")(.+)\n',
-            r'\1; (\2) and extra == "gpu"\n',
-            text,
-            flags=re.MULTILINE,
-        )
-    if "Provides-Extra: gpu\n" not in text:
-        text = text.replace("\nRequires-Dist: ", "\nProvides-Extra: gpu\nRequires-Dist: ", 1)
-    content = text.encode()
+    # The description follows the first empty line.
+    header, separator, description = metadata.read_text(encoding="utf-8").partition("\n\n")
+    unneeded = re.compile(rf"Requires-Dist: ({'|'.join(map(re.escape, names))})\b(?!-)")
+    lines = []
+    for line in header.splitlines():
+        if unneeded.match(line) and not line.endswith('extra == "gpu"'):
+            requirement, _, marker = line.partition("; ")
+            line = f'{requirement}; ({marker}) and extra == "gpu"' if marker else f'{requirement}; extra == "gpu"'
+        lines.append(line)
+    if "Provides-Extra: gpu" not in lines:
+        lines.append("Provides-Extra: gpu")
+    content = ("\n".join(lines) + separator + description).encode()
     # A new file: uv may have linked this one to its cache.
     metadata.unlink()
     metadata.write_bytes(content)
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
     entry = f"{metadata.parent.name}/METADATA"
-    lines = [
+    entries = [
         f"{entry},sha256={digest},{len(content)}" if line.startswith(f"{entry},") else line
         for line in record.read_text(encoding="utf-8").splitlines()
     ]
     record.unlink()
-    record.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record.write_text("\n".join(entries) + "\n", encoding="utf-8")
 
 
 def metadata_files(package: str) -> tuple[Path, Path]:
