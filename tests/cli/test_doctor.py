@@ -104,3 +104,23 @@ def test_lines_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
             texts.append(finding.text)
     assert any(text.startswith("Python 3") for text in texts)
     assert any("GiB free" in text for text in texts)
+
+
+@pytest.mark.parametrize(("version", "level"), [((3, 10), "note"), ((3, 11), "ok"), ((3, 13), "ok"), ((3, 14), "note")])
+def test_untested_python_is_noted(version: tuple[int, int], level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.sys, "version_info", (*version, 1))
+    finding = next(doctor._packages())
+    assert finding.level == level
+    assert ("tested with Python 3.11, 3.12 and 3.13" in finding.text) == (level == "note")
+
+
+@pytest.mark.parametrize(("version", "is_problem"), [("2.11.0", True), ("2.11.0+cpu", False), (None, False)])
+def test_cuda_torchaudio_next_to_cpu_torch_is_a_problem(
+    version: str | None, is_problem: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = SimpleNamespace(cuda_devices=[], threads=2, cpu_capability="AVX2", is_cpu_build=True)
+    monkeypatch.setattr("align.models.devices.torch_setup", lambda: setup)
+    monkeypatch.setattr(doctor, "version_of", {"torchaudio": version}.get)
+    problems = [finding.text for finding in doctor._torch() if finding.level == "problem"]
+    expected = ["torchaudio is a CUDA build but torch is a CPU build: pip uninstall -y torchaudio"]
+    assert problems == (expected if is_problem else [])
