@@ -8,6 +8,8 @@ import importlib.metadata
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -262,7 +264,7 @@ def test_missing_cpu_torch_ends_with_a_remedy(
     monkeypatch.setattr(venv_setup, "installed_version", lambda package: None)
     monkeypatch.setattr(Installer, "run", lambda self, command: pytest.fail(f"{command} was run"))
     for arguments in (["locate", "--torch", "cpu"], ["fill"], ["fill", "--engine", "none"]):
-        assert venv_setup.main(arguments) == 1
+        assert venv_setup.main(arguments) == 3
         message = capsys.readouterr().err
         assert "No CPU build of torch can be had for Python 3." in message
         assert "  - folders of pip's configuration (find-links): no CPU build of torch>=2.11" in message
@@ -284,6 +286,24 @@ def test_sources_are_tried_in_order(no_sources: None, monkeypatch: pytest.Monkey
 
 
 # The environment
+
+
+@pytest.mark.parametrize(("code", "is_kept"), [(0, True), (1, True), (3, False)])
+def test_new_environment_without_a_torch_is_removed(
+    code: int, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **options: Any) -> Any:
+        if "venv" in command:
+            (tmp_path / ".venv" / "bin").mkdir(parents=True)
+        return SimpleNamespace(returncode=code, stdout="3.12")
+
+    monkeypatch.setattr(venv_setup, "choose_python", lambda *words: "python3.12")
+    monkeypatch.setattr(venv_setup.subprocess, "run", run)
+    monkeypatch.setattr(venv_setup, "find_gpu", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        venv_setup.main(["create", "--venv", str(tmp_path / ".venv")])
+    assert end.value.code == code
+    assert (tmp_path / ".venv").exists() == is_kept
 
 
 @pytest.fixture

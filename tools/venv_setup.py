@@ -20,6 +20,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -64,6 +65,14 @@ START = float(os.environ.get(SINCE) or time.time())
 
 class SetupError(Exception):
     """What cannot be done, with the remedy."""
+
+    exit_code = 1
+
+
+class NoTorchError(SetupError):
+    """There is no torch for this Python."""
+
+    exit_code = 3
 
 
 def say(text: str) -> None:
@@ -396,11 +405,15 @@ def create(venv: Path, requested: str, engine: str, torch: str, extras: str, edi
     python = choose_python(requested, venv, build)
     say(f"Python {version_of_python(python)} ({python})")
     inner = venv / "bin" / "python"
-    if not inner.exists():
+    is_new = not inner.exists()
+    if is_new:
         subprocess.run([python, "-m", "venv", str(venv)], check=True)
     # From here on the new Python runs this file: it sees what is installed, and has pip and tomllib.
     words = ["fill", "--engine", engine, "--torch", torch, "--extras", extras, *([] if editable else ["--copy"])]
-    raise SystemExit(subprocess.run([str(inner), __file__, *words], env={**os.environ, SINCE: str(START)}).returncode)
+    code = subprocess.run([str(inner), __file__, *words], env={**os.environ, SINCE: str(START)}).returncode
+    if is_new and code == NoTorchError.exit_code:
+        shutil.rmtree(venv)  # or the next attempt would keep a Python for which there is no torch
+    raise SystemExit(code)
 
 
 def find(requested: str, engine: str, torch: str) -> None:
@@ -426,10 +439,10 @@ def locate(build: str) -> None:
     say(source.words)
 
 
-def no_cpu_torch(attempts: list[str]) -> SetupError:
+def no_cpu_torch(attempts: list[str]) -> NoTorchError:
     """Return the error for a machine that cannot get a CPU torch."""
     python = ".".join(map(str, sys.version_info[:2]))
-    return SetupError(NO_CPU_TORCH.format(python=python, attempts="\n".join(attempts)))
+    return NoTorchError(NO_CPU_TORCH.format(python=python, attempts="\n".join(attempts)))
 
 
 def fill(engine: str, torch: str, extras: str, editable: bool) -> None:
@@ -649,7 +662,7 @@ def main(arguments: list[str] | None = None) -> int:
             locate(options.torch)
     except SetupError as error:
         print(error, file=sys.stderr)
-        return 1
+        return error.exit_code
     return 0
 
 
