@@ -73,6 +73,13 @@ def test_silent_installer_gets_a_heartbeat(monkeypatch: pytest.MonkeyPatch, caps
     assert "ERROR" not in output.out + output.err
 
 
+def test_silent_search_gets_a_heartbeat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(venv_setup, "HEARTBEAT", 0.05)
+    slow = [sys.executable, "-c", "import time; time.sleep(0.5); raise SystemExit(1)"]
+    assert venv_setup.find_local(slow, ["torch"]) is None
+    assert "... looking for torch in folders of pip's configuration" in capsys.readouterr().out
+
+
 def test_cause_is_the_line_that_explains() -> None:
     pip = [
         "ERROR: Could not find a version that satisfies torch==2",

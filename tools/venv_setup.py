@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -29,7 +30,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable  # noqa: UP035 - older Pythons read this file until they have found a newer one
+from typing import Any, Iterable, Iterator  # noqa: UP035 - older Pythons read this file until they have found a newer one
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.13", "3.12", "3.11")
@@ -81,6 +82,24 @@ def say(text: str) -> None:
 
 
 # Progress
+
+
+@contextlib.contextmanager
+def heartbeats(activity: str) -> Iterator[None]:
+    """Say every few seconds what is going on, while a command runs that says nothing."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT):
+            say(f"... {activity}")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @dataclass
@@ -301,7 +320,9 @@ def find_local(pip: list[str], requirements: list[str]) -> list[str] | None:
         report = Path(folder, "report.json")
         options = ["--dry-run", "--ignore-installed", "--no-deps", "--no-index", "--quiet", "--report", str(report)]
         command = [*pip, "install", *PIP_OPTIONS, *options, *requirements]
-        if subprocess.run(command, cwd=ROOT, capture_output=True).returncode != 0:
+        with heartbeats("looking for torch in folders of pip's configuration"):
+            run = subprocess.run(command, cwd=ROOT, capture_output=True)
+        if run.returncode != 0:
             return None
         packages = [entry["metadata"] for entry in json.loads(report.read_text(encoding="utf-8"))["install"]]
     torch = next(package for package in packages if package["name"] == "torch")
@@ -316,7 +337,8 @@ def find_in_index(pip: list[str], requirements: list[str]) -> list[str] | None:
     for requirement in requirements:
         name = re.match(r"\w+", requirement)[0]  # type: ignore[index]
         command = [*pip, "index", "versions", name, "--retries", "1", "--timeout", "15"]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        with heartbeats(f"looking for {name} in pip's index"):
+            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         available = re.search(r"^Available versions: (.+)$", run.stdout, re.MULTILINE)
         versions = available[1].split(", ") if available is not None else []
         fitting = [version for version in versions if version.endswith("+cpu") and admits(requirement, version)]
@@ -357,9 +379,8 @@ def locate_cpu(requirements: list[str], attempts: list[str]) -> Source | None:
         attempts.append("  - uv, which knows where CPU builds are: pip cannot install it")
         return None
     command = uv_install("cpu", *requirements)
-    run = subprocess.run(
-        [*command, "--dry-run"], cwd=ROOT, env=hasty_environment(), capture_output=True, text=True, timeout=300
-    )
+    with heartbeats("looking for torch by uv"):
+        run = subprocess.run([*command, "--dry-run"], cwd=ROOT, env=hasty_environment(), capture_output=True, text=True)
     if run.returncode == 0:
         pins = re.findall(r"\+ (\w+==\S+)", run.stderr)
         return Source(f"{', '.join(pins)} from torch's CPU index, by uv", command)
@@ -407,7 +428,7 @@ def create(venv: Path, requested: str, engine: str, torch: str, extras: str, edi
     inner = venv / "bin" / "python"
     is_new = not inner.exists()
     if is_new:
-        subprocess.run([python, "-m", "venv", str(venv)], check=True)
+        create_venv(python, venv)
     # From here on the new Python runs this file: it sees what is installed, and has pip and tomllib.
     words = ["fill", "--engine", engine, "--torch", torch, "--extras", extras, *([] if editable else ["--copy"])]
     code = subprocess.run([str(inner), __file__, *words], env={**os.environ, SINCE: str(START)}).returncode
@@ -416,13 +437,19 @@ def create(venv: Path, requested: str, engine: str, torch: str, extras: str, edi
     raise SystemExit(code)
 
 
+def create_venv(python: str, venv: Path) -> None:
+    """Create an environment that has only pip."""
+    with heartbeats(f"creating {venv}"):
+        subprocess.run([python, "-m", "venv", str(venv)], check=True)
+
+
 def find(requested: str, engine: str, torch: str) -> None:
     """Say where torch would come from, without installing it."""
     build, _ = choose_build(engine, torch)
     with tempfile.TemporaryDirectory() as folder:
         python = choose_python(requested, Path(folder, "none"), build)
         venv = Path(folder, "venv")
-        subprocess.run([python, "-m", "venv", str(venv)], check=True)
+        create_venv(python, venv)
         command = [str(venv / "bin" / "python"), __file__, "locate", "--torch", build]
         raise SystemExit(subprocess.run(command).returncode)
 
@@ -552,7 +579,8 @@ def install_align(extras: str, editable: bool) -> None:
 
 def check_requirements() -> str:
     """Return what ``pip check`` says of the environment."""
-    check = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    with heartbeats("pip check"):
+        check = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
     words = check.stdout.strip()
     return "pip check finds no broken requirements" if check.returncode == 0 else f"NOTE: pip check:\n{words}"
 
