@@ -1,4 +1,4 @@
-"""What ``precision: auto`` stands for on a machine: measured speeds of matrix products, and where they are kept.
+"""Measured speeds of matrix products, which decide what ``precision: auto`` stands for on a machine.
 
 The measurement itself needs torch and is in ``align.models.product_speed``. This file needs none, so that a plan can
 say which type a run would use here.

@@ -62,7 +62,7 @@ class StageContext:
     """Told of every point of the curves, as the event file is."""
     started: float = field(default_factory=time.time)
     auto_precision: Precision = "bfloat16"
-    """What ``precision: auto`` stands for in this run. The stage's process measures it."""
+    """Type that ``precision: auto`` stands for in this run. The stage's process measures it."""
     fail_at_once: Callable[[str], None] | None = None
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
     ``run`` was called in a process that is not a stage's own."""

@@ -13,6 +13,7 @@ from typing import Any
 from align.data.rows import Row
 from align.data.weighted_scores import WeightedSum
 from align.errors import shorten
+from align.pipeline.context import StageContext
 
 REFERENCE_ROWS = 32
 """Rows whose references are scored; few, because a reward may be slow."""
@@ -48,6 +49,23 @@ class ReferenceScores:
             f"a right answer. Example: reference {shorten(repr(self.answers[0]))}. Check the column that it compares "
             "with, and how it reads the answer"
         )
+
+
+def note_reference_scores(context: StageContext, scorer: WeightedSum | None, rows: Sequence[Row]) -> dict[str, float]:
+    """Note how the rows' references score, and return their mean as a metric; warn if the reward rejects them all.
+
+    Episodes are left to their environment, of which a reward reads only the last turn.
+    """
+    scored = None
+    if scorer is not None and context.config.environment is None:
+        scored = score_references(scorer, rows)
+    if scored is None:
+        return {}
+    context.note(f"{context.name}: {scored.describe()}")
+    warning = scored.warning()
+    if warning is not None:
+        context.warn(f"{context.name}: {warning}.")
+    return {"reference_score": scored.mean}
 
 
 def score_references(scorer: WeightedSum, rows: Sequence[Row]) -> ReferenceScores | None:

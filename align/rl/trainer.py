@@ -80,6 +80,12 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
     model: PolicyAndReference
     processing_class: Any
     objective: Objective
+    report_phase: Callable[[str], None] = staticmethod(lambda text: None)
+    """Gets the names of an update's phases, such as ``learning 2/4``; a stage sets it."""
+    _learned = 0
+    """Micro-batches of the current update that were learned from."""
+    _example = ""
+    """A response of the current update with its score, for an alarm."""
 
     def __init__(
         self,
@@ -136,12 +142,6 @@ class RLTrainer(AtomicCheckpoints, ShardingTrainer, Trainer):  # type: ignore[mi
         """Reason why the run ended before its last update, if it did."""
         self._update_metrics: dict[str, float] = {}
         """Metrics of the current update that are no means over micro-batches; empty once they are logged."""
-        self.report_phase: Callable[[str], None] = lambda text: None
-        """Gets the names of an update's phases, such as ``learning 2/4``; a stage sets it."""
-        self._learned = 0
-        """Micro-batches of the current update that were learned from."""
-        self._example = ""
-        """A response of the current update with its score, for an alarm."""
         self._learning_started = 0.0
         self._gradient_norms: dict[str, torch.Tensor] = {}
 

@@ -42,7 +42,7 @@ class RunningStage:
     pace: Pace = field(default_factory=Pace)
     """Progress of the work in hand."""
     phase: str = "importing"
-    """What the stage does, between two reports of progress."""
+    """Current work of the stage, between two reports of progress."""
     reported: float = field(default_factory=time.time)
     """Time of the last line about the stage."""
     pause: float = field(default_factory=lambda: FIRST_REPORT)

@@ -35,7 +35,7 @@ SWAPPED = 2**26
 
 @dataclass
 class Usage:
-    """What the process and the machine had used at one moment."""
+    """Counters of the process and the machine at one moment."""
 
     time: float
     cpu_seconds: float

@@ -1,7 +1,7 @@
 """The type in which a stage with ``precision: auto`` computes. Imports torch only to measure, once per machine.
 
 A stage keeps its type until it is done: a resumed attempt must give the bits that one attempt would have given, and a
-stage that continues another must go on as that stage would have. All processes of a stage use the same type.
+stage that continues another must continue as that stage would have. All processes of a stage use the same type.
 """
 
 from __future__ import annotations

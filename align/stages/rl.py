@@ -40,7 +40,7 @@ from align.rl.arguments import RolloutArguments
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
 from align.rl.continued_prompts import continue_prompts, continuing_callbacks, keep_rollout_state
-from align.rl.reference_scores import score_references
+from align.rl.reference_scores import note_reference_scores
 from align.rl.rollout import COMPONENT
 from align.rl.trainer import RLTrainer
 from align.store.artifacts import Artifact
@@ -90,7 +90,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts.train)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
     scorer = _open_scorer(context, reward_models)
-    reference_facts = _score_references(context, scorer, prompts.train)
+    reference_facts = note_reference_scores(context, scorer, prompts.train)
     if reward_models and _critic_source(config) == "reward":
         check_same_vocabulary(context.name, tokenizer, reward_models[0].tokenizer, ("the policy", "the reward model"))
     engine = _open_engine(context, source)
@@ -130,23 +130,6 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         engine.close()
         if player is not None:
             player.close()
-
-
-def _score_references(
-    context: StageContext, scorer: WeightedSum | None, rows: list[dict[str, Any]]
-) -> dict[str, float]:
-    """Note how the rows' own references score; a reward that cannot tell them from nothing gets a warning."""
-    # Episodes are scored by their environment, and a reward reads only their last turn.
-    scored = None
-    if scorer is not None and context.config.environment is None:
-        scored = score_references(scorer, rows)
-    if scored is None:
-        return {}
-    context.note(f"{context.name}: {scored.describe()}")
-    warning = scored.warning()
-    if warning is not None:
-        context.warn(f"{context.name}: {warning}.")
-    return {"reference_score": scored.mean}
 
 
 def _open_engine(context: StageContext, source: Path) -> RolloutEngine:
