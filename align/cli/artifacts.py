@@ -66,11 +66,12 @@ def list_artifacts(options: argparse.Namespace) -> int:
 def show(options: argparse.Namespace) -> int:
     """Run ``align show``."""
     from align.runner.open_store import open_store
+    from align.store.output_files import find_extra_files
 
     store = open_store(None, options.store)
     artifact = store.resolve(options.key)
     if options.verify:
-        problems = store.problems(artifact, thorough=True)
+        problems = [*store.problems(artifact, thorough=True), *find_extra_files(artifact)]
         if options.json:
             described = [{"path": str(problem.path), "problem": problem.description} for problem in problems]
             print_json({"path": str(artifact.path), "problems": described})
@@ -107,14 +108,14 @@ def collect_garbage(options: argparse.Namespace) -> int:
     """Run ``align gc``."""
     from align.clusters.slurm.submit import used_by_jobs
     from align.runner.open_store import open_store
-    from align.store.garbage import delete_garbage, find_garbage
+    from align.store.garbage import DELETED, IN_USE, delete_garbage, find_garbage
 
     store = open_store(None, options.store)
     folders = find_garbage(store, used_by_jobs(store))
     sizes = {folder: _size(folder) for folder in folders}
     # Without --delete nothing is locked: the list may be out of date, and deleting checks again.
-    outcomes: dict[Path, bool] = {}
-    if options.delete and folders:
+    outcomes: dict[Path, str] = {}
+    if options.delete:
         _print_wait(store)
         try:
             outcomes = delete_garbage(store, lambda: used_by_jobs(store))
@@ -126,24 +127,30 @@ def collect_garbage(options: argparse.Namespace) -> int:
                 f"{store.cache}, which only saves time, and run again."
             ) from None
         folders = list(outcomes)
+    failed = [folder for folder, state in outcomes.items() if state not in (DELETED, IN_USE)]
     if options.json:
         print_json(
             [
-                {"path": str(folder), "bytes": sizes.get(folder, 0), "deleted": outcomes.get(folder, False)}
+                {
+                    "path": str(folder),
+                    "bytes": sizes.get(folder, 0),
+                    "deleted": outcomes.get(folder) == DELETED,
+                    **({"error": outcomes[folder]} if folder in failed else {}),
+                }
                 for folder in folders
             ]
         )
-        return 0
+        return 1 if failed else 0
     _print_active_runs(store)
     for folder in folders:
-        state = "in use" if options.delete else "unused"
-        if outcomes.get(folder):
-            state = "deleted"
+        state = outcomes.get(folder, "unused")
         print(printable(f"{state}  {sizes.get(folder, 0) / MIB:8.1f} MiB  {folder}"))
     total = sum(sizes.get(folder, 0) for folder in folders) / MIB
     remedy = "" if options.delete or not folders else "; `align gc --delete` deletes them"
     print(f"{len(folders)} folders, {total:.1f} MiB unused by any run{remedy}")
-    return 0
+    if failed:
+        print(f"! {len(failed)} folders could not be deleted; correct the cause and run again", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _active_runs(store: Store) -> list[str]:
@@ -167,8 +174,10 @@ def _print_active_runs(store: Store) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes in a folder; files that vanish meanwhile count as 0."""
+    """Return the bytes in a folder; files that vanish meanwhile count as 0, as does the target of a link."""
     total = 0
+    if folder.is_symlink():
+        return total
     for path in folder.rglob("*"):
         try:
             total += path.lstat().st_size if path.is_file() else 0
@@ -187,7 +196,11 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("key", metavar="KEY", help="the beginning of an artifact's key")
     parser.add_argument("--log", action="store_true", help="print the stage's log")
-    parser.add_argument("--verify", action="store_true", help="check the digest of every file")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the digest of every file, and look for files that are not in the record",
+    )
 
 
 def add_gc_arguments(parser: argparse.ArgumentParser) -> None:

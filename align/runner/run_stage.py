@@ -197,6 +197,8 @@ class StageRun:
         (self.partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.partial / OUTPUT)
+        # Made here, because a partial without an output counts as left over from publishing (``Store.leftovers``).
+        (self.partial / OUTPUT).mkdir()
         # An old result would look like this attempt's if the process died without one.
         (self.partial / RESULT).unlink(missing_ok=True)
         clear_request(self.partial)

@@ -150,6 +150,7 @@ def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener:
         if artifact is not None and node.name not in force:
             run.artifacts[node.name] = artifact
             listener.stage_cached(node, artifact)
+            opened.drop_leftovers(node.stage.kind, node.key)
             # An earlier run may have finished the stage while the remote was away.
             upload(opened, artifact, listener.transfer)
         elif only is None or node.name == only:

@@ -10,6 +10,9 @@ from align.store.leases import LEASES, UsedStage
 from align.store.runs import RUNS
 from align.store.store import Store
 
+DELETED, IN_USE = "deleted", "in use"
+"""States of a folder after ``delete_garbage``; any other says why the folder could not be deleted."""
+
 
 def find_garbage(store: Store, used: Iterable[UsedStage] = ()) -> list[Path]:
     """Return artifact and partial folders that no named run and no active run reaches, directly or as an input.
@@ -17,11 +20,12 @@ def find_garbage(store: Store, used: Iterable[UsedStage] = ()) -> list[Path]:
     ``used`` are further stages that count as reached. Raises ``UserError`` where it cannot be told what is reached.
     """
     reached = store.retry.call(lambda: _reached_folders(store, used))
-    return [folder for folder in store.folders() if folder not in reached]
+    # A linked kind may be another store's, whose runs are unknown here, so gc deletes nothing below one.
+    return [folder for folder in store.folders() if folder not in reached and not folder.parent.is_symlink()]
 
 
-def delete_garbage(store: Store, used: Callable[[], Iterable[UsedStage]] = tuple) -> dict[Path, bool]:
-    """Delete the garbage; returns folder → True, or False where a run holds its lock.
+def delete_garbage(store: Store, used: Callable[[], Iterable[UsedStage]] = tuple) -> dict[Path, str]:
+    """Delete the garbage; returns folder → ``DELETED``, ``IN_USE`` if a run holds its lock, or an error's text.
 
     ``used`` is called for further stages once no run can begin. Raises as ``find_garbage``.
     """
@@ -33,7 +37,15 @@ def delete_garbage(store: Store, used: Callable[[], Iterable[UsedStage]] = tuple
         # 3. Another machine may have begun a run a moment ago, which NFS's caches do not show.
         store.refresh(RUNS, LEASES)
         # 4. Delete what is unreached, unless a run holds its lock.
-        return {folder: store.delete(folder) for folder in find_garbage(store, used())}
+        return {folder: _delete(store, folder) for folder in find_garbage(store, used())}
+
+
+def _delete(store: Store, folder: Path) -> str:
+    """Delete one folder and return its state. An error of its own must not keep the others."""
+    try:
+        return DELETED if store.delete(folder) else IN_USE
+    except OSError as error:
+        return f"cannot be deleted ({error.strerror or error}: {error.filename or folder})"
 
 
 def _reached_folders(store: Store, used: Iterable[UsedStage]) -> set[Path]:
@@ -59,4 +71,5 @@ def _reached_folders(store: Store, used: Iterable[UsedStage]) -> set[Path]:
     for kind, key in reached:
         # Partials stay, too: an interrupted stage resumes from its checkpoints there, and a download where it stopped.
         folders |= {store.folder(kind, key), store.partial(kind, key), store.fetched(kind, key)}
+        folders -= set(store.leftovers(kind, key))
     return folders

@@ -60,6 +60,7 @@ class RunLeases:
         with contextlib.ExitStack() as lease:
             # Behind the gate: ``gc`` sees the complete lease, or has ended.
             with self.gate():
+                self._drop_dead()
                 hold = Lock(folder, self.lease).acquire(lambda _: None, self.retry)
                 # Registered before the uses are written: an error there must not leave a lease that is kept alive.
                 lease.callback(_end, hold, folder)
@@ -97,6 +98,13 @@ class RunLeases:
             # Watched outside the gate, so it may have come back since.
             if not lock.is_held():
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _drop_dead(self) -> None:
+        """Delete the leases of runs that one look shows to be dead, so that killed runs do not accumulate.
+
+        Call it inside the gate, where no lease is half made. ``gc --delete`` watches those of other machines.
+        """
+        self.drop({folder: Lock(folder, self.lease) for folder in self._folders()})
 
     def uses(self) -> list[Uses]:
         """Return what the active runs use. Raises ``UserError`` where that cannot be told."""

@@ -33,6 +33,18 @@ def output_digests(folder: Path) -> dict[str, dict[str, Any]]:
     return outputs
 
 
+def find_extra_files(artifact: Artifact) -> list[Problem]:
+    """Return the files, links included, that are in the artifact's folder and not in its record."""
+    outputs = artifact.record["outputs"]
+    extra = []
+    for path in sorted(artifact.path.rglob("*")):
+        name = path.relative_to(artifact.path).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and name not in outputs and name not in UNRECORDED:
+            extra.append(Problem(path, "is not in its record"))
+    return extra
+
+
 def find_problems(artifact: Artifact, thorough: bool) -> list[Problem]:
     """Return the files that differ from the record.
 

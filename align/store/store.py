@@ -33,6 +33,7 @@ from align.store.leases import LEASES, RunLeases, Stages, Uses
 from align.store.locks import Hold, Lease, Lock, LockLost
 from align.store.marker import open_folder, require_marker
 from align.store.output_files import Problem, find_problems, output_digests
+from align.store.partial import OUTPUT
 from align.store.record import RECORD, SHORT, DamagedRecord, read_artifact, write_record
 from align.store.remote import Remote
 from align.store.retry import SECONDS, Retry, drop_nfs_cache, with_retry
@@ -200,7 +201,7 @@ class Store:
             folder, draft = self.folder(kind, key), self.fetched(kind, key)
             self.remote.download(record, draft)
             if folder.exists():  # without a record, so of no use
-                shutil.rmtree(folder)
+                _remove(folder)
             # The draft has its record already, so this one rename makes a finished artifact visible.
             draft.rename(folder)
             sync_folder(folder.parent)
@@ -307,7 +308,8 @@ class Store:
         except BaseException:
             aside.rename(folder)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # ``gc`` deletes what remains
+            _remove(aside)
 
     def _has_record(self, folder: Path, record: dict[str, Any]) -> bool:
         artifact = self._read_intact(folder)
@@ -366,27 +368,53 @@ class Store:
     # ---- folders ----
 
     def folders(self) -> list[Path]:
-        """Return every artifact and partial folder."""
+        """Return every artifact and partial folder, and every link in the place of such a folder."""
         kinds = [path for path in sorted(self.root.iterdir()) if path.is_dir() and path.name not in NO_KINDS]
-        return [folder for kind in kinds for folder in sorted(kind.iterdir()) if folder.is_dir()]
+        return [path for kind in kinds for path in sorted(kind.iterdir()) if path.is_dir() or path.is_symlink()]
 
     def delete(self, folder: Path) -> bool:
-        """Delete a folder unless a run holds its lock; returns whether it was deleted."""
+        """Delete a folder unless a run holds its lock; returns whether it was deleted. The target of a link stays."""
         hold = self.retry.call(self._lock(folder.parent.name, folder.name[:SHORT]).try_acquire)
         if hold is None:
             return False
         try:
-            # The record goes first, so that half a folder never counts as done.
-            (folder / RECORD).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            if not folder.is_symlink():
+                # Delete the record first, so that half a folder never counts as done.
+                (folder / RECORD).unlink(missing_ok=True)
+            _remove(folder)
         finally:
             hold.release()
         return True
 
     def drop_partials(self, kind: str, key: str) -> None:
         """Delete what running a finished stage has left, also by holders that lost the lock."""
-        for folder in (self.root / kind).glob(f"{key[:SHORT]}*.partial"):
+        for folder in self._partials(kind, key):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def leftovers(self, kind: str, key: str) -> list[Path]:
+        """Return the partials of a finished stage whose runner was killed after publishing it.
+
+        A partial with an output belongs to a rebuild, which resumes from it.
+        """
+        folders = [folder for folder in self._partials(kind, key) if not (folder / OUTPUT).exists()]
+        return folders if folders and self.find_intact(kind, key) is not None else []
+
+    def drop_leftovers(self, kind: str, key: str) -> None:
+        """Delete the ``leftovers`` of a stage unless a run holds its lock."""
+        for folder in self.leftovers(kind, key):
+            with contextlib.suppress(OSError):  # ``gc`` names what cannot be deleted
+                self.delete(folder)
+
+    def _partials(self, kind: str, key: str) -> list[Path]:
+        return list((self.root / kind).glob(f"{key[:SHORT]}*.partial"))
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or only the link if it is one: its target may be used by something else."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _lock_number(partial: Path) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,9 +18,9 @@ from align.cli.main import main
 from align.errors import UserError
 from align.runner import runner
 from align.runner.runner import run_pipeline
-from align.store import leases
+from align.store import leases, locks
 from align.store.claims import FolderClaims
-from align.store.garbage import delete_garbage, find_garbage
+from align.store.garbage import DELETED, delete_garbage, find_garbage
 from align.store.leases import LEASES, USES
 from align.store.locks import Lock
 from align.store.store import Store
@@ -109,6 +111,19 @@ def test_a_run_that_was_killed_keeps_nothing(store: Path) -> None:
     assert [artifact.record["config"]["number"] for artifact in Store.open(store).all()] == [9]
 
 
+def test_next_run_deletes_leases_of_killed_runs(store: Path) -> None:
+    opened = Store.open(store)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    claims = FolderClaims(store / LEASES / "killed-0123456789ab")
+    claims.prepare()
+    claim = {"token": "x", "pid": dead.pid, "machine": locks._machine(), "started": "1", "lease": 120.0}
+    claims.create(1, json.dumps(claim).encode().ljust(1024))
+    far = far_run(store, 120)
+    with opened.use("toy", {}, {}):
+        assert not claims.folder.exists() and far.exists()
+
+
 def far_run(store: Path, seconds: float) -> Path:
     """The lease of a run on another machine that has fallen silent, on the first number of the toy."""
     opened = Store.open(store, lease=seconds)
@@ -173,7 +188,7 @@ def test_no_run_begins_while_gc_deletes(store: Path, monkeypatch: pytest.MonkeyP
 
     thread = threading.Thread(target=run)
     monkeypatch.setattr(Store, "delete", slowly)
-    assert list(delete_garbage(opened).values()) == [True]
+    assert list(delete_garbage(opened).values()) == [DELETED]
     thread.join()
     assert order == ["deleted", "made"]
     assert len(opened.all()) == 1
