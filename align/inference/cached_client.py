@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,9 +43,16 @@ class Prices(NamedTuple):
         return (prompt * self.input + completion * self.output) / MILLION
 
     def bound(self, request: Request) -> float:
-        """Return the highest possible cost of a request."""
+        """Return the highest cost of a request at a server that keeps to ``max_tokens``."""
         prompt, completion = bounds(request)
         return (prompt * self.input + completion * self.output) / MILLION
+
+    def surplus(self, request: Request, answer: Answer) -> float:
+        """Return what an answer costs beyond the bound; thinking, for example, may not count towards ``max_tokens``."""
+        prompt, completion = bounds(request)
+        more_prompt = max(0, (answer.prompt_tokens or 0) - prompt)
+        more_completion = max(0, (answer.completion_tokens or 0) - completion)
+        return (more_prompt * self.input + more_completion * self.output) / MILLION
 
 
 def bounds(request: Request) -> tuple[int, int]:
@@ -131,29 +139,49 @@ class Budget:
 
     limit: float | None
     spent: float = 0.0
-    reserved: float = 0.0
-    """Sum of the highest costs of the requests in flight."""
+    surplus: dict[str, float] = field(default_factory=dict)
+    """Name of a backend → the most that one of its answers has cost beyond its bound."""
+    _bounds: float = 0.0
+    """Sum of the bounds of the requests in flight."""
+    _in_flight: Counter[str] = field(default_factory=Counter)
+    """Name of a backend → its requests in flight."""
+
+    @property
+    def reserved(self) -> float:
+        """The highest cost of the requests in flight, as far as earlier answers tell."""
+        if not self._in_flight.total():
+            return 0.0  # exactly: sums of floats drift
+        return self._bounds + sum(count * self.surplus.get(name, 0.0) for name, count in self._in_flight.items())
+
+    def observe(self, name: str, surplus: float) -> None:
+        """Raise the reservations of a backend, those in flight included, to an answer's cost beyond its bound."""
+        self.surplus[name] = max(surplus, self.surplus.get(name, 0.0))
 
     @contextlib.asynccontextmanager
-    async def reserve(self, bound: float) -> AsyncIterator[None]:
-        """Reserve ``bound`` while a request is in flight. Raises ``UserError`` when too little is left.
+    async def reserve(self, bound: float, name: str = "model") -> AsyncIterator[None]:
+        """Reserve ``bound`` and the backend's surplus while a request is in flight.
 
-        Requests in flight mostly cost less than their bounds, so others wait for them before that is decided.
+        Raises ``UserError`` if too little is left. Requests in flight mostly cost less than their bounds, so others
+        wait for them before that is decided.
         """
-        while self.limit is not None and self.spent + self.reserved + bound > self.limit:
-            if self.reserved == 0:
-                raise UserError(
-                    f"max_cost {self.limit:g} is reached: {self.spent:.6g} spent, and the next request may cost "
-                    f"{bound:.6g}. What was answered is kept: raise max_cost and run again to go on."
-                )
+        while self.limit is not None and self.spent + self.reserved + bound + self.surplus.get(name, 0.0) > self.limit:
+            if not self._in_flight.total():
+                raise self._spent_error(bound, self.surplus.get(name, 0.0))
             await asyncio.sleep(0.02)
-        self.reserved += bound
+        self._bounds += bound
+        self._in_flight[name] += 1
         try:
             yield
         finally:
-            # Sums of floats drift; the test above needs an exact 0 when nothing is in flight.
-            remaining = self.reserved - bound
-            self.reserved = remaining if remaining > 1e-12 else 0.0
+            self._in_flight[name] -= 1
+            self._bounds = self._bounds - bound if self._in_flight.total() else 0.0
+
+    def _spent_error(self, bound: float, surplus: float) -> UserError:
+        reason = f" ({surplus:.6g} of it because answers were billed for more than max_tokens)" if surplus else ""
+        return UserError(
+            f"max_cost {self.limit:g} is reached: {self.spent:.6g} spent, and the next request may cost "
+            f"{bound + surplus:.6g}{reason}. What was answered is kept: raise max_cost and run again to go on."
+        )
 
 
 @dataclass
@@ -236,15 +264,25 @@ class CachedClient:
         if prices is None or backend.identity in self._counted_backends:
             return
         self._counted_backends.append(backend.identity)
-        answered = (pair for pair in self.cache.asked() if pair[0].model == backend.identity)
-        # An attempt that was given up may have been charged for, so it counts at its highest cost.
-        lost = (request for request in self.cache.lost if request.model == backend.identity)
-        self.budget.spent += sum(prices.cost(request, answer) for request, answer in answered)
-        self.budget.spent += sum(prices.bound(request) for request in lost)
+        for request, answer in self.cache.asked():
+            if request.model == backend.identity:
+                self.count_cost(name, prices, request, answer)
+        for request in self.cache.lost:
+            if request.model == backend.identity:
+                self.count_lost(name, prices, request)
         if self.max_cost is not None:
             # Processes do not see each other's costs, so each gets an equal part of what is left.
             remaining = max(0.0, self.max_cost - self.budget.spent)
             self.budget.limit = self.max_cost if self.processes == 1 else self.budget.spent + remaining / self.processes
+
+    def count_cost(self, name: str, prices: Prices, request: Request, answer: Answer) -> None:
+        """Add an answer's cost to the budget."""
+        self.budget.spent += prices.cost(request, answer)
+        self.budget.observe(name, prices.surplus(request, answer))
+
+    def count_lost(self, name: str, prices: Prices, request: Request) -> None:
+        """Add an attempt that was given up to the budget, at its highest cost: it may have been charged for."""
+        self.budget.spent += prices.bound(request) + self.budget.surplus.get(name, 0.0)
 
     def report(self, answered: int) -> None:
         """Report progress; ``answered`` answers are there that ``ask`` has not returned yet."""
@@ -293,13 +331,13 @@ class _CachingSink:
     """The sink of one ``ask``: writes answers to the caches and counts their cost."""
 
     def __init__(self, client: CachedClient, name: str) -> None:
-        self.client, self.prices = client, client.prices.get(name)
+        self.client, self.name, self.prices = client, name, client.prices.get(name)
         self.failed: dict[str, Answer] = {}
         """Key → answer with an error, which no cache holds."""
         self.done = 0
 
     def reserve(self, request: Request) -> contextlib.AbstractAsyncContextManager[None]:
-        return self.client.budget.reserve(0.0 if self.prices is None else self.prices.bound(request))
+        return self.client.budget.reserve(0.0 if self.prices is None else self.prices.bound(request), self.name)
 
     def record(self, answered: list[tuple[Request, Answer]]) -> None:
         # Failed requests stay out of the caches: another attempt may succeed.
@@ -309,7 +347,8 @@ class _CachingSink:
         if self.client.shared is not None:
             self.client.shared.put(good)
         if self.prices is not None:
-            self.client.budget.spent += sum(self.prices.cost(request, answer) for request, answer in good)
+            for request, answer in good:
+                self.client.count_cost(self.name, self.prices, request, answer)
         self.client.new += len(good)
         self.done += len(answered)
         self.client.report(self.done)
@@ -317,4 +356,4 @@ class _CachingSink:
     def record_lost(self, request: Request) -> None:
         self.client.cache.record_lost(request)
         if self.prices is not None:
-            self.client.budget.spent += self.prices.bound(request)
+            self.client.count_lost(self.name, self.prices, request)

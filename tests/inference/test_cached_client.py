@@ -157,6 +157,19 @@ def test_max_cost_is_never_exceeded_and_raising_it_goes_on(fake: FakeChat, tmp_p
     assert client.usage_json()["model"]["cost"] == 240
 
 
+def test_surplus_of_answers_is_reserved(fake: FakeChat, tmp_path: Path) -> None:
+    """A thinking model is billed for 108 tokens although ``max_tokens`` is 8, so an answer costs 118."""
+    fake.reply = lambda body: completion("one two", usage={"prompt_tokens": 10, "completion_tokens": 108})
+    # After two answers 236 are spent. The bound of 90 fits into 350, and with the surplus of 100 it does not.
+    message = r"236 spent, and the next request may cost 190 \(100 of it because answers were billed"
+    for _ in range(2):  # the second client learns the surplus from the cache
+        client, endpoint = _paid(fake, tmp_path, 350)
+        with pytest.raises(UserError, match=message):
+            client.ask(endpoint, _paid_requests(endpoint))
+        assert client.budget.spent == 236 and client.budget.reserved == 0
+    assert len(fake.bodies) == 2
+
+
 def test_attempts_that_timed_out_are_paid_at_their_bound(
     fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
