@@ -8,6 +8,8 @@ the blobs of the Hub's cache, nowhere else. Left out: the files' contents (``con
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,15 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_JSON = 64 * 2**20
 """Most bytes of a JSON file; tokenizers of 250,000 tokens take about 30 MB."""
+LARGEST_TEXT = 256 * 2**20
+"""Most bytes of any file that a loader may read, except weights."""
 
 
 def files_read(folder: Path) -> dict[str, Path]:
-    """Return every file that a loader may read, by its path below ``folder``. Keys are digests of their contents."""
+    """Return every file that a loader may read, by its path below ``folder``. Keys are digests of their contents.
+
+    Raises ``UserError`` for a pipe, a device, a link to a missing file, and a text file that is too large.
+    """
     listed = {file.name: file for file in _files(folder)}
     for name in READ_FOLDERS:
         if (folder / name).is_dir():
@@ -35,7 +42,23 @@ def files_read(folder: Path) -> dict[str, Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and file.is_file()]
+    files = [file for file in folder.iterdir() if file.suffix in READ_SUFFIXES and not file.is_dir()]
+    for file in files:
+        _require_readable(file)
+    return files
+
+
+def _require_readable(file: Path) -> None:
+    """Raise ``UserError`` for anything but a regular file of bounded size. A device or a pipe may have no end."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        raise UserError(f"{file}: is a link to a missing file. Fetch the model again.") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a pipe" if stat.S_ISFIFO(status.st_mode) else "a device or socket"
+        raise UserError(f"{file}: is {kind}, or a link to one, and not a file. Fetch the model again.")
+    if status.st_size > LARGEST_TEXT and file.suffix != ".safetensors":
+        raise UserError(f"{file}: has {status.st_size} bytes, too many for a model's text file. Move it elsewhere.")
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -45,13 +68,17 @@ def digests(folder: Path) -> dict[str, str]:
 
 def read_object(file: Path) -> dict[str, Any]:
     """Read the JSON object in ``file``. Raises ``UserError`` for a file that is missing, too large or no object."""
+    if not os.path.lexists(file):
+        raise UserError(f"{file}: there is no such file. Fetch the model again.")
+    _require_readable(file)
     try:
-        size = file.stat().st_size
-        if size > LARGEST_JSON:
+        # Bounded again, because files of /proc report a size of 0.
+        with file.open("rb") as opened:
+            data = opened.read(LARGEST_JSON + 1)
+        if len(data) > LARGEST_JSON:
+            size = file.stat().st_size
             raise UserError(f"{file}: has {size} bytes, too many for a file of settings. Fetch the model again.")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: there is no such file. Fetch the model again.") from None
+        content = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         detail = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{file}: cannot be read as JSON ({detail}). Fetch the model again.") from None

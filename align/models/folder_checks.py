@@ -26,8 +26,15 @@ from align.models.tokenizer_checks import check_tokenizer
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-ADAPTER_CODE = ("megatron_config", "corda_config", "lora_ga_config", "prompt_tuning_init_state_dict_path")
-"""Fields of an ``adapter_config.json`` by which peft imports modules or opens other files."""
+ADAPTER_CODE = (
+    *("adapters", "cache_file", "corda_config", "covariance_file", "lora_ga_config", "megatron_config"),
+    *("prompt_tuning_init_state_dict_path", "shadow_model", "tokenizer_name_or_path"),
+)
+"""Fields of an ``adapter_config.json`` by which peft imports modules or opens other files and folders."""
+BUILT = "mirror"
+"""Value of ``shadow_model`` for which peft builds a model and opens none."""
+MIXTURE = "XLORA"
+"""peft's type that loads other adapters, pickled ones too, from folders of its own."""
 
 
 def check_folder(folder: Path) -> None:
@@ -85,15 +92,19 @@ def tensor_entries(folder: Path) -> dict[str, Entry]:
 def check_adapter(adapter: Path) -> None:
     """Raise ``UserError`` for an adapter's folder that is damaged, or that makes peft import or open other files."""
     file = adapter / ADAPTER_CONFIG
+    refuse_links(adapter)
     settings = read_object(file)
+    if settings.get("peft_type") == MIXTURE:
+        raise UserError(
+            f"{file}: peft_type {MIXTURE} loads adapters of other folders, which is not done here. Name one."
+        )
     for name in ADAPTER_CODE:
-        if settings.get(name):
+        if settings.get(name) not in (None, "", BUILT, [], {}):
             raise UserError(f"{file}: {name} names code or files to load, which is not done here. Remove the line.")
     weights = adapter / ADAPTER_WEIGHTS
     if not weights.is_file():
         pickled = " and only pickled weights, which run code when opened" if list(adapter.glob("*.bin")) else ""
         raise UserError(f"{adapter}: holds no {weights.name}{pickled}. Save the adapter again with peft.")
-    refuse_links(adapter)
     try:
         read_header(weights)
     except BadHeader as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from align.cli.main import main
 from align.errors import UserError
 from align.models.conversion import convert_gguf, copy_model
-from align.models.folder_checks import check_adapter, check_folder
+from align.models.folder_checks import ADAPTER_CODE, check_adapter, check_folder
 from align.models.headers import read_header
+from align.models.pretrained import open_tokenizer
 from align.models.source import identity, resolve
 
 Change = Callable[[Path], None]
@@ -386,10 +389,60 @@ def test_what_lies_beside_a_gguf_is_not_read(tmp_path: Path, monkeypatch: pytest
     assert listings == [["model.gguf"]]
 
 
-@pytest.mark.parametrize("field", ["megatron_config", "corda_config", "prompt_tuning_init_state_dict_path"])
+@pytest.mark.parametrize("field", ADAPTER_CODE)
 def test_an_adapter_that_names_code_or_files_is_refused(field: str, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", field: {"x": 1}}))
     with pytest.raises(UserError, match=f"{field} names code or files"):
+        check_adapter(tmp_path)
+
+
+def test_adapter_of_other_adapters_is_refused(tmp_path: Path) -> None:
+    """peft would open the folders, and unpickle what is in them."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "XLORA"}))
+    with pytest.raises(UserError, match="peft_type XLORA loads adapters of other folders"):
+        check_adapter(tmp_path)
+
+
+def test_path_fields_of_peft_are_refused() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+
+    classes = [*PEFT_TYPE_TO_CONFIG_MAPPING.values(), CordaConfig, LoraGAConfig]
+    names = {field.name for config in classes for field in fields(config)}
+    paths = {name for name in names if name.endswith(("_path", "_file", "_dir", "_model", "_folder"))}
+    assert paths - {"base_model_name_or_path"} <= set(ADAPTER_CODE)
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    return lambda file: file.symlink_to(target)
+
+
+SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
+    "device": (link_to("/dev/zero"), "is a device or socket, or a link to one"),
+    "pipe": (lambda file: os.mkfifo(file), "is a pipe, or a link to one"),
+    "dangling": (link_to("gone"), "is a link to a missing file"),
+    "large": (lambda file: os.truncate(file.open("wb").fileno(), 2**40), "has 1099511627776 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", [TOKENIZER, GENERATION, TEMPLATE, "vocab.txt"])
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_special_file_is_refused_before_opening(name: str, kind: str, folder: Path) -> None:
+    create, finding = SPECIAL[kind]
+    (folder / name).unlink(missing_ok=True)
+    create(folder / name)
+    with pytest.raises(UserError, match=f"{name}: {finding}"):
+        resolve(str(folder), None, folder.parent)
+    (folder / CONFIG).rename(folder / "other")  # a folder with a tokenizer only
+    with pytest.raises(UserError, match=f"{name}: {finding}"):
+        open_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_special_adapter_config_is_refused(kind: str, tmp_path: Path) -> None:
+    create, finding = SPECIAL[kind]
+    create(tmp_path / "adapter_config.json")
+    with pytest.raises(UserError, match=finding):
         check_adapter(tmp_path)
 
 
