@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.cli.artifacts import print_damage
 from align.config.shipped import find_shipped
 from align.config.validation import suggest
 from align.config.yaml import load_yaml
@@ -21,6 +22,7 @@ from align.runner.open_store import open_store
 from align.runner.runner import Run, run_pipeline
 from align.store.artifacts import DATASETS, Artifact
 from align.store.output_files import find_problems
+from align.store.record import RECORD, DamagedRecord, read_artifact
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-]+))?")
@@ -52,6 +54,7 @@ def find_build(word: str, store: str | None = None, workers: int | None = None) 
     if path.is_dir():
         if not is_build(path):
             raise UserError(f"{word}: has no train or test Parquet files; `align data build RECIPE` makes a build.")
+        _warn_of_damage(path)
         return Build(path, read_name(path))
     if path.suffix in RECIPE_SUFFIXES:
         run = build_recipe(word, store, workers=workers)
@@ -61,7 +64,29 @@ def find_build(word: str, store: str | None = None, workers: int | None = None) 
     artifact = open_store(None, store).resolve(word)
     if artifact.kind not in DATASETS:
         raise UserError(f"{word} is a {artifact.kind}, not rows.")
+    _warn_of_damage(artifact.path)
     return Build(artifact.path, read_name(artifact.path))
+
+
+def _warn_of_damage(folder: Path) -> None:
+    """Print a warning on standard error for each file of an artifact that differs from its record.
+
+    Only files whose time or size changed are hashed, so that looking at a few rows stays fast.
+    """
+    if not (folder / RECORD).is_file():
+        return
+    try:
+        artifact = read_artifact(folder)
+    except DamagedRecord as error:
+        print_damage([error])
+        return
+    print_damage(
+        UserError(
+            f"{problem.path} {problem.description}. The artifact is damaged; `--rebuild {artifact.stage}` in its "
+            "pipeline runs it again."
+        )
+        for problem in find_problems(artifact, thorough=False)
+    )
 
 
 def recipe_pipeline(

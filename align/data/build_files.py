@@ -5,6 +5,7 @@ A build is a folder with the Parquet shards of ``train`` and ``test`` and ``ledg
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -49,17 +50,27 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 def batches(folder: Path, split: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a split in order, as Arrow batches of at most ``BATCH`` rows, without missing columns.
 
-    Raises ``UserError`` for a file that is no Parquet.
+    Raises ``UserError`` for a file that is damaged or no Parquet.
     """
     for path in shards(folder, split):
-        try:
+        with _reading(path):
             file = pq.ParquetFile(path)
             names = file.schema_arrow.names
             if columns is not None:
                 names = [name for name in columns if name in names]
             yield from file.iter_batches(BATCH, columns=names)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: not a readable Parquet file ({error}); build the recipe again.") from None
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what Arrow raises for a damaged Parquet file into a ``UserError``."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        # A damaged page is an OSError without a number. One with a number comes from the file system.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path}: not a readable Parquet file ({error}); build the recipe again.") from None
 
 
 def rows(folder: Path, split: str) -> Iterator[Row]:
@@ -106,7 +117,11 @@ def row_of_batch(batch: pa.RecordBatch, index: int) -> Row:
 
 def count_rows(folder: Path, split: str) -> int:
     """Return the number of rows of a split, from its files' footers."""
-    return sum(pq.read_metadata(path).num_rows for path in shards(folder, split))
+    total = 0
+    for path in shards(folder, split):
+        with _reading(path):
+            total += pq.read_metadata(path).num_rows
+    return total
 
 
 def rows_by_number(folder: Path, split: str, numbers: Collection[int]) -> dict[int, Row]:

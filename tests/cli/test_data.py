@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -189,6 +191,21 @@ def test_show_takes_a_recipe_a_folder_and_a_key(example: SimpleNamespace, capsys
     assert shown[0] == shown[1] == shown[2]
     assert shown[0].count("<|im_start|>assistant\n⟦thing ") == 2
     assert shown[0].count("<|im_end|>⟧") == 2 and "Trained on: ⟦this⟧." in shown[0]
+
+
+def test_show_warns_of_damaged_rows(example: SimpleNamespace, tmp_path: Path, capsys: Capture) -> None:
+    copy = Path(shutil.copytree(example.build, tmp_path / "copy"))
+    assert main(["data", "show", str(copy)]) == 0
+    assert "damaged" not in capsys.readouterr().err
+    file = copy / "train.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.slice(1), file)
+    assert main(["data", "show", str(copy)]) == 0
+    assert f"! {file} has " in capsys.readouterr().err
+    data = file.read_bytes()
+    file.write_bytes(data[:-20])
+    assert main(["data", "show", str(copy)]) == 2
+    assert f"{file}: not a readable Parquet file" in capsys.readouterr().err
 
 
 def test_show_never_prints_what_could_steer_a_terminal(by_hand: Path, capsys: Capture) -> None:
