@@ -28,6 +28,7 @@ from align.environments.pipes import (
     receive,
     send,
 )
+from align.environments.process_tree import adopt_orphans, children_of, kill_children_except, kill_descendants
 from align.pipeline.stop_signal import die_with_parent
 
 COMMAND = struct.Struct("!cQ")
@@ -47,6 +48,8 @@ def main() -> None:
     except Exception as error:
         send(control, describe_failure(error).encode())
         return
+    adopt_orphans()  # of an episode whose process has died
+    helpers = set(children_of(os.getpid()))  # the user's module may have started some
     children: dict[int, int] = {}
     try:
         while True:
@@ -60,10 +63,14 @@ def main() -> None:
                 child = children.pop(number)
                 if command == REAP:
                     _await_end(child)
-                control.sendall(STATUS.pack(_kill(child)))
+                status = _kill(child)
+                # A process that has died left what it had started to this one.
+                kill_children_except(helpers.union(children.values()))
+                control.sendall(STATUS.pack(status))
     finally:
         for child in children.values():
             _kill(child)
+        kill_children_except(helpers)
 
 
 def _fork(source: EnvironmentSource, control: socket.socket, descriptor: int) -> int:
@@ -74,7 +81,8 @@ def _fork(source: EnvironmentSource, control: socket.socket, descriptor: int) ->
         os.close(descriptor)
         return child
     try:
-        os.setsid()  # a group of its own, with what its tools start
+        os.setsid()  # a group of its own, with most of what its tools start
+        adopt_orphans()  # of daemons, which leave the group
         die_with_parent(parent)
         # A copy of this socket would hide from the stage that the server has died.
         control.close()
@@ -93,9 +101,11 @@ def _await_end(child: int) -> None:
 
 
 def _kill(child: int) -> int:
-    """Kill a child that was not waited for yet, with its group; returns how it had ended, or ``-SIGKILL``."""
+    """Kill a child that was not waited for yet, with all it has started; returns how it had ended, or ``-SIGKILL``."""
     # The child is no other process as long as nobody waited for it.
     ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        kill_descendants(child)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     if not ended:

@@ -169,6 +169,21 @@ def test_processes_end_with_their_pool_and_what_tools_started_with_them() -> Non
     wait_for_end(other)
 
 
+@pytest.mark.parametrize("end", ["hang", "die", "close"])
+def test_sessions_that_a_tool_started_end_with_it(end: str) -> None:
+    with pool_of(open_class("Starter"), isolation="process") as pool:
+        pool.submit(0, "reset", {}).result()
+        started = pool.submit(0, "call", "start_session", {}).result().split()
+        assert len(started) == 2
+        if end == "close":
+            pool.close_episode(0).result(10)
+        else:
+            with pytest.raises((ToolTimeout, EnvironmentFailed)):
+                submit_briefly(pool, 0.2, end, {}).result(20)
+        for process in started:
+            wait_for_end(int(process))
+
+
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     program = (
         "from tests.support.environments.opened import open_class\n"

@@ -258,6 +258,14 @@ class Starter(Troubled):
         """Return the ids of this process and of one that it starts."""
         return f"{os.getpid()} {subprocess.Popen(['sleep', '600']).pid}"
 
+    def start_session(self) -> str:
+        """Return the ids of a process in a session of its own, and of a daemon whose parent has ended."""
+        child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        daemon = subprocess.run(
+            ["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True
+        )
+        return f"{child.pid} {daemon.stdout}"
+
 
 class Closing(Odd):
     """An environment that takes ``seconds`` to be made, and leaves a file when it is closed."""
