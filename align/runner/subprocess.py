@@ -34,6 +34,9 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 KEEP_SECONDS = 1.0
 """Seconds between two notes of an attempt's time: what is lost of it when the runner itself is killed."""
+LOG_BYTES, LOG_KEPT = 16 * 2**20, 4 * 2**20
+"""Most bytes of a stage's log, and the bytes that are kept of its start and of its end if it is longer."""
+LOG_CUT = b"\n--- Output is left out here: a log of more than 16 MiB keeps its first and its last 4 MiB.\n"
 NO_OUTPUT_CODE = 120
 """Python's exit code where the last of its output, here the log, could not be written."""
 
@@ -83,6 +86,7 @@ def run_attempt(
                 for event in events.read():
                     follow(event)
                 spent.note()
+                shorten_log(partial / LOG)
                 time.sleep(POLL_SECONDS)
             # Events that were written between the last look and the end of the process.
             for event in events.read():
@@ -93,6 +97,7 @@ def run_attempt(
         raise
     finally:
         spent.note(at_once=True)
+        shorten_log(partial / LOG)
     return retry.call(lambda: _result(partial, process.returncode))
 
 
@@ -113,6 +118,23 @@ def _open_log(partial: Path, name: str) -> int:
     handle = os.open(partial / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.write(handle, f"--- {datetime.now(UTC).isoformat(timespec='seconds')} {name}\n".encode())
     return handle
+
+
+def shorten_log(log: Path) -> None:
+    """Cut the middle out of a log that is too long: a tool or a reward may print without end.
+
+    Processes append to it meanwhile, so a line that is written at this moment may be lost.
+    """
+    with contextlib.suppress(OSError):  # the folder is away; the next call does it
+        size = log.stat().st_size
+        if size <= LOG_BYTES:
+            return
+        with log.open("r+b") as file:
+            file.seek(size - LOG_KEPT)
+            end = file.read(LOG_KEPT)
+            file.seek(LOG_KEPT)
+            file.write(LOG_CUT + end)
+            file.truncate()
 
 
 def _result(partial: Path, code: int) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from align.runner.stage_process import (
     start_stage,
     this_thread,
 )
+from align.runner.subprocess import shorten_log
 from tests.support import toy
 from tests.support.processes import command_of, descendants, is_alive
 from tests.support.runs import wait_for
@@ -537,3 +538,27 @@ def test_a_server_ends_where_there_is_an_accelerator(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert not fork_server.preload(0, ["torch"])
     assert fork_server.main(there.detach(), os.getpid(), 0, ["torch"]) == 0
+
+
+def test_long_log_keeps_its_start_and_its_end(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    writer = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(writer, b"first\n")
+    for _ in range(20):
+        os.write(writer, b"x" * 2**20)
+    os.write(writer, b"\nlast\n")
+    shorten_log(log)
+    os.write(writer, b"later\n")
+    os.close(writer)
+    content = log.read_bytes()
+    assert content.startswith(b"first\nxxx") and content.endswith(b"xxx\nlast\nlater\n")
+    assert content.count(b"Output is left out here") == 1 and len(content) < 9 * 2**20
+    shorten_log(log)
+    assert log.read_bytes() == content
+
+
+def test_output_of_a_stage_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.runner.subprocess.LOG_BYTES", 4000)
+    monkeypatch.setattr("align.runner.subprocess.LOG_KEPT", 1000)
+    run = run_pipeline(Pipeline(toy.pipeline(one={"crash": "noise"})), store=tmp_path, only="one")
+    assert 2000 < (run.artifacts["one"].path / "log.txt").stat().st_size < 4000

@@ -41,6 +41,8 @@ def number(context: StageContext) -> dict[str, Any]:
     """Write a number, one checkpoint a step; an attempt continues where the last one was killed."""
     done = len(list(context.checkpoints.glob("step-*")))
     crash = context.config.crash
+    if crash == "noise":
+        print("x" * 100_000)
     for step in range(done, context.config.steps):
         if crash == "kill" and step == 2 and done == 0:
             os.kill(os.getpid(), signal.SIGKILL)
