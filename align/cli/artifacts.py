@@ -111,6 +111,8 @@ def collect_garbage(options: argparse.Namespace) -> int:
     from align.store.garbage import DELETED, IN_USE, delete_garbage, find_garbage
 
     store = open_store(None, options.store)
+    if options.delete:
+        store.require_writable()
     folders = find_garbage(store, used_by_jobs(store))
     sizes = {folder: _size(folder) for folder in folders}
     # Without --delete nothing is locked: the list may be out of date, and deleting checks again.

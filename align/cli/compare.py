@@ -27,10 +27,9 @@ SEED = "seed"
 
 def run(options: argparse.Namespace) -> int:
     """Run ``align compare``."""
-    from align.cli.run_page import damaged_stages, finished_artifacts, open_store_of
+    from align.cli.run_page import damaged_stages, finished_artifacts, open_store_of, page_folder
     from align.report.compare.comparison import write_comparison
     from align.report.compare.over_seeds import compare_over_seeds
-    from align.store.store import REPORTS
 
     folder = output_folder(options.output)
     store = open_store_of([split_name(word)[1] for word in options.runs], options.store)
@@ -44,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if empty:
         raise UserError(f"{', '.join(empty)}: no stage is finished yet, so there is nothing to compare.")
     notes = {name: note for name, outline in runs.items() if (note := _note(outline, store))}
-    folder = folder or store.root / REPORTS / FOLDER / "-".join(runs)[:MAX_FOLDER_NAME]
+    folder = folder or page_folder(store, FOLDER) / "-".join(runs)[:MAX_FOLDER_NAME]
     seeds = compare_over_seeds(artifacts) if options.over == SEED else None
     page = write_comparison(artifacts, folder / PAGE, title=options.title, notes=notes, seeds=seeds)
     if options.json:

@@ -107,5 +107,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """Add ``--open`` and ``--output``, which every command that writes a page has."""
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.add_argument(
-        "--output", metavar="DIR", help="write the page, its figures and tables there instead of into the store"
+        "--output",
+        metavar="DIR",
+        help="write the page, its figures and tables there instead of into the store (or, if the store is read-only, "
+        "into reports/ of the current folder)",
     )

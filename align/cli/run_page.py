@@ -177,6 +177,11 @@ def find_unfinished(run: RunOutline, store: Store) -> Iterator[Failure]:
             yield Failure(name, result.message, log)
 
 
+def page_folder(store: Store, name: str) -> Path:
+    """Return the folder of a page: in the store, or below the current folder if the store is read-only."""
+    return (store.root if store.is_writable else Path.cwd()) / REPORTS / name
+
+
 def write_page(
     run: RunOutline,
     store: Store,
@@ -189,7 +194,7 @@ def write_page(
     finished: Collection[str] | None = None,
     states: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the page into ``folder``, by default the store's place for it, and return its path.
+    """Write the page into ``folder``, by default ``page_folder``, and return its path.
 
     ``cached`` names the stages that a run did not have to run. Unless ``always``, a page with the same content is not
     written again. ``refresh`` makes the page reload itself after so many seconds. ``finished`` names the stages whose
@@ -203,7 +208,7 @@ def write_page(
         artifacts.pop(failure.stage, None)  # a rerun: the earlier artifact is not a result of this run
     if not artifacts and failure is None:
         raise UserError(f"{run.name}: no stage is finished yet, so there is nothing to show; `align run` runs them.")
-    folder = folder or store.root / REPORTS / run.name
+    folder = folder or page_folder(store, run.name)
     folder.mkdir(parents=True, exist_ok=True)
     states = _other_states(run, store, failure) if states is None else dict(states)
     stamp = _stamp(run, artifacts, failure, states, refresh)

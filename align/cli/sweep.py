@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print_plan(sweep, store, options.json)
         return 0
+    store.require_writable()
     if options.detach and executor != "slurm":
         raise UserError("--detach leaves a sweep to a scheduler that outlives this command: add --on slurm.")
     workers = _check_positive("--workers", config.workers if options.workers is None else options.workers)

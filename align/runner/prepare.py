@@ -54,6 +54,7 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     listener = listener or Listener()
     require_trackers(pipeline.config.runtime.report_to)  # before there is a store
     store = open_store(pipeline, options.store)
+    store.require_writable()
     store.retry.log = listener.warning
     from_ = options.from_
     # A script may name a single stage as a text, which is no tuple of letters.

@@ -48,7 +48,8 @@ def open_folder(root: Path) -> None:
         else:
             root.mkdir(parents=True, exist_ok=True)
             write_atomically(marker, {"format": FORMAT})
-        if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
+        # Reading is enough for most commands; ``Store.require_writable`` is for the others.
+        if not os.access(root, os.R_OK | os.X_OK):
             raise PermissionError(13, "permission denied")
     except DamagedFile as error:
         raise UserError(

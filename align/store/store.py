@@ -20,6 +20,7 @@ Layout below ``<root>``:
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -68,6 +69,22 @@ class Store:
         store = cls(root, lease=lease, retry_seconds=retry_seconds)
         store.retry.call(lambda: open_folder(root))
         return store
+
+    @property
+    @with_retry
+    def is_writable(self) -> bool:
+        """False for a store that this process may only read."""
+        self.root.stat()  # an error of the file system is no missing permission
+        return os.access(self.root, os.W_OK | os.X_OK)
+
+    def require_writable(self) -> None:
+        """Raise ``UserError`` for a store that this process may only read."""
+        if not self.is_writable:
+            raise UserError(
+                f"{self.root}: the store is read-only here, so nothing can be run, fetched or deleted in it. Name a "
+                "store that you may write to with --store. `align plan`, `status`, `report`, `compare`, `chat` and "
+                "`explain` can read this one."
+            )
 
     def connect(self, address: str) -> None:
         """Use the bucket at ``address`` as the remote."""
@@ -194,6 +211,7 @@ class Store:
         record = None if self.remote is None else self.remote.find(kind, key)
         if self.remote is None or record is None:
             return None
+        self.require_writable()
         with self.lock(kind, key, lambda _: None):
             artifact = self.find(kind, key, stage)
             if artifact is not None:  # another process has fetched it meanwhile
