@@ -20,7 +20,7 @@ from typing import Any
 from align.data.final_numbers import final_number
 from align.data.rows import Row
 
-VERSION = 2
+VERSION = 3
 """Increased when a response gets another score than before; part of the key of every stage that scores with these."""
 
 NEEDS_NLTK_DATA = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
@@ -55,9 +55,10 @@ def explain(row: Row, response: str) -> dict[str, bool]:
 
 
 def gsm8k_answer(rows: list[Row], responses: list[str]) -> list[float]:
-    """Return 1.0 where the response's final number equals the row's answer, else 0.0.
+    """Return 1.0 if the response's final number equals the row's answer, else 0.0.
 
-    Both are read by :func:`align.data.final_numbers.final_number`, as the evaluation task ``gsm8k`` reads them.
+    Both are read by :func:`align.data.final_numbers.final_number`, as the evaluation task ``gsm8k`` reads them:
+    thoughts do not count, and a response with two answers scores 0.
     """
     scores = []
     for row, response in zip(rows, responses, strict=True):

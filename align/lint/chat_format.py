@@ -12,12 +12,13 @@ from functools import cached_property
 from typing import Any
 
 from align.data.rows import assistant, user
+from align.data.thoughts import TAGS
 from align.models.render import MAX_TRAILING
 
 U1, A1, U2, A2 = "Qanat", "Zephyrus", "Xylem", "Vortex"
 PROBE = [user(U1), assistant(A1), user(U2), assistant(A2)]
 
-THOUGHT = re.compile(r"(?:<(?P<tag>think|thinking|thought|reasoning)>)?</(?:think|thinking|thought|reasoning)>")
+THOUGHT = re.compile(rf"(?:<(?P<tag>{TAGS})>)?</(?:{TAGS})>")
 """An empty thought without white space, or its end where the generation prompt has opened it."""
 
 MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z]{1,3}>|<(?:start|end)_of_[a-z]+>|\[/?[A-Z_]{2,20}\]|<</?[A-Z]+>>")

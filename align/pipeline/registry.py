@@ -290,7 +290,7 @@ STAGES: dict[str, Stage] = {
         ),
         _stage(
             "evaluate",
-            8,
+            9,
             Kind.SCORECARD,
             "compare systems on prompts, benchmarks and by judges, with intervals",
             samples=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -10,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from align.data.checkers import gsm8k_answer
-from align.data.final_numbers import boxed_number, final_number
+from align.data.final_numbers import final_number, last_number
 from tests.support.evaluation.tasks.respondents import NoModelContext, answered, make_gsm8k_task
 
 TEXTS = {
     "He has 3 cats.\n#### 1,200": "1200",
-    "#### 5\nno, #### 6 and 7": "5",
     "#### 72\n\nQuestion: what is 3 + 1?\nAnswer: 4": "72",
     "#### $1,080.00 in all, 3 of them": "1080",
     "####\n9": "9",
@@ -24,7 +24,6 @@ TEXTS = {
     "-4": "-4",
     "−4": "-4",
     "10-3": "3",
-    "4,5": "5",
     "18 dollars": "18",
     "18 km/h": "18",
     "18%": "18",
@@ -38,8 +37,42 @@ TEXTS = {
     "\\boxed{many} of 6": "6",
     "\\boxed{3}\n#### 4": "4",
     "\\boxed{5": "5",
+    "<think>maybe #### 18</think> #### 16": "16",
+    "<thinking>4 or 5</thinking><reasoning>6</reasoning>\\boxed{7}": "7",
+    "It may be 18.</think>\n\nIt is 16.": "16",
+    "analysisPerhaps 18.assistantfinalIt is 16.": "16",
+    "<|channel|>analysis<|message|>#### 18<|end|><|start|>assistant<|channel|>final<|message|>16<|return|>": "16",
+    "\\boxed{\\frac{7}{2}}": "3.5",
+    "$\\boxed{-\\dfrac72}$": "-3.5",
+    "\\boxed{3\\frac{1}{2} \\text{ cups}}": "3.5",
+    "#### 7/2": "3.5",
+    "3 1/2 cups": "3.5",
+    "on 3/4/2024 it was 8": "8",
+    "4 or 4.0": "4",
+    "between 4 and 5, so 4.5": "4.5",
+    "#### 18 (2 times 9)": "18",
+    "$30 + $160 = $190": "190",
     "": None,
     "nothing": None,
+    "<think>It is 16.": None,
+    "#### 16 <think>or not": None,
+    "<|channel|>analysis<|message|>It is 16": None,
+    "analysisIt is 16": None,
+    "16</think>": None,
+    "4,5": None,
+    "4 or 5": None,
+    "4 eggs or maybe 5": None,
+    "It is 4 and 5.": None,
+    "\\boxed{4, 5}": None,
+    "\\boxed{x = 4 \\text{ or } x = 5}": None,
+    "\\boxed{\\pm 4}": None,
+    "$\\boxed{4}$ or $\\boxed{5}$": None,
+    "\\boxed{\\frac{x}{2}}": None,
+    "#### 18 19 20 21": None,
+    "#### 18 eggs, 19 eggs": None,
+    "#### 5\nno, #### 6 and 7": None,
+    "#### 4 or 5\nIt is 4.": None,
+    "7/0": None,
 }
 
 
@@ -57,7 +90,7 @@ def test_reward_and_evaluation_give_every_text_the_same_verdict(tmp_path: Path) 
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     rows = [{"id": str(index), "checks": json.dumps({"answer": number})} for index, (_, number) in enumerate(problems)]
     task = make_gsm8k_task(tmp_path, files=["asked.jsonl"])
-    for shift in (0, 1):  # the right answers, and others'
+    for shift in (0, 12):  # the right answers, and others'
         texts = [problems[(index + shift) % len(problems)][0] for index in range(len(problems))]
         scores = gsm8k_answer(rows, texts)
         measured = task.score({"a": answered(task, [[text] for text in texts])}, NoModelContext())["a"]
@@ -65,8 +98,23 @@ def test_reward_and_evaluation_give_every_text_the_same_verdict(tmp_path: Path) 
         assert sum(scores) == len(scores) if shift == 0 else sum(scores) < len(scores) / 2
 
 
-def test_boxes_are_read_in_no_time() -> None:
-    started = time.perf_counter()
-    for piece in ("\\boxed{", "\\boxed{1}", "\\boxed {a{", "{}", "\\boxed{{1}"):
-        boxed_number(piece * 20_000)
-    assert time.perf_counter() - started < 5
+def test_long_answers_take_linear_time() -> None:
+    started = time.process_time()
+    for piece in ("\\boxed{", "\\boxed{1}", "\\boxed {a{", "{}", "\\boxed{{1}", "\\frac1", "1 1/", "1 or ", "<think>"):
+        final_number(piece * 20_000)
+    assert time.process_time() - started < 5
+
+
+def test_real_solutions_keep_their_number(shared_data: Path) -> None:
+    lines = (shared_data / "gsm8k/train.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    golds = [Decimal(answer.rpartition("####")[2].strip().replace(",", "")) for answer in answers]
+    assert [final_number(answer) for answer in answers] == golds
+    # Without the mark, only sentences such as "10x or 190" lose the number that is last.
+    plain = [re.sub(r"<<[^<>]*>>", "", answer.rpartition("####")[0]) for answer in answers]
+    lost = [
+        text
+        for text, gold in zip(plain, golds, strict=True)
+        if last_number(text) == gold and final_number(text) != gold
+    ]
+    assert len(lost) <= 5

@@ -1,15 +1,15 @@
 r"""GSM8K (arXiv 2110.14168): grade-school word problems, scored by the final number.
 
-``final`` (the headline) reads an answer as the reward ``gsm8k_answer`` does: behind ``####``, else in ``\boxed{}``,
-else the last number (``align.data.final_numbers``). ``strict`` takes the first of these alone, ``flexible`` the last:
-chat models seldom write ``####`` unasked (Llama-3.1-8B with its chat template scored 0.20 strict and 0.78 flexible,
+``final`` (the headline) reads an answer as the reward ``gsm8k_answer`` does: after ``####``, else in ``\boxed{}``,
+else the last number, and two answers are no answer (``align.data.final_numbers``). ``strict`` reads only the number
+after ``####``, ``flexible`` only the last, and neither reads fractions or looks for a second answer: chat models seldom write ``####`` unasked (Llama-3.1-8B with its chat template scored 0.20 strict and 0.78 flexible,
 lm-evaluation-harness pull request 2034). All compare numbers, not spellings.
 
 lm-eval's filters named strict and flexible give the same verdict on a plainly written number. They call "#### $18",
 "18.00" and "18..." wrong, where 18 is right; read "4,5" as 45, "10-3" as -3; and take punctuation behind the number
 ("... 18. $.") for the last number.
 
-Programs and calculators are not supported. A reasoning model's thoughts are part of its answer.
+Programs and calculators are not supported. Thoughts are never graded; a thought that is not closed has no answer.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from align.config.recipe.source_settings import HubSource
 from align.config.stages.evaluation_tasks import MAX_EXAMPLES, Gsm8kConfig
 from align.data.final_numbers import final_number, last_number, marked_number
 from align.data.rows import Message, assistant, normalized, user
+from align.data.thoughts import answer_text
 from align.errors import UserError
 from align.evaluation.tasks.base import (
     Answers,
@@ -151,7 +152,7 @@ class Gsm8kTask(SampledTask):
         return {system: self._measured(system_answers) for system, system_answers in answers.items()}
 
     def _measured(self, answers: Answers) -> Measured:
-        texts = [[turns[-1].response.text for turns in samples] for samples in answers]
+        texts = [[answer_text(turns[-1].response.text) or "" for turns in samples] for samples in answers]
         solutions = [Decimal(item.data["answer"]) for item in self.items]
         values = {}
         missing = {}

@@ -159,6 +159,10 @@ def test_both_numbers_are_scored_and_their_absence_is_counted(tmp_path: Path) ->
     assert measured.values["strict"] == [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
     assert measured.notes == {"answers": 8, "cut_off": 0, "empty": 1, "no_number": 2, "no_marked_number": 5}
     assert measured.values["final"] == [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    thoughts = answered(task, [["<think>#### 1000</think> 7", "<think>#### 1000"], *[["", ""]] * 3])
+    measured_thoughts = task.score({"a": thoughts}, NoModelContext())["a"]
+    assert all(values[0] == [0.0, 0.0] for values in measured_thoughts.values.values()), "thoughts are not graded"
+    assert measured_thoughts.notes["no_number"] == 7
     assert task.primary == "final"
     assert list(task.metrics) == list(measured.values)
 
