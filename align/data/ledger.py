@@ -187,14 +187,25 @@ def summary_lines(ledger: dict[str, Any]) -> Iterator[str]:
         for reason, count in line["dropped"].items():
             yield f"  {count} dropped: {reason}"
         if line["unused_fields"]:
-            fields = ", ".join(f"{name} ({count})" for name, count in line["unused_fields"].items())
-            yield f"  fields that were not used, and in how many rows' records: {fields}{_keep_hint(line)}"
+            yield f"  {_describe_unused(line)}"
         if line.get("kept_fields"):
             fields = ", ".join(f"{name} ({count})" for name, count in line["kept_fields"].items())
             yield f"  columns that stay with the rows, and in how many: {fields}"
     for name, choice in ledger["format_choices"].items():
         yield f"{name}: {choice}"
     yield f"train {ledger['splits']['train']}, test {ledger['splits']['test']}"
+
+
+def unused_lines(ledger: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each source with fields that no format, step or setting read."""
+    for line in ledger["sources"]:
+        if line["unused_fields"]:
+            yield f"{line['source']}: {_describe_unused(line)}"
+
+
+def _describe_unused(line: dict[str, Any]) -> str:
+    fields = ", ".join(f"{name} ({count})" for name, count in line["unused_fields"].items())
+    return f"fields that were not used, and in how many rows' records: {fields}{_keep_hint(line)}"
 
 
 def describe_large_cluster(ledger: dict[str, Any]) -> str | None:

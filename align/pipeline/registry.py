@@ -184,7 +184,7 @@ STAGES: dict[str, Stage] = {
         _inspected("artifact", 1, None, "take a finished artifact from a store or a checkpoint's folder as it is"),
         _inspected(
             "data",
-            5,
+            6,
             None,
             "build a dataset from a recipe",
             headline={"train_rows": "train", "test_rows": "test"},

@@ -154,7 +154,7 @@ def run(context: StageContext) -> dict[str, Any]:
     # A plan asks this module for keys, and must not wait for what builds datasets.
     from align.data.build import build
     from align.data.card import write_card
-    from align.data.ledger import describe_large_cluster, summary_lines
+    from align.data.ledger import describe_large_cluster, summary_lines, unused_lines
     from align.data.workers import BuildResources
     from align.report.dataset.preview import write_preview
 
@@ -182,6 +182,8 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     for line in summary_lines(ledger):
         logger.info(line)
+    for line in unused_lines(ledger):
+        context.note(line)
     warning = describe_large_cluster(ledger)
     if warning is not None:
         context.warn(warning)

@@ -49,6 +49,17 @@ def pipeline(**data: Any) -> Pipeline:
     return Pipeline({"name": "one-line", "stages": {"data": data}})
 
 
+def test_unused_columns_of_a_dataset_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [f"question {n} {chr(97 + n % 26) * 9},{n % 4},w,x,y,z,easy" for n in range(40)]
+    Path("mmlu.csv").write_text("\n".join(["question,answer,choice0,choice1,choice2,choice3,level", *lines]))
+    artifact = pipeline(dataset="mmlu.csv").run(store=tmp_path / "store").artifacts["data"]
+    events = (artifact.path / "events.jsonl").read_text()
+    assert "fields that were not used, and in how many rows' records: level (40)" in events
+    rows = read_rows(artifact.path / "train.parquet")
+    assert all("\n\nA. w\nB. x\nC. y\nD. z" in row["prompt"][0]["content"] for row in rows)
+
+
 def test_a_csv_in_one_line_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = [f"question {n} {chr(97 + n % 26) * 9},good {n},bad {n}" for n in range(40)]

@@ -1,6 +1,7 @@
 """Tables of multiple choice: a question, its choices, and the right one by letter, number, text or truth value.
 
-The prompt lists the choices with letters; an answer is a letter with its choice. Comparisons have the right answer
+A list of choices may be in several columns: ``A`` to ``D``, ``choice0`` to ``choice3``. The prompt lists the choices
+with letters; an answer is a letter with its choice. Comparisons have the right answer
 against each wrong one, from which the step ``pairs`` selects. Evaluation tasks read choices with these functions too.
 """
 
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from align.config.recipe.format_options import ReadingOptions
-from align.data.formats.fields import ANSWER_KEYS, CHOICES, PROMPTS, Malformed, first
+from align.data.formats.fields import ANSWER_KEYS, CHOICES, PROMPTS, Malformed, choice_columns, first
 from align.data.formats.messages import is_number, prompt, text, with_system
 from align.data.rows import Dropped, Row, assistant, user
 
@@ -22,22 +24,33 @@ TRUE_WORDS, FALSE_WORDS = ("yes", "true"), ("no", "false")
 
 @dataclass(frozen=True)
 class Choices:
-    """The choices of a question, with the labels that the data gives them, where it does."""
+    """The choices of a question, with the labels that the data gives them, if it does."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] = ()
 
 
+def gather_choices(record: dict[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
+    """Return the record with choices in several columns as one field ``choices``: ``{"0": …, "1": …}``.
+
+    The keys are the last signs of the columns' names, which answers may name. A record without such columns, or with
+    an ``ignored`` column of this kind, is returned as it is.
+    """
+    if first(record, CHOICES) is not None or first(record, PROMPTS) is None:
+        return record
+    columns = choice_columns(record)
+    if len(columns) < 2 or not columns.keys().isdisjoint(ignored):
+        return record
+    rest = {name: value for name, value in record.items() if name not in columns}
+    return {**rest, "choices": {end: record[name] for name, end in columns.items()}}
+
+
 def read_choices(record: dict[str, Any], name: str) -> Choices:
-    """Return the choices in the field ``name``; for ``A`` those in the columns A, B and so on.
+    """Return the choices in the field ``name``.
 
     Raises ``Malformed`` for fewer than two, or more than there are letters.
     """
-    if name == "A":
-        letters = [letter for letter in LETTERS if record.get(letter) not in (None, "")]
-        choices = Choices(tuple(text(record[letter], letter) for letter in letters), tuple(letters))
-    else:
-        choices = _parse_choices(record[name], name)
+    choices = _parse_choices(record[name], name)
     if not 2 <= len(choices.texts) <= len(LETTERS):
         raise Malformed(f"'{name}' has {len(choices.texts)} choices, expected 2 to {len(LETTERS)}")
     return choices
@@ -68,13 +81,16 @@ def _parse_choices(value: Any, name: str) -> Choices:
 
 
 def right_choice(answer: Any, choices: Choices, first_choice: int | None = None) -> int | None:
-    """Return the index of the right choice; None where the answer names none.
+    """Return the index of the right choice; None if the answer names none.
 
-    ``first_choice`` is the number of the first one. Where nobody says it, numbers count from 0, and digits in a text
-    name none: such data count from 0 (HellaSwag) or from 1 (WinoGrande). A text comes before a letter, and the data's
-    labels before a number: a choice may itself be a letter or a digit.
+    ``first_choice`` is the number of the first one. Without it, numbers count from 0, and digits in a text name none:
+    such data count from 0 (HellaSwag) or from 1 (WinoGrande). A text comes before a letter, and the data's labels
+    before a number: a choice may itself be a letter or a digit. If all labels are numbers, other numbers name none.
     """
     texts = choices.texts
+    are_numbers = bool(choices.labels) and all(label.isdigit() for label in choices.labels)
+    # What the recipe says about numbers comes before the names of columns.
+    labels = () if are_numbers and first_choice is not None else choices.labels
     # A truth value picks the choice that says so, since the order of yes and no differs.
     if isinstance(answer, bool):
         words = TRUE_WORDS if answer else FALSE_WORDS
@@ -88,16 +104,16 @@ def right_choice(answer: Any, choices: Choices, first_choice: int | None = None)
         answer = answer.strip()
         # "(A)", "A." and "A)" are the letter A.
         bare = re.sub(r"^\((.+)\)$|^([A-Za-z])[.):]$", lambda match: match[1] or match[2], answer)
-        if bare in choices.labels:
-            return choices.labels.index(bare)
+        if bare in labels:
+            return labels.index(bare)
         if len(bare) == 1 and bare.upper() in LETTERS[: len(texts)]:
             return LETTERS.index(bare.upper())
         if first_choice is None or not re.fullmatch(r"\d{1,2}", answer):
             return None
         answer = int(answer)
-    elif str(answer) in choices.labels:
-        return choices.labels.index(str(answer))
-    if not isinstance(answer, int):
+    elif str(answer) in labels:
+        return labels.index(str(answer))
+    if not isinstance(answer, int) or (are_numbers and labels):
         return None
     index = answer - (first_choice or 0)
     return index if 0 <= index < len(texts) else None

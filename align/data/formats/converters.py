@@ -16,7 +16,7 @@ from typing import Any
 from align.config.recipe.format_options import KINDS, Form, FormatOptions, ReadingOptions
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.validation import validate_plain
-from align.data.formats.choices import from_multiple_choice
+from align.data.formats.choices import from_multiple_choice, gather_choices
 from align.data.formats.compared_columns import LabelRule
 from align.data.formats.detection import fitting
 from align.data.formats.fields import Malformed, Unusable, describe_unrecognized, missing_groups
@@ -153,6 +153,8 @@ def _convert(
     form, mapping = source.form, source.mapping
     # Mapped before the check, since ``columns`` may supply the required names.
     mapped = map_record(record, mapping, source.rule)
+    if form == "multiple_choice":
+        mapped.fields = gather_choices(mapped.fields)
     if missing_groups(mapped.fields, form):
         raise BadRecord(where, describe_unrecognized(mapped.fields, form, fitting(mapped.fields)))
     if source.is_own:

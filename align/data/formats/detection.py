@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.recipe.format_options import KINDS, Form
-from align.data.formats.choices import is_multiple_choice
+from align.data.formats.choices import gather_choices, is_multiple_choice
 from align.data.formats.fields import (
     CHOICES,
     CHOSEN,
@@ -189,6 +189,7 @@ def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence
     """
     if not records:
         raise UserError("format: auto has no record to look at; the source is empty.")
+    records = [gather_choices(record, ignored) for record in records]
     # A recipe that leaves choices aside on purpose means the question and its answer alone.
     shapes = {form: fits for form, fits in SHAPES.items() if form != "multiple_choice" or not {*CHOICES} & {*ignored}}
     counts = {form: sum(fits(record) for record in records) for form, fits in shapes.items()}

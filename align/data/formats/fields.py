@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ LABELS = ("label", "kto_tag")
 STEPS = ("completions", "steps")
 STEP_LABELS = ("labels", "step_labels")
 TEXTS = ("text", "content", "document", "page")
-CHOICES = ("choices", "options", "endings", "A")
+CHOICES = ("choices", "options", "endings", "answer_choices", "alternatives")
 ANSWER_KEYS = ("answer", "answerKey", "answer_key", "answer_index", "key", "label", "target", "gold")
 
 FIELDS: dict[str, Groups] = {
@@ -50,7 +51,7 @@ NAMES = frozenset(name for groups in FIELDS.values() for group in groups for nam
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "scored": ("scores", "system"),
-    "multiple_choice": ("system", "context", "B", "C", "D"),
+    "multiple_choice": ("system", "context"),
     "ranked": ("ranks", "ranking", "system"),
     "stepwise": ("system", "tools"),
     "unpaired": (*COMPLETIONS, "tools", "system"),
@@ -64,6 +65,12 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 """Further fields that a format reads."""
 
 
+_CHOICE_COLUMN = re.compile(
+    r"(?P<stem>(?:(?:choice|option|ending|alternative)s?|opt?|sol|)[ _-]?)(?P<end>[A-Za-z]|\d\d?)", re.IGNORECASE
+)
+"""Name of a column with one of the choices: ``choice0``, ``option_a``, ``A``, ``ending1``, ``opa``, ``sol1``."""
+
+
 class Malformed(ValueError):
     """A field holds a value that its format does not allow: a mistake of the data or the recipe."""
 
@@ -75,6 +82,30 @@ class Unusable(Exception):
 def first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
     """Return the first of the names whose field holds a value."""
     return next((name for name in names if record.get(name) is not None), None)
+
+
+def choice_columns(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the longest series of columns with choices, each with the end of its name; empty if there is none."""
+    series: dict[str, dict[str, str]] = {}
+    for name, value in record.items():
+        match = _CHOICE_COLUMN.fullmatch(name)
+        if match is not None and value != "" and isinstance(value, (str, int, float)):
+            series.setdefault(match["stem"], {})[name] = match["end"]
+    best: dict[str, str] = {}
+    for stem, columns in series.items():
+        ends = list(columns.values())
+        starts = [start for start in "Aa01" if ends[0] == start]
+        is_run = starts and ends == [_end(starts[0], index) for index in range(len(ends))]
+        # Bare letters are often the numbers of a sum, so they need an answer that may name one of them.
+        is_named = stem or (first(record, ANSWER_KEYS) and (ends[0] == "A" or len(ends) > 2))
+        if is_run and is_named and len(columns) > len(best):
+            best = columns
+    return best
+
+
+def _end(start: str, index: int) -> str:
+    """Return the end of a series' column: ``_end("a", 2)`` is ``c``, ``_end("1", 9)`` is ``10``."""
+    return str(int(start) + index) if start.isdigit() else chr(ord(start) + index)
 
 
 def present(record: Mapping[str, Any]) -> list[str]:

@@ -6,11 +6,12 @@ like Open Assistant's replies to replies, is named once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from align.data.formats.fields import Malformed
+from align.data.formats.fields import CHOICES, PROMPTS, Malformed, choice_columns
 
 OPAQUE = frozenset({"checks", "tools", "functions", "tool_calls", "function_call"})
 """Fields that are read with all their contents."""
@@ -24,15 +25,17 @@ _PROMPT_PART = (
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), _MEDIA),
     **dict.fromkeys(("reasoning_content", "thinking", "messages.reasoning", "conversations.reasoning"), _THOUGHTS),
-    **dict.fromkeys(("choices", "options", "endings", "mc1_targets", "mc2_targets"), _CHOICES),
+    **dict.fromkeys((*CHOICES, "mc1_targets", "mc2_targets"), _CHOICES),
     **dict.fromkeys(("context", "documents", "input", "history", "system", "system_prompt"), _PROMPT_PART),
     **dict.fromkeys(("tools", "functions"), "the model would not be told its tools. Choose the format messages"),
     "chat_template_kwargs": "align renders every row with the template's defaults",
     "train_detail": "align trains on a message as a whole or not at all",
 }
 """Fields, by path or by name, that would change the training data, each with the reason why it must not be ignored."""
-_LETTERS = ("A", "B", "C", "D")
-"""Columns of a multiple-choice table that hold the choices."""
+_ANSWER_COLUMN = re.compile(
+    r"(?:(?:(?:in)?correct|wrong)_?)?(?:answer|ans|distractor|candidate)[ _-]?[0-9A-Ea-e]", re.IGNORECASE
+)
+"""Name of a column that is one of several answers to a question: ``distractor1``, ``answerA``."""
 
 
 class TrackedRecord(dict[str, Any]):
@@ -111,9 +114,12 @@ def unused_fields(record: TrackedRecord, ignored: Iterable[str]) -> list[str]:
         reason = REFUSED.get(path) or REFUSED.get(path.rsplit(".", 1)[-1])
         if reason:
             raise Malformed(_refusal(f"'{path}'", "it", reason, path))
-    if "question" in record.read and all(letter in unexpected for letter in _LETTERS):
-        names = ", ".join(_LETTERS)
-        raise Malformed(_refusal("'A' to 'D'", "them", _CHOICES, names))
+    if not record.read.isdisjoint(PROMPTS):
+        # A plain copy, because a look at a field of the tracked record counts as reading it.
+        names = [name for name in choice_columns(dict(record)) if name in unexpected]
+        names = names or [path for path in unexpected if _ANSWER_COLUMN.fullmatch(path)]
+        if len(names) > 1:
+            raise Malformed(_refusal(f"'{names[0]}' to '{names[-1]}'", "them", _CHOICES, ", ".join(names)))
     return paths
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from align.data.formats.choices import LETTERS, Choices, describe_answers, read_choices, right_choice
+from align.data.formats.choices import LETTERS, Choices, describe_answers, gather_choices, read_choices, right_choice
 from align.data.formats.fields import Malformed
 from align.errors import UserError
 from align.evaluation.tasks.base import Example
@@ -173,9 +173,9 @@ def _cloze(record: TaskRecord, question: str, choices: list[str], gold: int, sou
 
 
 def _options(record: TaskRecord) -> Choices:
-    name = "choices" if "choices" in record or "A" not in record else "A"
+    choices = gather_choices(record).get("choices") or record["choices"]
     try:
-        return read_choices({name: record[name]} if name == "choices" else record, name)
+        return read_choices({"choices": choices}, "choices")
     except Malformed as error:
         raise UserError(f"{record.where}: {error}.") from None
 
@@ -267,7 +267,7 @@ def _is_truthfulqa(record: TaskRecord) -> bool:
 
 
 def _is_generic(record: TaskRecord) -> bool:
-    has_choices = record.get("choices") is not None or {"A", "B"} <= record.keys()
+    has_choices = gather_choices(record).get("choices") is not None
     return has_choices and "question" in record and "answer" in record
 
 

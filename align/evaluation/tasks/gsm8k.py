@@ -2,8 +2,9 @@ r"""GSM8K (arXiv 2110.14168): grade-school word problems, scored by the final nu
 
 ``final`` (the headline) reads an answer as the reward ``gsm8k_answer`` does: after ``####``, else in ``\boxed{}``,
 else the last number, and two answers are no answer (``align.data.final_numbers``). ``strict`` reads only the number
-after ``####``, ``flexible`` only the last, and neither reads fractions or looks for a second answer: chat models seldom write ``####`` unasked (Llama-3.1-8B with its chat template scored 0.20 strict and 0.78 flexible,
-lm-evaluation-harness pull request 2034). All compare numbers, not spellings.
+after ``####``, ``flexible`` only the last, and neither reads fractions or looks for a second answer. Chat models seldom
+write ``####`` unasked (Llama-3.1-8B with its chat template scored 0.20 strict and 0.78 flexible, lm-evaluation-harness
+pull request 2034). All compare numbers, not spellings.
 
 lm-eval's filters named strict and flexible give the same verdict on a plainly written number. They call "#### $18",
 "18.00" and "18..." wrong, where 18 is right; read "4,5" as 45, "10-3" as -3; and take punctuation behind the number

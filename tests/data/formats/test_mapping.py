@@ -200,6 +200,13 @@ def test_answers_of_one_prompt_are_joined() -> None:
         ({"question": "Capital?", "options": {"X": "Rome", "Y": "Paris"}, "key": "Y"}, {}),
         ({"question": "Capital?", "endings": ["Rome", "Paris"], "label": "1"}, {"first_choice": 0}),
         ({"question": "Capital?", "choices": ["Rome", "Paris"], "answer": 2}, {"first_choice": 1}),
+        ({"question": "Capital?", "choice0": "Rome", "choice1": "Paris", "answer": "1"}, {}),
+        ({"question": "Capital?", "choice_a": "Rome", "choice_b": "Paris", "answer": "b"}, {}),
+        ({"question": "Capital?", "Option 1": "Rome", "Option 2": "Paris", "answer": 2}, {}),
+        ({"question": "Capital?", "option1": "Rome", "option2": "Paris", "answer": 1}, {"first_choice": 0}),
+        ({"question": "Capital?", "ending0": "Rome", "ending1": "Paris", "ending2": None, "label": 1}, {}),
+        ({"question": "Capital?", "opa": "Rome", "opb": "Paris", "answer": "B"}, {}),
+        ({"question": "Capital?", "answer_choices": ["Rome", "Paris"], "answer": "B"}, {}),
     ],
 )
 def test_multiple_choice_becomes_prompts_answers_and_pairs(record: dict[str, Any], options: dict[str, Any]) -> None:
@@ -224,6 +231,37 @@ def test_choices_come_from_columns_or_are_the_same_everywhere() -> None:
         found["prompt"] == [user("It is so.\nis it so?\n\nA. no\nB. yes")]
         and found["completion"][0]["content"] == "B. yes"
     )
+
+
+def test_numbered_choice_columns_refuse_other_numbers() -> None:
+    record = {"question": "q", "option1": "x", "option2": "y", "answer": 0}  # numbers count from 0, columns from 1
+    with pytest.raises(BadRecord, match="'answer' is 0"):
+        convert(record, SourceFormat("multiple_choice"), "f:1", "prompts")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"choice0": "x", "choice1": "y"},
+        {"A": "x", "B": "y", "C": "z"},
+        {"distractor1": "x", "distractor2": "y"},
+        {"answerA": "x", "answerB": "y"},
+    ],
+)
+def test_choices_that_a_format_skips_are_refused(columns: dict[str, str]) -> None:
+    record = {"question": "q", "answer": "x", **columns}
+    with pytest.raises(BadRecord, match="the prompt would lack its choices"):
+        convert(record, SourceFormat("prompt_completion"), "f:1", "instructions")
+    kept = list(columns)
+    convert(record, source_format("prompt_completion", keep=kept), "f:1", "instructions")
+    convert(record, source_format("prompt_completion", ignore=kept), "f:1", "instructions")
+
+
+def test_columns_that_are_no_choices_stay() -> None:
+    sums = {"question": "a + b?", "a": 1, "b": 2, "answer": "3"}
+    assert detect([sums], "instructions").form == "prompt_completion"
+    one = {"question": "q", "option1": "x", "answer": "3"}
+    assert detect([one], "instructions").form == "prompt_completion"
 
 
 def test_an_answer_that_is_no_choice_is_refused() -> None:
