@@ -26,7 +26,9 @@ from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable
 LOG = logging.getLogger(__name__)
 
 PASSED_ON = ("input_ids", "attention_mask", "use_cache")
-"""Arguments of the calls that are changed; all others must be None or False."""
+"""Arguments of the calls that are changed; all others but ``UNREAD`` must be None or False."""
+UNREAD = ("margin",)
+"""Inputs of the loss that trl passes to the model with the tokens, and that no trunk reads."""
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """Names that transformers' configs have for the dropout of attention weights, which a line of rows lacks."""
 TOLERANCE = 2e-2
@@ -158,7 +160,7 @@ def _whole_rows(rows: list[list[int]]) -> tuple[PrefixBatch, list[list[int]]]:
 def _row_lengths(inputs: dict[str, Any]) -> torch.Tensor | None:
     """Return the lengths (B,) of a right-padded batch's rows; None for a call of another kind."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    others = [value for name, value in inputs.items() if name not in PASSED_ON]
+    others = [value for name, value in inputs.items() if name not in (*PASSED_ON, *UNREAD)]
     if inputs.get("use_cache") is not False or any(value is not None and value is not False for value in others):
         return None
     if ids is None or mask is None or mask.dim() != 2 or mask.shape != ids.shape:

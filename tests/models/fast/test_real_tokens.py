@@ -94,6 +94,17 @@ def test_a_reward_model_scores_rows_as_before(config: Any) -> None:
     assert counts[0] == 30 and counts[-1] == 17  # the prompt once, and 3 + 2 tokens of the answers
 
 
+def test_margin_of_pairs_keeps_the_real_tokens() -> None:
+    """trl passes the margins of its loss to the model with the tokens."""
+    model = make_model(kind=AutoModelForSequenceClassification)
+    counts = count_tokens(model)
+    inputs = {**pad(PAIR), "margin": torch.tensor([0.5])}
+    before = model(**inputs).logits
+    assert compute_real_tokens(model)
+    assert torch.allclose(model(**inputs).logits, before, atol=1e-5)
+    assert (counts[0], counts[-1]) == (30, 17)
+
+
 def test_without_sharing_every_row_is_computed_whole() -> None:
     model = make_model()
     assert compute_real_tokens(model, share=False)
