@@ -29,6 +29,10 @@ AUTO_CLASSES: dict[Task, str] = {
     "classifier": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
 }
+SCORE_CAP = "attn_logit_softcapping"
+"""Field with a soft cap on attention's scores, which torch's attention (sdpa) ignores."""
+CAPPED = ("gemma2", "vaultgemma")
+"""Types of model whose eager attention applies the cap."""
 NAMED = 5
 """Most tensors that a message names."""
 
@@ -86,6 +90,8 @@ def open_model(
         compare_shapes(task, folder, config, may_lack, options)
     # 2. Load. transformers draws numbers for missing weights, so the random state is kept.
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
+    if needs_eager_attention(folder, config, has_own_code=trust_remote_code):
+        options["attn_implementation"] = "eager"
     resume_collections()
     with _preserved_rng(), refusing(folder):
         model, info = auto.from_pretrained(
@@ -99,6 +105,23 @@ def open_model(
     # 3. Check what was loaded. A model with code of its own was not compared before.
     refuse_misfits(task, folder, info, may_lack)
     return model, set(info["missing_keys"]) & set(may_lack)
+
+
+def needs_eager_attention(folder: Path, config: Any, has_own_code: bool = False) -> bool:
+    """Return True if the config asks for a soft cap on attention's scores, which transformers drops under sdpa.
+
+    transformers itself avoids sdpa for models with attention sinks, and sdpa's masks have the sliding windows. Raises
+    ``UserError`` for a model whose attention has no cap at all.
+    """
+    cap, model_type = getattr(config.get_text_config(), SCORE_CAP, None), config.get_text_config().model_type
+    if cap is None:
+        return False
+    if model_type not in CAPPED and not has_own_code:
+        raise UserError(
+            f"{folder / CONFIG}: {SCORE_CAP} is {cap:g}, and transformers' {model_type} does not apply it. Set it to "
+            "null if the model was trained without the cap, or name another model."
+        )
+    return True
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -18,8 +18,10 @@ from align.cli.arguments import find_tokenizer
 from align.errors import UserError
 from align.inference.replier import Replier
 from align.lint.command import load_tokenizer_and_limits as load_for_lint
+from align.models.fast.real_tokens import compute_real_tokens
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
-from align.models.pretrained import open_model, open_tokenizer
+from align.models.pretrained import needs_eager_attention, open_model, open_tokenizer
+from align.models.tiny import make_tiny_tokenizer
 
 PACKAGE = Path(align.__file__).parent
 DOOR = Path("models", "pretrained.py")
@@ -214,3 +216,70 @@ def test_a_hub_name_that_cannot_be_fetched_is_the_users_error(monkeypatch: pytes
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(UserError, match="no/such-model: cannot be loaded"):
         open_tokenizer("no/such-model", revision="0" * 40)
+
+
+# ---- what attention ignores ----
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "initializer_range": 0.5, "sliding_window": 8,
+}  # fmt: skip
+
+
+def make_gemma2(folder: Path) -> Path:
+    """Save an untrained Gemma 2 whose attention scores exceed their cap."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = make_tiny_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, **ids, vocab_size=len(tokenizer), attn_logit_softcapping=1.0)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def losses_and_gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    ids = torch.arange(40, 72).view(2, 16)
+    loss = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_gemma2_keeps_its_cap_on_attention_scores(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_gemma2(tmp_path)
+    eager, sdpa = (
+        losses_and_gradients(
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name, dtype=torch.float32)
+        )
+        for name in ("eager", "sdpa")
+    )
+    assert abs(eager[0] - sdpa[0]) > 1e-3  # the cap matters
+    model = load_policy(folder)
+    assert not compute_real_tokens(model)
+    actual = losses_and_gradients(model)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(actual, eager, strict=True))
+    assert new_reward(folder).config._attn_implementation == "eager"
+
+
+def test_model_without_cap_keeps_fast_attention(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, GptOssConfig, GptOssForCausalLM
+
+    assert not needs_eager_attention(tmp_path, Gemma2Config(attn_logit_softcapping=None))
+    # transformers' own choice for a model with attention sinks
+    config = GptOssConfig(**SMALL, vocab_size=100, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0)
+    assert GptOssForCausalLM(config).config._attn_implementation == "eager"
+
+
+def test_cap_that_attention_lacks_is_refused(tmp_path: Path) -> None:
+    from transformers import Gemma3TextConfig
+
+    config = Gemma3TextConfig(attn_logit_softcapping=50.0)
+    with pytest.raises(
+        UserError, match="attn_logit_softcapping is 50, and transformers' gemma3_text does not apply it"
+    ):
+        needs_eager_attention(tmp_path, config)
+    assert needs_eager_attention(tmp_path, config, has_own_code=True)

@@ -271,6 +271,7 @@ def ragged_attention(
         return plain
     unsupported = ("position_bias", "softcap", "s_aux", "sliding_window")
     unknown = [name for name in unsupported if kwargs.get(name) is not None]
+    unknown += ["dropout"] if kwargs.get("dropout") else []
     if unknown:
         raise NotRaggedError(
             f"{type(module).__name__} asks for {unknown[0]}, which ragged rows lack; set padding_free off"

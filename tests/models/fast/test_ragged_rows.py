@@ -194,3 +194,5 @@ def test_attention_with_more_to_it_is_refused(llama):
     q = torch.zeros(1, 4, 3, 8)
     with pytest.raises(RuntimeError, match=r"asks for softcap.* set padding_free off"):
         ragged_rows.ragged_attention(llama, q, q, q, None, layout=make_layout([3]), softcap=30.0)
+    with pytest.raises(RuntimeError, match=r"asks for dropout.* set padding_free off"):
+        ragged_rows.ragged_attention(llama, q, q, q, None, layout=make_layout([3]), dropout=0.1)
