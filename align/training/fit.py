@@ -99,7 +99,8 @@ def _fit(
     best = best_so_far(context, trainer)
     if best is not None:
         score_in_training = scored_with(extras, best.watching(lambda: _with_prefix(held_out("validation"))))
-    trainer.add_callback(ReportProgress(context, score_in_training, context.config.eval_steps))
+    progress = ReportProgress(context, score_in_training, context.config.eval_steps, scores_last=best is not None)
+    trainer.add_callback(progress)
     if best is not None:
         trainer.add_callback(best)
         extras = [*extras, best]
@@ -110,9 +111,10 @@ def _fit(
     with frozen_weights_rounded(trainer), _untrimmed_heap_for(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = clock.seconds()
-    # ReportProgress does not score the last step, which may be the best one.
     if best is not None:
-        report_scores(context, trainer.state.global_step, score_in_training())
+        # The last step may be the best one, even if no evaluation was due there.
+        if best.scored_step < trainer.state.global_step:
+            report_scores(context, trainer.state.global_step, score_in_training())
         best.restore()
     _release_optimizer(trainer)
     state_bytes = keep_trained_state(context, trainer)

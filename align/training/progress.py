@@ -25,7 +25,9 @@ def report_scores(context: StageContext, step: int, scores: Mapping[str, float])
 class ReportProgress(TrainerCallback):
     """Logs progress and a point of the curves per optimizer step; a loss that is not finite stops the stage.
 
-    ``held_out`` scores the held-out rows (``align.training.held_out``) every ``eval_steps`` steps.
+    ``held_out`` scores the held-out rows (``align.training.held_out``) every ``eval_steps`` steps. ``scores_last`` does
+    so after the last step as well, for scores that decide which weights are kept: the checkpoint of that step must have
+    them, since a stage may continue from it.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class ReportProgress(TrainerCallback):
         context: StageContext,
         held_out: Callable[[], dict[str, float]] | None = None,
         eval_steps: int | None = None,
+        scores_last: bool = False,
     ) -> None:
         self.context, self.held_out, self.eval_steps = context, held_out, eval_steps
+        self.scores_last = scores_last
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,6 +81,6 @@ class ReportProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         due = self.held_out is not None and self.eval_steps is not None and state.global_step % self.eval_steps == 0
-        # The last step's scores are the stage's result; ``fit`` computes them after training.
-        if due and self.held_out is not None and state.global_step < state.max_steps:
+        # Scores of the last step on the test rows are the stage's result; ``fit`` computes them after training.
+        if due and self.held_out is not None and (self.scores_last or state.global_step < state.max_steps):
             report_scores(self.context, state.global_step, self.held_out())

@@ -33,7 +33,8 @@ VALIDATION_LOSS = f"{VALIDATION}loss"
 class BestSoFar(TrainerCallback):
     """Stops training when the validation loss no longer falls, and keeps the weights with the lowest loss.
 
-    ``best_loss`` and ``best_step`` are the best so far; ``waited`` counts the evaluations since then.
+    ``best_loss`` and ``best_step`` are the best so far; ``waited`` counts the evaluations since then, of which
+    ``scored_step`` had the last.
     """
 
     def __init__(self, context: StageContext, trainer: Any) -> None:
@@ -41,6 +42,7 @@ class BestSoFar(TrainerCallback):
         self.stopping, self.keep = config.early_stopping, config.keep == "best"
         self.trainer, self.folder, self.log = trainer, context.checkpoints, context.note
         self.best_loss, self.best_step, self.waited, self.stopped_at = float("inf"), 0, 0, 0
+        self.scored_step = 0
         # Full training may unfreeze other weights later, so all of them are kept.
         every = isinstance(config.tuning, FullTuning)
         self.parameters = {name: p for name, p in trainer.model.named_parameters() if every or p.requires_grad}
@@ -56,6 +58,7 @@ class BestSoFar(TrainerCallback):
         return scored
 
     def _consider(self, loss: float, step: int) -> None:
+        self.scored_step = step
         least = self.stopping.min_improvement if self.stopping is not None else 0.0
         # The first evaluation always counts as the best so far.
         if loss < self.best_loss - least or self.best_step == 0:
@@ -86,7 +89,7 @@ class BestSoFar(TrainerCallback):
             return
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
         saved = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        self.best_step, self.waited = saved["best_step"], saved["waited"]
+        self.best_step, self.waited, self.scored_step = saved["best_step"], saved["waited"], saved["scored_step"]
         self.best_loss = float("inf") if saved["best_loss"] is None else saved["best_loss"]
         if self.keep and self.best_step and state.is_world_process_zero:
             # The file in the folder may come from a later step, which the kill threw away.
@@ -104,6 +107,7 @@ class BestSoFar(TrainerCallback):
                 "best_loss": self.best_loss if self.best_step else None,
                 "best_step": self.best_step,
                 "waited": self.waited,
+                "scored_step": self.scored_step,
             }
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             write_text_atomically(checkpoint / STATE, json.dumps(state_to_save))

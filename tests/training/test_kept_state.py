@@ -96,6 +96,24 @@ def test_more_steps_equal_all_steps_at_once(way: str, tiny_model: Path, tmp_path
     assert_equal_weights(at_once, more)
 
 
+@pytest.mark.parametrize("evaluations_later", [0, 1])
+def test_continued_stage_keeps_the_same_best_step(evaluations_later: int, tiny_model: Path, tmp_path: Path) -> None:
+    """The first stage ends at the best evaluation, or at the next one, which waits for a better one."""
+    fields = {"learning_rate": 0.05, "max_grad_norm": 100.0, "warmup_ratio": 0.0, "keep": "best", "eval_steps": 2}
+    fields |= {"early_stopping": {"patience": 3}, "max_steps": 20, "epochs": 9}
+    at_once = stage("sft", tmp_path / "at_once", tiny_model, FULL, **fields)
+    expected = run(at_once)
+    split = expected["best_step"] + 2 * evaluations_later
+    assert 0 < split < expected["steps"] and expected["stopped_early"]  # or the test would show nothing
+    first = stage("sft", tmp_path / "first", tiny_model, FULL, **fields | {"max_steps": split})
+    assert run(first)["best_step"] == expected["best_step"]
+    more = continuing(first, "sft", tmp_path / "more", tiny_model, **fields)
+    metrics = run(more)
+    for name in ("best_step", "best_validation_loss", "steps", "stopped_early"):
+        assert metrics[name] == expected[name], name
+    assert_equal_weights(at_once, more)
+
+
 @pytest.mark.parametrize("scheduler", ["constant", "wsd"])
 def test_a_tokenizer_with_several_templates_keeps_a_state(scheduler: str, tiny_model: Path, tmp_path: Path) -> None:
     """Its templates are a folder in each checkpoint, which resuming does not read."""
