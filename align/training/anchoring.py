@@ -22,6 +22,7 @@ from align.models.precision import cast_frozen_to_bf16
 from align.models.sharding import full_model, full_tensor
 from align.models.tuning.apply import initial_policy
 from align.training.divergence import summed_kl, trunk_and_head
+from align.training.trainers import answer_mask, part_of_step
 
 
 class PullToStart(TrainerCallback):
@@ -54,14 +55,14 @@ class PullToStart(TrainerCallback):
 
 
 class KLToStart:
-    """Loss term: ``weight`` times the mean over supervised tokens of KL(initial || model), in nats.
+    """Loss term: ``weight`` times the mean over a step's supervised tokens of KL(initial || model), in nats.
 
     The model's hidden states come from its own forward pass; the initial model needs a second one without gradients.
     With adapters it is the same model with adapters disabled, else a frozen copy (in bfloat16 where that is the
     precision).
     """
 
-    of_the_step = False
+    has_own_rows = False
 
     def __init__(self, trainer: Any, weight: float, low: bool) -> None:
         """Take the initial model from ``trainer``. Raises ``UserError`` for a model without a vocabulary head."""
@@ -103,13 +104,12 @@ class KLToStart:
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
         """Return the scalar term of one micro-batch over the tokens in its ``labels`` or ``completion_mask``."""
         hidden, self.hidden = self.hidden, None
-        if "input_ids" not in inputs or not {"labels", "completion_mask"} & set(inputs):
+        mask = answer_mask(inputs)
+        if "input_ids" not in inputs or mask is None:
             raise UserError("anchor: kl finds no answer tokens in this stage's batches; take `to: l2`.")
         # Without a padding mask the initial model would attend from one row to the next.
         if getattr(inputs.get("attention_mask"), "shape", None) != inputs["input_ids"].shape:
             raise UserError("anchor: kl needs each row to stand alone; leave out packing and padding_free.")
-        mask = inputs["labels"] != -100 if "labels" in inputs else inputs["completion_mask"] != 0
-        mask = mask[:, 1:]  # (B, T - 1): the state before a token predicts it
         assert hidden is not None, "the forward pass was not seen"
         assert hidden.shape[:2] == inputs["input_ids"].shape, "hidden states are not those of the batch"
         trunk, head = trunk_and_head(self.model)
@@ -119,16 +119,8 @@ class KLToStart:
         with trainer.accelerator.autocast():
             base, base_head = self._start(trunk, head, model_inputs)
             total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, logit_transform(self.model))
-        mean = total / mask.sum().clamp(min=1)
-        trainer.add_metric("kl_to_start", float(mean.detach()))
-        # Scale the term as trl scales its loss: the micro-batch's mean, or the sum over the step's number of labels.
-        if num_items is None:
-            alone: torch.Tensor = self.weight * mean
-            return alone
-        # num_items then counts the tokens of all processes, and DDP averages their gradients.
-        scale = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
-        term: torch.Tensor = self.weight * scale * total / torch.as_tensor(num_items).clamp(min=1).to(total.device)
-        return term
+        trainer.add_metric("kl_to_start", float(total.detach() / mask.sum().clamp(min=1)))
+        return self.weight * part_of_step(trainer, total, trainer.step_tokens, num_items)
 
     @torch.no_grad()
     def _start(self, trunk: Any, head: Any, model_inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:

@@ -21,7 +21,7 @@ from align.models.logits import logit_transform
 from align.training.divergence import summed_nll, trunk_and_head
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded, collate_labeled
-from align.training.trainers import SCORING_TOKENS
+from align.training.trainers import SCORING_TOKENS, part_of_step
 
 
 def replayed_rows(count: int, start: int, stop: int, seed: int) -> list[int]:
@@ -43,7 +43,7 @@ class Replay(TrainerCallback):
     As a callback it changes nothing. ``scores`` evaluate the general test rows.
     """
 
-    of_the_step = True
+    has_own_rows = True
 
     def __init__(
         self, trainer: Any, train: Encoded, test: Encoded, *, rows_per_step: float, weight: float, seed: int
@@ -77,9 +77,7 @@ class Replay(TrainerCallback):
         tokens = sum(_answer_tokens(self.train.rows[row]) for row in step_rows)
         total = self._summed(rows)
         trainer.add_metric("replay_loss", float(total.detach()) / sum(map(_answer_tokens, rows)))
-        # The terms of a step are to be summed. Gradients are averaged over processes, and without num_items over
-        # micro-batches too, so both divisions are undone.
-        return self.weight * total / tokens * processes * (micro_batches if num_items is None else 1)
+        return self.weight * part_of_step(trainer, total, tokens, num_items)
 
     def _summed(self, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
         """Return the summed loss of the answers' tokens of ``rows``, in nats."""

@@ -14,9 +14,11 @@ import torch
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
+from align.config.launch import world_size
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
 from align.models.precision import low_residual
+from align.models.processes import all_gather
 from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder
@@ -61,14 +63,14 @@ def score_in_float32(model: Any) -> None:
 class LossTerm(Protocol):
     """A term that is added to a micro-batch's loss."""
 
-    of_the_step: bool
-    """True for a part of a sum over the step's micro-batches, False for a term about this micro-batch."""
+    has_own_rows: bool
+    """True for a term over other rows than the micro-batch's, which counts in copies of micro-batches as well."""
 
     def watching(self) -> AbstractContextManager[None]:
         """Return a context around trl's own forward pass, for a term that reads its activations."""
 
     def loss(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> torch.Tensor:
-        """Return the scalar term, scaled as trl's loss: over ``num_items``, or as the micro-batch's mean without it."""
+        """Return this micro-batch's part of the step's scalar term, scaled by ``part_of_step``."""
 
 
 class Prepared(ShardingTrainer):
@@ -82,6 +84,8 @@ class Prepared(ShardingTrainer):
     """Order of the rows of a stage that continues another with other rows."""
     terms: Sequence[LossTerm] = ()
     """Terms added to trl's loss while training (``align.training.extras``)."""
+    step_tokens: int = 0
+    """Answer tokens of the step's micro-batches, in all processes; counted for ``terms`` only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -110,15 +114,14 @@ class Prepared(ShardingTrainer):
                 stack.enter_context(term.watching())
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         loss, *rest = result if return_outputs else (result,)
-        weight: Any = 1.0
+        is_counted: Any = 1.0
         if share is not None:
             # A loss divided by the step's items is already a part of the step's sum; only copies get weight 0.
-            weight = share if num_items_in_batch is None else (share > 0).to(share.dtype)
-            loss = loss * weight
+            is_counted = (share > 0).to(share.dtype)
+            loss = loss * (share if num_items_in_batch is None else is_counted)
         for term in terms:
             term_loss = term.loss(self, model, inputs, num_items_in_batch)
-            # A part of the step's sum is scaled already. A mean over the micro-batch needs the micro-batch's weight.
-            loss = loss + (term_loss if term.of_the_step else term_loss * weight)
+            loss = loss + (term_loss if term.has_own_rows else term_loss * is_counted)
         return (loss, *rest) if return_outputs else loss
 
     def add_metric(self, name: str, value: float) -> None:
@@ -168,6 +171,10 @@ class Prepared(ShardingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Count the items that the step's loss is divided by, without copies of other micro-batches."""
         counted = [_without_labels(batch) if is_copy(batch) else batch for batch in batch_samples]
+        if self.terms:
+            masks = [answer_mask(batch) for batch in batch_samples if not is_copy(batch)]
+            tokens = sum(int(mask.sum()) for mask in masks if mask is not None)
+            self.step_tokens = sum(all_gather(tokens))
         return super()._get_num_items_in_batch(counted, device)  # type: ignore[misc]
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
@@ -181,6 +188,25 @@ class Prepared(ShardingTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: trl would put a card into every checkpoint folder, and the artifact's record says more."""
+
+
+def part_of_step(trainer: Any, total: torch.Tensor, tokens: int, num_items: Any) -> torch.Tensor:
+    """Return a micro-batch's sum over tokens as its part of a mean over the step's ``tokens``.
+
+    Gradients are averaged over processes, and without ``num_items`` over micro-batches as well, so both divisions are
+    undone.
+    """
+    micro_batches = trainer.current_gradient_accumulation_steps if num_items is None else 1
+    return total / max(1, tokens) * world_size() * micro_batches
+
+
+def answer_mask(batch: Any) -> torch.Tensor | None:
+    """Return the mask (B, T - 1) of places that predict an answer's token; None for a batch that marks no answers."""
+    if "labels" in batch:
+        return batch["labels"][:, 1:] != -100  # type: ignore[no-any-return]
+    if "completion_mask" in batch:
+        return batch["completion_mask"][:, 1:] != 0  # type: ignore[no-any-return]
+    return None
 
 
 def _without_labels(batch: Any) -> Any:

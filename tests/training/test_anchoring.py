@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
 from align.training.anchoring import KLToStart, PullToStart
 from align.training.divergence import CHUNK, summed_kl, trunk_and_head
+from align.training.dpo_trainer import PreparedDPO
+from align.training.epochs import SHARE
 from align.training.sft_trainer import NoisyEmbeddings
 from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.models.tuning.confident_model import saved
@@ -67,34 +70,53 @@ def test_the_pull_goes_no_further_than_the_start() -> None:
     assert layer.weight.item() == 1.0
 
 
-@pytest.mark.parametrize(("average", "factor"), [(True, 2.0), (False, 1.0)])
-def test_a_share_of_the_steps_items_counts_for_all_that_average_it(
-    average: bool, factor: float, tiny_model: Path
+class Holder:
+    """What the term reads of a trainer, in a step with ``tokens`` answer tokens."""
+
+    def __init__(self, model: Any, tokens: int, micro_batches: int = 1) -> None:
+        self.model, self.step_tokens, self.current_gradient_accumulation_steps = model, tokens, micro_batches
+        self.accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+        self.metrics: list[float] = []
+
+    def add_metric(self, name: str, value: float) -> None:
+        self.metrics.append(value)
+
+
+@pytest.mark.parametrize("num_items", [None, 14])
+def test_term_is_independent_of_processes(
+    num_items: int | None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DDP averages gradients over processes, so a term over all processes' items is multiplied by their number."""
+    """Four rows with 8, 1, 3 and 2 answer tokens as one micro-batch, and in two processes with two each."""
     model = load_policy(tiny_model)
-
-    class Holder:
-        def __init__(self, processes: int) -> None:
-            self.model, self.add_metric = model, lambda name, value: None
-            self.accelerator = type("A", (), {"num_processes": processes, "autocast": contextlib.nullcontext})
-            self.args = type("B", (), {"average_tokens_across_devices": average})
-
-    term = KLToStart(Holder(1), 1.0, low=False)
+    start = KLToStart(Holder(model, 0), 1.0, low=False)
     with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)
-    ids = torch.arange(40, 60).view(2, 10)
+        model.model.norm.weight.mul_(torch.linspace(0.5, 2, len(model.model.norm.weight)))
+    ids = torch.arange(40, 80).view(4, 10)
+    mask = torch.tensor([[0] * (10 - count) + [1] * count for count in (8, 1, 3, 2)])
 
-    def value(processes: int, labels: torch.Tensor, num_items: int | None) -> float:
-        with term.watching():
-            model(input_ids=ids)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        return float(term.loss(Holder(processes), model, inputs, num_items).detach())
+    def term(rows: list[int], micro_batches: int) -> float:
+        inputs = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "completion_mask": mask[rows]}
+        with start.watching():
+            model(input_ids=ids[rows])
+        return float(start.loss(Holder(model, 14, micro_batches), model, inputs, num_items).detach())
 
-    assert value(2, ids, 30) == pytest.approx(factor * value(1, ids, 30)) != 0
-    assert value(2, ids, None) == pytest.approx(value(1, ids, None))  # a mean is a mean
-    nothing = torch.full_like(ids, -100)
-    assert value(1, nothing, None) == value(1, nothing, 0) == 0.0
+    together = term([0, 1, 2, 3], 1)
+    assert together > 1e-3
+    monkeypatch.setattr("align.training.trainers.world_size", lambda: 2)
+    # Each process has two micro-batches of a row. DDP halves the sum, and the Trainer the sum of a process's
+    # micro-batches if it does not divide by a number of items.
+    parts = [term([row], 2) / 2 / (2 if num_items is None else 1) for row in range(4)]
+    assert sum(parts) == pytest.approx(together, rel=1e-4)
+
+
+def test_step_tokens_are_those_of_all_answers() -> None:
+    trainer = object.__new__(PreparedDPO)
+    trainer.terms = [object()]
+    trainer.model_accepts_loss_kwargs, trainer.compute_loss_func = False, None
+    batch = {"completion_mask": torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1]])}
+    # 2 + 1 places predict an answer's token; a copy's are those of the micro-batch that it repeats.
+    trainer._get_num_items_in_batch([batch, batch, {**batch, SHARE: torch.tensor(0.0)}], torch.device("cpu"))
+    assert trainer.step_tokens == 6
 
 
 @pytest.mark.parametrize("transform", [PLAIN, LogitTransform(scale=0.5, cap=3.0)])
@@ -157,13 +179,7 @@ def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path, tmp_path: 
     folder = make_scaling_model(tmp_path) if scales else tiny_model
     model = load_policy(folder)
 
-    class Holder:
-        def __init__(self) -> None:
-            self.model, self.add_metric = model, lambda name, value: None
-            self.accelerator = type("A", (), {"num_processes": 1, "autocast": contextlib.nullcontext})
-            self.args = type("B", (), {"average_tokens_across_devices": True})
-
-    trainer = Holder()
+    trainer = Holder(model, tokens=9)
     term = KLToStart(trainer, 2.0, low=False)
     start = load_policy(folder)
     with torch.no_grad():
@@ -183,6 +199,7 @@ def test_the_term_is_a_mean_over_the_answers_tokens(tiny_model: Path, tmp_path: 
         return float(term.loss(trainer, model, settings, num_items))
 
     assert value(inputs, None) == pytest.approx(2 * wanted, rel=1e-4)
+    assert trainer.metrics == [pytest.approx(wanted, rel=1e-4)]
     halves = [{name: tensor[index : index + 1] for name, tensor in inputs.items()} for index in (0, 1)]
     assert sum(value(half, 9) for half in halves) == pytest.approx(2 * wanted, rel=1e-4)
     labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(mask == 0, -100)}

@@ -34,7 +34,9 @@ def test_the_losses_are_those_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo_lora", "sft_lora", "grpo", "rloo", "online_dpo", "rejection", "simpo"])
+@pytest.mark.parametrize(
+    "name", ["ppo_lora", "sft_lora", "grpo", "rloo", "online_dpo", "rejection", "simpo", "dpo_anchored"]
+)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_so_are_those_of_other_trainers_and_of_adapters(
     train_once: Callable[..., Made], name: str, strategy: str

@@ -31,6 +31,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "reward": {"model": "model", "data": "rows", **ROWS},
     # AdamW divides a gradient near 0 by itself, which makes steps of rounding: a larger epsilon leaves it small.
     "dpo": {"policy": "model", "data": "rows", **ROWS, "beta": 0.5, "trainer": {"adam_epsilon": 1e-6}},
+    "dpo_anchored": {"stage": "dpo", "policy": "model", "data": "rows", **ROWS, "beta": 0.5,
+                     "anchor": {"to": "kl", "weight": 2.0}, "trainer": {"adam_epsilon": 1e-6}},
     "ppo": {**SAMPLED, "num_epochs": 2, "num_mini_batches": 2, "eval_updates": 2},
     "ppo_lora": {"stage": "ppo", **SAMPLED, "tuning": LORA},
     "sft_lora": {"stage": "sft", "model": "model", "data": "rows", **ROWS, "tuning": LORA, "ema": 0.9, "keep": "best",
