@@ -15,14 +15,11 @@ from typing import Any, Protocol
 from align.config.tool_formats import AUTO, PATTERN_PREFIX, check_tool_format, compile_call_pattern
 from align.data.call_values import MalformedCall, call_from_json, calls_from_code, decode_json
 from align.data.call_values import ToolCall as ToolCall
+from align.data.thoughts import hide_thoughts
 from align.errors import UserError
 
 MATCH_SECONDS = 1.0
 """Longest search of one turn for a user's pattern."""
-THOUGHT = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
-"""The thought that a turn begins with; one that is never closed is the whole turn."""
-OPENED_THOUGHT = re.compile(r"(?:(?!<think>).)*?</think>(?=\s|<|\[|\Z)", re.DOTALL)
-"""A thought that the generation prompt has opened. A closing tag within a call's text is followed by more of it."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +105,6 @@ class _Reader:
             position = end
         pieces.append(self.text[position:])
         return ParsedTurn("".join(pieces).strip(), self.calls, self.errors)
-
-
-def hide_thoughts(text: str) -> str:
-    """Replace the characters of the thought that a turn begins with by spaces."""
-    thought = THOUGHT.match(text) or OPENED_THOUGHT.match(text)
-    return text if thought is None else " " * thought.end() + text[thought.end() :]
 
 
 class HermesFormat:

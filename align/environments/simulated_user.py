@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from align.data.rows import Message, assistant, user
-from align.data.tool_calls import hide_thoughts
+from align.data.thoughts import hide_thoughts
 from align.environments.results import clean
 
 GREETING = "Hi! How can I help you today?"

@@ -12,14 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from align.data.rows import assistant, user
-from align.data.thoughts import TAGS
+from align.data.thoughts import EMPTY
 from align.models.render import MAX_TRAILING
 
 U1, A1, U2, A2 = "Qanat", "Zephyrus", "Xylem", "Vortex"
 PROBE = [user(U1), assistant(A1), user(U2), assistant(A2)]
-
-THOUGHT = re.compile(rf"(?:<(?P<tag>{TAGS})>)?</(?:{TAGS})>")
-"""An empty thought without white space, or its end where the generation prompt has opened it."""
 
 MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?[a-z]{1,3}>|<(?:start|end)_of_[a-z]+>|\[/?[A-Z_]{2,20}\]|<</?[A-Z]+>>")
 """Marks of the known templates: ``<|im_end|>``, ``</s>``, ``<end_of_turn>``, ``[/INST]``."""
@@ -95,7 +92,7 @@ class ChatFormat:
         # Only text of the format itself counts as a lead: a header that ends in a control token, or an empty thought.
         names = self.special_pattern.findall(lead) if self.special_pattern else []
         is_header = bool(names) and lead.rstrip().endswith(names[-1])
-        return squeezed(lead) if is_header or THOUGHT.fullmatch(squeezed(lead)) else ""
+        return squeezed(lead) if is_header or EMPTY.fullmatch(squeezed(lead)) else ""
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))

@@ -90,6 +90,7 @@ def test_thoughts_call_nothing() -> None:
     assert calls(hermes.parse(f"I could {call}\n</think>\n\n{call}")) == [("f", {})]
     assert calls(hermes.parse(f"<think>never closed {call}")) == []
     # A tag in a call's text is no thought.
+    assert calls(hermes.parse(f"<reasoning>I could {call}</reasoning> No.")) == []
     tagged = '<tool_call>{"name": "f", "arguments": {"x": "<think></think>"}}</tool_call>'
     assert calls(hermes.parse(tagged)) == [("f", {"x": "<think></think>"})]
     turn = hermes.parse(f"<think>hm</think>Yes.{call}")

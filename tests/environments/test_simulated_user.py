@@ -40,6 +40,22 @@ def test_calls_results_and_thoughts_are_not_shown() -> None:
     assert user_conversation("You want a lamp.", messages)[2:] == [assistant("Hi"), user("It is here.")]
 
 
+@pytest.mark.parametrize(
+    "thought",
+    [
+        *(f"<{tag}>a secret</{tag}>" for tag in ("thinking", "thought", "reasoning")),
+        "[THINK]a secret[/THINK]",
+        "<|channel|>analysis<|message|>a secret<|end|>",
+        "a secret</reasoning>",
+        "<think></think>\n<think>a secret</think>",
+    ],
+)
+def test_thoughts_of_all_models_are_hidden(thought: str) -> None:
+    conversation = user_conversation("You want a lamp.", [user("Hi"), assistant(f"{thought}\nIt is here.")])
+    assert conversation[-1] == user("It is here.")
+    assert read_answer(f"{thought} A lamp.", True, "BYE") == UserAnswer("A lamp.")
+
+
 def test_a_turn_with_a_malformed_call_is_not_shown_nor_what_answers_it() -> None:
     messages = [
         user("Hi"),
