@@ -22,7 +22,8 @@ import torch
 
 from align.errors import UserError
 from align.models.adapters import plain_of
-from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, make_layout
+from align.models.fast.ragged_rows import NotRaggedError, enable_ragged, make_layout
+from align.models.fast.real_tokens import can_compute_real_tokens
 from align.training.rows import MASKED, Encoded
 
 Form = Literal["ragged", "flash", "blocks"]
@@ -82,7 +83,7 @@ def packing_form(model: Any) -> Form:
     plain = plain_of(model)
     if str(plain.config._attn_implementation).startswith("flash"):
         return "flash"
-    if can_run_ragged(plain):
+    if can_compute_real_tokens(plain):
         return "ragged"
     if plain.config._attn_implementation in ("sdpa", "eager"):
         return "blocks"

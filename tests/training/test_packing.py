@@ -145,6 +145,7 @@ def test_models_are_run_as_they_can_be(tiny_model: Path) -> None:
     small["num_key_value_heads"] = 1
     assert packing_form(load_policy(tiny_model)) == "ragged"
     assert packing_form(MistralForCausalLM(MistralConfig(**small, sliding_window=4))) == "blocks"
+    assert packing_form(LlamaForCausalLM(LlamaConfig(**small, attention_dropout=0.1))) == "blocks"
     flash = LlamaForCausalLM(LlamaConfig(**small))
     flash.config._attn_implementation = "flash_attention_2"
     assert packing_form(flash) == "flash"
