@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
+FEWEST_EQUAL = 6
+"""Equal values from which on their mean has an interval of width 0. Fewer do not show that there is no spread: the
+sign-flip test of five equal differences has p = 2 / 2^5 = 0.06, and of six 0.03."""
 CHUNK_ELEMENTS = 1 << 22
 """Elements of a block of a resampling matrix (32 MiB)."""
 
@@ -66,9 +69,9 @@ def mean_interval(
     if len(x) == 0:
         return Estimate(math.nan, math.nan, math.nan, 0, "bootstrap")
     value = float((x * w).sum() / w.sum())
-    # Equal values have no spread to resample, and one prompt has an unknown spread.
-    if len(x) == 1 or np.ptp(x) == 0:
-        spread = math.inf if len(x) == 1 else 0.0
+    if np.ptp(x) == 0:
+        # Equal values have no spread to resample. That of a few prompts is unknown.
+        spread = math.inf if len(x) < FEWEST_EQUAL else 0.0
         return Estimate(value, value - spread, value + spread, len(x), "bootstrap")
     # Intervals of one seed over equally many prompts resample the same prompts.
     low, high = percentiles(_bootstrap_means(x, w, resamples, seed), len(x))

@@ -124,6 +124,26 @@ def test_one_prompt_says_nothing_about_spread():
     assert (estimate.value, estimate.low, estimate.high) == (0.5, -math.inf, math.inf)
 
 
+def test_two_prompts_span_their_values():
+    # Resamples are (0, 0), (0, 1), (1, 0) and (1, 1); the tail is beyond all of them: t(1) = 12.7 deviations.
+    estimate = mean_interval([0.0, 1.0], resamples=100, seed=0)
+    assert (estimate.value, estimate.low, estimate.high, estimate.n) == (0.5, 0.0, 1.0, 2)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_few_equal_values_have_no_interval(count):
+    estimate = mean_interval([1.0] * count, resamples=100, seed=0)
+    assert (estimate.value, estimate.low, estimate.high) == (1.0, -math.inf, math.inf)
+    difference = paired_difference([1.0] * count, [0.0] * count, resamples=100, seed=0)
+    assert difference.p == 2 / 2**count > 0.05
+
+
+def test_many_equal_values_have_an_interval_of_width_zero():
+    estimate = mean_interval([1.0] * 6, resamples=100, seed=0)
+    assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
+    assert paired_difference([1.0] * 6, [0.0] * 6, resamples=100, seed=0).p == 2 / 2**6
+
+
 def test_paired_difference_removes_what_prompts_share():
     generator = np.random.default_rng(3)
     difficulty = generator.normal(0, 10, size=50)
