@@ -23,7 +23,7 @@ from align.training.held_out import pair_accuracy
 from align.training.reward_held_out import correlation, disjoint_pairs, ranks
 from align.training.reward_trainer import NumberCollator, PairReward, number_loss
 from tests.support.stages.stage_contexts import reward_config, reward_stage
-from tests.support.training.harness import data_artifact, losses
+from tests.support.training.harness import data_artifact, events, losses
 from tests.support.training.killed_stage import Killed, dying
 from tests.support.training.scored_rows import SEPARATOR, artifact, labeled, scored, stepwise
 
@@ -145,6 +145,19 @@ def test_the_loss_of_pairs_by_hand() -> None:
     loss = float(trainer.compute_loss(trainer.model, {"margin": torch.tensor([0.5])}))
     # x = 2 - 0.5 - 0.5 = 1: 0.9 * -log s(1) + 0.1 * -log s(-1) = 0.9 * 0.313262 + 0.1 * 1.313262 = 0.413262
     assert loss == pytest.approx(0.413262, abs=1e-5)
+
+
+@pytest.mark.parametrize("center_rewards", [0.0, 20.0])
+def test_centered_rewards_join_the_loss(center_rewards: float, tiny_model: Path, tmp_path: Path) -> None:
+    data = data_artifact(tmp_path / "data", Kind.PREFERENCES, train=8, test=4)
+    stage = reward_stage(tmp_path, tiny_model, data, batch_size=1, max_steps=4, center_rewards=center_rewards)
+    run(stage)
+    steps = [event for event in events(stage, "metrics") if "loss" in event]
+    assert len(steps) == 4 and any(step["mean_reward"] ** 2 > 1e-5 for step in steps)
+    for step in steps:
+        # One pair a step: -log s(chosen - rejected) + coefficient * (chosen + rejected)^2, the latter twice the mean.
+        plain = math.log1p(math.exp(-step["margin"]))
+        assert step["loss"] == pytest.approx(plain + center_rewards * (2 * step["mean_reward"]) ** 2, abs=1e-5)
 
 
 def test_the_loss_of_numbers_by_hand() -> None:

@@ -15,7 +15,7 @@ from align.config.tuning import FullTuning
 from align.models.loading import load_policy
 from align.models.tuning.notice import notice
 from align.stages.sft import run
-from align.training.fit import _warn_of_lost_progress
+from align.training.fit import SECONDS_FILE, TrainingClock, _timed_tokens, _warn_of_lost_progress
 from tests.support.training.harness import events
 from tests.support.training.training_stages import make_stage
 
@@ -81,3 +81,33 @@ def test_a_loss_that_fell_and_rose_again_is_told_of() -> None:
 )
 def test_other_curves_are_not(losses: list[float]) -> None:
     assert warnings_of(losses) == []
+
+
+# ---- seconds of training ----
+
+
+def test_clock_adds_the_seconds_before_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("align.training.fit.time.perf_counter", lambda: now[0])
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    (checkpoint / SECONDS_FILE).write_text("12.500")
+    clock = TrainingClock(checkpoint)
+    now[0] = 103.25
+    assert clock.seconds() == 15.75  # 12.5 + 103.25 - 100
+    state = SimpleNamespace(is_world_process_zero=True, global_step=6)
+    (tmp_path / "checkpoint-6").mkdir()
+    clock.on_save(SimpleNamespace(output_dir=tmp_path), state, None)  # type: ignore[arg-type]
+    assert (tmp_path / "checkpoint-6" / SECONDS_FILE).read_text() == "15.750"
+    assert TrainingClock(None).seconds() == 0.0
+
+
+def test_tokens_without_seconds_are_not_counted(tmp_path: Path) -> None:
+    """A checkpoint of an older version has tokens and no seconds."""
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"num_input_tokens_seen": 700}')
+    clock = TrainingClock(checkpoint)
+    assert not clock.is_complete and clock.seconds_before == 0.0
+    assert _timed_tokens(1000, clock, checkpoint) == 300
+    assert _timed_tokens(1000, TrainingClock(None), None) == 1000

@@ -70,6 +70,25 @@ def test_the_term_is_the_steps_mean_whatever_the_micro_batches(
     assert replay.micro == 0
 
 
+@pytest.mark.parametrize(("num_items", "micro_batches"), [(None, 1), (None, 3), (40, 3)])
+def test_replay_loss_is_a_mean_over_answer_tokens(
+    num_items: int | None, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = Encoded(rows=[{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 9)
+    logged: list[tuple[str, float]] = []
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=0),
+        current_gradient_accumulation_steps=micro_batches,
+        add_metric=lambda name, value: logged.append((name, value)),
+    )
+    replay = Replay(trainer, encoded, encoded, rows_per_step=3, weight=0.5, seed=4)
+    monkeypatch.setattr(replay, "_summed", lambda rows: torch.tensor(3.0 * len(rows)))
+    loss = float(replay.loss(trainer, None, {}, num_items))
+    # 3 rows of 2 answer tokens, 3 nats a row: 1.5 nats a token, of which this micro-batch has its share of the rows.
+    assert logged == [("replay_loss", 1.5)]
+    assert loss == pytest.approx(0.5 * 1.5 * (1 if num_items is None else 1 / 3))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kto", "orpo", "cpo"])
 def test_every_loss_of_trl_takes_it(kind: str, tiny_model: Path, tmp_path: Path) -> None:
