@@ -6,7 +6,7 @@ Leaves out the scoring itself (``align.data.scoring``, ``align.data.weighted_sco
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -56,6 +56,10 @@ class RewardEntry(Config):
     """Keyword arguments for the function, beside rows and responses."""
     concurrency: int = Field(16, ge=1, le=4096)
     """Calls under way at once of an async function that takes one response."""
+    retries: int = Field(0, ge=0, le=20)
+    """Further calls of a function of one response after an exception, after 1 s, 2 s, 4 s and so on."""
+    on_error: Literal["stop"] | float = "stop"
+    """Score of a response whose calls of the function all raised an exception; ``stop`` ends the stage instead."""
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -65,6 +69,8 @@ class RewardEntry(Config):
             raise ValueError(f"{listed}; a reward comes from exactly one of them.")
         if self.function is None and self.arguments:
             raise ValueError(f"arguments are for a function, and this is a {sources[0]}; remove them.")
+        if self.function is None and (self.retries or self.on_error != "stop"):
+            raise ValueError(f"retries and on_error are for a function, and this is a {sources[0]}; remove them.")
         if is_reserved(self.label):
             raise ValueError(f"the name '{self.label}' is taken by another metric; set another `name`.")
         return self
@@ -78,6 +84,11 @@ class RewardEntry(Config):
             return self.function.rpartition(":")[2]
         return str(self.reward) if self.reward is not None else "judge"
 
+    @property
+    def fallback(self) -> float | None:
+        """Score of a response whose calls failed; None to end the stage."""
+        return None if self.on_error == "stop" else self.on_error
+
     def identity(self, place: str) -> str:
         """Return everything that the reward of a response depends on, as JSON.
 
@@ -89,7 +100,9 @@ class RewardEntry(Config):
             source = {"function": scoring_identity(self.function, self.arguments, place)}
         elif self.judge is not None:
             source = {"judge": self.judge.identity() | {"reference": self.judge.reference}}
-        fields = {"name": self.label, "weight": self.weight}
+        fields: dict[str, Any] = {"name": self.label, "weight": self.weight}
+        if self.fallback is not None:
+            fields["on_error"] = self.fallback
         return canonical(fields | source | ({"arguments": self.arguments} if self.arguments else {}))
 
 

@@ -6,11 +6,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
+import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from align.config.function_arguments import check_call
@@ -18,7 +24,10 @@ from align.config.scores import is_reserved
 from align.config.user_functions import full_path, load_function
 from align.data.event_loop import gather_bounded, wait_for
 from align.data.rows import Row
-from align.errors import UserError, shorten
+from align.errors import NO_SPACE, StageFailed, UserError, shorten
+from align.store.retry import is_unreachable
+
+LOG = logging.getLogger(__name__)
 
 ScoreFunction = Callable[..., Any]
 """``(rows, responses) -> scores``, or ``(row, response) -> score``, sync or async, with further keyword arguments."""
@@ -30,6 +39,10 @@ NAME_RULE = (
     "'_square'"
 )
 """What ``is_metric_name`` accepts, for messages."""
+FAILED = "failed"
+"""Metric of a function with ``on_error``: 1 for a response whose calls all failed, else 0."""
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
+"""Seconds before the first retry, doubled each time, and their limit."""
 Parts = dict[str, list[float]]
 """Scores under ``""`` and metrics by name, in the order of the responses; NaN where a response lacks a metric."""
 
@@ -40,6 +53,10 @@ class Scorer(Protocol):
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:
         """Return scores in the order of ``rows``; ``truncated`` marks responses that hit the length limit."""
         ...
+
+
+class ScoreFailed(StageFailed):
+    """A function that scores has raised an exception; the message names the reward, the line and the row."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,12 @@ class FunctionScorer:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int = 16
     """Calls under way at once of an async function that takes one response."""
+    label: str = ""
+    """Name of the reward in errors; without one, exceptions of the function pass through."""
+    retries: int = 0
+    """Further calls for a response whose call raised an exception."""
+    on_error: float | None = None
+    """Score of a response whose calls all failed; None to end the stage."""
 
     @property
     def waits(self) -> bool:
@@ -70,9 +93,9 @@ class FunctionScorer:
         """Return the scores under ``""``, and the function's further metrics by name.
 
         Raises ``UserError`` for a wrong number of results, for scores that are not finite and metrics that are no
-        numbers. An exception of the function passes through.
+        numbers, and ``ScoreFailed`` for an exception of a function with a label.
         """
-        results = self._call_each(rows, responses) if self._takes_one else self._call(rows, responses)
+        results = self._call_each(rows, responses) if self.takes_one else self._call(rows, responses)
         if len(results) != len(responses):
             raise UserError(f"{self.path} returned {len(results)} scores for {len(responses)} responses; one each.")
         scores: list[float] = []
@@ -85,7 +108,8 @@ class FunctionScorer:
         return {"": scores, **metrics}
 
     @property
-    def _takes_one(self) -> bool:
+    def takes_one(self) -> bool:
+        """True for a function that is called for one response at a time."""
         try:
             parameters = list(inspect.signature(self.function).parameters)
         except (TypeError, ValueError):
@@ -93,22 +117,82 @@ class FunctionScorer:
         return parameters[:1] == ["row"]
 
     def _call(self, rows: list[Row], responses: list[str]) -> list[Any]:
-        results = self.function(rows, responses, **self.arguments)
-        return list(wait_for(results) if inspect.isawaitable(results) else results)
+        with self._naming(f"a batch of {len(rows)} rows"):
+            results = self.function(rows, responses, **self.arguments)
+            return list(wait_for(results) if inspect.isawaitable(results) else results)
 
     def _call_each(self, rows: list[Row], responses: list[str]) -> list[Any]:
         if not self.waits:
-            return [
-                self.function(row, response, **self.arguments) for row, response in zip(rows, responses, strict=True)
-            ]
+            return [self._try(row, response) for row, response in zip(rows, responses, strict=True)]
 
         # Calls are passed unstarted, since the event loop starts one only when a slot is free.
         def call(row: Row, response: str) -> Callable[[], Awaitable[Any]]:
-            return lambda: self.function(row, response, **self.arguments)
+            return lambda: self._try_async(row, response)
 
         calls = [call(row, response) for row, response in zip(rows, responses, strict=True)]
         results: list[Any] = wait_for(gather_bounded(calls, self.concurrency))
         return results
+
+    def _try(self, row: Row, response: str) -> Any:
+        """Call the function for one response, again after an exception as long as retries are left."""
+        for attempt in range(self.retries + 1):
+            try:
+                with self._naming(f"row {row['id']}"):
+                    return self._counted(self.function(row, response, **self.arguments))
+            except ScoreFailed as error:
+                if attempt == self.retries:
+                    return self._fallback(error)
+            time.sleep(_pause(attempt))
+        raise AssertionError
+
+    async def _try_async(self, row: Row, response: str) -> Any:
+        """Do the same as ``_try`` with an async function."""
+        for attempt in range(self.retries + 1):
+            try:
+                with self._naming(f"row {row['id']}"):
+                    return self._counted(await self.function(row, response, **self.arguments))
+            except ScoreFailed as error:
+                if attempt == self.retries:
+                    return self._fallback(error)
+            await asyncio.sleep(_pause(attempt))
+        raise AssertionError
+
+    def _counted(self, result: Any) -> Any:
+        """Return the result of a call that did not fail, with the metric ``failed`` if failures are counted."""
+        if self.on_error is None:
+            return result
+        return {FAILED: 0.0, **(result if isinstance(result, Mapping) else {SCORE: result})}
+
+    def _fallback(self, error: ScoreFailed) -> Any:
+        """Return the result of a response whose calls all failed. Raises ``error`` if the stage is to end."""
+        if self.on_error is None:
+            raise error
+        LOG.warning("%s; scored %g (on_error)", error, self.on_error)
+        return {SCORE: self.on_error, FAILED: 1.0}
+
+    @contextlib.contextmanager
+    def _naming(self, subject: str) -> Iterator[None]:
+        """Turn an exception of the function into ``ScoreFailed``; ``subject`` says what it was called for."""
+        try:
+            yield
+        except (UserError, StageFailed, MemoryError):
+            raise
+        except Exception as error:
+            is_disk = isinstance(error, OSError) and error.errno in NO_SPACE
+            # The runner retries a stage that lost the store, and explains a full disk.
+            if not self.label or is_disk or is_unreachable(error):
+                raise
+            detail = f"{type(error).__name__}: {str(error) or 'no message'}"
+            place = self._line(error)
+            raise ScoreFailed(f"rewards '{self.label}'{place}: {detail.rstrip('.')}, for {subject}") from error
+
+    def _line(self, error: BaseException) -> str:
+        """Return the last line of the function's own file that the exception passed, in brackets."""
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+        frame = (own or frames)[-1]
+        return f" ({Path(frame.filename).name}:{frame.lineno})"
 
     def _read(self, row: Row, result: Any) -> tuple[float, dict[str, float]]:
         """Return the score and the metrics of a function's result: a number, or a mapping with ``score``."""
@@ -141,8 +225,20 @@ def is_metric_name(name: Any) -> bool:
     return isinstance(name, str) and METRIC_NAME.fullmatch(name) is not None and not is_reserved(name)
 
 
+def _pause(attempt: int) -> float:
+    """Return the seconds to wait after an attempt, counted from 0."""
+    return min(LONGEST_WAIT, FIRST_WAIT * 2.0**attempt)
+
+
 def function_scorer(
-    path: str, arguments: Mapping[str, Any] | None = None, *, concurrency: int = 16, place: str = "score"
+    path: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    concurrency: int = 16,
+    place: str = "score",
+    label: str = "",
+    retries: int = 0,
+    on_error: float | None = None,
 ) -> FunctionScorer:
     """Return the scorer behind ``module:name`` or a short name, with keyword ``arguments`` of the function.
 
@@ -151,7 +247,13 @@ def function_scorer(
     function = load_function(path, place)
     full = full_path(path, place)
     check_call(function, arguments or {}, full.rpartition(":")[2], place)
-    return FunctionScorer(full, function, arguments or {}, concurrency)
+    scorer = FunctionScorer(full, function, arguments or {}, concurrency, label, retries, on_error)
+    if (retries or on_error is not None) and not scorer.takes_one:
+        raise UserError(
+            f"{place}: retries and on_error are for a function of one response, and the first parameter of {full} is "
+            "not `row`. Take `(row, response)`, or catch the exceptions in the function."
+        )
+    return scorer
 
 
 def parts_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None) -> Parts:

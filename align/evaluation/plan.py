@@ -187,7 +187,7 @@ def _programs(config: EvaluateConfig) -> list[Program]:
         # The first line of the docstring says what the metric means.
         lines = (inspect.getdoc(load_function(settings.function, place)) or "").strip().splitlines()
         meaning = lines[0].rstrip(".").removeprefix("Return ") if lines else f"score by {settings.function}"
-        scorer = function_scorer(settings.function, settings.arguments, place=place)
+        scorer = function_scorer(settings.function, settings.arguments, place=place, label=settings.metric)
         programs.append(Program(settings.metric, settings.better, meaning, scorer, identity))
     return programs
 

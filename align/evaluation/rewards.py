@@ -59,14 +59,22 @@ def open_rewards(context: StageContext, load_reward: LoadReward, processes: int 
     if score is None:
         return ()
     if isinstance(score, str):
-        return (Part(FUNCTION, 1.0, function_scorer(score)),)
+        return (Part(FUNCTION, 1.0, function_scorer(score, label=score.rpartition(":")[2])),)
     artifacts = iter(context.inputs.get(REWARD_INPUTS) or ())
     parts = []
     for index, entry in enumerate(score):
         place = f"score[{index}]"
         scorer: Scorer
         if entry.function is not None:
-            scorer = function_scorer(entry.function, entry.arguments, concurrency=entry.concurrency, place=place)
+            scorer = function_scorer(
+                entry.function,
+                entry.arguments,
+                concurrency=entry.concurrency,
+                place=place,
+                label=entry.label,
+                retries=entry.retries,
+                on_error=entry.fallback,
+            )
         elif entry.judge is not None:
             # A stage cache for each judge, so that each counts what it costs.
             caches = JudgmentCaches(context.checkpoints / f"score-{entry.label}", context.cache, context.warn)

@@ -24,7 +24,7 @@ from typing import Any
 from align.config.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.config.runtime import Runtime
 from align.config.validation import validate_plain
-from align.errors import UserError, explain_os_error, no_space
+from align.errors import StageFailed, UserError, explain_os_error, no_space
 from align.pipeline.context import StageContext
 from align.pipeline.garbage_collection import relax_collections
 from align.pipeline.machine_limits import usable_cores
@@ -198,6 +198,8 @@ def _explain(error: Exception, folder: Path) -> dict[str, Any]:
     """The result of a stage that failed."""
     if is_unreachable(error):
         return {"status": UNREACHABLE_STORE, "message": f"the store could not be reached ({error})."}
+    if isinstance(error, StageFailed):  # its message is written for the user
+        return {"status": "failed", "message": str(error)}
     if isinstance(error, OSError):
         return {"status": "failed", "message": explain_os_error(error, folder)}
     full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own

@@ -139,17 +139,18 @@ def test_weights_names_and_arguments_enter_the_key_and_a_judge_s_rate_does_not()
         return pipeline([first, {"judge": judge}]).nodes["grpo"].key
 
     assert key() == key(endpoint={"concurrency": 3, "retries": 1, "timeout": 5.0}, judge={"max_unreadable": 0.5})
-    assert key() == key(concurrency=99)
+    assert key() == key(concurrency=99) == key(retries=3)
     keys = {
         key(),
         key(weight=0.5),
         key(name="brevity"),
+        key(on_error=0.0),
         key(arguments={"limit": 8}),
         key(endpoint={"model": "larger"}),
         key(judge={"rubric": "Be strict."}),
         key(judge={"reference": "answer"}),
     }
-    assert len(keys) == 7
+    assert len(keys) == 8
 
 
 def test_evaluate_leaves_a_judge_s_rate_out_of_its_key_too() -> None:

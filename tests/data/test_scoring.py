@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from align.config.user_functions import function_identity
 from align.data import checkers
 from align.data.embedded import generate
-from align.data.scoring import FunctionScorer, function_scorer
+from align.data.scoring import FunctionScorer, ScoreFailed, function_scorer
 from align.errors import UserError
 from tests.support import rewards
 
@@ -107,6 +109,47 @@ def test_an_exception_passes_through_at_once() -> None:
     with pytest.raises(RuntimeError, match="the sandbox is gone"):
         function_scorer("tests.support.rewards:failing").score(ROWS, ["good", "bad", "good"])
     assert time.monotonic() - started < 10  # the others would take a minute
+
+
+def test_exception_names_reward_line_and_row() -> None:
+    line = inspect.getsourcelines(rewards.failing)[1] + 2
+    scorer = function_scorer("tests.support.rewards:failing", label="judge")
+    message = rf"^rewards 'judge' \(rewards\.py:{line}\): RuntimeError: the sandbox is gone, for row 1$"
+    with pytest.raises(ScoreFailed, match=message):
+        scorer.score(ROWS, ["good", "bad", "good"])
+
+    def silent(rows: list[dict[str, Any]], responses: list[str]) -> list[float]:
+        raise TimeoutError
+
+    with pytest.raises(ScoreFailed, match="TimeoutError: no message, for a batch of 3 rows"):
+        FunctionScorer("silent", silent, label="silent").score(ROWS, ["a"] * 3)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_retries_and_on_error(is_async: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.data.scoring.FIRST_WAIT", 0.01)
+    calls: Counter[str] = Counter()
+
+    def fail_often(row: dict[str, Any], response: str) -> float:
+        calls[response] += 1
+        if response == "never" or calls[response] < 3:
+            raise ConnectionError("busy")
+        return 1.0
+
+    async def wait_and_fail(row: dict[str, Any], response: str) -> float:
+        return fail_often(row, response)
+
+    function = wait_and_fail if is_async else fail_often
+    scorer = FunctionScorer("f", function, label="f", retries=2, on_error=-1.0)
+    assert scorer.score_parts(ROWS[:2], ["late", "never"]) == {"": [1.0, -1.0], "failed": [0.0, 1.0]}
+    assert calls == {"late": 3, "never": 3}
+    with pytest.raises(ScoreFailed, match="ConnectionError: busy, for row 1"):
+        FunctionScorer("f", function, label="f", retries=2).score(ROWS[:2], ["late", "never"])
+
+
+def test_retries_need_a_function_of_one_response() -> None:
+    with pytest.raises(UserError, match=r"score\[0\]: retries and on_error are for a function of one response"):
+        function_scorer("tests.support.rewards:length", retries=1, place="score[0]")
 
 
 @pytest.mark.parametrize(
