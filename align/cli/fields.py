@@ -21,6 +21,7 @@ from align.config.field_descriptions import (
     discriminator,
     join_lines,
     nested_models,
+    reachable_models,
 )
 from align.config.validation import remedy_for_unknown, suggest
 from align.errors import UserError, printable, shorten
@@ -94,8 +95,11 @@ def run(options: argparse.Namespace) -> int:
         _list_subjects(options.json)
         return 0
     subject = find_subject(options.kind)
+    blocks = [] if options.name is None else find_blocks(subject, options.name)
     if options.name is None:
         _show_blocks(subject, options.json)
+    elif blocks:
+        _show_blocks(Subject(f"{subject.name} {options.name}", "", blocks), options.json)
     else:
         _show_field(subject, options.name, options.json)
     return 0
@@ -106,7 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind", metavar="KIND", nargs="?", help="a stage's kind, or a block like runtime; none lists them"
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a field, like kl_coef, or tuning.rank in a block")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="a field, like kl_coef, or tuning.rank in a block; or the value that selects a block, like lora",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
@@ -143,14 +152,26 @@ def find_subject(kind: str) -> Subject:
     return Subject(kind, purpose, [stage.config_class()], is_stage=True)
 
 
+def find_blocks(subject: Subject, path: str) -> list[type[BaseModel]]:
+    """Return the blocks that the last word of a path selects, such as the step ``cap`` or the task ``gsm8k``.
+
+    None for a word that is also a field of the subject.
+    """
+    word = path.rpartition(".")[2]
+    reachable = dict.fromkeys(block for root in subject.blocks for block in reachable_models(root))
+    if any(word in block.model_fields for block in reachable):
+        return []
+    return [block for block in reachable if (discriminator(block) or "").partition(": ")[2] == word]
+
+
 def _show_blocks(subject: Subject, as_json: bool) -> None:
     if as_json:
         print_json([_block_json(block) for block in subject.blocks])
         return
-    _print_wrapped(f"{subject.name}: {subject.purpose}")
+    _print_wrapped(f"{subject.name}: {subject.purpose}".removesuffix(": "))
     for block in subject.blocks:
         print()
-        _print_block(block, len(subject.blocks) > 1)
+        _print_block(block, len(subject.blocks) > 1 or not subject.purpose)
     print()
     if subject.is_stage:
         _print_wrapped("Every stage also takes `stage:`, its kind, and `seed:`, in place of the pipeline's.")

@@ -18,7 +18,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ``UserError`` with the message and a hint, instead of printing the usage."""
-        from align.config.validation import hint_nearest
+        from align.config.synonyms import COMMANDS
+        from align.config.validation import hint_nearest, nearest
 
         hint = ""
         commands = self._commands()
@@ -32,7 +33,16 @@ class Parser(argparse.ArgumentParser):
         elif "invalid choice:" in message and commands and not message.startswith("argument -"):
             word = message.split("invalid choice: ", 1)[1].split("'")[1]
             message = f"unknown command '{word}'"
-            hint = hint_nearest(word, commands) or f" Commands: {', '.join(commands)}."
+            # Only the commands of the top have other tools' names for them.
+            names = {name: command for name, command in COMMANDS.items() if command in commands}
+            close = nearest(word, [*commands, *names])
+            hint = f" Commands: {', '.join(commands)}."
+            if close is not None:
+                hint = (
+                    f" In align this is `{self.prog} {names[close]}`."
+                    if close in names
+                    else f" Did you mean '{close}'?"
+                )
         elif "are required:" in message and commands:
             hint = f" Commands: {', '.join(commands)}."
         raise UserError(f"{self.prog}: {message}.{hint}")

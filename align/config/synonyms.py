@@ -112,7 +112,7 @@ SYNONYMS = (
     Synonym("tuning.init", "init_lora_weights peft_init_lora_weights", ADAPTER.format("init")),
     Synonym(
         "tuning.method",
-        "adapter finetuning_type use_peft use_lora peft_type",
+        "adapter finetuning_type use_peft use_lora peft_type method",
         "Write `tuning: {method: lora, rank: …}`.",
     ),
     Synonym(
@@ -261,6 +261,18 @@ SYNONYMS = (
 
 VALUES = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32"}
 """Other words for a value → the value."""
+
+
+TAGS = {
+    "dora": "DoRA is `{method: lora, dora: true}`.",
+    "rslora": "rsLoRA is `{method: lora, rslora: true}`.",
+    "pissa": "PiSSA is `{method: lora, init: pissa}`.",
+    "freeze": "Frozen layers are `{method: full, freeze: […]}`.",
+    "lisa": "LISA is `{method: full, lisa: {layers: …}}`.",
+}
+"""Other words for a ``method`` of tuning → how it is written."""
+COMMANDS = {"train": "run", "fit": "run", "launch": "run", "evaluate": "eval", "test": "eval", "validate": "plan"}
+"""Other words for a command → the command."""
 
 
 def find_synonym(name: str, models: Sequence[type[BaseModel]]) -> str | None:

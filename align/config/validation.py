@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from align.config.base import Config
-from align.config.synonyms import VALUES, find_synonym
+from align.config.field_descriptions import discriminator
+from align.config.synonyms import TAGS, VALUES, find_synonym
 from align.errors import MOST_SHOWN, UserError, shorten
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -202,11 +203,13 @@ def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
         key = str(context.get("discriminator", "")).strip("'")
         expected = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
         tag = str(context.get("tag"))
-        return f"{place}.{key}: unknown value '{shorten(tag)}'.{suggest(tag, expected)}"
+        hint = f" {TAGS[tag.lower()]}" if key == "method" and tag.lower() in TAGS else suggest(tag, expected)
+        return f"{place}.{key}: unknown value '{shorten(tag)}'.{hint}"
     special = kind in ("model_type", "dict_type") or _names_a_stage(location.expected)
     if _is_about_type(detail) and (len(location.expected) > 1 or special):
         listed = [word.strip("'") for kind in location.expected for word in _words(kind) if word.startswith("'")]
         hint = hint_nearest(detail["input"], listed) if isinstance(detail["input"], str) else ""
+        hint = _hint_block(detail["input"], location) or hint
         return f"{place}: should be {_in_words(location.expected)}; found {_shown(detail['input'])}.{hint}"
     if kind == "literal_error":
         choices = str(context.get("expected", ""))
@@ -217,8 +220,29 @@ def _explain(detail: ErrorDetails, location: _Place, where: str) -> str:
         return f"{place}: {_shown(detail['input'])} is none of {choices}.{hint}"
     if kind in ("value_error", "assertion_error"):
         return f"{place}: {detail['msg'].removeprefix('Value error, ').removeprefix('Assertion failed, ')}"
+    if kind in ("bool_type", "bool_parsing") and str(detail["input"]).lower() in YAML_1_1:
+        value = YAML_1_1[str(detail["input"]).lower()]
+        return f"{place}: should be true or false; found {_shown(detail['input'])}, which is text. Write `{value}`."
     message = detail["msg"].replace("Input should be", "should be", 1)
     return f"{place}: {message}; found {_shown(detail['input'])}."
+
+
+YAML_1_1 = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+"""Words that YAML 1.1 reads as booleans, and align as text."""
+
+
+def _hint_block(value: Any, location: _Place) -> str:
+    """Return how to write a block of which only the selecting value was given: ``tuning: lora``."""
+    if not isinstance(value, str) or not location.path:
+        return ""
+    blocks = [kind for kind in location.expected if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    selections = [selection for block in blocks if (selection := discriminator(block))]
+    by_value = {selection.partition(": ")[2]: selection for selection in selections}
+    key = selections[0].partition(":")[0] if selections else ""
+    if key == "method" and value.lower() in TAGS:
+        return f" {TAGS[value.lower()]}"
+    selected = by_value.get(value) or by_value.get(nearest(value, by_value) or "")
+    return f" Write `{location.path[-1]}: {{{selected}}}`." if selected else ""
 
 
 def remedy_for_unknown(key: str, models: Sequence[type[BaseModel]]) -> str:

@@ -35,7 +35,8 @@ def is_local(dataset: str, base: Path) -> bool:
         return False
     raise UserError(
         f"dataset: '{dataset}' is neither a file, folder or glob below '{base}', nor the name of a Hub dataset like "
-        "'owner/name'."
+        "'owner/name'. A name of LLaMA-Factory's dataset_info.json is not known here: write its `file_name` or "
+        "`hf_hub_url`. Several datasets are the `sources` of a data recipe."
     )
 
 

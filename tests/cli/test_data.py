@@ -16,6 +16,7 @@ import yaml
 
 from align.cli.data import COMMANDS
 from align.cli.main import main
+from align.data.build_files import shards
 from align.data.card import write_card
 from align.store.store import Store
 from tests.support.data.sample_build import HOSTILE, row, write_build
@@ -197,7 +198,7 @@ def test_show_warns_of_damaged_rows(example: SimpleNamespace, tmp_path: Path, ca
     copy = Path(shutil.copytree(example.build, tmp_path / "copy"))
     assert main(["data", "show", str(copy)]) == 0
     assert "damaged" not in capsys.readouterr().err
-    file = copy / "train.parquet"
+    (file,) = shards(copy, "train")
     table = pq.read_table(file)
     pq.write_table(table.slice(1), file)
     assert main(["data", "show", str(copy)]) == 0

@@ -71,6 +71,19 @@ def test_fields_inside_blocks(show: Show) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["recipe", "cap"], "recipe cap\n\ntype: cap\n"),
+        (["recipe", "steps.cap"], "recipe steps.cap\n\ntype: cap\n"),
+        (["evaluate", "tasks.gsm8k"], "evaluate tasks.gsm8k\n\n"),
+        (["sft", "lora"], "sft lora\n\nmethod: lora\n"),
+    ],
+)
+def test_value_that_selects_a_block_shows_the_block(arguments: list[str], start: str, show: Show) -> None:
+    assert show(*arguments).startswith(start)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["pop"], "align fields: there is no kind 'pop'. Did you mean 'ppo'?"),

@@ -59,6 +59,7 @@ def test_run_plan_list_show_gc(pipeline_file: Path, store: str, capsys: pytest.C
     ("arguments", "expected"),
     [
         (["rnu", "x"], "unknown command 'rnu'. Did you mean 'run'?"),
+        (["trian", "x"], "unknown command 'trian'. In align this is `align run`."),
         (["run", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["run", "{file}", "--stor", "x"], "unrecognized arguments: --stor x. Did you mean '--store'?"),
         (["run", "{file}", "--set", "stages.one.numbr=2"], "unknown key 'numbr'. Did you mean 'number'?"),
@@ -76,7 +77,7 @@ def test_mistakes_end_with_2_and_one_message(
     arguments: list[str], expected: str, pipeline_file: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word.format(file=pipeline_file) for word in arguments]
-    if "--store" not in words and words[0] not in ("rnu",) and "--stor" not in words:
+    if "--store" not in words and words[0] not in ("rnu", "trian") and "--stor" not in words:
         words += ["--store", store]
     assert main(words) == 2
     captured = capsys.readouterr()

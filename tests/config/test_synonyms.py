@@ -34,6 +34,21 @@ def refusal(kind: str, block: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "block", "answer"),
+    [
+        ("sft", {"method": "dora"}, "unknown key 'method'. In align this is 'tuning.method'. Write `tuning: {method:"),
+        ("sft", {"tuning": {"method": "dora"}}, "unknown value 'dora'. DoRA is `{method: lora, dora: true}`."),
+        ("sft", {"tuning": "lora"}, "found 'lora'. Write `tuning: {method: lora}`."),
+        ("sft", {"tuning": "dora"}, "found 'dora'. DoRA is `{method: lora, dora: true}`."),
+        ("model", {"trust_remote_code": "yes"}, "should be true or false; found 'yes', which is text. Write `true`."),
+        ("sft", {"dataset": "alpaca_en_demo"}, "In align this is 'data'. It names a stage of kind data, which has a"),
+    ],
+)
+def test_slip_is_answered_with_what_to_write(kind: str, block: dict[str, Any], answer: str) -> None:
+    assert answer in refusal(kind, block)
+
+
 @pytest.mark.parametrize("synonym", SYNONYMS, ids=lambda synonym: synonym.target)
 def test_every_target_is_a_field(synonym: Synonym) -> None:
     block, _, path = synonym.target.rpartition(":")
