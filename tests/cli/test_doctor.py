@@ -13,6 +13,7 @@ import pytest
 
 from align.cli import doctor
 from align.inference.server_process import MODULE
+from align.models.compute_types import ProductSpeed
 
 BROKEN = "Traceback\nModuleNotFoundError: No module named 'x'\n"
 
@@ -118,9 +119,13 @@ def test_untested_python_is_noted(version: tuple[int, int], level: str, monkeypa
 def test_cuda_torchaudio_next_to_cpu_torch_is_a_problem(
     version: str | None, is_problem: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup = SimpleNamespace(cuda_devices=[], threads=2, cpu_capability="AVX2", is_cpu_build=True)
+    speed = ProductSpeed(bfloat16=14.0, float32=134.0)
+    setup = SimpleNamespace(cuda_devices=[], threads=2, cpu_capability="AVX2", is_cpu_build=True, cpu_speed=speed)
     monkeypatch.setattr("align.models.devices.torch_setup", lambda: setup)
     monkeypatch.setattr(doctor, "version_of", {"torchaudio": version}.get)
-    problems = [finding.text for finding in doctor._torch() if finding.level == "problem"]
+    findings = doctor._torch()
+    products = "precision auto computes in float32 here (float32 134 GFLOP/s, bfloat16 14)"
+    assert any(finding.level == "ok" and products in finding.text for finding in findings)
+    problems = [finding.text for finding in findings if finding.level == "problem"]
     expected = ["torchaudio is a CUDA build but torch is a CPU build: pip uninstall -y torchaudio"]
     assert problems == (expected if is_problem else [])

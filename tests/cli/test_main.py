@@ -172,12 +172,12 @@ def test_a_plan_says_on_request_what_ppo_costs_in_memory(store: str, capsys: pyt
     with_memory = capsys.readouterr().out
     assert with_memory.startswith(plain) and "GiB" not in plain
     assert "ppo: memory of a process in GiB, counted for 134.5 million parameters" in with_memory
-    assert with_memory.count("\n  *  lora r16  head ") == 1
+    assert with_memory.count("\n  *  lora r16  reward ") == 1
     assert main([*words, "--memory", "--json"]) == 0
     stages = {entry["stage"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert [name for name, entry in stages.items() if "memory" in entry] == ["sft", "reward", "dpo", "ppo"]
     chosen = [choice for choice in stages["ppo"]["memory"]["choices"] if choice["chosen"]]
-    assert chosen[0]["settings"] == {"tuning": "lora r16", "critic": "head"}
+    assert chosen[0]["settings"] == {"tuning": "lora r16", "critic": "reward"}
     assert chosen[0]["memory"]["reference"] == 0 and chosen[0]["memory"]["total"] > 2**30
 
 
