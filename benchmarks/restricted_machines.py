@@ -110,12 +110,13 @@ def path_with_spaces(folder: Path) -> Iterator[list[str]]:
     """Install align, without what it requires, into an environment whose path has spaces, from a clone beside it."""
     spaced = folder / "a path with spaces"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(spaced)], check=True)
-    subprocess.run([sys.executable, "-m", "venv", str(spaced / ".venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(spaced / ".venv")], check=True)
     (packages,) = (spaced / ".venv").glob("lib/python*/site-packages")
     (packages / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
     python = str(spaced / ".venv" / "bin" / "python")
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "-e", "."]
-    subprocess.run([python, "-m", "pip", "install", *options], cwd=spaced, check=True)
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    subprocess.run([*pip, "install", *options], cwd=spaced, check=True)
     (spaced / ".venv" / ".ready-run").touch()
     (spaced / ".venv" / ".ready").touch()
     yield ["make", "--silent", "-C", str(spaced), "smoke"]
