@@ -18,6 +18,7 @@ from align.environments.episode import Episode, Message, PolicyTurn
 from align.environments.episode_run import EpisodeRules, EpisodeRun, SampleTurn, UserRules
 from align.environments.journal import Journal, Position
 from align.environments.player import EpisodePlayer, EpisodeTask
+from align.environments.results import cut_text
 from align.inference.protocol import Response, TurnRequest
 from align.inference.requests import Answer, Request
 
@@ -221,16 +222,11 @@ class ChatPlayer(EpisodePlayer):
 
 def chat_rules(config: EnvironmentConfig, has_step: bool) -> EpisodeRules:
     """Return the rules of an ``EnvironmentConfig``'s episodes for a server."""
-
-    def shorten(result: str) -> str:
-        most = config.max_result_tokens * CHARACTERS_PER_TOKEN
-        return result if len(result) <= most else f"{result[:most]}\n[cut: {len(result)} characters in all]"
-
     return EpisodeRules(
         turns=NoTokens(),
         call_format=None,
         decode=lambda ids: "",
-        shorten=shorten,
+        shorten=lambda result: cut_text(result, CHARACTERS_PER_TOKEN * config.max_result_tokens),
         has_step=has_step,
         max_turns=config.max_turns,
         max_tokens=config.max_tokens,

@@ -16,6 +16,7 @@ from align.environments.episode import Episode
 from align.environments.episode_run import EpisodeRules, UserRules
 from align.environments.journal import Journal
 from align.environments.player import EpisodePlayer, EpisodeTask, Progress
+from align.environments.results import cut_text, split_notice, with_notice
 from align.environments.simulated_user import SimulatedUser
 from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
@@ -134,12 +135,13 @@ class EnvironmentPlayer:
     def _shorten(self, result: str) -> str:
         """Return a result cut at ``max_result_tokens``, with a note of how much is missing."""
         limit = self.config.max_result_tokens
-        head = result[: CHARACTERS_PER_TOKEN * limit]
-        ids = self.tokenizer(head, add_special_tokens=False)["input_ids"]
-        if len(ids) <= limit and len(head) == len(result):
+        # A result that the environment has cut keeps its notice, so the model reads the length of the whole result.
+        result = cut_text(result, CHARACTERS_PER_TOKEN * limit)
+        shown, length = split_notice(result)
+        ids = self.tokenizer(shown, add_special_tokens=False)["input_ids"]
+        if len(ids) <= limit:
             return result
-        beginning = str(self.tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False))
-        return f"{beginning}\n[cut: {len(result)} characters in all]"
+        return with_notice(str(self.tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False)), length)
 
 
 def open_player(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ CHARACTERS_PER_TOKEN = 32
 LONGEST_ERROR = 1000
 """Characters of an exception's text that the model is told."""
 ROLES = ("system", "user", "assistant", "tool")
+_NOTICE = re.compile(r"\n\[cut: ([\d,]+) characters, of which the first ([\d,]+) are shown\]\Z")
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,27 @@ def read_text(value: Any, most_tokens: int) -> str:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError):
             text = str(value)
-    return cut_text(clean(text), most_tokens)
+    return cut_text(clean(text), most_tokens * CHARACTERS_PER_TOKEN)
 
 
-def cut_text(text: str, most_tokens: int) -> str:
-    """Return a text without what lies beyond the characters that ``most_tokens`` tokens may have, with a notice."""
-    most = most_tokens * CHARACTERS_PER_TOKEN
-    if len(text) <= most:
-        return text
-    return f"{text[:most]}\n[cut: {len(text):,} characters, of which the first {most:,} are shown]"
+def cut_text(text: str, most: int) -> str:
+    """Return a text cut to ``most`` characters, with a notice; one that was cut before keeps its whole length."""
+    shown, length = split_notice(text)
+    return text if len(shown) <= most else with_notice(shown[:most], length)
+
+
+def with_notice(shown: str, length: int) -> str:
+    """Return the beginning of a text with a notice that it was cut; ``length`` is that of the whole text."""
+    return f"{shown}\n[cut: {length:,} characters, of which the first {len(shown):,} are shown]"
+
+
+def split_notice(text: str) -> tuple[str, int]:
+    """Return a text without the notice that it was cut, and the length of the whole text."""
+    notice = _NOTICE.search(text)
+    # A tool may write such a line itself. Its second number is then seldom the length of the text before it.
+    if notice is None or int(notice[2].replace(",", "")) != notice.start():
+        return text, len(text)
+    return text[: notice.start()], int(notice[1].replace(",", ""))
 
 
 def clean(text: str) -> str:
@@ -114,7 +128,8 @@ def read_step(value: Any, most_tokens: int, place: str) -> Step:
     messages = read_messages(value, ("system", "user", "tool"), f"{place} returned", expected)
     if not messages and not done:
         raise EnvironmentFailed(f"{place} returned no messages and did not end the episode; return {expected}.")
-    return Step([message | {"content": cut_text(message["content"], most_tokens)} for message in messages], done)
+    most = most_tokens * CHARACTERS_PER_TOKEN
+    return Step([message | {"content": cut_text(message["content"], most)} for message in messages], done)
 
 
 def read_messages(value: Any, roles: Sequence[str], place: str, expected: str) -> list[Message]:

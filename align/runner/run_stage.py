@@ -210,6 +210,7 @@ class StageRun:
             "seed": node.seed,
             "runtime": self.pipeline.runtimes[node.name].model_dump(mode="json"),
             "inputs": self._map_inputs(self._pointer),
+            "identities": node.identities,
             "cache": str(self.store.cache.resolve()),
             "pipeline": self.pipeline.name,
             # All stages' keys, so that trackers show every attempt at one run together and another run apart.

@@ -37,6 +37,8 @@ class Work(BaseModel):
     seed: int
     runtime: dict[str, Any]
     inputs: dict[str, InputReference | list[InputReference] | None] = {}
+    identities: dict[str, str] = {}
+    """What is read outside the store, as the stage's key has it."""
     cache: str | None = None
     pipeline: str = ""
     group: str = ""

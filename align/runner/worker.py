@@ -31,6 +31,7 @@ from align.pipeline.machine_limits import usable_cores
 from align.pipeline.registry import Stage, find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.pipeline.thread_waiting import set_waiting
+from align.runner.changed_code import require_planned_code
 from align.runner.slow_stage import watch
 from align.runner.stage_precision import choose_precision, emulation_warning, measured_speed
 from align.runner.stage_result import RESULT, read_work, write_result
@@ -158,6 +159,7 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
             # Before the stage imports transformers and accelerate, which use a group that is there.
             load_object(f"{PROCESSES}:join")(_runtime(work))
         context = _context(folder, work, started, result_file)
+        require_planned_code(find_stage(work["stage"]), context.config, work["identities"], context.name)
         with _speed_watched(context):
             metrics = _run(context, find_stage(work["stage"]))
         result: dict[str, Any] = {"status": "done", "metrics": metrics}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from align import EnvironmentFailed
+from align.config.environment import EnvironmentConfig
+from align.environments.chat_episodes import chat_rules
 from align.environments.environment import Action
+from align.environments.environment_player import EnvironmentPlayer
 from align.environments.errors import BadCall, ToolError
 from align.environments.pipes import decode_source, encode_source
-from align.environments.results import Scores, Step
+from align.environments.results import Scores, Step, cut_text, split_notice
 from align.errors import UserError
 from tests.support.environments.opened import CLASSES, TOOLS, open_block, open_class, open_tools
 
@@ -119,6 +123,38 @@ def test_a_megabyte_is_cut_with_a_notice() -> None:
     text = environment.call("shout", {})
     assert text == "a" * 320 + "\n[cut: 1,048,576 characters, of which the first 320 are shown]"
     assert environment.call("shout", {"characters": 320}) == "a" * 320
+
+
+def test_a_result_cut_twice_has_its_whole_length() -> None:
+    once = cut_text("a" * 1_000_000, 320)
+    assert once == "a" * 320 + "\n[cut: 1,000,000 characters, of which the first 320 are shown]"
+    assert cut_text(once, 320) == once
+    assert cut_text(once, 100) == "a" * 100 + "\n[cut: 1,000,000 characters, of which the first 100 are shown]"
+    own_line = "ab\n[cut: 9 characters, of which the first 1 are shown]"
+    assert split_notice(own_line) == (own_line, len(own_line))
+    config = EnvironmentConfig(**{"class": f"{CLASSES}:Counter"}, max_tokens=64, max_result_tokens=50)
+    rules = chat_rules(config, has_step=False)
+    assert rules.shorten(once) == "a" * 200 + "\n[cut: 1,000,000 characters, of which the first 200 are shown]"
+
+
+class Letters:
+    """A tokenizer with a token for each character."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_a_result_cut_by_tokens_has_its_whole_length() -> None:
+    player = SimpleNamespace(config=SimpleNamespace(max_result_tokens=10), tokenizer=Letters())
+    shorten = lambda text: EnvironmentPlayer._shorten(player, text)  # type: ignore[arg-type]  # noqa: E731
+    assert shorten("a" * 10) == "a" * 10
+    cut = "a" * 10 + "\n[cut: 1,000,000 characters, of which the first 10 are shown]"
+    assert shorten("a" * 1_000_000) == cut
+    assert shorten(cut_text("a" * 1_000_000, 320)) == cut
+    assert shorten(cut) == cut
 
 
 def test_hostile_text_stays_as_it_is() -> None:
