@@ -36,6 +36,10 @@ components of one with a method ``score_parts`` are logged, too (``align.data.we
 and infinities are refused."""
 
 
+USER_FAILURE = "user:"
+"""Beginning of the reason of an episode that failed in its simulated user."""
+
+
 class RolloutSampler:
     """Samples and scores responses. Prompts and seeds follow from the run's seed and the update alone.
 
@@ -297,10 +301,12 @@ def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torc
 def require_some_episode(rollout: Rollout, stage: str) -> None:
     """Raise ``UserError`` if all episodes of a rollout failed for one reason: no later update would do better.
 
-    Failures for several reasons raise the alarm *failures* instead.
+    Failures for several reasons raise the alarm *failures* instead, as do those of a simulated user, whose server may
+    be back in the next update.
     """
     failures = [episode.failure for episode in rollout.episodes or ()]
-    if failures and all(failures) and len(set(failures)) == 1:
+    is_outage = any(failure.startswith(USER_FAILURE) for failure in failures)
+    if failures and all(failures) and len(set(failures)) == 1 and not is_outage:
         raise UserError(
             f"{stage}: update {rollout.update + 1}: all {len(failures)} episodes failed: {failures[0]}. Correct the "
             "environment; the last checkpoint is from before this update. `align rollout` plays single episodes."

@@ -162,8 +162,11 @@ def test_binary_outcomes_use_mcnemar():
 
 
 def test_identical_systems_differ_by_nothing():
-    difference = paired_difference([0.2, 0.7], [0.2, 0.7], resamples=100, seed=0)
+    difference = paired_difference([0.2, 0.7] * 3, [0.2, 0.7] * 3, resamples=100, seed=0)
     assert (difference.value, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
+    # Two prompts do not show that there is no difference.
+    difference = paired_difference([0.2, 0.7], [0.2, 0.7], resamples=100, seed=0)
+    assert (difference.value, difference.low, difference.high, difference.p) == (0, -math.inf, math.inf, 1)
 
 
 def test_samples_of_one_prompt_do_not_count_as_independent():

@@ -413,6 +413,12 @@ def test_path_fields_of_peft_are_refused() -> None:
     assert paths - {"base_model_name_or_path"} <= set(ADAPTER_CODE)
 
 
+def make_large(file: Path) -> None:
+    """Create a file of 1 TiB, of which nothing is on the disk."""
+    file.write_bytes(b"")
+    os.truncate(file, 2**40)
+
+
 def link_to(target: str) -> Callable[[Path], None]:
     return lambda file: file.symlink_to(target)
 
@@ -421,7 +427,7 @@ SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
     "device": (link_to("/dev/zero"), "is a device or socket, or a link to one"),
     "pipe": (lambda file: os.mkfifo(file), "is a pipe, or a link to one"),
     "dangling": (link_to("gone"), "is a link to a missing file"),
-    "large": (lambda file: os.truncate(file.open("wb").fileno(), 2**40), "has 1099511627776 bytes"),
+    "large": (make_large, "has 1099511627776 bytes"),
 }
 
 

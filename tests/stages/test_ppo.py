@@ -150,7 +150,8 @@ def test_run_trains_on_a_reward_model_and_reports_every_update(make_context):
     adapters = 4 * 2 * (4 * 128 + 3 * 192)  # rank x layers x (attention's and the MLP's matrices, inputs + outputs)
     trained = adapters, adapters + 64 + 1  # the critic has a head with a bias
     assert (metrics["trainable_parameters"], metrics["trainable_parameters_critic"]) == trained
-    (output,) = events(context, "note")
+    references, output = events(context, "note")
+    assert references["message"].startswith("ppo: the reference answers of") and "reference_score" in metrics
     assert f"{adapters:,} of {metrics['parameters']:,} parameters are trained" in output["message"]
     points = events(context, "metrics")
     assert [point["step"] for point in points] == [1, 2]

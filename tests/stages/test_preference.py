@@ -58,7 +58,8 @@ def killed_and_whole(kind: str, model: Path, root: Path, **fields: Any) -> None:
         run(dying(parts, 5))
     assert run(parts)["resumed_from_step"] == 4
     done = [event["done"] for event in events(parts, "progress") if event["unit"] == "steps"]
-    assert done == [1, 2, 3, 4, 5, 5, 6]  # went on, instead of starting over
+    # Each attempt reports where it begins; the second one continues instead of starting over.
+    assert done == [0, 1, 2, 3, 4, 5, 4, 5, 6]
     assert losses(parts) == losses(uninterrupted)
     expected, resumed = (load_file(c.output / "model" / "model.safetensors") for c in (uninterrupted, parts))
     assert expected.keys() == resumed.keys()
