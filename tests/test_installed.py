@@ -19,9 +19,8 @@ def test_the_wheel_has_what_is_shipped_and_nothing_of_the_workshop(installed_ali
         if path.is_file() and path.suffix != ".pyc"
     }
     assert shipped == in_repository
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"align", "align_pipeline"}, (
-        "only the package and its metadata"
-    )
+    # The package and its metadata, and no tests, benchmarks or docs.
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"align", "align_pipeline"}
     assert "align/config/field_dumps.json" in names
 
 

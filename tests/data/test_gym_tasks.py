@@ -62,9 +62,7 @@ def test_a_row_of_another_source_is_not_scored() -> None:
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"needs the package reasoning_gym, which is not installed: .*align-pipeline\[gym\]"
-    ):
+    with pytest.raises(UserError, match=r"needs the package reasoning_gym, which is not installed: .*pipeline\[gym\]"):
         identity(recipe().sources[0], Path())
 
 
