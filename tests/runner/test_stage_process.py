@@ -24,11 +24,12 @@ import pytest
 
 from align import Pipeline
 from align.config.runtime import Runtime
+from align.data.scoring import ScoreFailed
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.pipeline.thread_waiting import SLEEPING, SPINNING
-from align.runner import fork_server, runner
+from align.runner import fork_server, runner, worker
 from align.runner.listener import Listener
 from align.runner.runner import run_pipeline
 from align.runner.stage_process import (
@@ -562,3 +563,8 @@ def test_output_of_a_stage_is_limited(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("align.runner.subprocess.LOG_KEPT", 1000)
     run = run_pipeline(Pipeline(toy.pipeline(one={"crash": "noise"})), store=tmp_path, only="one")
     assert 2000 < (run.artifacts["one"].path / "log.txt").stat().st_size < 4000
+
+
+def test_failed_reward_is_told_without_its_class(tmp_path: Path) -> None:
+    text = "rewards 'own_judge' (rw.py:5): ReadError: no message, for row 12"
+    assert worker._explain(ScoreFailed(text), tmp_path) == {"status": "failed", "message": text}
