@@ -89,7 +89,7 @@ dist: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# Under five minutes: what differs between versions of Python.
+# Seven minutes: what differs between versions of Python.
 test-quick: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(QUICK)
 
