@@ -26,6 +26,7 @@ from align.training.kept_state import STABLE, OwnSettings
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder, passed_rows
 from align.training.state_files import UnknownState, pack, unpack
+from align.training.stopping import VALIDATION_LOSS, BestSoFar
 from tests.support.training import aimed_stages
 from tests.support.training.harness import events, losses, rows
 from tests.support.training.killed_stage import Killed, dying
@@ -96,17 +97,30 @@ def test_more_steps_equal_all_steps_at_once(way: str, tiny_model: Path, tmp_path
     assert_equal_weights(at_once, more)
 
 
-@pytest.mark.parametrize("evaluations_later", [0, 1])
-def test_continued_stage_keeps_the_same_best_step(evaluations_later: int, tiny_model: Path, tmp_path: Path) -> None:
-    """The first stage ends at the best evaluation, or at the next one, which waits for a better one."""
-    fields = {"learning_rate": 0.05, "max_grad_norm": 100.0, "warmup_ratio": 0.0, "keep": "best", "eval_steps": 2}
-    fields |= {"early_stopping": {"patience": 3}, "max_steps": 20, "epochs": 9}
-    at_once = stage("sft", tmp_path / "at_once", tiny_model, FULL, **fields)
-    expected = run(at_once)
-    split = expected["best_step"] + 2 * evaluations_later
-    assert 0 < split < expected["steps"] and expected["stopped_early"]  # or the test would show nothing
-    first = stage("sft", tmp_path / "first", tiny_model, FULL, **fields | {"max_steps": split})
-    assert run(first)["best_step"] == expected["best_step"]
+VALIDATION_LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.0, 10: 2.0}
+"""By step: step 4 is the best one, and a patience of 2 ends the run at step 8."""
+
+
+@pytest.mark.parametrize("split", [4, 6])
+def test_continued_stage_keeps_the_same_best_step(
+    split: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stage ends at the best evaluation, or at the first one that waits for a better one."""
+    watching = BestSoFar.watching
+
+    def watching_script(self: BestSoFar, validation: Any) -> Any:
+        def scripted() -> dict[str, float]:
+            return {**validation(), VALIDATION_LOSS: VALIDATION_LOSSES[int(self.trainer.state.global_step)]}
+
+        return watching(self, scripted)
+
+    monkeypatch.setattr(BestSoFar, "watching", watching_script)
+    fields = {"keep": "best", "early_stopping": {"patience": 2}, "eval_steps": 2, "max_steps": 10}
+    at_once = stage("sft", tmp_path / "at_once", tiny_model, LORA, **fields)
+    first = stage("sft", tmp_path / "first", tiny_model, LORA, **fields | {"max_steps": split})
+    expected, first_metrics = run(at_once), run(first)
+    assert (expected["best_step"], expected["steps"], expected["stopped_early"]) == (4, 8, True)
+    assert (first_metrics["best_step"], first_metrics["stopped_early"]) == (4, False)
     more = continuing(first, "sft", tmp_path / "more", tiny_model, **fields)
     metrics = run(more)
     for name in ("best_step", "best_validation_loss", "steps", "stopped_early"):
