@@ -7,6 +7,7 @@ cannot be read becomes a ``BadRecord`` in its place; where a file breaks off, th
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -51,11 +52,19 @@ def is_readable(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def read_file(path: Path, header: Sequence[str] | None = None, key: str | None = None) -> Iterator[Item]:
+def read_file(
+    path: Path,
+    header: Sequence[str] | None = None,
+    key: str | None = None,
+    *,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> Iterator[Item]:
     """Yield the records of one file.
 
     ``header`` names the columns of a table without names in its first line; ``key`` leads to the records inside the
-    object of a .json file (``data.examples``). Raises ``UserError`` for a file that cannot be opened, and for settings
+    object of a .json file (``data.examples``). ``delimiter`` separates the cells of a table, ``encoding`` is that of
+    the file's text. Raises ``UserError`` for a file that cannot be opened, and for settings
     that its kind of file does not have.
     """
     name = path.name.lower()
@@ -63,6 +72,10 @@ def read_file(path: Path, header: Sequence[str] | None = None, key: str | None =
     kind = name.removesuffix(packed).rsplit(".", 1)[-1]
     if header is not None and kind not in _DELIMITERS:
         raise UserError(f"{path}: header names the columns of .csv and .tsv files; take it out.")
+    if delimiter is not None and kind not in _DELIMITERS:
+        raise UserError(f"{path}: delimiter separates the cells of .csv and .tsv files; take it out.")
+    if encoding is not None and kind == "parquet":
+        raise UserError(f"{path}: encoding is about text files, and Parquet has its own; take it out.")
     if key is not None and kind != "json":
         raise UserError(f"{path}: records is the key of the records in a .json file; take it out.")
     if kind == "parquet":
@@ -71,7 +84,8 @@ def read_file(path: Path, header: Sequence[str] | None = None, key: str | None =
     last = str(path)
     try:
         with _open(path, packed) as file:
-            for item in _open_reader(path, file, kind, header, key):
+            text = file if encoding is None else io.BufferedReader(_Transcoded(path, file, encoding), 1 << 16)
+            for item in _open_reader(path, text, kind, header, key, delimiter):
                 last = item.where if isinstance(item, BadRecord) else item[0]
                 yield item
     # A truncated archive: records up to the break have been yielded, and the break is reported in its place.
@@ -83,11 +97,46 @@ def read_file(path: Path, header: Sequence[str] | None = None, key: str | None =
         yield BadRecord(last, _broken(packed, error))
 
 
+class _Transcoded(io.RawIOBase):
+    """A text file in another encoding, read as UTF-8."""
+
+    def __init__(self, path: Path, file: io.BufferedReader, encoding: str) -> None:
+        super().__init__()
+        self._path, self._file, self._encoding = path, file, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = self._file.read(1 << 16)
+            try:
+                self._rest = self._decoder.decode(chunk, final=not chunk).encode("utf-8", "surrogatepass")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{self._path}: not text of encoding {self._encoding} ({error.reason}). Correct `encoding`, or "
+                    "save the file as UTF-8."
+                ) from None
+            if not chunk:
+                break
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
+
+
 def _open_reader(
-    path: Path, file: io.BufferedReader, kind: str, header: Sequence[str] | None, key: str | None
+    path: Path,
+    file: io.BufferedReader,
+    kind: str,
+    header: Sequence[str] | None,
+    key: str | None,
+    delimiter: str | None,
 ) -> Iterator[Item]:
     if kind in _DELIMITERS:
-        return _read_table(path, file, _DELIMITERS[kind], header)
+        return _read_table(path, file, delimiter or _DELIMITERS[kind], header)
     if key is not None:
         return _read_list(path, file, key.split("."))
     return _READERS[kind](path, file)
@@ -136,7 +185,9 @@ def _parse(line: bytes, where: str) -> Item:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadRecord(where, f"not UTF-8 text (byte {error.start} of the line); save it as UTF-8.")
+        return BadRecord(
+            where, f"not UTF-8 text (byte {error.start} of the line); save it as UTF-8, or name its encoding."
+        )
     except RecursionError:
         return BadRecord(where, TOO_DEEP)
     except ValueError as error:
@@ -328,13 +379,18 @@ def _read_table(
             continue
         if names is None:
             names = cells
+            if len(names) == 1 and names[0].count(";") and delimiter == ",":
+                raise UserError(
+                    f"{path}: its first line has semicolons and no comma; write delimiter: ';' if they separate its "
+                    "columns."
+                )
             _check_header(path, names)
             continue
         # Fewer cells than names are fine: the missing fields are absent.
         if len(cells) > len(names):
             yield BadRecord(where(start), f"{len(cells)} cells, more than the header's {len(names)}.")
         elif any(_LONE.search(cell) for cell in cells):
-            yield BadRecord(where(start), "not UTF-8 text; save the file as UTF-8.")
+            yield BadRecord(where(start), "not UTF-8 text; save the file as UTF-8, or name its encoding.")
         else:
             yield where(start), dict(zip(names, cells, strict=False))
 
@@ -359,7 +415,7 @@ def _read_document(path: Path, file: io.BufferedReader) -> Iterator[Item]:
     try:
         yield str(path), {"text": content.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        yield BadRecord(str(path), f"not UTF-8 text (byte {error.start}); save it as UTF-8.")
+        yield BadRecord(str(path), f"not UTF-8 text (byte {error.start}); save it as UTF-8, or name its encoding.")
 
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}

@@ -213,11 +213,21 @@ class FunctionScorer:
         return self._finite(row, result[SCORE], " as 'score'"), metrics
 
     def _finite(self, row: Row, value: Any, key: str) -> float:
+        value = plain_value(value)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise UserError(
                 f"{self.path} returned {shorten(repr(value))}{key} for row {row['id']}; it must return finite numbers."
             )
         return float(value)
+
+
+def plain_value(value: Any) -> Any:
+    """Return numbers and arrays of numpy and torch as Python's numbers and lists, also inside of lists and mappings."""
+    if isinstance(value, Mapping):
+        return {key: plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def is_metric_name(name: Any) -> bool:

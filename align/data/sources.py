@@ -37,6 +37,7 @@ from align.data.formats.grouped_rows import group_records
 from align.data.formats.mapping import map_record, named_columns
 from align.data.reading import SUFFIXES, Item, check_record, is_readable, read_file
 from align.data.rows import BadRecord, iter_rows
+from align.data.scoring import plain_value
 from align.data.source_identity import artifact_key, find_files, source_folder
 from align.errors import UserError
 from align.store.output_files import find_problems
@@ -73,7 +74,9 @@ def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0)
 def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> Iterator[Item]:
     if isinstance(source, FilesSource):
         for path in find_files(source.paths, base):
-            yield from read_file(path, source.header, source.records)
+            yield from read_file(
+                path, source.header, source.records, delimiter=source.delimiter, encoding=source.encoding
+            )
     elif isinstance(source, HubSource):
         yield from _read_hub(source)
     elif isinstance(source, PythonSource):
@@ -214,7 +217,9 @@ def _read_hub(source: HubSource) -> Iterator[Item]:
     try:
         if source.files is not None:
             for path, name in _hub_files(source, place):
-                for item in read_file(path, source.header, source.records):
+                for item in read_file(
+                    path, source.header, source.records, delimiter=source.delimiter, encoding=source.encoding
+                ):
                     yield _rename_place(item, str(path), f"{source.dataset}/{name}")
             return
         for part in parse_split(source.split):
@@ -282,7 +287,7 @@ def _read_python(source: PythonSource) -> Iterator[Item]:
     try:
         # Checked record by record, since the generator is the user's and may yield anything.
         for number, value in enumerate(function(**source.arguments), 1):
-            yield check_record(value, f"{source.function}: record {number}")
+            yield check_record(plain_value(value), f"{source.function}: record {number}")
     except UserError:
         raise
     except Exception as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from align.config.scores import is_reserved
 from align.data.rows import Message, Row, user
-from align.data.scoring import NAME_RULE, SCORE, is_metric_name
+from align.data.scoring import NAME_RULE, SCORE, is_metric_name, plain_value
 from align.environments.errors import EnvironmentFailed
 from align.errors import shorten
 
@@ -193,8 +193,7 @@ def read_package_scores(total: Any, parts: Mapping[str, Any], place: str) -> Sco
 
 
 def _finite(value: Any, place: str, key: str) -> float:
-    if hasattr(value, "item"):  # numpy's and torch's numbers
-        value = value.item()
+    value = plain_value(value)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise EnvironmentFailed(f"{place} returned {shorten(repr(value))}{key}; return finite numbers.")
     return float(value)

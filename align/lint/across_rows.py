@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,15 @@ MIN_PROMPT_WORDS = 16
 """Shorter prompts are not compared by word sequences: they consist mostly of the words of their kind of question."""
 MIN_ANSWERS, MAX_ANSWER_SHARE = 50, 0.5
 """From ``MIN_ANSWERS`` rows on, an answer in more than this share of them is reported."""
+QUOTED_WORDS, QUOTED_SHARE = 5, 0.05
+"""An answer of ``QUOTED_WORDS`` words or more in its own prompt is no coincidence, but may be a quotation. It is
+reported if more than ``QUOTED_SHARE`` of the rows have such an answer."""
+CHOICE = re.compile(r"\s*\(?(?:[A-Za-z]|\d{1,2})[.):]\s+")
+"""Mark of an item in a list of choices."""
+MIN_ROWS, QUESTIONS_SHARE, PROMPT_QUESTIONS_SHARE = 50, 0.9, 0.02
+"""From ``MIN_ROWS`` rows on, roles look swapped if more than ``QUESTIONS_SHARE`` of the answers are questions, and at
+most ``PROMPT_QUESTIONS_SHARE`` of the prompts have a question mark or ask for a question."""
+ASKS_FOR_QUESTION = re.compile(r"\?|\b(?:ask|question|quiz|interview|riddle|query|inquir)", re.IGNORECASE)
 LONG_ANSWER_WORDS = 12
 """Words from which an answer in two rows with different prompts is no coincidence."""
 
@@ -82,8 +92,15 @@ def check_repeated_answers(rows: Sequence[PlacedRow], findings: Findings) -> Non
     answers: Counter[str] = Counter()
     by_prompt: dict[str, dict[str, Place]] = defaultdict(dict)
     preferences: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    labels: dict[tuple[str, str, str], bool] = {}
     for place, row in rows:
         prompt = prompt_key(row)
+        if isinstance(row.get("label"), bool) and row.get("completion"):
+            answer = row["completion"][-1]["content"] or ""
+            # Exactly: another mark or capital may be the reason for another label.
+            key = (prompt, turns_key(row["completion"]), answer.strip())
+            if labels.setdefault(key, row["label"]) != row["label"]:
+                findings.add("labels-contradict", place, f"{answer!r} is good and bad")
         if row.get("chosen") and row.get("rejected"):
             _check_contradiction(place, row, preferences[prompt], findings)
             continue
@@ -103,6 +120,52 @@ def check_repeated_answers(rows: Sequence[PlacedRow], findings: Findings) -> Non
         answer, count = answers.most_common(1)[0]
         if count > MAX_ANSWER_SHARE * total:
             findings.add("one-answer-for-all", None, f"{count} of {total} answers are {answer!r}")
+
+
+def check_quoted_answers(rows: Sequence[PlacedRow], findings: Findings) -> None:
+    """Report answers that a user's turn of their own prompt has, word for word, if many rows have them."""
+    quoted = [(place, answer) for place, row in rows if (answer := _quoted_answer(row))]
+    if len(quoted) > QUOTED_SHARE * len(rows):
+        for place, answer in quoted:
+            findings.add("answer-in-prompt", place, answer)
+
+
+def _quoted_answer(row: Row) -> str:
+    """Return the answer that the stage learns if the row's prompt has it; "" otherwise, and for one of its choices."""
+    turns = row.get("chosen") or (row.get("completion") if row.get("label") is not False else None)
+    answer = " ".join(str(turns[-1]["content"] or "").split()) if turns else ""
+    if len(answer.split()) < QUOTED_WORDS:
+        return ""
+    for message in row.get("prompt") or []:
+        text = message["content"] or ""
+        if message["role"] == "user" and answer in " ".join(text.split()) and not _is_choice(answer, text):
+            return answer
+    return ""
+
+
+def _is_choice(answer: str, prompt: str) -> bool:
+    """Return True for an answer that is an item of a list in the prompt, with or without its mark."""
+    item = CHOICE.sub("", answer, count=1)
+    lines = [" ".join(line.split()) for line in prompt.splitlines()]
+    return any(line != item and CHOICE.sub("", line, count=1) == item for line in lines)
+
+
+def check_roles(rows: Sequence[PlacedRow], findings: Findings) -> None:
+    """Report a split whose answers are questions while its prompts are not: the mirror image of a conversation."""
+    pairs = [
+        (row["prompt"], answer)
+        for _, row in rows
+        if (answer := row.get("completion") or row.get("chosen")) and row.get("prompt")
+    ]
+    if len(pairs) < MIN_ROWS:
+        return
+    questions = sum(str(answer[-1]["content"] or "").rstrip().endswith("?") for _, answer in pairs)
+    asking = sum(
+        any(turn["role"] != "assistant" and ASKS_FOR_QUESTION.search(turn["content"] or "") for turn in prompt)
+        for prompt, _ in pairs
+    )
+    if questions > QUESTIONS_SHARE * len(pairs) and asking <= PROMPT_QUESTIONS_SHARE * len(pairs):
+        findings.add("roles-swapped", None, f"{questions} of {len(pairs)} answers end in '?', and {asking} prompts ask")
 
 
 def _check_contradiction(place: Place, row: Row, preferences: set[tuple[str, str]], findings: Findings) -> None:

@@ -1,24 +1,29 @@
 """Checks on tool calls: what the template writes must be what episodes would read, by the same parser.
 
 A row's calls are rendered by its template and parsed back in the format that the template shows. Calls that an answer
-has as text are parsed as they are. Left out: templates of no known format, and arguments that a tool's schema does not
-have.
+has as text are parsed as they are. Arguments are compared with the row's own schemas, as an environment compares them.
+Left out: templates of no known format, and keywords of schemas that environments do not read.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from functools import cached_property
 from typing import Any
 
 from align.data.call_values import MalformedCall, call_from_json
 from align.data.rows import Message, Row
 from align.data.tool_calls import ParsedTurn, ToolCall, ToolCallFormat, detect_format
+from align.environments.tool_schema import argument_problem
 from align.errors import UserError
 from align.lint.chat_format import ChatFormat
 from align.lint.findings import Findings, Place
-from align.lint.text import turns
+from align.lint.text import ANSWER_FIELDS, turns
 from align.models.render import render_conversation, render_prompt
+
+CALL_SIGN = re.compile(r"[{\[<]|\w\(")
+"""Signs of a call that is written as text."""
 
 
 class CallChecks:
@@ -35,9 +40,10 @@ class CallChecks:
 
     def check(self, row: Row, place: Place, findings: Findings) -> None:
         """Check the answers of one row that are trained on, and those before them."""
+        check_results(row, place, findings)
         if not row.get("tools") and not any(message.get("tool_calls") for _, part in turns(row) for message in part):
             return
-        offered = tool_names(row.get("tools"))
+        schemas = tool_schemas(row.get("tools"))
         for name, messages in turns(row):
             if name == "rejected" or (name == "completion" and row.get("label") is False):
                 continue  # nothing is to be learned from such a call
@@ -47,11 +53,14 @@ class CallChecks:
                     continue
                 history = [*before, *messages[:index]]
                 calls = self._calls(history, message, row.get("tools"), f"{name}: ", place, findings)
-                unknown = [call.name for call in calls if offered and call.name not in offered]
-                if unknown:
-                    findings.add(
-                        "unknown-tool", place, f"{name}: {unknown[0]}, offered are {', '.join(sorted(offered))}"
-                    )
+                for call in calls:
+                    if not schemas:
+                        continue
+                    if call.name not in schemas:
+                        excerpt = f"{name}: {call.name}, offered are {', '.join(sorted(schemas))}"
+                        findings.add("unknown-tool", place, excerpt)
+                    elif problem := argument_fault(schemas[call.name], call):
+                        findings.add("wrong-arguments", place, f"{name}: {problem}")
 
     def _calls(
         self, history: list[Message], message: Message, tools: str | None, where: str, place: Place, findings: Findings
@@ -94,18 +103,67 @@ class CallChecks:
         return self._chat_format.decode(ids[len(start) : end])
 
 
-def tool_names(tools: str | None) -> frozenset[str]:
-    """Return the names of a row's tools; empty where it offers none, or tools of another form."""
+def check_results(row: Row, place: Place, findings: Findings) -> None:
+    """Report the result of a tool that no turn before it has called."""
+    answers = [row[name] for name in ANSWER_FIELDS if row.get(name)]
+    for answer in answers or [[]]:
+        waiting: int | None = 0
+        for message in [*row["prompt"], *answer]:
+            if message["role"] == "assistant":
+                waiting = _count_calls(message)
+            elif message["role"] == "tool" and waiting is not None:
+                if waiting == 0:
+                    findings.add("result-without-call", place, f"{message['content']!r}")
+                waiting = max(0, waiting - 1)
+
+
+def _count_calls(message: Message) -> int | None:
+    """Return the number of a turn's calls; None if its text may have calls in a format that is not known here."""
+    if not message.get("tool_calls"):
+        return None if CALL_SIGN.search(message["content"] or "") else 0
+    try:
+        calls = json.loads(message["tool_calls"])
+    except ValueError:
+        return None
+    return len(calls) if isinstance(calls, list) else 1
+
+
+def argument_fault(function: dict[str, Any], call: ToolCall) -> str | None:
+    """Return what a call's arguments lack under the tool's schema; None for a schema of another form."""
+    parameters = _without_nulls(function.get("parameters"))
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("properties"), dict):
+        return None
+    if not all(isinstance(schema, dict) for schema in parameters["properties"].values()):
+        return None
+    if not isinstance(parameters.get("required", []), list):
+        return None
+    # Tables fill in null for an argument that a row does not have.
+    arguments = {name: value for name, value in call.arguments.items() if value is not None}
+    try:
+        return argument_problem({"function": function | {"parameters": parameters}}, arguments)
+    except (TypeError, AttributeError):  # a keyword holds another type than JSON schema has there
+        return None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a schema without the keywords that a table has filled with null, at every level."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return value
+
+
+def tool_schemas(tools: str | None) -> dict[str, dict[str, Any]]:
+    """Return the schemas of a row's tools by name; empty if it offers none, or tools of another form."""
     try:
         entries = json.loads(tools) if tools else []
     except ValueError:
-        return frozenset()
+        return {}
     functions = [entry.get("function", entry) for entry in entries if isinstance(entry, dict)]
-    return frozenset(
-        function["name"]
+    return {
+        function["name"]: function
         for function in functions
         if isinstance(function, dict) and isinstance(function.get("name"), str)
-    )
+    }
 
 
 def _contents(calls: list[ToolCall]) -> list[tuple[str, Any]]:

@@ -13,7 +13,14 @@ from typing import Any
 from align.config.stages.lint import MAX_ROWS
 from align.data.rows import Row
 from align.errors import UserError
-from align.lint.across_rows import DuplicateRows, check_leaked_answers, check_leaked_prompts, check_repeated_answers
+from align.lint.across_rows import (
+    DuplicateRows,
+    check_leaked_answers,
+    check_leaked_prompts,
+    check_quoted_answers,
+    check_repeated_answers,
+    check_roles,
+)
 from align.lint.batches import BatchReader, Collator, TokenSequence, padded_label_counts
 from align.lint.calls import CallChecks
 from align.lint.chat_format import ChatFormat, squeezed
@@ -23,6 +30,7 @@ from align.lint.labels import Supervise, check_cut_off, check_document_start, ch
 from align.lint.pairs import PairChecks
 from align.lint.template import check_template, injected_system
 from align.lint.text import check_turns
+from align.lint.thoughts import check_thoughts
 from align.lint.tokens import Limits, check_tokens, label_runs
 from align.models.answer_tokens import PromptRewritten
 from align.models.render import render_prompt
@@ -111,6 +119,7 @@ class Linter:
             placed_rows.append((place, row))
             # 1. The turns as text.
             check_turns(row, place, self.chat_format, self.findings)
+            check_thoughts(row, place, self.findings)
             self._calls.check(row, place, self.findings)
             if isinstance(row.get("label"), bool):
                 self._labels[row["label"]] += 1
@@ -154,6 +163,8 @@ class Linter:
         self._pairs.finish(self.findings)
         for rows in self.rows.values():
             check_repeated_answers(rows, self.findings)
+            check_quoted_answers(rows, self.findings)
+            check_roles(rows, self.findings)
         if "train" in self.rows and "test" in self.rows:
             check_leaked_prompts(self.rows["train"], self.rows["test"], self.findings)
             check_leaked_answers(self.rows["train"], self.rows["test"], self.findings)

@@ -37,6 +37,11 @@ CONFIDENT_MARGIN = 2.0
 CONFIDENT_SHARE = 0.15
 """Share of the confident pairs in which the model prefers the rejected side, its lower 95 % bound, that is reported."""
 WORD = re.compile(r"\w{3,}")
+MARKS = re.compile(r"[.,!?…]+(?=\s|\Z)")
+"""Marks at the end of a word or a sentence; those inside of numbers and words are left."""
+CODE = re.compile(r"```|[{}=<>;]")
+"""Signs of code, in which every mark matters."""
+
 
 Score = Callable[[list[list[Message]], list[str], list[bool], list[str | None]], list[float]]
 """A reward model's ``score``: prompts, answers, flags of finished answers, and the rows' tools."""
@@ -62,6 +67,8 @@ class PairChecks:
             return
         if _letters(chosen) == _letters(rejected):
             findings.add("sides-differ-in-case-alone", place, f"{_answer(chosen)!r} and {_answer(rejected)!r}")
+        elif _have_same_turns(chosen, rejected) and differ_in_punctuation(_answer(chosen), _answer(rejected)):
+            findings.add("sides-differ-in-punctuation", place, f"{_answer(chosen)!r} and {_answer(rejected)!r}")
         self._add_differences(chosen, rejected)
         # Tokens behind the common beginning are the answers' own.
         shared = _shared_length(chosen.ids, rejected.ids)
@@ -164,6 +171,23 @@ def _share_of_prompt(answer: str, prompt: str) -> float:
 
 def _answer(side: TokenSequence) -> str:
     return str(side.messages[-1]["content"] or "") if side.messages else side.text
+
+
+def differ_in_punctuation(chosen: str, rejected: str) -> bool:
+    """Return True for different texts that are equal without marks at the ends of words, white space and case.
+
+    In code every mark matters, so code never counts.
+    """
+    if chosen == rejected or CODE.search(chosen):
+        return False
+    first, second = (squeezed(MARKS.sub("", text)).casefold() for text in (chosen, rejected))
+    return first == second and squeezed(chosen).casefold() != squeezed(rejected).casefold()
+
+
+def _have_same_turns(chosen: TokenSequence, rejected: TokenSequence) -> bool:
+    """Return True for answers whose turns before the last, and whose calls, are the same."""
+    first, second = (_letters(side) for side in (chosen, rejected))
+    return bool(first and second) and first[:-1] == second[:-1] and first[-1][2] == second[-1][2]
 
 
 def _letters(side: TokenSequence) -> list[tuple[str, str, str]]:

@@ -205,3 +205,35 @@ def test_memory_holds_a_few_records_of_a_large_file(tmp_path: Path, name: str) -
 def test_bad_records_travel_between_processes() -> None:
     bad = pickle.loads(pickle.dumps(BadRecord("f:1", "wrong")))
     assert (bad.where, bad.problem, str(bad)) == ("f:1", "wrong", "f:1: wrong")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_files_of_other_encodings_are_read(tmp_path: Path, encoding: str, kind: str) -> None:
+    path = tmp_path / f"x{kind}"
+    path.write_bytes(TEXTS[kind].encode(encoding))
+    assert [item[1] for item in read_file(path, encoding=encoding)] == RECORDS  # type: ignore[index]
+    packed = tmp_path / f"y{kind}.gz"
+    packed.write_bytes(gzip.compress(TEXTS[kind].encode(encoding)))
+    assert [item[1] for item in read_file(packed, encoding=encoding)] == RECORDS  # type: ignore[index]
+
+
+def test_wrong_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(LINES.encode("latin-1"))
+    assert any(isinstance(item, BadRecord) and "name its encoding" in item.problem for item in read_file(path))
+    path.write_bytes(b"\x81")
+    with pytest.raises(UserError, match="not text of encoding cp1252 .* Correct `encoding`"):
+        list(read_file(path, encoding="cp1252"))
+
+
+def test_delimiter_of_a_table_is_a_setting(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('prompt;completion\n"é; 1";"a\nb"\n2;c\n', encoding="utf-8")
+    expected = [{"prompt": "é; 1", "completion": "a\nb"}, {"prompt": "2", "completion": "c"}]
+    assert [item[1] for item in read_file(path, delimiter=";")] == expected  # type: ignore[index]
+    with pytest.raises(UserError, match="semicolons and no comma; write delimiter: ';'"):
+        list(read_file(path))
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UserError, match="delimiter separates the cells of .csv"):
+        list(read_file(tmp_path / "x.json", delimiter=";"))

@@ -9,12 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from align.config.user_functions import function_identity
 from align.data import checkers
 from align.data.embedded import generate
-from align.data.scoring import FunctionScorer, ScoreFailed, function_scorer
+from align.data.scoring import FunctionScorer, ScoreFailed, function_scorer, plain_value
 from align.errors import UserError
 from tests.support import rewards
 
@@ -40,6 +42,19 @@ def test_gold_by_short_and_long_name() -> None:
 def test_bad_paths(path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         function_scorer(path)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5])[0]])
+def test_numbers_of_numpy_and_torch_are_scores(number: Any) -> None:
+    plain = FunctionScorer("f", lambda rows, responses: [{"score": number, "share": number}])
+    assert plain.score_parts(ROWS[:1], [""]) == {"": [0.5], "share": [0.5]}
+    with pytest.raises(UserError, match="must return finite numbers"):
+        FunctionScorer("f", lambda rows, responses: [np.array([1.0, 2.0])]).score(ROWS[:1], [""])
+
+
+def test_tensors_in_records_become_plain_values() -> None:
+    record = {"score": np.float32(0.5), "ids": np.arange(2), "inner": [{"x": torch.tensor([1, 2])}], "text": "a"}
+    assert plain_value(record) == {"score": 0.5, "ids": [0, 1], "inner": [{"x": [1, 2]}], "text": "a"}
 
 
 def test_a_users_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

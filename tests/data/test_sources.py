@@ -145,9 +145,12 @@ def test_unreachable_hub_names_the_dataset_and_the_way_out(monkeypatch: pytest.M
 
 
 MODULE = """
+import numpy
+
+
 def make(count, word="x"):
     for number in range(count):
-        yield {"prompt": f"{word}{number}"}
+        yield {"prompt": f"{word}{number}", "level": numpy.float32(0.5)}
     yield "no record"
     yield {"prompt": "\\ud800"}
     raise KeyError("gone")
@@ -159,8 +162,8 @@ def test_generators_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(str(tmp_path))
     new_source = PythonSource(type="python", function="made_for_sources:make", arguments={"count": 2, "word": "y"})
     items = read(new_source, tmp_path)
-    assert next(items) == ("made_for_sources:make: record 1", {"prompt": "y0"})
-    assert next(items) == ("made_for_sources:make: record 2", {"prompt": "y1"})
+    assert next(items) == ("made_for_sources:make: record 1", {"prompt": "y0", "level": 0.5})
+    assert next(items) == ("made_for_sources:make: record 2", {"prompt": "y1", "level": 0.5})
     odd, half = next(items), next(items)
     assert isinstance(odd, BadRecord) and odd.where == "made_for_sources:make: record 3"
     assert isinstance(half, BadRecord) and "surrogate" in half.problem

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from align.data.rows import assistant, user
+from align.data.tool_calls import ToolCall
+from align.lint.calls import argument_fault
 from align.lint.linter import Options
 from align.training.unpaired import unpair
 from tests.support.environments.families import FAMILIES, TOOLS, make, tokenizer_of
 from tests.support.lint.harness import alarms, look
 
+RESULT_TURN = {"role": "tool", "content": "4"}
 WITH_TOOLS = [name for name, family in FAMILIES.items() if family.tools]
 
 
@@ -84,6 +87,53 @@ def test_a_template_that_writes_calls_otherwise() -> None:
     finding = look(tokenizer, rows())["unreadable-call"]
     assert finding.count == 12  # each row has a call, in its prompt or its answer
     assert 'add({"a": 0, "b": 2}) is written as \'<tool_call>' in finding.examples[0].excerpt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "excerpt"),
+    [
+        ({"a": 1}, "completion: add needs the argument 'b'."),
+        ({"a": 1, "b": "2"}, "completion: add: the argument 'b' should be a"),
+        ({"a": 1, "b": 2, "carry": 0}, "completion: add has no argument 'carry'."),
+    ],
+)
+def test_arguments_of_another_schema_are_reported(arguments: dict[str, Any], excerpt: str) -> None:
+    spoilt = rows()
+    spoilt[2]["completion"] = [calling({"name": "add", "arguments": arguments})]
+    finding = look(make("chatml-tools"), spoilt)["wrong-arguments"]
+    assert [finding.count, finding.examples[0].place.id] == [1, spoilt[2]["id"]]  # type: ignore[union-attr]
+    assert excerpt in finding.examples[0].excerpt
+
+
+def test_loose_schemas_raise_no_alarm() -> None:
+    call = ToolCall("f", {"a": "x", "b": None}, "")
+    for parameters in (
+        None,
+        {},
+        {"a": {"type": "str"}},  # without properties, as in xLAM
+        {"properties": {"a": {"type": "STRING", "enum": None, "anyOf": None}}, "required": None},
+        {"properties": {"a": {"type": ["string", "null"]}}, "required": "a"},
+        {"properties": {"a": {"type": {"of": "string"}}}},
+        {"properties": {"a": {"$ref": "#/x"}}},
+    ):
+        assert argument_fault({"name": "f", "parameters": parameters}, call) is None
+
+
+@pytest.mark.parametrize(
+    ("turns", "is_reported"),
+    [
+        ([user("How much?"), RESULT_TURN], True),
+        ([user("How much?"), assistant("Wait a moment."), RESULT_TURN], True),
+        ([user("How much?"), calling(add(2)), RESULT_TURN, RESULT_TURN], True),
+        ([user("How much?"), calling(add(2), add(3)), RESULT_TURN, RESULT_TURN], False),
+        ([user("How much?"), assistant('Action: {"name": "add"}'), RESULT_TURN], False),
+    ],
+)
+def test_results_without_a_call_are_reported(turns: list[dict[str, Any]], is_reported: bool) -> None:
+    spoilt = rows()
+    spoilt[2] = row(2, *turns, assistant("It is 4."))
+    findings = look(make("chatml-tools"), spoilt)
+    assert ("result-without-call" in findings) == is_reported
 
 
 def test_rows_without_tools_are_not_parsed() -> None:

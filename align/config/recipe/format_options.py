@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from align.config.base import Config
 
@@ -92,7 +92,20 @@ class FormatOptions(Config):
     choice_reply: Literal["both", "letter", "text"] = "both"
     """multiple_choice: an answer is the letter and the text of a choice (``B. Paris``), or one of them."""
 
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"first_choice", "choice_reply"})
+    thoughts: Literal["last", "all"] | None = None
+    """Write the thoughts that messages have in a separate field (reasoning_content, thinking, reasoning) into the text,
+    as ``<think>``: only that of the last message, or of all answers. By default such records are refused."""
+
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"first_choice", "choice_reply", "thoughts"})
+
+    @model_validator(mode="after")
+    def _check_thoughts_fit_turns(self) -> Self:
+        if self.thoughts == "last" and self.turns == "all":
+            raise ValueError(
+                "turns: all learns every answer, and thoughts: last drops their thoughts; write thoughts: all"
+            )
+        return self
+
     retired: ClassVar[Mapping[str, Any]] = {"columns": {}, "roles": {}}
 
 

@@ -85,8 +85,35 @@ class Constant(Config):
     """The value, or a list of values."""
 
 
-ColumnValue = str | list[str] | Constant
-"""A column or a template, a list of these, or a constant."""
+class LabelWords(Config):
+    """A label in words: ``{good: [yes, thumbs_up], bad: [no]}``. Another word is an error."""
+
+    column: str = Field("label", min_length=1)
+    """Column, or template, that holds the word."""
+    good: Plain | list[Plain]
+    """Words that mean true, in any case."""
+    bad: Plain | list[Plain]
+    """Words that mean false, in any case."""
+
+
+class Words(Config):
+    """A value in words: ``{column: answer, words: {true: "yes", false: "no"}}``. Another value is an error."""
+
+    column: str = Field(min_length=1)
+    """Column, or template of one field, that holds the value: a truth value, a number, or a text in any case."""
+    words: dict[str | bool | int, str] = Field(min_length=1)
+    """Value → its words."""
+
+
+class Mean(Config):
+    """The mean of a list of numbers: ``{mean: ratings}``; of a list of lists, the mean of each."""
+
+    mean: str = Field(min_length=1)
+    """Column, or template of one field, that holds the list; in a CSV cell as JSON."""
+
+
+ColumnValue = str | list[str] | Constant | LabelWords | Words | Mean
+"""A column or a template, a list of these, a constant, a label or a value in words, or the mean of a list."""
 
 
 class ComparedColumns(Config):
@@ -126,8 +153,9 @@ class GroupedRows(Config):
     """Column, or template, that the records of one prompt share."""
     answer: str = Field(min_length=1)
     """Column or template of the answer."""
-    score: str | dict[str, float] | None = None
-    """Column of the answer's score, or several with their weights: ``{helpfulness: 0.65, correctness: 0.8}``."""
+    score: str | dict[str, float] | Mean | None = None
+    """Column of the answer's score, several with their weights (``{helpfulness: 0.65, correctness: 0.8}``), or the mean
+    of a list (``{mean: ratings}``)."""
     rank: str | None = Field(None, min_length=1)
     """Column of the answer's rank, the smallest the best."""
 
@@ -155,14 +183,37 @@ class RecordColumns(Config):
     ``[question, A, B, C, D, answer]``."""
     records: str | None = Field(None, min_length=1)
     """Key of a .json file under which the list of records lies, ``examples`` or ``data.examples``."""
+    delimiter: str | None = Field(None, min_length=1, max_length=1)
+    """Sign between the cells of a .csv or .tsv file, by default a comma or a tab: ``";"``, ``"|"``."""
+    encoding: str | None = Field(None, min_length=1)
+    """Encoding of text files other than UTF-8, by Python's name for it: ``latin-1``, ``cp1252``, ``utf-16``."""
     columns: dict[str, ColumnValue] = Field({})
     """Field that align reads → the column that holds it, or a template: ``{prompt: question, completion:
     "{rationale} #### {answer}", choices: [A, B, C, D]}``. ``{choices[0].text}`` leads into lists and mappings,
-    ``{hint?}`` may be absent, ``{constant: ...}`` is the same in every record."""
+    ``{hint?}`` may be absent, ``{constant: ...}`` is the same in every record, ``{mean: ratings}`` is the mean of a
+    list, ``label: {good: [yes], bad: [no]}`` reads a label in words, and ``{column: answer, words: {true: "yes", false:
+    "no"}}`` writes a value in words."""
 
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"header", "records", "columns"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"header", "records", "delimiter", "encoding", "columns"})
     column_names: ClassVar[Sequence[str]] = FORMAT_FIELDS
     """Fields that ``columns`` may name."""
+
+    @field_validator("delimiter")
+    @classmethod
+    def _is_sign(cls, delimiter: str | None) -> str | None:
+        if delimiter in ('"', "\n", "\r"):
+            raise ValueError("delimiter: quotes and line ends have a meaning of their own in CSV; name another sign")
+        return delimiter
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_encoding(cls, encoding: str | None) -> str | None:
+        try:
+            "".encode(encoding or "utf-8")
+        except LookupError:
+            message = f"encoding: Python has no text encoding '{encoding}'; write latin-1, cp1252 or utf-16"
+            raise ValueError(message) from None
+        return encoding
 
     @field_validator("columns")
     @classmethod
@@ -255,4 +306,8 @@ def column_texts(value: ColumnValue) -> list[str]:
     """Return the columns and templates of a value."""
     if isinstance(value, Constant):
         return []
+    if isinstance(value, (LabelWords, Words)):
+        return [value.column]
+    if isinstance(value, Mean):
+        return [value.mean]
     return [value] if isinstance(value, str) else list(value)

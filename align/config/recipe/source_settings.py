@@ -97,7 +97,7 @@ class RecordSource(RecordMapping, SourceConfig):
             if getattr(self, name) is not None and self.format not in ("auto", *forms):
                 named_forms = " or ".join(forms)
                 raise ValueError(f"{name} makes records of format {named_forms}, and format is {self.format}; drop one")
-        for name in ("header", "records"):
+        for name in ("header", "records", "delimiter", "encoding"):
             if getattr(self, name) is not None and not self._may_read_files():
                 raise ValueError(f"{name} is about files, and this source reads none; take it out")
         if self.format == "rows" and (self.columns or self.system or self.keep):

@@ -40,7 +40,11 @@ class EnvironmentTaskConfig(RecordFields, TemperatureFields, TaskConfig):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        places = [name for name in ("files", *HUB_FIELDS, "header", "records") if getattr(self, name) is not None]
+        places = [
+            name
+            for name in ("files", *HUB_FIELDS, "header", "records", "delimiter", "encoding")
+            if getattr(self, name) is not None
+        ]
         if self.rows is None and not places:
             raise ValueError(
                 "there are no rows to play; name `rows`, a stage of prompts, or `files`, or a dataset and revision on "

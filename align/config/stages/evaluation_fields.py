@@ -93,7 +93,7 @@ class RecordFields(RecordColumns):
             if hub_fields:
                 raise ValueError(f"it has files, so '{hub_fields[0]}' means nothing; drop one of them")
             return self
-        for name in ("header", "records"):
+        for name in ("header", "records", "delimiter", "encoding"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is about files, and there are none; name them, or take it out")
         defaults = self.hub_defaults()

@@ -191,6 +191,26 @@ RULES: dict[str, Rule] = {
         "an answer calls a tool that its row does not offer",
         "Add the tool to the row's tools, or leave the row out.",
     ),
+    "wrong-arguments": Rule(
+        "warning",
+        "a tool call of an answer has arguments that the row's own schema of the tool does not allow",
+        "Correct the call or the schema, or leave the row out.",
+    ),
+    "result-without-call": Rule(
+        "warning",
+        "a turn has the result of a tool, and no turn before it calls one",
+        "Restore the call (`tool_calls` of the assistant's turn), or leave the row out.",
+    ),
+    "unclosed-thought": Rule(
+        "error",
+        "the thought of an answer is never closed: the model learns to end its turn without an answer",
+        "Close the thought and write the answer after it, mark the answer as cut off, or leave the row out.",
+    ),
+    "thought-without-answer": Rule(
+        "error",
+        "the thought makes up a whole answer: the model learns to end its turn without an answer",
+        "Write the answer after the thought, or leave the row out.",
+    ),
     "special-token-in-content": Rule(
         "error",
         "the text of a turn contains a control token, which ends or opens turns inside it",
@@ -256,6 +276,16 @@ RULES: dict[str, Rule] = {
         "most rows have the same answer",
         "Look at the source: a column may be mapped wrongly. Cap repeated answers, or balance the classes.",
     ),
+    "answer-in-prompt": Rule(
+        "warning",
+        "a user's turn has the whole answer in it, in a good share of the rows",
+        "Look at the mapping of the columns: the answer may be part of both. Waive it if the task is to quote.",
+    ),
+    "roles-swapped": Rule(
+        "warning",
+        "nearly all answers are questions and no prompt is: users and assistants look swapped in every row",
+        "Look at a few rows, and correct the mapping or `roles` of the source.",
+    ),
     "prompt-with-several-answers": Rule(
         "note",
         "a prompt has another answer in an earlier row",
@@ -281,6 +311,11 @@ RULES: dict[str, Rule] = {
     "sides-differ-in-case-alone": Rule(
         "warning",
         "the two answers of a pair differ in case or white space alone",
+        "Leave the pair out, unless that is what is to be learned.",
+    ),
+    "sides-differ-in-punctuation": Rule(
+        "warning",
+        "the two answers of a pair differ only in the marks at the ends of words",
         "Leave the pair out, unless that is what is to be learned.",
     ),
     "pairs-contradict": Rule(
@@ -312,6 +347,11 @@ RULES: dict[str, Rule] = {
         "warning",
         "nearly always the longer (or the shorter) answer is the chosen one",
         "Compare with the accuracy of preferring the longer answer; balance the pairs, or normalize by length.",
+    ),
+    "labels-contradict": Rule(
+        "warning",
+        "the same answer to the same prompt has both labels",
+        "Keep one of them, by a majority of its annotators, or leave both out.",
     ),
     "label-skew": Rule(
         "warning",

@@ -6,14 +6,13 @@ name. SHP writes 1 for the first answer and 0 for the second, others the reverse
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from align.config.recipe.record_mapping import ComparedColumns
 from align.config.recipe.templates import parse_column
-from align.data.formats.column_values import filled
+from align.data.formats.column_values import filled, label_number
 from align.data.formats.fields import Malformed, Unusable
 from align.errors import UserError
 
@@ -57,17 +56,6 @@ def label_text(value: Any) -> str:
     number = label_number(value)
     # Tables write 1 as 1.0, and CSV as "1".
     return str(int(number)) if number is not None and number == int(number) else text
-
-
-def label_number(value: Any) -> float | None:
-    """Return a label as a finite number; None for another one."""
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def label_rule(better: ComparedColumns, records: Sequence[Mapping[str, Any]], place: str) -> LabelRule:

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.config.recipe.record_mapping import GroupedRows
+from align.config.recipe.record_mapping import GroupedRows, Mean
 from align.config.recipe.templates import parse_column
-from align.data.formats.column_values import filled
-from align.data.formats.compared_columns import label_number
+from align.data.formats.column_values import filled, label_number, mean_value
 from align.data.formats.fields import Malformed
 from align.data.reading import Item
 from align.data.rows import BadRecord
@@ -22,6 +21,8 @@ def grouped_settings(grouped: GroupedRows) -> list[tuple[str, str]]:
     settings = [("grouped.by", grouped.by), ("grouped.answer", grouped.answer)]
     if isinstance(grouped.score, str):
         settings.append(("grouped.score", grouped.score))
+    elif isinstance(grouped.score, Mean):
+        settings.append(("grouped.score", grouped.score.mean))
     elif grouped.score is not None:
         settings += [("grouped.score", name) for name in grouped.score]
     if grouped.rank is not None:
@@ -73,6 +74,11 @@ def _response(grouped: GroupedRows, record: Mapping[str, Any]) -> dict[str, Any]
         raise Malformed(f"it has no answer in '{grouped.answer}'")
     if grouped.rank is not None:
         return {"content": content, "rank": _number(grouped.rank, record)}
+    if isinstance(grouped.score, Mean):
+        mean = mean_value("grouped.score", grouped.score, record)
+        if not isinstance(mean, float):
+            raise Malformed(f"'{grouped.score.mean}' has no numbers to take the mean of")
+        return {"content": content, "score": mean}
     weights = {grouped.score: 1.0} if isinstance(grouped.score, str) else grouped.score or {}
     total = math.fsum(weight * _number(name, record) for name, weight in weights.items())
     return {"content": content, "score": total}

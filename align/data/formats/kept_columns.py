@@ -9,8 +9,7 @@ from typing import Any
 
 from align.config.recipe.record_mapping import ROW_FIELDS, RecordMapping, describe_taken_name
 from align.config.recipe.templates import parse_column
-from align.data.formats.column_values import filled
-from align.data.formats.compared_columns import label_number
+from align.data.formats.column_values import filled, label_number
 from align.data.formats.fields import Malformed
 from align.errors import UserError
 

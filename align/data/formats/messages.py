@@ -29,6 +29,8 @@ CALLS = ("function_call", "tool_call")
 MARKS = ("train", "weight", "loss")
 """Fields of a message that turn training on it on or off, as axolotl, OpenAI and ms-swift write them."""
 _MARKS = frozenset(MARKS)
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Fields of a message that hold its thought."""
 ALL_UNTRAINED = "every answer is marked not to be trained on"
 
 
@@ -177,7 +179,21 @@ def messages(value: Any, name: str, options: ReadingOptions) -> list[Message]:
             raise Malformed(f"'{name}' holds text where a list of messages was expected") from None
     if not isinstance(value, list):
         raise Malformed(f"'{name}' holds {type(value).__name__} where a list of messages was expected")
-    return [message(item, name, options) for item in value]
+    parsed_messages = [message(item, name, options) for item in value]
+    if options.thoughts is not None:
+        for index, (item, turn) in enumerate(zip(value, parsed_messages, strict=True)):
+            # Every thought is read, so that those of earlier turns are dropped on purpose, as most templates drop them.
+            thought = _thought(item, name)
+            is_wanted = options.thoughts == "all" or index == len(value) - 1
+            if thought and is_wanted and turn["role"] == "assistant":
+                turn["content"] = f"<think>\n{thought}\n</think>\n\n{turn['content']}"
+    return parsed_messages
+
+
+def _thought(value: dict[str, Any], name: str) -> str:
+    """Return the thought that a message has in a separate field; "" for none."""
+    field = first(value, THOUGHTS)
+    return "" if field is None else text(value[field], f"{name}.{field}").strip()
 
 
 def parse_conversations(record: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +229,7 @@ def reply(value: Any, name: str, options: ReadingOptions) -> tuple[list[Message]
     """
     if isinstance(value, str) or is_number(value):
         return [], assistant(text(value, name))
-    turns = [message(value, name, options)] if isinstance(value, dict) else messages(value, name, options)
+    turns = messages([value] if isinstance(value, dict) else value, name, options)
     if not turns:
         raise Unusable("empty reply")
     if turns[-1]["role"] != "assistant":

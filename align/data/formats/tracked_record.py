@@ -17,7 +17,10 @@ OPAQUE = frozenset({"checks", "tools", "functions", "tool_calls", "function_call
 """Fields that are read with all their contents."""
 
 _MEDIA = "align trains on text alone. Leave these records out before the build (a source of type python can)"
-_THOUGHTS = "align does not train on thoughts in a separate field. Write them into the answer's text"
+_THOUGHTS = (
+    "align does not train on thoughts in a separate field. Write them into the answers of messages with options: "
+    "{thoughts: last} (or all), into a single answer with a template in columns"
+)
 _CHOICES = "the prompt would lack its choices. Write format: multiple_choice, or quote them in columns: {prompt: ...}"
 _PROMPT_PART = (
     "it is part of the prompt, which would lack it. Map it with columns: {prompt: ...}, or choose another format"

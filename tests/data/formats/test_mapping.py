@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from align.config.recipe.record_mapping import ComparedColumns, Constant, GroupedRows, RecordMapping
+from align.config.recipe.record_mapping import (
+    ComparedColumns,
+    Constant,
+    GroupedRows,
+    LabelWords,
+    Mean,
+    RecordMapping,
+)
+from align.config.validation import validate_plain
 from align.data.formats import FieldUsage, SourceFormat, convert, detect
 from align.data.formats.compared_columns import LabelRule, label_rule
 from align.data.formats.grouped_rows import group_records
@@ -184,6 +192,57 @@ def test_answers_of_one_prompt_are_joined() -> None:
     ranked: Iterator[Any] = iter(joined(rank="right"))
     (found,) = convert(next(ranked)[1], SourceFormat("ranked"), "f:1", "preferences")
     assert isinstance(found, dict) and [item["rank"] for item in found["responses"]] == [0, 0]
+
+
+# Labels in words, and means of lists
+
+
+def test_labels_in_words_become_truth_values() -> None:
+    words = LabelWords(good=["yes", "thumbs_up", 5], bad="no")
+    columns = {"label": words}
+    for label, expected in (("Yes ", True), ("thumbs_up", True), (5.0, True), ("NO", False)):
+        record = {"prompt": "q", "completion": "a", "label": label}
+        assert row(record, "unpaired", "unpaired", columns=columns)["label"] is expected
+    named = {"label": LabelWords(column="{vote.word}", good=["up"], bad=["down"])}
+    record = {"prompt": "q", "completion": "a", "vote": {"word": "down"}}
+    assert row(record, "unpaired", "unpaired", columns=named)["label"] is False
+    with pytest.raises(BadRecord, match=r"'label' is 'maybe', expected one of 5, no, thumbs_up, yes; add it to good"):
+        convert(
+            {"prompt": "q", "completion": "a", "label": "maybe"},
+            source_format("unpaired", columns=columns),
+            "f:1",
+            "unpaired",
+        )
+
+
+def test_mapping_of_words_and_means_is_read_from_yaml() -> None:
+    mapping = validate_plain(
+        RecordMapping, {"columns": {"label": {"good": ["yes"], "bad": ["no"]}, "scores": {"mean": "ratings"}}}
+    )
+    assert mapping.columns == {"label": LabelWords(good=["yes"], bad=["no"]), "scores": Mean(mean="ratings")}
+
+
+def test_ratings_count_by_their_mean() -> None:
+    record = {"prompt": "q", "responses": ["a", "b"], "ratings": [[4, 5, None], ["1", 2]]}
+    found = row(record, "scored", "preferences", columns={"scores": Mean(mean="ratings")})
+    assert [item["score"] for item in found["responses"]] == [4.5, 1.5]
+    grouped = GroupedRows(by="q", answer="a", score=Mean(mean="votes"))
+    records = [("f:1", {"q": "x", "a": "one", "votes": "[1, 2]"}), ("f:2", {"q": "x", "a": "two", "votes": [3.0]})]
+    ((_, joined),) = group_records(grouped, iter(records))  # type: ignore[misc]
+    assert [item["score"] for item in joined["responses"]] == [1.5, 3.0]
+    (bad,) = [item for item in group_records(grouped, iter([("f:1", {"q": "x", "a": "b", "votes": ["high"]})]))
+              if isinstance(item, BadRecord)]  # fmt: skip
+    assert "'votes' has 'high' in its list, expected numbers" in bad.problem
+
+
+def test_json_truth_value_is_an_answer_in_words() -> None:
+    settings = {"columns": {"completion": {"column": "answer", "words": {True: "Yes.", False: "No."}}}}
+    columns = validate_plain(RecordMapping, settings).columns
+    for answer, words in ((True, "Yes."), (False, "No."), ("TRUE", "Yes.")):
+        record = {"question": "Is it so?", "answer": answer}
+        assert row(record, "prompt_completion", columns=columns)["completion"] == [assistant(words)]
+    with pytest.raises(BadRecord, match=r"'completion' is 1, expected one of true, false; add it to words"):
+        convert({"question": "q", "answer": 1}, source_format("prompt_completion", columns=columns), "f:1", "prompts")
 
 
 # Multiple choice

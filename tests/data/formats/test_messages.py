@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from align.config.recipe.format_options import FormatOptions
 from align.data.formats import SourceFormat, convert
 from align.data.rows import BadRecord, assistant, user
 from tests.support.data.formats.conversions import chat, dropped, row, rows, sharegpt
@@ -35,6 +37,22 @@ def test_every_answer_or_the_last() -> None:
     record = {"messages": chat("a", "b", "c", "d")}
     assert [r["prompt"] for r in rows(record, "messages", turns="all")] == [chat("a"), chat("a", "b", "c")]
     assert [r["completion"] for r in rows(record, "messages", turns="all")] == [[assistant("b")], [assistant("d")]]
+
+
+def test_thoughts_of_messages_are_written_as_tags() -> None:
+    turns = [user("a"), assistant("b") | {"reasoning_content": "first\n"}, user("c")]
+    turns.append({**assistant("d"), "reasoning_content": "second"})
+    record = {"messages": turns}
+    last, every = (row(record, "messages", thoughts=option) for option in ("last", "all"))
+    assert last["prompt"] == chat("a", "b", "c")
+    assert last["completion"] == every["completion"] == [assistant("<think>\nsecond\n</think>\n\nd")]
+    assert every["prompt"][1] == assistant("<think>\nfirst\n</think>\n\nb")
+    each = rows(record, "messages", turns="all", thoughts="all")
+    assert each[0]["completion"] == [assistant("<think>\nfirst\n</think>\n\nb")]
+    with pytest.raises(BadRecord, match=r"options: \{thoughts: last\}"):
+        convert(record, SourceFormat("messages"), "f:1", "instructions")
+    with pytest.raises(ValidationError, match="write thoughts: all"):
+        FormatOptions(turns="all", thoughts="last")
 
 
 @pytest.mark.parametrize(

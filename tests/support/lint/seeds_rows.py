@@ -228,6 +228,53 @@ def the_rejected_side_is_the_chosen_one_in_capitals(case: Case) -> dict[str, Fin
     return look(case.tokenizer, rows, options=Options("dpo"))
 
 
+@seeds("sides-differ-in-punctuation")
+def the_rejected_side_is_the_chosen_one_without_its_marks(case: Case) -> dict[str, Finding]:
+    rows = pairs()
+    rows[SPOILT]["chosen"] = [assistant("Yes, there are nine kinds.")]
+    rows[SPOILT]["rejected"] = [assistant("Yes there are nine kinds!")]
+    return look(case.tokenizer, rows, options=Options("dpo"))
+
+
+@seeds("unclosed-thought")
+def a_thought_without_end(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("<think>\nThere are nine kinds.")]
+    return look(case.tokenizer, rows)
+
+
+@seeds("thought-without-answer")
+def a_thought_and_nothing_else(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["completion"] = [assistant("<thinking>There are nine kinds.</thinking>")]
+    return look(case.tokenizer, rows)
+
+
+@seeds("answer-in-prompt")
+def a_question_with_its_answer(case: Case) -> dict[str, Finding]:
+    rows = instructions()
+    rows[SPOILT]["prompt"][-1] = user("How many kinds are there? There are nine kinds of them.")
+    rows[SPOILT]["completion"] = [assistant("There are nine kinds of them.")]
+    return look(case.tokenizer, rows)
+
+
+@seeds("roles-swapped")
+def answers_that_ask(case: Case) -> dict[str, Finding]:
+    case.everywhere = True
+    rows = [
+        {**row, "prompt": [user(f"There are {n} kinds.")], "completion": [assistant(f"Are there {n} kinds?")]}
+        for n, row in enumerate(instructions(60))
+    ]
+    return look(case.tokenizer, rows)
+
+
+@seeds("labels-contradict")
+def one_answer_with_both_labels(case: Case) -> dict[str, Finding]:
+    rows = [{**row, "label": True} for row in instructions()]
+    rows[SPOILT] = {**rows[SPOILT - 1], "id": ROW, "label": False}
+    return look(case.tokenizer, rows, options=Options("kto"))
+
+
 @seeds("pairs-contradict")
 def a_pair_the_other_way_round(case: Case) -> dict[str, Finding]:
     rows = pairs()
