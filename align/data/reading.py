@@ -84,7 +84,7 @@ def read_file(
     last = str(path)
     try:
         with _open(path, packed) as file:
-            text = file if encoding is None else io.BufferedReader(_Transcoded(path, file, encoding), 1 << 16)
+            text: Any = file if encoding is None else io.BufferedReader(_Transcoded(path, file, encoding), 1 << 16)
             for item in _open_reader(path, text, kind, header, key, delimiter):
                 last = item.where if isinstance(item, BadRecord) else item[0]
                 yield item
