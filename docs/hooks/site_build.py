@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-from site_pages import arrange, collect_pages, llms_txt, title_of
+from site_pages import arrange, collect_pages, llms_txt, show_drawings, title_of
 
 PAGES: dict[str, str] = {}
 """The pages of the build under way; mkdocs calls the hooks below in their order here."""
@@ -20,7 +20,7 @@ def on_files(files: Files, config: Any) -> Files:
         existing = files.get_file_from_path(page)
         if existing is not None:
             files.remove(existing)
-        files.append(File.generated(config, page, content=markdown))
+        files.append(File.generated(config, page, content=show_drawings(markdown)))
     config.nav = [
         {section: [{title_of(PAGES[page]): page} for page in members]} for section, members in arrange(PAGES).items()
     ]
@@ -28,7 +28,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_post_build(config: Any) -> None:
-    """Write ``llms.txt`` and, beside every HTML page, the Markdown that it points to."""
+    """Write ``llms.txt`` and, next to every HTML page, the Markdown that it points to."""
     site = Path(config.site_dir)
     for page, markdown in PAGES.items():
         (site / page).write_text(markdown, encoding="utf-8")

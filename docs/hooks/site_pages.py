@@ -6,6 +6,7 @@ Guides are the pages of ``docs/``; a new one appears by itself, under "More guid
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -17,13 +18,14 @@ ROOT = Path(__file__).parents[2]
 COPIED = {"index.md": "README.md", "development.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 """Pages that are files of the repository's root."""
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Start": ("index", "getting_started", "tasks", "pipelines", "python", "commands"),
+    "Start": ("index", "getting_started", "concepts", "tasks", "pipelines", "python", "commands"),
     "Data": ("data", "data_*", "synthesis", "lint"),
     "Training": ("methods", "methods_*", "rewards", "environments", "ppo", "ppo_*", "rl", "rl_*"),
-    "Evaluation": ("evaluation", "evaluation_*", "reporting", "results", "results_*"),
-    "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "gpu", "performance", "performance_*"),
-    "Operations": ("store", "faults", "security"),
+    "Evaluation": ("evaluation", "evaluation_*", "reporting"),
+    "Running at scale": ("cluster", "slurm", "ray", "distributed", "scaling", "gpu"),
+    "Operations": ("store", "security"),
     "Contributing": ("development", "contributing", "testing", "changelog"),
+    "Measurements": ("results", "results_*", "performance", "performance_*", "faults"),
 }
 """Section → patterns of page names, in order; a pattern without a page is skipped."""
 FOLDERS = {"reference/": "Configuration", "api/": "Python API", "decisions/": "Decisions"}
@@ -38,6 +40,8 @@ LINK_OR_MENTION = re.compile(
     re.VERBOSE,
 )
 SUMMARY_LENGTH = 200
+DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""A diagram of Mermaid, which GitHub draws itself."""
 
 
 def collect_pages() -> dict[str, str]:
@@ -63,6 +67,24 @@ def arrange(pages: Mapping[str, str]) -> dict[str, list[str]]:
     for folder, section in FOLDERS.items():
         sections[section] = [page for page in remaining if page.startswith(folder)]
     return {section: members for section, members in sections.items() if members}
+
+
+def diagrams(markdown: str) -> list[tuple[str, str]]:
+    """Return the source of each diagram of a guide, and the path of its drawing below ``docs/``.
+
+    The path contains a digest of the source: ``tools/draw_diagrams.py`` draws a changed diagram again.
+    """
+    sources = DIAGRAM.findall(markdown)
+    return [(source, f"assets/diagrams/{hashlib.sha256(source.encode()).hexdigest()[:12]}.svg") for source in sources]
+
+
+def show_drawings(markdown: str) -> str:
+    """Return a guide with its diagrams as pictures. A strict build refuses a picture that does not exist."""
+    for source, path in diagrams(markdown):
+        title = re.search(r"accTitle: (.+)", source)
+        alternative = title.group(1) if title else "diagram"
+        markdown = markdown.replace(f"```mermaid\n{source}```", f"![{alternative}]({path})")
+    return markdown
 
 
 def title_of(markdown: str) -> str:

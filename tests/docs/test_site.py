@@ -13,7 +13,7 @@ import pytest
 from config_reference import reference_pages
 from field_tables import name_with
 from pydantic import BaseModel, Field
-from site_pages import arrange, collect_pages, llms_txt, rewrite_links, summary_of, title_of
+from site_pages import arrange, collect_pages, diagrams, llms_txt, rewrite_links, show_drawings, summary_of, title_of
 
 from align.config.base import Config, stage_input
 from align.config.field_descriptions import (
@@ -182,6 +182,19 @@ def test_links_of_files_hold_on_the_site():
     assert rewrite("ppo.md", "[out](https://example.org/a.md)") == "[out](https://example.org/a.md)"
     code = "```\n[x](docs/ppo.md)\n```\n"
     assert rewrite("index.md", code) == code
+
+
+def test_every_diagram_is_drawn_and_no_drawing_is_stale(pages):
+    drawings = {path for markdown in pages.values() for _, path in diagrams(markdown)}
+    files = {f"assets/diagrams/{path.name}" for path in (ROOT / "docs" / "assets" / "diagrams").iterdir()}
+    assert files == drawings, "run tools/draw_diagrams.py"
+
+
+def test_site_shows_drawings_with_their_titles():
+    markdown = "Before.\n\n```mermaid\nflowchart LR\n  accTitle: From a to b\n  a --> b\n```\n\nAfter.\n"
+    ((source, path),) = diagrams(markdown)
+    assert source.endswith("a --> b\n")
+    assert show_drawings(markdown) == f"Before.\n\n![From a to b]({path})\n\nAfter.\n"
 
 
 def test_the_generator_needs_no_torch():
