@@ -55,6 +55,8 @@ class RolloutPrefetcher:
         """True where rollouts are sampled while the trainer goes on."""
         self.shared_engine = is_shared(engine)
         """True where one process has all of every rollout, however many learn from it."""
+        self.is_waiting = False
+        """True while ``get`` samples or waits for a rollout."""
         self._thread: ThreadPoolExecutor | None = None
         self._last_job: Future[Any] | None = None
         self._adoption: Future[None] | None = None
@@ -92,6 +94,16 @@ class RolloutPrefetcher:
 
     def get(self, update: int) -> Rollout | None:
         """Return this process's part of an update's rollout; begin all that the current weights may sample first."""
+        self.is_waiting = True
+        try:
+            rollout = self._begin_and_wait(update)
+        finally:
+            self.is_waiting = False
+        if rollout is not None:
+            self._check_staleness(rollout)
+        return rollout
+
+    def _begin_and_wait(self, update: int) -> Rollout | None:
         begin = update if self._next_update is None else self._next_update
         # With staleness s, the weights before ``update`` may sample up to ``update + s``. At the first call that is
         # s + 1 rollouts, later one per call.
@@ -100,10 +112,7 @@ class RolloutPrefetcher:
             self._rollouts[upcoming] = self._begin(upcoming)
         self._next_update = max(begin, end + 1)
         # This waits for the background thread, and raises what went wrong there.
-        rollout = self._rollouts.pop(update).result()
-        if rollout is not None:
-            self._check_staleness(rollout)
-        return rollout
+        return self._rollouts.pop(update).result()
 
     def _check_staleness(self, rollout: Rollout) -> None:
         """Raise ``RuntimeError`` where a token is older than ``staleness`` updates, or newer than the rollout."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,9 @@ class RolloutSampler:
 
     So a resumed run samples what the uninterrupted one would have, in any number of processes.
     """
+
+    report_phase: Callable[[str], None] = staticmethod(lambda text: None)
+    """Gets counts of this process's responses, such as ``sampling 32/64`` and ``validating 8/16``; a stage sets it."""
 
     def __init__(
         self,
@@ -159,12 +162,17 @@ class RolloutSampler:
         ``update``: the update whose rollout they belong to; None for a validation, which is not journaled.
         ``weights_update``: the update whose weights the engine has.
         """
+        phase = "validating" if update is None else "sampling"
+
+        def report_count(done: int, total: int) -> None:
+            self.report_phase(f"{phase} {done}/{total}")
+
         if self.episodes is None:
             sampling = Sampling(
                 max_tokens=self.args.max_tokens, temperature=self.args.temperature, n=samples, seeds=tuple(seeds)
             )
             responses: Sequence[Sequence[Any]] = self.engine.generate(
-                [prompts.token_ids[index] for index in indices], sampling
+                [prompts.token_ids[index] for index in indices], sampling, on_progress=report_count
             )
             return responses
         tasks: list[EpisodeTask] = []
@@ -173,7 +181,12 @@ class RolloutSampler:
             tasks += row_tasks(prompts.rows[index], episode_seeds)
         journal = None if update is None else self._journal(update, tasks)
         episodes = self.episodes.play(
-            self.engine, tasks, temperature=self.args.temperature, journal=journal, weights_update=weights_update
+            self.engine,
+            tasks,
+            temperature=self.args.temperature,
+            journal=journal,
+            on_progress=report_count,
+            weights_update=weights_update,
         )
         # play() keeps the order of the tasks, so a prompt's episodes follow each other.
         return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -106,7 +107,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
             engine=engine,
             episodes=player,
         )
-        trainer.report_phase = context.phase
+        _report_phases(context, trainer)
         if trainer.prompts.dropped:
             context.warn(
                 f"{context.name}: {trainer.prompts.dropped} of {len(prompts.train)} prompts are longer than "
@@ -191,6 +192,18 @@ def _make_trainer(
     for reward_model in reward_models:
         reward_model.round_weights()  # only now: a fully tuned critic has copied the float32 weights
     return trainer
+
+
+def _report_phases(context: StageContext, trainer: RLTrainer) -> None:
+    """Report the phases of an update, and how many responses are sampled."""
+
+    def report_sampling(text: str) -> None:
+        # A thread that samples ahead reports only while the trainer waits for it: otherwise the trainer learns.
+        if threading.current_thread() is threading.main_thread() or trainer.prefetcher.is_waiting:
+            context.phase(text)
+
+    trainer.report_phase = context.phase
+    trainer.sampler.report_phase = report_sampling
 
 
 def _critic_source(config: RolloutFields) -> str | None:

@@ -65,6 +65,21 @@ def test_weights_are_as_old_as_is_said() -> None:
     assert sampled_with(9, 3) == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]  # no rollout behind the last update
 
 
+def test_prefetcher_waits_only_inside_get() -> None:
+    engine = WeightsRecorder()
+    waits = []
+
+    def sample(update: int, weights_update: int) -> Rollout:
+        waits.append(prefetcher.is_waiting)
+        return described(engine, update, weights_update)
+
+    prefetcher = RolloutPrefetcher(engine, sample, 0, 2)
+    prefetcher.set_weights(0, 0)
+    assert not prefetcher.is_waiting
+    prefetcher.get(0)
+    assert waits == [True] and not prefetcher.is_waiting
+
+
 class Rejecting(PoolEngine):
     """Servers that take every version of the weights but those in ``rejected``, and go on with what they hold."""
 

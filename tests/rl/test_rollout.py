@@ -79,6 +79,28 @@ def test_the_episodes_of_a_prompt_have_seeds_of_their_own_and_one_opening():
     assert len({task.seed for task in sampler.episodes.tasks}) == 4
 
 
+class CountingEngine(Recorder):
+    """An engine that reports each prompt's responses."""
+
+    def generate(self, prompts, sampling, on_progress=None):
+        for count in range(len(prompts)):
+            on_progress((count + 1) * sampling.n, len(prompts) * sampling.n)
+        return super().generate(prompts, sampling)
+
+
+def test_sampler_reports_counts_of_responses(monkeypatch):
+    monkeypatch.setattr(module, "all_gather", lambda local_values: [local_values])
+    sampler = make_sampler(3)
+    sampler.engine = CountingEngine()
+    phases = []
+    sampler.report_phase = phases.append
+    sampler.sample_local(0, 0)
+    assert phases == ["sampling 2/8", "sampling 4/8", "sampling 6/8", "sampling 8/8"]
+    phases.clear()
+    sampler.answer(sampler.prompts)
+    assert phases == [f"validating {count}/6" for count in range(1, 7)]
+
+
 @pytest.mark.parametrize("update", [0, 5])
 def test_processes_share_out_the_requests_of_one(update):
     assert requests(2, update) == requests(1, update) == requests(3, update)
@@ -97,7 +119,7 @@ def test_a_prompt_that_comes_again_is_answered_anew():
 
 def test_a_missing_response_is_named():
     sampler = make_sampler(3)
-    sampler.engine.generate = lambda prompts, sampling: [[]] * len(prompts)
+    sampler.engine.generate = lambda prompts, sampling, on_progress: [[]] * len(prompts)
     with pytest.raises(RuntimeError, match="engine recorder returned 0 responses; expected 8"):
         sampler.sample_local(0, 0)
 

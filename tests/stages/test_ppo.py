@@ -161,6 +161,15 @@ def test_run_trains_on_a_reward_model_and_reports_every_update(make_context):
     assert (context.output / "adapter" / "adapter_config.json").is_file()
 
 
+def test_phases_of_an_update_have_counts(make_context, monkeypatch):
+    monkeypatch.setattr("align.pipeline.context.PROGRESS_SECONDS", 0.0)
+    context = make_context("run", score="gsm8k_answer", updates=1, eval_updates=1)
+    run(context)
+    phases = [event["text"] for event in events(context, "phase")]
+    assert {"sampling 8/8", "validating 4/4"} <= set(phases)
+    assert phases.index("validating 4/4") < phases.index("sampling 8/8") < phases.index("learning 1/1")
+
+
 def test_an_ensemble_supervised_text_and_the_best_policy_kept(make_context):
     context = make_context(
         "run",
