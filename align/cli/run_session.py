@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from align.cli.parser import print_json
 from align.cli.run_page import STOPPED, Failure, first_missing, outline_of, try_write_page
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.pipeline import Node, Pipeline
-from align.pipeline.stop_signal import Stopped
+from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.console import ConsoleListener
 from align.runner.listener import Listener
 from align.runner.open_store import open_store
@@ -34,6 +35,8 @@ class _SessionListener(Listener):
     """Remembers whether any stage began, which one is running, and what failed."""
 
     has_begun: bool = False
+    is_stopping: bool = False
+    """True once the user was told that the stage stops."""
     current: tuple[Node, Path] | None = None
     failure: Failure | None = None
 
@@ -53,6 +56,18 @@ class _SessionListener(Listener):
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         self.failure = Failure(node.name, message, log)
         super().stage_failed(node, message, log)
+
+    def stage_stopping(self, node: Node, how: str) -> None:
+        self.is_stopping = True
+        super().stage_stopping(node, how)
+
+
+class _QuietSession(_SessionListener):
+    """The same for a run that prints one document: only that the run stops is printed, on standard error."""
+
+    def stage_stopping(self, node: Node, how: str) -> None:
+        super().stage_stopping(node, how)
+        print(f"{printable(node.name)}: {how}", file=sys.stderr, flush=True)
 
 
 class _ConsoleSession(_SessionListener, ConsoleListener):
@@ -117,7 +132,8 @@ def run_and_report(
     """Run ``pipeline`` here, with the options of ``run_pipeline``, and write its page as ``report_on`` does."""
 
     def run_here(listener: Listener) -> Run:
-        return run_pipeline(pipeline, listener=listener, **options)
+        with StopRequest(ctrl_c=True).handle_signals(signal.SIGUSR1) as stop:
+            return run_pipeline(pipeline, listener=listener, stop=stop, **options)
 
     return report_on(run_here, pipeline, quiet=quiet, console=console, store=options.get("store"))
 
@@ -134,7 +150,7 @@ def report_on(
 
     Raises what ``run_with`` raises, ``KeyboardInterrupt`` included, once the page is written and its path printed.
     """
-    listener: _SessionListener | _ConsoleSession = _SessionListener()
+    listener: _QuietSession | _ConsoleSession = _QuietSession()
     if not quiet:
         listener = _ConsoleSession(pipeline, console, store)
     try:
@@ -142,7 +158,7 @@ def report_on(
             if isinstance(listener, _ConsoleSession):
                 stack.callback(listener.close_page)
                 stack.enter_context(listener)
-            run = run_with(listener)
+            run = _run_with(run_with, listener)
             if isinstance(listener, _ConsoleSession):
                 listener.close_page(is_complete=True)
     except (UserError, StageFailed, Stopped, KeyboardInterrupt) as error:
@@ -154,6 +170,16 @@ def report_on(
         raise
     cached = [name for name in run.artifacts if name not in run.ran]
     return Outcome(run, try_write_page(outline_of(pipeline), run.store, None, cached))
+
+
+def _run_with(run_with: Callable[[Listener], Run], listener: _SessionListener) -> Run:
+    """Return the run of ``run_with``. An interrupt between two stages is acknowledged before the page is written."""
+    try:
+        return run_with(listener)
+    except KeyboardInterrupt:
+        if not listener.is_stopping:
+            print("stopping now", file=sys.stderr, flush=True)
+        raise
 
 
 def _failure(listener: _SessionListener, error: BaseException, pipeline: Pipeline, store: Store) -> Failure | None:

@@ -15,11 +15,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REQUEST = "stop.request"
 """The file in a stage's folder."""
+CAN_STOP = "can_stop"
+"""The event of a stage that looks for the file from now on."""
 
 
 class Stopped(Exception):
@@ -32,11 +34,13 @@ class StopRequest:
     """The request to stop this process, and the time since it came.
 
     ``patience`` is the number of seconds that a stage may take to stop by itself; None waits for its end. A second
-    signal ends the patience too.
+    signal ends the patience too. With ``ctrl_c`` the first Ctrl-C is a request as well, and the second one interrupts.
     """
 
-    def __init__(self, patience: float | None = None) -> None:
-        self.patience = patience
+    def __init__(self, patience: float | None = None, *, ctrl_c: bool = False) -> None:
+        self.patience, self.ctrl_c = patience, ctrl_c
+        self.is_interrupt = False
+        """True if Ctrl-C made the request, so the run ends with ``KeyboardInterrupt``."""
         self.signals: frozenset[int] = frozenset()
         """Numbers of the signals that request a stop."""
         self._requested_at: float | None = None
@@ -61,6 +65,31 @@ class StopRequest:
         if self._requested_at is None:
             return False
         return self._repeated or (self.patience is not None and time.monotonic() - self._requested_at >= self.patience)
+
+    def error(self, message: str) -> BaseException:
+        """Return the exception that ends a run which stopped as requested."""
+        return KeyboardInterrupt() if self.is_interrupt else Stopped(message)
+
+    @contextlib.contextmanager
+    def handle_ctrl_c(self, can_stop: Callable[[], bool]) -> Iterator[None]:
+        """Turn the first Ctrl-C into a request while ``can_stop()``; any other Ctrl-C interrupts, as without this."""
+        is_main = threading.current_thread() is threading.main_thread()
+        # A shell has commands in the background ignore Ctrl-C, and a caller may handle it in another way.
+        if not self.ctrl_c or not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+
+        def interrupt(number: int, frame: object) -> None:
+            if self.is_requested or not can_stop():
+                raise KeyboardInterrupt
+            self.is_interrupt = True
+            self.request()
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextlib.contextmanager
     def handle_signals(self, *signals: int) -> Iterator[StopRequest]:

@@ -208,6 +208,10 @@ class ConsoleListener(Listener):
         after = "" if stage is None else f" after {duration(time.time() - stage.started)}"
         self._print_line("✗", node.name, f"failed{after}", "red")
 
+    def stage_stopping(self, node: Node, how: str) -> None:
+        """Print at once how the stage stops: it may take a while until it has."""
+        self._print_line("…", node.name, how, "yellow")
+
     def _drop_task(self, node: Node) -> RunningStage | None:
         """Forget a stage that no longer runs; return its last state, or None where it was not running."""
         task = self.tasks.pop(node.name, None)

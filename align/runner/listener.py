@@ -27,6 +27,9 @@ class Listener:
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         """The stage ended without an artifact."""
 
+    def stage_stopping(self, node: Node, how: str) -> None:
+        """The stage was asked to stop, or is ended now; ``how`` says it in words."""
+
     def stage_queued(self, node: Node, how: str) -> None:
         """The stage has its place in a cluster's queue, or another one than before; ``how`` says it in words."""
 

@@ -24,7 +24,7 @@ from typing import Any
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import command_line, git_commit, source_digest
-from align.pipeline.stop_signal import Stopped, StopRequest, clear_request
+from align.pipeline.stop_signal import StopRequest, clear_request
 from align.runner.listener import Listener
 from align.runner.stage_result import RESULT, read_result, write_work
 from align.runner.subprocess import run_attempt, seconds_of_attempts
@@ -166,6 +166,7 @@ class StageRun:
                 lambda event: self.listener.stage_event(self.node, event),
                 self.stop,
                 check=self._check_locks,
+                tell=lambda how: self.listener.stage_stopping(self.node, how),
                 retry=retry,
             )
             if result["status"] == "done":
@@ -173,7 +174,7 @@ class StageRun:
             # A stage that another run has taken over ends without a result, which is no failure: this raises LockLost.
             retry.call(hold.confirm)
             if result["status"] == "stopped":
-                raise Stopped(f"stage '{self.node.name}' {result['message']}")
+                raise self.stop.error(f"stage '{self.node.name}' {result['message']}")
             if result["status"] != UNREACHABLE_STORE or tries_left == 0:
                 break
             self.listener.warning(f"stage '{self.node.name}': {result['message']} It is tried again.")

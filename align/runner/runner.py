@@ -13,7 +13,7 @@ from align.config.validation import suggest
 from align.errors import NO_SPACE, StageFailed, UserError, no_space
 from align.evaluation.typed_scorecard import Scorecard
 from align.pipeline.pipeline import Node, Pipeline
-from align.pipeline.stop_signal import Stopped, StopRequest
+from align.pipeline.stop_signal import StopRequest
 from align.runner.listener import Listener
 from align.runner.prepare import Prepared, RunOptions, prepare_run
 from align.runner.results import COLUMNS, FRAME_TYPES, data_frame, logged_rows, result_rows
@@ -160,7 +160,7 @@ def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener:
                 raise UserError(f"--only {only}: it reads {', '.join(gone)}, deleted just now. Run without --only.")
             inputs = {name: run.artifacts[name] for name in node.input_names}
             if stop.is_requested:
-                raise Stopped(f"stopped as asked, before stage '{node.name}'.")
+                raise stop.error(f"stopped as asked, before stage '{node.name}'.")
             stage_run = StageRun(pipeline, node, opened, inputs, node.name in force, listener, stop)
             has_run, run.artifacts[node.name] = stage_run.run()
             if has_run:

@@ -21,7 +21,7 @@ from align.config.launch import BY_SRUN
 from align.config.runtime import Runtime
 from align.errors import disk_is_full, no_space
 from align.pipeline.registry import find_stage
-from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
+from align.pipeline.stop_signal import CAN_STOP, Stopped, StopRequest, request_stop
 from align.runner.stage_process import StageProcess, is_importing, stage_environment, start_stage
 from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
 from align.runner.worker import UNREACHABLE_CODE
@@ -48,14 +48,15 @@ def run_attempt(
     stop: StopRequest,
     *,
     check: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda how: None,
     retry: Retry | None = None,
 ) -> dict[str, Any]:
     """Start the process of the stage laid out in ``partial``; returns its result once it has ended, however it did.
 
     ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too, unless ``stop`` hears it) ends the
     process, then is raised; so does what ``check`` raises, which is asked all the while. When ``stop`` is asked for,
-    the stage is asked in turn; one that takes longer than its patience is ended, which raises ``Stopped``.
-    ``retry`` is for a folder that does not answer.
+    the stage is asked in turn; one that takes longer than its patience is ended, which raises ``Stopped``. ``tell`` is
+    told at once how the stage stops. ``retry`` is for a folder that does not answer.
     """
     retry = retry or Retry(partial)
     environment = stage_environment()
@@ -63,7 +64,7 @@ def run_attempt(
     stage, threads = find_stage(work.stage), work.runtime.get("threads")
     vllm = stage.samples and Runtime.model_validate(work.runtime).may_open_vllm
     if stage.estimator is not None:
-        with _ended_in_order(stop):
+        with _ended_in_order(stop, tell):
             _wait_for_imports(command, environment, threads, stop, check)
     # Before the process starts: the tail begins where an earlier attempt's events end.
     events, spent = retry.call(lambda: (Tail(partial / EVENTS), _Spent(partial)))
@@ -72,8 +73,9 @@ def run_attempt(
     with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
         os.close(output)
     try:
-        with _ended_in_order(stop):
-            is_passed_on = False
+        can_stop = False
+        is_passed_on = False
+        with _ended_in_order(stop, tell), stop.handle_ctrl_c(lambda: can_stop):
             # One loop does it all: watch the locks, pass on a stop, forward events, note the time.
             while process.poll() is None:
                 check()
@@ -81,9 +83,11 @@ def run_attempt(
                     with contextlib.suppress(OSError):  # asked again until the folder is back
                         request_stop(partial)
                         is_passed_on = True
+                        tell(_how_it_stops(stop, can_stop))
                 if stop.is_over:
                     raise Stopped("asked to stop, and ended since it took too long to do so.")
                 for event in events.read():
+                    can_stop = can_stop or event["event"] == CAN_STOP
                     follow(event)
                 spent.note()
                 shorten_log(partial / LOG)
@@ -211,9 +215,27 @@ def _describe_exit(code: int) -> str:
     return f"its process ended with exit code {code} and left no result."
 
 
-def _ended_in_order(stop: StopRequest) -> AbstractContextManager[None]:
-    """Return a context in which SIGTERM to the runner ends the stage too, unless ``stop`` hears the signal itself."""
-    return contextlib.nullcontext() if signal.SIGTERM in stop.signals else _terminate_as_interrupt()
+def _how_it_stops(stop: StopRequest, can_stop: bool) -> str:
+    """Return the line about a request that was passed on to the stage."""
+    if stop.is_interrupt:
+        return "stopping after the current step; press Ctrl-C again to stop now"
+    if can_stop:
+        return "asked to stop: stops after the current step"
+    return "asked to stop: stops after its next step, or at the end of this stage"
+
+
+@contextlib.contextmanager
+def _ended_in_order(stop: StopRequest, tell: Callable[[str], None]) -> Iterator[None]:
+    """Let SIGTERM to the runner end the stage too, unless ``stop`` hears the signal itself; tell of an interrupt."""
+    is_heard = signal.SIGTERM in stop.signals
+    terminate: AbstractContextManager[None] = contextlib.nullcontext() if is_heard else _terminate_as_interrupt()
+    with terminate:
+        try:
+            yield
+        except KeyboardInterrupt:
+            # Told before the process is ended, which may take seconds.
+            tell("stopping now; its checkpoints are kept")
+            raise
 
 
 @contextlib.contextmanager

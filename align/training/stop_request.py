@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.pipeline.context import StageContext
-from align.pipeline.stop_signal import Stopped, is_stop_requested
+from align.pipeline.stop_signal import CAN_STOP, Stopped, is_stop_requested
 
 
 class StopOnRequest(TrainerCallback):
@@ -19,6 +19,12 @@ class StopOnRequest(TrainerCallback):
 
     def __init__(self, context: StageContext, every: int = 1) -> None:
         self.context, self.every, self.is_stopping = context, every, False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the runner that a request is answered from now on."""
+        self.context.emit(CAN_STOP)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_requested = is_stop_requested(self.context.events.parent)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from align.pipeline.stop_signal import REQUEST, Stopped, StopRequest, is_stop_re
 from align.runner.listener import Listener
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
+from align.runner.stage_result import RESULT
 from align.store.store import Store
 from tests.support import toy
 
@@ -98,6 +100,70 @@ def test_signals_are_heard_in_the_main_thread_only_and_the_handler_is_put_back()
     assert messages == [frozenset()]
 
 
+class CtrlC(Listener):
+    """Presses Ctrl-C at the first event called ``event``, and ``again`` when the run has told how it stops."""
+
+    def __init__(self, event: str, again: bool = False) -> None:
+        self.event, self.again = event, again
+        self.is_pressed = False
+        self.answers: list[str] = []
+
+    def stage_event(self, node: Node, event: dict[str, Any]) -> None:
+        if event["event"] == self.event and not self.is_pressed:
+            self.is_pressed = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def stage_stopping(self, node: Node, how: str) -> None:
+        self.answers.append(f"{node.name}: {how}")
+        if self.again and len(self.answers) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def default_ctrl_c() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+AFTER_STEP = "one: stopping after the current step; press Ctrl-C again to stop now"
+NOW = "one: stopping now; its checkpoints are kept"
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
+@pytest.mark.parametrize(
+    ("stops", "event", "again", "answers"),
+    [
+        (True, "metrics", False, [AFTER_STEP]),
+        (True, "metrics", True, [AFTER_STEP, NOW]),
+        (False, "metrics", False, [NOW]),
+    ],
+)
+def test_ctrl_c_is_acknowledged_before_the_stage_ends(
+    stops: bool, event: str, again: bool, answers: list[str], tmp_path: Path
+) -> None:
+    pipeline = Pipeline(toy.pipeline(one={"steps": 2000, "pause": 0.05, "stops": stops}))
+    listener = CtrlC(event, again)
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(pipeline, store=tmp_path, listener=listener, stop=StopRequest(ctrl_c=True))
+    assert listener.answers == answers
+    (partial,) = tmp_path.glob("number/*.partial")
+    assert is_stop_requested(partial) == stops
+    assert (partial / RESULT).is_file() == (stops and not again)  # a stage that stops by itself leaves a result
+    assert next(iter(plan(pipeline, Store.open(tmp_path)))).action == "resume"
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
+def test_ctrl_c_of_a_script_interrupts_at_once(tmp_path: Path) -> None:
+    pipeline = Pipeline(toy.pipeline(one={"steps": 2000, "pause": 0.05, "stops": True}))
+    listener = CtrlC("metrics")
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(pipeline, store=tmp_path, listener=listener)
+    assert listener.answers == [NOW]
+
+
 def started(command: list[str], cwd: Path, store: Path, folder: str) -> subprocess.Popen[str]:
     """The command, once a stage has left its second checkpoint."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
@@ -125,6 +191,18 @@ def test_usr1_to_the_command_stops_it_and_the_same_command_continues(tmp_path: P
     assert "Report: " in output
     (partial,) = (tmp_path / "store").glob("number/*.partial")
     assert is_stop_requested(partial) and (partial / REQUEST).exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_ctrl_c_to_the_command_is_answered(options: list[str], tmp_path: Path) -> None:
+    raw = toy.pipeline(one={"steps": 600, "pause": 0.1, "stops": True})
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    process = started(["run", "toy.yaml", *options], tmp_path, tmp_path / "store", "number")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "stopping after the current step; press Ctrl-C again to stop now" in output and "Traceback" not in output
+    assert "Stopped; finished stages and checkpoints are kept. The same command continues." in output
 
 
 @pytest.mark.slow

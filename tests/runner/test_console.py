@@ -76,6 +76,12 @@ def test_a_note_is_a_line_of_its_own() -> None:
     assert out.getvalue() == "· one  lora r16: 5 of 100 parameters are trained (5 %)\n"
 
 
+def test_a_stage_that_stops_says_so_at_once() -> None:
+    console_listener, out = listener()
+    console_listener.stage_stopping(NODE, "stopping now")
+    assert out.getvalue() == "… one  stopping now\n"
+
+
 def progress(seconds: float, done: float, total: float, unit: str = "steps", **shown: Any) -> dict[str, Any]:
     return {"event": "progress", "time": seconds, "done": done, "total": total, "unit": unit, **shown}
 

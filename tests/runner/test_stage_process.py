@@ -413,12 +413,17 @@ def test_sigterm_while_imports_are_waited_for_ends_the_run_in_order(importing: P
         def act(self) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
+        def stage_stopping(self, node: Node, how: str) -> None:
+            answers.append(how)
+
+    answers: list[str] = []
     handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what it would otherwise do here: end the tests
     try:
         with pytest.raises(KeyboardInterrupt):
             run_pipeline(Pipeline(toy.pipeline()), store=tmp_path / "store", listener=Terminating(None))
     finally:
         signal.signal(signal.SIGTERM, handler)
+    assert answers == ["stopping now; its checkpoints are kept"]
     assert not list((tmp_path / "store").glob("number/*.partial/log.txt"))
 
 

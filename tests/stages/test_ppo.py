@@ -22,7 +22,7 @@ from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
-from align.pipeline.stop_signal import Stopped, clear_request, request_stop
+from align.pipeline.stop_signal import CAN_STOP, Stopped, clear_request, request_stop
 from align.rl.arguments import PPOConfig
 from align.rl.checkpoint import DRAFT
 from align.stages.ppo import run
@@ -274,6 +274,7 @@ def test_a_stage_that_is_asked_to_stop_saves_after_its_update_and_goes_on_to_the
         with pytest.raises(Stopped, match="stopped as asked, at step 4 of 8"):
             run(parts)
     assert [folder.name for folder in parts.checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert len(events(parts, CAN_STOP)) == 1
     clear_request(parts.events.parent)
     run(parts)
     assert [point["step"] for point in events(parts, "metrics")] == [1, 2, 3, 4]

@@ -15,7 +15,7 @@ from align.config.base import Config, PrecisionSetting, stage_input
 from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import Stage
-from align.pipeline.stop_signal import Stopped, is_stop_requested
+from align.pipeline.stop_signal import CAN_STOP, Stopped, is_stop_requested
 from align.store.artifacts import Kind
 
 
@@ -41,6 +41,8 @@ def number(context: StageContext) -> dict[str, Any]:
     """Write a number, one checkpoint a step; an attempt continues where the last one was killed."""
     done = len(list(context.checkpoints.glob("step-*")))
     crash = context.config.crash
+    if context.config.stops:
+        context.emit(CAN_STOP)
     if crash == "noise":
         print("x" * 100_000)
     for step in range(done, context.config.steps):
