@@ -138,10 +138,11 @@ def count_read(trainer: Any, read: list[int]) -> None:
     """Have the tokens of each update that a model reads, what prompts have in common once a micro-batch, appended."""
     measure = trainer.measure
 
-    def counted(rollout: Any, micro_batches: list[list[int]], keep: int = 0) -> Any:
-        packs = [rollout.pack(indices, trainer.buffer.pad_id, trainer.buffer.form) for indices in micro_batches]
+    def counted(rollout: Any) -> None:
+        planned = [indices for batch in trainer.buffer.plan(rollout, 0) for indices in batch.micro_batches]
+        packs = [rollout.pack(indices, trainer.buffer.pad_id, trainer.buffer.form) for indices in planned]
         read.append(sum(pack["input_ids"].numel() for pack in packs))
-        return measure(rollout, micro_batches, keep)
+        measure(rollout)
 
     trainer.measure = counted
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import send_to_device
 
 from align.models.processes import split_by_rank
 from align.rl.packing import Batch, Form, plan
@@ -17,8 +19,43 @@ if TYPE_CHECKING:
     from align.rl.objectives.base import Objective
     from align.rl.ptx import PtxRows
 
-MiniBatch = list[list[int]]
-"""Response indices of each micro-batch of an optimizer step, over all processes."""
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """The responses of one optimizer step."""
+
+    rollout: Rollout
+    micro_batches: list[list[int]]
+    """Response indices of each micro-batch, over all processes."""
+    step: int
+    """Number of the optimizer step in the entire run."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a process learns from in one forward and backward pass."""
+
+    pack: Batch
+    """The model's inputs: some of the responses and, behind them, supervised texts."""
+    tensors: Batch
+    """The objective's ``loss_inputs`` of the responses."""
+    outputs: Batch | None = None
+    """The model's outputs with their graphs, if the pass that measured the responses is reused."""
+
+    @property
+    def width(self) -> int:
+        """Columns of the responses' tensors."""
+        return int(self.tensors["learn_mask"].shape[1])
+
+    @property
+    def ptx_tokens(self) -> float:
+        """Tokens of the supervised texts."""
+        texts = int(self.pack.get("ptx", 0))
+        return float(self.pack["response_mask"][-texts:].sum()) if texts else 0.0
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the micro-batch with its inputs on a device."""
+        return replace(self, pack=send_to_device(self.pack, device), tensors=send_to_device(self.tensors, device))
 
 
 class RolloutBuffer:
@@ -28,19 +65,40 @@ class RolloutBuffer:
         self, objective: Objective, args: RolloutArguments, form: Form, pad_id: int, ptx: PtxRows | None
     ) -> None:
         self.objective, self.args, self.form, self.pad_id, self.ptx = objective, args, form, pad_id, ptx
+        self.kept_outputs: list[Batch] = []
+        """Outputs of the passes that measured the next micro-batches, with their graphs; ``load`` removes them."""
 
     def plan(self, rollout: Rollout, epoch: int) -> list[MiniBatch]:
-        """Return the mini-batches of one epoch, shuffled by the seed, the update and the epoch."""
+        """Return the mini-batches of one epoch, shuffled by the seed, the update and the epoch.
+
+        Every epoch cuts the same rollout anew. Its old log-probabilities and advantages stay the same.
+        """
         seed = derive_seed(self.args.seed, "order", rollout.update, epoch, 0)
-        return plan(
+        planned = plan(
             rollout.groups,
             rollout.lengths,
             num_mini_batches=self.args.num_mini_batches,
             micro_batch_size=self.args.per_device_train_batch_size,
             generator=torch.Generator().manual_seed(seed),
         )
+        if epoch == 0 and self.count_reused(rollout.update, len(planned[0])):
+            planned[0].reverse()  # the longest first: reusing their passes saves most
+        # Steps are numbered over the entire run, so a resumed run draws the same supervised texts.
+        first_step = rollout.update * self.args.steps_per_update + epoch * len(planned)
+        return [MiniBatch(rollout, indices, first_step + number) for number, indices in enumerate(planned)]
 
-    def by_length(self, rollout: Rollout) -> MiniBatch:
+    def count_reused(self, update: int, micro_batches: int) -> int:
+        """Return how many micro-batches of the first optimizer step are learned from the passes that measured them.
+
+        These passes have the same rows and, before that step, the same weights. Returns 0 if the passes differ:
+        measuring has no supervised texts, and uses no temperature but the sampling temperature.
+        """
+        has_own_temperature = self.objective.learns_likelihood and self.args.temperature != 1.0
+        if self.ptx is not None or has_own_temperature or self.objective.rests_policy(update):
+            return 0
+        return math.floor(self.args.reuse_forward * micro_batches)
+
+    def by_length(self, rollout: Rollout) -> list[list[int]]:
         """Return micro-batches of responses of similar length, for measuring without learning."""
         size = self.args.per_device_train_batch_size
         # Similar lengths together, so that little of a batch is padding; order does not matter without learning.
@@ -51,53 +109,19 @@ class RolloutBuffer:
         """Return model inputs of some of the responses and, behind them, supervised texts."""
         return rollout.pack(indices, self.pad_id, self.form, texts or [])
 
-    def micro_batches(
-        self, rollout: Rollout, epoch: int, mini_batches: list[MiniBatch], outputs: list[Batch]
-    ) -> Iterator[dict[str, Any]]:
-        """Yield this process's micro-batches of an epoch, as ``compute_loss`` takes them.
-
-        ``outputs`` of the model, kept with their graphs, go to the first micro-batches and are removed from the list,
-        so that their activations are freed after the backward pass.
-        """
-        for number, mini_batch in enumerate(mini_batches):
-            # Steps are numbered over the entire run, so a resumed run draws the same texts.
-            step = rollout.update * self.args.steps_per_update + epoch * len(mini_batches) + number
-            texts = [] if self.ptx is None else self.ptx.draw(step, self.args.ptx_rows, self.args.seed)
-            # In every process as many micro-batches: DDP and sharded models make their passes together.
-            for index, indices, _ in split_by_rank(mini_batch):
-                # The texts of a step are dealt out to its micro-batches over all processes.
-                pack = self.pack(rollout, indices, texts[index :: len(mini_batch)])
-                if self.objective.learns_likelihood:
-                    # Every row counts as supervised: SFT's loss knows no sampling temperature.
-                    pack["supervised"] = torch.tensor(len(pack["response_mask"]))
-                batch: dict[str, Any] = {
-                    "pack": pack,
-                    "rollout": rollout.select(indices, self.objective.loss_inputs),
-                }
-                if outputs:
-                    batch["outputs"] = outputs.pop(0)
-                yield batch
-
-
-class UpdateLoader:
-    """The Trainer's data loader: micro-batches of rollouts that are sampled when the first one is asked for."""
-
-    def __init__(
-        self, make: Callable[[int], Iterator[dict[str, Any]]], start: Callable[[], int], updates: int, per_update: int
-    ) -> None:
-        """``make(update)`` yields the ``per_update`` micro-batches of an update, or none to end the run. ``start()``
-        returns the first update; it is called at iteration, when a resumed run knows it."""
-        self._make, self._start, self._updates, self._per_update = make, start, updates, per_update
-
-    def __len__(self) -> int:
-        return self._updates * self._per_update
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for update in range(self._start(), self._updates):
-            micro_batches = self._make(update)
-            # Asking for the first one makes the rollout; only then is it known whether the run goes on.
-            first = next(micro_batches, None)
-            if first is None:  # the trainer stops here
-                return
-            yield first
-            yield from micro_batches
+    def load(self, mini_batch: MiniBatch) -> list[MicroBatch]:
+        """Return this process's micro-batches of an optimizer step."""
+        rollout, count = mini_batch.rollout, len(mini_batch.micro_batches)
+        texts = [] if self.ptx is None else self.ptx.draw(mini_batch.step, self.args.ptx_rows, self.args.seed)
+        micro_batches = []
+        # Every process has as many micro-batches: DDP and sharded models make their passes together.
+        for index, indices, _ in split_by_rank(mini_batch.micro_batches):
+            # The texts of a step are dealt out to its micro-batches over all processes.
+            pack = self.pack(rollout, indices, texts[index::count])
+            if self.objective.learns_likelihood:
+                # Every row counts as supervised: SFT's loss knows no sampling temperature.
+                pack["supervised"] = torch.tensor(len(pack["response_mask"]))
+            # The outputs leave the list, so their activations are freed after the backward pass.
+            outputs = self.kept_outputs.pop(0) if self.kept_outputs else None
+            micro_batches.append(MicroBatch(pack, rollout.select(indices, self.objective.loss_inputs), outputs))
+        return micro_batches

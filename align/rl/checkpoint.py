@@ -10,15 +10,19 @@ digests of its files (``align.training.checkpoints``), and renamed.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import rotate_checkpoints
 
+from align.config.launch import rank, world_size
 from align.errors import UserError
 from align.store.atomic_write import sync_folder, write_text_atomically
 from align.training import checkpoints
@@ -73,6 +77,36 @@ def load_state(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
                 "would not continue it. Set it back, or start over."
             )
     return state
+
+
+def save_random_state(folder: Path) -> None:
+    """Write this process's random states of Python, numpy and torch, in the format of transformers' Trainer."""
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    torch.save(states, _random_state_file(folder))
+
+
+def load_random_state(folder: Path) -> None:
+    """Restore what ``save_random_state`` wrote; a checkpoint of another number of processes may lack the file."""
+    file = _random_state_file(folder)
+    if not file.is_file():
+        return
+    with safe_globals():
+        states = torch.load(file, map_location="cpu", weights_only=True)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.random.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _random_state_file(folder: Path) -> Path:
+    return folder / ("rng_state.pth" if world_size() == 1 else f"rng_state_{rank()}.pth")
 
 
 def clear(draft: Path, accelerator: Any) -> None:

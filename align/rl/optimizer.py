@@ -1,4 +1,4 @@
-"""One optimizer for policy and critic, with separate learning rates and gradient clipping."""
+"""One optimizer for policy and critic, with separate learning rates."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 
 from align.config.tuning import LORA_HEAD_RATE
 from align.rl.model import PolicyAndReference
-
-PARTS = ("policy", "critic")
 
 
 def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
@@ -50,14 +48,3 @@ def learning_rates(args: Any, model: PolicyAndReference) -> dict[str, float]:
 
 def _part(name: str) -> str:
     return "head" if name.startswith("critic.head.") else name.split(".")[0]
-
-
-def clip_by_part(model: PolicyAndReference, max_norm: float) -> dict[str, torch.Tensor]:
-    """Scale each part's gradients down to ``max_norm``; return the norms before, scalars, 0 without gradients."""
-    norms = {}
-    for part in PARTS:
-        if not hasattr(model, part):
-            continue
-        parameters = [parameter for parameter in getattr(model, part).parameters() if parameter.grad is not None]
-        norms[part] = torch.nn.utils.clip_grad_norm_(parameters, max_norm) if parameters else torch.zeros(())
-    return norms

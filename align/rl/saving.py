@@ -1,95 +1,118 @@
-"""Checkpoints of a trainer that samples: atomic, with the trained tensors alone and the trainer's own state.
+"""Checkpoints of ``RLTrainer``: atomic, with only the trained tensors and the trainer's own state.
 
 ``checkpoint.py`` describes what a checkpoint holds.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from align.models.sharding import full_model
 from align.models.tuning.apply import save_tuned
 from align.rl import checkpoint
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    Base = Trainer
-else:
-    Base = object
+from align.rl.alarms import Alarm
+from align.rl.sampler import drop_journals
+from align.training import sharded
+from align.training.checkpoints import link
 
 
-class AtomicCheckpoints(Base):
-    """Mixed in before a Trainer: its checkpoints appear by one rename, and hold the state that it returns."""
+def save_policy(trainer: Any, output_dir: str | None) -> None:
+    """Save the policy, LoRA merged, as an ordinary model folder; by default to the run's ``output_dir``."""
+    with full_model(trainer.model) as model:  # all processes gather a sharded model, one writes it
+        if trainer.args.should_save:
+            save_tuned(model.policy, trainer.processing_class, Path(output_dir or str(trainer.args.output_dir)))
 
-    model: Any
-    _draft: Path | None = None
-    """Folder that a checkpoint is being written to."""
 
-    @abstractmethod
-    def state_to_save(self) -> dict[str, Any]:
-        """Return JSON-able state for ``ppo_state.json``. Its ``fingerprint`` must be equal on loading."""
-
-    @abstractmethod
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what ``state_to_save`` returned."""
-
-    @abstractmethod
-    def save_extra_files(self, folder: Path) -> None:
-        """Add files to a checkpoint before it is marked complete; called by the process that writes it."""
-
-    @abstractmethod
-    def load_extra_files(self, folder: Path) -> None:
-        """Load what ``save_extra_files`` wrote; called after ``load_state``."""
-
-    @abstractmethod
-    def after_saving(self) -> None:
-        """Clean up; called by the process that wrote a checkpoint, once it is in its place."""
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self._draft or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Write a checkpoint under another name and rename it: at any moment it is complete or not there."""
-        output_dir = Path(super()._get_output_dir(trial))
-        # The Trainer asks ``_get_output_dir`` for its folder, which is the draft until this is done.
-        self._draft = output_dir / checkpoint.DRAFT
-        checkpoint.clear(self._draft, self.accelerator)
-        try:
-            # The Trainer calls save_model, then writes optimizer, random states and trainer_state.json.
-            super()._save_checkpoint(model, trial)
-        finally:
-            draft, self._draft = self._draft, None
-        # Each process writes its own random state. The checkpoint is complete once all of them have.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.publish(draft, output_dir, self.args.save_total_limit)
-            self.after_saving()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy, LoRA merged, as an ordinary model folder; inside a checkpoint, all trained tensors."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        with full_model(self.model) as model:  # all processes gather a sharded model, one writes it
-            if not self.args.should_save:
-                return
-            if not _internal_call:
-                save_tuned(model.policy, self.processing_class, folder)
-                return
-            folder.mkdir(parents=True, exist_ok=True)
+def save_checkpoint(trainer: Any) -> None:
+    """Write a checkpoint under another name and rename it: at any moment it is complete or not there."""
+    args = trainer.args
+    output_dir = Path(str(args.output_dir))
+    draft = output_dir / checkpoint.DRAFT
+    checkpoint.clear(draft, trainer.accelerator)
+    folder = draft / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    with full_model(trainer.model) as model:  # all processes gather a sharded model, one writes it
+        if args.should_save:
+            folder.mkdir()
             checkpoint.save_trained(model, folder)
-            checkpoint.save_state(folder, self.state_to_save())
-            self.save_extra_files(folder)
+            checkpoint.save_state(folder, _state_to_save(trainer))
+            _save_best(trainer, folder)
+    # Each process writes its own random state into the folder that the first one made.
+    trainer.accelerator.wait_for_everyone()
+    sharded.save_optimizer(trainer, folder)
+    checkpoint.save_random_state(folder)
+    if args.should_save:
+        trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+    # The checkpoint is complete once all processes have written.
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        checkpoint.publish(draft, output_dir, args.save_total_limit)
+        # The journals of episodes that were learned from, and former best policies, are not needed any more.
+        drop_journals(output_dir, trainer.update)
+        if trainer.validation is not None:
+            trainer.validation.tidy()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        # One process hashes the files. All processes read the weights.
-        if self.args.should_save:
-            checkpoint.check_files(folder)
-        state = checkpoint.load_state(folder, self.state_to_save()["fingerprint"])
-        with full_model(self.model, store=True) as plain:
-            checkpoint.load_trained(plain, folder)
-        self.load_state(state)
-        if self.args.should_save:
-            self.load_extra_files(folder)
+
+def load_checkpoint(trainer: Any, folder: Path) -> None:
+    """Continue from a checkpoint. Raises ``UserError`` if it is damaged, or of a run with another order of the data."""
+    # One process hashes the files. All processes read the weights.
+    if trainer.args.should_save:
+        checkpoint.check_files(folder)
+    state = checkpoint.load_state(folder, trainer.args.fingerprint())
+    with full_model(trainer.model, store=True) as model:
+        checkpoint.load_trained(model, folder)
+    sharded.load_optimizer(trainer, folder)
+    _load_state(trainer, state)
+    if trainer.args.should_save:
+        _load_best(trainer, folder)
+
+
+def _state_to_save(trainer: Any) -> dict[str, Any]:
+    """Return KL controller, totals, alarms, score scale, best validation, prefetched rollouts, and fingerprint."""
+    state: dict[str, Any] = {
+        "kl": trainer.kl_controller.state_dict(),
+        "totals": trainer.totals,
+        "alarms": [asdict(alarm) for alarm in trainer.alarms],
+        "stopped": trainer.stopped,
+        "fingerprint": trainer.args.fingerprint(),
+    }
+    if trainer.objective.scale is not None:
+        state["scale"] = trainer.objective.scale.state_dict()
+    if trainer.args.max_staleness:
+        # Older weights sampled these rollouts. A resumed run has no copy of them to sample from again.
+        state["ahead"] = trainer.prefetcher.state_dict()
+    if trainer.validation is not None:
+        state["best"] = trainer.validation.best
+    return state
+
+
+def _load_state(trainer: Any, state: dict[str, Any]) -> None:
+    trainer.kl_controller.load_state_dict(state["kl"])
+    # The run before may have neither scaled scores nor validated.
+    if trainer.objective.scale is not None and "scale" in state:
+        trainer.objective.scale.load_state_dict(state["scale"])
+    if trainer.validation is not None:
+        trainer.validation.best = state.get("best")
+    trainer.totals = state["totals"]
+    trainer.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+    trainer.stopped = state["stopped"]
+    trainer.prefetcher.load_state_dict(state.get("ahead", []), trainer.sampler.restore)
+
+
+def _save_best(trainer: Any, folder: Path) -> None:
+    """Add the weights of the best policy so far to a checkpoint."""
+    if trainer.validation is not None and trainer.validation.weights is not None:
+        # A link: the checkpoint keeps these weights when tidy deletes the folder of a former best policy.
+        link(trainer.validation.weights, folder / checkpoint.BEST)
+
+
+def _load_best(trainer: Any, folder: Path) -> None:
+    """Restore the weights of the best policy so far."""
+    if trainer.validation is not None and trainer.validation.weights is not None:
+        # tidy may have deleted the folder, if a later checkpoint that is now lost had a better policy.
+        trainer.validation.weights.parent.mkdir(exist_ok=True)
+        link(folder / checkpoint.BEST, trainer.validation.weights)

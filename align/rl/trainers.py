@@ -14,6 +14,7 @@ from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
 from align.models.tuning.apply import apply_tuning
 from align.rl.arguments import PPOConfig, RolloutArguments
 from align.rl.critic import make_critic
+from align.rl.inputs import RolloutInputs, Rows
 from align.rl.model import PolicyAndCritic, PolicyAndReference
 from align.rl.objectives.base import Objective
 from align.rl.objectives.best_of_n import BestOfNObjective
@@ -24,7 +25,7 @@ from align.rl.objectives.rloo import RLOOObjective
 from align.rl.packing import Form
 from align.rl.prompts import derive_seed
 from align.rl.sampler import AnyScorer
-from align.rl.trainer import RLTrainer, RolloutInputs, Rows
+from align.rl.trainer import RLTrainer
 
 logger = logging.getLogger(__name__)
 

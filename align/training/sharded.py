@@ -1,23 +1,96 @@
-"""The Trainer's side of a sharded model (``align.models.sharding``): no second wrapper, full checkpoints.
+"""A Trainer with a sharded model (``align.models.sharding``): no second wrapper, and full checkpoints.
 
-Private methods of transformers and accelerate are overridden in this module only;
-``tests/training/test_distributed.py`` covers them. Checkpoints have the format of one process, so a run resumes in any
-number of processes, sharded or not.
+Checkpoints have the format of one process, so a run resumes in any number of processes, sharded or not.
+``RLTrainer`` calls the functions. Supervised trainers have the loop of transformers, so ``ShardingTrainer`` calls the
+functions from there; ``align.patches.trainer`` lists the private methods that it overrides.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from align.config.launch import LaunchConfig, world_size
 from align.models.precision import disable_autocast_cache
 from align.models.sharding import full_model, full_tensor, is_sharded, local_shard, reshard, shard
 from align.training import zero
+
+
+def shard_model(trainer: Any) -> None:
+    """Shard the model if the strategy requires it; call it after ``__init__``, before the optimizer is created."""
+    accelerator, args = trainer.accelerator, trainer.args
+    if args.gradient_checkpointing:
+        disable_autocast_cache(accelerator)
+    launch: LaunchConfig | None = getattr(args, "launch", None)
+    if trainer.is_deepspeed_enabled:
+        zero.unset_global_config()
+        if args.precision == "bfloat16":  # outside the engine, as in scoring
+            accelerator.autocast = functools.partial(torch.autocast, accelerator.device.type, torch.bfloat16)
+    if launch is None or launch.strategy != "fsdp2" or world_size() == 1:
+        return
+    shard(trainer.model, launch.fsdp, accelerator.device)
+    # accelerate would wrap it in DDP. In evaluation mode it adds autocast only.
+    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+
+
+def prepare(trainer: Any, clip: Callable[[], None]) -> None:
+    """Create optimizer and scheduler, and wrap the model for the launcher's strategy.
+
+    DeepSpeed makes its steps within the backward pass, so it calls ``clip`` before each step.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    accelerator.free_memory()
+    trainer.lr_scheduler = None  # a second run has a schedule of other steps
+    trainer.create_optimizer()
+    trainer.parameter_groups = parameter_groups(trainer.optimizer)
+    if trainer.is_deepspeed_enabled:
+        trainer.optimizer, trainer.lr_scheduler = deepspeed_init(trainer, num_training_steps=args.max_steps)
+    if trainer.model_wrapped is trainer.model:
+        trainer.model_wrapped, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+    else:  # an earlier run of the same trainer has wrapped it
+        trainer.optimizer = accelerator.prepare(trainer.optimizer)
+    trainer.create_scheduler(num_training_steps=args.max_steps)
+    if trainer.is_deepspeed_enabled:
+        trainer.deepspeed = trainer.model_wrapped
+        zero.clip_before_step(trainer.model_wrapped, clip)
+
+
+def parameter_groups(optimizer: Any) -> zero.Groups:
+    """Return the parameters of an optimizer's groups; DeepSpeed creates another optimizer and flattens them."""
+    return [list(group["params"]) for group in optimizer.param_groups]
+
+
+def save_optimizer(trainer: Any, folder: Path) -> None:
+    """Write the state of optimizer and scheduler; all processes gather a sharded state for it."""
+    if trainer.is_deepspeed_enabled:
+        step = int(trainer.state.global_step)
+        state = zero.full_optimizer_state(trainer.parameter_groups, trainer.optimizer, step)
+    else:
+        state = trainer.optimizer.state_dict()
+        if is_sharded(trainer.model):
+            state = _gather_state(state)
+    if trainer.args.should_save:
+        torch.save(state, folder / OPTIMIZER_NAME)
+        torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+
+def load_optimizer(trainer: Any, folder: Path) -> None:
+    """Restore optimizer and scheduler; every process reads the full state and keeps its own shards."""
+    state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+    if trainer.is_deepspeed_enabled:
+        # DeepSpeed trains separate float32 copies. Loading weights into the model does not change them.
+        zero.sync_master_weights(trainer.parameter_groups)
+        zero.load_optimizer_state(trainer.parameter_groups, trainer.optimizer, state)
+    else:
+        # Full tensors stay as they are if the model is not sharded.
+        trainer.optimizer.load_state_dict(_shard_state(state, trainer.optimizer))
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
 
 class ShardingTrainer:
@@ -32,42 +105,15 @@ class ShardingTrainer:
     state: Any
     control: Any
     is_deepspeed_enabled: bool
-    _groups: zero.Groups
+    parameter_groups: zero.Groups
     _save: Any
 
-    clips_itself = False
-    """True where ``clip_in_parts`` clips gradients before DeepSpeed's steps, in place of DeepSpeed."""
-
-    def clip_in_parts(self) -> None:
-        """Clip gradients before a step of DeepSpeed's engine."""
-
-    @property
-    def is_over(self) -> bool:
-        """True when no step is left, as after resuming from the checkpoint of the last step."""
-        return int(self.state.global_step) >= int(self.state.max_steps)
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch; nothing where training is over, in which case transformers' own loop would run one step."""
-        if self.is_over:
+        """Run an epoch, unless no step is left, in which case transformers' own loop would run one step."""
+        if int(self.state.global_step) >= int(self.state.max_steps):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
-
-    def shard_model(self) -> None:
-        """Shard the model where the strategy requires it; before the optimizer is created."""
-        if self.args.gradient_checkpointing:
-            disable_autocast_cache(self.accelerator)
-        launch: LaunchConfig | None = getattr(self.args, "launch", None)
-        if self.is_deepspeed_enabled:
-            zero.unset_global_config()
-            if self.args.precision == "bfloat16":  # outside the engine, as in scoring
-                device = self.accelerator.device.type
-                self.accelerator.autocast = functools.partial(torch.autocast, device, torch.bfloat16)
-        if launch is None or launch.strategy != "fsdp2" or world_size() == 1:
-            return
-        shard(self.model, launch.fsdp, self.accelerator.device)
-        # accelerate would wrap it in DDP. In evaluation mode it adds autocast only.
-        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer over this process's shards, which scoring may have left gathered."""
@@ -77,17 +123,13 @@ class ShardingTrainer:
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
-        self.create_optimizer()  # for its groups: DeepSpeed creates another one and flattens them
-        self._groups = [list(group["params"]) for group in self.optimizer.param_groups]
+        self.create_optimizer()  # for its groups
+        self.parameter_groups = parameter_groups(self.optimizer)
         # Resuming is done below: the engine must exist before full states can be loaded into it.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
-        if self.clips_itself:
-            zero.clip_before_step(self.model_wrapped, self.clip_in_parts)
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
-            # DeepSpeed trains float32 copies of its own. Loading into the model does not change them.
-            zero.sync_master_weights(self._groups)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            load_optimizer(self, Path(resume_from_checkpoint))
         return prepared
 
     @property
@@ -116,29 +158,17 @@ class ShardingTrainer:
         self.model = sharded
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._is_partitioned:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-            return
-        if self.is_deepspeed_enabled:
-            state = zero.full_optimizer_state(self._groups, self.optimizer, int(self.state.global_step))
+        if self._is_partitioned:
+            save_optimizer(self, Path(output_dir))
         else:
-            state = _gather_state(self.optimizer.state_dict())
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # With several processes transformers loads to accelerate's device, and torch.load does not accept "cpu:0".
         if checkpoint is None or (world_size() == 1 and not self._is_partitioned):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            return
-        # Every process reads the full state and keeps its own shards.
-        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        if self.is_deepspeed_enabled:
-            zero.load_optimizer_state(self._groups, self.optimizer, state)
         else:
-            self.optimizer.load_state_dict(_shard_state(state, self.optimizer))  # unchanged where nothing is sharded
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            load_optimizer(self, Path(checkpoint))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]

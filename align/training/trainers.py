@@ -22,7 +22,7 @@ from align.models.processes import all_gather
 from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder
-from align.training.sharded import ShardingTrainer
+from align.training.sharded import ShardingTrainer, shard_model
 
 COUNTED = ("labels", "shift_labels")
 """Inputs from which transformers counts the tokens that a step's loss is divided by."""
@@ -90,7 +90,7 @@ class Prepared(ShardingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         reduce_work(self.model, bfloat16=self.args.bf16, shared_prefixes=getattr(self.args, "shared_prefixes", True))
-        self.shard_model()
+        shard_model(self)
         if self.args.world_size > 1:
             # trl gathers metrics by row, and the last micro-batches of an epoch differ in size between processes.
             self.accelerator.gather = gather_uneven(self.accelerator.gather)

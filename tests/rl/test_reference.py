@@ -274,9 +274,9 @@ def test_a_whole_update_equals_the_plain_implementation(
     with torch.no_grad():
         for parameter in trainer.model.policy.parameters():  # away from the reference, so that KL is not zero
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
-    plans, rollouts = [], []
-    plan, compute_advantages = trainer.buffer.plan, trainer.compute_advantages
-    trainer.buffer.plan = lambda rollout, epoch: plans.append(plan(rollout, epoch)) or plans[-1]
+    learned, rollouts = [], []
+    learn, compute_advantages = trainer.learn, trainer.compute_advantages
+    trainer.learn = lambda mini_batch: learned.append(mini_batch.micro_batches) or learn(mini_batch)
     trainer.compute_advantages = lambda rollout: rollouts.append(rollout) or compute_advantages(rollout)
     trainer.train()
 
@@ -298,7 +298,7 @@ def test_a_whole_update_equals_the_plain_implementation(
 
     assert len(capture.steps) == 4
     losses, pairs = [], {"policy": [], "critic": []}
-    for (weights, gradients), mini in zip(capture.steps, [mini for epoch in plans for mini in epoch], strict=True):
+    for (weights, gradients), mini in zip(capture.steps, learned, strict=True):
         members = [i for micro_batch in mini for i in micro_batch]
         loss = loss_of(weights, actual, advantages, rollout, members, aggregation, options)
         losses.append(loss.item())

@@ -26,6 +26,8 @@ class Step:
     count: torch.Tensor | float
     """Divisor of its loss sums: ``token_count`` over all micro-batches and processes."""
     penalty: KLPenalty
+    ptx_count: torch.Tensor | float = 1.0
+    """Divisor of the supervised texts' summed loss."""
 
 
 class Objective(ABC):

@@ -77,8 +77,14 @@ def main(model_dir: Path, folder: Path, method: str, critic: Any) -> None:
     cast_frozen_to_bf16(reward.model)  # as the stage does
     sizes = read_architecture(model_dir / "config.json")
     tokens: list[int] = []
-    prepare = trainer._prepare_inputs
-    trainer._prepare_inputs = lambda batch: tokens.append(_tokens(batch)) or prepare(batch)
+    pack = trainer.buffer.pack
+
+    def counted_pack(*inputs: Any) -> Any:
+        batch = pack(*inputs)
+        tokens.append(int(batch["input_ids"].numel()))
+        return batch
+
+    trainer.buffer.pack = counted_pack
     # The count is of training. Setting up holds both models in float32 and their files' pages, as a stage does not.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM back to what is held now
     trainer.train()
@@ -100,11 +106,6 @@ def _owned(model: Any) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
-
-
-def _tokens(batch: Any) -> int:
-    pack = batch.get("pack", batch)
-    return int(pack["input_ids"].numel())
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import align.rl.run
 import align.rl.saving
 import align.training.save
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
+from align.rl.trainer import RLTrainer
 from align.training import checkpoints
 
 OF_A_CHECKPOINT = ("before", "during", "unmarked", "after")
@@ -55,19 +57,22 @@ def kills(steps: Sequence[int]) -> list[Kill]:
 
 @contextmanager
 def armed(kill: Kill) -> Iterator[None]:
-    """Inside, a stage dies at ``kill``."""
+    """Inside, a stage dies at ``kill``. Supervised trainers have the loop of transformers, the others have ours."""
     trainer = transformers.Trainer
     with pytest.MonkeyPatch.context() as patch:
         if kill.moment == "before":
             patch.setattr(trainer, "_save_checkpoint", _dying_before(trainer._save_checkpoint, kill.step))
+            patch.setattr(align.rl.saving, "save_checkpoint", _dying_before(align.rl.saving.save_checkpoint, kill.step))
         elif kill.moment == "during":
             patch.setattr(torch, "save", _dying_in_the_middle(torch.save, kill.step))
         elif kill.moment == "unmarked":
             patch.setattr(checkpoints, "mark_complete", _dying_unmarked(checkpoints.mark_complete, kill.step))
         elif kill.moment == "after":
-            patch.setattr(trainer, "_maybe_log_save_evaluate", _dying_after(trainer, kill.step))
+            for owner, name in ((trainer, "_maybe_log_save_evaluate"), (RLTrainer, "save")):
+                patch.setattr(owner, name, _dying_after(getattr(owner, name), kill.step))
         elif kill.moment == "trained":
             patch.setattr(trainer, "_finalize_training", _dying_trained)
+            patch.setattr(align.rl.run, "end", _dying_trained)
         elif kill.moment == "saved":
             for module in (align.training.save, align.rl.saving):
                 patch.setattr(module, "save_tuned", _dying_half_saved)
@@ -103,9 +108,7 @@ def _dying_unmarked(mark: Callable[[Path], None], step: int) -> Callable[[Path],
     return replaced
 
 
-def _dying_after(trainer: Any, step: int) -> Callable[..., None]:
-    save = trainer._maybe_log_save_evaluate
-
+def _dying_after(save: Callable[..., None], step: int) -> Callable[..., None]:
     def replaced(self: Any, *args: Any, **kwargs: Any) -> None:
         saves = self.control.should_save and self.state.global_step == step
         save(self, *args, **kwargs)

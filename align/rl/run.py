@@ -1,0 +1,105 @@
+"""The start and the end of a run of ``RLTrainer``: state, optimizer, wrapped model, resume, and the closing metrics."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, speed_metrics
+
+from align.models.processes import broadcast
+from align.models.sharding import full_model
+from align.models.tuning.merged_weights import merged_weights
+from align.rl import saving
+from align.rl.checkpoint import last_checkpoint, load_random_state
+from align.rl.clipping import clip_parts
+from align.rl.sampler import drop_journals
+from align.training import sharded
+
+
+def begin(trainer: Any, resume_from_checkpoint: str | bool | None) -> None:
+    """Prepare a trainer for its first update, or for the update after a checkpoint."""
+    args = trainer.args
+    checkpoint = _choose_checkpoint(trainer, resume_from_checkpoint)
+    if checkpoint is None:
+        _drop_older_journals(trainer)
+        trainer.state = TrainerState(train_batch_size=args.per_device_train_batch_size)
+        trainer.state.compute_steps(args, args.max_steps)
+    else:
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    trainer.state.init_training_references(trainer, args.max_steps, 1, None)
+    if args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(**_checkpointing_options(args.gradient_checkpointing_kwargs))
+    sharded.prepare(trainer, clip=lambda: clip_parts(trainer))
+    if checkpoint is not None:
+        saving.load_checkpoint(trainer, checkpoint)
+    handler = trainer.callback_handler
+    for name in ("model", "optimizer", "lr_scheduler"):
+        setattr(handler, name, getattr(trainer, name))
+    trainer.model_wrapped.zero_grad()
+    trainer.started = time.time()
+    trainer.control = handler.on_train_begin(args, trainer.state, trainer.control)
+    trainer.control = handler.on_epoch_begin(args, trainer.state, trainer.control)
+    if checkpoint is not None:
+        load_random_state(checkpoint)
+
+
+def end(trainer: Any) -> TrainOutput:
+    """Log the metrics of the entire run, tell the callbacks that it is over, and validate the last policy."""
+    args, handler = trainer.args, trainer.callback_handler
+    trainer.control = handler.on_epoch_end(args, trainer.state, trainer.control)
+    trainer.save()
+    responses = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    metrics = speed_metrics("train", trainer.started, num_samples=responses, num_steps=args.max_steps)
+    metrics["train_loss"] = trainer.update_log.total_loss / max(trainer.state.global_step, 1)
+    trainer.log(metrics)
+    trainer.control = handler.on_train_end(args, trainer.state, trainer.control)
+    if trainer.validation is not None:
+        _validate_last(trainer)
+    return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
+
+
+def _validate_last(trainer: Any) -> None:
+    """Validate the last policy, unless it was validated, and restore the best policy if ``keep`` says so."""
+    validated_updates = [entry["update"] for entry in trainer.state.log_history if "eval_kl" in entry]
+    if trainer.update not in validated_updates:
+        with full_model(trainer.model) as model:
+            trainer.engine.load_weights(merged_weights(model.policy))
+        trainer.validate(trainer.update)
+    if trainer.args.keep != "last":
+        # The first process may still be writing the best weights that all processes read next.
+        trainer.accelerator.wait_for_everyone()
+        trainer.validation.restore(trainer.model)
+
+
+def _choose_checkpoint(trainer: Any, resume_from_checkpoint: str | bool | None) -> Path | None:
+    if resume_from_checkpoint is True:
+        # Only one process looks for it, because the search moves damaged checkpoints away.
+        newest: Path | None = broadcast(lambda: last_checkpoint(Path(str(trainer.args.output_dir)), trainer.notify))
+        return newest
+    return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def _drop_older_journals(trainer: Any) -> None:
+    """Delete the journals in ``output_dir`` if they are another run's.
+
+    They are another run's if this run could not continue from them: a run with a checkpoint would have resumed from it,
+    and a run that saves nothing never resumes. Without a checkpoint it may be this run, killed early, which reads its
+    journal.
+    """
+    folder = Path(str(trainer.args.output_dir))
+    is_older = trainer.args.save_strategy == "no" or any(folder.glob("checkpoint-*"))
+    if is_older and trainer.is_world_process_zero():
+        drop_journals(folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _checkpointing_options(options: Any) -> dict[str, Any]:
+    """Return the arguments of ``gradient_checkpointing_enable``; two of the Trainer's options are separate there."""
+    rest = dict(options or {})
+    every_n_layers = rest.pop("every_n_layers", 1)
+    offload = rest.pop("offload", False)
+    return {"gradient_checkpointing_kwargs": rest or None, "every_n_layers": every_n_layers, "offload": offload}

@@ -1,0 +1,92 @@
+"""The metrics of an update: collected while it samples, measures and learns, logged when it is over."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.rl import completions, metrics
+from align.rl.alarms import CONSTANT_SCORE, new_alarms
+from align.rl.rollout import Rollout
+
+
+class UpdateLog:
+    """Collects the metrics of the current update; ``write`` logs them through the Trainer and raises alarms."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.total_loss = 0.0
+        """Sum of the losses of all optimizer steps since the run was started or resumed."""
+        self._metrics: dict[str, float] = {}
+        self._example = ""
+        """A response of the update with its score, for an alarm."""
+        self._loss = torch.tensor(0.0, device=trainer.args.device)
+        self._gradient_norm = torch.tensor(0.0)
+        self._learning_rate = 0.0
+        self._learned = 0
+        """Micro-batches of the update that were learned from."""
+        self._learning_started = 0.0
+
+    def begin(self, rollout: Rollout, kl_coef: float) -> None:
+        """Note the metrics that are known before learning, and save some of the responses."""
+        trainer, args = self.trainer, self.trainer.args
+        statistics = metrics.rollout_statistics(trainer.objective.averages, rollout, args.max_staleness > 0)
+        self._metrics = statistics | {"kl_coef": kl_coef} | trainer.sampler.cache_statistics
+        self._example = completions.example(rollout.candidates or rollout)
+        if args.completions and trainer.is_world_process_zero():
+            completions.write(Path(str(args.output_dir)), rollout, args.completions, trainer.processing_class)
+        self._learned = 0
+        self._learning_started = time.perf_counter()
+
+    def report_micro_batch(self) -> None:
+        """Report which micro-batch of the update is learned from."""
+        self._learned += 1
+        args = self.trainer.args
+        total = args.steps_per_update * args.gradient_accumulation_steps
+        self.trainer.report_phase(f"learning {self._learned}/{total}")
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's share of its optimizer step's loss, a scalar."""
+        self._loss += loss
+
+    def add_step(self, gradient_norm: torch.Tensor, learning_rate: float) -> None:
+        """Note the gradient norm, a scalar, and the learning rate of an optimizer step."""
+        self._gradient_norm = gradient_norm
+        self._learning_rate = learning_rate
+
+    def write(self) -> None:
+        """Log the metrics of the update, and raise the alarms that are new in it."""
+        trainer, args = self.trainer, self.trainer.args
+        # Each process's loss is multiplied by the number of processes, as DDP averages gradients.
+        loss = float(trainer.reduce(self._loss)) / args.world_size
+        self._loss -= self._loss
+        self.total_loss += loss
+        logs = {
+            "loss": loss / args.steps_per_update,
+            "grad_norm": float(self._gradient_norm),
+            "learning_rate": self._learning_rate,
+            **metrics.finish(trainer.objective.averages.means(trainer.reduce)),
+            **self._metrics,
+            **trainer.totals,
+            "update": trainer.update,
+            "seconds_learning": time.perf_counter() - self._learning_started,
+        }
+        logs["seconds"] = sum(value for name, value in logs.items() if name.startswith("seconds_"))
+        logs["peak_memory_gib"] = metrics.peak_memory_gib()
+        trainer.log(logs)
+        self._raise_alarms()
+
+    def _raise_alarms(self) -> None:
+        """Notify of alarms that are new in this update, and stop the run if ``on_alarm`` says so."""
+        trainer = self.trainer
+        for alarm in new_alarms([entry for entry in trainer.state.log_history if "score" in entry]):
+            trainer.alarms.append(alarm)
+            example = f" Example: {self._example}" if alarm.name == CONSTANT_SCORE else ""
+            text = f"update {alarm.update}: {alarm.name}: {alarm.text}.{example}"
+            if trainer.is_world_process_zero():
+                trainer.notify(text)
+            if trainer.args.on_alarm == "stop":
+                trainer.stopped = trainer.stopped or text
