@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.cli.parser import add_store, print_json
+from align.cli.parser import add_store, print_json, print_warning
 from align.cli.report import add_output, output_folder, show_page
 from align.errors import UserError, printable
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     notes = {name: note for name, outline in runs.items() if (note := _note(outline, store))}
     folder = folder or page_folder(store, FOLDER) / "-".join(runs)[:MAX_FOLDER_NAME]
     seeds = compare_over_seeds(artifacts) if options.over == SEED else None
-    page = write_comparison(artifacts, folder / PAGE, title=options.title, notes=notes, seeds=seeds)
+    page = write_comparison(artifacts, folder / PAGE, title=options.title, notes=notes, seeds=seeds, warn=print_warning)
     if options.json:
         document: dict[str, Any] = {
             "runs": list(runs),

@@ -8,11 +8,12 @@ side. Like that page it needs no network, and nothing that a model or a log wrot
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.evaluation.prompt_metrics import program_metrics
+from align.report.compare.kl_gaps import kl_gaps
 from align.report.compare.merged_scorecard import (
     SAMPLES,
     SCORECARD,
@@ -60,11 +61,13 @@ def write_comparison(
     *,
     sweep: SweepTrials | None = None,
     seeds: SeedComparison | None = None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Write the page about ``runs`` (name → artifacts by stage, as in ``Run.artifacts``) to ``out`` and return ``out``.
 
     ``notes`` warn about single runs: that one failed, that stages are missing. ``sweep`` are the trials that the runs
     come from. ``seeds`` are the same runs over their seeds, from ``compare_over_seeds``, about which the page then is.
+    ``warn`` gets a line for each KL that differs by two orders of magnitude between runs.
     Figures and tables go into ``figures`` and ``tables`` in the same folder.
     """
     Panel.start_page()
@@ -85,6 +88,9 @@ def write_comparison(
     # The trade-off figures below show the same points as the plots of score against KL.
     assets.figures[:] = [figure for figure in assets.figures if figure not in sections["drift"]]
     trade_offs = _trade_offs(evaluated, card, assets)
+    gaps = kl_gaps(runs, events)
+    for text in gaps:
+        warn(text)
     html = load_template("comparison.html.jinja").render(
         **page_shell(title),
         **{**sections, "drift": [], **_summary(evaluated, card, trade_offs, seeds)},
@@ -93,6 +99,7 @@ def write_comparison(
         runs=table,
         first=evaluated[0].name if evaluated else "",
         trade_offs=[trade_off["figure"] for trade_off in trade_offs],
+        kl_gaps=gaps,
         other_items=[*differing_item_counts(evaluated), *differing_prompts(evaluated)],
         curves=curves,
         curves_json=script_json(readings),
