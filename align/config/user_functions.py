@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,17 +42,27 @@ def add_module_folder(file: Path) -> None:
         return
     root = shipped_root()
     folders = [file.parent.absolute(), *([root] if root in file.absolute().parents else [])]
-    known = os.environ.get(FOLDERS, "").split(os.pathsep)
-    added = [str(folder) for folder in folders if folder != Path.cwd() and str(folder) not in known]
+    add_module_folders([str(folder) for folder in folders if folder != Path.cwd()])
+
+
+def add_module_folders(folders: Iterable[str]) -> None:
+    """Have modules in these folders found, here and in processes that this one starts."""
+    known_folders = module_folders()
+    added = [folder for folder in folders if folder not in known_folders]
     if added:
-        os.environ[FOLDERS] = os.pathsep.join(filter(None, [*known, *added]))
+        os.environ[FOLDERS] = os.pathsep.join([*known_folders, *added])
     search_module_folders()
+
+
+def module_folders() -> list[str]:
+    """Return the folders of the YAML files that were read, for tasks that do not inherit the environment."""
+    return [folder for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
 
 
 def search_module_folders() -> None:
     """Append the folders of YAML files to the search path: what they hold hides no installed module."""
-    for folder in os.environ.get(FOLDERS, "").split(os.pathsep):
-        if folder and folder not in sys.path:
+    for folder in module_folders():
+        if folder not in sys.path:
             sys.path.append(folder)
 
 
@@ -118,6 +128,6 @@ def _find(full: str, role: str) -> Path:
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise UserError(
             f"{role} '{full}': there is no module '{module}'; write it as package.module:function, in the "
-            "current folder, in that of the YAML file, or installed."
+            "current folder, in the folder of the YAML file or of a file that it extends, or installed."
         )
     return Path(spec.origin)

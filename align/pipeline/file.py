@@ -13,6 +13,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from align.config.located_paths import LocatedText, locate
+from align.config.shipped import shipped_files
+from align.config.user_functions import add_module_folder
+from align.config.validation import suggest
 from align.config.yaml import drop_anchor_blocks, load_yaml
 from align.errors import UserError, shorten
 from align.pipeline.executors import EXECUTOR, in_long_forms
@@ -111,6 +114,8 @@ def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     """Read ``path`` on top of what it extends; ``readers`` are the files that led here, the first one first."""
     raw = in_long_forms(locate(load_yaml(path), path))  # first: it refuses paths that no file can have
     resolved = path.resolve()
+    # A base file may name modules in its own folder.
+    add_module_folder(path)
     if resolved in readers:
         circle = " -> ".join(file.name for file in (*readers[readers.index(resolved) :], resolved))
         raise UserError(f"{readers[-1]}: extends: files extend each other in a circle ({circle}). Take one link out.")
@@ -123,13 +128,29 @@ def _merge_with_base(raw: dict[str, Any], folder: Path, place: str, readers: tup
     if base is None:
         return raw
     if not isinstance(base, str) or not base:
-        raise UserError(f"{place}: extends: expected the path of a YAML file; found {shorten(repr(base))}.")
-    base_path = folder / Path(fill_in_variables(base, f"{place}: {EXTENDS}")).expanduser()
-    if not base_path.is_file():
-        start = f"the folder of {readers[-1].name}" if readers else "the folder `base`"
-        raise UserError(f"{place}: extends: there is no file '{base_path}'; the path starts at {start}.")
+        raise UserError(
+            f"{place}: extends: expected the path of a YAML file or the name of a shipped pipeline; found "
+            f"{shorten(repr(base))}."
+        )
+    start = f"the folder of {readers[-1].name}" if readers else "the folder `base`"
+    base_path = _find_base(fill_in_variables(base, f"{place}: {EXTENDS}"), folder, f"{place}: {EXTENDS}", start)
     # The base is read with its own bases first, so the file nearest to the user wins.
     return merge(_read_with_bases(base_path, readers), raw)
+
+
+def _find_base(text: str, folder: Path, place: str, start: str) -> Path:
+    """Return the file that ``extends`` names: a path from ``folder``, or the name of a shipped pipeline.
+
+    A file wins. Raises ``UserError`` with the nearest shipped name if there is neither.
+    """
+    path = folder / Path(text).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_files("pipeline")
+    if text in shipped:
+        return shipped[text]
+    hint = f" Names of shipped pipelines are accepted too.{suggest(text, shipped)}" if Path(text).name == text else ""
+    raise UserError(f"{place}: there is no file '{path}'; the path starts at {start}.{hint}")
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,35 @@ def test_the_path_of_a_base_starts_at_the_files_folder(base: Path) -> None:
     write(base.parent, "extends: deeper/mine.yaml\nseed: 9\n", "third.yaml")
     assert Pipeline.load(path).config.seed == 3
     assert Pipeline.load(base.parent / "third.yaml").config.seed == 9
+
+
+def test_functions_are_found_in_the_folder_of_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setenv("ALIGN_MODULE_FOLDERS", "")
+    ppo = "{policy: model, prompts: data, score: 'own_base_module:final', learning_rate: 1.0e-5, updates: 2}"
+    write(tmp_path / "base", f"{BASE}  ppo: {ppo}\n", "base.yaml")
+    write(tmp_path / "base", "def final(prompt, response):\n    return 1.0\n", "own_base_module.py")
+    path = write(tmp_path / "other", "extends: ../base/base.yaml\nname: mine\n")
+    assert Pipeline.load(path).nodes["ppo"].config.score == "own_base_module:final"  # type: ignore[attr-defined]
+
+
+def test_shipped_pipeline_is_extended_by_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "extends: smoke\nname: mine\nseed: 9\n")
+    pipeline = Pipeline.load(path)
+    assert (pipeline.name, pipeline.config.seed) == ("mine", 9)
+    assert {node.name: node.key for node in Pipeline.load(path, ["seed=7"])} == {
+        node.name: node.key for node in Pipeline.load("pipelines/smoke.yaml")
+    }
+
+
+def test_file_wins_over_a_shipped_pipeline(base: Path) -> None:
+    base.rename(base.parent / "smoke")
+    assert Pipeline.load(write(base.parent, "extends: smoke\nname: mine\n")).config.seed == 3
+
+
+def test_misspelled_shipped_pipeline_is_suggested(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"extends: there is no file '.*/smoek'; .* Did you mean 'smoke'\?"):
+        Pipeline.load(write(tmp_path, "extends: smoek\nname: mine\n"))
 
 
 def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from align.clusters.follow import JobResult, JobState, read_note, write_note
 from align.clusters.threads import await_inputs, with_threads
 from align.config.executor import RayExecutor
+from align.config.user_functions import add_module_folders, module_folders
 from align.errors import StageFailed, UserError
 from align.inference import ray_client
 from align.pipeline.pipeline import Node, Pipeline
@@ -47,6 +48,8 @@ class StageTask:
     """True when the stage runs although an artifact is there, the one created at ``replaces``."""
     replaces: str | None = None
     cores: int = 1
+    module_folders: list[str] = field(default_factory=list)
+    """Folders of the pipeline's files, whose modules it may name."""
 
     def write_note(self, result: JobResult) -> None:
         """Write the task's state into its note."""
@@ -77,6 +80,7 @@ def _run_stage(task: StageTask) -> JobResult:
     log: Path | None = None
     try:
         _enter(task.base)
+        add_module_folders(task.module_folders)
         store = Opening(**task.store).open()
         pipeline = Pipeline(task.raw, task.where, Path(task.base), task.rounds)
         pipeline = with_threads(pipeline, max(1, task.cores))
@@ -171,6 +175,7 @@ class RayQueue:
                 force=node.name in force,
                 replaces=self._replaces.get(node.name),
                 cores=int(block.cpus),
+                module_folders=module_folders(),
             )
             # Ray starts the task when these have ended.
             inputs = [self.references[name] for name in node.input_names if name in self.references]

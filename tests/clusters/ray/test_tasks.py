@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_a_task_makes_its_stage_and_says_so(folder: Path) -> None:
     actual = {artifact.stage: artifact.record for artifact in Store.open(folder / "store").all()}
     assert actual["total"]["metrics"] == {"total": 3}
     assert run_stage_task(work(folder, "total"), "done", "failed") == "skipped"
+
+
+def test_task_finds_modules_in_folders_of_other_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setenv("ALIGN_MODULE_FOLDERS", "")
+    run_stage_task(work(folder, "one", module_folders=[str(folder / "base")]))
+    assert str(folder / "base") in sys.path and os.environ["ALIGN_MODULE_FOLDERS"] == str(folder / "base")
 
 
 def test_a_stage_that_fails_says_why_and_where_its_log_is(folder: Path) -> None:
