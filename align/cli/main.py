@@ -19,8 +19,8 @@ from align.store.version import VERSION
 
 if TYPE_CHECKING:
     from align.capacity.memory import Estimate
-    from align.pipeline.pipeline import Node, Pipeline
-    from align.runner.plan import History, Step
+    from align.pipeline.pipeline import Pipeline
+    from align.runner.plan import Step
     from align.store.store import Store
 
 FAILED = 1
@@ -178,17 +178,10 @@ def _explain(options: argparse.Namespace) -> int:
         print_json(changes)
         return 0
     for node in pipeline:
-        print(f"{node.name}: {_stage_state(history, node)}")
+        print(printable(f"{node.name}: {history.state(node)}"))
         for line in changes[node.name]:
             print(printable(f"    {line}"))
     return 0
-
-
-def _stage_state(history: History, node: Node) -> str:
-    last = history.previous(node)
-    if last is None:
-        return "never finished"
-    return "unchanged" if last.record["key"] == node.key else "changed"
 
 
 def _schema(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from align.capacity.memory import resolve_engine
 from align.config.stages.continue_from import (
     CONTINUE,
     DATA,
@@ -78,8 +79,16 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
         state = f" (its state: {size_text(size)})"
     start = f"continues '{source.name}'{state}"
     if reason is None:
-        return [f"{start}; equals {at_once} at once, bit for bit on a CPU"]
+        return [f"{start}; equals {at_once} at once, {_exactness(pipeline, node)}"]
     return [f"{start}; differs from {at_once} at once: {reason}"]
+
+
+def _exactness(pipeline: Pipeline, node: Node) -> str:
+    """Return how exactly a continued stage equals one run of all its steps, as a clause."""
+    samples = node.stage.samples and getattr(node.config, "on_policy", 1) > 0
+    if samples and resolve_engine(pipeline.runtimes[node.name])[0] != "transformers":
+        return "but for vLLM's rounding, which can change a sampled token: prompts and seeds are the same"
+    return "bit for bit on a CPU"
 
 
 def suggest_continuing(pipeline: Pipeline, node: Node, finished: Iterable[Artifact]) -> str | None:
@@ -98,7 +107,9 @@ def suggest_continuing(pipeline: Pipeline, node: Node, finished: Iterable[Artifa
     changed = {name: value for name, value in settings.items() if value != getattr(node.config, name)}
     now = {name: getattr(node.config, name) for name in changed}
     reason = inexactness(node.config, int(_done(best)) * steps_per_length(node.config), _steps(node, None))
-    equal = "with the same result, bit for bit on a CPU" if reason is None else f"with another result, as {reason}"
+    equal = f"with another result, as {reason}"
+    if reason is None:
+        equal = f"with the same result, {_exactness(pipeline, node)}"
     more = _free_name(f"{node.name}_more", pipeline)
     done = f"{plain_number(_done(best))} {'updates' if 'updates' in settings else 'steps'}"
     return (

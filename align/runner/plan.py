@@ -113,6 +113,19 @@ class History:
         """The newest artifact that this stage made in a run of the same name, or None."""
         return self._newest.get((node.stage.kind, node.name))
 
+    def state(self, node: Node) -> str:
+        """Return whether a stage's settings are those of its last finished self, or of another finished stage."""
+        last = self.previous(node)
+        if last is not None and last.record["key"] == node.key:
+            return "unchanged"
+        # Runs share stages with equal keys, and a run may return to earlier settings.
+        finished = next((artifact for artifact in self._artifacts if artifact.record["key"] == node.key), None)
+        if last is None and finished is not None:
+            return f"finished as '{finished.stage}' in run '{finished.record.get('pipeline')}'"
+        if last is None:
+            return "never finished"
+        return "changed" if finished is None else "changed, and finished before with these settings"
+
     def explain(self, node: Node) -> list[str]:
         """Differences between this stage and its last finished self, one line a field; empty when there is none."""
         last = self.previous(node)

@@ -86,6 +86,25 @@ def test_mistakes_end_with_2_and_one_message(
     assert captured.out == ""
 
 
+def test_explain_names_the_run_that_finished_a_stage(
+    pipeline_file: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(pipeline_file), "--store", store]
+    other = ["--set", "name=other"]
+    assert main(["run", *words, *other]) == 0
+    assert main(["run", *words, *other, "--set", "stages.total.scale=3"]) == 0
+    capsys.readouterr()
+    assert main(["explain", *words]) == 0
+    assert "one: finished as 'one' in run 'other'\n" in capsys.readouterr().out
+    # A run that returns to settings of an earlier one is cached, although the last one had others.
+    assert main(["explain", *words, *other]) == 0
+    output = capsys.readouterr().out
+    assert "one: unchanged\n" in output
+    assert "total: changed, and finished before with these settings\n" in output
+    assert main(["plan", *words, "--json"]) == 0
+    assert {step["action"] for step in json.loads(capsys.readouterr().out)} == {"cached"}
+
+
 def test_a_failed_stage_ends_with_1(pipeline_file: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(pipeline_file), "--store", store, "--set", "stages.one.crash=bug"]) == 1
     assert "stage 'one' failed: ValueError: a bug" in capsys.readouterr().err

@@ -86,6 +86,28 @@ def test_a_plan_says_how_large_the_state_is_and_counts_updates(store: Store) -> 
     assert notes(pipe, store, "more").startswith("continues 'ppo' (its state: 0.0 MB); equals `updates: 5` at once")
 
 
+@pytest.mark.parametrize(
+    ("runtime", "expected"),
+    [
+        ({"engine": {"name": "transformers"}}, "at once, bit for bit on a CPU"),
+        ({"engine": {"name": "vllm"}}, "at once, but for vLLM's rounding, which can change a sampled token"),
+        ({"rollouts": {"servers": 1}}, "at once, but for vLLM's rounding"),
+    ],
+)
+def test_plan_promises_equal_bits_only_without_vllm(runtime: dict[str, Any], expected: str, store: Store) -> None:
+    stages = {"ppo": PPO, "more": {"continue_from": "ppo", "updates": 5}, "sft_more": MORE}
+    pipe = Pipeline({**pipeline(**stages).plain, "runtime": runtime})
+    assert expected in notes(pipe, store, "more")
+    # Training on rows samples nothing, whatever the engine is.
+    assert "at once, bit for bit on a CPU" in notes(pipe, store, "sft_more")
+
+
+def test_suggestion_promises_equal_bits_only_without_vllm(store: Store) -> None:
+    finish(store, pipeline(ppo=PPO).nodes["ppo"], updates=2)
+    longer = {**pipeline(ppo={**PPO, "updates": 5}).plain, "runtime": {"engine": {"name": "vllm"}}}
+    assert "with the same result, but for vLLM's rounding" in notes(Pipeline(longer), store, "ppo")
+
+
 def test_a_run_with_more_steps_suggests_to_continue(store: Store) -> None:
     finish(store, pipeline().nodes["sft"], steps=6)
     longer = pipeline().set("stages.sft.max_steps=12")
