@@ -26,6 +26,11 @@ def test_turns_and_observations_stand_in_one_line():
     assert EPISODE.text == "done"
 
 
+def test_tokens_of_the_environment_have_the_weights_before_them():
+    turns = [PolicyTurn([10, 11], [-0.5, -0.25], True, "call", 3), PolicyTurn([12], [-1.0], True, "done", 4)]
+    assert Episode([1], turns, [[20, 21, 22]]).weights_updates == [3, 3, 3, 3, 3, 4]
+
+
 def test_json_changes_nothing():
     assert Episode.from_json(json.loads(json.dumps(EPISODE.to_json()))) == EPISODE
 

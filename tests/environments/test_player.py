@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from align.environments import player as player_module
+from align.environments.episode import Episode
 from align.environments.episode_run import UserRules
 from align.environments.journal import Journal
-from align.environments.player import EpisodePlayer, EpisodeTask, episode_tasks
+from align.environments.player import EpisodePlayer, EpisodeTask, episode_tasks, play_in_parts
 from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Response, TurnRequest
@@ -134,3 +136,18 @@ def test_a_failure_of_the_user_ends_the_rollout_though_turns_are_in_flight(
 
     with pytest.raises(RuntimeError, match="no budget"):
         play(pool, OneByOne(speak), ScriptedUser(refuse, in_background=True), tmp_path)
+
+
+def test_parts_are_played_in_order_and_grouped_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(player_module, "EPISODES_TOGETHER", 4)
+    rows = [{"id": str(number)} for number in range(3)]
+    parts: list[tuple[str, int]] = []
+
+    def play_part(name: str, tasks: Sequence[EpisodeTask]) -> list[Episode]:
+        parts.append((name, len(tasks)))
+        return [Episode([int(task.row["id"])]) for task in tasks]
+
+    groups = play_in_parts(play_part, "train", rows, samples=2, seed=7)
+    # Six episodes in parts of four; the second row's two are in the first part, the third row's in the second.
+    assert parts == [("train-0000000", 4), ("train-0000004", 2)]
+    assert [[episode.prompt_ids for episode in group] for group in groups] == [[[0]] * 2, [[1]] * 2, [[2]] * 2]

@@ -68,6 +68,12 @@ def test_t_quantile_against_the_table(degrees, expected):
     assert t_quantile(0.975, degrees) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize(("degrees", "expected", "within"), [(5, 4.0321, 1e-3), (10, 3.1693, 1e-4), (30, 2.75, 1e-5)])
+def test_t_quantile_comes_closer_with_more_degrees(degrees, expected, within):
+    # At 99 % the terms in powers of 1 / degrees are larger than at 95 %, so an error in one of them shows.
+    assert t_quantile(0.995, degrees) == pytest.approx(expected, rel=within)
+
+
 def test_bootstrap_matches_the_t_interval():
     x = np.random.default_rng(1).normal(3, 2, size=200)
     estimate = mean_interval(x, resamples=20_000, seed=0)

@@ -107,6 +107,13 @@ def test_a_refusal_names_the_argument_its_value_and_its_bound() -> None:
         make_arguments("ppo", learning_rate=None)
 
 
+def test_reuse_forward_accepts_shares_only() -> None:
+    assert [make_arguments("ppo", reuse_forward=share).reuse_forward for share in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]
+    for share in (-0.5, 1.5):
+        with pytest.raises(ValueError, match=f"^reuse_forward is {share}; it is a share of micro-batches"):
+            make_arguments("ppo", reuse_forward=share)
+
+
 @KINDS
 def test_arguments_take_every_field_by_keyword(kind: str) -> None:
     parameters = inspect.signature(arguments_of(kind)).parameters

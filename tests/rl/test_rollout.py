@@ -142,6 +142,25 @@ def test_a_metric_that_one_process_never_got_is_missing_there_and_no_error():
     assert means["score"] == 2.0 and means["score_a_tokens"] == 5.0 and means["score_a_tokens_std"] == 0.0
 
 
+def test_subset_is_cut_to_its_longest_response():
+    tensors = {
+        "scores": torch.tensor([1.0, 2.0, 3.0]),
+        "score_by_turn": torch.tensor([[1.0], [2.0], [3.0]]),
+        "kl": torch.arange(12).view(3, 4),
+        "response_mask": torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool(),
+    }
+    rollout = Rollout(0, [{}] * 3, [0, 0, 1], [[1]] * 3, [[5], [5, 6, 7, 2], [5, 2]], ["a", "b", "c"], tensors)
+    subset = rollout.subset([2, 0])
+    assert (subset.groups, subset.responses, subset.texts) == ([1, 0], [[5, 2], [5]], ["c", "a"])
+    assert {name: tensor.tolist() for name, tensor in subset.tensors.items()} == {
+        "scores": [3.0, 1.0],
+        "score_by_turn": [[3.0], [1.0]],
+        "kl": [[8, 9], [0, 1]],
+        "response_mask": [[True, True], [True, False]],
+    }
+    assert subset.candidates is rollout
+
+
 def scored(scores, parts):
     """Two responses, whose episodes have ``scores`` and ``parts``."""
     episodes = [Episode([1], [PolicyTurn([5], [-1.0], True, "")], score=score, parts=parts) for score in scores]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from align.models.loading import load_policy
 from align.pipeline.registry import STAGES
@@ -37,6 +37,17 @@ def test_the_decay_rises_to_what_was_asked_for() -> None:
     assert [decay_at(step, 0.9) for step in (1, 8)] == [2 / 11, 9 / 18]
     assert decay_at(80, 0.9) == 0.9  # 81 / 90
     assert decay_at(10_000, 0.9) == 0.9
+
+
+def test_average_moves_by_its_share_of_each_step() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average = AverageWeights(model, 0.9)
+    # The decays of the first steps are 2/11 and 3/12: 0 + 9/11 x 11 = 9, and 9 + 3/4 x (13 - 9) = 12.
+    for step, weight, expected in ((1, 11.0, 9.0), (2, 13.0, 12.0)):
+        torch.nn.init.constant_(model.weight, weight)
+        average.on_step_end(None, TrainerState(global_step=step), TrainerControl())
+        assert average.averages["weight"].item() == pytest.approx(expected)
 
 
 def test_the_average_is_scored_and_saved(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from align.models.logits import PLAIN, LogitTransform
-from align.training.divergence import CHUNK, Known, Live, Measure, summed_divergence, with_rest
+from align.training.divergence import CHUNK, Known, Live, Measure, summed_divergence, summed_kl, with_rest
 
 STUDENT, TEACHER = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])
 
@@ -24,6 +24,14 @@ def test_forward_and_reverse_differ_in_whose_distribution_weighs() -> None:
     forward = 0.2 * math.log(0.4) + 0.2 * math.log(2 / 3) + 0.6 * math.log(3)
     assert Measure("forward").of(student, teacher).item() == pytest.approx(forward, abs=1e-6)
     assert Measure("reverse").of(student, teacher).item() == pytest.approx(kl(STUDENT, TEACHER), abs=1e-6)
+
+
+def test_kl_to_a_base_model_weighs_by_the_base() -> None:
+    # Heads that return log-probabilities as logits, so the softmax gives the probabilities back.
+    base, student = TEACHER.log().repeat(2, 1), STUDENT.log().repeat(2, 1)
+    actual = summed_kl(base, nn.Identity(), student, nn.Identity())
+    # Two tokens of 0.2 ln(0.2 / 0.5) + 0.2 ln(0.2 / 0.3) + 0.6 ln(0.6 / 0.2) nats.
+    assert float(actual) == pytest.approx(2 * (0.2 * math.log(0.4) + 0.2 * math.log(2 / 3) + 0.6 * math.log(3)))
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])

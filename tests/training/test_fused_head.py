@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -69,6 +70,20 @@ def test_heads_of_another_kind_keep_trl_s_function(
     hidden, weight, targets = inputs()
     outputs = fused_head._BlockwiseHead.apply(hidden, weight, bias, targets, 1.0, 32768, soft_cap, 1.0, names)
     assert outputs[0].shape == (9,)
+
+
+def test_plain_head_on_a_cpu_is_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise AssertionError("computed by trl")
+
+    monkeypatch.setattr(fused_head.ChunkedLogProbFunction, "apply", fail)
+    # The logits of both tokens are (1, 0) / 0.5, so softmax gives e^2 / (e^2 + 1) and 1 / (e^2 + 1).
+    hidden = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    outputs = fused_head._BlockwiseHead.apply(
+        hidden, torch.eye(2), None, torch.tensor([0, 1]), 0.5, 32768, None, 1.0, ()
+    )
+    normalizer = math.log(math.exp(2) + 1)
+    assert outputs[0].tolist() == pytest.approx([2 - normalizer, -normalizer])
 
 
 def test_trl_still_has_the_names_and_arguments_that_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

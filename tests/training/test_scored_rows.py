@@ -20,3 +20,8 @@ def test_targets_are_standardized_over_those_that_have_one() -> None:
     scale = scale_of([{"target": 1.0}, {"target": None}, {"target": 3.0}, {"target": 5.0}], "reward")
     assert scale == Scale(3.0, (8 / 3) ** 0.5)
     assert scale(3.0) == 0.0
+
+
+def test_default_scale_keeps_targets() -> None:
+    # Shares and log-odds (score_loss: bce) are trained on as they are.
+    assert [Scale()(target) for target in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]

@@ -156,6 +156,16 @@ def test_beginnings_at_several_depths_are_there_once():
     assert len(share_prefixes([[1, 2, 3, 4], [1, 2, 3, 5]])[0].tokens) == 8
 
 
+def test_batches_count_a_common_beginning_once():
+    rows = [[*range(10), last] for last in (1, 2, 3)]
+    # The first row has 11 tokens, and each further row adds one.
+    assert batches_of_shared(rows, 13) == [[0, 1, 2]]
+    assert batches_of_shared(rows, 12) == [[0, 1], [2]]
+    # Three tokens in common are read twice: 4 + 4.
+    assert batches_of_shared([[1, 2, 3, 4], [1, 2, 3, 5]], 8) == [[0, 1]]
+    assert batches_of_shared([[1, 2, 3, 4], [1, 2, 3, 5]], 7) == [[0], [1]]
+
+
 @given(rows_with_beginnings(), st.integers(1, 40))
 @settings(max_examples=100, deadline=None)
 def test_batches_have_every_row_once_and_equal_rows_together(rows, tokens):
