@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.capacity.job import Job, Setting
+from align.capacity.sharding import Job, Setting
 from align.config.runtime import Runtime
-from align.models.architecture import read_architecture
+from align.models.architecture import Architecture, read_architecture
+from benchmarks.flops import forward_flops, learning_flops
 from benchmarks.gpu_machine import PeakMemory, matrix_rate
 from benchmarks.gpu_models import make_model
 from benchmarks.stage_work import FIELD, ROLLOUTS, config_of, plan_job, run_stage
@@ -71,8 +72,8 @@ def measure(item: StageItem, work: Path) -> dict[str, Any]:
         events = [json.loads(line) for line in (root / "events").read_text(encoding="utf-8").splitlines()]
         digest = weights_digest(root / "output")
     steps_a_second, tokens_a_second = speed(events)
-    work_of_row = job.work(1.0)
-    operations = steps_a_second * _rows_of_step(item, job) * (work_of_row.learning + work_of_row.scoring)
+    architecture = read_architecture(model / "config.json")
+    operations = steps_a_second * _rows_of_step(item, job) * operations_of_row(item, architecture)
     setting = Setting(job.micro_batch, accumulated=job.batch > job.micro_batch, checkpointing=job.checkpointing,
                       gpu=item.device == "cuda")  # fmt: skip
     return {
@@ -96,7 +97,40 @@ def planned_job(item: StageItem, model: Path) -> Job:
 
 def _rows_of_step(item: StageItem, job: Job) -> int:
     """Return the rows between two events: those of an optimizer step, or the responses of an update."""
-    return job.rollout if item.stage in ROLLOUTS else job.batch
+    config = config_of(item.stage, item.fields)
+    rows: int = config.rollout_batch if item.stage in ROLLOUTS else job.batch
+    return rows
+
+
+def operations_of_row(item: StageItem, model: Architecture) -> float:
+    """Return the floating-point operations of one row, all of the greatest length: training, references and rewards."""
+    config = config_of(item.stage, item.fields)
+    if item.stage in ROLLOUTS:
+        return _operations_of_response(config, model)
+    tokens = config.sides * config.max_length
+    head = tokens if config.has_vocabulary else 0.0
+    reference = config.refers * forward_flops(model, tokens, config.max_length, head)
+    return float(learning_flops(model, config.tuning, tokens, config.max_length, head) + reference)
+
+
+def _operations_of_response(config: Any, model: Architecture) -> float:
+    """Return the operations of a rollout's response; reward model and critic are as large as the policy."""
+    length = config.max_prompt_tokens + config.max_tokens
+    # A prompt is read once for its responses.
+    shares = config.samples_per_prompt if config.trainer.get("share_prompts", True) else 1
+    tokens = config.max_prompt_tokens / shares + config.max_tokens
+    learning = learning_flops(model, config.tuning, tokens, length, config.max_tokens)
+    # The rollout's log-probabilities under the policy and the reference, and its rewards.
+    scoring = 2 * forward_flops(model, tokens, length, config.max_tokens) + forward_flops(model, length, length)
+    if getattr(config, "critic_source", None) in ("reward", "policy"):
+        learning += learning_flops(model, config.tuning, tokens, length)
+        scoring += forward_flops(model, tokens, length)
+    if not config.tuning.trains_all:
+        # The reference continues from the policy's hidden states below the first adapter.
+        frozen_share = 1 - model.learning_layers(config.tuning) / model.layers
+        scoring -= forward_flops(model, tokens, length) * frozen_share
+    epochs = config.num_epochs * config.kept_per_prompt / config.samples_per_prompt
+    return float(epochs * learning + scoring)
 
 
 def speed(events: list[dict[str, Any]]) -> tuple[float, float]:

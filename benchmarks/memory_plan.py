@@ -14,23 +14,21 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.capacity.estimators import sample as memory_sample
+from align.capacity import estimate_sampling
 from align.capacity.hardware import parse_hardware
-from align.capacity.inference import Rows
-from align.capacity.job import Setting
-from align.capacity.layouts import EngineLayout
 from align.capacity.sampling_ways import sampling_way
+from align.capacity.sharding import Setting
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture, architecture_of
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES
 from align.pipeline.thread_waiting import SPINNING
 from align.runner.worker import ENVIRONMENT
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer
-from benchmarks.stage_work import FIELD, config_of, plan_job
+from benchmarks.stage_work import FIELD, TEST_ROWS, config_of, plan_job
 
 SURROUNDINGS = {**ENVIRONMENT, **SPINNING, "TOKENIZERS_PARALLELISM": "false", **os.environ}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -114,10 +112,12 @@ def _sampled(wanted: Configuration, model: Architecture) -> dict[str, int]:
     """The same for a stage that samples, whose baseline has the libraries in it already."""
     models = {"policy": [model]} | ({"reward": [model]} if wanted.fields.get("reward") else {})
     config = config_of("sample", wanted.fields)
-    inference = memory_sample.inference(config, models, {"prompts": Rows(wanted.rows, 4)})
+    inference = estimate_sampling.inference(config, models)
+    # The data has few rows, so a call of the engine has fewer sequences than the stage's own limit.
+    sequences = (wanted.rows + TEST_ROWS) * config.n
+    load = replace(inference.sampling[0], call=min(inference.sampling[0].call, sequences))
     runtime = Runtime.model_validate(RUNTIME)
-    layout = EngineLayout("process", "transformers")
-    way = sampling_way(inference, runtime, parse_hardware("cpu"), layout, 1.0)
+    way = sampling_way(replace(inference, sampling=(load,)), runtime, parse_hardware("cpu"))
     return {name: amount for name, amount in way.parts.items() if name != "context"}
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from align.models.architecture import Architecture, architecture_of
-from align.models.flops import forward_flops, learning_flops
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.open_store import open_store
 from align.store.store import Store
+from benchmarks.flops import forward_flops, learning_flops
 from benchmarks.training import matrix_peak
 
 PIPELINE = Path(__file__).parents[1] / "pipelines" / "quickstart.yaml"

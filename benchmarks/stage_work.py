@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.capacity.estimate import estimator_of
-from align.capacity.job import Job
+from align.capacity.plan import estimator_of
+from align.capacity.sharding import Job
 from align.config.runtime import Runtime
 from align.models.architecture import Architecture
 from align.pipeline.context import StageContext
@@ -22,6 +22,8 @@ ROLLOUTS = ("ppo", "grpo")
 """Those that learn from rollouts, which a reward model scores."""
 PROMPTED = (*ROLLOUTS, "sample")
 """Those that answer prompts."""
+TEST_ROWS = 4
+"""Rows of the test split of the data."""
 
 
 def plan_job(kind: str, config: Any, models: Mapping[str, list[Architecture]], runtime: Runtime) -> Job:
@@ -105,7 +107,7 @@ def _data(root: Path, tokenizer: Any, kind: str, length: int, count: int) -> Art
     for split, start in (("train", 0), ("test", count)):
         rows = [
             {"id": f"{start + index}", "source": "made", "checks": "", **row(start + index)}
-            for index in range(count if split == "train" else 4)
+            for index in range(count if split == "train" else TEST_ROWS)
         ]
         write_rows(root / f"{split}.parquet", rows)
     return Artifact("d", Kind.PROMPTS if kind in PROMPTED else Kind.PREFERENCES, root, {"key": "2"})

@@ -1,26 +1,22 @@
-"""Devices with their memory, speed, links and price, and the notation ``4x8xh100``. Never imports torch.
+"""Devices with their memory, the notation ``4x8xh100``, and one way to fit a stage on them. Never imports torch.
 
-Speeds are from the makers' data sheets (dense products, no sparsity). Memory is what torch reports on such a card,
-which is less than its name says.
+The memory of a card is the memory that torch reports on it, which is less than its name says.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from align.config.validation import suggest
 from align.errors import UserError
-from align.pipeline.machine_limits import usable_cores, usable_memory
+from align.pipeline.machine_limits import usable_memory
 
 GIB = 2**30
-PRICES_FROM = (
-    "rates on demand in US dollars, early 2026: RunPod's as listed by deploybase.ai (March 2026), an A100 of 40 GB by "
-    "alloclabs.com (February 2026); prices move, so give yours with --price"
-)
-"""Source of the prices."""
-CPU_GFLOPS_PER_CORE = {"bfloat16": 200.0, "float32": 90.0}
-"""Rate of a 2048-square matrix product on one core of an AMD EPYC with avx512_bf16 (docs/performance.md)."""
+CPU = re.compile(r"cpu(-(?P<gib>[1-9]\d{0,4}))?")
+NOTATION = re.compile(r"((?P<first>[1-9]\d{0,3})x)?((?P<second>[1-9]\d{0,3})x)?(?P<name>[a-z][a-z0-9-]*|\d{4})")
 
 
 @dataclass(frozen=True)
@@ -30,17 +26,6 @@ class Device:
     name: str
     memory: int
     """Bytes available to programs."""
-    flops: float
-    """Peak operations per second of matrix products in bfloat16."""
-    flops_float32: float
-    bandwidth: float
-    """Bytes per second from its memory."""
-    link: float
-    """Bytes per second to the other devices of a machine, each way."""
-    network: float = 50e9
-    """Bytes per second and device to other machines, each way: 400 Gbit/s."""
-    price: float | None = None
-    """US dollars per hour."""
     context: int = int(0.7 * GIB)
     """Bytes that the driver and the libraries need before any tensor."""
     host: int = 200 * GIB
@@ -53,32 +38,21 @@ class Device:
         return int(0.95 * self.memory) - self.context
 
 
-def _card(
-    name: str, gib: float, tflops: float, tflops_float32: float, terabytes: float, link: float, price: float
-) -> Device:
-    return Device(name, int(gib * GIB), tflops * 1e12, tflops_float32 * 1e12, terabytes * 1e12, link * 1e9, price=price)
-
-
-DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (
-        # name, GiB, TFLOP/s in bfloat16 and float32 (TF32 products), TB/s, GB/s to its neighbors each way, dollars
-        _card("b200", 178.4, 2250, 1125, 8.0, 900, 5.98),
-        _card("h200", 139.8, 989, 495, 4.8, 450, 3.59),
-        _card("h100", 79.1, 989, 495, 3.35, 450, 2.69),
-        _card("a100-80", 79.2, 312, 156, 2.04, 300, 1.39),
-        _card("a100-40", 39.4, 312, 156, 1.555, 300, 1.50),
-        _card("l40s", 44.5, 362, 183, 0.864, 25, 0.79),
-        _card("l4", 22.0, 121, 60, 0.3, 25, 0.44),
-        _card("a10g", 22.0, 70, 35, 0.6, 25, 1.00),
-        _card("rtx4090", 23.5, 165, 83, 1.008, 25, 0.34),
-        _card("rtx3090", 23.6, 71, 36, 0.936, 25, 0.22),
-    )
+GIB_OF_CARDS = {
+    "b200": 178.4,
+    "h200": 139.8,
+    "h100": 79.1,
+    "a100-80": 79.2,
+    "a100-40": 39.4,
+    "l40s": 44.5,
+    "l4": 22.0,
+    "a10g": 22.0,
+    "rtx4090": 23.5,
+    "rtx3090": 23.6,
 }
+DEVICES = {name: Device(name, int(gib * GIB)) for name, gib in GIB_OF_CARDS.items()}
 """Cards by their name in ``--hardware``."""
 ALIASES = {"a100": "a100-80", "4090": "rtx4090", "3090": "rtx3090", "h100-80": "h100"}
-CPU = re.compile(r"cpu(-(?P<gib>[1-9]\d{0,4}))?")
-NOTATION = re.compile(r"((?P<first>[1-9]\d{0,3})x)?((?P<second>[1-9]\d{0,3})x)?(?P<name>[a-z][a-z0-9-]*|\d{4})")
 
 
 @dataclass(frozen=True)
@@ -103,11 +77,16 @@ class Hardware:
             return f"{self.per_node}x{self.device.name}"
         return self.device.name
 
+    def other_cards(self) -> list[Hardware]:
+        """Return the same number of each other card, the smallest card first."""
+        cards = sorted(DEVICES.values(), key=lambda device: device.memory)
+        return [replace(self, device=card) for card in cards if card.name != self.device.name]
 
-def parse_hardware(text: str, price: float | None = None) -> Hardware:
+
+def parse_hardware(text: str) -> Hardware:
     """Parse ``cpu``, ``1xa100-40``, ``8xh100`` or ``4x8xh100`` (machines, devices of each); ``cpu-64`` has 64 GiB.
 
-    ``price`` replaces the table's, in dollars per hour and device. Raises ``UserError`` for any other text.
+    Raises ``UserError`` for any other text.
     """
     match = NOTATION.fullmatch(text.strip().lower())
     name = match["name"] if match else text
@@ -118,45 +97,76 @@ def parse_hardware(text: str, price: float | None = None) -> Hardware:
             f"--hardware {text}: expected a number of devices and their name, such as 8xh100, 1xa100-40, cpu, or "
             f"4x8xh100 for four machines of eight.{suggest(name, [*DEVICES, *ALIASES, 'cpu'])}"
         )
-    if price is not None:
-        device = replace(device, price=price)
     first, second = int(match["first"] or 1), match["second"]
     # ``8xh100`` is one machine with eight devices, ``4x8xh100`` four such machines.
     nodes, per_node = (first, int(second)) if second else (1, first)
     if not device.gpu:
-        # Processes on one processor share its cores and memory, which cards do not.
-        device = _divide_processor(device, per_node)
+        # Processes on one processor share its memory, which cards do not.
+        share = device.memory // per_node
+        device = replace(device, memory=share, host=share)
     return Hardware(device, nodes, per_node)
-
-
-def _divide_processor(device: Device, processes: int) -> Device:
-    """Return one process's share of a processor's memory and cores."""
-    if processes == 1:
-        return device
-    return replace(
-        device,
-        memory=device.memory // processes,
-        flops=device.flops / processes,
-        flops_float32=device.flops_float32 / processes,
-        bandwidth=device.bandwidth / processes,
-        host=device.memory // processes,
-    )
 
 
 def _processor(gib: str | None) -> Device:
     """Return this machine's processor; ``gib`` replaces the machine's memory."""
-    cores = usable_cores()
     memory = int(gib) * GIB if gib else usable_memory()
-    return Device(
-        name="cpu" if gib is None else f"cpu-{gib}",
-        memory=memory,
-        flops=cores * CPU_GFLOPS_PER_CORE["bfloat16"] * 1e9,
-        flops_float32=cores * CPU_GFLOPS_PER_CORE["float32"] * 1e9,
-        bandwidth=20e9,
-        link=10e9,
-        network=1.25e9,
-        price=0.0,
-        context=int(0.8 * GIB),
-        host=memory,
-        gpu=False,
-    )
+    name = "cpu" if gib is None else f"cpu-{gib}"
+    return Device(name, memory, context=int(0.8 * GIB), host=memory, gpu=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to run a stage on devices, with the bytes of the fullest device."""
+
+    label: str
+    """Name for the table."""
+    batch: int
+    """Rows of a device's micro-batch, or sequences that an engine decodes at a time; 0 if not even one fits."""
+    largest: int
+    """The largest ``batch`` that would fit, whatever the config asks for."""
+    parts: dict[str, int]
+    """Bytes on the fullest device, by purpose; for the smallest batch if none fits."""
+    obstacle: str = ""
+    """Why the way does not fit; empty if it fits."""
+
+    @property
+    def fits(self) -> bool:
+        """True if no obstacle was found."""
+        return not self.obstacle
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the fullest device, driver and libraries included."""
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything in words and bytes."""
+        return {
+            "way": self.label,
+            "peak": self.peak,
+            "parts": self.parts,
+            "fits": self.fits,
+            "why_not": self.obstacle or None,
+        }
+
+
+def largest_that_fits(fits: Callable[[int], bool], maximum: int) -> int:
+    """Return the greatest number up to ``maximum`` for which ``fits`` holds; 0 for none.
+
+    ``fits`` must be monotone: if it holds for a number, it holds for every smaller one.
+    """
+    if not fits(1):
+        return 0
+    # Double until it no longer fits, then bisect: low always fits, high does not.
+    low = 1
+    high = 2
+    while high <= maximum and fits(high):
+        low = high
+        high = 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return min(low, maximum)

@@ -1,126 +1,356 @@
-"""The cheapest way to sample and score for a stage, and remedies if none fits. Never imports torch.
+"""Memory of a stage that samples and scores on one device, and remedies if it does not fit. Never imports torch.
 
-The stage's phases follow each other: engines sample and are closed, then reward models score, then checkpoints read.
-The fullest phase decides. vLLM on a GPU may use ``runtime.engine.gpu_memory`` of it and no more.
+The phases of a stage follow each other: engines sample and are closed, then reward models score, then checkpoints
+read. The fullest phase decides. vLLM on a GPU may use ``runtime.engine.gpu_memory`` of it and no more. Scratch space
+of kernels and the reserve of an allocator are not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from align.capacity.hardware import DEVICES, GIB, Hardware
-from align.capacity.inference import Inference, SamplingLoad, sampling_memory, scoring_memory, user_memory
-from align.capacity.layouts import (
-    GPUS_OF_A_MACHINE,
-    EngineLayout,
-    EngineName,
-    candidate_layouts,
-    local_engine,
-    requested_layout,
-    tensor_parallel_bytes,
-    tensor_parallel_obstacle,
-)
-from align.capacity.timing import ScheduledLoad, inference_time
-from align.capacity.ways import Way, by_preference, largest_that_fits
+from align.capacity.hardware import GIB, Device, Hardware, Way, largest_that_fits
+from align.capacity.memory import engine_memory, resolve_engine
+from align.config.base import Precision
+from align.config.batch_sizes import CPU_STEP_TOKENS, SCORED_AT_ONCE
+from align.config.environment import EnvironmentConfig
 from align.config.runtime import Runtime
+from align.config.simulated_user import USER_INPUT
 from align.config.vllm_servers import RolloutsConfig
-from align.models.activations import FLOAT, SIZES
+from align.models.activations import FLOAT, SIZES, passing_per_token
+from align.models.architecture import Architecture
 
+HEAD_ROWS = 256
+"""Tokens whose logits are in float32 at a time (``align.evaluation.logprobs``)."""
+GPU_STEP_TOKENS = 16384
+"""Prompt tokens that vLLM reads in one step on a GPU: the largest of vLLM's own defaults, which begin at 2,048."""
 MAX_SEQUENCES = 1 << 20
 """Greatest number of sequences at a time that is tried."""
 LARGE_GPU_MEMORY = 0.9
 """``gpu_memory`` that a remedy tries."""
 
+EngineName = Literal["transformers", "vllm"]
 
-def sampling_ways(inference: Inference, runtime: Runtime, hardware: Hardware, fill: float) -> list[Way]:
-    """Return every way to sample, or only the one that the run names; those that fit first, the fastest at the head.
 
-    ``fill`` is the mean length of rows as a share of the greatest.
+# ---- loads ----
+
+
+@dataclass(frozen=True)
+class UserLoad:
+    """A checkpoint that plays the user of episodes: transformers samples it in the stage's own process."""
+
+    model: Architecture
+    length: int
+    """Tokens of the longest conversation, under the user's own prompt."""
+
+
+@dataclass(frozen=True)
+class SamplingLoad:
+    """Sequences that an engine samples from one checkpoint, each of the greatest length."""
+
+    name: str
+    """Role of the model: ``policy``, ``judge``, or a checkpoint's name."""
+    model: Architecture
+    prompt_tokens: int
+    """Tokens of the longest prompt."""
+    response_tokens: int
+    """Tokens of the longest response."""
+    call: int
+    """Sequences that the stage hands to its engine at a time."""
+    uses_top_p: bool = False
+    """Whether ``top_p`` sorts the vocabulary for each token."""
+    needs_transformers: bool = False
+    """Whether transformers samples them, whatever the engine of the run."""
+    user: UserLoad | None = None
+    """The checkpoint that answers between the turns of episodes, if there is one."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt with its response."""
+        return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True)
+class ScoringLoad:
+    """Passes without gradients over texts, by a model that the stage itself loads, in float32 with autocast."""
+
+    name: str
+    """Role of the model: ``reward``, or a checkpoint's name."""
+    model: Architecture
+    length: int
+    """Tokens of the longest row."""
+    pass_tokens: int
+    """Tokens of one forward pass."""
+    logit_tokens: int = 0
+    """Tokens of a row that need logits; 0 for a reward model."""
+    is_rounded: bool = False
+    """True if bfloat16 means that the matrices are rounded once, when they are loaded."""
+
+    @property
+    def is_reward_model(self) -> bool:
+        """True if the model has a score head, no vocabulary head."""
+        return not self.logit_tokens
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase in which the model reads."""
+        return f"scoring by {self.name}" if self.is_reward_model else f"reading by {self.name}"
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Load of one stage that samples or scores and does not train."""
+
+    precision: Precision
+    sampling: tuple[SamplingLoad, ...] = ()
+    scoring: tuple[ScoringLoad, ...] = ()
+    external: str = ""
+    """Work of other servers, in words; it is not counted."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[Architecture, ...]:
+        """Every model that samples or reads, each once."""
+        models = [*(load.model for load in self.sampling), *(load.model for load in self.scoring)]
+        return tuple(dict.fromkeys(models))
+
+
+def reward_scoring(name: str, model: Architecture, length: int) -> ScoringLoad:
+    """Return the load of a reward model that scores rows of ``length`` tokens."""
+    return ScoringLoad(name, model, length, SCORED_AT_ONCE * length)
+
+
+def user_of(models: Mapping[str, Sequence[Architecture]]) -> Architecture | None:
+    """Return the checkpoint that plays the user of a stage's episodes, of its models by input; None without one."""
+    return next(iter(models.get(USER_INPUT, ())), None)
+
+
+def user_load(
+    environment: EnvironmentConfig | None, checkpoint: Architecture | None, prompt_tokens: int
+) -> UserLoad | None:
+    """Return the load of a checkpoint that plays the user of episodes after such prompts; None without one."""
+    user = None if environment is None else environment.user
+    if environment is None or user is None or checkpoint is None:
+        return None
+    # The user reads the conversation without tools, under a separate prompt.
+    return UserLoad(checkpoint, prompt_tokens + environment.max_tokens + user.max_tokens)
+
+
+# ---- bytes of a load ----
+
+
+def user_memory(user: UserLoad, runtime: Runtime, precision: Precision, sequences: int) -> tuple[int, int]:
+    """Return the bytes of the weights and of the cache of a user who takes part in ``sequences`` episodes at a time."""
+    weights, cache, _ = engine_memory(
+        user.model, runtime.with_transformers(), precision=precision, sequences=sequences, length=user.length
+    )
+    return weights, cache
+
+
+def sampling_memory(
+    load: SamplingLoad, runtime: Runtime, precision: Precision, sequences: int, engine: str, *, gpu: bool
+) -> dict[str, int]:
+    """Return the bytes of one engine that decodes ``sequences`` at a time, by purpose.
+
+    ``runtime`` names the device and the engine, and no servers. Transformers reads the prompts of all sequences in one
+    padded pass. vLLM reads a limited number of tokens at a time, and on a CPU its cache has a fixed size.
     """
-    requested = EngineLayout("none", "transformers")
-    if inference.sampling:
-        named = requested_layout(runtime, hardware)
-        if named is None:
-            layouts = candidate_layouts(runtime, hardware)
-            ways = [sampling_way(inference, runtime, hardware, layout, fill) for layout in layouts]
-            return sorted(ways, key=by_preference)
-        requested = named
-    return [replace(sampling_way(inference, runtime, hardware, requested, fill), is_requested=True)]
+    size = _bytes_per_number(runtime, precision)
+    weights, cache, _ = engine_memory(load.model, runtime, precision=precision, sequences=sequences, length=load.length)
+    tokens = sequences * load.prompt_tokens
+    masks = 0
+    if engine == "transformers":
+        # The boolean mask of a padded batch, and the same mask as it is added to attention's scores.
+        masks = (1 + size) * tokens * load.prompt_tokens
+    else:
+        tokens = min(tokens, GPU_STEP_TOKENS if gpu else max(CPU_STEP_TOKENS, load.length))
+    return {
+        "engine": weights,
+        "kv_cache": cache,
+        "activations": tokens * passing_per_token(load.model, size, size) + masks,
+        "logits": sequences * load.model.vocabulary * _sampler_bytes(size, load.uses_top_p),
+    }
 
 
-def sampling_way(inference: Inference, runtime: Runtime, hardware: Hardware, layout: EngineLayout, fill: float) -> Way:
-    """Return memory and time of one layout."""
-    return _SamplingPlan(inference, runtime, hardware, layout).way(fill)
+def _bytes_per_number(runtime: Runtime, precision: Precision) -> int:
+    dtype = runtime.engine.dtype
+    return SIZES[precision if dtype == "auto" else dtype]
 
 
+def _sampler_bytes(size: int, uses_top_p: bool) -> int:
+    """Return the bytes per word of the vocabulary while a token is sampled.
+
+    They hold the logit, its log-probability and probability, and a copy in blocks. ``top_p`` needs sorted values and
+    their indices, probabilities, their cumulative sum and the sum before each word.
+    """
+    return size + 5 * FLOAT + 8 if uses_top_p else size + 3 * FLOAT
+
+
+def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False) -> dict[str, int]:
+    """Return the bytes of one device while texts are scored, by purpose."""
+    model, size = load.model, SIZES[precision]
+    # Without gradients autocast keeps no copy of a matrix, so only the widest one counts.
+    widest = max((linear.parameters for linear in model.linears), default=0)
+    purpose, parameters = "weights", model.parameters
+    if load.is_reward_model:
+        purpose, parameters = "reward", model.trunk + model.hidden
+    else:
+        widest = max(widest, model.head)
+    weights = {purpose: FLOAT * parameters}
+    if load.is_rounded and precision == "bfloat16":
+        # On a CPU the rounded weights and the file that they are read from are in memory together.
+        # Embeddings that scale their rows stay float32. A head that is tied to them is cast in every pass.
+        unrounded = model.embedded if model.scaled_embeddings else 0
+        rounded_bytes = size * parameters + (FLOAT - size) * unrounded
+        weights = {purpose: rounded_bytes, "file": 0 if gpu else FLOAT * parameters}
+        widest = unrounded if model.tied and not load.is_reward_model else 0
+    # Only positions that predict a wanted token have logits.
+    logit_rows = round(load.pass_tokens * load.logit_tokens / load.length)
+    # One chunk of logits in float32, scaled, and the work space of their sum.
+    chunk = 3 * FLOAT * min(HEAD_ROWS, logit_rows) * model.vocabulary
+    return weights | {
+        "copies": 2 * widest if precision == "bfloat16" else 0,
+        "activations": load.pass_tokens * passing_per_token(model, size, FLOAT),
+        "logits": 2 * size * logit_rows * model.vocabulary + chunk,
+    }
+
+
+# ---- one stage on one device ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingWay(Way):
+    """One engine on one device."""
+
+    engine: EngineName | None
+    """None if only reward models and checkpoints read."""
+    phase: str
+    """Name of the fullest phase: ``loading``, ``sampling``, ``scoring by …``, ``reading by …``."""
+    wanted: int
+    """Sequences at a time that the settings ask for."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything in words and bytes."""
+        return super().to_json() | {
+            "engine": self.engine,
+            "fullest_while": self.phase,
+            "sequences_at_once": self.batch or None,
+            "largest_at_once": self.largest or None,
+        }
+
+
+def counted_engine(runtime: Runtime) -> EngineName | None:
+    """Return the engine whose memory is counted, with ``auto`` resolved for this machine.
+
+    None if servers that already run sample, or servers with a model on several devices.
+    """
+    rollouts = runtime.rollouts
+    if rollouts.addresses or rollouts.tensor_parallel > 1:
+        return None
+    if rollouts.servers:
+        return "vllm"
+    name = resolve_engine(_with_one_engine(runtime))[0]
+    return "transformers" if name == "transformers" else "vllm"
+
+
+def _with_one_engine(runtime: Runtime, **fields: Any) -> Runtime:
+    return runtime.model_copy(update={"rollouts": RolloutsConfig(), **fields})
+
+
+def sampling_way(inference: Inference, runtime: Runtime, hardware: Hardware) -> SamplingWay:
+    """Return the memory of the stage on one device, with the most sequences at a time that fit."""
+    device = hardware.device
+    engine = counted_engine(runtime) if inference.sampling else None
+    engines = [] if engine is None else _engines(inference, engine, runtime, device)
+    obstacle = ""
+    largest = 0
+    if engines:
+        # Engines of one stage run one after the other, so each must fit, and the tightest sets the limit.
+        largest = min(sampler.largest for sampler in engines)
+        if largest == 0:
+            obstacle = next(sampler.shortage for sampler in engines if not sampler.fits(1))
+    wanted = max((sampler.wanted for sampler in engines), default=0)
+    phases = _phases(inference, engines, largest or 1, device)
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    obstacle = obstacle or _scoring_obstacle(phases, device)
+    return SamplingWay(
+        label="one device" if engine is None else f"one engine ({engine})",
+        engine=engine,
+        batch=0 if obstacle else min(wanted, largest),
+        largest=largest,
+        parts=phases[phase],
+        obstacle=obstacle,
+        phase=phase,
+        wanted=wanted,
+    )
+
+
+def _engines(inference: Inference, name: EngineName, runtime: Runtime, device: Device) -> list[_Engine]:
+    """Return an engine for each load."""
+    settings = _with_one_engine(runtime, device="cuda" if device.gpu else "cpu")
+    in_process = not runtime.rollouts.pooled
+    return [
+        _Engine(
+            load,
+            "transformers" if load.needs_transformers and in_process else name,
+            inference.precision,
+            settings,
+            device,
+        )
+        for load in inference.sampling
+    ]
+
+
+@dataclass(frozen=True)
 class _Engine:
-    """One engine that samples one load on the devices of a layout."""
+    """One engine that samples one load on a device."""
 
-    def __init__(
-        self, load: SamplingLoad, inference: Inference, runtime: Runtime, hardware: Hardware, layout: EngineLayout
-    ) -> None:
-        self.load, self.layout, self.device = load, layout, hardware.device
-        self.precision = inference.precision
-        self.runtime = runtime
-        """Settings of one engine in one process on the planned device."""
-        in_process = layout.placement in ("process", "samplers")
-        self.name: EngineName = "transformers" if load.needs_transformers and in_process else layout.engine
-        dtype = runtime.engine.dtype
-        self.bytes_per_number = SIZES[inference.precision if dtype == "auto" else dtype]
+    load: SamplingLoad
+    name: EngineName
+    precision: Precision
+    runtime: Runtime
+    """Settings of one engine in one process on the planned device."""
+    device: Device
 
     @property
     def wanted(self) -> int:
-        """Sequences that the busiest engine gets at a time, at most ``runtime.engine.batch_size``."""
-        load = self.load
-        # Sequences arrive call by call; the engines share each call evenly.
-        call = load.call if load.sequences is None else min(load.sequences, load.call)
-        return min(max(1, -(-call // self.layout.engines)), self.runtime.engine.batch_size)
-
-    @property
-    def obstacle(self) -> str:
-        """Reason why the engine cannot run on these devices, whatever their memory; empty if it can."""
-        return tensor_parallel_obstacle(self.load.model, self.layout.tensor_parallel)
+        """Sequences that the engine gets at a time, at most ``runtime.engine.batch_size``."""
+        return min(self.load.call, self.runtime.engine.batch_size)
 
     def parts(self, sequences: int) -> dict[str, int]:
-        """Return the bytes of the engine on one device while it decodes ``sequences`` at a time, by purpose."""
+        """Return the bytes of the engine while it decodes ``sequences`` at a time, by purpose."""
         # ``engine_memory`` counts at most ``batch_size`` sequences, so a larger number needs a larger setting.
         batch_size = max(sequences, self.runtime.engine.batch_size)
-        settings = self.runtime.engine.model_copy(update={"name": self.name, "batch_size": batch_size})
-        runtime = self.runtime.model_copy(update={"engine": settings})
+        runtime = _with_engine(self.runtime, name=self.name, batch_size=batch_size)
         parts = sampling_memory(self.load, runtime, self.precision, sequences, self.name, gpu=self.device.gpu)
-        weights, cache = tensor_parallel_bytes(
-            self.load.model, parts["engine"], parts["kv_cache"], self.bytes_per_number, self.layout.tensor_parallel
-        )
-        parts |= {"engine": weights, "kv_cache": cache}
         if self.load.user is not None:
-            # Beside servers it is in the stage's own process, on another device maybe; it is counted here all the same.
             user, user_cache = user_memory(self.load.user, runtime, self.precision, sequences)
-            parts |= {"user": user, "kv_cache": cache + user_cache}
+            parts |= {"user": user, "kv_cache": parts["kv_cache"] + user_cache}
         return parts
 
     @property
     def room(self) -> int:
-        """Bytes that the engine may use on a device, the driver of its process included."""
-        device, engines = self.device, self.layout.engines_per_device
-        available = device.usable + device.context
-        if self.name == "vllm" and device.gpu:
-            return min(int(self.runtime.engine.gpu_memory * device.memory), available // engines)
-        # on a processor the stage's own process has its libraries beside the servers
-        stage = device.context if self.layout.placement == "servers" and not device.gpu else 0
-        return (available - stage) // engines
+        """Bytes that the engine may use, the driver of its process included."""
+        available = self.device.usable + self.device.context
+        return min(available, self._share) if self._share is not None else available
+
+    @property
+    def _share(self) -> int | None:
+        """Bytes of a GPU that vLLM may use; None without such a limit."""
+        if self.name != "vllm" or not self.device.gpu:
+            return None
+        return int(self.runtime.engine.gpu_memory * self.device.memory)
 
     def fits(self, sequences: int) -> bool:
         """Return whether the engine can decode ``sequences`` at a time."""
         parts = self.parts(sequences)
         if self.name == "vllm" and not self.device.gpu:
-            # on a processor vLLM's cache has a fixed size, which must hold the sequences
+            # On a CPU vLLM's cache has a fixed size, which must hold the sequences.
             model = self.load.model
-            needed = 2 * self.bytes_per_number * model.key_value_width * model.layers * sequences * self.load.length
-            parallel = self.layout.tensor_parallel
-            _, needed_here = tensor_parallel_bytes(model, 0, needed, self.bytes_per_number, parallel)
-            if needed_here > parts["kv_cache"]:
+            numbers = 2 * model.key_value_width * model.layers * sequences * self.load.length
+            if _bytes_per_number(self.runtime, self.precision) * numbers > parts["kv_cache"]:
                 return False
         return sum(parts.values()) + self.device.context <= self.room
 
@@ -137,123 +367,45 @@ class _Engine:
         if needed <= room:
             size = f"{settings.cpu_kv_cache_gb:g} GiB (runtime.engine.cpu_kv_cache_gb)"
             return f"one sequence of {length} tokens does not fit into a cache of {size}"
-        limit = ""
-        if self.name == "vllm" and self.device.gpu and room == int(settings.gpu_memory * self.device.memory):
-            limit = f" (runtime.engine.gpu_memory {settings.gpu_memory:g})"
-        engines = self.layout.engines_per_device
-        each = f"each of {engines} engines on a device" if engines > 1 else "the engine"
-        return f"one sequence of {length} tokens needs {needed / GIB:.1f} GiB, {each} has {room / GIB:.1f}{limit}"
+        limit = f" (runtime.engine.gpu_memory {settings.gpu_memory:g})" if room == self._share else ""
+        return f"one sequence of {length} tokens needs {needed / GIB:.1f} GiB, the engine has {room / GIB:.1f}{limit}"
 
-    def sampling_parts(self, sequences: int) -> dict[str, int]:
-        """Return the bytes of the fullest device while all of its engines decode, by purpose."""
-        engines = self.layout.engines_per_device
-        parts = {name: engines * amount for name, amount in self.parts(sequences).items()}
-        processes = engines
-        if self.layout.placement == "servers" and not self.device.gpu:
-            processes += 1  # the stage's own process
-        return parts | {"context": processes * self.device.context}
-
-    def loading_parts(self, sequences: int) -> dict[str, int]:
-        """Return the bytes on a processor while float32 weights of a mapped file are rounded.
-
-        The system reclaims the file's pages when it needs them, so they never keep an engine from fitting.
-        """
-        weights = self.parts(sequences)["engine"]
-        file = FLOAT * self.load.model.parameters
-        mapped = min(file, max(0, self.device.usable - weights)) if weights < file else 0
-        return {"engine": weights, "file": mapped, "context": self.device.context}
+    def phases(self, sequences: int) -> dict[str, dict[str, int]]:
+        """Return the bytes while the engine samples, and on a CPU while transformers loads, by purpose."""
+        parts = self.parts(sequences)
+        phases = {"sampling": parts}
+        if not self.device.gpu and self.name == "transformers":
+            # The system reclaims the pages of a mapped file when it needs them, so they fill only free memory.
+            weights = parts["engine"]
+            file = FLOAT * self.load.model.parameters
+            mapped = min(file, max(0, self.device.usable - weights)) if weights < file else 0
+            phases["loading"] = {"engine": weights, "file": mapped}
+        return phases
 
 
-class _SamplingPlan:
-    """One layout of a stage that samples and scores."""
+def _phases(
+    inference: Inference, engines: Sequence[_Engine], largest: int, device: Device
+) -> dict[str, dict[str, int]]:
+    """Return the bytes of the device in each phase, by purpose; the fullest of a phase that repeats."""
+    phases = [phase for engine in engines for phase in engine.phases(min(engine.wanted, largest)).items()]
+    for load in inference.scoring:
+        phases.append((load.phase, scoring_memory(load, inference.precision, gpu=device.gpu)))
+    fullest: dict[str, dict[str, int]] = {}
+    for name, parts in phases:
+        present = {part: amount for part, amount in parts.items() if amount} | {"context": device.context}
+        if sum(present.values()) > sum(fullest.get(name, {}).values()):
+            fullest[name] = present
+    return fullest or {"waiting": {"context": device.context}}
 
-    def __init__(self, inference: Inference, runtime: Runtime, hardware: Hardware, layout: EngineLayout) -> None:
-        self.inference, self.hardware, self.layout = inference, hardware, layout
-        # The planned device, not this machine's, and one engine alone: the layout multiplies it afterwards.
-        kind = "cuda" if hardware.device.gpu else "cpu"
-        one_engine = runtime.model_copy(update={"rollouts": RolloutsConfig(), "device": kind})
-        loads = () if layout.placement in ("external", "none") else inference.sampling
-        self.engines = [_Engine(load, inference, one_engine, hardware, layout) for load in loads]
-        self.settings = one_engine.engine
 
-    def way(self, fill: float) -> Way:
-        """Return memory and time."""
-        # 1. Obstacles that no memory removes.
-        indivisible = next((engine.obstacle for engine in self.engines if engine.obstacle), "")
-        obstacle = self.layout.obstacle or self._crowding() or indivisible
-        # 2. The most sequences at a time that fit.
-        largest = 0
-        if self.engines and not obstacle:
-            # Engines of one stage run one after the other, so each must fit, and the tightest sets the limit.
-            largest = min(engine.largest for engine in self.engines)
-            if largest == 0:
-                obstacle = next(engine.shortage for engine in self.engines if not engine.fits(1))
-        # 3. Memory of each phase at the sequences that the engines will take.
-        batches = [min(engine.wanted, largest or 1) for engine in self.engines]
-        phases = self._phases([] if indivisible else batches)
-        # A phase with the most bytes decides whether the stage fits.
-        phase = max(phases, key=lambda name: sum(phases[name].values()))
-        obstacle = obstacle or self._scoring_obstacle(phases)
-        batch = 0 if obstacle else max(batches, default=0)
-        wanted = max((engine.wanted for engine in self.engines), default=0)
-        # 4. Time, if the way fits and the size of some load is known.
-        time = None
-        if not obstacle and self.inference.has_known_time:
-            schedule = [
-                ScheduledLoad(engine.load, engine.name, number)
-                for engine, number in zip(self.engines, batches, strict=True)
-            ]
-            time = inference_time(
-                self.inference,
-                schedule,
-                self.hardware,
-                self.layout,
-                fill=fill,
-                engine_dtype=self.settings.dtype,
-            )
-        return Way(self.layout, batch, largest, phases[phase], time, obstacle, phase, wanted=0 if obstacle else wanted)
-
-    def _crowding(self) -> str:
-        """Say why vLLM engines cannot share a GPU; empty if they can."""
-        layout, share = self.layout, self.settings.gpu_memory
-        on_gpu = self.hardware.device.gpu and layout.engine == "vllm"
-        if not self.engines or not on_gpu or layout.engines_per_device * share <= 1:
-            return ""
-        return (
-            f"{layout.engines_per_device} engines share one device, and each takes {share:g} of it "
-            "(runtime.engine.gpu_memory)"
-        )
-
-    def _phases(self, batches: list[int]) -> dict[str, dict[str, int]]:
-        """Return the bytes of the fullest device in each phase, by purpose; the fullest of a phase that repeats.
-
-        ``batches`` has the sequences that each engine decodes at a time; empty if no engine can run.
-        """
-        device = self.hardware.device
-        phases: list[tuple[str, dict[str, int]]] = []
-        for engine, sequences in zip(self.engines if batches else [], batches, strict=True):
-            phases.append(("sampling", engine.sampling_parts(sequences)))
-            if not device.gpu and engine.name == "transformers":
-                phases.append(("loading", engine.loading_parts(sequences)))
-        for scoring in self.inference.scoring:
-            name = f"scoring by {scoring.name}" if scoring.is_reward_model else f"reading by {scoring.name}"
-            parts = scoring_memory(scoring, self.inference.precision, gpu=device.gpu)
-            phases.append((name, parts | {"context": device.context}))
-        fullest: dict[str, dict[str, int]] = {}
-        for name, parts in phases:
-            present = {part: amount for part, amount in parts.items() if amount}
-            if sum(present.values()) > sum(fullest.get(name, {}).values()):
-                fullest[name] = present
-        return fullest or {"waiting": {"context": device.context}}
-
-    def _scoring_obstacle(self, phases: Mapping[str, Mapping[str, int]]) -> str:
-        """Say which model that scores or reads is too large for one device; empty if none is."""
-        usable = self.hardware.device.usable + self.hardware.device.context
-        for name, parts in phases.items():
-            needed = sum(parts.values())
-            if name not in ("sampling", "loading") and needed > usable:
-                return f"{name} needs {needed / GIB:.1f} GiB on one device, usable are {usable / GIB:.1f}"
-        return ""
+def _scoring_obstacle(phases: Mapping[str, Mapping[str, int]], device: Device) -> str:
+    """Say which model that scores or reads is too large for one device; empty if none is."""
+    usable = device.usable + device.context
+    for name, parts in phases.items():
+        needed = sum(parts.values())
+        if name not in ("sampling", "loading") and needed > usable:
+            return f"{name} needs {needed / GIB:.1f} GiB on one device, usable are {usable / GIB:.1f}"
+    return ""
 
 
 def sampling_remedies(
@@ -261,32 +413,24 @@ def sampling_remedies(
 ) -> list[str]:
     """Return command-line options with which the stage fits; each was tried.
 
-    They are settings of the engine, more devices of a machine, another card, or one of ``smaller``: the stage with its
-    own settings reduced, by the option that asks for it.
+    They are settings of the engine, another card, or one of ``smaller``: the stage with its own settings reduced, by
+    the option that asks for it.
     """
 
     def fits(load: Inference, settings: Runtime, devices: Hardware) -> bool:
-        return sampling_ways(load, settings, devices, 1.0)[0].fits
+        return sampling_way(load, settings, devices).fits
 
     remedies = []
-    engine, is_gpu = runtime.engine, hardware.device.gpu
-    # The engine's settings first, which cost nothing.
-    can_grow = is_gpu and engine.gpu_memory < LARGE_GPU_MEMORY
+    engine = runtime.engine
+    # The engine's settings come first, since they cost nothing.
+    can_grow = hardware.device.gpu and engine.gpu_memory < LARGE_GPU_MEMORY
     if can_grow and fits(inference, _with_engine(runtime, gpu_memory=LARGE_GPU_MEMORY), hardware):
         remedies.append(f"--set runtime.engine.gpu_memory={LARGE_GPU_MEMORY:g}")
     if engine.name == "transformers" and fits(inference, _with_engine(runtime, name="vllm"), hardware):
         remedies.append("--set runtime.engine.name=vllm")
-    for count in GPUS_OF_A_MACHINE:
-        # The smallest number of devices that is enough, then the cheapest other card.
-        wider = replace(hardware, per_node=count)
-        if is_gpu and count > hardware.per_node and fits(inference, runtime, wider):
-            remedies.append(f"--hardware {wider.label}")
-            break
-    for card in sorted(DEVICES.values(), key=lambda device: device.price or 0.0):
-        replaced = replace(hardware, device=card)
-        if card.name != hardware.device.name and fits(inference, runtime, replaced):
-            remedies.append(f"--hardware {replaced.label}")
-            break
+    larger = next((cards for cards in hardware.other_cards() if fits(inference, runtime, cards)), None)
+    if larger is not None:
+        remedies.append(f"--hardware {larger.label}")
     return remedies + [words for words, load in smaller.items() if fits(load, runtime, hardware)]
 
 
@@ -294,23 +438,22 @@ def _with_engine(runtime: Runtime, **fields: Any) -> Runtime:
     return runtime.model_copy(update={"engine": runtime.engine.model_copy(update=fields)})
 
 
-def sampling_notes(inference: Inference, runtime: Runtime, hardware: Hardware, best: Way | None) -> list[str]:
-    """Return what a reader should know about the numbers, one sentence each."""
+def sampling_notes(inference: Inference, runtime: Runtime, hardware: Hardware) -> list[str]:
+    """Return the notes about the numbers of a stage, one sentence each."""
     notes = list(inference.notes)
-    layout = None if best is None else best.layout
-    placement = layout.placement if isinstance(layout, EngineLayout) else "none"
-    if placement == "external":
-        notes.append("Servers that run already sample: their memory and time are not counted.")
-    elif inference.sampling and runtime.engine.name == "auto" and not runtime.rollouts.pooled:
-        notes.append(f"runtime.engine.name is auto, which means {local_engine(runtime)} on this machine.")
-    uses_vllm = isinstance(layout, EngineLayout) and layout.engine == "vllm"
-    if hardware.device.gpu and uses_vllm and placement not in ("external", "none"):
-        notes.append(
-            f"vLLM takes {runtime.engine.gpu_memory:g} of the card (gpu_memory) for engine and cache, needed or not."
-        )
-    if hardware.nodes > 1 and placement != "samplers" and inference.sampling:
-        notes.append(
-            f"Engines run on one of the {hardware.nodes} machines: runtime.executor.samplers or running servers "
-            "(runtime.rollouts.addresses) use the others."
-        )
+    if not inference.sampling:
+        return notes
+    rollouts = runtime.rollouts
+    engine = counted_engine(runtime)
+    if rollouts.addresses:
+        notes.append("Servers that already run sample; their memory is not counted.")
+    elif engine is None:
+        notes.append(f"Servers with tensor_parallel {rollouts.tensor_parallel} sample; their memory is not counted.")
+    elif rollouts.servers > 1 or runtime.samplers.count > 1:
+        notes.append(f"Of {max(rollouts.servers, runtime.samplers.count)} engines, one is counted.")
+    if engine is not None and runtime.engine.name == "auto" and not rollouts.pooled:
+        notes.append(f"runtime.engine.name is auto, which means {engine} on this machine.")
+    if hardware.device.gpu and engine == "vllm":
+        share = f"{runtime.engine.gpu_memory:g} of the card (gpu_memory)"
+        notes.append(f"vLLM uses {share} for engine and cache, needed or not.")
     return notes

@@ -1,11 +1,12 @@
-"""Memory of one device when several share a stage: from one process's memory to a device's. Never imports torch.
+"""Strategies of training on several devices, and what each device holds of a stage. Never imports torch.
 
-Counted from what the frameworks document, with float32 weights and autocast, as ``align.training`` sets them up:
+The bytes are counted from what the frameworks document, with float32 weights and autocast, as ``align.training`` sets
+them up:
 
 - DDP has buckets as large as the gradients.
 - FSDP2 gathers a layer's weights while it computes the layer, and the next layer's ahead. Weights outside the layers
   stay gathered for a step.
-- DeepSpeed keeps a master copy of the weights beside AdamW's averages and a bucket of gradients. At stage 3 it keeps as
+- DeepSpeed keeps a master copy of the weights with AdamW's averages and a bucket of gradients. At stage 3 it keeps as
   many gathered weights as its defaults allow.
 
 Autocast's bfloat16 copies of gathered weights stay until their backward pass. Reward models and the rollout engine are
@@ -14,40 +15,195 @@ never sharded.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from align.capacity.job import Job
-from align.capacity.layouts import Strategy
+from align.capacity.hardware import Hardware
 from align.capacity.memory import Memory
+from align.config.base import Precision
+from align.config.launch import LaunchConfig
+from align.config.tuning import TuningBase
 from align.models.activations import FLOAT
 from align.models.architecture import Architecture
 
 BUCKET = 2 * 2**20 * 25
 """Bytes of exchange buffers of NCCL and the frameworks: two buckets of 25 MiB."""
-ZERO_BUCKET, ZERO_LIVE = 5 * 10**8, 10**9
-"""Parameters of DeepSpeed's bucket, and of the weights that stage 3 may keep gathered, by its own defaults."""
+ZERO_BUCKET = 5 * 10**8
+"""Parameters of DeepSpeed's bucket, by its own default."""
+ZERO_LIVE = 10**9
+"""Parameters of the weights that DeepSpeed's stage 3 may keep gathered, by its own default."""
 GATHERED_AHEAD = 2
 """Layers whose full weights are in memory at a time."""
-OFFLOADED: dict[str, tuple[str, ...]] = {
+
+StrategyName = Literal["single", "ddp", "fsdp2", "deepspeed"]
+Offload = Literal["none", "optimizer", "all"]
+
+OFFLOAD_SETTINGS: dict[Offload, dict[str, bool]] = {
+    "none": {},
+    "optimizer": {"offload_optimizer": True},
+    "all": {"offload_optimizer": True, "offload_parameters": True},
+}
+"""Settings of DeepSpeed for what is offloaded."""
+OFFLOADED_PARTS: dict[Offload, tuple[str, ...]] = {
     "none": (),
     "optimizer": ("optimizer",),
     "all": ("weights", "gradients", "optimizer"),
 }
 """Parts of ``Memory`` that each ``Strategy.offload`` moves to the machine's own memory."""
+ON_SEVERAL_DEVICES: list[tuple[StrategyName, int, Offload]] = [
+    ("ddp", 0, "none"),
+    ("deepspeed", 1, "none"),
+    ("deepspeed", 2, "none"),
+    ("fsdp2", 0, "none"),
+    ("deepspeed", 3, "none"),
+    # Offloading is slower, so it comes last and matters only if nothing else fits.
+    ("deepspeed", 2, "optimizer"),
+    ("fsdp2", 0, "all"),
+    ("deepspeed", 3, "all"),
+]
+"""Strategies to try on several devices, the simplest first."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The way in which devices share a model in training, with what they offload and recompute."""
+
+    name: StrategyName
+    zero_stage: int = 0
+    """Stage of deepspeed: 1 shards AdamW's state, 2 also the gradients, 3 also the weights."""
+    checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass."""
+    offload: Offload = "none"
+    """Contents of the machine's own memory: AdamW's state, or weights, gradients and AdamW's state."""
+
+    @property
+    def label(self) -> str:
+        """Name for the table, such as ``fsdp2, offload all, checkpointing``."""
+        if self.name == "single":
+            parts = ["one device"]
+        elif self.name == "deepspeed":
+            parts = [f"deepspeed zero-{self.zero_stage}"]
+        else:
+            parts = [self.name]
+        if self.offload != "none":
+            parts.append(f"offload {self.offload}")
+        if self.checkpointing:
+            parts.append("checkpointing")
+        return ", ".join(parts)
+
+    @property
+    def shards_weights(self) -> bool:
+        """True if each device holds only a shard of the weights."""
+        return self.name == "fsdp2" or self.zero_stage == 3
+
+    @property
+    def shards_gradients(self) -> bool:
+        """True if each device keeps only a shard of the gradients."""
+        return self.shards_weights or self.zero_stage == 2
+
+    @property
+    def shards_optimizer(self) -> bool:
+        """True if each device holds only a shard of AdamW's state."""
+        return self.name in ("fsdp2", "deepspeed")
+
+
+def requested_strategy(launch: LaunchConfig, devices: int, checkpointing: bool) -> Strategy:
+    """Return the strategy that ``runtime.launch`` names."""
+    if devices == 1:
+        return Strategy("single", checkpointing=checkpointing)
+    if launch.strategy == "ddp":
+        return Strategy("ddp", checkpointing=checkpointing)
+    if launch.strategy == "fsdp2":
+        return Strategy("fsdp2", 0, checkpointing, "all" if launch.fsdp.offload else "none")
+    zero = launch.deepspeed
+    offload: Offload = "none"
+    if zero.offload_parameters:
+        offload = "all"
+    elif zero.offload_optimizer:
+        offload = "optimizer"
+    return Strategy("deepspeed", zero.stage, checkpointing, offload)
+
+
+def launch_of(strategy: Strategy, hardware: Hardware) -> LaunchConfig:
+    """Return the block ``runtime.launch`` that asks for a strategy on several devices."""
+    block: dict[str, Any] = {"processes": hardware.per_node, "nodes": hardware.nodes, "strategy": strategy.name}
+    if strategy.name == "fsdp2" and strategy.offload != "none":
+        block["fsdp"] = {"offload": True}
+    if strategy.name == "deepspeed":
+        block["deepspeed"] = {"stage": strategy.zero_stage} | OFFLOAD_SETTINGS[strategy.offload]
+    return LaunchConfig.model_validate(block)
+
+
+def candidate_strategies(devices: int, checkpointing: bool) -> list[Strategy]:
+    """Return every strategy to try, simplest first; ``checkpointing`` if the config already asks for it."""
+    # A single process shards and offloads nothing.
+    settings: list[tuple[StrategyName, int, Offload]] = [("single", 0, "none")]
+    if devices > 1:
+        settings = ON_SEVERAL_DEVICES
+    checkpointed = (True,) if checkpointing else (False, True)
+    return [Strategy(name, stage, flag, offload) for name, stage, offload in settings for flag in checkpointed]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings of a stage in one process."""
+
+    rows: int
+    """Rows of a micro-batch."""
+    accumulated: bool = True
+    """Whether an optimizer step has several micro-batches."""
+    processes: int = 1
+    checkpointing: bool = False
+    gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Load of a stage that trains: its model, its batches, and its memory in a setting."""
+
+    model: Architecture
+    tuning: TuningBase
+    precision: Precision
+    batch: int
+    """Rows of an optimizer step, over all processes."""
+    micro_batch: int
+    """Rows of a micro-batch in the config."""
+    row: str
+    """Name of a row in the plural: ``rows``, ``pairs``, ``responses``."""
+    tokens: Callable[[int], int]
+    """Return the most tokens that so many rows have in memory."""
+    memory: Callable[[Setting], Memory]
+    """Return the bytes of one process in a setting."""
+    run_micro_batch: Callable[[int], int]
+    """Return the rows of a micro-batch that the run uses in each of so many processes."""
+    objection: Callable[[LaunchConfig], str | None]
+    """Return why the stage cannot run in such processes, whatever their micro-batches; None if it can."""
+    unit: int = 1
+    """Rows that no micro-batch separates."""
+    trained: int = 0
+    """Parameters with gradients, the critic's included."""
+    gathered: int = 0
+    """Parameters that sharding gathers for a micro-batch: the policy's, and a separate critic's."""
+    checkpointing: bool = False
+    """Whether the config asks for gradient checkpointing."""
+    checkpointing_field: str = "gradient_checkpointing"
+    """The config's field for it."""
+    notes: tuple[str, ...] = ()
 
 
 def sharded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> Memory:
-    """Return what one of ``devices`` devices holds of ``memory``, that of one process alone."""
+    """Return the memory of one of ``devices`` devices; ``memory`` describes one process without sharding."""
     if strategy.name in ("single", "ddp"):
         # Every device holds everything; DDP adds its buckets only.
-        buckets = BUCKET + FLOAT * job.trained if devices > 1 else 0  # beside the gradients themselves
+        buckets = BUCKET + FLOAT * job.trained if devices > 1 else 0  # in addition to the gradients
         return replace(memory, buffers=buckets)
     is_deepspeed = strategy.name == "deepspeed"
-    # the master copy has as many bytes as the gradients: float32, of what is trained
+    # The master copy has as many bytes as the gradients: float32, of what is trained
     optimizer = memory.optimizer + (memory.gradients if is_deepspeed else 0)
-    # 16 bytes per trained parameter of the critic: 4 of weights, 4 of gradients, 8 of AdamW
-    critic_weights, critic_optimizer = memory.critic // 4, memory.critic // 2
+    # The critic has 16 bytes per trained parameter: 4 of weights, 4 of gradients, 8 of AdamW
+    critic_weights = memory.critic // 4
+    critic_optimizer = memory.critic // 2
     parts: dict[str, Any] = {
         "weights": _shard(memory.weights, strategy.shards_weights, devices),
         "gradients": _shard(memory.gradients, strategy.shards_gradients, devices),
@@ -57,21 +213,21 @@ def sharded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> Memor
         + _shard(critic_weights, strategy.shards_gradients, devices)
         + _shard(critic_optimizer, strategy.shards_optimizer, devices),
     }
-    for name in OFFLOADED[strategy.offload]:
+    for name in OFFLOADED_PARTS[strategy.offload]:
         parts[name] = 0
     copies = memory.copies
     low_precision = job.precision == "bfloat16" and job.tuning.trains_all
     if is_deepspeed and strategy.checkpointing and low_precision:
-        # DeepSpeed's own autocast keeps a copy of every matrix to the end of a pass
+        # DeepSpeed's own autocast keeps a copy of every matrix to the end of a pass.
         copies = max(copies, 2 * job.model.matrices)
     exchange = BUCKET if devices > 1 else 0
     return replace(memory, **parts, copies=copies, buffers=exchange + _gathered_bytes(job, strategy))
 
 
 def offloaded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> int:
-    """Return the bytes that one device's shard takes of the machine's own memory."""
+    """Return the bytes that one device's shard needs of the machine's own memory."""
     on_device = sharded(memory, job, replace(strategy, offload="none"), devices)
-    return sum(int(getattr(on_device, name)) for name in OFFLOADED[strategy.offload])
+    return sum(int(getattr(on_device, name)) for name in OFFLOADED_PARTS[strategy.offload])
 
 
 def largest_unit(model: Architecture) -> int:
@@ -90,7 +246,7 @@ def _gathered_bytes(job: Job, strategy: Strategy) -> int:
         live = FLOAT * min(ZERO_LIVE, job.gathered) if strategy.shards_weights else 0
         return bucket + live
     model = job.model
-    # Gathered at once: some layers, what lies outside the layers, and the gradient of the largest unit.
+    # Gathered at once: some layers, the weights outside the layers, and the gradient of the largest unit.
     root = model.embedded + (0 if model.tied else model.head)
     gradients = largest_unit(model) if job.tuning.trains_all else 0
     return FLOAT * (GATHERED_AHEAD * _layer_parameters(model) + root + gradients)

@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from align.capacity.table import align_columns
 from align.cli.arguments import find_build
-from align.cli.parser import print_json
+from align.cli.parser import align_columns, print_json
 from align.data.diff import KINDS, compare
 from align.errors import printable
 

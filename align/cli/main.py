@@ -19,9 +19,7 @@ from align.store.version import VERSION
 
 if TYPE_CHECKING:
     from align.capacity.memory import Estimate
-    from align.pipeline.pipeline import Pipeline
     from align.runner.plan import Step
-    from align.store.store import Store
 
 FAILED = 1
 INTERRUPTED = 130
@@ -116,7 +114,11 @@ def _plan(options: argparse.Namespace) -> int:
     forced = choose_stages(pipeline, store, options.only, options.from_, tuple(options.rebuild))
     used = pipeline.touched_by(options.only)
     steps = [step for step in plan(pipeline, store, forced) if step.node.name in used]
-    memory = _estimate_memory(pipeline, store) if options.memory else {}
+    memory: Mapping[str, Estimate | str] = {}
+    if options.memory:
+        from align.capacity.plan import estimate_memory
+
+        memory = estimate_memory(pipeline, store)
     if options.json:
         print_json([_step_json(step, memory.get(step.node.name)) for step in steps])
         return 0
@@ -128,24 +130,8 @@ def _plan(options: argparse.Namespace) -> int:
     for note in precision_notes(pipeline, steps):
         print(printable(note))
     print_pins(pipeline)
-    _print_memory(memory)
+    plan_hardware.print_memory(memory, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     return 0
-
-
-def _estimate_memory(pipeline: Pipeline, store: Store) -> dict[str, Estimate | str]:
-    from align.capacity.estimate import estimate_memory
-
-    return estimate_memory(pipeline, store)
-
-
-def _print_memory(memory: Mapping[str, Estimate | str]) -> None:
-    if not memory:
-        return
-    from align.capacity.table import memory_lines
-
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for name, estimate in memory.items():
-        print("", *memory_lines(name, estimate, columns), sep="\n")
 
 
 def _step_json(step: Step, estimate: Estimate | str | None) -> dict[str, Any]:

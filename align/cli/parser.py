@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from align.errors import UserError, printable
@@ -101,3 +102,16 @@ def printable_json(value: Any) -> str:
 def print_json(value: Any) -> None:
     """Print one JSON document on standard output."""
     print(printable_json(value))
+
+
+def align_columns(rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
+    """Return rows as lines with aligned columns: the first ``text_columns`` to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < text_columns else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells))
+    return lines

@@ -1,33 +1,69 @@
-"""``align plan PIPELINE --hardware 8xh100``: whether and how each stage fits, with its time and cost."""
+"""The tables of ``align plan PIPELINE --hardware 8xh100`` and ``--memory``: how each stage fits, and why not."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from align.cli.parser import print_json
+from align.cli.parser import align_columns, print_json
 from align.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from align.capacity.hardware import Hardware, Way
+    from align.capacity.memory import Estimate
+    from align.capacity.plan import StagePlan
     from align.pipeline.pipeline import Pipeline
     from align.store.store import Store
 
-ONLY_WITH_HARDWARE: dict[str, Any] = {"price": None, "rows": None, "fill": 1.0, "model_config": []}
-"""Options that have no effect without ``--hardware``, with their defaults."""
+COLUMNS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "AdamW",
+    "activations": "acts",
+    "logits": "logits",
+    "copies": "bf16",
+    "reference": "ref",
+    "critic": "critic",
+    "reward": "reward",
+    "engine": "engine",
+    "user": "user",
+    "kv_cache": "KV",
+    "file": "file",
+    "saving": "saving",
+    "buffers": "buffers",
+    "heap": "heap",
+    "context": "driver",
+}
+"""Parts of a device's memory, with their headings."""
+MEMORY_COLUMNS = {
+    "weights": "policy",
+    "gradients": "grads",
+    "optimizer": "AdamW",
+    "reference": "ref",
+    "critic": "critic's",
+    "reward": "reward",
+    "copies": "bf16",
+    "logits": "logits",
+    "engine": "engine",
+    "kv_cache": "KV",
+    "heap": "heap",
+    "total": "in all",
+}
+"""Parts of ``align.capacity.memory.Memory`` that ``align plan --memory`` shows, with their headings."""
+MAX_SHOWN = 5
+"""Ways of a stage that fit and are shown."""
+MIB = 2**20
+GIB = 2**30
+
+
+# ---- align plan --hardware ----
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``plan`` about hardware."""
-    parser.add_argument(
-        "--hardware",
-        metavar="HARDWARE",
-        help="8xh100, 1xa100-40, 4x8xh100, cpu: how each stage fits, and its cost",
-    )
-    parser.add_argument("--price", type=_positive, metavar="DOLLARS", help="price of a device per hour")
-    parser.add_argument("--rows", type=_count, metavar="N", help="rows or prompts of data that is not built yet")
-    parser.add_argument(
-        "--fill", type=_share, default=1.0, metavar="SHARE", help="mean row length as a share of max_length (default 1)"
-    )
+    parser.add_argument("--hardware", metavar="HARDWARE", help="8xh100, 1xa100-40, 4x8xh100, cpu: how each stage fits")
     parser.add_argument(
         "--model-config",
         action="append",
@@ -39,26 +75,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, pipeline: Pipeline, store: Store) -> int:
-    """Print the plan; raise ``UserError`` after it where a stage fits in no way."""
-    from align.capacity.hardware import PRICES_FROM, parse_hardware
+    """Print the plan; raise ``UserError`` after it if a stage fits in no way."""
+    from align.capacity.hardware import parse_hardware
     from align.capacity.plan import plan_hardware, read_configs, refuse_what_fits_nowhere
-    from align.capacity.table import lines
 
-    hardware = parse_hardware(options.hardware, options.price)
-    configs = read_configs(pipeline, options.model_config)
-    plans = plan_hardware(pipeline, store, hardware, rows=options.rows, fill=options.fill, configs=configs)
+    hardware = parse_hardware(options.hardware)
+    plans = plan_hardware(pipeline, store, hardware, read_configs(pipeline, options.model_config))
     if options.json:
         print_json(
             {
                 "hardware": hardware.label,
                 "devices": hardware.devices,
                 "device": vars(hardware.device),
-                "prices_from": PRICES_FROM,
-                "stages": [plan.to_json(hardware) for plan in plans],
+                "stages": [plan.to_json() for plan in plans],
             }
         )
     else:
-        print("\n".join(printable(line) for line in lines(plans, hardware, options.fill)))
+        print("\n".join(printable(line) for line in hardware_lines(plans, hardware)))
     # The table comes first: it shows why a stage does not fit.
     refuse_what_fits_nowhere(pipeline, plans, hardware)
     return 0
@@ -66,27 +99,127 @@ def run(options: argparse.Namespace, pipeline: Pipeline, store: Store) -> int:
 
 def refuse_without_hardware(options: argparse.Namespace) -> None:
     """Raise ``UserError`` for an option that would be ignored."""
-    for name, default in ONLY_WITH_HARDWARE.items():
-        if getattr(options, name) != default:
-            raise UserError(f"--{name.replace('_', '-')} goes with --hardware, such as --hardware 8xh100.")
+    if options.model_config:
+        raise UserError("--model-config goes with --hardware, such as --hardware 8xh100.")
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"'{text}' is not above 0")
-    return value
+def hardware_lines(plans: Sequence[StagePlan], hardware: Hardware) -> list[str]:
+    """Return every line of the output."""
+    result = [f"{hardware.label}: {hardware.device.memory / GIB:.1f} GiB each"]
+    for plan in plans:
+        result += ["", *_stage_lines(plan, hardware)]
+    return result
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not 1 or more")
-    return value
+def _stage_lines(plan: StagePlan, hardware: Hardware) -> list[str]:
+    if plan.unknown:
+        return [f"{plan.name}: not known: {plan.unknown}; or give one with --model-config STAGE=FILE."]
+    notes = [f"  {note}" for note in plan.notes]
+    if not plan.ways:
+        return [_heading(plan), *notes]
+    fitting = [way for way in plan.ways if way.fits]
+    result = [_heading(plan)]
+    if fitting:
+        # Ways that fit are a table; each other way follows with its obstacle.
+        result += [f"  {line}" for line in _table(plan, fitting[:MAX_SHOWN])]
+    result += [f"     {way.label}: {way.obstacle}" for way in plan.ways if not way.fits]
+    if len(fitting) > MAX_SHOWN:
+        result.append(f"     {len(fitting) - MAX_SHOWN} more ways fit (--json has them)")
+    return result + _settings(plan, hardware) + notes
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not above 0 and at most 1")
-    return value
+def _heading(plan: StagePlan) -> str:
+    """Return the stage with its size and its counted load."""
+    job, inference = plan.job, plan.inference
+    if job is not None:
+        load = f"{job.tuning.label}, {job.batch} {job.row} a step"
+        parameters = f"{job.model.parameters / 1e6:,.1f} million parameters"
+    elif inference is not None and inference.models:
+        names = [part.name for part in inference.sampling] + [part.name for part in inference.scoring]
+        load = ", ".join(dict.fromkeys(names))
+        sizes = sorted({model.parameters for model in inference.models})
+        parameters = " and ".join(f"{size / 1e6:,.1f}" for size in sizes) + " million parameters"
+    else:
+        servers = f"{inference.external}; " if inference is not None and inference.external else ""
+        return f"{plan.name}: {servers}no memory of it is counted."
+    return f"{plan.name}: {parameters}, {load}, GiB of a device at its peak"
+
+
+def _table(plan: StagePlan, ways: Sequence[Way]) -> list[str]:
+    """Return the aligned table of ways, with only the columns that some way of the stage needs."""
+    parts = [name for name in COLUMNS if any(way.parts.get(name) for way in plan.ways)]
+    batch = "micro-batch" if plan.job is not None else "at once"
+    headings = [COLUMNS[name] for name in parts]
+    rows = [["", "way", batch, "largest", *headings, "peak"]]
+    for way in ways:
+        amounts = [f"{way.parts[name] / GIB:.2f}" if way.parts.get(name) else "-" for name in parts]
+        star = "*" if way is plan.best else ""
+        rows.append(
+            [star, way.label, str(way.batch or "-"), str(way.largest or "-"), *amounts, f"{way.peak / GIB:.2f}"]
+        )
+    return [line.rstrip() for line in align_columns(rows, text_columns=2)]
+
+
+def _settings(plan: StagePlan, hardware: Hardware) -> list[str]:
+    """Return the settings of the best way that differ from the run's own."""
+    from align.capacity.sampling_ways import SamplingWay
+    from align.capacity.training_ways import TrainingWay
+
+    best = plan.best
+    devices = (plan.hardware or hardware).devices
+    result = []
+    if best is not None and plan.requested is not None:
+        result.append(f"  runtime.launch asks for this way, on {devices} of {hardware.devices} devices")
+    if isinstance(best, TrainingWay) and plan.job is not None:
+        if best.strategy.checkpointing and not plan.job.checkpointing:
+            result.append(f"  checkpointing is a setting of the stage: {plan.job.checkpointing_field}: true")
+        if best.batch != plan.job.run_micro_batch(devices):
+            result.append(f"  the micro-batch is a setting of the stage: micro_batch_size: {best.batch}")
+    elif isinstance(best, SamplingWay) and best.batch < best.wanted:
+        # The engine fits, but not with all sequences that the settings ask for at once.
+        remedy = "vLLM queues the others"
+        if best.engine == "transformers":
+            remedy = f"runtime.engine.batch_size: {best.batch}"
+        result.append(f"  {best.wanted} at once do not fit: {remedy}")
+    return result
+
+
+# ---- align plan --memory ----
+
+
+def print_memory(estimates: Mapping[str, Estimate | str], width: int | None) -> None:
+    """Print the memory of each stage, for a terminal of ``width`` columns or for a file."""
+    for name, estimate in estimates.items():
+        print("", *memory_lines(name, estimate, width), sep="\n")
+
+
+def memory_lines(name: str, estimate: Estimate | str, width: int | None = None) -> list[str]:
+    """Return a table of the memory of a stage's choices, the chosen one marked.
+
+    A text instead of an estimate says why it is not known. A table that is wider than ``width`` columns has a column
+    for each choice instead of a row, and its notes are wrapped.
+    """
+    if isinstance(estimate, str):
+        return [f"{name}: memory not known: {printable(estimate)}."]
+    unit, label = (GIB, "GiB") if estimate.choices[0].memory.total >= GIB / 4 else (MIB, "MiB")
+    columns = {
+        field: heading
+        for field, heading in MEMORY_COLUMNS.items()
+        if any(getattr(choice.memory, field) for choice in estimate.choices)
+    }
+    settings = estimate.choices[0].settings
+    rows = [["", *settings, *columns.values(), "+ per 1k tokens"]]
+    for choice in estimate.choices:
+        amounts = [getattr(choice.memory, field) for field in columns]
+        numbers = [f"{amount / unit:.2f}" if amount else "-" for amount in amounts]
+        per_token = choice.memory.per_token
+        per_1k_tokens = "not known" if per_token is None else f"{1000 * per_token / unit:.2f}"
+        rows.append(["*" if choice.chosen else "", *choice.settings.values(), *numbers, per_1k_tokens])
+    table = align_columns(rows, text_columns=1 + len(settings))
+    notes = list(estimate.notes)
+    if width is not None and max(map(len, table)) + 2 > width:
+        # A terminal would break the lines, so each choice is a column.
+        table = align_columns([list(column) for column in zip(*rows, strict=True)], text_columns=1)
+        notes = [line for note in notes for line in textwrap.wrap(note, width - 2)]
+    head = f"{name}: memory of a process in {label}, counted for {estimate.parameters / 1e6:,.1f} million parameters"
+    return [head, *(f"  {line}" for line in [*table, *notes])]

@@ -46,8 +46,8 @@ class Stage:
     samples: bool = False
     """Whether ``run`` opens an engine that samples responses."""
     estimator: str | None = None
-    """Import path of the module that estimates memory and work: ``estimate(config, models, runtime)`` and ``job`` with
-    the same arguments for a kind that trains, ``inference(config, models, rows)`` for one that samples or scores."""
+    """Import path of the module that estimates memory: ``estimate(config, models, runtime)`` and ``job`` with the same
+    arguments for a kind that trains, ``inference(config, models)`` for a kind that samples or scores."""
     inspector: str | None = None
     """Import path of the module that looks at what a config names outside the store, where the config cannot do that
     itself: ``pinned(config, base)``, ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``;
@@ -160,13 +160,13 @@ def _inspected(kind: str, version: int, makes: Kind | None, purpose: str, **othe
 
 def _trained(kind: str, version: int, purpose: str, card_verb: str, **others: Any) -> Stage:
     """Return the record of a kind that trains on rows."""
-    fields = {"makes": Kind.POLICY, "estimator": "align.capacity.estimators.training", **others}
+    fields = {"makes": Kind.POLICY, "estimator": "align.capacity.estimate_training", **others}
     return _stage(kind, version, purpose=purpose, card_verb=card_verb, distributed=True, **fields)
 
 
 def _on_policy(kind: str, version: int, purpose: str, card_verb: str) -> Stage:
     """Return the record of a kind that trains on its own rollouts."""
-    fields = {"headline": ROLLOUTS, "lint": f"{ENCODINGS}:PROMPTS", "estimator": "align.capacity.estimators.rl"}
+    fields = {"headline": ROLLOUTS, "lint": f"{ENCODINGS}:PROMPTS", "estimator": "align.capacity.estimate_rl"}
     return _trained(kind, version, purpose, card_verb, samples=True, **fields)
 
 
@@ -204,7 +204,7 @@ STAGES: dict[str, Stage] = {
             Kind.PREFERENCES,
             "sample responses from a checkpoint, score and pair them",
             samples=True,
-            estimator="align.capacity.estimators.sample",
+            estimator="align.capacity.estimate_sampling",
             headline={"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
         ),
         _stage(
@@ -213,7 +213,7 @@ STAGES: dict[str, Stage] = {
             None,
             "make instructions, responses or pairs with a model or an endpoint",
             samples=True,
-            estimator="align.capacity.estimators.synthesize",
+            estimator="align.capacity.estimate_sampling",
         ),
         _trained(
             "reward",
@@ -294,7 +294,7 @@ STAGES: dict[str, Stage] = {
             Kind.SCORECARD,
             "compare systems on prompts, benchmarks and by judges, with intervals",
             samples=True,
-            estimator="align.capacity.estimators.evaluate",
+            estimator="align.capacity.estimate_sampling",
             inspector="align.evaluation.inspect",
             headline={"reward_accuracy": "RM accuracy"},
         ),

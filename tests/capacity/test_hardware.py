@@ -1,10 +1,10 @@
-"""What a user may write for hardware, and what is made of it."""
+"""The notation of hardware, and the devices that it names."""
 
 from __future__ import annotations
 
 import pytest
 
-from align.capacity.hardware import DEVICES, GIB, parse_hardware
+from align.capacity.hardware import DEVICES, GIB, largest_that_fits, parse_hardware
 from align.errors import UserError
 
 
@@ -20,37 +20,41 @@ from align.errors import UserError
         ("cpu", 1, 1, "cpu"),
     ],
 )
-def test_hardware_is_read_as_it_is_written(text: str, nodes: int, per_node: int, name: str) -> None:
+def test_notation_is_parsed(text: str, nodes: int, per_node: int, name: str) -> None:
     hardware = parse_hardware(text)
     assert (hardware.nodes, hardware.per_node, hardware.device.name) == (nodes, per_node, name)
     assert hardware.devices == nodes * per_node
 
 
 @pytest.mark.parametrize("text", ["8xh10", "0xh100", "h100x8", "2x2x2xh100", "", "8 h100", "cpu-0", "8xh100;ls"])
-def test_anything_else_is_refused_with_what_there_is(text: str) -> None:
+def test_other_notation_is_refused_with_examples(text: str) -> None:
     with pytest.raises(UserError, match=r"--hardware .*such as 8xh100, 1xa100-40, cpu"):
         parse_hardware(text)
 
 
-def test_a_slip_gets_the_nearest_name() -> None:
+def test_misspelled_card_gets_nearest_name() -> None:
     with pytest.raises(UserError, match="Did you mean 'l40s'"):
         parse_hardware("8xl40")
 
 
-def test_a_price_of_one_s_own_replaces_the_table_s() -> None:
-    assert parse_hardware("8xh100").device.price == DEVICES["h100"].price
-    assert parse_hardware("8xh100", 1.25).device.price == 1.25
-
-
-def test_processes_of_one_processor_share_it() -> None:
+def test_processes_share_a_processor_s_memory() -> None:
     single, quarter = parse_hardware("cpu-64").device, parse_hardware("4xcpu-64").device
-    assert single.memory == 64 * GIB and quarter.memory == 16 * GIB
-    assert quarter.flops == pytest.approx(single.flops / 4)
+    assert single.memory == 64 * GIB and quarter.memory == quarter.host == 16 * GIB
     assert parse_hardware("4x1xcpu-64").device.memory == 64 * GIB  # four machines
 
 
-def test_every_card_has_a_size_a_speed_and_a_price() -> None:
+def test_cards_have_a_plausible_memory() -> None:
     for device in DEVICES.values():
         assert 10 * GIB < device.usable < device.memory < 200 * GIB
-        assert device.flops > device.flops_float32 > 1e13
-        assert device.price is not None and 0 < device.price < 20
+
+
+def test_other_cards_are_sorted_by_memory() -> None:
+    others = parse_hardware("2xh100").other_cards()
+    sizes = [cards.device.memory for cards in others]
+    assert sizes == sorted(sizes) and len(others) == len(DEVICES) - 1
+    assert all(cards.per_node == 2 and cards.device.name != "h100" for cards in others)
+
+
+@pytest.mark.parametrize(("limit", "maximum", "expected"), [(0, 8, 0), (1, 8, 1), (5, 8, 5), (9, 8, 8), (100, 64, 64)])
+def test_largest_that_fits_is_found(limit: int, maximum: int, expected: int) -> None:
+    assert largest_that_fits(lambda number: number <= limit, maximum) == expected

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.capacity import inference, memory
+from align.capacity import memory, sampling_ways
 from align.capacity.memory import Memory, engine_memory, model_bytes, ppo_memory, resolve_engine
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
@@ -168,7 +168,7 @@ def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: 
 
 
 def test_beyond_short_rows_keys_and_values_are_kept_once_for_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert activations.SHORT == ragged_rows.SHORT and inference.HEAD_ROWS == evaluation.HEAD_ROWS
+    assert activations.SHORT == ragged_rows.SHORT and sampling_ways.HEAD_ROWS == evaluation.HEAD_ROWS
     monkeypatch.setattr(ragged_rows, "SHORT", 0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)).eval()
     enable_ragged(model)

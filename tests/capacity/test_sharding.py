@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from align.capacity.estimators import training as memory_training
+from align.capacity import estimate_training
 from align.capacity.hardware import parse_hardware
-from align.capacity.job import Setting
-from align.capacity.layouts import Strategy, candidate_strategies
 from align.capacity.memory import Memory
-from align.capacity.sharding import BUCKET, offloaded, sharded
+from align.capacity.sharding import BUCKET, Setting, Strategy, candidate_strategies, offloaded, sharded
 from align.capacity.training_ways import training_way
 from align.config.stages.sft import SftConfig
 from align.models.architecture import Linear
@@ -80,7 +78,7 @@ def test_what_is_offloaded_waits_in_the_machine_s_memory() -> None:
 def test_no_way_holds_more_than_plain_ddp() -> None:
     config = SftConfig(model="m", data="d", learning_rate=1e-3, max_length=512, batch_size=64)
     large = replace(TOY, hidden=1024, embedded=10 * 1024, linears=(Linear("q", 1024, 4096),), vectors=1024, layers=24)
-    job = memory_training.job(config, {"model": [large]}, None)
+    job = estimate_training.job(config, {"model": [large]}, None)
     plain = sharded(job.memory(Setting(1)), job, Strategy("ddp"), 8).peak(512)
     for strategy in candidate_strategies(8, False):
         assert sharded(job.memory(Setting(1)), job, strategy, 8).peak(512) <= plain, strategy.label
@@ -89,5 +87,5 @@ def test_no_way_holds_more_than_plain_ddp() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    memory = training_way(sft_job(batch_size=6), parse_hardware("4xh100"), Strategy("ddp"), 100, 1.0)
+    memory = training_way(sft_job(batch_size=6), parse_hardware("4xh100"), Strategy("ddp"))
     assert "the batch of 6 rows does not divide among 4 devices" in memory.obstacle

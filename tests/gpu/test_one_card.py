@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from align.capacity.estimators import training as memory_training
-from align.capacity.job import Setting
+from align.capacity import estimate_training
+from align.capacity.sharding import Setting
 from align.config.runtime import Runtime
 from align.models.architecture import read_architecture
 from benchmarks.stage_work import FIELD, config_of, run_stage
@@ -109,7 +109,7 @@ def test_a_stage_holds_what_the_plan_counts(method: str, device: str, tmp_path: 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run_stage(tmp_path / "run", "sft", fields, model, 512, 32, runtime)
-    job = memory_training.job(
+    job = estimate_training.job(
         config_of("sft", fields), {FIELD["sft"]: [read_architecture(model / "config.json")]}, runtime
     )
     counted = job.memory(Setting(8, gpu=True)).peak(job.tokens(8))

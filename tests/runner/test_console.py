@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from align.capacity.memory import Choice, Estimate, Memory
-from align.capacity.table import memory_lines
+from align.cli.plan_hardware import memory_lines
 from align.pipeline.pace import duration
 from align.pipeline.registry import STAGES
 from align.runner import console

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from align.capacity.estimate import estimate_memory
 from align.capacity.memory import Estimate
+from align.capacity.plan import estimate_memory
 from align.models.compute_types import ProductSpeed
 from align.pipeline.pipeline import Node, Pipeline
 from align.store.store import Store

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from align.capacity.estimators import rl as memory_rl
+from align.capacity import estimate_rl
 from align.config.runtime import Runtime
 from align.config.stages.rl import trainer_fields
 from align.data.rows import user, write_rows
@@ -107,7 +107,7 @@ def test_a_stage_without_a_critic_needs_the_memory_of_a_head_less_that_head():
     sizes = architecture_of(EMBEDDED_SIZES)
     both = []
     for kind, inputs in (("ppo", {"critic": "head"}), ("grpo", {"samples_per_prompt": 4})):
-        both.append(memory_rl.estimate(config_of(kind, **SCORED, **inputs), {"policy": [sizes]}, Runtime()))
+        both.append(estimate_rl.estimate(config_of(kind, **SCORED, **inputs), {"policy": [sizes]}, Runtime()))
     (ppo,), (grpo,) = ([choice for choice in actual.choices if choice.chosen] for actual in both)
     assert grpo.memory.critic == 0 < ppo.memory.critic
     ppo_total, grpo_total = (replace(choice.memory, in_heap=False).total for choice in (ppo, grpo))

@@ -35,11 +35,6 @@ class KtoConfig(ReferenceFields):
         return self.loss != "kto"
 
     @property
-    def rows_of_a_pair(self) -> int:
-        """A pair is two answers, one of them desirable."""
-        return 2
-
-    @property
     def sides(self) -> int:
         """An answer has one sequence."""
         return 1

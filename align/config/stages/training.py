@@ -117,11 +117,6 @@ class TrainingFields(TrainerOptions):
         return self.early_stopping is not None or self.keep == "best"
 
     @property
-    def rows_of_a_pair(self) -> int:
-        """Rows that the stage makes of each pair of its data."""
-        return 1
-
-    @property
     def sides(self) -> int:
         """Token sequences per row."""
         return 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.capacity.estimators import training as training_estimator
-from align.capacity.job import Job
+from align.capacity import estimate_training
+from align.capacity.sharding import Job
 from align.config.stages.sft import SftConfig
 from align.models.architecture import Architecture, Linear
 
@@ -49,4 +49,4 @@ SEVENTY: dict[str, Any] = {
 def sft_job(precision: str = "float32", **fields: Any) -> Job:
     """Return the job of fine-tuning the toy model on rows of up to 8 tokens."""
     config = SftConfig(model="m", data="d", learning_rate=1e-3, precision=precision, max_length=8, **fields)
-    return training_estimator.job(config, {"model": [TOY]}, None)
+    return estimate_training.job(config, {"model": [TOY]}, None)

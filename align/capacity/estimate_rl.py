@@ -1,4 +1,4 @@
-"""Estimator of ppo, grpo, rloo, online_dpo and rejection: memory and work, from the config alone. Torch-free.
+"""Memory of ppo, grpo, rloo, online_dpo and rejection, counted from the config. Never imports torch.
 
 A stage without a critic is counted as one whose critic is a value head, without that head.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from align.capacity.inference import user_load, user_memory, user_of
-from align.capacity.job import Job, Setting, Work
 from align.capacity.memory import (
     Choice,
     CriticKind,
@@ -20,13 +18,14 @@ from align.capacity.memory import (
     resolve_engine,
     state_note,
 )
+from align.capacity.sampling_ways import user_load, user_memory, user_of
+from align.capacity.sharding import Job, Setting
 from align.config.runtime import Runtime
 from align.config.stages.rl import RolloutFields
 from align.config.tuning import FullTuning, LoraTuning, TuningBase
 from align.models.activations import FLOAT, SHORT
 from align.models.architecture import Architecture
 from align.models.compute_types import resolved
-from align.models.flops import forward_flops, learning_flops
 
 Models = Mapping[str, Sequence[Architecture]]
 
@@ -43,7 +42,7 @@ def estimate(config: RolloutFields, models: Models, runtime: Runtime) -> Estimat
     source = getattr(config, "critic_source", None)
     critics: tuple[CriticKind, ...] = ("reward", "policy", "head") if rewards else ("policy", "head")
     if source is None:
-        # Kinds without a critic: a single choice stands for all, and its critic counts as 0 below.
+        # A kind without a critic has a single choice, and its critic counts as 0 below.
         critics = ("head",)
     setting = Setting(
         config.micro_batch,
@@ -124,43 +123,17 @@ def _checkpointing(config: RolloutFields) -> bool:
 
 
 def _reward_models(models: Models) -> Sequence[Architecture]:
-    """Return the models that score: those of ``reward``, of which a critic may be the first, and those of ``score``."""
+    """Return the models of ``reward``, the first of which may be the critic, and the models of ``score``."""
     return (*models.get("reward", ()), *models.get("score.reward", ()))
 
 
 def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
-    """Return what the stage asks of devices."""
+    """Return the load of the stage."""
     policy, rewards, tuning = models["policy"][0], _reward_models(models), config.tuning
     critic: CriticKind = getattr(config, "critic_source", None) or "head"
     critic_base = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     memory = rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=Setting(1))
-    # Some kinds learn from a part of the responses that they sample and score.
-    trained_share = config.kept_per_prompt / config.samples_per_prompt
     responses_per_prompt = config.samples_per_prompt if config.trainer.get("share_prompts", True) else 1
-
-    def work(fill: float) -> Work:
-        length = fill * (config.max_prompt_tokens + config.max_tokens)
-        sampled = fill * config.max_tokens
-        # a prompt is read once for its responses
-        tokens = fill * config.max_prompt_tokens / responses_per_prompt + sampled
-        policy_forward = forward_flops(policy, tokens, length, sampled)
-        # a rollout's log-probabilities: of the reference first, then of the policy and the critic
-        learning, scoring, recomputation = 0.0, policy_forward, policy_forward
-        learning += learning_flops(policy, tuning, tokens, length, sampled)
-        scoring += policy_forward
-        if critic_base is not None:
-            critic_forward = forward_flops(critic_base, tokens, length)
-            learning += learning_flops(critic_base, tuning, tokens, length)
-            scoring += critic_forward
-            recomputation += critic_forward
-        scoring += sum(forward_flops(reward, length, length) for reward in rewards)
-        if not tuning.trains_all:
-            # the reference continues from the policy's hidden states below the first adapter
-            frozen_share = 1 - policy.learning_layers(tuning) / policy.layers
-            scoring -= forward_flops(policy, tokens, length) * frozen_share
-        # A rollout is scored once and learned from in every epoch, each time with its recomputation.
-        epochs = config.num_epochs * trained_share
-        return Work(epochs * learning, epochs * recomputation, scoring, epochs * tokens, sampled)
 
     return Job(
         model=policy,
@@ -171,13 +144,9 @@ def job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
         row="responses",
         tokens=lambda count: _micro_batch_tokens(config, count, responses_per_prompt),
         memory=lambda setting: rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=setting),
-        work=work,
-        rows=lambda _: config.updates * config.rollout_batch,
-        steps=lambda count: count // config.rollout_batch * config.num_epochs * config.num_mini_batches,
         run_micro_batch=config.micro_batch_of,
         objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
         unit=config.indivisible_responses,
-        rollout=config.rollout_batch,
         trained=memory.gradients // FLOAT + memory.critic // (4 * FLOAT),
         gathered=policy.parameters + (critic_base.trunk if critic_base is not None and tuning.trains_all else 0),
         checkpointing=_checkpointing(config),
@@ -204,7 +173,7 @@ def _notes(config: RolloutFields, runtime: Runtime) -> list[str]:
     elif name != "transformers" and gpu:
         asleep = ", but asleep while the trainer learns" if name == "vllm" and runtime.engine.sleep else ""
         notes.append(
-            f"vLLM takes {runtime.engine.gpu_memory:g} of the card (gpu_memory) for engine and cache, needed or "
+            f"vLLM uses {runtime.engine.gpu_memory:g} of the card (gpu_memory) for engine and cache, needed or "
             f"not{asleep}."
         )
     elif name == "transformers":
@@ -217,7 +186,7 @@ def _notes(config: RolloutFields, runtime: Runtime) -> list[str]:
         )
     if config.environment is not None and config.environment.user is not None:
         user = config.environment.user
-        counted = "is counted with the reward models, its time is not" if user.model else "is not counted"
+        counted = "is counted with the reward models" if user.model else "is not counted"
         notes.append(f"{user.label}, which plays the user, {counted}.")
     if "optim" in config.trainer:
         notes.append(f"AdamW's state is counted; optim {config.trainer['optim']} may need another amount.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align.capacity.estimators import training as memory_training
+from align.capacity import estimate_training
 from align.config.runtime import Runtime
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
@@ -23,7 +23,7 @@ LORA = {"method": "lora", "rank": 2}  # 2 layers x 2 x (4 + 5) = 36
 def counted(stage: Any, tuning: dict[str, Any], **fields: Any) -> Any:
     runtime = fields.pop("runtime", Runtime(device="cpu"))
     config = stage(model="m", data="d", learning_rate=1e-3, tuning=tuning, **fields)
-    return memory_training.estimate(config, {"model": [TOY]}, runtime)
+    return estimate_training.estimate(config, {"model": [TOY]}, runtime)
 
 
 def test_sft_by_hand() -> None:

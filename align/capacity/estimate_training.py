@@ -1,11 +1,9 @@
-"""Estimator of the kinds that train with trl: memory and work, from the config alone. Torch-free."""
+"""Memory of the kinds that train with trl, counted from the config. Never imports torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-from align.capacity.job import Job, Setting, Work
 from align.capacity.memory import (
     LOGITS_AT_ONCE,
     Choice,
@@ -17,6 +15,7 @@ from align.capacity.memory import (
     resolve_engine,
     state_note,
 )
+from align.capacity.sharding import Job, Setting
 from align.config.base import Precision
 from align.config.runtime import Runtime
 from align.config.stages.training import TrainingFields
@@ -24,7 +23,6 @@ from align.config.tuning import FullTuning, LoraTuning, LowRank, TuningBase
 from align.models.activations import FLOAT, SIZES, activations_per_token, passing_per_token
 from align.models.architecture import Architecture, UnknownArchitecture
 from align.models.compute_types import resolved
-from align.models.flops import forward_flops, learning_flops
 
 TRAINED_FIELDS = ("model", "policy", "student")
 """Input fields that name the trained checkpoint."""
@@ -76,7 +74,7 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
     if scores and not model.tied:
         # A reward model is loaded without the vocabulary's head.
         weights -= FLOAT * model.head
-    # ``added`` counts parameters beside the model's own: adapters and the score head.
+    # ``added`` counts the parameters that are not the model's own: adapters and the score head.
     head = model.hidden if scores else 0
     if tuning.trains_all:
         added, trained = head, (model.trunk if scores else model.parameters) + head
@@ -124,7 +122,7 @@ def rows_to_tokens(config: TrainingFields, rows: int) -> int:
 def _other_models(config: TrainingFields, models: Models, trained: int) -> int:
     """Return the bytes of a moving average, of an L2 anchor's start weights, and of a teacher that stays in memory."""
     copies = (config.ema is not None) + (config.anchor is not None and config.anchor.to == "l2")
-    # with top_k the teacher's probabilities are computed beforehand, and the teacher is freed
+    # With top_k the teacher's probabilities are computed beforehand, and the teacher is freed.
     teachers = models.get("teacher", ()) if getattr(config, "top_k", None) is None else ()
     return copies * FLOAT * trained + sum(FLOAT * teacher.parameters for teacher in teachers)
 
@@ -149,7 +147,7 @@ def _learning_logits(model: Architecture, tokens: int, precision: Precision, tra
 def _scoring(config: TrainingFields, models: Models, tuning: TuningBase, gpu: bool) -> int:
     """Return the work space of a pass over held-out rows: of the vocabulary's logits, or of one layer.
 
-    A ``reference`` that is a model of its own is in memory while it scores the rows.
+    A separate ``reference`` model is in memory while it scores the rows.
     """
     model = trained_model(models)
     size = SIZES[resolved(config.precision)]
@@ -172,28 +170,9 @@ def _saving(config: TrainingFields, model: Architecture, tuning: TuningBase, gpu
 
 
 def job(config: TrainingFields, models: Models, runtime: Runtime | None) -> Job:
-    """Return what the stage asks of devices."""
+    """Return the load of the stage."""
     model, tuning = trained_model(models), config.tuning
     trained = training_memory(config, models, tuning, Setting(1)).gradients // FLOAT
-
-    def work(share: float) -> Work:
-        length = share * config.max_length
-        tokens = config.sides * length
-        head = tokens if config.has_vocabulary else 0.0
-        forward = forward_flops(model, tokens, length, head)
-        frozen = models.get("teacher", ()) or (model,) * config.refers
-        reference = sum(forward_flops(architecture, tokens, length, head) for architecture in frozen)
-        return Work(learning_flops(model, tuning, tokens, length, head), forward, reference, tokens)
-
-    def rows(data_rows: int | None) -> int | None:
-        limit = None if config.max_steps is None else config.max_steps * config.batch_size
-        if data_rows is None:
-            return limit
-        if config.max_rows is not None:
-            data_rows = min(data_rows, config.max_rows)
-        # Whichever comes first ends the training: epochs or ``max_steps``.
-        trained_rows = math.ceil(data_rows * config.epochs)
-        return trained_rows if limit is None else min(trained_rows, limit)
 
     return Job(
         model=model,
@@ -204,12 +183,9 @@ def job(config: TrainingFields, models: Models, runtime: Runtime | None) -> Job:
         row="pairs" if config.sides == 2 else "rows",
         tokens=lambda count: rows_to_tokens(config, count),
         memory=lambda setting: training_memory(config, models, tuning, setting),
-        work=work,
-        rows=rows,
-        steps=lambda count: math.ceil(count / config.batch_size),
         run_micro_batch=config.micro_batch_of,
         objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
-        # Where losses of micro-batches do not add up, another size would be another training.
+        # If the losses of micro-batches do not add up, another size would be another training.
         unit=1 if config.rows_add_up else config.micro_batch,
         trained=trained,
         gathered=model.parameters,

@@ -1,0 +1,315 @@
+"""Memory of sample, synthesize and evaluate, counted from the config. Never imports torch.
+
+Models that servers hold are named and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align.capacity.sampling_ways import (
+    MAX_SEQUENCES,
+    Inference,
+    SamplingLoad,
+    ScoringLoad,
+    UserLoad,
+    reward_scoring,
+    user_load,
+    user_of,
+)
+from align.config.batch_sizes import EPISODES_TOGETHER, READ_TOKENS, SAMPLE_CHUNK, SYNTHESIS_CHUNK
+from align.config.environment import EnvironmentConfig
+from align.config.simulated_user import SimulatedUserConfig
+from align.config.stages.environment_task import EnvironmentTaskConfig
+from align.config.stages.evaluate import EvaluateConfig
+from align.config.stages.evaluation_fields import TaskConfig
+from align.config.stages.evaluation_tasks import (
+    JudgedConfig,
+    LmEvalConfig,
+    MultipleChoiceConfig,
+    PerplexityConfig,
+    PreferenceConfig,
+    RewardPairsConfig,
+)
+from align.config.stages.sample import SampleConfig
+from align.config.stages.synthesis_tasks import InstructionsTask
+from align.config.stages.synthesize import SynthesizeConfig
+from align.models.architecture import Architecture
+from align.models.compute_types import resolved
+
+Models = Mapping[str, Sequence[Architecture]]
+
+
+def inference(config: SampleConfig | SynthesizeConfig | EvaluateConfig, models: Models) -> Inference:
+    """Return the load of a stage that samples or scores."""
+    if isinstance(config, SampleConfig):
+        return _sample(config, models)
+    if isinstance(config, SynthesizeConfig):
+        return _synthesize(config, models)
+    return _evaluate(config, models)
+
+
+def _rewards(models: Models) -> Sequence[Architecture]:
+    return (*models.get("reward", ()), *models.get("score.reward", ()))
+
+
+def _user_notes(environment: EnvironmentConfig | None) -> list[str]:
+    if environment is None or environment.user is None:
+        return []
+    return [_user_note(environment.user)]
+
+
+def _user_note(user: SimulatedUserConfig) -> str:
+    return f"{user.label}, which plays the user, {'is counted' if user.model else 'is not counted'}."
+
+
+# ---- sample ----
+
+
+def _sample(config: SampleConfig, models: Models) -> Inference:
+    """Return ``n`` responses to each prompt, and the reward models that score them.
+
+    An episode counts as one response of ``max_tokens``.
+    """
+    load = SamplingLoad(
+        name="policy",
+        model=models["policy"][0],
+        prompt_tokens=config.max_prompt_tokens,
+        response_tokens=config.max_tokens,
+        call=SAMPLE_CHUNK * config.n if config.environment is None else EPISODES_TOGETHER,
+        uses_top_p=config.top_p < 1,
+        user=user_load(config.environment, user_of(models), config.max_prompt_tokens),
+    )
+    return Inference(
+        precision=resolved(config.precision),
+        sampling=(load,),
+        scoring=tuple(reward_scoring("reward", model, load.length) for model in _rewards(models)),
+        notes=tuple(_user_notes(config.environment)),
+    )
+
+
+# ---- synthesize ----
+
+
+def _synthesize(config: SynthesizeConfig, models: Models) -> Inference:
+    """Return the answers, the reward models that score them, and the checkpoint that compares them."""
+    call = SYNTHESIS_CHUNK if config.environment is None else EPISODES_TOGETHER
+    if isinstance(config.task, InstructionsTask):
+        call = min(SYNTHESIS_CHUNK, config.task.at_once)
+    answering = [
+        SamplingLoad(
+            name="model",
+            model=model,
+            prompt_tokens=config.max_prompt_tokens,
+            response_tokens=config.max_tokens,
+            call=call,
+            uses_top_p=config.top_p < 1,
+            user=user_load(config.environment, user_of(models), config.max_prompt_tokens),
+        )
+        for model in models.get("model", ())
+    ]
+    judging = [_judging(config, model, answering) for model in models.get("judge_model", ())]
+    length = config.max_prompt_tokens + config.max_tokens
+    servers = _servers(config)
+    scoring = tuple(reward_scoring("reward", model, length) for model in _rewards(models))
+    is_counted = bool(answering or judging or scoring)
+    notes = [f"{server}; that is not counted." for server in servers if is_counted]
+    return Inference(
+        precision=resolved(config.precision),
+        sampling=(*answering, *judging),
+        scoring=scoring,
+        external=", and ".join(servers),
+        notes=(*_user_notes(config.environment), *notes),
+    )
+
+
+def _judging(config: SynthesizeConfig, model: Architecture, answering: Sequence[SamplingLoad]) -> SamplingLoad:
+    """Return the judgments of pairs of answers."""
+    assert config.judge is not None
+    return SamplingLoad(
+        name="judge",
+        model=model,
+        prompt_tokens=config.max_prompt_tokens,
+        response_tokens=config.judge.max_tokens,
+        call=SYNTHESIS_CHUNK,
+        # One process of vLLM holds one architecture, so a judge of another one samples with transformers.
+        needs_transformers=any(model != load.model for load in answering),
+    )
+
+
+def _servers(config: SynthesizeConfig) -> list[str]:
+    """Return the duties of servers in the stage, in words."""
+    judge = None if config.judge is None else config.judge.endpoint
+    duties = (("answers", config.endpoint), ("judges", judge))
+    return [f"{endpoint.model}, a server, {duty}" for duty, endpoint in duties if endpoint is not None]
+
+
+# ---- evaluate ----
+
+
+def _evaluate(config: EvaluateConfig, models: Models) -> Inference:
+    """Return the answers of every system, and all models that score or read."""
+    evaluation = _Evaluation(config, models)
+    if config.prompts is not None:
+        evaluation.add_prompt_set()
+    for name, task in config.tasks.items():
+        evaluation.add_task(name, task)
+    evaluation.add_pairs()
+    evaluation.add_heldout()
+    return Inference(
+        precision=resolved(config.precision),
+        sampling=tuple(evaluation.sampling),
+        scoring=tuple(evaluation.scoring),
+        notes=tuple(evaluation.notes),
+    )
+
+
+class _Evaluation:
+    """Loads of an evaluation, collected part by part."""
+
+    def __init__(self, config: EvaluateConfig, models: Models) -> None:
+        self.config = config
+        self.models = models
+        self.policies = dict(zip(config.policies, models["policies"], strict=True))
+        self.users = dict(zip(config.users or (), models.get("users", ()), strict=True))
+        """Checkpoints that play the user of episodes, by name; a task names its own."""
+        self.systems = [(name, name, 1) for name in config.policies]
+        """A system's name, the checkpoint that answers for it, and the answers from which its answer is chosen."""
+        self.systems += [(name, baseline.of, baseline.best_of) for name, baseline in config.baselines.items()]
+        # One process holds one vLLM, so several architectures are sampled with transformers.
+        self.mixes_architectures = len(set(self.policies.values())) > 1
+        self.sampling: list[SamplingLoad] = []
+        self.scoring: list[ScoringLoad] = []
+        self.notes: list[str] = []
+
+    def add_prompt_set(self) -> None:
+        """Add the responses to the prompts, the reward models that score them, and their KL to the reference."""
+        config = self.config
+        length = config.max_prompt_tokens + config.max_tokens
+        answers = None if config.max_prompts is None else config.max_prompts * config.samples_per_prompt
+        self._add_answers(answers, config.max_prompt_tokens, config.max_tokens)
+        for field in ("reward", "score.reward"):
+            self._add_reward(field, length)
+        if config.temperature == 0:
+            return
+        for name, checkpoint, best_of in self.systems:
+            if best_of > 1 or name == config.reference:
+                continue
+            # The log-probabilities of a system's answers under itself and under the reference.
+            for reader in (checkpoint, config.reference):
+                self.scoring.append(self._reading(reader, length, config.max_tokens))
+
+    def _add_answers(
+        self,
+        answers: int | None,
+        prompt_tokens: int,
+        response_tokens: int,
+        top_p: float = 1.0,
+        *,
+        best_of: bool = True,
+        user: UserLoad | None = None,
+    ) -> None:
+        """Add every system's answers, and the reward model that chooses the best of N.
+
+        Args:
+            answers: Answers of a system that are kept; None if the config does not limit them.
+            prompt_tokens: Tokens of the longest prompt.
+            response_tokens: Tokens of the longest response.
+            top_p: Share of the probability that is sampled from.
+            best_of: Whether best-of-N systems answer.
+            user: The checkpoint that plays the user of episodes.
+        """
+        for _, checkpoint, sampled in self.systems:
+            if sampled > 1 and not best_of:
+                continue
+            load = SamplingLoad(
+                name=checkpoint,
+                model=self.policies[checkpoint],
+                prompt_tokens=prompt_tokens,
+                response_tokens=response_tokens,
+                call=MAX_SEQUENCES if answers is None else max(1, answers * sampled),
+                uses_top_p=top_p < 1,
+                needs_transformers=self.mixes_architectures,
+                user=user,
+            )
+            self.sampling.append(load)
+            if sampled > 1:
+                self.scoring.append(_scoring("reward", self.models["reward"][0], load.length))
+
+    def _add_reward(self, field: str, length: int) -> None:
+        """Add the reward models that the config's ``field`` names, if any."""
+        # Rewards of a list score as in all stages.
+        load = reward_scoring if field == "score.reward" else _scoring
+        self.scoring += [load(field, model, length) for model in self.models.get(field, ())]
+
+    def add_task(self, name: str, task: TaskConfig) -> None:
+        """Add one task's answers and scores, with a note on models that are not counted."""
+        config = self.config
+        if isinstance(task, LmEvalConfig):
+            self.notes.append(f"{name}: lm-eval's own tasks run in a separate process and are not counted.")
+        elif isinstance(task, MultipleChoiceConfig | PerplexityConfig | PreferenceConfig):
+            length, logit_tokens = config.max_context, min(config.max_context, config.max_tokens)
+            if isinstance(task, PerplexityConfig):
+                length = logit_tokens = task.max_length
+            # Systems that share a checkpoint are read by it in turn, with the same memory.
+            readers = dict.fromkeys(checkpoint for _, checkpoint, best_of in self.systems if best_of == 1)
+            self.scoring += [self._reading(reader, length, logit_tokens) for reader in readers]
+        elif isinstance(task, RewardPairsConfig):
+            for field in ("reward", "second_reward"):
+                self._add_reward(field, config.max_context)
+        elif isinstance(task, EnvironmentTaskConfig):
+            self._add_episodes(name, task)
+        else:
+            self._add_answered_task(name, task)
+
+    def _add_episodes(self, name: str, task: EnvironmentTaskConfig) -> None:
+        """Add every system's episodes, each as one answer of ``max_tokens``; best-of-N systems play none."""
+        user = task.environment.user
+        if user is not None:
+            self.notes.append(f"{name}: {_user_note(user)}")
+        tokens = task.environment.max_tokens
+        prompt_tokens = max(1, self.config.max_context - tokens)
+        checkpoint = None if user is None or user.model is None else self.users[user.model]
+        load = user_load(task.environment, checkpoint, prompt_tokens)
+        answers = None if task.max_items is None else task.max_items * task.samples
+        self._add_answers(answers, prompt_tokens, tokens, best_of=False, user=load)
+
+    def _add_answered_task(self, name: str, task: Any) -> None:
+        config = self.config
+        # Lengths of a task's prompts are not known before its templates are applied: count the longest possible.
+        prompt_tokens = max(1, config.max_context - task.max_tokens)
+        samples = getattr(task, "samples", 1)
+        answers = None if task.max_items is None else task.max_items * samples
+        self._add_answers(answers, prompt_tokens, task.max_tokens, getattr(task, "top_p", 1.0))
+        if not isinstance(task, JudgedConfig):
+            return
+        if task.judge.endpoint is not None:
+            self.notes.append(f"{name}: {task.judge.endpoint.model}, a server, judges; that is not counted.")
+        elif task.judge.reward_field is not None:
+            self._add_reward(task.judge.reward_field, config.max_context)
+
+    def add_pairs(self) -> None:
+        """Add the reward models that score the pairs."""
+        if self.config.pairs is None or self.config.reward is None:
+            return
+        for field in ("reward", "second_reward"):
+            self._add_reward(field, self.config.max_context)
+        self.notes.append("pairs: assumed to have max_context tokens, since their length has no limit.")
+
+    def add_heldout(self) -> None:
+        """Add every checkpoint's loss on the held-out rows."""
+        if self.config.heldout is None:
+            return
+        # One checkpoint after the other reads: the memory holds one.
+        length = self.config.max_heldout_length
+        self.scoring += [self._reading(name, length, length) for name in self.policies]
+
+    def _reading(self, name: str, length: int, logit_tokens: int) -> ScoringLoad:
+        tokens = max(READ_TOKENS, length)
+        return ScoringLoad(name, self.policies[name], length, tokens, logit_tokens, is_rounded=True)
+
+
+def _scoring(name: str, model: Architecture, length: int) -> ScoringLoad:
+    """Return the load of the stage's own reward model, which reads ``READ_TOKENS`` tokens at a time."""
+    return ScoringLoad(name, model, length, max(READ_TOKENS, length), is_rounded=True)
