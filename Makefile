@@ -20,7 +20,7 @@ QUICK := tests/test_venv_setup.py tests/test_errors.py tests/test_installed.py t
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart smoke setup browser slurm slurm-stop check docs dist test test-quick test-slow test-avx2 test-gpu gpu-evidence bench clean
+.PHONY: help quickstart smoke setup browser slurm slurm-stop check docs docs-serve dist test test-quick test-slow test-avx2 test-gpu gpu-evidence bench clean
 help:
 	@echo "make quickstart  set up, then take a 135M chat model through SFT, RM, DPO and PPO"
 	@echo "make test        set up, then run the tests (make test-slow: those that take minutes, too)"
@@ -34,6 +34,7 @@ help:
 	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
 	@echo "make check       ruff, mypy --strict, import-linter, the documentation's strict build"
 	@echo "make docs        the documentation site, into site/: open site/index.html"
+	@echo "make docs-serve  the same at a local address, with search, built again when a file changes"
 	@echo "make bench       sampling and training speed on this machine"
 
 setup: $(READY)
@@ -81,6 +82,10 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
+
+# With search, and built again whenever a page or a docstring changes.
+docs-serve: $(READY)
+	$(BIN)/mkdocs serve --livereload
 
 # The source distribution and the wheel, into dist/.
 dist: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from align.cli.parser import print_json
@@ -10,7 +11,10 @@ from align.config.shipped import QUICKSTART, starting_files, starting_points
 from align.config.user_paths import user_path
 from align.config.validation import suggest
 from align.errors import UserError, printable
+from align.pipeline.json_schema import pipeline_schema
 
+SCHEMA = "align.schema.json"
+"""The file with the JSON schema of pipelines, which editors read where a pipeline's first line names it."""
 NEXT_COMMANDS = {"data": "align data build"}
 """Commands that read a starting point, where that is not ``align run``."""
 
@@ -35,8 +39,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list(points: dict[str, str], json: bool) -> int:
-    if json:
+def _list(points: dict[str, str], as_json: bool) -> int:
+    if as_json:
         print_json(points)
         return 0
     for name, description in points.items():
@@ -46,11 +50,17 @@ def _list(points: dict[str, str], json: bool) -> int:
 
 
 def write_starting_point(name: str, folder: Path) -> list[Path]:
-    """Write the files of a starting point into ``folder`` and return them.
+    """Write the files of a starting point and the schema of its pipeline into ``folder``, and return them.
 
     Raises ``UserError``, before anything is written, for a file that is there already or a folder that cannot be made.
     """
     texts = starting_files(name)
+    if name not in NEXT_COMMANDS:
+        pipeline = f"{name}.yaml"
+        texts[pipeline] = f"# yaml-language-server: $schema={SCHEMA}\n{texts[pipeline]}"
+        # Every starting point has the same schema, so one that is there already is kept.
+        if not (folder / SCHEMA).exists():
+            texts[SCHEMA] = json.dumps(pipeline_schema(), indent=2) + "\n"
     existing = [folder / file for file in texts if (folder / file).exists()]
     if existing:
         raise UserError(

@@ -10,6 +10,7 @@ from align import Pipeline
 from align.cli.init import write_starting_point
 from align.cli.main import main
 from align.config.shipped import starting_points
+from align.pipeline.json_schema import pipeline_schema
 
 PIPELINES = ("quickstart", "sft", "dpo", "ppo", "grpo", "eval")
 
@@ -35,6 +36,19 @@ def test_the_quickstart_keeps_its_keys(tmp_path: Path) -> None:
     assert {node.name: node.key for node in copied} == {
         node.name: node.key for node in Pipeline.load("pipelines/quickstart.yaml")
     }
+
+
+def test_editors_find_the_schema_of_a_pipeline(tmp_path: Path) -> None:
+    written = [*write_starting_point("sft", tmp_path), *write_starting_point("dpo", tmp_path)]
+    assert [path.name for path in written].count("align.schema.json") == 1
+    schema = json.loads((tmp_path / "align.schema.json").read_text())
+    assert schema == pipeline_schema()
+    for name in ("sft", "dpo"):
+        modeline = (tmp_path / f"{name}.yaml").read_text().partition("\n")[0]
+        path = modeline.removeprefix("# yaml-language-server: $schema=")
+        assert (tmp_path / path).samefile(tmp_path / "align.schema.json")
+    write_starting_point("data", tmp_path)  # a recipe, which is no pipeline
+    assert "$schema" not in (tmp_path / "data.yaml").read_text()
 
 
 def test_the_data_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 MISSING = "–"
+TINY = 1e-5
+"""Numbers below it have too many zeros to be read without a power of ten."""
 HYPHEN_AS_MINUS = re.compile(r"(?<![\w)\].-])-(?=\.?\d)|(?<= )-(?= )|(?<=\de)-(?=\d)")
 MARKS = {"better": "▲", "worse": "▼", "higher": "↑", "lower": "↓", "unclear": "·"}
 """A shape for each verdict, so that it reads without color."""
@@ -28,7 +30,7 @@ ACCURACIES = {
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Return a number with about ``digits`` significant digits: ``0.412``, ``12.3``, ``1,840``, ``5e-04``.
+    """Return a number with about ``digits`` significant digits: ``0.412``, ``12.3``, ``1,840``, ``0.0004``.
 
     None and numbers that are not finite are a dash; any other value is returned as text.
     """
@@ -41,9 +43,11 @@ def number(value: Any, digits: int = 3) -> str:
     magnitude = abs(value)
     # Adding zero drops the sign of a negative zero.
     value += 0
-    # Small numbers in powers of ten, large ones without decimals, all others with three digits.
-    if magnitude != 0 and magnitude < 1e-3:
+    # Tiny numbers in powers of ten, small ones with two digits, large ones without decimals, all others with three.
+    if magnitude != 0 and magnitude < TINY:
         text = f"{value:.1e}"
+    elif magnitude != 0 and magnitude < 1e-3:
+        text = f"{value:.{1 - math.floor(math.log10(magnitude))}f}".rstrip("0")
     elif magnitude >= 1000 or (isinstance(value, int) and magnitude >= 1):
         text = f"{value:,.0f}"
     elif magnitude >= 100:

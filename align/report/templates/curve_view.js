@@ -16,7 +16,7 @@
 
   const text = (value) => {
     const size = Math.abs(value);
-    const short = size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+    const short = size && (size < 1e-5 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
     return short.replace(/-/g, "−");
   };
   // Steps are counted: they keep all their digits. A place between two of them has one behind the point.

@@ -12,7 +12,7 @@
   const number = (value) => {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
-    const text = size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+    const text = size && (size < 1e-5 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
     return text.replace(/-/g, "−");
   };
   // Steps are counted: they keep all their digits. The mean of several has one behind the point.

@@ -10,7 +10,8 @@ from align.report.page.number_format import count, duration, interval, number, p
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.4123, "0.412"), (12.34, "12.3"), (1.5, "1.50"), (1840.2, "1,840"), (0.0, "0.000"), (7, "7"),
-     (0.00052, "5.2e−04"), (-0.2, "−0.200"), (None, "–"), (math.nan, "–"), (123.45, "123.5"),
+     (0.00052, "0.00052"), (-0.0004, "−0.0004"), (0.000999, "0.001"), (2e-5, "0.00002"), (3.21e-6, "3.2e−06"),
+     (-0.2, "−0.200"), (None, "–"), (math.nan, "–"), (123.45, "123.5"),
      (-0.0, "0.000"), (True, "True"), ("text", "text")],
 )  # fmt: skip
 def test_number(value, text):
