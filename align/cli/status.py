@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     LiveJobs = dict[tuple[str, str], tuple[StageJob, Job]]
     """(run, stage) → the submitted job and its state."""
 
+NOTABLE = ("runs", "waits", "failed", "stopped", "damaged")
+"""States of stages that the index of all runs explains."""
 TAIL_BYTES = 65536
 """Bytes at the end of an event file that are searched for the last progress."""
 
@@ -48,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from align.cli.run_page import find_run, open_store_of, stored_outline
 
     store = open_store_of([options.run], options.store)
+    entries: dict[str, dict[str, Any]] = {}
     if options.run is None:
         entries, damaged = store.survey_runs()
         print_damage(damaged)
@@ -68,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{store.root}: this store has no runs yet")
     elif options.run is None:
         _print_runs(statuses)
+        _write_index(entries, statuses, store)
     else:
         _print_stages(next(iter(statuses.values())))
     return 0
@@ -180,8 +185,34 @@ def _print_stages(stages: list[StageStatus]) -> None:
 def _print_runs(runs: dict[str, list[StageStatus]]) -> None:
     width = max(len(name) for name in runs)
     for name, stages in runs.items():
-        counts = Counter(status.state for status in stages)
-        print(f"{name:<{width}}  {', '.join(f'{count} {state}' for state, count in counts.items())}")
+        print(f"{name:<{width}}  {_count_states(stages)}")
+
+
+def _count_states(stages: list[StageStatus]) -> str:
+    counts = Counter(status.state for status in stages)
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def _write_index(
+    entries: Mapping[str, Mapping[str, Any]], statuses: Mapping[str, list[StageStatus]], store: Store
+) -> None:
+    """Write the page with all runs and print its path; a store that is read-only gets none."""
+    from align.cli.run_page import PAGE
+    from align.report.run.run_index import IndexedRun, write_index
+    from align.store.store import REPORTS
+
+    if not store.is_writable:
+        return
+    runs = []
+    for name, stages in statuses.items():
+        details = [f"{status.stage} {status.state}: {status.detail}" for status in stages if status.state in NOTABLE]
+        runs.append(IndexedRun(name, float(entries[name].get("when", 0)), _count_states(stages), details))
+    try:
+        index = write_index(runs, store.root, store.root / REPORTS, PAGE)
+    except OSError as error:
+        print(f"note: the index of all runs could not be written: {error.strerror}", file=sys.stderr)
+        return
+    print(f"All runs: {printable(str(index.resolve()))}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -49,13 +49,27 @@ def test_each_stage_is_said_to_be_what_it_is(store: Path, capsys: pytest.Capture
         run_pipeline(Pipeline(toy.pipeline(two={"crash": "kill"})), store=store)
     assert states(store, capsys)["two"] == "stopped: 2/3 steps, resumes from its checkpoint"
     assert main(["status", "--store", str(store)]) == 0
-    assert capsys.readouterr().out == "toy  1 done, 1 stopped, 1 not begun\n"
+    index = store.resolve() / "reports" / "index.html"
+    assert capsys.readouterr().out == f"toy  1 done, 1 stopped, 1 not begun\nAll runs: {index}\n"
     assert main(["status", "toi", "--store", str(store)]) == 2
     assert "Did you mean 'toy'?" in capsys.readouterr().err
     assert main(["cancel", "toy", "twoo", "--store", str(store)]) == 2
     assert "run 'toy' has no such stage. Did you mean 'two'?" in capsys.readouterr().err
     assert main(["cancel", "toy", "--store", str(store)]) == 0
     assert capsys.readouterr().out == "'toy' has nothing that waits or runs\n"
+
+
+def test_index_links_the_pages_of_all_runs(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("first", "second"):
+        with pytest.raises(StageFailed):
+            run_pipeline(Pipeline(toy.pipeline(two={"crash": "bug"}) | {"name": name}), store=store)
+    assert main(["report", "second", "--store", str(store)]) == 0
+    assert main(["status", "--store", str(store)]) == 0
+    html = (store / "reports" / "index.html").read_text(encoding="utf-8")
+    assert html.index(">second</a>") < html.index("first"), "the last run comes first"
+    assert 'href="second/report.html"' in html and 'href="first/report.html"' not in html
+    assert (store / "reports" / "second" / "report.html").is_file()
+    assert html.count("1 done, 1 failed, 1 not begun") == 2 and html.count("two failed: ValueError: a bug") == 2
 
 
 def test_a_run_of_this_machine_is_seen_and_ended(
