@@ -9,7 +9,7 @@ import pytest
 
 from align import Pipeline
 from align.report.curves.metric_series import group_by_panel, read_events
-from align.report.scorecard.samples import read_rollouts
+from align.report.scorecard.rollout_lines import read_rollouts
 from examples import rewards
 
 

@@ -1,4 +1,4 @@
-"""A table of sampled responses, a few from every update.
+"""Tables of sampled responses: a few from every update, and those to a few prompts from every validation.
 
 There is one JSON line per response and one file per update, so that a resumed run overwrites what it repeats.
 """
@@ -18,6 +18,7 @@ from align.rl.rollout import COMPONENT, Rollout
 from align.store.atomic_write import write_text_atomically
 
 FOLDER = "completions"
+VALIDATIONS = "validations"
 PER_TOKEN = ("kl", "values", "raw_advantages")
 
 
@@ -34,6 +35,24 @@ def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
     write_text_atomically(path, "".join(lines))
 
 
+def write_validation(folder: Path, rollout: Rollout, update: int, count: int) -> None:
+    """Write the responses to the first ``count`` prompts of a validation after ``update`` updates.
+
+    Every validation has the same prompts and seeds, so the lines show how the answers to a prompt change.
+    """
+    if not count:
+        return
+    path = folder / VALIDATIONS / f"{update:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = rollout.tensors
+    kl = ((tensors["logprobs"] - tensors["ref_logprobs"]) * tensors["response_mask"]).double().sum(dim=1)
+    lines = []
+    for index in range(min(count, len(rollout))):
+        response = {"update": update, **_facts(rollout, index), "kl": float(kl[index])}
+        lines.append(json.dumps(response | _episode_fields(rollout, index), ensure_ascii=False) + "\n")
+    write_text_atomically(path, "".join(lines))
+
+
 def example(rollout: Rollout) -> str:
     """Return the first response of a rollout with its score, and its row's reference answer if there is one."""
     reference, score = reference_of(rollout.rows[0]), float(rollout.tensors["scores"][0])
@@ -42,22 +61,29 @@ def example(rollout: Rollout) -> str:
 
 
 def _describe(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "update": rollout.update + 1,
+        **_facts(rollout, index),
+        "kl": float(rollout.tensors["kl"][index].sum()),
+        "by_token": _by_token(rollout, index, tokenizer),
+        **_episode_fields(rollout, index),
+    }
+
+
+def _facts(rollout: Rollout, index: int) -> dict[str, Any]:
+    """Return prompt, response, scores and length."""
     tensors = rollout.tensors
     components = {name: float(tensors[name][index]) for name in tensors if name.startswith(COMPONENT)}
     scores = {name: value for name, value in components.items() if math.isfinite(value)}
     gold = {"gold": float(tensors["gold"][index])} if "gold" in tensors else {}
     return {
-        "update": rollout.update + 1,
         "prompt": rollout.rows[index]["prompt"],
         "response": rollout.texts[index],
         "score": float(tensors["scores"][index]),
         **scores,
         **gold,
-        "kl": float(tensors["kl"][index].sum()),
         "tokens": len(rollout.responses[index]),
         "finished": bool(tensors["finished"][index]),
-        "by_token": _by_token(rollout, index, tokenizer),
-        **_episode_fields(rollout, index),
     }
 
 
@@ -89,8 +115,10 @@ def _by_token(rollout: Rollout, index: int, tokenizer: Any) -> list[list[Any]]:
     return [[text, *(round(value, 4) for value in numbers)] for text, *numbers in rows]
 
 
-def gather(folder: Path, target: Path) -> None:
-    """Concatenate the files of all updates into one."""
-    files = sorted((folder / FOLDER).glob("*.jsonl"))
-    if files:
-        write_text_atomically(target, "".join(file.read_text(encoding="utf-8") for file in files))
+def gather(folder: Path, output: Path) -> None:
+    """Concatenate the files of all updates into ``completions.jsonl`` and ``validations.jsonl`` of ``output``."""
+    for name in (FOLDER, VALIDATIONS):
+        files = sorted((folder / name).glob("*.jsonl"))
+        if files:
+            text = "".join(file.read_text(encoding="utf-8") for file in files)
+            write_text_atomically(output / f"{name}.jsonl", text)

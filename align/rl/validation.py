@@ -17,6 +17,7 @@ import torch
 from align.errors import UserError
 from align.models.sharding import full_model
 from align.rl import checkpoint
+from align.rl.completions import write_validation
 from align.rl.prompts import Prompts
 from align.rl.rollout import COMPONENT, Rollout
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
 
 FOLDER = "best-"
+FOLLOWED = 4
+"""Held-out prompts whose responses are written down at every validation, at most."""
 
 
 class Validation:
@@ -37,10 +40,12 @@ class Validation:
     def run(self, rollout: Rollout, update: int, model: Any) -> dict[str, float]:
         """Summarize measured responses of ``model`` after ``update`` updates, and save its weights if it is the best.
 
-        Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are those of
+        The responses to the first prompts are written down (``completions.py``). Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are those of
         the episodes that did not fail; there are none where all did.
         """
         means = _means(rollout)
+        if self.args.should_save:
+            write_validation(self.folder, rollout, update, min(FOLLOWED, self.args.completions))
         if self._is_best(means):
             # Saved under its update: a killed run may still need the former best, which ``tidy`` deletes later.
             self._save(model, update)

@@ -123,7 +123,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         # Every process takes part, since sharded weights are gathered; the first one writes.
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
-            gather(context.checkpoints, context.output / "completions.jsonl")
+            gather(context.checkpoints, context.output)
         usage = {} if scorer is None else judge_usage(scorer.parts)
         usage |= {} if player is None else player.user_usage()
         return {"engine": engine.name, **reference_facts, **_facts(context, trainer), **summary(trainer), **usage}

@@ -11,6 +11,7 @@ import torch
 from align.errors import UserError
 from align.models.loading import load_tokenizer
 from align.rl.checkpoint import last_checkpoint
+from align.rl.completions import gather
 from align.rl.rollout import Rollout
 from align.rl.validation import Validation, make_validation
 from tests.support.rl.runs import KillAt, Killed, outcome
@@ -132,7 +133,7 @@ def test_failed_episodes_count_in_no_score():
         return Rollout(0, [{}] * 4, [0, 1, 2, 3], lists, lists, ["a"] * 4, tensors)
 
     validation = Validation.__new__(Validation)
-    validation.args, validation.best = SimpleNamespace(keep="best", keep_kl=None), {"update": 0.0, "score": -0.9}
+    validation.args, validation.best = SimpleNamespace(keep="best", keep_kl=None, should_save=False), {"update": 0.0, "score": -0.9}
     validation._save = lambda model, update: None
     halved = validation.run(
         validated([-1.0, -1.0, 0.0, 0.0], [False, False, True, True], [3.0, 1.0, 9.0, 9.0]), 1, None
@@ -141,6 +142,24 @@ def test_failed_episodes_count_in_no_score():
     outage = validation.run(validated([0.0] * 4, [True] * 4, [9.0] * 4), 2, None)
     assert outage.keys() == {"eval_kl", "eval_length", "eval_eos_rate"}
     assert validation.best == {"update": 0.0, "score": -0.9}
+
+
+def test_answers_to_the_same_prompts_are_written_at_every_validation(make_trainer, tmp_path):
+    trainer = make_trainer(**FIELDS, learning_rate=1e-2, gold=lambda rows, texts: [0.25] * len(texts))
+    trainer.train()
+    gather(tmp_path / "run", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "validations.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [0] * 4 + [2] * 4 + [4] * 4 + [5] * 4
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in HELD_OUT[:4]] * 4
+    assert lines[0].keys() == {"update", "prompt", "response", "score", "gold", "kl", "tokens", "finished"}
+    assert lines[0]["kl"] == 0.0 and any(line["kl"] != 0.0 for line in lines[-4:])
+    assert [line["response"] for line in lines[:4]] != [line["response"] for line in lines[-4:]]
+
+
+def test_no_answers_are_written_without_completions(make_trainer, tmp_path):
+    make_trainer(**FIELDS | {"updates": 1}, completions=0).train()
+    gather(tmp_path / "run", tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
 def test_wrong_settings_are_refused(make_trainer):

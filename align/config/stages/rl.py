@@ -131,7 +131,8 @@ class RolloutFields(TrainerOptions):
     on_alarm: Literal["warn", "stop"] = "warn"
     """Warn, or stop the run, on a collapse, exploding lengths, or a score that rises while gold falls."""
     completions: int = Field(8, ge=0)
-    """Responses of each update to save in ``completions.jsonl``; 0 for none."""
+    """Responses of each update to save in ``completions.jsonl``; 0 for none. Those to as many held-out prompts, at most
+    4, are saved in ``validations.jsonl`` at every validation."""
     save_updates: int = Field(1, ge=1)
     """Updates between checkpoints. A killed stage repeats at most this many."""
     trainer: dict[str, Any] = Field(default_factory=dict)

@@ -22,7 +22,8 @@ from align.evaluation.comparisons import Column, Resampling, correct_table, diff
 from align.evaluation.scorecard import DRIFT
 from align.evaluation.typed_scorecard import FORMAT
 from align.report.scorecard.episode_view import is_episode
-from align.report.scorecard.samples import read_lines, read_samples
+from align.report.scorecard.rollout_lines import read_lines
+from align.report.scorecard.samples import read_samples
 from align.store.artifacts import Artifact, Kind
 
 Card = dict[str, Any]

@@ -1,14 +1,13 @@
-"""Samples for the page's script: responses of all systems to a prompt, rollouts of training, and sampled episodes.
+"""Samples for the page's script: responses of all systems to a prompt, rollouts, validations and sampled episodes.
 
 Samples are sorted by score change and bounded in size. Torch-free.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from markupsafe import Markup
 from align.evaluation.prompt_metrics import program_metrics
 from align.report.page.templates import script_json
 from align.report.scorecard.episode_view import MAX_TEXT, cut, episode_view, is_episode
+from align.report.scorecard.rollout_lines import read_lines
 from align.report.scorecard.scorecard_tables import PROMPTS, task_title
 
 MAX_BYTES = 7_000_000
@@ -25,7 +25,6 @@ MAX_HEAT_BYTES = 2_500_000
 """Numbers by token on the page, on top of the text."""
 MAX_TOKENS = 2_000
 """Tokens of a response that are shown with numbers."""
-MAX_ROLLOUTS = 48
 RESPONSE_FIELDS = ("tokens", "finished", "gold", "reward", "kl")
 TOKEN_NUMBERS = ("k", "v", "a")
 """KL, value and advantage, in the order in which a line of rollouts has them behind each token's text."""
@@ -41,67 +40,20 @@ def read_samples(path: Path) -> list[Sample]:
     return list(read_lines(path, {"prompt", "responses"}))
 
 
-def read_rollouts(path: Path) -> list[Sample]:
-    """Return at most :data:`MAX_ROLLOUTS` lines of a ``completions.jsonl``, evenly from its first to its last."""
-    lines = list(read_lines(path, {"prompt", "response"}))
-    count = min(MAX_ROLLOUTS, len(lines))
-    # Evenly spaced, so that the page shows the beginning and the end of training and what lies between.
-    return [lines[round(index * (len(lines) - 1) / max(1, count - 1))] for index in range(count)]
-
-
-def read_episodes(path: Path) -> list[Sample]:
-    """Return the first :data:`MAX_ROLLOUTS` episodes of a stage that samples in an environment, as lines of rollouts.
-
-    ``path`` is its ``samples.jsonl``, where a line has all episodes of a prompt. No more of the file is read: it may
-    have millions of lines, and the page is written again and again.
-    """
-    lines = (line for prompt in read_lines(path, {"prompt", "episodes"}) for line in _episode_lines(prompt))
-    return list(islice(lines, MAX_ROLLOUTS))
-
-
-def _episode_lines(prompt: Sample) -> Iterator[Sample]:
-    episodes, scores = prompt["episodes"], prompt.get("scores") or []
-    if not isinstance(episodes, list) or not isinstance(scores, list):
-        return
-    for index, episode in enumerate(episodes):
-        if not isinstance(episode, dict):
-            continue
-        turns = episode.get("turns")
-        score = scores[index] if index < len(scores) else None
-        yield episode | {
-            "prompt": prompt["prompt"],
-            "response": str(episode.get("text", "")),
-            "source": f"{prompt.get('split', '')} {prompt.get('id', '')}".strip(),
-            "score": score if isinstance(score, int | float) else None,
-            "turns": len(turns) if isinstance(turns, list) else 0,
-        }
-
-
-def read_lines(path: Path, fields: Set[str]) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file that have ``fields``; damaged lines are left out, a missing file has none."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                except (ValueError, RecursionError):  # the latter for brackets that nest without end
-                    continue
-                if isinstance(line, dict) and fields <= line.keys():
-                    yield line
-    except OSError:
-        return
-
-
 def page_samples(
-    samples: list[Sample], card: dict[str, Any] | None, rollouts: Mapping[str, list[Sample]] | None = None
+    samples: list[Sample],
+    card: dict[str, Any] | None,
+    rollouts: Mapping[str, list[Sample]] | None = None,
+    validations: Mapping[str, list[list[Sample]]] | None = None,
 ) -> dict[str, Any]:
     """Return the script's data: ``policies``, ``reference``, ``tasks``, ``items``, and these as JSON in ``encoded``.
 
     An item has its ``task``, ``source`` and ``prompt`` turns, ``answers`` and mean ``score`` by policy (the score is
     the task's own metric, named in ``tasks``), and the ``change`` of each policy against the reference. The items with
     the largest change come first; a change counts as a share of its task's largest, since tasks have different scales.
-    Numbers by token go with the first items until :data:`MAX_HEAT_BYTES` is used. ``rollouts`` (stage → lines) come
-    last, each with its stage as its only column (``columns``).
+    Numbers by token go with the first items until :data:`MAX_HEAT_BYTES` is used. Then come ``validations`` (stage →
+    the lines of each prompt), with the updates as ``columns``, and ``rollouts`` (stage → lines), with the responses to
+    a prompt as ``columns``.
 
     ``left_out`` counts the samples beyond :data:`MAX_BYTES`, ``without_heat`` those without their numbers by token.
     """
@@ -117,11 +69,16 @@ def page_samples(
         task: {"title": task_title(card, task) if card else task, "metric": title, "key": key}
         for task, (key, title) in metrics.items()
     }
-    rollout_items = []
+    rollout_items: list[Sample] = []
+    for stage, prompts in (validations or {}).items():
+        if prompts:
+            title = f"validation of {stage}, by update"
+            tasks[f"validation {stage}"] = {"title": title, "metric": "score", "key": "score"}
+            rollout_items += [_validation_item(stage, number, lines) for number, lines in enumerate(prompts, start=1)]
     for stage, lines in (rollouts or {}).items():
         if lines:
             tasks[f"rollouts {stage}"] = {"title": f"rollouts of {stage}", "metric": "score", "key": "score"}
-            rollout_items += [_rollout_item(stage, line) for line in lines]
+            rollout_items += _join_by_prompt(stage, [_rollout_item(stage, line) for line in lines])
     return {
         "policies": policies,
         "reference": reference,
@@ -284,6 +241,36 @@ def _rollout_item(stage: str, line: Sample) -> dict[str, Any]:
         "score": {stage: _round(line.get("score"))},
         "change": {},
         "weight": 0.0,
+    }
+
+
+def _join_by_prompt(stage: str, items: Sequence[Sample]) -> list[Sample]:
+    """Return one item for consecutive items with the same source and prompt, with a column for each response."""
+    joined = []
+    for _, group in groupby(items, lambda item: (item["source"], item["prompt"])):
+        responses = list(group)
+        if len(responses) == 1:
+            joined += responses
+            continue
+        names = [f"{stage} {number}" for number in range(1, len(responses) + 1)]
+        joined.append(_with_columns(responses, names, stage))
+    return joined
+
+
+def _validation_item(stage: str, number: int, lines: Sequence[Sample]) -> Sample:
+    """Return the responses to a held-out prompt, with the update before which each was sampled as its column."""
+    items = [_rollout_item(stage, line) for line in lines]
+    names = [f"after update {line['update']}" if line["update"] else "before training" for line in lines]
+    item = _with_columns(items, names, stage)
+    return item | {"task": f"validation {stage}", "source": f"prompt {number}"}
+
+
+def _with_columns(items: Sequence[Sample], names: Sequence[str], stage: str) -> Sample:
+    """Return the first item with the answers and scores of all, in columns called ``names``."""
+    return items[0] | {
+        "columns": list(names),
+        "answers": {name: item["answers"][stage] for name, item in zip(names, items, strict=True)},
+        "score": {name: item["score"][stage] for name, item in zip(names, items, strict=True)},
     }
 
 

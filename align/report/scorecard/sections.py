@@ -20,14 +20,8 @@ from align.report.scorecard import (
     win_rates,
 )
 from align.report.scorecard import scorecard_tables as tables
-from align.report.scorecard.samples import (
-    page_json,
-    page_samples,
-    read_episodes,
-    read_rollouts,
-    read_samples,
-    response_lengths,
-)
+from align.report.scorecard.rollout_lines import read_episodes, read_rollouts, read_validations
+from align.report.scorecard.samples import page_json, page_samples, read_samples, response_lengths
 from align.report.scorecard.scorecard_tables import PROMPTS
 from align.store.artifacts import Artifact, Kind
 
@@ -55,6 +49,7 @@ LISTS = (
 SINGLES = ("family_figure", "on", "gate_sentence", "methods", "decision")
 """Further names that the template needs; they are None without an evaluation."""
 SCORECARD, SAMPLES, ROLLOUTS = "scorecard.json", "samples.jsonl", "completions.jsonl"
+VALIDATIONS = "validations.jsonl"
 
 
 def load_scorecard(artifacts: Sequence[Artifact], scorecard: Card | None) -> tuple[Card | None, str]:
@@ -94,7 +89,8 @@ def evaluation_sections(
     samples = read_samples(evaluations[-1].path / SAMPLES) if evaluations else []
     rollouts = {artifact.stage: _rollouts_of(artifact) for artifact in artifacts}
     # Samples and training paths exist without a scorecard that can be shown, too.
-    page = page_samples(samples, card, rollouts)
+    validations = {artifact.stage: read_validations(artifact.path / VALIDATIONS) for artifact in artifacts}
+    page = page_samples(samples, card, rollouts, validations)
     sections: dict[str, Any] = {
         "card": card,
         "card_problem": problem,

@@ -6,7 +6,8 @@ from align.environments.conversation import describe_episode
 from align.environments.replay import CallResult
 from align.environments.results import Scores, Step
 from align.report.scorecard.episode_view import MAX_EPISODE, MAX_RESULT, episode_view, is_episode
-from align.report.scorecard.samples import page_samples, read_episodes, read_rollouts
+from align.report.scorecard.rollout_lines import read_episodes, read_rollouts
+from align.report.scorecard.samples import page_samples
 from tests.support.report.example_episodes import episode_line, play
 
 ASK = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "1+1?"}]
@@ -130,9 +131,9 @@ def test_episodes_of_a_stage_that_samples_are_shown_with_their_scores(tmp_path):
     path = tmp_path / "samples.jsonl"
     damaged = [line | {"episodes": 3}, line | {"scores": 3}, line | {"episodes": [3]}, {"prompt": "p", "texts": ["x"]}]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in [line, *damaged]), encoding="utf-8")
-    first, second = page_samples([], None, {"sample": read_episodes(path)})["items"]
-    assert (first["source"], first["score"], second["score"]) == ("train r1", {"sample": 1.0}, {"sample": None})
-    episode = first["answers"]["sample"][0]["episode"]
+    (item,) = page_samples([], None, {"sample": read_episodes(path)})["items"]
+    assert (item["source"], item["score"]) == ("train r1", {"sample 1": 1.0, "sample 2": None})
+    episode = item["answers"]["sample 1"][0]["episode"]
     assert [entry["text"].strip() for entry in episode["entries"]] == ["", "2"]
     assert [shown["result"] for shown in episode["entries"][0]["calls"]] == ["one"]
     assert episode["facts"] == ["2 turns", "1 call"]

@@ -2,7 +2,8 @@
 
 import json
 
-from align.report.scorecard.samples import HUNDREDTHS, page_samples, read_rollouts, read_samples, response_lengths
+from align.report.scorecard.rollout_lines import read_rollouts, read_validations
+from align.report.scorecard.samples import HUNDREDTHS, page_samples, read_samples, response_lengths
 from tests.support.report.example_card import POLICIES, full_card
 from tests.support.report.example_run import prompt_samples, task_samples
 
@@ -94,6 +95,48 @@ def test_rollouts_are_spread_over_the_updates(tmp_path):
     assert (item["source"], item["columns"]) == ("update 1", ["ppo"])
     assert item["answers"]["ppo"][0]["heat"] == {"t": ["r"], "k": [50], "v": [-25], "a": [100]}
     assert page["tasks"] == {"rollouts ppo": {"title": "rollouts of ppo", "metric": "score", "key": "score"}}
+
+
+def rollout(update, prompt, response, score=0.5):
+    return {"update": update, "prompt": prompt, "response": response, "score": score, "tokens": 1, "finished": True}
+
+
+def write_jsonl(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_responses_of_an_update_to_one_prompt_are_one_item(tmp_path):
+    lines = [
+        rollout(update, prompt, f"{prompt}{number}", number)
+        for update in range(1, 31)
+        for prompt in "ab"
+        for number in range(4)
+    ]
+    rollouts = read_rollouts(write_jsonl(tmp_path / "completions.jsonl", lines))
+    assert len(rollouts) == 48 and rollouts[-4:] == lines[-4:]
+    items = page_samples([], None, {"grpo": rollouts})["items"]
+    assert len(items) == 12
+    assert [turn["text"] for turn in items[0]["prompt"]] == ["a"]
+    assert items[0]["columns"] == ["grpo 1", "grpo 2", "grpo 3", "grpo 4"]
+    assert [items[0]["answers"][name][0]["text"] for name in items[0]["columns"]] == ["a0", "a1", "a2", "a3"]
+    assert items[0]["score"] == {"grpo 1": 0, "grpo 2": 1, "grpo 3": 2, "grpo 4": 3}
+    assert [item["source"] for item in (items[0], items[-1])] == ["update 1", "update 30"]
+
+
+def test_validation_items_follow_a_prompt_through_the_updates(tmp_path):
+    lines = [
+        rollout(update, prompt, f"{prompt}{update}", update / 100) for update in range(0, 101, 5) for prompt in ("p", "p")
+    ]
+    validations = read_validations(write_jsonl(tmp_path / "validations.jsonl", lines))
+    page = page_samples([], None, {}, {"ppo": validations})
+    first, second = page["items"]
+    assert len(first["columns"]) == 8
+    assert (first["columns"][0], first["columns"][-1]) == ("before training", "after update 100")
+    assert first["answers"]["after update 100"][0]["text"] == "p100" and first["score"]["after update 100"] == 1.0
+    assert (first["source"], second["source"]) == ("prompt 1", "prompt 2")
+    assert page["tasks"]["validation ppo"]["title"] == "validation of ppo, by update"
+    assert read_validations(tmp_path / "none") == []
 
 
 def test_damaged_lines_are_left_out(tmp_path):
