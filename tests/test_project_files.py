@@ -197,7 +197,18 @@ def test_what_tests_and_checks_need_is_installed_on_top_of_it():
     needs, recipe = rule_of_make("$(READY)")
     assert needs == ["$(RUN_READY)"]
     assert "$(BIN)/python tools/venv_setup.py add dev" in recipe and "create" not in recipe
-    for target in ("check", "docs", "docs-serve", "dist", "smoke", "test", "test-quick", "test-slow", "test-gpu", "bench"):
+    for target in (
+        "check",
+        "docs",
+        "docs-serve",
+        "dist",
+        "smoke",
+        "test",
+        "test-quick",
+        "test-slow",
+        "test-gpu",
+        "bench",
+    ):
         assert rule_of_make(target)[0] == ["$(READY)"], target
     assert " ".join(PIP_OPTIONS).endswith("-c constraints.txt")
 

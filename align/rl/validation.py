@@ -40,7 +40,9 @@ class Validation:
     def run(self, rollout: Rollout, update: int, model: Any) -> dict[str, float]:
         """Summarize measured responses of ``model`` after ``update`` updates, and save its weights if it is the best.
 
-        The responses to the first prompts are written down (``completions.py``). Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are those of
+        The responses to the first prompts are written down (``completions.py``).
+
+        Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are those of
         the episodes that did not fail; there are none where all did.
         """
         means = _means(rollout)

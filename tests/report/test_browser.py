@@ -184,6 +184,25 @@ def test_an_episode_is_a_conversation_and_its_environment_s_tokens_are_gray(driv
     assert (driver.title, console(driver), requests(driver, page)) == ("Alignment report", [], [])
 
 
+def test_held_out_prompts_are_followed_through_the_updates(driver, tmp_path):
+    ppo = write_artifact(tmp_path, "ppo", Kind.POLICY)
+    lines = [
+        {"update": update, "prompt": HOSTILE, "response": f"{HOSTILE} {update}", "score": update / 10, "tokens": 3}
+        for update in (0, 2, 4)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (ppo.path / "validations.jsonl").write_text(text, encoding="utf-8")
+    page = write_report([ppo], None, tmp_path / "r.html")
+    open_page(driver, page)
+    assert first(driver, "#shown").text == "1 of 1 prompts"
+    cards = [card.text for card in all_of(driver, "#list .answer")]
+    assert [card.splitlines()[0] for card in cards] == [
+        "before training score 0.00", "after update 2 score 0.20", "after update 4 score 0.40",
+    ]  # fmt: skip
+    assert all("<script>document.title" in card for card in cards)
+    assert (driver.title, console(driver), requests(driver, page)) == ("Alignment report", [], [])
+
+
 def test_values_are_read_off_a_curve(driver, opened):
     figures = all_of(driver, "figure.curve")
     pair = next(element for element in figures if "test_loss" in element.get_attribute("aria-label"))

@@ -133,7 +133,10 @@ def test_failed_episodes_count_in_no_score():
         return Rollout(0, [{}] * 4, [0, 1, 2, 3], lists, lists, ["a"] * 4, tensors)
 
     validation = Validation.__new__(Validation)
-    validation.args, validation.best = SimpleNamespace(keep="best", keep_kl=None, should_save=False), {"update": 0.0, "score": -0.9}
+    validation.args, validation.best = (
+        SimpleNamespace(keep="best", keep_kl=None, should_save=False),
+        {"update": 0.0, "score": -0.9},
+    )
     validation._save = lambda model, update: None
     halved = validation.run(
         validated([-1.0, -1.0, 0.0, 0.0], [False, False, True, True], [3.0, 1.0, 9.0, 9.0]), 1, None

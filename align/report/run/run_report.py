@@ -19,6 +19,7 @@ from align.report.page.templates import load_template, page_shell, script_json
 from align.report.run import data_ledgers, stage_costs
 from align.report.run.measured_changes import measured_changes
 from align.report.run.pipeline_diagram import pipeline_diagram
+from align.report.run.training_health import training_health
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact
 from align.store.atomic_write import write_text_atomically
@@ -71,6 +72,7 @@ def write_report(
         failure=_failure(failed),
         diagram=pipeline_diagram(artifacts, failed, cached, pending, states),
         changes=measured_changes(artifacts),
+        health=training_health(events),
         stages=stage_costs.stage_rows(artifacts, finished_events),
         data=data_ledgers.data_sections(artifacts, assets),
         licenses=licenses,

@@ -126,7 +126,9 @@ def test_responses_of_an_update_to_one_prompt_are_one_item(tmp_path):
 
 def test_validation_items_follow_a_prompt_through_the_updates(tmp_path):
     lines = [
-        rollout(update, prompt, f"{prompt}{update}", update / 100) for update in range(0, 101, 5) for prompt in ("p", "p")
+        rollout(update, prompt, f"{prompt}{update}", update / 100)
+        for update in range(0, 101, 5)
+        for prompt in ("p", "p")
     ]
     validations = read_validations(write_jsonl(tmp_path / "validations.jsonl", lines))
     page = page_samples([], None, {}, {"ppo": validations})

@@ -1,0 +1,66 @@
+"""The table about the health of training on the first screen of a page."""
+
+from __future__ import annotations
+
+import json
+
+from align.report.curves.metric_series import Events
+from align.report.run.run_report import write_report
+from align.report.run.training_health import raised_alarms, training_health
+from align.store.artifacts import Kind
+from tests.support.report.example_run import HOSTILE, write_artifact
+
+HEALTHY = {"score": [0.0, 0.2, 0.5, 0.9], "kl": [0.0, 1.0, 2.0, 4.0], "entropy": [2.0, 1.9, 1.8, 1.7],
+           "truncation_rate": [0.6, 0.4, 0.2, 0.1], "length": [10.0] * 4}  # fmt: skip
+
+
+def health_of(**series):
+    values = {name: ([1.0, 2.0, 3.0, 4.0], numbers) for name, numbers in (HEALTHY | series).items()}
+    health = training_health({"ppo": Events(values), "sft": Events({"loss": ([1.0], [0.5])})})
+    (row,) = health["rows"]
+    cells = {column["title"]: cell for column, cell in zip(health["columns"], row["cells"], strict=True)}
+    return {title: (cell["text"], cell["ok"]) for title, cell in cells.items()}
+
+
+def test_healthy_numbers_have_no_mark():
+    assert health_of() == {
+        "Reward": ("0.000 → 0.900", True),
+        "KL to the reference": ("0.000 → 4.00", True),
+        "Entropy": ("2.00 → 1.70", True),
+        "Cut off": ("60% → 10%", True),
+    }
+
+
+def test_numbers_outside_of_the_healthy_range_have_a_mark():
+    sick = health_of(score=[1.0, 1.0, 0.5, 0.2], kl=[0.0, 1.0, 5.0, 11.0], entropy=[2.0, 2.0, 1.0, 0.4],
+                     truncation_rate=[0.1, 0.2, 0.4, 0.5], gold=[1.0, 0.9, 0.8, 0.7])  # fmt: skip
+    assert list(sick) == ["Reward", "Gold", "KL to the reference", "Entropy", "Cut off"]
+    assert not any(ok for _, ok in sick.values())
+    assert not health_of(entropy=[1.0, 1.0, 2.0, 2.1])["Entropy"][1]
+    assert health_of(kl=[0.0, 1.0, 2.0, 4.9], length=[1.0] * 4)["KL to the reference"][1]  # as the alarm
+
+
+def test_stages_without_rollouts_have_no_health():
+    assert training_health({"sft": Events({"loss": ([1.0], [0.5]), "entropy": ([1.0], [0.5])})}) is None
+
+
+def test_alarms_are_read_from_warnings():
+    warnings = [
+        "ppo: update 12: over-optimization: in 5 updates the score rose",
+        "ppo: update 3: KL: the KL to the reference is 30 nats",
+        "ppo ended early, at update 3: KL: the KL to the reference is 30 nats",
+        "ppo: 3 of 20 prompts are longer than max_prompt_tokens",
+    ]
+    assert raised_alarms(warnings) == ["over-optimization since update 12", "KL since update 3"]
+
+
+def test_first_screen_shows_health_and_alarms(tmp_path):
+    first, second = (write_artifact(tmp_path, name, Kind.POLICY, (), HEALTHY) for name in ("ppo", "grpo"))
+    with (second.path / "events.jsonl").open("a") as file:
+        warning = {"event": "warning", "message": f"grpo: update 2: collapse: {HOSTILE}"}
+        file.write(json.dumps(warning) + "\n")
+    html = write_report([first, second], None, tmp_path / "r.html").read_text(encoding="utf-8")
+    summary = html[html.index('id="summary"') : html.index('id="pipeline"')]
+    assert summary.count("✓ no alarms") == 1 and "⚠ collapse since update 2" in summary
+    assert "rises slowly; below 1 nat a token" in summary and "0.000 → 4.00" in summary
+    assert "<script>document.title" not in html
