@@ -8,7 +8,7 @@ from align.clusters.ray.run import run_tasks
 from align.clusters.slurm.queue import follow_jobs
 from align.clusters.slurm.submit import submit_run
 from align.errors import UserError
-from align.evaluation.typed_scorecard import Scorecard
+from align.evaluation.scorecard import Scorecard
 from align.pipeline import pipeline
 from align.runner.listener import Listener
 from align.runner.notebook import progress_listener

@@ -177,7 +177,7 @@ def seconds_of(work: Work) -> dict[str, float]:
 
 def install(meter: Meter) -> None:
     """Put the meter around the passes of reward models and checkpoints."""
-    from align.evaluation import measure as measurement
+    from align.evaluation import logprobs as measurement
     from align.evaluation.logprobs import response_logprobs
     from align.models import loading, reward
 

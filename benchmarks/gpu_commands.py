@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align.evaluation.typed_scorecard import Scorecard
+from align.evaluation.scorecard import Scorecard
 from align.runner.worker import ENVIRONMENT
 from benchmarks.gpu_items import Item, Machine
 

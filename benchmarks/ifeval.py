@@ -37,8 +37,8 @@ def model_folder(folder: Path) -> Path:
 def task_of(options: argparse.Namespace) -> Any:
     """Return the task, as an evaluation builds it."""
     from align.config.stages.evaluation_tasks import IfevalConfig
+    from align.evaluation.tasks import build_task
     from align.evaluation.tasks.base import TaskInputs
-    from align.evaluation.tasks.registry import build_task
 
     config = IfevalConfig(files=[options.file], max_tokens=options.tokens, max_items=options.prompts)
     inputs = TaskInputs(0, Path.cwd(), [], [], False, "bfloat16", lambda text: None, lambda text: None)
@@ -73,9 +73,8 @@ def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
 def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
     """Measure the task through the evaluation's own parts."""
     from align.config.runtime import EngineConfig, Runtime
-    from align.evaluation.generation import ResponseCache, Sampler
-    from align.evaluation.phases import SystemRespondent
-    from align.evaluation.systems import Policy, make_systems
+    from align.evaluation.participants import SystemRespondent
+    from align.evaluation.systems import Policy, ResponseCache, Sampler, make_systems
     from align.inference.engine import open_engine
     from align.inference.protocol import Sampling
     from align.models.loading import load_tokenizer

@@ -1,30 +1,60 @@
-"""Digests of a checkpoint: written to ``model/align.json`` when it is finished, compared when it is used.
+"""Faults of checkpoints, and the digests that find them. Torch-free.
 
-The file is copied with the folder, into other stores and out of them. A bare adapter's ``align.json`` has the digest of
-its base. Torch-free.
+A checkpoint's digests are written to ``model/align.json`` when it is finished and compared when it is used. The file is
+copied with the folder, into other stores and out of them. The ``align.json`` of a bare adapter has the digest of its
+base.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align.checks.faults import Fault
 from align.checks.weights import Tensor, read_tensors, tensor_digest, weights_digest
+from align.config.faults import REMEDIES
+from align.errors import UserError
 from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest, file_digest
 
 FILE = "align.json"
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 """Names of a reward model's score head in transformers."""
+BASE = "base_weights"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of a checkpoint; ``place`` is a folder or a config field, ``problem`` continues the sentence."""
+
+    name: str
+    place: str
+    problem: str
+
+    def text(self) -> str:
+        """Return one sentence with its remedy."""
+        return f"{self.name}: {self.place} {self.problem}. {REMEDIES[self.name]}"
+
+
+def refuse(stage: str, faults: Iterable[Fault], waived: Iterable[str] = (), *, waivable: bool = True) -> None:
+    """Raise ``UserError`` with every fault that is not ``waived``; with ``waivable`` the message shows how."""
+    waived_names = set(waived)
+    remaining = [fault for fault in faults if fault.name not in waived_names]
+    if not remaining:
+        return
+    lines = [f"{stage}: its checkpoints cannot be used.", *(f"  {fault.text()}" for fault in remaining)]
+    if waivable:
+        names = ", ".join(dict.fromkeys(fault.name for fault in remaining))
+        lines.append(f"An intended difference can be waived: `runtime: {{handover: {{waive: [{names}]}}}}`.")
+    raise UserError("\n".join(lines))
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Digests are sha256 in hex; None where a folder has no such part."""
+    """Digests are sha256 in hex; None if a folder has no such part."""
 
     stage: str
     """Kind of the stage that created it."""
@@ -52,7 +82,7 @@ class Facts:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty for a missing file or other content."""
+    """Return the JSON object in a file; empty for a missing file or other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -61,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_facts(folder: Path) -> Facts | None:
-    """Return the recorded facts of a model folder; None where there are none, or fields of another version."""
+    """Return the recorded facts of a model folder; None if there are none, or if their fields are another version's."""
     stored = read_json(folder / FILE).get("handover")
     try:
         return Facts(**stored) if isinstance(stored, dict) else None
@@ -136,9 +166,11 @@ def facts_of(
     ``verified`` is True for a checkpoint without faults. One with a waived fault is checked in full by each later
     stage, since a fault can hide others.
     """
-    template, ids = template_text(folder), token_ids(folder)
+    template = template_text(folder)
+    ids = token_ids(folder)
     head = head_of(tensors)
-    accuracy, pairs = metrics.get("test_accuracy_after"), metrics.get("test_pairs")
+    accuracy = metrics.get("test_accuracy_after")
+    pairs = metrics.get("test_pairs")
     # Accuracy and pairs are facts of reward models only.
     scores = head is not None and isinstance(accuracy, (int, float)) and isinstance(pairs, int)
     return Facts(
@@ -157,9 +189,6 @@ def facts_of(
     )
 
 
-BASE = "base_weights"
-
-
 def write_base_digest(adapter: Path, base: Path) -> None:
     """Record the digest of the weights that an adapter was trained on in the adapter's folder."""
     content = read_json(adapter / FILE) | {BASE: weights_digest(read_tensors(base))}
@@ -167,7 +196,7 @@ def write_base_digest(adapter: Path, base: Path) -> None:
 
 
 def has_base_digest(adapter: Path) -> bool:
-    """Return True where the digest of the base is recorded."""
+    """Return True if the digest of the base is recorded."""
     return isinstance(read_json(adapter / FILE).get(BASE), str)
 
 

@@ -209,8 +209,8 @@ def _print_agreement(facts: Facts) -> None:
 def _push(options: argparse.Namespace, output: Path, facts: Facts) -> dict[str, Any]:
     """Upload the folder to the Hub, or only print what would be sent with ``--dry-run``; return its summary."""
     from align.cli.data import print_pushed, print_upload
+    from align.export.export import prepare, push
     from align.export.model_card_facts import license_of
-    from align.export.push import prepare, push
 
     license = license_of(facts.lineage, facts.license)
     upload = prepare(output, options.push, license, options.revision, options.private)

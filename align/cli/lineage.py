@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from align.checks.facts import check_base, has_base_digest
-from align.checks.faults import refuse
+from align.checks.facts import check_base, has_base_digest, refuse
 from align.cli.arguments import find_artifact
 from align.cli.checkpoints import artifact_at, store_of
 from align.errors import UserError, printable

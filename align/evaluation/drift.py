@@ -6,30 +6,35 @@ Both come from the checkpoints' own forward passes, cached under a key of their 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from align.data.rows import is_finished
-from align.evaluation.generation import ResponseSet
-from align.evaluation.measure import LoadedModels, ResultCache, heldout_losses, kl_values, read_responses
+from align.evaluation.logprobs import LoadedModels, LogprobsOf, heldout_losses
 from align.evaluation.plan import Plan
-from align.evaluation.systems import Policy, System
+from align.evaluation.scoring import ResultCache
+from align.evaluation.systems import Policy, ResponseSet, System
 from align.evaluation.tasks.base import Values
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
 logger = logging.getLogger(__name__)
-
 HeldoutLosses = tuple[list[int], list[float], list[int]]
 """Indices of the rows that were read, their loss per token in nats, and their tokens."""
 SAMPLER_TOLERANCE = {"float32": 0.01, "bfloat16": 0.15}
 """Largest mean |sampler - policy| log-probability per token, in nats: above it the engine holds other weights."""
+Prompts = Sequence[list[int]]
+"""Token ids of prompts."""
+TOKEN_PROMPTS = 200
+"""Prompts whose first response has its KL token by token in the samples."""
 
 
 class DriftMeasurement:
-    """Measures the drift of the compared systems, checkpoint by checkpoint, so that each is loaded once.
+    """Measures the drift of the compared systems, checkpoint by checkpoint, so each is loaded once.
 
     The reference comes first (``reading_order``): it reads all systems' responses in one pass. Every other checkpoint
-    then reads those of its own systems.
+    then reads its systems' responses.
     """
 
     def __init__(
@@ -56,14 +61,14 @@ class DriftMeasurement:
         self._missing = self._find_missing()
 
     def reading_order(self) -> list[Policy]:
-        """Return the checkpoints: first those with the reference's weights, and those of equal weights in a row."""
+        """Return the checkpoints: first all with the reference's weights, then the others grouped by equal weights."""
         keys = list(dict.fromkeys([self.reference.policy.key, *(policy.key for policy in self.plan.policies)]))
         return sorted(self.plan.policies, key=lambda policy: keys.index(policy.key))
 
     def measure(self, policy: Policy) -> None:
-        """Read with one checkpoint, in ``reading_order``: the responses of its systems, and the held-out rows.
+        """Pass the responses of a checkpoint's systems and the held-out rows through it, in ``reading_order``.
 
-        Raises ``RuntimeError`` where its log-probabilities differ too much from the engine's.
+        Raises ``RuntimeError`` if its log-probabilities differ too much from the engine's.
         """
         self._measure_kl(policy)
         if self.plan.heldout:
@@ -85,10 +90,10 @@ class DriftMeasurement:
         return by_system
 
     def _find_missing(self) -> list[System]:
-        """Return the systems whose KL has to be measured, and take that of the others from the cache.
+        """Return the systems whose KL has to be measured, and read the KL of the others from the cache.
 
-        A system has none where it has no meaning: greedy responses are no sample to estimate from, and KL per token
-        needs one vocabulary.
+        A system has no KL if it has no meaning: greedy responses are not a sample to estimate from, and KL per
+        token needs one vocabulary.
         """
         missing: list[System] = []
         if self.plan.sampling.temperature == 0:
@@ -139,11 +144,11 @@ class DriftMeasurement:
         reads = [(plan.prompts[system.name], self.response_sets[system.name]) for system in systems]
         ref_reads = []
         if policy.key == self.reference.policy.key and not self._ref_logprobs:
-            # Systems that have the reference's weights and prompts, too, are read once for both.
+            # Systems that also have the reference's weights and prompts are read once for both.
             ref_reads = [(plan.prompts[plan.reference], self.response_sets[system.name]) for system in self._missing]
         if not reads and not ref_reads:
             return
-        # One call reads both, so that equal rows and common beginnings are read once.
+        # One call reads both, so equal rows and common beginnings are read once.
         logprobs_of = self.models.logprobs_of(policy.name, plan.sampling.temperature, self._report)
         logprobs = read_responses(logprobs_of, [*reads, *ref_reads])
         # The reference reads first, so its numbers are known when other checkpoints compute their KL.
@@ -156,7 +161,8 @@ class DriftMeasurement:
 
     def _write_kl(self, system: System, policy_logprobs: list[list[float]]) -> dict[str, Any]:
         """Return the KL of a system's responses, as the cache reads it back."""
-        plan, ref_logprobs = self.plan, self._ref_logprobs[system.name]
+        plan = self.plan
+        ref_logprobs = self._ref_logprobs[system.name]
         measured = kl_values(
             lambda prompts, responses: policy_logprobs,
             lambda prompts, responses: ref_logprobs,
@@ -166,8 +172,8 @@ class DriftMeasurement:
         written: dict[str, Any] = self.results.write(*self._entry(system), measured)
         return written
 
-    def _report(self, done: int, total: int) -> None:
-        self.context.progress(done, total, unit="answers read")
+    def _report(self, completed: int, total: int) -> None:
+        self.context.progress(completed, total, unit="answers read")
 
     def _check_sampler(self, system: System, engine: str, gap: float) -> None:
         """Check that the engine sampled from the checkpoint; ``gap`` is their mean difference in nats per token."""
@@ -209,7 +215,7 @@ class DriftMeasurement:
         if not plan.heldout:
             return {}
         # Templates and tokenizers differ, so a row may fit one checkpoint and not another.
-        # Only rows that every checkpoint could read are compared, so that the losses are paired.
+        # Only rows that every checkpoint could read are compared, so the losses are paired.
         common = set.intersection(*(set(indices) for indices, _, _ in self._losses.values()))
         left_out = len(plan.heldout) - len(common)
         if left_out:
@@ -231,3 +237,78 @@ def _tokens(response_set: ResponseSet) -> list[Any]:
     return [
         [[response.token_ids, repr(response.logprobs)] for response in samples] for samples in response_set.responses
     ]
+
+
+def read_responses(logprobs_of: LogprobsOf, reads: Sequence[tuple[Prompts, ResponseSet]]) -> list[list[list[float]]]:
+    """Return the log-probabilities of each set's response tokens after its prompts, by one call for all sets.
+
+    The sets' responses are in one list each, prompt by prompt, as ``kl_values`` expects them.
+    """
+    prompts: list[list[int]] = []
+    tokens: list[list[int]] = []
+    sizes = []
+    for set_prompts, response_set in reads:
+        responses, repeated = response_set.flatten(set_prompts)
+        prompts += repeated
+        tokens += [response.token_ids for response in responses]
+        sizes.append(len(responses))
+    remaining = iter(logprobs_of(prompts, tokens))
+    return [[next(remaining) for _ in range(size)] for size in sizes]
+
+
+def kl_values(
+    policy: LogprobsOf,
+    reference: LogprobsOf,
+    prompts: Sequence[list[int]],
+    response_set: ResponseSet,
+    ref_prompts: Sequence[list[int]] | None = None,
+) -> dict[str, Any]:
+    """Return ``kl`` and ``kl_k3``: estimates of each response's KL to the reference in nats, see :func:`sequence_kl`.
+
+    ``prompts`` are the system's token ids, ``ref_prompts`` the reference's (the same, unless the system has a prompt of
+    its own). ``token_kl`` has the k1 estimate of each token of the first response to the first ``TOKEN_PROMPTS``
+    prompts. ``sampler_gap`` is the mean |sampler - policy| log-probability per token: large if the engine sampled
+    from other weights than the policy's.
+    """
+    responses, repeated = response_set.flatten(prompts)
+    _, ref_repeated = response_set.flatten(prompts if ref_prompts is None else ref_prompts)
+    tokens = [response.token_ids for response in responses]
+    logprobs = policy(repeated, tokens)
+    ref_logprobs = reference(ref_repeated, tokens)
+    estimates = [sequence_kl(values, ref_values) for values, ref_values in zip(logprobs, ref_logprobs, strict=True)]
+    gaps = [
+        # The engine's log-probabilities against the trainer's: a large gap means that other weights were sampled.
+        abs(sampled - value)
+        for response, values in zip(responses, logprobs, strict=True)
+        for sampled, value in zip(response.logprobs, values, strict=True)
+    ]
+    return {
+        "kl": response_set.unflatten([k1 for k1, _ in estimates]),
+        "kl_k3": response_set.unflatten([k3 for _, k3 in estimates]),
+        "token_kl": _token_kl(logprobs, ref_logprobs, response_set),
+        "sampler_gap": sum(gaps) / max(1, len(gaps)),
+    }
+
+
+def _token_kl(
+    logprobs: Sequence[Sequence[float]], ref_logprobs: Sequence[Sequence[float]], response_set: ResponseSet
+) -> list[list[float]]:
+    token_kl = []
+    start = 0
+    for samples in response_set.responses[:TOKEN_PROMPTS]:
+        # ``start`` is the first response of the prompt in the flat lists.
+        pairs = zip(logprobs[start], ref_logprobs[start], strict=True)
+        token_kl.append([round(logprob - ref_logprob, 4) for logprob, ref_logprob in pairs])
+        start += len(samples)
+    return token_kl
+
+
+def sequence_kl(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tuple[float, float]:
+    """Estimate KL(policy || reference) from one response of the policy, in nats: k1 and k3, of (T,) log-probabilities.
+
+    k1 = sum(log p - log q) is unbiased; k3 = sum(q/p - 1 - log(q/p)) is never negative and varies less
+    (Schulman 2020, "Approximating KL divergence").
+    """
+    # The log of q/p for each token.
+    ratios = [ref_logprob - logprob for logprob, ref_logprob in zip(logprobs, ref_logprobs, strict=True)]
+    return -math.fsum(ratios), math.fsum(math.expm1(ratio) - ratio for ratio in ratios)

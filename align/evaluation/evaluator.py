@@ -1,6 +1,6 @@
 """Evaluates systems: they answer, they read, their answers are scored; then numbers are compared and written.
 
-The one path that the ``evaluate`` stage and ``align eval`` take. A machine holds one model at a time: first the engine,
+The ``evaluate`` stage and ``align eval`` both run this code. A machine holds one model at a time: first the engine,
 then reward models, then the checkpoints themselves. Expensive results are cached under a key of all their inputs, so
 that a killed attempt resumes, and a later run with the same inputs reuses them. For the files see
 ``scorecard_files.py``.
@@ -14,25 +14,25 @@ from typing import Any
 
 from align.environments.user_models import UserResources
 from align.evaluation.drift import DriftMeasurement
-from align.evaluation.episodes import SystemPerformer
-from align.evaluation.generation import OpenEngine, ResponseCache, ResponseSet, Sampler, SystemResponses
-from align.evaluation.measure import (
-    LoadedModels,
+from align.evaluation.logprobs import LoadedModels
+from align.evaluation.participants import SystemPerformer, SystemReader, SystemRespondent
+from align.evaluation.plan import Plan
+from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
+from align.evaluation.rewards import close_rewards
+from align.evaluation.scorecard import ProgramDescription
+from align.evaluation.scorecard.result_files import write
+from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
+from align.evaluation.scoring import (
     ResultCache,
+    StageScoringContext,
+    describe_rewards,
     function_values,
     reward_list_values,
     reward_values,
+    select_best,
     shape_values,
 )
-from align.evaluation.phases import StageScoringContext, SystemReader, SystemRespondent, select_best
-from align.evaluation.plan import Plan
-from align.evaluation.prompt_metrics import ProgramDescription
-from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
-from align.evaluation.reward_metrics import describe_rewards
-from align.evaluation.rewards import close_rewards
-from align.evaluation.scorecard import Measurements, TaskResult, build
-from align.evaluation.scorecard_files import write
-from align.evaluation.systems import Policy, System
+from align.evaluation.systems import OpenEngine, Policy, ResponseCache, ResponseSet, Sampler, System, SystemResponses
 from align.evaluation.tasks.base import Answers, Measured, RewardField, Turn, Values
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
@@ -58,14 +58,14 @@ class Evaluation:
     def __init__(self, context: StageContext, plan: Plan) -> None:
         self.context = context
         self.plan = plan
-        # The shared cache outlives the stage, so that another evaluation of the same checkpoints reads its results.
+        # The shared cache outlives the stage, so another evaluation of the same checkpoints reads its results.
         folder = context.cache / "evaluation" if context.cache is not None else context.checkpoints
         self.results = ResultCache(folder, context.warn)
         self.scoring = StageScoringContext(context, self.results, plan.reference, plan.base, plan.precision)
 
     @cached_property
     def models(self) -> LoadedModels:
-        """The checkpoints' forward passes; first used once the engine has closed, so that it owns the device alone."""
+        """The checkpoints' forward passes; first used after the engine has closed and freed the device."""
         from align.models.threads import device_of
 
         plan = self.plan
@@ -80,7 +80,7 @@ class Evaluation:
         self._select_best(responses)
         values = self._score_prompt_set(responses)
         reward_models = self._measure_reward_models()
-        # A list of rewards may load models of its own.
+        # A list of rewards may load further models.
         self.scoring.close()
         programs = self._run_programs(responses, values)
         # Phase 3: the checkpoints' own forward passes measure KL and held-out loss, and read the tasks' texts.
@@ -130,7 +130,7 @@ class Evaluation:
             answers={task.name: {} for task in tasks}, episodes={task.name: {} for task in playing}
         )
         try:
-            # Systems of one checkpoint answer in a row, so that the engine loads each checkpoint's weights once.
+            # Systems of one checkpoint answer in a row, so the engine loads each checkpoint's weights once.
             for policy in plan.policies:
                 for system in plan.systems:
                     if system.policy is not policy:
@@ -186,7 +186,7 @@ class Evaluation:
             return
         response_set = responses.prompt_set[system.name]
         turns: Answers = [
-            # The prompt set's responses in the form of a task's answers, which ``select_best`` takes.
+            # The prompt set's responses in the form of a task's answers, which ``select_best`` expects.
             [[Turn(row["prompt"], response)] for response in samples]
             for row, samples in zip(self.plan.rows, response_set.responses, strict=True)
         ]
@@ -197,7 +197,7 @@ class Evaluation:
         responses.prompt_set[system.name] = ResponseSet(response_set.engine, best)
 
     def _score_prompt_set(self, responses: SystemResponses) -> dict[str, dict[str, Values]]:
-        """Return each system's values on the prompt set: lengths, and rewards where there is a reward model."""
+        """Return each system's values on the prompt set: lengths, and rewards if there is a reward model."""
         plan = self.plan
         values = {name: shape_values(response_set) for name, response_set in responses.prompt_set.items()}
         reward = self.scoring.artifact("reward")
@@ -210,15 +210,15 @@ class Evaluation:
             texts = [[[response.text, response.finished] for response in samples] for samples in response_set.responses]
             # All that the scores depend on; the number is raised when the computation changes.
             entries[name] = f"reward-{name}", digest(["rewards 3", reward.weights, prompts, texts, plan.precision])
-        known = {name: self.results.read(*entry) for name, entry in entries.items()}
-        missing = [name for name, scores in known.items() if scores is None]
+        scores_by_system = {name: self.results.read(*entry) for name, entry in entries.items()}
+        missing = [name for name, scores in scores_by_system.items() if scores is None]
         score = partial(self.scoring.score, "reward")
         # Several systems at once: the model then reads each prompt once for the answers of all of them.
         for names in _scored_together(missing, responses.prompt_set):
             computed = reward_values(score, plan.rows, [responses.prompt_set[name] for name in names])
             for name, scores in zip(names, computed, strict=True):
-                known[name] = self.results.write(*entries[name], scores)
-        for name, scores in known.items():
+                scores_by_system[name] = self.results.write(*entries[name], scores)
+        for name, scores in scores_by_system.items():
             values[name]["reward"] = scores
         return values
 
@@ -285,14 +285,14 @@ class Evaluation:
                     continue
                 reader = SystemReader(system, self.models, self.results, self.context.runtime)
                 measured[task.name][system.name] = task.read(reader)
-                done = sum(map(len, measured.values()))
-                self.context.progress(done, len(readers) * len(reading), unit="tasks read")
+                completed = sum(map(len, measured.values()))
+                self.context.progress(completed, len(readers) * len(reading), unit="tasks read")
 
     def _score_tasks(self, measured: MeasuredTasks, responses: SystemResponses) -> list[TaskResult]:
         """Add the scores of the tasks' answers to what reading ``measured``; return every task's result."""
         plan = self.plan
         for task in plan.tasks:
-            # Tasks that read have their numbers by now; scoring adds those of tasks that respond.
+            # Tasks that read have their numbers by now; scoring adds the numbers of tasks that respond.
             measured[task.name] |= task.score(responses.answers[task.name] if task.responds else {}, self.scoring)
             if task.plays:
                 measured[task.name] |= task.score_episodes(responses.episodes[task.name], self.scoring)
@@ -307,7 +307,8 @@ class Evaluation:
         return {system.name: index for index, system in enumerate(self.plan.systems)}
 
     def _settings(self, engines: list[str]) -> dict[str, Any]:
-        context, plan = self.context, self.plan
+        context = self.context
+        plan = self.plan
         reward, second_reward = (self.scoring.artifact(field) for field in REWARD_FIELDS)
         return {
             "prompts": len(plan.rows),

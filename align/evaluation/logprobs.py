@@ -5,19 +5,26 @@ They come from the trainer's forward pass, never from the engine: the two round 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
 from typing import Any
 
+from align.config.base import Precision
 from align.config.batch_sizes import READ_TOKENS
+from align.errors import UserError
+from align.evaluation.systems import Policy
+from align.models.answer_tokens import PromptRewritten, answer_turns, assistant_mask, split_turns
+from align.models.render import render_answered, render_prompt
 
 HEAD_ROWS = 256
 """Positions whose logits are converted to float32 at a time."""
 OnProgress = Callable[[int, int], None]
-"""(done, total) → nothing."""
+"""(done, total) → None."""
+Row = dict[str, Any]
+LogprobsOf = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
+"""(prompts, responses) → log-probability of each response token, under one model."""
 
 
 def response_logprobs(
@@ -79,7 +86,7 @@ class _Reading:
 
 
 def _can_share(model: Any) -> bool:
-    """Prepare the model to read several rows in one line of tokens; return False where it cannot."""
+    """Prepare the model to read several rows in one line of tokens; return False if it cannot."""
     from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
 
     parameters = signature(model.forward).parameters.values()
@@ -94,23 +101,25 @@ def _read_rows(reading: _Reading, batch: Sequence[int]) -> None:
     """Fill ``logprobs`` for the rows of ``batch``, each with its prompt, padded to one length."""
     import torch
 
-    model, prompts, responses = reading.model, reading.prompts, reading.responses
+    model = reading.model
+    prompts = reading.prompts
+    responses = reading.responses
     device = next(model.parameters()).device
     lengths = {index: len(prompts[index]) + len(responses[index]) for index in batch}
     width = max(lengths.values())
     ids = torch.full((len(batch), width), reading.pad, device=device)  # (B, T), right-padded
     mask = torch.zeros((len(batch), width), dtype=torch.long, device=device)
-    wanted = torch.zeros((len(batch), width), dtype=torch.bool, device=device)  # positions of response tokens
+    is_response = torch.zeros((len(batch), width), dtype=torch.bool, device=device)  # positions of response tokens
     for row, index in enumerate(batch):
         ids[row, : lengths[index]] = torch.tensor([*prompts[index], *responses[index]], device=device)
         mask[row, : lengths[index]] = 1
-        wanted[row, len(prompts[index]) : lengths[index]] = True
+        is_response[row, len(prompts[index]) : lengths[index]] = True
     # The token at t is predicted from position t - 1. The model's own head runs, with any scaling or capping it has,
     # but only from the first position that is needed.
     start = min(len(prompts[index]) for index in batch) - 1
     keep = torch.arange(start, width - 1, device=device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
-    targets = wanted[:, start + 1 :]
+    targets = is_response[:, start + 1 :]
     flat = iter(_chosen_logprobs(logits[targets], ids[:, start + 1 :][targets], reading.temperature))
     for index in batch:
         reading.logprobs[index] = list(islice(flat, len(responses[index])))
@@ -121,17 +130,17 @@ def _read_all_shared(reading: _Reading) -> None:
     """Fill ``logprobs``: batch by batch in one line of tokens, without padding, each common beginning once."""
     from align.models.fast.prefix_batch import batches_of_shared
 
-    # A response's last token is only predicted, never read, so it takes no room. An empty response needs no pass.
-    wanted = [index for index, response in enumerate(reading.responses) if response]
-    rows = [[*reading.prompts[index], *reading.responses[index][:-1]] for index in wanted]
+    # A response's last token is only predicted, never read, so it needs no room. An empty response needs no pass.
+    indices = [index for index, response in enumerate(reading.responses) if response]
+    rows = [[*reading.prompts[index], *reading.responses[index][:-1]] for index in indices]
     for batch in batches_of_shared(rows, READ_TOKENS):
-        _read_shared(reading, [wanted[number] for number in batch], [rows[number] for number in batch])
+        _read_shared(reading, [indices[number] for number in batch], [rows[number] for number in batch])
         reading.report(len(batch))
-    reading.report(len(reading.responses) - len(wanted))
+    reading.report(len(reading.responses) - len(indices))
 
 
 def _read_shared(reading: _Reading, members: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
-    """Fill ``logprobs`` for the responses ``members``, which are predicted from ``rows``, as if each were alone."""
+    """Fill ``logprobs`` for the responses ``members``, predicted from ``rows``, as if each were read by itself."""
     import torch
 
     from align.models.fast.prefix_batch import share_prefixes
@@ -139,7 +148,7 @@ def _read_shared(reading: _Reading, members: Sequence[int], rows: Sequence[Seque
 
     device = next(reading.model.parameters()).device
     line, places = share_prefixes(rows)
-    # (place, token) of each prediction, and its number. Rows that are in the same place and go on alike share it.
+    # (place, token) of each prediction, and its number. Rows in the same place with the same next token share it.
     numbers: dict[tuple[int, int], int] = {}
     predictions = []
     for index, row_places in zip(members, places, strict=True):
@@ -192,19 +201,8 @@ def _has_plain_head(model: Any) -> bool:
     return getattr(model.config, "model_type", "") in SPLITTABLE
 
 
-def sequence_kl(logprobs: Sequence[float], ref_logprobs: Sequence[float]) -> tuple[float, float]:
-    """Estimate KL(policy || reference) from one response of the policy, in nats: k1 and k3, of (T,) log-probabilities.
-
-    k1 = sum(log p - log q) is unbiased; k3 = sum(q/p - 1 - log(q/p)) is never negative and varies less
-    (Schulman 2020, "Approximating KL divergence").
-    """
-    # The log of q/p for each token.
-    ratios = [ref_logprob - logprob for logprob, ref_logprob in zip(logprobs, ref_logprobs, strict=True)]
-    return -math.fsum(ratios), math.fsum(math.expm1(ratio) - ratio for ratio in ratios)
-
-
 def _chosen_logprobs(logits: Any, targets: Any, temperature: float, rows: Any = None) -> list[float]:
-    """Log-probability of each of the (N,) ``targets``; the softmax is taken in float32.
+    """Log-probability of each of the (N,) ``targets``; the softmax is computed in float32.
 
     Target i is predicted by row i of the (N, V) logits, or by row ``rows[i]`` of (M, V) ones.
     """
@@ -230,3 +228,115 @@ def _batches(lengths: Mapping[int, int]) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def heldout_losses(
+    logprobs_of: LogprobsOf, tokenizer: Any, rows: Sequence[Row], max_length: int
+) -> tuple[list[int], list[float], list[int]]:
+    """Loss per token of each row's reference answer, as in SFT: with its end of turn unless it was cut off.
+
+    Only turns of the assistant count: not what tools and users write, and no turn with ``train: False``. Returns the
+    indices of the rows that fit ``max_length`` tokens, their loss per token in nats, and their tokens.
+    """
+    reads = {index: _heldout_reads(tokenizer, row, max_length) for index, row in enumerate(rows)}
+    indices = [index for index in reads if reads[index]]
+    # All answers are read in one call, and their log-probabilities come back in this order.
+    flat = [read for index in indices for read in reads[index]]
+    logprobs = iter(logprobs_of([prompt for prompt, _, _ in flat], [answer for _, answer, _ in flat]))
+    losses = []
+    tokens = []
+    for index in indices:
+        counted: list[float] = []
+        for _, _, mask in reads[index]:
+            counted += [value for value, counts in zip(next(logprobs), mask, strict=True) if counts]
+        losses.append(-sum(counted) / len(counted))
+        tokens.append(len(counted))
+    return indices, losses, tokens
+
+
+def check_heldout(tokenizer: Any, rows: Sequence[Row], max_length: int) -> None:
+    """Raise ``UserError`` where :func:`heldout_losses` would leave out every row."""
+    if not any(_heldout_reads(tokenizer, row, max_length) for row in rows):
+        raise UserError(
+            f"heldout: none of {len(rows)} rows has a turn to train on and fits max_heldout_length={max_length} "
+            "tokens; raise it."
+        )
+
+
+def _heldout_reads(tokenizer: Any, row: Row, max_length: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Return prompts, answers, and 1 for each token of an answer that counts; an empty list for a skipped row.
+
+    There is one answer, or an answer for each turn if the template rewrites earlier turns.
+    """
+    side = "completion"
+    places = answer_turns([*row["prompt"], *row[side]], len(row["prompt"]))
+    if not places:
+        return []
+    prompt = render_prompt(tokenizer, row["prompt"], row.get("tools"))
+    ids = render_answered(tokenizer, row, side)
+    # Templates that rewrite the prompt once an answer follows have no answer tokens to cut out.
+    if ids[: len(prompt)] != prompt or not len(prompt) < len(ids) <= max_length:
+        return []
+    answer = ids[len(prompt) :]
+    try:
+        mask = assistant_mask(tokenizer, row, side, prompt, answer)
+        if mask is not None:
+            return [(prompt, answer, mask)]
+        # The template rewrites earlier turns, so no single rendering has all turns as they are sampled.
+        parts = split_turns(tokenizer, row, side, places)
+    except PromptRewritten:
+        return []
+    if any(len(before) + len(turn) > max_length for before, turn in parts):
+        return []
+    return [(before, turn, [1] * len(turn)) for before, turn in parts]
+
+
+class LoadedModels:
+    """Checkpoints for forward passes, one at a time. Checkpoints with equal weights are loaded once.
+
+    Under bfloat16 the weights are rounded once, when they are loaded, and so is what flows between layers.
+    """
+
+    def __init__(self, policies: Sequence[Policy], device: Any, precision: Precision) -> None:
+        self.policies = {policy.name: policy for policy in policies}
+        self.device = device
+        self.precision = precision
+        self.models: dict[str, Any] = {}
+        """The loaded checkpoint, by the key of its weights."""
+
+    def logprobs_of(self, name: str, temperature: float, on_progress: OnProgress | None = None) -> LogprobsOf:
+        """Return a function for the checkpoint's log-probabilities; the checkpoint is loaded at the first call."""
+
+        def compute(prompts: list[list[int]], responses: list[list[int]]) -> list[list[float]]:
+            return response_logprobs(
+                self._model(name),
+                prompts,
+                responses,
+                temperature=temperature,
+                precision=self.precision,
+                pad=int(self.policies[name].tokenizer.pad_token_id),
+                on_progress=on_progress,
+            )
+
+        return compute
+
+    def close(self) -> None:
+        """Free the loaded checkpoint, for other processes as well."""
+        import torch
+
+        self.models.clear()
+        torch.cuda.empty_cache()  # torch keeps freed memory of a GPU for itself
+
+    def _model(self, name: str) -> Any:
+        from align.models.loading import load_policy
+        from align.models.precision import cast_frozen_to_bf16, low_residual
+
+        policy = self.policies[name]
+        if policy.key not in self.models:
+            self.models.clear()  # before the next one is loaded: the memory holds one
+            model = load_policy(policy.model_dir).requires_grad_(False)
+            if self.precision == "bfloat16":
+                low_residual(model)
+                cast_frozen_to_bf16(model)
+            self.models[policy.key] = model.to(self.device)
+        return self.models[policy.key]

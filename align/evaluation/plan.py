@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from align.config.scores import score_identities
 from align.config.stages.evaluate import EvaluateConfig
@@ -17,32 +18,19 @@ from align.data.rows import user
 from align.data.weighted_scores import WeightedSum
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
-from align.evaluation.gates import check_gates
-from align.evaluation.measure import check_heldout
-from align.evaluation.phases import max_input_tokens
+from align.evaluation.logprobs import check_heldout
+from align.evaluation.participants import max_input_tokens
+from align.evaluation.scorecard.gates import check_gates
 from align.evaluation.systems import Policy, System, make_systems
+from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import Example, Task, TaskInputs
-from align.evaluation.tasks.registry import build_task
-from align.evaluation.tasks.task_records import draw
+from align.evaluation.tasks.records import draw
 from align.inference.protocol import Sampling
 from align.inference.switching import max_positions
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 
 Row = dict[str, Any]
-
-
-class PromptRenderer(Protocol):
-    """A compared system, as far as :func:`render_for_all` needs it."""
-
-    @property
-    def name(self) -> str:
-        """Name in the scorecard."""
-        ...
-
-    def render(self, messages: list[Any], *, tools: str | None = None) -> list[int]:
-        """Return the token ids of a conversation, up to the answer's start."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -97,10 +85,10 @@ class Plan:
 
 
 def make_plan(context: StageContext) -> Plan:
-    """Read rows and tokenizers, draw prompts by seed, build tasks, and check that they fit together.
+    """Load rows and tokenizers, draw prompts by seed, build tasks, and check that they fit together.
 
     Raises ``UserError`` for an empty split, prompts that are all too long, data that does not fit a task, and gates on
-    metrics that nothing measures.
+    metrics that are not measured.
     """
     from align.evaluation.rewards import open_score
     from align.models.loading import load_tokenizer
@@ -116,7 +104,7 @@ def make_plan(context: StageContext) -> Plan:
     # Baselines without a file of examples fall back on solved questions of the prompt set's train split.
     shots = max((baseline.shots for baseline in config.baselines.values() if baseline.examples is None), default=0)
     systems = make_systems(policies, base, config.baselines, Path.cwd(), _fallback_examples(context, shots))
-    # 2. Rows and tasks. A system that cannot take a task is refused here.
+    # 2. Rows and tasks. A system that does not fit a task is refused here.
     pairs = _test_rows(context, "pairs", config.max_pairs)
     heldout = _test_rows(context, "heldout", config.max_heldout)
     tasks = _build_tasks(context, pairs, heldout)
@@ -158,24 +146,24 @@ def make_plan(context: StageContext) -> Plan:
 
 
 def render_for_all(
-    rows: list[Row], systems: Sequence[PromptRenderer], max_tokens: int
+    rows: list[Row], systems: Sequence[System], max_tokens: int
 ) -> tuple[list[Row], Mapping[str, list[list[int]]], int]:
     """Return the rows whose prompt fits ``max_tokens`` under every template, and their ids by system.
 
-    The last number counts the rows left out. A row is left out for all systems, so that every comparison stays paired.
+    The last number counts the rows skipped. A row is skipped for all systems, so every comparison stays paired.
     Prompts are never cut: a cut prompt would be another question.
     """
     rendered = {
         system.name: [system.render(row["prompt"], tools=row.get("tools")) for row in rows] for system in systems
     }
-    # One set of rows for all systems: a prompt that is too long for one of them would break the pairing.
+    # All systems get the same rows: a prompt that is too long for one system would break the pairing.
     fitting = [index for index in range(len(rows)) if all(len(ids[index]) <= max_tokens for ids in rendered.values())]
     prompts = {name: [ids[index] for index in fitting] for name, ids in rendered.items()}
     return [rows[index] for index in fitting], prompts, len(rows) - len(fitting)
 
 
 def _programs(config: EvaluateConfig) -> list[Program]:
-    """Load the functions that score responses. Raises ``UserError`` for one that does not exist."""
+    """Load the functions that score responses. Raises ``UserError`` for a missing function."""
     from align.config.user_functions import function_identity, load_function
     from align.data.scoring import function_scorer
 
@@ -220,7 +208,7 @@ def _test_rows(context: StageContext, field: str, limit: int | None) -> list[Row
 def _fallback_examples(context: StageContext, count: int) -> list[Example]:
     """Draw solved questions of the prompt set's train split, by seed, from as many sources as possible.
 
-    Empty where the prompts' stage has no reference answers. Rows of several turns are no examples.
+    Empty if the prompts' stage has no reference answers. Rows of several turns are no examples.
     """
     from align.data.rows import read_rows
 
@@ -258,53 +246,50 @@ def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) ->
     )
     tasks = []
     for name, task_config in config.tasks.items():
-        try:
+        with _task_place(name):
             tasks.append(build_task(name, task_config, inputs))
-        except UserError as error:
-            raise _task_error(name, error) from None
     return tasks
 
 
 def _check_systems(tasks: list[Task], systems: list[System]) -> None:
-    """Check that every system can take every task: above all, that there are as many examples as it shows."""
+    """Check that every system fits every task: above all, that there are as many examples as it shows."""
     # Before anything expensive: a task without enough examples would otherwise fail after hours of sampling.
     for task in tasks:
-        try:
+        with _task_place(task.name):
             task.check_systems([system.info for system in systems])
-        except UserError as error:
-            raise _task_error(task.name, error) from None
         for system in systems:
             reads = task.reads and system.info.role not in ("best_of", "again")
             plays = task.plays and system.info.role != "best_of"
             if not (task.responds or reads or plays):
                 continue
-            try:
+            with _task_place(task.name):
                 task.check(system.info)
                 if task.responds or task.renders or task.plays:
                     system.conversation([user("?")], task.examples(system.info.shots))
                 if reads:
                     tokenizer = system.policy.tokenizer
                     task.check_reading(system.info, tokenizer, max_input_tokens(system.policy.model_dir, tokenizer))
-            except UserError as error:
-                raise _task_error(task.name, error) from None
 
 
 def _check_checkpoints(tasks: list[Task], policies: list[Policy], max_length: int) -> None:
     """Check that every checkpoint can play the tasks' episodes, in an engine that holds ``max_length`` tokens."""
     for task in tasks:
         for policy in policies if task.plays else []:
-            try:
+            with _task_place(task.name):
                 task.check_checkpoint(policy.tokenizer, max_length, policy.name)
-            except UserError as error:
-                raise _task_error(task.name, error) from None
 
 
-def _task_error(name: str, error: UserError) -> UserError:
-    text = str(error).removeprefix(f"{name}: ")
-    # Some tasks name themselves in full: their errors may come later, too, when nobody adds the place.
-    if text.startswith((f"tasks.{name}: ", f"tasks.{name}.")):
-        return UserError(text)
-    return UserError(f"tasks.{name}: {text}")
+@contextmanager
+def _task_place(name: str) -> Iterator[None]:
+    """Add the task's place to a ``UserError``."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).removeprefix(f"{name}: ")
+        # Some tasks name themselves in full: their errors may also come later, when no caller adds the place.
+        if not text.startswith((f"tasks.{name}: ", f"tasks.{name}.")):
+            text = f"tasks.{name}: {text}"
+        raise UserError(text) from None
 
 
 def _max_length(

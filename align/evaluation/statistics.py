@@ -1,32 +1,50 @@
-"""Intervals, paired differences and corrected p-values for numbers measured on a set of prompts.
+"""Intervals, paired differences and corrected p-values, over prompts and over training seeds. Needs numpy only.
 
-Everything resamples *prompts*: several samples of one prompt are averaged before. All comparisons are paired, since all
-systems answer the same prompts. Needs numpy only.
+Statistics over prompts resample *prompts*: several samples of a prompt are averaged first. All comparisons are paired,
+since all systems answer the same prompts. These statistics say how well a checkpoint was measured.
+
+Statistics over seeds (:func:`seed_mean`, :func:`seed_difference`) have one number for each run and use Student's t.
+They say how much the training itself varies, which no number of prompts shows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from statistics import NormalDist
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, mean, variance
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-
 LEVEL = 0.95
 FEWEST_EQUAL = 6
 """Equal values from which on their mean has an interval of width 0. Fewer do not show that there is no spread: the
 sign-flip test of five equal differences has p = 2 / 2^5 = 0.06, and of six 0.03."""
 CHUNK_ELEMENTS = 1 << 22
 """Elements of a block of a resampling matrix (32 MiB)."""
+MAX_TERMS = 300
+"""Terms of the continued fraction; it needs fewer than 100 for any number of seeds."""
+PRECISION = 1e-14
+TINY = 1e-300
+BISECTIONS = 200
+
+
+class _Statistic:
+    """A dataclass of numbers."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as the scorecard stores them. JSON-able; a number that is not finite is None."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in vars(self).items()
+        }
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(_Statistic):
     """A number with its 95 % interval; ``n`` is the number of prompts (or pairs) behind it."""
 
     value: float
@@ -35,13 +53,9 @@ class Estimate:
     n: int
     method: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as the scorecard stores them. JSON-able; a bound that is not finite is None."""
-        return _replace_non_finite(asdict(self))
-
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(_Statistic):
     """A paired difference ``treatment - control`` with its 95 % interval and two-sided p-value."""
 
     value: float
@@ -51,10 +65,6 @@ class Difference:
     p: float
     test: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as the scorecard stores them. JSON-able; a bound that is not finite is None."""
-        return _replace_non_finite(asdict(self))
-
 
 def mean_interval(
     values: Sequence[float] | Floats, *, weights: Sequence[float] | Floats | None = None, resamples: int, seed: int
@@ -62,7 +72,7 @@ def mean_interval(
     """Mean of one value per prompt with an expanded percentile bootstrap interval.
 
     ``values`` are (N,). ``weights`` (N,) make it a ratio of sums (loss per token: each row's loss per token weighted by
-    its tokens). Prompts of weight 0 are left out, also of ``n``. See :func:`percentiles` for the interval. Raises
+    its tokens). Prompts of weight 0 are skipped, also of ``n``. See :func:`percentiles` for the interval. Raises
     ``ValueError`` for a negative weight.
     """
     x, w = _arrays(values, weights)
@@ -81,7 +91,7 @@ def mean_interval(
 def percentiles(resampled: Floats, n: int) -> tuple[float, float]:
     """Expanded percentile interval of a statistic's bootstrap distribution ``resampled`` (R,), over ``n`` prompts.
 
-    The plain percentile interval is too narrow for small samples; the percentiles are moved out so that it matches the
+    The plain percentile interval is too narrow for small samples; the percentiles are moved out so it matches the
     t interval's width (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3).
     """
     # The tail probability whose normal quantile equals the t quantile of n - 1 degrees, widened by sqrt(n / (n - 1)).
@@ -139,32 +149,34 @@ def paired_difference(
 ) -> Difference:
     """Mean difference ``treatment - control`` over prompts that both systems answered, both (N,).
 
-    ``weights`` (N,) are both systems'; prompts of weight 0 are left out. The interval is a bootstrap over prompts. The
+    ``weights`` (N,) are both systems'; prompts of weight 0 are skipped. The interval is a bootstrap over prompts. The
     p-value is exact McNemar when every value is 0 or 1 and all prompts weigh alike; otherwise it is a sign-flip
     permutation test, which is exact when under the null each difference's sign is a coin toss.
     """
-    x, y = np.asarray(treatment, dtype=np.float64), np.asarray(control, dtype=np.float64)
+    x = np.asarray(treatment, dtype=np.float64)
+    y = np.asarray(control, dtype=np.float64)
     # Pairing removes the prompts' own difficulty from the noise, so values must line up prompt by prompt.
     if x.shape != y.shape:
         raise ValueError(f"paired values need one shape, got {x.shape} and {y.shape}")
     x, w = _arrays(x, weights)
     y, _ = _arrays(y, weights)
     difference = mean_interval(x - y, weights=w, resamples=resamples, seed=seed)
-    # Exact where it can be: for yes/no outcomes only the discordant prompts carry information.
+    # Exact if possible: for yes/no outcomes only the discordant prompts carry information.
     is_binary = bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
     if is_binary and (w == w[:1]).all():
         test = "mcnemar"
         p = mcnemar(int(((x == 1) & (y == 0)).sum()), int(((x == 0) & (y == 1)).sum()))
     else:
         test = "sign-flip"
-        # Another seed than the bootstrap's, so that interval and p-value are independent draws.
+        # Another seed than the bootstrap's, so interval and p-value are independent draws.
         p = _sign_flip_p((x - y) * w, resamples, seed + 1)
     return Difference(difference.value, difference.low, difference.high, difference.n, p, test)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided McNemar p-value from the discordant counts: a binomial test with p = 1/2."""
-    n, k = only_first + only_second, min(only_first, only_second)
+    n = only_first + only_second
+    k = min(only_first, only_second)
     if n == 0:
         return 1.0
     # Integers throughout: 2**n overflows a float beyond n = 1023.
@@ -195,7 +207,8 @@ def t_quantile(probability: float, degrees: int) -> float:
         a = 4 * probability * (1 - probability)
         return 2 * (probability - 0.5) * math.sqrt(2 / a)
     # The normal quantile, plus corrections in powers of 1 / degrees.
-    z, v = NormalDist().inv_cdf(probability), float(degrees)
+    z = NormalDist().inv_cdf(probability)
+    v = float(degrees)
     terms = (
         z,
         (z**3 + z) / 4,
@@ -204,11 +217,6 @@ def t_quantile(probability: float, degrees: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return sum(term / v**power for power, term in enumerate(terms))
-
-
-def _replace_non_finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace infinities and NaN by None, since JSON has neither."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def _arrays(values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None) -> tuple[Floats, Floats]:
@@ -227,14 +235,14 @@ def _bootstrap_means(x: Floats, w: Floats, resamples: int, seed: int) -> Floats:
     generator = np.random.default_rng(seed)
     weighted = x * w
     blocks = []
-    left = resamples
+    remaining = resamples
     # In blocks: a matrix of all resamples at once would not fit in memory for large samples.
-    while left > 0:
-        size = min(left, max(1, CHUNK_ELEMENTS // len(x)))
+    while remaining > 0:
+        size = min(remaining, max(1, CHUNK_ELEMENTS // len(x)))
         # Each row is one resample: N prompts drawn with replacement. Both sums use the same prompts.
         picks = generator.integers(0, len(x), size=(size, len(x)))
         blocks.append(weighted[picks].sum(axis=1) / w[picks].sum(axis=1))
-        left -= size
+        remaining -= size
     return np.concatenate(blocks)
 
 
@@ -242,7 +250,7 @@ def _sign_flip_p(weighted: Floats, resamples: int, seed: int) -> float:
     """Two-sided p-value: the share of random sign patterns with a mean at least as far from zero as the observed one.
 
     The observed pattern is included. ``weighted`` (N,) are the prompts' differences times their weights. 1 where their
-    sum is not finite, which is evidence of nothing.
+    sum is not finite, which is no evidence.
     """
     weighted = weighted[weighted != 0]
     # A difference of zero stays zero under either sign.
@@ -254,12 +262,129 @@ def _sign_flip_p(weighted: Floats, resamples: int, seed: int) -> float:
     generator = np.random.default_rng(seed)
     tolerance = 1e-9 * float(np.abs(weighted).sum())  # sums of the same terms differ in the last bits
     hits = 0
-    left = resamples
-    while left > 0:
-        size = min(left, max(1, CHUNK_ELEMENTS // len(weighted)))
+    remaining = resamples
+    while remaining > 0:
+        size = min(remaining, max(1, CHUNK_ELEMENTS // len(weighted)))
         # Under the null each prompt's difference is as likely to have the other sign.
         signs = generator.integers(0, 2, size=(size, len(weighted)), dtype=np.int8) * 2 - 1
         hits += int((np.abs(signs @ weighted) >= observed - tolerance).sum())
-        left -= size
-    # The observed pattern counts as one of them, so that p is never 0 and the test stays valid.
+        remaining -= size
+    # The observed pattern is included, so p is never 0 and the test stays valid.
     return (1 + hits) / (1 + resamples)
+
+
+def seed_mean(values: Sequence[float]) -> Estimate:
+    """Return the mean of one value per seed, (N,), with its t interval; ``n`` is the number of seeds.
+
+    One seed has no interval, and neither have equal values: a spread of zero over a few seeds is no certainty.
+    """
+    value = mean(values) if values else math.nan
+    spread = variance(values) if len(values) > 1 else 0.0
+    if spread == 0:
+        return Estimate(value, math.nan, math.nan, len(values), "t over seeds")
+    half = t_critical(len(values) - 1) * math.sqrt(spread / len(values))
+    return Estimate(value, value - half, value + half, len(values), "t over seeds")
+
+
+def seed_difference(treatment: Mapping[str, float], control: Mapping[str, float]) -> Difference | None:
+    """Return ``treatment - control`` (each seed → value) with its interval and two-sided p-value.
+
+    The same seeds on both sides are paired. Other seeds are compared by Welch's test, which does not assume equal
+    variances. None if a side has fewer than two seeds.
+    """
+    if min(len(treatment), len(control)) < 2:
+        return None
+    if treatment.keys() == control.keys():
+        return paired_t([treatment[seed] - control[seed] for seed in treatment])
+    return welch(list(treatment.values()), list(control.values()))
+
+
+def paired_t(differences: Sequence[float]) -> Difference:
+    """Return the mean of the differences by seed, (N,), with Student's t on N - 1 degrees of freedom."""
+    error = math.sqrt(variance(differences) / len(differences))
+    return _difference(mean(differences), error, len(differences) - 1, len(differences), "paired t")
+
+
+def welch(treatment: Sequence[float], control: Sequence[float]) -> Difference:
+    """Return the difference of two means over different seeds, (N,) and (M,); ``n`` is the smaller number of seeds.
+
+    Welch (1947), with the degrees of freedom of Satterthwaite (1946).
+    """
+    # Squared standard error of each side. Their sum is the squared error of the difference.
+    shares = [variance(values) / len(values) for values in (treatment, control)]
+    total = sum(shares)
+    denominator = shares[0] ** 2 / (len(treatment) - 1) + shares[1] ** 2 / (len(control) - 1)
+    degrees = total**2 / denominator if denominator else math.nan
+    gap = mean(treatment) - mean(control)
+    return _difference(gap, math.sqrt(total), degrees, min(len(treatment), len(control)), "Welch's t")
+
+
+def t_p_value(t: float, degrees: float) -> float:
+    """Return the two-sided p-value of Student's t with ``degrees`` > 0 degrees of freedom, which may be a fraction."""
+    # Both tails of t are one value of this function (Numerical Recipes, 6.4).
+    return _incomplete_beta(degrees / (degrees + t * t), degrees / 2, 0.5)
+
+
+def t_critical(degrees: float) -> float:
+    """Return the t whose two-sided p-value is 5 %: half the width of an interval, in standard errors.
+
+    By bisection, exact to rounding. ``statistics.t_quantile`` accepts whole degrees and is off by up to 1 %, which
+    matters for three seeds and not for hundreds of prompts.
+    """
+    # Double the upper end until its p-value is small enough, then bisect between the two ends.
+    low = 0.0
+    high = 1.0
+    while t_p_value(high, degrees) > 1 - LEVEL:
+        high *= 2
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if t_p_value(middle, degrees) > 1 - LEVEL:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _difference(value: float, error: float, degrees: float, n: int, test: str) -> Difference:
+    """Return a difference with its standard ``error``; without any spread over the seeds there is no test."""
+    # Values that differ only by rounding have no spread either.
+    if error <= 1e-12 * max(1.0, abs(value)):
+        return Difference(value, math.nan, math.nan, n, 1.0, "no spread over seeds")
+    half = t_critical(degrees) * error
+    return Difference(value, value - half, value + half, n, t_p_value(value / error, degrees), test)
+
+
+def _incomplete_beta(x: float, a: float, b: float) -> float:
+    """Return the regularized incomplete beta function I_x(a, b), by its continued fraction (Numerical Recipes, 6.4)."""
+    if x <= 0 or x >= 1:
+        return 0.0 if x <= 0 else 1.0
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    front = math.exp(log_front)
+    # The fraction converges quickly on this side only; the function of the other side is its complement.
+    if x < (a + 1) / (a + b + 2):
+        return front * _beta_fraction(x, a, b) / a
+    return 1 - front * _beta_fraction(1 - x, b, a) / b
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """Evaluate the continued fraction of the incomplete beta function by Lentz's method."""
+    # Ratios of successive numerators, and of successive denominators, which themselves could overflow.
+    numerator = 1.0
+    denominator = 1 / _off_zero(1 - (a + b) * x / (a + 1))
+    result = denominator
+    for term in range(1, MAX_TERMS):
+        even = term * (b - term) * x / ((a + 2 * term - 1) * (a + 2 * term))
+        odd = -(a + term) * (a + b + term) * x / ((a + 2 * term) * (a + 2 * term + 1))
+        # The fraction's coefficients of even and of odd number have a formula each.
+        for coefficient in (even, odd):
+            denominator = 1 / _off_zero(1 + coefficient * denominator)
+            numerator = _off_zero(1 + coefficient / numerator)
+            result *= numerator * denominator
+        if abs(numerator * denominator - 1) < PRECISION:
+            break
+    return result
+
+
+def _off_zero(value: float) -> float:
+    """Return ``value``, or a tiny number for zero, by which Lentz's method can divide."""
+    return value if abs(value) > TINY else TINY

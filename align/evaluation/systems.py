@@ -1,29 +1,38 @@
 """Compared systems: checkpoints as they are, and ways to use one without training it (prompted, best of N, again).
 
 A fine-tuned model should beat a prompted one, and PPO should beat the best of N answers of the model it started from,
-chosen by the same reward model. The same checkpoint sampled again shows how far numbers move by chance alone.
+chosen by the same reward model. The same checkpoint sampled again shows how far numbers move by chance.
 Torch-free.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from align.config.runtime import Runtime
 from align.config.stages.evaluate import BaselineConfig
 from align.config.user_paths import user_path
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
-from align.evaluation.tasks.base import Example, SystemInfo
-from align.inference.protocol import Sampling
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks.base import Answers, Episodes, Example, Values
+from align.inference.protocol import Response, RolloutEngine, Sampling
+from align.inference.switching import SwitchingEngine, architecture
 from align.models.render import render_prompt
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import numbered_lines
+from align.store.sealed import read_entry, write_entry
+
+OpenEngine = Callable[[Path, Runtime], RolloutEngine]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,14 @@ class System:
         return not self.info.system and not self.info.shots
 
     def conversation(self, messages: Sequence[Message], examples: Sequence[Example] = ()) -> list[Message]:
-        """Return ``messages`` behind this system's own prompt. Raises ``UserError`` where there are too few examples.
+        """Return ``messages`` behind this system's own prompt. Raises ``UserError`` if there are too few examples.
 
         ``examples`` are the task's.
         """
         if self.is_plain:
             return list(messages)
         count = self.info.shots
-        # In this order: the baseline's own file, the task's examples, and those of the prompt set.
+        # In this order: the baseline's own file, the task's examples, and the prompt set's.
         available = self.own_examples or (examples if len(examples) >= count else self.fallback)
         shots = list(available)[:count]
         if len(shots) < count:
@@ -98,10 +107,10 @@ class System:
     def sampling(self, sampling: Sampling) -> Sampling:
         """Return the sampling for the engine: N times the samples, never greedy, for best of N; else as it is.
 
-        A system that is sampled again gets seeds of its own.
+        A system that is sampled again gets its own seeds.
         """
         if self.sample_seed is not None:
-            # Derived from both seeds, so that two baselines with different seeds differ in every task.
+            # Derived from both seeds, so two baselines with different seeds differ in every task.
             seed = int(digest([sampling.seed, self.sample_seed])[:15], 16)
             seeds = None
             if sampling.seeds is not None:
@@ -137,7 +146,7 @@ def make_systems(
         key = digest(
             [
                 policy.key,
-                # The key covers only the examples that are shown, so that lines added to a file change no result.
+                # The key covers only the examples that are shown, so lines added to a file change no result.
                 config.system,
                 config.shots,
                 used,
@@ -171,7 +180,7 @@ def example_identities(config: BaselineConfig, base: Path) -> dict[str, str]:
 
 
 def read_examples(config: BaselineConfig, base: Path) -> list[Example]:
-    """Read a baseline's examples file; empty without one.
+    """Return the examples of a baseline's file; empty without a file.
 
     Raises ``UserError`` for fewer examples than ``shots`` and for records without both fields.
     """
@@ -207,3 +216,182 @@ def _first_text(record: dict[str, Any], *names: str) -> str:
         if isinstance(value, str) and value.strip():
             return value
     raise KeyError(names[0])
+
+
+@dataclass
+class ResponseSet:
+    """One system's responses to a list of prompts, and the engine that sampled them."""
+
+    engine: str
+    responses: list[list[Response]]
+    """Per prompt, its samples."""
+
+    def flatten(self, rows: Sequence[Any]) -> tuple[list[Response], list[Any]]:
+        """Return all responses in one list, and for each response the entry of ``rows`` of its prompt."""
+        responses = [response for samples in self.responses for response in samples]
+        repeated = [row for row, samples in zip(rows, self.responses, strict=True) for _ in samples]
+        return responses, repeated
+
+    def unflatten(self, numbers: Sequence[float]) -> Values:
+        """Return one number for each response as a list per prompt."""
+        remaining = iter(numbers)
+        return [[float(next(remaining)) for _ in samples] for samples in self.responses]
+
+
+@dataclass
+class SystemResponses:
+    """All systems' responses: to the prompt set, and to each task."""
+
+    prompt_set: dict[str, ResponseSet] = field(default_factory=dict)
+    """System → its responses to the prompt set."""
+    answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
+    """Task → system → its answers."""
+    episodes: dict[str, dict[str, Episodes]] = field(default_factory=dict)
+    """Task → system → its episodes, for tasks with an environment."""
+    engines: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+class ResponseCache:
+    """Files ``<folder>/<identity>.jsonl``: a header line, one line per prompt, and the seal; written atomically.
+
+    The identity is a digest of weights, prompts and sampling, so runs may share the folder.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], object]) -> None:
+        self.folder = folder
+        self.warn = warn
+
+    def path(self, identity: str) -> Path:
+        """Return the file of an identity."""
+        return self.folder / f"{identity[:32]}.jsonl"
+
+    def read(self, identity: str) -> ResponseSet | None:
+        """Return the responses stored under the identity; None if there are none, or the file is damaged."""
+        lines = read_entry(self.path(identity), identity, self.warn)
+        if lines is None:
+            return None
+        header, *responses = lines
+        return ResponseSet(header["engine"], [[Response(**item) for item in samples] for samples in responses])
+
+    def write(self, identity: str, response_set: ResponseSet) -> None:
+        """Store responses atomically."""
+        responses = ([asdict(sample) for sample in samples] for samples in response_set.responses)
+        write_entry(self.path(identity), identity, itertools.chain([{"engine": response_set.engine}], responses))
+
+
+class Sampler:
+    """The one engine of an evaluation: opened for the first checkpoint, then loaded with the weights of the next.
+
+    Checkpoints of several architectures are all sampled with the transformers engine: numbers of two engines do not
+    compare, and a process can hold only one vLLM. Servers are restarted for each architecture instead.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        runtime: Runtime,
+        open_engine: OpenEngine,
+        cache: ResponseCache,
+        *,
+        warn: Callable[[str], None],
+        progress: Progress,
+        precision: str = "bfloat16",
+    ) -> None:
+        """``open_engine(model_dir, runtime)`` opens an engine that computes in ``precision``; ``progress(done, total)``
+        counts responses, ``total`` those announced to ``expect``.
+        """
+        # A process can hold one vLLM only, and numbers of two engines do not compare: transformers samples all.
+        several = len({architecture(policy.model_dir) for policy in policies}) > 1
+        if several and runtime.engine.name != "transformers" and not runtime.rollouts.servers:
+            warn("the compared checkpoints differ in architecture, so all are sampled with the transformers engine")
+            runtime = runtime.with_transformers()
+        self.runtime = runtime
+        self.cache = cache
+        self.progress = progress
+        self.warn = warn
+        dtype = precision if runtime.engine.dtype == "auto" else runtime.engine.dtype
+        self.identity = [_engine_name(runtime), dtype]
+        """The engine and its precision, as far as samples depend on them."""
+        self.engines: set[str] = set()
+        """Engines of all responses so far."""
+        self.expected = self.done = self.tokens = 0
+        self._engine = SwitchingEngine(lambda model_dir: open_engine(model_dir, runtime))
+
+    def expect(self, responses: int) -> None:
+        """Announce so many more responses."""
+        self.expected += responses
+
+    def generate(self, policy: Policy, prompts: list[list[int]], sampling: Sampling) -> ResponseSet:
+        """Return a checkpoint's responses, from the cache or sampled now."""
+        # Everything that changes the responses: weights, token ids, sampling, and the engine with its precision.
+        identity = digest(
+            {
+                "key": policy.key,
+                "prompts": prompts,
+                "sampling": asdict(sampling),
+                "engine": self.identity,
+            }
+        )
+        response_set = self.cache.read(identity)
+        if response_set is None:
+            response_set = _generate(self.engine_with(policy), policy, prompts, sampling, self.report)
+            self.cache.write(identity, response_set)
+        tokens = sum(len(response.token_ids) for samples in response_set.responses for response in samples)
+        self.count(len(prompts) * sampling.n, tokens, response_set.engine)
+        return response_set
+
+    def engine_with(self, policy: Policy) -> RolloutEngine:
+        """Return the engine with a checkpoint's weights, until another checkpoint's weights are requested."""
+        return self._engine.with_weights(policy.model_dir)
+
+    def count(self, responses: int, tokens: int, engine: str) -> None:
+        """Count responses or episodes that an engine sampled, now or in an earlier run."""
+        self.done += responses
+        self.tokens += tokens
+        self.report(0, 0)
+        if self.engines and engine not in self.engines:
+            self.warn("responses come from different engines (an earlier run used another); do not compare them")
+        self.engines.add(engine)
+
+    def report(self, completed: int, _: int) -> None:
+        """Report progress within the responses that are being sampled."""
+        self.progress(self.done + completed, max(self.done + completed, self.expected))
+
+    def close(self) -> None:
+        """Free the engine, before models are loaded for their own forward passes."""
+        self._engine.close()
+
+
+def _engine_name(runtime: Runtime) -> str:
+    """Return the engine that ``auto`` most likely selects; cached responses of another engine are not used."""
+    if runtime.rollouts.pooled:
+        return "vllm-server"
+    if runtime.engine.name != "auto":
+        return runtime.engine.name
+    return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+
+
+def _generate(
+    engine: RolloutEngine, policy: Policy, prompts: list[list[int]], sampling: Sampling, progress: Progress
+) -> ResponseSet:
+    responses = engine.generate(prompts, sampling, progress)
+    if len(responses) != len(prompts) or any(len(samples) != sampling.n for samples in responses):
+        raise RuntimeError(f"the engine returned other than {sampling.n} responses to each of {len(prompts)} prompts")
+    # The engine was opened with another checkpoint's tokenizer: texts are decoded with the policy's own.
+    decode = policy.tokenizer.decode
+    return ResponseSet(
+        engine.name,
+        [
+            [
+                Response(
+                    token_ids=[int(token) for token in sample.token_ids],
+                    logprobs=[float(value) for value in sample.logprobs],
+                    finished=bool(sample.finished),
+                    text=decode(sample.token_ids, skip_special_tokens=True),
+                )
+                for sample in samples
+            ]
+            for samples in responses
+        ],
+    )

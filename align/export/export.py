@@ -7,11 +7,14 @@ adapters that cannot be merged (prefix tuning, sequential bottlenecks, LLaMA-Ada
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.data.licenses import License
+from align.data.push import Part, Upload, check_repo, hub_errors, make_repository
 from align.errors import UserError
 from align.models.adapters import CLASSIFIER, tokenizer_folder
 from align.models.files import ADAPTER_CONFIG
@@ -21,6 +24,8 @@ STORED = Path("adapter", "adapter.json")
 """In a model folder, the description of an inserted adapter (``align.models.tuning.stored``)."""
 SHARD = "5GB"
 """Largest file of weights; a larger model is split and gets an index."""
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+"""Files that decide which safetensors a loader reads: shards of an earlier push, an adapter that is now merged."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def silence_transformers() -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises ``UserError`` for a file that is missing or holds something else."""
+    """Return the JSON object in a file. Raises ``UserError`` for a file that is missing or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -136,7 +141,7 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
         str(source.tokenizer_folder),
         "the adapter was trained on a base with added tokens. Name that one with --base.",
     )
-    # Before anything is written: a folder with NaN would load everywhere and answer nothing.
+    # Check before anything is written: a folder with NaN would load everywhere and give no answers.
     require_finite(model, source.folder)
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
@@ -156,7 +161,7 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
 
 
 def _set_special_tokens(config: Any, tokenizer: Any) -> None:
-    """Set the tokenizer's eos and pad tokens in a config; further eos tokens stay."""
+    """Write the tokenizer's eos and pad tokens into a config; further eos tokens stay."""
     # A generation config may name several tokens that end an answer.
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if tokenizer.eos_token_id not in ends:
@@ -165,14 +170,14 @@ def _set_special_tokens(config: Any, tokenizer: Any) -> None:
 
 
 def stored_type(folder: Path) -> str:
-    """Return the type of a model folder's weights; float32 where its config has none or a rare one."""
+    """Return the type of a model folder's weights; float32 if its config has none or a rare one."""
     config = read_json(folder / "config.json")
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
 
 
 def round_weights(model: Any, dtype: str) -> Any:
-    """Round ``model``'s weights to ``dtype`` in place, keeping their type; they then equal those of a written file.
+    """Round ``model``'s weights to ``dtype`` in place, keeping their type; they then equal a written file's weights.
 
     ``model.to`` would also round tensors that are not saved: rotary frequencies, which shifts log-probabilities by
     thousandths.
@@ -184,3 +189,38 @@ def round_weights(model: Any, dtype: str) -> Any:
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(getattr(torch, dtype)))
     return model
+
+
+def prepare(folder: Path, repo: str, license: License, revision: str | None, private: bool) -> Upload:
+    """Return the upload of ``folder``, without using the network."""
+    check_repo(repo, "model")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = tuple(Part(path.relative_to(folder).as_posix(), path) for path in files)
+    return Upload(folder, repo, revision, private, parts, license)
+
+
+def push(upload: Upload, message: str, api: Any = None) -> dict[str, Any]:
+    """Create the repository if necessary and commit the upload. Returns ``url``, ``commit``, ``deleted``.
+
+    ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` if the Hub refuses (no token, no right, a public
+    repository that should be private) and ``StageFailed`` if it cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = api or HfApi(library_name="align")
+    with hub_errors(upload.repo):
+        existing = make_repository(api, upload.repo, "model", upload.revision, upload.private)
+        commit = api.upload_folder(
+            repo_id=upload.repo,
+            folder_path=upload.folder,
+            repo_type="model",
+            revision=upload.revision,
+            commit_message=message,
+            delete_patterns=list(WEIGHTS),
+        )
+    # delete_patterns removes matching files that the upload does not contain; report those.
+    uploaded = {part.name for part in upload.parts}
+    deleted = sorted(
+        name for name in existing if name not in uploaded and any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
+    )
+    return {"url": str(commit.commit_url), "commit": str(commit.oid), "deleted": deleted}

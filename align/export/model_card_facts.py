@@ -40,9 +40,9 @@ class Facts:
     name: str
     written: Written
     agreement: Agreement | None
-    """None where the folder was not verified."""
+    """None if the folder was not verified."""
     lineage: Sequence[Artifact] = ()
-    """Every artifact behind the checkpoint, inputs first, itself last; empty where nothing is recorded."""
+    """Every artifact behind the checkpoint, inputs first, itself last; empty without records."""
     pipeline: Mapping[str, Any] | None = None
     """The parsed pipeline file that produced it."""
     scorecard: Mapping[str, Any] | None = None
@@ -61,7 +61,8 @@ def metadata(facts: Facts) -> ModelCardData:
     """Return the Hub's metadata."""
     from huggingface_hub import ModelCardData
 
-    base, license = base_model(facts.lineage), license_of(facts.lineage, facts.license)
+    base = base_model(facts.lineage)
+    license = license_of(facts.lineage, facts.license)
     trained = [artifact for artifact in facts.lineage if is_trained(artifact)]
     # Fields that exist only for some checkpoints.
     more: dict[str, Any] = {"base_model_relation": "finetune"} if base and trained else {}
@@ -71,7 +72,7 @@ def metadata(facts: Facts) -> ModelCardData:
     tags = [str(artifact.record["kind"]) for artifact in trained if artifact.kind != Kind.REWARD]
     if facts.written.is_reward:
         tags = ["reward-model"]
-    # The Hub takes one name as text, and several as a list.
+    # The Hub accepts one name as text, and several as a list.
     names: Any = license.names[0] if len(license.names) == 1 else list(license.names)
     return ModelCardData(
         base_model=base,
@@ -102,7 +103,7 @@ def base_model(lineage: Sequence[Artifact]) -> str | None:
 def card_verb(artifact: Artifact) -> str | None:
     """Return the verb for an artifact's stage (``Stage.card_verb``); None for a stage that makes no weights.
 
-    It stands in the record: a stage of the user's own need not be installed where its checkpoint is exported.
+    The record has it, because a user's own stage may not be installed when its checkpoint is exported.
     """
     verb = artifact.record.get("card_verb")
     if isinstance(verb, str) and verb:
@@ -119,7 +120,7 @@ def is_trained(artifact: Artifact) -> bool:
 def weight_history(lineage: Sequence[Artifact]) -> list[Artifact]:
     """Return the artifacts whose weights the last one's come from, in order, itself last.
 
-    They are linked by the inputs of ``BASE_FIELDS``. Reward models that scored and teachers are left out.
+    They are linked by the inputs of ``BASE_FIELDS``. Reward models that scored and teachers are skipped.
     """
     by_key = {artifact.key: artifact for artifact in lineage}
     # An import is listed under the key of its original, and its readers name its own: both have the same weights.
@@ -179,7 +180,8 @@ def license_of(lineage: Sequence[Artifact], stated: str | None = None) -> Licens
 
 def own_names(facts: Facts) -> list[str]:
     """Return the checkpoint's names in the scorecard."""
-    card, artifact = facts.scorecard, facts.artifact
+    card = facts.scorecard
+    artifact = facts.artifact
     if card is None or artifact is None:
         return []
     checkpoints = card.get("settings", {}).get("checkpoints") or {}
@@ -212,7 +214,7 @@ def eval_results(facts: Facts) -> list[EvalResult]:
     if facts.written.is_reward:
         return _reward_eval_results(facts)
     results = []
-    # A checkpoint may have several names in the scorecard; the metadata takes the first.
+    # A checkpoint may have several names in the scorecard; the metadata has the first.
     for system in own_names(facts)[:1]:
         for metric, estimate in card["estimates"][system].items():
             if estimate["value"] is None or not math.isfinite(estimate["value"]):

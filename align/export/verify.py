@@ -3,7 +3,7 @@
 Where two answers diverge, the checkpoint scores both candidate tokens. If their probabilities are equal within
 rounding, the divergence is a tie, and the answer counts up to there. Anything else is a difference, which is reported
 with its position and likely cause. A reward model's scores are compared in the same way. Torch-free; the models run in
-processes of their own (``verify_worker.py``).
+separate processes (``verify_worker.py``).
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Agreement:
     ties: int = 0
     """Answers that diverge at two tokens of equal probability."""
     rounding: int | None = None
-    """Answers that change by the type of the written weights alone; None where the weights keep their type."""
+    """Answers that change only by the type of the written weights; None if the weights keep their type."""
     unchecked: str | None = None
-    """Why vLLM was not checked."""
+    """The reason if vLLM was not checked."""
 
     def add(self, expected: JobResult, actual: JobResult, gap: float, ties: int, compared: int) -> None:
         """Add the comparison of two engines."""
@@ -120,7 +120,7 @@ def verify(
     try:
         in_vllm = run(replace(exported_job, engine="vllm"), scratch / "vllm")
     except JobFailed as error:
-        # The folder is right in transformers. An engine that cannot run the model at all says nothing against it.
+        # The folder is right in transformers. An engine that cannot run the model at all is no evidence against it.
         agreement.unchecked = f"vLLM cannot run it ({error.reason})"
         return agreement
     if in_vllm.unusable is not None:
@@ -184,14 +184,14 @@ class _GapMeter:
 
 
 def _first_difference(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the first index at which two sequences differ, or where the shorter one ends."""
+    """Return the first index at which two sequences differ, or the length of the shorter one."""
     shorter = min(len(first), len(second))
     return next((index for index in range(shorter) if first[index] != second[index]), shorter)
 
 
 @dataclass(frozen=True)
 class _Divergence:
-    """Place where an answer differs from the expected one, with both tokens; None for an answer that has ended."""
+    """Place at which an answer differs from the expected one, with both tokens; None for an answer that has ended."""
 
     row: int
     index: int
@@ -211,7 +211,8 @@ class _Comparison:
 
 def _compare_tokens(agreement: Agreement, comparison: _Comparison) -> None:
     """Add a comparison of answers. Raises ``StageFailed`` for a difference that is not a tie."""
-    expected, actual = comparison.expected, comparison.actual
+    expected = comparison.expected
+    actual = comparison.actual
     divergences: list[_Divergence] = []
     shared = 0  # tokens that agree
     gap = 0.0
@@ -219,7 +220,7 @@ def _compare_tokens(agreement: Agreement, comparison: _Comparison) -> None:
         length = len(expected_ids)
         if expected_ids != actual_ids:
             length = _first_difference(expected_ids, actual_ids)
-            # Behind the first difference the contexts differ, so nothing more can be compared.
+            # Behind the first difference the contexts differ, so the rest cannot be compared.
             divergences.append(
                 _Divergence(
                     row,
@@ -238,16 +239,18 @@ def _compare_tokens(agreement: Agreement, comparison: _Comparison) -> None:
 
 def _refuse_unless_tied(comparison: _Comparison, divergences: Sequence[_Divergence], gap: float, shared: int) -> None:
     """Raise ``StageFailed`` unless all divergences are ties and at least half of the tokens could be compared."""
-    expected, actual = comparison.expected, comparison.actual
+    expected = comparison.expected
+    actual = comparison.actual
     # A tie in probability may fall either way without any fault; anything further apart is a real difference.
     gaps = _measure_divergences(comparison, divergences)
     are_ties = all(nats <= TIE for nats in gaps)
     # Early ties in many answers leave too little that was compared.
     if are_ties and shared * 2 >= sum(map(len, expected.tokens)):
         return
-    # Report the first real difference, or the first tie where there are too many of them.
+    # Report the first real difference, or the first tie if there are too many of them.
     index = 0 if are_ties else next(index for index, nats in enumerate(gaps) if nats > TIE)
-    first, nats = divergences[index], gaps[index]
+    first = divergences[index]
+    nats = gaps[index]
     if first.expected is None:
         difference = "it goes on where the other ends"
     elif first.actual is None:
@@ -263,8 +266,9 @@ def _refuse_unless_tied(comparison: _Comparison, divergences: Sequence[_Divergen
 
 
 def _measure_divergences(comparison: _Comparison, divergences: Sequence[_Divergence]) -> list[float]:
-    """Return the gap in nats at each divergence; infinity where an answer has ended."""
-    contexts, pairs = [], []
+    """Return the gap in nats at each divergence; infinity if an answer has ended."""
+    contexts = []
+    pairs = []
     for divergence in divergences:
         if divergence.expected is not None and divergence.actual is not None:
             prompt = comparison.meter.job.rows[divergence.row]
@@ -276,7 +280,8 @@ def _measure_divergences(comparison: _Comparison, divergences: Sequence[_Diverge
 
 def _compare_scores(agreement: Agreement, comparison: _Comparison) -> None:
     """Add a comparison of scores. Raises ``StageFailed`` for a difference beyond the tolerance."""
-    expected, actual = comparison.expected, comparison.actual
+    expected = comparison.expected
+    actual = comparison.actual
     gaps = [abs(a - b) for a, b in zip(expected.scores, actual.scores, strict=True)]
     for number, (gap, score) in enumerate(zip(gaps, expected.scores, strict=True), start=1):
         if not gap <= SCORE_TOLERANCE * max(1.0, abs(score)):  # also for NaN

@@ -1,4 +1,4 @@
-"""Answer a few prompts or score a few texts by one model in a process of its own: ``python -m ... JOB.json``.
+"""Answer a few prompts or score a few texts by one model in a separate process: ``python -m ... JOB.json``.
 
 The machine then holds one model at a time, and vLLM, which can start once per process, is loaded as a user would load
 it. ``verify.py`` runs it and compares the results.
@@ -30,7 +30,7 @@ class Job:
     engine: Engine
     folder: str
     want: Literal["tokens", "scores", "logprobs"]
-    """``tokens``: greedy answers with their log-probabilities; ``logprobs``: those of ``responses``."""
+    """``tokens``: greedy answers with their log-probabilities; ``logprobs``: the log-probabilities of ``responses``."""
     rows: list[list[int]]
     responses: list[list[int]] = field(default_factory=list)
     max_tokens: int = 48
@@ -60,11 +60,11 @@ class JobFailed(StageFailed):
 
 
 def run_job(job: Job, scratch: Path) -> JobResult:
-    """Run ``job`` in a process of its own. Raises ``JobFailed`` with the last line of its log when it fails."""
+    """Run ``job`` in a separate process. Raises ``JobFailed`` with the last line of its log when it fails."""
     scratch.mkdir(parents=True, exist_ok=True)
     job_file, result_file, log_file = (scratch / name for name in ("job.json", "done.json", "log.txt"))
     write_sealed(job_file, asdict(job))
-    # A result of an earlier attempt must not be taken for this one's.
+    # A result of an earlier attempt must not be mistaken for this one's.
     result_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "align.export.verify_worker", str(job_file), str(result_file)]
     with log_file.open("wb") as log:
@@ -132,7 +132,7 @@ def _prepare_model(model: Any, job: Job) -> Any:
 
 
 def _scores(job: Job) -> JobResult:
-    """Score by transformers' own forward pass, one conversation at a time, so that there is no padding."""
+    """Score by transformers' own forward pass, one conversation at a time, so there is no padding."""
     import torch
 
     from align.config.runtime import Runtime
@@ -157,7 +157,7 @@ def _vllm_scores(job: Job) -> JobResult:
 
     use_threads(Runtime())
     memory_options: dict[str, Any] = {"gpu_memory_utilization": FLOAT32_GPU_SHARE}
-    # On a CPU vLLM takes an absolute size of the cache.
+    # On a CPU vLLM needs an absolute size of the cache.
     if device_of(Runtime()).type == "cpu":
         memory_options = {"kv_cache_memory_bytes": 2**28, "block_size": 32}
     longest = max(map(len, job.rows)) + 1
@@ -189,7 +189,7 @@ def _version(engine: Engine) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read a job and write its result. The last line of the log is the error, which ``run_job`` reports."""
+    """Execute a job and write its result. The last line of the log is the error, which ``run_job`` reports."""
     job_file, result_file = map(Path, arguments)
     try:
         result = execute(Job(**parse_sealed(job_file.read_bytes())))

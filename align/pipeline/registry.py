@@ -295,7 +295,7 @@ STAGES: dict[str, Stage] = {
             "compare systems on prompts, benchmarks and by judges, with intervals",
             samples=True,
             estimator="align.capacity.estimate_sampling",
-            inspector="align.evaluation.inspect",
+            inspector="align.evaluation.tasks",
             headline={"reward_accuracy": "RM accuracy"},
         ),
         _stage("report", 2, Kind.REPORT, "one HTML page about the whole run", headline={"stages": "stages"}),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from align.errors import UserError
-from align.evaluation.typed_scorecard import Scorecard
+from align.evaluation.scorecard import Scorecard
 from align.report.curves.metric_series import metric_values
 from align.store.artifacts import Artifact, Kind
 from align.store.events import read_events

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.config.validation import suggest
 from align.errors import NO_SPACE, StageFailed, UserError, no_space
-from align.evaluation.typed_scorecard import Scorecard
+from align.evaluation.scorecard import Scorecard
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import StopRequest
 from align.runner.listener import Listener

@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def headline(card: dict[str, Any]) -> dict[str, Any]:
     """Summarize a scorecard for the record: every estimate's value, the primary metric's differences, failed gates."""
-    from align.evaluation.gates import failed_gates
+    from align.evaluation.scorecard.gates import failed_gates
 
     models = card["reward_models"]
     accuracy = models[0] if models else None

@@ -10,7 +10,7 @@ from align.pipeline.context import StageContext
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write ``report.html``. Raises ``UserError`` for a damaged scorecard, and for one of another version."""
-    from align.evaluation.typed_scorecard import read_content, scorecard_file
+    from align.evaluation.scorecard import read_content, scorecard_file
     from align.report.run.run_report import write_report
 
     config: ReportConfig = context.config

@@ -13,14 +13,7 @@ from typing import Literal
 from align.config.stages.synthesis_tasks import PairsTask
 from align.data.response_pairs import make_pairs
 from align.data.rows import Message, Row, kept_columns
-from align.evaluation.judges.judge_prompts import (
-    Outcome,
-    Verdict,
-    combine_verdicts,
-    fill_rubric,
-    pair_prompt,
-    read_verdict,
-)
+from align.evaluation.judges.judge import Outcome, Verdict, combine_verdicts, fill_rubric, pair_prompt, read_verdict
 from align.inference.requests import Answer
 from align.synthesis.counts import Ledger
 from align.synthesis.selection import (

@@ -59,7 +59,7 @@ def test_a_bare_adapter_is_not_merged_onto_another_base(tuned: Artifact, tiny_mo
     assert "no record says" in note
 
 
-def test_a_copy_in_bfloat16_is_the_same_base_and_one_changed_weight_is_not(tiny_model: Path, tmp_path: Path) -> None:
+def test_bfloat16_copy_is_same_base_but_changed_weight_is_not(tiny_model: Path, tmp_path: Path) -> None:
     for name in ("same", "changed"):
         shutil.copytree(tiny_model, tmp_path / name)
     narrow = {name: tensor.bfloat16() for name, tensor in load_file(tiny_model / WEIGHTS).items()}

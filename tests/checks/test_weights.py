@@ -21,7 +21,7 @@ def saved(folder: Path, **tensors: torch.Tensor) -> Path:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_nan_and_infinity_are_found_and_the_largest_number_is_none(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_nan_and_infinity_are_faults_but_largest_number_is_not(dtype: torch.dtype, tmp_path: Path) -> None:
     about = torch.finfo(dtype)
     sound = torch.tensor([about.max, about.min, about.tiny, about.smallest_normal / 2, -0.0], dtype=dtype)
     assert not_finite(read_tensors(saved(tmp_path, sound=sound))) is None
@@ -58,7 +58,7 @@ def test_a_file_is_as_long_as_its_header_says(change: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_a_digest_is_that_of_the_copy_in_bfloat16_ties_to_even_too(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_digest_equals_bfloat16_copy_with_ties_to_even(dtype: torch.dtype, tmp_path: Path) -> None:
     step = 2.0**-8  # half of what bfloat16 tells apart above 1
     numbers = torch.tensor([1.0, 1 + step, 1 + 3 * step, -1 - step, 1 + 1.5 * step, 0.1, 3e-5, 0.0]).to(dtype)
     wide, narrow = saved(tmp_path / "wide", a=numbers), saved(tmp_path / "narrow", a=numbers.bfloat16())

@@ -20,7 +20,7 @@ from align.cli.suite import ComparedCheckpoints, choose_reference, load_suite, s
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.validation import validate
 from align.errors import UserError
-from align.evaluation.prompt_metrics import PROMPT_SET_METRICS, program_entry
+from align.evaluation.scorecard import PROMPT_SET_METRICS, prompt_set_metric
 from align.models.tiny import make_tiny
 from align.store.artifacts import Artifact, Kind
 from align.store.store import Store
@@ -403,7 +403,7 @@ def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path,
 def test_a_metric_that_is_called_by_its_title_is_named_once(tmp_path: Path, capsys: Capture) -> None:
     from align.cli.score_table import print_scorecard
 
-    metrics = {"polite": program_entry("polite", "higher", ""), "length": PROMPT_SET_METRICS["length"]}
+    metrics = {"polite": prompt_set_metric("polite", "higher", "score", ""), "length": PROMPT_SET_METRICS["length"]}
     estimate = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4, "method": "bootstrap"}
     card = {
         "base": None, "reference": "sft", "primary": "polite", "policies": ["sft"], "differences": [], "tasks": {},

@@ -19,7 +19,7 @@ from align.cli.lineage import find_scorecard, lineage, pipeline_of
 from align.cli.main import main
 from align.errors import StageFailed
 from align.export import verify_worker
-from align.export.push import prepare, push
+from align.export.export import prepare, push
 from align.models.loading import load_reward
 from tests.support.cli.example_store import LICENSES, ExampleStore, add_scorecard, make_store
 from tests.support.data.hub import CACHED, TOKEN, Hub, hub, online, operations

@@ -163,7 +163,7 @@ def test_tasks_of_an_evaluation_name_one_of_its_users() -> None:
 
 
 def test_the_name_of_an_evaluations_user_is_part_of_its_key(tmp_path: Path) -> None:
-    from align.evaluation.inspect import identities
+    from align.evaluation.tasks import identities
 
     (tmp_path / "a.jsonl").write_text('{"prompt": "q"}\n')
     keys = set()

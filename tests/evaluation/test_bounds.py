@@ -82,7 +82,7 @@ def test_values(text, alternative, number):
     assert parse_bound(text, SYSTEMS, "gates.x").value(alternative) == pytest.approx(number)
 
 
-def test_a_name_with_a_dash_and_digits_is_a_name_where_there_is_one():
+def test_name_with_dash_and_digits_is_a_name_if_it_exists():
     assert parse_bound(">= sft-2", SYSTEMS, "") == Bound(">=", "sft-2")
     assert parse_bound(">= sft - 2", SYSTEMS, "") == Bound(">=", "sft", "-", 2.0)
     assert parse_bound(">= ppo-2", SYSTEMS, "") == Bound(">=", "ppo", "-", 2.0)

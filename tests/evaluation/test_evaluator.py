@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 from align.evaluation.evaluator import Evaluation
-from align.evaluation.measure import LoadedModels
+from align.evaluation.logprobs import LoadedModels
+from align.evaluation.scorecard import SystemInfo
 from align.evaluation.systems import Policy
-from align.evaluation.tasks.base import Measured, SystemInfo, Task
+from align.evaluation.tasks.base import Measured, Task
 
 
 class Reads(Task):
@@ -25,7 +26,7 @@ class LoadsItself(Reads):
     loads_checkpoint = True
 
 
-def test_tasks_that_load_the_checkpoints_themselves_read_when_none_is_loaded(tmp_path):
+def test_tasks_with_own_process_read_when_no_model_is_loaded(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     tokenizer = SimpleNamespace(model_max_length=64)
     policies = [Policy(name, tmp_path, f"key {name}", tokenizer) for name in ("sft", "ppo")]

@@ -10,7 +10,7 @@ import pytest
 
 from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
-from align.evaluation.measure import check_heldout, heldout_losses
+from align.evaluation.logprobs import check_heldout, heldout_losses
 from align.evaluation.plan import _fallback_examples
 from align.models.loading import load_tokenizer
 from align.store.artifacts import Artifact, Kind

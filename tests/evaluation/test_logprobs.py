@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GraniteConfig, MistralConfig, NemotronConfig
 
 from align.evaluation import logprobs as module
-from align.evaluation.logprobs import response_logprobs, sequence_kl
+from align.evaluation.drift import sequence_kl
+from align.evaluation.logprobs import response_logprobs
 from align.models.loading import load_policy
 
 SMALL = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -56,7 +57,7 @@ def read_shared(model):
     return sum(sizes)
 
 
-def test_a_shared_prompt_is_read_once_and_answers_do_not_see_one_another(tiny_model: Path, monkeypatch):
+def test_shared_prompt_is_read_once_and_answers_are_independent(tiny_model: Path, monkeypatch):
     model = load_policy(tiny_model)
     # The first prompt, 5 tokens, with 2 + 0 + 3 + 0 behind it; the third, 4, with 1 + 0; then a row of 2 + 1.
     assert read_shared(model) == (5 + 5) + (4 + 1) + 3

@@ -65,7 +65,7 @@ def test_both_sides_are_scored_against_their_own_prompt():
     assert (chosen, rejected) == ([3.0, 1.0], [1.0, 2.0])
 
 
-def test_the_last_turn_of_an_episode_is_scored_behind_the_turns_before_it():
+def test_last_turn_of_episode_is_scored_after_earlier_turns():
     turns = [
         {"role": "assistant", "content": ""},
         {"role": "tool", "content": "2"},
@@ -214,7 +214,7 @@ def test_two_reward_models_are_each_others_second_scorer():
 
 @pytest.mark.parametrize("gold", [False, True])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_scores_that_are_not_finite_are_wrong_and_the_report_stays_json(broken, gold):
+def test_scores_that_are_not_finite_are_wrong_and_json_able(broken, gold):
     rows, _ = many(50, gold=gold)
     g = np.random.default_rng(1)
     chosen, rejected = g.normal(1, 1, 50).tolist(), g.normal(0, 1, 50).tolist()

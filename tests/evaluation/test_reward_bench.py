@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from align.evaluation.reward_bench import SCORE, SECTIONS, best_credit, best_sections, pair_sections, ties
+from align.evaluation.reward_accuracy import SCORE, SECTIONS, best_credit, best_sections, pair_sections, ties
 from align.evaluation.statistics import wilson
 
 
@@ -35,7 +35,7 @@ def test_mathematics_counts_as_much_as_code():
     assert alone["Reasoning"]["value"] == pytest.approx(0.75)
 
 
-def test_the_whole_is_the_mean_of_the_sections_and_only_of_all_of_them():
+def test_total_is_mean_of_all_sections():
     subsets = [members[0] for members in SECTIONS.values() for _ in range(40)]
     right = [True] * 40 + [True] * 20 + [False] * 20 + [True] * 30 + [False] * 10 + [False] * 40
     sections = pair_sections(subsets, right, seed=0)

@@ -4,14 +4,7 @@ import math
 
 import pytest
 
-from align.evaluation.seed_statistics import (
-    paired_t,
-    seed_difference,
-    seed_mean,
-    t_critical,
-    t_p_value,
-    welch,
-)
+from align.evaluation.statistics import paired_t, seed_difference, seed_mean, t_critical, t_p_value, welch
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_holm_steps_down_a_larger_p_is_never_adjusted_below_a_smaller_one():
+def test_holm_keeps_order_of_p_values():
     # sorted 0.01*3 = 0.03, 0.03*2 = 0.06, 0.04*1 = 0.04: once one is not rejected, neither is any after it
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     p_values = np.random.default_rng(3).uniform(size=40)

@@ -110,7 +110,7 @@ def test_a_true_difference_is_covered_and_usually_found(name):
     assert actual / (2 * TABLES) > 0.3
 
 
-def test_a_difference_that_grows_with_the_weight_is_covered_as_a_ratio_of_sums():
+def test_weighted_difference_is_covered_as_ratio_of_sums():
     g = np.random.default_rng(13)
     sizes = np.arange(1, 50)
     truth = 0.02 * (sizes**2).sum() / sizes.sum()  # E[w * 0.02 w] / E[w], not E[0.02 w]

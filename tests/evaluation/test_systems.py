@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from align.config.stages.evaluate import BaselineConfig
 from align.errors import UserError
 from align.evaluation.evaluator import Evaluation
-from align.evaluation.generation import ResponseSet, SystemResponses
-from align.evaluation.phases import NO_ANSWER, SystemRespondent, select_best
-from align.evaluation.systems import Policy, best_of_kl, example_identities, make_systems
+from align.evaluation.participants import NO_ANSWER, SystemRespondent
+from align.evaluation.scoring import select_best
+from align.evaluation.systems import Policy, ResponseSet, SystemResponses, best_of_kl, example_identities, make_systems
 from align.evaluation.tasks.base import Example, Turn
 from align.inference.protocol import Response, Sampling
 from align.store.artifacts import Artifact, Kind
@@ -64,7 +64,7 @@ def test_a_prompted_conversation(tmp_path):
     assert [m["content"] for m in with_more.conversation(requests, shots)][1:5] == ["q1", "a1", "q2", "a2"]
 
 
-def test_examples_stand_behind_the_conversations_own_system_message(tmp_path):
+def test_examples_follow_conversation_system_message(tmp_path):
     compared = systems(tmp_path, asked={"of": "model", "shots": 1})["asked"]
     messages = compared.conversation([turn("system", "own"), turn("user", "hello")], [Example("q", "a")])
     assert [message["content"] for message in messages] == ["own", "q", "a", "hello"]

@@ -80,7 +80,7 @@ def test_a_checkpoint_is_written_as_it_is(tiny_model: Path, tmp_path: Path) -> N
     assert not [text for text in texts if str(tiny_model) in text], "where it lay is nobody's business"
 
 
-def test_bfloat16_halves_the_weights_and_is_what_a_second_export_keeps(tiny_model: Path, tmp_path: Path) -> None:
+def test_bfloat16_halves_weights_and_second_export_keeps_it(tiny_model: Path, tmp_path: Path) -> None:
     written = export(Source(tiny_model), tmp_path / "out", "bfloat16")
     exported, theirs = weights(tmp_path / "out"), weights(tiny_model)
     assert written.dtype == "bfloat16" and {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
@@ -256,9 +256,7 @@ def test_prompt_tuning_is_no_change_of_weights(tiny_model: Path, tmp_path: Path)
         export(Source(tiny_model, adapter), tmp_path / "out")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_base_embeds_is_refused(
-    trained: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_tokenizer_with_more_tokens_than_base_is_refused(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
     adapter = copy(trained / "adapter", tmp_path / "adapter")
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.add_tokens(["<tool>"])

@@ -96,7 +96,7 @@ def trained_on(root: Path, base: Artifact, kind: str, key: str, **record: Any) -
 TRAINING_KINDS = [kind for kind, stage in STAGES.items() if stage.distributed]
 
 
-def test_every_kind_that_trains_has_a_verb_and_no_other_kind_but_model_and_merge() -> None:
+def test_only_training_kinds_model_and_merge_have_verbs() -> None:
     assert {"pretrain", "sft", "reward", "ppo"} < set(TRAINING_KINDS)
     assert {kind for kind, stage in STAGES.items() if stage.card_verb} == {*TRAINING_KINDS, "model", "merge"}
 
@@ -118,7 +118,7 @@ def test_a_stage_of_the_users_own_is_on_the_card_by_its_record(tmp_path: Path) -
     assert "Its weights: model (imported) → rewrite (trained to rewrite)." in text
 
 
-def test_reward_models_and_teachers_are_not_in_the_history_of_the_weights(tmp_path: Path) -> None:
+def test_reward_models_and_teachers_are_not_in_weight_history(tmp_path: Path) -> None:
     model, _, sft, ppo = lineage(tmp_path)
     teacher = trained_on(tmp_path, model, "dpo", "5" * 64)
     distilled = trained_on(tmp_path, sft, "distill", "6" * 64)
@@ -140,7 +140,7 @@ def test_the_history_goes_through_merges_and_imports(tmp_path: Path) -> None:
     assert weight_history([model, sft, tuned]) == [model, sft, tuned]
 
 
-def test_results_in_the_metadata_are_the_scorecards_with_n_and_interval(tmp_path: Path) -> None:
+def test_metadata_results_equal_scorecard_with_n_and_interval(tmp_path: Path) -> None:
     card = full_card()
     card["tasks"]["ifeval"]["settings"] |= {"dataset": "google/IFEval", "revision": "d" * 40}
     facts = Facts("me-ppo", POLICY, CHECKED, lineage(tmp_path), **scored(tmp_path, card))
@@ -284,7 +284,7 @@ def test_the_strictest_license_of_base_and_data_is_stated(
         license_of(ancestors, "a\nb")
 
 
-def test_the_base_is_that_of_the_weights_and_not_a_teachers_or_a_reward_models(tmp_path: Path) -> None:
+def test_base_model_is_not_teachers_or_reward_models(tmp_path: Path) -> None:
     model, data, sft, ppo = lineage(tmp_path, source="models/mine")
     model.record["config"]["revision"] = None
     config = {"source": "org/large", "revision": "c" * 40}

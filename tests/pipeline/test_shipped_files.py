@@ -15,7 +15,7 @@ from align.config.validation import validate, validate_plain
 from align.config.yaml import load_yaml
 from align.data.rows import read_rows
 from align.errors import UserError
-from align.evaluation.tasks.registry import build_task
+from align.evaluation.tasks import build_task
 from tests.support.pipeline.misspelling import SWEEPS, keys, misspell, rename
 from tests.support.pipeline.shipped import parameter
 

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from align.config.stages.evaluate import EvaluateConfig
 from align.errors import UserError
-from align.evaluation.inspect import identities
+from align.evaluation.tasks import identities
 
 GOOD = {"policies": ["model", "sft"], "reference": "sft", "prompts": "data"}
 FILES = {"files": ["x.jsonl"]}

@@ -12,7 +12,8 @@ import pytest
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import assistant, read_rows, user, write_rows
 from align.errors import UserError
-from align.evaluation import evaluator, measure
+from align.evaluation import evaluator
+from align.evaluation import logprobs as passes
 from align.evaluation.plan import make_plan
 from align.inference.transformers import TransformersEngine
 from align.models import loading
@@ -78,7 +79,7 @@ def test_each_checkpoint_is_loaded_once_and_reads_no_answer_twice(context, input
     load_policy = loading.load_policy
     monkeypatch.setattr(loading, "load_policy", lambda folder: loaded.append(folder) or load_policy(folder))
     read, scored = [], []
-    response_logprobs, score_places = measure.response_logprobs, RewardModel.score_places
+    response_logprobs, score_places = passes.response_logprobs, RewardModel.score_places
 
     def logprobs(model, prompts, responses, **options):
         read.append(
@@ -90,7 +91,7 @@ def test_each_checkpoint_is_loaded_once_and_reads_no_answer_twice(context, input
         scored.append([tuple(row) for row in rows])
         return score_places(model, rows, places)
 
-    monkeypatch.setattr(measure, "response_logprobs", logprobs)
+    monkeypatch.setattr(passes, "response_logprobs", logprobs)
     monkeypatch.setattr(RewardModel, "score_places", score)
     evaluate.run(replace(context, config=config, inputs=inputs | {"policies": policies, "reference": policies[1]}))
     assert loaded.count(policies[2].model) == 1

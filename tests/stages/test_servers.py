@@ -15,7 +15,7 @@ from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.sample import SampleConfig
 from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import read_rows, user, write_rows
-from align.evaluation import generation
+from align.evaluation import systems
 from align.inference import switching
 from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
@@ -175,14 +175,14 @@ def test_a_judge_of_another_architecture(
 def test_policies_of_several_architectures(
     rollouts: dict[str, Any], then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "architecture", lambda folder: folder.name)
+    monkeypatch.setattr(systems, "architecture", lambda folder: folder.name)
     policies: Any = [SimpleNamespace(model_dir=Path(name)) for name in ("one", "two")]
     messages: list[str] = []
-    sampler = generation.Sampler(
+    sampler = systems.Sampler(
         policies,
         Runtime.model_validate({"rollouts": rollouts}),
         lambda folder, runtime: None,  # type: ignore[arg-type, return-value]
-        generation.ResponseCache(tmp_path, print),
+        systems.ResponseCache(tmp_path, print),
         warn=messages.append,
         progress=lambda done, total: None,
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from align.evaluation.comparisons import Resampling
-from align.evaluation.scorecard import Measurements, build
-from align.evaluation.tasks.base import SystemInfo
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.scorecard.scorecard_builder import Measurements, build
 from align.pipeline.pipeline import Node, Pipeline
 from align.store.artifacts import Kind
 from align.store.output_files import output_digests

@@ -11,7 +11,7 @@ import pytest
 
 from align.data.formats.kinds import convert_kind
 from align.data.rows import read_rows, write_rows
-from align.evaluation.measure import heldout_losses
+from align.evaluation.logprobs import heldout_losses
 from align.models.answer_tokens import split_answer
 from align.models.loading import load_tokenizer
 from align.models.render import render_answered

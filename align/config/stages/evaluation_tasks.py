@@ -1,7 +1,7 @@
 """Settings of every evaluation task. Torch-free.
 
 A task's name in the YAML is its kind, unless ``task:`` below it names the kind. The code of a kind is found by its
-settings class in ``align.evaluation.tasks.registry``.
+settings class in ``align.evaluation.tasks``.
 """
 
 from __future__ import annotations

@@ -1,32 +1,161 @@
-"""The base of judged tasks, in which systems answer turn by turn, and answers graded 1 to 10. Torch-free."""
+"""Judged tasks: their questions, systems' answers turn by turn, and grades from 1 to 10. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from align.config.recipe.source_settings import FilesSource
 from align.config.stages.evaluation_tasks import JudgedConfig
 from align.data.rows import Message, assistant, user
-from align.evaluation.judges import judge_prompts as prompts
-from align.evaluation.judges.client import JudgeClient
+from align.errors import UserError
+from align.evaluation.judges import judge as prompts
+from align.evaluation.judges.judge import JudgeClient
+from align.evaluation.scorecard import Metric
 from align.evaluation.tasks.base import (
     Answers,
     Item,
     Measured,
-    Metric,
     Respondent,
     ScoringContext,
     Task,
     TaskInputs,
     Turn,
+    response_counts,
 )
-from align.evaluation.tasks.task_records import describe_records
+from align.evaluation.tasks.records import TaskRecord, describe_records, item_ids, read_records
 from align.inference.protocol import Sampling
 from align.store.fingerprint import digest
 
+ID_FIELDS = ("question_id", "prompt_id", "id")
+SOURCE_FIELDS = ("category", "dataset", "source")
+"""Fields that may hold an item's category: MT-Bench's, AlpacaEval's, a row's of this project."""
+QUESTION_FIELDS = ("turns", "instruction", "prompt", "question")
+REFERENCED_CATEGORIES = frozenset({"math", "reasoning", "coding"})
+"""Categories of MT-Bench whose answers FastChat judges with a reference (llm_judge/common.py, NEED_REF_CATS)."""
 LABELS = {"mt_bench": "MT-Bench", "alpaca_eval": "AlpacaEval"}
 SCORE = "score"
 UNIT = "1 to 10"
+
+
+def check_records(config: JudgedConfig, records: list[TaskRecord]) -> None:
+    """Check the fields that the preset and ``against`` need in every record."""
+    for record in records:
+        if config.preset == "mt_bench":
+            record.text("category")
+        if config.against != "file":
+            continue
+        if not isinstance(record["output"], str):
+            raise record.field_error("output", "text: the answer that systems are compared with")
+        if isinstance(record.get("turns"), list) and len(record["turns"]) > 1:
+            raise UserError(
+                f"{record.where}: there are {len(record['turns'])} turns and one output; `against: file` compares "
+                "answers to single questions."
+            )
+
+
+def make_items(
+    records: Sequence[TaskRecord],
+    references: dict[str, list[str]] | None,
+    categories: frozenset[str] | None,
+    name: str,
+) -> list[Item]:
+    """Return one item per record.
+
+    ``data`` has ``later`` (user messages after the first answer), ``references`` (an answer to each message, or none)
+    and ``output`` (an answer that came with the question, or None). ``references`` are by the records' ids; None uses
+    the records' own. ``categories`` restricts references to some categories. Raises ``UserError`` for a record without
+    a question, and for references that belong to no record.
+    """
+    field = next((name for name in ID_FIELDS if name in records[0]), None)
+    ids = item_ids(list(records), field)
+    if references is not None and not set(references) & set(ids):
+        raise UserError(
+            f"references_files: none of {len(references)} references has the id of a question; the questions' are "
+            f"{ids[0]}, … (field {field or 'question_id'}), the references' {next(iter(references), 'none')}, …."
+        )
+    items = []
+    for id, record in zip(ids, records, strict=True):
+        prompt, later = _question(record)
+        source = str(next((record[field] for field in SOURCE_FIELDS if record.get(field)), name))
+        item_references: list[str] = []
+        if categories is None or source in categories:
+            item_references = _record_references(record) if references is None else references.get(id, [])
+        output = record.get("output")
+        data: dict[str, Any] = {
+            "later": later,
+            "references": item_references,
+            "output": output if isinstance(output, str) else None,
+        }
+        data["record"] = dict(record)
+        items.append(Item(id, source, prompt, data))
+    return items
+
+
+def read_references(files: list[str], base: Path) -> dict[str, list[str]]:
+    """Return reference answers by the id of their question.
+
+    Records are FastChat's (``question_id`` and ``choices`` with ``turns``), or have ``reference``, a text or a list.
+    """
+    by_id: dict[str, list[str]] = {}
+    for record in read_records(FilesSource(type="files", paths=files), base):
+        field = next((name for name in ID_FIELDS if name in record), ID_FIELDS[0])
+        if "choices" in record:
+            try:
+                turns: Any = record["choices"][0]["turns"]
+            except (TypeError, LookupError):
+                raise record.field_error("choices", "a list of one choice with turns, as FastChat writes it") from None
+            references = TaskRecord(record.where, {"turns": turns}).texts("turns")
+        else:
+            references = _record_references(record)
+            if not references:
+                raise UserError(
+                    f"{record.where}: there is no reference answer; expected `choices` with turns, or `reference`."
+                )
+        by_id[str(record[field])] = references
+    return by_id
+
+
+def _question(record: TaskRecord) -> tuple[list[Message], list[str]]:
+    """Return the first conversation to answer, and the user's messages after each answer."""
+    field = next((name for name in QUESTION_FIELDS if record.get(name) is not None), None)
+    if field is None:
+        raise UserError(
+            f"{record.where}: no field holds a question; expected one of {', '.join(QUESTION_FIELDS)}, there are "
+            f"{', '.join(sorted(record)) or 'none'}."
+        )
+    value = record[field]
+    if isinstance(value, str):
+        # Alpaca's records have an instruction and perhaps an input, which belongs to the question.
+        text = record.text(field)
+        extra = record.get("input") if field == "instruction" else None
+        if isinstance(extra, str) and extra.strip():
+            text = f"{text}\n\n{extra}"
+        return [user(text)], []
+    if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        if value[-1]["role"] != "user":
+            raise record.field_error(field, "messages of which the user's is the last")
+        return [{"role": message["role"], "content": message["content"]} for message in value], []
+    turns = record.texts(field)
+    if not all(turn.strip() for turn in turns):
+        raise record.field_error(field, "texts that are not blank")
+    return [user(turns[0])], turns[1:]
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.get("role") in ("system", "user", "assistant")
+        and isinstance(value.get("content"), str)
+    )
+
+
+def _record_references(record: TaskRecord) -> list[str]:
+    value = record.get("reference")
+    if not value:
+        return []
+    return [value] if isinstance(value, str) else record.texts("reference")
 
 
 class JudgedTask(Task):
@@ -202,15 +331,13 @@ def answer_notes(answers: Sequence[Sequence[Turn]]) -> dict[str, Any]:
     """Count one system's answers over all turns: cut off at the limit, blank, mean characters."""
     responses = [turn.response for turns in answers for turn in turns]
     return {
-        "answers": len(responses),
-        "cut_off": sum(not response.finished for response in responses),
-        "empty": sum(not response.text.strip() for response in responses),
+        **response_counts(responses),
         "mean_characters": round(sum(len(response.text) for response in responses) / max(1, len(responses)), 1),
     }
 
 
 def measured_columns(columns: Mapping[str, Sequence[float | None]], notes: dict[str, Any]) -> Measured:
-    """Return values of one sample each; an item without a number gets weight 0, so that statistics leave it out."""
+    """Return values of one sample each; an item without a number gets weight 0, so statistics skip it."""
     values = {name: [[0.0 if value is None else value] for value in column] for name, column in columns.items()}
     weights = {
         name: [float(value is not None) for value in column] for name, column in columns.items() if None in column
@@ -224,5 +351,5 @@ def _is_grade(text: str) -> bool:
 
 def _mean(grades: list[float | None]) -> float | None:
     readable = [grade for grade in grades if grade is not None]
-    # A question with an unreadable grade is left out: the mean of its other turns would not be comparable.
+    # A question with an unreadable grade is skipped: the mean of its other turns would not be comparable.
     return sum(readable) / len(readable) if len(readable) == len(grades) else None

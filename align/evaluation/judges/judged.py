@@ -8,27 +8,51 @@ weighted by a judge's probabilities are not supported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align.config.judge import PAIR_RUBRIC
 from align.config.recipe.source_settings import FilesSource
 from align.config.stages.evaluation_tasks import JudgedConfig
-from align.data.rows import Message, user
+from align.data.rows import Message
 from align.errors import UserError
-from align.evaluation.judges.client import warn_if_unreachable
-from align.evaluation.judges.compared import ComparedTask
-from align.evaluation.judges.graded import GradedTask, JudgedTask
-from align.evaluation.tasks.base import Item, TaskInputs
-from align.evaluation.tasks.task_records import TaskRecord, file_identities, item_ids, load_records, read_records
+from align.evaluation.comparisons import length_controlled, obstacle, win_rate
+from align.evaluation.judges import judge as prompts
+from align.evaluation.judges.graded import (
+    REFERENCED_CATEGORIES,
+    GradedTask,
+    JudgedTask,
+    answer_notes,
+    check_records,
+    conversation,
+    make_items,
+    measured_columns,
+    read_references,
+)
+from align.evaluation.judges.judge import JudgeClient, Outcome, Verdict, warn_if_unreachable
+from align.evaluation.scorecard import Metric, SystemInfo
+from align.evaluation.tasks.base import Answers, Item, Measured, ScoringContext, TaskInputs, Turn
+from align.evaluation.tasks.records import file_identities, load_records
+from align.inference.protocol import Response
 from align.store.fingerprint import canonical
 
-ID_FIELDS = ("question_id", "prompt_id", "id")
-SOURCE_FIELDS = ("category", "dataset", "source")
-"""Fields that may hold an item's category: MT-Bench's, AlpacaEval's, a row's of this project."""
-QUESTION_FIELDS = ("turns", "instruction", "prompt", "question")
-REFERENCED_CATEGORIES = frozenset({"math", "reasoning", "coding"})
-"""Categories of MT-Bench whose answers FastChat judges beside a reference (llm_judge/common.py, NEED_REF_CATS)."""
+POINTS: dict[Outcome, float] = {"one": 1.0, "other": 0.0, "tie": 0.5, "disagreement": 0.5}
+"""Points of the first system for an outcome; unreadable outcomes are skipped."""
+NOT_MEASURED = "not measured"
+"""Method of a win rate between answers that are all the same."""
+SWAPPED: dict[Outcome, Outcome] = {"one": "other", "other": "one"}
+WIN_RATE = "win_rate"
+FILE = "file"
+"""System name of the answers that came with the questions."""
+OPPONENTS = {"base": "the base model", "file": "the answers in the file"}
+Pair = tuple[str, str]
+Sides = Mapping[str, list[list[Turn]]]
+"""System → item → turns."""
 
 
 def identities(config: JudgedConfig, base: Path) -> dict[str, str]:
@@ -46,9 +70,9 @@ def identities(config: JudgedConfig, base: Path) -> dict[str, str]:
 
 
 def build(name: str, config: JudgedConfig, inputs: TaskInputs) -> JudgedTask:
-    """Read the questions, and warn where the judge cannot be reached yet."""
+    """Build the task from its questions, and warn if the judge cannot be reached yet."""
     records = load_records(config, inputs.base, inputs.seed)
-    _check_records(config, records)
+    check_records(config, records)
     references = None if config.references_files is None else read_references(config.references_files, inputs.base)
     is_mt_bench = config.preset == "mt_bench"
     items = make_items(records, references, REFERENCED_CATEGORIES if is_mt_bench else None, name)
@@ -68,120 +92,270 @@ def build(name: str, config: JudgedConfig, inputs: TaskInputs) -> JudgedTask:
     return task
 
 
-def _check_records(config: JudgedConfig, records: list[TaskRecord]) -> None:
-    """Check the fields that the preset and ``against`` need in every record."""
-    for record in records:
-        if config.preset == "mt_bench":
-            record.text("category")
-        if config.against != "file":
-            continue
-        if not isinstance(record["output"], str):
-            raise record.field_error("output", "text: the answer that systems are compared with")
-        if isinstance(record.get("turns"), list) and len(record["turns"]) > 1:
-            raise UserError(
-                f"{record.where}: there are {len(record['turns'])} turns and one output; `against: file` compares "
-                "answers to single questions."
-            )
+@dataclass(frozen=True)
+class Contest:
+    """Two systems' answers to the same questions, compared question by question."""
 
+    first: str
+    second: str
+    outcomes: list[Outcome]
+    gaps: list[int]
+    """Characters of ``first``'s answers minus ``second``'s, question by question."""
+    verdicts: list[Verdict | None] = field(default_factory=list)
+    """All verdicts of a judge that was asked in both orders; empty for a reward model."""
+    same: int = 0
+    """Questions with word-for-word equal answers: ties that no judge was asked about."""
 
-def make_items(
-    records: Sequence[TaskRecord],
-    references: dict[str, list[str]] | None,
-    categories: frozenset[str] | None,
-    name: str,
-) -> list[Item]:
-    """Return one item per record.
+    def swapped(self) -> Contest:
+        """Return the contest from the second system's side."""
+        outcomes: list[Outcome] = [SWAPPED.get(outcome, outcome) for outcome in self.outcomes]
+        return Contest(self.second, self.first, outcomes, [-gap for gap in self.gaps], self.verdicts, self.same)
 
-    ``data`` has ``later`` (user messages after the first answer), ``references`` (an answer to each message, or none)
-    and ``output`` (an answer that came with the question, or None). ``references`` are by the records' ids; None takes
-    the records' own. ``categories`` restricts references to some categories. Raises ``UserError`` for a record without
-    a question, and for references that belong to no record.
-    """
-    field = next((name for name in ID_FIELDS if name in records[0]), None)
-    ids = item_ids(list(records), field)
-    if references is not None and not set(references) & set(ids):
-        raise UserError(
-            f"references_files: none of {len(references)} references has the id of a question; the questions' are "
-            f"{ids[0]}, … (field {field or 'question_id'}), the references' {next(iter(references), 'none')}, …."
-        )
-    items = []
-    for id, record in zip(ids, records, strict=True):
-        prompt, later = _question(record)
-        source = str(next((record[field] for field in SOURCE_FIELDS if record.get(field)), name))
-        item_references: list[str] = []
-        if categories is None or source in categories:
-            item_references = _record_references(record) if references is None else references.get(id, [])
-        output = record.get("output")
-        data: dict[str, Any] = {
-            "later": later,
-            "references": item_references,
-            "output": output if isinstance(output, str) else None,
+    @property
+    def decided(self) -> list[int]:
+        """Indices of the questions with a readable outcome."""
+        return [index for index, outcome in enumerate(self.outcomes) if outcome in POINTS]
+
+    def points(self) -> list[float]:
+        """Return the points of the decided questions: 1 for a win, 0 for a loss, 0.5 for neither."""
+        return [POINTS[self.outcomes[index]] for index in self.decided]
+
+    @property
+    def is_copy(self) -> bool:
+        """True if no two answers differ, so there was no comparison."""
+        return bool(self.outcomes) and self.same == len(self.outcomes)
+
+    def rate(self) -> dict[str, Any]:
+        """Return the win rate with its interval; copies have no interval, as no noise was measured."""
+        # Copies tie in every question by construction, and an interval around 0.5 would claim a measurement.
+        rate = win_rate(self.points()).as_dict()
+        return {**rate, "low": None, "high": None, "method": NOT_MEASURED} if self.is_copy else rate
+
+    def row(self, task: str, judge: str) -> dict[str, Any]:
+        """Return the contest as a row of the scorecard's ``win_rates``."""
+        counts = Counter(self.outcomes)
+        points = self.points()
+        gaps = [self.gaps[index] for index in self.decided]
+        equal_length = None if self.is_copy else length_controlled(points, gaps)
+        return {
+            "task": task,
+            "judge": judge,
+            "one": self.first,
+            "other": self.second,
+            "n": len(points),
+            "wins": counts["one"],
+            "ties": counts["tie"],
+            "losses": counts["other"],
+            "disagreements": counts["disagreement"],
+            "unreadable": counts["unreadable"],
+            "same_answers": self.same,
+            "win_rate": self.rate(),
+            "length_controlled": None if equal_length is None else equal_length.as_dict(),
         }
-        data["record"] = dict(record)
-        items.append(Item(id, source, prompt, data))
-    return items
 
 
-def read_references(files: list[str], base: Path) -> dict[str, list[str]]:
-    """Read reference answers by the id of their question.
+def verdict_counts(contests: Sequence[Contest]) -> dict[str, Any]:
+    """Count a judge's verdicts; ``first_share`` is the share of the first answer among verdicts that name one.
 
-    Records are FastChat's (``question_id`` and ``choices`` with ``turns``), or have ``reference``, a text or a list.
+    0.5 is no position bias, since every pair is shown in both orders.
     """
-    by_id: dict[str, list[str]] = {}
-    for record in read_records(FilesSource(type="files", paths=files), base):
-        field = next((name for name in ID_FIELDS if name in record), ID_FIELDS[0])
-        if "choices" in record:
-            try:
-                turns: Any = record["choices"][0]["turns"]
-            except (TypeError, LookupError):
-                raise record.field_error("choices", "a list of one choice with turns, as FastChat writes it") from None
-            references = TaskRecord(record.where, {"turns": turns}).texts("turns")
+    counts = Counter(verdict or "unreadable" for contest in contests for verdict in contest.verdicts)
+    decisive = counts["first"] + counts["second"]
+    return {
+        **{name: counts[name] for name in ("first", "second", "tie", "unreadable")},
+        "first_share": round(counts["first"] / decisive, 4) if decisive else None,
+    }
+
+
+def outcomes_by_score(first: Sequence[float], second: Sequence[float]) -> list[Outcome]:
+    """Return outcomes by a scorer: the higher score wins, equal ones tie, a score that is not finite is unreadable."""
+    return [_outcome(a, b) for a, b in zip(first, second, strict=True)]
+
+
+def _outcome(first: float, second: float) -> Outcome:
+    if not (math.isfinite(first) and math.isfinite(second)):
+        return "unreadable"
+    if first == second:
+        return "tie"
+    return "one" if first > second else "other"
+
+
+class ComparedTask(JudgedTask):
+    """``win_rate`` of every system against one opponent; the ``win_rates`` extra has every compared pair."""
+
+    primary = WIN_RATE
+    prompt = prompts.COMPARISON_PROMPT
+    rubric = PAIR_RUBRIC
+
+    def __init__(self, name: str, config: JudgedConfig, items: list[Item], inputs: TaskInputs) -> None:
+        super().__init__(name, config, items, inputs)
+        self.title = f"{self.label}, compared by {self.judge_name}"
+        opponent = OPPONENTS.get(config.against or "", "the reference")
+        meaning = f"share of questions where {self.judge_name} prefers the answer to that of {opponent}; a tie is half"
+        self.metrics = {WIN_RATE: Metric(f"{self.label} win rate against {opponent}", "higher", "share", meaning, True)}
+        self.contests: list[Contest] = []
+
+    def settings(self) -> dict[str, Any]:
+        """Return the base's settings, and the opponent."""
+        return {**super().settings(), "against": self.config.against or "reference"}
+
+    def extras(self) -> dict[str, Any]:
+        """Return ``win_rates``: a row for every two systems that were compared."""
+        return {"win_rates": [contest.row(self.name, self.judge_name) for contest in self.contests]}
+
+    def check(self, info: SystemInfo) -> None:
+        """Refuse a system with the name of the records' answers."""
+        self._check_name(info.name)
+
+    def check_systems(self, systems: Sequence[SystemInfo]) -> None:
+        """Check that there is an opponent."""
+        if self.config.against == "base" and all(info.role != "base" for info in systems):
+            raise self._no_base_error()
+
+    def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
+        """Return the win rates of every system but the opponent.
+
+        Raises ``UserError`` for a judge whose verdicts are unreadable or if there is no opponent, ``EndpointLost``
+        for a server that is gone; its replies until then are cached.
+        """
+        first_samples = {name: [samples[0] for samples in per_item] for name, per_item in answers.items()}
+        opponent = self._opponent(first_samples, context)
+        pairs = [(name, opponent) for name in first_samples if name != opponent]
+        if self.config.against == "all":
+            names = [name for name, _ in pairs]
+            # Every two systems once; the later one is the first of its pair, as in the scorecard's differences.
+            pairs += [(later, earlier) for earlier, later in itertools.combinations(names, 2)]
+        if not pairs:
+            context.warn(f"tasks.{self.name}: there is one system, and nothing to compare it with")
+            self.contests = []
+            return {}
+        sides = dict(first_samples)
+        # The file's answers are compared as if a system had given them.
+        if opponent == FILE:
+            sides[FILE] = [[Turn(item.prompt, Response([], [], True, item.data["output"]))] for item in self.items]
+        if self.config.judge.endpoint is not None:
+            self.contests = self._judge_by_endpoint(pairs, sides, context)
         else:
-            references = _record_references(record)
-            if not references:
-                raise UserError(
-                    f"{record.where}: there is no reference answer; expected `choices` with turns, or `reference`."
-                )
-        by_id[str(record[field])] = references
-    return by_id
+            self.contests = self._judge_by_reward(pairs, sides, context)
+        return {
+            # Contests with the opponent are a system's metric. All others are only in the ``win_rates`` extra.
+            contest.first: self._measured(contest, first_samples[contest.first])
+            for contest in self.contests
+            if contest.second == opponent
+        }
 
+    def _opponent(self, systems: Mapping[str, Any], context: ScoringContext) -> str:
+        against = self.config.against
+        if against == "file":
+            for name in systems:
+                self._check_name(name)
+            return FILE
+        if against == "base":
+            if context.base is None:
+                raise self._no_base_error()
+            return context.base
+        return context.reference
 
-def _question(record: TaskRecord) -> tuple[list[Message], list[str]]:
-    """Return the first conversation to answer, and the user's messages after each answer."""
-    field = next((name for name in QUESTION_FIELDS if record.get(name) is not None), None)
-    if field is None:
-        raise UserError(
-            f"{record.where}: no field holds a question; expected one of {', '.join(QUESTION_FIELDS)}, there are "
-            f"{', '.join(sorted(record)) or 'none'}."
+    def _check_name(self, name: str) -> None:
+        if self.config.against == "file" and name == FILE:
+            raise UserError(f"tasks.{self.name}: a system is called '{FILE}', as the records' answers are; rename it.")
+
+    def _no_base_error(self) -> UserError:
+        return UserError(
+            f"tasks.{self.name}.against: base, but no stage of kind `model` is among policies; add it, or compare with "
+            "the reference."
         )
-    value = record[field]
-    if isinstance(value, str):
-        # Alpaca's records have an instruction and perhaps an input, which belongs to the question.
-        text = record.text(field)
-        extra = record.get("input") if field == "instruction" else None
-        if isinstance(extra, str) and extra.strip():
-            text = f"{text}\n\n{extra}"
-        return [user(text)], []
-    if isinstance(value, list) and value and all(_is_message(message) for message in value):
-        if value[-1]["role"] != "user":
-            raise record.field_error(field, "messages of which the user's is the last")
-        return [{"role": message["role"], "content": message["content"]} for message in value], []
-    turns = record.texts(field)
-    if not all(turn.strip() for turn in turns):
-        raise record.field_error(field, "texts that are not blank")
-    return [user(turns[0])], turns[1:]
+
+    def _judge_by_endpoint(self, pairs: Sequence[Pair], sides: Sides, context: ScoringContext) -> list[Contest]:
+        """Ask for a verdict in both orders wherever two answers differ; equal answers are a tie without a question."""
+        differing = [
+            (first, second, index)
+            for first, second in pairs
+            for index in range(len(self.items))
+            if _texts(sides[first][index]) != _texts(sides[second][index])
+        ]
+        # Both orders of every pair, since judges prefer the answer they read first.
+        questions: list[list[Message]] = []
+        groups: list[str] = []
+        for first, second, index in differing:
+            reference = self.reference(index, self.turns)
+            rubric = self.rubric_of(index)
+            for shown_first, shown_second in ((first, second), (second, first)):
+                a = conversation(sides[shown_first][index][-1])
+                b = conversation(sides[shown_second][index][-1])
+                questions.append(prompts.comparison_prompt(a, b, rubric, reference))
+                groups.append(f"{first} and {second}")
+        client = JudgeClient(self.config.judge, self.name, context)
+        replies = client.ask(questions, groups, lambda text: prompts.read_verdict(text) is not None)
+        self.usage = client.usage()
+        verdicts = [prompts.read_verdict(reply.text) for reply in replies]
+        # Two verdicts per differing place: straight, then swapped.
+        by_place = {place: verdicts[2 * number : 2 * number + 2] for number, place in enumerate(differing)}
+        contests = []
+        for first, second in pairs:
+            both = [by_place.get((first, second, index)) for index in range(len(self.items))]
+            # A verdict counts only if both orders agree; see ``combine_verdicts``.
+            outcomes: list[Outcome] = [
+                "tie" if orders is None else prompts.combine_verdicts(*orders) for orders in both
+            ]
+            pair_verdicts = [verdict for orders in both for verdict in orders or ()]
+            gaps = _length_gaps(sides[first], sides[second])
+            contests.append(Contest(first, second, outcomes, gaps, pair_verdicts, both.count(None)))
+        return contests
+
+    def _judge_by_reward(self, pairs: Sequence[Pair], sides: Sides, context: ScoringContext) -> list[Contest]:
+        """Compare scores: the higher one wins; of several turns the higher mean."""
+        scores = {name: self._scores(sides[name], context) for name in dict.fromkeys(itertools.chain(*pairs))}
+        limit = self.config.judge.max_unreadable
+        contests = []
+        for first, second in pairs:
+            outcomes = outcomes_by_score(scores[first], scores[second])
+            unreadable = outcomes.count("unreadable")
+            if unreadable > limit * len(outcomes):
+                raise UserError(
+                    f"tasks.{self.name}: the reward model's scores are no numbers in {unreadable} of {len(outcomes)} "
+                    f"comparisons of {first} and {second}; max_unreadable is {limit:g}. Train it again, with a lower "
+                    "learning rate."
+                )
+            same = sum(_texts(a) == _texts(b) for a, b in zip(sides[first], sides[second], strict=True))
+            gaps = _length_gaps(sides[first], sides[second])
+            contests.append(Contest(first, second, outcomes, gaps, same=same))
+        return contests
+
+    def _scores(self, answers: list[list[Turn]], context: ScoringContext) -> list[float]:
+        """Return the mean score of each item's turns."""
+        turns = [turn for item_turns in answers for turn in item_turns]
+        scores = iter(
+            context.reward_scores(
+                [turn.prompt for turn in turns],
+                [turn.response.text for turn in turns],
+                [turn.response.finished for turn in turns],
+                self.config.judge.reward_field or "reward",
+            )
+        )
+        return [sum(next(scores) for _ in item_turns) / len(item_turns) for item_turns in answers]
+
+    def _measured(self, contest: Contest, answers: list[list[Turn]]) -> Measured:
+        involved = [other for other in self.contests if contest.first in (other.first, other.second)]
+        notes: dict[str, Any] = {
+            "unreadable": contest.outcomes.count("unreadable"),
+            "disagreements": contest.outcomes.count("disagreement"),
+            **answer_notes(answers),
+        }
+        if any(other.verdicts for other in involved):
+            notes["verdicts"] = verdict_counts(involved)
+        reason = obstacle([contest.gaps[index] for index in contest.decided])
+        if reason is not None:
+            notes["no_length_control"] = reason
+        measured = measured_columns({WIN_RATE: [POINTS.get(outcome) for outcome in contest.outcomes]}, notes)
+        measured.estimates[WIN_RATE] = contest.rate()
+        return measured
 
 
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ("system", "user", "assistant")
-        and isinstance(value.get("content"), str)
-    )
+def _texts(turns: list[Turn]) -> list[str]:
+    return [turn.response.text.strip() for turn in turns]
 
 
-def _record_references(record: TaskRecord) -> list[str]:
-    value = record.get("reference")
-    if not value:
-        return []
-    return [value] if isinstance(value, str) else record.texts("reference")
+def _length_gaps(first: list[list[Turn]], second: list[list[Turn]]) -> list[int]:
+    """Return the characters of one side's answers minus the other's, item by item."""
+    return [sum(map(len, _texts(a))) - sum(map(len, _texts(b))) for a, b in zip(first, second, strict=True)]

@@ -1,1 +1,1 @@
-"""Benchmarks that run inside lm-eval, in a process of its own."""
+"""Benchmarks that run inside lm-eval, in a separate process."""

@@ -1,4 +1,4 @@
-"""Metrics of lm-eval as one number per document, so that differences between systems are paired. Torch-free.
+"""Metrics of lm-eval as one number per document, so differences between systems are paired. Torch-free.
 
 lm-eval turns the numbers of documents into one by an *aggregation*. Those that are means, weighted or not, become
 metrics here, and each is checked against lm-eval's own number. Perplexities are shown as their logarithm, which is a
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.errors import UserError
-from align.evaluation.tasks.base import Metric
+from align.evaluation.scorecard import Metric
 
 Form = Literal["mean", "nanmean", "log", "weighted log", "bits", "custom"]
 FORMS: dict[str | None, Form] = {
@@ -52,7 +52,7 @@ class Column:
     form: Form
     better: bool | None
     by_size: bool | None = None
-    """For a group: True where its tasks are weighted by their documents, False where equally. None for a task."""
+    """For a group: True if its tasks are weighted by their documents, False if equally. None for a task."""
 
     def metric(self) -> Metric:
         """Return the metric as the scorecard describes it."""
@@ -84,10 +84,10 @@ class Column:
 
 
 def columns(described: Mapping[str, Any]) -> tuple[list[Column], dict[str, str]]:
-    """Return the columns of described tasks (``describe.describe``), and the metrics left out with the reason.
+    """Return the columns of described tasks (``worker.describe``), and the metrics skipped with the reason.
 
-    Metrics without a value per document are left out. A group that averages its tasks has columns for the averages
-    alone (MMLU has 57 tasks); the tasks' numbers are in the table by source.
+    Metrics without a value per document are skipped. A group that averages its tasks has columns only for
+    the averages (MMLU has 57 tasks); the tasks' numbers are in the table by source.
     """
     all_columns: list[Column] = []
     left_out: dict[str, str] = {}
@@ -120,7 +120,7 @@ def _task_columns(task: str, described: Mapping[str, Any], left_out: dict[str, s
 
 
 def _group_columns(selected: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[Column]:
-    """Return a column for each average of a group, where its tasks all aggregate their documents alike."""
+    """Return a column for each average of a group, if its tasks all aggregate their documents alike."""
     group_columns = []
     for average in selected["averaged"]:
         forms: dict[str, set[Form | None]] = {}
@@ -165,7 +165,8 @@ def numbers(
     ``MissingValuesError``, ``NotAMeanError``, and ``RuntimeError`` where values have gaps or do not add up to lm-eval's
     number.
     """
-    values, weights = [0.0] * len(order), [0.0] * len(order)
+    values = [0.0] * len(order)
+    weights = [0.0] * len(order)
     tasks = [task for task in column.tasks if column.key in results["values"].get(task, {})]
     if not tasks:
         raise MissingValuesError(column.key)
@@ -177,10 +178,11 @@ def numbers(
             size = max(map(len, results["values"][task].values())) if column.by_size else 1
             scale = size / sum(weight for _, _, weight in rows)
         for index, value, weight in rows:
-            values[index], weights[index] = value, weight * scale
+            values[index] = value
+            weights[index] = weight * scale
     _check_aggregate(column, values, weights, results)
     used = [weight for weight in weights if weight]
-    # Weights of a plain mean become exactly 1, so that statistics treat it as one.
+    # Weights of a plain mean become exactly 1, so statistics treat it as one.
     if max(used) - min(used) <= TOLERANCE * max(used):
         weights = [1.0 if weight else 0.0 for weight in weights]
     return values, weights

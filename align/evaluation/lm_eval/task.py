@@ -1,18 +1,26 @@
 """Benchmarks that run through lm-eval: any of its tasks, or your tasks in its YAML format.
 
-lm-eval loads each system's checkpoint in a process of its own and runs it there, with its own prompts, few-shot
-examples and filters, so that the numbers are those of its command line. An entry may name several tasks: a metric's
+lm-eval loads each system's checkpoint in a separate process and runs it there, with its own prompts, few-shot
+examples and filters, so the numbers equal its command line's. An entry may name several tasks: a metric's
 name begins with lm-eval's name of the task, ``arc_easy_acc_norm``. Tasks that run code written by the model are
 refused. The answers' text stays in lm-eval.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from align.config.stages.evaluation_tasks import LmEvalConfig
@@ -20,14 +28,23 @@ from align.config.user_paths import matching_paths, user_path
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.lm_eval.columns import Column, MissingValuesError, NotAMeanError, column_name, columns, numbers
-from align.evaluation.lm_eval.process import lm_eval_version, run_lm_eval
-from align.evaluation.lm_eval.worker import SEEDS
-from align.evaluation.tasks.base import Item, Measured, Reader, SystemInfo, Task, TaskInputs
+from align.evaluation.lm_eval.worker import JOB, RESULT, SEEDS
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks.base import Item, Measured, Reader, Task, TaskInputs
 from align.models.render import render_prompt
+from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest, file_digest
+from align.store.json_files import DamagedFile, parse_object
 
 DESCRIBE_TIMEOUT = 600.0
 """Seconds without output or CPU time from lm-eval while it loads tasks; a download has a progress bar."""
+MODULE = "align.evaluation.lm_eval.worker"
+POLL_SECONDS = 0.1
+LOG_LINES = 15
+"""Last lines of the log that an error shows."""
+BUSY_CPU_SECONDS = 5.0
+"""CPU time that counts as work while the process is silent; less may be a process that waits for something."""
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def identities(config: LmEvalConfig, base: Path) -> dict[str, str]:
@@ -37,7 +54,7 @@ def identities(config: LmEvalConfig, base: Path) -> dict[str, str]:
         folder = _include_folder(config, base)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
         digests["include"] = digest({str(path.relative_to(folder)): file_digest(path) for path in files})
-        # Files of data lie anywhere; their contents decide the numbers as much as the YAML.
+        # Files of data may be anywhere; their contents decide the numbers as much as the YAML.
         data = sorted({path for file in files if file.name.endswith("yaml") for path in _data_files(file, base)})
         if data:
             digests["data"] = digest([file_digest(path) for path in data])
@@ -45,7 +62,7 @@ def identities(config: LmEvalConfig, base: Path) -> dict[str, str]:
 
 
 def build(name: str, config: LmEvalConfig, inputs: TaskInputs) -> LmEvalTask:
-    """Have lm-eval load the tasks; raises ``UserError`` where it is not installed, or cannot load them."""
+    """Have lm-eval load the tasks. Raises ``UserError`` if it is not installed or cannot load them."""
     lm_eval_version()
     if config.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("the backend vllm is not installed; install it, or write `backend: hf`.")
@@ -86,8 +103,8 @@ def _data_files(file: Path, base: Path) -> Iterator[Path]:
     if not isinstance(block, dict):
         return
     arguments = dict(block.get("dataset_kwargs") or {})
-    named = [arguments.get("data_files"), arguments.get("data_dir")]
-    for text in (str(block.get("dataset_path", "")), *_leaf_texts(named)):
+    path_texts = [arguments.get("data_files"), arguments.get("data_dir")]
+    for text in (str(block.get("dataset_path", "")), *_leaf_texts(path_texts)):
         if not text:
             continue
         for path in matching_paths(text, base):
@@ -116,7 +133,7 @@ class LmEvalTask(Task):
     def __init__(
         self, name: str, config: LmEvalConfig, inputs: TaskInputs, folder: str | None, described: dict[str, Any]
     ) -> None:
-        """Build the task from ``described``, the result of ``describe.describe``."""
+        """Build the task from ``described``, the result of ``worker.describe``."""
         self.name = name
         self.config = config
         self.inputs = inputs
@@ -124,7 +141,7 @@ class LmEvalTask(Task):
         self.described = described
         self.title = f"lm-eval: {', '.join(config.tasks)}"
         tasks = described["tasks"]
-        documents = list(_documents(tasks))
+        documents = [(task, doc) for task, entry in tasks.items() for doc in entry["docs"]]
         self.items = [
             Item(f"{task}/{doc['id']}", task, [user(doc["text"])], {"hash": doc["hash"]}) for task, doc in documents
         ]
@@ -164,14 +181,14 @@ class LmEvalTask(Task):
         }
 
     def read(self, reader: Reader) -> Measured:
-        """Run one checkpoint inside lm-eval. Raises ``RuntimeError`` with the end of lm-eval's log where it failed."""
+        """Run one checkpoint inside lm-eval. Raises ``RuntimeError`` with the end of lm-eval's log if it failed."""
         info = reader.info
         if info.system and self.config.chat:
-            # lm-eval silently drops the system message where a template refuses it; rendering it here raises.
+            # lm-eval silently drops the system message if a template refuses it; rendering it here raises.
             render_prompt(reader.tokenizer, [{"role": "system", "content": info.system}, user("?")])
         identity = {
             **self.settings(),
-            # Functions beside the tasks' YAML, and the modules they call, change the numbers too.
+            # Functions next to the tasks' YAML, and the modules they call, also change the numbers.
             "files": identities(self.config, self.inputs.base),
             "asked": self.config.tasks,
             "system": info.system,
@@ -184,7 +201,8 @@ class LmEvalTask(Task):
         return info.shots or self.config.shots
 
     def _run(self, reader: Reader) -> dict[str, Any]:
-        config, runtime = self.config, reader.runtime
+        config = self.config
+        runtime = reader.runtime
         job = {
             "do": "evaluate",
             **config.model_dump(mode="json", exclude={"task", "include", "shots"}),
@@ -202,7 +220,7 @@ class LmEvalTask(Task):
         self._check_questions(results)
         self._add_new_columns(results)
         measured = Measured({}, notes={"shots": results["shots"]})
-        # Over a copy, since ``_drop`` takes columns out of the list.
+        # Over a copy, since ``_drop`` removes columns from the list.
         for column in list(self.columns):
             try:
                 values, weights = numbers(column, results, self.order)
@@ -239,14 +257,14 @@ class LmEvalTask(Task):
 
     def _add_new_columns(self, results: dict[str, Any]) -> None:
         """Add metrics that a task names only while it scores (pass@1 of pass_at_k)."""
-        known = {(task, column.key) for column in self.columns for task in column.tasks}
+        existing = {(task, column.key) for column in self.columns for task in column.tasks}
         grouped = {task for column in self.columns if column.by_size is not None for task in column.tasks}
         for task, keys in results["values"].items():
             described = self.described["tasks"][task]
             described_metrics = {entry["metric"] for entry in described["metrics"]}
             for key in keys:
                 metric, _, filter_name = key.partition(",")
-                if (task, key) in known or metric in described_metrics or task in grouped:
+                if (task, key) in existing or metric in described_metrics or task in grouped:
                     continue
                 name = column_name(task, metric, filter_name, described["filters"])
                 column = Column(name, task, key, (task,), "custom", results["better"][task].get(metric))
@@ -264,15 +282,107 @@ class LmEvalTask(Task):
             self.primary = self.columns[0].name
 
 
-def _documents(tasks: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for task, described in tasks.items():
-        for doc in described["docs"]:
-            yield task, doc
-
-
 def _device(device: str) -> str:
     if device != "auto":
         return device
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def lm_eval_version() -> str:
+    """Return the installed version. Raises ``UserError`` where lm-eval is not installed."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "tasks of the kind lm_eval need lm-eval, which is not installed: "
+            "`pip install 'align-pipeline[evaluation]'`."
+        ) from None
+
+
+def run_lm_eval(job: Mapping[str, Any], base: Path, idle_timeout: float) -> dict[str, Any]:
+    """Run ``job`` (see ``worker.py``) and return its result; relative paths in tasks start at ``base``.
+
+    Raises ``UserError`` for a mistake in the settings, and ``RuntimeError`` with the end of the log if the process
+    failed, or neither printed nor computed anything for ``idle_timeout`` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="align-lm-eval-") as name:
+        folder = Path(name)
+        log = folder / "log.txt"
+        result = folder / RESULT
+        # The worker watches ``parent``, so it does not outlive a stage that was killed.
+        write_text_atomically(folder / JOB, json.dumps({**job, "parent": os.getpid()}))
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", MODULE, str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=base,
+                env=_environment(),
+            )
+        try:
+            is_stuck = _wait(process, log, idle_timeout)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        if is_stuck:
+            raise RuntimeError(
+                f"lm-eval did nothing for {idle_timeout:g} s and was killed (runtime.engine.timeout).{log_end(log)}"
+            )
+        if process.returncode != 0 or not result.is_file():
+            raise RuntimeError(f"lm-eval ended with exit code {process.returncode}.{log_end(log)}")
+        try:
+            reply = parse_object(result.read_bytes())
+        except DamagedFile as error:
+            raise RuntimeError(f"lm-eval's result {error}.{log_end(log)}") from None
+    if "refused" in reply:
+        raise UserError(reply["refused"])
+    return reply
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path, idle_timeout: float) -> bool:
+    """Wait for the process; return True if it was idle for ``idle_timeout`` seconds and still runs.
+
+    The log is not enough evidence: a batch of long answers prints no line for minutes, on a busy machine for many.
+    """
+    log_size = -1
+    cpu_seconds = 0.0
+    active_at = time.monotonic()
+    while process.poll() is None:
+        # Output or CPU time since the last look is a sign of life.
+        size = log.stat().st_size
+        seconds = _cpu_seconds(process.pid)
+        if size != log_size or seconds > cpu_seconds + BUSY_CPU_SECONDS:
+            log_size = size
+            cpu_seconds = seconds
+            active_at = time.monotonic()
+        elif time.monotonic() - active_at > idle_timeout:
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def log_end(log: Path) -> str:
+    """Return the end of the log without progress bars, for an error; empty for an empty log."""
+    text = log.read_bytes()[-65536:].decode("utf-8", "replace").replace("\r", "\n")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and "%|" not in line and "it/s" not in line]
+    return "\nThe end of its log:\n" + "\n".join(lines[-LOG_LINES:]) if lines else ""
+
+
+def _environment() -> dict[str, str]:
+    variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    paths = [str(Path(__file__).resolve().parents[3]), variables.get("PYTHONPATH", "")]
+    # The process starts in another folder, in which a relative path to align would not hold.
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **variables}

@@ -1,1 +1,129 @@
-"""Evaluation tasks: what is asked, and what an answer is worth."""
+"""Tasks by their settings, and the identities of an evaluation's outside inputs for the stage's key. Torch-free.
+
+Modules are imported inside a function, so a plan imports only the tasks that it uses. Import paths as text would hide
+the tasks from the digest of the evaluation's source (``align.pipeline.provenance``).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.config.base import settings_for_key
+from align.config.metric_functions import MetricFunction
+from align.config.scores import score_identities, scoring_identity
+from align.config.stages import evaluation_tasks as configs
+from align.config.stages.environment_task import EnvironmentTaskConfig
+from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
+from align.config.stages.evaluation_fields import TaskConfig
+from align.errors import UserError
+from align.evaluation.systems import example_identities
+from align.evaluation.tasks.base import Task, TaskInputs
+
+OWN_IDENTITIES = (
+    EnvironmentTaskConfig,
+    configs.JudgedConfig,
+    configs.PerplexityConfig,
+    configs.LmEvalConfig,
+)
+"""Settings whose module lists its inputs outside the store with ``identities(config, base)``."""
+SHOW_EXAMPLES = (configs.Gsm8kConfig, configs.MultipleChoiceConfig)
+"""Settings with a file of solved examples in addition to the items."""
+
+
+def task_module(kind: str) -> Any:
+    """Return the module of a kind of task.
+
+    The module has ``build(name, config, inputs)``, which reads the items. It is called once, before anything expensive
+    starts, and raises ``UserError`` for data that does not fit.
+    """
+    if kind in ("ifeval", "ifbench"):
+        from align.evaluation.tasks import ifeval
+
+        return ifeval
+    if kind == "gsm8k":
+        from align.evaluation.tasks import gsm8k
+
+        return gsm8k
+    if kind == "multiple_choice":
+        from align.evaluation.tasks import multiple_choice
+
+        return multiple_choice
+    if kind == "xstest":
+        from align.evaluation.tasks import xstest
+
+        return xstest
+    if kind == "environment":
+        from align.evaluation.tasks import environment
+
+        return environment
+    if kind == "judged":
+        from align.evaluation.judges import judged
+
+        return judged
+    if kind == "preference":
+        from align.evaluation.tasks import preference
+
+        return preference
+    if kind == "perplexity":
+        from align.evaluation.tasks import perplexity
+
+        return perplexity
+    if kind == "reward_pairs":
+        from align.evaluation.tasks import reward_pairs
+
+        return reward_pairs
+    if kind == "lm_eval":
+        from align.evaluation.lm_eval import task
+
+        return task
+    raise KeyError(kind)
+
+
+def build_task(name: str, config: TaskConfig, inputs: TaskInputs) -> Task:
+    """Build the task that ``config`` describes."""
+    task: Task = task_module(config.kind).build(name, config, inputs)
+    return task
+
+
+def task_identities(config: Any, base: Path) -> dict[str, str]:
+    """Return digests or revisions of everything outside the store that the task reads.
+
+    Raises ``UserError`` for a missing file.
+    """
+    from align.evaluation.tasks.records import file_identities, identities_with_examples
+
+    if isinstance(config, OWN_IDENTITIES):
+        digests: dict[str, str] = task_module(config.kind).identities(config, base)
+        return digests
+    if isinstance(config, SHOW_EXAMPLES):
+        return identities_with_examples(config, base)
+    return file_identities(config, base)
+
+
+def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
+    """Return digests of everything read outside the store, and the settings of each task and baseline.
+
+    Relative paths start at ``base``. Raises ``UserError`` for a missing file, with the setting that names it.
+    """
+    digests = score_identities(config.score)
+    for number, entry in enumerate(config.metrics):
+        place = f"metrics[{number}]"
+        settings = MetricFunction(function=entry) if isinstance(entry, str) else entry
+        digests[place] = scoring_identity(settings.function, settings.arguments, place)
+    for name, task in config.tasks.items():
+        digests |= _block_identities(f"tasks.{name}", task, base)
+    for name, baseline in config.baselines.items():
+        digests |= _block_identities(f"baselines.{name}", baseline, base)
+    return digests
+
+
+def _block_identities(place: str, block: TaskConfig | BaselineConfig, base: Path) -> dict[str, str]:
+    settings = settings_for_key(block, block.model_dump(mode="json", exclude=set(block.identified)))
+    digests = {place: json.dumps(settings, sort_keys=True)}
+    try:
+        outside = task_identities(block, base) if isinstance(block, TaskConfig) else example_identities(block, base)
+    except UserError as error:
+        raise UserError(f"{place}.{error}") from None
+    return digests | {f"{place}.{key}": value for key, value in outside.items()}

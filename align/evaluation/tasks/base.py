@@ -1,6 +1,6 @@
 """The interface of a task: its items, and the phases in which it measures every system. Torch-free.
 
-An evaluation has phases, so that a machine holds one model at a time. First every system answers every task
+An evaluation has phases, so a machine holds one model at a time. First every system answers every task
 (``respond``, with a rollout engine), and plays the episodes of tasks with an environment (``play``, with the same
 engine). Then every system reads texts (``read``, its own forward pass). Then answers are scored (``score``: programs,
 reward models, judges). A task implements the phases it needs. Statistics are computed elsewhere, from the numbers per
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from align.config.runtime import Runtime
 from align.data.rows import Message, Row
 from align.environments.episode import Episode
+from align.evaluation.scorecard import Metric, SystemInfo
+from align.evaluation.tasks.records import TaskRecord, describe_records, item_ids, load_records
 from align.inference.protocol import Response, Sampling
 from align.store.artifacts import Artifact
 
@@ -33,24 +35,12 @@ RewardField = Literal["reward", "second_reward"]
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A metric as the scorecard describes it."""
-
-    title: str
-    better: Literal["higher", "lower"] | None
-    unit: str
-    meaning: str
-    halves: bool = False
-    """True for a win rate: 1 for a win, 0 for a loss, 0.5 for a tie."""
-
-
-@dataclass(frozen=True)
 class Item:
     """One question of a task, as the scorecard and the samples name it."""
 
     id: str
     source: str
-    """Category, for the table by source: the same name throughout where a task has none."""
+    """Category, for the table by source: the same name throughout if a task has none."""
     prompt: list[Message]
     """The question, for the reader of samples."""
     data: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -83,12 +73,12 @@ class EpisodeSet:
     """Everything that episodes depend on in the environment: its code and settings, and the weights of its user."""
     rows: list[Row]
     ids: list[str]
-    """Name of each row: an episode's seed depends on it, and not on the rows beside it."""
+    """Name of each row: an episode's seed depends on it, and not on the other rows."""
     samples: int
     temperature: float
     seed: int
     user_dir: Path | None = None
-    """Folder of the checkpoint that plays the user, where one does."""
+    """Folder of the checkpoint that plays the user, if one does."""
 
 
 @dataclass
@@ -102,9 +92,9 @@ class Measured:
     unit of weight. An item of weight 0 has no such number (a safe prompt of XSTest, for the refusal rate of unsafe
     ones): its value is a meaningless 0, and statistics leave the item out, also of their n."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Counts to show beside the numbers: unreadable verdicts, answers cut off."""
+    """Counts to show next to the numbers: unreadable verdicts, answers cut off."""
     estimates: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Metric → its estimate, where the task computes it; else the scorecard computes it from the values."""
+    """Metric → its estimate, if the task computes it; else the scorecard computes it from the values."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +103,6 @@ class Example:
 
     question: str
     answer: str
-
-
-@dataclass(frozen=True)
-class SystemInfo:
-    """A compared system: a checkpoint, or a way to use one."""
-
-    name: str
-    of: str
-    """The stage whose checkpoint answers; equals ``name`` for a checkpoint as it is."""
-    role: Literal["base", "checkpoint", "prompted", "best_of", "again"]
-    key: str
-    """Digest of everything that its answers depend on: the checkpoint's key, its prompt and examples."""
-    system: str = ""
-    shots: int = 0
-    best_of: int = 1
 
 
 class Respondent(Protocol):
@@ -145,9 +120,9 @@ class Respondent(Protocol):
     ) -> list[list[Response]]:
         """Return ``sampling.n`` responses to each conversation (times N for a best-of-N system), cached on disk.
 
-        The system adds its own system message and examples here. ``examples`` are the task's, from which a few-shot
-        system takes its shots in order; it raises ``UserError`` where it needs more than there are.
-        ``is_continuation`` marks later turns of conversations that a best-of-N system already has N times, so that they
+        The system adds its own system message and examples here. ``examples`` are the task's, of which a few-shot
+        system shows the first; it raises ``UserError`` if it needs more than there are.
+        ``is_continuation`` marks later turns of conversations that a best-of-N system already has N times, so they
         are not multiplied by N again.
         """
         ...
@@ -199,34 +174,34 @@ class ScoringContext(Protocol):
     folder: Path
     """Folder that survives attempts of the stage, for expensive results such as judgments."""
     shared: Path | None
-    """Folder that runs share, where there is one."""
+    """Folder that runs share, if there is one."""
 
     def reward_stage(self, field: RewardField = "reward") -> str | None:
-        """Return the stage of a reward model; None where the evaluation has none."""
+        """Return the stage of a reward model; None if the evaluation has none."""
         ...
 
     def reward_scores(
         self,
         prompts: Sequence[list[Message]],
         answers: Sequence[str],
-        finished: Sequence[bool],
+        endings: Sequence[bool],
         field: RewardField = "reward",
     ) -> list[float]:
-        """Return the scores of a reward model. Raises ``UserError`` where the evaluation has none."""
+        """Return the scores of a reward model. Raises ``UserError`` if the evaluation has none."""
         ...
 
     def warn(self, message: str) -> None:
         """Show a warning to the user."""
         ...
 
-    def progress(self, done: float, total: float, unit: str) -> None:
+    def progress(self, completed: float, total: float, unit: str) -> None:
         """Report progress."""
         ...
 
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """Everything beside its settings that a task is built from."""
+    """Everything in addition to its settings that a task is built from."""
 
     seed: int
     base: Path
@@ -239,7 +214,7 @@ class TaskInputs:
     precision: Literal["bfloat16", "float32"]
     warn: Callable[[str], None]
     note: Callable[[str], None]
-    """Shows a line to the user where nothing is wrong."""
+    """Shows a line to the user that is not a warning."""
     texts: Mapping[str, Artifact] = field(default_factory=dict)
     """The stage's ``texts``, by the name of the stage that made them."""
     rows: Mapping[str, Artifact] = field(default_factory=dict)
@@ -249,18 +224,18 @@ class TaskInputs:
 
 
 class Task(ABC):
-    """One task. Subclasses set the attributes below and override the phases they take part in."""
+    """One task. Subclasses set the attributes below and override the phases that they need."""
 
     responds: ClassVar[bool] = False
     reads: ClassVar[bool] = False
     loads_checkpoint: ClassVar[bool] = False
-    """True where reading loads the checkpoint again, in another process: such a task reads when nothing is loaded."""
+    """True where reading loads the checkpoint again, in another process: such a task reads when no model is loaded."""
     plays: ClassVar[bool] = False
-    """True where systems play episodes; those of best of N take no part."""
+    """True if systems play episodes; best-of-N systems do not."""
     episode_count: int = 0
     """Episodes that each system plays."""
     renders: bool = False
-    """True where a conversation is read, with the system's own prompt and examples before it."""
+    """True if a conversation is read, with the system's own prompt and examples before it."""
 
     name: str
     """Name in the YAML, the part before the dot in ``ifeval.prompt_strict``."""
@@ -270,20 +245,20 @@ class Task(ABC):
     metrics: dict[str, Metric]
     """In the order shown."""
     primary: str
-    """The task's headline, one of ``metrics``."""
+    """The task's headline, among ``metrics``."""
 
     def examples(self, count: int) -> list[Example]:
-        """Return at most ``count`` solved questions that are not among the items; empty where the task has none."""
+        """Return at most ``count`` solved questions that are not among the items; empty if the task has none."""
         return []
 
     def check(self, info: SystemInfo) -> None:  # noqa: B027  (most tasks suit any system)
-        """Raise ``UserError`` for a system that cannot take the task, such as one with more shots than examples.
+        """Raise ``UserError`` for a system that does not fit the task, such as more shots than examples.
 
         Called for every system before anything expensive.
         """
 
     def check_systems(self, systems: Sequence[SystemInfo]) -> None:  # noqa: B027
-        """Raise ``UserError`` where the task needs a system that is not there, such as the base to compare with.
+        """Raise ``UserError`` if the task needs a system that is not there, such as the base to compare with.
 
         Called once for all systems, before anything expensive.
         """
@@ -335,7 +310,7 @@ class Task(ABC):
     def extras(self) -> dict[str, Any]:
         """Return results that are no metric of a system, after scoring: ``win_rates``, ``reward_models``.
 
-        JSON-able; see ``scorecard.py``.
+        JSON-able; see ``scorecard_builder.py``.
         """
         return {}
 
@@ -345,14 +320,32 @@ class SampledTask(Task):
 
     responds = True
 
-    def __init__(self, name: str, config: Any, inputs: TaskInputs) -> None:
+    id_field: ClassVar[str | None] = None
+    """Field of a record that names it; by default its file and line."""
+
+    def __init__(self, name: str, config: Any, inputs: TaskInputs, records: list[TaskRecord] | None = None) -> None:
+        """Build the items from ``records``, by default all that the settings name."""
         self.name = name
         self._config = config
         self._seed = inputs.seed
         self._sampling = Sampling(config.max_tokens, config.temperature, n=config.samples, seed=inputs.seed)
+        self._data = self.describe_data(inputs.base)
+        if records is None:
+            records = load_records(config, inputs.base, inputs.seed)
+        self.items = [
+            self.make_item(id, record) for id, record in zip(item_ids(records, self.id_field), records, strict=True)
+        ]
+
+    def make_item(self, id: str, record: TaskRecord) -> Item:
+        """Return the item of a record. Raises ``UserError`` for a record that does not fit the task."""
+        raise NotImplementedError
+
+    def describe_data(self, base: Path) -> dict[str, Any]:
+        """Return what identifies the records. JSON-able."""
+        return describe_records(self._config, base)
 
     def prompts(self) -> list[list[Message]]:
-        """Return the conversation that each item asks, here its prompt alone."""
+        """Return the conversation that each item asks, by default its prompt."""
         return [list(item.prompt) for item in self.items]
 
     def respond(self, respondent: Respondent) -> Answers:
@@ -368,7 +361,11 @@ class SampledTask(Task):
 
 def answer_counts(answers: Answers) -> dict[str, int]:
     """Count the answers, those cut off at ``max_tokens``, and those that are blank."""
-    responses = [turns[-1].response for samples in answers for turns in samples]
+    return response_counts([turns[-1].response for samples in answers for turns in samples])
+
+
+def response_counts(responses: Sequence[Response]) -> dict[str, int]:
+    """Count the responses, those cut off at ``max_tokens``, and those that are blank."""
     return {
         "answers": len(responses),
         "cut_off": sum(not response.finished for response in responses),

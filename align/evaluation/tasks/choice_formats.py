@@ -16,7 +16,7 @@ from align.data.formats.choices import LETTERS, Choices, describe_answers, gathe
 from align.data.formats.fields import Malformed
 from align.errors import UserError
 from align.evaluation.tasks.base import Example
-from align.evaluation.tasks.task_records import TaskRecord
+from align.evaluation.tasks.records import TaskRecord
 
 Form = Literal["arc", "mmlu", "truthfulqa", "generic"]
 DETECTION_RECORDS = 100
@@ -57,7 +57,7 @@ class Question:
     description: str = ""
     """Text once before the examples and the question."""
     rivals: tuple[int, ...] = ()
-    """TruthfulQA's MC1: indices of the competing choices, one of them right."""
+    """TruthfulQA's MC1: indices of the competing choices, of which exactly one is right."""
     truths: tuple[tuple[int, bool], ...] = field(default=())
     """TruthfulQA's MC2: (index, is true) of the choices that share the probability."""
 
@@ -80,7 +80,7 @@ def choose_form(records: Sequence[TaskRecord], form: Form | Literal["auto"]) -> 
     """
     if form != "auto":
         return form, ""
-    # Stricter formats come first: the generic one fits MMLU's records too.
+    # Stricter formats come first: the generic format also fits MMLU's records.
     for candidate, fits, reason in _DETECTORS:
         if all(fits(record) for record in records[:DETECTION_RECORDS]):
             return candidate, reason
@@ -95,7 +95,7 @@ def choose_form(records: Sequence[TaskRecord], form: Form | Literal["auto"]) -> 
 def parse(record: TaskRecord, form: Form, first_choice: int | None = None) -> Question:
     """Return a record's question; ``first_choice`` is the number of the first choice.
 
-    Raises ``UserError`` with the record's place where it does not fit its format.
+    Raises ``UserError`` with the record's place if it does not fit its format.
     """
     if form in ("mmlu", "generic"):
         return _PARSERS_WITH_NUMBERS[form](record, first_choice)
@@ -108,7 +108,8 @@ def _arc(record: TaskRecord) -> Question:
     options = record["choices"]
     if isinstance(options, dict):
         inner = TaskRecord(f"{record.where}: choices", options)
-        texts, labels = inner.texts("text"), [str(label) for label in inner["label"]]
+        texts = inner.texts("text")
+        labels = [str(label) for label in inner["label"]]
     else:
         raise record.field_error("choices", "a mapping of text and label, as in allenai/ai2_arc")
     key = str(record["answerKey"])
@@ -129,7 +130,7 @@ def _instruction(record: TaskRecord) -> Question:
     text = _ANSWER_FORMAT.sub("", record.text("instruction"))
     parts = []
     start = 0
-    # Labels are searched in order, so that "answer 4" inside a choice is not taken for a label.
+    # Labels are searched in order, so "answer 4" inside a choice is not mistaken for a label.
     for number in range(1, len(LETTERS) + 1):
         label = re.compile(rf"(?:^|(?<=\s))answer\s?{number}:\s*", re.IGNORECASE).search(text, start)
         if label is None:
@@ -236,7 +237,8 @@ def _targets(record: TaskRecord, name: str) -> list[tuple[str, bool]]:
     if not isinstance(value, dict):
         raise record.field_error(name, "a mapping of choices and labels, as in truthfulqa/truthful_qa")
     inner = TaskRecord(f"{record.where}: {name}", value)
-    texts, labels = inner.texts("choices"), inner["labels"]
+    texts = inner.texts("choices")
+    labels = inner["labels"]
     if not isinstance(labels, list) or len(labels) != len(texts) or not set(labels) <= {0, 1}:
         raise inner.field_error("labels", f"{len(texts)} labels, each 0 or 1")
     return [(text, bool(label)) for text, label in zip(texts, labels, strict=True)]

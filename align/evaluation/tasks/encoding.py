@@ -1,10 +1,11 @@
 """Token ids for log-likelihoods: contexts with their answers, and windows over a document. Torch-free.
 
-Splits text as lm-eval's ``hf`` backend does, so that numbers compare. Chat templates are in ``models/render.py``.
+Splits text as lm-eval's ``hf`` backend does, so numbers compare. Chat templates are in ``models/render.py``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +26,9 @@ def encode(tokenizer: Any, text: str) -> Ids:
 def encode_choices(tokenizer: Any, context: str, choices: Sequence[str]) -> list[tuple[Ids, Ids]]:
     """Return for each choice the ids of the context and of the choice; ``choices`` begin with their own space.
 
-    Context and choice are encoded as one text and cut where the context alone ends. Space at the context's end goes to
-    the choice, where tokenizers with spaces in front of words expect it. Raises ``UserError`` for a choice that has no
-    token of its own.
+    Context and choice are encoded as one text and cut at the end of the context. Space at the context's end goes to
+    the choice, where tokenizers with spaces in front of words expect it. Raises ``UserError`` for a choice without
+    a separate token.
     """
     stripped = context.rstrip()
     # Most tokenizers join a space with the word behind it, so it is encoded with the choice.
@@ -46,10 +47,10 @@ def encode_choices(tokenizer: Any, context: str, choices: Sequence[str]) -> list
 
 
 def answer_ids(tokenizer: Any, prompt: list[Message], answer: str, is_finished: bool) -> tuple[Ids, bool]:
-    """Return the ids of an assistant's answer, and True where they were cut from the rendered conversation.
+    """Return the ids of an assistant's answer, and True if they were cut from the rendered conversation.
 
     ``is_finished`` adds the end of the turn. Some templates render the prompt of an answered conversation differently
-    from one that waits for its answer (for the sake of thoughts), which leaves no place to cut. Then the answer is
+    from an open conversation (for the sake of thoughts), which leaves no place to cut. Then the answer is
     encoded by itself, with the end-of-turn token behind it, which is what a policy samples.
     """
     prompt_ids = render_prompt(tokenizer, prompt)
@@ -61,7 +62,7 @@ def answer_ids(tokenizer: Any, prompt: list[Message], answer: str, is_finished: 
 
 
 def fit_context(context: Ids, answer: Ids, max_length: int) -> tuple[Ids, Ids, bool]:
-    """Cut the pair to a model's ``max_length`` input tokens; the flag is True where something was cut.
+    """Shorten the pair to a model's ``max_length`` input tokens; the flag is True if something was cut.
 
     The answer's last token is never an input, so there is room for one more. The context loses its beginning, as in
     lm-eval; an answer that does not fit by itself loses its end and keeps one token of context.
@@ -101,3 +102,9 @@ def rolling_windows(tokens: Ids, prefix: int, length: int) -> list[tuple[Ids, Id
         context = tokens[start + len(targets) - length - 1 : start] if start else [prefix]
         windows.append((context, targets))
     return windows
+
+
+def require_numbers(values: Sequence[float], task: str, system: str) -> None:
+    """Raise ``RuntimeError`` if a log-likelihood is NaN."""
+    if any(map(math.isnan, values)):
+        raise RuntimeError(f"{task}: '{system}' gives probabilities that are not numbers (NaN)")

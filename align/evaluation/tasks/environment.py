@@ -1,7 +1,7 @@
 """Episodes in an environment: how often a system succeeds, and how it gets there.
 
 An environment scores its own episodes. A success is an episode whose score, or a part of it, reaches a bound. One whose
-environment failed is no success, and has no score: it counts in ``success``, pass@k and ``failure_rate`` alone.
+environment failed is no success, and has no score: it counts only in ``success``, pass@k and ``failure_rate``.
 """
 
 from __future__ import annotations
@@ -22,29 +22,33 @@ from align.environments.episode import Episode
 from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError, shorten
-from align.evaluation.judges.client import warn_if_unreachable
+from align.evaluation.judges.judge import warn_if_unreachable
+from align.evaluation.scorecard import Metric
 from align.evaluation.tasks.base import (
     Episodes,
     EpisodeSet,
     Item,
     Measured,
-    Metric,
     Performer,
     ScoringContext,
     Task,
     TaskInputs,
     Values,
 )
-from align.evaluation.tasks.task_records import TaskRecord, describe_records, draw, file_identities, item_ids
-from align.evaluation.tasks.task_records import load_records as load_file_records
+from align.evaluation.tasks.records import TaskRecord, describe_records, draw, file_identities, item_ids
+from align.evaluation.tasks.records import load_records as load_file_records
 from align.store.fingerprint import canonical
 
-SUCCESS, SCORE, FAILURES = "success", "score", "failure_rate"
-TURNS, CALLS, TOOL_ERRORS = "turns", "calls", "tool_errors"
+SUCCESS = "success"
+SCORE = "score"
+FAILURES = "failure_rate"
+TURNS = "turns"
+CALLS = "calls"
+TOOL_ERRORS = "tool_errors"
 PART_SUCCESS = 1.0
 """Value of a part from which on it is a success."""
 ROUNDING = 1e-9
-"""A sum of parts reaches a bound that it misses by rounding alone."""
+"""A sum of parts reaches a bound that it misses only by rounding."""
 PLACE = "environment"
 NEEDED_NOW = "It plays the user of episodes: start it now, unless all of them are cached."
 SOURCE = "rows"
@@ -52,7 +56,7 @@ SOURCE = "rows"
 
 
 def build(name: str, config: EnvironmentTaskConfig, inputs: TaskInputs) -> EnvironmentTask:
-    """Read the rows, and import and check the environment.
+    """Build the task from its rows, and import and check the environment.
 
     Raises ``UserError`` for an environment that cannot be opened, and for rows that it could not get.
     """
@@ -127,7 +131,7 @@ class EnvironmentTask(Task):
         self.episode_count = len(rows) * config.samples
         user = config.environment.user
         checkpoint = None if user is None or user.model is None else inputs.users[user.model]
-        # The settings give the user's checkpoint by name alone, so its weights are added to the identity.
+        # The settings give the user's checkpoint only by name, so its weights are added to the identity.
         identity = config.environment.identity(PLACE)
         self.episode_set = EpisodeSet(
             task=name,
@@ -158,7 +162,8 @@ class EnvironmentTask(Task):
 
     def check_checkpoint(self, tokenizer: Any, max_length: int, where: str) -> None:
         """Refuse a chat template without a place for the tools, and an episode that is longer than the engine."""
-        environment, tools = self._config.environment, self.episode_set.source.tools
+        environment = self._config.environment
+        tools = self.episode_set.source.tools
         turns = TurnTemplate(tokenizer, tools or None, where)
         if tools:
             tool_call_format(environment.tool_format, turns.template)
@@ -207,7 +212,7 @@ class EnvironmentTask(Task):
         successes = _each(episodes, self._is_success)
         values = {
             SUCCESS: successes,
-            # An environment that failed has scored nothing; its row's other episodes have.
+            # An environment that failed has no score; its row's other episodes have scores.
             SCORE: [[episode.score for episode in samples if not math.isnan(episode.score)] for samples in episodes],
             TURNS: _each(episodes, lambda episode: len(episode.turns)),
             CALLS: _each(episodes, lambda episode: len(episode.calls)),
@@ -228,7 +233,7 @@ class EnvironmentTask(Task):
 
 
 def describe_metrics(config: EnvironmentTaskConfig, has_tools: bool) -> dict[str, Metric]:
-    """Return the metrics of a task, in the order shown; those of calls where the environment has tools."""
+    """Return the metrics of a task, in the order shown. Metrics of calls need an environment with tools."""
     bound = f"{config.success} of 1 or more" if isinstance(config.success, str) else f"a score from {config.success:g}"
     metrics = {SUCCESS: Metric("success rate", "higher", "", f"share of episodes that end with {bound}")}
     for k in powers_of_two(config.samples):
@@ -252,7 +257,7 @@ def powers_of_two(samples: int) -> list[int]:
 
 
 def pass_at(k: int, samples: int, successes: int) -> float:
-    """Probability that one of ``k`` samples succeeds, estimated without bias from ``samples`` of which some did.
+    """Probability that any of ``k`` samples succeeds, estimated without bias from the successes among ``samples``.
 
     The share of sets of k samples with a success in them (Chen et al. 2021, arXiv 2107.03374, eq. 1).
     """
@@ -282,7 +287,7 @@ def _each(episodes: Episodes, measure: Callable[[Episode], float]) -> Values:
 
 
 def _row(id: str, record: TaskRecord) -> dict[str, Any]:
-    """Return a record as the environment's ``reset`` gets it, with a prompt of messages where it has one.
+    """Return a record as the environment's ``reset`` gets it, with a prompt of messages if it has one.
 
     Raises ``UserError`` for a prompt of another type, and for values that JSON cannot hold: processes and journals pass
     rows on as JSON.

@@ -7,8 +7,8 @@ write ``####`` unasked (Llama-3.1-8B with its chat template scored 0.20 strict a
 pull request 2034). All compare numbers, not spellings.
 
 lm-eval's filters named strict and flexible give the same verdict on a plainly written number. They call "#### $18",
-"18.00" and "18..." wrong, where 18 is right; read "4,5" as 45, "10-3" as -3; and take punctuation behind the number
-("... 18. $.") for the last number.
+"18.00" and "18..." wrong, where 18 is right; read "4,5" as 45, "10-3" as -3; and mistake punctuation behind the
+number ("... 18. $.") for the last number.
 
 Programs and calculators are not supported. Thoughts are never graded; a thought that is not closed has no answer.
 """
@@ -28,28 +28,22 @@ from align.data.final_numbers import final_number, last_number, marked_number
 from align.data.rows import Message, assistant, normalized, user
 from align.data.thoughts import answer_text
 from align.errors import UserError
+from align.evaluation.scorecard import Metric
 from align.evaluation.tasks.base import (
     Answers,
     Example,
     Item,
     Measured,
-    Metric,
     SampledTask,
     ScoringContext,
     TaskInputs,
     answer_counts,
 )
-from align.evaluation.tasks.task_records import (
-    TaskRecord,
-    describe_records,
-    draw,
-    examples_source,
-    item_ids,
-    read_records,
-    record_source,
-)
+from align.evaluation.tasks.records import TaskRecord, draw, examples_source, read_examples, read_records, record_source
 
-FINAL, STRICT, FLEXIBLE = "final", "strict", "flexible"
+FINAL = "final"
+STRICT = "strict"
+FLEXIBLE = "flexible"
 
 METRICS = {
     FINAL: Metric(
@@ -61,13 +55,12 @@ METRICS = {
 
 
 def build(name: str, config: Gsm8kConfig, inputs: TaskInputs) -> Gsm8kTask:
-    """Read problems and examples, and keep the two disjoint.
+    """Build the task from problems and examples, and keep the two disjoint.
 
     Raises ``UserError`` where fewer examples than ``shots`` are left.
     """
     records = read_records(record_source(config), inputs.base, config.columns)
-    source = examples_source(config)
-    examples = [] if source is None else read_records(source, inputs.base, config.columns)
+    examples = read_examples(config, inputs.base)
     problems, solved = separate_examples(records, examples, inputs.seed)
     if len(solved) < config.shots:
         raise UserError(
@@ -77,19 +70,6 @@ def build(name: str, config: Gsm8kConfig, inputs: TaskInputs) -> Gsm8kTask:
     left_out = len(records) - len(problems)
     drawn_problems = draw(problems, config.max_items, inputs.seed)
     return Gsm8kTask(name, config, drawn_problems, solved, left_out=left_out, inputs=inputs)
-
-
-def describe(config: Gsm8kConfig, base: Path) -> dict[str, Any]:
-    """Return what identifies the problems and the examples. JSON-able."""
-    from align.data.source_identity import identity
-
-    description = describe_records(config, base)
-    source = examples_source(config)
-    if isinstance(source, HubSource):
-        description["examples"] = source.label
-    elif source is not None:
-        description["examples"] = identity(source, base)
-    return description
 
 
 class Gsm8kTask(SampledTask):
@@ -110,15 +90,26 @@ class Gsm8kTask(SampledTask):
         left_out: int,
         inputs: TaskInputs,
     ) -> None:
-        super().__init__(name, config, inputs)
+        super().__init__(name, config, inputs, problems)
         self._left_out = left_out
-        self._data = describe(config, inputs.base)
         self._examples = [self._example(record) for record in solved]
-        self.items = [self._item(id, record) for id, record in zip(item_ids(problems), problems, strict=True)]
 
-    def _item(self, id: str, record: TaskRecord) -> Item:
+    def make_item(self, id: str, record: TaskRecord) -> Item:
+        """Return the item of a problem."""
         _, number = solution_and_number(record)
         return Item(id, "gsm8k", [user(self._question(record))], {"answer": str(number)})
+
+    def describe_data(self, base: Path) -> dict[str, Any]:
+        """Return what identifies the problems and the examples. JSON-able."""
+        from align.data.source_identity import identity
+
+        description = super().describe_data(base)
+        source = examples_source(self._config)
+        if isinstance(source, HubSource):
+            description["examples"] = source.label
+        elif source is not None:
+            description["examples"] = identity(source, base)
+        return description
 
     def _example(self, record: TaskRecord) -> Example:
         solution, number = solution_and_number(record)
@@ -194,7 +185,7 @@ def separate_examples(
     if unasked or not examples:
         return records, generator.sample(list(unasked.values()), min(MAX_EXAMPLES, len(unasked)))
     distinct = {_key(record): record for record in examples}
-    # Examples and problems are one set of records: take some as examples, and do not ask these.
+    # Examples and problems are one set of records: use some as examples, and do not ask these.
     solved = generator.sample(list(distinct.values()), min(MAX_EXAMPLES, len(questions) // 2, len(distinct)))
     keys = {_key(record) for record in solved}
     return [record for record in records if _key(record) not in keys], solved

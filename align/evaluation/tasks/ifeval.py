@@ -1,6 +1,6 @@
 """IFEval (arXiv 2311.07911): 541 prompts with 834 instructions of 25 kinds that a program can check.
 
-Strict scores the answer as it is. Loose takes the best of eight variants of it: without its first line, its last line,
+Strict scores the answer as it is. Loose scores the best of eight variants of it: without its first line, its last line,
 both, and each of these without asterisks. A prompt counts when all its instructions are followed.
 
 The checkers are if-verifiable's, which are Google's. Arguments and empty answers are treated as in lm-eval, and the
@@ -19,35 +19,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 import string
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from align.config.stages.evaluation_tasks import IfbenchConfig, IfevalConfig
 from align.config.validation import hint_nearest
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.tasks.base import (
-    Answers,
-    Item,
-    Measured,
-    Metric,
-    SampledTask,
-    ScoringContext,
-    TaskInputs,
-    answer_counts,
-)
-from align.evaluation.tasks.task_records import TaskRecord, describe_records, item_ids, load_records
+from align.evaluation.scorecard import Metric
+from align.evaluation.tasks.base import Answers, Item, Measured, SampledTask, ScoringContext, TaskInputs, answer_counts
+from align.evaluation.tasks.records import TaskRecord
+from align.store.atomic_write import write_text_atomically
 
 SEVERAL = "several"
 """Source of prompts whose instructions are of more than one group."""
-PROMPT_STRICT, PROMPT_LOOSE = "prompt_strict", "prompt_loose"
-INSTRUCTION_STRICT, INSTRUCTION_LOOSE = "instruction_strict", "instruction_loose"
+PROMPT_STRICT = "prompt_strict"
+PROMPT_LOOSE = "prompt_loose"
+INSTRUCTION_STRICT = "instruction_strict"
+INSTRUCTION_LOOSE = "instruction_loose"
 LANGUAGE_SEED = 0
 PROBE = "One sentence. Another sentence with a few more words in it."
 """Text that shows before the run whether a checker has the data it needs."""
-
 METRICS = {
     PROMPT_STRICT: Metric("IFEval, prompts (strict)", "higher", "", "share of prompts with every instruction followed"),
     PROMPT_LOOSE: Metric(
@@ -61,11 +59,9 @@ METRICS = {
         "IFEval, instructions (loose)", "higher", "", "the same, each by the best of the answer's eight variants"
     ),
 }
-
-
-def build(name: str, config: IfevalConfig, inputs: TaskInputs) -> IfevalTask:
-    """Read the prompts and construct every checker once, so that a wrong argument is found before the run."""
-    return IfevalTask(name, config, load_records(config, inputs.base, inputs.seed), inputs)
+NEEDS_SENTENCES = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
+"""Instructions whose checkers split text into sentences with NLTK's model."""
+_FOLDER = "tokenizers/punkt_tab/english"
 
 
 class IfevalTask(SampledTask):
@@ -75,8 +71,10 @@ class IfevalTask(SampledTask):
     title = "IFEval: instructions a program can check"
     metrics = METRICS
     primary = PROMPT_STRICT
+    id_field = "key"
 
-    def __init__(self, name: str, config: IfevalConfig, records: list[TaskRecord], inputs: TaskInputs) -> None:
+    def __init__(self, name: str, config: IfevalConfig, inputs: TaskInputs) -> None:
+        """Construct every checker once, to find a wrong argument before the run."""
         super().__init__(name, config, inputs)
         if isinstance(config, IfbenchConfig):
             self.title = "IFBench: instructions a program can check"
@@ -84,12 +82,24 @@ class IfevalTask(SampledTask):
                 metric: replace(entry, title=entry.title.replace("IFEval", "IFBench"))
                 for metric, entry in METRICS.items()
             }
-        self._data = describe_records(config, inputs.base)
-        self.items = [_item(id, record) for id, record in zip(item_ids(records, "key"), records, strict=True)]
         if any(set(item.data["instructions"]) & NEEDS_SENTENCES for item in self.items):
-            from align.evaluation.punkt import ensure_punkt
-
             ensure_punkt()
+
+    def make_item(self, id: str, record: TaskRecord) -> Item:
+        """Return the item of a record, whose instructions are checked."""
+        prompt = record.text("prompt")
+        instructions = record.texts("instruction_id_list")
+        arguments = record["kwargs"]
+        if not isinstance(arguments, list) or not all(isinstance(mapping, dict) for mapping in arguments):
+            raise record.field_error("kwargs", "a list with one mapping of arguments for each instruction")
+        if len(arguments) != len(instructions):
+            raise UserError(
+                f"{record.where}: there are {len(instructions)} instructions and {len(arguments)} kwargs; expected one "
+                "mapping of arguments for each, {} for none."
+            )
+        for instruction, mapping in zip(instructions, arguments, strict=True):
+            _check_instruction(instruction, mapping, record.where)
+        return Item(id, _source(instructions), [user(prompt)], {"instructions": instructions, "arguments": arguments})
 
     def settings(self) -> dict[str, Any]:
         """Return data, sampling and the seed of the language guess."""
@@ -103,7 +113,7 @@ class IfevalTask(SampledTask):
     def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
         """Return the share of instructions followed, and 1 for a prompt with all of them followed, else 0."""
         total = len(answers) * len(self.items)
-        done = 0
+        completed = 0
         measured = {}
         with seeded_language_guess():
             for system, system_answers in answers.items():
@@ -114,17 +124,13 @@ class IfevalTask(SampledTask):
                     for level, followed in by_level.items():
                         values[f"prompt_{level}"].append([float(all(flags)) for flags in followed])
                         values[f"instruction_{level}"].append([sum(flags) / len(flags) for flags in followed])
-                    done += 1
-                    context.progress(done, total, "answers")
+                    completed += 1
+                    context.progress(completed, total, "answers")
                 # A prompt's share, weighted by its instructions, adds up to the share of all instructions.
                 counts = [float(len(item.data["instructions"])) for item in self.items]
                 weights = {INSTRUCTION_STRICT: counts, INSTRUCTION_LOOSE: counts}
                 measured[system] = Measured(values, weights, dict(answer_counts(system_answers)))
         return measured
-
-
-NEEDS_SENTENCES = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
-"""Instructions whose checkers split text into sentences with NLTK's model."""
 
 
 def check(item: Item, text: str) -> tuple[list[bool], list[bool]]:
@@ -136,7 +142,7 @@ def check(item: Item, text: str) -> tuple[list[bool], list[bool]]:
     checkers = [
         _checker(id, arguments) for id, arguments in zip(item.data["instructions"], item.data["arguments"], strict=True)
     ]
-    # Loose follows from strict, so variants are only tried where the answer itself fails.
+    # Loose follows from strict, so variants are only tried if the answer itself fails.
     strict = [_is_followed(checker, text) for checker in checkers]
     loose = [
         is_strict or any(_is_followed(checker, variant) for variant in variants(text))
@@ -200,7 +206,8 @@ def _ifbench_checkers() -> dict[str, Any]:
     """Return IFBench's checkers, whose module would fetch NLTK's data from the network when it is imported."""
     import nltk
 
-    download, nltk.download = nltk.download, lambda *names, **options: False
+    download = nltk.download
+    nltk.download = lambda *names, **options: False
     try:
         from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT
     finally:
@@ -210,9 +217,8 @@ def _ifbench_checkers() -> dict[str, Any]:
 
 def _require_data(instruction: str, checker: Any, where: str) -> None:
     """Raise ``UserError`` for a checker of IFBench whose NLTK data is not installed."""
-    from align.evaluation.punkt import ensure_punkt
 
-    # If the sentence model alone is missing, it can be written from an installed package. Then try again.
+    # If only the sentence model is missing, it can be written from an installed package. Then try again.
     for attempt in range(2):
         try:
             checker.check_following(PROBE)
@@ -252,21 +258,6 @@ class _SignFrequency:
         return count < self._frequency if self._relation == "less than" else count >= self._frequency
 
 
-def _item(id: str, record: TaskRecord) -> Item:
-    prompt, instructions = record.text("prompt"), record.texts("instruction_id_list")
-    arguments = record["kwargs"]
-    if not isinstance(arguments, list) or not all(isinstance(mapping, dict) for mapping in arguments):
-        raise record.field_error("kwargs", "a list with one mapping of arguments for each instruction")
-    if len(arguments) != len(instructions):
-        raise UserError(
-            f"{record.where}: there are {len(instructions)} instructions and {len(arguments)} kwargs; expected one "
-            "mapping of arguments for each, {} for none."
-        )
-    for instruction, mapping in zip(instructions, arguments, strict=True):
-        _check_instruction(instruction, mapping, record.where)
-    return Item(id, _source(instructions), [user(prompt)], {"instructions": instructions, "arguments": arguments})
-
-
 def _source(instructions: Sequence[str]) -> str:
     groups = {instruction.split(":", 1)[0] for instruction in instructions}
     return groups.pop() if len(groups) == 1 else SEVERAL
@@ -274,14 +265,14 @@ def _source(instructions: Sequence[str]) -> str:
 
 def _check_instruction(instruction: str, arguments: Mapping[str, Any], where: str) -> None:
     """Raise ``UserError`` for an unknown instruction, and for a missing argument, which would be drawn at random."""
-    known = _ifeval_checkers()
-    is_ifbench = instruction not in known
+    checkers = _ifeval_checkers()
+    is_ifbench = instruction not in checkers
     if is_ifbench:
-        known = known | _ifbench_checkers()
-    if instruction not in known:
-        hint = hint_nearest(instruction, known) or f" Known are {', '.join(sorted(known))}."
+        checkers = checkers | _ifbench_checkers()
+    if instruction not in checkers:
+        hint = hint_nearest(instruction, checkers) or f" Known are {', '.join(sorted(checkers))}."
         raise UserError(f"{where}: there is no instruction '{instruction}'.{hint}")
-    required = known[instruction](instruction).get_instruction_args_keys()
+    required = checkers[instruction](instruction).get_instruction_args_keys()
     missing = [name for name in required if not arguments.get(name)]
     if missing:
         raise UserError(
@@ -296,3 +287,48 @@ def _check_instruction(instruction: str, arguments: Mapping[str, Any], where: st
         raise UserError(f"{where}: kwargs of '{instruction}' do not fit: {reason}. Given: {dict(arguments)}.") from None
     if is_ifbench:
         _require_data(instruction, checker, where)
+
+
+def ensure_punkt() -> None:
+    """Make NLTK's English ``punkt_tab`` available in this process, unless it is installed.
+
+    Raises ``UserError`` where neither NLTK's data nor the package with the tables is installed.
+    """
+    import nltk
+
+    try:
+        nltk.data.find(_FOLDER)
+        return
+    except LookupError:
+        pass
+    root = Path(tempfile.mkdtemp(prefix="align-nltk-"))
+    weakref.finalize(nltk, shutil.rmtree, root, ignore_errors=True)  # when this process ends
+    _write_tables(root / _FOLDER)
+    nltk.data.path.append(str(root))
+
+
+def _write_tables(folder: Path) -> None:
+    """Write the tables in the format of NLTK's tokenizer."""
+    from nltk.tabdata import TabEncoder
+
+    try:
+        from punkt import load_model
+    except ImportError:
+        raise UserError(
+            "IFEval's sentence and capital-word checkers need NLTK's English sentence model, which is not installed. "
+            "pip install 'align-pipeline[evaluation]' brings it; or, with a network, run "
+            "`python -m nltk.downloader punkt_tab` (NLTK_DATA names another folder for it)."
+        ) from None
+    model = load_model("english")
+    encoder = TabEncoder()
+    folder.mkdir(parents=True)
+    for name, text in (
+        ("abbrev_types.txt", encoder.set2txt(model.abbrev_types)),
+        ("sent_starters.txt", encoder.set2txt(model.sent_starters)),
+        ("collocations.tab", encoder.tups2tab(model.collocations)),
+        ("ortho_context.tab", encoder.ivdict2tab(model.ortho_context)),
+    ):
+        write_text_atomically(folder / name, text)
+
+
+build = IfevalTask

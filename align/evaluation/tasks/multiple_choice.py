@@ -1,24 +1,23 @@
 """Multiple choice by log-likelihood (ARC, MMLU, TruthfulQA, or your own): the choice a model finds likeliest.
 
-Nothing is generated. ``acc`` takes the choice with the highest log-likelihood, ``acc_norm`` the one with the highest
-per character; of equal ones the first. Prompts and tokens are lm-eval's (its ``hf`` backend, which by default applies
-no chat template). TruthfulQA's MC1 always lists its right answer first. Order matters only where choices are shown with
-letters; here each is read by itself, so nothing is shuffled. Choices are never asked for by generation.
+No answer is generated. ``acc`` selects the choice with the highest log-likelihood, ``acc_norm`` the choice with the
+highest per character, and the first of equals. Prompts and tokens are lm-eval's (its ``hf`` backend, which by default
+applies no chat template). TruthfulQA's MC1 always lists its right answer first. Order matters only if choices are
+shown with letters; here each is read by itself, so there is no shuffling.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from align.config.stages.evaluation_tasks import MultipleChoiceConfig
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
-from align.evaluation.tasks.base import Example, Item, Measured, Metric, Reader, SystemInfo, Task, TaskInputs
+from align.evaluation.scorecard import Metric, SystemInfo
+from align.evaluation.tasks.base import Example, Item, Measured, Reader, Task, TaskInputs
 from align.evaluation.tasks.choice_formats import (
     TRUTHFUL_EXAMPLES,
     Form,
@@ -27,14 +26,8 @@ from align.evaluation.tasks.choice_formats import (
     choose_form,
     parse,
 )
-from align.evaluation.tasks.encoding import answer_ids, encode_choices, fit_context
-from align.evaluation.tasks.task_records import (
-    TaskRecord,
-    describe_records,
-    examples_source,
-    load_records,
-    read_records,
-)
+from align.evaluation.tasks.encoding import answer_ids, encode_choices, fit_context, require_numbers
+from align.evaluation.tasks.records import describe_records, load_records, numbered_ids, read_examples
 from align.store.fingerprint import digest
 
 BLOCK = 400
@@ -61,7 +54,7 @@ METRICS: dict[str, dict[str, Metric]] = {
 
 
 def build(name: str, config: MultipleChoiceConfig, inputs: TaskInputs) -> MultipleChoiceTask:
-    """Read and check every question and example. Raises ``UserError`` where there are too few examples."""
+    """Build the task from checked questions and examples. Raises ``UserError`` if there are too few examples."""
     records = load_records(config, inputs.base, inputs.seed)
     form, reason = choose_form(records, config.format)
     if reason:
@@ -72,18 +65,13 @@ def build(name: str, config: MultipleChoiceConfig, inputs: TaskInputs) -> Multip
     questions = [parse(record, form, config.first_choice) for record in records]
     # A question must not be shown with its answer before it is asked.
     ids = {question.id for question in questions}
-    solved = [parse(record, form, config.first_choice) for record in _example_records(config, inputs.base)]
+    solved = [parse(record, form, config.first_choice) for record in read_examples(config, inputs.base)]
     examples = [example for example in solved if example.id not in ids]
     task = MultipleChoiceTask(name, config, form, questions, examples)
     task.description = {"format": form, **describe_records(config, inputs.base)}
     for question in questions:
         task.examples_for(question, config.shots)
     return task
-
-
-def _example_records(config: MultipleChoiceConfig, base: Path) -> list[TaskRecord]:
-    source = examples_source(config)
-    return [] if source is None else read_records(source, base, config.columns)
 
 
 class MultipleChoiceTask(Task):
@@ -109,7 +97,11 @@ class MultipleChoiceTask(Task):
         self.solved = list(examples)
         self.metrics = METRICS[form]
         self.primary = "mc2" if form == "truthfulqa" else "acc"
-        self.items = _items(self.questions)
+        ids = numbered_ids([question.id for question in self.questions])
+        self.items = [
+            Item(id, question.source, [user(question.context)], _item_data(question))
+            for id, question in zip(ids, self.questions, strict=True)
+        ]
         self.description: dict[str, Any] = {"format": form}
 
     def examples(self, count: int) -> list[Example]:
@@ -129,9 +121,9 @@ class MultipleChoiceTask(Task):
         }
 
     def examples_for(self, question: Question, count: int, minimum: int | None = None) -> list[Question]:
-        """Return the first ``count`` examples for a question: those of its subject where it has a description.
+        """Return the first ``count`` examples for a question, only of its subject if it has a description.
 
-        Raises ``UserError`` where there are fewer than ``minimum`` (by default ``count``).
+        Raises ``UserError`` if there are fewer than ``minimum`` (by default ``count``).
         """
         if self.form == "truthfulqa":
             return []
@@ -181,8 +173,7 @@ class MultipleChoiceTask(Task):
         fitted = [fit_context(*pair, reader.max_length) for choices in pairs for pair in choices]
         flat = iter(reader.logprobs([context for context, _, _ in fitted], [answer for _, answer, _ in fitted]))
         sums = [[math.fsum(next(flat)) for _ in choices] for choices in pairs]
-        if any(math.isnan(value) for values in sums for value in values):
-            raise RuntimeError(f"{self.name}: '{reader.info.name}' gives probabilities that are not numbers (NaN)")
+        require_numbers([value for values in sums for value in values], self.name, reader.info.name)
         return {"logprobs": sums, "cut": sum(is_cut for _, _, is_cut in fitted)}
 
     def _context(self, question: Question, info: SystemInfo) -> Any:
@@ -193,7 +184,7 @@ class MultipleChoiceTask(Task):
         # A system with shots may bring its own examples, which precede the task's.
         examples = self.examples_for(question, count, minimum=0 if info.shots else None)
         turns = [turn for example in examples for turn in (user(example.context), assistant(example.answer))]
-        # The description stands in the first user turn, whichever that is; many templates have no system turn.
+        # The description begins the first user turn, whichever that is; many templates have no system turn.
         opening, *rest = [*([] if info.shots else turns), user(question.context)]
         prompt: list[Message] = [{**opening, "content": question.description + opening["content"]}, *rest]
         return [prompt, [[example.context, example.answer] for example in examples] if info.shots else []]
@@ -258,13 +249,5 @@ def _encode_conversations(reader: Reader, block: Sequence[Question], contexts: S
     return pairs
 
 
-def _items(questions: Sequence[Question]) -> list[Item]:
-    """Return the items; ids differ also where a question occurs twice."""
-    counts: dict[str, int] = {}
-    items = []
-    for question in questions:
-        counts[question.id] = number = counts.get(question.id, 0) + 1
-        data = {"choices": list(question.choices), "answer": question.answer}
-        item = Item(question.id, question.source, [user(question.context)], data)
-        items.append(item if number == 1 else replace(item, id=f"{question.id}-{number}"))
-    return items
+def _item_data(question: Question) -> dict[str, Any]:
+    return {"choices": list(question.choices), "answer": question.answer}

@@ -7,30 +7,44 @@ compare models with different tokenizers, since all read the same bytes; loss pe
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.stages.evaluation_tasks import PerplexityConfig
+from align.config.user_paths import matching_paths
 from align.data.rows import read_rows, user
 from align.errors import UserError
-from align.evaluation.tasks.base import Item, Measured, Metric, Reader, SystemInfo, Task, TaskInputs
-from align.evaluation.tasks.documents import Document, divide, find_documents, read_text, record_text, source_name
-from align.evaluation.tasks.encoding import prefix_token, rolling_windows
-from align.evaluation.tasks.task_records import describe_records, draw, read_records, record_source
+from align.evaluation.scorecard import Metric, SystemInfo
+from align.evaluation.tasks.base import Item, Measured, Reader, Task, TaskInputs
+from align.evaluation.tasks.encoding import prefix_token, require_numbers, rolling_windows
+from align.evaluation.tasks.records import (
+    TaskRecord,
+    describe_records,
+    distinct_name,
+    draw,
+    numbered_ids,
+    read_records,
+    record_source,
+)
 from align.store.fingerprint import digest, file_digest
 
+TEXT_SUFFIXES = (".txt", ".md")
+TEXT_FIELDS = ("text", "content", "document", "page")
+CONVERSATION_FIELDS = ("messages", "conversations", "prompt", "completion")
 BLOCK_CHARACTERS = 200_000
 """Characters per cached result: an interrupted run loses at most one block."""
 SHOWN_CHARACTERS = 500
 """Characters of a document among the samples."""
 MAX_PREFIX_TEXTS = 64
 """Texts of the train split that baselines with ``shots`` choose from."""
-
 METRICS = {
     "bits_per_byte": Metric(
         "bits per byte",
@@ -47,6 +61,93 @@ METRICS = {
 }
 
 
+@dataclass(frozen=True)
+class Document:
+    """A text and the name of its source."""
+
+    source: str
+    text: str
+
+    @property
+    def id(self) -> str:
+        """Digest of the text, 16 hex digits."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+def find_documents(patterns: Sequence[str], base: Path) -> tuple[list[Path], FilesSource | None]:
+    """Return the plain texts among the files that match the patterns, and a source of the files with records."""
+    from align.data.source_identity import find_files
+
+    texts: dict[Path, None] = {}
+    record_patterns: list[str] = []
+    for pattern in patterns:
+        files = [path.absolute() for path in matching_paths(pattern, base) if path.is_file()]
+        plain_texts = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES]
+        texts |= dict.fromkeys(plain_texts)
+        if not plain_texts:
+            record_patterns.append(pattern)
+            find_files([pattern], base)  # raises UserError for a pattern without a match
+        # A pattern that matches texts and records is replaced by the paths of its records.
+        record_patterns += [glob.escape(str(path)) for path in files if plain_texts and path not in texts]
+    return list(texts), FilesSource(type="files", paths=record_patterns) if record_patterns else None
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text without its byte order mark. Raises ``UserError`` if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+
+
+def record_text(record: TaskRecord, fields: Sequence[str] | None) -> str:
+    """Return a record's text: its ``fields``, or the usual text fields. Raises ``UserError`` if it has none."""
+    if fields is not None:
+        return "\n\n".join(_field_text(record, field) for field in fields)
+    field = next((name for name in TEXT_FIELDS if isinstance(record.get(name), str)), None)
+    if field is not None:
+        return str(record[field])
+    parts = [name for name in CONVERSATION_FIELDS if record.get(name) is not None]
+    if not parts:
+        raise UserError(
+            f"{record.where}: no field looks like text; there are {', '.join(sorted(record)) or 'none'}. Name the "
+            f"text's: fields: [{next(iter(sorted(record)), 'text')}]."
+        )
+    return "\n\n".join(_field_text(record, name) for name in parts)
+
+
+def _field_text(record: TaskRecord, field: str) -> str:
+    """Return a field's text, or the contents of its messages."""
+    value = record[field]
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        parts = [turn.get("content", turn.get("value")) for turn in value]
+        if all(isinstance(part, str) for part in parts):
+            return "\n\n".join(str(part) for part in parts)
+    if not isinstance(value, str):
+        raise record.field_error(field, "text or a list of messages")
+    return value
+
+
+def source_name(record: TaskRecord) -> str:
+    """Return the file's name, for the table by source."""
+    return record.where.rsplit(":", 1)[0].replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def divide(text: str, limit: int) -> list[str]:
+    """Divide a text into pieces of at most ``limit`` characters.
+
+    A piece ends behind the last line break in its second half, else behind the last space there, else at the limit.
+    """
+    pieces = []
+    while len(text) > limit:
+        # The cut is at a line's end, else at a word's, but never in the first half: pieces would become too short.
+        line_end, word_end = (text.rfind(sign, limit // 2, limit) + 1 for sign in ("\n", " "))
+        end = line_end or word_end or limit
+        pieces.append(text[:end])
+        text = text[end:]
+    return [*pieces, text]
+
+
 def identities(config: PerplexityConfig, base: Path) -> dict[str, str]:
     """Return digests of the files, plain texts and records."""
     from align.data.source_identity import identity
@@ -56,10 +157,7 @@ def identities(config: PerplexityConfig, base: Path) -> dict[str, str]:
     paths, records = find_documents(config.files, base)
     digests = {} if records is None else identity(records, base)
     for path in paths:
-        name, number = path.name, 2
-        while name in digests:
-            name, number = f"{path.name} ({number})", number + 1
-        digests[name] = f"sha256:{file_digest(path)}"
+        digests[distinct_name(path.name, digests)] = f"sha256:{file_digest(path)}"
     return digests
 
 
@@ -106,7 +204,7 @@ def read_documents(config: PerplexityConfig, inputs: TaskInputs) -> list[Documen
 
 
 def build(name: str, config: PerplexityConfig, inputs: TaskInputs) -> PerplexityTask:
-    """Read the texts."""
+    """Build the task from its texts."""
     task = PerplexityTask(name, read_documents(config, inputs), config.max_length)
     if config.texts is not None:
         rows = read_rows(inputs.texts[config.texts].split("train"))
@@ -134,11 +232,9 @@ class PerplexityTask(Task):
         self.max_length = max_length
         self.metrics = METRICS
         self.primary = "bits_per_byte"
-        counts: dict[str, int] = {}
         self.items = []
-        for document in self.documents:
-            counts[document.id] = number = counts.get(document.id, 0) + 1
-            id = document.id if number == 1 else f"{document.id}-{number}"
+        ids = numbered_ids([document.id for document in self.documents])
+        for id, document in zip(ids, self.documents, strict=True):
             text = document.text
             if len(text) > SHOWN_CHARACTERS:
                 text = f"{text[:SHOWN_CHARACTERS]} …"
@@ -175,7 +271,7 @@ class PerplexityTask(Task):
         tokens: list[int] = []
         windows = unknown = 0
         for number, block in enumerate(_blocks(self.documents)):
-            # Block by block through the cache, so that a killed run resumes at its last block.
+            # Block by block through the cache, so a killed run resumes at its last block.
             identity = digest(["perplexity 3", window, [document.text for document in block], prefix])
             read_block = partial(self._read_block, reader, block, window, prefix)
             result = reader.cached(f"{self.name}-{number}", identity, read_block)
@@ -206,7 +302,7 @@ class PerplexityTask(Task):
     def _prefix_ids(self, info: SystemInfo, tokenizer: Any, window: int) -> list[int]:
         """Return the ids that a prompted system reads before each window.
 
-        Raises ``UserError`` where they take half of a window or more.
+        Raises ``UserError`` if they fill half of a window or more.
         """
         if self.prefix_texts is None:
             return []
@@ -236,7 +332,7 @@ class PerplexityTask(Task):
                 f"{block[documents.index([])].text[:40]!r}. Leave it out."
             )
         first = prefix_token(tokenizer)
-        # The prompt and its first context take their room from every window, so that all stay within one length.
+        # The prompt and its first context reduce the room in every window, so all have at most one length.
         shown = [first, *prefix] if prefix else []
         divided = [rolling_windows(ids, first, window - len(shown)) for ids in documents]
         if shown:
@@ -244,8 +340,7 @@ class PerplexityTask(Task):
         pairs = [pair for windows in divided for pair in windows]
         flat = iter(reader.logprobs([context for context, _ in pairs], [targets for _, targets in pairs]))
         losses = [-math.fsum(value for _ in windows for value in next(flat)) for windows in divided]
-        if any(math.isnan(loss) for loss in losses):
-            raise RuntimeError(f"{self.name}: '{reader.info.name}' gives probabilities that are not numbers (NaN)")
+        require_numbers(losses, self.name, reader.info.name)
         unknown = tokenizer.unk_token_id
         return {
             "losses": losses,

@@ -1,6 +1,6 @@
 """Held-out preference accuracy of a policy: how often the chosen answer is likelier than the rejected one.
 
-Both answers are read behind the same prompt, under the chat template, each with the end of its turn where it has one.
+Both answers are read behind the same prompt, under the chat template, each with the end of its turn if it has one.
 The score is the policy's own likelihood, without a reference: not DPO's implicit reward. A tie is wrong, as in trl. For
 the accuracy of reward models see ``reward_pairs.py``.
 """
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +18,10 @@ from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.stages.evaluation_tasks import PreferenceConfig
 from align.data.rows import Dropped, Row, is_finished
 from align.errors import UserError
-from align.evaluation.tasks.base import Item, Measured, Metric, Reader, Task, TaskInputs
-from align.evaluation.tasks.encoding import answer_ids, fit_context
-from align.evaluation.tasks.task_records import describe_records, draw, record_source
+from align.evaluation.scorecard import Metric
+from align.evaluation.tasks.base import Item, Measured, Reader, Task, TaskInputs
+from align.evaluation.tasks.encoding import answer_ids, fit_context, require_numbers
+from align.evaluation.tasks.records import describe_records, draw, numbered_ids, record_source
 from align.store.fingerprint import digest
 
 BLOCK = 200
@@ -45,7 +45,7 @@ METRICS = {
 
 
 def build(name: str, config: PreferenceConfig, inputs: TaskInputs) -> PreferenceTask:
-    """Read the pairs. Raises ``UserError`` where none can be read, and for records that are no pairs."""
+    """Build the task from its pairs. Raises ``UserError`` if no pair is usable, and for records that are not pairs."""
     if config.reads_stage_pairs:
         rows = inputs.pairs
         description: dict[str, Any] = {} if config.max_items is None else {"max_items": config.max_items}
@@ -80,13 +80,11 @@ class PreferenceTask(Task):
         self.metrics = METRICS
         self.primary = "acc"
         self.description = description or {}
-        counts: Counter[str] = Counter()
-        self.items = []
-        for row in self.rows:
-            answers = {side: row[side][-1]["content"] for side in SIDES}
-            item = Item(str(row["id"]), str(row["source"]), list(row["prompt"]), answers)
-            counts[item.id] += 1
-            self.items.append(item if counts[item.id] == 1 else replace(item, id=f"{item.id}-{counts[item.id]}"))
+        ids = numbered_ids([str(row["id"]) for row in self.rows])
+        self.items = [
+            Item(id, str(row["source"]), list(row["prompt"]), {side: row[side][-1]["content"] for side in SIDES})
+            for id, row in zip(ids, self.rows, strict=True)
+        ]
 
     def settings(self) -> dict[str, Any]:
         """Return the data, and the accuracy of always preferring the shorter answer (equal lengths count half)."""
@@ -140,8 +138,7 @@ class PreferenceTask(Task):
                 pairs.append((fitted_context, fitted_ids))
         logprobs = reader.logprobs([context for context, _ in pairs], [ids for _, ids in pairs])
         sums = [math.fsum(values) for values in logprobs]
-        if any(map(math.isnan, sums)):
-            raise RuntimeError(f"{self.name}: '{reader.info.name}' gives probabilities that are not numbers (NaN)")
+        require_numbers(sums, self.name, reader.info.name)
         sizes = [len(ids) for _, ids in pairs]
         return {
             "sums": [sums[start : start + 2] for start in range(0, len(sums), 2)],
@@ -151,17 +148,11 @@ class PreferenceTask(Task):
         }
 
 
-def read_pairs(source: FilesSource | HubSource, inputs: TaskInputs, name: str) -> list[Row]:
-    """Return rows of the source's pairs, each with a ``source``.
+def choose_pair_format(source: FilesSource | HubSource, records: Iterator[Any], inputs: TaskInputs, name: str) -> Any:
+    """Return the format of records of pairs, with the records. Raises ``UserError`` for another format."""
+    from align.data.sources import choose_format
 
-    Records that make no pair (equal answers, no answer) are left out and counted in a warning. Raises ``UserError`` for
-    a record that cannot be read, and for records of another format than pairs.
-    """
-    from align.data.formats import convert
-    from align.data.rows import BadRecord
-    from align.data.sources import choose_format, read
-
-    choice = choose_format(source, read(source, inputs.base), "preferences")
+    choice = choose_format(source, records, "preferences")
     form = choice.format.form
     if form not in PAIRED:
         raise UserError(
@@ -170,6 +161,25 @@ def read_pairs(source: FilesSource | HubSource, inputs: TaskInputs, name: str) -
         )
     if choice.reason:
         inputs.note(f"{name}: format {form}: {choice.reason}")
+    return choice
+
+
+def format_counts(reasons: Counter[str]) -> str:
+    """Format reasons with their counts, the most frequent first."""
+    return ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+
+
+def read_pairs(source: FilesSource | HubSource, inputs: TaskInputs, name: str) -> list[Row]:
+    """Return rows of the source's pairs, each with a ``source``.
+
+    Records that make no pair (equal answers, no answer) are skipped and counted in a warning. Raises ``UserError`` for
+    a record that cannot be read, and for records of another format than pairs.
+    """
+    from align.data.formats import convert
+    from align.data.rows import BadRecord
+    from align.data.sources import read
+
+    choice = choose_pair_format(source, read(source, inputs.base), inputs, name)
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
     for item in choice.records:
@@ -182,15 +192,14 @@ def read_pairs(source: FilesSource | HubSource, inputs: TaskInputs, name: str) -
             else:
                 rows.append({"source": source.label, **row})
     if dropped:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
-        inputs.warn(f"{name}: {dropped.total()} records are left out: {reasons}")
+        inputs.warn(f"{name}: {dropped.total()} records are left out: {format_counts(dropped)}")
     if not rows:
         raise UserError(f"{name}: {source.label}: there are no pairs in it; nothing could be compared.")
     return rows
 
 
 def _is_plain(row: Row) -> bool:
-    """Return True for a pair of one turn on each side, of words alone: tools and tool calls are not rendered here."""
+    """Return True for a pair of one turn on each side, without tools: tools and tool calls are not rendered here."""
     if any(len(row[side]) != 1 for side in SIDES):
         return False
     if row.get("tools") or any(message.get("tool_calls") for side in SIDES for message in row[side]):

@@ -5,7 +5,7 @@ pair, and the results go to the scorecard's ``reward_models``. A tie is wrong.
 
 Records of RewardBench 2 have one good answer and three bad ones (in the Ties subset several of both). Its own numbers
 use them all. Calibration, length and the like are about pairs; for these, one good and one bad answer of each record
-are drawn by seed. Pairs whose answers call tools are left out.
+are drawn by seed. Pairs whose answers call tools are skipped.
 """
 
 from __future__ import annotations
@@ -18,24 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.config.recipe.format_options import PAIRED
 from align.config.stages.evaluation_tasks import PairLayout, RewardPairsConfig
 from align.config.validation import suggest
 from align.data.formats import convert
 from align.data.rows import Dropped, Message, Row, assistant, user
-from align.data.sources import choose_format
 from align.errors import UserError
-from align.evaluation.reward_accuracy import Scores, pair_reports
-from align.evaluation.reward_bench import SECTIONS, TIES, best_sections, pair_sections
+from align.evaluation.reward_accuracy import SECTIONS, TIES, Scores, best_sections, pair_reports, pair_sections
 from align.evaluation.tasks.base import Answers, Item, Measured, RewardField, ScoringContext, Task, TaskInputs
-from align.evaluation.tasks.task_records import (
-    TaskRecord,
-    describe_records,
-    draw,
-    item_ids,
-    read_records,
-    record_source,
-)
+from align.evaluation.tasks.preference import choose_pair_format, format_counts
+from align.evaluation.tasks.records import TaskRecord, describe_records, draw, item_ids, read_records, record_source
 
 TITLES: dict[PairLayout, str] = {
     "pairs": "Reward-model pairs",
@@ -49,7 +40,7 @@ _TIES_ID = re.compile(r"(ref|tied):\S+")
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt's good and bad answers; one of each for a pair."""
+    """A prompt's good and bad answers; a pair has one good and one bad answer."""
 
     id: str
     category: str
@@ -61,7 +52,7 @@ class Comparison:
 
 
 def build(name: str, config: RewardPairsConfig, inputs: TaskInputs) -> RewardPairsTask:
-    """Read the pairs. Raises ``UserError`` for records that are no pairs."""
+    """Build the task from its pairs. Raises ``UserError`` for records that are not pairs."""
     records = read_records(record_source(config), inputs.base)
     layout = _choose_layout(config, records)
     if layout == "reward_bench_2":
@@ -74,14 +65,14 @@ def build(name: str, config: RewardPairsConfig, inputs: TaskInputs) -> RewardPai
 
 def _choose_layout(config: RewardPairsConfig, records: Sequence[TaskRecord]) -> PairLayout:
     field = config.category or CATEGORY
-    known = {subset for members in SECTIONS.values() for subset in members}
-    unknown = next((record for record in records if record.get(field) not in known), None)
+    known_subsets = {subset for members in SECTIONS.values() for subset in members}
+    unknown = next((record for record in records if record.get(field) not in known_subsets), None)
     if config.layout == "reward_bench" and unknown is not None:
         subset = unknown.text(field)
-        raise UserError(f"{unknown.where}: '{subset}' is no subset of RewardBench.{suggest(subset, known)}")
+        raise UserError(f"{unknown.where}: '{subset}' is no subset of RewardBench.{suggest(subset, known_subsets)}")
     if config.layout != "auto":
         return config.layout
-    # ``auto``: lists of answers are RewardBench 2's, known subsets alone are RewardBench's, all else are pairs.
+    # ``auto``: lists of answers are RewardBench 2's, only known subsets are RewardBench's, all else are pairs.
     if all(_is_texts(record.get("chosen")) and _is_texts(record.get("rejected")) for record in records):
         return "reward_bench_2"
     return "reward_bench" if unknown is None else "pairs"
@@ -92,15 +83,7 @@ def _read_pairs(
 ) -> list[Comparison]:
     """Return a comparison of each record that makes a pair; the others are counted in a warning."""
     source = record_source(config).model_copy(update={"format": config.format, "options": config.options})
-    choice = choose_format(source, iter([(record.where, dict(record)) for record in records]), "preferences")
-    form = choice.format.form
-    if choice.reason:
-        inputs.note(f"{name}: format {choice.reason}")
-    if form not in PAIRED:
-        raise UserError(
-            f"{name}: format {form} has no chosen and rejected answer; formats that have are {', '.join(PAIRED)}. "
-            "Make pairs with a recipe's `pairs` step, and name its stage as the evaluate stage's `pairs`."
-        )
+    choice = choose_pair_format(source, iter([(record.where, dict(record)) for record in records]), inputs, name)
     comparisons: list[Comparison] = []
     dropped: Counter[str] = Counter()
     for record, id in zip(records, item_ids(list(records)), strict=True):
@@ -113,8 +96,7 @@ def _read_pairs(
                 chosen, rejected = ([row[side][-1]["content"]] for side in ("chosen", "rejected"))
                 comparisons.append(Comparison(id, category, row["prompt"], chosen, rejected, row))
     if dropped:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
-        inputs.warn(f"{name}: {dropped.total()} of {len(records)} records make no pair: {reasons}")
+        inputs.warn(f"{name}: {dropped.total()} of {len(records)} records make no pair: {format_counts(dropped)}")
     if not comparisons:
         raise UserError(f"{name}: none of {len(records)} records makes a pair; nothing could be scored.")
     return comparisons
@@ -128,7 +110,7 @@ def _category(config: RewardPairsConfig, record: TaskRecord) -> str:
 
 
 def read_best_of(records: Sequence[TaskRecord], category: str = CATEGORY) -> list[Comparison]:
-    """Read records of RewardBench 2: ``prompt``, ``chosen`` and ``rejected`` (lists of texts), ``subset``, ``id``.
+    """Parse records of RewardBench 2: ``prompt``, ``chosen`` and ``rejected`` (lists of texts), ``subset``, ``id``.
 
     Raises ``UserError`` for a record of another form, and for an ``id`` of the Ties subset that names no partner.
     """
@@ -144,7 +126,8 @@ def read_best_of(records: Sequence[TaskRecord], category: str = CATEGORY) -> lis
             if (subset, id) in tie_ids:
                 raise UserError(f"{record.where}: '{id}' of the Ties subset is there twice; delete one.")
             tie_ids.add((subset, id))
-        chosen, rejected = record.texts("chosen"), record.texts("rejected")
+        chosen = record.texts("chosen")
+        rejected = record.texts("rejected")
         prompt = [user(record.text("prompt"))]
         comparisons.append(Comparison(id, subset, prompt, chosen, rejected))
     return comparisons
@@ -182,11 +165,12 @@ class RewardPairsTask(Task):
         self.comparisons = list(comparisons)
         self.description = description
         self.items = [Item(comparison.id, comparison.category, list(comparison.prompt)) for comparison in comparisons]
-        self.metrics, self.primary = {}, ""  # its numbers belong to no system
+        self.metrics = {}
+        self.primary = ""  # its numbers belong to no system
         self.models: tuple[RewardField, ...] = ("reward",)
         if inputs.has_second_reward:
             self.models = ("reward", "second_reward")
-        # Comparisons with several answers are reduced to one random pair each, so that pair statistics apply.
+        # Comparisons with several answers are reduced to one random pair each, so pair statistics apply.
         generator = random.Random(inputs.seed)  # noqa: S311
         self.pair_indices = [
             (generator.randrange(len(comparison.chosen)), generator.randrange(len(comparison.rejected)))
@@ -203,7 +187,7 @@ class RewardPairsTask(Task):
         return {**self.description, "pairs": len(self.comparisons), "answers": answers}
 
     def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
-        """Have the reward models score every answer; nothing is measured of the systems."""
+        """Have the reward models score every answer. The systems are not measured."""
         self.scored = []
         for field in self.models:
             self.scored.append((context.reward_stage(field) or field, self._scores(context, field)))
@@ -221,7 +205,7 @@ class RewardPairsTask(Task):
     def item_values(self) -> dict[str, list[dict[str, list[float | None]]]]:
         """Return each reward model's ``chosen`` and ``rejected`` scores, ``margin`` and ``correct``.
 
-        The latter two are of the pair that the report is about: one answer of each side, drawn where there are several.
+        The latter two are of the pair that the report is about: one answer of each side, drawn if there are several.
         A score that is not finite is null.
         """
         return {
@@ -248,7 +232,8 @@ class RewardPairsTask(Task):
 
     def _scores(self, context: ScoringContext, field: RewardField) -> list[tuple[list[float], list[float]]]:
         """Return the scores of each comparison's chosen and rejected answers."""
-        prompts, texts = [], []
+        prompts = []
+        texts = []
         for comparison in self.comparisons:
             for text in (*comparison.chosen, *comparison.rejected):
                 prompts.append(comparison.prompt)
@@ -260,7 +245,8 @@ class RewardPairsTask(Task):
         ]
 
     def _pair_scores(self, scores: Sequence[tuple[list[float], list[float]]]) -> Scores:
-        chosen, rejected = [], []
+        chosen = []
+        rejected = []
         for (good_scores, bad_scores), (good, bad) in zip(scores, self.pair_indices, strict=True):
             chosen.append(good_scores[good])
             rejected.append(bad_scores[bad])
@@ -306,7 +292,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _unusable_reason(row: Row) -> str | None:
-    """Return the reason why a reward model cannot score a pair; None where it can."""
+    """Return the reason why a reward model cannot score a pair; None if it can."""
     answers = (*row["chosen"], *row["rejected"])
     if row.get("tools") or any(message.get("tool_calls") for message in (*row["prompt"], *answers)):
         return "it has tools"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.evaluation.prompt_metrics import program_metrics
+from align.evaluation.scorecard import program_metrics
 from align.report.compare.kl_gaps import kl_gaps
 from align.report.compare.merged_scorecard import (
     SAMPLES,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from align.evaluation.comparisons import Column, Resampling, correct_table, difference, per_item
-from align.evaluation.scorecard import DRIFT
-from align.evaluation.typed_scorecard import FORMAT
+from align.evaluation.scorecard import FORMAT
+from align.evaluation.scorecard.scorecard_builder import DRIFT
 from align.report.scorecard.episode_view import is_episode
 from align.report.scorecard.rollout_lines import read_lines
 from align.report.scorecard.samples import read_samples

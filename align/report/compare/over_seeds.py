@@ -13,7 +13,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.evaluation.comparisons import correct_table
-from align.evaluation.seed_statistics import seed_difference, seed_mean
+from align.evaluation.statistics import seed_difference, seed_mean
 from align.report.compare.merged_scorecard import EvaluatedRun, read_cards
 from align.report.compare.run_table import Runs, result_metrics
 from align.report.compare.seed_groups import SeedGroup, group_by_seed

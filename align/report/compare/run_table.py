@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.evaluation.prompt_metrics import program_metrics
+from align.evaluation.scorecard import program_metrics
 from align.report.compare.merged_scorecard import Card, EvaluatedRun
 from align.report.page.assets import AssetWriter, estimate_cells, estimate_columns
 from align.report.page.number_format import MARKS, MISSING, WORDS, duration, interval, number, signed, size

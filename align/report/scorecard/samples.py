@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from align.evaluation.prompt_metrics import program_metrics
+from align.evaluation.scorecard import program_metrics
 from align.report.page.templates import script_json
 from align.report.scorecard.episode_view import MAX_TEXT, cut, episode_view, is_episode
 from align.report.scorecard.rollout_lines import read_lines

@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.evaluation.prompt_metrics import program_metrics
-from align.evaluation.typed_scorecard import FORMAT
+from align.evaluation.scorecard import FORMAT, program_metrics
 from align.report.curves.metric_series import Events
 from align.report.page.assets import AssetWriter, Figure
 from align.report.scorecard import (

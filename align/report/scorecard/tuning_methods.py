@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from align.config.tuning import Tuning
-from align.evaluation.prompt_metrics import program_metrics
+from align.evaluation.scorecard import program_metrics
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import MISSING, duration, interval, number, size
 from align.report.scorecard.decision import Best, find_best, item_columns, join_names

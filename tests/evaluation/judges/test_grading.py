@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.data.rows import assistant, user
-from align.evaluation.judges.judge_prompts import (
-    GRADE_PROMPT,
-    REFERENCE_NOTE,
-    format_references,
-    grade_prompt,
-    read_grade,
-)
+from align.evaluation.judges.judge import GRADE_PROMPT, REFERENCE_NOTE, format_references, grade_prompt, read_grade
 from tests.support.evaluation.judged_harness import parts
 
 
@@ -51,7 +45,7 @@ def test_the_question_repeated_is_no_grade() -> None:
     assert read_grade(message["content"]) is None
 
 
-def test_the_judge_sees_the_conversation_the_references_and_the_answer_in_order() -> None:
+def test_judge_prompt_order_is_conversation_references_answer() -> None:
     conversation = [user("Add {1} and 2"), assistant("3"), user("Double it"), assistant("6")]
     (message,) = grade_prompt(conversation, "Be strict.", format_references(["three", "six"]))
     assert "Be strict." in message["content"] and REFERENCE_NOTE.strip() in message["content"]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from align.config.judge import JudgeConfig
 from align.data.rows import assistant, user
 from align.errors import UserError
-from align.evaluation.judges.judge_prompts import (
+from align.evaluation.judges.judge import (
     Outcome,
     Verdict,
     combine_verdicts,
@@ -88,7 +88,7 @@ def test_an_empty_rubric_is_refused() -> None:
         JudgeConfig(rubric=" ")
 
 
-def test_a_comparison_shows_what_is_shared_once_and_each_answer_whole() -> None:
+def test_comparison_shows_shared_turns_once_and_full_answers() -> None:
     head = [user("What is {this}?")]
     first = [*head, assistant("A brace."), user("Sure?"), assistant("Yes")]
     second = [*head, assistant("A curl."), user("Sure?"), assistant(" ")]

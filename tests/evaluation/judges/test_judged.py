@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from align.config.stages.evaluation_tasks import JudgedConfig
 from align.data.rows import Message
 from align.errors import UserError
-from align.evaluation.tasks.registry import build_task, task_identities
-from align.evaluation.tasks.task_records import record_source
+from align.evaluation.tasks import build_task, task_identities
+from align.evaluation.tasks.records import record_source
 from tests.support.evaluation.judged_harness import Scripted, answers_of, make_task, task_inputs, write_lines
 from tests.support.inference.fake_chat import FakeChat, completion
 
@@ -61,9 +61,7 @@ def test_the_real_questions_with_their_references(shared_data: Path, fake: FakeC
     assert list(task.settings()["data"]["files"]) == ["question.jsonl"]
 
 
-def test_without_a_file_the_questions_own_references_are_taken_and_what_lacks_one_is_told(
-    shared_data: Path, fake: FakeChat
-) -> None:
+def test_record_references_are_default_and_missing_ones_warn(shared_data: Path, fake: FakeChat) -> None:
     warnings: list[str] = []
     task = _mt_bench(shared_data, fake, warnings, references=False)
     assert sum(bool(item.data["references"]) for item in task.items) == 29  # 123 has none
@@ -71,9 +69,7 @@ def test_without_a_file_the_questions_own_references_are_taken_and_what_lacks_on
     assert len(warnings) == 1 and "1 questions of math, reasoning and coding have no reference" in warnings[0]
 
 
-def test_categories_are_sampled_at_their_own_temperature_and_second_turns_follow_the_own_first(
-    shared_data: Path, fake: FakeChat
-) -> None:
+def test_categories_have_own_temperature_and_turns_continue(shared_data: Path, fake: FakeChat) -> None:
     task = _mt_bench(shared_data, fake, [])
     system = Scripted("sft", _echo)
     answers = task.respond(system)

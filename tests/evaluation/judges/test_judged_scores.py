@@ -17,8 +17,8 @@ import pytest
 
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
-from align.evaluation.flags import find_flags
-from align.evaluation.scorecard import Measurements, TaskResult, build
+from align.evaluation.scorecard.gates import find_flags
+from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
 from align.evaluation.tasks.base import Measured
 from align.inference.endpoint_client import EndpointLost
 from tests.support.evaluation.judged_harness import (
@@ -72,7 +72,7 @@ def _turns(name: str, *texts: str) -> Scripted:
     return Scripted(name, lambda prompt, _: texts[2 * int(prompt[-1]["content"][-1]) + (len(prompt) > 1)])
 
 
-def test_each_turn_is_graded_in_its_conversation_beside_its_references(fake: FakeChat, tmp_path: Path) -> None:
+def test_each_turn_is_graded_with_conversation_and_references(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = _grade_by({"a": "[[2]]", "b": "[[5]]", "c": "[[10]]", "d": "[[7.5]]", "e": "[[1]]"})
     task = make_task(tmp_path, records=MT, preset="mt_bench", judge=endpoint(fake, concurrency=1))
     answers = answers_of(task, _turns("sft", "a", "b", "c", "d"), _turns("ppo", "e", "e", "e", "e"))
@@ -185,7 +185,7 @@ def test_against_the_base_model_and_against_the_file(fake: FakeChat, tmp_path: P
         task.score(answers_of(task, constant("file", "x")), FolderContext(tmp_path))
 
 
-def test_opponents_that_are_not_there_are_told_before_anyone_answers(fake: FakeChat, tmp_path: Path) -> None:
+def test_missing_opponent_is_error_before_any_answer(fake: FakeChat, tmp_path: Path) -> None:
     system = constant("sft", "x")
     task = make_task(tmp_path, 2, against="base", judge=endpoint(fake))
     with pytest.raises(UserError, match="no stage of kind `model`"):
@@ -205,7 +205,7 @@ def test_one_system_has_nothing_to_be_compared_with(fake: FakeChat, tmp_path: Pa
     assert fake.bodies == [] and "one system" in bench.warnings[0] and task.extras()["win_rates"] == []
 
 
-def test_a_judge_of_length_finds_even_systems_even_at_equal_length(fake: FakeChat, tmp_path: Path) -> None:
+def test_length_judge_is_even_at_equal_length(fake: FakeChat, tmp_path: Path) -> None:
     # ppo is longer in 30 of 40 answers, by amounts of all sizes; the judge looks at nothing else.
     task = make_task(tmp_path, 40, judge=endpoint(fake))
     sizes = [300 + (10 + 7 * n if n % 4 else -10 - 7 * n // 2) for n in range(40)]
@@ -233,7 +233,7 @@ def test_two_turns_are_compared_whole(fake: FakeChat, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_unreadable_verdicts_are_left_out_and_counted_and_too_many_are_an_error(fake: FakeChat, tmp_path: Path) -> None:
+def test_unreadable_verdicts_are_skipped_and_too_many_are_error(fake: FakeChat, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Any:
         return completion("?") if "Question 7\n" in body["messages"][-1]["content"] else prefers(longer)(body)
 
@@ -301,7 +301,7 @@ def test_a_copy_has_no_interval_since_nothing_was_compared(tmp_path: Path) -> No
     assert 0.2 < card["win_rates"][0]["win_rate"]["low"] < 0.5
 
 
-def test_of_several_turns_the_mean_score_counts_and_each_is_scored_in_its_conversation(tmp_path: Path) -> None:
+def test_several_turns_count_by_mean_score_in_conversation(tmp_path: Path) -> None:
     calls: list[tuple[int, str, bool]] = []
 
     def score(prompts: Any, answers: Any, finished: Any) -> list[float]:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from align.evaluation.judges.length_control import length_controlled, obstacle
+from align.evaluation.comparisons import length_controlled, obstacle
 from align.evaluation.statistics import Estimate
 
 Z = 1.959963984540054

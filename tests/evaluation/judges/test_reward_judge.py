@@ -10,8 +10,8 @@ import pytest
 from align.config.scores import RewardJudge
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.judges.client import JudgmentCaches
-from align.evaluation.judges.reward_judge import MIN_JUDGMENTS, JudgeScorer, judge_scorer
+from align.evaluation.judges.judge import JudgmentCaches
+from align.evaluation.rewards import MIN_JUDGMENTS, JudgeScorer, judge_scorer
 from align.inference.endpoint_client import EndpointLost
 from tests.support.evaluation.judged_harness import endpoint
 from tests.support.inference.fake_chat import FakeChat, completion
@@ -130,16 +130,14 @@ def test_too_many_unreadable_grades_end_the_run_with_an_example(fake: FakeChat, 
     assert "\\u001b[31mnine" in str(caught.value) and "judge.seed: 1" in str(caught.value)
 
 
-def test_a_row_without_the_reference_column_is_named_with_its_columns(fake: FakeChat, tmp_path: Path) -> None:
+def test_missing_reference_column_error_names_row_and_columns(fake: FakeChat, tmp_path: Path) -> None:
     rows = [{"id": "7", "prompt": [user("?")], "checks": ""}]
     with pytest.raises(UserError, match=r"score\[1\].judge.reference: row 7 has no 'answer'.*checks, id, prompt"):
         judge(fake, tmp_path, reference="answer").score(rows, ["x"])
     assert not fake.bodies
 
 
-def test_a_judge_that_cannot_be_used_shows_before_anything_starts(
-    fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_judge_is_error_before_start(fake: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(UserError, match=r"score\[1\].judge.endpoint.key_variable: .* NO_SUCH_KEY is not set"):
         judge(fake, tmp_path, at={"key_variable": "NO_SUCH_KEY"})

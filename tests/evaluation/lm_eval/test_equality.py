@@ -16,6 +16,7 @@ import pytest
 
 from align.config.stages.evaluation_tasks import IfevalConfig, MultipleChoiceConfig
 from align.errors import UserError
+from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import TaskInputs
 from align.evaluation.tasks.ifeval import (
     INSTRUCTION_LOOSE,
@@ -27,7 +28,6 @@ from align.evaluation.tasks.ifeval import (
     seeded_language_guess,
 )
 from align.evaluation.tasks.multiple_choice import MultipleChoiceTask
-from align.evaluation.tasks.registry import build_task
 from tests.support.evaluation.tasks.ifeval_answers import KINDS
 from tests.support.evaluation.tasks.readers import ModelReader
 from tests.support.evaluation.tasks.respondents import NoModelContext, answered, task_inputs

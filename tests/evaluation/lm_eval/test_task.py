@@ -18,8 +18,9 @@ from align.config.validation import validate
 from align.errors import UserError
 from align.evaluation.lm_eval import task as module
 from align.evaluation.lm_eval.task import LmEvalTask
-from align.evaluation.tasks.base import Measured, SystemInfo
-from align.evaluation.tasks.registry import build_task, task_identities
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks import build_task, task_identities
+from align.evaluation.tasks.base import Measured
 from tests.support.evaluation.tasks.lm_eval_folder import ALL, QUESTIONS, make_tasks
 from tests.support.evaluation.tasks.readers import ModelReader
 from tests.support.evaluation.tasks.respondents import task_inputs
@@ -64,10 +65,10 @@ def test_settings_that_are_wrong(block: dict[str, Any], message: str) -> None:
         validate(LmEvalConfig, {"task": "lm_eval", **block}, "pipelines/x.yaml: stages.evaluate.tasks.general")
 
 
-def test_settings_and_identities_import_neither_lm_eval_nor_torch(folder: Path) -> None:
+def test_settings_and_identities_import_no_lm_eval_or_torch(folder: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom align.config.stages.evaluation_tasks import LmEvalConfig\n"
-        "from align.evaluation.tasks.registry import task_identities\n"
+        "from align.evaluation.tasks import task_identities\n"
         f"found = task_identities(LmEvalConfig(tasks=['sums'], include={str(folder)!r}), Path('.'))\n"
         "print(sorted(found), {'lm_eval', 'torch', 'datasets', 'transformers'} & set(sys.modules))"
     )
@@ -168,7 +169,7 @@ def test_metrics_are_known_before_anything_is_read(run: Run) -> None:
     )  # fmt: skip
 
 
-def test_what_is_no_mean_is_left_out_and_what_appears_while_scoring_is_added(run: Run) -> None:
+def test_non_means_are_dropped_and_new_metrics_are_added(run: Run) -> None:
     assert set(run.task.metrics) == {*run.before, "checks_long_3"} - {"checks_longest"}
     assert list(run.measured.values) == list(run.task.metrics)
     assert run.measured.notes["left_out"] == {
@@ -182,7 +183,7 @@ def test_what_is_no_mean_is_left_out_and_what_appears_while_scoring_is_added(run
     assert any("checks_longest is left out" in warning for warning in run.warnings)
 
 
-def test_every_metric_has_a_value_for_each_item_and_weighs_its_own(run: Run) -> None:
+def test_metric_has_value_per_item_and_weighs_own_items(run: Run) -> None:
     sources = [item.source for item in run.task.items]
     for name, values in run.measured.values.items():
         assert [len(samples) for samples in values] == [1] * len(sources), name
@@ -303,9 +304,7 @@ def test_a_prompted_system_s_message_and_examples_are_lm_eval_s(run: Run, jobs: 
     assert names != run.reader.results["lm_eval-general"][0], "another way of asking is another result"
 
 
-def test_a_template_without_a_system_message_is_an_error_and_not_a_silent_baseline(
-    run: Run, jobs: list[dict[str, Any]]
-) -> None:
+def test_template_without_system_message_is_error_for_baseline(run: Run, jobs: list[dict[str, Any]]) -> None:
     prompted = reader(run.reader.model_dir, SystemInfo("prompted", "sft", "prompted", "k2", system="Be brief."))
     prompted.tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages }}"

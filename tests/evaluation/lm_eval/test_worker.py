@@ -14,7 +14,7 @@ import pytest
 
 from align.config.stages.evaluation_tasks import LmEvalConfig
 from align.errors import UserError
-from align.evaluation.lm_eval import describe, worker
+from align.evaluation.lm_eval import worker
 from align.evaluation.lm_eval.worker import LmEvalChangedError, evaluate, read_results
 from tests.support.evaluation.tasks.lm_eval_folder import QUESTIONS, make_tasks
 
@@ -59,7 +59,7 @@ def captured(folder: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
     return results, caught[0]
 
 
-def test_a_prompted_system_is_asked_with_its_message_and_examples(captured: Captured) -> None:
+def test_prompted_system_sends_message_and_examples(captured: Captured) -> None:
     actual, full = captured
     context, choice = full["samples"]["arc_like"][0]["arguments"][0]
     assert context.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion: ")
@@ -152,7 +152,7 @@ def some_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_what_is_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        describe.describe(job(None, name))
+        worker.describe(job(None, name))
 
 
 def test_an_own_folder_needs_no_index_of_lm_eval_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,26 +165,26 @@ def test_an_own_folder_needs_no_index_of_lm_eval_s(folder: Path, monkeypatch: py
         return real(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(module, "TaskManager", manager)
-    assert "quizzes" in describe.task_index(str(folder), ["quizzes", "sums"]).all_groups
+    assert "quizzes" in worker.task_index(str(folder), ["quizzes", "sums"]).all_groups
     with pytest.raises(AssertionError):
-        describe.task_index(str(folder), ["sums", "arc_easy"])
+        worker.task_index(str(folder), ["sums", "arc_easy"])
 
 
 def test_a_group_with_a_task_of_lm_eval_s_own_is_looked_up_there(some_of_its_own: None, tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("group: both\ntask: [arc_easy]\n")
-    index = describe.task_index(str(tmp_path), ["both"])
-    assert {name for name, _ in describe._entries(index, "both")} == {"both", "arc_easy"}
+    index = worker.task_index(str(tmp_path), ["both"])
+    assert {name for name, _ in worker._entries(index, "both")} == {"both", "arc_easy"}
     assert "arc_easy" in index.all_tasks, "or lm-eval would take the name for a task without settings"
 
 
 def test_a_task_named_alone_and_in_its_group_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="'quizzes' has 'quiz_b' in it, which is also named before"):
-        describe.describe(job(folder, "quiz_b", "quizzes"))
+        worker.describe(job(folder, "quiz_b", "quizzes"))
 
 
-def test_descriptions_follow_the_settings_and_the_functions_and_not_the_place(folder: Path, tmp_path: Path) -> None:
+def test_description_depends_on_settings_not_on_folder(folder: Path, tmp_path: Path) -> None:
     def digests(where: Path) -> dict[str, str]:
-        described = describe.describe(job(where, "checks", "arc_like"))["tasks"]
+        described = worker.describe(job(where, "checks", "arc_like"))["tasks"]
         return {name: entry["config"] for name, entry in described.items()}
 
     before = digests(folder)
@@ -235,16 +235,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_data_of_the_hub_are_read_at_a_commit(hub: Hub) -> None:
-    described = describe.describe(job(None, "arc_easy", revisions={"allenai/ai2_arc": COMMIT}, limit=2))
+    described = worker.describe(job(None, "arc_easy", revisions={"allenai/ai2_arc": COMMIT}, limit=2))
     assert hub.asked == [("allenai/ai2_arc", COMMIT)]
     arc_task = described["tasks"]["arc_easy"]
     assert [doc["text"] for doc in arc_task["docs"]] == [f"Question: {text}\nAnswer:" for text, _, _ in QUESTIONS[:2]]
     assert arc_task["data"] == "allenai/ai2_arc"
 
 
-def test_data_of_the_hub_without_a_commit_are_refused_with_what_to_write(hub: Hub) -> None:
+def test_hub_data_without_commit_is_refused_with_remedy(hub: Hub) -> None:
     with pytest.raises(UserError, match=r"allenai/ai2_arc would be read .* `revisions: \{allenai/ai2_arc: COMMIT\}`"):
-        describe.describe(job(None, "arc_easy"))
+        worker.describe(job(None, "arc_easy"))
 
 
 def test_where_the_hub_answers_its_commit_is_in_the_message(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_where_the_hub_answers_its_commit_is_in_the_message(hub: Hub, monkeypatc
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, path, timeout: Info())
     with pytest.raises(UserError, match=rf"revisions: \{{allenai/ai2_arc: {COMMIT}\}}"):
-        describe.describe(job(None, "arc_easy"))
+        worker.describe(job(None, "arc_easy"))
 
 
 def test_ifeval_needs_no_download_and_is_refused_where_it_would(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_ifeval_needs_no_download_and_is_refused_where_it_would(hub: Hub, monkey
     for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval.")]:
         monkeypatch.delitem(sys.modules, name)
     request = job(None, "ifeval", revisions={"google/IFEval": COMMIT})
-    described = describe.describe(request)
+    described = worker.describe(request)
     assert [metric["metric"] for metric in described["tasks"]["ifeval"]["metrics"]][:2] == [
         "prompt_level_strict_acc", "inst_level_strict_acc",
     ]  # fmt: skip
@@ -277,12 +277,12 @@ def test_ifeval_needs_no_download_and_is_refused_where_it_would(hub: Hub, monkey
     def missing() -> None:
         raise UserError("no sentence model")
 
-    monkeypatch.setattr(describe, "ensure_punkt", missing)
+    monkeypatch.setattr(worker, "ensure_punkt", missing)
     with pytest.raises(UserError, match="no sentence model"):
-        describe.describe(request)
+        worker.describe(request)
 
 
 @pytest.mark.slow
 def test_lm_eval_s_whole_index_is_searched() -> None:
     with pytest.raises(UserError, match="Did you mean 'hellaswag'"):
-        describe.describe(job(None, "helaswag"))
+        worker.describe(job(None, "helaswag"))

@@ -10,7 +10,7 @@ import pytest
 from align.config.recipe.source_settings import FilesSource
 from align.errors import UserError
 from align.evaluation.tasks.choice_formats import TRUTHFUL_EXAMPLES, Question, choose_form, parse
-from align.evaluation.tasks.task_records import TaskRecord, read_records
+from align.evaluation.tasks.records import TaskRecord, read_records
 
 HUB_ARC = {
     "id": "X_1",

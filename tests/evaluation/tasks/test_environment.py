@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.environments.episode import CallRecord, Episode, PolicyTurn
 from align.errors import UserError
+from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks.base import EpisodeSet
 from align.evaluation.tasks.environment import EnvironmentTask, pass_at, powers_of_two
-from align.evaluation.tasks.registry import build_task, task_identities
 from tests.support.evaluation.tasks.respondents import NoModelContext, task_inputs
 
 BUTTONS = {"class": "tests.support.environments.buttons:Buttons", "max_tokens": 60}
@@ -133,7 +133,7 @@ def test_a_part_of_the_score_may_decide(tmp_path: Path) -> None:
     assert task.score_episodes(episodes, NoModelContext())["sft"].values["success"] == [[0], [1]]
 
 
-def test_a_part_that_there_is_not_is_refused_when_the_first_system_has_played(tmp_path: Path) -> None:
+def test_unknown_success_part_is_refused_after_first_system(tmp_path: Path) -> None:
     task = make_task(tmp_path, success="rigth")
     performer: Any = Playing(play(1.0, parts={"right": 1.0}), failed())
     with pytest.raises(UserError, match=r"tasks\.buttons: success 'rigth' is no part .* Did you mean 'right'"):

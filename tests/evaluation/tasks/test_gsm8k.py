@@ -17,9 +17,9 @@ from align.config.stages.evaluation_tasks import MAX_EXAMPLES, Gsm8kConfig
 from align.data.final_numbers import last_number, marked_number
 from align.data.rows import normalized
 from align.errors import UserError
-from align.evaluation.tasks.gsm8k import Gsm8kTask, describe
-from align.evaluation.tasks.registry import task_identities
-from align.evaluation.tasks.task_records import examples_source
+from align.evaluation.tasks import task_identities
+from align.evaluation.tasks.gsm8k import Gsm8kTask
+from align.evaluation.tasks.records import examples_source
 from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, make_gsm8k_task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -104,7 +104,7 @@ def test_long_answers_are_read_in_no_time() -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_lm_evals_filters_agree_on_plain_numbers_and_differ_where_we_say() -> None:
+def test_lm_eval_filters_agree_except_documented_differences() -> None:
     extraction = pytest.importorskip("lm_eval.filters.extraction")
     from lm_eval.api.metrics import exact_match_hf_evaluate
 
@@ -167,7 +167,7 @@ def test_both_numbers_are_scored_and_their_absence_is_counted(tmp_path: Path) ->
     assert list(task.metrics) == list(measured.values)
 
 
-def test_shots_are_earlier_turns_and_a_baselines_examples_come_on_top(tmp_path: Path) -> None:
+def test_shots_are_turns_before_baseline_examples(tmp_path: Path) -> None:
     write(tmp_path, 20, "examples.jsonl", start=500)
     files = [write(tmp_path, 3)]
     task = make_gsm8k_task(tmp_path, files=files, examples_files=["examples.jsonl"], shots=2, suffix=" Think.")
@@ -259,10 +259,11 @@ def test_examples_of_the_hub_come_from_their_own_split() -> None:
 
 
 def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
-    config = Gsm8kConfig(files=[write(tmp_path, 2)], examples_files=[write(tmp_path, 2, "more.jsonl")])
+    files = {"files": [write(tmp_path, 2)], "examples_files": [write(tmp_path, 2, "more.jsonl")]}
+    config = Gsm8kConfig(**files)
     before = task_identities(config, tmp_path)
     assert set(before) == {"train.jsonl", "examples: more.jsonl"}
-    assert describe(config, tmp_path) == {
+    assert make_gsm8k_task(tmp_path, **files).settings()["data"] == {
         "files": {"train.jsonl": before["train.jsonl"]},
         "examples": {"more.jsonl": before["examples: more.jsonl"]},
     }
@@ -280,7 +281,7 @@ def test_example_files_are_part_of_the_identity(tmp_path: Path) -> None:
         ({"question": [5], "answer": "#### 3"}, "field 'question' holds list"),
     ],
 )
-def test_records_without_a_question_or_a_number_are_named_by_line(tmp_path: Path, record: Any, message: str) -> None:
+def test_incomplete_records_are_named_by_line(tmp_path: Path, record: Any, message: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": "q0", "answer": "#### 1"}\n' + json.dumps(record) + "\n")
     with pytest.raises(UserError, match=r"a.jsonl:2: .*" + message):
         make_gsm8k_task(tmp_path, files=["a.jsonl"])

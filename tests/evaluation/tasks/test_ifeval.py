@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from align.config.stages.evaluation_tasks import IfevalConfig
 from align.errors import UserError
+from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import Item
 from align.evaluation.tasks.ifeval import SEVERAL, IfevalTask, check, seeded_language_guess, variants
-from align.evaluation.tasks.registry import build_task
 from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, task_inputs
 
 RECORDS: list[dict[str, Any]] = [
@@ -57,7 +57,7 @@ def item(instruction: str, **arguments: Any) -> Item:
     return Item("1", "x", [], {"instructions": [instruction], "arguments": [arguments]})
 
 
-def test_a_prompt_counts_when_all_is_followed_and_instructions_count_one_by_one(tmp_path: Path) -> None:
+def test_prompt_counts_if_all_instructions_are_followed(tmp_path: Path) -> None:
     task = make(tmp_path, RECORDS)
     # 7: commas break one of two; 8: followed once the closing line is left out; 9: "tea" twice, no coffee, 3 e's.
     answers = answered(task, ["* one, well\n* two, really", "Yes. Bye\nRegards", "tea and tea or more"])
@@ -133,7 +133,7 @@ def test_there_are_eight_variants_with_the_answer_itself() -> None:
     assert variants("plain") == [""], "of one line nothing is left without it"
 
 
-def test_a_sign_is_counted_where_googles_checker_would_draw_a_letter() -> None:
+def test_sign_is_counted_instead_of_random_letter() -> None:
     ifeval_item = item("keywords:letter_frequency", letter="#", let_frequency=2, let_relation="at least")
     for seed in range(5):
         random.seed(seed)
@@ -144,7 +144,7 @@ def test_a_sign_is_counted_where_googles_checker_would_draw_a_letter() -> None:
     assert check(fewer, "two!!") == ([False], [False])
 
 
-def test_language_is_guessed_the_same_every_time_and_nothing_is_left_behind(
+def test_language_guess_is_seeded_and_restored(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from langdetect import DetectorFactory
@@ -162,7 +162,7 @@ def test_language_is_guessed_the_same_every_time_and_nothing_is_left_behind(
     assert caplog.messages == ["another message"]
 
 
-def test_json_nested_without_end_is_not_followed_and_stops_nothing() -> None:
+def test_deeply_nested_json_is_not_followed() -> None:
     assert check(item("detectable_format:json_format"), "[" * 100_000) == ([False], [False])
     assert check(item("detectable_format:json_format"), '```json\n{"a": 1}\n```') == ([True], [True])
 
@@ -241,7 +241,7 @@ def test_answers_are_judged_alike_whatever_the_state_of_random(benchmark: Ifeval
 
 @settings(max_examples=60, deadline=None)
 @for_all(data=st.data())
-def test_no_answer_stops_a_checker_and_loose_is_never_below_strict(benchmark: IfevalTask, data: st.DataObject) -> None:
+def test_checkers_survive_all_answers_and_loose_contains_strict(benchmark: IfevalTask, data: st.DataObject) -> None:
     question = data.draw(st.sampled_from(benchmark.items))
     pieces = st.sampled_from(["*", "\n", '"', "<<t>>", "[x]", "P.S.", "***", "1.", "{", "}", "A", "the ", ". ", "é"])
     text = data.draw(st.one_of(st.text(max_size=200), st.lists(pieces, max_size=40).map("".join)))

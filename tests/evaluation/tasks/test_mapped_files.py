@@ -21,7 +21,7 @@ from align.config.stages.evaluation_tasks import (
 from align.config.validation import validate
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.tasks.registry import build_task
+from align.evaluation.tasks import build_task
 from tests.support.evaluation.tasks.respondents import task_inputs
 
 

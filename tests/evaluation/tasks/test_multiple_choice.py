@@ -15,12 +15,13 @@ from align.config.base import Config
 from align.config.stages.evaluation_tasks import MultipleChoiceConfig
 from align.config.validation import validate
 from align.errors import UserError
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks import multiple_choice as module
-from align.evaluation.tasks.base import SystemInfo, TaskInputs
+from align.evaluation.tasks.base import TaskInputs
 from align.evaluation.tasks.choice_formats import Question
 from align.evaluation.tasks.multiple_choice import MultipleChoiceTask, is_tie, score
-from align.evaluation.tasks.registry import build_task, task_identities
-from align.evaluation.tasks.task_records import record_source
+from align.evaluation.tasks.records import record_source
 from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
 ARC = [
@@ -112,7 +113,7 @@ def test_what_is_read_and_what_comes_of_it(tmp_path: Path) -> None:
     assert task.items[0].data["choices"] == ["ice", "iron"]
 
 
-def test_examples_and_a_system_text_are_paragraphs_before_the_question(tmp_path: Path) -> None:
+def test_examples_and_system_text_precede_question(tmp_path: Path) -> None:
     task = build(tmp_path, ARC, SOLVED, shots=2)
     reader = RuleReader(lambda context, answer: 0.0)
     task.read(reader)
@@ -215,7 +216,7 @@ def test_what_was_read_is_kept_in_blocks(tmp_path: Path, monkeypatch: pytest.Mon
     assert reader.computed == ["quiz-0", "quiz-2"] * 3, "and so are contexts that are cut"
 
 
-def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(tmp_path: Path) -> None:
+def test_long_context_loses_its_beginning_and_is_counted(tmp_path: Path) -> None:
     task = build(tmp_path, ARC)
     reader = RuleReader(lambda context, answer: 0.0)
     reader.max_length = 20

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from align.config.stages.evaluation_tasks import PerplexityConfig
 from align.errors import UserError
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks import perplexity as module
-from align.evaluation.tasks.base import SystemInfo, TaskInputs
-from align.evaluation.tasks.documents import Document, divide
-from align.evaluation.tasks.perplexity import PerplexityTask, describe, read_documents
-from align.evaluation.tasks.registry import build_task, task_identities
+from align.evaluation.tasks.base import TaskInputs
+from align.evaluation.tasks.perplexity import Document, PerplexityTask, describe, divide, read_documents
 from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
 
@@ -249,13 +249,13 @@ def test_files_enter_the_identity_by_content(tmp_path: Path) -> None:
     assert describe(PerplexityConfig(files=["a.txt"], **more), tmp_path) == {"files": {"a.txt": after["a.txt"]}, **more}
 
 
-def test_documents_that_are_equal_have_ids_of_their_own_and_long_ones_are_shown_in_part() -> None:
+def test_equal_documents_have_distinct_ids_and_long_ones_are_cut() -> None:
     items = of("same", "same", "x" * 1000).items
     assert len({item.id for item in items}) == 3
     assert items[2].prompt[0]["content"] == "x" * 500 + " …"
 
 
-def test_a_text_without_tokens_and_numbers_that_are_none_are_refused() -> None:
+def test_text_without_tokens_and_nan_are_refused() -> None:
     reader = RuleReader(lambda context, answer: math.nan)
     with pytest.raises(RuntimeError, match="general: 'sft' gives probabilities that are not numbers"):
         of("ab").read(reader)

@@ -15,8 +15,9 @@ from align.config.stages.evaluation_tasks import PerplexityConfig
 from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError
-from align.evaluation.tasks.base import SystemInfo, TaskInputs
-from align.evaluation.tasks.registry import build_task
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks import build_task
+from align.evaluation.tasks.base import TaskInputs
 from align.models.loading import load_policy, load_tokenizer
 from align.store.artifacts import Artifact, Kind
 from tests.support.evaluation.tasks.readers import ModelReader

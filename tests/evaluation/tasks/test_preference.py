@@ -15,10 +15,11 @@ from align.config.stages.evaluation_tasks import PreferenceConfig
 from align.config.validation import validate
 from align.data.rows import assistant, user
 from align.errors import UserError
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks import preference as module
-from align.evaluation.tasks.base import SystemInfo, TaskInputs
+from align.evaluation.tasks.base import TaskInputs
 from align.evaluation.tasks.preference import PreferenceTask
-from align.evaluation.tasks.registry import build_task, task_identities
 from align.models.tiny import make_tiny_tokenizer
 from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
@@ -89,7 +90,7 @@ def test_a_policy_s_preferences_are_those_of_a_plain_loop(tiny_model: Path) -> N
     assert sum(value for [value] in measured.values["acc"]) == 15, "of every two words one is likelier"
 
 
-def test_answers_are_encoded_apart_where_the_template_leaves_no_place_to_cut() -> None:
+def test_answers_are_encoded_separately_if_template_has_no_cut() -> None:
     reader = RuleReader(lambda context, answer: -1.0)
     reader.tokenizer.chat_template = reader.tokenizer.chat_template.replace(
         "{{ '\\n<|im_start|>assistant\\n' }}", "{{ '\\n<|im_start|>assistant\\n<think>\\n' }}"

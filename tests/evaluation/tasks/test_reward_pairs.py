@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from align.config.stages.evaluation_tasks import RewardPairsConfig
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
-from align.evaluation.reward_accuracy import pair_accuracy
-from align.evaluation.reward_bench import SCORE
-from align.evaluation.scorecard import Measurements, TaskResult, build
-from align.evaluation.tasks.base import SystemInfo, TaskInputs
-from align.evaluation.tasks.registry import build_task
+from align.evaluation.reward_accuracy import SCORE, pair_accuracy
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
+from align.evaluation.tasks import build_task
+from align.evaluation.tasks.base import TaskInputs
+from align.evaluation.tasks.records import record_source
 from align.evaluation.tasks.reward_pairs import RewardPairsTask
-from align.evaluation.tasks.task_records import record_source
 from tests.support.evaluation.tasks.respondents import task_inputs
 
 

@@ -12,8 +12,8 @@ import pytest
 from align.config.stages.evaluation_tasks import XstestConfig
 from align.errors import UserError
 from align.evaluation.comparisons import Column, Resampling, difference, estimate, is_rate
+from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import Measured
-from align.evaluation.tasks.registry import build_task
 from align.evaluation.tasks.xstest import XstestTask, is_refusal
 from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, task_inputs
 
@@ -85,7 +85,7 @@ def test_each_rate_is_over_prompts_of_its_own_kind(tmp_path: Path) -> None:
     }
 
 
-def test_the_interval_of_a_rate_rests_on_the_prompts_that_have_it(tmp_path: Path) -> None:
+def test_rate_interval_uses_only_prompts_that_have_it(tmp_path: Path) -> None:
     task = make(tmp_path, [{**record, "id": str(i)} for i in range(10) for record in RECORDS])
     refuses = [ANSWER, REFUSAL, ANSWER, ANSWER] * 5 + [ANSWER, REFUSAL, ANSWER, REFUSAL] * 5
     measured = task.score({"a": answered(task, refuses), "b": answered(task, [ANSWER] * 40)}, NoModelContext())

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from align.evaluation.judges.compared import FILE
-from align.evaluation.judges.win_rates import Contest
-from align.evaluation.typed_scorecard import FORMAT
+from align.evaluation.judges.judged import FILE, Contest
+from align.evaluation.scorecard import FORMAT
 from align.report.compare.comparison import write_comparison
 from align.report.compare.merged_scorecard import (
     differing_item_counts,

@@ -9,8 +9,8 @@ import pytest
 from align.environments.replay import CallResult
 from align.environments.results import Scores
 from align.evaluation.comparisons import Resampling
-from align.evaluation.scorecard import Measurements, build
-from align.evaluation.tasks.base import SystemInfo
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.scorecard.scorecard_builder import Measurements, build
 from align.report.run.run_report import write_report
 from align.report.scorecard.samples import page_samples
 from align.store.artifacts import Kind

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from align.evaluation.comparisons import Resampling
-from align.evaluation.scorecard import Measurements, build
-from align.evaluation.tasks.base import SystemInfo
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.scorecard.scorecard_builder import Measurements, build
 from align.report.run.run_report import write_report
 from align.report.scorecard.conclusions import group_findings
 from align.report.scorecard.decision import checkpoints, decide_by_items, find_best

@@ -12,8 +12,9 @@ from typing import Any
 from align.config.stages.evaluation_tasks import JudgedConfig
 from align.data.rows import Message
 from align.evaluation.judges.graded import JudgedTask
-from align.evaluation.tasks.base import Answers, Example, SystemInfo, TaskInputs
-from align.evaluation.tasks.registry import build_task
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks import build_task
+from align.evaluation.tasks.base import Answers, Example, TaskInputs
 from align.inference.protocol import Response, Sampling
 from tests.support.inference.fake_chat import FakeChat, completion
 

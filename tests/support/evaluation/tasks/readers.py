@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.evaluation.tasks.base import Example, SystemInfo
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks.base import Example
 from align.models.render import render_prompt
 from align.models.tiny import make_tiny_tokenizer
 

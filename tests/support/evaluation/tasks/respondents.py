@@ -9,9 +9,10 @@ from typing import Any
 
 from align.config.stages.evaluation_tasks import Gsm8kConfig
 from align.data.rows import Message
-from align.evaluation.tasks.base import Answers, Example, SystemInfo, Task, TaskInputs, Turn
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.tasks import build_task
+from align.evaluation.tasks.base import Answers, Example, Task, TaskInputs, Turn
 from align.evaluation.tasks.gsm8k import Gsm8kTask
-from align.evaluation.tasks.registry import build_task
 from align.inference.protocol import Response, Sampling
 
 

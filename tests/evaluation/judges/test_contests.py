@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from align.evaluation.judges.judge_prompts import Outcome
-from align.evaluation.judges.win_rates import Contest, outcomes_by_score, verdict_counts
+from align.evaluation.judges.judge import Outcome
+from align.evaluation.judges.judged import Contest, outcomes_by_score, verdict_counts
 
 OUTCOMES: list[Outcome] = ["one"] * 5 + ["other"] * 2 + ["tie"] * 2 + ["disagreement"] + ["unreadable"] * 3
 
 
-def test_ties_and_disagreements_are_half_and_the_unreadable_is_left_out() -> None:
+def test_ties_count_half_and_unreadable_are_skipped() -> None:
     row = Contest("ppo", "sft", OUTCOMES, [0] * 13).row("mt", "good-model")
     counts = {name: row[name] for name in ("n", "wins", "losses", "ties", "disagreements", "unreadable")}
     assert counts == {"n": 10, "wins": 5, "losses": 2, "ties": 2, "disagreements": 1, "unreadable": 3}

@@ -1,11 +1,12 @@
 """A stored scorecard as frozen, typed objects, for scripts: ``Scorecard.read(path)``. Torch-free.
 
-The fields are those of ``scorecard.json``; ``scorecard.py`` explains them and writes the file.
+The fields equal ``scorecard.json``'s; ``scorecard_builder.py`` explains them and builds the scorecard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,8 +17,45 @@ from align.errors import UserError, shorten
 from align.store.json_files import DamagedFile, parse_object, read_file, validate
 
 FORMAT = 3
-"""Version of the schema that ``scorecard.py`` describes."""
+"""Version of the schema that ``scorecard_builder.py`` describes."""
 SCORECARD = "scorecard.json"
+ProgramDescription = tuple[str | None, str]
+"""Direction of a program's metric (``higher``, ``lower``, None for a metric that only informs), and its meaning."""
+
+
+def prompt_set_metric(title: str, better: str | None, unit: str, meaning: str) -> dict[str, Any]:
+    """Return the scorecard's description of a metric of the prompt set."""
+    return {"title": title, "better": better, "unit": unit, "meaning": meaning, "task": "prompts"}
+
+
+PROMPT_SET_METRICS: dict[str, dict[str, Any]] = {
+    "reward": prompt_set_metric(
+        "Reward-model score", "higher", "score", "score by the learned proxy; only differences are meaningful"
+    ),
+    "finished": prompt_set_metric(
+        "Ends by itself",
+        "higher",
+        "share",
+        "share of responses that end with the end-of-turn token rather than at the token limit",
+    ),
+    "length": prompt_set_metric(
+        "Response length", None, "tokens", "tokens of a response, its end-of-turn token included"
+    ),
+    "kl": prompt_set_metric(
+        "KL to reference",
+        None,
+        "nats",
+        "drift from the reference over a whole response, unbiased k1 estimate on the policy's own samples",
+    ),
+    "kl_k3": prompt_set_metric("KL to reference (k3)", None, "nats", "the same by the k3 estimate, never negative"),
+    "heldout_loss": prompt_set_metric(
+        "Held-out SFT loss",
+        "lower",
+        "nats per token",
+        "negative log-likelihood per token of held-out reference answers",
+    ),
+}
+"""Metrics of the prompt set that are not computed by programs; a task describes its own metrics."""
 
 
 class _Frozen(BaseModel):
@@ -26,30 +64,34 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 
 
-class System(_Frozen):
-    """A compared system: a checkpoint, or a way to use one."""
+@dataclass(frozen=True)
+class SystemInfo:
+    """A compared system: a checkpoint, or a way to use a checkpoint."""
 
     name: str
     of: str
-    """The stage whose checkpoint answers; equals ``name`` for a checkpoint as it is."""
+    """The stage whose checkpoint answers; equals ``name`` for a plain checkpoint."""
     role: Literal["base", "checkpoint", "prompted", "best_of", "again"]
     key: str
-    """Digest of everything that its answers depend on."""
+    """Digest of everything that its answers depend on: the checkpoint's key, its prompt and examples."""
     system: str = ""
     """Its system message."""
     shots: int = 0
     best_of: int = 1
 
 
-class Metric(_Frozen):
+@dataclass(frozen=True)
+class Metric:
     """The description of a metric."""
 
     title: str
     better: Literal["higher", "lower"] | None
-    """The better side; None where neither is."""
+    """The better side, if there is one."""
     unit: str
     meaning: str
-    task: str
+    halves: bool = False
+    """True for a win rate: 1 for a win, 0 for a loss, 0.5 for a tie."""
+    task: str = ""
     """``prompts`` for the prompt set, else the task's name, with which the metric's name begins."""
 
 
@@ -76,7 +118,7 @@ class Difference(_Frozen):
     high: float | None
     n: int
     p: float | None
-    """Two-sided p-value of this comparison alone."""
+    """Two-sided p-value of this comparison, uncorrected."""
     p_holm: float | None
     """The p-value, corrected for all comparisons of its family (Holm)."""
     test: str
@@ -105,7 +147,7 @@ class Gate(_Frozen):
 
     name: str
     system: str | None
-    """None where the gate applies to no compared system."""
+    """None if the gate applies to no compared system."""
     metric: str
     expression: str
     value: float | None
@@ -114,9 +156,9 @@ class Gate(_Frozen):
     bound: float | None
     level: Literal["error", "warning"]
     passed: bool | None
-    """None where a number is missing."""
+    """None if a number is missing."""
     clear: bool
-    """True for a violation where the interval lies entirely beyond the bound."""
+    """True for a violation whose complete interval is beyond the bound."""
     text: str
 
 
@@ -140,7 +182,7 @@ class Scorecard(_Frozen):
     """The metric that decides."""
     policies: tuple[str, ...]
     """Names of the systems, in order."""
-    systems: tuple[System, ...]
+    systems: tuple[SystemInfo, ...]
     settings: dict[str, Any]
     metrics: dict[str, Metric]
     estimates: dict[str, dict[str, Estimate]]
@@ -153,9 +195,9 @@ class Scorecard(_Frozen):
 
     @classmethod
     def read(cls, path: str | Path, stage: str = "") -> Self:
-        """Read the scorecard of a stage's folder, or a ``scorecard.json``.
+        """Load the scorecard of a stage's folder, or a ``scorecard.json``.
 
-        Raises ``UserError`` for a missing or damaged file, and for one of another version; its remedy names ``stage``.
+        Raises ``UserError`` for a missing or damaged file, and for another version; its remedy names ``stage``.
         """
         file = scorecard_file(path)
         content = read_content(file, stage)
@@ -165,7 +207,7 @@ class Scorecard(_Frozen):
             raise UserError(f"{file}: damaged: it {error}. {_remedy(stage)}") from None
 
     def estimate(self, system: str, metric: str | None = None) -> Estimate:
-        """Return a system's number in a metric, by default the primary one. Raises ``UserError`` where it has none."""
+        """Return a system's number in a metric, by default the primary one. Raises ``UserError`` if it has none."""
         self._require_system(system)
         name = self._metric(metric)
         estimates = self.estimates.get(system, {})
@@ -240,7 +282,16 @@ def _remedy(stage: str) -> str:
     return f"`--rebuild {stage}` makes it again." if stage else "Evaluate again."
 
 
-def _require(name: str, known: Iterable[str], noun: str) -> None:
+def _require(name: str, names: Iterable[str], noun: str) -> None:
     """Raise ``UserError`` for a name that the scorecard does not have."""
-    if name not in known:
-        raise UserError(f"scorecard: there is no {noun} '{name}'.{suggest(name, known)}")
+    if name not in names:
+        raise UserError(f"scorecard: there is no {noun} '{name}'.{suggest(name, names)}")
+
+
+def program_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the scores of the prompt set that programs compute, in order; each is called what its function is."""
+    return [
+        name
+        for name, entry in metrics.items()
+        if entry["task"] == "prompts" and name not in PROMPT_SET_METRICS and entry["better"] is not None
+    ]

@@ -5,8 +5,9 @@ import math
 import pytest
 
 from align.data.weighted_scores import Part, WeightedSum
-from align.evaluation.generation import ResponseSet
-from align.evaluation.measure import ResultCache, kl_values, reward_list_values
+from align.evaluation.drift import kl_values
+from align.evaluation.scoring import ResultCache, reward_list_values
+from align.evaluation.systems import ResponseSet
 from align.inference.protocol import Response
 
 

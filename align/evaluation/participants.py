@@ -1,17 +1,20 @@
-"""Episodes of every compared system in a task's environment, by the evaluation's one engine, kept on disk.
+"""Compared systems in the phases of an evaluation: they answer, play episodes and read. See ``tasks/base.py``.
 
-Episodes are played in parts. A part that is complete is cached, for this evaluation and for others of the same weights.
-One that was killed goes on from its journal: no turn is sampled twice, and no tool is called twice.
+Episodes are played in parts. A complete part is cached, for this evaluation and for others of the same weights. A part
+that was killed continues from its journal: no turn is sampled twice, and no tool is called twice.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from align.config.batch_sizes import EPISODES_TOGETHER
+from align.config.runtime import Runtime
+from align.data.rows import Message
 from align.environments.conversation import never_began, sampled_tokens
 from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode
@@ -20,13 +23,94 @@ from align.environments.player import EpisodeTask, episode_seed, row_tasks
 from align.environments.prompted_turns import PromptedTurns
 from align.environments.simulated_user import SimulatedUser
 from align.environments.user_models import UserResources, open_user
-from align.evaluation.generation import Sampler
-from align.evaluation.measure import ResultCache
-from align.evaluation.systems import System
-from align.evaluation.tasks.base import Episodes, EpisodeSet, SystemInfo
+from align.evaluation.logprobs import LoadedModels
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.scoring import ResultCache
+from align.evaluation.systems import Sampler, System
+from align.evaluation.tasks.base import Episodes, EpisodeSet, Example
 from align.inference.protocol import Response, Sampling, Session, TurnRequest
 from align.inference.sessions import open_session
 from align.store.fingerprint import digest
+
+NO_ANSWER = Response([], [], False, "")
+"""The answer to a conversation that is longer than the engine can hold."""
+
+
+class SystemRespondent:
+    """One system, answering through the evaluation's engine."""
+
+    def __init__(self, system: System, sampler: Sampler, max_length: int, warn: Callable[[str], None]) -> None:
+        """``max_length`` is the length of prompt and response together, in tokens, that the engine can hold."""
+        self.system = system
+        self.sampler = sampler
+        self.max_length = max_length
+        self.warn = warn
+        self.info = system.info
+
+    def answer(
+        self,
+        prompts: Sequence[list[Message]],
+        sampling: Sampling,
+        examples: Sequence[Example] = (),
+        *,
+        is_continuation: bool = False,
+    ) -> list[list[Response]]:
+        """See the protocol. A conversation that leaves no room for the answer gets an empty, unfinished one."""
+        system_sampling = self.system.sampling(sampling)
+        if is_continuation:
+            # Later turns continue one sample each, so best of N does not multiply them again.
+            system_sampling = replace(system_sampling, n=sampling.n)
+        rendered = [self.system.render(prompt, examples) for prompt in prompts]
+        fitting = [index for index, ids in enumerate(rendered) if len(ids) + sampling.max_tokens <= self.max_length]
+        if len(fitting) < len(rendered):
+            self.warn(
+                f"{self.info.name}: {len(rendered) - len(fitting)} conversations and max_tokens {sampling.max_tokens} "
+                f"are longer than {self.max_length} tokens; they count as not answered. Raise max_context"
+            )
+        ids = [rendered[index] for index in fitting]
+        responses = self.sampler.generate(self.system.policy, ids, system_sampling).responses
+        # Every conversation gets an answer, so systems stay aligned item by item.
+        answers = [[NO_ANSWER] * system_sampling.n for _ in prompts]
+        for index, samples in zip(fitting, responses, strict=True):
+            answers[index] = samples
+        return answers
+
+
+class SystemReader:
+    """One system's own forward pass."""
+
+    def __init__(self, system: System, models: LoadedModels, results: ResultCache, runtime: Runtime) -> None:
+        self.system = system
+        self.results = results
+        self.runtime = runtime
+        self.info = system.info
+        self.tokenizer = system.policy.tokenizer
+        self.model_dir: Path = system.policy.model_dir
+        self._logprobs = models.logprobs_of(system.policy.name, 1.0)
+        self._precision = models.precision
+        self.max_length = max_input_tokens(self.model_dir, self.tokenizer)
+
+    def render(self, prompt: list[Message], examples: Sequence[Example] = ()) -> list[int]:
+        """See the protocol."""
+        return self.system.render(prompt, examples)
+
+    def logprobs(self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See the protocol."""
+        return self._logprobs([list(ids) for ids in contexts], [list(ids) for ids in continuations])
+
+    def cached(self, name: str, identity: Any, compute: Callable[[], Any]) -> Any:
+        """See the protocol."""
+        # The number is raised when the forward pass changes.
+        key = digest(["read 2", self.info.key, self._precision, identity])
+        return self.results.read_or_compute(f"{name}-{self.info.name}", key, compute)
+
+
+def max_input_tokens(model_dir: Path, tokenizer: Any) -> int:
+    """Return the number of tokens that a model can read at once; 2048 where neither file limits it."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    limits = [value for value in (positions, tokenizer.model_max_length) if isinstance(value, int) and value > 0]
+    return min(limits) if limits else 2048
 
 
 @dataclass(frozen=True)
@@ -41,7 +125,7 @@ class SystemPerformer:
     max_length: int
     """Tokens of an episode and its prompt together that the engine can hold."""
     users: UserResources
-    """What models that play users get."""
+    """Runtime and folders of the models that play users."""
     warn: Callable[[str], None]
     note: Callable[[str], None]
 
@@ -52,7 +136,7 @@ class SystemPerformer:
 
     def play(self, episode_set: EpisodeSet) -> Episodes:
         """See the protocol. An episode whose prompt leaves no room for ``max_tokens`` counts as failed."""
-        # A system that is sampled again gets seeds of its own.
+        # A system that is sampled again gets its own seeds.
         sampling = self.system.sampling(Sampling(1, episode_set.temperature, seed=episode_set.seed))
         tasks = episode_tasks(episode_set, sampling.seed)
         episodes: list[Episode] = []
@@ -80,14 +164,14 @@ class SystemPerformer:
             journal = Journal(self.journals / f"{identity[:32]}.jsonl", identity)
             content = self._sample(episode_set, tasks, journal)
             stored = self.results.write("episodes", identity, content)
-            # Only now, so that a kill at any time leaves the journal or the result.
+            # Drop the journal only now, so a kill at any time leaves the journal or the result.
             journal.drop()
         episodes = [Episode.from_json(content) for content in stored["episodes"]]
         self.sampler.count(len(episodes), sum(map(sampled_tokens, episodes)), stored["engine"])
         return episodes
 
     def _sample(self, episode_set: EpisodeSet, tasks: Sequence[EpisodeTask], journal: Journal) -> dict[str, Any]:
-        """Play episodes, or play on where the journal ends. JSON-able."""
+        """Play episodes, or continue from the end of the journal. JSON-able."""
         policy = self.system.policy
         engine = self.sampler.engine_with(policy)
         place = f"tasks.{episode_set.task}: {policy.name}"
@@ -162,13 +246,14 @@ def episode_tasks(episode_set: EpisodeSet, seed: int) -> list[EpisodeTask]:
 
 
 class DecodingSession:
-    """A session whose texts are decoded with a tokenizer of its own; a ``Session``.
+    """A ``Session`` whose texts are decoded with another tokenizer.
 
     The engine was opened with another checkpoint's tokenizer.
     """
 
     def __init__(self, session: Session, tokenizer: Any) -> None:
-        self._session, self._tokenizer = session, tokenizer
+        self._session = session
+        self._tokenizer = tokenizer
         self.is_lockstep = session.is_lockstep
 
     @property

@@ -4,13 +4,13 @@ import json
 from types import SimpleNamespace
 
 from align.data.rows import user
-from align.evaluation.generation import ResponseSet, SystemResponses
-from align.evaluation.scorecard import Measurements
-from align.evaluation.scorecard_files import write
+from align.evaluation.scorecard.result_files import write
+from align.evaluation.scorecard.scorecard_builder import Measurements
+from align.evaluation.systems import ResponseSet, SystemResponses
 from align.inference.protocol import Response
 
 
-def test_a_metric_that_one_system_lacks_is_left_out_of_its_samples_alone(tmp_path):
+def test_missing_metric_is_absent_only_from_that_systems_samples(tmp_path):
     names = ("sft", "ppo")
     plan = SimpleNamespace(
         rows=[{"id": "1", "source": "words", "prompt": [user("x")]}],

@@ -1,12 +1,13 @@
 """Records of a task: reading them from files or the Hub, and choosing among them. Torch-free.
 
-Each task knows the meaning of its own benchmark's records.
+Each task knows the meaning of its benchmark's records.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,7 +86,7 @@ def record_source(config: RecordFields) -> FilesSource | HubSource:
 def file_identities(config: RecordFields, base: Path) -> dict[str, str]:
     """Return digests of the files by name; a Hub dataset's commit is among the settings.
 
-    Raises ``UserError`` where a file is missing.
+    Raises ``UserError`` if a file is missing.
     """
     from align.data.source_identity import identity
 
@@ -101,8 +102,14 @@ def examples_source(config: Any) -> FilesSource | HubSource | None:
     return record_source(config).model_copy(update={"split": config.examples_split})
 
 
+def read_examples(config: Any, base: Path) -> list[TaskRecord]:
+    """Return the records of the solved examples; empty without a source of examples."""
+    source = examples_source(config)
+    return [] if source is None else read_records(source, base, config.columns)
+
+
 def identities_with_examples(config: Any, base: Path) -> dict[str, str]:
-    """Return digests of the files, those of ``examples_files`` as well."""
+    """Return digests of the files, ``examples_files`` included."""
     from align.data.source_identity import identity
 
     digests = file_identities(config, base)
@@ -115,7 +122,7 @@ def identities_with_examples(config: Any, base: Path) -> dict[str, str]:
 def load_records(config: RecordFields, base: Path, seed: int) -> list[TaskRecord]:
     """Return the task's records, at most ``max_items`` of them.
 
-    Raises ``UserError`` for files or a dataset that cannot be read, for a broken record, and where there is none.
+    Raises ``UserError`` for files or a dataset that cannot be read, for a broken record, and if there is none.
     """
     return draw(read_records(record_source(config), base, config.columns), config.max_items, seed)
 
@@ -139,9 +146,9 @@ def describe_records(config: RecordFields, base: Path) -> dict[str, Any]:
 def read_records(
     source: FilesSource | HubSource, base: Path, columns: Mapping[str, ColumnValue] | None = None
 ) -> list[TaskRecord]:
-    """Return all records of a source, with the columns that a task maps beside their own.
+    """Return all records of a source, with the columns that a task maps in addition to their own.
 
-    Raises ``UserError`` for the first broken one, for a column that no record has, and where there is none.
+    Raises ``UserError`` for the first broken record, for a column that no record has, and if there is no record.
     """
     from align.data.formats.fields import Malformed
     from align.data.formats.mapping import columns_read, map_columns
@@ -180,9 +187,25 @@ def item_ids(records: list[TaskRecord], field: str | None = None) -> list[str]:
     for record in records:
         value = None if field is None else record.get(field)
         name = str(value) if value not in (None, "") else record.where.replace("\\", "/").rsplit("/", 1)[-1]
-        # Repeated names get a number, so that ids stay distinct.
-        unique, number = name, 2
-        while unique in ids:
-            unique, number = f"{name} ({number})", number + 1
-        ids[unique] = None
+        ids[distinct_name(name, ids)] = None
     return list(ids)
+
+
+def distinct_name(name: str, taken: Container[str]) -> str:
+    """Return the name, with a number if it is ``taken``."""
+    distinct = name
+    number = 2
+    while distinct in taken:
+        distinct = f"{name} ({number})"
+        number += 1
+    return distinct
+
+
+def numbered_ids(ids: Sequence[str]) -> list[str]:
+    """Return the ids with ``-2``, ``-3`` and so on after each repetition, so they are distinct."""
+    counts: Counter[str] = Counter()
+    distinct = []
+    for id in ids:
+        counts[id] += 1
+        distinct.append(id if counts[id] == 1 else f"{id}-{counts[id]}")
+    return distinct

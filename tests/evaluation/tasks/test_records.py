@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from align.config.stages.evaluation_fields import RecordFields, TaskConfig
 from align.errors import UserError
-from align.evaluation.tasks.task_records import (
+from align.evaluation.tasks.records import (
     TaskRecord,
     describe_records,
     file_identities,
@@ -132,7 +132,7 @@ def test_files_that_hold_nothing_usable_are_named(tmp_path: Path) -> None:
         load_records(Homemade(files=["broken.jsonl"], max_items=1), tmp_path, 0)
 
 
-def test_a_field_that_is_not_there_or_holds_something_else_is_named_with_its_line() -> None:
+def test_missing_or_wrong_field_error_names_line() -> None:
     record = TaskRecord("a.jsonl:7", {"question": "q", "answers": [], "n": 3, "blank": " ", "list": ["a", None]})
     assert record["n"] == 3
     assert record.get("gone") is None
@@ -152,11 +152,11 @@ def test_a_field_that_is_not_there_or_holds_something_else_is_named_with_its_lin
 
 
 def test_settings_are_read_without_torch() -> None:
-    code = "import sys, align.evaluation.tasks.task_records; sys.exit(bool({'torch', 'datasets'} & set(sys.modules)))"
+    code = "import sys, align.evaluation.tasks.records; sys.exit(bool({'torch', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_items_are_named_by_a_field_or_by_file_and_line_and_never_twice(tmp_path: Path) -> None:
+def test_item_ids_are_distinct_fields_or_file_and_line(tmp_path: Path) -> None:
     records = [
         TaskRecord("/x/a.jsonl:1", {"id": 5}),
         TaskRecord("/y/a.jsonl:1", {"id": 5}),

@@ -35,7 +35,9 @@ def test_nothing_of_the_file_is_changed(card: Scorecard, content: dict[str, Any]
     assert list(dumped["estimates"]) == content["policies"]
     for name in ("reference", "base", "primary", "policies", "systems", "estimates", "differences", "flags"):
         assert dumped[name] == content[name]
-    for name in ("metrics", "win_rates", "gates"):
+    # A metric of the prompt set has no ``halves`` in the file.
+    assert dumped["metrics"] == {name: {"halves": False} | metric for name, metric in content["metrics"].items()}
+    for name in ("win_rates", "gates"):
         rows = dumped[name].values() if isinstance(dumped[name], dict) else dumped[name]
         stored = content[name].values() if isinstance(content[name], dict) else content[name]
         assert len(rows) == len(stored) > 0
@@ -98,7 +100,7 @@ def test_a_scorecard_cannot_be_changed(card: Scorecard) -> None:
         (lambda text: text.replace('"primary"', '"secondary"', 1), "damaged: .*field 'primary': Field required"),
     ],
 )
-def test_a_damaged_or_older_file_is_refused_with_the_stage_to_rebuild(
+def test_damaged_or_older_file_error_names_stage_to_rebuild(
     content: dict[str, Any], tmp_path: Path, damage: Any, message: str
 ) -> None:
     write(tmp_path, damage(json.dumps(content)))

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from align.config.runtime import Runtime
-from align.evaluation.generation import ResponseCache, Sampler
 from align.evaluation.plan import render_for_all
-from align.evaluation.systems import Policy, make_systems
-from align.evaluation.tasks.task_records import draw
+from align.evaluation.systems import Policy, ResponseCache, Sampler, make_systems
+from align.evaluation.tasks.records import draw
 from align.inference.protocol import Response, Sampling
 from align.inference.weights import checkpoint_weights
 
@@ -128,7 +127,7 @@ def test_other_weights_or_a_damaged_file_are_sampled_again(checkpoint, tmp_path)
     assert "generate 5" in log
 
 
-def test_another_architecture_takes_the_transformers_engine_for_all(checkpoint, tmp_path):
+def test_second_architecture_uses_transformers_engine_for_all(checkpoint, tmp_path):
     log, warnings, observations = [], [], []
     generate([checkpoint(5), checkpoint(6, layers=2)], tmp_path, log, warnings, observations)
     assert observations == ["transformers", "transformers"]

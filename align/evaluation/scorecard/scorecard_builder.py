@@ -7,7 +7,7 @@ The schema of ``scorecard.json`` is what :func:`build` returns (format 3):
 - ``systems``: list of ``{name, of, role, key, system, shots, best_of}``; role ``base``, ``checkpoint``, ``prompted``,
   ``best_of``, ``again`` (a checkpoint sampled once more)
 - ``metrics``: name → ``title``, ``better`` (``higher``, ``lower`` or null), ``unit``, ``meaning``, ``task``. Metrics of
-  the prompt set have plain names (task ``prompts``), those of a task ``task.metric``
+  the prompt set have plain names (task ``prompts``), metrics of a task ``task.metric``
 - ``tasks``: name → ``{title, kind, n, primary, metrics, settings, notes: system → counts}``
 - ``estimates``: system → metric → ``{value, low, high, n, method}``; ``n`` counts items (rows for held-out loss)
 - ``families``: source of the prompt set → ``{n, estimates: system → metric → estimate}``; ``task_families``: task →
@@ -39,17 +39,15 @@ from typing import Any
 
 from align.config.stages.evaluation_gates import Gate
 from align.evaluation.comparisons import Column, Resampling, correct, correct_table, difference, estimate, is_rate
-from align.evaluation.flags import find_flags
-from align.evaluation.gates import default_gates, evaluate_gates
-from align.evaluation.prompt_metrics import PROMPT_SET_METRICS, ProgramDescription, program_entry
+from align.evaluation.scorecard import FORMAT, PROMPT_SET_METRICS, ProgramDescription, SystemInfo, prompt_set_metric
+from align.evaluation.scorecard.gates import default_gates, evaluate_gates, find_flags
 from align.evaluation.statistics import LEVEL
 from align.evaluation.systems import best_of_kl
-from align.evaluation.tasks.base import Measured, SystemInfo, Task, Values
-from align.evaluation.typed_scorecard import FORMAT
+from align.evaluation.tasks.base import Measured, Task, Values
 
 FAMILY_METRICS = ("reward", "length", "finished")
 DRIFT = ("kl", "kl_k3")
-"""Metrics against the reference itself, whose differences add nothing."""
+"""Metrics against the reference itself, whose differences have no information."""
 MAX_FAMILIES = 64
 
 
@@ -84,7 +82,7 @@ class Measurements:
     """Systems of role ``again`` → tasks (``prompts``: the prompt set) in which they repeat their checkpoint."""
 
     def is_copy(self, policy: str, against: str, task: str) -> bool:
-        """Return True where one of two systems repeats the other word for word, because sampling was greedy."""
+        """Return True if a system repeats the other word for word, because sampling was greedy."""
         of = {system.name: system.of for system in self.systems}
         orders = ((policy, against), (against, policy))
         return any(of[again] == original and task in self.copies.get(again, ()) for again, original in orders)
@@ -116,7 +114,8 @@ class _Builder:
 
     def build(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return the scorecard."""
-        measurements, resampling = self.measurements, self.resampling
+        measurements = self.measurements
+        resampling = self.resampling
         estimates = self._estimates()
         differences = self._differences()
         roles = {system.name: system.role for system in measurements.systems}
@@ -153,7 +152,7 @@ class _Builder:
         return estimate(column, name in self.rates, self.resampling, halves=halves)
 
     def _estimates(self) -> dict[str, dict[str, Any]]:
-        """Return system → metric → estimate; a task's own estimates take precedence over those of its values."""
+        """Return system → metric → estimate; a task's own estimates replace the estimates of its values."""
         estimates: dict[str, dict[str, Any]] = {policy: {} for policy in self.measurements.policies}
         for name, by_policy in self.columns.items():
             for policy, column in by_policy.items():
@@ -179,9 +178,9 @@ class _Builder:
     def _difference(
         self, name: str, policy: str, against: str, indices: Sequence[int] | None = None
     ) -> dict[str, Any] | None:
-        """Return ``policy - against`` in a metric, over all items or those of ``indices``.
+        """Return ``policy - against`` in a metric, over all items or over ``indices``.
 
-        None where a system has no such numbers, and where one repeats the other word for word.
+        None if a system has no such numbers, or if one system repeats the other word for word.
         """
         by_policy = self.columns[name]
         if policy not in by_policy or against not in by_policy:
@@ -189,9 +188,11 @@ class _Builder:
         # A copy answers word for word alike: its differences are 0 by construction, which is no evidence of equality.
         if self.measurements.is_copy(policy, against, self.metrics[name]["task"]):
             return None
-        first, second = by_policy[policy], by_policy[against]
+        first = by_policy[policy]
+        second = by_policy[against]
         if indices is not None:
-            first, second = first.at(indices), second.at(indices)
+            first = first.at(indices)
+            second = second.at(indices)
         return difference(first, second, self.resampling)
 
     def _by_source(self) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class _Builder:
         groups = _group(measurements.sources)
         names = [name for name in (*measurements.programs, *FAMILY_METRICS) if name in self.columns]
         differences = self._family_differences(groups) if self.primary in names else []
-        # Corrected apart, so that a look at single sources costs the main table no power.
+        # Corrected apart, so a look at single sources costs the main table no power.
         correct(differences, self.metrics)
         tasks: dict[str, Any] = {}
         for result in measurements.tasks:
@@ -275,12 +276,16 @@ def _columns(measurements: Measurements) -> tuple[dict[str, Any], dict[str, dict
         for name, values in metric_values.items():
             columns.setdefault(name, {})[policy] = Column(values)
     for policy, (losses, tokens) in measurements.heldout.items():
-        # Weighted by tokens, so that the estimate is the loss per token over all rows.
+        # Weighted by tokens, so the estimate is the loss per token over all rows.
         column = Column([[loss] for loss in losses], [float(count) for count in tokens])
         columns.setdefault("heldout_loss", {})[policy] = column
-    # The order of the scorecard: programs, the prompt set's own metrics, then those of the tasks.
-    known = {name: program_entry(name, *entry) for name, entry in measurements.programs.items()} | PROMPT_SET_METRICS
-    metrics: dict[str, Any] = {name: dict(entry) for name, entry in known.items() if name in columns}
+    # The order of the scorecard: programs, the prompt set's own metrics, then the tasks' metrics.
+    entries = {
+        name: prompt_set_metric(name, better, "score", meaning)
+        for name, (better, meaning) in measurements.programs.items()
+    }
+    entries |= PROMPT_SET_METRICS
+    metrics: dict[str, Any] = {name: dict(entry) for name, entry in entries.items() if name in columns}
     for result in measurements.tasks:
         for name, metric in result.task.metrics.items():
             by_policy = {
@@ -317,7 +322,7 @@ def _bound_best_of(measurements: Measurements, estimates: dict[str, dict[str, An
     n = estimates[reference]["kl"]["n"]
     for system in measurements.systems:
         if system.role == "best_of" and system.of == reference:
-            # Best of N has no log-probabilities of its own, but its KL from the sampled policy has a closed bound.
+            # Best of N has no log-probabilities, but its KL from the sampled policy has a closed bound.
             bound = best_of_kl(system.best_of)
             row = {"value": bound, "low": None, "high": bound, "n": n, "method": "upper bound"}
             estimates[system.name]["kl"] = row

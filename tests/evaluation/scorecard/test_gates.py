@@ -7,8 +7,8 @@ import pytest
 
 from align.config.stages.evaluation_gates import Bound, Gate, GateConfig, parse_gates
 from align.errors import UserError
-from align.evaluation.gates import check_gates, default_gates, evaluate_gates, failed_gates
-from align.evaluation.tasks.base import SystemInfo
+from align.evaluation.scorecard import SystemInfo
+from align.evaluation.scorecard.gates import check_gates, default_gates, evaluate_gates, failed_gates
 
 ROLES = {"model": "base", "sft": "checkpoint", "ppo": "checkpoint", "shots": "prompted", "best8": "best_of"}
 SYSTEMS = [SystemInfo(name, name, role, "key") for name, role in ROLES.items()]
@@ -45,7 +45,7 @@ FELL = card(
 )
 
 
-def test_a_number_beyond_another_systems_names_number_and_interval():
+def test_violation_against_system_shows_difference_and_interval():
     row = one(">= sft - 0.02", FELL)
     assert row["passed"] is False
     assert row["clear"] is True
@@ -99,7 +99,7 @@ def test_a_difference_the_card_has_the_other_way_round_is_turned():
     assert one(">= sft - 0.03", turned) == one(">= sft - 0.03", FELL)
 
 
-def test_a_pair_the_card_does_not_compare_has_no_interval_and_says_so():
+def test_pair_that_is_not_compared_has_no_interval():
     apart = FELL | {"differences": [difference("ppo", "sft", -0.07, -0.1, -0.04, "other.metric")]}
     row = one(">= sft - 0.02", apart)
     assert "no interval: the scorecard does not compare them" in row["text"]
@@ -134,7 +134,7 @@ def test_an_interval_without_an_end_is_never_clear():
     assert one("<= sft - 0.1", actual)["low"] is None
 
 
-def test_numbers_close_to_the_bound_are_shown_with_the_digits_that_tell_them_apart():
+def test_numbers_close_to_bound_show_enough_digits():
     assert "is 0.35998, below 0.36" in one(">= 0.36", card({"ppo": estimate(0.35998)}))["text"]
     assert "is 1235, above 1200" in one("<= 1200", card({"ppo": estimate(1235.2)}))["text"]
 
@@ -220,7 +220,7 @@ def test_mistakes_are_named_with_place_and_remedy(raw, words):
     assert words in str(caught.value)
 
 
-def test_a_gate_that_could_never_be_decided_is_refused_beforehand():
+def test_undecidable_gate_is_refused_before_run():
     def check(raw: dict, systems: list[SystemInfo] = SYSTEMS) -> None:
         check_gates(parse_gates(raw, [system.name for system in systems], "sft"), [METRIC, "gold"], systems, "sft")
 

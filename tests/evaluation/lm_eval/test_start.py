@@ -16,8 +16,8 @@ import pytest
 
 import align
 from align.errors import UserError
-from align.evaluation.lm_eval import process
-from align.evaluation.lm_eval.process import lm_eval_version, log_end, run_lm_eval
+from align.evaluation.lm_eval import task as process
+from align.evaluation.lm_eval.task import lm_eval_version, log_end, run_lm_eval
 from tests.support.processes import command_of, is_alive
 
 
@@ -54,7 +54,7 @@ def test_what_the_user_has_to_change_is_a_user_error(program: Path, tmp_path: Pa
         run_lm_eval({}, tmp_path, 60)
 
 
-def test_a_failure_comes_with_the_end_of_the_log_and_without_progress_bars(program: Path, tmp_path: Path) -> None:
+def test_failure_shows_end_of_log_without_progress_bars(program: Path, tmp_path: Path) -> None:
     program.write_text(
         "import sys\nsys.stderr.write('\\r 10%|#   | 1/10 [00:01<00:09, 1.00it/s]\\r100%|####| 10/10\\n')\n"
         "print('before')\nraise OSError('the disk is gone')\n"
@@ -136,7 +136,7 @@ def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     )
     job = {"do": "describe", "tasks": ["sleeps"], "include": str(tmp_path / "tasks"), "limit": None, "revisions": {}}
     code = (
-        "import json, sys\nfrom pathlib import Path\nfrom align.evaluation.lm_eval.process import run_lm_eval\n"
+        "import json, sys\nfrom pathlib import Path\nfrom align.evaluation.lm_eval.task import run_lm_eval\n"
         "run_lm_eval(json.loads(sys.argv[1]), Path('.'), 600)\n"
     )
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}

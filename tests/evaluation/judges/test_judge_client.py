@@ -11,8 +11,7 @@ from pydantic import ValidationError
 from align.config.judge import EndpointJudge
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.judges.client import PROBE_SIZE, JudgeClient, warn_if_unreachable
-from align.evaluation.judges.judge_prompts import read_verdict
+from align.evaluation.judges.judge import PROBE_SIZE, JudgeClient, read_verdict, warn_if_unreachable
 from align.inference.endpoint_client import EndpointLost
 from tests.support.evaluation.judged_harness import FolderContext, endpoint
 from tests.support.inference.fake_chat import FakeChat, completion
@@ -48,7 +47,7 @@ def _every(nth: int, otherwise: str) -> Any:
     return reply
 
 
-def test_answers_stand_in_the_order_of_the_questions_whatever_was_asked_first(fake: FakeChat, tmp_path: Path) -> None:
+def test_answers_keep_order_of_questions(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = lambda body: completion(body["messages"][-1]["content"] + " [[B]]")
     bench = FolderContext(tmp_path)
     replies = _ask(fake, bench, 50, at={"concurrency": 8})
@@ -67,7 +66,7 @@ def test_a_second_run_asks_nothing_and_another_seed_everything(fake: FakeChat, t
     assert len(fake.bodies) == 80
 
 
-def test_equal_questions_are_asked_once_and_counted_as_often_as_they_come(fake: FakeChat, tmp_path: Path) -> None:
+def test_equal_questions_are_asked_once_but_all_counted(fake: FakeChat, tmp_path: Path) -> None:
     bench = FolderContext(tmp_path)
     judgments = JudgeClient(EndpointJudge(**endpoint(fake)), "mt", bench)
     assert len(judgments.ask([[user("The same")]] * 30, ["sft"] * 30, _readable)) == 30
@@ -80,7 +79,7 @@ def test_runs_share_judgments_where_there_is_a_place(fake: FakeChat, tmp_path: P
     assert len(fake.bodies) == 40
 
 
-def test_a_judge_that_garbles_is_an_error_with_counts_and_is_not_asked_the_rest(fake: FakeChat, tmp_path: Path) -> None:
+def test_unreadable_judge_stops_early_with_counts(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = lambda body: completion("\x1b[2J‮I like\nturtles")
     with pytest.raises(UserError) as caught:
         _ask(fake, FolderContext(tmp_path), 400)
@@ -111,7 +110,7 @@ def test_a_few_unreadable_ones_are_let_through(fake: FakeChat, tmp_path: Path) -
         _ask(fake, FolderContext(tmp_path), max_unreadable=0.09)
 
 
-def test_one_system_that_the_judge_cannot_cope_with_is_found_among_many(fake: FakeChat, tmp_path: Path) -> None:
+def test_unreadable_answers_of_one_system_are_an_error(fake: FakeChat, tmp_path: Path) -> None:
     fake.reply = _every(20, "?")
     groups = ["ppo" if number % 20 == 19 else "sft" for number in range(100)]
     with pytest.raises(UserError, match=r"in 5 of 5 judgments of ppo \(100 wanted"):
@@ -136,7 +135,7 @@ def test_why_verdicts_cannot_be_read_is_counted(fake: FakeChat, tmp_path: Path) 
     assert '"A is bet"' in message
 
 
-def test_a_judge_that_is_gone_says_what_is_there_and_is_gone_on_with(fake: FakeChat, tmp_path: Path) -> None:
+def test_lost_judge_reports_cached_judgments_and_resumes(fake: FakeChat, tmp_path: Path) -> None:
     def dying(body: dict[str, Any]) -> Any:
         return (503, {"error": "down"}) if len(fake.bodies) > 25 else completion("[[A]]")
 

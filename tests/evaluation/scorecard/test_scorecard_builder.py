@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from align.evaluation.comparisons import Column, Resampling, difference, estimate, per_item
-from align.evaluation.scorecard import Measurements, TaskResult, build
-from align.evaluation.tasks.base import Item, Measured, Metric, SystemInfo, Task
+from align.evaluation.scorecard import Metric, SystemInfo
+from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
+from align.evaluation.tasks.base import Item, Measured, Task
 
 RESAMPLING = Resampling(400, 0)
 GENERATOR = np.random.default_rng(0)
@@ -205,7 +206,7 @@ def test_without_prompts_the_first_tasks_own_metric_decides():
     assert rows(card, "quiz.right")["sft", "model"]["p_holm"] == pytest.approx(2 / 2**6)
 
 
-def test_trained_checkpoints_are_compared_with_prompting_and_with_best_of_n():
+def test_checkpoints_are_compared_with_prompting_and_best_of_n():
     card_inputs = measurements(model=[0.1] * 4, sft=[0.2] * 4, ppo=[0.3] * 4, asked=[0.2] * 4, best=[0.4] * 4)
     card_inputs.systems[3] = info("asked", "prompted", "model", system="be good")
     card_inputs.systems[4] = info("best", "best_of", "sft", best_of=8)

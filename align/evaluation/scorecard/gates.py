@@ -1,4 +1,8 @@
-"""Gates: bounds that a scorecard's numbers must satisfy. The run decides what follows from a violation. Torch-free."""
+"""Gates and flags of a scorecard. Torch-free.
+
+A gate is a bound that a number must satisfy; the run decides what follows from a violation. A flag is a finding that
+needs attention: a regression, a proxy that rose while the truth fell, answers that collapsed.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,23 @@ from typing import Any
 from align.config.stages.evaluation_gates import Bound, Gate
 from align.config.validation import suggest
 from align.errors import UserError
-from align.evaluation.tasks.base import SystemInfo
+from align.evaluation.scorecard import SystemInfo, program_metrics
 
 Row = dict[str, Any]
-
 FORGETTING = 1.05
 """Factor of the default gate: bits per byte of general text at most 5 % above the base model's."""
 _VIOLATED = {">=": "below", "<=": "above", ">": "not above", "<": "not below"}
 _SATISFIED = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
+MIN_EOS_RATE = 0.9
+MAX_LENGTH_FACTOR = 2.0
+Flag = dict[str, str]
 
 
 def default_gates(tasks: Mapping[str, str], base: str | None, gates: Sequence[Gate] = ()) -> list[Gate]:
     """Return the default gates: forgetting against the base model, as a warning.
 
-    ``tasks`` maps names to kinds. Every perplexity task's bits per byte may rise by 5 %; metrics that have one of
-    ``gates`` get no default. Empty without a base model.
+    ``tasks`` maps names to kinds. Every perplexity task's bits per byte may rise by 5 %; metrics in ``gates``
+    get no default. Empty without a base model.
     """
     if base is None:
         return []
@@ -56,21 +62,21 @@ def check_gates(gates: Sequence[Gate], metrics: Collection[str], systems: Sequen
 def targets(gate: Gate, roles: Mapping[str, str], reference: str) -> list[str]:
     """Return the systems a gate applies to; ``roles`` maps every compared system's name to its role."""
     if gate.systems is not None:
-        named = [_resolve(name, roles, reference) for name in gate.systems]
-        return list(dict.fromkeys(name for name in named if name is not None))
+        systems = [_resolve(name, roles, reference) for name in gate.systems]
+        return list(dict.fromkeys(name for name in systems if name is not None))
     against = None if gate.bound.system is None else _resolve(gate.bound.system, roles, reference)
     exempt = {against}
-    # Compared with the base model, the reference is a trained checkpoint like any other: SFT may forget too.
+    # Compared with the base model, the reference is a trained checkpoint like any other: SFT may also forget.
     if against is None or roles.get(against) != "base":
         exempt.add(reference)
     return [name for name, role in roles.items() if role == "checkpoint" and name not in exempt]
 
 
 def evaluate_gates(gates: Sequence[Gate], card: Mapping[str, Any]) -> list[Row]:
-    """Return a row for every gate and each of its systems; see ``scorecard.py`` for the rows.
+    """Return a row for every gate and each of its systems; see ``scorecard_builder.py`` for the rows.
 
     ``low`` and ``high`` are on the scale of ``value``. Where the bound names another system, they are the interval of
-    the paired difference (``difference``), shifted to that scale. ``clear`` is true where the interval lies entirely
+    the paired difference (``difference``), shifted to that scale. ``clear`` is true if the complete interval is
     beyond the bound. A missing number makes ``passed`` null.
     """
     roles = {system["name"]: system["role"] for system in card["systems"]}
@@ -100,26 +106,28 @@ def _resolve(name: str, roles: Mapping[str, str], reference: str) -> str | None:
 
 
 def _evaluate(gate: Gate, system: str, card: Mapping[str, Any], roles: Mapping[str, str]) -> Row:
-    """Return the row of one gate and one of its systems."""
-    named = gate.bound.system
-    rival = None if named is None else _resolve(named, roles, card["reference"])
+    """Return the row of a gate for a system."""
+    rival_name = gate.bound.system
+    rival = None if rival_name is None else _resolve(rival_name, roles, card["reference"])
     estimate = _estimate(card, system, gate.metric)
     value = _finite(estimate.get("value"))
     rival_value = None if rival is None else _finite(_estimate(card, rival, gate.metric).get("value"))
     missing = None
     if value is None:
         missing = system
-    elif named is not None and rival_value is None:
-        missing = rival or named
+    elif rival_name is not None and rival_value is None:
+        missing = rival or rival_name
     if value is None or missing is not None:
         text = f"{gate.title} of {system} cannot be compared with {gate.bound}: {missing} has no {gate.metric}"
         return {**_row(gate, system, text), "value": value}
     bound = gate.bound.value(rival_value or 0.0)
     difference = None if rival is None else _difference(card, system, rival, gate.metric)
-    low, high = _finite(estimate.get("low")), _finite(estimate.get("high"))
+    low = _finite(estimate.get("low"))
+    high = _finite(estimate.get("high"))
     if rival is not None:
         # Against another system the paired difference decides: its interval, shifted to the scale of the value.
-        low, high = None, None
+        low = None
+        high = None
         if difference is not None:
             low = value + difference["low"] - difference["value"]
             high = value + difference["high"] - difference["value"]
@@ -128,7 +136,7 @@ def _evaluate(gate: Gate, system: str, card: Mapping[str, Any], roles: Mapping[s
     best = high if gate.bound.operator in (">=", ">") else low
     is_clear = not is_satisfied and best is not None and not gate.bound.is_satisfied(best, bound)
     passed: bool | None = is_satisfied
-    # By the interval a gate fails only where the violation is clear; without an interval nobody knows.
+    # By the interval a gate fails only if the violation is clear; without an interval it is undecided.
     if gate.decide == "interval" and not is_satisfied:
         passed = None if best is None else not is_clear
     text = f"{gate.title} of {system} is {_comparison(gate.bound, value, bound, is_satisfied)}"
@@ -174,7 +182,7 @@ def _row(gate: Gate, system: str | None, text: str) -> Row:
 
 
 def _difference(card: Mapping[str, Any], system: str, rival: str, metric: str) -> Row | None:
-    """Return ``system - rival`` where the scorecard compares them; None where it does not, or has no interval."""
+    """Return ``system - rival`` if the scorecard compares them; None if it does not, or has no interval."""
     for row in card["differences"]:
         value, low, high = (_finite(row[name]) for name in ("value", "low", "high"))
         if row["metric"] != metric or value is None or low is None or high is None:
@@ -209,3 +217,86 @@ def _format(number: float, digits: int = 3) -> str:
 def _finite(value: Any) -> float | None:
     """Return a finite number, or None."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def find_flags(card: Mapping[str, Any]) -> list[Flag]:
+    """Return the flags of a scorecard that has its estimates and differences."""
+    flags = [_regression(row, card["metrics"]) for row in card["differences"] if row["verdict"] == "worse"]
+    verdicts = {(row["policy"], row["against"], row["metric"]): row for row in card["differences"]}
+    reference = card["reference"]
+    if card["base"] is None:
+        text = "the base model is not among the compared systems, so it is unknown whether training helped at all"
+        flags.append({"policy": reference, "kind": "no-base", "text": text})
+    # The first program decides, so it stands for the truth that a reward model is a proxy of.
+    program = next(iter(program_metrics(card["metrics"])), None)
+    for policy in card["policies"]:
+        if policy == card["base"]:
+            continue
+        proxy = verdicts.get((policy, reference, "reward"))
+        truth = verdicts.get((policy, reference, program))
+        # The proxy's gain must be clear, while any loss in truth is a warning: that is how over-optimization begins.
+        if proxy and truth and proxy["verdict"] == "better" and _is_loss(truth, card["metrics"][program]):
+            text = f"{policy} pleases the reward model more than {reference} but does worse by {program}"
+            flags.append({"policy": policy, "kind": "over-optimized", "text": text})
+        flags += _collapse(policy, card["estimates"][policy], reference, card["estimates"][reference])
+    return flags + _inconsistent_judges(card.get("win_rates", ())) + _copies(card)
+
+
+def _is_loss(row: Mapping[str, Any], metric: Mapping[str, Any]) -> bool:
+    return bool(row["value"] > 0) if metric["better"] == "lower" else bool(row["value"] < 0)
+
+
+def _regression(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> Flag:
+    title = metrics[row["metric"]]["title"]
+    if "." not in row["metric"]:
+        title = title.lower()
+    text = f"{row['policy']} is worse than {row['against']} in {title}: {row['value']:+.3g} "
+    interval = f"(95 % interval {row['low']:+.3g} to {row['high']:+.3g})"
+    return {"policy": row["policy"], "kind": "regression", "text": text + interval}
+
+
+def _collapse(
+    policy: str, estimates: Mapping[str, Any], reference: str, ref_estimates: Mapping[str, Any]
+) -> list[Flag]:
+    """Return flags for responses that seldom end by themselves or whose length differs by more than a factor of two."""
+    flags: list[Flag] = []
+    if "finished" not in estimates or "finished" not in ref_estimates:
+        return flags
+    finished_share = estimates["finished"]["value"]
+    if finished_share is not None and finished_share < MIN_EOS_RATE:
+        text = (
+            f"only {finished_share:.0%} of {policy}'s responses end by themselves; the rest were cut at the token limit"
+        )
+        flags.append({"policy": policy, "kind": "eos", "text": text})
+    length = estimates["length"]["value"]
+    expected = ref_estimates["length"]["value"]
+    if length and expected and not 1 / MAX_LENGTH_FACTOR <= length / expected <= MAX_LENGTH_FACTOR:
+        text = f"{policy} answers with {length:.0f} tokens on average, {reference} with {expected:.0f}"
+        flags.append({"policy": policy, "kind": "length", "text": text})
+    return flags
+
+
+def _copies(card: Mapping[str, Any]) -> list[Flag]:
+    """Return a flag for each checkpoint whose second sampling repeated the first: it measures no noise."""
+    originals = {system["name"]: system["of"] for system in card.get("systems", ())}
+    flags = []
+    for policy, tasks in card.get("copies", {}).items():
+        text = (
+            f"{policy} repeats {originals[policy]} word for word in {', '.join(tasks)}, so the noise was not measured "
+            "there: greedy answers do not change with the seed; sample at a temperature above 0"
+        )
+        flags.append({"policy": policy, "kind": "noise", "text": text})
+    return flags
+
+
+def _inconsistent_judges(win_rates: Sequence[Mapping[str, Any]]) -> list[Flag]:
+    """Return a flag for each judge that contradicts itself in most pairs once their order is swapped."""
+    flags = []
+    for row in win_rates:
+        if row["n"] and row["disagreements"] > row["n"] / 2:
+            text = (
+                f"the judge of {row['task']} ({row['judge']}) contradicts itself, once answers are swapped, in "
+                f"{row['disagreements']} of {row['n']} comparisons of {row['one']} and {row['other']}"
+            )
+            flags.append({"policy": row["one"], "kind": "judge", "text": text})
+    return flags

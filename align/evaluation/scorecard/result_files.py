@@ -1,9 +1,9 @@
 """Writes the files of an evaluation.
 
-- ``scorecard.json``: schema in ``scorecard.py``
+- ``scorecard.json``: schema in ``scorecard_builder.py``
 - ``samples.jsonl``: a line per question that systems answered: ``task`` (``prompts`` for the prompt set), ``id``,
   ``source``, ``prompt`` (messages), ``row`` (columns that the recipe keeps, if any) and ``responses``, system →
-  samples, each ``{text, tokens, finished}``, with ``reward`` and ``kl`` where they were measured, ``scores`` (of
+  samples, each ``{text, tokens, finished}``, with ``reward`` and ``kl`` if they were measured, ``scores`` (of
   programs, or the task's metrics), ``turns`` (in conversations of several), ``token_kl`` (``[[text, nats], …]``, of
   first samples). An episode also has ``messages``, ``calls`` (with results and errors), ``parts`` of its score,
   ``turn_scores``, ``stop`` and ``failure``, its ``tokens`` are those that the policy sampled, and ``prompt`` is how the
@@ -17,21 +17,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.data.rows import kept_columns
+from align.environments.conversation import describe_episode, opening
+from align.environments.episode import Episode
 from align.evaluation.comparisons import Column
-from align.evaluation.episode_samples import episode_samples
-from align.evaluation.scorecard import Measurements, TaskResult
-from align.evaluation.tasks.base import Answers, Turn, Values
+from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult
+from align.evaluation.tasks.base import Answers, Episodes, Item, Turn, Values
+from align.evaluation.tasks.environment import SCORE
 from align.models.render import token_texts
 from align.store.atomic_write import write_text_atomically
 
 if TYPE_CHECKING:
-    from align.evaluation.generation import SystemResponses
     from align.evaluation.plan import Plan
+    from align.evaluation.systems import SystemResponses
 
 SAMPLE_FIELDS = ("reward", "kl")
 
@@ -71,10 +74,10 @@ def _prompt_samples(
             for number, response in enumerate(response_set.responses[index]):
                 sample = {"text": response.text, "tokens": len(response.token_ids), "finished": response.finished}
                 measured = {field: values[field][index][number] for field in SAMPLE_FIELDS if field in values}
-                # A metric that a reward returns is missing where some response lacks it.
+                # A metric that a reward returns is missing if some response lacks it.
                 scores = {metric: values[metric][index][number] for metric in measurements.programs if metric in values}
                 samples.append(sample | measured | ({"scores": scores} if scores else {}))
-            # KL by token exists for the first response to the first prompts alone.
+            # KL by token exists only for the first response to the first prompts.
             if index < len(token_kl.get(name, ())) and samples:
                 ids = response_set.responses[index][0].token_ids
                 pieces = token_texts(tokenizers[name], ids)
@@ -104,26 +107,17 @@ def _task_samples(result: TaskResult, answers: dict[str, Answers]) -> Iterator[d
             name: [_sample(result, name, index, number, turns) for number, turns in enumerate(per_item[index])]
             for name, per_item in answers.items()
         }
-        yield {
-            "task": result.task.name,
-            "id": item.id,
-            "source": item.source,
-            "prompt": item.prompt,
-            "responses": by_system,
-        }
+        yield _head(result, item) | {"responses": by_system}
 
 
 def _scored_answers(result: TaskResult) -> Iterator[dict[str, Any]]:
     """Yield answers that came with the items; most tasks have none."""
     for item, sides in zip(result.task.items, result.task.item_answers(), strict=False):
-        yield {
-            "task": result.task.name,
-            "id": item.id,
-            "source": item.source,
-            "prompt": item.prompt,
-            "columns": list(sides),
-            "responses": sides,
-        }
+        yield _head(result, item) | {"columns": list(sides), "responses": sides}
+
+
+def _head(result: TaskResult, item: Item) -> dict[str, Any]:
+    return {"task": result.task.name, "id": item.id, "source": item.source, "prompt": item.prompt}
 
 
 def _sample(result: TaskResult, name: str, index: int, number: int, turns: list[Turn]) -> dict[str, Any]:
@@ -163,10 +157,38 @@ def _items(plan: Plan, measurements: Measurements) -> Iterator[dict[str, Any]]:
             }
         scorers = task.item_values()
         for index, item in enumerate(task.items):
-            # Items of weight 0 are left out, so that readers who pair items pair what was counted.
+            # Items of weight 0 are skipped, so readers who pair items pair what was counted.
             numbers: dict[str, Any] = {
                 name: {metric: values[index] for metric, (values, counted) in metrics.items() if index in counted}
                 for name, metrics in columns.items()
             }
             numbers |= {name: per_item[index] for name, per_item in scorers.items()}
             yield {"task": task.name, "id": item.id, "source": item.source, "values": numbers}
+
+
+def episode_samples(result: TaskResult, episodes: Mapping[str, Episodes]) -> Iterator[dict[str, Any]]:
+    """Yield a line for each row that systems played; ``prompt`` is how the environment began its episodes."""
+    for index, item in enumerate(result.task.items):
+        openings = [opening(episode) for per_item in episodes.values() for episode in per_item[index]]
+        responses = {
+            name: [
+                describe_episode(episode) | {"scores": _scores(result, name, index, number, episode)}
+                for number, episode in enumerate(per_item[index])
+            ]
+            for name, per_item in episodes.items()
+        }
+        prompt = next(filter(None, openings), item.prompt)
+        yield _head(result, item) | {"prompt": prompt, "responses": responses}
+
+
+def _scores(result: TaskResult, name: str, index: int, number: int, episode: Episode) -> dict[str, float]:
+    """Return an episode's numbers. A number of its row, such as pass@k, belongs to all of the row's episodes."""
+    scores = {}
+    for metric, values in result.measured[name].values.items():
+        numbers = values[index]
+        if metric == SCORE:
+            # An episode that failed has none, so the other scores are not at their own numbers.
+            numbers = [] if math.isnan(episode.score) else [episode.score]
+        if numbers:
+            scores[metric] = numbers[min(number, len(numbers) - 1)]
+    return scores
