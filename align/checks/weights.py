@@ -95,7 +95,7 @@ def not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def all_zero(tensor: Tensor) -> bool:
-    """Return True where every value is 0 (or -0)."""
+    """Return True if every value is 0 (or -0)."""
     # All bits but the sign are 0 in 0 and in -0.
     sign = 1 << (8 * WIDTHS[tensor.dtype] - 1)
     return not any(bool((bits & (sign - 1)).any()) for bits in tensor.chunks())
@@ -127,7 +127,7 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _repeats_another(head: Tensor, tensors: dict[str, Tensor]) -> bool:
-    """Return True where another matrix, such as the embeddings, has the values of ``head`` in bfloat16."""
+    """Return True if another matrix, such as the embeddings, has the values of ``head`` in bfloat16."""
     alike = [tensor for tensor in tensors.values() if tensor.shape == head.shape and tensor.dtype in WIDTHS]
     return any(
         all(
@@ -146,7 +146,7 @@ def _rounded(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype != "F32":
         kind = np.float64 if dtype == "F64" else np.float16
         bits = bits.view(kind).astype(np.float32).view(np.uint32)
-    # Add half of the last kept bit, and one more where that bit is odd, then cut: ties go to even. In place, because
+    # Add half of the last kept bit, and one more if that bit is odd, then cut: ties go to even. In place, because
     # passes over memory are all that this costs; a carry out of the 32 bits is cut with the rest.
     rounded = bits >> 16
     rounded &= 1

@@ -1,17 +1,18 @@
 """Calibration of a reward model, and its agreement with another scorer. Needs numpy only.
 
-Calibration is how well sigma(chosen - rejected) predicts the label.
+Agreement is Spearman's rank correlation or Cohen's kappa, with bootstrap intervals over items. There are no p-values:
+the size of the agreement matters, not its existence.
 
-Each pair is read from the side of the answer that the model prefers: its confidence is sigma(|difference|), from 0.5
-up, and it is right where that answer is the chosen one. Taking every pair in a random order instead gives the same
-curve with its two halves mirrored, and fewer pairs in each bin. The only map from scores to probabilities is a
-temperature. Torch-free.
+Calibration is how well sigma(chosen - rejected) predicts the label. Each pair is read from the side of the answer that
+the model prefers: its confidence is sigma(|difference|), from 0.5 up, and it is right if that answer is the chosen one.
+Reading the pairs in a random order instead gives the same curve with its two halves mirrored, and fewer pairs in each
+bin. The only map from scores to probabilities is a temperature.
 
-The usual calibration error (ECE) sums the absolute gaps of the bins, so noise makes it large: a
-perfectly calibrated model gets 0.1 on a hundred pairs. Here the noise is subtracted, and the interval is for the true
-error over these bins. It contains the errors with gaps in the observed proportions whose expected ECE, by the folded
-normal distribution, is within 1.96 standard deviations of the observed one. In simulations of 60 to 2,000 pairs it
-covered the truth 91 to 97 times in a hundred; the plain bootstrap's covers between never and 94.
+The usual calibration error (ECE) sums the absolute gaps of the bins, so noise makes it large: a perfectly calibrated
+model gets 0.1 on a hundred pairs. Here the noise is subtracted, and the interval is for the true error. It
+contains the errors with gaps in the observed proportions whose expected ECE, by the folded normal distribution, is
+within 1.96 standard deviations of the observed one. In simulations of 60 to 2,000 pairs it covered the truth 91 to 97
+times in a hundred; the plain bootstrap's covers between never and 94.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def calibration(margins: Sequence[float], *, seed: int, bins: int = BINS) -> dic
       overconfident model
     - ``ece_scaled``: the error with a temperature; each half of the pairs, drawn by ``seed``, uses the other half's
     - ``bins`` that have pairs: ``low``, ``high``, ``n``, mean ``confidence``, ``accuracy``
-    - ``note``: the reason where ``temperature`` or ``ece_scaled`` is None, and the number of pairs skipped because
+    - ``note``: the reason if ``temperature`` or ``ece_scaled`` is None, and the number of pairs skipped because
       their difference is not finite
     """
     every = np.asarray(margins, dtype=np.float64)
@@ -218,7 +219,7 @@ def spearman(x: ArrayLike, y: ArrayLike, *, resamples: int, seed: int) -> Estima
 def cohen_kappa(first: Sequence[int], second: Sequence[int], *, resamples: int, seed: int) -> Estimate:
     """Agreement of two labelers beyond chance (Cohen 1960): 1 for equal labels, 0 for the agreement by chance.
 
-    ``first`` and ``second`` are (N,). NaN where both use one label only.
+    ``first`` and ``second`` are (N,). NaN if both use one label only.
     """
     labels = sorted({*first, *second})
     table = np.zeros((len(labels), len(labels)))

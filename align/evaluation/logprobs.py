@@ -39,7 +39,7 @@ def response_logprobs(
 ) -> list[list[float]]:
     """Log-probability of each response token under ``softmax(logits / temperature)``, in nats; one list per response.
 
-    Equal pairs of prompt and response are read once. Where the model supports it (``align.models.fast.ragged_rows``),
+    Equal pairs of prompt and response are read once. If the model supports it (``align.models.fast.ragged_rows``),
     so is what several of them begin with: a template's system message, examples, the prompt of several responses. The
     model is in eval mode. ``on_progress(done, total)`` counts responses.
     """
@@ -153,7 +153,7 @@ def _read_shared(reading: _Reading, members: Sequence[int], rows: Sequence[Seque
     predictions = []
     for index, row_places in zip(members, places, strict=True):
         response = reading.responses[index]
-        # The last places of a row predict its response: each one the token behind it.
+        # The last places of a row predict its response: each one the token after it.
         pairs = zip(row_places[-len(response) :], response, strict=True)
         predictions.append([numbers.setdefault(pair, len(numbers)) for pair in pairs])
     keep, targets = (torch.tensor(list(values), device=device) for values in zip(*numbers, strict=True))
@@ -255,7 +255,7 @@ def heldout_losses(
 
 
 def check_heldout(tokenizer: Any, rows: Sequence[Row], max_length: int) -> None:
-    """Raise ``UserError`` where :func:`heldout_losses` would leave out every row."""
+    """Raise ``UserError`` if :func:`heldout_losses` would leave out every row."""
     if not any(_heldout_reads(tokenizer, row, max_length) for row in rows):
         raise UserError(
             f"heldout: none of {len(rows)} rows has a turn to train on and fits max_heldout_length={max_length} "

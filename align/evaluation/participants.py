@@ -106,7 +106,7 @@ class SystemReader:
 
 
 def max_input_tokens(model_dir: Path, tokenizer: Any) -> int:
-    """Return the number of tokens that a model can read at once; 2048 where neither file limits it."""
+    """Return the number of tokens that a model can read at once; 2048 if neither file limits it."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     limits = [value for value in (positions, tokenizer.model_max_length) if isinstance(value, int) and value > 0]

@@ -64,7 +64,6 @@ TIES = "ties"
 TIES_WEIGHTS = (0.3, 0.3, 0.2, 0.2, 0.01)
 """Weights of the parts of the Ties subset's score; see :func:`ties`."""
 SCORE = "Mean of sections"
-RESAMPLES = 2000
 Part = tuple[Floats, Floats, Floats]
 """A score as a weighted sum of ratios: numerators (N, C) and denominators (N, C) of N items, weights (C,)."""
 
@@ -129,7 +128,7 @@ def pair_report(
     It has the fields of :func:`pair_accuracy`, ``margin`` with its interval, and:
 
     - ``by_margin``: accuracy in up to five bins of similar size, ``{low, high, n, accuracy}``. ``by_margin_of`` names
-      the margins: ``gold`` where at least half of the pairs have gold scores that differ, with right as gold orders
+      the margins: ``gold`` if at least half of the pairs have gold scores that differ, with right as gold orders
       them (errors should concentrate on close answers); else the ``model``'s own, with right as labeled
       (errors should be rare if it is confident)
     - ``shorter_chosen``: accuracy on pairs whose chosen answer is the shorter one, in characters; null without any
@@ -175,9 +174,9 @@ def pair_reports(
 def agreement(first: Scores, second: Scores, *, seed: int) -> dict[str, Any]:
     """Return the agreement of two scorers on the pairs that both have a score difference for.
 
-    ``accuracy`` is the share they order alike, a tie of both included. ``kappa`` is the agreement beyond chance, given
-    how often each prefers the chosen answer: two accurate scorers agree often even if their errors are unrelated.
-    ``spearman`` is the rank correlation of their score differences.
+    ``accuracy`` is the share they order in the same way, a tie of both included. ``kappa`` is the agreement beyond
+    chance, given how often each prefers the chosen answer: two accurate scorers agree often even if their errors are
+    unrelated. ``spearman`` is the rank correlation of their score differences.
     """
     margins = np.stack([_margins(first), _margins(second)])
     margins = margins[:, ~np.isnan(margins).any(axis=0)]
@@ -238,7 +237,7 @@ def _by_source(rows: Sequence[Row], right: Sequence[float]) -> dict[str, Any]:
 
 
 def pair_sections(subsets: Sequence[str], right: Sequence[bool], *, seed: int) -> dict[str, Any] | None:
-    """RewardBench 1: section → estimate, and their mean where all four sections occur; None for other subsets."""
+    """RewardBench 1: section → estimate, and their mean if all four sections occur; None for other subsets."""
     section_of = {subset: section for section, members in SECTIONS.items() for subset in members}
     if not set(subsets) <= set(section_of):
         return None
@@ -261,7 +260,7 @@ def pair_sections(subsets: Sequence[str], right: Sequence[bool], *, seed: int) -
 def best_sections(
     subsets: Sequence[str], ids: Sequence[str], scores: Sequence[tuple[list[float], list[float]]], *, seed: int
 ) -> dict[str, Any]:
-    """RewardBench 2: subset → estimate, and their mean where all six subsets occur.
+    """RewardBench 2: subset → estimate, and their mean if all six subsets occur.
 
     ``scores`` are each prompt's scores of good and bad answers; ``ids`` name the prompts (see :func:`ties`).
     """
@@ -301,7 +300,7 @@ def best_credit(good: Sequence[float], bad: Sequence[float]) -> float:
 def ties(ids: Sequence[str], scores: Sequence[tuple[list[float], list[float]]]) -> Part:
     """Score of the Ties subset: prompts in twos, ``tied:N`` with several good answers and ``ref:N`` with one.
 
-    Weighted 0.3 each: the share of tied prompts, and of ref prompts, where every good answer beats every bad one.
+    Weighted 0.3 each: the share of tied prompts, and of ref prompts, if every good answer beats every bad one.
     Weighted 0.2 each: the share of N whose tied prompt's worst good answer is further above its best bad one than
     its good answers are apart; and the share with the same for the smaller of its and the ref prompt's distance.
     Weighted 0.01: tanh(that distance / the good answers' spread - 1), which separates models that are equal otherwise;
@@ -317,7 +316,7 @@ def ties(ids: Sequence[str], scores: Sequence[tuple[list[float], list[float]]]) 
     for name, (good, bad) in zip(ids, scores, strict=True):
         kind, _, number = name.partition(":")
         is_finite = _is_finite(good, bad)
-        # Above 0 where every good answer beats every bad one.
+        # Above 0 if every good answer beats every bad one.
         distance[rows[number], int(kind == "ref")] = min(good) - max(bad) if is_finite else -np.inf
         if kind != "ref":
             spread[rows[number]] = max(good) - min(good) if is_finite else 0.0
@@ -337,7 +336,7 @@ def _is_finite(good: Sequence[float], bad: Sequence[float]) -> bool:
 
 
 def _rate(values: Floats, weights: Floats) -> Estimate:
-    """Share of ``values`` (N,) with its Wilson interval, at Kish's effective size where ``weights`` (N,) differ."""
+    """Share of ``values`` (N,) with its Wilson interval, at Kish's effective size if ``weights`` (N,) differ."""
     effective = float(weights.sum() ** 2 / (weights**2).sum())
     return wilson(float((values * weights).sum() / weights.sum()) * effective, effective, prompts=len(values))
 

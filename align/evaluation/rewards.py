@@ -26,7 +26,7 @@ from align.store.artifacts import Artifact
 REWARD_INPUTS = "score.reward"
 """Name of the reward stages of a list among a stage's inputs."""
 FUNCTION = "function"
-"""Name of the function where ``score`` is a text, in logs of stages that also have a reward model."""
+"""Name of the function if ``score`` is a text, in logs of stages that also have a reward model."""
 LoadReward = Callable[[Artifact], Scorer]
 READY = [user("Reply with the one word: ready")]
 """A test request, sent before anything expensive starts."""
@@ -156,7 +156,7 @@ class JudgeScorer:
     def score_parts(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> Parts:
         """Return the scores under ``""``, and ``unreadable`` per response, 0 or 1. Equal responses are asked once.
 
-        Raises ``UserError`` for a row without a column that is quoted, for a spent budget, and where more than
+        Raises ``UserError`` for a row without a column that is quoted, for a spent budget, and if more than
         ``max_unreadable`` of all judgments are unreadable; ``EndpointLost`` for a server that is gone. Judgments until
         then are cached.
         """

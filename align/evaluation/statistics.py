@@ -128,10 +128,10 @@ def rate_interval(rates: Sequence[float] | Floats, samples_per_prompt: int) -> E
     if prompts == 0:
         return wilson(0, 0)
     rate = float(x.mean())
-    # With one sample per prompt the prompts are the sample; more samples count for more where prompts agree.
+    # With one sample per prompt the prompts are the sample; more samples count for more if prompts agree.
     effective = float(prompts)
     if samples_per_prompt > 1 and prompts > 1 and 0 < rate < 1:
-        # Variance of the mean as observed between prompts. Where samples of a prompt agree with each other, it is above
+        # Variance of the mean as observed between prompts. If samples of a prompt agree with each other, it is above
         # the binomial variance, and the samples count for less.
         between = float(x.var(ddof=1)) / prompts
         samples = float(prompts * samples_per_prompt)
@@ -150,7 +150,7 @@ def paired_difference(
     """Mean difference ``treatment - control`` over prompts that both systems answered, both (N,).
 
     ``weights`` (N,) are both systems'; prompts of weight 0 are skipped. The interval is a bootstrap over prompts. The
-    p-value is exact McNemar when every value is 0 or 1 and all prompts weigh alike; otherwise it is a sign-flip
+    p-value is exact McNemar when every value is 0 or 1 and all prompts weigh the same; otherwise it is a sign-flip
     permutation test, which is exact when under the null each difference's sign is a coin toss.
     """
     x = np.asarray(treatment, dtype=np.float64)
@@ -249,7 +249,7 @@ def _bootstrap_means(x: Floats, w: Floats, resamples: int, seed: int) -> Floats:
 def _sign_flip_p(weighted: Floats, resamples: int, seed: int) -> float:
     """Two-sided p-value: the share of random sign patterns with a mean at least as far from zero as the observed one.
 
-    The observed pattern is included. ``weighted`` (N,) are the prompts' differences times their weights. 1 where their
+    The observed pattern is included. ``weighted`` (N,) are the prompts' differences times their weights. 1 if their
     sum is not finite, which is no evidence.
     """
     weighted = weighted[weighted != 0]

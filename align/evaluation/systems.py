@@ -66,11 +66,11 @@ class System:
 
     @cached_property
     def is_plain(self) -> bool:
-        """True where conversations reach the checkpoint as they are."""
+        """True if conversations reach the checkpoint as they are."""
         return not self.info.system and not self.info.shots
 
     def conversation(self, messages: Sequence[Message], examples: Sequence[Example] = ()) -> list[Message]:
-        """Return ``messages`` behind this system's own prompt. Raises ``UserError`` if there are too few examples.
+        """Return ``messages`` after this system's own prompt. Raises ``UserError`` if there are too few examples.
 
         ``examples`` are the task's.
         """

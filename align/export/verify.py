@@ -1,6 +1,6 @@
 """Verify that an exported folder answers like its checkpoint, in transformers and in vLLM: greedy, float32, per token.
 
-Where two answers diverge, the checkpoint scores both candidate tokens. If their probabilities are equal within
+If two answers diverge, the checkpoint scores both candidate tokens. If their probabilities are equal within
 rounding, the divergence is a tie, and the answer counts up to there. Anything else is a difference, which is reported
 with its position and likely cause. A reward model's scores are compared in the same way. Torch-free; the models run in
 separate processes (``verify_worker.py``).
@@ -99,11 +99,11 @@ def verify(
     unrounded = run(source_job, scratch / "source")
     expected = unrounded
     if round_to is not None:
-        # Rounding changes answers by itself, so the export is compared with a checkpoint that is rounded alike.
+        # Rounding changes answers by itself, so the export is compared with a rounded checkpoint.
         expected = run(replace(source_job, round_to=round_to), scratch / "rounded")
         if not source.is_reward():
             agreement.rounding = sum(a != b for a, b in zip(unrounded.tokens, expected.tokens, strict=True))
-    # Only used where two answers diverge: it scores both candidate tokens.
+    # Only used if two answers diverge: it scores both candidate tokens.
     gap_job = replace(source_job, want="logprobs", round_to=round_to)
 
     log("the exported folder answers, in transformers")

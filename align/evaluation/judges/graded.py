@@ -313,7 +313,7 @@ class GradedTask(JudgedTask):
     def _measured(self, grades: list[list[float | None]], answers: list[list[Turn]]) -> Measured:
         """Return a system's numbers.
 
-        An item counts in ``score`` where all its turns have a grade, and in a turn's metric where that turn has one.
+        An item counts in ``score`` if all its turns have a grade, and in a turn's metric if that turn has one.
         """
         columns = {SCORE: [_mean(row) for row in grades]}
         for turn, metric in enumerate(self.turn_metrics):

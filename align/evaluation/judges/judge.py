@@ -1,9 +1,12 @@
-"""Prompts of judges, and the parsing of their verdicts and grades. Torch-free.
+"""Judges: their prompts, the parsing of verdicts and grades, and a client that asks an endpoint. Torch-free.
 
 Judges prefer the answer they read first (in arXiv 2306.05685 GPT-4 kept its verdict in 65% of swapped pairs), so each
 comparison is asked in both orders, and only a verdict that both agree on counts. The scale of grades is MT-Bench's
 (arXiv 2306.05685, single-answer grading). The wording is this project's, so grades and win rates by the same judge
 model compare with no published leaderboard.
+
+Every judgment is cached as soon as it arrives, so a killed evaluation asks only the rest. A judge that cannot be
+reached, or whose replies are unreadable, ends the evaluation with counts.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ FOLDER = "judgments"
 NAME = "judge"
 """Name of the judge among a client's models."""
 PROBE_SIZE = 16
-"""Judgments to ask for first: where half of them are unreadable, the rest is not paid for."""
+"""Judgments to ask for first: if half of them are unreadable, the rest is not paid for."""
 QUOTED_CHARACTERS = 200
 """Characters of a reply in an error."""
 JUDGED_LATE = "The judge is asked after every system has answered; start it until then."
@@ -202,7 +205,7 @@ def _last_mark(text: str, marked: re.Pattern[str], bare: re.Pattern[str]) -> str
 def combine_verdicts(straight: Verdict | None, swapped: Verdict | None) -> Outcome:
     """Combine the verdicts of both orders, from the side of the system that ``straight`` showed first.
 
-    A side wins where both verdicts name it; verdicts that differ are no preference but a ``disagreement``.
+    A side wins if both verdicts name it; verdicts that differ are no preference but a ``disagreement``.
     """
     if straight is None or swapped is None:
         return "unreadable"
@@ -285,7 +288,7 @@ class JudgeClient:
     ) -> list[Answer]:
         """Return the judge's replies; ``groups`` names the system or pair of each question.
 
-        Raises ``UserError`` where more than ``max_unreadable`` of any group's judgments are unreadable, early where
+        Raises ``UserError`` if more than ``max_unreadable`` of any group's judgments are unreadable, early if
         half of the first few are; a failing endpoint raises as ``Endpoint`` does, with counts.
         """
         requests = [judge_request(self.endpoint.identity, self.config, question) for question in questions]
@@ -306,7 +309,7 @@ class JudgeClient:
         return replies
 
     def usage(self) -> dict[str, Any]:
-        """Return requests, tokens and cost so far; those from the shared cache are counted apart."""
+        """Return requests, tokens and cost so far; those from the shared cache are counted separately."""
         return dict(self.client.usage_json().get(NAME, {}))
 
     def _replies(self, requests: Sequence[Request], batch: Sequence[Request]) -> list[Answer]:
@@ -332,8 +335,8 @@ class JudgeClient:
         return UserError(
             f"tasks.{self.task}: the judge {self.endpoint_config.model} at {self.endpoint_config.url} gave no readable "
             f"verdict in {len(unreadable)} of {replies} judgments of {group} ({total} wanted in all; max_unreadable is "
-            f"{self.config.max_unreadable:g}): {listed}. An example: {quote_example(unreadable)}. Take a judge that can "
-            "answer in this form, raise judge.max_tokens where verdicts are cut off, or raise judge.max_unreadable. "
+            f"{self.config.max_unreadable:g}): {listed}. An example: {quote_example(unreadable)}. Take a judge that "
+            "can answer in this form, raise judge.max_tokens if verdicts are cut off, or raise judge.max_unreadable. "
             f"Replies are cached: to ask a repaired server again, set judge.seed: {self.config.seed + 1}."
         )
 

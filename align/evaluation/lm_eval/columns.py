@@ -120,7 +120,7 @@ def _task_columns(task: str, described: Mapping[str, Any], left_out: dict[str, s
 
 
 def _group_columns(selected: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[Column]:
-    """Return a column for each average of a group, if its tasks all aggregate their documents alike."""
+    """Return a column for each average of a group, if its tasks all aggregate their documents in the same way."""
     group_columns = []
     for average in selected["averaged"]:
         forms: dict[str, set[Form | None]] = {}
@@ -162,7 +162,7 @@ def numbers(
     """Return a value and a weight for each item; items of other tasks have weight 0.
 
     ``results`` is the result of ``worker.evaluate``; ``order`` maps (task, document) to the item's index. Raises
-    ``MissingValuesError``, ``NotAMeanError``, and ``RuntimeError`` where values have gaps or do not add up to lm-eval's
+    ``MissingValuesError``, ``NotAMeanError``, and ``RuntimeError`` if values have gaps or do not add up to lm-eval's
     number.
     """
     values = [0.0] * len(order)

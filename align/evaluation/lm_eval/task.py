@@ -4,6 +4,10 @@ lm-eval loads each system's checkpoint in a separate process and runs it there, 
 examples and filters, so the numbers equal its command line's. An entry may name several tasks: a metric's
 name begins with lm-eval's name of the task, ``arc_easy_acc_norm``. Tasks that run code written by the model are
 refused. The answers' text stays in lm-eval.
+
+The process is separate for three reasons: a process can hold only one vLLM, lm-eval seeds and patches the process it
+runs in, and the end of a process frees all its memory. A process that neither prints nor computes for too long is
+killed.
 """
 
 from __future__ import annotations
@@ -247,7 +251,7 @@ class LmEvalTask(Task):
         return measured
 
     def _check_questions(self, results: dict[str, Any]) -> None:
-        """Raise ``RuntimeError`` where lm-eval ran on other questions than it described: its data changed on disk."""
+        """Raise ``RuntimeError`` if lm-eval ran on other questions than it described: its data changed on disk."""
         for task, described in self.described["tasks"].items():
             # By hash: lm-eval numbers its documents, and the same number may mean another question later.
             if {str(doc["id"]): doc["hash"] for doc in described["docs"]} != results["hashes"].get(task):
@@ -291,7 +295,7 @@ def _device(device: str) -> str:
 
 
 def lm_eval_version() -> str:
-    """Return the installed version. Raises ``UserError`` where lm-eval is not installed."""
+    """Return the installed version. Raises ``UserError`` if lm-eval is not installed."""
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:

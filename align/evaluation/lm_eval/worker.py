@@ -270,7 +270,7 @@ def evaluate(job: Mapping[str, Any]) -> dict[str, Any]:
     - ``aggregates``: task or group → ``metric,filter`` → lm-eval's number
     - ``values``: task → ``metric,filter`` → ``[document, value]`` of each document, the value a number, null (none), or
       a list of numbers
-    - ``better``: task → metric → true where higher is better
+    - ``better``: task → metric → true if higher is better
     - ``shots``: task → the number of examples it was run with
     - ``hashes``: task → document → digest
     """

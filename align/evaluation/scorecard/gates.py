@@ -75,7 +75,7 @@ def targets(gate: Gate, roles: Mapping[str, str], reference: str) -> list[str]:
 def evaluate_gates(gates: Sequence[Gate], card: Mapping[str, Any]) -> list[Row]:
     """Return a row for every gate and each of its systems; see ``scorecard_builder.py`` for the rows.
 
-    ``low`` and ``high`` are on the scale of ``value``. Where the bound names another system, they are the interval of
+    ``low`` and ``high`` are on the scale of ``value``. If the bound names another system, they are the interval of
     the paired difference (``difference``), shifted to that scale. ``clear`` is true if the complete interval is
     beyond the bound. A missing number makes ``passed`` null.
     """

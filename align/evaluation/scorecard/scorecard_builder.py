@@ -185,7 +185,7 @@ class _Builder:
         by_policy = self.columns[name]
         if policy not in by_policy or against not in by_policy:
             return None
-        # A copy answers word for word alike: its differences are 0 by construction, which is no evidence of equality.
+        # A copy gives the same answers: its differences are 0 by construction, which is no evidence of equality.
         if self.measurements.is_copy(policy, against, self.metrics[name]["task"]):
             return None
         first = by_policy[policy]
@@ -201,7 +201,7 @@ class _Builder:
         groups = _group(measurements.sources)
         names = [name for name in (*measurements.programs, *FAMILY_METRICS) if name in self.columns]
         differences = self._family_differences(groups) if self.primary in names else []
-        # Corrected apart, so a look at single sources costs the main table no power.
+        # Corrected separately, so a look at single sources costs the main table no power.
         correct(differences, self.metrics)
         tasks: dict[str, Any] = {}
         for result in measurements.tasks:
@@ -315,7 +315,7 @@ def _task_entry(result: TaskResult) -> dict[str, Any]:
 
 
 def _bound_best_of(measurements: Measurements, estimates: dict[str, dict[str, Any]]) -> None:
-    """Add the upper bound of the KL of the reference's best-of-N systems, where KL was measured at all."""
+    """Add the upper bound of the KL of the reference's best-of-N systems, if KL was measured at all."""
     reference = measurements.reference
     if "kl" not in estimates[reference]:
         return

@@ -149,7 +149,7 @@ class Reader(Protocol):
     runtime: Runtime
     """Device, threads, the engine's memory."""
     max_length: int
-    """Tokens that the model can read at once (its positions, or its tokenizer's limit where that is lower)."""
+    """Tokens that the model can read at once (its positions, or its tokenizer's limit if that is lower)."""
 
     def render(self, prompt: list[Message], examples: Sequence[Example] = ()) -> list[int]:
         """Return the ids of a conversation up to the answer's start, the system's own prompt included."""
@@ -229,7 +229,7 @@ class Task(ABC):
     responds: ClassVar[bool] = False
     reads: ClassVar[bool] = False
     loads_checkpoint: ClassVar[bool] = False
-    """True where reading loads the checkpoint again, in another process: such a task reads when no model is loaded."""
+    """True if reading loads the checkpoint again, in another process: such a task reads when no model is loaded."""
     plays: ClassVar[bool] = False
     """True if systems play episodes; best-of-N systems do not."""
     episode_count: int = 0
@@ -343,6 +343,14 @@ class SampledTask(Task):
     def describe_data(self, base: Path) -> dict[str, Any]:
         """Return what identifies the records. JSON-able."""
         return describe_records(self._config, base)
+
+    def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
+        """Return the numbers of every system, from its answers."""
+        return {system: self.measure(system_answers) for system, system_answers in answers.items()}
+
+    def measure(self, answers: Answers) -> Measured:
+        """Return the numbers of one system."""
+        raise NotImplementedError
 
     def prompts(self) -> list[list[Message]]:
         """Return the conversation that each item asks, by default its prompt."""

@@ -76,7 +76,7 @@ class Question:
 def choose_form(records: Sequence[TaskRecord], form: Form | Literal["auto"]) -> tuple[Form, str]:
     """Return the records' format and the reason; the reason is empty for a format that the settings name.
 
-    Raises ``UserError`` where ``auto`` finds no format that fits all of the first hundred records.
+    Raises ``UserError`` if ``auto`` finds no format that fits all of the first hundred records.
     """
     if form != "auto":
         return form, ""
@@ -190,7 +190,7 @@ def _gold(record: TaskRecord, choices: Choices, first_choice: int | None) -> int
 
 
 def check_first_choice(records: Sequence[TaskRecord], form: Form, first_choice: int | None) -> None:
-    """Raise ``UserError`` where every answer of many is a number and none is the first choice's."""
+    """Raise ``UserError`` if every answer of many is a number and none is the first choice's."""
     answers = [str(record.get("answer")) for record in records]
     if form not in ("mmlu", "generic") or first_choice is not None or len(answers) < MANY_ANSWERS:
         return

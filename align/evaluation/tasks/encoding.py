@@ -11,6 +11,7 @@ from typing import Any
 
 from align.data.rows import Message
 from align.errors import UserError
+from align.evaluation.tasks.base import Reader
 from align.models.render import render_conversation, render_prompt
 
 Ids = list[int]
@@ -31,7 +32,7 @@ def encode_choices(tokenizer: Any, context: str, choices: Sequence[str]) -> list
     a separate token.
     """
     stripped = context.rstrip()
-    # Most tokenizers join a space with the word behind it, so it is encoded with the choice.
+    # Most tokenizers join a space with the word after it, so it is encoded with the choice.
     space = context[len(stripped) :]
     context_ids = encode(tokenizer, stripped)
     pairs = []
@@ -51,7 +52,7 @@ def answer_ids(tokenizer: Any, prompt: list[Message], answer: str, is_finished: 
 
     ``is_finished`` adds the end of the turn. Some templates render the prompt of an answered conversation differently
     from an open conversation (for the sake of thoughts), which leaves no place to cut. Then the answer is
-    encoded by itself, with the end-of-turn token behind it, which is what a policy samples.
+    encoded by itself, with the end-of-turn token after it, which is what a policy samples.
     """
     prompt_ids = render_prompt(tokenizer, prompt)
     ids = render_conversation(tokenizer, [*prompt, {"role": "assistant", "content": answer}], is_finished)
@@ -90,7 +91,7 @@ def prefix_token(tokenizer: Any) -> int:
 def rolling_windows(tokens: Ids, prefix: int, length: int) -> list[tuple[Ids, Ids]]:
     """Divide a document into windows: pairs of context and targets, every token a target exactly once.
 
-    Each window has ``length`` targets behind one token of context (``prefix`` for the first window). The last window,
+    Each window has ``length`` targets after one token of context (``prefix`` for the first window). The last window,
     which has fewer targets, fills its input with more context. Raises ``ValueError`` for ``length`` below 1.
     """
     if length < 1:
@@ -102,6 +103,18 @@ def rolling_windows(tokens: Ids, prefix: int, length: int) -> list[tuple[Ids, Id
         context = tokens[start + len(targets) - length - 1 : start] if start else [prefix]
         windows.append((context, targets))
     return windows
+
+
+def sum_logprobs(reader: Reader, pairs: Sequence[tuple[Ids, Ids]], task: str) -> tuple[list[float], list[int], int]:
+    """Return each answer's log-likelihood after its context, its number of tokens, and the number of cut pairs.
+
+    Both are cut to the model's length. Raises ``RuntimeError`` if a log-likelihood is NaN.
+    """
+    fitted = [fit_context(context, answer, reader.max_length) for context, answer in pairs]
+    logprobs = reader.logprobs([context for context, _, _ in fitted], [answer for _, answer, _ in fitted])
+    sums = [math.fsum(values) for values in logprobs]
+    require_numbers(sums, task, reader.info.name)
+    return sums, [len(answer) for _, answer, _ in fitted], sum(is_cut for _, _, is_cut in fitted)
 
 
 def require_numbers(values: Sequence[float], task: str, system: str) -> None:

@@ -181,7 +181,7 @@ class EnvironmentTask(Task):
         return episodes
 
     def _check_success(self, episodes: Episodes) -> None:
-        """Raise ``UserError`` where ``success`` names no part of the scores."""
+        """Raise ``UserError`` if ``success`` names no part of the scores."""
         name = self._config.success
         if not isinstance(name, str):
             return
@@ -321,7 +321,7 @@ def _are_messages(value: Any) -> bool:
 
 
 def _shown_prompt(row: Mapping[str, Any]) -> list[Message]:
-    """Return what a row asks, for the reader of samples: its prompt, or all of it where only the environment knows."""
+    """Return what a row asks, for the reader of samples: its prompt, or all of it if only the environment knows."""
     if "prompt" in row:
         return list(row["prompt"])
     return [user(json.dumps({name: value for name, value in row.items() if name != "source"}, ensure_ascii=False))]

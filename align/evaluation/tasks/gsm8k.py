@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from align.evaluation.tasks.base import (
     Item,
     Measured,
     SampledTask,
-    ScoringContext,
     TaskInputs,
     answer_counts,
 )
@@ -57,7 +55,7 @@ METRICS = {
 def build(name: str, config: Gsm8kConfig, inputs: TaskInputs) -> Gsm8kTask:
     """Build the task from problems and examples, and keep the two disjoint.
 
-    Raises ``UserError`` where fewer examples than ``shots`` are left.
+    Raises ``UserError`` if fewer examples than ``shots`` are left.
     """
     records = read_records(record_source(config), inputs.base, config.columns)
     examples = read_examples(config, inputs.base)
@@ -139,11 +137,8 @@ class Gsm8kTask(SampledTask):
             shots += [user(example.question), assistant(example.answer)]
         return [[*shots, *item.prompt] for item in self.items]
 
-    def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
-        """Return 1 or 0 for each answer, by each way of reading its number; notes count answers without one."""
-        return {system: self._measured(system_answers) for system, system_answers in answers.items()}
-
-    def _measured(self, answers: Answers) -> Measured:
+    def measure(self, answers: Answers) -> Measured:
+        """Return 1 or 0 for each answer, by each way of reading its number; notes count answers without a number."""
         texts = [[answer_text(turns[-1].response.text) or "" for turns in samples] for samples in answers]
         solutions = [Decimal(item.data["answer"]) for item in self.items]
         values = {}
@@ -175,7 +170,7 @@ def separate_examples(
 ) -> tuple[list[TaskRecord], list[TaskRecord]]:
     """Return the problems to ask and at most ``MAX_EXAMPLES`` examples in random order, none of them asked.
 
-    Examples that are among the problems are skipped. Where all of them are, some (at most half of the problems) are
+    Examples that are among the problems are skipped. If all of them are, some (at most half of the problems) are
     drawn and no longer asked.
     """
     generator = random.Random(f"examples of gsm8k {seed}")  # noqa: S311

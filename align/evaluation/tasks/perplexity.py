@@ -136,7 +136,7 @@ def source_name(record: TaskRecord) -> str:
 def divide(text: str, limit: int) -> list[str]:
     """Divide a text into pieces of at most ``limit`` characters.
 
-    A piece ends behind the last line break in its second half, else behind the last space there, else at the limit.
+    A piece ends after the last line break in its second half, else after the last space there, else at the limit.
     """
     pieces = []
     while len(text) > limit:
@@ -241,7 +241,7 @@ class PerplexityTask(Task):
             self.items.append(Item(id, document.source, [user(text)]))
         self.description: dict[str, Any] = {}
         self.prefix_texts: list[str] | None = None
-        """Texts that baselines with ``shots`` read first; None where prompting plays no part."""
+        """Texts that baselines with ``shots`` read first; None if prompting plays no part."""
 
     def check(self, info: SystemInfo) -> None:
         """Check that there are as many texts as a baseline has shots."""

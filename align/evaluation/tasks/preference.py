@@ -1,13 +1,12 @@
 """Held-out preference accuracy of a policy: how often the chosen answer is likelier than the rejected one.
 
-Both answers are read behind the same prompt, under the chat template, each with the end of its turn if it has one.
+Both answers are read after the same prompt, under the chat template, each with the end of its turn if it has one.
 The score is the policy's own likelihood, without a reference: not DPO's implicit reward. A tie is wrong, as in trl. For
 the accuracy of reward models see ``reward_pairs.py``.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from align.data.rows import Dropped, Row, is_finished
 from align.errors import UserError
 from align.evaluation.scorecard import Metric
 from align.evaluation.tasks.base import Item, Measured, Reader, Task, TaskInputs
-from align.evaluation.tasks.encoding import answer_ids, fit_context, require_numbers
+from align.evaluation.tasks.encoding import answer_ids, sum_logprobs
 from align.evaluation.tasks.records import describe_records, draw, numbered_ids, record_source
 from align.store.fingerprint import digest
 
@@ -122,7 +121,7 @@ class PreferenceTask(Task):
     def _read_block(self, reader: Reader, block: Sequence[Row]) -> dict[str, Any]:
         """Return the log-likelihood in nats and the number of tokens of both answers of each pair."""
         pairs = []
-        cut = apart = 0
+        apart = 0
         for row in block:
             # Both answers of a pair share the rendered prompt, which the forward pass then reads once.
             context = reader.render(list(row["prompt"]))
@@ -131,15 +130,10 @@ class PreferenceTask(Task):
                 ids, is_from_conversation = answer_ids(
                     reader.tokenizer, list(row["prompt"]), text, is_finished(row, side)
                 )
-                fitted_context, fitted_ids, is_cut = fit_context(context, ids, reader.max_length)
-                cut += is_cut
                 apart += not is_from_conversation
-                # Templates that rewrite the conversation have their answers encoded apart; the notes count them.
-                pairs.append((fitted_context, fitted_ids))
-        logprobs = reader.logprobs([context for context, _ in pairs], [ids for _, ids in pairs])
-        sums = [math.fsum(values) for values in logprobs]
-        require_numbers(sums, self.name, reader.info.name)
-        sizes = [len(ids) for _, ids in pairs]
+                # Templates that rewrite the conversation have their answers encoded separately; the notes count them.
+                pairs.append((context, ids))
+        sums, sizes, cut = sum_logprobs(reader, pairs, self.name)
         return {
             "sums": [sums[start : start + 2] for start in range(0, len(sums), 2)],
             "tokens": [sizes[start : start + 2] for start in range(0, len(sizes), 2)],
