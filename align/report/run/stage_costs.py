@@ -11,8 +11,24 @@ from align.report.page.number_format import MISSING, count, duration, number, si
 from align.report.scorecard.scorecard_tables import as_yaml
 from align.store.artifacts import Artifact
 
+SAMPLE_METRICS = {
+    "prompts": "prompts that were answered",
+    "too_long": "prompts longer than max_prompt_tokens, which were skipped",
+    "empty_responses": "responses without text, which are in no pair",
+    "prompts_too_few": "prompts with fewer than two responses that have text",
+    "compared": "comparisons of two responses to a prompt",
+    "identical": "comparisons of equal texts, which make no pair",
+    "tied": "comparisons of equal scores, which make no pair",
+    "pairs": "pairs of a better and a worse response",
+    "flipped": "pairs whose label is wrong on purpose (noise)",
+    "mean_score": "mean score of all responses",
+    "eos_rate": "share of responses that end by themselves",
+    "mean_tokens": "mean length of a response in tokens",
+}
+"""Metric of a ``sample`` stage, without its split, and its meaning."""
 MAX_METRICS = 80
 MAX_LIST_ITEMS = 12
+SPLITS = ("train", "test")
 COST_COLUMNS = {
     "stage": "Stage",
     "kind": "Kind",
@@ -92,7 +108,7 @@ def _stage_row(artifact: Artifact, events: Events) -> dict[str, Any]:
         "key": str(record.get("key", ""))[:12],
         "facts": _facts(record),
         "config": as_yaml(record.get("config", {})),
-        "metrics": flatten(record.get("metrics", {})),
+        "metrics": [(name, value, _meaning(record, name)) for name, value in flatten(record.get("metrics", {}))],
         "warnings": events.warnings,
         "notes": events.notes,
     }
@@ -117,6 +133,16 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Made", record.get("created")),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _meaning(record: Mapping[str, Any], metric: str) -> str:
+    """Return what a metric of a ``sample`` stage counts; empty for the metrics of other stages."""
+    split, _, name = metric.partition("_")
+    if record.get("kind") != "sample" or split not in SPLITS:
+        return ""
+    if name.startswith("mean_score_"):
+        return f"mean of the score {name.removeprefix('mean_score_')}, {split} split"
+    return f"{SAMPLE_METRICS[name]}, {split} split" if name in SAMPLE_METRICS else ""
 
 
 def flatten(metrics: Any, prefix: str = "", limit: int = MAX_METRICS) -> list[tuple[str, str]]:
