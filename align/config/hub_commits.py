@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -34,10 +33,8 @@ def is_commit(revision: str | None) -> bool:
 
 def go_offline() -> None:
     """Let this process and those that it starts read the Hub's cache alone."""
+    # huggingface_hub reads the variable when it is imported, which no command has done yet.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    constants = sys.modules.get("huggingface_hub.constants")
-    if constants is not None:  # it has read the environment already
-        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def find_commit(name: str, revision: str | None, repo_type: RepoType) -> str:

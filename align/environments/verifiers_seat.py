@@ -25,6 +25,7 @@ from verifiers.v1.utils.decorators import discover_decorated, invoke
 from align.data import event_loop
 from align.data.rows import Message
 from align.environments.errors import EnvironmentFailed
+from align.patches.verifiers import set_state
 
 END = None
 """In place of the policy's turn: it has no more turns."""
@@ -211,8 +212,7 @@ async def start_tools(task: Any, toolsets: list[Any], state: Any) -> dict[str, A
     """Set tool servers up in this process; return their functions by the name that the policy has for them."""
     functions: dict[str, Any] = {}
     for toolset in toolsets:
-        # Without a server of its own, a toolset keeps its state here: that of the episode.
-        toolset._inert_state = state
+        set_state(toolset, state)
         await _wait(toolset.setup())
         await _wait(toolset.setup_task(task.data))
         functions |= tool_functions(toolset)

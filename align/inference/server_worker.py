@@ -8,12 +8,12 @@ nothing can read, and only embeddings, norms and biases are left to digest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.inference.vllm_norms import use_cpu_norms
+from align.inference.sampling import pick_tokens
 from align.inference.weights_digest import combine, digest_all
+from align.patches.vllm import count_calls, draw_once_per_row, use_cpu_norms
 
 WORKER = f"{__name__}.WeightsKeeper"
 LOAD, REPORT, NAME = "align_load_weights", "align_report_weights", "align_name_weights"
@@ -79,22 +79,13 @@ class WeightsKeeper:
         self._align_loads = 0
         # The run asks for a report before it samples; in a server that runs already, before it loads weights.
         self._align_speed_up()
-        for name in WEIGHT_METHODS:
-            method = getattr(self, name, None)
-            if method is not None:
-                setattr(self, name, self._align_counted(method))
+        count_calls(self, WEIGHT_METHODS, self._align_count)
 
     def _align_speed_up(self) -> None:
-        """On a CPU, take the norms and the sampler of the in-process engine: a seed draws the same tokens in both."""
+        """On a CPU, use the norms and the sampler of the in-process engine: a seed draws the same tokens in both."""
         if self.device.type == "cpu":
-            from align.inference.vllm_internals import install_sampler
-
             use_cpu_norms()
-            install_sampler(self.model_runner)
+            draw_once_per_row(self.model_runner, pick_tokens)
 
-    def _align_counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self._align_loads += 1
-            return method(*args, **kwargs)
-
-        return counted
+    def _align_count(self) -> None:
+        self._align_loads += 1

@@ -24,7 +24,7 @@ from align.inference.server import COMPLETIONS
 from align.inference.server_client import POLL_SECONDS
 from align.inference.shared_engine import RemoteRankEngine
 from align.inference.vllm import CACHE, WEIGHTS, VllmEngine
-from align.inference.vllm_internals import Steps, VllmChanged
+from align.inference.vllm_internals import VllmChanged
 
 
 def open_session(engine: RolloutEngine, temperature: float, top_p: float = 1.0) -> Session:
@@ -69,7 +69,8 @@ class VllmSession:
     def __init__(self, engine: VllmEngine, temperature: float, top_p: float) -> None:
         _refuse_second(engine.session)
         self.engine, self.temperature, self.top_p = engine, temperature, top_p
-        self.steps, self.cache_use = Steps(engine.llm), CacheUse()
+        self.steps = engine.steps
+        self.cache_use = CacheUse()
         self._keys: dict[str, int] = {}
         """vLLM's name of a request in flight → key of its turn."""
         engine.session = self

@@ -21,19 +21,20 @@ import torch
 from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
 from align.inference.protocol import Progress, Response, Sampling, Session, TurnRequest, check_idle
+from align.inference.sampling import pick_tokens
 from align.inference.vllm_internals import (
     ENGINE_MODULES,
+    Steps,
+    VllmChanged,
     cpu_block_size,
-    install_sampler,
     model_runner,
-    report_steps,
     stored_adapter,
     why_model_unsupported,
 )
-from align.inference.vllm_norms import use_cpu_norms
 from align.inference.watchdog import Watchdog
 from align.inference.weights import refuse_missing, weight_names, with_tied_head
 from align.models.loading import load_tokenizer
+from align.patches.vllm import draw_once_per_row, keep_thread_count, use_cpu_norms
 from align.pipeline.garbage_collection import resume_collections
 
 WEIGHTS, CACHE = "weights", "kv_cache"
@@ -86,13 +87,11 @@ def _preserve_global_state() -> Iterator[None]:
     # The trainer's draws must not depend on the engine that samples for it.
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
-        yield
+        with keep_thread_count():
+            yield
     finally:
-        torch.set_num_threads = set_num_threads  # type: ignore[assignment]  # vLLM puts a function that only warns there
-        torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
         random.setstate(states[0])
@@ -159,11 +158,11 @@ class VllmEngine:
         """The session that is open."""
         self.sleep_mode = SleepMode(self.llm, memory.get("enable_sleep_mode", False))
         self.runner = model_runner(self.llm)
-        report_steps(self.llm, self.watchdog.progress)
+        self.steps = Steps(self.llm, self.watchdog.progress, max_length)
         self.adapter = stored_adapter(self.runner, model_dir, dtype)
         self.tied = bool(getattr(self.llm.model_config.hf_config, "tie_word_embeddings", False))
         if device.type == "cpu":
-            install_sampler(self.runner)
+            draw_once_per_row(self.runner, pick_tokens)
             use_cpu_norms()
 
     def generate(
@@ -213,23 +212,25 @@ class VllmEngine:
         with self.watchdog.watch(name), torch.inference_mode(), _preserve_global_state():
             yield
 
-    def _run(self, call: str, prompts: list[list[int]], params: Any, on_progress: Progress | None = None) -> list[Any]:
-        total = len(prompts)
-        bar: Any = False
-        if on_progress is not None:
-
-            def bar(iterable: Any = None, **_: Any) -> Any:
-                # vLLM calls it twice: around the iterable of requests, which passes through, and for the bar itself.
-                return _ProgressBar(total, on_progress) if iterable is None else iterable
-
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    def _run(
+        self, call: str, prompts: list[list[int]], params: list[Any], on_progress: Progress | None = None
+    ) -> list[Any]:
+        """Run one request per prompt to its end, and return their outputs in the order of the prompts."""
         check_idle(self.session, call)
+        outputs: dict[str, Any] = {}
         with self.call(call):
             self.sleep_mode.wake(WEIGHTS, CACHE)
-            outputs: list[Any] = self.llm.generate(inputs, params, use_tqdm=bar)  # type: ignore[arg-type]
+            names = [self.steps.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+            while len(outputs) < len(names):
+                finished = self.steps.step()
+                if not finished.keys() <= set(names):
+                    raise VllmChanged("name of a request")
+                outputs |= finished
+                if finished and on_progress is not None:
+                    on_progress(len(outputs), len(names))
             if call == "generate":
                 self.sleep_mode.sleep()
-            return outputs
+        return [outputs[name] for name in names]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the policy's weights in the live model, and drop every cached prefix.
@@ -271,7 +272,7 @@ class VllmEngine:
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         # vLLM always samples at least one token. Nobody reads it here.
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        outputs = self._run("score_tokens", rows, params)
+        outputs = self._run("score_tokens", rows, [params] * len(rows))
         logprobs = []
         for row, prompt, output in zip(rows, prompts, outputs, strict=True):
             start = len(prompt)
@@ -312,24 +313,3 @@ class SleepMode:
         for tag in [name for name in self.asleep if name in tags]:
             self.llm.wake_up(tags=[tag])
             self.asleep.remove(tag)
-
-
-class _ProgressBar:
-    """The part of tqdm's interface that vLLM uses, passed on to a callback."""
-
-    format_dict: dict[str, float] = {"elapsed": 1.0}  # noqa: RUF012  # read by vLLM for rates nobody sees
-    postfix = ""
-
-    def __init__(self, total: int, on_progress: Progress) -> None:
-        self.total, self.n, self.on_progress = total, 0, on_progress
-
-    def update(self, count: int = 1) -> None:
-        """Count finished requests."""
-        self.n += count
-        self.on_progress(self.n, self.total)
-
-    def refresh(self) -> None:
-        """Draw nothing."""
-
-    def close(self) -> None:
-        """Close nothing."""

@@ -66,15 +66,12 @@ def low_residual(model: Any) -> None:
     """
     import torch
 
-    from align.models.fast.gated_mlp import lean_mlps
-    from align.models.fast.norms import lean_norms
-    from align.models.fast.rotary import lean_rotary
+    from align.models.fast.lean_modules import LeanRMSNorm, lean_mlps, lean_norms
 
     if getattr(model, "has_low_residual", False):
         return
     model.has_low_residual = True
     lean_norms(model)
-    lean_rotary(model)
     lean_mlps(model)
 
     def cast_output(module: Any, inputs: Any, output: Any) -> Any:
@@ -85,7 +82,7 @@ def low_residual(model: Any) -> None:
 
     for module in model.modules():
         is_norm = isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-        if isinstance(module, torch.nn.Embedding) or (is_norm and not hasattr(module, "lean")):
+        if isinstance(module, torch.nn.Embedding) or (is_norm and not isinstance(module, LeanRMSNorm)):
             module.register_forward_hook(cast_output)
         # peft casts an adapter's input to float32, and autocast casts it back. DoRA needs the first cast: it computes
         # the norms of its weights in the type of the input.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.errors import UserError
-from align.models.chat_template import bound_templates
+from align.models.chat_template import limit_templates
 from align.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, refuse_links
 from align.models.folder_checks import check_adapter, check_folder, check_gguf, tensor_entries
 from align.models.headers import read_header
@@ -29,6 +29,12 @@ AUTO_CLASSES: dict[Task, str] = {
     "classifier": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
 }
+MAPPINGS: dict[Task, str] = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "encoder": "MODEL_MAPPING",
+}
+"""transformers' names of its classes by the type of config."""
 SCORE_CAP = "attn_logit_softcapping"
 """Field with a soft cap on attention's scores, which torch's attention (sdpa) ignores."""
 CAPPED = ("gemma2", "vaultgemma")
@@ -62,7 +68,7 @@ def open_tokenizer(folder: Path | str, *, revision: str | None = None, trust_rem
     elif path.is_dir():
         refuse_links(path)
         check_tokenizer(path, None)
-    bound_templates()
+    limit_templates()
     with refusing(folder):
         return AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=trust_remote_code)
 
@@ -150,8 +156,8 @@ def compare_shapes(
     expected_config = copy.deepcopy(config)
     for name, value in (options or {}).items():
         setattr(expected_config, name, value)
-    auto: Any = getattr(transformers, AUTO_CLASSES[task])
-    if type(expected_config) not in auto._model_mapping:
+    classes: Any = getattr(transformers, MAPPINGS[task])
+    if type(expected_config) not in classes:
         raise UserError(
             f"{folder / CONFIG}: {expected_config.model_type} has no {AUTO_CLASSES[task]} in transformers. Name a "
             "language model."
@@ -160,7 +166,7 @@ def compare_shapes(
     # Tensors of the files' shapes without memory, for transformers to load into a model without memory.
     tensors = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
     with _quiet(), _preserved_rng(), refusing(folder):
-        _, info = auto._model_mapping[type(expected_config)].from_pretrained(
+        _, info = classes[type(expected_config)].from_pretrained(
             None,
             config=expected_config,
             state_dict=tensors,
@@ -223,7 +229,7 @@ def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
-    bound_templates()
+    limit_templates()
     resume_collections()
     # transformers also reads files beside a GGUF. They are not part of the model's identity, so it sees the GGUF alone.
     with tempfile.TemporaryDirectory(prefix="align-gguf-") as isolated, refusing(gguf):

@@ -102,7 +102,7 @@ def _apply(tokenizer: Any, messages: list[Message], tools: str | None, tokenize:
 
 def explain_refusal(tokenizer: Any, messages: Sequence[Mapping[str, Any]], error: Exception) -> UserError:
     """Return the user's error for a template that raised ``error`` for a conversation."""
-    from align.models.template_budget import TemplateOutOfBounds
+    from align.models.chat_template import TemplateOutOfBounds
 
     place = getattr(tokenizer, "name_or_path", "")
     template = f"the chat template of {place}" if place else "the chat template"

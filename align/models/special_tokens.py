@@ -69,7 +69,7 @@ def turn_end_token(tokenizer: Any) -> int | None:
 
     Raises the template's ``TemplateError``, and ``UserError`` for one that exceeds its bounds (``chat_template.py``).
     """
-    from align.models.template_budget import TemplateOutOfBounds
+    from align.models.chat_template import TemplateOutOfBounds
 
     try:
         ids = tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)

@@ -18,6 +18,7 @@ from typing import Any
 
 from align.config.extras import missing_extra
 from align.errors import UserError
+from align.patches.optuna import trial_id
 from align.store.json_files import DamagedFile, as_json, parse_sealed, write_sealed
 from align.store.locks import Hold, Lock, LockLost
 from align.store.store import SWEEPS, Store
@@ -168,7 +169,7 @@ class Study:
         # Not by ``ask``, which takes the first queued trial: a grid's others were queued before.
         for frozen in trials:
             if frozen.state == TrialState.WAITING and RETRY in frozen.user_attrs:
-                self._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING)
+                self._storage.set_trial_state_values(trial_id(frozen), TrialState.RUNNING)
                 hold = self._acquire(frozen.number)
                 # Trials are taken under the study's lock, so no other worker can have seen this one yet.
                 assert hold is not None
@@ -178,8 +179,7 @@ class Study:
     def _complete_draw(self, frozen: FrozenTrial, hold: Hold, *, resumed: bool) -> Trial:
         """Return a trial of the study with all its values."""
         self._study.sampler = make_sampler(self.config, frozen.number)
-        # Optuna has no public way to continue a trial that another process began, or to take a certain queued one.
-        handle = optuna.Trial(self._study, frozen._trial_id)
+        handle = optuna.Trial(self._study, trial_id(frozen))
         # Values that were drawn before come again; the others are drawn now.
         draw = {dimension.name: suggest_value(handle, dimension) for dimension in self.space}
         return Trial(frozen.number, draw, resumed, hold, handle)

@@ -15,7 +15,7 @@ from align.config.user_paths import cache_folder
 from align.data.tool_calls import ToolCall, tool_call_format
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
-from align.models.chat_template import bound_templates
+from align.models.chat_template import limit_templates
 from align.models.named_templates import read_template
 from align.models.render import render_conversation, render_prompt
 from align.models.training_templates import TRAINING_TEMPLATES
@@ -353,7 +353,7 @@ def test_a_conversation_that_the_template_refuses() -> None:
 
 def test_the_date_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on the next day has the prompts that it had."""
-    bound_templates()
+    limit_templates()
     tokenizer = make("llama3.1")
     tokenizer.chat_template = released_template("llama3_2")
     text = tokenizer.decode(TurnTemplate(tokenizer, TOOLS, MODEL).prompt(ASKED))

@@ -20,7 +20,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The parts of vLLM that are replaced on a CPU. They are not, here: that would import vLLM."""
     parts: list[str] = []
     monkeypatch.setattr("align.inference.server_worker.use_cpu_norms", lambda: parts.append("norms"))
-    monkeypatch.setattr("align.inference.vllm_internals.install_sampler", lambda runner: parts.append("sampler"))
+    monkeypatch.setattr("align.inference.server_worker.draw_once_per_row", lambda runner, pick: parts.append("sampler"))
     return parts
 
 

@@ -26,7 +26,7 @@ class FakeLLM:
         worker = SimpleNamespace(model_runner=SimpleNamespace(reload_weights=self.reload_weights))
         executor = SimpleNamespace(driver_worker=SimpleNamespace(worker=worker))
         inner = SimpleNamespace(scheduler=SimpleNamespace(has_requests=bool), batch_queue=None)
-        core = SimpleNamespace(get_output=print, engine_core=inner)
+        core = SimpleNamespace(engine_core=inner)
         self.llm_engine = SimpleNamespace(
             model_executor=executor, engine_core=core, step=self.step, abort_request=self.heard.append
         )
@@ -41,24 +41,16 @@ class FakeLLM:
         self.heard.append(f"wake {' '.join(tags)}")
         self.asleep -= set(tags)
 
-    def generate(self, inputs: Any, params: Any, use_tqdm: Any) -> list[Any]:
-        assert not self.asleep
-        self.heard.append("generate")
-        logprob = SimpleNamespace(logprob=-1.0)
-        sampled = SimpleNamespace(token_ids=[2], logprobs=[{2: logprob}])
-        return [
-            SimpleNamespace(
-                outputs=[sampled], prompt_logprobs=[{token: logprob} for token in entry["prompt_token_ids"]]
-            )
-            for entry in inputs
-        ]
-
     def enqueue(self, prompt: dict[str, list[int]], params: Any, use_tqdm: bool) -> list[str]:
         assert not self.asleep
         self.heard.append("enqueue")
-        (self.output,) = self.generate([prompt], params, use_tqdm)
-        self.output.__dict__.update(request_id="0", finished=True, num_cached_tokens=0, **prompt)
-        self.heard.remove("generate")
+        logprob = SimpleNamespace(logprob=-1.0)
+        sampled = SimpleNamespace(token_ids=[2], logprobs=[{2: logprob}])
+        prompt_logprobs = [{token: logprob} for token in prompt["prompt_token_ids"]]
+        self.output = SimpleNamespace(
+            request_id="0", finished=True, outputs=[sampled], prompt_logprobs=prompt_logprobs, num_cached_tokens=0
+        )
+        self.output.__dict__.update(prompt)
         return ["0-1a2b3c4d"]
 
     def step(self) -> list[Any]:
@@ -81,7 +73,7 @@ def open_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module: Any = ModuleType("vllm")
     module.LLM, module.SamplingParams = FakeLLM, SimpleNamespace
     monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr("align.inference.vllm.install_sampler", lambda runner: None)
+    monkeypatch.setattr("align.inference.vllm.draw_once_per_row", lambda runner, pick: None)
     monkeypatch.setattr("align.inference.vllm.cpu_block_size", lambda model_dir, dtype, max_length: 32)
     monkeypatch.setattr("align.inference.vllm._prepare_environment", lambda: None)
     monkeypatch.setattr("align.inference.vllm.use_cpu_norms", lambda: False)
@@ -100,9 +92,9 @@ def test_it_sleeps_while_the_trainer_learns(open_engine: Any, tiny_model: Path) 
     for _ in range(2):
         engine.load_weights(checkpoint_weights(tiny_model))
         engine.generate([[1, 30]], Sampling(1))
-    first = ["reload", "generate", "sleep 1"]
+    first = ["reload", "enqueue", "step", "sleep 1"]
     # The cache is woken behind the weights: it would be in the way of the trainer, which merges adapters meanwhile.
-    assert engine.llm.heard == [*first, "wake weights", "reload", "wake kv_cache", "generate", "sleep 1"]
+    assert engine.llm.heard == [*first, "wake weights", "reload", "wake kv_cache", *first[1:]]
 
 
 def test_whatever_is_asked_of_it_wakes_it(open_engine: Any) -> None:
@@ -111,14 +103,15 @@ def test_whatever_is_asked_of_it_wakes_it(open_engine: Any) -> None:
     engine.llm.heard.clear()
     engine.score_tokens([[1]], [[30]], 1.0)
     engine.generate([[1, 30]], Sampling(1))
-    assert engine.llm.heard == ["wake weights", "wake kv_cache", "generate", "generate", "sleep 1"]
+    decoded = ["enqueue", "step"]
+    assert engine.llm.heard == ["wake weights", "wake kv_cache", *decoded, *decoded, "sleep 1"]
 
 
 @pytest.mark.parametrize(("device", "sleep"), [("cpu", True), ("cuda", False)])
 def test_it_stays_awake_on_a_cpu_and_where_it_is_told_to(open_engine: Any, device: str, sleep: bool) -> None:
     engine = open_engine(device, sleep=sleep)
     engine.generate([[1, 30]], Sampling(1))
-    assert engine.llm.heard == ["generate"]
+    assert engine.llm.heard == ["enqueue", "step"]
     assert not engine.llm.options.get("enable_sleep_mode")
 
 

@@ -25,6 +25,7 @@ from align.config.tuning import (
 from align.errors import UserError
 from align.models.architecture import RULES, UnknownArchitecture, architecture_of, read_architecture
 from align.models.embedded import NAME, fetch
+from align.models.fast.lean_modules import LeanRMSNorm
 from align.models.known import EMBEDDED_SIZES, TINY_SIZES, known_architecture
 from align.models.precision import cast_frozen_to_bf16, low_residual
 from align.models.tuning.apply import apply_tuning
@@ -146,7 +147,7 @@ def test_what_is_rounded_and_which_norms_are_lean_is_as_the_trainer_has_it(kind:
     cast_frozen_to_bf16(trunk)
     architecture = architecture_of({"model_type": kind, **settings(kind)})
     assert architecture.rounded == sum(p.numel() for p in trunk.parameters() if p.dtype is torch.bfloat16)
-    assert architecture.lean_norms == any(hasattr(module, "lean") for module in model.modules())
+    assert architecture.lean_norms == any(isinstance(module, LeanRMSNorm) for module in model.modules())
 
 
 def test_key_value_width_is_that_of_the_cache() -> None:

@@ -10,7 +10,7 @@ import pytest
 from jinja2 import TemplateError
 
 from align.errors import UserError
-from align.models.chat_template import bound_templates
+from align.models.chat_template import limit_templates
 from align.models.named_templates import (
     TEMPLATES,
     explain_no_template,
@@ -71,7 +71,7 @@ FIRST = {
 
 def tokenizer_with(name: str) -> Any:
     """Return the byte tokenizer with the template, its tokens, and <s> and </s> as bos and eos."""
-    bound_templates()
+    limit_templates()
     tokenizer = make_tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     tokens = list(TEMPLATES[name].tokens)

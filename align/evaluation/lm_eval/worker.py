@@ -22,6 +22,7 @@ from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.validation import hint_nearest
 from align.errors import UserError
 from align.evaluation.tasks.ifeval import ensure_punkt
+from align.patches.datasets import pin_revisions
 from align.pipeline.garbage_collection import relax_collections, resume_collections
 from align.store.atomic_write import write_text_atomically
 
@@ -46,7 +47,7 @@ def describe(job: Mapping[str, Any]) -> dict[str, Any]:
     import lm_eval
 
     # 1. Before any task is loaded: commits for the Hub's data, and NLTK's data without a download.
-    unpinned = pin_data(job["revisions"])
+    unpinned = pin_revisions(job["revisions"])
     offer_nltk_data()
     # 2. Refuse unsafe tasks by their YAML, since loading one may run its code.
     manager = task_index(job["include"], job["tasks"])
@@ -143,27 +144,6 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
                 f"tasks: '{task.task_name}' runs code that the model wrote, which align does not; leave it out."
             )
     return loaded
-
-
-def pin_data(revisions: Mapping[str, str]) -> set[str]:
-    """Make ``datasets`` load Hub data at these commits; the returned set collects the datasets without a commit."""
-    import datasets
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as formats
-
-    unpinned: set[str] = set()
-    # lm-eval's tasks name no commit, so the loader adds one, or records the dataset that lacks it.
-    original = datasets.load_dataset
-
-    def load_dataset(path: str, *arguments: Any, **options: Any) -> Any:
-        if path not in formats and not Path(path).exists():
-            if path in revisions:
-                options["revision"] = revisions[path]
-            elif not re.fullmatch(r"[0-9a-f]{40}", str(options.get("revision"))):
-                unpinned.add(path)
-        return original(path, *arguments, **options)
-
-    datasets.load_dataset = load_dataset
-    return unpinned
 
 
 def _missing_commits_message(paths: list[str]) -> str:
@@ -278,10 +258,10 @@ def evaluate(job: Mapping[str, Any]) -> dict[str, Any]:
     _prepare(job)
     import lm_eval
 
-    from align.models.chat_template import bound_templates
+    from align.models.chat_template import limit_templates
 
-    bound_templates()
-    pin_data(job["revisions"])
+    limit_templates()
+    pin_revisions(job["revisions"])
     offer_nltk_data()
     resume_collections()
     results = lm_eval.simple_evaluate(

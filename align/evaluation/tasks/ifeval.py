@@ -35,6 +35,7 @@ from align.errors import UserError
 from align.evaluation.scorecard import Metric
 from align.evaluation.tasks.base import Answers, Item, Measured, SampledTask, ScoringContext, TaskInputs, answer_counts
 from align.evaluation.tasks.records import TaskRecord
+from align.patches.nltk import without_downloads
 from align.store.atomic_write import write_text_atomically
 
 SEVERAL = "several"
@@ -204,14 +205,8 @@ def _ifeval_checkers() -> dict[str, Any]:
 @functools.cache
 def _ifbench_checkers() -> dict[str, Any]:
     """Return IFBench's checkers, whose module would fetch NLTK's data from the network when it is imported."""
-    import nltk
-
-    download = nltk.download
-    nltk.download = lambda *names, **options: False
-    try:
+    with without_downloads():
         from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT
-    finally:
-        nltk.download = download
     return INSTRUCTION_DICT  # type: ignore[no-any-return]
 
 

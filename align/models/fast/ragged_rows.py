@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from align.models.fast.head_gather import FromGroups, HeadGather, ToGroups
 from align.models.fast.short_attention import ShortAttention
+from align.patches.transformers import attention_name
 
 NAME = "align_ragged"
 SHORT = 512
@@ -218,7 +219,7 @@ def can_run_ragged(model: Any) -> bool:
         return False
     if not set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}:
         return False
-    return bool(model.is_backend_compatible()) and config._attn_implementation in ("sdpa", NAME)
+    return bool(model.is_backend_compatible()) and attention_name(config) in ("sdpa", NAME)
 
 
 def enable_ragged(model: Any) -> None:

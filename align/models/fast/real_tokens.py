@@ -65,12 +65,12 @@ def can_compute_real_tokens(plain: Any) -> bool:
 
 def computes_real_tokens(model: Any) -> bool:
     """Return True where the hooks are installed."""
-    return hasattr(plain_of(model).base_model, "_real_tokens")
+    return hasattr(plain_of(model).base_model, "real_token_hooks")
 
 
 def remove_hooks(trunk: Any) -> None:
     """Remove the hooks of ``compute_real_tokens`` from a trunk that may have them."""
-    hooks = getattr(trunk, "_real_tokens", None)
+    hooks = getattr(trunk, "real_token_hooks", None)
     if hooks is not None:
         hooks.remove()
 
@@ -86,13 +86,13 @@ class _RealTokens:
             trunk.register_forward_pre_hook(self._pack, with_kwargs=True),
             trunk.register_forward_hook(self._unpack),
         ]
-        trunk._real_tokens = self
+        trunk.real_token_hooks = self
 
     def remove(self) -> None:
         """Leave the trunk as it was."""
         for handle in self._handles:
             handle.remove()
-        del self.trunk._real_tokens
+        del self.trunk.real_token_hooks
 
     def _pack(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replace a right-padded batch by one line of its real tokens."""

@@ -24,10 +24,10 @@ from align.models.freezing import freeze
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.malloc import trim_malloc
 from align.models.tuning import stored, token_rows, virtual_tokens
-from align.models.tuning.inserted import plain_save
 from align.models.tuning.lora import START, at_initial_values, save_adapter
 from align.models.tuning.merged_weights import merged_weights
 from align.models.tuning.stored import is_stored
+from align.patches.transformers import save_everything
 
 
 def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
@@ -124,7 +124,7 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     # Merging may widen or untie matrices, and the written config must say so.
     weights, changes = stored.prepare_save(plain, weights, tokenizer, out_dir)
     with stored.config_with(config, changes):
-        plain_save(plain, out_dir, weights)
+        save_everything(plain, save_directory=out_dir, state_dict=weights, is_main_process=True)
     tokenizer.save_pretrained(out_dir)
 
 

@@ -2,7 +2,7 @@
 
 peft computes ``x W^T + s (x A^T) B^T`` with a tensor of the output's size for each product, for the scaled one and for
 the sum, and autograd goes through four more in the backward pass. Here the low-rank product is added to the other by
-the product itself. ``fuse_lora`` changes the class of peft's layers, so names, saving and merging stay peft's.
+the product itself. ``align.patches.peft`` puts the layer here in the place of peft's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 from torch.autograd.function import once_differentiable
+
+from align.patches.peft import has_hooks, replace_lora_linear
 
 
 class FusedLoraLinear(Linear):
@@ -51,20 +53,12 @@ class FusedLoraLinear(Linear):
         are_plain = name not in self.lora_variant and all(type(matrix) is torch.nn.Linear for matrix in matrices)
         if not are_plain or self.lora_B[name].bias is not None or base.weight.requires_grad:
             return None
-        return None if any(map(_is_watched, (*matrices, dropout))) else name
+        return None if any(map(has_hooks, (*matrices, dropout))) else name
 
 
 def fuse_lora(model: Any) -> None:
     """Compute ``model``'s LoRA layers on plain matrices by the fused function, in place."""
-    for module in model.modules():
-        if type(module) is Linear and not module.fan_in_fan_out:
-            module.__class__ = FusedLoraLinear
-
-
-def _is_watched(module: Any) -> bool:
-    """Return True where somebody must see the module's call: a wrapper gathers or loads weights in it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    replace_lora_linear(model, FusedLoraLinear)
 
 
 def _is_whole(weight: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from align.models.tuning.exchange import swapped_values
+from align.patches.transformers import save_only
 
 WEIGHTS = "model.safetensors"
 """File from which transformers' Trainer resumes a checkpoint's weights."""
@@ -60,10 +61,7 @@ def train_insertions_only(model: Any, started: bool = False) -> Any:
     if isinstance(getattr(model, "score", None), nn.Module):
         model.score.requires_grad_(True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # With these, a resumed run does not list every frozen tensor as one that the checkpoint lacks.
-    model._keys_to_ignore_on_save = sorted(set(model.state_dict()) - trained)
-    # The Trainer calls save_pretrained for checkpoints.
-    model.save_pretrained = types.MethodType(_save_trained, model)
+    save_only(model, trained, _save_trained)
     model.disable_adapter = types.MethodType(_without_insertions, model)
     return model
 
@@ -101,12 +99,3 @@ def _without_insertions(model: Any) -> Iterator[None]:
     finally:
         for module, enabled in before.items():
             module.enabled = enabled
-
-
-def plain_save(model: Any, out_dir: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Call transformers' own ``save_pretrained`` of ``model`` with these weights, of any shapes, by name."""
-    ignored, model._keys_to_ignore_on_save = model._keys_to_ignore_on_save, None
-    try:
-        type(model).save_pretrained(model, out_dir, state_dict=weights, is_main_process=True)
-    finally:
-        model._keys_to_ignore_on_save = ignored

@@ -75,6 +75,8 @@ def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
 
     Matrices are float32. Raises ``ValueError`` for a method that cannot be merged.
     """
+    from peft.tuners.lora.layer import Linear
+
     base = layer.get_base_layer()
     if _is_plain_lora(layer):
         # A sum in float32: in bf16 a small update would vanish beside the weight.
@@ -84,10 +86,13 @@ def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
                 merged += layer.get_delta_weight(adapter).float()
         return {**_own_tensors(base), "weight": merged}
     layer_copy = copy.deepcopy(layer)
+    merge = type(layer_copy).merge
     if getattr(base.weight, "quant_state", None) is not None:
-        _dequantize_base(layer_copy)
+        # The layer of a 4-bit matrix would quantize the sum. The layer of a plain matrix merges in the matrix's type.
+        layer_copy.base_layer = _dequantize(base)
+        merge = Linear.merge
     try:
-        layer_copy.merge(safe_merge=True)
+        merge(layer_copy, safe_merge=True)
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(f"{type(layer).__name__} cannot be merged into the weights: {error}") from None
     return _own_tensors(layer_copy.get_base_layer())
@@ -117,13 +122,9 @@ def _is_plain_lora(layer: Any) -> bool:
     return isinstance(layer, LoraLayer) and not layer.lora_variant
 
 
-def _dequantize_base(layer: Any) -> None:
-    """Turn a copied LoRA layer on a 4-bit matrix into one on a plain matrix, which peft merges without quantizing."""
-    from peft.tuners.lora.layer import Linear
-
-    quantized = layer.get_base_layer()
+def _dequantize(quantized: Any) -> torch.nn.Linear:
+    """Return the float32 layer of a 4-bit matrix."""
     plain = torch.nn.Linear(quantized.in_features, quantized.out_features, quantized.bias is not None, device="meta")
     plain.weight = torch.nn.Parameter(float_weight(quantized), requires_grad=False)
     plain.bias = quantized.bias
-    layer.base_layer = plain
-    layer.__class__ = Linear
+    return plain

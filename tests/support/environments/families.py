@@ -11,7 +11,7 @@ import trl
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from align.models.chat_template import bound_templates
+from align.models.chat_template import limit_templates
 from align.models.named_templates import FOLDER
 from align.models.training_templates import read_training_template
 from tests.support.lint.dialects import _byte_fallback, _byte_level
@@ -81,7 +81,7 @@ def tokenizer_of(name: str) -> Any:
 
 def make(name: str, strips: bool = False) -> Any:
     """Return a new tokenizer of a family; with ``strips``, its end of turn takes the white space behind it."""
-    bound_templates()
+    limit_templates()
     family = FAMILIES[name]
     core = (_byte_level if family.byte_level else _byte_fallback)((*family.special, PAD))
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.plain])

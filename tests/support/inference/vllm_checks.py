@@ -26,15 +26,13 @@ from align.inference.vllm_internals import (
     SHORT_LENGTH,
     VllmChanged,
     cpu_block_size,
-    install_sampler,
     model_runner,
-    report_steps,
 )
-from align.inference.vllm_norms import rounds_to_nearest
 from align.inference.weights import checkpoint_weights
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
 from align.models.tuning.merged_weights import merged_weights
+from align.patches.vllm import rounds_to_nearest
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 from tests.support.inference.vllm_session_checks import check_sessions
@@ -235,7 +233,9 @@ def long_sequences_keep_the_blocks_of_amx(model_dir: Path) -> None:
 
     backend, kernel_of = cpu_attn.CPUAttentionBackend, cpu_attn._get_attn_isa
     sizes_before = backend.get_supported_kernel_block_sizes
-    cpu_attn._get_attn_isa = lambda dtype, size, head_size: "vec16" if size == 16 else "amx"
+    cpu_attn._get_attn_isa = lambda dtype, block_size, head_size, kv_cache_dtype=None: (
+        "vec16" if block_size == 16 else "amx"
+    )
     try:
         sizes = [cpu_block_size(model_dir, torch.bfloat16, length) for length in (SHORT_LENGTH, SHORT_LENGTH + 1)]
     finally:
@@ -244,25 +244,7 @@ def long_sequences_keep_the_blocks_of_amx(model_dir: Path) -> None:
     assert sizes == [16, 32], sizes
 
 
-def changed_insides_fail_loudly(model_dir: Path) -> None:
-    from vllm.v1.attention.backends import cpu_attn
-
-    backend = cpu_attn.CPUAttentionBackend
-    cpu_attn.CPUAttentionBackend = object
-    try:
-        cpu_block_size(model_dir, torch.float32, 128)
-    except VllmChanged as error:
-        assert "get_supported_kernel_block_sizes" in str(error)
-    else:
-        raise AssertionError("changed kernels of attention went unnoticed")
-    finally:
-        cpu_attn.CPUAttentionBackend = backend
-    try:
-        report_steps(type("LLM", (), {"llm_engine": object()})(), print)
-    except VllmChanged as error:
-        assert "get_output" in str(error)
-    else:
-        raise AssertionError("a changed engine core went unnoticed")
+def changed_insides_fail_loudly() -> None:
     for broken in (object(), type("LLM", (), {"llm_engine": object()})()):
         try:
             model_runner(broken)
@@ -270,11 +252,6 @@ def changed_insides_fail_loudly(model_dir: Path) -> None:
             assert "set runtime.engine.name to transformers" in str(error)
         else:
             raise AssertionError("a changed vLLM went unnoticed")
-    try:
-        install_sampler(object())
-    except VllmChanged:
-        return
-    raise AssertionError("a changed sampler went unnoticed")
 
 
 def norms_run_by_kernels(engine: VllmEngine) -> None:
@@ -324,10 +301,10 @@ def progress_is_told(engine: VllmEngine) -> None:
 
 
 def a_hang_is_noticed(engine: VllmEngine) -> None:
-    """Every step that gives a token is progress; one that takes longer than the timeout is told of, with its stack."""
+    """Every step is progress; a step that takes longer than the timeout is told of, with its stack."""
     before = engine.watchdog._progress
     (first,) = flat(engine.generate(PROMPTS[:1], Sampling(12, seed=1)))
-    assert engine.watchdog._progress - before == len(first.token_ids), (engine.watchdog._progress, before)
+    assert engine.watchdog._progress - before >= len(first.token_ids), (engine.watchdog._progress, before)
     core = engine.llm.llm_engine.engine_core.engine_core
     step, timeout = core.step_fn, engine.watchdog.timeout
 
@@ -372,7 +349,7 @@ def main(model_dir: Path) -> None:
     samples_share_a_short_prompt(engine, model_dir)
     check_sessions(engine, PROMPTS)
     long_sequences_keep_the_blocks_of_amx(model_dir)
-    changed_insides_fail_loudly(model_dir)
+    changed_insides_fail_loudly()
     norms_run_by_kernels(engine)
     progress_is_told(engine)
     a_hang_is_noticed(engine)

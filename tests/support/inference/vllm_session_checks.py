@@ -162,16 +162,16 @@ def changed_insides_fail_loudly(engine: VllmEngine) -> None:
         (llm(**calls, engine_core=core), "scheduler"),
         (llm(**calls, engine_core=without_queue), "scheduler"),
     ):
-        assert f"vLLM's {part} is not where" in raised(VllmChanged, lambda broken=broken: Steps(broken))
+        assert f"vLLM's {part} is not where" in raised(VllmChanged, lambda broken=broken: Steps(broken, print, 9))
     # A request under another name than it was added with would be waited for without end.
     session = opened(engine)
     session.submit(TurnRequest(0, [1, 30], 1, 0))
-    session.steps.add = lambda prompt, params: "renamed"  # type: ignore[method-assign]
     real = session.steps.abort
     session._keys = {"renamed": 0}
     assert "name of a request" in raised(VllmChanged, session.poll)
     session.steps.abort = lambda names: real([])  # type: ignore[method-assign]
     session.close()
+    session.steps.abort = real  # type: ignore[method-assign]
 
 
 def check_sessions(engine: VllmEngine, prompts: list[list[int]]) -> None:

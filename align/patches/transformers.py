@@ -1,0 +1,66 @@
+"""Patches of transformers."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Collection
+from typing import Any
+
+from align.patches.signatures import private_name
+
+
+def wrap_templates(limit: Callable[[Any], Any]) -> None:
+    """Have ``limit`` compile every chat template of this process; a second call changes nothing.
+
+    Replaces ``transformers.utils.chat_template_utils._compile_jinja_template``. transformers' tokenizers, trl, vLLM and
+    lm-eval all compile templates with that function, and none of them offers a hook to limit what a template may use.
+    Written for transformers 5.17.
+
+    Args:
+        limit: Receives transformers' own function and returns the function to use instead of it.
+    """
+    path = "transformers.utils.chat_template_utils:_compile_jinja_template"
+    compile_template = private_name("transformers", path, ["chat_template"])
+    from transformers.utils import chat_template_utils
+
+    if not hasattr(compile_template, "is_limited"):
+        limited = limit(compile_template)
+        limited.is_limited = True
+        chat_template_utils._compile_jinja_template = limited
+
+
+def save_only(model: Any, trained: Collection[str], save: Callable[..., None]) -> None:
+    """Have the Trainer save and resume only some tensors of ``model``, which is no peft model.
+
+    Replaces ``save_pretrained`` and ``_keys_to_ignore_on_save`` of this one model. The Trainer saves checkpoints of a
+    ``PreTrainedModel`` by the first, and compares the second with the tensors that a checkpoint lacks: otherwise it
+    lists every frozen tensor as missing. Written for transformers 5.17.
+
+    Args:
+        model: The model to change.
+        trained: Names of the tensors that are saved.
+        save: Method that replaces ``save_pretrained``.
+    """
+    private_name("transformers", "transformers:PreTrainedModel._keys_to_ignore_on_save")
+    model._keys_to_ignore_on_save = sorted(set(model.state_dict()) - set(trained))
+    model.save_pretrained = types.MethodType(save, model)
+
+
+def save_everything(model: Any, **options: Any) -> None:
+    """Call transformers' own ``save_pretrained`` of a model that ``save_only`` changed."""
+    ignored = model._keys_to_ignore_on_save
+    model._keys_to_ignore_on_save = None
+    try:
+        type(model).save_pretrained(model, **options)
+    finally:
+        model._keys_to_ignore_on_save = ignored
+
+
+def attention_name(config: Any) -> str:
+    """Return the name of the attention that a model with this config uses.
+
+    Reads ``_attn_implementation``, which ``set_attn_implementation`` sets; transformers has no public accessor. Written
+    for transformers 5.17.
+    """
+    private_name("transformers", "transformers:PreTrainedConfig._attn_implementation")
+    return str(config._attn_implementation)

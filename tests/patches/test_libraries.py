@@ -1,0 +1,77 @@
+"""Patches of libraries refuse versions in which their names have changed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from align.errors import UserError
+from align.patches.datasets import pin_revisions
+from align.patches.nltk import without_downloads
+from align.patches.optuna import trial_id
+from align.patches.peft import has_hooks, replace_lora_linear
+from align.patches.transformers import attention_name, save_only, wrap_templates
+from align.patches.verifiers import set_state
+
+
+def test_changed_template_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "transformers.utils.chat_template_utils._compile_jinja_template"
+    monkeypatch.setattr(name, lambda chat_template, environment: None)
+    with pytest.raises(UserError, match=r"^transformers \S+: .* has the parameters \(chat_template, environment\)"):
+        wrap_templates(lambda compile_template: compile_template)
+
+
+def test_missing_name_of_ignored_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.PreTrainedModel._keys_to_ignore_on_save")
+    with pytest.raises(UserError, match="has no transformers:PreTrainedModel._keys_to_ignore_on_save"):
+        save_only(torch.nn.Linear(1, 1), [], print)
+
+
+def test_changed_lora_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.tuners.lora.layer.Linear.forward", lambda self, x: x)
+    with pytest.raises(UserError, match=r"^peft \S+: peft\.tuners\.lora\.layer:Linear\.forward has the parameters"):
+        replace_lora_linear(torch.nn.Linear(1, 1), torch.nn.Linear)
+
+
+def test_hooks_of_each_kind_are_seen() -> None:
+    assert not has_hooks(torch.nn.Linear(1, 1))
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        module = torch.nn.Linear(1, 1)
+        getattr(module, register)(lambda *_: None)
+        assert has_hooks(module), register
+
+
+def test_missing_names_of_formats_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("datasets.packaged_modules._PACKAGED_DATASETS_MODULES")
+    with pytest.raises(UserError, match="^datasets .* has no datasets.packaged_modules:_PACKAGED_DATASETS_MODULES"):
+        pin_revisions({})
+
+
+def test_missing_download_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nltk")
+    monkeypatch.delattr("nltk.download")
+    with pytest.raises(UserError, match="has no nltk:download"), without_downloads():
+        pass
+
+
+def test_trial_without_number_is_refused() -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(UserError, match=r"^optuna \S+: trials have no _trial_id"):
+        trial_id(SimpleNamespace())
+    assert trial_id(SimpleNamespace(_trial_id=3)) == 3
+
+
+def test_missing_attention_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.PreTrainedConfig._attn_implementation")
+    with pytest.raises(UserError, match="has no transformers:PreTrainedConfig._attn_implementation"):
+        attention_name(SimpleNamespace())
+
+
+def test_toolset_without_state_is_refused() -> None:
+    with pytest.raises(UserError, match="has no _inert_state"):
+        set_state(SimpleNamespace(), {})
+    toolset = SimpleNamespace(_inert_state=None)
+    set_state(toolset, {"score": 1})
+    assert toolset._inert_state == {"score": 1}

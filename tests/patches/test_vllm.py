@@ -1,0 +1,79 @@
+"""Patches of vLLM refuse versions in which their names have changed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from align.errors import UserError
+from align.patches import vllm as patches
+
+CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+TOP_K_TOP_P = "vllm.v1.sample.ops.topk_topp_sampler"
+
+
+def pick(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    return logprobs.argmax(-1)
+
+
+def runner() -> Any:
+    return SimpleNamespace(sampler=SimpleNamespace(topk_topp_sampler=SimpleNamespace(forward=print)))
+
+
+@pytest.fixture(autouse=True)
+def _require_vllm() -> None:
+    pytest.importorskip("vllm")
+
+
+def test_changed_attention_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{CPU_ATTENTION}._get_attn_isa", lambda dtype, size: "vec")
+    with pytest.raises(UserError, match=r"^vllm\S* \S+ .*_get_attn_isa has the parameters \(dtype, size\)"):
+        patches.attention_kernel(torch.float32, 16, 64)
+
+
+def test_changed_block_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{CPU_ATTENTION}.CPUAttentionBackend.get_supported_kernel_block_sizes"
+    monkeypatch.setattr(name, staticmethod(lambda head_size: [16]))
+    with pytest.raises(UserError, match="get_supported_kernel_block_sizes has the parameters"):
+        patches.allow_blocks_of_16()
+
+
+def test_blocks_of_16_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, MultipleOf
+
+    original = staticmethod(CPUAttentionBackend.get_supported_kernel_block_sizes)
+    monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", original)
+    patches.allow_blocks_of_16()
+    (size,) = CPUAttentionBackend.get_supported_kernel_block_sizes()
+    assert isinstance(size, MultipleOf)
+    assert size.base == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [
+        (f"{TOP_K_TOP_P}.TopKTopPSampler.forward_native", lambda self, logits: logits),
+        (f"{TOP_K_TOP_P}.apply_top_k_top_p", lambda logits: logits),
+    ],
+)
+def test_changed_sampler_is_refused(name: str, replacement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(name, replacement)
+    with pytest.raises(UserError, match="has the parameters"):
+        patches.draw_once_per_row(runner(), pick)
+
+
+def test_runner_without_sampler_is_refused() -> None:
+    with pytest.raises(UserError, match=r"has no sampler\.topk_topp_sampler"):
+        patches.draw_once_per_row(SimpleNamespace(), pick)
+
+
+def test_thread_count_is_restored() -> None:
+    original = torch.set_num_threads
+    threads = torch.get_num_threads()
+    with patches.keep_thread_count():
+        torch.set_num_threads = print  # type: ignore[assignment]
+    assert torch.set_num_threads is original
+    assert torch.get_num_threads() == threads
