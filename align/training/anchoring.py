@@ -1,4 +1,4 @@
-"""Anchor a model to its initial weights or distributions, so that it forgets less.
+"""Anchor a model to its initial weights or distributions to reduce forgetting.
 
 ``l2`` pulls weights back (L2-SP, arXiv 1802.01483), decoupled from the gradient as AdamW's weight decay is. ``kl`` adds
 KL(start || model) over the vocabulary at the answers' tokens (learning without forgetting, arXiv 1606.09282). Left out:
@@ -28,7 +28,7 @@ from align.training.trainers import answer_mask, part_of_step
 class PullToStart(TrainerCallback):
     """Before each step: weight -= learning rate * strength * (weight - initial weight), for every trained weight.
 
-    Costs one copy of the trained weights. Adapters are pulled to their initial values, where they change nothing.
+    Costs one copy of the trained weights. Adapters are pulled to their initial values, which leave the model unchanged.
     """
 
     def __init__(self, model: Any, strength: float) -> None:
@@ -58,7 +58,7 @@ class KLToStart:
     """Loss term: ``weight`` times the mean over a step's supervised tokens of KL(initial || model), in nats.
 
     The model's hidden states come from its own forward pass; the initial model needs a second one without gradients.
-    With adapters it is the same model with adapters disabled, else a frozen copy (in bfloat16 where that is the
+    With adapters it is the same model with adapters disabled, else a frozen copy (in bfloat16 if that is the
     precision).
     """
 
@@ -115,7 +115,7 @@ class KLToStart:
         trunk, head = trunk_and_head(self.model)
         names = ("input_ids", "attention_mask", "position_ids")
         model_inputs = {name: inputs[name] for name in names if name in inputs}
-        # accelerate wraps the trained model's own forward pass in autocast, and nothing else.
+        # accelerate wraps only the trained model's forward pass in autocast.
         with trainer.accelerator.autocast():
             base, base_head = self._start(trunk, head, model_inputs)
             total = summed_kl(base[:, :-1][mask], base_head, hidden[:, :-1][mask], head, logit_transform(self.model))

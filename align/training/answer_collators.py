@@ -1,4 +1,4 @@
-"""trl's collators of answers, for answers of several turns: no loss is taken on what stands between the turns.
+"""trl's collators of answers, for answers of several turns: the text between the turns has no loss.
 
 Rows say which tokens are the assistant's (``chosen_mask``, ``rejected_mask``, ``completion_mask``, ``rows.py``). Rows
 without these columns are collated as trl does.
@@ -46,7 +46,7 @@ class UnpairedCollator(DataCollatorForUnpairedPreference):  # type: ignore[misc]
 
 
 def _add_gaps(completion_mask: torch.Tensor, rows: Sequence[dict[str, Any]], column: str) -> None:
-    """Set ``completion_mask`` (B, T) to 0 in place where a row's own mask is."""
+    """Zero the entries of ``completion_mask`` (B, T) in place that are 0 in a row's own mask."""
     for index, row in enumerate(rows):
         mask = row.get(column)
         if mask is not None:

@@ -67,13 +67,13 @@ def schedule_options(fields: TrainingFields, steps: int) -> dict[str, Any]:
 
 
 def _warmup_steps(context: StageContext, steps: int) -> int:
-    """Return the steps of the warm-up: of a stage that continues another, those of that one."""
+    """Return the number of warm-up steps. A stage that continues another has the other stage's number."""
     continued = continued_facts(context)
     return warmup_steps(context.config, steps) if continued is None else continued.warmup_steps
 
 
 def parallel_options(context: StageContext, on_gpu: bool) -> dict[str, Any]:
-    """Return the options of ``runtime.launch``'s strategy, where several processes train."""
+    """Return the options of ``runtime.launch``'s strategy if several processes train."""
     launch = context.runtime.launch
     if launch.strategy != "deepspeed" or world_size() == 1:
         return {}
@@ -92,7 +92,7 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     on_gpu = device_of(context.runtime).type == "cuda"
     options: dict[str, Any] = {
         "output_dir": str(context.checkpoints),
-        "seed": context.seed % 2**32,  # numpy takes no more
+        "seed": context.seed % 2**32,  # numpy's largest seed
         "use_cpu": not on_gpu,
         "bf16": context.precision == "bfloat16",
         "max_steps": steps,
@@ -125,12 +125,12 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
     arguments = config_class(**{**options, **stage_options, **fields.trainer})
     arguments.launch, arguments.precision = context.runtime.launch, context.precision
     arguments.shared_prefixes = shares_prefixes(context)
-    arguments.order_micro_batch = fields.micro_batch  # the rows' order is that of one process (``training.epochs``)
+    arguments.order_micro_batch = fields.micro_batch  # rows are ordered as in one process (``training.epochs``)
     return use_one_device(arguments)
 
 
 def shares_prefixes(context: StageContext) -> bool:
-    """Return True where the stage's models compute what rows begin with once (``trainers.reduce_work``).
+    """Return True if the stage's models compute shared prefixes of rows once (``trainers.reduce_work``).
 
     Options of the trainer that need padded rows turn it off: a compiled model would be compiled again for every line's
     length, and transformers scales noise on embeddings by the length of the batch.

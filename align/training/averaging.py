@@ -29,7 +29,8 @@ def decay_at(step: int, decay: float) -> float:
 class AverageWeights(TrainerCallback):
     """Averages every trainable weight after each step, in float32; at the end the averages become the model's weights.
 
-    Costs one copy of the trained weights. Weights that are frozen for some steps (``unfreezing.py``) are averaged too.
+    Costs one copy of the trained weights. The average includes weights that are frozen for some steps
+    (``unfreezing.py``).
     """
 
     def __init__(self, model: Any, decay: float) -> None:

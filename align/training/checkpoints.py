@@ -1,8 +1,9 @@
 """Find the checkpoint that a killed stage resumes from, and store a stage's state in sealed files.
 
-transformers writes a checkpoint file by file, so a kill can leave one that looks complete and is not, and a disk can
-corrupt a file. A checkpoint counts only when its marker exists, which is written last, and every file still has the
-digest in it. Left out: keeping the newest two, which the trainer's ``save_total_limit`` does.
+transformers writes a checkpoint file by file, so a kill can leave an incomplete checkpoint that looks complete. A disk
+can also corrupt a file. A checkpoint is valid only if its marker exists and every file still has the digest that the
+marker lists. The marker is written last. Left out: keeping the newest two, which the trainer's ``save_total_limit``
+does.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from align.store.json_files import DamagedFile, parse_sealed, read_file, write_s
 
 MARKER = "complete.json"
 DAMAGED = "damaged"
-"""Folder beside the checkpoints for damaged ones."""
+"""Folder for damaged checkpoints, next to the valid ones."""
 BLOCK_BYTES, READ_BYTES = 64 * 2**20, 4 * 2**20
-"""Size of a block, which has its own digest so that threads can share a file, and of one read."""
+"""Size of a block and of a read. Each block has its own digest, so threads can share a file."""
 READERS = min(8, usable_cores())
 """Threads; each computes 2 GB of SHA-256 a second with the processor's own instructions."""
 
@@ -73,8 +74,8 @@ def last_complete(
     """Return the newest complete ``checkpoint-<step>`` folder, or None.
 
     A folder without a marker is left from a kill and is removed; with ``unmarked="leave"`` it may be another program's
-    and stays. A damaged checkpoint is moved to ``damaged/``, and ``warn`` is called with the one that training resumes
-    from instead. Checkpoints older than the result are not read.
+    and stays. A damaged checkpoint is moved to ``damaged/``, and ``warn`` is called with the checkpoint that training
+    resumes from instead. Checkpoints older than the result are not read.
     """
     warnings = []
     newest = None
@@ -106,9 +107,9 @@ class MarkCheckpoints(TrainerCallback):
 
 
 def link(file: Path, target: Path) -> None:
-    """Give ``file`` a second name, or copy it where the file system has no hard links; replaces ``target``."""
+    """Hard-link ``file`` to ``target``, or copy it if the file system has no hard links; replaces ``target``."""
     if target.exists() and target.samefile(file):
-        return  # renaming between two links of one file does nothing and would leave the draft
+        return  # renaming one link of a file to another has no effect and would leave the draft
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
         # A hard link costs no space; both names keep the content if one is deleted.
@@ -119,7 +120,7 @@ def link(file: Path, target: Path) -> None:
 
 
 def _read_marker(folder: Path) -> dict[str, list[str]]:
-    """Read the digests of each file's blocks from the marker. Raises ``ValueError`` for other contents."""
+    """Read the digests of each file's blocks from the marker. Raises ``ValueError`` for a malformed marker."""
     try:
         digests = json.loads((folder / MARKER).read_text(encoding="utf-8"))["sha256"]
     except (KeyError, TypeError, RecursionError) as error:
@@ -186,7 +187,7 @@ def write_state(file: Path, content: dict[str, Any]) -> None:
 
 
 def read_state(file: Path) -> dict[str, Any] | None:
-    """Return the content of a sealed ``file``; None where it is missing or damaged, which is logged."""
+    """Return the content of a sealed ``file``; None, with a log message, if it is missing or damaged."""
     try:
         return parse_sealed(read_file(file))
     except FileNotFoundError:

@@ -28,7 +28,7 @@ from align.training.unfreezing import steps_per_epoch
 
 
 def continue_rows(context: StageContext, trainer: Any) -> Continuation | None:
-    """Return the order of the trainer's rows where it goes on with other rows; None for the plain order.
+    """Return the order of the trainer's rows if it continues with other rows; None for the plain order.
 
     The same rows keep their order, which is the plain one unless the other stage had continued with other rows itself.
     """
@@ -55,14 +55,14 @@ def _grouped(first: list[int], trainer: Any) -> list[int]:
 
 
 def _position(trainer: Any, steps: int) -> int:
-    """Return the position in the endless sequence of passes at which transformers goes on after ``steps`` steps."""
+    """Return the position in the endless sequence of passes at which transformers continues after ``steps`` steps."""
     # The last step of a pass may have fewer rows, so whole passes are counted in rows.
     passes, rest = divmod(steps, steps_per_epoch(trainer))
     return passes * len(trainer.train_dataset) + rest * int(trainer.rows_per_step)
 
 
 def continuing_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback]:
-    """Return the callbacks of a stage that continues another, and of one whose state is kept before a decay."""
+    """Return the callbacks for continuing another stage and for keeping the state before a decay."""
     config: TrainingFields = context.config
     callbacks: list[TrainerCallback] = []
     if config.continue_from is not None:
@@ -97,7 +97,7 @@ def _step_of_state(checkpoint: Path) -> int:
 
 
 def _history(context: StageContext, trainer: Any, steps: int) -> RowHistory:
-    """Return the rows of a trainer that has done ``steps`` steps, with those of the stages that it continues."""
+    """Return the rows of a trainer after ``steps`` steps, including the rows of the stages that it continues."""
     before, continuation = continued_history(context), trainer.continuation
     digests = digests_of(trainer.train_dataset)
     start = 0 if continuation is None else continuation.start

@@ -46,7 +46,8 @@ def held_out(trainer: Any, encoded: Encoded) -> dict[str, float]:
     """Return scores of a CPO or ORPO trainer's model on held-out pairs: means over pairs, ``nll`` over tokens.
 
     ``loss`` is the trained loss, ``accuracy`` the share of pairs whose chosen side has the larger reward, ``margin``
-    the mean difference. A reward is beta times a side's log-probability (its mean over tokens where the loss uses it).
+    the mean difference. A reward is beta times a side's log-probability, or times its mean over tokens if the loss uses
+    the mean.
     """
     sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_reward": 0.0, "rejected_reward": 0.0}
     total, tokens = 0.0, 0

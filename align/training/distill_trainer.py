@@ -1,6 +1,6 @@
 """trl's SFTTrainer with a teacher's distributions as targets, on answers of the data or of the student (GKD).
 
-Seed and step alone decide which steps train on the student's own answers, and seed the sampling, so a resumed run
+Only seed and step decide which steps train on the student's own answers. They also seed the sampling, so a resumed run
 repeats both. Private methods of transformers and trl are overridden; ``tests/stages/test_distill.py`` covers them.
 """
 

@@ -3,9 +3,9 @@
 All of them start from hidden states and work in chunks of tokens: the logits of one chunk exist at a time, and the
 backward pass computes them again. Everything is float32 except the matrix product, which runs in autocast's type.
 
-Distillation measures how far a student's distribution is from its teacher's (GKD, arXiv 2306.13649). Where only a
-teacher's likeliest tokens are known, all others count as one token, for the student too. The result is a lower bound of
-the full divergence, and 0 only where the two agree.
+Distillation measures how far a student's distribution is from its teacher's (GKD, arXiv 2306.13649). If only a
+teacher's likeliest tokens are known, teacher and student treat all other tokens as one. The result is a lower bound of
+the full divergence, and 0 only if the two agree.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def summed_kl(
 ) -> torch.Tensor:
     """Return the scalar sum of KL(base || model) over N tokens, in nats, from (N, H) hidden states and their heads.
 
-    ``transform`` is that of both models' logits.
+    ``transform`` applies to both models' logits.
     """
 
     def _kl_of(base_states: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

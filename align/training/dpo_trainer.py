@@ -18,7 +18,7 @@ from align.training.trainers import Prepared
 
 
 class _NoReference(torch.nn.Module):
-    """Passed to trl as the reference model, so that it creates none and copies no adapter."""
+    """Placeholder for trl's reference model. With it trl creates no reference and copies no adapter."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""``python -m align.training.dump_fields``: the fields of the classes that take options, for ``config.field_dumps``.
+"""``python -m align.training.dump_fields``: the fields of the classes with options, for ``config.field_dumps``.
 
 Without arguments it writes the shipped dumps for the installed trl, transformers and peft. ``align plan`` starts it
 with a dump's name, or a class's import path, and a file for the result. Imports those packages, and torch with them.
@@ -25,7 +25,7 @@ from align.store.atomic_write import write_text_atomically
 
 
 def dump_trainers() -> FieldDump:
-    """Return the fields of every class that takes options of a stage's ``trainer:``."""
+    """Return the fields of every class that accepts options of a stage's ``trainer:``."""
     named = {stage.trainer_class for stage in STAGES.values() if stage.trainer_class is not None}
     # A stage of the user's that names no class has the base class's.
     return dump_classes(*sorted({TrainingFields.trainer_class, *named}))
@@ -74,10 +74,10 @@ def _read_class(path: str) -> dict[str, Any] | str:
 
 
 def class_fields(cls: type[Any]) -> dict[str, Any]:
-    """Return the fields of a dataclass that its constructor takes, by name.
+    """Return the fields of a dataclass that its constructor accepts, by name.
 
     Each has its ``type`` as text, the ``choices`` that its metadata or type lists, and a ``default`` that JSON can
-    hold. Nothing reads the default; it shows in a diff where a new version of a package has another one.
+    hold. No code reads the default. It shows in a diff if a new version of a package has another default.
     """
     try:
         annotations = typing.get_type_hints(cls)
@@ -100,7 +100,7 @@ def class_fields(cls: type[Any]) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """Return ``value`` as JSON reads it back; None for one that JSON cannot hold."""
+    """Return ``value`` as JSON reads it back; None if JSON cannot hold it."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
@@ -110,7 +110,8 @@ def _as_json(value: Any) -> Any:
 def _describe_type(annotation: Any) -> tuple[str, list[Any]]:
     """Return a type as text, such as ``dict[str, Any] | None``, and the values that it lists.
 
-    Literals are choices where the type allows nothing else but None. Beside other types they count as their own type.
+    Literals are choices if the type allows only them and None. In a union with other types they count as their own
+    type.
     """
     members = _union_members(annotation)
     literals = [value for member in members for value in _literal_values(member)]
@@ -146,7 +147,7 @@ def type_text(annotation: Any) -> str:
         return "None"
     if annotation is Ellipsis:
         return "..."
-    if isinstance(annotation, str):  # one that could not be resolved
+    if isinstance(annotation, str):  # an unresolved annotation
         return annotation
     values = _literal_values(annotation)
     if values:
@@ -164,7 +165,7 @@ def type_text(annotation: Any) -> str:
 def shipped_text() -> str:
     """Return the content of the shipped file for the installed versions, a field a line.
 
-    Raises ``RuntimeError`` where a class cannot be read, since the tested versions have all of them.
+    Raises ``RuntimeError`` if a class cannot be read, because the tested versions have all of them.
     """
     sections = []
     for name, dump in ((TRAINERS, dump_trainers()), (PEFT, dump_peft())):

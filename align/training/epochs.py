@@ -1,9 +1,9 @@
-"""Split an epoch's rows over processes so that every optimizer step uses the same rows as with one process.
+"""Split an epoch's rows over processes: every optimizer step uses the same rows as with one process.
 
-accelerate distributes whole micro-batches and fills an epoch's last ones with rows from its beginning, which one
-process would not see again. Here a step's micro-batches are those of one process, distributed in turn. Where their
-number is not divisible, a process repeats one with weight 0, so that all run the same number of passes. Each
-micro-batch carries a weight, under which the mean over processes equals the loss of one process.
+accelerate distributes whole micro-batches and fills an epoch's last micro-batches with rows from its beginning, which
+one process would not see again. Here a step has the same micro-batches as in one process, and the processes get them in
+turn. If their number is not divisible, a process repeats a micro-batch with weight 0, so all processes run the same
+number of passes. Each micro-batch carries a weight, under which the mean over processes equals the loss of one process.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RankBatchSampler:
 
     def __init__(self, sampler: Any, **sizes: int) -> None:
         self.sampler, self.sizes = sampler, sizes
-        self.batch_sampler = self  # where transformers looks for set_epoch
+        self.batch_sampler = self  # transformers calls set_epoch on this attribute
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)

@@ -19,13 +19,13 @@ from align.training.trainers import Prepared
 
 
 def experimental(module: str, name: str) -> Any:
-    """Return ``trl.experimental.<module>.<name>``. Raises ``UserError`` where the installed trl does not have it."""
+    """Return ``trl.experimental.<module>.<name>``. Raises ``UserError`` if the installed trl does not have it."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # our documentation says what is experimental
     try:
         return getattr(importlib.import_module(f"trl.experimental.{module}"), name)
     except (ModuleNotFoundError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("trl"):
-            raise  # the module exists, but one of its imports does not
+            raise  # the module exists, but an import in it fails
         raise UserError(
             f"trl {trl.__version__} has no trl.experimental.{module}.{name}, an experimental trainer of trl's that "
             "this stage runs. Install trl 1.16, or take the stage 'dpo', which stays."
@@ -33,7 +33,7 @@ def experimental(module: str, name: str) -> Any:
 
 
 class Rows(list[dict[str, Any]]):
-    """Tokenized rows for a trainer that tokenizes by ``dataset.map``, which here changes nothing."""
+    """Tokenized rows whose ``map`` returns them unchanged, for a trainer that tokenizes by ``dataset.map``."""
 
     def map(self, *args: Any, **kwargs: Any) -> Rows:
         return self
@@ -42,14 +42,15 @@ class Rows(list[dict[str, Any]]):
 class PairForward(Prepared):
     """Mixin before trl's CPO or ORPO trainer: one forward pass over both sides that stores no logits.
 
-    trl's own computes the logits of every position, prompts and padding too: with 49,000 tokens most of the memory.
-    Rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``; batches are those of trl's DPO.
+    trl's own forward pass computes the logits of every position, including prompts and padding. With a vocabulary of
+    49,000 tokens they are most of the memory. Rows have ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; batches
+    are in the form of trl's DPO.
     """
 
     averaged: bool
-    """True where a side's log-probability is the mean over its tokens instead of the sum."""
+    """True if a side's log-probability is the mean over its tokens instead of the sum."""
     prompt_too = False
-    """True where the chosen side's own loss includes the prompt."""
+    """True if the chosen side's own loss includes the prompt."""
     aux_loss_enabled: bool
 
     def __init__(self, *, model: Any, train_dataset: list[dict[str, Any]], **kwargs: Any) -> None:
@@ -77,7 +78,7 @@ class PairForward(Prepared):
             **routers,
         )
         width = completion_mask.shape[1] - 1  # methods with virtual tokens have more positions than the row
-        logprobs = outputs.log_probs[:, -width:]  # (2 B, T - 1), 0 where there is no label
+        logprobs = outputs.log_probs[:, -width:]  # (2 B, T - 1), 0 at positions without a label
         completion_mask, label_mask = completion_mask[:, 1:], label_mask[:, 1:]
         sums = (logprobs * completion_mask).sum(dim=1)
         if self.averaged:

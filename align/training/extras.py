@@ -1,8 +1,8 @@
 """Callbacks and loss terms that a stage's config adds to trl's training loop.
 
-``fit`` adds the callbacks before its own, so that they see a step before the held-out rows are scored, and a checkpoint
-before it is marked complete. A callback may have ``facts()``, which become metrics of the stage; ``scores()``, which
-join the held-out scores; and ``scoring()``, a context in which the model has the weights that will be its result.
+``fit`` adds the callbacks before its own. They see a step before the held-out rows are scored, and a checkpoint before
+it is marked complete. A callback may have ``facts()``, which become metrics of the stage; ``scores()``, which join the
+held-out scores; and ``scoring()``, a context in which the model has the weights that will be its result.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback
 
 
 def has_scores(callbacks: Sequence[TrainerCallback]) -> bool:
-    """Return True where a callback has scores of its own."""
+    """Return True if a callback has its own scores."""
     return any(hasattr(callback, "scores") for callback in callbacks)
 
 
@@ -62,7 +62,7 @@ def scored_with(callbacks: Sequence[TrainerCallback], held_out: Callable[[], Sco
     """
 
     def scored() -> Scores:
-        # Enter every callback's context, for example the one that swaps in averaged weights.
+        # Enter every callback's context, for example to swap in averaged weights.
         with contextlib.ExitStack() as weights:
             for callback in callbacks:
                 if hasattr(callback, "scoring"):

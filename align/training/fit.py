@@ -64,7 +64,7 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
         return all_gather(held_out(split))[0] if is_tested or split != "test" else {}
 
     refuse_no_steps(context, trainer.args.max_steps)
-    # A stage that continues another starts from that one's state, once there is no checkpoint of its own.
+    # A stage that continues another starts from the other stage's state if it has no checkpoint itself.
     checkpoint = broadcast(lambda: last_complete(context.checkpoints, warn) or restore_checkpoint(context))
     trainer.continuation = continue_rows(context, trainer)
     first_step = _step_of(checkpoint) + 1 if checkpoint else 0
@@ -74,7 +74,7 @@ def fit(trainer: Any, context: StageContext, held_out: HeldOut, before: bool = T
 
 
 def _note_memory(context: StageContext, trainer: Any, extras: Sequence[Any]) -> None:
-    """Note the memory that training takes."""
+    """Note the memory that training needs."""
     tuning, precision = context.config.tuning, context.precision
     max_trained = next((extra.most for extra in extras if isinstance(extra, OpenLayers)), None)
     low = precision == "bfloat16"  # ``Prepared`` rounds activations between layers then
@@ -86,7 +86,7 @@ def _fit(
 ) -> dict[str, Any]:
     extras = extra_callbacks(context, trainer)
     _note_memory(context, trainer, extras)
-    # The test rows before training; for a resumed run those of the first attempt.
+    # A resumed run uses the scores of the test rows from before the first attempt's training.
     score_before = scored_with(extras, partial(held_out, "test") if before else dict)
     scores_before = _score_before(context, score_before) if before or has_scores(extras) else {}
 
@@ -151,9 +151,10 @@ def _timed_tokens(tokens: int, clock: TrainingClock, checkpoint: Path | None) ->
 
 
 def _warn_of_lost_progress(context: StageContext, losses: Sequence[float]) -> None:
-    """Warn where the loss fell and rose again, by the means of five parts of a run: what was learned is lost.
+    """Warn if the means of the loss over five parts of a run fell and then rose again.
 
-    Held-out accuracy may hide it: a reward model whose training broke off ranks pairs by differences near zero.
+    The model has then lost what it had learned. Held-out accuracy may hide it: a reward model whose training broke off
+    ranks pairs by differences near zero.
     """
     count = len(losses) // 5
     if count < LOSSES_COMPARED:
@@ -171,9 +172,9 @@ def _warn_of_lost_progress(context: StageContext, losses: Sequence[float]) -> No
 def frozen_weights_rounded(trainer: Any) -> AbstractContextManager[None]:
     """Return a context in which the frozen matrices below LoRA adapters are in bfloat16, rounded once.
 
-    Autocast would round them in every pass. No number changes: these adapters read the frozen weights in products
-    only. Left as they are: adapters that read them otherwise (DoRA's norms), models that several processes share out,
-    and checkpointed activations, which are for models whose second copy would take too much memory.
+    Autocast would round them in every pass. No number changes: these adapters read the frozen weights in products only.
+    Three cases stay in full precision: adapters that read the weights otherwise (DoRA's norms), models that are sharded
+    over processes, and checkpointed activations, which are for models whose second copy would need too much memory.
     """
     model = trainer.model
     tuner = getattr(model, "base_model", None)
@@ -189,7 +190,7 @@ def frozen_weights_rounded(trainer: Any) -> AbstractContextManager[None]:
 def _untrimmed_heap_for(trainer: Any) -> AbstractContextManager[None]:
     """Return a context in which glibc keeps the memory of gradients from step to step.
 
-    Only where most weights are trained on a CPU: SFT in full took 0.82 of its time, LoRA gained nothing
+    It applies only if most weights are trained on a CPU. Full SFT ran in 0.82 of its time, and LoRA did not run faster
     (docs/performance.md).
     """
     trained, total = parameter_counts(trainer.model)
@@ -229,7 +230,7 @@ def _starts(context: StageContext, checkpoint: Path | None) -> dict[str, int]:
 
 
 class TrainingClock(TrainerCallback):
-    """Counts seconds of training and stores them with each checkpoint, from which a resumed run goes on.
+    """Counts seconds of training and stores them with each checkpoint, so a resumed run continues the count.
 
     Steps that a kill threw away are run again and count once: tokens over these seconds are the speed of training. The
     record's ``seconds`` is the time of the whole stage, lost work included.
@@ -239,7 +240,7 @@ class TrainingClock(TrainerCallback):
         """Start to count; ``resumed`` is the checkpoint that training continues from."""
         file = None if resumed is None else resumed / SECONDS_FILE
         self.is_complete = file is None or file.is_file()
-        """False where the checkpoint has no seconds; the time before it then counts as 0."""
+        """False if the checkpoint has no seconds; the time before it then counts as 0."""
         self.seconds_before = 0.0
         if file is not None and self.is_complete:
             self.seconds_before = float(file.read_text(encoding="utf-8"))

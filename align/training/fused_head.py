@@ -23,8 +23,8 @@ REPLACED = ("_use_triton", "_ChunkedLogProbFunction")
 def use_blockwise_head() -> None:
     """Make trl's fused head compute labeled positions only, by ``token_statistics`` on a CPU.
 
-    trl scores every position on devices without Triton: prompts and padding, too, which with 49,000 tokens is most of a
-    small model's work. It calls the first replaced function for that choice only.
+    On devices without Triton, trl scores every position, including prompts and padding. With a vocabulary of 49,000
+    tokens this is most of a small model's work. trl calls the first replaced function for that choice only.
     """
     trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
     trl.trainer.utils._ChunkedLogProbFunction = _BlockwiseHead  # type: ignore[attr-defined,assignment]

@@ -70,7 +70,7 @@ def preferences(trainer: Any, encoded: Encoded) -> dict[str, float]:
         "chosen_reward": "rewards/chosen",
         "rejected_reward": "rewards/rejected",
     }
-    # compute_loss writes its metrics into the trainer, so save and restore those of the training steps.
+    # compute_loss writes its metrics into the trainer, so save and restore the metrics of the training steps.
     metrics = {mode: dict(values) for mode, values in trainer._metrics.items()}
     with scoring(trainer):
         # Lengths are per pair, and both sides of a pair are rows of the batch.
@@ -110,9 +110,9 @@ def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
 
 
 def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
-    """Return ``loss``, ``accuracy`` on the labels, ``accuracy_true`` where true scores are known, and margins.
+    """Return ``loss``, ``accuracy`` on the labels, ``accuracy_true`` if true scores are known, and margins.
 
-    Pairs with equal true scores have no right answer and are left out of ``accuracy_true``.
+    Pairs with equal true scores have no right answer, so ``accuracy_true`` excludes them.
     """
     sequences = [row[side] for row in encoded.rows for side in ("chosen_ids", "rejected_ids")]
     with scoring(trainer):
@@ -135,7 +135,7 @@ def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
 
 
 def mislabeled(encoded: Encoded) -> dict[int, bool]:
-    """Return for each row with two different true scores: True where the rejected side is the better one."""
+    """Return for each row with two different true scores if the rejected side is better."""
     known: dict[int, bool] = {}
     for row_index, row in enumerate(encoded.sources):
         chosen, rejected = row.get("chosen_score"), row.get("rejected_score")
@@ -146,7 +146,7 @@ def mislabeled(encoded: Encoded) -> dict[int, bool]:
 
 def pair_facts(encoded: Encoded) -> dict[str, float]:
     """Return a reward model's baselines: ``test_length_accuracy``, the accuracy of preferring the longer side, and
-    ``test_mislabeled``, the share of pairs labeled against their true scores, where those are known.
+    ``test_mislabeled``, the share of pairs labeled against their true scores, if these are known.
     """
     lengths = [[len(row[side]) for row in encoded.rows] for side in ("chosen_ids", "rejected_ids")]
     facts = {"test_length_accuracy": pair_accuracy(*lengths)}

@@ -1,10 +1,10 @@
 """Keep a trainer's state in a finished stage's artifact, and begin a stage from the state of another.
 
 ``state/`` of an artifact has what a resumed stage reads from a checkpoint (``state_files.py``), the rows trained on
-(``row_history.py``) and ``state.json``. A stage with ``continue_from`` gets it as a checkpoint of its own and resumes.
-So it becomes what the other stage would have been with more steps: same start, reference, order and random numbers.
+(``row_history.py``) and ``state.json``. A stage with ``continue_from`` gets it as its checkpoint and resumes. So it
+becomes what the other stage would have been with more steps: same start, reference, order and random numbers.
 
-Under ``scheduler: wsd`` the kept state is that before the decay, as in MiniCPM (arXiv 2404.06395): a continued stage
+Under ``scheduler: wsd`` the state from before the decay is kept, as in MiniCPM (arXiv 2404.06395): a continued stage
 runs these steps again at the full rate.
 """
 
@@ -27,14 +27,14 @@ from align.training.row_history import FACTS, RowHistory, StateFacts
 from align.training.state_files import UnknownState, is_read_on_resuming, pack, unpack
 
 STABLE = "stable"
-"""Folder beside the checkpoints for that from before the decay of ``wsd``."""
+"""Folder for the checkpoint from before the decay of ``wsd``, next to the other checkpoints."""
 DRAFT = ".continued"
 
 
 def continued_state(context: StageContext) -> Path | None:
-    """Return the folder of the state that the stage continues from; None for a stage of its own.
+    """Return the folder of the state that the stage continues from; None without ``continue_from``.
 
-    Raises ``UserError`` where the other stage kept none.
+    Raises ``UserError`` if the other stage kept no state.
     """
     if context.config.continue_from is None:
         return None
@@ -49,7 +49,7 @@ def continued_state(context: StageContext) -> Path | None:
 
 
 def continued_facts(context: StageContext) -> StateFacts | None:
-    """Return the facts of the state that the stage continues from; None for a stage of its own."""
+    """Return the facts of the state that the stage continues from; None without ``continue_from``."""
     folder = continued_state(context)
     if folder is None:
         return None
@@ -60,15 +60,15 @@ def continued_facts(context: StageContext) -> StateFacts | None:
 
 
 def continued_history(context: StageContext) -> RowHistory | None:
-    """Return the rows of the stage that this one continues; None for a stage of its own."""
+    """Return the rows of the stage that this stage continues; None without ``continue_from``."""
     folder, facts = continued_state(context), continued_facts(context)
     return None if folder is None or facts is None else RowHistory.load(folder, facts.start)
 
 
 def restore_checkpoint(context: StageContext) -> Path | None:
-    """Write the state that the stage continues from as a complete checkpoint of its own, and return that.
+    """Write the state that the stage continues from as a complete checkpoint, and return the checkpoint.
 
-    None for a stage of its own. Call it in one process.
+    Returns None without ``continue_from``. Call it in one process.
     """
     folder, facts = continued_state(context), continued_facts(context)
     if folder is None or facts is None:
@@ -93,7 +93,7 @@ def restore_checkpoint(context: StageContext) -> Path | None:
 
 
 def refuse_no_steps(context: StageContext, steps: int, unit: str = "steps", per_unit: int = 1) -> None:
-    """Raise ``UserError`` where a continued stage has no optimizer step left of ``steps`` in all.
+    """Raise ``UserError`` if a continued stage has no optimizer step left of ``steps`` in all.
 
     ``unit`` is the word for ``per_unit`` steps in the message.
     """
@@ -112,10 +112,10 @@ def refuse_no_steps(context: StageContext, steps: int, unit: str = "steps", per_
 
 
 class OwnSettings(TrainerCallback):
-    """Gives a continued stage its own settings where the state has the other stage's.
+    """Replaces the other stage's settings in the state by the continued stage's own.
 
     The optimizer has the rate that the other stage would have used next, 0 after the end of a cosine; and the Trainer
-    takes the steps between checkpoints from the state that it resumes from.
+    reads the steps between checkpoints from the state that it resumes from.
     """
 
     def on_train_begin(
@@ -153,7 +153,7 @@ class KeepStable(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Link it where a kill came between the two, or where the stage continues from that very step."""
+        """Keep the state if a kill prevented that before, or if the stage continues from exactly that step."""
         self._keep(state)
 
     def _keep(self, state: TrainerState) -> None:
@@ -161,7 +161,7 @@ class KeepStable(TrainerCallback):
         if state.global_step != self.step or not state.is_world_process_zero or not checkpoint.is_dir():
             return
         if is_too_large(self.context, checkpoint):
-            return  # a third checkpoint on the disk for nothing
+            return  # a third checkpoint would fill the disk for no use
         target = self.checkpoints / STABLE
         draft = self.checkpoints / f"{STABLE}.draft"
         for folder in (target, draft):
@@ -188,7 +188,7 @@ def _state_size(checkpoint: Path) -> int:
 
 
 def is_too_large(context: StageContext, checkpoint: Path) -> bool:
-    """Return True where ``runtime.keep_state: auto`` leaves out the state of a checkpoint for its size."""
+    """Return True if ``runtime.keep_state: auto`` skips the state of a checkpoint for its size."""
     return context.runtime.keep_state == "auto" and _state_size(checkpoint) > LARGEST_STATE
 
 
@@ -197,8 +197,8 @@ def keep_state(
 ) -> int:
     """Write ``state/`` of the artifact from a complete checkpoint, as ``runtime.keep_state`` says.
 
-    Return the bytes of its tensors, 0 where none is kept, which is noted with the reason. Call it in one process.
-    ``history`` is called where the state is kept.
+    Return the bytes of its tensors; 0 if no state is kept, with a note of the reason. Call it in one process.
+    ``history`` is called if the state is kept.
     """
     keep = context.runtime.keep_state
     if keep is False:
@@ -225,7 +225,7 @@ def keep_state(
     for file in files:
         link(file, folder / file.name)
     history().save(folder)
-    # Written last: without this file the state counts as not kept.
+    # This file is written last, because the state counts as kept only with it.
     write_sealed(folder / FACTS, facts.model_dump())
-    # The tensors alone: other files hold times, so their sizes differ from run to run.
+    # Count only the tensors: other files hold times, so their sizes differ from run to run.
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -21,7 +21,7 @@ from align.training.unpaired import GroupOrder
 
 class PreparedKTO(ScoredByReference, KTOTrainer):  # type: ignore[misc]
     """Rows: ``prompt_ids``, ``completion_ids``, ``label``, ``ref_logps``, and ``KL_completion_ids``, ``ref_KL_logps``
-    where the loss has a reference point. ``groups`` are the micro-batches of row indices.
+    if the loss has a reference point. ``groups`` are the micro-batches of row indices.
     """
 
     groups: Sequence[Sequence[int]]
@@ -43,7 +43,7 @@ def held_out(trainer: PreparedKTO, encoded: Encoded) -> dict[str, float]:
     if trainer.calculate_KL:
         reference_point = max(0.0, float(_drifts(trainer, encoded, "KL_completion_ids", "ref_KL_logps").mean()))
     is_desirable = torch.tensor([bool(row["label"]) for row in encoded.rows])
-    # How far each answer drifted to its right side of the reference point.
+    # Each answer's distance from the reference point, positive on its correct side.
     margins = torch.where(is_desirable, drifts - reference_point, reference_point - drifts)
     weights = torch.where(is_desirable, trainer.desirable_weight, trainer.undesirable_weight)
     losses = weights * (1 - torch.sigmoid(trainer.beta * margins))

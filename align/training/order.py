@@ -1,4 +1,4 @@
-"""Order training rows so that rows of similar length are together, as a function of seed and epoch only.
+"""Order training rows by similar length, as a function of seed and epoch only.
 
 transformers' own length grouping draws from the global random state, so a run resumed in its second epoch would see
 another order than the uninterrupted one. Left out: the split over processes (``epochs.py``).
@@ -15,7 +15,7 @@ WINDOW = 16
 
 
 def grouped_order(lengths: Sequence[int], micro_batch: int, batch: int, seed: int, epoch: int) -> list[int]:
-    """Return every row once, shuffled, so that each micro-batch has rows of similar length.
+    """Return every row once, shuffled into micro-batches of rows with similar length.
 
     Rows are shuffled, cut into windows of ``WINDOW`` batches, sorted by length in each window and cut into
     micro-batches, which are shuffled in turn. Only the last micro-batch may be short.
@@ -57,7 +57,8 @@ def by_length(lengths: Sequence[int], tokens: int, groups: Sequence[Sequence[int
     """Return batches of row indices for scoring, longest first, of at most ``tokens`` padded tokens.
 
     The rows of a group, such as the answers to one prompt, stay in one batch as far as it has room. Without ``groups``
-    each row is one. A longer row is alone, or with one of its group: what a pair needs, training needs too.
+    each row is a group. A row longer than ``tokens`` has a batch to itself, or shares it with a row of its group.
+    Training needs the same memory for a pair.
     """
     parts = [part for group in groups for part in _cut(group, lengths, tokens)]
     parts = parts or [[row] for row in range(len(lengths))]

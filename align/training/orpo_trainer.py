@@ -1,7 +1,7 @@
 """trl's ORPO trainer (arXiv 2403.07691) for tokenized rows.
 
-Experimental in trl; ``tests/training/test_cpo_trainer.py`` covers the overridden methods. A module of its own, because
-trl may drop ORPO and keep CPO.
+Experimental in trl; ``tests/training/test_cpo_trainer.py`` covers the overridden methods. It is a separate module,
+because trl may drop ORPO and keep CPO.
 """
 
 from __future__ import annotations

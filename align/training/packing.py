@@ -2,7 +2,7 @@
 
 Packing fills sequences of ``max_length`` tokens with short rows (best fit decreasing, arXiv 2404.10830). A padding-free
 batch concatenates its rows. In both, positions restart with every row and no row attends to another, so each row's
-result is the same as alone. The model decides how attention separates the rows:
+result is the same as in a separate pass. The model decides how attention separates the rows:
 
 - ``ragged``: ``align.models.fast.ragged_rows``, the fastest on a CPU.
 - ``flash``: flash attention's kernels, which get the offsets of the rows.
@@ -28,7 +28,7 @@ from align.training.rows import MASKED, Encoded
 
 Form = Literal["ragged", "flash", "blocks"]
 PROBE = 48
-"""Tokens of each of the two rows that ``check_separate`` computes alone and together."""
+"""Tokens of each of the two rows that ``check_separate`` computes separately and together."""
 TOLERANCE, TOLERANCE_IN_16_BITS = 2e-3, 0.2
 """Largest difference of a token's log-probability by rounding; attending to another row changes it by whole nats."""
 
@@ -100,10 +100,10 @@ def enable_flat(model: Any, form: Form) -> None:
     plain = plain_of(model)
     enable_ragged(plain)
 
-    # The layout keeps the rows apart. Without this mark transformers would build a mask of its own from the positions,
-    # and its size is the square of the line's.
+    # The layout keeps the rows apart. Without this mark transformers would build a mask from the positions, d its size
+    # is the square of the line's.
     def mark(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if kwargs.get("layout") is not None:  # transformers leaves a 4D mask alone
+        if kwargs.get("layout") is not None:  # transformers does not change a 4D mask
             device = kwargs["input_ids"].device
             kwargs = kwargs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
         return args, kwargs
@@ -157,7 +157,7 @@ def check_separate(stage: str, trainer: Any, encoded: Encoded) -> float:
     model.eval()
     try:
         with torch.no_grad(), _precise(trainer):
-            # The same two rows, each alone and then concatenated.
+            # The same two rows are computed separately and then concatenated.
             alone = [
                 _logprobs(trainer, {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])})
                 for ids in sequences
@@ -172,7 +172,7 @@ def check_separate(stage: str, trainer: Any, encoded: Encoded) -> float:
         model.train(training)
     gap = float((torch.cat(alone) - together).abs().max())
     limit = TOLERANCE if device.type == "cpu" else TOLERANCE_IN_16_BITS
-    # Negated, so that NaN is refused too.
+    # The comparison is negated to refuse NaN as well.
     if not gap <= limit:
         raise UserError(
             f"{stage}: rows in one line are not kept apart by this model: log-probabilities change by up to {gap:.3g} "
@@ -182,7 +182,7 @@ def check_separate(stage: str, trainer: Any, encoded: Encoded) -> float:
 
 
 def _precise(trainer: Any) -> Any:
-    """Return autocast on a GPU, whose flash kernels need 16 bits; elsewhere nothing, to compare in full precision."""
+    """Return autocast on a GPU, whose flash kernels need 16 bits; elsewhere a null context, for full precision."""
     return contextlib.nullcontext() if trainer.args.device.type == "cpu" else trainer.accelerator.autocast()
 
 

@@ -71,7 +71,7 @@ class ReportProgress(TrainerCallback):
             learning_rate=float(logs.get("learning_rate", 0.0)),
             **shown,
         )
-        # After logging, so that the curves show where the loss diverged.
+        # Raise after logging, so the curves show the step at which the loss diverged.
         if not math.isfinite(loss):
             raise UserError(
                 f"{self.context.name}: the training loss is {loss} at step {state.global_step}. "

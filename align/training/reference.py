@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 VERSION = 2
 """Part of the key; increased when the same weights and rows should give other numbers."""
 NO_LIMIT = 1 << 30
-"""Length above that of any answer."""
+"""Length above any answer's length."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Answer:
     shared: int | None = None
     """Number of tokens that the assistant wrote in the shorter answer of its pair."""
     mask: Sequence[int] | None = None
-    """1 on the tokens of ``ids`` that the assistant wrote, 0 between its turns; None where it wrote all."""
+    """1 on the tokens of ``ids`` that the assistant wrote, 0 between its turns; None if it wrote all."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ReferenceCache:
     """Cache of sums in two places: the stage's own checkpoints, then a folder that stages share.
 
     ``identity`` names everything but the rows: the digest of the weights, how they were loaded, the precision. The
-    stage's own file is checked against it too, because the same stage key may stand for weights that were trained
+    stage's own file is also checked against it, because the same stage key may stand for weights that were trained
     again. ``hits`` and ``computed`` count answers; ``warn`` is called for damaged files.
     """
 
@@ -86,7 +86,7 @@ class ReferenceCache:
         if self.shared is not None:
             paths.append(self.shared / f"{key[:32]}.safetensors")
         self.files += paths[1:]
-        # Only the first process reads, so that all take the same decision.
+        # Only the first process reads, so all processes make the same decision.
         cached = [_read(path, key, len(answers), self.warn) for path in paths] if rank() == 0 else []
         result = broadcast(lambda: next((entry for entry in cached if entry is not None), None))
         if result is None:
@@ -94,7 +94,7 @@ class ReferenceCache:
             self.computed += len(answers)
         else:
             self.hits += len(answers)
-        # Complete the places where the sums were missing or damaged.
+        # Write the sums to each place that had none or damaged ones.
         for path, entry in zip(paths, cached, strict=False):  # ``cached`` is empty in all but the first process
             if entry is None:
                 _write(path, key, result)
@@ -111,7 +111,7 @@ class ReferenceCache:
 
 
 def _compute_in_parallel(answers: Sequence[Answer], compute: Callable[[Sequence[Answer]], Sums]) -> Sums:
-    """Compute the sums of all answers, each process those of its part."""
+    """Compute the sums of all answers; each process computes a part."""
     indices = rank_range(len(answers))
     parts = all_gather(compute(answers[indices.start : indices.stop]))
     total = [value for part in parts for value in part.total]
@@ -161,8 +161,7 @@ def answer_sums(
     """Sum the log-probabilities of ``answers`` by ``model`` in eval mode, on its device, as trl's trainers do.
 
     ``bfloat16`` is the type of the matrix products. Batches are grouped by length to save padding; their order depends
-    on the lengths only. Answers to the same prompt that follow each other stay together, so that the model reads the
-    prompt once.
+    on the lengths only. Consecutive answers to the same prompt stay together, so the model reads the prompt once.
     """
     device = next(model.parameters()).device
     total, tail = [0.0] * len(answers), [0.0] * len(answers)

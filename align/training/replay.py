@@ -1,4 +1,4 @@
-"""Replay general data beside a stage's own (ptx, arXiv 2203.02155 section 3.5), so that the model forgets less.
+"""Replay general data with a stage's own data to reduce forgetting (ptx, arXiv 2203.02155 section 3.5).
 
 Each optimizer step sees ``fraction`` of its rows from the general data, drawn without replacement until all were seen.
 Their loss per answer token is added to the stage's loss. The rows depend on the step number only, so a resumed run sees
@@ -40,7 +40,7 @@ def replayed_rows(count: int, start: int, stop: int, seed: int) -> list[int]:
 class Replay(TrainerCallback):
     """Loss term: ``weight`` times the mean of -log p over the answers' tokens of a step's replayed rows.
 
-    As a callback it changes nothing. ``scores`` evaluate the general test rows.
+    As a callback it has no effect. ``scores`` evaluate the general test rows.
     """
 
     has_own_rows = True
@@ -68,7 +68,7 @@ class Replay(TrainerCallback):
         micro_batches = trainer.current_gradient_accumulation_steps
         self.micro = self.micro + 1 if step == self.step else 0
         self.step = step
-        # The micro-batches of all processes take the step's rows in turn.
+        # The step's rows go to the micro-batches of all processes in turn.
         step_rows, processes = self.rows_of(step), world_size()
         first = self.micro * processes + rank()
         rows = [self.train.rows[row] for row in step_rows[first :: micro_batches * processes]]

@@ -67,8 +67,8 @@ def steps(trainer: Any, encoded: Encoded) -> dict[str, float]:
 def disjoint_pairs(scores: Sequence[float], targets: Sequence[float]) -> tuple[list[float], list[float]]:
     """Return the scores of the better and the worse side of pairs; each row is in one pair at most.
 
-    Rows are sorted by target, and the lower half is paired with the upper one. Pairs of equal targets are left out. No
-    shared rows means that the pairs are independent.
+    Rows are sorted by target, and the lower half is paired with the upper one. Pairs of equal targets are skipped. The
+    pairs share no rows, so they are independent.
     """
     order = sorted(range(len(scores)), key=lambda row: (targets[row], row))
     half = len(order) // 2
@@ -78,7 +78,7 @@ def disjoint_pairs(scores: Sequence[float], targets: Sequence[float]) -> tuple[l
 
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Pearson's correlation; 0 where either does not vary."""
+    """Return Pearson's correlation; 0 if either does not vary."""
     a, b = torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
     a, b = a - a.mean(), b - b.mean()
     norm = float(a.norm() * b.norm())

@@ -38,7 +38,7 @@ class Objective(ABC):
     kinds: ClassVar[tuple[Kind, ...]]
     """Kinds of data that it can train on."""
     steps: Steps | None = None
-    """How answers are split into steps, where each has a score."""
+    """Splits answers into steps; None if steps have no scores."""
 
     def __init__(self, context: StageContext, tokenizer: Any) -> None:
         self.config: RewardConfig = context.config
@@ -92,7 +92,7 @@ class Objective(ABC):
         """Return metrics that need no training; ``test_pairs`` is the number of pairs behind ``accuracy``."""
 
     def save(self, folder: Path) -> None:
-        """Write the settings that scoring needs beside the weights."""
+        """Write the settings that scoring needs, in addition to the weights."""
         if self.steps is not None:
             self.steps.write(folder)
 
@@ -223,9 +223,9 @@ def prepare(context: StageContext, tokenizer: Any) -> Objective:
 
 
 def add_margins(encoded: Encoded, factor: float, stage: str) -> None:
-    """Set each pair's margin to ``factor`` times its score difference; 0 where that is negative or unknown.
+    """Set each pair's margin to ``factor`` times its score difference; 0 if the difference is negative or unknown.
 
-    Raises ``UserError`` where no pair has two scores.
+    Raises ``UserError`` if no pair has two scores.
     """
     known = 0
     for row, source in zip(encoded.rows, encoded.sources, strict=True):

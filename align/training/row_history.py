@@ -1,7 +1,7 @@
 """Rows that a stage and those before it have trained on, for a stage that continues with more data.
 
-Rows are compared by content. With the same rows in the same order a continued stage goes on in the middle of its pass.
-With other rows, those that were never trained on come first; then passes over all rows begin.
+Rows are compared by content. With the same rows in the same order a continued stage continues in the middle of its
+pass. With other rows, the rows that were never trained on come first; then passes over all rows begin.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Order(Protocol):
 
 
 class StateFacts(Config):
-    """Content of ``state.json``: where in its training a kept state stands."""
+    """Content of ``state.json``: the position of a kept state in its training."""
 
     steps: int
     """Optimizer steps."""
@@ -46,7 +46,7 @@ class StateFacts(Config):
 
 @dataclass(frozen=True)
 class RowHistory:
-    """The rows of a finished stage: content digests in order, those of all rows trained on, and its own start."""
+    """The rows of a finished stage: content digests in order, digests of all rows trained on, and its own start."""
 
     rows: list[int]
     trained: set[int]
@@ -61,7 +61,7 @@ class RowHistory:
 
     @classmethod
     def load(cls, folder: Path, start: int) -> RowHistory:
-        """Read ``rows.safetensors``."""
+        """Read the history from ``rows.safetensors``."""
         lists = {name: values.tolist() for name, values in load_file(folder / FILE).items()}
         return cls(lists["rows"], set(lists["trained"]), lists["first"], start)
 
@@ -90,7 +90,7 @@ def row_digest(row: Mapping[str, Any]) -> int:
 
 
 class ContinuedOrder:
-    """Sampler over ``order`` that goes on as ``continuation`` says; rows of positions before it are placeholders."""
+    """Sampler over ``order`` that continues as ``continuation`` says; rows of positions before it are placeholders."""
 
     def __init__(self, order: Order, continuation: Continuation) -> None:
         self.order, self.continuation, self.epoch = order, continuation, 0

@@ -1,4 +1,4 @@
-"""Tokenize rows of messages for training, counting every cut and every row that is left out.
+"""Tokenize rows of messages for training, and count every cut row and every skipped row.
 
 trl's own preparation is not used: it caches on disk, silently drops over-long pairs, and supervises whatever the chat
 template writes after the end of the turn. Left out: packing (``packing.py``) and plain texts (``texts.py``).
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 MASKED = -100
-"""Label of a token that no loss is taken on; torch's and trl's convention."""
+"""Label of a token without a loss; torch's and trl's convention."""
 NO_ROOM = "left out, the prompt alone fills max_length"
 TOO_LONG = "left out, longer than max_length"
 CUT = "answer cut at max_length, so without its end of turn"
@@ -54,12 +54,12 @@ class Encoded:
         self.sources.append(source)
 
     def count(self, reason: str) -> None:
-        """Count a row that was cut or left out for ``reason``."""
+        """Count a row that was cut or skipped for ``reason``."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
 
 
 def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
-    """Read the first ``most`` rows of a split. Raises ``UserError`` for an empty one."""
+    """Read the first ``most`` rows of a split. Raises ``UserError`` if the split is empty."""
     rows = read_rows(path)
     if not rows:
         raise UserError(
@@ -72,7 +72,7 @@ def read_split(path: Path, most: int | None, stage: str) -> list[Row]:
 def read_splits(context: StageContext) -> dict[str, list[Row]]:
     """Read the splits of the stage's ``data``: ``train``, ``test``, and ``validation`` for a checkpoint's choice.
 
-    ``test`` is missing where it has no rows (``test_size: 0``): nothing is measured then.
+    ``test`` is missing if it has no rows (``test_size: 0``). Training then has no held-out scores.
     """
     config, data = context.config, context.artifact("data")
     train = read_split(data.split("train"), None, context.name)
@@ -94,7 +94,7 @@ def counts(splits: Mapping[str, Encoded], noun: str) -> dict[str, int]:
 
 def hold_back_validation(context: StageContext, train: list[Row], most: int) -> tuple[list[Row], list[Row]]:
     """Call ``hold_back`` on a ``train`` split and log its size. Raises ``UserError`` for a single question."""
-    # All rows of one question go to the same side, so that validation questions are new.
+    # All rows of one question go to the same side, so validation questions are new to the model.
     learned, validation = hold_back(train, most)
     if not learned:
         raise UserError(
@@ -116,16 +116,16 @@ def encode_answers(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Enco
 def encode_supervised(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """Encode ``input_ids`` and ``labels`` for SFT on ``completion``, else ``chosen``.
 
-    Labels are on the assistant's turns of the answer. What stands between them, such as the results of tools, and the
-    prompt are ``MASKED``. A turn with ``train: False`` has no labels; a row with only such turns is left out and
-    counted. An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn; one that was cut off
-    in sampling has none. Prompts that leave no room for an answer are left out.
+    Labels are on the assistant's turns of the answer. The prompt and the text between the turns, such as the results of
+    tools, are ``MASKED``. A turn with ``train: False`` has no labels; a row with only such turns is skipped and
+    counted. An answer that does not fit is cut at ``max_length`` tokens and loses its end of turn. An answer that was
+    cut off in sampling has no end of turn. Prompts that leave no room for an answer are skipped.
     """
     return _encode_turns(tokenizer, rows, max_length, with_prompt=False)
 
 
 def _encode_turns(tokenizer: Any, rows: Sequence[Row], max_length: int, with_prompt: bool) -> Encoded:
-    """Encode rows with labels on turns of their answers, and ``with_prompt`` on those of the prompt too.
+    """Encode rows with labels on turns of their answers and, ``with_prompt``, also on turns of the prompt.
 
     Turns are located by rendering the conversation up to each of them, which works with any template. Some templates
     rewrite earlier turns once others follow, for example to drop thoughts. Then no single rendering contains each turn
@@ -155,7 +155,7 @@ def _encode_turns(tokenizer: Any, rows: Sequence[Row], max_length: int, with_pro
 
 
 def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, row: Row) -> None:
-    """Add a row, cut to ``max_length`` tokens; one without a label left is left out."""
+    """Add a row, cut to ``max_length`` tokens; skip it if no label is left."""
     if all(label == MASKED for label in labels[:max_length]):
         out.count(NO_ROOM)
         return
@@ -165,7 +165,7 @@ def _add_cut(out: Encoded, ids: list[int], labels: list[int], max_length: int, r
 
 
 def add_masks(out: Encoded, masks: Mapping[str, Sequence[list[int]]]) -> None:
-    """Add the masks of every row, by column, if one of them has a 0; rows without a gap need none."""
+    """Add the masks of every row, by column, if any mask has a 0; rows without a gap need no masks."""
     if all(all(mask) for column in masks.values() for mask in column):
         return
     for name, column in masks.items():
@@ -176,9 +176,9 @@ def add_masks(out: Encoded, masks: Mapping[str, Sequence[list[int]]]) -> None:
 def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """Encode ``prompt_ids``, ``chosen_ids`` and ``rejected_ids`` (answers only) for DPO.
 
-    Where an answer has several turns, all rows have ``chosen_mask`` and ``rejected_mask`` too: 1 on the assistant's
-    tokens, 0 on what tools and users say in between. A pair with a side longer than ``max_length`` is left out: a cut
-    answer would be judged by its missing end.
+    If an answer has several turns, all rows also have ``chosen_mask`` and ``rejected_mask``: 1 on the assistant's
+    tokens, 0 on the turns of tools and users in between. A pair with a side longer than ``max_length`` is skipped,
+    because a cut answer would be judged by its missing end.
     """
     out = Encoded()
     masks: dict[str, list[list[int]]] = {"chosen_mask": [], "rejected_mask": []}
@@ -212,7 +212,7 @@ def encode_pairs(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encode
 def encode_conversations(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
     """Encode ``chosen_ids`` and ``rejected_ids``, prompt and answer as a reward model reads them.
 
-    Pairs with a side longer than ``max_length`` are left out.
+    Pairs with a side longer than ``max_length`` are skipped.
     """
     out = Encoded()
     for row in rows:

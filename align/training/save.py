@@ -45,7 +45,7 @@ def save_reward(trainer: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Seq
 def _save_and_compare(live: Any, tokenizer: Any, out_dir: Path, probe: Sequence[Sequence[int]]) -> float:
     save_tuned(live, tokenizer, out_dir)
     trim_malloc()
-    # Score a few rows by the live model and by the one that was just written.
+    # Score a few rows by the live model and by the saved copy.
     pad = int(tokenizer.pad_token_id)
     with torch.no_grad():
         trained = scores(live, probe, pad)

@@ -24,7 +24,7 @@ def scored_answers(rows: Sequence[Row]) -> list[Row]:
     """Return one row with ``completion`` and ``target`` per answer.
 
     A pair has two answers (``chosen_score``, ``rejected_score``); another row has ``score``, or ``label`` as 1 or 0.
-    The same answer to the same prompt is used once, so that rows sampled into several pairs do not count twice.
+    The same answer to the same prompt is used once, so rows sampled into several pairs do not count twice.
     """
     answers: dict[str, Row] = {}
     for row in rows:
@@ -77,7 +77,7 @@ def scale_of(rows: Sequence[Row], stage: str) -> Scale:
 
 
 def encode_scored(tokenizer: Any, rows: Sequence[Row], max_length: int, scale: Scale) -> Encoded:
-    """Encode ``input_ids`` (prompt and answer) and ``targets``, a list of one number; too long rows are left out."""
+    """Encode ``input_ids`` (prompt and answer) and ``targets``, a list with a number; skip rows that are too long."""
     out = Encoded()
     for row in rows:
         if row["target"] is None:

@@ -29,7 +29,7 @@ def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> 
 def read_tensors(path: Path, key: str, warn: Callable[[str], object]) -> dict[str, torch.Tensor] | None:
     """Return the tensors that were written under ``key``, in their shapes, on the CPU; None for a missing file.
 
-    A damaged file or another key gives None too, with a warning.
+    A damaged file or another key also gives None, with a warning.
     """
     if not path.exists():
         return None

@@ -1,9 +1,9 @@
 """Additions of SFT to trl's trainer: rows for the linter, NEFTune's noise, and a check for Liger's kernels.
 
-NEFTune (arXiv 2310.05914) adds noise to the embeddings in training, so that a model memorizes the wording less. The
-noise is uniform in ±alpha / sqrt(L d), with L the tokens of the row and d the size of the embeddings. L is each row's
-own length. transformers' hook (``trainer: {neftune_noise_alpha: ...}``) would use the padded or packed length, which
-gives packed rows a fraction of the noise. The noise comes from torch's global generator, whose state checkpoints store.
+NEFTune (arXiv 2310.05914) adds noise to the embeddings in training to reduce memorization of the wording. The noise is
+uniform in ±alpha / sqrt(L d), with L the tokens of the row and d the size of the embeddings. L is each row's own
+length. transformers' hook (``trainer: {neftune_noise_alpha: ...}``) would use the padded or packed length, which gives
+packed rows a fraction of the noise. The noise comes from torch's global generator, whose state checkpoints store.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def lint_rows(trainer: Any, train: Encoded) -> LintedRows:
 def noisy(model: Any, alpha: float | None) -> Iterator[None]:
     """Inside, ``model`` has noise on its embeddings in training mode; none for ``alpha`` None."""
     if alpha is not None and computes_real_tokens(model):
-        # Every row has noise of its own, at the scale of its own length: no prefix is shared.
+        # Every row has its own noise, at the scale of its length, so no prefix is shared.
         compute_real_tokens(model, share=False)
     noise = NoisyEmbeddings(model, alpha) if alpha is not None else None
     try:
@@ -56,7 +56,7 @@ def noisy(model: Any, alpha: float | None) -> Iterator[None]:
 
 
 def check_kernels(stage: str, options: Mapping[str, Any], runtime: Runtime) -> None:
-    """Raise ``UserError`` where ``trainer: {use_liger_kernel: true}`` cannot work.
+    """Raise ``UserError`` if ``trainer: {use_liger_kernel: true}`` cannot work.
 
     Liger's Triton kernels for norms, rotations and gated layers run on GPUs. Its fused cross-entropy stays off in trl
     1.16, which has its own fused head.
@@ -111,7 +111,7 @@ class NoisyEmbeddings:
 
 def row_lengths(position_ids: torch.Tensor) -> torch.Tensor:
     """Return the length of each token's row from positions that restart with every row; both of shape (1, N)."""
-    # A row starts where its positions start.
+    # A row starts at position 0.
     starts = (position_ids[0] == 0).nonzero()[:, 0]
     ends = torch.cat([starts[1:], starts.new_tensor([position_ids.shape[1]])])
     return torch.repeat_interleave(ends - starts, ends - starts)[None]

@@ -142,7 +142,7 @@ class ShardingTrainer:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
         sharded = self.model
-        # transformers saves self.model, so the gathered copy takes its place for the moment.
+        # transformers saves self.model, so the gathered copy replaces it during the save.
         with full_model(sharded) as self.model:
             if self.args.should_save:
                 self._save(output_dir or self.args.output_dir)

@@ -23,7 +23,7 @@ PICKLED = (".pt", ".pth")
 LEFT_OUT = (".bin", ".jinja", ".md", ".txt", ".model")
 """Suffixes of files that are not read on resuming: arguments, tokenizer, notes."""
 TOKENIZER = ("tokenizer", "special_tokens", "vocab", "added_tokens", "merges", "preprocessor", "processor")
-"""Beginnings of a tokenizer's files, which a stage takes from its own model."""
+"""Beginnings of a tokenizer's files, which a stage reads from its own model."""
 
 
 class UnknownState(Exception):
@@ -31,7 +31,7 @@ class UnknownState(Exception):
 
 
 def is_read_on_resuming(name: str) -> bool:
-    """Return True for a file of a checkpoint, beside the pickled ones, that resuming reads."""
+    """Return True for a file of a checkpoint that resuming reads, except for the pickled files."""
     if name == "training_seconds.txt":
         return True
     return Path(name).suffix not in (*PICKLED, *LEFT_OUT) and not name.startswith(TOKENIZER)
@@ -84,7 +84,7 @@ def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _separate(value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return ``value`` with memory of its own, which safetensors asks for: a copy only where it shares some."""
+    """Return ``value`` in unshared memory, which safetensors requires; it is copied only if it shares memory."""
     is_part = value.untyped_storage().nbytes() != value.nbytes
     is_shared = any(value.data_ptr() == tensor.data_ptr() for tensor in tensors.values())
     return value.clone() if is_part or is_shared else value

@@ -45,10 +45,10 @@ class StopOnRequest(TrainerCallback):
 
 
 def _any_process(requested: bool, args: TrainingArguments) -> bool:
-    """Return True in all processes where one of them has seen the request."""
+    """Return True in all processes if any process has seen the request."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return requested
-    # The maximum over processes is 1 once one of them has seen the request.
+    # The maximum over processes is 1 once any process has seen the request.
     flag = torch.tensor(int(requested), device=args.device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag.item())

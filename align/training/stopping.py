@@ -48,7 +48,7 @@ class BestSoFar(TrainerCallback):
         self.parameters = {name: p for name, p in trainer.model.named_parameters() if every or p.requires_grad}
 
     def watching(self, validation: Callable[[], Scores]) -> Callable[[], Scores]:
-        """Wrap ``validation`` to record its loss; call it where the model has the weights that would be saved."""
+        """Wrap ``validation`` to record its loss; call it when the model has the weights that would be saved."""
 
         def scored() -> Scores:
             scores = validation()
@@ -75,7 +75,7 @@ class BestSoFar(TrainerCallback):
         weights = {name: full_tensor(p.detach()).cpu().contiguous() for name, p in self.parameters.items()}
         if not self.trainer.is_world_process_zero():
             return
-        # Write beside the file and rename, so that the file is always complete.
+        # Write a draft and rename it, so the file is always complete.
         draft = self.folder / f"{WEIGHTS}.draft"
         draft.unlink(missing_ok=True)  # checkpoints hard-link the old file, so it must not be overwritten
         save_file(weights, draft)
@@ -117,7 +117,7 @@ class BestSoFar(TrainerCallback):
 
     @torch.no_grad()
     def restore(self) -> bool:
-        """Load the best weights after training has ended. Return False where the last weights are the best."""
+        """Load the best weights after training has ended. Return False if the last weights are the best."""
         last = int(self.trainer.state.global_step)
         if self.stopped_at and self.stopped_at == last:
             self.log(f"stopped at step {last}: the validation loss was lowest at step {self.best_step}")
@@ -137,6 +137,6 @@ class BestSoFar(TrainerCallback):
 
 
 def best_so_far(context: StageContext, trainer: Any) -> BestSoFar | None:
-    """Return the callback where the stage's config requires it."""
+    """Return the callback if the stage's config requires it."""
     config: TrainingFields = context.config
     return BestSoFar(context, trainer) if config.chooses else None

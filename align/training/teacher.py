@@ -48,9 +48,9 @@ def answer_states(called: Any, plain: Any, inputs: Any) -> torch.Tensor:
 
     ``plain`` is the same model without its parallel wrapper. The head runs at no position.
     """
-    # A hook reads the hidden states, so that the call goes through the parallel wrapper, whose gradients need it.
-    # The head is called with an empty selection. The last position would be a slice, for which torch's CPU product
-    # copies the head once a row.
+    # A hook reads the hidden states, so the call goes through the parallel wrapper, which gradients require. The head
+    # is called with an empty selection. The last position would be a slice, for which torch's CPU product copies the
+    # head once a row.
     ids = inputs["input_ids"]
     nothing = torch.empty(0, dtype=torch.long, device=ids.device)
     with hidden_states_of(plain) as hidden_states:
@@ -63,7 +63,7 @@ def answer_states(called: Any, plain: Any, inputs: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model in memory beside the student."""
+    """A frozen model in memory, next to the student."""
 
     model: Any
     bfloat16: bool

@@ -1,7 +1,7 @@
-"""Tokenize plain texts: documents with an end token, in windows, so that every token is predicted once.
+"""Tokenize plain texts: documents with an end token, in windows that predict every token once.
 
-A document is its tokens between a begin and an end token. One longer than ``max_length`` is cut into consecutive
-windows with one common token, so that each token is predicted once from the tokens before it in its window. Left out:
+A document is its tokens between a begin and an end token. A document longer than ``max_length`` is cut into consecutive
+windows that overlap by one token. Each token is predicted once from the tokens before it in its window. Left out:
 windows with a larger overlap.
 """
 
@@ -49,8 +49,8 @@ def document_ends(tokenizer: Any, end: str | None, place: str) -> Ends:
 def encode_texts(tokenizer: Any, rows: Sequence[Row], max_length: int, ends: Ends, learn_end: bool = True) -> Encoded:
     """Encode ``input_ids`` and ``labels`` of every window; the first token of each has no label.
 
-    Without ``learn_end`` there is no end token, so that labels are the text's own tokens, as for a loss per byte. A
-    text that was cut off never has one.
+    Without ``learn_end`` there is no end token, and labels are the text's own tokens, as for a loss per byte. A text
+    that was cut off never has an end token.
     """
     out = Encoded()
     for row in rows:

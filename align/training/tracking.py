@@ -23,7 +23,7 @@ from align.pipeline.context import StageContext
 from align.training.checkpoints import read_state, write_state
 
 IDENTITY = "tracking.json"
-"""File beside the checkpoints' folder with the run's id, for later attempts."""
+"""File with the run's id for later attempts, next to the checkpoints' folder."""
 
 
 def tracking_options(context: StageContext) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def _identity(context: StageContext) -> dict[str, str]:
 
 
 def _remember(context: StageContext, callbacks: list[Any]) -> None:
-    """Store the id that mlflow chose for the run, so that a resumed stage continues it."""
+    """Store the id that mlflow chose for the run, so a resumed stage continues the run."""
     for callback in callbacks:
         if _name(callback) == "mlflow":
             identity = _identity(context) | {"mlflow": callback._ml_flow.active_run().info.run_id}

@@ -31,7 +31,7 @@ SCORING_TOKENS = 4096
 
 
 def reduce_work(model: Any, *, bfloat16: bool, shared_prefixes: bool) -> None:
-    """Let ``model`` compute less for results that differ by rounding; a second call changes nothing.
+    """Let ``model`` compute less for results that differ by rounding; a second call has no effect.
 
     ``bfloat16``: activations between layers have the type of the matrix products (``precision.low_residual``).
     ``shared_prefixes``: real tokens only, and prefixes that rows share once (``fast.real_tokens``). A policy and its
@@ -55,7 +55,7 @@ class _Float32Head(torch.nn.Linear):
 def score_in_float32(model: Any) -> None:
     """Compute a reward model's score in float32: in bfloat16, scores near 4 are 1/32 apart and pairs tie.
 
-    The class is swapped instead of ``forward``, so that peft's copy of the head keeps it.
+    The class is swapped instead of ``forward``, because peft's copy of the head keeps the class.
     """
     model.score.__class__ = _Float32Head
 
@@ -105,7 +105,7 @@ class Prepared(ShardingTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the scalar loss: trl's and the terms, weighted where processes share a step (``epochs.py``)."""
+        """Return the scalar loss: trl's and the terms, weighted if processes share a step (``epochs.py``)."""
         # The weight is not an input of the model.
         share = inputs.pop(SHARE, None) if isinstance(inputs, dict) else None
         terms = self.terms if self.model.training else ()
@@ -153,7 +153,7 @@ class Prepared(ShardingTrainer):
         return int(getattr(self.args, "order_micro_batch", self.args.train_batch_size))
 
     def get_train_dataloader(self) -> Any:
-        """Return trl's loader; where processes share a step, one that splits the steps of one process over them."""
+        """Return trl's loader, or a loader that splits a single process's steps if processes share a step."""
         plain = super().get_train_dataloader()  # type: ignore[misc]
         if self.args.world_size == 1:
             return plain
@@ -187,7 +187,7 @@ class Prepared(ShardingTrainer):
         return dataset
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write nothing: trl would put a card into every checkpoint folder, and the artifact's record says more."""
+        """Skip trl's card, which it would write into every checkpoint folder; the artifact's record says more."""
 
 
 def part_of_step(trainer: Any, total: torch.Tensor, tokens: int, num_items: Any) -> torch.Tensor:
@@ -266,7 +266,7 @@ def set_layer_learning_rates(optimizer: torch.optim.Optimizer, model: Any, decay
         by_share: dict[float, list[torch.nn.Parameter]] = {}
         for parameter in group["params"]:
             by_share.setdefault(shares[id(parameter)], []).append(parameter)
-        # Read once: the group itself gets a new rate below.
+        # The rate is read once, because the group itself gets a new rate below.
         rate = group["lr"]
         for index, share in enumerate(sorted(by_share, reverse=True)):
             if index == 0:

@@ -66,7 +66,7 @@ class OpenLayers(TrainerCallback):
     """Unfreezes and freezes weights before each step whose groups differ from the step before.
 
     Weights that are frozen initially stay frozen. Those that train in no step are frozen at once, before the optimizer
-    is created. All others are trainable then, so that the optimizer and DDP register each of them.
+    is created. All others are trainable then, so the optimizer and DDP register each of them.
     """
 
     def __init__(

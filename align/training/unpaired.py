@@ -46,9 +46,9 @@ def unpair(rows: Sequence[Row]) -> list[Row]:
 
 
 def encode_unpaired(tokenizer: Any, rows: Sequence[Row], max_length: int) -> Encoded:
-    """Encode ``prompt_ids``, ``completion_ids`` and ``label`` of each answer; too long ones are left out, not cut.
+    """Encode ``prompt_ids``, ``completion_ids`` and ``label`` of each answer; skip answers that are too long.
 
-    Where an answer has several turns, all rows have ``completion_mask`` too, as in ``encode_pairs``.
+    If an answer has several turns, all rows also have ``completion_mask``, as in ``encode_pairs``.
     """
     out = Encoded()
     masks: list[list[int]] = []
@@ -117,7 +117,7 @@ def add_mismatched(rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[int
     for number, group in enumerate(groups):
         # A group of one row borrows the first row of the group before.
         donors = list(group) if len(group) > 1 else [*group, groups[number - 1][0]]
-        # For every possible shift, count the rows that would get an answer to their own prompt; take the best one.
+        # For every possible shift, count the rows that would get an answer to their own prompt, and use the best shift.
         counts = {
             shift: sum(_same_prompt(rows, donors, index, shift) for index in range(len(group)))
             for shift in range(1, len(donors))

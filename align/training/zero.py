@@ -45,7 +45,7 @@ def zero_options(options: DeepspeedConfig, on_gpu: bool, bfloat16: bool) -> dict
 def _allow_cpus() -> None:
     """Make accelerate use DeepSpeed on CPUs: several gloo processes without ``use_cpu``.
 
-    With ``use_cpu`` it would silently ignore DeepSpeed, which runs on CPUs too.
+    With ``use_cpu`` it would silently ignore DeepSpeed, which also runs on CPUs.
     """
     os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
@@ -97,7 +97,7 @@ def full_optimizer_state(groups: Groups, optimizer: Any, step: int) -> dict[str,
         described.append({name: value for name, value in group.items() if name != "params"} | {"params": [*numbers]})
         for number, parameter in zip(numbers, parameters, strict=True):
             moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
-            # Stage 3 replaces the parameter's own shape by that of its partition.
+            # Stage 3 replaces the parameter's own shape by its partition's shape.
             shape = getattr(parameter, "ds_shape", parameter.shape)
             state[number] = {name: value.detach().cpu().view(shape).clone() for name, value in moments.items()}
             # A single process stores the step with every parameter.
@@ -154,7 +154,7 @@ def clip_grad_norm(parameters: list[torch.nn.Parameter], max_norm: float) -> tor
     """
     from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
-    # safe_get_full_grad gathers a partitioned gradient, so the norm is that of the full model.
+    # safe_get_full_grad gathers a partitioned gradient, so the norm covers the full model.
     gradients = [(p, grad) for p in parameters if (grad := safe_get_full_grad(p)) is not None]
     if not gradients:
         return torch.zeros(())
