@@ -265,10 +265,17 @@ def kl_values(
 ) -> dict[str, Any]:
     """Return ``kl`` and ``kl_k3``: estimates of each response's KL to the reference in nats, see :func:`sequence_kl`.
 
-    ``prompts`` are the system's token ids, ``ref_prompts`` the reference's (the same, unless the system has a prompt of
-    its own). ``token_kl`` has the k1 estimate of each token of the first response to the first ``TOKEN_PROMPTS``
-    prompts. ``sampler_gap`` is the mean |sampler - policy| log-probability per token: large if the engine sampled
-    from other weights than the policy's.
+    Args:
+        policy: Function for the policy's log-probabilities.
+        reference: Function for the reference's log-probabilities.
+        prompts: The system's token ids.
+        response_set: The responses to the prompts.
+        ref_prompts: The reference's token ids, if the system has a separate prompt.
+
+    Returns:
+        Also ``token_kl``, the k1 estimate of each token of the first response to the first ``TOKEN_PROMPTS`` prompts,
+        and ``sampler_gap``, the mean |sampler - policy| log-probability per token. The gap is large if the engine
+        sampled from other weights than the policy's.
     """
     responses, repeated = response_set.flatten(prompts)
     _, ref_repeated = response_set.flatten(prompts if ref_prompts is None else ref_prompts)

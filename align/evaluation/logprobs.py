@@ -235,8 +235,10 @@ def heldout_losses(
 ) -> tuple[list[int], list[float], list[int]]:
     """Loss per token of each row's reference answer, as in SFT: with its end of turn unless it was cut off.
 
-    Only turns of the assistant count: not what tools and users write, and no turn with ``train: False``. Returns the
-    indices of the rows that fit ``max_length`` tokens, their loss per token in nats, and their tokens.
+    Only turns of the assistant count: not what tools and users write, and no turn with ``train: False``.
+
+    Returns:
+        The indices of the rows that fit ``max_length`` tokens, their loss per token in nats, and their tokens.
     """
     reads = {index: _heldout_reads(tokenizer, row, max_length) for index, row in enumerate(rows)}
     indices = [index for index in reads if reads[index]]

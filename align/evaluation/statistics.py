@@ -71,9 +71,12 @@ def mean_interval(
 ) -> Estimate:
     """Mean of one value per prompt with an expanded percentile bootstrap interval.
 
-    ``values`` are (N,). ``weights`` (N,) make it a ratio of sums (loss per token: each row's loss per token weighted by
-    its tokens). Prompts of weight 0 are skipped, also of ``n``. See :func:`percentiles` for the interval. Raises
-    ``ValueError`` for a negative weight.
+    Args:
+        values: (N,) numbers.
+        weights: (N,) weights, which make the mean a ratio of sums. Prompts of weight 0 are skipped, also in ``n``.
+
+    Raises:
+        ValueError: A weight is negative.
     """
     x, w = _arrays(values, weights)
     if len(x) == 0:
@@ -91,8 +94,8 @@ def mean_interval(
 def percentiles(resampled: Floats, n: int) -> tuple[float, float]:
     """Expanded percentile interval of a statistic's bootstrap distribution ``resampled`` (R,), over ``n`` prompts.
 
-    The plain percentile interval is too narrow for small samples; the percentiles are moved out so it matches the
-    t interval's width (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3).
+    The plain percentile interval is too narrow for small samples. The percentiles are moved out to match the t
+    interval's width (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3).
     """
     # The tail probability whose normal quantile equals the t quantile of n - 1 degrees, widened by sqrt(n / (n - 1)).
     stretched = math.sqrt(n / (n - 1)) * t_quantile(0.5 + LEVEL / 2, n - 1)
@@ -147,11 +150,18 @@ def paired_difference(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """Mean difference ``treatment - control`` over prompts that both systems answered, both (N,).
+    """Mean difference ``treatment - control`` over prompts that both systems answered.
 
-    ``weights`` (N,) are both systems'; prompts of weight 0 are skipped. The interval is a bootstrap over prompts. The
-    p-value is exact McNemar when every value is 0 or 1 and all prompts weigh the same; otherwise it is a sign-flip
-    permutation test, which is exact when under the null each difference's sign is a coin toss.
+    The interval is a bootstrap over prompts. The p-value is exact McNemar if all values are 0 or 1 and weigh the same,
+    else a sign-flip permutation test, which is exact if under the null each difference's sign is a coin toss.
+
+    Args:
+        treatment: (N,) numbers of the first system, one per prompt.
+        control: (N,) numbers of the second system, for the same prompts.
+        weights: (N,) weights of the prompts, the same for both systems. Prompts of weight 0 are skipped.
+
+    Raises:
+        ValueError: The shapes differ, or a weight is negative.
     """
     x = np.asarray(treatment, dtype=np.float64)
     y = np.asarray(control, dtype=np.float64)
@@ -328,7 +338,7 @@ def t_p_value(t: float, degrees: float) -> float:
 def t_critical(degrees: float) -> float:
     """Return the t whose two-sided p-value is 5 %: half the width of an interval, in standard errors.
 
-    By bisection, exact to rounding. ``statistics.t_quantile`` accepts whole degrees and is off by up to 1 %, which
+    By bisection, exact to rounding. ``t_quantile`` accepts whole degrees and is off by up to 1 %, which
     matters for three seeds and not for hundreds of prompts.
     """
     # Double the upper end until its p-value is small enough, then bisect between the two ends.

@@ -378,7 +378,8 @@ def limitations(facts: Facts) -> list[str]:
                 state = "not passed" if gate.get("passed") is False else "could not be decided"
                 level = plain(str(gate.get("level", "error")))
                 lines.append(f"- Gate {state} ({level}): {plain(str(gate['text']))}.")
-        lines += [f"- {_flag(flag)}" for flag in card.get("flags") or [] if flag.get("policy") in (*names, None, "")]
+        flags = [flag for flag in card.get("flags") or [] if flag.get("policy") in (*names, None, "")]
+        lines += [f"- {plain(str(flag.get('kind', 'flag')))}: {plain(str(flag.get('text', '')))}." for flag in flags]
     measured = bool(reward_results(facts)) if facts.written.is_reward else bool(names)
     if not measured:
         lines.append("- Nothing was measured of this checkpoint, its safety least of all.")
@@ -393,10 +394,6 @@ def limitations(facts: Facts) -> list[str]:
             warnings = read_events(artifact.path).warnings[:MOST_WARNINGS]
             lines += [f"- Warning in training, {plain(artifact.stage)}: {plain(text)}" for text in warnings]
     return lines
-
-
-def _flag(flag: Mapping[str, Any]) -> str:
-    return f"{plain(str(flag.get('kind', 'flag')))}: {plain(str(flag.get('text', '')))}."
 
 
 def _kinds(card: Mapping[str, Any] | None) -> set[str]:

@@ -45,7 +45,6 @@ POINTS: dict[Outcome, float] = {"one": 1.0, "other": 0.0, "tie": 0.5, "disagreem
 """Points of the first system for an outcome; unreadable outcomes are skipped."""
 NOT_MEASURED = "not measured"
 """Method of a win rate between answers that are all the same."""
-SWAPPED: dict[Outcome, Outcome] = {"one": "other", "other": "one"}
 WIN_RATE = "win_rate"
 FILE = "file"
 """System name of the answers that came with the questions."""
@@ -105,11 +104,6 @@ class Contest:
     """All verdicts of a judge that was asked in both orders; empty for a reward model."""
     same: int = 0
     """Questions with word-for-word equal answers: ties that no judge was asked about."""
-
-    def swapped(self) -> Contest:
-        """Return the contest from the second system's side."""
-        outcomes: list[Outcome] = [SWAPPED.get(outcome, outcome) for outcome in self.outcomes]
-        return Contest(self.second, self.first, outcomes, [-gap for gap in self.gaps], self.verdicts, self.same)
 
     @property
     def decided(self) -> list[int]:

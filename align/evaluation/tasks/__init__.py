@@ -18,7 +18,6 @@ from align.config.stages.environment_task import EnvironmentTaskConfig
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
 from align.config.stages.evaluation_fields import TaskConfig
 from align.errors import UserError
-from align.evaluation.systems import example_identities
 from align.evaluation.tasks.base import Task, TaskInputs
 
 OWN_IDENTITIES = (
@@ -120,6 +119,9 @@ def identities(config: EvaluateConfig, base: Path) -> dict[str, str]:
 
 
 def _block_identities(place: str, block: TaskConfig | BaselineConfig, base: Path) -> dict[str, str]:
+    # Imported late, because the module of the systems imports this package.
+    from align.evaluation.systems import example_identities
+
     settings = settings_for_key(block, block.model_dump(mode="json", exclude=set(block.identified)))
     digests = {place: json.dumps(settings, sort_keys=True)}
     try:

@@ -191,11 +191,11 @@ def item_ids(records: list[TaskRecord], field: str | None = None) -> list[str]:
     return list(ids)
 
 
-def distinct_name(name: str, taken: Container[str]) -> str:
-    """Return the name, with a number if it is ``taken``."""
+def distinct_name(name: str, names: Container[str]) -> str:
+    """Return the name, with a number if it is among ``names``."""
     distinct = name
     number = 2
-    while distinct in taken:
+    while distinct in names:
         distinct = f"{name} ({number})"
         number += 1
     return distinct

@@ -31,19 +31,6 @@ def test_gaps_go_with_their_own_question() -> None:
     assert Contest("a", "b", outcomes, [-100_000, *[50] * 20]).row("t", "j")["length_controlled"] is None
 
 
-def test_the_other_side_of_a_contest() -> None:
-    contest = Contest("ppo", "sft", OUTCOMES, list(range(13)), ["first"])
-    swapped = contest.swapped()
-    assert (swapped.first, swapped.second, swapped.gaps, swapped.verdicts) == (
-        "sft",
-        "ppo",
-        [-n for n in range(13)],
-        ["first"],
-    )
-    assert swapped.points() == [1 - point for point in contest.points()]
-    assert swapped.swapped() == contest
-
-
 def test_a_hundred_wins_are_not_beyond_doubt() -> None:
     rate = Contest("a", "b", ["one"] * 100, [0] * 100).row("t", "j")["win_rate"]
     assert rate["value"] == 1.0 and 0.95 < rate["low"] < 0.99
