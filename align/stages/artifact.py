@@ -1,7 +1,7 @@
 """Stage ``artifact``: use a finished artifact in a pipeline as it is.
 
 Its files are hard links to the original, or copies if the file system has no links. A reward model's plain folder is
-accepted, too; the ``model`` stage reads plain folders of language models.
+also accepted; the ``model`` stage reads plain folders of language models.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run(context: StageContext) -> dict[str, Any]:
         _copy_model(folder, context.output / "model")
         return {"key": identities(config, Path.cwd())["path"], "stage": folder.name, "kind": "folder"}
     total = sum(entry["bytes"] for entry in record["outputs"].values())
-    # In bytes, since a few large files take nearly all of the time.
+    # Count bytes, because copying a few large files is nearly all of the work.
     copied = 0
     for name, entry in record["outputs"].items():
         _link(folder / name, context.output / name, context.output, entry["sha256"])
@@ -121,7 +121,7 @@ def _link(source: Path, target: Path, root: Path, sha256: str) -> None:
     except OSError as error:
         raise UserError(f"path: {source} cannot be read ({error.strerror}); the artifact is not whole.") from None
     if digest != sha256:
-        # Checked before linking: the new artifact vouches for these bytes under its own record.
+        # Check before linking, because the new artifact's record lists these digests.
         raise UserError(f"path: {source} has another sha256 than its record; the artifact is corrupted.")
     try:
         # A hard link costs no space, and finished artifacts never change.

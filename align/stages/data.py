@@ -60,7 +60,7 @@ def pinned(config: DataConfig, base: Path) -> DataConfig:
 
 
 def _guessed_format(config: DataConfig, base: Path) -> str:
-    """Return the format of the dataset's first records; for a dataset of the Hub from the cache where it is there."""
+    """Return the format of the dataset's first records; a dataset of the Hub is read from the cache if possible."""
     block = sources_of(config, base)[0]
     source = validate(_HubOrFiles, {"source": block}, f"dataset {config.dataset}").source
     if isinstance(source, FilesSource):
@@ -97,14 +97,14 @@ def makes(config: DataConfig) -> Kind:
 
 
 def _recipe(config: DataConfig, base: Path) -> Recipe:
-    """Return the recipe in its file, or the one that a dataset stands for."""
+    """Return the recipe from its file, or the recipe that a ``dataset:`` expands to."""
     if config.recipe is not None:
         return load_recipe(config.recipe, base)
     return dataset_recipe(pinned(config, base), base)
 
 
 def resolved_recipe(config: DataConfig, base: Path) -> Recipe:
-    """Return the recipe as it will run: with ``files``, or those of its environment variable, in its sources' place."""
+    """Return the recipe as it will run: ``files``, or its environment variable's files, replace its sources."""
     recipe = _recipe(config, base)
     if config.max_rows is not None:
         recipe = recipe.model_copy(update={"max_rows": config.max_rows})

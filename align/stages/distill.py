@@ -81,7 +81,7 @@ def run(context: StageContext) -> dict[str, Any]:
     save(context, trainer, tokenizer)
     facts = {"rows": len(train_rows.rows), **counts(splits, "rows"), **targets.facts()}
     if engine is not None:
-        # The steps follow from the seed, so those of earlier attempts are counted as well.
+        # The steps follow from the seed, so the count includes the steps of earlier attempts.
         on_policy_steps = (
             is_on_policy_step(trainer.args.seed, step, config.on_policy) for step in range(metrics["steps"])
         )
@@ -156,7 +156,7 @@ class _TeacherTargets:
             low = self.context.precision == "bfloat16"
             model = load_policy(self.artifact.model, torch.bfloat16 if low else torch.float32)
             model.to(device_of(self.context.runtime)).requires_grad_(False)
-            # As the student computes, so that equal weights give equal distributions.
+            # The teacher computes as the student does, so equal weights give equal distributions.
             reduce_work(model, bfloat16=low, shared_prefixes=shares_prefixes(self.context))
             self.teacher = Teacher(model, low)
         return self.teacher
@@ -190,7 +190,7 @@ def _sampler(context: StageContext, engine: RolloutEngine) -> Any:
         # On-policy: the engine gets the student's current weights before each of its steps.
         with torch.no_grad(), full_model(model) as plain:
             engine.load_weights(merged_weights(plain))
-        # A seed per step, so that a resumed run samples what the uninterrupted one would have.
+        # Each step has its own seed, so a resumed run samples the same answers as an uninterrupted run.
         sampling = Sampling(config.max_tokens, config.sample_temperature, seed=context.seed + (step << 20))
         return [answers[0].token_ids for answers in engine.generate(prompts, sampling)]
 

@@ -73,7 +73,7 @@ def _score_by_reference(context: StageContext, prepared: PreparedPolicy) -> dict
 
     config: DpoConfig = context.config
     if config.reference_free:
-        # A reference of zeros cancels out of the loss, and nothing has to be computed for it.
+        # A reference of zeros cancels out of the loss and needs no computation.
         for encoded in prepared.splits.values():
             for row in encoded.rows:
                 row |= {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # type: ignore[dict-item]

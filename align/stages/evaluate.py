@@ -12,7 +12,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Evaluate, write the scorecard, samples and items, and return the headline numbers.
 
     Raises ``UserError`` for an empty test split, prompts that are all too long, tasks whose data does not fit, and
-    gates on metrics that nothing measures.
+    gates on metrics that are not measured.
     """
     from align.models.malloc import keep_freed_memory
     from align.models.threads import use_threads
@@ -41,7 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     card, responses = evaluate(context, plan, open_for)
     if context.runtime.report_to:
-        # Imported only here: it brings transformers' Trainer, which takes seconds and nothing else needs.
+        # Imported only here, because it imports transformers' Trainer, which is slow and is not needed otherwise.
         from align.training.tracking import scorecard_values, track_result
 
         track_result(context, scorecard_values(card), card["settings"])

@@ -134,7 +134,7 @@ class _Distances:
         """Return metrics.
 
         ``moved`` are the norms of the task vectors as shares of the base's norm, ``merged_moved`` the result's.
-        ``task_cosines`` are those of every two task vectors (1-2, 1-3, 2-3, …); near 1, merging adds little.
+        ``task_cosines`` are the cosines of every two task vectors (1-2, 1-3, 2-3, …); near 1, merging adds little.
         """
         if not self.has_base or not self.base:
             return {}

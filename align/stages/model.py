@@ -28,8 +28,8 @@ PARTS = 4
 def pinned(config: ModelConfig, base: Path) -> ModelConfig:
     """Return the config with the commits of Hub names, and with an adapter's base.
 
-    Raises ``UserError`` for a source that is not there, for an adapter whose base is not known or not there, and for a
-    model that will have no chat template, or one whose tokens it lacks.
+    Raises ``UserError`` for a missing source, for an adapter whose base is unknown or missing, for a model that will
+    have no chat template, and for a chat template whose tokens the model lacks.
     """
     source = resolve(config.source, config.revision, base)
     changes: dict[str, Any] = {"revision": source.revision} if source.origin is Origin.HUB else {}
@@ -45,22 +45,22 @@ def pinned(config: ModelConfig, base: Path) -> ModelConfig:
 
 
 def _adapter_config(source: Source) -> Path | None:
-    """Return the ``adapter_config.json`` of a source that is an adapter; None for one that is none.
+    """Return the ``adapter_config.json`` of a source that is an adapter; None for any other source.
 
-    None, too, for a Hub name of which this machine knows no file: its download shows it.
+    A Hub name without files on this machine also gives None: the download shows if it is an adapter.
     """
     if source.origin is Origin.ADAPTER and source.path is not None:
         return source.path / ADAPTER_CONFIG
     if source.origin is not Origin.HUB or source.revision is None:
         return None
-    # A model has a config.json. An adapter alone has none.
+    # A model has a config.json. An adapter has none.
     if small_file(source.name, source.revision, CONFIG) is not None:
         return None
     return small_file(source.name, source.revision, ADAPTER_CONFIG)
 
 
 def _is_whole(source: Source) -> bool:
-    """Return True for a source that is known to be a model of its own."""
+    """Return True for a source that is known to be a full model."""
     if source.origin is not Origin.HUB:
         return source.origin is not Origin.ADAPTER
     if source.revision is None or small_file(source.name, source.revision, CONFIG) is None:
@@ -70,7 +70,7 @@ def _is_whole(source: Source) -> bool:
 
 
 def _refuse_base(config: ModelConfig) -> None:
-    """Raise ``UserError`` for the base of a model that is no adapter; return where none is set."""
+    """Raise ``UserError`` if a model that is not an adapter has a base."""
     for name in ("base_model", "base_revision"):
         if getattr(config, name) is not None:
             raise UserError(f"{name}: '{config.source}' is a whole model, no adapter; leave {name} out.")
@@ -122,7 +122,7 @@ def architecture(config: ModelConfig, base: Path) -> Architecture:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Fetch, convert and write ``model/``; return parameters, vocabulary and the special tokens."""
-    # Said before the first import: from a cold disk torch alone can take a minute.
+    # Report progress before the first import, because importing torch from a cold disk can need a minute.
     context.progress(0, PARTS, unit="parts", step="loading torch and transformers")
     from align.models.conversion import Changes, convert_gguf, copy_model, merge_adapter
 
@@ -155,7 +155,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _fetch(source: Source, context: StageContext) -> Path:
-    """Return the folder of a source, made, downloaded or converted where it is not on this machine yet."""
+    """Return the folder of a source; create, download or convert it if it is not on this machine yet."""
     if source.origin is Origin.TINY:
         from align.models.tiny import make_tiny
 

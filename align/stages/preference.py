@@ -121,7 +121,7 @@ class Reference:
         self.context, self.prepared = context, prepared
         self.named: Artifact | None = context.inputs.get("reference")
         if self.named is not None:
-            # Checked before anything is computed: another vocabulary would make every log-probability meaningless.
+            # Check before any computation, because another vocabulary would make every log-probability meaningless.
             _check_reference(context, prepared.tokenizer, self.named)
         self._loaded: Any = None
         shared = None if context.cache is None else context.cache / "reference_logprobs"
@@ -144,10 +144,10 @@ class Reference:
         if self._loaded is None:
             self._loaded = self.prepared.tuned_model(self.context) if self.named is None else self._load(self.named)
         device = device_of(self.context.runtime)
-        # Moved only now: with every answer in the cache, the reference never needs the device.
+        # Move the model only now, because with every answer in the cache the reference never needs the device.
         if next(self._loaded.parameters()).device.type != device.type:
             self._loaded.to(device)
-        # Before the first batch, so that the pass shows at once and the events tell how long it took.
+        # Report before the first batch, so the progress bar appears immediately and the events include its duration.
         if answers:
             self.context.progress(0, len(answers), unit="reference answers")
         # Adapters off, or their initial values: the policy as it was before its first step.
@@ -192,7 +192,7 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
 
     tuning: TuningBase = context.config.tuning
     loaded = "float32"
-    # Tuning changes the reference only where it changes frozen weights: by quantization, or by its initialization.
+    # Tuning changes the reference only if it changes frozen weights: by quantization, or by its initialization.
     if tuning.completes_weights or (tuning.starts_from_weights and named is None):
         loaded = f"{tuning.model_dump_json()} {context.seed}"
     elif tuning.method == "qlora":  # the reference is quantized like the policy; the adapter's fields do not matter
@@ -226,7 +226,7 @@ def train_without_reference(
 ) -> dict[str, Any]:
     """Train on pairs with a loss without a reference, save ``model/``, and return the stage's metrics.
 
-    ``arguments`` is the class of the trainer's arguments, ``options`` are those of the loss.
+    ``arguments`` is the class of the trainer's arguments, ``options`` are the options of the loss.
     """
     from align.models.threads import use_threads
 

@@ -39,7 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     ends = document_ends(tokenizer, config.document_end, f"{context.name}.document_end")
     stored, splits = read_splits(context), {}
     for split, rows in stored.items():
-        # Held-out texts get no end token: bits per byte are taken over the text's own bytes.
+        # Held-out texts get no end token, because bits per byte count only the text's own bytes.
         splits[split] = encode_texts(tokenizer, rows, config.max_length, ends, learn_end=split == "train")
         check_encoded(context, splits[split], len(rows), split)
     train = splits["train"]
@@ -58,7 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     trainer.row_lengths = [len(pack["input_ids"]) for pack in packs]
     gap = check_separate(context.name, trainer, train)
-    # Bytes of the raw text, so that bits per byte compare models with different tokenizers.
+    # Bytes of the raw text make bits per byte comparable between models with different tokenizers.
     sizes = {split: sum(len(row["text"].encode()) for row in rows) for split, rows in stored.items()}
     metrics = fit(trainer, context, lambda split: held_out.texts(trainer, splits[split], sizes[split]))
     save(context, trainer, tokenizer)

@@ -9,7 +9,7 @@ from align.pipeline.context import StageContext
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write ``report.html``. Raises ``UserError`` for a damaged scorecard, and for one of another version."""
+    """Write ``report.html``. Raises ``UserError`` for a damaged scorecard or another version's scorecard."""
     from align.evaluation.scorecard import read_content, scorecard_file
     from align.report.run.run_report import write_report
 

@@ -64,6 +64,6 @@ def run(context: StageContext) -> dict[str, Any]:
     probe = [prepared.sequences(test.rows[0])[0], prepared.sequences(test.rows[-1])[-1]]
     gap = save_reward(trainer, tokenizer, context.output / "model", probe)
     if rank() == 0:
-        # Only the first process writes files beside the model.
+        # Only the first process writes the files next to the weights.
         prepared.save(context.output / "model")
     return {**metrics, **counts(prepared.splits, "rows"), **prepared.facts(), "reload_difference": gap}

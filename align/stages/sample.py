@@ -78,14 +78,14 @@ def _sample_responses(
         for start in prompts.chunks():
             samples[prompts.split] += sampler.chunk(prompts, start)
     sampler.engine.close()
-    # The engine goes before scoring, so that a reward model has the device to itself.
+    # Close the engine before scoring, so a reward model has the device to itself.
     _score(scorer, context, splits, samples)
     results = [_result(context, prompts, samples[prompts.split]) for prompts in splits]
     return results, {"engine": sampler.engine_name, **sampler.speed()}
 
 
 def _read_rows(context: StageContext, split: str) -> list[dict[str, Any]]:
-    """Return the rows of a split, at most ``max_prompts``. Raises ``UserError`` where there are none to train on."""
+    """Return the rows of a split, at most ``max_prompts``. Raises ``UserError`` if there are no train rows."""
     rows = read_rows(context.artifact("prompts").split(split))
     if split == "train" and not rows:
         raise UserError("prompts: there are no train rows; give their recipe a test_size below 1.")
@@ -95,7 +95,7 @@ def _read_rows(context: StageContext, split: str) -> list[dict[str, Any]]:
 def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPrompts:
     rows = _read_rows(context, split)
     rendered = [(row, render_prompt(tokenizer, row["prompt"], row.get("tools"))) for row in rows]
-    # Cutting a prompt would ask another question, so long ones are left out and counted.
+    # A cut prompt would be another question, so long prompts are skipped and counted.
     fitting = [(row, ids) for row, ids in rendered if len(ids) <= context.config.max_prompt_tokens]
     too_long = len(rows) - len(fitting)
     if too_long:
@@ -109,7 +109,7 @@ def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPro
 
 
 class _ChunkSampler:
-    """Samples chunks of responses, or reads those of an earlier attempt back; the first new chunk starts the engine."""
+    """Samples chunks of responses, or reads an earlier attempt's chunks; the first new chunk starts the engine."""
 
     def __init__(self, context: StageContext, total: int) -> None:
         self.context, self.total = context, total
@@ -135,10 +135,10 @@ class _ChunkSampler:
         lines = read_entry(path, key, self.context.warn)
         if lines is None:
             samples = self._sample(prompts, start, sampling)
-            # Written at once: a kill loses at most the chunk that is being sampled.
+            # Write each chunk immediately, so a kill loses at most the chunk that is being sampled.
             write_entry(path, key, [self.engine_name, *samples])
         else:
-            # The engine's name is stored, too: a stage that finds all chunks opens no engine.
+            # The engine's name is stored, because no engine is started if all chunks are on disk.
             self.engine_name, *samples = lines
         self.done += sum(len(sample["texts"]) for sample in samples)
         self.tokens += sum(sum(sample["tokens"]) for sample in samples)
@@ -146,14 +146,14 @@ class _ChunkSampler:
         return samples
 
     def _sampling(self, prompts: SplitPrompts, start: int) -> Sampling:
-        """Return the sampling parameters; the seed depends only on the chunk's start, so that a resumed run agrees."""
+        """Return the sampling parameters; the seed depends only on the split and the chunk's start."""
         config = self.context.config
         return Sampling(
             max_tokens=config.max_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
             n=config.n,
-            # Far apart for the splits, so that no chunk of one shares its seed with a chunk of the other.
+            # The splits' seeds are far apart, so chunks of different splits never share a seed.
             seed=self.context.seed + start + (1 << 40) * SPLITS.index(prompts.split),
         )
 
@@ -197,7 +197,7 @@ def _score(
             cut_off += [not finished for finished in sample["finished"]]
         if not rows:
             continue
-        # one call for all responses of a split, so that a reward model batches them
+        # One call scores all responses of a split, so a reward model can batch them.
         parts = scorer.score_parts(rows, texts, cut_off)
         start = 0
         for sample in samples[prompts.split]:
@@ -218,7 +218,7 @@ def _or_none(value: float) -> float | None:
 
 
 def _open_scorer(context: StageContext) -> WeightedSum | None:
-    """Return what scores: the list, the function or the reward stage; None where an environment alone does.
+    """Return the scorer: the list, the function or the reward stage; None if only an environment scores.
 
     Functions and judges are checked now.
     """

@@ -22,7 +22,7 @@ COUNTS = ("prompts_too_few", "compared", "identical", "tied", "pairs", "flipped"
 
 @dataclass
 class SampledSplit:
-    """What the stage makes of one split."""
+    """The stage's results for one split."""
 
     split: str
     lines: list[dict[str, Any]]
@@ -56,7 +56,7 @@ class LateEngine:
         return self._engine
 
     def close(self) -> None:
-        """Free the engine before scoring, which may load a model of its own."""
+        """Free the engine before scoring, which may load another model."""
         if self._engine is not None:
             self._engine.close()
 
@@ -66,7 +66,7 @@ def sample_episodes(
 ) -> tuple[list[SampledSplit], dict[str, Any]]:
     """Play ``n`` episodes of each row, by split; return samples, pairs and counts, and the engine's name and speed.
 
-    Raises ``UserError`` for an environment that does not fit the policy, and one that fails in every episode.
+    Raises ``UserError`` if the environment does not fit the policy, or if every episode fails.
     """
     config, engine = context.config, LateEngine(context)
     total = config.n * sum(map(len, rows.values()))

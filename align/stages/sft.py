@@ -59,7 +59,7 @@ def run(context: StageContext) -> dict[str, Any]:
     lint_stage(context, lint_rows(trainer, train), linted, supervise=config.supervise)
     facts: dict[str, Any] = {"rows": len(train.rows), **counts(splits, "rows")}
     if config.packing or config.padding_free:
-        # Checked before training: rows that attend to each other would spoil it silently.
+        # Check before training, because rows that attend to each other would silently corrupt it.
         facts |= {"pack_difference": check_separate(context.name, trainer, train)}
     if config.packing:
         facts |= {"packs": len(rows), "pack_fill": fill_ratio(rows, config.max_length)}
@@ -88,7 +88,7 @@ def _encode(context: StageContext, tokenizer: Any, stored: Mapping[str, list[Row
 
 
 def _make_trainer(context: StageContext, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> PreparedSFT:
-    """Return the trainer of ``rows``, which it concatenates where the config packs them or leaves padding out."""
+    """Return the trainer of ``rows``, which it concatenates if ``packing`` or ``padding_free`` is set."""
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig as Arguments
 
@@ -98,7 +98,7 @@ def _make_trainer(context: StageContext, model: Any, tokenizer: Any, rows: list[
     from align.training.trainers import PreparedSFT
 
     use_blockwise_head()
-    # Packed documents must not attend to each other; the form is how this model is told where they end.
+    # Packed documents must not attend to each other; the form tells this model the ends of documents.
     form = packing_form(model) if context.config.packing or context.config.padding_free else None
     if form is not None:
         enable_flat(model, form)
