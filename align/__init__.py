@@ -6,7 +6,7 @@ from align.store.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from align.api import Pipeline, Run, Scorecard
-    from align.environments.errors import EnvironmentFailed
+    from align.environments.results import EnvironmentFailed
 
 __all__ = ["EnvironmentFailed", "Pipeline", "Run", "Scorecard", "__version__"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "EnvironmentFailed":
-        from align.environments import errors
+        from align.environments import results
 
-        return errors.EnvironmentFailed
+        return results.EnvironmentFailed
     raise AttributeError(f"module 'align' has no attribute {name!r}")

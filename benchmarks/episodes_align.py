@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode
 from align.environments.journal import Journal
-from align.environments.player import EpisodeTask, Progress
+from align.environments.player import EnvironmentPlayer, EpisodeTask, Progress
 from align.inference.protocol import Response, Session, TurnRequest
 from align.inference.sessions import open_session
 from benchmarks.episodes_work import NO_MARKUP, EpisodeShape, Markup, Script, ScriptedTurn, load_tokenizer, read_work

@@ -13,10 +13,8 @@ from align.config.environment import EnvironmentConfig
 from align.config.runtime import EngineConfig, Runtime
 from align.environments.checkpoint_user import CheckpointUser
 from align.environments.environment import EnvironmentSource
-from align.environments.environment_player import EnvironmentPlayer
-from align.environments.errors import ToolError
-from align.environments.player import EpisodeTask
-from align.environments.results import Scores, Step
+from align.environments.player import EnvironmentPlayer, EpisodeTask
+from align.environments.results import Scores, Step, ToolError
 from align.environments.sources import open_environment
 from align.inference.engine import open_transformers
 from align.models.loading import load_tokenizer

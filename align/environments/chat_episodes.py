@@ -1,8 +1,8 @@
-"""Episodes of a model behind a chat API: it gets messages and tools, and returns text and calls, never token ids.
+"""Episodes of a model behind a chat API: it reads messages and tools, and returns text and calls, never token ids.
 
-The environments, their journal and the course of an episode are those of sampled episodes. What differs is the policy's
-turn: it is asked for with the conversation, and its tokens are counted by the server. Such episodes become rows; they
-cannot be learned from by their tokens. Torch-free. Left out: who answers (``align.inference.endpoint_client``).
+Environments, journal and course of an episode are the same as for sampled episodes. A request for the policy's turn
+contains the conversation, and the server counts the tokens. Such episodes become rows; training on their tokens is
+impossible. The client is ``align.inference.endpoint_client``. Torch-free.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 
 from align.config.environment import EnvironmentConfig
 from align.data.call_values import MalformedCall, call_from_json
+from align.data.rows import Message
 from align.data.tool_calls import ParsedTurn, ToolCall
-from align.environments.conversation import dialogue
-from align.environments.episode import Episode, Message, PolicyTurn
+from align.environments.episode import Episode, PolicyTurn, dialogue
 from align.environments.episode_run import EpisodeRules, EpisodeRun, SampleTurn, UserRules
 from align.environments.journal import Journal, Position
 from align.environments.player import EpisodePlayer, EpisodeTask
@@ -23,7 +23,7 @@ from align.inference.protocol import Response, TurnRequest
 from align.inference.requests import Answer, Request
 
 ANSWER = "answer"
-"""Kind of the journal's entries of what the server answered."""
+"""Kind of the journal's entries with the server's answers."""
 CHARACTERS_PER_TOKEN = 4
 """Characters of a result for each token of its limit: only the server knows its tokens."""
 
@@ -41,19 +41,19 @@ class ChatTurn(PolicyTurn):
     errors: list[str] = field(default_factory=list)
     """One sentence for each call that is malformed."""
     prompt_tokens: int | None = None
-    """Tokens of the conversation before the turn, as the server counts them; None where it does not."""
+    """Tokens of the conversation before the turn, as the server counts them; None if it does not."""
     completion_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that were sampled; 0 where the server does not count."""
+        """Number of tokens that were sampled; 0 if the server does not count them."""
         return self.completion_tokens or 0
 
 
 def read_turn(answer: Answer) -> ChatTurn:
     """Return the turn in an answer.
 
-    No call is made of a turn with one that is malformed: a server takes no conversation with calls that have no result.
+    No call of a turn is made if one call is malformed, because a server refuses calls without results.
     """
     calls, errors = [], []
     for call in answer.tool_calls:
@@ -135,7 +135,7 @@ class ChatResponse(Response):
 class ChatSession:
     """Asks for all turns of a round at once; a ``Session``. Answers are in the journal before they are used.
 
-    A resumed stage takes them from there: the calls in the journal belong to these answers and no others.
+    A resumed stage reads them from the journal, whose calls belong to exactly these answers.
     """
 
     is_lockstep = True
@@ -153,21 +153,21 @@ class ChatSession:
         return len(self._limits)
 
     def submit(self, request: TurnRequest) -> None:
-        """Keep a turn for the next ``poll``; its prompt is the conversation."""
+        """Keep a turn for the next ``poll``, which reads its conversation."""
         self._limits[request.key] = request.max_tokens
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
         """Return an answer to every turn that was submitted, whatever the timeout."""
         places: list[Position] = []
         requests: list[Request] = []
-        # In the order of the episodes, so that the requests do not depend on which tool was faster.
+        # Sort by episode, so the requests do not depend on the speed of tools.
         for key, limit in sorted(self._limits.items()):
             messages, turn, seed = self.conversation(key)
             places.append(Position(ANSWER, key, turn))
             requests.append(self._make_request(messages, limit, seed))
         self._limits.clear()
         stored = [self._journal.find(place) for place in places]
-        # Those in the journal are asked for, too: the stage's cache has them, and counts what they cost.
+        # Requests with an answer in the journal are also sent: the stage's cache answers them and counts their cost.
         answers = [
             answer if entry is None else Answer(**entry)
             for answer, entry in zip(self._ask(requests), stored, strict=True)
@@ -184,7 +184,7 @@ class ChatSession:
         ]
 
     def cache_statistics(self) -> dict[str, float] | None:
-        """Return None: servers tell nothing of their caches."""
+        """Return None: servers report no statistics of their caches."""
         return None
 
     def close(self) -> None:

@@ -41,19 +41,22 @@ class CheckpointUser:
         where: str,
         on_hang: OnHang | None = None,
     ) -> None:
-        """Read the tokenizer; the weights are loaded when the first episodes begin.
+        """Load the tokenizer. The weights are loaded when the first episodes begin.
 
         Raises ``UserError``, which begins with ``where``, for a chat template that cannot write the user's
         conversations.
         """
-        self._config, self._model_dir, self._runtime, self._precision = config, model_dir, runtime, precision
+        self._config = config
+        self._model_dir = model_dir
+        self._runtime = runtime
+        self._precision = precision
         self._on_hang = on_hang
         self._turns = read_template(model_dir, where)
         self._positions = max_positions(model_dir)
         self._engine: Any = None
 
     def load(self) -> None:
-        """Load the weights, unless that was done."""
+        """Load the weights once."""
         if self._engine is None:
             self._engine = open_transformers(self._model_dir, self._runtime, self._precision, self._on_hang)
 
@@ -72,14 +75,14 @@ class CheckpointUser:
             self._config.temperature,
             1.0,
         )
-        # Conversations that do not fit fail on their own. The others are still answered.
+        # A conversation that is too long fails only its episode.
         answers = [UserAnswer(failure=failure) for failure in failures]
         for number, response in zip(fitting, responses, strict=True):
             answers[number] = read_answer(response.text, response.finished, self._config.stop)
         return answers
 
     def _objection(self, prompt_tokens: int) -> str:
-        """Return why a prompt of so many tokens cannot be answered; empty where it can."""
+        """Return the reason why a prompt of this length cannot be answered; empty if it can."""
         if self._positions is None or prompt_tokens + self._config.max_tokens <= self._positions:
             return ""
         return (
@@ -88,7 +91,7 @@ class CheckpointUser:
         )
 
     def usage(self) -> dict[str, Any]:
-        """Return nothing: no server is asked."""
+        """Return an empty mapping, because there is no server."""
         return {}
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""The course of one episode: what it asks for next, and what it makes of the outcome. Nothing here waits or runs tools.
+"""The course of one episode: its next action, and the effect of each result. No code here waits or runs tools.
 
-``player.py`` carries the actions out, for many episodes at a time. Torch-free.
+``player.py`` executes the actions of many episodes at the same time. Torch-free.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from align.data.rows import user
+from align.data.rows import Message, user
 from align.data.tool_calls import ParsedTurn, ToolCall, ToolCallFormat
-from align.environments.episode import CallRecord, Episode, Message, PolicyTurn, failed_episode
+from align.environments.episode import CallRecord, Episode, PolicyTurn, failed_episode
 from align.environments.results import Scores, Step
 
 Method = Literal["reset", "call", "step", "user", "score"]
+Conversation = Callable[[list[Message]], list[Message]]
+"""Adds messages to the messages that begin an episode."""
 
 
 class Turns(Protocol):
@@ -32,36 +34,65 @@ class Turns(Protocol):
     ) -> list[int]: ...
 
 
+class PromptedTurns:
+    """Turns with messages that ``conversation`` adds to the prompt; the episode's messages do not contain them."""
+
+    def __init__(self, turns: Turns, conversation: Conversation) -> None:
+        self.turns, self.conversation = turns, conversation
+        self.eos = turns.eos
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Return the ids of the prompt, including the added messages."""
+        return self.turns.prompt(self.conversation(messages))
+
+    def between(
+        self, messages: list[Message], calls: Sequence[ToolCall] = (), prompt: Sequence[Message] = ()
+    ) -> list[int]:
+        """Return the ids that follow a sampled turn."""
+        return self.turns.between(messages, calls, self.conversation(list(prompt)))
+
+
+def with_system(system: str | None) -> Conversation:
+    """Return a function that adds ``system``, unless it is None or the messages have a system message."""
+
+    def add(messages: list[Message]) -> list[Message]:
+        if system is None or (messages and messages[0]["role"] == "system"):
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+    return add
+
+
 @dataclass(frozen=True)
 class UserRules:
-    """The part of a simulated user that is the same for all episodes."""
+    """Settings of a simulated user, which all episodes share."""
 
     stop: str | None
-    """Text by which it ends the conversation."""
+    """Text with which the user ends the conversation."""
     opens: bool
-    """True where it speaks first."""
+    """True if the user speaks first."""
 
 
 @dataclass(frozen=True)
 class EpisodeRules:
-    """What is the same for all episodes of a stage."""
+    """Settings that all episodes of a stage share."""
 
     turns: Turns
     call_format: ToolCallFormat | None
-    """Reads the calls in a turn; None where there are no tools."""
+    """Parses the calls in a turn; None if there are no tools."""
     decode: Callable[[list[int]], str]
-    """Returns the text of token ids, special tokens included."""
+    """Returns the text of token ids, including special tokens."""
     shorten: Callable[[str], str]
-    """Returns a result of a tool as the model reads it, cut where it is too long."""
+    """Returns a tool's result as the model reads it, cut if it is too long."""
     has_step: bool
-    """True where the environment answers turns without calls."""
+    """True if the environment answers turns without calls."""
     max_turns: int
     max_tokens: int
-    """Tokens of an episode after its prompt, those of its environment included."""
+    """Tokens of an episode after its prompt, including the environment's tokens."""
     turn_max_tokens: int
     max_prompt_tokens: int
     user: UserRules | None = None
-    """The simulated user that answers turns without calls; None where there is none."""
+    """The simulated user, which answers turns without calls; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +121,23 @@ Action = SampleTurn | Act
 
 @dataclass
 class EpisodeRun:
-    """One episode under way. ``action`` is what it needs next, None once it is over."""
+    """A running episode. ``action`` is its next action, None once it is over."""
 
     row: dict[str, Any]
     seed: int
     rules: EpisodeRules
     opening_seed: int | None = None
-    """Seed of a user who speaks first; None for the episode's own."""
+    """Seed of a user who speaks first; None for the episode's seed."""
     episode: Episode = field(default_factory=lambda: Episode([]))
     action: Action | None = None
     _first_messages: list[Message] = field(default_factory=list)
-    """Messages of the prompt: some templates begin every turn as their system message says."""
+    """Messages of the prompt. In some templates the system message determines how turns begin."""
     _calls: deque[ToolCall] = field(default_factory=deque)
-    """Calls of the last turn that are still to be made."""
+    """Calls of the last turn that have not been made."""
     _turn_calls: list[ToolCall] = field(default_factory=list)
     """All calls of the last turn."""
     _results: list[Message] = field(default_factory=list)
-    """Answers to the calls of the last turn so far."""
+    """Results of the last turn's calls so far."""
 
     def __post_init__(self) -> None:
         self.action = Act("reset", 0, 0, (self.row,))
@@ -114,11 +145,11 @@ class EpisodeRun:
     # ---- the policy's turns ----
 
     def take_turn(self, turn: PolicyTurn) -> None:
-        """Add a sampled turn, and decide what follows it."""
+        """Add a sampled turn, and choose the next action."""
         episode = self.episode
         episode.turns.append(turn)
         if not turn.finished:
-            # Its end is missing, so nothing can follow it: the episode was cut off here.
+            # A turn without its end cannot be continued, so the episode is truncated here.
             self._add_message({"role": "assistant", "content": turn.text})
             self._end("truncated")
             return
@@ -130,11 +161,11 @@ class EpisodeRun:
         calls = [describe_call(call) for call in parsed.calls]
         self._add_message({"role": "assistant", "content": parsed.content, "tool_calls": calls})
         if self._is_last_turn:
-            # Nobody would read the results.
+            # No later turn could read the results.
             self._record_errors(parsed.errors)
             self._end("max_turns")
             return
-        # Calls run one after another. The policy reads all results together.
+        # Calls run in order. The policy reads all results together.
         self._turn_calls, self._calls, self._results = list(parsed.calls), deque(parsed.calls), []
         self._record_errors(parsed.errors)
         self._next_call()
@@ -145,14 +176,14 @@ class EpisodeRun:
         return self.rules.call_format.parse(self.rules.decode(turn.token_ids[:-1]))
 
     def _after_words(self, turn: PolicyTurn) -> None:
-        """Go on after a turn without calls: the environment or a user answers it, or the episode is over."""
+        """Continue after a turn without calls: the environment or a user answers it, or the episode is over."""
         number = len(self.episode.turns) - 1
         if self.rules.has_step:
             self.action = Act("step", number, 0, (turn.text,))
         elif self.rules.user is None:
             self._end("finished")
         elif self._is_last_turn and self.rules.user.stop is None:
-            # A user without a word for the end speaks until the last turn: this is the whole conversation.
+            # A user without a stop text speaks until the last turn, so the conversation is complete.
             self._end("finished")
         else:
             self._ask_user()
@@ -165,7 +196,7 @@ class EpisodeRun:
     # ---- calls ----
 
     def _next_call(self) -> None:
-        """Make the next call of the last turn; after the last one, let the policy read the results."""
+        """Make the next call of the last turn; after the last call, let the policy read the results."""
         if not self._calls:
             self._observe(self._results, self._turn_calls)
             return
@@ -213,10 +244,10 @@ class EpisodeRun:
         self.action = Act("user", turn, 0, (list(self.episode.messages), user_seed(seed, turn)))
 
     def _take_answer(self, answer: str) -> None:
-        """Go on with what the user said."""
+        """Continue with the user's answer."""
         assert self.rules.user is not None
         self.episode.user_answers.append(answer)
-        # What the user says after the stop text is dropped.
+        # Text after the stop text is dropped.
         text, stop, _ = answer.partition(self.rules.user.stop) if self.rules.user.stop else (answer, "", "")
         messages = [user(self.rules.shorten(text.strip()))] if text.strip() else []
         # A user who speaks first completes the prompt.
@@ -235,7 +266,7 @@ class EpisodeRun:
     # ---- the environment's answers ----
 
     def take_result(self, result: Any) -> None:
-        """Go on with what the method of the last ``Act`` returned."""
+        """Continue with the result of the last ``Act``."""
         act = self.action
         assert isinstance(act, Act)
         if act.method == "reset":
@@ -253,13 +284,13 @@ class EpisodeRun:
             self._take_scores(result)
 
     def _begin(self, messages: list[Message] | None) -> None:
-        """Take the messages that the environment returned, or the row's; a user who speaks first adds its own."""
+        """Begin with the environment's messages or the row's prompt; a user who speaks first adds a message."""
         if messages is None:
             messages = row_messages(self.row)
         if self.rules.user is None or not self.rules.user.opens:
             self._start(messages)
             return
-        # The user's own first words replace the question of the row.
+        # The user's first message replaces the question of the row.
         self.episode.messages = [message for message in messages if message["role"] == "system"]
         self._ask_user()
 
@@ -318,24 +349,24 @@ class EpisodeRun:
 
 
 def describe_call(call: ToolCall) -> dict[str, Any]:
-    """Return a call as messages have it; its id only where the policy gave it one."""
-    named = {"id": call.id} if call.id else {}
-    return {**named, "name": call.name, "arguments": call.arguments}
+    """Return a call in the format of messages; it has an id only if the policy gave one."""
+    identity = {"id": call.id} if call.id else {}
+    return {**identity, "name": call.name, "arguments": call.arguments}
 
 
 def row_messages(row: dict[str, Any]) -> list[Message]:
-    """Return the messages of a row's prompt; a text is the user's."""
+    """Return the messages of a row's prompt; a text becomes a user's message."""
     prompt = row.get("prompt")
     return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": str(prompt or "")}]
 
 
 def turn_seed(seed: int, turn: int) -> int:
-    """Return the seed of a turn, a non-negative int64; it depends on nothing but the episode's seed and the turn."""
+    """Return the seed of a turn, a non-negative int64 that depends only on the episode's seed and the turn."""
     return _seed(f"{seed}/turn/{turn}")
 
 
 def user_seed(seed: int, turn: int) -> int:
-    """Return the seed of what a simulated user says after ``turn`` turns of the policy, as ``turn_seed`` does."""
+    """Return the seed of a simulated user's answer after ``turn`` turns of the policy, a non-negative int64."""
     return _seed(f"{seed}/user/{turn}")
 
 

@@ -1,12 +1,12 @@
-"""Render conversations to token ids so that no text of a message becomes a control token. Torch-free.
+"""Render conversations to token ids, and keep control tokens out of the messages' text. Torch-free.
 
-Tools, rows and users write whatever they like, ``<|im_end|>`` too. A template mixes such text with its own, and a
-tokenizer cannot tell them apart afterwards. So marks are set into the texts before the template sees them, where a
-control token could begin; in the rendering only the template's own control tokens are whole, and these get private
-names, which a copy of the tokenizer knows them by. Then the marks go, and every text is as it was, in ordinary tokens.
-A text without control tokens has the ids that the tokenizer itself gives it.
+Tools, rows and users may write any text, including ``<|im_end|>``. After a template has mixed it with its own text, a
+tokenizer cannot distinguish the two. So each place in the messages at which a control token could begin gets a mark
+before the template is applied. In the rendering only the template's own control tokens are intact, and these get
+private names, which a copy of the tokenizer has in its vocabulary. Then the marks are removed, and the messages are
+encoded as ordinary tokens. A text without control tokens has the same ids as with the original tokenizer.
 
-Left out: tokenizers without a ``tokenizer.json``.
+Tokenizers without a ``tokenizer.json`` are refused.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from align.models.render import explain_refusal
 Message = Mapping[str, Any]
 
 MARK, NAME_START, NAME_END = "\ufdd0", "\ufdd1", "\ufdd2"
-"""Unicode's noncharacters, which no text in exchange may have; those of a message are replaced."""
+"""Noncharacters of Unicode, which are not allowed in exchanged text; in messages they are replaced."""
 UNUSABLE = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")
 REPLACEMENT = "\ufffd"
 TAG = re.compile(r"</?[^<>\s]+>|\[/?[A-Z_]+\]|<\uff5c[^<>\uff5c]+\uff5c>")
-"""Texts of added tokens that are marks although the tokenizer does not call them special, as ``<tool_call>``."""
+"""Added tokens that are control tokens although the tokenizer does not call them special, as ``<tool_call>``."""
 TURN_TAG = re.compile(r"<\|[^<>]+\|>")
-"""Those of them that an answer cannot have in its text either."""
+"""Control tokens that are not allowed in the text of an answer."""
 DATE = "26 July 2025"
-"""The day that templates hear when they ask for it: a prompt must not change from day to day."""
+"""The date that templates read, so a prompt does not change from day to day."""
 PLAIN_FIELDS = ("role",)
 HIDDEN_FIELDS = ("train",)
 
@@ -62,7 +62,7 @@ class GuardedRenderer:
     ) -> str:
         """Return the rendering with private names for the template's control tokens, for :meth:`encode`.
 
-        Raises ``UserError`` where the template raises.
+        Raises ``UserError`` if the template raises.
         """
         from jinja2 import TemplateError
 
@@ -79,12 +79,12 @@ class GuardedRenderer:
         except TemplateError as error:
             raise explain_refusal(self.tokenizer, messages, error) from None
         # Marks split every control token in the messages. Those that are still whole are the template's own.
-        named = self._tokens.sub(lambda token: private_name(self._ids[token.group()]), str(rendered))
+        with_names = self._tokens.sub(lambda token: private_name(self._ids[token.group()]), str(rendered))
         # A template that writes JSON may have escaped a mark.
-        return named.replace(MARK, "").replace("\\ufdd0", "")
+        return with_names.replace(MARK, "").replace("\\ufdd0", "")
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a rendering, or of a part of it that begins and ends between tokens."""
+        """Return the ids of a rendering, or of a part that begins and ends between tokens."""
         ids = self._copy.encode(text, add_special_tokens=False).ids
         return [self._real_ids.get(index, index) for index in ids]
 
@@ -101,7 +101,7 @@ class GuardedRenderer:
         )
 
     def _guard_message(self, message: Message) -> dict[str, Any]:
-        """Return a message as templates expect it, with marks in its texts, and without empty fields."""
+        """Return a message for templates, with marks in its texts and without empty fields."""
         guarded: dict[str, Any] = {}
         for name, value in message.items():
             if value is None or name in HIDDEN_FIELDS or (name == "tool_calls" and not value):
@@ -117,8 +117,8 @@ class GuardedRenderer:
         return guarded
 
     def _guard(self, value: Any) -> Any:
-        """Set a mark wherever a control token could begin, in every text of a value."""
-        # Not in whole tokens alone: a template that removes a part of the text could join one.
+        """Add a mark at each place in a value's texts at which a control token could begin."""
+        # Marks inside complete tokens are not enough: a template that removes text could join two parts of a token.
         if isinstance(value, str):
             return self._starts.sub(lambda start: start.group() + MARK, UNUSABLE.sub(REPLACEMENT, value))
         if isinstance(value, Mapping):
@@ -128,14 +128,14 @@ class GuardedRenderer:
         return value
 
     def _guard_answer(self, text: str) -> str:
-        """Set marks in special tokens; thoughts and calls in an answer are the tokens that a model writes them with."""
+        """Add marks only to special tokens, because a model writes thoughts and calls with control tokens."""
         return self._of_turns.sub(
             lambda token: token.group()[0] + MARK + token.group()[1:], UNUSABLE.sub(REPLACEMENT, text)
         )
 
 
 def private_name(token: int) -> str:
-    """Return the name by which the copy of the tokenizer knows a control token."""
+    """Return the name of a control token in the copy of the tokenizer."""
     return f"{NAME_START}{token}{NAME_END}"
 
 
@@ -146,12 +146,12 @@ def _today(form: str) -> str:
 
 
 def _any_of(texts: Mapping[str, int] | set[str]) -> re.Pattern[str]:
-    """Return a pattern of some texts, the longest first; one that never matches for none."""
+    """Return a pattern that matches some texts, the longest first; it matches no text if there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def _control_tokens(tokenizer: Any) -> dict[str, tuple[int, bool]]:
-    """Return text → id of every control token, and whether no answer may have it in its text."""
+    """Return text → id of every control token, and whether answers must not contain it."""
     tokens: dict[str, tuple[int, bool]] = {}
     for index, token in tokenizer.added_tokens_decoder.items():
         if token.special or TAG.fullmatch(token.content):
@@ -162,11 +162,11 @@ def _control_tokens(tokenizer: Any) -> dict[str, tuple[int, bool]]:
 
 
 def _private_copy(backend: Any, control: Mapping[str, int]) -> tuple[Any, dict[int, int]]:
-    """Return a copy of a tokenizer that knows control tokens by their private names alone, and its ids → real ids."""
+    """Return a copy of a tokenizer that has only private names for control tokens, and its ids → real ids."""
     from tokenizers import Tokenizer
 
     state = json.loads(backend.to_str())
-    # Neither a BOS nor padding or truncation: the rendering is complete.
+    # The rendering is complete, so the copy adds no BOS and does not pad or truncate.
     state |= {"post_processor": None, "padding": None, "truncation": None}
     for token in state["added_tokens"]:
         if token["content"] in control:
@@ -174,7 +174,7 @@ def _private_copy(backend: Any, control: Mapping[str, int]) -> tuple[Any, dict[i
     _rename_in_model(state["model"], {text: private_name(index) for text, index in control.items()})
     copy = Tokenizer.from_str(json.dumps(state))
     real = {copy.token_to_id(private_name(index)): index for index in control.values()}
-    # The copy may number tokens differently. These ids are mapped back as well.
+    # The copy may number tokens differently, so these ids are also mapped back.
     for text, index in backend.get_vocab().items():
         if text not in control and (renamed := copy.token_to_id(text)) != index:
             real[renamed] = index
@@ -182,7 +182,7 @@ def _private_copy(backend: Any, control: Mapping[str, int]) -> tuple[Any, dict[i
 
 
 def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Rename control tokens in a model's vocabulary, so that no text is looked up as one of them."""
+    """Rename control tokens in a model's vocabulary, so text is never looked up as a control token."""
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(text, text): index for text, index in vocabulary.items()}

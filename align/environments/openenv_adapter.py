@@ -1,13 +1,13 @@
-"""A server that speaks OpenEnv as an environment, one session for each episode (extra ``openenv``). Torch-free.
+"""An OpenEnv server as an environment, with one session for each episode (extra ``openenv``). Torch-free.
 
-A server of MCP tools has its tools as the policy's. One whose action is a single text is spoken to in messages. For any
-other, the tool ``act`` takes the action's fields. The score is the sum of the rewards. OpenEnv saves no state, so an
-episode is brought back by its seed, which follows from the row, and its actions.
+The policy calls the tools of a server of MCP tools. If a server's action is a single text, the policy's messages are
+the actions. For any other server, the tool ``act`` has the action's fields as arguments. The score is the sum of the
+rewards. OpenEnv saves no state, so an episode is restored by its seed, which depends on the row, and its actions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,11 +19,12 @@ from align.config.environment import EnvironmentConfig
 from align.config.extras import require_extra
 from align.data.event_loop import wait_for
 from align.data.rows import Message, Row, user
-from align.environments.environment import Action, check_arguments, play_again
-from align.environments.errors import EnvironmentFailed, ToolError
+from align.environments.environment import Environment
 from align.environments.results import (
+    EnvironmentFailed,
     Scores,
     Step,
+    ToolError,
     describe_exception,
     read_prompt,
     read_scores,
@@ -34,32 +35,32 @@ from align.errors import UserError
 from align.store.fingerprint import digest
 
 ACT = "act"
-"""Tool for a server whose action has several fields."""
+"""Name of the tool if the server's action has several fields."""
 OVER = "[the episode is over]"
 MCP_ACTIONS = frozenset({"Action", "CallToolAction", "ListToolsAction"})
 """Titles of the action schemas of servers whose actions are calls of MCP tools."""
 CAPACITY = " Is it there, with a max_concurrent_envs of at least the episodes that run at once?"
 OPEN_SECONDS = 10.0
 TOLD = ("EXECUTION_ERROR", "VALIDATION_ERROR")
-"""Codes of errors that the model may learn from; others are about the session."""
+"""Codes of errors that the model reads; other errors concern the session."""
 
 
 @dataclass(frozen=True)
 class OpenEnvSource:
-    """A server, and how its actions are written."""
+    """A server and the format of its actions."""
 
     url: str
     arguments: Mapping[str, Any]
     tools: list[dict[str, Any]]
     message_field: str | None
-    """Field of the action that takes a message; None for a server with tools."""
+    """Field of the action for a message; None for a server with tools."""
     is_mcp: bool
     max_result_tokens: int
     can_save: bool = False
 
     @property
     def has_step(self) -> bool:
-        """True where the policy speaks to the server in messages."""
+        """True if the policy's messages are the actions."""
         return self.message_field is not None
 
     def preload(self) -> None:
@@ -72,12 +73,12 @@ class OpenEnvSource:
 
 
 def open_openenv(config: EnvironmentConfig, place: str) -> OpenEnvSource:
-    """Ask a server for its actions. Raises ``UserError``, which begins with ``place``, where it does not answer."""
+    """Ask a server for its actions. Raises ``UserError``, which begins with ``place``, if it does not answer."""
     where = f"{place}.openenv"
     require_extra("openenv", "openenv", f"{where}:")
     url = str(config.openenv)
     try:
-        # A proxy of the network's does not lead to this machine.
+        # A network's proxy does not reach this machine.
         is_local = urlsplit(url).hostname in LOCAL
         response = httpx.get(f"{url}/schema", timeout=OPEN_SECONDS, trust_env=not is_local)
         response.raise_for_status()
@@ -93,7 +94,7 @@ def open_openenv(config: EnvironmentConfig, place: str) -> OpenEnvSource:
     required = [name for name in schema.get("required", ()) if name in properties]
     message_field = None
     if not is_mcp:
-        # One required text: the policy's messages are the actions. Otherwise it calls a tool with all fields.
+        # If one text is required, the policy's messages are the actions. Otherwise a tool has all fields.
         if len(required) == 1 and properties[required[0]].get("type") == "string":
             message_field = required[0]
         else:
@@ -105,26 +106,22 @@ def open_openenv(config: EnvironmentConfig, place: str) -> OpenEnvSource:
     return OpenEnvSource(url, config.arguments, tools, message_field, is_mcp, config.max_result_tokens)
 
 
-class OpenEnvEnvironment:
-    """A session of a server."""
+class OpenEnvEnvironment(Environment):
+    """A session of a server. It restores no state, so ``restore`` repeats the actions with the same seed."""
 
     def __init__(self, source: OpenEnvSource) -> None:
-        from openenv.core.generic_client import GenericEnvClient
-
+        super().__init__(source.tools)
         self._source = source
-        # The pool gives up a call that takes too long.
-        self._client = GenericEnvClient(
-            source.url, connect_timeout_s=OPEN_SECONDS, message_timeout_s=86_400.0, mode="simulation"
-        )
-        self._schemas = {schema["function"]["name"]: schema for schema in source.tools}
+        # The pool abandons a call that exceeds its limit.
+        self._client = _make_client(source.url, 86_400.0)
         self._rewards: list[float] = []
         self._is_over = False
 
     def reset(self, row: Row) -> list[Message] | None:
-        """Begin the episode; the first observation is the user's message, where there is one."""
+        """Begin the episode; the first observation is the user's message, unless it is empty."""
         seed = row.get("seed")
         if not isinstance(seed, int):
-            # The seed depends only on the row, so a restored episode begins in the same way.
+            # The seed depends only on the row, so a restored episode has the same beginning.
             seed = int(digest(str(row.get("id", "")))[:8], 16) >> 1
         try:
             result = self._request(self._client.reset(**({"seed": seed} | dict(self._source.arguments))))
@@ -135,7 +132,7 @@ class OpenEnvEnvironment:
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         """Return what the server answers to a call. Raises ``ToolError`` or ``EnvironmentFailed``."""
-        check_arguments(self._schemas, name, arguments)
+        self.check_arguments(name, arguments)
         if self._is_over:
             raise ToolError(OVER)
         action = arguments
@@ -160,18 +157,6 @@ class OpenEnvEnvironment:
         """Return the sum of the rewards."""
         return read_scores(sum(self._rewards), f"the server at {self._source.url}")
 
-    def state(self) -> Any:
-        """Return nothing: OpenEnv restores no state."""
-        return None
-
-    def restore(self, row: Row, actions: Sequence[Action], state: Any = None) -> int:
-        """Begin again with the same seed, and repeat the actions."""
-        self.reset(row)
-        return play_again(self, actions)
-
-    def cancel(self) -> None:
-        """Do nothing: the call ends with its connection."""
-
     def close(self) -> None:
         """End the session."""
         wait_for(self._client.close())
@@ -180,7 +165,7 @@ class OpenEnvEnvironment:
         result = self._request(self._client.step(action))
         self._is_over = bool(result.done)
         if result.reward is not None:
-            # Restoring repeats the actions from reset() on, so the sum is right again.
+            # Restoring repeats all actions after reset(), so the sum is correct again.
             self._rewards.append(float(result.reward))
         return result
 
@@ -193,14 +178,14 @@ class OpenEnvEnvironment:
                 raise ToolError(text) from None
             raise EnvironmentFailed(f"the server at {self._source.url} refused: {text}.{CAPACITY}") from None
         except Exception as error:
-            # A full server closes the session before it can say so.
+            # A full server closes the session without a message.
             raise EnvironmentFailed(
                 f"the server at {self._source.url} ended the session ({describe_exception(error)}).{CAPACITY}"
             ) from None
 
 
 def observation_text(observation: Any) -> str:
-    """Return an observation as text: the only text in it, else all of it as JSON; empty for an empty one."""
+    """Return an observation as text: its only text, otherwise all of it as JSON; empty if it is empty."""
     if not isinstance(observation, Mapping):
         return "" if observation is None else read_text(observation, 1 << 20)
     fields = {name: value for name, value in observation.items() if name not in ("done", "reward", "metadata")}
@@ -211,7 +196,7 @@ def observation_text(observation: Any) -> str:
 
 
 def _tool_result(observation: Mapping[str, Any]) -> str:
-    """Return the result of an MCP tool. Raises ``ToolError`` for one that failed."""
+    """Return the result of an MCP tool. Raises ``ToolError`` if the tool failed."""
     error = observation.get("error")
     if error:
         raise ToolError(str(error.get("message") if isinstance(error, Mapping) else error))
@@ -219,18 +204,20 @@ def _tool_result(observation: Mapping[str, Any]) -> str:
     if isinstance(result, Mapping):
         if result.get("is_error"):
             raise ToolError(read_text(result.get("data") or result.get("content"), 1 << 20))
-        # MCP's own form of a result, beside which ``data`` has what the tool returned.
+        # ``data`` has the value that the tool returned, ``content`` has MCP's representation of it.
         result = result.get("data") if result.get("data") is not None else result.get("content", result)
     return read_text(result, 1 << 20)
 
 
-def _list_tools(url: str) -> list[dict[str, Any]]:
+def _make_client(url: str, seconds: float) -> Any:
     from openenv.core.generic_client import GenericEnvClient
 
+    return GenericEnvClient(url, connect_timeout_s=OPEN_SECONDS, message_timeout_s=seconds, mode="simulation")
+
+
+def _list_tools(url: str) -> list[dict[str, Any]]:
     async def ask() -> Any:
-        client = GenericEnvClient(
-            url, connect_timeout_s=OPEN_SECONDS, message_timeout_s=OPEN_SECONDS, mode="simulation"
-        )
+        client = _make_client(url, OPEN_SECONDS)
         try:
             return await client.step({"type": "list_tools"})
         finally:

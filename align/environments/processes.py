@@ -1,11 +1,10 @@
-"""Environments in processes of their own, as this process sees them. Torch-free.
+"""Environments in separate processes, seen from the stage's process. Torch-free.
 
-``process_server.py`` is what runs there.
+``process_server.py`` runs on the other side.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import signal
 import socket
@@ -14,33 +13,25 @@ import sys
 import threading
 from typing import Any
 
+from align.environments import process_server as remote
 from align.environments.environment import EnvironmentSource
-from align.environments.errors import EnvironmentFailed
-from align.environments.pipes import (
-    Disconnected,
-    decode_answer,
-    encode_request,
-    encode_source,
-    receive,
-    send,
-)
-from align.environments.process_server import COMMAND, FORK, KILL, REAP, STATUS
+from align.environments.results import EnvironmentFailed
 
 START_SECONDS = 120.0
-"""Longest import of a user's module."""
+"""Time limit for the import of a user's module."""
 
 
 class ProcessServer:
-    """The process from which those of episodes are forked. It is started again if it dies."""
+    """The process from which the processes of episodes are forked. It is started again if it dies."""
 
     def __init__(self, source: EnvironmentSource) -> None:
-        """Start the process, which may take as long as its imports. Raises ``EnvironmentFailed``."""
+        """Start the process and wait for its imports. Raises ``EnvironmentFailed``."""
         self._source = source
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0
-        """How many episodes had a process; also the number of the last one."""
+        """Number of episodes that had a process; also the number of the last of them."""
         self._start()
 
     def start_episode(self) -> EpisodeProcess:
@@ -54,10 +45,8 @@ class ProcessServer:
             # The forked process gets a copy of `theirs`. This one is closed, so the connection ends with that process.
             with theirs:
                 try:
-                    # One message holds the command and the descriptor.
-                    descriptors = array.array("i", [theirs.fileno()])
-                    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
-                    self._control.sendmsg([COMMAND.pack(FORK, self._started)], ancillary)
+                    command = remote.COMMAND.pack(remote.FORK, self._started)
+                    socket.send_fds(self._control, [command], [theirs.fileno()])
                 except OSError:
                     ours.close()
                     self._stop()
@@ -65,16 +54,17 @@ class ProcessServer:
             return EpisodeProcess(self, self._started, ours)
 
     def end_episode(self, number: int, *, is_ending: bool = False) -> int | None:
-        """Kill an episode's process, and what it started; return how it had ended, None where nobody knows.
+        """Kill an episode's process and its descendants; return its exit status, None if it is unknown.
 
-        ``is_ending``: it is about to end by itself.
+        ``is_ending``: the process is about to end by itself.
         """
+        command = remote.REAP if is_ending else remote.KILL
         with self._lock:
             if self._control is None:
                 return None
             try:
-                self._control.sendall(COMMAND.pack(REAP if is_ending else KILL, number))
-                return int(STATUS.unpack(self._control.recv(STATUS.size, socket.MSG_WAITALL))[0])
+                self._control.sendall(remote.COMMAND.pack(command, number))
+                return int(remote.STATUS.unpack(self._control.recv(remote.STATUS.size, socket.MSG_WAITALL))[0])
             except Exception:  # the server died, and its children with it
                 self._stop()
                 return None
@@ -87,12 +77,11 @@ class ProcessServer:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            # Modules are found where this process finds them; the environment's variables stay as they are.
+            # The server finds modules where this process finds them, and its environment variables stay the same.
             program = f"import sys; sys.path[:] = {sys.path!r}; import align.environments.process_server as s; s.main()"
-            command = [sys.executable, "-c", program, str(theirs.fileno())]
-            # A session of its own: Ctrl-C ends the stage, which then closes the socket.
+            # In a separate session, Ctrl-C ends only the stage, which then closes the socket.
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, "-c", program, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -100,10 +89,10 @@ class ProcessServer:
         self._control = ours
         try:
             ours.settimeout(START_SECONDS)
-            send(ours, encode_source(self._source))
-            problem = receive(ours).decode()
+            remote.send(ours, remote.encode_source(self._source))
+            problem = remote.receive(ours).decode()
             ours.settimeout(None)
-        except Disconnected as error:
+        except remote.Disconnected as error:
             problem = f"it ended, or took longer than {START_SECONDS:.0f} seconds to start ({error})."
         if problem:
             self._stop()
@@ -124,27 +113,29 @@ class ProcessServer:
 
 
 class EpisodeProcess:
-    """The process of one episode."""
+    """The process of one episode; an ``Instance``."""
 
     def __init__(self, server: ProcessServer, number: int, connection: socket.socket) -> None:
-        self._server, self._number, self._connection = server, number, connection
+        self._server = server
+        self._number = number
+        self._connection = connection
         self._lock = threading.Lock()
         self.is_ended = False
 
     def perform(self, method: str, inputs: tuple[Any, ...]) -> Any:
-        """Return the result of a method. Raises ``ToolError``, or ``EnvironmentFailed`` for a dead process, too."""
+        """Return the result of a method. Raises ``ToolError``, and ``EnvironmentFailed`` also for a dead process."""
         try:
-            send(self._connection, encode_request(method, inputs))
-            content = receive(self._connection)
-        except Disconnected:
+            remote.send(self._connection, remote.encode_request(method, inputs))
+            content = remote.receive(self._connection)
+        except remote.Disconnected:
             status = _describe(self.end(is_ending=True))
             raise EnvironmentFailed(f"the environment's process died{status} in `{method}`.") from None
-        return decode_answer(method, content)
+        return remote.decode_answer(method, content)
 
     def end(self, *, is_ending: bool = False) -> int | None:
-        """Kill the process, and what it started. A call in another thread raises ``EnvironmentFailed``.
+        """Kill the process and its descendants. A call in another thread raises ``EnvironmentFailed``.
 
-        ``is_ending``: it is about to end by itself.
+        ``is_ending``: the process is about to end by itself.
         """
         with self._lock:
             if self.is_ended:
@@ -158,7 +149,7 @@ class EpisodeProcess:
 
 
 def _describe(status: int | None) -> str:
-    """Return how a process ended, in brackets."""
+    """Return a process's exit status in brackets; empty if it is unknown."""
     if status is None:
         return ""
     if status < 0:

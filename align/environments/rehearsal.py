@@ -1,14 +1,14 @@
-"""Plays episodes of an environment with a checkpoint, without training; and plays stored ones again.
+"""Play episodes of an environment with a checkpoint without training, and replay stored episodes.
 
-A replay takes the stored turns, of the policy and of a simulated user, instead of sampling, and does all the rest anew:
-it parses their calls, runs the tools and scores the episode. So a change of an environment, or of a reward, shows on
-the same behavior.
+A replay uses the stored turns of the policy and of a simulated user instead of sampling. It parses their calls, runs
+the tools and scores the episode again. So it shows the effect of a changed environment or reward on the same behavior.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,8 @@ from typing import Any
 from align.config.base import Precision
 from align.config.environment import EnvironmentConfig
 from align.config.runtime import Runtime
-from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode, PolicyTurn
-from align.environments.player import EpisodeTask, Progress
+from align.environments.player import EnvironmentPlayer, EpisodeTask, Progress
 from align.environments.simulated_user import SimulatedUser, UserAnswer, UserRequest
 from align.environments.sources import open_environment
 from align.environments.user_models import UserResources, open_user
@@ -36,7 +35,7 @@ from align.store.json_files import numbered_lines
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """An environment, a checkpoint, and how the policy samples."""
+    """An environment, a checkpoint, and the settings of sampling."""
 
     environment: EnvironmentConfig
     model_dir: Path
@@ -48,17 +47,17 @@ class Rehearsal:
     where: str
     """Name of the stage, for messages."""
     user_dir: Path | None = None
-    """Checkpoint that plays the user, where one does."""
+    """Checkpoint that plays the user; None if there is none."""
 
     def open_player(self, user: SimulatedUser | None) -> EnvironmentPlayer:
-        """Open the environment. Raises ``UserError`` for one that does not fit the checkpoint."""
+        """Open the environment. Raises ``UserError`` if it does not fit the checkpoint."""
         source = open_environment(self.environment, f"{self.where}.environment")
         return EnvironmentPlayer(
             self.environment, source, load_tokenizer(self.model_dir), self.max_prompt_tokens, self.where, user
         )
 
     def open_user(self, folder: Path, warn: Any) -> SimulatedUser | None:
-        """Open the simulated user, where there is one; a server's answers are kept in ``folder``."""
+        """Open the simulated user, if there is one; a server's answers are cached in ``folder``."""
         config = self.environment.user
         if config is None:
             return None
@@ -79,7 +78,7 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class StoredEpisode:
-    """An episode in a file, with the row and the seed that it was played with."""
+    """An episode in a file, with its row and seed."""
 
     row: dict[str, Any]
     seed: int
@@ -87,7 +86,7 @@ class StoredEpisode:
 
     @property
     def task(self) -> EpisodeTask:
-        """The task that it was played for."""
+        """The task of the episode."""
         return EpisodeTask(self.row, self.seed)
 
 
@@ -108,17 +107,17 @@ def play(
 
 @dataclass(frozen=True)
 class Replayed:
-    """A stored episode and the same turns played again."""
+    """A stored episode and its replay."""
 
     before: Episode
     after: Episode
     logprob_gap: float | None = None
-    """Mean absolute difference of the checkpoint's log-probabilities from the stored ones, in nats per token; None
-    where they were not measured."""
+    """Mean absolute difference between the checkpoint's and the stored log-probabilities in nats per token; None if
+    it was not measured."""
 
     @property
     def difference(self) -> str:
-        """First thing that differs: the tokens, the calls or the score; empty where nothing does."""
+        """The first difference: the tokens, the calls or the score; empty if there is none."""
         if self.before.token_ids != self.after.token_ids:
             return "what the environment answers"
         calls = [[(call.name, call.arguments, call.error) for call in part.calls] for part in (self.before, self.after)]
@@ -131,7 +130,7 @@ class Replayed:
 
 
 def replay(rehearsal: Rehearsal, stored: Sequence[StoredEpisode], engine: RolloutEngine | None) -> list[Replayed]:
-    """Play stored episodes again, and measure their tokens with ``engine`` where there is one."""
+    """Replay stored episodes, and measure their tokens with ``engine``, unless it is None."""
     answers = ReplayUser([entry.episode.user_answers for entry in stored])
     player = rehearsal.open_player(None if rehearsal.environment.user is None else answers)
     try:
@@ -149,8 +148,8 @@ def _measure(engine: RolloutEngine, episodes: Sequence[Episode]) -> list[float |
     gaps: list[float | None] = []
     for episode, logprobs in zip(episodes, scored, strict=True):
         triples = zip(logprobs, episode.logprobs, episode.mask, strict=True)
-        # The environment's tokens were not sampled, and a failed start has NaN: `old == old` is False for NaN.
-        differences = [abs(new - old) for new, old, sampled in triples if sampled and old == old]
+        sampled_pairs = [(new, old) for new, old, is_sampled in triples if is_sampled]
+        differences = [abs(new - old) for new, old in sampled_pairs if not math.isnan(old)]  # NaN: a failed start
         gaps.append(sum(differences) / len(differences) if differences else None)
     return gaps
 
@@ -168,7 +167,7 @@ class ReplaySession:
 
     @property
     def pending(self) -> int:
-        """Turns that were asked for."""
+        """Number of requested turns."""
         return len(self._requests)
 
     def submit(self, request: TurnRequest) -> None:
@@ -177,7 +176,7 @@ class ReplaySession:
         self._asked[request.key] += 1
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
-        """Return all that was asked for. A turn that was never played is empty, and cut off."""
+        """Return all requested turns. A turn that was not stored is empty and cut off."""
         responses = []
         while self._requests:
             episode, number = self._requests.popleft()
@@ -188,15 +187,15 @@ class ReplaySession:
         return responses
 
     def cache_statistics(self) -> dict[str, float] | None:
-        """Return None: nothing is computed."""
+        """Return None: a replay has no cache."""
         return None
 
     def close(self) -> None:
-        """Do nothing."""
+        """Release no resources."""
 
 
 class ReplayUser:
-    """Returns what a simulated user said in stored episodes; a ``SimulatedUser``."""
+    """Returns the stored answers of a simulated user; a ``SimulatedUser``."""
 
     in_background = False
 
@@ -204,7 +203,7 @@ class ReplayUser:
         self._answers = [deque(texts) for texts in answers]
 
     def load(self) -> None:
-        """Do nothing."""
+        """Load no weights."""
 
     def answer(self, requests: Sequence[UserRequest]) -> list[UserAnswer]:
         """Return the next answer of each episode."""
@@ -216,11 +215,11 @@ class ReplayUser:
         return UserAnswer(texts.popleft())
 
     def usage(self) -> dict[str, Any]:
-        """Return nothing: no server is asked."""
+        """Return an empty mapping, because there is no server."""
         return {}
 
     def close(self) -> None:
-        """Do nothing."""
+        """Release no resources."""
 
 
 def write_episodes(path: Path, stored: Iterable[StoredEpisode]) -> None:
@@ -233,7 +232,7 @@ def write_episodes(path: Path, stored: Iterable[StoredEpisode]) -> None:
 
 
 def read_episodes(path: Path) -> list[StoredEpisode]:
-    """Read a file of ``write_episodes``. Raises ``UserError`` with the line that is no episode."""
+    """Return the episodes in a file of ``write_episodes``. Raises ``UserError`` with the first invalid line."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; `align rollout … --save FILE` writes one.")
     stored = []

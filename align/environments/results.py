@@ -1,7 +1,6 @@
-"""What an environment returns, read as data: texts, messages, steps and scores. Torch-free.
+"""Results of environments as data: texts, messages, steps, scores and errors. Torch-free.
 
-Whatever a method of the user's returns becomes one of these, or ``EnvironmentFailed`` with a sentence on what it should
-have been.
+The return value of a user's method is converted to one of these types. ``EnvironmentFailed`` states the expected value.
 """
 
 from __future__ import annotations
@@ -9,50 +8,81 @@ from __future__ import annotations
 import json
 import math
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from align.config.scores import is_reserved
 from align.data.rows import Message, Row, user
 from align.data.scoring import NAME_RULE, SCORE, is_metric_name, plain_value
-from align.environments.errors import EnvironmentFailed
 from align.errors import shorten
 
 TURN = "turn"
-"""Key of the scores by turn in the mapping that ``score`` may return."""
+"""Key for the scores by turn in the mapping that ``score`` may return."""
 CHARACTERS_PER_TOKEN = 32
-"""Most characters of a text that are kept for each token that it may have. The rest could only be cut by token."""
+"""Maximum characters of a text for each token of its limit. Longer texts are cut before they are tokenized."""
 LONGEST_ERROR = 1000
-"""Characters of an exception's text that the model is told."""
+"""Maximum characters of an exception's text that the model reads."""
 ROLES = ("system", "user", "assistant", "tool")
 _NOTICE = re.compile(r"\n\[cut: ([\d,]+) characters, of which the first ([\d,]+) are shown\]\Z")
 
 
+class EnvironmentFailed(Exception):
+    """The episode cannot continue. It ends, is recorded as failed with this text, and is not learned from.
+
+    Methods of an environment raise it. The model reads the text of any other exception of a tool.
+    """
+
+
+class ToolError(Exception):
+    """A call had no result. The model reads the text, and the episode continues."""
+
+    kind = "raised"
+    """Kind of the error in metrics and records: the tool raised an exception."""
+
+
+class BadCall(ToolError):
+    """The model called a tool that does not exist, or with arguments that it does not accept."""
+
+    kind = "arguments"
+
+
+class ToolTimeout(ToolError):
+    """A call took longer than ``tool_seconds`` and was abandoned. Its instance is gone."""
+
+    kind = "timeout"
+
+
+ERRORS: dict[str, type[ToolError]] = {error.kind: error for error in (ToolError, BadCall, ToolTimeout)}
+"""The errors that the model reads, by kind."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """What an environment says to a message of the policy."""
+    """An environment's answer to a message of the policy."""
 
     messages: list[Message]
-    """New messages, for the policy to answer; none where the episode is over."""
+    """New messages, for the policy to answer; empty if the episode is over."""
     done: bool = False
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How good an episode was."""
+    """Scores of an episode."""
 
     total: float
     parts: dict[str, float]
-    """Scores by name, where the environment gives several."""
+    """Scores by name, if the environment returns several."""
     turns: list[float] | None = None
     """A score for each turn of the policy; they are part of the total."""
 
 
 def read_text(value: Any, most_tokens: int) -> str:
-    """Return a tool's result as the text that the model reads; anything but a text as JSON.
+    """Return a tool's result as the text that the model reads; any other type as JSON.
 
-    A text that is longer than ``most_tokens`` can be is cut, with a notice of how long it was.
+    A text that must have more than ``most_tokens`` tokens is cut, with a notice of its length.
     """
     if value is None:
         text = ""
@@ -67,20 +97,20 @@ def read_text(value: Any, most_tokens: int) -> str:
 
 
 def cut_text(text: str, most: int) -> str:
-    """Return a text cut to ``most`` characters, with a notice; one that was cut before keeps its whole length."""
+    """Return a text cut to ``most`` characters, with a notice. The notice of an earlier cut keeps its length."""
     shown, length = split_notice(text)
     return text if len(shown) <= most else with_notice(shown[:most], length)
 
 
 def with_notice(shown: str, length: int) -> str:
-    """Return the beginning of a text with a notice that it was cut; ``length`` is that of the whole text."""
+    """Return the beginning of a text with a notice that it was cut; ``length`` is the length before the cut."""
     return f"{shown}\n[cut: {length:,} characters, of which the first {len(shown):,} are shown]"
 
 
 def split_notice(text: str) -> tuple[str, int]:
-    """Return a text without the notice that it was cut, and the length of the whole text."""
+    """Return a text without the notice that it was cut, and its length before the cut."""
     notice = _NOTICE.search(text)
-    # A tool may write such a line itself. Its second number is then seldom the length of the text before it.
+    # A tool may write such a line itself. Its second number is then rarely the length of the text before it.
     if notice is None or int(notice[2].replace(",", "")) != notice.start():
         return text, len(text)
     return text[: notice.start()], int(notice[1].replace(",", ""))
@@ -92,15 +122,22 @@ def clean(text: str) -> str:
 
 
 def describe_exception(error: BaseException) -> str:
-    """Return an exception as the model is told of it: its type and text."""
+    """Return the type and text of an exception, as the model reads them."""
     text = str(error)
     return shorten(clean(f"{type(error).__name__}: {text}" if text else type(error).__name__), LONGEST_ERROR)
 
 
-def read_prompt(value: Any, row: Row, place: str) -> list[Message] | None:
-    """Return the messages with which ``reset`` begins an episode; None for those of the row.
+def describe_failure(error: BaseException) -> str:
+    """Return an exception that ended an episode, with the file and line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{describe_exception(error)}{line}."
 
-    A text is a user's message, below the system message that the row has.
+
+def read_prompt(value: Any, row: Row, place: str) -> list[Message] | None:
+    """Return the messages with which ``reset`` begins an episode; None for the row's prompt.
+
+    A text becomes a user's message after the row's system message.
     """
     if value is None:
         return None
@@ -114,26 +151,29 @@ def read_prompt(value: Any, row: Row, place: str) -> list[Message] | None:
 
 
 def read_step(value: Any, most_tokens: int, place: str) -> Step:
-    """Return what ``step`` said: a text or messages to go on, True or None at the end, or messages and whether."""
+    """Return the result of ``step``.
+
+    A text or messages continue the episode, True or None end it, and a pair has messages and a flag for the end.
+    """
     expected = "a text, a list of messages, True at the end, or (messages, is_done)"
     if value is None or value is True:
         return Step([], True)
-    done = False
+    is_done = False
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], bool):
-        value, done = value
+        value, is_done = value
     if value is None:
         value = []
     if isinstance(value, str):
         value = [user(value)]
     messages = read_messages(value, ("system", "user", "tool"), f"{place} returned", expected)
-    if not messages and not done:
+    if not messages and not is_done:
         raise EnvironmentFailed(f"{place} returned no messages and did not end the episode; return {expected}.")
     most = most_tokens * CHARACTERS_PER_TOKEN
-    return Step([message | {"content": cut_text(message["content"], most)} for message in messages], done)
+    return Step([message | {"content": cut_text(message["content"], most)} for message in messages], is_done)
 
 
 def read_messages(value: Any, roles: Sequence[str], place: str, expected: str) -> list[Message]:
-    """Return plain copies of messages; raise ``EnvironmentFailed``, which begins with ``place``, for anything else."""
+    """Return copies of messages. Raises ``EnvironmentFailed``, which begins with ``place``, for any other value."""
     if not isinstance(value, list):
         raise EnvironmentFailed(f"{place} {shorten(repr(value))}; return {expected}.")
     messages = []
@@ -147,7 +187,7 @@ def read_messages(value: Any, roles: Sequence[str], place: str, expected: str) -
             )
         messages.append(dict(message) | {"content": clean(message["content"])})
     try:
-        # The messages now look as they will when they are read from the journal.
+        # Round-trip the messages, so they are the same after they are read from the journal.
         copies: list[Message] = json.loads(json.dumps(messages))
     except (TypeError, ValueError) as error:
         raise EnvironmentFailed(f"{place} messages that JSON cannot hold ({error}).") from None
@@ -155,9 +195,9 @@ def read_messages(value: Any, roles: Sequence[str], place: str, expected: str) -
 
 
 def read_scores(value: Any, place: str) -> Scores:
-    """Return the scores of a number, or of a mapping of names to numbers, with a list of them under ``turn``.
+    """Return the scores in a number or a mapping of names to numbers, which may have a list of numbers as ``turn``.
 
-    The total of a mapping is its ``score``, or the sum of all that is in it.
+    The total of a mapping is its ``score``, or the sum of all its numbers.
     """
     if isinstance(value, Mapping):
         turns = None
@@ -182,7 +222,7 @@ def read_scores(value: Any, place: str) -> Scores:
 
 
 def read_package_scores(total: Any, parts: Mapping[str, Any], place: str) -> Scores:
-    """Return the scores of an environment of another package, whose names may have any characters (``judge/style``)."""
+    """Return the scores of another package's environment; their names may have any characters (``judge/style``)."""
     reserved = sorted(filter(is_reserved, parts))
     if reserved:
         raise EnvironmentFailed(

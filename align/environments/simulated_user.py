@@ -1,31 +1,34 @@
-"""A user that a model plays: what it reads of a conversation, and what it answers. Torch-free.
+"""A user that a model plays: its view of a conversation, its answers, and its turns in a rollout. Torch-free.
 
-Leaves out the models (``checkpoint_user.py``, ``endpoint_user.py``) and when they are asked (``user_turns.py``).
+The models are in ``checkpoint_user.py`` and ``user_models.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from align.data.rows import Message, assistant, user
+from align.data.rows import Message, Row, assistant, user
 from align.data.thoughts import hide_thoughts
-from align.environments.results import clean
+from align.environments.journal import Journal, Position
+from align.environments.results import EnvironmentFailed, clean
 
 GREETING = "Hi! How can I help you today?"
-"""What the policy is said to have begun with, where the user speaks first: most chat templates begin with a user."""
+"""The policy's first message if the user speaks first, because most chat templates begin with a user's message."""
 SWAPPED = {"user": assistant, "assistant": user}
-"""Makes the message that the user's model reads, by the role in the policy's conversation."""
+"""Makes a message for the user's model, by the role in the policy's conversation."""
 
 
 @dataclass(frozen=True)
 class UserRequest:
-    """A turn of the user that is asked for."""
+    """A request for a turn of the user."""
 
     episode: int
     turn: int
-    """Turns of the policy before it."""
+    """Number of the policy's turns before it."""
     messages: list[Message]
     """The conversation as the user's model reads it."""
     seed: int
@@ -34,10 +37,14 @@ class UserRequest:
 
 @dataclass(frozen=True)
 class UserAnswer:
-    """What the user said; or why it said nothing that the episode could go on with."""
+    """An answer of the user, or the reason why the episode cannot continue."""
 
     text: str = ""
     failure: str = ""
+
+
+Waiting = tuple[UserRequest, "Future[str]"]
+"""A request, and the future of its answer."""
 
 
 class SimulatedUser(Protocol):
@@ -45,22 +52,22 @@ class SimulatedUser(Protocol):
 
     @property
     def in_background(self) -> bool:
-        """True where the model is elsewhere, so that the policy samples on while it answers."""
+        """True if the model runs elsewhere, so the policy continues to sample while it answers."""
         ...
 
     def load(self) -> None:
-        """Load the weights, where they are in this process, unless that was done."""
+        """Load the weights once, if the model runs in this process."""
         ...
 
     def answer(self, requests: Sequence[UserRequest]) -> list[UserAnswer]:
         """Return an answer to each request, in their order.
 
-        Raises ``UserError`` for settings with which none can be answered.
+        Raises ``UserError`` if the settings make answers impossible.
         """
         ...
 
     def usage(self) -> dict[str, Any]:
-        """Return requests, tokens and cost of a server; nothing for a model in this process."""
+        """Return requests, tokens and cost of a server; empty for a model in this process."""
         ...
 
     def close(self) -> None:
@@ -71,14 +78,14 @@ class SimulatedUser(Protocol):
 def user_conversation(system: str, messages: Sequence[Message]) -> list[Message]:
     """Return a policy's conversation as the user's model reads it, below its own system message.
 
-    The roles are swapped: the policy's turns are the messages that the model answers. Left out are the policy's system
-    message, its thoughts, its turns that call tools, malformed calls too, and their results. Texts of one side in a row
-    are joined.
+    The roles are swapped: the policy's turns are the messages that the model answers. The conversation does not contain
+    the policy's system message, its thoughts, its turns that call tools (also malformed calls), and their results.
+    Consecutive texts of one side are joined.
     """
     swapped: list[Message] = []
     for index, message in enumerate(messages):
         role = str(message["role"])
-        # A turn whose calls are all malformed has none; what answers it is a tool's all the same.
+        # A turn with only malformed calls has no calls, but a tool's message follows it.
         following = messages[index + 1 : index + 2]
         has_calls = message.get("tool_calls") or any(answer["role"] == "tool" for answer in following)
         if role not in SWAPPED or (role == "assistant" and has_calls):
@@ -98,9 +105,9 @@ def user_conversation(system: str, messages: Sequence[Message]) -> list[Message]
 
 
 def read_answer(text: str, finished: bool, stop: str | None) -> UserAnswer:
-    """Return the answer in a model's text: without a thought, and whole. ``stop`` is the text that ends conversations.
+    """Return the answer in a model's text, without thoughts; ``stop`` is the text that ends conversations.
 
-    One that is empty, or was cut off before it said ``stop``, is a failure.
+    An answer fails if it is empty, or if it was cut off before ``stop``.
     """
     answer = hide_thoughts(clean(text)).strip()
     if stop is not None and stop in answer:
@@ -110,3 +117,93 @@ def read_answer(text: str, finished: bool, stop: str | None) -> UserAnswer:
     if not answer:
         return UserAnswer(failure="the user's answer is empty.")
     return UserAnswer(answer)
+
+
+class UserTurns:
+    """The user of all episodes of a rollout. A turn in the journal is not requested again."""
+
+    def __init__(self, user: SimulatedUser, read_prompt: Callable[[Row], str], journal: Journal) -> None:
+        """``read_prompt`` returns the system message of the user's model for a row."""
+        self._user, self._read_prompt, self._journal = user, read_prompt, journal
+        self._waiting: dict[int, Waiting] = {}
+        """Requests of the next batch, by episode."""
+        self._is_busy = False
+        """True while a thread waits for a batch."""
+
+    @property
+    def in_background(self) -> bool:
+        """True if the policy continues to sample while the user answers."""
+        return self._user.in_background
+
+    @property
+    def waiting(self) -> int:
+        """Requests of the next batch."""
+        return len(self._waiting)
+
+    @property
+    def can_send(self) -> bool:
+        """True if requests wait, and no batch is being answered."""
+        return bool(self._waiting) and not self._is_busy
+
+    def ask(self, episode: int, turn: int, row: Row, messages: Sequence[Message], seed: int) -> Future[str]:
+        """Request the user's answer after ``turn`` turns of the policy, in the conversation ``messages``.
+
+        An answer in the journal is returned immediately; other requests wait for the next batch. The result raises
+        ``EnvironmentFailed`` if the episode cannot continue with the answer.
+        """
+        future: Future[str] = Future()
+        stored = self._journal.get("user", episode, turn)
+        if stored is None:
+            conversation = user_conversation(self._read_prompt(row), messages)
+            self._waiting[episode] = (UserRequest(episode, turn, conversation, seed), future)
+        else:
+            _settle(future, UserAnswer(**stored))
+        return future
+
+    def send(self) -> None:
+        """Send the waiting requests as one batch. A user in the background answers later, in a thread."""
+        # Sort by episode, because another order of rows in a batch changes the rounding.
+        batch = [self._waiting[episode] for episode in sorted(self._waiting)]
+        self._waiting.clear()
+        if not self.in_background:
+            _hand_out(batch, self._answer(batch))
+            return
+        self._is_busy = True
+        # A daemon thread, so a slow endpoint cannot keep a failed process alive.
+        threading.Thread(target=self._answer_in_thread, args=(batch,), name="simulated user", daemon=True).start()
+
+    def _answer(self, batch: Sequence[Waiting]) -> list[UserAnswer]:
+        """Ask the model, and add its answers to the journal."""
+        answers = self._user.answer([request for request, _ in batch])
+        self._journal.put_all(
+            (Position("user", request.episode, request.turn), asdict(answer))
+            for (request, _), answer in zip(batch, answers, strict=True)
+        )
+        return answers
+
+    def _answer_in_thread(self, batch: Sequence[Waiting]) -> None:
+        failure: BaseException | None = None
+        answers: list[UserAnswer] = []
+        try:
+            answers = self._answer(batch)
+        except BaseException as error:  # the futures raise it
+            failure = error
+        # Set this first, because a thread that an answer wakes may send the next batch.
+        self._is_busy = False
+        if failure is None:
+            _hand_out(batch, answers)
+            return
+        for _, future in batch:
+            future.set_exception(failure)
+
+
+def _hand_out(batch: Sequence[Waiting], answers: Sequence[UserAnswer]) -> None:
+    for (_, future), answer in zip(batch, answers, strict=True):
+        _settle(future, answer)
+
+
+def _settle(future: Future[str], answer: UserAnswer) -> None:
+    if answer.failure:
+        future.set_exception(EnvironmentFailed(answer.failure))
+    else:
+        future.set_result(answer.text)

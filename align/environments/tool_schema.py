@@ -1,7 +1,7 @@
-"""JSON schemas of tools, from type hints and docstrings, and a model's arguments held against them.
+"""JSON schemas of tools from type hints and docstrings, and the check of a model's arguments against them.
 
-transformers writes the schemas, as its chat templates read them. It takes a hint that it does not know for an object,
-so hints are checked here first.
+transformers writes the schemas, because its chat templates read them. It converts an unknown hint to an object, so
+hints are checked here first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from align.config.validation import hint_nearest
 from align.errors import UserError, shorten
 
 PLAIN = (str, int, float, bool, type(None), Any, list, dict, tuple)
-"""Hints that have a schema of their own."""
+"""Hints with a JSON schema."""
 CONTAINERS = (list, dict, tuple)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 WORDS = {
@@ -55,13 +55,13 @@ def tool_schema(function: Callable[..., Any], name: str, place: str) -> dict[str
         ) from None
     except TypeHintParsingException as error:
         raise UserError(f"{where}: {_first_sentence(error)}") from None
-    # Templates write the entire schema into the prompt; what a tool returns is no part of a call.
+    # Templates write the complete schema into the prompt, and the return value is not part of a call.
     shown = {"name": name, "description": schema["description"], "parameters": schema["parameters"]}
     return {"type": "function", "function": shown}
 
 
 def argument_problem(schema: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the arguments of a call, in a sentence to the model; None where nothing is."""
+    """Return the error in a call's arguments as a sentence for the model; None if they are correct."""
     function = schema["function"]
     name, parameters = function["name"], function["parameters"]
     properties = parameters.get("properties", {})
@@ -82,7 +82,7 @@ def argument_problem(schema: Mapping[str, Any], arguments: Mapping[str, Any]) ->
 def _check_hints(function: Callable[..., Any], where: str) -> None:
     try:
         hints = typing.get_type_hints(inspect.unwrap(function))
-    except Exception as error:  # a name that does not exist, or is imported for type checkers alone
+    except Exception as error:  # a name that does not exist, or is imported only for type checkers
         raise UserError(f"{where}: its type hints cannot be read ({type(error).__name__}: {error}).") from None
     parameters = list(inspect.signature(function).parameters.values())
     if parameters and parameters[0].name in ("self", "cls") and parameters[0].annotation is inspect.Parameter.empty:
@@ -117,12 +117,13 @@ def _check_hint(hint: Any, argument: str, where: str) -> None:
 
 
 def _with_docstring(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that carries an inherited docstring itself: transformers reads no other."""
+    """Return a copy of a function with its inherited docstring, which transformers does not look up."""
     if function.__doc__:
         return function
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    copy = types.FunctionType(plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
-    copy.__annotations__, copy.__kwdefaults__ = plain.__annotations__, plain.__kwdefaults__
+    inner = inspect.unwrap(getattr(function, "__func__", function))
+    copy = types.FunctionType(inner.__code__, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
+    copy.__annotations__ = inner.__annotations__
+    copy.__kwdefaults__ = inner.__kwdefaults__
     copy.__doc__ = inspect.getdoc(function)
     return copy
 
@@ -132,7 +133,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _value_problem(schema: Mapping[str, Any], value: Any) -> str | None:
-    """Return what a value should be in place of what it is; None where it fits."""
+    """Return a description of the expected value; None if the value is valid."""
     if value is None and schema.get("nullable"):
         return None
     if "anyOf" in schema:

@@ -1,8 +1,8 @@
-"""Token ids of a conversation that goes on: its prompt, and what a template writes between two turns of the policy.
+"""Token ids of a growing conversation: its prompt, and the template's tokens between two turns of the policy.
 
-What was sampled stays as it was, id for id; only the template's new tokens are added behind it. So a template must be
-prefix-preserving: rendering more messages must not change the tokens before them. One that is not is replaced by a
-training template of its family, or refused. Torch-free. Left out: parsing calls (``align/data/tool_calls.py``).
+Sampled ids do not change; only the template's new tokens are added after them. So a template must be prefix-preserving:
+rendering more messages must not change the tokens before them. Another template is replaced by a training template of
+its family, or refused. ``align/data/tool_calls.py`` parses calls. Torch-free.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.data.tool_calls import ToolCall
+from align.environments.episode import call_id
 from align.environments.guarded_rendering import GuardedRenderer, Message
 from align.errors import UserError
 from align.models.named_templates import templates_with_tools
@@ -20,7 +21,7 @@ from align.models.render import require_chat_template
 from align.models.training_templates import training_templates
 
 QUESTION, NEXT, RESULT, TEXT = "Qanat", "Xylem", "Vortex", "Zephyrus"
-"""Rare words of the probes: everything else in a rendering is the template's."""
+"""Rare words of the probes. All other text in a rendering is the template's."""
 ASKED: list[Message] = [{"role": "user", "content": QUESTION}]
 FIELD = "the model stage's chat_template field"
 DATE = re.compile(r"\d{1,2} \w{3,9} \d{4}")
@@ -29,7 +30,7 @@ THOUGHT_OPENED = re.compile(r"<think>\s*\Z")
 
 @dataclass(frozen=True)
 class Probe:
-    """A short conversation: what the policy answers to, its answer, and what follows."""
+    """A short conversation: messages, the policy's answer, and the messages after it."""
 
     before: Sequence[Message]
     text: str
@@ -38,7 +39,7 @@ class Probe:
 
 
 class TurnTemplate:
-    """A tokenizer's chat template, as episodes use it."""
+    """The use of a tokenizer's chat template in episodes."""
 
     eos: int
     """The token that ends a turn of the policy."""
@@ -51,7 +52,7 @@ class TurnTemplate:
         """Choose a template for conversations with ``tools``; ``where`` names the model in messages.
 
         Raises ``UserError`` for a tokenizer without template, tools that it has no place for, and a template that is
-        not prefix-preserving where no training template fits.
+        not prefix-preserving if no training template fits.
         """
         require_chat_template(tokenizer, where)
         if tokenizer.eos_token_id is None:
@@ -75,7 +76,7 @@ class TurnTemplate:
         """
         text = self._text(self.template, messages)
         if messages[-1]["role"] == "assistant":
-            # A policy stops at the end of turn, so nothing may follow it.
+            # A policy stops at the end of turn, so the text after it is removed.
             text = text[: text.rindex(self._end) + len(self._end)]
         return self._renderer.encode(text)
 
@@ -84,8 +85,10 @@ class TurnTemplate:
     ) -> list[int]:
         """Return the ids that follow a sampled turn: the rest of its ending, ``messages``, and the next turn's start.
 
-        The turn ends with :attr:`eos`. ``calls`` are those of the turn; the results among ``messages`` are theirs, in
-        order. ``prompt`` is the conversation's beginning: some templates read in its system message how turns start.
+        Args:
+            messages: Messages after the turn; results of tools are in the order of ``calls``.
+            calls: Calls in the turn.
+            prompt: Beginning of the conversation. In some templates its system message determines how turns start.
         """
         probe = Probe(prompt or ASKED, TEXT if not calls else "", _with_ids(messages, calls), tuple(calls))
         try:
@@ -93,14 +96,14 @@ class TurnTemplate:
         except NotPreserving as error:
             roles = ", ".join(str(message["role"]) for message in messages)
             raise UserError(f"{self._where}: before the roles {roles}, its chat template has {error}.") from None
-        # The end of turn is encoded with what follows, as some tokenizers take white space into a token.
+        # The end of turn is encoded with the text after it, because some tokenizers add white space to a token.
         ids = self._renderer.encode(continued[len(answered) - len(self._end) :])
         if ids[:1] != [self.eos]:
             raise UserError(f"{self._where}: its tokenizer merges the end of turn with the text after it.")
         return ids[1:]
 
     def _choose(self, vocabulary: set[str]) -> None:
-        """Keep the model's own template, or take a training template that writes the same prompts."""
+        """Keep the model's template, or choose a training template that writes the same prompts."""
         fault = self._missing_tools(self.template) or self._fault(self.template)
         if fault is None:
             return
@@ -117,7 +120,7 @@ class TurnTemplate:
         )
 
     def _missing_tools(self, template: str) -> str | None:
-        """Return what a template lacks for the tools; None where it writes them and their results."""
+        """Return a description of missing support for tools; None if the template writes them and their results."""
         if not self._tools:
             return None
         prompt = self._try(template, ASKED, add_generation_prompt=True)
@@ -134,15 +137,15 @@ class TurnTemplate:
         return None
 
     def _fault(self, template: str) -> str | None:
-        """Return why a template cannot be used in episodes; None for one that can."""
+        """Return the reason why a template cannot be used in episodes; None if it can."""
         # Some templates open a thought in the prompt. The sampled turn then begins inside it.
         start = self._try(template, ASKED, add_generation_prompt=True)
         opened = THOUGHT_OPENED.search(self._renderer.readable(start)) if start else None
-        # Each probe tests a place where known templates rewrite what came before.
+        # Each probe tests a case in which known templates rewrite earlier text.
         probes = [
             Probe(ASKED, TEXT, [{"role": "user", "content": NEXT}]),
             Probe(ASKED, f"<think>\n{RESULT}\n</think>\n\n{TEXT}", [{"role": "user", "content": NEXT}]),
-            # A second turn behind the first one's.
+            # A second turn after the first.
             Probe([*ASKED, _answer(TEXT), *ASKED], TEXT, [{"role": "user", "content": NEXT}]),
             Probe([{"role": "system", "content": NEXT}, *ASKED], TEXT, ASKED),
         ]
@@ -181,18 +184,18 @@ class TurnTemplate:
     def _renderings(self, template: str, probe: Probe, start: str = "") -> tuple[str, str]:
         """Return a probe's rendering up to the end of its answer, and all of it with the next turn's start.
 
-        Raises ``NotPreserving`` where the first is no beginning of the second, or does not begin with ``start``.
+        Raises ``NotPreserving`` if the second does not begin with the first, or the first not with ``start``.
         """
-        # Some templates write one call in a turn, others refuse an answer with calls without such a field.
+        # Some templates write only one call in a turn; others refuse calls.
         answers = [_answer(probe.text, probe.calls), _answer(probe.text, probe.calls[:1]), _answer(TEXT)]
         for answer in answers:
             answered = self._try(template, [*probe.before, answer])
             if answered is not None:
                 break
         else:
-            # The last of them raises the template's own message.
+            # The last attempt raises the template's message.
             answered = self._text(template, [*probe.before, answer])
-        # The answer ends at its end of turn. What the template writes after it belongs to the next turn.
+        # The answer ends at its end of turn. The text after it belongs to the next turn.
         end = answered.rfind(self._end)
         if end < len(start):
             raise NotPreserving(
@@ -208,7 +211,7 @@ class TurnTemplate:
     def _require_beginning(self, first: str, second: str, occasion: str) -> None:
         if second.startswith(first):
             return
-        # Ids say it better than characters: they are what the policy has sampled.
+        # Compare ids instead of characters, because the policy samples ids.
         before, after = self._renderer.encode(first), self._renderer.encode(second)
         pairs = enumerate(zip(before, after, strict=False))
         place = next((index for index, (a, b) in pairs if a != b), min(len(before), len(after)))
@@ -221,7 +224,7 @@ class TurnTemplate:
         )
 
     def _writes_same_prompts(self, text: str) -> bool:
-        """Return True where a training template writes the prompts that the model's own does, but for dates."""
+        """Return whether a training template writes the same prompts as the model's template, except for dates."""
         system: list[Message] = [{"role": "system", "content": NEXT}]
         is_same = []
         for messages in (ASKED, [*system, *ASKED]):
@@ -236,7 +239,7 @@ class TurnTemplate:
         return self._renderer.text(template, list(messages), self._tools, add_generation_prompt)
 
     def _try(self, template: str, messages: Iterable[Message], add_generation_prompt: bool = False) -> str | None:
-        """Return a rendering; None where the template refuses it."""
+        """Return a rendering; None if the template refuses it."""
         try:
             return self._text(template, messages, add_generation_prompt)
         except UserError:
@@ -244,7 +247,7 @@ class TurnTemplate:
 
 
 class NotPreserving(UserError):
-    """A template under which a conversation's beginning changes."""
+    """The template changes the beginning of a conversation."""
 
 
 def _answer(text: str, calls: Sequence[ToolCall] = ()) -> Message:
@@ -261,26 +264,16 @@ def _answer(text: str, calls: Sequence[ToolCall] = ()) -> Message:
     return answer
 
 
-def call_id(call: ToolCall, index: int) -> str:
-    """Return a call's own id, or one of nine letters and digits, which Mistral's templates ask for."""
-    return call.id or call_id_at(index)
-
-
-def call_id_at(index: int) -> str:
-    """Return the id of a call without one, by its number in its turn."""
-    return f"call{index:05d}"
-
-
 def _with_ids(messages: Sequence[Message], calls: Sequence[ToolCall]) -> list[Message]:
-    """Return messages whose results of tools name the calls that they answer, in order."""
+    """Return messages with the calls' ids in the results of tools."""
     remaining = list(enumerate(calls))
-    named: list[Message] = []
+    with_ids: list[Message] = []
     for message in messages:
         if message["role"] == "tool" and remaining:
             index, call = remaining.pop(0)
             message = {"tool_call_id": call_id(call, index), "name": call.name, **message}
-        named.append(message)
-    return named
+        with_ids.append(message)
+    return with_ids
 
 
 def _tool_name(tool: Mapping[str, Any]) -> str:

@@ -1,8 +1,13 @@
-"""Opens the model that plays the user of an environment: a checkpoint, or a server."""
+"""The model that plays the user of an environment: opening it, and a user on an OpenAI-compatible server. Torch-free.
+
+The user by a checkpoint is in ``checkpoint_user.py``. An answer of a server is cached when it arrives, so a killed
+stage requests no answer twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,39 +17,50 @@ from align.config.environment import EnvironmentConfig
 from align.config.launch import world_size
 from align.config.runtime import Runtime
 from align.config.simulated_user import USER_INPUT, SimulatedUserConfig
-from align.environments.simulated_user import SimulatedUser
+from align.data.rows import Message, user
+from align.environments.simulated_user import SimulatedUser, UserAnswer, UserRequest, read_answer
+from align.errors import UserError
+from align.inference.cached_client import CachedClient, open_caches, prices_of
+from align.inference.endpoint_client import Endpoint, EndpointLost
+from align.inference.requests import Answer, Request
 from align.inference.watchdog import OnHang
 from align.pipeline.context import StageContext
 
 FOLDER = "user"
 """Folder of a server's answers."""
+NAME = "user"
+"""Name of the model in the client's statistics."""
+MAX_LOST = 2
+"""Consecutive requests without any answer after which a server counts as gone. A single request may be at fault."""
+READY = [user("Reply with the one word: ready")]
+"""A test request, sent before anything expensive starts."""
 
 
 @dataclass(frozen=True)
 class UserResources:
-    """What a stage gives to the model that plays the user."""
+    """Resources of a stage for the model that plays the user."""
 
     runtime: Runtime
     precision: Precision
     folder: Path
     """Folder that survives a kill of the stage, for a server's answers."""
     shared: Path | None
-    """Folder that runs share, where there is one."""
+    """Folder that runs share; None if there is none."""
     warn: Callable[[str], object]
     on_hang: OnHang | None = None
     processes: int = 1
     """Processes of the stage, which share a server's budget."""
     outage_fails_episodes: bool = False
-    """Whether a server that is lost fails the episodes that it did not answer. Else ``EndpointLost`` ends the stage:
-    what is stored for good should hold no outage."""
+    """True to fail the unanswered episodes if the server is lost. Otherwise ``EndpointLost`` ends the stage, so no
+    artifact contains the effect of an outage."""
 
 
 def open_user(
     config: SimulatedUserConfig, model_dir: Path | None, resources: UserResources, where: str
 ) -> SimulatedUser:
-    """Open a user, and check it; ``model_dir`` is the folder of its checkpoint, where it is one.
+    """Open a user and check it; ``model_dir`` is the folder of its checkpoint, None for a server.
 
-    A server is asked for a word. Raises ``UserError``, which begins with ``where``, for a model that cannot be used.
+    A server gets a test request. Raises ``UserError``, which begins with ``where``, if the model cannot be used.
     """
     if config.endpoint is None:
         from align.environments.checkpoint_user import CheckpointUser
@@ -58,26 +74,15 @@ def open_user(
             where=f"{where}.model",
             on_hang=resources.on_hang,
         )
-    from align.environments.endpoint_user import EndpointUser
-
-    shared = None if resources.shared is None else resources.shared / FOLDER
-    user = EndpointUser(
-        config,
-        resources.folder / FOLDER,
-        shared,
-        where=where,
-        warn=resources.warn,
-        processes=resources.processes,
-        outage_fails_episodes=resources.outage_fails_episodes,
-    )
-    user.check()
-    return user
+    endpoint_user = EndpointUser(config, resources, where)
+    endpoint_user.check()
+    return endpoint_user
 
 
 def open_stage_user(context: StageContext, *, outage_fails_episodes: bool = False) -> SimulatedUser | None:
-    """Open the model that plays the user of a stage's episodes; None where its environment has none.
+    """Open the model that plays the user of a stage's episodes; None if its environment has no user.
 
-    For ``outage_fails_episodes`` see ``UserResources``.
+    ``UserResources`` explains ``outage_fails_episodes``.
     """
     config = context.config.environment.user
     if config is None:
@@ -98,14 +103,14 @@ def open_stage_user(context: StageContext, *, outage_fails_episodes: bool = Fals
 
 
 def playing_processes(runtime: Runtime) -> int:
-    """Return how many processes of this stage play episodes: with a pool of servers the first one plays all."""
+    """Return the number of processes that play episodes. With a pool of servers the first process plays all."""
     return 1 if runtime.rollouts.pooled else world_size()
 
 
 def check_user_rows(config: EnvironmentConfig, rows: Iterable[Mapping[str, Any]], where: str) -> None:
     """Raise ``UserError`` for a row without a column that the user's prompt quotes; ``where`` is the stage's name.
 
-    It needs no model, so stages call it with all their rows before they load one.
+    The check needs no model, so stages check all rows before they load a model.
     """
     if config.user is None:
         return
@@ -114,12 +119,112 @@ def check_user_rows(config: EnvironmentConfig, rows: Iterable[Mapping[str, Any]]
 
 
 def user_prompt(config: EnvironmentConfig, where: str, row: Mapping[str, Any]) -> str:
-    """Return the system message of the user's model for a row. Raises ``UserError`` for a column it lacks."""
+    """Return the system message of the user's model for a row. Raises ``UserError`` for a missing column."""
     assert config.user is not None
     return config.user.system_message(row, f"{where}.environment.user")
 
 
 def user_usage(user: SimulatedUser | None) -> dict[str, Any]:
-    """Return ``user``: requests, tokens and cost of the server that plays the user; nothing without one."""
+    """Return requests, tokens and cost of the user's server as ``user``; empty if there is no server."""
     usage = {} if user is None else user.usage()
     return {"user": usage} if usage else {}
+
+
+class EndpointUser:
+    """A server that plays the user; a ``SimulatedUser``."""
+
+    in_background = True
+
+    def __init__(self, config: SimulatedUserConfig, resources: UserResources, where: str) -> None:
+        """Open the caches. Raises ``UserError`` if the endpoint's key is not in the environment."""
+        assert config.endpoint is not None
+        self._config = config
+        self._where = where
+        self._outage_fails_episodes = resources.outage_fails_episodes
+        # A request that the server rejects (a content filter, a length) fails one episode, not the run.
+        self._endpoint = Endpoint(config.endpoint, drop=True, place=f"{where}.endpoint")
+        shared = None if resources.shared is None else resources.shared / FOLDER
+        cache, shared_cache = open_caches(resources.folder / FOLDER, shared, "answers", resources.warn)
+        prices = prices_of(config.endpoint)
+        self._client = CachedClient(
+            cache,
+            shared_cache,
+            config.max_cost,
+            {} if prices is None else {NAME: prices},
+            processes=resources.processes,
+        )
+
+    def check(self) -> None:
+        """Send a test request. Raises ``UserError`` or ``EndpointLost`` if the server cannot be used."""
+        # No cache has the sample number, so every attempt of a stage asks the server.
+        request = self._request(READY, sample=time.time_ns())
+        answer = self._client.ask(self._endpoint, [request], NAME)[0]
+        if answer.error:
+            raise UserError(f"{self._where}.endpoint: the server {answer.error}.")
+
+    def answer(self, requests: Sequence[UserRequest]) -> list[UserAnswer]:
+        """Return an answer to each request, in order; a failure if the server's answer cannot be used.
+
+        Raises ``UserError`` for settings that the server refuses, and for a spent budget. Raises ``EndpointLost`` if a
+        request runs out of attempts, unless that fails its episode; earlier answers are cached.
+        """
+        server_requests = [self._request(request.messages, seed=request.seed) for request in requests]
+        if not self._outage_fails_episodes:
+            return [self._read(answer) for answer in self._client.ask(self._endpoint, server_requests, NAME)]
+        answers = self._ask_on(server_requests)
+        return [answers[request.key] for request in server_requests]
+
+    def _request(self, messages: list[Message], seed: int = 0, sample: int = 0) -> Request:
+        return Request(
+            model=self._endpoint.identity,
+            messages=messages,
+            max_tokens=self._config.max_tokens,
+            temperature=self._config.temperature,
+            seed=seed,
+            sample=sample,
+        )
+
+    def _ask_on(self, requests: list[Request]) -> dict[str, UserAnswer]:
+        """Return answers by key. A request that runs out of attempts fails, and the other requests are sent again.
+
+        The server counts as gone after ``MAX_LOST`` such requests without an answer between them.
+        """
+        answers: dict[str, UserAnswer] = {}
+        lost_in_a_row = 0
+        while True:
+            unasked = [request for request in requests if request.key not in answers]
+            try:
+                replies = self._client.ask(self._endpoint, unasked, NAME)
+            except EndpointLost as error:
+                # Earlier answers are in the cache.
+                new = self._cached(unasked)
+                lost = UserAnswer(failure=error.problem)
+                # An answer shows that the server is reachable, so the count starts again.
+                lost_in_a_row = len(error.requests) + (0 if new else lost_in_a_row)
+                is_gone = not new and (lost_in_a_row >= MAX_LOST or not error.requests)
+                answers |= new | {request.key: lost for request in (unasked if is_gone else error.requests)}
+                continue
+            answers |= {request.key: self._read(reply) for request, reply in zip(unasked, replies, strict=True)}
+            return answers
+
+    def _cached(self, requests: list[Request]) -> dict[str, UserAnswer]:
+        """Return the answers in the stage's cache by key."""
+        lookups = {request.key: self._client.cache.get(request.key) for request in requests}
+        return {key: self._read(lookup.answer) for key, lookup in lookups.items() if lookup is not None}
+
+    def _read(self, answer: Answer) -> UserAnswer:
+        if answer.error:
+            return UserAnswer(failure=f"the user's server {answer.error}.")
+        if answer.refused:
+            return UserAnswer(failure="the user's server declined to answer.")
+        return read_answer(answer.text, answer.finished, self._config.stop)
+
+    def usage(self) -> dict[str, Any]:
+        """Return requests, tokens and cost of all attempts and processes of the stage so far."""
+        return self._client.usage_of_stage(self._endpoint, NAME).to_json()
+
+    def load(self) -> None:
+        """Load no weights: the server has them."""
+
+    def close(self) -> None:
+        """Release no resources: each batch closes its connections."""

@@ -1,8 +1,8 @@
-"""Environments of the package verifiers 0.4 (extra ``verifiers``): a taskset, and the code that plays it. Torch-free.
+"""Environments of the package verifiers 0.4 (extra ``verifiers``): a taskset and its code. Torch-free.
 
-The environment's own code runs, with the policy in the place of its agent (``verifiers_seat.py``): its prompts, its
-user turns, its tools, its rewards. Left out: several agents, harnesses that are programs, containers, and images. A
-row's column ``task`` has the number of its task; ``tasks`` makes such rows.
+The environment's code runs unchanged, with its prompts, user turns, tools and rewards, and the policy is its agent
+(``verifiers_seat.py``). Several agents, harnesses that are programs, containers and images are refused. A row's column
+``task`` has the number of its task; ``tasks`` makes such rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,13 @@ from align.config.extras import require_extra
 from align.config.user_functions import search_module_folders
 from align.data.event_loop import wait_for
 from align.data.rows import Message, Row
-from align.environments.environment import Action, check_arguments, play_again
-from align.environments.errors import EnvironmentFailed
-from align.environments.methods import Methods, describe_failure
+from align.environments.environment import Environment
 from align.environments.results import (
+    EnvironmentFailed,
     Scores,
     Step,
     describe_exception,
+    describe_failure,
     read_messages,
     read_package_scores,
     read_step,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from align.environments.verifiers_seat import Play
 
 MOST_TASKS = 1000
-"""Tasks among which a row without a column ``task`` gets one."""
+"""Number of tasks to choose from for a row without a column ``task``."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -51,7 +51,7 @@ class VerifiersSource:
     tools: list[dict[str, Any]]
     max_result_tokens: int
     has_step: bool = True
-    """Every message of the policy goes to the environment, the last one too."""
+    """True: the environment reads every message of the policy, including the last."""
     can_save: bool = False
 
     def preload(self) -> None:
@@ -64,7 +64,7 @@ class VerifiersSource:
 
 
 def open_verifiers(config: EnvironmentConfig, place: str) -> VerifiersSource:
-    """Import an environment. Raises ``UserError``, which begins with ``place``, for one that align cannot play."""
+    """Import an environment. Raises ``UserError``, which begins with ``place``, if align cannot play it."""
     where, name = f"{place}.verifiers", str(config.verifiers)
     require_extra("verifiers", "verifiers", f"{where}:")
     search_module_folders()
@@ -93,27 +93,26 @@ def open_verifiers(config: EnvironmentConfig, place: str) -> VerifiersSource:
 def tasks(name: str, count: int, first: int = 0, **arguments: Any) -> Iterator[dict[str, Any]]:
     """Yield tasks of an environment, as records of format ``prompt``, for a source of type ``python``.
 
-    Their column ``task`` must be kept: ``keep: [task]``. Fewer are yielded where the taskset has fewer.
+    Their column ``task`` must be kept: ``keep: [task]``. Yields fewer if the taskset is smaller.
     """
     env = _load(name, _canonical(arguments))
     for place, task in enumerate(itertools.islice(env.taskset, first, first + count), start=first):
         data = task.data
         text = data.prompt_text or data.name or f"{name} {data.idx}"
-        # Its place, by which an episode finds it again; a taskset may number its tasks otherwise.
+        # An episode finds its task by its position, because a taskset may number tasks differently.
         yield {"prompt": text, "task": place}
 
 
-class VerifiersEnvironment:
-    """An episode of an environment of verifiers."""
+class VerifiersEnvironment(Environment):
+    """An episode of an environment of verifiers. It restores no state, so ``restore`` repeats the actions."""
 
     def __init__(self, source: VerifiersSource) -> None:
+        super().__init__(source.tools)
         self._source = source
         self._env = _load(source.name, _canonical(source.arguments))
-        self._methods = Methods("")
-        self._schemas = {schema["function"]["name"]: schema for schema in source.tools}
         self._play: Play | None = None
         self._called: list[Any] = []
-        """Calls of the policy's turn, and their results, in the words of verifiers."""
+        """Calls of the policy's turn and their results, as messages of verifiers."""
         self._is_done = False
 
     def reset(self, row: Row) -> list[Message] | None:
@@ -132,17 +131,17 @@ class VerifiersEnvironment:
         """Return a tool's result. Raises ``ToolError`` or ``EnvironmentFailed``."""
         import verifiers.v1 as vf
 
-        check_arguments(self._schemas, name, arguments)
+        self.check_arguments(name, arguments)
         play = self._playing()
         text = ""
         try:
-            result = self._methods.run_tool(name, play.tools[name], arguments)
+            result = self.run_tool(name, play.tools[name], arguments)
             text = read_text(result, self._source.max_result_tokens)
         except Exception as error:
             text = str(error)
             raise
         finally:
-            # Failed calls are recorded, too: rewards and metrics read the whole conversation.
+            # Failed calls are also recorded, because rewards and metrics read the complete conversation.
             identity = f"call_{len(self._called)}"
             call = vf.ToolCall(id=identity, name=name, arguments=json.dumps(arguments))
             self._called += [
@@ -160,10 +159,10 @@ class VerifiersEnvironment:
         return read_step((messages, self._is_done), self._source.max_result_tokens, "verifiers")
 
     def score(self, messages: list[Message]) -> Scores:
-        """Return the environment's rewards; one that still waits for the policy ends first."""
+        """Return the environment's rewards, after its end if it still waits for the policy."""
         play = self._playing()
         if not self._is_done:
-            # Without another turn the environment runs to its end, where it computes its rewards.
+            # Without another turn the environment runs to its end, and then computes its rewards.
             self._read(*play.answer(None))
         if not self._is_done or play.trace is None:
             raise EnvironmentFailed("the environment asks for another turn of a policy that has none left.")
@@ -172,18 +171,9 @@ class VerifiersEnvironment:
         parts = metrics | {name: reward.score for name, reward in rewards.items()}
         return read_package_scores(play.trace.reward, parts, self._source.name)
 
-    def state(self) -> Any:
-        """Return nothing: verifiers restores no state."""
-        return None
-
-    def restore(self, row: Row, actions: Sequence[Action], state: Any = None) -> int:
-        """Begin the task again, and repeat the actions."""
-        self.reset(row)
-        return play_again(self, actions)
-
     def cancel(self) -> None:
-        """End the call that runs, and the episode."""
-        self._methods.cancel()
+        """End the running call and the episode."""
+        super().cancel()
         if self._play is not None:
             self._play.cancel()
 
@@ -197,7 +187,7 @@ class VerifiersEnvironment:
         return self._play
 
     def _read(self, kind: str, value: Any) -> list[Message]:
-        """Return the messages that the environment says; none at its end. Raises ``EnvironmentFailed``."""
+        """Return the environment's messages; empty at its end. Raises ``EnvironmentFailed``."""
         if kind == "failed":
             if isinstance(value, EnvironmentFailed):
                 raise value
@@ -208,7 +198,7 @@ class VerifiersEnvironment:
     def _task(self, row: Row) -> Any:
         index = row.get("task")
         if not isinstance(index, int):
-            # A row without a task gets one that depends only on the row's id, so a restored episode has the same task.
+            # The task depends only on the row's id, so a restored episode has the same task.
             index = int(digest(str(row.get("id", "")))[:8], 16) % _count(self._source.name, self._source.arguments)
         task = next(itertools.islice(self._env.taskset, index, None), None)
         if task is None:
@@ -242,7 +232,7 @@ def _canonical(arguments: Mapping[str, Any]) -> str:
 
 
 def _objection(env: Any) -> str | None:
-    """Return why align cannot play an environment; None where it can."""
+    """Return the reason why align cannot play an environment; None if it can."""
     import verifiers.v1 as vf
     from verifiers.v1.configs.agent import agent_config_fields
     from verifiers.v1.session import hook_boundary
@@ -251,7 +241,7 @@ def _objection(env: Any) -> str | None:
     if len(seats) != 1:
         return f"it has the agents {', '.join(seats)}, and align plays one"
     if type(env).start is not vf.Env.start:
-        return "it starts services of its own, which align has no place for"
+        return "it starts separate services, which align does not support"
     kind = type(env.taskset).task_type()
     if kind.NEEDS_CONTAINER:
         return "its tasks need a container"

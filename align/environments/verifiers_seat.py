@@ -1,7 +1,6 @@
-"""The seat of the policy in an environment of the package verifiers: what its code speaks to. Torch-free.
+"""The policy as the agent of an environment of the package verifiers. Torch-free.
 
-That code runs as a coroutine. Where it asks its agent for a turn, it waits here until the policy has spoken. Private
-parts of verifiers 0.4 are used in this file alone: the state of its tool servers.
+The environment's code runs as a coroutine. When it asks its agent for a turn, it waits here for the policy.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from verifiers.v1.utils.decorators import discover_decorated, invoke
 
 from align.data import event_loop
 from align.data.rows import Message
-from align.environments.errors import EnvironmentFailed
+from align.environments.results import EnvironmentFailed
 from align.patches.verifiers import set_state
 
 END = None
-"""In place of the policy's turn: it has no more turns."""
+"""Reply if the policy has no more turns."""
 
 
 class Play:
@@ -37,22 +36,22 @@ class Play:
     def __init__(self, env: Any, task: Any) -> None:
         self._env, self._task = env, task
         self._said: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        """What comes out of the coroutine: ``turn`` with new messages, ``done`` or ``failed``."""
+        """Events of the coroutine: ``turn`` with new messages, ``done`` or ``failed``."""
         self._reply: asyncio.Future[list[Any] | None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._coroutine: Future[Any] | None = None
         self._is_seated = False
         self.trace: Any = None
         self.tools: dict[str, Any] = {}
-        """Functions that the policy may call, by the name that it has for them."""
+        """Functions that the policy may call, by their names in its schemas."""
 
     def start(self) -> tuple[str, Any]:
-        """Begin the episode; return what it says first."""
+        """Begin the episode; return its first event."""
         self._coroutine = event_loop.start(self._run())
         return self._said.get()
 
     def answer(self, reply: list[Any] | None) -> tuple[str, Any]:
-        """Give the policy's messages, or ``END``; return what the environment says to them."""
+        """Send the policy's messages, or ``END``; return the environment's next event."""
         if self._reply is None or self._loop is None:
             raise EnvironmentFailed("the environment of verifiers waits for no message.")
         waiting, self._reply = self._reply, None
@@ -65,8 +64,8 @@ class Play:
             self._coroutine.cancel()
 
     async def exchange(self, messages: list[Message]) -> list[Any] | None:
-        """Say messages to the policy, and wait for its turn; ``END`` where it has no more."""
-        # The future must exist before the messages go out: answer() runs in another thread and may come at once.
+        """Send messages to the policy, and return its turn; ``END`` if it has no more turns."""
+        # The future must exist before the messages are sent, because another thread may call answer() immediately.
         self._reply = asyncio.get_running_loop().create_future()
         waiting = self._reply
         self._said.put(("turn", messages))
@@ -98,7 +97,7 @@ class Play:
 
 
 class Seat:
-    """What an environment's code has for an agent."""
+    """The agent that an environment's code uses."""
 
     def __init__(self, play: Play, episode: Any, name: str, config: Any) -> None:
         self._play, self._episode, self._name, self._config = play, episode, name, config
@@ -112,10 +111,10 @@ class Seat:
 
     @contextlib.asynccontextmanager
     async def interaction(self, task: Any, **options: Any) -> AsyncIterator[Conversation]:
-        """Open a conversation with the policy; at its end the task scores it."""
+        """Open a conversation with the policy. The task scores it at the end."""
         refused = [name for name, value in options.items() if value is not None and name != "on_trace"]
         if refused:
-            raise EnvironmentFailed(f"the environment gives its agent a {refused[0]}, which align has no place for.")
+            raise EnvironmentFailed(f"the environment gives its agent a {refused[0]}, which align does not support.")
         self._play.take_seat()
         trace = vf.Trace(
             task=vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash),
@@ -127,7 +126,7 @@ class Seat:
         await _wait(invoke(task.setup, available))
         self._play.tools = await start_tools(task, self._play_toolsets(task), trace.state)
         conversation = Conversation(self._play, task, trace, self._config.max_turns)
-        # The environment's code now talks to the policy. After that its task scores the trace.
+        # The environment's code now talks to the policy. Then its task scores the trace.
         yield conversation
         trace.stop("user_closed")
         await _wait(invoke(task.finalize, available))
@@ -140,7 +139,7 @@ class Seat:
 
 
 class Conversation:
-    """What an environment's code has for an open conversation with an agent."""
+    """The open conversation with an agent that an environment's code uses."""
 
     def __init__(self, play: Play, task: Any, trace: Any, max_turns: int | None) -> None:
         self._play, self._task, self.trace, self._max_turns = play, task, trace, max_turns
@@ -148,7 +147,7 @@ class Conversation:
         self._stops = [hook for hook in task.hooks("stop") if hook_boundary(hook, allow_trace=True) is vf.Trace]
 
     async def turn(self, message: Any = None) -> Any:
-        """Say a message to the policy, and return what it did until it spoke again."""
+        """Send a message to the policy; return its messages up to the end of its turn."""
         new: list[Any] = []
         data = self._task.data
         if not self.trace.nodes:
@@ -159,7 +158,7 @@ class Conversation:
             new.append(vf.UserMessage(content=message))
         else:
             new += [parse_message(item) if isinstance(item, dict) else item for item in message or []]
-        # No turn is asked for after the conversation was stopped.
+        # A stopped conversation requests no turn.
         reply = END
         if not (self._is_over or await self._is_stopped()):
             reply = await self._play.exchange([plain_message(item) for item in new])
@@ -192,24 +191,24 @@ class Conversation:
 
 
 def plain_message(message: Any) -> Message:
-    """Return a message of verifiers as align has it. Raises ``EnvironmentFailed`` for an image."""
+    """Return a message of verifiers in align's format. Raises ``EnvironmentFailed`` for an image."""
     if not isinstance(message.content, str | None) and any(part.type != "text" for part in message.content):
-        raise EnvironmentFailed("the environment sends an image, and align's policies read text alone.")
-    plain = {"role": message.role, "content": content_text(message.content)}
+        raise EnvironmentFailed("the environment sends an image, and align's policies read only text.")
+    converted = {"role": message.role, "content": content_text(message.content)}
     calls = getattr(message, "tool_calls", None)
     if calls:
         functions = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in calls]
-        plain["tool_calls"] = json.dumps([{"type": "function", "function": function} for function in functions])
-    return plain
+        converted["tool_calls"] = json.dumps([{"type": "function", "function": function} for function in functions])
+    return converted
 
 
 def make_toolsets(env: Any, task: Any) -> list[Any]:
-    """Return new tool servers for one task, and those that verifiers would share among all tasks."""
+    """Return new tool servers for one task, including the servers that verifiers shares among all tasks."""
     return [*env.taskset.toolsets(env.taskset.config), *task.toolsets(task.config)]
 
 
 async def start_tools(task: Any, toolsets: list[Any], state: Any) -> dict[str, Any]:
-    """Set tool servers up in this process; return their functions by the name that the policy has for them."""
+    """Start tool servers in this process; return their functions by their names in the policy's schemas."""
     functions: dict[str, Any] = {}
     for toolset in toolsets:
         set_state(toolset, state)
@@ -220,7 +219,7 @@ async def start_tools(task: Any, toolsets: list[Any], state: Any) -> dict[str, A
 
 
 def tool_functions(toolset: Any) -> dict[str, Any]:
-    """Return the tools of a server by the name that the policy has for them."""
+    """Return the tools of a server by their names in the policy's schemas."""
     prefix = f"{toolset.server_name}_" if toolset.server_name else ""
     return {
         prefix + (getattr(function, "tool_name", None) or function.__name__): function
@@ -229,7 +228,7 @@ def tool_functions(toolset: Any) -> dict[str, Any]:
 
 
 async def tool_schemas(toolsets: list[Any]) -> list[dict[str, Any]]:
-    """Return the JSON schemas of tool servers, as verifiers' own harness tells the model of them."""
+    """Return the JSON schemas of tool servers, equal to the schemas that verifiers' harness shows the model."""
     from mcp.server.mcpserver import MCPServer
 
     schemas = []

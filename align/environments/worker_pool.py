@@ -1,8 +1,8 @@
-"""Calls of many episodes' environments at once, each with a time limit. Torch-free.
+"""Calls of many episodes' environments at the same time, each with a time limit. Torch-free.
 
-Calls of one episode run in order. A call that takes too long is given up: its episode gets ``ToolTimeout``, and its
-instance is gone. A process is killed then. A thread cannot be: it is left alone, counted, and replaced. Leaves out how
-an episode gets a new instance (``replay.py``).
+Calls of one episode run in order. A call that exceeds its limit is abandoned: its episode gets ``ToolTimeout``, and its
+instance is dropped. Its process is killed. A thread cannot be killed: it is counted as abandoned until its call
+returns, and another thread may run in its place. ``journal.py`` makes new instances for such episodes.
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from align.environments.environment import Environment, EnvironmentSource
-from align.environments.errors import EnvironmentFailed, ToolError, ToolTimeout
-from align.environments.methods import describe_failure
 from align.environments.processes import ProcessServer
+from align.environments.results import EnvironmentFailed, ToolError, ToolTimeout, describe_failure
 
 BEGINNINGS = frozenset({"reset", "restore"})
-"""Methods with which an instance begins."""
+"""Methods that make an instance if the episode has none."""
 log = logging.getLogger(__name__)
 
 
 class Instance(Protocol):
-    """An episode's environment, wherever it runs."""
+    """An episode's environment, in this process or another."""
 
     is_ended: bool
-    """Whether no method can be called any more."""
+    """True if no method can be called any more."""
 
     def perform(self, method: str, inputs: tuple[Any, ...]) -> Any:
         """Return the result of a method."""
         ...
 
     def end(self) -> object:
-        """Give up the call that runs, and the instance."""
+        """Stop the running call and drop the instance."""
         ...
 
 
@@ -52,7 +51,7 @@ class LocalInstance:
         return getattr(self._environment, method)(*inputs)
 
     def end(self) -> None:
-        """Cancel the call that runs, where it is async."""
+        """Cancel the running call if it is async."""
         self.is_ended = True
         self._environment.cancel()
 
@@ -61,7 +60,7 @@ class Result(Future[Any]):
     """The result of a call."""
 
     seconds: float = 0.0
-    """How long the call ran, without the wait for a worker."""
+    """Duration of the call, without the wait for a worker."""
 
 
 @dataclass
@@ -70,11 +69,11 @@ class _Call:
     method: str
     inputs: tuple[Any, ...]
     limit: float
-    """Seconds that it may run."""
+    """Maximum duration in seconds."""
     result: Result = field(default_factory=Result)
     started: float = 0.0
     is_over: bool = False
-    """Whether it has a result, or was given up; whoever sets this sets the result."""
+    """True once a thread has claimed the right to set the result."""
 
     @property
     def deadline(self) -> float:
@@ -82,7 +81,7 @@ class _Call:
 
 
 class EnvironmentPool:
-    """Instances by the number of their episode, and the threads that call them."""
+    """Instances by the number of their episode, and a thread for each running call."""
 
     def __init__(
         self,
@@ -91,39 +90,45 @@ class EnvironmentPool:
         tool_seconds: float = 30.0,
         isolation: Literal["thread", "process"] = "thread",
     ) -> None:
-        """Start the process from which those of episodes are forked, where they have processes of their own.
+        """Start the server process with ``isolation: process``.
 
-        ``workers`` is the number of calls at once, ``tool_seconds`` the limit of each. Raises ``EnvironmentFailed`` for
-        a process that does not start.
+        Args:
+            source: Makes the instances.
+            workers: Maximum number of simultaneous calls.
+            tool_seconds: Time limit of each call.
+            isolation: Run the instances in threads of this process, or in separate processes.
+
+        Raises:
+            EnvironmentFailed: The server process does not start.
         """
         self.source = source
         self.tool_seconds = tool_seconds
         """Limit of the calls that are submitted from now on."""
         self.timeouts = 0
-        """Calls that were given up."""
+        """Number of calls that exceeded their limit."""
         self.abandoned = 0
-        """Threads that still run a call that was given up."""
+        """Number of threads that still run such a call."""
         self._workers = workers
         self._server = ProcessServer(source) if isolation == "process" else None
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
         self._alarm = threading.Condition(self._lock)
+        """Wakes the watch when a call starts or the pool closes."""
         self._waiting: dict[int, deque[_Call]] = {}
-        """Calls of each episode that have not begun, in order."""
+        """Calls of each episode that have not started, in order."""
         self._ready: deque[int] = deque()
-        """Episodes with a call that may begin."""
+        """Episodes with a call that may start."""
         self._running: dict[int, _Call] = {}
         self._instances: dict[int, Instance] = {}
-        self._threads = self._idle = 0
-        """Threads that may take a call, and those among them that wait for one."""
+        self._busy = 0
+        """Number of threads with a call that is not abandoned."""
         self._is_closed = False
         self._watch: threading.Thread | None = None
 
     def submit(self, episode: int, method: str, *inputs: Any) -> Result:
         """Call a method of an episode's environment after the calls that were submitted before.
 
-        ``reset`` and ``restore`` make an instance where there is none. The result raises ``ToolError`` with a text for
-        the model, or ``EnvironmentFailed``.
+        ``reset`` and ``restore`` make an instance if the episode has none. The result raises ``ToolError`` with a text
+        for the model, or ``EnvironmentFailed``.
         """
         limit = self.tool_seconds
         if method == "restore":  # it repeats earlier calls
@@ -141,99 +146,88 @@ class EnvironmentPool:
             return episode in self._instances
 
     def close_episode(self, episode: int) -> Result:
-        """Have an episode's instance closed after its calls. The result never raises."""
+        """Close an episode's instance after its calls. The result never raises."""
         call = _Call(episode, "close", (), self.tool_seconds)
         with self._lock:
-            # A call that runs may be making the instance.
-            is_known = episode in self._instances or episode in self._waiting or episode in self._running
-            if self._is_closed or not is_known:
+            # A running call may be making the instance.
+            is_active = episode in self._instances or episode in self._waiting or episode in self._running
+            if self._is_closed or not is_active:
                 call.result.set_result(None)
             else:
                 self._put(call)
         return call.result
 
     def close(self) -> None:
-        """Close all instances, in at most ``tool_seconds``, and end their processes. Calls that wait are cancelled."""
+        """Close all instances, in at most ``tool_seconds``, and end their processes. Waiting calls are cancelled."""
         with self._lock:
-            # 1. Take no more calls, drop those that wait, and have idle instances closed.
+            # 1. Accept no more calls, cancel waiting calls, and close idle instances.
             self._is_closed = True
             waiting = [call for calls in self._waiting.values() for call in calls]
             self._waiting.clear()
             self._ready.clear()
-            closing = []
-            for episode in self._instances:
-                if episode not in self._running:
-                    closing.append(_Call(episode, "close", (), self.tool_seconds))
-                    self._put(closing[-1])
+            idle = [episode for episode in self._instances if episode not in self._running]
+            closing = [_Call(episode, "close", (), self.tool_seconds) for episode in idle]
+            for call in closing:
+                self._put(call)
         for call in waiting:
             call.result.cancel()
-        # 2. Wait as long as one call may take.
+        # 2. Wait as long as one call may run.
         wait([call.result for call in closing], self.tool_seconds)
         with self._lock:
-            # 3. End the idle threads, and give up what still runs.
+            # 3. Abandon the calls that are still running.
             self._ready.clear()
-            self._work.notify_all()
+            for call in self._running.values():
+                call.limit = 0.0
             self._alarm.notify_all()
-            for call in list(self._running.values()):
-                call.limit = 0.0  # whoever still runs is given up
         if self._watch is not None:
             self._watch.join()
         if self._server is not None:
             self._server.close()
 
-    # ---- threads ----
+    # ---- the methods below this line, up to "threads", expect the lock ----
 
     def _put(self, call: _Call) -> None:
         calls = self._waiting.setdefault(call.episode, deque())
         calls.append(call)
-        # Only the first call of an idle episode is offered. The others follow as each call ends (_release).
+        # Only the first call of an idle episode is ready. The others follow as each call ends (_release).
         if call.episode not in self._running and len(calls) == 1:
-            self._offer(call.episode)
+            self._ready.append(call.episode)
+            self._start_calls()
 
-    def _offer(self, episode: int) -> None:
-        """Have a thread take an episode's next call."""
-        self._ready.append(episode)
-        # An idle thread takes the call, or a new thread starts, up to `workers`.
-        if self._idle >= len(self._ready):
-            self._work.notify()
-        elif self._threads < self._workers:
-            self._threads += 1
-            # A daemon: a call that never returns must not keep the process.
-            threading.Thread(target=self._take_calls, name="environment", daemon=True).start()
+    def _start_calls(self) -> None:
+        """Start the calls of ready episodes, up to ``workers`` at the same time."""
+        while self._ready and self._busy < self._workers:
+            episode = self._ready.popleft()
+            calls = self._waiting[episode]
+            call = calls.popleft()
+            if not calls:
+                del self._waiting[episode]
+            # If the caller has cancelled the result, the episode's next call starts.
+            if not call.result.set_running_or_notify_cancel():
+                if episode in self._waiting:
+                    self._ready.append(episode)
+                continue
+            call.started = time.monotonic()
+            self._running[episode] = call
+            self._busy += 1
+            # A daemon thread, so a call that never returns cannot keep the process alive.
+            threading.Thread(target=self._run, args=(call,), name="environment", daemon=True).start()
+            if self._watch is None:
+                self._watch = threading.Thread(target=self._watch_limits, name="environment limits", daemon=True)
+                self._watch.start()
+            self._alarm.notify_all()
 
-    def _take_calls(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
-                while not self._ready and not self._is_closed:
-                    self._work.wait()
-                self._idle -= 1
-                if not self._ready:
-                    self._threads -= 1
-                    return
-                call = self._begin(self._ready.popleft())
-            if call is not None and not self._finish(call):
-                return
+    def _release(self, episode: int) -> None:
+        """End the running call of an episode, and start the next calls."""
+        del self._running[episode]
+        if episode in self._waiting:
+            self._ready.append(episode)
+        self._start_calls()
 
-    def _begin(self, episode: int) -> _Call | None:
-        calls = self._waiting[episode]
-        call = calls.popleft()
-        if not calls:
-            del self._waiting[episode]
-        # Nobody waits for this call any more, so the episode's next one begins.
-        if not call.result.set_running_or_notify_cancel():
-            self._release(episode)
-            return None
-        call.started = time.monotonic()
-        self._running[episode] = call
-        if self._watch is None:
-            self._watch = threading.Thread(target=self._give_up_late_calls, name="environment limits", daemon=True)
-            self._watch.start()
-        self._alarm.notify()
-        return call
+    # ---- threads ----
 
-    def _finish(self, call: _Call) -> bool:
-        """Run a call and set its result; returns False where it was given up in the meantime, with its thread."""
+    def _run(self, call: _Call) -> None:
+        """Run a call and set its result, unless it was abandoned meanwhile."""
         value: Any = None
         failure: Exception | None = None
         try:
@@ -244,11 +238,11 @@ class EnvironmentPool:
             failure = EnvironmentFailed(f"{call.method} raised {describe_failure(error)}")
             failure.__cause__ = error
         with self._lock:
-            # The call was given up. Whoever did that sets its result, and another thread counts in this one's place.
-            if call.is_over:
+            if call.is_over:  # the watch sets the result, and does not count this thread as busy
                 self.abandoned -= 1
-                return False
+                return
             call.is_over = True
+            self._busy -= 1
         call.result.seconds = time.monotonic() - call.started
         if failure is None:
             call.result.set_result(value)
@@ -256,14 +250,7 @@ class EnvironmentPool:
             call.result.set_exception(failure)
         with self._lock:
             # The episode counts as running until here, so a next call that a callback submits has to wait.
-            del self._running[call.episode]
             self._release(call.episode)
-        return True
-
-    def _release(self, episode: int) -> None:
-        """Let the next call of an episode begin."""
-        if episode in self._waiting:
-            self._offer(episode)
 
     def _perform(self, call: _Call) -> Any:
         with self._lock:
@@ -289,7 +276,7 @@ class EnvironmentPool:
                 self._forget(call)
 
     def _forget(self, call: _Call) -> None:
-        """Take the instance out of the pool, unless the call was given up: there may be another one by now."""
+        """Remove the instance of a call from the pool. An abandoned call has none: there may be a new one by now."""
         with self._lock:
             if not call.is_over:
                 self._instances.pop(call.episode, None)
@@ -307,7 +294,7 @@ class EnvironmentPool:
 
     # ---- limits ----
 
-    def _give_up_late_calls(self) -> None:
+    def _watch_limits(self) -> None:
         while True:
             with self._lock:
                 if self._is_closed and not self._running:
@@ -316,20 +303,20 @@ class EnvironmentPool:
                 running = [call for call in self._running.values() if not call.is_over]
                 late = [call for call in running if call.deadline <= now]
                 if not late:
-                    nearest = min((call.deadline for call in running), default=None)
-                    self._alarm.wait(_pause(nearest, now, self._is_closed))
+                    pause = min((call.deadline - now for call in running), default=None)
+                    self._alarm.wait(0.05 if self._is_closed else pause)
                     continue
-                given_up = [(call, self._abandon(call)) for call in late]
-            for call, instance in given_up:
+                instances = [self._abandon(call) for call in late]
+            for call, instance in zip(late, instances, strict=True):
                 self._report_late(call, instance)
 
     def _abandon(self, call: _Call) -> Instance | None:
-        """Take an episode from the thread that is stuck in its call, and the thread out of the count."""
+        """Separate an episode from the thread that is stuck in its call."""
         call.is_over = True
         self.timeouts += 1
-        # A thread cannot be killed. It ends by itself when its call returns (_finish).
+        # The thread ends by itself when its call returns (_run). Another one may run in its place.
         self.abandoned += 1
-        self._threads -= 1
+        self._busy -= 1
         return self._instances.pop(call.episode, None)
 
     def _report_late(self, call: _Call, instance: Instance | None) -> None:
@@ -339,7 +326,7 @@ class EnvironmentPool:
             except Exception as error:
                 log.warning("ending the environment of episode %d failed: %s", call.episode, error)
         call.result.seconds = time.monotonic() - call.started
-        # The model hears of a tool that timed out. Any other method fails the episode, except closing.
+        # Tell the model that the tool timed out. Any other method fails the episode, except closing.
         if call.method == "call":
             call.result.set_exception(ToolTimeout(f"{call.inputs[0]} did not answer within {call.limit:g} seconds."))
         elif call.method == "close":
@@ -348,16 +335,4 @@ class EnvironmentPool:
         else:
             call.result.set_exception(EnvironmentFailed(f"{call.method} did not return within {call.limit:g} seconds."))
         with self._lock:
-            del self._running[call.episode]
-            # The thread that is stuck may have been the last one.
             self._release(call.episode)
-            if self._ready and not self._idle and self._threads < self._workers:
-                self._threads += 1
-                threading.Thread(target=self._take_calls, name="environment", daemon=True).start()
-
-
-def _pause(nearest: float | None, now: float, is_closed: bool) -> float | None:
-    """Return the seconds until the next limit; None to wait until there is one."""
-    if is_closed:
-        return 0.05
-    return None if nearest is None else max(0.0, nearest - now)

@@ -15,12 +15,10 @@ from typing import Any
 from align.config.batch_sizes import EPISODES_TOGETHER
 from align.config.runtime import Runtime
 from align.data.rows import Message
-from align.environments.conversation import never_began, sampled_tokens
-from align.environments.environment_player import EnvironmentPlayer
-from align.environments.episode import Episode
+from align.environments.episode import Episode, never_began, sampled_tokens
+from align.environments.episode_run import PromptedTurns
 from align.environments.journal import Journal
-from align.environments.player import EpisodeTask, episode_seed, row_tasks
-from align.environments.prompted_turns import PromptedTurns
+from align.environments.player import EnvironmentPlayer, EpisodeTask, episode_seed, row_tasks
 from align.environments.simulated_user import SimulatedUser
 from align.environments.user_models import UserResources, open_user
 from align.evaluation.logprobs import LoadedModels

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from align.environments.player import EpisodeSource
+from align.environments.player import EnvironmentPlayer
 from align.rl.sampler import AnyScorer
 
 Rows = Iterable[Mapping[str, Any]]
@@ -23,5 +23,5 @@ class RolloutInputs:
     gold: AnyScorer | None = None
     eval_dataset: Rows | None = None
     ptx_dataset: Rows | None = None
-    episodes: EpisodeSource | None = None
+    episodes: EnvironmentPlayer | None = None
     """Plays episodes in an environment, instead of single responses."""

@@ -14,7 +14,7 @@ import torch
 from align.config.launch import rank
 from align.data.scoring import ScoreFunction, Scorer
 from align.environments.journal import Journal
-from align.environments.player import EpisodeSource, EpisodeTask, row_tasks
+from align.environments.player import EnvironmentPlayer, EpisodeTask, row_tasks
 from align.errors import UserError
 from align.inference.parity import PROBE_TOKENS, Parity, probe
 from align.inference.protocol import RolloutEngine, Sampling
@@ -56,7 +56,7 @@ class RolloutSampler:
         scorer: AnyScorer | None,
         gold: AnyScorer | None,
         args: RolloutArguments,
-        episodes: EpisodeSource | None = None,
+        episodes: EnvironmentPlayer | None = None,
     ) -> None:
         """``episodes`` plays episodes in an environment instead of sampling single responses; it scores them, and
         ``scorer``, which may then be None, adds to that."""

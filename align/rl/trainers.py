@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainerCallback
 
 from align.config.tuning import FullTuning, TuningBase
-from align.environments.player import EpisodeSource
+from align.environments.player import EnvironmentPlayer
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
 from align.models.tuning.apply import apply_tuning
 from align.rl.arguments import PPOConfig, RolloutArguments
@@ -60,7 +60,7 @@ class PPOTrainer(RLTrainer):
         critic: Literal["reward", "policy", "head"] | None = None,
         eval_dataset: Rows | None = None,
         ptx_dataset: Rows | None = None,
-        episodes: EpisodeSource | None = None,
+        episodes: EnvironmentPlayer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
@@ -103,7 +103,7 @@ class CriticFreeTrainer(RLTrainer):
         tuning: TuningBase | None = None,
         eval_dataset: Rows | None = None,
         ptx_dataset: Rows | None = None,
-        episodes: EpisodeSource | None = None,
+        episodes: EnvironmentPlayer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:

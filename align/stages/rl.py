@@ -21,7 +21,7 @@ from align.config.stages.rl import RolloutFields, trainer_fields
 from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
 from align.data.weighted_scores import Ensemble, Part, RewardScorer, WeightedSum
-from align.environments.environment_player import open_player
+from align.environments.player import open_player
 from align.environments.user_models import check_user_rows, playing_processes
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, open_rewards

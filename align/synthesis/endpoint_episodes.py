@@ -14,12 +14,12 @@ from typing import Any
 from align.data.rows import Message
 from align.environments.chat_episodes import Ask, ChatPlayer, ChatSession, chat_rules
 from align.environments.episode import Episode
+from align.environments.episode_run import with_system
 from align.environments.journal import Journal
 from align.environments.player import EpisodeTask
-from align.environments.prompted_turns import with_system
+from align.environments.simulated_user import UserTurns
 from align.environments.sources import open_environment
 from align.environments.user_models import open_stage_user, user_prompt, user_usage
-from align.environments.user_turns import UserTurns
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.requests import Request
 from align.pipeline.context import StageContext

@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.environments.conversation import sampled_tokens
-from align.environments.environment_player import open_player
-from align.environments.episode import Episode
+from align.environments.episode import Episode, sampled_tokens
+from align.environments.episode_run import PromptedTurns, with_system
 from align.environments.journal import Journal
-from align.environments.player import EpisodeTask
-from align.environments.prompted_turns import PromptedTurns, with_system
+from align.environments.player import EpisodeTask, open_player
 from align.inference.protocol import RolloutEngine
 from align.inference.sessions import open_session
 from align.pipeline.context import StageContext

@@ -12,8 +12,7 @@ from align.config.endpoint import EndpointConfig
 from align.config.stages.synthesis_tasks import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, read_rows, user
 from align.data.weighted_scores import Part, WeightedSum
-from align.environments.conversation import sampled_tokens
-from align.environments.episode import Episode
+from align.environments.episode import Episode, sampled_tokens
 from align.environments.player import play_in_parts
 from align.environments.user_models import check_user_rows
 from align.errors import UserError

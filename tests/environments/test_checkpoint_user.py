@@ -73,7 +73,7 @@ def test_the_text_of_the_policy_cannot_end_its_turn(talker: CheckpointUser) -> N
     assert hostile in tokenizer.decode(ids)
 
 
-def test_a_conversation_that_does_not_fit_fails_its_episode_alone(presser: Path) -> None:
+def test_too_long_conversation_fails_only_its_episode(presser: Path) -> None:
     limited = open_user(presser)
     limited._positions = 40
     long, short = limited.answer([asked(0, 1, user("x" * 60)), asked(1, 1)])
@@ -111,7 +111,7 @@ def test_greedy_answers_are_alike(presser: Path) -> None:
     greedy.close()
 
 
-def test_a_template_that_cannot_write_the_conversation_is_refused(presser: Path, tmp_path: Path) -> None:
+def test_template_without_system_message_is_refused(presser: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(presser)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"

@@ -1,8 +1,22 @@
-"""The course of an episode: what it asks for, and what it makes of turns, results and failures."""
+"""The course of an episode: its actions, and the effect of turns, results and failures."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from align.data.rows import user
 from align.environments.episode import PolicyTurn
-from align.environments.episode_run import Act, EpisodeRun, SampleTurn, row_messages, turn_seed
-from align.environments.replay import CallResult
+from align.environments.episode_run import (
+    Act,
+    EpisodeRun,
+    PromptedTurns,
+    SampleTurn,
+    row_messages,
+    turn_seed,
+    with_system,
+)
+from align.environments.journal import CallResult
 from align.environments.results import Scores, Step
 from tests.support.environments.letters import EOS
 from tests.support.environments.letters import letter_rules as rules
@@ -128,7 +142,7 @@ def test_a_failure_of_reset_still_gives_a_response():
     assert run.action is None and run.episode.token_ids == [EOS] and run.episode.failure == "reset: no such table"
 
 
-def test_a_prompt_that_is_too_long_is_a_failure_not_another_question():
+def test_too_long_prompt_fails_the_episode():
     run = begun("x" * 50)
     assert run.action is None and run.episode.stop == "failed"
     assert "max_prompt_tokens 20" in run.episode.failure
@@ -148,3 +162,34 @@ def test_messages_of_a_row():
 
 def test_seeds_of_turns_differ_and_repeat():
     assert turn_seed(5, 0) == turn_seed(5, 0) != turn_seed(5, 1) != turn_seed(6, 1)
+
+
+SYSTEM = {"role": "system", "content": "S"}
+
+
+class Recorder:
+    """Turns that keep the messages that they were asked to render."""
+
+    eos = 9
+
+    def __init__(self) -> None:
+        self.rendered: list[list[dict[str, Any]]] = []
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        self.rendered.append(messages)
+        return [1]
+
+    def between(
+        self, messages: list[dict[str, Any]], calls: Sequence[Any] = (), prompt: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
+        self.rendered.append([*prompt, *messages])
+        return [2]
+
+
+def test_a_system_message_stands_before_those_that_have_none() -> None:
+    recorder = Recorder()
+    turns = PromptedTurns(recorder, with_system("S"))
+    assert (turns.eos, turns.prompt([user("a")]), turns.between([user("b")], (), [user("a")])) == (9, [1], [2])
+    assert recorder.rendered == [[SYSTEM, user("a")], [SYSTEM, user("a"), user("b")]]
+    own = [{"role": "system", "content": "mine"}, user("a")]
+    assert with_system("S")(own) == own and with_system(None)([user("a")]) == [user("a")]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from align.environments.pipes import encode_source
+from align.environments.process_server import encode_source
 from tests.support.environments.opened import open_class
 
 TURNS = 30
@@ -20,8 +20,8 @@ PROGRAM = f"""
 import sys
 from pathlib import Path
 from align.environments.journal import Journal
-from align.environments.pipes import decode_source
-from align.environments.replay import JournaledEnvironment
+from align.environments.process_server import decode_source
+from align.environments.journal import JournaledEnvironment
 from align.environments.worker_pool import EnvironmentPool
 
 source, folder = decode_source(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2])
@@ -35,9 +35,7 @@ print(texts, environment.score([]).result().total, environment.differing)
 
 
 @pytest.mark.parametrize("isolation", ["thread", "process"])
-def test_a_tool_with_side_effects_is_called_once_but_for_the_calls_that_were_cut_off(
-    tmp_path: Path, isolation: Any
-) -> None:
+def test_kill_repeats_only_interrupted_calls(tmp_path: Path, isolation: Any) -> None:
     (tmp_path / "source").write_bytes(encode_source(open_class("Writer")))
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "source"), str(tmp_path), isolation]
     moments = random.Random(isolation)

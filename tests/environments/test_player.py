@@ -1,4 +1,4 @@
-"""The loop of episodes with a simulated user: who waits for whom."""
+"""Players: episodes at their own pace, turns of a user, and the rules of an environment's settings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 
+from align.config.environment import EnvironmentConfig
 from align.environments import player as player_module
 from align.environments.episode import Episode
 from align.environments.episode_run import UserRules
 from align.environments.journal import Journal
-from align.environments.player import EpisodePlayer, EpisodeTask, episode_tasks, play_in_parts
-from align.environments.user_turns import UserTurns
+from align.environments.player import EnvironmentPlayer, EpisodePlayer, EpisodeTask, episode_tasks, play_in_parts
+from align.environments.simulated_user import UserTurns
+from align.environments.sources import open_environment
 from align.environments.worker_pool import EnvironmentPool
 from align.inference.protocol import Response, TurnRequest
+from align.models.loading import load_tokenizer
+from tests.support.environments.buttons import FORMAT, TEMPLATE
 from tests.support.environments.letters import EOS, letter_rules
 from tests.support.environments.opened import open_block
 from tests.support.environments.users import ScriptedUser
@@ -85,7 +89,7 @@ def play(pool: EnvironmentPool, session: OneByOne, user: ScriptedUser, folder: P
     return EpisodePlayer(pool, rules, session, journal, user=turns).play(TASKS)
 
 
-def test_a_user_in_this_process_answers_when_no_turn_is_being_sampled(pool: EnvironmentPool, tmp_path: Path) -> None:
+def test_local_user_answers_between_sampled_turns(pool: EnvironmentPool, tmp_path: Path) -> None:
     session = OneByOne(lambda request: "Yes?")
     pending: list[int] = []
 
@@ -124,9 +128,7 @@ def test_a_user_elsewhere_holds_up_its_episodes_alone(pool: EnvironmentPool, tmp
     assert all(episode.user_answers == ["BYE"] for episode in episodes)
 
 
-def test_a_failure_of_the_user_ends_the_rollout_though_turns_are_in_flight(
-    pool: EnvironmentPool, tmp_path: Path
-) -> None:
+def test_user_error_ends_rollout_with_turns_in_flight(pool: EnvironmentPool, tmp_path: Path) -> None:
     def refuse(request: Any) -> str:
         raise RuntimeError("no budget")
 
@@ -151,3 +153,18 @@ def test_parts_are_played_in_order_and_grouped_by_row(monkeypatch: pytest.Monkey
     # Six episodes in parts of four; the second row's two are in the first part, the third row's in the second.
     assert parts == [("train-0000000", 4), ("train-0000004", 2)]
     assert [[episode.prompt_ids for episode in group] for group in groups] == [[[0]] * 2, [[1]] * 2, [[2]] * 2]
+
+
+BUTTONS = {"class": "tests.support.environments.buttons:Buttons", "tool_format": FORMAT, "max_tokens": 60}
+
+
+@pytest.mark.parametrize(("fields", "most"), [({"turn_max_tokens": 8}, 8), ({}, 60)])
+def test_turn_limit_defaults_to_the_limit_of_the_episode(fields: dict[str, Any], most: int, tiny_model: Path) -> None:
+    config = EnvironmentConfig.model_validate(BUTTONS | fields)
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = TEMPLATE
+    player = EnvironmentPlayer(config, open_environment(config), tokenizer, 64, "test")
+    try:
+        assert (player.rules.turn_max_tokens, player.rules.max_tokens) == (most, 60)
+    finally:
+        player.close()

@@ -156,7 +156,7 @@ def test_no_text_becomes_a_control_token(name: str, text: str) -> None:
     assert [token for token in system if token in special] == [token for token in benign if token in special]
 
 
-def test_an_answers_own_tags_are_tokens_and_its_turn_marks_are_not() -> None:
+def test_answer_keeps_tags_but_not_turn_marks() -> None:
     tokenizer = tokenizer_of("qwen3")
     template = TurnTemplate(tokenizer, TOOLS, MODEL)
     ids = template.conversation([*ASKED, answer("<think>a</think><|im_end|><tool_call>")])
@@ -283,7 +283,7 @@ def test_a_template_of_a_known_family_is_replaced(family: str, own: str, tools: 
     require_same_ids(template, ASKED, [("Yes.", ASKED), ("No.", ASKED)])
 
 
-def test_a_template_of_a_known_family_with_other_prompts_is_refused() -> None:
+def test_known_template_with_other_prompts_is_refused() -> None:
     """Training under another prompt than the model's would not train the model that is used."""
     tokenizer = make("mistral")
     tokenizer.chat_template = MOVES_TOOLS.replace("'[INST] '", "'[INST]'")

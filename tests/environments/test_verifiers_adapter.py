@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from align.environments.environment import Action, EnvironmentSource
-from align.environments.errors import BadCall, EnvironmentFailed, ToolError
-from align.environments.journal import Journal
-from align.environments.replay import JournaledEnvironment
-from align.environments.results import Step
+from align.environments.journal import Journal, JournaledEnvironment
+from align.environments.results import BadCall, EnvironmentFailed, Step, ToolError
 from align.environments.worker_pool import EnvironmentPool
 from align.errors import UserError
 from tests.support.environments.opened import open_block

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from align.environments.environment import EnvironmentSource
-from align.environments.errors import BadCall, EnvironmentFailed, ToolError, ToolTimeout
-from align.environments.results import Scores, Step
+from align.environments.results import BadCall, EnvironmentFailed, Scores, Step, ToolError, ToolTimeout
 from align.environments.worker_pool import EnvironmentPool, Result
 from tests.support.environments.classes import Odd
 from tests.support.environments.opened import open_class, open_tools
@@ -34,7 +33,7 @@ def pool_of(source: EnvironmentSource, **options: Any) -> Iterator[EnvironmentPo
 
 
 @both
-def test_calls_of_an_episode_run_in_order_and_episodes_apart(isolation: Any) -> None:
+def test_calls_of_an_episode_run_in_order(isolation: Any) -> None:
     with pool_of(open_class("Counter"), isolation=isolation) as pool:
         results = []
         for episode in range(6):
@@ -76,7 +75,7 @@ def test_every_kind_of_result_and_error_arrives(isolation: Any) -> None:
 
 
 @both
-def test_a_tool_that_prints_megabytes_disturbs_nobody(isolation: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_printed_megabytes_do_not_disturb_results(isolation: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Calls and results have a socket of their own; what is printed goes to the stage's log."""
     with pool_of(open_class("Loud"), isolation=isolation) as pool:
         pool.submit(0, "reset", {"goal": 1}).result()
@@ -94,7 +93,7 @@ def test_functions_run_in_a_pool(isolation: Any) -> None:
 
 
 @both
-def test_a_call_that_hangs_is_given_up_and_nobody_else_waits(isolation: Any) -> None:
+def test_hanging_call_is_abandoned_without_delay_for_others(isolation: Any) -> None:
     with pool_of(open_class("Troubled"), workers=1, isolation=isolation) as pool:
         pool.submit(0, "reset", {}).result()
         started = time.monotonic()
@@ -115,7 +114,7 @@ def test_a_call_that_hangs_is_given_up_and_nobody_else_waits(isolation: Any) -> 
             assert pool.abandoned == 0
 
 
-def test_an_async_call_that_hangs_is_cancelled_and_leaves_no_thread() -> None:
+def test_hanging_async_call_is_cancelled() -> None:
     with pool_of(open_class("Troubled")) as pool:
         pool.submit(0, "reset", {}).result()
         with pytest.raises(ToolTimeout):
@@ -123,7 +122,7 @@ def test_an_async_call_that_hangs_is_cancelled_and_leaves_no_thread() -> None:
         wait_until(lambda: pool.abandoned == 0)
 
 
-def test_a_thread_that_hangs_is_counted_until_it_returns() -> None:
+def test_hanging_thread_is_counted_until_it_returns() -> None:
     with pool_of(open_class("Troubled")) as pool:
         pool.submit(0, "reset", {}).result()
         with pytest.raises(ToolTimeout):
@@ -156,7 +155,7 @@ def test_a_process_that_dies_takes_one_episode_with_it() -> None:
         assert pool.submit(1, "call", "odd", {"kind": "none"}).result(10) == ""
 
 
-def test_processes_end_with_their_pool_and_what_tools_started_with_them() -> None:
+def test_close_ends_processes_and_their_descendants() -> None:
     with pool_of(open_class("Starter"), isolation="process") as pool:
         pool.submit(0, "reset", {}).result()
         own, started = map(int, pool.submit(0, "call", "start", {}).result().split())
@@ -170,7 +169,7 @@ def test_processes_end_with_their_pool_and_what_tools_started_with_them() -> Non
 
 
 @pytest.mark.parametrize("end", ["hang", "die", "close"])
-def test_sessions_that_a_tool_started_end_with_it(end: str) -> None:
+def test_sessions_of_a_tool_end_with_it(end: str) -> None:
     with pool_of(open_class("Starter"), isolation="process") as pool:
         pool.submit(0, "reset", {}).result()
         started = pool.submit(0, "call", "start_session", {}).result().split()
@@ -184,7 +183,7 @@ def test_sessions_that_a_tool_started_end_with_it(end: str) -> None:
             wait_for_end(int(process))
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+def test_processes_end_with_the_stage(tmp_path: Path) -> None:
     program = (
         "from tests.support.environments.opened import open_class\n"
         "from align.environments.worker_pool import EnvironmentPool\n"
@@ -202,7 +201,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
         wait_for_end(int(process))
 
 
-def test_a_module_that_cannot_be_imported_there_is_an_error_at_once() -> None:
+def test_failed_import_in_server_is_an_error() -> None:
     source = replace(open_class("Counter"), path="no_such_module:Counter")  # type: ignore[type-var]
     with pytest.raises(EnvironmentFailed, match="the process of the environments did not start: UserError: .*no_su"):
         EnvironmentPool(source, isolation="process")

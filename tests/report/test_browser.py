@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from align.environments.replay import CallResult
+from align.environments.journal import CallResult
 from align.environments.results import Scores
 from align.report.run.run_report import write_report
 from align.store.artifacts import Kind

@@ -9,7 +9,7 @@ import torch
 
 from align.config.environment import EnvironmentConfig
 from align.config.tuning import LoraTuning
-from align.environments.environment_player import EnvironmentPlayer
+from align.environments.player import EnvironmentPlayer
 from align.environments.sources import open_environment
 from align.errors import UserError
 from align.inference.sessions import LockstepSession

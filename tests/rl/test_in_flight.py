@@ -14,9 +14,8 @@ import torch
 
 from align.config.environment import EnvironmentConfig
 from align.config.tuning import LoraTuning
-from align.environments.environment_player import EnvironmentPlayer
 from align.environments.episode import Episode, PolicyTurn
-from align.environments.player import EpisodePlayer
+from align.environments.player import EnvironmentPlayer, EpisodePlayer
 from align.environments.sources import open_environment
 from align.errors import UserError
 from align.inference.pool import PoolEngine

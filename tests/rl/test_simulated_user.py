@@ -11,7 +11,7 @@ from align.config.environment import EnvironmentConfig
 from align.config.runtime import EngineConfig, Runtime
 from align.config.tuning import LoraTuning
 from align.environments.checkpoint_user import CheckpointUser
-from align.environments.environment_player import EnvironmentPlayer
+from align.environments.player import EnvironmentPlayer
 from align.environments.simulated_user import UserAnswer
 from align.environments.sources import open_environment
 from align.inference.sessions import LockstepSession

@@ -15,7 +15,7 @@ from align.config.runtime import EngineConfig, Runtime
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import user, write_rows
 from align.environments.checkpoint_user import CheckpointUser
-from align.environments.prompted_turns import PromptedTurns
+from align.environments.episode_run import PromptedTurns
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
 from align.evaluation.plan import make_plan

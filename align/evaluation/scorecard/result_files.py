@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.data.rows import kept_columns
-from align.environments.conversation import describe_episode, opening
-from align.environments.episode import Episode
+from align.environments.episode import Episode, describe_episode, opening
 from align.evaluation.comparisons import Column
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult
 from align.evaluation.tasks.base import Answers, Episodes, Item, Turn, Values

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from align.environments.replay import CallResult
+from align.environments.journal import CallResult
 from align.environments.results import Scores
 from align.evaluation.comparisons import Resampling
 from align.evaluation.scorecard import SystemInfo

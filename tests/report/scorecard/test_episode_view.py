@@ -2,8 +2,8 @@
 
 import json
 
-from align.environments.conversation import describe_episode
-from align.environments.replay import CallResult
+from align.environments.episode import describe_episode
+from align.environments.journal import CallResult
 from align.environments.results import Scores, Step
 from align.report.scorecard.episode_view import MAX_EPISODE, MAX_RESULT, episode_view, is_episode
 from align.report.scorecard.rollout_lines import read_episodes, read_rollouts

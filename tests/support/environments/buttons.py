@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from align.environments.errors import EnvironmentFailed
+from align.environments.results import EnvironmentFailed
 from align.models.loading import load_policy, load_tokenizer
 
 FORMAT = "regex:!(?P<name>[abx])(?P<arguments>)"

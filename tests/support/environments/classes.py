@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from align.environments.errors import EnvironmentFailed, ToolError
+from align.environments.results import EnvironmentFailed, ToolError
 
 Row = dict[str, Any]
 CALLS: list[str] = []

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from align.config.environment import EnvironmentConfig
 from align.config.tuning import LoraTuning
-from align.environments.environment_player import EnvironmentPlayer
+from align.environments.player import EnvironmentPlayer
 from align.environments.sources import open_environment
 from align.models.loading import load_policy, load_tokenizer
 from align.rl import PPOConfig, PPOTrainer

@@ -11,10 +11,9 @@ from align import EnvironmentFailed
 from align.config.environment import EnvironmentConfig
 from align.environments.chat_episodes import chat_rules
 from align.environments.environment import Action
-from align.environments.environment_player import EnvironmentPlayer
-from align.environments.errors import BadCall, ToolError
-from align.environments.pipes import decode_source, encode_source
-from align.environments.results import Scores, Step, cut_text, split_notice
+from align.environments.player import EnvironmentPlayer
+from align.environments.process_server import decode_source, encode_source
+from align.environments.results import BadCall, Scores, Step, ToolError, cut_text, split_notice
 from align.errors import UserError
 from tests.support.environments.opened import CLASSES, TOOLS, open_block, open_class, open_tools
 
@@ -25,7 +24,7 @@ def names(source: Any) -> list[str]:
     return [schema["function"]["name"] for schema in source.tools]
 
 
-def test_public_methods_are_tools_in_the_order_of_their_definition() -> None:
+def test_public_methods_are_tools_in_source_order() -> None:
     source = open_class("Counter")
     assert names(source) == ["add", "wait_and_add"]
     assert (source.has_step, source.can_save) == (False, False)
@@ -33,7 +32,7 @@ def test_public_methods_are_tools_in_the_order_of_their_definition() -> None:
     assert names(open_class("Game")) == [] and open_class("Game").has_step
 
 
-def test_a_class_is_one_instance_for_an_episode_with_its_arguments() -> None:
+def test_class_has_one_instance_per_episode() -> None:
     source = open_class("Counter", arguments={"step_size": 10})
     first, second = source.make(), source.make()
     row = {"goal": 20, "prompt": [{"role": "system", "content": "Be good."}, {"role": "user", "content": "?"}]}
@@ -80,7 +79,7 @@ def test_a_class_whose_arguments_do_not_fit_is_refused() -> None:
         open_block({"tools": [f"{CLASSES}:Counter"], "score": "gold"})
 
 
-def test_a_method_that_raises_answers_the_model_and_only_environment_failed_ends_the_episode() -> None:
+def test_only_environment_failed_ends_the_episode() -> None:
     environment = open_class("Troubled").make()
     assert environment.reset({"goal": 1}) == [
         {"role": "system", "content": "Break it."},
@@ -246,7 +245,7 @@ def test_scores_are_read_in_every_form(value: Any, scores: Scores) -> None:
     assert environment.score([]) == scores
 
 
-def test_an_exception_outside_a_tool_fails_the_episode_with_its_line() -> None:
+def test_exception_outside_tool_fails_the_episode() -> None:
     environment = open_class("Counter").make()
     with pytest.raises(EnvironmentFailed, match=r"^Counter.reset raised KeyError: 'goal' \(classes.py, line \d+\)\.$"):
         environment.reset({})

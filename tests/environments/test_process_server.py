@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from align.environments.environment import Action
-from align.environments.pipes import decode_request, encode_request
+from align.environments.process_server import decode_request, encode_request
 
 
 def test_actions_to_repeat_are_decoded_as_actions() -> None:
