@@ -100,8 +100,8 @@ def enable_flat(model: Any, form: Form) -> None:
     plain = plain_of(model)
     enable_ragged(plain)
 
-    # The layout keeps the rows apart. Without this mark transformers would build a mask from the positions, d its size
-    # is the square of the line's.
+    # The layout keeps the rows apart. Without this mark transformers would build a mask from the positions, and its
+    # size is the square of the line's.
     def mark(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if kwargs.get("layout") is not None:  # transformers does not change a 4D mask
             device = kwargs["input_ids"].device

@@ -1,8 +1,8 @@
 """Writes the page that compares several runs: changed settings, results, and the best trade-offs.
 
 It shares its sections with the page of one run (scorecard, behavior, samples), with the systems of all runs side by
-side. Like that page it needs no network, and nothing that a model or a log wrote becomes markup. The merged
-``scorecard.json`` and ``samples.jsonl``, figures and tables lie next to it.
+side. Like that page it needs no network, and text that a model or a log wrote never becomes markup. The merged
+``scorecard.json`` and ``samples.jsonl``, figures and tables are next to it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def write_comparison(
     assets = AssetWriter()
     out.parent.mkdir(parents=True, exist_ok=True)
     evaluated, problems = read_cards(runs)
-    # One merged scorecard: the sections of a single run's report then work for several runs, too.
+    # Merge the scorecards, so the sections of a single run's report also work for several runs.
     card = merge(evaluated) if evaluated else None
     run_notes = {run: " · ".join(filter(None, ((notes or {}).get(run), problems.get(run)))) for run in runs}
     merged = _write_merged(evaluated, card, out.parent)
@@ -163,7 +163,7 @@ def _headlines(evaluated: Sequence[EvaluatedRun], card: Card | None) -> list[dic
 
 
 def _decision(evaluated: Sequence[EvaluatedRun], card: Card | None) -> Decision | None:
-    """Return which run's checkpoint to take, among the checkpoints that the runs are about."""
+    """Return the decision between the runs' checkpoints."""
     if card is None:
         return None
     return decide_by_items(card, comparable_columns(evaluated, card), [run.subject_label for run in evaluated])
@@ -189,7 +189,7 @@ def _findings(
 
 
 def _trade_offs(evaluated: Sequence[EvaluatedRun], card: Card | None, assets: AssetWriter) -> list[dict[str, Any]]:
-    """Return figures of score against KL, each with a sentence on its front; none where KL was not measured."""
+    """Return figures of score against KL, each with a sentence on its front; none if KL was not measured."""
     if card is None:
         return []
     run_of = {label: run.name for run in evaluated for name, label in run.labels.items() if label != name}
@@ -233,7 +233,7 @@ def _stage_keys(runs: Runs, stage: str) -> set[str]:
 
 
 def _events_by_label(runs: Runs, events: Mapping[str, Mapping[str, Events]]) -> dict[str, Events]:
-    """Return the stages' events: under ``run: stage``, or under the stage's name where all runs share it."""
+    """Return the stages' events: under ``run: stage``, or under the stage's name if all runs share it."""
     labeled: dict[str, Events] = {}
     for run, by_stage in events.items():
         for stage, stage_events in by_stage.items():
@@ -259,7 +259,7 @@ def _curve_sections(
         if len(by_run) > 1 and len(_stage_keys(runs, stage)) == 1:
             same_stages.append(stage)
             continue
-        # Chosen before the curves: a metric of the runs that are left out alone would have an empty panel.
+        # Choose the runs before the curves, because a metric that only undrawn runs have would get an empty panel.
         shown_runs, undrawn = drawn_runs(by_run)
         curves, left_out = overlays(shown_runs, MAX_PANELS)
         if curves:

@@ -64,7 +64,7 @@ class EvaluatedRun:
 
     @cached_property
     def items(self) -> dict[str, dict[str, Items]]:
-        """Label → metric → item → numbers of the samples; empty where the run has no ``items.jsonl``."""
+        """Label → metric → item → numbers of the samples; empty if the run has no ``items.jsonl``."""
         items: dict[str, dict[str, Items]] = {}
         for line in read_lines(self.folder / ITEMS, {"task", "id", "values"}):
             task = str(line["task"])
@@ -78,9 +78,9 @@ class EvaluatedRun:
 
     @cached_property
     def prompts(self) -> dict[ItemId, str]:
-        """Item → digest of its prompt, where ``samples.jsonl`` has it.
+        """Item → digest of its prompt, for the items in ``samples.jsonl``.
 
-        Left out are episodes: a sample has the words with which one of them began, which a model may have played.
+        Episodes are skipped. A sample has the first message of an episode, which a model may have played.
         """
         digests: dict[ItemId, str] = {}
         for sample in read_samples(self.folder / SAMPLES):
@@ -109,7 +109,7 @@ def read_cards(runs: Mapping[str, Mapping[str, Artifact]]) -> tuple[list[Evaluat
             problems[run] = f"the scorecard of {artifact.stage} is of another format; rebuild it"
             continue
         evaluated.append(EvaluatedRun(run, card, artifact.path, {}))
-    # Labels need all cards: a system keeps its name only where every run has the same one.
+    # Labels need all cards: a system keeps its name only if every run has the same system.
     shared = _shared_systems([run.card for run in evaluated])
     for each in evaluated:
         each.labels = {name: name if name in shared else f"{each.name}: {name}" for name in each.card["policies"]}
@@ -131,9 +131,9 @@ def _shared_systems(cards: Sequence[Card]) -> set[str]:
 
 
 def merge(evaluated: Sequence[EvaluatedRun]) -> Card:
-    """Return one scorecard of all runs, in the format of theirs; ``evaluated`` has at least one run.
+    """Return one scorecard of all runs, in the same format as each run's; ``evaluated`` has at least one run.
 
-    The reference and the base are those of the first run. P-values are corrected for all comparisons together.
+    The reference and the base come from the first run. P-values are corrected for all comparisons together.
     """
     first = evaluated[0]
     metrics: dict[str, Any] = {}
@@ -254,7 +254,7 @@ def _merge_win_rates(evaluated: Sequence[EvaluatedRun]) -> list[Row]:
 
 
 def _merge_reward_models(evaluated: Sequence[EvaluatedRun]) -> list[Row]:
-    """Return the reward models' numbers: once where all runs have the same, else under each run's name."""
+    """Return the reward models' numbers: once if all runs have the same numbers, else under each run's name."""
     first = evaluated[0].card["reward_models"]
     if all(run.card["reward_models"] == first for run in evaluated):
         return list(first)
@@ -316,9 +316,9 @@ def _differences(evaluated: Sequence[EvaluatedRun], card: Card) -> list[Row]:
 
 
 def comparable_columns(evaluated: Sequence[EvaluatedRun], card: Card) -> dict[tuple[str, str], Items]:
-    """Return (label, metric) → item → samples, where the plain mean over items is the scorecard's number.
+    """Return (label, metric) → item → samples, for metrics whose plain mean over items is the scorecard's number.
 
-    A metric with weighted items fails this test and is left out.
+    A metric with weighted items fails this test and is skipped.
     """
     columns: dict[tuple[str, str], Items] = {}
     for run in evaluated:

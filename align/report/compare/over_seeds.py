@@ -1,6 +1,6 @@
-"""Runs that differ by seed alone, as one: mean and interval over seeds, and differences between settings. Torch-free.
+"""Merge runs that differ only by seed: mean and interval over seeds, and differences between settings. Torch-free.
 
-The unit is a run: one number per seed. A difference between settings is paired by seed where both have the same seeds,
+The unit is a run: one number per seed. A difference between settings is paired by seed if both have the same seeds,
 else it is Welch's. P-values are corrected over the table as in a scorecard.
 """
 
@@ -35,7 +35,7 @@ class SeedSystem:
     is_subject: bool
     """True for the checkpoint that the setting's runs are about."""
     is_shared: bool
-    """True where all seeds use the same weights, such as those of an imported base model."""
+    """True if all seeds use the same weights, such as an imported base model's."""
     values: dict[str, dict[str, float]]
 
 
@@ -58,11 +58,11 @@ class SeedComparison:
 
     @property
     def decision(self) -> Decision | None:
-        """The setting to take, or the checkpoint where there is one setting."""
+        """The recommended setting, or the recommended checkpoint if there is one setting."""
         return decide(self.card, self.candidates, self._best(), f"over {self.seed_counts}")
 
     def estimate(self, label: str, metric: str) -> Row | None:
-        """Return mean and interval of a system's metric; None where it was not measured."""
+        """Return mean and interval of a system's metric; None if it was not measured."""
         row: Row | None = self.card["estimates"][label].get(metric)
         return row
 
@@ -200,7 +200,7 @@ def _estimates(system: SeedSystem) -> dict[str, Row]:
 def _differences(
     systems: Sequence[SeedSystem], candidates: Sequence[str], metrics: Sequence[str], by_run: Mapping[str, EvaluatedRun]
 ) -> list[Row]:
-    """Return the differences between candidates, and those of each setting's subject to its reference."""
+    """Return the differences between candidates, and between each setting's subject and its reference."""
     by_label = {system.label: system for system in systems}
     pairs = [(later, earlier) for earlier, later in combinations(candidates, 2)]
     for system in systems:

@@ -35,7 +35,7 @@ class Point:
 
 
 def points(card: Card, metric: str, run_of: Mapping[str, str]) -> list[Point]:
-    """Return the systems whose KL and ``metric`` are known; those with a mere bound on KL (best of N) are left out."""
+    """Return the systems whose KL and ``metric`` are known; systems with only a bound on KL (best of N) are skipped."""
     known = []
     for label in card["policies"]:
         kl = card["estimates"][label].get("kl")
@@ -117,7 +117,7 @@ def pareto_plot(candidates: Sequence[Point], front: Sequence[Point], title: str,
 
 
 def drawn_runs(by_run: Mapping[str, Events]) -> tuple[dict[str, Events], list[str]]:
-    """Return the first ``MAX_RUNS`` runs, and the names of those that are left out of the panels."""
+    """Return the first ``MAX_RUNS`` runs, and the names of the runs that the panels omit."""
     return dict(list(by_run.items())[:MAX_RUNS]), list(by_run)[MAX_RUNS:]
 
 
@@ -157,7 +157,7 @@ def draw_overlay(title: str, by_run: Mapping[str, Events]) -> Curve:
             markersize=3.5,
         )
         numbers = {"x": step_numbers(steps), "y": short_numbers(values)}
-        # A run keeps its color where runs before it lack this curve.
+        # A run keeps its color if runs before it lack this curve.
         lines.append({"name": printable(run), "style": index, **numbers})
         changes.append(f"{run} from {number(values[0])} to {number(values[-1])}")
     label_axes(axes)
@@ -172,5 +172,5 @@ def _run_color(index: int) -> Any:
 
 
 def _run_line(index: int) -> Any:
-    """Return a line style that shifts each time the colors start over, so that no two runs look alike."""
+    """Return a line style that shifts each time the colors start over, so no two runs look alike."""
     return nth(LINES, index + index // len(COLORS))

@@ -21,7 +21,7 @@ MAX_VALUE_LENGTH = 60
 """Characters of a setting's value in the table; the files next to the page have the full value."""
 DIGEST_LENGTH = 12
 RESULTS = ("reward", "kl", "length", "finished", "heldout_loss")
-"""Metrics of the prompt set among the results, beside those of programs, where they were measured."""
+"""Metrics of the prompt set that are results if they were measured, in addition to the metrics of programs."""
 COST_COLUMNS = {
     "run": "Run",
     "stage": "Stage",
@@ -38,22 +38,22 @@ COST_COLUMNS = {
 def changed_fields(runs: Runs) -> dict[str, dict[str, Any]]:
     """Return ``stage.field`` → run → value, for the settings that are not the same in all runs.
 
-    Where runs have different stages, their names are one field, ``stages``. Inputs of a stage are left out: what
-    differs in those is shown at their own stages. A seed that each run uses throughout is one field, ``seed``.
+    If runs have different stages, their names are one field, ``stages``. Inputs of a stage are skipped, because
+    differences in them are shown at their own stages. A seed that each run uses throughout is one field, ``seed``.
     """
     changed: dict[str, dict[str, Any]] = {}
     stage_names = {
         run: [name for name, artifact in artifacts.items() if artifact.kind != Kind.REPORT]
         for run, artifacts in runs.items()
     }
-    # Runs with other stages differ in more than settings, so that comes first.
+    # Runs with other stages differ in more than settings, so this field comes first.
     if len({tuple(names) for names in stage_names.values()}) > 1:
         changed["stages"] = {run: ", ".join(names) for run, names in stage_names.items()}
     first_run: Mapping[str, Artifact] = next(iter(runs.values()), {})
     # Settings can only be compared for stages that all runs have.
     common = [stage for stage in first_run if all(stage in artifacts for artifacts in runs.values())]
     seeds = {run: {artifacts[stage].record.get("seed") for stage in common} for run, artifacts in runs.items()}
-    # Usually one seed for the run: one row then says so, instead of one for every stage.
+    # A run usually has a single seed. It gets one row instead of a row for every stage.
     has_single_seeds = all(len(run_seeds) == 1 for run_seeds in seeds.values())
     if has_single_seeds and len(set().union(*seeds.values())) > 1:
         changed["seed"] = {run: next(iter(run_seeds)) for run, run_seeds in seeds.items()}
@@ -149,7 +149,7 @@ def setting_text(value: Any) -> str:
 def _result_cell(
     card: Card | None, evaluated: Sequence[EvaluatedRun], run: EvaluatedRun | None, metric: str
 ) -> dict[str, Any]:
-    """Return the metric of the checkpoint that the run is about, and its difference to that of the first run."""
+    """Return the metric of the checkpoint that the run is about, and its difference to the first run's metric."""
     empty = {"value": MISSING, "interval": "", "change": None}
     if card is None or run is None:
         return empty

@@ -1,4 +1,4 @@
-"""Runs by setting: those that differ by their seed alone belong together. Torch-free."""
+"""Group runs by setting: runs that differ only by their seed belong together. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align.report.compare.run_table import Runs, setting_text, stage_settings
 from align.store.artifacts import Artifact, Kind
 
 ONLY_SETTING = "all runs"
-"""Name of the setting where there is one."""
+"""Name of the setting if there is only one."""
 MAX_LISTED_FIELDS = 6
 """Fields that an error lists."""
 
@@ -29,7 +29,7 @@ class SeedGroup:
 def group_by_seed(runs: Runs) -> list[SeedGroup]:
     """Return the runs by setting, in the order of each setting's first run.
 
-    Raises ``UserError`` where no two runs differ by their seed alone, and where two have the same setting and seed.
+    Raises ``UserError`` if no two runs differ only by their seed, or if two have the same setting and seed.
     """
     settings = {run: _run_settings(artifacts) for run, artifacts in runs.items()}
     seeds = _varying_seeds(runs)
@@ -68,9 +68,9 @@ def _run_settings(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def _varying_seeds(runs: Runs) -> dict[str, str]:
-    """Return the seed of every run, as text: ``3``, or ``ppo=3, sft=1`` where its stages differ in theirs.
+    """Return the seed of every run, as text: ``3``, or ``ppo=3, sft=1`` if its stages have different seeds.
 
-    A stage with the same seed in all runs is left out: it ran once, and the runs share it.
+    A stage with the same seed in all runs is skipped: it ran once, and the runs share it.
     """
     by_stage: dict[str, dict[str, Any]] = {}
     for run, artifacts in runs.items():
@@ -97,7 +97,7 @@ def _differing_fields(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _setting_name(settings: Mapping[str, Any]) -> str:
-    """Return a setting's name, ``kl_coef=0.05, learning_rate=1e-05``; a field's stage only where it needs one."""
+    """Return a setting's name, ``kl_coef=0.05, learning_rate=1e-05``; a stage only if the field is ambiguous."""
     short = [name.partition(".")[2] for name in settings]
     return ", ".join(
         f"{name if short.count(last) > 1 else last}={setting_text(value)}"

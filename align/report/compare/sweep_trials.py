@@ -99,7 +99,7 @@ def _figures(trials: SweepTrials, assets: AssetWriter) -> list[Figure]:
         title = str(objective["name"])
         for name in trials.dimensions:
             rows = [row for row in finished if name in row["draw"]]
-            # A setting with one value in all finished trials says nothing about the objective.
+            # A setting with one value in all finished trials has no visible effect on the objective.
             is_varied = len({str(row["draw"][name]) for row in rows}) > 1
             if not is_varied or len(figures) >= MAX_FIGURES:
                 continue

@@ -87,7 +87,7 @@ def curve_section(
 
 
 def _steps_per_point(events: Events) -> int:
-    """Return how many logged steps a point averages in the longest curve; 1 where every step is drawn."""
+    """Return how many logged steps a point averages in the longest curve; 1 if every step is drawn."""
     averaged = [-(-events.logged[name] // len(events.series[name][0])) for name in events.spread]
     return max(averaged, default=1)
 
@@ -105,7 +105,7 @@ def stage_curves(events: Events, limit: int) -> tuple[list[Curve], list[str]]:
 
 @dataclass(frozen=True)
 class _Line:
-    """A metric over steps, as it is drawn; ``low`` and ``high`` are its spread where points average several steps."""
+    """A metric over steps, as it is drawn; ``low`` and ``high`` are its spread if points average several steps."""
 
     name: str
     steps: tuple[float, ...]
@@ -154,7 +154,7 @@ def _draw_lines(title: str, lines: tuple[_Line, ...]) -> tuple[str, dict[str, An
 
 
 def label_axes(axes: Any) -> None:
-    """Set short tick labels, for which there is fixed room, and name the steps."""
+    """Set short tick labels, which fit into a fixed space, and label the axis of steps."""
     set_short_ticks(axes)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("step", labelpad=1)
@@ -200,7 +200,7 @@ def _spoken_label(
 
 
 def short_number(value: float) -> float:
-    """Return a number with :data:`DIGITS` significant digits, so that thousands of them stay small as JSON."""
+    """Return a number with :data:`DIGITS` significant digits, which keeps thousands of numbers small as JSON."""
     short = float(f"{value:.{DIGITS}g}")
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
 

@@ -50,7 +50,7 @@ FIRST_CURVES = (
 """Curves in the order in which readers look for them; all others follow by name."""
 TURN_SCORE = re.compile(r"score_turn_(\d+)")
 TURNS_PER_PANEL = 6
-"""Scores by turn that share a panel; each has a color and a line style of its own."""
+"""Scores by turn that share a panel; each has its own color and line style."""
 TRAINING_NAMES = {
     "token_accuracy": "mean_token_accuracy",
     "accuracy": "rewards/accuracies",
@@ -111,7 +111,7 @@ def metric_values(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _add_series(events: Events, name: str, by_step: dict[float, float]) -> None:
-    """Add a metric's curve, averaged where it has more than :data:`MAX_POINTS` steps, with the range of each mean."""
+    """Add a metric's curve, averaged if it has more than :data:`MAX_POINTS` steps, with the range of each mean."""
     steps = sorted(by_step)
     values = [by_step[step] for step in steps]
     events.series[name] = average_to(steps, values)
@@ -142,7 +142,7 @@ def _equal_runs(count: int, max_runs: int) -> list[tuple[int, int]]:
 def group_by_panel(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Return (title, metrics) of each panel, in reading order.
 
-    A held-out curve shares the panel of its training curve and stands second in it. Scores by turn share panels, too.
+    A held-out curve shares the panel of its training curve and is second in it. Scores by turn also share panels.
     """
     groups = _group_turns(series)
     grouped = {name for names in groups.values() for name in names}
@@ -150,7 +150,7 @@ def group_by_panel(series: dict[str, Any]) -> list[tuple[str, list[str]]]:
         if name in grouped:
             continue
         base = _base_name(name)
-        # trl logs some training metrics under other names than those of held-out rows.
+        # trl logs some training metrics under other names than the metrics of held-out rows.
         if base != name and base not in series:
             base = TRAINING_NAMES.get(base, base)
         groups.setdefault(base if base in series else name, []).append(name)
@@ -186,7 +186,7 @@ def _reading_order(title: str) -> tuple[int, str]:
     if turn:
         return FIRST_CURVES.index("score"), f"score_turn_{int(turn[1]):06d}"
     if name.startswith("score_") and not name.endswith(("_std", "_correlation")):
-        return FIRST_CURVES.index("score"), name  # the rewards of a list, beside their sum
+        return FIRST_CURVES.index("score"), name  # the rewards of a list, next to their sum
     return (FIRST_CURVES.index(name) if name in FIRST_CURVES else len(FIRST_CURVES), name)
 
 

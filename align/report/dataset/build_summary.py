@@ -1,8 +1,7 @@
 """Summary of a build's rows for the preview page: samples of each source, lengths, turns, clusters of duplicates.
 
-It takes one pass over the rows and two over the dropped ones, a batch at a time. Its memory does not grow with the
-rows, except for 8 bytes per duplicate. Samples are chosen by their ids, so they are the same on every machine.
-Torch-free.
+It reads the rows once and the dropped rows twice, a batch at a time. Its memory does not grow with the rows, except for
+8 bytes per duplicate. Samples are chosen by their ids, so they are the same on every machine. Torch-free.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class BuildSummary:
 
 
 def summarize(folder: Path) -> BuildSummary:
-    """Read the build in ``folder`` and summarize its rows."""
+    """Return a summary of the rows of the build in ``folder``."""
     clusters, duplicates = _largest_clusters(folder)
     # The kept rows of the clusters are found in the same pass that counts lengths and draws samples.
     clusters_by_id: dict[str, list[Cluster]] = defaultdict(list)
@@ -110,7 +109,7 @@ def summarize(folder: Path) -> BuildSummary:
 def _draw_samples(batch: pa.RecordBatch, split: str, sources: list[str], ids: list[str], heaps: dict[str, Any]) -> None:
     """Keep in each source's heap the rows whose ids have the lowest checksums.
 
-    A checksum is as good as a random draw, and depends on nothing but the id: not on the order of rows or on a seed.
+    A checksum is as good as a random draw. It depends only on the id, not on the order of rows or on a seed.
     """
     for index, (source, row_id) in enumerate(zip(sources, ids, strict=True)):
         # A checksum instead of a random draw: the page shows the same rows after every build.
@@ -133,7 +132,7 @@ def _in_order(heap: list[tuple[int, str, int, str, Row]]) -> list[tuple[str, Row
 
 def _count_lengths(batch: pa.RecordBatch, split: str, sources: list[str], lengths: dict[str, Lengths]) -> None:
     """Add a batch's characters, turns and rows to the histograms of its sources."""
-    # Source names as small numbers, so that each source's rows are found by one comparison.
+    # Encode source names as small numbers, so one comparison finds each source's rows.
     names, codes = np.unique(np.array(sources, dtype=object).astype(str), return_inverse=True)
     has_prompts = "prompt" in batch.schema.names
     if has_prompts:
@@ -163,7 +162,7 @@ def _characters(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Return the characters and the number of messages in each row's list of messages; an empty field has 0 of both."""
     contents = pc.struct_field(pc.list_flatten(column), "content")
     sizes = np.asarray(pc.fill_null(pc.utf8_length(contents), 0), dtype=np.int64)
-    # The messages of all rows lie in one flat array; sum their lengths by the row that each belongs to.
+    # The messages of all rows are in one flat array; sum their lengths by the row that each belongs to.
     parents = np.asarray(pc.list_parent_indices(column), dtype=np.int64)
     characters = np.bincount(parents, weights=sizes, minlength=len(column)).astype(np.int64)
     return characters, np.bincount(parents, minlength=len(column))
@@ -207,7 +206,7 @@ def _dropped_duplicates(folder: Path) -> Iterator[tuple[dict[str, str], dict[str
 
 
 def _row_reference(instead: Any) -> dict[str, str]:
-    """Return the id and the place of a row; steps write both, or the id alone."""
+    """Return the id and the place of a row; steps write both, or only the id."""
     if isinstance(instead, dict):
         return {"id": str(instead.get("id", "")), "where": str(instead.get("where", ""))}
     return {"id": str(instead), "where": ""}
@@ -220,7 +219,7 @@ def _hash(instead: dict[str, str]) -> int:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """Return a JSON object; an empty one for anything else."""
+    """Return a JSON object; an empty dict for anything else."""
     try:
         value = json.loads(text)
     except ValueError:

@@ -12,7 +12,7 @@ from align.report.dataset.build_summary import EDGES, MAX_TURNS, Lengths
 from align.report.page.panels import COLORS, LINES, Panel, styled
 
 MAX_OUTLINES = 6
-"""Sources with an outline of their own; the others are merged."""
+"""Maximum number of sources with a separate outline; the others are merged."""
 MAX_LABEL_LENGTH = 28
 CAPTIONS = {"completion": ("answer", "Answers."), "chosen": ("answer", "Chosen answers."), "text": ("text", "Texts.")}
 """Side → the subject of its axis, and the caption of its plot."""
@@ -42,9 +42,9 @@ def length_plots(lengths: Mapping[str, Lengths]) -> list[tuple[Markup, str]]:
 
 def merge_small_sources(lengths: Mapping[str, Lengths]) -> dict[str, Lengths]:
     """Return the largest sources, and all others as one."""
-    # By size, then by name, so that the same build always gets the same colors.
+    # Sort by size, then by name, so the same build always gets the same colors.
     order = sorted(lengths, key=lambda name: (-lengths[name].total, name))
-    # One source more than the limit is drawn as itself: "1 others" would save nothing.
+    # One source more than the limit is drawn as itself, because "1 others" would not save an outline.
     if len(order) <= MAX_OUTLINES + 1:
         return {name: lengths[name] for name in order}
     rest = order[MAX_OUTLINES:]
@@ -105,7 +105,7 @@ def plot_turns(groups: Mapping[str, Lengths]) -> Markup:
     longest = int(used[-1]) if len(used) else 1
     width = 0.8 / max(1, len(groups))
     for index, (name, group) in enumerate(groups.items()):
-        # The bars of a count of messages stand side by side, centered on it.
+        # The bars of a count of messages are side by side, centered on it.
         positions = np.arange(longest + 1) + (index - (len(groups) - 1) / 2) * width
         panel.axes.bar(
             positions[1:],

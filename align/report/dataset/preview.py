@@ -26,9 +26,9 @@ from align.store.atomic_write import write_text_atomically
 
 PREVIEW = "preview.html"
 MAX_TEXT = 3_000
-"""Characters of one message or run of tokens; the middle of a longer one is left out."""
+"""Characters of one message or run of tokens; the middle of a longer text is omitted."""
 MAX_CONTEXT = 900
-"""Characters of a run of tokens that is not trained on, so that the trained ones stay in sight."""
+"""Characters of a run of tokens that is not trained on. The limit keeps the trained runs in sight."""
 MAX_NOTES = 4_000
 MAX_CLUSTER_TEXT = 700
 
@@ -138,7 +138,7 @@ def _reason(line: Mapping[str, Any], reason: str, rows: int, total: int) -> dict
 
 
 def _sample(row: Row, split: str, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
-    """Return a row for the page: as tokens where there is a tokenizer, else as messages."""
+    """Return a row for the page: as tokens if there is a tokenizer, else as messages."""
     sample: dict[str, Any] = {"id": row.get("id", ""), "split": split, "views": [], "turns": [], "answers": []}
     sample["kept"] = [{"name": name, "text": _shorten(text)} for name, text in kept_texts(row).items()]
     if tokenizer is not None:
@@ -219,7 +219,7 @@ def _summary_text(row: Row) -> str:
 
 
 def _shorten(text: str, limit: int = MAX_TEXT) -> str:
-    """Return ``text`` without its middle where it has more than ``limit`` characters."""
+    """Return ``text`` without its middle if it has more than ``limit`` characters."""
     if len(text) <= limit:
         return text
     return f"{text[: limit * 2 // 3]} … ({len(text) - limit:,} more characters) … {text[-(limit // 3) :]}"

@@ -1,8 +1,8 @@
 """Rows as a model sees them: the rendered template in pieces, each trained on or not, special tokens apart.
 
 Ids and labels are made by the code that training uses (``align.training.rows``), so a view shows exactly what is
-learned. A view is one sequence of tokens: an instruction has one, a pair one for each side. Colors and escaping are
-left to the page and the terminal. Torch-free.
+learned. A view is one sequence of tokens. An instruction has one view, and a pair has a view for each side. Colors and
+escaping are left to the page and the terminal. Torch-free.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load_preview_tokenizer(folder: Path | str, **options: Any) -> tuple[Any, lis
     if end is not None and end != tokenizer.eos_token_id:
         token = tokenizer.convert_ids_to_tokens(end)
         notes.append(f"eos is {tokenizer.eos_token!r}, but turns end with {token!r}, which a model stage makes the eos")
-        # A model stage makes this correction too; without it the view would differ from training.
+        # A model stage also makes this correction; without it the view would differ from training.
         tokenizer.eos_token = token
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {folder} has no eos token and its chat template writes none.")
@@ -68,7 +68,7 @@ def load_preview_tokenizer(folder: Path | str, **options: Any) -> tuple[Any, lis
 
 
 def token_views(tokenizer: Any, row: Row, max_length: int | None = None) -> list[View]:
-    """Return the row's sequences; ``max_length`` is that of the training stage in tokens, None for no limit."""
+    """Return the row's sequences; ``max_length`` is the training stage's, in tokens; None for no limit."""
     limit = max_length or NO_LIMIT
     if is_text(row):
         ids = [int(token) for token in tokenizer.encode(row["text"], add_special_tokens=False)]
@@ -96,7 +96,7 @@ def _completion(response: dict[str, Any]) -> Row:
 
 
 def _supervised(tokenizer: Any, row: Row, limit: int) -> list[View]:
-    """Return the sequence as SFT encodes it; untrained and with the reason where SFT would drop the row."""
+    """Return the sequence as SFT encodes it; untrained and with the reason if SFT would drop the row."""
     from align.training.rows import MASKED, encode_supervised
 
     try:
@@ -133,7 +133,7 @@ def _pair(tokenizer: Any, row: Row, limit: int) -> list[View]:
 
 
 def _untrained(tokenizer: Any, title: str, row: Row, side: str | None = None, *notes: str) -> View:
-    """Return a sequence with no trained tokens: the prompt and an answer, or without ``side`` the prompt alone."""
+    """Return a sequence with no trained tokens: the prompt and an answer, or without ``side`` only the prompt."""
     from align.models.render import render_answered, render_prompt
 
     try:
@@ -160,9 +160,9 @@ def split_pieces(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) ->
     for end in range(1, len(ids) + 1):
         is_special = ids[end - 1] in special
         if end < len(ids) and not is_special and ids[end] not in special and trained[end] == trained[end - 1]:
-            continue  # the piece goes on
-        # With some tokenizers a run that is decoded alone loses a space at its start. So the sequence is decoded from
-        # its beginning to each cut, and a piece is what the text grew by.
+            continue  # the piece continues
+        # With some tokenizers a run that is decoded separately loses a space at its start. So the sequence is decoded
+        # from its beginning to each cut, and a piece is what the text grew by.
         text_so_far = _decode(tokenizer, ids[:end])
         is_prefix = text_so_far.startswith(prefix)
         text = text_so_far[len(prefix) :] if is_prefix else _decode(tokenizer, ids[start:end])

@@ -2,8 +2,8 @@
 
 Texts in tables come from models and datasets. A spreadsheet would run a text cell as a formula when it begins with
 ``=``, ``+``, ``-``, ``@``, a tab or a line end, plain or full-width. Such a cell gets a leading ``'`` in CSV, as
-OWASP's page on CSV injection advises. Numbers stay numbers, negative ones too. JSON keeps the texts as they are. Hidden
-characters are spelled out in both. Torch-free.
+OWASP's page on CSV injection advises. Numbers stay numbers, including negative numbers. JSON keeps the texts as they
+are. Hidden characters are spelled out in both. Torch-free.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from align.store.json_files import DamagedFile, parse_object
 
 FIGURES, TABLES, INDEX = "figures", "tables", "index.json"
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
-"""Beginnings of a cell that Excel, LibreOffice or Google Sheets may take for a formula."""
+"""Beginnings of a cell that Excel, LibreOffice or Google Sheets may read as a formula."""
 MAX_NAME_LENGTH = 80
 
 

@@ -11,7 +11,7 @@ TINY = 1e-5
 """Numbers below it have too many zeros to be read without a power of ten."""
 HYPHEN_AS_MINUS = re.compile(r"(?<![\w)\].-])-(?=\.?\d)|(?<= )-(?= )|(?<=\de)-(?=\d)")
 MARKS = {"better": "▲", "worse": "▼", "higher": "↑", "lower": "↓", "unclear": "·"}
-"""A shape for each verdict, so that it reads without color."""
+"""A shape for each verdict, which is readable without color."""
 WORDS = {
     "better": "better",
     "worse": "worse",
@@ -67,7 +67,7 @@ def signed(value: Any) -> str:
 
 
 def with_minus_signs(text: str) -> str:
-    """Return a sentence with ``−`` for every hyphen that is a minus: before a number, or alone between two words.
+    """Return a sentence with ``−`` for every hyphen that is a minus: before a number, or between two spaces.
 
     Gates and flags are worded by the evaluation, whose files are ASCII.
     """

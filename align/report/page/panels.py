@@ -81,7 +81,7 @@ class Panel:
 
     @classmethod
     def start_page(cls) -> None:
-        """Number figures from 1 again, so that a page does not depend on what was drawn before it."""
+        """Number figures from 1 again, so a page does not depend on earlier pages."""
         cls.svg_count = 0
 
     def svg(self, label: str) -> Markup:
@@ -109,7 +109,7 @@ class Panel:
 
 @styled
 def dots(rows: Sequence[tuple[str, Mapping[str, Any]]], xlabel: str, label: str, line: float | None = None) -> Markup:
-    """Draw named estimates with 95 % intervals, one in each line; ``line`` marks a value such as chance."""
+    """Draw named estimates with 95 % intervals, a line for each; ``line`` marks a value such as chance."""
     panel = Panel(3.9, 0.75 + 0.27 * max(3, len(rows)))
     for index, (_, estimate) in enumerate(rows):
         if estimate["value"] is None:
@@ -143,7 +143,7 @@ def legend_name(text: str) -> str:
 
 
 def error_bars(estimate: Mapping[str, Any]) -> list[list[float]]:
-    """Return the two arms of an interval, as matplotlib's ``yerr`` takes them; an unknown bound has length 0."""
+    """Return the two arms of an interval, as matplotlib's ``yerr`` expects them; an unknown bound has length 0."""
     value = estimate["value"]
     low = value_or(estimate.get("low"), value)
     high = value_or(estimate.get("high"), value)
@@ -187,7 +187,7 @@ def _embed(text: str, label: str, prefix: str) -> Markup:
     def prefix_ids(tag: re.Match[str]) -> str:
         return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", tag[0])
 
-    # Cut coordinates to a hundredth of a point, which is finer than any screen or printer.
+    # Truncate coordinates to a hundredth of a point, which is finer than any screen or printer.
     body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), body)
     body = re.sub(r"<[^<>]+>", prefix_ids, body)
     head, _, rest = body.partition(">")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 STEPS = (1, 2, 5, 10)
-"""Steps between ticks, in powers of ten. Matplotlib's own go in 1.5, 2.5, 3, 4, 6 and 8, too."""
+"""Steps between ticks, in powers of ten. Matplotlib also uses steps of 1.5, 2.5, 3, 4, 6 and 8."""
 MAX_TICKS = 5
 MIN_PLAIN, MAX_PLAIN = 0.01, 1e5
 """Axes whose largest number is outside this range have powers of ten on them."""
@@ -60,7 +60,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
     """Return the labels of evenly spaced ticks, all with the decimals that their step needs."""
     if not ticks:
         return []
-    # All ticks of an axis decide together, so that its labels look alike.
+    # All labels of an axis have the same form, which depends on its largest tick.
     if not MIN_PLAIN <= max(map(abs, ticks)) < MAX_PLAIN:
         return [_power_label(tick) for tick in ticks]
     step = min((after - before for before, after in itertools.pairwise(ticks)), default=abs(ticks[0]))
@@ -92,7 +92,7 @@ def _nice_values(limit: float) -> list[float]:
     if limit <= 0:
         return []
     top = math.floor(math.log10(limit))
-    # Powers of ten are divided, not multiplied, below 1, so that 0.2 is 0.2.
+    # Below 1, divide by a power of ten instead of multiplying, which gives exactly 0.2.
     values = [
         factor * 10.0**power if power >= 0 else factor / 10.0**-power
         for power in range(top - 3, top + 1)

@@ -23,7 +23,7 @@ from align.store.artifacts import DATASETS, Artifact
 DATASET_KINDS = frozenset(DATASETS)
 MAX_REASONS = 40
 MADE_HERE = "random weights, made here"
-"""License of the built-in model with random weights, which nobody else holds rights in."""
+"""License of the built-in model with random weights, in which no third party holds rights."""
 LICENSE_COLUMNS = {"stage": "Stage", "what": "What", "name": "Name", "license": "License", "identity": "Identity"}
 STEP_COLUMNS = {"stage": "Stage", "step": "Step", "source": "Source"}
 ROW_COLUMNS = {
@@ -36,7 +36,7 @@ ROW_COLUMNS = {
 
 
 def read_ledger(artifact: Artifact) -> dict[str, Any] | None:
-    """Return a stage's ledger; None where there is none or it cannot be read."""
+    """Return a stage's ledger; None if it does not exist or cannot be read."""
     try:
         ledger = json.loads((artifact.path / LEDGER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -164,7 +164,7 @@ def data_license(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     names = [row["license"] for row in rows if row["what"] == "data"]
     if not names:
         return None
-    # Models are left out: their licenses bind the weights, not the rows.
+    # Models are skipped, because their licenses bind the weights, not the rows.
     mixture = mixture_license(names)
     return {"names": mixture.names, "reason": mixture.reason, "concerns": mixture.concerns}
 
@@ -177,7 +177,7 @@ def _model_row(artifact: Artifact) -> dict[str, Any]:
 
 
 def model_license(folder: Path, source: str) -> str:
-    """Return a base model's license: a built-in one's, or the one in its folder's model card, else ``unknown``."""
+    """Return a base model's license: a built-in model's, or the license in its model card, else ``unknown``."""
     if source == NAME:
         return normalize(LICENSE)
     if source == TINY:
@@ -206,7 +206,7 @@ def _license_row(stage: str, source_type: str, name: str, license: str, identity
 
 
 def _add_ledger_tables(sections: Sequence[Mapping[str, Any]], assets: AssetWriter) -> None:
-    """Add a table of rows by step and source, and one of dropped rows by reason."""
+    """Add a table of rows by step and source, and a table of dropped rows by reason."""
     steps: list[dict[str, Any]] = []
     reasons: list[dict[str, Any]] = []
     for section in sections:
@@ -223,7 +223,7 @@ def _add_ledger_tables(sections: Sequence[Mapping[str, Any]], assets: AssetWrite
 
 
 def _counts_by_source(step: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a step's counts by source; under an empty name where the ledger does not tell sources apart."""
+    """Return a step's counts by source; under an empty name if the ledger has no counts by source."""
     if step["by_source"]:
         return dict(step["by_source"])
     return {"": {**step, "dropped": {reason["reason"]: reason["rows"] for reason in step["reasons"]}}}

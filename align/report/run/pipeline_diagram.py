@@ -32,10 +32,10 @@ def pipeline_diagram(
 ) -> dict[str, Any]:
     """Return boxes and arrows with coordinates in pixels, for the template.
 
-    A stage stands one column right of the last stage that it reads. ``failed`` describes a failed or running stage and
-    the stages that wait for it (``stage``, and optionally ``status``, ``inputs`` and ``pending``, lists of names).
-    ``pending`` has further stages that are not finished, with the stages that they read, and ``states`` those of them
-    that are ``running`` or ``failed``. None of these has a cost.
+    A stage is one column right of the last stage that it reads. ``failed`` describes a failed or running stage and the
+    stages that wait for it (``stage``, and optionally ``status``, ``inputs`` and ``pending``, lists of names).
+    ``pending`` has further stages that are not finished, with the stages that they read, and ``states`` has the stages
+    among them that are ``running`` or ``failed``. None of these has a cost.
     """
     # A record names its inputs by key. Inputs from outside of this run have no box, hence no arrow.
     stages = {artifact.record.get("key"): artifact.stage for artifact in artifacts}
@@ -118,6 +118,6 @@ def _columns(inputs: dict[str, list[str]]) -> dict[str, int]:
     """Return each stage's column: the length of the longest path to it. ``inputs`` has sources before their readers."""
     columns: dict[str, int] = {}
     for name, sources in inputs.items():
-        # Every source has its column by now; one that is not in the diagram counts as column 0.
+        # Every source has its column by now; a source outside the diagram counts as column 0.
         columns[name] = 1 + max((columns.get(source, 0) for source in sources), default=-1)
     return columns

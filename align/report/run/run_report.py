@@ -1,8 +1,8 @@
 """Writes the report of a run as one HTML file: for a finished run, a partial one or a failed one.
 
-The page fetches nothing. Nothing that a model, a dataset or a log wrote becomes markup: Jinja escapes it, hidden
+The page makes no requests. Text that a model, a dataset or a log wrote never becomes markup: Jinja escapes it, hidden
 characters are spelled out, and a content security policy allows only the page's own script, by its hash. Figures as SVG
-and tables as CSV and JSON lie next to the page (``align.report.page.assets``).
+and tables as CSV and JSON are next to the page (``align.report.page.assets``).
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ def write_report(
     """Write the page about ``artifacts`` (finished stages, in order) to ``out`` and return ``out``.
 
     Figures and tables go into ``figures`` and ``tables`` in the same folder. ``scorecard`` is a parsed
-    ``scorecard.json``; None takes that of the last scorecard among the artifacts. ``failed`` describes a stage that did
-    not finish: ``stage`` and ``message``, and optionally ``status`` (``failed``, ``stopped`` or ``running``), ``kind``,
+    ``scorecard.json``; None means the last scorecard among the artifacts. ``failed`` describes a stage that did not
+    finish: ``stage`` and ``message``, and optionally ``status`` (``failed``, ``stopped`` or ``running``), ``kind``,
     ``log`` (path), ``folder`` (its partial folder, whose curves are shown), ``inputs`` and ``pending`` (stage names).
     ``cached`` names the finished stages that this run did not have to run. ``pending`` has further stages that are not
     finished, each with the names of the stages that it reads; ``states`` has those that are ``running`` or ``failed``,
-    and the others were not run. ``refresh`` is the number of seconds after which the page reloads itself, while its run
-    goes on.
+    and the others were not run. ``refresh`` is the number of seconds after which the page reloads itself while its run
+    continues.
     """
     Panel.start_page()
     assets = AssetWriter()
-    # Each section reads what it shows and adds its figures and tables to ``assets``. Nothing is written before the
-    # page has been rendered, so that an error leaves the earlier page as it was.
+    # Each section reads its content and adds its figures and tables to ``assets``. The page is rendered before the first
+    # file is written, so an error leaves the earlier page unchanged.
     finished_events = {artifact.stage: read_events(artifact.path) for artifact in artifacts}
     events = dict(finished_events)
     if failed and failed.get("folder"):

@@ -69,13 +69,13 @@ def _last_value(records: Sequence[Mapping[str, Any]], field: str) -> str | None:
 
 
 def endpoint_cost(record: Mapping[str, Any]) -> float | None:
-    """Return what a stage's endpoints cost by their prices, in the currency of those; None where none had a price."""
+    """Return the cost of a stage's endpoints, in the currency of their prices; None if no endpoint had a price."""
     cost = (record.get("metrics") or {}).get("cost")
     return float(cost) if isinstance(cost, (int, float)) and not isinstance(cost, bool) else None
 
 
 def device(record: Mapping[str, Any]) -> str:
-    """Return the machine, and the engines that sampled where the record names them."""
+    """Return the machine, and the engines that sampled if the record names them."""
     metrics = record.get("metrics") or {}
     engines = metrics.get("engines") or ([metrics["engine"]] if metrics.get("engine") else [])
     parts = [str(record.get("device") or record.get("platform") or ""), *map(str, engines)]
@@ -115,7 +115,7 @@ def _stage_row(artifact: Artifact, events: Events) -> dict[str, Any]:
 
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, value) pairs of a stage's provenance; empty ones are left out."""
+    """Return (name, value) pairs of a stage's provenance, without empty values."""
     inputs = [f"{link['stage']} {link['key'][:12]}" for link in record.get("input_stages", [])]
     identities = [f"{name}: {value}" for name, value in record.get("identities", {}).items()]
     packages = [f"{name} {version}" for name, version in (record.get("packages") or {}).items()]
@@ -146,7 +146,7 @@ def _meaning(record: Mapping[str, Any], metric: str) -> str:
 
 
 def flatten(metrics: Any, prefix: str = "", limit: int = MAX_METRICS) -> list[tuple[str, str]]:
-    """Return nested metrics as at most ``limit`` rows of (dotted name, number); lists of records are left out."""
+    """Return nested metrics as at most ``limit`` rows of (dotted name, number); lists of records are skipped."""
     rows: list[tuple[str, str]] = []
     if not isinstance(metrics, dict):
         return rows

@@ -1,6 +1,6 @@
 """The health of stages that learn from their rollouts: alarms, and a few numbers next to their healthy ranges.
 
-The ranges are those of docs/ppo.md, and the limits are those of the alarms. Torch-free.
+The ranges come from docs/ppo.md, and the limits from the alarms. Torch-free.
 """
 
 from __future__ import annotations

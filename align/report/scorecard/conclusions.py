@@ -23,7 +23,7 @@ GATE_STATES = ("failed", "undecided", "warning", "passed")
 
 
 def find_difference(card: Card, policy: str, against: str, metric: str) -> dict[str, Any] | None:
-    """Return the scorecard's paired difference of two systems in one metric; None where it has none."""
+    """Return the scorecard's paired difference of two systems in one metric; None if it has no such difference."""
     for row in card["differences"]:
         if (row["policy"], row["against"], row["metric"]) == (policy, against, metric):
             return dict(row)
@@ -33,7 +33,7 @@ def find_difference(card: Card, policy: str, against: str, metric: str) -> dict[
 def baseline_of(card: Card, policy: str) -> str | None:
     """Return the system that ``policy`` is compared with first: the reference, or the base for the reference itself."""
     if policy == card["reference"]:
-        # The reference has nothing but the base to be compared with.
+        # The reference can only be compared with the base.
         return card["base"] if card["base"] != policy else None
     return None if policy == card["base"] else str(card["reference"])
 
@@ -70,7 +70,7 @@ def _system(card: Card, policy: str) -> dict[str, Any]:
 def headlines(card: Card) -> list[dict[str, Any]]:
     """Return for each system its primary value and the paired difference to its baseline.
 
-    Empty where no system was measured, as in an evaluation of reward models alone.
+    Empty if no system was measured, as in an evaluation of only reward models.
     """
     primary = card["primary"]
     if primary not in card["metrics"]:
@@ -100,7 +100,7 @@ def measured_on(card: Card) -> str:
 
 
 def metric_phrase(card: Card, metric: str) -> str:
-    """Return a metric as it stands in a sentence; the title of a task's metric keeps its case and names the task."""
+    """Return a metric's title for use in a sentence; the title of a task's metric keeps its case and names the task."""
     title = str(card["metrics"][metric]["title"])
     task = card["tasks"].get(card["metrics"][metric]["task"])
     if task is None:
@@ -177,9 +177,9 @@ def group_findings(findings: Sequence[Mapping[str, str]]) -> list[dict[str, Any]
 
 
 def gate_rows(card: Card) -> list[dict[str, Any]]:
-    """Return the gates by weight: those that fail the run, those that only warn, those that passed.
+    """Return the gates by weight: first gates that fail the run, then gates that only warn, then passed gates.
 
-    ``state`` is one of :data:`GATE_STATES`, ``mark`` its sign and ``outcome`` its words.
+    ``state`` is an entry of :data:`GATE_STATES`, ``mark`` its sign and ``outcome`` its words.
     """
     rows = []
     for gate in card["gates"]:

@@ -1,7 +1,7 @@
-"""Decision about checkpoints: the one to take by the primary metric, or that none can be told apart. Torch-free.
+"""Decide between checkpoints by the primary metric, or find that no difference is significant. Torch-free.
 
 The checkpoint with the best number is compared with every other one, paired over the items that both answered and
-corrected together. A number alone decides nothing: four checkpoints at 0.000 have no winner.
+corrected together. A number without a test is not a decision: four checkpoints at 0.000 have no winner.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Decision:
 
 
 def item_columns(artifacts: Sequence[Artifact], card: Card) -> Columns:
-    """Return the numbers by item of a run's last evaluation; empty where its folder has none."""
+    """Return the numbers by item of a run's last evaluation; empty if its folder has none."""
     folder = next((artifact.path for artifact in reversed(artifacts) if artifact.kind == Kind.SCORECARD), None)
     if folder is None:
         return {}
@@ -60,10 +60,10 @@ def item_columns(artifacts: Sequence[Artifact], card: Card) -> Columns:
 
 
 def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
-    """Return the system with the best primary value among ``names``; none where the metric has no better side.
+    """Return the system with the best primary value among ``names``; none if the metric has no better side.
 
     There are no differences if two systems have no items in common. P-values are Holm-corrected. The scorecard's own
-    differences are used if it has them, so that a page never gives two p-values for one comparison; others are
+    differences are used if it has them, so a page never gives two p-values for one comparison; other differences are
     corrected together with them.
     """
     primary = card["primary"]
@@ -71,7 +71,7 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
     values = _primary_values(card, names)
     if better is None or not values:
         return Best(None, {})
-    # Turned so that more is better in either case.
+    # Flip the sign if lower is better, so larger is always better.
     sign = -1 if better == "lower" else 1
     best = max(values, key=lambda name: sign * values[name])
     settings = card["settings"]
@@ -86,7 +86,7 @@ def find_best(card: Card, columns: Columns, names: Sequence[str]) -> Best:
             # Paired over the items that both answered, as in the scorecard itself.
             row = paired_difference(columns.get((name, primary), {}), columns.get((best, primary), {}), resampling)
             if row is None:
-                # The best of some systems only is not the best: without items nothing is said about any.
+                # The best of only some systems is not the best, so without items no system is compared.
                 return Best(best, {})
             row = {**row, "metric": primary}
             new_rows.append(row)
@@ -113,16 +113,16 @@ def checkpoints(card: Card) -> list[str]:
 
 
 def decide_by_items(card: Card, columns: Columns, names: Sequence[str]) -> Decision | None:
-    """Return which of the systems ``names`` to take, by the items that they answered."""
+    """Return the recommended system among ``names``, by the items that they answered."""
     if card["primary"] not in card["metrics"]:
         return None
     return decide(card, names, find_best(card, columns, names), f"on {measured_on(card)}")
 
 
 def decide(card: Card, names: Sequence[str], best: Best, place: str) -> Decision | None:
-    """Return which of the systems ``names`` to take, and why; None where the primary metric was not measured.
+    """Return the recommended system among ``names`` and the reason; None if the primary metric was not measured.
 
-    ``place`` says where that was: ``on 400 held-out prompts``.
+    ``place`` describes the measurement: ``on 400 held-out prompts``.
     """
     primary = card["primary"]
     values = _primary_values(card, names)
@@ -144,7 +144,7 @@ def decide(card: Card, names: Sequence[str], best: Best, place: str) -> Decision
 
 
 def _chance_of_reward_model(card: Card) -> str | None:
-    """Return why the reward model's scores decide nothing; None if they are not the primary metric, or it can rank."""
+    """Return why the reward model's scores cannot decide; None if they are not the primary metric, or it can rank."""
     if card["primary"] != "reward":
         return None
     for report in card["reward_models"]:
@@ -170,7 +170,7 @@ def _value_text(card: Card, name: str) -> str:
 
 
 def _untested_decision(card: Card, name: str, title: str) -> Decision:
-    """Return the decision where items are missing, so that nobody can say whether the best is really better."""
+    """Return the decision if missing items prevent a test of the best system's lead."""
     reason = (
         f"{name} has the best {title} with {_value_text(card, name)}, but the items that would show whether the "
         "difference is clear are not here."

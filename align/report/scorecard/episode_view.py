@@ -14,14 +14,14 @@ from typing import Any
 from align.report.page.number_format import number
 
 MAX_EPISODE = 40_000
-"""Characters of a conversation, and of the prompt before it; later messages are left out, and counted."""
+"""Characters of a conversation, and of the prompt before it; later messages are omitted and counted."""
 MAX_TEXT = 6_000
 """Characters of a message."""
 MAX_RESULT = 3_000
 """Characters of a result, of the arguments of a call, and of the reason of a failure."""
 MAX_NAME = 100
 ENTRY_COST = 100
-"""Characters that an entry costs besides its text: thousands of empty messages fill a page, too."""
+"""Characters that an entry costs besides its text, because thousands of empty messages also fill a page."""
 ERRORS = {
     "malformed": "malformed call",
     "arguments": "no such tool or arguments",
@@ -54,7 +54,7 @@ def episode_view(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page shows of an episode: ``prompt``, ``entries``, ``left_out``, ``facts``, ``end``, ``ok``.
 
     An entry has ``role``, ``note``, ``text``, ``calls`` and ``policy`` (True for the policy's own turns). A call has
-    ``name`` (empty where it is malformed), ``arguments``, ``result``, ``note`` and ``ok``. All texts are bounded.
+    ``name`` (empty if it is malformed), ``arguments``, ``result``, ``note`` and ``ok``. All texts are bounded.
     """
     prompt, conversation = _split(line)
     budget = _Budget(MAX_EPISODE)
@@ -107,7 +107,7 @@ def _split(line: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
     """Return the messages before the policy's first turn, and those from it on."""
     messages: list[Message] = line["messages"]
     sampled = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-    # A prompt may have answers, too, as examples; an environment adds none. So the last ones are the policy's turns.
+    # A prompt may also have answers, as examples; an environment adds none. So the last answers are the policy's turns.
     turns = 0 if _failed_at_once(line) else _count(line.get("turns"))
     first = sampled[-turns:][0] if turns and sampled else len(messages)
     return messages[:first], messages[first:]

@@ -69,7 +69,7 @@ def training_path(events: Mapping[str, Events], name: str) -> Markup | None:
     """Draw the path of every stage that logged ``name`` and KL, with the numbers of its first and last update.
 
     Both are means over an update's own rollouts, at the temperature of training and against the stage's own reference.
-    None where no stage logged them.
+    None if no stage logged them.
     """
     panel = Panel()
     path_count = 0
@@ -110,7 +110,7 @@ def _path_points(events: Events, name: str) -> list[tuple[float, float, float]]:
     score = dict(zip(*events.series.get(name, ([], [])), strict=True))
     # A stage may log the two at different steps; a point needs both.
     steps = sorted(kl.keys() & score.keys())
-    # Both are averaged over the same runs of steps, so that each point stays a pair.
+    # Both are averaged over the same runs of steps, so each point stays a pair.
     _, kls = average_to(steps, [kl[step] for step in steps], MAX_PATH_POINTS)
     mean_steps, scores = average_to(steps, [score[step] for step in steps], MAX_PATH_POINTS)
     return list(zip(mean_steps, kls, scores, strict=True))

@@ -13,7 +13,7 @@ from align.report.page.panels import COLORS, INK, Panel, dots, error_bars, legen
 
 Card = Mapping[str, Any]
 Report = Mapping[str, Any]
-"""What a scorecard has about one reward model on one set of pairs."""
+"""A scorecard's results for one reward model on one set of pairs."""
 
 MARGINS = {
     "model": "how far apart the model's own two scores are: is it right where it is sure?",
@@ -127,7 +127,7 @@ def _rows(estimates: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _section_estimates(report: Report, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the estimates in ``sections`` at any depth: ``Chat Hard``, ``Chat Hard: llmbar-adver-neighbor``."""
     for name, value in (report.get("sections") or {}).items():
-        # A block with a value is an estimate; any other block is a section with parts of its own.
+        # A block with a value is an estimate; any other block is a section with further parts.
         if isinstance(value, Mapping) and "value" in value:
             yield f"{prefix}{name}", value
         elif isinstance(value, Mapping):

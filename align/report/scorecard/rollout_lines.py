@@ -49,7 +49,7 @@ def read_rollouts(path: Path) -> list[Line]:
 def read_episodes(path: Path) -> list[Line]:
     """Return the first :data:`MAX_ROLLOUTS` episodes of a stage that samples in an environment, as lines of rollouts.
 
-    ``path`` is its ``samples.jsonl``, where a line has all episodes of a prompt. No more of the file is read: it may
+    ``path`` is its ``samples.jsonl``, in which a line has all episodes of a prompt. No more of the file is read: it may
     have millions of lines, and the page is written again and again.
     """
     lines = (line for prompt in read_lines(path, {"prompt", "episodes"}) for line in _episode_lines(prompt))

@@ -20,7 +20,7 @@ from align.report.scorecard.rollout_lines import read_lines
 from align.report.scorecard.scorecard_tables import PROMPTS, task_title
 
 MAX_BYTES = 7_000_000
-"""Text on the page; beyond it the prompts with the smallest score changes are left out, and counted."""
+"""Text on the page; beyond it the prompts with the smallest score changes are omitted and counted."""
 MAX_HEAT_BYTES = 2_500_000
 """Numbers by token on the page, on top of the text."""
 MAX_TOKENS = 2_000
@@ -36,7 +36,7 @@ Sample = dict[str, Any]
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Return the lines of a ``samples.jsonl``; a missing file is an empty list, a damaged line is left out."""
+    """Return the lines of a ``samples.jsonl``; a missing file is an empty list, a damaged line is skipped."""
     return list(read_lines(path, {"prompt", "responses"}))
 
 
@@ -61,7 +61,7 @@ def page_samples(
     metrics = {task: _sort_metric(card, task) for task in dict.fromkeys(map(_task_of, samples))}
     items = [_item(sample, policies, reference, metrics[_task_of(sample)][0]) for sample in samples]
     _set_weights(items)
-    # The index breaks ties, so that equal changes keep the order of the file.
+    # The index breaks ties, so equal changes keep the order of the file.
     order = sorted(range(len(items)), key=lambda index: (-items[index]["weight"], index))
     ordered = [(items[index], samples[index]) for index in order]
     shown, encoded, without_heat = _fill_page(ordered, policies)
@@ -116,7 +116,7 @@ def _set_weights(items: Sequence[Sample]) -> None:
 def _fill_page(
     ordered: Sequence[tuple[Sample, Sample]], policies: Sequence[str]
 ) -> tuple[list[Sample], list[Markup], int]:
-    """Return the items that fit on the page, each as JSON too, and the number of them without numbers by token.
+    """Return the items that fit on the page, also as JSON, and the number of items without numbers by token.
 
     ``ordered`` has pairs of item and sample. Texts and numbers by token have a budget of bytes each. Once the second is
     used up, items go without numbers.
@@ -155,7 +155,7 @@ def page_json(page: Mapping[str, Any]) -> Markup:
 def response_lengths(samples: Iterable[Sample], policies: list[str]) -> dict[str, dict[str, list[int]]]:
     """Return task → policy → response lengths in tokens, over prompts and samples.
 
-    Conversations of several turns are left out, and so are samples of systems that are not compared (``columns``).
+    Conversations of several turns and samples of systems that are not compared (``columns``) are skipped.
     """
     lengths: dict[str, dict[str, list[int]]] = {}
     for sample in samples:
@@ -175,7 +175,7 @@ def _sort_metric(card: dict[str, Any] | None, task: str) -> tuple[str, str]:
     if task in card["tasks"]:
         primary = str(card["tasks"][task]["primary"])
         scorers = [str(report.get("stage")) for report in card.get("reward_models", ()) if report.get("task") == task]
-        # Pairs for reward models have no metric of their own: sort them by the first model's score.
+        # Pairs for reward models have no metric, so sort them by the first model's score.
         if primary not in card["metrics"] and scorers:
             return scorers[0], f"score by {scorers[0]}"
         return primary.removeprefix(f"{task}."), str(card["metrics"].get(primary, {}).get("title", primary))
@@ -190,7 +190,7 @@ def _largest_change(item: Mapping[str, Any]) -> float:
 
 def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> Sample:
     """Return a sample for the script: turns, answers, scores by ``metric`` and changes against the reference."""
-    columns = sample.get("columns")  # set where the responses are not those of the compared systems
+    columns = sample.get("columns")  # set if the responses do not come from the compared systems
     if columns is not None:
         policies = [str(name) for name in columns]
     responses = {policy: sample["responses"].get(policy) or [] for policy in policies}
@@ -217,8 +217,8 @@ def _item(sample: Sample, policies: list[str], reference: str, metric: str) -> S
 def _rollout_item(stage: str, line: Sample) -> dict[str, Any]:
     """Return a response of a stage that trains or samples.
 
-    It has the KL, value and advantage of each token where the line has them. An episode is a conversation
-    (``episode``), and 1 in ``s`` marks the tokens that the policy sampled.
+    It has the KL, value and advantage of each token if the line has them. An episode is a conversation (``episode``),
+    and 1 in ``s`` marks the tokens that the policy sampled.
     """
     if is_episode(line):
         answer, prompt = _episode_answer(line)
@@ -327,7 +327,7 @@ def _token_numbers(sample: Sample, policies: Sequence[str]) -> dict[str, dict[st
 
 
 def _hundredths(value: float | None) -> int | None:
-    """Return a number in whole hundredths, which take a third of a float's room as JSON."""
+    """Return a number in whole hundredths, which are a third of a float's size as JSON."""
     return None if value is None or not math.isfinite(value) else round(value * HUNDREDTHS)
 
 

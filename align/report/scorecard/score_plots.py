@@ -61,7 +61,7 @@ def task_scores(card: Card, metric: str, title: str) -> Markup:
 def scores_by_family(card: Card, metric: str, limit: int = MAX_SOURCES) -> Markup | None:
     """Draw the metric of every system in each source (family), with 95 % intervals; the ``limit`` largest sources.
 
-    None where no source has an estimate.
+    None if no source has an estimate.
     """
     largest = sorted(card["families"].items(), key=lambda item: -item[1]["n"])[:limit]
     families = [(name, family) for name, family in sorted(largest) if family["estimates"]]
@@ -71,7 +71,7 @@ def scores_by_family(card: Card, metric: str, limit: int = MAX_SOURCES) -> Marku
     panel = Panel(8.0, 0.9 + 0.18 * len(families) * max(2, len(policies)) * 0.62)
     step = 0.7 / max(1, len(policies))
     for index, policy in enumerate(policies):
-        # The systems of a source stand below each other, centered on the source's line.
+        # The systems of a source are below each other, centered on the source's line.
         offset = (index - (len(policies) - 1) / 2) * step
         rows = []
         for position, (_, family) in enumerate(families):

@@ -37,7 +37,7 @@ GATE_COLUMNS = {
 
 
 def columns(card: Card) -> list[dict[str, str]]:
-    """Return the heads of the scorecard's columns, one for each system."""
+    """Return the heads of the scorecard's columns, a head for each system."""
     return [{"name": name, "role": role(card, name), "setup": setup(card, name)} for name in card["policies"]]
 
 
@@ -123,7 +123,7 @@ def difference_rows(card: Card) -> list[dict[str, Any]]:
 
 
 def task_title(card: Card, task: str) -> str:
-    """Return a task's title, as it stands within a sentence."""
+    """Return a task's title for use in a sentence."""
     return str(card["tasks"][task]["title"]) if task in card["tasks"] else "held-out prompts"
 
 
@@ -139,7 +139,8 @@ def family_rows(card: Card) -> list[dict[str, Any]]:
             cell = source_cell(family["estimates"].get(policy, {}).get(card["primary"]))
             row = differences.get((name, policy))
             if row is not None:
-                # The cell keeps the interval of its value; that of the difference is in the table of differences.
+                # The cell keeps the interval of its value; the interval of the difference is in the table of
+                # differences.
                 cell = cell | _change(row) | {"interval": cell["interval"]}
             cells.append(cell)
         rows.append({"family": name, "n": family["n"], "cells": cells})
@@ -178,7 +179,7 @@ def _metrics_of(families: Mapping[str, Any]) -> list[str]:
 
 
 def source_cell(estimate: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return a cell with a value and its interval, and no verdict; a dash where nothing was measured."""
+    """Return a cell with a value and its interval, and no verdict; a dash if it was not measured."""
     cell = {"value": MISSING, "interval": "", "change": "", "verdict": "", "mark": "", "words": ""}
     if estimate is None or not estimate["n"]:
         return cell

@@ -52,9 +52,9 @@ VALIDATIONS = "validations.jsonl"
 
 
 def load_scorecard(artifacts: Sequence[Artifact], scorecard: Card | None) -> tuple[Card | None, str]:
-    """Return the scorecard to show, and a message where there should be one that cannot be shown.
+    """Return the scorecard to show, and a message if it exists but cannot be shown.
 
-    That is ``scorecard``, or else the last scorecard among the artifacts. One of another format cannot be shown.
+    The scorecard is ``scorecard``, or else the last scorecard among the artifacts. Another format cannot be shown.
     """
     evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
     stage = evaluations[-1].stage if evaluations else "evaluate"
@@ -87,7 +87,7 @@ def evaluation_sections(
     evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
     samples = read_samples(evaluations[-1].path / SAMPLES) if evaluations else []
     rollouts = {artifact.stage: _rollouts_of(artifact) for artifact in artifacts}
-    # Samples and training paths exist without a scorecard that can be shown, too.
+    # Samples and training paths exist even if no scorecard can be shown.
     validations = {artifact.stage: read_validations(artifact.path / VALIDATIONS) for artifact in artifacts}
     page = page_samples(samples, card, rollouts, validations)
     sections: dict[str, Any] = {
@@ -128,7 +128,7 @@ def evaluation_sections(
 
 
 def _task_figures(card: Card, assets: AssetWriter) -> list[Figure]:
-    """Return a figure of each task's primary metric and of the prompt set's; none where there would be only one."""
+    """Return a figure of each task's primary metric and of the prompt set's; none if there would be only one figure."""
     metrics = [(task["primary"], str(task["title"])) for task in card["tasks"].values()]
     if card["metrics"].get(card["primary"], {}).get("task") == PROMPTS:
         metrics.insert(0, (card["primary"], "Held-out prompts"))
@@ -144,7 +144,7 @@ def _task_figures(card: Card, assets: AssetWriter) -> list[Figure]:
 
 
 def _family_figure(card: Card, assets: AssetWriter) -> Figure | None:
-    """Return the primary metric by source (family) of the prompt set; None where there is one source or none."""
+    """Return the primary metric by source (family) of the prompt set; None for fewer than two sources."""
     metric = card["metrics"].get(card["primary"])
     if len(card["families"]) < 2 or metric is None or metric["task"] != PROMPTS:
         return None
@@ -153,7 +153,7 @@ def _family_figure(card: Card, assets: AssetWriter) -> Figure | None:
 
 
 def _kl_figures(card: Card, assets: AssetWriter) -> list[Figure]:
-    """Return score against KL, the proxy first and the programs' scores next; none where KL was not measured."""
+    """Return score against KL, the proxy first and the programs' scores next; none if KL was not measured."""
     if not any("kl" in estimates for estimates in card["estimates"].values()):
         return []
     subjects = {"reward": "The proxy, the reward model's score,"}

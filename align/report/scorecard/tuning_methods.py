@@ -1,9 +1,9 @@
 """Comparison of tuning methods: cost and results of each trained checkpoint, and which was best. Torch-free.
 
 Each checkpoint of the scorecard from a training stage of this run is a row: how it was tuned, the share of weights that
-was trained, time and memory of that stage alone, and the scorecard's numbers. The best by the primary metric is
-compared with every other one on the items that both answered. Earlier stages, and systems that use a checkpoint in
-another way, are left out.
+was trained, time and memory of only that stage, and the scorecard's numbers. The best by the primary metric is compared
+with every other row on the items that both answered. Earlier stages, and systems that use a checkpoint in another way,
+are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Card = dict[str, Any]
 
 MIN_ROWS = 2
 METRICS = ("reward", "heldout_loss", "kl", "length")
-"""Metrics of the prompt set that have a column where they were measured; the primary metric comes first."""
+"""Metrics of the prompt set that have a column if they were measured; the primary metric comes first."""
 TUNINGS: TypeAdapter[Any] = TypeAdapter(Tuning)
 TABLE_COLUMNS = {
     "stage": "Stage",
@@ -83,7 +83,7 @@ def describe_tuning(record: Mapping[str, Any]) -> str:
 
 
 def _tuning_label(tuning: Mapping[str, Any]) -> str:
-    """Return a tuning's own short name; the method alone for a block that another version of align wrote."""
+    """Return a tuning's own short name; only the method for a block that another version of align wrote."""
     try:
         return str(TUNINGS.validate_python({"method": "full", **tuning}).label)
     except ValidationError:
@@ -91,7 +91,7 @@ def _tuning_label(tuning: Mapping[str, Any]) -> str:
 
 
 def _trained_share(record: Mapping[str, Any]) -> float | None:
-    """Return the share of the weights that was trained; None where the record does not say."""
+    """Return the share of the weights that was trained; None if the record does not have it."""
     parameters = record["metrics"].get("parameters")
     return record["metrics"]["trainable_parameters"] / parameters if parameters else None
 
@@ -120,7 +120,7 @@ def _row(name: str, record: Mapping[str, Any], card: Card, metrics: Sequence[str
 
 def _verdict(name: str, best: Best) -> str:
     if name == best.name:
-        # A best that nothing is clearly below is no winner: its number is the highest by chance.
+        # A best row that is not clearly above any other is not a winner: its number may be the highest by chance.
         is_winner = not best.differences or len(best.ties) < len(best.differences)
         return "best" if is_winner else "not told apart"
     row = best.differences.get(name)

@@ -113,7 +113,7 @@ def win_rate_plot(rows: Sequence[Row], label: str) -> Markup:
 
 
 def _cell(rows: Sequence[Row], name: str, opponent: str) -> dict[str, Any] | None:
-    """Return how often ``name`` wins over ``opponent``; None where they were not compared."""
+    """Return how often ``name`` wins over ``opponent``; None if they were not compared."""
     for row in rows:
         controlled = row.get("length_controlled")
         if (row["one"], row["other"]) == (name, opponent):
@@ -142,9 +142,9 @@ def _with_interval(estimate: Row) -> str:
 
 
 def verdict(estimate: Row) -> str:
-    """Return ``better`` or ``worse`` where the interval is clear of one half, else ``unclear``."""
+    """Return ``better`` or ``worse`` if the interval is clear of one half, else ``unclear``."""
     low, high = estimate.get("low"), estimate.get("high")
-    # Copies have no interval, and nothing was measured of them.
+    # Copies of a system have no interval, because they were not measured.
     if low is None or high is None or low <= EVEN <= high:
         return "unclear"
     return "better" if low > EVEN else "worse"
