@@ -55,8 +55,8 @@ def write_report(
     """
     Panel.start_page()
     assets = AssetWriter()
-    # Each section reads its content and adds its figures and tables to ``assets``. The page is rendered before the first
-    # file is written, so an error leaves the earlier page unchanged.
+    # Each section reads its content and adds its figures and tables to ``assets``. The page is rendered before the
+    # first file is written, so an error leaves the earlier page unchanged.
     finished_events = {artifact.stage: read_events(artifact.path) for artifact in artifacts}
     events = dict(finished_events)
     if failed and failed.get("folder"):
