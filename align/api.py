@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.clusters.ray.run import run_tasks
-from align.clusters.slurm.queue import follow_jobs
-from align.clusters.slurm.submit import submit_run
+from align.clusters.ray import run_tasks
+from align.clusters.slurm.submit import follow_jobs, submit_run
 from align.errors import UserError
 from align.evaluation.scorecard import Scorecard
 from align.pipeline import pipeline
+from align.runner.console import progress_listener
 from align.runner.listener import Listener
-from align.runner.notebook import progress_listener
-from align.runner.prepare import RunOptions, prepare_run
-from align.runner.runner import Run, run_pipeline
+from align.runner.runner import Run, RunOptions, prepare_run, run_pipeline
 
 
 class Pipeline(pipeline.Pipeline):

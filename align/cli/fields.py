@@ -48,8 +48,7 @@ def topics() -> dict[str, Topic]:
     from align.config.tuning import Tuning
     from align.pipeline.loops import LoopConfig
     from align.pipeline.pipeline import PipelineConfig
-    from align.sweep.config import SweepConfig
-    from align.sweep.space import RangeConfig
+    from align.sweep.config import RangeConfig, SweepConfig
 
     return {
         "pipeline": Topic(

@@ -97,7 +97,7 @@ def _plan(options: argparse.Namespace) -> int:
     from align.config.yaml import dump_yaml
     from align.runner.open_store import open_store
     from align.runner.plan import choose_stages, plan
-    from align.runner.stage_precision import plan_notes as precision_notes
+    from align.runner.stage_speed import plan_notes as precision_notes
 
     pipeline = load(options)
     if options.resolved:

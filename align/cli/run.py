@@ -9,7 +9,7 @@ from align.cli.loading import load, print_pins
 from align.cli.run_session import print_outcome, run_and_report
 from align.errors import UserError
 from align.pipeline.stop_signal import Stopped
-from align.runner.prepare import RunOptions
+from align.runner.runner import RunOptions
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,13 +20,13 @@ def run(options: argparse.Namespace) -> int:
     run_options = RunOptions(options.store, options.only, options.from_, tuple(options.rebuild), options.strict)
     executor = pipeline.config.runtime.executor.name
     if executor == "slurm":
-        from align.cli.run_on_slurm import run_on_slurm
+        from align.cli.run_on_cluster import run_on_slurm
 
         return run_on_slurm(pipeline, run_options, detach=options.detach, json=options.json)
     if options.detach:
         raise UserError("--detach leaves a run to a scheduler that outlives this command: add --on slurm.")
     if executor == "ray":
-        from align.cli.run_on_ray import run_on_ray
+        from align.cli.run_on_cluster import run_on_ray
 
         return run_on_ray(pipeline, run_options, json=options.json)
     try:

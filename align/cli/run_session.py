@@ -1,6 +1,6 @@
 """A run as the command line shows it, here or on a cluster: progress, the page about it, the outcome.
 
-``run.py``, ``run_on_slurm.py`` and ``run_on_ray.py`` say who runs the stages; this file shows it.
+``run.py`` and ``run_on_cluster.py`` say which executor runs the stages; this file shows it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_sweep(options.sweep)
     if options.trials is not None:
         config = config.model_copy(update={"trials": _check_positive("--trials", options.trials)})
-    sweep = Sweep.check(config, options.sweep, options.assignments, options.on, _warning(options))
+    sweep = Sweep.check(config, options.sweep, options.assignments, options.on, print_warning)
     executor = sweep.base.config.runtime.executor.name
     store = open_store(sweep.base, options.store)
     if options.dry_run:
@@ -48,12 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if options.detach and executor != "slurm":
         raise UserError("--detach leaves a sweep to a scheduler that outlives this command: add --on slurm.")
     workers = _check_positive("--workers", config.workers if options.workers is None else options.workers)
-    # Only the parent may start over: its workers join the study that it has opened.
-    study = Study.open(store, sweep, fresh=options.fresh and options.worker is None)
-    if options.worker is not None:
-        from align.cli.sweep_worker import run_as_worker
-
-        return run_as_worker(options, sweep, study, store)
+    study = Study.open(store, sweep, fresh=options.fresh)
     if options.retry:
         print(f"{study.retry()} failed trials run again", file=sys.stderr)
     try:
@@ -74,11 +68,6 @@ def run(options: argparse.Namespace) -> int:
     return 0 if study.best() else FAILED
 
 
-def _warning(options: argparse.Namespace) -> Callable[[str], None]:
-    """Return the function that prints a warning. Workers print none: the sweep that has started them does."""
-    return print_warning if options.worker is None else lambda message: None
-
-
 def _check_positive(option: str, value: int) -> int:
     if value < 1:
         raise UserError(f"{option}: should be at least 1; found {value}.")
@@ -86,23 +75,31 @@ def _check_positive(option: str, value: int) -> int:
 
 
 def _run_trials(options: argparse.Namespace, sweep: Sweep, study: Study, store: Store, workers: int) -> bool:
-    """Run the trials here or on a cluster; returns True when they are left to the cluster."""
+    """Run the trials here or on a cluster; returns True if they are left to the cluster."""
+    from align.cli.sweep_workers import ProcessWorkers, SweepTask, run_trials, run_workers
+
     executor = sweep.base.config.runtime.executor.name
     if executor == "slurm":
-        from align.cli.sweep_on_slurm import sweep_on_slurm
+        from align.cli.sweep_on_cluster import SlurmWorkers
 
-        return sweep_on_slurm(sweep, study, store, workers, options)
+        jobs = SlurmWorkers.start(sweep, store, workers, options)
+        if not options.detach:
+            run_workers(jobs, sweep, study, quiet=options.json)
+        elif options.json:
+            print_json({"name": sweep.config.name, "store": str(store.root), "job": jobs.job})
+        return bool(options.detach)
     if executor == "ray":
-        from align.cli.sweep_on_ray import sweep_on_ray
+        from align.cli.sweep_on_cluster import RayWorkers
+        from align.clusters.ray import ray_block
+        from align.inference import ray_client
 
-        sweep_on_ray(sweep, study, store, workers, options)
-        return False
-    from align.cli.sweep_worker import run_trials, start_workers
-
-    if workers == 1:
+        ray_client.require_ray()
+        with ray_client.connected(ray_block(sweep.base).address) as ray:
+            run_workers(RayWorkers(ray, sweep, store, workers, options), sweep, study, quiet=options.json)
+    elif workers == 1:
         run_trials(sweep, study, store, quiet=options.json, shows_stages=not options.json)
     else:
-        start_workers(options, workers)
+        run_workers(ProcessWorkers(SweepTask.of(sweep, store, options), workers), sweep, study, quiet=options.json)
     return False
 
 
@@ -189,6 +186,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_executor(parser, "trials")
     parser.add_argument("--detach", action="store_true", help="hand the trials to the cluster and come back")
-    parser.add_argument("--worker", metavar="PARENT/COUNT", help=argparse.SUPPRESS)
     add_output(parser)
     add_store(parser)

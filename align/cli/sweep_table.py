@@ -80,7 +80,7 @@ def _row(sweep: Sweep, trial: TrialRecord, best: bool) -> TrialRow:
 
 def _values_set(sweep: Sweep, draw: Any) -> dict[str, Any]:
     """Return name → number as it was set, after rounding, or label of the choice."""
-    from align.sweep.space import Choice
+    from align.sweep.config import Choice
 
     values = {}
     for dimension in sweep.space:

@@ -246,6 +246,3 @@ class JobFollower:
         self.failures[name] = f"{message}\nLog: {path}" if path.exists() else message
         del self.remaining[name]
         self.listener.stage_failed(followed.node, message, path)
-
-
-__all__ = ["JobFollower", "JobResult", "JobState", "Queue", "SchedulerError", "read_note", "write_note"]

@@ -45,6 +45,3 @@ def await_inputs(pipeline: Pipeline, node: Node, store: Store, seconds: float = 
         if all(store.find_intact(source.stage.kind, source.key) is not None for source in inputs):
             return
         time.sleep(0.5)
-
-
-__all__ = ["await_inputs", "with_threads"]

@@ -1,11 +1,14 @@
-"""Open a store as the user says, and open the same one in jobs and tasks that work for a run.
+"""Open the store that a run uses, and transfer artifacts between it and its remote. Never imports torch.
 
-Knows no torch.
+A run only begins if the remote has said what is finished, because running a finished stage again could cost days. Later
+an unreachable remote only causes a warning; the next run uploads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +16,11 @@ from align.config.runtime import StoreConfig
 from align.config.user_paths import user_path
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
-from align.store.locks import Lease
-from align.store.object_store import check_address
-from align.store.retry import SECONDS
+from align.store.artifacts import Artifact
+from align.store.locks import Hold, Lease
+from align.store.object_store import AccessRefused, check_address
+from align.store.record import DamagedRecord
+from align.store.retry import SECONDS, StoreUnreachable
 from align.store.store import Store
 
 
@@ -64,3 +69,88 @@ def open_store(pipeline: Pipeline | None = None, store: str | Path | Store | Non
                 raise UserError(f"{name}: {error}") from None
             break
     return Opening([*folders, settings.folder or "store"][0], settings.lease, settings.patience, remote).open()
+
+
+Log = Callable[[str], None]
+
+
+def fetch_missing(pipeline: Pipeline, store: Store, only: str | None, force: set[str], log: Log) -> None:
+    """Fetch the stages that are finished only in the remote: all, or ``only`` one and its inputs; not ``force``.
+
+    Raises ``StoreUnreachable`` and ``UserError`` before anything is begun.
+    """
+    remote = store.remote
+    if remote is None:
+        return
+    stages = pipeline.touched_by(only) - force
+    try:
+        for node in pipeline:
+            if node.name not in stages or store.find(node.stage.kind, node.key, node.name) is not None:
+                continue
+            record = remote.find(node.stage.kind, node.key)
+            if record is not None:
+                log(f"stage '{node.name}' is finished in {remote.address}; fetching {_size(record)}")
+                store.fetch(node.stage.kind, node.key, node.name)
+    except StoreUnreachable as error:
+        # Nothing has begun yet, so stopping costs nothing. Running finished stages again could cost days.
+        raise StoreUnreachable(
+            f"{error} Nothing was begun, since what is finished there is not known; "
+            "a folder alone (`--set runtime.store=FOLDER`, or --store FOLDER for an address there) runs without it."
+        ) from None
+    except DamagedRecord:  # names its file itself
+        raise
+    except UserError as error:
+        raise UserError(f"runtime.store.remote: {error}") from None
+
+
+@contextlib.contextmanager
+def remote_lock(store: Store, kind: str, key: str, log_holder: Log, log: Log) -> Iterator[Hold | None]:
+    """Hold the stage's lock in the remote; None where there is no remote, or it is away or takes no claims.
+
+    ``log_holder`` gets the holder that is waited for.
+    """
+    if store.remote is None:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        hold = None
+        # Only the entry is guarded. An error of the stage itself must pass through untouched.
+        try:
+            hold = stack.enter_context(store.remote.lock(kind, key, log_holder))
+        except (StoreUnreachable, UserError) as error:
+            log(f"{error} The stage runs without a lock there: another machine may run it too.")
+        yield hold
+
+
+def fetch_if_published(store: Store, kind: str, key: str, stage: str, log: Log) -> Artifact | None:
+    """Fetch an artifact that another machine has published since the run began.
+
+    None where the remote is away, or refuses what it allowed before. Raises ``UserError`` for a damaged artifact.
+    """
+    try:
+        return store.fetch(kind, key, stage)
+    except (StoreUnreachable, AccessRefused) as error:
+        log(str(error))
+        return None
+
+
+def upload(store: Store, artifact: Artifact, log: Log, replace: bool = False) -> None:
+    """Upload a finished stage unless it is in the remote. A failure is logged; the next run uploads it."""
+    remote = store.remote
+    if remote is None:
+        return
+    kind, key = artifact.record["kind"], artifact.record["key"]
+    try:
+        if not replace and remote.find(kind, key) is not None:
+            return
+        log(f"uploading stage '{artifact.stage}' to {remote.address}, {_size(artifact.record)}")
+        if not remote.push(artifact, replace):
+            log(f"another machine published stage '{artifact.stage}' first; its artifact stays in {remote.address}")
+    except (StoreUnreachable, UserError) as error:
+        log(f"stage '{artifact.stage}' is only in {store.root} for now: {error} The next run uploads it.")
+
+
+def _size(record: dict[str, object]) -> str:
+    outputs = record["outputs"]
+    assert isinstance(outputs, dict)
+    return f"{len(outputs)} files, {sum(entry['bytes'] for entry in outputs.values()) / 2**20:.1f} MiB"

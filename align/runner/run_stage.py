@@ -26,9 +26,9 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import command_line, git_commit, source_digest
 from align.pipeline.stop_signal import StopRequest, clear_request
 from align.runner.listener import Listener
+from align.runner.open_store import fetch_if_published, remote_lock, upload
 from align.runner.stage_result import RESULT, read_result, write_work
 from align.runner.subprocess import run_attempt, seconds_of_attempts
-from align.runner.sync import fetch_if_published, remote_lock, upload
 from align.store.artifacts import Artifact
 from align.store.fingerprint import digest
 from align.store.json_files import DamagedFile

@@ -1,9 +1,11 @@
-"""Runs a pipeline: one process per stage, finished stages skipped, killed ones resumed. Never imports torch."""
+"""Run a pipeline here, and read its results. Never imports torch."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import signal
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +16,15 @@ from align.errors import NO_SPACE, StageFailed, UserError, no_space
 from align.evaluation.scorecard import Scorecard
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import StopRequest
+from align.report.curves.metric_series import metric_values
 from align.runner.listener import Listener
-from align.runner.prepare import Prepared, RunOptions, prepare_run
-from align.runner.results import COLUMNS, FRAME_TYPES, data_frame, logged_rows, result_rows
+from align.runner.open_store import fetch_missing, open_store, upload
+from align.runner.plan import History, check_sources, choose_stages, refuse_without_state, stages_to_make
 from align.runner.run_stage import StageRun
 from align.runner.stage_process import forked_stages
-from align.runner.sync import upload
 from align.store.artifacts import Artifact, Kind
+from align.store.events import read_events
+from align.store.record import DamagedArtifact
 from align.store.store import Store
 
 if TYPE_CHECKING:
@@ -185,3 +189,173 @@ def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None
         objection = pipeline.runtimes[node.name].launch.nowhere_to_meet() if node.stage.distributed else None
         if objection is not None:
             raise UserError(f"{pipeline.where}: runtime.launch, for stage '{node.name}': {objection}")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Choice of a pipeline's stages and of the store; the same for a run here and one on a cluster."""
+
+    store: str | Path | Store | None = None
+    """As of ``open_store``."""
+    only: str | None = None
+    """Make this one stage, whose inputs must be finished."""
+    from_: str | None = None
+    """Run this stage and all that depend on it, although they are finished."""
+    rebuild: tuple[str, ...] | str = ()
+    """Run these stages although they are finished."""
+    strict: bool = False
+    """Refuse artifacts made by other source code under the same stage version."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin."""
+
+    store: Store
+    force: set[str]
+    """Stages that are made although an artifact is there."""
+    wanted: list[Node]
+    """Stages that are to be made, in order."""
+    warnings: list[str]
+
+
+def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | None = None) -> Prepared:
+    """Open the store, fetch what is finished in its remote, and choose what is made.
+
+    Raises ``UserError`` for what must stop a run before it starts.
+    """
+    listener = listener or Listener()
+    require_trackers(pipeline.config.runtime.report_to)  # before there is a store
+    store = open_store(pipeline, options.store)
+    store.require_writable()
+    store.retry.log = listener.warning
+    from_ = options.from_
+    # A script may name a single stage as a text, which is no tuple of letters.
+    rebuild = (options.rebuild,) if isinstance(options.rebuild, str) else options.rebuild
+    # Twice: what is rebuilt need not be fetched, but ``--only`` checks its inputs, which may have to be fetched first.
+    rebuilt = choose_stages(pipeline, store, None, from_, rebuild)
+    fetch_missing(pipeline, store, options.only, rebuilt, listener.transfer)
+    force = choose_stages(pipeline, store, options.only, from_, rebuild)
+    # All that can stop the run is checked before its first stage, not hours later when a stage reads it.
+    used = pipeline.touched_by(options.only) - force
+    _refuse_damage(pipeline, store, used)
+    warnings = check_sources(pipeline, store, used, options.strict)
+    wanted = stages_to_make(pipeline, store, options.only, force)
+    refuse_without_state(pipeline, store, wanted, force)
+    # Forced stages get no suggestion: the user asked for all of their steps.
+    history = History(pipeline, store)
+    suggestions = [history.suggest(node) for node in wanted if node.name not in force]
+    return Prepared(store, force, wanted, [*warnings, *(text for text in suggestions if text)])
+
+
+def _refuse_damage(pipeline: Pipeline, store: Store, used: set[str]) -> None:
+    """Damaged finished stages among those that are used stop the run before anything starts; all are named."""
+    damaged = []
+    for node in pipeline:
+        if node.name in used:
+            try:
+                _require_intact(node, store)
+            except DamagedArtifact as error:
+                damaged.append(error)
+    if damaged:
+        raise DamagedArtifact("\n".join(map(str, damaged)), damaged[0].stage)
+
+
+def _require_intact(node: Node, store: Store) -> None:
+    artifact = store.find(node.stage.kind, node.key, node.name)
+    problems = store.problems(artifact, thorough=False) if artifact is not None else []
+    if problems:
+        raise DamagedArtifact(
+            f"stage '{node.name}': {problems[0].path} {problems[0].description}. "
+            f"The artifact is corrupted; `--rebuild {node.name}` makes it again.",
+            node.name,
+        )
+
+
+def is_installed(package: str) -> bool:
+    """Return whether ``package`` can be imported; a plain folder of that name, as wandb creates, does not count."""
+    spec = importlib.util.find_spec(package)
+    # A folder of that name in the current directory is found too, as a namespace without an origin.
+    return spec is not None and spec.origin is not None
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raise ``UserError`` for the trackers among ``names`` whose package, called as the tracker is, is missing."""
+    missing = [name for name in names if not is_installed(name)]
+    if missing:
+        verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise UserError(
+            f"runtime.report_to: {', '.join(missing)} {verb} not installed. "
+            f"`pip install {' '.join(missing)}`, or leave {pronoun} out."
+        )
+
+
+COLUMNS = ("stage", "system", "metric", "value", "low", "high", "n")
+FRAME_TYPES = {"value": "float64", "low": "float64", "high": "float64", "n": "Int64"}
+"""Types of the columns of numbers in a table, also where all are missing; ``Int64`` has missing whole numbers."""
+RECORD_FIELDS = ("seconds", "peak_memory_bytes")
+"""Numbers of every stage's record, beside its metrics."""
+SCORECARD_SUMMARIES = ("values", "differences")
+"""Parts of an evaluation's record that repeat its scorecard without intervals."""
+
+Row = dict[str, Any]
+
+
+def result_rows(artifacts: Iterable[Artifact]) -> list[Row]:
+    """Return a row with ``COLUMNS`` for each number of the stages, in their order.
+
+    Raises ``UserError`` for an evaluation whose scorecard cannot be read.
+    """
+    rows: list[Row] = []
+    for artifact in artifacts:
+        rows += [_row(artifact.stage, metric, value) for metric, value in record_numbers(artifact.record).items()]
+        if artifact.kind == Kind.SCORECARD:
+            card = Scorecard.read(artifact.path, artifact.stage)
+            rows += [{"stage": artifact.stage, **row} for row in card.rows()]
+    return rows
+
+
+def record_numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a stage's record by name; those of a block inside have its name and a dot in front."""
+    metrics = {name: value for name, value in (record.get("metrics") or {}).items() if name not in SCORECARD_SUMMARIES}
+    numbers = dict(_flatten(metrics))
+    # Times that a stage measures itself leave out the start of its process; the record's count.
+    return numbers | dict(_flatten({name: record.get(name) for name in RECORD_FIELDS}))
+
+
+def _flatten(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in block.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+
+
+def _row(stage: str, metric: str, value: float) -> Row:
+    return {**dict.fromkeys(COLUMNS), "stage": stage, "metric": metric, "value": value}
+
+
+def logged_rows(artifact: Artifact) -> list[Row]:
+    """Return what a stage logged: a row for each step, with ``step`` and the finite numbers of that step."""
+    by_step: dict[float, Row] = {}
+    for event in read_events(artifact.path / "events.jsonl"):
+        if event["event"] == "metrics":
+            # A resumed stage logs steps again from its checkpoint; the later value replaces the lost one.
+            row = by_step.setdefault(event["step"], {"step": event["step"]})
+            row.update(metric_values(event))
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def data_frame(rows: list[Row], columns: Iterable[str] | None, instead: str) -> DataFrame:
+    """Return rows as a table of pandas; all ``columns`` are there even without rows.
+
+    Raises ``UserError`` where pandas is missing; ``instead`` is the call that needs no pandas.
+    """
+    try:
+        from pandas import DataFrame
+    except ImportError:
+        raise UserError(
+            f"pandas is not installed, and a DataFrame needs it: `pip install pandas`. "
+            f"{instead} returns the same as a list of dictionaries."
+        ) from None
+    return DataFrame.from_records(rows, columns=None if columns is None else list(columns))

@@ -1,7 +1,7 @@
 """The process a stage runs in: ``python -m align.runner.worker FOLDER``.
 
-Reads ``FOLDER/work.json``, runs the stage, and writes ``FOLDER/result.json`` last. It publishes nothing: the
-runner does, once this process has ended well. The same command line is what a cluster launches, once on each node.
+It reads ``FOLDER/work.json``, runs the stage, and writes ``FOLDER/result.json`` last. It publishes no artifact: the
+runner does, once this process has ended well. A cluster starts the same command line, once on each node.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.config.base import Config
 from align.config.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.config.runtime import Runtime
 from align.config.validation import validate_plain
@@ -31,10 +32,8 @@ from align.pipeline.machine_limits import usable_cores
 from align.pipeline.registry import Stage, find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.pipeline.thread_waiting import set_waiting
-from align.runner.changed_code import require_planned_code
-from align.runner.slow_stage import watch
-from align.runner.stage_precision import choose_precision, emulation_warning, measured_speed
 from align.runner.stage_result import RESULT, read_work, write_result
+from align.runner.stage_speed import choose_precision, emulation_warning, measured_speed, watch
 from align.store.artifacts import Artifact
 from align.store.atomic_write import write_text_atomically
 from align.store.partial import CHECKPOINTS, EVENTS, OUTPUT
@@ -328,3 +327,25 @@ if __name__ == "__main__":
     end_without_teardown()
     relax_collections()
     sys.exit(start(sys.argv[1:]))
+
+
+CODE_DIGEST = "sha256:"
+"""Part of every identity of a function or an environment that has code of the user's."""
+
+
+def require_planned_code(stage: Stage, config: Config, planned: Mapping[str, str], name: str) -> None:
+    """Raise ``UserError`` if an environment or a function that scores has changed since the stage was planned.
+
+    ``planned`` are the identities in the stage's key, ``name`` is the stage's. Only stages that sample are checked.
+    """
+    names = [place for place, identity in planned.items() if CODE_DIGEST in identity]
+    if not stage.samples or not names:
+        return
+    current = stage.identities(config, Path.cwd())
+    changed = [place for place in names if current.get(place) != planned[place]]
+    if changed:
+        raise UserError(
+            f"{name}.{changed[0]}: its code has changed since this run was started, so the result would be stored "
+            "under the key of the old code. Nothing was run, and all episodes on disk are kept. Run the command again "
+            "to use the new code, or restore the old code to continue."
+        )

@@ -1,15 +1,16 @@
-"""A sweep's trials, shared by all its workers: what was tried, what to try next, which trial is behind.
+"""A sweep's trials in Optuna, shared by all its workers: finished trials, the next trial, trials that are behind.
 
 A study is a folder of the store with Optuna's journal (which has its own lock, by a link that NFS makes once) and a
-lock for each running trial. A trial whose lock nobody holds, or whose holder was silent for the store's lease, was
+lock for each running trial. A trial whose lock is free, or whose holder was silent for the store's lease, was
 interrupted: the next worker, on any machine, continues it under its number. Each trial's sampler is seeded by the
-sweep's seed and the trial's number, so an interrupted sweep tries the same values as an uninterrupted one; Optuna's
-own samplers would start their random numbers again. Leaves out running a trial (``worker.py``). Never imports torch.
+sweep's seed and the trial's number, so an interrupted sweep tries the same values as an uninterrupted sweep; Optuna's
+own samplers would start their random numbers again. Never imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,8 @@ from align.patches.optuna import trial_id
 from align.store.json_files import DamagedFile, as_json, parse_sealed, write_sealed
 from align.store.locks import Hold, Lock, LockLost
 from align.store.store import SWEEPS, Store
-from align.sweep.draws import make_distribution, make_pruner, make_sampler, suggest_value
+from align.sweep.config import Choice, Dimension, Draw, PruneConfig, SweepConfig, grid
 from align.sweep.plan import Sweep
-from align.sweep.space import Draw, grid
 
 try:
     import optuna
@@ -116,7 +116,7 @@ class Study:
                 _move_aside(folder)
             # 2. Continue the study that is there, or begin one.
             if about.exists():
-                _compare(_read_parts(about) or {}, parts, config.name)
+                sweep.refuse_other_parts(_read_parts(about) or {}, parts)
             else:
                 write_sealed(about, parts)
             study = cls(store, sweep)
@@ -353,19 +353,44 @@ def _has_results(folder: Path, name: str) -> bool:
     return any(trial.state.is_finished() for trial in trials)
 
 
-def _compare(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:
-    """Raise ``UserError`` where two studies have other settings in common."""
-    changed = [part for part in {**old, **new} if old.get(part) != new.get(part)]
-    if "space" in changed and "pipeline" in changed:  # the pipeline's digest is taken with the space's first values
-        changed.remove("pipeline")
-    if changed:
-        raise UserError(
-            f"the sweep '{name}' was begun with another {' and another '.join(changed)}, so its trials cannot be "
-            "compared. Give this one another name, or start over with --fresh (finished stages are kept)."
-        )
+def make_distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    """Return the values that a dimension may take."""
+    if isinstance(dimension, Choice):
+        return optuna.distributions.CategoricalDistribution(list(dimension.options))
+    high = float(dimension.high)
+    points = dimension.points() if dimension.step else None
+    if points:
+        high = float(points[-1])  # Optuna wants the last step itself
+    if dimension.is_integer:
+        step = int(dimension.step or 1)
+        return optuna.distributions.IntDistribution(int(dimension.low), int(high), log=dimension.log, step=step)
+    low = float(dimension.low)
+    return optuna.distributions.FloatDistribution(low, high, log=dimension.log, step=dimension.step)
 
 
-# ---- the sweep in Optuna's terms --------------------------------------------------------------------------------
+def suggest_value(trial: optuna.Trial, dimension: Dimension) -> float | int | str:
+    """Return a trial's value of a dimension, drawn before or now."""
+    kind = make_distribution(dimension)
+    if isinstance(kind, optuna.distributions.CategoricalDistribution):
+        return str(trial.suggest_categorical(dimension.name, kind.choices))
+    if isinstance(kind, optuna.distributions.IntDistribution):
+        return trial.suggest_int(dimension.name, kind.low, kind.high, step=kind.step, log=kind.log)
+    assert isinstance(kind, optuna.distributions.FloatDistribution)
+    return trial.suggest_float(dimension.name, kind.low, kind.high, step=kind.step, log=kind.log)
 
 
-__all__ = ["Study", "Trial", "TrialLost", "TrialRecord", "folder_of"]
+def make_pruner(config: PruneConfig | None) -> optuna.pruners.BasePruner:
+    """Return the rule that ends trials early; one that ends none without a config."""
+    if config is None:
+        return optuna.pruners.NopPruner()
+    if config.method == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=config.start)
+    return optuna.pruners.SuccessiveHalvingPruner(min_resource=config.start, reduction_factor=config.reduction)
+
+
+def make_sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler of trial ``number``, seeded by the sweep's seed and the number."""
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{number}".encode()).digest()[:4], "big")
+    if config.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)  # a grid's trials are queued beforehand

@@ -23,8 +23,7 @@ from align.store.events import read_events
 from align.store.partial import EVENTS
 from align.store.record import DamagedArtifact
 from align.store.store import Store
-from align.sweep.objectives import UndefinedObjective
-from align.sweep.plan import Sweep
+from align.sweep.plan import Sweep, UndefinedObjective
 from align.sweep.study import Study, Trial, TrialLost
 
 ListenerFactory = Callable[[Pipeline], AbstractContextManager[Listener]]
@@ -243,6 +242,3 @@ class Worker:
         notes["intervals"] = [[measurement.low, measurement.high] for measurement in measured]
         self.study.complete(trial, [measurement.value for measurement in measured], **notes)
         return "done"
-
-
-__all__ = ["ListenerFactory", "TrialPruned", "Worker", "curve_name"]

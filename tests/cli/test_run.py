@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from align.cli import sweep_worker
 from align.cli.main import main
 from align.cli.main import parser as command_line
+from align.cli.sweep_workers import SweepTask
+from align.store.store import Store
+from align.sweep.config import load_sweep
+from align.sweep.plan import Sweep
 from tests.support import toy
 from tests.support.sweep import toy_sweep
 
@@ -78,4 +81,6 @@ def test_a_sweep_s_workers_run_where_the_sweep_does(tmp_path: Path, capsys: pyte
     code, text = outcome(tmp_path, capsys, "sweep", file, "--on", "local")
     assert code == 0 and text.startswith("! --on local: the file's fields for slurm are not used (runtime.executor).")
     options = command_line().parse_args(["sweep", file, "--on", "local"])
-    assert sweep_worker._arguments(options) == [file, "--on", "local"]
+    sweep = Sweep.check(load_sweep(file), file, options.assignments, options.on)
+    task = SweepTask.of(sweep, Store.open(tmp_path / "store"), options)
+    assert task.check().base.config.runtime.executor.name == "local"

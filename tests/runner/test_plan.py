@@ -1,4 +1,4 @@
-"""Which models a plan's memory is counted for: those that are finished, else what they start from, else it says so."""
+"""Plans: what a run would do, what changed, and what a stage that continues another says."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 
 from align.capacity.memory import Estimate
 from align.capacity.plan import estimate_memory
+from align.errors import UserError
 from align.models.compute_types import ProductSpeed
 from align.pipeline.pipeline import Node, Pipeline
+from align.runner.plan import plan
+from align.runner.runner import RunOptions, prepare_run
 from align.store.store import Store
 from tests.support.records import put_record
 
@@ -116,3 +119,147 @@ def test_a_stage_of_ones_own_is_known_once_it_is_finished(store: Store, tiny_mod
     assert (estimate["reward"], estimate["ppo"]) == (reason, reason)
     publish(store, pipeline.nodes["other"], json.loads((tiny_model / "config.json").read_text()))
     assert of(pipeline, store).parameters == MILLION_135
+
+
+SFT: dict[str, Any] = {"model": "model", "data": "data", "learning_rate": 1e-3, "max_steps": 6, "scheduler": "constant"}
+PPO: dict[str, Any] = {"policy": "model", "prompts": "data", "score": "gold", "learning_rate": 1e-5, "updates": 2}
+MORE = {"continue_from": "sft", "max_steps": 12}
+
+
+def pipeline(**stages: dict[str, Any]) -> Pipeline:
+    first = {"model": {"source": "tiny"}, "data": {"recipe": "data_recipes/embedded.yaml"}, "sft": dict(SFT)}
+    return Pipeline({"name": "run", "seed": 1, "stages": {**first, **stages}})
+
+
+def finish(store: Store, node: Node, has_state: bool = True, **metrics: Any) -> None:
+    """Put a finished artifact of ``node`` into the store, as far as its record goes."""
+    folder = store.folder(node.stage.kind, node.key)
+    (folder / "state").mkdir(parents=True)
+    if has_state:
+        (folder / "state" / "state.json").write_text("{}")
+    put_record(
+        folder,
+        key=node.key,
+        kind=node.stage.kind,
+        stage=node.name,
+        makes=str(node.makes),
+        pipeline="run",
+        config=node.config.model_dump(mode="json"),
+        parts=node.parts,
+        metrics=metrics,
+    )
+
+
+def notes(pipe: Pipeline, store: Store, stage: str) -> str:
+    return " ".join(next(step.notes for step in plan(pipe, store) if step.node.name == stage))
+
+
+@pytest.mark.parametrize(
+    ("sft", "more", "expected"),
+    [
+        ({}, {}, "continues 'sft'; equals `max_steps: 12` at once, bit for bit on a CPU"),
+        ({"scheduler": "wsd"}, {}, "equals `max_steps: 12` at once"),
+        ({"scheduler": "inverse_sqrt"}, {}, "equals `max_steps: 12` at once"),
+        ({"scheduler": "cosine"}, {}, "differs from `max_steps: 12` at once: scheduler cosine sets every step's rate"),
+        ({"scheduler": "linear"}, {}, "differs from `max_steps: 12` at once: scheduler linear"),
+        (
+            {},
+            {"max_steps": 60},
+            "differs from `max_steps: 60` at once: its warm-up took 1 steps, where warmup_ratio 0.05 of 60 steps is 3",
+        ),
+        ({"warmup_ratio": 0.0}, {"max_steps": 60}, "equals `max_steps: 60` at once"),
+        ({}, {"max_rows": 10}, "differs from `max_steps: 12` at once: it has other rows"),
+        ({"max_steps": None}, {"epochs": 2}, "may be a longer warm-up"),
+    ],
+)
+def test_a_plan_says_whether_more_steps_equal_all_at_once(
+    sft: dict[str, Any], more: dict[str, Any], expected: str, store: Store
+) -> None:
+    block = {**MORE, **more}
+    if sft.get("max_steps", 1) is None:
+        block.pop("max_steps")
+    assert expected in notes(pipeline(sft={**SFT, **sft}, more=block), store, "more")
+
+
+def test_a_plan_says_how_large_the_state_is_and_counts_updates(store: Store) -> None:
+    pipe = pipeline(ppo=PPO, more={"continue_from": "ppo", "updates": 5})
+    finish(store, pipe.nodes["ppo"], updates=2)
+    assert notes(pipe, store, "more").startswith("continues 'ppo' (its state: 0.0 MB); equals `updates: 5` at once")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "expected"),
+    [
+        ({"engine": {"name": "transformers"}}, "at once, bit for bit on a CPU"),
+        ({"engine": {"name": "vllm"}}, "at once, but for vLLM's rounding, which can change a sampled token"),
+        ({"rollouts": {"servers": 1}}, "at once, but for vLLM's rounding"),
+    ],
+)
+def test_plan_promises_equal_bits_only_without_vllm(runtime: dict[str, Any], expected: str, store: Store) -> None:
+    stages = {"ppo": PPO, "more": {"continue_from": "ppo", "updates": 5}, "sft_more": MORE}
+    pipe = Pipeline({**pipeline(**stages).plain, "runtime": runtime})
+    assert expected in notes(pipe, store, "more")
+    # Training on rows samples nothing, whatever the engine is.
+    assert "at once, bit for bit on a CPU" in notes(pipe, store, "sft_more")
+
+
+def test_suggestion_promises_equal_bits_only_without_vllm(store: Store) -> None:
+    finish(store, pipeline(ppo=PPO).nodes["ppo"], updates=2)
+    longer = {**pipeline(ppo={**PPO, "updates": 5}).plain, "runtime": {"engine": {"name": "vllm"}}}
+    assert "with the same result, but for vLLM's rounding" in notes(Pipeline(longer), store, "ppo")
+
+
+def test_a_run_with_more_steps_suggests_to_continue(store: Store) -> None:
+    finish(store, pipeline().nodes["sft"], steps=6)
+    longer = pipeline().set("stages.sft.max_steps=12")
+    key = pipeline().nodes["sft"].key[:12]
+    suggestion = (
+        f"'sft': its first 6 steps are finished (sft/{key}). To train only the others, with the same result, bit for "
+        "bit on a CPU: leave max_steps: 6 in stages.sft, add `sft_more: {continue_from: sft, max_steps: 12}` below it, "
+        "and name sft_more where sft is read."
+    )
+    assert notes(longer, store, "sft") == suggestion
+    assert suggestion in prepare_run(longer, RunOptions(store)).warnings
+    # What it suggests is a pipeline, in which the first stage is finished.
+    suggested = pipeline(sft_more={"continue_from": "sft", "max_steps": 12})
+    assert [step.action for step in plan(suggested, store)][2:] == ["cached", "run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "metrics", "has_state"),
+    [
+        ({"max_steps": 5}, {"steps": 6}, True),
+        ({"max_steps": 12, "batch_size": 8}, {"steps": 6}, True),
+        ({"max_steps": 12}, {"steps": 6}, False),
+        ({"max_steps": 12}, {"steps": 6, "stopped_early": True}, True),
+    ],
+)
+def test_nothing_is_suggested_where_nothing_can_be_continued(
+    change: dict[str, Any], metrics: dict[str, Any], has_state: bool, store: Store
+) -> None:
+    finish(store, pipeline().nodes["sft"], has_state, **metrics)
+    assert notes(pipeline(sft={**SFT, **change}), store, "sft") == ""
+
+
+def test_another_schedule_is_suggested_with_its_difference(store: Store) -> None:
+    cosine = {**SFT, "scheduler": "cosine"}
+    finish(store, pipeline(sft=cosine).nodes["sft"], steps=6)
+    suggestion = notes(pipeline(sft={**cosine, "max_steps": 12, "save_steps": 7}), store, "sft")
+    assert "with another result, as scheduler cosine sets every step's rate" in suggestion
+
+
+def test_a_finished_stage_without_state_is_named_before_anything_starts(store: Store) -> None:
+    pipe = pipeline(more=MORE)
+    finish(store, pipe.nodes["sft"], has_state=False, steps=6)
+    message = r"'sft', which was finished without the trainer's state. `--rebuild sft` runs it again"
+    with pytest.raises(UserError, match=message):
+        prepare_run(pipe, RunOptions(store))
+    assert "without the trainer's state" in notes(pipe, store, "more")
+    assert prepare_run(pipe, RunOptions(store, rebuild=("sft",))).force == {"sft"}
+
+
+def test_a_stage_that_ended_early_is_not_continued(store: Store) -> None:
+    pipe = pipeline(ppo=PPO, more={"continue_from": "ppo", "updates": 5})
+    finish(store, pipe.nodes["ppo"], updates=1, stopped="update 2: the KL is over kl_budget 1")
+    with pytest.raises(UserError, match=r"'ppo', which ended early \(update 2: the KL is over kl_budget 1\)"):
+        prepare_run(pipe, RunOptions(store))

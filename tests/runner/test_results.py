@@ -12,7 +12,7 @@ import pytest
 
 from align import Pipeline, Run
 from align.errors import UserError
-from align.runner.results import COLUMNS
+from align.runner.runner import COLUMNS
 from tests.support.finished_runs import PROMPTS, STEPS, publish_run
 
 pandas = pytest.importorskip("pandas")

@@ -246,7 +246,7 @@ def test_mistakes_on_the_command_line(words: list[str], expected: str, tmp_path:
 
 
 def test_gpus_are_shared_out_where_there_is_one_for_each_worker() -> None:
-    from align.cli.sweep_worker import device_share
+    from align.cli.sweep_workers import device_share
 
     assert [device_share("0,1,2", index, 2) for index in range(2)] == [
         {"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "1"},

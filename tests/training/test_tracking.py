@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import align.runner.prepare
+import align.runner.runner
 from align import Pipeline
 from align.cli.main import main
 from align.config.runtime import Runtime
@@ -262,7 +262,7 @@ def test_what_each_tracker_is_told_of_project_group_and_run(tmp_path: Path, monk
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(align.runner.prepare, "is_installed", lambda name: name == "tensorboard")
+    monkeypatch.setattr(align.runner.runner, "is_installed", lambda name: name == "tensorboard")
     raw = toy.pipeline() | {"runtime": {"report_to": ["tensorboard", "wandb", "trackio"]}}
     with pytest.raises(UserError, match=r"report_to: wandb, trackio are not installed\. `pip install wandb trackio`"):
         run_pipeline(Pipeline(raw), store=tmp_path / "store")
@@ -273,7 +273,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(
 def test_so_it_is_where_a_cluster_makes_the_stages(
     on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(align.runner.prepare, "is_installed", lambda name: False)
+    monkeypatch.setattr(align.runner.runner, "is_installed", lambda name: False)
     (tmp_path / "p.yaml").write_text(json.dumps(toy.pipeline() | {"runtime": {"report_to": "wandb"}}))
     assert main(["run", str(tmp_path / "p.yaml"), "--on", on, "--store", str(tmp_path / "store")]) == 2
     assert "runtime.report_to: wandb is not installed." in capsys.readouterr().err
@@ -283,7 +283,7 @@ def test_so_it_is_where_a_cluster_makes_the_stages(
 def test_a_folder_of_a_tracker_s_name_is_no_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb_like").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert not align.runner.prepare.is_installed("wandb_like") and align.runner.prepare.is_installed("tensorboard")
+    assert not align.runner.runner.is_installed("wandb_like") and align.runner.runner.is_installed("tensorboard")
 
 
 def test_runtime_names_one_or_several_and_no_other(tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
-"""The record of what was submitted to Slurm, a folder in the store: ``jobs/<run>/<time>-<six hex>/``.
+"""The record of submitted Slurm jobs, a folder in the store: ``jobs/<run>/<time>-<six hex>/``.
 
-``submission.json`` holds the pipeline as it was and a job for each stage. ``<stage>.sh`` is a job's script,
+``submission.json`` holds the pipeline at that time and a job for each stage. ``<stage>.sh`` is a job's script,
 ``<stage>.log`` its output, ``<stage>.json`` its note about its end. The file ``cancelled`` appears once the jobs were
-cancelled, so that none requeues itself. Never imports torch.
+cancelled, so none requeues itself. Never imports torch.
 """
 
 from __future__ import annotations
 
 import secrets
+import shlex
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from align.clusters.follow import JobResult, read_note, write_note
+from align.config.executor import SlurmExecutor
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.runner.open_store import Opening
+from align.store.atomic_write import write_text_atomically
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.store.store import JOBS, Store
 
@@ -192,4 +196,76 @@ class _About(BaseModel):
     references: dict[str, dict[str, str]]
 
 
-__all__ = ["StageJob", "Submission", "submissions"]
+TEMPLATE = """\
+#!/bin/bash
+# {title}. Written by align; runs again as it stands: sbatch OPTIONS {script}
+# Asked to stop before anything has begun: wait for another turn.
+trap 'scontrol requeue "$SLURM_JOB_ID"; exit 75' USR1
+if [ ! -d {folder} ]; then
+  echo "node $(hostname) does not see the store's folder" {folder} >&2
+  exit 1
+fi
+export PATH={bin}:"$PATH"
+{setup}
+# From here to Python's own handler the signal is held back, not lost; coreutils before 8.32 cannot.
+trap '' USR1
+block=; env --block-signal=USR1 true 2>/dev/null && block='env --block-signal=USR1'
+exec $block {python} -m {module} {arguments}
+"""
+
+
+def write_script(
+    file: Path, title: str, arguments: Sequence[str], setup: str | None, module: str = "align.cli.slurm_job"
+) -> Path:
+    """Write a script that runs ``module`` with ``arguments``; returns its path."""
+    python = Path(sys.executable)
+    write_text_atomically(
+        file,
+        TEMPLATE.format(
+            # One line: a name with a line break must not become a command.
+            title=" ".join(title.split()),
+            script=shlex.quote(str(file)),
+            folder=shlex.quote(str(file.parent)),
+            bin=shlex.quote(str(python.parent)),
+            setup=setup or "",
+            python=shlex.quote(python.name),
+            module=module,
+            arguments=shlex.join(arguments),
+        ),
+    )
+    return file
+
+
+def sbatch_options(block: SlurmExecutor, name: str, log_folder: Path, workdir: Path, log: str) -> list[str]:
+    """Return sbatch's options for a job named ``name`` that works in ``workdir``.
+
+    It writes ``log`` into ``log_folder``. In ``log``, %a is the number of an array's task.
+    """
+    settings = {
+        "job-name": name,
+        # sbatch replaces % and a letter in this path, so a % of the folder's own is doubled.
+        "output": f"{str(log_folder).replace('%', '%%')}/{log}",
+        # A requeued job adds to the log of its earlier turns.
+        "open-mode": "append",
+        "chdir": str(workdir),
+        # B: to the script's own process alone, which has become Python by ``exec``.
+        "signal": f"B:USR1@{block.grace}",
+        "partition": block.partition,
+        "account": block.account,
+        "qos": block.qos,
+        "constraint": block.constraint,
+        "time": block.time,
+        "nodes": block.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": block.cpus,
+        "mem": None if block.memory_gb is None else f"{block.memory_gb}G",
+        "gpus-per-node": block.gpus or None,
+        **block.sbatch,
+    }
+    options = []
+    # None leaves an option out; the user's own ``sbatch`` settings come last and win.
+    for option, value in settings.items():
+        if value is not None:
+            options.append(f"--{option}" if value == "" else f"--{option}={value}")
+    options.append("--requeue" if block.requeue else "--no-requeue")
+    return options

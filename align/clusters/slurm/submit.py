@@ -1,20 +1,20 @@
-"""Submit a run's stages to Slurm, each as a job that waits for those it reads; cancel jobs; list what jobs need."""
+"""Submit a run's stages to Slurm, each as a job that waits for its inputs; follow and cancel jobs. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.clusters.follow import SchedulerError
+from align.clusters.follow import JobFollower, JobResult, JobState, SchedulerError
 from align.clusters.slurm import commands
-from align.clusters.slurm.checks import check_cluster
-from align.clusters.slurm.script import sbatch_options, write_script
-from align.clusters.slurm.submission import ABOUT, StageJob, Submission, submissions
+from align.clusters.slurm.commands import check_cluster
+from align.clusters.slurm.submission import ABOUT, StageJob, Submission, sbatch_options, submissions, write_script
 from align.config.executor import SlurmExecutor
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
-from align.runner.prepare import RunOptions, prepare_run
+from align.runner.listener import Listener
+from align.runner.runner import Run, RunOptions, prepare_run
 from align.store.leases import UsedStage
 from align.store.store import JOBS, Store
 
@@ -229,4 +229,55 @@ def used_by_jobs(store: Store) -> list[UsedStage]:
     return used
 
 
-__all__ = ["SubmittedRun", "cancel_jobs", "dependency", "slurm_block", "submit_run", "used_by_jobs"]
+class SlurmQueue:
+    """The jobs of ``run``."""
+
+    name = "Slurm"
+    every = 5.0  # its controller has many users
+
+    def __init__(self, run: SubmittedRun) -> None:
+        self.run = run
+
+    def query(self, stages: Collection[str]) -> dict[str, JobState]:
+        """Return the states of these stages' jobs. Raises ``SchedulerError``."""
+        jobs = commands.jobs({self.run.job(stage) for stage in stages})
+        return {stage: self._state(stage, jobs.get(self.run.job(stage))) for stage in stages}
+
+    def _state(self, stage: str, job: commands.Job | None) -> JobState:
+        number = self.run.job(stage)
+        # Slurm has forgotten the job, which says nothing about how it ended.
+        if job is None:
+            return JobState("gone", f"its job is gone and has left no artifact (job {number})")
+        if job.waits:
+            return JobState("waits", f"job {number} waits" + (f" ({job.reason})" if job.reason else ""))
+        if job.is_live:
+            return JobState("runs", f"job {number} runs on {job.nodes}")
+        # A shared file system may show the artifact late, so this is no failure yet.
+        if job.state == "COMPLETED":
+            return JobState("gone", f"its job is done, but its artifact is missing (job {number})")
+        block, place = slurm_block(self.run.pipeline, stage), f"runtime.stages.{stage}.executor"
+        remedies = {
+            "TIMEOUT": f"Raise {place}.time (now {block.time or 'the partition has its own'}).",
+            "OUT_OF_MEMORY": f"Raise {place}.memory_gb (now {block.memory_gb or 'the partition has its own'}).",
+        }
+        description = f"{commands.OVER.get(job.state, job.state)} (job {number})"
+        return JobState("over", description, remedies.get(job.state, ""))
+
+    def result(self, stage: str) -> JobResult | None:
+        """Return the result of the job's last turn, if one has ended."""
+        return self.run.submissions[stage].result(stage)
+
+    def log(self, stage: str) -> Path:
+        """Return the file that the job prints to."""
+        return self.run.submissions[stage].log(stage)
+
+    def replaces(self, stage: str) -> str | None:
+        """Return the creation time of the artifact that a forced stage replaces."""
+        job = self.run.submissions[stage].job_of(stage)
+        return job.replaces if job.force else None
+
+
+def follow_jobs(submitted: SubmittedRun, listener: Listener) -> Run:
+    """Report the jobs to ``listener`` until all are over. Raises ``StageFailed`` once one has failed."""
+    queue = SlurmQueue(submitted)
+    return JobFollower(submitted.pipeline, submitted.store, submitted.submissions, queue, listener).follow()

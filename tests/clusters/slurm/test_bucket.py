@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 from align import Pipeline
-from align.cli import sweep_on_slurm
-from align.clusters.slurm.queue import follow_jobs
+from align.cli.sweep_on_cluster import submit_workers
 from align.clusters.slurm.submission import Submission
-from align.clusters.slurm.submit import submit_run
+from align.clusters.slurm.submit import follow_jobs, submit_run
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
-from align.runner.prepare import RunOptions
-from align.runner.runner import run_pipeline
+from align.runner.runner import RunOptions, run_pipeline
 from align.store.object_store import Bucket
 from align.store.store import Store
 from tests.support import toy
@@ -50,7 +49,7 @@ def test_jobs_fetch_what_another_machine_has_made_since_they_were_submitted(slur
 def test_a_worker_of_a_sweep_opens_the_store_of_the_sweep(slurm: Slurm, address: str) -> None:
     store = opened(slurm.store, address)
     sweep = toy_sweep.check(slurm.folder, space={"stages.ppo.height": [0.5]}, sampler="grid", trials=None)
-    submission = sweep_on_slurm._submit(sweep, store, 1, [], "slurm")
+    submission = submit_workers(sweep, store, 1, Namespace(assignments=[], on="slurm"))
     slurm.wait_until(lambda: submission.result("worker-0"))
     assert submission.result("worker-0").status == "done", (submission.folder / "worker-0.log").read_text()
     assert len(store.remote.all()) == 3

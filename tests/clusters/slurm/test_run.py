@@ -18,14 +18,12 @@ import pytest
 from align import Pipeline
 from align.cli.main import main
 from align.clusters import follow as following
-from align.clusters.slurm.queue import follow_jobs
 from align.clusters.slurm.submission import submissions
-from align.clusters.slurm.submit import cancel_jobs, submit_run
+from align.clusters.slurm.submit import cancel_jobs, follow_jobs, submit_run
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
 from align.runner.listener import Listener
-from align.runner.prepare import RunOptions
-from align.runner.runner import Run, run_pipeline
+from align.runner.runner import Run, RunOptions, run_pipeline
 from align.store.json_files import write_sealed
 from align.store.store import Store
 from tests.support import toy

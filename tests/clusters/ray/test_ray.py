@@ -13,18 +13,17 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.cli import run_on_ray
-from align.cli.sweep_on_ray import run_worker_task
+from align.cli import run_on_cluster
+from align.cli.sweep_on_cluster import run_worker_task
+from align.clusters import ray as ray_tasks
 from align.clusters.follow import JobFollower, JobResult, JobState, write_note
-from align.clusters.ray import run as ray_run
-from align.clusters.ray.tasks import RayQueue, StageTask, run_stage_task
+from align.clusters.ray import RayQueue, StageTask, run_stage_task
 from align.config.executor import RayExecutor
 from align.errors import StageFailed, UserError
 from align.inference import ray_client
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
-from align.runner.prepare import RunOptions
-from align.runner.runner import Run
+from align.runner.runner import Run, RunOptions
 from align.store.marker import MARKER
 from align.store.store import Store
 from align.sweep.config import SweepConfig
@@ -126,7 +125,7 @@ def test_tasks_of_runs_and_sweeps_open_the_store_of_the_run(folder: Path, addres
         "assignments": [],
         "on": None,
     }
-    assert run_worker_task({**task, "store": asdict(store), "base": str(folder), "cores": 1}) == ""
+    assert run_worker_task({**task, "store": asdict(store), "base": str(folder)}, 1) == (0, "")
     assert {record["stage"] for record in store.open().remote.all()} == {"one", "ppo", "evaluate"}
 
 
@@ -253,9 +252,9 @@ def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeyp
     monkeypatch.setattr(ray_client, "require_ray", lambda: None)
     monkeypatch.setattr(ray_client, "connected", lambda address: contextlib.nullcontext("ray"))
     monkeypatch.setattr(ray_client, "start", lambda *arguments: "reference")
-    monkeypatch.setattr(ray_run, "JobFollower", Followed)
+    monkeypatch.setattr(ray_tasks, "JobFollower", Followed)
     pipeline = Pipeline(toy.pipeline() | {"runtime": {"executor": "ray"}})
-    assert run_on_ray.run_on_ray(pipeline, RunOptions(store), json=True) == 0
+    assert run_on_cluster.run_on_ray(pipeline, RunOptions(store), json=True) == 0
     assert pipeline.run(store=store).store is store  # a script's way to the same
     assert [(uses.run, sorted(uses.stages)) for uses in calls] == 2 * [("toy", ["one", "total", "two"])]
     assert store.uses() == []

@@ -12,8 +12,8 @@ from align.config.user_functions import function_identity
 from align.errors import UserError
 from align.pipeline.registry import find_stage
 from align.runner import worker
-from align.runner.changed_code import require_planned_code
 from align.runner.stage_result import RESULT, read_result, write_work
+from align.runner.worker import require_planned_code
 
 CODE = """class Room:
     '''A room.'''

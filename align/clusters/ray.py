@@ -1,11 +1,13 @@
-"""A run's stages as Ray tasks: one each, which gets the results of the tasks it waits for.
+"""A run's stages as Ray tasks: one each, which gets the results of the tasks of its inputs. Never imports torch.
 
-A task writes where it runs, and how it ended, into a file of the store, which every node must see. Never imports torch.
+A task writes its node, and how it ended, into a file of the store, which every node must see.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import signal
 import socket
 import time
 from collections.abc import Collection, Iterable
@@ -13,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.clusters.follow import JobResult, JobState, read_note, write_note
+from align.clusters.follow import JobFollower, JobResult, JobState, read_note, write_note
 from align.clusters.threads import await_inputs, with_threads
 from align.config.executor import RayExecutor
 from align.config.user_functions import add_module_folders, module_folders
@@ -23,10 +25,10 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
-from align.runner.runner import run_pipeline
+from align.runner.runner import Prepared, Run, run_pipeline
 from align.store.marker import MARKER
 from align.store.partial import LOG
-from align.store.store import Store
+from align.store.store import JOBS, Store
 
 
 @dataclass(frozen=True)
@@ -268,4 +270,38 @@ class RayQueue:
         return self._replaces.get(stage)
 
 
-__all__ = ["RayQueue", "StageTask", "ray_block", "run_stage_task"]
+GOES_ON = "Finished stages and checkpoints are kept. The same command continues."
+
+
+def run_tasks(pipeline: Pipeline, ready: Prepared, listener: Listener) -> Run:
+    """Start a task for each stage that is to be made, and report them to ``listener`` until all are over.
+
+    The tasks end with this process. Raises ``StageFailed``, and ``Stopped`` once USR1 has asked them to stop.
+    """
+    store = ready.store
+    with (
+        StopRequest().handle_signals(signal.SIGUSR1) as stop,
+        ray_client.connected(ray_block(pipeline).address) as ray,
+        store.use(pipeline.name, pipeline.references, pipeline.plain),
+    ):
+        queue = RayQueue(ray, pipeline, store, _note_folder(store, pipeline.name), stop=stop)
+        # All tasks at once: each waits for its inputs, and Ray places them as resources become free.
+        queue.start(ready.wanted, ready.force)
+        stages = [node.name for node in ready.wanted]
+        try:
+            return JobFollower(pipeline, store, stages, queue, listener).follow()
+        except StageFailed as error:
+            if stop.is_requested:
+                raise Stopped(f"stopped as asked. {GOES_ON}") from error
+            raise
+        except BaseException:
+            # Tasks would otherwise work on without anyone who follows them.
+            ray_client.cancel(ray, list(queue.references.values()))
+            raise
+
+
+def _note_folder(store: Store, run: str) -> Path:
+    """Create the folder for the notes of this run's tasks."""
+    folder = store.root / JOBS / run / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder.mkdir(parents=True)
+    return folder

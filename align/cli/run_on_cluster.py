@@ -1,4 +1,4 @@
-"""A run on Slurm: a run's stages as jobs, followed until they are over or left to the cluster."""
+"""A run on a cluster, followed until it is over: stages as jobs of Slurm or as tasks of Ray."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import sys
 
 from align.cli.parser import print_json, print_warning
 from align.cli.run_session import print_outcome, report_on
-from align.clusters.slurm.queue import follow_jobs
-from align.clusters.slurm.submit import SubmittedRun, submit_run
+from align.clusters.ray import GOES_ON, run_tasks
+from align.clusters.slurm.submit import SubmittedRun, follow_jobs, submit_run
+from align.inference import ray_client
 from align.pipeline.pipeline import Pipeline
-from align.runner.prepare import RunOptions
+from align.runner.runner import RunOptions, prepare_run
 
 
 def run_on_slurm(pipeline: Pipeline, options: RunOptions, *, detach: bool, json: bool) -> int:
@@ -48,3 +49,17 @@ def _print_jobs(submitted: SubmittedRun, json: bool) -> None:
         print(f"`align status {pipeline.name}` shows their state, `align cancel {pipeline.name}` cancels them.")
     else:
         print("Nothing to do: every stage is finished.")
+
+
+def run_on_ray(pipeline: Pipeline, options: RunOptions, *, json: bool) -> int:
+    """Start tasks for the unfinished stages and follow them; returns the exit code. The tasks end with this command."""
+    ready = prepare_run(pipeline, options)
+    for message in ready.warnings:
+        print_warning(message)
+    ray_client.require_ray()
+    try:
+        outcome = report_on(functools.partial(run_tasks, pipeline, ready), pipeline, quiet=json, store=ready.store)
+    except KeyboardInterrupt:
+        print(f"\nStopped. {GOES_ON}", file=sys.stderr)
+        raise
+    return print_outcome(pipeline, outcome, json)

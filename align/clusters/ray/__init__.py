@@ -1,1 +1,0 @@
-"""A run's stages as tasks of a Ray cluster that exists already."""
