@@ -1,6 +1,6 @@
 """Memory of ppo, grpo, rloo, online_dpo and rejection, counted from the config. Never imports torch.
 
-A stage without a critic is counted as one whose critic is a value head, without that head.
+A stage without a critic is counted as a stage with a value head, minus the head.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, 
 
 
 def _copies(model: Architecture, tuning: TuningBase, checkpointing: bool, scores: bool) -> int:
-    """Return the bytes of bfloat16 copies: autocast's, or below adapters those of all frozen matrices."""
+    """Return the bytes of bfloat16 copies: autocast's, or all frozen matrices' below adapters."""
     if tuning.method == "qlora":
         return 0
     rounded_once = isinstance(tuning, LowRank) and not tuning.dora and not checkpointing

@@ -127,7 +127,7 @@ class Way:
     parts: dict[str, int]
     """Bytes on the fullest device, by purpose; for the smallest batch if none fits."""
     obstacle: str = ""
-    """Why the way does not fit; empty if it fits."""
+    """Reason if the way does not fit; empty if it fits."""
 
     @property
     def fits(self) -> bool:

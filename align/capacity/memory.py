@@ -1,7 +1,7 @@
 """Memory of training in bytes, counted from the models' sizes and not measured. Torch-free.
 
 ``align plan --memory``, ``align plan --hardware`` and the notice before a stage's first step all use it. A trained
-parameter takes 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved, the
+parameter needs 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved, the
 reference and reward models, are in bfloat16 if that is the ``precision`` (``align.models.precision``).
 
 Left out: the interpreter and its libraries, and what a GPU's allocator keeps for itself. ``align.capacity.sharding``
@@ -26,7 +26,7 @@ from align.models.architecture import Architecture
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""
 HEAP_BYTES, HEAP_SHARE = 100 * 2**20, 0.06
-"""Bytes of rows, tokenizer and buffers of a process on a CPU, and the share of all memory that lies in gaps between the
+"""Bytes of rows, tokenizer and buffers of a process on a CPU, and the share of all memory that is in gaps between the
 blocks of C's heap, whose pages are of 2 MiB. Fitted to ``benchmarks.memory_plan``: 20 stages of SmolLM2-135M."""
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}
 """Logits of a block (``align.models.fast.token_logprobs.LOGITS``)."""
@@ -46,11 +46,11 @@ class Memory:
     optimizer: int
     """AdamW's state for the policy."""
     reference: int = 0
-    """Models beside the trained one: a reference, a teacher, averages of the weights, a critic's frozen matrices."""
+    """Models other than the trained model: a reference, a teacher, averages of weights, a critic's frozen matrices."""
     critic: int = 0
     """Weights, gradients and AdamW's state of what only the critic trains: 16 bytes a parameter."""
     reward: int = 0
-    """Frozen models that only read or answer: reward models, and the one that plays the user of an environment."""
+    """Frozen models that only read or answer: reward models, and the model that plays the user of an environment."""
     copies: int = 0
     """Autocast's bfloat16 copies of float32 matrices, kept from a forward pass to its backward pass."""
     logits: int = 0
@@ -62,17 +62,17 @@ class Memory:
     kv_cache: int = 0
     """Keys and values of sampled sequences."""
     released: Released = "cache"
-    """What the engine releases while the trainer trains."""
+    """Memory that the engine releases while the trainer trains."""
     activations: int | None = None
     """Activations per token of a micro-batch; policy and critic train one after the other. None without a rule."""
     saving: int = 0
-    """What saving needs beside the model: merged matrices, and the model read back to be checked."""
+    """Bytes that saving needs in addition to the model: merged matrices, and the model read back to be checked."""
     accumulated: bool = True
-    """Whether an earlier micro-batch's gradients are in memory during the next one's passes."""
+    """True if an earlier micro-batch's gradients are in memory during the next one's passes."""
     buffers: int = 0
     """Buffers in which devices exchange gradients and weights."""
     in_heap: bool = False
-    """Whether all of it lies in C's heap: on a CPU."""
+    """True on a CPU, where all of it is in C's heap."""
 
     @property
     def total(self) -> int:
@@ -81,7 +81,7 @@ class Memory:
 
     @property
     def heap(self) -> int:
-        """Bytes that the heap of a process on a CPU holds beside what is counted, without activations; else 0."""
+        """Bytes of a CPU process's heap that no other part counts, without activations; 0 on a GPU."""
         return self.fullest(0).get("heap", 0)
 
     @property
@@ -140,7 +140,7 @@ class Choice:
 def state_note(choices: Sequence[Choice], runtime: Runtime) -> str:
     """Return a sentence about the trainer's state of the chosen settings on disk, and whether it is kept.
 
-    A trained parameter takes 12 bytes there: the weight and AdamW's two averages.
+    A trained parameter needs 12 bytes there: the weight and AdamW's two averages.
     """
     memory = next(choice.memory for choice in choices if choice.chosen)
     # Of 16 bytes in memory, the gradient's 4 are not stored.
@@ -187,7 +187,7 @@ def ppo_memory(
 
     With adapters the reference is the policy with them off, and the critic has adapters on weights that are in memory
     anyway (it needs its own matrices in 4 bits, and its own matrices if adapters are initialized from the weights).
-    With full tuning reference and critic are models of their own (``align.rl.critic``, ``align.rl.model``).
+    With full tuning reference and critic are separate models (``align.rl.critic``, ``align.rl.model``).
 
     A critic with a trunk has finished its backward pass before the policy's forward pass starts, so only the larger of
     both counts. With several processes (not ``sequential``) both are in memory together.
@@ -201,7 +201,7 @@ def ppo_memory(
         raise ValueError("critic is reward, but there is no reward model")
     critic_base = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
     critic_trained = policy.hidden + 1  # the value head and its bias
-    # Both lists have an entry for the policy, and one for the critic if it has a trunk.
+    # Both lists have an entry for the policy, and another for the critic if it has a trunk.
     copies = [(0 if quantized else copied_parameters(policy, tuning, checkpointing)) + policy.head]
     per_token = [activations_per_token(policy, tuning, precision, checkpointing=checkpointing, flash=flash)]
     if critic_base is not None:
@@ -214,7 +214,7 @@ def ppo_memory(
             activations_per_token(critic_base, tuning, precision, checkpointing=checkpointing, flash=flash)
         )
     combine = max if sequential else sum
-    known = [amount for amount in per_token if amount is not None]
+    amounts = [amount for amount in per_token if amount is not None]
     reference = _reference_bytes(policy, low) if full else 0
     if critic_base is not None:
         reference += _unshared_matrices(critic_base, tuning, critic)
@@ -227,7 +227,7 @@ def ppo_memory(
         reward=sum(_frozen_bytes(reward, low) + FLOAT * reward.hidden for reward in rewards),
         copies=2 * combine(copies) if low else 0,
         logits=head_work_space(policy, full, low, LOGITS_AT_ONCE["cuda" if gpu else "cpu"]),
-        activations=combine(known) if len(known) == len(per_token) else None,
+        activations=combine(amounts) if len(amounts) == len(per_token) else None,
     )
 
 
@@ -285,11 +285,11 @@ def head_work_space(model: Architecture, head_trained: bool, low: bool, block: i
     are computed, the former block's are still in memory. While the head's gradient is rounded, its float32 sum is.
     """
     low_bytes = 2 if low else 0
-    # Two blocks alive at once, each in float32 and, under autocast, in bfloat16 too.
+    # Two blocks alive at once, each in float32 and, under autocast, also in bfloat16.
     computing = (2 * FLOAT + 2 * low_bytes) * block
     if not head_trained:
         return computing
-    # Two blocks beside the gradient's float32 sum, or one block beside the sum and its rounded copy.
+    # Two blocks and the gradient's float32 sum, or one block, the sum and its rounded copy.
     return max(computing + FLOAT * model.head, (FLOAT + low_bytes) * block + (FLOAT + low_bytes) * model.head)
 
 
@@ -300,7 +300,7 @@ def engine_memory(
 
     ``sequences`` of at most ``length`` tokens are sampled at once. On a CPU vLLM's cache has ``cpu_kv_cache_gb``. On a
     GPU it fills vLLM's share of the card, so only what the sequences need is counted, as with transformers. Servers
-    that run already (``addresses``) need nothing here; servers started on this machine need as much each.
+    that run already (``addresses``) need no memory here; servers started on this machine need as much each.
     """
     engine = runtime.engine
     name, gpu = resolve_engine(runtime)

@@ -60,9 +60,9 @@ class SamplingLoad:
     call: int
     """Sequences that the stage hands to its engine at a time."""
     uses_top_p: bool = False
-    """Whether ``top_p`` sorts the vocabulary for each token."""
+    """True if ``top_p`` sorts the vocabulary for each token."""
     needs_transformers: bool = False
-    """Whether transformers samples them, whatever the engine of the run."""
+    """True if transformers samples them, whatever the engine of the run."""
     user: UserLoad | None = None
     """The checkpoint that answers between the turns of episodes, if there is one."""
 
@@ -142,7 +142,7 @@ def user_load(
 
 
 def user_memory(user: UserLoad, runtime: Runtime, precision: Precision, sequences: int) -> tuple[int, int]:
-    """Return the bytes of the weights and of the cache of a user who takes part in ``sequences`` episodes at a time."""
+    """Return the bytes of the weights and of the cache of a user in ``sequences`` episodes at a time."""
     weights, cache, _ = engine_memory(
         user.model, runtime.with_transformers(), precision=precision, sequences=sequences, length=user.length
     )
@@ -271,19 +271,19 @@ def sampling_way(inference: Inference, runtime: Runtime, hardware: Hardware) -> 
         largest = min(sampler.largest for sampler in engines)
         if largest == 0:
             obstacle = next(sampler.shortage for sampler in engines if not sampler.fits(1))
-    wanted = max((sampler.wanted for sampler in engines), default=0)
+    requested = max((sampler.wanted for sampler in engines), default=0)
     phases = _phases(inference, engines, largest or 1, device)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     obstacle = obstacle or _scoring_obstacle(phases, device)
     return SamplingWay(
         label="one device" if engine is None else f"one engine ({engine})",
         engine=engine,
-        batch=0 if obstacle else min(wanted, largest),
+        batch=0 if obstacle else min(requested, largest),
         largest=largest,
         parts=phases[phase],
         obstacle=obstacle,
         phase=phase,
-        wanted=wanted,
+        wanted=requested,
     )
 
 
@@ -413,8 +413,8 @@ def sampling_remedies(
 ) -> list[str]:
     """Return command-line options with which the stage fits; each was tried.
 
-    They are settings of the engine, another card, or one of ``smaller``: the stage with its own settings reduced, by
-    the option that asks for it.
+    They are settings of the engine, another card, or an option of ``smaller``, whose values are loads with reduced
+    settings.
     """
 
     def fits(load: Inference, settings: Runtime, devices: Hardware) -> bool:
@@ -422,7 +422,7 @@ def sampling_remedies(
 
     remedies = []
     engine = runtime.engine
-    # The engine's settings come first, since they cost nothing.
+    # The engine's settings come first, since they are free.
     can_grow = hardware.device.gpu and engine.gpu_memory < LARGE_GPU_MEMORY
     if can_grow and fits(inference, _with_engine(runtime, gpu_memory=LARGE_GPU_MEMORY), hardware):
         remedies.append(f"--set runtime.engine.gpu_memory={LARGE_GPU_MEMORY:g}")

@@ -57,7 +57,7 @@ ON_SEVERAL_DEVICES: list[tuple[StrategyName, int, Offload]] = [
     ("deepspeed", 2, "none"),
     ("fsdp2", 0, "none"),
     ("deepspeed", 3, "none"),
-    # Offloading is slower, so it comes last and matters only if nothing else fits.
+    # Offloading is slower, so it comes last and matters only if no other strategy fits.
     ("deepspeed", 2, "optimizer"),
     ("fsdp2", 0, "all"),
     ("deepspeed", 3, "all"),
@@ -73,7 +73,7 @@ class Strategy:
     zero_stage: int = 0
     """Stage of deepspeed: 1 shards AdamW's state, 2 also the gradients, 3 also the weights."""
     checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass."""
+    """True if activations are recomputed in the backward pass."""
     offload: Offload = "none"
     """Contents of the machine's own memory: AdamW's state, or weights, gradients and AdamW's state."""
 
@@ -137,7 +137,7 @@ def launch_of(strategy: Strategy, hardware: Hardware) -> LaunchConfig:
 
 def candidate_strategies(devices: int, checkpointing: bool) -> list[Strategy]:
     """Return every strategy to try, simplest first; ``checkpointing`` if the config already asks for it."""
-    # A single process shards and offloads nothing.
+    # A single process neither shards nor offloads.
     settings: list[tuple[StrategyName, int, Offload]] = [("single", 0, "none")]
     if devices > 1:
         settings = ON_SEVERAL_DEVICES
@@ -152,7 +152,7 @@ class Setting:
     rows: int
     """Rows of a micro-batch."""
     accumulated: bool = True
-    """Whether an optimizer step has several micro-batches."""
+    """True if an optimizer step has several micro-batches."""
     processes: int = 1
     checkpointing: bool = False
     gpu: bool = False
@@ -186,7 +186,7 @@ class Job:
     gathered: int = 0
     """Parameters that sharding gathers for a micro-batch: the policy's, and a separate critic's."""
     checkpointing: bool = False
-    """Whether the config asks for gradient checkpointing."""
+    """True if the config asks for gradient checkpointing."""
     checkpointing_field: str = "gradient_checkpointing"
     """The config's field for it."""
     notes: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ class TrainingWay(Way):
     host_memory: int = 0
     """Bytes of the machine's own memory for each device, for what is offloaded."""
     is_refused: bool = False
-    """Whether the stage itself cannot run this way, whatever the memory."""
+    """True if the stage itself cannot run this way, whatever the memory."""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything in words and bytes."""
@@ -158,7 +158,7 @@ def training_remedies(
 ) -> list[str]:
     """Return command-line options with which the stage fits; each was tried.
 
-    They are more machines, another card, or one of ``smaller``: jobs that need less, by the option that asks for them.
+    They are more machines, another card, or an option of ``smaller``, whose values are jobs that need less.
     If ``runtime.launch`` asks for a strategy, it also sets the number of devices, so the first remedy is another
     launch.
     """

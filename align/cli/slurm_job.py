@@ -32,7 +32,7 @@ from align.store.partial import CHECKPOINTS, LOG
 from align.store.store import Store
 
 SHARE_OF_GRACE = 0.75
-"""Share of Slurm's grace period that the stage may take; the rest is for ending it and for requeueing."""
+"""Share of Slurm's grace period that the stage may use; the rest is for ending it and for requeueing."""
 IDLE_TURNS = 3
 """Turns in a row that may end without a new checkpoint."""
 ENDING = ("CANCELLED", "COMPLETING", "TIMEOUT")
@@ -104,7 +104,7 @@ class _JobListener(ConsoleListener):
     """Prints a line at the start and the end, into the job's log."""
 
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
-        """Print nothing: the jobs of the inputs have reported them."""
+        """Print no line: the jobs of the inputs have reported them."""
 
 
 def with_meeting_place(pipeline: Pipeline) -> Pipeline:
@@ -165,7 +165,7 @@ def requeue(submission: Submission, name: str, result: JobResult, may_requeue: b
     # The note comes first: a requeue ends this process.
     submission.write_result(name, result)
     state = commands.state_of(job)
-    if state in commands.WAITING:  # Slurm itself has requeued it, as where its node failed
+    if state in commands.WAITING:  # Slurm itself has requeued it, for example after its node failed
         print(result.message, file=sys.stderr)
         return Stopped.exit_code
     if not may_requeue or submission.is_cancelled or state in ENDING:

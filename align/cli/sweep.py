@@ -1,4 +1,4 @@
-"""``align sweep``: try a search space over a pipeline's fields. Imports nothing heavy."""
+"""``align sweep``: try a search space over a pipeline's fields. Imports no heavy library."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _run_trials(options: argparse.Namespace, sweep: Sweep, study: Study, store: 
 
 
 def _try_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -> Path | None:
-    """Write the page. An error is printed on standard error and changes nothing else."""
+    """Write the page. An error is printed on standard error and has no other effect."""
     try:
         return _write_page(sweep, study, store, folder)
     except Exception as error:  # whatever it is: the sweep's own outcome must reach the user
@@ -126,9 +126,9 @@ def _write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -
     from align.store.store import REPORTS
 
     rows = trial_rows(sweep, study)
-    known = store.runs()
-    compared = [row for row in rows if row.state == "done" and row.run in known][:MAX_COMPARED]
-    runs = {row.run: finished_artifacts(stored_outline(row.run, known[row.run]), store) for row in compared}
+    stored_runs = store.runs()
+    compared = [row for row in rows if row.state == "done" and row.run in stored_runs][:MAX_COMPARED]
+    runs = {row.run: finished_artifacts(stored_outline(row.run, stored_runs[row.run]), store) for row in compared}
     runs = {name: artifacts for name, artifacts in runs.items() if artifacts}
     if not runs:
         return None
@@ -142,7 +142,7 @@ def _write_page(sweep: Sweep, study: Study, store: Store, folder: Path | None) -
     trials = SweepTrials([short_name(dimension.name) for dimension in sweep.space], _objectives(sweep), table, text)
     notes = {row.run: row.note for row in compared if row.note}
     for name in runs:
-        for stage, damage in damaged_stages(stored_outline(name, known[name]), store).items():
+        for stage, damage in damaged_stages(stored_outline(name, stored_runs[name]), store).items():
             notes[name] = " ".join(filter(None, [notes.get(name), f"{stage} is left out: {damage}"]))
     out = (folder or store.root / REPORTS / sweep.config.name) / PAGE
     return write_comparison(runs, out, title=sweep.config.name, notes=notes, sweep=trials)

@@ -91,11 +91,11 @@ class SlurmWorkers:
         return WorkerEnd(error.exit_code, result.message)
 
     def stop(self) -> None:
-        """Leave the jobs alone, and stop following them. Raises ``Stopped``."""
+        """Stop following the jobs, which continue. Raises ``Stopped``."""
         raise Stopped("stopped as asked.")
 
     def abandon(self) -> None:
-        """Leave the jobs alone, and say so."""
+        """Say that the jobs continue."""
         name = self.submission.run
         print(
             f"\nNo longer followed; its jobs continue. The same command follows them again, `align cancel {name}` ends "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from align.sweep.study import Study, Trial, TrialRecord
 
 PLAIN_WIDTH = 400
-"""Columns where the output is no terminal: a table in a file is not folded."""
+"""Columns if the output is not a terminal: a table in a file is not folded."""
 MAX_CELL = 40
 MARKS = {"starts": "▸", "resumes": "▸", "done": "✓", "failed": "✗", "ended early": "·", "taken over": "·"}
 
@@ -173,8 +173,8 @@ def print_trials(sweep: Sweep, study: Study, console: Console | None = None) -> 
 
 def sentences(sweep: Sweep, rows: list[TrialRow]) -> list[str]:
     """Return the summary of the trials as sentences."""
-    done = [row for row in rows if row.state == "done"]
-    text = f"{len(done)} trials done"
+    done_rows = [row for row in rows if row.state == "done"]
+    text = f"{len(done_rows)} trials done"
     for state in ("failed", "ended early", "unfinished"):
         count = sum(row.state == state for row in rows)
         if count:
@@ -190,7 +190,7 @@ def sentences(sweep: Sweep, rows: list[TrialRow]) -> list[str]:
     elif best:
         numbers = ", ".join(str(row.number) for row in best)
         lines.append(f"Best trade-offs (*), which no trial beats in all objectives: {numbers}.")
-    if len(done) > 1:
+    if len(done_rows) > 1:
         lines.append(
             "The best of several trials is in part the luckiest: confirm it on prompts that did not choose it."
         )

@@ -108,8 +108,8 @@ def run_workers(workers: Workers, sweep: Sweep, study: Study, *, quiet: bool) ->
             while True:
                 ends = workers.poll()
                 print_changes(sweep, study, states, quiet)
-                finished = [end for end in ends if end is not None]
-                if len(finished) == len(ends):
+                over = [end for end in ends if end is not None]
+                if len(over) == len(ends):
                     break
                 if stop.is_requested and not is_passed_on:
                     # Interrupted trials continue later from their checkpoints.
@@ -119,7 +119,7 @@ def run_workers(workers: Workers, sweep: Sweep, study: Study, *, quiet: bool) ->
         except BaseException:
             workers.abandon()
             raise
-        _raise_for(finished, stop)
+        _raise_for(over, stop)
 
 
 def _raise_for(ends: list[WorkerEnd], stop: StopRequest) -> None:

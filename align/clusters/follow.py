@@ -1,7 +1,7 @@
 """Follow the stages that a cluster runs, and report them to a listener as a local run does.
 
-A stage's result is read from the store, its failure from the note of its job, and from the cluster's queue where the
-job could write none. Ending this process ends no job of a queue that lives without it. Never imports torch.
+A stage's result is read from the store, its failure from the note of its job, or from the cluster's queue if the
+job could not write one. Ending this process ends no job of a queue that lives without it. Never imports torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from align.store.store import Store
 
 POLL_SECONDS = 0.5
 LATE_SECONDS = 60.0
-"""Time that a shared file system may take to show what a job has written."""
+"""Time that a shared file system may need to show what a job has written."""
 SILENT_SECONDS = 1800.0
 """Time that a queue may be silent before following ends."""
 
@@ -37,7 +37,7 @@ class SchedulerError(Exception):
 
 @dataclass(frozen=True)
 class JobResult:
-    """End of a job's last turn: ``done``, ``failed``, ``refused``, or ``stopped`` to go on in another turn."""
+    """End of a job's last turn: ``done``, ``failed``, ``refused``, or ``stopped`` to continue in another turn."""
 
     status: str
     message: str
@@ -45,7 +45,7 @@ class JobResult:
     """Times that the job had been requeued before."""
     log: str | None = None
     node: str = ""
-    """The cluster's own name of the machine, where it has one."""
+    """The cluster's own name of the machine, if it has one."""
 
 
 class _Note(BaseModel):
@@ -66,7 +66,7 @@ def write_note(path: Path, result: JobResult) -> None:
 
 
 def read_note(path: Path) -> JobResult | None:
-    """Return a job's result; None where there is no note or it is damaged: the job then counts as silent."""
+    """Return a job's result; None if there is no note or it is damaged: the job then counts as silent."""
     try:
         return JobResult(**read_sealed(path, _Note).model_dump())
     except (FileNotFoundError, DamagedFile):
@@ -188,7 +188,7 @@ class JobFollower:
                 note = f"{result.message} Its job is requeued."
                 self.listener.stage_event(node, {"event": "note", "message": note})
             self._on_alive(followed, state)
-        elif self.last_answer >= self.last_query:  # an old answer says nothing about a job that has ended since
+        elif self.last_answer >= self.last_query:  # the cached answer may be older than the end of the job
             self._on_gone(followed, state, result)
 
     def _on_alive(self, followed: _Followed, state: JobState) -> None:
@@ -216,13 +216,13 @@ class JobFollower:
     def _on_gone(self, followed: _Followed, state: JobState, result: JobResult | None) -> None:
         """Report a job that is over without an artifact as failed, after a wait: both may arrive late."""
         followed.gone_since = followed.gone_since or time.monotonic()
-        # A failed job's note may be late too; and jobs that waited for it are cancelled in the same moment.
+        # A failed job's note may also be late, and jobs that waited for it are cancelled in the same moment.
         patience = LATE_SECONDS if state.state == "gone" else 2 * self.queue.every
         if time.monotonic() - followed.gone_since < patience:
             return
         name = followed.node.name
         failed_input = next((stage for stage in followed.node.input_names if stage in self.failures), None)
-        # Its own job never ran, so its own log would explain nothing.
+        # Its own job never ran, so its own log explains no failure.
         if failed_input is not None:
             self._on_failed(followed, f"stage '{name}' did not start: its input '{failed_input}' failed.", None)
             return

@@ -118,9 +118,9 @@ def _run_stage(task: StageTask) -> JobResult:
 
 
 def _enter(folder: str) -> None:
-    """Change to the folder where the command was given: relative paths in the pipeline start there.
+    """Change to the command's working folder: relative paths in the pipeline start there.
 
-    Raises ``UserError`` where this node does not see it.
+    Raises ``UserError`` if this node does not see it.
     """
     try:
         os.chdir(folder)
@@ -199,7 +199,7 @@ class RayQueue:
         return states
 
     def _stop(self, stage: str, state: JobState) -> None:
-        """Have a running stage save and stop, and cancel one that waits."""
+        """Have a running stage save and stop, and cancel a stage that waits."""
         node = self.pipeline.nodes[stage]
         partial = self.store.partial(node.stage.kind, node.key)
         if state.state == "runs" and partial.is_dir():
@@ -228,11 +228,11 @@ class RayQueue:
         if outcome.is_lost:
             retries = self.block(stage).retries
             return JobState("over", outcome.error, f"Raise runtime.stages.{stage}.executor.retries (now {retries}).")
-        # A task that was cancelled or raised an error returns nothing.
+        # A task that was cancelled or raised an error has no result.
         return JobState("over", outcome.error or str(outcome.result).removeprefix("failed: "))
 
     def _waiting_state(self, stage: str) -> JobState:
-        """Return the state of a task that could start: it waits for a free node, or for one that does not exist yet.
+        """Return the state of a task that could start: it waits for a free node, or for a node that does not exist yet.
 
         After ``wait`` seconds without such a node the task is cancelled.
         """

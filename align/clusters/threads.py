@@ -39,7 +39,7 @@ def _block_name(pipeline: Pipeline, node: Node, blocks: dict[str, Any]) -> str:
 def await_inputs(pipeline: Pipeline, node: Node, store: Store, seconds: float = 60.0) -> None:
     """Wait for a stage's inputs: a shared file system may show late what another machine has just written."""
     inputs = [pipeline.nodes[name] for name in node.input_names]
-    # Past the deadline nothing is raised here: the run itself names the inputs that are missing.
+    # Past the deadline no error is raised here: the run itself names the inputs that are missing.
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if all(store.find_intact(source.stage.kind, source.key) is not None for source in inputs):

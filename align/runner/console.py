@@ -31,7 +31,7 @@ SHOWN = ("loss", "score", "gold", "accuracy", "kl")
 PARTS = "parts"
 """Unit of work whose pieces are not alike."""
 MAX_NUMBERS = 4
-"""Numbers in the closing line of a stage without a headline of its own."""
+"""Numbers in the closing line of a stage that has no headline."""
 REPORT_EVERY = 60.0
 """Seconds between two lines about a running stage where output is not a terminal."""
 FIRST_REPORT = 10.0
@@ -42,7 +42,7 @@ WIDE = 100
 
 @dataclass
 class RunningStage:
-    """Progress of a stage in this attempt; times are those of ``time.time``."""
+    """Progress of a stage in this attempt; times are seconds of ``time.time``."""
 
     started: float = field(default_factory=time.time)
     pace: Pace = field(default_factory=Pace)
@@ -63,10 +63,14 @@ class RunningStage:
         parts = [f"{plain_number(event['done'])}/{plain_number(event['total'])} {unit}"]
         if event.get("step"):
             parts.append(str(event["step"]))
-        left, tokens, units = self.pace.seconds_left(), self.pace.tokens_per_second(), self.pace.units_per_second()
-        # Parts of a stage take different times, so the first ones do not tell about the others.
-        if left is not None and unit != PARTS:
-            parts.append(f"{duration(left)} left")
+        seconds_left, tokens, units = (
+            self.pace.seconds_left(),
+            self.pace.tokens_per_second(),
+            self.pace.units_per_second(),
+        )
+        # Parts of a stage have different durations, so the first ones do not tell about the others.
+        if seconds_left is not None and unit != PARTS:
+            parts.append(f"{duration(seconds_left)} left")
         if tokens is not None:
             parts.append(f"{tokens:.0f} tok/s")
         elif units is not None and unit != PARTS:
@@ -122,7 +126,7 @@ class ConsoleListener(Listener):
         if self.live:
             self.progress.start()
         else:
-            # A thread of its own, because a stage that loads an engine sends no events for minutes.
+            # A separate thread, because a stage that loads an engine sends no events for minutes.
             self._reporter.start()
         return self
 
@@ -215,11 +219,11 @@ class ConsoleListener(Listener):
         self._print_line("✗", node.name, f"failed{after}", "red")
 
     def stage_stopping(self, node: Node, how: str) -> None:
-        """Print at once how the stage stops: it may take a while until it has."""
+        """Print at once how the stage stops: the end may come much later."""
         self._print_line("…", node.name, how, "yellow")
 
     def _drop_task(self, node: Node) -> RunningStage | None:
-        """Forget a stage that no longer runs; return its last state, or None where it was not running."""
+        """Forget a stage that no longer runs; return its last state, or None if it was not running."""
         task = self.tasks.pop(node.name, None)
         if task is not None:
             self.progress.remove_task(task)
@@ -246,9 +250,9 @@ class ConsoleListener(Listener):
 
 
 def _headline(stage: Stage, artifact: Artifact) -> str:
-    """Return the result of a finished stage in a few numbers; metrics that are absent are left out.
+    """Return the result of a finished stage in a few numbers; absent metrics are skipped.
 
-    A stage without a headline of its own shows its first numbers. An evaluation adds a score for each system.
+    A stage that has no headline shows its first numbers. An evaluation adds a score for each system.
     """
     metrics = artifact.record.get("metrics") or {}
     labels = stage.headline
@@ -315,7 +319,7 @@ class NotebookListener(ConsoleListener):
 
     def show(self) -> None:
         """Bring the display up to date; the first call makes it."""
-        # A frame of its own for the bars: the console records every line that was ever printed.
+        # A separate console for the bars: the console records every line that was ever printed.
         bars = _recording_console()
         bars.print(_bars_or_nothing(self))
         consoles = (self.console, bars)
@@ -334,7 +338,7 @@ class NotebookListener(ConsoleListener):
 
 
 def progress_listener(pipeline_nodes: list[Node]) -> ConsoleListener:
-    """Return the listener that shows a run where this process is: in a notebook, a terminal, or a log."""
+    """Return the listener that shows a run in this process's environment: in a notebook, a terminal, or a log."""
     if is_in_notebook():
         from IPython.display import display
 
@@ -343,7 +347,7 @@ def progress_listener(pipeline_nodes: list[Node]) -> ConsoleListener:
 
 
 def is_in_notebook() -> bool:
-    """Return True where a kernel of Jupyter runs this process. IPython in a terminal has no kernel."""
+    """Return True if a kernel of Jupyter runs this process. IPython in a terminal has no kernel."""
     # A kernel has imported IPython already; importing it here would slow down every script.
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()

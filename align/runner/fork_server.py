@@ -1,15 +1,15 @@
 """A process that has imported torch, transformers and trl, and forks the processes of stages from itself.
 
-Those imports take five to seven seconds, and a run has them once for each stage that loads a model. Here it has them
-once, beside its first stage. ``python -m align.runner.fork_server SOCKET RUNNER THREADS MODULE...`` serves the process
-RUNNER at the other end of the socket: it imports the modules, says ``ready``, then takes one message per stage: its
+Those imports last five to seven seconds, and a run has them once for each stage that loads a model. Here it has them
+once, during its first stage. ``python -m align.runner.fork_server SOCKET RUNNER THREADS MODULE...`` serves the process
+RUNNER at the other end of the socket: it imports the modules, says ``ready``, then reads one message per stage: its
 folder and the variables of its environment that are not the server's, with two file descriptors, the log and a pipe.
 The stage's process writes ``pid NUMBER`` to the pipe, and the server adds ``exit CODE`` when it has ended.
 
-Another message asks for a branch: a fork that imports vLLM, too, and serves stages that sample at a socket of its own.
-vLLM takes five seconds more, which a stage that trains would only wait for.
+Another message asks for a branch: a fork that also imports vLLM, and serves stages that sample at a second socket.
+vLLM needs five seconds more, which a stage that trains would only wait for.
 
-The server holds no model and no threads that work, so that nothing is lost in a fork. It ends where there is an
+The server holds no model and no threads that work, so a fork loses no state. It ends if there is an
 accelerator, whose driver does not survive a fork: stages are then started as ever (``stage_process.py``).
 """
 
@@ -85,9 +85,9 @@ def serve(control: socket.socket) -> str | None:
                 server = os.getpid()
                 pid = os.fork()
                 if pid == 0:
-                    # First of all: the runner takes the end of the server for that of the stage.
+                    # First of all, because for the runner the end of the server is also the end of the stage.
                     die_with_parent(server)
-                    # What belongs to the server is closed, so that its end is seen by those who wait for it.
+                    # The server's files are closed, so processes that wait for its end notice it.
                     for handle in (*statuses, *statuses.values()):
                         os.close(handle)
                     if "branch" in order:
@@ -154,7 +154,7 @@ def run_stage(folder: str) -> int:
     with contextlib.suppress(ImportError):  # it comes with vLLM
         # ``ps`` and ``pgrep`` tell stages apart by their folder.
         importlib.import_module("setproctitle").setproctitle(f"python -m align.runner.worker {folder}")
-    # Where the server has ended meanwhile, this process has, too.
+    # Where the server has ended meanwhile, this process has as well.
     return worker.start([folder], parent=os.getppid())
 
 

@@ -26,7 +26,7 @@ from align.store.store import Store
 
 @dataclass(frozen=True)
 class Opening:
-    """All that decides which store is opened, in plain values that another machine can be given; nothing secret."""
+    """All that decides which store is opened, in plain values that another machine can be given, without secrets."""
 
     folder: str
     lease: float = Lease.seconds
@@ -43,7 +43,7 @@ class Opening:
         return cls(str(store.root.resolve()), store.lease.seconds, store.retry.seconds, remote)
 
     def open(self) -> Store:
-        """The store, made where nothing is; ``UserError`` where it cannot be used."""
+        """Return the store, which is created if it is missing. Raises ``UserError`` if it cannot be used."""
         store = Store.open(user_path(self.folder), lease=self.lease, retry_seconds=self.patience)
         if self.remote is not None:
             store.connect(self.remote)
@@ -92,7 +92,7 @@ def fetch_missing(pipeline: Pipeline, store: Store, only: str | None, force: set
                 log(f"stage '{node.name}' is finished in {remote.address}; fetching {_size(record)}")
                 store.fetch(node.stage.kind, node.key, node.name)
     except StoreUnreachable as error:
-        # Nothing has begun yet, so stopping costs nothing. Running finished stages again could cost days.
+        # No stage has begun yet, so stopping is free. Running finished stages again could cost days.
         raise StoreUnreachable(
             f"{error} Nothing was begun, since what is finished there is not known; "
             "a folder alone (`--set runtime.store=FOLDER`, or --store FOLDER for an address there) runs without it."
@@ -105,7 +105,7 @@ def fetch_missing(pipeline: Pipeline, store: Store, only: str | None, force: set
 
 @contextlib.contextmanager
 def remote_lock(store: Store, kind: str, key: str, log_holder: Log, log: Log) -> Iterator[Hold | None]:
-    """Hold the stage's lock in the remote; None where there is no remote, or it is away or takes no claims.
+    """Hold the stage's lock in the remote; None if there is no remote, or it is away or accepts no claims.
 
     ``log_holder`` gets the holder that is waited for.
     """
@@ -125,7 +125,7 @@ def remote_lock(store: Store, kind: str, key: str, log_holder: Log, log: Log) ->
 def fetch_if_published(store: Store, kind: str, key: str, stage: str, log: Log) -> Artifact | None:
     """Fetch an artifact that another machine has published since the run began.
 
-    None where the remote is away, or refuses what it allowed before. Raises ``UserError`` for a damaged artifact.
+    None if the remote is away, or refuses what it allowed before. Raises ``UserError`` for a damaged artifact.
     """
     try:
         return store.fetch(kind, key, stage)

@@ -34,7 +34,7 @@ class Step:
     """One stage in a plan.
 
     ``action`` is ``cached``, ``fetch``, ``run``, ``resume`` or ``damaged``; ``why`` says it in words. ``notes`` are
-    statements about continuing (``align.runner.continuations``).
+    statements about stages that continue another.
     """
 
     node: Node
@@ -47,7 +47,7 @@ class Step:
 def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = frozenset()) -> list[Step]:
     """Return what a run would do now, stage by stage. ``force`` are stages that run although they are cached."""
     steps: list[Step] = []
-    # Stages that will run: whoever reads one of them has not been run with this input yet.
+    # Stages that will run: a stage that reads one of them has not been run with this input yet.
     fresh: set[str] = set()
     history = History(pipeline, store)
     for node in pipeline:
@@ -67,7 +67,7 @@ def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = fr
             how = f", in {precision}" if precision else ""
             steps.append(Step(node, "cached", f"made {artifact.record['created'][:16].replace('T', ' ')}{how}"))
             continue
-        # A forced stage runs in any case, so nobody asks the remote for it.
+        # A forced stage runs in any case, so the remote is not asked for it.
         remote = store.remote if artifact is None and node.name not in force else None
         try:
             record = remote.find(node.stage.kind, node.key) if remote is not None else None
@@ -107,7 +107,7 @@ class History:
         return self.store.all()
 
     def suggest(self, node: Node) -> str | None:
-        """Return how to train only the steps of a stage that no finished stage has done; None where it must do all."""
+        """Return how to train only the steps of a stage that no finished stage has done; None if it must do all."""
         return suggest_continuing(self.pipeline, node, self._artifacts) if node.stage.distributed else None
 
     @cached_property
@@ -125,17 +125,17 @@ class History:
         return self._newest.get((node.stage.kind, node.name))
 
     def state(self, node: Node) -> str:
-        """Return whether a stage's settings are those of its last finished self, or of another finished stage."""
+        """Return whether a stage's settings equal its last finished self's, or another finished stage's."""
         last = self.previous(node)
         if last is not None and last.record["key"] == node.key:
             return "unchanged"
         # Runs share stages with equal keys, and a run may return to earlier settings.
-        finished = next((artifact for artifact in self._artifacts if artifact.record["key"] == node.key), None)
-        if last is None and finished is not None:
-            return f"finished as '{finished.stage}' in run '{finished.record.get('pipeline')}'"
+        same_key = next((artifact for artifact in self._artifacts if artifact.record["key"] == node.key), None)
+        if last is None and same_key is not None:
+            return f"finished as '{same_key.stage}' in run '{same_key.record.get('pipeline')}'"
         if last is None:
             return "never finished"
-        return "changed" if finished is None else "changed, and finished before with these settings"
+        return "changed" if same_key is None else "changed, and finished before with these settings"
 
     def explain(self, node: Node) -> list[str]:
         """Differences between this stage and its last finished self, one line a field; empty when there is none."""
@@ -186,8 +186,8 @@ def choose_stages(
     """
     for option, name in [("--only", only), ("--from", from_), *(("--rebuild", item) for item in rebuild)]:
         if name is not None and pipeline.resolve(name) not in pipeline.nodes:
-            known = [*pipeline.nodes, *pipeline.expanded.rounds]
-            raise UserError(f"{option} {name}: there is no such stage.{suggest(name, known)}")
+            names = [*pipeline.nodes, *pipeline.expanded.rounds]
+            raise UserError(f"{option} {name}: there is no such stage.{suggest(name, names)}")
     force = {name for item in rebuild for name in pipeline.expanded.every(item)}
     if from_ is not None:
         force.update(pipeline.expanded.every(from_))
@@ -206,7 +206,7 @@ def choose_stages(
             raise UserError(
                 f"--only {only}: it reads {', '.join(missing)}, not finished yet. Run without --only first."
             )
-        # Nothing else runs, so nothing else may count as about to be made.
+        # No other stage runs, so no other stage may count as about to be made.
         force &= {only}
     return force
 
@@ -245,9 +245,9 @@ def check_sources(pipeline: Pipeline, store: Store, used: set[str], strict: bool
 STATE_FILE = f"{STATE}/state.json"
 
 
-def refuse_without_state(pipeline: Pipeline, store: Store, wanted: Iterable[Node], force: set[str]) -> None:
+def refuse_without_state(pipeline: Pipeline, store: Store, nodes: Iterable[Node], force: set[str]) -> None:
     """Raise ``UserError`` for a stage whose finished source kept no state, or ended early, before anything starts."""
-    for node in wanted:
+    for node in nodes:
         source = _source(pipeline, node)
         # A source that this run makes keeps its state, because a stage continues it (``Pipeline``).
         if source is None or source.name in force:
@@ -264,7 +264,7 @@ def _source(pipeline: Pipeline, node: Node) -> Node | None:
 
 
 def _objection(artifact: Artifact) -> str | None:
-    """Return why no stage can continue a finished one, as a clause with a remedy; None where one can."""
+    """Return why no stage can continue a finished one, as a clause with a remedy; None if one can."""
     metrics = artifact.record["metrics"]
     stopped = metrics.get("stopped") or ("by early_stopping" if metrics.get("stopped_early") else None)
     if stopped:
@@ -286,8 +286,8 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
     objection = None if artifact is None else _objection(artifact)
     if objection is not None:
         return [f"'{source.name}' {objection}"]
-    finished, total = _steps(source, artifact), _steps(node, None)
-    reason = inexactness(node.config, finished, total)
+    finished_steps, total = _steps(source, artifact), _steps(node, None)
+    reason = inexactness(node.config, finished_steps, total)
     if any(getattr(node.config, name, None) != getattr(source.config, name, None) for name in DATA):
         reason = "it has other rows: those that are new come first"
     at_once = _lengths(node, LENGTHS)
@@ -310,15 +310,15 @@ def _exactness(pipeline: Pipeline, node: Node) -> str:
     return "bit for bit on a CPU"
 
 
-def suggest_continuing(pipeline: Pipeline, node: Node, finished: Iterable[Artifact]) -> str | None:
-    """Return how to train only the steps that no finished stage has done; None where none has done the first ones.
+def suggest_continuing(pipeline: Pipeline, node: Node, artifacts: Iterable[Artifact]) -> str | None:
+    """Return how to train only the steps that no finished stage has done; None if none has done the first ones.
 
-    ``finished`` are the store's artifacts. One counts that has fewer steps, an equal configuration otherwise, and its
+    ``artifacts`` are the store's artifacts. One counts that has fewer steps, an equal configuration otherwise, and its
     state.
     """
     if CONTINUE not in type(node.config).model_fields or getattr(node.config, CONTINUE) is not None:
         return None
-    shorter = [artifact for artifact in finished if _is_beginning(artifact, node) and _objection(artifact) is None]
+    shorter = [artifact for artifact in artifacts if _is_beginning(artifact, node) and _objection(artifact) is None]
     if not shorter:
         return None
     best = max(shorter, key=_done)
@@ -330,9 +330,9 @@ def suggest_continuing(pipeline: Pipeline, node: Node, finished: Iterable[Artifa
     if reason is None:
         equal = f"with the same result, {_exactness(pipeline, node)}"
     more = _free_name(f"{node.name}_more", pipeline)
-    done = f"{plain_number(_done(best))} {'updates' if 'updates' in settings else 'steps'}"
+    steps_done = f"{plain_number(_done(best))} {'updates' if 'updates' in settings else 'steps'}"
     return (
-        f"'{node.name}': its first {done} are finished ({node.stage.kind}/{best.record['key'][:SHORT]}). "
+        f"'{node.name}': its first {steps_done} are finished ({node.stage.kind}/{best.record['key'][:SHORT]}). "
         f"To train only the others, {equal}: leave {_yaml(changed)} in stages.{node.name}, add "
         f"`{more}: {{{CONTINUE}: {node.name}, {_yaml(now)}}}` below it, and name {more} where {node.name} is read."
     )
@@ -355,9 +355,9 @@ def _is_beginning(artifact: Artifact, node: Node) -> bool:
 
 
 def _as_plain(parts: dict[str, Any]) -> dict[str, Any]:
-    # A copy, in the types that JSON has: a record's parts have been through JSON, those of a node have not.
-    plain: dict[str, Any] = json.loads(json.dumps(parts))
-    return plain
+    # A copy, in the types that JSON has: a record's parts have been through JSON, a node's parts have not.
+    parts_copy: dict[str, Any] = json.loads(json.dumps(parts))
+    return parts_copy
 
 
 def _count(value: float | None) -> float:
@@ -371,7 +371,7 @@ def _done(artifact: Artifact) -> float:
 
 
 def _steps(node: Node, artifact: Artifact | None) -> int | None:
-    """Return the optimizer steps of a stage: those it has done, else those of its settings; None where unknown."""
+    """Return the optimizer steps that a stage has done, else the steps of its settings; None if unknown."""
     if artifact is not None:
         return int(_done(artifact)) * steps_per_length(node.config)
     length = getattr(node.config, "updates", None) or getattr(node.config, "max_steps", None)

@@ -22,12 +22,12 @@ from align.store.json_files import DamagedFile
 from align.store.retry import UNREACHABLE_STORE
 
 GRACE_SECONDS = 5
-"""What a rank has to end after a signal; less than the runner gives the launcher."""
+"""Seconds that a rank has to end after a signal; fewer than the runner gives the launcher."""
 TAIL_LINES, TAIL_WIDTH = 6, 200
 
 
 def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
-    """Run the stage laid out in ``folder`` in ranks; the stage's result, None where one process is all there is to be.
+    """Run the stage laid out in ``folder`` in ranks; the stage's result, None if one process is all there is to be.
 
     A signal that ends this process ends the ranks first.
     """
@@ -49,13 +49,13 @@ def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
     ranks = folder / RANKS
     ranks.mkdir(exist_ok=True)
     if is_head():
-        # Results and logs of an earlier attempt would be taken for this one's. One node cleans up for all.
+        # Results and logs of an earlier attempt would look like this attempt's. One node cleans up for all.
         for old in (file for file in ranks.iterdir() if file.is_file()):
             old.unlink()
     # The ranks inherit it and die with this process.
     os.environ[PARENT] = str(os.getpid())
     if launch.nodes == 1 and sys.platform.startswith("linux"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no socket listens beyond this machine
     agent = _agent_settings(folder, launch, processes, one_gpu_each=gpus > 0)
     try:
         elastic_launch(agent, sys.executable)("-m", "align.runner.worker", str(folder.resolve()), "--rank")
@@ -86,7 +86,7 @@ def _agent_settings(folder: Path, launch: LaunchConfig, processes: int, *, one_g
         nproc_per_node=processes,
         run_id=folder.name,
         rdzv_backend="c10d",
-        # With port 0 the system picks a free one, so that stages on the same machine do not clash.
+        # With port 0 the system picks a free port, so stages on the same machine do not clash.
         rdzv_endpoint="127.0.0.1:0" if alone else str(launch.rendezvous),
         # Of several nodes the first one serves the meeting place to the others.
         rdzv_configs={"timeout": launch.timeout} if alone else {"timeout": launch.timeout, "is_host": is_head()},
@@ -94,12 +94,12 @@ def _agent_settings(folder: Path, launch: LaunchConfig, processes: int, *, one_g
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / RANKS / "agent")),
         shutdown_timeout=GRACE_SECONDS,
-        virtual_local_rank=one_gpu_each,  # each sees its own GPU alone, and so does an engine in the same process
+        virtual_local_rank=one_gpu_each,  # each sees only its own GPU, and so does an engine in the same process
     )
 
 
 def _gpus(runtime: Runtime) -> int:
-    """GPUs of this machine that the stage may take; 0 for a stage on the CPU."""
+    """GPUs of this machine that the stage may use; 0 for a stage on the CPU."""
     if runtime.device == "cpu":
         return 0
     import torch
@@ -120,7 +120,7 @@ def outcome(ranks: Path, world: int, failures: Mapping[int, int], timeout: float
 def _why(
     ranks: Path, world: int, failures: Mapping[int, int], results: Mapping[int, dict[str, Any]], timeout: float
 ) -> dict[str, Any]:
-    # One rank's fault makes the others fail too. Look for the cause: first a rank that says why it failed, in this
+    # One rank's fault also makes the others fail. Look for the cause: first a rank that says why it failed, in this
     # order of usefulness, and only then for those whose error is a symptom of another rank's end.
     failed = {number: result for number, result in results.items() if result["status"] != "done"}
     for status in ("refused", UNREACHABLE_STORE, "failed"):
@@ -131,9 +131,9 @@ def _why(
             where = "" if status == "refused" else f"rank {ranks_at_fault[0]} of {world}: "
             return {"status": status, "message": f"{where}{failed[ranks_at_fault[0]]['message']}"}
     stopped = next((result for result in failed.values() if result["status"] == "stopped"), None)
-    if stopped is not None:  # one that the agent ended before it could say so has stopped with the others
+    if stopped is not None:  # a rank that the agent ended before it could say so has stopped with the others
         return {"status": "stopped", "message": stopped["message"]}
-    # Ranks that waited in vain: the one that they waited for is among those that reported no failure.
+    # Ranks that waited in vain: the rank that they waited for is among the ranks without a failure.
     late = [number for number, result in failed.items() if result.get("symptom") == LATE]
     silent = [number for number in range(world) if number not in failed and number not in late]
     if late:
@@ -156,7 +156,7 @@ def _why(
             ranks,
             died[:1],
         )
-    # No rank says why. Name the one that failed first without a result, else the first that failed.
+    # No rank says why. Name the first rank that failed without a result, else the first that failed.
     first = next((number for number in failures if number not in results), next(iter(failures), None))
     if first is None:
         return _failed(f"its {world} processes ended without a result.", ranks, [0])

@@ -2,11 +2,11 @@
 
 The steps, each inside the one before:
 
-1. the lock in the store's remote, where there is one: no other machine that shares the remote runs the stage;
+1. the lock in the store's remote, if there is one: no other machine that shares the remote runs the stage;
 2. the lock in the store: no other run that shares the folder does;
 3. the artifact, once more: another run may have published it while this one waited;
 4. the result of an attempt that ended well and whose runner died before publishing it;
-5. the stage's process, again from its checkpoints where the store was away;
+5. the stage's process, again from its checkpoints if the store was away;
 6. the record, published by one rename under the lock that is still held.
 """
 
@@ -92,7 +92,7 @@ class StageRun:
         lock = remote_lock(
             self.store, self.kind, key, lambda holder: listener.waiting(self.node, holder), listener.warning
         )
-        # The remote's lock is always taken before the store's, so that two machines cannot wait for each other.
+        # The remote's lock is always acquired before the store's, so two machines cannot wait for each other.
         with lock as remote_hold:
             if not self.force:
                 # Another machine may have published the stage while this one waited for the lock.
@@ -155,7 +155,7 @@ class StageRun:
         return result.model_dump() if result.status == "done" and (self.partial / OUTPUT).is_dir() else None
 
     def _run_attempts(self, hold: Hold) -> dict[str, Any]:
-        """Run the stage's process; again from its checkpoints where the store was away, once it answers."""
+        """Run the stage's process; if the store was away, again from its checkpoints once it answers."""
         retry, partial = self.store.retry, self.partial
         for tries_left in reversed(range(TRIES)):
             retry.call(self._prepare_partial)
@@ -171,7 +171,7 @@ class StageRun:
             )
             if result["status"] == "done":
                 return result
-            # A stage that another run has taken over ends without a result, which is no failure: this raises LockLost.
+            # A stage that another run continues ends without a result, which is no failure: this raises LockLost.
             retry.call(hold.confirm)
             if result["status"] == "stopped":
                 raise self.stop.error(f"stage '{self.node.name}' {result['message']}")
@@ -181,7 +181,7 @@ class StageRun:
         raise self._error_of(result)
 
     def _check_locks(self) -> None:
-        """Raise ``LockLost`` where another run has taken one of the locks; called while the process runs."""
+        """Raise ``LockLost`` if another run has taken one of the locks; called while the process runs."""
         for hold in self._holds:
             hold.check()
 
@@ -198,7 +198,7 @@ class StageRun:
         (self.partial / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.partial / OUTPUT)
-        # Made here, because a partial without an output counts as left over from publishing (``Store.leftovers``).
+        # A partial without an output would count as left over from publishing (``Store.leftovers``).
         (self.partial / OUTPUT).mkdir()
         # An old result would look like this attempt's if the process died without one.
         (self.partial / RESULT).unlink(missing_ok=True)
@@ -214,7 +214,7 @@ class StageRun:
             "identities": node.identities,
             "cache": str(self.store.cache.resolve()),
             "pipeline": self.pipeline.name,
-            # All stages' keys, so that trackers show every attempt at one run together and another run apart.
+            # All stages' keys, so trackers show every attempt at one run together and another run apart.
             "group": digest({stage.name: stage.key for stage in self.pipeline})[:8],
             "runner_pid": os.getpid(),
         }

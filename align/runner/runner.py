@@ -47,14 +47,14 @@ class Run:
         return metrics
 
     def artifact(self, stage: str) -> Artifact:
-        """Return a stage's artifact; for a stage of a loop, that of its last round.
+        """Return a stage's artifact; for a stage of a loop, the last round's.
 
         Raises ``UserError`` for a name that the run does not have.
         """
         name = self.last.get(stage, stage)
         if name not in self.artifacts:
-            known = [*self.artifacts, *self.last]
-            raise UserError(f"run: there is no finished stage '{stage}'.{suggest(stage, known)}")
+            names = [*self.artifacts, *self.last]
+            raise UserError(f"run: there is no finished stage '{stage}'.{suggest(stage, names)}")
         return self.artifacts[name]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ class Run:
         return result_rows(self.artifacts.values())
 
     def frame(self) -> DataFrame:
-        """Return the rows of ``rows()`` as a table of pandas. Raises ``UserError`` where pandas is missing."""
+        """Return the rows of ``rows()`` as a table of pandas. Raises ``UserError`` if pandas is missing."""
         return data_frame(self.rows(), COLUMNS, "run.rows()").astype(FRAME_TYPES)
 
     def log_history(self, stage: str) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ class Run:
     def curves(self, stage: str) -> DataFrame:
         """Return what a stage logged as a table of pandas: the index is ``step``, a column per metric.
 
-        A metric that was not logged at a step is missing there. Raises ``UserError`` where pandas is missing.
+        A metric that was not logged at a step is missing there. Raises ``UserError`` if pandas is missing.
         """
         rows = self.log_history(stage)
         names = dict.fromkeys(name for row in rows for name in row)
@@ -92,8 +92,8 @@ class Run:
             raise UserError("run: no stage of it evaluates; add one of the kind `evaluate`.")
         artifact = self.artifact(evaluations[-1] if stage is None else stage)
         if artifact.kind != Kind.SCORECARD:
-            known = f" Evaluations here: {', '.join(evaluations)}." if evaluations else ""
-            raise UserError(f"run: stage '{stage}' makes a {artifact.kind}, not a scorecard.{known}")
+            hint = f" Evaluations here: {', '.join(evaluations)}." if evaluations else ""
+            raise UserError(f"run: stage '{stage}' makes a {artifact.kind}, not a scorecard.{hint}")
         return Scorecard.read(artifact.path, artifact.stage)
 
     def failed_gates(self) -> list[str]:
@@ -118,8 +118,8 @@ def run_pipeline(
 ) -> Run:
     """Run every stage that is not cached, in order; ``store`` to ``strict`` are as of ``RunOptions``.
 
-    Raises ``UserError`` (nothing started), ``StageFailed`` (the log's path is in it), or
-    ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 where none is given.
+    Raises ``UserError`` (no stage started), ``StageFailed`` (the log's path is in it), or
+    ``Stopped`` once it was asked to stop: through ``stop``, or by the signal USR1 if none is given.
     """
     listener = listener or Listener()
     ready = prepare_run(pipeline, RunOptions(store, only, from_, rebuild, strict), listener)
@@ -131,7 +131,7 @@ def run_pipeline(
     try:
         with (
             requests as stop,
-            # While stages run, ``gc`` on any machine leaves this run's artifacts alone, those to come included.
+            # While stages run, ``gc`` on any machine keeps this run's artifacts, future ones included.
             ready.store.use(pipeline.name, pipeline.references, pipeline.plain),
             _forked_stages(pipeline, ready.wanted),
         ):
@@ -145,7 +145,7 @@ def run_pipeline(
 def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener: Listener, stop: StopRequest) -> Run:
     opened, force = ready.store, ready.force
     run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
-    # A damaged artifact is an error only where the run would use it.
+    # A damaged artifact is an error only if the run would use it.
     used = pipeline.touched_by(only) - force
     only = None if only is None else pipeline.resolve(only)
     for node in pipeline:
@@ -173,9 +173,9 @@ def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener:
 
 
 def _forked_stages(pipeline: Pipeline, nodes: list[Node]) -> AbstractContextManager[None]:
-    """Return the context in which stages that load models are forked, where one follows the first of ``nodes``."""
-    # The server's imports take as long as a stage's own. They gain nothing for the first stage, and all of it for one
-    # that follows: they are done beside the first.
+    """Return the context in which stages that load models are forked, if one follows the first of ``nodes``."""
+    # The server's imports last as long as a stage's own. They save no time in the first stage, and all of it in later
+    # stages, because they run during the first stage.
     runtimes = [pipeline.runtimes[node.name] for node in nodes[1:] if node.stage.estimator is not None]
     if not runtimes:
         return contextlib.nullcontext()
@@ -184,7 +184,7 @@ def _forked_stages(pipeline: Pipeline, nodes: list[Node]) -> AbstractContextMana
 
 
 def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None:
-    """A stage on several nodes must know where they meet before it starts."""
+    """A stage on several nodes must know their rendezvous before it starts."""
     for node in nodes:
         objection = pipeline.runtimes[node.name].launch.nowhere_to_meet() if node.stage.distributed else None
         if objection is not None:
@@ -275,7 +275,7 @@ def _require_intact(node: Node, store: Store) -> None:
 def is_installed(package: str) -> bool:
     """Return whether ``package`` can be imported; a plain folder of that name, as wandb creates, does not count."""
     spec = importlib.util.find_spec(package)
-    # A folder of that name in the current directory is found too, as a namespace without an origin.
+    # A folder of that name in the current directory is also found, as a namespace without an origin.
     return spec is not None and spec.origin is not None
 
 
@@ -294,7 +294,7 @@ COLUMNS = ("stage", "system", "metric", "value", "low", "high", "n")
 FRAME_TYPES = {"value": "float64", "low": "float64", "high": "float64", "n": "Int64"}
 """Types of the columns of numbers in a table, also where all are missing; ``Int64`` has missing whole numbers."""
 RECORD_FIELDS = ("seconds", "peak_memory_bytes")
-"""Numbers of every stage's record, beside its metrics."""
+"""Numbers of every stage's record, in addition to its metrics."""
 SCORECARD_SUMMARIES = ("values", "differences")
 """Parts of an evaluation's record that repeat its scorecard without intervals."""
 
@@ -316,7 +316,7 @@ def result_rows(artifacts: Iterable[Artifact]) -> list[Row]:
 
 
 def record_numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a stage's record by name; those of a block inside have its name and a dot in front."""
+    """Return the numbers of a stage's record by name; numbers of an inner block begin with its name and a dot."""
     metrics = {name: value for name, value in (record.get("metrics") or {}).items() if name not in SCORECARD_SUMMARIES}
     numbers = dict(_flatten(metrics))
     # Times that a stage measures itself leave out the start of its process; the record's count.
@@ -349,7 +349,7 @@ def logged_rows(artifact: Artifact) -> list[Row]:
 def data_frame(rows: list[Row], columns: Iterable[str] | None, instead: str) -> DataFrame:
     """Return rows as a table of pandas; all ``columns`` are there even without rows.
 
-    Raises ``UserError`` where pandas is missing; ``instead`` is the call that needs no pandas.
+    Raises ``UserError`` if pandas is missing; ``instead`` is the call that needs no pandas.
     """
     try:
         from pandas import DataFrame

@@ -1,7 +1,7 @@
-"""Start the process of a stage: by the interpreter, or by a fork of one that has its imports. Never imports torch.
+"""Start the process of a stage: by the interpreter, or by a fork of a process with its imports. Never imports torch.
 
-``ForkServer`` is this side of ``fork_server.py``. It is started beside a run's first stage, for those that follow. A
-stage is forked where the server is ready, and has the very environment, folder and threads that the stage's process
+``ForkServer`` is this side of ``fork_server.py``. It is started with a run's first stage, for the stages that follow. A
+stage is forked if the server is ready, and has the very environment, folder and threads that the stage's process
 would have. Anything else starts as ``python -m align.runner.worker FOLDER``, and comes to the same result.
 """
 
@@ -44,7 +44,7 @@ VLLM = "align.inference.vllm:import_engine"
 """Function that imports what a stage which samples with vLLM imports on top."""
 
 ANSWER_SECONDS = 20.0
-"""Seconds that a server may take to fork a process."""
+"""Seconds that a server may need to fork a process."""
 HEAD_START_SECONDS = 2.0
 """Seconds after its start from which a server has imported enough to be worth waiting for."""
 IMPORT_SECONDS = 60.0
@@ -52,7 +52,7 @@ IMPORT_SECONDS = 60.0
 
 
 class StageProcess(Protocol):
-    """What ``subprocess.Popen`` offers of which a runner makes use."""
+    """The part of ``subprocess.Popen`` that a runner uses."""
 
     pid: int
 
@@ -77,8 +77,8 @@ def start_stage(
 ) -> StageProcess:
     """Start ``command``, whose last word is the stage's folder, with its output in the file ``log``.
 
-    ``threads``: as of ``runtime.threads``; ``vllm``: whether the stage samples with vLLM. The process leads a session
-    of its own: Ctrl-C reaches the runner only, which then ends the stage in order.
+    ``threads``: as of ``runtime.threads``; ``vllm``: whether the stage samples with vLLM. The process leads a new
+    session: Ctrl-C reaches the runner only, which then ends the stage in order.
     """
     server = this_thread.server
     if server is not None and server.serves(command, environment, threads):
@@ -98,11 +98,11 @@ def start_stage(
 
 @contextlib.contextmanager
 def forked_stages(threads: int | None, *, vllm: bool = False) -> Iterator[None]:
-    """Start stages by forks inside of this, where they have these ``threads``; a context inside another adds nothing.
+    """Start stages by forks inside of this, if they have these ``threads``; a context inside another has no effect.
 
     ``vllm``: whether a stage among them may sample with vLLM.
     The server starts at once, and what starts before it is ready starts as ever, unless it asks ``is_importing`` and
-    waits. It belongs to this thread alone, since Linux ends it with the thread that has started it.
+    waits. It belongs only to this thread, since Linux ends it with the thread that has started it.
     """
     if this_thread.server is not None or not ForkServer.is_possible():
         yield
@@ -124,7 +124,7 @@ def forked_stages(threads: int | None, *, vllm: bool = False) -> Iterator[None]:
 
 
 def is_importing(command: list[str], environment: Mapping[str, str], threads: int | None) -> bool:
-    """Return whether the stage can be forked sooner than a process of its own would have imported the same."""
+    """Return whether the stage can be forked sooner than a new process would have imported the same."""
     server = this_thread.server
     if server is None or not server.suits(command, environment, threads):
         return False
@@ -156,12 +156,12 @@ class Channel:
 class ForkServer:
     """A running fork server, and what it was started with.
 
-    Its branch is a process that it has forked from itself and that has imported vLLM, too. Stages that sample are
+    Its branch is a process that it has forked from itself and that has imported vLLM as well. Stages that sample are
     forked from the branch once it is ready, all others from the server.
     """
 
     module = "align.runner.fork_server"
-    """What the server runs."""
+    """The module that the server runs."""
     passed_on: tuple[str, ...] = PASSED_ON
     """Beginnings of variables in which a fork may differ from its server."""
 
@@ -173,7 +173,7 @@ class ForkServer:
         self.channel = Channel(control)
         self.branch: Channel | None = None
         numbers = (far_end.fileno(), self.owner, threads or 0)
-        # Closed here once the server has its own copy, so that this end shows when the server is gone.
+        # The far end is closed here once the server has its copy, so this end shows when the server is gone.
         with far_end:
             self.process = subprocess.Popen(
                 [*self.python(far_end.fileno()), "-m", self.module, *map(str, numbers), *modules],
@@ -191,7 +191,7 @@ class ForkServer:
         return [sys.executable]
 
     def start_branch(self) -> None:
-        """Ask for the branch. The server forks it as soon as its own imports are done; nobody waits for it."""
+        """Ask for the branch. The server forks it as soon as its own imports are done; this process does not wait."""
         control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with far_end, contextlib.suppress(OSError):  # the server has ended
             socket.send_fds(self.channel.control, [json.dumps({"branch": VLLM}).encode()], [far_end.fileno()])
@@ -228,7 +228,7 @@ class ForkServer:
     def fork(
         self, folder: str, environment: Mapping[str, str], log: int, *, vllm: bool = False
     ) -> ForkedProcess | None:
-        """Fork the process of the stage in ``folder``; None where the server has ended or does not answer.
+        """Fork the process of the stage in ``folder``; None if the server has ended or does not answer.
 
         ``vllm``: from the branch, where that is ready.
         """
@@ -256,7 +256,7 @@ class ForkServer:
         for channel in (self.channel, self.branch):
             if channel is not None:
                 channel.close()
-        # Closing ends a server that waits for messages; one that still imports does not look at its socket.
+        # Closing ends a server that waits for messages; a server that still imports does not look at its socket.
         self.process.kill()
         self.process.wait()
 
@@ -271,9 +271,9 @@ class ForkedProcess:
 
     @classmethod
     def accept(cls, reader: int) -> ForkedProcess | None:
-        """Wait for the process's id; None where the server, or the process itself, ended before it was told.
+        """Wait for the process's id; None if the server, or the process itself, ended before it was told.
 
-        The same for one that does not answer within ``ANSWER_SECONDS``.
+        The same for a server that does not answer within ``ANSWER_SECONDS``.
         """
         line = b""
         # Byte by byte: what follows the first line is the exit code, for later.
@@ -313,7 +313,7 @@ class ForkedProcess:
 
 
 class _ThisThread(threading.local):
-    """What belongs to one thread of a runner."""
+    """State of one thread of a runner."""
 
     server: ForkServer | None = None
     """The server from which its stages are forked."""

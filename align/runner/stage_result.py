@@ -38,7 +38,7 @@ class Work(BaseModel):
     runtime: dict[str, Any]
     inputs: dict[str, InputReference | list[InputReference] | None] = {}
     identities: dict[str, str] = {}
-    """What is read outside the store, as the stage's key has it."""
+    """Content that is read outside the store, as the stage's key has it."""
     cache: str | None = None
     pipeline: str = ""
     group: str = ""
@@ -50,7 +50,7 @@ class StageResult(BaseModel):
 
     status: Literal["done", "failed", "refused", "stopped", UNREACHABLE_STORE]  # type: ignore[valid-type]
     message: str = ""
-    """Why it is not done."""
+    """Reason if it is not done."""
     metrics: dict[str, Any] = {}
     seconds: float = Field(0.0, ge=0)
     peak_memory_bytes: int = Field(0, ge=0)
@@ -71,7 +71,7 @@ def write_work(partial: Path, work: dict[str, Any]) -> None:
 
 
 def read_work(partial: Path) -> Work:
-    """Read the stage's work; ``UserError`` where the file cannot be used."""
+    """Read the stage's work; ``UserError`` if the file cannot be used."""
     try:
         return read_sealed(partial / WORK, Work)
     except DamagedFile as error:
@@ -84,12 +84,12 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def read_result(path: Path) -> StageResult:
-    """Read the result of a stage's process. Raises ``DamagedFile``, or ``FileNotFoundError`` where it left none."""
+    """Read the result of a stage's process. Raises ``DamagedFile``, or ``FileNotFoundError`` if it left none."""
     return read_sealed(path, StageResult)
 
 
 def left_result(partial: Path) -> StageResult | None:
-    """The result that lies in a stage's folder; None where there is none that can be used."""
+    """Return the result in a stage's folder; None if no usable one exists."""
     try:
         return read_result(partial / RESULT)
     except (OSError, DamagedFile):
@@ -97,7 +97,7 @@ def left_result(partial: Path) -> StageResult | None:
 
 
 def write_attempts(partial: Path, seconds: list[float]) -> None:
-    """Note how long each attempt has taken so far."""
+    """Note the duration of each attempt so far."""
     write_sealed(partial / ATTEMPTS, {"seconds": seconds})
 
 

@@ -37,7 +37,7 @@ MEASUREMENT, DEVICE, BROADCAST = (
     "align.models.threads:device_of",
     "align.models.processes:broadcast",
 )
-"""Loaded by name, because they import torch."""
+"""Modules that are loaded by name, because they import torch."""
 
 
 class StagePrecision(BaseModel):
@@ -52,7 +52,7 @@ def choose_precision(folder: Path, config: Any, inputs: Mapping[str, Any], runti
     In several processes the first one chooses, and all of them must call this.
     """
     if getattr(config, "precision", None) != "auto":
-        return "bfloat16"  # not used: the config says the type, or the stage multiplies nothing
+        return "bfloat16"  # not used: the config says the type, or the stage has no products
 
     def choose() -> Precision:
         first_attempt = _read(folder)
@@ -119,14 +119,14 @@ def _precision_of(continued: Any) -> Precision | None:
 
 
 FIRST_LOOK = 40.0
-"""Seconds after the start of the stage's process before the first look; imports may take 20 of them."""
+"""Seconds after the start of the stage's process before the first look; imports may last 20 of them."""
 LOOK_EVERY = 5.0
 LEAST_WINDOW = 15.0
 """Seconds of work from which a pace is told; less may be the warm-up of caches and kernels."""
 LEAST_LEFT = 60.0
 """A stage that ends within this many seconds is not reported."""
 BUSY, STARVED = 90.0, 0.5
-"""Other processes take the cores if these are busy for this per cent, and the stage got less than this share."""
+"""Other processes occupy the cores if these are busy for this per cent, and the stage got less than this share."""
 SWAPPED = 2**26
 """Bytes read back from swap between two looks that count as swapping."""
 
@@ -167,11 +167,11 @@ class SlowStageWatch:
         if pace.first is None or self._told_pace:
             return
         waited = now - pace.first["time"]
-        left = pace.seconds_left()
-        is_measured = left is not None and pace.seconds >= LEAST_WINDOW
-        # Until the first unit is done, the time that it has taken so far is a lower bound.
+        seconds_left = pace.seconds_left()
+        is_measured = seconds_left is not None and pace.seconds >= LEAST_WINDOW
+        # Until the first unit is done, the time so far is a lower bound.
         least_left = pace.units_left * waited
-        if (left if is_measured else least_left) < LEAST_LEFT or (not is_measured and waited < LEAST_WINDOW):  # type: ignore[operator]
+        if (seconds_left if is_measured else least_left) < LEAST_LEFT or (not is_measured and waited < LEAST_WINDOW):  # type: ignore[operator]
             return
         if not is_measured and (self._told_bound or pace.done > 0):
             return
@@ -179,9 +179,9 @@ class SlowStageWatch:
         if not causes:
             return
         unit = str(pace.first.get("unit", "steps")).removesuffix("s")
-        if is_measured and left is not None:
+        if is_measured and seconds_left is not None:
             self._told_pace = True
-            text = f"{_rate(self.context)}, about {duration(left)} left"
+            text = f"{_rate(self.context)}, about {duration(seconds_left)} left"
         else:
             self._told_bound = True
             number = int(pace.first["done"]) + 1
@@ -203,7 +203,7 @@ class SlowStageWatch:
         return causes
 
     def _contention(self, threads: int) -> list[str]:
-        """Return what other processes take from this one, since the look before."""
+        """Return how much other processes have used since the last look."""
         before, busy = self.usage, psutil.cpu_percent()
         self.usage = after = Usage.now()
         seconds = max(after.time - before.time, 1e-3)

@@ -38,7 +38,7 @@ LOG_BYTES, LOG_KEPT = 16 * 2**20, 4 * 2**20
 """Most bytes of a stage's log, and the bytes that are kept of its start and of its end if it is longer."""
 LOG_CUT = b"\n--- Output is left out here: a log of more than 16 MiB keeps its first and its last 4 MiB.\n"
 NO_OUTPUT_CODE = 120
-"""Python's exit code where the last of its output, here the log, could not be written."""
+"""Python's exit code if the last of its output, here the log, could not be written."""
 
 
 def run_attempt(
@@ -53,9 +53,9 @@ def run_attempt(
 ) -> dict[str, Any]:
     """Start the process of the stage laid out in ``partial``; returns its result once it has ended, however it did.
 
-    ``follow`` hears every line of the stage's event file. An interrupt (SIGTERM too, unless ``stop`` hears it) ends the
+    ``follow`` hears every line of the stage's event file. An interrupt (or SIGTERM, unless ``stop`` hears it) ends the
     process, then is raised; so does what ``check`` raises, which is asked all the while. When ``stop`` is asked for,
-    the stage is asked in turn; one that takes longer than its patience is ended, which raises ``Stopped``. ``tell`` is
+    the stage is asked in turn; a stage that exceeds its patience is ended, which raises ``Stopped``. ``tell`` is
     told at once how the stage stops. ``retry`` is for a folder that does not answer.
     """
     retry = retry or Retry(partial)
@@ -66,11 +66,11 @@ def run_attempt(
     if stage.estimator is not None:
         with _ended_in_order(stop, tell):
             _wait_for_imports(command, environment, threads, stop, check)
-    # Before the process starts: the tail begins where an earlier attempt's events end.
+    # Before the process starts: the tail begins after an earlier attempt's events.
     events, spent = retry.call(lambda: (Tail(partial / EVENTS), _Spent(partial)))
     output = retry.call(lambda: _open_log(partial, name))
     process = start_stage(command, environment, threads, output, vllm=vllm)
-    with contextlib.suppress(OSError):  # the process has it; where the folder is away even closing fails
+    with contextlib.suppress(OSError):  # the process has it; if the folder is away even closing fails
         os.close(output)
     try:
         can_stop = False
@@ -142,7 +142,7 @@ def shorten_log(log: Path) -> None:
 
 
 def _result(partial: Path, code: int) -> dict[str, Any]:
-    """Return the result that a process with exit code ``code`` has left, or one that its end tells."""
+    """Return the result that a process with exit code ``code`` has left, or the result that its exit code implies."""
     try:
         result = read_result(partial / RESULT).model_dump()
     except DamagedFile as error:
@@ -157,7 +157,7 @@ def _result(partial: Path, code: int) -> dict[str, Any]:
 
 
 def _command(partial: Path, environment: dict[str, str]) -> list[str]:
-    """The stage's command line; one that trains on several nodes is started on each by srun, inside a job of Slurm."""
+    """Return the stage's command line; inside a job of Slurm, srun starts a stage on each of its nodes."""
     command = [sys.executable, "-m", "align.runner.worker", str(partial.resolve())]
     work = read_work(partial)
     nodes = int(work.runtime["launch"]["nodes"])
@@ -166,7 +166,7 @@ def _command(partial: Path, environment: dict[str, str]) -> list[str]:
         return command
     # Under srun the stage's parent is Slurm's daemon; expecting this process it would exit (``die_with_parent``).
     environment[BY_SRUN] = "1"
-    # srun does not take the job's cores for its own
+    # srun does not use the job's cores by default
     cores = [f"--cpus-per-task={n}"] if (n := os.environ.get("SLURM_CPUS_PER_TASK")) else []
     return [
         "srun",
@@ -180,21 +180,21 @@ def _command(partial: Path, environment: dict[str, str]) -> list[str]:
 
 
 def seconds_of_attempts(partial: Path) -> list[float]:
-    """Wall-clock seconds of every attempt made in ``partial``, killed and failed ones too, the last one's last.
+    """Return the wall-clock seconds of every attempt in ``partial``, killed and failed attempts included.
 
     All that an attempt took counts, work that was lost with it included: it was paid for. The runner notes the time
-    every ``KEEP_SECONDS`` while the attempt runs, so a stage that is killed loses nothing of it, and a runner that is
-    killed, which takes its stage along, no more than that.
+    every ``KEEP_SECONDS`` while the attempt runs, so a stage that is killed loses no time of it, and a runner that is
+    killed with its stage loses no more than that.
     """
     return read_attempts(partial)
 
 
 class _Spent:
-    """Notes the time of an attempt beside that of the attempts before it."""
+    """Notes the time of an attempt after the times of earlier attempts."""
 
     def __init__(self, partial: Path) -> None:
         self.partial, self.before = partial, seconds_of_attempts(partial)
-        # So that the first note is due at once: an attempt that dies at its start counts, too.
+        # So that the first note is due at once: an attempt that dies at its start also counts.
         self.start, self.noted = time.monotonic(), -KEEP_SECONDS
 
     def note(self, at_once: bool = False) -> None:
@@ -226,14 +226,14 @@ def _how_it_stops(stop: StopRequest, can_stop: bool) -> str:
 
 @contextlib.contextmanager
 def _ended_in_order(stop: StopRequest, tell: Callable[[str], None]) -> Iterator[None]:
-    """Let SIGTERM to the runner end the stage too, unless ``stop`` hears the signal itself; tell of an interrupt."""
+    """Let SIGTERM to the runner also end the stage, unless ``stop`` hears the signal itself; tell of an interrupt."""
     is_heard = signal.SIGTERM in stop.signals
     terminate: AbstractContextManager[None] = contextlib.nullcontext() if is_heard else _terminate_as_interrupt()
     with terminate:
         try:
             yield
         except KeyboardInterrupt:
-            # Told before the process is ended, which may take seconds.
+            # The user is told first, because ending the process may last seconds.
             tell("stopping now; its checkpoints are kept")
             raise
 

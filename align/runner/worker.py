@@ -44,7 +44,7 @@ UNREACHABLE_CODE = 74
 """Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
 HANDOVER, PROCESSES, LAUNCHER = "align.checks.stage", "align.models.processes", "align.runner.ranks"
 DETERMINISM = "align.models.determinism"
-"""Loaded as the stage itself is: not before the process of a stage needs it."""
+"""Modules that are loaded only once the process of a stage needs them."""
 
 
 ENVIRONMENT = {
@@ -54,7 +54,7 @@ ENVIRONMENT = {
     # pages of 2 MiB rather than 4 KiB that costs little (PPO's learning on SmolLM2-135M: 7.8 s without, 6.8 s with).
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""What a stage's process is started with, unless the user's environment says otherwise; read when a process starts."""
+"""Variables of a stage's process, unless the user's environment sets them; read when a process starts."""
 
 _exit_codes: list[int] = []
 """Exit code of the stage of this process, once it is known."""
@@ -77,7 +77,7 @@ def main(folder: Path, parent: int | None = None) -> int:
     _log_to_output()
     started = time.time()
     if runs_in_several_processes(work):
-        set_waiting()  # for all of them: each has cores of its own
+        set_waiting()  # for all of them: each has separate cores
         # None: the settings come down to a single process, which is then this one.
         result: dict[str, Any] | None = load_object(f"{LAUNCHER}:run_ranks")(folder, _runtime(work))
         if result is not None:
@@ -102,7 +102,7 @@ def _runtime(work: dict[str, Any]) -> Runtime:
 
 
 def runs_in_several_processes(work: dict[str, Any]) -> bool:
-    """Return whether several processes run the stage, as far as the settings alone tell."""
+    """Return whether several processes run the stage, as far as only the settings tell."""
     try:
         distributed = find_stage(work["stage"]).distributed
     except UserError:
@@ -120,7 +120,7 @@ def run_rank(folder: Path) -> int:
     if number:
         log = os.open(ranks / f"{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for stream in (1, 2):
-            # At the level of file descriptors, so that output of native libraries is redirected too.
+            # At the level of file descriptors, so output of native libraries is also redirected.
             os.dup2(log, stream)
     _log_to_output()
     name = f"{RANKS}/{number}.json"
@@ -203,17 +203,17 @@ def _explain(error: Exception, folder: Path) -> dict[str, Any]:
         return {"status": "failed", "message": str(error)}
     if isinstance(error, OSError):
         return {"status": "failed", "message": explain_os_error(error, folder)}
-    full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in errors of their own
+    full = os.strerror(errno.ENOSPC) in str(error)  # safetensors and tokenizers wrap it in their own errors
     return {"status": "failed", "message": no_space(folder) if full else f"{type(error).__name__}: {error}"}
 
 
 def _print_trace() -> None:
-    with contextlib.suppress(OSError):  # the log lies where nothing can be written perhaps
+    with contextlib.suppress(OSError):  # the log's disk may be full or away
         traceback.print_exc()
 
 
 def _run(context: StageContext, stage: Stage) -> dict[str, Any]:
-    """Look at the checkpoints that come in, run the stage, look at the one that goes out."""
+    """Check the input checkpoints, run the stage, check the output checkpoint."""
     makes = stage.makes_with(context.config)
     if rank():  # of several processes the first one looks
         return stage.runner()(context) or {}
@@ -293,7 +293,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def _peak_memory() -> int:
-    """Peak resident bytes of this process, or peak bytes on the GPU where one was used."""
+    """Peak resident bytes of this process, or peak bytes on the GPU if it was used."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return int(torch.cuda.max_memory_allocated())
@@ -310,7 +310,7 @@ def _versions() -> dict[str, str]:
 
 
 def start(arguments: list[str], parent: int | None = None) -> int:
-    """``main`` or ``run_rank``; a store that is away before or after what they look after has an exit code, too."""
+    """``main`` or ``run_rank``; a store that is away before or after what they look after has an exit code as well."""
     try:
         folder = Path(arguments[0])
         code = run_rank(folder) if "--rank" in arguments[1:] else main(folder, parent)
@@ -321,12 +321,6 @@ def start(arguments: list[str], parent: int | None = None) -> int:
     # For ``_end_at_once``, which ends the process with this code.
     _exit_codes.append(code)
     return code
-
-
-if __name__ == "__main__":
-    end_without_teardown()
-    relax_collections()
-    sys.exit(start(sys.argv[1:]))
 
 
 CODE_DIGEST = "sha256:"
@@ -349,3 +343,9 @@ def require_planned_code(stage: Stage, config: Config, planned: Mapping[str, str
             "under the key of the old code. Nothing was run, and all episodes on disk are kept. Run the command again "
             "to use the new code, or restore the old code to continue."
         )
+
+
+if __name__ == "__main__":
+    end_without_teardown()
+    relax_collections()
+    sys.exit(start(sys.argv[1:]))

@@ -22,7 +22,7 @@ from align.pipeline.stage_kinds import NAME_PATTERN
 
 
 class PruneConfig(Config):
-    """Pruning: trials end early when one of a stage's curves is behind those of other trials."""
+    """Pruning: trials end early if a curve of a stage is behind other trials' curves."""
 
     maximize: str | None = None
     """``STAGE.CURVE`` that should rise, such as ``ppo.score``."""
@@ -30,12 +30,12 @@ class PruneConfig(Config):
     """``STAGE.CURVE`` that should fall, such as ``sft.loss``. Where a stage chooses its checkpoint by validation rows,
     ``sft.test_loss`` is its ``validation_loss``."""
     method: Literal["successive_halving", "median"] = "successive_halving"
-    """``successive_halving`` (1810.05934): of the trials that reached a rung, the best 1 / ``reduction`` go on; rungs
+    """``successive_halving`` (1810.05934): of the trials at a rung, the best 1 / ``reduction`` continue; rungs
     are at ``start``, ``start * reduction``, … ``median``: a trial that is worse than the median at a step ends."""
     start: int = Field(ge=1)
     """Step of the curve before which no trial ends."""
     reduction: int = Field(2, ge=2)
-    """One in so many trials goes on at each rung; 3 saves more and errs more."""
+    """One in so many trials continues at each rung; 3 saves more and errs more."""
 
     @model_validator(mode="after")
     def _one_curve(self) -> PruneConfig:
@@ -70,7 +70,7 @@ class SweepConfig(Config):
     minimize: str | list[str] = Field([])
     """Objective where less is better. One objective in all, or several: then the best trade-offs are found."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    """``tpe`` learns from the trials so far (1907.10902); ``grid`` takes every combination, in order."""
+    """``tpe`` learns from the trials so far (1907.10902); ``grid`` tries every combination, in order."""
     trials: int | None = Field(None, ge=1)
     """Trials in all, failed and ended ones included; 20 by default, for ``grid`` all combinations."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -252,7 +252,7 @@ def _list_choice(name: str, values: list[Any], place: str) -> Choice:
 
 
 def _named_choice(name: str, blocks: Mapping[str, Any], place: str) -> Choice:
-    """Return a choice from blocks by label: values of the field where the name is a path, else sets of changes."""
+    """Return a choice from blocks by label: values of the field if the name is a path, else sets of changes."""
     # A path: each label names one value of that field.
     if "." in name:
         return Choice(name, {str(label): {name: value} for label, value in blocks.items()})
@@ -286,7 +286,7 @@ def _range(name: str, block: RangeConfig, pipeline: Pipeline, place: str) -> Ran
 
 
 def current_value(pipeline: Pipeline, path: str) -> Any:
-    """Return the value of a field of the checked pipeline, defaults included; None where there is no such field."""
+    """Return the value of a field of the checked pipeline, defaults included; None if there is no such field."""
     top, _, rest = path.partition(".")
     value: Any = getattr(pipeline.config, top, None)
     if top == "stages":
@@ -309,7 +309,7 @@ def changes_of(space: list[Dimension], draw: Mapping[str, float | int | str]) ->
 
 
 def grid(space: list[Dimension], where: str) -> list[Draw]:
-    """Return every combination, the last dimension changing fastest. Raises ``UserError`` where they are too many."""
+    """Return every combination, the last dimension changing fastest. Raises ``UserError`` if they are too many."""
     axes: list[list[float | int | str]] = []
     for dimension in space:
         points = dimension.points()
@@ -327,7 +327,7 @@ def grid(space: list[Dimension], where: str) -> list[Draw]:
 
 @dataclass(frozen=True)
 class Corner:
-    """A draw of bounds and choices that differs from the first one in the dimension ``changed``."""
+    """A draw of bounds and choices that differs from the first draw in the dimension ``changed``."""
 
     values: Draw
     changed: Dimension | None = None

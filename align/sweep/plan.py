@@ -119,18 +119,18 @@ class Sweep:
 
         Raises ``UserError`` for a combination that the pipeline refuses.
         """
-        # The trial's own name makes it a run of its own in the store; names enter no key.
+        # The trial's own name makes it a separate run in the store; names are not part of keys.
         full = self.base.changed({**changes_of(self.space, draw), "name": self.run_name(number)})
         needed = self.needed(full)
-        plain = full.plain
-        plain["stages"] = {name: block for name, block in plain["stages"].items() if name in needed}
-        runtime = plain.get("runtime") or {}
-        known = {*plain["stages"], *full.expanded.rounds}
-        # Settings for stages that are left out would be refused as unknown.
-        blocks = {name: block for name, block in (runtime.get("stages") or {}).items() if name in known}
+        raw = full.plain
+        raw["stages"] = {name: block for name, block in raw["stages"].items() if name in needed}
+        runtime = raw.get("runtime") or {}
+        names = {*raw["stages"], *full.expanded.rounds}
+        # Settings for skipped stages would be refused as unknown.
+        blocks = {name: block for name, block in (runtime.get("stages") or {}).items() if name in names}
         # Dozens of trials, of which none is continued, would fill the disk with trainers' states.
-        plain["runtime"] = {"keep_state": False, **runtime, "stages": blocks}
-        return Pipeline(plain, full.where, full.base, full.expanded.rounds)
+        raw["runtime"] = {"keep_state": False, **runtime, "stages": blocks}
+        return Pipeline(raw, full.where, full.base, full.expanded.rounds)
 
     def needed(self, pipeline: Pipeline) -> set[str]:
         """Return the stages without which an objective, or the curve of pruning, could not be read."""
@@ -170,8 +170,8 @@ def _check_prune(config: SweepConfig, pipeline: Pipeline, where: str) -> None:
         return
     stage = config.prune.target.partition(".")[0]
     if pipeline.resolve(stage) not in pipeline.nodes:
-        known = [*pipeline.nodes, *pipeline.expanded.rounds]
-        raise UserError(f"{where}: prune: there is no stage '{stage}'.{suggest(stage, known)}")
+        names = [*pipeline.nodes, *pipeline.expanded.rounds]
+        raise UserError(f"{where}: prune: there is no stage '{stage}'.{suggest(stage, names)}")
 
 
 SCORECARD = "scorecard.json"
@@ -183,7 +183,7 @@ class UndefinedObjective(Exception):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A trial's value of an objective, with its 95 % interval where the scorecard has one."""
+    """A trial's value of an objective, with its 95 % interval if the scorecard has one."""
 
     value: float
     low: float | None = None
@@ -204,36 +204,36 @@ class Objective:
 
     @property
     def metric(self) -> str:
-        """The number's name; that of a task's metric has a dot in it."""
+        """The number's name; a task's metric has a dot in its name."""
         return self.name.partition(".")[2]
 
     def check(self, pipeline: Pipeline, where: str) -> None:
         """Raise ``UserError`` for an owner that is neither a stage nor compared in an evaluation."""
         owner = pipeline.resolve(self.owner)
-        known = {*pipeline.nodes, *pipeline.expanded.rounds}
+        names = {*pipeline.nodes, *pipeline.expanded.rounds}
         for node in pipeline:
-            known |= set(systems_of(node))
-        if owner not in known:
+            names |= set(systems_of(node))
+        if owner not in names:
             raise UserError(
                 f"{where}: {self.name}: '{self.owner}' is neither a stage nor one of the systems that the pipeline "
-                f"evaluates.{suggest(self.owner, known)}"
+                f"evaluates.{suggest(self.owner, names)}"
             )
 
     def read(self, run: Run, pipeline: Pipeline) -> Measurement:
         """Return the objective's value in a finished run.
 
         It is read from the last scorecard that has the system and the metric, else from the record of the stage of that
-        name. Raises ``UserError`` where neither has it, which would be so in every trial, and ``UndefinedObjective``
-        where it is no number.
+        name. Raises ``UserError`` if neither has it, which would be so in every trial, and ``UndefinedObjective``
+        if it is no number.
         """
         owner = pipeline.resolve(self.owner)
-        known: set[str] = set()
-        # The last evaluation of a pipeline is the one that its report ends with.
+        names: set[str] = set()
+        # The last evaluation of a pipeline is also the last of its report.
         for artifact in reversed(list(run.artifacts.values())):
             if artifact.kind != Kind.SCORECARD:
                 continue
             estimates = _estimates(artifact).get(owner, {})
-            known |= set(estimates)
+            names |= set(estimates)
             if self.metric in estimates:
                 estimate = estimates[self.metric]
                 return Measurement(self._number(estimate["value"]), estimate.get("low"), estimate.get("high"))
@@ -241,10 +241,10 @@ class Objective:
             record = run.artifacts[owner].record
             # No scorecard has it: the record of the stage itself.
             numbers = {**(record.get("metrics") or {}), **{name: record.get(name) for name in RECORD_FIELDS}}
-            known |= {name for name, value in numbers.items() if _is_number(value)}
+            names |= {name for name, value in numbers.items() if _is_number(value)}
             if self.metric in numbers:
                 return Measurement(self._number(numbers[self.metric]))
-        raise UserError(f"{self.name}: nothing measures '{self.metric}' of '{owner}'.{suggest(self.metric, known)}")
+        raise UserError(f"{self.name}: nothing measures '{self.metric}' of '{owner}'.{suggest(self.metric, names)}")
 
     def _number(self, value: Any) -> float:
         if not _is_number(value) or not math.isfinite(value):
@@ -264,7 +264,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _estimates(artifact: Artifact) -> Mapping[str, Mapping[str, Any]]:
-    """Return system → metric → estimate of a scorecard; empty where it cannot be read."""
+    """Return system → metric → estimate of a scorecard; empty if it cannot be read."""
     try:
         card = json.loads((artifact.path / SCORECARD).read_text(encoding="utf-8"))
         estimates: Mapping[str, Mapping[str, Any]] = card["estimates"]

@@ -79,7 +79,7 @@ class TrialLost(Exception):
 
 
 class Study:
-    """A sweep's trials, shared by all its workers. Make one with :meth:`open`."""
+    """A sweep's trials, shared by all its workers. Open it with :meth:`open`."""
 
     def __init__(self, store: Store, sweep: Sweep) -> None:
         config = self.config = sweep.config
@@ -139,7 +139,7 @@ class Study:
         Before None is returned, trials of other machines are watched until each has shown that its worker lives.
         """
         while True:
-            # Only one worker at a time takes a trial.
+            # Only one worker at a time chooses a trial.
             with _study_lock(self.store, self.folder):
                 trials = self._study.get_trials(deepcopy=False)
                 trial = self._take_interrupted(trials) or self._take_retry(trials) or self._take_new(trials)
@@ -166,12 +166,12 @@ class Study:
 
     def _take_retry(self, trials: Sequence[FrozenTrial]) -> Trial | None:
         """Return a failed trial that is queued to run again. Retries do not count toward the limit."""
-        # Not by ``ask``, which takes the first queued trial: a grid's others were queued before.
+        # Not by ``ask``, which returns the first queued trial: a grid's others were queued before.
         for frozen in trials:
             if frozen.state == TrialState.WAITING and RETRY in frozen.user_attrs:
                 self._storage.set_trial_state_values(trial_id(frozen), TrialState.RUNNING)
                 hold = self._acquire(frozen.number)
-                # Trials are taken under the study's lock, so no other worker can have seen this one yet.
+                # Trials are chosen under the study's lock, so no other worker can have seen this one yet.
                 assert hold is not None
                 return self._complete_draw(frozen, hold, resumed=False)
         return None
@@ -195,7 +195,7 @@ class Study:
             warnings.simplefilter("ignore")  # that a sampler is experimental
             handle = self._study.ask({dimension.name: make_distribution(dimension) for dimension in self.space})
         hold = self._acquire(handle.number)
-        # Trials are taken under the study's lock, so no other worker can have seen this one yet.
+        # Trials are chosen under the study's lock, so no other worker can have seen this one yet.
         assert hold is not None
         return Trial(handle.number, dict(handle.params), False, hold, handle)
 
@@ -251,11 +251,11 @@ class Study:
     def should_prune(self, trial: Trial, step: int, value: float) -> bool:
         """Record a point of the curve; return True when the trial should end there.
 
-        ``value`` has the sign with which it points where the objective does.
+        ``value`` has the sign with which higher is better exactly if it is for the objective.
         """
         # A resumed stage repeats points that an earlier attempt has reported.
-        known = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        if step not in known:
+        values = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        if step not in values:
             trial.handle.report(value, step)
         return trial.handle.should_prune()
 
@@ -293,7 +293,7 @@ def folder_of(store: Store, sweep: Sweep) -> Path:
 
 
 def _read_parts(about: Path) -> dict[str, Any] | None:
-    """Return what a study's trials have in common; None where there is no study. Raises ``UserError`` for damage."""
+    """Return what a study's trials have in common; None if there is no study. Raises ``UserError`` for damage."""
     try:
         return parse_sealed(about.read_bytes())
     except FileNotFoundError:
@@ -354,7 +354,7 @@ def _has_results(folder: Path, name: str) -> bool:
 
 
 def make_distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    """Return the values that a dimension may take."""
+    """Return the possible values of a dimension."""
     if isinstance(dimension, Choice):
         return optuna.distributions.CategoricalDistribution(list(dimension.options))
     high = float(dimension.high)
@@ -380,7 +380,7 @@ def suggest_value(trial: optuna.Trial, dimension: Dimension) -> float | int | st
 
 
 def make_pruner(config: PruneConfig | None) -> optuna.pruners.BasePruner:
-    """Return the rule that ends trials early; one that ends none without a config."""
+    """Return the rule that ends trials early; without a config it ends none."""
     if config is None:
         return optuna.pruners.NopPruner()
     if config.method == "median":

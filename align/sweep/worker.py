@@ -33,7 +33,7 @@ TEST, VALIDATION = "test_", "validation_"
 
 
 class TrialPruned(Exception):
-    """The trial's curve is behind those of the others."""
+    """The trial's curve is behind the other trials'."""
 
 
 def curve_name(node: Node, name: str) -> str:
@@ -80,7 +80,7 @@ class _TrialListener(Listener):
         self.inner.stage_started(node, folder, resumed)
 
     def stage_event(self, node: Node, event: dict[str, Any]) -> None:
-        """Record a point; raises ``TrialPruned`` where the trial is behind."""
+        """Record a point; raises ``TrialPruned`` if the trial is behind."""
         self.inner.stage_event(node, event)
         if node.name == self.stage and self._record_point(node, event):
             raise TrialPruned
@@ -95,6 +95,10 @@ class _TrialListener(Listener):
         """Remember the failure."""
         self.failure = (node, message, log)
         self.inner.stage_failed(node, message, log)
+
+    def stage_stopping(self, node: Node, how: str) -> None:
+        """Pass it on."""
+        self.inner.stage_stopping(node, how)
 
     def stage_queued(self, node: Node, how: str) -> None:
         """Pass it on."""
@@ -123,7 +127,7 @@ class _TrialListener(Listener):
         return self.study.should_prune(self.trial, int(event["step"]), self.sign * float(value))
 
     def _check_curve(self, node: Node) -> None:
-        """Raise ``UserError`` where the stage has drawn no such curve."""
+        """Raise ``UserError`` if the stage has drawn no such curve."""
         if curve_name(node, self.curve) not in self.curves:
             raise UserError(
                 f"prune: stage '{node.name}' has no curve '{self.curve}'.{suggest(self.curve, self.curves)}"
@@ -177,7 +181,7 @@ class Worker:
             study.fail(trial, error=known_failure)
             return "failed"
         with self.open_listener(pipeline) as inner:
-            # Events of the run decide, while it runs, whether the trial goes on.
+            # Events of the run decide, while it runs, whether the trial continues.
             listener = _TrialListener(inner, sweep, study, trial, pipeline)
             try:
                 run = run_pipeline(pipeline, store=self.store, listener=listener, stop=self.stop)
@@ -185,7 +189,7 @@ class Worker:
                 # The listener raised it while the runner followed the stage, and that has ended the stage's process.
                 assert listener.current is not None
                 node = listener.current
-                # Nobody will continue this stage, so its checkpoints only take space.
+                # No worker will continue this stage, so its checkpoints only waste space.
                 self.store.delete(self.store.partial(node.stage.kind, node.key))
                 study.prune(trial, error=f"behind the others in {listener.curve}", run=pipeline.name)
                 return "ended early"

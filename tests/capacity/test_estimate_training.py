@@ -80,7 +80,7 @@ def test_checkpointing_keeps_a_layer_s_input_and_one_layer() -> None:
     assert activations_per_token(model, **full, checkpointing=True) == 10 * 4 * 64 + layer + last
 
 
-def test_a_reward_model_has_a_score_head_in_the_place_of_the_other() -> None:
+def test_reward_model_has_a_score_head_instead() -> None:
     lora = counted(RewardConfig, LORA).choices[0].memory
     assert (lora.weights, lora.gradients, lora.copies) == (4 * (102 + 36 + 4), 4 * (36 + 4), 2 * (50 + 40))
     full = counted(RewardConfig, {"method": "full"}).choices[0].memory

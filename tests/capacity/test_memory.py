@@ -55,7 +55,7 @@ def test_lora_shares_what_is_frozen() -> None:
     assert cost(LORA, "head").critic == 16 * (4 + 1)
 
 
-def test_bfloat16_copies_the_float32_matrices_of_one_model_at_a_time() -> None:
+def test_bfloat16_copies_one_model_s_matrices_at_a_time() -> None:
     assert cost(LORA, "head", precision="bfloat16").copies == 2 * (2 * 25 + 40)
     larger = replace(TOY, layers=10)
     options: Any = {"precision": "bfloat16", "critic": "reward"}
@@ -63,7 +63,7 @@ def test_bfloat16_copies_the_float32_matrices_of_one_model_at_a_time() -> None:
     assert ppo_memory(TOY, [larger], tuning=FullTuning(), **options).copies == 2 * 10 * 25
 
 
-def test_what_is_frozen_and_not_saved_is_rounded_but_for_vectors_and_biases() -> None:
+def test_frozen_matrices_are_rounded_but_not_vectors() -> None:
     # 40 of the embedding and 2 x 20 of matrices without their biases; 5 + 4 in each layer and 4 behind stay float32
     trunk = 2 * 80 + 4 * 22
     counted = cost(FullTuning(), "policy", precision="bfloat16")
@@ -84,7 +84,7 @@ def test_the_critic_has_the_reward_model_s_size() -> None:
         ppo_memory(TOY, [], critic="reward", **options)
 
 
-def test_what_an_engine_lends_and_the_backward_pass_are_never_there_together() -> None:
+def test_released_cache_and_backward_pass_do_not_overlap() -> None:
     parts = Memory(weights=1, gradients=10, optimizer=100, copies=1000, logits=5, kv_cache=800)
     assert parts.total == 101 + 1015
     assert replace(parts, kv_cache=2000).total == 101 + 2000
@@ -167,7 +167,7 @@ def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: 
         assert 2 * sizes.matrices == pytest.approx(copies, rel=0.02)
 
 
-def test_beyond_short_rows_keys_and_values_are_kept_once_for_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_rows_keep_keys_and_values_per_head(monkeypatch: pytest.MonkeyPatch) -> None:
     assert activations.SHORT == ragged_rows.SHORT and sampling_ways.HEAD_ROWS == evaluation.HEAD_ROWS
     monkeypatch.setattr(ragged_rows, "SHORT", 0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)).eval()
@@ -200,9 +200,7 @@ def kept_by_padded_rows(model: Any, tokens: int, precision: str) -> int:
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tuning", [FullTuning(), LoraTuning(), QloraTuning()], ids=lambda t: t.method)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
-def test_activations_of_trl_s_trainers_are_near_what_autograd_keeps(
-    kind: str, tuning: TuningBase, precision: Any
-) -> None:
+def test_activations_of_trl_trainers_match_autograd(kind: str, tuning: TuningBase, precision: Any) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE)).train()
     sizes = architecture_of(model.config.to_dict())
@@ -240,7 +238,7 @@ def test_a_kind_of_layer_without_a_rule_has_no_activations() -> None:
     assert cost(FullTuning(), "policy").activations is None
 
 
-def test_activations_are_those_of_the_larger_of_policy_and_critic() -> None:
+def test_activations_count_the_larger_of_policy_and_critic() -> None:
     sizes = architecture_of({"model_type": "llama", **SHAPE})
     twice = replace(sizes, layers=2 * sizes.layers)
 

@@ -45,7 +45,7 @@ def test_deepspeed_has_masters_with_the_optimizer_and_a_bucket() -> None:
     assert of(Strategy("deepspeed", 3), 4).buffers == BUCKET + 568 + 568  # all that it gathers is below its limit
 
 
-def test_deepspeed_s_own_autocast_keeps_copies_where_checkpointing_spares_them() -> None:
+def test_deepspeed_autocast_keeps_copies_with_checkpointing() -> None:
     again = {"checkpointing": True}
     job = sft_job("bfloat16")
     memory = {

@@ -155,7 +155,7 @@ def load_changed(path: Path, changed: dict[str, Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("slips", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_every_misspelled_key_is_refused_and_the_right_one_suggested(slips: int, tmp_path: Path) -> None:
+def test_misspelled_key_of_a_sweep_gets_a_suggestion(slips: int, tmp_path: Path) -> None:
     rng = random.Random(0)
     tried, suggested, missed = 0, 0, []
     for path in [*PIPELINES, *SUITES, *RECIPES]:

@@ -64,7 +64,7 @@ def test_what_was_not_measured_is_not_shown() -> None:
     assert "None" not in out.getvalue() and "RM accuracy" not in out.getvalue()
 
 
-def test_text_from_a_model_or_a_file_can_neither_steer_the_terminal_nor_the_markup() -> None:
+def test_foreign_text_is_escaped_on_the_console() -> None:
     console_listener, out = listener(terminal=True)
     console_listener.stage_event(NODE, {"event": "warning", "message": "bad\x1b[2Jrow [bold]x[/bold] \x07"})
     assert "bad\\x1b[2Jrow [bold]x[/bold] \\x07" in out.getvalue()
@@ -86,7 +86,7 @@ def progress(seconds: float, done: float, total: float, unit: str = "steps", **s
     return {"event": "progress", "time": seconds, "done": done, "total": total, "unit": unit, **shown}
 
 
-def test_rates_and_time_left_count_from_this_attempts_first_event() -> None:
+def test_rates_count_from_this_attempt_s_first_event() -> None:
     stage = RunningStage(started=90.0)
     stage.pace.update(progress(100.0, 10, 40, tokens=1000))
     stage.pace.update(progress(110.0, 20, 40, tokens=4000, loss=1.5))
@@ -94,7 +94,7 @@ def test_rates_and_time_left_count_from_this_attempts_first_event() -> None:
 
 
 @pytest.mark.parametrize(("done", "rate"), [(30, "3 responses/s"), (5, "30 responses/min")])
-def test_a_stage_that_counts_no_tokens_shows_the_rate_of_its_unit(done: int, rate: str) -> None:
+def test_stage_without_tokens_shows_the_rate_of_its_unit(done: int, rate: str) -> None:
     stage = RunningStage(started=0.0)
     stage.pace.update(progress(0.0, 0, 60, "responses"))
     stage.pace.update(progress(10.0, done, 60, "responses"))
@@ -152,7 +152,7 @@ def test_phase_is_named_until_there_is_progress() -> None:
     ]
 
 
-def test_the_first_line_about_a_running_stage_comes_after_ten_seconds() -> None:
+def test_first_progress_line_appears_after_ten_seconds() -> None:
     console_listener, out = listener()
     console_listener.stage_started(NODE, Path(), resumed=False)
     console_listener.running["one"] = RunningStage(started=0.0, reported=0.0)
@@ -219,7 +219,7 @@ def test_time_of_earlier_attempts_is_named() -> None:
     assert "attempt" not in out.getvalue().splitlines()[1]
 
 
-def test_a_terminal_of_80_columns_shows_the_time_left_and_breaks_no_word() -> None:
+def test_narrow_terminal_shows_time_and_breaks_no_word() -> None:
     out = io.StringIO()
     node: Any = SimpleNamespace(name="evaluate", stage=STAGES["evaluate"])
     console_listener = ConsoleListener([node], Console(file=out, force_terminal=True, width=80, highlight=False))
@@ -249,7 +249,7 @@ def choices(unit: int) -> Estimate:
     return Estimate(1_234_567_890, options, ("One note.",))
 
 
-def test_memory_is_a_table_of_what_is_there_with_the_chosen_row_marked() -> None:
+def test_memory_table_marks_the_chosen_row() -> None:
     assert memory_lines("ppo", choices(GIB)) == [
         "ppo: memory of a process in GiB, counted for 1,234.6 million parameters",
         "     tuning   critic  policy  AdamW  in all  + per 1k tokens",

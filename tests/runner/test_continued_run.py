@@ -61,7 +61,7 @@ def test_a_run_that_trains_finished_steps_again_says_so(tmp_path: Path) -> None:
     assert "add `sft_more: {continue_from: sft, max_steps: 2}` below it" in warning
 
 
-def test_a_stage_without_state_is_made_again_with_it_once_another_continues_it(tmp_path: Path) -> None:
+def test_stage_is_rebuilt_with_state_for_its_continuation(tmp_path: Path) -> None:
     store = tmp_path / "store"
     run_pipeline(pipeline(sft={**SFT, "max_steps": 1}).set("runtime.keep_state=false"), store=store)
     more = pipeline(sft={**SFT, "max_steps": 1}, more={"continue_from": "sft", "max_steps": 2})

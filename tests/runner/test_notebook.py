@@ -19,7 +19,7 @@ def displays(monkeypatch: pytest.MonkeyPatch) -> ipython.Displays:
     return ipython.install(monkeypatch)
 
 
-def test_a_run_in_a_notebook_has_one_display_with_a_line_per_stage(
+def test_notebook_has_one_display_with_a_line_per_stage(
     tmp_path: Path, displays: ipython.Displays, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline = Pipeline(toy.pipeline())

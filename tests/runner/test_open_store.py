@@ -15,9 +15,7 @@ from tests.support import toy
 pytest.importorskip("obstore")
 
 
-def test_what_another_machine_is_given_opens_the_same_store_in_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_opens_the_same_store_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALIGN_STORE", "mine")
     settings = {"lease": 7, "patience": 3, "remote": "s3://of/the-pipeline"}
@@ -34,7 +32,7 @@ def test_what_another_machine_is_given_opens_the_same_store_in_any_folder(
     assert (again.lease, again.retry.seconds, again.remote.address) == (store.lease, 3.0, "s3://of/the-command")
 
 
-def test_a_store_opened_without_a_word_is_given_with_the_settings_that_hold(tmp_path: Path) -> None:
+def test_opening_of_a_default_store_has_its_settings(tmp_path: Path) -> None:
     store = open_store(None, tmp_path / "store")
     assert Opening.of(store).open().lease == store.lease == type(store)(tmp_path).lease
     assert Opening.of(store).remote is None

@@ -62,7 +62,7 @@ def of(pipeline: Pipeline, store: Store) -> Estimate:
     return estimate["ppo"]
 
 
-def test_policy_and_reward_model_each_have_the_model_that_they_started_from(store: Store) -> None:
+def test_policy_and_reward_use_their_start_model_s_sizes(store: Store) -> None:
     actual = of(Pipeline(RAW), store)
     assert actual.parameters == MILLION_135
     assert {choice.memory.reward for choice in actual.choices} == {TINY_REWARD}
@@ -248,7 +248,7 @@ def test_another_schedule_is_suggested_with_its_difference(store: Store) -> None
     assert "with another result, as scheduler cosine sets every step's rate" in suggestion
 
 
-def test_a_finished_stage_without_state_is_named_before_anything_starts(store: Store) -> None:
+def test_missing_state_is_refused_before_the_run(store: Store) -> None:
     pipe = pipeline(more=MORE)
     finish(store, pipe.nodes["sft"], has_state=False, steps=6)
     message = r"'sft', which was finished without the trainer's state. `--rebuild sft` runs it again"

@@ -57,7 +57,7 @@ def partial(tmp_path: Path) -> Path:
     return result
 
 
-def test_every_process_has_its_place_and_its_share_of_the_cores_and_the_first_one_speaks(tmp_path: Path) -> None:
+def test_ranks_share_the_cores_and_rank_0_writes_events(tmp_path: Path) -> None:
     messages = Heard()
     finished = run_pipeline(pipeline(), store=tmp_path, listener=messages)
     document = json.loads((finished.artifacts["ranks"].path / "ranks.json").read_text())
@@ -96,7 +96,7 @@ def test_the_rank_at_fault_is_named(tmp_path: Path, fault: str, error: type[Exce
 
 
 @pytest.mark.slow
-def test_a_rank_that_stops_ends_the_stage_once_the_others_have_waited(tmp_path: Path) -> None:
+def test_rank_that_stops_ends_the_stage_after_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(StageFailed) as caught:
         run(tmp_path, "stop 1", timeout=20)
     assert "rank 0 of 2 waited 20 seconds for rank 1, in vain (runtime.launch.timeout)" in str(caught.value)
@@ -206,7 +206,7 @@ SFT = {"model": {"source": "tiny"}, "data": {"recipe": "data_recipes/embedded.ya
 TRAINED = {"model": "model", "data": "data", "learning_rate": 1e-3}
 
 
-def test_nodes_that_do_not_know_where_to_meet_are_refused_where_slurm_does_not_start_them(tmp_path: Path) -> None:
+def test_nodes_without_rendezvous_are_refused_outside_slurm(tmp_path: Path) -> None:
     pipeline = Pipeline({"name": "x", "runtime": {"launch": {"nodes": 2}}, "stages": {**SFT, "sft": TRAINED}}, "p.yaml")
     with pytest.raises(UserError, match="launch, for stage 'sft': nodes is 2, .* find each other.*--on slurm"):
         run_pipeline(pipeline, store=tmp_path / "store")
@@ -260,9 +260,7 @@ def test_a_stages_processes_keep_the_runs_strategy() -> None:
     assert launch == LaunchConfig(processes=2, strategy="fsdp2")
 
 
-def test_a_node_whose_ranks_ended_well_needs_no_result_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_node_with_successful_ranks_needs_no_first_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first node's runner may have moved the stage's folder to its place by then."""
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *agent: lambda *command: {})
     runtime = Runtime.model_validate({"launch": {"nodes": 2, "processes": 1, "rendezvous": "127.0.0.1:29500"}})

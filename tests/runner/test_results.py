@@ -117,7 +117,7 @@ def test_the_last_evaluation_is_the_scorecard(run: Run, tmp_path: Path) -> None:
         Run(run.store).scorecard()
 
 
-def test_a_damaged_scorecard_is_refused_with_the_stage_to_rebuild(tmp_path: Path) -> None:
+def test_damaged_scorecard_names_the_stage_to_rebuild(tmp_path: Path) -> None:
     raw = {"name": "toy", "stages": {"card": {"stage": "tests.support.toy:CARD"}}}
     run = Pipeline(raw).run(store=tmp_path)
     with pytest.raises(UserError, match=r"scorecard\.json: cannot be read .*`--rebuild card`"):

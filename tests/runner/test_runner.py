@@ -57,7 +57,7 @@ def test_stages_of_tests_are_forked(store: Path) -> None:
     assert this_thread.server.serves([sys.executable, "a folder"], stage_environment(), 1)
 
 
-def test_a_stage_starts_with_large_pages_unless_the_user_says_otherwise(store: Path, monkeypatch) -> None:
+def test_stage_starts_with_large_pages_by_default(store: Path, monkeypatch) -> None:
     def found(seed: int) -> dict[str, str]:
         raw = {"name": "toy", "seed": seed, "stages": {"env": {"stage": "tests.support.toy:ENV"}}}
         artifact = run_pipeline(Pipeline(raw), store=store).artifacts["env"]
@@ -69,7 +69,7 @@ def test_a_stage_starts_with_large_pages_unless_the_user_says_otherwise(store: P
     assert found(2)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
-def test_a_deterministic_run_restricts_the_kernels_in_the_process_of_its_stages(store: Path) -> None:
+def test_deterministic_run_restricts_kernels_of_stages(store: Path) -> None:
     def environment(seed: int, runtime: dict[str, Any]) -> dict[str, str]:
         raw = {"name": "toy", "seed": seed, "runtime": runtime, "stages": {"env": {"stage": "tests.support.toy:ENV"}}}
         artifact = run_pipeline(Pipeline(raw), store=store).artifacts["env"]
@@ -80,9 +80,7 @@ def test_a_deterministic_run_restricts_the_kernels_in_the_process_of_its_stages(
     assert "CUBLAS_WORKSPACE_CONFIG" not in environment(2, {})
 
 
-def test_a_plan_reads_each_record_of_the_store_once_however_many_stages_are_to_run(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_reads_each_record_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_pipeline(Pipeline(toy.pipeline()), store=store)
     surveys = []
     survey = Store.survey
@@ -94,7 +92,7 @@ def test_a_plan_reads_each_record_of_the_store_once_however_many_stages_are_to_r
     assert len(surveys) == 1
 
 
-def test_a_changed_field_reruns_what_depends_on_it_and_explain_names_it(store: Path) -> None:
+def test_changed_field_reruns_dependents_and_is_explained(store: Path) -> None:
     run_pipeline(Pipeline(toy.pipeline()), store=store)
     changed = toy.pipeline(two={"number": 5})
     steps = plan(Pipeline(changed), Store.open(store))
@@ -146,7 +144,7 @@ def test_a_killed_stage_resumes_from_its_checkpoints(store: Path) -> None:
     assert record["seconds"] == pytest.approx(killed + last, abs=0.011)
 
 
-def test_a_runner_killed_before_publishing_loses_no_finished_work(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runner_killed_before_publishing_loses_no_work(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -177,7 +175,7 @@ def test_a_corrupted_artifact_is_found_and_rebuilt_on_request(store: Path) -> No
         run_pipeline(pipeline, store=store)
 
 
-def test_damage_that_hides_its_time_is_found_when_the_file_is_read(store: Path) -> None:
+def test_damage_with_old_file_times_is_detected_on_reading(store: Path) -> None:
     path = run_pipeline(Pipeline(toy.pipeline()), store=store).artifacts["one"].path / "number.txt"
     stat = path.stat()
     path.write_text("8")
@@ -198,7 +196,7 @@ def test_from_only_and_rebuild(store: Path) -> None:
         run_pipeline(pipeline, store=store, from_="totl")
 
 
-def test_two_runs_of_one_stage_make_it_once_and_the_second_says_who_holds_it(store: Path) -> None:
+def test_two_runs_make_a_shared_stage_once(store: Path) -> None:
     raw = toy.pipeline(one={"pause": 0.3})
     first, second = Recorder(), Recorder()
     threads = [

@@ -50,7 +50,7 @@ def test_two_machines_make_each_stage_once(store: Path) -> None:
     assert not any(Store.open(store).problems(artifact, thorough=True) for artifact in artifacts)
 
 
-def test_a_machine_that_comes_back_publishes_nothing_over_the_one_that_took_over(store: Path) -> None:
+def test_machine_that_lost_its_lock_does_not_publish(store: Path) -> None:
     raw = leased(1, one={"pause": 0.6, "steps": 6})
     asleep = start(raw, store, "there")
     wait_for(lambda: list(store.glob("number/*.partial/checkpoints/step-1")), 60)
@@ -81,7 +81,7 @@ def children(pid: int) -> list[int]:
     return [int(entry) for file in Path(f"/proc/{pid}/task").glob("*/children") for entry in file.read_text().split()]
 
 
-def test_a_result_that_was_being_published_is_not_moved_over_anothers(store: Path) -> None:
+def test_late_publication_does_not_replace_another(store: Path) -> None:
     """The holder is silent between its last look and the rename: the path it would move is gone by then."""
     opened = Store.open(store, lease=1)
     artifact = published(opened)
@@ -103,7 +103,7 @@ def test_a_result_that_was_being_published_is_not_moved_over_anothers(store: Pat
     assert opened.find("number", key) is None
 
 
-def test_a_rebuild_does_not_replace_what_another_run_published_meanwhile(store: Path) -> None:
+def test_rebuild_keeps_another_run_s_new_artifact(store: Path) -> None:
     opened = Store.open(store)
     artifact = published(opened)
     output = store / "number" / "late.partial" / "output"
@@ -117,9 +117,7 @@ def test_a_rebuild_does_not_replace_what_another_run_published_meanwhile(store: 
     assert new_artifact.record["created"] == "now"
 
 
-def test_a_record_that_this_machine_still_believes_missing_is_looked_for_again(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_record_is_looked_up_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS remembers that a name is missing, until something of one's own changes the folder."""
     raw = toy.pipeline(one={"pause": 0.4})
     second_run = start(raw, store)
@@ -202,7 +200,7 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(
     assert run_pipeline(Pipeline(toy.pipeline()), store=store, only="one").ran == []
 
 
-def test_a_store_that_stays_away_ends_the_run_and_the_next_one_continues(
+def test_unreachable_store_ends_the_run_and_it_resumes(
     store: Path, monkeypatch: pytest.MonkeyPatch, hurried: None
 ) -> None:
     raw = {**toy.pipeline(), "runtime": {"store": {"patience": 0.3}}}
@@ -228,7 +226,7 @@ def test_errors_that_do_not_pass_are_not_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
 
 
-def test_a_stage_that_lost_the_store_goes_on_from_its_checkpoints(store: Path) -> None:
+def test_stage_that_lost_the_store_resumes_from_checkpoints(store: Path) -> None:
     recorder = Recorder()
     run = run_pipeline(Pipeline(toy.pipeline(one={"crash": "away"})), store=store, only="one", listener=recorder)
     assert run.metrics("one")["resumed_at"] == 2
@@ -302,7 +300,7 @@ def test_a_store_on_a_disk_that_is_full_loses_nothing(small_disk: Path) -> None:
     assert run.ran == ["two", "total"]
 
 
-def test_the_holder_of_a_lock_on_a_full_disk_still_shows_that_it_lives(small_disk: Path) -> None:
+def test_lock_on_a_full_disk_is_still_renewed(small_disk: Path) -> None:
     opened = Store.open(small_disk / "store", lease=1.2)
     with opened.lock("sft", "0" * 64, lambda _: None) as hold:
         filler = fill(small_disk)
@@ -333,7 +331,7 @@ def flaky(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 
 
 @pytest.mark.slow
-def test_a_real_mount_that_goes_away_in_the_middle_of_a_stage_costs_no_finished_work(
+def test_lost_mount_costs_no_finished_work(
     flaky: tuple[Path, Path],
 ) -> None:
     place, away = flaky
@@ -364,7 +362,7 @@ def test_a_real_mount_that_goes_away_in_the_middle_of_a_stage_costs_no_finished_
     assert run_pipeline(Pipeline(raw), store=store).ran == []
 
 
-def test_a_process_that_could_not_leave_its_result_says_so_by_its_exit_code(tmp_path: Path) -> None:
+def test_unwritten_result_is_reported_by_the_exit_code(tmp_path: Path) -> None:
     from align.runner.subprocess import _result
 
     assert [_result(tmp_path, code)["status"] for code in (74, 120, 1, -9)] == ["unreachable"] * 2 + ["failed"] * 2

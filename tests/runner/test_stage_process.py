@@ -164,9 +164,7 @@ def test_a_forked_process_names_its_folder_and_leads_a_session(server: ForkServe
     assert listener.session == 0
 
 
-def test_a_stage_ends_with_its_server_and_the_next_is_started_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_ends_with_its_fork_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = start_server()
     monkeypatch.setattr(this_thread, "server", server)
     raw = toy.pipeline(one={"pause": 0.2, "steps": 6})
@@ -209,9 +207,7 @@ def test_an_interrupt_ends_a_forked_stage(server: ForkServer, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("server")
-def test_a_forked_stage_has_variables_that_no_library_reads_as_its_runner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forked_stage_gets_the_runner_s_own_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALIGN_TEST_VALUE", "from the runner")
     monkeypatch.delenv("ALIGN_SERVER_KEY")
     environment, record = run_surroundings(tmp_path)
@@ -220,7 +216,7 @@ def test_a_forked_stage_has_variables_that_no_library_reads_as_its_runner(
     assert "ALIGN_SERVER_KEY" not in environment
 
 
-def test_another_environment_folder_or_number_of_threads_is_started_without(
+def test_stage_with_other_settings_is_not_forked(
     server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command, environment = [*WORKER, "folder"], stage_environment()
@@ -270,7 +266,7 @@ def branched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ForkSe
         server.close()
 
 
-def test_a_stage_that_samples_is_forked_from_the_branch_and_others_are_not(
+def test_only_stages_that_sample_use_the_branch(
     branched: Callable[[str], ForkServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = branched("import_stand_in")
@@ -346,7 +342,7 @@ def test_a_server_that_is_not_ready_is_not_waited_for(tmp_path: Path, monkeypatc
     assert started.process.returncode == -signal.SIGKILL
 
 
-def test_the_stages_of_a_run_share_what_it_has_chosen_for_waiting_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_of_a_run_share_the_choice_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(this_thread, "server", None)
     for variable in SPINNING:
         monkeypatch.delenv(variable, raising=False)
@@ -391,7 +387,7 @@ def importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     server.close()
 
 
-def test_a_stage_that_loads_models_waits_for_imports_that_have_begun(importing: Path, tmp_path: Path) -> None:
+def test_stage_that_loads_models_waits_for_imports(importing: Path, tmp_path: Path) -> None:
     run = run_pipeline(Pipeline(toy.pipeline()), store=tmp_path / "store", listener=Waiting(importing))
     assert LIBRARY in run.artifact("one").record["packages"]
 
@@ -408,7 +404,7 @@ def test_a_run_that_is_stopped_no_longer_waits_for_imports(
         run_pipeline(Pipeline(raw), store=tmp_path / "store", listener=Waiting(None, stop), stop=stop)
 
 
-def test_sigterm_while_imports_are_waited_for_ends_the_run_in_order(importing: Path, tmp_path: Path) -> None:
+def test_sigterm_during_imports_ends_the_run(importing: Path, tmp_path: Path) -> None:
     class Terminating(Waiting):
         def act(self) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -428,7 +424,7 @@ def test_sigterm_while_imports_are_waited_for_ends_the_run_in_order(importing: P
 
 
 @pytest.mark.parametrize(("head_start", "limit", "waits"), [(0, 60, True), (60, 60, False), (0, 0, False)])
-def test_imports_are_waited_for_between_their_head_start_and_their_limit(
+def test_imports_are_awaited_within_limits(
     head_start: float, limit: float, waits: bool, importing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.runner.stage_process.HEAD_START_SECONDS", head_start)
@@ -464,9 +460,7 @@ def test_a_system_that_refuses_a_server_does_without(
     assert ForkServer.is_possible()
 
 
-def test_another_thread_and_a_fork_of_the_runner_have_no_part_in_a_server(
-    server: ForkServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_belongs_to_one_thread_of_one_process(server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ForkServer | None] = []
     thread = threading.Thread(target=lambda: seen.append(this_thread.server))
     thread.start()
@@ -476,9 +470,7 @@ def test_another_thread_and_a_fork_of_the_runner_have_no_part_in_a_server(
     assert not server.serves([*WORKER, "folder"], stage_environment(), None)
 
 
-def test_a_server_that_does_not_answer_is_ended_and_the_stage_started_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_server_is_ended_and_stage_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("align.runner.stage_process.ANSWER_SECONDS", 0.2)
     server = start_server()
     monkeypatch.setattr(this_thread, "server", server)
@@ -488,9 +480,7 @@ def test_a_server_that_does_not_answer_is_ended_and_the_stage_started_without(
     assert LIBRARY not in run.artifact("one").record["packages"]
 
 
-def test_only_runs_with_a_stage_that_loads_models_after_another_have_a_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_runs_with_two_loading_stages_have_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stop(Exception):
         pass
 

@@ -30,7 +30,7 @@ def test_it_loads_and_shares_something(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=str)
-def test_every_misspelled_key_is_refused_and_the_right_one_suggested(path: Path, tmp_path: Path) -> None:
+def test_misspelled_key_of_a_sweep_gets_a_suggestion(path: Path, tmp_path: Path) -> None:
     rng, raw = random.Random(0), load_yaml(path)
     raw["pipeline"] = str((path.parent / raw["pipeline"]).absolute())
     for place in keys(raw):

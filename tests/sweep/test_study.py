@@ -59,7 +59,7 @@ def test_tpe_learns_where_random_does_not(tmp_path: Path) -> None:
     assert late("tpe") > 0.75 > 0.6 > late("random")
 
 
-def test_a_trial_that_nobody_runs_any_more_is_gone_on_with_under_its_number(tmp_path: Path) -> None:
+def test_abandoned_trial_continues_under_its_number(tmp_path: Path) -> None:
     sweep = toy_sweep.check(tmp_path, space=SPACE, trials=3)
     study = toy_sweep.opened(sweep, tmp_path / "s")
     first = study.next()
@@ -110,7 +110,7 @@ def test_workers_on_several_machines_take_each_trial_once(tmp_path: Path) -> Non
     assert sorted(map(int, chosen)) == list(range(8))
 
 
-def test_the_trial_of_a_machine_that_died_is_gone_on_with_once_it_was_silent(tmp_path: Path) -> None:
+def test_trial_of_a_dead_machine_continues_after_silence(tmp_path: Path) -> None:
     worker = elsewhere(tmp_path, "a", 8)
     assert worker.stdout is not None
     try:
@@ -140,7 +140,7 @@ def test_a_worker_whose_trial_was_taken_over_tells_nothing_of_it(tmp_path: Path)
     assert second.trials()[0].state == "unfinished"
 
 
-def test_a_trial_that_died_before_it_was_drawn_is_drawn_as_it_would_have_been(tmp_path: Path) -> None:
+def test_trial_that_died_undrawn_gets_the_same_draw(tmp_path: Path) -> None:
     sweep = toy_sweep.check(tmp_path, space=SPACE, trials=2)
     expected = finish(toy_sweep.opened(sweep, tmp_path / "whole"))
     study = toy_sweep.opened(sweep, tmp_path / "s")
@@ -160,7 +160,7 @@ def test_a_grid_is_run_in_order_and_more_of_it_later(tmp_path: Path) -> None:
     assert toy_sweep.opened(full, tmp_path / "s").next() is None
 
 
-def test_a_failed_trial_of_part_of_a_grid_comes_again_and_not_the_rest_of_the_grid(tmp_path: Path) -> None:
+def test_retry_of_a_partial_grid_adds_no_other_trial(tmp_path: Path) -> None:
     space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": [0.2, 0.4]}
     study = toy_sweep.opened(toy_sweep.check(tmp_path, space=space, sampler="grid", trials=2), tmp_path / "s")
     first = study.next()
@@ -170,7 +170,7 @@ def test_a_failed_trial_of_part_of_a_grid_comes_again_and_not_the_rest_of_the_gr
     assert finish(study) == [first.draw]
 
 
-def test_a_failed_trial_of_a_grid_comes_again_before_the_rest_of_the_grid(tmp_path: Path) -> None:
+def test_retry_of_a_grid_precedes_its_other_trials(tmp_path: Path) -> None:
     space = {"stages.ppo.kind": ["a", "b"], "stages.ppo.height": [0.2, 0.4, 0.6]}
     full = toy_sweep.check(tmp_path, space=space, sampler="grid", trials=None)
     study = toy_sweep.opened(full, tmp_path / "s")
@@ -235,7 +235,7 @@ def test_two_objectives_have_a_front(tmp_path: Path) -> None:
     assert sorted(study.best()) == [0, 1]
 
 
-def test_another_sweep_of_the_same_name_is_refused_and_says_what_differs(tmp_path: Path) -> None:
+def test_different_sweep_of_the_same_name_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     sweep = toy_sweep.check(tmp_path, space=SPACE, trials=2)
     finish(toy_sweep.opened(sweep, folder))

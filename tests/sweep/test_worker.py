@@ -110,7 +110,7 @@ def test_what_failed_already_is_not_run_again_for_another_trial(tmp_path: Path, 
     }  # fmt: skip
 
 
-def test_only_failures_end_with_1_and_a_shared_stage_that_fails_ends_the_sweep(tmp_path: Path, capsys: Said) -> None:
+def test_failed_shared_stage_ends_the_sweep(tmp_path: Path, capsys: Said) -> None:
     assert sweep(tmp_path, space={"stages.ppo.height": [0.1]}, set={"stages.ppo.crash": True}, trials=1) == 1
     captured = capsys.readouterr()
     # ppo is the same in the one trial there is
@@ -126,7 +126,7 @@ def test_only_failures_end_with_1_and_a_shared_stage_that_fails_ends_the_sweep(t
     assert "0 trials done, 2 failed." in capsys.readouterr().out
 
 
-def test_an_objective_that_nothing_measures_ends_the_sweep_and_can_be_put_right(tmp_path: Path, capsys: Said) -> None:
+def test_unmeasured_objective_ends_the_sweep_until_fixed(tmp_path: Path, capsys: Said) -> None:
     assert sweep(tmp_path, maximize="ppo.golt", trials=1) == 2
     assert "sweep.yaml: ppo.golt: nothing measures 'golt' of 'ppo'. Did you mean 'gold'?" in capsys.readouterr().err
     assert sweep(tmp_path, maximize=["ppo.ifeval.strict", "ppo.height"], minimize="evaluate.seconds", trials=1) == 0
@@ -149,9 +149,7 @@ def test_trials_that_are_behind_are_ended(tmp_path: Path, capsys: Said) -> None:
 
 
 @pytest.mark.parametrize("chooses", [False, True])
-def test_pruning_by_the_loss_on_held_out_rows_takes_those_that_the_stage_scores(
-    chooses: bool, tmp_path: Path, capsys: Said
-) -> None:
+def test_pruning_uses_the_held_out_rows_that_are_scored(chooses: bool, tmp_path: Path, capsys: Said) -> None:
     """A stage that chooses its checkpoint calls the curve ``validation_loss``."""
     changes: dict[str, Any] = {
         "space": {"stages.ppo.height": [0.9, 0.1, 1.0]}, "sampler": "grid", "trials": None,
@@ -183,7 +181,7 @@ def wait_for(condition: Any, seconds: float = 240) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_killed_sweep_goes_on_with_the_trial_and_its_checkpoints(
+def test_killed_sweep_resumes_the_trial_and_its_checkpoints(
     number: signal.Signals, tmp_path: Path, capsys: Said
 ) -> None:
     changes: dict[str, Any] = {

@@ -60,7 +60,7 @@ class Job:
 
 
 def require_slurm() -> None:
-    """Raise ``UserError`` where Slurm's commands are not installed."""
+    """Raise ``UserError`` if Slurm's commands are not installed."""
     missing = [name for name in ("sbatch", "squeue", "scancel", "scontrol", "sinfo") if shutil.which(name) is None]
     if missing:
         raise UserError(
@@ -75,22 +75,22 @@ def run_command(command: Sequence[str], tries: int = TRIES) -> str:
     # A controller under load misses a call now and then.
     for tries_left in reversed(range(tries)):
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
             message = f"no answer within {TIMEOUT:.0f} s"
         except OSError as error:
             raise SchedulerError(f"{command[0]}: {error.strerror}") from None
         else:
-            if done.returncode == 0:
-                return done.stdout
-            message = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+            if process.returncode == 0:
+                return process.stdout
+            message = (process.stderr or process.stdout).strip() or f"exit code {process.returncode}"
         if tries_left:
             time.sleep(PAUSE)
     raise SchedulerError(f"{command[0]}: {message}")
 
 
 def check(options: Sequence[str], script: Path) -> None:
-    """Raise ``SchedulerError`` with Slurm's reason if it would not take this job."""
+    """Raise ``SchedulerError`` with Slurm's reason if it would refuse this job."""
     run_command(["sbatch", "--test-only", *options, str(script)], tries=1)
 
 
@@ -105,7 +105,7 @@ def submit(options: Sequence[str], script: Path) -> int:
 
 
 def jobs(numbers: Collection[int], all_users: bool = False) -> dict[int, Job]:
-    """Return number → job; one that Slurm has forgotten is missing. For an array: the task that is most alive.
+    """Return number → job; a job that Slurm has forgotten is missing. For an array: the task that is most alive.
 
     Only this user's jobs are listed, unless ``all_users``.
     """
@@ -119,16 +119,16 @@ def jobs(numbers: Collection[int], all_users: bool = False) -> dict[int, Job]:
         number, state, reason, nodes = [*line.strip().split("|"), "", "", ""][:4]
         if number.isdigit() and int(number) in requested:
             job = Job(int(number), state, "" if reason == "None" else reason, nodes)
-            known = queued.get(job.number)
+            other = queued.get(job.number)
             # Tasks of an array share the number: a running one counts before a waiting one, that before an ended one.
-            if known is None or (job.is_live and (known.waits or not known.is_live)):
+            if other is None or (job.is_live and (other.waits or not other.is_live)):
                 queued[job.number] = job
-    # Slurm forgets ended jobs after some minutes (MinJobAge); accounting, where there is one, does not.
+    # Slurm forgets ended jobs after some minutes (MinJobAge); accounting, if there is any, does not.
     return _past_jobs(requested - queued.keys()) | queued
 
 
 def _past_jobs(numbers: Collection[int]) -> dict[int, Job]:
-    """Return the jobs that only Slurm's accounting still knows, where there is one."""
+    """Return the jobs that only Slurm's accounting still knows, if there is any."""
     if not numbers:
         return {}
     option = f"--jobs={','.join(map(str, sorted(numbers)))}"
@@ -159,7 +159,7 @@ def requeue(number: str) -> None:
 
 
 def state_of(number: str) -> str:
-    """Return the state of one job; empty where Slurm does not know it."""
+    """Return the state of one job; empty if Slurm does not know it."""
     try:
         return run_command(["squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T"]).strip()
     except SchedulerError:
@@ -187,7 +187,7 @@ LOCAL = frozenset(
         *("rootfs", "squashfs", "tmpfs", "vfat", "xfs", "zfs"),
     )
 )
-"""File systems of one machine alone, unless it serves them to others."""
+"""File systems of a single machine, unless it serves them to others."""
 ESCAPED = re.compile(r"\\(040|011|012|134)")
 """Characters that Linux escapes in a mount point: space, tab, line break, backslash."""
 
@@ -197,14 +197,14 @@ def check_cluster(blocks: dict[str, SlurmExecutor], store: Path, where: str) -> 
     commands.require_slurm()
     try:
         # An unknown partition would fail in sbatch as well, but without the nearest name.
-        known = commands.partitions()
+        names = commands.partitions()
         for place, block in blocks.items():
-            # For sbatch, ``gpu,cpu`` is the one of the two that starts the job first.
+            # For sbatch, ``gpu,cpu`` is whichever of the two starts the job first.
             for partition in [] if block.partition is None else block.partition.split(","):
-                if partition not in known:
+                if partition not in names:
                     raise UserError(
                         f"{where}: {place}.partition: there is no partition '{partition}' in this cluster."
-                        f"{suggest(partition, known)}"
+                        f"{suggest(partition, names)}"
                     )
         for block in blocks.values():
             _check_store(block, store)
@@ -214,7 +214,7 @@ def check_cluster(blocks: dict[str, SlurmExecutor], store: Path, where: str) -> 
 
 def _check_store(block: SlurmExecutor, store: Path) -> None:
     kind = file_system(store)
-    # A store on a local disk is fine where the only node is this machine.
+    # A store on a local disk is fine if the only node is this machine.
     if block.shared_store or kind not in LOCAL or commands.is_this_machine_alone(block.partition):
         return
     nodes = "the cluster" if block.partition is None else f"partition {block.partition}"
@@ -226,12 +226,12 @@ def _check_store(block: SlurmExecutor, store: Path) -> None:
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
-    """Return the type of the file system that holds ``path``, as Linux calls it; empty where it does not say."""
+    """Return the type of the file system that holds ``path``, as Linux calls it; empty if it does not say."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    # A path lies on the file system with the longest mount point above it.
+    # A path is on the file system with the longest mount point above it.
     longest, kind = -1, ""
     resolved = path.resolve()
     for line in lines:

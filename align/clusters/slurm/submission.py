@@ -60,11 +60,11 @@ class Submission:
     sweep: dict[str, Any] | None = None
     """For a sweep: the place of its file, `--set`'s assignments, `--on`, the number of workers, their job's number."""
     references: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Kind and key of every stage of the pipeline, which ``gc`` leaves alone while a job waits or runs."""
+    """Kind and key of every stage of the pipeline, which ``gc`` keeps while a job waits or runs."""
 
     @classmethod
     def begin(cls, store: Store, pipeline: Pipeline, run: str, sweep: dict[str, Any] | None = None) -> Submission:
-        """Create a folder for ``pipeline``; nothing is submitted yet."""
+        """Create a folder for ``pipeline``; no job is submitted yet."""
         # Sorted by name is sorted by time; the random part tells apart two of one second.
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         folder = (store.root / JOBS / run / stamp).resolve()
@@ -87,7 +87,7 @@ class Submission:
 
     @classmethod
     def read(cls, folder: Path) -> Submission:
-        """Read the submission in ``folder``. Raises ``UserError`` for one that is damaged."""
+        """Read the submission in ``folder``. Raises ``UserError`` if it is damaged."""
         try:
             about = read_sealed(folder / ABOUT, _About)
         except DamagedFile as error:
@@ -132,8 +132,8 @@ class Submission:
         return numbers
 
     def pipeline(self) -> Pipeline:
-        """Return the pipeline that was submitted. Raises ``UserError`` where changed files have changed its keys."""
-        # The job must run what was submitted, or nothing: recipes and other files are read again here.
+        """Return the pipeline that was submitted. Raises ``UserError`` if changed files have changed its keys."""
+        # The job must run the submitted pipeline or refuse: recipes and other files are read again here.
         pipeline = Pipeline(self.raw, self.where, Path(self.base), self.rounds)
         for job in self.stages:
             if pipeline.nodes[job.stage].key != job.key:
@@ -170,9 +170,9 @@ class Submission:
 
 
 def submissions(store: Store, run: str | None = None) -> Iterator[Submission]:
-    """Yield the submissions of a run, or all, newest first. Damaged ones are left out."""
+    """Yield the submissions of a run, or all, newest first. Damaged submissions are skipped."""
     folder = store.root / JOBS
-    # Newest first: a stage's latest job is the one that counts.
+    # Newest first: a stage's latest job counts.
     for path in sorted(folder.glob(f"{run or '*'}/*/{ABOUT}"), key=lambda path: path.parent.name, reverse=True):
         try:
             yield Submission.read(path.parent.resolve())
@@ -248,7 +248,7 @@ def sbatch_options(block: SlurmExecutor, name: str, log_folder: Path, workdir: P
         # A requeued job adds to the log of its earlier turns.
         "open-mode": "append",
         "chdir": str(workdir),
-        # B: to the script's own process alone, which has become Python by ``exec``.
+        # B: only to the script's own process, which has become Python by ``exec``.
         "signal": f"B:USR1@{block.grace}",
         "partition": block.partition,
         "account": block.account,

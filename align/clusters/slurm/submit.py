@@ -38,7 +38,7 @@ class SubmittedRun:
 def submit_run(pipeline: Pipeline, options: RunOptions) -> SubmittedRun:
     """Submit every stage that is not finished and has no live job yet.
 
-    Raises ``UserError`` where something is wrong with the pipeline, the store or what is asked of the cluster; jobs
+    Raises ``UserError`` if something is wrong with the pipeline, the store or what is asked of the cluster; jobs
     that were submitted until then are cancelled.
     """
     ready = prepare_run(pipeline, options)
@@ -77,7 +77,7 @@ def _slurm_blocks(pipeline: Pipeline, nodes: Iterable[Node]) -> dict[str, SlurmE
 
 
 def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmExecutor:
-    """Return a stage's settings with as many nodes as it trains on. Raises ``UserError`` where they ask for fewer."""
+    """Return a stage's settings with as many nodes as it trains on. Raises ``UserError`` if they ask for fewer."""
     block, launch = slurm_block(pipeline, node.name), pipeline.runtimes[node.name].launch
     # Only stages that can train on several nodes get them.
     needed = launch.nodes if node.stage.distributed else 1
@@ -106,7 +106,7 @@ def _live_submissions(store: Store, run: str, nodes: list[Node]) -> dict[str, Su
     live: dict[str, Submission] = {}
     for submission, job in candidates:
         if job.job in states and states[job.job].is_live:
-            # The newest submission comes first, and its job is the one that counts.
+            # The newest submission comes first, and its job counts.
             live.setdefault(job.stage, submission)
     return live
 
@@ -142,7 +142,7 @@ def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
             number = commands.submit(options, requests[stage].script)
             replaces = None if artifact is None else str(artifact.record["created"])
             job = StageJob(stage, node.stage.kind, node.key, number, stage in force, replaces)
-            # 3. Every number is written at once: a job that nobody knows could not be cancelled.
+            # 3. Every number is written at once: an unknown job could not be cancelled.
             submission.stages.append(job)
             submission.write()
             run.submissions[stage] = submission
@@ -184,13 +184,13 @@ def dependency(jobs: list[int]) -> list[str]:
 
 
 def cancel_jobs(targets: Iterable[Submission], stages: set[str] | None = None) -> list[int]:
-    """Cancel the live jobs of these submissions, all or those of ``stages``; returns their numbers."""
+    """Cancel the live jobs of these submissions, all or only of ``stages``; returns their numbers."""
     cancelled: list[int] = []
     for submission in targets:
         numbers = {job.job for job in submission.stages if stages is None or job.stage in stages}
         if submission.sweep is not None and stages is None and submission.sweep.get("job") is not None:
             numbers.add(int(submission.sweep["job"]))
-        # First, so that nothing counts as cancelled where Slurm does not answer: ``gc`` keeps what its jobs need.
+        # Ask first: if Slurm does not answer, no job counts as cancelled, and ``gc`` keeps what the jobs need.
         live = [number for number, job in commands.jobs(numbers).items() if job.is_live]
         if stages is None:
             submission.mark_cancelled()  # before the jobs end: none may requeue itself
@@ -245,7 +245,7 @@ class SlurmQueue:
 
     def _state(self, stage: str, job: commands.Job | None) -> JobState:
         number = self.run.job(stage)
-        # Slurm has forgotten the job, which says nothing about how it ended.
+        # Slurm has forgotten the job, so its end is unknown.
         if job is None:
             return JobState("gone", f"its job is gone and has left no artifact (job {number})")
         if job.waits:

@@ -90,7 +90,7 @@ def test_a_node_without_the_store_or_with_other_files_says_so(folder: Path) -> N
     assert "All nodes must see the same files" in said(folder, "one")["message"]
 
 
-def test_a_node_without_the_folder_or_with_a_damaged_store_leaves_a_note(folder: Path) -> None:
+def test_node_without_folder_or_intact_store_leaves_a_note(folder: Path) -> None:
     assert run_stage_task(work(folder, "one", base=str(folder / "gone"))) == "refused"
     assert f"does not see the folder {folder / 'gone'} (No such file or directory)" in said(folder, "one")["message"]
     task = work(folder, "one")

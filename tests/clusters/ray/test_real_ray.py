@@ -87,7 +87,7 @@ def until(condition: Callable[[], Any], seconds: float = 600) -> None:
         time.sleep(0.1)
 
 
-def test_stages_run_where_their_resources_are_and_come_to_the_same(runs: Runs) -> None:
+def test_stages_run_on_nodes_with_their_resources(runs: Runs) -> None:
     slow = {"one": {"pause": 1.0}}
     file = runs.pipeline({"one": {"resources": {"alpha": 1}}, "two": {"resources": {"beta": 1}}}, **slow)
     code, output = runs.align("run", file, "--on", "ray")
@@ -172,7 +172,7 @@ def sampled(runs: Runs, name: str, samplers: int, kill: bool = False) -> list[st
     return path.read_text().splitlines()
 
 
-def test_engines_on_the_cluster_draw_what_one_here_does_also_when_one_dies(runs: Runs) -> None:
+def test_cluster_engines_equal_a_local_one_after_a_death(runs: Runs) -> None:
     alone = sampled(runs, "alone", 0)
     assert sampled(runs, "shared", 2) == alone
     assert sampled(runs, "killed", 2, kill=True) == alone

@@ -24,7 +24,7 @@ def opened(folder: Path, address: str) -> Store:
     return Opening(str(folder), lease=5, patience=3, remote=address).open()
 
 
-def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(slurm: Slurm, address: str) -> None:
+def test_jobs_upload_artifacts_and_store_no_secret(slurm: Slurm, address: str) -> None:
     store = opened(slurm.store, address)
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(store))
     assert follow_jobs(submitted, Listener()).ran
@@ -36,7 +36,7 @@ def test_what_jobs_make_goes_to_the_bucket_and_nothing_secret_into_their_folder(
     assert SECRET not in (slurm.state / "calls").read_text()
 
 
-def test_jobs_fetch_what_another_machine_has_made_since_they_were_submitted(slurm: Slurm, address: str) -> None:
+def test_jobs_fetch_artifacts_made_since_their_submission(slurm: Slurm, address: str) -> None:
     (slurm.state / "held").touch()
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(opened(slurm.store, address)))
     new_run = run_pipeline(Pipeline(toy.pipeline()), store=opened(slurm.folder / "other machine", address))

@@ -45,7 +45,7 @@ def queue_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def test_jobs_that_the_queue_has_forgotten_are_asked_for_all_at_once(queue_calls: list[list[str]]) -> None:
+def test_forgotten_jobs_are_looked_up_in_one_call(queue_calls: list[list[str]]) -> None:
     """One question for each made `align gc` slow in proportion to all jobs that there ever were."""
     states = {number: job.state for number, job in commands.jobs([101, 102, 103, 105]).items()}
     assert states == {101: "RUNNING", 102: "CANCELLED", 103: "COMPLETED"}
@@ -106,7 +106,7 @@ def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.
     submit_run(Pipeline(toy.pipeline() | {"seed": 9}, base=slurm.folder), RunOptions(slurm.store))
 
 
-def test_what_slurm_refuses_is_said_with_the_stage_and_nothing_stays_submitted(slurm: Slurm) -> None:
+def test_refused_job_names_its_stage_and_cancels_the_others(slurm: Slurm) -> None:
     (slurm.state / "refuses").write_text("--job-name=align:toy:total")
     refusal = refused(slurm)
     assert "toy.yaml: stage 'total': Slurm does not take its job" in refusal and "not like this" in refusal
@@ -143,7 +143,7 @@ def test_jobs_that_slurm_cannot_be_asked_to_cancel_are_named(slurm: Slurm, monke
     assert not submission.is_cancelled  # its jobs may run, so gc keeps what they need, and a rerun finds them
 
 
-def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
+def test_file_system_is_the_innermost_mount_s(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(
         "/dev/vda / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n"
@@ -192,7 +192,7 @@ def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
 
 
 @pytest.mark.parametrize("time", ["", "2h", "1:00:00:00", "1-", "-5", "1:00\n"])
-def test_a_time_that_slurm_does_not_read_is_refused_with_examples(time: str) -> None:
+def test_invalid_time_is_refused_with_examples(time: str) -> None:
     with pytest.raises(ValueError, match=r'is no time of Slurm; write "90" \(minutes\), "12:00:00"'):
         SlurmExecutor(time=time)
 

@@ -138,7 +138,7 @@ def test_a_job_is_cancelled_and_the_next_run_goes_on(cluster: Cluster) -> None:
     assert cluster.artifact("one")["metrics"]["resumed_at"] >= 3
 
 
-def test_a_preempted_job_saves_and_goes_on_when_there_is_room_again(cluster: Cluster) -> None:
+def test_preempted_job_saves_and_continues_later(cluster: Cluster) -> None:
     file = cluster.write(toy.pipeline(one={"steps": 60, "pause": 0.3, "stops": True}) | {"runtime": SMALL})
     process = cluster.start("run", file, "--on", "slurm")
     until(lambda: cluster.checkpoints() >= 3)
@@ -238,7 +238,7 @@ def test_a_stage_trains_on_two_nodes_and_one_node_finds_it_made(cluster: Cluster
         assert both[name] == pytest.approx(alone[name], abs=1e-4)
 
 
-def test_what_the_real_slurm_refuses_is_said_before_anything_is_submitted(cluster: Cluster) -> None:
+def test_real_slurm_s_refusal_precedes_submission(cluster: Cluster) -> None:
     raw = toy.pipeline() | {"runtime": {**SMALL, "stages": {"two": {"executor": {"cpus": 99}}}}}
     code, output = cluster.align("run", cluster.write(raw), "--on", "slurm")
     assert code == 2, output

@@ -61,7 +61,7 @@ def here(raw: dict[str, Any], slurm: Slurm, listener: Listener | None = None, **
     return Pipeline(raw, base=slurm.folder).run(store=slurm.store, listener=listener, **options)
 
 
-def test_a_run_s_stages_are_jobs_that_wait_for_what_they_read_and_come_to_the_same(slurm: Slurm) -> None:
+def test_jobs_wait_for_inputs_and_equal_a_local_run(slurm: Slurm) -> None:
     recorder = Recorder()
     raw = toy.pipeline() | {
         "runtime": {
@@ -128,7 +128,7 @@ def test_the_command_follows_reports_and_says_how_things_are(slurm: Slurm) -> No
 
 
 @pytest.mark.slow
-def test_detached_jobs_are_taken_up_by_the_same_command_and_called_off(slurm: Slurm) -> None:
+def test_detached_jobs_are_followed_again_and_cancelled(slurm: Slurm) -> None:
     (slurm.state / "held").touch()
     file = slurm.write(toy.pipeline())
     code, message = slurm.align("run", file, "--on", "slurm", "--detach", "--json")
@@ -151,7 +151,7 @@ def test_detached_jobs_are_taken_up_by_the_same_command_and_called_off(slurm: Sl
     assert sorted(here(toy.pipeline(), slurm).ran) == ["one", "total", "two"]
 
 
-def test_a_job_that_is_asked_to_stop_saves_queues_itself_again_and_goes_on(slurm: Slurm) -> None:
+def test_stopped_job_saves_requeues_and_continues(slurm: Slurm) -> None:
     raw = toy.pipeline(one={"steps": 40, "pause": 0.1, "stops": True})
     file = slurm.write(raw)
     process = slurm.align("run", file, "--on", "slurm", wait=False)
@@ -220,7 +220,7 @@ def test_rebuilding_replaces_what_is_there_once(slurm: Slurm) -> None:
 
 
 @pytest.mark.slow
-def test_a_pipeline_whose_files_have_changed_since_is_not_run_as_another(slurm: Slurm) -> None:
+def test_job_refuses_a_pipeline_whose_files_changed(slurm: Slurm) -> None:
     (slurm.state / "held").touch()
     raw = toy.pipeline()
     submitted = submit_run(Pipeline(raw, base=slurm.folder), RunOptions(slurm.store))
@@ -257,7 +257,7 @@ def test_gc_keeps_what_jobs_that_wait_will_need(slurm: Slurm, monkeypatch: pytes
     assert main(["gc", "--delete", "--store", str(slurm.store)]) == 0 and not first.exists()
 
 
-def test_a_damaged_stage_is_made_again_by_its_own_job_beside_those_of_others(slurm: Slurm) -> None:
+def test_damaged_stage_is_rebuilt_by_its_own_job(slurm: Slurm) -> None:
     run = run_pipeline(Pipeline(toy.pipeline(two={"pause": 0.5})), store=slurm.store)
     (run.artifacts["two"].path / "record.json").write_text("")
     shutil.rmtree(run.artifacts["one"].path)
@@ -275,9 +275,7 @@ def test_a_job_that_vanishes_without_a_word_is_noticed(slurm: Slurm, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_controller_that_is_silent_is_waited_for_and_then_given_up(
-    slurm: Slurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_controller_is_given_up_after_a_wait(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("align.clusters.slurm.commands.PAUSE", 0.05)
     (slurm.state / "held").touch()
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
