@@ -68,7 +68,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _score_by_reference(context: StageContext, prepared: PreparedPolicy) -> dict[str, int]:
-    """Add the reference's log-probabilities to every pair; return how many were computed and cached."""
+    """Add the reference's log-probabilities to every pair; return the numbers of computed and cached values."""
     from align.stages.preference import Reference
 
     config: DpoConfig = context.config

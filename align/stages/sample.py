@@ -270,7 +270,7 @@ def _write(context: StageContext, results: list[SampledSplit]) -> dict[str, Any]
 
 
 def _describe_scorer(config: SampleConfig) -> str:
-    """Return what scores, for messages."""
+    """Return the scorer's description for messages."""
     if config.score is None and config.environment is not None and config.reward is None:
         return config.environment.label
     return describe_score(config.score) or "reward"

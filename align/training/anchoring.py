@@ -1,8 +1,8 @@
 """Anchor a model to its initial weights or distributions to reduce forgetting.
 
 ``l2`` pulls weights back (L2-SP, arXiv 1802.01483), decoupled from the gradient as AdamW's weight decay is. ``kl`` adds
-KL(start || model) over the vocabulary at the answers' tokens (learning without forgetting, arXiv 1606.09282). Left out:
-importance per weight (EWC).
+KL(start || model) over the vocabulary at the answers' tokens (learning without forgetting, arXiv 1606.09282).
+Importance per weight (EWC) is not supported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exponential moving average (EMA) of the trained weights, which is scored and saved in their place.
 
-For adapters each factor is averaged by itself: the product of two averages, not the average of the products. Left out:
-averages over runs, which the stage ``merge`` computes.
+For adapters each factor is averaged by itself: the product of two averages, not the average of the products. The stage
+``merge`` computes averages over runs.
 """
 
 from __future__ import annotations

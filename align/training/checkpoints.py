@@ -2,8 +2,7 @@
 
 transformers writes a checkpoint file by file, so a kill can leave an incomplete checkpoint that looks complete. A disk
 can also corrupt a file. A checkpoint is valid only if its marker exists and every file still has the digest that the
-marker lists. The marker is written last. Left out: keeping the newest two, which the trainer's ``save_total_limit``
-does.
+marker lists. The marker is written last. The trainer's ``save_total_limit`` keeps only the newest two.
 """
 
 from __future__ import annotations

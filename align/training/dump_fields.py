@@ -126,7 +126,7 @@ def _describe_type(annotation: Any) -> tuple[str, list[Any]]:
 def _join_members(members: list[str]) -> str:
     """Join the members of a union in alphabetical order, None last.
 
-    ``typing`` keeps equal unions once, so their order depends on what was imported before.
+    ``typing`` keeps equal unions once, so their order depends on earlier imports.
     """
     return " | ".join(sorted(set(members), key=lambda member: (member == "None", member)))
 

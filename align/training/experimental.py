@@ -20,7 +20,7 @@ from align.training.trainers import Prepared
 
 def experimental(module: str, name: str) -> Any:
     """Return ``trl.experimental.<module>.<name>``. Raises ``UserError`` if the installed trl does not have it."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # our documentation says what is experimental
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # our documentation lists the experimental trainers
     try:
         return getattr(importlib.import_module(f"trl.experimental.{module}"), name)
     except (ModuleNotFoundError, AttributeError) as error:

@@ -1,8 +1,9 @@
 """Keep a trainer's state in a finished stage's artifact, and begin a stage from the state of another.
 
-``state/`` of an artifact has what a resumed stage reads from a checkpoint (``state_files.py``), the rows trained on
-(``row_history.py``) and ``state.json``. A stage with ``continue_from`` gets it as its checkpoint and resumes. So it
-becomes what the other stage would have been with more steps: same start, reference, order and random numbers.
+``state/`` of an artifact has the files that a resumed stage reads from a checkpoint (``state_files.py``), the rows
+trained on (``row_history.py``) and ``state.json``. A stage with ``continue_from`` gets it as its checkpoint and
+resumes. So it becomes what the other stage would have been with more steps: same start, reference, order and random
+numbers.
 
 Under ``scheduler: wsd`` the state from before the decay is kept, as in MiniCPM (arXiv 2404.06395): a continued stage
 runs these steps again at the full rate.

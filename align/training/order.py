@@ -1,7 +1,7 @@
 """Order training rows by similar length, as a function of seed and epoch only.
 
 transformers' own length grouping draws from the global random state, so a run resumed in its second epoch would see
-another order than the uninterrupted one. Left out: the split over processes (``epochs.py``).
+another order than the uninterrupted one. ``epochs.py`` splits the order over processes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ result is the same as in a separate pass. The model decides how attention separa
 - ``flash``: flash attention's kernels, which get the offsets of the rows.
 - ``blocks``: transformers' own mask, made from the positions; its memory grows with the square of a batch's tokens.
 
-``check_separate`` verifies the separation on the model at hand. Left out: splitting rows to fill a pack completely.
+``check_separate`` verifies the separation on the model at hand. Rows are never split to fill a pack completely.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def fill_ratio(packs: Sequence[dict[str, list[int]]], capacity: int) -> float:
 
 
 def packing_form(model: Any) -> Form:
-    """Return how ``model`` can separate concatenated rows. Raises ``UserError`` for a model that cannot."""
+    """Return the form in which ``model`` can separate concatenated rows. Raises ``UserError`` if it cannot."""
     plain = plain_of(model)
     if str(plain.config._attn_implementation).startswith("flash"):
         return "flash"

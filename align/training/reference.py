@@ -1,8 +1,8 @@
 """Log-probabilities of a stage's training answers by the reference model, computed once and cached in the store.
 
 They depend on the reference's weights and the rows' tokens, not on hyperparameters: a run with another beta, loss or
-learning rate finds them. No second model is in memory while the policy trains. Left out: references that change during
-training (TR-DPO).
+learning rate finds them. No second model is in memory while the policy trains. References that change during training
+(TR-DPO) are not supported.
 """
 
 from __future__ import annotations

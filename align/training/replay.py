@@ -2,7 +2,7 @@
 
 Each optimizer step sees ``fraction`` of its rows from the general data, drawn without replacement until all were seen.
 Their loss per answer token is added to the stage's loss. The rows depend on the step number only, so a resumed run sees
-the same ones. Left out: mixing the data beforehand, which a data recipe does.
+the same ones. A data recipe can mix the data beforehand instead.
 """
 
 from __future__ import annotations

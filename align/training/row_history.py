@@ -20,7 +20,7 @@ from align.config.base import Config
 
 FILE, FACTS = "rows.safetensors", "state.json"
 DERIVED = ("ref_", "KL_")
-"""Beginnings of a row's fields that follow from models or from other rows, and so are no part of its identity."""
+"""Beginnings of a row's fields that follow from models or from other rows, and so are not part of its identity."""
 
 
 class Order(Protocol):

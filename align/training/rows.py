@@ -1,7 +1,7 @@
 """Tokenize rows of messages for training, and count every cut row and every skipped row.
 
 trl's own preparation is not used: it caches on disk, silently drops over-long pairs, and supervises whatever the chat
-template writes after the end of the turn. Left out: packing (``packing.py``) and plain texts (``texts.py``).
+template writes after the end of the turn. Packing is in ``packing.py``, and plain texts are in ``texts.py``.
 """
 
 from __future__ import annotations

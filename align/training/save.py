@@ -1,4 +1,4 @@
-"""Save what a stage trained; for a reward model, verify that the saved one scores like the trained one."""
+"""Save a stage's trained weights; for a reward model, verify that the saved copy scores like the trained model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Rows for reward models that are trained on single answers: one number per answer, or one per step.
 
-Left out: pairs (``rows.py``).
+``rows.py`` encodes pairs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Early stopping, and the best weights instead of the last, both by the loss on the validation rows.
 
 Every checkpoint contains the best loss and the best weights so far, so a resumed run stops and chooses as the
-uninterrupted one. Left out: other metrics than the loss, and the weights before the first step.
+uninterrupted one. The criterion is always the loss, and the weights before the first step are never restored.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tokenize plain texts: documents with an end token, in windows that predict every token once.
 
 A document is its tokens between a begin and an end token. A document longer than ``max_length`` is cut into consecutive
-windows that overlap by one token. Each token is predicted once from the tokens before it in its window. Left out:
-windows with a larger overlap.
+windows that overlap by one token. Each token is predicted once from the tokens before it in its window. A larger
+overlap is not supported.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The integrations are transformers' own, as ``report_to`` starts them. A Trainer would send its raw logs: PPO's points
 under optimizer steps instead of updates, no held-out scores, ``train/`` before every name. So they are removed from the
 Trainer and receive what the stage writes to its event file, under the same names and steps. Each stage is one run,
-which a killed and resumed stage continues. Left out: uploading checkpoints (``align export --push``).
+which a killed and resumed stage continues. ``align export --push`` uploads checkpoints.
 """
 
 from __future__ import annotations

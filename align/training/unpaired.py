@@ -2,7 +2,7 @@
 
 KTO's reference point is the mean drift over answers that do not belong to their prompts. trl estimates it per
 micro-batch, from the micro-batch's own answers shifted by one, which needs fixed micro-batches. So rows are grouped
-once, by length, and every epoch shuffles the groups. Left out: tokenizing a turn (``rows.py``).
+once, by length, and every epoch shuffles the groups. ``rows.py`` tokenizes turns.
 """
 
 from __future__ import annotations

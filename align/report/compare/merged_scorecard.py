@@ -247,7 +247,7 @@ def _merge_win_rates(evaluated: Sequence[EvaluatedRun]) -> list[Row]:
     rows: dict[tuple[str, str, str, str], Row] = {}
     for run in evaluated:
         for row in run.card["win_rates"]:
-            # An opponent that is a file's answers is no system and has no label.
+            # An opponent that is a file's answers is not a system and has no label.
             first, second = (run.labels.get(row[side], row[side]) for side in ("one", "other"))
             rows.setdefault((row["task"], row["judge"], first, second), {**row, "one": first, "other": second})
     return list(rows.values())

@@ -42,7 +42,7 @@ def points(card: Card, metric: str, run_of: Mapping[str, str]) -> list[Point]:
         score = card["estimates"][label].get(metric)
         if not kl or not score or kl["value"] is None or score["value"] is None:
             continue
-        # A bound is no position: plotted, it would look like a measurement.
+        # A bound is not a position: plotted, it would look like a measurement.
         if kl.get("method") != "upper bound":
             known.append(Point(label, run_of.get(label, ""), kl, score))
     return known
@@ -126,7 +126,7 @@ def overlays(by_run: Mapping[str, Events], limit: int) -> tuple[list[Curve], lis
 
     A panel has a line for each run.
     """
-    # A single point is no curve, but a run with one point is drawn along with the others.
+    # A single point is not a curve, but a run with one point is drawn along with the others.
     plotted: dict[str, None] = {}
     for name in dict.fromkeys(name for events in by_run.values() for name in events.series):
         if any(len(events.series[name][0]) > 1 for events in by_run.values() if name in events.series):

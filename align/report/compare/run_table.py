@@ -71,12 +71,12 @@ def changed_fields(runs: Runs) -> dict[str, dict[str, Any]]:
 
 
 def stage_settings(record: Mapping[str, Any], with_seed: bool) -> dict[str, Any]:
-    """Return a stage's settings with dotted names, and identities of what it read outside the store."""
+    """Return a stage's settings with dotted names, and identities of its inputs from outside the store."""
     inputs = record.get("inputs") or {}
     settings = _flatten({name: value for name, value in (record.get("config") or {}).items() if name not in inputs})
     settings |= {"kind": record.get("kind"), "stage version": record.get("version")}
     if settings.get("precision") == "auto" and record.get("precision"):
-        # The setting is the same on every machine, what it stood for may differ.
+        # The setting is the same on every machine, but its value may differ.
         settings["precision"] = f"auto ({record['precision']})"
     if with_seed:
         settings["seed"] = record.get("seed")

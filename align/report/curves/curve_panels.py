@@ -87,7 +87,7 @@ def curve_section(
 
 
 def _steps_per_point(events: Events) -> int:
-    """Return how many logged steps a point averages in the longest curve; 1 if every step is drawn."""
+    """Return the number of logged steps that a point averages in the longest curve; 1 if every step is drawn."""
     averaged = [-(-events.logged[name] // len(events.series[name][0])) for name in events.spread]
     return max(averaged, default=1)
 
@@ -95,7 +95,7 @@ def _steps_per_point(events: Events) -> int:
 def stage_curves(events: Events, limit: int) -> tuple[list[Curve], list[str]]:
     """Return a stage's panels in reading order, and the titles of those beyond ``limit``.
 
-    A single point is no curve; the record has its value. Panels about episodes do not count towards ``limit``.
+    A single point is not drawn; the record has its value. Panels about episodes do not count towards ``limit``.
     """
     panels = group_by_panel({name: points for name, points in events.series.items() if len(points[0]) > 1})
     limit += sum(is_episode_panel(title) for title, _ in panels)
@@ -163,7 +163,7 @@ def label_axes(axes: Any) -> None:
 def axes_reading(
     axes: Any, box: tuple[float, float, float, float], size: tuple[float, float], lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return what the script needs to place values: the axes' box in the SVG's points, their limits, and the lines.
+    """Return the geometry that the script needs: the axes' box in the SVG's points, their limits, and the lines.
 
     ``box`` is left, bottom, width and height as shares of ``size`` (inches). SVG counts downwards from the top.
     """

@@ -78,7 +78,7 @@ class Events:
 
 
 def read_events(folder: Path) -> Events:
-    """Return metrics, warnings and notes of a stage's folder; a missing file or a damaged line is no error.
+    """Return metrics, warnings and notes of a stage's folder; a missing file or a damaged line is not an error.
 
     A resumed stage reports some steps twice; the later report counts.
     """
@@ -171,7 +171,7 @@ def _group_turns(series: Iterable[str]) -> dict[str, list[str]]:
 
 
 def is_episode_panel(title: str) -> bool:
-    """Return whether a panel is about episodes: stages without an environment have none."""
+    """Return True if a panel is about episodes, which stages without an environment do not have."""
     return title in EPISODE_CURVES or TURN_SCORE.match(title) is not None
 
 

@@ -1,8 +1,8 @@
 """Rows as a model sees them: the rendered template in pieces, each trained on or not, special tokens apart.
 
-Ids and labels are made by the code that training uses (``align.training.rows``), so a view shows exactly what is
-learned. A view is one sequence of tokens. An instruction has one view, and a pair has a view for each side. Colors and
-escaping are left to the page and the terminal. Torch-free.
+Ids and labels are made by the code that training uses (``align.training.rows``), so a view shows exactly the tokens
+that are learned. A view is one sequence of tokens. An instruction has one view, and a pair has a view for each side.
+Colors and escaping are left to the page and the terminal. Torch-free.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class View:
 
 
 def load_preview_tokenizer(folder: Path | str, **options: Any) -> tuple[Any, list[str]]:
-    """Return a tokenizer to view rows with, and notes on what a model stage would correct in it.
+    """Return a tokenizer to view rows with, and notes on a model stage's corrections to it.
 
     ``folder`` is a model's folder, or a Hub name with ``revision`` among the options. The end-of-turn token becomes its
     eos token, as in a model stage. Raises ``UserError`` without a chat template or an end token.

@@ -27,7 +27,7 @@ STYLES = ("page.css", "dark.css")
 
 
 def page_shell(title: str) -> dict[str, Any]:
-    """Return what a page with the script has around its content: heading, date, style, script and its hash.
+    """Return the parts around the content of a page with the script: heading, date, style, script and its hash.
 
     The page's content security policy allows only the script with this hash.
     """

@@ -89,7 +89,7 @@ def write_report(
 
 
 def _failure(failed: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the page shows of the unfinished stage: its state, its message and the end of its log."""
+    """Return the page's data about the unfinished stage: its state, its message and the end of its log."""
     if failed is None:
         return None
     status = str(failed.get("status") or "failed")

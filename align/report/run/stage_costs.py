@@ -136,7 +136,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _meaning(record: Mapping[str, Any], metric: str) -> str:
-    """Return what a metric of a ``sample`` stage counts; empty for the metrics of other stages."""
+    """Return the meaning of a metric of a ``sample`` stage; empty for the metrics of other stages."""
     split, _, name = metric.partition("_")
     if record.get("kind") != "sample" or split not in SPLITS:
         return ""

@@ -51,7 +51,7 @@ def role(card: Card, policy: str) -> str:
 
 
 def setup(card: Card, policy: str) -> str:
-    """Return how an untrained system uses a checkpoint, ``of sft, 3 examples, a system prompt``; empty for others."""
+    """Return an untrained system's use of a checkpoint, ``of sft, 3 examples, a system prompt``; empty for others."""
     system = _system(card, policy)
     if system.get("role") not in UNTRAINED:
         return ""
@@ -208,7 +208,7 @@ def _gate_state(gate: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def gate_sentence(rows: list[dict[str, Any]]) -> str:
-    """Return how many gates failed, warned and passed."""
+    """Return the numbers of gates that failed, warned and passed."""
     failed = sum(row["state"] in ("failed", "undecided") and row["level"] != "warning" for row in rows)
     passed = sum(row["state"] == "passed" for row in rows)
     warned = len(rows) - failed - passed
@@ -238,7 +238,7 @@ def _flag_sentence(text: str) -> str:
 
 
 def _is_repetition(card: Card, flag: dict[str, str]) -> bool:
-    """Return whether a flag is about the primary metric against the baseline, which has its own sentence."""
+    """Return True if a flag is about the primary metric against the baseline, which has its own sentence."""
     if card["primary"] not in card["metrics"]:
         return False
     metric = card["metrics"][card["primary"]]
@@ -248,7 +248,7 @@ def _is_repetition(card: Card, flag: dict[str, str]) -> bool:
 
 
 def _accuracy_sentence(report: dict[str, Any]) -> str:
-    """Return how many pairs a reward model orders correctly."""
+    """Return a sentence with the share of pairs that a reward model orders correctly."""
     labeled = report["as_labeled"]
     pairs = f"pairs of {report['task']}" if report.get("task") not in (None, "pairs") else "held-out pairs"
     name = f"The reward model {report['stage']}" if report.get("stage") else "The reward model"

@@ -41,7 +41,7 @@ Message = Mapping[str, Any]
 
 
 def is_episode(line: Mapping[str, Any]) -> bool:
-    """Return whether a line describes an episode that can be shown."""
+    """Return True if a line describes an episode that can be shown."""
     messages, calls = line.get("messages"), line.get("calls")
     return _is_list_of_mappings(messages) and _is_list_of_mappings(calls)
 
@@ -51,7 +51,7 @@ def _is_list_of_mappings(value: Any) -> bool:
 
 
 def episode_view(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page shows of an episode: ``prompt``, ``entries``, ``left_out``, ``facts``, ``end``, ``ok``.
+    """Return the parts of an episode on the page: ``prompt``, ``entries``, ``left_out``, ``facts``, ``end``, ``ok``.
 
     An entry has ``role``, ``note``, ``text``, ``calls`` and ``policy`` (True for the policy's own turns). A call has
     ``name`` (empty if it is malformed), ``arguments``, ``result``, ``note`` and ``ok``. All texts are bounded.
@@ -86,7 +86,7 @@ class _Budget:
         self.left = characters
 
     def cut(self, text: str, most: int) -> str:
-        """Return a text cut to ``most`` characters and to what is left, and count it."""
+        """Return a text cut to ``most`` characters and to the remaining budget, and count it."""
         most = max(0, min(most, self.left))
         self.left -= min(most, len(text))
         return cut(text, most)
@@ -114,7 +114,7 @@ def _split(line: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
 
 
 def _failed_at_once(line: Mapping[str, Any]) -> bool:
-    """Return whether the environment failed before the first turn; an end of turn stands for the response then."""
+    """Return True if the environment failed before the first turn; an end of turn then replaces the response."""
     is_empty = not line.get("response") and line.get("turns") == line.get("tokens") == 1
     messages = line["messages"]
     has_turn = bool(messages) and messages[-1].get("role") == "assistant"

@@ -60,7 +60,7 @@ def reward_against_kl(card: Mapping[str, Any], metric: str) -> Markup:
 
 
 def has_path(events: Events) -> bool:
-    """Return whether a stage logged KL together with a score, more than once."""
+    """Return True if a stage logged KL together with a score more than once."""
     return "kl" in events.series and any(len(events.series.get(name, ([],))[0]) > 1 for name in PATHS)
 
 

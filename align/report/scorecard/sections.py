@@ -82,7 +82,7 @@ def _rollouts_of(artifact: Artifact) -> list[dict[str, Any]]:
 def evaluation_sections(
     artifacts: Sequence[Artifact], scorecard: Card | None, events: Mapping[str, Events], assets: AssetWriter
 ) -> dict[str, Any]:
-    """Return what the template needs of an evaluation, by name; the same names, but empty, without one."""
+    """Return the template's values of an evaluation, by name; without an evaluation all values are empty."""
     card, problem = load_scorecard(artifacts, scorecard)
     evaluations = [artifact for artifact in artifacts if artifact.kind == Kind.SCORECARD]
     samples = read_samples(evaluations[-1].path / SAMPLES) if evaluations else []

@@ -72,7 +72,7 @@ def _was_trained(record: Mapping[str, Any]) -> bool:
 
 
 def describe_tuning(record: Mapping[str, Any]) -> str:
-    """Return how a stage tuned its weights, in a few words: ``dpo, ipo, lora r16 DoRA``."""
+    """Return a short description of a stage's tuning: ``dpo, ipo, lora r16 DoRA``."""
     config = record.get("config") or {}
     parts = [str(record.get("kind", ""))]
     losses = config.get("losses") or {}

@@ -113,7 +113,7 @@ def win_rate_plot(rows: Sequence[Row], label: str) -> Markup:
 
 
 def _cell(rows: Sequence[Row], name: str, opponent: str) -> dict[str, Any] | None:
-    """Return how often ``name`` wins over ``opponent``; None if they were not compared."""
+    """Return the cell with the win rate of ``name`` over ``opponent``; None if they were not compared."""
     for row in rows:
         controlled = row.get("length_controlled")
         if (row["one"], row["other"]) == (name, opponent):
