@@ -184,37 +184,38 @@ def open_work_engine(work: dict[str, Any], engine: str, batch: int) -> Any:
 def make_trainer(work: dict[str, Any], options: argparse.Namespace, folder: str) -> Any:
     """Return the trainer of ``align.stages.grpo``."""
     from align.models.loading import load_policy
-    from align.rl.arguments import GRPOConfig
-    from align.rl.trainers import GRPOTrainer
+    from align.rl import GrpoConfig, GRPOTrainer
 
     shape: EpisodeShape = work["shape"]
     tokenizer = load_tokenizer(work["model"])
     engine = open_work_engine(work, options.engine, batch=128)
     return GRPOTrainer(
         model=load_policy(work["model"]),
-        args=GRPOConfig(
-            output_dir=folder,
+        config=GrpoConfig.for_trainer(
             updates=shape.updates,
             rollout_batch=shape.batch,
             samples_per_prompt=shape.samples,
             max_tokens=shape.max_tokens,
-            per_device_train_batch_size=shape.micro_batch,
+            micro_batch_size=shape.micro_batch,
             learning_rate=LEARNING_RATE[TRL_METHODS[options.method]],
             kl_coef=options.kl,
-            bf16=True,
-            reuse_forward=options.reuse_forward,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=shape.seed,
+            precision="bfloat16",
+            tuning=TUNINGS[options.method],
         ),
+        options={
+            "output_dir": folder,
+            "reuse_forward": options.reuse_forward,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": shape.seed,
+        },
         train_dataset=work["rows"],
         processing_class=tokenizer,
         scorer=None,
         engine=engine,
         episodes=open_player(shape, tokenizer, work["script"], options.workers),
-        tuning=TUNINGS[options.method],
     )
 
 

@@ -94,8 +94,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     from align.models.loading import load_policy
     from align.models.reward import RewardModel
     from align.models.threads import use_threads
-    from align.rl.arguments import PPOConfig
-    from align.rl.trainers import PPOTrainer
+    from align.rl import PpoConfig, PPOTrainer
 
     shape, model = work["shape"], Path(work["model"])
     runtime = Runtime(device="cpu", engine=EngineConfig(name=engine))  # type: ignore[arg-type]
@@ -106,29 +105,31 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     opened = open_engine(model, runtime, precision="bfloat16", max_length=longest, seed=shape.seed, warn=print)
     trainer = PPOTrainer(
         model=policy,
-        args=PPOConfig(
-            output_dir=folder,
+        config=PpoConfig.for_trainer(
             updates=shape.updates,
             rollout_batch=shape.batch,
             samples_per_prompt=shape.samples,
             max_tokens=shape.tokens,
-            per_device_train_batch_size=shape.micro_batch,
+            micro_batch_size=shape.micro_batch,
             learning_rate=LEARNING_RATE[TRL_METHODS[method]],
-            bf16=True,
-            reuse_forward=reuse_forward,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=shape.seed,
+            precision="bfloat16",
+            tuning=TUNINGS[method],
+            critic="reward",
         ),
+        options={
+            "output_dir": folder,
+            "reuse_forward": reuse_forward,
+            "use_cpu": True,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": shape.seed,
+        },
         train_dataset=work["rows"],
         processing_class=load_work_tokenizer(model, shape),
         scorer=WeightedSum((Part("reward", 1.0, RewardScorer(reward)),)),
         engine=FixedLengths(opened, work),
         reward_model=reward.model,
-        tuning=TUNINGS[method],
-        critic="reward",
     )
     reward.round_weights()
     return trainer

@@ -37,7 +37,7 @@ TRAINERS, PEFT = "trainers", "peft"
 PACKAGES = {TRAINERS: ("trl", "transformers"), PEFT: ("peft",)}
 """Packages that define the classes of a dump. A user's class may build on any of them."""
 MODULE = "align.training.dump_fields"
-SOURCES = ("training/dump_fields.py", "rl/arguments.py", "rl/argument_fields.py", "config/stages/*.py")
+SOURCES = ("training/dump_fields.py", "rl/arguments.py", "config/stages/*.py")
 """Files of align that decide what a dump holds, besides the packages."""
 TIMEOUT_SECONDS = 300.0
 """Time for the imports, usually 5 to 7 s."""

@@ -64,7 +64,12 @@ class RolloutBuffer:
     def __init__(
         self, objective: Objective, args: RolloutArguments, form: Form, pad_id: int, ptx: PtxRows | None
     ) -> None:
-        self.objective, self.args, self.form, self.pad_id, self.ptx = objective, args, form, pad_id, ptx
+        self.objective = objective
+        self.args = args
+        self.config = args.config
+        self.form = form
+        self.pad_id = pad_id
+        self.ptx = ptx
         self.kept_outputs: list[Batch] = []
         """Outputs of the passes that measured the next micro-batches, with their graphs; ``load`` removes them."""
 
@@ -77,14 +82,14 @@ class RolloutBuffer:
         planned = plan(
             rollout.groups,
             rollout.lengths,
-            num_mini_batches=self.args.num_mini_batches,
+            num_mini_batches=self.config.num_mini_batches,
             micro_batch_size=self.args.per_device_train_batch_size,
             generator=torch.Generator().manual_seed(seed),
         )
         if epoch == 0 and self.count_reused(rollout.update, len(planned[0])):
             planned[0].reverse()  # the longest first: reusing their passes saves most
         # Steps are numbered over the entire run, so a resumed run draws the same supervised texts.
-        first_step = rollout.update * self.args.steps_per_update + epoch * len(planned)
+        first_step = rollout.update * self.config.steps_per_update + epoch * len(planned)
         return [MiniBatch(rollout, indices, first_step + number) for number, indices in enumerate(planned)]
 
     def count_reused(self, update: int, micro_batches: int) -> int:
@@ -93,7 +98,7 @@ class RolloutBuffer:
         These passes have the same rows and, before that step, the same weights. Returns 0 if the passes differ:
         measuring has no supervised texts, and uses no temperature but the sampling temperature.
         """
-        has_own_temperature = self.objective.learns_likelihood and self.args.temperature != 1.0
+        has_own_temperature = self.objective.learns_likelihood and self.config.temperature != 1.0
         if self.ptx is not None or has_own_temperature or self.objective.rests_policy(update):
             return 0
         return math.floor(self.args.reuse_forward * micro_batches)
@@ -112,7 +117,7 @@ class RolloutBuffer:
     def load(self, mini_batch: MiniBatch) -> list[MicroBatch]:
         """Return this process's micro-batches of an optimizer step."""
         rollout, count = mini_batch.rollout, len(mini_batch.micro_batches)
-        texts = [] if self.ptx is None else self.ptx.draw(mini_batch.step, self.args.ptx_rows, self.args.seed)
+        texts = [] if self.ptx is None else self.ptx.draw(mini_batch.step, self.config.ptx_rows, self.args.seed)
         micro_batches = []
         # Every process has as many micro-batches: DDP and sharded models make their passes together.
         for index, indices, _ in split_by_rank(mini_batch.micro_batches):

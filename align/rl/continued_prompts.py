@@ -72,4 +72,4 @@ def _digests(prompts: Prompts) -> list[int]:
 
 
 def _prompts_done(trainer: RLTrainer, steps: int) -> int:
-    return steps // trainer.args.steps_per_update * trainer.args.prompts_per_update
+    return steps // trainer.config.steps_per_update * trainer.config.prompts_per_update

@@ -21,7 +21,7 @@ def micro_batch_loss(trainer: Any, micro_batch: MicroBatch, step: Step) -> torch
     loss = objective.loss(outputs, micro_batch.tensors, step)
     if ptx_loss is not None:
         # The term is multiplied by 0, not skipped: under DDP every parameter needs a gradient.
-        ptx_coef = 0.0 if objective.rests_policy(step.update) else trainer.args.ptx_coef
+        ptx_coef = 0.0 if objective.rests_policy(step.update) else trainer.config.ptx_coef
         loss = loss + ptx_coef * ptx_loss / step.ptx_count
     if trainer.ptx is not None:
         # Added even without texts: the sums are reduced by position, so all processes must add the same names.

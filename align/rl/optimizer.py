@@ -16,7 +16,7 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
     optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, model)
     decaying = set(trainer.get_decay_parameter_names(model))
     groups = []
-    for part, rate in learning_rates(args, model).items():
+    for part, rate in learning_rates(args.config, model).items():
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         named = [(name, parameter) for name, parameter in trained if _part(name) == part]
         for decays in (True, False):
@@ -33,17 +33,17 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def learning_rates(args: Any, model: PolicyAndReference) -> dict[str, float]:
+def learning_rates(config: Any, model: PolicyAndReference) -> dict[str, float]:
     """Return the peak rates of ``policy`` and, where there is a critic, ``critic`` (its trunk) and ``head``."""
     if not hasattr(model, "critic"):
-        return {"policy": args.learning_rate}
-    critic = args.learning_rate if args.critic_learning_rate is None else args.critic_learning_rate
-    head = args.critic_head_learning_rate
+        return {"policy": config.learning_rate}
+    critic = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
+    head = config.critic_head_learning_rate
     if head is None:
         # A policy with adapters is its own reference. Frozen weights are no sign of them: full tuning may freeze, too.
         has_adapters = model.reference is None
         head = critic * (LORA_HEAD_RATE if has_adapters else 1.0)
-    return {"policy": args.learning_rate, "critic": critic, "head": head}
+    return {"policy": config.learning_rate, "critic": critic, "head": head}
 
 
 def _part(name: str) -> str:

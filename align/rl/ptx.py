@@ -19,7 +19,7 @@ from align.rl.prompts import derive_seed
 from align.rl.rollout import Text
 
 if TYPE_CHECKING:
-    from align.rl.arguments import RolloutArguments
+    from align.config.stages.rl import RolloutFields
 
 
 class PtxRows:
@@ -64,13 +64,13 @@ def _split_row(tokenizer: Any, row: Mapping[str, Any]) -> list[Text]:
     return split_turns(tokenizer, row, side, places)
 
 
-def make_ptx(args: RolloutArguments, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> PtxRows | None:
+def make_ptx(config: RolloutFields, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> PtxRows | None:
     """Return the texts that ``ptx_coef`` asks for, None where it is 0. Raises ``ValueError`` without rows."""
-    if not args.ptx_coef:
+    if not config.ptx_coef:
         return None
     if rows is None:
         raise ValueError("ptx_coef is set, but no ptx_dataset is given.")
-    return PtxRows(rows, tokenizer, args.max_prompt_tokens + args.max_tokens)
+    return PtxRows(rows, tokenizer, config.max_prompt_tokens + config.max_tokens)
 
 
 def split_outputs(

@@ -42,12 +42,13 @@ def refuse_plugins(trainer: Any) -> None:
 def refuse_inputs(trainer: Any, inputs: RolloutInputs) -> None:
     """Raise ``UserError`` if the engine or the episodes cannot do what ``max_staleness`` and ``in_flight`` say."""
     name, args, prefetcher = trainer.objective.name, trainer.args, trainer.prefetcher
-    if args.max_staleness and args.world_size > 1 and not prefetcher.shared_engine:
+    staleness = args.drift.max_staleness
+    if staleness and args.world_size > 1 and not prefetcher.shared_engine:
         raise UserError(
-            f"{name}: max_staleness {args.max_staleness} in several processes needs servers: an engine in each process "
-            "would sample while it learns. Set runtime.rollouts, or max_staleness 0."
+            f"{name}: max_staleness {staleness} in several processes needs servers: an engine in each process would "
+            "sample while it learns. Set runtime.rollouts, or max_staleness 0."
         )
-    if args.in_flight != "continue":
+    if args.drift.in_flight != "continue":
         return
     problem = prefetcher.continuing_objection()
     if inputs.episodes is None:

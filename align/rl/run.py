@@ -69,7 +69,7 @@ def _validate_last(trainer: Any) -> None:
         with full_model(trainer.model) as model:
             trainer.engine.load_weights(merged_weights(model.policy))
         trainer.validate(trainer.update)
-    if trainer.args.keep != "last":
+    if trainer.config.keep != "last":
         # The first process may still be writing the best weights that all processes read next.
         trainer.accelerator.wait_for_everyone()
         trainer.validation.restore(trainer.model)

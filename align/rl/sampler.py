@@ -60,7 +60,12 @@ class RolloutSampler:
     ) -> None:
         """``episodes`` plays episodes in an environment instead of sampling single responses; it scores them, and
         ``scorer``, which may then be None, adds to that."""
-        self.prompts, self.engine, self.scorer, self.gold, self.args = prompts, engine, scorer, gold, args
+        self.prompts = prompts
+        self.engine = engine
+        self.scorer = scorer
+        self.gold = gold
+        self.args = args
+        self.config = args.config
         self.episodes = episodes
 
     def sample_local(self, update: int, weights_update: int) -> Rollout | None:
@@ -118,7 +123,7 @@ class RolloutSampler:
 
     def prompt_range(self, update: int) -> range:
         """Return the numbers of an update's prompts in the endless sequence of all updates' prompts."""
-        count = self.args.prompts_per_update
+        count = self.config.prompts_per_update
         return range(update * count, (update + 1) * count)
 
     def answer(self, prompts: Prompts) -> Rollout:
@@ -141,9 +146,9 @@ class RolloutSampler:
         if not local_range:
             return None
         part = slice(local_range.start, local_range.stop)
-        local_indices, samples = indices[part], self.args.samples_per_prompt
+        local_indices, samples = indices[part], self.config.samples_per_prompt
         responses = self._respond(self.prompts, local_indices, seeds[part], samples, update, weights_update)
-        count, expected = sum(map(len, responses)), len(local_indices) * self.args.samples_per_prompt
+        count, expected = sum(map(len, responses)), len(local_indices) * self.config.samples_per_prompt
         if count != expected:
             raise RuntimeError(f"engine {self.engine.name} returned {count} responses; expected {expected}")
         return make_rollout(self.prompts, local_indices, responses, update, weights_update)
@@ -169,7 +174,10 @@ class RolloutSampler:
 
         if self.episodes is None:
             sampling = Sampling(
-                max_tokens=self.args.max_tokens, temperature=self.args.temperature, n=samples, seeds=tuple(seeds)
+                max_tokens=self.config.max_tokens,
+                temperature=self.config.temperature,
+                n=samples,
+                seeds=tuple(seeds),
             )
             responses: Sequence[Sequence[Any]] = self.engine.generate(
                 [prompts.token_ids[index] for index in indices], sampling, on_progress=report_count
@@ -183,7 +191,7 @@ class RolloutSampler:
         episodes = self.episodes.play(
             self.engine,
             tasks,
-            temperature=self.args.temperature,
+            temperature=self.config.temperature,
             journal=journal,
             on_progress=report_count,
             weights_update=weights_update,
@@ -221,7 +229,10 @@ class ParityProbe:
     """Checks from time to time that the engine holds the trainer's weights, by comparing log-probabilities."""
 
     def __init__(self, engine: Any, prompts: Prompts, args: RolloutArguments) -> None:
-        self.engine, self.prompts, self.args = engine, prompts, args
+        self.engine = engine
+        self.prompts = prompts
+        self.args = args
+        self.config = args.config
         self._has_run = False
         self._server_returns = 0
         """Times that a server had come back when the probe last ran."""
@@ -231,15 +242,15 @@ class ParityProbe:
         if not self.args.probe_parity:
             return False
         came_back = returns(self.engine) > self._server_returns
-        return not self._has_run or update % self.args.probe_updates == 0 or came_back
+        return not self._has_run or update % self.config.probe_updates == 0 or came_back
 
     def run(self, policy: Any) -> None:
         """Compare on a few prompts. Raises ``ParityError`` where the engine holds another model than ``policy``."""
 
         def compare(engine: RolloutEngine) -> Parity:
             # A server refuses more tokens than the run's responses may have.
-            max_tokens = min(PROBE_TOKENS, self.args.max_tokens)
-            prompts, temperature = self.prompts.token_ids[:4], self.args.temperature
+            max_tokens = min(PROBE_TOKENS, self.config.max_tokens)
+            prompts, temperature = self.prompts.token_ids[:4], self.config.temperature
             return probe(engine, policy, prompts, temperature=temperature, max_tokens=max_tokens)
 
         # Read before the probe, so a server that comes back during it is probed next time.

@@ -82,7 +82,7 @@ def _state_to_save(trainer: Any) -> dict[str, Any]:
     }
     if trainer.objective.scale is not None:
         state["scale"] = trainer.objective.scale.state_dict()
-    if trainer.args.max_staleness:
+    if trainer.args.drift.max_staleness:
         # Older weights sampled these rollouts. A resumed run has no copy of them to sample from again.
         state["ahead"] = trainer.prefetcher.state_dict()
     if trainer.validation is not None:

@@ -21,6 +21,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from align.config.stages.rl import RolloutFields
 from align.models.precision import cast_frozen_to_bf16, low_residual
 from align.models.sharding import full_model, reshard
 from align.models.tuning.merged_weights import merged_weights
@@ -57,6 +58,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
     """
 
     args: RolloutArguments
+    config: RolloutFields
     model: PolicyAndReference
     objective: Objective
     processing_class: Any
@@ -84,23 +86,25 @@ class RLTrainer(Trainer):  # type: ignore[misc]
             low_residual(model)
             if model.reference is not None:
                 cast_frozen_to_bf16(model.reference)
+        self.config = config = args.config
         self.objective = objective
         self.notify = notify
         super().__init__(model=model, args=args, processing_class=processing_class, callbacks=callbacks)
         refuse_plugins(self)
         shard_model(self)
         self.engine = inputs.engine
-        self.prompts = Prompts(inputs.train_dataset, processing_class, args.max_prompt_tokens)
+        self.prompts = Prompts(inputs.train_dataset, processing_class, config.max_prompt_tokens)
         self.sampler = RolloutSampler(self.prompts, inputs.engine, inputs.scorer, inputs.gold, args, inputs.episodes)
         self.validation = make_validation(args, inputs.eval_dataset, processing_class)
-        self.ptx = make_ptx(args, inputs.ptx_dataset, processing_class)
+        self.ptx = make_ptx(config, inputs.ptx_dataset, processing_class)
         self.buffer = RolloutBuffer(objective, args, form, int(processing_class.pad_token_id), self.ptx)
         self.probe = ParityProbe(inputs.engine, self.prompts, args)
+        drift = args.drift
         self.prefetcher = RolloutPrefetcher(
-            inputs.engine, self.sampler.sample_local, args.max_staleness, args.updates, args.in_flight
+            inputs.engine, self.sampler.sample_local, drift.max_staleness, config.updates, drift.in_flight
         )
         refuse_inputs(self, inputs)
-        self.kl_controller = make_controller(args.kl_controller, args.kl_coef, args.kl_target, args.kl_horizon)
+        self.kl_controller = make_controller(drift.kl_controller, drift.kl_coef, drift.kl_target, drift.kl_horizon)
         self.kl_penalty = KLPenalty()
         """Of the current update."""
         self.totals = {"episodes": 0, "tokens": 0}
@@ -114,10 +118,10 @@ class RLTrainer(Trainer):  # type: ignore[misc]
 
         ``resume_from_checkpoint`` is a checkpoint's folder, or True for the newest complete one in ``output_dir``.
         """
-        args = self.args
+        config = self.config
         run.begin(self, resume_from_checkpoint)
         try:
-            for update in range(self.update, args.updates):
+            for update in range(self.update, config.updates):
                 if self.is_stopping:
                     break
                 rollout = self.sample(update)
@@ -125,7 +129,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
                 self.compute_advantages(rollout)
                 if self.is_stopping:  # the KL is over kl_budget
                     break
-                for epoch in range(args.num_epochs):
+                for epoch in range(config.num_epochs):
                     for mini_batch in self.buffer.plan(rollout, epoch):
                         self.learn(mini_batch)
                 self.update_log.write()
@@ -138,7 +142,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
     @property
     def update(self) -> int:
         """Number of finished updates."""
-        return int(self.state.global_step) // self.args.steps_per_update
+        return int(self.state.global_step) // self.config.steps_per_update
 
     @property
     def is_stopping(self) -> bool:
@@ -155,7 +159,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
             # Sharded weights are gathered for the engine, and freed again when it has them.
             self.prefetcher.set_weights(update, merged_weights(model.policy))
             is_probing = self.probe.is_due(update)
-            is_validating = self.validation is not None and update % int(self.args.eval_updates or 1) == 0
+            is_validating = self.validation is not None and update % int(self.config.eval_updates or 1) == 0
             if is_probing or is_validating:
                 self.prefetcher.wait()  # both ask the engine themselves, about these weights
             if is_probing:
@@ -202,9 +206,9 @@ class RLTrainer(Trainer):  # type: ignore[misc]
 
     def compute_advantages(self, rollout: Rollout) -> None:
         """Compute advantages, update the KL penalty's coefficient, and stop the run if the KL is over ``kl_budget``."""
-        args = self.args
+        drift = self.args.drift
         kl_coef = self.kl_controller.value
-        self.kl_penalty = KLPenalty(in_loss=kl_coef) if args.kl_in == "loss" else KLPenalty(in_reward=kl_coef)
+        self.kl_penalty = KLPenalty(in_loss=kl_coef) if drift.kl_in == "loss" else KLPenalty(in_reward=kl_coef)
         self.objective.advantages(rollout, self.kl_penalty)
         # Nats per response: the unit of kl_target and kl_budget.
         kl = float(rollout.tensors["kl"].double().sum()) / len(rollout)
@@ -212,10 +216,10 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         self.totals["episodes"] += sum(len(part) for part in rollout.sampled)
         self.totals["tokens"] += sum(part.tokens for part in rollout.sampled)
         self.update_log.begin(rollout, kl_coef)
-        if args.kl_budget is not None and kl > args.kl_budget:
+        if drift.kl_budget is not None and kl > drift.kl_budget:
             self.stopped = (
                 f"update {rollout.update + 1}: the KL to the reference is {kl:.3g} nats a response, over kl_budget "
-                f"{args.kl_budget:g}"
+                f"{drift.kl_budget:g}"
             )
 
     def learn(self, mini_batch: MiniBatch) -> None:
@@ -243,8 +247,8 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         model.zero_grad()
         self.state.global_step += 1
         # An epoch is one pass over the prompts.
-        prompts = self.state.global_step / self.args.steps_per_update * self.args.rollout_batch
-        self.state.epoch = prompts / self.args.samples_per_prompt / len(self.prompts)
+        prompts = self.state.global_step / self.config.steps_per_update * self.config.rollout_batch
+        self.state.epoch = prompts / self.config.samples_per_prompt / len(self.prompts)
         self.control = handler.on_step_end(self.args, self.state, self.control)
 
     def _describe_step(self, micro_batches: list[MicroBatch]) -> Step:

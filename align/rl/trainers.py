@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
-from align.config.tuning import FullTuning, TuningBase
+from align.config.stages.ppo import PpoConfig
+from align.config.stages.rl import RolloutFields
 from align.environments.player import EnvironmentPlayer
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
 from align.models.tuning.apply import apply_tuning
-from align.rl.arguments import PPOConfig, RolloutArguments
+from align.rl.arguments import RolloutArguments, rollout_arguments
 from align.rl.critic import make_critic
 from align.rl.inputs import RolloutInputs, Rows
 from align.rl.model import PolicyAndCritic, PolicyAndReference
@@ -33,46 +34,51 @@ logger = logging.getLogger(__name__)
 class PPOTrainer(RLTrainer):
     """Trains ``model`` to earn higher scores on the prompts of ``train_dataset`` (arXiv 1707.06347, 1909.08593).
 
-    ``model`` is a causal language model in float32; ``tuning`` selects full tuning or adapters. ``train_dataset``
-    yields rows with a ``prompt``, a text or messages. ``scorer`` gives each response a score, ``gold`` another that is
-    only logged. ``engine`` samples (``align.inference``). ``critic`` starts from ``reward_model``, a sequence
-    classifier, by default where there is one, else from the ``policy``; or it is a ``head`` on the policy's trunk.
-    ``eval_dataset`` has prompts for validations, ``ptx_dataset`` rows with ``prompt`` and ``completion`` messages for
-    ``ptx_coef``. ``episodes`` plays episodes in an environment instead of single responses; ``scorer`` is then None, or
-    adds to what the environment scores. ``notify`` is called with each alarm; by default it logs a warning.
+    Args:
+        model: A causal language model in float32.
+        config: The settings; ``tuning`` and ``critic`` are among them.
+        train_dataset: Rows with a ``prompt``, a text or messages.
+        scorer: Gives each response a score. ``None`` if only the environment of ``episodes`` scores.
+        engine: Samples responses (``align.inference``).
+        options: Options of ``TrainingArguments``, such as ``output_dir`` and ``seed`` (``rollout_arguments``).
+        reward_model: A sequence classifier that the critic starts from, unless ``config.critic`` says otherwise.
+        gold: Gives each response another score that is only logged.
+        eval_dataset: Prompts for validations.
+        ptx_dataset: Rows with ``prompt`` and ``completion`` messages for ``ptx_coef``.
+        episodes: Plays episodes in an environment instead of sampling single responses.
+        notify: Called with each alarm; by default it logs a warning.
     """
 
-    args: PPOConfig
     model: PolicyAndCritic
 
     def __init__(
         self,
         model: Any,
-        args: PPOConfig,
+        config: PpoConfig,
         train_dataset: Rows,
         processing_class: Any,
         scorer: AnyScorer | None,
         *,
         engine: Any,
+        options: Mapping[str, Any],
         reward_model: Any = None,
         gold: AnyScorer | None = None,
-        tuning: TuningBase | None = None,
-        critic: Literal["reward", "policy", "head"] | None = None,
         eval_dataset: Rows | None = None,
         ptx_dataset: Rows | None = None,
         episodes: EnvironmentPlayer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
-        tuning = tuning or FullTuning()
-        value_model = make_critic(critic, model, reward_model, tuning, derive_seed(args.seed, "critic"))
+        args = rollout_arguments(config, **options)
+        tuning = config.tuning
+        value_model = make_critic(config.critic, model, reward_model, tuning, derive_seed(args.seed, "critic"))
         trunks = [] if value_model.trunk is None else [value_model.trunk]
         form = choose_form([model, *trunks], args)
         # Last: the critic above was built on the model without adapters.
         policy = apply_tuning(model, tuning, derive_seed(args.seed, "policy"))
         super().__init__(
-            PolicyAndCritic(policy, value_model, args.temperature, args.critic_detach),
-            PPOObjective(args),
+            PolicyAndCritic(policy, value_model, config.temperature, config.critic_detach),
+            PPOObjective(config),
             form,
             args,
             processing_class,
@@ -85,7 +91,7 @@ class PPOTrainer(RLTrainer):
 class CriticFreeTrainer(RLTrainer):
     """Trains ``model`` on responses it samples itself to the prompts of ``train_dataset``, without a critic.
 
-    The arguments are those of ``PPOTrainer``.
+    The arguments are ``PPOTrainer``'s.
     """
 
     objective_class: ClassVar[type[Objective]]
@@ -93,25 +99,26 @@ class CriticFreeTrainer(RLTrainer):
     def __init__(
         self,
         model: Any,
-        args: RolloutArguments,
+        config: RolloutFields,
         train_dataset: Rows,
         processing_class: Any,
         scorer: AnyScorer | None,
         *,
         engine: Any,
+        options: Mapping[str, Any],
         gold: AnyScorer | None = None,
-        tuning: TuningBase | None = None,
         eval_dataset: Rows | None = None,
         ptx_dataset: Rows | None = None,
         episodes: EnvironmentPlayer | None = None,
         callbacks: list[TrainerCallback] | None = None,
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
+        args = rollout_arguments(config, **options)
         form = choose_form([model], args)
-        policy = apply_tuning(model, tuning or FullTuning(), derive_seed(args.seed, "policy"))
+        policy = apply_tuning(model, config.tuning, derive_seed(args.seed, "policy"))
         super().__init__(
-            PolicyAndReference(policy, args.temperature),
-            self.objective_class(args),
+            PolicyAndReference(policy, config.temperature),
+            self.objective_class(config),
             form,
             args,
             processing_class,
@@ -122,25 +129,25 @@ class CriticFreeTrainer(RLTrainer):
 
 
 class GRPOTrainer(CriticFreeTrainer):
-    """Group-relative policy optimization (arXiv 2402.03300) and its variants; arguments: ``GRPOConfig``."""
+    """Group-relative policy optimization (arXiv 2402.03300) and its variants; settings: ``GrpoConfig``."""
 
     objective_class = GRPOObjective
 
 
 class RLOOTrainer(CriticFreeTrainer):
-    """REINFORCE with the mean of the other responses as baseline (arXiv 2402.14740); arguments: ``RLOOConfig``."""
+    """REINFORCE with the mean of the other responses as baseline (arXiv 2402.14740); settings: ``RlooConfig``."""
 
     objective_class = RLOOObjective
 
 
 class OnlineDPOTrainer(CriticFreeTrainer):
-    """DPO on pairs of the policy's own responses (arXiv 2402.04792); arguments: ``OnlineDPOConfig``."""
+    """DPO on pairs of the policy's own responses (arXiv 2402.04792); settings: ``OnlineDpoConfig``."""
 
     objective_class = OnlineDPOObjective
 
 
 class BestOfNTrainer(CriticFreeTrainer):
-    """Best-of-N fine-tuning in rounds (RAFT, arXiv 2304.06767); arguments: ``BestOfNConfig``."""
+    """Best-of-N fine-tuning in rounds (RAFT, arXiv 2304.06767); settings: ``RejectionConfig``."""
 
     objective_class = BestOfNObjective
 

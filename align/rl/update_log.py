@@ -33,11 +33,12 @@ class UpdateLog:
     def begin(self, rollout: Rollout, kl_coef: float) -> None:
         """Note the metrics that are known before learning, and save some of the responses."""
         trainer, args = self.trainer, self.trainer.args
-        statistics = metrics.rollout_statistics(trainer.objective.averages, rollout, args.max_staleness > 0)
+        statistics = metrics.rollout_statistics(trainer.objective.averages, rollout, args.drift.max_staleness > 0)
         self._metrics = statistics | {"kl_coef": kl_coef} | trainer.sampler.cache_statistics
         self._example = completions.example(rollout.candidates or rollout)
-        if args.completions and trainer.is_world_process_zero():
-            completions.write(Path(str(args.output_dir)), rollout, args.completions, trainer.processing_class)
+        count = args.config.completions
+        if count and trainer.is_world_process_zero():
+            completions.write(Path(str(args.output_dir)), rollout, count, trainer.processing_class)
         self._learned = 0
         self._learning_started = time.perf_counter()
 
@@ -45,7 +46,7 @@ class UpdateLog:
         """Report which micro-batch of the update is learned from."""
         self._learned += 1
         args = self.trainer.args
-        total = args.steps_per_update * args.gradient_accumulation_steps
+        total = args.config.steps_per_update * args.gradient_accumulation_steps
         self.trainer.report_phase(f"learning {self._learned}/{total}")
 
     def add_loss(self, loss: torch.Tensor) -> None:
@@ -65,7 +66,7 @@ class UpdateLog:
         self._loss -= self._loss
         self.total_loss += loss
         logs = {
-            "loss": loss / args.steps_per_update,
+            "loss": loss / args.config.steps_per_update,
             "grad_norm": float(self._gradient_norm),
             "learning_rate": self._learning_rate,
             **metrics.finish(trainer.objective.averages.means(trainer.reduce)),
@@ -88,5 +89,5 @@ class UpdateLog:
             text = f"update {alarm.update}: {alarm.name}: {alarm.text}.{example}"
             if trainer.is_world_process_zero():
                 trainer.notify(text)
-            if trainer.args.on_alarm == "stop":
+            if trainer.config.on_alarm == "stop":
                 trainer.stopped = trainer.stopped or text

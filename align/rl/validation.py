@@ -47,7 +47,7 @@ class Validation:
         """
         means = _means(rollout)
         if self.args.should_save:
-            write_validation(self.folder, rollout, update, min(FOLLOWED, self.args.completions))
+            write_validation(self.folder, rollout, update, min(FOLLOWED, self.args.config.completions))
         if self._is_best(means):
             # Saved under its update: a killed run may still need the former best, which ``tidy`` deletes later.
             self._save(model, update)
@@ -55,12 +55,12 @@ class Validation:
         return {f"eval_{name}": value for name, value in means.items()}
 
     def _is_best(self, means: dict[str, float]) -> bool:
-        if self.args.keep == "last":
+        if self.args.config.keep == "last":
             return False
         # A policy far from the reference may just exploit the score, so it does not count as better.
-        if self.args.keep_kl is not None and means["kl"] > self.args.keep_kl:
+        if self.args.config.keep_kl is not None and means["kl"] > self.args.config.keep_kl:
             return False
-        name = "gold" if self.args.keep == "best_gold" else "score"
+        name = "gold" if self.args.config.keep == "best_gold" else "score"
         if name not in means:
             return False
         return self.best is None or means[name] > self.best[name]
@@ -103,11 +103,11 @@ def make_validation(
 
     Raises ``ValueError`` without prompts, and ``UserError`` for fewer prompts than processes.
     """
-    if args.eval_updates is None:
+    if args.config.eval_updates is None:
         return None
     if rows is None:
         raise ValueError("eval_updates is set, but no eval_dataset is given.")
-    prompts = Prompts(rows, tokenizer, args.max_prompt_tokens)
+    prompts = Prompts(rows, tokenizer, args.config.max_prompt_tokens)
     if len(prompts) < args.world_size:
         raise UserError(
             f"{len(prompts)} prompts to validate on, {prompts.dropped} longer ones left out, for {args.world_size} "

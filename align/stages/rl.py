@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config.launch import rank, world_size
-from align.config.stages.rl import RolloutFields, trainer_fields
+from align.config.stages.rl import RolloutFields
 from align.data.rows import read_rows
 from align.data.scoring import Scorer, function_scorer
 from align.data.weighted_scores import Ensemble, Part, RewardScorer, WeightedSum
@@ -36,8 +36,6 @@ from align.models.threads import device_of, use_threads
 from align.models.tuning.apply import engine_source, load_for_tuning
 from align.models.tuning.notice import notice, parameter_counts
 from align.pipeline.context import StageContext
-from align.pipeline.registry import load_object
-from align.rl.arguments import RolloutArguments
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
 from align.rl.continued_prompts import continue_prompts, continuing_callbacks, keep_rollout_state
@@ -53,9 +51,6 @@ from align.training.stop_request import StopOnRequest
 from align.training.tracking import follow, tracking_options
 
 logger = logging.getLogger(__name__)
-
-SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-"""Value of ``scheduler`` -> transformers' name of it."""
 
 SUMMARIZED = (
     *("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"),
@@ -158,7 +153,7 @@ def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:
     continued = continued_facts(context)
     facts["continued_from_update"] = 0
     if continued is not None:
-        facts["continued_from_update"] = continued.steps // trainer.args.steps_per_update
+        facts["continued_from_update"] = continued.steps // trainer.config.steps_per_update
     facts["state_bytes"] = keep_rollout_state(context, trainer)
     return facts
 
@@ -173,22 +168,21 @@ def _make_trainer(
     """Return the stage's trainer; ``options`` are its scorer, model, tokenizer and engine."""
     config: RolloutFields = context.config
     options |= {
-        "args": make_arguments(context, load_object(config.trainer_class)),
+        "config": config,
+        "options": trainer_options(context),
         "train_dataset": prompts.train,
         "eval_dataset": prompts.validation,
         "ptx_dataset": _read_rows(context, "ptx", "train") if config.ptx else None,
         "gold": None if config.gold is None else function_scorer(config.gold),
-        "tuning": config.tuning,
         "callbacks": [ReportUpdates(context), *continuing_callbacks(context)],
         "notify": lambda text: context.warn(f"{context.name}: {text}"),
     }
     critic_source = _critic_source(config)
     if critic_source is not None:
-        options["critic"] = critic_source
         options["reward_model"] = reward_models[0].model if critic_source == "reward" else None
     trainer = trainer_class(**options)
     # A stop is only possible between updates: half an update cannot be resumed.
-    trainer.add_callback(StopOnRequest(context, every=trainer.args.steps_per_update))
+    trainer.add_callback(StopOnRequest(context, every=config.steps_per_update))
     for reward_model in reward_models:
         reward_model.round_weights()  # only now: a fully tuned critic has copied the float32 weights
     return trainer
@@ -214,7 +208,7 @@ def _critic_source(config: RolloutFields) -> str | None:
 
 def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
     """Train from the last checkpoint, or from the start where there is none."""
-    refuse_no_steps(context, trainer.args.max_steps, "updates", trainer.args.steps_per_update)
+    refuse_no_steps(context, trainer.args.max_steps, "updates", trainer.config.steps_per_update)
     # Set before the first update, since it decides the order of the prompts.
     trainer.prompts.continuation = continue_prompts(context, trainer)
     # One process chooses, so that all resume from the same checkpoint even if a file appears meanwhile.
@@ -226,7 +220,7 @@ def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
         logger.info("resuming from %s", checkpoint)
         # The folder's name counts optimizer steps, of which an update has several.
         steps = int(checkpoint.name.rpartition("-")[2])
-        first_update = steps // trainer.args.steps_per_update + 1
+        first_update = steps // trainer.config.steps_per_update + 1
     with _explain_lost_engine(context), follow(context, trainer, first_update):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopped:
@@ -280,10 +274,10 @@ class ReportUpdates(TrainerCallback):
         """Report the updates that are to come; rates count from here, so the first update is part of them."""
         if not state.is_world_process_zero:
             return
-        done = state.global_step // args.steps_per_update  # type: ignore[attr-defined]  # RolloutArguments
+        config: RolloutFields = self.context.config
+        done = state.global_step // config.steps_per_update
         tokens = [int(entry["tokens"]) for entry in state.log_history if "tokens" in entry]
-        total = args.updates  # type: ignore[attr-defined]
-        self.context.progress(done, total, unit="updates", tokens=tokens[-1] if tokens else 0)
+        self.context.progress(done, config.updates, unit="updates", tokens=tokens[-1] if tokens else 0)
 
     def on_log(
         self,
@@ -307,8 +301,7 @@ class ReportUpdates(TrainerCallback):
         points = {name: float(value) for name, value in logs.items() if name not in ("update", "total_flos")}
         self.context.log(update, **points)
         shown = {name: float(logs[name]) for name in ("score", "gold", "kl") if name in logs}
-        total = args.updates  # type: ignore[attr-defined]  # RolloutArguments
-        self.context.progress(update, total, unit="updates", tokens=tokens, **shown)
+        self.context.progress(update, self.context.config.updates, unit="updates", tokens=tokens, **shown)
 
 
 def summary(trainer: RLTrainer) -> dict[str, Any]:
@@ -387,29 +380,25 @@ def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> Wei
     return WeightedSum(tuple(parts), isinstance(config.score, list)) if parts else None
 
 
-def make_arguments(context: StageContext, arguments_class: type[RolloutArguments]) -> RolloutArguments:
-    """Return a trainer's arguments: the config's fields of the same name, the stage's own, and ``trainer``."""
+def trainer_options(context: StageContext) -> dict[str, Any]:
+    """Return the options of a trainer's arguments that are not in its config: the stage's own, then ``trainer``."""
     config: RolloutFields = context.config
     on_gpu = device_of(context.runtime).type == "cuda"
     continued = continued_facts(context)
-    # Fields of the same name pass through; those that the stage decides follow, and ``trainer`` comes last.
-    options: dict[str, Any] = {name: getattr(config, name) for name in trainer_fields(type(config))}
-    options |= {
+    options: dict[str, Any] = {
         "output_dir": str(context.checkpoints),
         "seed": context.seed % 2**32,
         "use_cpu": not on_gpu,
-        "bf16": context.precision == "bfloat16",
-        "per_device_train_batch_size": config.micro_batch_of(world_size()),
+        "launch": context.runtime.launch,
+        "precision": context.precision,
         "ddp_timeout": math.ceil(context.runtime.launch.timeout),
-        "lr_scheduler_type": SCHEDULERS[config.scheduler],
-        # Of a stage that continues another, the warm-up was that one's. A share below 1 is one of all steps.
-        "warmup_steps": config.warmup_ratio if continued is None else continued.warmup_steps,
         "save_strategy": "steps",
         "save_total_limit": 2,
         "disable_tqdm": True,
         **tracking_options(context),
         **parallel_options(context, on_gpu),
     }
-    arguments = arguments_class(**(options | config.trainer))
-    arguments.launch, arguments.precision = context.runtime.launch, context.precision
-    return arguments
+    if continued is not None:
+        # The warm-up of a stage that continues another was that stage's.
+        options["warmup_steps"] = continued.warmup_steps
+    return options | config.trainer

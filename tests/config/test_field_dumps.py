@@ -116,7 +116,7 @@ def test_other_versions_are_read_once_in_a_process_of_their_own(
     set_versions(monkeypatch, trl="1.17.3")
     with caplog.at_level(logging.WARNING):
         assert class_options(SFT) == known
-        assert class_options("align.rl.arguments:PPOConfig")["critic_adam_epsilon"].annotation == "float"
+        assert class_options("align.rl.arguments:RolloutArguments")["critic_adam_epsilon"].annotation == "float"
     assert [record.message for record in caplog.records] == [
         "reading the options of trainers for trl 1.17.3, transformers "
         f"{field_dumps._installed_version('transformers')}, once (some seconds)"

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from align.config.tuning import FullTuning
 from align.models.loading import load_policy, load_reward, load_tokenizer
-from align.rl import PPOConfig, PPOTrainer
-from tests.support.rl.arguments import unbounded
+from align.rl import PpoConfig, PPOTrainer
+from tests.support.rl.arguments import settings
 from tests.support.rl.trainers import ROWS, make_engine, options_in, share_of_vowels
 
-PASSED = ("episodes", "critic", "eval_dataset", "ptx_dataset", "notify")
+PASSED = ("episodes", "eval_dataset", "ptx_dataset", "notify")
 """Arguments of ``PPOTrainer`` that are no fields of its config."""
 
 
@@ -27,7 +28,7 @@ def one_thread():
 
 @pytest.fixture
 def make_trainer(tiny_model, tiny_reward, tmp_path):
-    """``make_trainer(tuning=..., reward=True, engine=..., **PPOConfig fields) -> PPOTrainer``."""
+    """``make_trainer(tuning=..., reward=True, engine=..., **PpoConfig fields) -> PPOTrainer``."""
 
     def make(
         tuning=None, reward=False, scorer=share_of_vowels, engine=None, callbacks=None, rows=ROWS, gold=None, **fields
@@ -37,14 +38,13 @@ def make_trainer(tiny_model, tiny_reward, tmp_path):
         torch.manual_seed(0)
         return PPOTrainer(
             model=load_policy(tiny_model),
-            args=unbounded(PPOConfig, **(options | fields)),
+            **settings(PpoConfig, **(options | fields | {"tuning": tuning or FullTuning()})),
             train_dataset=rows,
             processing_class=load_tokenizer(tiny_model),
             scorer=scorer,
             engine=engine or make_engine(tiny_model),
             reward_model=load_reward(tiny_reward) if reward else None,
             gold=gold,
-            tuning=tuning,
             callbacks=callbacks,
             **others,
         )

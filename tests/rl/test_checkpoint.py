@@ -102,4 +102,4 @@ def test_a_resumed_run_may_begin_to_normalize_its_scores(make_trainer, tmp_path)
     make_trainer(output_dir=str(folder), **(FIELDS | {"updates": 1, "normalize_scores": False})).train()
     trainer = make_trainer(output_dir=str(folder), **(FIELDS | {"updates": 2, "normalize_scores": True}))
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.update == 2 and trainer.objective.scale.count == trainer.args.rollout_batch
+    assert trainer.update == 2 and trainer.objective.scale.count == trainer.config.rollout_batch

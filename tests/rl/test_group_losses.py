@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align.config.stages.grpo import PRESETS
-from align.rl.arguments import GRPOConfig
+from align.rl import GrpoConfig
 from align.rl.losses import group_loss, log_ratios, loss_count, pair_loss
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
@@ -139,7 +139,7 @@ def test_rloo_is_trl_s_to_the_gradient():
 
 def test_clip_ranges_follow_from_the_variant():
     def clip(**fields):
-        return GRPOConfig(output_dir="x", use_cpu=True, learning_rate=1e-6, report_to="none", **fields).clip
+        return GrpoConfig.for_trainer(learning_rate=1e-6, **fields).clip
 
     assert clip() == (0.2, 0.2)
     assert clip(loss="dapo") == (0.2, 0.28)

@@ -22,7 +22,7 @@ from align.inference.pool import PoolEngine
 from align.inference.sessions import PoolSession
 from align.inference.shared_engine import RemoteRankEngine
 from align.models.loading import load_policy, load_tokenizer
-from align.rl import GRPOConfig, GRPOTrainer, PPOConfig
+from align.rl import GrpoConfig, GRPOTrainer, PpoConfig
 from align.rl.checkpoint import last_checkpoint
 from align.rl.losses import importance_weights
 from align.rl.metrics import Averages, add_staleness
@@ -32,6 +32,7 @@ from align.rl.rollout import Rollout, make_rollout
 from tests.support.environments.buttons import FORMAT, Buttons, make_presser
 from tests.support.inference.model_server import ModelServer
 from tests.support.inference.server_harness import served_at, wait_for
+from tests.support.rl.arguments import settings
 from tests.support.rl.runs import Killed
 from tests.support.rl.trainers import make_engine, options_in
 
@@ -247,17 +248,16 @@ def make_player(presser: Path) -> EnvironmentPlayer:
 
 def make_trainer(presser: Path, folder: Path, engine: Any, episodes: Any, **fields: Any) -> GRPOTrainer:
     options = options_in(folder) | {"rollout_batch": 16, "samples_per_prompt": 4, "max_tokens": 40}
-    options |= {"per_device_train_batch_size": 4}
+    options |= {"per_device_train_batch_size": 4, "tuning": LoraTuning(rank=4, alpha=8)}
     torch.manual_seed(0)
     return GRPOTrainer(
         model=load_policy(presser),
-        args=GRPOConfig(**(options | fields)),
+        **settings(GrpoConfig, **(options | fields)),
         train_dataset=ROWS,
         processing_class=load_tokenizer(presser),
         scorer=None if episodes is not None else (lambda rows, texts: [0.0] * len(texts)),
         engine=engine,
         episodes=episodes,
-        tuning=LoraTuning(rank=4, alpha=8),
     )
 
 
@@ -348,6 +348,6 @@ def test_trainers_refuse_what_cannot_continue(presser: Path, tmp_path: Path) -> 
         player.close()
     options = options_in(tmp_path) | {"samples_per_prompt": 2, "per_device_train_batch_size": 4}
     with pytest.raises(ValueError, match="in_flight is continue, but max_staleness is 0"):
-        PPOConfig(**options, in_flight="continue")
-    with pytest.raises(ValueError, match="in_flight is 'go'"):
-        PPOConfig(**options, in_flight="go")
+        settings(PpoConfig, **options, in_flight="continue")
+    with pytest.raises(ValueError, match="in_flight\n  Input should be 'wait' or 'continue'"):
+        settings(PpoConfig, **options, in_flight="go")

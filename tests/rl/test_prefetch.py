@@ -10,18 +10,19 @@ import torch
 from pydantic import ValidationError
 
 from align.config.stages.grpo import GrpoConfig
+from align.config.stages.online_dpo import OnlineDpoConfig
 from align.config.stages.ppo import PpoConfig
+from align.config.stages.rejection import RejectionConfig
 from align.config.tuning import LoraTuning
 from align.inference.pool import PoolEngine
 from align.inference.server_client import BadReply
 from align.inference.transformers import TransformersEngine
-from align.rl import PPOConfig
-from align.rl.arguments import BestOfNConfig, GRPOConfig, OnlineDPOConfig
 from align.rl.checkpoint import last_checkpoint
 from align.rl.prefetch import RolloutPrefetcher
 from align.rl.rollout import Rollout
 from tests.support.inference.model_server import ModelServer
 from tests.support.inference.server_harness import served_at
+from tests.support.rl.arguments import settings
 from tests.support.rl.runs import FIELDS, SETTINGS, KillAt, Killed, history, outcome
 from tests.support.rl.trainers import options_in
 
@@ -244,11 +245,11 @@ def test_what_cannot_be_corrected_is_refused(tmp_path) -> None:
         GrpoConfig.model_validate({**fields, "zero_variance": "resample"})
     options = options_in(tmp_path) | {"max_staleness": 1, "samples_per_prompt": 2, "per_device_train_batch_size": 4}
     with pytest.raises(ValueError, match="older weights sample, which importance_cap corrects for. Set importance_cap"):
-        PPOConfig(**options, importance_cap=None)
-    for kind in (OnlineDPOConfig, BestOfNConfig):
-        with pytest.raises(ValueError, match="this method has no importance weights"):
-            kind(**{**options, "samples_per_prompt": 2, "num_mini_batches": 1})
+        settings(PpoConfig, **options, importance_cap=None)
+    for kind in (OnlineDpoConfig, RejectionConfig):
+        # Their losses have no importance weights, so they have no such setting.
+        assert "max_staleness" not in kind.model_fields
     with pytest.raises(ValueError, match="`zero_variance: resample` samples more for the current"):
-        GRPOConfig(**options, zero_variance="resample")
-    with pytest.raises(ValueError, match="max_staleness is -1"):
-        PPOConfig(**{**options, "max_staleness": -1})
+        settings(GrpoConfig, **options, zero_variance="resample")
+    with pytest.raises(ValueError, match="max_staleness\n  Input should be greater than or equal to 0"):
+        settings(PpoConfig, **{**options, "max_staleness": -1})

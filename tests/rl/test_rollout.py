@@ -39,7 +39,8 @@ def make_sampler(seed):
     prompts = Prompts.__new__(Prompts)
     prompts.rows = [{"id": str(index)} for index in range(6)]
     prompts.token_ids = [[10 + index] for index in range(6)]
-    args = SimpleNamespace(samples_per_prompt=2, prompts_per_update=4, seed=seed, max_tokens=4, temperature=1.0)
+    config = SimpleNamespace(samples_per_prompt=2, prompts_per_update=4, max_tokens=4, temperature=1.0)
+    args = SimpleNamespace(config=config, seed=seed)
     return RolloutSampler(prompts, Recorder(), lambda rows, texts: [0.0] * len(texts), None, args)
 
 
@@ -181,7 +182,7 @@ class Brief:
 
 def test_components_of_gold_stand_beside_those_of_the_score():
     rollout = scored([0.0, 0.0], {})
-    sampler = RolloutSampler(None, None, Brief(1.0, 0.25), Brief(0.5, 99.0), None)
+    sampler = RolloutSampler(None, None, Brief(1.0, 0.25), Brief(0.5, 99.0), SimpleNamespace(config=None))
     sampler.score(rollout)
     numbers = {name: tensor.tolist() for name, tensor in rollout.tensors.items() if name.startswith(("score", "gold"))}
     assert numbers == {
@@ -193,7 +194,7 @@ def test_components_of_gold_stand_beside_those_of_the_score():
 
 
 def test_an_environment_s_part_with_the_name_of_a_reward_is_refused():
-    sampler = RolloutSampler(None, None, Brief(1.0, 0.25), None, None)
+    sampler = RolloutSampler(None, None, Brief(1.0, 0.25), None, SimpleNamespace(config=None))
     with pytest.raises(UserError, match=r"^environment: it scores 'brief', .* set another `name` for that reward"):
         sampler.score(scored([0.0, 0.0], {"brief": 1.0}))
 

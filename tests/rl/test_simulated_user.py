@@ -16,15 +16,16 @@ from align.environments.simulated_user import UserAnswer
 from align.environments.sources import open_environment
 from align.inference.sessions import LockstepSession
 from align.models.loading import load_policy, load_tokenizer
-from align.rl import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
+from align.rl import GrpoConfig, GRPOTrainer, PpoConfig, PPOTrainer
 from align.rl.checkpoint import last_checkpoint
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.environments.users import ScriptedUser
+from tests.support.rl.arguments import settings
 from tests.support.rl.runs import Killed, outcome
 from tests.support.rl.trainers import make_engine, options_in
 
 ROWS = [{"id": str(i), "goal": "ab", "prompt": [{"role": "user", "content": "go"}]} for i in range(8)]
-TRAINERS = {"ppo": (PPOTrainer, PPOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
+TRAINERS = {"ppo": (PPOTrainer, PpoConfig), "grpo": (GRPOTrainer, GrpoConfig)}
 RUNTIME = Runtime(device="cpu", engine=EngineConfig(name="transformers"), threads=1)
 
 
@@ -54,19 +55,18 @@ def make_trainer(presser, tmp_path):
         user = user or CheckpointUser(config.user, presser, RUNTIME, "float32", where="test")
         player = EnvironmentPlayer(config, open_environment(config), tokenizer, 64, "test", user)
         players.append(player)
-        trainer_class, arguments = TRAINERS[kind]
+        trainer_class, config_class = TRAINERS[kind]
         options = options_in(folder or tmp_path) | {"rollout_batch": 16, "samples_per_prompt": 4, "max_tokens": 80}
-        options |= {"per_device_train_batch_size": 4}
+        options |= {"per_device_train_batch_size": 4, "tuning": LoraTuning(rank=4, alpha=8)}
         torch.manual_seed(0)
         return trainer_class(
             model=load_policy(presser),
-            args=arguments(**(options | fields)),
+            **settings(config_class, **(options | fields)),
             train_dataset=ROWS,
             processing_class=tokenizer,
             scorer=None,
             engine=make_engine(presser),
             episodes=player,
-            tuning=LoraTuning(rank=4, alpha=8),
         )
 
     yield make

@@ -115,7 +115,7 @@ def run_policy_in_warm_up(trainer):
     forward = trainer.model.forward
 
     def forced(batch, policy=True, **options):
-        return forward(batch, policy=policy or trainer.update < trainer.args.critic_warmup_updates, **options)
+        return forward(batch, policy=policy or trainer.update < trainer.config.critic_warmup_updates, **options)
 
     trainer.model.forward = forced
 
@@ -151,7 +151,8 @@ class AfterWarmUp(TrainerCallback):
         self.trainer, self.start, self.steps = trainer, start, steps
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        if state.global_step > args.critic_warmup_updates * args.steps_per_update:
+        config = self.trainer.config
+        if state.global_step > config.critic_warmup_updates * config.steps_per_update:
             return
         policy = dict(self.trainer.model.policy.named_parameters())
         assert all(torch.equal(policy[name], tensor) for name, tensor in self.start.items())
@@ -300,7 +301,12 @@ def test_the_probe_comes_back_every_so_many_updates(make_trainer, caplog):
 def test_the_probe_asks_for_no_more_tokens_than_the_run_does(make_trainer):
     trainer = make_trainer(updates=1, probe_parity=True, max_tokens=3)
     asked, generate = [], trainer.engine.generate
-    trainer.engine.generate = lambda prompts, sampling: asked.append(sampling.max_tokens) or generate(prompts, sampling)
+
+    def record(prompts, sampling, **options):
+        asked.append(sampling.max_tokens)
+        return generate(prompts, sampling, **options)
+
+    trainer.engine.generate = record
     trainer.train()
     assert asked == [3, 3]
 

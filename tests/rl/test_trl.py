@@ -24,8 +24,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.rl import PPOConfig
+from align.rl import PpoConfig
 from align.rl.advantages import gae, whiten_advantages
+from align.rl.arguments import rollout_arguments
 from align.rl.kl import estimate_kl
 from align.rl.losses import policy_loss, value_loss
 from align.rl.masking import last_index, response_mask
@@ -254,7 +255,7 @@ def test_whitened_rewards_differ_by_the_slot_and_by_the_variance(trl, tmp_path):
     close(returns, actual["returns"], "returns")
     close(whiten_advantages(advantages, mask) * bessel(mask), actual["advantages"], "whitened advantages")
     with pytest.raises(ValueError, match="kl_estimator is k3"):  # difference 10
-        PPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6, kl_estimator="k3")
+        PpoConfig.for_trainer(learning_rate=1e-6, kl_estimator="k3")
 
 
 def test_truncated_responses_end_as_in_trl_unless_asked_otherwise(trl, tmp_path):
@@ -268,26 +269,35 @@ def test_truncated_responses_end_as_in_trl_unless_asked_otherwise(trl, tmp_path)
 def test_steps_follow_from_the_settings(trl, tmp_path):
     runs = trl.runs
     assert runs["full"]["settings"] == {"num_mini_batches": 2} and len(runs["full"]["steps"]) == 2  # difference 6
-    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6, num_epochs=2, num_mini_batches=2)
+    config = PpoConfig.for_trainer(learning_rate=1e-6, num_epochs=2, num_mini_batches=2)
     assert config.steps_per_update == 4
     assert len(runs["last batch of the data"]["steps"]) == 4  # difference 7
     assert all(len(step["micro_batches"]) == 1 for step in runs["last batch of the data"]["steps"])
 
 
 def test_defaults_differ_on_purpose(trl, tmp_path):
-    config = PPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-6)
+    config = PpoConfig.for_trainer(learning_rate=1e-6)
+    arguments = rollout_arguments(config, output_dir=str(tmp_path), use_cpu=True)
+
+    def source(name):
+        return config if name in PpoConfig.model_fields else arguments
+
     names = {"clip_range": "cliprange", "value_clip_range": "cliprange_value", "num_epochs": "num_ppo_epochs"}
     both = {
-        name: (getattr(config, name), trl.defaults[names.get(name, name)])
+        name: (
+            getattr(config if name in PpoConfig.model_fields else arguments, name),
+            trl.defaults[names.get(name, name)],
+        )
         for name in (*names, *(n for n in trl.defaults if n not in names.values()))
     }
-    assert {name: pair for name, pair in both.items() if pair[0] != pair[1]} == {
+    assert config.drift_estimator == trl.defaults["kl_estimator"]
+    assert {name: pair for name, pair in both.items() if pair[0] != pair[1] and name != "kl_estimator"} == {
         "adam_epsilon": (1e-5, 1e-8),  # PPO's usual one (arXiv 2403.17031, detail 7), for the policy
-        "lr_scheduler_type": ("constant", "linear"),
+        "lr_scheduler_type": ("constant_with_warmup", "linear"),  # without a warm-up
         "num_epochs": (1, 4),
         "temperature": (1.0, 0.7),
         "value_clip_range": (0.5, 0.2),
         "vf_coef": (1.0, 0.1),  # our critic has weights and a learning rate of its own
     }
-    assert config.critic_adam_epsilon == trl.defaults["adam_epsilon"]  # of trl's whole model
+    assert arguments.critic_adam_epsilon == trl.defaults["adam_epsilon"]  # of trl's whole model
     assert config.truncation == "terminal" and config.truncated == "learn"

@@ -133,10 +133,8 @@ def test_failed_episodes_count_in_no_score():
         return Rollout(0, [{}] * 4, [0, 1, 2, 3], lists, lists, ["a"] * 4, tensors)
 
     validation = Validation.__new__(Validation)
-    validation.args, validation.best = (
-        SimpleNamespace(keep="best", keep_kl=None, should_save=False),
-        {"update": 0.0, "score": -0.9},
-    )
+    validation.args = SimpleNamespace(config=SimpleNamespace(keep="best", keep_kl=None), should_save=False)
+    validation.best = {"update": 0.0, "score": -0.9}
     validation._save = lambda model, update: None
     halved = validation.run(
         validated([-1.0, -1.0, 0.0, 0.0], [False, False, True, True], [3.0, 1.0, 9.0, 9.0]), 1, None
@@ -173,7 +171,8 @@ def test_wrong_settings_are_refused(make_trainer):
 
 
 def test_fewer_prompts_than_processes_are_the_users_error(tiny_model, tmp_path):
-    args = SimpleNamespace(eval_updates=1, max_prompt_tokens=None, world_size=3, output_dir=str(tmp_path))
+    config = SimpleNamespace(eval_updates=1, max_prompt_tokens=None)
+    args = SimpleNamespace(config=config, world_size=3, output_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"2 prompts to validate on, 0 longer ones left out, for 3 processes"):
         make_validation(args, HELD_OUT[:2], load_tokenizer(tiny_model))
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 
 from align.config.runtime import Runtime
 from align.config.stages.ppo import PpoConfig
-from align.config.stages.rl import trainer_fields
 from align.data.rows import assistant, user, write_rows
 from align.data.weighted_scores import RewardScorer
 from align.errors import UserError
@@ -23,7 +21,6 @@ from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import CAN_STOP, Stopped, clear_request, request_stop
-from align.rl.arguments import PPOConfig
 from align.rl.checkpoint import DRAFT
 from align.stages.ppo import run
 from align.stages.rl import ReportUpdates, _open_scorer, _read_prompts
@@ -80,11 +77,6 @@ def test_scoring_functions_are_part_of_the_identity(tmp_path):
     assert set(identities) == {"score", "gold"}
     with pytest.raises(UserError, match="gold"):
         PpoConfig(**BASE, score="gild").identities(tmp_path)
-
-
-def test_every_field_with_the_trainer_s_name_reaches_it():
-    shared = {field.name for field in fields(PPOConfig)} & set(PpoConfig.model_fields)
-    assert shared == set(trainer_fields(PpoConfig))
 
 
 def test_importing_the_config_imports_no_torch():

@@ -47,7 +47,7 @@ class GrpoConfig(DriftFields):
     The other fields are those of ``ppo`` without its critic. Memory: the policy; with full tuning also its frozen copy.
     """
 
-    trainer_class: ClassVar[str] = "align.rl.arguments:GRPOConfig"
+    default_loss_estimator: ClassVar[Literal["k2", "k3"]] = "k3"
 
     loss: GroupLoss = "grpo"
     """``grpo``: every response weighs the same (2402.03300). ``bnpo``: every token of a step does. ``dr_grpo``: token
@@ -79,6 +79,25 @@ class GrpoConfig(DriftFields):
     """Tokens before ``max_tokens`` over which a penalty rises (DAPO); 0 for none. ``truncated: mask`` filters."""
     overlong_penalty: float = Field(1.0, ge=0)
     """Penalty of a response of ``max_tokens`` tokens."""
+
+    @property
+    def preset(self) -> Preset:
+        """Parts of the loss variant."""
+        return PRESETS[self.loss]
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """Clip range of the ratio below and above 1. If only ``clip_range`` is set, it applies to both."""
+        low = self.preset.clip_range if self.clip_range is None else self.clip_range
+        high = self.clip_range_high
+        if high is None and (self.clip_range is None or not self.preset.clips):
+            high = self.preset.clip_range_high
+        return low, low if high is None else high
+
+    @property
+    def scale(self) -> Scale:
+        """``scale_rewards``, or the default of the loss variant."""
+        return self.scale_rewards or self.preset.scale_rewards
 
     @model_validator(mode="after")
     def _check_resampling_and_penalty(self) -> Self:

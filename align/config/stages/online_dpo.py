@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,8 +14,6 @@ class OnlineDpoConfig(RolloutFields):
 
     The reference is the policy as it comes in. trl has an experimental trainer of this name; this one is not trl's.
     """
-
-    trainer_class: ClassVar[str] = "align.rl.arguments:OnlineDPOConfig"
 
     samples_per_prompt: int = Field(2, ge=2)
     """Responses to each prompt. Of more than two, only the best and the worst are learned from."""

@@ -18,9 +18,8 @@ class PpoConfig(DriftFields):
     AdamW's state. `align plan --memory` shows the amounts for a model, and what other choices would cost.
     """
 
-    trainer_class: ClassVar[str] = "align.rl.arguments:PPOConfig"
-    stage_only: ClassVar[frozenset[str]] = DriftFields.stage_only | {"critic"}
-
+    adam_epsilon: ClassVar[float] = 1e-5
+    """AdamW's epsilon for the policy; usual for PPO."""
     keyed_when_set: ClassVar[frozenset[str]] = DriftFields.keyed_when_set | {"turn_discount"}
 
     critic: Literal["reward", "policy", "head"] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,8 +16,6 @@ class RejectionConfig(RolloutFields):
     The loss has no reference: the policy learns only from its own responses. The loss is SFT's, at temperature 1, so
     with a lower sampling ``temperature`` the policy's entropy falls with every round.
     """
-
-    trainer_class: ClassVar[str] = "align.rl.arguments:BestOfNConfig"
 
     updates: int = Field(3, ge=1)
     """Rounds."""
@@ -38,6 +36,12 @@ class RejectionConfig(RolloutFields):
     def kept_per_prompt(self) -> int:
         """``best``."""
         return self.best
+
+    def threshold_of(self, update: int) -> float | None:
+        """Return the minimum score in a round; the last one of a list stays."""
+        if not isinstance(self.threshold, list):
+            return self.threshold
+        return self.threshold[min(update, len(self.threshold) - 1)]
 
     @model_validator(mode="after")
     def _check_selection(self) -> Self:

@@ -1,7 +1,7 @@
 """Settings shared by the stages that learn from responses they sample: ppo, grpo, rloo, online_dpo, rejection.
 
-They are also the arguments of the trainers in ``align.rl`` (``trainer_fields``). What a single method adds has its own
-file beside this one. Torch-free.
+The trainers in ``align.rl`` read these configs, so a value has one name from the YAML to the loss. The settings of a
+single method have a separate file. Torch-free.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from pydantic.fields import FieldInfo
 
 from align.config.base import PrecisionSetting, stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
@@ -31,15 +30,9 @@ class RolloutFields(TrainerOptions):
     """One update samples ``rollout_batch`` responses, scores them and learns from them."""
 
     owned_options: ClassVar[dict[str, str]] = OWNED | OWNED_BY_ROLLOUTS
-    stage_only: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("policy", "prompts", "reward", "ptx", "continue_from"),  # stages; a script passes models and rows
-            *("ensemble", "uncertainty_weight", "reward_floor", "reward_weight", "score", "score_weight", "gold"),
-            *("max_prompts", "eval_prompts", "lint", "tuning", "trainer", "environment"),
-            *("micro_batch_size", "precision", "scheduler", "warmup_ratio"),  # TrainingArguments has its own names
-        }
-    )
-    """Fields that are no arguments of the trainer. All others are, with the same name, bounds and default."""
+    trainer_class: ClassVar[str] = "align.rl.arguments:RolloutArguments"
+    adam_epsilon: ClassVar[float] = 1e-8
+    """AdamW's epsilon, unless ``trainer`` sets another."""
 
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "environment"})
 
@@ -136,11 +129,38 @@ class RolloutFields(TrainerOptions):
     save_updates: int = Field(1, ge=1)
     """Updates between checkpoints. A killed stage repeats at most this many."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further options of ``align.rl.PPOConfig`` and transformers' ``TrainingArguments``, checked against them."""
+    """Further options: those of transformers' ``TrainingArguments`` and of ``align.rl.arguments``, checked."""
     lint: LintSettings = LintSettings()
     """Checks of the prompts' tokens to skip before the first update (docs/lint.md)."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"score", "gold", "lint", "environment"})
+
+    @classmethod
+    def for_trainer(cls, **settings: Any) -> Self:
+        """Return the settings of a trainer in a script, which passes models, rows and functions instead of stages.
+
+        Raises pydantic's ``ValidationError``, as for a stage.
+        """
+        names = {"policy": "policy", "prompts": "prompts", "score": "scorer", "gold": "gold"}
+        if settings.get("ptx_coef"):
+            names["ptx"] = "ptx"
+        if settings.get("critic") == "reward":
+            names["reward"] = "reward"
+        if settings.get("in_flight") == "continue":
+            # The trainer gets the player of episodes itself, and checks that there is one.
+            tokens = settings.get("max_tokens", cls.model_fields["max_tokens"].default)
+            settings["environment"] = EnvironmentConfig(verifiers="any", max_turns=1, max_tokens=tokens)
+        return cls(**(names | settings))
+
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.num_epochs * self.num_mini_batches
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Prompts of a rollout, over all processes."""
+        return self.rollout_batch // self.samples_per_prompt
 
     @property
     def kept_per_prompt(self) -> int:
@@ -163,7 +183,7 @@ class RolloutFields(TrainerOptions):
     @property
     def responses_per_step(self) -> int:
         """Responses per optimizer step, over all processes."""
-        return self.rollout_batch // self.samples_per_prompt * self.kept_per_prompt // self.num_mini_batches
+        return self.prompts_per_update * self.kept_per_prompt // self.num_mini_batches
 
     def micro_batch_of(self, processes: int) -> int:
         """Return the responses in memory at once in each of several processes.
@@ -277,6 +297,8 @@ class DriftFields(RolloutFields):
     """Settings of the methods that penalize drift from the reference: ppo, grpo, rloo."""
 
     keyed_when_set: ClassVar[frozenset[str]] = RolloutFields.keyed_when_set | {"in_flight"}
+    default_loss_estimator: ClassVar[Literal["k2", "k3"]] = "k2"
+    """KL estimator in the loss if ``kl_estimator`` is not set."""
 
     kl_coef: float = Field(0.05, ge=0)
     """KL penalty per nat of drift from the reference. 0 lets the policy follow the score anywhere."""
@@ -309,6 +331,13 @@ class DriftFields(RolloutFields):
     ``continue``: servers take the new ones between two turns. Then the weights of a turn depend on the clock."""
     importance_sequence_cap: float | None = Field(None, gt=1)
     """Drop responses whose sequence ratio of trainer to engine is outside [1/cap, cap]. Null: drop none."""
+
+    @property
+    def drift_estimator(self) -> Literal["k1", "k2", "k3"]:
+        """``kl_estimator``, or its default."""
+        if self.kl_estimator is not None:
+            return self.kl_estimator
+        return "k1" if self.kl_in == "reward" else self.default_loss_estimator
 
     @model_validator(mode="after")
     def _check_kl_controller(self) -> Self:
@@ -379,8 +408,3 @@ class DriftFields(RolloutFields):
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError("kl_estimator is k1, which as a loss has no gradient on average; use k2 or k3.")
         return self
-
-
-def trainer_fields(settings: type[RolloutFields]) -> dict[str, FieldInfo]:
-    """Return the fields of a stage that are arguments of its trainer as well, by name."""
-    return {name: field for name, field in settings.model_fields.items() if name not in settings.stage_only}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from pydantic import Field
 
 from align.config.stages.rl import DriftFields
@@ -11,8 +9,6 @@ from align.config.stages.rl import DriftFields
 
 class RlooConfig(DriftFields):
     """The fields of ``ppo`` without its critic. A response is one action, and the KL penalty is part of its score."""
-
-    trainer_class: ClassVar[str] = "align.rl.arguments:RLOOConfig"
 
     samples_per_prompt: int = Field(4, ge=2)
     """Responses to each prompt. The baseline of each is the mean of the others."""
@@ -22,3 +18,8 @@ class RlooConfig(DriftFields):
     """Clip range of the ratio above 1; by default ``clip_range``."""
     whiten_advantages: bool = False
     """Scale advantages to mean 0 and variance 1 over the update's responses."""
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """Clip range of the ratio below and above 1."""
+        return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high

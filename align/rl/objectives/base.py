@@ -40,14 +40,14 @@ class Objective(ABC):
     learns_likelihood: ClassVar[bool] = False
     """True for SFT's loss: log-probabilities are then taken at temperature 1, not at the sampling temperature."""
 
-    def __init__(self, args: Any) -> None:
-        self.args = args
+    def __init__(self, config: Any) -> None:
+        self.config = config
         self.averages = Averages()
         """Metrics that the trainer logs with its own."""
-        self.scale = RunningScale() if args.normalize_scores else None
+        self.scale = RunningScale() if getattr(config, "normalize_scores", False) else None
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
-        """Return the scored responses to measure and learn from, ``args.local_responses`` per process; here all."""
+        """Return the scored responses to measure and learn from, here all."""
         return rollout
 
     @abstractmethod
@@ -84,9 +84,9 @@ class Objective(ABC):
         return adjust_scores(
             scores,
             tensors["finished"],
-            missing_eos_penalty=self.args.missing_eos_penalty,
-            score_clip=self.args.score_clip,
-            length_penalty=self.args.length_penalty,
+            missing_eos_penalty=self.config.missing_eos_penalty,
+            score_clip=getattr(self.config, "score_clip", None),
+            length_penalty=self.config.length_penalty,
             lengths=tensors["response_mask"].sum(dim=1),
         )
 
@@ -96,19 +96,19 @@ class Objective(ABC):
             batch["logprobs"],
             batch["sampler_logprobs"],
             batch["learn_mask"],
-            self.args.importance_cap,
-            self.args.importance_sequence_cap,
+            self.config.importance_cap,
+            self.config.importance_sequence_cap,
         )
 
     def _regularized(
         self, loss: torch.Tensor, outputs: Batch, batch: Batch, step: Step, aggregation: Aggregation
     ) -> torch.Tensor:
         """Return a surrogate minus the entropy bonus, plus the KL penalty where it is in the loss; a scalar."""
-        args, mask = self.args, batch["learn_mask"]
-        if args.entropy_coef:
-            loss = loss - args.entropy_coef * aggregate(outputs["entropy"], mask, step.count, aggregation)
-        if step.penalty.in_loss and args.kl_estimator:
-            drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], args.kl_estimator)
+        config, mask = self.config, batch["learn_mask"]
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * aggregate(outputs["entropy"], mask, step.count, aggregation)
+        if step.penalty.in_loss:
+            drift = estimate_kl(outputs["logprobs"], batch["ref_logprobs"], config.drift_estimator)
             loss = loss + step.penalty.in_loss * aggregate(drift, mask, step.count, aggregation)
         return loss
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from align.rl.arguments import BestOfNConfig
+from align.config.stages.rejection import RejectionConfig
 from align.rl.kl import KLPenalty
 from align.rl.losses import aggregate, loss_count
 from align.rl.masking import masked_sum
@@ -26,7 +26,7 @@ class BestOfNObjective(Objective):
     name: ClassVar[str] = "rejection"
     loss_inputs: ClassVar[tuple[str, ...]] = ("learn_mask",)
     learns_likelihood: ClassVar[bool] = True
-    args: BestOfNConfig
+    config: RejectionConfig
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
         """Return the best of each group, and which of them are ``good`` (B,) enough to learn from.
@@ -35,9 +35,9 @@ class BestOfNObjective(Objective):
         They fill up the batch where a group has too few good ones, without being learned from.
         """
         scores = self.adjusted_scores(rollout)
-        threshold = self.args.threshold_of(rollout.update)
+        threshold = self.config.threshold_of(rollout.update)
         good = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores >= threshold
-        if self.args.truncated == "mask":
+        if self.config.truncated == "mask":
             good = good & rollout.tensors["finished"]
         good = good & ~torch.tensor(failures(rollout))
         selected: list[int] = []
@@ -49,7 +49,7 @@ class BestOfNObjective(Objective):
                 earlier.add(tuple(rollout.responses[i]))
             # Good ones first, by score; ``best`` of them from every group keep the batch size fixed.
             order = sorted(members, key=lambda i: (bool(good[i]), float(scores[i])), reverse=True)
-            selected += order[: self.args.best]
+            selected += order[: self.config.best]
         best = rollout.subset(selected)
         good = good[torch.tensor(selected)]
         best.tensors["good"] = good
@@ -64,7 +64,7 @@ class BestOfNObjective(Objective):
 
     def token_count(self, batches: list[Batch]) -> float:
         """Return the tokens of an optimizer step."""
-        return loss_count([batch["learn_mask"] for batch in batches], "token", self.args.max_tokens)
+        return loss_count([batch["learn_mask"] for batch in batches], "token", self.config.max_tokens)
 
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
         """Return the mean negative log-likelihood per token at temperature 1, a scalar: SFT's loss."""

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from align.config.stages.grpo import GrpoConfig
 from align.rl.advantages import fill_failed, group_advantages, overlong_penalty, without_variance
-from align.rl.arguments import GRPOConfig
 from align.rl.kl import KLPenalty
 from align.rl.losses import Aggregation, RatioLevel, group_loss, loss_count
 from align.rl.objectives.base import Objective, Step, mask_to_learn, masked_kl
@@ -28,7 +28,7 @@ class GroupObjective(Objective):
         "advantages",
         "learn_mask",
     )
-    args: Any
+    config: Any
     aggregation: Aggregation
     ratio_level: RatioLevel
     clips: bool = True
@@ -58,14 +58,14 @@ class GroupObjective(Objective):
             totals = fill_failed(totals, tensors["failed"], groups)
         advantages = self.compare(totals, groups)[:, None] * mask
         tensors |= {"kl": kl, "rewards": totals, "raw_advantages": advantages, "advantages": advantages}
-        tensors["learn_mask"] = mask_to_learn(rollout, self.args.truncated)
+        tensors["learn_mask"] = mask_to_learn(rollout, self.config.truncated)
         # Logged for the prompts as they came, before any resampling.
         flat = _is_flat(rollout.candidates or rollout)
         self.averages.add("zero_variance", flat.sum(), len(flat))
 
     def token_count(self, batches: list[Batch]) -> float:
         """Return the tokens or responses of an optimizer step, by the loss's aggregation."""
-        return loss_count([batch["learn_mask"] for batch in batches], self.aggregation, self.args.max_tokens)
+        return loss_count([batch["learn_mask"] for batch in batches], self.aggregation, self.config.max_tokens)
 
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
         """Return the surrogate, minus an entropy bonus, plus the KL penalty where it is in the loss; a scalar."""
@@ -77,7 +77,7 @@ class GroupObjective(Objective):
             batch["advantages"],
             mask,
             step.count,
-            clip=self.args.clip,
+            clip=self.config.clip,
             level=self.ratio_level,
             clips=self.clips,
             weights=weights,
@@ -92,29 +92,32 @@ class GRPOObjective(GroupObjective):
     """Group-relative policy optimization (arXiv 2402.03300) and its variants (``align.config.stages.grpo``)."""
 
     name: ClassVar[str] = "grpo"
-    args: GRPOConfig
+    config: GrpoConfig
 
-    def __init__(self, args: GRPOConfig) -> None:
-        super().__init__(args)
-        self.aggregation, self.ratio_level = args.preset.aggregation, args.preset.ratio
-        self.clips = args.preset.clips
+    def __init__(self, config: GrpoConfig) -> None:
+        super().__init__(config)
+        self.aggregation = config.preset.aggregation
+        self.ratio_level = config.preset.ratio
+        self.clips = config.preset.clips
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
         """With ``zero_variance: resample``, replace groups without variance by groups of other prompts (DAPO)."""
-        if self.args.zero_variance == "keep":
+        if self.config.zero_variance == "keep":
             return rollout
-        selected = resample(rollout, sampler, self.args.resample_rounds)
+        selected = resample(rollout, sampler, self.config.resample_rounds)
         flat = _is_flat(selected)
         self.averages.add("zero_variance_left", flat.sum(), len(flat))
         return selected
 
     def compare(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         """Return ``totals`` minus the group's mean, over a standard deviation by ``scale_rewards``, (B,)."""
-        return group_advantages(totals, groups, self.args.scale)
+        return group_advantages(totals, groups, self.config.scale)
 
     def score_penalty(self, lengths: torch.Tensor) -> torch.Tensor:
         """Return DAPO's penalty for the last ``overlong_buffer`` tokens, (B,)."""
-        return overlong_penalty(lengths, self.args.max_tokens, self.args.overlong_buffer, self.args.overlong_penalty)
+        return overlong_penalty(
+            lengths, self.config.max_tokens, self.config.overlong_buffer, self.config.overlong_penalty
+        )
 
 
 def _is_flat(rollout: Rollout) -> torch.Tensor:
@@ -161,7 +164,7 @@ def _sample_more(sampler: RolloutSampler, rollout: Rollout, round_number: int, c
     own, so no two rounds get the same seeds.
     """
     args = sampler.args
-    start = round_number * args.prompts_per_update
+    start = round_number * sampler.config.prompts_per_update
     indices = sampler.prompts.draw(start, count, derive_seed(args.seed, "resampled prompts"))
     seeds = [derive_seed(args.seed, "resampling", number) for number in range(start, start + count)]
     extra = sampler.sample(rollout.update, indices, seeds)

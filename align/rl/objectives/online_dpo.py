@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from align.rl.arguments import OnlineDPOConfig
+from align.config.stages.online_dpo import OnlineDpoConfig
 from align.rl.kl import KLPenalty
 from align.rl.losses import pair_loss
 from align.rl.objectives.base import Objective, Step, failures, mask_to_learn, masked_kl
@@ -20,7 +20,7 @@ class OnlineDPOObjective(Objective):
 
     name: ClassVar[str] = "online_dpo"
     loss_inputs: ClassVar[tuple[str, ...]] = ("ref_logprobs", "sides", "learn_mask")
-    args: OnlineDPOConfig
+    config: OnlineDpoConfig
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
         """Return the best and the worst of each group, one after the other, and their ``sides`` (B, 1).
@@ -62,9 +62,9 @@ class OnlineDPOObjective(Objective):
             batch["sides"],
             batch["learn_mask"],
             step.count,
-            kind=self.args.loss,
-            beta=self.args.beta,
-            label_smoothing=self.args.label_smoothing,
+            kind=self.config.loss,
+            beta=self.config.beta,
+            label_smoothing=self.config.label_smoothing,
         )
         self._log_sums(terms.sums, batch["sides"].ne(0).sum() / 2)
         return terms.loss

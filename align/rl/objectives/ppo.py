@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from align.config.stages.ppo import PpoConfig
 from align.rl.advantages import gae, whiten_advantages
-from align.rl.arguments import PPOConfig
 from align.rl.kl import KLPenalty
 from align.rl.losses import loss_count, policy_loss, value_loss
 from align.rl.objectives.base import Objective, Step, mask_to_learn
@@ -29,11 +29,11 @@ class PPOObjective(Objective):
         "returns",
         "learn_mask",
     )
-    args: PPOConfig
+    config: PpoConfig
 
     def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
         """Add rewards per token, advantages by the critic, and returns, all (B, T), in float32 on the CPU."""
-        args, tensors = self.args, rollout.tensors
+        config, tensors = self.config, rollout.tensors
         mask = tensors["response_mask"]
         scores = self.adjusted_scores(rollout, scale=self.scale)
         turn_rewards = self._turn_rewards(rollout)
@@ -46,7 +46,7 @@ class PPOObjective(Objective):
         )
         if turn_rewards is not None:
             rewards = rewards + turn_rewards
-        if args.whiten_rewards:
+        if config.whiten_rewards:
             rewards = whiten_rewards(rewards, mask)
         # 2. Advantages and returns, from the critic's values at the start of the update.
         advantages, returns = gae(
@@ -54,15 +54,15 @@ class PPOObjective(Objective):
             tensors["values"],
             mask,
             tensors["finished"],
-            gamma=args.gamma,
-            lam=args.lam,
-            truncation=args.truncation,
-            turn_discount=args.turn_discount,
+            gamma=config.gamma,
+            lam=config.lam,
+            truncation=config.truncation,
+            turn_discount=config.turn_discount,
         )
         tensors |= {"rewards": rewards, "raw_advantages": advantages, "returns": returns}
         # Whitened over the tokens that are learned from; metrics log the raw advantages.
-        tensors["learn_mask"] = mask_to_learn(rollout, args.truncated)
-        if args.whiten_advantages:
+        tensors["learn_mask"] = mask_to_learn(rollout, config.truncated)
+        if config.whiten_advantages:
             advantages = whiten_advantages(advantages, tensors["learn_mask"])
         tensors["advantages"] = advantages
 
@@ -77,11 +77,11 @@ class PPOObjective(Objective):
     def token_count(self, batches: list[Batch]) -> float:
         """Return the tokens or responses of an optimizer step, by ``loss_aggregation``."""
         masks = [batch["learn_mask"] for batch in batches]
-        return loss_count(masks, self.args.loss_aggregation, self.args.max_tokens)
+        return loss_count(masks, self.config.loss_aggregation, self.config.max_tokens)
 
     def rests_policy(self, update: int) -> bool:
         """Return True while the critic warms up."""
-        return bool(update < self.args.critic_warmup_updates)
+        return bool(update < self.config.critic_warmup_updates)
 
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
         """Return the loss of those parts that ``outputs`` has: critic (``values``), policy (``logprobs``); a scalar.
@@ -110,10 +110,10 @@ class PPOObjective(Objective):
             batch["returns"],
             batch["learn_mask"],
             step.count,
-            value_clip_range=self.args.value_clip_range,
-            aggregation=self.args.loss_aggregation,
+            value_clip_range=self.config.value_clip_range,
+            aggregation=self.config.loss_aggregation,
         )
-        return self.args.vf_coef * terms.loss, dict(terms.sums)
+        return self.config.vf_coef * terms.loss, dict(terms.sums)
 
     def _policy_loss(self, outputs: Batch, batch: Batch, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return policy loss - entropy_coef x entropy (+ KL penalty), and its sums to log.
@@ -121,7 +121,7 @@ class PPOObjective(Objective):
         The gradient of the KL term is that of the KL (k2) at the rollout's weights, and an approximation after steps
         away from them.
         """
-        args, mask = self.args, batch["learn_mask"]
+        config, mask = self.config, batch["learn_mask"]
         weights = self._importance_weights(batch)
         terms = policy_loss(
             outputs["logprobs"],
@@ -129,10 +129,10 @@ class PPOObjective(Objective):
             batch["advantages"],
             mask,
             step.count,
-            clip_range=args.clip_range,
-            dual_clip=args.dual_clip,
+            clip_range=config.clip_range,
+            dual_clip=config.dual_clip,
             weights=weights,
-            aggregation=args.loss_aggregation,
+            aggregation=config.loss_aggregation,
         )
-        loss = self._regularized(terms.loss, outputs, batch, step, args.loss_aggregation)
+        loss = self._regularized(terms.loss, outputs, batch, step, config.loss_aggregation)
         return loss, terms.sums | {"importance_weight": (weights * mask).sum()}

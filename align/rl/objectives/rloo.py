@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from align.config.stages.rloo import RlooConfig
 from align.rl.advantages import leave_one_out, whiten_responses
-from align.rl.arguments import RLOOConfig
 from align.rl.losses import Aggregation, RatioLevel
 from align.rl.objectives.grpo import GroupObjective
 
@@ -16,11 +16,11 @@ class RLOOObjective(GroupObjective):
     """A response is one action: its probability is what the loss raises, lowers and clips."""
 
     name: ClassVar[str] = "rloo"
-    args: RLOOConfig
+    config: RlooConfig
     aggregation: Aggregation = "sequence"
     ratio_level: RatioLevel = "response"
 
     def compare(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         """Return ``totals`` minus the mean of the other responses, (B,)."""
         advantages = leave_one_out(totals, groups)
-        return whiten_responses(advantages) if self.args.whiten_advantages else advantages
+        return whiten_responses(advantages) if self.config.whiten_advantages else advantages

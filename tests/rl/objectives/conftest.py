@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from align.config.tuning import FullTuning
 from align.models.loading import load_policy, load_tokenizer
-from tests.support.rl.arguments import unbounded
+from tests.support.rl.arguments import settings
 from tests.support.rl.trainers import METHODS, ROWS, make_engine, options_in, share_of_vowels
 
 PASSED = ("eval_dataset", "ptx_dataset", "notify", "callbacks", "gold")
@@ -26,12 +27,11 @@ def make_online(tiny_model, tmp_path):
         torch.manual_seed(0)
         return trainer(
             model=load_policy(tiny_model),
-            args=unbounded(config, **(options | fields)),
+            **settings(config, **(options | fields | {"tuning": tuning or FullTuning()})),
             train_dataset=rows,
             processing_class=load_tokenizer(tiny_model),
             scorer=scorer,
             engine=engine or make_engine(tiny_model),
-            tuning=tuning,
             **others,
         )
 

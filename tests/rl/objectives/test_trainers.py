@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_online, tmp_pat
     }  # fmt: skip
     uninterrupted = make_online(method, output_dir=str(tmp_path / "whole"), **fields)
     uninterrupted.train()
-    steps = 2 * uninterrupted.args.steps_per_update
+    steps = 2 * uninterrupted.config.steps_per_update
     again = make_online(method, output_dir=str(tmp_path / "again"), **fields)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{steps}"))
     expected = weights(uninterrupted)
@@ -279,9 +279,9 @@ def test_what_is_cut_off_or_said_twice_is_not_among_the_best(make_online):
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [
-        ("grpo", {"samples_per_prompt": 1}, "samples_per_prompt is 1"),
-        ("rloo", {"samples_per_prompt": 1}, "samples_per_prompt is 1"),
-        ("online_dpo", {"per_device_train_batch_size": 1}, "it must be even"),
+        ("grpo", {"samples_per_prompt": 1}, "samples_per_prompt\n  Input should be greater than or equal to 2"),
+        ("rloo", {"samples_per_prompt": 1}, "samples_per_prompt\n  Input should be greater than or equal to 2"),
+        ("online_dpo", {"per_device_train_batch_size": 1}, "use an even number"),
         ("online_dpo", {"per_device_train_batch_size": 4, "rollout_batch": 8, "num_mini_batches": 2}, "4 responses"),
         ("rejection", {"best": 5}, "best 5 is more than samples_per_prompt 4"),
         ("grpo", {"overlong_buffer": 7}, "overlong_buffer 7 is longer than max_tokens 6"),

@@ -1,18 +1,25 @@
-"""Arguments of trainers with values that no user may give, for tests that isolate a part of an update."""
+"""Arguments of trainers from one dict of fields, also with values that no user may give."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
-from align.rl.arguments import RolloutArguments
+from align.config.stages.rl import RolloutFields
 
-Arguments = TypeVar("Arguments", bound=RolloutArguments)
+RENAMED = {"per_device_train_batch_size": "micro_batch_size"}
 
 
-def unbounded(config: type[Arguments], **fields: Any) -> Arguments:
-    """Return arguments whose values that the settings refuse are set after their check.
+def settings(config_class: type[RolloutFields], **fields: Any) -> dict[str, Any]:
+    """Return ``config`` and ``options`` of a trainer: the fields of the config, and the others."""
+    renamed = {RENAMED.get(name, name): value for name, value in fields.items()}
+    config = {name: renamed.pop(name) for name in list(renamed) if name in config_class.model_fields}
+    return {"config": unbounded(config_class, **config), "options": renamed}
 
-    They are a rate or a norm of 0, and a warm-up of the critic that takes all updates.
+
+def unbounded(config_class: type[RolloutFields], **fields: Any) -> RolloutFields:
+    """Return a config whose values that are refused are set after its check.
+
+    They are a rate or a norm of 0, and a warm-up of the critic during all updates.
     """
     refused = {name: fields[name] for name in ("learning_rate", "max_grad_norm") if fields.get(name) == 0.0}
     accepted: dict[str, Any] = dict.fromkeys(refused, 1.0)
@@ -20,7 +27,4 @@ def unbounded(config: type[Arguments], **fields: Any) -> Arguments:
     if warmup >= fields.get("updates", 100):
         refused["critic_warmup_updates"] = warmup
         accepted["critic_warmup_updates"] = 0
-    arguments = config(**(fields | accepted))
-    for name, value in refused.items():
-        setattr(arguments, name, value)
-    return arguments
+    return config_class.for_trainer(**(fields | accepted)).model_copy(update=refused)

@@ -17,8 +17,9 @@ import torch
 from align.inference.protocol import Response
 from align.models.loading import load_policy, load_tokenizer
 from align.models.processes import leave
-from align.rl import PPOConfig, PPOTrainer
+from align.rl import PpoConfig, PPOTrainer
 from tests.support.fork_server import start_module
+from tests.support.rl.arguments import settings
 from tests.support.rl.gradients import TEXTS
 
 
@@ -72,7 +73,8 @@ def two_updates(trainer: Any, config: Any, model_dir: Path, out: Path, fields: d
     torch.manual_seed(0)
     new_trainer = trainer(
         model=load_policy(model_dir),
-        args=config(
+        **settings(
+            config,
             output_dir=str(out.parent / "run"),
             updates=2,
             max_tokens=8,
@@ -125,7 +127,7 @@ FIELDS = {
     "kl_horizon": 50,
 }
 
-WARMING = {"critic_warmup_updates": 1, "weight_decay": 0.1, "critic_detach": False}
+WARMING = {"critic": "head", "critic_warmup_updates": 1, "weight_decay": 0.1, "critic_detach": False}
 """The critic learns alone at first, on the policy's own trunk, which it trains later on."""
 
 if __name__ == "__main__":
@@ -133,10 +135,9 @@ if __name__ == "__main__":
     warming = "warming" in sys.argv[3:]
     two_updates(
         PPOTrainer,
-        PPOConfig,
+        PpoConfig,
         Path(sys.argv[1]),
         Path(sys.argv[2]),
-        FIELDS | (WARMING if warming else {}),
+        FIELDS | (WARMING if warming else {"critic": "policy"}),
         eval_dataset=held_out,
-        critic="head" if warming else None,
     )

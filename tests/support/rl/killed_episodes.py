@@ -17,9 +17,10 @@ from align.config.tuning import LoraTuning
 from align.environments.player import EnvironmentPlayer
 from align.environments.sources import open_environment
 from align.models.loading import load_policy, load_tokenizer
-from align.rl import PPOConfig, PPOTrainer
+from align.rl import PpoConfig, PPOTrainer
 from align.rl.checkpoint import last_checkpoint
 from tests.support.environments.buttons import FORMAT
+from tests.support.rl.arguments import settings
 from tests.support.rl.killed_run import FIELDS, TIMED, Lives
 from tests.support.rl.trainers import make_engine
 
@@ -41,16 +42,15 @@ def main(model: Path, folder: Path) -> None:
         }
     )
     tokenizer = load_tokenizer(model)
-    fields = FIELDS | {"max_tokens": 60, "eval_updates": None, "keep": "last"}
+    fields = FIELDS | {"tuning": LoraTuning(rank=4, alpha=8), "max_tokens": 60, "eval_updates": None, "keep": "last"}
     trainer = PPOTrainer(
         model=load_policy(model),
-        args=PPOConfig(output_dir=str(folder / "run"), updates=UPDATES, **fields),
+        **settings(PpoConfig, output_dir=str(folder / "run"), updates=UPDATES, **fields),
         train_dataset=ROWS,
         processing_class=tokenizer,
         scorer=None,
         engine=make_engine(model),
         episodes=EnvironmentPlayer(config, open_environment(config), tokenizer, 64, "test"),
-        tuning=LoraTuning(rank=4, alpha=8),
         callbacks=[Lives(folder / "begun", 0)],
     )
     checkpoint = last_checkpoint(folder / "run")

@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 
 from align.config.tuning import LoraTuning
 from align.models.loading import load_policy, load_reward, load_tokenizer
-from align.rl import PPOConfig, PPOTrainer
+from align.rl import PpoConfig, PPOTrainer
 from align.rl.checkpoint import last_checkpoint
+from tests.support.rl.arguments import settings
 from tests.support.rl.trainers import ROWS, make_engine, share_of_vowels
 
 TIMED = ("seconds", "per_second", "peak_memory", "runtime")
@@ -42,6 +43,7 @@ class Lives(TrainerCallback):
 
 
 FIELDS: dict[str, Any] = {
+    "tuning": LoraTuning(rank=4, alpha=8),
     "rollout_batch": 16,
     "samples_per_prompt": 4,
     "max_tokens": 12,
@@ -71,13 +73,12 @@ def main(policy: Path, reward: Path, folder: Path, updates: int = 80, engine: An
     torch.set_num_threads(1)
     trainer = PPOTrainer(
         model=load_policy(policy),
-        args=PPOConfig(output_dir=str(folder / "run"), updates=updates, **FIELDS),
+        **settings(PpoConfig, output_dir=str(folder / "run"), updates=updates, **FIELDS),
         train_dataset=ROWS,
         processing_class=load_tokenizer(policy),
         scorer=share_of_vowels,
         engine=engine or make_engine(policy),
         reward_model=load_reward(reward),
-        tuning=LoraTuning(rank=4, alpha=8),
         eval_dataset=HELD_OUT,
         callbacks=[Lives(folder / "begun", dies_at)],
     )

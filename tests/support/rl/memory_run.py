@@ -21,7 +21,8 @@ from align.config.tuning import FullTuning, LoraTuning
 from align.models.architecture import read_architecture
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.precision import cast_frozen_to_bf16
-from align.rl import PPOConfig, PPOTrainer
+from align.rl import PpoConfig, PPOTrainer
+from tests.support.rl.arguments import settings
 from tests.support.rl.distributed_run import FixedEngine
 from tests.support.rl.trainers import share_of_vowels
 
@@ -51,7 +52,10 @@ def main(model_dir: Path, folder: Path, method: str, critic: Any) -> None:
     policy, reward = _owned(load_policy(model_dir)), _owned(new_reward(model_dir).requires_grad_(False))
     trainer = PPOTrainer(
         model=policy,
-        args=PPOConfig(
+        **settings(
+            PpoConfig,
+            tuning=tuning,
+            critic=critic,
             output_dir=str(folder / "run"),
             updates=2,
             rollout_batch=2 * BATCH,
@@ -71,8 +75,6 @@ def main(model_dir: Path, folder: Path, method: str, critic: Any) -> None:
         scorer=share_of_vowels,
         engine=LongAnswers(),
         reward_model=reward,
-        tuning=tuning,
-        critic=critic,
     )
     cast_frozen_to_bf16(reward.model)  # as the stage does
     sizes = read_architecture(model_dir / "config.json")

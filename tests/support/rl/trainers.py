@@ -6,13 +6,13 @@ import torch
 
 from align.inference.transformers import TransformersEngine
 from align.rl import (
-    BestOfNConfig,
     BestOfNTrainer,
-    GRPOConfig,
+    GrpoConfig,
     GRPOTrainer,
-    OnlineDPOConfig,
+    OnlineDpoConfig,
     OnlineDPOTrainer,
-    RLOOConfig,
+    RejectionConfig,
+    RlooConfig,
     RLOOTrainer,
 )
 
@@ -46,10 +46,10 @@ def make_engine(model_dir):
 
 
 METHODS = {
-    "grpo": (GRPOTrainer, GRPOConfig),
-    "rloo": (RLOOTrainer, RLOOConfig),
-    "online_dpo": (OnlineDPOTrainer, OnlineDPOConfig),
-    "rejection": (BestOfNTrainer, BestOfNConfig),
+    "grpo": (GRPOTrainer, GrpoConfig),
+    "rloo": (RLOOTrainer, RlooConfig),
+    "online_dpo": (OnlineDPOTrainer, OnlineDpoConfig),
+    "rejection": (BestOfNTrainer, RejectionConfig),
 }
 
 

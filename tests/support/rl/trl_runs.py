@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from align.data.weighted_scores import RewardScorer
 from align.inference.protocol import Response
 from align.models.reward import RewardModel
-from align.rl import PPOConfig, PPOTrainer
-from tests.support.rl.arguments import unbounded
+from align.rl import PpoConfig, PPOTrainer
+from tests.support.rl.arguments import settings
 from tests.support.rl.make_trl_fixture import FIXTURE, make_tokenizer
 
 
@@ -106,7 +106,7 @@ def ours(trl, run, folder, account=None, **fields):
     steps, actual = Steps(), {}
     trainer = PPOTrainer(
         model=load(trl, "reference"),
-        args=unbounded(PPOConfig, **(options | fields)),
+        **settings(PpoConfig, **(options | fields)),
         train_dataset=[{"prompt": message} for message in trl.messages],
         processing_class=make_tokenizer(),
         scorer=RewardScorer(RewardModel(folder / "reward", precision="float32")),
