@@ -1,7 +1,7 @@
 """Trainers that learn from their own rollouts: ``from align.rl import PpoConfig, PPOTrainer``.
 
-PPO has a critic; GRPO and its variants, RLOO, online DPO and best-of-N have none. All are transformers' Trainers.
-Names are imported on first use, so that importing a module of this package never loads torch by accident.
+PPO has a critic; GRPO and its variants, RLOO, online DPO and best-of-N have none. All are transformers' Trainers. Names
+are imported on first use, so importing a module of this package never loads torch by accident.
 """
 
 from __future__ import annotations

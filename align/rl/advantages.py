@@ -14,7 +14,7 @@ Scale = Literal["group", "batch", "none"]
 """Standard deviation that centered scores are divided by: the group's, the batch's, or none."""
 
 EPSILON = 1e-4
-"""Added to a standard deviation before dividing by it, as in trl, so that nearly equal scores do not blow up."""
+"""Term added to a standard deviation before dividing, as in trl; it bounds the result for nearly equal scores."""
 
 
 # ---- with a critic: one advantage per token ----
@@ -34,13 +34,13 @@ def gae(
     """Return advantages and returns, both (B, T), zero on padding (arXiv 1506.02438, equation 16).
 
     ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, ``return_t = A_t + V_t``.
-    ``rewards`` and ``response_mask`` are (B, T), ``finished`` (B,) is True where nothing cut the response off: EOS was
-    reached, in an episode after its last turn. ``values`` is (B, T+1): ``values[:, t]`` is the value of the state
-    *before* token t, and the column after a row's last real token the value of the state the response ended in. That
-    one counts as 0 where the response is finished, since the episode is over. After
-    truncation it is used (``bootstrap``, arXiv 1712.00378) or 0 (``terminal``). Values past a row's end are not read.
-    Where an environment's tokens leave a gap in the mask, the recursion goes on as if they were not there:
-    ``V_{t+1}`` is the value before the next sampled token. ``turn_discount`` multiplies gamma at such a step.
+    ``rewards`` and ``response_mask`` are (B, T), ``finished`` (B,) is True if the response was not cut off: it reached
+    EOS, in an episode after its last turn. ``values`` is (B, T+1): ``values[:, t]`` is the value of the state *before*
+    token t, and the column after a row's last real token the value of the state the response ended in. The value at the
+    end counts as 0 if the response is finished, because the episode is over. After truncation it is used
+    (``bootstrap``, arXiv 1712.00378) or 0 (``terminal``). Values past a row's end are not read. If an environment's
+    tokens leave a gap in the mask, the recursion skips the gap: ``V_{t+1}`` is the value before the next sampled token.
+    ``turn_discount`` multiplies gamma at such a step.
     """
     batch, width = rewards.shape
     last = last_index(response_mask)  # (B,)
@@ -50,7 +50,7 @@ def gae(
     if truncation == "terminal":
         value_at_end = torch.zeros_like(value_at_end)
 
-    # A step that leads into another turn is discounted by ``turn_discount``, too, (B, T). None follows the last one.
+    # A step that leads into another turn is also discounted by ``turn_discount``, (B, T). No turn follows the last.
     crosses_turns = turn_ends(response_mask)
     crosses_turns[rows, last] = False
     discounts = torch.where(crosses_turns, gamma * turn_discount, gamma).to(rewards.dtype)
@@ -63,7 +63,7 @@ def gae(
         is_real = response_mask[:, t]
         delta = rewards[:, t] + discounts[:, t] * next_value - values[:, t]
         advantage = delta + traces[:, t] * next_advantage
-        # Padding carries both unchanged, so that a row's recursion starts at its own last token; so do gaps.
+        # Padding and gaps carry both unchanged, so a row's recursion starts at its own last token.
         next_advantage = torch.where(is_real, advantage, next_advantage)
         next_value = torch.where(is_real, values[:, t], next_value)
         advantages[:, t] = torch.where(is_real, advantage, advantages[:, t])
@@ -80,7 +80,7 @@ def whiten_advantages(advantages: torch.Tensor, response_mask: torch.Tensor) -> 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, response_mask: torch.Tensor) -> float:
     """Return ``1 - Var(returns - values) / Var(returns)``: 1 is a perfect critic, below 0 is worse than a constant.
 
-    ``values``, ``returns`` and ``response_mask`` are (B, T). 0 where the returns do not vary.
+    ``values``, ``returns`` and ``response_mask`` are (B, T). The result is 0 if the returns do not vary.
     """
     _, variance = masked_mean_var(returns, response_mask)
     _, residual = masked_mean_var(returns - values, response_mask)
@@ -103,11 +103,11 @@ def group_sums(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor
 
 
 def fill_failed(values: torch.Tensor, failed: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Return values where failed responses have the mean of their group's others, 0 in a group without any, (B,).
+    """Return values (B,) that replace failed responses by the mean of their group's others, or 0 without others.
 
     Compared with its group, such a response moves the mean of no other. ``values``, ``failed`` and ``groups`` are (B,).
     """
-    # What failed counts as 0 in the sums, whatever stands there: NaN for a score that nobody gave.
+    # Failed responses count as 0 in the sums, even if their score is missing (NaN).
     sums, _ = group_sums(torch.where(failed, torch.zeros_like(values), values), groups)
     counts, _ = group_sums((~failed).to(values.dtype), groups)
     return torch.where(failed, sums / counts.clamp(min=1), values)
@@ -117,8 +117,8 @@ def group_advantages(scores: torch.Tensor, groups: torch.Tensor, scale: Scale) -
     """Return scores minus the group's mean, over a sample standard deviation, (B,) (arXiv 2402.03300, section 4.1.2).
 
     ``scores`` and ``groups`` are (B,). ``scale`` selects the standard deviation: within the group, over the batch
-    (arXiv 2508.08221), or none: dividing favors prompts that are nearly always or nearly never solved
-    (arXiv 2503.20783). 0 where a group's scores are all equal.
+    (arXiv 2508.08221), or none: dividing favors prompts that are nearly always or nearly never solved (arXiv
+    2503.20783). The result is 0 if a group's scores are all equal.
     """
     sums, sizes = group_sums(scores, groups)
     # The mean of equal scores may be off by rounding, which the division would make 1 / EPSILON times larger.
@@ -166,7 +166,7 @@ def overlong_penalty(lengths: torch.Tensor, max_tokens: int, buffer: int, penalt
 
 
 def without_variance(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Return True for responses whose group's scores are all equal, (B,): such a group teaches nothing.
+    """Return True for responses whose group's scores are all equal, (B,): such a group has no learning signal.
 
     ``scores`` and ``groups`` are (B,).
     """

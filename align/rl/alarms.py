@@ -1,7 +1,7 @@
 """Warning signs in an update's metrics: a constant score, divergence, collapse, exploding lengths, exploited rewards.
 
-A loss or gradient that is not finite stops the run by itself (``trainer.py``); these failures do not. They are found
-from logged metrics alone, so a resumed run raises what the uninterrupted one would have raised.
+A loss or gradient that is not finite stops the run by itself (``trainer.py``); these failures do not. They are detected
+from logged metrics only, so a resumed run raises the same alarms as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ FEW_CALLS = 0.2
 ALL_CUT = 0.95
 """Share of responses cut off at ``max_tokens`` that means that none ends, also from the start."""
 KL_PER_TOKEN = 1.0
-"""Nats a token: far beyond what learning takes (0.2 in the quickstart, 0.5 between a model and its base)."""
+"""Nats a token: far above the KL of healthy learning (0.2 in the quickstart, 0.5 between a model and its base)."""
 LEAST_KL = 5.0
 """Nats a response below which no KL is an alarm, however short the responses."""
 SURGED_GRADIENT = 20.0
 """Gradient norms of the policy, as a multiple of their mean at the start. Healthy ones stay within a factor of 2."""
 CONSTANT_UPDATES = 2
-"""Updates without any difference between scores, from which nothing can be learned."""
+"""Updates without any difference between scores, which have no learning signal."""
 CLEAR = 2.0
 """Standard errors that a change of means must exceed."""
 SPAN = 8
@@ -49,7 +49,7 @@ CONSTANT_SCORE = "constant score"
 
 @dataclass(frozen=True)
 class Alarm:
-    """A failure, and the update since which it holds; ``text`` says what it means and what usually helps."""
+    """A failure, and the update since which it holds; ``text`` explains it and the usual remedy."""
 
     name: str
     update: int
@@ -120,7 +120,7 @@ def _truncation(history: Sequence[Entry]) -> tuple[str, str]:
 
 
 def _entropy_surge(history: Sequence[Entry]) -> tuple[str, str]:
-    """Return an alarm for entropy twice as high as it was: the policy is losing what it knew."""
+    """Return an alarm for entropy that has doubled, which means that the policy is losing what it had learned."""
     entropy = _mean(history[:START], "entropy")
     if history[-1]["entropy"] > SURGED_ENTROPY * entropy:
         return "entropy", (
@@ -179,9 +179,9 @@ def _explosion(history: Sequence[Entry]) -> tuple[str, str]:
 def _over_optimization(history: Sequence[Entry]) -> tuple[str, str]:
     """Return an alarm for a mean score that clearly rises while gold clearly falls, or no longer rises (2210.10760).
 
-    Scores scatter from update to update. A fall is a difference between two windows in its standard errors. A gold
-    score that stands still is seen later: over ``SPAN`` updates a line through the score rises steeply for its scatter,
-    and one through gold does not rise at all.
+    Scores scatter from update to update. A fall is a difference between two windows in its standard errors. A constant
+    gold score is detected later: over ``SPAN`` updates a line through the score rises steeply for its scatter, and a
+    line through gold does not rise at all.
     """
     name = "over-optimization"
     if "gold" not in history[-1]:
@@ -241,7 +241,7 @@ def _failures(history: Sequence[Entry]) -> tuple[str, str]:
 
 
 def _change(before: Sequence[Entry], after: Sequence[Entry], name: str) -> float:
-    """Return the difference of two windows' means in its standard errors; infinite where values do not vary."""
+    """Return the difference of two windows' means in its standard errors; infinite if values do not vary."""
     windows = [[entry[name] for entry in window] for window in (before, after)]
     difference = statistics.fmean(windows[1]) - statistics.fmean(windows[0])
     # The standard error of a difference of two means (Welch).

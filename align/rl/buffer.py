@@ -33,7 +33,7 @@ class MiniBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a process learns from in one forward and backward pass."""
+    """The rows that a process learns from in one forward and backward pass."""
 
     pack: Batch
     """The model's inputs: some of the responses and, behind them, supervised texts."""
@@ -93,7 +93,7 @@ class RolloutBuffer:
         return [MiniBatch(rollout, indices, first_step + number) for number, indices in enumerate(planned)]
 
     def count_reused(self, update: int, micro_batches: int) -> int:
-        """Return how many micro-batches of the first optimizer step are learned from the passes that measured them.
+        """Return the number of the first step's micro-batches that are learned from their measuring passes.
 
         These passes have the same rows and, before that step, the same weights. Returns 0 if the passes differ:
         measuring has no supervised texts, and uses no temperature but the sampling temperature.
@@ -106,7 +106,7 @@ class RolloutBuffer:
     def by_length(self, rollout: Rollout) -> list[list[int]]:
         """Return micro-batches of responses of similar length, for measuring without learning."""
         size = self.args.per_device_train_batch_size
-        # Similar lengths together, so that little of a batch is padding; order does not matter without learning.
+        # Batch similar lengths to reduce padding; order does not matter without learning.
         order = sorted(range(len(rollout)), key=rollout.lengths.__getitem__)
         return [order[start : start + size] for start in range(0, len(order), size)]
 

@@ -1,10 +1,10 @@
-"""Files of a checkpoint beside the Trainer's, and the checkpoint that a killed run resumes from.
+"""Files that a checkpoint has in addition to the Trainer's, and the checkpoint that a killed run resumes from.
 
 ``model.safetensors`` has every trained tensor of policy and critic in float32; frozen ones come from the models that
 the run starts from. ``ppo_state.json`` has the KL controller, the totals, and the arguments that decide the order of
 the data. The Trainer adds optimizer, scheduler, random states and ``trainer_state.json``. ``best.safetensors`` has the
-weights of the best policy, where ``keep`` asks for it. A checkpoint is written under another name, marked with the
-digests of its files (``align.training.checkpoints``), and renamed.
+weights of the best policy if ``keep`` asks for it. A checkpoint is written under another name, marked with the digests
+of its files (``align.training.checkpoints``), and renamed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from align.training import checkpoints
 WEIGHTS = "model.safetensors"
 STATE = "ppo_state.json"
 BEST = "best.safetensors"
-"""The weights of the best policy so far, where ``keep`` asks for them."""
+"""The weights of the best policy so far, if ``keep`` asks for them."""
 DRAFT = ".draft"
 
 
@@ -64,7 +64,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Read it back. Raises ``UserError`` when the run's data order would differ from the checkpoint's."""
+    """Return the stored state. Raises ``UserError`` if the run's data order would differ from the checkpoint's."""
     path = folder / STATE
     if not path.is_file():
         raise UserError(f"{folder} has no {STATE}: it is not a checkpoint of PPO. Use another, or start over.")
@@ -134,8 +134,9 @@ def publish(draft: Path, output_dir: Path, limit: int | None) -> None:
 def last_checkpoint(output_dir: Path, warn: checkpoints.Warn = print) -> Path | None:
     """Return the newest complete ``checkpoint-<step>`` in ``output_dir``, or None; remove leftovers of a killed save.
 
-    A damaged checkpoint is moved to ``damaged/``, with a warning that says where the run resumes instead. One without a
-    marker is left alone: it is not of this trainer, which marks a checkpoint before it gets its name.
+    A damaged checkpoint is moved to ``damaged/``, with a warning that names the checkpoint that the run resumes from
+    instead. A checkpoint without a marker stays: another program wrote it, because this trainer marks a checkpoint
+    before renaming it.
     """
     if not output_dir.is_dir():
         return None

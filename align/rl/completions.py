@@ -1,6 +1,6 @@
-"""Tables of sampled responses: a few from every update, and those to a few prompts from every validation.
+"""Tables of sampled responses: a few from every update, and the responses to a few prompts from every validation.
 
-There is one JSON line per response and one file per update, so that a resumed run overwrites what it repeats.
+There is one JSON line per response and one file per update, so a resumed run overwrites the updates that it repeats.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
     """Write the first ``count`` responses of a rollout: ``update``, ``prompt``, ``response``, scores, length, KL.
 
     ``by_token`` has ``[text, KL to the reference, the critic's value before the token, advantage]`` of each token. It
-    shows where a response drifts, and what the critic expected there.
+    shows the tokens at which a response drifts, and the critic's expectation there.
     """
     path = folder / FOLDER / f"{rollout.update + 1:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def continue_prompts(context: StageContext, trainer: RLTrainer) -> Continuation | None:
-    """Return the order of the prompts where a stage goes on with other prompts; None for the plain order."""
+    """Return the order of the prompts if a stage continues with other prompts; None for the plain order."""
     history, facts = continued_history(context), continued_facts(context)
     if history is None or facts is None:
         return None

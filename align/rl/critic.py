@@ -54,7 +54,7 @@ def make_critic(
     tuning: TuningBase,
     seed: int,
 ) -> Critic:
-    """Return a critic, by default from ``reward`` if there is one. Raises ``ValueError`` where it needs one."""
+    """Return a critic, by default from ``reward`` if there is one. Raises ``ValueError`` if it needs a reward model."""
     if isinstance(tuning, LowRank):
         # Values need no new tokens, and the reward model's embedding has not learned them with the policy.
         tuning = tuning.model_copy(update={"train_tokens": []})
@@ -90,7 +90,7 @@ def critic_from_reward(reward: Any, tuning: TuningBase, seed: int) -> Critic:
             f"critic: reward needs a reward model with one linear 'score' head; {type(reward).__name__} has "
             f"{type(head).__name__}. Set critic: policy."
         )
-    # Adapters go on a copy of the modules: the reward model must keep scoring without them.
+    # Add adapters to a copy of the modules, because the reward model must keep scoring without them.
     critic = Critic(trunk_of(apply_tuning(_copy(reward, tuning), tuning, seed)), head.in_features)
     critic.head.weight.data.copy_(head.weight.detach())
     if head.bias is not None:
@@ -99,11 +99,11 @@ def critic_from_reward(reward: Any, tuning: TuningBase, seed: int) -> Critic:
 
 
 def _copy(model: Any, tuning: TuningBase) -> Any:
-    """Return a second module tree: over the same tensors where they stay frozen, over copies where they are trained."""
+    """Return a second module tree: over the same tensors if they stay frozen, over copies if they are trained."""
     if tuning.trains_all:
         duplicate = copy.deepcopy(model)
         duplicate.requires_grad_(True)
         return duplicate
-    # deepcopy takes what its memo holds for copied already: every tensor stays, only the modules are new.
+    # deepcopy treats objects in its memo as already copied: every tensor stays, only the modules are new.
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

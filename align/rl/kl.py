@@ -1,6 +1,6 @@
 """KL of the policy to the reference: estimators, and controllers of the penalty's coefficient.
 
-As a reward only k1 has the right gradient, as a loss only k2 (and k3 that of the reverse KL).
+As a reward only k1 has the right gradient, as a loss only k2; k3 in the loss has the gradient of the reverse KL.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def estimate_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: E
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """Coefficients of the KL penalty during one update: one of them is 0."""
+    """Coefficients of the KL penalty during one update; at least one is 0."""
 
     in_reward: float = 0.0
     """Reward lost per nat of drift from the reference."""
@@ -59,7 +59,7 @@ class FixedKL:
         self.value = value
 
     def update(self, kl: float, episodes: int) -> None:
-        """Change nothing."""
+        """Keep the coefficient."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value}
@@ -82,7 +82,7 @@ class AdaptiveKL(FixedKL):
 
     def update(self, kl: float, episodes: int) -> None:
         """Raise the coefficient when the KL is above the target, lower it when below, by at most 20 % per horizon."""
-        # Relative error, limited, so that a single update cannot swing the coefficient.
+        # Limit the relative error, so a single update cannot swing the coefficient.
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * episodes / self.horizon
 

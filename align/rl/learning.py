@@ -24,7 +24,7 @@ def micro_batch_loss(trainer: Any, micro_batch: MicroBatch, step: Step) -> torch
         ptx_coef = 0.0 if objective.rests_policy(step.update) else trainer.config.ptx_coef
         loss = loss + ptx_coef * ptx_loss / step.ptx_count
     if trainer.ptx is not None:
-        # Added even without texts: the sums are reduced by position, so all processes must add the same names.
+        # Add the loss even without texts: the sums are reduced by position, so all processes must add the same names.
         objective.averages.add("ptx_loss", 0.0 if ptx_loss is None else ptx_loss.detach(), ptx_tokens)
     require_finite(trainer, "loss", loss)
     total: torch.Tensor = loss * trainer.args.world_size + critic_loss  # DDP averages; ours are shares of one sum

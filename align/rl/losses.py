@@ -1,7 +1,7 @@
 """Losses over sampled responses, as sums divided by a count that the caller passes.
 
-The count is that of the entire optimizer step (all micro-batches, all processes), so that neither padding nor the size
-of a micro-batch changes the objective.
+The count covers the entire optimizer step (all micro-batches, all processes), so neither padding nor the size of a
+micro-batch changes the objective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.rl.masking import masked_sum
 Aggregation = Literal["token", "sequence", "constant"]
 """``token``: every token weighs the same, so long responses count more. ``sequence``: every response weighs the same,
 which under-penalizes long bad ones (arXiv 2503.20783). ``constant``: token sums over responses times the maximum
-length, so that a token weighs the same in every update, however long the other responses are (same source)."""
+length. A token then weighs the same in every update, however long the other responses are (same source)."""
 RatioLevel = Literal["token", "sequence", "response"]
 """Level of the probability ratio. ``token``: per token. ``sequence``: the geometric mean over a response's tokens
 (arXiv 2507.18071, equation 7). ``response``: their product, the response's own probability (arXiv 2402.14740)."""
@@ -51,7 +51,7 @@ def aggregate(
 def loss_count(masks: Sequence[torch.Tensor], kind: Aggregation, max_tokens: int) -> float:
     """Return the divisor of the loss sums of responses with these (B, T) masks; see ``Aggregation``.
 
-    Counts of several processes add up. 0 where no token is learned from.
+    Counts of several processes add up. The divisor is 0 if no token is learned from.
     """
     if kind == "token":
         return float(sum(int(mask.sum()) for mask in masks))
@@ -72,14 +72,14 @@ def importance_weights(
     gives weight 1. ``sequence_cap`` c drops responses (weight 0) whose ratio over all tokens is outside [1/c, c]: there
     the engine followed another policy, and no weight repairs that.
     """
-    # A log-ratio of 0, so weight 1, where the sampler gave no number.
+    # Tokens without a number from the sampler get a log-ratio of 0, so weight 1.
     is_known = mask & torch.isfinite(sampler_logprobs)
     gap = torch.where(is_known, logprobs - sampler_logprobs, torch.zeros_like(logprobs))
     weights = torch.ones_like(logprobs)
     if cap is not None:
         weights = torch.exp(gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)).clamp(max=cap)
     if sequence_cap is not None:
-        # A response whose total probability is far off is dropped as a unit: some of its tokens alone prove nothing.
+        # A response whose total probability is far off is dropped as a unit, because single tokens are no evidence.
         is_outside = gap.sum(dim=1, keepdim=True).abs() > math.log(sequence_cap)
         weights = torch.where(mask & is_outside, torch.zeros_like(weights), weights)
     return weights.detach()
@@ -99,14 +99,14 @@ def policy_loss(
 ) -> LossTerms:
     """Return PPO's clipped surrogate (arXiv 1707.06347, equation 7): ``max(-A rho, -A clip(rho, 1-eps, 1+eps))``.
 
-    ``dual_clip`` c adds, where A < 0, ``min(that, -c A)`` (arXiv 1912.09729), which bounds the loss of a token the new
+    ``dual_clip`` c adds, if A < 0, ``min(that, -c A)`` (arXiv 1912.09729), which bounds the loss of a token the new
     policy has made very likely. ``weights`` (B, T) multiply each token's loss. All tensors are (B, T).
     """
     log_ratio = (new_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = torch.exp(log_ratio)
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    # The larger loss is the pessimistic one: clipping takes gain away, never loss.
+    # The larger loss is pessimistic: clipping removes gain, never loss.
     per_token = torch.maximum(plain, clipped)
     if dual_clip is not None:
         # With a negative advantage the surrogate grows without limit as the ratio does; dual clip bounds it.
@@ -141,7 +141,7 @@ def value_loss(
     squared = (new_values - returns) ** 2
     clipped = squared
     if value_clip_range is not None:
-        # A critic that moved further than the range gets no gradient where moving helped.
+        # A critic that moved further than the range gets no gradient if moving helped.
         near = values + (new_values - values).clamp(-value_clip_range, value_clip_range)
         clipped = (near - returns) ** 2
     # The larger one again: clipping may only make the loss more cautious.
@@ -194,7 +194,7 @@ def group_loss(
         per_token = torch.maximum(plain, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
         is_clipped = per_token > plain
     else:
-        # The gradient flows through log pi alone, so a capped token keeps the gradient that a clip would remove.
+        # The gradient flows only through log pi, so a capped token keeps the gradient that a clip would remove.
         per_token = -advantages * ratio.clamp(max=1.0 + high).detach() * new_logprobs
         is_clipped = (ratio > 1.0 + high).expand_as(mask)
     if weights is not None:
@@ -222,10 +222,10 @@ def pair_loss(
 ) -> LossTerms:
     """Return DPO's loss over pairs of neighboring rows (arXiv 2305.18290, equation 7; IPO: 2310.12036).
 
-    Equal to the loss of stage ``dpo`` (trl) on the same numbers. IPO's margin is of means over each response's tokens,
-    so that one target fits all lengths; its authors computed the paper's results so, as trl's source says.
+    Equal to the loss of stage ``dpo`` (trl) on the same numbers. IPO's margin uses means over each response's tokens,
+    so a single target fits all lengths. Its authors computed the paper's results this way, as trl's source says.
     Log-probabilities and ``mask`` are (B, T). ``sides`` (B, 1) is 1 for the better response, -1 for the worse, 0 for
-    both of a tie, which counts for nothing. ``count`` and the logged sums are over pairs.
+    both of a tie, which has no loss. ``count`` and the logged sums are over pairs.
     """
     # A row's drift is log pi - log pi_ref of the response, beta times which is DPO's implicit reward.
     drift = torch.where(mask, new_logprobs - ref_logprobs, new_logprobs.new_zeros(())).sum(dim=1)  # (B,)

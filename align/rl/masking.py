@@ -26,7 +26,7 @@ def pad_masks(masks: Sequence[Sequence[bool]], width: int) -> torch.Tensor:
 
 def last_index(mask: torch.Tensor) -> torch.Tensor:
     """Return the column of each row's last real token, (B,), of a mask (B, T). Every row needs at least one."""
-    # Counting would be wrong where an environment's tokens leave gaps.
+    # Counting would be wrong if an environment's tokens leave gaps.
     columns = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, columns, -1).max(dim=1).values
 
@@ -54,7 +54,7 @@ def pad_rows(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype = t
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the sum of ``values`` over real tokens, a scalar. Values and mask have one shape, usually (B, T).
 
-    Padding is replaced, not multiplied by 0, so that a NaN there does not leak.
+    Padding is replaced, not multiplied by 0, because a NaN there would leak.
     """
     total: torch.Tensor = torch.where(mask, values, values.new_zeros(())).sum()
     return total

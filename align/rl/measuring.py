@@ -21,7 +21,7 @@ Indices = list[list[int]]
 def measure_passes(
     trainer: Any, rollout: Rollout, micro_batches: Indices, reused: Indices | None = None
 ) -> list[Batch]:
-    """Store the outputs of a pass over each micro-batch; return those of ``reused``, with their graphs.
+    """Store the outputs of a pass over each micro-batch; return the outputs of ``reused``, with their graphs.
 
     Every process measures some of the micro-batches, and gets all results.
     """
@@ -48,9 +48,9 @@ def measure_passes(
                         # The reference has no graph, and the loss reads its values from the rollout.
                         outputs.pop("ref_logprobs")
                         kept_outputs.append(outputs)
-    # No backward pass follows these passes, so free what FSDP2 keeps gathered for one.
+    # No backward pass follows these passes, so free the weights that FSDP2 keeps gathered for one.
     if not reused:
         reshard(trainer.model)
-    for name in sorted(names):  # zeros where another process measured
+    for name in sorted(names):  # zeros if another process measured
         rollout.tensors[name] = all_reduce(rollout.tensors[name])
     return kept_outputs

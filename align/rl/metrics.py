@@ -40,7 +40,7 @@ class Averages:
 
 
 def rollout_statistics(averages: Averages, rollout: Rollout, is_prefetched: bool) -> dict[str, float]:
-    """Add a rollout's sums to ``averages``; return statistics that are no means, seconds by phase, and sampling speed.
+    """Add a rollout's sums to ``averages``; return statistics that are not means, seconds by phase, and sampling speed.
 
     ``is_prefetched``: sampling ran in the background, with weights that may be older.
     """
@@ -56,7 +56,7 @@ def rollout_statistics(averages: Averages, rollout: Rollout, is_prefetched: bool
 
 
 def add_rollout(averages: Averages, rollout: Rollout) -> dict[str, float]:
-    """Add a rollout's sums to ``averages``, and return the statistics that are no means.
+    """Add a rollout's sums to ``averages``, and return the statistics that are not means.
 
     Scores and lengths are of all responses that were sampled, the rest of those that are learned from.
     """
@@ -103,7 +103,7 @@ def _parity_gap(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def add_staleness(averages: Averages, rollout: Rollout) -> dict[str, float]:
-    """Return how old the weights were that sampled the tokens, in updates: mean and maximum.
+    """Return the age of the weights that sampled the tokens, in updates: mean and maximum.
 
     Where they were not equally old, the gap between engine and trainer is added by age: the current weights' shows
     whether the two agree, the others' also how far the policy has moved.
@@ -161,7 +161,7 @@ def add_episodes(averages: Averages, episodes: Sequence[Episode]) -> None:
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Return the Pearson correlation of ``x`` and ``y``, (B,) each; 0 where one does not vary."""
+    """Return the Pearson correlation of ``x`` and ``y``, (B,) each; 0 if either does not vary."""
     x = x.double() - x.double().sum() / len(x)
     y = y.double() - y.double().sum() / len(y)
     xx, yy, xy = float((x * x).sum()), float((y * y).sum()), float((x * y).sum())
@@ -169,7 +169,7 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def finish(means: dict[str, float]) -> dict[str, float]:
-    """Return the means with those of squares turned into standard deviations."""
+    """Return the means, with means of squares turned into standard deviations."""
     finished = {name: value for name, value in means.items() if not name.endswith("_square")}
     for name, square in means.items():
         if name.endswith("_square"):

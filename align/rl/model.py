@@ -93,8 +93,9 @@ class PolicyAndReference(nn.Module):
     def _states(self, trunk: Any, batch: Batch) -> torch.Tensor:
         """Return hidden states (R * L, H), or (N, H) of rows without padding.
 
-        The lowest layers, if nothing trains them, run once for all models that share them: policy, reference and critic
-        on one frozen trunk have equal states there. The batch carries these states from one model to the next.
+        The lowest layers, if they are frozen in all models, run once for all models that share them: policy, reference
+        and critic on one frozen trunk have equal states there. The batch carries these states from one model to the
+        next.
         """
         count = self.frozen_layers.get(id(trunk), 0)
         # Layers below the first adapter never change: their states are computed once for policy, reference and critic.
@@ -140,7 +141,7 @@ class PolicyAndCritic(PolicyAndReference):
 
     @property
     def trained(self) -> list[Any]:
-        """The policy, and the critic's trunk where it has one."""
+        """The policy, and the critic's trunk if it has one."""
         return [self.policy, *([] if self.critic.trunk is None else [self.critic.trunk])]
 
     def forward(
@@ -155,7 +156,7 @@ class PolicyAndCritic(PolicyAndReference):
         outputs = {}
         states = None  # (R * L, H) or (N, H) of the policy's trunk
         if policy or (critic and self.critic.trunk is None):
-            # For values of a head alone the trunk runs without a graph.
+            # For values of only a head the trunk runs without a graph.
             with torch.set_grad_enabled(torch.is_grad_enabled() and policy):
                 states = self._states(trunk_of(self.policy), batch)
         if policy and states is not None:
@@ -167,7 +168,7 @@ class PolicyAndCritic(PolicyAndReference):
         return outputs
 
     def _values(self, states: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-        """Return values (B, T+1) from the critic's trunk, or from the policy's ``states`` where it is only a head."""
+        """Return values (B, T+1) from the critic's trunk, or from the policy's ``states`` if it is only a head."""
         if self.critic.trunk is not None:
             batch = batch.get("without_ptx", batch)
             states = self._states(self.critic.trunk, batch)

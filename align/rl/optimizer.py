@@ -25,7 +25,7 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
                 continue
             decay = args.weight_decay if decays else 0.0  # biases and norms do not decay
             group = {"params": parameters, "lr": rate, "weight_decay": decay}
-            # Only optimizers like Adam take a single epsilon.
+            # Only optimizers like Adam have a single epsilon.
             if part != "policy" and isinstance(options.get("eps"), float):
                 group["eps"] = args.critic_adam_epsilon
             groups.append(group)
@@ -34,13 +34,14 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
 
 
 def learning_rates(config: Any, model: PolicyAndReference) -> dict[str, float]:
-    """Return the peak rates of ``policy`` and, where there is a critic, ``critic`` (its trunk) and ``head``."""
+    """Return the peak rates of ``policy`` and, with a critic, ``critic`` (its trunk) and ``head``."""
     if not hasattr(model, "critic"):
         return {"policy": config.learning_rate}
     critic = config.learning_rate if config.critic_learning_rate is None else config.critic_learning_rate
     head = config.critic_head_learning_rate
     if head is None:
-        # A policy with adapters is its own reference. Frozen weights are no sign of them: full tuning may freeze, too.
+        # A policy with adapters is its own reference. Frozen weights are no sign of adapters, because full tuning may
+        # also freeze.
         has_adapters = model.reference is None
         head = critic * (LORA_HEAD_RATE if has_adapters else 1.0)
     return {"policy": config.learning_rate, "critic": critic, "head": head}

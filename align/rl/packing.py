@@ -1,9 +1,9 @@
 """Tensors of a micro-batch from token lists of different lengths, and the assignment of responses to micro-batches.
 
 ``ragged``: rows follow each other in one line of tokens, without padding (``align.models.fast.ragged_rows``).
-``shared``: likewise, and what rows have in common is there once: the prompt of several responses to it, and the tokens
-that all prompts begin with, such as a template's system message. A response attends to its prompt and to itself. With n
-samples per prompt this saves n - 1 passes over the prompt.
+``shared``: likewise, and the common prefixes of rows are there once: the prompt of several responses to it, and the
+tokens that all prompts begin with, such as a template's system message. A response attends to its prompt and to itself.
+With n samples per prompt this saves n - 1 passes over the prompt.
 ``padded``: one right-padded row per response, for models that support neither. They are causal, so no real token
 attends to padding. The form changes results by rounding only.
 """
@@ -37,8 +37,7 @@ def pack(
 ) -> Batch:
     """Return the tensors of a micro-batch of B responses; ``groups[i]`` is equal for responses to the same prompt.
 
-    ``masks`` are False on the tokens of episodes that the policy did not sample: the model reads them, and nothing else
-    does.
+    ``masks`` are False on the tokens of episodes that the policy did not sample, which are only inputs of the model.
     """
     if form == "padded":
         inputs, prompt_ends, starts = _pad(prompts, responses, pad_id)
@@ -57,7 +56,7 @@ def pack(
 
 
 def _pad(prompts: TokenLists, responses: TokenLists, pad_id: int) -> tuple[Batch, list[int], list[int]]:
-    """Return right-padded inputs, and where in the flattened tokens each prompt ends and each response starts."""
+    """Return right-padded inputs, and the ends of prompts and starts of responses in the flattened tokens."""
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
     input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
@@ -68,7 +67,7 @@ def _pad(prompts: TokenLists, responses: TokenLists, pad_id: int) -> tuple[Batch
 def _lay_out(
     prompts: TokenLists, responses: TokenLists, groups: Sequence[int], share: bool
 ) -> tuple[Batch, list[int], list[int]]:
-    """Return inputs without padding, and where in them each prompt ends and each response starts.
+    """Return inputs without padding, and the ends of prompts and starts of responses in them.
 
     With ``share`` the tokens that all prompts begin with come first, then each prompt's rest, which attends to them,
     and behind it the responses to it. A prompt with a single response is one row together with it.
@@ -111,7 +110,7 @@ def plan(
     """Return the response indices of each micro-batch of each mini-batch of one epoch.
 
     Prompts are shuffled over the entire rollout, and the responses to a prompt stay together. Inside a mini-batch,
-    micro-batches have similar lengths, so that there is little padding. ``lengths[i]`` counts the tokens of prompt and
+    micro-batches have similar lengths, which keeps padding small. ``lengths[i]`` counts the tokens of prompt and
     response i.
     """
     members = group_members(groups)

@@ -1,10 +1,10 @@
-"""Rollouts sampled before they are learned from, so that servers sample while the trainer learns.
+"""Sample rollouts ahead of learning, so servers sample while the trainer learns.
 
 With ``in_flight: wait`` the rollout of an update is sampled with the weights that the policy had ``max_staleness``
-updates earlier, never with others. So nothing depends on a clock, and the result is the same where nothing runs in the
-background: runs are repeatable, and a checkpoint stores what was prefetched. With ``in_flight: continue`` servers take
-newer weights between the turns of episodes, and a checkpoint leaves what is being sampled to its journal. Left out:
-weights that change within a turn.
+updates earlier, never with others. So results do not depend on a clock or on sampling in the background: runs are
+repeatable, and a checkpoint stores the prefetched rollouts. With ``in_flight: continue`` servers load newer weights
+between the turns of episodes, and a checkpoint leaves rollouts in progress to their journal. Weights never change
+within a turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RolloutPrefetcher:
         in_flight: InFlight = "wait",
     ) -> None:
         """``sample(update, weights_update)`` returns this process's part of an update's rollout, sampled from
-        ``engine`` with the weights that it holds, which the policy had before ``weights_update``; None where other
+        ``engine`` with the weights that it holds, which the policy had before ``weights_update``; None if other
         processes sample all of it. It may run at any time, so it must not communicate with other processes."""
         self.engine, self._sample, self.staleness, self.updates = engine, sample, staleness, updates
         self.in_flight = in_flight
@@ -52,25 +52,25 @@ class RolloutPrefetcher:
         self._next_update: int | None = None
         """First update whose rollout has not been begun; None before the first."""
         self.in_background = staleness > 0 and isinstance(engine, PoolEngine)
-        """True where rollouts are sampled while the trainer goes on."""
+        """True if rollouts are sampled while the trainer learns."""
         self.shared_engine = is_shared(engine)
-        """True where one process has all of every rollout, however many learn from it."""
+        """True if one process has all of every rollout, however many learn from it."""
         self.is_waiting = False
         """True while ``get`` samples or waits for a rollout."""
         self._thread: ThreadPoolExecutor | None = None
         self._last_job: Future[Any] | None = None
         self._adoption: Future[None] | None = None
-        """Done when the servers have loaded the last weights. If it failed, all jobs behind it fail: weights that are
-        loaded later must not hide that rollouts came from older ones."""
+        """The job that loads the last weights into the servers. If it failed, all jobs behind it fail: weights that are
+        loaded later must not hide that rollouts came from older weights."""
 
     def set_weights(self, update: int, weights: Weights) -> None:
-        """Give the engine the policy's weights before ``update``, for what is sampled from now on.
+        """Give the engine the policy's weights before ``update``, for all later sampling.
 
         The weights may change once this returns.
         """
         self._weights_update = update
         if self.in_background and self.engine.takes_folders:
-            # Written now, since training will change them; loaded behind the rollouts that are still being sampled.
+            # Write the weights now, because training will change them. They are loaded after the rollouts in progress.
             version = self.engine.write_weights(weights)
             if self.in_flight == "continue":
                 self.engine.offer(version, update)
@@ -80,7 +80,7 @@ class RolloutPrefetcher:
         self.engine.load_weights(weights)
 
     def continuing_objection(self) -> str | None:
-        """Return why the engine cannot take new weights between turns, and the remedy; None if it can."""
+        """Return why the engine cannot load new weights between turns, and the remedy; None if it can."""
         if not self.shared_engine:
             return f"engine {self.engine.name} samples in this process. Pass an engine of vLLM servers"
         if isinstance(self.engine, PoolEngine) and not self.engine.takes_folders:
@@ -88,7 +88,7 @@ class RolloutPrefetcher:
         return None
 
     def wait(self) -> None:
-        """Wait until the engine holds the last weights and samples nothing. Raises what went wrong there."""
+        """Wait until the engine holds the last weights and is idle. Raises the background job's error."""
         if self._last_job is not None:
             self._last_job.result()
 
@@ -115,7 +115,7 @@ class RolloutPrefetcher:
         return self._rollouts.pop(update).result()
 
     def _check_staleness(self, rollout: Rollout) -> None:
-        """Raise ``RuntimeError`` where a token is older than ``staleness`` updates, or newer than the rollout."""
+        """Raise ``RuntimeError`` if a token is older than ``staleness`` updates, or newer than the rollout."""
         ages = rollout.staleness
         if ages.numel() and not 0 <= int(ages.min()) <= int(ages.max()) <= self.staleness:
             raise RuntimeError(
@@ -124,7 +124,7 @@ class RolloutPrefetcher:
             )
 
     def _begin(self, update: int) -> Future[Rollout | None]:
-        # Read now, not in the job: newer weights may be set before the job runs.
+        # Read the update now, not in the job, because newer weights may be set before the job runs.
         weights_update = self._weights_update
 
         def sample() -> Rollout | None:
@@ -147,7 +147,7 @@ class RolloutPrefetcher:
 
         def run_with_weights() -> Any:
             if adoption is not None:
-                adoption.result()  # done, since there is one thread; raises where the servers rejected the weights
+                adoption.result()  # done, since there is one thread; raises if the servers rejected the weights
             return job()
 
         return self._thread.submit(run_with_weights)
@@ -159,10 +159,10 @@ class RolloutPrefetcher:
         self._thread = self._last_job = None
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Return the prefetched rollouts as JSON; those that are still being sampled are waited for.
+        """Return the prefetched rollouts as JSON, after waiting for the rollouts in progress.
 
-        With ``in_flight: continue`` they are left out: waiting would end what was to go on with the next weights. A
-        resumed run plays them from their journals.
+        With ``in_flight: continue`` rollouts in progress are skipped, because waiting would finish them with the old
+        weights. A resumed run plays them from their journals.
         """
         futures = [self._rollouts[update] for update in sorted(self._rollouts)]
         if self.in_flight == "continue":
@@ -216,7 +216,7 @@ def _to_json(rollout: Rollout) -> dict[str, Any]:
             "text": rollout.texts[i],
         }
         responses.setdefault(rollout.groups[i], []).append(response)
-    # Turns of episodes have an update of their own; this is that of responses, and of turns by an older version.
+    # Turns of episodes have their own update. This update is for responses, and for turns by an older version.
     weights_update = rollout.update - int(rollout.staleness.max())
     facts = {"update": rollout.update, "weights_of": weights_update, "drawing": rollout.sampling_seconds}
     return facts | {"answers": list(responses.values())}

@@ -1,7 +1,6 @@
-"""The prompts of a run: rendered once, then drawn epoch after epoch in an order that follows from the seed alone.
+"""The prompts of a run: rendered once, then drawn epoch after epoch in an order that depends only on the seed.
 
-The prompts of an update depend on the seed and the update, and on nothing that happened before, so a resumed run needs
-no loader state.
+The prompts of an update depend only on the seed and the update, so a resumed run needs no loader state.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Prompts:
         """Return the indices of prompts ``start`` to ``start + count`` of the endless sequence of shuffled epochs."""
         indices: list[int] = []
         while len(indices) < count:
-            # Shuffle each epoch by its own seed, so that any position is found without the epochs before it.
+            # Shuffle each epoch by its own seed, so any position is available without the epochs before it.
             epoch, offset = divmod(start + len(indices), len(self))
             generator = torch.Generator().manual_seed(derive_seed(seed, "prompts", epoch))
             order = torch.randperm(len(self), generator=generator).tolist()

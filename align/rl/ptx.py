@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PtxRows:
-    """Tokenized rows with ``prompt`` and ``completion`` (or ``chosen``), drawn by step from the seed alone."""
+    """Tokenized rows with ``prompt`` and ``completion`` (or ``chosen``), drawn by step from the seed only."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> None:
         """``dropped`` counts texts longer than ``max_length`` tokens. Raises ``UserError`` when no row is left."""
@@ -55,17 +55,17 @@ class PtxRows:
 
 
 def _split_row(tokenizer: Any, row: Mapping[str, Any]) -> list[Text]:
-    """Return the texts of a row: one, or of an answer with calls of tools one for each turn of the assistant."""
+    """Return the texts of a row: one text, or a text for each turn of the assistant if the answer calls tools."""
     side = answer_side(row)
     if len(row[side]) == 1:
         return [split_answer(tokenizer, row)]
-    # A text is learned as a whole, so what tools wrote may only stand before it.
+    # A text is learned as a whole, so the output of tools may only be before it.
     places = answer_turns([*row["prompt"], *row[side]], len(row["prompt"]))
     return split_turns(tokenizer, row, side, places)
 
 
 def make_ptx(config: RolloutFields, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any) -> PtxRows | None:
-    """Return the texts that ``ptx_coef`` asks for, None where it is 0. Raises ``ValueError`` without rows."""
+    """Return the texts that ``ptx_coef`` asks for, None if it is 0. Raises ``ValueError`` without rows."""
     if not config.ptx_coef:
         return None
     if rows is None:
@@ -78,7 +78,7 @@ def split_outputs(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, float]:
     """Split a forward pass into the responses' outputs and the supervised texts' loss.
 
-    Returns the outputs, (B, ``width``) and ``values`` (B, ``width`` + 1); the texts' summed loss, a scalar, None where
+    Returns the outputs, (B, ``width``) and ``values`` (B, ``width`` + 1); the texts' summed loss, a scalar, None if
     there are none; and their number of tokens.
     """
     count = int(batch.get("ptx", 0))

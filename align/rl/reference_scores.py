@@ -1,6 +1,6 @@
-"""Score the rows' own reference answers before the first update: a reward that rejects them teaches nothing.
+"""Score the rows' own reference answers before the first update: a reward that rejects them cannot teach the task.
 
-Left out: judges and other scorers that wait for a server, whose answers cost money or time.
+Judges and other scorers that wait for a server are skipped, because their answers cost money or time.
 """
 
 from __future__ import annotations

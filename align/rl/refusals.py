@@ -1,4 +1,4 @@
-"""What the trainers that sample refuse: launchers and inputs that cannot work, and values that are not finite."""
+"""Refuse launchers and inputs that cannot work in trainers that sample, and values that are not finite."""
 
 from __future__ import annotations
 

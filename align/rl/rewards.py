@@ -22,8 +22,8 @@ def adjust_scores(
     """Return scores (B,) clipped to [-score_clip, score_clip], minus the penalties; the input is not changed.
 
     ``length_penalty`` is subtracted per token of ``lengths`` (B,). ``missing_eos_penalty`` is subtracted from responses
-    that were cut off; it does not replace the score, so that the order among them stays. ``finished`` (B,) is False
-    where a response has no EOS, and where an episode was cut off, whatever its last token.
+    that were cut off; it does not replace the score, which preserves the order among them. ``finished`` (B,) is False
+    if a response has no EOS, or if an episode was cut off, whatever its last token.
     """
     # Clipping first: a penalty must not vanish for a score at the edge of the range.
     adjusted = scores.clone() if score_clip is None else scores.clamp(-score_clip, score_clip)

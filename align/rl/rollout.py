@@ -1,4 +1,4 @@
-"""The rollout of one update: responses, what was measured on them, and what the update learns from."""
+"""The rollout of one update: responses, their measurements, and the tensors that the update learns from."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ Text = tuple[list[int], list[int]]
 class Rollout:
     """B responses, right-padded to T tokens. ``tensors`` holds, once computed, under these names:
 
-    (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>`` (NaN where a response lacks a
-    metric), ``gold``; (B, T):
-    ``response_mask``, ``weights_update`` (update before which the policy had the weights that sampled the token),
-    ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
+    (B,): ``finished`` (EOS was reached), ``scores``, its components as ``score_<name>`` (NaN if a response lacks a
+    metric), ``gold``; (B, T): ``response_mask``, ``weights_update`` (update before which the policy had the weights
+    that sampled the token), ``sampler_logprobs``, ``logprobs``, ``ref_logprobs``, ``entropy``, ``kl``, ``rewards``,
     ``advantages`` (whitened if the settings say so), ``raw_advantages``, ``returns``, ``learn_mask`` (tokens that the
     loss includes); (B, T+1): ``values``.
     """
@@ -38,15 +37,15 @@ class Rollout:
     """Equal for responses to the same prompt."""
     prompts: list[list[int]]
     responses: list[list[int]]
-    """Token ids after the prompts. Of an episode they include what its environment wrote between the turns."""
+    """Token ids after the prompts. For an episode they include the environment's tokens between the turns."""
     texts: list[str]
     tensors: dict[str, torch.Tensor]
     episodes: list[Episode] | None = None
-    """Turns, calls and scores of each response, where an environment gave the prompts."""
+    """Turns, calls and scores of each response, if an environment gave the prompts."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time by phase of the update."""
     candidates: Rollout | None = None
-    """Rollout that these responses were selected from, whose scores are logged; None where none were left out."""
+    """Rollout that these responses were selected from, whose scores are logged; None if all were selected."""
     resampled: list[Rollout] = field(default_factory=list)
     """Further responses that were sampled to select from."""
     sampling_seconds: float = 0.0
@@ -80,7 +79,7 @@ class Rollout:
         """Return model inputs of some of the responses, with supervised ``texts`` behind them.
 
         The batch then also has ``ptx``, the number of texts; ``supervised``, the number of last rows that are learned
-        by SFT's loss; and ``without_ptx``, a batch of the responses alone.
+        by SFT's loss; and ``without_ptx``, a batch of only the responses.
         """
         prompts, responses = [self.prompts[i] for i in indices], [self.responses[i] for i in indices]
         groups, masks = self._prompt_numbers(indices), self._masks(indices)
@@ -89,11 +88,11 @@ class Rollout:
             return batch
         if masks is not None:
             masks = [*masks, *([True] * len(answer) for _, answer in texts)]
-        # A critic with its own trunk learns nothing from texts, so it reads the first batch.
+        # A critic with its own trunk does not learn from texts, so it reads the first batch.
         batch_with_texts = pack(
             [*prompts, *(prompt for prompt, _ in texts)],
             [*responses, *(answer for _, answer in texts)],
-            [*groups, *(-1 - i for i in range(len(texts)))],  # a group of its own for each text
+            [*groups, *(-1 - i for i in range(len(texts)))],  # a separate group for each text
             pad_id,
             form,
             masks,
@@ -191,7 +190,7 @@ def make_rollout(
     )
     if episodes:
         rollout.episodes = episodes
-        # The environment may have begun each episode with a prompt of its own.
+        # The environment may have begun each episode with its own prompt.
         rollout.prompts = [episode.prompt_ids for episode in episodes]
         rollout.tensors["weights_update"] = _weights_updates(episodes, mask.shape[1], weights_update)
         _add_episode_scores(rollout, episodes)
@@ -199,7 +198,7 @@ def make_rollout(
 
 
 def _weights_updates(episodes: list[Episode], width: int, default: int) -> torch.Tensor:
-    """Return the update whose weights sampled each token, (B, T); ``default`` where a turn names none."""
+    """Return the update whose weights sampled each token, (B, T); ``default`` if a turn names none."""
     updates = torch.full((len(episodes), width), default)
     for row, episode in enumerate(episodes):
         known = [default if update is None else update for update in episode.weights_updates]
@@ -222,7 +221,7 @@ def _add_episode_scores(rollout: Rollout, episodes: list[Episode]) -> None:
 
 
 def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Return one rollout of several of the same update. Groups are numbered anew, so that none of them coincide."""
+    """Return one rollout of several of the same update. Groups are renumbered, so different rollouts share no group."""
     width = max(part.tensors["response_mask"].shape[1] for part in parts)
     # Each part counts its groups from 0, so equal numbers in two parts are different prompts.
     groups: list[int] = []

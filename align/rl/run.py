@@ -87,7 +87,7 @@ def _drop_older_journals(trainer: Any) -> None:
     """Delete the journals in ``output_dir`` if they are another run's.
 
     They are another run's if this run could not continue from them: a run with a checkpoint would have resumed from it,
-    and a run that saves nothing never resumes. Without a checkpoint it may be this run, killed early, which reads its
+    and a run that does not save never resumes. Without a checkpoint it may be this run, killed early, which reads its
     journal.
     """
     folder = Path(str(trainer.args.output_dir))

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 AnyScorer = ScoreFunction | Scorer
 """A function ``(rows, responses) -> scores``, or an object whose method ``score`` also gets which are truncated. The
-components of one with a method ``score_parts`` are logged, too (``align.data.weighted_scores``). Higher is better; NaN
+components of scorers with ``score_parts`` are also logged (``align.data.weighted_scores``). Higher is better; NaN
 and infinities are refused."""
 
 
@@ -41,9 +41,9 @@ USER_FAILURE = "user:"
 
 
 class RolloutSampler:
-    """Samples and scores responses. Prompts and seeds follow from the run's seed and the update alone.
+    """Samples and scores responses. Prompts and seeds depend only on the run's seed and the update.
 
-    So a resumed run samples what the uninterrupted one would have, in any number of processes.
+    So a resumed run samples the same responses as an uninterrupted run, in any number of processes.
     """
 
     report_phase: Callable[[str], None] = staticmethod(lambda text: None)
@@ -69,7 +69,7 @@ class RolloutSampler:
         self.episodes = episodes
 
     def sample_local(self, update: int, weights_update: int) -> Rollout | None:
-        """Return this process's part of an update's rollout, unscored; None where other processes sample all of it.
+        """Return this process's part of an update's rollout, unscored; None if other processes sample all of it.
 
         ``weights_update`` is the update whose weights the engine has. Does not communicate with other processes, so it
         may run in a thread at any time.
@@ -99,12 +99,12 @@ class RolloutSampler:
 
     @property
     def cache_statistics(self) -> dict[str, float]:
-        """Share of the prompt tokens of episodes' turns that the engine had in its prefix cache, where it says so."""
+        """Share of the prompt tokens of episodes' turns that the engine had in its prefix cache, if it reports them."""
         return {} if self.episodes is None else self.episodes.cache_statistics or {}
 
     def score(self, rollout: Rollout) -> None:
-        """Add scores, and gold scores where there is a gold function."""
-        # The order matters: the environment's scores are added to those of the scorer.
+        """Add scores, and gold scores if there is a gold function."""
+        # The order matters: the environment's scores are added to the scorer's.
         if self.scorer is not None:
             score_rollout(rollout, self.scorer)
         if rollout.episodes is not None:
@@ -208,7 +208,7 @@ class RolloutSampler:
                 "tasks": [[task.row.get("prompt"), task.seed] for task in tasks],
             }
         )
-        # An update may sample more than once: each set of episodes has a file of its own.
+        # An update may sample more than once, so each set of episodes has a separate file.
         name = f"{update:06d}-{identity[:12]}-{rank()}.jsonl"
         return Journal(journal_folder(self.args.output_dir) / name, identity)
 
@@ -219,7 +219,7 @@ def journal_folder(output_dir: Any) -> Path:
 
 
 def drop_journals(output_dir: Any, updates: float = math.inf) -> None:
-    """Delete the journals of the first ``updates`` updates, by default of all: nobody will read them any more."""
+    """Delete the journals of the first ``updates`` updates, by default of all, because they are no longer needed."""
     for path in journal_folder(output_dir).glob("*.jsonl"):
         if int(path.name.partition("-")[0]) < updates:
             path.unlink(missing_ok=True)
@@ -245,7 +245,7 @@ class ParityProbe:
         return not self._has_run or update % self.config.probe_updates == 0 or came_back
 
     def run(self, policy: Any) -> None:
-        """Compare on a few prompts. Raises ``ParityError`` where the engine holds another model than ``policy``."""
+        """Compare on a few prompts. Raises ``ParityError`` if the engine holds another model than ``policy``."""
 
         def compare(engine: RolloutEngine) -> Parity:
             # A server refuses more tokens than the run's responses may have.
@@ -253,7 +253,7 @@ class ParityProbe:
             prompts, temperature = self.prompts.token_ids[:4], self.config.temperature
             return probe(engine, policy, prompts, temperature=temperature, max_tokens=max_tokens)
 
-        # Read before the probe, so a server that comes back during it is probed next time.
+        # Read the count before the probe, so a server that comes back during it is probed next time.
         self._server_returns = returns(self.engine)
         for parity in ask_each(self.engine, compare):
             logger.info(
@@ -268,8 +268,8 @@ class ParityProbe:
 def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> None:
     """Add one number per response to the rollout's tensors under ``name``, and a scorer's components.
 
-    Components of ``gold`` are called ``gold_<component>``, since those of the reward may have the same names. Raises
-    ``UserError`` for a scorer that returns too few numbers, or one that is not finite.
+    Components of ``gold`` are called ``gold_<component>``, since the reward's components may have the same names.
+    Raises ``UserError`` if a scorer returns too few numbers, or a number that is not finite.
     """
     prefix = COMPONENT if name == "scores" else f"{COMPONENT}{name}_"
     truncated = (~rollout.tensors["finished"]).tolist()
@@ -288,8 +288,8 @@ def score_rollout(rollout: Rollout, scorer: AnyScorer, name: str = "scores") -> 
 def add_environment_scores(rollout: Rollout) -> None:
     """Add what the environments of a rollout's episodes scored to ``scores`` (B,), and their parts as components.
 
-    An episode whose environment failed gets the mean of its group's others: it then moves no other's advantage, and
-    nothing is learned from it. Raises ``UserError`` for a part with the name of a scorer's component.
+    An episode whose environment failed gets the mean of its group's others: it then moves no other's advantage, and has
+    no loss itself. Raises ``UserError`` for a part with the name of a scorer's component.
     """
     episodes = rollout.episodes or []
     totals = torch.tensor([episode.score for episode in episodes])
@@ -308,7 +308,7 @@ def add_environment_scores(rollout: Rollout) -> None:
 
 
 def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torch.Tensor:
-    """Return scores as a tensor (B,). Raises ``UserError`` where their number or one of them is wrong.
+    """Return scores as a tensor (B,). Raises ``UserError`` if their number or a value is wrong.
 
     ``may_lack``: NaN stands for a response without this metric.
     """
@@ -325,8 +325,8 @@ def _check_scores(rollout: Rollout, scores: list[float], may_lack: bool) -> torc
 def require_some_episode(rollout: Rollout, stage: str) -> None:
     """Raise ``UserError`` if all episodes of a rollout failed for one reason: no later update would do better.
 
-    Failures for several reasons raise the alarm *failures* instead, as do those of a simulated user, whose server may
-    be back in the next update.
+    Failures for several reasons raise the alarm *failures* instead. So do failures of a simulated user, whose server
+    may be back in the next update.
     """
     failures = [episode.failure for episode in rollout.episodes or ()]
     is_outage = any(failure.startswith(USER_FAILURE) for failure in failures)

@@ -1,12 +1,12 @@
 """The trainer of all methods that learn from their own rollouts; ``RLTrainer.train`` is the loop.
 
 The trainer has a sampler (``sampler.py``), a buffer that cuts rollouts into mini-batches and micro-batches
-(``buffer.py``), and an objective (``objectives/``), which is all that differs between methods. Starting, resuming and
-ending a run is in ``run.py``, saving in ``saving.py``, clipping in ``clipping.py``, the metrics of an update in
-``update_log.py``, and what is refused in ``refusals.py``.
+(``buffer.py``), and an objective (``objectives/``). Methods differ only in the objective. Starting, resuming and ending
+a run is in ``run.py``, saving in ``saving.py``, clipping in ``clipping.py``, the metrics of an update in
+``update_log.py``, and the checks that refuse inputs in ``refusals.py``.
 
 Everything is normalized by counts over the entire optimizer step, so micro-batching, padding and the number of
-processes change nothing.
+processes do not change the result.
 """
 
 from __future__ import annotations
@@ -114,9 +114,10 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         self.update_log = UpdateLog(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
-        """Train, validate the last policy, and restore the best one if ``keep`` says so.
+        """Train, validate the last policy, and restore the best policy if ``keep`` says so.
 
-        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the newest complete one in ``output_dir``.
+        ``resume_from_checkpoint`` is a checkpoint's folder, or True for the newest complete checkpoint in
+        ``output_dir``.
         """
         config = self.config
         run.begin(self, resume_from_checkpoint)
@@ -295,7 +296,7 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def reduce(self, total: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all processes of what each has of an optimizer step, of any shape."""
+        """Return the sum over all processes of their parts of an optimizer step, of any shape."""
         if self.args.world_size == 1:
             return total
         reduced: torch.Tensor = self.accelerator.reduce(total.to(self.args.device), "sum").to(total.device)

@@ -153,7 +153,7 @@ class BestOfNTrainer(CriticFreeTrainer):
 
 
 def choose_form(models: list[Any], args: RolloutArguments) -> Form:
-    """Return how micro-batches are packed, and prepare the models for it. Call it before adapters and copies exist."""
+    """Return the packing of micro-batches, and prepare the models for it. Call it before adapters and copies exist."""
     if not (args.padding_free and all(map(can_run_ragged, models))):
         return "padded"
     for model in models:

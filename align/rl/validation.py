@@ -1,8 +1,8 @@
 """Validation on held-out prompts every few updates, and the weights of the best policy so far.
 
-Left out: significance. Scores of a few prompts are noisy, and the best of several is biased upward. The ``evaluate``
-stage measures a checkpoint on other prompts: prompts that select a policy come from the ``train`` split, evaluations
-read the ``test`` split.
+Validation does not test significance. Scores of a few prompts are noisy, and the best of several is biased upward. The
+``evaluate`` stage measures a checkpoint on other prompts: prompts that select a policy come from the ``train`` split,
+evaluations read the ``test`` split.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Validation:
 
         The responses to the first prompts are written down (``completions.py``).
 
-        Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are those of
-        the episodes that did not fail; there are none where all did.
+        Returns means over all processes as ``eval_<measure>``, the KL in nats per response (k1). Scores are means over
+        the episodes that did not fail; there are none if all failed.
         """
         means = _means(rollout)
         if self.args.should_save:
@@ -76,7 +76,7 @@ class Validation:
 
     @property
     def weights(self) -> Path | None:
-        """File with the weights of the best policy so far, None where there is none."""
+        """File with the weights of the best policy so far, None if there is none."""
         if self.best is None:
             return None
         return self.folder / f"{FOLDER}{int(self.best['update'])}" / checkpoint.WEIGHTS
@@ -99,7 +99,7 @@ class Validation:
 def make_validation(
     args: RolloutArguments, rows: Iterable[Mapping[str, Any]] | None, tokenizer: Any
 ) -> Validation | None:
-    """Return the validation that ``eval_updates`` asks for, None where it is not set.
+    """Return the validation that ``eval_updates`` asks for, None if it is not set.
 
     Raises ``ValueError`` without prompts, and ``UserError`` for fewer prompts than processes.
     """
@@ -120,7 +120,7 @@ def make_validation(
 def _means(rollout: Rollout) -> dict[str, float]:
     tensors = rollout.tensors
     mask = tensors["response_mask"]
-    # A failed episode says nothing of the policy. Counted as 0, it would look good where scores are negative.
+    # A failed episode is no evidence about the policy. A score of 0 for it would look good if scores are negative.
     is_scored = ~tensors.get("failed", torch.zeros(len(rollout), dtype=torch.bool))
     scores = {"score": tensors["scores"]} | ({"gold": tensors["gold"]} if "gold" in tensors else {})
     means = {name: float(values[is_scored].double().mean()) for name, values in scores.items() if is_scored.any()}

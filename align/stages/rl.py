@@ -60,7 +60,7 @@ SUMMARIZED = (
 
 
 class PromptRows(NamedTuple):
-    """Rows with prompts to learn from, and rows to validate on where the config asks for it."""
+    """Rows with prompts to learn from, and rows to validate on if the config asks for it."""
 
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]] | None
@@ -74,11 +74,11 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     use_threads(context.runtime)
     config: RolloutFields = context.config
     source = context.artifact("policy").model
-    # All checks come before the engine, whose start may take minutes.
+    # All checks come before the engine, because its start may last minutes.
     prompts = _read_prompts(context)
     if config.environment is not None:
         check_user_rows(config.environment, [*prompts.train, *(prompts.validation or ())], context.name)
-    # A rollout is used once, so that a server's outage may fail episodes: the update goes on.
+    # A rollout is used once, so a server's outage may fail episodes: the update continues.
     player = open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     context.phase("loading models")
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
@@ -112,10 +112,10 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
             notice(trainer.model.policy, config.tuning, context.precision, low_residual=True, loaded=trainer.model)
         )
         if player is not None and rank() < playing_processes(context.runtime):
-            # Not in the thread that samples ahead: loading changes torch's default type in the trainer's thread, too.
+            # Load the user here, not in the thread that samples ahead: loading also changes the trainer's default type.
             player.load_user()
         _resume_and_train(context, trainer)
-        # Every process takes part, since sharded weights are gathered; the first one writes.
+        # Every process participates, because sharded weights are gathered; the first process writes.
         trainer.save_model(str(context.output / "model"))
         if rank() == 0:
             gather(context.checkpoints, context.output)
@@ -207,11 +207,11 @@ def _critic_source(config: RolloutFields) -> str | None:
 
 
 def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
-    """Train from the last checkpoint, or from the start where there is none."""
+    """Train from the last checkpoint, or from the start if there is none."""
     refuse_no_steps(context, trainer.args.max_steps, "updates", trainer.config.steps_per_update)
-    # Set before the first update, since it decides the order of the prompts.
+    # Set the continuation before the first update, because it decides the order of the prompts.
     trainer.prompts.continuation = continue_prompts(context, trainer)
-    # One process chooses, so that all resume from the same checkpoint even if a file appears meanwhile.
+    # One process chooses, so all resume from the same checkpoint even if a file appears meanwhile.
     checkpoint: Path | None = broadcast(
         lambda: last_checkpoint(context.checkpoints, trainer.notify) or restore_checkpoint(context)
     )
@@ -229,7 +229,7 @@ def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
 
 @contextmanager
 def _explain_lost_engine(context: StageContext) -> Iterator[None]:
-    """Add to an ``EngineLost`` where the next run starts."""
+    """Add the next run's starting point to an ``EngineLost``."""
     try:
         yield
     except EngineLost as error:
@@ -295,7 +295,7 @@ class ReportUpdates(TrainerCallback):
             metrics = {name.replace("eval", split, 1): float(value) for name, value in logs.items() if "eval_" in name}
             self.context.log(int(logs["update"]), **metrics)
         if "score" not in logs:
-            # Validations and the closing summary have no score: they are no update.
+            # Validations and the closing summary have no score, because they are not updates.
             return
         update, tokens = int(logs["update"]), int(logs["tokens"])
         points = {name: float(value) for name, value in logs.items() if name not in ("update", "total_flos")}
@@ -305,10 +305,10 @@ class ReportUpdates(TrainerCallback):
 
 
 def summary(trainer: RLTrainer) -> dict[str, Any]:
-    """Return metrics of the entire run. First and last ones are means over a few updates, seconds are sums.
+    """Return metrics of the entire run. First and last values are means over a few updates, seconds are sums.
 
-    ``trainable_parameters`` and ``parameters`` are the policy's, without critic and reference: so they compare with
-    those of stages that have neither.
+    ``trainable_parameters`` and ``parameters`` are the policy's, without critic and reference, so they are comparable
+    with stages that have neither.
     """
     history = [entry for entry in trainer.state.log_history if "score" in entry]
     metrics: dict[str, Any] = {"updates": len(history), **trainer.totals}
@@ -337,7 +337,7 @@ def _summarize_history(history: list[dict[str, float]], reward_names: list[str])
         if name in history[0]:
             metrics[f"{name}_first"] = sum(entry[name] for entry in history[:count]) / count
             metrics[f"{name}_last"] = sum(entry[name] for entry in history[-count:]) / count
-    # Where a stage continues another, only one of the two may have validated.
+    # If a stage continues another, maybe only the earlier or only the later stage validated.
     for name in dict.fromkeys(name for entry in history for name in entry if name.startswith("seconds")):
         metrics[name] = sum(entry.get(name, 0.0) for entry in history)
     metrics["kl_coef_last"] = history[-1]["kl_coef"]
@@ -358,7 +358,7 @@ def _load_reward_model(context: StageContext, artifact: Artifact) -> RewardModel
 
 
 def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> WeightedSum | None:
-    """Return the sum of ``reward`` and ``score``; None where an environment scores all there is.
+    """Return the sum of ``reward`` and ``score``; None if only an environment scores.
 
     Functions and judges are checked now, before the engine starts.
     """
@@ -375,7 +375,7 @@ def _open_scorer(context: StageContext, reward_models: list[RewardModel]) -> Wei
         return RewardScorer(model)
 
     for part in open_rewards(context, load, world_size()):
-        # score_weight is that of a single function; a list has weights of its own, and score_weight 1.
+        # score_weight is the weight of a single function; a list has its own weights, and score_weight 1.
         parts.append(replace(part, weight=config.score_weight * part.weight))
     return WeightedSum(tuple(parts), isinstance(config.score, list)) if parts else None
 

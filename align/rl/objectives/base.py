@@ -1,4 +1,4 @@
-"""The part of a trainer that differs between methods: what is learned from a rollout, and by which loss."""
+"""The part of a trainer that differs between methods: the learned part of a rollout, and the loss."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Step:
 
 
 class Objective(ABC):
-    """A method of learning from rollouts. The trainer calls its methods in the order in which they stand here."""
+    """A method of learning from rollouts. The trainer calls its methods in the order of this class."""
 
     name: ClassVar[str]
     """Kind of the stage, for messages."""
     loss_inputs: ClassVar[tuple[str, ...]]
     """Tensors of a rollout that ``loss`` reads, ``learn_mask`` among them."""
     learns_likelihood: ClassVar[bool] = False
-    """True for SFT's loss: log-probabilities are then taken at temperature 1, not at the sampling temperature."""
+    """True for SFT's loss: log-probabilities are then at temperature 1, not at the sampling temperature."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -56,7 +56,7 @@ class Objective(ABC):
 
     @abstractmethod
     def token_count(self, batches: list[Batch]) -> float:
-        """Return what the loss is divided by, for this process's micro-batches of an optimizer step.
+        """Return the divisor of the loss for this process's micro-batches of an optimizer step.
 
         Each of ``batches`` has the ``loss_inputs`` of a micro-batch.
         """
@@ -70,7 +70,7 @@ class Objective(ABC):
         """
 
     def rests_policy(self, update: int) -> bool:
-        """Return True where only a critic learns in this update."""
+        """Return True if only a critic learns in this update."""
         return False
 
     def adjusted_scores(self, rollout: Rollout, scale: RunningScale | None = None) -> torch.Tensor:
@@ -103,7 +103,7 @@ class Objective(ABC):
     def _regularized(
         self, loss: torch.Tensor, outputs: Batch, batch: Batch, step: Step, aggregation: Aggregation
     ) -> torch.Tensor:
-        """Return a surrogate minus the entropy bonus, plus the KL penalty where it is in the loss; a scalar."""
+        """Return a surrogate minus the entropy bonus, plus the KL penalty if it is in the loss; a scalar."""
         config, mask = self.config, batch["learn_mask"]
         if config.entropy_coef:
             loss = loss - config.entropy_coef * aggregate(outputs["entropy"], mask, step.count, aggregation)
@@ -127,7 +127,7 @@ def masked_kl(rollout: Rollout) -> torch.Tensor:
 def mask_to_learn(rollout: Rollout, truncated: str) -> torch.Tensor:
     """Return the mask (B, T) of tokens that the loss includes; ``mask`` leaves truncated responses out.
 
-    Episodes whose environment failed are always left out: their score is no judgment of the policy.
+    Episodes whose environment failed are always excluded, because their score is no judgment of the policy.
     """
     mask = rollout.tensors["response_mask"]
     if "failed" in rollout.tensors:

@@ -1,7 +1,7 @@
 """Best-of-N fine-tuning, or rejection sampling (RAFT, arXiv 2304.06767; ReST, 2308.08998).
 
-A round samples N responses to each prompt, selects the best, and takes supervised steps on them. The next round samples
-from the result.
+A round samples N responses to each prompt, selects the best, and trains on them by supervised steps. The next round
+samples from the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from align.rl.sampler import RolloutSampler
 
 
 class BestOfNObjective(Objective):
-    """An update is a round: ``num_epochs`` passes over the best responses, by their likelihood alone."""
+    """An update is a round: ``num_epochs`` passes over the best responses, by their likelihood only."""
 
     name: ClassVar[str] = "rejection"
     loss_inputs: ClassVar[tuple[str, ...]] = ("learn_mask",)
@@ -31,8 +31,8 @@ class BestOfNObjective(Objective):
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
         """Return the best of each group, and which of them are ``good`` (B,) enough to learn from.
 
-        Not good are scores below the threshold, truncated responses where ``truncated`` is ``mask``, and duplicates.
-        They fill up the batch where a group has too few good ones, without being learned from.
+        A response is not good if its score is below the threshold, if it is truncated and ``truncated`` is ``mask``, or
+        if it is a duplicate. Such responses fill up the batch if a group has too few good responses, but have no loss.
         """
         scores = self.adjusted_scores(rollout)
         threshold = self.config.threshold_of(rollout.update)

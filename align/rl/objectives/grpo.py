@@ -39,14 +39,14 @@ class GroupObjective(Objective):
         """Return advantages (B,) of responses that earned ``totals`` (B,), penalties included; ``groups`` is (B,)."""
 
     def score_penalty(self, lengths: torch.Tensor) -> torch.Tensor:
-        """Return what to subtract from the scores of responses of these lengths, both (B,)."""
+        """Return the penalties to subtract from the scores of responses of these lengths, both (B,)."""
         return torch.zeros_like(lengths, dtype=torch.float32)
 
     def advantages(self, rollout: Rollout, penalty: KLPenalty) -> None:
         """Compare each response's score, minus its KL penalty, with its group's. All its tokens get the result."""
         tensors = rollout.tensors
         mask = tensors["response_mask"]
-        # ``max_tokens`` counts an environment's tokens, too.
+        # ``max_tokens`` also counts an environment's tokens.
         lengths = torch.tensor([len(response) for response in rollout.responses])
         scores = self.adjusted_scores(rollout, scale=self.scale) - self.score_penalty(lengths)
         kl = masked_kl(rollout)
@@ -68,7 +68,7 @@ class GroupObjective(Objective):
         return loss_count([batch["learn_mask"] for batch in batches], self.aggregation, self.config.max_tokens)
 
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
-        """Return the surrogate, minus an entropy bonus, plus the KL penalty where it is in the loss; a scalar."""
+        """Return the surrogate, minus an entropy bonus, plus the KL penalty if it is in the loss; a scalar."""
         mask = batch["learn_mask"]
         weights = self._importance_weights(batch)
         terms = group_loss(

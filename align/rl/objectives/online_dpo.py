@@ -25,7 +25,7 @@ class OnlineDPOObjective(Objective):
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
         """Return the best and the worst of each group, one after the other, and their ``sides`` (B, 1).
 
-        A side is 1 for the better, -1 for the worse, and 0 for both where all score the same.
+        A side is 1 for the better, -1 for the worse, and 0 for both if all score the same.
         """
         scores = self.adjusted_scores(rollout).tolist()
         failed = failures(rollout)
@@ -38,7 +38,7 @@ class OnlineDPOObjective(Objective):
             worst = min((i for i in members if i != best), key=scores.__getitem__)
             # Neighbors: ``plan`` keeps a group together, so a pair is in one micro-batch.
             selected += [best, worst]
-            # Nothing is learned from a pair one of whose environments failed.
+            # A pair has no loss if the environment of either response failed.
             is_decided = scores[best] > scores[worst] and not (failed[best] or failed[worst])
             sides += [1.0, -1.0] if is_decided else [0.0, 0.0]
         pairs = rollout.subset(selected)
@@ -51,7 +51,7 @@ class OnlineDPOObjective(Objective):
         rollout.tensors |= {"kl": masked_kl(rollout), "learn_mask": mask_to_learn(rollout, "learn")}
 
     def token_count(self, batches: list[Batch]) -> float:
-        """Return the pairs of an optimizer step that are no ties."""
+        """Return the number of pairs of an optimizer step that are not ties."""
         return float(sum(int(batch["sides"].ne(0).sum()) for batch in batches)) / 2
 
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:

@@ -17,7 +17,7 @@ from align.rl.rollout import Rollout
 
 
 class PPOObjective(Objective):
-    """Every token is an action. Its advantage compares what followed with the critic's expectation."""
+    """Every token is an action. Its advantage compares the later rewards with the critic's expectation."""
 
     name: ClassVar[str] = "ppo"
     loss_inputs: ClassVar[tuple[str, ...]] = (
@@ -38,7 +38,7 @@ class PPOObjective(Objective):
         scores = self.adjusted_scores(rollout, scale=self.scale)
         turn_rewards = self._turn_rewards(rollout)
         if turn_rewards is not None:
-            # They are part of the score: the end earns what is left of it.
+            # They are part of the score: the end earns the rest of it.
             scores = scores - turn_rewards.sum(dim=1)
         # 1. Rewards per token: every token pays the KL penalty, the last one earns the score.
         rewards, tensors["kl"] = shape_rewards(
@@ -67,11 +67,11 @@ class PPOObjective(Objective):
         tensors["advantages"] = advantages
 
     def _turn_rewards(self, rollout: Rollout) -> torch.Tensor | None:
-        """Return the scores of turns on the running scale, (B, T); None where there are no episodes."""
+        """Return the scores of turns on the running scale, (B, T); None without episodes."""
         rewards = rollout.tensors.get("turn_rewards")
         if rewards is None or self.scale is None:
             return rewards
-        # Only divided, not shifted: the whole episode's score is shifted once, and its end gets what is left.
+        # Only divided, not shifted: the whole episode's score is shifted once, and its end gets the rest.
         return rewards / (self.scale.std or 1.0)
 
     def token_count(self, batches: list[Batch]) -> float:
@@ -86,7 +86,7 @@ class PPOObjective(Objective):
     def loss(self, outputs: Batch, batch: Batch, step: Step) -> torch.Tensor:
         """Return the loss of those parts that ``outputs`` has: critic (``values``), policy (``logprobs``); a scalar.
 
-        While the policy rests, its part counts for nothing but stays in the graph.
+        While the policy rests, its part has weight 0 but stays in the graph.
         """
         mask = batch["learn_mask"]
         loss: torch.Tensor = mask.new_zeros((), dtype=torch.float32)
@@ -95,7 +95,7 @@ class PPOObjective(Objective):
             loss, sums = self._critic_loss(outputs, batch, step)
         if "logprobs" in outputs:
             policy_part, policy_sums = self._policy_loss(outputs, batch, step)
-            # Times 0.0, not left out: under DDP every parameter must get a gradient.
+            # The term is multiplied by 0.0, not skipped: under DDP every parameter must get a gradient.
             loss = loss + (0.0 if self.rests_policy(step.update) else 1.0) * policy_part
             sums |= policy_sums
         self._log_sums(sums, mask.sum())
@@ -103,7 +103,7 @@ class PPOObjective(Objective):
 
     def _critic_loss(self, outputs: Batch, batch: Batch, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return vf_coef x value loss, and its sums to log."""
-        # The last column of the values is the state after the response. It has no return, so nothing is learned there.
+        # The last column of the values is the state after the response. It has no return, so it has no loss.
         terms = value_loss(
             outputs["values"][:, :-1],
             batch["values"][:, :-1],
@@ -118,8 +118,8 @@ class PPOObjective(Objective):
     def _policy_loss(self, outputs: Batch, batch: Batch, step: Step) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return policy loss - entropy_coef x entropy (+ KL penalty), and its sums to log.
 
-        The gradient of the KL term is that of the KL (k2) at the rollout's weights, and an approximation after steps
-        away from them.
+        At the rollout's weights the gradient of the KL term equals the gradient of the KL (k2). It is an approximation
+        after steps away from them.
         """
         config, mask = self.config, batch["learn_mask"]
         weights = self._importance_weights(batch)
