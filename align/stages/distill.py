@@ -137,7 +137,7 @@ class _TeacherTargets:
         self.cache = TeacherCache(folder, identity, context.warn)
 
     def prepare(self) -> None:
-        """Read the teacher's distributions from the cache or compute them; load the teacher only if it is needed."""
+        """Load the teacher's distributions from the cache or compute them; load the teacher only if it is needed."""
         if self.measure.top_k is not None:
             for name, split in self.splits.items():
                 self.known[name] = self.cache.known(split.rows, lambda split=split: self._compute(split))  # type: ignore[misc]

@@ -209,7 +209,7 @@ def _critic_source(config: RolloutFields) -> str | None:
 def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
     """Train from the last checkpoint, or from the start if there is none."""
     refuse_no_steps(context, trainer.args.max_steps, "updates", trainer.config.steps_per_update)
-    # Set the continuation before the first update, because it decides the order of the prompts.
+    # The continuation is set before the first update, because it decides the order of the prompts.
     trainer.prompts.continuation = continue_prompts(context, trainer)
     # One process chooses, so all resume from the same checkpoint even if a file appears meanwhile.
     checkpoint: Path | None = broadcast(
