@@ -5,11 +5,12 @@ Left out: detecting the format itself (``formats/detection.py``), and columns of
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 from align.config.recipe.format_options import PAIRED, SEVERAL, Form
-from align.config.recipe.source_settings import Source
+from align.config.recipe.source_settings import FilesSource, Source
 
 KINDS_OF_FORMATS = {
     **dict.fromkeys((*PAIRED, *SEVERAL), "preferences"),
@@ -46,3 +47,16 @@ def guess(source: Source, base: Path, kind: str | None = None) -> Guess:
     choice = choose_format(source, read(source, base), kind)
     form = choice.format.form
     return Guess(form, kind or kind_of(form), choice.reason)
+
+
+def check_named_columns(source: Source, base: Path) -> None:
+    """Raise ``UserError`` for a column that a source of local files names and its first records lack."""
+    if not isinstance(source, FilesSource) or not source.columns:
+        return
+    # Late: a plan without named columns reads no records.
+    from align.data.formats.detection import DETECTION_RECORDS
+    from align.data.sources import read
+
+    # The check is part of reading. It needs one more record than it looks at to notice the end of a short file.
+    for _ in itertools.islice(read(source, base), DETECTION_RECORDS + 1):
+        pass

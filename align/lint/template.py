@@ -109,7 +109,7 @@ def _check_generation_prompt(chat_format: ChatFormat, findings: Findings) -> Non
 
 
 def _check_earlier_turns(chat_format: ChatFormat, findings: Findings) -> None:
-    """Check that an answer is closed in the middle of a conversation where it is closed at the end."""
+    """Check that every answer is closed, in the middle of a conversation and at its end."""
     # Control tokens behind the last answer, behind an earlier one, and before the first turn.
     last, after, before = (
         [token for token in chat_format.encode((text or "").lstrip()) if token in chat_format.special_ids]
@@ -120,6 +120,10 @@ def _check_earlier_turns(chat_format: ChatFormat, findings: Findings) -> None:
         excerpt = (
             f"the last answer is followed by {chat_format.closing!r}, an earlier one by {chat_format.user_start!r}"
         )
+        findings.add("earlier-turns-unclosed", None, excerpt)
+    # A mark of the closing that is no control token is reported as split. Some models end at the next turn's header.
+    if not last and not MARK.findall(chat_format.closing or "") and (not after or after[0] not in chat_format.ends):
+        excerpt = f"no answer is closed: an earlier one is followed by {chat_format.user_start!r}, the last by nothing"
         findings.add("earlier-turns-unclosed", None, excerpt)
 
 

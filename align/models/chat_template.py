@@ -63,10 +63,12 @@ def limit_templates() -> None:
     """Limit every chat template that transformers compiles in this process; a second call changes nothing."""
     if sys.__stderr__ is not None:
         faulthandler.register(signal.SIGVTALRM, file=sys.__stderr__, chain=True)
-    wrap_templates(_with_limits)
+    wrap_templates(with_limits)
 
 
-def _with_limits(compile_template: Callable[[str], Any]) -> Callable[[str], LimitedTemplate]:
+def with_limits(compile_template: Callable[[str], Any]) -> Callable[[str], LimitedTemplate]:
+    """Return a function that compiles templates like ``compile_template``, and limits them."""
+
     @lru_cache(maxsize=64)
     def compile_limited(chat_template: str) -> LimitedTemplate:
         with _limits():

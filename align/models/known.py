@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from align.models.architecture import Architecture, UnknownArchitecture, architecture_of, read_architecture
+from align.models.files import CONFIG, read_optional
 from align.models.source import Origin, resolve
+from align.models.tiny import MAX_POSITIONS
 
 EMBEDDED_SIZES: dict[str, Any] = {
     "model_type": "llama",
@@ -49,6 +52,24 @@ def known_architecture(source: str, revision: str | None, base: Path) -> Archite
     if origin.origin is Origin.GGUF:
         raise UnknownArchitecture(f"'{source}' has no config.json before its model stage has run")
     return read_architecture(_cached(origin.name, origin.revision))
+
+
+def known_positions(source: str, revision: str | None, base: Path) -> int | None:
+    """Return the longest sequence, in tokens, of a model stage's ``source``; None if this machine does not know it."""
+    origin = resolve(source, revision, base)
+    if origin.origin is Origin.TINY:
+        return MAX_POSITIONS
+    config = None
+    if origin.origin is Origin.FOLDER and origin.path is not None:
+        config = origin.path / CONFIG
+    elif origin.origin is Origin.HUB:
+        with contextlib.suppress(UnknownArchitecture):
+            config = _cached(origin.name, origin.revision)
+    if config is None or not config.is_file():
+        return None
+    settings = read_optional(config)
+    limit = settings.get("max_position_embeddings") or settings.get("n_positions")
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _cached(name: str, revision: str | None) -> Path:

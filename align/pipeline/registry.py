@@ -50,8 +50,8 @@ class Stage:
     arguments for a kind that trains, ``inference(config, models)`` for a kind that samples or scores."""
     inspector: str | None = None
     """Import path of the module that looks at what a config names outside the store, where the config cannot do that
-    itself: ``pinned(config, base)``, ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``;
-    each is optional."""
+    itself: ``pinned(config, base)``, ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``,
+    ``plan_warnings(config, base)``; each is optional."""
     headline: Mapping[str, str] | None = field(default=None, hash=False)
     """Metrics of a finished stage that its closing line in a terminal shows: name → label. None shows the first
     numbers that there are."""

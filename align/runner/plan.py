@@ -23,6 +23,7 @@ from align.config.validation import suggest
 from align.errors import UserError, plain_number
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import source_digest
+from align.runner.plan_warnings import stage_warnings
 from align.store.artifacts import Artifact
 from align.store.partial import CHECKPOINTS
 from align.store.record import RECORD, SHORT, DamagedRecord
@@ -34,7 +35,7 @@ class Step:
     """One stage in a plan.
 
     ``action`` is ``cached``, ``fetch``, ``run``, ``resume`` or ``damaged``; ``why`` says it in words. ``notes`` are
-    statements about stages that continue another.
+    statements about stages that continue another, and warnings (``align.runner.plan_warnings``).
     """
 
     node: Node
@@ -88,7 +89,7 @@ def plan(pipeline: Pipeline, store: Store, force: frozenset[str] | set[str] = fr
             step = Step(node, "run", "; ".join(changes[:3]), tuple(changes))
         else:
             step = Step(node, "run", f"needs {waits_for[0]}" if waits_for else "never run")
-        notes = describe(pipeline, store, node)
+        notes = [*describe(pipeline, store, node), *stage_warnings(pipeline, node)]
         suggestion = history.suggest(node) if artifact is None else None
         steps.append(replace(step, notes=(*notes, *([suggestion] if suggestion else []))))
         fresh.add(node.name)

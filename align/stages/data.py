@@ -18,7 +18,7 @@ from align.config.stages.data import DataConfig
 from align.config.user_paths import cache_folder
 from align.config.validation import validate
 from align.data.dataset_recipe import dataset_recipe, is_local, sources_of
-from align.data.guess import guess, kind_of
+from align.data.guess import check_named_columns, guess, kind_of
 from align.data.source_identity import identity
 from align.data.steps.step_identities import step_identities
 from align.errors import UserError
@@ -131,6 +131,7 @@ def identities(config: DataConfig, base: Path) -> dict[str, str]:
     for index, source in enumerate(recipe.sources):
         if isinstance(source, InputSource):
             continue  # the key of an input is part of the stage's key
+        check_named_columns(source, base)
         for name, value in identity(source, base).items():
             identities[f"sources[{index}] {name}".strip()] = value
     for index, step in enumerate(recipe.steps):

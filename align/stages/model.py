@@ -12,6 +12,7 @@ from align.models.adapters import read_base
 from align.models.files import ADAPTER_CONFIG, CONFIG, READ_SUFFIXES, is_adapter
 from align.models.folder_checks import check_adapter, check_folder
 from align.models.named_templates import read_template, template_file
+from align.models.replaced_template import explain_replacement
 from align.models.source import Origin, Source, identity, resolve
 from align.models.template_plan import check_template
 from align.pipeline.context import StageContext
@@ -42,6 +43,12 @@ def pinned(config: ModelConfig, base: Path) -> ModelConfig:
     config = config.model_copy(update=changes) if changes else config
     check_template(config, base)
     return config
+
+
+def plan_warnings(config: ModelConfig, base: Path) -> list[str]:
+    """Return a plan's warnings: the chat template that replaces the tokenizer's own."""
+    replacement = explain_replacement(config, base)
+    return [] if replacement is None else [replacement]
 
 
 def _adapter_config(source: Source) -> Path | None:
@@ -127,6 +134,8 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.models.conversion import Changes, convert_gguf, copy_model, merge_adapter
 
     config: ModelConfig = context.config
+    for text in plan_warnings(config, Path.cwd()):
+        context.warn(text)
     source = resolve(config.source, config.revision, Path.cwd())
     template = None if config.chat_template is None else read_template(config.chat_template, Path.cwd())
     changes = Changes(

@@ -119,7 +119,7 @@ def test_a_tools_answer_may_be_wrapped() -> None:
     tokenizer = dialects.make(SPECS["qwen-tools"], template=template)
     row = {**instructions(1)[0], "prompt": [user("Rain?"), assistant("I ask."), {"role": "tool", "content": 'a "b"'}]}
     assert '\\"b' in tokenizer.apply_chat_template(row["prompt"], tokenize=False)
-    assert not alarms(look(tokenizer, [row]))
+    assert alarms(look(tokenizer, [row])) == {"result-without-call"}  # of the row, not of the template
 
 
 def test_answers_that_a_stage_does_not_read_are_not_judged() -> None:

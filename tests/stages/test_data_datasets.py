@@ -133,3 +133,16 @@ def test_what_the_hub_does_not_have(online_hub: HubServer, commit: str) -> None:
         pipeline(dataset="org/piars")
     with pytest.raises(UserError, match="revision: the Hub dataset 'org/pairs' has no branch, tag or commit 'v9'"):
         pipeline(dataset="org/pairs", revision="v9")
+
+
+def test_misspelled_column_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps({"question": "why?", "answer": "because"}) + "\n")
+    columns = {"prompt": "quesion", "completion": "answer"}
+    message = r"names the column 'quesion', which none of its 1 records has; .* Did you mean 'question'\?"
+    with pytest.raises(UserError, match=message):
+        pipeline(dataset="rows.jsonl", format="prompt_completion", columns=columns)
+    source = {"type": "files", "paths": ["rows.jsonl"], "format": "prompt_completion", "columns": columns}
+    Path("recipe.yaml").write_text(yaml.safe_dump({"kind": "instructions", "sources": [source]}))
+    with pytest.raises(UserError, match=message):
+        pipeline(recipe="recipe.yaml")

@@ -159,3 +159,9 @@ def test_a_model_that_is_its_own_code_alone_is_refused(tiny_model: Path, tmp_pat
         with pytest.raises(UserError, match=finding):
             run(_context(tmp_path / name, source=str(source), trust_remote_code=trusted))
     assert (tmp_path / "modules").exists()  # it was run where that was allowed
+
+
+def test_template_that_replaces_the_models_own_warns(tiny_model: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, source=str(tiny_model), chat_template="alpaca")
+    run(context)
+    assert "chat_template: alpaca replaces the chat template of" in context.events.read_text()

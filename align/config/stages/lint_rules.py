@@ -47,7 +47,7 @@ RULES: dict[str, Rule] = {
     ),
     "earlier-turns-unclosed": Rule(
         "warning",
-        "the template closes the last answer of a conversation with an end token and earlier answers without one",
+        "the template writes no end token after earlier answers of a conversation, or after any answer",
         "Write the end token after every answer, as the model will sample it.",
     ),
     "pad-is-eos": Rule(

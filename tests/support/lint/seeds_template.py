@@ -123,3 +123,12 @@ def a_template_that_closes_the_last_turn_alone(case: Case) -> dict[str, Finding]
         end = "eos_token"
     closed = f"({end} if loop is not defined or loop.last or m['role'] != 'assistant' else ' ')"
     return look(dialects.make(case.spec, template=template.replace(end, closed)), instructions())
+
+
+@seeds("earlier-turns-unclosed")
+def a_template_that_closes_no_answer(case: Case) -> dict[str, Finding]:
+    case.everywhere = True
+    template = case.spec.template
+    end = next(text for text in (f"'{case.spec.eos}\n'", f"'{case.spec.eos}'", "eos_token") if text in template)
+    open_answer = f"({end} if m is not defined or m['role'] != 'assistant' else ' ')"
+    return look(dialects.make(case.spec, template=template.replace(end, open_answer)), instructions())
