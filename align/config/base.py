@@ -36,16 +36,16 @@ class Config(BaseModel):
     identified: ClassVar[frozenset[str]] = frozenset()
     """Fields whose meaning ``identities`` covers, mostly paths; the stage's key leaves their text out."""
     keyed_when_set: ClassVar[frozenset[str]] = frozenset()
-    """Fields that keys leave out while they have their default, so that keys from before these fields stay the same."""
+    """Fields that keys omit while they have their default, to keep the keys from before these fields."""
     retired: ClassVar[Mapping[str, Any]] = {}
-    """Fields that are gone, with their default: keys still count them, so that earlier keys stay the same."""
+    """Removed fields with their default. Keys still count them, so earlier keys stay the same."""
 
     def fields_outside_key(self) -> set[str]:
         """Return the fields whose text the stage's key leaves out: ``identified``, unless their value decides."""
         return set(self.identified)
 
     def changed(self, *names: str) -> list[str]:
-        """Return those of the fields that differ from their defaults.
+        """Return the fields in ``names`` that differ from their defaults.
 
         Not ``model_fields_set``: a stage's process reads its config back with every default written out.
         """
@@ -93,13 +93,13 @@ def settings_for_key(value: Any, dumped: Any) -> Any:
 
 @dataclass(frozen=True)
 class StageInput:
-    """Marks a config field (a stage's name, or a list of them) as an input, with the artifacts that it takes."""
+    """Marks a config field (a stage's name, or a list of names) as an input, with the artifacts that it accepts."""
 
     kinds: tuple[Kind, ...]
 
 
 def stage_input(*kinds: Kind) -> Any:
-    """Return the type of a config field that names an earlier stage, which makes one of ``kinds``.
+    """Return the type of a config field that names an earlier stage, which makes an artifact of ``kinds``.
 
     ``policy: stage_input(Kind.POLICY)``; use ``list[stage_input(...)]`` for several, ``| None`` for an optional one.
     """
@@ -108,10 +108,10 @@ def stage_input(*kinds: Kind) -> Any:
 
 @functools.cache
 def input_fields(config_class: type[Config]) -> Mapping[str, StageInput]:
-    """Return the config fields that name earlier stages, with the artifacts that each takes.
+    """Return the config fields that name earlier stages, with the artifacts that each accepts.
 
-    A field of a block stands as ``environment.user.model``; one of the blocks in a list as ``score.reward``, for
-    ``score: [{reward: STAGE}, ...]``.
+    A field of a block is written as ``environment.user.model``. A field of blocks in a list is written as
+    ``score.reward``, for ``score: [{reward: STAGE}, ...]``.
     """
     fields: dict[str, StageInput] = {}
     for name, info in config_class.model_fields.items():
@@ -124,7 +124,7 @@ def input_fields(config_class: type[Config]) -> Mapping[str, StageInput]:
 
 
 def input_names(config: Config, name: str) -> str | list[str] | None:
-    """Return the stages that a field of ``input_fields`` names; for blocks in a list, those of all blocks in order."""
+    """Return the stages that a field of ``input_fields`` names, for blocks in a list of all blocks in order."""
     field, _, nested = name.partition(".")
     # The block may be of another class of its union, which lacks the field.
     value = getattr(config, field, None)

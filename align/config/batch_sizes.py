@@ -1,7 +1,7 @@
 """Batch sizes that stages use and estimates of memory count with; users do not set them. Torch-free."""
 
 CPU_STEP_TOKENS = 8192
-"""Most prompt tokens that vLLM reads in one step on a CPU; a longer prompt is read alone."""
+"""Most prompt tokens that vLLM reads in one step on a CPU; a longer prompt gets a separate step."""
 SCORED_AT_ONCE = 32
 """Rows that a reward model reads at a time."""
 SAMPLE_CHUNK = 128

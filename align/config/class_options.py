@@ -1,4 +1,4 @@
-"""Options that a class in another package takes, and the check of a value for one of them. Torch-free.
+"""Options that a class in another package accepts, and the check of an option's value. Torch-free.
 
 The options are the class's real fields, which ``field_dumps`` has. Rules across fields are left to the class itself.
 """

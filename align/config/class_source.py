@@ -22,7 +22,7 @@ REMEDIES = {
     "reset": " Add `reset(self, row)`, which begins an episode and returns its first message.",
     "score": " Add `score(self)`, which returns a number when the episode has ended.",
 }
-"""How to mend a class that lacks a method."""
+"""Remedies for a class that lacks a method."""
 
 
 def check_class(path: str, arguments: Mapping[str, Any], required: Collection[str], place: str) -> None:
@@ -35,7 +35,7 @@ def check_class(path: str, arguments: Mapping[str, Any], required: Collection[st
     if lineage is None:
         return
     check_methods(path, {method for node in lineage for method in _names_in(node)}, required, place)
-    if any(node.decorator_list for node in lineage):  # such as a dataclass, whose __init__ nobody wrote
+    if any(node.decorator_list for node in lineage):  # such as a dataclass, whose __init__ is generated
         return
     initializers = (_initializer(node) for node in lineage)
     definition = next((node for node in initializers if node is not None), None)
@@ -53,7 +53,7 @@ def defines_method(path: str, method: str, place: str) -> bool:
 
 
 def check_methods(path: str, methods: Collection[str], required: Collection[str], place: str) -> None:
-    """Raise ``UserError``, which begins with ``place``, for a class without one of the ``required`` methods."""
+    """Raise ``UserError``, which begins with ``place``, for a class that lacks a ``required`` method."""
     for method in required:
         if method not in methods and "__getattr__" not in methods:
             hint = hint_nearest(method, [name for name in methods if not name.startswith("_")])
@@ -61,7 +61,7 @@ def check_methods(path: str, methods: Collection[str], required: Collection[str]
 
 
 def _find_class(path: str, place: str) -> list[ast.ClassDef] | None:
-    """Return a class and all its bases, the class first; None where its module's source does not tell.
+    """Return a class and all its bases, the class first; None if its module's source does not show them.
 
     Raises ``UserError``, which begins with ``place``, for a module without such a class.
     """
@@ -81,7 +81,7 @@ def _find_class(path: str, place: str) -> list[ast.ClassDef] | None:
 
 
 def _lineage(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[ast.ClassDef] | None:
-    """Return a class and all its bases, the class first; None where a base is not in the module."""
+    """Return a class and all its bases, the class first; None if a base is not in the module."""
     lineage = [node]
     for base in node.bases:
         text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base).rpartition(".")[2]

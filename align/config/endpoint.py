@@ -39,13 +39,13 @@ class EndpointConfig(Config):
     concurrency: int = Field(8, ge=1, le=1024)
     """Requests under way at once."""
     timeout: float = Field(120, gt=0)
-    """Seconds that one attempt may take, from connecting to the last byte."""
+    """Time limit of one attempt in seconds, from connecting to the last byte."""
     retries: int = Field(5, ge=0, le=100)
     """Further attempts after a timeout, a lost connection, status 429 or 5xx, or an answer that cannot be read."""
     send_seed: bool = True
     """Send each request's seed; false for a server that refuses the field."""
     length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the server calls the length limit."""
+    """Name of the server's field for the length limit."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further fields of each request, as the server documents them."""
 
@@ -75,6 +75,6 @@ class EndpointConfig(Config):
 
     def identity(self) -> dict[str, str]:
         """Return the identity of this model in requests, caches and keys."""
-        # By name where there is one: the same model behind another address keeps its cached answers.
+        # A name, if there is one, identifies the model: its cached answers stay valid behind another address.
         extra = {"extra": json.dumps(self.extra, sort_keys=True)} if self.extra else {}
         return {"endpoint": self.name or self.url, "model": self.model, **extra}

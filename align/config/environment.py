@@ -29,9 +29,9 @@ from align.store.code_identity import code_identity
 from align.store.fingerprint import canonical
 
 SOURCES = ("class", "tools", "verifiers", "openenv")
-"""Keys of which the block has exactly one. Beside ``user`` a ``score`` is enough."""
+"""Keys of which the block has exactly one. With ``user`` a ``score`` is enough."""
 WITH_USER = ("class", "tools")
-"""Those of them that go with a simulated user; the others have users of their own."""
+"""Sources that a simulated user can be combined with; the other sources bring their own users."""
 METHODS = ("reset", "score")
 """Methods that a class must have."""
 FREE = frozenset({"workers", "isolation"})
@@ -41,9 +41,9 @@ TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
 
 class EnvironmentConfig(Config):
-    """What the policy acts in over the turns of an episode.
+    """An environment that the policy acts in over the turns of an episode.
 
-    Has exactly one of class, tools, verifiers and openenv, or a simulated user and a score.
+    Exactly one field of class, tools, verifiers and openenv is set, or a simulated user and a score.
     """
 
     # ``class`` is a word of Python's; a stage's process gets its config by the names of the fields.
@@ -54,7 +54,7 @@ class EnvironmentConfig(Config):
     tools: list[str] | None = Field(None, min_length=1)
     """Functions that the policy may call, each as ``module:function``, with type hints and a docstring."""
     score: str | None = None
-    """Function that scores an episode, beside ``tools`` or a ``user``: ``gold``, ``gsm8k_answer``, or
+    """Function that scores an episode with ``tools`` or a ``user``: ``gold``, ``gsm8k_answer``, or
     ``module:function``."""
     verifiers: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$")
     """Installed environment of the package verifiers, by the name of its package: ``reverse-text``."""
@@ -64,7 +64,8 @@ class EnvironmentConfig(Config):
     """Keyword arguments of the class, of the function in ``score``, of verifiers' environment, or of OpenEnv's
     ``reset``."""
     user: SimulatedUserConfig | None = None
-    """A model that answers the turns of the policy that call no tool, beside ``class`` or ``tools``, or by itself."""
+    """A model that answers the policy's turns without a tool call. It works with ``class``, with ``tools``, or by
+    itself."""
     max_turns: int = Field(4, ge=1, le=1000)
     """Most turns of the policy in an episode."""
     max_tokens: int = Field(ge=1)
@@ -72,16 +73,16 @@ class EnvironmentConfig(Config):
     turn_max_tokens: int | None = Field(None, ge=1)
     """Most tokens that the policy may write in one turn. Null: as many as the episode has left."""
     tool_seconds: float = Field(30.0, gt=0, le=86_400)
-    """Most seconds that one call of the environment may take."""
+    """Time limit of one call of the environment in seconds."""
     workers: int = Field(64, ge=1, le=1024)
     """Calls of environments under way at once, over all episodes."""
     isolation: Literal["thread", "process"] = "thread"
-    """``process`` runs each episode's environment in a process of its own, which is killed when it hangs, and may
-    crash alone. ``thread`` is faster."""
+    """``process`` runs each episode's environment in a separate process, which is killed when it hangs and whose crash
+    ends only that episode. ``thread`` is faster."""
     max_result_tokens: int = Field(512, ge=1)
     """Most tokens of one result of a tool, or of one answer of the environment; more is cut, with a notice."""
     tool_format: str = Field("auto", min_length=1)
-    """How the policy writes a tool call: ``auto`` (as the chat template shows), ``hermes``, ``llama3``, ``mistral``,
+    """Format of the policy's tool calls: ``auto`` (as the chat template shows), ``hermes``, ``llama3``, ``mistral``,
     ``smollm3``, ``olmo3``, or ``regex:PATTERN`` with the named groups ``name`` and ``arguments``."""
 
     @field_validator("class_name", "score")
@@ -146,7 +147,7 @@ class EnvironmentConfig(Config):
 
     @model_validator(mode="after")
     def _turns_fit(self) -> Self:
-        # A turn has at least one token, and so has what stands between two turns.
+        # Each turn has at least one token, and so does the text between two turns.
         least = 2 * self.max_turns - 1
         if self.max_tokens < least:
             raise ValueError(
@@ -169,8 +170,8 @@ class EnvironmentConfig(Config):
     def identity(self, place: str = "environment") -> str:
         """Return everything that episodes depend on, as JSON: the code of the user's, and the settings.
 
-        Runs no code of the user's. Raises ``UserError``, which begins with ``place``, for a class or function that is
-        not there, and arguments that it does not take.
+        Runs no code of the user's. Raises ``UserError``, which begins with ``place``, for a missing class or function
+        and for arguments that it does not accept.
         """
         settings = settings_for_key(self, self.model_dump(exclude={*FREE, "user"}))
         user = {} if self.user is None else {"user": self.user.identity()}
@@ -201,9 +202,9 @@ class EnvironmentConfig(Config):
 
 
 def take_episode_tokens(config: Config) -> None:
-    """Set a stage's ``max_tokens`` to those of its ``environment``. Raises ``ValueError`` where it has others.
+    """Set a stage's ``max_tokens`` to the ``max_tokens`` of its ``environment``.
 
-    For a validator of a stage with both fields.
+    For a validator of a stage with both fields. Raises ``ValueError`` if the stage sets another number.
     """
     environment: EnvironmentConfig | None = getattr(config, "environment", None)
     if environment is None:
@@ -219,7 +220,7 @@ def take_episode_tokens(config: Config) -> None:
 
 
 def two_answers(path: str, place: str) -> UserError:
-    """Return the error of a class that has a ``step`` beside a simulated user."""
+    """Return the error for a class that has a ``step`` and a simulated user."""
     return UserError(
         f"{place}.user: {tool_name(path)} has a `step`, which answers the policy's messages as the user does; remove "
         "one of them."
@@ -246,7 +247,7 @@ def _check_function(path: str, place: str) -> None:
 
 
 def _taskset_identity(name: str, place: str) -> str:
-    """Return the digest of an environment's code; one that comes with verifiers has the version of that."""
+    """Return the digest of an environment's code, or verifiers' version for an environment that it ships."""
     # The name may have an owner before it and a version behind it.
     module = name.rpartition("/")[2].partition("@")[0].replace("-", "_").lower()
     package = importlib.util.find_spec("verifiers")

@@ -103,7 +103,7 @@ class SlurmExecutor(_ExecutorFields):
     time: str | None = None
     """Time limit of a job, days-hours:minutes:seconds; a stage that needs longer continues in its next job."""
     nodes: int | None = Field(None, ge=1)
-    """Nodes per job; by default those of ``runtime.launch`` for a stage that trains, else one."""
+    """Nodes per job. The default is ``runtime.launch.nodes`` for a stage that trains, else one."""
     cpus: int | None = Field(None, ge=1)
     """Cores per node."""
     memory_gb: int | None = Field(None, ge=1)

@@ -1,4 +1,4 @@
-"""Optional packages: the extra of align that installs each, and the error where it is missing. Never imports torch."""
+"""Optional packages: the extra of align that installs each, and the error if it is missing. Never imports torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from align.errors import UserError
 
 
 def require_extra(module: str, extra: str, user: str) -> None:
-    """Raise ``UserError`` where ``module`` is not installed; ``user`` is what needs it, and begins the message.
+    """Raise ``UserError`` if ``module`` is not installed.
 
-    Nothing is imported, so that a plan can ask for what a stage will need.
+    The message begins with ``user``, the feature that needs the module. The module is not imported, so a plan can check
+    what a stage will need.
     """
     try:
         is_there = importlib.util.find_spec(module) is not None

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from align.config.field_docstrings import field_docstrings
 
 BlockNaming = Callable[[Sequence[type[BaseModel]]], str]
-"""Returns words for a value that is a block of one of these classes: links in a document, a list in a terminal."""
+"""Returns words for a value that is a block of these classes: links in a document, a list in a terminal."""
 
 SCALARS = {
     str: "string",
@@ -102,7 +102,7 @@ def _describe_union(arguments: tuple[Any, ...], name_blocks: BlockNaming) -> str
     blocks = [argument for argument in arguments if _is_block(argument)]
     words = []
     for argument in arguments:
-        # All blocks are named together, where the first one stands.
+        # The first block's position names all blocks together.
         words.append(name_blocks(blocks) if argument in blocks else describe_type(argument, name_blocks))
     return " or ".join(dict.fromkeys(words))
 
@@ -116,7 +116,7 @@ def _describe_annotated(arguments: tuple[Any, ...], name_blocks: BlockNaming) ->
 
 
 def describe_bounds(field: FieldInfo) -> str:
-    """Return a field's bounds, ``> 0, ≤ 1``; empty where it has none."""
+    """Return a field's bounds, ``> 0, ≤ 1``; empty if it has none."""
     words = []
     for constraint in field.metadata:
         for name, form in BOUNDS.items():

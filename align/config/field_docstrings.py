@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 
 def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """Return the docstring of each field that has one, by the field's name; inherited fields have that of their class.
+    """Return the docstrings of a model's fields by the field's name.
 
-    A ``description`` in a field's ``Field(...)`` wins. Empty for a class whose source is not there.
+    An inherited field has the docstring of the class that defines it. A ``description`` in a field's ``Field(...)``
+    takes precedence. The result is empty for a class without source.
     """
     docstrings = {}
     for name, field in model.model_fields.items():

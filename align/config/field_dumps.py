@@ -1,8 +1,8 @@
 """Dumps of the real fields of classes in trl, transformers, peft and users' packages. Torch-free.
 
-Importing those classes takes seconds and torch, so ``align.training.dump_fields`` does it, in a process of its own.
-``field_dumps.json`` beside this module has its result for the tested versions. For other versions, and for a user's
-class, the result is kept in the user's cache folder. Left out: checks of values (``class_options``).
+Importing those classes needs torch and several seconds, so ``align.training.dump_fields`` does it in a separate
+process. ``field_dumps.json`` next to this module has its result for the tested versions. For other versions, and for a
+user's class, the result is stored in the user's cache folder. ``class_options`` checks the values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 SHIPPED = Path(__file__).with_suffix(".json")
 """The dumps ``trainers`` and ``peft`` of the versions in constraints.txt."""
 TRAINERS, PEFT = "trainers", "peft"
-"""The dump of every class that a stage of align names, and that of peft's config classes by method."""
+"""The dump of every class that a stage of align names, and the dump of peft's config classes by method."""
 PACKAGES = {TRAINERS: ("trl", "transformers"), PEFT: ("peft",)}
 """Packages that define the classes of a dump. A user's class may build on any of them."""
 MODULE = "align.training.dump_fields"
@@ -59,7 +59,7 @@ class FieldDump:
     errors: dict[str, str] = field(default_factory=dict)
 
     def options(self, name: str) -> dict[str, Option]:
-        """Return the options of one class by name. Raises ``LookupError`` with the reason where there are none."""
+        """Return the options of one class by name. Raises ``LookupError`` with the reason if there are none."""
         if name in self.errors:
             raise UnreadableClass(self.errors[name])
         fields = self.classes[name]
@@ -73,10 +73,10 @@ class FieldDump:
 
 @functools.cache
 def class_options(path: str) -> dict[str, Option]:
-    """Return every field of the class ``path`` (``package.module:Name``) by name, those of its base classes included.
+    """Return every field of the class ``path`` (``package.module:Name``) by name, including inherited fields.
 
-    Raises ``LookupError`` for a package that is not installed and for one without such a class, and its subclass
-    ``UnreadableClass`` where the import fails.
+    Raises ``LookupError`` if the package is not installed or has no such class, and its subclass ``UnreadableClass`` if
+    the import fails.
     """
     if path in _shipped()[TRAINERS]["classes"]:
         dump = field_dump(TRAINERS)
@@ -90,10 +90,10 @@ def class_options(path: str) -> dict[str, Option]:
 
 @functools.cache
 def field_dump(subject: str) -> FieldDump:
-    """Return the dump ``trainers`` or ``peft``, or that of one class, whose import path ``subject`` is.
+    """Return the dump ``trainers`` or ``peft``, or the dump of the class with the import path ``subject``.
 
-    It is the shipped one where that has the installed versions, else a kept one, else it is made and kept. Raises
-    ``UnreadableClass`` for a user's module that is no Python.
+    The shipped dump is used if it has the installed versions, then a cached dump. Otherwise the dump is made and
+    cached. Raises ``UnreadableClass`` for a user's module that is not valid Python.
     """
     packages = PACKAGES[subject] if subject in PACKAGES else itertools.chain(*PACKAGES.values())
     versions = {package: _installed_version(package) for package in packages}
@@ -103,7 +103,7 @@ def field_dump(subject: str) -> FieldDump:
     file = _cache_file(subject, versions)
     try:
         return FieldDump(parse_sealed(read_file(file))["classes"])
-    except (OSError, DamagedFile):  # none yet, or one that cannot be trusted
+    except (OSError, DamagedFile):  # no dump yet, or a dump that cannot be trusted
         dump = _make_dump(subject, versions)
     # What failed is tried again the next time.
     if dump.classes:
@@ -152,12 +152,12 @@ def _keep(file: Path, dump: FieldDump) -> None:
 
 
 def _make_dump(subject: str, versions: dict[str, str]) -> FieldDump:
-    """Import the classes in a process of its own, which has this one's search path, and return their fields."""
+    """Import the classes in a separate process with this process's search path, and return their fields."""
     packages = ", ".join(f"{package} {number}" for package, number in versions.items())
     LOG.warning("reading the options of %s for %s, once (some seconds)", subject, packages)
     with tempfile.TemporaryDirectory(prefix="align-fields-") as folder:
         result = Path(folder) / "dump.json"
-        # -P: the current folder is searched where this process searches it, not first.
+        # -P keeps the current folder at its position in the search path instead of first.
         command = [sys.executable, "-P", "-m", MODULE, subject, str(result)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
         try:

@@ -1,7 +1,7 @@
 """Arguments that a YAML gives to a user's function, checked against its signature. Torch-free.
 
-At loading, the signature is read from the source, so that no code of the user's runs. A function whose source does not
-tell (decorated, imported from elsewhere, made at run time) is checked when its stage has imported it.
+At loading, the signature is read from the source, so no code of the user's runs. A function whose source does not show
+the signature (decorated, imported from elsewhere, made at run time) is checked when its stage has imported it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.config.validation import suggest
 from align.errors import UserError
 
 POSITIONAL = 2
-"""Arguments that the caller passes by position: rows and responses, or one of each."""
+"""Arguments that the caller passes by position: rows and responses, or a row and a response."""
 _POSITIONAL_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _NAMED_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -36,7 +36,7 @@ class Parameters:
     def check(self, arguments: Collection[str], function: str, place: str, field: str = "function") -> None:
         """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing one.
 
-        ``field`` is that of the YAML that names the function, or the class.
+        ``field`` is the YAML's field that names the function, or the class.
         """
         for name in arguments:
             if name not in self.known and not self.takes_any:
@@ -51,10 +51,11 @@ class Parameters:
 
 
 def check_arguments(path: str, arguments: Mapping[str, Any], place: str, positional: int = POSITIONAL) -> None:
-    """Check a function's arguments by its source, as far as that tells; a missing module is left to who imports it.
+    """Check a function's arguments as far as its source shows them.
 
-    ``positional``: number of parameters that the caller passes by position. Raises ``UserError``, which begins with
-    ``place``, for a function that is not in its module, an argument that it does not have, and one that it needs.
+    A missing module is reported when it is imported. ``positional`` is the number of parameters that the caller passes
+    by position. Raises ``UserError``, which begins with ``place``, for a function that is not in its module, an unknown
+    argument, and a missing argument.
     """
     module, _, name = full_path(path, place).partition(":")
     tree = read_module(module, path, place)
@@ -72,9 +73,9 @@ def check_arguments(path: str, arguments: Mapping[str, Any], place: str, positio
 
 
 def read_module(module: str, path: str, place: str) -> ast.Module | None:
-    """Return the source of a module, parsed; None for one that is missing or has no source.
+    """Return the parsed source of a module; None if the module is missing or has no source.
 
-    Raises ``UserError``, which begins with ``place``, for source that is no Python.
+    Raises ``UserError``, which begins with ``place``, for source that is not valid Python.
     """
     try:
         spec = importlib.util.find_spec(module)
@@ -129,7 +130,7 @@ def parameters_of(arguments: ast.arguments, positional: int) -> Parameters:
 
 
 def _find_definition(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """Return the last definition of a function at the top level of a module, which is the one that counts."""
+    """Return the last definition of a function at the top level of a module, which overrides earlier ones."""
     for node in reversed(tree.body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
             return node
@@ -137,7 +138,7 @@ def _find_definition(tree: ast.Module, name: str) -> ast.FunctionDef | ast.Async
 
 
 def top_level_names(tree: ast.Module) -> set[str] | None:
-    """Return the names that a module defines; None where its source does not tell all of them."""
+    """Return the names that a module defines; None if its source does not show all of them."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):

@@ -21,7 +21,7 @@ REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
 """A branch, a tag or a commit."""
 DEFAULT = "main"
 SECONDS, PROBE_SECONDS = 10.0, 3.0
-"""Time for one answer of the Hub: one that is needed, and one that only makes a fault show earlier."""
+"""Time limits for one answer of the Hub: a required answer, and an answer that only reveals a fault earlier."""
 
 RepoType = Literal["model", "dataset"]
 
@@ -32,16 +32,16 @@ def is_commit(revision: str | None) -> bool:
 
 
 def go_offline() -> None:
-    """Let this process and those that it starts read the Hub's cache alone."""
+    """Make this process and its child processes read only the Hub's cache."""
     # huggingface_hub reads the variable when it is imported, which no command has done yet.
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def find_commit(name: str, revision: str | None, repo_type: RepoType) -> str:
-    """Return the commit that ``revision`` (a branch or tag; ``main`` where it is None) of a repository means now.
+    """Return the commit that ``revision`` (a branch or tag; ``main`` if it is None) of a repository means now.
 
-    A commit is returned as it is. Raises ``UserError`` for a repository or revision that does not exist, for a Hub that
-    cannot be reached, and offline for one that is not in the cache.
+    A commit is returned as it is. Raises ``UserError`` for a repository or revision that does not exist, if the Hub
+    cannot be reached, and offline for a revision that is not in the cache.
     """
     if revision is not None and is_commit(revision):
         return revision
@@ -99,9 +99,9 @@ def _explain_unreachable(label: str, name: str, revision: str, repo_type: RepoTy
 
 
 def cached_commit(name: str, revision: str | None, repo_type: RepoType) -> str | None:
-    """Return the commit of a repository in the Hub's cache: the one of ``revision``, else the newest of the default.
+    """Return the commit of a repository in the Hub's cache: the commit of ``revision``, else the default's newest.
 
-    A download by commit leaves no name of its branch in the cache. A revision that is named needs its name there.
+    A download by commit leaves no name of its branch in the cache. A ``revision`` must be in the cache by name.
     """
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
@@ -119,9 +119,9 @@ def cached_commit(name: str, revision: str | None, repo_type: RepoType) -> str |
 
 
 def small_file(name: str, commit: str, file: str, repo_type: RepoType = "model") -> Path | None:
-    """Return a file of a repository at a commit, from the cache or fetched into it; None where there is none.
+    """Return a file of a repository at a commit, from the cache or fetched into it; None if there is no such file.
 
-    None, too, where the Hub does not answer: such files only make a fault show earlier.
+    Also returns None if the Hub does not answer, because such files only reveal a fault earlier.
     """
     import httpx
     import huggingface_hub
@@ -140,7 +140,7 @@ def small_file(name: str, commit: str, file: str, repo_type: RepoType = "model")
 
 @lru_cache(maxsize=256)
 def _is_answering(name: str, commit: str, repo_type: RepoType) -> bool:
-    """Return True where the Hub knows a repository at a commit. A download would try for half a minute to find out."""
+    """Return True if the Hub has a repository at a commit. A download would try for half a minute to find out."""
     import httpx
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError

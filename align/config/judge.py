@@ -27,7 +27,7 @@ class JudgeConfig(Config):
     rubric: str = PAIR_RUBRIC
     """Criteria for the better answer; part of the prompt. ``{row[answer]}`` quotes a column that the recipe keeps."""
     max_tokens: int = Field(512, ge=1)
-    """Longest verdict; one that is cut off before its last line is unreadable, and is counted."""
+    """Longest verdict in tokens. A verdict that is cut off before its last line is unreadable, and is counted."""
     temperature: float = Field(0.0, ge=0, le=5)
     """0 asks for the likeliest verdict."""
 
@@ -48,14 +48,14 @@ class EndpointJudge(Config):
     """Criteria for a good answer, in place of the default; part of every prompt. ``{row[answer]}`` quotes a field of
     the question's record."""
     max_tokens: int = Field(512, ge=1)
-    """Longest verdict; one that is cut off before its last line is unreadable, and is counted."""
+    """Longest verdict in tokens. A verdict that is cut off before its last line is unreadable, and is counted."""
     temperature: float = Field(0.0, ge=0, le=5)
     """0 asks for the likeliest verdict."""
     seed: int = Field(0, ge=0)
     """Another seed asks every question again: for a second opinion at a temperature above 0, or of a repaired
     server."""
     max_unreadable: float = Field(0.1, ge=0, lt=1)
-    """Largest share of unreadable judgments of any system or pair; they are counted and left out. More is an error."""
+    """Largest share of unreadable judgments of any system or pair; they are counted and skipped. More is an error."""
     max_cost: float | None = Field(None, gt=0)
     """Stop before the endpoint costs more in all, by its prices; raise it and run again to continue."""
 

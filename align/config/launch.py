@@ -27,18 +27,18 @@ class DeepspeedConfig(Config):
     """DeepSpeed's ZeRO, through transformers and accelerate; needs the extra ``deepspeed``."""
 
     stage: Literal[1, 2, 3] = 2
-    """What is sharded: optimizer state (1), gradients too (2), weights too (3)."""
+    """Sharded state: optimizer state (1), also gradients (2), also weights (3)."""
     offload_optimizer: bool = False
     """Keep the optimizer state in the CPU's memory, and run its step there."""
     offload_parameters: bool = False
-    """Keep the weights in the CPU's memory too; stage 3 only."""
+    """Also keep the weights in the CPU's memory; stage 3 only."""
 
 
 class LaunchConfig(Config):
     """Processes of a stage that trains. Batch sizes and losses count all processes together."""
 
     processes: int | Literal["auto"] = Field(1)
-    """Processes per node; ``auto`` takes one per GPU, or one without GPUs."""
+    """Processes per node; ``auto`` starts one per GPU, or one without GPUs."""
     nodes: int = Field(1, ge=1)
     """Number of nodes; each runs the stage's command line once (docs/distributed.md)."""
     rendezvous: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+:[0-9]{1,5}$")
@@ -105,13 +105,13 @@ def local_size() -> int:
 
 
 RANKS = "ranks"
-"""Folder beside a stage's checkpoints with each rank's result, log and process id."""
+"""Folder next to a stage's checkpoints with each rank's result, log and process id."""
 PARENT = "ALIGN_LAUNCHER_PID"
 """Environment variable with the id of the launcher; a rank exits when the launcher does."""
 BY_SRUN = "ALIGN_BY_SRUN"
 """Environment variable of a stage's process that srun started: its parent is not the runner."""
 NODE = "ALIGN_NODE_RANK"
-"""Environment variable with this node's rank; Slurm's variable is read too."""
+"""Environment variable with this node's rank; Slurm's variable is also read."""
 LOST, LATE = "lost", "late"
 """Reasons of a failure that another rank caused: it exited, or did not answer in time."""
 SYMPTOMS = {

@@ -1,8 +1,8 @@
 """Relative paths start at the YAML file that names them.
 
-``locate`` marks the texts of a file with its folder, and ``settle`` replaces those that are paths, which the types of a
-config's fields tell: ``UserPath`` and ``NameOrPath``. Keys count contents, so where a file lies changes none. Never
-imports torch.
+``locate`` marks the texts of a file with its folder. ``settle`` replaces the texts that are paths according to the
+types of a config's fields: ``UserPath`` and ``NameOrPath``. Keys depend on a file's contents and not on its location.
+Never imports torch.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class PathField:
     """Marks a field whose text is a path."""
 
     may_be_name: bool = False
-    """True for a field that takes a name too, such as that of a Hub model: only what exists is a path then."""
+    """True for a field that also accepts a name, such as a Hub model's name; then only an existing file is a path."""
     names: tuple[str, ...] = ()
-    """Names that are never paths, whatever lies beside the file."""
+    """Names that are never paths, even if a file of that name exists."""
 
 
 UserPath = Annotated[str, PathField()]
@@ -64,9 +64,9 @@ def locate(value: Any, file: Path) -> Any:
 
 
 def settle(config_class: type[BaseModel], values: Any, base: Path, place: str) -> Any:
-    """Return ``values`` of a config class without marks, and with the paths that readers take, who start at ``base``.
+    """Return ``values`` of a config class without marks, with paths relative to ``base``.
 
-    Texts without a mark start at ``base`` already. Raises ``UserError`` for a path that is missing at its file but
+    Texts without a mark already start at ``base``. Raises ``UserError`` for a path that is missing at its file but
     exists in the current folder.
     """
     return _Settling(base).of_class(config_class, values, place)
@@ -168,7 +168,7 @@ def _items_of(kind: Any) -> tuple[Any, ...]:
 
 
 def _marks_of(annotation: Any) -> list[PathField]:
-    """Return the marks of text in a type: those of ``UserPath | None``."""
+    """Return the marks of text in a type such as ``UserPath | None``."""
     if get_origin(annotation) is Annotated:
         return [mark for mark in get_args(annotation)[1:] if isinstance(mark, PathField)]
     if get_origin(annotation) in (Union, types.UnionType):

@@ -22,7 +22,7 @@ class MetricFunction(Config):
     better: Literal["higher", "lower"] = "higher"
     """Scores that are better."""
     arguments: dict[str, Any] = Field({})
-    """Keyword arguments for the function, beside rows and responses."""
+    """Keyword arguments for the function in addition to rows and responses."""
 
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"arguments"})
 

@@ -17,7 +17,7 @@ METHODS = {
     "p_tuning": "method: p_tuning",
     "adaption_prompt": "method: adapters, kind: llama_adapter",
 }
-"""Methods that have a ``method`` of their own, with its YAML."""
+"""Methods that have a separate ``method``, with its YAML."""
 
 REFUSED = {
     "adalora": "its ranks are redistributed at every step, by calls that trainers here do not make",

@@ -31,7 +31,7 @@ class EngineConfig(Config):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of the engine; ``auto`` follows the stage's ``precision``."""
     gpu_memory: float = Field(0.35, gt=0, le=0.95)
-    """Share of each GPU's memory that vLLM may take."""
+    """Share of each GPU's memory that vLLM may use."""
     sleep: bool = True
     """On a GPU, ``vllm`` frees its memory for the trainer between rollouts; this copies the weights twice."""
     cpu_kv_cache_gb: float = Field(1.0, gt=0)
@@ -41,7 +41,7 @@ class EngineConfig(Config):
     batch_size: int = Field(128, ge=1)
     """Most sequences decoded at a time."""
     timeout: float = Field(600, gt=0)
-    """Seconds that an engine may take to start, to load weights or to answer. Then the stage fails and can be resumed.
+    """Time limit in seconds for an engine to start, to load weights or to answer; then the stage fails, resumable.
 
     In the stage's own process only seconds without progress count (no new token, no loaded tensor). The default is
     generous because a healthy call can be silent for minutes: 85 s of compiling on two cores, weights on a network
@@ -67,13 +67,14 @@ class StoreConfig(Config):
     """The store of artifacts, and its timeouts (docs/store.md)."""
 
     folder: str | None = None
-    """Folder of the artifacts; ``--store`` and ``$ALIGN_STORE`` take precedence, ``./store`` is the default."""
+    """Folder of the artifacts. ``--store`` and ``$ALIGN_STORE`` override it; the default is ``./store``."""
     remote: str | None = None
-    """Bucket that finished stages are fetched from and uploaded to, s3://bucket/prefix; ``--store`` takes it, too."""
+    """Bucket that finished stages are fetched from and uploaded to, s3://bucket/prefix. ``--store`` also accepts it."""
     lease: float = Field(120.0, ge=1)
-    """Seconds without a heartbeat after which the holder of a stage's lock counts as dead and another takes over."""
+    """Seconds without a heartbeat after which the holder of a stage's lock counts as dead and another process gets
+    it."""
     patience: float = Field(300.0, ge=0)
-    """Seconds to retry a folder or bucket that does not answer, before the run fails or goes on without it."""
+    """Seconds to retry a folder or bucket that does not answer, before the run fails or continues without it."""
 
     @field_validator("remote")
     @classmethod
@@ -97,7 +98,7 @@ class HandoverConfig(Config):
 
 
 class StageRuntime(Config):
-    """Overrides for one stage; fields that are not set keep the value of ``runtime``, inside blocks too."""
+    """Overrides for one stage; fields that are not set, also inside blocks, keep the value of ``runtime``."""
 
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Instead of ``runtime.device``."""
@@ -137,7 +138,7 @@ class Runtime(Config):
     workers: int | None = Field(None, ge=1)
     """Processes that build data; by default one per core."""
     executor: Executor = LocalExecutor()
-    """What runs stages, trials of sweeps and data builds, with the resources of each; ``--on`` takes another."""
+    """Executor of stages, trials of sweeps and data builds, with the resources of each; ``--on`` selects another."""
     engine: EngineConfig = EngineConfig()
     """Engine that samples responses, and its share of the machine."""
     rollouts: RolloutsConfig = RolloutsConfig()
@@ -146,7 +147,7 @@ class Runtime(Config):
     """Processes of every stage that trains; override one stage under ``stages`` (docs/distributed.md)."""
     keep_state: Literal["auto"] | bool = "auto"
     """Keep the trainer's state (optimizer, schedule, position) with each trained checkpoint, for `continue_from`.
-    ``auto`` keeps up to 2 GB a stage, and in any case that of a stage which another one continues."""
+    ``auto`` keeps up to 2 GB a stage, and always the state of a stage that another stage continues."""
     shared_prefixes: bool = True
     """Supervised and preference trainers compute real tokens only, and prefixes that rows share once. ``false`` pads
     rows as trl does; results change by rounding."""
@@ -220,7 +221,7 @@ class Runtime(Config):
 
     @property
     def may_open_vllm(self) -> bool:
-        """Return True where a stage that samples opens vLLM in its own process, where vLLM is installed."""
+        """Return True if a stage that samples opens vLLM in its own process when vLLM is installed."""
         return self.engine.name != "transformers" and not self.rollouts.pooled and self.samplers.count == 0
 
     def with_transformers(self) -> Runtime:
@@ -264,11 +265,11 @@ class Runtime(Config):
 
 
 def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the overrides; blocks are merged field by field, and a null overrides nothing."""
+    """Return ``base`` with the overrides; blocks are merged field by field, and a null does not override."""
     merged = dict(base)
     for name, value in overrides.items():
         if name == "executor" and value is not None and name_in(value) != name_in(base.get(name)):
-            merged[name] = value  # fields of one executor mean nothing to another
+            merged[name] = value  # another executor does not have this executor's fields
         elif isinstance(value, dict) and isinstance(merged.get(name), dict):
             merged[name] = _merge(merged[name], value)
         elif value is not None:

@@ -20,13 +20,13 @@ from align.store.fingerprint import canonical
 SOURCES = ("function", "judge", "reward")
 """Fields of an entry, of which it has exactly one."""
 RESERVED = frozenset({"length_correlation", "std"})
-"""Names of metrics beside the scores, which are logged as ``score_<name>``."""
+"""Names of other metrics that are logged next to the scores, whose names are ``score_<name>``."""
 
 
 class RewardJudge(EndpointJudge):
     """An endpoint that grades responses from 1 to 10. The score is ``(grade - 1) / 9``, from 0 to 1.
 
-    An unreadable grade scores 0, so that a response gains nothing by confusing the judge.
+    An unreadable grade scores 0, so a response does not gain by confusing the judge.
     """
 
     reference: str | None = Field(None, min_length=1)
@@ -53,9 +53,9 @@ class RewardEntry(Config):
     name: str | None = Field(None, pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")
     """Name in logs, curves and samples; by default the function's or the stage's name, or ``judge``."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments for the function, beside rows and responses."""
+    """Keyword arguments for the function in addition to rows and responses."""
     concurrency: int = Field(16, ge=1, le=4096)
-    """Calls under way at once of an async function that takes one response."""
+    """Concurrent calls of an async function that accepts one response."""
     retries: int = Field(0, ge=0, le=20)
     """Further calls of a function of one response after an exception, after 1 s, 2 s, 4 s and so on."""
     on_error: Literal["stop"] | float = "stop"
@@ -93,7 +93,7 @@ class RewardEntry(Config):
         """Return everything that the reward of a response depends on, as JSON.
 
         Rates, retries and costs of a judge do not change it. Raises ``UserError``, which begins with ``place``, for a
-        function that is not there or does not take the arguments.
+        missing function and for arguments that it does not accept.
         """
         source: dict[str, Any] = {}  # a reward stage is an input of the stage, whose key is part of the key
         if self.function is not None:
@@ -124,7 +124,7 @@ def _check_names(score: str | list[RewardEntry] | None) -> str | list[RewardEntr
 
 
 Score = Annotated[str | Annotated[list[RewardEntry], Field(min_length=1)] | None, AfterValidator(_check_names)]
-"""Type of the field ``score``: a function as a text, a list of rewards, or nothing."""
+"""Type of the field ``score``: a function as a text, a list of rewards, or None."""
 
 
 def reward_names(score: str | list[RewardEntry] | None) -> list[str]:
@@ -135,7 +135,7 @@ def reward_names(score: str | list[RewardEntry] | None) -> list[str]:
 def score_identities(score: str | list[RewardEntry] | None) -> dict[str, str]:
     """Return the identities of all that scores, for a stage's key.
 
-    Raises ``UserError`` for a function that is not there or does not take its arguments.
+    Raises ``UserError`` for a missing function and for arguments that it does not accept.
     """
     if score is None:
         return {}
@@ -166,10 +166,10 @@ def rename_score_stages(block: dict[str, Any], rename: Callable[[str], str]) -> 
 def scoring_identity(path: str, arguments: dict[str, Any], place: str) -> str:
     """Return the identity of a function that scores.
 
-    Raises ``UserError``, which begins with ``place``, for a function that is not there or does not take the arguments.
+    Raises ``UserError``, which begins with ``place``, for a missing function and for arguments that it does not accept.
     """
     identity = function_identity(path, place)
-    # align's own functions take no arguments of a YAML, and need no look at their source.
+    # align's own functions have no arguments in YAML, so their source is not read.
     if path not in SHORT or arguments:
         check_arguments(path, arguments, place)
     return identity

@@ -42,8 +42,8 @@ def shipped_files(kind: str) -> dict[str, Path]:
 def find_shipped(word: str, kind: str = "pipeline") -> str:
     """Return the file that ``word`` names: a path, else a shipped file of this kind by its bare name.
 
-    A file wins. What looks like a path comes back as it is, for its reader to refuse where it is missing; another word
-    raises ``UserError`` with the nearest shipped name.
+    A file takes precedence. Text that looks like a path is returned as it is, and its reader refuses a missing file.
+    Any other word raises ``UserError`` with the nearest shipped name.
     """
     path = Path(word)
     if os.path.exists(word) or path.name != word or path.suffix in (SUFFIX, ".yml"):
@@ -70,7 +70,7 @@ def starting_points() -> dict[str, str]:
 def starting_files(name: str) -> dict[str, str]:
     """Return the files of a starting point as name → text.
 
-    Of the quickstart, these are the shipped pipeline and its recipe, which then stand side by side.
+    For the quickstart, these are the shipped pipeline and its recipe, which are then in the same folder.
     """
     if name != QUICKSTART:
         folder = _main_file(name).parent

@@ -22,7 +22,7 @@ USER_INPUT = f"{BLOCK}.{USER}.{MODEL}"
 
 
 class SimulatedUserConfig(Config):
-    """A model that plays the user. Has exactly one of model and endpoint."""
+    """A model that plays the user. Exactly one field of model and endpoint is set."""
 
     model: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
     """Stage whose checkpoint speaks as the user, by transformers in the stage's own process."""
@@ -35,8 +35,8 @@ class SimulatedUserConfig(Config):
     """Text by which the user ends the conversation, as the prompt tells it to: ``###STOP###``. What follows it is
     dropped. Null: the user never ends it."""
     opens: bool = False
-    """The user speaks first. Of the row's prompt, or of what ``reset`` returns, the policy sees the system messages
-    alone."""
+    """The user speaks first. The policy sees only the system messages of the row's prompt, or of the messages that
+    ``reset`` returns."""
     max_tokens: int = Field(256, ge=1)
     """Most tokens of an answer. One that is cut off there fails its episode."""
     temperature: float = Field(1.0, ge=0, le=5)

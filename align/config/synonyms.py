@@ -256,7 +256,7 @@ SYNONYMS = (
     Synonym("runtime:device", "use_cpu no_cuda"),
     Synonym("runtime:deterministic", "full_determinism use_deterministic_algorithms"),
 )
-"""Every field once; where several have a name, the first of those that the block can have is the answer."""
+"""Every field once. If several fields have a name, the answer is the first field that the block can have."""
 
 
 VALUES = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32"}
@@ -276,7 +276,7 @@ COMMANDS = {"train": "run", "fit": "run", "launch": "run", "evaluate": "eval", "
 
 
 def find_synonym(name: str, models: Sequence[type[BaseModel]]) -> str | None:
-    """Return "In align this is 'learning_rate'." for a key that a block of one of ``models`` does not have, or None."""
+    """Return "In align this is 'learning_rate'." for a key that no block of ``models`` has, or None."""
     named = [synonym for synonym in SYNONYMS if name in synonym.names.split()]
     for synonym in named:
         path = _path_in(synonym.target, models)
@@ -305,7 +305,7 @@ def _include(block: str, models: Sequence[type[BaseModel]]) -> bool:
 
 
 def _path_in(target: str, models: Sequence[type[BaseModel]]) -> str | None:
-    """Return the path that leads from a block of one of ``models`` to the field ``target``; None if none does.
+    """Return the path that leads from a block of ``models`` to the field ``target``; None without a path.
 
     From the block ``tuning`` itself, ``tuning.rank`` is ``rank``.
     """
@@ -320,7 +320,7 @@ def _path_in(target: str, models: Sequence[type[BaseModel]]) -> str | None:
 
 
 def has_field(path: Sequence[str], models: Sequence[type[BaseModel]]) -> bool:
-    """Return whether a path of names leads from a block of one of ``models`` to a field."""
+    """Return True if a path of names leads from a block of ``models`` to a field."""
     name, *below = path
     fields = [model.model_fields[name] for model in models if name in model.model_fields]
     if not below or not fields:

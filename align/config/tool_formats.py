@@ -29,8 +29,8 @@ def check_tool_format(name: str) -> None:
 def compile_call_pattern(pattern: str) -> Any:
     """Return a compiled pattern of the package regex, whose searches can have a time limit; ``.`` matches line breaks.
 
-    Raises ``ValueError`` for no pattern, one without the groups ``name`` and ``arguments``, and one that matches an
-    empty text.
+    Raises ``ValueError`` for an invalid pattern, a pattern without the groups ``name`` and ``arguments``, and a pattern
+    that matches an empty text.
     """
     import regex
 

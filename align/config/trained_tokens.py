@@ -13,10 +13,10 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in")
 
 
 class TrainedTokens(Config):
-    """Tokens whose rows are trained beside adapters."""
+    """Tokens whose rows are trained in addition to adapters."""
 
     train_tokens: list[str] = Field(default_factory=list)
-    """Tokens whose rows of embedding and head are trained in full beside the adapters, such as those that a model
+    """Tokens whose rows of embedding and head are trained in full with the adapters, such as tokens that a model
     stage's ``add_tokens`` added: ``["<|im_start|>", "<|im_end|>"]``. All other rows stay. Not for a partitioned model
     (fsdp2, stage 3 of deepspeed), nor with ``anchor: kl``."""
 

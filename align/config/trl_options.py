@@ -86,7 +86,7 @@ OWNED_BY_ROLLOUTS: dict[str, str] = {
     "train_sampling_strategy": "prompts are shuffled by the seed",
     "length_column_name": "prompts are shuffled by the seed",
 }
-"""The same for the stages that learn from rollouts, where they differ."""
+"""The same for the stages that learn from rollouts, if their remedy differs."""
 
 
 def check_trainer_options(
@@ -115,7 +115,7 @@ def check_trainer_options(
 
 
 def remedy_for_option(trainer_class: str, owned: Mapping[str, str], name: str) -> str | None:
-    """Return what to do with an option of the class ``trainer_class`` that was set beside ``trainer``.
+    """Return the remedy for an option of the class ``trainer_class`` that was set outside ``trainer``.
 
     None for a name that is no option. ``owned`` names the options that the stage sets itself, with the reason.
     """

@@ -27,25 +27,25 @@ the size of the features. At 1e-3, right for adapters, SmolLM2's scores move by 
 Targets = Literal["all-linear"] | list[str]
 
 LORA_INITS = ("default", "gaussian", "orthogonal", "eva", "pissa", "olora", "loftq")
-"""Initializations of LoRA's matrices; ``pissa_niter_N`` is allowed too."""
+"""Initializations of LoRA's matrices; ``pissa_niter_N`` is also allowed."""
 
 
-# Every stage that trains takes one of these blocks: built once, their schemas are parts of each stage's.
+# Every stage that trains has such a block. Their schemas are built once and shared by the stages' schemas.
 class TuningBase(Config, defer_build=False):
     """Properties of every method."""
 
     method: str
     input_only: ClassVar[bool] = False
-    """Whether the method changes the model's input or its keys and values (virtual tokens), not its modules."""
+    """True if the method changes the model's input or its keys and values (virtual tokens), not its modules."""
 
     @property
     def trains_all(self) -> bool:
-        """True if the model's own weights are trained, so that a reference needs a copy of them."""
+        """True if the model's own weights are trained; a reference then needs a copy of them."""
         return self.method == "full"
 
     @property
     def starts_from_weights(self) -> bool:
-        """True if adapters start with a part of the weights, so that the model without them is a different one."""
+        """True if adapters start with a part of the weights; the model without them then differs."""
         return False
 
     @property
@@ -77,7 +77,7 @@ class FullTuning(TuningBase):
 
     method: Literal["full"] = "full"
     freeze: list[str] = Field(default_factory=list)
-    """Weights that are never trained, by their name or that of a parent module: ``model.layers.{0..11}``, ``*norm*``.
+    """Weights that are never trained, by their name or a parent module's name: ``model.layers.{0..11}``, ``*norm*``.
 
     ``*`` and ``?`` are wildcards, ``{0..11}`` and ``{q_proj,k_proj}`` lists. A pattern without a match is refused.
     """
@@ -129,7 +129,7 @@ class LowRank(TrainedTokens, TuningBase):
     """Adapters in only so many of the last layers. The layers below need no backward pass and keep no activations,
     and PPO runs them once for policy and reference together."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead, so that a high rank keeps its step size (arXiv 2312.03732)."""
+    """Scale by alpha / sqrt(rank) instead, so a high rank keeps its step size (arXiv 2312.03732)."""
     dora: bool = False
     """Train the magnitude of each matrix's rows and its direction separately (arXiv 2402.09353): slower."""
     init: str = "default"
@@ -207,14 +207,14 @@ class QloraTuning(LowRank):
     """LoRA on weights in 4 bits (arXiv 2305.14314): an eighth of the model's memory, and slower.
 
     Policy and reference both use the quantized model, with LoftQ's initial adapters if that is the ``init``. The saved
-    checkpoint has dequantized weights with the adapters merged, in float32. Needs bitsandbytes; runs on CPUs too.
+    checkpoint has dequantized weights with the adapters merged, in float32. Needs bitsandbytes; also runs on CPUs.
     """
 
     method: Literal["qlora"] = "qlora"
     quantization: Literal["nf4", "fp4"] = "nf4"
     """The 16 values of a weight: quantiles of a normal distribution, or 4-bit floating point."""
     double_quantization: bool = True
-    """Quantize the scales too, which saves 0.4 bits per weight."""
+    """Also quantize the scales, which saves 0.4 bits per weight."""
 
     @model_validator(mode="after")
     def _weights_stay_as_they_are(self) -> Self:

@@ -25,9 +25,9 @@ class Unfreeze(Config):
     unit: Literal["steps", "epochs"] = "steps"
     """Unit of the starts: optimizer steps, or epochs (fractions are allowed)."""
     embeddings: bool = False
-    """Train the embeddings too, once every layer is trained; with tied embeddings also the head."""
+    """Also train the embeddings when every layer has been trained; with tied embeddings also the head."""
     head: bool = False
-    """Train the vocabulary head from the start; with tied embeddings these too. A score head is always trained."""
+    """Train the vocabulary head from the start, and with it tied embeddings. A score head is always trained."""
 
     @model_validator(mode="after")
     def _opens_more_and_more(self) -> Unfreeze:
@@ -47,7 +47,7 @@ class Unfreeze(Config):
 
     @field_serializer("at")
     def _sort_with_text_keys(self, starts: dict[float, int]) -> dict[str, int]:
-        # Sorted, and with one spelling per number, so that equal schedules have equal keys.
+        # Sort the entries and use one spelling per number, so equal schedules have equal keys.
         return {str(int(time) if time == int(time) else time): starts[time] for time in sorted(starts)}
 
 

@@ -36,7 +36,8 @@ FOLDERS = "ALIGN_MODULE_FOLDERS"
 def add_module_folder(file: Path) -> None:
     """Have modules in the folder of a YAML file found, here and in processes that this one starts.
 
-    Shipped files name modules from the folder above theirs: ``examples.scorers``. Does nothing for no file.
+    Shipped files name modules from the folder above theirs: ``examples.scorers``. Without a file the search path stays
+    the same.
     """
     if not os.path.isfile(file):
         return
@@ -85,15 +86,15 @@ def load_function(path: str, role: str = "score") -> Callable[..., Any]:
 def function_identity(path: str, role: str = "score") -> str:
     """Return a function's identity for keys: the version of align's own functions, the code of any other.
 
-    The code is that of its module and of the user's modules that this imports (``align.store.code_identity``). Does
-    not import the module, only its parent packages. Raises ``UserError``, which begins with the function's ``role``,
-    if there is no such function.
+    The code is the code of its module and of the user's modules that the module imports
+    (``align.store.code_identity``). Does not import the module, only its parent packages. Raises ``UserError``, which
+    begins with the function's ``role``, if there is no such function.
     """
     full = full_path(path, role)
     origin = _find(full, role)
     module = full.partition(":")[0]
     if module == CHECKERS:
-        # align's checkers have a version, so that a reformatted file makes nothing run again.
+        # align's checkers have a version, so a reformatted file does not run stages again.
         return f"{full} version {importlib.import_module(module).VERSION}"
     if module.partition(".")[0] == "align":
         return f"{full} sha256:{file_digest(origin)}"
@@ -113,7 +114,7 @@ def full_path(path: str, role: str) -> str:
 
 
 def _find(full: str, role: str) -> Path:
-    """Return the module's file; the current folder is searched too, as ``python -m`` does, and those of YAML files."""
+    """Return the module's file; the search includes the current folder, like ``python -m``, and YAML files' folders."""
     module = full.partition(":")[0]
     with SEARCH:
         directory = str(Path.cwd())

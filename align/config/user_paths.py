@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 def user_path(text: str, base: Path | None = None) -> Path:
     """Return the path that ``text`` names, ``~`` and ``~user`` replaced; a relative one starts at ``base``.
 
-    Raises ``UserError`` for text that no file system takes, and for a user that this machine does not know.
+    Raises ``UserError`` for text that no file system accepts, and for a user that this machine does not know.
     """
     try:
         path = Path(text).expanduser()

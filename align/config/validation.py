@@ -152,13 +152,13 @@ class _Place:
 def _most_specific(mistakes: list[tuple[ErrorDetails, _Place]]) -> list[tuple[ErrorDetails, _Place]]:
     """Return one mistake per place.
 
-    pydantic reports every branch of a union. The branch that got furthest is the one that the user meant.
+    pydantic reports every branch of a union. The user meant the branch that got furthest.
     """
     chosen: dict[tuple[str, ...], tuple[ErrorDetails, _Place]] = {}
     for detail, place in mistakes:
         has_deeper = any(_is_below(deeper.path, place.path) for _, deeper in mistakes)
         if has_deeper and _is_about_type(detail):
-            # A member that fails on type is not the one that was meant, if another got further in.
+            # The user did not mean a member that fails on type, if another member got further in.
             continue
         if place.path not in chosen or _is_about_type(chosen[place.path][0]):
             chosen[place.path] = detail, place
@@ -246,10 +246,10 @@ def _hint_block(value: Any, location: _Place) -> str:
 
 
 def remedy_for_unknown(key: str, models: Sequence[type[BaseModel]]) -> str:
-    """Return what to do with a key that a block of one of ``models`` does not have.
+    """Return the remedy for a key that no block of ``models`` has.
 
-    Another tool's name is answered with the field, an option of the trainer with its block, a slip with the nearest
-    name.
+    The remedy for another tool's name is the field, for an option of the trainer its block, and for a misspelling the
+    nearest name.
     """
     synonym = find_synonym(key, models)
     if synonym is not None:
@@ -277,7 +277,7 @@ def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:
             shown[-1:] = [f"{shown[-1] if shown else ''}[{part}]"]
             current = [arg for kind in lists for arg in _members(typing.get_args(kind))]
             continue
-        # pydantic puts the discriminator's value into the path, where the YAML has no such key.
+        # pydantic puts the discriminator's value into the path, but the YAML has no such key.
         tagged = [model for model in holders if part in _tags(model)]
         if tagged and (len(holders) > 1 or not any(part in _fields_by_key(model) for model in holders)):
             current = list(tagged)
@@ -297,7 +297,7 @@ def _locate(config_class: type[BaseModel], detail: ErrorDetails) -> _Place:
 
 
 def _fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Return a block's fields by the key that the YAML has for them: an alias, where the name is a word of Python's."""
+    """Return a block's fields by their YAML key: an alias, if the name is a word of Python's."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 

@@ -28,13 +28,13 @@ class RolloutsConfig(Config):
     tensor_parallel: int = Field(1, ge=1, le=64)
     """GPUs (processes, on a CPU) that share the weights of each of ``servers``."""
     gpus: list[int] | None = None
-    """GPUs of ``servers``, ``tensor_parallel`` each, in CUDA's order; null takes those after the trainer's."""
+    """GPUs of ``servers``, ``tensor_parallel`` each, in CUDA's order; null uses the GPUs after the trainer's."""
     weights: Literal["folder", "nccl"] = "folder"
     """Transfer of new weights to the servers: through a folder, or by NCCL from the trainer's GPU to other GPUs."""
     weights_folder: str | None = None
-    """Folder that servers read new weights from, under the same path as here; null takes a temporary folder."""
+    """Folder that servers read new weights from, under the same path as here; null uses a temporary folder."""
     restarts: int = Field(3, ge=0, le=100)
-    """Restarts of a lost server, or retries of one at ``addresses``. After that the stage goes on without it."""
+    """Restarts of a lost server, or retries of a server at ``addresses``. After that the stage continues without it."""
 
     @property
     def pooled(self) -> bool:
@@ -83,7 +83,7 @@ class RolloutsConfig(Config):
             )
 
     def gpus_of(self, server: int, available: int, trainers: int = 1) -> list[int]:
-        """Return the GPUs of one of ``servers`` on a machine with ``available`` GPUs.
+        """Return the GPUs of one server on a machine with ``available`` GPUs.
 
         Trainers use the first ``trainers`` of them. If there are too few for both, servers share GPUs with the
         trainers, round robin.

@@ -1,10 +1,10 @@
-"""Read and write YAML safely, with line and column in errors; duplicate keys are refused. Never imports torch.
+"""Safe reading and writing of YAML, with line and column in errors; duplicate keys are refused. Never imports torch.
 
 Plain scalars follow YAML 1.2: ``true`` and ``false`` are the only booleans, and numbers are decimal. What YAML 1.1
 reads as an octal number (010), a time in base 60 (1:30:00), a date or a boolean (no) is text here. ``validation.py``
 checks the keys.
 
-Top-level keys that begin with ``x-``, and ``defaults``, hold blocks for anchors. They are left out once YAML has merged
+Top-level keys that begin with ``x-``, and ``defaults``, hold blocks for anchors. They are removed after YAML has merged
 them.
 """
 
@@ -77,10 +77,10 @@ for _kind, _spelling, _first in SCALARS:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping, without the blocks that hold anchors alone.
+    """Load a YAML mapping, without the blocks that only hold anchors.
 
-    Raises ``UserError`` for a file that is missing (similar names are suggested), is not UTF-8, does not parse
-    (line and column), repeats a key, is no mapping, or has ``defaults`` that nothing refers to.
+    Raises ``UserError`` for a file that is missing (similar names are suggested), is not UTF-8, does not parse (line
+    and column), repeats a key, is not a mapping, or has unused ``defaults``.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def drop_anchor_blocks(values: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the values of a file without the top-level blocks that hold anchors alone."""
+    """Return the values of a file without the top-level blocks that only hold anchors."""
     return {key: value for key, value in values.items() if not _holds_anchors(key)}
 
 
@@ -160,7 +160,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _expand(value: Any, count: list[int]) -> Any:
-    """Return a copy without shared objects, so that overriding a field of one stage does not change another.
+    """Return a copy without shared objects: overriding a field of one stage must not change another stage.
 
     ``count`` holds the number of values so far.
     """

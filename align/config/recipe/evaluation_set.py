@@ -1,6 +1,6 @@
 """Settings of an evaluation set that training rows must not contain, and the sets that are known by name.
 
-A known name needs no more than a commit of the Hub; files serve where there is no network.
+A known name needs only a commit of the Hub. Use files if there is no network.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class EvaluationSet(Config):
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     """Commit of the dataset, 40 hexadecimal digits."""
     config: str | None = None
-    """Configuration (subset) of the dataset, where it has several."""
+    """Configuration (subset) of the dataset, if it has several."""
     split: str | None = None
-    """Split of the dataset; ``test`` by default, or the usual one of a known name."""
+    """Split of the dataset; ``test`` by default, or a known name's usual split."""
     fields: list[str] | None = Field(None, min_length=1)
     """Fields that make up the question, joined by a line break; ``a.b`` is field b of a. By default the first one
     present of prompt, question, turns, instruction, problem, goal, query, text. The texts of a list are searched for

@@ -1,8 +1,8 @@
 """Settings of the step ``filter``: one block or field for each filter, all of them optional.
 
-Filters run in the order of ``FilterStep``'s fields, so that a row which several of them would drop counts under the
-first; filters that change texts (``urls: strip``, ``personal_data: {action: mask}``) come before filters that measure
-them. docs/data_filters.md has the defaults, their sources, and how often each is wrong on real data.
+Filters run in the order of ``FilterStep``'s fields. A row that several filters would drop counts under the first.
+Filters that change texts (``urls: strip``, ``personal_data: {action: mask}``) come before filters that measure them.
+docs/data_filters.md has the defaults, their sources, and how often each is wrong on real data.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Turns(Config):
 class Lengths(Config):
     """Bounds on lengths, all inclusive. A prompt counts with all its turns.
 
-    Every reply counts, rejected ones too, since all of them are trained on. The longest reply is compared with a
-    maximum, the shortest with a minimum.
+    Every reply counts, including rejected replies, because all of them are trained on. The longest reply is compared
+    with a maximum, the shortest with a minimum.
     """
 
     min: int | None = Field(None, ge=1)
@@ -75,7 +75,7 @@ class Lengths(Config):
 
 
 def _check_bounds(config: Config, suffixes: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` where no bound is set, or a minimum is above its maximum."""
+    """Raise ``ValueError`` if no bound is set, or a minimum is above its maximum."""
     pairs = [(f"min{suffix}", f"max{suffix}") for suffix in suffixes]
     bounds = {name: getattr(config, name) for pair in pairs for name in pair}
     if all(bound is None for bound in bounds.values()):
@@ -94,7 +94,7 @@ class Words(Lengths):
 
 
 class Tokens(Lengths):
-    """Lengths in tokens of the texts alone; a chat template adds four to ten tokens a turn."""
+    """Lengths in tokens of only the texts; a chat template adds four to ten tokens a turn."""
 
     identified = frozenset({"tokenizer"})
 
@@ -105,10 +105,10 @@ class Tokens(Lengths):
 
 
 class PersonalData(Config):
-    """Find personal data in every text of a row: prompt and all replies, rejected ones too, since all are published."""
+    """Find personal data in the prompt and all replies of a row, also rejected replies, because all are published."""
 
     action: Literal["drop", "mask"] = "drop"
-    """Drop the row, or ``mask`` the data: [email address] and the like take its place."""
+    """Drop the row, or ``mask`` the data: [email address] and similar labels replace it."""
     kinds: list[PersonalDataKind] = Field(["email", "phone", "ip", "card", "iban"], min_length=1)
     """Kinds of data to look for."""
     regions: list[str] = Field(["US"], min_length=1)
@@ -169,8 +169,8 @@ class Language(Config):
     min_letters: int = Field(40, ge=1)
     """Texts with fewer letters (without code, numbers and addresses) are too short to judge and stay."""
     over: Literal["whole", "prompt", "reply"] = "whole"
-    """Text that is judged: the user's turns and the replies together, or one of them. ``whole`` keeps most translation
-    tasks."""
+    """Text that is judged: the user's turns and the replies together, or only the turns or the replies. ``whole`` keeps
+    most translation tasks."""
 
     @model_validator(mode="after")
     def _are_known(self) -> Self:
@@ -205,7 +205,7 @@ class FilterStep(Config):
     placeholders: bool = False
     """Drop rows with an unfilled {{placeholder}} outside code."""
     keywords: list[str] | Literal["self_instruct"] | None = Field(None, min_length=1)
-    """Drop rows with one of these words in a user's turn; ``self_instruct`` is that paper's list (image, graph …)."""
+    """Drop rows with any of these words in a user's turn; ``self_instruct`` is that paper's list (image, graph …)."""
     boilerplate: Boilerplate | None = None
     """Refusals, "as an AI language model", and models that name their makers. English."""
     repetition: Repetition | None = None
@@ -222,7 +222,7 @@ class FilterStep(Config):
     def _sets_a_filter(self) -> Self:
         if isinstance(self.keywords, list) and not all(word.strip() for word in self.keywords):
             raise ValueError("keywords holds an empty word, which every row has")
-        # ``sides`` only says where filters look, so by itself it filters nothing.
+        # ``sides`` only sets the texts that filters read, so by itself it does not filter.
         names = [name for name in type(self).model_fields if name not in ("type", "sides")]
         if all(getattr(self, name) in (None, False, "keep") for name in names):
             raise ValueError(f"no filter is set; set one of {', '.join(names)}")

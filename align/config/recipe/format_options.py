@@ -30,7 +30,7 @@ Format = Literal[
     "multiple_choice",
     "rows",
 ]
-"""How a record is written. ``rows`` are align's own rows, as a build writes them; ``auto`` never detects them."""
+"""Format of a record. ``rows`` are align's own rows, as a build writes them; ``auto`` never detects them."""
 
 Form = Format
 
@@ -72,11 +72,10 @@ class FormatOptions(Config):
     """Fields to ignore although they hold something that align does not train on: ``[images]``, or with a path
     ``[messages.thinking]``."""
     turns: Literal["last", "all"] = "last"
-    """messages, sharegpt, oasst: one row for the last answer of a conversation, or one for each of its answers."""
+    """messages, sharegpt, oasst: one row for the last answer of a conversation, or a row for each of its answers."""
     score: str = Field("auto", min_length=1)
-    """scored: the field of an answer that holds its score. ``auto`` takes the mean of the ratings per aspect where
-    there are any (some values of UltraFeedback's overall_score are ten times too high), else score, rating or the
-    like."""
+    """scored: the field of an answer that holds its score. ``auto`` uses the mean of the ratings per aspect if there
+    are any (some values of UltraFeedback's overall_score are ten times too high), else score, rating or the like."""
     paths: Literal["best", "all"] = "best"
     """oasst, for instructions: one conversation per tree, along the best answers, or every conversation whose answers
     rank best."""
@@ -87,14 +86,15 @@ class FormatOptions(Config):
     synthetic: bool = False
     """oasst: keep messages written by a model."""
     first_choice: Literal[0, 1] | None = None
-    """multiple_choice: number of the first choice, where the right one is given by its number. Numbers count from 0 by
+    """multiple_choice: number of the first choice, if records give the right choice by number. Numbers count from 0 by
     default; a number that is written as text needs this setting."""
     choice_reply: Literal["both", "letter", "text"] = "both"
-    """multiple_choice: an answer is the letter and the text of a choice (``B. Paris``), or one of them."""
+    """multiple_choice: an answer is the letter and the text of a choice (``B. Paris``), or only the letter or the
+    text."""
 
     thoughts: Literal["last", "all"] | None = None
     """Write the thoughts that messages have in a separate field (reasoning_content, thinking, reasoning) into the text,
-    as ``<think>``: only that of the last message, or of all answers. By default such records are refused."""
+    as ``<think>``: only the last message's thoughts, or all answers' thoughts. By default such records are refused."""
 
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"first_choice", "choice_reply", "thoughts"})
 

@@ -43,14 +43,14 @@ class Recipe(Config):
     """Prompts whose words overlap this much (estimated Jaccard similarity of their shingles) go to the same split; null
     keeps only equal prompts together, which recipes with templated prompts need."""
     test_size: float = Field(0.1, ge=0, le=1)
-    """Share of the prompts held out for testing; a prompt's split depends on it and ``seed`` alone. 1.0 leaves nothing
-    to train on, 0 nothing to test on."""
+    """Share of the prompts held out for testing. A prompt's split depends only on the prompt and ``seed``. 1.0 leaves
+    no rows to train on, 0 no rows to test on."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the generator, the split and the selection under ``max_rows``; independent of the pipeline's seed."""
     max_rows: int | None = Field(None, ge=2)
     """Keep at most this many rows, selected by ``seed``."""
     files_variable: str | None = Field(None, pattern=r"^[A-Z][A-Z0-9_]*$")
-    """Environment variable with paths of local files to read instead of the sources, where it is set."""
+    """Environment variable with paths of local files. If it is set, they are read instead of the sources."""
 
     @model_validator(mode="after")
     def _mix_is_last(self) -> Self:
@@ -137,7 +137,7 @@ class Recipe(Config):
     def with_files(self, paths: list[str]) -> Recipe:
         """Return the recipe with local files in place of its sources, in the format of its first readable source.
 
-        Raises ``ValueError`` where no source has a format.
+        Raises ``ValueError`` if no source has a format.
         """
         # Local files usually are copies of the recipe's own source, so they have its format.
         first = next((source for source in self.sources if isinstance(source, RecordSource)), None)
@@ -156,7 +156,9 @@ class Recipe(Config):
 
 
 def load_recipe(path: str, base: Path) -> Recipe:
-    """Read and check a recipe; its relative ``path`` starts at ``base``, and those inside it at its folder.
+    """Load and check a recipe.
+
+    A relative ``path`` starts at ``base``, and paths inside the recipe start at its folder.
 
     Raises ``UserError`` for a file that does not exist, does not parse, or has an unknown or wrong key.
     """

@@ -1,7 +1,7 @@
 """Settings that map the records of a file to the fields that align reads, without any Python.
 
-``align.data.mapping`` applies them. Sources of a recipe have all of them, tasks of an evaluation those of
-``RecordColumns``.
+``align.data.mapping`` applies them. Sources of a recipe have all of the settings; tasks of an evaluation have the
+settings of ``RecordColumns``.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class ComparedColumns(Config):
     b_is: Plain | list[Plain] | None = None
     """Labels that mean that ``b`` is better."""
     tie: Literal["drop", "stop"] = "drop"
-    """Ties teach nothing about which is better: they are dropped and counted, or end the build."""
+    """Ties do not show which answer is better: they are dropped and counted, or end the build."""
 
     @field_validator("label", "a", "b")
     @classmethod
@@ -182,7 +182,7 @@ class RecordColumns(Config):
     """Names of the columns of a .csv or .tsv file whose first line is a record already (MMLU's):
     ``[question, A, B, C, D, answer]``."""
     records: str | None = Field(None, min_length=1)
-    """Key of a .json file under which the list of records lies, ``examples`` or ``data.examples``."""
+    """Key of a .json file that holds the list of records, ``examples`` or ``data.examples``."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Sign between the cells of a .csv or .tsv file, by default a comma or a tab: ``";"``, ``"|"``."""
     encoding: str | None = Field(None, min_length=1)
@@ -234,7 +234,7 @@ class RecordColumns(Config):
 
 
 class RecordMapping(RecordColumns):
-    """Everything that a recipe's source says about its records beside their format."""
+    """All settings of a recipe's source about its records, except their format."""
 
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field({})
     """messages, sharegpt: more role names, as the data writes them: ``{bot: assistant}``."""
@@ -287,14 +287,14 @@ class RecordMapping(RecordColumns):
         return self
 
     def kept_columns(self) -> dict[str, str]:
-        """Return the kept columns by their names in the row; without those of ``all``."""
+        """Return the kept columns by their names in the row, without the columns that ``all`` keeps."""
         if isinstance(self.keep, dict):
             return dict(self.keep)
         return {} if self.keep == "all" else {name: name for name in self.keep}
 
 
 def describe_taken_name(name: str) -> str:
-    """Return the error for a kept column whose name is one of align's own."""
+    """Return the error for a kept column whose name is a field of align."""
     if name.startswith("_"):
         return (
             f"'{name}' begins with _, as align's internal fields do. Give it another name: keep: {{{name[1:]}: {name}}}"

@@ -56,7 +56,7 @@ EMBEDDED_FAMILIES = (
     "repeat",
     "copy",
 )
-"""Families of the embedded dataset, in the order in which they take turns; ``align.data.embedded`` writes them."""
+"""Families of the embedded dataset, in the order in which they alternate; ``align.data.embedded`` writes them."""
 
 
 class SourceConfig(Config):
@@ -67,11 +67,11 @@ class SourceConfig(Config):
     license: str | None = Field(None, min_length=1)
     """SPDX identifier (Apache-2.0) or free text. The card states it, since a mixture inherits the strictest."""
     part: Part = "split"
-    """Split that the rows go to: divided by ``test_size``, or all to one of the two."""
+    """Split of the rows: divided by ``test_size``, or all rows in ``train`` or in ``test``."""
 
     @property
     def label(self) -> str:
-        """``name``, or where the records come from."""
+        """``name``, or the origin of the records."""
         return self.name or self._origin()
 
     def _origin(self) -> str:
@@ -79,7 +79,7 @@ class SourceConfig(Config):
 
 
 class RecordSource(RecordMapping, SourceConfig):
-    """A source whose records are in one of the known formats, or are mapped to one."""
+    """A source whose records are in a known format, or are mapped to a known format."""
 
     format: Format = "auto"
     """Format of the records; ``auto`` detects it from the first hundred records and reports its choice with the
@@ -131,7 +131,7 @@ class EmbeddedSource(SourceConfig):
 
 
 class GymTask(Config):
-    """A task of reasoning-gym with a configuration of its own."""
+    """A task of reasoning-gym with its configuration."""
 
     name: str
     """Name in reasoning-gym: ``chain_sum``."""
@@ -144,7 +144,7 @@ class GymSource(SourceConfig):
 
     type: Literal["reasoning_gym"]
     tasks: list[str | GymTask] = Field(min_length=1)
-    """Tasks that take turns: names, or names with ``arguments``."""
+    """Tasks that alternate: names, or names with ``arguments``."""
     count: int = Field(1000, ge=1, le=10_000_000)
     """Rows to generate, before the split."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -190,20 +190,20 @@ class HubSource(RecordSource):
     dataset: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """Owner and name, like openai/gsm8k."""
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
-    """Commit of the dataset, 40 hexadecimal digits, so that the recipe always reads the same rows."""
+    """Commit of the dataset, 40 hexadecimal digits, so the recipe always reads the same rows."""
     split: str = "train"
     """Split of the dataset to read, with slices as in ``datasets``: ``train[:5000]``, ``train[10%:20%]``,
     ``train+test``."""
     config: str | None = None
-    """Configuration (subset) of the dataset, where it has several."""
+    """Configuration (subset) of the dataset, if it has several."""
     data_dir: str | None = None
     """Folder inside the dataset's repository."""
     files: list[str] | None = Field(None, min_length=1)
     """Files of the repository, by path or pattern, to read as they are: files that no configuration covers (Open
     Assistant's trees), or whose field types should not be inferred. ``split`` and ``config`` are then ignored."""
     streaming: bool = True
-    """Read records as they arrive; false downloads the dataset into the Hub's cache first, which is faster for a
-    recipe that is built repeatedly."""
+    """Stream the records. False downloads the dataset into the Hub's cache first, which is faster for a recipe that is
+    built repeatedly."""
 
     @field_validator("split")
     @classmethod

@@ -18,7 +18,7 @@ class SplitPart:
 
     @property
     def is_stream(self) -> bool:
-        """True where the rows can be read without knowing how many there are."""
+        """True if the rows can be read without knowing their number."""
         bounds = [bound for bound in (self.start, self.stop) if bound is not None]
         return not any(bound.endswith("%") or bound.startswith("-") for bound in bounds)
 

@@ -41,7 +41,7 @@ class NormalizeStep(Config):
 
 
 class DivideStep(Config):
-    """Cut every text into pieces; each piece becomes a row."""
+    """Divide every text into pieces; each piece becomes a row."""
 
     type: Literal["divide"]
     characters: int = Field(ge=100)
@@ -49,16 +49,16 @@ class DivideStep(Config):
 
 
 class PairsStep(Config):
-    """Make pairs of a row's ``responses``, and drop pairs that teach nothing.
+    """Make pairs of a row's ``responses``, and drop pairs without a preference.
 
     A row that is a pair already stays as it is, unless its scores tie or differ by less than ``margin``. In unpaired
-    data an answer is labeled good if it is the better one of all its pairs, and bad if it is the worse one of all.
+    data an answer is labeled good if it is better in all its pairs, and bad if it is worse in all of them.
     """
 
     type: Literal["pairs"]
     how: PairStrategy = "best_worst"
-    """Answers to compare: the best with the worst, with a random one below it, all of them (K answers make K(K-1)/2
-    pairs, which gives prompts with many answers more weight), or each with the next one in order."""
+    """Answers to compare: the best with the worst, the best with a random lower answer, all of them (K answers make
+    K(K-1)/2 pairs, which gives prompts with many answers more weight), or each answer with the next in order."""
     margin: float = Field(0.0, ge=0)
     """Smallest difference in score, or in places of a ranking, that makes a pair; ties never do."""
     max_per_prompt: int | None = Field(None, ge=1)
@@ -75,7 +75,7 @@ class Keep(Config):
     quantiles: tuple[float, float] | None = Field(None, strict=False)
     """Keep scores between two quantiles: [0.5, 1] is the better half, [0.1, 0.9] drops both tails."""
     per_source: bool = False
-    """Take quantiles within each source, so that no source is lost because its scores have another scale."""
+    """Compute quantiles within each source, so no source is lost because its scores have another scale."""
 
     @model_validator(mode="after")
     def _is_ordered(self) -> Self:
@@ -97,7 +97,7 @@ class ScoreStep(Config):
     """Folder of the checkpoint that scores (``model/`` of a finished stage, or any transformers folder), or ``input 0``
     for an input of the data stage."""
     function: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
-    """``package.module:function``: takes a list of rows and returns a number for each."""
+    """``package.module:function``: accepts a list of rows and returns a number for each."""
     keep: Keep = Keep()
     """Rows to keep; all by default."""
     max_length: int = Field(1024, ge=8)
@@ -117,7 +117,7 @@ class ScoreStep(Config):
 
 
 class ExactDuplicatesStep(Config):
-    """Drop every row whose text equals that of an earlier row."""
+    """Drop every row whose text equals an earlier row's text."""
 
     type: Literal["exact_duplicates"]
     of: ComparedPart = "row"
@@ -134,8 +134,8 @@ class NearDuplicatesStep(Config):
     threshold: float = Field(0.7, gt=0, le=1)
     """Jaccard similarity of the sets of shingles from which two rows count as similar."""
     shingle: int | None = Field(None, ge=1, le=50)
-    """Words in a shingle; 3 for prompts, 5 otherwise. One changed word changes as many shingles, so that in texts of a
-    dozen words larger shingles find only equal texts."""
+    """Words in a shingle; 3 for prompts, 5 otherwise. One changed word changes as many shingles, so larger shingles
+    find only equal texts if texts have a dozen words."""
     permutations: int = Field(128, ge=16, le=1024)
     """Bytes of a signature. More of them leave fewer pairs whose words must be compared."""
     recall: float = Field(0.95, gt=0, lt=1)
@@ -143,7 +143,7 @@ class NearDuplicatesStep(Config):
 
 
 class SemanticDuplicatesStep(Config):
-    """Drop every row whose embedding is close to that of an earlier row that stays."""
+    """Drop every row whose embedding is close to the embedding of an earlier row that stays."""
 
     type: Literal["semantic_duplicates"]
     model: NameOrPath
@@ -181,14 +181,14 @@ class DecontaminateStep(Config):
     ngram: int = Field(8, ge=2, le=50)
     """Words in an n-gram. Tülu 3 and open-r1 use 8, datatrove 12, lm-eval 13."""
     coverage: float = Field(0.5, ge=0, lt=1)
-    """An item is contained when more than this share of its words lies in shared n-grams; at 0 any shared n-gram is a
+    """An item is contained if more than this share of its words is in shared n-grams; at 0 any shared n-gram is a
     hit."""
     template: float = Field(0.1, gt=0, le=1)
     """An n-gram in more than this share of a set's items, and in more than ten of them, belongs to the set's template
-    (``Answer format: answer1/answer2``): it proves nothing, and its words do not count. At 1 there are no templates, as
+    (``Answer format: answer1/answer2``): it is no evidence, and its words do not count. At 1 there are no templates, as
     in Tülu 3."""
     of: Literal["user", "all"] = "all"
-    """Part of a row that is searched: ``all`` of it, replies included, or its ``user`` turns alone, as Tülu 3 does."""
+    """Part of a row that is searched: ``all`` of it, replies included, or only its ``user`` turns, as Tülu 3 does."""
     action: Literal["drop", "report"] = "drop"
     """``report`` keeps the rows and lists the hits in the ledger."""
 
@@ -220,7 +220,7 @@ class CapStep(Config):
 
 
 class MixStep(Config):
-    """Set each source's share of the training rows, by one of ``weights``, ``temperature`` and ``epochs``."""
+    """Sets each source's share of the training rows by ``weights``, ``temperature`` or ``epochs``."""
 
     type: Literal["mix"]
     weights: dict[str, float] | None = None
@@ -233,8 +233,8 @@ class MixStep(Config):
     rows: int | None = Field(None, ge=1)
     """Training rows of the mixture, with weights and temperature; by default as many as before."""
     max_epochs: float = Field(4, ge=1)
-    """Largest number of times that a row appears, with weights and temperature; where it binds, the mixture is smaller
-    and the ledger says so. Beyond four, repeats are worth less than fresh rows (arXiv 2305.16264)."""
+    """Largest number of times that a row appears, with weights and temperature. If it binds, the mixture is smaller and
+    the ledger reports it. Beyond four, repeats are worth less than fresh rows (arXiv 2305.16264)."""
 
     @model_validator(mode="after")
     def _has_one_rule(self) -> Self:

@@ -1,8 +1,8 @@
-"""Templates over the fields of a record: ``{question}``, ``{choices[0].text}``; as in ``str.format``, over data alone.
+"""Templates over the fields of a record: ``{question}``, ``{choices[0].text}``; ``str.format`` over only data.
 
-A path leads through mappings and lists. It never reaches an attribute of a Python object, has no conversions and no
-format specifications, so that a template of a recipe can do nothing but quote the data. ``{context?}`` is empty where a
-record has no such value; ``{{`` and ``}}`` are braces.
+A path leads through mappings and lists. It never reaches an attribute of a Python object, and has no conversions and no
+format specifications. So a recipe's template can only quote the data. ``{context?}`` is empty if a record has no such
+value; ``{{`` and ``}}`` are braces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INDEX = re.compile(r"-?\d+")
 
 
 class MissingValue(ValueError):
-    """A record has no value where a template needs one, or one that is no text."""
+    """A record lacks a value that a template needs, or the value is not text."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Template:
 
     @property
     def is_single(self) -> bool:
-        """True for a field and nothing else, whose value may be a list or a mapping."""
+        """True for a template that is only a field, whose value may be a list or a mapping."""
         return len(self.parts) == 1 and isinstance(self.parts[0], Reference)
 
     def value(self, record: Mapping[str, Any]) -> Any:
-        """Return the value of a single field as it is, None where it has none; the text of any other template."""
+        """Return the value of a single field as it is, or None without a value; the text of any other template."""
         if self.is_single:
             return lookup(self.references[0], record)
         return self.render(record)
@@ -125,9 +125,9 @@ def _parse_reference(inside: str, template: str) -> Reference:
 
 
 def lookup(reference: Reference, record: Mapping[str, Any]) -> Any:
-    """Return the value that a path leads to; None where the record ends before it.
+    """Return the value that a path leads to; None if the record ends before it.
 
-    A field whose name is the path as it is written comes first. JSON text is parsed where the path goes on inside it.
+    A field whose name is the whole path takes precedence. JSON text is parsed if the path continues inside it.
     """
     if reference.text in record:
         return record[reference.text]

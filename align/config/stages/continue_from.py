@@ -1,4 +1,4 @@
-"""Rules of ``continue_from``: settings that must stay, and when the result equals that of one longer run. Torch-free.
+"""Rules of ``continue_from``: settings that must stay, and when the result equals one longer run's. Torch-free.
 
 They are used by the pipeline (errors), the planner (statements) and the trainers (file names).
 """
@@ -36,7 +36,7 @@ def chooses_by_validation(config: Any) -> bool:
 
 
 def must_be_equal(config: Any) -> list[str]:
-    """Return the fields of a stage's config that one which continues it must not change."""
+    """Return the fields of a stage's config that a continuing stage must not change."""
     free = {CONTINUE, *LENGTHS, *DATA, *OBSERVED}
     if chooses_by_validation(config):
         # Where validation decides, its rows and times are a part of the training.
@@ -58,7 +58,7 @@ def steps_per_length(config: Any) -> int:
 def inexactness(config: Any, finished: int | None, steps: int | None) -> str | None:
     """Return why a stage continued after ``finished`` optimizer steps differs from one run of ``steps``; None if equal.
 
-    The text is a clause. ``None`` steps are not known yet. The rows are taken to be the same.
+    The text is a clause. ``None`` means that the number of steps is not known yet. The function assumes the same rows.
     """
     if config.scheduler in TOTAL_SCHEDULES:
         return f"scheduler {config.scheduler} sets every step's rate by the number of steps"

@@ -21,7 +21,7 @@ class CpoConfig(ExperimentalFields):
     more."""
     loss: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
     """``sigmoid`` is CPO; ``hinge`` SLiC (2305.10425); ``ipo`` 2310.12036; ``simpo`` 2405.14734, per token and with a
-    target margin; ``alphapo`` 2501.03884, SimPO with rewards bent by ``alpha``. See stage ``simpo`` for SimPO alone."""
+    target margin; ``alphapo`` 2501.03884, SimPO with rewards bent by ``alpha``. See stage ``simpo`` for plain SimPO."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Assumed share of mislabeled pairs; not for ``hinge`` and ``ipo``."""
     cpo_alpha: float | None = Field(None, ge=0)

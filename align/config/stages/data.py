@@ -28,7 +28,7 @@ class DataConfig(RecordSource):
     """Instead of a recipe: a file, folder or glob, or a dataset of the Hub (owner/name). Its format and kind are
     guessed from its columns; ``align plan --resolved`` prints the recipe that it stands for."""
     name: str | None = Field(None, min_length=1, max_length=200)
-    """Configuration (subset) of the Hub dataset, where it has several."""
+    """Configuration (subset) of the Hub dataset, if it has several."""
     split: str | None = None
     """Split of the Hub dataset, by default train, with slices: ``train[:5000]``, ``train[10%:20%]``, ``train+test``."""
     test_split: str | None = None
@@ -38,7 +38,7 @@ class DataConfig(RecordSource):
     kind: Literal["instructions", "preferences", "prompts", "unpaired", "texts"] | None = None
     """Contents of a row, as in a recipe; guessed from the columns by default."""
     test_size: float | None = Field(None, ge=0, le=1)
-    """Share of the prompts held out for testing; 0.1 by default. 1.0 leaves nothing to train on, 0 nothing to test
+    """Share of the prompts held out for testing; 0.1 by default. 1.0 leaves no rows to train on, 0 no rows to test
     on."""
 
     inputs: list[stage_input(*DATASETS, Kind.POLICY, Kind.REWARD)] = Field([])  # type: ignore[valid-type]
@@ -55,7 +55,7 @@ class DataConfig(RecordSource):
     )
 
     def _may_read_files(self) -> bool:
-        # What ``dataset`` names is seen when its source is made, which is checked like one of a recipe.
+        # ``dataset`` is checked when its source is made, like a recipe's source.
         return True
 
     @field_validator("split", "test_split")

@@ -30,7 +30,7 @@ Loss = Literal[
 """trl's loss types."""
 
 DIFFERENCES = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop", "sft"})
-"""Losses of the difference between the two sides, in which terms of the prompt alone cancel."""
+"""Losses of the difference between the two sides, in which terms that depend only on the prompt cancel."""
 
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 """Losses that use ``label_smoothing``."""
@@ -65,7 +65,7 @@ class DpoConfig(ReferenceFields):
     discopop_tau: float = Field(0.05, gt=0)
     """Temperature of ``discopop``'s blend."""
     use_weighting: bool = False
-    """Weight pairs by their probability under the policy (WPO, 2406.11827), so that off-policy pairs count less."""
+    """Weight pairs by their probability under the policy (WPO, 2406.11827); off-policy pairs count less."""
 
     trainer_class: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"
     owned_options: ClassVar[dict[str, str]] = ReferenceFields.owned_options | {

@@ -20,16 +20,16 @@ PART_NAME = r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$"
 class EnvironmentTaskConfig(RecordFields, TemperatureFields, TaskConfig):
     """Episodes in an environment, one or more for each row. Rows: as ``reset`` of the environment reads them.
 
-    ``prompt`` (text or messages) begins an episode whose ``reset`` returns nothing; ``id`` names a row.
+    ``prompt`` (text or messages) begins an episode whose ``reset`` returns None; ``id`` names a row.
     """
 
     task: Literal["environment"] = "environment"
 
     column_names: ClassVar[Sequence[str]] = ("id", "source", "prompt", "answer", "checks")
     environment: EnvironmentConfig
-    """What the systems act in, as in the stages that learn from rollouts."""
+    """Environment that the systems act in, as in the stages that learn from rollouts."""
     rows: str | None = None
-    """Stage of prompts, one of the evaluation's ``rows``, whose ``test`` split is played instead of files."""
+    """Stage of prompts from the evaluation's ``rows``, whose ``test`` split is played instead of files."""
     success: float | Annotated[str, Field(pattern=PART_NAME)] = 1.0
     """Score from which on an episode counts as a success; or the name of a part of the score, which then has to be 1
     or more."""

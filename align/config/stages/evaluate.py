@@ -39,18 +39,19 @@ class BaselineConfig(Config):
     """A checkpoint used in another way: prompted, the best of several answers, or only sampled again."""
 
     of: str
-    """The checkpoint that answers, one of ``policies``."""
+    """The checkpoint that answers, from ``policies``."""
     system: str = ""
-    """A system message before every conversation; before the conversation's system message where it has one."""
+    """A system message before every conversation; it precedes the conversation's own system message, if any."""
     shots: int = Field(0, ge=0, le=64)
     """Solved examples shown as earlier turns."""
     examples: UserPath | None = None
     """JSON lines with ``question`` and ``answer`` (or ``prompt`` and ``completion``) for ``shots``, used in their
-    order; by default each task's examples, and where it has none answers of the train split of ``prompts``."""
+    order. The default is each task's examples, or answers of the train split of ``prompts`` for a task without
+    examples."""
     best_of: int = Field(1, ge=1, le=1024)
-    """Answers sampled for each one kept: the one that ``reward`` scores highest."""
+    """Answers sampled for each answer kept, which is the answer that ``reward`` scores highest."""
     temperature: float = Field(1.0, gt=0)
-    """Temperature of ``best_of`` where a task itself decodes greedily, which would give N equal answers."""
+    """Temperature of ``best_of`` if a task itself decodes greedily, which would give N equal answers."""
 
     sample_seed: int | None = Field(None, ge=0, lt=2**31)
     """Sample once more, with this seed: a comparison of a checkpoint with itself (A/A), the noise floor of the table.
@@ -61,7 +62,7 @@ class BaselineConfig(Config):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         is_prompted = bool(self.system or self.shots)
-        # One way per baseline, so that a difference has one cause.
+        # A baseline changes one setting, so a difference has one cause.
         ways = is_prompted + (self.best_of > 1) + (self.sample_seed is not None)
         if ways == 0:
             raise ValueError(f"is '{self.of}' as it is; say system, shots, best_of or sample_seed")
@@ -78,15 +79,16 @@ class EvaluateConfig(Config):
     policies: list[stage_input(*GENERATORS)] = Field(min_length=1)  # type: ignore[valid-type]
     """Stages whose checkpoints are compared, in the order the report shows them."""
     reference: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """One of ``policies``: differences and KL are taken against it, usually the SFT stage."""
+    """Policy of ``policies`` that differences and KL are computed against, usually the SFT stage."""
     prompts: stage_input(*PROMPT_SOURCES) | None = None  # type: ignore[valid-type]
-    """Stage whose ``test`` split has the prompts; leave it out to run ``tasks`` alone."""
+    """Stage whose ``test`` split has the prompts; omit it to run only ``tasks``."""
     reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
-    """Reward model that scores the responses; shown beside the gold score as the proxy it is."""
+    """Reward model that scores the responses; its score is shown next to the gold score as a proxy."""
     second_reward: stage_input(Kind.REWARD) | None = None  # type: ignore[valid-type]
     """A second reward model, to measure how far the two agree."""
     pairs: stage_input(Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
-    """Preferences whose ``test`` split measures the reward models' accuracy; the task ``preference`` reads them too."""
+    """Preferences whose ``test`` split measures the reward models' accuracy; the task ``preference`` also reads
+    them."""
     heldout: stage_input(Kind.INSTRUCTIONS) | None = None  # type: ignore[valid-type]
     """Instructions whose ``test`` split gives every checkpoint's loss per token on reference answers."""
     texts: list[stage_input(Kind.TEXTS)] = Field([])  # type: ignore[valid-type]
@@ -118,10 +120,10 @@ class EvaluateConfig(Config):
     """Longest response to a prompt, in tokens; a longer one is cut and counts as not finished. Tasks have their own
     limit."""
     max_prompt_tokens: int = Field(1024, ge=1)
-    """Prompts longer than this under any checkpoint's template are left out, and counted."""
+    """Prompts longer than this under any checkpoint's template are skipped and counted."""
     max_context: int = Field(2048, ge=16)
-    """Tokens of a task's conversation and its answer together that the engine makes room for, where the model has as
-    many positions; a longer one counts as not answered, and is counted."""
+    """Tokens of a task's conversation and its answer together that the engine reserves, up to the model's positions. A
+    longer conversation is not answered, and is counted."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature of ``prompts``; KL is measured at the same one. 0 is greedy and leaves KL out."""
     max_pairs: int | None = Field(None, ge=1)
@@ -129,7 +131,7 @@ class EvaluateConfig(Config):
     max_heldout: int | None = Field(256, ge=1)
     """At most so many held-out answers, drawn by seed."""
     max_heldout_length: int = Field(1024, ge=2)
-    """Held-out rows longer than this, in tokens, are left out, and counted."""
+    """Held-out rows longer than this, in tokens, are skipped and counted."""
     precision: PrecisionSetting = "auto"
     """Type of the matrix products, in sampling and scoring; ``auto`` measures which one is faster here."""
     bootstrap: int = Field(10_000, ge=100)
@@ -139,7 +141,7 @@ class EvaluateConfig(Config):
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"metrics", "rows", "users"})
 
     def fields_outside_key(self) -> set[str]:
-        """Return ``identified``, and ``score`` where it is a list, whose rates and prices change no result."""
+        """Return ``identified``, and also ``score`` if it is a list, whose rates and prices change no result."""
         return {*self.identified, *(("score",) if isinstance(self.score, list) else ())}
 
     @field_validator("tasks", mode="before")
@@ -200,7 +202,7 @@ class EvaluateConfig(Config):
 
     @property
     def metric_functions(self) -> list[MetricFunction]:
-        """The programs that are metrics of their own, in order: a single one of ``score``, then ``metrics``."""
+        """The programs that are separate metrics, in order: a single program of ``score``, then ``metrics``."""
         return metric_functions([self.score, *self.metrics] if isinstance(self.score, str) else self.metrics)
 
     @property
@@ -253,7 +255,7 @@ class EvaluateConfig(Config):
 
 
 def _require_input(place: str, name: str | None, field: str, known: list[str]) -> None:
-    """Raise ``ValueError`` where a task names a stage that is not among the evaluation's own."""
+    """Raise ``ValueError`` if a task names a stage that is not among the evaluation's stages."""
     if name is not None and name not in known:
         raise ValueError(
             f"{place} '{name}' is none of the stage's {field} ({', '.join(known) or 'none'}); add it there."

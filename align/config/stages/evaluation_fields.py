@@ -48,7 +48,7 @@ JUDGED_COLUMNS = (
 class TaskConfig(Config):
     """Settings that every task has. A subclass has ``task: Literal[...]``; the task's registry maps it to its code.
 
-    Fields that only say where data lies belong into ``identified``, as in any config.
+    Fields that only give the location of data belong in ``identified``, as in any config.
     """
 
     @property
@@ -58,30 +58,30 @@ class TaskConfig(Config):
 
 
 class RecordFields(RecordColumns):
-    """Fields of a task that reads records; a task's config inherits them beside ``TaskConfig``, this class first."""
+    """Fields of a task that reads records; a task's config inherits this class first, then ``TaskConfig``."""
 
     files: list[UserPath] | None = Field(None, min_length=1)
     """Paths or globs of its files (.json, .jsonl, .csv, .tsv, .parquet, the text formats also compressed), instead of
     the Hub; relative ones start at the YAML file."""
     dataset: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
-    """Owner and name on the Hub; by default the benchmark's usual dataset, where it has one."""
+    """Owner and name on the Hub; by default the benchmark's usual dataset, if any."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
-    """The dataset's commit, 40 hexadecimal digits, so that the numbers always mean the same records."""
+    """The dataset's commit, 40 hexadecimal digits, so the numbers always mean the same records."""
     config: str | None = None
-    """The dataset's configuration (subset) where it has several."""
+    """The dataset's configuration (subset), if it has several."""
     split: str | None = None
-    """The dataset's split; ``test`` by default, or the usual one of a known benchmark."""
+    """The dataset's split; ``test`` by default, or a known benchmark's usual split."""
     max_items: int | None = Field(None, ge=1)
     """Take at most this many records, drawn by the run's seed and kept in order; fewer make wider intervals."""
 
     identified: ClassVar[frozenset[str]] = frozenset({"files"})
 
     def hub_defaults(self) -> Mapping[str, str] | None:
-        """Return the benchmark's usual ``dataset``, ``config`` and ``split`` on the Hub; None where it has none."""
+        """Return the benchmark's usual ``dataset``, ``config`` and ``split`` on the Hub; None if it has none."""
         return KNOWN_DATASETS.get(str(getattr(self, "task", "")))
 
     def record_mapping(self) -> dict[str, Any]:
-        """Return the settings that a recipe's source has too, of those that are set; ``columns`` are the task's own."""
+        """Return the settings that are set and that a recipe's source also has; ``columns`` are the task's."""
         names = (name for name in RecordMapping.model_fields if name in self.model_fields_set)
         left_out = () if isinstance(self, RecordMapping) else ("columns",)
         return {name: getattr(self, name) for name in names if name not in left_out}
@@ -108,7 +108,7 @@ class RecordFields(RecordColumns):
 
 
 class TemperatureFields(Config):
-    """Fields of a task in which systems sample; ``SamplingFields`` has them too."""
+    """Fields of a task in which systems sample; ``SamplingFields`` also has them."""
 
     temperature: float = Field(0.0, ge=0)
     """0 decodes greedily, as the published numbers do; above 0 answers are sampled with the run's seed."""
@@ -123,7 +123,7 @@ class TemperatureFields(Config):
 
 
 class SamplingFields(TemperatureFields):
-    """Fields of a task that samples answers; a task's config inherits them beside ``TaskConfig``."""
+    """Fields of a task that samples answers; a task's config inherits them with ``TaskConfig``."""
 
     max_tokens: int = Field(512, ge=1)
     """Longest answer in tokens; a longer one is cut off there and scored as it is."""

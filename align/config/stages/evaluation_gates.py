@@ -21,7 +21,7 @@ Operator = Literal[">=", "<=", ">", "<"]
 Arithmetic = Literal["+", "-", "*"]
 
 ALIASES = ("base", "reference")
-"""Names a bound may use beside those of the systems; a system that really has such a name comes first."""
+"""Names that a bound may use in addition to the systems' names; a system with such a name takes precedence."""
 KL_PREFIX = "kl_to_"
 """``kl_to_sft`` is the metric ``kl`` with its reference spelled out."""
 
@@ -30,18 +30,18 @@ _BOUND = re.compile(r"(>=|<=|>|<)\s*(\S.*)", re.DOTALL)
 
 
 class GateConfig(Config):
-    """A gate with further settings beside its bound."""
+    """A gate with settings in addition to its bound."""
 
     bound: str
     """``>= 0.3``, ``>= sft``, ``>= sft - 0.02``, ``<= base * 1.05``; operators are >=, <=, > and <."""
     level: Literal["error", "warning"] = "error"
     """``error`` fails the run after everything was written; ``warning`` is only shown."""
     decide: Literal["value", "interval"] = "value"
-    """``value``: the number itself must satisfy the bound. ``interval``: the gate fails only where the whole 95 %
-    interval lies beyond the bound."""
+    """``value``: the number itself must satisfy the bound. ``interval``: the gate fails only if the whole 95 % interval
+    is beyond the bound."""
     systems: list[str] | None = Field(None, min_length=1)
-    """Systems the gate applies to. By default every trained checkpoint but the one that the bound names and, unless
-    the bound is on the base model, but the reference."""
+    """Systems the gate applies to. The default is every trained checkpoint except the system that the bound names, and
+    except the reference unless the bound is on the base model."""
 
 
 GateSpec = str | GateConfig | list[str | GateConfig]
@@ -69,7 +69,7 @@ class Bound:
         return self.system if self.arithmetic is None else f"{self.system} {self.arithmetic} {number}"
 
     def value(self, system_value: float) -> float:
-        """Return the bound as a number; ``system_value`` is the named system's, and unused where none is named."""
+        """Return the bound as a number; ``system_value`` is the named system's value, if the bound names one."""
         if self.system is None:
             return self.number
         if self.arithmetic == "*":
@@ -113,9 +113,9 @@ def parse_gates(
 ) -> list[Gate]:
     """Return the gates of a ``gates`` block, in its order.
 
-    ``systems`` are the compared systems' names. ``tasks`` and ``plain``, where they are known already, are the tasks'
-    names and the metrics of the prompt set, so that a misspelled one is found before anything runs. Raises
-    ``ValueError`` with the place and the nearest known name.
+    ``systems`` are the compared systems' names. ``tasks`` and ``plain`` are the tasks' names and the metrics of the
+    prompt set, if they are already known: a misspelled name is then found before any stage runs. Raises ``ValueError``
+    with the place and the nearest known name.
     """
     gates = []
     for name, block in raw.items():
@@ -152,7 +152,7 @@ def parse_bound(text: str, systems: Collection[str], place: str) -> Bound:
     right = match[2]
     if re.fullmatch(rf"[+-]?{_SIZE}", right):
         return Bound(operator, number=_finite_number(right, place))
-    # Names may hold a '-'. The longest name that fits wins, so sft-2 is a system where there is one of that name.
+    # Names may contain a '-'. The longest name that fits wins, so sft-2 is a system if a system has that name.
     for name in sorted({*systems, *ALIASES}, key=len, reverse=True):
         if right == name:
             return Bound(operator, name)

@@ -122,9 +122,9 @@ class MultipleChoiceConfig(RecordFields, TaskConfig):
     reads each choice as the assistant's answer, without the end of its turn."""
     shots: int = Field(0, ge=0, le=64)
     """Solved examples before every question, the first of the examples; of the same subject for MMLU. A prompted
-    system's number of shots takes precedence."""
+    system's number of shots overrides it."""
     examples_files: list[UserPath] | None = Field(None, min_length=1)
-    """Files of examples in the questions' format; examples that are also questions are left out."""
+    """Files of examples in the questions' format; examples that are also questions are skipped."""
     examples_split: str | None = None
     """For a dataset of the Hub: the split of the examples (dev for MMLU, train for ARC)."""
 
@@ -149,7 +149,7 @@ class MultipleChoiceConfig(RecordFields, TaskConfig):
 
 
 class XstestConfig(RecordFields, SamplingFields, TaskConfig):
-    """Settings of XSTest. Records: ``prompt``, ``type``, ``label`` (``safe`` or ``unsafe``), ``id`` where there is one.
+    """Settings of XSTest. Records: ``prompt``, ``type``, ``label`` (``safe`` or ``unsafe``), and an optional ``id``.
 
     Without ``label``, as in the first version's files, types that begin with ``contrast`` are unsafe.
     """
@@ -197,7 +197,7 @@ class JudgedConfig(RecordFields, TaskConfig):
         return self.mode or ("grade" if self.preset == "mt_bench" else "compare")
 
     def hub_defaults(self) -> Mapping[str, str] | None:
-        """Return the preset's dataset on the Hub, where it has one whose records are plain files."""
+        """Return the preset's dataset on the Hub, if the dataset's records are plain files."""
         return KNOWN_DATASETS.get(self.preset or "")
 
     @model_validator(mode="after")
@@ -263,9 +263,9 @@ class PerplexityConfig(RecordFields, TaskConfig):
     files: list[UserPath] | None = Field(None, min_length=1)
     """Paths or globs: .txt and .md files, a document each, and files of records as for the other tasks."""
     texts: str | None = None
-    """Stage of plain texts, one of the evaluation's ``texts``, whose ``test`` split is read instead of files. A
-    baseline with ``shots`` then reads as many texts of the ``train`` split before each of them, and one with ``system``
-    that: the effect of prompting on a domain."""
+    """Stage of plain texts from the evaluation's ``texts``, whose ``test`` split is read instead of files. A baseline
+    with ``shots`` then reads as many texts of the ``train`` split before each text, and a baseline with ``system``
+    reads that message. This measures the effect of prompting on a domain."""
     fields: list[str] | None = Field(None, min_length=1)
     """Fields that make up a record's text, joined by a blank line. By default ``text`` (or content, document, page),
     else the contents of ``messages``, or of ``prompt`` and ``completion``, without a template."""
@@ -273,7 +273,7 @@ class PerplexityConfig(RecordFields, TaskConfig):
     """Divide documents into pieces of at most this many characters, at line breaks where possible; each becomes a
     document. A single long file is a sample of one, and has no interval."""
     max_characters: int | None = Field(None, ge=1)
-    """Read only the beginning of each document. In characters, so that every tokenizer reads the same text."""
+    """Characters that are read from the beginning of each document. Every tokenizer reads the same text."""
     max_length: int = Field(1024, ge=1)
     """Tokens of a window, or as many as the model can read where that is fewer; more context makes text cheaper."""
 
@@ -292,11 +292,10 @@ class RewardPairsConfig(RecordFields, RecordMapping, TaskConfig):
 
     task: Literal["reward_pairs"] = "reward_pairs"
     layout: Literal["auto"] | PairLayout = "auto"
-    """``pairs``: in one of a recipe's formats. ``reward_bench``: the same with one of RewardBench's subsets each, which
-    gives its four sections. ``reward_bench_2``: ``chosen`` and ``rejected`` are lists of texts. ``auto`` looks at the
-    records."""
+    """``pairs``: in any format of a recipe. ``reward_bench``: the same with a RewardBench subset each, which gives its
+    four sections. ``reward_bench_2``: ``chosen`` and ``rejected`` are lists of texts. ``auto`` looks at the records."""
     category: str | None = None
-    """Field of a record with its category; by default ``subset`` where there is one, else the file's name."""
+    """Field of a record with its category; by default ``subset`` if records have it, else the file's name."""
     format: Format = "auto"
     """Format of a pair, as in a recipe's source."""
     options: FormatOptions = FormatOptions()
@@ -318,7 +317,8 @@ class LmEvalConfig(TaskConfig):
     revisions: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]] = Field({})
     """Commits of the datasets that the tasks read from the Hub: ``allenai/ai2_arc: <40 hexadecimal digits>``."""
     backend: Literal["hf", "vllm"] = "hf"
-    """Backend of lm-eval. Numbers of the two differ in the last digits: use one for all that is compared."""
+    """Backend of lm-eval. The two backends' numbers differ in the last digits: compare only numbers of the same
+    backend."""
     shots: int | None = Field(None, ge=0, le=64)
     """Solved examples before each question, lm-eval's own; by default the task's number, else none."""
     chat: bool = False

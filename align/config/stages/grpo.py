@@ -44,7 +44,8 @@ PRESETS: dict[GroupLoss, Preset] = {
 class GrpoConfig(DriftFields):
     """``loss`` selects the variant. Fields that are not set follow its paper (docs/methods.md).
 
-    The other fields are those of ``ppo`` without its critic. Memory: the policy; with full tuning also its frozen copy.
+    The other fields are the fields of ``ppo`` without its critic. Memory: the policy; with full tuning also its frozen
+    copy.
     """
 
     default_loss_estimator: ClassVar[Literal["k2", "k3"]] = "k3"
@@ -71,8 +72,8 @@ class GrpoConfig(DriftFields):
     """Clip range of the ratio above 1. ``dapo``: 0.28, ``gspo``: 0.0004, ``cispo`` (which caps at 1 + this): 4, else
     ``clip_range``."""
     zero_variance: Literal["keep", "resample"] = "keep"
-    """Groups whose responses all score the same teach nothing: keep and count them, or sample other prompts in their
-    place (DAPO's dynamic sampling)."""
+    """Groups whose responses all score the same have no gradient: keep and count them, or sample other prompts instead
+    (DAPO's dynamic sampling)."""
     resample_rounds: int = Field(3, ge=1)
     """Maximum rounds of resampling in an update."""
     overlong_buffer: int = Field(0, ge=0)

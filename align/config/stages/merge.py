@@ -97,7 +97,7 @@ class MergeConfig(Config):
         return Kind.REWARD if self.rewards else Kind.POLICY
 
     def coefficients(self, count: int) -> list[float]:
-        """Return the weights of ``count`` checkpoints, defaults included, normalized if the method takes shares."""
+        """Return the weights of ``count`` checkpoints, defaults included, normalized if the method uses shares."""
         if self.weights is None:
             return [1.0 if self.method in ("ties", "dare_ties") else 1 / count] * count
         # Shares are normalized; weights of task vectors are factors and stay as they are.

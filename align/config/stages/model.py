@@ -23,18 +23,19 @@ class ModelConfig(Config):
     """Branch, tag or commit of a Hub model, by default main. The plan shows the commit that it means, and the record
     keeps it; write that commit here for a pipeline that always means the same model."""
     base_model: Annotated[str, PathField(may_be_name=True, names=BUILT_IN)] | None = None
-    """For an adapter: its base, in any form of ``source`` but a .gguf file; by default the one that it names."""
+    """For an adapter: its base, in any form of ``source`` but a .gguf file. The default is the base that the adapter
+    names."""
     base_revision: str | None = None
     """Branch, tag or commit of the adapter's base on the Hub."""
     trust_remote_code: bool = False
     """Run Python code of the model's repository; otherwise such a model is refused."""
     chat_template: NameOrPath | None = None
-    """Chat template, which replaces the model's: one that ships with align, by name (alpaca, chatml, chatml-tools,
-    gemma, llama2, llama3, mistral, phi3, qwen2.5, tulu, vicuna, zephyr), or the path of a Jinja file. Required for a
-    base model without one."""
+    """Chat template, which replaces the model's: a template that ships with align, by name (alpaca, chatml,
+    chatml-tools, gemma, llama2, llama3, mistral, phi3, qwen2.5, tulu, vicuna, zephyr), or the path of a Jinja file.
+    Required for a base model without one."""
     add_tokens: list[str] = Field([])
-    """Special tokens to add to the vocabulary, such as those of the chat template: ``["<|im_start|>", "<|im_end|>"]``.
-    Their embeddings start as the mean of all others; ``train_tokens`` of LoRA trains them."""
+    """Special tokens to add to the vocabulary, such as the chat template's: ``["<|im_start|>", "<|im_end|>"]``. Their
+    embeddings start as the mean of all others; ``train_tokens`` of LoRA trains them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the stored weights; bfloat16 halves the files. Training starts from float32 copies either way."""
 

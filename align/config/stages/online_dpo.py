@@ -10,7 +10,7 @@ from align.config.stages.rl import RolloutFields
 
 
 class OnlineDpoConfig(RolloutFields):
-    """The best and the worst response to a prompt, by score, are a pair. Pairs with equal scores teach nothing.
+    """The best and the worst response to a prompt, by score, are a pair. Pairs with equal scores are not used.
 
     The reference is the policy as it comes in. trl has an experimental trainer of this name; this one is not trl's.
     """
@@ -35,7 +35,7 @@ class OnlineDpoConfig(RolloutFields):
         """Responses in memory at once, an even number."""
         if self.micro_batch_size is not None:
             return self.micro_batch_size
-        # Even, so that both responses of a pair are in one micro-batch.
+        # An even number keeps both responses of a pair in one micro-batch.
         return max((size for size in range(2, 17, 2) if self.responses_per_step % size == 0), default=2)
 
     @property

@@ -26,11 +26,11 @@ class PpoConfig(DriftFields):
     """Model that the critic starts from: by default the reward model, else the policy. From ``policy`` it starts at 0.
 
     Memory: with LoRA, ``reward`` and ``policy`` cost a second adapter and a head on weights that are loaded anyway.
-    With full tuning they cost a model of their own, 16 bytes a parameter with AdamW. ``head``, a linear head on the
+    With full tuning they cost a separate model, 16 bytes a parameter with AdamW. ``head``, a linear head on the
     policy's hidden states, costs one vector and no forward pass.
     """
     critic_detach: bool = True
-    """For ``critic: head``: stop the value loss at the head. False lets it train the policy's trunk, too."""
+    """For ``critic: head``: stop the value loss at the head. False lets it also train the policy's trunk."""
     critic_learning_rate: float | None = Field(None, gt=0, le=1)
     """Learning rate of the critic; by default the policy's."""
     critic_head_learning_rate: float | None = Field(None, gt=0, le=1)
@@ -52,7 +52,7 @@ class PpoConfig(DriftFields):
     clip_range: float = Field(0.2, gt=0, lt=1)
     """Clip range of a token's probability ratio around 1."""
     dual_clip: float | None = Field(None, gt=1)
-    """Bound on the ratio where the advantage is negative (arXiv 1912.09729), usually 3."""
+    """Bound on the ratio for negative advantages (arXiv 1912.09729), usually 3."""
     value_clip_range: float | None = Field(0.5, gt=0)
     """Maximum change of a value per update, in units of reward. Null switches value clipping off."""
     vf_coef: float = Field(1.0, gt=0)

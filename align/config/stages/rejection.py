@@ -28,7 +28,8 @@ class RejectionConfig(RolloutFields):
     best: int = Field(1, ge=1)
     """Best responses to each prompt to learn from. Duplicates count once."""
     threshold: float | list[float] | None = None
-    """Minimum score, penalties subtracted, to learn from. A list has one for each round; its last one stays."""
+    """Minimum score, penalties subtracted, to learn from. A list has a value for each round; further rounds use its
+    last value."""
     truncated: Literal["learn", "mask"] = "mask"
     """``mask`` never selects a response cut at ``max_tokens``. ``learn`` may, which teaches the policy not to stop."""
 

@@ -37,16 +37,18 @@ class RolloutFields(TrainerOptions):
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "environment"})
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
-    """Stage whose checkpoint is trained. It is the reference, too. Usually the SFT stage."""
+    """Stage whose checkpoint is trained. It is also the reference. Usually the SFT stage."""
     prompts: stage_input(*PROMPT_SOURCES)  # type: ignore[valid-type]
     """Stage whose training prompts the policy answers."""
     reward: stage_input(Kind.REWARD) | list[stage_input(Kind.REWARD)] | None = None  # type: ignore[valid-type]
-    """Reward stage that scores responses, or a list of them as an ensemble. Set this, ``score``, or both."""
+    """Reward stage that scores responses, or a list of them as an ensemble. At least one of this and ``score`` is
+    required."""
     environment: EnvironmentConfig | None = None
     """Environment that the policy acts in over several turns, with tools or by answers. It scores episodes; ``reward``
     and ``score``, which read an episode's last turn, add to that (docs/environments.md)."""
     ensemble: Literal["mean", "minimum", "uncertainty"] = "mean"
-    """How several reward models give one score. ``uncertainty``: their mean minus their variance (arXiv 2310.02743)."""
+    """Combination of several reward models' scores. ``uncertainty``: their mean minus their variance (arXiv
+    2310.02743)."""
     uncertainty_weight: float = Field(1.0, ge=0)
     """Weight of the variance for ``ensemble: uncertainty``."""
     reward_floor: float | None = Field(0.5, ge=0, lt=1)
@@ -57,14 +59,14 @@ class RolloutFields(TrainerOptions):
     reward_weight: float = 1.0
     """Weight of the reward model's score in the sum with ``score``."""
     score_weight: float = 1.0
-    """Weight of the function's score in the sum with the reward model's. A list has weights of its own."""
+    """Weight of the function's score in the sum with the reward model's. A list's entries have their own weights."""
     gold: str | None = None
     """Function that is only logged, to check that it rises with the score: ``gold`` or ``module:name``."""
     tuning: Tuning = FullTuning()
-    """How the policy and the critic are tuned."""
+    """Tuning of the policy and the critic."""
     continue_from: stage_input(Kind.POLICY) | None = None  # type: ignore[valid-type]
-    """Finished stage of the same kind to go on from: its weights, critic, optimizer, controllers and position in the
-    prompts. Fields that are not set are that stage's, ``seed`` too. ``updates`` counts from its start."""
+    """Finished stage of the same kind to continue from, with its weights, critic, optimizer, controllers and position
+    in the prompts. Fields that are not set, including ``seed``, are that stage's. ``updates`` counts from its start."""
     updates: int = Field(100, ge=1)
     """Rollouts to sample and learn from."""
     rollout_batch: int = Field(64, ge=1)
@@ -74,12 +76,11 @@ class RolloutFields(TrainerOptions):
     max_prompts: int | None = Field(None, ge=1)
     """Use only the first so many prompts."""
     max_prompt_tokens: int = Field(1024, ge=1)
-    """Longer prompts are left out and counted."""
+    """Longer prompts are skipped and counted."""
     max_tokens: int = Field(64, ge=1)
     """Maximum tokens per response. A longer one is truncated."""
     temperature: float = Field(1.0, gt=0, le=5)
-    """Sampling temperature. The loss uses it, too, except where it is SFT's (``ptx`` rows, ``rejection``): there it is
-    1."""
+    """Sampling temperature. The loss also uses it, except SFT's loss (``ptx`` rows, ``rejection``), which uses 1."""
     num_epochs: int = Field(1, ge=1)
     """Passes over each rollout. More passes learn more from it and drift further from the sampled policy."""
     num_mini_batches: int = Field(1, ge=1)
@@ -87,7 +88,7 @@ class RolloutFields(TrainerOptions):
     micro_batch_size: int | None = Field(None, ge=1)
     """Responses in memory at once. Does not change the result. By default the largest divisor up to 16."""
     learning_rate: float = Field(gt=0, le=1)
-    """Learning rate of the policy. LoRA needs about 100 times that of full tuning, so there is no default."""
+    """Learning rate of the policy. LoRA needs about 100 times full tuning's, so there is no default."""
     scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rates: constant, or falling to 0 along a line or a half cosine."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
@@ -112,12 +113,13 @@ class RolloutFields(TrainerOptions):
     ptx_rows: int = Field(8, ge=1)
     """``ptx`` rows per optimizer step."""
     eval_updates: int | None = Field(None, ge=1)
-    """Updates between validations on held-out prompts. The start and the end are validated, too. Null: none."""
+    """Updates between validations on held-out prompts. The start and the end are also validated. Null: no
+    validation."""
     eval_prompts: int = Field(64, ge=1)
     """Maximum held-out prompts per validation: the first ones of the ``test`` split. Where they select the policy
     (``keep``) they are held out of the ``train`` split instead, at most a fifth of its questions."""
     keep: Literal["last", "best", "best_gold"] = "last"
-    """Policy that the stage saves: the last one, or the one with the best validated score (or gold score). The
+    """Policy that the stage saves: the last policy, or the policy with the best validated score (or gold score). The
     ``test`` split, which is reported, plays no part in the selection."""
     keep_kl: float | None = Field(None, gt=0)
     """For ``keep: best``: maximum KL to the reference of the saved policy, in nats per response."""
@@ -327,8 +329,8 @@ class DriftFields(RolloutFields):
     max_staleness: int = Field(0, ge=0, le=64)
     """Updates that sampling may run ahead, with weights as old. With 1, servers sample while the trainer learns."""
     in_flight: Literal["wait", "continue"] = "wait"
-    """What happens to episodes under way when the policy has new weights. ``wait``: they end with the old ones.
-    ``continue``: servers take the new ones between two turns. Then the weights of a turn depend on the clock."""
+    """Treatment of unfinished episodes when the policy has new weights. ``wait``: they end with the old weights.
+    ``continue``: servers load the new weights between two turns. Then the weights of a turn depend on the clock."""
     importance_sequence_cap: float | None = Field(None, gt=1)
     """Drop responses whose sequence ratio of trainer to engine is outside [1/cap, cap]. Null: drop none."""
 

@@ -35,9 +35,9 @@ class SampleConfig(Config):
     """Reward stage that scores the responses, if ``score`` is null."""
     environment: EnvironmentConfig | None = None
     """Environment that the policy acts in over several turns, with tools or by answers. It scores episodes; ``reward``
-    or ``score``, which read an episode's last turn, add to that where they are set (docs/environments.md)."""
+    and ``score``, which read an episode's last turn, add to that score if they are set (docs/environments.md)."""
     n: int = Field(4, ge=2, le=64)
-    """Responses per prompt; more give better and worse ones, and take proportionally longer."""
+    """Responses per prompt. More responses widen the range of scores and cost proportionally more time."""
     temperature: float = Field(1.0, gt=0, le=5)
     """Divisor of the logits; higher values give more varied responses."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -48,7 +48,7 @@ class SampleConfig(Config):
     """Longer prompts are dropped and counted."""
     score: Score = "gold"
     """Function that scores responses (``gold``, or an import path ``module:name``), or a list of rewards; null for
-    ``reward``. With an ``environment`` the default is null: its score alone counts."""
+    ``reward``. With an ``environment`` the default is null: only its score counts."""
     cut_off_score: float | None = None
     """Score of every response that was cut off at ``max_tokens``; null scores it like any other."""
     noise: float = Field(0.0, ge=0, lt=0.5)

@@ -24,8 +24,8 @@ class SftConfig(TrainingFields):
     data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
     """Stage with the answers: the ``train`` split is trained on, the ``test`` split only evaluated."""
     supervise: Literal["last", "all"] = "last"
-    """Train on the answer of a row, of an episode all its turns, or on every assistant turn of its prompt too. Their
-    positions are found by rendering the conversation up to each turn, with any chat template."""
+    """Turns to train on. ``last``: the answer of a row, and all turns of an episode. ``all``: also every assistant turn
+    of the prompt. Their positions are found by rendering the conversation up to each turn, with any chat template."""
     packing: bool = False
     """Pack short rows into rows of ``max_length`` tokens, without attention between them (best fit decreasing)."""
     padding_free: bool = False

@@ -64,7 +64,7 @@ class InstructionsTask(Config):
     max_words: int = Field(150, ge=1)
     """Longer instructions are dropped."""
     max_similarity: float = Field(0.7, gt=0, le=1)
-    """Highest ROUGE-L against every seed and every instruction kept so far; 1 drops nothing."""
+    """Highest ROUGE-L against every seed and every instruction kept so far; 1 drops no instruction."""
     blacklist: tuple[str, ...] = Field(BLACKLIST, strict=False)
     """Words or phrases that no instruction may contain (case-insensitive)."""
     blacklist_starts: tuple[str, ...] = Field(("write a program",), strict=False)

@@ -17,7 +17,7 @@ from align.store.artifacts import Kind
 
 
 class Anchor(Config):
-    """A penalty that keeps the model near its start, so that it forgets less."""
+    """A penalty that keeps the model near its start, to reduce forgetting."""
 
     to: Literal["l2", "kl"]
     """``l2`` pulls weights back to their initial values, and needs a copy of them (1802.01483). ``kl`` adds
@@ -39,10 +39,10 @@ class TrainingFields(TrainerOptions):
     """Settings of training. An optimizer step uses ``batch_size`` rows, whatever the micro-batch."""
 
     has_vocabulary: ClassVar[bool] = True
-    """Whether the stage's model has a vocabulary head."""
+    """True if the stage's model has a vocabulary head."""
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from"})
     refers: ClassVar[bool] = False
-    """Whether the stage needs a reference's log-probabilities of every row, which are computed once."""
+    """True if the stage needs a reference's log-probabilities of every row, which are computed once."""
     trainer_class: ClassVar[str] = "transformers.training_args:TrainingArguments"
 
     tuning: Tuning = FullTuning()
@@ -51,7 +51,7 @@ class TrainingFields(TrainerOptions):
     """Type of the matrix products; ``auto`` measures which one this device multiplies faster in. Weights and AdamW's
     state are float32 either way."""
     learning_rate: float = Field(gt=0, le=1)
-    """Peak learning rate of AdamW. LoRA needs about ten times that of full tuning, so there is no default."""
+    """Peak learning rate of AdamW. LoRA needs about ten times full tuning's, so there is no default."""
     epochs: float = Field(1.0, gt=0, le=1000)
     """Passes over the training rows; a fraction stops early."""
     max_steps: int | None = Field(None, ge=1)
@@ -81,24 +81,23 @@ class TrainingFields(TrainerOptions):
     early_stopping: EarlyStopping | None = None
     """Stop when the validation loss no longer falls: ``{patience: 3}``; needs ``eval_steps``. Same rows as ``keep``."""
     keep: Literal["last", "best"] = "last"
-    """Weights to keep: the last, or those with the lowest validation loss (needs ``eval_steps``, and a copy of the
-    trained weights on disk). Validation rows are taken from the ``train`` split by question, at most ``eval_rows`` and
-    a fifth of the questions and rows; they are not trained on. The reported ``test`` split has no part in the
-    choice."""
+    """Weights to keep: the last, or the weights with the lowest validation loss (needs ``eval_steps``, and a copy of
+    the trained weights on disk). Validation rows come from the ``train`` split by question, at most ``eval_rows`` and a
+    fifth of the questions and rows; they are not trained on. The reported ``test`` split has no part in the choice."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential average of the trained weights, 0.999 or less for short runs; the average is saved."""
     anchor: Anchor | None = None
     """Keep the model near its start: ``{to: l2, weight: 0.1}`` or ``{to: kl, weight: 0.1}``."""
     replay: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES) | None = None  # type: ignore[valid-type]
-    """Stage with general data to train on as well, so that less is forgotten; its test rows are scored. Not
-    for a partitioned model (fsdp2, deepspeed)."""
+    """Stage with general data to train on as well, to reduce forgetting; its test rows are scored. Not for a
+    partitioned model (fsdp2, deepspeed)."""
     replay_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of replayed rows in an optimizer step, in addition to ``batch_size``; 0 only scores the test rows."""
     replay_weight: float | None = Field(None, gt=0)
     """Weight of the replayed answers' loss per token; by default fraction / (1 - fraction), as if rows were mixed."""
     continue_from: stage_input(Kind.POLICY, Kind.REWARD) | None = None  # type: ignore[valid-type]
-    """Finished stage of the same kind to go on from: its weights, optimizer, schedule and position in the rows. Fields
-    that are not set are that stage's, ``seed`` too. ``max_steps`` and ``epochs`` count from its start."""
+    """Finished stage of the same kind to continue from, with its weights, optimizer, schedule and position in the rows.
+    Fields that are not set, including ``seed``, are that stage's. ``max_steps`` and ``epochs`` count from its start."""
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints; a killed stage repeats at most these. Full tuning writes 12 bytes per weight."""
     eval_steps: int | None = Field(None, ge=1)
@@ -131,7 +130,7 @@ class TrainingFields(TrainerOptions):
 
     @property
     def rows_add_up(self) -> bool:
-        """True if a micro-batch's loss is the mean of its rows' losses, so that processes can split it."""
+        """True if a micro-batch's loss is the mean of its rows' losses, so processes can split it."""
         return True
 
     def micro_batch_of(self, processes: int) -> int:
@@ -155,7 +154,7 @@ class TrainingFields(TrainerOptions):
         if launch.strategy == "ddp" or launch.known == 1:
             return None
         if self.replay is not None:
-            # Its passes through the trunk alone gather no weights, and a process without replayed rows has none.
+            # Passes through only the trunk gather no weights, and a process without replayed rows makes no such pass.
             return f"replay does not go with strategy {launch.strategy}; take ddp, or leave it out."
         if launch.strategy == "fsdp2":
             return None
