@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from align.config.stages.model import ModelConfig
-from align.models.known import known_positions
 from align.pipeline.pipeline import Node, Pipeline
+from align.pipeline.registry import load_object
 
 POLICY_FIELDS = ("policy", "model", "policies")
 """Inputs of a stage whose weights come from a model stage."""
+POSITIONS = "align.models.known:known_positions"
+"""The function that looks up a model's context; its package has modules that import torch, so it is loaded by name."""
 
 
 def stage_warnings(pipeline: Pipeline, node: Node) -> list[str]:
@@ -29,7 +31,7 @@ def _too_many_tokens(pipeline: Pipeline, node: Node) -> Iterator[str]:
         if not isinstance(config, ModelConfig):
             continue
         name = config.base_model or config.source
-        positions = known_positions(
+        positions = load_object(POSITIONS)(
             name, config.base_revision if config.base_model is not None else config.revision, pipeline.base
         )
         if positions is not None and max_tokens >= positions:

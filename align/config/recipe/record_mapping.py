@@ -96,7 +96,7 @@ class LabelWords(Config):
     """Words that mean false, in any case."""
 
 
-class Words(Config):
+class ValueWords(Config):
     """A value in words: ``{column: answer, words: {true: "yes", false: "no"}}``. Another value is an error."""
 
     column: str = Field(min_length=1)
@@ -112,7 +112,7 @@ class Mean(Config):
     """Column, or template of one field, that holds the list; in a CSV cell as JSON."""
 
 
-ColumnValue = str | list[str] | Constant | LabelWords | Words | Mean
+ColumnValue = str | list[str] | Constant | LabelWords | ValueWords | Mean
 """A column or a template, a list of these, a constant, a label or a value in words, or the mean of a list."""
 
 
@@ -306,7 +306,7 @@ def column_texts(value: ColumnValue) -> list[str]:
     """Return the columns and templates of a value."""
     if isinstance(value, Constant):
         return []
-    if isinstance(value, (LabelWords, Words)):
+    if isinstance(value, (LabelWords, ValueWords)):
         return [value.column]
     if isinstance(value, Mean):
         return [value.mean]

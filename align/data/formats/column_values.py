@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from align.config.recipe.record_mapping import ColumnValue, Constant, LabelWords, Mean, Plain, Words
+from align.config.recipe.record_mapping import ColumnValue, Constant, LabelWords, Mean, Plain, ValueWords
 from align.config.recipe.templates import MissingValue, parse_column, parse_template
 from align.data.formats.fields import Malformed
 from align.data.formats.messages import parse_json
@@ -18,7 +18,7 @@ def column_value(name: str, value: ColumnValue, record: Mapping[str, Any]) -> An
         return value.constant
     if isinstance(value, LabelWords):
         return _label(name, value, record)
-    if isinstance(value, Words):
+    if isinstance(value, ValueWords):
         return _in_words(name, value, record)
     if isinstance(value, Mean):
         return mean_value(name, value, record)
@@ -44,7 +44,7 @@ def _label(name: str, words: LabelWords, record: Mapping[str, Any]) -> bool | No
     return word in good
 
 
-def _in_words(name: str, value: Words, record: Mapping[str, Any]) -> str | None:
+def _in_words(name: str, value: ValueWords, record: Mapping[str, Any]) -> str | None:
     """Return the words that a value stands for; None if the record has none."""
     original = filled(name, value.column, record)
     if original is None:
