@@ -193,7 +193,7 @@ class Job:
 
 
 def sharded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> Memory:
-    """Return the memory of one of ``devices`` devices; ``memory`` describes one process without sharding."""
+    """Return the memory of each of ``devices`` devices; ``memory`` describes a process without sharding."""
     if strategy.name in ("single", "ddp"):
         # Every device holds everything; DDP adds its buckets only.
         buckets = BUCKET + FLOAT * job.trained if devices > 1 else 0  # in addition to the gradients

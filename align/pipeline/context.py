@@ -1,4 +1,4 @@
-"""The context a stage's run gets: config, inputs, folders, and where it reports progress. Torch-free."""
+"""The context that a stage's run gets: config, inputs, folders, and the report of progress. Torch-free."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class StageContext:
     checkpoints: Path
     events: Path
     cache: Path | None = None
-    """Folder of the store that stages share and nothing depends on: what lies there saves time and may be deleted.
-    None where ``run`` was called without a store."""
+    """Folder of the store that stages share as a cache: results do not depend on its files, which may be deleted. None
+    if ``run`` was called without a store."""
     pipeline: str = ""
     """Name of the pipeline."""
     kind: str = ""
-    """Kind of the stage, or the import path of its record where it is not one of align's (``registry.find_stage``)."""
+    """Kind of the stage, or the import path of its record if the kind is not align's (``registry.find_stage``)."""
     group: str = ""
     """Short digest of all its stages' keys: one run of a pipeline, however often it was killed and resumed."""
     followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
@@ -67,7 +67,7 @@ class StageContext:
     """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
     ``run`` was called in a process that is not a stage's own."""
     pace: Pace = field(default_factory=Pace, repr=False)
-    """How fast the stage's work advances, from all reported progress."""
+    """Speed of the stage's work, from all reported progress."""
     _phase: _Phase = field(default_factory=lambda: _Phase(), repr=False)
     _reported_at: dict[str, float] = field(default_factory=dict, repr=False)
     """Time (``monotonic``) of the last reported progress of each unit."""
@@ -87,7 +87,7 @@ class StageContext:
     def shared_answers(self, subfolder: str = "") -> Path | None:
         """Return the folder of models' answers that runs share: ``subfolder`` of ``cache``, or the user's own folder.
 
-        A stage's field ``cache`` names one, or is False for none. None without a store, too.
+        A stage's field ``cache`` names one, or is False for none. Also None without a store.
         """
         place = getattr(self.config, "cache", True)
         if isinstance(place, str):
@@ -97,14 +97,14 @@ class StageContext:
     def emit(self, kind: str, **values: Any) -> None:
         """Append one event to the stage's event file, which the console and the report read."""
         line = json.dumps({"event": kind, "time": time.time(), **values}, default=float)
-        # Opened and closed for each event, so that a kill loses at most one line.
+        # The file is opened and closed for each event, so a kill loses at most one line.
         with self.events.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def progress(self, done: float, total: float, unit: str = "steps", tokens: int | None = None, **shown: Any) -> None:
         """Report ``done`` of ``total`` units, the real ``tokens`` so far, and values to show (loss, score).
 
-        A count is left out within ``PROGRESS_SECONDS`` of the report before it, unless all units are done.
+        A count is skipped within ``PROGRESS_SECONDS`` of the previous report, unless all units are done.
         """
         self.pace.update({"done": done, "total": total, "unit": unit, "tokens": tokens, "time": time.time()})
         now = time.monotonic()
@@ -137,5 +137,5 @@ class StageContext:
         self.emit("warning", message=redact(message))
 
     def note(self, message: str) -> None:
-        """A line the user sees on the console and in the report, where nothing is wrong; redacted like a warning."""
+        """Show the user a line that is not a warning on the console and in the report, redacted like a warning."""
         self.emit("note", message=redact(message))

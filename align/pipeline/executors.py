@@ -29,13 +29,13 @@ def in_long_forms(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_executor(raw: dict[str, Any], name: str, warn: Callable[[str], None]) -> None:
-    """Have ``raw`` run where ``--on`` says, in place.
+    """Set the executor of ``--on`` in ``raw``, in place.
 
-    Fields for the file's own executor mean nothing to another one: they are left out, and ``warn`` gets a line about
-    it. A block without a name takes this one and keeps its fields.
+    Fields of the file's executor do not apply to another executor: they are removed, and ``warn`` gets a line about it.
+    A block without a name gets this executor and keeps its fields.
     """
     if not isinstance(raw.setdefault("runtime", {}), dict):
-        return  # refused where the pipeline is checked
+        return  # the check of the pipeline refuses it
     block = raw["runtime"].get(EXECUTOR)
     previous = name_in(block)
     if (previous or LOCAL) == name:
@@ -44,8 +44,8 @@ def choose_executor(raw: dict[str, Any], name: str, warn: Callable[[str], None])
     unused = []
     for place, holder in _holders(raw):
         block = holder.get(EXECUTOR)
-        # A block without a name is meant for the file's executor, or for any where the file names none. Only fields
-        # beside the name are worth a warning.
+        # A block without a name is for the file's executor, or for any executor if the file names none. A warning is
+        # needed only for fields other than the name.
         if isinstance(block, dict) and (name_in(block) or previous or name) != name:
             unused += [f"{place}.{EXECUTOR}"] if set(block) - {"name"} else []
             del holder[EXECUTOR]

@@ -1,7 +1,7 @@
 """Turn a pipeline file, or values of a script, into plain values: base files merged, variables and overrides applied.
 
-All of it happens before anything is checked or hashed, so that an override can supply what a file lacks, and keys
-depend on the values alone. Never imports torch.
+All of it happens before anything is checked or hashed, so an override can supply a missing field, and keys depend only
+on the values. Never imports torch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from align.pipeline.overrides import apply_overrides, parse_assignment
 
 EXTENDS = "extends"
 DISCRIMINATORS = ("stage", "method", "type")
-"""Keys that say which settings a block has: where a file changes one of them, nothing of its base's block is kept."""
+"""Keys that decide a block's settings: if a file changes any of them, its base's block is replaced as a whole."""
 VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|\$\{")
 SECRET = re.compile(r"(?i)(token|secret|passw|api_?key|credential)")
 
 Overrides = Mapping[str, Any] | Iterable[str]
-"""``{"stages.ppo.kl_coef": 0.1}``, or texts as ``--set`` takes them: ``["stages.ppo.kl_coef=0.1"]``."""
+"""``{"stages.ppo.kl_coef": 0.1}``, or texts as ``--set`` accepts them: ``["stages.ppo.kl_coef=0.1"]``."""
 
 
 def read_pipeline_file(
@@ -85,7 +85,7 @@ def complete_values(
 
 
 def _apply(overrides: Overrides, raw: dict[str, Any], known_keys: Collection[str]) -> dict[str, Any]:
-    """Set the overridden fields in ``raw``, in place, and return it."""
+    """Apply the overrides to ``raw``, in place, and return it."""
     pairs = overrides.items() if isinstance(overrides, Mapping) else [parse_assignment(text) for text in overrides]
     apply_overrides(raw, pairs, known_keys)
     return raw
@@ -99,7 +99,7 @@ def _plain(value: Any, place: str) -> Any:
         return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, PurePath):
         return str(value)
-    # A number of numpy or torch is recognized by its method, so that neither has to be imported.
+    # A number of numpy or torch is recognized by its method, so neither has to be imported.
     if type(value).__module__ in ("numpy", "torch") and getattr(value, "shape", None) == ():
         return value.item()
     if value is None or type(value) in (bool, int, float, str):
@@ -111,7 +111,7 @@ def _plain(value: Any, place: str) -> Any:
 
 
 def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    """Read ``path`` on top of what it extends; ``readers`` are the files that led here, the first one first."""
+    """Return the values of ``path`` merged over its base files; ``readers`` are the files that led here, in order."""
     raw = in_long_forms(locate(load_yaml(path), path))  # first: it refuses paths that no file can have
     resolved = path.resolve()
     # A base file may name modules in its own folder.
@@ -156,8 +156,8 @@ def _find_base(text: str, folder: Path, place: str, start: str) -> Path:
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``base`` with ``changes``: blocks are merged key by key, everything else is replaced.
 
-    A block that changes one of ``DISCRIMINATORS``, or an executor's name, replaces its base's whole block, whose other
-    keys belong to another kind.
+    A block that changes a key of ``DISCRIMINATORS``, or an executor's name, replaces its base's whole block, whose
+    other keys belong to another kind.
     """
     merged = dict(base)
     for key, value in changes.items():
@@ -210,7 +210,7 @@ def _value_of(place: str) -> Callable[[re.Match[str]], str]:
             raise UserError(
                 f"{place}: '${{' begins a variable that has no plain name; write ${{NAME}}, or $${{ for the text."
             )
-        # Whatever is filled in ends up in records and reports, where a secret must never be.
+        # Every substituted value is written to records and reports, which must not contain a secret.
         if SECRET.search(name):
             raise UserError(
                 f"{place}: ${{{name}}} looks like a secret, and values of a pipeline are written into records. "

@@ -11,7 +11,7 @@ import gc
 
 THRESHOLDS = gc.get_threshold()
 IMPORT_THRESHOLDS = (50_000, 20, 100)
-"""Collections are rare rather than off, so that a stage that loads no model has them, too."""
+"""Collections are rare rather than off, because a stage that loads no model also needs them."""
 
 
 def relax_collections() -> None:

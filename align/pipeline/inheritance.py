@@ -1,4 +1,4 @@
-"""Stages that continue a finished one: the fields they take from it, and those they must not change.
+"""Stages that continue a finished stage: the fields that they inherit, and the fields that they must not change.
 
 ``sft_more: {continue_from: sft, max_steps: 12}`` is ``sft`` with more steps, so it has every field of ``sft`` that it
 does not set itself. Never imports torch.
@@ -24,8 +24,8 @@ START_FIELDS = ("model", "policy")
 def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -> dict[str, dict[str, Any]]:
     """Return the blocks with every continued stage's fields written into those that continue it.
 
-    ``place`` returns a stage's place in the file. Raises ``UserError`` for a stage that is not there, stands below, is
-    of another kind, or does not train.
+    ``place`` returns a stage's place in the file. Raises ``UserError`` for a stage that is missing, comes later in the
+    file, is of another kind, or does not train.
     """
     written: dict[str, dict[str, Any]] = {}
     for name, block in blocks.items():
@@ -40,11 +40,11 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
             raise UserError(f"{where}: there is no stage '{source}'.{suggest(source, blocks)}")
         if source not in written:
             raise UserError(f"{where}: stage '{source}' comes later; move it above '{name}'.")
-        # From ``written``, so that fields which the source has inherited itself are handed on.
+        # ``written`` also has the fields that the source itself has inherited.
         base = dict(written[source])
         kind = base.pop("stage", source)
         base.pop(CONTINUE, None)
-        # Without ``stage`` a name that is a kind says the kind; any other name takes that of the source.
+        # Without ``stage``, a name that is a kind sets the kind; any other name gets the source's kind.
         kind_here = block.get("stage", name if name in STAGES else kind)
         if kind_here != kind:
             raise UserError(
@@ -77,7 +77,7 @@ class Settings:
 
 
 def refuse_changes(place: str, stage: Settings, source: Settings) -> None:
-    """Raise ``UserError`` for a stage that changes what it continues, or has nothing left to do.
+    """Raise ``UserError`` for a stage that changes a fixed field of its source, or has no steps left.
 
     ``source`` is the stage that it continues; ``place`` is its own place in the file.
     """

@@ -72,7 +72,7 @@ def _define_stages(definitions: dict[str, Any]) -> dict[str, Any]:
             seed={"type": "integer", "minimum": 0, "description": "instead of the pipeline's seed"},
         )
         if CONTINUE in block["properties"]:
-            # A stage that continues another takes the fields that it leaves out from that one.
+            # A stage that continues another inherits the fields that it does not set.
             block["anyOf"] = [{"required": block.pop("required", [])}, {"required": [CONTINUE]}]
         definitions[f"stage_{kind}"] = block
         named[kind] = {"anyOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"$ref": "#/$defs/named_stage"}]}

@@ -1,13 +1,13 @@
 """Loops in a pipeline: a block of stages repeated for some rounds, each round's result carried into the next.
 
 ``expand`` writes a loop out into plain stages before anything else reads them: ``dpo`` of a loop of three rounds
-becomes ``dpo-1``, ``dpo-2`` and ``dpo-3``, each with a key of its own. Caching, resuming, plan and report therefore
-know nothing of loops. Outside the loop ``dpo`` is the last round's stage, and ``dpo-*`` in a list is every round's.
+becomes ``dpo-1``, ``dpo-2`` and ``dpo-3``, each with a separate key. Caching, resuming, plan and report therefore do
+not need to handle loops. Outside the loop ``dpo`` is the last round's stage, and ``dpo-*`` in a list is every round's.
 
 A name of the block is the same round's stage. A carried name is ``first`` in round 1 and the previous round's ``then``
 afterwards. ``dpo-*`` inside the block is every round so far. Round r adds r - 1 to the seed, so rounds do not repeat
-one another's random choices, and round 1 is the block without a loop. Left out: loops in loops, and ending early on a
-result (all stages must be known before any has run). Never imports torch.
+one another's random choices, and round 1 is the block without a loop. Loops in loops are not supported, nor is ending
+early on a result (all stages must be known before any has run). Never imports torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LoopConfig(Config):
     """A block of stages and its number of rounds; the names are the same in every round."""
 
     rounds: int = Field(ge=1, le=100)
-    """How often the block runs; one more leaves finished rounds as they are."""
+    """Number of rounds of the block. Increasing it keeps finished rounds."""
     carry: dict[str, str | CarryConfig] = Field({})
     """Names that stages of the block read and that change with the round: ``{policy: {first: sft, then: dpo}}``.
     ``{sft: dpo}`` is short for a name that is the first round's stage itself. Without it only the seeds differ."""
@@ -67,7 +67,7 @@ class Expanded:
         return self.rounds[name][-1] if name in self.rounds and name not in self.stages else name
 
     def every(self, name: str) -> list[str]:
-        """Return all stages that a name means: itself, or that of each round."""
+        """Return all stages that a name means: the stage itself, or each round's stage."""
         return self.rounds[name] if name in self.rounds and name not in self.stages else [name]
 
     def match_rounds(self, pattern: str) -> list[str] | None:
@@ -84,8 +84,8 @@ def is_loop(name: str, block: Mapping[str, Any]) -> bool:
 def expand(blocks: Mapping[str, dict[str, Any]], file: str, seed: int) -> Expanded:
     """Write out every loop of ``stages:``. ``file`` begins the places of errors, ``seed`` is the pipeline's.
 
-    Raises ``UserError`` for a loop with unknown keys, for a carried name that nothing reads or that does not exist,
-    and for names that clash. Errors inside stages are found later, as in any stage.
+    Raises ``UserError`` for a loop with unknown keys, for a carried name that is unused or does not exist, and for
+    names that clash. Errors inside stages are found later, as in any stage.
     """
     expanded = Expanded()
     plain_names = [name for name, block in blocks.items() if not is_loop(name, block)]
@@ -101,7 +101,7 @@ def expand(blocks: Mapping[str, dict[str, Any]], file: str, seed: int) -> Expand
         _check_carry(loop, {*plain_names, *expanded.stages, *expanded.rounds}, f"{file}: {place}")
         _check_changes(loop, f"{file}: {place}")
         _write_out(name, loop, expanded, seed)
-    # Plain stages last: they may read stages of a loop that stands below them in the file.
+    # Plain stages come last: they may read stages of a loop below them in the file.
     for name in plain_names:
         expanded.stages[name] = _rename_inputs(name, blocks[name], expanded.resolve, expanded.match_rounds)
     return expanded
@@ -124,7 +124,7 @@ def _check_stages(loop: LoopConfig, reserved: set[str], repeated: Mapping[str, l
 def _check_carry(loop: LoopConfig, outside: set[str], place: str) -> None:
     """Check that every carried name is read in the block, and that its stages are there."""
     names_read = [target for name, block in loop.stages.items() for target in _names_read(name, block, loop)]
-    # Names that nothing else explains: one of them may be a carried name, misspelled.
+    # Any name that remains unexplained may be a misspelled carried name.
     unknown = [
         name for name in names_read if name not in outside and name not in loop.stages and name not in loop.carry
     ]
@@ -184,7 +184,7 @@ def _names_read(name: str, block: Mapping[str, Any], loop: LoopConfig) -> list[s
 
 
 def _input_fields(name: str, block: Mapping[str, Any]) -> list[str]:
-    """Return the fields of a block that may name stages; none where the kind is not known."""
+    """Return the fields of a block that may name stages; empty if the kind is not known."""
     try:
         config_class = find_stage(block.get("stage", name)).config_class()
     except (KeyError, TypeError, UserError):
@@ -216,7 +216,7 @@ def _write_out(loop_name: str, loop: LoopConfig, expanded: Expanded, seed: int) 
 
         for name, block in loop.stages.items():
             changes = loop.changes.get(number, {}).get(name, {})
-            # The kind is written out, since a name with a round, ``dpo-2``, is that of no kind.
+            # The kind is written out, because a name with a round, ``dpo-2``, is not a kind.
             stage_block = {"stage": name, **copy.deepcopy(block), **copy.deepcopy(changes)}
             stage_block = _rename_inputs(name, stage_block, in_this_round, rounds_so_far)
             stage_seed = stage_block.get("seed", seed)
@@ -256,7 +256,7 @@ def _rename_inputs(
                 stages = match_rounds(item) if isinstance(item, str) else [item]
                 items += [rename(item)] if stages is None else stages
             renamed[field_name] = items
-    # Some kinds name stages outside their input fields, too, such as in gates and baselines.
+    # Some kinds also name stages outside their input fields, such as in gates and baselines.
     stage = STAGES.get(str(block.get("stage", name)))
     config_class = stage.config_class() if stage is not None else None
     if config_class is not None and hasattr(config_class, "rename_stages"):

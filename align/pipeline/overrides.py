@@ -2,8 +2,8 @@
 
 ``stages.evaluate.policies[0]=sft`` changes an item of a list, ``stages.evaluate.policies+=sft2`` adds one, and
 ``stages.sft2.stage=sft`` or ``stages.sft2={stage: sft, …}`` adds a stage. A stage of a loop has short paths too:
-``stages.dpo.beta`` is ``stages.loop.stages.dpo.beta``, and ``stages.dpo-2.beta`` changes round 2 alone. What a value
-means is checked when the pipeline is.
+``stages.dpo.beta`` is ``stages.loop.stages.dpo.beta``, and ``stages.dpo-2.beta`` changes only round 2. Values are
+checked with the pipeline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PART = re.compile(r"(?P<name>[^\[\]]+)(?P<indices>(\[\d+\])*)")
 
 
 def parse_assignment(text: str, example: str = "stages.ppo.kl_coef=0.1") -> tuple[str, Any]:
-    """``path=value`` taken apart; the value is YAML, the path of ``path+=value`` ends with ``+``.
+    """Split ``path=value``; the value is YAML, and the path of ``path+=value`` ends with ``+``.
 
     Raises ``UserError`` for anything else, with an ``example``.
     """
@@ -37,8 +37,8 @@ def parse_assignment(text: str, example: str = "stages.ppo.kl_coef=0.1") -> tupl
 def apply_overrides(raw: dict[str, Any], overrides: Iterable[tuple[str, Any]], known: Collection[str]) -> None:
     """Apply all overrides to a pipeline's values, in place; ``known`` are its top-level keys.
 
-    A stage that they add is placed right below the last stage that it reads, so that every stage further down can read
-    it. Raises ``UserError`` for a path that leads nowhere.
+    An added stage is placed right below the last stage that it reads, so every stage further down can read it. Raises
+    ``UserError`` for a path that does not exist.
     """
     names_before = {place: list(blocks) for place, blocks in _blocks_of_stages(raw)}
     for path, value in overrides:
@@ -48,7 +48,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[tuple[str, Any]], k
 
 
 def _blocks_of_stages(raw: dict[str, Any]) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """Yield every block that holds stages, with its place: the pipeline's own and those of its loops."""
+    """Yield every block that holds stages, with its place: the pipeline's block and its loops' blocks."""
     stages = raw.get("stages")
     if not isinstance(stages, dict):
         return
@@ -59,10 +59,11 @@ def _blocks_of_stages(raw: dict[str, Any]) -> Iterator[tuple[str, dict[Any, Any]
 
 
 def _place_added(blocks: dict[Any, Any], added: list[Any]) -> None:
-    """Move the stages ``added`` up, in place, each right below the last one that it reads."""
+    """Move the stages ``added`` up, in place, each right below the last stage that it reads."""
     waiting = {name: blocks.pop(name) for name in added}
     while waiting:
-        # Added stages may read each other; one that reads no waiting one is next (any, where they form a circle).
+        # Added stages may read each other. A stage that reads no waiting stage is next (any stage, if they form a
+        # circle).
         ready = [name for name, block in waiting.items() if not _texts(block) & (set(waiting) - {name})]
         name = (ready or list(waiting))[0]
         block = waiting.pop(name)
@@ -84,16 +85,16 @@ def _texts(value: Any) -> set[str]:
 
 
 def _offers(name: Any, block: Any) -> set[str]:
-    """Return the names by which other stages read this one: its own, and those of a loop's stages."""
+    """Return the names by which other stages read this block: its name, and the names of a loop's stages."""
     if not isinstance(block, dict) or not is_loop(str(name), block) or not isinstance(block.get("stages"), dict):
         return {str(name)}
     return {str(name), *map(str, block["stages"])}
 
 
 def assign(raw: dict[str, Any], path: str, value: Any, known: Collection[str]) -> None:
-    """Set ``a.b.c`` or ``a.b[0].c`` in ``raw``, in place; add to the list at ``a.b+``. ``known`` are top-level keys.
+    """Assign to ``a.b.c`` or ``a.b[0].c`` in ``raw``, in place; add to the list at ``a.b+``.
 
-    An unknown stage is refused with ``UserError``, a missing block is made.
+    ``known`` are the top-level keys. An unknown stage is refused with ``UserError``, and a missing block is made.
     """
     parts = _split(path)
     stages = raw.get("stages")
@@ -103,7 +104,7 @@ def assign(raw: dict[str, Any], path: str, value: Any, known: Collection[str]) -
         raise UserError(f"--set {path}: unknown key '{parts[0]}'.{remedy}")
     if parts[0] == "stages" and len(parts) > 2 and isinstance(stages, dict):
         if parts[1] not in stages:
-            # Not a stage at the top level, so perhaps the short path of one in a loop, or a new one.
+            # The name is not a stage at the top level. It may be the short path of a loop's stage, or a new stage.
             parts = _in_loop(stages, parts, path)
         _keep_siblings(stages, parts)
     appends = parts[-1] == APPEND
@@ -120,7 +121,7 @@ def assign(raw: dict[str, Any], path: str, value: Any, known: Collection[str]) -
 
 
 def _split(path: str) -> list[str]:
-    """Return the parts of a path; the index of a list is a part of its own, ``[0]``."""
+    """Return the parts of a path; the index of a list is a separate part, ``[0]``."""
     parts: list[str] = []
     for text in path.removesuffix("+").strip().split("."):
         match = PART.fullmatch(text)
@@ -135,7 +136,7 @@ def _joined(parts: list[str]) -> str:
 
 
 def _enter(holder: Any, above: list[str], part: str, path: str) -> Any:
-    """Return what stands at ``part`` of ``holder``, the value at ``above``; a missing block is made."""
+    """Return the value at ``part`` of ``holder``, the value at ``above``; a missing block is made."""
     slot = _slot(holder, above, part, path)
     return holder.setdefault(slot, {}) if isinstance(holder, dict) else holder[slot]
 
@@ -164,7 +165,7 @@ def _append(holder: Any, slot: Any, value: Any, place: str) -> None:
     """Add ``value``, or each of its items if it is a list, to the list in ``slot``; a text becomes a list first."""
     before = holder.get(slot) if isinstance(holder, dict) else holder[slot]
     if isinstance(before, str):
-        before = [before]  # fields such as `reward` take a name or a list of names
+        before = [before]  # fields such as `reward` accept a name or a list of names
     if not isinstance(before, list):
         content = "is not set in the file" if before is None else "is no list"
         remedy = "Write stages.NAME.stage=KIND to add a stage" if place == "stages" else f"Write {place}=[…]"
@@ -178,7 +179,7 @@ def _key(block: dict[Any, Any], part: str) -> Any:
 
 
 def _in_loop(stages: dict[str, Any], parts: list[str], path: str) -> list[str]:
-    """The complete path of what is named like a stage and stands in a loop; that of a new stage if its kind is set."""
+    """Return the complete path for the short path of a loop's stage, or the path of a new stage if its kind is set."""
     names = [str(name) for name in stages]
     for loop_name, block in stages.items():
         inner = block.get("stages") if isinstance(block, dict) and is_loop(str(loop_name), block) else None
@@ -186,7 +187,7 @@ def _in_loop(stages: dict[str, Any], parts: list[str], path: str) -> list[str]:
             continue
         if parts[1] in inner:
             return ["stages", str(loop_name), "stages", *parts[1:]]
-        # ``dpo-2``: a change of round 2 alone, which lives in the loop's ``changes``.
+        # ``dpo-2`` changes only round 2, in the loop's ``changes``.
         name, _, number = parts[1].rpartition("-")
         if name in inner and number.isdecimal():
             return ["stages", str(loop_name), "changes", number, name, *parts[2:]]

@@ -1,4 +1,4 @@
-"""How fast a stage's work advances, from its progress events. Torch-free."""
+"""Speed of a stage's work, from its progress events. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Pace:
-    """First and latest progress event of the work in hand; rates and the time left count from the first one.
+    """First and latest progress event of the current work; rates and the time left count from the first event.
 
-    A resumed stage starts at its checkpoint, and a stage that samples and then scores counts each work from zero in a
-    unit of its own. So the first event is the first one of this attempt, in this unit.
+    A resumed stage starts at its checkpoint. A stage that samples and then scores counts each work from zero in a
+    separate unit. So the first event is the first event of this attempt in this unit.
     """
 
     first: dict[str, Any] | None = None

@@ -17,7 +17,7 @@ Blocks = Mapping[str, Any]
 
 
 def settle_pipeline(raw: Mapping[str, Any], base: Path, where: str) -> dict[str, Any]:
-    """Return a pipeline's plain values with the paths that its stages take, who start at ``base``.
+    """Return a pipeline's plain values with its stages' paths relative to ``base``.
 
     Blocks that are refused later are left as they are. Raises ``UserError`` as ``settle`` does.
     """

@@ -46,7 +46,7 @@ class PipelineConfig(Config):
     precision: PrecisionSetting | None = None
     """Type of the matrix products of every stage that sets none itself; by default each stage's own default, auto."""
     runtime: Runtime = Runtime()
-    """Where and how the pipeline runs; changes no result and no key."""
+    """Machine, engine and store settings of the pipeline; they change no result and no key."""
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     """The stages in order; a name that is a stage kind needs no ``stage:``. A ``loop`` among them repeats some."""
 
@@ -64,7 +64,7 @@ class Node:
     identities: dict[str, str]
     key: str
     parts: dict[str, Any] = field(repr=False)
-    """What the key was made of; stored in the record, so that two keys can be compared field by field."""
+    """Parts of the key; stored in the record to compare two keys field by field."""
 
     @property
     def input_names(self) -> list[str]:
@@ -96,7 +96,7 @@ class Pipeline:
         self.base = base or Path.cwd()
         add_module_folder(Path(where))
         self.raw: dict[str, Any] = settle_pipeline(in_long_forms(copy.deepcopy(dict(raw))), self.base, where)
-        # Loops are written out first, so that everything below sees plain stages only.
+        # Loops are expanded first, so the code below sees only plain stages.
         self.config = validate(PipelineConfig, self.raw, where)
         self.expanded = expand(self.config.stages, where, self.config.seed)
         self.expanded.rounds.update(rounds or {})
@@ -105,11 +105,12 @@ class Pipeline:
         self.runtimes: dict[str, Runtime] = {}
         """The runtime of each stage: ``runtime`` with the stage's own part of it."""
         self.pins: dict[str, dict[str, Any]] = {}
-        """Fields that pin what a stage names, such as a Hub model's commit, where the file leaves them open."""
+        """Fields that pin a source of a stage, such as a Hub model's commit, if the file does not set them."""
         kinds = {name: stage_of(name, block, f"{where}: stages") for name, block in self.expanded.stages.items()}
-        # All keys and values first: a slip in the last stage is found even where the first one's file is missing.
+        # Check all keys and values first, to find a mistake in the last stage even if the first stage's file is
+        # missing.
         checked = {name: self._validated(name, stage) for name, stage in kinds.items()}
-        # In the file's order: a stage's key contains the keys of its inputs, which must stand above it.
+        # Keep the file's order: a stage's key contains the keys of its inputs, which must be above it.
         for name, (config, seed) in checked.items():
             self.nodes[name] = self._build(name, config, seed, kinds)
         self.runtimes = self._runtimes()
@@ -122,10 +123,10 @@ class Pipeline:
         on: str | None = None,
         warn: Callable[[str], None] = lambda message: None,
     ) -> Self:
-        """Read and check a pipeline file.
+        """Load and check a pipeline file.
 
-        ``on`` is the executor to use instead of the file's; ``warn`` gets a line if fields of the file's are left out
-        for it. ``overrides`` are applied before anything is checked, so they can supply what the file lacks:
+        ``on`` is the executor to use instead of the file's; ``warn`` gets a line if fields of the file's executor are
+        dropped. ``overrides`` are applied before anything is checked, so they can supply what the file lacks:
         ``["stages.ppo.kl_coef=0.1"]`` or ``{"stages.ppo.kl_coef": 0.1}``. Raises ``UserError`` with the file, the place
         in it and the remedy.
         """
@@ -256,7 +257,7 @@ class Pipeline:
         return runtimes
 
     def _check_sampling(self, node: Node, runtime: Runtime) -> None:
-        """Check that the servers of a stage can take new weights when its ``in_flight`` says."""
+        """Check that the servers of a stage can load new weights at the time that its ``in_flight`` sets."""
         check = getattr(node.config, "sampling_objection", None)
         objection = check(runtime.rollouts) if check is not None else None
         if objection:
@@ -341,7 +342,7 @@ class Pipeline:
                 place = f"{self._place(name)}.{field_name}"
                 if target not in kinds:
                     raise UserError(f"{place}: there is no stage '{target}'.{suggest(target, kinds)}")
-                # Nodes are built in order, so a target without a node stands below, or closes a circle.
+                # Nodes are built in order, so a target without a node is below, or closes a circle.
                 if target not in self.nodes:
                     cycle = self._cycle(name, target, kinds)
                     if cycle:
@@ -386,8 +387,8 @@ class Pipeline:
         keys: dict[str, Any] = {}
         for field_name, value in inputs.items():
             if isinstance(value, str):
-                # The input's key replaces its name, so that renaming a stage makes nothing run again. One within a
-                # block is left out of the block's identity.
+                # The input's key replaces its name, so renaming a stage does not run stages again. An input within a
+                # block is not part of the block's identity.
                 if "." not in field_name:
                     settings.pop(field_name)
                 keys[field_name] = self.nodes[value].key
@@ -405,7 +406,7 @@ class Pipeline:
 
 @functools.cache  # pydantic looks through every loaded module for each class it makes
 def _with_seed(config_class: type[Config]) -> type[Config]:
-    """The config with a field ``seed``, so that a misspelled one finds its name too."""
+    """Return the config with a field ``seed``, so the remedy for a misspelled ``seed`` names it."""
     return create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
 
 

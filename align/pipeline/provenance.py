@@ -26,7 +26,7 @@ def source_digest(stage: Stage) -> str:
     """Return a digest (sha256, 16 hex digits) of the stage's modules and every module of align that they import."""
     sources = stage_sources(stage)
     hasher = hashlib.sha256()
-    # Sorted, and with separators, so that the digest depends neither on order nor on where one file ends.
+    # Sorting and separators make the digest independent of the order and of the files' boundaries.
     for module in sorted(sources):
         hasher.update(module.encode() + b"\0" + sources[module] + b"\0")
     return hasher.hexdigest()[:16]
@@ -35,7 +35,7 @@ def source_digest(stage: Stage) -> str:
 def stage_sources(stage: Stage) -> dict[str, bytes]:
     """Return the source of the stage's modules and of every module of align that they import, by module.
 
-    Read from the source files, so that nothing is imported.
+    The source files are read, and no module is imported.
     """
     # Follow imports until no new module of align turns up.
     queue = [path.partition(":")[0] for path in (stage.run, stage.config)]
@@ -102,11 +102,11 @@ def git_commit() -> str | None:
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run git on the checkout that this package lies in."""
+    """Run git on this package's checkout."""
     return subprocess.run(["git", "-C", str(PACKAGE.parent), *arguments], capture_output=True, text=True, timeout=10)
 
 
 def command_line() -> str:
-    """The command that ran, with the values of secrets taken out."""
+    """Return the command that ran, without the values of secrets."""
     words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
     return SECRET.sub(lambda match: match.group(1) + "=***", " ".join(words))

@@ -26,11 +26,11 @@ from align.store.record import NAME
 class Stage:
     """One kind of stage.
 
-    ``config`` and ``run`` are import paths (``module:name``), so that listing stages imports nothing.
-    ``version`` is bumped when the same config should now give another result. ``makes`` is an artifact kind, or
-    ``None`` when the config class decides with a method ``makes() -> Kind``. A config class may also have
-    ``identities(base: Path) -> dict[str, str]``, the digests or pinned revisions of everything outside the store
-    that the stage reads (``base`` is the folder relative paths start from); a missing file raises ``UserError``.
+    ``config`` and ``run`` are import paths (``module:name``), so listing stages does not import them. ``version`` is
+    bumped when the same config should now give another result. ``makes`` is an artifact kind, or ``None`` when the
+    config class decides with a method ``makes() -> Kind``. A config class may also have ``identities(base: Path) ->
+    dict[str, str]``, the digests or pinned revisions of everything outside the store that the stage reads (``base`` is
+    the folder relative paths start from); a missing file raises ``UserError``.
     """
 
     kind: str
@@ -42,14 +42,14 @@ class Stage:
     path: str = ""
     """Import path of this record itself (``module:NAME``), for a stage that is not in ``STAGES``."""
     distributed: bool = False
-    """Whether ``run`` may be run by several processes at once (``runtime.launch``), as ranks of torch.distributed."""
+    """True if several processes may run ``run`` at once (``runtime.launch``), as ranks of torch.distributed."""
     samples: bool = False
-    """Whether ``run`` opens an engine that samples responses."""
+    """True if ``run`` opens an engine that samples responses."""
     estimator: str | None = None
     """Import path of the module that estimates memory: ``estimate(config, models, runtime)`` and ``job`` with the same
     arguments for a kind that trains, ``inference(config, models)`` for a kind that samples or scores."""
     inspector: str | None = None
-    """Import path of the module that looks at what a config names outside the store, where the config cannot do that
+    """Import path of the module that inspects a config's sources outside the store, if the config cannot do that
     itself: ``pinned(config, base)``, ``identities(config, base)``, ``makes(config)``, ``architecture(config, base)``,
     ``plan_warnings(config, base)``; each is optional."""
     headline: Mapping[str, str] | None = field(default=None, hash=False)
@@ -88,7 +88,7 @@ class Stage:
         return config.identities(base) if hasattr(config, "identities") else {}
 
     def inspect(self, name: str) -> Callable[..., Any] | None:
-        """Import the inspector's function ``name``; None where the kind has no inspector, or it no such function."""
+        """Import the inspector's function ``name``; None if the kind has no inspector with such a function."""
         return None if self.inspector is None else getattr(importlib.import_module(self.inspector), name, None)
 
     def config_class(self) -> type[Config]:
@@ -97,7 +97,7 @@ class Stage:
 
     @property
     def trainer_class(self) -> str | None:
-        """Import path of the class that takes the options under ``trainer:``; None for a kind without such options.
+        """Import path of the class that accepts the options under ``trainer:``; None for a kind without such options.
 
         The config class names it, because it checks the options.
         """
@@ -110,7 +110,7 @@ class Stage:
 
 
 def load_object(path: str) -> Any:
-    """Import ``package.module:name``; modules in the current folder and in those of YAML files are found too.
+    """Import ``package.module:name``, also from the current folder and from YAML files' folders.
 
     Raises ``UserError`` when there is no such module or name.
     """
@@ -305,7 +305,7 @@ STAGES: dict[str, Stage] = {
 
 
 def find_stage(kind: str) -> Stage:
-    """The stage of a kind, or one of the user's own by the import path of its ``Stage`` (``module:NAME``).
+    """Return the stage of a kind, or a user's stage by the import path of its ``Stage`` (``module:NAME``).
 
     Raises ``KeyError`` for a name that is neither and ``UserError`` for an import path that does not load.
     """

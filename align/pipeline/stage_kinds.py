@@ -1,4 +1,4 @@
-"""Find the kind of stage that a block of the YAML is, and the nearest one where it is none. Never imports torch."""
+"""Find the kind of stage of a YAML block, or the nearest kind if there is no such kind. Never imports torch."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Ask a run to stop at its next checkpoint: by ``kill -USR1``, or as a cluster does before it takes a machine back.
+"""Ask a run to stop at its next checkpoint: by ``kill -USR1``, or as a cluster does before a preemption.
 
 The runner receives the signal and leaves a file in the folder of the active stage. The training loop looks for the file
-after every optimizer step (``align.training.stop_request``). It is a file because that reaches every process of a
-stage, on other nodes too. A stage without such a loop ends as it would have, and the run stops after it. Never
-imports torch.
+after every optimizer step (``align.training.stop_request``). It is a file because a file reaches every process of a
+stage, also on other nodes. A stage without such a loop ends as it would have, and the run stops after it. Never imports
+torch.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Stopped(Exception):
 class StopRequest:
     """The request to stop this process, and the time since it came.
 
-    ``patience`` is the number of seconds that a stage may take to stop by itself; None waits for its end. A second
-    signal ends the patience too. With ``ctrl_c`` the first Ctrl-C is a request as well, and the second one interrupts.
+    ``patience`` is the number of seconds that a stage has to stop by itself; None waits for its end. A second signal
+    also ends the patience. With ``ctrl_c`` the first Ctrl-C is a request as well, and the second Ctrl-C interrupts.
     """
 
     def __init__(self, patience: float | None = None, *, ctrl_c: bool = False) -> None:
@@ -49,7 +49,7 @@ class StopRequest:
     def request(self) -> None:
         """Request a stop; a second request ends the patience."""
         if self._requested_at is None:
-            # Called in a signal handler: it only takes a note, and the runner's loop acts on it.
+            # A signal handler calls this: it only records the request, and the runner's loop acts on it.
             self._requested_at = time.monotonic()
         else:
             self._repeated = True
@@ -124,10 +124,10 @@ def is_stop_requested(folder: Path) -> bool:
 
 
 def die_with_parent(parent: int | None) -> None:
-    """Have Linux end this process when process ``parent`` dies, so that no orphan works on under a released lock."""
+    """Make Linux end this process when process ``parent`` dies, so no orphan works on under a released lock."""
     if not sys.platform.startswith("linux"):
         return
-    # Linux takes the thread that started this process for its parent, so the end of that thread is enough.
+    # Linux treats the thread that started this process as its parent, so the end of that thread is enough.
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:  # it died before the line above

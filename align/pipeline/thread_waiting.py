@@ -1,9 +1,9 @@
-"""How OpenMP's threads wait between two operations: one run of a machine spins, all others sleep. Torch-free.
+"""Waiting of OpenMP's threads between two operations: one run of a machine spins, all others sleep. Torch-free.
 
-A thread that sleeps must be woken for each operation of a model, and on a virtual machine that takes as long as a small
-operation does. A thread that spins is there at once. But two processes that spin on the same cores take them from each
-other: a step took ten times as long. So a process spins only while it holds a name that a machine has once; the kernel
-frees it when the process ends. ``docs/performance.md`` has the measurements.
+A thread that sleeps must be woken for each operation of a model, and on a virtual machine waking lasts as long as a
+small operation. A thread that spins starts at once. But two processes that spin on the same cores slow each other down:
+a step was ten times slower. So a process spins only while it holds a name that a machine has once; the kernel frees it
+when the process ends. ``docs/performance.md`` has the measurements.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import socket
 from collections.abc import Iterator
 
 SPINNING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000"}
-"""libgomp's threads spin for about 2 ms before they sleep, which is longer than Python takes between operations."""
+"""libgomp's threads spin for about 2 ms before they sleep, which is longer than Python needs between operations."""
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""They sleep at once: as fast beside other work as alone."""
+"""Threads sleep at once; other work on the machine does not slow them down further."""
 CLAIM = "\0align/spinning-threads"
 """Name of a socket without a file (``man 7 unix``), of which a machine, or a container, has one."""
 
 _held: list[socket.socket] = []
-"""What this process holds until its end."""
+"""Sockets that this process holds until its end."""
 
 
 def is_chosen() -> bool:
-    """Return True where the environment says how threads wait: whoever sets one of the variables has chosen."""
+    """Return True if the environment sets a variable for the waiting of threads, which is the user's choice."""
     return not SPINNING.keys().isdisjoint(os.environ)
 
 
@@ -33,8 +33,7 @@ def is_chosen() -> bool:
 def claim_spinning(name: str = CLAIM) -> Iterator[dict[str, str]]:
     """Yield the variables for processes that compute one after another inside this context.
 
-    ``SPINNING`` for the first that asks, ``SLEEPING`` while somebody else is inside, and none where the user has
-    chosen.
+    ``SPINNING`` for the first caller, ``SLEEPING`` while another process is inside, and none if the user has chosen.
     """
     if is_chosen():
         yield {}
@@ -58,13 +57,13 @@ def set_waiting(name: str = CLAIM) -> None:
 
 
 def waiting_beside(environment: dict[str, str]) -> dict[str, str]:
-    """Return the variables of a process that computes at the same time as the one with ``environment``."""
+    """Return the variables of a process that computes at the same time as the process with ``environment``."""
     spins = SPINNING.items() <= environment.items()
     return SLEEPING if spins else {}
 
 
 def _bind(name: str) -> socket.socket | None:
-    """Take the name; None where somebody has it, or where the system has no such names, as macOS."""
+    """Bind the name; None if another process has it, or if the system has no such names, like macOS."""
     try:
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     except (AttributeError, OSError):
