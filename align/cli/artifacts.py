@@ -1,4 +1,4 @@
-"""``align list``, ``show`` and ``gc``: the artifacts of a store. Imports nothing heavy."""
+"""``align list``, ``show`` and ``gc``: the artifacts of a store. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def collect_garbage(options: argparse.Namespace) -> int:
         store.require_writable()
     folders = find_garbage(store, used_by_jobs(store))
     sizes = {folder: _size(folder) for folder in folders}
-    # Without --delete nothing is locked: the list may be out of date, and deleting checks again.
+    # Without --delete no artifact is locked: the list may be out of date, and deleting checks again.
     outcomes: dict[Path, str] = {}
     if options.delete:
         _print_wait(store)

@@ -1,4 +1,4 @@
-"""``align cancel``: end a run's jobs on a cluster and its process on this machine. Imports nothing heavy."""
+"""``align cancel``: end a run's jobs on a cluster and its process on this machine. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     from align.store.store import JOBS
 
     store = open_store_of([options.run], options.store)
-    # A sweep on a cluster has jobs of its own, but is no run of the store.
+    # A sweep on a cluster has separate jobs, but is not a run of the store.
     is_sweep = (store.root / JOBS / options.run).is_dir() and options.run not in store.runs()
     outline = None if is_sweep else find_run(options.run, store)
     name = options.run if outline is None else outline.name

@@ -1,7 +1,7 @@
 """Resolves the words of ``align eval`` to checkpoints: their names, the stages that bring them in, their bases.
 
 A word is a finished artifact (its folder, the beginning of its key, PIPELINE:STAGE), a plain model folder, a ``.gguf``
-file, a built-in model, or a Hub name with ``@`` and its commit. ``NAME=`` before it names it. Imports nothing heavy.
+file, a built-in model, or a Hub name with ``@`` and its commit. ``NAME=`` before it names it. Has no heavy imports.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find_all(words: Iterable[str], store: str | None) -> list[Checkpoint]:
     for name in chosen_names:
         if chosen_names.count(name) > 1:
             raise UserError(f"two checkpoints are called '{name}'; give each its own name: NAME=CHECKPOINT.")
-    # Chosen names are reserved first, so that no automatic name takes one of them.
+    # Chosen names are reserved first, so no automatic name uses them.
     used_names = set(chosen_names)
     checkpoints: list[Checkpoint] = []
     for chosen_name, word in split:
@@ -78,14 +78,14 @@ def _find(word: str, store: str | None) -> Checkpoint:
     """Return the checkpoint that a word without ``NAME=`` names."""
     refuse_pipeline(word)
     folder = user_path(word)
-    # An artifact's model folder stands for the artifact, whose record says where it comes from.
+    # An artifact's model folder stands for the artifact, whose record has its origin.
     if folder.name == "model" and (folder.parent / RECORD).is_file():
         folder = folder.parent
     if (folder / RECORD).is_file():
         artifact = artifact_at(folder)
     elif word in source.BUILT_IN or folder.exists():
         return _find_plain_model(word)
-    # A Hub name is only taken with its revision, so that a misspelled path is none.
+    # A Hub name needs its revision, so a misspelled path is not a Hub name.
     elif "@" in word and HUB_NAME.fullmatch(word):
         name, _, revision = word.partition("@")
         return _model_checkpoint(word, {"source": name, "revision": revision}, name.rpartition("/")[2])
@@ -100,7 +100,7 @@ def _find(word: str, store: str | None) -> Checkpoint:
 
 
 def _hint(word: str) -> str:
-    """Return a hint for a word that names nothing in the store."""
+    """Return a hint for a word that does not name an artifact of the store."""
     if HUB_NAME.fullmatch(word):
         return f" A model on the Hub is written with its revision: {word}@main."
     return "" if ":" in word else suggest(word, source.BUILT_IN)
@@ -117,7 +117,7 @@ def _find_plain_model(word: str) -> Checkpoint:
 
 
 def _model_checkpoint(word: str, block: dict[str, Any], name: str) -> Checkpoint:
-    """Return a checkpoint that a ``model`` stage with ``block`` brings in; raise ``UserError`` where it could not."""
+    """Return a checkpoint that a ``model`` stage with ``block`` brings in; raise ``UserError`` if it could not."""
     try:
         source.resolve(block["source"], block.get("revision"), Path.cwd())
     except UserError as error:
@@ -132,7 +132,7 @@ def _stage_name(text: str) -> str:
 
 
 def artifact_at(folder: Path) -> Artifact:
-    """Return the finished artifact in ``folder``; raise ``UserError`` where there is none that can be read."""
+    """Return the finished artifact in ``folder``; raise ``UserError`` if it is missing or unreadable."""
     record = read_record(folder)
     if record is None:
         raise UserError(f"{folder}: not a finished artifact; it has no {RECORD}.")
@@ -166,7 +166,7 @@ def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
 
 
 def find_rows(option: str, word: str, store: str | None, kinds: tuple[Kind, ...]) -> dict[str, Any]:
-    """Return the stage that brings in rows: anything that ``find_build`` takes; a recipe is built first."""
+    """Return the stage that brings in rows: anything that ``find_build`` accepts; a recipe is built first."""
     build = find_build(word, store)
     if not (build.folder / RECORD).is_file():
         raise UserError(
@@ -193,7 +193,7 @@ def base_of(artifact: Artifact, store: Store) -> Artifact | None:
         if checkpoint.kind == Kind.MODEL:
             return checkpoint
         links = [(link["kind"], link["key"]) for link in checkpoint.record["input_stages"]]
-        if checkpoint.record.get("kind") == "artifact":  # an imported artifact: go on from its original
+        if checkpoint.record.get("kind") == "artifact":  # an imported artifact: continue from its original
             metrics = checkpoint.record.get("metrics") or {}
             links.append((str(metrics.get("kind")), str(metrics.get("key"))))
         for link in links:
@@ -205,6 +205,6 @@ def base_of(artifact: Artifact, store: Store) -> Artifact | None:
 
 
 def store_of(artifact: Artifact) -> Store | None:
-    """Return the store in which an artifact lies; None for one outside of any store."""
+    """Return the store of an artifact; None for an artifact outside of any store."""
     root = artifact.path.resolve().parents[1]
     return Store(root) if (root / MARKER).is_file() else None

@@ -1,4 +1,4 @@
-"""``align compare``: several runs on one page, settings against results. Imports nothing heavy."""
+"""``align compare``: several runs on one page, settings against results. Has no heavy imports."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ FILES = ("CHECKPOINT", "BUILD", "MODEL", "FILE", "PATH", "A", "B")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Print a shell's script, or the names that such a script asks for; ``parser`` is that of all commands."""
+    """Print a shell's script, or the names that such a script asks for; ``parser`` is the parser of all commands."""
     if options.shell in LISTS:
         if options.subject is None:
             raise UserError(f"align completion {options.shell}: a pipeline file, or a kind for `fields`, is missing.")
@@ -107,7 +107,7 @@ def _kinds(command: str) -> list[str]:
 
 
 def _field_names(kind: str) -> list[str]:
-    """Return the paths of a kind's fields, as ``align fields`` takes them."""
+    """Return the paths of a kind's fields, as ``align fields`` accepts them."""
     from align.cli.fields import find_subject
 
     return [name for block in find_subject(kind).blocks for name in _names_below(block)]
@@ -120,12 +120,12 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _stage_names(path: str) -> list[str]:
-    """Return the names of a file's stages, those of loops included."""
+    """Return the names of a file's stages, including the stages of loops."""
     return list(_stage_blocks(_read(path)))
 
 
 def _stage_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the block of every stage by its name; a loop's stages stand behind the loop."""
+    """Return the block of every stage by its name; a loop's stages follow the loop."""
     from align.pipeline.loops import is_loop
     from align.pipeline.stage_kinds import NAME_PATTERN
 

@@ -1,7 +1,7 @@
 """The scripts of ``align completion``, written from the commands of the argument parser.
 
-bash and zsh share functions that say what can stand at a place; each has its own few lines that offer it. fish has one
-line for each argument.
+bash and zsh share functions that compute the candidates at a position; each shell has its own few lines to offer them.
+fish has one line for each argument.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Argument:
     words: tuple[str, ...] = ()
     help: str = ""
     repeats: bool = False
-    """Whether all further positional arguments are of this kind too."""
+    """True if all further positional arguments are also of this kind."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``align data build|columns|show|lint|diff|push``: build, inspect and publish datasets. Imports nothing heavy."""
+"""``align data build|columns|show|lint|diff|push``: build, inspect and publish datasets. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def build(options: argparse.Namespace) -> int:
 
 
 def refuse_target(target: Path) -> None:
-    """Raise ``UserError`` for a place that no build can take: a file, a full folder that is no build, this folder."""
+    """Raise ``UserError`` for an unsuitable target: a file, a full folder that is not a build, the current folder."""
     from align.cli.arguments import refuse_current_folder
 
     refuse_current_folder(target)
@@ -72,13 +72,13 @@ def copy_out(folder: Path, target: Path) -> Path:
 
     The copy is complete before one rename puts it in place.
     """
-    refuse_target(target)  # again: building takes its time
+    refuse_target(target)  # again, because the build may have been slow
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Next to the target, so that both moves are renames on one disk.
+    # The folder is next to the target, so both moves are renames on one disk.
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         shutil.copytree(folder, scratch / "new", ignore=shutil.ignore_patterns(*NOT_COPIED))
-        # The earlier build is moved aside before the new one takes its place, and deleted with the scratch folder.
+        # The earlier build is moved aside before the new build replaces it, and deleted with the scratch folder.
         if target.exists():
             target.rename(scratch / "old")
         (scratch / "new").rename(target)

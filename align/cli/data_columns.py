@@ -1,4 +1,4 @@
-"""``align data columns``: the columns of a file, and a recipe that reads them. Imports nothing heavy."""
+"""``align data columns``: the columns of a file, and a recipe that reads them. Has no heavy imports."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def _ledger_lines(entries: list[dict[str, Any]], heading: str) -> list[str]:
             cells += [_count(side[name]) if side else "-" for side in sides]
         dropped = [_count(sum(side["dropped"].values())) if side else "-" for side in sides]
         table.append([entry[heading], *cells, *dropped])
-        # Reasons of either side, so that a reason that only one build has shows as 0 in the other.
+        # Use the reasons of both sides: a reason that only one build has shows as 0 in the other.
         for reason in sorted({reason for side in sides if side for reason in side["dropped"]}):
             counts = [_count(side["dropped"].get(reason, 0)) if side else "-" for side in sides]
             table.append([f"  {reason}", *[""] * 8, *counts])
@@ -89,7 +89,7 @@ def _ledger_lines(entries: list[dict[str, Any]], heading: str) -> list[str]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
     """Return aligned columns: the first ``text_columns`` to the left, numbers to the right.
 
-    Columns without any number but 0 are left out, except for the first two numbers.
+    Columns whose numbers are all 0 are omitted, except for the first two numbers.
     """
     columns = [
         index
@@ -105,5 +105,5 @@ def _count(number: int) -> str:
 
 
 def _one_line(text: object) -> str:
-    """Return text on one line with nothing hidden; leading space stays, since it indents."""
+    """Return text on one line with all characters visible; leading space stays, because it indents."""
     return printable(str(text).replace("\n", "↵").replace("\t", " "))

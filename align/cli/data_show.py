@@ -120,7 +120,7 @@ def _as_json(number: int, row: Row, tokenizer: Any, max_length: int | None) -> d
 
 
 class Printer:
-    """Prints rows to a console: as tokens where there is a tokenizer, else as messages."""
+    """Prints rows to a console: as tokens if there is a tokenizer, else as messages."""
 
     def __init__(self, console: Console, tokenizer: Any, max_length: int | None = None) -> None:
         self.console = console

@@ -41,10 +41,10 @@ class Finding:
 
 
 def examine(store: str | None = None, import_engines: bool = False) -> Iterator[Finding]:
-    """Yield the findings one by one, those that take no time first.
+    """Yield the findings one by one, starting with the immediate findings.
 
-    Imports torch, which takes seconds. vLLM takes half a minute, so only ``import_engines`` imports it; otherwise the
-    versions that it requires are compared with those that are installed.
+    Imports torch, which needs seconds. Importing vLLM needs half a minute, so only ``import_engines`` does it;
+    otherwise the versions that it requires are compared with the installed versions.
     """
     yield from _packages()
     yield from _machine(store)
@@ -163,7 +163,7 @@ def _import_error(module: str) -> str | None:
 
 
 def _machine(store: str | None) -> Iterator[Finding]:
-    """Report the free space where the store is or would be, and the Hub's cache."""
+    """Report the free space at the store's location, and the Hub's cache."""
     stores = [word for word in (store, os.environ.get("ALIGN_STORE")) if word and "://" not in word]
     folder = Path([*stores, "store"][0]).absolute()
     # A store that does not exist yet will be created on the disk of its nearest parent.

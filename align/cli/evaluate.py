@@ -1,4 +1,4 @@
-"""``align eval``: score checkpoints by a suite, with the stage that pipelines use too. Imports nothing heavy."""
+"""``align eval``: score checkpoints by a suite, with the stage that pipelines also use. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     # Bases come first: the table reads from the start of training to its end.
     checkpoints, bases = with_bases(find_all(options.checkpoints, options.store), store, options.base)
     reference = choose_reference(options.reference, [checkpoint.name for checkpoint in checkpoints], bases)
-    # Every input becomes a stage of the suite's pipeline, so that its key covers what was compared.
+    # Every input becomes a stage of the suite's pipeline, so its key covers all compared inputs.
     inputs: dict[str, dict[str, Any]] = {}
     for name in REWARDS:
         if getattr(options, name) is not None:

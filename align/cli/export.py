@@ -35,7 +35,7 @@ class ExportSource:
     source: Source
     artifact: Artifact | None
     note: str | None
-    """What could not be checked about an adapter's base; None if nothing."""
+    """Missing checks of an adapter's base; None if all checks were possible."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     card_facts = _card_facts(options, chosen, output)
     if chosen.note:
         log(f"note: {chosen.note}")
-    # Everything is written and checked in a folder next to the output, which then takes its place in one rename.
+    # Everything is written and checked in a folder next to the output, which then replaces it in one rename.
     scratch = _scratch(output)
     try:
         facts = _write(chosen.source, scratch, options, card_facts, log)
@@ -72,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def find_source(word: str, base: str | None, store: str | None) -> ExportSource:
-    """Return the checkpoint that ``word`` names, with an adapter's base; raise ``UserError`` where it names none.
+    """Return the checkpoint that ``word`` names, with an adapter's base; raise ``UserError`` if it names none.
 
-    ``word`` is the folder of an adapter, or anything that ``find_checkpoint`` takes.
+    ``word`` is the folder of an adapter, or anything that ``find_checkpoint`` accepts.
     """
     folder = user_path(word)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
@@ -97,7 +97,7 @@ def _refuse_output(output: Path) -> None:
         raise UserError(f"--output {output}: is a file; name a new folder.")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output {output}: not empty; name a new folder.")
-    # A store treats every folder inside it as one of its own.
+    # A store treats every folder inside it as an artifact.
     for parent in output.resolve().parents:
         if (parent / MARKER).is_file():
             raise UserError(

@@ -33,7 +33,7 @@ INDENT = "    "
 
 @dataclass(frozen=True)
 class Topic:
-    """Blocks of the YAML that are no stage's alone: their page in the reference, and a word for the command line."""
+    """Blocks of the YAML that several stages share: their page in the reference, and a word for the command line."""
 
     title: str
     purpose: str
@@ -212,7 +212,7 @@ def _find_owners(subject: Subject, path: str) -> list[type[BaseModel]]:
     is_mapping = False
     for part in above:
         owners = [block for block in holders if part in block.model_fields]
-        # Keys of a mapping are names of the user's own, such as those of tasks; they lead to the same blocks.
+        # Keys of a mapping are names of the user's, such as task names; they lead to the same blocks.
         if not owners and is_mapping:
             is_mapping = False
             continue

@@ -1,4 +1,4 @@
-"""``align init``: copy a commented starting point into a folder of the user's. Imports nothing heavy."""
+"""``align init``: copy a commented starting point into a folder of the user's. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align.errors import UserError, printable
 from align.pipeline.json_schema import pipeline_schema
 
 SCHEMA = "align.schema.json"
-"""The file with the JSON schema of pipelines, which editors read where a pipeline's first line names it."""
+"""The file with the JSON schema of pipelines, which editors read if a pipeline's first line names it."""
 NEXT_COMMANDS = {"data": "align data build"}
 """Commands that read a starting point, where that is not ``align run``."""
 
@@ -58,7 +58,7 @@ def write_starting_point(name: str, folder: Path) -> list[Path]:
     if name not in NEXT_COMMANDS:
         pipeline = f"{name}.yaml"
         texts[pipeline] = f"# yaml-language-server: $schema={SCHEMA}\n{texts[pipeline]}"
-        # Every starting point has the same schema, so one that is there already is kept.
+        # Every starting point has the same schema, so an existing schema is kept.
         if not (folder / SCHEMA).exists():
             texts[SCHEMA] = json.dumps(pipeline_schema(), indent=2) + "\n"
     existing = [folder / file for file in texts if (folder / file).exists()]

@@ -1,4 +1,4 @@
-"""Lineage of a checkpoint by the records of its store: its inputs, its base, its scorecard. Imports nothing heavy."""
+"""Lineage of a checkpoint by the records of its store: its inputs, its base, its scorecard. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record_of(folder: Path) -> Artifact | None:
 
 
 def refuse_damage(folder: Path, *, thorough: bool) -> None:
-    """Raise ``UserError`` where a checkpoint's folder belongs to an artifact whose files differ from its record.
+    """Raise ``UserError`` if a checkpoint's folder belongs to an artifact whose files differ from its record.
 
     Only files whose time or size changed are hashed, unless ``thorough``: a flipped bit on a disk changes neither.
     """
@@ -45,7 +45,7 @@ def refuse_damage(folder: Path, *, thorough: bool) -> None:
 def lineage(artifact: Artifact) -> list[Artifact]:
     """Return the artifacts that an artifact was produced from, inputs first and itself last.
 
-    An input that its store has deleted is left out.
+    An input that its store has deleted is omitted.
     """
     store = store_of(artifact)
     ancestors: dict[str, Artifact] = {}
@@ -57,7 +57,7 @@ def lineage(artifact: Artifact) -> list[Artifact]:
             source = store.find_intact(kind, key) if store is not None else None
             if source is not None:
                 add(source)
-        # An imported artifact has the key of its original, which was added first where the store still has it.
+        # An imported artifact has the key of its original, which was added first if the store still has it.
         ancestors.setdefault(descendant.key, descendant)
 
     add(artifact)
@@ -93,9 +93,9 @@ def _uses(run: Mapping[str, Any], key: str) -> bool:
 def find_scorecard(
     artifact: Artifact | None, word: str | None, store: str | None
 ) -> tuple[dict[str, Any], Artifact] | None:
-    """Return a checkpoint's scorecard: the one that ``word`` names, else the newest in its store; None without one.
+    """Return a checkpoint's scorecard: ``word``'s scorecard, else the newest in its store; None without a scorecard.
 
-    Raises ``UserError`` where ``word`` names no scorecard, or one that did not measure this checkpoint.
+    Raises ``UserError`` if ``word`` does not name a scorecard, or its scorecard did not measure this checkpoint.
     """
     if word is not None:
         return _named_scorecard(word, artifact, store)
@@ -116,7 +116,7 @@ def find_scorecard(
 
 
 def _named_scorecard(word: str, artifact: Artifact | None, store: str | None) -> tuple[dict[str, Any], Artifact]:
-    """Return the scorecard of ``--scorecard``; raise ``UserError`` where it did not measure the checkpoint."""
+    """Return the scorecard of ``--scorecard``; raise ``UserError`` if it did not measure the checkpoint."""
     evaluation = find_artifact(word, store)
     if evaluation.kind != Kind.SCORECARD:
         raise UserError(f"--scorecard {word} is a {evaluation.kind}, not a {Kind.SCORECARD}.")
@@ -157,16 +157,16 @@ def _measured_keys(card: dict[str, Any]) -> set[str]:
 
 
 def find_base(adapter: Path, recorded: str, chosen: Path | None) -> tuple[Path, str | None]:
-    """Return the model folder that an adapter is merged into, and a note on what could not be checked about it.
+    """Return the model folder that an adapter is merged into, and a note on checks that were not possible.
 
-    ``recorded`` is the base in the adapter's config, ``chosen`` the one that the user names. Where the adapter belongs
-    to an artifact, its record has the key of the base, and the files must be those of that base. Raises ``UserError``
-    for a base that is not here, or is the wrong one.
+    ``recorded`` is the base in the adapter's config, ``chosen`` the base that the user names. If the adapter belongs to
+    an artifact, its record has the key of the base, and the files must be that base's. Raises ``UserError`` for a
+    missing base or a wrong base.
     """
     artifact = record_of(adapter)
     expected = _expected(artifact) if artifact is not None else None
     folder = chosen
-    # A base chosen by the user comes first, then the one in the adapter's record, then the one in its config.
+    # A base chosen by the user comes first, then the base in the adapter's record, then the base in its config.
     if folder is None and expected is not None and expected[1] is not None:
         folder = expected[1].model
     if folder is None and (Path(recorded) / "config.json").is_file():

@@ -1,7 +1,7 @@
-"""The page of a run while it goes on: the stages that are done, running and waiting, and what the finished ones show.
+"""The page of an unfinished run: its finished, running and waiting stages, and the finished stages' results.
 
-A process of its own writes it, so that the runner loads neither matplotlib nor pyarrow. The runner sends the state of
-its stages through a pipe. The end of the pipe without a last word means that the runner is gone.
+A separate process writes it, so the runner loads neither matplotlib nor pyarrow. The runner sends the state of its
+stages through a pipe. The end of the pipe without a last word means that the runner is gone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from align.store.partial import LOG
 from align.store.store import REPORTS, Store
 
 START_AFTER = 5.0
-"""Seconds that a run goes on before its page is written: a run that ends sooner has its final page at once."""
+"""Seconds of a run before its page is written: a run that ends sooner has its final page at once."""
 EVERY = 30.0
 """Seconds between two pages while one stage runs; the page reloads itself as often."""
 SHARE_OF_TIME = 0.05
@@ -53,10 +53,10 @@ class RunState:
     failed: list[str] = field(default_factory=list)
     has_ended: bool = False
     is_complete: bool = False
-    """The run has come to its end, so that its final page is due."""
+    """The run has come to its end, so its final page is due."""
 
     def leave(self, name: str) -> None:
-        """Note that a stage does not run any more, or that one that failed is tried again."""
+        """Note that a stage does not run any more, or that a failed stage is tried again."""
         for names in (self.running, self.failed):
             if name in names:
                 names.remove(name)
@@ -87,10 +87,10 @@ class LivePage:
                 self._process.stdin.flush()
 
     def close(self, is_complete: bool = False) -> None:
-        """End the writer, after the page that it may be writing, and after the final one of a run that came to its end.
+        """End the writer after the page that it may be writing, and after the final page of a complete run.
 
         The writer has matplotlib and most figures already, which the runner would load and draw in some seconds. The
-        runner still asks for the final page: it is not written twice, and written here where the writer is gone.
+        runner still asks for the final page: it is not written twice, and written here if the writer is gone.
         """
         self._timer.cancel()
         with self._lock:
@@ -112,8 +112,8 @@ class LivePage:
         with self._lock:
             if self.state.has_ended:
                 return
-            # In a session of its own, because Ctrl-C is the runner's to answer.
-            # Where no process can be started, the run goes on, and the final page is the first.
+            # The writer has a separate session, because the runner handles Ctrl-C. If no process can be started, the
+            # run continues, and the final page is the first.
             with contextlib.suppress(OSError):
                 self._process = subprocess.Popen(
                     self._command,
@@ -142,7 +142,7 @@ def write_pages(run: str, store: Store, states: Iterator[RunState | None]) -> No
 
 
 def write_state(outline: RunOutline, store: Store, state: RunState) -> Path | None:
-    """Write the page that shows ``state``; None where there is nothing to show yet, or no page can be written."""
+    """Write the page that shows ``state``; None if it has no content yet, or no page can be written."""
     failure = None
     # A full disk or a folder that does not answer may be back when the next page is due.
     with contextlib.suppress(UserError, OSError):
@@ -164,10 +164,10 @@ def write_state(outline: RunOutline, store: Store, state: RunState) -> Path | No
 
 
 def read_states(pipe: int, every: float = EVERY) -> Iterator[RunState | None]:
-    """Yield the newest state that comes through ``pipe``, and the last one again after ``every`` seconds without news.
+    """Yield the newest state from ``pipe``, and the last state again after ``every`` seconds without news.
 
-    Ends after a state of a run that has ended, or with ``None`` where the pipe ends before. Waits longer after a page
-    that took long, unless the run has ended.
+    Ends after a state of a run that has ended, or with ``None`` if the pipe ends before. Waits longer after a page that
+    took long, unless the run has ended.
     """
     state: RunState | None = None
     text = b""
@@ -207,7 +207,7 @@ def main(words: list[str]) -> None:
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     opening: dict[str, Any] = json.loads(words[0])
-    # Pages show what lies in the folder; a bucket is not asked.
+    # Pages show the folder's contents; a bucket is not asked.
     store = Opening(**{**opening, "remote": None}).open()
     write_pages(words[1], store, read_states(sys.stdin.fileno()))
 

@@ -201,7 +201,7 @@ def _doctor(options: argparse.Namespace) -> int:
     for finding in examine(options.store, options.engines):
         findings.append(finding)
         if not options.json:
-            # A line at a time: importing torch from a cold disk can take a minute.
+            # Print a line at a time: importing torch from a cold disk can last a minute.
             print(printable(f"{DOCTOR_MARKS[finding.level]} {finding.text}"), flush=True)
     if options.json:
         print_json([finding.to_json() for finding in findings])
@@ -302,7 +302,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the whole command line, or one that knows only the arguments of ``command``."""
+    """Return the parser of the whole command line, or a parser that knows only the arguments of ``command``."""
     top = Parser(prog="align", description="From a base model to an aligned, scored checkpoint.")
     top.add_argument("--version", action="version", version=f"align {VERSION}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
@@ -315,7 +315,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line, importing no other command than its own."""
-    # Only options without a value stand before a command, and ``align --help`` shows no command's arguments.
+    # Only options without a value precede a command, and ``align --help`` shows no command's arguments.
     command = next((word for word in words if not word.startswith("-")), "")
     return parser(command).parse_args(words)
 
@@ -323,7 +323,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 LIBRARY_LOGGERS = ("DeepSpeed", "bitsandbytes")
 """Loggers of libraries that warn when they are imported. A stage's log keeps that; a command's output does not."""
 WORKING_COMMANDS = ("run", "sweep", "eval", "export", "data", "push")
-"""Commands that go on when their output cannot be written any more."""
+"""Commands that continue when their output cannot be written any more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -331,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in LIBRARY_LOGGERS:
         # A filter stays when the library sets up its logger; a level would be overwritten.
         logging.getLogger(name).addFilter(_is_error)
-    # A reader may close the output at any time (``| head``): commands that do work must go on.
+    # A reader may close the output at any time (``| head``): commands that do work must continue.
     with guarded_streams() as output:
         try:
             code = _run_command(arguments, output)

@@ -1,4 +1,4 @@
-"""The argument parser of every command, and the options and output that commands share. Imports nothing heavy."""
+"""The argument parser of every command, and the options and output that commands share. Has no heavy imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``align push``: upload finished stages to the store's bucket. Imports nothing heavy."""
+"""``align push``: upload finished stages to the store's bucket. Has no heavy imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``align report``: write the page about a run from what the store holds now, and open it. Imports nothing heavy."""
+"""``align report``: write the page about a run from what the store holds now, and open it. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _watch(outline: RunOutline, store: Store, folder: Path | None, options: argp
 
 
 def _latest_run(store: Store) -> RunOutline:
-    """Return the run that the store saw last; raise ``UserError`` where it has none."""
+    """Return the run that the store saw last; raise ``UserError`` if it has none."""
     from align.cli.artifacts import print_damage
     from align.cli.run_page import stored_outline
 
@@ -65,7 +65,7 @@ def _latest_run(store: Store) -> RunOutline:
 
 
 def output_folder(path: str | None) -> Path | None:
-    """Return the folder of ``--output``; raise ``UserError`` where it is a file."""
+    """Return the folder of ``--output``; raise ``UserError`` if it is a file."""
     if path is None:
         return None
     folder = Path(path)

@@ -1,7 +1,7 @@
-"""``align rollout``: play episodes of a stage's environment with a checkpoint, and print them; nothing is trained.
+"""``align rollout``: play episodes of a stage's environment with a checkpoint, and print them, without training.
 
-This is how an environment is debugged. ``--save`` stores the episodes, ``--replay`` plays stored turns again in the
-environment as it is now. Imports nothing heavy until it runs.
+Use it to debug an environment. ``--save`` stores the episodes, ``--replay`` plays stored turns again in the environment
+as it is now. Heavy imports wait until it runs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run ``align rollout``; return 0, or 1 where a replay differs."""
+    """Run ``align rollout``; return 0, or 1 if a replay differs."""
     from align.cli.loading import load
     from align.runner.open_store import open_store
 
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Scene:
-    """A stage, and what of it is played: its own environment, or that of a task of an ``evaluate`` stage."""
+    """A stage and the environment that is played: the stage's, or the environment of an ``evaluate`` stage's task."""
 
     node: Node
     task: str | None = None
@@ -132,7 +132,7 @@ class Finished:
     store: Store
 
     def artifact(self, name: str, place: str) -> Artifact:
-        """Return the artifact of a stage that ``place`` reads. Raises ``UserError`` where there is none."""
+        """Return the artifact of a stage that ``place`` reads. Raises ``UserError`` if there is none."""
         source = self.pipeline.nodes[self.pipeline.resolve(name)]
         artifact = self.store.obtain(source.stage.kind, source.key, source.name)
         if artifact is None:
@@ -185,7 +185,7 @@ def _max_prompt_tokens(scene: Scene, model_dir: Path) -> int:
 
 
 def _find_user(scene: Scene, finished: Finished) -> Path | None:
-    """Return the folder of the checkpoint that plays the user, where one does."""
+    """Return the folder of the checkpoint that plays the user; None without such a checkpoint."""
     from align.config.simulated_user import USER_INPUT
 
     node, user = scene.node, scene.settings.environment.user
@@ -222,7 +222,7 @@ def _find_model(scene: Scene, finished: Finished, options: argparse.Namespace) -
 
 
 def _read_tasks(scene: Scene, finished: Finished, options: argparse.Namespace) -> list[EpisodeTask]:
-    """Return what is played: the first rows of the stage's prompts, or those of the evaluation's task."""
+    """Return the tasks to play: the first rows of the stage's prompts, or of the evaluation's task."""
     if scene.task is not None:
         if options.split != "test":
             raise UserError(f"{scene.place}: --split {options.split} has no use; a task plays its own rows.")

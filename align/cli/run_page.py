@@ -45,7 +45,7 @@ class RunOutline:
     pipeline: Mapping[str, Any]
 
     def inputs(self, stage: str) -> list[str]:
-        """Return the names of the stages that ``stage`` reads; none where its kind cannot be imported here."""
+        """Return the names of the stages that ``stage`` reads; empty if its kind cannot be imported here."""
         block = (self.pipeline.get("stages") or {}).get(stage)
         block = block if isinstance(block, dict) else {}
         try:
@@ -69,7 +69,7 @@ class RunOutline:
 
 @dataclass(frozen=True)
 class Failure:
-    """A stage that did not finish, the reason, and its log where there is one."""
+    """A stage that did not finish, the reason, and its log if there is one."""
 
     stage: str
     message: str
@@ -88,9 +88,9 @@ def names_file(word: str) -> bool:
 
 
 def open_store_of(words: Iterable[str | None], place: str | None) -> Store:
-    """Open the store at ``place``, else the one that the pipeline files among the words name (``runtime.store``).
+    """Open the store at ``place``, else the store that the pipeline files among the words name (``runtime.store``).
 
-    Raise ``UserError`` where they name different stores.
+    Raises ``UserError`` if they name different stores.
     """
     pipelines = {word: Pipeline.load(word) for word in words if word is not None and names_file(word)}
     if not pipelines:
@@ -198,8 +198,8 @@ def write_page(
 
     ``cached`` names the stages that a run did not have to run. Unless ``always``, a page with the same content is not
     written again. ``refresh`` makes the page reload itself after so many seconds. ``finished`` names the stages whose
-    artifacts count; by default all. ``states`` has stages besides that of ``failure`` that are ``running`` or
-    ``failed``, as on a cluster; by default the store says which. Raises ``UserError`` where there is nothing to show.
+    artifacts count; by default all. ``states`` has stages besides the stage of ``failure`` that are ``running`` or
+    ``failed``, as on a cluster; by default the store determines them. Raises ``UserError`` if the page would be empty.
     """
     artifacts = finished_artifacts(run, store)
     if finished is not None:
@@ -216,7 +216,7 @@ def write_page(
         # Compare under the lock: another process may have written the same page meanwhile.
         if not always and (folder / PAGE).is_file() and _read(folder / STAMP) == _seal(stamp, folder):
             return folder / PAGE
-        # Late: a run of which everything is cached writes no page.
+        # Imported late, because a fully cached run writes no page.
         from align.report.run.run_report import write_report
 
         # A kill from here on leaves a page without a stamp, which the next run writes again.
@@ -239,7 +239,7 @@ def write_page(
 
 
 def _other_states(run: RunOutline, store: Store, failure: Failure | None) -> dict[str, str]:
-    """Return the stages beside that of ``failure`` that run or have failed, as several do on a cluster."""
+    """Return the stages other than ``failure``'s stage that run or have failed, as several do on a cluster."""
     if failure is None:
         return {}
     others = (stage for stage in find_unfinished(run, store) if stage.stage != failure.stage)
@@ -247,7 +247,7 @@ def _other_states(run: RunOutline, store: Store, failure: Failure | None) -> dic
 
 
 def _pending_stages(run: RunOutline, finished: Collection[str], failure: Failure | None) -> dict[str, Any]:
-    """Return the inputs of each stage that is neither finished, a report, nor that of the failure."""
+    """Return the inputs of each stage that is neither finished, a report, nor the failed stage."""
     return {
         name: run.inputs(name)
         for name, (kind, _) in run.stages.items()
@@ -257,7 +257,7 @@ def _pending_stages(run: RunOutline, finished: Collection[str], failure: Failure
 
 @contextlib.contextmanager
 def _page_lock(folder: Path, store: Store) -> Iterator[None]:
-    """Hold the lock of the page, so that no other process on any machine writes it meanwhile."""
+    """Hold the lock of the page, so no other process on any machine writes it meanwhile."""
     lock = Lock(folder / ".locks", store.lease).acquire(lambda _: None, store.retry)
     try:
         yield
@@ -292,14 +292,14 @@ def _stamp(
     identities = [
         (name, [artifact.record["key"], str(artifact.record.get("created"))]) for name, artifact in artifacts.items()
     ]
-    # The log and curves of a failed attempt grow in the same file, so its time counts too.
+    # The log and curves of a failed attempt grow in the same file, so its time also counts.
     failure_identity = None if failure is None else [failure.stage, failure.message, _file_times(failure)]
     state_identities = [failure_identity, states, refresh]
     return digest([VERSION, _code_digest(), run.title, list(run.stages), identities, *state_identities])
 
 
 def _seal(stamp: str, folder: Path) -> str:
-    """Return a digest of the stamp and of the page's files, so that a damaged page is written again."""
+    """Return a digest of the stamp and of the page's files, to detect a damaged page and write it again."""
     # No other files: a user's folder may hold a whole store.
     parts = [folder / PAGE, *(path for name in PAGE_FOLDERS for path in (folder / name).rglob("*"))]
     files = sorted(path for path in parts if path.is_file())

@@ -108,12 +108,12 @@ class _ConsoleSession(_SessionListener, ConsoleListener):
         if self._page is not None:
             self._page.state.leave(node.name)
             self._page.state.failed.append(node.name)
-            # On a cluster other stages may go on for hours.
+            # On a cluster other stages may continue for hours.
             self._page.send()
         super().stage_failed(node, message, log)
 
     def close_page(self, is_complete: bool = False) -> None:
-        """End the process that writes the page; it writes the final one of a complete run."""
+        """End the process that writes the page; it writes the final page of a complete run."""
         if self._page is not None:
             self._page.close(is_complete)
 
@@ -146,7 +146,7 @@ def report_on(
     console: Console | None = None,
     store: str | Path | Store | None = None,
 ) -> Outcome:
-    """Show a run while ``run_with`` runs it, and write its page, also where it fails or is stopped.
+    """Show a run while ``run_with`` runs it, and write its page, also if it fails or is stopped.
 
     Raises what ``run_with`` raises, ``KeyboardInterrupt`` included, once the page is written and its path printed.
     """
@@ -163,7 +163,7 @@ def report_on(
                 listener.close_page(is_complete=True)
     except (UserError, StageFailed, Stopped, KeyboardInterrupt) as error:
         if listener.has_begun:
-            # A run that was refused before its first stage has nothing to show.
+            # A run that was refused before its first stage has no page.
             opened = open_store(pipeline, store)
             page = try_write_page(outline_of(pipeline), opened, _failure(listener, error, pipeline, opened))
             print_page(page, stream=sys.stderr if quiet else sys.stdout)

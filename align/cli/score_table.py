@@ -17,7 +17,7 @@ from align.report.page.number_format import ACCURACIES, MARKS, interval, number
 
 STYLES = {"better": "green", "worse": "red"}
 PLAIN_WIDTH = 400
-"""Columns where output is not a terminal, so that a table in a file is not folded."""
+"""Columns if output is not a terminal: a table in a file is not folded."""
 
 Card = dict[str, Any]
 
@@ -82,7 +82,7 @@ def reward_table(card: Card) -> Table:
 
 
 def _estimate(estimate: Any) -> Text:
-    """Return a number above its interval; empty where there is none."""
+    """Return a number above its interval; empty without a number."""
     row = estimate if isinstance(estimate, dict) else {"value": estimate}
     if row.get("value") is None:
         return Text()
@@ -93,7 +93,7 @@ def _estimate(estimate: Any) -> Text:
 
 
 def _title(name: str, metric: dict[str, Any]) -> Text:
-    """Return a metric's title above its name, which gates and ``--set`` use; the name alone where they are the same."""
+    """Return a metric's title above its name, which gates and ``--set`` use; only the name if they are equal."""
     text = _text(str(metric["title"]))
     if metric["title"] == name:
         return text
@@ -108,7 +108,7 @@ def _tag(card: Card, system: str) -> str:
 
 
 def _cell(card: Card, system: str, metric: str) -> Text:
-    """Return ``0.412 ▲`` above its interval; empty where the system has no such number."""
+    """Return ``0.412 ▲`` above its interval; empty if the system has no such number."""
     estimate = card["estimates"].get(system, {}).get(metric)
     if estimate is None or estimate.get("value") is None:
         return Text()
@@ -121,7 +121,7 @@ def _cell(card: Card, system: str, metric: str) -> Text:
 
 
 def _verdict(card: Card, system: str, metric: str) -> str:
-    """Return a system's verdict against the reference; that of the reference is against the base."""
+    """Return a system's verdict against the reference; the reference's verdict is against the base."""
     # The reference is not compared with itself, so it shows whether training helped at all.
     against = card["base"] if system == card["reference"] else card["reference"]
     for row in card["differences"]:

@@ -1,7 +1,8 @@
 """The program of a Slurm job: ``python -m align.cli.slurm_job FOLDER STAGE``.
 
-It runs one stage of the submission in ``FOLDER``, under the store's lock like any run. Asked to stop (USR1 before the
-time limit or at a preemption, SIGTERM), it has the stage save a checkpoint and requeues its job, which then resumes.
+It runs one stage of the submission in ``FOLDER``, under the store's lock like any run. On a request to stop (USR1
+before the time limit or at a preemption, SIGTERM), it makes the stage save a checkpoint and requeues its job, which
+then resumes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``align status``: the state of each stage of a run, here and on a cluster. Imports nothing heavy."""
+"""``align status``: the state of each stage of a run, here and on a cluster. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 def live_jobs(store: Store, runs: Iterable[RunOutline]) -> tuple[LiveJobs, str]:
     """Return the live job of each (run, stage) that has one.
 
-    The second value is the error where Slurm does not answer, so that the jobs are not known.
+    The second value is the error if Slurm does not answer, in which case the jobs are not known.
     """
     from align.clusters.follow import SchedulerError
     from align.clusters.slurm import commands

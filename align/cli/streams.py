@@ -1,6 +1,6 @@
 """Standard output and error that may fail: a reader closes them (``align run ... | head -1``), or a disk is full.
 
-A command that does work, like ``run``, goes on without them. A command that only prints ends.
+A command that does work, like ``run``, continues without them. A command that only prints ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 
 
 class OutputEnded(BaseException):
-    """Raised when output fails in a command that only prints. A ``BaseException``, so that no handler swallows it."""
+    """Raised when output fails in a command that only prints. A ``BaseException``, so no handler swallows it."""
 
 
 class GuardedStream:
@@ -30,7 +30,7 @@ class GuardedStream:
 
     def write(self, text: str) -> int:
         """Write ``text``, or drop it after a failure."""
-        # After the first failure text is dropped, but counted as written: the caller goes on.
+        # After the first failure text is dropped, but counted as written: the caller continues.
         if self.error is None:
             try:
                 return self.stream.write(text)
@@ -53,7 +53,7 @@ class GuardedStream:
 
     def _fail(self, error: OSError) -> None:
         self.error = error
-        # Python flushes its buffer once more when it exits. Point the descriptor at /dev/null, so that this succeeds.
+        # Python flushes its buffer once more when it exits. Point the descriptor at /dev/null, so this flush succeeds.
         with contextlib.suppress(OSError, ValueError):
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, self.stream.fileno())
@@ -67,7 +67,7 @@ class GuardedStream:
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[GuardedStream]:
-    """Guard standard output, which is yielded, and standard error, which always goes on."""
+    """Guard standard output, which is yielded, and standard error, which never ends the command."""
     before = sys.stdout, sys.stderr
     output = GuardedStream(before[0] or _open_devnull(1), goes_on=False)
     sys.stdout = cast(TextIO, output)
@@ -81,7 +81,7 @@ def guarded_streams() -> Iterator[GuardedStream]:
 def _open_devnull(number: int) -> TextIO:
     """Return a stream for a descriptor that was closed before the command began.
 
-    It takes the same ``number``; otherwise the next file to be opened would get it and receive the output.
+    It gets the same ``number``; otherwise the next file to be opened would get it and receive the output.
     """
     handle = os.open(os.devnull, os.O_WRONLY)
     if handle != number:

@@ -45,7 +45,7 @@ NAMED_ROWS = "rows"
 """Field of rows by name, each of the kinds in ``PROMPT_SOURCES``; tasks name them."""
 REWARDS = ("reward", "second_reward")
 NAMED_BLOCKS = ("tasks", "baselines", "gates")
-"""Blocks whose entries have names; a null takes an entry out."""
+"""Blocks whose entries have names; a null removes an entry."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class ComparedCheckpoints:
 
 
 def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
-    """Read a suite and apply ``assignments`` such as ``tasks.ifeval.max_items=50``; ``tasks.x=null`` takes a task out.
+    """Load a suite and apply ``assignments`` such as ``tasks.ifeval.max_items=50``; ``tasks.x=null`` removes a task.
 
-    ``path`` may be a shipped suite's name. Raises ``UserError`` for a file that is no suite, and for fields that belong
-    on the command line.
+    ``path`` may be a shipped suite's name. Raises ``UserError`` for a file that is not a suite, and for fields that
+    belong on the command line.
     """
     path = find_shipped(path, "suite")
     raw = locate(load_yaml(Path(path)), Path(path))
@@ -129,7 +129,8 @@ def _settle_rows(word: Any, place: str) -> str:
 def choose_reference(chosen: str | None, names: Sequence[str], bases: Sequence[str]) -> str:
     """Return the checkpoint that others are compared with: ``chosen``, else the first that is not a base.
 
-    Where only one checkpoint is not a base, that is the first one of all: it is compared with its base.
+    If only one checkpoint is not a base, the reference is the first checkpoint of all: the trained checkpoint is
+    compared with its base.
     """
     if chosen is None:
         trained = [name for name in names if name not in bases]

@@ -1,4 +1,4 @@
-"""``align report --watch``: write a run's page again and again while the run goes on; the page reloads itself."""
+"""``align report --watch``: write a run's page repeatedly until the run ends; the page reloads itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Watch:
     def follow(self, show: Callable[[Path], None]) -> Path | None:
         """Write the page until the run has ended, and once more without the reload; return it, None without a page.
 
-        ``show`` is called with the page after the first time. Ctrl-C ends it, too.
+        ``show`` is called with the page after the first time. Ctrl-C also ends it.
         """
         page = None
         last_active = time.monotonic()
@@ -49,7 +49,7 @@ class Watch:
                     spent = time.monotonic() - now
                     if is_first:
                         show(page)
-                # Reading a large run takes longer, so it is read less often.
+                # Reading a large run is slower, so it is read less often.
                 self.sleep(max(self.every, spent / SHARE_OF_TIME))
         except KeyboardInterrupt:
             # The page of before would reload itself for ever.
@@ -79,6 +79,6 @@ class Watch:
         return all(name in finished for name in stages) and not self._is_active()
 
     def _has_content(self) -> bool:
-        """Return True where a stage has begun, so that there is something to show."""
+        """Return True if a stage has begun, which gives the page content."""
         has_begun = find_failure(self.outline, self.store) is not None
         return has_begun or bool(finished_artifacts(self.outline, self.store))
