@@ -55,7 +55,8 @@ def read_turn(answer: Answer) -> ChatTurn:
 
     No call of a turn is made if one call is malformed, because a server refuses calls without results.
     """
-    calls, errors = [], []
+    calls = []
+    errors = []
     for call in answer.tool_calls:
         try:
             calls.append(call_from_json(call, ""))
@@ -64,7 +65,8 @@ def read_turn(answer: Answer) -> ChatTurn:
     text = answer.text
     if errors:
         written = [f"{call['name']}({call['arguments']})" for call in answer.tool_calls]
-        text, calls = "\n".join([text, *written]).strip(), []
+        text = "\n".join([text, *written]).strip()
+        calls = []
     return ChatTurn(
         token_ids=[],
         logprobs=[],
@@ -86,7 +88,8 @@ class ChatRun(EpisodeRun):
         return ParsedTurn(turn.text, turn.calls, turn.errors)
 
     def _ask(self) -> None:
-        turn, room = len(self.episode.turns), self.rules.max_tokens - self._spent()
+        turn = len(self.episode.turns)
+        room = self.rules.max_tokens - self._spent()
         if room < 1:
             self._end("truncated")
             return
@@ -97,7 +100,8 @@ class ChatRun(EpisodeRun):
         turns = [turn for turn in self.episode.turns if isinstance(turn, ChatTurn)]
         if not turns:
             return 0
-        first, last = turns[0].prompt_tokens, turns[-1].prompt_tokens
+        first = turns[0].prompt_tokens
+        last = turns[-1].prompt_tokens
         if first is None or last is None:
             return sum(turn.tokens for turn in turns)
         # The last prompt contains everything before it, so its growth counts all turns and results in between.
@@ -105,7 +109,8 @@ class ChatRun(EpisodeRun):
 
     def fail(self, reason: str) -> None:
         """End the episode because its environment, or a request, failed."""
-        self.episode.stop, self.episode.failure = "failed", reason
+        self.episode.stop = "failed"
+        self.episode.failure = reason
         self.action = None
 
 
@@ -141,7 +146,9 @@ class ChatSession:
     is_lockstep = True
 
     def __init__(self, make_request: MakeRequest, ask: Ask, journal: Journal) -> None:
-        self._make_request, self._ask, self._journal = make_request, ask, journal
+        self._make_request = make_request
+        self._ask = ask
+        self._journal = journal
         self.conversation: Callable[[int], tuple[list[Message], int, int]]
         """A function from the number of an episode to its conversation, its next turn and its seed."""
         self._limits: dict[int, int] = {}
@@ -212,7 +219,8 @@ class ChatPlayer(EpisodePlayer):
     def _take_turns(self, responses: list[tuple[int, Response]]) -> None:
         for index, response in responses:
             assert isinstance(response, ChatResponse)
-            run, answer = self._runs[index], response.answer
+            run = self._runs[index]
+            answer = response.answer
             if answer.error or answer.refused:
                 run.fail(f"request: {answer.error or 'the endpoint refused to answer.'}")
             else:

@@ -38,7 +38,8 @@ class PromptedTurns:
     """Turns with messages that ``conversation`` adds to the prompt; the episode's messages do not contain them."""
 
     def __init__(self, turns: Turns, conversation: Conversation) -> None:
-        self.turns, self.conversation = turns, conversation
+        self.turns = turns
+        self.conversation = conversation
         self.eos = turns.eos
 
     def prompt(self, messages: list[Message]) -> list[int]:
@@ -166,7 +167,9 @@ class EpisodeRun:
             self._end("max_turns")
             return
         # Calls run in order. The policy reads all results together.
-        self._turn_calls, self._calls, self._results = list(parsed.calls), deque(parsed.calls), []
+        self._turn_calls = list(parsed.calls)
+        self._calls = deque(parsed.calls)
+        self._results = []
         self._record_errors(parsed.errors)
         self._next_call()
 
@@ -200,7 +203,8 @@ class EpisodeRun:
         if not self._calls:
             self._observe(self._results, self._turn_calls)
             return
-        call, index = self._calls[0], len(self._turn_calls) - len(self._calls)
+        call = self._calls[0]
+        index = len(self._turn_calls) - len(self._calls)
         self.action = Act("call", len(self.episode.turns) - 1, index, (call.name, call.arguments))
 
     def _answer(self, name: str, arguments: dict[str, Any], result: str, error: Any = "", seconds: float = 0.0) -> None:
@@ -296,7 +300,8 @@ class EpisodeRun:
 
     def _start(self, messages: list[Message]) -> None:
         """Render the prompt, and ask for the policy's first turn."""
-        self._first_messages, self.episode.messages = messages, list(messages)
+        self._first_messages = messages
+        self.episode.messages = list(messages)
         ids = self.rules.turns.prompt(messages)
         if len(ids) > self.rules.max_prompt_tokens:
             ids = ids[: self.rules.max_prompt_tokens]
@@ -326,7 +331,9 @@ class EpisodeRun:
         if scores.turns is not None and len(scores.turns) != len(episode.turns):
             self.fail(f"score returned {len(scores.turns)} scores by turn, and the episode has {len(episode.turns)}.")
             return
-        episode.score, episode.parts, episode.turn_scores = scores.total, scores.parts, scores.turns
+        episode.score = scores.total
+        episode.parts = scores.parts
+        episode.turn_scores = scores.turns
         self.action = None
 
     def _end(self, stop: Literal["finished", "truncated", "max_turns"]) -> None:
@@ -336,7 +343,8 @@ class EpisodeRun:
     def fail(self, reason: str) -> None:
         """End the episode because its environment failed."""
         if self.episode.turns:
-            self.episode.stop, self.episode.failure = "failed", reason
+            self.episode.stop = "failed"
+            self.episode.failure = reason
         else:
             # No turn was sampled, but a rollout needs a token for every response.
             messages = self.episode.messages

@@ -178,7 +178,11 @@ def _private_copy(backend: Any, control: Mapping[str, int]) -> tuple[Any, dict[i
     for text, index in backend.get_vocab().items():
         if text not in control and (renamed := copy.token_to_id(text)) != index:
             real[renamed] = index
-    return copy, {renamed: index for renamed, index in real.items() if renamed is not None and renamed != index}
+    moved: dict[int, int] = {}
+    for renamed, index in real.items():
+        if renamed is not None and renamed != index:
+            moved[renamed] = index
+    return copy, moved
 
 
 def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:

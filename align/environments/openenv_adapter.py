@@ -127,7 +127,8 @@ class OpenEnvEnvironment(Environment):
             result = self._request(self._client.reset(**({"seed": seed} | dict(self._source.arguments))))
         except ToolError as error:
             raise EnvironmentFailed(f"the server at {self._source.url} refused to reset: {error}.") from None
-        self._rewards, self._is_over = [], bool(result.done)
+        self._rewards = []
+        self._is_over = bool(result.done)
         return read_prompt(observation_text(result.observation) or None, row, "OpenEnv's reset")
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:

@@ -124,7 +124,9 @@ class UserTurns:
 
     def __init__(self, user: SimulatedUser, read_prompt: Callable[[Row], str], journal: Journal) -> None:
         """``read_prompt`` returns the system message of the user's model for a row."""
-        self._user, self._read_prompt, self._journal = user, read_prompt, journal
+        self._user = user
+        self._read_prompt = read_prompt
+        self._journal = journal
         self._waiting: dict[int, Waiting] = {}
         """Requests of the next batch, by episode."""
         self._is_busy = False

@@ -82,7 +82,8 @@ class ClassSource:
 
 def open_class(config: EnvironmentConfig, place: str) -> ClassSource:
     """Return the source of a class. Raises ``UserError``, which begins with ``place``, if it is not an environment."""
-    path, where = str(config.class_name), f"{place}.class"
+    path = str(config.class_name)
+    where = f"{place}.class"
     kind: Any = load_function(path, where)
     name = tool_name(path)
     is_class = inspect.isclass(kind)
@@ -116,7 +117,8 @@ def public_methods(kind: type) -> list[str]:
     # Base classes come first, and so do the tools that they define.
     for base in reversed(kind.__mro__):
         names |= dict.fromkeys(vars(base))
-    tools = [name for name in names if not name.startswith("_") and name not in NO_TOOLS]
+    public = [name for name in names if not name.startswith("_")]
+    tools = [name for name in public if name not in NO_TOOLS]
     return [name for name in tools if inspect.isroutine(getattr(kind, name))]
 
 
@@ -279,7 +281,8 @@ class FunctionEnvironment(Environment):
 
     def score(self, messages: list[Message]) -> Scores:
         """Return the score of the last response, or of the conversation if the function has ``messages``."""
-        scorer, row = self.source.scorer, {"id": ""} | copy.deepcopy(self.row)
+        scorer = self.source.scorer
+        row = {"id": ""} | copy.deepcopy(self.row)
         if MESSAGES in _parameters(scorer.function)[:2]:
             place = tool_name(scorer.path)
             value = self.run(place, scorer.function, row, copy.deepcopy(messages), **scorer.arguments)

@@ -63,7 +63,8 @@ def tool_schema(function: Callable[..., Any], name: str, place: str) -> dict[str
 def argument_problem(schema: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
     """Return the error in a call's arguments as a sentence for the model; None if they are correct."""
     function = schema["function"]
-    name, parameters = function["name"], function["parameters"]
+    name = function["name"]
+    parameters = function["parameters"]
     properties = parameters.get("properties", {})
     unknown = [argument for argument in arguments if argument not in properties]
     missing = [argument for argument in parameters.get("required", ()) if argument not in arguments]
@@ -99,7 +100,8 @@ def _check_hints(function: Callable[..., Any], where: str) -> None:
 
 
 def _check_hint(hint: Any, argument: str, where: str) -> None:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    inner = typing.get_args(hint)
     if origin is typing.Literal:
         if all(isinstance(value, str | int | float | bool | None) for value in inner):
             return

@@ -111,7 +111,8 @@ class TurnTemplate:
         if not fault.startswith("no place"):
             for name, text in training_templates(self.template, vocabulary):
                 if self._writes_same_prompts(text) and (self._missing_tools(text) or self._fault(text)) is None:
-                    self.template, self.training = text, name
+                    self.template = text
+                    self.training = name
                     return
         with_tools = templates_with_tools(vocabulary)
         fitting = f"one of align's that fits its tokens ({', '.join(with_tools)}), or " if with_tools else ""
@@ -212,7 +213,8 @@ class TurnTemplate:
         if second.startswith(first):
             return
         # Compare ids instead of characters, because the policy samples ids.
-        before, after = self._renderer.encode(first), self._renderer.encode(second)
+        before = self._renderer.encode(first)
+        after = self._renderer.encode(second)
         pairs = enumerate(zip(before, after, strict=False))
         place = next((index for index, (a, b) in pairs if a != b), min(len(before), len(after)))
         old, new = (

@@ -65,7 +65,8 @@ class VerifiersSource:
 
 def open_verifiers(config: EnvironmentConfig, place: str) -> VerifiersSource:
     """Import an environment. Raises ``UserError``, which begins with ``place``, if align cannot play it."""
-    where, name = f"{place}.verifiers", str(config.verifiers)
+    where = f"{place}.verifiers"
+    name = str(config.verifiers)
     require_extra("verifiers", "verifiers", f"{where}:")
     search_module_folders()
     try:
@@ -120,7 +121,8 @@ class VerifiersEnvironment(Environment):
         from align.environments.verifiers_seat import Play
 
         self._play = Play(self._env, self._task(row))
-        self._called, self._is_done = [], False
+        self._called = []
+        self._is_done = False
         kind, value = self._play.start()
         messages = self._read(kind, value)
         if self._is_done:
@@ -154,7 +156,8 @@ class VerifiersEnvironment(Environment):
         """Give the environment a message of the policy."""
         import verifiers.v1 as vf
 
-        reply, self._called = [*self._called, vf.AssistantMessage(content=message)], []
+        reply = [*self._called, vf.AssistantMessage(content=message)]
+        self._called = []
         messages = self._read(*self._playing().answer(reply))
         return read_step((messages, self._is_done), self._source.max_result_tokens, "verifiers")
 

@@ -34,7 +34,8 @@ class Play:
     """One episode of a verifiers environment, which waits for the policy's turns."""
 
     def __init__(self, env: Any, task: Any) -> None:
-        self._env, self._task = env, task
+        self._env = env
+        self._task = task
         self._said: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         """Events of the coroutine: ``turn`` with new messages, ``done`` or ``failed``."""
         self._reply: asyncio.Future[list[Any] | None] | None = None
@@ -54,7 +55,8 @@ class Play:
         """Send the policy's messages, or ``END``; return the environment's next event."""
         if self._reply is None or self._loop is None:
             raise EnvironmentFailed("the environment of verifiers waits for no message.")
-        waiting, self._reply = self._reply, None
+        waiting = self._reply
+        self._reply = None
         self._loop.call_soon_threadsafe(waiting.set_result, reply)
         return self._said.get()
 
@@ -100,7 +102,10 @@ class Seat:
     """The agent that an environment's code uses."""
 
     def __init__(self, play: Play, episode: Any, name: str, config: Any) -> None:
-        self._play, self._episode, self._name, self._config = play, episode, name, config
+        self._play = play
+        self._episode = episode
+        self._name = name
+        self._config = config
         self.trainable = True
 
     async def run(self, task: Any, **options: Any) -> Any:
@@ -112,7 +117,8 @@ class Seat:
     @contextlib.asynccontextmanager
     async def interaction(self, task: Any, **options: Any) -> AsyncIterator[Conversation]:
         """Open a conversation with the policy. The task scores it at the end."""
-        refused = [name for name, value in options.items() if value is not None and name != "on_trace"]
+        options.pop("on_trace", None)
+        refused = [name for name, value in options.items() if value is not None]
         if refused:
             raise EnvironmentFailed(f"the environment gives its agent a {refused[0]}, which align does not support.")
         self._play.take_seat()
@@ -142,7 +148,10 @@ class Conversation:
     """The open conversation with an agent that an environment's code uses."""
 
     def __init__(self, play: Play, task: Any, trace: Any, max_turns: int | None) -> None:
-        self._play, self._task, self.trace, self._max_turns = play, task, trace, max_turns
+        self._play = play
+        self._task = task
+        self.trace = trace
+        self._max_turns = max_turns
         self._is_over = False
         self._stops = [hook for hook in task.hooks("stop") if hook_boundary(hook, allow_trace=True) is vf.Trace]
 
