@@ -122,8 +122,7 @@ def measure(folder: Path, prompts: int, threads: int) -> dict[str, Any]:
     import tempfile
 
     from align.config.runtime import Runtime
-    from align.models.malloc import keep_freed_memory
-    from align.models.threads import use_threads
+    from align.models.compute.threads import keep_freed_memory, use_threads
 
     # As the stage does.
     use_threads(Runtime(device="cpu", threads=threads))

@@ -6,7 +6,7 @@ Left out: norms, rotary embeddings and softmax, which are a few percent of a lar
 from __future__ import annotations
 
 from align.config.tuning import TuningBase
-from align.models.architecture import Architecture
+from align.models.compute.architecture import Architecture
 
 
 def forward_flops(model: Architecture, tokens: float, length: float, head: float = 0.0) -> float:

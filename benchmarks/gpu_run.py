@@ -17,7 +17,7 @@ from typing import Any
 
 from align.capacity.sharding import Job, Setting
 from align.config.runtime import Runtime
-from align.models.architecture import Architecture, read_architecture
+from align.models.compute.architecture import Architecture, read_architecture
 from benchmarks.flops import forward_flops, learning_flops
 from benchmarks.gpu_machine import PeakMemory, matrix_rate
 from benchmarks.gpu_models import make_model
@@ -58,7 +58,7 @@ class StageItem:
 def measure(item: StageItem, work: Path) -> dict[str, Any]:
     """Run the stage once below ``work`` and return its result; models are made there once and kept."""
     if item.deterministic:
-        from align.models.determinism import use_deterministic_kernels
+        from align.models.compute.processes import use_deterministic_kernels
 
         use_deterministic_kernels()
     (work / "models").mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ BATCH = 128
 
 def model_folder(folder: Path) -> Path:
     """The embedded model as a model stage writes it."""
-    from align.models.conversion import copy_model
+    from align.models.checkpoints.conversion import copy_model
     from align.models.embedded import fetch
 
     out = folder / "model"
@@ -51,8 +51,8 @@ def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from align.models.chat.render import render_prompt
     from align.models.loading import load_tokenizer
-    from align.models.render import render_prompt
 
     tokenizer = load_tokenizer(model)
     prompts = [render_prompt(tokenizer, list(item.prompt)) for item in task_of(options).items]

@@ -23,8 +23,8 @@ from align.capacity.hardware import parse_hardware
 from align.capacity.sampling_ways import sampling_way
 from align.capacity.sharding import Setting
 from align.config.runtime import Runtime
-from align.models.architecture import Architecture, architecture_of
-from align.models.known import EMBEDDED_SIZES, TINY_SIZES
+from align.models.compute.architecture import Architecture, architecture_of
+from align.models.model_plan import EMBEDDED_SIZES, TINY_SIZES
 from align.pipeline.thread_waiting import SPINNING
 from align.runner.worker import ENVIRONMENT
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer

@@ -48,7 +48,7 @@ class Measurer:
     def __init__(self, root: Path) -> None:
         import torch
 
-        from align.models.threads import use_threads
+        from align.models.compute.threads import use_threads
 
         self.root, self.runtime = root, Runtime.model_validate(RUNTIME)
         use_threads(self.runtime)

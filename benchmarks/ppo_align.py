@@ -91,9 +91,9 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     from align.config.runtime import EngineConfig, Runtime
     from align.data.weighted_scores import Part, RewardScorer, WeightedSum
     from align.inference.engine import open_engine
+    from align.models.compute.threads import use_threads
     from align.models.loading import load_policy
     from align.models.reward import RewardModel
-    from align.models.threads import use_threads
     from align.rl import PpoConfig, PPOTrainer
 
     shape, model = work["shape"], Path(work["model"])

@@ -57,8 +57,8 @@ class Shape:
 
 def load_work_tokenizer(model: Path, shape: Shape) -> Any:
     """Return the model's tokenizer, with the chat template of ``shape``."""
+    from align.models.chat.named_templates import template_file
     from align.models.loading import load_tokenizer
-    from align.models.named_templates import template_file
 
     tokenizer = load_tokenizer(model)
     if shape.template:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.models.architecture import Architecture, architecture_of
+from align.models.compute.architecture import Architecture, architecture_of
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.open_store import open_store
 from align.store.store import Store

@@ -10,7 +10,7 @@ from typing import Any
 from align.capacity.plan import estimator_of
 from align.capacity.sharding import Job
 from align.config.runtime import Runtime
-from align.models.architecture import Architecture
+from align.models.compute.architecture import Architecture
 from align.pipeline.context import StageContext
 from align.pipeline.registry import find_stage
 from align.store.artifacts import Artifact, Kind

@@ -42,7 +42,7 @@ remember_environment()
 
 BUCKETS = itertools.count()
 LONGEST = (
-    "inference/test_server_vllm.py",
+    "inference/servers/test_server_vllm.py",
     "rl/test_learning.py",
     "rl/objectives/test_trainers.py",
     "test_end_to_end.py",
@@ -73,7 +73,7 @@ LONGEST = (
     "store/test_remote.py",
     "rl/test_simulated_user.py",
     "inference/test_watchdog.py",
-    "models/test_chat_template.py",
+    "models/chat/test_chat_template.py",
     "cli/test_init.py",
     "config/test_field_dumps.py",
     "store/test_leases.py",

@@ -23,9 +23,9 @@ from align.capacity.sharding import Job, Setting
 from align.config.runtime import Runtime
 from align.config.stages.rl import RolloutFields
 from align.config.tuning import FullTuning, LoraTuning, TuningBase
-from align.models.activations import FLOAT, SHORT
-from align.models.architecture import Architecture
-from align.models.compute_types import resolved
+from align.models.compute.architecture import Architecture
+from align.models.compute.compute_types import resolved
+from align.models.compute.estimates import FLOAT, SHORT
 
 Models = Mapping[str, Sequence[Architecture]]
 

@@ -35,8 +35,8 @@ from align.config.stages.evaluation_tasks import (
 from align.config.stages.sample import SampleConfig
 from align.config.stages.synthesis_tasks import InstructionsTask
 from align.config.stages.synthesize import SynthesizeConfig
-from align.models.architecture import Architecture
-from align.models.compute_types import resolved
+from align.models.compute.architecture import Architecture
+from align.models.compute.compute_types import resolved
 
 Models = Mapping[str, Sequence[Architecture]]
 

@@ -20,9 +20,9 @@ from align.config.base import Precision
 from align.config.runtime import Runtime
 from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning, LoraTuning, LowRank, TuningBase
-from align.models.activations import FLOAT, SIZES, activations_per_token, passing_per_token
-from align.models.architecture import Architecture, UnknownArchitecture
-from align.models.compute_types import resolved
+from align.models.compute.architecture import Architecture, UnknownArchitecture
+from align.models.compute.compute_types import resolved
+from align.models.compute.estimates import FLOAT, SIZES, activations_per_token, passing_per_token
 
 TRAINED_FIELDS = ("model", "policy", "student")
 """Input fields that name the trained checkpoint."""

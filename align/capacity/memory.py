@@ -2,7 +2,7 @@
 
 ``align plan --memory``, ``align plan --hardware`` and the notice before a stage's first step all use it. A trained
 parameter needs 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved, the
-reference and reward models, are in bfloat16 if that is the ``precision`` (``align.models.precision``).
+reference and reward models, are in bfloat16 if that is the ``precision`` (``align.models.compute.precision``).
 
 Left out: the interpreter and its libraries, and what a GPU's allocator keeps for itself. ``align.capacity.sharding``
 divides the parts among devices.
@@ -20,8 +20,8 @@ from align.config.base import Precision
 from align.config.runtime import Runtime
 from align.config.stages.continue_from import LARGEST_STATE, size_text
 from align.config.tuning import LowRank, QloraTuning, TuningBase
-from align.models.activations import FLOAT, SIZES, activations_per_token
-from align.models.architecture import Architecture
+from align.models.compute.architecture import Architecture
+from align.models.compute.estimates import FLOAT, SIZES, activations_per_token
 
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""

@@ -19,8 +19,8 @@ from align.config.environment import EnvironmentConfig
 from align.config.runtime import Runtime
 from align.config.simulated_user import USER_INPUT
 from align.config.vllm_servers import RolloutsConfig
-from align.models.activations import FLOAT, SIZES, passing_per_token
-from align.models.architecture import Architecture
+from align.models.compute.architecture import Architecture
+from align.models.compute.estimates import FLOAT, SIZES, passing_per_token
 
 HEAD_ROWS = 256
 """Tokens whose logits are in float32 at a time (``align.evaluation.logprobs``)."""

@@ -24,8 +24,8 @@ from align.capacity.memory import Memory
 from align.config.base import Precision
 from align.config.launch import LaunchConfig
 from align.config.tuning import TuningBase
-from align.models.activations import FLOAT
-from align.models.architecture import Architecture
+from align.models.compute.architecture import Architecture
+from align.models.compute.estimates import FLOAT
 
 BUCKET = 2 * 2**20 * 25
 """Bytes of exchange buffers of NCCL and the frameworks: two buckets of 25 MiB."""

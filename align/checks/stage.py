@@ -195,8 +195,8 @@ def _turn_end(folder: Path, facts: Facts | None) -> list[Fault]:
         return []
     from jinja2 import TemplateError
 
+    from align.models.chat.special_tokens import turn_end_token
     from align.models.pretrained import open_tokenizer
-    from align.models.special_tokens import turn_end_token
 
     tokenizer = open_tokenizer(folder)
     try:

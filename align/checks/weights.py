@@ -1,6 +1,6 @@
 """Check safetensors files without torch: completeness, types, finite values; and compute digests.
 
-``align.models.headers`` reads their headers. Left out: pickled weights, which are refused elsewhere.
+``align.models.checkpoints.files`` reads their headers. Left out: pickled weights, which are refused elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align.models.headers import BadHeader, read_header
+from align.models.checkpoints.files import BadHeader, read_header
 
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"

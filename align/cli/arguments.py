@@ -201,7 +201,7 @@ def find_tokenizer_folder(name: str, store: str | None) -> str:
     none of these.
     """
     from align.models import embedded
-    from align.models.source import BUILT_IN
+    from align.models.checkpoints.source import BUILT_IN
 
     if name == embedded.NAME:
         return str(embedded.fetch(lambda text: print(text, file=sys.stderr)))
@@ -221,7 +221,7 @@ def find_tokenizer(name: str, store: str | None) -> Any:
 
     The corrections of a model stage are also made here, with a note on standard error.
     """
-    from align.models.source import TINY
+    from align.models.checkpoints.source import TINY
     from align.models.tiny import make_tiny_tokenizer
     from align.report.dataset.token_views import load_preview_tokenizer
 

@@ -16,8 +16,8 @@ from align.cli.arguments import HUB_NAME, find_artifact, find_build, find_checkp
 from align.config.user_paths import user_path
 from align.config.validation import suggest
 from align.errors import UserError
-from align.models import source
-from align.models.files import is_adapter
+from align.models.checkpoints import source
+from align.models.checkpoints.files import is_adapter
 from align.pipeline.registry import STAGES
 from align.pipeline.stage_kinds import NAME_PATTERN
 from align.report.page.assets import unique_name

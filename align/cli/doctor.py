@@ -77,7 +77,7 @@ def _packages() -> Iterator[Finding]:
 def _torch() -> list[Finding]:
     """Report the devices that torch sees, and packages that break its import."""
     try:
-        from align.models.devices import torch_setup
+        from align.models.compute.precision import torch_setup
 
         setup = torch_setup()
     except ImportError as error:
@@ -135,7 +135,7 @@ def _unmet_requirement() -> str | None:
 
 def _server() -> Finding:
     """Check that ``runtime.rollouts.servers`` could start here: its imports and a Unix socket."""
-    from align.inference.server_process import MODULE
+    from align.inference.servers.server_process import MODULE
 
     import_error = _import_error(MODULE)
     if import_error is not None:

@@ -20,7 +20,7 @@ from align.cli.parser import add_store, print_json
 from align.config.user_paths import user_path
 from align.errors import StageFailed, UserError, explain_os_error, printable
 from align.export.export import Source, check_source, read_json
-from align.models.files import ADAPTER_CONFIG
+from align.models.checkpoints.files import ADAPTER_CONFIG
 from align.store.artifacts import Artifact
 from align.store.marker import MARKER
 

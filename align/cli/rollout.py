@@ -149,8 +149,8 @@ class Finished:
 
 def _precision_of(scene: Scene, finished: Finished) -> Precision:
     """Return the type that the stage's ``precision`` stands for on this machine."""
-    from align.models.product_speed import resolve_precision
-    from align.models.threads import device_of
+    from align.models.compute.precision import resolve_precision
+    from align.models.compute.threads import device_of
 
     return resolve_precision(scene.config.precision, device_of(finished.pipeline.runtimes[scene.node.name]))
 
@@ -175,7 +175,7 @@ def _make_rehearsal(scene: Scene, finished: Finished, options: argparse.Namespac
 
 def _max_prompt_tokens(scene: Scene, model_dir: Path) -> int:
     """Return the longest prompt: the stage's, or for a task what its episodes leave of the engine's length."""
-    from align.inference.switching import max_positions
+    from align.inference.weights import max_positions
 
     config = scene.config
     if scene.task is None:

@@ -15,7 +15,7 @@ from align.config.field_docstrings import field_docstrings
 from align.store.artifacts import Kind
 
 Precision = Literal["bfloat16", "float32"]
-"""Type of matrix products; weights stay float32 (``align.models.precision``)."""
+"""Type of matrix products; weights stay float32 (``align.models.compute.precision``)."""
 PrecisionSetting = Literal["auto", "bfloat16", "float32"]
 """``precision`` in a YAML: ``auto`` is the type that the device multiplies faster in, measured when a stage starts."""
 

@@ -1,6 +1,6 @@
 """``launch``: the processes of a stage that trains, and the rank of this process among them. Torch-free.
 
-``align.runner.ranks`` starts the processes; ``align.models.sharding`` applies the strategies to a model.
+``align.runner.ranks`` starts the processes; ``align.models.checkpoints.sharding`` applies the strategies to a model.
 """
 
 from __future__ import annotations

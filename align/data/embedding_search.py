@@ -3,7 +3,7 @@
 Every row is compared with all earlier ones that stay, so that a dropped row is always close to the row that stands for
 it; the work grows with the square of the rows that stay. Embeddings are stored as 16-bit integers: where a product of
 floats is too close to the threshold to be certain, integers decide, so that every machine and every number of threads
-comes to the same verdict. ``align.models.embeddings`` computes the embeddings.
+comes to the same verdict. ``align.models.row_scores`` computes the embeddings.
 """
 
 from __future__ import annotations

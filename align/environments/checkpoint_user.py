@@ -17,9 +17,8 @@ from align.environments.simulated_user import UserAnswer, UserRequest, read_answ
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
 from align.inference.engine import open_transformers
-from align.inference.protocol import BatchEngine, TurnRequest
-from align.inference.switching import max_positions
-from align.inference.watchdog import OnHang
+from align.inference.protocol import BatchEngine, OnHang, TurnRequest
+from align.inference.weights import max_positions
 from align.models.loading import load_tokenizer
 
 PROBE: list[Message] = [{"role": "system", "content": "Qanat"}, user("Xylem"), assistant("Vortex"), user("Zephyrus")]

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.errors import UserError
-from align.models.render import explain_refusal
+from align.models.chat.render import explain_refusal
 
 Message = Mapping[str, Any]
 

@@ -16,9 +16,8 @@ from align.data.tool_calls import ToolCall
 from align.environments.episode import call_id
 from align.environments.guarded_rendering import GuardedRenderer, Message
 from align.errors import UserError
-from align.models.named_templates import templates_with_tools
-from align.models.render import require_chat_template
-from align.models.training_templates import training_templates
+from align.models.chat.named_templates import templates_with_tools, training_templates
+from align.models.chat.render import require_chat_template
 
 QUESTION, NEXT, RESULT, TEXT = "Qanat", "Xylem", "Vortex", "Zephyrus"
 """Rare words of the probes. All other text in a rendering is the template's."""

@@ -22,8 +22,8 @@ from align.environments.simulated_user import SimulatedUser, UserAnswer, UserReq
 from align.errors import UserError
 from align.inference.cached_client import CachedClient, open_caches, prices_of
 from align.inference.endpoint_client import Endpoint, EndpointLost
+from align.inference.protocol import OnHang
 from align.inference.requests import Answer, Request
-from align.inference.watchdog import OnHang
 from align.pipeline.context import StageContext
 
 FOLDER = "user"

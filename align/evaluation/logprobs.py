@@ -15,8 +15,8 @@ from align.config.base import Precision
 from align.config.batch_sizes import READ_TOKENS
 from align.errors import UserError
 from align.evaluation.systems import Policy
-from align.models.answer_tokens import PromptRewritten, answer_turns, assistant_mask, split_turns
-from align.models.render import render_answered, render_prompt
+from align.models.chat.answer_tokens import PromptRewritten, answer_turns, assistant_mask, split_turns
+from align.models.chat.render import render_answered, render_prompt
 
 HEAD_ROWS = 256
 """Positions whose logits are converted to float32 at a time."""
@@ -45,8 +45,8 @@ def response_logprobs(
     """
     import torch
 
+    from align.models.compute.precision import autocast
     from align.models.fast.ragged_rows import NotRaggedError
-    from align.models.precision import autocast
 
     device = next(model.parameters()).device
     reading = _Reading(model, prompts, responses, temperature, pad, [[] for _ in prompts], on_progress)
@@ -128,7 +128,7 @@ def _read_rows(reading: _Reading, batch: Sequence[int]) -> None:
 
 def _read_all_shared(reading: _Reading) -> None:
     """Fill ``logprobs``: batch by batch in one line of tokens, without padding, each common beginning once."""
-    from align.models.fast.prefix_batch import batches_of_shared
+    from align.models.fast.shared_parts import batches_of_shared
 
     # A response's last token is only predicted, never read, so it needs no room. An empty response needs no pass.
     indices = [index for index, response in enumerate(reading.responses) if response]
@@ -143,8 +143,8 @@ def _read_shared(reading: _Reading, members: Sequence[int], rows: Sequence[Seque
     """Fill ``logprobs`` for the responses ``members``, predicted from ``rows``, as if each were read by itself."""
     import torch
 
-    from align.models.fast.prefix_batch import share_prefixes
     from align.models.fast.ragged_rows import to_device
+    from align.models.fast.shared_parts import share_prefixes
 
     device = next(reading.model.parameters()).device
     line, places = share_prefixes(rows)
@@ -196,7 +196,7 @@ def _predict(reading: _Reading, inputs: tuple[Any, Any, Any], keep: Any, targets
 
 def _has_plain_head(model: Any) -> bool:
     """Return True for a model type whose logits are known to be its head's product with the trunk's states."""
-    from align.models.fast.shared_layers import SPLITTABLE
+    from align.models.fast.shared_parts import SPLITTABLE
 
     return getattr(model.config, "model_type", "") in SPLITTABLE
 
@@ -330,8 +330,8 @@ class LoadedModels:
         torch.cuda.empty_cache()  # torch keeps freed memory of a GPU for itself
 
     def _model(self, name: str) -> Any:
+        from align.models.compute.precision import cast_frozen_to_bf16, low_residual
         from align.models.loading import load_policy
-        from align.models.precision import cast_frozen_to_bf16, low_residual
 
         policy = self.policies[name]
         if policy.key not in self.models:

@@ -116,8 +116,8 @@ def load_late(context: StageContext) -> LoadReward:
 
     def load(artifact: Artifact) -> Scorer:
         def load_model() -> Scorer:
+            from align.models.compute.threads import device_of, use_threads
             from align.models.reward import RewardModel
-            from align.models.threads import device_of, use_threads
 
             use_threads(context.runtime)
             return RewardScorer(RewardModel(artifact.model, device_of(context.runtime), context.precision))

@@ -168,8 +168,8 @@ class StageScoringContext:
         Under bfloat16 its weights are rounded once. What several conversations begin with is read once.
         """
         if field not in self._models:
+            from align.models.compute.threads import device_of
             from align.models.reward import RewardModel
-            from align.models.threads import device_of
 
             artifact = self._required_artifact(field)
             # Before the next one is loaded, since memory holds one.

@@ -16,9 +16,9 @@ from typing import Any
 from align.data.licenses import License
 from align.data.push import Part, Upload, check_repo, hub_errors, make_repository
 from align.errors import UserError
-from align.models.adapters import CLASSIFIER, tokenizer_folder
-from align.models.files import ADAPTER_CONFIG
-from align.models.folder_checks import check_adapter, check_folder
+from align.models.checkpoints.conversion import CLASSIFIER, tokenizer_folder
+from align.models.checkpoints.files import ADAPTER_CONFIG
+from align.models.checkpoints.folder_checks import check_adapter, check_folder
 
 STORED = Path("adapter", "adapter.json")
 """In a model folder, the description of an inserted adapter (``align.models.tuning.stored``)."""
@@ -108,7 +108,7 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     """
     import torch
 
-    from align.models.adapters import attach
+    from align.models.checkpoints.conversion import attach
     from align.models.loading import load_policy, load_reward, new_reward
 
     torch_dtype = getattr(torch, dtype)
@@ -125,10 +125,10 @@ def export(source: Source, out: Path, dtype: str | None = None, shard: str = SHA
     Raises ``UserError`` for everything that :func:`check_source` and :func:`load_source` refuse, and for weights that
     are not finite.
     """
-    from align.models.conversion import require_finite
+    from align.models.checkpoints.conversion import require_finite
+    from align.models.checkpoints.folder_checks import require_embeddings
     from align.models.loading import load_tokenizer
-    from align.models.steps import Steps
-    from align.models.tokenizer_checks import require_embeddings
+    from align.models.reward import Steps
 
     check_source(source)
     tokenizer = load_tokenizer(source.tokenizer_folder)

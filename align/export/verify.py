@@ -18,7 +18,7 @@ from typing import Literal
 from align.errors import StageFailed
 from align.export.export import Source, stored_type
 from align.export.verify_worker import Job, JobFailed, JobResult, run_job
-from align.models.render import Message, render_conversation, render_prompt
+from align.models.chat.render import Message, render_conversation, render_prompt
 
 Runner = Callable[[Job, Path], JobResult]
 

@@ -11,8 +11,7 @@ from align.config.base import Precision
 from align.config.launch import local_size, rank, world_size
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.inference.protocol import EngineSpec, RolloutEngine
-from align.inference.watchdog import OnHang, Watchdog
+from align.inference.protocol import EngineSpec, OnHang, RolloutEngine, Watchdog
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +40,7 @@ def open_engine(
 
     Raises ``UserError`` when vLLM is asked for by name, in this process or as servers, and cannot be used.
     """
-    from align.models.threads import device_of, use_threads
+    from align.models.compute.threads import device_of, use_threads
 
     spec = EngineSpec(model_dir, runtime, precision, max_length, seed)
     # Engines on a Ray cluster set up threads and devices on their own nodes.
@@ -66,7 +65,7 @@ def open_transformers(
 ) -> TransformersEngine:
     """Open transformers in this process, whatever engine ``runtime`` names; a process may have several."""
     from align.inference.transformers import TransformersEngine
-    from align.models.threads import device_of
+    from align.models.compute.threads import device_of
 
     return TransformersEngine(
         model_dir,
@@ -91,7 +90,7 @@ def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:
 def _vllm_obstacle(model_dir: Path, runtime: Runtime, device: torch.device) -> str | None:
     """Say why vLLM cannot be used, or return None. Raises ``UserError`` where it is asked for by name."""
     from align.inference.vllm import why_model_unusable, why_unusable
-    from align.inference.vllm_adapters import why_unsupported
+    from align.inference.vllm_internals import why_unsupported
 
     unusable = why_unusable()
     unsupported = why_unsupported(model_dir, runtime.engine)
@@ -127,7 +126,7 @@ def _open_vllm(spec: EngineSpec, device: torch.device, on_hang: OnHang | None) -
 
 
 def _open_on_ray(spec: EngineSpec, warn: Callable[[str], None]) -> RolloutEngine:
-    from align.inference.ray_shards import RayEngine
+    from align.inference.servers.ray_shards import RayEngine
 
     if world_size() > 1:
         raise UserError(
@@ -143,9 +142,9 @@ def _open_pool(
     spec: EngineSpec, device: torch.device, warn: Callable[[str], None], on_hang: OnHang | None
 ) -> RolloutEngine:
     """Open the pool in the stage's first process, and a placeholder for it in the others."""
-    from align.inference.pool import PoolEngine
-    from align.inference.server_options import ServerSpec
-    from align.inference.shared_engine import RemoteRankEngine
+    from align.inference.servers.pool import PoolEngine
+    from align.inference.servers.server_options import ServerSpec
+    from align.inference.trainer_engine import RemoteRankEngine
 
     runtime = spec.runtime
     dtype = engine_dtype(runtime, spec.precision)
@@ -166,7 +165,7 @@ def _open_pool(
 
 def _check_pool(model_dir: Path, runtime: Runtime, device: torch.device, shared_engine: bool) -> None:
     """Raise ``UserError`` for what servers cannot do, before any is started."""
-    from align.inference.vllm_adapters import why_unsupported
+    from align.inference.vllm_internals import why_unsupported
 
     pool = runtime.rollouts
     unsupported = why_unsupported(model_dir, runtime.engine, server=True)

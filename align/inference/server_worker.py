@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from align.inference.sampling import pick_tokens
-from align.inference.weights_digest import combine, digest_all
+from align.inference.transformers import pick_tokens
+from align.inference.weights import combine, digest_all
 from align.patches.vllm import count_calls, draw_once_per_row, use_cpu_norms
 
 WORKER = f"{__name__}.WeightsKeeper"

@@ -20,8 +20,8 @@ import torch
 
 from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
-from align.inference.protocol import Progress, Response, Sampling, Session, TurnRequest, check_idle
-from align.inference.sampling import pick_tokens
+from align.inference.protocol import Progress, Response, Sampling, Session, TurnRequest, Watchdog, check_idle
+from align.inference.transformers import pick_tokens
 from align.inference.vllm_internals import (
     ENGINE_MODULES,
     Steps,
@@ -31,7 +31,6 @@ from align.inference.vllm_internals import (
     stored_adapter,
     why_model_unsupported,
 )
-from align.inference.watchdog import Watchdog
 from align.inference.weights import refuse_missing, weight_names, with_tied_head
 from align.models.loading import load_tokenizer
 from align.patches.vllm import draw_once_per_row, keep_thread_count, use_cpu_norms

@@ -1,15 +1,31 @@
-"""Weights of a saved checkpoint, one tensor at a time, for switching an engine from one policy to another."""
+"""Weights for engines: read from a checkpoint, digested exactly, handed over through a folder, or loaded in turn.
+
+Unlike ``align.checks.weights.weights_digest``, which takes a checkpoint and its bfloat16 copy for the same base,
+these tell types, shapes and every value apart. Tensors are hashed in several threads, 1.8 GiB/s each on the machine
+where it was measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import hashlib
+import json
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from align.models import files
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from align.config.user_paths import user_path
+from align.inference.protocol import RolloutEngine
+from align.models.checkpoints import files
+from align.pipeline.machine_limits import usable_cores
+from align.store.atomic_write import write_text_atomically
+from align.store.fingerprint import digest
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -74,3 +90,209 @@ def checkpoint_weights(model_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in opened.keys():  # noqa: SIM118  # not a dict: it cannot be iterated
                 yield name, opened.get_tensor(name)
     yield from adapter_weights(model_dir).items()
+
+
+MAX_THREADS = 16
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the sha256 of a tensor's type, shape and bytes, for any shape and device."""
+    import torch
+
+    values = tensor.detach().to("cpu").contiguous()
+    hasher = hashlib.sha256(f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape)}".encode())
+    content: Any = values.reshape(-1).view(torch.uint8).numpy()  # numpy's arrays are buffers, which its types omit
+    hasher.update(content)
+    return hasher.hexdigest()
+
+
+def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """Return the digest of each tensor, of any shape, by its name. Few tensors are held in memory at once."""
+    workers = min(MAX_THREADS, usable_cores())
+    digests: dict[str, str] = {}
+    waiting: list[tuple[str, Future[str]]] = []
+    with ThreadPoolExecutor(workers, thread_name_prefix="weights-digest") as threads:
+        for name, tensor in tensors:
+            waiting.append((name, threads.submit(tensor_digest, tensor)))
+            # Wait for the oldest digest before the next tensor is read, so that memory stays bounded.
+            if len(waiting) > 2 * workers:
+                first, future = waiting.pop(0)
+                digests[first] = future.result()
+        digests |= {name: future.result() for name, future in waiting}
+    return digests
+
+
+def combine(digests: Mapping[str, str]) -> str:
+    """Return one digest of named digests, independent of their order."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+READY = "READY"
+"""File that is written last into a folder of weights: without it the folder is incomplete."""
+SHARD_BYTES = 512 * 2**20
+"""Weights held in memory at a time while they are written."""
+
+
+class WeightsFolder:
+    """Numbered versions of a policy's weights, each a complete model folder that servers read."""
+
+    def __init__(self, spec: Any) -> None:
+        """``spec`` is the servers' ``ServerSpec``."""
+        self.spec, self.version = spec, 0
+        self.owner = secrets.token_hex(8)
+        """Prefix of this run's version names: another run may give weights to the same server."""
+        self.digests: dict[int, str] = {}
+        """Version → digest of the tensors that were written."""
+        self._temporary = contextlib.ExitStack()
+        self.path = self.temporary(spec.pool.weights_folder)
+
+    def temporary(self, parent: str | None = None) -> Path:
+        """Return a new folder that ``close`` removes, inside ``parent`` if given."""
+        outer = None if parent is None else user_path(parent).absolute()
+        if outer is not None:
+            outer.mkdir(parents=True, exist_ok=True)
+        directory = tempfile.TemporaryDirectory(prefix="align-", dir=outer, ignore_cleanup_errors=True)
+        folder = Path(self._temporary.enter_context(directory))
+        if outer is not None:
+            folder.chmod(0o755)  # the server may run as another user; the outer folder says who gets in
+        return folder
+
+    def path_of(self, version: int) -> Path:
+        """Return the folder of a version."""
+        return self.path / f"step_{version}"
+
+    def name_of(self, version: int) -> str:
+        """Return the name of a version, unique among all runs."""
+        return f"{self.owner}:{version}"
+
+    def write(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Write the next version and return its number. Floating-point tensors are written in the servers' type.
+
+        Each tensor has the shape that the checkpoint gives its name.
+        Raises ``ValueError`` when a tensor is missing; the version then does not exist.
+        """
+        spec, version = self.spec, self.version + 1
+        folder = self.path_of(version)
+        draft = folder.with_name(f"{folder.name}.partial")
+        draft.mkdir()
+        try:
+            digests = write_shards(with_tied_head(weights, spec.tied_embeddings), draft, spec.dtype)
+            refuse_missing(set(spec.tensor_names), set(digests))
+            # Servers take the folder for a checkpoint of its own, so it needs all of its small files.
+            for file in spec.model_dir.iterdir():  # configuration and tokenizer
+                if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, draft / file.name)
+            # A server that looks for this version sees it complete or not at all; the marker says so to others.
+            draft.rename(folder)
+            (folder / READY).touch()
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        self.version = version
+        self.digests[version] = combine(digests)
+        return version
+
+    def drop_before(self, version: int) -> None:
+        """Remove the versions before ``version``."""
+        for folder in self.path.glob("step_*"):
+            number = folder.name.removeprefix("step_")
+            if number.isdigit() and int(number) < version:
+                shutil.rmtree(folder, ignore_errors=True)
+                self.digests.pop(int(number), None)
+
+    def close(self) -> None:
+        """Remove all versions and temporary folders."""
+        self._temporary.close()
+
+
+def write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """Write safetensors of about ``SHARD_BYTES`` bytes each and their index; floating-point tensors in ``dtype``.
+
+    Tensors keep their shapes. Returns name → digest of each tensor as it was written.
+    """
+    from safetensors.torch import save_file
+
+    index: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        # Digests are of the tensors as written, in the servers' type. A server can compute the same ones.
+        digests.update(digest_all(shard.items()))
+        index.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, tensor in weights:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        # A separate copy: safetensors refuses tensors that share memory, as a tied head does.
+        copy = tensor.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
+        # Write what is held before the next tensor would pass the limit: only one shard is in memory.
+        if shard and size + copy.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        shard[name] = copy
+        size += copy.nbytes
+    flush()
+    content = {"metadata": {}, "weight_map": index}
+    write_text_atomically(folder / "model.safetensors.index.json", json.dumps(content))
+    return digests
+
+
+VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+"""Fields of ``config.json`` that do not affect which weights fit."""
+
+
+class SwitchingEngine:
+    """The rollout engine of this process, with the weights of the checkpoint in use."""
+
+    def __init__(self, open_checkpoint: Callable[[Path], RolloutEngine]) -> None:
+        """Set up without an engine; ``open_checkpoint`` opens one on a model folder."""
+        self._open_checkpoint = open_checkpoint
+        self._engine: RolloutEngine | None = None
+        self._architecture = ""
+        self._loaded = Path()
+
+    def with_weights(self, model_dir: Path) -> RolloutEngine:
+        """Return the engine with the weights of a checkpoint; another architecture takes another engine."""
+        required = architecture(model_dir)
+        if self._engine is not None and required == self._architecture:
+            # Only the weights are replaced, which spares the engine's start.
+            if self._loaded != model_dir:
+                self._engine.load_weights(checkpoint_weights(model_dir))
+        else:
+            # A process can hold only one vLLM engine.
+            self.close()
+            self._engine = self._open_checkpoint(model_dir)
+            self._architecture = required
+        self._loaded = model_dir
+        return self._engine
+
+    def close(self) -> None:
+        """Free the engine, before other models are loaded."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def architecture(model_dir: Path) -> str:
+    """Return a digest of shapes and end tokens; an engine can load another checkpoint's weights where it is equal."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    generation = model_dir / "generation_config.json"
+    ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    # Fields that a save rewrites without any effect on shapes must not force a new engine.
+    shapes = {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
+    # An adapter that is stored beside the weights (align.models.tuning.stored) is part of the architecture.
+    adapter = model_dir / "adapter" / "adapter.json"
+    inserted = {"adapter": adapter.read_text(encoding="utf-8")} if adapter.is_file() else {}
+    return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)} | inserted)
+
+
+def max_positions(model_dir: Path) -> int | None:
+    """Return the longest sequence of a checkpoint in tokens, or None where its ``config.json`` does not say."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    limit = config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else None

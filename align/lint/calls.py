@@ -20,7 +20,7 @@ from align.errors import UserError
 from align.lint.chat_format import ChatFormat
 from align.lint.findings import Findings, Place
 from align.lint.text import ANSWER_FIELDS, turns
-from align.models.render import render_conversation, render_prompt
+from align.models.chat.render import render_conversation, render_prompt
 
 CALL_SIGN = re.compile(r"[{\[<]|\w\(")
 """Signs of a call that is written as text."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from align.data.rows import assistant, user
 from align.data.thoughts import EMPTY
-from align.models.render import MAX_TRAILING
+from align.models.chat.render import MAX_TRAILING
 
 U1, A1, U2, A2 = "Qanat", "Zephyrus", "Xylem", "Vortex"
 PROBE = [user(U1), assistant(A1), user(U2), assistant(A2)]

@@ -88,7 +88,7 @@ def _check_with_reward_model(linter: Linter, folder: Path) -> None:
 
 
 def _linter(tokenizer: Any, options: Options) -> Linter:
-    from align.models.render import require_chat_template
+    from align.models.chat.render import require_chat_template
 
     require_chat_template(tokenizer, "lint: the tokenizer")
     return Linter(tokenizer, options)
@@ -128,7 +128,7 @@ def load_tokenizer_and_limits(model: str, scratch: Path, max_length: int | None)
 
     Unlike in training, a tokenizer that pads with eos is accepted: the linter reports it.
     """
-    from align.models.files import read_optional
+    from align.models.checkpoints.files import read_optional
     from align.models.pretrained import open_tokenizer
 
     folder = model_folder(model, scratch)
@@ -150,7 +150,7 @@ def model_folder(model: str, scratch: Path) -> Path:
     """
     from align.config.validation import suggest
     from align.models import embedded
-    from align.models.source import BUILT_IN, TINY
+    from align.models.checkpoints.source import BUILT_IN, TINY
     from align.models.tiny import make_tiny
 
     if model == embedded.NAME:

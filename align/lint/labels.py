@@ -8,7 +8,7 @@ from align.lint.batches import MASKED, TokenSequence
 from align.lint.chat_format import squeezed
 from align.lint.findings import Findings
 from align.lint.tokens import Limits, is_cut, label_runs
-from align.models.render import render_conversation, render_prompt
+from align.models.chat.render import render_conversation, render_prompt
 
 Supervise = Literal["last", "all"]
 """Answers of a conversation that are to be learned."""

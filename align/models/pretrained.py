@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.errors import UserError
-from align.models.chat_template import limit_templates
-from align.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, refuse_links
-from align.models.folder_checks import check_adapter, check_folder, check_gguf, tensor_entries
-from align.models.headers import read_header
-from align.models.tokenizer_checks import check_tokenizer
+from align.models.chat.chat_template import limit_templates
+from align.models.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, read_header, refuse_links
+from align.models.checkpoints.folder_checks import (
+    check_adapter,
+    check_folder,
+    check_gguf,
+    check_tokenizer,
+    tensor_entries,
+)
 from align.pipeline.garbage_collection import resume_collections
 
 Task = Literal["causal", "classifier", "encoder"]

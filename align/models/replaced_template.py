@@ -12,10 +12,10 @@ from typing import Any
 
 from align.config.hub_commits import small_file
 from align.config.stages.model import ModelConfig
-from align.models.files import read_optional
-from align.models.named_templates import read_template
-from align.models.source import Origin, resolve
-from align.models.tokenizer_checks import SETTINGS, TEMPLATE
+from align.models.chat.named_templates import read_template
+from align.models.checkpoints.files import read_optional
+from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE
+from align.models.checkpoints.source import Origin, resolve
 
 FIRST, ANSWER, SECOND = "Qanat", "Zephyrus", "Xylem"
 PROBE = [
@@ -74,7 +74,7 @@ def _turns(template: str, settings: Mapping[str, Any]) -> str | None:
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    from align.models.chat_template import with_limits
+    from align.models.chat.chat_template import with_limits
 
     tokens = {name: _token_text(settings.get(name)) for name in ("bos_token", "eos_token")}
     # The settings of transformers' own environment.

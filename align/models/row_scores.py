@@ -1,6 +1,8 @@
-"""Score rows of data by a model: reward, perplexity, or instruction-following difficulty.
+"""Score rows of data by a model (reward, perplexity, or instruction-following difficulty), and embed texts.
 
 The data step ``score`` uses it. Left out: filtering rows by their scores.
+
+The data step ``semantic_duplicates`` uses it. Both read local folders and run no code that comes with the weights.
 """
 
 from __future__ import annotations
@@ -10,15 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from align.data.rows import Row, answer_side, is_finished
-from align.models.answer_tokens import split_turns
+from align.errors import UserError
+from align.models.chat.answer_tokens import split_turns
+from align.models.checkpoints.files import CONFIG, read_object
+from align.models.compute.precision import autocast, resolve_precision
+from align.models.fast.token_logprobs import logit_transform
 from align.models.loading import load_policy, load_tokenizer
-from align.models.logits import logit_transform
-from align.models.precision import autocast
-from align.models.product_speed import resolve_precision
+from align.models.pretrained import open_model, open_static, open_tokenizer
 from align.models.reward import RewardModel
 
 Scorer = Callable[[list[Row]], list[float]]
@@ -134,3 +139,70 @@ class _PerplexityScorer:
         sums = losses.new_zeros(len(texts)).index_add_(0, scored.nonzero()[:, 0], losses)
         means: list[float] = (sums / scored.sum(dim=1)).tolist()
         return means
+
+
+Embedder = Callable[[list[str]], np.ndarray]
+"""Maps N texts to an (N, D) float32 array."""
+
+
+def make_embedder(folder: Path, device: str, max_length: int, batch_size: int) -> Embedder:
+    """Return the embedder in a folder: static where its config.json names no transformers model.
+
+    Raises ``UserError`` for a folder that holds neither, and where model2vec is missing.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} has no {CONFIG}; name the folder of a model2vec or transformers model.")
+    config = read_object(folder / CONFIG)
+    if config.get("model_type", "model2vec") == "model2vec":
+        return _static(folder, max_length)
+    return _Transformer(folder, device, max_length, batch_size)
+
+
+def _static(folder: Path, max_length: int) -> Embedder:
+    try:
+        model = open_static(folder)
+    except ImportError:
+        raise UserError(
+            f"{folder} holds static embeddings, which model2vec reads: pip install 'align-pipeline[data]'. "
+            "A transformers model needs nothing more."
+        ) from None
+
+    def embed(texts: list[str]) -> np.ndarray:
+        vectors: np.ndarray = model.encode(texts, max_length=max_length, use_multiprocessing=False)
+        return vectors.astype(np.float32)
+
+    return embed
+
+
+class _Transformer:
+    def __init__(self, folder: Path, device: str, max_length: int, batch_size: int) -> None:
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.max_length, self.batch_size = max_length, batch_size
+        self.tokenizer = open_tokenizer(folder)
+        self.model: Any = open_model("encoder", folder, torch.float32)[0]
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"
+        self.model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        vectors = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        order = sorted(range(len(texts)), key=lambda number: (len(texts[number]), number))  # little padding
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            encoded = self.tokenizer(
+                [texts[number] for number in batch],
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            ).to(self.device)
+            if encoded["input_ids"].shape[1] == 0:
+                continue  # only empty texts
+            mask = encoded["attention_mask"]
+            hidden = self.model(input_ids=encoded["input_ids"], attention_mask=mask).last_hidden_state
+            # Mean of the hidden states over real tokens.
+            weights = mask.unsqueeze(-1).to(hidden.dtype)
+            vectors[batch] = ((hidden * weights).sum(1) / weights.sum(1).clamp(min=1)).float().cpu().numpy()
+        return vectors

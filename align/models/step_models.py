@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.models.files import digests
+from align.models.checkpoints.files import digests
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,6 @@ class StepModels:
 
     def make_embedder(self, folder: Path, device: str, max_length: int, batch_size: int) -> Any:
         """Return the function from texts to embeddings (texts, dimensions)."""
-        from align.models.embeddings import make_embedder
+        from align.models.row_scores import make_embedder
 
         return make_embedder(folder, device, max_length, batch_size)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import send_to_device
 
-from align.models.processes import split_by_rank
+from align.models.compute.processes import split_by_rank
 from align.rl.packing import Batch, Form, plan
 from align.rl.prompts import derive_seed
 from align.rl.rollout import Rollout, Text

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from align.models.sharding import full_tensor
+from align.models.checkpoints.sharding import full_tensor
 from align.rl.model import PolicyAndReference
 from align.rl.refusals import require_finite
 from align.training.zero import clip_grad_norm

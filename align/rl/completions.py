@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import shorten
-from align.models.render import token_texts
+from align.models.chat.render import token_texts
 from align.rl.reference_scores import reference_of
 from align.rl.rollout import COMPONENT, Rollout
 from align.store.atomic_write import write_text_atomically

@@ -14,7 +14,7 @@ from torch import nn
 
 from align.config.tuning import LowRank, TuningBase
 from align.errors import UserError
-from align.models.adapters import plain_of
+from align.models.checkpoints.conversion import plain_of
 from align.models.tuning.apply import apply_tuning
 
 

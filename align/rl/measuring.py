@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from align.models.precision import frozen_in_bf16
-from align.models.processes import all_reduce, split_by_rank
-from align.models.sharding import is_sharded, reshard
+from align.models.checkpoints.sharding import is_sharded, reshard
+from align.models.compute.precision import frozen_in_bf16
+from align.models.compute.processes import all_reduce, split_by_rank
 from align.rl.packing import Batch
 from align.rl.rollout import Rollout
 

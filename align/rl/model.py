@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from align.errors import UserError
-from align.models.fast import ragged_rows, shared_layers
-from align.models.fast.token_logprobs import Temperature, token_logprobs
-from align.models.logits import PLAIN, logit_transform
-from align.models.sharding import is_partitioned
+from align.models.checkpoints.sharding import is_partitioned
+from align.models.fast import ragged_rows
+from align.models.fast.shared_parts import count_frozen_layers, lower_weights_key, run_lower_layers, run_upper_layers
+from align.models.fast.token_logprobs import PLAIN, Temperature, logit_transform, token_logprobs
 from align.models.tuning.apply import initial_policy
 from align.rl.critic import Critic, trunk_of
 from align.rl.masking import value_mask
@@ -102,11 +102,11 @@ class PolicyAndReference(nn.Module):
         if not count or is_partitioned(self):
             return _hidden_states(trunk, batch)
         cached_states = batch.setdefault("below", {})
-        key = (*shared_layers.lower_weights_key(trunk), count)
+        key = (*lower_weights_key(trunk), count)
         if key not in cached_states:
-            with torch.no_grad(), shared_layers.run_lower_layers(trunk, count):
+            with torch.no_grad(), run_lower_layers(trunk, count):
                 cached_states[key] = _hidden_states(trunk, batch)
-        with shared_layers.run_upper_layers(trunk, count):
+        with run_upper_layers(trunk, count):
             return _hidden_states(trunk, batch, cached_states[key])
 
     def _logprobs(self, model: Any, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +192,7 @@ def _hidden_states(trunk: Any, batch: Batch, states: torch.Tensor | None = None)
 
 def _frozen_layers(policy: Any, trunk: Any) -> dict[int, int]:
     """Return, by the trunk's id, the number of its lowest layers that are never trained; empty without adapters."""
-    return {id(trunk): shared_layers.count_frozen_layers(trunk)} if hasattr(policy, "peft_config") else {}
+    return {id(trunk): count_frozen_layers(trunk)} if hasattr(policy, "peft_config") else {}
 
 
 def _scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

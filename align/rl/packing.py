@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from align.models.fast.prefix_batch import PrefixBatch, common_prefix
+from align.models.fast.shared_parts import PrefixBatch, common_prefix
 from align.rl.masking import pad_masks, response_mask
 
 Form = Literal["shared", "ragged", "padded"]

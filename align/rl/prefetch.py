@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 
 from align.environments.episode import Episode
-from align.inference.pool import PoolEngine
-from align.inference.shared_engine import is_shared
+from align.inference.servers.pool import PoolEngine
+from align.inference.trainer_engine import is_shared
 from align.rl.rollout import Rollout
 
 Weights = Iterable[tuple[str, torch.Tensor]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from align.errors import UserError
-from align.models.render import render_prompt
+from align.models.chat.render import render_prompt
 from align.training.row_history import Continuation
 
 Row = dict[str, Any]

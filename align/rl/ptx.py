@@ -14,7 +14,7 @@ import torch
 
 from align.data.rows import answer_side
 from align.errors import UserError
-from align.models.answer_tokens import answer_turns, split_answer, split_turns
+from align.models.chat.answer_tokens import answer_turns, split_answer, split_turns
 from align.rl.prompts import derive_seed
 from align.rl.rollout import Text
 

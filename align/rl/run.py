@@ -10,8 +10,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from align.models.processes import broadcast
-from align.models.sharding import full_model
+from align.models.checkpoints.sharding import full_model
+from align.models.compute.processes import broadcast
 from align.models.tuning.merged_weights import merged_weights
 from align.rl import saving
 from align.rl.checkpoint import last_checkpoint, load_random_state

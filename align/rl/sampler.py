@@ -16,10 +16,9 @@ from align.data.scoring import ScoreFunction, Scorer
 from align.environments.journal import Journal
 from align.environments.player import EnvironmentPlayer, EpisodeTask, row_tasks
 from align.errors import UserError
-from align.inference.parity import PROBE_TOKENS, Parity, probe
 from align.inference.protocol import RolloutEngine, Sampling
-from align.inference.shared_engine import ask_each, part_for, returns
-from align.models.processes import all_gather
+from align.inference.trainer_engine import PROBE_TOKENS, Parity, ask_each, part_for, probe, returns
+from align.models.compute.processes import all_gather
 from align.rl.advantages import fill_failed
 from align.rl.prompts import Prompts, derive_seed
 from align.rl.rollout import COMPONENT, Rollout, join_rollouts, make_rollout

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from align.models.sharding import full_model
+from align.models.checkpoints.sharding import full_model
 from align.models.tuning.apply import save_tuned
 from align.rl import checkpoint
 from align.rl.alarms import Alarm

@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from align.config.stages.rl import RolloutFields
-from align.models.precision import cast_frozen_to_bf16, low_residual
-from align.models.sharding import full_model, reshard
+from align.models.checkpoints.sharding import full_model, reshard
+from align.models.compute.precision import cast_frozen_to_bf16, low_residual
 from align.models.tuning.merged_weights import merged_weights
 from align.rl import run, saving
 from align.rl.alarms import Alarm

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.errors import UserError
-from align.models.sharding import full_model
+from align.models.checkpoints.sharding import full_model
 from align.rl import checkpoint
 from align.rl.completions import write_validation
 from align.rl.prompts import Prompts

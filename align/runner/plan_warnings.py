@@ -10,7 +10,7 @@ from align.pipeline.registry import load_object
 
 POLICY_FIELDS = ("policy", "model", "policies")
 """Inputs of a stage whose weights come from a model stage."""
-POSITIONS = "align.models.known:known_positions"
+POSITIONS = "align.models.model_plan:known_positions"
 """The function that looks up a model's context; its package has modules that import torch, so it is loaded by name."""
 
 

@@ -19,7 +19,7 @@ from align.config.base import Precision
 from align.config.launch import world_size
 from align.config.runtime import Runtime
 from align.config.stages.continue_from import CONTINUE
-from align.models.compute_types import ProductSpeed, read_speed
+from align.models.compute.compute_types import ProductSpeed, read_speed
 from align.pipeline.context import StageContext
 from align.pipeline.pace import duration
 from align.pipeline.pipeline import Pipeline
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 PRECISION_FILE = "precision.json"
 """In the stage's partial folder: the type of its first attempt."""
 MEASUREMENT, DEVICE, BROADCAST = (
-    "align.models.product_speed:product_speed",
-    "align.models.threads:device_of",
-    "align.models.processes:broadcast",
+    "align.models.compute.precision:product_speed",
+    "align.models.compute.threads:device_of",
+    "align.models.compute.processes:broadcast",
 )
 """Modules that are loaded by name, because they import torch."""
 

@@ -42,8 +42,8 @@ from align.store.retry import UNREACHABLE_STORE, is_unreachable
 
 UNREACHABLE_CODE = 74
 """Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
-HANDOVER, PROCESSES, LAUNCHER = "align.checks.stage", "align.models.processes", "align.runner.ranks"
-DETERMINISM = "align.models.determinism"
+HANDOVER, PROCESSES, LAUNCHER = "align.checks.stage", "align.models.compute.processes", "align.runner.ranks"
+DETERMINISM = "align.models.compute.processes"
 """Modules that are loaded only once the process of a stage needs them."""
 
 

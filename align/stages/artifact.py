@@ -22,7 +22,7 @@ from align.store.record import RECORD, DamagedRecord
 from align.store.record import read_record as read_checked
 
 if TYPE_CHECKING:
-    from align.models.architecture import Architecture
+    from align.models.compute.architecture import Architecture
 
 
 def artifact_folder(config: ArtifactConfig, base: Path) -> Path:
@@ -49,14 +49,14 @@ def identities(config: ArtifactConfig, base: Path) -> dict[str, str]:
     record = read_record(folder)
     if record is not None:
         return {"path": str(record["key"])}
-    from align.models.source import identity
+    from align.models.checkpoints.source import identity
 
     return {"path": identity(str(folder), None, base)}
 
 
 def architecture(config: ArtifactConfig, base: Path) -> Architecture:
     """Return the model's sizes, for estimates of the stages that use it."""
-    from align.models.architecture import read_architecture
+    from align.models.compute.architecture import read_architecture
 
     folder = artifact_folder(config, base)
     model_folder = folder / "model" if read_record(folder) is not None else folder
@@ -132,7 +132,7 @@ def _link(source: Path, target: Path, root: Path, sha256: str) -> None:
 
 def _copy_model(folder: Path, target: Path) -> None:
     """Copy a plain folder; no hard links, since someone may still change it."""
-    from align.models.files import files_read
+    from align.models.checkpoints.files import files_read
 
     for name, file in files_read(folder).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from align.data.guess import check_named_columns, guess, kind_of
 from align.data.source_identity import identity
 from align.data.steps.step_identities import step_identities
 from align.errors import UserError
-from align.models.files import read_optional
+from align.models.checkpoints.files import read_optional
 from align.models.step_models import StepModels
 from align.pipeline.context import StageContext
 from align.pipeline.machine_limits import usable_cores

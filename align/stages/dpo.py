@@ -17,7 +17,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for a model without chat template, data without usable pairs, or a reference of another
     vocabulary.
     """
-    from align.models.threads import use_threads
+    from align.models.compute.threads import use_threads
 
     use_threads(context.runtime)
     from datasets import Dataset

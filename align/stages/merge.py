@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from align.models.merging_methods import methods
-from align.models.merging_methods.compatibility import check_architecture, check_language, check_origin, check_tensors
-from align.models.merging_methods.lazy_weights import HEAD, Weights
+from align.models.merging import (
+    HEAD,
+    Weights,
+    check_architecture,
+    check_language,
+    check_origin,
+    check_tensors,
+    dare,
+    linear,
+    seed_of,
+    slerp,
+    ties,
+    warp,
+)
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 
@@ -28,7 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for checkpoints of different architectures, vocabularies, templates or origins, and for one
     whose adapter is not merged into its weights.
     """
-    from align.models.threads import use_threads
+    from align.models.compute.threads import use_threads
 
     use_threads(context.runtime)
     from align.models.loading import load_policy, load_reward, load_tokenizer
@@ -78,21 +89,21 @@ def merge_tensor(
     weights = config.coefficients(len(tensors))
     if origin is None:
         if config.method == "slerp":
-            return methods.slerp(tensors[0], tensors[1], weights[1])
-        return methods.linear(tensors, weights)
+            return slerp(tensors[0], tensors[1], weights[1])
+        return linear(tensors, weights)
     # Task vectors: each checkpoint's change from the base.
     vectors = [tensor - origin for tensor in tensors]
     if config.method == "slerp":
-        return origin + config.scale * (methods.slerp(tensors[0], tensors[1], weights[1]) - origin)
+        return origin + config.scale * (slerp(tensors[0], tensors[1], weights[1]) - origin)
     if config.method == "warp":
-        merged = methods.warp(vectors)
+        merged = warp(vectors)
     elif config.method == "ties":
-        merged = methods.ties(vectors, weights, config.density)
+        merged = ties(vectors, weights, config.density)
     elif config.method in ("dare_linear", "dare_ties"):
-        tensor_seed = methods.seed_of(seed, name)
-        merged = methods.dare(vectors, weights, config.density, tensor_seed, elect=config.method == "dare_ties")
+        tensor_seed = seed_of(seed, name)
+        merged = dare(vectors, weights, config.density, tensor_seed, elect=config.method == "dare_ties")
     else:
-        merged = methods.linear(vectors, weights)
+        merged = linear(vectors, weights)
     return origin + config.scale * merged
 
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from align.config.hub_commits import small_file
 from align.config.stages.model import ModelConfig
 from align.errors import UserError
-from align.models.adapters import read_base
-from align.models.files import ADAPTER_CONFIG, CONFIG, READ_SUFFIXES, is_adapter
-from align.models.folder_checks import check_adapter, check_folder
-from align.models.named_templates import read_template, template_file
+from align.models.chat.named_templates import read_template, template_file
+from align.models.checkpoints.conversion import read_base
+from align.models.checkpoints.files import ADAPTER_CONFIG, CONFIG, READ_SUFFIXES, is_adapter
+from align.models.checkpoints.folder_checks import check_adapter, check_folder
+from align.models.checkpoints.source import Origin, Source, identity, resolve
+from align.models.model_plan import check_template
 from align.models.replaced_template import explain_replacement
-from align.models.source import Origin, Source, identity, resolve
-from align.models.template_plan import check_template
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest, file_digest
 
 if TYPE_CHECKING:
-    from align.models.architecture import Architecture
+    from align.models.compute.architecture import Architecture
 
 
 PARTS = 4
@@ -119,7 +119,7 @@ def identities(config: ModelConfig, base: Path) -> dict[str, str]:
 
 def architecture(config: ModelConfig, base: Path) -> Architecture:
     """Return the model's sizes from a ``config.json`` on this machine; raise ``UnknownArchitecture`` without one."""
-    from align.models.known import known_architecture
+    from align.models.model_plan import known_architecture
 
     # An adapter has the sizes of its base.
     if config.base_model is not None:
@@ -131,7 +131,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Fetch, convert and write ``model/``; return parameters, vocabulary and the special tokens."""
     # Report progress before the first import, because importing torch from a cold disk can need a minute.
     context.progress(0, PARTS, unit="parts", step="loading torch and transformers")
-    from align.models.conversion import Changes, convert_gguf, copy_model, merge_adapter
+    from align.models.checkpoints.conversion import Changes, convert_gguf, copy_model, merge_adapter
 
     config: ModelConfig = context.config
     for text in plan_warnings(config, Path.cwd()):

@@ -137,7 +137,7 @@ class Reference:
         return {"reference_computed": self.cache.computed, "reference_cached": self.cache.hits}
 
     def _compute(self, answers: Sequence[Answer]) -> Sums:
-        from align.models.threads import device_of
+        from align.models.compute.threads import device_of
         from align.models.tuning.apply import initial_policy
         from align.training.reference import answer_sums
 
@@ -187,7 +187,7 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
 
     ``named`` is the reference's checkpoint if it is not the policy's.
     """
-    from align.models.threads import device_of
+    from align.models.compute.threads import device_of
     from align.training.arguments import shares_prefixes
 
     tuning: TuningBase = context.config.tuning
@@ -228,7 +228,7 @@ def train_without_reference(
 
     ``arguments`` is the class of the trainer's arguments, ``options`` are the options of the loss.
     """
-    from align.models.threads import use_threads
+    from align.models.compute.threads import use_threads
 
     use_threads(context.runtime)
     from align.training.answer_collators import PairCollator

@@ -13,7 +13,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     Raises ``UserError`` for texts without tokens and for a model that cannot keep packed rows apart.
     """
-    from align.models.threads import use_threads
+    from align.models.compute.threads import use_threads
 
     use_threads(context.runtime)
     from datasets import Dataset

@@ -14,7 +14,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Held-out accuracy is measured on the labels and, if the data has the true scores, on these.
     Raises ``UserError`` for a model without chat template or data without usable rows.
     """
-    from align.models.threads import use_threads
+    from align.models.compute.threads import use_threads
 
     use_threads(context.runtime)
     from datasets import Dataset

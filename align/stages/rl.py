@@ -27,14 +27,13 @@ from align.errors import UserError
 from align.evaluation.rewards import judge_usage, open_rewards
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
-from align.inference.server_client import EngineLost
+from align.inference.servers.server_client import EngineLost
 from align.lint.trainer import Split, lint_prompts
+from align.models.compute.processes import broadcast
+from align.models.compute.threads import device_of, use_threads
 from align.models.loading import load_tokenizer
-from align.models.processes import broadcast
 from align.models.reward import RewardModel
-from align.models.threads import device_of, use_threads
-from align.models.tuning.apply import engine_source, load_for_tuning
-from align.models.tuning.notice import notice, parameter_counts
+from align.models.tuning.apply import engine_source, load_for_tuning, notice, parameter_counts
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather

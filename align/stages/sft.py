@@ -23,7 +23,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for a model without chat template, data without usable rows, or rows that never contain the end
     of an answer.
     """
-    from align.models.threads import use_threads
+    from align.models.compute.threads import use_threads
 
     use_threads(context.runtime)
     from align.lint.trainer import Split, lint_stage

@@ -17,9 +17,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.errors import UserError
-from align.models.logits import logit_transform
-from align.models.precision import cast_frozen_to_bf16
-from align.models.sharding import full_model, full_tensor
+from align.models.checkpoints.sharding import full_model, full_tensor
+from align.models.compute.precision import cast_frozen_to_bf16
+from align.models.fast.token_logprobs import logit_transform
 from align.models.tuning.apply import initial_policy
 from align.training.divergence import summed_kl, trunk_and_head
 from align.training.trainers import answer_mask, part_of_step

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.models.sharding import full_tensor, is_sharded, local_shard, reshard
+from align.models.checkpoints.sharding import full_tensor, is_sharded, local_shard, reshard
 
 FILE = "averages.safetensors"
 """The averages in a checkpoint's folder."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.models.logits import logit_transform
+from align.models.fast.token_logprobs import logit_transform
 from align.training.divergence import Known, Live, Measure, summed_divergence, summed_nll, trunk_and_head
 from align.training.epochs import SHARE
 from align.training.held_out import scoring

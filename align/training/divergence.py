@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from align.models.adapters import plain_of
-from align.models.logits import PLAIN, LogitTransform
+from align.models.checkpoints.conversion import plain_of
+from align.models.fast.token_logprobs import PLAIN, LogitTransform
 
 Divergence = Literal["forward", "reverse", "jsd"]
 CHUNK = 256

@@ -14,7 +14,7 @@ import trl
 from trl.trainer.utils import add_fused_lm_head
 
 from align.errors import UserError
-from align.models.adapters import plain_of
+from align.models.checkpoints.conversion import plain_of
 from align.training.trainers import Prepared
 
 

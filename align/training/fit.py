@@ -16,11 +16,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.config.launch import rank
 from align.data.rows import has_rows
-from align.models.malloc import trim_malloc, untrimmed_heap
-from align.models.precision import frozen_in_bf16
-from align.models.processes import all_gather, broadcast
-from align.models.sharding import is_sharded
-from align.models.tuning.notice import notice, parameter_counts
+from align.models.checkpoints.sharding import is_sharded
+from align.models.compute.precision import frozen_in_bf16
+from align.models.compute.processes import all_gather, broadcast
+from align.models.compute.threads import trim_malloc, untrimmed_heap
+from align.models.tuning.apply import notice, parameter_counts
 from align.pipeline.context import StageContext
 from align.store.atomic_write import write_text_atomically
 from align.training.checkpoints import MarkCheckpoints, last_complete, read_state, write_state

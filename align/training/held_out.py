@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from align.models.malloc import trim_malloc
-from align.models.sharding import reshard
+from align.models.checkpoints.sharding import reshard
+from align.models.compute.threads import trim_malloc
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded, pad_right
 from align.training.trainers import SCORING_TOKENS

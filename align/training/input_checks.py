@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from align.errors import UserError
-from align.models.render import require_chat_template
-from align.models.tokenizer_checks import require_embeddings, require_same_vocabulary
+from align.models.chat.render import require_chat_template
+from align.models.checkpoints.folder_checks import require_embeddings, require_same_vocabulary
 from align.pipeline.context import StageContext
 from align.training.rows import MASKED, Encoded
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from align.errors import UserError
-from align.models.adapters import plain_of
+from align.models.checkpoints.conversion import plain_of
 from align.models.fast.ragged_rows import NotRaggedError, enable_ragged, make_layout
 from align.models.fast.real_tokens import can_compute_real_tokens
 from align.training.rows import MASKED, Encoded

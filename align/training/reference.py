@@ -20,8 +20,8 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from align.config.launch import rank
-from align.models.adapters import plain_of
-from align.models.processes import all_gather, broadcast, rank_range
+from align.models.checkpoints.conversion import plain_of
+from align.models.compute.processes import all_gather, broadcast, rank_range
 from align.store.fingerprint import canonical
 from align.training.order import by_length
 from align.training.rows import pad_right

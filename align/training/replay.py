@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from align.config.launch import rank, world_size
-from align.models.logits import logit_transform
+from align.models.fast.token_logprobs import logit_transform
 from align.training.divergence import summed_nll, trunk_and_head
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded, collate_labeled

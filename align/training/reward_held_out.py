@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from align.models.steps import Aggregate, combine_steps
+from align.models.reward import Aggregate, combine_steps
 from align.training.held_out import pair_accuracy, scoring
 from align.training.order import by_length
 from align.training.reward_trainer import number_loss, scores_at

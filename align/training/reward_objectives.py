@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from align.errors import UserError
-from align.models.steps import Steps
+from align.models.reward import Steps
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 from align.training import held_out, reward_held_out

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from align.data.rows import answer_side, read_rows
 from align.data.splits import hold_back
 from align.errors import UserError
-from align.models.answer_tokens import answer_turns, are_parts, assistant_mask, split_answer, split_turns
-from align.models.render import render_answered
+from align.models.chat.answer_tokens import answer_turns, are_parts, assistant_mask, split_answer, split_turns
+from align.models.chat.render import render_answered
 
 if TYPE_CHECKING:
     import torch

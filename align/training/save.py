@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from align.config.launch import rank
+from align.models.checkpoints.sharding import full_model
+from align.models.compute.threads import trim_malloc
 from align.models.loading import load_reward
-from align.models.malloc import trim_malloc
-from align.models.sharding import full_model
 from align.models.tuning.apply import save_tuned
 from align.pipeline.context import StageContext
 from align.training.held_out import scores

@@ -12,8 +12,8 @@ from typing import Any
 
 from align.data.rows import is_finished
 from align.errors import UserError
-from align.models.render import render_answered
-from align.models.steps import tokenize_steps
+from align.models.chat.render import render_answered
+from align.models.reward import tokenize_steps
 from align.training.rows import TOO_LONG, Encoded, Row
 
 NO_SCORE = "left out, no score"

@@ -19,9 +19,9 @@ from datasets import Dataset
 
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.models.adapters import plain_of
+from align.models.checkpoints.conversion import plain_of
+from align.models.compute.threads import device_of
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
-from align.models.threads import device_of
 from align.training.rows import Encoded
 
 

@@ -1,4 +1,4 @@
-"""A Trainer with a sharded model (``align.models.sharding``): no second wrapper, and full checkpoints.
+"""A Trainer with a sharded model (``align.models.checkpoints.sharding``): no second wrapper, and full checkpoints.
 
 Checkpoints have the format of one process, so a run resumes in any number of processes, sharded or not.
 ``RLTrainer`` calls the functions. Supervised trainers have the loop of transformers, so ``ShardingTrainer`` calls the
@@ -17,8 +17,8 @@ from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from align.config.launch import LaunchConfig, world_size
-from align.models.precision import disable_autocast_cache
-from align.models.sharding import full_model, full_tensor, is_sharded, local_shard, reshard, shard
+from align.models.checkpoints.sharding import full_model, full_tensor, is_sharded, local_shard, reshard, shard
+from align.models.compute.precision import disable_autocast_cache
 from align.training import zero
 
 

@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning
-from align.models.processes import wait_for_all
-from align.models.sharding import full_tensor, load_weights, reshard
+from align.models.checkpoints.sharding import full_tensor, load_weights, reshard
+from align.models.compute.processes import wait_for_all
 from align.pipeline.context import StageContext
 from align.store.atomic_write import write_text_atomically
 from align.training.checkpoints import link

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from align.models.logits import logit_transform
+from align.models.fast.token_logprobs import logit_transform
 from align.store.fingerprint import canonical
 from align.training.divergence import CHUNK, Known, Live, Measure, trunk_and_head
 from align.training.order import by_length

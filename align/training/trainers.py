@@ -15,10 +15,10 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from align.config.launch import world_size
+from align.models.compute.precision import low_residual
+from align.models.compute.processes import all_gather
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
-from align.models.precision import low_residual
-from align.models.processes import all_gather
 from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from align.config.tuning import FullTuning
-from align.models.architecture import architecture_of
-from align.models.known import TINY_SIZES
+from align.models.compute.architecture import architecture_of
+from align.models.model_plan import TINY_SIZES
 from align.pipeline.pipeline import Pipeline
 from align.runner.open_store import open_store
 from benchmarks.quickstart import PIPELINE, Work, table, work_of

@@ -15,15 +15,14 @@ from align.capacity.memory import Memory, engine_memory, model_bytes, ppo_memory
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 from align.evaluation import logprobs as evaluation
-from align.models import activations
-from align.models.activations import FLOAT, activations_per_token
-from align.models.architecture import Architecture, Linear, architecture_of
+from align.models.compute import estimates as activations
+from align.models.compute.architecture import Architecture, Linear, architecture_of
+from align.models.compute.estimates import FLOAT, activations_per_token
+from align.models.compute.precision import low_residual
 from align.models.fast import ragged_rows
 from align.models.fast import token_logprobs as logprobs
 from align.models.fast.ragged_rows import enable_ragged, hidden_states, make_layout
-from align.models.precision import low_residual
-from align.models.tuning.apply import apply_tuning
-from align.models.tuning.notice import weight_bytes
+from align.models.tuning.apply import apply_tuning, weight_bytes
 from align.models.tuning.quantized import quantize
 from align.rl.critic import trunk_of
 from tests.support.peak_memory import peak_of

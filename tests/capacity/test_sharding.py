@@ -13,7 +13,7 @@ from align.capacity.memory import Memory
 from align.capacity.sharding import BUCKET, Setting, Strategy, candidate_strategies, offloaded, sharded
 from align.capacity.training_ways import training_way
 from align.config.stages.sft import SftConfig
-from align.models.architecture import Linear
+from align.models.compute.architecture import Linear
 from tests.support.capacity.models import TOY, sft_job
 
 ZERO2 = Strategy("deepspeed", 2)

@@ -28,7 +28,7 @@ class Echo:
 
 
 def _talk(monkeypatch: pytest.MonkeyPatch, lines: str, **options: str) -> tuple[int, str]:
-    monkeypatch.setattr("align.inference.replier.Replier", Echo)
+    monkeypatch.setattr("align.inference.transformers.Replier", Echo)
     out = io.StringIO()
     return chat(Path("x"), stdin=io.StringIO(lines), stdout=out, **options), out.getvalue()
 

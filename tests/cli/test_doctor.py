@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from align.cli import doctor
-from align.inference.server_process import MODULE
-from align.models.compute_types import ProductSpeed
+from align.inference.servers.server_process import MODULE
+from align.models.compute.compute_types import ProductSpeed
 
 BROKEN = "Traceback\nModuleNotFoundError: No module named 'x'\n"
 
@@ -121,7 +121,7 @@ def test_cuda_torchaudio_next_to_cpu_torch_is_a_problem(
 ) -> None:
     speed = ProductSpeed(bfloat16=14.0, float32=134.0)
     setup = SimpleNamespace(cuda_devices=[], threads=2, cpu_capability="AVX2", is_cpu_build=True, cpu_speed=speed)
-    monkeypatch.setattr("align.models.devices.torch_setup", lambda: setup)
+    monkeypatch.setattr("align.models.compute.precision.torch_setup", lambda: setup)
     monkeypatch.setattr(doctor, "version_of", {"torchaudio": version}.get)
     findings = doctor._torch()
     products = "precision auto computes in float32 here (float32 134 GFLOP/s, bfloat16 14)"

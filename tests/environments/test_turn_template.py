@@ -15,10 +15,9 @@ from align.config.user_paths import cache_folder
 from align.data.tool_calls import ToolCall, tool_call_format
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
-from align.models.chat_template import limit_templates
-from align.models.named_templates import read_template
-from align.models.render import render_conversation, render_prompt
-from align.models.training_templates import TRAINING_TEMPLATES
+from align.models.chat.chat_template import limit_templates
+from align.models.chat.named_templates import TRAINING_TEMPLATES, read_template
+from align.models.chat.render import render_conversation, render_prompt
 from tests.support.environments.families import FAMILIES, TOOLS, make, released_template, tokenizer_of
 
 MODEL = "the model 'm'"

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from align.config.tuning import LoraTuning
 from align.errors import UserError
 from align.export.export import Source, export, load_source, round_weights, stored_type
-from align.models.adapters import attach
-from align.models.files import ADAPTER_CONFIG
+from align.models.checkpoints.conversion import attach
+from align.models.checkpoints.files import ADAPTER_CONFIG
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning, save_tuned
 

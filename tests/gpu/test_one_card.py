@@ -14,7 +14,7 @@ import torch
 from align.capacity import estimate_training
 from align.capacity.sharding import Setting
 from align.config.runtime import Runtime
-from align.models.architecture import read_architecture
+from align.models.compute.architecture import read_architecture
 from benchmarks.stage_work import FIELD, config_of, run_stage
 
 pytestmark = pytest.mark.gpu
@@ -77,7 +77,7 @@ def test_vllm_has_the_trainer_s_weights_and_sleeps(device: str, tiny_model: Path
         "from align.models.loading import load_policy\n"
         "from align.models.tuning.merged_weights import merged_weights\n"
         "from align.inference.engine import open_engine\n"
-        "from align.inference.parity import probe\n"
+        "from align.inference.trainer_engine import probe\n"
         "from align.config.runtime import Runtime\n"
         "from pathlib import Path\n"
         f"folder, device = Path({str(tiny_model)!r}), {device!r}\n"

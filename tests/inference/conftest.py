@@ -11,8 +11,8 @@ import pytest
 from tests.support.inference.fake_server import FakeServer
 
 if TYPE_CHECKING:
-    from align.inference.pool import PoolEngine
-    from align.inference.server import ServerEngine
+    from align.inference.servers.pool import PoolEngine
+    from align.inference.servers.server import ServerEngine
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def warnings() -> list[str]:
 @pytest.fixture
 def opened(fakes: list[FakeServer], tiny_model: Path, warnings: list[str]) -> Iterator[Callable[..., PoolEngine]]:
     """Opens a pool at ``fakes``, which then have forgotten the calls that opened it."""
-    from align.inference.pool import PoolEngine
+    from align.inference.servers.pool import PoolEngine
     from tests.support.inference.server_harness import served_at
 
     pools: list[PoolEngine] = []

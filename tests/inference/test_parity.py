@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.inference.parity import ParityError, probe
+from align.inference.trainer_engine import ParityError, probe
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
 from align.models.tuning.merged_weights import merged_weights

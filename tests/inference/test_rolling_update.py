@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from align.inference.pool import PoolEngine
 from align.inference.protocol import Response, Sampling, TurnRequest
-from align.inference.server_client import EngineLost, WeightsChanged
 from align.inference.server_worker import LOAD
+from align.inference.servers.pool import PoolEngine
+from align.inference.servers.server_client import EngineLost, WeightsChanged
 from align.inference.sessions import PoolSession, open_session
 from align.inference.weights import checkpoint_weights
 from tests.support.inference.fake_server import FakeServer, completion

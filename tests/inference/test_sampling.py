@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from align.inference.protocol import Sampling
-from align.inference.sampling import BLOCK, pick_tokens, processed_logprobs
+from align.inference.transformers import BLOCK, pick_tokens, processed_logprobs
 
 
 def test_inverse_cdf_by_hand() -> None:

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from align.inference.server_worker import LOAD, NAME, REPORT, WEIGHT_METHODS, WeightsKeeper
-from align.inference.weights import checkpoint_weights
-from align.inference.weights_digest import combine, digest_all, tensor_digest
+from align.inference.weights import checkpoint_weights, combine, digest_all, tensor_digest
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from align.inference.protocol import Response, Sampling, Session, TurnRequest
-from align.inference.ray_shards import RayEngine, Shard
+from align.inference.servers.ray_shards import RayEngine, Shard
 from align.inference.sessions import LockstepSession, open_session
-from align.inference.shared_engine import RemoteRankEngine
+from align.inference.trainer_engine import RemoteRankEngine
 from align.inference.transformers import TransformersEngine
 
 PROMPTS = [[1, 30, 31], [1, 40, 41, 42, 43, 44, 45], [1, 50], [1, 60, 61, 62], [1, 70], [1, 71, 72]]

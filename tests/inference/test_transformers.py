@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.inference.parity import trainer_logprobs
 from align.inference.protocol import Sampling
+from align.inference.trainer_engine import trainer_logprobs
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
 from align.models.tuning.merged_weights import merged_weights

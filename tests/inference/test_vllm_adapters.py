@@ -13,9 +13,9 @@ from align.config.runtime import EngineConfig, Runtime
 from align.config.tuning import AdaptersTuning, PromptTuning, PTuning, TuningBase
 from align.errors import UserError
 from align.inference.engine import open_engine
-from align.inference.vllm_adapters import why_unsupported
+from align.inference.vllm_internals import why_unsupported
+from align.models.chat.render import render_prompt
 from align.models.loading import load_policy
-from align.models.render import render_prompt
 from tests.support.fork_server import start_module
 from tests.support.models.tuning.confident_model import confident_copy, saved
 
@@ -52,8 +52,8 @@ def test_folded_checkpoints_are_plain_to_vllm(tuning: TuningBase, tiny_model: Pa
 def test_the_transformers_engine_runs_a_stored_adapter(tiny_model: Path, tmp_path: Path) -> None:
     import torch
 
-    from align.inference.parity import trainer_logprobs
     from align.inference.protocol import Sampling
+    from align.inference.trainer_engine import trainer_logprobs
 
     folder = saved(tiny_model, SEQUENTIAL, tmp_path / "out" / "model")
     runtime = Runtime(device="cpu", engine=EngineConfig(name="transformers"))

@@ -15,9 +15,8 @@ from align.config.runtime import EngineConfig, Runtime
 from align.errors import StageFailed
 from align.inference import transformers as module
 from align.inference.engine import open_engine
-from align.inference.protocol import Sampling
+from align.inference.protocol import Sampling, Watchdog
 from align.inference.transformers import TransformersEngine
-from align.inference.watchdog import Watchdog
 from align.inference.weights import checkpoint_weights
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline

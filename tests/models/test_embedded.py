@@ -145,8 +145,8 @@ def test_template_keeps_prompts_and_ends_with_the_turn() -> None:
 def test_real_model_answers_and_stops() -> None:
     import torch
 
+    from align.models.chat.render import render_conversation, render_prompt
     from align.models.loading import load_policy, load_tokenizer
-    from align.models.render import render_conversation, render_prompt
 
     folder = embedded.fetch()
     tokenizer, model = load_tokenizer(folder), load_policy(folder)

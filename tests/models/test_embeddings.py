@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from align.errors import UserError
-from align.models.embeddings import make_embedder
+from align.models.row_scores import make_embedder
 
 TEXTS = ["Name a color.", "Name a color, please, and say why it is your favorite one.", "", "no"]
 

@@ -9,9 +9,8 @@ import pytest
 
 from align.config.tuning import FullTuning
 from align.errors import UserError
-from align.models.freezing import expand, freeze, matches
 from align.models.loading import load_policy, new_reward
-from align.models.parameter_groups import has_tied_head, layer_stack, parameter_groups
+from align.models.parameter_groups import expand, freeze, has_tied_head, layer_stack, matches, parameter_groups
 from align.models.tuning.apply import apply_tuning
 
 

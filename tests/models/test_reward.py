@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from align.errors import UserError
+from align.models.chat.render import render_conversation
 from align.models.loading import load_reward
-from align.models.render import render_conversation
 from align.models.reward import RewardModel
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Hi", "A much longer question than that", "Why?")]

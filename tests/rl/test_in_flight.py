@@ -18,9 +18,9 @@ from align.environments.episode import Episode, PolicyTurn
 from align.environments.player import EnvironmentPlayer, EpisodePlayer
 from align.environments.sources import open_environment
 from align.errors import UserError
-from align.inference.pool import PoolEngine
+from align.inference.servers.pool import PoolEngine
 from align.inference.sessions import PoolSession
-from align.inference.shared_engine import RemoteRankEngine
+from align.inference.trainer_engine import RemoteRankEngine
 from align.models.loading import load_policy, load_tokenizer
 from align.rl import GrpoConfig, GRPOTrainer, PpoConfig
 from align.rl.checkpoint import last_checkpoint

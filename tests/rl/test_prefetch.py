@@ -14,8 +14,8 @@ from align.config.stages.online_dpo import OnlineDpoConfig
 from align.config.stages.ppo import PpoConfig
 from align.config.stages.rejection import RejectionConfig
 from align.config.tuning import LoraTuning
-from align.inference.pool import PoolEngine
-from align.inference.server_client import BadReply
+from align.inference.servers.pool import PoolEngine
+from align.inference.servers.server_client import BadReply
 from align.inference.transformers import TransformersEngine
 from align.rl.checkpoint import last_checkpoint
 from align.rl.prefetch import RolloutPrefetcher

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.config.tuning import LoraTuning
-from align.models.fast import shared_layers
+from align.models.fast import shared_parts as shared_layers
 from align.rl.critic import trunk_of
 from tests.support.rl.gradients import TEXTS
 

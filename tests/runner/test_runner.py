@@ -75,7 +75,7 @@ def test_deterministic_run_restricts_kernels_of_stages(store: Path) -> None:
         artifact = run_pipeline(Pipeline(raw), store=store).artifacts["env"]
         return json.loads((artifact.path / "environment.json").read_text())
 
-    # What cuBLAS must have, set by the same function that restricts torch (tests/models/test_determinism.py).
+    # What cuBLAS must have, set by the same function that restricts torch (tests/models/compute/test_determinism.py).
     assert environment(1, {"deterministic": True})["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert "CUBLAS_WORKSPACE_CONFIG" not in environment(2, {})
 

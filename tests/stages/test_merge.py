@@ -17,8 +17,8 @@ from align import Pipeline
 from align.config.stages.merge import MergeConfig
 from align.config.tuning import AdaptersTuning
 from align.errors import UserError
+from align.models import merging as methods
 from align.models.loading import load_policy, load_reward, load_tokenizer
-from align.models.merging_methods import methods
 from align.models.tuning.stored import apply, write_adapter
 from align.pipeline.context import StageContext
 from align.stages.merge import merge_tensor, run

@@ -93,8 +93,8 @@ def test_importing_the_configs_imports_no_torch():
 
 
 def test_a_stage_without_a_critic_needs_the_memory_of_a_head_less_that_head():
-    from align.models.architecture import architecture_of
-    from align.models.known import EMBEDDED_SIZES
+    from align.models.compute.architecture import architecture_of
+    from align.models.model_plan import EMBEDDED_SIZES
 
     sizes = architecture_of(EMBEDDED_SIZES)
     both = []

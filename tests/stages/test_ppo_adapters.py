@@ -14,8 +14,8 @@ from align.config.runtime import Runtime
 from align.config.stages.ppo import PpoConfig
 from align.config.tuning import AdaptersTuning
 from align.data.rows import user, write_rows
+from align.models.chat.render import render_prompt
 from align.models.loading import load_policy, load_tokenizer
-from align.models.render import render_prompt
 from align.pipeline.context import StageContext
 from align.stages.ppo import run
 from align.store.artifacts import Artifact, Kind

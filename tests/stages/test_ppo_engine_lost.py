@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from align import Pipeline
 from align.config.runtime import Runtime
 from align.errors import StageFailed
-from align.inference.server_client import EngineLost
+from align.inference.servers.server_client import EngineLost
 from align.pipeline.context import StageContext
 from align.runner import run_stage
 from align.runner.listener import Listener

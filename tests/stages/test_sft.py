@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from align.config.stages.sft import SftConfig
+from align.models.chat.render import render_prompt
 from align.models.loading import load_policy, load_tokenizer
-from align.models.render import render_prompt
 from align.stages.sft import run
 from align.store.artifacts import Kind
 from tests.support.training.harness import context, data_artifact, events, losses, rows

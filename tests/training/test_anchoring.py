@@ -18,8 +18,8 @@ from align.config.stages.sft import SftConfig
 from align.config.tuning import AdaptersTuning, LoraTuning, Tuning
 from align.config.validation import validate
 from align.errors import UserError
+from align.models.fast.token_logprobs import PLAIN, LogitTransform
 from align.models.loading import load_policy, load_reward
-from align.models.logits import PLAIN, LogitTransform
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
 from align.training.anchoring import KLToStart, PullToStart

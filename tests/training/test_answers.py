@@ -115,7 +115,7 @@ def test_all_answers_are_trained_and_the_linter_agrees(tiny_model: Path, tmp_pat
     assert not events(stage, "warning")
     import torch
 
-    from align.models.render import render_prompt
+    from align.models.chat.render import render_prompt
 
     model, tokenizer = load_policy(stage.output / "model"), load_tokenizer(tiny_model)
     ids = torch.tensor([render_prompt(tokenizer, [user("one 99")])])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from align.models.logits import PLAIN, LogitTransform
+from align.models.fast.token_logprobs import PLAIN, LogitTransform
 from align.training.divergence import CHUNK, Known, Live, Measure, summed_divergence, summed_kl, with_rest
 
 STUDENT, TEACHER = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])

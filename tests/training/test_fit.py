@@ -13,7 +13,7 @@ import pytest
 from align.config.base import Precision
 from align.config.tuning import FullTuning
 from align.models.loading import load_policy
-from align.models.tuning.notice import notice
+from align.models.tuning.apply import notice
 from align.stages.sft import run
 from align.training.fit import SECONDS_FILE, TrainingClock, _timed_tokens, _warn_of_lost_progress
 from tests.support.training.harness import events

@@ -10,7 +10,7 @@ from align.config.base import Config
 from align.config.located_paths import NameOrPath, PathField
 
 BUILT_IN = ("smollm2-135m-instruct", "tiny")
-"""Names of the models that are always there (``align.models.source``)."""
+"""Names of the models that are always there (``align.models.checkpoints.source``)."""
 
 
 class ModelConfig(Config):

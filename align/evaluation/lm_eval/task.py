@@ -35,7 +35,7 @@ from align.evaluation.lm_eval.columns import Column, MissingValuesError, NotAMea
 from align.evaluation.lm_eval.worker import JOB, RESULT, SEEDS
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks.base import Item, Measured, Reader, Task, TaskInputs
-from align.models.render import render_prompt
+from align.models.chat.render import render_prompt
 from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import DamagedFile, parse_object

@@ -252,7 +252,7 @@ def evaluate(job: Mapping[str, Any]) -> dict[str, Any]:
     _prepare(job)
     import lm_eval
 
-    from align.models.chat_template import limit_templates
+    from align.models.chat.chat_template import limit_templates
 
     limit_templates()
     pin_revisions(job["revisions"])

@@ -28,7 +28,7 @@ from align.evaluation.comparisons import Column
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult
 from align.evaluation.tasks.base import Answers, Episodes, Item, Turn, Values
 from align.evaluation.tasks.environment import SCORE
-from align.models.render import token_texts
+from align.models.chat.render import token_texts
 from align.store.atomic_write import write_text_atomically
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.tasks.base import Reader
-from align.models.render import render_conversation, render_prompt
+from align.models.chat.render import render_conversation, render_prompt
 
 Ids = list[int]
 

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from align.models.fast.head_gather import FromGroups, HeadGather, ToGroups
-from align.models.fast.short_attention import ShortAttention
+from align.models.fast.attention import FromGroups, HeadGather, ShortAttention, ToGroups
 from align.patches.transformers import attention_name
 
 NAME = "align_ragged"

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from align.models.adapters import plain_of
-from align.models.fast.prefix_batch import PrefixBatch, share_prefixes
+from align.models.checkpoints.conversion import plain_of
 from align.models.fast.ragged_rows import NotRaggedError, can_run_ragged, enable_ragged, to_device
+from align.models.fast.shared_parts import PrefixBatch, share_prefixes
 
 LOG = logging.getLogger(__name__)
 

@@ -1,6 +1,8 @@
 """Load a model for a stage's ``tuning``, apply it, return to the initial policy, save the result.
 
 This module dispatches; each family of methods has its own module.
+
+The line that a stage logs before its first step: trained parameters and estimated memory, counted on the model.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.config.base import Precision
 from align.config.tuning import (
     AdaptersTuning,
     FullTuning,
@@ -20,10 +23,14 @@ from align.config.tuning import (
     TuningBase,
     VirtualTokens,
 )
-from align.models.freezing import freeze
+from align.models.checkpoints.conversion import plain_of
+from align.models.compute.architecture import UnknownArchitecture, architecture_of
+from align.models.compute.estimates import activations_per_token
+from align.models.compute.threads import trim_malloc
 from align.models.loading import load_policy, load_tokenizer, new_reward
-from align.models.malloc import trim_malloc
-from align.models.tuning import stored, token_rows, virtual_tokens
+from align.models.parameter_groups import freeze
+from align.models.tuning import stored, virtual_tokens
+from align.models.tuning.layers import note_ids
 from align.models.tuning.lora import START, at_initial_values, save_adapter
 from align.models.tuning.merged_weights import merged_weights
 from align.models.tuning.stored import is_stored
@@ -33,7 +40,7 @@ from align.patches.transformers import save_everything
 def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -> Any:
     """Load the checkpoint in ``source`` for ``tuning``: a policy, or a reward model with a new score head.
 
-    float32 on the CPU, whatever the stage's precision (``align.models.precision``); 4 bits for ``qlora``.
+    float32 on the CPU, whatever the stage's precision (``align.models.compute.precision``); 4 bits for ``qlora``.
     """
     model = new_reward(source) if reward else load_policy(source)
     if isinstance(tuning, QloraTuning):
@@ -43,7 +50,7 @@ def load_for_tuning(source: Path, tuning: TuningBase, *, reward: bool = False) -
     if isinstance(tuning, VirtualTokens) and not stored.is_stored(source):
         tokenizer = stored.tokenizer_for(load_tokenizer(source), source, tuning)
         virtual_tokens.add_embedding_rows(model, tokenizer.new_virtual_tokens)
-    token_rows.note_ids(model, source, tuning)
+    note_ids(model, source, tuning)
     return model
 
 
@@ -141,3 +148,84 @@ def engine_source(source: Path, tuning: Any, scratch: Path) -> Path:
         )  # the seed changes nothing: all start at 0
         save_tuned(model, load_tokenizer(source), scratch)
     return scratch
+
+
+GRADIENT_AND_ADAMW = 12
+"""Bytes per trained weight in float32 for its gradient and AdamW's two averages."""
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Return the trained and the total number of parameters; a matrix in 4 bits counts its unpacked weights."""
+    trained = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if state is None else state.shape.numel()
+        total += size
+        trained += size if parameter.requires_grad else 0
+    return trained, total
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of all weights, trained or not, in the types they are kept in."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += parameter.numel() * parameter.element_size()
+        if state is not None:
+            total += _scale_bytes(state)
+    return total
+
+
+def _scale_bytes(state: Any) -> int:
+    nested = 0 if state.state2 is None else state.state2.absmax.numel() * state.state2.absmax.element_size()
+    return int(state.absmax.numel() * state.absmax.element_size() + nested)
+
+
+def notice(
+    model: Any,
+    tuning: TuningBase,
+    precision: Precision,
+    *,
+    low_residual: bool = False,
+    loaded: Any = None,
+    max_trained: int | None = None,
+) -> str:
+    """Return one line: trained parameters, their share of all, and estimated memory.
+
+    ``loaded`` is everything in memory where that is more than ``model``: its critic and reference. ``max_trained`` is
+    the most parameters that a layer schedule trains in one step. Activations are given per token, where there is a
+    rule; ``low_residual`` is how the model computes (``align.models.compute.estimates.activations_per_token``).
+    """
+    import torch
+
+    trained, total = parameter_counts(model)
+    loaded = model if loaded is None else loaded
+    trained_at_once = parameter_counts(loaded)[0] if max_trained is None else max_trained
+    # Weights as they are kept, and gradient and AdamW's averages for those that train together.
+    needed = weight_bytes(loaded) + GRADIENT_AND_ADAMW * trained_at_once
+    if precision == "bfloat16":  # autocast's bfloat16 copies of the matrices live until the backward pass
+        plain = (module.weight for module in loaded.modules() if isinstance(module, torch.nn.Linear))
+        needed += 2 * sum(weight.numel() for weight in plain if weight.is_floating_point())
+    unit, label = (2**30, "GiB") if needed >= 2**29 else (2**20, "MiB")
+    activations = _activations(model, tuning, precision, low_residual=low_residual)
+    words = f"{trained:,} of {total:,} parameters are trained ({_percent(trained / total)})"
+    if max_trained is not None:
+        share = _percent(max_trained / total)
+        words = f"at most {max_trained:,} of {total:,} parameters are trained in one step ({share})"
+    return f"{tuning.label}: {words}; about {needed / unit:.2f} {label} for weights, gradients and AdamW, {activations}"
+
+
+def _activations(model: Any, tuning: TuningBase, precision: Precision, low_residual: bool) -> str:
+    plain = plain_of(model)
+    try:
+        sizes = architecture_of(plain.config.to_dict())
+        per_token = activations_per_token(sizes, tuning, precision, low_residual=low_residual)
+    except UnknownArchitecture:
+        per_token = None
+    if per_token is None:
+        return "and activations beside them"
+    return f"and {1000 * per_token / 2**20:,.0f} MiB per 1,000 tokens of a micro-batch for activations"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

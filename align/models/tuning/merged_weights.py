@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from align.models.tuning import token_rows
-from align.models.tuning.layers import PEFT_PREFIX, tuner_layers
+from align.models.tuning.layers import ADAPTER, PEFT_PREFIX, is_trained_rows, merged_rows, tuner_layers
 from align.models.tuning.stored import plain_weights
 
 
@@ -50,11 +49,11 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         elif layer not in merged_layers:
             # All tensors of an adapted layer come at once, at the first of them.
             merged_layers.add(layer)
-            if token_rows.is_trained_rows(layers[layer]):
+            if is_trained_rows(layers[layer]):
                 tied = layers[layer].tied_adapter or layers[layer]
                 if tied not in embeddings:
-                    embeddings[tied] = token_rows.merged_rows(layers[layer])
-                yield f"{layer.removesuffix(token_rows.ADAPTER)}.weight", embeddings[tied]
+                    embeddings[tied] = merged_rows(layers[layer])
+                yield f"{layer.removesuffix(ADAPTER)}.weight", embeddings[tied]
                 continue
             for leaf, value in merge_layer(layers[layer]).items():
                 yield f"{layer}.{leaf}", value

@@ -17,7 +17,7 @@ import torch
 
 from align.config.tuning import AdaptersTuning, FullTuning, PrefixTuning, PromptTuning, PTuning, Tuning
 from align.errors import UserError
-from align.models.tuning import bottleneck, llama_adapter, prefix, virtual_tokens
+from align.models.tuning import inserted_methods, virtual_tokens
 from align.models.tuning.inserted import inserted_weights, insertions, train_insertions_only
 from align.store.atomic_write import write_text_atomically
 
@@ -71,12 +71,13 @@ def apply(model: Any, tuning: Inserted, seed: int, tokenizer: Any) -> Any:
         require_same(model, tuning)
         return train_insertions_only(model, started=True)
     if isinstance(tuning, PrefixTuning):
-        model = prefix.wrap(model, tuning, seed, tokenizer)
+        model = inserted_methods.wrap(model, tuning, seed, tokenizer)
     elif isinstance(tuning, AdaptersTuning):
-        family = llama_adapter if tuning.kind == "llama_adapter" else bottleneck
+        is_llama_adapter = tuning.kind == "llama_adapter"
+        insert = inserted_methods.insert_llama_adapter if is_llama_adapter else inserted_methods.insert_bottleneck
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            family.insert(model, tuning)
+            insert(model, tuning)
         model = train_insertions_only(model)
     else:
         model = virtual_tokens.wrap(model, tuning, seed, tokenizer)
@@ -106,14 +107,14 @@ def insert_empty(model: Any, tuning: Inserted, first_token: int | None) -> None:
             assert first_token is not None
             rows = [
                 {name: torch.zeros(tuning.tokens, width) for name, width in layer.items()}
-                for layer in prefix.widths(model)
+                for layer in inserted_methods.widths(model)
             ]
-            prefix.insert(model, first_token, rows)
+            inserted_methods.insert_prefix(model, first_token, rows)
         elif isinstance(tuning, AdaptersTuning) and tuning.kind == "llama_adapter":
-            llama_adapter.insert(model, tuning)
+            inserted_methods.insert_llama_adapter(model, tuning)
         else:
             assert isinstance(tuning, AdaptersTuning)
-            bottleneck.insert(model, tuning)
+            inserted_methods.insert_bottleneck(model, tuning)
     model.inserted_tuning = tuning
 
 
@@ -176,7 +177,7 @@ def plain_weights(model: Any) -> dict[str, torch.Tensor]:
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if virtual_tokens.learned_tokens(model) is not None:
         return virtual_tokens.merge_into_embedding(model, weights)
-    return bottleneck.merge_into_mlps(model, weights) if bottleneck.is_parallel(model) else weights
+    return inserted_methods.merge_into_mlps(model, weights) if inserted_methods.is_parallel(model) else weights
 
 
 def prepare_save(
@@ -199,9 +200,9 @@ def prepare_save(
         has_head = model.get_output_embeddings() is not None
         return weights, {"tie_word_embeddings": False} if has_head else {}
     # 2. A parallel bottleneck is merged into the MLPs, which are wider then.
-    if bottleneck.is_parallel(model):
+    if inserted_methods.is_parallel(model):
         write_adapter(model, out_dir.parent / FOLDER)
-        return weights, {"intermediate_size": bottleneck.merged_width(model)}
+        return weights, {"intermediate_size": inserted_methods.merged_width(model)}
     # 3. Everything else is stored beside the frozen weights.
     write_adapter(model, out_dir / FOLDER)
     inserted = inserted_weights(model)

@@ -18,7 +18,7 @@ from torch import nn
 
 from align.config.tuning import PromptTuning, PTuning, VirtualTokens
 from align.errors import UserError
-from align.models.render import render_prompt
+from align.models.chat.render import render_prompt
 from align.models.tuning.inserted import Insertion, train_insertions_only
 
 NAME = "virtual"

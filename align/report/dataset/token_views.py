@@ -47,9 +47,9 @@ def load_preview_tokenizer(folder: Path | str, **options: Any) -> tuple[Any, lis
     ``folder`` is a model's folder, or a Hub name with ``revision`` among the options. The end-of-turn token becomes its
     eos token, as in a model stage. Raises ``UserError`` without a chat template or an end token.
     """
+    from align.models.chat.render import require_chat_template
+    from align.models.chat.special_tokens import require_turn_end
     from align.models.pretrained import open_tokenizer
-    from align.models.render import require_chat_template
-    from align.models.special_tokens import require_turn_end
 
     tokenizer = open_tokenizer(folder, **options)
     require_chat_template(tokenizer, f"the tokenizer of {folder}")
@@ -134,7 +134,7 @@ def _pair(tokenizer: Any, row: Row, limit: int) -> list[View]:
 
 def _untrained(tokenizer: Any, title: str, row: Row, side: str | None = None, *notes: str) -> View:
     """Return a sequence with no trained tokens: the prompt and an answer, or without ``side`` only the prompt."""
-    from align.models.render import render_answered, render_prompt
+    from align.models.chat.render import render_answered, render_prompt
 
     try:
         if side is None:

@@ -15,8 +15,8 @@ import yaml
 
 from align.data.build_files import LEDGER
 from align.data.licenses import UNKNOWN, mixture_license, normalize
+from align.models.checkpoints.source import TINY
 from align.models.embedded import LICENSE, NAME
-from align.models.source import TINY
 from align.report.page.assets import AssetWriter
 from align.store.artifacts import DATASETS, Artifact
 

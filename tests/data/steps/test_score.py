@@ -11,8 +11,8 @@ from align.config.recipe.step_settings import ScoreStep
 from align.data.rows import assistant, user
 from align.data.steps.score import ABOVE, BELOW, NO_SCORE
 from align.errors import UserError
+from align.models.chat.render import render_conversation, render_prompt
 from align.models.loading import load_policy, load_tokenizer
-from align.models.render import render_conversation, render_prompt
 from align.models.reward import RewardModel
 from tests.support.data.steps.tables import decide, kept, row
 from tests.support.models.joining_tokenizer import make_joining_tokenizer

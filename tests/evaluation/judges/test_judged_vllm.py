@@ -14,7 +14,7 @@ import pytest
 
 from align.errors import UserError
 from align.inference.requests import RequestCache
-from align.inference.server_process import MODULE, LocalServer, free_port
+from align.inference.servers.server_process import MODULE, LocalServer, free_port
 from tests.support.evaluation.judged_harness import FolderContext, answers_of, constant, make_task
 
 pytestmark = [

@@ -19,7 +19,7 @@ from align.evaluation.tasks.encoding import (
     prefix_token,
     rolling_windows,
 )
-from align.models.render import render_conversation, render_prompt
+from align.models.chat.render import render_conversation, render_prompt
 from align.models.tiny import make_tiny_tokenizer
 
 BOS = "<|im_start|>"

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, LlamaConfig
 
-from align.models.fast import ragged_rows, short_attention
-from align.models.fast.head_gather import ToGroups
-from align.models.fast.prefix_batch import MIN_PREFIX, PrefixBatch, batches_of_shared, common_prefix, share_prefixes
+from align.models.fast import attention as short_attention
+from align.models.fast import ragged_rows
+from align.models.fast.attention import ToGroups
 from align.models.fast.ragged_rows import enable_ragged, hidden_states
+from align.models.fast.shared_parts import MIN_PREFIX, PrefixBatch, batches_of_shared, common_prefix, share_prefixes
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from align.models.fast import ragged_rows, short_attention
+from align.models.fast import attention as short_attention
+from align.models.fast import ragged_rows
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, make_layout
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.config.tuning import LoraTuning
-from align.models.fast import shared_layers
+from align.models.fast import shared_parts as shared_layers
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
 from align.rl.critic import trunk_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from align.models.fast import short_attention
+from align.models.fast import attention as short_attention
 
 
 @pytest.mark.parametrize(

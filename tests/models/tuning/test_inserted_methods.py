@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from align.config.tuning import AdaptersTuning, FullTuning, LoraTuning, PrefixTuning, TuningBase
 from align.errors import UserError
+from align.models.chat.render import render_prompt
 from align.models.loading import load_policy, load_reward, load_tokenizer
-from align.models.render import render_prompt
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
-from align.models.tuning.prefix import MATRICES
+from align.models.tuning.inserted_methods import MATRICES
 from tests.support.models.tuning.confident_model import changed, saved, tuned
 
 TALK = [{"role": "user", "content": "hello you"}]

@@ -9,8 +9,7 @@ import torch
 
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning
 from align.models.loading import load_policy
-from align.models.tuning.apply import apply_tuning
-from align.models.tuning.notice import notice, parameter_counts
+from align.models.tuning.apply import apply_tuning, notice, parameter_counts
 from tests.support.models.tuning.tuning_cases import wrapped
 
 LAYERS = 2 * (4 * 64 * 64 + 3 * 64 * 128)

@@ -11,8 +11,8 @@ import torch
 
 from align.config.tuning import LoraTuning, PrefixTuning, PromptTuning, PTuning
 from align.errors import UserError
+from align.models.chat.render import render_conversation, render_prompt
 from align.models.loading import load_policy, load_reward, load_tokenizer
-from align.models.render import render_conversation, render_prompt
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
 from align.models.tuning.virtual_tokens import virtual_mass
 from tests.support.models.tuning.confident_model import confident_copy, tuned

@@ -7,7 +7,7 @@ from typing import Any
 from align.capacity import estimate_training
 from align.capacity.sharding import Job
 from align.config.stages.sft import SftConfig
-from align.models.architecture import Architecture, Linear
+from align.models.compute.architecture import Architecture, Linear
 
 TOY = Architecture(
     "toy",

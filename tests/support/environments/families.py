@@ -11,9 +11,8 @@ import trl
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from align.models.chat_template import limit_templates
-from align.models.named_templates import FOLDER
-from align.models.training_templates import read_training_template
+from align.models.chat.chat_template import limit_templates
+from align.models.chat.named_templates import FOLDER, read_training_template
 from tests.support.lint.dialects import _byte_fallback, _byte_level
 
 ADD = {

@@ -11,7 +11,7 @@ import time
 from typing import Any, Literal
 
 from align.config.base import Config
-from align.inference.watchdog import Watchdog
+from align.inference.protocol import Watchdog
 from align.pipeline.context import StageContext
 from align.pipeline.registry import Stage
 from align.store.artifacts import Kind

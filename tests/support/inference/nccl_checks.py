@@ -21,12 +21,11 @@ import torch
 from vllm.distributed.weight_transfer import nccl_engine
 
 from align.config.tuning import LoraTuning
-from align.inference.nccl import FINISH, INIT, START, UPDATE, WORKERS
-from align.inference.server import RESET, ServerEngine
-from align.inference.server_client import BadReply, EngineLost
-from align.inference.watchdog import Watchdog
-from align.inference.weights import HEAD, checkpoint_weights
-from align.inference.weights_folder import WeightsFolder
+from align.inference.protocol import Watchdog
+from align.inference.servers.server import RESET, ServerEngine
+from align.inference.servers.server_client import BadReply, EngineLost
+from align.inference.servers.server_options import FINISH, INIT, START, UPDATE, WORKERS
+from align.inference.weights import HEAD, WeightsFolder, checkpoint_weights
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
 from align.models.tuning.merged_weights import merged_weights

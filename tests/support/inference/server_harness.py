@@ -12,10 +12,9 @@ import torch
 
 from align.config.runtime import EngineConfig
 from align.config.vllm_servers import RolloutsConfig
-from align.inference.server import ServerEngine
-from align.inference.server_options import ServerSpec
-from align.inference.weights import checkpoint_weights
-from align.inference.weights_folder import WeightsFolder
+from align.inference.servers.server import ServerEngine
+from align.inference.servers.server_options import ServerSpec
+from align.inference.weights import WeightsFolder, checkpoint_weights
 
 PROMPTS = [[1, 30 + i, 31] for i in range(12)]
 

@@ -16,13 +16,13 @@ import torch
 from align.config.runtime import EngineConfig, Runtime
 from align.config.tuning import AdaptersTuning, PrefixTuning
 from align.inference.engine import open_engine
-from align.inference.parity import trainer_logprobs
 from align.inference.protocol import Sampling
+from align.inference.trainer_engine import trainer_logprobs
 from align.inference.vllm import VllmEngine
-from align.inference.vllm_adapters import Adapter
+from align.inference.vllm_internals import Adapter
 from align.inference.weights import checkpoint_weights, weight_names
+from align.models.chat.render import render_prompt
 from align.models.loading import load_policy
-from align.models.render import render_prompt
 from tests.support.models.tuning.confident_model import saved
 
 TEXTS = ["Hello", "What is it?", "Name three colors, please.", "x"]

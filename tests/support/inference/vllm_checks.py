@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from align.config.runtime import EngineConfig, Runtime
 from align.config.tuning import LoraTuning
 from align.inference.engine import open_engine
-from align.inference.parity import ParityError, probe, trainer_logprobs
 from align.inference.protocol import Sampling
+from align.inference.trainer_engine import ParityError, probe, trainer_logprobs
 from align.inference.vllm import VllmEngine, why_model_unusable
 from align.inference.vllm_internals import (
     SHORT_LENGTH,

@@ -10,7 +10,7 @@ from align.data.rows import assistant, user, write_rows
 from align.lint.encodings import encoding_of
 from align.lint.findings import Finding
 from align.lint.linter import NO_LIMIT, Linter, Options
-from align.models.render import render_conversation, render_prompt
+from align.models.chat.render import render_conversation, render_prompt
 
 Row = dict[str, Any]
 Prepared = list[dict[str, list[int]]]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from align.inference.protocol import Response
+from align.models.compute.processes import leave
 from align.models.loading import load_policy, load_tokenizer
-from align.models.processes import leave
 from align.rl import PpoConfig, PPOTrainer
 from tests.support.fork_server import start_module
 from tests.support.rl.arguments import settings

@@ -9,7 +9,7 @@ from typing import Any
 
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks.base import Example
-from align.models.render import render_prompt
+from align.models.chat.render import render_prompt
 from align.models.tiny import make_tiny_tokenizer
 
 Rule = Callable[[str, str], float]

@@ -1,0 +1,1 @@
+"""vLLM servers and engines of a cluster: start, calls, pools and balancing."""

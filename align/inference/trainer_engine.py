@@ -1,0 +1,170 @@
+"""An engine within training: the parity probe, and the division of calls among a stage's processes and servers.
+
+An engine inside a process works for that process. Servers are called by the stage's first process, for all of them.
+
+The engine samples a few responses with their log-probabilities; the trainer's model scores the same tokens. Different
+kernels and bfloat16 make small differences. Stale weights, an unsynced head, another temperature or template make
+large ones, and PPO would learn from them without complaint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from align.config.launch import rank
+from align.inference.protocol import Progress, Response, RolloutEngine, Sampling
+from align.inference.servers.pool import PoolEngine
+from align.models.compute.processes import rank_range
+
+Result = TypeVar("Result")
+
+
+class RemoteRankEngine:
+    """Placeholder for the pool in a stage's other processes; the first one calls the servers for them."""
+
+    name = PoolEngine.name
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, on_progress: Progress | None = None
+    ) -> list[list[Response]]:
+        """Refuse: only the first process may call servers."""
+        raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
+
+    def score_tokens(
+        self, prompts: list[list[int]], responses: list[list[int]], temperature: float
+    ) -> list[list[float]]:
+        """Refuse: only the first process may call servers."""
+        raise RuntimeError("the servers of runtime.rollouts are asked by the stage's first process")
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Do nothing with weights of any shape: the first process gives the servers theirs."""
+
+    def close(self) -> None:
+        """Do nothing: this process holds no engine."""
+
+
+def is_shared(engine: Any) -> bool:
+    """Return True when the first process calls the engine for all."""
+    return isinstance(engine, PoolEngine | RemoteRankEngine)
+
+
+def part_for(engine: Any, count: int) -> range:
+    """Return the range of ``count`` prompts for which this process calls ``engine``."""
+    if is_shared(engine):
+        return range(count if rank() == 0 else 0)
+    return rank_range(count)
+
+
+def ask_each(engine: RolloutEngine, action: Callable[[RolloutEngine], Result]) -> list[Result]:
+    """Return the results of ``action`` for every server of a pool, or for the engine itself."""
+    if isinstance(engine, RemoteRankEngine):
+        return []
+    if isinstance(engine, PoolEngine):
+        return engine.ask_each(action)
+    return [action(engine)]
+
+
+def returns(engine: RolloutEngine) -> int:
+    """Return how often a server of a pool came back; 0 for any other engine."""
+    return engine.returns if isinstance(engine, PoolEngine) else 0
+
+
+PROBE_TOKENS = 16
+"""Tokens of a response that are compared, unless the run's are shorter."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest mean |difference| in nats per token, by the less exact of the two types.
+
+Measured on SmolLM2-135M at temperature 1: float32 7e-6, bfloat16 0.05 without bias (mean -0.003); a head that was not
+synced after a few updates gives 0.7.
+"""
+
+
+class ParityError(RuntimeError):
+    """The engine's log-probabilities are not those of the model being trained."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Result of a probe. ``mean_gap`` and ``max_gap`` are |engine - trainer| in nats per token."""
+
+    tokens: int
+    mean_gap: float
+    max_gap: float
+    tolerance: float
+
+
+def probe(
+    engine: RolloutEngine,
+    model: Any,
+    prompts: list[list[int]],
+    *,
+    temperature: float = 1.0,
+    max_tokens: int = PROBE_TOKENS,
+    seed: int = 0,
+) -> Parity:
+    """Compare ``engine`` with ``model`` (the live policy) on its own responses to ``prompts``, token ids.
+
+    Raises ``ParityError`` with the likely causes when the mean gap is above the tolerance, or a value is not finite.
+    The model's mode, gradients and the caller's randomness are left as they were.
+    """
+    samples = engine.generate(prompts, Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed))
+    responses = [row[0] for row in samples]
+    # Log-probabilities of all response tokens of all rows, one after another: (N,).
+    logprobs = trainer_logprobs(model, prompts, [response.token_ids for response in responses], temperature)
+    sampler_logprobs = torch.tensor([value for response in responses for value in response.logprobs])
+    gap = (sampler_logprobs - logprobs).abs()
+    parity = Parity(len(gap), float(gap.mean()), float(gap.max()), tolerance_of(engine, model))
+    if not gap.isfinite().all() or parity.mean_gap > parity.tolerance:
+        raise ParityError(explain(engine.name, parity, sampler_logprobs, logprobs))
+    return parity
+
+
+def tolerance_of(engine: Any, model: Any) -> float:
+    """Return the tolerance of the least exact type among the engine's, the model's and an active autocast's."""
+    device = next(model.parameters()).device.type
+    types = {getattr(engine, "dtype", torch.float32), next(model.parameters()).dtype}
+    if torch.is_autocast_enabled(device):
+        types.add(torch.get_autocast_dtype(device))
+    return max(TOLERANCE.get(kind, TOLERANCE[torch.float32]) for kind in types)
+
+
+@torch.no_grad()
+def trainer_logprobs(
+    model: Any, prompts: list[list[int]], responses: list[list[int]], temperature: float
+) -> torch.Tensor:
+    """Return the log-probabilities (N,) of all N response tokens, one after another, in float32.
+
+    Rows are scored one at a time, so there is no padding.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    logprobs = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([[*prompt, *response]], device=device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()  # (T, V)
+        # At temperature 0 the engines report log-probabilities of the unscaled logits.
+        scores = (logits / (temperature or 1.0)).log_softmax(dim=-1)
+        logprobs.append(scores.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
+    model.train(training)
+    return torch.cat(logprobs)
+
+
+def explain(name: str, parity: Parity, sampler_logprobs: torch.Tensor, logprobs: torch.Tensor) -> str:
+    """Return the message for a failed probe, from log-probabilities (N,): the gap, the tolerance, likely causes."""
+    bias = float((sampler_logprobs - logprobs).mean())
+    return (
+        f"the {name} engine and the trainer do not hold the same model: their log-probabilities differ by "
+        f"{parity.mean_gap:.4f} nats per token on average (largest {parity.max_gap:.3f}, engine minus trainer "
+        f"{bias:+.4f}) over {parity.tokens} tokens; at most {parity.tolerance:g} was expected. Likely causes, the "
+        "first one first: weights not loaded into the engine since the last update, or not all of them (a tied output "
+        "head, a LoRA delta); another temperature or a top_p below 1 on one side; dropout left on in the trainer; an "
+        "engine computing in a lower precision (runtime.engine.dtype: float32 tells)."
+    )

@@ -1,0 +1,1 @@
+"""Chat templates: rendering with limits, special tokens, and the tokens of answers."""

@@ -1,0 +1,190 @@
+"""Chat templates that ship with align, by the name that users give them, and templates for training. Torch-free.
+
+Each file below ``templates/`` writes a published format, without anything that changes with time. Left out: the limits
+of a template (``chat_template.py``), and the choice of eos (``special_tokens.py``).
+
+Episodes append to what was sampled, so turn n must be a prefix of turn n+1. Some published templates drop thoughts of
+earlier turns, move tools to the last question, or close the last answer with another token. A file below
+``templates/training/`` writes the same prompts and keeps every earlier turn. Left out: whether a template fits a
+model's own, which whoever takes it checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from align.config.user_paths import user_path
+from align.config.validation import nearest
+from align.errors import UserError
+from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, token_ids
+
+FOLDER = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class NamedTemplate:
+    """A format of conversations."""
+
+    models: str
+    """Models that use it."""
+    tokens: tuple[str, ...] = ()
+    """Special tokens that it writes, beside bos and eos. The last one ends a turn; without any, eos does."""
+    tools: bool = False
+    """True where it has a place for tools, their calls and their results."""
+
+
+TEMPLATES: dict[str, NamedTemplate] = {
+    "alpaca": NamedTemplate("Stanford Alpaca: ### Instruction, ### Response"),
+    "chatml": NamedTemplate(
+        "SmolLM2, OpenHermes and many others, without a default system prompt", ("<|im_start|>", "<|im_end|>")
+    ),
+    "chatml-tools": NamedTemplate(
+        "ChatML with tools, for models that learn to call them; calls as Hermes writes them",
+        ("<|im_start|>", "<|im_end|>"),
+        tools=True,
+    ),
+    "gemma": NamedTemplate("Gemma 1 to 3", ("<start_of_turn>", "<end_of_turn>")),
+    "llama2": NamedTemplate("Llama 2 Chat"),
+    "llama3": NamedTemplate("Llama 3, 3.1, 3.2 and 3.3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "mistral": NamedTemplate("Mistral Instruct v0.3 and Mixtral"),
+    "phi3": NamedTemplate("Phi 3", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+    "qwen2.5": NamedTemplate("Qwen2.5, with tools", ("<|im_start|>", "<|im_end|>"), tools=True),
+    "tulu": NamedTemplate("Tulu 2 and 3"),
+    "vicuna": NamedTemplate("Vicuna 1.1 and 1.5"),
+    "zephyr": NamedTemplate("Zephyr: <|user|> and <|assistant|> as plain text"),
+}
+
+
+def template_file(chat_template: str, base: Path) -> Path:
+    """Return the file of a template: one that ships with align, by its name, or the user's own, by its path.
+
+    Relative paths start at ``base``. Raises ``UserError`` for what is neither.
+    """
+    if chat_template in TEMPLATES:
+        return FOLDER / f"{chat_template}.jinja"
+    path = user_path(chat_template, base)
+    if path.is_file():
+        return path
+    close = nearest(chat_template, TEMPLATES) if "/" not in chat_template else None
+    hint = f" Did you mean '{close}'?" if close else f" Templates by name: {', '.join(TEMPLATES)}."
+    raise UserError(
+        f"chat_template: there is no file '{path.absolute()}'; relative paths start at the file that names "
+        f"them. It is no template's name either.{hint}"
+    )
+
+
+def read_template(chat_template: str, base: Path) -> str:
+    """Return the text of a template, by name or path."""
+    file = template_file(chat_template, base)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"chat_template: '{file}' cannot be read as text ({error}).") from None
+    if not text.strip():
+        raise UserError(f"chat_template: '{file}' is empty.")
+    return text
+
+
+def require_tokens(chat_template: str, vocabulary: Collection[str], place: str) -> None:
+    """Raise ``UserError`` where a named template writes a special token that is not in the vocabulary.
+
+    The tokenizer would split it into pieces, and its model would not learn the end of a turn as one token.
+    """
+    tokens = TEMPLATES[chat_template].tokens if chat_template in TEMPLATES else ()
+    missing = [token for token in tokens if token not in vocabulary]
+    if missing:
+        quoted = ", ".join(f'"{token}"' for token in missing)
+        fitting = fitting_templates(vocabulary)
+        raise UserError(
+            f"chat_template: {chat_template} writes {', '.join(missing)}, which {place} has no token for. Add "
+            f"`add_tokens: [{quoted}]`, whose embeddings training must learn, or take a template of tokens that are "
+            f"there: {', '.join(fitting)}."
+        )
+
+
+def fitting_templates(vocabulary: Collection[str]) -> list[str]:
+    """Return the named templates whose special tokens are in the vocabulary, those with tokens of their own first."""
+    fitting = [name for name, template in TEMPLATES.items() if all(token in vocabulary for token in template.tokens)]
+    return sorted(fitting, key=lambda name: not TEMPLATES[name].tokens)
+
+
+def templates_with_tools(vocabulary: Collection[str]) -> list[str]:
+    """Return the named templates with a place for tools whose special tokens are in the vocabulary."""
+    return [name for name in fitting_templates(vocabulary) if TEMPLATES[name].tools]
+
+
+@lru_cache(maxsize=64)
+def _tokens_of(file: Path, size: int, modified: int) -> frozenset[str]:
+    """Return the tokens of a ``tokenizer.json``, read once per process while its size and time are unchanged."""
+    return frozenset(token_ids(file))
+
+
+def read_vocabulary(tokenizer_file: Path) -> frozenset[str]:
+    """Return the tokens of a ``tokenizer.json``; empty where there is no such file."""
+    if not tokenizer_file.is_file():
+        return frozenset()
+    status = tokenizer_file.stat()
+    return _tokens_of(tokenizer_file, status.st_size, status.st_mtime_ns)
+
+
+def has_template(folder: Path) -> bool:
+    """Return True for a folder of a tokenizer with a chat template, in a file of its own or in its settings."""
+    from align.models.checkpoints.files import read_optional
+
+    if (folder / TEMPLATE).is_file() or list((folder / "additional_chat_templates").glob("*.jinja")):
+        return True
+    return bool(read_optional(folder / SETTINGS).get("chat_template"))
+
+
+def explain_no_template(name: str, vocabulary: Collection[str]) -> str:
+    """Return the message for a model without a chat template, with the templates that fit its vocabulary."""
+    fitting = fitting_templates(vocabulary) if vocabulary else list(TEMPLATES)
+    return (
+        f"'{name}' has no chat template, so conversations cannot be rendered for it; it is probably a base "
+        f"model. Name one in the field chat_template: one of align's whose tokens it has ({', '.join(fitting)}), or a "
+        "Jinja file."
+    )
+
+
+TRAINING = FOLDER / "training"
+
+
+@dataclass(frozen=True)
+class TrainingTemplate:
+    """A family of templates, known by texts that its published ones have."""
+
+    marks: tuple[str, ...]
+    """Texts that the model's own template has, all of them."""
+    tokens: tuple[str, ...]
+    """Special tokens that the training template writes, beside bos and eos."""
+
+
+CHATML = ("<|im_start|>", "<|im_end|>")
+LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TRAINING_TEMPLATES: dict[str, TrainingTemplate] = {
+    "smollm3": TrainingTemplate(("Reasoning Mode: ",), CHATML),
+    "smollm2": TrainingTemplate(("named SmolLM, trained by Hugging Face<|im_end|>",), CHATML),
+    "olmo3": TrainingTemplate(("<functions>", "<|im_start|>"), CHATML),
+    "qwen2.5": TrainingTemplate(("You are Qwen, created by Alibaba Cloud.",), CHATML),
+    "qwen3": TrainingTemplate(("<tool_call>", "<tool_response>", "<|im_start|>"), CHATML),
+    "llama3.1": TrainingTemplate(("Cutting Knowledge Date: ", "<|start_header_id|>"), LLAMA3),
+    "llama3": TrainingTemplate(("<|start_header_id|>",), LLAMA3),
+    "mistral": TrainingTemplate(("[INST]", "[TOOL_CALLS]"), ("[INST]", "[/INST]")),
+    "chatml": TrainingTemplate(("<|im_start|>",), CHATML),
+}
+"""Training templates by name, those of a narrower family first."""
+
+
+def training_templates(template: str, vocabulary: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and text of the training templates of a template's family whose tokens are in the vocabulary."""
+    for name, training in TRAINING_TEMPLATES.items():
+        if all(mark in template for mark in training.marks) and all(token in vocabulary for token in training.tokens):
+            yield name, read_training_template(name)
+
+
+def read_training_template(name: str) -> str:
+    """Return the text of a training template."""
+    return (TRAINING / f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,0 +1,166 @@
+"""Render messages to token ids, and split texts by tokens. Training, sampling and scoring apply the chat template here.
+
+Torch-free. Left out: truncation, which is the caller's decision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align.data.rows import answer_side, is_finished
+from align.errors import UserError
+
+Message = dict[str, str]
+
+
+def require_chat_template(tokenizer: Any, where: str) -> None:
+    """Raise ``UserError`` for a tokenizer without a chat template: a base model, which does not know turns."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{where} has no chat template, so conversations cannot be rendered for it; it is probably a base model. "
+            "Name a template in the model stage's chat_template field: one of align's, such as chatml, or a Jinja file."
+        )
+
+
+def render_prompt(tokenizer: Any, messages: list[Message], tools: str | None = "") -> list[int]:
+    """Return the token ids of a conversation that ends with a user turn, up to the start of the assistant's answer.
+
+    ``tools`` is the row's JSON text, like a message's ``tool_calls``. Raises ``UserError`` for a template that does not
+    mention tools or calls and would silently omit them.
+    """
+    ids: list[int] = _apply(tokenizer, messages, tools, add_generation_prompt=True)
+    return ids
+
+
+def render_conversation(
+    tokenizer: Any, messages: list[Message], finished: bool = True, tools: str | None = ""
+) -> list[int]:
+    """Return the token ids of a conversation that ends with an assistant turn, as a reward model reads it.
+
+    They end with the end-of-turn token. What a template writes after it (ChatML's line break) is removed: a policy
+    stops at the end of turn, and nothing may be scored at a token that it never samples. ``finished=False`` is for an
+    answer that was cut off at its length limit; it has no end-of-turn token, since the policy did not write one.
+    ``tools`` as for :func:`render_prompt`.
+    """
+    return _cut_after_turn(tokenizer, _apply(tokenizer, messages, tools), finished)
+
+
+def _cut_after_turn(tokenizer: Any, tokens: list[int], finished: bool) -> list[int]:
+    """Return the ids up to the end-of-turn token, which is included where the answer is finished."""
+    end = last_turn_end(tokens, tokenizer.eos_token_id)
+    if end is None:  # the template does not close the turn, so the policy's eos token does
+        return [*tokens, tokenizer.eos_token_id] if finished else tokens
+    return tokens[: end + 1] if finished else tokens[:end]
+
+
+def render_answer(
+    tokenizer: Any, prompt: list[Message], answer: list[Message], finished: bool = True, tools: str | None = ""
+) -> list[int] | None:
+    """Return the token ids of the text after a prompt, tokenized separately, up to the end of the turn.
+
+    For an answer whose first characters would merge into one token with the prompt's last ones, as a line break and
+    indentation do: a policy continues the prompt's ids, so it never samples that token. None where the conversation's
+    text does not start with the prompt's.
+    """
+    prompt_text = _apply(tokenizer, prompt, tools, tokenize=False, add_generation_prompt=True)
+    text = _apply(tokenizer, [*prompt, *answer], tools, tokenize=False)
+    if not text.startswith(prompt_text):
+        return None
+    ids = [int(token) for token in tokenizer(text[len(prompt_text) :], add_special_tokens=False)["input_ids"]]
+    return _cut_after_turn(tokenizer, ids, finished)
+
+
+def render_answered(tokenizer: Any, row: Mapping[str, Any], side: str | None = None) -> list[int]:
+    """Return the token ids of a row's prompt and one of its answers; a finished answer has its end of turn.
+
+    ``side`` is the answer's field, by default the one that is trained on.
+    """
+    side = side or answer_side(row)
+    return render_conversation(tokenizer, [*row["prompt"], *row[side]], is_finished(row, side), row.get("tools"))
+
+
+def _apply(tokenizer: Any, messages: list[Message], tools: str | None, tokenize: bool = True, **options: Any) -> Any:
+    """Apply the chat template and return ids, or text.
+
+    Raises ``UserError`` where the template raises, as for roles that it does not support, or exceeds its bounds.
+    """
+    from jinja2 import TemplateError
+
+    if tools:
+        _require(tokenizer, "tools", "a row offers tools")
+        options["tools"] = json.loads(tools)
+    # Templates expect calls as objects, while rows store them as JSON text.
+    called = [_with_calls(tokenizer, message) for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(called, tokenize=tokenize, return_dict=False, **options)
+    except TemplateError as error:
+        raise explain_refusal(tokenizer, messages, error) from None
+    return [int(token) for token in rendered] if tokenize else str(rendered)
+
+
+def explain_refusal(tokenizer: Any, messages: Sequence[Mapping[str, Any]], error: Exception) -> UserError:
+    """Return the user's error for a template that raised ``error`` for a conversation."""
+    from align.models.chat.chat_template import TemplateOutOfBounds
+
+    place = getattr(tokenizer, "name_or_path", "")
+    template = f"the chat template of {place}" if place else "the chat template"
+    if isinstance(error, TemplateOutOfBounds):
+        return UserError(
+            f"{template} {error}, which no conversation needs. It is broken or hostile: name another template in the "
+            "model stage's chat_template field."
+        )
+    roles = ", ".join(str(message["role"]) for message in messages)
+    return UserError(
+        f"{template} refuses a conversation of the roles {roles}: {str(error).rstrip('.')}. Change its rows, or name "
+        "another template in the model stage's chat_template field."
+    )
+
+
+def _require(tokenizer: Any, name: str, reason: str) -> None:
+    if name not in str(tokenizer.chat_template):  # text, or a mapping of several by name
+        raise UserError(
+            f"{reason}, and the chat template has no place for {name}: it would silently omit them. Name a template "
+            "that supports them in the model stage's chat_template field, or leave such rows out."
+        )
+
+
+def _with_calls(tokenizer: Any, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as templates expect it: calls as objects, no empty fields, no training mark."""
+    hidden = ("tool_calls", "train")
+    fields = {name: value for name, value in message.items() if value is not None and name not in hidden}
+    if not message.get("tool_calls"):
+        return fields
+    _require(tokenizer, "tool_calls", "a message calls a tool")
+    return fields | {"tool_calls": json.loads(message["tool_calls"])}
+
+
+MAX_TRAILING = 4
+"""Most tokens that a template may write after the end of the last turn."""
+
+
+def last_turn_end(tokens: list[int], eos: int) -> int | None:
+    """Return the index of the end-of-turn token that closes the conversation; None where the template writes none."""
+    # Search backwards: templates may write a line break or similar after the end of turn.
+    for index in range(len(tokens) - 1, max(-1, len(tokens) - 2 - MAX_TRAILING), -1):
+        if tokens[index] == eos:
+            return index
+    return None
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return each token's text; joined, they are the decoded response.
+
+    A character of several tokens belongs to the last of them.
+    """
+    texts: list[str] = []
+    previous = ""
+    for end in range(1, len(ids) + 1):
+        decoded = str(tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if decoded.endswith("\ufffd") and end < len(ids):  # half a character
+            texts.append("")
+            continue
+        texts.append(decoded[len(previous) :] if decoded.startswith(previous) else "")
+        previous = decoded
+    return texts

@@ -1,0 +1,1 @@
+"""Folders of checkpoints: files and their checks, sources, conversion, sharded models."""

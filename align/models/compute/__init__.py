@@ -1,0 +1,1 @@
+"""Computing: types and their speeds, precision, threads, processes, and estimates of costs."""

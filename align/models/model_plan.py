@@ -1,0 +1,175 @@
+"""Check a model stage while its pipeline is planned: the chat template and the sizes of the model. Torch-free.
+
+A base model without a template, and a template whose tokens the vocabulary lacks, would otherwise show after a download
+of gigabytes. What is not on this machine and cannot be fetched is not checked here; the stage itself checks everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.hub_commits import small_file
+from align.config.stages.model import ModelConfig
+from align.errors import UserError
+from align.models.chat.named_templates import (
+    explain_no_template,
+    has_template,
+    read_vocabulary,
+    require_tokens,
+    template_file,
+)
+from align.models.checkpoints.files import CONFIG, read_optional
+from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, TOKENIZER
+from align.models.checkpoints.source import Origin, Source, resolve
+from align.models.compute.architecture import Architecture, UnknownArchitecture, architecture_of, read_architecture
+from align.models.embedded import SPECIAL_TOKENS as EMBEDDED_TOKENS
+from align.models.tiny import MAX_POSITIONS, SPECIAL_TOKENS
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """Facts of a tokenizer's files."""
+
+    has_template: bool
+    read_vocabulary: Callable[[], frozenset[str]]
+    """Function that returns its tokens, at least the special ones; empty where they are not known."""
+
+
+def check_template(config: ModelConfig, base: Path) -> None:
+    """Raise ``UserError`` for a model without a chat template, and for a named one whose tokens it lacks."""
+    if config.chat_template is not None:
+        template_file(config.chat_template, base)
+    known = list(_known_tokenizers(config, base))
+    if not known:
+        return
+    if config.chat_template is None:
+        # An adapter's own tokenizer counts, with the base's template where it has none.
+        if not any(tokenizer.has_template for tokenizer in known):
+            vocabulary = known[0].read_vocabulary() | set(config.add_tokens)
+            raise UserError(f"source: {explain_no_template(config.source, vocabulary)}")
+        return
+    vocabulary = known[0].read_vocabulary()
+    if vocabulary:
+        place = f"the vocabulary of '{config.source}'"
+        require_tokens(config.chat_template, vocabulary | set(config.add_tokens), place)
+
+
+def _known_tokenizers(config: ModelConfig, base: Path) -> Iterator[TokenizerFacts]:
+    """Yield facts of the tokenizers of the source and of its base, the one that is used first."""
+    sources = [resolve(config.source, config.revision, base)]
+    if config.base_model is not None:
+        sources.append(resolve(config.base_model, config.base_revision, base))
+    for source in sources:
+        facts = _tokenizer_facts(source)
+        if facts is not None:
+            yield facts
+
+
+def _tokenizer_facts(source: Source) -> TokenizerFacts | None:
+    """Return facts of a source's tokenizer; None where its files are not known, or there are none."""
+    if source.origin is Origin.TINY:
+        return TokenizerFacts(True, lambda: frozenset(SPECIAL_TOKENS))
+    if source.origin is Origin.EMBEDDED:
+        return TokenizerFacts(True, lambda: frozenset(EMBEDDED_TOKENS))
+    if source.origin in (Origin.FOLDER, Origin.ADAPTER):
+        assert source.path is not None
+        tokenizer = source.path / TOKENIZER
+        if not (source.path / SETTINGS).is_file():
+            return None
+        return TokenizerFacts(has_template(source.path), lambda: read_vocabulary(tokenizer))
+    if source.origin is Origin.HUB:
+        return _hub_facts(source)
+    return None
+
+
+def _hub_facts(source: Source) -> TokenizerFacts | None:
+    commit = source.revision
+    assert commit is not None
+    settings = small_file(source.name, commit, SETTINGS)
+    if settings is None:
+        return None
+    # Fetched into the folder of the settings, where has_template looks for it.
+    small_file(source.name, commit, TEMPLATE)
+
+    def fetch_vocabulary() -> frozenset[str]:
+        tokenizer = small_file(source.name, commit, TOKENIZER)
+        return frozenset() if tokenizer is None else read_vocabulary(tokenizer)
+
+    return TokenizerFacts(has_template(settings.parent), fetch_vocabulary)
+
+
+EMBEDDED_SIZES: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+"""Sizes of SmolLM2-135M, known before it is fetched."""
+
+TINY_SIZES: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 260,
+    "tie_word_embeddings": True,
+}
+"""Sizes of ``make_tiny``'s default model."""
+
+
+def known_architecture(source: str, revision: str | None, base: Path) -> Architecture:
+    """Return the architecture of a model stage's ``source``.
+
+    Raises ``UnknownArchitecture``, which names the command that makes it known.
+    """
+    origin = resolve(source, revision, base)
+    if origin.origin is Origin.EMBEDDED:
+        return architecture_of(EMBEDDED_SIZES)
+    if origin.origin is Origin.TINY:
+        return architecture_of(TINY_SIZES)
+    if origin.origin is Origin.FOLDER and origin.path is not None:
+        return read_architecture(origin.path / "config.json")
+    if origin.origin is Origin.ADAPTER:
+        raise UnknownArchitecture(f"'{source}' is an adapter; its base has the sizes")
+    if origin.origin is Origin.GGUF:
+        raise UnknownArchitecture(f"'{source}' has no config.json before its model stage has run")
+    return read_architecture(_cached(origin.name, origin.revision))
+
+
+def known_positions(source: str, revision: str | None, base: Path) -> int | None:
+    """Return the longest sequence, in tokens, of a model stage's ``source``; None if this machine does not know it."""
+    origin = resolve(source, revision, base)
+    if origin.origin is Origin.TINY:
+        return MAX_POSITIONS
+    config = None
+    if origin.origin is Origin.FOLDER and origin.path is not None:
+        config = origin.path / CONFIG
+    elif origin.origin is Origin.HUB:
+        with contextlib.suppress(UnknownArchitecture):
+            config = _cached(origin.name, origin.revision)
+    if config is None or not config.is_file():
+        return None
+    settings = read_optional(config)
+    limit = settings.get("max_position_embeddings") or settings.get("n_positions")
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _cached(name: str, revision: str | None) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(path, str):
+        raise UnknownArchitecture(
+            f"the config.json of '{name}' is not on this machine; "
+            f"`hf download {name} config.json --revision {revision}` fetches it alone"
+        )
+    return Path(path)

@@ -1,0 +1,59 @@
+"""Sources: each form is recognized and pinned, each mistake named."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from align.errors import UserError
+from align.models.checkpoints.source import Origin, identity, resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "message"),
+    [
+        ("smolm2-135m-instruct", None, "Did you mean 'smollm2-135m-instruct'"),
+        ("HuggingFaceTB/SmolLM2-135M", None, "'HuggingFaceTB/SmolLM2-135M' is not in the Hub's cache"),
+        ("HuggingFaceTB/SmolLM2-135M", "two words", "revision: 'two words' is no branch, tag or commit"),
+        ("tiny", COMMIT, "leave revision out"),
+        ("./nowhere", None, "there is no"),
+        ("nowhere.gguf", None, "there is no"),
+        ("empty", None, "no config.json"),
+        ("pickled", None, "pickled weights (pytorch_model.bin)"),
+        ("pickled/config.json", None, "no .gguf"),
+    ],
+)
+def test_mistakes(tmp_path: Path, source: str, revision: str | None, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickled").mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (tmp_path / "pickled" / name).write_text("{}")
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve(source, revision, tmp_path)
+
+
+def test_forms(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(40))
+    assert resolve(str(tiny_model), None, tmp_path).origin is Origin.FOLDER
+    assert resolve("m.gguf", None, tmp_path).origin is Origin.GGUF
+    assert resolve("a/b", COMMIT, tmp_path).origin is Origin.HUB
+    assert identity("a/b", COMMIT, tmp_path) == f"hub:a/b@{COMMIT}"
+    assert identity("tiny", None, tmp_path) != identity("smollm2-135m-instruct", None, tmp_path)
+
+
+def test_folder_identity_follows_contents_not_names_or_notes(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tiny_model.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    before = identity(str(copy), None, tmp_path)
+    assert before == identity(str(tiny_model), None, tmp_path)
+    (copy / "README.md").write_text("a note")
+    assert identity(str(copy), None, tmp_path) == before
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert identity(str(copy), None, tmp_path) != before

@@ -1,0 +1,147 @@
+"""Why weights are float32 masters: a small update that bfloat16 weights lose survives here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from align.config.tuning import LoraTuning
+from align.models.compute.precision import autocast, cast_frozen_to_bf16, frozen_in_bf16, low_residual
+from align.models.fast.lean_modules import LeanRMSNorm
+from align.models.loading import load_policy
+from align.models.tuning.apply import apply_tuning
+
+RATE = 1e-6
+IDS = torch.tensor([[1, 40, 41, 42]])
+
+
+def _step(model: torch.nn.Module) -> float:
+    """Share of the output projection's weights that one AdamW step at a usual PPO learning rate changes."""
+    weight = model.get_parameter("model.layers.0.self_attn.o_proj.weight")
+    before = weight.detach().clone()
+    with autocast("cpu", "bfloat16"):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0).step()
+    return (weight.detach() != before).float().mean().item()
+
+
+def test_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: Path) -> None:
+    # AdamW's first step moves each weight by the rate, 1e-6. A weight near 0.1 has neighbors 2**-12 = 2e-4 apart in
+    # bfloat16, 7e-9 in float32.
+    assert _step(load_policy(tiny_model)) > 0.95
+    assert _step(load_policy(tiny_model, torch.bfloat16)) < 0.05
+
+
+def test_autocast_rounds_products_only(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    with torch.no_grad():
+        with autocast("cpu", "bfloat16"):
+            assert model(IDS).logits.dtype == torch.bfloat16
+        with autocast("cpu", "float32"):
+            assert model(IDS).logits.dtype == torch.float32
+    assert model.dtype == torch.float32
+
+
+def test_low_residual_hands_on_bfloat16_and_changes_nothing_without_autocast(tiny_model: Path) -> None:
+    plain, low = load_policy(tiny_model), load_policy(tiny_model)
+    low_residual(low)
+    kinds = []
+    low.model.layers[1].register_forward_pre_hook(lambda _, inputs: kinds.append(inputs[0].dtype))
+    with torch.no_grad():
+        assert torch.equal(low(IDS).logits, plain(IDS).logits)
+        with autocast("cpu", "bfloat16"):
+            gap = (low(IDS).logits.float() - plain(IDS).logits.float()).abs().max()
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert isinstance(low.model.norm, LeanRMSNorm)
+    assert 0 < gap < 0.02 * plain(IDS).logits.abs().max()
+
+
+def test_low_residual_keeps_weights_float32_and_lora_inputs_low(tiny_model: Path) -> None:
+    model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=2), seed=0)
+    low_residual(model)
+    inputs = []
+    for name, module in model.named_modules():
+        if name.endswith("q_proj.lora_A.default"):
+            module.register_forward_pre_hook(lambda _, values: inputs.append(values[0].dtype))
+    with autocast("cpu", "bfloat16"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert set(inputs) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_frozen_matrices_are_rounded_once_and_give_what_autocast_gave(tiny_model: Path) -> None:
+    model = load_policy(tiny_model)
+    trained = model.model.layers[0].mlp.up_proj.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is trained)
+    with torch.no_grad(), autocast("cpu", "bfloat16"):
+        before = model(IDS).logits
+        cast_frozen_to_bf16(model)
+        # only the embedding's own rounding is new: the products rounded their operands already
+        assert (model(IDS).logits - before).abs().max() < 0.02 * before.abs().max()
+    assert trained.dtype == torch.float32
+    assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert model.model.norm.weight.dtype == torch.float32  # norms are neither Linear nor Embedding
+
+
+def test_rounding_leaves_nothing_in_the_mapped_file(tiny_model: Path) -> None:
+    model = load_policy(tiny_model).requires_grad_(False)
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    cast_frozen_to_bf16(model)
+    for name, parameter in model.named_parameters():
+        place, value = before[name]
+        assert parameter.data_ptr() != place
+        assert torch.equal(parameter, value.to(parameter.dtype))
+
+
+def test_frozen_matrices_are_rounded_for_a_while_and_no_number_changes(tiny_model: Path) -> None:
+    def adapted() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        model = apply_tuning(load_policy(tiny_model), LoraTuning(rank=4), 0)
+        low_residual(model)
+        return model, dict(model.named_parameters())
+
+    def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, _ = adapted()
+    with autocast("cpu", "bfloat16"):
+        expected = plain(input_ids=IDS, labels=IDS).loss
+    expected.backward()
+    model, before = adapted()
+    with frozen_in_bf16(model), autocast("cpu", "bfloat16"):
+        inside = dict(model.named_parameters())
+        frozen = [p for name, p in inside.items() if "lora_" not in name and "norm" not in name]
+        assert {p.dtype for p in frozen} == {torch.bfloat16}
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # still tied
+        loss = model(input_ids=IDS, labels=IDS).loss
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(after[name] is p for name, p in before.items())
+    loss.backward()  # of a graph that outlives it
+    assert torch.equal(loss, expected)
+    wanted = gradients(plain)
+    assert wanted and gradients(model).keys() == wanted.keys()
+    assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients(model).items())
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_embeddings_that_scale_their_rows_are_rounded_by_nobody(kind: str) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 80, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval().requires_grad_(False)
+    low_residual(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with torch.no_grad(), autocast("cpu", "bfloat16"):
+        expected = model(IDS).logits  # rows times 80 ** 0.5 = 8.944, which is 8.938 in bfloat16
+        with frozen_in_bf16(model):
+            assert torch.equal(model(IDS).logits, expected)
+            assert embedding.weight is head.weight and embedding.weight.dtype == torch.float32
+        cast_frozen_to_bf16(model)
+        assert torch.equal(model(IDS).logits, expected)
+    assert embedding.weight is head.weight and embedding.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
