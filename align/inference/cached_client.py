@@ -1,7 +1,7 @@
 """Client that answers requests through a cache, within a budget, and counts tokens and cost. Torch-free.
 
 An answer comes from the stage's own cache, else from a cache that runs share, else from the model. Each answer is
-written to the stage's cache as soon as it comes, so that a killed stage sends only the remaining requests and arrives
+written to the stage's cache as soon as it comes, so a killed stage sends only the remaining requests and arrives
 at the same counts.
 """
 
@@ -21,12 +21,12 @@ from align.inference.requests import Answer, Request, RequestCache
 
 MILLION = 1_000_000
 CALL_FORM = 2
-"""Size of a call or a tool's schema in a prompt, at most, over that of its JSON."""
+"""Size of a call or a tool's schema in a prompt, at most, relative to its JSON's size."""
 TURN_TOKENS, TEMPLATE_TOKENS = 16, 64
 """Tokens that a chat template may add to a message, and to a conversation (a default system prompt)."""
 
 Progress = Callable[[int, int, int], None]
-"""Called with requests answered, requests expected, and tokens sampled, since the client was made."""
+"""The callback gets requests answered, requests expected, and tokens sampled, since the client was made."""
 
 
 class Prices(NamedTuple):
@@ -36,7 +36,7 @@ class Prices(NamedTuple):
     output: float
 
     def cost(self, request: Request, answer: Answer) -> float:
-        """Return the cost of an answer. Tokens that the server did not count are taken at their bound."""
+        """Return the cost of an answer. Tokens that the server did not count count with their bound."""
         prompt, completion = bounds(request)
         prompt = prompt if answer.prompt_tokens is None else answer.prompt_tokens
         completion = completion if answer.completion_tokens is None else answer.completion_tokens
@@ -59,7 +59,7 @@ def bounds(request: Request) -> tuple[int, int]:
     """Return the most tokens that a request and its answer can have: no token is shorter than a byte."""
     # A byte per token is the worst case of any tokenizer.
     content = sum(len((message.get("content") or "").encode()) + TURN_TOKENS for message in request.messages)
-    # Templates write calls and schemas in forms of their own.
+    # Templates write calls and schemas in their own forms.
     calls = sum(len((message.get("tool_calls") or "").encode()) for message in request.messages)
     schemas = len(request.tools.encode())
     return content + CALL_FORM * (calls + schemas) + TEMPLATE_TOKENS, request.max_tokens
@@ -96,7 +96,7 @@ class Backend(Protocol):
 
 @dataclass
 class Usage:
-    """Tokens and cost of the answers so far. ``copied`` ones, from the shared cache, cost nothing again."""
+    """Tokens and cost of the answers so far. ``copied`` ones, from the shared cache, are free."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -128,7 +128,7 @@ class Usage:
             self.cost = (self.cost or 0.0) + prices.cost(request, answer)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields for the ledger; the cost to a millionth, and left out where no price is known."""
+        """Return the fields for the ledger; the cost to a millionth, and omitted if no price is known."""
         fields = {name: value for name, value in asdict(self).items() if name != "cost"}
         return fields if self.cost is None else fields | {"cost": round(self.cost, 6)}
 
@@ -140,7 +140,7 @@ class Budget:
     limit: float | None
     spent: float = 0.0
     surplus: dict[str, float] = field(default_factory=dict)
-    """Name of a backend → the most that one of its answers has cost beyond its bound."""
+    """Name of a backend → the most that an answer has cost beyond its bound."""
     _bounds: float = 0.0
     """Sum of the bounds of the requests in flight."""
     _in_flight: Counter[str] = field(default_factory=Counter)
@@ -216,7 +216,7 @@ class CachedClient:
     ) -> list[Answer]:
         """Return the answers in the order of ``requests``; equal requests share one. Usage counts under ``name``.
 
-        ``fresh`` leaves the shared cache alone, for a question that tests whether the model answers.
+        ``fresh`` does not read the shared cache, for a question that tests whether the model answers.
         """
         self._count_earlier_cost(backend, name)
         # The expected number may grow while a stage runs, never shrink: progress would go backwards.
@@ -232,7 +232,7 @@ class CachedClient:
             backend.answer(unanswered, sink)
             self.cache.sync()
         # 3. Read all answers from the cache, and count the usage of each request once. A model without any request is
-        #    in the usage too, with zeros.
+        #    in the usage as well, with zeros.
         self.usage.setdefault(name, Usage())
         answers = [self._take_answer(request, sink, name) for request in requests]
         self.report(0)
@@ -309,7 +309,7 @@ class CachedClient:
 def open_caches(
     folder: Path, shared: Path | None, content: str, warn: Callable[[str], object]
 ) -> tuple[RequestCache, RequestCache | None]:
-    """Open a stage's cache, and the one that runs share where there is one.
+    """Open a stage's cache, and the cache that runs share if there is one.
 
     ``warn`` is called for damaged lines; ``content`` says what is lost with them.
     """
@@ -321,7 +321,7 @@ def open_caches(
 
 
 def prices_of(endpoint: EndpointConfig) -> Prices | None:
-    """Return an endpoint's prices; None where they are not known."""
+    """Return an endpoint's prices; None if they are not known."""
     if endpoint.price_input is None or endpoint.price_output is None:
         return None
     return Prices(endpoint.price_input, endpoint.price_output)

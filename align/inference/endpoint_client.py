@@ -26,7 +26,7 @@ from align.inference.servers.transport import Reply, ReplyTooLong, Transport
 
 COMPLETIONS, MODELS = "/chat/completions", "/models"
 RETRIED_STATUSES = frozenset({408, 409, 425, 429})
-"""Statuses that may pass, beside all from 500 on."""
+"""Statuses that may pass, next to all from 500 on."""
 FIRST_WAIT, MAX_BACKOFF, MAX_WAIT = 1.0, 60.0, 600.0
 """Seconds before the first retry, doubled each time; their limit; the limit of what Retry-After may ask for."""
 MAX_REPLY_BYTES, MAX_MODELS_BYTES = 16 << 20, 4 << 20
@@ -35,13 +35,13 @@ MODELS_SECONDS = 10
 MAX_QUOTE = 200
 """Characters of a server's error that a message quotes."""
 MAX_TOKENS = 2**40
-"""Token counts above are taken for nonsense: they would overflow a cost."""
+"""Token counts above are treated as nonsense: they would overflow a cost."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 class EndpointLost(RuntimeError):
-    """The endpoint was not reached, not in time, or gave nothing usable, in all attempts."""
+    """The endpoint was not reached, not in time, or gave no usable answer, in all attempts."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         """``remedy`` is for a run that ends with this error."""
@@ -77,7 +77,7 @@ class Endpoint:
         self._checked = False
         """True once a request was answered: address, key and model are right."""
         self._paused_until = 0.0
-        """Monotonic time before which nothing is sent, because the server asked to wait."""
+        """Monotonic time before which no request is sent, because the server asked to wait."""
         self._key = "" if config.key_variable is None else self._read_key(config.key_variable)
 
     def _read_key(self, variable: str) -> str:
@@ -92,11 +92,11 @@ class Endpoint:
         return key
 
     def answer(self, requests: list[Request], sink: AnswerSink) -> None:
-        """Send all requests; ``sink.record`` takes each answer as it comes, in any order.
+        """Send all requests; ``sink.record`` receives each answer as it comes, in any order.
 
-        The first request goes alone, so that a wrong address, key or model shows before many are sent. After a failure
-        nothing new is sent; requests in flight are awaited and recorded, and then the failure is raised: ``UserError``
-        where the settings are wrong, ``EndpointLost`` where the server is at fault.
+        The first request is sent before all others, so a wrong address, key or model shows before many are sent. After
+        a failure no new request is sent; requests in flight are awaited and recorded, and then the failure is raised:
+        ``UserError`` if the settings are wrong, ``EndpointLost`` if the server is at fault.
         """
         asyncio.run(self._answer_all(requests, sink))
 
@@ -125,7 +125,7 @@ class Endpoint:
         failures: list[Exception] = []
 
         async def work() -> None:
-            for request in pending:  # one iterator for all workers: each takes the next request
+            for request in pending:  # one iterator for all workers: each reads the next request
                 if failures:
                     return
                 try:
@@ -169,7 +169,7 @@ class Endpoint:
             if attempt < self.config.retries:
                 self.retried += 1
                 await self._wait(failure, attempt)
-        # The server works, but not for this request. Only its row is left out.
+        # The server works, but not for this request. Only its row is omitted.
         if not failure.is_usable and self.drop:
             return Answer("", error=str(failure))
         attempts = "one attempt" if self.config.retries == 0 else f"{self.config.retries + 1} attempts"
@@ -209,7 +209,7 @@ class Endpoint:
         )
         if reply.error is None:
             return await self._read(transport, reply)
-        # No connection was made, so nothing was sent and nothing is charged.
+        # No connection was made, so the request was not sent and is not charged.
         if reply.is_unreachable:
             raise _AttemptFailed(self._explain(reply), is_reached=False)
         if isinstance(reply.error, ReplyTooLong):
@@ -242,7 +242,7 @@ class Endpoint:
         # Busy or broken for the moment.
         if status in RETRIED_STATUSES or status >= 500:
             raise _AttemptFailed(f"answered with status {status}{quote}", _retry_after(reply))
-        # Settings are wrong: every other request would be refused too.
+        # Settings are wrong: every other request would be refused as well.
         if status in (401, 403):
             sender = f"the key in {self.config.key_variable}" if self._key else "requests without a key (key_variable)"
             raise UserError(f"{endpoint} refuses {sender}: status {status}{quote}.")
@@ -272,7 +272,7 @@ class Endpoint:
         return f"{self.place}.model: it has no '{self.config.model}'.{suggest(self.config.model, names)}"
 
     def _quote(self, data: bytes) -> str:
-        """Return the beginning of an error, its message taken out of the usual JSON, with a colon in front."""
+        """Return the beginning of an error, its message extracted from the usual JSON, with a colon in front."""
         text = data[: MAX_QUOTE * 20].decode("utf-8", "replace")
         try:
             error = json.loads(data)["error"]
@@ -341,7 +341,7 @@ def _token_count(value: Any) -> int | None:
 
 
 def _wire_message(message: Message) -> Message:
-    """Return a message as servers take it: without ``train``, which is no field of OpenAI's, and with calls as objects.
+    """Return a message as servers accept it: without ``train``, which OpenAI does not have, and with calls as objects.
 
     A call's arguments stay JSON text.
     """
@@ -359,7 +359,7 @@ def _wire_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first(failures: list[Exception]) -> Exception:
-    """Return the first of several failures; one of the server has the requests of all."""
+    """Return the first of several failures; a failure of the server has the requests of all."""
     first = failures[0]
     if isinstance(first, EndpointLost):
         first.requests = [
@@ -369,7 +369,7 @@ def _first(failures: list[Exception]) -> Exception:
 
 
 def _retry_after(reply: Reply) -> float | None:
-    """Return the seconds that the server asks to wait, as a number or as a date; None where it does not."""
+    """Return the seconds that the server asks to wait, as a number or as a date; None if it does not."""
     value: Any = reply.headers.get("retry-after", "").strip()
     try:
         seconds = float(value)

@@ -32,7 +32,7 @@ def open_engine(
 ) -> RolloutEngine:
     """Open an engine with the weights of ``model_dir``, for sequences of at most ``max_length`` tokens in all.
 
-    Servers sample where ``runtime.rollouts`` names any. Otherwise ``auto`` takes vLLM where it works, and ``warn`` is
+    Servers sample where ``runtime.rollouts`` names any. Otherwise ``auto`` chooses vLLM if it works, and ``warn`` is
     told when it does not. A process can hold one vLLM engine: use ``load_weights`` to switch policies. ``on_hang`` is
     called when a call makes no progress for ``runtime.engine.timeout`` seconds, and may end the process; without it
     the message goes to standard error (``watchdog.py``). ``shared_engine`` means that the stage's first process calls
@@ -88,7 +88,7 @@ def engine_dtype(runtime: Runtime, precision: Precision) -> torch.dtype:
 
 
 def _vllm_obstacle(model_dir: Path, runtime: Runtime, device: torch.device) -> str | None:
-    """Say why vLLM cannot be used, or return None. Raises ``UserError`` where it is asked for by name."""
+    """Say why vLLM cannot be used, or return None. Raises ``UserError`` if it is asked for by name."""
     from align.inference.vllm import why_model_unusable, why_unusable
     from align.inference.vllm_internals import why_unsupported
 

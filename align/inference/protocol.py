@@ -1,6 +1,6 @@
 """The protocol of rollout engines, and a timeout for calls to an engine in this process. Torch-free.
 
-A thread beside each call counts the seconds without progress. When they reach ``runtime.engine.timeout`` it writes a
+A thread next to each call counts the seconds without progress. When they reach ``runtime.engine.timeout`` it writes a
 message and the stacks of all threads to standard error, and calls ``on_hang``. A stage ends its process there, as
 failed, and is resumed from its last checkpoint (``StageContext.fail_at_once``). In a notebook or a script there is no
 ``on_hang``: the user reads the message and decides. Servers need no watchdog: their client bounds every call
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from align.config.base import Precision
 
 Progress = Callable[[int, int], None]
-"""Called with (responses finished, responses wanted)."""
+"""The callback gets (responses finished, responses wanted)."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class Response:
     finished: bool
     """True when the end-of-turn token was sampled, False when the length limit cut it off."""
     text: str
-    """The tokens decoded, special ones left out."""
+    """The tokens decoded, special ones omitted."""
     weights_update: int | None = None
-    """Update whose weights sampled it, where they may change while a session is open; None where they stay."""
+    """Update whose weights sampled it, where they may change while a session is open; None if they stay."""
 
 
 @dataclass(frozen=True)
@@ -153,36 +153,39 @@ class Session(Protocol):
         ...
 
     def submit(self, request: TurnRequest) -> None:
-        """Take a turn. Raises ``ValueError`` for one that cannot be sampled, or whose episode has one in flight."""
+        """Take a turn.
+
+        Raises ``ValueError`` for a turn that cannot be sampled, or whose episode has another turn in flight.
+        """
         ...
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, Response]]:
         """Return finished turns by key: waits for the first, and returns none after ``timeout`` seconds.
 
-        Without a turn in flight there is nothing to wait for. A timeout is looked at between two decoding steps.
+        Without a turn in flight the call returns at once. A timeout is looked at between two decoding steps.
         """
         ...
 
     def cache_statistics(self) -> dict[str, float] | None:
         """Return ``prefix_hit_rate``, the share of prompt tokens that was in the engine's cache.
 
-        Counts the turns that came back. None where the engine has no such cache or does not tell.
+        Counts the turns that came back. None if the engine has no such cache or does not tell.
         """
         ...
 
     def close(self) -> None:
-        """Abort what is in flight, and let the engine sleep where it does after ``generate``."""
+        """Abort what is in flight, and let the engine sleep if it does after ``generate``."""
         ...
 
 
 def check_idle(session: Session | None, call: str) -> None:
-    """Raise ``RuntimeError`` where an engine is called while its open session has turns in flight."""
+    """Raise ``RuntimeError`` if an engine is called while its open session has turns in flight."""
     if session is not None and session.pending:
         raise RuntimeError(f"'{call}' was called while {session.pending} turns of a session are in flight")
 
 
 OnHang = Callable[[str], None]
-"""Called with the message; need not return."""
+"""The function gets the message; need not return."""
 
 TICKS = 20
 """Looks at the call per timeout."""
@@ -194,7 +197,7 @@ class Watchdog:
     """Watches one engine's calls, one at a time."""
 
     def __init__(self, engine: str, timeout: float | None = None, on_hang: OnHang | None = None) -> None:
-        """``timeout`` is seconds without progress, by default that of ``EngineConfig``."""
+        """``timeout`` is seconds without progress, by default ``EngineConfig``'s timeout."""
         self.engine, self.on_hang = engine, on_hang
         self.timeout: float = EngineConfig().timeout if timeout is None else timeout
         self._progress = 0
@@ -213,7 +216,7 @@ class Watchdog:
         try:
             yield
         finally:
-            # The watcher is joined, so that none reports a hang after the call has ended.
+            # The watcher is joined, so none reports a hang after the call has ended.
             ended.set()
             watcher.join()
             if self.on_hang is not None:
@@ -262,7 +265,7 @@ class Watchdog:
 
 
 def _stream() -> io.TextIOBase:
-    """Return standard error, or the process's original one where it has no file behind it, as in a notebook."""
+    """Return standard error, or the process's original one if it has no file behind it, as in a notebook."""
     try:
         sys.stderr.fileno()
         return sys.stderr  # type: ignore[return-value]

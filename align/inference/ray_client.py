@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def require_ray() -> Any:
-    """Return the package ray. Raises ``UserError`` where it is not installed."""
+    """Return the package ray. Raises ``UserError`` if it is not installed."""
     try:
         import ray
     except ImportError:
@@ -27,7 +27,7 @@ def require_ray() -> Any:
 def connected(address: str) -> Iterator[Any]:
     """Connect to a cluster and yield the package ray; on exit everything started through it ends.
 
-    Raises ``UserError`` where no cluster answers.
+    Raises ``UserError`` if no cluster answers.
     """
     ray = require_ray()
     try:
@@ -95,7 +95,7 @@ class Outcome:
     error: str = ""
     """Reason why a task that is over has no result."""
     is_lost: bool = False
-    """True where its worker or its node died as often as it may be tried again."""
+    """True if its worker or its node died as often as it may be tried again."""
 
 
 def outcome(ray: Any, reference: Any) -> Outcome:

@@ -1,4 +1,4 @@
-"""Requests to a model, their answers, and a cache of both on disk, so that no request is sent twice.
+"""Requests to a model, their answers, and a cache of both on disk, so no request is sent twice.
 
 A request's key is the sha256 of its canonical JSON: model, messages, sampling, seed, and its number among several
 samples. The cache is an append-only file with one sealed JSON line per write. A process killed in the middle of a write
@@ -28,7 +28,7 @@ from align.store.sealed import open_sealed, seal
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that decides one answer, and nothing else."""
+    """Exactly the fields that decide one answer."""
 
     model: dict[str, str]
     """Identity of the model: the digest of a checkpoint, or an endpoint's address and its name of the model."""
@@ -47,7 +47,7 @@ class Request:
         """Return the sha256 of the request, 64 hex digits."""
         content = asdict(self)
         if not self.tools:
-            # As it was before there were tools, so that their answers stay in the caches.
+            # As it was before there were tools, so their answers stay in the caches.
             del content["tools"]
         return digest(content)
 
@@ -67,7 +67,7 @@ class Answer:
     refused: bool = False
     """True when the endpoint said that it would not answer."""
     prompt_tokens: int | None = None
-    """None where the endpoint does not say."""
+    """None if the endpoint does not say."""
     completion_tokens: int | None = None
     error: str = ""
     """Reason for a missing answer, where the request itself was at fault. Never cached."""
@@ -104,7 +104,7 @@ class RequestCache:
     def __init__(self, folder: Path) -> None:
         """Open or create the cache.
 
-        A half-written last line is ignored. Other unreadable lines, such as one whose content differs from its seal,
+        A half-written last line is ignored. Other unreadable lines, such as a line whose content differs from its seal,
         are counted in ``unreadable``.
         """
         self.folder = folder
@@ -142,7 +142,7 @@ class RequestCache:
         """Add the answers of a line to the index; the first answer to a request counts."""
         try:
             content = open_sealed(json.loads(line))
-            # Everything is parsed before anything is indexed: a bad line changes nothing.
+            # Everything is parsed before anything is indexed: a bad line has no effect.
             keys = [bytes.fromhex(entry["key"]) for entry in content["answers"]]
             for entry in content["answers"]:
                 Answer(**entry["answer"])
@@ -183,7 +183,7 @@ class RequestCache:
             self._append({"answers": entries})
 
     def asked(self) -> Iterator[tuple[Request, Answer]]:
-        """Yield every request that was sent for this cache, with its answer. Copies from another cache are left out."""
+        """Yield every request that was sent for this cache, with its answer. Copies from another cache are omitted."""
         lines = sorted({(position.file, position.offset) for position in self._positions.values()})
         for number, group in itertools.groupby(lines, key=lambda line: line[0]):
             with self._files[number].open("rb") as file:
@@ -202,7 +202,7 @@ class RequestCache:
         with self._write_lock:
             if self._descriptor is None:
                 self._descriptor = self._create_file()
-            # 1. Drop the part of an earlier line that a full disk may have taken.
+            # 1. Drop the part of an earlier line that a full disk may have cut off.
             os.ftruncate(self._descriptor, self._end)
             # 2. Write the line; readers ignore it until its end is there.
             written = 0
@@ -214,7 +214,7 @@ class RequestCache:
 
     def _create_file(self) -> int:
         """Create a file that no other process writes; returns its descriptor."""
-        # Another process may take the same number at this moment: exclusive creation decides.
+        # Another process may choose the same number at this moment: exclusive creation decides.
         number = _number(self._files[-1]) if self._files else 0
         while True:
             number += 1

@@ -2,8 +2,8 @@
 
 vLLM's own ``--api-key`` (0.31) covers routes that begin with ``/v1``, ``/v2``, ``/inference`` or ``/cohere``. It leaves
 ``/collective_rpc``, which replaces weights, and ``/server_info``, which shows paths, open to anybody. vLLM loads the
-guard with ``--middleware align.inference.server_guard.Guard``. Uses the standard library only, so that the server needs
-nothing else of align for it. Leaves out encryption: a key travels over the network as it is.
+guard with ``--middleware align.inference.server_guard.Guard``. Uses the standard library only, so the server needs
+no other part of align for it. Leaves out encryption: a key travels over the network as it is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_key(key: str, path: Path) -> None:
 
 
 def key_problem(key: str) -> str | None:
-    """Say what is wrong with a key, without repeating it; None where nothing is."""
+    """Say what is wrong with a key, without repeating it; None if it is right."""
     if len(key) < MIN_CHARACTERS:
         return f"it has fewer than {MIN_CHARACTERS} characters"
     if not (key.isascii() and key.isprintable()) or " " in key:
@@ -51,7 +51,7 @@ def key_problem(key: str) -> str | None:
 
 
 def key_of_environment() -> str:
-    """Read the server's key. Raises ``RuntimeError`` where there is none, so that no server starts unguarded."""
+    """Read the server's key. Raises ``RuntimeError`` if there is none, so no server starts unguarded."""
     file = os.environ.get(KEY_FILE)
     key = (Path(file).read_text(encoding="utf-8") if file else os.environ.get(KEY, "")).strip()
     problem = key_problem(key)
@@ -97,7 +97,7 @@ class Guard:
     """
 
     def __init__(self, app: App, key: str | None = None, hosts: Iterable[str] | None = None) -> None:
-        """Guard ``app``; key and names come from the environment where they are not passed."""
+        """Guard ``app``; key and names come from the environment if they are not passed."""
         self.app = app
         self._digest = hashlib.sha256((key_of_environment() if key is None else key).encode()).digest()
         self._hosts = known_hosts() if hosts is None else frozenset(name.lower() for name in hosts)
@@ -135,7 +135,7 @@ class Guard:
 
     def _fits(self, credential: bytes) -> bool:
         scheme, _, key = credential.partition(b" ")
-        # Digests of equal length are compared, in constant time: the time of an answer tells nothing about the key.
+        # Digests of equal length are compared, in constant time: the time of an answer does not depend on the key.
         fits = secrets.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
         return scheme.lower() == b"bearer" and fits
 

@@ -2,8 +2,8 @@
 
 vLLM loads it with ``--worker-extension-cls align.inference.server_worker.WeightsKeeper``; ``/collective_rpc`` calls it.
 Each load goes through the worker's own methods, whoever calls them. They are counted, so a load that the run did not
-order shows. The count is needed beside the digest: on a CPU vLLM keeps matrices in packed copies (oneDNN's) that
-nothing can read, and only embeddings, norms and biases are left to digest.
+order shows. The count is needed next to the digest: on a CPU vLLM keeps matrices in packed copies (oneDNN's) that
+cannot be read, and only embeddings, norms and biases are left to digest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class WeightsKeeper:
     def align_load_weights(self, path: str, version: str, digest: str) -> dict[str, Any]:
         """Load the safetensors of a folder under the name ``version``, and report what is held then.
 
-        Raises ``ValueError``, and loads nothing, where the tensors there are not those of ``digest``.
+        Raises ``ValueError``, and loads no tensor, if the tensors do not have the digest ``digest``.
         """
         from align.inference.weights import checkpoint_weights
 
@@ -72,7 +72,7 @@ class WeightsKeeper:
         return combine(digest_all((name, tensor) for name, tensor in pairs if tensor.numel()))
 
     def _align_count_loads(self) -> None:
-        """Wrap the worker's methods that change weights so that calls are counted, from the first call of this on."""
+        """Wrap the worker's methods that change weights so calls are counted, from the first call of this on."""
         # vLLM makes the worker; this class has no __init__ of its own to count from.
         if hasattr(self, "_align_loads"):
             return

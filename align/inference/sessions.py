@@ -1,7 +1,7 @@
 """Sessions: turns of many episodes, each sampled as soon as it is submitted, while tools work for other episodes.
 
 vLLM decodes turns together however they come, in this process or behind servers; transformers samples what has been
-submitted as one batch. Every turn has its own seed, so that which turns are decoded together changes no sample, but for
+submitted as one batch. Every turn has its own seed, so which turns are decoded together changes no sample, but for
 the rounding of sums. The next turn of an episode finds the keys and values of everything before it in vLLM's prefix
 cache, unless others have pushed them out. Leaves out conversations and tools, which are the caller's.
 
@@ -45,7 +45,7 @@ def open_session(engine: RolloutEngine, temperature: float, top_p: float = 1.0) 
 
 
 class CacheUse:
-    """Prompt tokens of the turns that came back, and those of them that were in the engine's cache."""
+    """Prompt tokens of the turns that came back, and how many of them were in the engine's cache."""
 
     def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = 0
@@ -65,7 +65,7 @@ class VllmSession:
     """Turns by vLLM in this process: each joins the batch between two decoding steps, and leaves it when it ends.
 
     The engine has one session at a time. It stays awake from the first turn until the session is closed, on a shared
-    GPU too, where its sleep would drop the prefix cache.
+    GPU as well, where its sleep would drop the prefix cache.
     """
 
     is_lockstep = False
@@ -138,7 +138,7 @@ class PoolSession:
     is_lockstep = False
 
     def __init__(self, pool: PoolEngine, temperature: float, top_p: float) -> None:
-        """Raises as ``PoolEngine.generate`` where no server is ready or one holds other weights."""
+        """Raises as ``PoolEngine.generate`` if no server is ready or one holds other weights."""
         _refuse_second(pool.session)
         self.pool, self.temperature, self.top_p = pool, temperature, top_p
         pool.check_weights()
@@ -156,13 +156,13 @@ class PoolSession:
         return len(self._requests)
 
     def submit(self, request: TurnRequest) -> None:
-        """Send a turn, or queue it where no server has room. Raises ``ValueError``, as the protocol has it."""
+        """Send a turn, or queue it if no server has room. Raises ``ValueError``, as the protocol has it."""
         _refuse_closed(self.pool.session is not self)
         self.rolling_update.advance()
         is_in_flight = any(request.key == turn.key for turn in self._requests.values())
         _check_request(request, is_in_flight, self.pool.spec.max_length)
         body = self.pool.members[0].engine.sampling_request(request, self.temperature, self.top_p)
-        # The server of the episode's last turn comes first, then one that had the same prompt.
+        # The server of the episode's last turn comes first, then a server that had the same prompt.
         affinity = (("episode", request.key), ("prompt", hash(tuple(request.prompt))))
         index = self.dispatcher.submit(ServerRequest(body, _parse_turn, group=request.key, affinity=affinity))
         self._requests[index] = request
@@ -176,7 +176,7 @@ class PoolSession:
         while self._requests:
             self.rolling_update.advance()
             left = deadline - time.monotonic()
-            # Waiting is short, so that weights that are offered meanwhile are seen.
+            # Waiting is short, so weights that are offered meanwhile are seen.
             finished = self.dispatcher.poll(min(POLL_SECONDS, max(0.0, left)))
             if finished:
                 self._check_weights()
@@ -186,7 +186,7 @@ class PoolSession:
         return []
 
     def _build_responses(self, finished: dict[int, ServedTurn]) -> list[tuple[int, Response]]:
-        """Return the turns that came back, with the update of their weights where the pool was told it."""
+        """Return the turns that came back, with the update of their weights if the pool was told it."""
         requests, turns = [self._requests.pop(index) for index in finished], list(finished.values())
         for request, turn in zip(requests, turns, strict=True):
             self.cache_use.count(len(request.prompt), turn.cached_tokens)
@@ -198,7 +198,7 @@ class PoolSession:
         ]
 
     def _check_weights(self) -> None:
-        """Raise ``WeightsChanged`` where a server holds other weights than it was given; one without an answer is lost.
+        """Raise ``WeightsChanged`` if a server holds other weights than it was given; one without an answer is lost.
 
         Checked before turns are handed out, not when the session ends: the caller may store them at once.
         """
@@ -208,9 +208,9 @@ class PoolSession:
             self.dispatcher.lose(member, error)
 
     def cache_statistics(self) -> dict[str, float] | None:
-        """Return the share of prompt tokens that servers took from their caches; None where they do not tell.
+        """Return the share of prompt tokens that servers took from their caches; None if they do not tell.
 
-        Servers tell that were started with ``--enable-prompt-tokens-details``, as those of a run are.
+        Servers tell that were started with ``--enable-prompt-tokens-details``, as a run's servers are.
         """
         return self.cache_use.statistics()
 
@@ -220,7 +220,7 @@ class PoolSession:
             return
         self.pool.session = None
         self._requests.clear()
-        # Canceling would end the reading of weights, too.
+        # Canceling would end the reading of weights as well.
         self.rolling_update.wait()
         self.dispatcher.cancel()
 
@@ -287,7 +287,7 @@ class RemoteRankSession:
         return None
 
     def close(self) -> None:
-        """Do nothing: nothing is in flight."""
+        """Do nothing: no turn is in flight."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class ServedTurn:
     sample: tuple[list[int], list[float]]
     """Tokens and log-probabilities."""
     cached_tokens: int | None
-    """Tokens of the prompt that were in the cache; None where the server does not tell."""
+    """Tokens of the prompt that were in the cache; None if the server does not tell."""
     version: int
     """Version of the weights that the server holds: it reads no others before its turns have come back."""
 
@@ -340,7 +340,7 @@ class RollingUpdate:
         """Go over to the newest weights, and have servers without a turn read them in the background.
 
         Every turn that came back must have been checked before (``PoolEngine.check_weights``): reading replaces what it
-        was sampled from. A server that cannot read them is lost. Raises ``WeightsChanged`` where one held others.
+        was sampled from. A server that cannot read them is lost. Raises ``WeightsChanged`` if one held others.
         """
         self._take_results()
         self.pool.take_offer()
@@ -355,12 +355,12 @@ class RollingUpdate:
         wait(self._loads.values())
         if self._threads is not None:
             self._threads.shutdown()
-        # Nothing is sampled any more, so a server that held others' weights spoils nothing.
+        # Nothing is sampled any more, so a server that held others' weights does no harm.
         self._take_results(is_over=True)
 
     def _take_results(self, is_over: bool = False) -> None:
         for member in [member for member, load in self._loads.items() if load.done()]:
-            # Until now nobody compared what it holds: a load that failed halfway would look like weights of others.
+            # Its weights were not compared until now: a load that failed halfway would look like weights of others.
             member.is_loading = False
             try:
                 self._loads.pop(member).result()
@@ -384,7 +384,7 @@ class RollingUpdate:
                 member.engine.check_weights(content=True)
                 member.read(version)
             finally:
-                # The session may be waiting for replies, with turns that this server can take now.
+                # The session may be waiting for replies, with turns that this server can run now.
                 self.dispatcher.wake()
 
         self._loads[member] = self._threads.submit(load)

@@ -87,7 +87,7 @@ synced after a few updates gives 0.7.
 
 
 class ParityError(RuntimeError):
-    """The engine's log-probabilities are not those of the model being trained."""
+    """The engine's log-probabilities differ from the log-probabilities of the trained model."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Rollouts by transformers: slower than vLLM, but on every device and with nothing to install.
+"""Rollouts by transformers: slower than vLLM, but on every device and without installation.
 
 Prompts of similar length are decoded together, left-padded, with a key-value cache. Finished rows leave the batch once
-a quarter of it has ended, so that the long tail costs little. Each response has its own generator, seeded from its
+a quarter of it has ended, so the long tail costs little. Each response has its own generator, seeded from its
 index: its randomness does not depend on the batch. Leaves out prefix sharing and continuous batching.
 
 Cheap sampling of tokens: one uniform number per row, and a search in the cumulative distribution.
@@ -94,7 +94,7 @@ class TransformersEngine:
         """Decode one batch of B requests from the first token to the last."""
         generators = [torch.Generator().manual_seed(request.seed) for request in requests]
         ids, mask = self._left_pad([request.prompt for request in requests])  # (B, P)
-        # Padding on the left takes no positions: the first real token of every prompt is at 0.
+        # Padding on the left needs no positions: the first real token of every prompt is at 0.
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
@@ -153,7 +153,7 @@ class TransformersEngine:
         return ids.to(self.device), mask.to(self.device)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy a full set of weights into the model, so that further training does not change the sampler halfway.
+        """Copy a full set of weights into the model, so further training does not change the sampler halfway.
 
         Each tensor has the shape that the checkpoint gives its name. A tied tensor may be missing: its memory is
         another tensor's, which was copied.
@@ -194,7 +194,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Free the model."""
         self.model = None
-        trim_malloc()  # what a reward model or a checkpoint that reads takes next would come on top of it
+        trim_malloc()  # what a reward model or a checkpoint that is read needs next would come on top of it
 
 
 BLOCK = 256
@@ -222,7 +222,7 @@ def processed_logprobs(logits: torch.Tensor, temperature: float, top_p: float) -
 def pick_tokens(logprobs: torch.Tensor, uniform: torch.Tensor, greedy: bool = False) -> torch.Tensor:
     """Return token ids (B,), sampled by inverting the cumulative distribution at ``uniform``, (B,) in [0, 1).
 
-    ``logprobs`` is (B, V). The search has two levels, blocks and entries of one block, so that only block sums are
+    ``logprobs`` is (B, V). The search has two levels, blocks and entries of one block, so only block sums are
     accumulated over the vocabulary, in float64: a token without probability is never sampled. Converting all entries to
     float64 first took a tenth of a decode step on two cores.
     """

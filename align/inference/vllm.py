@@ -46,7 +46,7 @@ def why_unusable() -> str | None:
         return "vLLM is not installed"
     _prepare_environment()
     try:
-        with _preserve_global_state():  # the import alone draws random numbers
+        with _preserve_global_state():  # even the import draws random numbers
             import vllm  # noqa: F401
     except Exception as error:  # a broken build fails in many ways
         return f"vLLM does not import ({type(error).__name__}: {error})"
@@ -56,7 +56,7 @@ def why_unusable() -> str | None:
 def import_engine() -> None:
     """Import what an engine imports when it is opened, for the processes that are forked from this one.
 
-    Raises ``RuntimeError`` where vLLM cannot be used, and ``ImportError`` where one of its modules has moved.
+    Raises ``RuntimeError`` where vLLM cannot be used, and ``ImportError`` if any of its modules has moved.
     """
     obstacle = why_unusable()
     if obstacle is not None:
@@ -74,7 +74,7 @@ def why_model_unusable(model_dir: Path, device: torch.device) -> str | None:
 
 def _prepare_environment() -> None:
     """Set the variables that vLLM reads while it is imported. The user's own values win, except for the first."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must share this process to take weights directly
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must share this process to receive weights directly
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -251,7 +251,7 @@ class VllmEngine:
 
         A stored adapter's tensors go to its hooks instead.
         """
-        # The watchdog hears of each tensor: a large model takes longer than the timeout as a whole.
+        # The watchdog hears of each tensor: a large model lasts longer than the timeout as a whole.
         for name, tensor in with_tied_head(weights, self.tied):
             loaded.add(name)
             self.watchdog.progress()
@@ -291,9 +291,9 @@ class SleepMode:
     """vLLM's sleep mode: lends a GPU's memory to the trainer between calls to an engine on the same GPU.
 
     Asleep, the engine keeps its weights in the machine's memory and no keys and values. It sleeps once responses are
-    done; the next call wakes what it needs. A change of weights wakes only the weights, so that the cache takes no
+    done; the next call wakes what it needs. A change of weights wakes only the weights, so the cache takes no
     memory while the trainer merges adapters. Leaves out level 2, which drops the weights: the stages ``sample`` and
-    ``evaluate`` go on with the same ones. Without ``enabled`` the engine is always awake.
+    ``evaluate`` continue with the same ones. Without ``enabled`` the engine is always awake.
     """
 
     def __init__(self, llm: Any, enabled: bool) -> None:
@@ -308,7 +308,7 @@ class SleepMode:
             self.asleep = [WEIGHTS, CACHE]
 
     def wake(self, *tags: str) -> None:
-        """Wake those of ``tags`` that sleep."""
+        """Wake the ``tags`` that sleep."""
         for tag in [name for name in self.asleep if name in tags]:
             self.llm.wake_up(tags=[tag])
             self.asleep.remove(tag)

@@ -67,7 +67,7 @@ def why_model_unsupported(model_dir: Path, device: torch.device) -> str | None:
     try:
         config = ModelConfig(model=str(model_dir), trust_remote_code=False)
     except ValidationError as error:
-        # The message goes on with the list of all architectures there are.
+        # The message continues with the list of all architectures there are.
         return f"vLLM does not support the model ({str(error.errors()[0]['msg']).split('. ')[0]})"
     if device.type != "cpu" or config.is_attention_free:
         return None
@@ -165,7 +165,7 @@ class Steps:
         return finished
 
     def abort(self, names: list[str]) -> None:
-        """Drop requests, and step until nothing of them is left on the device or in the scheduler."""
+        """Drop requests, and step until none of them is left on the device or in the scheduler."""
         self.engine.abort_request(names)
         while self.scheduler.has_requests() or self.core.batch_queue:
             self.engine.step()
@@ -178,7 +178,7 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 def why_unsupported(model_dir: Path, config: EngineConfig, server: bool = False) -> str | None:
     """Say why vLLM cannot run the checkpoint's stored adapter, in this process or as a ``server``.
 
-    Returns None where it can, and where there is no adapter.
+    Returns None if it can, and if there is no adapter.
     """
     if not is_stored(model_dir):
         return None
@@ -197,7 +197,7 @@ class Adapter:
     """The adapter of a checkpoint in the live model of vLLM."""
 
     def __init__(self, model: Any, model_dir: Path, dtype: torch.dtype) -> None:
-        """Register the hooks. Raises ``AttributeError`` where the model lacks the modules that ``KINDS`` have."""
+        """Register the hooks. Raises ``AttributeError`` if the model lacks the modules that ``KINDS`` have."""
         description = json.loads((model_dir / FOLDER / DESCRIPTION).read_text(encoding="utf-8"))
         self.tuning = stored_tuning(model_dir)
         self.first_token = description["first_token"]

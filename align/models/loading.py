@@ -79,7 +79,10 @@ def new_reward(model_dir: Path, dtype: torch.dtype = torch.float32) -> Any:
 def _load(
     task: Task, model_dir: Path, dtype: torch.dtype, may_lack: Collection[str] = (), **options: Any
 ) -> tuple[Any, set[str]]:
-    """Return the model and those of ``may_lack`` that the checkpoint lacks; any other missing tensor is an error."""
+    """Return the model and the names of ``may_lack`` that the checkpoint lacks.
+
+    Any other missing tensor is an error.
+    """
     model, missing = open_model(task, model_dir, dtype, may_lack=may_lack, **options)
     # transformers finds the last real token of a sequence by the pad token.
     pad = getattr(model.config, "pad_token_id", None)

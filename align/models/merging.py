@@ -74,7 +74,7 @@ def ties(task_vectors: Sequence[Tensor], weights: Sequence[float], density: floa
     """TIES: keep the largest entries of each, elect a sign per entry, average those that agree (arXiv 2306.01708)."""
     if density >= 1:
         stacked = torch.stack([vector.float() for vector in task_vectors])
-        # With density 1 nothing is trimmed, so only the sign election and the disjoint merge remain.
+        # With density 1 no value is trimmed, so only the sign election and the disjoint merge remain.
         mask = merge_utils.calculate_majority_sign_mask(stacked)
         return merge_utils.disjoint_merge(stacked * _shaped(weights, stacked), mask)
     vectors = [vector.float() for vector in task_vectors]
@@ -94,7 +94,7 @@ def dare(task_vectors: Sequence[Tensor], weights: Sequence[float], density: floa
 
 
 def seed_of(seed: int, name: str) -> int:
-    """Return a seed for the tensor ``name``, so that results do not depend on the order of tensors."""
+    """Return a seed for the tensor ``name``, so results do not depend on the order of tensors."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7])
 
 
@@ -109,7 +109,7 @@ class Weights:
     """Tensors of a model folder by name, read on access."""
 
     def __init__(self, folder: Path, label: str) -> None:
-        """Open a folder, called ``label`` in messages. Raises ``UserError`` where an adapter is stored in it."""
+        """Open a folder, called ``label`` in messages. Raises ``UserError`` if an adapter is stored in it."""
         self.folder, self.label = folder, label
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (folder / FOLDER).is_dir():
@@ -122,7 +122,7 @@ class Weights:
             with safe_open(file, framework="pt") as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
         self.tied = bool(self.config.get("tie_word_embeddings", False)) and "score.weight" not in self._files
-        # A tied head may be written beside the embeddings or left out; it is one tensor either way.
+        # A tied head may be written next to the embeddings or omitted; it is one tensor either way.
         self.names = {name for name in self._files if not (self.tied and name == HEAD)}
 
     def _method(self) -> str:

@@ -36,7 +36,7 @@ class TokenizerFacts:
 
     has_template: bool
     read_vocabulary: Callable[[], frozenset[str]]
-    """Function that returns its tokens, at least the special ones; empty where they are not known."""
+    """Function that returns its tokens, at least the special ones; empty if they are not known."""
 
 
 def check_template(config: ModelConfig, base: Path) -> None:
@@ -47,7 +47,7 @@ def check_template(config: ModelConfig, base: Path) -> None:
     if not known:
         return
     if config.chat_template is None:
-        # An adapter's own tokenizer counts, with the base's template where it has none.
+        # An adapter's own tokenizer counts, with the base's template if it has none.
         if not any(tokenizer.has_template for tokenizer in known):
             vocabulary = known[0].read_vocabulary() | set(config.add_tokens)
             raise UserError(f"source: {explain_no_template(config.source, vocabulary)}")
@@ -59,7 +59,7 @@ def check_template(config: ModelConfig, base: Path) -> None:
 
 
 def _known_tokenizers(config: ModelConfig, base: Path) -> Iterator[TokenizerFacts]:
-    """Yield facts of the tokenizers of the source and of its base, the one that is used first."""
+    """Yield facts of the tokenizers of the source and of its base, in the order of use."""
     sources = [resolve(config.source, config.revision, base)]
     if config.base_model is not None:
         sources.append(resolve(config.base_model, config.base_revision, base))
@@ -70,7 +70,7 @@ def _known_tokenizers(config: ModelConfig, base: Path) -> Iterator[TokenizerFact
 
 
 def _tokenizer_facts(source: Source) -> TokenizerFacts | None:
-    """Return facts of a source's tokenizer; None where its files are not known, or there are none."""
+    """Return facts of a source's tokenizer; None if its files are not known, or there are none."""
     if source.origin is Origin.TINY:
         return TokenizerFacts(True, lambda: frozenset(SPECIAL_TOKENS))
     if source.origin is Origin.EMBEDDED:

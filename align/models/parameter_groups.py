@@ -72,7 +72,7 @@ def parameter_groups(model: Any) -> dict[str, ParameterGroup]:
 
 
 def has_tied_head(model: Any) -> bool:
-    """Return True where the vocabulary head is the embeddings' tensor."""
+    """Return True if the vocabulary head is the embeddings' tensor."""
     output = model.get_output_embeddings()
     return output is not None and output.weight is model.get_input_embeddings().weight
 

@@ -48,7 +48,10 @@ NAMED = 5
 
 
 def open_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return a model folder's config. Raises ``UserError`` for one that transformers refuses or has no class for."""
+    """Return a model folder's config.
+
+    Raises ``UserError`` for a folder that transformers refuses or has no class for.
+    """
     from transformers import AutoConfig
 
     check_folder(folder)
@@ -86,7 +89,7 @@ def open_model(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[Any, set[str]]:
-    """Load the model in a folder to the CPU; return it and those of ``may_lack`` that its files lack.
+    """Load the model in a folder to the CPU; return it and the names of ``may_lack`` that its files lack.
 
     ``options`` override fields of its config. The shapes that the config asks for are compared with the files' headers
     before any tensor is read. Raises ``UserError`` for tensors that are missing, unexpected or of another shape.
@@ -235,7 +238,7 @@ def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
     auto: Any = transformers.AutoModelForCausalLM
     limit_templates()
     resume_collections()
-    # transformers also reads files beside a GGUF. They are not part of the model's identity, so it sees the GGUF alone.
+    # transformers also reads files next to a GGUF. They are not part of the model's identity, so it sees the GGUF only.
     with tempfile.TemporaryDirectory(prefix="align-gguf-") as isolated, refusing(gguf):
         (Path(isolated) / gguf.name).symlink_to(gguf.resolve())
         check_gguf(gguf)
@@ -259,7 +262,7 @@ def open_static(folder: Path) -> Any:
 
 
 def adapter_config(adapter: Path) -> Any:
-    """Load peft's config of an adapter. Raises ``UserError`` for one that names code or files to load."""
+    """Load peft's config of an adapter. Raises ``UserError`` for an adapter that names code or files to load."""
     from peft import PeftConfig
 
     check_adapter(adapter)
@@ -270,7 +273,7 @@ def adapter_config(adapter: Path) -> Any:
 def attach_adapter(base: Any, adapter: Path) -> tuple[Any, list[str]]:
     """Put the adapter of a folder on ``base``, in place; return the peft model and peft's warnings.
 
-    Raises peft's own errors where it does not fit, and ``UserError`` for tensors that ``base`` has no place for, which
+    Raises peft's own errors if it does not fit, and ``UserError`` for tensors that ``base`` has no place for, which
     peft would drop silently.
     """
     from peft import PeftModel, get_peft_model_state_dict
@@ -343,7 +346,7 @@ def _preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' report and progress bar for a comparison that loads nothing."""
+    """Silence transformers' report and progress bar for a comparison without loading."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -31,7 +31,7 @@ Answer = tuple[list[Message], str, bool, str | None]
 Request = tuple[tuple[int, ...], tuple[int, ...]]
 """A rendered conversation, and the places in it that are scored."""
 OnProgress = Callable[[int, int], None]
-"""(done, total) → nothing."""
+"""(done, total) → None."""
 
 
 class RewardModel:
@@ -52,7 +52,7 @@ class RewardModel:
         ``pass_tokens`` a batch has about that many tokens, in place of ``batch_size`` rows, and whatever several of its
         conversations begin with is computed once. Rounding then depends on the batch, so the same answer may get a
         slightly different score in the next call; within a call equal answers have equal scores. A model that cannot
-        run without padding takes batches of ``batch_size`` rows.
+        run without padding uses batches of ``batch_size`` rows.
         """
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_reward(model_dir).to(device).requires_grad_(False)
@@ -62,14 +62,14 @@ class RewardModel:
         self.share_beginnings = share_beginnings
         self.pass_tokens = pass_tokens
         self.on_progress: OnProgress | None = None
-        """Told of the different rows that were scored, and of those of the call."""
+        """Told of the different rows that were scored, and of all rows of the call."""
         self._steps = Steps.read(model_dir)
         self._ragged = can_run_ragged(self.model)
         if self._ragged:
             enable_ragged(self.model)
 
     def round_weights(self) -> None:
-        """Keep the trunk in bfloat16 where it computes in it: half the memory; scores change by rounding."""
+        """Keep the trunk in bfloat16 if it computes in it: half the memory; scores change by rounding."""
         if self.precision == "bfloat16":
             cast_frozen_to_bf16(getattr(self.model, self.model.base_model_prefix))
             # The head still belongs to the memory-mapped file, which would stay in memory as a whole.
@@ -77,7 +77,7 @@ class RewardModel:
                 parameter.data = parameter.data.clone()
 
     def prepare_for_inference(self) -> None:
-        """Round weights and what flows between layers to bfloat16 where the model computes in it.
+        """Round weights and what flows between layers to bfloat16 if the model computes in it.
 
         The fastest form of a model that is only read; scores change by rounding.
         """
@@ -87,7 +87,7 @@ class RewardModel:
 
     @property
     def steps(self) -> Steps | None:
-        """Return how a process reward model splits answers into steps; None for one that scores whole answers."""
+        """Return how a process reward model splits answers into steps; None for a model that scores whole answers."""
         return self._steps
 
     def score(
@@ -100,8 +100,8 @@ class RewardModel:
         """Score ``responses[i]`` as the assistant's answer to ``prompts[i]``, with this model's own chat template.
 
         Answers that are not ``finished`` (cut off at their length limit) are read without the end-of-turn token, which
-        the policy did not write; None means that all are finished. ``tools`` are those of each prompt's row. A process
-        reward model combines the probabilities that the steps are right into one score from 0 to 1.
+        the policy did not write; None means that all are finished. ``tools`` are the tools of each prompt's row. A
+        process reward model combines the probabilities that the steps are right into one score from 0 to 1.
         """
         ended = finished if finished is not None else [True] * len(responses)
         offered = tools if tools is not None else [None] * len(responses)
@@ -139,7 +139,7 @@ class RewardModel:
     def score_places(self, rows: list[list[int]], places: list[list[int]]) -> list[list[float]]:
         """Return the scores at the tokens ``places[i]`` of each row, in order.
 
-        Equal rows are computed once, so that their scores are equal too.
+        Equal rows are computed once, so their scores are equal as well.
         """
         requests = [(tuple(row), tuple(row_places)) for row, row_places in zip(rows, places, strict=True)]
         scores: dict[Request, list[float]] = {}
@@ -164,7 +164,7 @@ class RewardModel:
     def _forward(self, rows: list[list[int]], places: list[list[int]]) -> list[float]:
         with autocast(self.device, self.precision):
             states = (self._ragged_states if self._ragged else self._padded_states)(rows, places)  # (P, H)
-        # The head is one dot product: in float32, so that scores of similar answers do not tie by rounding.
+        # The head is one dot product: in float32, so scores of similar answers do not tie by rounding.
         values: list[float] = self.model.score(states.float())[:, 0].tolist()
         return values
 
@@ -213,7 +213,7 @@ FILE, FIELD = "align.json", "steps"
 
 @dataclass(frozen=True)
 class Steps:
-    """Rule by which a process reward model splits answers; stored in ``align.json`` beside the weights."""
+    """Rule by which a process reward model splits answers; stored in ``align.json`` next to the weights."""
 
     separator: str
     aggregate: Aggregate

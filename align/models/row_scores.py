@@ -58,9 +58,9 @@ class _RewardScorer:
 
 
 class _PerplexityScorer:
-    """Perplexity of an answer's last turn given all before it; with ``alone``, divided by that of the turn alone (IFD).
+    """Perplexity of an answer's last turn given all before it; with ``only``, divided by the turn's own (IFD).
 
-    Raises ``PromptRewritten`` for a template that renders what stands before the turn differently once it follows.
+    Raises ``PromptRewritten`` for a template that renders the text before the turn differently once it follows.
     """
 
     def __init__(self, folder: Path, device: str, config: Any, alone: bool) -> None:
@@ -74,7 +74,7 @@ class _PerplexityScorer:
         self.max_length, self.alone = config.max_length, alone
 
     def __call__(self, rows: list[Row]) -> list[float]:
-        # Every row gives up to two texts: the reply after its prompt, and for IFD the reply alone.
+        # Every row gives up to two texts: the reply after its prompt, and for IFD the reply only.
         texts: list[tuple[list[int], int]] = []  # ids, and how many of them are context only
         indices: list[list[int]] = []
         for row in rows:
@@ -103,7 +103,7 @@ class _PerplexityScorer:
         conditioned = ([*prompt, *answer][: self.max_length], len(prompt))
         if not self.alone:
             return [conditioned]
-        # The reply alone follows the token that opens a text, so that its own first token is scored too.
+        # The reply only follows the token that opens a text, so its own first token is scored as well.
         start = self.tokenizer.bos_token_id
         begin = prompt[:1] if start is None else [start]
         # Both texts score the same answer tokens, so this one is cut where the other was.
@@ -146,7 +146,7 @@ Embedder = Callable[[list[str]], np.ndarray]
 
 
 def make_embedder(folder: Path, device: str, max_length: int, batch_size: int) -> Embedder:
-    """Return the embedder in a folder: static where its config.json names no transformers model.
+    """Return the embedder in a folder: static if its config.json names no transformers model.
 
     Raises ``UserError`` for a folder that holds neither, and where model2vec is missing.
     """

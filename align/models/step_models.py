@@ -1,6 +1,6 @@
-"""Models for the steps of a dataset: ``align.data`` defines the interface, since it lies below the models.
+"""Models for the steps of a dataset: ``align.data`` defines the interface, since it is below the models.
 
-Torch-free until a method is called, so that planning a data stage imports no torch. Picklable, for worker processes.
+Torch-free until a method is called, so planning a data stage imports no torch. Picklable, for worker processes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, PAD)
 """Ids 0 to 3; the end of a turn is id 2, as in SmolLM2."""
 
-# The line break stands before a turn, not after it: a conversation then ends with the end-of-turn token, which is the
+# The line break is before a turn, not after it: a conversation then ends with the end-of-turn token, which is the
 # last token a policy learns, samples and is scored at.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

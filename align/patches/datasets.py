@@ -15,7 +15,7 @@ def pin_revisions(revisions: Mapping[str, str]) -> set[str]:
 
     Replaces ``datasets.load_dataset`` and reads ``datasets.packaged_modules._PACKAGED_DATASETS_MODULES``, the names of
     file formats that it accepts instead of a dataset. lm-eval's tasks call that function without a commit, and lm-eval
-    has no setting for all tasks of a group. Written for datasets 5.2.
+    has no setting for all tasks of a group. The patch was written for datasets 5.2.
 
     Returns:
         A set that collects the datasets that were loaded without a commit.

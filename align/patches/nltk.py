@@ -12,7 +12,8 @@ from align.patches.signatures import private_name
 def without_downloads() -> Iterator[None]:
     """Inside, ``nltk.download`` does nothing.
 
-    Replaces ``nltk.download``, which IFBench's module of checkers calls when it is imported. Written for NLTK 3.9.
+    Replaces ``nltk.download``, which IFBench's module of checkers calls when it is imported. The patch was written for
+    NLTK 3.9.
     """
     download = private_name("nltk", "nltk:download")
     import nltk

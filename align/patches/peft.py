@@ -12,7 +12,7 @@ def replace_lora_linear(model: Any, replacement: type) -> None:
 
     Swaps ``__class__`` of each ``peft.tuners.lora.layer.Linear``, so names, saving and merging stay peft's. peft's
     ``LoraConfig._register_custom_module`` (https://github.com/huggingface/peft/pull/1875) is private as well and only
-    covers new adapters, not loaded ones. Written for peft 0.21.
+    covers new adapters, not loaded ones. The patch was written for peft 0.21.
 
     Args:
         model: A model with peft's layers.
@@ -29,7 +29,8 @@ def replace_lora_linear(model: Any, replacement: type) -> None:
 def has_hooks(module: Any) -> bool:
     """Return True if a wrapper such as accelerate's has to see calls of a ``torch.nn.Module``.
 
-    Reads four private attributes of torch's modules, for which there is no public accessor. Written for torch 2.13.
+    Reads four private attributes of torch's modules, for which there is no public accessor. The patch was written for
+    torch 2.13.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)

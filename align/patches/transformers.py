@@ -10,11 +10,11 @@ from align.patches.signatures import private_name
 
 
 def wrap_templates(limit: Callable[[Any], Any]) -> None:
-    """Have ``limit`` compile every chat template of this process; a second call changes nothing.
+    """Have ``limit`` compile every chat template of this process; a second call has no effect.
 
     Replaces ``transformers.utils.chat_template_utils._compile_jinja_template``. transformers' tokenizers, trl, vLLM and
     lm-eval all compile templates with that function, and none of them offers a hook to limit what a template may use.
-    Written for transformers 5.17.
+    The patch was written for transformers 5.17.
 
     Args:
         limit: Receives transformers' own function and returns the function to use instead of it.
@@ -34,7 +34,7 @@ def save_only(model: Any, trained: Collection[str], save: Callable[..., None]) -
 
     Replaces ``save_pretrained`` and ``_keys_to_ignore_on_save`` of this one model. The Trainer saves checkpoints of a
     ``PreTrainedModel`` by the first, and compares the second with the tensors that a checkpoint lacks: otherwise it
-    lists every frozen tensor as missing. Written for transformers 5.17.
+    lists every frozen tensor as missing. The patch was written for transformers 5.17.
 
     Args:
         model: The model to change.

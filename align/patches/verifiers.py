@@ -10,7 +10,8 @@ from align.errors import UserError
 def set_state(toolset: Any, state: Any) -> None:
     """Give a tool server that runs in this process the state of an episode.
 
-    Sets ``_inert_state``, from which a toolset without a server reads its state. Written for verifiers 0.4.
+    Sets ``_inert_state``, from which a toolset without a server reads its state. The patch was written for verifiers
+    0.4.
 
     Raises:
         UserError: if the toolset has no such attribute.

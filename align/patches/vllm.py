@@ -56,7 +56,7 @@ def allow_blocks_of_16() -> None:
 def keep_thread_count() -> Iterator[None]:
     """Restore ``torch.set_num_threads`` and the number of threads afterwards.
 
-    vLLM's worker on a CPU replaces torch's function with one that only warns
+    vLLM's worker on a CPU replaces torch's function with a function that only warns
     (https://github.com/vllm-project/vllm/pull/38535). The trainer in the same process needs torch's own.
     """
     set_num_threads = torch.set_num_threads

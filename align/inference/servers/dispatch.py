@@ -60,7 +60,7 @@ class ServerRequest:
     group: int
     """Requests of one group go to one server, where they share the keys and values of their prompt."""
     affinity: tuple[Hashable, ...] = ()
-    """Names under which a server is remembered: the request goes to the one that had the first of them last.
+    """Names under which a server is remembered: the request goes to the server that had the first of them last.
 
     The later names are for a request whose first name no server has had, or whose server is lost or full.
     """
@@ -82,7 +82,7 @@ class ServerState:
     tokens: int = 0
     """Load: the sum of those requests' tokens."""
     epoch: int = 0
-    """Raised when the server is lost, so that replies to requests from before the loss are recognized and ignored."""
+    """Raised when the server is lost, so replies to requests from before the loss are recognized and ignored."""
     bad_replies: int = 0
     """Bad replies in a row."""
     last_reply: float = 0.0
@@ -131,7 +131,7 @@ class Dispatcher:
         """Name of an affinity → index of the server that had a request with it last."""
         self.pending = deque(self._group(self.requests))
         self.replies: queue.SimpleQueue[ServerReply | None] = queue.SimpleQueue()
-        """Replies to take; None only ends the waiting for one."""
+        """Replies to read; None only ends the waiting for one."""
 
     def run(self) -> list[Any]:
         """Send requests until each has a reply.
@@ -147,7 +147,7 @@ class Dispatcher:
             self.cancel()
 
     def submit(self, request: ServerRequest) -> int:
-        """Send one more request, or queue it where no server has room. Returns its index."""
+        """Send one more request, or queue it if no server has room. Returns its index."""
         index, self.count = self.count, self.count + 1
         self.requests[index] = request
         self.remaining += 1
@@ -168,7 +168,7 @@ class Dispatcher:
             if self.results or left <= 0:
                 break
             self._await_server()
-        # Also take the replies that have arrived meanwhile, without waiting.
+        # Also read the replies that have arrived meanwhile, without waiting.
         while self.remaining and not self.replies.empty():
             self._advance(0)
         replies, self.results = self.results, {}
@@ -177,7 +177,7 @@ class Dispatcher:
         return replies
 
     def wake(self) -> None:
-        """Send what can be sent at once, since a server takes requests again. Any thread may call it."""
+        """Send what can be sent at once, since a server accepts requests again. Any thread may call it."""
         self.replies.put(None)
 
     def cancel(self) -> None:
@@ -193,10 +193,10 @@ class Dispatcher:
                 self._lose(state, error)
 
     def _advance(self, seconds: float) -> None:
-        """Send what can be sent, and take one reply, waiting so long for it at most."""
+        """Send what can be sent, and read one reply, waiting for it at most that long."""
         # 1. Fill every ready server up to its concurrency.
         self._assign()
-        # 2. Take one reply. Waiting is short, so that step 3 comes around while nobody answers.
+        # 2. Read one reply. Waiting is short, so step 3 comes around while no server answers.
         with contextlib.suppress(queue.Empty):
             arrived = self.replies.get(timeout=seconds)
             if arrived is not None:
@@ -205,7 +205,7 @@ class Dispatcher:
         self._check_silent_servers()
 
     def _await_server(self) -> None:
-        """With nothing in flight no reply will come: wait until a server has come back."""
+        """Without a request in flight no reply will come: wait until a server has come back."""
         if self.remaining and not any(state.in_flight for state in self.servers):
             self.pool.await_ready()
 
@@ -221,7 +221,7 @@ class Dispatcher:
     def _assign(self) -> None:
         """Send pending groups in order, as long as a server has room."""
         while self.pending:
-            # The order is kept: no group overtakes one that waits for room.
+            # The order is kept: no group overtakes a group that waits for room.
             group = self.pending[0]
             state = self._least_loaded(group)
             if state is None:
@@ -234,7 +234,7 @@ class Dispatcher:
         """Return the ready server with room that has the fewest tokens in flight; None while there is none.
 
         One to which the group has an affinity comes first, whatever its load. A server that gave a bad reply to one of
-        the group is only taken when every ready server did.
+        the group is only accepted when every ready server did.
         """
         ready = [state for state in self.servers if self.pool.takes_requests(state.member)]
         failed = set().union(*(self.failed_servers.get(index, set()) for index in group))
@@ -263,7 +263,7 @@ class Dispatcher:
         self._queue_reply(future, state, index)
 
     def _queue_reply(self, future: Future[Reply], state: ServerState, index: int | None) -> None:
-        """Put the reply into the queue when it comes. Cancelled calls are those of a server that was lost."""
+        """Put the reply into the queue when it comes. Cancelled calls belong to a server that was lost."""
         epoch = state.epoch
 
         def on_done(done: Future[Reply]) -> None:
@@ -367,7 +367,7 @@ class Dispatcher:
         self.pending.extendleft(reversed(self._group(state.in_flight)))
         state.in_flight = set()
         state.tokens = 0
-        # The epoch is raised before the calls are cancelled, so that replies that still arrive count as stale.
+        # The epoch is raised before the calls are cancelled, so replies that still arrive count as stale.
         state.epoch += 1
         state.bad_replies = 0
         state.missed_probes = 0

@@ -1,4 +1,4 @@
-"""Rollouts by several vLLM servers that hold the same weights: opened together, lost and taken back one by one.
+"""Rollouts by several vLLM servers that hold the same weights: opened together, lost and added back one by one.
 
 ``server.py`` has the requests of one server, ``dispatch.py`` the choice among servers. A lost server is restarted, or
 called until it answers again, while the others work. It samples no more until it holds the weights that they hold.
@@ -51,7 +51,7 @@ class PoolEngine:
         self.folder = WeightsFolder(spec)
         self.members = [Member(number) for number in range(spec.pool.servers or len(spec.pool.addresses))]
         self.version = 0
-        """Version of the weights that are sampled from; 0 are those of the checkpoint."""
+        """Version of the weights that are sampled from; 0 stands for the checkpoint's weights."""
         self.offered = 0
         """Newest version that a session may go over to."""
         self.weights_updates: dict[int, int] = {}
@@ -63,7 +63,7 @@ class PoolEngine:
         self.closing = threading.Event()
         self._changed = threading.Condition()
         self._weights_lock = threading.RLock()
-        """Held while weights are written or read, so that a server that comes back never reads half a change."""
+        """Held while weights are written or read, so a server that comes back never reads half a change."""
         self._return_threads: list[threading.Thread] = []
         try:
             self._open_all()
@@ -143,7 +143,10 @@ class PoolEngine:
         return results
 
     def ask_each(self, action: Callable[[RolloutEngine], Result]) -> list[Result]:
-        """Return the results of ``action`` for every ready server; one that fails is lost. Raises ``EngineLost``."""
+        """Return the results of ``action`` for every ready server; a server that fails is lost.
+
+        Raises ``EngineLost``.
+        """
         check_idle(self.session, "ask_each")
         self.check_weights()
         results = []
@@ -161,9 +164,9 @@ class PoolEngine:
     def check_weights(
         self, *, sampled: bool = False, content: bool = False, lose: Callable[[Member, Exception], None] | None = None
     ) -> None:
-        """Raise ``WeightsChanged`` where a server holds other weights than it was given; skip those that read new ones.
+        """Raise ``WeightsChanged`` if a server holds other weights than it was given; skip those that read new ones.
 
-        ``content`` compares tensors too. Where nothing was ``sampled`` since the last check, nothing is spoiled: a
+        ``content`` compares tensors as well. If no response was ``sampled`` since the last check, none is wrong: a
         server that was restarted meanwhile is only lost, and comes back with weights. ``lose`` is called for servers
         that are lost, in a thread for each, instead of the pool's own method.
         """
@@ -185,7 +188,7 @@ class PoolEngine:
         """Give every server a full set of weights; none samples again before it holds them.
 
         Each tensor has the shape that the checkpoint gives its name.
-        Raises ``EngineLost`` when no server is left that can take them, ``BadReply`` when none can read the folder.
+        Raises ``EngineLost`` when no server is left that can read them, ``BadReply`` when none can read the folder.
         """
         self.check_weights(content=True)
         self.await_ready()
@@ -199,7 +202,7 @@ class PoolEngine:
     def write_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
         """Write a full set, in the checkpoint's shapes, and return its version for ``adopt``.
 
-        Servers go on with what they hold.
+        Servers continue with what they hold.
         """
         return self.folder.write(weights)
 
@@ -221,7 +224,7 @@ class PoolEngine:
     def adopt(self, version: int) -> None:
         """Have every server read a version that was written: the second half of ``load_weights``. Raises as it does.
 
-        Servers that hold it, or a newer one that was offered, keep what they have.
+        Servers that hold it, or a newer version that was offered, keep what they have.
         """
         self.check_weights(content=True)
         self.await_ready()
@@ -252,7 +255,7 @@ class PoolEngine:
                 self._for_each(ready, read)
             else:
                 self._send(list(with_tied_head(weights, self.spec.tied_embeddings)), ready, failed)
-            # 2. When nobody can read the folder, the folder is at fault, not the servers.
+            # 2. When no server can read the folder, the folder is at fault, not the servers.
             if failed and (first or all(isinstance(failed.get(member), BadReply) for member in ready)):
                 raise next(iter(failed.values()))
             # 3. Servers without the new weights sample no more. They read this version when they come back, so only
@@ -290,7 +293,7 @@ class PoolEngine:
             self._changed.notify_all()
         self._warn_lost(member, error)
         if returns:
-            # A restart takes minutes. The other servers sample on meanwhile.
+            # A restart needs minutes. The other servers sample on meanwhile.
             thread = threading.Thread(target=self._take_back, args=(member,), name="vllm-pool-return", daemon=True)
             self._return_threads.append(thread)
             thread.start()
@@ -379,7 +382,7 @@ class PoolEngine:
         )
 
     def close(self) -> None:
-        """End the servers that were started here. Others go on with the last weights they were given."""
+        """End the servers that were started here. Others continue with the last weights they were given."""
         self.closing.set()
         for thread in self._return_threads:
             # The thread ends the server it has started. One that outlasts the wait ends with this process.

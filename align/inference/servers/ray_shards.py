@@ -1,7 +1,7 @@
 """Rollouts by engines on several nodes of a Ray cluster: each samples for a share of the prompts.
 
 Every response has a seed from its prompt's position in the whole list, so the shares change no response. An engine
-whose node dies is opened again on another node, and takes the current weights before it samples. Leaves out servers
+whose node dies is opened again on another node, and reads the current weights before it samples. Leaves out servers
 over HTTP, which need no Ray.
 """
 
@@ -24,7 +24,7 @@ from align.inference.protocol import EngineSpec, Progress, Response, RolloutEngi
 from align.inference.sessions import open_session
 
 SHARES = 4
-"""Shares for each engine: one that is slow, or comes late, takes fewer."""
+"""Shares for each engine: an engine that is slow, or comes late, gets fewer."""
 RETRIES = 3
 """Times that an engine may die, on average, before the call fails."""
 
@@ -50,7 +50,7 @@ def shard_sampling(sampling: Sampling, first: int, count: int) -> ShardSampling:
 
 
 class Shard:
-    """One engine, as a Ray actor. Arguments and results are plain values, so that any node can read them."""
+    """One engine, as a Ray actor. Arguments and results are plain values, so any node can read them."""
 
     def __init__(self, settings: dict[str, Any], open_engine: EngineOpener) -> None:
         """Open the engine; ``settings`` are an ``EngineSpec``'s, with the runtime as JSON."""
@@ -114,7 +114,7 @@ class RayEngine:
     """A :class:`~align.inference.protocol.RolloutEngine` around engines of a Ray cluster."""
 
     def __init__(self, spec: EngineSpec, open_engine: EngineOpener, warn: Callable[[str], None]) -> None:
-        """Open ``runtime.executor.samplers.count`` engines; raises ``UserError`` where the cluster cannot hold one."""
+        """Open ``runtime.executor.samplers.count`` engines; raises ``UserError`` if the cluster cannot hold one."""
         executor = spec.runtime.executor
         assert isinstance(executor, RayExecutor)  # no other executor has samplers
         self.connection = ray_client.connected(executor.address)
@@ -208,7 +208,7 @@ class RayEngine:
 
         ``start(actor, first, last)`` starts one share; ``report`` gets the number of prompts that are done.
         """
-        # Several shares per engine, so that a fast engine takes more of them.
+        # Several shares per engine, so a fast engine gets more of them.
         size = max(1, -(-count // (SHARES * len(self.actors))))
         waiting = [(first, min(first + size, count)) for first in range(0, count, size)]
         results: dict[int, list[Any]] = {}
@@ -240,7 +240,7 @@ class RayEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Put a full set of weights, in the checkpoint's shapes, into Ray once.
 
-        Each engine takes it before its next call.
+        Each engine reads it before its next call.
         """
         tensors = [(name, tensor.detach().cpu().contiguous()) for name, tensor in weights]
         self.weights = [self.ray.put(tensors)]

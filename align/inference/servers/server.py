@@ -117,7 +117,7 @@ class ServerEngine:
             "ignore_eos": True,  # only our end token stops; configs of some models name others
             "logprobs": 0,
             "return_token_ids": True,
-            "return_tokens_as_token_ids": True,  # or every token is decoded once more, for a field nobody reads
+            "return_tokens_as_token_ids": True,  # or every token is decoded once more, for a field that is not read
         }
 
     def build_responses(self, samples: list[tuple[list[int], list[float]]], n: int) -> list[list[Response]]:
@@ -144,14 +144,14 @@ class ServerEngine:
         return tokens, [float(value) for value in logprobs]
 
     def cached_tokens(self, answer: Any) -> int | None:
-        """Return how many tokens of the prompt were in the server's cache; None where the answer does not say."""
+        """Return how many tokens of the prompt were in the server's cache; None if the answer does not say."""
         usage = answer.get("usage") if isinstance(answer, dict) else None
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         count = details.get("cached_tokens") if isinstance(details, dict) else None
         return count if isinstance(count, int) else None
 
     def _token_problem(self, tokens: Any, max_tokens: int) -> str | None:
-        """Say what is wrong with ``token_ids``; None where nothing is."""
+        """Say what is wrong with ``token_ids``; None if it is right."""
         vocab_size = self.spec.vocab_size
         if not _is_list_of(tokens, int) or not 1 <= len(tokens) <= max_tokens:
             return f"token_ids is no list of 1 to {max_tokens} tokens"
@@ -226,7 +226,7 @@ class ServerEngine:
         self.sender.send(with_tied_head(weights, spec.tied_embeddings), set(spec.tensor_names))
         self._reset_prefix_cache()
         self.sent_versions += 1
-        # Reported last, so that the loads of this transfer are included.
+        # Reported last, so the loads of this transfer are included.
         self.held_weights = self._call_workers(NAME, version=f"{self.folder.owner}:nccl:{self.sent_versions}")
 
     def read_weights(self, version: int) -> None:
@@ -252,12 +252,12 @@ class ServerEngine:
         self._reset_prefix_cache()
 
     def check_weights(self, content: bool = False) -> None:
-        """Raise ``WeightsChanged`` unless the server holds what this run gave it last, and nothing was loaded since.
+        """Raise ``WeightsChanged`` unless the server holds what this run gave it last, without another load since.
 
-        ``content`` also compares the tensors that its workers can read, which takes as long as hashing them.
+        ``content`` also compares the tensors that its workers can read, which lasts as long as hashing them.
         """
         if not self.held_weights:
-            return  # nothing was given to it yet
+            return  # it has no weights of the run yet
         reports = self._call_workers(REPORT, content=content)
         fields = [name for name in self.held_weights[0] if content or name != "content"]
         expected = [{name: report[name] for name in fields} for report in self.held_weights]
@@ -292,7 +292,7 @@ class ServerEngine:
             time.sleep(POLL_SECONDS)
 
     def end(self) -> None:
-        """End a server that was started here. Any other goes on with the last weights it was given."""
+        """End a server that was started here. Any other continues with the last weights it was given."""
         if self.client.server is not None:
             self.client.server.end()
 
@@ -308,7 +308,7 @@ def _is_list_of(values: Any, kind: Any) -> bool:
 
 
 def _logprob_problem(logprobs: Any, count: int) -> str | None:
-    """Say what is wrong with ``token_logprobs``; None where nothing is."""
+    """Say what is wrong with ``token_logprobs``; None if it is right."""
     if not _is_list_of(logprobs, float | int) or len(logprobs) != count:
         return f"token_logprobs is no list of {count} numbers"
     for value in logprobs:
@@ -341,7 +341,7 @@ class Member:
         self.last_error = ""
         self.engine: ServerEngine
         self.version = 0
-        """Version of the weights that it holds; 0 are those of the checkpoint."""
+        """Version of the weights that it holds; 0 stands for the checkpoint's weights."""
         self.ready = False
         """True while it holds the weights that it was given last."""
         self.is_loading = False

@@ -26,7 +26,7 @@ EXIT_SECONDS = 3.0
 """Time that a process has to end where ``/health`` does not answer."""
 UNIX = "unix:"
 MAX_REPLY_BYTES = 256 << 20
-"""Bytes of one reply; the log-probabilities of 128k tokens take some 20 MiB."""
+"""Bytes of one reply; the log-probabilities of 128k tokens need some 20 MiB."""
 MAX_QUOTE = 300
 """Characters of a reply that a message quotes."""
 
@@ -74,7 +74,7 @@ class Client:
     def __init__(self, address: str, timeout: float, key: str, server: ServerProcess | None = None) -> None:
         """``key`` goes into the header of every call and nowhere else.
 
-        ``server`` is the process behind ``address`` where this run started it; error messages describe it.
+        ``server`` is the process behind ``address`` if this run started it; error messages describe it.
         """
         parts = urlsplit(address)
         self.address, self.host, self.port = address.rstrip("/"), parts.hostname or "", parts.port or 80
@@ -167,7 +167,7 @@ class Client:
         future = asyncio.run_coroutine_threadsafe(exchange, background_loop())
         with self._lock:
             self._in_flight.add(future)
-        # Remembered until it ends, so that ``cancel_all`` finds it.
+        # Remembered until it ends, so ``cancel_all`` finds it.
         future.add_done_callback(self._forget)
         return future
 
@@ -178,7 +178,7 @@ class Client:
     def exchange(
         self, method: str, path: str, body: Any = None, timeout: float | None = None, with_key: bool = True
     ) -> Reply:
-        """Return the outcome of one call. Errors of the call are in the ``Reply``; nothing is raised."""
+        """Return the outcome of one call. Errors of the call are in the ``Reply``; they are not raised."""
         return _outcome(self.submit(method, path, body, timeout, with_key), path)
 
     def cancel_all(self) -> None:
@@ -229,7 +229,7 @@ class Client:
         )
 
     def lost(self, reply: Reply) -> EngineLost:
-        """Return the error for a call that came to nothing."""
+        """Return the error for a call that failed."""
         if reply.error is None or reply.is_timeout:
             problem = f"did not answer {reply.path} within {self.timeout:g} s (runtime.engine.timeout)"
         else:

@@ -43,7 +43,7 @@ ONE_PROCESS = ["--distributed-executor-backend", "vllm.v1.executor.UniProcExecut
 vLLM turns its own word for this, ``uni``, into ``mp`` on a CPU, because only a worker process can be bound to cores.
 """
 GUARD = f"{Guard.__module__}.{Guard.__name__}"
-"""Name of the middleware, as vLLM's ``--middleware`` takes it."""
+"""Name of the middleware, as vLLM's ``--middleware`` expects it."""
 KEY_COMMAND = "umask 077; python -c 'import secrets; print(secrets.token_hex(32))' > server.key"
 
 
@@ -100,7 +100,7 @@ class ServerSpec:
         )
 
     def options(self) -> list[str]:
-        """Return a server's command-line options; they match those of the in-process engine."""
+        """Return a server's command-line options; they match the in-process engine's options."""
         config = self.config
         options = ["--dtype", str(self.dtype).removeprefix("torch."), "--max-model-len", str(self.max_length)]
         options += ["--max-num-seqs", str(config.batch_size), "--logprobs-mode", "processed_logprobs"]
@@ -174,7 +174,7 @@ def check_server(client: Client, spec: ServerSpec) -> None:
 
 
 def _mismatches(client: Client, spec: ServerSpec, info: Any) -> list[str]:
-    """Return the settings by which a server differs from one that was started with our options, in words."""
+    """Return the settings by which a server differs from a server that was started with our options, in words."""
     config = client.find(INFO, info, "vllm_config")
 
     def setting(*keys: str) -> Any:

@@ -60,7 +60,7 @@ if code is None:
 sys.exit(code if code >= 0 else 128 - code)
 """
 """Program between this process and the server. It ends the server when this process is gone, for whatever reason: vLLM
-alone leaves its engine and worker processes behind when its API process is killed."""
+only leaves its engine and worker processes behind when its API process is killed."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class LocalServer:
         guard = [sys.executable, "-I", "-c", GUARD, str(os.getpid()), os.pathsep.join(map(str, folders))]
         guard.append(str(GRACE_SECONDS))
         with self.log.open("ab") as output:
-            # A session of its own, so that the whole group can be ended. The guard ends it when this process is gone.
+            # Its own session, so the whole group can be ended. The guard ends it when this process is gone.
             self.process = subprocess.Popen(
                 [*guard, *command],
                 stdin=subprocess.DEVNULL,
@@ -155,7 +155,7 @@ class LocalServer:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self._wait_for_group(GRACE_SECONDS)
         self.process.wait()
-        if self._key_file is not None and self._key_file.parent != self.log.parent:  # a folder for the socket alone
+        if self._key_file is not None and self._key_file.parent != self.log.parent:  # a folder for the socket only
             shutil.rmtree(self._key_file.parent, ignore_errors=True)
 
     def _wait_for_group(self, seconds: float) -> bool:
@@ -175,7 +175,7 @@ def _in_group(process: psutil.Process, leader: int) -> bool:
         return False
 
 
-# In-process engines set the first, without which no server starts. The server has a key of its own. It is no rank of
+# In-process engines set the first, without which no server starts. The server has its own key. It is no rank of
 # what a launcher started.
 _DROPPED_VARIABLES = frozenset(
     (
@@ -222,11 +222,11 @@ def socket_folder(folder: Path) -> Path:
     """Return a folder that only this user may enter, short enough for a socket's path: ``folder``, or a new one."""
     if len(os.fsencode(folder)) < MAX_SOCKET_PATH - len("/server.sock"):
         return folder
-    return Path(tempfile.mkdtemp(prefix="align-", dir="/tmp"))  # mkdtemp makes it for this user alone
+    return Path(tempfile.mkdtemp(prefix="align-", dir="/tmp"))  # mkdtemp makes it for this user only
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """Return a port of this machine at which nobody listens just now. Raises ``OSError`` when there is none."""
+    """Return a port of this machine that is free just now. Raises ``OSError`` when there is none."""
     with socket.socket() as free:
         free.bind((address, 0))
         return int(free.getsockname()[1])
@@ -234,7 +234,7 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 @dataclass(frozen=True)
 class ServerLaunch:
-    """Everything that the start of a server takes."""
+    """Everything that the start of a server needs."""
 
     model_dir: Path
     options: list[str]
@@ -243,15 +243,15 @@ class ServerLaunch:
     timeout: float
     """Seconds until it must answer, and of each later call."""
     folders: list[Path]
-    """The first takes its log, its socket and its temporary files; all are removed if this process is killed."""
+    """The first has its log, its socket and its temporary files; all are removed if this process is killed."""
     placement: Placement | None = None
 
 
 def start_server(launch: ServerLaunch, cancelled: threading.Event | None = None) -> Client:
     """Start a server that only this user's processes can reach, and wait until it answers.
 
-    It listens at a Unix socket in a folder that is closed to others, so that no other user and no web page can open a
-    connection, nor take its place at a port. It also has a key for its lifetime, in a file beside the socket: command
+    It listens at a Unix socket in a folder that is closed to others, so no other user and no web page can open a
+    connection, nor replace it at a port. It also has a key for its lifetime, in a file next to the socket: command
     lines, logs and records do not show it.
 
     Raises ``EngineLost`` with the end of its log when it ends, when it does not answer within ``launch.timeout``
@@ -260,7 +260,7 @@ def start_server(launch: ServerLaunch, cancelled: threading.Event | None = None)
     closed = socket_folder(launch.folders[0])
     folders = launch.folders if closed in launch.folders else [*launch.folders, closed]
     path, key_file = closed / "server.sock", closed / "server.key"
-    # Both live only as long as the server; nobody else needs to know them.
+    # Both live only as long as the server; no other process needs them.
     key = new_key()
     write_key(key, key_file)
     command = [sys.executable, "-m", MODULE, "--uds", str(path), "--model", str(launch.model_dir)]
@@ -280,7 +280,7 @@ def start_server(launch: ServerLaunch, cancelled: threading.Event | None = None)
 def _await_start(client: Client, timeout: float, cancelled: threading.Event | None) -> None:
     """Wait until a server answers. Raises as ``start_server``."""
     began = time.monotonic()
-    # Loading weights, and compiling where that is on, takes from seconds to minutes.
+    # Loading weights, and compiling where that is on, needs from seconds to minutes.
     while client.health() != "answers":
         if cancelled is not None and cancelled.is_set():
             raise EngineLost(f"the vLLM server at {client.address} is no longer needed")

@@ -1,6 +1,6 @@
 """One HTTP call, bounded in time and in bytes, for vLLM servers and for OpenAI-compatible endpoints.
 
-Built on httpx. Leaves out routes and reply formats, which are ``server_client.py``'s and ``endpoint_client.py``'s, and
+It uses httpx. Leaves out routes and reply formats, which are ``server_client.py``'s and ``endpoint_client.py``'s, and
 retries.
 """
 
@@ -42,7 +42,7 @@ class Reply:
 
     @property
     def is_unreachable(self) -> bool:
-        """True when no connection was made, so that the server cannot have seen the request."""
+        """True when no connection was made, so the server cannot have seen the request."""
         return isinstance(self.error, httpx.ConnectError | httpx.ConnectTimeout)
 
     @property
@@ -86,7 +86,7 @@ class Transport:
         max_bytes: int,
         with_key: bool = True,
     ) -> Reply:
-        """Return the outcome of one call that takes at most ``timeout`` seconds, from connecting to the last byte.
+        """Return the outcome of one call that needs at most ``timeout`` seconds, from connecting to the last byte.
 
         Errors of the network and of HTTP are returned in the ``Reply``, not raised.
         """
@@ -127,7 +127,7 @@ async def _read_body(response: httpx.Response, max_bytes: int) -> bytes:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Return the operating system's error that httpx and httpcore have wrapped, or ``error`` where there is none."""
+    """Return the operating system's error that httpx and httpcore have wrapped, or ``error`` if there is none."""
     cause, system_error = error, None
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

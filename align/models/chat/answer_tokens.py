@@ -32,7 +32,7 @@ def split_turn(
     prompt_ids = render_prompt(tokenizer, prompt, tools)
     conversation = render_conversation(tokenizer, [*prompt, *answer], finished, tools)
     # The usual case: the conversation's ids continue the prompt's ids, so the rest is the answer. Where they do not,
-    # the boundary may lie inside a token; then the answer is tokenized separately.
+    # the boundary may be inside a token; then the answer is tokenized separately.
     if conversation[: len(prompt_ids)] != prompt_ids:
         answer_ids = render_answer(tokenizer, prompt, answer, finished, tools)
         if answer_ids is not None:
@@ -52,7 +52,7 @@ def split_turn(
 def split_answer(tokenizer: Any, row: Mapping[str, Any], side: str | None = None) -> tuple[list[int], list[int]]:
     """Return ``split_turn`` of a row's prompt and one of its answers; every stage tokenizes its rows by it.
 
-    ``side`` is the answer's field, by default the one that is trained on. An answer that was cut off has no end of
+    ``side`` is the answer's field, by default the answer that is trained on. An answer that was cut off has no end of
     turn.
     """
     side = side or answer_side(row)
@@ -95,10 +95,10 @@ def are_parts(conversation: Sequence[int], parts: Sequence[tuple[list[int], list
 def assistant_mask(
     tokenizer: Any, row: Mapping[str, Any], side: str, prompt_ids: list[int], answer_ids: list[int]
 ) -> list[int] | None:
-    """Return 1 for each token of an answer that the assistant writes, 0 for what stands between its turns.
+    """Return 1 for each token of an answer that the assistant writes, 0 for tokens between its turns.
 
-    ``prompt_ids`` and ``answer_ids`` are those of ``split_answer``. Turns with ``train: False`` have 0. None where the
-    template rewrites earlier turns, so that no rendering contains each turn as it is sampled.
+    ``prompt_ids`` and ``answer_ids`` come from ``split_answer``. Turns with ``train: False`` have 0. None if the
+    template rewrites earlier turns, so no rendering contains each turn as it is sampled.
     """
     if len(row[side]) == 1:
         return [int(row[side][0].get("train") is not False)] * len(answer_ids)

@@ -60,7 +60,7 @@ class LimitedTemplate:
 
 
 def limit_templates() -> None:
-    """Limit every chat template that transformers compiles in this process; a second call changes nothing."""
+    """Limit every chat template that transformers compiles in this process; a second call has no effect."""
     if sys.__stderr__ is not None:
         faulthandler.register(signal.SIGVTALRM, file=sys.__stderr__, chain=True)
     wrap_templates(with_limits)

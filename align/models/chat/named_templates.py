@@ -6,7 +6,7 @@ of a template (``chat_template.py``), and the choice of eos (``special_tokens.py
 Episodes append to what was sampled, so turn n must be a prefix of turn n+1. Some published templates drop thoughts of
 earlier turns, move tools to the last question, or close the last answer with another token. A file below
 ``templates/training/`` writes the same prompts and keeps every earlier turn. Left out: whether a template fits a
-model's own, which whoever takes it checks.
+model's own, which its user checks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class NamedTemplate:
     models: str
     """Models that use it."""
     tokens: tuple[str, ...] = ()
-    """Special tokens that it writes, beside bos and eos. The last one ends a turn; without any, eos does."""
+    """Special tokens that it writes, next to bos and eos. The last one ends a turn; without any, eos does."""
     tools: bool = False
-    """True where it has a place for tools, their calls and their results."""
+    """True if it has a place for tools, their calls and their results."""
 
 
 TEMPLATES: dict[str, NamedTemplate] = {
@@ -59,7 +59,7 @@ TEMPLATES: dict[str, NamedTemplate] = {
 
 
 def template_file(chat_template: str, base: Path) -> Path:
-    """Return the file of a template: one that ships with align, by its name, or the user's own, by its path.
+    """Return the file of a template: a template that ships with align, by its name, or the user's own, by its path.
 
     Relative paths start at ``base``. Raises ``UserError`` for what is neither.
     """
@@ -89,7 +89,7 @@ def read_template(chat_template: str, base: Path) -> str:
 
 
 def require_tokens(chat_template: str, vocabulary: Collection[str], place: str) -> None:
-    """Raise ``UserError`` where a named template writes a special token that is not in the vocabulary.
+    """Raise ``UserError`` if a named template writes a special token that is not in the vocabulary.
 
     The tokenizer would split it into pieces, and its model would not learn the end of a turn as one token.
     """
@@ -106,7 +106,7 @@ def require_tokens(chat_template: str, vocabulary: Collection[str], place: str) 
 
 
 def fitting_templates(vocabulary: Collection[str]) -> list[str]:
-    """Return the named templates whose special tokens are in the vocabulary, those with tokens of their own first."""
+    """Return the named templates whose special tokens are in the vocabulary, those with their own tokens first."""
     fitting = [name for name, template in TEMPLATES.items() if all(token in vocabulary for token in template.tokens)]
     return sorted(fitting, key=lambda name: not TEMPLATES[name].tokens)
 
@@ -123,7 +123,7 @@ def _tokens_of(file: Path, size: int, modified: int) -> frozenset[str]:
 
 
 def read_vocabulary(tokenizer_file: Path) -> frozenset[str]:
-    """Return the tokens of a ``tokenizer.json``; empty where there is no such file."""
+    """Return the tokens of a ``tokenizer.json``; empty if there is no such file."""
     if not tokenizer_file.is_file():
         return frozenset()
     status = tokenizer_file.stat()
@@ -131,7 +131,7 @@ def read_vocabulary(tokenizer_file: Path) -> frozenset[str]:
 
 
 def has_template(folder: Path) -> bool:
-    """Return True for a folder of a tokenizer with a chat template, in a file of its own or in its settings."""
+    """Return True for a folder of a tokenizer with a chat template, in its own file or in its settings."""
     from align.models.checkpoints.files import read_optional
 
     if (folder / TEMPLATE).is_file() or list((folder / "additional_chat_templates").glob("*.jinja")):
@@ -159,7 +159,7 @@ class TrainingTemplate:
     marks: tuple[str, ...]
     """Texts that the model's own template has, all of them."""
     tokens: tuple[str, ...]
-    """Special tokens that the training template writes, beside bos and eos."""
+    """Special tokens that the training template writes, next to bos and eos."""
 
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -175,7 +175,7 @@ TRAINING_TEMPLATES: dict[str, TrainingTemplate] = {
     "mistral": TrainingTemplate(("[INST]", "[TOOL_CALLS]"), ("[INST]", "[/INST]")),
     "chatml": TrainingTemplate(("<|im_start|>",), CHATML),
 }
-"""Training templates by name, those of a narrower family first."""
+"""Training templates by name, a narrower family's first."""
 
 
 def training_templates(template: str, vocabulary: Collection[str]) -> Iterator[tuple[str, str]]:

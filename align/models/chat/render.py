@@ -40,7 +40,7 @@ def render_conversation(
     """Return the token ids of a conversation that ends with an assistant turn, as a reward model reads it.
 
     They end with the end-of-turn token. What a template writes after it (ChatML's line break) is removed: a policy
-    stops at the end of turn, and nothing may be scored at a token that it never samples. ``finished=False`` is for an
+    stops at the end of turn, and no score may belong to a token that it never samples. ``finished=False`` is for an
     answer that was cut off at its length limit; it has no end-of-turn token, since the policy did not write one.
     ``tools`` as for :func:`render_prompt`.
     """
@@ -48,7 +48,7 @@ def render_conversation(
 
 
 def _cut_after_turn(tokenizer: Any, tokens: list[int], finished: bool) -> list[int]:
-    """Return the ids up to the end-of-turn token, which is included where the answer is finished."""
+    """Return the ids up to the end-of-turn token, which is included if the answer is finished."""
     end = last_turn_end(tokens, tokenizer.eos_token_id)
     if end is None:  # the template does not close the turn, so the policy's eos token does
         return [*tokens, tokenizer.eos_token_id] if finished else tokens
@@ -61,7 +61,7 @@ def render_answer(
     """Return the token ids of the text after a prompt, tokenized separately, up to the end of the turn.
 
     For an answer whose first characters would merge into one token with the prompt's last ones, as a line break and
-    indentation do: a policy continues the prompt's ids, so it never samples that token. None where the conversation's
+    indentation do: a policy continues the prompt's ids, so it never samples that token. None if the conversation's
     text does not start with the prompt's.
     """
     prompt_text = _apply(tokenizer, prompt, tools, tokenize=False, add_generation_prompt=True)
@@ -75,7 +75,7 @@ def render_answer(
 def render_answered(tokenizer: Any, row: Mapping[str, Any], side: str | None = None) -> list[int]:
     """Return the token ids of a row's prompt and one of its answers; a finished answer has its end of turn.
 
-    ``side`` is the answer's field, by default the one that is trained on.
+    ``side`` is the answer's field, by default the answer that is trained on.
     """
     side = side or answer_side(row)
     return render_conversation(tokenizer, [*row["prompt"], *row[side]], is_finished(row, side), row.get("tools"))
@@ -84,7 +84,7 @@ def render_answered(tokenizer: Any, row: Mapping[str, Any], side: str | None = N
 def _apply(tokenizer: Any, messages: list[Message], tools: str | None, tokenize: bool = True, **options: Any) -> Any:
     """Apply the chat template and return ids, or text.
 
-    Raises ``UserError`` where the template raises, as for roles that it does not support, or exceeds its bounds.
+    Raises ``UserError`` if the template raises, as for roles that it does not support, or exceeds its bounds.
     """
     from jinja2 import TemplateError
 
@@ -141,7 +141,7 @@ MAX_TRAILING = 4
 
 
 def last_turn_end(tokens: list[int], eos: int) -> int | None:
-    """Return the index of the end-of-turn token that closes the conversation; None where the template writes none."""
+    """Return the index of the end-of-turn token that closes the conversation; None if the template writes none."""
     # Search backwards: templates may write a line break or similar after the end of turn.
     for index in range(len(tokens) - 1, max(-1, len(tokens) - 2 - MAX_TRAILING), -1):
         if tokens[index] == eos:

@@ -69,9 +69,10 @@ def require_turn_end(tokenizer: Any) -> int | None:
 def turn_end_token(tokenizer: Any) -> int | None:
     """Return the id of the special token with which the chat template closes an assistant's turn, or None.
 
-    None, too, for a template that closes a turn only by the role of the next one.
+    None as well, for a template that closes a turn only by the role of the next one.
 
-    Raises the template's ``TemplateError``, and ``UserError`` for one that exceeds its bounds (``chat_template.py``).
+    Raises the template's ``TemplateError``, and ``UserError`` for a template that exceeds its bounds
+    (``chat_template.py``).
     """
     from align.models.chat.chat_template import TemplateOutOfBounds
 
@@ -111,7 +112,7 @@ def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> list[int]:
     """Register ``tokens`` as special tokens of ``tokenizer``; return the ids of those that were not in its vocabulary.
 
     Both change in place. A model with more rows than its tokenizer has tokens gives the new ones spare rows, which are
-    set to the mean, too: nothing has trained them.
+    set to the mean, too: they were never trained.
     """
     from tokenizers import AddedToken
 

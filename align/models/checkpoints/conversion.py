@@ -97,7 +97,7 @@ def merge_adapter(
 ) -> None:
     """Merge a peft adapter into its base in float32 and write the result as a plain folder.
 
-    The tokenizer is the adapter's, if it has one. Its template is the base's where it has none.
+    The tokenizer is the adapter's, if it has one. Its template is the base's if it has none.
     """
     import torch
 
@@ -151,7 +151,7 @@ def remove_code(out_dir: Path) -> None:
 
 
 def require_finite(model: Any, place: Path | str) -> None:
-    """Raise ``UserError`` when a weight is not finite: nothing trained from it would be either."""
+    """Raise ``UserError`` when a weight is not finite: training would spread it."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise UserError(f"{place}: the weight '{name}' holds NaN or infinity; its file is damaged. Fetch it again.")
@@ -171,7 +171,7 @@ class Base:
 
 
 def read_base(config_file: Path) -> Base | None:
-    """Return the base that an ``adapter_config.json`` names; None where it names none.
+    """Return the base that an ``adapter_config.json`` names; None if it names none.
 
     Raises ``UserError`` for a reward model's adapter, which is no model to answer with.
     """
@@ -195,8 +195,8 @@ def tokenizer_folder(adapter: Path, base: Path) -> Path:
 def load_merged(base: Path, adapter: Path, tokens: int, *, trust_remote_code: bool = False) -> Any:
     """Return the model of ``base`` with the adapter merged, in float32 on the CPU.
 
-    Embeddings grow first where the adapter was trained with more rows, or its tokenizer has more ``tokens``. Raises
-    ``UserError`` where the adapter does not fit.
+    Embeddings grow first if the adapter was trained with more rows, or its tokenizer has more ``tokens``. Raises
+    ``UserError`` if the adapter does not fit.
     """
     import torch
 
@@ -210,7 +210,7 @@ def load_merged(base: Path, adapter: Path, tokens: int, *, trust_remote_code: bo
 
 
 def _embedding_rows(adapter: Path) -> int | None:
-    """Return the number of tokens that an adapter stores embeddings of; None where it stores no whole embedding."""
+    """Return the number of tokens that an adapter stores embeddings of; None if it stores no whole embedding."""
     from align.models.checkpoints.files import read_header
     from align.models.checkpoints.folder_checks import EMBEDDINGS
 
@@ -252,9 +252,9 @@ def plain_of(model: Any) -> Any:
 
 
 def _untie(base: Any) -> None:
-    """Give a head that is tied to its embedding a matrix of its own where an adapter is on one of the two, in place.
+    """Give a head that is tied to its embedding its own matrix if an adapter is on one of the two, in place.
 
-    Beside its base such an adapter changes that one alone; merged into the common matrix it would change both.
+    Next to its base such an adapter changes that one only; merged into the common matrix it would change both.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -31,7 +31,7 @@ READ_FOLDERS = ("additional_chat_templates", "adapter")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_JSON = 64 * 2**20
-"""Most bytes of a JSON file; tokenizers of 250,000 tokens take about 30 MB."""
+"""Most bytes of a JSON file; tokenizers of 250,000 tokens need about 30 MB."""
 LARGEST_TEXT = 256 * 2**20
 """Most bytes of any file that a loader may read, except weights."""
 
@@ -95,7 +95,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_optional(file: Path) -> dict[str, Any]:
-    """Read the JSON object in ``file``; empty where there is no such file."""
+    """Read the JSON object in ``file``; empty if there is no such file."""
     return read_object(file) if file.exists() else {}
 
 
@@ -113,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of the model's weights, on which every loader agrees.
 
     Raises ``UserError`` for an index that is damaged, names anything but safetensors of this folder, or differs from a
-    ``model.safetensors`` beside it, and for a folder without weights.
+    ``model.safetensors`` next to it, and for a folder without weights.
     """
     single, index = folder / SINGLE, folder / INDEX
     if not index.exists():
@@ -134,7 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """Return the files in an index, sorted. Raises ``UserError`` for any but a safetensors file beside it."""
+    """Return the files in an index, sorted. Raises ``UserError`` for any but a safetensors file next to it."""
     mapping = read_object(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise UserError(f"{index}: has no weight_map that names the tensors' files. Fetch the model again.")
@@ -174,7 +174,7 @@ def _refuse_no_weights(folder: Path) -> None:
 
 def refuse_links(folder: Path) -> None:
     """Raise ``UserError`` for a link out of the folder: its content would be copied, exported and pushed."""
-    # A snapshot in the Hub's cache consists of links into the blobs folder beside it.
+    # A snapshot in the Hub's cache consists of links into the blobs folder next to it.
     inside = folder.resolve()
     blobs = (inside.parent.parent / "blobs").resolve() if inside.parent.name == "snapshots" else inside
     for name, file in files_read(folder).items():

@@ -43,7 +43,7 @@ ADAPTER_CODE = (
 BUILT = "mirror"
 """Value of ``shadow_model`` for which peft builds a model and opens none."""
 MIXTURE = "XLORA"
-"""peft's type that loads other adapters, pickled ones too, from folders of its own."""
+"""peft's type that loads other adapters, pickled ones as well, from its own folders."""
 
 
 def check_folder(folder: Path) -> None:
@@ -126,7 +126,7 @@ def check_gguf(gguf: Path) -> None:
         head = opened.read(24)
     if head[:4] != b"GGUF":
         raise UserError(f"{gguf}: begins with {head[:4]!r} instead of b'GGUF', so it is no GGUF file. Fetch it again.")
-    # A tensor's entry takes at least 24 bytes and a field at least 12, so huge counts cannot be true.
+    # A tensor's entry needs at least 24 bytes and a field at least 12, so huge counts cannot be true.
     total = gguf.stat().st_size
     tensors, fields = (int.from_bytes(head[start : start + 8], "little") for start in (8, 16))
     if len(head) < 24 or tensors * 24 + fields * 12 > total or not tensors:
@@ -141,7 +141,7 @@ COUNTS = (
 LAYERS = ("num_hidden_layers", "n_layer")
 LARGEST = {"vocab_size": 2**24, "max_position_embeddings": 2**31, "n_positions": 2**31}
 LARGEST_COUNT = 2**20
-"""Limit of every other count, above that of any model."""
+"""Limit of every other count, above the count of any model."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -287,7 +287,7 @@ NAMES = ("tokenizer_class", "eos_token", "pad_token", "bos_token", "unk_token")
 def check_tokenizer(folder: Path, rows: int | None) -> None:
     """Raise ``UserError`` for tokenizer files that are damaged or belong to another model.
 
-    ``rows`` is the number of tokens that the model embeds; None where it is not known.
+    ``rows`` is the number of tokens that the model embeds; None if it is not known.
     """
     file = folder / TOKENIZER
     _check_settings(folder)

@@ -35,7 +35,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Return True where FSDP2 or ZeRO-3 has sharded the weights, so that modules cannot run one by one."""
+    """Return True where FSDP2 or ZeRO-3 has sharded the weights, so modules cannot run one by one."""
     return is_sharded(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -50,7 +50,7 @@ def shard(model: nn.Module, options: FsdpConfig, device: torch.device) -> None:
     offload = CPUOffloadPolicy() if options.offload and device.type == "cuda" else OffloadPolicy()
     names = _layer_classes(model)
     layers = [module for module in model.modules() if type(module).__name__ in names and module is not model]
-    # Layers become units of their own: their parameters are gathered for one layer at a time.
+    # Layers become their own units: their parameters are gathered for one layer at a time.
     separate_shared_parameters(model, layers)
     for module in layers:
         fully_shard(module, mesh=mesh, reshard_after_forward=options.reshard_after_forward, offload_policy=offload)
@@ -67,7 +67,7 @@ def _layer_classes(model: nn.Module) -> set[str]:
 
 
 def separate_shared_parameters(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Copy frozen parameters that two layers share, as a critic with adapters beside its policy has them.
+    """Copy frozen parameters that two layers share, as a critic with adapters next to its policy has them.
 
     FSDP2 allows a parameter in one group only. Raises ``UserError`` for a trained parameter in two layers.
     """
@@ -128,7 +128,7 @@ def load_weights(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
 
 
 def reshard(model: Any) -> None:
-    """Free gathered parameters, so that each process holds its shard only, as readers and writers of them expect.
+    """Free gathered parameters, so each process holds its shard only, as readers and writers of them expect.
 
     Parameters outside the layers stay gathered after a forward pass, for the backward pass that may follow.
     """
@@ -152,7 +152,7 @@ def full_model(model: Any, store: bool = False) -> Iterator[Any]:
     reshard(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     shell_parameters = dict(shell.named_parameters())
-    # One full parameter per parameter of the shell, keyed by the shell parameter's id, so that tied names stay tied.
+    # One full parameter per parameter of the shell, keyed by the shell parameter's id, so tied names stay tied.
     full_parameters = {
         id(parameter): nn.Parameter(full_tensor(named[name].detach()), parameter.requires_grad)
         for name, parameter in shell_parameters.items()

@@ -1,4 +1,4 @@
-"""Parameter counts of a decoder and of its adapters, from its ``config.json`` alone. Torch-free.
+"""Parameter counts of a decoder and of its adapters, from its ``config.json`` only. Torch-free.
 
 ``RULES`` has one function per ``model_type``; a type without one is refused rather than guessed. The tests compare each
 with the model that transformers builds. Left out: mixtures of experts, encoders, models of several parts (vision).
@@ -67,21 +67,21 @@ class Architecture:
     last_norm: int
     """Parameters of the norm after the layers."""
     tied: bool
-    """True where the output head is the token embedding."""
+    """True if the output head is the token embedding."""
     norms: int | None = None
-    """Norms over a layer's width in one layer; None where there is no rule for a layer's activations."""
+    """Norms over a layer's width in one layer; None if there is no rule for a layer's activations."""
     normed_heads: int = 0
-    """Features of one layer's queries and keys that have norms of their own."""
+    """Features of one layer's queries and keys that have their own norms."""
     lean_norms: bool = False
     """True where norms are written as Llama's, and so keep little (``align.models.fast.norms``)."""
     scaled_embeddings: bool = False
-    """True where the token embedding is a class that scales its rows, and so is not rounded."""
+    """True if the token embedding is a class that scales its rows, and so is not rounded."""
     conv1d: bool = False
-    """True where the matrices are GPT-2's ``Conv1D`` instead of linear layers."""
+    """True if the matrices are GPT-2's ``Conv1D`` instead of linear layers."""
     layers_path: str = "model.layers"
     head_path: str = "lm_head"
     heads: tuple[int, int] = (0, 0)
-    """Heads of queries, and of keys and values; zeros where they are not known."""
+    """Heads of queries, and of keys and values; zeros if they are not known."""
 
     @property
     def matrices(self) -> int:
@@ -206,9 +206,9 @@ class _LlamaLike:
     """Rule for decoders with RMS norms, grouped keys and a gated MLP: config → architecture."""
 
     needs: tuple[str, ...] = ()
-    """Sizes without a default that follows from others, so that the config must have them."""
+    """Sizes without a default that follows from others, so the config must have them."""
     qkv_bias: bool | None = None
-    """None follows ``attention_bias``, which then applies to the output projection too."""
+    """None follows ``attention_bias``, which then applies to the output projection as well."""
     mlp_bias: bool = False
     """The config's field of that name counts."""
     head_norms: Literal["none", "head", "all"] = "none"
@@ -220,9 +220,9 @@ class _LlamaLike:
     scaled_embeddings: bool = False
     """The token embedding is a class that scales its rows, as Gemma's."""
     tied: bool = False
-    """Default where the config has no such field."""
+    """Default if the config has no such field."""
     fused: bool = False
-    """One matrix for queries, keys and values, and one for gate and up."""
+    """One matrix for queries, keys and values, and another for gate and up."""
 
     def __call__(self, config: Mapping[str, Any]) -> Architecture:
         """Return the architecture. Raises ``KeyError`` for a size that the config lacks."""
@@ -342,7 +342,7 @@ RULES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
 
 
 def inserted_parameters(model: Architecture, tuning: TuningBase) -> int | None:
-    """Count what an inserted method trains beside the frozen model; None for a ``tuning`` of another kind."""
+    """Count what an inserted method trains next to the frozen model; None for a ``tuning`` of another kind."""
     if isinstance(tuning, PTuning):
         encoder = _p_tuning_encoder(model.hidden, tuning.hidden_size or model.hidden, tuning.encoder)
         return tuning.tokens * model.hidden + encoder

@@ -1,6 +1,6 @@
 """Measured speeds of matrix products, which decide what ``precision: auto`` stands for on a machine.
 
-The measurement itself needs torch and is in ``align.models.compute.precision``. This file needs none, so that a plan
+The measurement itself needs torch and is in ``align.models.compute.precision``. This file needs none, so a plan
 can say which type a run would use here.
 """
 

@@ -70,8 +70,8 @@ def activations_of_layer(
 def passing_per_token(model: Architecture, size: int, flowing: int) -> int:
     """Return the bytes per token in a pass without gradients, at the widest part of a layer.
 
-    ``size`` is the bytes of a product's value, ``flowing`` those of a value between layers, which exists twice: as it
-    comes in, and normed. In addition there are the gate, its factor and their product, or attention's inputs.
+    ``size`` is the bytes of a product's value, ``flowing`` the bytes of a value between layers, which exists twice: as
+    it comes in, and normed. In addition there are the gate, its factor and their product, or attention's inputs.
     """
     queries = next((linear.inputs for linear in model.linears if "o_proj" in linear.path), model.hidden)
     inner = max((linear.inputs for linear in model.linears), default=model.hidden)

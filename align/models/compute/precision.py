@@ -2,14 +2,14 @@
 
 bfloat16 keeps 8 bits of a number: at a learning rate of 1e-6 an update is smaller than the rounding of a weight near
 0.02 and is lost. So weights are float32 masters, and ``torch.autocast`` rounds only the operands of matrix products.
-``low_residual`` goes further and rounds the activations between them too, as vLLM and the mixed precision of FSDP and
-DeepSpeed do. Measured on SmolLM2-135M against float32: log-probabilities are off by 0.037 nats on average rather than
-0.031, the gradient's direction by 1 - cos = 4e-5 rather than 2e-5.
+``low_residual`` goes further and rounds the activations between them as well, as vLLM and the mixed precision of FSDP
+and DeepSpeed do. Measurements on SmolLM2-135M against float32: log-probabilities are off by 0.037 nats on average
+rather than 0.031, the gradient's direction by 1 - cos = 4e-5 rather than 2e-5.
 
 Measure the speed of matrix products in bfloat16 and float32, which decides what ``precision: auto`` stands for.
 
 Flags of a processor would be a guess: some emulate bfloat16, some restrict instructions by a variable, and GPUs differ.
-Two products of a model's size take about 50 ms, once per machine and version of torch.
+Two products of a model's size need about 50 ms, once per machine and version of torch.
 
 It also describes the installed torch and the devices that torch sees.
 """
@@ -37,7 +37,7 @@ def compute_dtype(precision: Precision) -> Any:
 
 
 def autocast(device: Any, precision: Precision) -> Any:
-    """Return a context in which a forward pass computes in ``precision``; it changes nothing for float32."""
+    """Return a context in which a forward pass computes in ``precision``; it has no effect for float32."""
     import torch
 
     device_type = torch.device(device).type
@@ -48,7 +48,7 @@ def disable_autocast_cache(accelerator: Any) -> None:
     """Let autocast cast trained matrices at each use instead of caching the copies until the end of the pass.
 
     For models with gradient checkpointing: each matrix is used once per pass, and the copies, 2 bytes per weight, would
-    take most of the memory. No number changes.
+    need most of the memory. No number changes.
     """
     from accelerate.utils import AutocastKwargs
 
@@ -60,7 +60,7 @@ def without_autocast_cache() -> Iterator[None]:
     """Inside, autocast casts every matrix at each use and caches no copy.
 
     For passes with other values in trained matrices. Autocast caches copies by parameter: it would use a copy of the
-    earlier values, or leave one of these for later passes.
+    earlier values, or leave a copy for later passes.
     """
     import torch
 
@@ -73,9 +73,9 @@ def without_autocast_cache() -> Iterator[None]:
 
 
 def low_residual(model: Any) -> None:
-    """Under autocast, let embeddings and norms of ``model`` return its type, so that no float32 flows between layers.
+    """Under autocast, let embeddings and norms of ``model`` return its type, so no float32 flows between layers.
 
-    The weights do not change. Without autocast nothing changes. A second call changes nothing.
+    The weights do not change. Without autocast the model stays the same. A second call has no effect.
     """
     import torch
 
@@ -106,7 +106,7 @@ def low_residual(model: Any) -> None:
 def _matrices(model: Any) -> list[Any]:
     """Return the linear layers and embeddings of ``model`` whose weights may be rounded before autocast does it.
 
-    Embeddings of a class of their own are left out: Gemma's scale their rows by a factor that has the type of the
+    Embeddings with their own class are omitted: Gemma's scale their rows by a factor that has the type of the
     weight. So is a head that shares such a weight.
     """
     import torch
@@ -123,7 +123,7 @@ def _matrices(model: Any) -> list[Any]:
 def cast_frozen_to_bf16(model: Any) -> None:
     """Keep the frozen matrices of ``model`` in bfloat16, which autocast would otherwise cast in every pass.
 
-    For models that are neither trained nor saved any more. Models that share the tensors are rounded too.
+    For models that are neither trained nor saved any more. Models that share the tensors are rounded as well.
     """
     import torch
 
@@ -164,9 +164,9 @@ def frozen_in_bf16(model: Any) -> Iterator[None]:
 
 
 CPU_SHAPE = (128, 1024, 1024)
-"""Rows, inputs and outputs of the product on a processor; float32 takes 2 ms on two cores, emulated bfloat16 30."""
+"""Rows, inputs and outputs of the product on a processor; float32 needs 2 ms on two cores, emulated bfloat16 30."""
 GPU_SHAPE = (4096, 4096, 4096)
-"""A product that keeps a GPU busy: in a smaller one both types take the time of the launch."""
+"""A product that keeps a GPU busy: in a smaller one both types need the time of the launch."""
 TYPE_SECONDS = 0.02
 """Measuring a type ends after this many seconds, but not before one product after the warm-up."""
 

@@ -3,7 +3,7 @@
 With one process everything here is the identity. A failure ends its process, and the launcher then ends the others, so
 nothing here catches errors. Left out: the model itself (``align.models.checkpoints.sharding``).
 
-torch then takes the deterministic one of several kernels, and raises ``RuntimeError`` at an operation that has none.
+torch then uses the deterministic kernel, and raises ``RuntimeError`` at an operation that has none.
 Left out: equal bits on another card, with another torch, or in another number of processes.
 """
 
@@ -41,7 +41,7 @@ def join(runtime: Runtime) -> None:
 
 
 def leave() -> None:
-    """Destroy the process group, so that the interpreter does not exit while the backend's threads run."""
+    """Destroy the process group, so the interpreter does not exit while the backend's threads run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -102,7 +102,7 @@ def split_by_rank(items: Sequence[T]) -> list[tuple[int, T, bool]]:
 
 
 SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-"""What cuBLAS reads when it is first used, and transformers at each call of flash-attn's kernels."""
+"""Variables that cuBLAS reads when it is first used, and transformers at each call of flash-attn's kernels."""
 
 
 def use_deterministic_kernels() -> None:

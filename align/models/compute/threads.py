@@ -3,7 +3,7 @@
 glibc keeps the small blocks that a backward pass frees in its heap, as much as all activations together. Large blocks,
 such as logits, are then allocated on top of it. Trimming pays off between passes of different kinds. Large blocks it
 gives back at once, and the system clears them page by page when they are asked for again. Keeping them pays off where
-passes of one kind follow each other. On other C libraries nothing happens.
+passes of one kind follow each other. On other C libraries there is no effect.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def device_of(runtime: Runtime) -> Any:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Options of ``mallopt`` (``malloc.h``)."""
 DEFAULT_MMAP_MAX = 65536
-"""Blocks that glibc takes from the system one by one, unless it is told otherwise."""
+"""Blocks that glibc requests from the system one by one, unless it is told otherwise."""
 LARGEST_KEPT = 32 * 2**20
-"""The most that older glibc takes, and that any raises it to by itself."""
+"""The most that older glibc allows, and that any raises it to by itself."""
 KEPT = 2 * LARGEST_KEPT
 
 
 def trim_malloc(garbage: bool = True) -> None:
-    """Let glibc return the freed memory that it holds; takes some hundredths of a second per GiB.
+    """Let glibc return the freed memory that it holds; needs some hundredths of a second per GiB.
 
-    With ``garbage`` objects that refer to one another, as models do, are freed first. Finding them takes some tenths of
+    With ``garbage`` objects that refer to one another, as models do, are freed first. Finding them needs some tenths of
     a second, so frequent callers leave it out.
     """
     if garbage:
@@ -71,10 +71,10 @@ def trim_malloc(garbage: bool = True) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to ``KEPT`` bytes of freed memory from now on, those of blocks up to ``LARGEST_KEPT`` bytes.
+    """Let glibc keep up to ``KEPT`` bytes of freed memory from now on, in blocks up to ``LARGEST_KEPT`` bytes.
 
     By itself it keeps twice the largest block that it has given back so far: less than an MLP holds between its
-    products. A process cannot take this back.
+    products. A process cannot undo this.
     """
     set_option = _glibc_function("mallopt")
     if set_option is not None:
@@ -84,9 +84,9 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def untrimmed_heap() -> Iterator[None]:
-    """Inside, glibc keeps whatever is freed, and takes blocks of every size from its heap.
+    """Inside, glibc keeps whatever is freed, and allocates blocks of every size from its heap.
 
-    For a loop that asks for the same blocks in each step: with full tuning those of the gradients alone are as large as
+    For a loop that asks for the same blocks in each step: with full tuning the blocks of the gradients are as large as
     the weights. Behind it the memory is given back, and glibc works as after ``keep_freed_memory``.
     """
     set_option = _glibc_function("mallopt")
@@ -104,7 +104,7 @@ def untrimmed_heap() -> Iterator[None]:
 
 
 def _glibc_function(name: str) -> Any:
-    """Return a function of glibc; None on other systems, and where the C library lacks it."""
+    """Return a function of glibc; None on other systems, and if the C library lacks it."""
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), name, None)  # musl has none of them

@@ -1,7 +1,7 @@
 """Attention of short sequences by matrix products, and the copies of heads' rows that it needs.
 
 Matrix products of attention need (S, h, W, D) blocks. Rows of one head are copied to their place in such a block at
-once: to copy a token's heads together and transpose them later takes twice as long.
+once: to copy a token's heads together and transpose them later lasts twice as long.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 QUERY_BLOCK = 128
-"""Queries of a long sequence that a CPU takes at a time: none of them attends beyond the last of its block."""
+"""Queries of a long sequence that a CPU computes at a time: none of them attends beyond the last of its block."""
 VECTOR = 32
 """Numbers in bfloat16 that a vector register of AVX-512 holds."""
 LONG_REST = 1 / 8
@@ -91,8 +91,8 @@ def _by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def _softmax(scores: torch.Tensor) -> torch.Tensor:
     """Return the softmax over the keys of (S, g, h / g Q, K) scores; it computes in float32 and rounds once, if at all.
 
-    torch's kernel for bfloat16 takes the keys behind the last whole vector one by one: 56 keys take three times as long
-    as by way of float32, 64 keys a quarter less.
+    torch's kernel for bfloat16 processes the keys behind the last whole vector one by one: 56 keys last three times as
+    long as by way of float32, 64 keys a quarter less.
     """
     keys = scores.shape[-1]
     has_long_rest = keys % VECTOR > keys * LONG_REST
@@ -105,7 +105,7 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _masked_scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return scores (S, g, h / g Q, K), in float32 where they would lose bits in ``q``'s type."""
+    """Return scores (S, g, h / g Q, K), in float32 if they would lose bits in ``q``'s type."""
     # A power of two, as the scale of heads of 64 or 256 is, multiplies the queries without rounding.
     is_exact = math.frexp(scale)[0] == 0.5
     scores = (q * scale if is_exact else q) @ k.transpose(-1, -2)
@@ -121,14 +121,14 @@ class PrefixCopies:
     segments: torch.Tensor
     """Indices of the segments in their group."""
     slots: slice
-    """Where it stands in each of them."""
+    """Its place in each of them."""
     tokens: slice
-    """Where it stands in the row."""
+    """Its place in the row."""
 
 
 @dataclass
 class HeadGather:
-    """Where the rows (N h, D) of all tokens and heads go in the groups, and back.
+    """Places of the rows (N h, D) of all tokens and heads in the groups, and back.
 
     Group after group, the groups hold (S, h, W) rows, for S segments of W slots. ``sources`` (M h,): the row that is
     copied to each of these; any row for padding. ``padding``: the places of padding. ``places`` (N h,): the place of
@@ -154,16 +154,16 @@ class HeadGather:
         sources, slot_places = [], []
         start = 0
         for count, width in shapes:
-            # 1. Where each place of the group takes its row from. A token's heads follow each other in the row.
+            # 1. Where each place of the group gets its row from. A token's heads follow each other in the row.
             tokens = slot_tokens[start : start + count * width].view(count, 1, width)
             sources.append((tokens * heads + head[None, :, None]).flatten())
-            # 2. The other way round: all places of the group in order, and for each slot those of its heads.
+            # 2. The other way round: all places of the group in order, and for each slot its heads' places.
             places = torch.arange(start * heads, (start + count * width) * heads, device=head.device)
             # (S, h, W) -> the places of each slot, (S * W, h)
             slot_places.append(places.view(count, heads, width).transpose(1, 2).reshape(-1, heads))
             start += count * width
         rows = torch.cat(sources)
-        # Padding stands for token N, whose heads would follow the last row: any row serves, as nothing attends to it.
+        # Padding stands for token N, whose heads would follow the last row: any row serves, as no query attends to it.
         return cls(
             heads=heads,
             shapes=shapes,
@@ -175,7 +175,7 @@ class HeadGather:
     def add_copies(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Add the runs of keys that are there again, (slot, token, count) each, as a ``Layout`` has them."""
         first_slots = list(itertools.accumulate((count * width for count, width in self.shapes), initial=0))
-        # The responses to a prompt hold it in the same slots: one sum takes all of a group.
+        # The responses to a prompt hold it in the same slots: one sum covers all of a group.
         segments: dict[tuple[int, int, int, int], list[int]] = {}
         for slot, token, count in copies:
             group = bisect.bisect_right(first_slots, slot) - 1
@@ -230,7 +230,7 @@ class ToGroups(torch.autograd.Function):
 
 
 class FromGroups(torch.autograd.Function):
-    """Copy rows back from the groups. What is left out is padding, whose gradient is zero."""
+    """Copy rows back from the groups. What is omitted is padding, whose gradient is zero."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, gather: HeadGather) -> torch.Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""RMS norms and gated MLPs with fewer tensors of full size than those of transformers.
+"""RMS norms and gated MLPs with fewer tensors of full size than transformers' modules.
 
 transformers writes a norm as six operations, and autograd keeps the float32 result of each. The norm here keeps its
 input and one number per token. An MLP computes ``down(silu(gate(x)) * up(x))`` with a new tensor of the MLP's width for

@@ -4,12 +4,12 @@ Everything but attention looks at one token at a time, so it can run over the N 
 proceeds in three steps (``ragged_attention``):
 
 1. Gather the tokens' queries, keys and values into a few groups of sequences of similar length, right-padded. The rows
-   that are moved are those of one head, so that a group has the (S, h, Q, D) layout that its matrix products need.
+   that are moved belong to one head, so a group has the (S, h, Q, D) layout that its matrix products need.
 2. Attend within each group.
 3. Gather the results into the tokens' places in the row.
 
-It is registered as an attention function of transformers, so every model that takes its attention from that registry
-can run this way. On a CPU, short sequences use plain matrix products: torch's flash kernel there takes 2 to 4 times as
+It is registered as an attention function of transformers, so every model that looks up its attention in that registry
+can run this way. On a CPU, short sequences use plain matrix products: torch's flash kernel there needs 2 to 4 times as
 long up to a few hundred tokens, most of all backwards. A prefix that several sequences share may appear once
 (``prefix_batch.PrefixBatch``): each of them attends to the prefix's keys and values. Left out: sliding windows, linear
 attention, caches.
@@ -32,7 +32,7 @@ NAME = "align_ragged"
 SHORT = 512
 """Keys up to which a CPU is faster without its flash kernel (benchmarks: 2 to 4 times at 100, even at 800)."""
 GROUP_PAIRS = 8_000
-"""Work of a further group, in pairs of a query and a key: its calls take as long, forward and backward, as the products
+"""Work of a further group, in pairs of a query and a key: its calls last as long, forward and backward, as the products
 and the softmax of so many pairs (SmolLM2-135M on two cores: 1.4 ms, and 0.17 microseconds per pair of all heads)."""
 MAX_PAIRS = 500_000
 """Most pairs of a group of several short segments: their weights, for every head, are in memory at once."""
@@ -40,7 +40,7 @@ MAX_GROUP = 128
 """Most segments of a group; the work of finding the best groups grows with it."""
 
 Layout = dict[str, Any]
-"""Where each token of a row goes for attention. A plain dict, because models pass it on as a keyword argument.
+"""Places of a row's tokens in attention. A plain dict, because models pass it on as a keyword argument.
 
 ``slot_tokens`` (M,): for each slot of the padded groups, the index of the token whose query is there; N for padding.
 ``token_slots`` (N,): the slot of each token.
@@ -57,9 +57,9 @@ Only where segments continue others:
 
 
 class LayoutCache(dict[tuple[Any, ...], Any]):
-    """What attention derives from a layout, by what it is, and number of heads or type.
+    """Values that attention derives from a layout, by their kind, and number of heads or type.
 
-    A class of its own: wrappers that cast a layer's arguments rebuild plain dicts, and would lose what it holds.
+    its own class: wrappers that cast a layer's arguments rebuild plain dicts, and would lose what it holds.
     """
 
     def get_or_compute(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
@@ -91,7 +91,7 @@ class _LayoutBuilder:
         self.token_keys = torch.empty(self.total, dtype=torch.long)
 
     def add(self, segment: int, queries: int, prefix_width: int) -> None:
-        """Place one segment, padded to ``queries`` tokens, and before its keys those of its ancestors, padded too."""
+        """Place one segment, padded to ``queries`` tokens, and before its keys its ancestors' keys, padded as well."""
         start, size = self.starts[segment], self.lengths[segment]
         tokens = torch.full((queries,), self.total)
         tokens[:size] = torch.arange(start, start + size)
@@ -116,8 +116,8 @@ class _LayoutBuilder:
 def make_layout(lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Layout:
     """Return the layout of a row of segments with these lengths, for causal attention.
 
-    ``parents[i]``, an earlier segment, is the one that segment i continues: it sees that one and everything that one
-    continues. Two segments that continue the same one do not see each other.
+    ``parents[i]``, an earlier segment, is the segment that segment i continues: it sees that one and everything that
+    one continues. Two segments that continue the same one do not see each other.
     """
     starts = [0, *itertools.accumulate(lengths)]
     ancestors = _find_ancestors(parents or [None] * len(lengths))
@@ -154,7 +154,7 @@ def _find_ancestors(parents: Sequence[int | None]) -> list[list[int]]:
 
 
 def _group_segments(lengths: Sequence[int], prefix_lengths: Sequence[int]) -> list[list[int]]:
-    """Sort segments by falling length and cut them into groups so that attention takes the least work.
+    """Sort segments by falling length and cut them into groups so attention needs the least work.
 
     Work is counted in pairs of a query and a key: padding adds pairs, and a further group is worth ``GROUP_PAIRS``.
     """
@@ -212,7 +212,7 @@ class NotRaggedError(RuntimeError):
 
 
 def can_run_ragged(model: Any) -> bool:
-    """Return True for a model that takes its attention from transformers' registry and attends in full everywhere."""
+    """Return True for a model that looks up its attention in transformers' registry and attends in full everywhere."""
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
         return False
@@ -222,7 +222,7 @@ def can_run_ragged(model: Any) -> bool:
 
 
 def enable_ragged(model: Any) -> None:
-    """Let ``model`` take layouts; without one it works as before. Check ``can_run_ragged`` first."""
+    """Let ``model`` accept layouts; without one it works as before. Check ``can_run_ragged`` first."""
     model.set_attn_implementation(NAME)
 
 
@@ -233,7 +233,7 @@ def hidden_states(
 
     With ``states`` (N, H) these are its input in place of the tokens' embeddings.
     """
-    # transformers leaves a 4D mask alone. This one marks the row as ragged for ragged_attention.
+    # transformers leaves a 4D mask only. This one marks the row as ragged for ragged_attention.
     marker = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     inputs: dict[str, Any] = {"input_ids": input_ids} if states is None else {"inputs_embeds": states[None]}
     output: torch.Tensor = trunk(
@@ -326,9 +326,9 @@ def _is_short(tensor: torch.Tensor, keys: int) -> bool:
 
 
 def _attention_masks(masks: Sequence[torch.Tensor], query: torch.Tensor) -> list[torch.Tensor]:
-    """Return each group's mask as its attention takes it.
+    """Return each group's mask as its attention expects it.
 
-    Short attention adds it to scores, 0 where a query may look and -inf elsewhere: filling takes 3 times as long.
+    Short attention adds it to scores, 0 where a query may look and -inf elsewhere: filling lasts 3 times as long.
     """
     return [
         torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))

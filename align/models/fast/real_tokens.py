@@ -37,10 +37,10 @@ than a tenth."""
 
 
 def compute_real_tokens(model: Any, share: bool = True) -> bool:
-    """Install the hooks on ``model``'s trunk, and return False where the model cannot run this way.
+    """Install the hooks on ``model``'s trunk, and return False if the model cannot run this way.
 
     With ``share`` off every row is computed whole, for methods that treat rows as separate (noise on embeddings). The
-    hooks are verified on two short rows, by the model itself, and taken away with a warning where its states differ.
+    hooks are verified on two short rows, by the model itself, and removed with a warning if its states differ.
     """
     plain = plain_of(model)
     if not can_compute_real_tokens(plain):
@@ -64,7 +64,7 @@ def can_compute_real_tokens(plain: Any) -> bool:
 
 
 def computes_real_tokens(model: Any) -> bool:
-    """Return True where the hooks are installed."""
+    """Return True if the hooks are installed."""
     return hasattr(plain_of(model).base_model, "real_token_hooks")
 
 
@@ -112,7 +112,7 @@ class _RealTokens:
         return (), {
             "input_ids": batch["input_ids"].to(ids.device),
             "position_ids": batch["position_ids"].to(ids.device),
-            # transformers leaves a 4D mask alone. This one marks the line for ``ragged_attention``.
+            # transformers leaves a 4D mask only. This one marks the line for ``ragged_attention``.
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
             "layout": to_device(batch["layout"], ids.device),
             "use_cache": False,
@@ -193,6 +193,6 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
         """(B, T, H) -> (N, H)."""
         (places,) = ctx.saved_tensors
-        rows = grad.new_zeros(ctx.count + 1, grad.shape[-1], dtype=torch.float32)  # the last row takes padding's
+        rows = grad.new_zeros(ctx.count + 1, grad.shape[-1], dtype=torch.float32)  # the last row stores padding's
         rows.index_add_(0, places.flatten(), grad.flatten(0, 1).float())
         return rows[: ctx.count].to(grad.dtype), None

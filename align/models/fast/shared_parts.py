@@ -5,7 +5,7 @@ prompt. A causal model computes the same states for these tokens whatever follow
 (``ragged_rows.make_layout``).
 
 When only the last layers are trained, every model that shares the frozen weights below (a policy, its reference, a
-critic beside it) has the same hidden states there. The lower layers run once, without gradients, and each model
+critic next to it) has the same hidden states there. The lower layers run once, without gradients, and each model
 continues from their states. Left out: decoders that do more before, between or after their layers than Llama does
 (``SPLITTABLE``); they run in one piece.
 """
@@ -23,9 +23,9 @@ from torch import nn
 from align.models.fast.ragged_rows import make_layout
 
 MIN_PREFIX = 8
-"""Common tokens from which a prefix of all rows is worth a segment of its own."""
+"""Common tokens from which a prefix of all rows is worth its own segment."""
 LEAST_SHARED = 4
-"""Tokens from which ``share_prefixes`` reads a common part once. Attention for one more segment takes less time than
+"""Tokens from which ``share_prefixes`` reads a common part once. Attention for one more segment needs less time than
 the matrix products for so many tokens do."""
 
 
@@ -41,7 +41,7 @@ class PrefixBatch:
         self._positions: list[int] = []
 
     def add(self, tokens: Sequence[int], parent: int | None = None) -> int:
-        """Append a segment that continues ``parent`` (None: a sequence of its own) and return its index."""
+        """Append a segment that continues ``parent`` (None: its own sequence) and return its index."""
         first_position = 0
         if parent is not None:
             last_of_parent = self.starts[parent] + self.lengths[parent] - 1
@@ -93,7 +93,7 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[PrefixBatch, list[lis
         start, end, path, parent = pending.pop()
         depth = len(path)
         while start < end:
-            # The run of rows that go on alike for at least LEAST_SHARED tokens, or to the end of all of them.
+            # The run of rows that continue alike for at least LEAST_SHARED tokens, or to the end of all of them.
             stop = start + 1
             while stop < end and _go_on_alike(rows[order[stop - 1]], rows[order[stop]], common[stop - 1], depth):
                 stop += 1
@@ -122,7 +122,7 @@ def _go_on_alike(first: Sequence[int], second: Sequence[int], common: int, depth
 def batches_of_shared(rows: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
     """Return the rows' indices in batches whose lines, by ``share_prefixes``, have about ``tokens`` tokens at most.
 
-    Rows with a common beginning are in one batch where it has room; equal rows always are. A longer row is alone.
+    Rows with a common beginning are in one batch if it has room; equal rows always are. A longer row is alone.
     """
     batches: list[list[int]] = []
     size = 0
@@ -179,7 +179,7 @@ def run_lower_layers(trunk: Any, count: int) -> Iterator[None]:
 
 @contextmanager
 def run_upper_layers(trunk: Any, count: int) -> Iterator[None]:
-    """Inside, ``trunk`` takes the states after its ``count`` lowest layers as ``inputs_embeds``."""
+    """Inside, ``trunk`` accepts the states after its ``count`` lowest layers as ``inputs_embeds``."""
     # The layers keep their indices: transformers looks up a layer's mask in config.layer_types by its index.
     layers = nn.ModuleList([_SkippedLayer()] * count)
     layers.extend(trunk.layers[count:])

@@ -5,7 +5,8 @@ and small enough to stay in a core's cache. The backward pass computes them agai
 
 Scale and soft cap that a model applies to the product of its vocabulary head before the softmax.
 
-Code that runs trunk and head by themselves applies them, too, or it would compute another distribution than the model.
+Code that runs trunk and head by themselves applies them as well, or it would compute another distribution than the
+model.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ TOKENS = 1024
 LOGITS = {"cpu": 2**20, "cuda": 2**24}
 """Most logits of a block, 4 bytes each: 4 MiB stay in the caches of a few cores; a GPU prefers large kernels."""
 ROWS = 64
-"""On a CPU tokens come in multiples of it, and blocks in powers of two, so that shapes repeat: oneDNN compiles a
+"""On a CPU tokens come in multiples of it, and blocks in powers of two, so shapes repeat: oneDNN compiles a
 product for each shape, and 60 ms for one over 4,161 words is as long as all products of a short micro-batch."""
 
 Temperature = float | torch.Tensor
-"""Divisor of the logits: a number for all tokens, or one for each, (N, 1)."""
+"""Divisor of the logits: a number for all tokens, or a number for each, (N, 1)."""
 
 
 class TokenStatistics(NamedTuple):
@@ -72,7 +73,7 @@ class _TokenStatistics(torch.autograd.Function):
         """Return gradients of the hidden states (N, H) and, if it is trained, of the head's weight (V, H)."""
         hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        # The first product is written, so the sum needs no zeros; without any token it has nothing else.
+        # The first product is written, so the sum needs no zeros; without any token it is complete.
         room = torch.empty_like if len(hidden) else torch.zeros_like
         grad_weight = room(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with_entropy = bool(grad_entropies.any())
@@ -194,7 +195,7 @@ def _part_of(temperature: Temperature, part: slice) -> Temperature:
 
 
 def _within(targets: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a mask (n,) of the targets that lie in a part of the vocabulary, and their columns there."""
+    """Return a mask (n,) of the targets in a part of the vocabulary, and their columns there."""
     inside = (targets >= block.start) & (targets < block.stop)
     return inside, targets[inside] - block.start
 

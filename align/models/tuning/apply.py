@@ -109,15 +109,15 @@ def initial_policy(model: Any) -> Iterator[Any]:
 def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
     """Write ``model`` (a policy or a reward model) to ``out_dir`` as a plain folder, adapters merged in float32.
 
-    The live model does not change. A bare adapter goes to ``adapter/`` beside ``out_dir``, and into ``out_dir`` when it
-    cannot be merged (``stored.py``).
+    The live model does not change. A bare adapter goes to ``adapter/`` next to ``out_dir``, and into ``out_dir`` when
+    it cannot be merged (``stored.py``).
     """
     from peft import PeftModel
 
     # Merging needs float32 copies of matrices, one at a time, so return what training has freed.
     trim_malloc()
     plain = model
-    # The bare adapter is kept beside the merged model.
+    # The bare adapter is kept next to the merged model.
     if isinstance(model, PeftModel):
         save_adapter(model, out_dir.parent / "adapter")
         plain = model.get_base_model()
@@ -138,14 +138,12 @@ def save_tuned(model: Any, tokenizer: Any, out_dir: Path) -> None:
 def engine_source(source: Path, tuning: Any, scratch: Path) -> Path:
     """Return a model folder whose shapes have room for everything that ``tuning`` trains in the policy ``source``.
 
-    That is ``source`` itself where its shapes fit, else a checkpoint of the untrained adapters, written to ``scratch``.
+    That is ``source`` itself if its shapes fit, else a checkpoint of the untrained adapters, written to ``scratch``.
     """
     if not isinstance(tuning, AdaptersTuning) or is_stored(source):
         return source
     if not (scratch / "config.json").is_file():
-        model = apply_tuning(
-            load_for_tuning(source, tuning), tuning, seed=0
-        )  # the seed changes nothing: all start at 0
+        model = apply_tuning(load_for_tuning(source, tuning), tuning, seed=0)  # the seed has no effect: all start at 0
         save_tuned(model, load_tokenizer(source), scratch)
     return scratch
 

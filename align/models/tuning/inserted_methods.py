@@ -1,9 +1,10 @@
 """Methods that insert modules: bottleneck adapters, LLaMA-Adapter, and prefix tuning.
 
-Parallel (arXiv 2110.04366): a narrow gated MLP beside the layer's own, with the same activation. Their sum is one gated
-MLP that is wider by the bottleneck's size, so it is saved as a plain checkpoint with a larger ``intermediate_size``.
-Sequential (arXiv 1902.00751, 2005.00052): ``y + W_up gelu(W_down y)`` on the output y of attention or MLP, before the
-residual sum. No plain checkpoint can hold that, so it is stored beside one. Both start as the identity.
+Parallel (arXiv 2110.04366): a narrow gated MLP next to the layer's own, with the same activation. Their sum is one
+gated MLP that is wider by the bottleneck's size, so it is saved as a plain checkpoint with a larger
+``intermediate_size``. Sequential (arXiv 1902.00751, 2005.00052): ``y + W_up gelu(W_down y)`` on the output y of
+attention or MLP, before the residual sum. No plain checkpoint can hold that, so it is stored next to one. Both start as
+the identity.
 
 Each such layer returns ``output + gate * W_o softmax(q k^T / sqrt(d)) v`` with k and v made from the learned tokens by
 the layer's own matrices, and q the text's rotated queries (arXiv 2303.16199, section 3.2; one gate per layer, as in
@@ -115,7 +116,7 @@ def merge_into_mlps(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, t
     """Return ``weights`` of ``model`` with each parallel bottleneck merged into its MLP.
 
     ``sum_i down_i act(gate_i x) up_i x`` runs over the features of both: gate and up, shape (inner, hidden), get more
-    rows, down (hidden, inner) more columns. The bottleneck has no biases, so those of its rows are zero.
+    rows, down (hidden, inner) more columns. The bottleneck has no biases, so the biases of its rows are zero.
     """
     merged = dict(weights)
     for name, module in list(model.named_modules()):
@@ -136,7 +137,7 @@ def merge_into_mlps(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, t
 
 LLAMA_ADAPTER = "llama_adapter"
 KINDS = ("llama", "mistral", "qwen2")
-"""Model types whose queries are a projection and a rotation, nothing else."""
+"""Model types whose queries are only a projection and a rotation."""
 
 
 class Gated(Insertion):
@@ -217,7 +218,7 @@ class Rows(Insertion):
     def __init__(self, tokens: Tokens, rows: torch.Tensor) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows.detach().clone().float())
-        self.tokens = [tokens]  # in a list, so that it does not become a submodule
+        self.tokens = [tokens]  # in a list, so it does not become a submodule
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
         """(B, T, width) -> (B, T, width) with the learned rows at the virtual tokens."""

@@ -3,9 +3,9 @@
 Modules are found by the names that most decoders of transformers use. Left out: decoders that fuse these matrices or
 use other names (GPT-2, GPT-NeoX, Phi-3), which are refused.
 
-Train the rows of a few tokens beside low-rank adapters (``tuning.train_tokens``), by peft's trainable tokens.
+Train the rows of a few tokens next to low-rank adapters (``tuning.train_tokens``), by peft's trainable tokens.
 
-The rows of the embedding, and of an untied head, are parameters of their own; all other rows stay frozen. A base model
+The rows of the embedding, and of an untied head, are their own parameters; all other rows stay frozen. A base model
 learns the tokens of its new chat template that way, at the cost of a few thousand parameters.
 """
 
@@ -28,8 +28,8 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def decoder_layers(model: Any, method: str) -> list[Any]:
-    """Return the layers from first to last. Raises ``UserError`` where they have no ``self_attn`` and ``mlp``."""
-    # The trunk itself may be passed too.
+    """Return the layers from first to last. Raises ``UserError`` if they have no ``self_attn`` and ``mlp``."""
+    # The trunk itself may be passed as well.
     trunk = getattr(model, model.base_model_prefix, model)
     layers = list(getattr(trunk, "layers", []))
     if not layers or not all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers):

@@ -1,4 +1,4 @@
-"""LoRA and its variants: low-rank adapters beside frozen matrices (arXiv 2106.09685), by peft.
+"""LoRA and its variants: low-rank adapters next to frozen matrices (arXiv 2106.09685), by peft.
 
 Adapters that are initialized from the weights (PiSSA, OLoRA) subtract their part from them. Without its adapters the
 model is then no longer the initial one, so ``store_initial_values`` stores their initial values and ``initial_policy``
@@ -42,7 +42,7 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
     """Return ``model`` with LoRA adapters drawn from ``seed``; ``init: eva`` reads ``rows``, lists of token ids.
 
     A reward model's score head is trained in full and saved with the adapters. The caller's random state and tensors
-    that ``model`` shares with another model are unchanged. Raises ``UserError`` where the targets match no module or
+    that ``model`` shares with another model are unchanged. Raises ``UserError`` if the targets match no module or
     are tied to another.
     """
     from peft import get_peft_model
@@ -92,7 +92,7 @@ def _config(model: Any, tuning: LowRank) -> Any:
         use_rslora=tuning.rslora,
         use_dora=tuning.dora,
         init_lora_weights=starts.get(tuning.init, tuning.init),
-        # rho 1 keeps the rank of every layer, so that a checkpoint fits whatever the data are.
+        # rho 1 keeps the rank of every layer, so a checkpoint fits whatever the data are.
         eva_config=EvaConfig(rho=1.0) if tuning.init == "eva" else None,
         task_type=TaskType.SEQ_CLS if classifier else TaskType.CAUSAL_LM,
         modules_to_save=saved or None,
@@ -173,7 +173,7 @@ def _adapter_weights(peft_model: Any) -> Iterator[tuple[str, torch.nn.Parameter]
 
 @contextlib.contextmanager
 def at_initial_values(peft_model: Any) -> Iterator[Any]:
-    """Inside, the model has its adapters' initial values and the initial modules beside them."""
+    """Inside, the model has its adapters' initial values and the initial modules next to them."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     saved_modules = [module for module in peft_model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -190,22 +190,22 @@ def at_initial_values(peft_model: Any) -> Iterator[Any]:
 def save_adapter(peft_model: Any, folder: Path) -> None:
     """Write the bare adapter, which fits the initial model (with ``qlora``, that model in 4 bits).
 
-    An adapter that was initialized from the weights is written as one of twice the rank: its product now minus its
-    initial product.
+    An adapter that was initialized from the weights is written as an adapter of twice the rank: its product now minus
+    its initial product.
     """
     start, config = getattr(peft_model, START, None), peft_model.peft_config["default"]
     if start is None or getattr(peft_model, "align_quantized", False):
         peft_model.save_pretrained(str(folder), safe_serialization=True)
         return
     state = peft_model.state_dict()
-    # A = [A_now; A_initial] and B = [B_now, -B_initial], so that B A is the difference of the two products.
+    # A = [A_now; A_initial] and B = [B_now, -B_initial], so B A is the difference of the two products.
     for name, initial in start.items():
         if ".lora_A." in name:
             state[name] = torch.cat([state[name], initial.to(state[name].device)])
         elif ".lora_B." in name:
             state[name] = torch.cat([state[name], -initial.to(state[name].device)], dim=1)
     doubled = copy.copy(config)
-    # peft scales by alpha / r, or alpha / sqrt(r) with rslora. Alpha grows so that the scale stays the same.
+    # peft scales by alpha / r, or alpha / sqrt(r) with rslora. Alpha grows so the scale stays the same.
     doubled.r, doubled.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     peft_model.peft_config["default"] = doubled
     try:
@@ -244,7 +244,7 @@ def _batches(rows: Sequence[Sequence[int]], device: Any) -> list[dict[str, torch
 
 
 class FusedLoraLinear(Linear):
-    """peft's LoRA layer on a matrix; calls that the fused function does not cover take peft's way."""
+    """peft's LoRA layer on a matrix; calls that the fused function does not cover use peft's forward pass."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map x of shape (..., in) to (..., out)."""
@@ -268,7 +268,7 @@ class FusedLoraLinear(Linear):
         return output
 
     def _find_only_adapter(self) -> str | None:
-        """Return the one active adapter, where it is plain LoRA that nothing else takes part in."""
+        """Return the one active adapter, where it is plain LoRA without any other part."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1:
             return None
@@ -310,7 +310,7 @@ class _LowRankSum(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         narrow = rows @ low.t()  # (N, r)
         output = torch.nn.functional.linear(rows, weight, bias)
-        # Added in place, without another tensor of the output's size.
+        # The product is added in place, without another tensor of the output's size.
         output.addmm_(narrow, high.t(), alpha=scale)
         # Views: a parameter whose values are swapped before the backward pass leaves them as they were.
         ctx.save_for_backward(rows, narrow, weight, low.t(), high.t())

@@ -78,7 +78,7 @@ def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
 
     base = layer.get_base_layer()
     if _is_plain_lora(layer):
-        # A sum in float32: in bf16 a small update would vanish beside the weight.
+        # A sum in float32: in bf16 a small update would vanish next to the weight.
         merged = float_weight(base).clone()
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
@@ -98,7 +98,7 @@ def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
 
 
 def float_weight(module: Any) -> torch.Tensor:
-    """Return the module's weight, of shape (out, in), in float32, dequantized where it is in 4 bits."""
+    """Return the module's weight, of shape (out, in), in float32, dequantized if it is in 4 bits."""
     state = getattr(module.weight, "quant_state", None)
     if state is None:
         weight: torch.Tensor = module.weight.data.float()

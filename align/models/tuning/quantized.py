@@ -1,4 +1,4 @@
-"""QLoRA (arXiv 2305.14314): adapters beside matrices that bitsandbytes keeps in 4 bits, on GPUs and CPUs.
+"""QLoRA (arXiv 2305.14314): adapters next to matrices that bitsandbytes keeps in 4 bits, on GPUs and CPUs.
 
 The matrices of the layers are quantized; embeddings, norms and heads are not. LoftQ (arXiv 2310.08659) is computed here
 with one round of quantization and decomposition, because peft's own needs a GPU. Left out: 8 bits, other libraries, and
@@ -74,7 +74,7 @@ def is_quantized(model: Any) -> bool:
 
 @torch.no_grad()
 def quantize(model: Any, tuning: QloraTuning) -> None:
-    """Replace the layers' linear modules with 4-bit ones, in place; a second call changes nothing.
+    """Replace the layers' linear modules with 4-bit ones, in place; a second call has no effect.
 
     Models that share the original tensors keep them. Raises ``UserError`` for a model without linear layers (GPT-2's
     ``Conv1D``).

@@ -1,7 +1,7 @@
 """Apply the inserted methods (virtual tokens, prefix, bottleneck, LLaMA-Adapter), save them and load them again.
 
 Adapters that plain weights can hold are merged into them (``virtual_tokens``, a parallel ``bottleneck``). The others
-are stored beside the frozen model: ``model/adapter/`` holds ``adapter.json``, the description, and
+are stored next to the frozen model: ``model/adapter/`` holds ``adapter.json``, the description, and
 ``adapter.safetensors``. Without that folder ``model/`` is the untrained model; the loaders here always read both.
 """
 
@@ -28,7 +28,7 @@ Inserted = PrefixTuning | PromptTuning | PTuning | AdaptersTuning
 
 
 def is_stored(model_dir: Path) -> bool:
-    """Return True for a checkpoint with an inserted adapter beside its weights."""
+    """Return True for a checkpoint with an inserted adapter next to its weights."""
     return (model_dir / FOLDER / DESCRIPTION).is_file()
 
 
@@ -185,7 +185,7 @@ def prepare_save(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the ``weights`` (``plain_weights``) of a plain folder, and the config fields that change with them.
 
-    Tensors are of any shape. The bare adapter is written to ``adapter/``: beside ``out_dir`` when it is merged, in
+    Tensors are of any shape. The bare adapter is written to ``adapter/``: next to ``out_dir`` when it is merged, in
     ``out_dir`` when it is not.
     """
     if not insertions(model):
@@ -203,7 +203,7 @@ def prepare_save(
     if inserted_methods.is_parallel(model):
         write_adapter(model, out_dir.parent / FOLDER)
         return weights, {"intermediate_size": inserted_methods.merged_width(model)}
-    # 3. Everything else is stored beside the frozen weights.
+    # 3. Everything else is stored next to the frozen weights.
     write_adapter(model, out_dir / FOLDER)
     inserted = inserted_weights(model)
     return {name: tensor for name, tensor in weights.items() if name not in inserted}, {}

@@ -23,7 +23,7 @@ from align.models.tuning.inserted import Insertion, train_insertions_only
 
 NAME = "virtual"
 LARGEST_MASS = 1e-3
-"""Largest joint probability of the virtual tokens: they must not be sampled, nor take probability from others."""
+"""Largest joint probability of the virtual tokens: they must not be sampled, nor reduce the probability from others."""
 PROBES = ("Hello!", "What is 2 + 2?", "Name three colors of the rainbow.", "Write a short poem about the sea.")
 
 
@@ -36,7 +36,7 @@ def extend_tokenizer(tokenizer: Any, tuning: Any) -> Any:
     """Add the virtual tokens of ``tuning`` to ``tokenizer`` and to the start of its chat template, and return it.
 
     It is changed in place, and not at all where ``tuning`` needs none. Tokens of an earlier stage stay, behind the new
-    ones. Raises ``UserError`` where the tokenizer would split the text after the new tokens differently.
+    ones. Raises ``UserError`` if the tokenizer would split the text after the new tokens differently.
     """
     if not isinstance(tuning, VirtualTokens):
         return tokenizer
@@ -66,7 +66,7 @@ def extend_tokenizer(tokenizer: Any, tuning: Any) -> Any:
 
 
 def new_tokens(tokenizer: Any, tuning: VirtualTokens) -> list[int]:
-    """Return the ids that :func:`extend_tokenizer` added for this stage. Raises ``UserError`` where there are none."""
+    """Return the ids that :func:`extend_tokenizer` added for this stage. Raises ``UserError`` if there are none."""
     ids: list[int] = getattr(tokenizer, "new_virtual_tokens", [])
     if len(ids) != tuning.tokens:
         raise UserError(
@@ -151,9 +151,9 @@ class Encoded(Tokens):
 
 
 def wrap(model: Any, tuning: PromptTuning | PTuning, seed: int, tokenizer: Any) -> Any:
-    """Return ``model`` with virtual tokens drawn from ``seed``; nothing else is trained.
+    """Return ``model`` with virtual tokens drawn from ``seed``; the rest is frozen.
 
-    ``tokenizer`` comes from :func:`extend_tokenizer`. Raises ``UserError`` where it does not, and for a model that
+    ``tokenizer`` comes from :func:`extend_tokenizer`. Raises ``UserError`` if it does not, and for a model that
     gives tokens with zero logits too much probability.
     """
     ids = new_tokens(tokenizer, tuning)
@@ -172,7 +172,7 @@ def wrap(model: Any, tuning: PromptTuning | PTuning, seed: int, tokenizer: Any) 
 
 
 def first_ids(tokenizer: Any, text: str | None, count: int) -> list[int]:
-    """Return ids of ``count`` real tokens to start from: those of ``text``, repeated, or random ones."""
+    """Return ids of ``count`` real tokens to start from: the tokens of ``text``, repeated, or random ones."""
     if text is not None:
         known = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
         return [known[index % len(known)] for index in range(count)]
