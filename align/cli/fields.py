@@ -33,7 +33,7 @@ INDENT = "    "
 
 @dataclass(frozen=True)
 class Topic:
-    """Blocks of the YAML that several stages share: their page in the reference, and a word for the command line."""
+    """Blocks of the YAML that do not belong to one stage, with their page in the reference and command-line word."""
 
     title: str
     purpose: str

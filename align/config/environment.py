@@ -204,7 +204,7 @@ class EnvironmentConfig(Config):
 def take_episode_tokens(config: Config) -> None:
     """Set a stage's ``max_tokens`` to the ``max_tokens`` of its ``environment``.
 
-    For a validator of a stage with both fields. Raises ``ValueError`` if the stage sets another number.
+    A validator of a stage with both fields calls it. Raises ``ValueError`` if the stage sets another number.
     """
     environment: EnvironmentConfig | None = getattr(config, "environment", None)
     if environment is None:

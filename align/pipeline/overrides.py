@@ -62,7 +62,7 @@ def _place_added(blocks: dict[Any, Any], added: list[Any]) -> None:
     """Move the stages ``added`` up, in place, each right below the last stage that it reads."""
     waiting = {name: blocks.pop(name) for name in added}
     while waiting:
-        # Added stages may read each other. A stage that reads no waiting stage is next (any stage, if they form a
+        # Added stages may depend on each other. A stage without a waiting input is next (any stage, if they form a
         # circle).
         ready = [name for name, block in waiting.items() if not _texts(block) & (set(waiting) - {name})]
         name = (ready or list(waiting))[0]

@@ -39,7 +39,7 @@ class RejectionConfig(RolloutFields):
         return self.best
 
     def threshold_of(self, update: int) -> float | None:
-        """Return the minimum score in a round; the last one of a list stays."""
+        """Return the minimum score in a round; rounds after a list's end use its last value."""
         if not isinstance(self.threshold, list):
             return self.threshold
         return self.threshold[min(update, len(self.threshold) - 1)]

@@ -41,8 +41,7 @@ class RolloutFields(TrainerOptions):
     prompts: stage_input(*PROMPT_SOURCES)  # type: ignore[valid-type]
     """Stage whose training prompts the policy answers."""
     reward: stage_input(Kind.REWARD) | list[stage_input(Kind.REWARD)] | None = None  # type: ignore[valid-type]
-    """Reward stage that scores responses, or a list of them as an ensemble. At least one of this and ``score`` is
-    required."""
+    """Reward stage that scores responses, or a list of them as an ensemble. Use this, ``score``, or both."""
     environment: EnvironmentConfig | None = None
     """Environment that the policy acts in over several turns, with tools or by answers. It scores episodes; ``reward``
     and ``score``, which read an episode's last turn, add to that (docs/environments.md)."""
@@ -131,7 +130,7 @@ class RolloutFields(TrainerOptions):
     save_updates: int = Field(1, ge=1)
     """Updates between checkpoints. A killed stage repeats at most this many."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further options: those of transformers' ``TrainingArguments`` and of ``align.rl.arguments``, checked."""
+    """Further options of transformers' ``TrainingArguments`` and of ``align.rl.arguments``. They are checked."""
     lint: LintSettings = LintSettings()
     """Checks of the prompts' tokens to skip before the first update (docs/lint.md)."""
 
