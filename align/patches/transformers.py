@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import types
 from collections.abc import Callable, Collection
 from typing import Any
 
+from align.errors import UserError
 from align.patches.signatures import private_name
 
 
@@ -64,3 +66,53 @@ def attention_name(config: Any) -> str:
     """
     private_name("transformers", "transformers:PreTrainedConfig._attn_implementation")
     return str(config._attn_implementation)
+
+
+def use_one_device(arguments: Any) -> None:
+    """Have a Trainer with these ``TrainingArguments`` train on one device, however many are visible.
+
+    Sets ``_n_gpu``, which ``n_gpu`` computes once and returns. A single process would use all devices through
+    ``nn.DataParallel``; there is no option against that. Written for transformers 5.17.
+    """
+    private_name("transformers", "transformers:TrainingArguments.n_gpu")
+    devices = min(1, arguments.n_gpu)
+    if not hasattr(arguments, "_n_gpu"):
+        raise UserError(f"transformers {transformers_version()}: TrainingArguments has no _n_gpu.")
+    arguments._n_gpu = devices
+
+
+def keep_curve_names() -> None:
+    """Stop the integrations of trackers from renaming curves, such as ``test_loss`` to ``test/loss``.
+
+    Replaces ``rewrite_logs`` of ``transformers.integrations.integration_utils``. Written for transformers 5.17.
+    """
+    private_name("transformers", "transformers.integrations.integration_utils:rewrite_logs", ["d"])
+    import transformers.integrations.integration_utils as module
+
+    def keep_names(d: dict[str, Any]) -> dict[str, Any]:
+        return dict(d)
+
+    module.rewrite_logs = keep_names
+
+
+TRACKER_MODULES = {"mlflow": "_ml_flow", "wandb": "_wandb", "trackio": "_trackio"}
+"""Name of an integration -> its callback's attribute with the tracker's module."""
+
+
+def tracker_module(callback: Any, name: str) -> Any:
+    """Return the module that the callback of the integration ``name`` imported. Written for transformers 5.17."""
+    attribute = TRACKER_MODULES[name]
+    if not hasattr(callback, attribute):
+        raise UserError(f"transformers {transformers_version()}: {type(callback).__name__} has no {attribute}.")
+    return getattr(callback, attribute)
+
+
+def replace_tracker_module(callback: Any, name: str, module: Any) -> None:
+    """Have the callback of the integration ``name`` call ``module``, to pass options that the callback omits."""
+    tracker_module(callback, name)
+    setattr(callback, TRACKER_MODULES[name], module)
+
+
+def transformers_version() -> str:
+    """Return the installed version."""
+    return importlib.metadata.version("transformers")

@@ -10,6 +10,7 @@ from align.config.stages.continue_from import warmup_steps
 from align.config.stages.training import TrainingFields
 from align.errors import UserError
 from align.models.compute.threads import device_of
+from align.patches import transformers
 from align.pipeline.context import StageContext
 from align.training.kept_state import continued_facts
 from align.training.tracking import tracking_options
@@ -147,6 +148,5 @@ def use_one_device(arguments: T) -> T:
     by their number. ``runtime.launch`` trains on several devices with one process each. The others stay visible for an
     engine in this process that is sharded over them.
     """
-    # transformers computes it in a property and multiplies batch sizes by it.
-    arguments._n_gpu = min(1, arguments.n_gpu)  # type: ignore[attr-defined]
+    transformers.use_one_device(arguments)
     return arguments

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from align.training.experimental import PairForward, experimental
 from align.training.held_out import scoring
@@ -53,7 +54,7 @@ def held_out(trainer: Any, encoded: Encoded) -> dict[str, float]:
     total, tokens = 0.0, 0
     with scoring(trainer):
         for batch in by_length(encoded.lengths, SCORING_TOKENS // 2):
-            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[row] for row in batch]))
+            inputs = send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
             chosen_logps, rejected_logps, _, _, loss = trainer.concatenated_forward(trainer.model, inputs)[:5]
             losses, chosen_rewards, rejected_rewards = trainer.pair_losses(chosen_logps, rejected_logps)
             token_count = inputs["attention_mask" if trainer.prompt_too else "completion_mask"][: len(batch), 1:].sum()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from trl.trainer.sft_trainer import SFTTrainer
 
 from align.models.fast.token_logprobs import logit_transform
@@ -137,7 +138,7 @@ def held_out(trainer: Any, encoded: Encoded, known: Sequence[Known]) -> dict[str
     plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     with scoring(trainer):
         for batch in by_length(encoded.lengths, SCORING_TOKENS):
-            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[row] for row in batch]))
+            inputs = send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
             hidden = answer_states(plain, plain, inputs)
             shifted = inputs["labels"][:, 1:]
             targets = shifted[shifted != MASKED]

@@ -11,13 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import trl.trainer.utils
 from trl.kernels import ChunkedLogProbFunction
 
 from align.models.fast.token_logprobs import token_statistics
-
-REPLACED = ("_use_triton", "_ChunkedLogProbFunction")
-"""Names of ``trl.trainer.utils`` that ``use_blockwise_head`` sets."""
+from align.patches.trl import replace_fused_head
 
 
 def use_blockwise_head() -> None:
@@ -26,8 +23,7 @@ def use_blockwise_head() -> None:
     On devices without Triton, trl scores every position, including prompts and padding. With a vocabulary of 49,000
     tokens this is most of a small model's work. trl calls the first replaced function for that choice only.
     """
-    trl.trainer.utils._use_triton = lambda device: True  # type: ignore[attr-defined]
-    trl.trainer.utils._ChunkedLogProbFunction = _BlockwiseHead  # type: ignore[attr-defined,assignment]
+    replace_fused_head(_BlockwiseHead)
 
 
 class _BlockwiseHead:

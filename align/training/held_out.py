@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from align.models.checkpoints.sharding import reshard
 from align.models.compute.threads import trim_malloc
@@ -39,7 +40,7 @@ def supervised(trainer: Any, encoded: Encoded) -> dict[str, float]:
     total, tokens, right = 0.0, 0, 0
     with scoring(trainer):
         for batch in by_length(encoded.lengths, SCORING_TOKENS):
-            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[row] for row in batch]))
+            inputs = send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
             outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
             total -= outputs.log_probs.double().sum().item()
             tokens += int(outputs.label_mask.sum())
@@ -75,7 +76,7 @@ def preferences(trainer: Any, encoded: Encoded) -> dict[str, float]:
     with scoring(trainer):
         # Lengths are per pair, and both sides of a pair are rows of the batch.
         for batch in by_length(encoded.lengths, SCORING_TOKENS // 2):
-            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[row] for row in batch]))
+            inputs = send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
             trainer._metrics["eval"].clear()
             sums["loss"] += float(trainer.compute_loss(trainer.model, inputs)) * len(batch)
             for name, key in names.items():

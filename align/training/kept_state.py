@@ -134,7 +134,8 @@ class OwnSettings(TrainerCallback):
         ]
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        scheduler._last_lr = rates
+        # The only public way to set the rates that ``get_last_lr`` returns until the next step.
+        scheduler.load_state_dict(scheduler.state_dict() | {"_last_lr": rates})
 
 
 class KeepStable(TrainerCallback):

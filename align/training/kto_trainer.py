@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from trl.trainer.kto_trainer import KTOTrainer
 
 from align.training.dpo_trainer import ScoredByReference
@@ -72,7 +73,7 @@ def _drifts(trainer: PreparedKTO, encoded: Encoded, answers: str, reference: str
         for batch in by_length(lengths, SCORING_TOKENS):
             names = ("prompt_ids", "completion_ids", "completion_mask", "label")
             picked = [{name: rows[row][name] for name in names} for row in batch]
-            inputs = trainer._prepare_inputs(trainer.data_collator(picked))
+            inputs = send_to_device(trainer.data_collator(picked), trainer.args.device)
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             outputs = trainer.model(
                 input_ids=inputs["input_ids"],

@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import send_to_device
 
 from align.errors import UserError
 from align.models.checkpoints.conversion import plain_of
 from align.models.fast.ragged_rows import NotRaggedError, enable_ragged, make_layout
 from align.models.fast.real_tokens import can_compute_real_tokens
+from align.patches.transformers import attention_name
 from align.training.rows import MASKED, Encoded
 
 Form = Literal["ragged", "flash", "blocks"]
@@ -81,14 +83,15 @@ def fill_ratio(packs: Sequence[dict[str, list[int]]], capacity: int) -> float:
 def packing_form(model: Any) -> Form:
     """Return the form in which ``model`` can separate concatenated rows. Raises ``UserError`` if it cannot."""
     plain = plain_of(model)
-    if str(plain.config._attn_implementation).startswith("flash"):
+    attention = attention_name(plain.config)
+    if attention.startswith("flash"):
         return "flash"
     if can_compute_real_tokens(plain):
         return "ragged"
-    if plain.config._attn_implementation in ("sdpa", "eager"):
+    if attention in ("sdpa", "eager"):
         return "blocks"
     raise UserError(
-        f"packing and padding_free: the attention '{plain.config._attn_implementation}' of this model cannot keep rows "
+        f"packing and padding_free: the attention '{attention}' of this model cannot keep rows "
         "in one line apart. Turn them off."
     )
 
@@ -190,6 +193,6 @@ def _logprobs(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Return the log-probabilities (N,) of the labeled tokens."""
     if "position_ids" not in batch:
         batch = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
-    outputs = trainer.model(**trainer._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+    outputs = trainer.model(**send_to_device(batch, trainer.args.device), use_cache=False, fused_lm_head=True)
     logprobs: torch.Tensor = outputs.log_probs[outputs.label_mask].float().cpu()
     return logprobs

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
+from accelerate.utils import send_to_device
 
 from align.models.reward import Aggregate, combine_steps
 from align.training.held_out import pair_accuracy, scoring
@@ -20,7 +21,7 @@ def predictions(trainer: Any, encoded: Encoded) -> list[list[float]]:
     scores_of_rows: list[list[float]] = [[] for _ in encoded.rows]
     with scoring(trainer):
         for batch in by_length(encoded.lengths, SCORING_TOKENS):
-            inputs = trainer._prepare_inputs(trainer.data_collator([encoded.rows[row] for row in batch]))
+            inputs = send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
             scores = iter(scores_at(trainer.model, inputs)[0].tolist())
             for row in batch:
                 scores_of_rows[row] = [next(scores) for _ in encoded.rows[row]["places"]]

@@ -19,6 +19,7 @@ from typing import Any
 
 from align.config.user_paths import user_path
 from align.errors import UserError, redact
+from align.patches.transformers import keep_curve_names, replace_tracker_module, tracker_module
 from align.pipeline.context import StageContext
 from align.training.checkpoints import read_state, write_state
 
@@ -118,7 +119,8 @@ class _Runs:
         """Return the arguments for an integration. trackio identifies a run by its name, so its name has the id."""
         if _name(callback) != "trackio":
             return arguments
-        callback._trackio = _TrackioWithGroup(callback._trackio, _group(self.context))
+        module = _TrackioWithGroup(tracker_module(callback, "trackio"), _group(self.context))
+        replace_tracker_module(callback, "trackio", module)
         copied = copy.copy(arguments)
         copied.run_name = f"{self.context.name}-{_identity(self.context)['id']}"
         return copied
@@ -161,10 +163,10 @@ class _Runs:
             with self._drop_on_failure(callback):
                 # End the run here, or on_train_end would record it as finished.
                 if failed and _name(callback) == "mlflow":
-                    callback._ml_flow.end_run("FAILED")
+                    tracker_module(callback, "mlflow").end_run("FAILED")
                 callback.on_train_end(self.arguments[callback], TrainerState(), self.control)
                 if _name(callback) == "wandb":
-                    callback._wandb.finish(exit_code=int(failed))
+                    tracker_module(callback, "wandb").finish(exit_code=int(failed))
 
     @contextmanager
     def _drop_on_failure(self, callback: Any) -> Iterator[None]:
@@ -195,7 +197,8 @@ class _TrackioWithGroup:
 def _running(
     context: StageContext, callbacks: list[Any], arguments: Any, model: Any, first_step: int
 ) -> Iterator[_Runs]:
-    _keep_names()
+    # Curves keep the names of the report's page: ``loss`` and ``test_loss``, not ``train/loss`` and ``test/loss``.
+    keep_curve_names()
     runs = _Runs(context, callbacks, arguments)
     failed = True  # until the stage has ended normally
     follower = runs.log
@@ -208,16 +211,6 @@ def _running(
         if follower in context.followers:
             context.followers.remove(follower)
         runs.end(failed)
-
-
-def _keep_names() -> None:
-    """Stop transformers' integrations from renaming curves: ``loss`` and ``test_loss``, as on the report's page.
-
-    Some of them would send ``train/loss`` and ``test/loss``.
-    """
-    import transformers.integrations.integration_utils as module
-
-    module.rewrite_logs = dict  # type: ignore[assignment]
 
 
 def _remove_integrations(trainer: Any) -> list[Any]:
@@ -287,7 +280,7 @@ def _remember(context: StageContext, callbacks: list[Any]) -> None:
     """Store the id that mlflow chose for the run, so a resumed stage continues the run."""
     for callback in callbacks:
         if _name(callback) == "mlflow":
-            identity = _identity(context) | {"mlflow": callback._ml_flow.active_run().info.run_id}
+            identity = _identity(context) | {"mlflow": tracker_module(callback, "mlflow").active_run().info.run_id}
             write_state(context.checkpoints.with_name(IDENTITY), identity)
 
 

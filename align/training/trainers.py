@@ -1,6 +1,6 @@
 """trl's trainers for tokenized rows, in an order that a resumed run repeats.
 
-They override private methods of trl; ``tests/training/test_trainers.py`` fails when an upgrade changes these.
+They override private methods of trl and transformers, which ``align.patches.trainer`` lists and checks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from align.models.compute.precision import low_residual
 from align.models.compute.processes import all_gather
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
+from align.patches.trainer import check_overrides
 from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder
@@ -55,9 +56,13 @@ class _Float32Head(torch.nn.Linear):
 def score_in_float32(model: Any) -> None:
     """Compute a reward model's score in float32: in bfloat16, scores near 4 are 1/32 apart and pairs tie.
 
-    The class is swapped instead of ``forward``, because peft's copy of the head keeps the class.
+    The module is replaced instead of its ``forward``, so peft's copy of the head is one as well.
     """
-    model.score.__class__ = _Float32Head
+    score = model.score
+    head = _Float32Head(score.in_features, score.out_features, bias=score.bias is not None, device="meta")
+    head.weight = score.weight
+    head.bias = score.bias
+    model.score = head
 
 
 class LossTerm(Protocol):
@@ -88,6 +93,7 @@ class Prepared(ShardingTrainer):
     """Answer tokens of the step's micro-batches, in all processes; counted for ``terms`` only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_overrides()
         super().__init__(*args, **kwargs)
         reduce_work(self.model, bfloat16=self.args.bf16, shared_prefixes=getattr(self.args, "shared_prefixes", True))
         shard_model(self)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 
 from align.config.launch import DeepspeedConfig
+from align.patches.accelerate import use_gloo_on_cpus
+from align.patches.deepspeed import link_optimizer_states
 
 
 def zero_options(options: DeepspeedConfig, on_gpu: bool, bfloat16: bool) -> dict[str, Any]:
@@ -48,11 +48,7 @@ def _allow_cpus() -> None:
     With ``use_cpu`` it would silently ignore DeepSpeed, which also runs on CPUs.
     """
     os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-
-    def gloo(self: PartialState, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
-        return "gloo", DistributedType.MULTI_CPU
-
-    PartialState._prepare_backend = gloo
+    use_gloo_on_cpus()
 
 
 def unset_global_config() -> None:
@@ -80,8 +76,7 @@ def _link_states(optimizer: Any) -> None:
         state.setdefault("step", torch.zeros(()))
     # Link again: DeepSpeed maps each parameter to its slice of the flat state.
     if flat is not None:
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+        link_optimizer_states(zero)
 
 
 def full_optimizer_state(groups: Groups, optimizer: Any, step: int) -> dict[str, Any]:

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from align.errors import UserError
+from align.patches.accelerate import use_gloo_on_cpus
 from align.patches.datasets import pin_revisions
+from align.patches.deepspeed import link_optimizer_states
 from align.patches.nltk import without_downloads
 from align.patches.optuna import trial_id
 from align.patches.peft import has_hooks, replace_lora_linear
-from align.patches.transformers import attention_name, save_only, wrap_templates
+from align.patches.transformers import attention_name, keep_curve_names, save_only, tracker_module, wrap_templates
+from align.patches.trl import replace_fused_head
 from align.patches.verifiers import set_state
 
 
@@ -75,3 +78,32 @@ def test_toolset_without_state_is_refused() -> None:
     toolset = SimpleNamespace(_inert_state=None)
     set_state(toolset, {"score": 1})
     assert toolset._inert_state == {"score": 1}
+
+
+def test_changed_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.state.PartialState._prepare_backend", lambda self, cpu: None)
+    with pytest.raises(UserError, match=r"^accelerate \S+: .*_prepare_backend has the parameters \(self, cpu\)"):
+        use_gloo_on_cpus()
+
+
+def test_changed_fused_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda: True)
+    with pytest.raises(UserError, match=r"^trl \S+: trl\.trainer\.utils:_use_triton has the parameters \(\)"):
+        replace_fused_head(None)
+
+
+def test_missing_link_of_states_is_refused() -> None:
+    pytest.importorskip("deepspeed")
+    with pytest.raises(UserError, match=r"^deepspeed \S+: its optimizer has no _hp_optimizer_states_linked"):
+        link_optimizer_states(SimpleNamespace())
+
+
+def test_changed_names_of_curves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.rewrite_logs", lambda logs: logs)
+    with pytest.raises(UserError, match=r"rewrite_logs has the parameters \(logs\)"):
+        keep_curve_names()
+
+
+def test_tracker_without_module_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^transformers \S+: SimpleNamespace has no _wandb"):
+        tracker_module(SimpleNamespace(), "wandb")
