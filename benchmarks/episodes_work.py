@@ -187,7 +187,7 @@ def make_script(shape: EpisodeShape, tokenizer: Any) -> list[Script]:
 
 def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """Return different prompts."""
-    from align.data.embedded import generate
+    from align.data.families.embedded import generate
 
     return [{"prompt": [{"role": "user", "content": row["prompt"][-1]["content"]}]} for row in generate(count, seed)]
 

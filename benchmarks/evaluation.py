@@ -215,7 +215,7 @@ class InstantEngine:
     name = "instant"
 
     def __init__(self) -> None:
-        from align.data.embedded import generate
+        from align.data.families.embedded import generate
         from align.models.embedded import fetch
         from align.models.loading import load_tokenizer
 
@@ -247,7 +247,7 @@ class InstantEngine:
 
 def prepare(folder: Path, prompts: int) -> dict[str, Any]:
     """Return the inputs of the stage, made below ``folder`` where they are missing."""
-    from align.data.embedded import generate
+    from align.data.families.embedded import generate
     from align.data.rows import assistant, write_rows
     from align.models.embedded import fetch
     from align.models.loading import load_tokenizer

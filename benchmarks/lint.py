@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def rows_of(count: int, file: str | None) -> list[dict[str, Any]]:
     """Return ``count`` instruction rows with ids of their own."""
     from align.config.recipe.source_settings import EMBEDDED_MAX_ROWS
-    from align.data.embedded import generate
+    from align.data.families.embedded import generate
     from align.data.rows import assistant, user
 
     if file is None:

@@ -84,7 +84,7 @@ def response_lengths(shape: Shape) -> list[list[int]]:
 
 def make_rows(shape: Shape) -> list[dict[str, Any]]:
     """One different prompt for each group of samples, of 1, 2, ... ``instructions`` instructions in turn."""
-    from align.data.embedded import generate
+    from align.data.families.embedded import generate
 
     count = shape.batch // shape.samples * shape.updates
     sizes = [1 + index % shape.instructions for index in range(count)]

@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 
 from align.config.recipe.recipe import Recipe
-from align.data.build import Build
-from align.data.workers import BuildResources
+from align.data.builds.build import Build
+from align.data.builds.workers import BuildResources
 from benchmarks import dedup
 
 SETS, ITEMS = 3, 500

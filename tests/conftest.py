@@ -77,7 +77,7 @@ LONGEST = (
     "cli/test_init.py",
     "config/test_field_dumps.py",
     "store/test_leases.py",
-    "data/test_build.py",
+    "data/builds/test_build.py",
     "runner/test_stage_process.py",
     "evaluation/lm_eval/test_task.py",
     "rl/test_prefetch.py",

@@ -13,7 +13,7 @@ from align.cli.artifacts import print_damage
 from align.config.shipped import find_shipped
 from align.config.validation import suggest
 from align.config.yaml import load_yaml
-from align.data.build_files import is_build
+from align.data.builds.build_files import is_build
 from align.data.card import read_name
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
@@ -21,8 +21,7 @@ from align.runner.listener import Listener
 from align.runner.open_store import open_store
 from align.runner.runner import Run, run_pipeline
 from align.store.artifacts import DATASETS, Artifact
-from align.store.output_files import find_problems
-from align.store.record import RECORD, DamagedRecord, read_artifact
+from align.store.record import RECORD, DamagedRecord, find_problems, read_artifact
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w.-]+))?")

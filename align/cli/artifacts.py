@@ -66,7 +66,7 @@ def list_artifacts(options: argparse.Namespace) -> int:
 def show(options: argparse.Namespace) -> int:
     """Run ``align show``."""
     from align.runner.open_store import open_store
-    from align.store.output_files import find_extra_files
+    from align.store.record import find_extra_files
 
     store = open_store(None, options.store)
     artifact = store.resolve(options.key)

@@ -23,8 +23,7 @@ from align.pipeline.stage_kinds import NAME_PATTERN
 from align.report.page.assets import unique_name
 from align.stages.artifact import read_record
 from align.store.artifacts import GENERATORS, Artifact, Kind
-from align.store.marker import MARKER
-from align.store.record import RECORD
+from align.store.record import MARKER, RECORD
 from align.store.store import Store
 
 NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,63})=(.+)", re.DOTALL)

@@ -27,8 +27,8 @@ def run(options: argparse.Namespace) -> int:
 def build(options: argparse.Namespace) -> int:
     """build a recipe into the store, unless it is there; a killed build resumes"""
     from align.cli.arguments import STAGE, build_recipe
-    from align.data.build_files import read_ledger
-    from align.data.ledger import summary_lines
+    from align.data.builds.build_files import read_ledger
+    from align.data.builds.ledger import summary_lines
 
     target = Path(options.output) if options.output else None
     if target is not None:

@@ -11,7 +11,7 @@ from align.cli.parser import print_json
 from align.errors import printable, shorten
 
 if TYPE_CHECKING:
-    from align.data.column_guess import ColumnFacts, FileReport, Guess
+    from align.data.formats.column_guess import ColumnFacts, FileReport, Guess
 
 EXAMPLE = 60
 """Characters of an example value."""
@@ -21,7 +21,7 @@ def columns(options: argparse.Namespace) -> int:
     """Print the columns with types, share filled and an example, and a recipe to paste."""
     import yaml
 
-    from align.data.column_guess import report_columns
+    from align.data.formats.column_guess import report_columns
 
     settings: dict[str, Any] = {"paths": options.files}
     if options.header is not None:

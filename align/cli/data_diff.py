@@ -8,7 +8,7 @@ from typing import Any
 
 from align.cli.arguments import find_build
 from align.cli.parser import align_columns, print_json
-from align.data.diff import KINDS, compare
+from align.data.builds.diff import KINDS, compare
 from align.errors import printable
 
 MAX_CELL_LENGTH = 60

@@ -17,7 +17,7 @@ from rich.text import Text
 from align.cli.arguments import find_build, find_tokenizer
 from align.cli.parser import print_json
 from align.config.validation import suggest
-from align.data.build_files import SPLITS, count_rows, kept_texts, message_text, rows, shards
+from align.data.builds.build_files import SPLITS, count_rows, kept_texts, message_text, rows, shards
 from align.data.rows import Row, is_text
 from align.errors import UserError, printable
 

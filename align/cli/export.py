@@ -22,7 +22,7 @@ from align.errors import StageFailed, UserError, explain_os_error, printable
 from align.export.export import Source, check_source, read_json
 from align.models.checkpoints.files import ADAPTER_CONFIG
 from align.store.artifacts import Artifact
-from align.store.marker import MARKER
+from align.store.record import MARKER
 
 if TYPE_CHECKING:
     from align.export.model_card_facts import Facts

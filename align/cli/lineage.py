@@ -14,8 +14,7 @@ from align.errors import UserError, printable
 from align.store.artifacts import GENERATORS, Artifact, Kind
 from align.store.fingerprint import file_digest
 from align.store.json_files import DamagedFile, parse_object
-from align.store.output_files import find_problems
-from align.store.record import RECORD
+from align.store.record import RECORD, find_problems
 
 BASE_FIELDS = ("model", "policy")
 """Input fields that name the checkpoint from which a training stage starts."""

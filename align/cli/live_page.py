@@ -22,7 +22,7 @@ from typing import Any
 from align.cli.run_page import PAGE, RUNNING, Failure, RunOutline, find_failure, stored_outline, write_page
 from align.errors import UserError
 from align.runner.open_store import Opening
-from align.store.partial import LOG
+from align.store.artifacts import LOG
 from align.store.store import REPORTS, Store
 
 START_AFTER = 5.0

@@ -27,9 +27,8 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.console import ConsoleListener
 from align.runner.runner import run_pipeline
-from align.store.artifacts import Artifact
+from align.store.artifacts import CHECKPOINTS, LOG, Artifact
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
-from align.store.partial import CHECKPOINTS, LOG
 from align.store.store import Store
 
 SHARE_OF_GRACE = 0.75

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.cli.parser import add_store, print_json
 from align.errors import plain_number, printable
-from align.store.events import parse_event
+from align.store.json_files import parse_event
 from align.store.record import DamagedRecord
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _status(outline: RunOutline, stage: str, store: Store, jobs: LiveJobs) -> St
 def _left_behind(stage: str, partial: Path) -> StageStatus:
     """Return the state of a stage that was begun and is not running."""
     from align.runner.stage_result import left_result
-    from align.store.partial import CHECKPOINTS
+    from align.store.artifacts import CHECKPOINTS
 
     # What the next run would do with the stage, which is what the reader wants to know.
     has_checkpoint = any((partial / CHECKPOINTS).glob("*"))
@@ -154,7 +154,7 @@ def _left_behind(stage: str, partial: Path) -> StageStatus:
 
 def _progress(partial: Path) -> str:
     """Return the last progress in a stage's event file: ``12/40 steps``."""
-    from align.store.partial import EVENTS
+    from align.store.artifacts import EVENTS
 
     try:
         with (partial / EVENTS).open("rb") as file:

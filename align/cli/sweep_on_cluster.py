@@ -23,7 +23,7 @@ from align.clusters.slurm.submit import SlurmQueue, slurm_block
 from align.errors import StageFailed, UserError, printable
 from align.inference import ray_client
 from align.pipeline.stop_signal import Stopped, StopRequest
-from align.store.marker import MARKER
+from align.store.record import MARKER
 from align.store.store import Store
 from align.sweep.plan import Sweep
 

@@ -19,9 +19,8 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.runner.listener import Listener
 from align.runner.runner import Run
 from align.runner.subprocess import Tail
-from align.store.artifacts import Artifact
+from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, Artifact
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
-from align.store.partial import CHECKPOINTS, EVENTS, LOG
 from align.store.store import Store
 
 POLL_SECONDS = 0.5

@@ -26,8 +26,8 @@ from align.pipeline.stop_signal import Stopped, StopRequest, request_stop
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.runner import Prepared, Run, run_pipeline
-from align.store.marker import MARKER
-from align.store.partial import LOG
+from align.store.artifacts import LOG
+from align.store.record import MARKER
 from align.store.store import JOBS, Store
 
 

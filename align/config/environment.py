@@ -25,8 +25,7 @@ from align.config.tool_formats import check_tool_format
 from align.config.user_functions import SHORT, function_identity, search_module_folders
 from align.config.validation import hint_nearest, suggest
 from align.errors import UserError, redact
-from align.store.code_identity import code_identity
-from align.store.fingerprint import canonical
+from align.store.fingerprint import canonical, code_identity
 
 SOURCES = ("class", "tools", "verifiers", "openenv")
 """Keys of which the block has exactly one. With ``user`` a ``score`` is enough."""

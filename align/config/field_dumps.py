@@ -24,8 +24,7 @@ from typing import Any
 from align.config.class_options import Option
 from align.config.user_paths import cache_folder
 from align.errors import UserError
-from align.store.code_identity import code_identity
-from align.store.fingerprint import digest, file_digest
+from align.store.fingerprint import code_identity, digest, file_digest
 from align.store.json_files import DamagedFile, parse_sealed, read_file, write_sealed
 
 LOG = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The field ``score:`` of every stage that scores responses: a function, or a weighted list of rewards. Torch-free.
 
-Leaves out the scoring itself (``align.data.scoring``, ``align.data.weighted_scores``, ``align.evaluation.rewards``).
+Leaves out the scoring itself (``align.data.scoring``, ``align.data.scoring``, ``align.evaluation.rewards``).
 """
 
 from __future__ import annotations

@@ -14,15 +14,14 @@ from typing import Any, cast
 from align.config.shipped import shipped_root
 from align.config.validation import suggest
 from align.errors import UserError
-from align.store.code_identity import code_identity
-from align.store.fingerprint import file_digest
+from align.store.fingerprint import code_identity, file_digest
 
 CHECKERS = "align.data.checkers"
 """Module of align's own functions, which are identified by its ``VERSION``, not by its source."""
 SHORT = {
     "gold": f"{CHECKERS}:gold",
     "gsm8k_answer": f"{CHECKERS}:gsm8k_answer",
-    "reasoning_gym": "align.data.gym_tasks:verified",
+    "reasoning_gym": "align.data.families.gym_tasks:verified",
 }
 """Short names of align's own functions."""
 
@@ -87,7 +86,7 @@ def function_identity(path: str, role: str = "score") -> str:
     """Return a function's identity for keys: the version of align's own functions, the code of any other.
 
     The code is the code of its module and of the user's modules that the module imports
-    (``align.store.code_identity``). Does not import the module, only its parent packages. Raises ``UserError``, which
+    (``align.store.fingerprint``). Does not import the module, only its parent packages. Raises ``UserError``, which
     begins with the function's ``role``, if there is no such function.
     """
     full = full_path(path, role)

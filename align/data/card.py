@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from align.data.build_files import SPLITS, shards
+from align.data.builds.build_files import SPLITS, shards
 from align.data.licenses import OTHER, License, mixture_license, normalize
-from align.data.markdown import fenced, plain, table
 from align.errors import printable
 from align.store.atomic_write import write_text_atomically
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData
+
 
 CARD = "README.md"
 SIZES = (
@@ -255,3 +255,29 @@ def _short(value: str) -> str:
 
 def _share(part: int, total: int) -> str:
     return f"{part / total:.1%}" if total else "–"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> list[str]:
+    """Return the lines of a Markdown table with escaped cells; columns in ``numbers`` are aligned to the right."""
+    right = set(numbers)
+    rule = ["---:" if index in right else "---" for index in range(len(head))]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(rule)} |"]
+    lines += [f"| {' | '.join(_cell(str(cell)) for cell in row)} |" for row in rows]
+    return lines
+
+
+def _cell(text: str) -> str:
+    is_markup = text == "**not known**" or re.fullmatch(r"`[0-9a-f–]+`", text)
+    return text if is_markup else plain(text)
+
+
+def plain(text: str) -> str:
+    """Return a text escaped for Markdown: one line, no markup, no HTML, no links."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|!~&])", r"\\\1", " ".join(printable(text).split()))
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """Return the lines of a code block whose fence is longer than any in the text."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{language}", text.rstrip("\n"), fence]

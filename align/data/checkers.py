@@ -17,7 +17,7 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from align.data.final_numbers import final_number
+from align.data.final_answers import final_number
 from align.data.rows import Row
 
 VERSION = 3
@@ -57,7 +57,7 @@ def explain(row: Row, response: str) -> dict[str, bool]:
 def gsm8k_answer(rows: list[Row], responses: list[str]) -> list[float]:
     """Return 1.0 if the response's final number equals the row's answer, else 0.0.
 
-    Both are read by :func:`align.data.final_numbers.final_number`, as the evaluation task ``gsm8k`` reads them:
+    Both are read by :func:`align.data.final_answers.final_number`, as the evaluation task ``gsm8k`` reads them:
     thoughts do not count, and a response with two answers scores 0.
     """
     scores = []

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from align.data.build_files import LEDGER, SPLITS, count_rows, read_ledger, shards
+from align.data.builds.build_files import LEDGER, SPLITS, count_rows, read_ledger, shards
 from align.data.card import CARD
 from align.data.licenses import License, mixture_license
 from align.errors import StageFailed, UserError

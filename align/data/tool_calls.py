@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from align.config.tool_formats import AUTO, PATTERN_PREFIX, check_tool_format, compile_call_pattern
 from align.data.call_values import MalformedCall, call_from_json, calls_from_code, decode_json
 from align.data.call_values import ToolCall as ToolCall
-from align.data.thoughts import hide_thoughts
+from align.data.final_answers import hide_thoughts
 from align.errors import UserError
 
 MATCH_SECONDS = 1.0

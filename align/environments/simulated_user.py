@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from align.data.final_answers import hide_thoughts
 from align.data.rows import Message, Row, assistant, user
-from align.data.thoughts import hide_thoughts
 from align.environments.journal import Journal, Position
 from align.environments.results import EnvironmentFailed, clean
 

@@ -15,7 +15,7 @@ from align.config.scores import score_identities
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation_gates import Gate, parse_gates
 from align.data.rows import user
-from align.data.weighted_scores import WeightedSum
+from align.data.scoring import WeightedSum
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
 from align.evaluation.logprobs import check_heldout

@@ -12,8 +12,7 @@ from typing import Any
 
 from align.config.scores import RewardEntry, RewardJudge
 from align.data.rows import Row, assistant, user
-from align.data.scoring import Parts, Scorer, function_scorer
-from align.data.weighted_scores import Part, RewardScorer, WeightedSum
+from align.data.scoring import Part, Parts, RewardScorer, Scorer, WeightedSum, function_scorer
 from align.errors import UserError, shorten
 from align.evaluation.judges import judge as prompts
 from align.evaluation.judges.judge import NAME, JudgmentCaches, judge_request, open_client, quote_example

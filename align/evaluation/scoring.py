@@ -12,8 +12,7 @@ from typing import Any
 from align.config.base import Precision
 from align.config.batch_sizes import READ_TOKENS
 from align.data.rows import Message
-from align.data.scoring import Scorer
-from align.data.weighted_scores import WeightedSum
+from align.data.scoring import Scorer, WeightedSum
 from align.errors import UserError
 from align.evaluation.scorecard import ProgramDescription
 from align.evaluation.systems import ResponseSet

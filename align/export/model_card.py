@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from align.data.card import CARD
-from align.data.markdown import fenced, plain, table
+from align.data.card import CARD, fenced, plain, table
 from align.errors import printable
 from align.export.model_card_facts import (
     REWARD_METRICS,

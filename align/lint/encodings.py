@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from align.config.validation import hint_nearest
-from align.data.rows import Row
+from align.data.rows import Message, Row, is_finished
 from align.errors import UserError, shorten
-from align.lint.batches import Collator
+from align.lint.chat_format import ChatFormat
+from align.lint.findings import Place
 from align.pipeline.registry import STAGES, find_stage, load_object
 from align.training import rows as encoders
 from align.training.unpaired import encode_unpaired
@@ -97,3 +99,115 @@ def encoding_of(kind: str) -> RowEncoding:
     if not isinstance(encoding, RowEncoding):
         raise UserError(f"lint: '{path}' is a {type(encoding).__name__}, not an align.lint.encodings.RowEncoding.")
     return encoding
+
+
+MASKED = -100
+Collator = Callable[[list[dict[str, Any]]], Any]
+BatchRow = tuple[list[int], list[int] | None, int | None]
+"""Ids, labels, and the first id behind the sequence that is not attended to."""
+
+
+@dataclass
+class TokenSequence:
+    """One sequence as the trainer sees it: a row's answer, or one side of its pair, or a document of a pack."""
+
+    place: Place
+    side: str
+    """``completion``, ``chosen``, ``rejected`` or ``prompt``; ``text`` where the row behind it is not known."""
+    ids: list[int]
+    labels: list[int] | None
+    """As long as ``ids``; None for a sequence without labels (a reward model's or a sampler's input)."""
+    messages: list[Message]
+    """The rendered turns, the answer's last; empty where they are not known."""
+    finished: bool
+    """False for an answer that was cut off."""
+    chat_format: ChatFormat
+    tools: str | None = ""
+    """The row's tools, as JSON text."""
+    prompt_turns: int = 0
+    """Turns of the prompt among ``messages``."""
+    hidden_end: int | None = None
+    """The id behind ``ids`` that is in the batch but not attended to, if any."""
+
+    @cached_property
+    def text(self) -> str:
+        """The decoded ids, control tokens included."""
+        return self.chat_format.decode(self.ids)
+
+
+def batch_rows(batch: Any) -> list[BatchRow]:
+    """Return the sequences of a collated batch (B, T).
+
+    Labels are the batch's ``labels``, or its ``completion_mask``. A batch without padding is one row (1, T); it is cut
+    where its positions restart.
+    """
+    ids = batch["input_ids"].tolist()
+    labels = batch["labels"].tolist() if "labels" in batch else None
+    if labels is None and "completion_mask" in batch:
+        labels = [_mask_labels(row, mask) for row, mask in zip(ids, batch["completion_mask"].tolist(), strict=True)]
+    if "attention_mask" not in batch:
+        # A flat batch has no mask: documents lie behind each other, and each begins at position 0.
+        starts = [index for index, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
+        spans = zip(starts, [*starts[1:], len(ids[0])], strict=True)
+        return [(ids[0][start:end], None if labels is None else labels[0][start:end], None) for start, end in spans]
+    sequences: list[BatchRow] = []
+    for number, mask in enumerate(batch["attention_mask"].tolist()):
+        attended = [index for index, flag in enumerate(mask) if flag]
+        # The first id that is not attended to tells whether the end of turn was cut off by the mask.
+        behind = attended[-1] + 1 if attended else 0
+        row_ids = [ids[number][index] for index in attended]
+        row_labels = None if labels is None else [labels[number][index] for index in attended]
+        sequences.append((row_ids, row_labels, ids[number][behind] if behind < len(mask) else None))
+    return sequences
+
+
+def _mask_labels(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    return [token if is_labeled else MASKED for token, is_labeled in zip(ids, mask, strict=True)]
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads single rows through a trainer's collator."""
+
+    collator: Collator
+    chat_format: ChatFormat
+    sides: tuple[str, ...]
+    """Answers of a row, in the order of the batch."""
+
+    def sequences(self, prepared: dict[str, Any], row: Row | None, place: Place) -> list[TokenSequence]:
+        """Return the sequences that ``prepared``, a row of a trainer's dataset, becomes in a batch of its own.
+
+        ``row`` is the source row; without it only tokens are known.
+        """
+        parts = batch_rows(self.collator([prepared]))
+        # Parts that do not match the row's sides cannot be compared with its turns.
+        if row is None or len(parts) != len(self.sides):
+            return [TokenSequence(place, "text", ids, labels, [], True, self.chat_format) for ids, labels, _ in parts]
+        sequences = []
+        for side, (ids, labels, hidden) in zip(self.sides, parts, strict=True):
+            # A supervised stage learns the chosen answer of a pair.
+            field = side if row.get(side) else "chosen"
+            answer = row.get(field) or []
+            sequence = TokenSequence(
+                place=place,
+                side=side,
+                ids=ids,
+                labels=labels,
+                messages=[*row["prompt"], *answer],
+                finished=is_finished(row, field),
+                chat_format=self.chat_format,
+                tools=row.get("tools"),
+                prompt_turns=len(row["prompt"]),
+                hidden_end=hidden if len(parts) == 1 else None,
+            )
+            sequences.append(sequence)
+        return sequences
+
+
+def padded_label_counts(prepared: Sequence[dict[str, Any]], collator: Collator) -> list[int]:
+    """Return the number of labels of each sequence when ``prepared`` share a batch; empty without labels or mask."""
+    batch = collator(list(prepared))
+    if "labels" not in batch or "attention_mask" not in batch:
+        return []
+    counts: list[int] = (batch["labels"] != MASKED).sum(dim=1).tolist()
+    return counts

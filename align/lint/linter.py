@@ -21,17 +21,20 @@ from align.lint.across_rows import (
     check_repeated_answers,
     check_roles,
 )
-from align.lint.batches import BatchReader, Collator, TokenSequence, padded_label_counts
-from align.lint.calls import CallChecks
-from align.lint.chat_format import ChatFormat, squeezed
-from align.lint.encodings import encoding_of
+from align.lint.chat_format import ChatFormat, check_template, injected_system, squeezed
+from align.lint.encodings import BatchReader, Collator, TokenSequence, encoding_of, padded_label_counts
 from align.lint.findings import Finding, Findings, Place
-from align.lint.labels import Supervise, check_cut_off, check_document_start, check_labels
 from align.lint.pairs import PairChecks
-from align.lint.template import check_template, injected_system
-from align.lint.text import check_turns
-from align.lint.thoughts import check_thoughts
-from align.lint.tokens import Limits, check_tokens, label_runs
+from align.lint.tokens import (
+    Limits,
+    Supervise,
+    check_cut_off,
+    check_document_start,
+    check_labels,
+    check_tokens,
+    label_runs,
+)
+from align.lint.turns import CallChecks, check_thoughts, check_turns
 from align.models.chat.answer_tokens import PromptRewritten
 from align.models.chat.render import render_prompt
 from align.training.rows import NO_ROOM, SAME_ANSWERS, TOO_LONG

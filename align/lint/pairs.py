@@ -16,8 +16,8 @@ from statistics import fmean, pstdev
 
 from align.data.rows import Message, Row, is_finished
 from align.evaluation.statistics import wilson
-from align.lint.batches import TokenSequence
 from align.lint.chat_format import squeezed
+from align.lint.encodings import TokenSequence
 from align.lint.findings import Findings, Place
 
 LENGTH_FACTOR, TOKENS, LOPSIDED_SHARE = 8, 64, 0.05

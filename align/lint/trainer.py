@@ -13,12 +13,11 @@ from typing import Any
 from align.config.stages.lint import MAX_ROWS, LintSettings
 from align.data.rows import Row
 from align.errors import UserError
-from align.lint.batches import Collator
 from align.lint.chat_format import ChatFormat
+from align.lint.encodings import Collator
 from align.lint.findings import Finding, Findings
-from align.lint.labels import Supervise
 from align.lint.linter import Linter, Options
-from align.lint.tokens import Limits
+from align.lint.tokens import Limits, Supervise
 from align.pipeline.context import StageContext
 from align.store.atomic_write import write_text_atomically
 from align.training.rows import Encoded

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from align.data.rows import Row
-from align.data.weighted_scores import WeightedSum
+from align.data.scoring import WeightedSum
 from align.errors import shorten
 from align.pipeline.context import StageContext
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 AnyScorer = ScoreFunction | Scorer
 """A function ``(rows, responses) -> scores``, or an object whose method ``score`` also gets which are truncated. The
-components of scorers with ``score_parts`` are also logged (``align.data.weighted_scores``). Higher is better; NaN
+components of scorers with ``score_parts`` are also logged (``align.data.scoring``). Higher is better; NaN
 and infinities are refused."""
 
 

@@ -24,8 +24,7 @@ from align.errors import UserError, plain_number
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.provenance import source_digest
 from align.runner.plan_warnings import stage_warnings
-from align.store.artifacts import Artifact
-from align.store.partial import CHECKPOINTS
+from align.store.artifacts import CHECKPOINTS, Artifact
 from align.store.record import RECORD, SHORT, DamagedRecord
 from align.store.store import Store
 

@@ -23,7 +23,7 @@ from align.runner.plan import History, check_sources, choose_stages, refuse_with
 from align.runner.run_stage import StageRun
 from align.runner.stage_process import forked_stages
 from align.store.artifacts import Artifact, Kind
-from align.store.events import read_events
+from align.store.json_files import read_events
 from align.store.record import DamagedArtifact
 from align.store.store import Store
 

@@ -25,9 +25,8 @@ from align.pipeline.stop_signal import CAN_STOP, Stopped, StopRequest, request_s
 from align.runner.stage_process import StageProcess, is_importing, stage_environment, start_stage
 from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
 from align.runner.worker import UNREACHABLE_CODE
-from align.store.events import parse_event
-from align.store.json_files import DamagedFile
-from align.store.partial import EVENTS, LOG
+from align.store.artifacts import EVENTS, LOG
+from align.store.json_files import DamagedFile, parse_event
 from align.store.retry import UNREACHABLE, UNREACHABLE_STORE, Retry
 
 POLL_SECONDS = 0.1

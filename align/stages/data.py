@@ -17,10 +17,9 @@ from align.config.recipe.source_settings import FilesSource, InputSource, Source
 from align.config.stages.data import DataConfig
 from align.config.user_paths import cache_folder
 from align.config.validation import validate
-from align.data.dataset_recipe import dataset_recipe, is_local, sources_of
-from align.data.guess import check_named_columns, guess, kind_of
-from align.data.source_identity import identity
-from align.data.steps.step_identities import step_identities
+from align.data.builds.dataset_recipe import check_named_columns, dataset_recipe, guess, is_local, kind_of, sources_of
+from align.data.sources import identity
+from align.data.steps.step_kinds import step_identities
 from align.errors import UserError
 from align.models.checkpoints.files import read_optional
 from align.models.step_models import StepModels
@@ -151,12 +150,12 @@ def _without_identified(value: Any) -> Any:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Build the recipe (``align.data.build``) with its card and preview page, and return the row counts."""
+    """Build the recipe (``align.data.builds.build``) with its card and preview page, and return the row counts."""
     # A plan asks this module for keys, and must not wait for what builds datasets.
-    from align.data.build import build
+    from align.data.builds.build import build
+    from align.data.builds.ledger import describe_large_cluster, summary_lines, unused_lines
+    from align.data.builds.workers import BuildResources
     from align.data.card import write_card
-    from align.data.ledger import describe_large_cluster, summary_lines, unused_lines
-    from align.data.workers import BuildResources
     from align.report.dataset.preview import write_preview
 
     config: DataConfig = context.config

@@ -19,8 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from align.config.launch import rank, world_size
 from align.config.stages.rl import RolloutFields
 from align.data.rows import read_rows
-from align.data.scoring import Scorer, function_scorer
-from align.data.weighted_scores import Ensemble, Part, RewardScorer, WeightedSum
+from align.data.scoring import Ensemble, Part, RewardScorer, Scorer, WeightedSum, function_scorer
 from align.environments.player import open_player
 from align.environments.user_models import check_user_rows, playing_processes
 from align.errors import UserError

@@ -10,9 +10,9 @@ from typing import Any
 from align.config.batch_sizes import SAMPLE_CHUNK
 from align.config.scores import describe_score
 from align.config.stages.sample import SampleConfig
-from align.data.response_pairs import make_pairs
 from align.data.rows import kept_columns, read_rows
-from align.data.weighted_scores import Part, WeightedSum
+from align.data.scoring import Part, WeightedSum
+from align.data.steps.pairs import make_pairs
 from align.environments.user_models import check_user_rows
 from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.data.rows import Row, kept_columns
-from align.data.weighted_scores import WeightedSum
+from align.data.scoring import WeightedSum
 from align.environments.player import play_in_parts
 from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.pipeline.context import StageContext
-from align.synthesis.episode_counts import episode_rates, report_failures
-from align.synthesis.episode_parts import EpisodeParts, Policy
+from align.synthesis.episodes import EpisodeParts, Policy, episode_rates, report_failures
 from align.synthesis.pairing import pair_responses
 from align.synthesis.selection import PromptResponses, score_all
 

@@ -95,3 +95,13 @@ def original_key(record: dict[str, Any]) -> str:
     if record.get("kind") == "artifact" and metrics.get("key"):
         return str(metrics["key"])
     return str(record["key"])
+
+
+EVENTS = "events.jsonl"
+"""Progress, curves, warnings: one JSON object per line."""
+LOG = "log.txt"
+"""Standard output and standard error of the stage's process."""
+OUTPUT = "output"
+"""The folder that becomes the artifact."""
+CHECKPOINTS = "checkpoints"
+"""The trainer's checkpoints, from which a killed stage resumes."""

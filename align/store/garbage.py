@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from align.errors import UserError
-from align.store.leases import LEASES, UsedStage
-from align.store.runs import RUNS
+from align.store.leases import LEASES, RUNS, UsedStage
 from align.store.store import Store
 
 DELETED, IN_USE = "deleted", "in use"

@@ -1,8 +1,4 @@
-"""Reading and writing of small JSON files: complete JSON, an intact seal, a schema. Knows no torch.
-
-A seal is a digest of the file's content in the file (``sealed.py``). It finds a flipped bit and an edited field. It is
-no signature: whoever may write to the folder is trusted.
-"""
+"""JSON files of a store: whole documents, and lines of events. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from align.store.atomic_write import write_atomically
 from align.store.sealed import BrokenSealError, open_sealed, seal
@@ -96,3 +92,52 @@ def validate(schema: type[Model], value: Any) -> Model:
         place = ".".join(map(str, first["loc"]))
         field = f"field '{place}': " if place else ""
         raise DamagedFile(f"has an unexpected content ({field}{first['msg']})") from None
+
+
+class _Event(BaseModel):
+    """Fields of every event."""
+
+    model_config = ConfigDict(strict=True)
+
+    event: str
+    time: float = 0.0
+
+
+class _Progress(_Event):
+    done: float
+    total: float
+    unit: str = ""
+    tokens: float | None = None
+
+
+class _Metrics(_Event):
+    step: float
+
+
+class _Phase(_Event):
+    text: str
+
+
+SCHEMAS: dict[str, type[_Event]] = {"progress": _Progress, "metrics": _Metrics, "phase": _Phase}
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """Return the event in a line; None where there is none."""
+    try:
+        event = parse_object(line)
+        validate(SCHEMAS.get(str(event.get("event")), _Event), event)
+    except DamagedFile:
+        return None
+    return {"time": 0.0, **event}
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a file in order; none where there is no such file."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                event = parse_event(line)
+                if event is not None:
+                    yield event
+    except OSError:
+        return

@@ -1,11 +1,11 @@
-"""The record of a finished artifact: its fields, reading and writing. Knows no torch.
-
-A record is sealed with a digest of itself. One that lacks a field, was changed, or carries no seal is damaged: its
-artifact does not count as finished, and the error names the file and the remedy.
-"""
+"""Records of artifacts: their fields, the files they list, and the marker of a finished one."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -13,7 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from align.errors import UserError
 from align.store.artifacts import Artifact, Kind
-from align.store.json_files import DamagedFile, as_json, parse_sealed, read_file, validate, write_sealed
+from align.store.atomic_write import write_atomically
+from align.store.fingerprint import file_digest
+from align.store.json_files import DamagedFile, as_json, parse_object, parse_sealed, read_file, validate, write_sealed
+from align.store.retry import UNREACHABLE
 
 RECORD = "record.json"
 SHORT = 12
@@ -138,3 +141,122 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     # A record that cannot be read back would make its artifact damaged from the start.
     validate(Record, plain)
     write_sealed(folder / RECORD, plain)
+
+
+UNRECORDED = {RECORD, "log.txt", "events.jsonl"}
+"""Files whose bytes are not part of the result: they carry times."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file of an artifact that differs from its record. ``description`` is a clause that follows its name."""
+
+    path: Path
+    description: str
+
+
+def output_digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return name → size, modification time and sha256 of every file of a result."""
+    outputs = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in UNRECORDED:
+            stat = path.stat()
+            outputs[name] = {"sha256": file_digest(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return outputs
+
+
+def find_extra_files(artifact: Artifact) -> list[Problem]:
+    """Return the files, links included, that are in the artifact's folder and not in its record."""
+    outputs = artifact.record["outputs"]
+    extra = []
+    for path in sorted(artifact.path.rglob("*")):
+        name = path.relative_to(artifact.path).as_posix()
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and name not in outputs and name not in UNRECORDED:
+            extra.append(Problem(path, "is not in its record"))
+    return extra
+
+
+def find_problems(artifact: Artifact, thorough: bool) -> list[Problem]:
+    """Return the files that differ from the record.
+
+    Sizes and modification times are compared; a file whose time changed is hashed, and with ``thorough`` all are.
+    """
+    problems = []
+    for name, recorded in artifact.record["outputs"].items():
+        path = artifact.path / name
+        try:
+            stat = path.stat()
+        except OSError:
+            problems.append(Problem(path, "is missing"))
+            continue
+        if stat.st_size != recorded["bytes"]:
+            problems.append(Problem(path, f"has {stat.st_size} bytes, its record says {recorded['bytes']}"))
+        # Hashing a checkpoint takes minutes; a file with the recorded size and time is taken as unchanged.
+        elif (thorough or stat.st_mtime_ns != recorded["mtime_ns"]) and file_digest(path) != recorded["sha256"]:
+            problems.append(Problem(path, "has another sha256 than its record"))
+    return problems
+
+
+MARKER = "align-store.json"
+FORMAT = 1
+
+
+class _Marker(BaseModel):
+    """Content of ``align-store.json``."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
+
+
+def open_folder(root: Path) -> None:
+    """Make ``root`` a store unless it is one.
+
+    Raises ``UserError`` where it cannot be used or is something else, ``OSError`` where it is away.
+    """
+    marker = root / MARKER
+    try:
+        if marker.is_file():
+            content = validate(_Marker, parse_object(marker.read_bytes()))
+            if content.format != FORMAT:
+                raise UserError(
+                    f"{root}: a store of format {content.format} by its {MARKER}, this align reads format {FORMAT}. "
+                    "Use the align that made it, or another --store."
+                )
+        # Never turn somebody's folder of other files into a store.
+        elif root.exists() and not _may_become_a_store(root):
+            raise UserError(
+                f"{root}: not empty and not an align store (no {MARKER}); name an empty or new folder with --store."
+            )
+        else:
+            root.mkdir(parents=True, exist_ok=True)
+            write_atomically(marker, {"format": FORMAT})
+        # Reading is enough for most commands; ``Store.require_writable`` is for the others.
+        if not os.access(root, os.R_OK | os.X_OK):
+            raise PermissionError(13, "permission denied")
+    except DamagedFile as error:
+        raise UserError(
+            f"{marker}: damaged: it {error}. Write {json.dumps({'format': FORMAT})} into it if {root} is a store, or "
+            "name another --store."
+        ) from None
+    except OSError as error:
+        # The caller retries these.
+        if error.errno in UNREACHABLE:
+            raise
+        raise UserError(
+            f"{root}: the store cannot be used ({error.strerror or error}); "
+            "name another folder with --store or $ALIGN_STORE."
+        ) from None
+
+
+def require_marker(root: Path) -> None:
+    """Raise ``OSError`` where a store's marker is gone: a mount that is away leaves an empty folder behind."""
+    if not (root / MARKER).is_file():
+        raise OSError(errno.ENOTCONN, f"its mark {MARKER} is gone, as where a file system is not mounted")
+
+
+def _may_become_a_store(root: Path) -> bool:
+    """Return True for an empty folder, and for one that another run is making a store at this moment."""
+    return root.is_dir() and all(path.name.startswith(f".{MARKER}.") or path.name == MARKER for path in root.iterdir())

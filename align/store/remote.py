@@ -23,8 +23,7 @@ from align.store.fingerprint import digest, file_digest
 from align.store.json_files import DamagedFile, as_json
 from align.store.locks import Hold, Lease, Lock
 from align.store.object_store import CHUNK, Bucket, BucketClaims
-from align.store.output_files import find_problems
-from align.store.record import RECORD, SHORT, DamagedArtifact, DamagedRecord, parse_record, write_record
+from align.store.record import RECORD, SHORT, DamagedArtifact, DamagedRecord, find_problems, parse_record, write_record
 from align.store.retry import Retry, StoreUnreachable
 from align.store.sealed import seal
 

@@ -28,17 +28,24 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.store.artifacts import Artifact, Kind
+from align.store.artifacts import OUTPUT, Artifact, Kind
 from align.store.atomic_write import sync_folder
-from align.store.leases import LEASES, RunLeases, Stages, Uses
+from align.store.leases import LEASES, RUNS, DamagedRun, RunLeases, Stages, Uses, read_runs, write_run
 from align.store.locks import Hold, Lease, Lock, LockLost
-from align.store.marker import open_folder, require_marker
-from align.store.output_files import Problem, find_problems, output_digests
-from align.store.partial import OUTPUT
-from align.store.record import RECORD, SHORT, DamagedRecord, read_artifact, write_record
+from align.store.record import (
+    RECORD,
+    SHORT,
+    DamagedRecord,
+    Problem,
+    find_problems,
+    open_folder,
+    output_digests,
+    read_artifact,
+    require_marker,
+    write_record,
+)
 from align.store.remote import Remote
 from align.store.retry import SECONDS, Retry, drop_nfs_cache, with_retry
-from align.store.runs import RUNS, DamagedRun, read_runs, write_run
 
 REPORTS = "reports"
 SWEEPS = "sweeps"

@@ -18,9 +18,8 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner.listener import Listener
 from align.runner.runner import Run, run_pipeline
-from align.store.artifacts import Artifact
-from align.store.events import read_events
-from align.store.partial import EVENTS
+from align.store.artifacts import EVENTS, Artifact
+from align.store.json_files import read_events
 from align.store.record import DamagedArtifact
 from align.store.store import Store
 from align.sweep.plan import Sweep, UndefinedObjective

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from align.data.ledger import EXAMPLES, Tally
+from align.data.builds.ledger import EXAMPLES, Tally
 from align.data.rows import REQUIRED, Row, write_rows
-from align.data.splits import group, share
+from align.data.steps.split import group, share
 
 EXCERPT = 200
 """Characters of a dropped text in the ledger."""

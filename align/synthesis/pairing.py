@@ -1,6 +1,6 @@
 """Preference pairs from several responses to each prompt, by scores or by a judge; ties are separate. Torch-free.
 
-Pairs are made by ``align.data.response_pairs.make_pairs``, like those of the ``sample`` stage, but without label noise.
+Pairs are made by ``align.data.steps.pairs.make_pairs``, like those of the ``sample`` stage, but without label noise.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.config.stages.synthesis_tasks import PairsTask
-from align.data.response_pairs import make_pairs
 from align.data.rows import Message, Row, kept_columns
+from align.data.steps.pairs import make_pairs
 from align.evaluation.judges.judge import Outcome, Verdict, combine_verdicts, fill_rubric, pair_prompt, read_verdict
 from align.inference.requests import Answer
 from align.synthesis.counts import Ledger

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from align.config.endpoint import EndpointConfig
 from align.config.stages.synthesis_tasks import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, read_rows, user
-from align.data.weighted_scores import Part, WeightedSum
+from align.data.scoring import Part, WeightedSum
 from align.environments.episode import Episode, sampled_tokens
 from align.environments.player import play_in_parts
 from align.environments.user_models import check_user_rows
@@ -25,12 +25,11 @@ from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import canonical
 from align.synthesis import instructions, pairing, selection
 from align.synthesis.counts import Ledger, split_by_prompt, write_lines, write_table
-from align.synthesis.endpoint_episodes import EndpointEpisodes
-from align.synthesis.episode_counts import episode_rates, report_failures
+from align.synthesis.episodes import EndpointEpisodes, episode_rates, report_failures
 from align.synthesis.selection import PromptResponses
 
 if TYPE_CHECKING:
-    from align.synthesis.episode_parts import EpisodeParts
+    from align.synthesis.episodes import EpisodeParts
 
 SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}
@@ -226,7 +225,7 @@ class _Synthesis:
                 use_threads(self.context.runtime)
             return EndpointEpisodes(self.context, model.identity, lambda requests: self.client.ask(model, requests))
         # Late, since they import torch.
-        from align.synthesis.episode_parts import EpisodeParts, Policy
+        from align.synthesis.episodes import EpisodeParts, Policy
         from align.synthesis.local_model import LocalModel
 
         assert isinstance(model, LocalModel)

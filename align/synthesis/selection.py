@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.config.stages.synthesis_tasks import BestOfTask, ResponsesTask
-from align.data.response_pairs import Answers
 from align.data.rows import Message, Row, assistant, kept_columns
 from align.data.scoring import Scorer, parts_of
+from align.data.steps.pairs import Answers
 from align.environments.episode import Episode, answer_of, describe_episode, prompt_of, sampled_tokens
 from align.inference.requests import Answer
 from align.store.fingerprint import canonical

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.data.rows import answer_side, read_rows
-from align.data.splits import hold_back
+from align.data.steps.split import hold_back
 from align.errors import UserError
 from align.models.chat.answer_tokens import answer_turns, are_parts, assistant_mask, split_answer, split_turns
 from align.models.chat.render import render_answered

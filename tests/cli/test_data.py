@@ -16,7 +16,7 @@ import yaml
 
 from align.cli.data import COMMANDS
 from align.cli.main import main
-from align.data.build_files import shards
+from align.data.builds.build_files import shards
 from align.data.card import write_card
 from align.store.store import Store
 from tests.support.data.sample_build import HOSTILE, row, write_build

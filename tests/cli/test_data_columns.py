@@ -11,7 +11,7 @@ import yaml
 
 from align.cli.main import main
 from align.config.recipe.recipe import Recipe
-from align.data.build import build
+from align.data.builds.build import build
 
 
 def put(path: Path, records: list[dict[str, Any]]) -> str:

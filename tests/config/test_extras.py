@@ -11,7 +11,7 @@ import pytest
 from align.config.recipe.filter_settings import FilterStep
 from align.config.recipe.step_settings import NormalizeStep
 from align.config.validation import validate
-from align.data.steps.step_identities import step_identities
+from align.data.steps.step_kinds import step_identities
 from align.errors import UserError
 
 
@@ -52,7 +52,7 @@ def test_a_step_names_its_extra_before_the_build(
 
 @pytest.mark.parametrize(
     ("package", "module", "extra"),
-    [("optuna", "align.sweep.study", "sweep"), ("rapidfuzz", "align.synthesis.novelty", "data")],
+    [("optuna", "align.sweep.study", "sweep"), ("rapidfuzz", "align.synthesis.instructions", "data")],
 )
 def test_a_module_names_its_extra(monkeypatch: pytest.MonkeyPatch, package: str, module: str, extra: str) -> None:
     monkeypatch.delitem(sys.modules, module, raising=False)

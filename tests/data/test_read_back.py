@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.data.build import _RowReader
+from align.data.builds.build import _RowReader
 from align.data.rows import Row, write_rows
 from align.data.steps.base import Table
 from tests.support.data.steps.tables import row

@@ -20,10 +20,9 @@ from align.config.recipe.source_settings import (
     labels,
 )
 from align.config.validation import validate
-from align.data import embedded
+from align.data.families import embedded
 from align.data.rows import BadRecord, assistant, user, write_rows
-from align.data.source_identity import find_files, identity
-from align.data.sources import Item, choose_format, read
+from align.data.sources import Item, choose_format, find_files, identity, read
 from align.errors import UserError
 from tests.support.damage import flip_last_bit
 from tests.support.records import put_record

@@ -16,11 +16,11 @@ import yaml
 from align import Pipeline
 from align.cli.main import main
 from align.config.recipe.recipe import load_recipe
-from align.data.build import build
-from align.data.diff import compare
+from align.data.builds.build import build
+from align.data.builds.diff import compare
 from align.data.formats import SourceFormat, convert
 from align.data.rows import Dropped, read_rows, row_id
-from align.data.steps.divide import divide_text
+from align.data.steps.split import divide_text
 from align.errors import UserError
 from align.store.artifacts import Kind
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from align.data.weighted_scores import Part, WeightedSum
+from align.data.scoring import Part, WeightedSum
 from align.evaluation.drift import kl_values
 from align.evaluation.scoring import ResultCache, reward_list_values
 from align.evaluation.systems import ResponseSet

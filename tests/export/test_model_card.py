@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from align.data.card import write_card
-from align.data.markdown import plain
+from align.data.card import plain, write_card
 from align.errors import UserError
 from align.export.export import Written
 from align.export.model_card import write_model_card

@@ -12,7 +12,7 @@ from align.data.rows import assistant, user
 from align.lint.chat_format import MARK
 from align.lint.linter import Options
 from align.lint.pairs import MARKS, TOKENS
-from align.lint.text import FOREIGN, OVERRIDE, PLACEHOLDER
+from align.lint.turns import FOREIGN, OVERRIDE, PLACEHOLDER
 from tests.support.lint.dialects import SPECS, tokenizer_of
 from tests.support.lint.harness import alarms, look
 

@@ -11,7 +11,7 @@ from tokenizers import normalizers
 
 from align.config.stages.lint_rules import RULES
 from align.data.rows import assistant, user
-from align.lint.batches import MASKED
+from align.lint.encodings import MASKED
 from align.lint.linter import Options
 from tests.support.lint import (
     dialects,

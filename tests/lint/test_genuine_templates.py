@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align.data.rows import assistant
-from align.lint.batches import MASKED
+from align.lint.encodings import MASKED
 from align.lint.linter import Options
 from tests.support.lint.dialects import SPECS, make
 from tests.support.lint.harness import SPOILT, alarms, all_answers, clean, encoded, instructions, look

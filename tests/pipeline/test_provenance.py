@@ -48,7 +48,7 @@ def test_every_form_of_an_import_is_found(source: bytes) -> None:
     [
         ("evaluate", "align.evaluation.tasks.ifeval"),
         ("evaluate", "align.evaluation.lm_eval.task"),
-        ("data", "align.data.steps.near_duplicates"),
+        ("data", "align.data.steps.deduplicate"),
         ("sft", "align.models.pretrained"),
     ],
 )

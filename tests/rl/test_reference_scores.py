@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align.data.rows import assistant, user
-from align.data.weighted_scores import Part, WeightedSum
+from align.data.scoring import Part, WeightedSum
 from align.rl.reference_scores import REFERENCE_ROWS, reference_of, score_references
 
 

@@ -178,7 +178,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PLACES = [
-    ("align.store.runs", "write_sealed", errno.EIO), ("align.store.store", "output_digests", errno.ESTALE),
+    ("align.store.leases", "write_sealed", errno.EIO), ("align.store.store", "output_digests", errno.ESTALE),
     ("align.store.store", "sync_folder", errno.ETIMEDOUT), ("align.store.claims", "_write_new", errno.ENOTCONN),
     ("align.runner.run_stage", "StageRun._copy_logs", errno.EHOSTDOWN),
     ("align.runner.run_stage", "StageRun._prepare_partial", errno.EHOSTUNREACH),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from align.config.runtime import Runtime
 from align.config.stages.ppo import PpoConfig
 from align.data.rows import assistant, user, write_rows
-from align.data.weighted_scores import RewardScorer
+from align.data.scoring import RewardScorer
 from align.errors import UserError
 from align.models.loading import load_reward, load_tokenizer
 from align.models.reward import RewardModel

@@ -17,7 +17,7 @@ from align.cli.main import main
 from align.errors import UserError
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
-from align.store.events import read_events
+from align.store.json_files import read_events
 from align.store.store import Store
 from tests.support import toy
 from tests.support.damage import DAMAGES, ask, damaged, files_of, is_part_of_a_result, unnamed_damages

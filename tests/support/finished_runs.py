@@ -11,7 +11,7 @@ from align.evaluation.scorecard import SystemInfo
 from align.evaluation.scorecard.scorecard_builder import Measurements, build
 from align.pipeline.pipeline import Node, Pipeline
 from align.store.artifacts import Kind
-from align.store.output_files import output_digests
+from align.store.record import output_digests
 from align.store.store import Store
 from tests.support.records import record_of
 

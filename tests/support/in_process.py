@@ -17,7 +17,7 @@ import torch
 from align.runner import worker
 from align.runner.stage_result import RESULT, read_result, read_work, write_attempts
 from align.runner.subprocess import Tail, seconds_of_attempts
-from align.store.partial import EVENTS, LOG
+from align.store.artifacts import EVENTS, LOG
 
 
 def run_attempt(

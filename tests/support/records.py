@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from align.store.output_files import output_digests
-from align.store.record import read_record, write_record
+from align.store.record import output_digests, read_record, write_record
 
 
 def record_of(kind: str = "number", digit: str = "a", makes: str = "PromptData", **fields: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.data.formats.kinds import convert_kind
+from align.data.formats.converters import convert_kind
 from align.data.rows import read_rows, write_rows
 from align.evaluation.logprobs import heldout_losses
 from align.models.chat.answer_tokens import split_answer

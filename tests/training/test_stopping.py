@@ -13,7 +13,7 @@ from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.validation import validate
 from align.data.rows import assistant, read_rows, write_rows
-from align.data.splits import group
+from align.data.steps.split import group
 from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.stages.sft import run

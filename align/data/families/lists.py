@@ -1,12 +1,45 @@
-"""Families whose reply is a list, an object, or a choice: bullets, numbers, separators, JSON, sorting, choosing."""
+"""Families with a short reply of a fixed form: lists, objects, choices, numbers, copies, and counts of words.
+
+A ``Task`` is an instruction, a correct reply, and the checks of any reply. Arithmetic and letter counts are the hard
+families.
+"""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from align.data.families.bank import CATEGORIES, WORDS
-from align.data.families.task import NUMBER, Guard, Task, ifeval
+from align.data.families.bank import CATEGORIES, TOPICS, WORDS
+
+Constraint = dict[str, Any]
+Guard = dict[str, Any]
+
+TEXT_GUARD: Guard = {"min_words": 3, "max_words": 60, "max_share": 0.4}
+"""Guard for prose; without ``max_words`` a reply that lists every topic would pass every guard."""
+
+NUMBER = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The contents of a row; ``reply`` satisfies every constraint and the guard."""
+
+    prompt: str
+    reply: str
+    constraints: list[Constraint]
+    guard: Guard
+
+
+Family = Callable[[random.Random], Task]
+
+
+def ifeval(name: str, **arguments: Any) -> Constraint:
+    """Return a constraint that if-verifiable checks."""
+    return {"kind": "ifeval", "id": name, "args": arguments}
+
 
 SINGULAR = {
     "fruits": "fruit",
@@ -197,3 +230,166 @@ def sort_words(rng: random.Random) -> Task:
     reply = ", ".join(sorted(items))
     constraint = {"kind": "in_order", "items": sorted(items)}
     return Task(ask.format(", ".join(items)), reply, [constraint], {"min_words": 2, "any_of": items, "min_hits": 2})
+
+
+def arithmetic(rng: random.Random) -> Task:
+    """Ask for a sum, difference or product of small numbers; the reply is the number alone."""
+    sign = rng.choice("++--*")
+    if sign == "+":
+        a, b = rng.randint(2, 30), rng.randint(2, 20)
+        value, spelled = a + b, f"{a} plus {b}"
+    elif sign == "-":
+        b = rng.randint(2, 20)
+        a = b + rng.randint(1, 20)
+        value, spelled = a - b, f"{a} minus {b}"
+    else:
+        a, b = rng.randint(2, 9), rng.randint(2, 9)
+        value, spelled = a * b, f"{a} times {b}"
+    ask = rng.choice(
+        (
+            "What is {0}? Reply with the number only.",
+            "Calculate {1}. Give just the number.",
+            "Work out {1} and answer with a number only.",
+            "{0} = ? Answer with the number alone.",
+        )
+    )
+    prompt = ask.format(f"{a} {sign} {b}", spelled)
+    return Task(prompt, str(value), [{"kind": "number", "value": value}], {"min_words": 1, "max_words": 60})
+
+
+def letter_count(rng: random.Random) -> Task:
+    """Ask for the number of letters in a word."""
+    word = rng.choice(WORDS)
+    ask = rng.choice(
+        (
+            'How many letters are in the word "{0}"? Reply with the number only.',
+            'Count the letters in "{0}". Give just the number.',
+            'How long is the word "{0}"? Give the number of letters only.',
+            'What is the length of the word "{0}"? Answer with a number only.',
+        )
+    )
+    constraint = {"kind": "number", "value": len(word)}
+    return Task(ask.format(word), str(len(word)), [constraint], {"min_words": 1, "max_words": 60})
+
+
+def repeat(rng: random.Random) -> Task:
+    """Ask for a word two to five times."""
+    word, count = rng.choice(WORDS), rng.choice((2, 3, 4, 5))
+    ask = rng.choice(
+        (
+            'Say the word "{0}" {1} times.',
+            'Repeat "{0}" exactly {1} times and write nothing else.',
+            'Write "{0}" {1} times, with spaces between.',
+        )
+    )
+    prompt = ask.format(word, NUMBER[count])
+    constraint = {"kind": "in_order", "items": [word] * count}
+    return Task(prompt, " ".join([word] * count), [constraint], {"min_words": 1, "max_words": 60, "any_of": [word]})
+
+
+def copy(rng: random.Random) -> Task:
+    """Ask for words in another shape: in capitals, capitalized, or in brackets."""
+    first, second = rng.sample(WORDS, 2)
+    text = f"{first} {second}"
+    shape = rng.choice(("upper", "title", "brackets"))
+    asks = {
+        "upper": ("Write {0} in capital letters.", "Turn {0} into capital letters. Reply with that only."),
+        "title": ("Capitalize the first letter of each word: {0}.", "Write {0} with each word capitalized."),
+        "brackets": ("Put {0} in square brackets.", "Write {0} between [ and ] and nothing else."),
+    }
+    reply = {"upper": text.upper(), "title": text.title(), "brackets": f"[{text}]"}[shape]
+    constraints = [{"kind": "exact", "text": reply}]
+    if shape == "brackets":
+        constraints = [ifeval("detectable_content:number_placeholders", num_placeholders=1), *constraints]
+    guard = {"min_words": 2, "max_words": 60, "any_of": [first, second], "min_hits": 2}
+    return Task(rng.choice(asks[shape]).format(f'"{text}"'), reply, constraints, guard)
+
+
+def sentence_count(rng: random.Random) -> Task:
+    """Ask for exactly one to three sentences."""
+    topic, count = rng.choice(TOPICS), rng.choice((1, 2, 3))
+    ask = rng.choice(
+        (
+            "Write exactly {0} {1} about {2}.",
+            "Describe {2} in exactly {0} {1}.",
+            "Tell me about {2} in {0} {1}.",
+            "I want exactly {0} {1} on {2}.",
+        )
+    )
+    reply = " ".join(rng.sample(topic.facts, count))
+    unit = "sentence" if count == 1 else "sentences"
+    prompt = ask.format(NUMBER[count], unit, topic.name)
+    return Task(prompt, reply, [{"kind": "sentence_count", "count": count}], TEXT_GUARD | {"any_of": [topic.stem]})
+
+
+SHINES = {"the moon": "glows", "the sun": "shines", "the ocean": "roars"}
+
+
+def exact_words(rng: random.Random) -> Task:
+    """Ask for exactly three to six words: hard for a small model, easy to check."""
+    topic, count = rng.choice(TOPICS), rng.choice((3, 4, 5, 6))
+    first, second = rng.sample(topic.adjectives, 2)
+    bare = topic.name.removeprefix("the ")
+    subject, be = topic.name.capitalize(), topic.be
+    if bare != topic.name:  # "the" is a word of the reply too
+        forms = {
+            3: f"{subject} {SHINES[topic.name]}.",
+            4: f"{subject} {be} {first}.",
+            5: f"{subject} {be} very {first}.",
+        }
+        forms[6] = f"{subject} {be} {first} and {second}."
+    else:
+        forms = {
+            3: f"{subject} {be} {first}.",
+            4: f"{subject} {be} very {first}.",
+            5: f"{subject} {be} {first} and {second}.",
+        }
+        forms[6] = f"I think {bare} {be} very {first}."
+        if topic.be == "is" and rng.random() < 0.5:
+            forms[4] = f"I love my {bare}."
+    ask = rng.choice(
+        (
+            "Describe {0} in exactly {1} words.",
+            "Use exactly {1} words to describe {0}.",
+            "Write exactly {1} words about {0}.",
+        )
+    )
+    constraint = {"kind": "word_count", "low": count, "high": count}
+    guard = {"min_words": min(3, count), "max_words": 60, "any_of": [topic.stem]}
+    return Task(ask.format(topic.name, NUMBER[count]), forms[count], [constraint], guard)
+
+
+def few_words(rng: random.Random) -> Task:
+    """Ask for at most five to eight words; the facts are that short."""
+    topic = rng.choice(TOPICS)
+    limit = rng.choice((5, 6, 7, 8))
+    short = [fact for fact in topic.facts if len(fact.split()) <= limit]
+    reply = rng.choice(short) if short else f"{topic.name.capitalize()} {topic.be} {rng.choice(topic.adjectives)}."
+    ask = rng.choice(
+        (
+            "Describe {0} in at most {1} words.",
+            "Tell me about {0} in fewer than {2} words.",
+            "Say something about {0}. Use no more than {1} words.",
+        )
+    )
+    constraint = ifeval("length_constraints:number_words", num_words=limit + 1, relation="less than")
+    guard = TEXT_GUARD | {"any_of": [topic.stem]}
+    return Task(ask.format(topic.name, limit, limit + 1), reply, [constraint], guard)
+
+
+def keyword_twice(rng: random.Random) -> Task:
+    """Ask for the topic word at least two to four times."""
+    topic, count = rng.choice(TOPICS), rng.choice((2, 2, 3, 4))
+    word = topic.name.removeprefix("the ")
+    ask = rng.choice(
+        (
+            'Talk about {0}. Use the word "{1}" at least {2} times.',
+            'Write about {0} and say "{1}" {2} times.',
+            'Tell me about {0} with the word "{1}" in it at least {2} times.',
+            'Use "{1}" {2} or more times in a text about {0}.',
+        )
+    )
+    reply = " ".join(rng.sample(topic.facts, count))
+    constraint = ifeval("keywords:frequency", keyword=word, frequency=count, relation="at least")
+    guard = TEXT_GUARD | {"min_words": 5, "any_of": [topic.stem]}
+    return Task(ask.format(topic.name, word, NUMBER[count]), reply, [constraint], guard)

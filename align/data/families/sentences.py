@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from align.data.families.bank import TOPICS, Topic
-from align.data.families.task import TEXT_GUARD, Constraint, Family, Task, ifeval
+from align.data.families.lists import TEXT_GUARD, Constraint, Family, Task, ifeval
 
 OPENS = (
     "Write a sentence about {0}.",

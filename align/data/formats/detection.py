@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.recipe.format_options import KINDS, Form
+from align.data.formats.answers import CONTENTS, RANKS, SCORES, parse_label
 from align.data.formats.choices import gather_choices, is_multiple_choice
 from align.data.formats.fields import (
     CHOICES,
@@ -30,8 +31,6 @@ from align.data.formats.fields import (
     nearest_formats,
 )
 from align.data.formats.messages import is_number
-from align.data.formats.preferences import parse_label
-from align.data.formats.responses import CONTENTS, RANKS, SCORES
 from align.errors import UserError
 
 DETECTION_RECORDS = 100

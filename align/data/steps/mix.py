@@ -6,13 +6,16 @@ The step comes last in a recipe and leaves the test split alone: a prompt repeat
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
-from align.config.recipe.step_settings import MixStep
+from align.config.recipe.step_settings import CapStep, MixStep
+from align.config.validation import suggest
 from align.data.rows import Row
 from align.data.steps.base import StepContext, Table, Verdict, keep_all
-from align.data.steps.cap import check_source_names, draws
+from align.data.steps.split import share
+from align.errors import UserError
 
 NOT_DRAWN = "not drawn for the mixture"
 
@@ -66,3 +69,43 @@ class Mix:
         if limited:
             notes["held at max_epochs"] = limited
         return epochs.tolist(), notes
+
+
+OVER = "over the cap of its source"
+
+
+class Cap:
+    """Keeps the rows of each source with the smallest draws."""
+
+    def __init__(self, config: CapStep, context: StepContext) -> None:
+        self.config, self.seed = config, context.seed
+
+    def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+        """Return ``draw`` (N,), a number in [0, 1) for each row."""
+        return {"draw": draws(rows, "cap", self.seed)}
+
+    def decide(self, table: Table) -> Verdict:
+        """Drop the rows beyond each source's limit. Raises ``UserError`` for a source that does not exist."""
+        check_source_names(self.config.sources, table.sources, "cap.sources")
+        code = keep_all(len(table))
+        for source, name in enumerate(table.sources):
+            limit = self.config.sources.get(name, self.config.each)
+            places = np.flatnonzero(table.alive & (table.source == source))
+            if limit is not None and len(places) > limit:
+                # Draws depend on ids and the seed alone, so the same rows stay whatever else is in the recipe.
+                order = np.argsort(table.columns["draw"][places], kind="stable")
+                code[places[order[limit:]]] = 0
+        return Verdict(code, [OVER])
+
+
+def draws(rows: list[Row], purpose: str, seed: int) -> np.ndarray:
+    """Return (N,) numbers in [0, 1) that a row's id, the purpose and the seed decide."""
+    return np.array([share(f"{purpose}:{row['id']}", seed) for row in rows], dtype=np.float64)
+
+
+def check_source_names(names: Iterable[str], sources: list[str], place: str) -> None:
+    """Raise ``UserError``, which begins with ``place`` in the recipe, for a source that does not exist."""
+    for name in names:
+        if name not in sources:
+            known = ", ".join(map(repr, sources))
+            raise UserError(f"{place}: there is no source '{name}'; there are {known}.{suggest(name, sources)}")

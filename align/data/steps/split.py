@@ -7,16 +7,18 @@ every build ends with them.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from align.config.base import Config
-from align.data.duplicates import first_equal, first_stays
+from align.config.recipe.step_settings import DivideStep
 from align.data.formats import find_fault
-from align.data.rows import Dropped, Row, content_digest
-from align.data.splits import group, share
+from align.data.minhash import first_equal, first_stays
+from align.data.rows import Dropped, Row, content_digest, is_text, normalized, prompt_key
 from align.data.steps.base import StepContext, Table, Verdict, keep_all
 
 SPLITS = ("train", "test")
@@ -167,7 +169,7 @@ class Split:
     def _cluster(self, table: Table, places: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:
         """Return (M,) for each row the first row of its cluster of similar prompts."""
         from align.data.minhash import SHINGLE, find_clusters
-        from align.data.shingles import Sets, read_sets
+        from align.data.ngrams import Sets, read_sets
 
         def read(rows: np.ndarray) -> Sets:
             return read_sets(rows, ([(group(row), 0)] for row in table.rows(places[rows])), SHINGLE)
@@ -188,3 +190,92 @@ class Split:
             elif (group_draws < self.config.test_size).all():
                 tested &= label != groups[group_draws.argmax()]
         return tested
+
+
+SEPARATORS = ("\n\n", "\n", " ")
+"""Texts to cut at, the best first; a cut lies in the second half of a piece."""
+
+
+class Divide:
+    """Replaces a long text by rows with its pieces."""
+
+    def __init__(self, config: DivideStep, context: StepContext) -> None:
+        self.characters = config.characters
+
+    def apply(self, rows: list[Row]) -> Sequence[Row | list[Row]]:
+        """Return each row, or the rows with its pieces."""
+        return [self._divide(row) for row in rows]
+
+    def _divide(self, row: Row) -> Row | list[Row]:
+        if len(row["text"]) <= self.characters:
+            return row
+        return [row | {"text": piece} for piece in divide_text(row["text"], self.characters)]
+
+
+def divide_text(text: str, characters: int) -> list[str]:
+    """Return pieces of at most ``characters`` characters, unchanged but for the separator at each cut.
+
+    Indentation stays, so that code is code in every piece. Pieces of white space alone are dropped.
+    """
+    pieces = []
+    while len(text) > characters:
+        cut, width = _find_cut(text, characters)
+        pieces.append(text[:cut])
+        text = text[cut + width :]
+    return [piece for piece in (*pieces, text) if piece.strip()]
+
+
+def _find_cut(text: str, characters: int) -> tuple[int, int]:
+    """Return the place of the best separator and its length; without one, cut after ``characters`` characters."""
+    for separator in SEPARATORS:
+        # From the middle on, so that pieces do not become short. The separator itself may lie behind the limit.
+        place = text.rfind(separator, characters // 2, characters + 1)
+        if place > 0:
+            return place, len(separator)
+    return characters, 0
+
+
+LARGEST_SHARE = 5
+"""At most one in this many questions, and rows, of a ``train`` split becomes validation."""
+
+
+def group(row: Row) -> str:
+    """Return the key of rows that must be in the same split: the first user turn, normalized.
+
+    Conversations that grow from one question share it, so that splits cut by the full prompt would leak. A plain text
+    is a group by itself, as is a prompt without a user's turn.
+    """
+    if is_text(row):
+        return normalized(row["text"])
+    users = (normalized(message["content"]) for message in row["prompt"] if message["role"] == "user")
+    return next(users, prompt_key(row))
+
+
+def share(text: str, seed: int | str) -> float:
+    """Return a number in [0, 1) that text and seed decide, the same on every machine."""
+    # A hash instead of a generator: adding or removing rows changes no other row's number.
+    return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:7], "big") / 2**56
+
+
+def hold_back(rows: Sequence[Row], most: int) -> tuple[list[Row], list[Row]]:
+    """Divide a ``train`` split into training rows and at most ``most`` validation rows.
+
+    Validation rows are full groups, at most a fifth of the groups and of the rows, in an order that the first questions
+    alone decide: every stage holds back the same rows. Where no group is small enough, it is the smallest one. The
+    training rows keep their order; there are none where there is a single group.
+    """
+    keys = [group(row) for row in rows]
+    sizes = Counter(keys)
+    order = sorted(sizes, key=lambda key: (share(key, "validation"), key))
+    validation: set[str] = set()
+    # Full groups are held back until the limit, so no question is on both sides.
+    left = min(most, len(rows) // LARGEST_SHARE)
+    # A group that is too large is passed over, and smaller ones behind it may still fit.
+    for key in order[: max(1, len(order) // LARGEST_SHARE)]:
+        if sizes[key] <= left:
+            validation.add(key)
+            left -= sizes[key]
+    if order and not validation:
+        validation = {min(order, key=lambda key: sizes[key])}
+    training_rows = [row for row, key in zip(rows, keys, strict=True) if key not in validation]
+    return training_rows, [row for row, key in zip(rows, keys, strict=True) if key in validation]

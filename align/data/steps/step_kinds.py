@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from align.config.base import Config
@@ -20,19 +21,26 @@ from align.config.recipe.step_settings import (
     ScoreStep,
     SemanticDuplicatesStep,
 )
-from align.data.steps.base import StepContext
-from align.data.steps.cap import Cap
+from align.data.steps.base import ModelLoaders, StepContext
 from align.data.steps.decontaminate import Decontaminate
-from align.data.steps.divide import Divide
-from align.data.steps.exact_duplicates import ExactDuplicates
+from align.data.steps.deduplicate import ExactDuplicates, NearDuplicates, SemanticDuplicates
 from align.data.steps.filter import Filter
-from align.data.steps.mix import Mix
-from align.data.steps.near_duplicates import NearDuplicates
+from align.data.steps.mix import Cap, Mix
 from align.data.steps.normalize import Normalize
 from align.data.steps.pairs import Pairs
 from align.data.steps.score import Score
-from align.data.steps.semantic_duplicates import SemanticDuplicates
-from align.data.steps.split import Identical, IdenticalStep, MaxRows, MaxRowsStep, Split, SplitStep, Usable, UsableStep
+from align.data.steps.split import (
+    Divide,
+    Identical,
+    IdenticalStep,
+    MaxRows,
+    MaxRowsStep,
+    Split,
+    SplitStep,
+    Usable,
+    UsableStep,
+)
+from align.pipeline.registry import load_object
 
 
 @dataclass(frozen=True)
@@ -71,3 +79,21 @@ STEPS: dict[type[Config], StepKind] = {
 def start_step(config: Config, context: StepContext) -> Any:
     """Return the step that ``config`` describes. Raises ``UserError`` where it cannot run."""
     return STEPS[type(config)].start(config, context)
+
+
+_FUNCTIONS: dict[type[Config], str] = {
+    NormalizeStep: "align.data.steps.normalize:normalize_identities",
+    FilterStep: "align.data.steps.filter:filter_identities",
+    ScoreStep: "align.data.steps.score:scorer_identities",
+    SemanticDuplicatesStep: "align.data.steps.deduplicate:embedder_identities",
+    DecontaminateStep: "align.data.steps.decontaminate:evaluation_set_identities",
+}
+"""Import paths, so that a plan imports no other steps than its recipe's. The other steps read nothing beside the rows.
+"""
+
+
+def step_identities(config: Config, base: Path, models: ModelLoaders | None = None) -> dict[str, str]:
+    """Return digests and versions of what the step reads beside the rows. Raises ``UserError`` for a missing file."""
+    function = _FUNCTIONS.get(type(config))
+    identities: dict[str, str] = {} if function is None else load_object(function)(config, base, models)
+    return identities

@@ -56,7 +56,7 @@ Sides = Mapping[str, list[list[Turn]]]
 
 def identities(config: JudgedConfig, base: Path) -> dict[str, str]:
     """Return digests of the files, and the judge's identity."""
-    from align.data.source_identity import identity
+    from align.data.sources import identity
 
     digests = file_identities(config, base)
     if config.references_files is not None:

@@ -1,7 +1,7 @@
 r"""GSM8K (arXiv 2110.14168): grade-school word problems, scored by the final number.
 
 ``final`` (the headline) reads an answer as the reward ``gsm8k_answer`` does: after ``####``, else in ``\boxed{}``,
-else the last number, and two answers are no answer (``align.data.final_numbers``). ``strict`` reads only the number
+else the last number, and two answers are no answer (``align.data.final_answers``). ``strict`` reads only the number
 after ``####``, ``flexible`` only the last, and neither reads fractions or looks for a second answer. Chat models seldom
 write ``####`` unasked (Llama-3.1-8B with its chat template scored 0.20 strict and 0.78 flexible, lm-evaluation-harness
 pull request 2034). All compare numbers, not spellings.
@@ -23,9 +23,8 @@ from typing import Any
 
 from align.config.recipe.source_settings import HubSource
 from align.config.stages.evaluation_tasks import MAX_EXAMPLES, Gsm8kConfig
-from align.data.final_numbers import final_number, last_number, marked_number
+from align.data.final_answers import answer_text, final_number, last_number, marked_number
 from align.data.rows import Message, assistant, normalized, user
-from align.data.thoughts import answer_text
 from align.errors import UserError
 from align.evaluation.scorecard import Metric
 from align.evaluation.tasks.base import (
@@ -99,7 +98,7 @@ class Gsm8kTask(SampledTask):
 
     def describe_data(self, base: Path) -> dict[str, Any]:
         """Return what identifies the problems and the examples. JSON-able."""
-        from align.data.source_identity import identity
+        from align.data.sources import identity
 
         description = super().describe_data(base)
         source = examples_source(self._config)

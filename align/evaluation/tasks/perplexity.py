@@ -76,7 +76,7 @@ class Document:
 
 def find_documents(patterns: Sequence[str], base: Path) -> tuple[list[Path], FilesSource | None]:
     """Return the plain texts among the files that match the patterns, and a source of the files with records."""
-    from align.data.source_identity import find_files
+    from align.data.sources import find_files
 
     texts: dict[Path, None] = {}
     record_patterns: list[str] = []
@@ -150,7 +150,7 @@ def divide(text: str, limit: int) -> list[str]:
 
 def identities(config: PerplexityConfig, base: Path) -> dict[str, str]:
     """Return digests of the files, plain texts and records."""
-    from align.data.source_identity import identity
+    from align.data.sources import identity
 
     if config.files is None:
         return {}

@@ -88,7 +88,7 @@ def file_identities(config: RecordFields, base: Path) -> dict[str, str]:
 
     Raises ``UserError`` if a file is missing.
     """
-    from align.data.source_identity import identity
+    from align.data.sources import identity
 
     return {} if config.files is None else identity(record_source(config), base)
 
@@ -110,7 +110,7 @@ def read_examples(config: Any, base: Path) -> list[TaskRecord]:
 
 def identities_with_examples(config: Any, base: Path) -> dict[str, str]:
     """Return digests of the files, ``examples_files`` included."""
-    from align.data.source_identity import identity
+    from align.data.sources import identity
 
     digests = file_identities(config, base)
     if config.examples_files is not None:
@@ -135,7 +135,7 @@ def describe_records(config: RecordFields, base: Path) -> dict[str, Any]:
         description: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
         description["revision"] = source.revision
     else:
-        from align.data.source_identity import identity
+        from align.data.sources import identity
 
         description = {"files": identity(source, base)}
     if config.max_items is not None:

@@ -6,7 +6,7 @@ transformers renders templates in Jinja's sandbox, which protects Python's inter
 
 The memory limit is the process's, so it holds only while the main thread renders; other threads have the time limit.
 Some C code cannot be interrupted, such as a comparison of deeply nested lists. After eight times the limit it ends the
-process, with the stacks in its log. The linter checks what a template writes (``align.lint.template``).
+process, with the stacks in its log. The linter checks what a template writes (``align.lint.chat_format``).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.store.events import parse_event
+from align.store.json_files import parse_event
 
 MAX_POINTS = 400
 """Points of a drawn curve; more are averaged in runs of equal length, which no screen shows differently."""

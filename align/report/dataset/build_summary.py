@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from align.data.build_files import SPLITS, batches, row_of_batch
+from align.data.builds.build_files import SPLITS, batches, row_of_batch
 from align.data.rows import Row
 
 MAX_SOURCES = 24

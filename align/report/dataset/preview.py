@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from align.data.build_files import kept_texts, message_text, read_ledger
+from align.data.builds.build_files import kept_texts, message_text, read_ledger
 from align.data.licenses import UNKNOWN, mixture_license, normalize
 from align.data.rows import Row, is_text
 from align.report.dataset.build_summary import BuildSummary, Cluster, quantile, summarize

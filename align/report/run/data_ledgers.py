@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from align.data.build_files import LEDGER
+from align.data.builds.build_files import LEDGER
 from align.data.licenses import UNKNOWN, mixture_license, normalize
 from align.models.checkpoints.source import TINY
 from align.models.embedded import LICENSE, NAME

@@ -24,7 +24,7 @@ from align.inference import ray_client
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.runner import Run, RunOptions
-from align.store.marker import MARKER
+from align.store.record import MARKER
 from align.store.store import Store
 from align.sweep.config import SweepConfig
 from tests.support import toy

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align.data.formats import SourceFormat, convert, detect
-from align.data.formats.preferences import parse_transcript
+from align.data.formats.answers import parse_transcript
 from align.data.rows import BadRecord, assistant, user
 from tests.support.data.formats.conversions import chat, dropped, row, sharegpt
 

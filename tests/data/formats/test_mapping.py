@@ -19,8 +19,8 @@ from align.config.recipe.record_mapping import (
 )
 from align.config.validation import validate_plain
 from align.data.formats import FieldUsage, SourceFormat, convert, detect
-from align.data.formats.compared_columns import LabelRule, label_rule
-from align.data.formats.grouped_rows import group_records
+from align.data.formats.columns import LabelRule, label_rule
+from align.data.formats.mapping import group_records
 from align.data.rows import BadRecord, assistant, user
 from align.errors import UserError
 from tests.support.data.formats.conversions import chat, dropped, row, rows, source_format

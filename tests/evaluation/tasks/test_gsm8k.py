@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from align.config.stages.evaluation_tasks import MAX_EXAMPLES, Gsm8kConfig
-from align.data.final_numbers import last_number, marked_number
+from align.data.final_answers import last_number, marked_number
 from align.data.rows import normalized
 from align.errors import UserError
 from align.evaluation.tasks import task_identities

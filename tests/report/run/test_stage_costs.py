@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from align.data.response_pairs import make_pairs
+from align.data.steps.pairs import make_pairs
 from align.report.curves.metric_series import Events
 from align.report.run.stage_costs import SAMPLE_METRICS, stage_rows
 from align.store.artifacts import Artifact, Kind

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align.data.builds.shards import DROPPED
 from align.data.rows import Row, assistant, row_id, user, write_rows
-from align.data.shards import DROPPED
 
 HOSTILE = (
     '<script>document.title="PWNED"</script><img src=x onerror="document.title=\'PWNED\'">'

@@ -6,8 +6,7 @@ import copy
 from typing import Any
 
 from align.data.rows import assistant, user
-from align.lint.batches import MASKED
-from align.lint.encodings import encoding_of
+from align.lint.encodings import MASKED, encoding_of
 from align.lint.findings import Finding
 from align.lint.linter import Options
 from align.lint.tokens import Limits

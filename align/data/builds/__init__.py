@@ -1,0 +1,1 @@
+"""Builds of datasets from recipes: passes over shards, the ledger, and the finished files."""

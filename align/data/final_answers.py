@@ -1,0 +1,243 @@
+r"""The answer in a model's text: the text after its thoughts, and the final number of a worked solution. Torch-free.
+
+``final_number`` is the rule for rewards and evaluation: the number after ``####`` (GSM8K's mark, arXiv 2110.14168),
+else in the last ``\boxed{}`` (MATH's), else the last number of the text. It skips thoughts and reads fractions. Two
+different answers count as no answer. ``marked_number`` and ``last_number`` read as other harnesses do: the first and
+the last number, without fractions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+
+TAGS = ("think", "thinking", "thought", "reasoning")
+"""Names of the tags that models write around a thought."""
+_NAMES = "|".join(TAGS)
+LEADING = re.compile(
+    rf"\s*(?:<(?P<tag>{_NAMES})>.*?(?:</(?P=tag)>|\Z)"
+    r"|\[THINK\].*?(?:\[/THINK\]|\Z)"  # Magistral
+    r"|<\|channel\|>analysis<\|message\|>.*?(?:<\|end\|>|\Z))",  # gpt-oss
+    re.DOTALL,
+)
+"""A thought that a turn begins with. A thought that is never closed is the whole turn."""
+OPENED = re.compile(
+    rf"(?:(?!<(?:{_NAMES})>|\[THINK\]).)*?(?:</(?:{_NAMES})>|\[/THINK\])(?=\s|<|\[|\Z)",
+    re.DOTALL,
+)
+"""A thought that the generation prompt has opened. A closing tag within a call's text is followed by more of it."""
+EMPTY = re.compile(rf"(?:<(?:{_NAMES})>)?</(?:{_NAMES})>|(?:\[THINK\])?\[/THINK\]")
+"""An empty thought without white space, or its end if the generation prompt has opened it."""
+
+_MARK = re.compile(
+    rf"(?P<tag_open><(?:{_NAMES})>)|(?P<tag_close></(?:{_NAMES})>)"
+    r"|(?P<bracket_open>\[THINK\])|(?P<bracket_close>\[/THINK\])"
+    r"|(?P<channel_open><\|channel\|>(?:analysis|commentary)\b|\Aanalysis(?=[A-Z]))"
+    r"|(?P<channel_close><\|channel\|>final\b|assistantfinal)"
+)
+"""Text where a thought begins or ends. gpt-oss writes channels; only their names remain if special tokens are skipped
+in decoding: ``analysisFive and … so 16.assistantfinal#### 16``."""
+
+
+def hide_thoughts(text: str) -> str:
+    """Replace the characters of the thoughts that a turn begins with by spaces."""
+    end = 0
+    while (thought := LEADING.match(text, end)) is not None:
+        end = thought.end()
+    opened = OPENED.match(text) if end == 0 else None
+    if opened is not None:
+        end = opened.end()
+    return " " * end + text[end:]
+
+
+def answer_text(text: str) -> str | None:
+    """Return the text outside thoughts; None if a thought is never closed, because then there is no answer.
+
+    A closing tag without an opening tag ends a thought that the generation prompt has opened.
+    """
+    pieces: list[str] = []
+    start = 0
+    opened = ""
+    for mark in _MARK.finditer(text):
+        kind, _, action = str(mark.lastgroup).partition("_")
+        if action == "open" and not opened:
+            pieces.append(text[start : mark.start()])
+            opened = kind
+        elif action == "close" and opened == kind:
+            start, opened = mark.end(), ""
+        elif action == "close" and not opened and kind != "channel":
+            pieces, start = [], mark.end()
+    if opened:
+        return None
+    return " ".join([*pieces, text[start:]]).strip()
+
+
+NUMBER = re.compile(
+    r"(?P<outer>(?<![\w)])[-−])?"  # a minus sign, unless it stands between two operands
+    r"(?:[$€£](?P<inner>[-−])?)?"
+    r"(?:(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?|(?<!\d)(?P<only>\.\d+))"
+)
+"""A number as people write it: 1,234.50, $-5, -$5, .5; commas only between groups of three digits."""
+_RATIO = re.compile(
+    NUMBER.pattern + r"(?:(?:[^\S\n]+(?P<above>\d+))?[^\S\n]*/[^\S\n]*"
+    r"(?P<below>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)(?!\d|[^\S\n]*/))?"
+)
+"""A number, a fraction (7/2) or a mixed number (3 1/2); 3/4/2024 is none of these as a whole."""
+_MARKED = re.compile(r"####[^\S\n]*" + NUMBER.pattern)
+_MARKED_PLACE = re.compile(r"####([^\n#]*)")
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
+_NEXT_QUESTION = re.compile(r"\n\s*(?:question|problem|q|user|human)\s*\d*\s*:", re.IGNORECASE)
+"""Heading of a question that a base model asks itself after its answer."""
+
+_WORD = re.compile(r"[^\W\d_]+")
+_OR = frozenset({"or", "maybe", "perhaps", "possibly"})
+_AND = frozenset({"and", "to"})
+_NOISE = re.compile(r"\*\*|[$€£\\{})\]#\"'`~]")
+"""Signs between two numbers that may be ignored. An opening parenthesis is not: ``18 (9 + 9)`` explains the 18."""
+_SEPARATORS = re.compile(r"[^\S\n]*(?:[,;/|&–—][^\S\n]*)*")
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A number with its place in the text."""
+
+    value: Decimal
+    start: int
+    end: int
+
+
+def final_number(text: str) -> Decimal | None:
+    r"""Return the number after ``####``, else in the last ``\boxed{}``, else the last number; None for two answers."""
+    answer = answer_text(text)
+    if answer is None:
+        return None
+    answer = _without_latex(answer)
+    for read in (_marked_values, _boxed_values, _last_values):
+        values = read(answer)
+        if values:
+            return values.pop() if len(values) == 1 else None
+    return None
+
+
+def marked_number(text: str) -> Decimal | None:
+    """Return the number after the first ``####`` that has one on its line."""
+    match = _MARKED.search(text)
+    return None if match is None else _value(match)
+
+
+def last_number(text: str) -> Decimal | None:
+    """Return the last number of a text, if there is one."""
+    last = deque(NUMBER.finditer(text), maxlen=1)
+    return _value(last[0]) if last else None
+
+
+def _marked_values(text: str) -> set[Decimal]:
+    """Return the first number after each ``####``, with its alternatives."""
+    values: set[Decimal] = set()
+    start = text.find("####")
+    if start < 0:
+        return values
+    question = _NEXT_QUESTION.search(text, start)
+    for place in _MARKED_PLACE.finditer(text, start, question.start() if question else len(text)):
+        values |= _joined_values(place[1], list(_numbers(place[1])))
+    return values
+
+
+def _boxed_values(text: str) -> set[Decimal]:
+    r"""Return the last number in the last ``\boxed{}`` that has any, with its alternatives in this and other boxes."""
+    values: set[Decimal] = set()
+    after: re.Match[str] | None = None
+    for box in reversed(list(_BOXED.finditer(text))):
+        numbers = list(_numbers(box[1]))
+        if after is not None and not (numbers and _is_joined(text[box.end() : after.start()], "")):
+            break
+        if numbers:
+            values |= _joined_values(box[1], numbers[::-1])
+            after = box
+    return values
+
+
+def _last_values(text: str) -> set[Decimal]:
+    """Return the last number of the text, with its alternatives."""
+    return _joined_values(text, list(_numbers(text))[::-1])
+
+
+def _joined_values(text: str, numbers: list[_Number]) -> set[Decimal]:
+    """Return the values of the first of ``numbers`` and of those that the text joins to it, one after the other."""
+    values: set[Decimal] = set()
+    before: _Number | None = None
+    for number in numbers:
+        if before is not None:
+            left, right = sorted((before, number), key=lambda number: number.start)
+            if not _is_joined(text[left.end : right.start], text[right.end : right.end + 80]):
+                break
+        values.add(number.value)
+        if text[max(0, number.start - 6) : number.start].rstrip(" $").endswith(("±", "\\pm")):
+            values.add(-number.value)
+        before = number
+    return values
+
+
+def _is_joined(gap: str, rest: str) -> bool:
+    """Return True for the text between two answers: ``4 or 5``, ``4, 5``, ``4 eggs, 5 eggs``.
+
+    ``rest`` follows the second. Operators, and words other than a unit that both have, keep numbers apart.
+    """
+    words = [word.lower() for word in _WORD.findall(gap)]
+    if len(words) <= 4 and _OR.intersection(words):
+        return True
+    unit = [word for word in words if word not in _AND]
+    if unit and unit != [word.lower() for word in _WORD.findall(rest)][: len(unit)]:
+        return False
+    return _SEPARATORS.fullmatch(_WORD.sub("", _NOISE.sub("", gap))) is not None
+
+
+def _numbers(text: str) -> Iterator[_Number]:
+    """Yield the numbers of a text, with fractions as one number; a fraction with the denominator 0 is none."""
+    for match in _RATIO.finditer(text):
+        value = _value(match)
+        if match["below"] is None:
+            yield _Number(value, match.start(), match.end())
+            continue
+        below = Decimal(match["below"].replace(",", ""))
+        if not below:
+            continue
+        if match["above"] is None:
+            yield _Number(value / below, match.start(), match.end())
+            continue
+        fraction = Decimal(match["above"]) / below
+        if fraction < 1:
+            yield _Number(value - fraction if value.is_signed() else value + fraction, match.start(), match.end())
+        else:  # two numbers: 18 19/2
+            yield _Number(value, match.start(), match.start("above") - 1)
+            yield _Number(fraction, match.start("above"), match.end())
+
+
+def _without_latex(text: str) -> str:
+    r"""Write LaTeX's ``\frac{7}{2}``, ``1{,}080``, ``\$`` and ``\text{}`` as plain text."""
+    text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
+    text = _LATEX_TEXT.sub(r"\1", text)
+    return _LATEX_FRACTION.sub(_plain_fraction, text)
+
+
+def _plain_fraction(match: re.Match[str]) -> str:
+    """Return ``7/2``, with a space before it for mixed numbers; nothing for a fraction of anything but numbers."""
+    above, below = (match[1] or match[2]).strip(), (match[3] or match[4]).strip()
+    is_number = NUMBER.fullmatch(above) and NUMBER.fullmatch(below)
+    if not is_number:
+        return ""
+    # a minus sign before the fraction must stay next to it
+    start = match.start()
+    has_digit_before = match.string[max(0, start - 3) : start].rstrip()[-1:].isdigit()
+    return f"{' ' if has_digit_before else ''}{above}/{below}"
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    digits = match["only"] or match["whole"].replace(",", "") + (match["part"] or "")
+    value = Decimal(digits)
+    return -value if (match["outer"] or match["inner"]) else value

@@ -1,0 +1,176 @@
+"""A dataset in one line: its recipe, splits with slices, and the guessed format and kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from align.config.recipe.source_settings import FilesSource
+from align.config.recipe.split import SplitPart, parse_split
+from align.config.stages.data import DataConfig
+from align.data.builds.dataset_recipe import dataset_recipe, guess, sources_of
+from align.errors import UserError
+
+COMMIT = "0" * 40
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def test_splits_with_slices() -> None:
+    assert parse_split("train") == [SplitPart("train")]
+    assert parse_split("train[:10] + test") == [SplitPart("train", None, "10"), SplitPart("test")]
+    assert SplitPart("train", "5", "10").bounds() == (5, 10)
+    # 10 % and 25 % of 90 rows are rows 9 and 22 (22.5 rounds to the even number, as Python's round does)
+    assert SplitPart("train", "10%", "25%").bounds(90) == (9, 22)
+    assert SplitPart("train", "-10", None).bounds(90) == (80, None)
+    assert SplitPart("train", None, "500").bounds(90) == (0, 90)
+    assert SplitPart("train", None, "500").is_stream and not SplitPart("train", "-5", None).is_stream
+    for text in ("train[5]", "train[:x]", "train[1:2", "", "train test"):
+        with pytest.raises(ValueError, match="is no split; write a name, with rows in brackets"):
+            parse_split(text)
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "kind"),
+    [
+        ({"prompt": "q", "completion": "a"}, "prompt_completion", "instructions"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "messages",
+            "instructions",
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preferences", "preferences"),
+        ({"prompt": "q", "completion": "a", "label": True}, "unpaired", "unpaired"),
+        ({"prompt": "q"}, "prompt", "prompts"),
+        ({"text": "words"}, "text", "texts"),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca", "instructions"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 0]}, "scored", "preferences"),
+    ],
+)
+def test_format_and_kind_come_from_the_columns(tmp_path: Path, record: dict[str, Any], form: str, kind: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(record) + "\n")
+    guessed = guess(FilesSource(type="files", paths=["rows.jsonl"]), tmp_path)
+    assert (guessed.format, guessed.kind) == (form, kind)
+    assert guessed.reason.startswith(form)
+
+
+def test_a_kind_that_is_named_decides_among_the_formats(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    source = FilesSource(type="files", paths=["rows.jsonl"])
+    assert guess(source, tmp_path, "prompts").kind == "prompts"
+    with pytest.raises(UserError, match="finds no format .* that can give preferences"):
+        guess(source, tmp_path, "preferences")
+
+
+def test_a_list_of_records_under_a_key_is_named_and_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [{"prompt": "q", "completion": "a"}] * 3}))
+    with pytest.raises(UserError, match="Its 'data' is a list of records: write records: data where the file is"):
+        guess(FilesSource(type="files", paths=["rows.json"]), tmp_path)
+    fields = {"records": "data", "kind": "instructions", "format": "prompt_completion"}
+    source = sources_of(DataConfig(dataset="rows.json", **fields), tmp_path)[0]
+    assert (source["paths"], source["records"]) == (["rows.json"], "data")
+    with pytest.raises(UserError, match="records is about files, and this source reads none"):
+        dataset_recipe(config(records="data", format="hh_rlhf"), tmp_path)
+    with pytest.raises(ValidationError, match="records belongs to dataset"):
+        DataConfig(recipe="r.yaml", records="data")
+
+
+def config(**fields: Any) -> DataConfig:
+    return DataConfig(**{"dataset": "org/pairs", "revision": COMMIT, "kind": "preferences"} | fields)
+
+
+def test_the_fields_of_a_source_are_passed_on(tmp_path: Path) -> None:
+    mapping = {"columns": {"chosen": "better"}, "keep": ["topic"], "options": {"ignore": ["note"]}}
+    (source,) = sources_of(config(license="MIT", name="en", format="preferences", **mapping), tmp_path)
+    assert source.pop("options").ignore == ["note"]
+    assert {name: source.pop(name) for name in ("columns", "keep")} == {
+        "columns": {"chosen": "better"},
+        "keep": ["topic"],
+    }
+    assert source == {
+        "type": "hub",
+        "dataset": "org/pairs",
+        "revision": COMMIT,
+        "license": "MIT",
+        "format": "preferences",
+        "config": "en",
+        "split": "train",
+    }
+
+
+def test_a_split_to_hold_out_is_a_source_of_its_own(tmp_path: Path) -> None:
+    recipe = dataset_recipe(config(split="train[:5000]", test_split="test"), tmp_path)
+    assert [(source.split, source.part) for source in recipe.sources] == [("train[:5000]", "train"), ("test", "test")]
+    assert dataset_recipe(config(test_size=0.2), tmp_path).test_size == 0.2
+    assert [step.type for step in dataset_recipe(config(format="scored"), tmp_path).steps] == ["pairs"]
+
+
+def test_all_rows_go_to_the_part_that_is_named(tmp_path: Path) -> None:
+    (source,) = dataset_recipe(config(part="test", test_size=1.0), tmp_path).sources
+    assert source.part == "test"
+    with pytest.raises(UserError, match="every source goes to train, .* write test_size: 0"):
+        dataset_recipe(config(part="train"), tmp_path)
+    assert dataset_recipe(config(test_size=0), tmp_path).empty_split == "test"
+
+
+def test_files_folders_and_globs(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for name in ("a.jsonl", "b.csv.gz", "README.md"):
+        (tmp_path / "rows" / name).write_text("")
+
+    def paths(dataset: str) -> Any:
+        return sources_of(DataConfig(dataset=dataset, kind="texts"), tmp_path)[0]["paths"]
+
+    assert paths("rows/a.jsonl") == ["rows/a.jsonl"]
+    assert paths("rows/*.jsonl") == ["rows/*.jsonl"]
+    assert paths("rows/") == ["rows/*.csv.gz", "rows/*.jsonl"]
+    (tmp_path / "rows").rename(tmp_path / "rows[1]")
+    assert paths("rows[1]") == ["rows[[]1]/*.csv.gz", "rows[[]1]/*.jsonl"]
+    for dataset, message in (
+        ("pairs.csv", "neither a file, folder or glob below"),
+        ("just-a-word", "nor the name of a Hub dataset like 'owner/name'"),
+        ("./org/pairs", "neither a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            paths(dataset)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="the folder 'empty' has no file that can be read"):
+        paths("empty")
+    (tmp_path / "empty" / "record.json").write_text("{}")
+    with pytest.raises(UserError, match="is a finished artifact; use it with `stage: artifact`"):
+        paths("empty")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"revision": "main"}, "revision: 'rows.csv' is on this machine"),
+        ({"test_split": "test"}, "test_split: 'rows.csv' is on this machine"),
+        ({"split": "train[:5]"}, "split is for datasets of the Hub. .* max_rows limits the rows"),
+    ],
+)
+def test_fields_of_the_hub_mean_nothing_for_files(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    (tmp_path / "rows.csv").write_text("text\nx\n")
+    with pytest.raises(UserError, match=message):
+        sources_of(DataConfig(dataset="rows.csv", kind="texts", **fields), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "a data stage has a recipe or a dataset; write one of them"),
+        ({"recipe": "a.yaml", "dataset": "b.csv"}, "a recipe or a dataset; write one of them"),
+        ({"recipe": "a.yaml", "split": "train"}, "split belongs to dataset; with a recipe, write it there"),
+        ({"recipe": "a.yaml", "format": "alpaca"}, "format belongs to dataset"),
+        ({"dataset": "b.csv", "files": ["c.csv"]}, "files replace the sources of a recipe; name them as dataset"),
+        ({"dataset": "b.csv", "split": "train[5]"}, "is no split"),
+        ({"dataset": "a/b", "test_split": "test", "part": "train"}, "so part means nothing; drop one of them"),
+        ({"dataset": "a/b", "test_split": "test", "test_size": 0.2}, "test_split and test_size both say what is held"),
+    ],
+)
+def test_settings_that_contradict_each_other(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataConfig(**fields)
