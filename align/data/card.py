@@ -1,7 +1,7 @@
 """The dataset card: README.md with the Hub's metadata, which let ``load_dataset(folder)`` read a build.
 
 Its content comes from the recipe, the ledger and the Parquet files, and does not depend on time or place. It states a
-language only where the recipe does. It quotes no dropped rows, which may be private. Torch-free.
+language only if the recipe does. It quotes no dropped rows, which may be private. Torch-free.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_card(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """Return the recipe on a build's card; empty where the card is missing or not align's."""
+    """Return the recipe on a build's card; empty if the card is missing or not align's."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
         match = re.search(r"^## Recipe\n\n(`{3,})yaml\n(.*)\n\1$", text, re.DOTALL | re.MULTILINE)

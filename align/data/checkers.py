@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
 
 
 def gold(rows: list[Row], responses: list[str]) -> list[float]:
-    """Return the share of each row's constraints that its response satisfies, in [0, 1]; 0 where the guard fails.
+    """Return the share of each row's constraints that its response satisfies, in [0, 1]; 0 if the guard fails.
 
     The guard gives constant, empty and repetitive replies no score: see :func:`passes_guard`.
     Raises ``ValueError`` for a row without constraints or of unequal lengths.

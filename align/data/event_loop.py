@@ -1,6 +1,6 @@
-"""One asyncio loop per process, in a thread of its own, for the async functions of users. Torch-free.
+"""One asyncio loop per process, in a separate thread, for the async functions of users. Torch-free.
 
-The loop outlives a call, so that a client which a function opens once, with its connections, serves every batch.
+The loop outlives a call, so a client which a function opens once, with its connections, serves every batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The license of a mixture of datasets, from the licenses of its parts. Torch-free.
 
 A license is represented by the obligations that it puts on whoever passes the data on. A mixture has the obligations of
-all its parts. Where one part's license has every obligation of the others, it is the mixture's license; otherwise no
+all its parts. If one part's license has every obligation of the others, it is the mixture's license; otherwise no
 known license fits, and a person must read all of them. This is bookkeeping, not legal advice. Not covered: the terms of
 use of a language model for its outputs.
 """
@@ -74,10 +74,10 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class License:
-    """The license on a card: the Hub's ``license`` (several where they have the same obligations), and the reason."""
+    """The license on a card: the Hub's ``license`` (several if they have the same obligations), and the reason."""
 
     names: tuple[str, ...]
-    """Hub names; ``("unknown",)`` and ``("other",)`` where no single license can be named."""
+    """Hub names; ``("unknown",)`` and ``("other",)`` if no single license can be named."""
     reason: str
     """One sentence."""
     concerns: tuple[str, ...] = ()

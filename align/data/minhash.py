@@ -27,7 +27,7 @@ from align.errors import UserError
 
 PERMUTATIONS = 128
 SHINGLE = 3
-"""Words in a shingle of a prompt: few, so that short questions with one changed word still share shingles."""
+"""Words in a shingle of a prompt: few, so short questions with one changed word still share shingles."""
 RECALL = 0.95
 """Least probability that a pair exactly at the threshold is compared."""
 WINDOW = 32
@@ -98,7 +98,7 @@ def estimate(signature: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.n
 
     ``signature`` is (N, K) uint8.
     """
-    # Subtract the agreement that unequal hashes have by chance, then stretch so that 1 stays 1.
+    # Subtract the agreement that unequal hashes have by chance, then stretch so 1 stays 1.
     agreement: np.ndarray = (signature[left] == signature[right]).mean(axis=1)
     return (agreement - _CHANCE) / (1 - _CHANCE)
 
@@ -175,7 +175,7 @@ def find_clusters(
         exact.sets = read(np.flatnonzero(exact.is_uncertain))
         if exact.count <= STORED_PAIRS:
             left, right = exact.collected_pairs()
-            # Estimates were not stored. ``possible`` stands in for all of them, so that shingles decide on every pair.
+            # Estimates were not stored. ``possible`` stands in for all of them, so shingles decide on every pair.
             similar = exact.decide(left, right, np.full(len(left), exact.possible))
             join(label, left[similar], right[similar])
         else:
@@ -206,7 +206,7 @@ class _ExactDecision:
         self.is_uncertain[right[between]] = True
         self.count += int(between.sum())
         if self.count <= STORED_PAIRS:
-            # One number per pair, so that duplicates from several bands go with ``np.unique``.
+            # One number per pair, so duplicates from several bands go with ``np.unique``.
             self._pairs.append(left[between] * len(self.is_uncertain) + right[between])
         return estimated >= self.sure
 
@@ -251,7 +251,7 @@ class _Search:
                 self.compared += len(left)
                 similar = judge(left, right, estimate(self.signature, left, right))
                 similar_pairs.append(np.stack([left[similar], right[similar]]))
-            # Join after each band, so that later bands skip pairs that are in one cluster by now.
+            # Join after each band, so later bands skip pairs that are in one cluster by now.
             if similar_pairs:
                 join(self.label, *np.concatenate(similar_pairs, axis=1))
 
@@ -308,12 +308,12 @@ def standard_error(threshold: float, permutations: int) -> float:
 
 
 def reply_texts_with_marks(row: Row) -> list[tuple[str, int]]:
-    """Return each text of the replies, with 1 where it is not to be imitated, else 0."""
+    """Return each text of the replies, with 1 if it is not to be imitated, else 0."""
     return [(text, int(is_bad_reply(row, field))) for field, text in reply_texts(row, "both")]
 
 
 def compared_texts(row: Row, part: ComparedPart) -> list[tuple[str, int]]:
-    """Return the texts to compare, with their marks. System turns are left out: all rows of a source may share one."""
+    """Return the texts to compare, with their marks. System turns are skipped: all rows of a source may share one."""
     if is_text(row):
         return [(row["text"], 0)]
     texts: list[tuple[str, int]] = []

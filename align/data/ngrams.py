@@ -2,7 +2,7 @@
 
 Words are those of :func:`align.data.rows.normalized`, except that in scripts without spaces (Chinese, Japanese, Thai,
 Khmer, Lao, Burmese) every character is a word. All texts of a block form one array of bytes. The hash of any run of
-words is the difference of two prefix sums of a polynomial over it, so that a block takes a few passes in numpy for any
+words is the difference of two prefix sums of a polynomial over it, so a block takes a few passes in numpy for any
 n. Hashes are equal on every machine and in every process.
 """
 
@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 18
 LONGEST_BYTES = 1 << 22
 """Part of a longer text that is compared."""
 
-_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
 _SPACE = 32
 _SPACES = [*range(9, 14), *range(28, 33)]  # ASCII white space of str.split()
 # ASCII equivalents of quotes, and of the white space that NFKC leaves.
@@ -171,7 +171,7 @@ class Words:
 def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:
     """Return the words of texts of :func:`encode`, about ``BLOCK_BYTES``; ``edges`` adds ``opens`` and ``closes``."""
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
-    # One space between texts, so that no word spans two of them.
+    # One space between texts, so no word spans two of them.
     bounds = np.concatenate([[0], np.cumsum(lengths + 1)])
     # The empty text at the end puts a space behind the last word too.
     joined = b" ".join([*texts, b""])
@@ -180,7 +180,7 @@ def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:
     # Words begin and end where the bytes switch between space and sign.
     switches = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     begins, ends = switches[0::2], switches[1::2]
-    # Compact the bytes to each word and one space after it, so that white space and punctuation do not count.
+    # Compact the bytes to each word and one space after it, so white space and punctuation do not count.
     retained = inside
     retained[ends] = True
     compact = letters[retained]
@@ -267,7 +267,7 @@ def blocks(rows: Iterable[Sequence[tuple[str, int]]], edges: bool = False) -> It
 
 
 def _power_of_two(size: int) -> int:
-    # Few different sizes, so that the cache of ``_powers`` serves nearly all blocks.
+    # Few different sizes, so the cache of ``_powers`` serves nearly all blocks.
     return max(2 * BLOCK_BYTES, 1 << (size - 1).bit_length())
 
 
@@ -281,12 +281,12 @@ _ELEMENTS = 1 << 21
 def shingles(block: Block, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return hashes (S,) uint64 of a block's shingles, at least one a row, and the first of each row (rows + 1,)."""
     hashes, offsets = block.words.ngrams(size)
-    # Marked parts are salted, so that a rejected answer never matches an equal chosen one.
+    # Marked parts are salted, so a rejected answer never matches an equal chosen one.
     if block.marks.any():
         hashes = mix(hashes ^ np.repeat(_salt(block.marks), np.diff(offsets)))
     offsets = offsets[block.parts]  # of rows instead of parts
     wordless = np.diff(offsets) == 0
-    # Rows without words get one fixed shingle, so that every row has one.
+    # Rows without words get one fixed shingle, so every row has one.
     hashes = np.insert(hashes, offsets[:-1][wordless], constants(1, stream=6))
     # Each inserted shingle moves the rows behind it by one place.
     return hashes, offsets + np.concatenate([[0], np.cumsum(wordless)])
@@ -294,7 +294,7 @@ def shingles(block: Block, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def hash_rows(block: Block) -> np.ndarray:
     """Return (rows,) uint64, equal for rows of equal words in equal parts."""
-    # A polynomial of the parts' hashes, so that their order counts.
+    # A polynomial of the parts' hashes, so their order counts.
     place = np.arange(len(block.marks)) - np.repeat(block.parts[:-1], np.diff(block.parts))
     parts = mix(block.words.hash_texts() ^ _salt(block.marks))
     parts *= constants(int(place.max(initial=0)) + 1, stream=3)[place]

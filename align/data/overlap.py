@@ -64,7 +64,7 @@ class Index:
         text_hash = _concatenate(text_hashes)
         non_empty = np.flatnonzero(self.words > 0)
         self._text_hash, self._hashed_text = _sort_by_hash(text_hash[non_empty], non_empty)
-        # All n-grams, sorted by hash, with their text and their place in it; those of templates are left out.
+        # All n-grams, sorted by hash, with their text and their place in it; shingles of templates are skipped.
         hashes, order = _sort_by_hash(_concatenate(grams), np.arange(sum(map(len, grams))))
         owner, place = _concatenate(owners)[order], _concatenate(places)[order]
         if groups is None:
@@ -75,7 +75,7 @@ class Index:
         # In scripts without spaces a word is one character, and five characters are too few to count anywhere.
         unspaced = np.array([is_unspaced(text) for text in texts], dtype=bool)
         self._may_be_anywhere = (self.words >= ANYWHERE_WORDS) & ~unspaced
-        # Short texts have no n-gram of ``size`` words, so each length has an index of its own.
+        # Short texts have no n-gram of ``size`` words, so each length has a separate index.
         self._short: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         """Sorted hashes and texts of the short texts, by their number of words."""
         for length in np.unique(self.words[(self.words >= STRETCH_WORDS) & (self.words < size)]):
@@ -130,7 +130,7 @@ class Index:
         return Hits(block.first + row, text, covered / total[text])
 
     def _find_equal(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        """Return pairs of a part and a text (P,) where the part equals the text, or contains a short text."""
+        """Return pairs of a part and a text (P,) if the part equals the text, or contains a short text."""
         words = block.words
         match, part = _find_matches(self._text_hash, words.hash_texts())
         parts, texts = [part], [self._hashed_text[match]]
@@ -150,13 +150,13 @@ class Index:
         self, row: np.ndarray, text: np.ndarray, place: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return row, text and covered words (P,) of each pair; its n-grams begin at ``place`` (M,)."""
-        # Sorted, so that a pair's matches follow each other by their place in the text.
+        # Sorted, so a pair's matches follow each other by their place in the text.
         order = np.lexsort((place, text, row))
         row, text, place = row[order], text[order], place[order]
         is_first = _starts_pair(row, text)
         # A pair's last match has no next one and adds its full n-gram.
         is_last = np.append(is_first[1:], True)[: len(is_first)]
-        # Each match adds its words up to the next match, so that overlapping n-grams count no word twice.
+        # Each match adds its words up to the next match, so overlapping n-grams count no word twice.
         next_place = np.where(is_last, place + self.size, np.append(place[1:], 0)[: len(place)])
         begins = np.flatnonzero(is_first)
         word = self._begin[text] + place

@@ -2,7 +2,7 @@
 
 The rows, the card and the ledger are uploaded. Dropped rows and their texts (the preview page, the ledger's examples)
 are not, unless asked for, since they may have been dropped because they are private. The same commit deletes shards of
-an earlier push, so that no reader mixes two builds. huggingface_hub handles the token, which is never printed.
+an earlier push, so no reader mixes two builds. huggingface_hub handles the token, which is never printed.
 Torch-free.
 """
 
@@ -117,10 +117,10 @@ def _ledger(folder: Path, ledger: dict[str, Any], everything: bool) -> Path | by
 
 
 def push(upload: Upload, api: Any = None) -> dict[str, Any]:
-    """Create the repository where there is none, and commit the upload. Return ``url``, ``commit`` and ``deleted``.
+    """Create the repository if there is none, and commit the upload. Return ``url``, ``commit`` and ``deleted``.
 
-    ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` where the Hub refuses (no token, no permission, a
-    public repository that should be private) and ``StageFailed`` where it cannot be reached.
+    ``api`` is a ``huggingface_hub.HfApi``. Raises ``UserError`` if the Hub refuses (no token, no permission, a
+    public repository that should be private) and ``StageFailed`` if it cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -158,7 +158,7 @@ def check_repo(repo: str, kind: RepoKind) -> None:
 
 
 def make_repository(api: Any, repo: str, kind: RepoKind, revision: str | None, private: bool) -> list[str]:
-    """Create repository and branch where there are none, and return the files in it.
+    """Create repository and branch if there are none, and return the files in it.
 
     Raises ``UserError`` for a public one that should be private.
     """
@@ -173,7 +173,7 @@ def make_repository(api: Any, repo: str, kind: RepoKind, revision: str | None, p
 
 @contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
-    """Convert the Hub's errors: ``UserError`` where it refuses, ``StageFailed`` where it cannot be reached."""
+    """Convert the Hub's errors: ``UserError`` if it refuses, ``StageFailed`` if it cannot be reached."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -190,7 +190,7 @@ def hub_errors(repo: str) -> Iterator[None]:
 
 
 def hub_error(repo: str, error: Any) -> UserError | StageFailed:
-    """Return an error of the user where the Hub refuses, or of the stage where the Hub failed."""
+    """Return an error of the user if the Hub refuses, or of the stage if the Hub failed."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     lines = (getattr(error, "server_message", None) or str(error)).strip().splitlines()
     reason = without_token(lines[0].rstrip(".") if lines else type(error).__name__)

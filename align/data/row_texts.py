@@ -48,14 +48,14 @@ def _best(responses: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def prompt_texts(row: Row, *roles: str) -> Iterator[tuple[str, str]]:
-    """Yield ``prompt`` and the text of each of its turns; only turns of ``roles``, where some are given."""
+    """Yield ``prompt`` and the text of each of its turns; only turns of ``roles``, if some are given."""
     for message in row.get("prompt") or ():
         if not roles or message["role"] in roles:
             yield "prompt", message.get("content") or ""
 
 
 def change_texts(row: Row, change: Callable[[str], str]) -> Row:
-    """Return the row with every text changed: a new row, or the same object where nothing changed."""
+    """Return the row with every text changed: a new row, or the same object if nothing changed."""
     new: Row = {}
     if is_text(row):
         text = change(row["text"])
@@ -79,7 +79,7 @@ def has_equal_sides(row: Row) -> bool:
 
 
 def change_messages(messages: list[Message], change: Callable[[str], str]) -> list[Message]:
-    """Return messages with changed contents; the same list object where nothing changed."""
+    """Return messages with changed contents; the same list object if nothing changed."""
     changed: list[Message] = []
     has_changes = False
     for message in messages:

@@ -44,7 +44,7 @@ _OPTIONAL = {
     **dict.fromkeys(("prompt", "completion", "chosen", "rejected"), _MESSAGE_MORE),
     "responses": ("finished", "model"),
 }
-"""Columns of lists, with the fields that are written only where an item has them: many chat templates read
+"""Columns of lists, with the fields that are written only if an item has them: many chat templates read
 ``tool_calls: None`` as a call.
 """
 COLUMNS = (
@@ -60,7 +60,7 @@ JSON_MARK = b"align"
 REQUIRED = ("id", "source", "prompt", "checks")
 REQUIRED_OF_TEXTS = ("id", "source", "text")
 _CONTENT_FIELDS = ("completion", "chosen", "rejected", "label", "responses", "tools")
-"""Fields beside the prompt that a model learns from."""
+"""Fields other than the prompt that a model learns from."""
 _FINISHED = ("completion_finished", "chosen_finished", "rejected_finished", "text_finished")
 """Fields that are False for a text that was cut off."""
 
@@ -136,12 +136,12 @@ def _types() -> dict[str, pa.DataType]:
 
 
 def column_types() -> dict[str, pa.DataType]:
-    """Return the known columns in the order they are written, with their types where no message calls a tool."""
+    """Return the known columns in the order they are written, with their types if no message calls a tool."""
     return dict(_types())
 
 
 def kept_columns(row: Mapping[str, Any]) -> Row:
-    """Return a row's columns beside align's own: those that a recipe keeps, with a value."""
+    """Return a row's columns other than align's own, which a recipe keeps, with a value."""
     return {name: value for name, value in row.items() if name not in COLUMNS and name[:1] != "_" and value is not None}
 
 
@@ -282,7 +282,7 @@ def split_files(path: Path) -> list[Path]:
 
 
 def has_rows(path: Path) -> bool:
-    """Return True where a split has a row, by the footers of its files."""
+    """Return True if a split has a row, by the footers of its files."""
     import pyarrow.parquet as pq
 
     return any(pq.read_metadata(file).num_rows for file in split_files(path) if file.exists())
@@ -396,5 +396,5 @@ def answer_side(row: Mapping[str, Any]) -> str:
 
 
 def is_finished(row: Mapping[str, Any], side: str) -> bool:
-    """Return False where an answer, given by its field, was cut off; True also where the data does not say."""
+    """Return False if an answer, given by its field, was cut off; True also if the data does not say."""
     return row.get(f"{side}_finished") is not False

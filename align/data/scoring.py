@@ -40,13 +40,13 @@ NAME_RULE = (
     "a name has letters, digits, '_', '.' and '-', is neither 'std' nor 'length_correlation', and does not end with "
     "'_square'"
 )
-"""What ``is_metric_name`` accepts, for messages."""
+"""Description of the names that ``is_metric_name`` accepts, for messages."""
 FAILED = "failed"
 """Metric of a function with ``on_error``: 1 for a response whose calls all failed, else 0."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the first retry, doubled each time, and their limit."""
 Parts = dict[str, list[float]]
-"""Scores under ``""`` and metrics by name, in the order of the responses; NaN where a response lacks a metric."""
+"""Scores under ``""`` and metrics by name, in the order of the responses; NaN if a response lacks a metric."""
 
 
 class Scorer(Protocol):
@@ -233,7 +233,7 @@ def plain_value(value: Any) -> Any:
 
 
 def is_metric_name(name: Any) -> bool:
-    """Return True for a name that a function or an environment may give a metric beside its score."""
+    """Return True for a name that a function or an environment may give a metric in addition to its score."""
     return isinstance(name, str) and METRIC_NAME.fullmatch(name) is not None and not is_reserved(name)
 
 
@@ -269,7 +269,7 @@ def function_scorer(
 
 
 def parts_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str], truncated: Sequence[bool] | None) -> Parts:
-    """Return a scorer's scores under ``""``, with its components where it has a method ``score_parts``."""
+    """Return a scorer's scores under ``""``, with its components if it has a method ``score_parts``."""
     if hasattr(scorer, "score_parts"):
         parts: Parts = scorer.score_parts(rows, responses, truncated)
         return parts
@@ -277,7 +277,7 @@ def parts_of(scorer: Any, rows: Sequence[Row], responses: Sequence[str], truncat
 
 
 Combination = Literal["mean", "minimum", "uncertainty"]
-"""Combination of the scores of several reward models (arXiv 2310.02743): their mean; their minimum, so that a response
+"""Combination of the scores of several reward models (arXiv 2310.02743): their mean; their minimum, so a response
 must satisfy all; or the mean minus ``weight`` times their variance."""
 
 
@@ -297,7 +297,7 @@ class RewardScorer:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Combines several scorers. Where they disagree, their training data did not decide."""
+    """Combines several scorers. If they disagree, their training data did not decide."""
 
     members: tuple[Scorer, ...]
     how: Combination
@@ -345,7 +345,7 @@ class WeightedSum:
 
     @property
     def names(self) -> list[str]:
-        """Names of the parts whose scores are told beside their sum; none for a single part, which is the sum."""
+        """Names of the parts whose scores are reported with their sum; none for a single part, which is the sum."""
         return [part.name for part in self.parts] if self.is_list or len(self.parts) > 1 else []
 
     def score(self, rows: list[Row], responses: list[str], truncated: list[bool] | None = None) -> list[float]:

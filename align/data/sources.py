@@ -1,6 +1,6 @@
 """Readers of a recipe's sources (local files, the Hub, a Python generator, earlier artifacts), and their identities.
 
-All records are streamed. A record that cannot be read is a ``BadRecord`` in its place, so that the caller may go on; a
+All records are streamed. A record that cannot be read is a ``BadRecord`` in its place, so the caller can continue; a
 source that cannot be read at all is a ``UserError``.
 """
 
@@ -52,7 +52,7 @@ MAPPED_NAMES = {"better": ("chosen", "rejected"), "grouped": ("responses",)}
 
 @dataclass(frozen=True)
 class FormatChoice:
-    """A source's format, how ``auto`` came to it (``""`` where the recipe states it), and all of its records."""
+    """A source's format, how ``auto`` came to it (``""`` if the recipe states it), and all of its records."""
 
     format: SourceFormat
     reason: str
@@ -160,7 +160,7 @@ def _no_column(label: str, columns: Mapping[str, str], name: str, records: str, 
 def choose_format(source: Source, records: Iterator[Item], kind: str | None = None) -> FormatChoice:
     """Return the source's format, and all of the records.
 
-    ``format: auto``, and the label of ``better``, look at the first hundred records. Raises ``UserError`` where no
+    ``format: auto``, and the label of ``better``, look at the first hundred records. Raises ``UserError`` if no
     format or several fit, and for a label that could mean either.
     """
     if not isinstance(source, RecordSource):
@@ -193,7 +193,7 @@ def _mapping_fields(source: RecordSource) -> dict[str, Any]:
 def _detect(
     source: RecordSource, records: Sequence[dict[str, Any]], settings: SourceFormat, kind: str | None
 ) -> Detection:
-    """Return the format that the mapped fields alone make, where they make any, else the format of all fields."""
+    """Return the format that the mapped fields alone make, if they make any, else the format of all fields."""
     mapped = [fields for record in records if (fields := _mapped_fields(record, settings)) is not None]
     names = [*source.columns, *(MAPPED_NAMES["better"] if source.better else ())]
     names += MAPPED_NAMES["grouped"] if source.grouped else ()
@@ -300,7 +300,7 @@ def _read_python(source: PythonSource) -> Iterator[Item]:
 
 
 def _refuse_damage(folder: Path) -> None:
-    """Raise ``UserError`` where an artifact's files differ from its record."""
+    """Raise ``UserError`` if an artifact's files differ from its record."""
     artifact_key(folder)
     for problem in find_problems(read_artifact(folder), thorough=True):
         remedy = "The artifact is corrupted; run its pipeline with --rebuild."

@@ -1,6 +1,6 @@
 """Parse the tool calls in the text of an assistant's turn, in the formats that models are trained on. Torch-free.
 
-Episodes, supervised training and the linter read calls by these parsers alone. The text has its special tokens in it;
+Episodes, supervised training and the linter read calls only by these parsers. The text has its special tokens in it;
 the end of the turn is removed. Left out: what a tool's schema says of its arguments, and calls within thoughts, which
 are no calls.
 """
@@ -67,7 +67,7 @@ def tool_call_format(name: str, template: str = "") -> ToolCallFormat:
 
 
 def detect_format(template: str) -> ToolCallFormat | None:
-    """Return the format of the calls that a chat template writes or asks for; None where it shows none."""
+    """Return the format of the calls that a chat template writes or asks for; None if it shows none."""
     # The most specific mark first: SmolLM3's template also has Hermes' tags.
     if "[TOOL_CALLS]" in template:
         return FORMATS["mistral"]
@@ -88,7 +88,7 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.visible = hide_thoughts(text)
-        """The text with spaces for its thoughts, so that places in it are those in the text."""
+        """The text with spaces for its thoughts, so places in it are those in the text."""
         self.calls: list[ToolCall] = []
         self.errors: list[str] = []
         self._spans: list[tuple[int, int]] = []
@@ -146,7 +146,7 @@ class HermesFormat:
             return stop
         closing = re.compile(r"\s*" + re.escape(self.CLOSE)).match(reader.visible, end)
         if closing is None:
-            # Reading goes on behind the next closing tag, so that one bad call does not hide a good one.
+            # Reading continues behind the next closing tag, so one bad call does not hide a good one.
             tag = reader.visible.find(self.CLOSE, end)
             stop = len(reader.text) if tag < 0 else tag + len(self.CLOSE)
             reader.errors.append(f"A tool call is not closed after its JSON; write {self.EXAMPLE}.")
@@ -229,7 +229,7 @@ class MistralFormat:
         return reader.result()
 
     def _read(self, reader: _Reader, start: int, end: int) -> None:
-        # Cut at its end alone, so that places in it are those in the turn.
+        # Cut at its end alone, so places in it are those in the turn.
         body = reader.visible[:end]
         named = self.NAMED.match(body, start)
         try:

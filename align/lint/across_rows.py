@@ -34,7 +34,7 @@ LONG_ANSWER_WORDS = 12
 
 def check_leaked_prompts(train: Sequence[PlacedRow], test: Sequence[PlacedRow], findings: Findings) -> None:
     """Report prompts of ``test`` that ``train`` has too: word for word as splits compare them, or nearly so."""
-    # Reversed, so that the first of several training rows with a prompt is the one that is named.
+    # Reversed, so the first of several training rows with a prompt is the one that is named.
     train_places = {prompt_key(row): place for place, row in reversed(train)}
     rest: list[PlacedRow] = []
     for place, row in test:
@@ -179,7 +179,7 @@ def _check_contradiction(place: Place, row: Row, preferences: set[tuple[str, str
 
 
 def check_leaked_answers(train: Sequence[PlacedRow], test: Sequence[PlacedRow], findings: Findings) -> None:
-    """Report long answers of ``test`` that a row of ``train`` with another prompt has too."""
+    """Report long answers of ``test`` that a row of ``train`` with another prompt also has."""
     sources: dict[str, tuple[Place, str]] = {}
     for place, row in train:
         for answer in _long_answers(row):

@@ -26,7 +26,7 @@ def squeezed(text: str) -> str:
 
 @dataclass
 class ChatFormat:
-    """A tokenizer with its template. Texts are None where the template refused the probe or lost its words."""
+    """A tokenizer with its template. Texts are None if the template refused the probe or lost its words."""
 
     tokenizer: Any
     extra_ends: frozenset[int] = frozenset()

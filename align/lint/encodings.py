@@ -1,4 +1,4 @@
-"""How training stages read a row: which answers, how they are encoded, and who collates them.
+"""Readings of a row by training stages: the answers, their encoding, and the collator.
 
 A kind of stage names its encoding in its record (``Stage.lint``), as an import path of a ``RowEncoding``.
 """
@@ -26,10 +26,10 @@ PAIR = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class RowEncoding:
-    """What a training stage makes of a row."""
+    """A training stage's reading of a row."""
 
     sides: tuple[str, ...]
-    """Answers that it reads; none where it samples them."""
+    """Answers that it reads; none if it samples them."""
     encode: Callable[[Any, Sequence[Row], int], encoders.Encoded] | None = None
     """Encodes rows as ``encode(tokenizer, rows, max_length)``; None where prompts are rendered for sampling."""
     collator: str | None = None
@@ -113,12 +113,12 @@ class TokenSequence:
 
     place: Place
     side: str
-    """``completion``, ``chosen``, ``rejected`` or ``prompt``; ``text`` where the row behind it is not known."""
+    """``completion``, ``chosen``, ``rejected`` or ``prompt``; ``text`` if the row behind it is not known."""
     ids: list[int]
     labels: list[int] | None
     """As long as ``ids``; None for a sequence without labels (a reward model's or a sampler's input)."""
     messages: list[Message]
-    """The rendered turns, the answer's last; empty where they are not known."""
+    """The rendered turns, the answer's last; empty if they are not known."""
     finished: bool
     """False for an answer that was cut off."""
     chat_format: ChatFormat
@@ -139,14 +139,14 @@ def batch_rows(batch: Any) -> list[BatchRow]:
     """Return the sequences of a collated batch (B, T).
 
     Labels are the batch's ``labels``, or its ``completion_mask``. A batch without padding is one row (1, T); it is cut
-    where its positions restart.
+    if its positions restart.
     """
     ids = batch["input_ids"].tolist()
     labels = batch["labels"].tolist() if "labels" in batch else None
     if labels is None and "completion_mask" in batch:
         labels = [_mask_labels(row, mask) for row, mask in zip(ids, batch["completion_mask"].tolist(), strict=True)]
     if "attention_mask" not in batch:
-        # A flat batch has no mask: documents lie behind each other, and each begins at position 0.
+        # A flat batch has no mask: documents follow each other, and each begins at position 0.
         starts = [index for index, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
         spans = zip(starts, [*starts[1:], len(ids[0])], strict=True)
         return [(ids[0][start:end], None if labels is None else labels[0][start:end], None) for start, end in spans]

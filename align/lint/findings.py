@@ -14,7 +14,7 @@ MAX_CHARACTERS = 160
 
 @dataclass(frozen=True)
 class Place:
-    """A row: its split, its number in it (from 1), and its id and source location where they are known."""
+    """A row: its split, its number in it (from 1), and its id and source location if they are known."""
 
     split: str
     row: int
@@ -50,7 +50,7 @@ class Finding:
 
     @property
     def counted(self) -> bool:
-        """True where a stage counts this fault over all rows anyway."""
+        """True if a stage counts this fault over all rows anyway."""
         return RULES[self.name].counted
 
     def headline(self) -> str:
@@ -82,7 +82,7 @@ def format_findings(findings: Sequence[Finding]) -> str:
 
 
 def has_errors(findings: Sequence[Finding]) -> bool:
-    """Return True where a finding is an error."""
+    """Return True if a finding is an error."""
     return any(finding.severity == "error" for finding in findings)
 
 

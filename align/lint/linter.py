@@ -40,7 +40,7 @@ from align.models.chat.render import render_prompt
 from align.training.rows import NO_ROOM, SAME_ANSWERS, TOO_LONG
 
 Prepared = Callable[[int], "dict[str, Any] | None"]
-"""Index of a row in its split → its row of the trainer's dataset; None for a row that was left out."""
+"""Index of a row in its split → its row of the trainer's dataset; None for a skipped row."""
 
 START_CHECKS = 200
 """Rows whose beginning is compared with the sampling prompt: templates do not differ from row to row."""
@@ -186,8 +186,8 @@ class Linter:
     def _sequences(
         self, number: int, row: Row, place: Place, collator: Collator | None, prepared: Prepared | None
     ) -> tuple[list[TokenSequence], dict[str, Any] | None]:
-        """Return the row's sequences and the trainer's row they came from; none for a row that is left out."""
-        # The trainer's own row where there is one, so that the linter sees exactly what is trained on.
+        """Return the row's sequences and the trainer's row they came from; none for a skipped row."""
+        # The trainer's own row if there is one, so the linter sees exactly what is trained on.
         encoded = prepared(number) if prepared is not None else None
         if encoded is None:
             encoded = self._encode(row, place, is_left_out=prepared is not None)
@@ -201,7 +201,7 @@ class Linter:
         return reader.sequences(encoded, row, place), encoded
 
     def _encode(self, row: Row, place: Place, is_left_out: bool) -> dict[str, Any] | None:
-        """Encode a row as the stage would, and report the reason where it cannot.
+        """Encode a row as the stage would, and report the reason if it cannot.
 
         Return None for such a row, and for one that the trainer left out (``is_left_out``).
         """
@@ -221,7 +221,7 @@ class Linter:
             self.findings.add("template-refuses-row", place, str(error))
             return None
         except (UnicodeError, TypeError) as error:
-            if "not-utf8" in self.findings.names():  # a lone surrogate, which no tokenizer takes
+            if "not-utf8" in self.findings.names():  # a lone surrogate, which no tokenizer accepts
                 return None
             raise error
         for reason in encoded.counts:

@@ -1,6 +1,6 @@
 """Checks on the two sides of a pair, and on all pairs: lengths, and sides that were swapped in a part of the rows.
 
-Swapped sides: where a feature separates the two answers of every pair clearly (a length, the words shared with the
+Swapped sides: if a feature separates the two answers of every pair clearly (a length, the words shared with the
 prompt), its differences form two groups, one for each sign. Labels that follow the feature in most pairs and contradict
 it in a good share of them are then no matter of taste: sides were swapped. In pairs that people labeled, differences
 gather around zero instead, and nothing is reported.
@@ -95,7 +95,7 @@ class PairChecks:
         self._check_swapped(findings)
 
     def _add_differences(self, chosen: TokenSequence, rejected: TokenSequence) -> None:
-        """Record a pair's features; pairs whose turns are not known are left out."""
+        """Record a pair's features; pairs whose turns are not known are skipped."""
         if not chosen.messages or not rejected.messages:
             return
         prompt = " ".join(message["content"] or "" for message in chosen.messages[: chosen.prompt_turns])
@@ -120,13 +120,13 @@ class PairChecks:
 
 
 def check_with_reward_model(rows: Sequence[tuple[Place, Row]], score: Score, findings: Findings) -> None:
-    """Compare the labels of pairs with a reward model, where it is confident."""
+    """Compare the labels of pairs with a reward model, if it is confident."""
     pairs = [(place, row) for place, row in rows if row.get("chosen") and row.get("rejected")]
     chosen, rejected = (_side_scores([row for _, row in pairs], side, score) for side in ("chosen", "rejected"))
     margins = [chosen_score - rejected_score for chosen_score, rejected_score in zip(chosen, rejected, strict=True)]
     confident = sum(abs(margin) >= CONFIDENT_MARGIN for margin in margins)
     against = [place for (place, _), margin in zip(pairs, margins, strict=True) if margin <= -CONFIDENT_MARGIN]
-    # By the interval's lower end, so that a few hard pairs do not accuse the labels.
+    # By the interval's lower end, so a few hard pairs do not accuse the labels.
     if confident < MIN_PAIRS or wilson(len(against), confident).low <= CONFIDENT_SHARE:
         return
     for place in against:

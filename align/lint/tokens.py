@@ -14,7 +14,7 @@ from align.models.chat.render import render_conversation, render_prompt
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes in tokens; None where they are not known."""
+    """Sizes in tokens; None if they are not known."""
 
     max_length: int | None = None
     context: int | None = None
@@ -92,7 +92,7 @@ def _check_white_space(sequence: TokenSequence, role: str, text: str, findings: 
 
 
 def is_cut(sequence: TokenSequence, limits: Limits) -> bool:
-    """Return True where the sequence has the maximum length, and so may have lost its end."""
+    """Return True if the sequence has the maximum length, and so may have lost its end."""
     return limits.max_length is not None and len(sequence.ids) >= limits.max_length
 
 
@@ -218,7 +218,7 @@ def _check_lead(sequence: TokenSequence, run: Run, findings: Findings) -> None:
 
 
 def _stops_early(sequence: TokenSequence, run: Run) -> bool:
-    """Return True where the run stops before its answer's end, which is the effect of a shifted mask."""
+    """Return True if the run stops before its answer's end, which is the effect of a shifted mask."""
     if not sequence.messages:
         return False
     content, answer = _content(sequence, run), squeezed(sequence.messages[-1]["content"] or "")

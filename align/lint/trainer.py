@@ -111,7 +111,7 @@ def _options(context: StageContext, kind: str, model: Any, max_length: int) -> O
 def _report(context: StageContext, linter: Linter, started: float) -> list[Finding]:
     """Write, log and warn of the findings, and raise ``UserError`` for errors that are not waived."""
     findings = linter.result(context.config.lint.waive)
-    # Every process looks, so that all of them stop at an error; the first one writes.
+    # Every process looks, so all of them stop at an error; the first one writes.
     if int(os.environ.get("RANK", "0")) == 0:
         seconds = round(time.perf_counter() - started, 2)
         totals = {name: {"rows": count, "of": total} for name, (count, total) in linter.totals.items()}
@@ -125,7 +125,7 @@ def _report(context: StageContext, linter: Linter, started: float) -> list[Findi
 
 def _look(linter: Linter, name: str, split: Split, dataset: Any, collator: Collator) -> None:
     assert split.encoded is not None
-    # Encoded rows refer to their sources by identity: rows that were left out have no entry.
+    # Encoded rows refer to their sources by identity: skipped rows have no entry.
     indices = {id(row): index for index, row in enumerate(split.encoded.sources)}
     encoded: Any = split.encoded.rows if dataset is None else dataset
 
@@ -171,7 +171,7 @@ def lint_trainer(
     """Lint the training set of a trl ``SFTTrainer``, ``DPOTrainer`` or ``RewardTrainer``, before ``trainer.train()``.
 
     ``rows`` are the dataset's source rows in its order (``prompt`` with ``completion``, or with ``chosen`` and
-    ``rejected``); without them, or where the trainer packed or dropped some, only the tokens are checked.
+    ``rejected``); without them, or if the trainer packed or dropped some, only the tokens are checked.
     ``supervise`` names the answers of a conversation that are to be learned; with ``assistant_only_loss`` all of them.
     Raises ``UserError`` for a trainer of another kind.
     """

@@ -115,7 +115,7 @@ def around(text: str, match: re.Match[str]) -> str:
     return text[max(0, match.start() - 40) : match.end() + 40]
 
 
-_OPENED = re.compile(rf"\s*(?:<(?:{TAGS})>|<\|channel\|>analysis\b)")
+_OPENED = re.compile(rf"\s*(?:<(?:{'|'.join(TAGS)})>|<\|channel\|>analysis\b)")
 """A text that begins with a thought. Tags later in a text may be quoted, so they are not checked."""
 
 

@@ -8,7 +8,7 @@ kind               files
 =================  =====================================================================================
 ModelCheckpoint    ``model/``: an ordinary transformers folder (safetensors, tokenizer, chat template,
                    generation_config), loadable by transformers and vLLM
-PolicyCheckpoint   the same, trained by a stage (LoRA already merged); ``adapter/`` beside it when there is one
+PolicyCheckpoint   the same, trained by a stage (LoRA already merged); ``adapter/`` if there is one
 RewardCheckpoint   ``model/``: a ``...ForSequenceClassification`` folder with one label, its score head saved
 InstructionData    ``train.parquet`` and ``test.parquet``: ``prompt`` and ``completion`` (lists of messages)
 PreferenceData     the same files: ``prompt``, ``chosen``, ``rejected`` (lists of messages)
@@ -73,7 +73,7 @@ class Artifact:
 
     @property
     def weights(self) -> str:
-        """Digest of a checkpoint's files, which may differ between runs of one key; the key where none is recorded."""
+        """Digest of a checkpoint's files, which may differ between runs of one key; the key if none is recorded."""
         outputs = self.record.get("outputs") or {}
         # Training is not exactly repeatable on every device, so equal keys do not mean equal weights.
         files = [f"{name} {entry['sha256']}" for name, entry in sorted(outputs.items()) if name.startswith("model/")]

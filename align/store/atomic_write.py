@@ -1,6 +1,6 @@
 """Atomic writes: a file is complete or absent, also after a power cut. Knows no torch.
 
-Every small file that another process or a later run reads back is written here: to a draft beside it, which is synced
+Every small file that another process or a later run reads back is written here: to a draft next to it, which is synced
 and renamed.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 def atomic_draft(path: Path) -> Iterator[Path]:
     """Yield a draft's path; after the context the draft is synced to disk and takes the place of ``path``.
 
-    After an error the draft is deleted and the old content is still there. Each call has a draft of its own, so several
+    After an error the draft is deleted and the old content is still there. Each call has its own draft, so several
     processes may write the same file.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

@@ -25,25 +25,25 @@ class Claims(Protocol):
     """The claims of one lock. Every call may raise ``OSError``, and may be repeated after it."""
 
     def prepare(self) -> None:
-        """Create the place where there is none."""
+        """Create the place if there is none."""
 
     def numbers(self) -> list[int]:
         """Return the numbers of the existing claims."""
 
     def read(self, number: int) -> bytes:
-        """Return a claim's content; empty where there is none."""
+        """Return a claim's content; empty if there is none."""
 
     def create(self, number: int, content: bytes) -> bool:
         """Create a claim; returns False when its number exists. Of several processes only one gets True."""
 
     def write(self, number: int, content: bytes) -> None:
-        """Rewrite this process's claim. Raises ``FileNotFoundError`` where it is gone."""
+        """Rewrite this process's claim. Raises ``FileNotFoundError`` if it is gone."""
 
     def delete(self, number: int) -> None:
         """Delete a claim if it exists."""
 
     def refresh(self) -> None:
-        """Drop caches, so that the next call sees what is really there."""
+        """Drop caches, so the next call sees what is really there."""
 
     def describe(self, number: int) -> str:
         """Return a claim's address, for messages."""
@@ -75,7 +75,7 @@ class FolderClaims:
         """Create a claim from a complete draft by a hard link, or without links as an empty file first."""
         target, draft = self.folder / str(number), self.folder / f".draft-{uuid.uuid4().hex}"
         try:
-            # 1. Write the draft, so that the claim is complete from its first moment.
+            # 1. Write the draft, so the claim is complete from its first moment.
             _write_new(draft, content)
             # 2. Link it to the number. The link fails where another process was first.
             try:

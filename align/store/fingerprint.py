@@ -118,13 +118,13 @@ class _Imports:
         file = _file_of(places, rest)
         # Importing a.b runs a/__init__.py as well.
         parents = [name.rpartition(".")[0]] if rest else []
-        if file is None:  # an attribute of its parent, or a folder without a file of its own
+        if file is None:  # an attribute of its parent, or a folder without its own file
             return parents
         self.identities[name] = file_digest(file)
         # A compiled module counts by its bytes. What it imports cannot be read from them.
         if file.suffix != ".py":
             return parents
-        # Relative imports start at the package: the module itself, or the one that it lies in.
+        # Relative imports start at the package: the module itself, or the module that contains it.
         package = name if file.stem == "__init__" else name.rpartition(".")[0]
         return [*parents, *_imported_names(file, package)]
 
@@ -147,7 +147,7 @@ class _Imports:
         places = [Path(place) for place in spec.submodule_search_locations or ()]
         if not places and spec.origin is not None:
             places = [Path(spec.origin)]
-        # Installed by pip: its version stands for its content. An editable install lies elsewhere and is read.
+        # Installed by pip: its version stands for its content. An editable install is elsewhere and is read.
         if top != self.root and any(INSTALLED & set(place.parts) for place in places):
             self.identities[f"installed {top}"] = _version(top)
             return None
@@ -204,7 +204,7 @@ def _import_source(node: ast.ImportFrom, package: str) -> str:
 
 @cache
 def _version(top: str) -> str:
-    """Return the version of the distribution with a top-level package; empty where there is none."""
+    """Return the version of the distribution with a top-level package; empty if there is none."""
     try:
         return importlib.metadata.version(top)
     except PackageNotFoundError:

@@ -16,7 +16,7 @@ DELETED, IN_USE = "deleted", "in use"
 def find_garbage(store: Store, used: Iterable[UsedStage] = ()) -> list[Path]:
     """Return artifact and partial folders that no named run and no active run reaches, directly or as an input.
 
-    ``used`` are further stages that count as reached. Raises ``UserError`` where it cannot be told what is reached.
+    ``used`` are further stages that count as reached. Raises ``UserError`` if it is unknown what is reached.
     """
     reached = store.retry.call(lambda: _reached_folders(store, used))
     # A linked kind may be another store's, whose runs are unknown here, so gc deletes nothing below one.

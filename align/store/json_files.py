@@ -40,7 +40,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def parse_sealed(data: bytes) -> dict[str, Any]:
-    """Return the object that was sealed in ``data``. Raises ``DamagedFile``, also where it was changed since."""
+    """Return the object that was sealed in ``data``. Raises ``DamagedFile``, also if it was changed since."""
     value = parse_object(data)
     try:
         return open_sealed(value)
@@ -87,7 +87,7 @@ def validate(schema: type[Model], value: Any) -> Model:
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        # The value itself is left out: a damaged file may hold anything.
+        # The value itself is omitted: a damaged file may hold anything.
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         field = f"field '{place}': " if place else ""
@@ -122,7 +122,7 @@ SCHEMAS: dict[str, type[_Event]] = {"progress": _Progress, "metrics": _Metrics, 
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """Return the event in a line; None where there is none."""
+    """Return the event in a line; None if there is none."""
     try:
         event = parse_object(line)
         validate(SCHEMAS.get(str(event.get("event")), _Event), event)
@@ -132,7 +132,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a file in order; none where there is no such file."""
+    """Yield the events of a file in order; none if there is no such file."""
     try:
         with path.open("rb") as file:
             for line in file:

@@ -79,7 +79,7 @@ class RunLeases:
     def find_ended(self) -> dict[Path, Lock]:
         """Return the leases whose runs have died, with the locks that were watched to tell.
 
-        Takes up to the lease's seconds where a run on another machine may be dead.
+        Takes up to the lease's seconds if a run on another machine may be dead.
         """
         locks = {folder: Lock(folder, self.lease) for folder in self._folders()}
         if not locks:
@@ -97,9 +97,9 @@ class RunLeases:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _drop_dead(self) -> None:
-        """Delete the leases of runs that one look shows to be dead, so that killed runs do not accumulate.
+        """Delete the leases of runs that one look shows to be dead, so killed runs do not accumulate.
 
-        Call it inside the gate, where no lease is half made. ``gc --delete`` watches those of other machines.
+        Call it inside the gate, when no lease is half made. ``gc --delete`` watches leases of other machines.
         """
         self.drop({folder: Lock(folder, self.lease) for folder in self._folders()})
 

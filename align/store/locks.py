@@ -7,7 +7,7 @@ Numbers never come again. So a holder that wakes up after its lock was taken fin
 a path that contains its number is its own for ever.
 
 No clocks of two machines are compared, and no clock that can be set is read. A waiter counts its own seconds, and only
-those between two looks that the folder answered, so that neither a stopped waiter nor an outage counts. No torch.
+those between two looks that the folder answered, so neither a stopped waiter nor an outage counts. No torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Claim:
 
     number: int
     token: str
-    """Random, so that a process knows its own claim after an error."""
+    """Random, so a process knows its own claim after an error."""
     since: float
     """Wall-clock time, for messages only."""
     after_silence: bool
@@ -63,7 +63,7 @@ class _Claim:
             "token": self.token,
             "pid": os.getpid(),
             "host": socket.gethostname()[:200],
-            # A waiter on this machine tells by these two that the holder died, even where its pid is in use again.
+            # A waiter on this machine tells by these two that the holder died, even if its pid is in use again.
             "machine": _machine(),
             "started": _start_time(os.getpid()),
             "since": self.since,
@@ -128,7 +128,7 @@ class Hold:
         highest = max(self.claims.numbers(), default=0)
         if highest > self.number:
             self.lost = f"the lock was taken by {describe(self.claims.read(highest))} while this run was silent"
-        # Somebody deleted the files. Numbers may have begun anew since, so that ours is another process's claim.
+        # Somebody deleted the files. Numbers may have begun anew since, so ours is another process's claim.
         elif highest < self.number or _parse(self.claims.read(self.number)).get("token") != self._claim.token:
             self.lost = f"the lock's file {self.claims.describe(self.number)} is gone"
 
@@ -155,7 +155,7 @@ class Lock:
     def acquire(self, log: Callable[[str], None], retry: Retry) -> Hold:
         """Wait until this process holds the lock; ``log`` is called once with the holder that it waits for.
 
-        Raises ``StoreUnreachable`` where the folder does not answer for as long as ``retry`` tries, else ``OSError``.
+        Raises ``StoreUnreachable`` if the folder does not answer for as long as ``retry`` tries, else ``OSError``.
         """
         has_logged, pause = False, FIRST_LOOK
         while True:
@@ -228,7 +228,7 @@ class Lock:
         return fields if fields.get("pid") and self._judge(number, content) == "held" else None
 
     def _highest(self) -> tuple[int, bytes]:
-        """Return number and content of the highest claim; 0 and nothing where there is none."""
+        """Return number and content of the highest claim; 0 and nothing if there is none."""
         try:
             number = max(self.claims.numbers(), default=0)
             return (number, self.claims.read(number)) if number else (0, b"")
@@ -263,7 +263,7 @@ def describe(content: bytes) -> str:
         return "another process"
     text = f"process {fields['pid']} on {fields.get('host', '?')}"
     minutes = (time.time() - float(fields.get("since", 0))) / 60
-    # Two machines' clocks: the number is only for people, and is left out where it cannot be.
+    # Two machines' clocks: the number is only for people, and is omitted if it cannot be.
     return f"{text}, for {minutes:.0f} min" if 0 <= minutes < 60 * 24 * 365 else text
 
 
@@ -295,7 +295,7 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 @cache
 def _machine() -> str:
-    """Return the id of this boot of this kernel, and of the namespace of process ids; empty where there is none."""
+    """Return the id of this boot of this kernel, and of the namespace of process ids; empty if there is none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

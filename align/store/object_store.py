@@ -50,7 +50,7 @@ class AccessRefused(UserError):
 class Bucket:
     """Objects below an address such as ``s3://bucket/prefix``.
 
-    Calls raise ``OSError`` where the other side does not answer (they may be repeated), and ``AccessRefused`` where it
+    Calls raise ``OSError`` if the other side does not answer (they may be repeated), and ``AccessRefused`` if it
     refuses.
     """
 
@@ -66,7 +66,7 @@ class Bucket:
         return data
 
     def get_range(self, path: str, start: int, length: int) -> bytes | None:
-        """Return some bytes of an object, fewer at its end; None where there is no such object."""
+        """Return some bytes of an object, fewer at its end; None if there is no such object."""
         data: bytes | None = self._call(
             path, lambda obstore, store: bytes(obstore.get_range(store, path, start=start, length=length)), missing=None
         )
@@ -77,7 +77,7 @@ class Bucket:
         self._call(path, lambda obstore, store: obstore.put(store, path, data, use_multipart=False))
 
     def put_new(self, path: str, data: bytes) -> bool:
-        """Create an object; returns False where there is one. Of several processes only one gets True."""
+        """Create an object; returns False if there is one. Of several processes only one gets True."""
 
         def put(obstore: Any, store: Any) -> bool:
             try:
@@ -114,7 +114,7 @@ class Bucket:
         self._call(path, lambda obstore, store: obstore.delete(store, path), missing=None)
 
     def _call(self, path: str, action: Any, **default: Any) -> Any:
-        """Run ``action(obstore, store)``. ``missing=VALUE`` is returned where there is no such object."""
+        """Run ``action(obstore, store)``. ``missing=VALUE`` is returned if there is no such object."""
         try:
             import obstore
         except ImportError:
@@ -173,15 +173,15 @@ class BucketClaims:
         return [int(name) for name in names if name.isdecimal()]
 
     def read(self, number: int) -> bytes:
-        """Return an object's bytes; empty where there is none."""
+        """Return an object's bytes; empty if there is none."""
         return self.bucket.get(f"{self.prefix}/{number}") or b""
 
     def create(self, number: int, content: bytes) -> bool:
-        """Put an object where there is none."""
+        """Put an object if there is none."""
         return self.bucket.put_new(f"{self.prefix}/{number}", content)
 
     def write(self, number: int, content: bytes) -> None:
-        """Replace the object. Raises ``FileNotFoundError`` where it is gone."""
+        """Replace the object. Raises ``FileNotFoundError`` if it is gone."""
         # A put creates what is gone, so look first. A claim that comes back all the same does no harm: the process that
         # deleted it has a higher number, and the highest one counts.
         if not self.read(number):

@@ -112,7 +112,7 @@ class DamagedRecord(DamagedArtifact):
 
 
 def parse_record(data: bytes) -> dict[str, Any]:
-    """Return the record in ``data``. Raises ``DamagedFile`` where there is none."""
+    """Return the record in ``data``. Raises ``DamagedFile`` if there is none."""
     record = parse_sealed(data)
     validate(Record, record)
     return record
@@ -214,7 +214,7 @@ class _Marker(BaseModel):
 def open_folder(root: Path) -> None:
     """Make ``root`` a store unless it is one.
 
-    Raises ``UserError`` where it cannot be used or is something else, ``OSError`` where it is away.
+    Raises ``UserError`` if it cannot be used or is something else, ``OSError`` if it is away.
     """
     marker = root / MARKER
     try:
@@ -252,7 +252,7 @@ def open_folder(root: Path) -> None:
 
 
 def require_marker(root: Path) -> None:
-    """Raise ``OSError`` where a store's marker is gone: a mount that is away leaves an empty folder behind."""
+    """Raise ``OSError`` if a store's marker is gone: a mount that is away leaves an empty folder behind."""
     if not (root / MARKER).is_file():
         raise OSError(errno.ENOTCONN, f"its mark {MARKER} is gone, as where a file system is not mounted")
 

@@ -1,7 +1,7 @@
 """Finished stages in a bucket, for machines without a common folder.
 
-Layout: ``<kind>/<12 hex>/record.json`` as in a folder. It is put last and only where there is none, so of two machines
-that ran the same stage one publishes. The files are beside it under ``<12 hex of their digests>/``, so an interrupted
+Layout: ``<kind>/<12 hex>/record.json`` as in a folder. It is put last and only if there is none, so of two machines
+that ran the same stage one publishes. The files are next to it under ``<12 hex of their digests>/``, so an interrupted
 upload continues where it was, and two uploads never mix. ``locks/<kind>-<12 hex>/<number>`` are the claims of stages
 that are running. Leaves out deleting (who else reads the bucket is not known here) and the local store, which is
 ``store.py``'s. Knows no torch.
@@ -29,13 +29,13 @@ from align.store.sealed import seal
 
 T = TypeVar("T")
 UNRECORDED = ("log.txt", "events.jsonl")
-"""Files that no digest covers; they are copied where they exist."""
+"""Files that no digest covers; they are copied if they exist."""
 SECONDS_ONCE_AWAY = 5.0
 """Time for retries when the last call failed too: a run of many stages must not wait for each."""
 
 
 class Remote:
-    """The artifacts in a bucket. Calls raise ``StoreUnreachable`` where it does not answer in time."""
+    """The artifacts in a bucket. Calls raise ``StoreUnreachable`` if it does not answer in time."""
 
     def __init__(self, address: str, lease: Lease, retry: Retry) -> None:
         """``retry`` is the local store's, whose time and log the bucket's own retries share."""
@@ -109,7 +109,7 @@ class Remote:
             data = self._get(f"{prefix}/{name}")
             if data is not None:
                 write_bytes_atomically(folder / name, data)
-        # The record comes last, as in every artifact: where it is, all files are.
+        # The record comes last, as in every artifact: if it is there, all files are.
         write_record(folder, record)
 
     def _download_file(self, path: str, target: Path, entry: dict[str, Any]) -> None:
@@ -170,7 +170,7 @@ class Remote:
         for name in UNRECORDED:
             if (artifact.path / name).is_file():
                 self._upload(f"{prefix}/{name}", artifact.path / name)
-        # 2. Put the record where there is none: of several machines one succeeds.
+        # 2. Put the record if there is none: of several machines one succeeds.
         data = json.dumps(seal(as_json(record)), indent=1).encode()
         if not self._call(lambda: self.bucket.put_new(f"{path}/{RECORD}", data)):
             # 3. Another machine's record is there.
@@ -195,7 +195,7 @@ class Remote:
                 raise
             self._call(lambda: self.bucket.put(f"{path}/{RECORD}", data))
             return True
-        # Where the times are equal, the record there is this artifact's own, from an earlier push.
+        # If the times are equal, the record there is this artifact's own, from an earlier push.
         if published is None or published["created"] == record["created"]:
             return True
         if not replace:

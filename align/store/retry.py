@@ -30,7 +30,7 @@ UNREACHABLE = FILE_SYSTEM_ERRORS | frozenset(
 )
 """Errors of a file system whose server, network or mount is away for a while."""
 UNREACHABLE_STORE = "unreachable"
-"""Status of a stage that failed because the store did not answer: once it does, the stage can go on."""
+"""Status of a stage that failed because the store did not answer: once it does, the stage can continue."""
 SECONDS = 300.0
 """Default time for retries: a file server restarts within minutes."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
@@ -111,7 +111,7 @@ def drop_nfs_cache(folder: Path) -> None:
 def is_unreachable(error: BaseException) -> bool:
     """Return True when an error, also one wrapped by a library, says that a file system is away, not just any peer."""
     if isinstance(error, OSError) and error.errno is not None:
-        # Sockets give the other errors, too. Only a call that took a path has a file name in its error.
+        # Sockets also give the other errors. Only a call that took a path has a file name in its error.
         return error.errno in FILE_SYSTEM_ERRORS or (error.errno in UNREACHABLE and error.filename is not None)
     text = str(error)  # safetensors and tokenizers wrap the system's error in one of their own
     return any(f"(os error {number})" in text for number in FILE_SYSTEM_ERRORS)

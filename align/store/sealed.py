@@ -1,4 +1,4 @@
-"""Files that carry a digest of their content, so that damaged or edited ones are not used.
+"""Files that carry a digest of their content, so damaged or edited ones are not used.
 
 ``seal`` and ``open_sealed`` are for one JSON object, ``write_entry`` and ``read_entry`` for a file of a cache, which
 also names its key. A digest finds damage and accidental edits; it does not stop somebody who computes a new one.
@@ -73,7 +73,7 @@ def write_entry(path: Path, key: str, values: Iterable[Any]) -> None:
 
 
 def read_entry(path: Path, key: str, warn: Warn) -> list[Any] | None:
-    """Return the values that ``write_entry`` wrote under ``key``; None where there is no such file.
+    """Return the values that ``write_entry`` wrote under ``key``; None if there is no such file.
 
     Returns None with a warning for a file that is damaged or has another key.
     """
@@ -92,7 +92,7 @@ def read_entry(path: Path, key: str, warn: Warn) -> list[Any] | None:
 def read_or_compute(path: Path, key: str, compute: Callable[[], Any], warn: Warn) -> Any:
     """Return ``compute()``'s JSON-able result, or the one that was written under the same key.
 
-    The result is as JSON reads it back, so that a second run gets the same as the first.
+    The result is as JSON reads it back, so a second run gets the same as the first.
     """
     # A file of several lines was not written by this function.
     values = read_entry(path, key, warn)

@@ -5,7 +5,7 @@ Layout below ``<root>``:
 =============================  =====================================================================================
 ``align-store.json``           marks the folder as a store
 ``<kind>/<12 hex>/``           an artifact, done if and only if it holds ``record.json``
-``<kind>/<12 hex>.partial/``   work in progress (``<12 hex>.<number>.partial/`` where it was taken over from a holder
+``<kind>/<12 hex>.partial/``   work in progress (``<12 hex>.<number>.partial/`` if it was taken over from a holder
                                of the lock that fell silent)
 ``locks/``                     the locks of stages
 ``leases/``                    the stages that active runs use
@@ -72,7 +72,7 @@ class Store:
 
     @classmethod
     def open(cls, root: Path, *, lease: float | None = None, retry_seconds: float = SECONDS) -> Store:
-        """Open a store, creating it where nothing is. Raises ``UserError`` where it cannot be used."""
+        """Open a store, creating it if there is none. Raises ``UserError`` if it cannot be used."""
         store = cls(root, lease=lease, retry_seconds=retry_seconds)
         store.retry.call(lambda: open_folder(root))
         return store
@@ -113,7 +113,7 @@ class Store:
         return max(taken_over, key=_lock_number, default=plain)
 
     def fetched(self, kind: str, key: str) -> Path:
-        """Return the folder of a download in progress, the same at every attempt: it goes on where it stopped."""
+        """Return the folder of a download in progress, the same at every attempt: it continues where it stopped."""
         return self.root / kind / f"{key[:SHORT]}{FETCHED}"
 
     # ---- reading ----
@@ -122,7 +122,7 @@ class Store:
     def find(self, kind: str, key: str, stage: str = "") -> Artifact | None:
         """Return the finished artifact of ``key``, or None. ``stage`` is its name in the calling pipeline.
 
-        Raises ``DamagedRecord`` where there is one whose record cannot be used.
+        Raises ``DamagedRecord`` if there is one whose record cannot be used.
         """
         folder = self.folder(kind, key)
         artifact = self._read(folder, stage)
@@ -131,7 +131,7 @@ class Store:
         return artifact
 
     def find_intact(self, kind: str, key: str, stage: str = "") -> Artifact | None:
-        """Return the artifact as ``find`` does, but None where the record is damaged."""
+        """Return the artifact as ``find`` does, but None if the record is damaged."""
         try:
             return self.find(kind, key, stage)
         except DamagedRecord:
@@ -141,7 +141,7 @@ class Store:
         try:
             artifact = read_artifact(folder, stage)
         except (FileNotFoundError, NotADirectoryError):
-            # No record means "not finished" only where the store is there: an unmounted one looks empty.
+            # No record means "not finished" only if the store is there: an unmounted one looks empty.
             require_marker(self.root)
             return None
         kind, key = artifact.record["kind"], artifact.record["key"]
@@ -172,7 +172,7 @@ class Store:
     def resolve(self, prefix: str) -> Artifact:
         """Return the one artifact whose key starts with ``prefix`` (``kind/prefix`` works too), fetched if need be.
 
-        Raises ``UserError`` where there is none, or several.
+        Raises ``UserError`` if there is none, or several.
         """
         kind, _, key = prefix.rpartition("/")
         intact, damaged = self.survey()
@@ -264,7 +264,7 @@ class Store:
 
     @with_retry
     def refresh(self, *names: str) -> None:
-        """Drop NFS's caches of folders of the store, so that other machines' latest changes show."""
+        """Drop NFS's caches of folders of the store, so other machines' latest changes show."""
         for name in names:
             if (self.root / name).is_dir():
                 drop_nfs_cache(self.root / name)
@@ -316,7 +316,7 @@ class Store:
         return self._read_published(folder)
 
     def _check_replaceable(self, folder: Path, hold: Hold | None, replaces: Artifact | None) -> None:
-        """Raise ``LockLost`` where the folder has an intact artifact other than ``replaces``."""
+        """Raise ``LockLost`` if the folder has an intact artifact other than ``replaces``."""
         if hold is None or self._read_intact(folder) is None:
             return
         if replaces is None or not self._has_record(folder, replaces.record):
@@ -404,7 +404,7 @@ class Store:
             return False
         try:
             if not folder.is_symlink():
-                # Delete the record first, so that half a folder never counts as done.
+                # Delete the record first, so half a folder never counts as done.
                 (folder / RECORD).unlink(missing_ok=True)
             _remove(folder)
         finally:

@@ -42,7 +42,7 @@ class Ledger:
             examples.append({"where": where, "text": excerpt, "detail": detail})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counts of every level. Raises ``AssertionError`` where they do not add up."""
+        """Return the counts of every level. Raises ``AssertionError`` if they do not add up."""
         levels = {}
         for level, tally in self.tallies.items():
             counts = tally.to_json()
@@ -60,7 +60,7 @@ class Ledger:
 
 def split_by_prompt(rows: list[Row], test_size: float, seed: int) -> dict[str, list[Row]]:
     """Return the rows of each split: prompts with a draw below ``test_size`` are tested, at least one of two."""
-    # By prompt, like the split of a recipe; no split stays empty where there are two prompts.
+    # By prompt, like the split of a recipe; no split stays empty if there are two prompts.
     draws = {name: share(name, seed) for name in dict.fromkeys(map(group, rows))}
     tested = {name for name, draw in draws.items() if draw < test_size}
     if len(draws) > 1 and not tested:

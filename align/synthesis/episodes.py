@@ -103,7 +103,7 @@ class EpisodeParts:
             journal = Journal(path.with_suffix(".journal"), key)
             episodes = self._sample(tasks, journal)
             write_entry(path, key, [self.engine_name, *(episode.to_json() for episode in episodes)])
-            # Only now, so that a kill at any time leaves the journal or the file.
+            # Only now, so a kill at any time leaves the journal or the file.
             journal.drop()
         else:
             self.engine_name, *stored = lines
@@ -127,7 +127,7 @@ class EpisodeParts:
         )
 
     def _sample(self, tasks: Sequence[EpisodeTask], journal: Journal) -> list[Episode]:
-        """Play episodes, or play on where the journal ends."""
+        """Play episodes, or continue at the end of the journal."""
         engine = self.policy.open_engine()
         self.engine_name = engine.name
         started = time.perf_counter()
@@ -171,7 +171,7 @@ class EndpointEpisodes:
         self._with_system = with_system(context.config.system)
 
     def play_part(self, name: str, tasks: Sequence[EpisodeTask]) -> list[Episode]:
-        """Return the episodes of some tasks, played on where the journal ends."""
+        """Return the episodes of some tasks, continued at the end of the journal."""
         # The journal stays until the stage ends: answers are asked for again by every attempt, which counts their cost.
         journal = Journal(self.context.checkpoints / FOLDER / f"{name}.journal", self._key(tasks))
         try:
@@ -201,7 +201,7 @@ class EndpointEpisodes:
         )
 
     def _request(self, messages: list[Message], max_tokens: int, seed: int) -> Request:
-        """Return the request for a turn. Episodes have numbers of their own, so that equal prompts have own answers."""
+        """Return the request for a turn. Episodes have separate numbers, so equal prompts have separate answers."""
         config = self.context.config
         return Request(
             model=self.identity,

@@ -1,6 +1,6 @@
 """New instructions in the style of seeds (self-instruct, arXiv 2212.10560). Torch-free.
 
-Requests are sent in rounds: each shows some seeds and some instructions from earlier rounds, so that a round can be
+Requests are sent in rounds: each shows some seeds and some instructions from earlier rounds, so a round can be
 answered in parallel and a resumed stage sends the same requests. Not implemented: a separate treatment of
 classification tasks, and inputs and outputs; another ``synthesize`` stage answers the instructions.
 """
@@ -93,7 +93,7 @@ class _InstructionGenerator:
                 f"seeds: {len(self.example_seeds)} of {len(seeds)} stand alone, without an input; each request shows "
                 f"{task.seed_examples + task.made_examples} (seed_examples and made_examples). Add seeds or show fewer."
             )
-        # Seeds count as known texts, so that no new instruction repeats one.
+        # Seeds count as known texts, so no new instruction repeats one.
         self.pool = Pool()
         for known in seeds:
             self.pool.add(known.text)
@@ -118,7 +118,7 @@ class _InstructionGenerator:
 
     def _examples(self, number: int) -> list[str]:
         """Return the examples of request ``number``, which the seed and the instructions so far decide."""
-        # One stream per request, so that a resumed run builds the same requests and reads them from the cache.
+        # One stream per request, so a resumed run builds the same requests and reads them from the cache.
         rng = random.Random(f"{self.seed}:{number}")  # noqa: S311  (data, not secrecy)
         new = [row["prompt"][0]["content"] for row in self.rows]
         chosen = rng.sample(new, min(self.task.made_examples, len(new)))
@@ -198,7 +198,7 @@ def _no_items(answer: Answer) -> str:
 def parse_list(text: str) -> Iterator[str]:
     """Yield the items of a numbered list (``9. ...``, ``9) ...``, ``Task 9: ...``), without the text before the first.
 
-    An item ends at the next higher number, so that a list within an item stays part of it.
+    An item ends at the next higher number, so a list within an item stays part of it.
     """
     marks: list[re.Match[str]] = []
     for match in _NUMBERED.finditer(text):
@@ -259,7 +259,7 @@ class Pool:
         return "".join(self._codes.setdefault(word, chr(len(self._codes) % _CODES)) for word in rouge_words(text))
 
     def nearest(self, text: str) -> Nearest | None:
-        """Return the most similar text, among equals one of similar length; None where none shares a word."""
+        """Return the most similar text, among equals one of similar length; None if none shares a word."""
         coded = self._code(text)
         best: Nearest | None = None
         # Nearest lengths first. The lengths alone bound the similarity, so most texts need no comparison.

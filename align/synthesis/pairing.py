@@ -90,14 +90,14 @@ def pair_by_judge(
     second in their own comparison. Fills in ``verdicts`` of each prompt.
     """
     usable = [_count_usable(responses, ledger) for responses in prompts]
-    # The comparisons of all prompts go out in one call, so that an endpoint answers many at a time.
+    # The comparisons of all prompts go out in one call, so an endpoint answers many at a time.
     outcomes = _judge_all(prompts, usable, judge, ledger)
     result = PairingResult([], [])
     for responses, places, prompt_outcomes in zip(prompts, usable, outcomes, strict=True):
         pairs = []
         for better, worse, outcome in _select_comparisons(places, prompt_outcomes, task.pairs):
             ledger.add(COMPARED)
-            # Scores of 1 and 0 stand for the verdict, so that the pair is built as from scores.
+            # Scores of 1 and 0 stand for the verdict, so the pair is built as from scores.
             (pair,), _ = pair_responses(responses, {better: 1.0, worse: 0.0}, "best_worst", seed)
             if outcome == "one":
                 pairs.append(pair)
@@ -153,7 +153,7 @@ def _judge_all(
 def _select_comparisons(
     places: list[int], outcomes: dict[tuple[int, int], Outcome], how: Literal["best_worst", "all"]
 ) -> list[tuple[int, int, Outcome]]:
-    """Return the comparisons that ``how`` selects, the better response first where the outcome is ``one``."""
+    """Return the comparisons that ``how`` selects, the better response first if the outcome is ``one``."""
     ordered = {pair: _better_first(pair, outcome) for pair, outcome in outcomes.items()}
     if how == "all" or not outcomes:
         return list(ordered.values())

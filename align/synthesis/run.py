@@ -66,11 +66,11 @@ class _Synthesis:
         if config.environment is not None:
             for split in SPLITS:
                 check_user_rows(config.environment, self._prompts(split), context.name)
-        # Loaded first, so that a misspelled name ends the stage at once.
+        # Loaded first, so a misspelled name ends the stage at once.
         self.scorer = self._open_scorer()
         self.engines: Any = None
         self.played: list[Episode] = []
-        """Episodes of both splits, where an environment plays them."""
+        """Episodes of both splits, if an environment plays them."""
         self.user_usage: dict[str, Any] = {}
         """Requests, tokens and cost of a server that plays the user of episodes."""
         self.model = self._backend("model", config.endpoint, "endpoint")
@@ -171,7 +171,7 @@ class _Synthesis:
         responses = self._answer(prompts) if self.config.environment is None else self._play(prompts)
         if self.engines is not None and self.judge is None:
             self.engines.close()  # frees memory for the reward model
-        # 2. Scores of both splits in one call, so that a reward model fills its batches.
+        # 2. Scores of both splits in one call, so a reward model fills its batches.
         self._score([*responses["train"], *responses["test"]])
         # 3. Rows, split by split.
         output = _Output({}, [], [] if isinstance(self.config.task, PairsTask) else None)
@@ -259,7 +259,7 @@ class _Synthesis:
             selection.score_all(prompts, self.scorer)
 
     def _open_scorer(self) -> WeightedSum | None:
-        """Return what scores: the list, the function or the reward stage; None where a judge compares, or nobody.
+        """Return what scores: the list, the function or the reward stage; None if a judge compares, or nobody.
 
         An environment scores its episodes by itself.
         """
@@ -314,12 +314,12 @@ class _Synthesis:
             "usage": self.client.usage_json(),
         }
         write_text_atomically(folder / "ledger.json", json.dumps(ledger, indent=2) + "\n")
-        # After the files are written, so that a stage without rows leaves its reasons to be read.
+        # After the files are written, so a stage without rows leaves its reasons to be read.
         self._check_splits(splits, output)
         return self._metrics(ledger)
 
     def _check_splits(self, splits: dict[str, int], output: _Output) -> None:
-        """Raise ``UserError`` where there is no training row, and warn where there is no test row."""
+        """Raise ``UserError`` if there is no training row, and warn if there is no test row."""
         levels = ", ".join(self.ledger.counts(level) for level in self.ledger.tallies)
         if splits["train"] == 0:
             ties = "" if output.ties is None else f", {len(output.ties)} ties"

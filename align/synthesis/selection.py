@@ -26,7 +26,7 @@ OTHER_BEGINNINGS = "episodes begin differently"
 
 @dataclass
 class PromptResponses:
-    """A prompt's row and the responses to it; ``scores`` and ``verdicts`` are filled in later, where there are any."""
+    """A prompt's row and the responses to it; ``scores`` and ``verdicts`` are filled in later, if there are any."""
 
     row: Row
     answers: list[Answer]
@@ -35,7 +35,7 @@ class PromptResponses:
     """Scores and metrics of each reward of a list, or of an environment, by name."""
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     episodes: list[Episode] = field(default_factory=list)
-    """The episodes that the answers are the last turns of, where an environment played them."""
+    """The episodes that the answers are the last turns of, if an environment played them."""
     tools: str = ""
     """JSON schemas of the environment's tools; empty for none."""
 
@@ -62,7 +62,7 @@ class PromptResponses:
 
     @property
     def begins_alike(self) -> bool:
-        """True where the usable responses answer the same prompt: an environment may begin each of its episodes anew.
+        """True if the usable responses answer the same prompt: an environment may begin each of its episodes anew.
 
         Others cannot be compared by their scores.
         """
@@ -229,7 +229,7 @@ def score_all(prompts: list[PromptResponses], scorer: Scorer | None) -> None:
     _add_environment_scores(usable)
     if not usable or scorer is None:
         return
-    # One call for all prompts, so that a reward model fills its batches.
+    # One call for all prompts, so a reward model fills its batches.
     parts = parts_of(
         scorer,
         [responses.row for responses, _ in usable],

@@ -56,7 +56,7 @@ EMBEDDED_FAMILIES = (
     "repeat",
     "copy",
 )
-"""Families of the embedded dataset, in the order in which they alternate; ``align.data.families.embedded`` writes them."""
+"""Families of the embedded dataset (``align.data.families.embedded``), in the order in which they take turns."""
 
 
 class SourceConfig(Config):

@@ -1,8 +1,8 @@
 """The build of a dataset from a recipe: passes over shards, and decisions between them.
 
 A pass takes every shard through row steps and sketches it for the table steps that follow; these decide, and the next
-pass applies their verdicts. Shards are cut by the sources' records alone, so that the number of processes changes no
-result. Finished work stays in ``work``, so that a killed build goes on. Memory holds a shard for each process and the
+pass applies their verdicts. Shards are cut only by the sources' records, so the number of processes changes no
+result. Finished work stays in ``work``, so a killed build continues. Memory holds a shard for each process and the
 sketches of one pass.
 """
 
@@ -101,7 +101,7 @@ class Build:
             digests=digests,
             format_choices=self.format_choices,
         )
-        # Only now, so that the error can quote the counts of the ledger.
+        # Only now, so the error can quote the counts of the ledger.
         for name in SPLITS:
             if not splits[name] and name != self.recipe.empty_split:
                 raise UserError(describe_empty_split(name, ledger))
@@ -132,7 +132,7 @@ class Build:
     def _passes(self, spec: Pass, pending: deque[NumberedStep], workers: Workers) -> tuple[Path, int]:
         """Do all passes and the decisions between them; return the folder of the last and its number of shards.
 
-        The number is 0 where no row is left, which ends the build early.
+        The number is 0 if no row is left, which ends the build early.
         """
         while True:
             # A pass does row steps and sketches the rows for the table steps that follow. These decide, and the next
@@ -257,7 +257,7 @@ class Build:
             for (number, config, context), (_, folder) in zip(spec.table_steps, folders, strict=True):
                 step: TableStep = start_step(config, context)
                 prefix = f"{number}."
-                # ``pop``, so that the sketches of a step are freed once it has decided.
+                # ``pop``, so the sketches of a step are freed once it has decided.
                 columns = {
                     name.removeprefix(prefix): sketches.pop(name) for name in list(sketches) if name.startswith(prefix)
                 }
@@ -288,7 +288,7 @@ class Build:
             self.seconds[number] = self.seconds.get(number, 0.0) + value
 
     def _store(self, spec: Pass, rows: list[int], folder: Path, verdict: Verdict) -> None:
-        # Only rows that stand for a dropped one are named, so that the verdict stays small.
+        # Only rows that stand for a dropped one are named, so the verdict stays small.
         stand_ins = None
         if verdict.instead is not None and (verdict.instead >= 0).any():
             places = np.unique(verdict.instead[verdict.instead >= 0])

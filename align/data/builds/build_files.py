@@ -45,7 +45,7 @@ def is_build(folder: Path) -> bool:
 
 
 def read_ledger(folder: Path) -> dict[str, Any]:
-    """Return the build's ledger. Raises ``UserError`` where there is none or it is damaged."""
+    """Return the build's ledger. Raises ``UserError`` if there is none or it is damaged."""
     path = folder / LEDGER
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
@@ -156,7 +156,7 @@ FILE_ROWS = 100_000
 def finish(work: Path, shards: Sequence[int], last: Path, output: Path) -> tuple[dict[str, int], dict[str, str]]:
     """Write ``train-00000-of-0000N.parquet``, ``test-...`` and ``dropped-...``; return rows and digest of each split.
 
-    The digest is of the rows as JSON, so that it does not depend on the version of the Parquet writer.
+    The digest is of the rows as JSON, so it does not depend on the version of the Parquet writer.
     """
     schema = _schema(last, shards)
     counts, digests = {}, {}

@@ -261,7 +261,7 @@ def _have_equal_digests(a: Path, b: Path) -> bool:
 
 
 def _compare_ledgers(a: Path, b: Path) -> dict[str, Any]:
-    """Return steps and sources of both ledgers, matched by name and order; None where a build has no such line."""
+    """Return steps and sources of both ledgers, matched by name and order; None if a build has no such line."""
     if not ((a / LEDGER).exists() and (b / LEDGER).exists()):
         return {"steps": [], "sources": []}
     ledger_a, ledger_b = read_ledger(a), read_ledger(b)

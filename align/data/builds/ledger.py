@@ -102,7 +102,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class SourceLine:
-    """The ledger's facts about a source, beside its counts."""
+    """The ledger's facts about a source, in addition to its counts."""
 
     name: str
     type: str
@@ -223,7 +223,7 @@ def describe_large_cluster(ledger: dict[str, Any]) -> str | None:
 
 
 def _keep_hint(line: dict[str, Any]) -> str:
-    """Return the setting that keeps unused fields with their rows; empty where no record has a field to keep."""
+    """Return the setting that keeps unused fields with their rows; empty if no record has a field to keep."""
     names = list(dict.fromkeys(name.partition(".")[0] for name in line["unused_fields"]))
     names = [name for name in names if name not in ROW_FIELDS and name.isidentifier()]
     if not names:

@@ -1,8 +1,8 @@
 """One pass over the shards of a build: apply verdicts, run the row steps, sketch rows for the next verdicts.
 
 A shard's files (rows, dropped rows, sketches) are complete once its ``.json`` exists, which is written last: after a
-kill, a build repeats only the other shards. Runs in worker processes, which share nothing; each shard depends on its
-input alone. ``build.py`` decides which passes there are, and takes the decisions between them.
+kill, a build repeats only the other shards. Runs in worker processes, which share nothing; each shard depends only on
+its input. ``build.py`` decides which passes there are, and takes the decisions between them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Pass:
     """Names of all steps of the build."""
     sources: tuple[str, ...]
     check: bool
-    """True to check converted rows at once, False where a later step does."""
+    """True to check converted rows at once, False if a later step does."""
     verdicts: tuple[tuple[int, Path], ...] = ()
     row_steps: tuple[tuple[int, Any, StepContext], ...] = ()
     table_steps: tuple[tuple[int, Any, StepContext], ...] = ()
@@ -97,7 +97,7 @@ class Worker:
                 rows = shard.apply(number, step, rows)
         # 3. The sketches, from which the table steps decide after the pass.
         sketches = {"source": np.array([row["_source"] for row in rows], dtype=np.int32)}
-        # Columns are stored under the number of their step, so that several steps can share a pass.
+        # Columns are stored under the number of their step, so several steps can share a pass.
         for number, table_step in self.table_steps:
             with shard.timed(number):
                 sketches |= {f"{number}.{name}": column for name, column in table_step.sketch(rows).items()}
@@ -145,7 +145,7 @@ class _Shard:
             except BadRecord as error:
                 self._drop_bad(task, error, value)
                 continue
-            # A record counts as one row; every further row is an added one, so that the ledger adds up.
+            # A record counts as one row; every further row is an added one, so the ledger adds up.
             rows = rows or [Dropped("nothing in it to use")]
             tally.added += len(rows) - 1
             for row in rows:
@@ -246,7 +246,7 @@ def write_shard(folder: Path, number: int, rows: Sequence[Row], shard: _Shard, s
 
 
 SHARD_SUFFIXES = (".parquet", ".dropped.parquet", ".npz")
-"""Suffixes of a shard's files, beside the ``.json`` that completes it."""
+"""Suffixes of a shard's files, in addition to the ``.json`` that completes it."""
 
 
 def read_shard(folder: Path, shard: int) -> list[Row]:
@@ -283,7 +283,7 @@ def discard_summary(folder: Path, shard: int) -> None:
 
 
 def is_complete(folder: Path, shard: int) -> bool:
-    """Return True where a shard is finished and its files are intact; any other shard is done again."""
+    """Return True if a shard is finished and its files are intact; any other shard is done again."""
     summary = read_summary(folder, shard)
     if summary is None:
         return False
@@ -375,7 +375,7 @@ class StoredVerdict:
     def _read_details(path: Path, part: slice) -> dict[int, dict[str, Any]]:
         if not path.exists():
             return {}
-        # Parquet filters row groups, so that a worker decodes only the details of its own shard.
+        # Parquet filters row groups, so a worker decodes only the details of its own shard.
         inside = (pc.field("row") >= part.start) & (pc.field("row") < part.stop)
         lines = pq.read_table(path, filters=inside).to_pylist()
         return {line["row"] - part.start: json.loads(line["detail"]) for line in lines}

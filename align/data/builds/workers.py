@@ -69,8 +69,8 @@ class Workers:
     def run(self, spec: Pass, tasks: Iterator[Task], in_this_process: bool) -> Iterator[None]:
         """Yield once for each shard, in order, when it is done; complete shards are not done again.
 
-        ``in_this_process`` keeps a pass that runs a model here. A single shard runs here too, since it is not worth the
-        start of a process. With ``tasks`` of a cluster every pass is a set of jobs.
+        ``in_this_process`` keeps a pass that runs a model here. A single shard also runs here, since it is not worth
+        the start of a process. With ``tasks`` of a cluster every pass is a set of jobs.
         """
         # Two tasks show whether there is more than one shard; ``tasks`` may be an endless stream.
         first = list(itertools.islice(tasks, 2))
@@ -92,7 +92,7 @@ class Workers:
             )
         waiting: deque[Future[int] | None] = deque()
         for task in tasks:
-            # A shard of an earlier attempt takes a place in the queue, so that it is reported in its turn.
+            # A shard of an earlier attempt takes a place in the queue, so it is reported in its turn.
             if is_complete(spec.folder, task.shard):
                 waiting.append(None)
             else:
@@ -110,7 +110,7 @@ def _run_here(spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
     worker: Worker | None = None
     for task in tasks:
         if not is_complete(spec.folder, task.shard):
-            # Late, so that a resumed pass with nothing left starts no step.
+            # Late, so a resumed pass with nothing left starts no step.
             worker = worker or Worker(spec)
             worker.run(task)
         yield
@@ -175,7 +175,7 @@ class ClusterWorkers:
                 # The summary of a damaged shard would say that its job is done.
                 discard_summary(spec.folder, task.shard)
                 waiting.append(task.shard)
-        # Ranks take every n-th task, so that large neighboring shards are spread over the jobs.
+        # Ranks take every n-th task, so large neighboring shards are spread over the jobs.
         if waiting:
             ranks = min(self.tasks, len(waiting))
             work = functools.partial(run_rank, spec=spec, folder=folder)
@@ -330,7 +330,7 @@ def _outside_of_a_job() -> Iterator[None]:
     """Hide the variables of the Slurm job that this process may run in, a stage's or a sweep's.
 
     datatrove would take them for those of its jobs, and the jobs would inherit them: srun refuses SLURM_MEM_PER_NODE
-    beside their own SLURM_MEM_PER_CPU.
+    with their own SLURM_MEM_PER_CPU.
     """
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if _is_of_a_job(name)}
     try:
@@ -344,7 +344,7 @@ def _is_of_a_job(variable: str) -> bool:
 
 
 def _connect_to_ray(address: str) -> None:
-    """Connect to the cluster, which datatrove expects. Raises ``UserError`` where none answers."""
+    """Connect to the cluster, which datatrove expects. Raises ``UserError`` if none answers."""
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:

@@ -1,7 +1,7 @@
 """The embedded dataset: short instructions whose answers a program can check, with correct replies.
 
 Deterministic: ``generate(size, seed)`` gives the same rows on every machine, from the standard library's Mersenne
-Twister alone. Each family is one kind of constraint; they take turns, so that all have the same share.
+Twister alone. Each family is one kind of constraint; they take turns, so all have the same share.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {
     "repeat": lists.repeat,
     "copy": lists.copy,
 }
-"""Every family by name, those of ``EMBEDDED_FAMILIES``; the name is the row's ``source`` after ``embedded/``."""
+"""Every family by name, as in ``EMBEDDED_FAMILIES``; the name is the row's ``source`` after ``embedded/``."""
 
 TRIES = 2000
 """Attempts to write a prompt that no row has yet."""
@@ -56,7 +56,7 @@ def generate(size: int, seed: int, families: Iterable[str] | None = None) -> lis
     for name in names:
         if name not in FAMILIES:
             raise UserError(f"embedded data: there is no family '{name}'.{suggest(name, FAMILIES)}")
-    # One random stream per family, so that another family does not change the rows of these.
+    # One random stream per family, so another family does not change the rows of these.
     streams = {name: random.Random(f"{seed}:{name}") for name in names}  # noqa: S311  (data, not secrecy)
     used: set[str] = set()
     rows: list[Row] = []
@@ -72,7 +72,7 @@ def _new_task(name: str, rng: random.Random, used: set[str], count: int) -> Task
     """Return a task whose prompt is not in ``used``, and add it; ``count`` is the number of rows so far."""
     for _ in range(TRIES):
         task = FAMILIES[name](rng)
-        # Compared as splits compare prompts: rows that differ in punctuation alone would be one question.
+        # Compared as splits compare prompts: rows that differ only in punctuation would be one question.
         key = normalized(task.prompt)
         if key not in used:
             used.add(key)

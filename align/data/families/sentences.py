@@ -187,7 +187,7 @@ def combined(rng: random.Random) -> Task:
 
 
 def _are_contradictory(twists: list[Twist]) -> bool:
-    """Return True where a twist forbids a word that another asks for: "Dear friend" without "friend"."""
+    """Return True if a twist forbids a word that another asks for: "Dear friend" without "friend"."""
     for first, second in itertools.permutations(twists, 2):
         if first.forbids and re.search(rf"\b{first.forbids}\b", second.ask.lower()):
             return True
@@ -199,7 +199,7 @@ def _task(rng: random.Random, names: tuple[str, ...]) -> Task:
     makers = TWISTS | {"no_comma": _no_comma}
     twists = [makers[name](rng, topic) for name in names]
     if _are_contradictory(twists):
-        # Drawn again from the same stream, so that the dataset stays the same for a seed.
+        # Drawn again from the same stream, so the dataset stays the same for a seed.
         return _task(rng, names)
     facts = next((twist.facts for twist in twists if twist.facts), topic.facts)
     reply = rng.choice(facts)

@@ -45,7 +45,7 @@ def join_input(instruction: str, instruction_input: str) -> str:
 def alpaca_prompt(record: dict[str, Any], instance: dict[str, Any] | None = None) -> list[Message]:
     """Return Alpaca's prompt: instruction and input in one turn, after the turns of ``history`` (pairs of texts).
 
-    ``instance`` holds the input where the record does not.
+    ``instance`` holds the input if the record does not.
     """
     turns: list[Message] = []
     for pair in record.get("history") or []:
@@ -125,7 +125,7 @@ def from_text(record: dict[str, Any], options: ReadingOptions, kind: str) -> lis
 
 
 def from_prompt(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
-    """Convert a prompt alone: text, or messages that an answer should follow."""
+    """Convert a prompt without an answer: text, or messages that an answer should follow."""
     name = first(record, (*PROMPTS, *CONVERSATIONS))
     assert name is not None
     return [{"prompt": question(record, name, options), "tools": tools(record)}]
@@ -138,7 +138,7 @@ KINDS_WITH_REJECTED = ("preferences", "unpaired")
 
 
 def parse_number(value: Any, name: str = "score") -> float | None:
-    """Return a score as a finite number; None where there is none. Raises ``Malformed`` for anything else."""
+    """Return a score as a finite number; None if there is none. Raises ``Malformed`` for anything else."""
     if value is None or value == "":
         return None
     try:
@@ -283,7 +283,7 @@ def shared_prompt(record: dict[str, Any], options: ReadingOptions) -> list[Messa
 
 
 def list_beside_answers(record: dict[str, Any], names: Sequence[str], count: int) -> list[Any] | None:
-    """Return the list with a value for each answer; None where the record has none."""
+    """Return the list with a value for each answer; None if the record has none."""
     name = first(record, names)
     values = parse_json(record[name], name) if name else None
     if values is not None and (not isinstance(values, list) or len(values) != count):
@@ -324,7 +324,7 @@ def mean_rating(answer: dict[str, Any]) -> float | None:
 
 
 def from_scored(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
-    """Convert answers with scores, in each answer or in a list beside them."""
+    """Convert answers with scores, in each answer or in a list next to them."""
     items, name = answers(record)
     values = list_beside_answers(record, ("scores", "ratings", "rewards"), len(items))
     if values is None:
@@ -342,7 +342,7 @@ def from_scored(record: dict[str, Any], options: ReadingOptions, kind: str) -> l
 
 
 def from_ranked(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
-    """Convert answers with ranks, in each answer or in a list beside them; the smallest is the best.
+    """Convert answers with ranks, in each answer or in a list next to them; the smallest is the best.
 
     Answers without any ranks count as sorted, the best first.
     """

@@ -1,6 +1,6 @@
 """A file's columns and a first mapping of them: ``align data columns`` shows both. Nothing here is used by a build.
 
-A guess is a source as the recipe writes it. It counts only if records convert with it, so that what is printed works.
+A guess is a source as the recipe writes it. It counts only if records convert with it, so what is printed works.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class FileReport:
-    """The columns of a file, the number of records that were looked at, and a mapping, where one was found."""
+    """The columns of a file, the number of records that were looked at, and a mapping, if one was found."""
 
     columns: list[ColumnFacts]
     records: int
@@ -285,9 +285,9 @@ def _free_name(name: str) -> str:
 def _try(
     kind: str, settings: dict[str, Any], records: Sequence[tuple[str, dict[str, Any]]], most_bad: int
 ) -> Guess | None:
-    """Return the guess with what it makes of the records; None where it drops more than half of them.
+    """Return the guess with what it makes of the records; None if it drops more than half of them.
 
-    So is it where it does not fit more than ``most_bad`` of them.
+    So is it if it does not fit more than ``most_bad`` of them.
     """
     try:
         source = validate_plain(FilesSource, settings)
@@ -333,7 +333,7 @@ def _with_kept_columns(
             convert(record, choice.format, where, guess.kind, usage=usage)
     unused = [facts.name for facts in columns if facts.name in usage.unused and not facts.is_long]
     named = {_free_name(name): name for name in unused if "{" not in name}
-    # A list of names is enough where none of them is one of align's own.
+    # A list of names is enough if none of them is one of align's own.
     keep: Any = named if any(name != column for name, column in named.items()) else list(named)
     if not keep:
         return guess

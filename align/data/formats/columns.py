@@ -108,7 +108,7 @@ def _mean(items: list[Any], column: str) -> float | None:
 
 
 def filled(name: str, text: str, record: Mapping[str, Any]) -> Any:
-    """Return the value of a column or template for the setting ``name``; None where the column has none.
+    """Return the value of a column or template for the setting ``name``; None if the column has none.
 
     Raises ``Malformed`` for a template that the record cannot fill.
     """
@@ -119,7 +119,7 @@ def filled(name: str, text: str, record: Mapping[str, Any]) -> Any:
 
 
 def filled_text(name: str, text: str, record: Mapping[str, Any]) -> str:
-    """Return a text that may quote columns. Raises ``Malformed`` where the record cannot fill it."""
+    """Return a text that may quote columns. Raises ``Malformed`` if the record cannot fill it."""
     try:
         return parse_template(text).render(record)
     except MissingValue as error:
@@ -138,7 +138,7 @@ def label_number(value: Any) -> float | None:
 
 
 def kept_fields(record: Mapping[str, Any], mapping: RecordMapping, read: Iterable[str]) -> dict[str, Any]:
-    """Return the columns that stay with the row, as JSON has them; an absent one is left out.
+    """Return the columns that stay with the row, as JSON has them; an absent column is omitted.
 
     ``read`` are the fields that the format reads itself, which ``keep: all`` leaves out. Raises ``Malformed`` for a
     value that is no text, number, list or mapping; ``UserError`` for a column of ``all`` with one of align's own names.
@@ -170,7 +170,7 @@ def kept_sources(mapping: RecordMapping) -> set[str]:
 
 
 def read_checks(record: dict[str, Any]) -> str:
-    """Return the record's ``checks`` for a program that checks answers, as JSON text; ``""`` where it has none.
+    """Return the record's ``checks`` for a program that checks answers, as JSON text; ``""`` if it has none.
 
     A field of that name that is no JSON object means something else, and stays unread.
     """
@@ -236,7 +236,7 @@ class LabelRule:
     b: frozenset[str] = frozenset()
     ties: frozenset[str] = TIE_WORDS
     is_signed: bool = False
-    """True where a number below 0 prefers ``a``, one above 0 ``b``, and 0 is a tie."""
+    """True if a number below 0 prefers ``a``, one above 0 ``b``, and 0 is a tie."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

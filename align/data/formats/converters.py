@@ -143,7 +143,7 @@ def convert(
     """Return the rows of one record, or the reason why there are none; a tree or a task with instances gives several.
 
     ``kind`` is the recipe's. Rows have ``id`` (of their content; a finished row keeps its own), ``checks`` and the kept
-    columns; they have ``source`` only where the record is a row already. ``check=False`` lets through rows that a
+    columns; they have ``source`` only if the record is a row already. ``check=False`` lets through rows that a
     ``normalize`` step can mend, such as two user turns in a row; ``find_fault`` finds them later. ``usage`` counts
     the fields that were not read and those that were kept, of records that made rows.
 
@@ -196,7 +196,7 @@ def _convert(
 
 
 def _with_fields(row: Row, columns: dict[str, Any], checks: str) -> Row:
-    """Return a row with the kept columns, and with the record's checks where its format has none of its own."""
+    """Return a row with the kept columns, and with the record's checks if its format has none of its own."""
     if checks and row.get("checks") == "":
         row = {**row, "checks": checks}
     return {**row, **columns} if columns else row
@@ -271,7 +271,7 @@ def convert_kind(draft: Row, kind: str) -> list[Row | Dropped]:
 
 
 def _completion(draft: Row, side: str) -> Row:
-    """Return one of a draft's answers as a completion, with ``completion_finished`` where the draft knows it."""
+    """Return one of a draft's answers as a completion, with ``completion_finished`` if the draft knows it."""
     is_finished = draft.get(f"{side}_finished")
     if is_finished is None:
         return {"completion": draft[side]}
@@ -310,7 +310,7 @@ def _instruction(draft: Row) -> Row | Dropped:
 
 
 def best_response(responses: list[dict[str, object]]) -> dict[str, object] | None:
-    """Return the response with the highest score, or where none has a score, the smallest rank; the first of equals."""
+    """Return the response with the highest score, or if none has a score, the smallest rank; the first of equals."""
     scored = [(float(item["score"]), item) for item in responses if item.get("score") is not None]  # type: ignore[arg-type]
     ranked = [(-float(item["rank"]), item) for item in responses if item.get("rank") is not None]  # type: ignore[arg-type]
     usable = [(value, item) for value, item in scored or ranked if str(item["content"]).strip()]

@@ -56,7 +56,7 @@ def _is_content(value: Any) -> bool:
 
 
 def _message(record: Record) -> dict[str, Any] | None:
-    """Return the first message of a conversation in the record, also where it is written as JSON text."""
+    """Return the first message of a conversation in the record, also if it is written as JSON text."""
     name = first(record, CONVERSATIONS)
     value = record[name] if name else None
     if isinstance(value, str):
@@ -101,7 +101,7 @@ def _is_sharegpt(record: Record) -> bool:
 
 
 def _has_rated_responses(record: Record, list_names: tuple[str, ...], item_names: tuple[str, ...]) -> bool:
-    """Return True for a list of answers with scores or ranks, in the answers or in a list beside them."""
+    """Return True for a list of answers with scores or ranks, in the answers or in a list next to them."""
     item = _first_response(record)
     if not _has_prompt(record) or item is None:
         return False
@@ -182,8 +182,8 @@ def fitting(record: Record) -> list[str]:
 def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence[str] = ()) -> Detection:
     """Return the format of the records, of those that can make ``kind``; ``ignored`` fields are left aside on purpose.
 
-    Where several fit, the one whose fields include those of the others wins; among equals, the stricter one. Raises
-    ``UserError`` where none fits, with the fields and the nearest formats, or where two fit that read different fields,
+    If several fit, the one whose fields include those of the others wins; among equals, the stricter one. Raises
+    ``UserError`` if none fits, with the fields and the nearest formats, or where two fit that read different fields,
     since a guess would silently make another dataset.
     """
     if not records:

@@ -223,7 +223,7 @@ class TrackedRecord(dict[str, Any]):
         self.read.add(path)
         if not isinstance(value, (dict, list)) or name in OPAQUE:
             return value
-        # Wrapped once, so that all reads of a nested object are tracked in the same place.
+        # Wrapped once, so all reads of a nested object are tracked in the same place.
         if name not in self._inside:
             self._inside[name] = self._track(value, path)
         return self._inside[name]

@@ -47,7 +47,7 @@ class MappedRecord:
 
 
 def map_record(record: Mapping[str, Any], mapping: RecordMapping, rule: LabelRule | None = None) -> MappedRecord:
-    """Return the record with its columns mapped. A column that the mapping used is no field of its own any more.
+    """Return the record with its columns mapped. A column that the mapping used is not a separate field any more.
 
     Raises ``Malformed`` for a record without a column that it needs, and for a label that the rule does not know;
     ``Unusable`` for a tie.
@@ -63,12 +63,12 @@ def map_record(record: Mapping[str, Any], mapping: RecordMapping, rule: LabelRul
         mapped["system"] = filled_text("system", mapping.system, record)
     if mapping.better is not None:
         mapped |= better_and_worse(mapping.better, record, rule or LabelRule())
-    # Also where this record lacks the column: another field of that meaning would be another thing.
+    # Also if this record lacks the column: another field of that meaning would be another thing.
     targets = {*mapping.columns, *mapped}
     shadowed = {
         name for group in GROUPS for name in group if name not in mapped and any(other in targets for other in group)
     }
-    # Unused fields stay beside the mapped ones: a format may read more of them (``tools``), the ledger names the rest.
+    # Unused fields stay with the mapped fields: a format may read more of them (``tools``), the ledger names the rest.
     used = set(read_columns(mapping))
     rest = {name: value for name, value in record.items() if name not in used}
     visible = {name: value for name, value in rest.items() if name not in shadowed and name not in mapped}
@@ -108,7 +108,7 @@ def _add_columns(places: dict[str, str], place: str, references: Iterable[Refere
 
 
 def map_columns(record: Mapping[str, Any], columns: Mapping[str, ColumnValue]) -> dict[str, Any]:
-    """Return a record with its columns under other names beside their own, for readers that ignore what they lack."""
+    """Return a record that also has its columns under other names, for readers that ignore what they lack."""
     return {**record, **{name: column_value(name, value, record) for name, value in columns.items()}}
 
 

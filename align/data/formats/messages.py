@@ -182,7 +182,7 @@ def messages(value: Any, name: str, options: ReadingOptions) -> list[Message]:
     parsed_messages = [message(item, name, options) for item in value]
     if options.thoughts is not None:
         for index, (item, turn) in enumerate(zip(value, parsed_messages, strict=True)):
-            # Every thought is read, so that those of earlier turns are dropped on purpose, as most templates drop them.
+            # Every thought is read, so those of earlier turns are dropped on purpose, as most templates drop them.
             thought = _thought(item, name)
             is_wanted = options.thoughts == "all" or index == len(value) - 1
             if thought and is_wanted and turn["role"] == "assistant":
@@ -197,7 +197,7 @@ def _thought(value: dict[str, Any], name: str) -> str:
 
 
 def parse_conversations(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record with lists of messages parsed where they are JSON text."""
+    """Return the record with lists of messages parsed if they are JSON text."""
     parsed_lists = {}
     for name in CONVERSATIONS:
         if isinstance(record.get(name), str):
@@ -225,7 +225,7 @@ def with_system(record: dict[str, Any], turns: list[Message]) -> list[Message]:
 def reply(value: Any, name: str, options: ReadingOptions) -> tuple[list[Message], Message]:
     """Return the turns before the last answer, where ``value`` has any, and the answer, an assistant's message.
 
-    ``value`` is text, one message, or a list of them. Raises ``Unusable`` where the last turn is not the assistant's.
+    ``value`` is text, one message, or a list of them. Raises ``Unusable`` if the last turn is not the assistant's.
     """
     if isinstance(value, str) or is_number(value):
         return [], assistant(text(value, name))
@@ -248,7 +248,7 @@ def lone_reply(value: Any, name: str, options: ReadingOptions) -> Message:
 
 
 def conversations(turns: list[Message], options: ReadingOptions, kind: str, fields: Row) -> list[Row | Dropped]:
-    """Return drafts of a conversation: of its last answer, or of each; of the prompt alone where no answer follows.
+    """Return drafts of a conversation: of its last answer, or of each; of the prompt alone if no answer follows.
 
     No draft ends in an answer that is excluded from training. Turns after the last answer to train on are dropped,
     since nothing of them is learned. Every draft gets ``fields``.

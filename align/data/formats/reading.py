@@ -305,7 +305,7 @@ def _items(file: io.BufferedReader, keys: Sequence[str] = ()) -> Iterator[Any]:
 
 
 def _enter_list(events: Iterator[tuple[str, Any]], keys: Sequence[str]) -> None:
-    """Read events up to the opening bracket of the list under ``keys``. Raises ``LookupError`` where there is none."""
+    """Read events up to the opening bracket of the list under ``keys``. Raises ``LookupError`` if there is none."""
     names: list[str] = []
     # ``depth`` counts open brackets, ``level`` the keys that were followed so far.
     depth = level = 0
@@ -358,7 +358,7 @@ def _read_table(
     def where(number: int) -> str:
         return f"{path}:{number}"
 
-    # Bytes that are not UTF-8 become lone surrogates, so that only the row that has them is lost.
+    # Bytes that are not UTF-8 become lone surrogates, so only the row that has them is lost.
     text = (line.decode("utf-8", "surrogateescape") for _, line in _lines(file, where))
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     csv.field_size_limit(LONGEST_CELL)

@@ -1,4 +1,4 @@
-"""Records with a format of their own: align's rows, Open Assistant's trees, solutions with labeled steps."""
+"""Records with a special format: align's rows, Open Assistant's trees, solutions with labeled steps."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def from_oasst(record: dict[str, Any], options: ReadingOptions, kind: str) -> li
 
 
 def is_selected(node: Node, options: ReadingOptions) -> bool:
-    """Return True where the options keep a message."""
+    """Return True if the options keep a message."""
     return (
         (options.deleted or not node.get("deleted"))
         and (options.synthetic or not node.get("synthetic"))

@@ -1,7 +1,7 @@
 """Interfaces of the steps of a build. Torch-free.
 
 A ``RowStep`` looks at rows one by one and may run in several processes at once. A ``TableStep`` sketches rows one by
-one (in several processes, too) and then decides over the sketches of all rows in one process. Neither ever has all rows
+one (also in several processes) and then decides over the sketches of all rows in one process. Neither ever has all rows
 in memory.
 """
 
@@ -43,7 +43,7 @@ class ModelLoaders(Protocol):
         ...
 
     def make_scorer(self, config: Any, folder: Path, device: str) -> Callable[[list[Row]], list[float]]:
-        """Return a function from rows to one number each, NaN where there is none."""
+        """Return a function from rows to one number each, NaN if there is none."""
         ...
 
     def make_embedder(
@@ -55,7 +55,7 @@ class ModelLoaders(Protocol):
 
 @dataclass(frozen=True)
 class StepContext:
-    """Facts about the build that a step is part of. Picklable, so that worker processes can start steps too."""
+    """Facts about the build that a step is part of. Picklable, so worker processes can also start steps."""
 
     kind: str
     """Kind of the recipe."""
@@ -79,7 +79,7 @@ class RowStep(Protocol):
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped | list[Row]]:
         """Return one result for each row, which depends on that row alone.
 
-        A result is the row (the same object where nothing changed, else a new dict with the keys that begin with
+        A result is the row (the same object if nothing changed, else a new dict with the keys that begin with
         ``_``), ``Dropped``, or a list of rows that replace it.
         """
         ...
@@ -139,7 +139,7 @@ class Verdict:
 
 
 def require_models(models: ModelLoaders | None) -> ModelLoaders:
-    """Return the loaders. Raises ``RuntimeError`` where the caller of the build gave none."""
+    """Return the loaders. Raises ``RuntimeError`` if the caller of the build gave none."""
     if models is None:
         raise RuntimeError("a step needs a model: pass align.models.step_models.StepModels() as `models`")
     return models

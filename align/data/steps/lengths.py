@@ -115,7 +115,7 @@ _TOKENIZER_FILES = (
 
 
 def tokenizer_identities(config: Tokens, base: Path) -> dict[str, str]:
-    """Return digests of the tokenizer's files, or its commit. Raises ``UserError`` where there is neither."""
+    """Return digests of the tokenizer's files, or its commit. Raises ``UserError`` if there is neither."""
     folder = user_path(config.tokenizer, base)
     if not folder.is_dir():
         if config.revision:
@@ -198,7 +198,7 @@ class KeywordFilter(RowFilter):
     """Drops rows with one of some words in a user's turn; full words, in any case."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        # The longest first, so that "go to" wins over "go".
+        # The longest first, so "go to" wins over "go".
         ordered = sorted(set(words), key=lambda word: (-len(word), word))
         alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in ordered)
         self._pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)

@@ -1,6 +1,6 @@
 """Copies of the training rows of each source, by weights, by temperature, or by a number of epochs.
 
-The step comes last in a recipe and leaves the test split alone: a prompt repeated there would only count twice.
+The step comes last in a recipe and does not change the test split: a prompt repeated there would only count twice.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Cap:
             limit = self.config.sources.get(name, self.config.each)
             places = np.flatnonzero(table.alive & (table.source == source))
             if limit is not None and len(places) > limit:
-                # Draws depend on ids and the seed alone, so the same rows stay whatever else is in the recipe.
+                # Draws depend only on ids and the seed, so the same rows stay whatever else is in the recipe.
                 order = np.argsort(table.columns["draw"][places], kind="stable")
                 code[places[order[limit:]]] = 0
         return Verdict(code, [OVER])

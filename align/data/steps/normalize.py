@@ -1,6 +1,6 @@
 """The ``normalize`` step: Unicode, control characters, white space and the order of turns.
 
-A clean row comes back as the same object, a changed one as a new dict, so that the build can count changes by identity.
+A clean row comes back as the same object, a changed one as a new dict, so the build can count changes by identity.
 Normalizing twice changes nothing more. Code (a fenced block, or the indentation of a line) keeps its white space. Only
 rows that cannot be put in order are dropped here; quality is the business of ``filter``.
 """
@@ -21,7 +21,7 @@ from align.data.steps.base import ModelLoaders, StepContext
 
 
 def normalize_identities(config: NormalizeStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
-    """Return nothing, since keys never counted ftfy's version. Raises ``UserError`` where it is not installed."""
+    """Return nothing, since keys never counted ftfy's version. Raises ``UserError`` if it is not installed."""
     if config.fix_encoding:
         require_extra("ftfy", "data", "normalize.fix_encoding")
     return {}
@@ -35,7 +35,7 @@ class Normalize:
         self._turns = config.turns
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
-        """Return each row, changed or not, or ``Dropped`` where its turns cannot be put in order."""
+        """Return each row, changed or not, or ``Dropped`` if its turns cannot be put in order."""
         return [self._normalize(row) for row in rows]
 
     def _normalize(self, row: Row) -> Row | Dropped:

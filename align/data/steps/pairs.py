@@ -22,7 +22,7 @@ KINDS = ("preferences", "unpaired")
 
 
 class Pairs:
-    """Replaces each row by its pairs. A row's result depends on the row, its id and the recipe's seed alone.
+    """Replaces each row by its pairs. A row's result depends on the row, its id and the recipe's seed only.
 
     Raises ``UserError`` for a recipe of a kind without pairs.
     """
@@ -144,7 +144,7 @@ class Candidate(NamedTuple):
     """One response of a prompt."""
 
     text: str
-    """What it says; two of equal text make no pair."""
+    """The content; two responses of equal text make no pair."""
     score: float
     sample: int
     """Place among the samples."""
@@ -172,7 +172,7 @@ def make_pairs(
 
     ``responses[i]``, ``scores[i]`` and ``finished[i]`` (all True by default) belong to ``rows[i]``. Empty responses
     are skipped; a comparison with identical texts or tied scores makes no pair. A pair records which responses were cut
-    off (``chosen_finished``, ``rejected_finished``), so that training puts no end of turn after them. With probability
+    off (``chosen_finished``, ``rejected_finished``), so training puts no end of turn after them. With probability
     ``noise`` (drawn from ``seed`` and the pair's id, independent of the order) a pair's label is wrong: the texts swap
     sides, ``flipped`` is True, and ``chosen_score`` and ``rejected_score`` stay the true scores of the texts that they
     belong to. ``answers`` are the messages of responses that are more than one turn of the assistant, such as episodes.
@@ -264,7 +264,7 @@ def _pair(
     row: Row, better: Candidate, worse: Candidate, noise: float, seed: int, answers: list[Answers] | None = None
 ) -> Row:
     name = f"{row['id']}-{better.sample}-{worse.sample}"
-    # Seeded by the pair's own name, so that other prompts do not change which labels flip.
+    # Seeded by the pair's own name, so other prompts do not change which labels flip.
     flipped = random.Random(f"{seed}:{name}").random() < noise  # noqa: S311  (label noise, not secrecy)
     chosen, rejected = (worse, better) if flipped else (better, worse)
     return {

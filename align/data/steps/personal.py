@@ -152,7 +152,7 @@ def find_ibans(text: str) -> Iterator[Span]:
 
 
 def personal_data_identities() -> dict[str, str]:
-    """Return the versions of the packages whose tables decide. Raises ``UserError`` where one is not installed."""
+    """Return the versions of the packages whose tables decide. Raises ``UserError`` if one is not installed."""
     for module in ("phonenumbers", "stdnum"):
         require_extra(module, "data", "filter.personal_data")
     return {name: metadata.version(name) for name in ("phonenumbers", "python-stdnum")}

@@ -27,7 +27,7 @@ BELOW, ABOVE, NO_SCORE = "score too low", "score too high", "no score"
 
 
 RowScorer = Callable[[list[Row]], list[float]]
-"""A function from rows to numbers; NaN where a row has none."""
+"""A function from rows to numbers; NaN if a row has none."""
 
 
 def scorer_identities(config: ScoreStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
@@ -75,7 +75,7 @@ class Score:
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
         """Return ``score`` (N,) float64. Loads the model with the first rows."""
-        # Late, so that a resumed build whose sketches exist loads no model.
+        # Late, so a resumed build whose sketches exist loads no model.
         if self._scorer is None:
             self._scorer = self._load()
         scores = [float(score) for score in self._scorer(rows)] if rows else []

@@ -104,7 +104,7 @@ class MaxRows:
     def decide(self, table: Table) -> Verdict:
         """Drop the rows beyond the limit."""
         places = np.flatnonzero(table.alive)
-        # Draws depend on ids alone: the same rows stay whatever the order of files or shards.
+        # Draws depend only on ids: the same rows stay whatever the order of files or shards.
         order = np.argsort(table.columns["draw"][places], kind="stable")
         code = keep_all(len(table))
         code[places[order[self.rows :]]] = 0
@@ -134,7 +134,7 @@ class Split:
             "draw": np.array([share(name, self.seed) for name in groups], dtype=np.float64),
             "group": np.array([share(name, 0) for name in groups], dtype=np.float64),
         }
-        # Questions alone are compared: a reply that differs must not put one question on both sides.
+        # Only questions are compared: a reply that differs must not put one question on both sides.
         if self.config.near_duplicates is not None:
             from align.data.minhash import signatures
 
@@ -177,7 +177,7 @@ class Split:
         return find_clusters(table.columns["signature"][places], label, threshold, read=read).label
 
     def _draw_test_rows(self, draw: np.ndarray, label: np.ndarray, divided: np.ndarray) -> np.ndarray:
-        """Return (M,) bool, True for test rows; no split stays empty where there are two groups to divide."""
+        """Return (M,) bool, True for test rows; no split stays empty if there are two groups to divide."""
         tested = draw < self.config.test_size
         if self.config.test_size in (0, 1):
             return tested  # one split is empty on purpose
@@ -193,7 +193,7 @@ class Split:
 
 
 SEPARATORS = ("\n\n", "\n", " ")
-"""Texts to cut at, the best first; a cut lies in the second half of a piece."""
+"""Texts to cut at, the best first; a cut is in the second half of a piece."""
 
 
 class Divide:
@@ -215,7 +215,7 @@ class Divide:
 def divide_text(text: str, characters: int) -> list[str]:
     """Return pieces of at most ``characters`` characters, unchanged but for the separator at each cut.
 
-    Indentation stays, so that code is code in every piece. Pieces of white space alone are dropped.
+    Indentation stays, so code is code in every piece. Pieces of only white space are dropped.
     """
     pieces = []
     while len(text) > characters:
@@ -228,7 +228,7 @@ def divide_text(text: str, characters: int) -> list[str]:
 def _find_cut(text: str, characters: int) -> tuple[int, int]:
     """Return the place of the best separator and its length; without one, cut after ``characters`` characters."""
     for separator in SEPARATORS:
-        # From the middle on, so that pieces do not become short. The separator itself may lie behind the limit.
+        # From the middle on, so pieces do not become short. The separator itself may lie behind the limit.
         place = text.rfind(separator, characters // 2, characters + 1)
         if place > 0:
             return place, len(separator)
@@ -242,7 +242,7 @@ LARGEST_SHARE = 5
 def group(row: Row) -> str:
     """Return the key of rows that must be in the same split: the first user turn, normalized.
 
-    Conversations that grow from one question share it, so that splits cut by the full prompt would leak. A plain text
+    Conversations that grow from one question share it, so splits cut by the full prompt would leak. A plain text
     is a group by itself, as is a prompt without a user's turn.
     """
     if is_text(row):
@@ -261,8 +261,8 @@ def hold_back(rows: Sequence[Row], most: int) -> tuple[list[Row], list[Row]]:
     """Divide a ``train`` split into training rows and at most ``most`` validation rows.
 
     Validation rows are full groups, at most a fifth of the groups and of the rows, in an order that the first questions
-    alone decide: every stage holds back the same rows. Where no group is small enough, it is the smallest one. The
-    training rows keep their order; there are none where there is a single group.
+    alone decide: every stage holds back the same rows. If no group is small enough, it is the smallest one. The
+    training rows keep their order; there are none if there is a single group.
     """
     keys = [group(row) for row in rows]
     sizes = Counter(keys)

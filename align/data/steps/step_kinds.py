@@ -77,7 +77,7 @@ STEPS: dict[type[Config], StepKind] = {
 
 
 def start_step(config: Config, context: StepContext) -> Any:
-    """Return the step that ``config`` describes. Raises ``UserError`` where it cannot run."""
+    """Return the step that ``config`` describes. Raises ``UserError`` if it cannot run."""
     return STEPS[type(config)].start(config, context)
 
 
@@ -88,12 +88,15 @@ _FUNCTIONS: dict[type[Config], str] = {
     SemanticDuplicatesStep: "align.data.steps.deduplicate:embedder_identities",
     DecontaminateStep: "align.data.steps.decontaminate:evaluation_set_identities",
 }
-"""Import paths, so that a plan imports no other steps than its recipe's. The other steps read nothing beside the rows.
+"""Import paths, so a plan imports no other steps than its recipe's. The other steps read only the rows.
 """
 
 
 def step_identities(config: Config, base: Path, models: ModelLoaders | None = None) -> dict[str, str]:
-    """Return digests and versions of what the step reads beside the rows. Raises ``UserError`` for a missing file."""
+    """Return digests and versions of everything except the rows that the step reads.
+
+    Raises ``UserError`` for a missing file.
+    """
     function = _FUNCTIONS.get(type(config))
     identities: dict[str, str] = {} if function is None else load_object(function)(config, base, models)
     return identities

@@ -350,7 +350,7 @@ def _check_duplicate_ngrams(words: list[str], scale: float) -> Repeat | None:
             return None  # then no longer n-gram repeats either
         known: set[tuple[str, ...]] = set()
         repeated, start, first = 0, 0, ""
-        # A repeated n-gram is counted once and skipped as a whole, so that overlapping ones count no character twice.
+        # A repeated n-gram is counted once and skipped as a whole, so overlapping ones count no character twice.
         while start < len(ngrams):
             if ngrams[start] in known:
                 first = first or " ".join(ngrams[start])
