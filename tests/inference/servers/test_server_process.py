@@ -264,7 +264,7 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
     """The parent is killed, so nothing of its own runs any more: the guard ends the group and removes the folders."""
     folders = [tmp_path / "log", tmp_path / "weights"]
     program = (
-        "import sys, time; from pathlib import Path; from align.inference import server_process as server\n"
+        "import sys, time; from pathlib import Path; from align.inference.servers import server_process as server\n"
         "server.GRACE_SECONDS = 0.3\n"
         f"folders = [Path(folder) for folder in {[str(folder) for folder in folders]!r}]\n"
         "for folder in folders: folder.mkdir()\n"
