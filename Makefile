@@ -32,7 +32,7 @@ help:
 	@echo "make dist        the source distribution and the wheel, checked"
 	@echo "make browser     Debian's Chromium and its driver, for the tests that open pages; without it they are skipped"
 	@echo "make slurm       Debian's Slurm, and a cluster of two nodes on this machine, to try \`align run --on slurm\`; make slurm-stop ends it"
-	@echo "make check       ruff, mypy --strict, import-linter, the documentation's strict build"
+	@echo "make check       ruff, mypy --strict, import-linter, counts of style, the documentation's strict build"
 	@echo "make docs        the documentation site, into site/: open site/index.html"
 	@echo "make docs-serve  the same at a local address, with search, built again when a file changes"
 	@echo "make bench       sampling and training speed on this machine"
@@ -78,6 +78,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_style.py
 	$(BIN)/mkdocs build --strict
 
 docs: $(READY)

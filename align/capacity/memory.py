@@ -4,7 +4,7 @@
 parameter needs 16 bytes: weight, gradient and AdamW's state in float32. Frozen models that are never saved, the
 reference and reward models, are in bfloat16 if that is the ``precision`` (``align.models.compute.precision``).
 
-Left out: the interpreter and its libraries, and what a GPU's allocator keeps for itself. ``align.capacity.sharding``
+Excluded: the interpreter and its libraries, and what a GPU's allocator keeps for itself. ``align.capacity.sharding``
 divides the parts among devices.
 """
 

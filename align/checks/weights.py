@@ -1,6 +1,6 @@
 """Check safetensors files without torch: completeness, types, finite values; and compute digests.
 
-``align.models.checkpoints.files`` reads their headers. Left out: pickled weights, which are refused elsewhere.
+``align.models.checkpoints.files`` reads their headers. Excluded: pickled weights, which are refused elsewhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Resolve the name of a Hub repository to a commit, and read its small files. Never imports torch.
 
 Online, the Hub is asked. Offline (``HF_HUB_OFFLINE=1``, which ``--offline`` sets), the Hub's cache on this machine
-answers. Left out: downloading weights (``align.stages.model``) and rows (``align.data.sources``).
+answers. Excluded: downloading weights (``align.stages.model``) and rows (``align.data.sources``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A license is represented by the obligations that it puts on whoever passes the data on. A mixture has the obligations of
 all its parts. If one part's license has every obligation of the others, it is the mixture's license; otherwise no
-known license fits, and a person must read all of them. This is bookkeeping, not legal advice. Not covered: the terms of
+known license fits, and a person must read all of them. This is bookkeeping, not legal advice. Excluded: the terms of
 use of a language model for its outputs.
 """
 

@@ -1,7 +1,7 @@
 """Parse the tool calls in the text of an assistant's turn, in the formats that models are trained on. Torch-free.
 
 Episodes, supervised training and the linter read calls only by these parsers. The text has its special tokens in it;
-the end of the turn is removed. Left out: what a tool's schema says of its arguments, and calls within thoughts, which
+the end of the turn is removed. Excluded: what a tool's schema says of its arguments, and calls within thoughts, which
 are no calls.
 """
 

@@ -1,7 +1,7 @@
 """Export a checkpoint as one plain transformers folder: adapter merged, safetensors, tokenizer, chat template.
 
 peft merges the adapter in float32 into a base that is not used afterwards; then the weights are cast to their type on
-disk. Left out: comparing the folder's answers with the checkpoint's (``align.export.verify``), quantized weights, and
+disk. Excluded: comparing the folder's answers with the checkpoint's (``align.export.verify``), quantized weights, and
 adapters that cannot be merged (prefix tuning, sequential bottlenecks, LLaMA-Adapter).
 """
 

@@ -2,7 +2,7 @@
 
 Everything on it was recorded or measured: the records of all stages behind the checkpoint, their ledgers, and a
 scorecard with this checkpoint in it. The card names what was not measured. Names and texts of data, models and flags
-are untrusted and are escaped. Left out: samples and texts of rows. Torch-free.
+are untrusted and are escaped. Excluded: samples and texts of rows. Torch-free.
 """
 
 from __future__ import annotations

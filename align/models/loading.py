@@ -1,6 +1,6 @@
 """Load tokenizers, policies and reward models from checkpoints of the store.
 
-All go through ``pretrained.py``, which refuses damaged or hostile files. Left out: models from outside
+All go through ``pretrained.py``, which refuses damaged or hostile files. Excluded: models from outside
 (``conversion.py``), and preparing them for training and saving them (``tuning/apply.py``).
 """
 

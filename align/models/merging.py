@@ -1,7 +1,7 @@
 """Merge several checkpoints of one base model: the maths, lazy reading of their weights, and checks.
 
 A *task vector* is a model's tensor minus the base's (arXiv 2212.04089). TIES and DARE are peft's own functions; linear
-averages, SLERP and WARP are here. Left out: merges that need data or gradients (Fisher, RegMean).
+averages, SLERP and WARP are here. Excluded: merges that need data or gradients (Fisher, RegMean).
 
 Two models can be averaged only when both were trained from one start. Networks from different random starts differ by a
 permutation of their units, and their average is noise (arXiv 1912.05671).

@@ -2,7 +2,7 @@
 
 A folder is checked before a library sees it. Only safetensors are read. Code that comes with a model runs only when the
 caller allows it, as the ``model`` stage does by its config. A model is refused when its weights differ from those that
-its config asks for: transformers would fill missing ones with random numbers and drop the others. Left out: what a
+its config asks for: transformers would fill missing ones with random numbers and drop the others. Excluded: what a
 stage needs beyond an intact model (``loading.py``).
 """
 

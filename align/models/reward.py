@@ -1,7 +1,7 @@
 """Score responses with a trained reward model, as a whole or step by step.
 
 A process reward model scores every step of a solution at its last token (arXiv 2305.20050). A step ends with the
-separator's last character, the last step with the end of the turn. Left out: steps without a separator in the text.
+separator's last character, the last step with the end of the turn. Excluded: steps without a separator in the text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Score rows of data by a model (reward, perplexity, or instruction-following difficulty), and embed texts.
 
-The data step ``score`` uses it. Left out: filtering rows by their scores.
+The data step ``score`` uses it. Excluded: filtering rows by their scores.
 
 The data step ``semantic_duplicates`` uses it. Both read local folders and run no code that comes with the weights.
 """

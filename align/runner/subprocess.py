@@ -1,6 +1,6 @@
 """One attempt at a stage: its process, followed until it ends, and the time it took. Never imports torch.
 
-Left out: what an attempt is given, and what becomes of its result (``run_stage.py``).
+Excluded: what an attempt is given, and what becomes of its result (``run_stage.py``).
 """
 
 from __future__ import annotations

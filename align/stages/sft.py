@@ -1,6 +1,14 @@
 """Stage ``sft``: supervised fine-tuning on answers, with trl's SFTTrainer.
 
-The loss is on answers only. trl's fused head computes logits only for tokens with a label, in chunks.
+The loss is on answers only. A row becomes a part of the loss in five steps:
+
+1. ``training.rows.encode_supervised`` renders and tokenizes the row. Labels outside answers are -100.
+2. ``training.order.GroupedOrder`` puts rows of similar length into one micro-batch (``trainers.Prepared.row_order``).
+3. trl's collator pads the micro-batch, or ``training.packing.FlatCollator`` concatenates its rows.
+4. ``models.fast.real_tokens.compute_real_tokens`` has the layers compute real tokens only, and a beginning that rows
+   share only once. ``trainers.Prepared`` prepares the model by ``trainers.reduce_work``.
+5. ``training.fused_head.use_blockwise_head`` has trl's fused head compute the logits of labeled tokens only, in blocks.
+   ``trainers.Prepared.compute_loss`` adds terms such as replay. transformers divides by the labels of the entire step.
 """
 
 from __future__ import annotations

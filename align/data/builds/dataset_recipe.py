@@ -1,6 +1,6 @@
 """The recipe that a ``data`` stage with ``dataset:`` stands for: one source, or one for each split, and no steps.
 
-Left out: pinning the commit and the format (``align.stages.data``).
+Excluded: pinning the commit and the format (``align.stages.data``).
 """
 
 from __future__ import annotations

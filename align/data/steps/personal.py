@@ -2,7 +2,7 @@
 
 Patterns find candidates, which are then checked: phone numbers by phonenumbers (Google's numbering plans), accounts by
 python-stdnum (country, length, check digits), cards by issuer and Luhn's digit, addresses by ipaddress. Data that is
-reserved for examples (example.com, 555 numbers, private networks) does not count. Not covered: names and places, which
+reserved for examples (example.com, 555 numbers, private networks) does not count. Excluded: names and places, which
 take a model that is wrong too often to drop rows; docs/decisions/0012 compares the alternatives.
 """
 

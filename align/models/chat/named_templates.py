@@ -1,11 +1,11 @@
 """Chat templates that ship with align, by the name that users give them, and templates for training. Torch-free.
 
-Each file below ``templates/`` writes a published format, without anything that changes with time. Left out: the limits
+Each file below ``templates/`` writes a published format, without anything that changes with time. Excluded: the limits
 of a template (``chat_template.py``), and the choice of eos (``special_tokens.py``).
 
 Episodes append to what was sampled, so turn n must be a prefix of turn n+1. Some published templates drop thoughts of
 earlier turns, move tools to the last question, or close the last answer with another token. A file below
-``templates/training/`` writes the same prompts and keeps every earlier turn. Left out: whether a template fits a
+``templates/training/`` writes the same prompts and keeps every earlier turn. Excluded: whether a template fits a
 model's own, which its user checks.
 """
 

@@ -1,6 +1,6 @@
 """Render messages to token ids, and split texts by tokens. Training, sampling and scoring apply the chat template here.
 
-Torch-free. Left out: truncation, which is the caller's decision.
+Torch-free. Excluded: truncation, which is the caller's decision.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Convert an external model into the folder that every later stage reads: safetensors, tokenizer, chat template.
 
-Left out: resolving the source (``source.py``) and the download.
+Excluded: resolving the source (``source.py``) and the download.
 
 peft adapters from outside: find the base of one, and merge it. Torch-free until one is merged.
 
-Left out: adapters that align trains (``tuning/``), and checking the files (``folder_checks.py``).
+Excluded: adapters that align trains (``tuning/``), and checking the files (``folder_checks.py``).
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 A folder is checked before any loader sees it. Weights are safetensors files inside the folder, named by
 ``model.safetensors.index.json`` or called ``model.safetensors``; a link may lead to another file of the folder or into
-the blobs of the Hub's cache, nowhere else. Left out: the files' contents (``config_checks.py`` and its neighbors).
+the blobs of the Hub's cache, nowhere else. Excluded: the files' contents (``config_checks.py`` and its neighbors).
 
 Read headers of safetensors files: names, types and shapes of tensors.
 
 A file is 8 bytes (length of the header, little-endian), a JSON header with type, shape and place of every tensor, and
-their bytes. Everything a header says is checked against the file's size. Torch-free. Left out: the tensors' values.
+their bytes. Everything a header says is checked against the file's size. Torch-free. Excluded: the tensors' values.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Check a model folder, an adapter's folder or a GGUF file before any library reads it. Torch-free and fast.
 
-Reads JSON files and the headers of weights, no tensor. Left out: comparing the weights' shapes with the config, which
+Reads JSON files and the headers of weights, no tensor. Excluded: comparing the weights' shapes with the config, which
 needs transformers (``pretrained.py``).
 
 Only values that are wrong for every model are refused. transformers compares the sizes with the weights' shapes
 (``pretrained.py``). Torch-free.
 
-Left out: chat templates (``chat_template.py``), and the choice of eos and pad (``special_tokens.py``).
+Excluded: chat templates (``chat_template.py``), and the choice of eos and pad (``special_tokens.py``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 accelerate's own FSDP2 plugin does the same on GPUs, but is silently ignored on CPUs. The Trainer's side is in
 ``align.training.sharded``. Names and order of parameters stay those of the plain model, so files on disk are those of
-one process. Left out: loading without a full model in each process's memory first.
+one process. Excluded: loading without a full model in each process's memory first.
 
 The full model is gathered into a shell: the same modules without memory, copied before sharding. ``full_model`` fills
 its parameters with the gathered tensors, and empties it again.

@@ -2,7 +2,7 @@
 
 A source is a built-in name, a transformers folder, a peft adapter's folder, a ``.gguf`` file, or a Hub name. A Hub name
 with a commit is resolved without the network; for any other revision the Hub or its cache names the commit.
-Left out: fetching and conversion (``embedded.py``, ``stages/model.py``).
+Excluded: fetching and conversion (``embedded.py``, ``stages/model.py``).
 
 Recognize checkpoints of DeepSpeed, FSDP and verl, which are pickled, and name the command that converts them.
 

@@ -1,7 +1,7 @@
 """Parameter counts of a decoder and of its adapters, from its ``config.json`` only. Torch-free.
 
 ``RULES`` has one function per ``model_type``; a type without one is refused rather than guessed. The tests compare each
-with the model that transformers builds. Left out: mixtures of experts, encoders, models of several parts (vision).
+with the model that transformers builds. Excluded: mixtures of experts, encoders, models of several parts (vision).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Processes that train one model together: collective operations, shares of work, and deterministic kernels.
 
 With one process everything here is the identity. A failure ends its process, and the launcher then ends the others, so
-nothing here catches errors. Left out: the model itself (``align.models.checkpoints.sharding``).
+nothing here catches errors. Excluded: the model itself (``align.models.checkpoints.sharding``).
 
 torch then uses the deterministic kernel, and raises ``RuntimeError`` at an operation that has none.
-Left out: equal bits on another card, with another torch, or in another number of processes.
+Excluded: equal bits on another card, with another torch, or in another number of processes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ shape. Two hooks on the trunk keep this so:
 
 What is around the trunk (heads, losses, adapters, parallel wrappers) sees no difference but time and memory. Results
 change by rounding. Calls of any other kind pass unchanged: caches, generation, left padding, embeddings in place of
-tokens, routers' logits. Left out: attention dropout and sliding windows (``can_compute_real_tokens``).
+tokens, routers' logits. Excluded: attention dropout and sliding windows (``can_compute_real_tokens``).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ prompt. A causal model computes the same states for these tokens whatever follow
 
 When only the last layers are trained, every model that shares the frozen weights below (a policy, its reference, a
 critic next to it) has the same hidden states there. The lower layers run once, without gradients, and each model
-continues from their states. Left out: decoders that do more before, between or after their layers than Llama does
+continues from their states. Excluded: decoders that do more before, between or after their layers than Llama does
 (``SPLITTABLE``); they run in one piece.
 """
 

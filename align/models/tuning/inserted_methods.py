@@ -8,12 +8,12 @@ the identity.
 
 Each such layer returns ``output + gate * W_o softmax(q k^T / sqrt(d)) v`` with k and v made from the learned tokens by
 the layer's own matrices, and q the text's rotated queries (arXiv 2303.16199, section 3.2; one gate per layer, as in
-peft). Left out: the visual tokens of that paper, and models that normalize their queries or rotate only some of them.
+peft). Excluded: the visual tokens of that paper, and models that normalize their queries or rotate only some of them.
 
 Every row begins with virtual tokens (``virtual_tokens``). At their positions each layer's key and value matrices return
 learned rows, whatever the layer below computed. Caches, padding and ragged rows therefore work unchanged, and the real
 tokens see what they see with peft's prefix; peft does not rotate these keys, here they are rotated by their positions,
-which training absorbs. Left out: the network that Li and Liang train instead; starting from the keys and values of real
+which training absorbs. Excluded: the network that Li and Liang train instead; starting from the keys and values of real
 tokens makes it unnecessary.
 """
 

@@ -1,6 +1,6 @@
 """Find the attention and MLP modules of a decoder's layers, and the layers that peft has adapted.
 
-Modules are found by the names that most decoders of transformers use. Left out: decoders that fuse these matrices or
+Modules are found by the names that most decoders of transformers use. Excluded: decoders that fuse these matrices or
 use other names (GPT-2, GPT-NeoX, Phi-3), which are refused.
 
 Train the rows of a few tokens next to low-rank adapters (``tuning.train_tokens``), by peft's trainable tokens.

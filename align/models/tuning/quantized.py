@@ -1,7 +1,7 @@
 """QLoRA (arXiv 2305.14314): adapters next to matrices that bitsandbytes keeps in 4 bits, on GPUs and CPUs.
 
 The matrices of the layers are quantized; embeddings, norms and heads are not. LoftQ (arXiv 2310.08659) is computed here
-with one round of quantization and decomposition, because peft's own needs a GPU. Left out: 8 bits, other libraries, and
+with one round of quantization and decomposition, because peft's own needs a GPU. Excluded: 8 bits, other libraries, and
 models that come quantized.
 """
 

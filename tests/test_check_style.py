@@ -1,0 +1,38 @@
+"""``tools/check_style.py`` counts places and fails above a cap."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import check_style
+
+
+def test_idiom_is_counted_in_any_case() -> None:
+    texts = [("a.py:1", "Nothing is read.  It reads\nnothing."), ("b.py:2", "noting")]
+    assert len(list(check_style.idiom_places("nobody, nothing", texts))) == 2
+    assert list(check_style.idiom_places("another count", texts)) == []
+
+
+def test_count_above_cap_fails() -> None:
+    name = "functions over 60 lines"
+    places = {count: [] for count in check_style.CAPS} | {name: ["place"] * check_style.CAPS[name]}
+    assert not check_style.report(places, [], [])[1]
+    places[name].append("one more")
+    assert check_style.report(places, [], [])[1]
+
+
+def test_rate_above_cap_fails() -> None:
+    places = {count: [] for count in check_style.CAPS}
+    text = "words " * 5_000
+    assert not check_style.report(places, [("a.py:1", text)], [])[1]
+    assert check_style.report(places, [("a.py:1", text + "beside beside")], [])[1]
+
+
+def test_long_function_and_question_are_noticed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_style, "ROOT", tmp_path)
+    file = tmp_path / "module.py"
+    file.write_text('"""What it does."""\ndef long():\n' + "    x = 1\n" * 60 + "# a comment\n")
+    places: check_style.Places = check_style.defaultdict(list)
+    assert [text for _, text in check_style.read_source(file, places)] == ["What it does.", "a comment"]
+    assert places["functions over 60 lines"] == ["module.py:2: long"]
+    assert len(places["docstrings that begin with a question word"]) == 1

@@ -1,0 +1,134 @@
+"""Count how the code reads, and fail if a count is over its cap. ``make check`` runs it.
+
+``python tools/check_style.py`` prints every count; with ``--list NAME`` it prints the places of one. A cap is the level
+that was reached. Lower it when the count falls; raise it only with a reason in the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LONGEST_TEST_NAME = 60
+LONGEST_FUNCTION = 60
+LONGEST_FILE = 400
+IDIOMS = {
+    "where for if": (r"\bwhere (there|it|the|a|an|one|they|this|no|nothing|some|several|its|none)\b", 3, 3),
+    "one without a noun": (r"\bone (that|of|for|whose|in|with|which)\b", 6, 5),
+    "nobody, nothing": (r"\b(nobody|nothing)\b", 5, 9),
+    "takes": (r"\b(takes?|taken)\b", 5, 12),
+    "that of": (r"\b(that|those) of\b", 2, 1),
+    "alone": (r"\balone\b", 2, 1),
+    "too": (r",? too[.,;)]", 1, 1),
+    "of its own": (r"\bof (its|their) own\b", 1, 1),
+    "beside": (r"\bbeside\b", 1, 1),
+    "goes on": (r"\bgo(es)? on\b", 1, 1),
+    "lies, stands": (r"\b(lies?|stands?)\b(?! for)", 1, 1),
+    "left out": (r"\bleft out\b", 1, 1),
+    "so that": (r"\bso that\b", 2, 2),
+}
+"""Name -> expression that is rare in technical English, and its highest rate per 10,000 words of docstrings and
+comments, and of documents."""
+QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
+CAPS = {
+    "files": 590,
+    "files over 400 lines": 6,
+    "functions over 60 lines": 3,
+    "test names over 60 characters": 385,
+    "docstrings that begin with a question word": 1,
+}
+"""Count -> highest number."""
+
+Places = dict[str, list[str]]
+
+
+def main(arguments: list[str]) -> int:
+    """Print the counts; return 1 if one is over its cap."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", metavar="NAME", help="print the places of one count")
+    listed = parser.parse_args(arguments).list
+    places: Places = defaultdict(list)
+    sources = sorted((ROOT / "align").rglob("*.py"))
+    prose = [text for path in sources for text in read_source(path, places)]
+    places["files"] = [str(path) for path in sources]
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        read_test(path, places)
+    documents = [(str(path), path.read_text(encoding="utf-8")) for path in sorted((ROOT / "docs").rglob("*.md"))]
+    if listed is not None:
+        sys.stdout.write("\n".join([*places.get(listed, []), *idiom_places(listed, prose + documents)]) + "\n")
+        return 0
+    lines, is_over = report(places, prose, documents)
+    sys.stdout.write("\n".join(lines) + "\n")
+    return int(is_over)
+
+
+def report(places: Places, prose: list[tuple[str, str]], documents: list[tuple[str, str]]) -> tuple[list[str], bool]:
+    """Return one line per count, and whether one is over its cap."""
+    lines = []
+    is_over = False
+    for name, cap in CAPS.items():
+        count = len(places[name])
+        is_over |= count > cap
+        lines.append(f"{count:6} of at most {cap:<5} {name}")
+    for number, texts, kind in ((1, prose, "docstrings and comments"), (2, documents, "documents")):
+        words = sum(len(text.split()) for _, text in texts)
+        for idiom, entry in IDIOMS.items():
+            cap = float(entry[number])
+            rate = 10_000 * len(list(idiom_places(idiom, texts))) / max(words, 1)
+            is_over |= rate > cap
+            lines.append(f"{rate:6.1f} of at most {cap:<5g} {idiom}, per 10,000 words of {kind}")
+    return lines, is_over
+
+
+def idiom_places(name: str, texts: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield the places of an idiom in ``texts``, pairs of a place and a text; none for another name."""
+    if name not in IDIOMS:
+        return
+    pattern = re.compile(IDIOMS[name][0], re.IGNORECASE)
+    for place, text in texts:
+        for match in pattern.finditer(text):
+            start = max(0, match.start() - 30)
+            yield f"{place}: ...{' '.join(text[start : match.end() + 30].split())}..."
+
+
+def read_source(path: Path, places: Places) -> Iterator[tuple[str, str]]:
+    """Count what is long in a module, and yield its docstrings and comments with their places."""
+    name = path.relative_to(ROOT).as_posix()
+    source = path.read_text(encoding="utf-8")
+    if source.count("\n") > LONGEST_FILE:
+        places["files over 400 lines"].append(name)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LONGEST_FUNCTION:
+                places["functions over 60 lines"].append(f"{name}:{node.lineno}: {node.name}")
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_text and isinstance(node.value.value, str):  # type: ignore[attr-defined]
+            text = node.value.value  # type: ignore[attr-defined]
+            if QUESTION.match(text):
+                places["docstrings that begin with a question word"].append(f"{name}:{node.lineno}: {text[:60]}")
+            yield f"{name}:{node.lineno}", text
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield f"{name}:{token.start[0]}", token.string.lstrip("# ")
+
+
+def read_test(path: Path, places: Places) -> None:
+    """Count the names of a module's tests that are too long."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        is_test = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+        if is_test and len(node.name) > LONGEST_TEST_NAME:  # type: ignore[attr-defined]
+            place = f"{path.relative_to(ROOT).as_posix()}:{node.lineno}: {node.name}"  # type: ignore[attr-defined]
+            places["test names over 60 characters"].append(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
