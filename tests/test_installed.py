@@ -33,7 +33,7 @@ def test_commands_find_shipped_files_from_an_empty_folder(installed_align: Insta
 
     started = installed_align.run("init", "sft", "--output", "first", folder=tmp_path)
     assert started.returncode == 0, started.stderr
-    assert {path.name for path in (tmp_path / "first").iterdir()} == {"sft.yaml", "sft.jsonl"}
+    assert {path.name for path in (tmp_path / "first").iterdir()} == {"sft.yaml", "sft.jsonl", "align.schema.json"}
     again = installed_align.run("init", "sft", "--output", "first", folder=tmp_path)
     assert again.returncode == 2 and "is there already, and nothing is overwritten" in again.stderr
     # A path in the YAML starts at its folder, wherever the command is given.

@@ -81,10 +81,10 @@ def report(places: Places, prose: list[tuple[str, str]], documents: list[tuple[s
     for number, texts, kind in ((1, prose, "docstrings and comments"), (2, documents, "documents")):
         words = sum(len(text.split()) for _, text in texts)
         for idiom, entry in IDIOMS.items():
-            cap = float(entry[number])
+            highest = float(entry[number])
             rate = 10_000 * len(list(idiom_places(idiom, texts))) / max(words, 1)
-            is_over |= rate > cap
-            lines.append(f"{rate:6.1f} of at most {cap:<5g} {idiom}, per 10,000 words of {kind}")
+            is_over |= rate > highest
+            lines.append(f"{rate:6.1f} of at most {highest:<5g} {idiom}, per 10,000 words of {kind}")
     return lines, is_over
 
 
@@ -110,9 +110,8 @@ def read_source(path: Path, places: Places) -> Iterator[tuple[str, str]]:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > LONGEST_FUNCTION:
                 places["functions over 60 lines"].append(f"{name}:{node.lineno}: {node.name}")
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if is_text and isinstance(node.value.value, str):  # type: ignore[attr-defined]
-            text = node.value.value  # type: ignore[attr-defined]
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            text = node.value.value
             if QUESTION.match(text):
                 places["docstrings that begin with a question word"].append(f"{name}:{node.lineno}: {text[:60]}")
             yield f"{name}:{node.lineno}", text
@@ -124,9 +123,10 @@ def read_source(path: Path, places: Places) -> Iterator[tuple[str, str]]:
 def read_test(path: Path, places: Places) -> None:
     """Count the names of a module's tests that are too long."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        is_test = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
-        if is_test and len(node.name) > LONGEST_TEST_NAME:  # type: ignore[attr-defined]
-            place = f"{path.relative_to(ROOT).as_posix()}:{node.lineno}: {node.name}"  # type: ignore[attr-defined]
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if node.name.startswith("test_") and len(node.name) > LONGEST_TEST_NAME:
+            place = f"{path.relative_to(ROOT).as_posix()}:{node.lineno}: {node.name}"
             places["test names over 60 characters"].append(place)
 
 

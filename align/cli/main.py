@@ -359,7 +359,7 @@ def _run_command(arguments: Sequence[str] | None, output: GuardedStream) -> int:
         output.goes_on = options.command in WORKING_COMMANDS
         output.is_document = bool(getattr(options, "json", False))
         if getattr(options, "offline", False):
-            from align.config.hub_commits import go_offline
+            from align.patches.huggingface_hub import go_offline
 
             go_offline()
         return COMMANDS[options.command].run(options)

@@ -175,7 +175,7 @@ def _make_rehearsal(scene: Scene, finished: Finished, options: argparse.Namespac
 
 def _max_prompt_tokens(scene: Scene, model_dir: Path) -> int:
     """Return the longest prompt: the stage's, or for a task what its episodes leave of the engine's length."""
-    from align.inference.weights import max_positions
+    from align.inference.switching import max_positions
 
     config = scene.config
     if scene.task is None:

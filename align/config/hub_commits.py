@@ -31,12 +31,6 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and COMMIT.fullmatch(revision) is not None
 
 
-def go_offline() -> None:
-    """Make this process and its child processes read only the Hub's cache."""
-    # huggingface_hub reads the variable when it is imported, which no command has done yet.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-
-
 def find_commit(name: str, revision: str | None, repo_type: RepoType) -> str:
     """Return the commit that ``revision`` (a branch or tag; ``main`` if it is None) of a repository means now.
 

@@ -18,7 +18,7 @@ from align.environments.turn_template import TurnTemplate
 from align.errors import UserError
 from align.inference.engine import open_transformers
 from align.inference.protocol import BatchEngine, OnHang, TurnRequest
-from align.inference.weights import max_positions
+from align.inference.switching import max_positions
 from align.models.loading import load_tokenizer
 
 PROBE: list[Message] = [{"role": "system", "content": "Qanat"}, user("Xylem"), assistant("Vortex"), user("Zephyrus")]

@@ -26,7 +26,7 @@ from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import Example, Task, TaskInputs
 from align.evaluation.tasks.records import draw
 from align.inference.protocol import Sampling
-from align.inference.weights import max_positions
+from align.inference.switching import max_positions
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 

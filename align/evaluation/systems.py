@@ -25,7 +25,7 @@ from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks.base import Answers, Episodes, Example, Values
 from align.inference.protocol import Response, RolloutEngine, Sampling
-from align.inference.weights import SwitchingEngine, architecture
+from align.inference.switching import SwitchingEngine, architecture
 from align.models.chat.render import render_prompt
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import numbered_lines

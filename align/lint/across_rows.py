@@ -19,9 +19,9 @@ MIN_PROMPT_WORDS = 16
 """Shorter prompts are not compared by word sequences: they consist mostly of the words of their kind of question."""
 MIN_ANSWERS, MAX_ANSWER_SHARE = 50, 0.5
 """From ``MIN_ANSWERS`` rows on, an answer in more than this share of them is reported."""
-QUOTED_WORDS, QUOTED_SHARE = 5, 0.05
+QUOTED_WORDS, QUOTED_SHARE, QUOTED_ROWS = 5, 0.05, 5
 """An answer of ``QUOTED_WORDS`` words or more in its own prompt is no coincidence, but may be a quotation. It is
-reported if more than ``QUOTED_SHARE`` of the rows have such an answer."""
+reported if more than ``QUOTED_SHARE`` of at least ``QUOTED_ROWS`` rows have such an answer."""
 CHOICE = re.compile(r"\s*\(?(?:[A-Za-z]|\d{1,2})[.):]\s+")
 """Mark of an item in a list of choices."""
 MIN_ROWS, QUESTIONS_SHARE, PROMPT_QUESTIONS_SHARE = 50, 0.9, 0.02
@@ -125,7 +125,7 @@ def check_repeated_answers(rows: Sequence[PlacedRow], findings: Findings) -> Non
 def check_quoted_answers(rows: Sequence[PlacedRow], findings: Findings) -> None:
     """Report answers that a user's turn of their own prompt has, word for word, if many rows have them."""
     quoted = [(place, answer) for place, row in rows if (answer := _quoted_answer(row))]
-    if len(quoted) > QUOTED_SHARE * len(rows):
+    if len(rows) >= QUOTED_ROWS and len(quoted) > QUOTED_SHARE * len(rows):
         for place, answer in quoted:
             findings.add("answer-in-prompt", place, answer)
 

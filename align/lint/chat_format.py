@@ -298,8 +298,10 @@ def _check_earlier_turns(chat_format: ChatFormat, findings: Findings) -> None:
             f"the last answer is followed by {chat_format.closing!r}, an earlier one by {chat_format.user_start!r}"
         )
         findings.add("earlier-turns-unclosed", None, excerpt)
-    # A mark of the closing that is no control token is reported as split. Some models end at the next turn's header.
-    if not last and not MARK.findall(chat_format.closing or "") and (not after or after[0] not in chat_format.ends):
+    # A mark of the closing that is no control token is reported as split. Some models, such as GLM-4, write nothing
+    # after an answer and end at the next turn's header.
+    ends_at_header = bool(after) and (after[0] in chat_format.ends or not chat_format.closing)
+    if not last and not MARK.findall(chat_format.closing or "") and not ends_at_header:
         excerpt = f"no answer is closed: an earlier one is followed by {chat_format.user_start!r}, the last by nothing"
         findings.add("earlier-turns-unclosed", None, excerpt)
 

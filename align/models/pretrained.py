@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.errors import UserError
-from align.models.chat.chat_template import limit_templates
 from align.models.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, read_header, refuse_links
 from align.models.checkpoints.folder_checks import (
     check_adapter,
@@ -47,6 +46,13 @@ NAMED = 5
 """Most tensors that a message names."""
 
 
+def _limit_templates() -> None:
+    # Imported late, because it imports jinja2, which a plan does not need.
+    from align.models.chat.chat_template import limit_templates
+
+    limit_templates()
+
+
 def open_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return a model folder's config.
 
@@ -75,7 +81,7 @@ def open_tokenizer(folder: Path | str, *, revision: str | None = None, trust_rem
     elif path.is_dir():
         refuse_links(path)
         check_tokenizer(path, None)
-    limit_templates()
+    _limit_templates()
     with refusing(folder):
         return AutoTokenizer.from_pretrained(str(folder), revision=revision, trust_remote_code=trust_remote_code)
 
@@ -236,7 +242,7 @@ def open_gguf(gguf: Path, dtype: Any) -> tuple[Any, Any]:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
-    limit_templates()
+    _limit_templates()
     resume_collections()
     # transformers also reads files next to a GGUF. They are not part of the model's identity, so it sees the GGUF only.
     with tempfile.TemporaryDirectory(prefix="align-gguf-") as isolated, refusing(gguf):

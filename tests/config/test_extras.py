@@ -11,7 +11,7 @@ import pytest
 from align.config.recipe.filter_settings import FilterStep
 from align.config.recipe.step_settings import NormalizeStep
 from align.config.validation import validate
-from align.data.steps.step_kinds import step_identities
+from align.data.steps.step_identities import step_identities
 from align.errors import UserError
 
 

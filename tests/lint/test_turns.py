@@ -99,6 +99,9 @@ def test_a_template_that_writes_calls_otherwise() -> None:
 )
 def test_arguments_of_another_schema_are_reported(arguments: dict[str, Any], excerpt: str) -> None:
     spoilt = rows()
+    tools = json.loads(spoilt[2]["tools"])
+    tools[0]["function"]["parameters"]["required"] = ["a", "b"]
+    spoilt[2]["tools"] = json.dumps(tools)
     spoilt[2]["completion"] = [calling({"name": "add", "arguments": arguments})]
     finding = look(make("chatml-tools"), spoilt)["wrong-arguments"]
     assert [finding.count, finding.examples[0].place.id] == [1, spoilt[2]["id"]]  # type: ignore[union-attr]

@@ -34,7 +34,7 @@ LOADERS = {
     "simple_evaluate",
     "load_checkpoint_and_dispatch",
 }
-PARAMETER = {DOOR, Path("models", "conversion.py"), Path("models", "adapters.py")}
+PARAMETER = {DOOR, Path("models", "checkpoints", "conversion.py")}
 """Files in which ``trust_remote_code`` is passed on from the config of a ``model`` stage."""
 
 

@@ -170,6 +170,8 @@ def started(command: list[str], cwd: Path, store: Path, folder: str) -> subproce
     process = subprocess.Popen(
         [sys.executable, "-m", "align.cli.main", *command, "--store", str(store)],
         cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        # A shell starts background jobs with SIGINT ignored, and child processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(list(store.glob(f"{folder}/*.partial/checkpoints/step-*"))) < 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from align.config.base import Config
@@ -21,7 +20,7 @@ from align.config.recipe.step_settings import (
     ScoreStep,
     SemanticDuplicatesStep,
 )
-from align.data.steps.base import ModelLoaders, StepContext
+from align.data.steps.base import StepContext
 from align.data.steps.decontaminate import Decontaminate
 from align.data.steps.deduplicate import ExactDuplicates, NearDuplicates, SemanticDuplicates
 from align.data.steps.filter import Filter
@@ -40,7 +39,6 @@ from align.data.steps.split import (
     Usable,
     UsableStep,
 )
-from align.pipeline.registry import load_object
 
 
 @dataclass(frozen=True)
@@ -79,24 +77,3 @@ STEPS: dict[type[Config], StepKind] = {
 def start_step(config: Config, context: StepContext) -> Any:
     """Return the step that ``config`` describes. Raises ``UserError`` if it cannot run."""
     return STEPS[type(config)].start(config, context)
-
-
-_FUNCTIONS: dict[type[Config], str] = {
-    NormalizeStep: "align.data.steps.normalize:normalize_identities",
-    FilterStep: "align.data.steps.filter:filter_identities",
-    ScoreStep: "align.data.steps.score:scorer_identities",
-    SemanticDuplicatesStep: "align.data.steps.deduplicate:embedder_identities",
-    DecontaminateStep: "align.data.steps.decontaminate:evaluation_set_identities",
-}
-"""Import paths, so a plan imports no other steps than its recipe's. The other steps read only the rows.
-"""
-
-
-def step_identities(config: Config, base: Path, models: ModelLoaders | None = None) -> dict[str, str]:
-    """Return digests and versions of everything except the rows that the step reads.
-
-    Raises ``UserError`` for a missing file.
-    """
-    function = _FUNCTIONS.get(type(config))
-    identities: dict[str, str] = {} if function is None else load_object(function)(config, base, models)
-    return identities

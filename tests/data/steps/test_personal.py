@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from align.config.recipe.filter_settings import FilterStep
 from align.data.rows import Dropped, assistant, user
 from align.data.steps.personal import find_cards, find_emails, find_ibans, find_ips, phone_finder
-from align.data.steps.step_kinds import step_identities
+from align.data.steps.step_identities import step_identities
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 FINDERS = {

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from align.config.recipe.filter_settings import Boilerplate, FilterStep, Repetition
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.step_kinds import step_identities
+from align.data.steps.step_identities import step_identities
 from align.data.steps.web_text import find_repetition, find_url, has_url, prose, rules, strip_urls
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 

@@ -193,10 +193,10 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "template without end": (
         put(TEMPLATE, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
         "",
-        "steps",
+        "did not end within",
     ),
     "template of 10**9 turns": (put(TEMPLATE, "{% for i in range(10**9) %}{% endfor %}"), "", "Range too big"),
-    "template that fills the memory": (put(TEMPLATE, "{{ 'x' * 10**11 }}"), "", "characters"),
+    "template that fills the memory": (put(TEMPLATE, "{{ 'x' * 10**11 }}"), "", "MiB of memory"),
     "template with Python's insides": (put(TEMPLATE, "{{ ''.__class__.__mro__ }}"), "", "unsafe"),
     "template that refuses all": (put(TEMPLATE, "{{ raise_exception('no') }}"), "", "refuses a conversation"),
     "weights missing": (remove(WEIGHTS), "", "holds no weights"),

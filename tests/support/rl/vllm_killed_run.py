@@ -38,19 +38,21 @@ class Mortal:
         engine: Any = open_engine(policy, runtime, precision="float32", max_length=128, seed=7, warn=print)
         assert engine.name == "vllm"
         self.engine, self.asked, self.place, self.left = engine, request, place, number
-        self.generates, self.steps = engine.llm.generate, engine.llm.llm_engine.step
-        engine.llm.generate, engine.llm.llm_engine.step = self.note, self.step
+        self.runs = engine._run
+        self.steps = engine.steps.step
+        engine._run = self.note
+        engine.steps.step = self.step
         self.name, self.generate, self.score_tokens = engine.name, engine.generate, engine.score_tokens
         self.step_left = 0
 
-    def note(self, inputs: Any, params: Any, **options: Any) -> Any:
+    def note(self, call: str, prompts: Any, params: Any, on_progress: Any = None) -> Any:
         """Write down each request's prompt and seed, just as vLLM is handed them: a line for each call."""
-        requests = [(entry["prompt_token_ids"], param.seed) for entry, param in zip(inputs, params, strict=True)]
+        requests = [(prompt, param.seed) for prompt, param in zip(prompts, params, strict=True)]
         with self.asked.open("a") as file:
             file.write(json.dumps(requests) + "\n")
         if len(requests) == FIELDS["rollout_batch"] and self.is_now("sampling"):
             self.step_left = MIDDLE
-        return self.generates(inputs, params, **options)
+        return self.runs(call, prompts, params, on_progress)
 
     def step(self) -> Any:
         if self.step_left == 1:
