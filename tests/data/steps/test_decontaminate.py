@@ -17,7 +17,7 @@ from align.data.rows import Row, assistant, user
 from align.data.sources import read
 from align.data.steps import decontaminate
 from align.data.steps.decontaminate import read_items, set_identities
-from align.data.steps.step_kinds import step_identities
+from align.data.steps.step_identities import step_identities
 from align.errors import UserError
 from tests.support.data.steps.tables import decide, kept, row
 

@@ -19,7 +19,8 @@ from align.config.recipe.step_settings import ExactDuplicatesStep, NearDuplicate
 from align.data.rows import Row, assistant, user
 from align.data.steps import deduplicate
 from align.data.steps.deduplicate import SCALE, fetch_model, find_similar, quantize
-from align.data.steps.step_kinds import start_step, step_identities
+from align.data.steps.step_identities import step_identities
+from align.data.steps.step_kinds import start_step
 from align.errors import UserError
 from tests.support.data.steps.tables import context, decide, kept, row
 

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from align.config.recipe.filter_settings import LANGUAGES, FilterStep
 from align.data.rows import Dropped, Row, assistant, user
 from align.data.steps.filter import load_detector, readable
-from align.data.steps.step_kinds import start_step, step_identities
+from align.data.steps.step_identities import step_identities
+from align.data.steps.step_kinds import start_step
 from align.errors import UserError
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair, reason, run
 
@@ -190,7 +191,7 @@ def test_results_do_not_depend_on_the_process():
 def test_configuring_imports_nothing_heavy():
     code = (
         "import sys\nfrom align.config.recipe.filter_settings import FilterStep\n"
-        "from align.config.recipe.step_settings import NormalizeStep\n"
+        "from align.data.steps.step_identities import step_identities\n"
         "from align.data.steps.step_kinds import step_identities\n"
         "step = FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={})\n"
         "step_identities(step, None)\n"
