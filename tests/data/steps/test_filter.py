@@ -192,7 +192,6 @@ def test_configuring_imports_nothing_heavy():
     code = (
         "import sys\nfrom align.config.recipe.filter_settings import FilterStep\n"
         "from align.data.steps.step_identities import step_identities\n"
-        "from align.data.steps.step_kinds import step_identities\n"
         "step = FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={})\n"
         "step_identities(step, None)\n"
         "NormalizeStep(type='normalize', fix_encoding=True)\n"
