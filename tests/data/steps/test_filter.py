@@ -191,6 +191,7 @@ def test_results_do_not_depend_on_the_process():
 def test_configuring_imports_nothing_heavy():
     code = (
         "import sys\nfrom align.config.recipe.filter_settings import FilterStep\n"
+        "from align.config.recipe.step_settings import NormalizeStep\n"
         "from align.data.steps.step_identities import step_identities\n"
         "step = FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={})\n"
         "step_identities(step, None)\n"
