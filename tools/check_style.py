@@ -39,7 +39,7 @@ IDIOMS = {
 comments, and of documents."""
 QUESTION = re.compile(r"^(What|Whether|How|Where|Which|Who|Why|When)\b")
 CAPS = {
-    "files": 590,
+    "files": 591,
     "files over 400 lines": 6,
     "functions over 60 lines": 3,
     "test names over 60 characters": 385,

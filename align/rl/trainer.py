@@ -105,12 +105,10 @@ class RLTrainer(Trainer):  # type: ignore[misc]
         )
         refuse_inputs(self, inputs)
         self.kl_controller = make_controller(drift.kl_controller, drift.kl_coef, drift.kl_target, drift.kl_horizon)
-        self.kl_penalty = KLPenalty()
-        """Of the current update."""
+        self.kl_penalty = KLPenalty()  # of the current update
         self.totals = {"episodes": 0, "tokens": 0}
         self.alarms: list[Alarm] = []
-        self.stopped: str | None = None
-        """Reason why the run ended before its last update, if it did."""
+        self.stopped: str | None = None  # reason why the run ended before its last update, if it did
         self.update_log = UpdateLog(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
@@ -297,7 +295,6 @@ class RLTrainer(Trainer):  # type: ignore[misc]
 
     def reduce(self, total: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes of their parts of an optimizer step, of any shape."""
-        if self.args.world_size == 1:
-            return total
-        reduced: torch.Tensor = self.accelerator.reduce(total.to(self.args.device), "sum").to(total.device)
-        return reduced
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total.to(self.args.device), "sum").to(total.device)
+        return total

@@ -1,4 +1,4 @@
-"""What a step reads besides rows, as digests for the key of its stage. A plan imports only the steps of its recipe."""
+"""Digests of everything that a step reads besides rows. A plan imports only the steps of its recipe."""
 
 from __future__ import annotations
 
