@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from align.config.launch import LaunchConfig, world_size
-from align.config.stages.rl import DriftFields, RolloutFields
+from align.config.stages.rl import DriftFields, RolloutFields, drift_settings
 from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS
 from align.training.arguments import use_one_device
 
@@ -29,8 +29,6 @@ FINGERPRINT = (
     "max_staleness",
 )
 """Settings that decide the order of the data. A checkpoint stores them, and a resumed run must have the same."""
-NO_DRIFT = DriftFields(policy="policy", prompts="prompts", score="scorer", learning_rate=1e-6)
-"""Settings of methods that do not penalize drift: no staleness, no budget."""
 DERIVED = frozenset(
     {
         *("learning_rate", "weight_decay", "max_grad_norm", "max_steps", "num_train_epochs"),
@@ -134,5 +132,5 @@ def rollout_arguments(
     if launch is not None:
         arguments.launch = launch
         arguments.precision = precision or config.precision
-    arguments.drift = config if isinstance(config, DriftFields) else NO_DRIFT
+    arguments.drift = drift_settings(config)
     return arguments

@@ -1,7 +1,7 @@
 """Settings that map the records of a file to the fields that align reads, without any Python.
 
-``align.data.mapping`` applies them. Sources of a recipe have all of the settings; tasks of an evaluation have the
-settings of ``RecordColumns``.
+``align.data.formats.mapping`` applies them. Sources of a recipe have all of the settings; tasks of an evaluation have
+the settings of ``RecordColumns``.
 """
 
 from __future__ import annotations

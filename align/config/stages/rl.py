@@ -409,3 +409,10 @@ class DriftFields(RolloutFields):
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError("kl_estimator is k1, which as a loss has no gradient on average; use k2 or k3.")
         return self
+
+
+def drift_settings(config: RolloutFields) -> DriftFields:
+    """Return the config of a method that penalizes drift; for another method the defaults, such as no staleness."""
+    if isinstance(config, DriftFields):
+        return config
+    return DriftFields.for_trainer(learning_rate=1e-6)  # a rate is required, and is not read from here

@@ -73,7 +73,7 @@ class Architecture:
     normed_heads: int = 0
     """Features of one layer's queries and keys that have their own norms."""
     lean_norms: bool = False
-    """True where norms are written as Llama's, and so keep little (``align.models.fast.norms``)."""
+    """True where norms are written as Llama's, and so keep little (``align.models.fast.lean_modules``)."""
     scaled_embeddings: bool = False
     """True if the token embedding is a class that scales its rows, and so is not rounded."""
     conv1d: bool = False

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from align.config.stages.rl import drift_settings
 from align.rl.kl import KLPenalty, estimate_kl
 from align.rl.losses import Aggregation, aggregate, importance_weights
 from align.rl.metrics import Averages
@@ -44,7 +45,8 @@ class Objective(ABC):
         self.config = config
         self.averages = Averages()
         """Metrics that the trainer logs with its own."""
-        self.scale = RunningScale() if getattr(config, "normalize_scores", False) else None
+        self.drift = drift_settings(config)
+        self.scale = RunningScale() if self.drift.normalize_scores else None
 
     def select(self, rollout: Rollout, sampler: RolloutSampler) -> Rollout:
         """Return the scored responses to measure and learn from, here all."""
@@ -85,7 +87,7 @@ class Objective(ABC):
             scores,
             tensors["finished"],
             missing_eos_penalty=self.config.missing_eos_penalty,
-            score_clip=getattr(self.config, "score_clip", None),
+            score_clip=self.drift.score_clip,
             length_penalty=self.config.length_penalty,
             lengths=tensors["response_mask"].sum(dim=1),
         )

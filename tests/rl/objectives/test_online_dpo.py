@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from align.config.stages.online_dpo import OnlineDpoConfig
 from align.rl.objectives.online_dpo import OnlineDPOObjective
 from align.rl.rollout import Rollout
 
-ARGS = SimpleNamespace(
-    loss="sigmoid", beta=0.5, label_smoothing=0.0, normalize_scores=False, missing_eos_penalty=None, score_clip=None,
-    length_penalty=0.0,
-)  # fmt: skip
+CONFIG = OnlineDpoConfig.for_trainer(learning_rate=1e-6, beta=0.5)
 
 
 def make_batch() -> dict[str, torch.Tensor]:
@@ -27,7 +25,7 @@ def make_batch() -> dict[str, torch.Tensor]:
 
 
 def test_logged_values_are_means_over_pairs() -> None:
-    objective = OnlineDPOObjective(ARGS)
+    objective = OnlineDPOObjective(CONFIG)
     logprobs = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 2.0], [-1.0, 9.0], [5.0, 5.0], [0.0, 0.0]])
     batch = make_batch()
     step: Any = SimpleNamespace(count=objective.token_count([batch]))
@@ -57,7 +55,7 @@ def test_best_and_worst_of_each_group_are_a_pair() -> None:
             "failed": torch.tensor([False] * 6 + [True, False, False]),
         },
     )
-    objective = OnlineDPOObjective(ARGS)
+    objective = OnlineDPOObjective(CONFIG)
     pairs = objective.select(rollout, sampler=None)  # type: ignore[arg-type]
     assert pairs.texts[:2] == ["1", "2"] and pairs.texts[4:] == ["7", "6"]
     assert set(pairs.texts[2:4]) <= {"3", "4", "5"} and pairs.texts[2] != pairs.texts[3]

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from align.config.stages.ppo import PpoConfig
 from align.rl.objectives.ppo import PPOObjective
 from align.rl.rollout import Rollout
 
-ARGS: dict[str, Any] = {
-    "normalize_scores": False, "missing_eos_penalty": None, "score_clip": None, "length_penalty": 0.0, "gamma": 1.0,
-    "lam": 1.0, "truncation": "terminal", "turn_discount": 1.0, "whiten_rewards": False, "whiten_advantages": False,
-    "truncated": "learn", "critic_warmup_updates": 2,
-}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 1e-6,
+    "lam": 1.0,
+    "whiten_advantages": False,
+    "critic_warmup_updates": 2,
+}
 
 
 def make_rollout(scores: list[float], **tensors: torch.Tensor) -> Rollout:
@@ -37,7 +39,7 @@ def make_rollout(scores: list[float], **tensors: torch.Tensor) -> Rollout:
 
 def test_rewards_of_turns_are_a_part_of_the_score() -> None:
     rollout = make_rollout([5.0], turn_rewards=torch.tensor([[1.0, 0.0, 2.0]]))
-    PPOObjective(SimpleNamespace(**ARGS)).advantages(rollout, SimpleNamespace(in_reward=0.2))  # type: ignore[arg-type]
+    PPOObjective(PpoConfig.for_trainer(**SETTINGS)).advantages(rollout, SimpleNamespace(in_reward=0.2))  # type: ignore[arg-type]
     # Each token pays 0.2 * 0.5; the last one earns 5 - 3 of the score and its turn's 2.
     assert rollout.tensors["rewards"].flatten().tolist() == pytest.approx([0.9, -0.1, 3.9])
     # gamma = lambda = 1: the return is the sum of the rewards to come, the advantage that minus the value.
@@ -48,12 +50,12 @@ def test_rewards_of_turns_are_a_part_of_the_score() -> None:
 def test_rewards_of_turns_are_on_the_running_scale() -> None:
     turn_rewards = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     rollout = make_rollout([1.0, 5.0], turn_rewards=turn_rewards)
-    args = SimpleNamespace(**ARGS | {"normalize_scores": True})
-    PPOObjective(args).advantages(rollout, SimpleNamespace(in_reward=0.0))  # type: ignore[arg-type]
+    config = PpoConfig.for_trainer(**SETTINGS, normalize_scores=True)
+    PPOObjective(config).advantages(rollout, SimpleNamespace(in_reward=0.0))  # type: ignore[arg-type]
     # Mean 3 and deviation 2: scores -1 and 1. The turn's 1 is 0.5, so the end of the first response has -1.5 left.
     assert rollout.tensors["rewards"].tolist() == [[0.5, 0.0, -1.5], [0.0, 0.0, 1.0]]
 
 
 def test_policy_rests_while_the_critic_warms_up() -> None:
-    objective = PPOObjective(SimpleNamespace(**ARGS))
+    objective = PPOObjective(PpoConfig.for_trainer(**SETTINGS))
     assert [objective.rests_policy(update) for update in range(4)] == [True, True, False, False]
