@@ -16,7 +16,7 @@ from align.config.stages.sample import SampleConfig
 from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import read_rows, user, write_rows
 from align.evaluation import systems
-from align.inference import weights as switching
+from align.inference import switching
 from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import evaluate, sample, synthesize
