@@ -16,6 +16,8 @@ from align.errors import UserError
 
 PLAIN_BASES = frozenset({"object", "ABC", "Protocol", "Generic"})
 """Bases that add no method of a user's."""
+PROPERTIES = frozenset({"property", "cached_property", "setter", "deleter"})
+"""Decorators of functions that are not methods."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 NO_PARAMETERS = Parameters(known=(), required=frozenset(), takes_any=False)
 REMEDIES = {
@@ -47,9 +49,17 @@ def check_class(path: str, arguments: Mapping[str, Any], required: Collection[st
 
 def defines_method(path: str, method: str, place: str) -> bool:
     """Return whether the source of a class shows that it has a method. Raises ``UserError`` as ``check_class`` does."""
+    return method in method_names(path, place)
+
+
+def method_names(path: str, place: str) -> list[str]:
+    """Return the methods of a class and its bases that the source shows.
+
+    Raises ``UserError`` as ``check_class`` does.
+    """
     lineage = _find_class(path, place) or []
-    functions = (child for node in lineage for child in node.body if isinstance(child, FUNCTIONS))
-    return any(function.name == method for function in functions)
+    functions = [child for node in reversed(lineage) for child in node.body if isinstance(child, FUNCTIONS)]
+    return list(dict.fromkeys(function.name for function in functions if not _is_property(function)))
 
 
 def check_methods(path: str, methods: Collection[str], required: Collection[str], place: str) -> None:
@@ -58,6 +68,11 @@ def check_methods(path: str, methods: Collection[str], required: Collection[str]
         if method not in methods and "__getattr__" not in methods:
             hint = hint_nearest(method, [name for name in methods if not name.startswith("_")])
             raise UserError(f"{place} '{path}': the class has no method '{method}'.{hint or REMEDIES.get(method, '')}")
+
+
+def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    decorators = [ast.unparse(decorator).rpartition(".")[2] for decorator in function.decorator_list]
+    return any(name in PROPERTIES for name in decorators)
 
 
 def _find_class(path: str, place: str) -> list[ast.ClassDef] | None:

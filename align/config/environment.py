@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from align.config.base import Config, settings_for_key
-from align.config.class_source import check_class, defines_method
+from align.config.class_source import check_class, defines_method, method_names
 from align.config.extras import require_extra
 from align.config.function_arguments import read_module, top_level_names
 from align.config.scores import scoring_identity
@@ -33,6 +33,8 @@ WITH_USER = ("class", "tools")
 """Sources that a simulated user can be combined with; the other sources bring their own users."""
 METHODS = ("reset", "score")
 """Methods that a class must have."""
+NO_TOOLS = frozenset({"reset", "score", "step", "close", "state", "load"})
+"""Public methods of a class that are not tools."""
 FREE = frozenset({"workers", "isolation"})
 """Fields that change no result, and no key."""
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -165,6 +167,13 @@ class EnvironmentConfig(Config):
         """Name of the environment in messages: a class, functions, a package, or an address."""
         named = self.class_name or ", ".join(self.tools or []) or self.verifiers or self.openenv
         return named or "a simulated user"
+
+    def tool_names(self, place: str = "environment") -> list[str]:
+        """Return the names of the tools, as far as the source of the user's code shows them. Runs no code."""
+        if self.class_name is None:
+            return [tool_name(path) for path in self.tools or []]
+        methods = method_names(self.class_name, f"{place}.class")
+        return [name for name in methods if not name.startswith("_") and name not in NO_TOOLS]
 
     def identity(self, place: str = "environment") -> str:
         """Return everything that episodes depend on, as JSON: the code of the user's, and the settings.

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from align.config.class_source import check_methods
-from align.config.environment import METHODS, EnvironmentConfig, tool_name, two_answers
+from align.config.environment import METHODS, NO_TOOLS, EnvironmentConfig, tool_name, two_answers
 from align.config.function_arguments import check_call
 from align.config.user_functions import full_path, load_function
 from align.data.rows import Message, Row
@@ -31,8 +31,6 @@ from align.errors import UserError
 
 MESSAGES, RESPONSE = "messages", "response"
 """Parameters of a function or method that scores: the whole conversation, or the policy's last turn."""
-NO_TOOLS = frozenset({"reset", "score", "step", "close", "state", "load"})
-"""Public methods of a class that are not tools."""
 
 
 def open_environment(config: EnvironmentConfig, place: str = "environment") -> EnvironmentSource:

@@ -299,8 +299,10 @@ def _check_earlier_turns(chat_format: ChatFormat, findings: Findings) -> None:
         )
         findings.add("earlier-turns-unclosed", None, excerpt)
     # A mark of the closing that is no control token is reported as split. Some models, such as GLM-4, write nothing
-    # after an answer and end at the next turn's header.
-    ends_at_header = bool(after) and (after[0] in chat_format.ends or not chat_format.closing)
+    # after an answer and end at the next turn's header, which their generation config then lists as an end token. A
+    # tokenizer without a generation config does not show whether its model does.
+    may_end_at_header = not chat_format.closing and not chat_format.extra_ends
+    ends_at_header = bool(after) and (after[0] in chat_format.ends or may_end_at_header)
     if not last and not MARK.findall(chat_format.closing or "") and not ends_at_header:
         excerpt = f"no answer is closed: an earlier one is followed by {chat_format.user_start!r}, the last by nothing"
         findings.add("earlier-turns-unclosed", None, excerpt)

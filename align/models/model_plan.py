@@ -58,6 +58,14 @@ def check_template(config: ModelConfig, base: Path) -> None:
         require_tokens(config.chat_template, vocabulary | set(config.add_tokens), place)
 
 
+def known_vocabulary(config: ModelConfig, base: Path) -> frozenset[str]:
+    """Return the tokens of a model stage's tokenizer, at least the special ones; empty if they are not known."""
+    tokens: frozenset[str] = frozenset(config.add_tokens)
+    for tokenizer in _known_tokenizers(config, base):
+        return tokens | tokenizer.read_vocabulary()
+    return tokens
+
+
 def _known_tokenizers(config: ModelConfig, base: Path) -> Iterator[TokenizerFacts]:
     """Yield facts of the tokenizers of the source and of its base, in the order of use."""
     sources = [resolve(config.source, config.revision, base)]

@@ -1,29 +1,70 @@
-"""Warnings of a plan about settings of stages that are to run, from files on this machine. Never imports torch."""
+"""Check settings of stages that are to run against the model they use, from files on this machine. Torch-free.
+
+A setting that works badly is a warning of the plan. A setting with which the stage would fail is refused.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from align.config.environment import EnvironmentConfig
 from align.config.stages.model import ModelConfig
+from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.registry import load_object
 
 POLICY_FIELDS = ("policy", "model", "policies")
 """Inputs of a stage whose weights come from a model stage."""
 POSITIONS = "align.models.model_plan:known_positions"
-"""The function that looks up a model's context; its package has modules that import torch, so it is loaded by name."""
+MISSING_TOOLS = "align.models.planned_template:explain_missing_tools"
+"""Functions about a model's files. Their package has modules that import torch, so they are loaded by name."""
 
 
 def stage_warnings(pipeline: Pipeline, node: Node) -> list[str]:
-    """Return warnings about a stage's settings, one sentence or more each."""
+    """Return warnings about a stage's settings, one sentence or more each.
+
+    Raises ``UserError`` for a policy whose chat template does not write the environment's tools, and for responses
+    that are longer than the model's context.
+    """
+    for place, environment in _environments(node):
+        _check_tools(pipeline, node, environment, place)
     inspect = node.stage.inspect("plan_warnings")
     texts = list(inspect(node.config, pipeline.base)) if inspect is not None else []
-    return [*texts, *_too_many_tokens(pipeline, node)]
+    return [*texts, *_check_context(pipeline, node)]
 
 
-def _too_many_tokens(pipeline: Pipeline, node: Node) -> Iterator[str]:
-    """Yield a warning if ``max_tokens`` leaves no room for a prompt in the context of a model that samples."""
+def _environments(node: Node) -> Iterator[tuple[str, EnvironmentConfig]]:
+    """Yield the environments of a stage and of its evaluation tasks, with their places in the file."""
+    holders = {"environment": node.config}
+    tasks = getattr(node.config, "tasks", None) or {}
+    holders |= {f"tasks.{name}.environment": task for name, task in tasks.items()}
+    for place, holder in holders.items():
+        environment = getattr(holder, "environment", None)
+        if isinstance(environment, EnvironmentConfig):
+            yield place, environment
+
+
+def _check_tools(pipeline: Pipeline, node: Node, environment: EnvironmentConfig, place: str) -> None:
+    """Raise ``UserError`` if the chat template of one of the stage's policies has no place for tools."""
+    names = environment.tool_names(place)
+    if not names:
+        return
+    for model in _model_stages(pipeline, node):
+        if not isinstance(model.config, ModelConfig):
+            continue
+        missing = load_object(MISSING_TOOLS)(model.config, pipeline.base, names)
+        if missing is not None:
+            raise UserError(f"stages.{node.name}.{place}: stage '{model.name}': {missing}")
+
+
+def _check_context(pipeline: Pipeline, node: Node) -> Iterator[str]:
+    """Compare the tokens of a stage that samples with the context of its models.
+
+    Yields a warning if the longest prompt and response together do not fit. Raises ``UserError`` if a response would
+    leave no room for a prompt.
+    """
     max_tokens = getattr(node.config, "max_tokens", None)
+    max_prompt_tokens = getattr(node.config, "max_prompt_tokens", None)
     if not isinstance(max_tokens, int):
         return
     for model in _model_stages(pipeline, node):
@@ -31,13 +72,20 @@ def _too_many_tokens(pipeline: Pipeline, node: Node) -> Iterator[str]:
         if not isinstance(config, ModelConfig):
             continue
         name = config.base_model or config.source
-        positions = load_object(POSITIONS)(
-            name, config.base_revision if config.base_model is not None else config.revision, pipeline.base
-        )
-        if positions is not None and max_tokens >= positions:
+        revision = config.revision if config.base_model is None else config.base_revision
+        positions = load_object(POSITIONS)(name, revision, pipeline.base)
+        if positions is None:
+            continue
+        context = f"the {positions} positions of '{name}' (stage '{model.name}')"
+        if max_tokens >= positions:
+            raise UserError(
+                f"stages.{node.name}.max_tokens: {max_tokens} leaves no room for a prompt in {context}. Set it well "
+                f"below {positions}."
+            )
+        if isinstance(max_prompt_tokens, int) and max_prompt_tokens + max_tokens > positions:
             yield (
-                f"max_tokens {max_tokens} leaves no room for a prompt in the {positions} positions of '{name}' "
-                f"(stage '{model.name}'). Set it well below {positions}."
+                f"max_prompt_tokens {max_prompt_tokens} and max_tokens {max_tokens} are more than {context}, and vLLM "
+                "refuses them. Lower one of the two."
             )
 
 

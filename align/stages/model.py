@@ -14,7 +14,7 @@ from align.models.checkpoints.files import ADAPTER_CONFIG, CONFIG, READ_SUFFIXES
 from align.models.checkpoints.folder_checks import check_adapter, check_folder
 from align.models.checkpoints.source import Origin, Source, identity, resolve
 from align.models.model_plan import check_template
-from align.models.replaced_template import explain_replacement
+from align.models.planned_template import explain_replacement
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest, file_digest
 

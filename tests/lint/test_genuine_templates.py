@@ -58,3 +58,20 @@ def test_a_thought_that_is_written_out_is_the_answers() -> None:
 def test_a_thought_that_training_does_not_close_is_a_fault() -> None:
     template = SPECS["chatml"].template.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
     assert "generation-prompt-differs" in look(make(SPECS["chatml"], template=template), instructions())
+
+
+OPEN_CHATML = SPECS["chatml"].template.replace(
+    "+ '<|im_end|>\n'", "+ ('' if m['role'] == 'assistant' else '<|im_end|>\n')"
+)
+
+
+def test_template_with_open_answers_is_a_fault() -> None:
+    tokenizer = make(SPECS["chatml"], template=OPEN_CHATML)
+    ends = frozenset({tokenizer.convert_tokens_to_ids("<|im_end|>")})
+    assert "earlier-turns-unclosed" in alarms(look(tokenizer, instructions(), options=Options(ends=ends)))
+
+
+def test_template_that_ends_answers_at_a_header_passes() -> None:
+    tokenizer = tokenizer_of("glm4moe")
+    ends = frozenset(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"]))
+    assert not alarms(look(tokenizer, instructions(), options=Options(ends=ends)))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from align import Pipeline
+from align.errors import UserError
 from align.runner.plan import plan
 from align.store.store import Store
 
@@ -33,18 +34,20 @@ def notes(store: Store, stage: str, model: dict[str, Any], **ppo: Any) -> str:
     return " ".join(next(step.notes for step in plan(pipeline, store) if step.node.name == stage))
 
 
-def test_max_tokens_without_room_for_a_prompt_is_a_warning(store: Store) -> None:
-    text = "max_tokens 100000 leaves no room for a prompt in the 2048 positions of 'tiny' (stage 'model')"
-    assert text in notes(store, "ppo", {"source": "tiny"}, max_tokens=100_000)
+def test_max_tokens_without_room_for_a_prompt_is_refused(store: Store) -> None:
+    text = "max_tokens: 100000 leaves no room for a prompt in the 2048 positions of 'tiny' [(]stage 'model'[)]"
+    with pytest.raises(UserError, match=f"^stages.ppo.{text}"):
+        notes(store, "ppo", {"source": "tiny"}, max_tokens=100_000)
     assert notes(store, "ppo", {"source": "tiny"}, max_tokens=512) == ""
     assert notes(store, "evaluate", {"source": "tiny"}) == ""
 
 
-def test_context_of_a_local_model_counts(store: Store, tiny_model: Path, tmp_path: Path) -> None:
+def test_sequences_beyond_the_context_are_a_warning(store: Store, tiny_model: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_model, tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 300}))
-    assert "in the 300 positions of" in notes(store, "ppo", {"source": str(folder)}, max_tokens=512)
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1100}))
+    text = "max_prompt_tokens 1024 and max_tokens 128 are more than the 1100 positions of"
+    assert text in notes(store, "ppo", {"source": str(folder)}, max_tokens=128)
     assert notes(store, "evaluate", {"source": str(folder)}) == ""
 
 
@@ -72,3 +75,51 @@ def copy_of(model: Path, folder: Path) -> Path:
     for file in model.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     return copy
+
+
+CALCULATOR = {"class": "examples.calculator:Calculator", "max_tokens": 64}
+
+
+@pytest.mark.parametrize("model", [{"source": "smollm2-135m-instruct"}, {"source": "tiny"}])
+def test_template_without_tools_is_refused(model: dict[str, Any], store: Store) -> None:
+    with pytest.raises(UserError, match="no place for tools, and the environment has calculate") as error:
+        notes(store, "ppo", model, environment=CALCULATOR, score=None)
+    assert str(error.value).startswith("stages.ppo.environment: stage 'model': the chat template has")
+    assert "one of align's that fits its tokens (chatml-tools, qwen2.5)" in str(error.value)
+    assert notes(store, "ppo", {**model, "chat_template": "chatml-tools"}, environment=CALCULATOR, score=None) == ""
+
+
+def test_template_without_results_is_refused(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "calls.jinja"
+    file.write_text(
+        "{{ tools | tojson if tools else '' }}{% for message in messages if message.role != 'tool' %}"
+        "<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>{% endfor %}"
+    )
+    with pytest.raises(UserError, match="no place for the results of tools"):
+        notes(store, "ppo", {"source": "tiny", "chat_template": str(file)}, environment=CALCULATOR, score=None)
+
+
+def test_task_with_tools_needs_a_template_for_them(store: Store) -> None:
+    stages = {
+        "model": {"source": "tiny"},
+        "data": {"recipe": "data_recipes/calculator.yaml"},
+        "evaluate": {
+            "policies": ["model"],
+            "prompts": "data",
+            "reference": "model",
+            "max_tokens": 64,
+            "rows": ["data"],
+            "tasks": {"sums": {"task": "environment", "environment": CALCULATOR, "rows": "data"}},
+        },
+    }
+    pipeline = Pipeline({"name": "run", "seed": 1, "stages": stages})
+    with pytest.raises(UserError, match=r"stages.evaluate.tasks.sums.environment: stage 'model': the chat template"):
+        plan(pipeline, store)
+
+
+def test_tool_template_of_a_tokenizer_counts(store: Store, tiny_model: Path, tmp_path: Path) -> None:
+    folder = copy_of(tiny_model, tmp_path)
+    (folder / "additional_chat_templates").mkdir()
+    text = (Path("align/models/chat/templates") / "chatml-tools.jinja").read_text()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(text)
+    assert notes(store, "ppo", {"source": str(folder)}, environment=CALCULATOR, score=None) == ""

@@ -1,0 +1,188 @@
+"""Render the chat template that a model stage will write, while its pipeline is planned. Torch-free.
+
+A plan compares the template with the tokenizer's own, which it replaces, and refuses a stage whose environment has
+tools that the template does not write. Templates that are not on this machine are checked only by the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.hub_commits import small_file
+from align.config.stages.model import ModelConfig
+from align.models.chat.named_templates import read_template, read_training_template, templates_with_tools
+from align.models.checkpoints.files import read_optional
+from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE
+from align.models.checkpoints.source import Origin, resolve
+from align.models.model_plan import known_vocabulary
+from align.models.tiny import CHAT_TEMPLATE as TINY_TEMPLATE
+
+FIRST, ANSWER, SECOND, RESULT = "Qanat", "Zephyrus", "Xylem", "Vortex"
+"""Rare words of the probes. All other text in a rendering is the template's."""
+TURNS = [
+    {"role": "user", "content": FIRST},
+    {"role": "assistant", "content": ANSWER},
+    {"role": "user", "content": SECOND},
+    {"role": "assistant", "content": RESULT},
+]
+TOOL_USE = "tool_use"
+"""Name of the template for tools in a tokenizer with several templates."""
+
+
+@dataclass(frozen=True)
+class PlannedTemplate:
+    """A chat template with the settings of its tokenizer."""
+
+    text: str
+    settings: Mapping[str, Any]
+    with_tools: str | None = None
+    """The tokenizer's separate template for conversations with tools."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """Return the text of a conversation. Raises jinja2's ``TemplateError``."""
+        # Imported late, because most pipelines replace no template and have no tools.
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        from align.models.chat.chat_template import with_limits
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        # The settings and functions of transformers' own environment.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda format: "26 Jul 2024"}
+        text = self.with_tools if tools and self.with_tools else self.text
+        tokens = {name: _token_text(self.settings.get(name)) for name in ("bos_token", "eos_token")}
+        template = with_limits(environment.from_string)(text)
+        return str(template.render(messages=messages, tools=tools, add_generation_prompt=False, **tokens))
+
+
+def explain_replacement(config: ModelConfig, base: Path) -> str | None:
+    """Return a warning if ``chat_template`` writes turns unlike the tokenizer's own template; None if it does not.
+
+    A difference before the first user turn, such as another system prompt, does not count: the turns are the format
+    that the model has learned.
+    """
+    if config.chat_template is None:
+        return None
+    own = _own_template(config, base)
+    if own is None:
+        return None
+    before = _turns(own)
+    after = _turns(PlannedTemplate(read_template(config.chat_template, base), own.settings))
+    if before is None or after is None or before == after:
+        return None
+    return (
+        f"chat_template: {config.chat_template} replaces the chat template of '{config.source}', and writes turns in "
+        f"another format: {_shown(after)} instead of {_shown(before)}. The model has to learn the new format. "
+        "Remove chat_template to keep its own."
+    )
+
+
+def explain_missing_tools(config: ModelConfig, base: Path, names: Sequence[str]) -> str | None:
+    """Return an error if a model stage's template does not write tools or their results; None if it does.
+
+    Args:
+        config: The model stage.
+        base: Folder of the pipeline's file.
+        names: Names of the environment's tools.
+    """
+    template = _own_template(config, base)
+    if config.chat_template is not None:
+        settings = {} if template is None else template.settings
+        template = PlannedTemplate(read_template(config.chat_template, base), settings)
+    missing = None if template is None else _missing_part(template, names)
+    if missing is None:
+        return None
+    fitting = ", ".join(templates_with_tools(known_vocabulary(config, base)))
+    ours = f"one of align's that fits its tokens ({fitting}), or " if fitting else ""
+    return f"the chat template has {missing}. Name another in chat_template: {ours}a Jinja file."
+
+
+def _missing_part(template: PlannedTemplate, names: Sequence[str]) -> str | None:
+    """Return the part of a conversation with tools that a template does not write; None if it writes all parts."""
+    from jinja2 import TemplateError
+
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": name, "description": "", "parameters": {"type": "object", "properties": {}}},
+        }
+        for name in names
+    ]
+    call = {"id": "call00000", "type": "function", "function": {"name": names[0], "arguments": {}}}
+    result = {"role": "tool", "content": RESULT, "name": names[0], "tool_call_id": call["id"]}
+    try:
+        prompt = template.render(TURNS[:1], tools)
+    except TemplateError:
+        return None
+    unwritten = [name for name in names if name not in prompt]
+    if unwritten:
+        return f"no place for tools, and the environment has {', '.join(unwritten)}"
+    # Some templates write results only after calls in a field of their own, others only after calls in the text.
+    for answer in ({"role": "assistant", "content": "", "tool_calls": [call]}, TURNS[1]):
+        try:
+            if RESULT in template.render([TURNS[0], answer, result], tools):
+                return None
+        except TemplateError:
+            continue
+    return "no place for the results of tools (the role 'tool')"
+
+
+def _own_template(config: ModelConfig, base: Path) -> PlannedTemplate | None:
+    """Return the template of the source's tokenizer; None if it has none, or if it is not on this machine."""
+    source = resolve(config.source, config.revision, base)
+    if source.origin is Origin.TINY:
+        return PlannedTemplate(TINY_TEMPLATE, {})
+    if source.origin is Origin.EMBEDDED:
+        # The training template writes what the model's own template does; the model itself is still in its wheel.
+        return PlannedTemplate(read_training_template("smollm2"), {})
+    folder = source.path
+    if source.origin is Origin.HUB and source.revision is not None:
+        file = small_file(source.name, source.revision, SETTINGS)
+        folder = None if file is None else file.parent
+    elif source.origin is Origin.GGUF:
+        folder = None
+    if folder is None:
+        return None
+    settings = read_optional(folder / SETTINGS)
+    if (folder / TEMPLATE).is_file():
+        text = (folder / TEMPLATE).read_text(encoding="utf-8", errors="replace")
+        separate = folder / "additional_chat_templates" / f"{TOOL_USE}.jinja"
+        with_tools = separate.read_text(encoding="utf-8", errors="replace") if separate.is_file() else None
+        return PlannedTemplate(text, settings, with_tools)
+    stored = settings.get("chat_template")
+    if isinstance(stored, str):
+        return PlannedTemplate(stored, settings)
+    named = {str(entry.get("name")): str(entry.get("template")) for entry in stored or [] if isinstance(entry, Mapping)}
+    return PlannedTemplate(named["default"], settings, named.get(TOOL_USE)) if "default" in named else None
+
+
+def _turns(template: PlannedTemplate) -> str | None:
+    """Return the rendering of two turns from the first user's text on; None for a template that cannot render them."""
+    from jinja2 import TemplateError
+
+    try:
+        text = template.render(TURNS)
+    except TemplateError:
+        return None
+    _, first, rest = text.partition(FIRST)
+    return first + rest.rstrip() if first else None
+
+
+def _shown(turns: str) -> str:
+    """Return the text around the first answer, as Python writes it, with ``…`` for the answer."""
+    around = turns.removeprefix(FIRST).partition(SECOND)[0]
+    return repr(around.replace(ANSWER, "…"))
+
+
+def _token_text(token: Any) -> str:
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
