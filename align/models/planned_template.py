@@ -16,7 +16,7 @@ from align.config.stages.model import ModelConfig
 from align.models.chat.named_templates import read_template, read_training_template, templates_with_tools
 from align.models.checkpoints.files import read_optional
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE
-from align.models.checkpoints.source import Origin, resolve
+from align.models.checkpoints.source import BUILT_IN, Origin, resolve
 from align.models.model_plan import known_vocabulary
 from align.models.tiny import CHAT_TEMPLATE as TINY_TEMPLATE
 
@@ -69,7 +69,8 @@ def explain_replacement(config: ModelConfig, base: Path) -> str | None:
     A difference before the first user turn, such as another system prompt, does not count: the turns are the format
     that the model has learned.
     """
-    if config.chat_template is None:
+    # The built-in models write ChatML. Most shipped pipelines name its template, and their plans then need no jinja2.
+    if config.chat_template is None or (config.source in BUILT_IN and config.chat_template == "chatml"):
         return None
     own = _own_template(config, base)
     if own is None:

@@ -62,6 +62,11 @@ def test_template_with_other_turns_is_a_warning(
     assert ("Remove chat_template to keep its own." in text) is is_replaced
 
 
+def test_other_turns_for_the_embedded_model_are_a_warning(store: Store) -> None:
+    assert "instead of" in notes(store, "model", {"source": "smollm2-135m-instruct", "chat_template": "alpaca"})
+    assert notes(store, "model", {"source": "smollm2-135m-instruct", "chat_template": "chatml"}) == ""
+
+
 def test_template_of_a_base_model_replaces_none(store: Store, tiny_model: Path, tmp_path: Path) -> None:
     folder = copy_of(tiny_model, tmp_path)
     (folder / "chat_template.jinja").unlink()
