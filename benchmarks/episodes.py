@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.pipeline.thread_waiting import SPINNING
+from align.pipeline.process_limits import SPINNING
 from align.runner.worker import ENVIRONMENT
 from benchmarks.episodes_table import episode_seconds, latency_lines, latency_summary, lines, summary
 from benchmarks.episodes_work import EpisodeShape

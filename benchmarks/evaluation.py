@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
-    from align.pipeline.thread_waiting import set_waiting
+    from align.pipeline.process_limits import set_waiting
 
     set_waiting()
     print(json.dumps(measure(arguments.folder, arguments.prompts, arguments.threads), indent=2))

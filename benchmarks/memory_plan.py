@@ -25,7 +25,7 @@ from align.capacity.sharding import Setting
 from align.config.runtime import Runtime
 from align.models.compute.architecture import Architecture, architecture_of
 from align.models.model_plan import EMBEDDED_SIZES, TINY_SIZES
-from align.pipeline.thread_waiting import SPINNING
+from align.pipeline.process_limits import SPINNING
 from align.runner.worker import ENVIRONMENT
 from benchmarks.memory_run import RUNTIME, WIDE, Measurer
 from benchmarks.stage_work import FIELD, TEST_ROWS, config_of, plan_job

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.pipeline.thread_waiting import SPINNING
+from align.pipeline.process_limits import SPINNING
 from align.runner.worker import ENVIRONMENT
 from benchmarks.ppo_table import Round, Run, efficiency, efficiency_lines, phases, table, tokens_line
 from benchmarks.ppo_work import TRL, TRL_METHODS, Shape, environment, inventory, last_lines, process_environment

@@ -181,7 +181,7 @@ def last_lines(text: str, count: int = 20) -> str:
 
 def process_environment() -> dict[str, str]:
     """Both sides' environment: all cores, no GPU, nothing from the network."""
-    from align.pipeline.machine_limits import usable_cores
+    from align.pipeline.process_limits import usable_cores
 
     return {
         **os.environ,

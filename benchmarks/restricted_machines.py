@@ -25,7 +25,7 @@ GROUPS = Path("/sys/fs/cgroup")
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++")
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 GIB = 2**30
-LIMITS = "from align.pipeline.machine_limits import *; print(usable_cores(), 'cores,', usable_memory() >> 30, 'GiB')"
+LIMITS = "from align.pipeline.process_limits import *; print(usable_cores(), 'cores,', usable_memory() >> 30, 'GiB')"
 
 
 class NotPossible(Exception):

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.config.validation import suggest
 from align.errors import UserError
-from align.pipeline.machine_limits import usable_memory
+from align.pipeline.process_limits import usable_memory
 
 GIB = 2**30
 CPU = re.compile(r"cpu(-(?P<gib>[1-9]\d{0,4}))?")

@@ -18,8 +18,7 @@ from align.config.validation import suggest
 from align.errors import UserError
 from align.models.checkpoints import source
 from align.models.checkpoints.files import is_adapter
-from align.pipeline.registry import STAGES
-from align.pipeline.stage_kinds import NAME_PATTERN
+from align.pipeline.registry import NAME_PATTERN, STAGES
 from align.report.page.assets import unique_name
 from align.stages.artifact import read_record
 from align.store.artifacts import GENERATORS, Artifact, Kind

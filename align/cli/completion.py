@@ -127,7 +127,7 @@ def _stage_names(path: str) -> list[str]:
 def _stage_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the block of every stage by its name; a loop's stages follow the loop."""
     from align.pipeline.loops import is_loop
-    from align.pipeline.stage_kinds import NAME_PATTERN
+    from align.pipeline.registry import NAME_PATTERN
 
     blocks: dict[str, dict[str, Any]] = {}
     stages = raw.get("stages")

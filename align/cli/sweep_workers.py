@@ -24,7 +24,7 @@ from align.cli.sweep_table import print_changes, print_trial
 from align.clusters.threads import with_threads
 from align.config.validation import validate_plain
 from align.errors import StageFailed, UserError, printable
-from align.pipeline.machine_limits import usable_cores
+from align.pipeline.process_limits import usable_cores
 from align.pipeline.stop_signal import Stopped, StopRequest, die_with_parent
 from align.runner.listener import Listener
 from align.runner.open_store import Opening

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from align.config.validation import validate_plain
 from align.errors import StageFailed
-from align.pipeline.garbage_collection import relax_collections
+from align.pipeline.process_limits import relax_collections
 from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 
 Engine = Literal["transformers", "vllm"]

@@ -34,7 +34,7 @@ from align.inference.vllm_internals import (
 from align.inference.weights import refuse_missing, weight_names, with_tied_head
 from align.models.loading import load_tokenizer
 from align.patches.vllm import draw_once_per_row, keep_thread_count, use_cpu_norms
-from align.pipeline.garbage_collection import resume_collections
+from align.pipeline.process_limits import resume_collections
 
 WEIGHTS, CACHE = "weights", "kv_cache"
 """vLLM's tags of the memory that sleeps."""

@@ -24,7 +24,7 @@ from align.models.checkpoints.folder_checks import (
     check_tokenizer,
     tensor_entries,
 )
-from align.pipeline.garbage_collection import resume_collections
+from align.pipeline.process_limits import resume_collections
 
 Task = Literal["causal", "classifier", "encoder"]
 AUTO_CLASSES: dict[Task, str] = {

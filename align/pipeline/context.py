@@ -12,11 +12,72 @@ from typing import TYPE_CHECKING, Any
 from align.config.base import Precision, PrecisionSetting
 from align.config.user_paths import user_path
 from align.errors import redact
-from align.pipeline.pace import Pace
 from align.store.artifacts import Artifact
 
 if TYPE_CHECKING:
     from align.config.runtime import Runtime
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``42s``, ``3m 05s`` or ``2h 10m``."""
+    # Round first: 119.7 s are two minutes, not 1m 60s.
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m {total % 60:02d}s"
+    return f"{total // 3600}h {total % 3600 // 60:02d}m"
+
+
+@dataclass
+class Pace:
+    """First and latest progress event of the current work; rates and the time left count from the first event.
+
+    A resumed stage starts at its checkpoint. A stage that samples and then scores counts each work from zero in a
+    separate unit. So the first event is the first event of this attempt in this unit.
+    """
+
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+
+    def update(self, event: dict[str, Any]) -> None:
+        """Add a progress event."""
+        last = self.last
+        if last is None or event.get("unit") != last.get("unit") or event["done"] < last["done"]:
+            self.first = event
+        self.last = event
+
+    @property
+    def seconds(self) -> float:
+        """Seconds between the two events."""
+        return 0.0 if self.first is None or self.last is None else float(self.last["time"] - self.first["time"])
+
+    @property
+    def done(self) -> float:
+        """Units between the two events."""
+        return 0.0 if self.first is None or self.last is None else float(self.last["done"] - self.first["done"])
+
+    @property
+    def units_left(self) -> float:
+        """Units after the latest event."""
+        return 0.0 if self.last is None else float(self.last["total"] - self.last["done"])
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds until all units are done at the pace so far; None without a pace."""
+        if self.done <= 0 or self.seconds <= 0:
+            return None
+        return self.units_left * self.seconds / self.done
+
+    def units_per_second(self) -> float | None:
+        """Return the units per second; None without a pace."""
+        return self.done / self.seconds if self.done > 0 and self.seconds > 0 else None
+
+    def tokens_per_second(self) -> float | None:
+        """Return the real tokens per second; None for work that counts no tokens."""
+        if self.first is None or self.last is None or self.last.get("tokens") is None or self.seconds <= 0:
+            return None
+        return float(self.last["tokens"] - (self.first.get("tokens") or 0)) / self.seconds
+
 
 PROGRESS_SECONDS = 0.2
 """Least time between two reports of a count."""
@@ -59,16 +120,16 @@ class StageContext:
     group: str = ""
     """Short digest of all its stages' keys: one run of a pipeline, however often it was killed and resumed."""
     followers: list[Callable[[int, dict[str, float]], None]] = field(default_factory=list)
-    """Told of every point of the curves, as the event file is."""
+    """Functions that get every point of the curves, as the event file does."""
     started: float = field(default_factory=time.time)
     auto_precision: Precision = "bfloat16"
     """Type that ``precision: auto`` stands for in this run. The stage's process measures it."""
     fail_at_once: Callable[[str], None] | None = None
-    """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None where
-    ``run`` was called in a process that is not a stage's own."""
+    """Ends the stage's process, as failed and resumable, with a message: for what cannot be interrupted. None if
+    ``run`` was called in another process than a stage's."""
     pace: Pace = field(default_factory=Pace, repr=False)
     """Speed of the stage's work, from all reported progress."""
-    _phase: _Phase = field(default_factory=lambda: _Phase(), repr=False)
+    _phase: _Phase = field(default_factory=_Phase, repr=False)
     _reported_at: dict[str, float] = field(default_factory=dict, repr=False)
     """Time (``monotonic``) of the last reported progress of each unit."""
 
@@ -79,7 +140,7 @@ class StageContext:
         return self.auto_precision if setting == "auto" else setting
 
     def artifact(self, field_name: str) -> Artifact:
-        """The artifact behind a required input field."""
+        """Return the artifact of a required input field."""
         value = self.inputs[field_name]
         assert isinstance(value, Artifact), f"{field_name} is not a single artifact"
         return value
@@ -120,22 +181,24 @@ class StageContext:
 
         Counts of one phase are reported as rarely as progress is.
         """
-        now, name = time.monotonic(), text.split()[0]
+        now = time.monotonic()
+        name = text.split()[0]
         if name == self._phase.name and now - self._phase.reported < PROGRESS_SECONDS:
             return
-        self._phase.name, self._phase.reported = name, now
+        self._phase.name = name
+        self._phase.reported = now
         self.emit("phase", text=text)
 
     def log(self, step: int, **metrics: float) -> None:
-        """One point of the stage's curves, for the report."""
+        """Log one point of the stage's curves, for the report."""
         self.emit("metrics", step=step, **metrics)
         for follower in self.followers:
             follower(step, metrics)
 
     def warn(self, message: str) -> None:
-        """A warning the user sees on the console and in the report, without the passwords in its addresses."""
+        """Show the user a warning on the console and in the report, without the passwords in its addresses."""
         self.emit("warning", message=redact(message))
 
     def note(self, message: str) -> None:
-        """Show the user a line that is not a warning on the console and in the report, redacted like a warning."""
+        """Show the user a line as ``warn`` does that is not a warning."""
         self.emit("note", message=redact(message))

@@ -1,7 +1,7 @@
 """Turn a pipeline file, or values of a script, into plain values: base files merged, variables and overrides applied.
 
 All of it happens before anything is checked or hashed, so an override can supply a missing field, and keys depend only
-on the values. Never imports torch.
+on the values. Relative paths then start at the file that names them. Never imports torch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from align.config.located_paths import LocatedText, locate
+from align.config.base import Config
+from align.config.located_paths import LocatedText, locate, settle, unmark
 from align.config.shipped import shipped_files
+from align.config.stages.continue_from import CONTINUE
 from align.config.user_functions import add_module_folder
 from align.config.validation import suggest
 from align.config.yaml import drop_anchor_blocks, load_yaml
 from align.errors import UserError, shorten
 from align.pipeline.executors import EXECUTOR, in_long_forms
+from align.pipeline.loops import is_loop
 from align.pipeline.overrides import apply_overrides, parse_assignment
+from align.pipeline.registry import find_stage
 
 EXTENDS = "extends"
 DISCRIMINATORS = ("stage", "method", "type")
@@ -56,11 +60,11 @@ def _refuse_other_file(raw: Mapping[str, Any], path: Path) -> None:
         return
     if "sources" in raw:
         raise UserError(
-            f"{path}: is a data recipe and no pipeline. `align data build` builds it, and a stage of kind data reads "
+            f"{path} is a data recipe, not a pipeline. `align data build` builds it, and a stage of kind data reads "
             f"it: `data: {{recipe: {path.name}}}`."
         )
     if "space" in raw:
-        raise UserError(f"{path}: is a sweep and no pipeline; `align sweep` runs it.")
+        raise UserError(f"{path} is a sweep, not a pipeline; `align sweep` runs it.")
 
 
 def complete_values(
@@ -189,7 +193,7 @@ def fill_in_variables(value: Any, place: str) -> Any:
         return [fill_in_variables(item, f"{place}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, str):
         return value
-    text = VARIABLE.sub(_value_of(place), value)
+    text = VARIABLE.sub(lambda match: _substitute(match, place), value)
     # The mark stays: a path with a variable still starts at its file.
     return LocatedText(text, value.file) if isinstance(value, LocatedText) else text
 
@@ -199,30 +203,87 @@ def _below(place: str, key: Any) -> str:
     return f"{place}.{key}" if ": " in place else f"{place}: {key}"
 
 
-def _value_of(place: str) -> Callable[[re.Match[str]], str]:
-    """Return the replacement of a match, for a text at ``place``."""
-
-    def replace(match: re.Match[str]) -> str:
-        name = match["name"]
-        if match[0] == "$${":
-            return "${"
-        if name is None:
-            raise UserError(
-                f"{place}: '${{' begins a variable that has no plain name; write ${{NAME}}, or $${{ for the text."
-            )
-        # Every substituted value is written to records and reports, which must not contain a secret.
-        if SECRET.search(name):
-            raise UserError(
-                f"{place}: ${{{name}}} looks like a secret, and values of a pipeline are written into records. "
-                "Leave it out: libraries read such variables by themselves, and "
-                "endpoints take the variable's name (`key_variable`)."
-            )
-        if name in os.environ:
-            return os.environ[name]
-        if match["default"] is not None:
-            return match["default"]
+def _substitute(match: re.Match[str], place: str) -> str:
+    """Return the replacement of a match, in a text at ``place``."""
+    name = match["name"]
+    if match[0] == "$${":
+        return "${"
+    if name is None:
+        raise UserError(
+            f"{place}: '${{' begins a variable that has no plain name; write ${{NAME}}, or $${{ for the text."
+        )
+    # Every substituted value is written to records and reports, which must not contain a secret.
+    if SECRET.search(name):
+        raise UserError(
+            f"{place}: ${{{name}}} looks like a secret, and values of a pipeline are written into records. Remove it: "
+            "libraries read such variables by themselves, and endpoints accept the variable's name (`key_variable`)."
+        )
+    value = os.environ.get(name, match["default"])
+    if value is None:
         raise UserError(
             f"{place}: the environment variable {name} is not set; set it, or give a default: ${{{name}:-VALUE}}."
         )
+    return value
 
-    return replace
+
+Blocks = Mapping[str, Any]
+
+
+def settle_pipeline(raw: Mapping[str, Any], base: Path, where: str) -> dict[str, Any]:
+    """Return a pipeline's plain values with its stages' paths relative to ``base``.
+
+    Blocks that are refused later are left as they are. Raises ``UserError`` as ``settle`` does.
+    """
+    settled = unmark(raw)
+    if isinstance(raw.get("stages"), Mapping):
+        settled["stages"] = _settle_stages(raw["stages"], base, f"{where}: stages")
+    return dict(settled)
+
+
+def _settle_stages(blocks: Blocks, base: Path, place: str) -> dict[str, Any]:
+    settled: dict[str, Any] = {}
+    for name, block in blocks.items():
+        here = f"{place}.{name}"
+        if not isinstance(block, Mapping):
+            settled[name] = unmark(block)
+        elif is_loop(str(name), block):
+            settled[name] = _settle_loop(block, base, here)
+        else:
+            settled[name] = _settle_stage(block, _config_class(str(name), blocks), base, here)
+    return settled
+
+
+def _settle_loop(loop: Blocks, base: Path, place: str) -> dict[str, Any]:
+    settled: dict[str, Any] = unmark(loop)
+    stages = loop.get("stages")
+    if not isinstance(stages, Mapping):
+        return settled
+    settled["stages"] = _settle_stages(stages, base, f"{place}.stages")
+    changes = loop.get("changes")
+    for number, blocks in changes.items() if isinstance(changes, Mapping) else ():
+        for name, block in blocks.items() if isinstance(blocks, Mapping) else ():
+            where = f"{place}.changes.{number}.{name}"
+            settled["changes"][number][name] = _settle_stage(block, _config_class(str(name), stages), base, where)
+    return settled
+
+
+def _settle_stage(block: Any, config_class: type[Config] | None, base: Path, place: str) -> Any:
+    return unmark(block) if config_class is None else settle(config_class, block, base, place)
+
+
+def _config_class(name: str, blocks: Blocks) -> type[Config] | None:
+    """Return the config class of a stage; None for a kind that there is not, which is refused later."""
+    visited: set[str] = set()
+    kind = name
+    while name in blocks and isinstance(blocks[name], Mapping) and name not in visited:
+        visited.add(name)
+        kind = str(blocks[name].get("stage", name))
+        # A stage that continues another one has its kind.
+        source = blocks[name].get(CONTINUE)
+        if "stage" in blocks[name] or not isinstance(source, str):
+            break
+        name = str(source)
+    try:
+        return find_stage(kind).config_class()
+    except (KeyError, UserError):
+        return None

@@ -9,8 +9,7 @@ from align.config.yaml import ANCHOR_BLOCK, ANCHOR_PREFIX
 from align.pipeline.file import EXTENDS
 from align.pipeline.loops import LoopConfig
 from align.pipeline.pipeline import PipelineConfig
-from align.pipeline.registry import STAGES
-from align.pipeline.stage_kinds import LOOP, NAME_PATTERN
+from align.pipeline.registry import LOOP, NAME_PATTERN, STAGES
 
 
 def pipeline_schema() -> dict[str, Any]:

@@ -22,8 +22,7 @@ from pydantic import Field
 from align.config.base import Config, input_fields, names_in_block
 from align.config.validation import suggest, validate
 from align.errors import UserError
-from align.pipeline.registry import STAGES, find_stage
-from align.pipeline.stage_kinds import LOOP, stage_of
+from align.pipeline.registry import LOOP, STAGES, find_stage, stage_of
 
 EVERY = "-*"
 MAX_SEED = 2**32

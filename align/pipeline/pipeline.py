@@ -23,13 +23,11 @@ from align.config.user_functions import add_module_folder
 from align.config.validation import suggest, validate
 from align.errors import UserError, shorten
 from align.pipeline.executors import choose_executor, in_long_forms, objection_to_stage, refuse_contradiction
-from align.pipeline.file import Overrides, complete_values, read_pipeline_file
+from align.pipeline.file import Overrides, complete_values, read_pipeline_file, settle_pipeline
 from align.pipeline.inheritance import Settings, inherit, refuse_changes
 from align.pipeline.loops import expand
 from align.pipeline.overrides import apply_overrides, parse_assignment
-from align.pipeline.paths import settle_pipeline
-from align.pipeline.registry import Stage
-from align.pipeline.stage_kinds import NAME_PATTERN, stage_of
+from align.pipeline.registry import NAME_PATTERN, Stage, stage_of
 from align.store.artifacts import Kind
 from align.store.fingerprint import digest
 

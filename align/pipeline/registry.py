@@ -1,11 +1,10 @@
-"""The description of a stage, and the one visible dict of all stages.
+"""The description of a stage, all stages of align (``stages.yaml``), and the stage that a YAML block names.
 
 Torch-free: a stage's ``run`` is named by import path and imported only in the stage's own process.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 import sys
@@ -14,12 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from align.config.base import Config
 from align.config.user_functions import search_module_folders
+from align.config.validation import hint_nearest, nearest, suggest
 from align.errors import UserError, shorten
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 from align.store.record import NAME
+
+try:  # thirty times as fast, if PyYAML was built with libyaml
+    from yaml import CSafeLoader as Loader
+except ImportError:
+    from yaml import SafeLoader as Loader  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -130,178 +137,24 @@ def load_object(path: str) -> Any:
         sys.path.append(str(Path.cwd()))
         return load_object(path)
     if not hasattr(imported, name):
-        close = difflib.get_close_matches(name, dir(imported), n=1)
-        raise UserError(f"'{path}': {module} has no '{name}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+        raise UserError(f"'{path}': {module} has no '{name}'.{hint_nearest(name, dir(imported))}")
     return getattr(imported, name)
 
 
-ENCODINGS = "align.lint.encodings"
-"""Module of the ways to read a row."""
-PAIRS: dict[str, Any] = {
-    "headline": {"test_accuracy_after": "held-out accuracy", "test_margin_after": "margin"},
-    "lint": f"{ENCODINGS}:PAIRS",
-}
-"""Fields of a stage that learns from pairs."""
-ROLLOUTS = {"score_first": "score", "score_last": "→", "kl_last": "KL", "engine": "engine"}
-"""Closing line of a stage that learns from its own rollouts."""
+def _read_stages() -> dict[str, Stage]:
+    """Read ``stages.yaml``; a kind's config and ``run`` are in the files that have its name."""
+    text = Path(__file__).with_name("stages.yaml").read_text(encoding="utf-8")
+    stages = {}
+    for kind, fields in yaml.load(text, Loader).items():
+        makes = Kind(fields.pop("makes")) if "makes" in fields else None
+        name = "".join(part.capitalize() for part in kind.split("_"))
+        config = f"align.config.stages.{kind}:{name}Config"
+        stages[kind] = Stage(kind=kind, makes=makes, config=config, run=f"align.stages.{kind}:run", **fields)
+    return stages
 
 
-def _stage(kind: str, version: int, makes: Kind | None, purpose: str, **others: Any) -> Stage:
-    """Return the record of a kind whose files have its name; ``others`` are further fields of ``Stage``."""
-    name = "".join(part.capitalize() for part in kind.split("_"))
-    config = f"align.config.stages.{kind}:{name}Config"
-    return Stage(kind, version, makes, config, f"align.stages.{kind}:run", purpose, **others)
-
-
-def _inspected(kind: str, version: int, makes: Kind | None, purpose: str, **others: Any) -> Stage:
-    """Return the record of a kind whose run file also looks at what its config names."""
-    return _stage(kind, version, makes, purpose, inspector=f"align.stages.{kind}", **others)
-
-
-def _trained(kind: str, version: int, purpose: str, card_verb: str, **others: Any) -> Stage:
-    """Return the record of a kind that trains on rows."""
-    fields = {"makes": Kind.POLICY, "estimator": "align.capacity.estimate_training", **others}
-    return _stage(kind, version, purpose=purpose, card_verb=card_verb, distributed=True, **fields)
-
-
-def _on_policy(kind: str, version: int, purpose: str, card_verb: str) -> Stage:
-    """Return the record of a kind that trains on its own rollouts."""
-    fields = {"headline": ROLLOUTS, "lint": f"{ENCODINGS}:PROMPTS", "estimator": "align.capacity.estimate_rl"}
-    return _trained(kind, version, purpose, card_verb, samples=True, **fields)
-
-
-STAGES: dict[str, Stage] = {
-    stage.kind: stage
-    for stage in (
-        _inspected(
-            "model",
-            2,
-            Kind.MODEL,
-            "bring a base model into the store as plain safetensors",
-            headline={"parameters": "parameters", "architecture": ""},
-            card_verb="imported",
-        ),
-        _inspected("artifact", 1, None, "take a finished artifact from a store or a checkpoint's folder as it is"),
-        _inspected(
-            "data",
-            6,
-            None,
-            "build a dataset from a recipe",
-            headline={"train_rows": "train", "test_rows": "test"},
-        ),
-        _trained("pretrain", 5, "continued pre-training on plain texts, packed", "pre-trained further on plain texts"),
-        _trained(
-            "sft",
-            5,
-            "supervised fine-tuning on responses",
-            "fine-tuned on responses",
-            headline={"test_loss_before": "held-out loss", "test_loss_after": "→"},
-            lint=f"{ENCODINGS}:SUPERVISED",
-        ),
-        _stage(
-            "sample",
-            5,
-            Kind.PREFERENCES,
-            "sample responses from a checkpoint, score and pair them",
-            samples=True,
-            estimator="align.capacity.estimate_sampling",
-            headline={"train_pairs": "pairs", "train_mean_score": "mean score", "engine": "engine"},
-        ),
-        _stage(
-            "synthesize",
-            4,
-            None,
-            "make instructions, responses or pairs with a model or an endpoint",
-            samples=True,
-            estimator="align.capacity.estimate_sampling",
-        ),
-        _trained(
-            "reward",
-            5,
-            "train a reward model on pairs",
-            "trained to score responses",
-            headline={"test_accuracy_after": "held-out accuracy", "test_accuracy_true_after": "on true labels"},
-            lint=f"{ENCODINGS}:SCORED_PAIRS",
-            makes=Kind.REWARD,
-        ),
-        _trained("dpo", 5, "direct preference optimization on pairs", "trained with DPO on preference pairs", **PAIRS),
-        _trained(
-            "kto",
-            5,
-            "learning from single answers marked as wanted or not",
-            "trained with KTO on answers marked as wanted or not",
-            **PAIRS | {"lint": f"{ENCODINGS}:UNPAIRED"},
-        ),
-        _trained(
-            "orpo",
-            5,
-            "fine-tuning and preference learning in one loss, without a reference",
-            "trained with ORPO on preference pairs",
-            **PAIRS,
-        ),
-        _trained(
-            "cpo",
-            5,
-            "contrastive preference optimization, without a reference",
-            "trained with CPO on preference pairs",
-            **PAIRS,
-        ),
-        _trained(
-            "simpo",
-            5,
-            "preference optimization per token with a margin, without a reference",
-            "trained with SimPO on preference pairs",
-            **PAIRS,
-        ),
-        _trained(
-            "distill",
-            6,
-            "learn a larger teacher's distribution over the next token",
-            "distilled from a larger teacher",
-            headline={"test_divergence_before": "held-out nats from the teacher", "test_divergence_after": "→"},
-            lint=f"{ENCODINGS}:SUPERVISED",
-        ),
-        _on_policy("ppo", 6, "PPO with a critic against a reward model or a checker", "trained with PPO and a critic"),
-        _on_policy(
-            "grpo",
-            5,
-            "GRPO and its variants: responses to a prompt compared, without a critic",
-            "trained with GRPO",
-        ),
-        _on_policy("rloo", 4, "REINFORCE with the other responses to a prompt as the baseline", "trained with RLOO"),
-        _on_policy(
-            "online_dpo",
-            4,
-            "DPO on pairs of the policy's own responses, update by update",
-            "trained with DPO on pairs of its own responses",
-        ),
-        _on_policy(
-            "rejection",
-            4,
-            "best-of-N fine-tuning on the policy's own responses, in rounds",
-            "fine-tuned on the best of its own responses",
-        ),
-        _stage(
-            "merge",
-            1,
-            None,
-            "make one checkpoint of several: soups, SLERP, TIES, DARE, WARP",
-            card_verb="merged from several checkpoints",
-        ),
-        _stage(
-            "evaluate",
-            9,
-            Kind.SCORECARD,
-            "compare systems on prompts, benchmarks and by judges, with intervals",
-            samples=True,
-            estimator="align.capacity.estimate_sampling",
-            inspector="align.evaluation.tasks",
-            headline={"reward_accuracy": "RM accuracy"},
-        ),
-        _stage("report", 2, Kind.REPORT, "one HTML page about the whole run", headline={"stages": "stages"}),
-    )
-}
-"""Every stage there is, in the order of a usual pipeline."""
+STAGES = _read_stages()
+"""Every stage of align, in the order of a usual pipeline."""
 
 
 def find_stage(kind: str) -> Stage:
@@ -320,3 +173,44 @@ def find_stage(kind: str) -> Stage:
             "'_', '.', ':' or '-', beginning with a letter, a digit or '_'."
         )
     return stage
+
+
+NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"
+LOOP = "loop"
+"""Name and kind of a loop, which is written like a stage."""
+
+
+def stage_of(name: str, block: Mapping[str, Any], above: str) -> Stage:
+    """Return the record of the stage that ``block`` sets up: by its ``stage``, else by its name.
+
+    ``above`` is the place of the blocks, ``pipelines/hh.yaml: stages``. Raises ``UserError`` for a name that is not
+    allowed and for an unknown kind, with the nearest known one.
+    """
+    kind = block.get("stage", name)
+    place = f"{above}.{name}"
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UserError(f"{above}: '{name}' is not a valid stage name; use letters, digits, - and _.")
+    if not isinstance(kind, str):
+        raise UserError(f"{place}.stage: expected the kind of a stage; found {kind!r}. One of {', '.join(STAGES)}.")
+    if ":" in kind:
+        try:
+            return find_stage(kind)
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if text.startswith(place) else f"{place}.stage: {text}") from None
+    if kind in STAGES:
+        return STAGES[kind]
+    kinds = [*STAGES, LOOP]
+    if "stage" in block:
+        raise UserError(f"{place}.stage: unknown stage '{kind}'.{suggest(kind, kinds)}")
+    # Neither a kind nor a block with ``stage``. It may be a misspelled kind, else a misspelled ``stage``.
+    hint = nearest(kind, kinds)
+    if hint:
+        raise UserError(
+            f"{above}: unknown stage '{name}'. Did you mean '{hint}'? "
+            f"(A name of your own needs `stage: {hint}` below it.)"
+        )
+    misspelled = nearest("stage", [str(key) for key in block])
+    if misspelled:
+        raise UserError(f"{place}: unknown key '{misspelled}'. Did you mean 'stage'?")
+    raise UserError(f"{place}: say which stage this is, with `stage:` one of {', '.join(STAGES)}.")

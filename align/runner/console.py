@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from align.errors import plain_number, printable, redact
-from align.pipeline.pace import Pace, duration
+from align.pipeline.context import Pace, duration
 from align.pipeline.pipeline import Node
 from align.pipeline.registry import Stage
 from align.runner.listener import Listener

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.pipeline.garbage_collection import relax_collections
+from align.pipeline.process_limits import relax_collections
 from align.pipeline.stop_signal import die_with_parent
 from align.runner import worker
 

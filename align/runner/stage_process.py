@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from align.pipeline.thread_waiting import claim_spinning
+from align.pipeline.process_limits import claim_spinning
 from align.runner.worker import ENVIRONMENT
 
 OFF = "ALIGN_FORK_STAGES"
@@ -318,7 +318,7 @@ class _ThisThread(threading.local):
     server: ForkServer | None = None
     """The server from which its stages are forked."""
     waiting: Mapping[str, str] = MappingProxyType({})
-    """Variables that say how the threads of its stages wait (``thread_waiting``)."""
+    """Variables that say how the threads of its stages wait (``process_limits``)."""
 
 
 this_thread = _ThisThread()

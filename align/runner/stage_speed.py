@@ -20,8 +20,7 @@ from align.config.launch import world_size
 from align.config.runtime import Runtime
 from align.config.stages.continue_from import CONTINUE
 from align.models.compute.compute_types import ProductSpeed, read_speed
-from align.pipeline.context import StageContext
-from align.pipeline.pace import duration
+from align.pipeline.context import StageContext, duration
 from align.pipeline.pipeline import Pipeline
 from align.pipeline.registry import load_object
 from align.store.artifacts import Artifact

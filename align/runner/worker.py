@@ -27,11 +27,9 @@ from align.config.runtime import Runtime
 from align.config.validation import validate_plain
 from align.errors import StageFailed, UserError, explain_os_error, no_space
 from align.pipeline.context import StageContext
-from align.pipeline.garbage_collection import relax_collections
-from align.pipeline.machine_limits import usable_cores
+from align.pipeline.process_limits import relax_collections, set_waiting, usable_cores
 from align.pipeline.registry import Stage, find_stage, load_object
 from align.pipeline.stop_signal import Stopped, die_with_parent
-from align.pipeline.thread_waiting import set_waiting
 from align.runner.stage_result import RESULT, read_work, write_result
 from align.runner.stage_speed import choose_precision, emulation_warning, measured_speed, watch
 from align.store.artifacts import CHECKPOINTS, EVENTS, OUTPUT, Artifact

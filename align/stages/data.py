@@ -24,7 +24,7 @@ from align.errors import UserError
 from align.models.checkpoints.files import read_optional
 from align.models.step_models import StepModels
 from align.pipeline.context import StageContext
-from align.pipeline.machine_limits import usable_cores
+from align.pipeline.process_limits import usable_cores
 from align.pipeline.stop_signal import die_with_parent
 from align.store.artifacts import Kind
 from align.store.atomic_write import write_text_atomically

@@ -18,7 +18,7 @@ from align.config.validation import nearest, validate
 from align.config.yaml import load_yaml
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
-from align.pipeline.stage_kinds import NAME_PATTERN
+from align.pipeline.registry import NAME_PATTERN
 
 
 class PruneConfig(Config):

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.models.compute.processes import wait_for_all
-from align.pipeline.machine_limits import usable_cores
+from align.pipeline.process_limits import usable_cores
 from align.store.atomic_write import sync_folder, write_atomically
 from align.store.json_files import DamagedFile, parse_sealed, read_file, write_sealed
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from align.pipeline.machine_limits import usable_cores
+from align.pipeline.process_limits import usable_cores
 from benchmarks.training_peers.environments import ROOT
 from benchmarks.training_peers.works import ALPHA, BETA, RANK, SEED, Settings, Work
 

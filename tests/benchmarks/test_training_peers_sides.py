@@ -8,8 +8,8 @@ import pytest
 import yaml
 from trl import DPOConfig, KTOConfig, ModelConfig, RewardConfig, ScriptArguments, SFTConfig
 
-from align.pipeline.machine_limits import usable_cores
 from align.pipeline.pipeline import Pipeline
+from align.pipeline.process_limits import usable_cores
 from benchmarks.training_peers.environments import ROOT
 from benchmarks.training_peers.rows import write_rows
 from benchmarks.training_peers.sides import Place, command_of, environment_of, trl_options

@@ -24,8 +24,7 @@ from align.config.validation import validate
 from align.config.yaml import parse_yaml
 from align.errors import UserError, printable
 from align.pipeline.pipeline import Pipeline, PipelineConfig
-from align.pipeline.registry import STAGES
-from align.pipeline.stage_kinds import stage_of
+from align.pipeline.registry import STAGES, stage_of
 from tests.support.pipeline.shipped import is_runnable
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 from align import Pipeline
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.pipeline.thread_waiting import SLEEPING, SPINNING
+from align.pipeline.process_limits import SLEEPING, SPINNING
 from align.runner.runner import run_pipeline
 from tests.support import toy
 from tests.support.loops import looped

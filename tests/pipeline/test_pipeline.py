@@ -41,7 +41,7 @@ def test_inputs_and_order() -> None:
         ({"one": {"stage": "nowhere:X"}}, "there is no module 'nowhere'"),
         ({"one": {"stage": "sftt"}}, "stages.one.stage: unknown stage 'sftt'. Did you mean 'sft'?"),
         ({"rewrd": {"model": "one"}}, "stages: unknown stage 'rewrd'. Did you mean 'reward'?"),
-        ({"9lives": {"stage": "tests.support.toy:NUMBER"}}, "'9lives' is no stage name"),
+        ({"9lives": {"stage": "tests.support.toy:NUMBER"}}, "'9lives' is not a valid stage name"),
         ({"one": {"seed": -1}}, "stages.one.seed: should be a whole number"),
     ],
 )

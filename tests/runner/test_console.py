@@ -14,7 +14,7 @@ from rich.text import Text
 
 from align.capacity.memory import Choice, Estimate, Memory
 from align.cli.plan_hardware import memory_lines
-from align.pipeline.pace import duration
+from align.pipeline.context import duration
 from align.pipeline.registry import STAGES
 from align.runner import console
 from align.runner.console import ConsoleListener, RunningStage

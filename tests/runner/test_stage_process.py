@@ -27,8 +27,8 @@ from align.config.runtime import Runtime
 from align.data.scoring import ScoreFailed
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
+from align.pipeline.process_limits import SLEEPING, SPINNING
 from align.pipeline.stop_signal import Stopped, StopRequest
-from align.pipeline.thread_waiting import SLEEPING, SPINNING
 from align.runner import fork_server, runner, worker
 from align.runner.listener import Listener
 from align.runner.runner import run_pipeline

@@ -23,7 +23,7 @@ from align.config.validation import hint_nearest
 from align.errors import UserError
 from align.evaluation.tasks.ifeval import ensure_punkt
 from align.patches.datasets import pin_revisions
-from align.pipeline.garbage_collection import relax_collections, resume_collections
+from align.pipeline.process_limits import relax_collections, resume_collections
 from align.pipeline.stop_signal import die_with_parent
 from align.store.atomic_write import write_text_atomically
 

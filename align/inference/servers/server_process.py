@@ -22,8 +22,7 @@ from align.config.vllm_servers import RolloutsConfig
 from align.errors import UserError
 from align.inference.server_guard import HOSTS, KEY, KEY_FILE, new_key, write_key
 from align.inference.servers.server_client import POLL_SECONDS, UNIX, Client, EngineLost
-from align.pipeline.machine_limits import usable_cores
-from align.pipeline.thread_waiting import waiting_beside
+from align.pipeline.process_limits import usable_cores, waiting_beside
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """Module behind ``vllm serve``; that command itself does not start from the CPU build."""

@@ -19,7 +19,7 @@ from typing import Any
 from align.config.launch import local_size
 from align.config.runtime import Runtime
 from align.errors import UserError
-from align.pipeline.machine_limits import usable_cores
+from align.pipeline.process_limits import usable_cores
 
 
 def use_threads(runtime: Runtime) -> int:

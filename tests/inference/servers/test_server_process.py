@@ -21,7 +21,7 @@ from align.inference.servers import server_process
 from align.inference.servers.server import ServerEngine
 from align.inference.servers.server_client import BadReply, EngineLost
 from align.inference.servers.server_process import LocalServer, Placement
-from align.pipeline.thread_waiting import SLEEPING, SPINNING
+from align.pipeline.process_limits import SLEEPING, SPINNING
 from tests.support.inference import fake_server
 from tests.support.inference.fake_server import FakeServer
 from tests.support.inference.server_harness import PROMPTS, open_at, soon, wait_for

@@ -10,7 +10,7 @@ import torch
 from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.compute.threads import device_of, use_threads
-from align.pipeline.machine_limits import usable_cores
+from align.pipeline.process_limits import usable_cores
 
 
 def test_threads_from_the_runtime_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
