@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from align.store.version import VERSION as __version__
+from align.store.artifacts import VERSION as __version__
 
 if TYPE_CHECKING:
     from align.api import Pipeline, Run, Scorecard

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import UserError
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 from benchmarks.gpu_items import PARTS
 
 Part = dict[str, Any]

@@ -17,8 +17,8 @@ from typing import Any
 from align.checks.weights import Tensor, read_tensors, tensor_digest, weights_digest
 from align.config.faults import REMEDIES
 from align.errors import UserError
-from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest, file_digest
+from align.store.json_files import write_text_atomically
 
 FILE = "align.json"
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")

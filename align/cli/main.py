@@ -15,7 +15,7 @@ from align.cli.parser import Parser, add_assignments, add_executor, add_store, p
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.stop_signal import Stopped
-from align.store.version import VERSION
+from align.store.artifacts import VERSION
 
 if TYPE_CHECKING:
     from align.capacity.memory import Estimate

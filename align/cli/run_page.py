@@ -20,13 +20,12 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.registry import find_stage
 from align.runner.open_store import open_store
 from align.runner.stage_result import left_result
-from align.store.artifacts import EVENTS, LOG, Artifact, Kind
-from align.store.atomic_write import write_text_atomically
+from align.store.artifacts import EVENTS, LOG, VERSION, Artifact, Kind
 from align.store.fingerprint import digest, file_digest
+from align.store.json_files import write_text_atomically
 from align.store.locks import Lock
 from align.store.record import DamagedRecord
 from align.store.store import REPORTS, Store
-from align.store.version import VERSION
 
 PAGE, STAMP = "report.html", ".written"
 PAGE_FOLDERS = ("figures", "tables")

@@ -16,7 +16,7 @@ import yaml
 from align.data.builds.build_files import SPLITS, shards
 from align.data.licenses import OTHER, License, mixture_license, normalize
 from align.errors import printable
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData

@@ -26,8 +26,7 @@ from align.data.rows import Message, Row
 from align.environments.environment import Action
 from align.environments.results import BadCall, EnvironmentFailed, Scores, Step, ToolError, ToolTimeout, clean
 from align.environments.worker_pool import EnvironmentPool, Result
-from align.store.atomic_write import sync_folder
-from align.store.sealed import open_sealed, seal
+from align.store.json_files import DamagedFile, parse_sealed, seal, sync_folder
 
 HEADER = "journal"
 """Kind of the first line, which holds the journal's key."""
@@ -178,8 +177,8 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        return open_sealed(json.loads(line))
-    except (ValueError, RecursionError):
+        return parse_sealed(line)
+    except DamagedFile:
         return None
 
 

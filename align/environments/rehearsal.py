@@ -29,8 +29,7 @@ from align.inference.engine import open_engine
 from align.inference.protocol import Response, RolloutEngine
 from align.inference.sessions import TurnRequest
 from align.models.loading import load_tokenizer
-from align.store.atomic_write import write_text_atomically
-from align.store.json_files import numbered_lines
+from align.store.json_files import numbered_lines, write_text_atomically
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from align.inference.protocol import Response
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.store.fingerprint import digest
-from align.store.sealed import read_entry, read_or_compute, write_entry
+from align.store.json_files import read_entry, read_or_compute, write_entry
 
 Row = dict[str, Any]
 SUM = "score"

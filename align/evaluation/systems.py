@@ -28,8 +28,7 @@ from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.switching import SwitchingEngine, architecture
 from align.models.chat.render import render_prompt
 from align.store.fingerprint import digest, file_digest
-from align.store.json_files import numbered_lines
-from align.store.sealed import read_entry, write_entry
+from align.store.json_files import numbered_lines, read_entry, write_entry
 
 OpenEngine = Callable[[Path, Runtime], RolloutEngine]
 Progress = Callable[[int, int], None]

@@ -32,9 +32,8 @@ from align.report.page.assets import AssetWriter
 from align.report.page.number_format import MISSING, duration, interval, number, p_value, signed, size
 from align.report.run.data_ledgers import data_sections, license_rows
 from align.report.scorecard.conclusions import find_difference
-from align.store.artifacts import Artifact
-from align.store.atomic_write import write_text_atomically
-from align.store.version import VERSION
+from align.store.artifacts import VERSION, Artifact
+from align.store.json_files import write_text_atomically
 
 MOST_COUNTS = 12
 MOST_WARNINGS = 12

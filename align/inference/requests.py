@@ -23,7 +23,7 @@ from typing import Any
 from align.data.rows import Message
 from align.errors import UserError
 from align.store.fingerprint import digest
-from align.store.sealed import open_sealed, seal
+from align.store.json_files import parse_sealed, seal
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class RequestCache:
     def _index(self, line: bytes, file: int, offset: int) -> None:
         """Add the answers of a line to the index; the first answer to a request counts."""
         try:
-            content = open_sealed(json.loads(line))
+            content = parse_sealed(line)
             # Everything is parsed before anything is indexed: a bad line has no effect.
             keys = [bytes.fromhex(entry["key"]) for entry in content["answers"]]
             for entry in content["answers"]:

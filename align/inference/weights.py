@@ -23,7 +23,7 @@ import torch
 from align.config.user_paths import user_path
 from align.models.checkpoints import files
 from align.pipeline.process_limits import usable_cores
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

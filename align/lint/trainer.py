@@ -19,7 +19,7 @@ from align.lint.findings import Finding, Findings
 from align.lint.linter import Linter, Options
 from align.lint.tokens import Limits, Supervise
 from align.pipeline.context import StageContext
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 from align.training.rows import Encoded
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from align.models.compute.precision import autocast, cast_frozen_to_bf16, low_re
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, hidden_states, to_device
 from align.models.fast.shared_parts import PrefixBatch, batches_of_shared, common_prefix, share_prefixes
 from align.models.loading import load_reward, load_tokenizer
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 Answer = tuple[list[Message], str, bool, str | None]
 """Prompt, text, whether the answer is finished, and the tools of its row."""

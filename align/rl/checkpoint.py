@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from align.config.launch import rank, world_size
 from align.errors import UserError
-from align.store.atomic_write import sync_folder, write_text_atomically
+from align.store.json_files import sync_folder, write_text_atomically
 from align.training import checkpoints
 
 WEIGHTS = "model.safetensors"

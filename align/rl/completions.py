@@ -15,7 +15,7 @@ from align.errors import shorten
 from align.models.chat.render import token_texts
 from align.rl.reference_scores import reference_of
 from align.rl.rollout import COMPONENT, Rollout
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 FOLDER = "completions"
 VALIDATIONS = "validations"

@@ -29,14 +29,13 @@ from align.runner.listener import Listener
 from align.runner.open_store import fetch_if_published, remote_lock, upload
 from align.runner.stage_result import RESULT, read_result, write_work
 from align.runner.subprocess import run_attempt, seconds_of_attempts
-from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, OUTPUT, Artifact
+from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, OUTPUT, VERSION, Artifact
 from align.store.fingerprint import digest
 from align.store.json_files import DamagedFile
 from align.store.locks import Hold, LockLost
 from align.store.record import DamagedArtifact, require_marker
 from align.store.retry import UNREACHABLE_STORE
 from align.store.store import Store
-from align.store.version import VERSION
 
 TRIES = 3
 """Times that a stage is started whose lock was lost, or whose process lost the store, before the run gives up."""

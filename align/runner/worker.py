@@ -33,7 +33,7 @@ from align.pipeline.stop_signal import Stopped, die_with_parent
 from align.runner.stage_result import RESULT, read_work, write_result
 from align.runner.stage_speed import choose_precision, emulation_warning, measured_speed, watch
 from align.store.artifacts import CHECKPOINTS, EVENTS, OUTPUT, Artifact
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 from align.store.record import read_artifact
 from align.store.retry import UNREACHABLE_STORE, is_unreachable
 

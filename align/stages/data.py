@@ -26,10 +26,9 @@ from align.models.step_models import StepModels
 from align.pipeline.context import StageContext
 from align.pipeline.process_limits import usable_cores
 from align.pipeline.stop_signal import die_with_parent
-from align.store.artifacts import Kind
-from align.store.atomic_write import write_text_atomically
+from align.store.artifacts import VERSION, Kind
 from align.store.fingerprint import digest
-from align.store.version import VERSION
+from align.store.json_files import write_text_atomically
 
 GUESSES = "dataset-formats"
 """Folder of the cache with the formats of Hub datasets, which would be read again by each command."""

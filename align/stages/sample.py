@@ -23,7 +23,7 @@ from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.stages.sample_episodes import LateEngine, SampledSplit, sample_episodes
 from align.store.fingerprint import digest
-from align.store.sealed import read_entry, write_entry
+from align.store.json_files import read_entry, write_entry
 from align.synthesis.counts import write_lines, write_table
 
 SPLITS = ("train", "test")

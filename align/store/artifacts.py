@@ -97,6 +97,8 @@ def original_key(record: dict[str, Any]) -> str:
     return str(record["key"])
 
 
+VERSION = "0.3.0"
+"""The version of align, which every record holds."""
 EVENTS = "events.jsonl"
 """Progress, curves, warnings: one JSON object per line."""
 LOG = "log.txt"

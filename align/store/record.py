@@ -13,9 +13,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from align.errors import UserError
 from align.store.artifacts import Artifact, Kind
-from align.store.atomic_write import write_atomically
 from align.store.fingerprint import file_digest
-from align.store.json_files import DamagedFile, as_json, parse_object, parse_sealed, read_file, validate, write_sealed
+from align.store.json_files import (
+    DamagedFile,
+    parse_object,
+    parse_sealed,
+    read_file,
+    seal,
+    validate,
+    write_atomically,
+)
 from align.store.retry import UNREACHABLE
 
 RECORD = "record.json"
@@ -137,10 +144,10 @@ def read_artifact(folder: Path, stage: str = "") -> Artifact:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write an artifact's record, sealed. Raises ``ValueError`` for one that could not be read back."""
-    plain = as_json(record)
+    sealed = seal(record, str)
     # A record that cannot be read back would make its artifact damaged from the start.
-    validate(Record, plain)
-    write_sealed(folder / RECORD, plain)
+    validate(Record, sealed)
+    write_atomically(folder / RECORD, sealed)
 
 
 UNRECORDED = {RECORD, "log.txt", "events.jsonl"}

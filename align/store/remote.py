@@ -18,14 +18,12 @@ from typing import Any, TypeVar
 
 from align.errors import UserError
 from align.store.artifacts import Artifact
-from align.store.atomic_write import write_bytes_atomically
 from align.store.fingerprint import digest, file_digest
-from align.store.json_files import DamagedFile, as_json
+from align.store.json_files import DamagedFile, seal, write_bytes_atomically
 from align.store.locks import Hold, Lease, Lock
 from align.store.object_store import CHUNK, Bucket, BucketClaims
 from align.store.record import RECORD, SHORT, DamagedArtifact, DamagedRecord, find_problems, parse_record, write_record
 from align.store.retry import Retry, StoreUnreachable
-from align.store.sealed import seal
 
 T = TypeVar("T")
 UNRECORDED = ("log.txt", "events.jsonl")
@@ -171,7 +169,7 @@ class Remote:
             if (artifact.path / name).is_file():
                 self._upload(f"{prefix}/{name}", artifact.path / name)
         # 2. Put the record if there is none: of several machines one succeeds.
-        data = json.dumps(seal(as_json(record)), indent=1).encode()
+        data = json.dumps(seal(record, str), indent=1).encode()
         if not self._call(lambda: self.bucket.put_new(f"{path}/{RECORD}", data)):
             # 3. Another machine's record is there.
             is_published = self._resolve_conflict(record, data, replace)

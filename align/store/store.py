@@ -29,7 +29,7 @@ from typing import Any
 
 from align.errors import UserError
 from align.store.artifacts import OUTPUT, Artifact, Kind
-from align.store.atomic_write import sync_folder
+from align.store.json_files import sync_folder
 from align.store.leases import LEASES, RUNS, DamagedRun, RunLeases, Stages, Uses, read_runs, write_run
 from align.store.locks import Hold, Lease, Lock, LockLost
 from align.store.record import (

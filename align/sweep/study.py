@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 from align.config.extras import missing_extra
 from align.errors import UserError
 from align.patches.optuna import trial_id
-from align.store.json_files import DamagedFile, as_json, parse_sealed, write_sealed
+from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 from align.store.locks import Hold, Lock, LockLost
 from align.store.store import SWEEPS, Store
 from align.sweep.config import Choice, Dimension, Draw, PruneConfig, SweepConfig, grid
@@ -106,7 +107,11 @@ class Study:
         Raises ``UserError`` for a study whose trials have other settings in common, and names them. With ``fresh`` such
         a study is moved aside.
         """
-        config, parts, folder = sweep.config, as_json(dict(sweep.parts())), folder_of(store, sweep)
+        config, parts, folder = (
+            sweep.config,
+            json.loads(json.dumps(dict(sweep.parts()), default=str)),
+            folder_of(store, sweep),
+        )
         folder.mkdir(parents=True, exist_ok=True)
         about = folder / ABOUT
         with _study_lock(store, folder):

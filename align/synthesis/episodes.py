@@ -25,7 +25,7 @@ from align.inference.requests import Request
 from align.inference.sessions import open_session
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
-from align.store.sealed import read_entry, write_entry
+from align.store.json_files import read_entry, write_entry
 
 FOLDER = "episodes"
 """Folder of a stage's episodes and their journals among its checkpoints."""

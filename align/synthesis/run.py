@@ -21,8 +21,8 @@ from align.inference.cached_client import Backend, CachedClient, Prices
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request, RequestCache
 from align.pipeline.context import StageContext
-from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import canonical
+from align.store.json_files import write_text_atomically
 from align.synthesis import instructions, pairing, selection
 from align.synthesis.counts import Ledger, split_by_prompt, write_lines, write_table
 from align.synthesis.episodes import EndpointEpisodes, episode_rates, report_failures

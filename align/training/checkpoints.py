@@ -22,8 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.models.compute.processes import wait_for_all
 from align.pipeline.process_limits import usable_cores
-from align.store.atomic_write import sync_folder, write_atomically
-from align.store.json_files import DamagedFile, parse_sealed, read_file, write_sealed
+from align.store.json_files import DamagedFile, parse_sealed, read_file, sync_folder, write_atomically, write_sealed
 
 MARKER = "complete.json"
 DAMAGED = "damaged"

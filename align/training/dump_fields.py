@@ -21,7 +21,7 @@ from align.config.peft_options import METHODS, REFUSED
 from align.config.stages.training import TrainingFields
 from align.config.user_functions import search_module_folders
 from align.pipeline.registry import STAGES
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 
 def dump_trainers() -> FieldDump:

@@ -22,7 +22,7 @@ from align.models.compute.processes import all_gather, broadcast
 from align.models.compute.threads import trim_malloc, untrimmed_heap
 from align.models.tuning.apply import notice, parameter_counts
 from align.pipeline.context import StageContext
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 from align.training.checkpoints import MarkCheckpoints, last_complete, read_state, write_state
 from align.training.continued_rows import continue_rows, continuing_callbacks, keep_trained_state
 from align.training.extras import extra_callbacks, has_scores, scored_with

@@ -1,6 +1,6 @@
 """Cache files of tensors, with their key and a digest of their content in the header.
 
-Like ``align.store.sealed`` for JSON: a file that is damaged or has another key is treated as missing.
+Like ``align.store.json_files`` for JSON: a file that is damaged or has another key is treated as missing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from align.store.atomic_write import atomic_draft
+from align.store.json_files import atomic_draft
 
 KEY, DIGEST = "key", "sha256"
 

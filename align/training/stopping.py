@@ -20,7 +20,7 @@ from align.config.tuning import FullTuning
 from align.models.checkpoints.sharding import full_tensor, load_weights, reshard
 from align.models.compute.processes import wait_for_all
 from align.pipeline.context import StageContext
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 from align.training.checkpoints import link
 
 Scores = dict[str, float]

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from align.errors import UserError
-from align.store.version import VERSION
+from align.store.artifacts import VERSION
 from benchmarks.ppo_work import SAME, inventory, run_or_refuse
 
 

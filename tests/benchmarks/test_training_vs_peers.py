@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
-from align.store.version import VERSION
+from align.store.artifacts import VERSION
 from benchmarks import training_vs_peers
 from benchmarks.training_peers import environments
 from benchmarks.training_peers.comparison import Comparison

@@ -15,7 +15,7 @@ import pytest
 
 from align.errors import UserError
 from align.inference.requests import Answer, Request, RequestCache
-from align.store.sealed import open_sealed, seal
+from align.store.json_files import parse_sealed, seal
 
 ONE = Request({"checkpoint": "abc"}, [{"role": "user", "content": "Hi"}], max_tokens=8, seed=3)
 
@@ -108,7 +108,7 @@ def test_the_file_that_earlier_versions_shared_is_read(tmp_path: Path) -> None:
 def test_lines_that_mean_nothing_are_counted_and_left(tmp_path: Path) -> None:
     RequestCache(tmp_path).put([(ONE, Answer("a"))])
     path = tmp_path / "answers-1.jsonl"
-    line = open_sealed(json.loads(path.read_text()))
+    line = parse_sealed(path.read_bytes())
     line["answers"][0]["answer"]["surprise"] = 1
     strange = [seal(line), seal({"answers": [{"key": "zz"}]}), {"answers": []}, []]
     bad = [b"\0\0\0", b"[" * 100_000, *(json.dumps(each).encode() for each in strange)]

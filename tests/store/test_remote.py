@@ -20,10 +20,10 @@ from align.runner.open_store import open_store
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.store import remote as remote_module
+from align.store.json_files import seal
 from align.store.locks import Lease, Lock
 from align.store.object_store import Bucket, BucketClaims
 from align.store.retry import Retry
-from align.store.sealed import seal
 from align.store.store import Store
 from tests.support import toy
 from tests.support.records import record_of

@@ -23,8 +23,7 @@ from align.config.executor import SlurmExecutor
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.runner.open_store import Opening
-from align.store.atomic_write import write_text_atomically
-from align.store.json_files import DamagedFile, read_sealed, write_sealed
+from align.store.json_files import DamagedFile, read_sealed, write_sealed, write_text_atomically
 from align.store.store import JOBS, Store
 
 ABOUT, CANCELLED = "submission.json", "cancelled"

@@ -32,7 +32,7 @@ from align.data.formats import SourceFormat
 from align.data.rows import BadRecord
 from align.data.steps.base import ModelLoaders
 from align.errors import UserError
-from align.store.atomic_write import write_atomically, write_text_atomically
+from align.store.json_files import write_atomically, write_text_atomically
 
 
 @dataclass(frozen=True)

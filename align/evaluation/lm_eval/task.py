@@ -36,9 +36,8 @@ from align.evaluation.lm_eval.worker import JOB, RESULT, SEEDS
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks.base import Item, Measured, Reader, Task, TaskInputs
 from align.models.chat.render import render_prompt
-from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest, file_digest
-from align.store.json_files import DamagedFile, parse_object
+from align.store.json_files import DamagedFile, parse_object, write_text_atomically
 
 DESCRIBE_TIMEOUT = 600.0
 """Seconds without output or CPU time from lm-eval while it loads tasks; a download has a progress bar."""

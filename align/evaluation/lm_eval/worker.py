@@ -25,7 +25,7 @@ from align.evaluation.tasks.ifeval import ensure_punkt
 from align.patches.datasets import pin_revisions
 from align.pipeline.process_limits import relax_collections, resume_collections
 from align.pipeline.stop_signal import die_with_parent
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 SHOWN_CHARACTERS = 2000
 """Most characters of a question in the report, which long-context tasks would fill."""

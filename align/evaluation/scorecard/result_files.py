@@ -29,7 +29,7 @@ from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResul
 from align.evaluation.tasks.base import Answers, Episodes, Item, Turn, Values
 from align.evaluation.tasks.environment import SCORE
 from align.models.chat.render import token_texts
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 if TYPE_CHECKING:
     from align.evaluation.plan import Plan

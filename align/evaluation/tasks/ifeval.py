@@ -36,7 +36,7 @@ from align.evaluation.scorecard import Metric
 from align.evaluation.tasks.base import Answers, Item, Measured, SampledTask, ScoringContext, TaskInputs, answer_counts
 from align.evaluation.tasks.records import TaskRecord
 from align.patches.nltk import without_downloads
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 SEVERAL = "several"
 """Source of prompts whose instructions are of more than one group."""

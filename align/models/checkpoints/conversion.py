@@ -23,7 +23,7 @@ from align.models.chat.special_tokens import add_tokens, unify_special_tokens
 from align.models.checkpoints.files import ADAPTER_WEIGHTS, read_object, read_optional
 from align.models.checkpoints.folder_checks import require_embeddings
 from align.models.pretrained import open_gguf, open_model, open_tokenizer, refusing
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 LOG = logging.getLogger(__name__)
 

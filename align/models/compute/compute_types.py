@@ -17,8 +17,8 @@ from typing import Any
 
 from align.config.base import Precision, PrecisionSetting
 from align.config.user_paths import cache_folder
-from align.store.atomic_write import write_text_atomically
 from align.store.fingerprint import digest
+from align.store.json_files import write_text_atomically
 
 EMULATED_BELOW = 0.67
 """bfloat16 counts as emulated if its products run at less than this share of float32's speed."""

@@ -19,7 +19,7 @@ from align.config.tuning import AdaptersTuning, FullTuning, PrefixTuning, Prompt
 from align.errors import UserError
 from align.models.tuning import inserted_methods, virtual_tokens
 from align.models.tuning.inserted import inserted_weights, insertions, train_insertions_only
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 FOLDER, DESCRIPTION, WEIGHTS = "adapter", "adapter.json", "adapter.safetensors"
 FORMAT = 1

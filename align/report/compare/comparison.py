@@ -41,7 +41,7 @@ from align.report.scorecard.conclusions import find_difference, group_findings, 
 from align.report.scorecard.decision import Decision, decide_by_items
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact, Kind
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 TRADE_OFF_COLUMNS = {
     "score": "Score",

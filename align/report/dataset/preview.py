@@ -22,7 +22,7 @@ from align.report.dataset.length_plots import length_plots
 from align.report.dataset.token_views import Piece, token_views
 from align.report.page.panels import Panel
 from align.report.page.templates import load_template, style_sheets
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 PREVIEW = "preview.html"
 MAX_TEXT = 3_000

@@ -22,8 +22,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.page.panels import standalone
-from align.store.atomic_write import write_text_atomically
-from align.store.json_files import DamagedFile, parse_object
+from align.store.json_files import DamagedFile, parse_object, write_text_atomically
 
 FIGURES, TABLES, INDEX = "figures", "tables", "index.json"
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")

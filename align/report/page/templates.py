@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from align.errors import printable
 from align.report.page.number_format import MARKS, count, duration, interval, number, signed, size
-from align.store.version import VERSION
+from align.store.artifacts import VERSION
 
 FOLDER = Path(__file__).parents[1] / "templates"
 SCRIPTS = ("samples.js", "curves.js", "curve_view.js", "scroll.js", "refresh.js")

@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from align.report.page.templates import STYLES, load_template, style_sheets
-from align.store.atomic_write import write_text_atomically
-from align.store.version import VERSION
+from align.store.artifacts import VERSION
+from align.store.json_files import write_text_atomically
 
 INDEX = "index.html"
 

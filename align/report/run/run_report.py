@@ -22,7 +22,7 @@ from align.report.run.pipeline_diagram import pipeline_diagram
 from align.report.run.training_health import training_health
 from align.report.scorecard.sections import evaluation_sections
 from align.store.artifacts import Artifact
-from align.store.atomic_write import write_text_atomically
+from align.store.json_files import write_text_atomically
 
 LOG_TAIL = 6_000
 """Bytes of a failed stage's log on the page."""

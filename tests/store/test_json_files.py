@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 
-from align.store.sealed import BrokenSealError, open_sealed, read_entry, read_or_compute, seal, write_entry
+from align.store.json_files import DamagedFile, parse_sealed, read_entry, read_or_compute, seal, write_entry
 
 KEY = "a" * 64
 
 
-def test_a_sealed_object_opens_after_a_trip_through_json_in_any_order() -> None:
+def test_sealed_object_opens_in_any_order_of_fields() -> None:
     payload = {"b": [1, 2.5, math.inf, None], "a": {"ä": "\ud800", "1": True}, "t": (1, 2)}
     text = json.dumps(dict(reversed(seal(payload).items())), indent=1)
-    assert open_sealed(json.loads(text)) == {**payload, "t": [1, 2]}
+    assert parse_sealed(text.encode()) == {**payload, "t": [1, 2]}
 
 
 @pytest.mark.parametrize(
     ("sealed", "why"),
     [
-        ([], "expected an object, found list"),
-        (None, "expected an object, found NoneType"),
+        ([], "holds a list instead of an object"),
+        (None, "holds a NoneType instead of an object"),
         ({}, "it has no seal"),
         ({"a": 1}, "it has no seal"),
         ({**seal({"a": 1}), "a": 2}, "its content differs"),
@@ -32,19 +32,19 @@ def test_a_sealed_object_opens_after_a_trip_through_json_in_any_order() -> None:
         ({**seal({"a": 1}), "seal": None}, "its content differs"),
     ],
 )
-def test_an_object_that_was_changed_does_not_open(sealed: Any, why: str) -> None:
-    with pytest.raises(BrokenSealError, match=why):
-        open_sealed(sealed)
+def test_changed_object_does_not_open(sealed: Any, why: str) -> None:
+    with pytest.raises(DamagedFile, match=why):
+        parse_sealed(json.dumps(sealed).encode())
 
 
-def test_only_what_json_can_hold_is_sealed_and_only_once() -> None:
+def test_seal_refuses_paths_and_a_second_seal() -> None:
     with pytest.raises(TypeError):
         seal({"a": Path()})
     with pytest.raises(ValueError, match="already"):
         seal(seal({"a": 1}))
 
 
-def test_an_entry_reads_back_under_its_key_alone(tmp_path: Path) -> None:
+def test_entry_is_read_only_under_its_key(tmp_path: Path) -> None:
     path, warnings = tmp_path / "deep" / "entry.jsonl", []  # type: ignore[var-annotated]
     assert read_entry(path, KEY, warnings.append) is None
     write_entry(path, KEY, [{"a": math.nan}, [1], "text"])
@@ -75,7 +75,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_entry_is_computed_again_with_a_word(tmp_path: Path, damage: Any) -> None:
+def test_damaged_entry_is_computed_again_with_warning(tmp_path: Path, damage: Any) -> None:
     path, warnings = tmp_path / "entry.jsonl", []  # type: ignore[var-annotated]
     assert read_or_compute(path, KEY, lambda: {"kl": (0.25,)}, warnings.append) == {"kl": [0.25]}
     assert read_or_compute(path, KEY, lambda: pytest.fail("it is there"), warnings.append) == {"kl": [0.25]}
@@ -85,7 +85,7 @@ def test_a_damaged_entry_is_computed_again_with_a_word(tmp_path: Path, damage: A
     assert read_or_compute(path, KEY, lambda: pytest.fail("it is mended"), warnings.append) == {"kl": [0.25]}
 
 
-def test_every_bit_of_an_entry_is_covered(tmp_path: Path) -> None:
+def test_seal_covers_every_bit_of_an_entry(tmp_path: Path) -> None:
     path = tmp_path / "entry.jsonl"
     write_entry(path, KEY, [[0.25, "a"]])
     content = path.read_bytes()
