@@ -145,6 +145,7 @@ INCIDENTAL = frozenset(
     {
         *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "id2label"),
         *("label2id", "num_labels", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
+        *("output_router_logits", "router_aux_loss_coef"),
         *("problem_type", "return_dict", "output_attentions", "output_hidden_states", "_attn_implementation"),
     }
 )

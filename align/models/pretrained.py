@@ -24,6 +24,7 @@ from align.models.checkpoints.folder_checks import (
     check_tokenizer,
     tensor_entries,
 )
+from align.models.score_heads import classifier_class
 from align.pipeline.process_limits import resume_collections
 
 Task = Literal["causal", "classifier", "encoder"]
@@ -109,6 +110,8 @@ def open_model(
         compare_shapes(task, folder, config, may_lack, options)
     # 2. Load. transformers draws numbers for missing weights, so the random state is kept.
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
+    if task == "classifier" and type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        auto = classifier_class(config) or auto
     if needs_eager_attention(folder, config, has_own_code=trust_remote_code):
         options["attn_implementation"] = "eager"
     resume_collections()
@@ -170,7 +173,8 @@ def compare_shapes(
     for name, value in (options or {}).items():
         setattr(expected_config, name, value)
     classes: Any = getattr(transformers, MAPPINGS[task])
-    if type(expected_config) not in classes:
+    kind = classifier_class(expected_config) if task == "classifier" else classes.get(type(expected_config), None)
+    if kind is None:
         raise UserError(
             f"{folder / CONFIG}: {expected_config.model_type} has no {AUTO_CLASSES[task]} in transformers. Name a "
             "language model."
@@ -179,7 +183,7 @@ def compare_shapes(
     # Tensors of the files' shapes without memory, for transformers to load into a model without memory.
     tensors = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
     with _quiet(), _preserved_rng(), refusing(folder):
-        _, info = classes[type(expected_config)].from_pretrained(
+        _, info = kind.from_pretrained(
             None,
             config=expected_config,
             state_dict=tensors,

@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
     enable_flat(model, form)
     trainer = PreparedSFT(
         model=model,
-        args=training_arguments(Arguments, context, len(packs)),
+        args=training_arguments(Arguments, context, len(packs), router_aux_loss_coef=None),
         data_collator=FlatCollator(form),
         train_dataset=Dataset.from_list(packs),
         processing_class=tokenizer,

@@ -30,6 +30,7 @@ from align.inference.servers.server_client import EngineLost
 from align.lint.trainer import Split, lint_prompts
 from align.models.compute.processes import broadcast
 from align.models.compute.threads import device_of, use_threads
+from align.models.experts import freeze_routers
 from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel
 from align.models.tuning.apply import engine_source, load_for_tuning, notice, parameter_counts
@@ -81,6 +82,8 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     context.phase("loading models")
     tokenizer, policy = load_tokenizer(source), load_for_tuning(source, config.tuning)
     check_model(context.name, policy, tokenizer)
+    # A router that learns changes the experts of tokens, and with them ratios that should be near 1.
+    frozen = 0 if config.train_router else freeze_routers(policy)
     lint_prompts(context, tokenizer, policy, {"train": Split(prompts.train)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
     scorer = _open_scorer(context, reward_models)
@@ -119,6 +122,8 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
             gather(context.checkpoints, context.output)
         usage = {} if scorer is None else judge_usage(scorer.parts)
         usage |= {} if player is None else player.user_usage()
+        if frozen:
+            reference_facts |= {"frozen_router_parameters": frozen}
         return {"engine": engine.name, **reference_facts, **_facts(context, trainer), **summary(trainer), **usage}
     finally:
         engine.close()

@@ -112,7 +112,7 @@ def _make_trainer(context: StageContext, model: Any, tokenizer: Any, rows: list[
         enable_flat(model, form)
     trainer = PreparedSFT(
         model=model,
-        args=training_arguments(Arguments, context, len(rows)),
+        args=training_arguments(Arguments, context, len(rows), router_aux_loss_coef=None),
         data_collator=None if form is None else FlatCollator(form),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,

@@ -29,6 +29,8 @@ SCHEDULERS = {
 MIN_LR_RATIO = 0.1
 """Default final share of the learning rate for a cosine with a floor (Chinchilla's tenth, arXiv 2203.15556)."""
 
+ROUTER_LOSS = "router_aux_loss_coef"
+"""Option of trl's trainers: the weight of a mixture's load-balancing loss; None means the weight in the config."""
 NEEDS_PADDING = ("torch_compile", "torch_compile_backend", "torch_compile_mode", "neftune_noise_alpha")
 """Options of trainers that turn ``runtime.shared_prefixes`` off."""
 
@@ -123,6 +125,9 @@ def training_arguments(config_class: type[Any], context: StageContext, rows: int
         **tracking_options(context),
         **parallel_options(context, on_gpu),
     }
+    if ROUTER_LOSS in config_class.__dataclass_fields__:
+        # SFT overrides this: only the loss that a mixture of experts was pretrained with has the routers' term.
+        options[ROUTER_LOSS] = 0.0
     arguments = config_class(**{**options, **stage_options, **fields.trainer})
     arguments.launch, arguments.precision = context.runtime.launch, context.precision
     arguments.shared_prefixes = shares_prefixes(context)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from align.config.launch import rank
+from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.threads import trim_malloc
 from align.models.loading import load_reward
@@ -23,8 +24,16 @@ TOLERANCE = 1e-3
 def save(context: StageContext, trainer: Any, tokenizer: Any) -> None:
     """Write the trained model to ``model/``, from the first process; call it in all processes."""
     with full_model(unwrapped_model(trainer)) as trained:
+        restore_router_fields(trainer, trained)
         if rank() == 0:
             save_tuned(trained, tokenizer, context.output / "model")
+
+
+def restore_router_fields(trainer: Any, model: Any) -> None:
+    """Undo trl's changes to a mixture's config: a model that returns its routers' logits is slower to sample from."""
+    config = plain_of(model).config.get_text_config()
+    for name, value in getattr(trainer, "router_fields", {}).items():
+        setattr(config, name, value)
 
 
 def unwrapped_model(trainer: Any) -> Any:

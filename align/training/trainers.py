@@ -6,7 +6,7 @@ They override private methods of trl and transformers, which ``align.patches.tra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -15,16 +15,21 @@ from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from align.config.launch import world_size
+from align.models.checkpoints.conversion import plain_of
 from align.models.compute.precision import low_residual
 from align.models.compute.processes import all_gather
+from align.models.experts import has_experts, router_loss_weight
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.models.parameter_groups import ParameterGroup, layer_stack, parameter_groups
 from align.patches.trainer import check_overrides
+from align.training.arguments import ROUTER_LOSS
 from align.training.epochs import SHARE, gather_uneven, is_copy, shared_loader
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder
 from align.training.sharded import ShardingTrainer, shard_model
 
+ROUTER_FIELDS = ("output_router_logits", ROUTER_LOSS)
+"""Fields of a config that trl sets for the load-balancing loss. A saved model has the values that it came with."""
 COUNTED = ("labels", "shift_labels")
 """Inputs from which transformers counts the tokens that a step's loss is divided by."""
 SCORING_TOKENS = 4096
@@ -42,6 +47,24 @@ def reduce_work(model: Any, *, bfloat16: bool, shared_prefixes: bool) -> None:
         low_residual(model)
     if shared_prefixes and not computes_real_tokens(model):
         compute_real_tokens(model)
+
+
+def prepare_router_loss(model: Any, arguments: Any) -> dict[str, Any]:
+    """Set the weight of a mixture's load-balancing loss, and return the fields of its config that change.
+
+    A weight of None in ``arguments`` becomes the config's weight; it is 0 for a model without experts. Trainers without
+    this option read the config, which then asks for no such loss.
+    """
+    config = plain_of(model).config.get_text_config()
+    fields = {name: getattr(config, name) for name in ROUTER_FIELDS if hasattr(config, name)}
+    if not hasattr(arguments, ROUTER_LOSS):
+        if fields:
+            config.output_router_logits = False
+    elif getattr(arguments, ROUTER_LOSS) is None:
+        setattr(arguments, ROUTER_LOSS, router_loss_weight(config))
+    if has_experts(config) and not hasattr(config, "num_experts"):
+        config.num_experts = config.num_local_experts  # Granite 4 lacks the name that trl reads
+    return fields
 
 
 class _Float32Head(torch.nn.Linear):
@@ -85,6 +108,8 @@ class Prepared(ShardingTrainer):
     row_lengths: list[int]
     layer_decay: float = 1.0
     """Each layer's learning rate as a share of the next layer's (``learning_rate_share``)."""
+    router_fields: Mapping[str, Any]
+    """Values of the config's fields before trl changed them."""
     continuation: Continuation | None = None
     """Order of the rows of a stage that continues another with other rows."""
     terms: Sequence[LossTerm] = ()
@@ -92,9 +117,11 @@ class Prepared(ShardingTrainer):
     step_tokens: int = 0
     """Answer tokens of the step's micro-batches, in all processes; counted for ``terms`` only."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
         check_overrides()
-        super().__init__(*args, **kwargs)
+        router_fields = prepare_router_loss(model, kwargs["args"])
+        super().__init__(*args, model=model, **kwargs)
+        self.router_fields = router_fields
         reduce_work(self.model, bfloat16=self.args.bf16, shared_prefixes=getattr(self.args, "shared_prefixes", True))
         shard_model(self)
         if self.args.world_size > 1:

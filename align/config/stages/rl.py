@@ -34,7 +34,7 @@ class RolloutFields(TrainerOptions):
     adam_epsilon: ClassVar[float] = 1e-8
     """AdamW's epsilon, unless ``trainer`` sets another."""
 
-    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "environment"})
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"continue_from", "environment", "train_router"})
 
     policy: stage_input(*GENERATORS)  # type: ignore[valid-type]
     """Stage whose checkpoint is trained. It is also the reference. Usually the SFT stage."""
@@ -63,6 +63,8 @@ class RolloutFields(TrainerOptions):
     """Function that is only logged, to check that it rises with the score: ``gold`` or ``module:name``."""
     tuning: Tuning = FullTuning()
     """Tuning of the policy and the critic."""
+    train_router: bool = False
+    """Also train the routers of a mixture of experts. By default they keep the choice of experts that sampling saw."""
     continue_from: stage_input(Kind.POLICY) | None = None  # type: ignore[valid-type]
     """Finished stage of the same kind to continue from, with its weights, critic, optimizer, controllers and position
     in the prompts. Fields that are not set, including ``seed``, are that stage's. ``updates`` counts from its start."""

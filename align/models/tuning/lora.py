@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from align.config.tuning import LowRank
 from align.config.validation import hint_nearest
 from align.errors import UserError
+from align.models.experts import FEED_FORWARD, expert_matrices, has_experts, matrices_outside_experts
 from align.models.parameter_groups import layer_stack
 from align.models.tuning.inserted import swapped_values
 from align.models.tuning.layers import prepare, require_plain, rows_by_module
@@ -49,8 +50,9 @@ def wrap(model: Any, tuning: LowRank, seed: int, rows: Sequence[Sequence[int]] |
 
     if tuning.init == "eva" and not rows:
         raise UserError("tuning.init: eva reads training rows, and this stage has none; take another init.")
+    experts = expert_targets(model, tuning)
     if isinstance(tuning.targets, list):
-        check_names(model, tuning.targets, "tuning.targets")
+        check_names(model, [name for name in tuning.targets if name not in experts], "tuning.targets")
     check_names(model, tuning.save_modules, "tuning.save_modules")
     if tuning.train_tokens:
         require_plain(model)
@@ -89,6 +91,7 @@ def _config(model: Any, tuning: LowRank) -> Any:
         lora_alpha=tuning.alpha,  # type: ignore[arg-type]  # peft divides it, so a fraction is fine
         lora_dropout=tuning.dropout,
         target_modules=_targets(model, tuning),
+        target_parameters=expert_targets(model, tuning) or None,
         use_rslora=tuning.rslora,
         use_dora=tuning.dora,
         init_lora_weights=starts.get(tuning.init, tuning.init),
@@ -103,8 +106,11 @@ def _config(model: Any, tuning: LowRank) -> Any:
 
 def _targets(model: Any, tuning: LowRank) -> str | list[str]:
     """Return the target modules for peft: full names where only the last layers are adapted."""
+    if tuning.last_layers is None and isinstance(tuning.targets, list):
+        experts = expert_targets(model, tuning)
+        return [name for name in tuning.targets if name not in experts]
     if tuning.last_layers is None:
-        return tuning.targets
+        return matrices_outside_experts(model) if has_experts(model.config) else tuning.targets
     from transformers.pytorch_utils import Conv1D
 
     stack, layers = layer_stack(model)
@@ -124,6 +130,30 @@ def _targets(model: Any, tuning: LowRank) -> str | list[str]:
         if not names:
             raise UserError(f"tuning.targets: '{target}' fits no matrix of the last {tuning.last_layers} layers.")
     return sorted({name for names in chosen.values() for name in names})
+
+
+def expert_targets(model: Any, tuning: LowRank) -> list[str]:
+    """Return the targets that name expert matrices, such as ``experts.gate_up_proj``, for peft's target_parameters.
+
+    Raises ``UserError`` for settings with which peft cannot adapt them, and for a name that peft would move from a
+    dense layer to the experts.
+    """
+    if not isinstance(tuning.targets, list) or not has_experts(model.config):
+        return []
+    available = expert_matrices(model)
+    experts = [name for name in tuning.targets if name in available]
+    moved = [name for name in tuning.targets if name.rpartition(".")[2] in FEED_FORWARD and name not in available]
+    if moved:
+        raise UserError(
+            f"tuning.targets: {', '.join(moved)} would adapt the experts of this model. Name their matrices instead: "
+            f"{', '.join(available)}."
+        )
+    if experts and (tuning.dropout or tuning.dora or tuning.last_layers is not None):
+        raise UserError(
+            f"tuning.targets: {', '.join(experts)} cannot be adapted with dropout, dora or last_layers. Remove these "
+            "settings, or the experts."
+        )
+    return experts
 
 
 def check_names(model: Any, names: Sequence[str], place: str) -> None:

@@ -60,12 +60,13 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _adapted_layer_of(name: str, layers: dict[str, Any]) -> str | None:
-    """Return the adapted layer that contains the tensor ``name``."""
+    """Return the adapted layer that contains the tensor ``name``; the outermost of several around the same module."""
+    outermost = None
     while name:
         name = name.rpartition(".")[0]
         if name in layers:
-            return name
-    return None
+            outermost = name
+    return outermost
 
 
 @torch.no_grad()
@@ -74,9 +75,11 @@ def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
 
     Matrices are float32. Raises ``ValueError`` for a method that cannot be merged.
     """
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.layer import Linear, ParamWrapper
 
     base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        return _merge_experts(layer)
     if _is_plain_lora(layer):
         # A sum in float32: in bf16 a small update would vanish next to the weight.
         merged = float_weight(base).clone()
@@ -95,6 +98,18 @@ def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(f"{type(layer).__name__} cannot be merged into the weights: {error}") from None
     return _own_tensors(layer_copy.get_base_layer())
+
+
+def _merge_experts(layer: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module of experts; peft wraps it once for each of its adapted parameters."""
+    tensors = {name: tensor.detach() for name, tensor in layer.get_base_layer().state_dict().items()}
+    while hasattr(layer, "parameter_name"):
+        merged = tensors[layer.parameter_name].float()
+        for adapter in layer.active_adapters:
+            merged = merged + layer.get_delta_weight(adapter).float()
+        tensors[layer.parameter_name] = merged
+        layer = layer.base_layer
+    return tensors
 
 
 def float_weight(module: Any) -> torch.Tensor:
