@@ -1,100 +1,87 @@
-"""``align completion``: scripts by which bash, zsh and fish complete commands, options, files and stages.
+"""Shell completion. argcomplete answers the Tab key; functions here add the names that a pipeline file holds.
 
-The scripts are written from the argument parser. Only names in a pipeline file need Python while the user types: the
-scripts run ``align completion stages FILE``, ``paths FILE`` and ``fields KIND`` for them. Never imports torch.
+``align completion SHELL`` prints the shell's function, which calls ``align`` with the line. Never imports torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from align.cli.completion_scripts import Argument, Command, bash_script, fish_script, zsh_script
+from align.cli.parser import find_command
 from align.config.field_descriptions import nested_models
-from align.errors import UserError, printable
+from align.errors import UserError
 
-SHELLS = {"bash": bash_script, "zsh": zsh_script, "fish": fish_script}
-LISTS = ("stages", "paths", "fields")
-"""Lists of names that the scripts ask for while the user types."""
+SHELLS = ("bash", "zsh", "fish")
 YAML = ("PIPELINE", "RECIPE", "SUITE", "SWEEP", "RUN")
 FILES = ("CHECKPOINT", "BUILD", "MODEL", "FILE", "PATH", "A", "B")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Print a shell's script, or the names that such a script asks for; ``parser`` is the parser of all commands."""
-    if options.shell in LISTS:
-        if options.subject is None:
-            raise UserError(f"align completion {options.shell}: a pipeline file, or a kind for `fields`, is missing.")
-        names = {"stages": _stage_names, "paths": _assignment_paths, "fields": _field_names}[options.shell]
-        print(printable("\n".join(names(options.subject))))
-        return 0
-    print(SHELLS[options.shell](list(_commands(parser, ""))), end="")
+def run(options: argparse.Namespace) -> int:
+    """Run ``align completion``."""
+    import argcomplete
+
+    print(argcomplete.shellcode(["align"], use_defaults=False, shell=options.shell), end="")
     return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``align completion``."""
-    parser.add_argument(
-        "shell",
-        metavar="SHELL",
-        choices=[*SHELLS, *LISTS],
-        help="bash, zsh or fish; their scripts ask for `stages FILE`, `paths FILE` and `fields KIND`",
-    )
-    parser.add_argument("subject", nargs="?", help="for the scripts alone: a pipeline file, or a kind of stage")
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or fish")
 
 
-def _commands(parser: argparse.ArgumentParser, name: str, description: str = "") -> Iterator[Command]:
-    """Yield a parser's command and all those below it, outer ones first."""
-    command = Command(name, description)
-    inner: list[Command] = []
-    position = 0
+def answer_shell(make_parser: Callable[[str], argparse.ArgumentParser]) -> None:
+    """Write the candidates for the line in ``COMP_LINE`` and exit.
+
+    Args:
+        make_parser: Returns the parser that knows the arguments of a command, by the command's name.
+    """
+    import argcomplete
+    from argcomplete.completers import ChoicesCompleter
+
+    words = os.environ["COMP_LINE"].split()
+    top = make_parser(find_command(words[1:]))
+    _add_completers(top, "")
+    # Other values are numbers and free text, for which file names would be wrong.
+    argcomplete.autocomplete(top, always_complete_options=False, default_completer=ChoicesCompleter({}))
+
+
+def _add_completers(parser: argparse.ArgumentParser, command: str) -> None:
+    """Set the ``completer`` of each argument of a parser and of its subcommands, by its metavar."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            position += 1
-            command.arguments.append(Argument(str(position), "words", tuple(action.choices)))
-            for choice, entry in zip(action.choices, action._choices_actions, strict=True):
-                path = f"{name} {choice}".strip()
-                inner += _commands(action.choices[choice], path, entry.help or "")
-        elif action.option_strings and action.help != argparse.SUPPRESS:
-            kind, words = ("flag", ()) if action.nargs == 0 else _kind_of_value(name, action)
-            command.arguments.append(Argument(action.option_strings[-1], kind, words, _help_of(parser, action)))
-        elif not action.option_strings:
-            position += 1
-            kind, words = _kind_of_value(name, action)
-            command.arguments.append(Argument(str(position), kind, words, repeats=action.nargs in ("+", "*")))
-    yield command
-    yield from inner
+            for name, subparser in action.choices.items():
+                _add_completers(subparser, f"{command} {name}".strip())
+            continue
+        completer = _choose_completer(action, command)
+        if completer is not None:
+            action.completer = completer  # type: ignore[attr-defined]
 
 
-def _help_of(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    return parser._get_formatter()._expand_help(action) if action.help else ""
+def _choose_completer(action: argparse.Action, command: str) -> Callable[..., Iterable[str]] | None:
+    """Return the function that lists an argument's values; None for choices, which argparse knows, and for text."""
+    from argcomplete.completers import ChoicesCompleter, DirectoriesCompleter, FilesCompleter
 
-
-def _kind_of_value(command: str, action: argparse.Action) -> tuple[str, tuple[str, ...]]:
-    """Return the kind of an argument's values, and the words that it may be."""
-    name = str(action.metavar or "")
-    if action.dest == "shell":
-        return "words", tuple(SHELLS)
-    if action.choices is not None:
-        return "words", tuple(map(str, action.choices))
-    if name == "KIND":
-        return "words", tuple(_kinds(command))
-    if name == "STAGE":
-        return "stages", ()
-    if name == "PATH=VALUE" and command in ("run", "plan", "explain"):
-        return "paths", ()
+    metavar = str(action.metavar)
+    if metavar == "KIND":
+        return ChoicesCompleter(dict.fromkeys(_kinds(command), ""))
+    if metavar == "STAGE":
+        return _complete_stages
+    if metavar == "PATH=VALUE" and command in ("run", "plan", "explain"):
+        return _complete_assignments
     if action.dest == "name" and command == "fields":
-        return "fields", ()
-    if name == "DIR":
-        return "folders", ()
-    if name in YAML:
-        return "yaml", ()
-    return ("files" if name in FILES else "text"), ()
+        return _complete_fields
+    if metavar == "DIR":
+        return DirectoriesCompleter()
+    if metavar in YAML:
+        return FilesCompleter(("yaml", "yml"))
+    return FilesCompleter() if metavar in FILES else None
 
 
 def _kinds(command: str) -> list[str]:
@@ -106,25 +93,35 @@ def _kinds(command: str) -> list[str]:
     return [kind for kind, stage in STAGES.items() if stage.lint is not None]
 
 
-def _field_names(kind: str) -> list[str]:
+def _complete_fields(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Return the paths of a kind's fields, as ``align fields`` accepts them."""
     from align.cli.fields import find_subject
 
-    return [name for block in find_subject(kind).blocks for name in _names_below(block)]
+    try:
+        subject = find_subject(parsed_args.kind or "")
+    except UserError:
+        return []
+    return [name for block in subject.blocks for name in _names_below(block)]
 
 
-def _read(path: str) -> dict[str, Any]:
+def _complete_stages(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return the names of a file's stages, including the stages of loops."""
+    return list(_stage_blocks(_read(parsed_args)))
+
+
+def _read(parsed_args: argparse.Namespace) -> dict[str, Any]:
+    """Return the pipeline that the line names, before its stages are checked; empty if it cannot be read."""
+    from align.config.shipped import find_shipped
     from align.pipeline.file import read_pipeline_file
 
-    return read_pipeline_file(Path(path), (), ())
+    name = getattr(parsed_args, "pipeline", None) or getattr(parsed_args, "run", None)
+    try:
+        return read_pipeline_file(Path(find_shipped(name)), (), ()) if name else {}
+    except UserError:
+        return {}
 
 
-def _stage_names(path: str) -> list[str]:
-    """Return the names of a file's stages, including the stages of loops."""
-    return list(_stage_blocks(_read(path)))
-
-
-def _stage_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _stage_blocks(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the block of every stage by its name; a loop's stages follow the loop."""
     from align.pipeline.loops import is_loop
     from align.pipeline.registry import NAME_PATTERN
@@ -141,14 +138,14 @@ def _stage_blocks(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return blocks
 
 
-def _assignment_paths(path: str) -> list[str]:
+def _complete_assignments(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Return every path that ``--set`` can change in a file, each with its equals sign."""
     from align.config.runtime import Runtime
     from align.pipeline.pipeline import PipelineConfig
 
     paths = [f"{name}=" for name in PipelineConfig.model_fields if name not in ("stages", "runtime")]
     paths += [f"runtime.{name}=" for name in _names_below(Runtime)]
-    blocks = _stage_blocks(_read(path))
+    blocks = _stage_blocks(_read(parsed_args))
     for name, block in blocks.items():
         config = _config_class(name, block, blocks)
         fields = [] if config is None else _names_below(config)

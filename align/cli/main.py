@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.cli.parser import Parser, add_assignments, add_executor, add_store, print_json
+from align.cli.parser import Parser, add_assignments, add_executor, add_store, find_command, print_json
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.stop_signal import Stopped
@@ -62,12 +63,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--memory", action="store_true", help="estimate the memory of each tuning method and of PPO's critic"
     )
     plan_hardware.add_arguments(parser)
-
-
-def _add_completion(parser: argparse.ArgumentParser) -> None:
-    from align.cli import completion
-
-    completion.add_arguments(parser)
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -177,12 +172,6 @@ def _schema(options: argparse.Namespace) -> int:
     return 0
 
 
-def _completion(options: argparse.Namespace) -> int:
-    from align.cli import completion
-
-    return completion.run(options, parser())
-
-
 def _chat(options: argparse.Namespace) -> int:
     from align.cli.arguments import find_checkpoint
     from align.cli.lineage import refuse_damage
@@ -262,10 +251,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "fields": _imported("fields", "print the fields of a stage or another block: type, default, bounds and meaning"),
     "schema": Command("print the JSON schema of pipeline files, for editors", _schema, add_store),
-    "completion": Command(
-        "print a script for bash, zsh or fish that completes commands, options, files and stages",
-        _completion,
-        _add_completion,
+    "completion": _imported(
+        "completion", "print a script for bash, zsh or fish that completes commands, options, files and stages"
     ),
     "chat": Command("chat with a checkpoint: a folder, an artifact's key, or PIPELINE:STAGE", _chat, _add_chat),
     "doctor": Command("check the installation: packages, engine, device and disk space", _doctor, _add_doctor),
@@ -315,9 +302,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line, importing no other command than its own."""
-    # Only options without a value precede a command, and ``align --help`` shows no command's arguments.
-    command = next((word for word in words if not word.startswith("-")), "")
-    return parser(command).parse_args(words)
+    return parser(find_command(words)).parse_args(words)
 
 
 LIBRARY_LOGGERS = ("DeepSpeed", "bitsandbytes")
@@ -328,6 +313,10 @@ WORKING_COMMANDS = ("run", "sweep", "eval", "export", "data", "push")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0 done, 1 a stage failed, 2 wrong input, 75 stopped on request."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell completes a line
+        from align.cli.completion import answer_shell
+
+        answer_shell(parser)
     for name in LIBRARY_LOGGERS:
         # A filter stays when the library sets up its logger; a level would be overwritten.
         logging.getLogger(name).addFilter(_is_error)

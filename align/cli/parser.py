@@ -55,6 +55,11 @@ class Parser(argparse.ArgumentParser):
 _SUBPARSERS = argparse._SubParsersAction
 
 
+def find_command(words: Sequence[str]) -> str:
+    """Return the command in the words after ``align``; only options without a value precede it."""
+    return next((word for word in words if not word.startswith("-")), "")
+
+
 def option_names(parser: argparse.ArgumentParser) -> list[str]:
     """Return the options of a parser and of all its subcommands."""
     names = list(parser._option_string_actions)

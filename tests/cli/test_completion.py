@@ -1,4 +1,4 @@
-"""``align completion``: the scripts in real shells. A shell that is not installed is skipped; bash is everywhere."""
+"""``align completion`` in real shells. A shell that is not installed is skipped; bash is everywhere."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from align.cli import data
-from align.cli.main import COMMANDS, main, parser
-from align.cli.parser import option_names
+from align.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = """\
@@ -29,12 +28,10 @@ stages:
 STARTS = {
     "bash": ["bash", "--norc", "--noprofile", "-i"],
     "zsh": ["zsh", "-f", "-i"],
-    "fish": ["fish", "--no-config", "-i"],
 }
 PREPARE = {
     "bash": "bind 'set bell-style none'; source ./script",
     "zsh": "autoload -U compinit; compinit -u -D; source ./script",
-    "fish": "source ./script",
 }
 
 
@@ -60,15 +57,11 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "TERM": "dumb", "HOME": str(folder)}
 
 
-def completions(folder: Path, words: list[str]) -> list[str]:
-    """Return what bash's function offers for the last of ``words``."""
-    listed = " ".join(f"'{word}'" for word in words)
-    code = (
-        f"source ./script; COMP_WORDS=({listed}); COMP_CWORD={len(words) - 1}; "
-        '_align align; printf "%s\\n" "${COMPREPLY[@]}"'
-    )
+def completions(folder: Path, line: str) -> list[str]:
+    """Return what bash offers at the end of ``line``."""
+    code = f"source ./script; COMP_LINE='{line}'; COMP_POINT={len(line)}; _python_argcomplete align"
     done = subprocess.run(
-        ["bash", "--norc", "-c", code],
+        ["bash", "--norc", "-c", f'{code}; printf "%s\\n" "${{COMPREPLY[@]}}"'],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -81,40 +74,47 @@ def completions(folder: Path, words: list[str]) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_offers_what_can_stand_at_a_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bash_completes_words_and_paths(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "script").write_text(script("bash", capsys))
-    for words, expected in {
-        "align _": [*COMMANDS],
-        "align pl_": ["plan"],
-        "align data _": [*data.COMMANDS],
-        "align run --on _": ["local", "slurm", "ray"],
-        "align run --on local _": ["mine.yaml", "bin", "store"],
-        "align run mine.yaml --str_": ["--strict"],
-        "align data build --max_": ["--max-rows"],
-        "align run mine.yaml --store _": ["bin", "store"],
-        "align chat n_": ["notes.txt"],
-        "align export --dtype b_": ["bfloat16"],
-        "align data lint --kind onl_": ["online_dpo"],
-        "align fields onl_": ["online_dpo"],
-        "align completion _": ["bash", "zsh", "fish"],
-        "align plan --hardware _": [],
-        "align schema x_": [],
+    for line, expected in {
+        "align ": [*COMMANDS],
+        "align pl": ["plan"],
+        "align data ": [*data.COMMANDS],
+        "align run --on ": ["local", "slurm", "ray"],
+        "align run --on local ": ["mine.yaml", "bin/", "store/"],
+        "align run mine.yaml --str": ["--strict"],
+        "align data build --max": ["--max-rows"],
+        "align run mine.yaml --store ": ["bin/", "store/"],
+        "align chat n": ["notes.txt"],
+        "align export --dtype b": ["bfloat16"],
+        "align data lint --kind onl": ["online_dpo"],
+        "align fields onl": ["online_dpo"],
+        "align completion ": ["bash", "zsh", "fish"],
+        "align plan --hardware ": [],
+        "align schema x": [],
     }.items():
-        offered = completions(folder, words.removesuffix("_").split(" "))
-        assert sorted(offered) == sorted(expected), words
+        assert sorted(completions(folder, line)) == sorted(expected), line
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_offers_names_of_the_pipeline_and_fields(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bash_completes_stages_assignments_and_fields(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "script").write_text(script("bash", capsys))
-    stages = ["model", "data", "sft", "loop", "dpo"]
-    assert completions(folder, ["align", "run", "mine.yaml", "--only", ""]) == stages
-    # bash has the words of an assignment apart
-    after = ["align", "plan", "mine.yaml", "--set", "seed", "=", "3", "--set", "stages.dpo.be"]
-    assert completions(folder, after) == ["stages.dpo.beta=", "stages.dpo.beta_schedule="]
-    assert completions(folder, ["align", "cancel", "mine.yaml", "sft", "mo"]) == ["model"]
-    assert completions(folder, ["align", "fields", "ppo", "tuning.ra"]) == ["tuning.rank"]
-    assert completions(folder, ["align", "run", "missing.yaml", "--only", ""]) == []
+    (folder / "more.yaml").write_text(
+        "extends: mine.yaml\nstages: {more: {continue_from: sft}, odd: {continue_from: odd}}\n"
+    )
+    for line, expected in {
+        "align run mine.yaml --only ": ["model", "data", "sft", "loop", "dpo"],
+        "align run missing.yaml --only ": [],
+        "align run quickstart --only mo": ["model"],
+        "align cancel mine.yaml sft mo": ["model"],
+        "align plan mine.yaml --set seed=3 --set stages.dpo.be": ["stages.dpo.beta=", "stages.dpo.beta_schedule="],
+        # A stage that continues another has the fields of its kind.
+        "align run more.yaml --set stages.more.learning_ra": ["stages.more.learning_rate="],
+        "align run more.yaml --set stages.odd.": ["stages.odd.seed="],
+        "align fields ppo tuning.ra": ["tuning.rank"],
+        "align fields unknown tuning.ra": [],
+    }.items():
+        assert completions(folder, line) == expected, line
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -129,29 +129,9 @@ def test_tab_runs_no_text_of_a_file(folder: Path, capsys: pytest.CaptureFixture[
         "  mine: {stage: 'hostile:Stage'}\n"
     )
     (folder / "hostile.py").write_text("open('ran', 'w')")
-    assert completions(folder, ["align", "run", "hostile.yaml", "--only", ""]) == ["model", "mine"]
-    assert completions(folder, ["align", "run", "hostile.yaml", "--set", "stages.mi"]) == ["stages.mine.seed="]
-    # Even a command that prints such a name does not get it run.
-    (folder / "bin" / "align").write_text("#!/bin/sh\necho '$(touch${IFS}ran)'\n")
-    completions(folder, ["align", "run", "hostile.yaml", "--only", ""])
+    assert completions(folder, "align run hostile.yaml --only ") == ["model", "mine"]
+    assert completions(folder, "align run hostile.yaml --set stages.mi") == ["stages.mine.seed="]
     assert not (folder / "ran").exists()
-
-
-def test_a_continued_stage_has_the_paths_of_its_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = folder / "more.yaml"
-    more.write_text("extends: mine.yaml\nstages: {more: {continue_from: sft}, odd: {continue_from: odd}}\n")
-    assert main(["completion", "paths", str(more)]) == 0
-    paths = capsys.readouterr().out.split()
-    assert "stages.more.learning_rate=" in paths and "stages.odd.seed=" in paths
-
-
-def test_every_option_of_every_command_is_in_every_script(capsys: pytest.CaptureFixture[str]) -> None:
-    options = {name.removeprefix("--") for name in option_names(parser()) if name.startswith("--")} - {"worker"}
-    assert "max-rows" in options
-    for shell in STARTS:
-        text = script(shell, capsys).replace("--", " -l ").replace("'", " ").replace("\n", " ")
-        for option in options:
-            assert f" -l {option} " in text, (shell, option)
 
 
 @pytest.mark.parametrize("shell", STARTS)
@@ -165,11 +145,28 @@ def test_tab_completes_in_a_real_shell(shell: str, folder: Path, capsys: pytest.
     assert expected in type_into(shell, folder, typed, expected)
 
 
+def test_fish_completes_words_and_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    (folder / "script").write_text(script("fish", capsys))
+    code = "source ./script; complete -C 'align ru'; complete -C 'align run mine.yaml --only mod'"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment(folder),
+        check=True,
+        timeout=60,
+    )
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["run", "model"]
+
+
 def type_into(shell: str, folder: Path, typed: str, expected: str) -> str:
     """Type into an interactive shell on a terminal, and return what it did: a stand-in for ``align run`` shows it."""
     command = folder / "bin" / "align"
     real = command.read_text().split("\n", 1)[1]
-    command.write_text(f'#!/bin/sh\nif [ "$1" = run ]; then echo "align $*" >> ran; exit; fi\n{real}')
+    command.write_text(f'#!/bin/sh\nif [ "$1$_ARGCOMPLETE" = run ]; then echo "align $*" >> ran; exit; fi\n{real}')
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(folder)
