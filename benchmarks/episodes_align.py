@@ -182,7 +182,7 @@ def open_work_engine(work: dict[str, Any], engine: str, batch: int) -> Any:
 
 
 def make_trainer(work: dict[str, Any], options: argparse.Namespace, folder: str) -> Any:
-    """Return the trainer of ``align.stages.grpo``."""
+    """Return the trainer of stage ``grpo``."""
     from align.models.loading import load_policy
     from align.rl import GrpoConfig, GRPOTrainer
 

@@ -187,7 +187,7 @@ def ppo_memory(
 
     With adapters the reference is the policy with them off, and the critic has adapters on weights that are in memory
     anyway (it needs its own matrices in 4 bits, and its own matrices if adapters are initialized from the weights).
-    With full tuning reference and critic are separate models (``align.rl.critic``, ``align.rl.model``).
+    With full tuning reference and critic are separate models (``align.rl.model``, ``align.rl.model``).
 
     A critic with a trunk has finished its backward pass before the policy's forward pass starts, so only the larger of
     both counts. With several processes (not ``sequential``) both are in memory together.

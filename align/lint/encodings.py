@@ -70,10 +70,10 @@ class RowEncoding:
 SUPERVISED = RowEncoding(
     ("completion",), encoders.encode_supervised, "trl.trainer.sft_trainer:DataCollatorForLanguageModeling"
 )
-PAIRS = RowEncoding(PAIR, encoders.encode_pairs, "align.training.answer_collators:PairCollator")
+PAIRS = RowEncoding(PAIR, encoders.encode_pairs, "align.training.preference_trainers:PairCollator")
 SCORED_PAIRS = RowEncoding(PAIR, encoders.encode_conversations, "trl.trainer.reward_trainer:DataCollatorForPreference")
 """Both answers as complete conversations, which a reward model scores."""
-UNPAIRED = RowEncoding(("completion",), encode_unpaired, "align.training.answer_collators:UnpairedCollator")
+UNPAIRED = RowEncoding(("completion",), encode_unpaired, "align.training.preference_trainers:UnpairedCollator")
 PROMPTS = RowEncoding(())
 
 DATA_ENCODINGS = {"instructions": SUPERVISED, "preferences": PAIRS, "unpaired": UNPAIRED, "prompts": PROMPTS}

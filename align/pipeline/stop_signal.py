@@ -1,7 +1,7 @@
 """Ask a run to stop at its next checkpoint: by ``kill -USR1``, or as a cluster does before a preemption.
 
 The runner receives the signal and leaves a file in the folder of the active stage. The training loop looks for the file
-after every optimizer step (``align.training.stop_request``). It is a file because a file reaches every process of a
+after every optimizer step (``align.training.stopping``). It is a file because a file reaches every process of a
 stage, also on other nodes. A stage without such a loop ends as it would have, and the run stops after it. Never imports
 torch.
 """

@@ -11,13 +11,13 @@ from accelerate.utils import send_to_device
 
 from align.models.compute.processes import split_by_rank
 from align.rl.packing import Batch, Form, plan
-from align.rl.prompts import derive_seed
-from align.rl.rollout import Rollout, Text
+from align.rl.prompts import Text, derive_seed
+from align.rl.rollout import Rollout
 
 if TYPE_CHECKING:
     from align.rl.arguments import RolloutArguments
-    from align.rl.objectives.base import Objective
-    from align.rl.ptx import PtxRows
+    from align.rl.objectives import Objective
+    from align.rl.prompts import PtxRows
 
 
 @dataclass(frozen=True)

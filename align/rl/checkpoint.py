@@ -1,10 +1,10 @@
-"""Files that a checkpoint has in addition to the Trainer's, and the checkpoint that a killed run resumes from.
+"""Checkpoints of ``RLTrainer``, and the checkpoint that a killed run resumes from.
 
 ``model.safetensors`` has every trained tensor of policy and critic in float32; frozen ones come from the models that
 the run starts from. ``ppo_state.json`` has the KL controller, the totals, and the arguments that decide the order of
 the data. The Trainer adds optimizer, scheduler, random states and ``trainer_state.json``. ``best.safetensors`` has the
 weights of the best policy if ``keep`` asks for it. A checkpoint is written under another name, marked with the digests
-of its files (``align.training.checkpoints``), and renamed.
+of its files (``align.training.checkpoints``), and renamed: at any moment it is complete or not there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from align.config.launch import rank, world_size
 from align.errors import UserError
+from align.models.checkpoints.sharding import full_model
+from align.models.tuning.apply import save_tuned
+from align.rl.alarms import Alarm
+from align.rl.sampler import drop_journals
 from align.store.json_files import sync_folder, write_text_atomically
-from align.training import checkpoints
+from align.training import checkpoints, sharded
+from align.training.checkpoints import link
 
 WEIGHTS = "model.safetensors"
 STATE = "ppo_state.json"
@@ -152,3 +159,100 @@ def check_files(folder: Path) -> None:
             f"{folder} is damaged: {reason}. Resume from an older checkpoint (`last_checkpoint(output_dir)` returns "
             "the newest complete one), or start over."
         )
+
+
+def save_policy(trainer: Any, output_dir: str | None) -> None:
+    """Save the policy, LoRA merged, as an ordinary model folder; by default to the run's ``output_dir``."""
+    with full_model(trainer.model) as model:  # all processes gather a sharded model, one writes it
+        if trainer.args.should_save:
+            save_tuned(model.policy, trainer.processing_class, Path(output_dir or str(trainer.args.output_dir)))
+
+
+def save_checkpoint(trainer: Any) -> None:
+    """Write a checkpoint under another name and rename it: at any moment it is complete or not there."""
+    args = trainer.args
+    output_dir = Path(str(args.output_dir))
+    draft = output_dir / DRAFT
+    clear(draft, trainer.accelerator)
+    folder = draft / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    with full_model(trainer.model) as model:  # all processes gather a sharded model, one writes it
+        if args.should_save:
+            folder.mkdir()
+            save_trained(model, folder)
+            save_state(folder, _state_to_save(trainer))
+            _save_best(trainer, folder)
+    # Each process writes its own random state into the folder that the first one made.
+    trainer.accelerator.wait_for_everyone()
+    sharded.save_optimizer(trainer, folder)
+    save_random_state(folder)
+    if args.should_save:
+        trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+    # The checkpoint is complete once all processes have written.
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        publish(draft, output_dir, args.save_total_limit)
+        # The journals of episodes that were learned from, and former best policies, are not needed any more.
+        drop_journals(output_dir, trainer.update)
+        if trainer.validation is not None:
+            trainer.validation.tidy()
+
+
+def load_checkpoint(trainer: Any, folder: Path) -> None:
+    """Continue from a checkpoint. Raises ``UserError`` if it is damaged, or of a run with another order of the data."""
+    # One process hashes the files. All processes read the weights.
+    if trainer.args.should_save:
+        check_files(folder)
+    state = load_state(folder, trainer.args.fingerprint())
+    with full_model(trainer.model, store=True) as model:
+        load_trained(model, folder)
+    sharded.load_optimizer(trainer, folder)
+    _load_state(trainer, state)
+    if trainer.args.should_save:
+        _load_best(trainer, folder)
+
+
+def _state_to_save(trainer: Any) -> dict[str, Any]:
+    """Return KL controller, totals, alarms, score scale, best validation, prefetched rollouts, and fingerprint."""
+    state: dict[str, Any] = {
+        "kl": trainer.kl_controller.state_dict(),
+        "totals": trainer.totals,
+        "alarms": [asdict(alarm) for alarm in trainer.alarms],
+        "stopped": trainer.stopped,
+        "fingerprint": trainer.args.fingerprint(),
+    }
+    if trainer.objective.scale is not None:
+        state["scale"] = trainer.objective.scale.state_dict()
+    if trainer.args.drift.max_staleness:
+        # Older weights sampled these rollouts. A resumed run has no copy of them to sample from again.
+        state["ahead"] = trainer.prefetcher.state_dict()
+    if trainer.validation is not None:
+        state["best"] = trainer.validation.best
+    return state
+
+
+def _load_state(trainer: Any, state: dict[str, Any]) -> None:
+    trainer.kl_controller.load_state_dict(state["kl"])
+    # The run before may have neither scaled scores nor validated.
+    if trainer.objective.scale is not None and "scale" in state:
+        trainer.objective.scale.load_state_dict(state["scale"])
+    if trainer.validation is not None:
+        trainer.validation.best = state.get("best")
+    trainer.totals = state["totals"]
+    trainer.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+    trainer.stopped = state["stopped"]
+    trainer.prefetcher.load_state_dict(state.get("ahead", []), trainer.sampler.restore)
+
+
+def _save_best(trainer: Any, folder: Path) -> None:
+    """Add the weights of the best policy so far to a checkpoint."""
+    if trainer.validation is not None and trainer.validation.weights is not None:
+        # A link: the checkpoint keeps these weights when tidy deletes the folder of a former best policy.
+        link(trainer.validation.weights, folder / BEST)
+
+
+def _load_best(trainer: Any, folder: Path) -> None:
+    """Restore the weights of the best policy so far."""
+    if trainer.validation is not None and trainer.validation.weights is not None:
+        # tidy may have deleted the folder, if a later checkpoint that is now lost had a better policy.
+        trainer.validation.weights.parent.mkdir(exist_ok=True)
+        link(folder / BEST, trainer.validation.weights)

@@ -10,8 +10,8 @@ import torch
 
 from align.environments.episode import Episode
 from align.rl.advantages import explained_variance
-from align.rl.kl import estimate_kl
 from align.rl.masking import masked_sum
+from align.rl.rewards import estimate_kl
 from align.rl.rollout import COMPONENT, Rollout
 
 

@@ -1,13 +1,34 @@
-"""Refuse launchers and inputs that cannot work in trainers that sample, and values that are not finite."""
+"""Inputs of trainers that sample, refused if they or the launcher cannot work, and values that are not finite."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from align.environments.player import EnvironmentPlayer
 from align.errors import UserError
-from align.rl.inputs import RolloutInputs
+from align.rl.sampler import AnyScorer
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RolloutInputs:
+    """The trainers' arguments of these names."""
+
+    train_dataset: Rows
+    scorer: AnyScorer | None
+    """None if only an environment scores."""
+    engine: Any
+    gold: AnyScorer | None = None
+    eval_dataset: Rows | None = None
+    ptx_dataset: Rows | None = None
+    episodes: EnvironmentPlayer | None = None
+    """Plays episodes in an environment, instead of single responses."""
+
 
 UNSUPPORTED = {
     "auto_find_batch_size": "set per_device_train_batch_size",

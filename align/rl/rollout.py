@@ -11,13 +11,10 @@ import torch
 from align.environments.episode import Episode
 from align.rl.masking import pad_masks, pad_rows, response_mask
 from align.rl.packing import Batch, Form, pack
-from align.rl.prompts import Prompts, Row
+from align.rl.prompts import Prompts, Row, Text
 
 COMPONENT = "score_"
 """Prefix of the names of a score's components among a rollout's tensors."""
-
-Text = tuple[list[int], list[int]]
-"""Token ids of a supervised text's prompt and of its answer, with an end of turn unless it was cut off."""
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 The trainer has a sampler (``sampler.py``), a buffer that cuts rollouts into mini-batches and micro-batches
 (``buffer.py``), and an objective (``objectives/``). Methods differ only in the objective. Starting, resuming and ending
-a run is in ``run.py``, saving in ``saving.py``, clipping in ``clipping.py``, the metrics of an update in
-``update_log.py``, and the checks that refuse inputs in ``refusals.py``.
+a run is in ``run.py``, the passes of an update in ``update_steps.py``, clipping in ``clipping.py``, saving in
+``checkpoint.py``, the metrics of an update in ``update_log.py``, and the checks that refuse inputs in ``refusals.py``.
 
 Everything is normalized by counts over the entire optimizer step, so micro-batching, padding and the number of
 processes do not change the result.
@@ -25,26 +25,22 @@ from align.config.stages.rl import RolloutFields
 from align.models.checkpoints.sharding import full_model, reshard
 from align.models.compute.precision import cast_frozen_to_bf16, low_residual
 from align.models.tuning.merged_weights import merged_weights
-from align.rl import run, saving
+from align.rl import checkpoint, run
 from align.rl.alarms import Alarm
 from align.rl.arguments import RolloutArguments
 from align.rl.buffer import MicroBatch, MiniBatch, RolloutBuffer
 from align.rl.clipping import clip_gradients
-from align.rl.inputs import RolloutInputs
-from align.rl.kl import KLPenalty, make_controller
-from align.rl.learning import micro_batch_loss
-from align.rl.measuring import measure_passes
 from align.rl.model import PolicyAndReference
-from align.rl.objectives.base import Objective, Step
-from align.rl.optimizer import make_optimizer
+from align.rl.objectives import Objective, Step
 from align.rl.packing import Form
 from align.rl.prefetch import RolloutPrefetcher
-from align.rl.prompts import Prompts
-from align.rl.ptx import make_ptx
-from align.rl.refusals import refuse_inputs, refuse_options, refuse_plugins
+from align.rl.prompts import Prompts, make_ptx
+from align.rl.refusals import RolloutInputs, refuse_inputs, refuse_options, refuse_plugins
+from align.rl.rewards import KLPenalty, make_controller
 from align.rl.rollout import Rollout
 from align.rl.sampler import ParityProbe, RolloutSampler, require_some_episode
 from align.rl.update_log import UpdateLog
+from align.rl.update_steps import make_optimizer, measure_passes, micro_batch_loss
 from align.rl.validation import make_validation
 from align.training.sharded import shard_model
 
@@ -279,12 +275,12 @@ class RLTrainer(Trainer):  # type: ignore[misc]
     def save(self) -> None:
         """Write a checkpoint if one is due after this update, or if a callback asked for it."""
         if self.control.should_save:
-            saving.save_checkpoint(self)
+            checkpoint.save_checkpoint(self)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy, LoRA merged, as an ordinary model folder."""
-        saving.save_policy(self, output_dir)
+        checkpoint.save_policy(self, output_dir)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Return AdamW, with separate learning rates for a critic."""

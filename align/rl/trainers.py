@@ -14,17 +14,14 @@ from align.environments.player import EnvironmentPlayer
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
 from align.models.tuning.apply import apply_tuning
 from align.rl.arguments import RolloutArguments, rollout_arguments
-from align.rl.critic import make_critic
-from align.rl.inputs import RolloutInputs, Rows
-from align.rl.model import PolicyAndCritic, PolicyAndReference
-from align.rl.objectives.base import Objective
-from align.rl.objectives.best_of_n import BestOfNObjective
-from align.rl.objectives.grpo import GRPOObjective
-from align.rl.objectives.online_dpo import OnlineDPOObjective
+from align.rl.model import PolicyAndCritic, PolicyAndReference, make_critic
+from align.rl.objectives import Objective
+from align.rl.objectives.grpo import GRPOObjective, RLOOObjective
 from align.rl.objectives.ppo import PPOObjective
-from align.rl.objectives.rloo import RLOOObjective
+from align.rl.objectives.selection import BestOfNObjective, OnlineDPOObjective
 from align.rl.packing import Form
 from align.rl.prompts import derive_seed
+from align.rl.refusals import RolloutInputs, Rows
 from align.rl.sampler import AnyScorer
 from align.rl.trainer import RLTrainer
 

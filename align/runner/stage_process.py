@@ -34,7 +34,7 @@ PASSED_ON = ("ALIGN_", "PYTEST_")
 PRELOADED = (
     "torch",
     "align.training.trainers",
-    "align.training.stop_request",
+    "align.training.stopping",
     "align.rl.trainer",
     "align.checks.stage",
     "align.inference.transformers",

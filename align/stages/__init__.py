@@ -1,1 +1,1 @@
-"""The work of each kind of stage: one file with ``run`` per kind."""
+"""The work of each kind of stage: a file for a kind, or for a family of kinds."""

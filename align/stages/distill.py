@@ -21,13 +21,19 @@ from align.models.tuning.merged_weights import merged_weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.training.arguments import shares_prefixes, training_arguments
-from align.training.distill_trainer import AnswerCollator, PreparedDistill, held_out, is_on_policy_step
+from align.training.distill_trainer import (
+    AnswerCollator,
+    PreparedDistill,
+    Teacher,
+    TeacherCache,
+    held_out,
+    is_on_policy_step,
+)
 from align.training.divergence import Known, Measure
 from align.training.fit import fit
 from align.training.input_checks import check_encoded, check_ends, check_model, check_same_vocabulary
 from align.training.rows import Encoded, Row, counts, encode_supervised, read_splits
 from align.training.save import save
-from align.training.teacher import Teacher, TeacherCache
 from align.training.trainers import reduce_work
 
 if TYPE_CHECKING:

@@ -25,10 +25,9 @@ def run(context: StageContext) -> dict[str, Any]:
 
     from align.stages.preference import prepare_policy
     from align.training import held_out
-    from align.training.answer_collators import PairCollator
     from align.training.arguments import total_steps, training_arguments
-    from align.training.dpo_trainer import PreparedDPO
     from align.training.fit import fit
+    from align.training.preference_trainers import PairCollator, PreparedDPO
     from align.training.rows import counts, encode_pairs
     from align.training.save import save
 

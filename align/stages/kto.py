@@ -22,10 +22,9 @@ def run(context: StageContext) -> dict[str, Any]:
     from trl.trainer.kto_config import KTOConfig as Arguments
 
     from align.stages.preference import Reference, prepare_policy
-    from align.training.answer_collators import UnpairedCollator
     from align.training.arguments import total_steps, training_arguments
     from align.training.fit import fit
-    from align.training.kto_trainer import PreparedKTO, held_out
+    from align.training.preference_trainers import PreparedKTO, UnpairedCollator, held_out
     from align.training.rows import counts
     from align.training.save import save
     from align.training.unpaired import encode_unpaired, fixed_groups, unpair

@@ -1,6 +1,6 @@
 """Shared work of the stages on preferences: policy, rows and reference. Torch-free at import.
 
-``dpo``, ``kto``, ``orpo``, ``cpo`` and ``simpo`` use it; each has its loss in its own module.
+``dpo``, ``kto`` and the stages of ``reference_free.py`` use it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora"
 
 def beta_of(config: ReferenceFields, steps: int) -> Callable[[int], float]:
     """Return beta as a function of the number of optimizer steps done, of ``steps`` in total."""
-    from align.training.dpo_trainer import beta_at
+    from align.training.preference_trainers import beta_at
 
     return lambda step: beta_at(step, steps, config.beta, config.final_beta, config.beta_schedule)
 
@@ -219,42 +219,3 @@ def _check_reference(context: StageContext, tokenizer: Any, artifact: Artifact) 
             f"{context.name}: {names[0]} and {names[1]} have different chat templates; the reference is shown the "
             "policy's, which it was not trained on."
         )
-
-
-def train_without_reference(
-    context: StageContext, trainer_class: Callable[..., Any], arguments: type[Any], **options: Any
-) -> dict[str, Any]:
-    """Train on pairs with a loss without a reference, save ``model/``, and return the stage's metrics.
-
-    ``arguments`` is the class of the trainer's arguments, ``options`` are the options of the loss.
-    """
-    from align.models.compute.threads import use_threads
-
-    use_threads(context.runtime)
-    from align.training.answer_collators import PairCollator
-    from align.training.arguments import training_arguments
-    from align.training.cpo_trainer import held_out
-    from align.training.fit import fit
-    from align.training.rows import counts, encode_pairs
-    from align.training.save import save
-
-    prepared = prepare_policy(context, encode_pairs, PairCollator)
-    prepared.lint(context)
-    trainer = trainer_class(
-        model=prepared.tuned_model(context),
-        args=training_arguments(
-            arguments,
-            context,
-            len(prepared.train.rows),
-            **options,
-            max_length=context.config.max_length,  # trl reads it when it tokenizes, which is done already
-            remove_unused_columns=False,
-        ),
-        data_collator=prepared.collator,
-        train_dataset=prepared.train.rows,
-        processing_class=prepared.tokenizer,
-    )
-    trainer.row_lengths = prepared.train.lengths
-    metrics = fit(trainer, context, lambda split: held_out(trainer, prepared.splits[split]))
-    save(context, trainer, prepared.tokenizer)
-    return {**metrics, "pairs": len(prepared.train.rows), **counts(prepared.splits, "pairs")}

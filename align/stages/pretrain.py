@@ -27,9 +27,8 @@ def run(context: StageContext) -> dict[str, Any]:
     from align.training.fused_head import use_blockwise_head
     from align.training.input_checks import check_encoded, check_model
     from align.training.packing import FlatCollator, check_separate, enable_flat, fill_ratio, pack_rows, packing_form
-    from align.training.rows import read_splits
+    from align.training.rows import document_ends, encode_texts, read_splits
     from align.training.save import save
-    from align.training.texts import document_ends, encode_texts
     from align.training.trainers import PreparedSFT
 
     config: PretrainConfig = context.config

@@ -1,6 +1,6 @@
-"""Run the stages that learn from rollouts: ppo, grpo, rloo, online_dpo, rejection.
+"""Stages ``ppo``, ``grpo``, ``rloo``, ``online_dpo`` and ``rejection``, which learn from their own rollouts.
 
-Loads models, scorers and the engine from artifacts, builds the kind's trainer, runs it, and returns its metrics.
+The stage loads models, scorers and the engine from artifacts, builds the kind's trainer, runs it, and returns metrics.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config.launch import rank, world_size
+from align.config.stages.grpo import GrpoConfig
+from align.config.stages.online_dpo import OnlineDpoConfig
+from align.config.stages.ppo import PpoConfig
+from align.config.stages.rejection import RejectionConfig
 from align.config.stages.rl import RolloutFields
+from align.config.stages.rloo import RlooConfig
 from align.data.rows import read_rows
 from align.data.scoring import Ensemble, Part, RewardScorer, Scorer, WeightedSum, function_scorer
 from align.environments.player import open_player
@@ -37,20 +42,29 @@ from align.models.tuning.apply import engine_source, load_for_tuning, notice, pa
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
-from align.rl.continued_prompts import continue_prompts, continuing_callbacks, keep_rollout_state
 from align.rl.reference_scores import note_reference_scores
 from align.rl.rollout import COMPONENT
+from align.rl.run import continue_prompts, continuing_callbacks, keep_rollout_state
 from align.rl.trainer import RLTrainer
+from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
 from align.store.artifacts import Artifact
 from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
 from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.rows import hold_back_validation
-from align.training.stop_request import StopOnRequest
+from align.training.stopping import StopOnRequest
 from align.training.tracking import follow, tracking_options
 
 logger = logging.getLogger(__name__)
 
+TRAINERS: dict[type[RolloutFields], type[RLTrainer]] = {
+    PpoConfig: PPOTrainer,
+    GrpoConfig: GRPOTrainer,
+    RlooConfig: RLOOTrainer,
+    OnlineDpoConfig: OnlineDPOTrainer,
+    RejectionConfig: BestOfNTrainer,
+}
+"""Config class of a kind, which a user's stage may inherit, and its trainer."""
 SUMMARIZED = (
     *("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"),
     *("turns", "calls", "malformed_calls", "tool_errors", "max_turns_rate", "failure_rate"),
@@ -58,25 +72,19 @@ SUMMARIZED = (
 """Metrics whose first and last values are metrics of the stage."""
 
 
-class PromptRows(NamedTuple):
-    """Rows with prompts to learn from, and rows to validate on if the config asks for it."""
+def run(context: StageContext) -> dict[str, Any]:
+    """Train, save ``model/``, and return scores, KL, lengths, speeds and times of the run.
 
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]] | None
-
-
-def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, Any]:
-    """Train with the trainer of the stage's kind, save ``model/``, and return the run's metrics.
-
-    Its arguments are an instance of the class that the config names (``trainer_class``).
+    Resumes from the last complete checkpoint. Raises ``UserError`` for prompts or models that do not fit, and
+    ``ParityError`` when the engine and the trainer hold different models.
     """
     use_threads(context.runtime)
     config: RolloutFields = context.config
     source = context.artifact("policy").model
     # All checks come before the engine, because its start may last minutes.
-    prompts = _read_prompts(context)
+    prompts, validation_prompts = _read_prompts(context)
     if config.environment is not None:
-        check_user_rows(config.environment, [*prompts.train, *(prompts.validation or ())], context.name)
+        check_user_rows(config.environment, [*prompts, *(validation_prompts or ())], context.name)
     # A rollout is used once, so a server's outage may fail episodes: the update continues.
     player = open_player(context, load_tokenizer(source), outage_fails_episodes=True)
     context.phase("loading models")
@@ -84,19 +92,19 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
     check_model(context.name, policy, tokenizer)
     # A router that learns changes the experts of tokens, and with them ratios that should be near 1.
     frozen = 0 if config.train_router else freeze_routers(policy)
-    lint_prompts(context, tokenizer, policy, {"train": Split(prompts.train)}, config.max_prompt_tokens)
+    lint_prompts(context, tokenizer, policy, {"train": Split(prompts)}, config.max_prompt_tokens)
     reward_models = _load_reward_models(context)
     scorer = _open_scorer(context, reward_models)
-    reference_facts = note_reference_scores(context, scorer, prompts.train)
-    if reward_models and _critic_source(config) == "reward":
+    reference_facts = note_reference_scores(context, scorer, prompts)
+    if reward_models and getattr(config, "critic_source", None) == "reward":
         check_same_vocabulary(context.name, tokenizer, reward_models[0].tokenizer, ("the policy", "the reward model"))
     engine = _open_engine(context, source)
     try:
         trainer = _make_trainer(
-            trainer_class,
             context,
             reward_models,
-            prompts,
+            train_dataset=prompts,
+            eval_dataset=validation_prompts,
             scorer=scorer,
             model=policy,
             processing_class=tokenizer,
@@ -106,7 +114,7 @@ def train(context: StageContext, trainer_class: type[RLTrainer]) -> dict[str, An
         _report_phases(context, trainer)
         if trainer.prompts.dropped:
             context.warn(
-                f"{context.name}: {trainer.prompts.dropped} of {len(prompts.train)} prompts are longer than "
+                f"{context.name}: {trainer.prompts.dropped} of {len(prompts)} prompts are longer than "
                 f"max_prompt_tokens {config.max_prompt_tokens} and were left out."
             )
         context.note(
@@ -161,28 +169,20 @@ def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:
     return facts
 
 
-def _make_trainer(
-    trainer_class: type[RLTrainer],
-    context: StageContext,
-    reward_models: list[RewardModel],
-    prompts: PromptRows,
-    **options: Any,
-) -> RLTrainer:
-    """Return the stage's trainer; ``options`` are its scorer, model, tokenizer and engine."""
+def _make_trainer(context: StageContext, reward_models: list[RewardModel], **options: Any) -> RLTrainer:
+    """Return the stage's trainer; ``options`` are its prompts, scorer, model, tokenizer and engine."""
     config: RolloutFields = context.config
     options |= {
         "config": config,
         "options": trainer_options(context),
-        "train_dataset": prompts.train,
-        "eval_dataset": prompts.validation,
         "ptx_dataset": _read_rows(context, "ptx", "train") if config.ptx else None,
         "gold": None if config.gold is None else function_scorer(config.gold),
         "callbacks": [ReportUpdates(context), *continuing_callbacks(context)],
         "notify": lambda text: context.warn(f"{context.name}: {text}"),
     }
-    critic_source = _critic_source(config)
-    if critic_source is not None:
-        options["reward_model"] = reward_models[0].model if critic_source == "reward" else None
+    if isinstance(config, PpoConfig):
+        options["reward_model"] = reward_models[0].model if config.critic_source == "reward" else None
+    trainer_class = next(trainer for config_class, trainer in TRAINERS.items() if isinstance(config, config_class))
     trainer = trainer_class(**options)
     # A stop is only possible between updates: half an update cannot be resumed.
     trainer.add_callback(StopOnRequest(context, every=config.steps_per_update))
@@ -201,12 +201,6 @@ def _report_phases(context: StageContext, trainer: RLTrainer) -> None:
 
     trainer.report_phase = context.phase
     trainer.sampler.report_phase = report_sampling
-
-
-def _critic_source(config: RolloutFields) -> str | None:
-    """Return the model that the critic starts from, None for a kind without a critic."""
-    source: str | None = getattr(config, "critic_source", None)
-    return source
 
 
 def _resume_and_train(context: StageContext, trainer: RLTrainer) -> None:
@@ -255,14 +249,15 @@ def _validation_split(config: RolloutFields) -> str:
     return "test" if config.keep == "last" else "validation"
 
 
-def _read_prompts(context: StageContext) -> PromptRows:
+def _read_prompts(context: StageContext) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Return rows with prompts to learn from, and rows to validate on if the config asks for it."""
     config: RolloutFields = context.config
     rows, validation = _read_rows(context, "prompts", "train"), None
     if config.eval_updates and _validation_split(config) == "test":
         validation = _read_rows(context, "prompts", "test")[: config.eval_prompts]
     elif config.eval_updates:
         rows, validation = hold_back_validation(context, rows, config.eval_prompts)
-    return PromptRows(rows[: config.max_prompts], validation)
+    return rows[: config.max_prompts], validation
 
 
 class ReportUpdates(TrainerCallback):

@@ -1,4 +1,10 @@
-"""Run a prepared trainer: held-out scores before and after, progress, checkpoints, resume."""
+"""Run a prepared trainer: held-out scores before and after, progress, checkpoints, resume.
+
+A stage's config adds callbacks and loss terms to trl's loop. Its callbacks are added before those of ``fit``, so they
+see a step before the held-out rows are scored, and a checkpoint before it is marked complete. Such a callback may have
+``facts()``, which become metrics of the stage; ``scores()``, which join the held-out scores; and ``scoring()``, a
+context in which the model has the weights that will be its result.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,8 @@ from peft import LoraModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config.launch import rank
+from align.config.stages.training import TrainingFields
+from align.config.tuning import FullTuning
 from align.data.rows import has_rows
 from align.models.checkpoints.sharding import is_sharded
 from align.models.compute.precision import frozen_in_bf16
@@ -23,15 +31,15 @@ from align.models.compute.threads import trim_malloc, untrimmed_heap
 from align.models.tuning.apply import notice, parameter_counts
 from align.pipeline.context import StageContext
 from align.store.json_files import write_text_atomically
+from align.training.averaging import AverageWeights
 from align.training.checkpoints import MarkCheckpoints, last_complete, read_state, write_state
 from align.training.continued_rows import continue_rows, continuing_callbacks, keep_trained_state
-from align.training.extras import extra_callbacks, has_scores, scored_with
+from align.training.forgetting import KLToStart, PullToStart, make_replay
 from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.progress import ReportProgress, report_scores
-from align.training.stop_request import StopOnRequest
-from align.training.stopping import VALIDATION, best_so_far
+from align.training.stopping import VALIDATION, StopOnRequest, best_so_far
 from align.training.tracking import follow
-from align.training.unfreezing import OpenLayers
+from align.training.unfreezing import OpenLayers, schedule_layers
 
 SECONDS_FILE = "training_seconds.txt"
 """In a checkpoint's folder: the seconds of training up to it."""
@@ -286,3 +294,58 @@ def _tokens_in(checkpoint: Path | None) -> int:
         return 0
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return int(state.get("num_input_tokens_seen", 0))
+
+
+Scores = dict[str, float]
+
+
+def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback]:
+    """Create the callbacks of ``context.config``, once, from the initial model before a checkpoint is loaded."""
+    config: TrainingFields = context.config
+    tuning = config.tuning
+    callbacks: list[TrainerCallback] = []
+    if isinstance(tuning, FullTuning):
+        # The trainer reads it when it creates the optimizer, which is later.
+        trainer.layer_decay = tuning.layer_decay
+        if tuning.scheduled:
+            callbacks.append(schedule_layers(context, trainer, tuning))
+    # After the schedule has frozen weights and before the first step: the anchor is the model as it is now.
+    if config.anchor is not None and config.anchor.to == "l2":
+        callbacks.append(PullToStart(trainer.model, config.anchor.weight))
+    if config.anchor is not None and config.anchor.to == "kl":
+        low = context.precision == "bfloat16"
+        trainer.terms = [*trainer.terms, KLToStart(trainer, config.anchor.weight, low)]
+    if config.replay is not None:
+        replay = make_replay(context, trainer)
+        callbacks.append(replay)
+        if config.replay_fraction:
+            trainer.terms = [*trainer.terms, replay]
+    if config.ema is not None:
+        callbacks.append(AverageWeights(trainer.model, config.ema))
+    return callbacks
+
+
+def has_scores(callbacks: Sequence[TrainerCallback]) -> bool:
+    """Return True if a callback has its own scores."""
+    return any(hasattr(callback, "scores") for callback in callbacks)
+
+
+def scored_with(callbacks: Sequence[TrainerCallback], held_out: Callable[[], Scores]) -> Callable[[], Scores]:
+    """Return a function that joins ``held_out`` with the callbacks' ``scores()``, under the resulting weights.
+
+    Those weights are in the model inside the ``scoring()`` contexts of all callbacks.
+    """
+
+    def scored() -> Scores:
+        # Enter every callback's context, for example to swap in averaged weights.
+        with contextlib.ExitStack() as weights:
+            for callback in callbacks:
+                if hasattr(callback, "scoring"):
+                    weights.enter_context(callback.scoring())
+            scores = dict(held_out())
+            for callback in callbacks:
+                if hasattr(callback, "scores"):
+                    scores |= callback.scores()
+            return scores
+
+    return scored

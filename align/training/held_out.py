@@ -35,12 +35,17 @@ def scoring(trainer: Any) -> Iterator[None]:
         reshard(trainer.model)
 
 
+def row_batches(trainer: Any, encoded: Encoded, sides: int = 1) -> Iterator[tuple[list[int], Any]]:
+    """Yield the row indices of each batch, and its inputs on the trainer's device; ``sides`` is 2 for pairs."""
+    for batch in by_length(encoded.lengths, SCORING_TOKENS // sides):
+        yield batch, send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
+
+
 def supervised(trainer: Any, encoded: Encoded) -> dict[str, float]:
     """Return ``loss`` (nats per supervised token), ``token_accuracy`` and ``perplexity`` of an SFT trainer's model."""
     total, tokens, right = 0.0, 0, 0
     with scoring(trainer):
-        for batch in by_length(encoded.lengths, SCORING_TOKENS):
-            inputs = send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
+        for _, inputs in row_batches(trainer, encoded):
             outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
             total -= outputs.log_probs.double().sum().item()
             tokens += int(outputs.label_mask.sum())
@@ -75,8 +80,7 @@ def preferences(trainer: Any, encoded: Encoded) -> dict[str, float]:
     metrics = {mode: dict(values) for mode, values in trainer._metrics.items()}
     with scoring(trainer):
         # Lengths are per pair, and both sides of a pair are rows of the batch.
-        for batch in by_length(encoded.lengths, SCORING_TOKENS // 2):
-            inputs = send_to_device(trainer.data_collator([encoded.rows[row] for row in batch]), trainer.args.device)
+        for batch, inputs in row_batches(trainer, encoded, sides=2):
             trainer._metrics["eval"].clear()
             sums["loss"] += float(trainer.compute_loss(trainer.model, inputs)) * len(batch)
             for name, key in names.items():
@@ -137,12 +141,12 @@ def pairs(trainer: Any, encoded: Encoded, pad: int) -> dict[str, float]:
 
 def mislabeled(encoded: Encoded) -> dict[int, bool]:
     """Return for each row with two different true scores if the rejected side is better."""
-    known: dict[int, bool] = {}
-    for row_index, row in enumerate(encoded.sources):
+    flips: dict[int, bool] = {}
+    for index, row in enumerate(encoded.sources):
         chosen, rejected = row.get("chosen_score"), row.get("rejected_score")
         if chosen is not None and rejected is not None and chosen != rejected:
-            known[row_index] = chosen < rejected
-    return known
+            flips[index] = chosen < rejected
+    return flips
 
 
 def pair_facts(encoded: Encoded) -> dict[str, float]:

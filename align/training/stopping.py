@@ -1,7 +1,8 @@
-"""Early stopping, and the best weights instead of the last, both by the loss on the validation rows.
+"""Early stopping, the best weights instead of the last, and the stop on request.
 
-Every checkpoint contains the best loss and the best weights so far, so a resumed run stops and chooses as the
-uninterrupted one. The criterion is always the loss, and the weights before the first step are never restored.
+Every checkpoint contains the best validation loss and the best weights so far, so a resumed run stops and chooses as
+the uninterrupted one. The criterion is always the loss, and the weights before the first step are never restored. A
+stop on request writes a checkpoint after the current step; with several processes all of them stop after the same step.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from align.config.tuning import FullTuning
 from align.models.checkpoints.sharding import full_tensor, load_weights, reshard
 from align.models.compute.processes import wait_for_all
 from align.pipeline.context import StageContext
+from align.pipeline.stop_signal import CAN_STOP, Stopped, is_stop_requested
 from align.store.json_files import write_text_atomically
 from align.training.checkpoints import link
 
@@ -140,3 +142,43 @@ def best_so_far(context: StageContext, trainer: Any) -> BestSoFar | None:
     """Return the callback if the stage's config requires it."""
     config: TrainingFields = context.config
     return BestSoFar(context, trainer) if config.chooses else None
+
+
+class StopOnRequest(TrainerCallback):
+    """The last callback of a trainer; only checkpoints at multiples of ``every`` steps can be resumed."""
+
+    def __init__(self, context: StageContext, every: int = 1) -> None:
+        self.context, self.every, self.is_stopping = context, every, False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the runner that a request is answered from now on."""
+        self.context.emit(CAN_STOP)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_requested = is_stop_requested(self.context.events.parent)
+        # All processes are at the same step, so either all of them enter the reduction or none does.
+        if state.global_step % self.every or not _any_process(is_requested, args):
+            return
+        if control.should_training_stop:  # training ends here anyway, so finish the stage
+            return
+        self.is_stopping = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raise ``Stopped``, which skips the held-out scores and the stage's result."""
+        if not self.is_stopping:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the launcher ends all processes with the first, so wait until all have saved
+        raise Stopped(f"stopped as asked, at step {state.global_step} of {state.max_steps}.")
+
+
+def _any_process(requested: bool, args: TrainingArguments) -> bool:
+    """Return True in all processes if any process has seen the request."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return requested
+    # The maximum over processes is 1 once any process has seen the request.
+    flag = torch.tensor(int(requested), device=args.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())

@@ -113,7 +113,7 @@ class Prepared(ShardingTrainer):
     continuation: Continuation | None = None
     """Order of the rows of a stage that continues another with other rows."""
     terms: Sequence[LossTerm] = ()
-    """Terms added to trl's loss while training (``align.training.extras``)."""
+    """Terms added to trl's loss while training (``align.training.fit``)."""
     step_tokens: int = 0
     """Answer tokens of the step's micro-batches, in all processes; counted for ``terms`` only."""
 

@@ -24,7 +24,7 @@ from align.models.fast import token_logprobs as logprobs
 from align.models.fast.ragged_rows import enable_ragged, hidden_states, make_layout
 from align.models.tuning.apply import apply_tuning, weight_bytes
 from align.models.tuning.quantized import quantize
-from align.rl.critic import trunk_of
+from align.rl.model import trunk_of
 from tests.support.peak_memory import peak_of
 
 TOY = Architecture("toy", hidden=4, layers=2, vocabulary=10, key_value_width=3, linears=(Linear("q", 4, 5, True),),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from align.rl.kl import AdaptiveKL, FixedKL, estimate_kl, make_controller
+from align.rl.rewards import AdaptiveKL, FixedKL, estimate_kl, make_controller
 
 LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5]])
 REFERENCE = torch.tensor([[-1.5, -1.0, -0.5]])

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from align.models.loading import load_policy
-from align.rl.critic import critic_head
-from align.rl.model import PolicyAndCritic
+from align.rl.model import PolicyAndCritic, critic_head
 from align.rl.packing import pack
 
 

@@ -6,8 +6,7 @@ import torch
 from align.config.tuning import FullTuning
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged, make_layout
 from align.models.loading import load_policy, load_reward
-from align.rl.critic import critic_from_policy, critic_from_reward
-from align.rl.model import PolicyAndCritic
+from align.rl.model import PolicyAndCritic, critic_from_policy, critic_from_reward
 from align.rl.packing import pack, plan
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9], [9]]

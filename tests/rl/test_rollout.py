@@ -11,7 +11,7 @@ from align.inference.protocol import Response
 from align.rl import metrics
 from align.rl import sampler as module
 from align.rl.advantages import gae
-from align.rl.objectives.base import mask_to_learn
+from align.rl.objectives import mask_to_learn
 from align.rl.prompts import Prompts, derive_seed
 from align.rl.rewards import adjust_scores
 from align.rl.rollout import Rollout, join_rollouts, make_rollout

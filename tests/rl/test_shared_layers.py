@@ -6,7 +6,7 @@ import pytest
 
 from align.config.tuning import LoraTuning
 from align.models.fast import shared_parts as shared_layers
-from align.rl.critic import trunk_of
+from align.rl.model import trunk_of
 from tests.support.rl.gradients import TEXTS
 
 LAST = LoraTuning(rank=4, last_layers=1)

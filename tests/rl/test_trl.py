@@ -27,11 +27,10 @@ import torch
 from align.rl import PpoConfig
 from align.rl.advantages import gae, whiten_advantages
 from align.rl.arguments import rollout_arguments
-from align.rl.kl import estimate_kl
 from align.rl.losses import policy_loss, value_loss
 from align.rl.masking import last_index, response_mask
 from align.rl.packing import pack
-from align.rl.rewards import adjust_scores, shape_rewards, whiten_rewards
+from align.rl.rewards import adjust_scores, estimate_kl, shape_rewards, whiten_rewards
 from tests.support.rl.make_trl_fixture import PAD
 from tests.support.rl.trl_runs import fill, of, ours, read_fixture, theirs
 

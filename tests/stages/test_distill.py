@@ -20,10 +20,9 @@ from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import distill as work
 from align.stages.distill import run
-from align.training.distill_trainer import AnswerCollator, is_on_policy_step, prompt_of
+from align.training.distill_trainer import AnswerCollator, Teacher, TeacherCache, is_on_policy_step, prompt_of
 from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest
 from align.training.rows import MASKED, encode_supervised
-from align.training.teacher import Teacher, TeacherCache
 from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.stages.more_tokens import add_token
 from tests.support.stages.stage_contexts import distill_stage

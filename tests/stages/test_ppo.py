@@ -22,8 +22,7 @@ from align.models.reward import RewardModel
 from align.pipeline.context import StageContext
 from align.pipeline.stop_signal import CAN_STOP, Stopped, clear_request, request_stop
 from align.rl.checkpoint import DRAFT
-from align.stages.ppo import run
-from align.stages.rl import ReportUpdates, _open_scorer, _read_prompts
+from align.stages.rl import ReportUpdates, _open_scorer, _read_prompts, run
 from align.store.artifacts import Artifact, Kind
 from tests.support.training.harness import events
 

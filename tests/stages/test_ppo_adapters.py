@@ -17,7 +17,7 @@ from align.data.rows import user, write_rows
 from align.models.chat.render import render_prompt
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.context import StageContext
-from align.stages.ppo import run
+from align.stages.rl import run
 from align.store.artifacts import Artifact, Kind
 from tests.support.models.tuning.confident_model import saved
 
@@ -103,7 +103,7 @@ def test_virtual_tokens_are_refused_by_name(method: str) -> None:
 def test_a_critic_on_such_a_policy_has_an_adapter_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     from align.models.tuning.apply import apply_tuning, load_for_tuning
     from align.models.tuning.inserted import inserted_weights
-    from align.rl.critic import critic_from_policy
+    from align.rl.model import critic_from_policy
 
     start = saved(tiny_model, SEQUENTIAL, tmp_path / "start" / "model")
     policy = load_for_tuning(start, SEQUENTIAL)

@@ -30,8 +30,8 @@ from align.runner import run_stage
 from align.runner.listener import Listener
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
-from align.stages.ppo import run as run_ppo
 from align.stages.rl import _explain_lost_engine
+from align.stages.rl import run as run_ppo
 from align.store.artifacts import Artifact
 from align.store.store import Store
 from tests.support import in_process

@@ -17,8 +17,7 @@ from align.data.rows import write_rows
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.stages.pretrain import run
-from align.training.rows import MASKED
-from align.training.texts import Ends, document_ends, encode_texts
+from align.training.rows import MASKED, Ends, document_ends, encode_texts
 from tests.support.stages.stage_contexts import PRETRAIN_FIELDS, pretrain_stage, verse
 from tests.support.training.harness import events, losses
 from tests.support.training.killed_stage import Killed, dying

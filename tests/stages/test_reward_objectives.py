@@ -19,8 +19,7 @@ from align.pipeline.context import StageContext
 from align.stages.reward import run
 from align.store.artifacts import Kind
 from align.training.held_out import pair_accuracy
-from align.training.reward_held_out import correlation, disjoint_pairs, ranks
-from align.training.reward_trainer import NumberCollator, PairReward, number_loss
+from align.training.reward_trainer import NumberCollator, PairReward, correlation, disjoint_pairs, number_loss, ranks
 from tests.support.stages.stage_contexts import reward_config, reward_stage
 from tests.support.training.harness import data_artifact, events, losses
 from tests.support.training.killed_stage import Killed, dying

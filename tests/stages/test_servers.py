@@ -19,9 +19,10 @@ from align.evaluation import systems
 from align.inference import switching
 from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
-from align.stages import evaluate, sample, synthesize
+from align.stages import evaluate, sample
 from align.store.artifacts import Artifact, Kind
 from align.synthesis import local_model
+from align.synthesis.run import synthesize
 from tests.support.inference.fake_server import info
 from tests.support.inference.model_server import ModelServer
 
@@ -123,7 +124,7 @@ def test_synthesis(servers: list[ModelServer], inputs: dict[str, Artifact], tmp_
     settings = {"model": "sft", "prompts": "prompts", "task": task, "precision": "float32", "max_tokens": 8}
     stage_inputs = dict.fromkeys(SynthesizeConfig.model_fields) | {"model": inputs["sft"], "prompts": inputs["prompts"]}
     config = SynthesizeConfig.model_validate(settings)
-    alone, pool = both_ways(synthesize.run, config, stage_inputs, servers, tmp_path)
+    alone, pool = both_ways(synthesize, config, stage_inputs, servers, tmp_path)
     for split in ("train", "test"):
         rows = [read_rows(folder.output / f"{split}.parquet") for folder in (alone, pool)]
         assert rows[0] == rows[1] and rows[0]

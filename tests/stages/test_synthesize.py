@@ -13,7 +13,7 @@ import pytest
 from align.data.rows import read_rows, user, write_rows
 from align.errors import UserError
 from align.inference import endpoint_client
-from align.stages.synthesize import run
+from align.synthesis.run import synthesize
 from tests.support.inference.fake_chat import FakeChat
 from tests.support.stages.synthesis_harness import (
     digests,
@@ -43,7 +43,7 @@ def fake() -> Iterator[FakeChat]:
 def test_instructions(fake: FakeChat, tmp_path: Path) -> None:
     task = {"type": "instructions", "count": 30, "at_once": 2, "test_size": 0.3}
     context = make_context(tmp_path, task=task, endpoint=endpoint_of(fake), seeds=write_seeds(tmp_path))
-    metrics = run(context)
+    metrics = synthesize(context)
     train, test = (read_rows(context.output / f"{split}.parquet") for split in ("train", "test"))
     assert len(train) + len(test) == 30 and test
     assert all(row["prompt"][0]["content"].startswith("Tell me w") and row["similarity"] <= 0.7 for row in train)
@@ -57,7 +57,7 @@ def test_instructions(fake: FakeChat, tmp_path: Path) -> None:
 def test_too_few_instructions_are_a_warning(fake: FakeChat, tmp_path: Path) -> None:
     task = {"type": "instructions", "count": 30, "max_requests": 1}
     context = make_context(tmp_path, task=task, endpoint=endpoint_of(fake), prompts="data", train=20)
-    assert run(context)["train_rows"] <= 8
+    assert synthesize(context)["train_rows"] <= 8
     assert "of 30 instructions came out of 1 requests" in context.events.read_text()
 
 
@@ -66,7 +66,7 @@ def test_responses_keep_their_splits_and_the_system_message_is_not_in_the_rows(f
         tmp_path, task={"type": "responses", "n": 2}, endpoint=endpoint_of(fake), prompts="data", system="Be brief.",
         max_prompts={"train": 4},
     )  # fmt: skip
-    run(context)
+    synthesize(context)
     train, test = (read_rows(context.output / f"{split}.parquet") for split in ("train", "test"))
     assert {row["id"].split("-")[0] for row in train} == {"a0", "a1", "a2", "a3"}
     assert {row["id"].split("-")[0] for row in test} == {"b0", "b1", "b2"}
@@ -82,7 +82,7 @@ def test_best_of_by_a_function(fake: FakeChat, tmp_path: Path) -> None:
         tmp_path, task={"type": "best_of", "n": 4}, endpoint=endpoint_of(fake), prompts="data",
         score="tests.support.stages.synthesis_harness:word_score",
     )  # fmt: skip
-    run(context)
+    synthesize(context)
     lines = {json.loads(line)["id"]: json.loads(line) for line in (context.output / "samples.jsonl").open()}
     rows = read_rows(context.output / "train.parquet")
     assert len(rows) == 6
@@ -95,7 +95,7 @@ def test_pairs_by_a_judge_in_both_orders(fake: FakeChat, tmp_path: Path) -> None
     context = make_context(
         tmp_path, task={"type": "pairs", "n": 3}, endpoint=endpoint_of(fake), prompts="data", judge=judge
     )
-    metrics = run(context)
+    metrics = synthesize(context)
     for split in ("train", "test"):
         for pair in read_rows(context.output / f"{split}.parquet"):
             assert len(pair["chosen"][0]["content"].split()) > len(pair["rejected"][0]["content"].split())
@@ -115,7 +115,7 @@ def test_pairs_by_a_reward_model_from_a_checkpoint(tiny_model: Path, tiny_reward
         tmp_path, tiny_model, tiny_reward, task={"type": "pairs", "n": 3}, model="sft", prompts="data", reward="reward",
         max_tokens=12, precision="float32",
     )  # fmt: skip
-    metrics = run(context)
+    metrics = synthesize(context)
     pairs = read_rows(context.output / "train.parquet")
     assert 0 < len(pairs) <= 6 and metrics["engines"] == ["transformers"]
     assert all(pair["chosen_score"] > pair["rejected_score"] for pair in pairs)
@@ -129,7 +129,7 @@ def test_a_checkpoint_as_judge_takes_the_engine_over(tiny_model: Path, tmp_path:
         judge={"max_tokens": 4}, max_tokens=8,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"no train row came out \(9 prompts.*verdict not readable"):
-        run(context)
+        synthesize(context)
     assert read_ledger(context)["usage"]["judge"]["requests"] > 0
 
 
@@ -140,7 +140,7 @@ def test_long_prompts_are_dropped_and_counted(tiny_model: Path, tmp_path: Path) 
     with pytest.raises(
         UserError, match=r"no train row came out \(9 prompts, 9 no answer of use, 9 answers, 9 request fai"
     ):
-        run(context)
+        synthesize(context)
     dropped = [json.loads(line) for line in (context.output / "dropped.jsonl").open()]
     assert "max_prompt_tokens is 3" in dropped[0]["detail"]["error"]
 
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_hold_prompt_and_answer_says_so(tiny_model: Path, tm
         tmp_path, tiny_model, task={"type": "responses"}, model="sft", prompts="data", max_tokens=100_000
     )  # fmt: skip
     with pytest.raises(UserError, match=r"9 request failed"):
-        run(context)
+        synthesize(context)
     assert "with max_tokens 100000 the model's" in (context.output / "dropped.jsonl").read_text()
 
 
@@ -160,10 +160,10 @@ def test_prices_and_a_budget(fake: FakeChat, tmp_path: Path) -> None:
         "endpoint": endpoint_of(fake, price_input=1.0, price_output=2.0, concurrency=2),
     }  # fmt: skip
     with pytest.raises(UserError, match=r"max_cost 0.0006 is reached: 0.000\d+ spent.*raise max_cost and run again"):
-        run(make_context(tmp_path, **config, max_cost=0.0006))
+        synthesize(make_context(tmp_path, **config, max_cost=0.0006))
     first = len(fake.bodies)
     assert 10 < first < 27
-    metrics = run(make_context(tmp_path, **config, max_cost=1.0))
+    metrics = synthesize(make_context(tmp_path, **config, max_cost=1.0))
     assert len(fake.bodies) == 27
     usage = metrics["usage"]["model"]
     assert usage["cost"] == pytest.approx((usage["prompt_tokens"] + 2 * usage["completion_tokens"]) / 1e6)
@@ -173,9 +173,9 @@ def test_prices_and_a_budget(fake: FakeChat, tmp_path: Path) -> None:
 def test_a_second_stage_takes_what_the_first_put_into_the_shared_cache(fake: FakeChat, tmp_path: Path) -> None:
     config = {"task": {"type": "responses", "n": 3}, "prompts": "data", "cache": str(tmp_path / "cache")}
     first = make_context(tmp_path / "one", endpoint=endpoint_of(fake), **config)
-    run(first)
+    synthesize(first)
     second = make_context(tmp_path / "two", endpoint=endpoint_of(fake), **config)
-    run(second)
+    synthesize(second)
     assert len(fake.bodies) == 27
     usage = read_ledger(second)["usage"]["model"]
     assert (usage["requests"], usage["copied"]) == (0, 27)
@@ -197,7 +197,7 @@ def test_by_default_the_stores_cache_is_shared(
     ]
     samples = []
     for context in contexts:
-        run(context)
+        synthesize(context)
         samples.append((context.output / "samples.jsonl").read_text())
     assert len(fake.bodies) == requests
     assert samples[0] == samples[1]
@@ -211,7 +211,7 @@ def test_more_answers_to_the_same_prompts_ask_for_the_others_alone(fake: FakeCha
     for n in (2, 5):
         config = {"task": {"type": "responses", "n": n}, "prompts": "data", "endpoint": endpoint_of(fake)}
         context = replace(make_context(tmp_path / f"{n}", **config), cache=tmp_path / "cache")
-        run(context)
+        synthesize(context)
         texts[n] = [json.loads(line)["texts"] for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert len(fake.bodies) == 9 * 5
     assert [few == many[:2] for few, many in zip(texts[2], texts[5], strict=True)] == [True] * 9
@@ -222,12 +222,12 @@ def test_a_changed_answer_in_the_stores_cache_is_asked_for_again(fake: FakeChat,
     first, second = (
         replace(make_context(tmp_path / name, **config), cache=tmp_path / "cache") for name in ("one", "two")
     )
-    run(first)
+    synthesize(first)
     (file,) = (tmp_path / "cache" / "requests").iterdir()
     lines = file.read_text().splitlines(keepends=True)
     lines[0] = lines[0].replace('"text": "', '"text": "not this ')
     file.write_text("".join(lines))
-    run(second)
+    synthesize(second)
     assert len(fake.bodies) == 9 + 1
     assert (second.output / "samples.jsonl").read_text() == (first.output / "samples.jsonl").read_text()
     assert "1 lines in" in second.events.read_text()
@@ -238,7 +238,7 @@ def test_a_prompt_that_is_there_twice_has_answers_of_its_own(fake: FakeChat, tmp
     context = make_context(tmp_path, train=2, test=1, **config)
     same = [row | {"prompt": [user("Say it")]} for row in make_rows(2, "a")]
     write_rows(tmp_path / "prompts" / "train.parquet", same)
-    run(context)
+    synthesize(context)
     assert len(fake.bodies) == 6
     lines = (context.output / "samples.jsonl").read_text().splitlines()
     first, second = (json.loads(line)["texts"] for line in lines[:2])
@@ -250,12 +250,14 @@ def test_an_unreachable_judge_is_found_before_anything_is_generated(fake: FakeCh
     gone.stop()
     judge = {"endpoint": endpoint_of(gone)}
     with pytest.raises(UserError, match=r"judge.endpoint.url: http://127.0.0.1:\d+/v1 could not be asked"):
-        run(make_context(tmp_path, task={"type": "pairs"}, endpoint=endpoint_of(fake), prompts="data", judge=judge))
+        synthesize(
+            make_context(tmp_path, task={"type": "pairs"}, endpoint=endpoint_of(fake), prompts="data", judge=judge)
+        )
     assert fake.bodies == []
 
 
 def test_a_misspelled_scorer_is_found_before_anything_is_generated(fake: FakeChat, tmp_path: Path) -> None:
     config = {"task": {"type": "pairs"}, "prompts": "data", "score": "tests.support.stages.synthesis_harness:word_scor"}
     with pytest.raises(UserError, match=r"has no function 'word_scor'. Did you mean 'word_score'"):
-        run(make_context(tmp_path, endpoint=endpoint_of(fake), **config))
+        synthesize(make_context(tmp_path, endpoint=endpoint_of(fake), **config))
     assert fake.bodies == []

@@ -21,8 +21,8 @@ from align.inference import endpoint_client
 from align.inference.endpoint_client import EndpointLost
 from align.models.loading import load_tokenizer
 from align.stages import sft
-from align.stages.synthesize import run
 from align.store.artifacts import Artifact, Kind
+from align.synthesis.run import synthesize
 from align.training.rows import MASKED, encode_supervised
 from tests.support.environments.buttons import FORMAT, make_presser
 from tests.support.inference.fake_chat import FakeChat, completion
@@ -55,7 +55,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_a_checkpoint_are_learned_by_sft_without_the_results_of_tools(presser: Path, tmp_path: Path) -> None:
     context = make_context(tmp_path, presser, task={"type": "responses", "n": 3}, **CHECKPOINT)
-    metrics = run(context)
+    metrics = synthesize(context)
     rows = read_rows(context.output / "train.parquet")
     assert metrics["train_rows"] == len(rows) > 0 and metrics["turns"] > 1 and metrics["tokens"] > 0
     called = [row for row in rows if len(row["completion"]) > 1]
@@ -80,7 +80,7 @@ def test_rows_of_a_checkpoint_are_learned_by_sft_without_the_results_of_tools(pr
 
 def test_sft_trains_on_the_rows_as_they_are(presser: Path, tmp_path: Path) -> None:
     made = make_context(tmp_path / "made", presser, task={"type": "responses", "n": 3}, **CHECKPOINT)
-    run(made)
+    synthesize(made)
     data = Artifact("made", Kind.INSTRUCTIONS, made.output, {"key": "made"})
     fields = {"learning_rate": 1e-3, "max_steps": 1, "batch_size": 4, "max_length": 128, "tuning": {"method": "full"}}
     context = stage_context(tmp_path, SftConfig(model="model", data="made", **fields), presser, data)
@@ -93,7 +93,7 @@ def test_sft_trains_on_the_rows_as_they_are(presser: Path, tmp_path: Path) -> No
 def test_the_best_episode_is_that_with_the_highest_score(presser: Path, tmp_path: Path) -> None:
     task = {"type": "best_of", "n": 4, "cut_off": "keep"}
     context = make_context(tmp_path, presser, task=task, **CHECKPOINT)
-    run(context)
+    synthesize(context)
     best = {row["id"]: row["score"] for row in read_rows(context.output / "train.parquet")}
     lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
     assert best
@@ -104,7 +104,7 @@ def test_the_best_episode_is_that_with_the_highest_score(presser: Path, tmp_path
 
 def test_pairs_of_episodes(presser: Path, tmp_path: Path) -> None:
     context = make_context(tmp_path, presser, task={"type": "pairs", "n": 4}, **CHECKPOINT)
-    run(context)
+    synthesize(context)
     pairs = read_rows(context.output / "train.parquet")
     assert pairs and any(len(pair["chosen"]) > 1 for pair in pairs)
     assert all(pair["chosen_score"] > pair["rejected_score"] and pair["tools"] for pair in pairs)
@@ -114,7 +114,7 @@ def test_episodes_that_leave_no_room_for_a_prompt_are_refused(presser: Path, tmp
     environment = ENVIRONMENT | {"max_tokens": 100_000}
     context = make_context(tmp_path, presser, task={"type": "responses"}, **CHECKPOINT | {"environment": environment})
     with pytest.raises(UserError, match=r"environment.max_tokens is 100000, and the model has \d+ positions"):
-        run(context)
+        synthesize(context)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_an_endpoint_plays_with_tools(fake: FakeChat, tmp_path: Path) -> None:
     context = make_context(
         tmp_path, task={"type": "responses", "n": 2}, system="Be brief.", train=3, test=1, **endpoint_fields(fake)
     )
-    metrics = run(context)
+    metrics = synthesize(context)
     first = fake.bodies[0]
     assert [tool["function"]["name"] for tool in first["tools"]] == ["a", "b"]
     assert first["messages"] == [{"role": "system", "content": "Be brief."}, user("go")]
@@ -204,7 +204,7 @@ def test_an_endpoint_speaks_with_a_simulated_user(fake: FakeChat, tmp_path: Path
         said = {"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE"}
         fields = endpoint_fields(fake, max_turns=6, user=said)
         context = make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **fields)
-        metrics = run(context)
+        metrics = synthesize(context)
     finally:
         buyer.stop()
     assert metrics["user"]["requests"] == len(buyer.bodies) > 3
@@ -227,7 +227,7 @@ def test_answers_of_the_user_are_shared_where_the_cache_says(
     try:
         fields = endpoint_fields(fake, user={"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE"})
         context = make_context(tmp_path, task={"type": "responses"}, train=2, test=1, cache=cache, **fields)
-        run(replace(context, cache=tmp_path / "store"))
+        synthesize(replace(context, cache=tmp_path / "store"))
     finally:
         buyer.stop()
     folders = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.glob("*/user/answers-1.jsonl")}
@@ -243,7 +243,7 @@ def test_a_checkpoint_that_speaks_with_an_endpoint_has_the_stages_threads(
     task = {"type": "responses", "cut_off": "keep"}
     context = make_context(tmp_path, task=task, train=2, test=1, **fields)
     speaker = make_artifact(tmp_path, "speaker", Kind.POLICY, presser)
-    run(replace(context, inputs=context.inputs | {USER_INPUT: speaker}))
+    synthesize(replace(context, inputs=context.inputs | {USER_INPUT: speaker}))
     assert runtimes == [context.runtime]
 
 
@@ -257,9 +257,9 @@ def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(fake: Fake
         fields = endpoint_fields(fake, max_turns=6, user=said)
         context = make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **fields)
         with pytest.raises(EndpointLost, match="run again to go on"):
-            run(context)
+            synthesize(context)
         buyer.reply = say
-        run(context)
+        synthesize(context)
     finally:
         buyer.stop()
     lines = [json.loads(line) for line in (context.output / "samples.jsonl").read_text().splitlines()]
@@ -276,7 +276,7 @@ def test_rows_without_a_column_of_the_users_prompt_are_refused_before_a_request(
         path = tmp_path / "prompts" / "train.parquet"
         write_rows(path, [row | {"goal": "a lamp"} for row in read_rows(path)])  # test has none
         with pytest.raises(UserError, match=r"environment\.user\.prompt: row b0: there is no value"):
-            run(context)
+            synthesize(context)
     finally:
         buyer.stop()
     assert not fake.bodies and not buyer.bodies
@@ -288,7 +288,7 @@ def test_a_server_that_speaks_first_is_asked_for_one_opening_of_a_row(fake: Fake
         said = {"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE", "opens": True}
         fields = endpoint_fields(fake, max_turns=6, user=said)
         context = make_context(tmp_path, task={"type": "best_of", "n": 3}, train=2, test=1, **fields)
-        run(context)
+        synthesize(context)
     finally:
         buyer.stop()
     openings = [body for body in buyer.bodies[1:] if len(body["messages"]) == 2]
@@ -309,7 +309,7 @@ def test_the_user_reads_no_malformed_call_and_nothing_that_answers_it(fake: Fake
     try:
         said = {"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE"}
         fields = endpoint_fields(fake, max_turns=6, user=said)
-        run(make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **fields))
+        synthesize(make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **fields))
     finally:
         buyer.stop()
     assert len(buyer.bodies) > 1
@@ -330,7 +330,7 @@ def test_an_endpoint_plays_a_game_without_tools(fake: FakeChat, tmp_path: Path) 
     for split in ("train", "test"):
         path = tmp_path / "prompts" / f"{split}.parquet"
         write_rows(path, [row | {"goal": 2} for row in make_rows(2, split)])
-    run(context)
+    synthesize(context)
     rows = read_rows(context.output / "train.parquet")
     assert len(rows) == 2
     for row in rows:
@@ -343,11 +343,11 @@ def test_requests_are_cached_and_results_journaled(fake: FakeChat, tmp_path: Pat
     log = tmp_path / "presses.log"
     fields = endpoint_fields(fake, **{"class": f"{BUTTONS}:SavedButtons", "arguments": {"log": str(log)}})
     task = {"type": "pairs", "n": 3}
-    first = run(make_context(tmp_path, task=task, **fields))
+    first = synthesize(make_context(tmp_path, task=task, **fields))
     presses, bodies = log.read_text(), len(fake.bodies)
     rows = read_rows(tmp_path / "output" / "train.parquet")
     # The next attempt of a stage that was killed at its very end.
-    again = run(make_context(tmp_path, task=task, **fields))
+    again = synthesize(make_context(tmp_path, task=task, **fields))
     assert log.read_text() == presses and len(fake.bodies) == bodies
     assert again["usage"] == first["usage"] and again["asked_in_this_attempt"] == 0
     assert read_rows(tmp_path / "output" / "train.parquet") == rows
@@ -361,7 +361,7 @@ def test_killed_between_two_requests_it_goes_on_to_the_same_rows(
         endpoint_fields(fake, **{"class": f"{BUTTONS}:SavedButtons", "arguments": {"log": str(log)}}) for log in logs
     )
     task = {"type": "responses", "n": 2}
-    run(make_context(tmp_path / "whole", task=task, **whole))
+    synthesize(make_context(tmp_path / "whole", task=task, **whole))
     asked = len(fake.bodies)
     poll, rounds = ChatSession.poll, []
 
@@ -373,9 +373,9 @@ def test_killed_between_two_requests_it_goes_on_to_the_same_rows(
 
     monkeypatch.setattr(ChatSession, "poll", dies_second)
     with pytest.raises(KeyboardInterrupt):
-        run(make_context(tmp_path / "parts", task=task, **parts))
+        synthesize(make_context(tmp_path / "parts", task=task, **parts))
     monkeypatch.setattr(ChatSession, "poll", poll)
-    run(make_context(tmp_path / "parts", task=task, **parts))
+    synthesize(make_context(tmp_path / "parts", task=task, **parts))
     assert len(fake.bodies) == 2 * asked
     rows = [read_rows(tmp_path / name / "output" / "train.parquet") for name in ("whole", "parts")]
     assert rows[0] == rows[1] and rows[0]
@@ -389,7 +389,7 @@ def test_a_malformed_call_is_told_and_not_learned(fake: FakeChat, tmp_path: Path
 
     fake.reply = stutter
     context = make_context(tmp_path, task={"type": "responses"}, train=2, test=1, **endpoint_fields(fake))
-    metrics = run(context)
+    metrics = synthesize(context)
     assert metrics["malformed_calls"] == 1
     for row in read_rows(context.output / "train.parquet"):
         assert row["completion"][0] == {"role": "assistant", "content": "a({not json)", "train": False}
@@ -407,7 +407,7 @@ def test_the_servers_count_limits_an_episode(fake: FakeChat, tmp_path: Path) -> 
     fake.reply = long
     fields = endpoint_fields(fake, max_turns=9)
     with pytest.raises(UserError, match="no train row came out.*cut off at max_tokens"):
-        run(make_context(tmp_path, task={"type": "responses"}, train=1, test=0, **fields))
+        synthesize(make_context(tmp_path, task={"type": "responses"}, train=1, test=0, **fields))
     # 60 tokens: the first turn takes 7. Before the second there are 40 more, then 80.
     assert [body["max_tokens"] for body in fake.bodies] == [8, 8, 8]
 
@@ -418,6 +418,6 @@ def test_a_request_that_fails_drops_its_episode(fake: FakeChat, tmp_path: Path) 
 
     fake.reply = refuse
     context = make_context(tmp_path, task={"type": "responses", "n": 3}, on_error="drop", **endpoint_fields(fake))
-    metrics = run(context)
+    metrics = synthesize(context)
     assert metrics["dropped"]["answers"]["episode failed"] > 0
     assert "episodes failed and are left out; the first in request: " in context.events.read_text()

@@ -16,7 +16,7 @@ import pytest
 
 from align.inference import endpoint_client
 from align.inference.requests import RequestCache
-from align.stages.synthesize import run
+from align.synthesis.run import synthesize
 from tests.support.inference.fake_chat import FakeChat
 from tests.support.stages.synthesis_harness import (
     digests,
@@ -119,7 +119,7 @@ def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
         "max_tokens": 48,
     }
     uninterrupted = make_context(tmp_path / "whole", tiny_model, **config)
-    run(uninterrupted)
+    synthesize(uninterrupted)
     killed = make_context(tmp_path / "killed", tiny_model, **config)
     real, calls = TransformersEngine.generate, []
 
@@ -131,10 +131,10 @@ def test_a_killed_checkpoint_run_comes_to_the_same_bytes(
 
     monkeypatch.setattr(TransformersEngine, "generate", dies_third)
     with pytest.raises(KeyboardInterrupt):
-        run(killed)
+        synthesize(killed)
     with (killed.checkpoints / "answers-1.jsonl").open("ab") as file:  # the third chunk, half written
         file.write(b'{"answers": [{"answer": {"completion_tok')
-    run(killed)
+    synthesize(killed)
     assert calls == [4, 4, 4, 4, 4, 4, 4, 3], "27 answers in chunks of 4, the third twice"
     assert digests(killed.output) == digests(uninterrupted.output)
 

@@ -22,10 +22,10 @@ from align.models.fast.token_logprobs import PLAIN, LogitTransform
 from align.models.loading import load_policy, load_reward
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.registry import STAGES
-from align.training.anchoring import KLToStart, PullToStart
 from align.training.divergence import CHUNK, summed_kl, trunk_and_head
-from align.training.dpo_trainer import PreparedDPO
 from align.training.epochs import SHARE
+from align.training.forgetting import KLToStart, PullToStart
+from align.training.preference_trainers import PreparedDPO
 from align.training.sft_trainer import NoisyEmbeddings
 from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.models.tuning.confident_model import saved

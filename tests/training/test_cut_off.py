@@ -16,16 +16,17 @@ from align.models.chat.answer_tokens import split_answer
 from align.models.chat.render import render_answered
 from align.models.loading import load_tokenizer
 from align.report.dataset.token_views import token_views
-from align.rl.ptx import PtxRows
+from align.rl.prompts import PtxRows
+from align.training.reward_objectives import Scale, encode_scored, encode_steps, scored_answers, stepwise_answers
 from align.training.rows import (
     MASKED,
+    document_ends,
     encode_answers,
     encode_conversations,
     encode_pairs,
     encode_supervised,
+    encode_texts,
 )
-from align.training.scored_rows import Scale, encode_scored, encode_steps, scored_answers, stepwise_answers
-from align.training.texts import document_ends, encode_texts
 from align.training.unpaired import encode_unpaired, unpair
 from tests.support.training.harness import rows
 

@@ -19,8 +19,8 @@ from align.models.tuning.apply import apply_tuning
 from align.store.artifacts import Kind
 from align.training import held_out
 from align.training.arguments import training_arguments
-from align.training.dpo_trainer import PreparedDPO, beta_at
 from align.training.fused_head import use_blockwise_head
+from align.training.preference_trainers import PreparedDPO, beta_at
 from align.training.rows import Encoded, encode_pairs
 from tests.support.training.harness import context, data_artifact, rows
 

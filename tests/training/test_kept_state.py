@@ -22,10 +22,9 @@ from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind
-from align.training.kept_state import STABLE, OwnSettings
+from align.training.kept_state import STABLE, OwnSettings, UnknownState, pack, unpack
 from align.training.order import GroupedOrder
 from align.training.row_history import Continuation, ContinuedOrder, passed_rows
-from align.training.state_files import UnknownState, pack, unpack
 from align.training.stopping import VALIDATION_LOSS, BestSoFar
 from tests.support.training import aimed_stages
 from tests.support.training.harness import events, losses, rows

@@ -14,10 +14,10 @@ from trl.trainer.kto_trainer import KTOTrainer
 from align.config.stages.kto import KtoConfig
 from align.models.loading import load_policy, load_tokenizer
 from align.store.artifacts import Kind
-from align.training import kto_trainer
+from align.training import preference_trainers
 from align.training.arguments import training_arguments
 from align.training.fused_head import use_blockwise_head
-from align.training.kto_trainer import PreparedKTO, held_out
+from align.training.preference_trainers import PreparedKTO, held_out
 from align.training.rows import Encoded
 from align.training.unpaired import add_mismatched, encode_unpaired, fixed_groups, unpair
 from tests.support.training.harness import context, data_artifact, rows
@@ -89,7 +89,7 @@ def test_held_out_scores_have_one_reference_point_whatever_the_batches(
 ) -> None:
     trainer, encoded = made(tmp_path, tiny_model)
     actual = held_out(trainer, encoded)
-    monkeypatch.setattr(kto_trainer, "SCORING_TOKENS", 1)
+    monkeypatch.setattr(preference_trainers, "SCORING_TOKENS", 1)
     assert held_out(trainer, encoded) == pytest.approx(actual, rel=1e-4)
     drifts = [drift(tiny_model, row, "completion_ids", "ref_logps") for row in encoded.rows]
     mismatched = [drift(tiny_model, row, "KL_completion_ids", "ref_KL_logps") for row in encoded.rows]

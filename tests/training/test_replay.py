@@ -16,7 +16,7 @@ from align.config.validation import validate
 from align.errors import UserError
 from align.models.loading import load_policy
 from align.pipeline.registry import STAGES
-from align.training.replay import Replay, replayed_rows
+from align.training.forgetting import Replay, replayed_rows
 from align.training.rows import Encoded
 from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.training.harness import events, losses

@@ -12,8 +12,8 @@ from align.data.rows import assistant, user, write_rows
 from align.errors import UserError
 from align.models.chat.render import render_prompt
 from align.models.loading import load_policy, load_tokenizer
-from align.training.answer_collators import PairCollator, UnpairedCollator
 from align.training.input_checks import check_encoded, check_ends, check_model, check_same_vocabulary
+from align.training.preference_trainers import PairCollator, UnpairedCollator
 from align.training.rows import (
     MASKED,
     NOT_TRAINED,

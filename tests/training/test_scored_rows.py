@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.errors import UserError
-from align.training.scored_rows import Scale, scale_of
+from align.training.reward_objectives import Scale, scale_of
 
 
 @pytest.mark.parametrize(("score", "count"), [(2.0, 4), (0.1, 10), (0.7, 7), (4.3, 25)])

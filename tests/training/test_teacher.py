@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from align.training.distill_trainer import answer_states
 from align.training.rows import MASKED
-from align.training.teacher import answer_states
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 SIZES_OF = {

@@ -1,4 +1,8 @@
-"""GRPO and its variants: a response's advantage is its score above the others to its prompt, without a critic."""
+"""GRPO and its variants, and RLOO (arXiv 2402.14740): responses to a prompt are compared, without a critic.
+
+In GRPO a response's advantage is its score above the others to its prompt. RLOO is REINFORCE with the mean score of
+the other responses as the baseline.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,20 @@ from typing import Any, ClassVar
 import torch
 
 from align.config.stages.grpo import GrpoConfig
-from align.rl.advantages import fill_failed, group_advantages, overlong_penalty, without_variance
-from align.rl.kl import KLPenalty
+from align.config.stages.rloo import RlooConfig
+from align.rl.advantages import (
+    fill_failed,
+    group_advantages,
+    leave_one_out,
+    overlong_penalty,
+    whiten_responses,
+    without_variance,
+)
 from align.rl.losses import Aggregation, RatioLevel, group_loss, loss_count
-from align.rl.objectives.base import Objective, Step, mask_to_learn, masked_kl
+from align.rl.objectives import Objective, Step, mask_to_learn, masked_kl
 from align.rl.packing import Batch
 from align.rl.prompts import derive_seed
+from align.rl.rewards import KLPenalty
 from align.rl.rollout import Rollout, join_rollouts
 from align.rl.sampler import RolloutSampler
 
@@ -171,3 +183,17 @@ def _sample_more(sampler: RolloutSampler, rollout: Rollout, round_number: int, c
     for phase, seconds in extra.seconds.items():
         rollout.seconds[phase] += seconds
     return extra
+
+
+class RLOOObjective(GroupObjective):
+    """A response is one action: its probability is what the loss raises, lowers and clips."""
+
+    name: ClassVar[str] = "rloo"
+    config: RlooConfig
+    aggregation: Aggregation = "sequence"
+    ratio_level: RatioLevel = "response"
+
+    def compare(self, totals: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        """Return ``totals`` minus the mean of the other responses, (B,)."""
+        advantages = leave_one_out(totals, groups)
+        return whiten_responses(advantages) if self.config.whiten_advantages else advantages

@@ -8,11 +8,10 @@ import torch
 
 from align.config.stages.ppo import PpoConfig
 from align.rl.advantages import gae, whiten_advantages
-from align.rl.kl import KLPenalty
 from align.rl.losses import loss_count, policy_loss, value_loss
-from align.rl.objectives.base import Objective, Step, mask_to_learn
+from align.rl.objectives import Objective, Step, mask_to_learn
 from align.rl.packing import Batch
-from align.rl.rewards import shape_rewards, whiten_rewards
+from align.rl.rewards import KLPenalty, shape_rewards, whiten_rewards
 from align.rl.rollout import Rollout
 
 

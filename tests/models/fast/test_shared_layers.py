@@ -12,7 +12,7 @@ from align.config.tuning import LoraTuning
 from align.models.fast import shared_parts as shared_layers
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
-from align.rl.critic import trunk_of
+from align.rl.model import trunk_of
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align.config.stages.online_dpo import OnlineDpoConfig
-from align.rl.objectives.online_dpo import OnlineDPOObjective
+from align.rl.objectives.selection import OnlineDPOObjective
 from align.rl.rollout import Rollout
 
 CONFIG = OnlineDpoConfig.for_trainer(learning_rate=1e-6, beta=0.5)

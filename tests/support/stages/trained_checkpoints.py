@@ -170,7 +170,7 @@ REWARDS: dict[str, MakeStage] = {
 @contextlib.contextmanager
 def recorded_outputs() -> Iterator[list[torch.Tensor]]:
     """Record the logits or scores for ``IDS`` of every model just before a stage saves it."""
-    from align.rl import saving as ppo_saving
+    from align.rl import checkpoint
     from align.training import save as training_save
 
     outputs: list[torch.Tensor] = []
@@ -184,7 +184,7 @@ def recorded_outputs() -> Iterator[list[torch.Tensor]]:
         original(model, tokenizer, out_dir)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (apply, ppo_saving, training_save):
+        for module in (apply, checkpoint, training_save):
             patch.setattr(module, "save_tuned", save)
         yield outputs
 

@@ -19,8 +19,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import align.rl.checkpoint
 import align.rl.run
-import align.rl.saving
 import align.training.save
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
@@ -62,7 +62,8 @@ def armed(kill: Kill) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if kill.moment == "before":
             patch.setattr(trainer, "_save_checkpoint", _dying_before(trainer._save_checkpoint, kill.step))
-            patch.setattr(align.rl.saving, "save_checkpoint", _dying_before(align.rl.saving.save_checkpoint, kill.step))
+            save = align.rl.checkpoint.save_checkpoint
+            patch.setattr(align.rl.checkpoint, "save_checkpoint", _dying_before(save, kill.step))
         elif kill.moment == "during":
             patch.setattr(torch, "save", _dying_in_the_middle(torch.save, kill.step))
         elif kill.moment == "unmarked":
@@ -74,7 +75,7 @@ def armed(kill: Kill) -> Iterator[None]:
             patch.setattr(trainer, "_finalize_training", _dying_trained)
             patch.setattr(align.rl.run, "end", _dying_trained)
         elif kill.moment == "saved":
-            for module in (align.training.save, align.rl.saving):
+            for module in (align.training.save, align.rl.checkpoint):
                 patch.setattr(module, "save_tuned", _dying_half_saved)
         yield
 

@@ -13,12 +13,10 @@ from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Kind
-from align.training import cpo_trainer, orpo_trainer
+from align.training import held_out as scores
 from align.training.arguments import training_arguments
-from align.training.cpo_trainer import PreparedCPO, held_out
-from align.training.experimental import experimental
+from align.training.experimental import CPO, ORPO, experimental, held_out, load_trainer
 from align.training.fused_head import use_blockwise_head
-from align.training.orpo_trainer import PreparedORPO
 from align.training.rows import Encoded, encode_pairs
 from tests.support.training.harness import context, data_artifact, rows
 
@@ -34,8 +32,8 @@ def made(root: Path, model: Path, kind: str, **options: Any) -> tuple[Any, Encod
     inputs = context(root, config, model, data_artifact(root / "data", Kind.PREFERENCES), "policy")
     use_blockwise_head()
     prompt_too = options.pop("prompt_too", None)
-    arguments = orpo_trainer.Arguments if kind == "orpo" else cpo_trainer.Arguments
-    trainer = (PreparedORPO if kind == "orpo" else PreparedCPO)(
+    trainer_class, arguments = load_trainer(ORPO if kind == "orpo" else CPO, kind)
+    trainer = trainer_class(
         **({} if prompt_too is None else {"prompt_too": prompt_too}),
         model=load_policy(model),
         args=training_arguments(arguments, inputs, 8, max_length=128, remove_unused_columns=False, **options),
@@ -55,9 +53,8 @@ def of_trl(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
         theirs[f"{side}_input_ids"] = batch["input_ids"][part]
         theirs[f"{side}_attention_mask"] = batch["attention_mask"][part]
         theirs[f"{side}_labels"] = batch["input_ids"][part].masked_fill(batch["completion_mask"][part] == 0, -100)
-    base = (
-        orpo_trainer.ORPOTrainer if isinstance(trainer, PreparedORPO) else cpo_trainer.CPOTrainer
-    ).concatenated_forward
+    method = "orpo" if isinstance(trainer, ORPO) else "cpo"
+    base = experimental(method, f"{method.upper()}Trainer").concatenated_forward
     trainer.concatenated_forward = lambda model, inputs: base(trainer, model, theirs)
     with torch.no_grad():
         loss = trainer.get_batch_loss_metrics(trainer.model, batch)[0]
@@ -104,7 +101,7 @@ def test_held_out_scores_do_not_move_with_the_batches(
 ) -> None:
     trainer, encoded = made(tmp_path, tiny_model, "cpo")
     full = held_out(trainer, encoded)
-    monkeypatch.setattr(cpo_trainer, "SCORING_TOKENS", 1)
+    monkeypatch.setattr(scores, "SCORING_TOKENS", 1)
     assert held_out(trainer, encoded) == pytest.approx(full, rel=1e-4)
 
 
@@ -121,8 +118,8 @@ def test_a_trl_without_it_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_overridden_in_trl_is_there() -> None:
     """Names that our classes override or call; an upgrade that moves one would train by another loss, or fail late."""
     for trainer, names in (
-        (cpo_trainer.CPOTrainer, ("concatenated_forward", "cpo_loss", "get_batch_loss_metrics")),
-        (orpo_trainer.ORPOTrainer, ("concatenated_forward", "odds_ratio_loss", "get_batch_loss_metrics")),
+        (experimental("cpo", "CPOTrainer"), ("concatenated_forward", "cpo_loss", "get_batch_loss_metrics")),
+        (experimental("orpo", "ORPOTrainer"), ("concatenated_forward", "odds_ratio_loss", "get_batch_loss_metrics")),
     ):
         for name in names:
             assert name in trainer.__dict__, (trainer, name)

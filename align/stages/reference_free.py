@@ -1,0 +1,89 @@
+"""Stages ``orpo``, ``cpo`` and ``simpo``: preference optimization without a reference, in one loss with SFT.
+
+Odds ratios (arXiv 2403.07691), contrastive preference optimization (arXiv 2401.08417) and SimPO (arXiv 2405.14734),
+which is ``cpo`` with ``loss: simpo`` and the paper's scale of beta. Their trainers are experimental in trl, which may
+move or drop them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from align.config.stages.cpo import CpoConfig
+from align.config.stages.orpo import OrpoConfig
+from align.pipeline.context import StageContext
+from align.stages.preference import prepare_policy
+
+if TYPE_CHECKING:
+    from align.training.experimental import PairForward
+
+
+def cpo(context: StageContext) -> dict[str, Any]:
+    """Train, save ``model/`` and return steps, tokens, speed, and held-out loss, accuracy and margin.
+
+    Raises ``UserError`` for a model without chat template, data without usable pairs, or a trl without the trainer.
+    """
+    from align.models.compute.threads import use_threads
+
+    use_threads(context.runtime)
+    from align.training.experimental import CPO
+
+    config: CpoConfig = context.config
+    return _train(
+        context,
+        CPO,
+        "cpo",
+        {},
+        beta=config.beta,
+        loss_type=config.loss,
+        label_smoothing=config.label_smoothing,
+        cpo_alpha=config.sft_weight,
+        simpo_gamma=0.5 if config.simpo_gamma is None else config.simpo_gamma,
+        alpha=config.alpha,
+    )
+
+
+def orpo(context: StageContext) -> dict[str, Any]:
+    """Train with odds ratios; otherwise as ``cpo``."""
+    from align.models.compute.threads import use_threads
+
+    use_threads(context.runtime)
+    from align.training.experimental import ORPO
+
+    config: OrpoConfig = context.config
+    return _train(context, ORPO, "orpo", {"prompt_too": config.prompt_loss}, beta=config.beta)
+
+
+def _train(
+    context: StageContext, mixin: type[PairForward], method: str, trainer_options: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """Train with trl's trainer of ``method``; ``options`` are the options of its loss."""
+    from align.training.arguments import training_arguments
+    from align.training.experimental import held_out, load_trainer
+    from align.training.fit import fit
+    from align.training.preference_trainers import PairCollator
+    from align.training.rows import counts, encode_pairs
+    from align.training.save import save
+
+    trainer_class, arguments = load_trainer(mixin, method)
+    prepared = prepare_policy(context, encode_pairs, PairCollator)
+    prepared.lint(context)
+    trainer = trainer_class(
+        model=prepared.tuned_model(context),
+        args=training_arguments(
+            arguments,
+            context,
+            len(prepared.train.rows),
+            **options,
+            max_length=context.config.max_length,  # trl reads it when it tokenizes, which is done already
+            remove_unused_columns=False,
+        ),
+        data_collator=prepared.collator,
+        train_dataset=prepared.train.rows,
+        processing_class=prepared.tokenizer,
+        **trainer_options,
+    )
+    trainer.row_lengths = prepared.train.lengths
+    metrics = fit(trainer, context, lambda split: held_out(trainer, prepared.splits[split]))
+    save(context, trainer, prepared.tokenizer)
+    return {**metrics, "pairs": len(prepared.train.rows), **counts(prepared.splits, "pairs")}
