@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from align.rl.masking import last_index, masked_mean_var, turn_ends, whiten
+from align.rl.masking import last_index, masked_mean_var, turn_ends
 
 Truncation = Literal["bootstrap", "terminal"]
 """Value after a response cut at its maximum length: the critic's value of the state reached, or 0."""
@@ -70,11 +70,6 @@ def gae(
     # The critic's targets stay in units of reward: they are computed before the advantages are whitened.
     returns = torch.where(response_mask, advantages + values[:, :-1], torch.zeros_like(advantages))
     return advantages, returns
-
-
-def whiten_advantages(advantages: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """Scale advantages (B, T) to mean 0 and variance 1 over the real tokens of the rollout."""
-    return whiten(advantages, response_mask, shift_mean=True)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, response_mask: torch.Tensor) -> float:

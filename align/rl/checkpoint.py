@@ -65,11 +65,6 @@ def load_trained(model: nn.Module, folder: Path) -> None:
             live[name].copy_(tensor)
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``ppo_state.json``; Python's floats survive JSON exactly."""
-    write_text_atomically(folder / STATE, json.dumps(state, indent=1))
-
-
 def load_state(folder: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """Return the stored state. Raises ``UserError`` if the run's data order would differ from the checkpoint's."""
     path = folder / STATE
@@ -116,17 +111,8 @@ def _random_state_file(folder: Path) -> Path:
     return folder / ("rng_state.pth" if world_size() == 1 else f"rng_state_{rank()}.pth")
 
 
-def clear(draft: Path, accelerator: Any) -> None:
-    """Make ``draft`` an empty folder, once for all processes."""
-    if accelerator.is_main_process:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-
-
-def publish(draft: Path, output_dir: Path, limit: int | None) -> None:
-    """Move the checkpoint in ``draft`` to its place, then delete the oldest beyond ``limit``."""
-    (folder,) = draft.glob("checkpoint-*")
+def _publish(folder: Path, output_dir: Path, limit: int | None) -> None:
+    """Move the drafted checkpoint ``folder`` to its place, then delete the oldest beyond ``limit``."""
     # The marker lists digests, so it is written last; the rename then makes the checkpoint visible at once.
     checkpoints.mark_complete(folder)
     target = output_dir / folder.name
@@ -134,7 +120,7 @@ def publish(draft: Path, output_dir: Path, limit: int | None) -> None:
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
     sync_folder(output_dir)
-    shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(output_dir / DRAFT, ignore_errors=True)
     rotate_checkpoints(str(output_dir), save_total_limit=limit)
 
 
@@ -151,16 +137,6 @@ def last_checkpoint(output_dir: Path, warn: checkpoints.Warn = print) -> Path | 
     return checkpoints.last_complete(output_dir, warn, unmarked="leave")
 
 
-def check_files(folder: Path) -> None:
-    """Raise ``UserError`` if the files of a checkpoint that a script names have changed since they were written."""
-    reason = checkpoints.find_damage(folder)
-    if reason is not None:
-        raise UserError(
-            f"{folder} is damaged: {reason}. Resume from an older checkpoint (`last_checkpoint(output_dir)` returns "
-            "the newest complete one), or start over."
-        )
-
-
 def save_policy(trainer: Any, output_dir: str | None) -> None:
     """Save the policy, LoRA merged, as an ordinary model folder; by default to the run's ``output_dir``."""
     with full_model(trainer.model) as model:  # all processes gather a sharded model, one writes it
@@ -173,14 +149,20 @@ def save_checkpoint(trainer: Any) -> None:
     args = trainer.args
     output_dir = Path(str(args.output_dir))
     draft = output_dir / DRAFT
-    clear(draft, trainer.accelerator)
+    if trainer.accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
     folder = draft / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     with full_model(trainer.model) as model:  # all processes gather a sharded model, one writes it
         if args.should_save:
             folder.mkdir()
             save_trained(model, folder)
-            save_state(folder, _state_to_save(trainer))
-            _save_best(trainer, folder)
+            # Python's floats survive JSON exactly.
+            write_text_atomically(folder / STATE, json.dumps(_state_to_save(trainer), indent=1))
+            if trainer.validation is not None and trainer.validation.weights is not None:
+                # A link: the checkpoint keeps these weights when tidy deletes the folder of a former best policy.
+                link(trainer.validation.weights, folder / BEST)
     # Each process writes its own random state into the folder that the first one made.
     trainer.accelerator.wait_for_everyone()
     sharded.save_optimizer(trainer, folder)
@@ -190,7 +172,7 @@ def save_checkpoint(trainer: Any) -> None:
     # The checkpoint is complete once all processes have written.
     trainer.accelerator.wait_for_everyone()
     if args.should_save:
-        publish(draft, output_dir, args.save_total_limit)
+        _publish(folder, output_dir, args.save_total_limit)
         # The journals of episodes that were learned from, and former best policies, are not needed any more.
         drop_journals(output_dir, trainer.update)
         if trainer.validation is not None:
@@ -200,15 +182,21 @@ def save_checkpoint(trainer: Any) -> None:
 def load_checkpoint(trainer: Any, folder: Path) -> None:
     """Continue from a checkpoint. Raises ``UserError`` if it is damaged, or of a run with another order of the data."""
     # One process hashes the files. All processes read the weights.
-    if trainer.args.should_save:
-        check_files(folder)
+    reason = checkpoints.find_damage(folder) if trainer.args.should_save else None
+    if reason is not None:
+        raise UserError(
+            f"{folder} is damaged: {reason}. Resume from an older checkpoint (`last_checkpoint(output_dir)` returns "
+            "the newest complete one), or start over."
+        )
     state = load_state(folder, trainer.args.fingerprint())
     with full_model(trainer.model, store=True) as model:
         load_trained(model, folder)
     sharded.load_optimizer(trainer, folder)
     _load_state(trainer, state)
-    if trainer.args.should_save:
-        _load_best(trainer, folder)
+    if trainer.args.should_save and trainer.validation is not None and trainer.validation.weights is not None:
+        # tidy may have deleted the folder, if a later checkpoint that is now lost had a better policy.
+        trainer.validation.weights.parent.mkdir(exist_ok=True)
+        link(folder / BEST, trainer.validation.weights)
 
 
 def _state_to_save(trainer: Any) -> dict[str, Any]:
@@ -241,18 +229,3 @@ def _load_state(trainer: Any, state: dict[str, Any]) -> None:
     trainer.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
     trainer.stopped = state["stopped"]
     trainer.prefetcher.load_state_dict(state.get("ahead", []), trainer.sampler.restore)
-
-
-def _save_best(trainer: Any, folder: Path) -> None:
-    """Add the weights of the best policy so far to a checkpoint."""
-    if trainer.validation is not None and trainer.validation.weights is not None:
-        # A link: the checkpoint keeps these weights when tidy deletes the folder of a former best policy.
-        link(trainer.validation.weights, folder / BEST)
-
-
-def _load_best(trainer: Any, folder: Path) -> None:
-    """Restore the weights of the best policy so far."""
-    if trainer.validation is not None and trainer.validation.weights is not None:
-        # tidy may have deleted the folder, if a later checkpoint that is now lost had a better policy.
-        trainer.validation.weights.parent.mkdir(exist_ok=True)
-        link(folder / BEST, trainer.validation.weights)

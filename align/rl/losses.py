@@ -85,6 +85,18 @@ def importance_weights(
     return weights.detach()
 
 
+def log_ratios(
+    new_logprobs: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor, level: RatioLevel
+) -> torch.Tensor:
+    """Return the log of the probability ratio, new to old: (B, T) for tokens, else (B, 1). All inputs are (B, T)."""
+    gap = torch.where(mask, new_logprobs - logprobs, new_logprobs.new_zeros(()))
+    if level != "token":
+        gap = gap.sum(dim=1, keepdim=True)
+    if level == "sequence":
+        gap = gap / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
 def policy_loss(
     new_logprobs: torch.Tensor,
     logprobs: torch.Tensor,
@@ -92,22 +104,39 @@ def policy_loss(
     mask: torch.Tensor,
     count: torch.Tensor | float,
     *,
-    clip_range: float,
+    clip: tuple[float, float],
     dual_clip: float | None = None,
+    level: RatioLevel = "token",
+    clips: bool = True,
     weights: torch.Tensor | None = None,
     aggregation: Aggregation = "token",
 ) -> LossTerms:
-    """Return PPO's clipped surrogate (arXiv 1707.06347, equation 7): ``max(-A rho, -A clip(rho, 1-eps, 1+eps))``.
+    """Return PPO's clipped surrogate (arXiv 1707.06347, equation 7): ``-min(A rho, A clip(rho, 1-low, 1+high))``.
 
-    ``dual_clip`` c adds, if A < 0, ``min(that, -c A)`` (arXiv 1912.09729), which bounds the loss of a token the new
-    policy has made very likely. ``weights`` (B, T) multiply each token's loss. All tensors are (B, T).
+    All tensors are (B, T).
+
+    Args:
+        clip: The clip ranges below and above 1, ``(low, high)``.
+        dual_clip: c; if A < 0, the loss is at most ``-c A`` (arXiv 1912.09729), which bounds the loss of a token that
+            the new policy has made very likely.
+        level: Level of the ratio; ``advantages`` are constant over a response unless it is ``token``.
+        clips: False for ``-min(rho, 1 + high) A log pi`` with the ratio as a weight without gradient (CISPO, arXiv
+            2506.13585, equation 4).
+        weights: Factor of each token's loss.
     """
-    log_ratio = (new_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    low, high = clip
+    # At sequence and response level there is one ratio per response, (B, 1), which broadcasts over its tokens.
+    log_ratio = log_ratios(new_logprobs, logprobs, mask, level)
     ratio = torch.exp(log_ratio)
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    # The larger loss is pessimistic: clipping removes gain, never loss.
-    per_token = torch.maximum(plain, clipped)
+    if clips:
+        plain = -advantages * ratio
+        # The larger loss is pessimistic: clipping removes gain, never loss.
+        per_token = torch.maximum(plain, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
+        is_clipped = per_token > plain
+    else:
+        # The gradient flows only through log pi, so a capped token keeps the gradient that a clip would remove.
+        per_token = -advantages * ratio.clamp(max=1.0 + high).detach() * new_logprobs
+        is_clipped = (ratio > 1.0 + high).expand_as(mask)
     if dual_clip is not None:
         # With a negative advantage the surrogate grows without limit as the ratio does; dual clip bounds it.
         bounded = torch.minimum(per_token, -dual_clip * advantages)
@@ -116,9 +145,9 @@ def policy_loss(
         per_token = per_token * weights
     with torch.no_grad():
         sums = {
-            "ratio": masked_sum(ratio, mask),
-            "clipfrac": masked_sum((clipped > plain).to(ratio.dtype), mask),
-            "approx_kl": masked_sum(log_ratio**2 / 2, mask),
+            "ratio": masked_sum(ratio.expand_as(mask), mask),
+            "clipfrac": masked_sum(is_clipped.to(ratio.dtype), mask),
+            "approx_kl": masked_sum((log_ratio**2 / 2).expand_as(mask), mask),
             "policy_loss": masked_sum(per_token, mask),
         }
     return LossTerms(aggregate(per_token, mask, count, aggregation), sums)
@@ -150,61 +179,6 @@ def value_loss(
         sums = {
             "value_loss": masked_sum(per_token, mask),
             "value_clipfrac": masked_sum((clipped > squared).to(squared.dtype), mask),
-        }
-    return LossTerms(aggregate(per_token, mask, count, aggregation), sums)
-
-
-def log_ratios(
-    new_logprobs: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor, level: RatioLevel
-) -> torch.Tensor:
-    """Return the log of the probability ratio, new to old: (B, T) for tokens, else (B, 1). All inputs are (B, T)."""
-    gap = torch.where(mask, new_logprobs - logprobs, new_logprobs.new_zeros(()))
-    if level != "token":
-        gap = gap.sum(dim=1, keepdim=True)
-    if level == "sequence":
-        gap = gap / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-
-
-def group_loss(
-    new_logprobs: torch.Tensor,
-    logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    count: torch.Tensor | float,
-    *,
-    clip: tuple[float, float],
-    level: RatioLevel = "token",
-    clips: bool = True,
-    weights: torch.Tensor | None = None,
-    aggregation: Aggregation = "token",
-) -> LossTerms:
-    """Return PPO's surrogate with one clip range below 1 and one above: ``-min(A rho, A clip(rho, 1-low, 1+high))``.
-
-    Without ``clips`` it is ``-min(rho, 1 + high) A log pi`` with the ratio as a weight without gradient (CISPO,
-    arXiv 2506.13585, equation 4). All tensors are (B, T); ``advantages`` are constant over a response. ``weights``
-    multiply each token's loss.
-    """
-    low, high = clip
-    # At sequence and response level there is one ratio per response, (B, 1), which broadcasts over its tokens.
-    log_ratio = log_ratios(new_logprobs, logprobs, mask, level)
-    ratio = torch.exp(log_ratio)
-    if clips:
-        plain = -advantages * ratio
-        per_token = torch.maximum(plain, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
-        is_clipped = per_token > plain
-    else:
-        # The gradient flows only through log pi, so a capped token keeps the gradient that a clip would remove.
-        per_token = -advantages * ratio.clamp(max=1.0 + high).detach() * new_logprobs
-        is_clipped = (ratio > 1.0 + high).expand_as(mask)
-    if weights is not None:
-        per_token = per_token * weights
-    with torch.no_grad():
-        sums = {
-            "ratio": masked_sum(ratio.expand_as(mask), mask),
-            "clipfrac": masked_sum(is_clipped.to(ratio.dtype), mask),
-            "approx_kl": masked_sum((log_ratio**2 / 2).expand_as(mask), mask),
-            "policy_loss": masked_sum(per_token, mask),
         }
     return LossTerms(aggregate(per_token, mask, count, aggregation), sums)
 

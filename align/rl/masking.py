@@ -19,11 +19,6 @@ def response_mask(lengths: Sequence[int], width: int | None = None) -> torch.Ten
     return torch.arange(width)[None, :] < counts[:, None]
 
 
-def pad_masks(masks: Sequence[Sequence[bool]], width: int) -> torch.Tensor:
-    """Return masks of different lengths as one, (B, width), False on padding."""
-    return pad_rows(masks, width, torch.bool)
-
-
 def last_index(mask: torch.Tensor) -> torch.Tensor:
     """Return the column of each row's last real token, (B,), of a mask (B, T). Every row needs at least one."""
     # Counting would be wrong if an environment's tokens leave gaps.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from align.models.fast.shared_parts import PrefixBatch, common_prefix
-from align.rl.masking import pad_masks, response_mask
+from align.rl.masking import pad_rows, response_mask
 
 Form = Literal["shared", "ragged", "padded"]
 Batch = dict[str, Any]
@@ -51,7 +51,10 @@ def pack(
         positions[i, 0] = prompt_ends[i]
         positions[i, 1 : len(response) + 1] = starts[i] + torch.arange(len(response))
         targets[i, : len(response)] = torch.tensor(response)
-    mask = response_mask([len(response) for response in responses]) if masks is None else pad_masks(masks, width)
+    if masks is None:
+        mask = response_mask([len(response) for response in responses])
+    else:
+        mask = pad_rows(masks, width, torch.bool)
     return {"positions": positions, "targets": targets, "response_mask": mask, **inputs}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -191,15 +192,9 @@ def _completed(rollout: Rollout | None) -> Future[Rollout | None]:
     return future
 
 
-class _StoredResponse:
-    """The attributes of an engine's response that ``make_rollout`` reads."""
-
-    def __init__(self, token_ids: list[int], logprobs: list[float], finished: bool, text: str) -> None:
-        self.token_ids, self.logprobs, self.finished, self.text = token_ids, logprobs, finished, text
-
-
 def _from_json(response: dict[str, Any]) -> Any:
-    return Episode.from_json(response) if "turns" in response else _StoredResponse(**response)
+    """Return an episode, or an object with the attributes of an engine's response that ``make_rollout`` reads."""
+    return Episode.from_json(response) if "turns" in response else SimpleNamespace(**response)
 
 
 def _to_json(rollout: Rollout) -> dict[str, Any]:

@@ -37,6 +37,18 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def shuffled_epochs(size: int, start: int, count: int, *seed: int | str) -> list[int]:
+    """Return items ``start`` to ``start + count`` of an endless sequence of shuffled epochs over ``size`` rows."""
+    indices: list[int] = []
+    while len(indices) < count:
+        # Shuffle each epoch by its own seed, so any position is available without the epochs before it.
+        epoch, offset = divmod(start + len(indices), size)
+        generator = torch.Generator().manual_seed(derive_seed(*seed, epoch))
+        order = torch.randperm(size, generator=generator).tolist()
+        indices += order[offset : offset + count - len(indices)]
+    return indices
+
+
 class Prompts:
     """Rows with a ``prompt`` (a text, or messages ending with a user turn) and their token ids.
 
@@ -79,14 +91,7 @@ class Prompts:
 
     def draw(self, start: int, count: int, seed: int) -> list[int]:
         """Return the indices of prompts ``start`` to ``start + count`` of the endless sequence of shuffled epochs."""
-        indices: list[int] = []
-        while len(indices) < count:
-            # Shuffle each epoch by its own seed, so any position is available without the epochs before it.
-            epoch, offset = divmod(start + len(indices), len(self))
-            generator = torch.Generator().manual_seed(derive_seed(seed, "prompts", epoch))
-            order = torch.randperm(len(self), generator=generator).tolist()
-            indices += order[offset : offset + count - len(indices)]
-        return indices
+        return shuffled_epochs(len(self), start, count, seed, "prompts")
 
 
 def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
@@ -124,14 +129,7 @@ class PtxRows:
 
     def draw(self, step: int, count: int, seed: int) -> list[Text]:
         """Return ``count`` rows of the endless sequence of shuffled epochs, for optimizer step ``step``."""
-        texts: list[Text] = []
-        start = step * count
-        while len(texts) < count:
-            epoch, offset = divmod(start + len(texts), len(self.texts))
-            generator = torch.Generator().manual_seed(derive_seed(seed, "ptx", epoch))
-            order = torch.randperm(len(self.texts), generator=generator).tolist()
-            texts += [self.texts[i] for i in order[offset : offset + count - len(texts)]]
-        return texts
+        return [self.texts[i] for i in shuffled_epochs(len(self.texts), step * count, count, seed, "ptx")]
 
 
 def _split_row(tokenizer: Any, row: Mapping[str, Any]) -> list[Text]:

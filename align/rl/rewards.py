@@ -7,11 +7,11 @@ reverse KL.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
-from align.rl.masking import last_index, whiten
+from align.rl.masking import last_index
 
 Estimator = Literal["k1", "k2", "k3"]
 
@@ -42,27 +42,14 @@ class KLPenalty:
     """Weight of the KL term of the loss."""
 
 
-class KLController(Protocol):
-    """Holds the coefficient of the KL penalty."""
-
-    value: float
-
-    def update(self, kl: float, episodes: int) -> None:
-        """Take the mean KL of ``episodes`` responses, in nats per response, into account."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class FixedKL:
-    """A constant coefficient."""
+    """A constant coefficient of the KL penalty."""
 
     def __init__(self, value: float) -> None:
         self.value = value
 
     def update(self, kl: float, episodes: int) -> None:
-        """Keep the coefficient."""
+        """Take the mean KL of ``episodes`` responses, in nats per response, into account; here the value stays."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value}
@@ -90,7 +77,7 @@ class AdaptiveKL(FixedKL):
         self.value *= 1.0 + error * episodes / self.horizon
 
 
-def make_controller(kind: Literal["fixed", "adaptive"], value: float, target: float, horizon: int) -> KLController:
+def make_controller(kind: Literal["fixed", "adaptive"], value: float, target: float, horizon: int) -> FixedKL:
     """Return the controller that the settings ask for."""
     return AdaptiveKL(value, target, horizon) if kind == "adaptive" else FixedKL(value)
 
@@ -137,11 +124,6 @@ def shape_rewards(
     rows = torch.arange(len(scores), device=scores.device)
     rewards[rows, last_index(response_mask)] += scores  # GAE carries the score back to the earlier tokens
     return rewards, kl
-
-
-def whiten_rewards(rewards: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """Scale token rewards (B, T) to variance 1, keeping their mean (arXiv 2403.17031, detail 11). B is at least 8."""
-    return whiten(rewards, response_mask, shift_mean=False)
 
 
 class RunningScale:

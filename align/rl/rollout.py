@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from align.environments.episode import Episode
-from align.rl.masking import pad_masks, pad_rows, response_mask
+from align.rl.masking import pad_rows, response_mask
 from align.rl.packing import Batch, Form, pack
 from align.rl.prompts import Prompts, Row, Text
 
@@ -170,7 +170,9 @@ def make_rollout(
     token_ids = [list(response.token_ids) for _, _, response in flat]
     episodes = [response for _, _, response in flat if isinstance(response, Episode)]
     lengths = list(map(len, token_ids))
-    mask = pad_masks([episode.mask for episode in episodes], max(lengths)) if episodes else response_mask(lengths)
+    mask = response_mask(lengths)
+    if episodes:
+        mask = pad_rows([episode.mask for episode in episodes], max(lengths), torch.bool)
     rollout = Rollout(
         update=update,
         rows=[prompts.rows[index] for _, index, _ in flat],

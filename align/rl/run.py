@@ -1,6 +1,6 @@
 """The start and the end of a run of ``RLTrainer``: state, optimizer, wrapped model, resume, and the closing metrics.
 
-For a stage with ``continue_from``, also the order of its prompts, its callbacks and the state that it keeps.
+For a stage with ``continue_from``, also the order of its prompts and the state that it keeps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
@@ -21,11 +21,11 @@ from align.models.tuning.merged_weights import merged_weights
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint, load_checkpoint, load_random_state
 from align.rl.clipping import clip_parts
-from align.rl.prompts import Prompts, derive_seed
+from align.rl.prompts import derive_seed
 from align.rl.sampler import drop_journals
 from align.training import sharded
-from align.training.kept_state import OwnSettings, continued_facts, continued_history, keep_state
-from align.training.row_history import Continuation, RowHistory, StateFacts, digests_of
+from align.training.kept_state import continue_order, keep_state
+from align.training.row_history import Continuation
 
 if TYPE_CHECKING:
     from align.rl.trainer import RLTrainer
@@ -118,25 +118,13 @@ def _checkpointing_options(options: Any) -> dict[str, Any]:
 
 def continue_prompts(context: StageContext, trainer: RLTrainer) -> Continuation | None:
     """Return the order of the prompts if a stage continues with other prompts; None for the plain order."""
-    history, facts = continued_history(context), continued_facts(context)
-    if history is None or facts is None:
-        return None
-    digests = _digests(trainer.prompts)
-    if history.is_same(digests):
-        return Continuation(history.first, history.start) if history.start else None
-    first = history.untrained(digests)
-    generator = torch.Generator().manual_seed(derive_seed(trainer.args.seed, "new prompts"))
-    order = torch.randperm(len(first), generator=generator).tolist()
-    context.note(
-        f"{context.name}: {len(first)} of {len(digests)} prompts are new to "
-        f"'{context.artifact('continue_from').stage}' and come first"
-    )
-    return Continuation([first[index] for index in order], _prompts_done(trainer, facts.steps))
 
+    def shuffle(first: list[int]) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(trainer.args.seed, "new prompts"))
+        return [first[index] for index in torch.randperm(len(first), generator=generator).tolist()]
 
-def continuing_callbacks(context: StageContext) -> list[TrainerCallback]:
-    """Return the callbacks of a stage that continues another."""
-    return [] if context.config.continue_from is None else [OwnSettings()]
+    rows = [{"prompt": ids} for ids in trainer.prompts.token_ids]
+    return continue_order(context, rows, "prompts", shuffle, lambda steps: _prompts_done(trainer, steps))
 
 
 def keep_rollout_state(context: StageContext, trainer: RLTrainer) -> int:
@@ -145,28 +133,21 @@ def keep_rollout_state(context: StageContext, trainer: RLTrainer) -> int:
         return 0
     args, prompts = trainer.args, trainer.prompts
     steps = int(trainer.state.global_step)
-    continuation = prompts.continuation
-    facts = StateFacts(
+
+    def passed(start: int) -> list[int]:
+        # After twice as many draws as there are prompts, all were drawn: first the new ones, then an epoch over all.
+        numbers = range(start, min(_prompts_done(trainer, steps), start + len(prompts) * 2))
+        return prompts.next(numbers, args.seed)
+
+    return keep_state(
+        context,
+        last_checkpoint(context.checkpoints, trainer.notify),
         steps=steps,
         warmup_steps=int(args.get_warmup_steps(args.max_steps)),
-        start=0 if continuation is None else continuation.start,
+        rows=[{"prompt": ids} for ids in prompts.token_ids],
+        continuation=prompts.continuation,
+        passed=passed,
     )
-
-    def history() -> RowHistory:
-        before, digests = continued_history(context), _digests(prompts)
-        start = facts.start
-        # After twice as many draws as there are prompts, all were drawn: first the new ones, then an epoch over all.
-        numbers = range(start, min(_prompts_done(trainer, steps), start + len(digests) * 2))
-        trained = {digests[index] for index in prompts.next(numbers, args.seed)}
-        if before is not None:
-            trained |= before.trained
-        return RowHistory(digests, trained, [] if continuation is None else continuation.first, start)
-
-    return keep_state(context, last_checkpoint(context.checkpoints, trainer.notify), facts, history)
-
-
-def _digests(prompts: Prompts) -> list[int]:
-    return digests_of({"prompt": ids} for ids in prompts.token_ids)
 
 
 def _prompts_done(trainer: RLTrainer, steps: int) -> int:

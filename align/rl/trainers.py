@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
-from align.config.stages.ppo import PpoConfig
 from align.config.stages.rl import RolloutFields
 from align.environments.player import EnvironmentPlayer
 from align.models.fast.ragged_rows import can_run_ragged, enable_ragged
@@ -28,30 +27,15 @@ from align.rl.trainer import RLTrainer
 logger = logging.getLogger(__name__)
 
 
-class PPOTrainer(RLTrainer):
-    """Trains ``model`` to earn higher scores on the prompts of ``train_dataset`` (arXiv 1707.06347, 1909.08593).
+class MethodTrainer(RLTrainer):
+    """Builds the models and the objective of a method, here without a critic; ``PPOTrainer`` lists the arguments."""
 
-    Args:
-        model: A causal language model in float32.
-        config: The settings; ``tuning`` and ``critic`` are among them.
-        train_dataset: Rows with a ``prompt``, a text or messages.
-        scorer: Gives each response a score. ``None`` if only the environment of ``episodes`` scores.
-        engine: Samples responses (``align.inference``).
-        options: Options of ``TrainingArguments``, such as ``output_dir`` and ``seed`` (``rollout_arguments``).
-        reward_model: A sequence classifier that the critic starts from, unless ``config.critic`` says otherwise.
-        gold: Gives each response another score that is only logged.
-        eval_dataset: Prompts for validations.
-        ptx_dataset: Rows with ``prompt`` and ``completion`` messages for ``ptx_coef``.
-        episodes: Plays episodes in an environment instead of sampling single responses.
-        notify: Called with each alarm; by default it logs a warning.
-    """
-
-    model: PolicyAndCritic
+    objective_class: ClassVar[type[Objective]]
 
     def __init__(
         self,
         model: Any,
-        config: PpoConfig,
+        config: RolloutFields,
         train_dataset: Rows,
         processing_class: Any,
         scorer: AnyScorer | None,
@@ -67,54 +51,9 @@ class PPOTrainer(RLTrainer):
         notify: Callable[[str], None] = logger.warning,
     ) -> None:
         args = rollout_arguments(config, **options)
-        tuning = config.tuning
-        value_model = make_critic(config.critic, model, reward_model, tuning, derive_seed(args.seed, "critic"))
-        trunks = [] if value_model.trunk is None else [value_model.trunk]
-        form = choose_form([model, *trunks], args)
-        # Last: the critic above was built on the model without adapters.
-        policy = apply_tuning(model, tuning, derive_seed(args.seed, "policy"))
+        trained, form = self.build_model(model, reward_model, args)
         super().__init__(
-            PolicyAndCritic(policy, value_model, config.temperature, config.critic_detach),
-            PPOObjective(config),
-            form,
-            args,
-            processing_class,
-            inputs=RolloutInputs(train_dataset, scorer, engine, gold, eval_dataset, ptx_dataset, episodes),
-            callbacks=callbacks,
-            notify=notify,
-        )
-
-
-class CriticFreeTrainer(RLTrainer):
-    """Trains ``model`` on responses it samples itself to the prompts of ``train_dataset``, without a critic.
-
-    The arguments are ``PPOTrainer``'s.
-    """
-
-    objective_class: ClassVar[type[Objective]]
-
-    def __init__(
-        self,
-        model: Any,
-        config: RolloutFields,
-        train_dataset: Rows,
-        processing_class: Any,
-        scorer: AnyScorer | None,
-        *,
-        engine: Any,
-        options: Mapping[str, Any],
-        gold: AnyScorer | None = None,
-        eval_dataset: Rows | None = None,
-        ptx_dataset: Rows | None = None,
-        episodes: EnvironmentPlayer | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        notify: Callable[[str], None] = logger.warning,
-    ) -> None:
-        args = rollout_arguments(config, **options)
-        form = choose_form([model], args)
-        policy = apply_tuning(model, config.tuning, derive_seed(args.seed, "policy"))
-        super().__init__(
-            PolicyAndReference(policy, config.temperature),
+            trained,
             self.objective_class(config),
             form,
             args,
@@ -124,26 +63,71 @@ class CriticFreeTrainer(RLTrainer):
             notify=notify,
         )
 
+    def build_model(self, model: Any, reward_model: Any, args: RolloutArguments) -> tuple[PolicyAndReference, Form]:
+        """Return the module to train, with adapters on ``model``, and the packing of its micro-batches."""
+        if reward_model is not None:
+            raise TypeError(f"{type(self).__name__} has no critic that could start from a reward_model")
+        form = choose_form([model], args)
+        policy = apply_tuning(model, args.config.tuning, derive_seed(args.seed, "policy"))
+        return PolicyAndReference(policy, args.config.temperature), form
 
-class GRPOTrainer(CriticFreeTrainer):
-    """Group-relative policy optimization (arXiv 2402.03300) and its variants; settings: ``GrpoConfig``."""
+
+class PPOTrainer(MethodTrainer):
+    """Trains ``model`` to earn higher scores on the prompts of ``train_dataset`` (arXiv 1707.06347, 1909.08593).
+
+    Args:
+        model: A causal language model in float32.
+        config: The settings; ``tuning`` and ``critic`` are among them.
+        train_dataset: Rows with a ``prompt``, a text or messages.
+        processing_class: The tokenizer.
+        scorer: Gives each response a score. ``None`` if only the environment of ``episodes`` scores.
+        engine: Samples responses (``align.inference``).
+        options: Options of ``TrainingArguments``, such as ``output_dir`` and ``seed`` (``rollout_arguments``).
+        reward_model: A sequence classifier that the critic starts from, unless ``config.critic`` says otherwise.
+        gold: Gives each response another score that is only logged.
+        eval_dataset: Prompts for validations.
+        ptx_dataset: Rows with ``prompt`` and ``completion`` messages for ``ptx_coef``.
+        episodes: Plays episodes in an environment instead of sampling single responses.
+        callbacks: Callbacks of the Trainer.
+        notify: Called with each alarm; by default it logs a warning.
+    """
+
+    model: PolicyAndCritic
+    objective_class = PPOObjective
+
+    def build_model(self, model: Any, reward_model: Any, args: RolloutArguments) -> tuple[PolicyAndReference, Form]:
+        """Return policy, reference and critic in one module, and the packing of its micro-batches."""
+        config: Any = args.config
+        critic = make_critic(config.critic, model, reward_model, config.tuning, derive_seed(args.seed, "critic"))
+        trunks = [] if critic.trunk is None else [critic.trunk]
+        form = choose_form([model, *trunks], args)
+        # Last: the critic above was built on the model without adapters.
+        policy = apply_tuning(model, config.tuning, derive_seed(args.seed, "policy"))
+        return PolicyAndCritic(policy, critic, config.temperature, config.critic_detach), form
+
+
+class GRPOTrainer(MethodTrainer):
+    """Group-relative policy optimization (arXiv 2402.03300) and its variants; settings: ``GrpoConfig``.
+
+    The arguments are ``PPOTrainer``'s, without ``reward_model``.
+    """
 
     objective_class = GRPOObjective
 
 
-class RLOOTrainer(CriticFreeTrainer):
+class RLOOTrainer(MethodTrainer):
     """REINFORCE with the mean of the other responses as baseline (arXiv 2402.14740); settings: ``RlooConfig``."""
 
     objective_class = RLOOObjective
 
 
-class OnlineDPOTrainer(CriticFreeTrainer):
+class OnlineDPOTrainer(MethodTrainer):
     """DPO on pairs of the policy's own responses (arXiv 2402.04792); settings: ``OnlineDpoConfig``."""
 
     objective_class = OnlineDPOObjective
 
 
-class BestOfNTrainer(CriticFreeTrainer):
+class BestOfNTrainer(MethodTrainer):
     """Best-of-N fine-tuning in rounds (RAFT, arXiv 2304.06767); settings: ``RejectionConfig``."""
 
     objective_class = BestOfNObjective

@@ -44,13 +44,13 @@ from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
 from align.rl.reference_scores import note_reference_scores
 from align.rl.rollout import COMPONENT
-from align.rl.run import continue_prompts, continuing_callbacks, keep_rollout_state
+from align.rl.run import continue_prompts, keep_rollout_state
 from align.rl.trainer import RLTrainer
 from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
 from align.store.artifacts import Artifact
 from align.training.arguments import parallel_options
 from align.training.input_checks import check_model, check_same_vocabulary
-from align.training.kept_state import continued_facts, refuse_no_steps, restore_checkpoint
+from align.training.kept_state import OwnSettings, continued_facts, refuse_no_steps, restore_checkpoint
 from align.training.rows import hold_back_validation
 from align.training.stopping import StopOnRequest
 from align.training.tracking import follow, tracking_options
@@ -172,12 +172,15 @@ def _facts(context: StageContext, trainer: RLTrainer) -> dict[str, Any]:
 def _make_trainer(context: StageContext, reward_models: list[RewardModel], **options: Any) -> RLTrainer:
     """Return the stage's trainer; ``options`` are its prompts, scorer, model, tokenizer and engine."""
     config: RolloutFields = context.config
+    callbacks: list[TrainerCallback] = [ReportUpdates(context)]
+    if config.continue_from is not None:
+        callbacks.append(OwnSettings())
     options |= {
         "config": config,
         "options": trainer_options(context),
         "ptx_dataset": _read_rows(context, "ptx", "train") if config.ptx else None,
         "gold": None if config.gold is None else function_scorer(config.gold),
-        "callbacks": [ReportUpdates(context), *continuing_callbacks(context)],
+        "callbacks": callbacks,
         "notify": lambda text: context.warn(f"{context.name}: {text}"),
     }
     if isinstance(config, PpoConfig):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -17,33 +16,24 @@ from align.training.kept_state import (
     STABLE,
     KeepStable,
     OwnSettings,
-    continued_facts,
-    continued_history,
+    continue_order,
     is_too_large,
     keep_state,
 )
 from align.training.order import grouped_order
-from align.training.row_history import Continuation, RowHistory, StateFacts, digests_of, passed_rows
+from align.training.row_history import Continuation, passed_rows
 from align.training.unfreezing import steps_per_epoch
 
 
 def continue_rows(context: StageContext, trainer: Any) -> Continuation | None:
-    """Return the order of the trainer's rows if it continues with other rows; None for the plain order.
-
-    The same rows keep their order, which is the plain one unless the other stage had continued with other rows itself.
-    """
-    history, facts = continued_history(context), continued_facts(context)
-    if history is None or facts is None:
-        return None
-    digests = digests_of(trainer.train_dataset)
-    if history.is_same(digests):
-        return Continuation(history.first, history.start) if history.start else None
-    first = history.untrained(digests)
-    context.note(
-        f"{context.name}: {len(first)} of {len(digests)} rows are new to '{context.artifact('continue_from').stage}' "
-        "and come first"
+    """Return the order of the trainer's rows if it continues with other rows; None for the plain order."""
+    return continue_order(
+        context,
+        trainer.train_dataset,
+        "rows",
+        lambda first: _grouped(first, trainer),
+        lambda steps: _position(trainer, steps),
     )
-    return Continuation(_grouped(first, trainer), _position(trainer, facts.steps))
 
 
 def _grouped(first: list[int], trainer: Any) -> list[int]:
@@ -82,25 +72,15 @@ def keep_trained_state(context: StageContext, trainer: Any) -> int:
     if context.config.scheduler == "wsd" and not (checkpoint and is_too_large(context, checkpoint)):
         folder = context.checkpoints / STABLE
         checkpoint = folder if folder.is_dir() else None
-    steps = 0 if checkpoint is None else _step_of_state(checkpoint)
-    continuation = trainer.continuation
-    facts = StateFacts(
+    steps = 0
+    if checkpoint is not None:
+        steps = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    return keep_state(
+        context,
+        checkpoint,
         steps=steps,
         warmup_steps=int(trainer.args.warmup_steps),
-        start=0 if continuation is None else continuation.start,
+        rows=trainer.train_dataset,
+        continuation=trainer.continuation,
+        passed=lambda start: passed_rows(trainer._get_train_sampler(), start, _position(trainer, steps)),
     )
-    return keep_state(context, checkpoint, facts, lambda: _history(context, trainer, steps))
-
-
-def _step_of_state(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-
-
-def _history(context: StageContext, trainer: Any, steps: int) -> RowHistory:
-    """Return the rows of a trainer after ``steps`` steps, including the rows of the stages that it continues."""
-    before, continuation = continued_history(context), trainer.continuation
-    digests = digests_of(trainer.train_dataset)
-    start = 0 if continuation is None else continuation.start
-    passed = passed_rows(trainer._get_train_sampler(), start, _position(trainer, steps))
-    trained = {digests[row] for row in passed} | (set() if before is None else before.trained)
-    return RowHistory(digests, trained, [] if continuation is None else continuation.first, start)

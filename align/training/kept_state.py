@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.training.checkpoints import MARKER, link, mark_complete
-from align.training.row_history import FACTS, RowHistory, StateFacts
+from align.training.row_history import FACTS, Continuation, RowHistory, StateFacts, digests_of
 
 STABLE = "stable"
 """Folder for the checkpoint from before the decay of ``wsd``, next to the other checkpoints."""
@@ -72,6 +72,36 @@ def continued_history(context: StageContext) -> RowHistory | None:
     """Return the rows of the stage that this stage continues; None without ``continue_from``."""
     folder, facts = continued_state(context), continued_facts(context)
     return None if folder is None or facts is None else RowHistory.load(folder, facts.start)
+
+
+def continue_order(
+    context: StageContext,
+    rows: Iterable[Mapping[str, Any]],
+    noun: str,
+    shuffle: Callable[[list[int]], list[int]],
+    position: Callable[[int], int],
+) -> Continuation | None:
+    """Return the order of the rows if a stage continues with other rows; None for the plain order.
+
+    The same rows keep their order, which is the plain one unless the other stage had continued with other rows itself.
+
+    Args:
+        noun: The word for rows in the note.
+        shuffle: Returns the indices of the rows that were never trained on in a random order.
+        position: Returns the position in the endless sequence of passes after a number of steps.
+    """
+    history, facts = continued_history(context), continued_facts(context)
+    if history is None or facts is None:
+        return None
+    digests = digests_of(rows)
+    if history.is_same(digests):
+        return Continuation(history.first, history.start) if history.start else None
+    first = history.untrained(digests)
+    context.note(
+        f"{context.name}: {len(first)} of {len(digests)} {noun} are new to "
+        f"'{context.artifact('continue_from').stage}' and come first"
+    )
+    return Continuation(shuffle(first), position(facts.steps))
 
 
 def restore_checkpoint(context: StageContext) -> Path | None:
@@ -203,12 +233,26 @@ def is_too_large(context: StageContext, checkpoint: Path) -> bool:
 
 
 def keep_state(
-    context: StageContext, checkpoint: Path | None, facts: StateFacts, history: Callable[[], RowHistory]
+    context: StageContext,
+    checkpoint: Path | None,
+    *,
+    steps: int,
+    warmup_steps: int,
+    rows: Iterable[Mapping[str, Any]],
+    continuation: Continuation | None,
+    passed: Callable[[int], Iterable[int]],
 ) -> int:
     """Write ``state/`` of the artifact from a complete checkpoint, as ``runtime.keep_state`` says.
 
-    Return the bytes of its tensors; 0 if no state is kept, with a note of the reason. Call it in one process.
-    ``history`` is called if the state is kept.
+    Call it in one process.
+
+    Args:
+        checkpoint: The checkpoint with the state after ``steps`` steps.
+        rows: The rows that the stage trains on, in the order of ``continuation``.
+        passed: Called if the state is kept, with the position at which the order began; returns the rows since then.
+
+    Returns:
+        The bytes of its tensors; 0 if no state is kept, with a note of the reason.
     """
     keep = context.runtime.keep_state
     if keep is False:
@@ -234,9 +278,13 @@ def keep_state(
         return 0
     for file in files:
         link(file, folder / file.name)
-    history().save(folder)
+    start = 0 if continuation is None else continuation.start
+    before, digests = continued_history(context), digests_of(rows)
+    # The rows of the stages that this stage continues count as trained on.
+    trained = {digests[row] for row in passed(start)} | (set() if before is None else before.trained)
+    RowHistory(digests, trained, [] if continuation is None else continuation.first, start).save(folder)
     # This file is written last, because the state counts as kept only with it.
-    write_sealed(folder / FACTS, facts.model_dump())
+    write_sealed(folder / FACTS, StateFacts(steps=steps, warmup_steps=warmup_steps, start=start).model_dump())
     # Count only the tensors: other files hold times, so their sizes differ from run to run.
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 

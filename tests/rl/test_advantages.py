@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from align.rl.advantages import explained_variance, gae, whiten_advantages
-from align.rl.masking import response_mask
+from align.rl.advantages import explained_variance, gae
+from align.rl.masking import response_mask, whiten
 
 GAMMA, LAM = 0.9, 0.5
 
@@ -74,7 +74,7 @@ def test_lambda_one_is_the_return_minus_the_value():
 
 def test_whitened_advantages_have_mean_zero():
     mask = response_mask([2, 1], 3)
-    whitened = whiten_advantages(torch.tensor([[1.0, 3.0, 77.0], [5.0, 77.0, 77.0]]), mask)
+    whitened = whiten(torch.tensor([[1.0, 3.0, 77.0], [5.0, 77.0, 77.0]]), mask, shift_mean=True)
     assert whitened[mask].tolist() == pytest.approx([-1.2247449, 0.0, 1.2247449], abs=1e-6)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from align.config.stages.grpo import PRESETS
 from align.rl import GrpoConfig
-from align.rl.losses import group_loss, log_ratios, loss_count, pair_loss
+from align.rl.losses import log_ratios, loss_count, pair_loss, policy_loss
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
 OLD = torch.tensor([[-1.0, -2.0, -0.5], [-1.5, 0.0, 0.0], [-0.7, -2.2, 0.0], [-3.0, -0.2, -1.1]])
@@ -117,7 +117,7 @@ def test_every_variant_is_trl_s_to_the_gradient(loss, clip):
 
     def ours(new):
         count = loss_count([MASK], preset.aggregation, MAX_TOKENS)
-        return group_loss(
+        return policy_loss(
             new, OLD, ADVANTAGES[:, None] * MASK, MASK, count, clip=clip, level=preset.ratio, clips=preset.clips,
             aggregation=preset.aggregation,
         ).loss  # fmt: skip
@@ -129,7 +129,7 @@ def test_every_variant_is_trl_s_to_the_gradient(loss, clip):
 def test_rloo_is_trl_s_to_the_gradient():
     def ours(new):
         advantages = ADVANTAGES[:, None] * MASK
-        return group_loss(
+        return policy_loss(
             new, OLD, advantages, MASK, 4.0, clip=(0.2, 0.2), level="response", aggregation="sequence"
         ).loss
 

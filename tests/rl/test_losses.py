@@ -14,7 +14,7 @@ NEW = torch.tensor([[math.log(1.5), math.log(0.5), math.log(1.1)]])  # ratios 1.
 
 
 def surrogate(advantages, **options):
-    return policy_loss(NEW, OLD, torch.tensor([advantages]), MASK, 3, clip_range=0.2, **options)
+    return policy_loss(NEW, OLD, torch.tensor([advantages]), MASK, 3, clip=(0.2, 0.2), **options)
 
 
 def test_policy_loss_clips_only_what_helps():
@@ -36,15 +36,15 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages():
     new = torch.tensor([[math.log(8.0), 0.0, 0.0]])
     advantages = torch.tensor([[-1.0, 0.0, 1.0]])
     # max(8, 1.2) = 8, bounded by 3;  0;  -1
-    bounded = policy_loss(new, OLD, advantages, MASK, 3, clip_range=0.2, dual_clip=3.0)
+    bounded = policy_loss(new, OLD, advantages, MASK, 3, clip=(0.2, 0.2), dual_clip=3.0)
     assert bounded.loss.item() == pytest.approx((3.0 - 1.0) / 3, abs=1e-6)
-    plain = policy_loss(new, OLD, advantages, MASK, 3, clip_range=0.2)
+    plain = policy_loss(new, OLD, advantages, MASK, 3, clip=(0.2, 0.2))
     assert plain.loss.item() == pytest.approx((8.0 - 1.0) / 3, abs=1e-5)
 
 
 def test_gradient_raises_the_probability_of_good_tokens():
     new = torch.zeros(1, 3, requires_grad=True)
-    policy_loss(new, OLD, torch.tensor([[1.0, -1.0, 0.0]]), MASK, 3, clip_range=0.2).loss.backward()
+    policy_loss(new, OLD, torch.tensor([[1.0, -1.0, 0.0]]), MASK, 3, clip=(0.2, 0.2)).loss.backward()
     # d(-A rho)/d logp = -A at rho = 1
     assert new.grad[0].tolist() == pytest.approx([-1 / 3, 1 / 3, 0.0])
 
@@ -66,7 +66,7 @@ def test_value_loss_takes_the_worse_of_clipped_and_plain():
     new = torch.tensor([[0.5, 0.1, -1.0]])
     returns = torch.tensor([[1.0, 1.0, 1.0]])
     # plain 0.25, 0.81, 4;  clipped values 0.2, 0.1, -0.2: 0.64, 0.81, 1.44;  worse 0.64, 0.81, 4;  half the sum 2.725
-    terms = value_loss(new, old, returns, MASK, 3, value_clip_range=0.2)
+    terms = value_loss(new, old, returns, MASK, 3, value_clip=(0.2, 0.2))
     assert terms.loss.item() == pytest.approx(2.725 / 3, abs=1e-6)
     assert terms.sums["value_clipfrac"].item() == 1
     # without: (0.25 + 0.81 + 4) / 2 = 2.53
@@ -94,7 +94,7 @@ def test_micro_batches_add_up_to_the_whole():
     new, old, advantages = (torch.randn(4, 5) for _ in range(3))
     mask = response_mask([5, 2, 3, 1], 5)
     for kind, count in (("token", mask.sum()), ("sequence", 4)):
-        options = {"clip_range": 0.2, "aggregation": kind}
+        options = {"clip": (0.2, 0.2), "aggregation": kind}
         full = policy_loss(new, old, advantages, mask, count, **options).loss
         parts = [
             policy_loss(new[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], count, **options).loss
@@ -131,7 +131,7 @@ def test_ratios_of_policies_far_apart_stay_finite():
     of 0."""
     new = torch.tensor([[500.0, -500.0, 500.0]])
     advantages = torch.tensor([[-1.0, 1.0, 0.0]])
-    terms = policy_loss(new, OLD, advantages, MASK, 1, clip_range=0.2)
+    terms = policy_loss(new, OLD, advantages, MASK, 1, clip=(0.2, 0.2))
     # max(e^20, 1.2) + max(-e^-20, -0.8) + 0
     assert terms.loss.item() == pytest.approx(math.exp(20), rel=1e-5)
     assert terms.sums["approx_kl"].item() == pytest.approx(3 * 20**2 / 2)
@@ -155,6 +155,6 @@ def test_values_may_be_clipped_in_either_direction():
     old, returns = torch.zeros(1, 3), torch.tensor([[-1.0, 1.0, 0.0]])
     new = torch.tensor([[-0.5, 0.5, 0.0]])
     # clipped to -0.2 and 0.2: 0.64 each, worse than 0.25
-    terms = value_loss(new, old, returns, MASK, 1, value_clip_range=0.2)
+    terms = value_loss(new, old, returns, MASK, 1, value_clip=(0.2, 0.2))
     assert terms.loss.item() == pytest.approx(0.64)
     assert terms.sums["value_clipfrac"].item() == 2

@@ -7,7 +7,6 @@ from align.rl.masking import (
     last_index,
     masked_mean_var,
     masked_sum,
-    pad_masks,
     pad_rows,
     response_mask,
     turn_ends,
@@ -26,7 +25,7 @@ def test_response_mask_is_true_on_real_tokens():
 
 def test_masks_of_episodes_have_gaps():
     # Two sampled tokens, one of a tool, one sampled; and a single sampled token.
-    mask = pad_masks([[True, True, False, True], [True]], 5)
+    mask = pad_rows([[True, True, False, True], [True]], 5, torch.bool)
     assert mask.tolist() == [[True, True, False, True, False], [True, False, False, False, False]]
     assert last_index(mask).tolist() == [3, 0]
     # States with a value: before tokens 0, 1 and 3, and the end, 4. The one before the tool's token has none.

@@ -25,12 +25,12 @@ import pytest
 import torch
 
 from align.rl import PpoConfig
-from align.rl.advantages import gae, whiten_advantages
+from align.rl.advantages import gae
 from align.rl.arguments import rollout_arguments
 from align.rl.losses import policy_loss, value_loss
-from align.rl.masking import last_index, response_mask
+from align.rl.masking import last_index, response_mask, whiten
 from align.rl.packing import pack
-from align.rl.rewards import adjust_scores, estimate_kl, shape_rewards, whiten_rewards
+from align.rl.rewards import adjust_scores, estimate_kl, shape_rewards
 from tests.support.rl.make_trl_fixture import PAD
 from tests.support.rl.trl_runs import fill, of, ours, read_fixture, theirs
 
@@ -161,7 +161,7 @@ def test_the_score_is_on_eos_and_not_one_slot_after_it(trl, tmp_path):
     assert early.sum() == 5 and t["finished"][~early].any() and not t["finished"].all()
     for name, tensor in placed.items():
         close(tensor, actual[name], name)
-    whitened = whiten_advantages(placed["raw_advantages"], mask) * bessel(mask)
+    whitened = whiten(placed["raw_advantages"], mask, shift_mean=True) * bessel(mask)
     close(whitened, actual["advantages"], "whitened advantages")
     # What that does to a response of L tokens with score s: its last delta has s in place of gamma V_L + gamma lam
     # (s - V_L), and token t hears of it by (gamma lam)^(L - 1 - t). Responses with no slot to spare are the same.
@@ -179,7 +179,7 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
     t, mask, model = run.tensors, run.tensors["response_mask"], run.trainer.model
     slot, reference_run = with_slot(mask), trl.runs["ragged"]
     t |= experience(trl, t)
-    advantages = whiten_advantages(t["raw_advantages"], mask) * bessel(mask)
+    advantages = whiten(t["raw_advantages"], mask, shift_mean=True) * bessel(mask)
     logged = dict.fromkeys(("val/ratio", "policy/approxkl_avg", "policy/clipfrac_avg", "val/clipfrac_avg"), 0.0)
     for step, micro_batches in enumerate(entry["micro_batches"] for entry in reference_run["steps"]):
         model.zero_grad()
@@ -192,7 +192,7 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
             close(out["values"][:, :-1], actual[f"{index}/new_values"], "new values")
             policy = policy_loss(
                 *(out["logprobs"], t["logprobs"][rows], advantages[rows], mask[rows], mask[rows].sum()),
-                clip_range=s["cliprange"],
+                clip=(s["cliprange"], s["cliprange"]),
             )
             value = value_loss(  # over the slots too: difference 2
                 *(out["values"][:, :-1], t["values"][rows, :-1], t["returns"][rows], slot[rows], slot[rows].sum()),
@@ -247,12 +247,14 @@ def test_whitened_rewards_differ_by_the_slot_and_by_the_variance(trl, tmp_path):
     rewards[range(8), last_index(slot)] += penalized(trl, t)
     close(rewards, actual["raw_rewards"], "rewards before whitening")
     mean = rewards[slot].mean()
-    whitened = torch.where(slot, (whiten_rewards(rewards, slot) - mean) * bessel(slot) + mean, torch.zeros(()))
+    whitened = torch.where(
+        slot, (whiten(rewards, slot, shift_mean=False) - mean) * bessel(slot) + mean, torch.zeros(())
+    )
     close(whitened, actual["rewards"], "whitened rewards")
     advantages, returns = advantages_of(trl, t, whitened)
     close(advantages, actual["raw_advantages"], "advantages")
     close(returns, actual["returns"], "returns")
-    close(whiten_advantages(advantages, mask) * bessel(mask), actual["advantages"], "whitened advantages")
+    close(whiten(advantages, mask, shift_mean=True) * bessel(mask), actual["advantages"], "whitened advantages")
     with pytest.raises(ValueError, match="kl_estimator is k3"):  # difference 10
         PpoConfig.for_trainer(learning_rate=1e-6, kl_estimator="k3")
 

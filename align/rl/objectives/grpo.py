@@ -21,7 +21,7 @@ from align.rl.advantages import (
     whiten_responses,
     without_variance,
 )
-from align.rl.losses import Aggregation, RatioLevel, group_loss, loss_count
+from align.rl.losses import Aggregation, RatioLevel, loss_count, policy_loss
 from align.rl.objectives import Objective, Step, mask_to_learn, masked_kl
 from align.rl.packing import Batch
 from align.rl.prompts import derive_seed
@@ -83,7 +83,7 @@ class GroupObjective(Objective):
         """Return the surrogate, minus an entropy bonus, plus the KL penalty if it is in the loss; a scalar."""
         mask = batch["learn_mask"]
         weights = self._importance_weights(batch)
-        terms = group_loss(
+        terms = policy_loss(
             outputs["logprobs"],
             batch["logprobs"],
             batch["advantages"],

@@ -7,11 +7,12 @@ from typing import ClassVar
 import torch
 
 from align.config.stages.ppo import PpoConfig
-from align.rl.advantages import gae, whiten_advantages
+from align.rl.advantages import gae
 from align.rl.losses import loss_count, policy_loss, value_loss
+from align.rl.masking import whiten
 from align.rl.objectives import Objective, Step, mask_to_learn
 from align.rl.packing import Batch
-from align.rl.rewards import KLPenalty, shape_rewards, whiten_rewards
+from align.rl.rewards import KLPenalty, shape_rewards
 from align.rl.rollout import Rollout
 
 
@@ -46,7 +47,8 @@ class PPOObjective(Objective):
         if turn_rewards is not None:
             rewards = rewards + turn_rewards
         if config.whiten_rewards:
-            rewards = whiten_rewards(rewards, mask)
+            # The mean stays (arXiv 2403.17031, detail 11).
+            rewards = whiten(rewards, mask, shift_mean=False)
         # 2. Advantages and returns, from the critic's values at the start of the update.
         advantages, returns = gae(
             rewards,
@@ -62,7 +64,7 @@ class PPOObjective(Objective):
         # Whitened over the tokens that are learned from; metrics log the raw advantages.
         tensors["learn_mask"] = mask_to_learn(rollout, config.truncated)
         if config.whiten_advantages:
-            advantages = whiten_advantages(advantages, tensors["learn_mask"])
+            advantages = whiten(advantages, tensors["learn_mask"], shift_mean=True)
         tensors["advantages"] = advantages
 
     def _turn_rewards(self, rollout: Rollout) -> torch.Tensor | None:
@@ -128,7 +130,7 @@ class PPOObjective(Objective):
             batch["advantages"],
             mask,
             step.count,
-            clip_range=config.clip_range,
+            clip=(config.clip_range, config.clip_range),
             dual_clip=config.dual_clip,
             weights=weights,
             aggregation=config.loss_aggregation,
