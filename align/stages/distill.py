@@ -16,7 +16,7 @@ from align.models.checkpoints.sharding import full_model
 from align.models.compute.processes import broadcast
 from align.models.compute.threads import device_of, use_threads
 from align.models.loading import load_policy, load_tokenizer
-from align.models.tuning.apply import apply_tuning, engine_source, load_for_tuning
+from align.models.tuning.apply import apply_tuning, engine_source
 from align.models.tuning.merged_weights import merged_weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
@@ -31,8 +31,8 @@ from align.training.distill_trainer import (
 )
 from align.training.divergence import Known, Measure
 from align.training.fit import fit
-from align.training.input_checks import check_encoded, check_ends, check_model, check_same_vocabulary
-from align.training.rows import Encoded, Row, counts, encode_supervised, read_splits
+from align.training.input_checks import check_ends, check_same_vocabulary, encode_splits, load_model
+from align.training.rows import Encoded, counts, encode_supervised, read_splits
 from align.training.save import save
 from align.training.trainers import reduce_work
 
@@ -47,21 +47,20 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     use_threads(context.runtime)
     config: DistillConfig = context.config
-    source, teacher = context.artifact("model").model, context.artifact("teacher")
-    tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
-    check_model(context.name, model, tokenizer)
+    tokenizer, model = load_model(context)
+    teacher = context.artifact("teacher")
     _check_teacher(context, tokenizer, teacher)
-    stored, splits = _splits(context, tokenizer)
+    stored = read_splits(context)
+    splits = encode_splits(context, stored, lambda rows, _: encode_supervised(tokenizer, rows, config.max_length))
+    for encoded in splits.values():
+        for number, row in enumerate(encoded.rows):
+            # Batches are shuffled; the number leads from a row back to the teacher's distribution for it.
+            row["row"] = number  # type: ignore[assignment]
     train_rows = splits["train"]
     check_ends(context.name, train_rows, tokenizer)
     targets = _TeacherTargets(context, tokenizer, teacher, splits, model.get_output_embeddings().weight.shape[0])
-    model = apply_tuning(
-        model,
-        config.tuning,
-        context.seed,
-        tokenizer=tokenizer,
-        rows=[row["input_ids"] for row in train_rows.rows],
-    )
+    sequences = [row["input_ids"] for row in train_rows.rows]
+    model = apply_tuning(model, config.tuning, context.seed, tokenizer=tokenizer, rows=sequences)
     trainer = PreparedDistill(
         model=model,
         args=training_arguments(Arguments, context, len(train_rows.rows)),
@@ -103,19 +102,6 @@ def _check_teacher(context: StageContext, tokenizer: Any, teacher: Artifact) -> 
             f"{context.name}: student and teacher have different chat templates, so the teacher would read what it was "
             "never trained on. Give both `model` stages one chat_template."
         )
-
-
-def _splits(context: StageContext, tokenizer: Any) -> tuple[dict[str, list[Row]], dict[str, Encoded]]:
-    """Return the rows of both splits as stored and as encoded; encoded rows have their number in ``row``."""
-    config: DistillConfig = context.config
-    stored, splits = read_splits(context), {}
-    for split, rows in stored.items():
-        splits[split] = encoded = encode_supervised(tokenizer, rows, config.max_length)
-        check_encoded(context, encoded, len(rows), split)
-        for number, row in enumerate(encoded.rows):
-            # Batches are shuffled; the number leads from a row back to the teacher's distribution for it.
-            row["row"] = number  # type: ignore[assignment]
-    return stored, splits
 
 
 class _TeacherTargets:

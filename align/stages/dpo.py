@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from datasets import Dataset
+from trl.trainer.dpo_config import DPOConfig as Arguments
+
 from align.config.stages.dpo import DpoConfig
+from align.models.compute.threads import use_threads
 from align.pipeline.context import StageContext
-from align.stages.preference import PreparedPolicy, beta_of
+from align.stages.preference import PreparedPolicy, Reference, beta_of, prepare_policy
+from align.training import held_out
+from align.training.arguments import total_steps, training_arguments
+from align.training.fit import fit
+from align.training.preference_trainers import PairCollator, PreparedDPO
+from align.training.reference import Answer
+from align.training.rows import counts, encode_pairs
+from align.training.save import save
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -17,27 +28,14 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for a model without chat template, data without usable pairs, or a reference of another
     vocabulary.
     """
-    from align.models.compute.threads import use_threads
-
     use_threads(context.runtime)
-    from datasets import Dataset
-    from trl.trainer.dpo_config import DPOConfig as Arguments
-
-    from align.stages.preference import prepare_policy
-    from align.training import held_out
-    from align.training.arguments import total_steps, training_arguments
-    from align.training.fit import fit
-    from align.training.preference_trainers import PairCollator, PreparedDPO
-    from align.training.rows import counts, encode_pairs
-    from align.training.save import save
-
     config: DpoConfig = context.config
     prepared = prepare_policy(context, encode_pairs, PairCollator)
-    prepared.lint(context)
+    prepared.lint()
     facts = _score_by_reference(context, prepared)
     rows = len(prepared.train.rows)
     trainer = PreparedDPO(
-        model=prepared.tuned_model(context),
+        model=prepared.tuned_model,
         beta_at=beta_of(config, total_steps(context.name, config, rows)),
         args=training_arguments(
             Arguments,
@@ -68,8 +66,6 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _score_by_reference(context: StageContext, prepared: PreparedPolicy) -> dict[str, int]:
     """Add the reference's log-probabilities to every pair; return the numbers of computed and cached values."""
-    from align.stages.preference import Reference
-
     config: DpoConfig = context.config
     if config.reference_free:
         # A reference of zeros cancels out of the loss and needs no computation.
@@ -85,8 +81,6 @@ def _score_by_reference(context: StageContext, prepared: PreparedPolicy) -> dict
 
 def add_reference(rows: list[dict[str, Any]], ld_alpha: float | None, sums: Any) -> None:
     """Add ``ref_chosen_logps`` and ``ref_rejected_logps`` (nats) to each pair; ``sums`` scores a list of answers."""
-    from align.training.reference import Answer
-
     answers = []
     for row in rows:
         # LD-DPO weighs the tokens up to the shorter answer's length apart from those beyond it.

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from datasets import Dataset
+from trl.trainer.kto_config import KTOConfig as Arguments
+
 from align.config.stages.kto import KtoConfig
+from align.models.compute.threads import use_threads
 from align.pipeline.context import StageContext
-from align.stages.preference import beta_of
+from align.stages.preference import Reference, beta_of, prepare_policy
+from align.training.arguments import total_steps, training_arguments
+from align.training.fit import fit
+from align.training.preference_trainers import PreparedKTO, UnpairedCollator, held_out
+from align.training.reference import Answer
+from align.training.rows import counts
+from align.training.save import save
+from align.training.unpaired import add_mismatched, encode_unpaired, fixed_groups, unpair
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -15,23 +26,10 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for a model without chat template, data without usable answers, or a reference of another
     vocabulary.
     """
-    from align.models.compute.threads import use_threads
-
     use_threads(context.runtime)
-    from datasets import Dataset
-    from trl.trainer.kto_config import KTOConfig as Arguments
-
-    from align.stages.preference import Reference, prepare_policy
-    from align.training.arguments import total_steps, training_arguments
-    from align.training.fit import fit
-    from align.training.preference_trainers import PreparedKTO, UnpairedCollator, held_out
-    from align.training.rows import counts
-    from align.training.save import save
-    from align.training.unpaired import encode_unpaired, fixed_groups, unpair
-
     config: KtoConfig = context.config
     prepared = prepare_policy(context, encode_unpaired, UnpairedCollator, unpair)
-    prepared.lint(context)
+    prepared.lint()
     desirable = _check_labels(context, [bool(row["label"]) for row in prepared.train.rows])
     seed, point = context.seed % 2**32, config.loss == "kto"
     reference, groups = Reference(context, prepared), {}
@@ -40,7 +38,7 @@ def run(context: StageContext) -> dict[str, Any]:
         groups[split] = fixed_groups(encoded.lengths, config.micro_batch, config.batch_size, seed)
         _add_reference(context, reference, split, encoded.rows, groups[split] if point else None)
     trainer = PreparedKTO(
-        model=prepared.tuned_model(context),
+        model=prepared.tuned_model,
         beta_at=beta_of(config, total_steps(context.name, config, len(prepared.train.rows))),
         args=training_arguments(
             Arguments,
@@ -89,12 +87,9 @@ def _check_labels(context: StageContext, labels: list[bool]) -> int:
 
 
 def _add_reference(
-    context: StageContext, reference: Any, split: str, rows: list[dict[str, Any]], groups: list[list[int]] | None
+    context: StageContext, reference: Reference, split: str, rows: list[dict[str, Any]], groups: list[list[int]] | None
 ) -> None:
     """Add ``ref_logps`` to each row, and with ``groups`` a mismatched answer with its ``ref_KL_logps`` (nats)."""
-    from align.training.reference import Answer
-    from align.training.unpaired import add_mismatched
-
     answers = [Answer(row["prompt_ids"], row["completion_ids"], mask=row.get("completion_mask")) for row in rows]
     for row, total in zip(rows, reference.sums(split, answers).total, strict=True):
         row["ref_logps"] = total

@@ -1,23 +1,31 @@
-"""Shared work of the stages on preferences: policy, rows and reference. Torch-free at import.
+"""Shared work of the stages on preferences: policy, rows and reference.
 
 ``dpo``, ``kto`` and the stages of ``reference_free.py`` use it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.config.stages.preference import PreferenceFields, ReferenceFields
 from align.config.tuning import TuningBase
+from align.lint.trainer import Split, lint_stage
+from align.models.compute.threads import device_of
+from align.models.loading import load_tokenizer
+from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
-
-if TYPE_CHECKING:
-    from align.lint.trainer import Split
-    from align.training.reference import Answer, ReferenceCache, Sums
-    from align.training.rows import Encoded, Row
+from align.training.arguments import shares_prefixes
+from align.training.fused_head import use_blockwise_head
+from align.training.input_checks import check_encoded, check_same_vocabulary, load_model
+from align.training.preference_trainers import beta_at
+from align.training.reference import Answer, ReferenceCache, Sums, answer_sums
+from align.training.rows import Encoded, Row, read_splits
+from align.training.sft_trainer import LintedRows
+from align.training.trainers import reduce_work
 
 ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora", "dora", "init", "save_modules"}
 """Fields of ``qlora`` that do not affect the quantized weights, unless the adapters start from the weights."""
@@ -25,8 +33,6 @@ ADAPTER_FIELDS = {"rank", "alpha", "dropout", "targets", "last_layers", "rslora"
 
 def beta_of(config: ReferenceFields, steps: int) -> Callable[[int], float]:
     """Return beta as a function of the number of optimizer steps done, of ``steps`` in total."""
-    from align.training.preference_trainers import beta_at
-
     return lambda step: beta_at(step, steps, config.beta, config.final_beta, config.beta_schedule)
 
 
@@ -34,51 +40,34 @@ def beta_of(config: ReferenceFields, steps: int) -> Callable[[int], float]:
 class PreparedPolicy:
     """A loaded policy with its encoded rows, and the trainer's collator."""
 
+    context: StageContext
     tokenizer: Any
     model: Any
     splits: Mapping[str, Encoded]
     collator: Any
     _linted: Mapping[str, Split]
     """Splits as the linter reads them."""
-    _tuned: Any = None
 
     @property
     def train(self) -> Encoded:
         """The rows to train on."""
         return self.splits["train"]
 
-    def lint(self, context: StageContext) -> None:
+    def lint(self) -> None:
         """Lint the rows as the trainer will see them, before anything expensive."""
-        from align.lint.trainer import lint_stage
+        view = LintedRows(self.train.rows, self.collator, self.tokenizer, self.model)
+        lint_stage(self.context, view, self._linted)
 
-        lint_stage(context, _TrainerView(self), self._linted)
-
-    def tuned_model(self, context: StageContext) -> Any:
-        """Return the model with the stage's tuning applied; every call returns the same one."""
-        from align.models.tuning.apply import apply_tuning
-
-        # Some initializations (EVA, LoftQ) look at rows or weights, so the tuning is applied once, late.
-        if self._tuned is None:
-            sequences = [
-                [*row["prompt_ids"], *row.get("chosen_ids", row.get("completion_ids", []))] for row in self.train.rows
-            ]
-            self._tuned = apply_tuning(
-                self.model,
-                context.config.tuning,
-                context.seed,
-                tokenizer=self.tokenizer,
-                rows=sequences,
-            )
-            _reduce_work(context, self._tuned)
-        return self._tuned
-
-
-class _TrainerView:
-    """The attributes of a trainer that ``lint_stage`` reads; rows are linted before there is a trainer."""
-
-    def __init__(self, prepared: PreparedPolicy) -> None:
-        self.processing_class, self.model = prepared.tokenizer, prepared.model
-        self.train_dataset, self.data_collator = prepared.train.rows, prepared.collator
+    @functools.cached_property
+    def tuned_model(self) -> Any:
+        """The model with the stage's tuning applied, once and late: EVA and LoftQ look at rows or weights."""
+        sequences = [
+            [*row["prompt_ids"], *row.get("chosen_ids", row.get("completion_ids", []))] for row in self.train.rows
+        ]
+        tuning, seed = self.context.config.tuning, self.context.seed
+        model = apply_tuning(self.model, tuning, seed, tokenizer=self.tokenizer, rows=sequences)
+        _reduce_work(self.context, model)
+        return model
 
 
 def prepare_policy(
@@ -91,17 +80,8 @@ def prepare_policy(
 
     Raises ``UserError`` for a model without chat template or data without usable rows.
     """
-    from align.lint.trainer import Split
-    from align.models.loading import load_tokenizer
-    from align.models.tuning.apply import load_for_tuning
-    from align.training.fused_head import use_blockwise_head
-    from align.training.input_checks import check_encoded, check_model
-    from align.training.rows import read_splits
-
     config: PreferenceFields = context.config
-    source = context.artifact("policy").model
-    tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
-    check_model(context.name, model, tokenizer)
+    tokenizer, model = load_model(context, "policy")
     use_blockwise_head()
     linted, splits = {}, {}
     for split, stored in read_splits(context).items():
@@ -109,15 +89,13 @@ def prepare_policy(
         encoded = splits[split] = encode(tokenizer, rows, config.max_length)
         check_encoded(context, encoded, len(rows), split)
         linted[split] = Split(rows, encoded)
-    return PreparedPolicy(tokenizer, model, splits, collator(pad_token_id=tokenizer.pad_token_id), linted)
+    return PreparedPolicy(context, tokenizer, model, splits, collator(pad_token_id=tokenizer.pad_token_id), linted)
 
 
 class Reference:
     """The stage's reference: the policy before its first step, or another stage's checkpoint, loaded if needed."""
 
     def __init__(self, context: StageContext, prepared: PreparedPolicy) -> None:
-        from align.training.reference import ReferenceCache
-
         self.context, self.prepared = context, prepared
         self.named: Artifact | None = context.inputs.get("reference")
         if self.named is not None:
@@ -137,12 +115,8 @@ class Reference:
         return {"reference_computed": self.cache.computed, "reference_cached": self.cache.hits}
 
     def _compute(self, answers: Sequence[Answer]) -> Sums:
-        from align.models.compute.threads import device_of
-        from align.models.tuning.apply import initial_policy
-        from align.training.reference import answer_sums
-
         if self._loaded is None:
-            self._loaded = self.prepared.tuned_model(self.context) if self.named is None else self._load(self.named)
+            self._loaded = self.prepared.tuned_model if self.named is None else self._load(self.named)
         device = device_of(self.context.runtime)
         # Move the model only now, because with every answer in the cache the reference never needs the device.
         if next(self._loaded.parameters()).device.type != device.type:
@@ -162,8 +136,6 @@ class Reference:
 
     def _load(self, artifact: Artifact) -> Any:
         """Load another stage's checkpoint like the policy before its first step."""
-        from align.models.tuning.apply import apply_tuning, load_for_tuning
-
         tuning: TuningBase = self.context.config.tuning
         model = load_for_tuning(artifact.model, tuning)
         # LoftQ's adapters start as the quantization error, so the reference needs them as well.
@@ -175,9 +147,6 @@ class Reference:
 
 def _reduce_work(context: StageContext, model: Any) -> None:
     """Let the policy, or its reference, compute as the trainer will."""
-    from align.training.arguments import shares_prefixes
-    from align.training.trainers import reduce_work
-
     bfloat16 = context.precision == "bfloat16"
     reduce_work(model, bfloat16=bfloat16, shared_prefixes=shares_prefixes(context))
 
@@ -187,9 +156,6 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
 
     ``named`` is the reference's checkpoint if it is not the policy's.
     """
-    from align.models.compute.threads import device_of
-    from align.training.arguments import shares_prefixes
-
     tuning: TuningBase = context.config.tuning
     loaded = "float32"
     # Tuning changes the reference only if it changes frozen weights: by quantization, or by its initialization.
@@ -208,9 +174,6 @@ def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
 
 def _check_reference(context: StageContext, tokenizer: Any, artifact: Artifact) -> None:
     """Raise ``UserError`` if the reference has another vocabulary; warn if it has another chat template."""
-    from align.models.loading import load_tokenizer
-    from align.training.input_checks import check_same_vocabulary
-
     reference_tokenizer = load_tokenizer(artifact.model, context.config.tuning)
     names = (f"policy '{context.artifact('policy').stage}'", f"reference '{artifact.stage}'")
     check_same_vocabulary(context.name, tokenizer, reference_tokenizer, names)

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from datasets import Dataset
+from trl.trainer.sft_config import SFTConfig as Arguments
+
 from align.config.stages.pretrain import PretrainConfig
+from align.models.compute.threads import use_threads
+from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext
+from align.training import held_out
+from align.training.arguments import training_arguments
+from align.training.fit import fit
+from align.training.fused_head import use_blockwise_head
+from align.training.input_checks import encode_splits, load_model
+from align.training.packing import FlatCollator, check_separate, enable_flat, fill_ratio, pack_rows, packing_form
+from align.training.rows import document_ends, encode_texts, read_splits
+from align.training.save import save
+from align.training.trainers import PreparedSFT
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -13,38 +27,21 @@ def run(context: StageContext) -> dict[str, Any]:
 
     Raises ``UserError`` for texts without tokens and for a model that cannot keep packed rows apart.
     """
-    from align.models.compute.threads import use_threads
-
     use_threads(context.runtime)
-    from datasets import Dataset
-    from trl.trainer.sft_config import SFTConfig as Arguments
-
-    from align.models.loading import load_tokenizer
-    from align.models.tuning.apply import apply_tuning, load_for_tuning
-    from align.training import held_out
-    from align.training.arguments import training_arguments
-    from align.training.fit import fit
-    from align.training.fused_head import use_blockwise_head
-    from align.training.input_checks import check_encoded, check_model
-    from align.training.packing import FlatCollator, check_separate, enable_flat, fill_ratio, pack_rows, packing_form
-    from align.training.rows import document_ends, encode_texts, read_splits
-    from align.training.save import save
-    from align.training.trainers import PreparedSFT
-
     config: PretrainConfig = context.config
-    source = context.artifact("model").model
-    tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
-    check_model(context.name, model, tokenizer)
+    tokenizer, model = load_model(context)
     ends = document_ends(tokenizer, config.document_end, f"{context.name}.document_end")
-    stored, splits = read_splits(context), {}
-    for split, rows in stored.items():
-        # Held-out texts get no end token, because bits per byte count only the text's own bytes.
-        splits[split] = encode_texts(tokenizer, rows, config.max_length, ends, learn_end=split == "train")
-        check_encoded(context, splits[split], len(rows), split)
+    stored = read_splits(context)
+    # Held-out texts get no end token, because bits per byte count only the text's own bytes.
+    splits = encode_splits(
+        context,
+        stored,
+        lambda rows, split: encode_texts(tokenizer, rows, config.max_length, ends, learn_end=split == "train"),
+    )
     train = splits["train"]
     packs = pack_rows(train, config.max_length)
-    rows_of_ids = [row["input_ids"] for row in train.rows]
-    model = apply_tuning(model, config.tuning, context.seed, tokenizer=tokenizer, rows=rows_of_ids)
+    sequences = [row["input_ids"] for row in train.rows]
+    model = apply_tuning(model, config.tuning, context.seed, tokenizer=tokenizer, rows=sequences)
     use_blockwise_head()
     form = packing_form(model)
     enable_flat(model, form)

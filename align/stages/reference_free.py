@@ -7,15 +7,19 @@ move or drop them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.config.stages.cpo import CpoConfig
 from align.config.stages.orpo import OrpoConfig
+from align.models.compute.threads import use_threads
 from align.pipeline.context import StageContext
 from align.stages.preference import prepare_policy
-
-if TYPE_CHECKING:
-    from align.training.experimental import PairForward
+from align.training.arguments import training_arguments
+from align.training.experimental import CPO, ORPO, PairForward, held_out, load_trainer
+from align.training.fit import fit
+from align.training.preference_trainers import PairCollator
+from align.training.rows import counts, encode_pairs
+from align.training.save import save
 
 
 def cpo(context: StageContext) -> dict[str, Any]:
@@ -23,11 +27,6 @@ def cpo(context: StageContext) -> dict[str, Any]:
 
     Raises ``UserError`` for a model without chat template, data without usable pairs, or a trl without the trainer.
     """
-    from align.models.compute.threads import use_threads
-
-    use_threads(context.runtime)
-    from align.training.experimental import CPO
-
     config: CpoConfig = context.config
     return _train(
         context,
@@ -45,11 +44,6 @@ def cpo(context: StageContext) -> dict[str, Any]:
 
 def orpo(context: StageContext) -> dict[str, Any]:
     """Train with odds ratios; otherwise as ``cpo``."""
-    from align.models.compute.threads import use_threads
-
-    use_threads(context.runtime)
-    from align.training.experimental import ORPO
-
     config: OrpoConfig = context.config
     return _train(context, ORPO, "orpo", {"prompt_too": config.prompt_loss}, beta=config.beta)
 
@@ -58,18 +52,12 @@ def _train(
     context: StageContext, mixin: type[PairForward], method: str, trainer_options: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
     """Train with trl's trainer of ``method``; ``options`` are the options of its loss."""
-    from align.training.arguments import training_arguments
-    from align.training.experimental import held_out, load_trainer
-    from align.training.fit import fit
-    from align.training.preference_trainers import PairCollator
-    from align.training.rows import counts, encode_pairs
-    from align.training.save import save
-
+    use_threads(context.runtime)
     trainer_class, arguments = load_trainer(mixin, method)
     prepared = prepare_policy(context, encode_pairs, PairCollator)
-    prepared.lint(context)
+    prepared.lint()
     trainer = trainer_class(
-        model=prepared.tuned_model(context),
+        model=prepared.tuned_model,
         args=training_arguments(
             arguments,
             context,

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from datasets import Dataset
+from trl.trainer.reward_config import RewardConfig as Arguments
+
+from align.config.launch import rank
 from align.config.stages.reward import RewardConfig
+from align.lint.trainer import Split, lint_stage
+from align.models.compute.threads import use_threads
+from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext
+from align.training.arguments import training_arguments
+from align.training.fit import fit
+from align.training.input_checks import load_model
+from align.training.reward_objectives import prepare
+from align.training.rows import counts
+from align.training.save import save_reward
+from align.training.trainers import score_in_float32
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -14,40 +28,15 @@ def run(context: StageContext) -> dict[str, Any]:
     Held-out accuracy is measured on the labels and, if the data has the true scores, on these.
     Raises ``UserError`` for a model without chat template or data without usable rows.
     """
-    from align.models.compute.threads import use_threads
-
     use_threads(context.runtime)
-    from datasets import Dataset
-    from trl.trainer.reward_config import RewardConfig as Arguments
-
-    from align.config.launch import rank
-    from align.lint.trainer import Split, lint_stage
-    from align.models.loading import load_tokenizer
-    from align.models.tuning.apply import apply_tuning, load_for_tuning
-    from align.training.arguments import training_arguments
-    from align.training.fit import fit
-    from align.training.input_checks import check_model
-    from align.training.reward_objectives import prepare
-    from align.training.rows import counts
-    from align.training.save import save_reward
-    from align.training.trainers import score_in_float32
-
     config: RewardConfig = context.config
-    source = context.artifact("model").model
-    tokenizer = load_tokenizer(source, config.tuning)
-    model = load_for_tuning(source, config.tuning, reward=True)
-    check_model(context.name, model, tokenizer)
+    tokenizer, model = load_model(context, reward=True)
     prepared = prepare(context, tokenizer)
     train, test = prepared.splits["train"], prepared.splits["test"]
     # Scores are compared and subtracted, which bfloat16's three digits would blur.
     score_in_float32(model)
-    model = apply_tuning(
-        model,
-        config.tuning,
-        context.seed,
-        tokenizer=tokenizer,
-        rows=[prepared.sequences(row)[0] for row in train.rows],
-    )
+    sequences = [prepared.sequences(row)[0] for row in train.rows]
+    model = apply_tuning(model, config.tuning, context.seed, tokenizer=tokenizer, rows=sequences)
     trainer = prepared.trainer(
         model=model,
         args=training_arguments(

@@ -13,16 +13,26 @@ The loss is on answers only. A row becomes a part of the loss in five steps:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
+from trl.trainer.sft_config import SFTConfig as Arguments
 
 from align.config.stages.sft import SftConfig
+from align.lint.trainer import Split, lint_stage
+from align.models.compute.threads import use_threads
+from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext
-
-if TYPE_CHECKING:
-    from align.data.rows import Row
-    from align.training.rows import Encoded
-    from align.training.trainers import PreparedSFT
+from align.training import held_out
+from align.training.arguments import training_arguments
+from align.training.fit import fit
+from align.training.fused_head import use_blockwise_head
+from align.training.input_checks import check_ends, encode_splits, load_model
+from align.training.packing import FlatCollator, check_separate, enable_flat, fill_ratio, pack_rows, packing_form
+from align.training.rows import counts, encode_answers, encode_supervised, read_splits
+from align.training.save import save
+from align.training.sft_trainer import check_kernels, lint_rows, noisy
+from align.training.trainers import PreparedSFT
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -31,36 +41,18 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for a model without chat template, data without usable rows, or rows that never contain the end
     of an answer.
     """
-    from align.models.compute.threads import use_threads
-
     use_threads(context.runtime)
-    from align.lint.trainer import Split, lint_stage
-    from align.models.loading import load_tokenizer
-    from align.models.tuning.apply import apply_tuning, load_for_tuning
-    from align.training import held_out
-    from align.training.fit import fit
-    from align.training.input_checks import check_model
-    from align.training.packing import check_separate, fill_ratio, pack_rows
-    from align.training.rows import counts, read_splits
-    from align.training.save import save
-    from align.training.sft_trainer import check_kernels, lint_rows, noisy
-
     config: SftConfig = context.config
     # Before anything is loaded: kernels that are not installed are refused at once.
     check_kernels(context.name, config.trainer, context.runtime)
-    source = context.artifact("model").model
-    tokenizer, model = load_tokenizer(source, config.tuning), load_for_tuning(source, config.tuning)
-    check_model(context.name, model, tokenizer)
+    tokenizer, model = load_model(context)
     stored = read_splits(context)
-    splits = _encode(context, tokenizer, stored)
+    encode = encode_answers if config.supervise == "all" else encode_supervised
+    splits = encode_splits(context, stored, lambda rows, _: encode(tokenizer, rows, config.max_length))
     train = splits["train"]
-    model = apply_tuning(
-        model,
-        config.tuning,
-        context.seed,
-        tokenizer=tokenizer,
-        rows=[row["input_ids"] for row in train.rows],
-    )
+    check_ends(context.name, train, tokenizer)
+    sequences = [row["input_ids"] for row in train.rows]
+    model = apply_tuning(model, config.tuning, context.seed, tokenizer=tokenizer, rows=sequences)
     rows = pack_rows(train, config.max_length) if config.packing else train.rows
     trainer = _make_trainer(context, model, tokenizer, rows)
     linted = {name: Split(stored[name], splits[name]) for name in splits}
@@ -77,34 +69,8 @@ def run(context: StageContext) -> dict[str, Any]:
     return {**metrics, **facts}
 
 
-def _encode(context: StageContext, tokenizer: Any, stored: Mapping[str, list[Row]]) -> dict[str, Encoded]:
-    """Return the encoded rows of each split.
-
-    Raises ``UserError`` for a split without usable rows, and for training rows without the end of an answer.
-    """
-    from align.training.input_checks import check_encoded, check_ends
-    from align.training.rows import encode_answers, encode_supervised
-
-    config: SftConfig = context.config
-    encode = encode_answers if config.supervise == "all" else encode_supervised
-    splits = {}
-    for split, rows in stored.items():
-        splits[split] = encode(tokenizer, rows, config.max_length)
-        check_encoded(context, splits[split], len(rows), split)
-    check_ends(context.name, splits["train"], tokenizer)
-    return splits
-
-
 def _make_trainer(context: StageContext, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> PreparedSFT:
     """Return the trainer of ``rows``, which it concatenates if ``packing`` or ``padding_free`` is set."""
-    from datasets import Dataset
-    from trl.trainer.sft_config import SFTConfig as Arguments
-
-    from align.training.arguments import training_arguments
-    from align.training.fused_head import use_blockwise_head
-    from align.training.packing import FlatCollator, enable_flat, packing_form
-    from align.training.trainers import PreparedSFT
-
     use_blockwise_head()
     # Packed documents must not attend to each other; the form tells this model the ends of documents.
     form = packing_form(model) if context.config.packing or context.config.padding_free else None

@@ -28,8 +28,9 @@ from align.models.compute.precision import cast_frozen_to_bf16
 from align.models.fast.token_logprobs import logit_transform
 from align.models.tuning.apply import initial_policy
 from align.training.divergence import summed_kl, summed_nll, trunk_and_head
+from align.training.input_checks import check_encoded
 from align.training.order import by_length
-from align.training.rows import MASKED, Encoded, collate_labeled
+from align.training.rows import MASKED, Encoded, collate_labeled, encode_supervised, read_split
 from align.training.trainers import SCORING_TOKENS, answer_mask, part_of_step
 
 
@@ -242,9 +243,6 @@ def make_replay(context: Any, trainer: Any) -> Replay:
 
     Raises ``UserError`` when no row can be used.
     """
-    from align.training.input_checks import check_encoded
-    from align.training.rows import encode_supervised, read_split
-
     config, data = context.config, context.artifact("replay")
     encoded = {}
     for split, most in (("train", None), ("test", config.eval_rows)):

@@ -1,14 +1,37 @@
-"""Check model, tokenizer and rows before the first step. Each fault is a known way to waste a training run."""
+"""Load and check model, tokenizer and rows before the first step. Each fault is a known way to waste a training run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from align.errors import UserError
 from align.models.chat.render import require_chat_template
 from align.models.checkpoints.folder_checks import require_embeddings, require_same_vocabulary
+from align.models.loading import load_tokenizer
+from align.models.tuning.apply import load_for_tuning
 from align.pipeline.context import StageContext
-from align.training.rows import MASKED, Encoded
+from align.training.rows import MASKED, Encoded, Row
+
+
+def load_model(context: StageContext, field: str = "model", reward: bool = False) -> tuple[Any, Any]:
+    """Return the tokenizer and the model of the stage's input ``field``, loaded for its tuning and checked."""
+    source, tuning = context.artifact(field).model, context.config.tuning
+    tokenizer = load_tokenizer(source, tuning)
+    model = load_for_tuning(source, tuning, reward=reward)
+    check_model(context.name, model, tokenizer)
+    return tokenizer, model
+
+
+def encode_splits(
+    context: StageContext, stored: Mapping[str, list[Row]], encode: Callable[[list[Row], str], Encoded]
+) -> dict[str, Encoded]:
+    """Return the encoded and checked rows of each split; ``encode`` gets a split's rows and its name."""
+    splits = {}
+    for split, rows in stored.items():
+        splits[split] = encode(rows, split)
+        check_encoded(context, splits[split], len(rows), split)
+    return splits
 
 
 def check_model(stage: str, model: Any, tokenizer: Any) -> None:

@@ -138,7 +138,7 @@ def test_options_that_need_padded_rows_get_them(
     options: dict[str, Any], in_line: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
     stage = preference_stage(tmp_path, tiny_model, "dpo", trainer=options)
-    model = prepare_policy(stage, encode_pairs, DataCollatorForPreference).tuned_model(stage)
+    model = prepare_policy(stage, encode_pairs, DataCollatorForPreference).tuned_model
     assert computes_real_tokens(model) is in_line
 
 
@@ -197,7 +197,7 @@ def test_the_reference_is_the_policy_before_its_first_step(
     answers = [Answer(row["prompt_ids"], row["chosen_ids"]) for row in prepared.train.rows]
     logps = Reference(stage, prepared).sums("train", answers).total
     pad, low = prepared.tokenizer.pad_token_id, precision == "bfloat16"
-    policy = answer_sums(prepared.tuned_model(stage), answers, pad, low).total
+    policy = answer_sums(prepared.tuned_model, answers, pad, low).total
     # Orthogonal factors have a product of 0 in exact arithmetic, and bfloat16 rounds it.
     rounded = tuning == "orthogonal" and low
     assert logps == pytest.approx(policy, abs=0.2 if rounded else 1e-4)

@@ -13,15 +13,13 @@ import pytest
 import torch
 
 import align.rl
-import align.stages.distill
 import align.stages.rl
 import align.training.arguments
-import align.training.fit
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.rl.arguments import rollout_arguments
 from align.rl.trainer import RLTrainer
-from align.stages import evaluate
+from align.stages import distill, dpo, evaluate, kto, pretrain, reference_free, reward, sft
 from tests.support.rl import stages as sampled
 from tests.support.stages.evaluation_stage import context, inputs
 from tests.support.training import aimed_stages
@@ -55,7 +53,7 @@ def test_a_stage_on_rows_builds_its_trainer_for_one(
     def stop(trainer: Any, *args: Any, **options: Any) -> None:
         raise Built(trainer)
 
-    for module in (align.training.fit, align.stages.distill):
+    for module in (distill, dpo, kto, pretrain, reference_free, reward, sft):
         monkeypatch.setattr(module, "fit", stop)
     stage = aimed_stages.make_stage(kind, tmp_path, tiny_model, max_steps=1)
     with pytest.raises(Built) as built:
