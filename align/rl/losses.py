@@ -129,10 +129,10 @@ def policy_loss(
     log_ratio = log_ratios(new_logprobs, logprobs, mask, level)
     ratio = torch.exp(log_ratio)
     if clips:
-        plain = -advantages * ratio
+        unclipped = -advantages * ratio
         # The larger loss is pessimistic: clipping removes gain, never loss.
-        per_token = torch.maximum(plain, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
-        is_clipped = per_token > plain
+        per_token = torch.maximum(unclipped, -advantages * ratio.clamp(1.0 - low, 1.0 + high))
+        is_clipped = per_token > unclipped
     else:
         # The gradient flows only through log pi, so a capped token keeps the gradient that a clip would remove.
         per_token = -advantages * ratio.clamp(max=1.0 + high).detach() * new_logprobs

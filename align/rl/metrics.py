@@ -170,13 +170,13 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def finish(means: dict[str, float]) -> dict[str, float]:
     """Return the means, with means of squares turned into standard deviations."""
-    finished = {name: value for name, value in means.items() if not name.endswith("_square")}
+    metrics = {name: value for name, value in means.items() if not name.endswith("_square")}
     for name, square in means.items():
         if name.endswith("_square"):
             base = name.removesuffix("_square")
             # Rounding can make this difference slightly negative.
-            finished[f"{base}_std"] = max(square - means[base] ** 2, 0.0) ** 0.5
-    return finished
+            metrics[f"{base}_std"] = max(square - means[base] ** 2, 0.0) ** 0.5
+    return metrics
 
 
 def peak_memory_gib() -> float:

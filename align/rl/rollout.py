@@ -200,8 +200,8 @@ def _weights_updates(episodes: list[Episode], width: int, default: int) -> torch
     """Return the update whose weights sampled each token, (B, T); ``default`` if a turn names none."""
     updates = torch.full((len(episodes), width), default)
     for row, episode in enumerate(episodes):
-        known = [default if update is None else update for update in episode.weights_updates]
-        updates[row, : len(known)] = torch.tensor(known)
+        weights_updates = [default if update is None else update for update in episode.weights_updates]
+        updates[row, : len(weights_updates)] = torch.tensor(weights_updates)
     return updates
 
 

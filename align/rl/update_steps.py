@@ -124,9 +124,9 @@ def make_optimizer(trainer: Any, model: Any) -> torch.optim.Optimizer:
     groups = []
     for part, rate in learning_rates(args.config, model).items():
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        named = [(name, parameter) for name, parameter in trained if _part(name) == part]
+        parameters_of_part = [(name, parameter) for name, parameter in trained if _part(name) == part]
         for decays in (True, False):
-            parameters = [parameter for name, parameter in named if (name in decaying) == decays]
+            parameters = [parameter for name, parameter in parameters_of_part if (name in decaying) == decays]
             if not parameters:
                 continue
             decay = args.weight_decay if decays else 0.0  # biases and norms do not decay

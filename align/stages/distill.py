@@ -29,7 +29,7 @@ from align.training.distill_trainer import (
     held_out,
     is_on_policy_step,
 )
-from align.training.divergence import Known, Measure
+from align.training.divergence import Measure, TopTokens
 from align.training.fit import fit
 from align.training.input_checks import check_ends, check_same_vocabulary, encode_splits, load_model
 from align.training.rows import Encoded, counts, encode_supervised, read_splits
@@ -73,13 +73,13 @@ def run(context: StageContext) -> dict[str, Any]:
     lint_stage(context, trainer, linted)
     # After the linter, since the teacher's passes are the expensive part.
     targets.prepare()
-    trainer.measure, trainer.teacher, trainer.known = targets.measure, targets.teacher, targets.known["train"]
+    trainer.measure, trainer.teacher, trainer.top_tokens = targets.measure, targets.teacher, targets.top_tokens["train"]
     trainer.sft_weight, trainer.on_policy = config.sft_weight, config.on_policy
     engine = _engine(context) if config.on_policy else None
     try:
         if engine is not None:
             trainer.sampler = _sampler(context, engine)
-        metrics = fit(trainer, context, lambda split: held_out(trainer, splits[split], targets.known[split]))
+        metrics = fit(trainer, context, lambda split: held_out(trainer, splits[split], targets.top_tokens[split]))
     finally:
         if engine is not None:
             engine.close()
@@ -114,7 +114,7 @@ class _TeacherTargets:
         self.context, self.artifact, self.splits, self.vocabulary = context, artifact, splits, vocabulary
         self.measure = Measure(config.divergence, config.jsd_beta, config.temperature, config.top_k)
         self.collator = AnswerCollator(tokenizer.pad_token_id)
-        self.known: dict[str, list[Known]] = {name: [] for name in splits}
+        self.top_tokens: dict[str, list[TopTokens]] = {name: [] for name in splits}
         self.teacher: Teacher | None = None
         identity = {
             "teacher": artifact.weights,
@@ -132,16 +132,16 @@ class _TeacherTargets:
         """Load the teacher's distributions from the cache or compute them; load the teacher only if it is needed."""
         if self.measure.top_k is not None:
             for name, split in self.splits.items():
-                self.known[name] = self.cache.known(split.rows, lambda split=split: self._compute(split))  # type: ignore[misc]
+                self.top_tokens[name] = self.cache.load(split.rows, lambda split=split: self._compute(split))  # type: ignore[misc]
         # With ``top_k`` the distributions are small enough to store, and the teacher can leave memory before training.
         trains_with_teacher = self.measure.top_k is None or self.context.config.on_policy > 0
         self.teacher = self._load() if trains_with_teacher else None
 
-    def _compute(self, split: Encoded) -> list[Known]:
+    def _compute(self, split: Encoded) -> list[TopTokens]:
         def report(done: int, total: int) -> None:
             self.context.progress(done, total, unit="teacher rows")
 
-        return self._load().known(split.rows, self.collator, self.measure, self.vocabulary, report)
+        return self._load().find_top_tokens(split.rows, self.collator, self.measure, self.vocabulary, report)
 
     def _load(self) -> Teacher:
         if self.teacher is None:
@@ -180,8 +180,8 @@ def _sampler(context: StageContext, engine: RolloutEngine) -> Any:
 
     def sample(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
         # On-policy: the engine gets the student's current weights before each of its steps.
-        with torch.no_grad(), full_model(model) as plain:
-            engine.load_weights(merged_weights(plain))
+        with torch.no_grad(), full_model(model) as student:
+            engine.load_weights(merged_weights(student))
         # Each step has its own seed, so a resumed run samples the same answers as an uninterrupted run.
         sampling = Sampling(config.max_tokens, config.sample_temperature, seed=context.seed + (step << 20))
         return [answers[0].token_ids for answers in engine.generate(prompts, sampling)]

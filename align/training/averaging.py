@@ -39,9 +39,7 @@ class AverageWeights(TrainerCallback):
         self.averages = {name: p.detach().clone() for name, p in self.trained.items()}
         self.in_place = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Load the averages of the checkpoint that training resumes from."""
         if state.global_step == 0:
             return
@@ -62,9 +60,7 @@ class AverageWeights(TrainerCallback):
         if state.is_world_process_zero:
             save_file(averages, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # From here on the averages are the result, so scoring() swaps no more.
         self._swap()
         self.in_place = True

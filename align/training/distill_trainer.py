@@ -24,7 +24,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from align.models.fast.token_logprobs import logit_transform
 from align.store.fingerprint import canonical
-from align.training.divergence import CHUNK, Known, Live, Measure, summed_divergence, summed_nll, trunk_and_head
+from align.training.divergence import (
+    CHUNK,
+    Live,
+    Measure,
+    TopTokens,
+    summed_divergence,
+    summed_nll,
+    trunk_and_head,
+)
 from align.training.epochs import SHARE
 from align.training.held_out import row_batches, scoring
 from align.training.order import by_length
@@ -49,7 +57,7 @@ class AnswerCollator:
 class _Distilling(SFTTrainer):  # type: ignore[misc]
     measure: Measure
     teacher: Teacher | None = None
-    known: Sequence[Known] = ()
+    top_tokens: Sequence[TopTokens] = ()
     sft_weight: float = 0.0
     on_policy: float = 0.0
     sampler: Sampler | None = None
@@ -67,9 +75,9 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
             return batches, count
         assert self.sampler is not None
         prompts = [prompt_of(*row) for batch in batches for row in _rows_of(batch)]
-        plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         # One call samples the answers of all micro-batches, which then go back to their batches in order.
-        sampled = iter(zip(prompts, self.sampler(plain, prompts, step), strict=True))
+        sampled = iter(zip(prompts, self.sampler(student, prompts, step), strict=True))
         sampled_batches: list[Any] = []
         for batch in batches:
             rows = []
@@ -88,37 +96,38 @@ class _Distilling(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the scalar divergence per token, plus ``sft_weight`` times the loss on the data's tokens."""
-        plain = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         with self.accelerator.autocast():
-            hidden = answer_states(model, plain, inputs)
-            total = self.divergence(plain, hidden, inputs)
+            hidden = answer_states(model, student, inputs)
+            total = self.divergence(student, hidden, inputs)
             # Only answers of the data are imitated. Sampled ones (row -1) are the student's own.
             if self.sft_weight and int(inputs["row"][0]) >= 0:
                 shifted = inputs["labels"][:, 1:]
-                targets, head = shifted[shifted != MASKED], trunk_and_head(plain)[1]
-                total = total + self.sft_weight * summed_nll(targets, hidden, head, logit_transform(plain))
+                targets, head = shifted[shifted != MASKED], trunk_and_head(student)[1]
+                total = total + self.sft_weight * summed_nll(targets, hidden, head, logit_transform(student))
         # The Trainer passes the number of labels in all micro-batches of the step.
         loss = total / (len(hidden) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # the count is over all processes, whose gradients are averaged
+            # The count is over all processes, whose gradients are averaged.
+            loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def divergence(self, plain: Any, hidden: torch.Tensor, inputs: Any, known: Sequence[Known] | None = None) -> Any:
+    def divergence(
+        self, student: Any, hidden: torch.Tensor, inputs: Any, top_tokens: Sequence[TopTokens] | None = None
+    ) -> Any:
         """Return the scalar divergence, summed over the labeled tokens; ``hidden`` (N, H) predicts them."""
         rows = inputs["row"].tolist()
-        known = self.known if known is None else known
-        teacher: Known | Live
+        top_tokens = self.top_tokens if top_tokens is None else top_tokens
+        teacher: TopTokens | Live
         # Cached tokens exist for rows of the data. Sampled answers (row -1) need the teacher itself.
-        if known and rows[0] >= 0:
-            ids = torch.cat([known[row].ids for row in rows]).to(hidden.device, torch.long)
-            logprobs = torch.cat([known[row].logprobs for row in rows]).to(hidden.device)
-            teacher = Known(ids, logprobs)
+        if top_tokens and rows[0] >= 0:
+            ids = torch.cat([top_tokens[row].ids for row in rows]).to(hidden.device, torch.long)
+            logprobs = torch.cat([top_tokens[row].logprobs for row in rows]).to(hidden.device)
+            teacher = TopTokens(ids, logprobs)
         else:
             assert self.teacher is not None
             teacher = self.teacher.live(inputs)
-        return summed_divergence(self.measure, hidden, trunk_and_head(plain)[1], teacher, logit_transform(plain))
+        return summed_divergence(self.measure, hidden, trunk_and_head(student)[1], teacher, logit_transform(student))
 
 
 class PreparedDistill(Prepared, _Distilling):  # type: ignore[misc]
@@ -141,23 +150,25 @@ def prompt_of(ids: list[int], labels: list[int]) -> list[int]:
     return ids[: next((index for index, label in enumerate(labels) if label != MASKED), len(ids))]
 
 
-def held_out(trainer: Any, encoded: Encoded, known: Sequence[Known]) -> dict[str, float]:
+def held_out(trainer: Any, encoded: Encoded, top_tokens: Sequence[TopTokens]) -> dict[str, float]:
     """Return ``divergence`` from the teacher and ``loss`` on the data, in nats per held-out answer token."""
     divergence, nll, tokens = 0.0, 0.0, 0
-    plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    student = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     with scoring(trainer):
         for _, inputs in row_batches(trainer, encoded):
-            hidden = answer_states(plain, plain, inputs)
+            hidden = answer_states(student, student, inputs)
             shifted = inputs["labels"][:, 1:]
             targets = shifted[shifted != MASKED]
-            divergence += float(trainer.divergence(plain, hidden, inputs, known))
-            nll += float(summed_nll(targets, hidden, trunk_and_head(plain)[1], logit_transform(plain)))
+            divergence += float(trainer.divergence(student, hidden, inputs, top_tokens))
+            nll += float(summed_nll(targets, hidden, trunk_and_head(student)[1], logit_transform(student)))
             tokens += len(targets)
     return {"divergence": divergence / tokens, "loss": nll / tokens}
 
 
 LOG = logging.getLogger(__name__)
 
+COLUMNS = ("ids", "logprobs")
+"""Tensors of a cache file, and fields of ``TopTokens``."""
 VERSION = 3
 """Part of the key; increased when the same weights and rows should give other numbers."""
 
@@ -174,17 +185,17 @@ def hidden_states_of(model: Any) -> Any:
         handle.remove()
 
 
-def answer_states(called: Any, plain: Any, inputs: Any) -> torch.Tensor:
+def answer_states(called: Any, student: Any, inputs: Any) -> torch.Tensor:
     """Return the (N, H) hidden states that predict a batch's N labeled tokens, in order, by one call of ``called``.
 
-    ``plain`` is the same model without its parallel wrapper. The head runs at no position.
+    ``student`` is the same model without its parallel wrapper. The head runs at no position.
     """
     # A hook reads the hidden states, so the call goes through the parallel wrapper, which gradients require. The head
     # is called with an empty selection. The last position would be a slice, for which torch's CPU product copies the
     # head once a row.
     ids = inputs["input_ids"]
     nothing = torch.empty(0, dtype=torch.long, device=ids.device)
-    with hidden_states_of(plain) as hidden_states:
+    with hidden_states_of(student) as hidden_states:
         called(input_ids=ids, attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=nothing)
     # Methods with virtual tokens return more positions than the row has.
     states = hidden_states[-1][:, -ids.shape[1] :]  # (B, T, H), without virtual tokens in front
@@ -211,18 +222,18 @@ class Teacher:
             logits: torch.Tensor = trunk_and_head(self.model)[1](hidden)
         return logits
 
-    def known(
+    def find_top_tokens(
         self,
         rows: Sequence[dict[str, Any]],
         collator: Callable[[list[dict[str, Any]]], Any],
         measure: Measure,
         vocabulary: int,
         on_progress: Callable[[int, int], object],
-    ) -> list[Known]:
+    ) -> list[TopTokens]:
         """Return the ``top_k`` likeliest of the first ``vocabulary`` tokens at each labeled token of each row."""
         assert measure.top_k is not None
         device = next(self.model.parameters()).device
-        results: list[Known] = [Known(torch.empty(0), torch.empty(0))] * len(rows)
+        results: list[TopTokens] = [TopTokens(torch.empty(0), torch.empty(0))] * len(rows)
         done = 0
         for batch in by_length([len(row["input_ids"]) for row in rows], SCORING_TOKENS):
             inputs = {name: value.to(device) for name, value in collator([rows[row] for row in batch]).items()}
@@ -239,7 +250,7 @@ class Teacher:
             # The batch's tokens are in one sequence; cut it into rows by their number of labels.
             counts = [sum(label != MASKED for label in rows[row]["labels"][1:]) for row in batch]
             for row, (start_token, end_token) in zip(batch, pairwise(accumulate([0, *counts])), strict=True):
-                results[row] = Known(
+                results[row] = TopTokens(
                     torch.cat(ids)[start_token:end_token].clone(), torch.cat(logprobs)[start_token:end_token].clone()
                 )
             done += len(batch)
@@ -249,7 +260,7 @@ class Teacher:
 
 @dataclass
 class TeacherCache:
-    """Cache of ``Known``. ``identity`` names everything that they depend on except the rows.
+    """Cache of ``TopTokens``. ``identity`` names everything that they depend on except the rows.
 
     ``warn`` is called for damaged files. ``hits`` and ``computed`` count rows.
     """
@@ -260,19 +271,19 @@ class TeacherCache:
     hits: int = 0
     computed: int = 0
 
-    def known(self, rows: Sequence[dict[str, Any]], compute: Callable[[], list[Known]]) -> list[Known]:
+    def load(self, rows: Sequence[dict[str, Any]], compute: Callable[[], list[TopTokens]]) -> list[TopTokens]:
         """Return the tokens for ``rows``, from a file or from ``compute``. A damaged file is ignored."""
         key = self._key(rows)
         file = self.folder / f"{key[:32]}.safetensors"
         counts = [sum(label != MASKED for label in row["labels"][1:]) for row in rows]
-        cached = _read(file, key, sum(counts), self.warn)
+        cached = read_tensors(file, key, COLUMNS, sum(counts), self.warn)
         if cached is not None:
             self.hits += len(rows)
             ends = list(pairwise(accumulate([0, *counts])))
-            return [Known(cached["ids"][start:end], cached["logprobs"][start:end]) for start, end in ends]
+            return [TopTokens(cached["ids"][start:end], cached["logprobs"][start:end]) for start, end in ends]
         results = compute()
         self.computed += len(rows)
-        columns = {name: torch.cat([getattr(result, name) for result in results]) for name in ("ids", "logprobs")}
+        columns = {name: torch.cat([getattr(result, name) for result in results]) for name in COLUMNS}
         write_tensors(file, key, columns)
         return results
 
@@ -281,11 +292,3 @@ class TeacherCache:
         for row in rows:
             digest.update(f"{row['input_ids']}{[label != MASKED for label in row['labels']]}\n".encode())
         return digest.hexdigest()
-
-
-def _read(file: Path, key: str, tokens: int, warn: Callable[[str], object]) -> dict[str, torch.Tensor] | None:
-    columns = read_tensors(file, key, warn)
-    if columns is None:
-        return None
-    is_valid = columns.keys() == {"ids", "logprobs"} and all(len(values) == tokens for values in columns.values())
-    return columns if is_valid else None

@@ -68,7 +68,7 @@ def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Known:
+class TopTokens:
     """A teacher's likeliest tokens: (N, K) ids and log-probabilities."""
 
     ids: torch.Tensor
@@ -85,19 +85,23 @@ class Live:
 
 
 def summed_divergence(
-    measure: Measure, hidden: torch.Tensor, head: Any, teacher: Known | Live, transform: LogitTransform = PLAIN
+    measure: Measure,
+    hidden: torch.Tensor,
+    head: Any,
+    teacher: TopTokens | Live,
+    transform: LogitTransform = PLAIN,
 ) -> torch.Tensor:
     """Return the scalar sum of the divergence over N tokens, in nats; ``hidden`` (N, H) is the student's.
 
     Where the heads differ in rows (padding of the vocabulary), their common rows are compared.
     """
-    if isinstance(teacher, Known):
+    if isinstance(teacher, TopTokens):
 
-        def _known_loss(states: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+        def _top_tokens_loss(states: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
             student = measure.log_softmax(head(states), transform).gather(1, ids)
             return measure.of(with_rest(student), with_rest(logprobs)).sum()
 
-        return _sum_over_chunks(_known_loss, hidden, teacher.ids, teacher.logprobs)
+        return _sum_over_chunks(_top_tokens_loss, hidden, teacher.ids, teacher.logprobs)
 
     def _live_loss(states: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
         product = head(states)
@@ -158,5 +162,5 @@ def _sum_over_chunks(loss: Callable[..., torch.Tensor], *tensors: torch.Tensor) 
 
 def trunk_and_head(model: Any) -> tuple[Any, Any]:
     """Return trunk and vocabulary head, unwrapped from an adapter; the head is None for a model without one."""
-    plain = plain_of(model)
-    return getattr(plain, plain.base_model_prefix), plain.get_output_embeddings()
+    causal_model = plain_of(model)
+    return getattr(causal_model, causal_model.base_model_prefix), causal_model.get_output_embeddings()

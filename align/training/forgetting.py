@@ -83,8 +83,8 @@ class KLToStart:
         self.copy: tuple[Any, Any] | None = None
         if not hasattr(self.model, "disable_adapter"):
             device = next(trunk.parameters()).device
-            with full_model(self.model) as plain:
-                self.copy = copy.deepcopy(trunk_and_head(plain))
+            with full_model(self.model) as gathered_model:
+                self.copy = copy.deepcopy(trunk_and_head(gathered_model))
             for module in self.copy:
                 module.to(device).requires_grad_(False).eval()
                 if low:

@@ -190,9 +190,7 @@ class KeepStable(TrainerCallback):
         """Link the marked checkpoint, before the Trainer deletes it as too old."""
         self._keep(state)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep the state if a kill prevented that before, or if the stage continues from exactly that step."""
         self._keep(state)
 

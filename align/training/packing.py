@@ -82,11 +82,11 @@ def fill_ratio(packs: Sequence[dict[str, list[int]]], capacity: int) -> float:
 
 def packing_form(model: Any) -> Form:
     """Return the form in which ``model`` can separate concatenated rows. Raises ``UserError`` if it cannot."""
-    plain = plain_of(model)
-    attention = attention_name(plain.config)
+    causal_model = plain_of(model)
+    attention = attention_name(causal_model.config)
     if attention.startswith("flash"):
         return "flash"
-    if can_compute_real_tokens(plain):
+    if can_compute_real_tokens(causal_model):
         return "ragged"
     if attention in ("sdpa", "eager"):
         return "blocks"
@@ -100,8 +100,8 @@ def enable_flat(model: Any, form: Form) -> None:
     """Prepare ``model`` for the batches of ``FlatCollator``."""
     if form != "ragged":
         return
-    plain = plain_of(model)
-    enable_ragged(plain)
+    causal_model = plain_of(model)
+    enable_ragged(causal_model)
 
     # The layout keeps the rows apart. Without this mark transformers would build a mask from the positions, and its
     # size is the square of the line's.
@@ -111,7 +111,7 @@ def enable_flat(model: Any, form: Form) -> None:
             kwargs = kwargs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
         return args, kwargs
 
-    plain.base_model.register_forward_pre_hook(mark, with_kwargs=True)
+    causal_model.base_model.register_forward_pre_hook(mark, with_kwargs=True)
 
 
 class FlatCollator:

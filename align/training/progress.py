@@ -40,9 +40,7 @@ class ReportProgress(TrainerCallback):
         self.context, self.held_out, self.eval_steps = context, held_out, eval_steps
         self.scores_last = scores_last
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report the steps that are to come; rates count from here, so the first step is part of them."""
         if state.is_world_process_zero:
             self.context.progress(state.global_step, state.max_steps, tokens=int(state.num_input_tokens_seen))

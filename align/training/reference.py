@@ -32,6 +32,8 @@ LOG = logging.getLogger(__name__)
 
 VERSION = 2
 """Part of the key; increased when the same weights and rows should give other numbers."""
+COLUMNS = ("total", "tail")
+"""Tensors of a cache file, float32."""
 NO_LIMIT = 1 << 30
 """Length above any answer's length."""
 
@@ -87,17 +89,22 @@ class ReferenceCache:
             paths.append(self.shared / f"{key[:32]}.safetensors")
         self.files += paths[1:]
         # Only the first process reads, so all processes make the same decision.
-        cached = [_read(path, key, len(answers), self.warn) for path in paths] if rank() == 0 else []
-        result = broadcast(lambda: next((entry for entry in cached if entry is not None), None))
-        if result is None:
+        cached = []
+        if rank() == 0:
+            cached = [read_tensors(path, key, COLUMNS, len(answers), self.warn) for path in paths]
+        columns = broadcast(lambda: next((entry for entry in cached if entry is not None), None))
+        if columns is None:
             result = _compute_in_parallel(answers, compute)
             self.computed += len(answers)
         else:
+            result = Sums(columns["total"].tolist(), columns["tail"].tolist())
             self.hits += len(answers)
         # Write the sums to each place that had none or damaged ones.
         for path, entry in zip(paths, cached, strict=False):  # ``cached`` is empty in all but the first process
             if entry is None:
-                _write(path, key, result)
+                write_tensors(
+                    path, key, {name: torch.tensor(getattr(result, name), dtype=torch.float32) for name in COLUMNS}
+                )
         return result
 
     def key(self, answers: Sequence[Answer]) -> str:
@@ -119,36 +126,20 @@ def _compute_in_parallel(answers: Sequence[Answer], compute: Callable[[Sequence[
     return Sums(total, tail)
 
 
-def _read(file: Path, key: str, count: int, warn: Callable[[str], object]) -> Sums | None:
-    columns = read_tensors(file, key, warn)
-    if (
-        columns is None
-        or columns.keys() != {"total", "tail"}
-        or any(column.shape != (count,) for column in columns.values())
-    ):
-        return None
-    return Sums(columns["total"].tolist(), columns["tail"].tolist())
-
-
-def _write(file: Path, key: str, sums: Sums) -> None:
-    columns = {name: torch.tensor(getattr(sums, name), dtype=torch.float32) for name in ("total", "tail")}
-    write_tensors(file, key, columns)
-
-
 @contextmanager
 def _fused(model: Any) -> Any:
     """Inside, ``model`` has trl's fused head, which scores labeled positions only."""
-    plain = plain_of(model)
+    causal_model = plain_of(model)
     # trl replaces forward on the instance; the class's own method comes back by deleting that attribute.
-    original = plain.__dict__.get("forward")
-    add_fused_lm_head(plain)
+    original = causal_model.__dict__.get("forward")
+    add_fused_lm_head(causal_model)
     try:
         yield model
     finally:
         if original is None:
-            del plain.forward
+            del causal_model.forward
         else:
-            plain.forward = original
+            causal_model.forward = original
 
 
 def answer_sums(

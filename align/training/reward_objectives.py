@@ -236,13 +236,13 @@ def add_margins(encoded: Encoded, factor: float, stage: str) -> None:
 
     Raises ``UserError`` if no pair has two scores.
     """
-    known = 0
+    scored_pairs = 0
     for row, source in zip(encoded.rows, encoded.sources, strict=True):
         chosen, rejected = source.get("chosen_score"), source.get("rejected_score")
         scored = chosen is not None and rejected is not None
-        known += scored
+        scored_pairs += scored
         row["margin"] = factor * max(0.0, chosen - rejected) if scored else 0.0  # type: ignore[operator,assignment]
-    if encoded.rows and not known:
+    if encoded.rows and not scored_pairs:
         raise UserError(
             f"{stage}: margin is {factor:g}, and none of the {len(encoded.rows)} pairs has chosen_score and "
             "rejected_score. Take pairs of scored answers, or leave margin out."

@@ -6,7 +6,7 @@ Like ``align.store.json_files`` for JSON: a file that is damaged or has another 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -21,15 +21,17 @@ KEY, DIGEST = "key", "sha256"
 def write_tensors(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write named tensors of any shape to a safetensors file, which gets its name once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_draft(path) as draft:
-        save_file(plain, draft, {KEY: key, DIGEST: _digest(key, plain)})
+        save_file(cpu_tensors, draft, {KEY: key, DIGEST: _digest(key, cpu_tensors)})
 
 
-def read_tensors(path: Path, key: str, warn: Callable[[str], object]) -> dict[str, torch.Tensor] | None:
+def read_tensors(
+    path: Path, key: str, names: Collection[str], rows: int, warn: Callable[[str], object]
+) -> dict[str, torch.Tensor] | None:
     """Return the tensors that were written under ``key``, in their shapes, on the CPU; None for a missing file.
 
-    A damaged file or another key also gives None, with a warning.
+    A damaged file or another key also gives None, with a warning; so do other names or numbers of rows, without one.
     """
     if not path.exists():
         return None
@@ -46,7 +48,8 @@ def read_tensors(path: Path, key: str, warn: Callable[[str], object]) -> dict[st
     if header.get(DIGEST) != _digest(key, tensors):
         warn(f"{path} is not what was written there; its result is computed again")
         return None
-    return tensors
+    is_valid = tensors.keys() == set(names) and all(len(tensor) == rows for tensor in tensors.values())
+    return tensors if is_valid else None
 
 
 def _digest(key: str, tensors: Mapping[str, torch.Tensor]) -> str:

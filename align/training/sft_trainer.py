@@ -78,11 +78,11 @@ class NoisyEmbeddings:
     """Adds the noise in training mode until ``remove`` is called."""
 
     def __init__(self, model: Any, alpha: float) -> None:
-        plain = plain_of(model)
+        causal_model = plain_of(model)
         self.alpha, self.lengths = alpha, torch.ones(1, 1)
         self.hooks = [
-            plain.base_model.register_forward_pre_hook(self._measure, with_kwargs=True),
-            plain.get_input_embeddings().register_forward_hook(self._add),
+            causal_model.base_model.register_forward_pre_hook(self._measure, with_kwargs=True),
+            causal_model.get_input_embeddings().register_forward_hook(self._add),
         ]
 
     def remove(self) -> None:

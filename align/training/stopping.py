@@ -83,9 +83,7 @@ class BestSoFar(TrainerCallback):
         save_file(weights, draft)
         draft.rename(self.folder / WEIGHTS)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Load the state of the checkpoint that training resumes from."""
         if state.global_step == 0:
             return
@@ -150,9 +148,7 @@ class StopOnRequest(TrainerCallback):
     def __init__(self, context: StageContext, every: int = 1) -> None:
         self.context, self.every, self.is_stopping = context, every, False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Tell the runner that a request is answered from now on."""
         self.context.emit(CAN_STOP)
 

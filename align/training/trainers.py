@@ -187,12 +187,12 @@ class Prepared(ShardingTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Return trl's loader, or a loader that splits a single process's steps if processes share a step."""
-        plain = super().get_train_dataloader()  # type: ignore[misc]
+        loader = super().get_train_dataloader()  # type: ignore[misc]
         if self.args.world_size == 1:
-            return plain
+            return loader
         return shared_loader(
-            plain.dataset,
-            plain.collate_fn,
+            loader.dataset,
+            loader.collate_fn,
             self._get_train_sampler(self.train_dataset),
             micro_batch=self._order_micro_batch,
             batch=self.rows_per_step,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.config.tuning import FullTuning
@@ -125,12 +124,6 @@ def schedule_layers(context: StageContext, trainer: Any, tuning: FullTuning) -> 
     schedule = layer_schedule(tuning, trainer.model, steps_per_epoch(trainer), context.seed)
     shown = context if trainer.is_world_process_zero() else None
     return OpenLayers(trainer.model, schedule, range(trainer.args.max_steps), shown)
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of the optimizer's current state."""
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def sample_layers(count: int, layers: int, period: int, seed: int) -> list[int]:

@@ -21,7 +21,7 @@ from align.pipeline.context import StageContext
 from align.stages import distill as work
 from align.stages.distill import run
 from align.training.distill_trainer import AnswerCollator, Teacher, TeacherCache, is_on_policy_step, prompt_of
-from align.training.divergence import Known, Live, Measure, summed_divergence, with_rest
+from align.training.divergence import Live, Measure, TopTokens, summed_divergence, with_rest
 from align.training.rows import MASKED, encode_supervised
 from tests.support.models.scaled_logits import make_scaling_model
 from tests.support.stages.more_tokens import add_token
@@ -100,8 +100,8 @@ def test_a_few_tokens_of_the_teacher_bound_the_whole_from_below() -> None:
     assert 0 < some < full
     assert most == pytest.approx(full, rel=1e-4)  # 19 of 20 and the rest are all 20
     best = torch.log_softmax(teacher, dim=-1).topk(4, dim=-1)
-    known = Known(best.indices, best.values)
-    assert float(summed_divergence(Measure(top_k=4), student, identity, known)) == pytest.approx(some, rel=1e-6)
+    top_tokens = TopTokens(best.indices, best.values)
+    assert float(summed_divergence(Measure(top_k=4), student, identity, top_tokens)) == pytest.approx(some, rel=1e-6)
     assert float(with_rest(best.values).exp().sum()) == pytest.approx(7, rel=1e-6)
     same = torch.randn(3, 20)
     assert float(summed_divergence(Measure(top_k=4), same, identity, Live(same, identity))) == pytest.approx(
@@ -139,10 +139,10 @@ def test_a_teachers_own_scale_of_its_logits_counts(tmp_path: Path) -> None:
     row = {"input_ids": ids.tolist(), "labels": [MASKED] * 4 + ids[4:].tolist(), "row": 0}
     with torch.no_grad():
         expected = model(ids[None]).logits[0, 3:-1].log_softmax(-1).topk(5).values
-    (known,) = Teacher(model, bfloat16=False).known(
+    (top_tokens,) = Teacher(model, bfloat16=False).find_top_tokens(
         [row], AnswerCollator(pad=0), Measure(top_k=5), 260, lambda done, total: None
     )
-    assert torch.allclose(known.logprobs, expected, atol=1e-5)
+    assert torch.allclose(top_tokens.logprobs, expected, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_whole_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,12 +207,12 @@ def test_the_teacher_reads_no_padding_and_shared_prefixes_once(
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, {"teacher": "t"})
     encoded = [{"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3]}]
-    word = [Known(torch.tensor([[4], [5]], dtype=torch.int32), torch.tensor([[-1.0], [-2.0]]))]
-    assert cache.known(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
+    word = [TopTokens(torch.tensor([[4], [5]], dtype=torch.int32), torch.tensor([[-1.0], [-2.0]]))]
+    assert cache.load(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
     (file,) = tmp_path.glob("*.safetensors")
-    assert cache.known(encoded, lambda: pytest.fail("computed"))[0].logprobs.tolist() == [[-1.0], [-2.0]]
+    assert cache.load(encoded, lambda: pytest.fail("computed"))[0].logprobs.tolist() == [[-1.0], [-2.0]]
     file.write_bytes(file.read_bytes()[:-4])
-    assert cache.known(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
+    assert cache.load(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
     assert (cache.hits, cache.computed) == (1, 2)
 
 
@@ -220,21 +220,21 @@ def test_a_changed_number_is_computed_again(tmp_path: Path) -> None:
     warnings: list[str] = []
     cache = TeacherCache(tmp_path, {"teacher": "t"}, warnings.append)
     encoded = [{"input_ids": [1, 2, 3], "labels": [MASKED, 2, 3]}]
-    word = [Known(torch.tensor([[4], [5]], dtype=torch.int32), torch.tensor([[-1.0], [-2.0]]))]
-    cache.known(encoded, lambda: word)
+    word = [TopTokens(torch.tensor([[4], [5]], dtype=torch.int32), torch.tensor([[-1.0], [-2.0]]))]
+    cache.load(encoded, lambda: word)
     (file,) = tmp_path.glob("*.safetensors")
     with safe_open(file, "pt") as tensors:
         header = tensors.metadata()
     save_file({**load_file(file), "ids": torch.tensor([[4], [9]], dtype=torch.int32)}, file, header)
-    assert cache.known(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
+    assert cache.load(encoded, lambda: word)[0].ids.tolist() == [[4], [5]]
     assert len(warnings) == 1 and file.name in warnings[0]
 
 
 def test_a_cache_tells_apart_which_tokens_are_learned(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, {"teacher": "t"})
-    word = [Known(torch.tensor([[4]], dtype=torch.int32), torch.tensor([[-1.0]]))]
+    word = [TopTokens(torch.tensor([[4]], dtype=torch.int32), torch.tensor([[-1.0]]))]
     for labels in ([MASKED, 2, MASKED], [MASKED, MASKED, 3]):  # as many
-        cache.known([{"input_ids": [1, 2, 3], "labels": labels}], lambda: word)
+        cache.load([{"input_ids": [1, 2, 3], "labels": labels}], lambda: word)
     assert (cache.hits, cache.computed) == (0, 2)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from align.models.fast.token_logprobs import PLAIN, LogitTransform
-from align.training.divergence import CHUNK, Known, Live, Measure, summed_divergence, summed_kl, with_rest
+from align.training.divergence import CHUNK, Live, Measure, TopTokens, summed_divergence, summed_kl, with_rest
 
 STUDENT, TEACHER = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])
 
@@ -78,7 +78,7 @@ def test_kept_tokens_give_what_a_live_teacher_gives_with_as_many() -> None:
     measure = Measure("forward", temperature=2.0, top_k=3)
     best = measure.log_softmax(teacher_head(states)).topk(3, dim=-1)
     live = summed_divergence(measure, hidden, head, Live(states, teacher_head))
-    remaining = summed_divergence(measure, hidden, head, Known(best.indices, best.values.detach()))
+    remaining = summed_divergence(measure, hidden, head, TopTokens(best.indices, best.values.detach()))
     assert float(remaining) == pytest.approx(float(live), rel=1e-5)
     # what is measured is a lower bound of the whole, and not all of it
     full = summed_divergence(Measure("forward", temperature=2.0), hidden, head, Live(states, teacher_head))

@@ -19,7 +19,7 @@ from align.models.parameter_groups import parameter_groups
 from align.pipeline.registry import STAGES
 from align.training import fit
 from align.training.trainers import set_layer_learning_rates
-from align.training.unfreezing import layer_schedule, optimizer_bytes, sample_layers, steps_per_epoch
+from align.training.unfreezing import layer_schedule, sample_layers, steps_per_epoch
 from tests.support.training.harness import events, losses
 from tests.support.training.killed_stage import Killed, dying
 from tests.support.training.training_stages import make_stage
@@ -28,6 +28,12 @@ UNFREEZE = {"method": "full", "unfreeze": {"at": {0: 1, 7: 2}, "embeddings": Tru
 LISA = {"method": "full", "lisa": {"layers": 1, "every": 3}}
 DECAY = {"method": "full", "layer_decay": 0.5, "freeze": ["model.embed_tokens"]}
 TUNINGS = {"unfreeze": UNFREEZE, "lisa": LISA, "decay": DECAY}
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of the optimizer's current state."""
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def layers_open(opened: frozenset[Any]) -> list[int]:
