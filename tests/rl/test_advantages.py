@@ -88,7 +88,7 @@ def test_explained_variance():
     assert explained_variance(torch.tensor([[3.0, 2.0, 1.0]]), returns, mask) == pytest.approx(-3.0)
 
 
-def test_an_environments_tokens_are_skipped_as_if_they_were_not_there():
+def test_gae_skips_tokens_of_an_environment():
     # Two sampled tokens, two of a tool, one sampled token. V is 0.5, 0.4 before the first two, 0.2 before the last.
     mask = torch.tensor([[True, True, False, False, True]])
     rewards = torch.tensor([[0.0, 0.3, 0.0, 0.0, 1.0]])

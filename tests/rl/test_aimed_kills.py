@@ -38,19 +38,17 @@ def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_killed_around_its_last_checkpoint_makes_no_more_updates(kind: str, check: Check) -> None:
+def test_kill_at_last_checkpoint_adds_no_update(kind: str, check: Check) -> None:
     assert check(kind, [Kill("after", CHECKPOINTS[-1]), Kill("saved")])["updates"] == 5
 
 
-def test_however_long_it_lasts_a_killed_stage_ends_where_the_whole_one_does(check: Check) -> None:
+def test_killed_stage_of_any_length_ends_like_a_whole_one(check: Check) -> None:
     """The best policy and sampling ahead have short tests of resuming: ``test_validation.py``, ``test_prefetch.py``."""
     fields, steps = WAYS["one-update"]
     check("ppo", [Kill("unmarked", steps[-1]), Kill("after", steps[-1])], **fields)
 
 
-def test_a_run_that_an_alarm_stops_stays_stopped_and_keeps_its_alarm(
-    check: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_stopped_by_an_alarm_stays_stopped(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     """The alarm comes with the update whose checkpoint is written next."""
 
     def at_the_fourth(history: Any) -> list[Alarm]:

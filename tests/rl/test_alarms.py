@@ -60,7 +60,7 @@ def test_each_failure_is_named_with_its_update(changes, name, says):
     assert says in raised[name].text
 
 
-def test_gold_that_falls_together_with_the_score_is_no_over_optimization():
+def test_gold_falling_with_the_score_raises_no_alarm():
     assert alarms(history(gold=[0.30, 0.29, 0.31, 0.30, 0.29], score=[0.3, 0.31, 0.3, 0.29, 0.3])) == []
 
 

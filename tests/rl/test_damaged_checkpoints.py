@@ -58,7 +58,7 @@ def test_the_best_policy_is_that_of_the_checkpoint(runs: KilledRun, tmp_path: Pa
     assert_same(runs.uninterrupted, stage, runs.expected, run(stage))
 
 
-def test_a_script_that_names_a_damaged_checkpoint_is_told_and_true_finds_the_whole_one(make_trainer, tmp_path):
+def test_named_damaged_checkpoint_is_refused_and_true_skips_it(make_trainer, tmp_path):
     folder = tmp_path / "run"
     uninterrupted = make_trainer(output_dir=str(folder), **FIELDS)
     uninterrupted.train()

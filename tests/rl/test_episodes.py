@@ -105,7 +105,7 @@ def test_it_learns_which_button_pays(make_trainer, kind):
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5, scores
 
 
-def test_an_environment_that_fails_is_recorded_and_teaches_nothing(make_trainer):
+def test_failed_environment_is_recorded_and_has_no_loss(make_trainer):
     trainer = make_trainer(
         "grpo",
         {"class": "tests.support.environments.buttons:Fragile"},

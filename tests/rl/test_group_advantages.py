@@ -39,7 +39,7 @@ def test_spreads_are_trl_s(scale):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("score", [37.3, -12.7, 250.3])
-def test_equal_scores_have_no_advantage_though_their_mean_is_rounded(scale, score):
+def test_equal_scores_have_no_advantage_despite_rounding(scale, score):
     # the float32 mean of 16 scores of 37.3 is 4e-6 off, which EPSILON would turn into 0.037
     scores = torch.full((16,), score)
     both = torch.cat([scores, SCORES])
@@ -55,7 +55,7 @@ def test_the_others_mean_is_rloo_s_baseline():
     assert leave_one_out(SCORES, GROUPS).tolist() == [-1.5, 1.5, 0.0, -3.0, -3.0, 6.0]
 
 
-def test_whitened_advantages_have_mean_zero_and_sample_variance_one():
+def test_whitened_advantages_have_mean_0_and_sample_variance_1():
     responses = whiten_responses(SCORES)
     assert responses.mean().item() == pytest.approx(0, abs=1e-6)
     assert responses.std().item() == pytest.approx(1, abs=1e-3)
@@ -81,7 +81,7 @@ def test_groups_with_one_score_are_found():
     assert without_variance(scores, groups).tolist() == [True, True, False, False, True, True]
 
 
-def test_what_failed_has_the_mean_of_its_groups_others_and_moves_none_of_them():
+def test_failed_response_has_the_mean_of_its_group():
     values = torch.tensor([1.0, torch.nan, 4.0, -9.0, 2.0])
     failed = torch.tensor([False, True, False, True, False])
     groups = torch.tensor([7, 7, 7, 3, 5])

@@ -53,7 +53,7 @@ def two_versions() -> Rollout:
     return rollout
 
 
-def test_tokens_have_the_version_and_the_weight_of_their_own_turn() -> None:
+def test_tokens_have_version_and_weight_of_their_turn() -> None:
     rollout = two_versions()
     mask = rollout.tensors["response_mask"]
     assert rollout.tensors["weights_update"][mask].tolist() == [2, 2, 4]
@@ -63,7 +63,7 @@ def test_tokens_have_the_version_and_the_weight_of_their_own_turn() -> None:
     assert weights[0].tolist() == pytest.approx([math.exp(0.2), math.exp(-0.1), 1, 1, 1])
 
 
-def test_staleness_and_the_gap_to_the_engine_are_counted_by_version() -> None:
+def test_staleness_and_parity_gap_are_counted_by_version() -> None:
     averages = Averages()
     statistics = add_staleness(averages, two_versions())
     assert statistics == {"staleness": pytest.approx(4 / 3), "staleness_max": 2.0}
@@ -115,7 +115,7 @@ def tokens(update: int, weights_update: int) -> Rollout:
     return Rollout(update, [], [], [], [], [""], tensors)
 
 
-def test_weights_are_offered_at_once_and_a_checkpoint_does_not_wait() -> None:
+def test_weights_are_offered_at_once_and_saving_does_not_wait() -> None:
     engine, go = Offering(), threading.Event()
 
     def sample(update: int, weights_update: int) -> Rollout:
@@ -146,7 +146,7 @@ def test_weights_are_offered_at_once_and_a_checkpoint_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize(("age", "refused"), [(1, False), (2, True), (-1, True)])
-def test_no_token_is_older_than_max_staleness_or_newer_than_its_update(age: int, refused: bool) -> None:
+def test_age_of_tokens_is_from_0_to_max_staleness(age: int, refused: bool) -> None:
     prefetcher = RolloutPrefetcher(Offering(), lambda update, _: tokens(update, update - age), 1, 3, "continue")
     try:
         prefetcher.set_weights(0, 0)  # type: ignore[arg-type]
@@ -286,7 +286,7 @@ def check_versions(rollout: Rollout) -> None:
         assert updates == sorted(updates), updates  # type: ignore[type-var]
 
 
-def test_episodes_go_on_with_the_weights_that_the_trainer_has_learned(run: Any) -> None:
+def test_episodes_continue_with_newly_learned_weights(run: Any) -> None:
     """Also, the checkpoint of each update waits for no episode, or the run would never end."""
     first = run()
     first.trainer.train()

@@ -114,7 +114,7 @@ def test_responses_that_another_policy_wrote_are_dropped_whole():
     assert remaining.tolist() == [[1.0] * 3] * 2
 
 
-def test_a_constant_divisor_weighs_a_token_the_same_whatever_its_neighbors():
+def test_constant_divisor_weighs_every_token_the_same():
     masks = [response_mask([3, 1], 4), response_mask([2], 4)]
     assert loss_count(masks, "token", 10) == 6
     assert loss_count(masks, "sequence", 10) == 3

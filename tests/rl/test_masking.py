@@ -36,7 +36,7 @@ def test_masks_of_episodes_have_gaps():
     assert turn_ends(mask).tolist() == [[False, True, False, True, False], [True, False, False, False, False]]
 
 
-def test_a_response_without_gaps_has_values_before_every_token_and_at_its_end():
+def test_response_without_gaps_has_values_at_every_state():
     assert value_mask(MASK).tolist() == [[True, True, True, False], [True, True, False, False]]
 
 

@@ -129,7 +129,7 @@ def test_log_probabilities_are_those_of_the_plain_model(model):
     assert torch.equal(results["ref_logprobs"], results["logprobs"])
 
 
-def test_a_new_critic_from_the_reward_model_gives_its_score_at_the_last_token(tiny_model, tiny_reward):
+def test_new_critic_gives_reward_score_at_last_token(tiny_model, tiny_reward):
     reward = load_reward(tiny_reward)
     critic = critic_from_reward(reward, FullTuning(), seed=0)
     enable_ragged(critic.trunk)
@@ -140,7 +140,7 @@ def test_a_new_critic_from_the_reward_model_gives_its_score_at_the_last_token(ti
         assert values[i, len(response)].item() == pytest.approx(score, abs=1e-4)
 
 
-def test_plan_covers_every_response_once_and_keeps_groups_together():
+def test_plan_covers_responses_once_and_keeps_groups():
     groups = [i // 2 for i in range(16)]
     lengths = [10 + 3 * (i // 2) for i in range(16)]
     planned = plan(groups, lengths, num_mini_batches=2, micro_batch_size=4, generator=torch.Generator().manual_seed(0))

@@ -118,7 +118,7 @@ def test_no_rollout_is_drawn_after_weights_were_rejected(staleness: int, rejecte
     assert all(int(rollout.texts[0]) == rollout.update - int(rollout.staleness.max()) for rollout in chosen)
 
 
-def test_weights_rejected_behind_the_last_rollout_end_the_run_too() -> None:
+def test_weights_rejected_after_last_rollout_end_the_run() -> None:
     engine = Rejecting({1})
     prefetcher = RolloutPrefetcher(engine, lambda *told: described(engine, *told), 1, updates=2)
     try:

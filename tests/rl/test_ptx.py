@@ -23,9 +23,7 @@ def first_gradients(make_trainer, **fields):
     ("micro", "critic", "temperature"),
     [(2, "policy", 1.0), (8, "policy", 0.6), (2, "head", 0.6), (8, "head", 1.0)],
 )
-def test_the_gradient_is_ppos_plus_that_of_sft_whatever_the_temperature(
-    make_trainer, tiny_model, micro, critic, temperature
-):
+def test_ptx_gradient_is_the_sum_of_ppo_and_sft(make_trainer, tiny_model, micro, critic, temperature):
     plain = first_gradients(make_trainer, critic=critic, temperature=temperature)
     mixed = first_gradients(
         make_trainer, critic=critic, ptx_dataset=TEXTS, ptx_coef=0.5, ptx_rows=3, per_device_train_batch_size=micro,

@@ -13,7 +13,7 @@ LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5], [-1.0, -1.0, 7.0]])
 REFERENCE = torch.tensor([[-1.5, -1.0, -0.5], [-1.0, -3.0, -7.0]])
 
 
-def test_every_token_pays_for_drift_and_the_last_real_one_earns_the_score():
+def test_tokens_pay_for_drift_and_the_last_earns_the_score():
     rewards, kl = shape_rewards(torch.tensor([1.0, -2.0]), LOGPROBS, REFERENCE, MASK, kl_coef=0.1)
     # row 0: kl 0.5, -1, 0        -> -0.05, +0.1, 0 + 1
     # row 1: kl 0, 2 (pad ignored) -> 0, -0.2 - 2

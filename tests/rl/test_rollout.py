@@ -70,7 +70,7 @@ class Tasks:
         return [None] * len(tasks)
 
 
-def test_the_episodes_of_a_prompt_have_seeds_of_their_own_and_one_opening():
+def test_episodes_of_a_prompt_have_own_seeds_and_one_opening():
     sampler = make_sampler(3)
     sampler.episodes = Tasks()
     sampler._respond(sampler.prompts, [0, 1], [7, 8], samples=2)
@@ -125,7 +125,7 @@ def test_a_missing_response_is_named():
         sampler.sample_local(0, 0)
 
 
-def test_a_metric_that_one_process_never_got_is_missing_there_and_no_error():
+def test_metric_missing_in_one_process_is_no_error():
     def part(scores, **components):
         tensors = {"scores": torch.tensor(scores), "response_mask": torch.ones(len(scores), 1, dtype=torch.bool)}
         tensors |= {name: torch.tensor(values) for name, values in components.items()}
@@ -193,13 +193,13 @@ def test_components_of_gold_stand_beside_those_of_the_score():
     }
 
 
-def test_an_environment_s_part_with_the_name_of_a_reward_is_refused():
+def test_environment_part_with_name_of_a_reward_is_refused():
     sampler = RolloutSampler(None, None, Brief(1.0, 0.25), None, SimpleNamespace(config=None))
     with pytest.raises(UserError, match=r"^environment: it scores 'brief', .* set another `name` for that reward"):
         sampler.score(scored([0.0, 0.0], {"brief": 1.0}))
 
 
-def test_an_episode_that_was_cut_off_counts_so_though_its_last_token_ends_a_turn():
+def test_cut_off_episode_that_ends_a_turn_is_unfinished():
     """Twice the same turn (5, EOS); the second episode had a call in it whose result found no room."""
     turn = PolicyTurn([5, 2], [-1.0, -1.0], True, "")
     prompts = Prompts.__new__(Prompts)

@@ -35,7 +35,7 @@ def counting(calls, number):
     ids=["ragged", "padded", "kept", "ptx"],
 )
 @pytest.mark.parametrize("reward", [False, True], ids=["critic_of_policy", "critic_of_reward"])
-def test_layers_that_nothing_trains_are_passed_once_and_change_no_number(
+def test_frozen_layers_run_once_and_change_no_number(
     make_trainer, monkeypatch, changed, highest, shared, apart, reward
 ):
     if "ptx_coef" in changed:

@@ -73,7 +73,7 @@ def test_twenty_kills_change_nothing(tiny_model: Path, tiny_reward: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_episodes_change_nothing_and_repeat_no_call(tiny_model: Path, tmp_path: Path) -> None:
+def test_twenty_kills_of_episodes_repeat_no_call(tiny_model: Path, tmp_path: Path) -> None:
     presser = make_presser(tiny_model, tmp_path / "presser")
     history = check_twenty_kills(Run("killed_episodes", presser), tmp_path)
     presses = sum(16 * (entry["calls"] - entry["tool_errors"] - entry["malformed_calls"]) for entry in history)

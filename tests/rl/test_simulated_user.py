@@ -178,7 +178,7 @@ def test_a_kill_between_a_turn_and_its_answer_asks_nobody_twice(make_trainer, tm
     assert outcome(resumed)[1] == outcome(whole)[1]
 
 
-def test_episodes_whose_user_fails_teach_nothing_and_the_update_goes_on(make_trainer):
+def test_update_continues_without_episodes_of_a_failed_user(make_trainer):
     def say(request):
         return UserAnswer(failure="the server is gone") if request.episode % 2 else "go on"
 

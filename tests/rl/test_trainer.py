@@ -43,7 +43,7 @@ def test_without_learning_nothing_drifts(make_trainer, tuning):
         assert entry["parity_gap_max"] < 1e-4
 
 
-def test_the_ratio_is_exactly_one_at_the_first_step_in_bfloat16_too(make_trainer):
+def test_ratio_is_exactly_1_at_first_step_in_bfloat16(make_trainer):
     trainer = make_trainer(updates=1, bf16=True, per_device_train_batch_size=2, num_epochs=1)
     trainer.train()
     (entry,) = updates(trainer)
@@ -78,7 +78,7 @@ def test_micro_batches_and_shared_prompts_change_no_gradient(make_trainer, chang
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
 
 
-def test_lora_trains_adapters_and_head_only_and_shares_the_frozen_weights(make_trainer):
+def test_lora_trains_adapters_and_head_and_shares_weights(make_trainer):
     trainer = make_trainer(tuning=LORA, updates=1)
     model = trainer.model
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -126,7 +126,7 @@ def run_policy_in_warm_up(trainer):
     [{}, {"per_device_train_batch_size": 2}, {"critic": "head", "critic_detach": False}, {"max_grad_norm": 0.0}],
     ids=["critic", "accumulated", "shared_trunk", "unclipped"],
 )
-def test_critic_warm_up_is_the_same_where_the_policy_has_gradients_of_zero(make_trainer, tuning, fields):
+def test_critic_warm_up_ignores_zero_gradients_of_the_policy(make_trainer, tuning, fields):
     """AdamW takes no step with the policy: no decay, no moments, no count."""
     outcomes = []
     for forced in (False, True):
@@ -185,7 +185,7 @@ def test_a_value_head_beside_frozen_weights_has_the_critics_rate(make_trainer):
     assert rates == {5e-3}
 
 
-def test_the_trunk_below_a_head_that_starts_at_zero_learns_from_the_start(make_trainer):
+def test_trunk_below_a_zero_head_learns_from_the_start(make_trainer):
     """Its first gradients are of the size of the head: with PPO's epsilon of 1e-5 Adam's steps would vanish."""
     moved = {}
     for epsilon in (1e-8, 1e-5):
@@ -209,7 +209,7 @@ def test_every_update_logs_what_is_needed_to_judge_it(make_trainer):
     assert entries[-1]["epoch"] == 1.0  # 2 updates of 4 prompts over 8 prompts
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_update(make_trainer):
+def test_infinite_loss_stops_the_run_and_names_the_update(make_trainer):
     trainer = make_trainer(updates=3)
     sample = trainer.sample
 
@@ -231,7 +231,7 @@ def test_a_scorer_that_misbehaves_is_named(make_trainer):
         make_trainer(scorer=lambda rows, texts: [0.0]).train()
 
 
-def test_the_saved_policy_is_a_plain_model_with_the_adapter_merged(make_trainer, tmp_path):
+def test_saved_policy_has_the_adapter_merged(make_trainer, tmp_path):
     trainer = make_trainer(tuning=LORA, updates=1, learning_rate=1e-2)
     trainer.train()
     trainer.save_model(str(tmp_path / "out" / "model"))
@@ -312,7 +312,7 @@ def test_the_probe_asks_for_no_more_tokens_than_the_run_does(make_trainer):
 
 
 @pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
-def test_a_value_head_on_the_policys_trunk_leaves_it_alone_unless_asked(make_trainer, tuning):
+def test_value_head_on_policy_trunk_is_detached_by_default(make_trainer, tuning):
     def policy_gradient(**fields):
         capture = Gradients()
         trainer = make_trainer(
@@ -380,7 +380,7 @@ def counted(model):
 
 
 @pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
-def test_learning_from_the_measuring_passes_changes_no_weight_and_saves_them(make_trainer, tuning):
+def test_reused_passes_change_no_weight_and_save_passes(make_trainer, tuning):
     weights, passes = [], []
     for reuse in (0.0, 0.5, 1.0):
         trainer = make_trainer(tuning=tuning, updates=3, critic_warmup_updates=1, reuse_forward=reuse, reward=True)
@@ -394,7 +394,7 @@ def test_learning_from_the_measuring_passes_changes_no_weight_and_saves_them(mak
     assert [len(some) for some in passes] == [16, 12, 8]
 
 
-def test_only_the_first_optimizer_step_learns_from_the_measuring_passes(make_trainer):
+def test_only_first_step_learns_from_measuring_passes(make_trainer):
     weights, passes = [], []
     for reuse in (0.0, 1.0):
         trainer = make_trainer(updates=2, num_epochs=2, num_mini_batches=2, per_device_train_batch_size=2,

@@ -215,7 +215,7 @@ def test_an_update_with_early_ends_is_the_same_by_parts(trl, tmp_path):
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e9, 1e-3])
-def test_a_mean_is_over_the_step_and_gradients_are_clipped_by_part(trl, tmp_path, max_grad_norm):
+def test_mean_is_over_the_step_and_clipping_is_by_part(trl, tmp_path, max_grad_norm):
     actual = of(trl, "ragged")
 
     def account(tensors, order):
@@ -259,7 +259,7 @@ def test_whitened_rewards_differ_by_the_slot_and_by_the_variance(trl, tmp_path):
         PpoConfig.for_trainer(learning_rate=1e-6, kl_estimator="k3")
 
 
-def test_truncated_responses_end_as_in_trl_unless_asked_otherwise(trl, tmp_path):
+def test_truncated_responses_end_as_in_trl_by_default(trl, tmp_path):
     t = ours(trl, "full", tmp_path, learning_rate=0.0, truncation="bootstrap").tensors
     decay = (trl.settings["gamma"] * trl.settings["lam"]) ** (9.0 - torch.arange(10))
     further = trl.settings["gamma"] * t["values"][:, -1:] * decay * ~t["finished"][:, None]

@@ -46,7 +46,7 @@ def test_the_drift_is_seen_in_bfloat16_too(make_trainer, name):
 
 @pytest.mark.parametrize("critic", ["reward", "policy"])
 @pytest.mark.parametrize("name", ["pissa_dora", "loftq", "ia3"])
-def test_policy_critic_and_reward_model_do_not_disturb_each_other(make_trainer, tiny_reward, name, critic):
+def test_policy_critic_and_reward_model_are_independent(make_trainer, tiny_reward, name, critic):
     """They share frozen tensors: what one method does to them, the others must not see."""
     from align.models.loading import load_reward
 

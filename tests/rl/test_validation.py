@@ -145,7 +145,7 @@ def test_failed_episodes_count_in_no_score():
     assert validation.best == {"update": 0.0, "score": -0.9}
 
 
-def test_answers_to_the_same_prompts_are_written_at_every_validation(make_trainer, tmp_path):
+def test_validations_write_answers_to_the_same_prompts(make_trainer, tmp_path):
     trainer = make_trainer(**FIELDS, learning_rate=1e-2, gold=lambda rows, texts: [0.25] * len(texts))
     trainer.train()
     gather(tmp_path / "run", tmp_path)

@@ -102,7 +102,7 @@ def test_identity_is_the_recipes_content_and_its_files(here: Path) -> None:
     assert "version 1" in identities(DataConfig(recipe="embedded.yaml"), here)["sources[0] embedded"]
 
 
-def test_the_key_changes_with_an_evaluation_sets_content_and_not_with_its_place(here: Path) -> None:
+def test_key_has_content_and_not_path_of_an_evaluation_set(here: Path) -> None:
     def identities_of(place: str) -> dict[str, str]:
         sets = [{"name": "own", "files": [place]}]
         recipe("clean.yaml", {"type": "embedded", "size": 100}, steps=[{"type": "decontaminate", "sets": sets}])

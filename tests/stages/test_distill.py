@@ -306,9 +306,7 @@ def by_hand(student: Path, teacher: Path, encoded_rows: list[dict[str, Any]]) ->
     return apart, nll, tokens
 
 
-def test_the_datas_tokens_count_by_their_weight_beside_the_divergence(
-    tiny_model: Path, teacher: Path, tmp_path: Path
-) -> None:
+def test_sft_weight_adds_the_loss_on_the_data(tiny_model: Path, teacher: Path, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"max_steps": 1, "batch_size": 24, "micro_batch_size": 8, "sft_weight": 0.5}
     stage = distill_stage(tmp_path / "run", tiny_model, teacher, **fields)
     run(stage)

@@ -90,7 +90,7 @@ def test_an_episode_has_the_tokens_that_its_environment_says() -> None:
         ({"tool_format": "auto"}, "does not show how its model writes calls"),
     ],
 )
-def test_an_environment_that_does_not_fit_is_refused_before_the_engine_starts(
+def test_unfit_environment_is_refused_before_the_engine_starts(
     changes: dict[str, Any], message: str, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(*args: Any, **kwargs: Any) -> None:

@@ -276,7 +276,7 @@ def test_a_prompted_system_sees_its_own_message_first(make_context: Any, presser
         ({}, {"gates": {"buttons.sucess": ">= 0"}}, r"gates\.buttons\.sucess: nothing measures"),
     ],
 )
-def test_wrong_environments_are_refused_before_anything_is_loaded(
+def test_wrong_environments_are_refused_before_loading(
     make_context: Any, environment: dict[str, Any], fields: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.inference.engine.open_engine", lambda *values, **more: pytest.fail("it was opened"))
@@ -358,7 +358,7 @@ def test_a_checkpoint_plays_the_user_of_every_system(make_context: Any, monkeypa
         evaluate.run(replace(context, inputs=context.inputs | {"users": [changed]}))
 
 
-def test_a_user_without_the_row_that_its_prompt_quotes_is_refused(make_context: Any) -> None:
+def test_user_prompt_with_a_missing_column_is_refused(make_context: Any) -> None:
     context = with_user(make_context({"user": USER | {"prompt": "You want {goal}."}}, users=["sft"]))
     with pytest.raises(UserError, match=r"tasks\.buttons: environment\.user\.prompt: row r0: there is no value for"):
         make_plan(context)
@@ -392,9 +392,7 @@ def test_the_use_of_a_server_is_noted(make_context: Any) -> None:
     assert "of answers, for " in text
 
 
-def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(
-    make_context: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outage_of_user_server_ends_the_stage_uncached(make_context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("align.inference.endpoint_client.FIRST_WAIT", 0.01)
     server = FakeChat(lambda body: completion("go on") if len(server.bodies) < 4 else (503, "busy"))
     try:

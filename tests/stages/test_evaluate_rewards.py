@@ -114,7 +114,7 @@ def _of_bench(path: Path) -> list:
     return [line for line in map(json.loads, path.read_text().splitlines()) if line["task"] == "bench"]
 
 
-def test_a_gate_on_what_is_not_measured_stops_before_anything_is_sampled(context, monkeypatch):
+def test_gate_without_its_metric_stops_before_sampling(context, monkeypatch):
     def never(*_: object) -> None:
         raise AssertionError("it was sampled")
 

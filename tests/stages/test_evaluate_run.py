@@ -66,7 +66,7 @@ def test_everything_at_once_and_again_from_what_is_kept(context, monkeypatch):
     assert (context.output / "scorecard.json").read_text(encoding="utf-8") == text
 
 
-def test_each_checkpoint_is_loaded_once_and_reads_no_answer_twice(context, inputs, monkeypatch):
+def test_each_checkpoint_is_loaded_and_scored_once(context, inputs, monkeypatch):
     """The best of two samples of sft contains what sft answers itself, and model has the weights of sft."""
     policies = [replace(artifact, record={"key": "same"}) for artifact in inputs["policies"][:2]]
     policies.append(inputs["policies"][2])
@@ -130,7 +130,7 @@ def read_card(context):
     return json.loads((context.output / "scorecard.json").read_text(encoding="utf-8"))
 
 
-def test_pairs_with_flipped_labels_are_scored_anew_though_their_ids_are_the_same(context, inputs):
+def test_pairs_with_flipped_labels_are_scored_again(context, inputs):
     """Ids of rows need not determine them: those of a sampled pair name its prompt and its place."""
     evaluate.run(context)
     rows = read_rows(inputs["pairs"].split("test"))
@@ -253,7 +253,7 @@ def test_prompting_best_of_n_and_a_gate(context, inputs, tmp_path, monkeypatch):
     assert sum(best) / len(best) == pytest.approx(estimates["best"]["reward"]["value"])
 
 
-def test_a_gate_on_what_nothing_measures_is_refused_before_anything_runs(context, monkeypatch):
+def test_gate_that_nothing_measures_is_refused_before_the_run(context, monkeypatch):
     monkeypatch.setattr("align.evaluation.evaluator.evaluate", lambda *values: pytest.fail("it ran"))
     greedy = {"gates": {"kl": "<= 3"}, "temperature": 0.0, "samples_per_prompt": 1}
     config = EvaluateConfig(**context.config.model_dump() | greedy)
@@ -290,7 +290,7 @@ def test_a_checkpoint_against_itself_shows_no_difference(context, inputs):
     assert {row["verdict"] for row in card["differences"]} == {"unclear"}
 
 
-def test_a_greedy_checkpoint_sampled_again_is_no_measure_of_noise(context, inputs):
+def test_greedy_checkpoint_gives_no_measure_of_noise(context, inputs):
     baselines = {"again": {"of": "sft", "sample_seed": 1}, "other": {"of": "ppo", "sample_seed": 1}}
     config = EvaluateConfig(
         policies=["sft", "ppo"], reference="sft", prompts="data", score=context.config.score, max_tokens=6,
@@ -307,7 +307,7 @@ def test_a_greedy_checkpoint_sampled_again_is_no_measure_of_noise(context, input
     assert noise[0].startswith("again repeats sft word for word in prompts, so the noise was not measured")
 
 
-def test_examples_come_from_the_train_split_and_from_many_sources(context, inputs):
+def test_examples_come_from_many_sources_of_the_train_split(context, inputs):
     rows = [
         {"id": str(i), "source": "common" if i < 8 else f"rare{i}", "checks": "", "prompt": [user(f"q{i}")],
          "completion": [assistant(f"a{i}")]}
@@ -326,7 +326,7 @@ def test_examples_come_from_the_train_split_and_from_many_sources(context, input
 
 
 @pytest.mark.parametrize("task", ["preference", "chat"])
-def test_a_conversation_without_examples_to_show_is_refused_before_anything_runs(context, inputs, tmp_path, task):
+def test_conversation_without_examples_is_refused_before_the_run(context, inputs, tmp_path, task):
     (tmp_path / "q.jsonl").write_text('{"question": "2 + 2", "choices": ["3", "4"], "answer": 1}\n')
     blocks = {
         "preference": {"task": "preference"},
@@ -355,9 +355,7 @@ def test_a_conversation_without_examples_to_show_is_refused_before_anything_runs
     ],
     ids=["held-out", "base", "prompt"],
 )  # fmt: skip
-def test_what_cannot_be_read_or_compared_is_refused_before_anything_runs(
-    context, inputs, tmp_path, monkeypatch, changes, message
-):
+def test_unreadable_or_incomparable_inputs_are_refused(context, inputs, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "questions.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
     books = Artifact("books", Kind.TEXTS, tmp_path / "books", {"key": "books-key"})
@@ -400,7 +398,7 @@ def test_a_list_of_rewards_is_a_metric_each_beside_their_sum(context, inputs):
     assert first["score"] == pytest.approx(first["score_length"] - 2 * first["score_open"])
 
 
-def test_reward_models_are_freed_before_others_and_before_checkpoints_are_loaded(context, inputs, monkeypatch):
+def test_reward_models_are_freed_before_the_next_load(context, inputs, monkeypatch):
     alive: WeakSet[RewardModel] = WeakSet()
     held: dict[str, list[list[str]]] = {}
     init, load_policy, score_list = RewardModel.__init__, loading.load_policy, evaluator.reward_list_values
@@ -437,7 +435,7 @@ def test_reward_models_are_freed_before_others_and_before_checkpoints_are_loaded
     assert held["policy"] and not any(held["policy"])
 
 
-def test_a_judge_among_the_rewards_tells_its_requests_and_quotes_columns(context, inputs):
+def test_judge_among_rewards_counts_requests_and_quotes_columns(context, inputs):
     fake = FakeChat(lambda body: completion("[[7]]"))
     judge = {"endpoint": {"url": fake.url, "model": "m"}, "rubric": "The source is {row[source]}."}
     config = EvaluateConfig(

@@ -192,9 +192,7 @@ def test_a_head_that_only_one_checkpoint_has_is_refused(
         run(merge_stage(tmp_path / "run", trained, policies=policies))
 
 
-def test_reward_models_merge_from_a_policy_with_a_head_of_its_own(
-    tiny_reward: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_reward_models_merge_from_a_policy_with_own_head(tiny_reward: Path, tiny_model: Path, tmp_path: Path) -> None:
     folders = rewards_and_base(tiny_reward, tiny_model, tmp_path)
     untie(folders["base"])
     stage = merge_stage(tmp_path / "run", folders, Kind.REWARD, rewards=["a", "b"], base="base")
@@ -280,7 +278,7 @@ def test_what_does_not_fit_together_is_refused(
         ({"rewards": ["sft", "dpo"]}, "stages.merge.rewards points at 'sft', a PolicyCheckpoint"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_when_the_file_is_read(fields: dict[str, Any], message: str) -> None:
+def test_unfit_settings_are_refused_when_the_file_is_read(fields: dict[str, Any], message: str) -> None:
     stages = {
         "model": {"source": "tiny"},
         "data": {"recipe": "data_recipes/quickstart.yaml"},

@@ -80,7 +80,7 @@ def test_base_model_without_template_is_refused_or_given_one(tiny_model: Path, t
     assert load_tokenizer(context.output / "model").chat_template == template.read_text()
 
 
-def test_bfloat16_is_stored_and_missing_template_file_found_early(tmp_path: Path) -> None:
+def test_bfloat16_is_stored_and_missing_template_is_refused(tmp_path: Path) -> None:
     context = _context(tmp_path, source="tiny", dtype="bfloat16")
     run(context)
     assert load_policy(context.output / "model", torch.bfloat16).dtype == torch.bfloat16

@@ -96,7 +96,7 @@ def test_tokens_that_the_adapter_was_trained_with_get_their_rows(
     torch.testing.assert_close(logits(model), logits(PeftModel.from_pretrained(base, folder)), rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_on_a_tied_embedding_leaves_the_head_as_it_was(tiny_model: Path, tmp_path: Path) -> None:
+def test_adapter_on_tied_embedding_does_not_change_the_head(tiny_model: Path, tmp_path: Path) -> None:
     folder = train_adapter(tiny_model, tmp_path / "lora", target_modules=["q_proj", "embed_tokens"])
     output = bring_in(tmp_path, source=str(folder)).output / "model"
     model, base = load_policy(output), AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -152,7 +152,7 @@ def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path) ->
 # --- the Hub
 
 
-def test_a_name_without_a_commit_is_resolved_shown_and_in_the_key(
+def test_name_without_commit_is_resolved_and_in_the_key(
     online_hub: HubServer, tiny_model: Path, tmp_path: Path
 ) -> None:
     first = online_hub.push_folder("models/org/tiny", tiny_model)
@@ -242,7 +242,7 @@ def test_a_whole_model_on_the_hub_has_no_base(
 # --- checkpoints in shards
 
 
-def test_checkpoints_of_other_tools_come_with_the_command_that_converts_them(tmp_path: Path) -> None:
+def test_checkpoints_of_other_tools_name_their_converter(tmp_path: Path) -> None:
     deepspeed, fsdp, verl = (tmp_path / name for name in ("checkpoint-10", "fsdp run", "verl"))
     for file in (
         deepspeed / "global_step9" / "mp_rank_00_model_states.pt",

@@ -54,7 +54,7 @@ def test_new_tokens_go_through_every_kind_of_training(tmp_path: Path, monkeypatc
     assert run.artifacts["reward"].path.is_dir()
 
 
-def test_a_template_whose_tokens_are_missing_is_refused_when_planned() -> None:
+def test_template_with_missing_tokens_is_refused_by_the_plan() -> None:
     with pytest.raises(UserError, match=r"stages.model: chat_template: gemma writes <start_of_turn>, <end_of_turn>"):
         Pipeline({"name": "x", "stages": {"model": {"source": "tiny", "chat_template": "gemma"}}})
     tokens = ["<start_of_turn>", "<end_of_turn>"]

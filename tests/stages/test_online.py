@@ -92,7 +92,7 @@ def test_importing_the_configs_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_stage_without_a_critic_needs_the_memory_of_a_head_less_that_head():
+def test_stage_without_critic_needs_no_memory_for_its_head():
     from align.models.compute.architecture import architecture_of
     from align.models.model_plan import EMBEDDED_SIZES
 
@@ -189,9 +189,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch, k
 LENGTH, VOWELS = "tests.support.rewards:length", "tests.support.rewards:vowels"
 
 
-def test_a_killed_stage_with_a_list_of_rewards_goes_on_to_the_same_weights_and_asks_its_judge_nothing_twice(
-    make_context, monkeypatch
-):
+def test_killed_stage_with_rewards_repeats_no_request(make_context, monkeypatch):
     fake = FakeChat(lambda body: completion(f"[[{1 + len(body['messages'][-1]['content']) % 10}]]"))
     score = [
         {"function": LENGTH, "weight": -0.5, "arguments": {"limit": 10}},
@@ -250,9 +248,7 @@ def test_a_killed_stage_with_a_list_of_rewards_goes_on_to_the_same_weights_and_a
         ({"judge": {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "m"}}}, "Start the server there"),
     ],
 )
-def test_a_reward_that_cannot_be_used_ends_the_stage_before_its_engine_starts(
-    make_context, monkeypatch, entry, message
-):
+def test_unusable_reward_ends_the_stage_before_the_engine_starts(make_context, monkeypatch, entry, message):
     monkeypatch.setattr(stage, "open_engine", lambda *args, **kwargs: pytest.fail("the engine was started"))
     with pytest.raises(UserError, match=message):
         STAGES["grpo"].runner()(make_context("grpo", "refused", score=[entry]))

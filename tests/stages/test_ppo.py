@@ -189,7 +189,7 @@ def test_an_ensemble_supervised_text_and_the_best_policy_kept(make_context):
     assert [line["update"] for line in lines] == [1, 1, 2, 2]
 
 
-def test_prompts_that_choose_the_policy_are_not_learned_and_are_none_of_the_test_split(make_context, tmp_path):
+def test_prompts_that_choose_the_policy_are_held_back_from_train(make_context, tmp_path):
     tested = [{"id": f"t{i}", "source": "test", "prompt": [user(f"shout {i}")], "checks": ""} for i in range(4)]
     write_rows(tmp_path / "data" / "test.parquet", tested)
     fields = {"score": "gold", "eval_updates": 1, "eval_prompts": 1}
@@ -210,7 +210,7 @@ def test_run_on_a_verifiable_function_alone(make_context):
     assert metrics["trainable_parameters"] == metrics["parameters"]  # the policy's alone: no reference, no critic
 
 
-def test_scores_of_a_reward_model_and_a_function_have_the_config_s_weights(make_context):
+def test_scores_of_model_and_function_have_configured_weights(make_context):
     fields = {"reward": "reward", "reward_weight": 0.5}
     context = make_context("one", **fields, score="gsm8k_answer", score_weight=2.0)
     scorer = _open_scorer(context, [object()])
@@ -249,9 +249,7 @@ def test_a_killed_stage_goes_on_to_the_same_weights(make_context, monkeypatch):
         assert result[name] == expected[name]
 
 
-def test_a_stage_that_is_asked_to_stop_saves_after_its_update_and_goes_on_to_the_same_weights(
-    make_context, monkeypatch
-):
+def test_stopped_stage_saves_its_update_and_resumes_exactly(make_context, monkeypatch):
     settings = {"reward": "reward", "tuning": LORA, "updates": 4, "num_mini_batches": 2, "save_updates": 100}
     uninterrupted, parts = make_context("whole", **settings), make_context("parts", **settings)
     run(uninterrupted)
@@ -292,7 +290,7 @@ def another_reward(tiny_reward, tmp_path):
     return folder
 
 
-def test_a_reward_model_of_another_family_reads_its_own_template_and_tokens(another_reward, tiny_model):
+def test_reward_model_of_another_family_has_its_own_template(another_reward, tiny_model):
     rows = [{"prompt": [user("name a cat")]}, {"prompt": [user("and?")]}]
     scorer = RewardScorer(RewardModel(another_reward, precision="float32"))
     scores = scorer.score(rows, ["Bea", "Eva"], [False, True])

@@ -252,7 +252,7 @@ def test_a_reference_of_another_vocabulary_is_refused(tiny_model: Path, tmp_path
         STAGES["kto"].runner()(replace(plain, inputs={**plain.inputs, "reference": reference}))
 
 
-def test_without_a_reference_the_log_probabilities_themselves_are_compared(tiny_model: Path, tmp_path: Path) -> None:
+def test_without_reference_the_log_probabilities_are_compared(tiny_model: Path, tmp_path: Path) -> None:
     fields = {"reference_free": True, "loss": "sigmoid_norm", "beta": 2.0, "max_steps": 1, "learning_rate": 1e-9}
     metrics = STAGES["dpo"].runner()(preference_stage(tmp_path, tiny_model, "dpo", **fields))
     assert "reference_computed" not in metrics
@@ -330,7 +330,7 @@ def test_settings_that_do_not_fit_together(kind: str, fields: dict[str, Any], me
 
 
 @pytest.mark.parametrize("kind", ["cpo", "simpo", "orpo"])
-def test_a_trl_without_the_experimental_trainer_is_said_before_anything_runs(
+def test_missing_experimental_trainer_is_refused_before_the_run(
     kind: str, monkeypatch: pytest.MonkeyPatch, forked_dumps: None
 ) -> None:
     name = "orpo" if kind == "orpo" else "cpo"

@@ -79,7 +79,7 @@ def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(tiny_model)
 
 
-def test_every_token_is_learned_once_in_windows_with_one_token_in_common(tokenizer: Any) -> None:
+def test_windows_share_a_token_and_learn_each_token_once(tokenizer: Any) -> None:
     ends = document_ends(tokenizer, None, "x")
     assert ends == Ends(tokenizer.eos_token_id, tokenizer.eos_token_id)
     encoded = encode_texts(tokenizer, [{"text": "abcdefghij"}, {"text": "xy"}, {"text": ""}], 5, ends)
@@ -93,7 +93,7 @@ def test_every_token_is_learned_once_in_windows_with_one_token_in_common(tokeniz
     assert tokenizer.decode(learned) == "abcdefghij"
 
 
-def test_a_tokenizer_that_begins_texts_with_bos_begins_documents_so(tokenizer: Any) -> None:
+def test_documents_begin_with_bos_if_texts_do(tokenizer: Any) -> None:
     class WithBos:
         eos_token, bos_token_id = tokenizer.eos_token, 7
 

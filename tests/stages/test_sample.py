@@ -112,7 +112,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     assert (parts.output / name).read_text() == (uninterrupted.output / name).read_text()
 
 
-def test_responses_that_were_changed_between_two_attempts_are_sampled_again(tiny_model: Path, tmp_path: Path) -> None:
+def test_responses_changed_between_attempts_are_sampled_again(tiny_model: Path, tmp_path: Path) -> None:
     context = _context(tmp_path, tiny_model)
     run(context)
     samples = (context.output / "samples.jsonl").read_text()

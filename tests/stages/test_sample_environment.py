@@ -122,7 +122,7 @@ def test_a_checkpoint_plays_the_user(presser: Path, tmp_path: Path) -> None:
     assert any(message["role"] == "user" for side in sides for message in side)
 
 
-def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(
+def test_outage_of_user_server_ends_the_stage_uncached(
     presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.inference.endpoint_client.FIRST_WAIT", 0.01)
@@ -139,7 +139,7 @@ def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(
     assert not any(episode["stop"] == "failed" for line in read_lines(context) for episode in line["episodes"])
 
 
-def test_rows_without_a_column_of_the_users_prompt_are_refused_before_an_episode(
+def test_rows_without_a_column_of_the_user_prompt_are_refused(
     presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -154,7 +154,7 @@ def test_rows_without_a_column_of_the_users_prompt_are_refused_before_an_episode
         run(replace(context, inputs=inputs))
 
 
-def test_a_user_who_speaks_first_begins_the_episodes_of_a_row_alike(presser: Path, tmp_path: Path) -> None:
+def test_user_who_speaks_first_begins_episodes_of_a_row_alike(presser: Path, tmp_path: Path) -> None:
     speaker = {"model": "sft", "prompt": "ab", "max_tokens": 8, "opens": True}
     context = make_context(tmp_path, presser, environment=ENVIRONMENT | {"max_tokens": 80, "user": speaker})
     metrics = run(replace(context, inputs=context.inputs | {USER_INPUT: context.inputs["policy"]}))
@@ -250,7 +250,7 @@ def test_killed_in_an_episode_it_goes_on_to_the_same_result(
     assert not engines, "a stage that was complete plays nothing"
 
 
-def test_an_environment_that_does_not_fit_is_refused_before_the_engine_starts(
+def test_unfit_environment_is_refused_before_the_engine_starts(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(*args: Any, **kwargs: Any) -> None:
@@ -261,7 +261,7 @@ def test_an_environment_that_does_not_fit_is_refused_before_the_engine_starts(
         run(make_context(tmp_path, tiny_model))
 
 
-def test_the_score_of_an_environment_counts_alone_unless_another_is_set() -> None:
+def test_environment_score_is_used_unless_another_is_set() -> None:
     fields = {"policy": "sft", "prompts": "data", "environment": ENVIRONMENT}
     config = SampleConfig(**fields)
     assert config.score is None and "score" not in config.model_fields_set

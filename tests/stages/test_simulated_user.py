@@ -65,7 +65,7 @@ def test_a_stage_learns_from_conversations_with_a_checkpoint(kind: str, presser:
 
 
 @pytest.mark.parametrize(("rank", "loads"), [(0, 1), (1, 0)])
-def test_a_checkpoint_is_loaded_before_the_training_where_it_plays(
+def test_checkpoint_user_is_loaded_before_training(
     presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, loads: int
 ) -> None:
     """Episodes may be played in a thread. With servers that sample the first process plays all."""
@@ -117,7 +117,7 @@ def test_a_server_that_goes_away_loses_no_update(
         ({"model": "sft", "prompt": "You want {goal}."}, r"grpo\.environment\.user\.prompt: row 0: there is no value"),
     ],
 )
-def test_a_user_that_cannot_speak_is_refused_before_the_policy_is_loaded(
+def test_unusable_user_is_refused_before_the_policy_is_loaded(
     user: dict[str, Any], message: str, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("align.stages.rl.open_engine", lambda *args, **kwargs: pytest.fail("the engine was started"))

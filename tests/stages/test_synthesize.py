@@ -61,7 +61,7 @@ def test_too_few_instructions_are_a_warning(fake: FakeChat, tmp_path: Path) -> N
     assert "of 30 instructions came out of 1 requests" in context.events.read_text()
 
 
-def test_responses_keep_their_splits_and_the_system_message_is_not_in_the_rows(fake: FakeChat, tmp_path: Path) -> None:
+def test_responses_keep_splits_and_omit_the_system_message(fake: FakeChat, tmp_path: Path) -> None:
     context = make_context(
         tmp_path, task={"type": "responses", "n": 2}, endpoint=endpoint_of(fake), prompts="data", system="Be brief.",
         max_prompts={"train": 4},
@@ -170,7 +170,7 @@ def test_prices_and_a_budget(fake: FakeChat, tmp_path: Path) -> None:
     assert metrics["cost"] == metrics["spent"] == usage["cost"]
 
 
-def test_a_second_stage_takes_what_the_first_put_into_the_shared_cache(fake: FakeChat, tmp_path: Path) -> None:
+def test_second_stage_reads_the_shared_cache(fake: FakeChat, tmp_path: Path) -> None:
     config = {"task": {"type": "responses", "n": 3}, "prompts": "data", "cache": str(tmp_path / "cache")}
     first = make_context(tmp_path / "one", endpoint=endpoint_of(fake), **config)
     synthesize(first)
@@ -206,7 +206,7 @@ def test_by_default_the_stores_cache_is_shared(
     assert len(set(first)) > 1, "the answers to one prompt are drawn one by one"
 
 
-def test_more_answers_to_the_same_prompts_ask_for_the_others_alone(fake: FakeChat, tmp_path: Path) -> None:
+def test_more_answers_request_only_the_missing_answers(fake: FakeChat, tmp_path: Path) -> None:
     texts = {}
     for n in (2, 5):
         config = {"task": {"type": "responses", "n": n}, "prompts": "data", "endpoint": endpoint_of(fake)}
@@ -245,7 +245,7 @@ def test_a_prompt_that_is_there_twice_has_answers_of_its_own(fake: FakeChat, tmp
     assert len({*first, *second}) > 2
 
 
-def test_an_unreachable_judge_is_found_before_anything_is_generated(fake: FakeChat, tmp_path: Path) -> None:
+def test_unreachable_judge_is_refused_before_generation(fake: FakeChat, tmp_path: Path) -> None:
     gone = FakeChat()
     gone.stop()
     judge = {"endpoint": endpoint_of(gone)}
@@ -256,7 +256,7 @@ def test_an_unreachable_judge_is_found_before_anything_is_generated(fake: FakeCh
     assert fake.bodies == []
 
 
-def test_a_misspelled_scorer_is_found_before_anything_is_generated(fake: FakeChat, tmp_path: Path) -> None:
+def test_misspelled_scorer_is_refused_before_generation(fake: FakeChat, tmp_path: Path) -> None:
     config = {"task": {"type": "pairs"}, "prompts": "data", "score": "tests.support.stages.synthesis_harness:word_scor"}
     with pytest.raises(UserError, match=r"has no function 'word_scor'. Did you mean 'word_score'"):
         synthesize(make_context(tmp_path, endpoint=endpoint_of(fake), **config))

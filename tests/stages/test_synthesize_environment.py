@@ -53,7 +53,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- a checkpoint ----
 
 
-def test_rows_of_a_checkpoint_are_learned_by_sft_without_the_results_of_tools(presser: Path, tmp_path: Path) -> None:
+def test_sft_on_synthesized_rows_skips_results_of_tools(presser: Path, tmp_path: Path) -> None:
     context = make_context(tmp_path, presser, task={"type": "responses", "n": 3}, **CHECKPOINT)
     metrics = synthesize(context)
     rows = read_rows(context.output / "train.parquet")
@@ -135,7 +135,7 @@ def test_wrong_configs_are_refused(changes: dict[str, Any], message: str) -> Non
         SynthesizeConfig(**{"task": {"type": "responses"}, **CHECKPOINT, **changes})
 
 
-def test_the_environment_scores_without_another_scorer_and_is_part_of_the_key() -> None:
+def test_environment_scores_and_is_part_of_the_key() -> None:
     config = SynthesizeConfig(task={"type": "best_of"}, **CHECKPOINT)
     changed = SynthesizeConfig(task={"type": "best_of"}, **CHECKPOINT | {"environment": ENVIRONMENT | {"max_turns": 2}})
     assert config.max_tokens == 60
@@ -234,7 +234,7 @@ def test_answers_of_the_user_are_shared_where_the_cache_says(
     assert folders - {"checkpoints/user"} == ({shared} if shared else set())
 
 
-def test_a_checkpoint_that_speaks_with_an_endpoint_has_the_stages_threads(
+def test_checkpoint_with_an_endpoint_user_has_the_stage_threads(
     fake: FakeChat, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtimes: list[Any] = []
@@ -247,7 +247,7 @@ def test_a_checkpoint_that_speaks_with_an_endpoint_has_the_stages_threads(
     assert runtimes == [context.runtime]
 
 
-def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(fake: FakeChat, tmp_path: Path) -> None:
+def test_outage_of_user_server_ends_the_stage_uncached(fake: FakeChat, tmp_path: Path) -> None:
     def say(body: dict[str, Any]) -> dict[str, Any]:
         return completion("That is all. BYE" if len(body["messages"]) > 5 else "And then?")
 
@@ -266,7 +266,7 @@ def test_an_outage_of_the_users_server_ends_the_stage_and_is_not_kept(fake: Fake
     assert not any(episode["stop"] == "failed" for line in lines for episode in line["episodes"])
 
 
-def test_rows_without_a_column_of_the_users_prompt_are_refused_before_a_request(fake: FakeChat, tmp_path: Path) -> None:
+def test_rows_without_a_column_of_the_user_prompt_are_refused(fake: FakeChat, tmp_path: Path) -> None:
     buyer = FakeChat(lambda body: completion("And then?"))
     try:
         said = {"endpoint": endpoint_of(buyer), "prompt": "You want {goal}."}
@@ -282,7 +282,7 @@ def test_rows_without_a_column_of_the_users_prompt_are_refused_before_a_request(
     assert not fake.bodies and not buyer.bodies
 
 
-def test_a_server_that_speaks_first_is_asked_for_one_opening_of_a_row(fake: FakeChat, tmp_path: Path) -> None:
+def test_server_that_speaks_first_opens_a_row_once(fake: FakeChat, tmp_path: Path) -> None:
     buyer = FakeChat(lambda body: completion("So be it. BYE" if len(body["messages"]) > 2 else f"{body['seed']}?"))
     try:
         said = {"endpoint": endpoint_of(buyer), "prompt": "You buy.", "stop": "BYE", "opens": True}
@@ -299,7 +299,7 @@ def test_a_server_that_speaks_first_is_asked_for_one_opening_of_a_row(fake: Fake
     assert "begin differently" not in (context.output / "dropped.jsonl").read_text()
 
 
-def test_the_user_reads_no_malformed_call_and_nothing_that_answers_it(fake: FakeChat, tmp_path: Path) -> None:
+def test_user_reads_no_malformed_call_and_no_reply_to_it(fake: FakeChat, tmp_path: Path) -> None:
     def stutter(body: dict[str, Any]) -> dict[str, Any]:
         told = [message for message in body["messages"] if message["content"].startswith("Error: A tool call")]
         return completion("Which lamp?") if told else call("a", "{not json")

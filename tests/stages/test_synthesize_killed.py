@@ -69,9 +69,7 @@ def _process(folder: Path) -> subprocess.Popen[bytes]:
     ("kind", "most"),
     [("pairs", 3), *(pytest.param(kind, 10**6, marks=pytest.mark.slow) for kind in CONFIGS)],
 )
-def test_killed_again_and_again_it_comes_to_the_same_bytes_and_asks_nothing_twice(
-    fake: FakeChat, tmp_path: Path, kind: str, most: int
-) -> None:
+def test_repeated_kills_give_the_same_bytes(fake: FakeChat, tmp_path: Path, kind: str, most: int) -> None:
     uninterrupted = _work(tmp_path / "whole", fake, kind, tmp_path)
     process = _process(uninterrupted)
     assert process.wait() == 0, process.stderr and process.stderr.read()

@@ -45,7 +45,7 @@ def check(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_killed_around_its_last_checkpoint_trains_no_further(kind: str, check: Check) -> None:
+def test_kill_at_last_checkpoint_adds_no_step(kind: str, check: Check) -> None:
     check(kind, [Kill("after", CHECKPOINTS[-1]), Kill("saved")], **MID_EPOCH)
 
 
@@ -54,7 +54,7 @@ def test_kills_around_the_last_checkpoint_change_nothing(check: Check) -> None:
 
 
 @pytest.mark.parametrize("way", QUICK)
-def test_however_long_training_lasts_a_killed_stage_ends_where_the_whole_one_does(way: str, check: Check) -> None:
+def test_killed_training_of_any_length_ends_like_a_whole_one(way: str, check: Check) -> None:
     fields, steps = WAYS[way]
     check("sft", [Kill("after", steps[-1])], **fields)
 
@@ -66,7 +66,7 @@ def test_a_stage_that_stops_early_stops_there_again(check: Check) -> None:
     assert expected["stopped_early"] and expected["steps"] < 80
 
 
-def test_better_weights_of_a_killed_attempt_leave_the_checkpoint_whole(check: Check) -> None:
+def test_better_weights_of_a_killed_attempt_spare_the_checkpoint(check: Check) -> None:
     """The best weights are found after a checkpoint, twice, and the stage dies before the next one each time."""
     fields, _ = WAYS["keep-best"]
     check("sft", [Kill("after", 3), Kill("before", 6), Kill("before", 6)], **fields)

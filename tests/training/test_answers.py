@@ -80,7 +80,7 @@ def test_a_row_without_an_answer_to_train_on_is_left_out(encode: Any, tokenizer:
     assert (len(encoded.rows), encoded.counts) == (1, {NOT_TRAINED: 1})
 
 
-def test_a_template_that_rewrites_earlier_answers_gives_a_row_for_each(tokenizer: Any) -> None:
+def test_template_that_rewrites_answers_gives_a_row_for_each(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKS
     encoded = encode_answers(tokenizer, [ROW], 400)
     assert [runs(tokenizer, row) for row in encoded.rows] == [

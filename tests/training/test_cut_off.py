@@ -128,7 +128,7 @@ def test_held_out_losses_are_of_what_was_written(tokenizer: Any) -> None:
     assert calls[0] == [*calls[1], tokenizer.eos_token_id]
 
 
-def test_the_mark_survives_the_way_from_kind_to_kind_and_to_the_disk(tmp_path: Path) -> None:
+def test_mark_survives_conversion_between_kinds_and_disk(tmp_path: Path) -> None:
     row = {**pair(), "chosen_finished": False, "rejected_finished": True}
     (instruction,) = convert_kind(row, "instructions")
     desirable, undesirable = convert_kind(row, "unpaired")

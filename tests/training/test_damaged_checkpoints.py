@@ -73,7 +73,7 @@ def test_the_best_weights_are_those_of_the_checkpoint(runs: KilledRun, tmp_path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_scores_before_training_are_taken_again_where_their_file_is_damaged(
+def test_damaged_scores_before_training_are_computed_again(
     damage: str, runs: KilledRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = runs.copy_to(tmp_path / "run")

@@ -170,7 +170,7 @@ def test_more_rows_begin_a_pass_where_rows_depend_on_one_another(kind: str, tiny
     assert runner(more)["steps"] == 5
 
 
-def test_a_continued_stage_that_is_killed_resumes_from_its_own_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+def test_killed_continued_stage_resumes_from_its_own_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
     at_once = stage("sft", tmp_path / "at_once", tiny_model, LORA, max_steps=11)
     run(at_once)
     first = stage("sft", tmp_path / "first", tiny_model, LORA, max_steps=4)
@@ -186,7 +186,7 @@ def test_a_continued_stage_that_is_killed_resumes_from_its_own_checkpoint(tiny_m
 
 
 @given(st.data())
-def test_an_order_that_is_split_anywhere_passes_the_rows_of_the_unsplit_one(data: st.DataObject) -> None:
+def test_order_split_anywhere_passes_the_same_rows(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 40))
     plain = GroupedOrder([1 + row % 5 for row in range(count)], 2, 4, seed=3)
     stop = data.draw(st.integers(0, 4 * count))
@@ -219,9 +219,7 @@ def test_wsd_goes_on_from_before_its_decay(tiny_model: Path, tmp_path: Path) -> 
     assert_equal_weights(at_once, more)
 
 
-def test_the_first_step_after_a_finished_cosine_has_the_rate_of_the_longer_one(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_step_after_finished_cosine_has_the_longer_cosine_rate(tiny_model: Path, tmp_path: Path) -> None:
     """The optimizer's state says 0, the end of the shorter schedule; half a cosine over 10 steps is 1/2 at the 5th."""
     fields = {"scheduler": "cosine", "warmup_ratio": 0.0}
     first = stage("sft", tmp_path / "first", tiny_model, FULL, max_steps=5, **fields)
@@ -232,7 +230,7 @@ def test_the_first_step_after_a_finished_cosine_has_the_rate_of_the_longer_one(
     assert rates[6] == pytest.approx(3e-3 / 2)
 
 
-def test_the_optimizer_begins_with_the_schedule_s_rate_and_the_stage_with_its_own_saves() -> None:
+def test_continued_stage_has_its_own_rate_and_save_steps() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     scheduler.last_epoch, optimizer.param_groups[0]["lr"] = 3, 0.0  # as after loading a finished schedule's state

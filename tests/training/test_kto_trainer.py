@@ -84,7 +84,7 @@ def test_a_group_s_loss_is_measured_from_its_mismatched_answers(loss: str, tiny_
         assert actual == pytest.approx(sum(losses) / len(group), rel=1e-4)
 
 
-def test_held_out_scores_have_one_reference_point_whatever_the_batches(
+def test_held_out_scores_have_one_reference_point(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, encoded = made(tmp_path, tiny_model)

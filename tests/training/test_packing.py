@@ -99,7 +99,7 @@ def test_loss_and_gradient_are_those_of_padded_rows(form: str, lora: bool, tiny_
         assert torch.allclose(got[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
-def test_packs_have_positions_that_begin_anew_and_no_label_across(tiny_model: Path) -> None:
+def test_packs_restart_positions_and_have_no_label_across_rows(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
     encoded = encode_supervised(tokenizer, rows(16), 128)
     packs = pack_rows(encoded, 128)

@@ -106,7 +106,7 @@ def test_another_run_finds_them_and_other_rows_or_weights_do_not(tmp_path: Path)
         assert cache.computed == 2, changed
 
 
-def test_a_resumed_stage_reads_its_own_and_a_damaged_file_is_made_anew(tmp_path: Path) -> None:
+def test_resumed_stage_replaces_a_damaged_file(tmp_path: Path) -> None:
     inputs = [Answer([1, 2], [3, 4])]
     calls: list[int] = []
     compute = computed(Sums([-1.5], [0.0]), calls)
@@ -124,7 +124,7 @@ def test_a_resumed_stage_reads_its_own_and_a_damaged_file_is_made_anew(tmp_path:
     assert len(calls) == 2
 
 
-def test_a_resumed_stage_does_not_take_its_file_for_that_of_other_weights(tmp_path: Path) -> None:
+def test_resumed_stage_ignores_its_file_of_other_weights(tmp_path: Path) -> None:
     """Two makings of a checkpoint may have one key, so a killed stage may go on beside other weights."""
     inputs = [Answer([1, 2], [3, 4])]
     warnings: list[str] = []

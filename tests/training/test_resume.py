@@ -82,9 +82,7 @@ def asking(plain: StageContext, step: int) -> StageContext:
     return new_asking
 
 
-def test_a_stage_that_is_asked_to_stop_saves_at_once_and_goes_on_to_the_same_weights(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_stopped_stage_saves_at_once_and_resumes_exactly(tiny_model: Path, tmp_path: Path) -> None:
     run = STAGES["sft"].runner()
     uninterrupted, parts = (
         make_stage("sft", tmp_path / name, tiny_model, LORA, save_steps=100) for name in ("whole", "parts")
@@ -125,9 +123,7 @@ def test_stage_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_pa
         assert each["tokens_per_second"] == pytest.approx(each["tokens"] / each["training_seconds"])
 
 
-def test_a_checkpoint_that_does_not_say_how_long_it_took_is_left_out_of_the_speed(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_without_seconds_is_excluded_from_the_speed(tiny_model: Path, tmp_path: Path) -> None:
     uninterrupted = make_stage("sft", tmp_path / "run", tiny_model, FULL, save_steps=10)
     first = STAGES["sft"].runner()(uninterrupted)
     shutil.rmtree(uninterrupted.checkpoints / "checkpoint-15")

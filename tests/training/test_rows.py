@@ -200,7 +200,7 @@ def test_masks_of_pairs_leave_the_results_of_tools_out(tokenizer: Any) -> None:
     assert set(single) == {"prompt_ids", "chosen_ids", "rejected_ids"}
 
 
-def test_a_pair_whose_template_rewrites_earlier_turns_is_left_out(tokenizer: Any) -> None:
+def test_pair_with_rewritten_turns_is_skipped(tokenizer: Any) -> None:
     # As templates that drop the thoughts of all turns but the last.
     tokenizer.chat_template = TOOLS.replace(
         "m['content'] }}", "(m['content'] if loop.last or m['role'] != 'assistant' else '') }}"
@@ -219,7 +219,7 @@ def test_a_pair_with_nothing_to_learn_on_a_side_is_left_out(tokenizer: Any) -> N
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_an_answer_of_one_turn_that_is_not_to_be_trained_on_is_left_out(side: str, tokenizer: Any) -> None:
+def test_answer_marked_as_not_trained_is_skipped(side: str, tokenizer: Any) -> None:
     pair = {**episode_pair(chosen=[assistant("blue")]), side: [assistant("!look") | {"train": False}]}
     encoded = encode_pairs(tokenizer, [pair], 200)
     assert (encoded.rows, encoded.counts) == ([], {NOT_TRAINED: 1})

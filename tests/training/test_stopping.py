@@ -54,7 +54,7 @@ def test_the_best_weights_are_the_result(tiny_model: Path, tmp_path: Path) -> No
     assert all(tensor.equal(weights(short)[name]) for name, tensor in weights(stage).items())
 
 
-def test_the_test_split_has_no_part_in_what_is_kept_and_when_training_stops(tiny_model: Path, tmp_path: Path) -> None:
+def test_test_split_does_not_affect_stopping_and_kept_weights(tiny_model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"keep": "best", "early_stopping": {"patience": 2}}
     plain, changed = (made(tmp_path / name, tiny_model, **settings) for name in ("plain", "changed"))
     misleading = [{**row, "completion": [assistant("zq" * 9)]} for row in rows(8, start=200)]

@@ -184,7 +184,7 @@ def test_no_file_holds_a_secret_of_the_environment(tiny_model: Path, tmp_path: P
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
-def test_a_tracker_that_cannot_start_refuses_the_stage_and_says_no_secret(
+def test_tracker_that_cannot_start_is_refused_without_secrets(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
@@ -259,9 +259,7 @@ def test_what_each_tracker_is_told_of_project_group_and_run(tmp_path: Path, monk
     assert "MLFLOW_RUN_ID" not in os.environ
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tracker_that_is_not_installed_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(align.runner.runner, "is_installed", lambda name: name == "tensorboard")
     raw = toy.pipeline() | {"runtime": {"report_to": ["tensorboard", "wandb", "trackio"]}}
     with pytest.raises(UserError, match=r"report_to: wandb, trackio are not installed\. `pip install wandb trackio`"):
@@ -294,7 +292,7 @@ def test_runtime_names_one_or_several_and_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stages_in_process")
-def test_a_stage_knows_its_pipeline_and_the_run_which_a_changed_field_makes_another(tmp_path: Path) -> None:
+def test_stage_knows_its_pipeline_and_its_run(tmp_path: Path) -> None:
     def group(number: int, report_to: list[str]) -> tuple[str, str]:
         raw = toy.pipeline(two={"number": number, "crash": "user"}) | {"runtime": {"report_to": report_to}}
         with pytest.raises(UserError, match="empty after filtering"):

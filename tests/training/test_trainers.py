@@ -19,7 +19,7 @@ from align.training.trainers import set_head_learning_rate
 from tests.support.training.sft_setup import make_sft_trainer
 
 
-def test_a_small_update_survives_in_float32_and_is_lost_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
+def test_small_update_survives_in_float32_but_not_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
     trainer, trained_model, encoded = make_sft_trainer(
         tmp_path, tiny_model, learning_rate=1e-6, warmup_ratio=0, max_steps=1
     )
@@ -57,7 +57,7 @@ def test_a_score_head_learns_at_its_own_rate(
         assert rates[id(p)] == (wanted if "score." in name else 1e-3), name
 
 
-def test_held_out_loss_is_the_mean_over_tokens_whatever_the_batches(
+def test_held_out_loss_is_the_mean_over_tokens(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _, encoded = make_sft_trainer(tmp_path, tiny_model, precision="float32")

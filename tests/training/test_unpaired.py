@@ -21,7 +21,7 @@ def test_a_pair_becomes_a_desirable_and_an_undesirable_answer() -> None:
     assert remaining is single
 
 
-def test_answers_are_left_out_not_cut_and_a_cut_answer_has_no_end(tiny_model: Path) -> None:
+def test_long_answers_are_skipped_and_cut_answers_have_no_end(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(tiny_model)
     full = encode_unpaired(tokenizer, unpair(rows(4)), 128)
     assert len(full.rows) == 8 and not full.counts
@@ -33,7 +33,7 @@ def test_answers_are_left_out_not_cut_and_a_cut_answer_has_no_end(tiny_model: Pa
     assert encode_unpaired(tokenizer, unpair(rows(1)), 5).counts == {NO_ROOM: 2}
 
 
-def test_a_mismatched_answer_is_of_the_same_group_and_another_prompt(tiny_model: Path) -> None:
+def test_mismatched_answer_is_of_its_group_and_another_prompt(tiny_model: Path) -> None:
     encoded = encode_unpaired(load_tokenizer(tiny_model), unpair(rows(16)), 128)
     new_rows = [dict(row) for row in encoded.rows]
     groups = fixed_groups(encoded.lengths, 4, 8, 7)

@@ -108,7 +108,7 @@ def test_what_does_not_go_with_it_is_refused(launch: dict[str, Any], sft: dict[s
     assert words in str(caught.value) and str(caught.value).startswith("p.yaml: runtime.launch")
 
 
-def test_a_policy_that_rests_while_its_critic_warms_up_is_refused() -> None:
+def test_critic_warm_up_is_refused_with_deepspeed() -> None:
     pipeline("ppo", {"processes": 2, "strategy": "fsdp2"}, critic_warmup_updates=2)
     with pytest.raises(UserError, match="critic_warmup_updates 2 does not go with strategy deepspeed.*take fsdp2"):
         pipeline("ppo", {"processes": 2, "strategy": "deepspeed"}, critic_warmup_updates=2)

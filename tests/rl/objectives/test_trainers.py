@@ -177,7 +177,7 @@ def test_drift_that_costs_in_the_loss_is_held_back(make_online):
     assert drift[3.0] < drift[0.0] / 2, drift
 
 
-def test_groups_without_variance_are_counted_and_by_choice_replaced(make_online):
+def test_groups_without_variance_are_counted_or_replaced(make_online):
     counted = make_online("grpo", scorer=by_prompt, rollout_batch=16, updates=1)
     counted.train()
     (entry,) = updates(counted)
@@ -208,7 +208,7 @@ def test_where_nothing_varies_the_rounds_end(make_online):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
 
 
-def test_the_best_and_the_worst_are_a_pair_and_ties_teach_nothing(make_online):
+def test_best_and_worst_are_a_pair_and_ties_have_no_loss(make_online):
     trainer = make_online("online_dpo", updates=1, rollout_batch=8)
     scores = iter([[0.1, 0.9, 0.3, 0.2, 0.5, 0.5, 0.5, 0.5]])
     trainer.sampler.scorer = lambda rows, texts: next(scores)
@@ -240,7 +240,7 @@ def test_the_best_above_the_threshold_are_learned(make_online):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_the_best_are_learned_by_the_loss_of_sft_whatever_the_temperature(make_online, tiny_model, temperature):
+def test_best_of_n_has_the_loss_of_sft_at_any_temperature(make_online, tiny_model, temperature):
     capture, observations = Gradients(), []
     trainer = make_online(
         "rejection", updates=1, best=2, rollout_batch=8, temperature=temperature, callbacks=[capture],
@@ -292,7 +292,7 @@ def test_arguments_that_cannot_be_meant_are_refused(make_online, method, fields,
         make_online(method, **fields)
 
 
-def test_a_loss_that_is_not_finite_names_the_method_and_the_update(make_online):
+def test_infinite_loss_names_method_and_update(make_online):
     trainer = make_online("grpo")
     trainer.sampler.score = lambda rollout: rollout.tensors.update(scores=torch.full((len(rollout),), float("nan")))
     with pytest.raises(UserError, match=r"grpo: update 1 .*loss is nan.* Lower learning_rate \(now 0.001\) or max"):
