@@ -30,8 +30,15 @@ def write(folder: Path, rollout: Rollout, count: int, tokenizer: Any) -> None:
     """
     path = folder / FOLDER / f"{rollout.update + 1:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    responses = [_describe(rollout, index, tokenizer) for index in range(min(count, len(rollout)))]
-    lines = [json.dumps(response, ensure_ascii=False) + "\n" for response in responses]
+    lines = []
+    for index in range(min(count, len(rollout))):
+        response = {
+            "update": rollout.update + 1,
+            **_facts(rollout, index),
+            "kl": float(rollout.tensors["kl"][index].sum()),
+            "by_token": _by_token(rollout, index, tokenizer),
+        }
+        lines.append(json.dumps(response | _episode_fields(rollout, index), ensure_ascii=False) + "\n")
     write_text_atomically(path, "".join(lines))
 
 
@@ -58,16 +65,6 @@ def example(rollout: Rollout) -> str:
     reference, score = reference_of(rollout.rows[0]), float(rollout.tensors["scores"][0])
     prefix = "" if reference is None else f"reference {shorten(repr(reference))}, "
     return f"{prefix}response {shorten(repr(rollout.texts[0]))}, score {score:g}."
-
-
-def _describe(rollout: Rollout, index: int, tokenizer: Any) -> dict[str, Any]:
-    return {
-        "update": rollout.update + 1,
-        **_facts(rollout, index),
-        "kl": float(rollout.tensors["kl"][index].sum()),
-        "by_token": _by_token(rollout, index, tokenizer),
-        **_episode_fields(rollout, index),
-    }
 
 
 def _facts(rollout: Rollout, index: int) -> dict[str, Any]:

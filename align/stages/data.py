@@ -66,9 +66,9 @@ def _guessed_format(config: DataConfig, base: Path) -> str:
     # Another version of align may guess another format.
     key = digest({"source": block_text(block), "kind": config.kind, "align": VERSION})
     file = cache_folder() / GUESSES / f"{key}.json"
-    known = read_optional(file).get("format") if file.is_file() else None
-    if isinstance(known, str) and known in KINDS:
-        return known
+    cached_format = read_optional(file).get("format") if file.is_file() else None
+    if isinstance(cached_format, str) and cached_format in KINDS:
+        return cached_format
     form = guess(source, base, config.kind).format
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(file, json.dumps({"format": form}) + "\n")

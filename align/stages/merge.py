@@ -132,15 +132,6 @@ class _Distances:
         self.base += float(origin.double().square().sum())
         self.merged += float((merged - origin).double().square().sum())
 
-    def _lengths(self) -> torch.Tensor:
-        """Norms of the task vectors, shape (models,)."""
-        return self.products.diagonal().sqrt()
-
-    def _cosine(self, first: int, second: int) -> float:
-        lengths = self._lengths()
-        product = lengths[first] * lengths[second]
-        return float(self.products[first, second] / product) if product else 0.0
-
     def facts(self) -> dict[str, Any]:
         """Return metrics.
 
@@ -149,10 +140,13 @@ class _Distances:
         """
         if not self.has_base or not self.base:
             return {}
-        lengths = self._lengths()
-        pairs = itertools.combinations(range(len(lengths)), 2)
+        lengths = self.products.diagonal().sqrt()  # norms of the task vectors, shape (models,)
+        cosines = []
+        for first, second in itertools.combinations(range(len(lengths)), 2):
+            product = lengths[first] * lengths[second]
+            cosines.append(float(self.products[first, second] / product) if product else 0.0)
         return {
             "moved": [float(length) / math.sqrt(self.base) for length in lengths],
             "merged_moved": math.sqrt(self.merged / self.base),
-            "task_cosines": [self._cosine(first, second) for first, second in pairs],
+            "task_cosines": cosines,
         }

@@ -84,12 +84,12 @@ def _refuse_base(config: ModelConfig) -> None:
 
 
 def _pinned_base(config: ModelConfig, settings: Path, base: Path) -> dict[str, Any]:
-    named = read_base(settings)
+    base_of_adapter = read_base(settings)
     name, revision = config.base_model, config.base_revision
     if name is None:
-        if named is None:
+        if base_of_adapter is None:
             raise UserError(f"base_model: {settings} names no base; write it here.")
-        name, revision = named.name, revision or named.revision
+        name, revision = base_of_adapter.name, revision or base_of_adapter.revision
     try:
         source = resolve(name, revision, base)
     except UserError as error:
@@ -183,10 +183,11 @@ def _fetch_base(adapter: Path, context: StageContext) -> Path:
     """Return the folder of the adapter's base, which the plan has pinned."""
     config: ModelConfig = context.config
     if config.base_model is None:
-        named = read_base(adapter / ADAPTER_CONFIG)
+        base_of_adapter = read_base(adapter / ADAPTER_CONFIG)
+        example = base_of_adapter.name if base_of_adapter else "NAME"
         raise UserError(
             f"source: '{config.source}' is an adapter, which the plan could not know without the Hub. Write its base: "
-            f"`base_model: {named.name if named else 'NAME'}`, and with a Hub name its commit as base_revision."
+            f"`base_model: {example}`, and with a Hub name its commit as base_revision."
         )
     return _fetch(resolve(config.base_model, config.base_revision, Path.cwd()), context)
 

@@ -97,13 +97,13 @@ class Reference:
 
     def __init__(self, context: StageContext, prepared: PreparedPolicy) -> None:
         self.context, self.prepared = context, prepared
-        self.named: Artifact | None = context.inputs.get("reference")
-        if self.named is not None:
+        self.checkpoint: Artifact | None = context.inputs.get("reference")
+        if self.checkpoint is not None:
             # Check before any computation, because another vocabulary would make every log-probability meaningless.
-            _check_reference(context, prepared.tokenizer, self.named)
+            _check_reference(context, prepared.tokenizer, self.checkpoint)
         self._loaded: Any = None
         shared = None if context.cache is None else context.cache / "reference_logprobs"
-        identity = _identity(context, self.named)
+        identity = _identity(context, self.checkpoint)
         self.cache: ReferenceCache = ReferenceCache(context.checkpoints, shared, identity, context.warn)
 
     def sums(self, split: str, answers: Sequence[Answer]) -> Sums:
@@ -116,7 +116,7 @@ class Reference:
 
     def _compute(self, answers: Sequence[Answer]) -> Sums:
         if self._loaded is None:
-            self._loaded = self.prepared.tuned_model if self.named is None else self._load(self.named)
+            self._loaded = self.prepared.tuned_model if self.checkpoint is None else self._load(self.checkpoint)
         device = device_of(self.context.runtime)
         # Move the model only now, because with every answer in the cache the reference never needs the device.
         if next(self._loaded.parameters()).device.type != device.type:
@@ -151,20 +151,20 @@ def _reduce_work(context: StageContext, model: Any) -> None:
     reduce_work(model, bfloat16=bfloat16, shared_prefixes=shares_prefixes(context))
 
 
-def _identity(context: StageContext, named: Artifact | None) -> dict[str, str]:
+def _identity(context: StageContext, checkpoint: Artifact | None) -> dict[str, str]:
     """Return everything but the rows that affects a reference's log-probabilities, for the cache's key.
 
-    ``named`` is the reference's checkpoint if it is not the policy's.
+    ``checkpoint`` is the reference's checkpoint if it is not the policy's.
     """
     tuning: TuningBase = context.config.tuning
     loaded = "float32"
     # Tuning changes the reference only if it changes frozen weights: by quantization, or by its initialization.
-    if tuning.completes_weights or (tuning.starts_from_weights and named is None):
+    if tuning.completes_weights or (tuning.starts_from_weights and checkpoint is None):
         loaded = f"{tuning.model_dump_json()} {context.seed}"
     elif tuning.method == "qlora":  # the reference is quantized like the policy; the adapter's fields do not matter
         loaded = tuning.model_dump_json(exclude=ADAPTER_FIELDS)
     return {
-        "weights": (named or context.artifact("policy")).weights,
+        "weights": (checkpoint or context.artifact("policy")).weights,
         "loaded": loaded,
         "precision": context.precision,
         "device": device_of(context.runtime).type,

@@ -19,8 +19,8 @@ def run(context: StageContext) -> dict[str, Any]:
     card = None
     if source is not None:
         card = read_content(scorecard_file(source.path), source.stage)
-        # the page shows the samples of the last scorecard, so the named one goes to the end
-        named = [artifact for artifact in artifacts if artifact.path == source.path]
-        artifacts = [artifact for artifact in artifacts if artifact.path != source.path] + (named or [source])
+        # the page shows the samples of the last scorecard, so the artifact with this scorecard goes to the end
+        with_scorecard = [artifact for artifact in artifacts if artifact.path == source.path]
+        artifacts = [artifact for artifact in artifacts if artifact.path != source.path] + (with_scorecard or [source])
     page = write_report(artifacts, card, context.output / "report.html", title=config.title)
     return {"stages": len(artifacts), "bytes": page.stat().st_size}

@@ -143,9 +143,9 @@ def refuse_no_steps(context: StageContext, steps: int, unit: str = "steps", per_
     limit = ""
     if unit == "steps" and context.config.max_steps is not None:
         limit = f" (max_steps {context.config.max_steps} limits epochs; `max_steps: null` lifts it)"
-    total, done = steps // per_unit, facts.steps // per_unit
+    total, trained = steps // per_unit, facts.steps // per_unit
     raise UserError(
-        f"{context.name} is to end after {total} {unit}, and '{parent}' has done {done}. They are "
+        f"{context.name} is to end after {total} {unit}, and '{parent}' has done {trained}. They are "
         f"counted from the start of '{parent}'. Raise {field}{limit}."
     )
 

@@ -49,11 +49,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         # open_packs is sorted by free tokens, so the first entry with enough of them is the fullest pack with room.
         index = bisect.bisect_left(open_packs, (lengths[row], -1))
-        left, pack = open_packs.pop(index) if index < len(open_packs) else (capacity, len(packs))
+        free, pack = open_packs.pop(index) if index < len(open_packs) else (capacity, len(packs))
         if pack == len(packs):
             packs.append([])
         packs[pack].append(row)
-        bisect.insort(open_packs, (left - lengths[row], pack))
+        bisect.insort(open_packs, (free - lengths[row], pack))
     return packs
 
 
