@@ -60,7 +60,7 @@ def test_every_stage_is_done_and_a_second_run_runs_none(store: Path) -> None:
     assert not list(store.glob("*/*.partial"))
 
 
-def test_no_stage_reports_leaks_of_what_was_kept_from_collections(store: Path) -> None:
+def test_no_stage_reports_leaks_of_frozen_objects(store: Path) -> None:
     logs = [path.read_text(encoding="utf-8") for path in store.glob("*/*/log.txt")]
     assert len(logs) == 9
     assert not any("leaked" in log for log in logs)
@@ -93,7 +93,7 @@ def test_every_checkpoint_is_plain_safetensors_without_pickles(store: Path) -> N
         assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
-def test_a_base_model_without_a_chat_template_is_refused_with_the_field_to_set(store: Path, tmp_path: Path) -> None:
+def test_base_model_without_chat_template_is_refused(store: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     subprocess.run(["cp", "-rL", str(next(iter(store.glob("model/*/model")))), str(bare)], check=True)
     (bare / "chat_template.jinja").unlink(missing_ok=True)

@@ -31,9 +31,7 @@ def test_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("forks", ["1", "0"])
-def test_what_stands_for_subprocess_takes_its_options_also_where_nothing_is_forked(
-    forks: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forking_accepts_options_of_subprocess(forks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OFF, forks)
     command = [sys.executable, "-m", "timeit", "-n1", "-r1", "print('a line'); 1 / 0"]
     options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": 60}

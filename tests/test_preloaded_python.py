@@ -59,7 +59,7 @@ def test_a_module_and_its_errors(python: list[str]) -> None:
 
 # 67: a number that the fork may give to a descriptor while it sorts them.
 @pytest.mark.parametrize("lowest", [3, 67])
-def test_a_descriptor_keeps_its_number_and_closes_with_the_process(python: list[str], lowest: int) -> None:
+def test_descriptor_keeps_its_number(python: list[str], lowest: int) -> None:
     reader, low_writer = os.pipe()
     writer = fcntl.fcntl(low_writer, fcntl.F_DUPFD_CLOEXEC, lowest)
     os.close(low_writer)

@@ -238,7 +238,7 @@ def test_nothing_is_uninstalled_after_setup():
         assert "uninstall" not in read(name), name
 
 
-def test_the_build_context_holds_what_the_images_copy_and_no_more():
+def test_build_context_has_only_copied_files():
     lines = [line for line in read(".dockerignore").splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*"
     context = {line[1:] for line in lines if line.startswith("!")}

@@ -200,7 +200,7 @@ class Decoder:
         return "x" * len(ids)
 
 
-def test_session_gives_turns_the_lengths_and_endings_of_the_script():
+def test_session_follows_the_script():
     script = [[ScriptedTurn(3, [9])], [ScriptedTurn(2, [8, 9]), ScriptedTurn(4, [9])]]
     session = ScriptedSession(RepeatingSession(), script, Decoder())
     for key in (1, 0):

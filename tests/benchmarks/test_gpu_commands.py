@@ -177,7 +177,7 @@ def test_the_table_has_a_section_for_each_part_with_results(tmp_path: Path) -> N
         assert line in text.splitlines()
 
 
-def test_figures_stand_below_the_card_and_the_commit_that_they_are_of(tmp_path: Path) -> None:
+def test_figures_are_listed_by_card_and_commit(tmp_path: Path) -> None:
     numbers = {"tokens_per_second": 1.0, "share": None, "sampling_share": None, "peak": 2**30, "reserved": 2**30,
                "plan": 2**30, "seconds": 1.0}  # fmt: skip
     machine = {"memory": None, "python": "3.12.3", "versions": {"torch": "2.11.0"}, "tiny": False}

@@ -84,9 +84,7 @@ def test_a_command_ends_in_time_and_the_next_ones_go_on(stages: Stages, tmp_path
     assert result["machine"]["card"] == "a card" and "commit" in result["machine"]
 
 
-def test_an_item_that_was_cut_short_is_run_again_and_one_too_long_for_any_command_is_not(
-    stages: Stages, tmp_path: Path
-) -> None:
+def test_interrupted_item_is_repeated_unless_too_long(stages: Stages, tmp_path: Path) -> None:
     stages.long["item 2"] = 90.0  # 48 are expected, and 70 are left
     assert call(tmp_path, "--limit", "150", "--only", "item") == gpu_evidence.UNFINISHED
     assert (stages.ran, list(kept(tmp_path))) == (["item 0", "item 1", "item 2"], ["item 0", "item 1"])
@@ -97,7 +95,7 @@ def test_an_item_that_was_cut_short_is_run_again_and_one_too_long_for_any_comman
     assert kept(tmp_path)["item 3"]["failed"] == "took longer than the 150 seconds of a command (--limit)"
 
 
-def test_a_failure_is_told_others_go_on_and_it_can_be_tried_again(stages: Stages, tmp_path: Path, capsys) -> None:
+def test_failed_item_is_reported_and_can_be_repeated(stages: Stages, tmp_path: Path, capsys) -> None:
     stages.result = {"failed": "out of memory"}
     assert call(tmp_path) == 1
     assert "training: item 3: FAILED: out of memory (40 s)" in capsys.readouterr().out
@@ -139,9 +137,7 @@ def test_the_quickstart_goes_on_and_is_never_too_long(
     assert not (tmp_path / "quickstart.json").exists()
 
 
-def test_tests_are_collected_once_and_a_failure_to_collect_is_no_end(
-    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_collection_runs_once_and_may_fail(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collected: list[Any] = [RuntimeError("no pytest"), ["a", "b"], ["b", "c"]]
 
     def collect(place: Place, seconds: float) -> list[str]:

@@ -37,7 +37,7 @@ def test_every_item_is_a_valid_stage_that_the_plan_can_count(machine: Machine) -
         assert stage.length <= (config.max_prompt_tokens if stage.stage in ROLLOUTS else config.max_length), item.name
 
 
-def test_every_stage_tuning_and_model_is_measured_plainly_before_the_alternatives() -> None:
+def test_defaults_are_measured_before_alternatives() -> None:
     names = [item.name for item in training_items(Machine("cuda", tiny=False))]
     assert len(set(names)) == len(names)
     stages = [f"{stage} {method}" for stage in ("sft", "reward", "dpo", "ppo", "grpo") for method in ("full", "lora")]
@@ -69,7 +69,7 @@ def test_the_shapes_have_the_released_models_parameters(shape: str, parameters: 
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
-def test_a_model_is_made_once_and_samples_ids_that_its_tokenizer_lacks(shape: str, tmp_path: Path) -> None:
+def test_model_is_made_once_with_ids_beyond_tokenizer(shape: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path, shape, tiny=True, device="cpu")
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert make_model(tmp_path, shape, tiny=True, device="cpu") == folder

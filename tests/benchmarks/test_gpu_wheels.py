@@ -64,7 +64,7 @@ def test_an_older_version_there_is_replaced_but_never_torch(index: Path, tmp_pat
         download(tmp_path, {"apple": "1.0", "torch": "2.11.0"}).fetch([Requirement("apple>=2")])
 
 
-def test_an_addition_is_fetched_whatever_is_there_and_unknown_versions_are_told(
+def test_addition_is_fetched_and_unknown_version_is_reported(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_wheel(index, "apple", "2.0", "pear>=1")

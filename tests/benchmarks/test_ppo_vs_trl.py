@@ -34,13 +34,13 @@ def make_rounds():
     ]
 
 
-def test_floor_is_16_flops_a_parameter_and_token_in_full_and_12_with_lora():
+def test_flops_floor_of_full_and_lora_training():
     assert floor_flops("full", parameters=10, tokens=100) == 16 * 10 * 100
     assert floor_flops("lora", parameters=10, tokens=100) == 12 * 10 * 100
     assert floor_flops("lora_last", parameters=10, tokens=100) == 9 * 10 * 100
 
 
-def test_products_that_are_needed_leave_out_embedding_and_prompt_heads():
+def test_needed_products_exclude_embedding_and_prompt_heads():
     # trunk of 6 for 100 tokens, head of 4 for 40: full 16 * 600 + (6 + 2) * 160, lora 12 * 600 + (4 + 2) * 160
     assert matrix_flops("full", 10, 4, prompt_tokens=60, response_tokens=40) == 9600 + 1280
     assert matrix_flops("lora", 10, 4, prompt_tokens=60, response_tokens=40) == 7200 + 960
@@ -174,7 +174,7 @@ class LongEngine:
         return [[Response([1] * 5, [0.0] * 5, False, "") for _ in range(sampling.n)] for _ in prompts]
 
 
-def test_fixed_lengths_cut_the_work_and_leave_other_prompts_alone():
+def test_fixed_lengths_reduce_the_work():
     engine = LongEngine()
     engine.tokenizer = type("Tokenizer", (), {"decode": staticmethod(lambda ids, **_: "x" * len(ids))})
     work = {"shape": Shape(samples=2), "prompts": [[[7], [7], [8, 8], [8, 8]]], "lengths": [[1, 2, 3, 4]]}

@@ -69,7 +69,7 @@ def test_two_reference_passes_add_up():
     assert reference_seconds(events) == pytest.approx(7.0)
 
 
-def test_reference_pass_without_a_beginning_counts_from_the_event_before_it():
+def test_reference_pass_starts_at_previous_event():
     events = [{"event": "note", "time": 2.0, "message": "rows"}, reference_event(10.0, 8), reference_event(12.0, 16)]
     assert reference_seconds(events) == pytest.approx(10.0)
 
@@ -143,7 +143,7 @@ def test_output_without_a_state_is_refused(tmp_path):
         loop_of_output([(1.0, "{'loss': '1.0'}")], tmp_path)
 
 
-def test_log_of_llamafactory_counts_where_the_model_was_not_saved(tmp_path):
+def test_llamafactory_log_counts_without_saved_model(tmp_path):
     entries = [{"current_steps": n, "loss": 0.7, "total_tokens": 40 * n} for n in (1, 2)]
     text = "".join(json.dumps(entry) + "\n" for entry in [*entries, {"current_steps": 2, "total_steps": 2}])
     (tmp_path / "trainer_log.jsonl").write_text(text)

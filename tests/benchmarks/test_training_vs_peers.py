@@ -144,7 +144,7 @@ def test_other_tokens_than_expected_are_noted():
     assert notes(runs, {"sft_lora": 100}) == ["sft_lora, trl, round 1 read 108 tokens; its rows have 100"]
 
 
-def test_a_peer_that_cannot_save_has_its_loop_but_no_time_of_the_command():
+def test_peer_that_cannot_save_has_only_loop_time():
     unsaved = make_run("llamafactory", per_token=0.02, peak=2**31) | {"failure_after_training": "cannot save"}
     lines = table([make_run("align"), unsaved], ["sft_lora"], ["align", "llamafactory"])
     cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
@@ -264,7 +264,7 @@ def test_wrong_options_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_trl_gets_the_versions_of_this_environment_and_llamafactory_its_own():
+def test_only_llamafactory_has_separate_versions():
     trl, llamafactory = requirements(TRL), requirements(LLAMAFACTORY)
     assert trl[0] == "trl==1.16.0"
     assert llamafactory[0] == "llamafactory==0.9.5"
@@ -330,7 +330,7 @@ def test_torchaudio_loses_a_library_only_where_it_does_not_load(tmp_path, code, 
     assert (folder / "libtorchaudio.abi3.so").exists()
 
 
-def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(tmp_path, monkeypatch):
+def test_peer_that_cannot_be_installed_is_skipped(tmp_path, monkeypatch):
     make_python(tmp_path / "align", f"""echo '{{"align": "{VERSION}"}}'""")
     (tmp_path / "notes.txt").write_text("mine")
     folders = ["--align-environment", str(tmp_path / "align"), "--llamafactory-environment", str(tmp_path)]

@@ -70,7 +70,7 @@ def test_a_wrong_block_is_refused_with_its_place_and_the_remedy(fields: dict[str
     assert refusal(**fields).startswith(f"p.yaml: {message}")
 
 
-def test_a_stage_s_fields_go_over_those_of_the_run_unless_it_names_another_executor() -> None:
+def test_stage_fields_override_run_fields_of_same_executor() -> None:
     settings = runtime(
         executor={"name": "slurm", "partition": "gpu", "gpus": 1, "grace": 90},
         stages={"ppo": {"executor": {"gpus": 4}}, "data": {"executor": {"name": "ray", "tasks": 5}}, "dpo": {}},

@@ -296,7 +296,7 @@ def test_a_users_class_is_found_where_this_process_finds_it(
         ("Arguments = 3", r"Arguments in .*arguments\.py is no dataclass"),
     ],
 )
-def test_a_users_class_that_cannot_be_read_is_named_with_the_reason(
+def test_unreadable_user_class_is_refused_with_reason(
     source: str, message: str, package: Callable[[str], Path]
 ) -> None:
     package(source)

@@ -37,7 +37,7 @@ def test_a_pipeline_and_its_recipe_each_start_at_their_folder(project: Path, mon
     assert load_recipe("recipes/r.yaml", Path.cwd()).sources[0].paths == ["recipes/rows.jsonl"]  # type: ignore[union-attr]
 
 
-def test_a_base_file_and_a_value_of_set_start_at_their_own_folders(project: Path) -> None:
+def test_base_file_and_set_value_start_at_their_folders(project: Path) -> None:
     (project / "deep").mkdir()
     (project / "deep" / "q.yaml").write_text("extends: ../p.yaml\nname: q\n")
     assert (

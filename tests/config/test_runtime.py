@@ -21,7 +21,7 @@ def with_runtime(runtime: dict[str, Any], raw: dict[str, Any] | None = None) -> 
     return Pipeline({**(raw or toy.pipeline()), "runtime": runtime}, "p.yaml")
 
 
-def test_a_stage_has_what_is_said_for_it_and_else_what_the_run_has() -> None:
+def test_stage_runtime_overrides_run_runtime() -> None:
     engine = {"name": "vllm", "batch_size": 32}
     pipeline = with_runtime({"threads": 3, "engine": engine, "stages": {"one": {"engine": {"batch_size": 64}}}})
     first, second = pipeline.runtimes["one"], pipeline.runtimes["two"]
@@ -46,9 +46,7 @@ def test_a_stages_process_gets_its_own_part_and_its_key_stays(tmp_path: Path) ->
     assert {node.key for node in Pipeline(raw)} == {node.key for node in pipeline}
 
 
-def test_threads_spin_where_nobody_else_does_unless_the_user_says_how_they_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_spin_if_no_other_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wait_policy(folder: str) -> dict[str, str]:
         pipeline = Pipeline({"name": "envs", "stages": {"one": {"stage": "tests.support.toy:ENV"}}})
         run = run_pipeline(pipeline, store=tmp_path / folder)
@@ -107,6 +105,6 @@ def test_a_deterministic_run_samples_with_transformers() -> None:
         ({"stages": {"one": {"engine": {"name": "vllm"}}}}, "engine.name is vllm"),
     ],
 )
-def test_a_deterministic_run_refuses_engines_whose_samples_may_differ(fields: dict[str, Any], words: str) -> None:
+def test_deterministic_run_refuses_inexact_engines(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=f"deterministic is true, but {words}"):
         with_runtime({"deterministic": True, **fields})

@@ -35,7 +35,7 @@ def test_options_equal_the_installed_dataclass(kind: str) -> None:
     assert set(class_options(class_of(kind))) == real
 
 
-def test_every_stage_with_a_trainer_block_names_a_class_that_is_there() -> None:
+def test_trainer_classes_of_stages_exist() -> None:
     stages = [stage for stage in STAGES.values() if "trainer" in stage.config_class().model_fields]
     assert len(stages) == len(TRL_KINDS) + 5  # those that learn from rollouts
     for stage in stages:
@@ -142,7 +142,7 @@ def test_right_values_pass() -> None:
     check("sft", {"adam_beta2": 0.95, "gradient_checkpointing_kwargs": {"use_reentrant": False}})
 
 
-def test_none_passes_where_the_type_has_it_and_the_choices_do_not() -> None:
+def test_none_is_accepted_if_the_type_allows_it() -> None:
     option = class_options(SFT)["ddp_backend"]
     assert option.choices and None not in option.choices
     check("sft", {"ddp_backend": None})

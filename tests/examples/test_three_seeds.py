@@ -33,7 +33,7 @@ def summary(printed: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in map(str.split, printed.splitlines()) if len(cells) == 4}
 
 
-def test_mean_and_deviation_of_every_system_are_printed_and_plotted(
+def test_mean_and_deviation_are_printed_and_plotted(
     finished: list[Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([SMOKE, "--seeds", "1", "2", "4", "--plot", str(tmp_path / "seeds.png")])
@@ -56,7 +56,7 @@ def test_seeds_share_model_and_data_and_nothing_else(finished: list[Pipeline]) -
     assert shared == {node.name for node in Pipeline.load(SMOKE) if node.key == first.nodes[node.name].key}
 
 
-def test_the_plot_has_a_bar_at_each_mean_and_a_point_for_each_seed(finished: list[Pipeline]) -> None:
+def test_plot_has_bars_for_means_and_points_for_seeds(finished: list[Pipeline]) -> None:
     metric, scores = measure(Pipeline.load(SMOKE), [1, 2, 3], ["model", "data"], "reward", None)
     figure = plot(scores, metric)
     (axes,) = figure.axes

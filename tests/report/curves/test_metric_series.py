@@ -56,7 +56,7 @@ def test_held_out_shares_the_panel_and_loss_comes_first():
     ]
 
 
-def test_episodes_come_before_losses_and_scores_by_turn_share_panels():
+def test_episode_curves_come_first_and_turns_share_panels():
     turns = [f"score_turn_{turn}" for turn in range(14, 0, -1)]
     names = ["policy_loss", "prefix_hit_rate", "tool_errors", *turns, "calls", "turns", "kl", "score_form", "score"]
     assert group_by_panel(dict.fromkeys(names)) == [

@@ -124,7 +124,7 @@ def test_damaged_and_foreign_lines_are_no_episodes_or_harmless(tmp_path):
     assert read_rollouts(path) == [line]
 
 
-def test_episodes_of_a_stage_that_samples_are_shown_with_their_scores(tmp_path):
+def test_episodes_of_sampling_stage_show_scores(tmp_path):
     episodes = [play(ASK, [call(a=1), CallResult("one"), str(answer), Scores(1.0, {})]) for answer in (2, 3)]
     line = {"split": "train", "id": "r1", "prompt": ASK, "scores": [1.0, None]}
     line |= {"texts": ["2", "3"], "episodes": [describe_episode(episode) for episode in episodes]}
@@ -140,7 +140,7 @@ def test_episodes_of_a_stage_that_samples_are_shown_with_their_scores(tmp_path):
     assert read_episodes(tmp_path / "missing.jsonl") == []
 
 
-def test_an_episode_among_the_samples_has_scores_and_marks_by_token():
+def test_episode_sample_has_scores_and_token_marks():
     script = [call(a=1), CallResult("one"), "2", Scores(1.0, {"form": 0.25})]
     line = episode_line(play(ASK, script), ASK, score_form=0.25)
     item = page_samples([], None, {"ppo": [line]})["items"][0]
