@@ -4,6 +4,7 @@ Everything else that escapes is a bug in align and keeps its traceback.
 """
 
 import errno
+import importlib.util
 import math
 import re
 import shutil
@@ -122,3 +123,23 @@ def no_space(folder: Path) -> str:
 def disk_is_full(folder: Path) -> bool:
     """Return whether the disk that holds ``folder`` is as good as full."""
     return shutil.disk_usage(folder).free < LITTLE_SPACE
+
+
+def require_extra(module: str, extra: str, user: str) -> None:
+    """Raise ``UserError`` if ``module`` is not installed.
+
+    The message begins with ``user``, the feature that needs the module. The module is not imported, so a plan can check
+    what a stage will need.
+    """
+    try:
+        is_there = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        is_there = False
+    if not is_there:
+        raise missing_extra(module, extra, user)
+
+
+def missing_extra(module: str, extra: str, user: str) -> UserError:
+    """Return the error for a ``module`` that is not installed."""
+    remedy = f"pip install 'align-pipeline[{extra}]'"
+    return UserError(f"{user} needs the package {module}, which is not installed: {remedy}.")

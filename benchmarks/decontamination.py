@@ -26,8 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from align.config.recipe.evaluation_set import EvaluationSet
-from align.config.recipe.step_settings import DecontaminateStep
+from align.config.recipe.step_settings import DecontaminateStep, EvaluationSet
 from align.data.formats import convert
 from align.data.rows import Row, assistant, user
 from align.data.steps.base import StepContext, Table

@@ -36,7 +36,7 @@ def model_folder(folder: Path) -> Path:
 
 def task_of(options: argparse.Namespace) -> Any:
     """Return the task, as an evaluation builds it."""
-    from align.config.stages.evaluation_tasks import IfevalConfig
+    from align.config.stages.evaluation.tasks import IfevalConfig
     from align.evaluation.tasks import build_task
     from align.evaluation.tasks.base import TaskInputs
 

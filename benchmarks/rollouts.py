@@ -28,7 +28,7 @@ def align_engine(
 ) -> Callable[[int], int]:
     """Return a sampling run of the engine that stages use, in this process or in servers of its own."""
     from align.config.runtime import EngineConfig, Runtime
-    from align.config.vllm_servers import RolloutsConfig
+    from align.config.runtime.rollouts import RolloutsConfig
     from align.inference.engine import open_engine
     from align.inference.protocol import Sampling
 

@@ -238,7 +238,7 @@ def stages_in_process() -> Iterator[None]:
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's cache folder, empty, for a process that has looked up no class's fields yet."""
-    from align.config.field_dumps import class_options, field_dump
+    from align.config.options.field_dumps import class_options, field_dump
 
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     for lookup in (class_options, field_dump):
@@ -251,7 +251,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 @pytest.fixture
 def forked_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the fields of classes in forks, which have imported trl and peft already."""
-    from align.config import field_dumps
+    from align.config.options import field_dumps
     from tests.support.fork_server import Forking
 
     monkeypatch.setattr(field_dumps, "subprocess", Forking())

@@ -21,7 +21,7 @@ def test_the_wheel_has_what_is_shipped_and_nothing_of_the_workshop(installed_ali
     assert shipped == in_repository
     # The package and its metadata, and no tests, benchmarks or docs.
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"align", "align_pipeline"}
-    assert "align/config/field_dumps.json" in names
+    assert "align/config/options/field_dumps.json" in names
 
 
 def test_commands_find_shipped_files_from_an_empty_folder(installed_align: InstalledAlign, tmp_path: Path) -> None:

@@ -18,13 +18,12 @@ from align.capacity.sampling_ways import (
     user_load,
     user_of,
 )
-from align.config.batch_sizes import EPISODES_TOGETHER, READ_TOKENS, SAMPLE_CHUNK, SYNTHESIS_CHUNK
-from align.config.environment import EnvironmentConfig
-from align.config.simulated_user import SimulatedUserConfig
-from align.config.stages.environment_task import EnvironmentTaskConfig
+from align.config.environment import EnvironmentConfig, SimulatedUserConfig
+from align.config.runtime.rollouts import EPISODES_TOGETHER, READ_TOKENS, SAMPLE_CHUNK, SYNTHESIS_CHUNK
 from align.config.stages.evaluate import EvaluateConfig
-from align.config.stages.evaluation_fields import TaskConfig
-from align.config.stages.evaluation_tasks import (
+from align.config.stages.evaluation.task_fields import TaskConfig
+from align.config.stages.evaluation.tasks import (
+    EnvironmentTaskConfig,
     JudgedConfig,
     LmEvalConfig,
     MultipleChoiceConfig,
@@ -33,8 +32,7 @@ from align.config.stages.evaluation_tasks import (
     RewardPairsConfig,
 )
 from align.config.stages.sample import SampleConfig
-from align.config.stages.synthesis_tasks import InstructionsTask
-from align.config.stages.synthesize import SynthesizeConfig
+from align.config.stages.synthesize import InstructionsTask, SynthesizeConfig
 from align.models.compute.architecture import Architecture
 from align.models.compute.compute_types import resolved
 

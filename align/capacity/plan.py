@@ -18,7 +18,7 @@ from align.capacity.memory import Estimate
 from align.capacity.sampling_ways import Inference, sampling_notes, sampling_remedies, sampling_way
 from align.capacity.sharding import Job, Strategy, requested_strategy
 from align.capacity.training_ways import TrainingWay, training_remedies, training_ways
-from align.config.launch import LaunchConfig
+from align.config.runtime.launch import LaunchConfig
 from align.config.validation import suggest, validate_plain
 from align.errors import UserError
 from align.models.compute.architecture import Architecture, UnknownArchitecture, read_architecture

@@ -14,11 +14,9 @@ from typing import Any, Literal
 from align.capacity.hardware import GIB, Device, Hardware, Way, largest_that_fits
 from align.capacity.memory import engine_memory, resolve_engine
 from align.config.base import Precision
-from align.config.batch_sizes import CPU_STEP_TOKENS, SCORED_AT_ONCE
-from align.config.environment import EnvironmentConfig
+from align.config.environment import USER_INPUT, EnvironmentConfig
 from align.config.runtime import Runtime
-from align.config.simulated_user import USER_INPUT
-from align.config.vllm_servers import RolloutsConfig
+from align.config.runtime.rollouts import CPU_STEP_TOKENS, SCORED_AT_ONCE, RolloutsConfig
 from align.models.compute.architecture import Architecture
 from align.models.compute.estimates import FLOAT, SIZES, passing_per_token
 

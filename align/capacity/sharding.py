@@ -22,7 +22,7 @@ from typing import Any, Literal
 from align.capacity.hardware import Hardware
 from align.capacity.memory import Memory
 from align.config.base import Precision
-from align.config.launch import LaunchConfig
+from align.config.runtime.launch import LaunchConfig
 from align.config.tuning import TuningBase
 from align.models.compute.architecture import Architecture
 from align.models.compute.estimates import FLOAT

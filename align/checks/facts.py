@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align.checks.weights import Tensor, read_tensors, tensor_digest, weights_digest
-from align.config.faults import REMEDIES
+from align.config.runtime import FAULT_REMEDIES
 from align.errors import UserError
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import write_text_atomically
@@ -36,7 +36,7 @@ class Fault:
 
     def text(self) -> str:
         """Return one sentence with its remedy."""
-        return f"{self.name}: {self.place} {self.problem}. {REMEDIES[self.name]}"
+        return f"{self.name}: {self.place} {self.problem}. {FAULT_REMEDIES[self.name]}"
 
 
 def refuse(stage: str, faults: Iterable[Fault], waived: Iterable[str] = (), *, waivable: bool = True) -> None:

@@ -145,7 +145,7 @@ def find_reward(option: str, word: str, store: str | None) -> dict[str, Any]:
     if (folder / RECORD).is_file():
         artifact = artifact_at(folder)
     elif folder.exists():
-        from align.config.stages.artifact import ArtifactConfig
+        from align.config.stages.inputs import ArtifactConfig
 
         stage = STAGES["artifact"]
         try:

@@ -44,7 +44,7 @@ def topics() -> dict[str, Topic]:
     """Return the topics of ``align fields`` and of the reference, by name."""
     from align.config.recipe.recipe import Recipe
     from align.config.runtime import Runtime
-    from align.config.stages.evaluation_tasks import TASK_CONFIGS
+    from align.config.stages.evaluate import TASK_CONFIGS
     from align.config.tuning import Tuning
     from align.pipeline.loops import LoopConfig
     from align.pipeline.pipeline import PipelineConfig

@@ -26,7 +26,7 @@ def print_pins(pipeline: Pipeline) -> None:
 
 def print_recipes(pipeline: Pipeline) -> None:
     """Print, as comments, the recipe that each data stage with a dataset stands for."""
-    from align.config.stages.data import DataConfig
+    from align.config.stages.inputs import DataConfig
     from align.config.yaml import dump_yaml
     from align.stages.data import resolved_recipe
 

@@ -186,7 +186,7 @@ def _max_prompt_tokens(scene: Scene, model_dir: Path) -> int:
 
 def _find_user(scene: Scene, finished: Finished) -> Path | None:
     """Return the folder of the checkpoint that plays the user; None without such a checkpoint."""
-    from align.config.simulated_user import USER_INPUT
+    from align.config.environment import USER_INPUT
 
     node, user = scene.node, scene.settings.environment.user
     if user is None or user.model is None:

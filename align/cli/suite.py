@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from align.cli.checkpoints import BASE, Checkpoint
-from align.config.located_paths import PathField, locate, settle_path, unmark
 from align.config.shipped import find_shipped
 from align.config.stages.evaluate import EvaluateConfig
+from align.config.user_paths import PathField, locate, settle_path, unmark
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml
 from align.errors import UserError

@@ -17,7 +17,7 @@ from typing import Any
 
 from align.clusters.follow import JobFollower, JobResult, JobState, read_note, write_note
 from align.clusters.threads import await_inputs, with_threads
-from align.config.executor import RayExecutor
+from align.config.runtime.executor import RayExecutor
 from align.config.user_functions import add_module_folders, module_folders
 from align.errors import StageFailed, UserError
 from align.inference import ray_client

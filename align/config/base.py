@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_origin
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_origin
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-from align.config.field_docstrings import field_docstrings
+from align.config.field_descriptions import field_docstrings
 from align.store.artifacts import Kind
 
 Precision = Literal["bfloat16", "float32"]
@@ -146,6 +146,21 @@ def names_in_block(block: Mapping[str, Any], name: str) -> list[str]:
             inside += content if isinstance(content, list) else [content]
         values = inside
     return [value for value in values if isinstance(value, str)]
+
+
+def rename_in_block(block: Any, name: str, rename: Callable[[str], str]) -> Any:
+    """Return a stage's block, as the YAML has it, with the stages that a field of ``input_fields`` names renamed."""
+    if isinstance(block, list):
+        return [rename_in_block(item, name, rename) for item in block]
+    field, _, nested = name.partition(".")
+    if not isinstance(block, Mapping) or field not in block:
+        return block
+    value = block[field]
+    if nested:
+        value = rename_in_block(value, nested, rename)
+    elif isinstance(value, str):
+        value = rename(value)
+    return {**block, field: value}
 
 
 def _blocks(annotation: Any) -> list[type[Config]]:

@@ -1,4 +1,4 @@
-"""The block ``environment:``: what a policy acts in over several turns, and the limits of an episode. Torch-free.
+"""The block ``environment:``: what a policy acts in over several turns, and the user it talks to. Torch-free.
 
 Leaves out the acting itself (``align.environments``).
 """
@@ -8,23 +8,29 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from align.config.base import Config, settings_for_key
-from align.config.class_source import check_class, defines_method, method_names
-from align.config.extras import require_extra
-from align.config.function_arguments import read_module, top_level_names
+from align.config.base import Config, settings_for_key, stage_input
+from align.config.endpoint import EndpointConfig
+from align.config.recipe.templates import MissingValue, parse_template
 from align.config.scores import scoring_identity
-from align.config.simulated_user import SimulatedUserConfig
-from align.config.tool_formats import check_tool_format
-from align.config.user_functions import SHORT, function_identity, search_module_folders
+from align.config.user_functions import (
+    SHORT,
+    check_class,
+    function_identity,
+    method_names,
+    read_module,
+    search_module_folders,
+    top_level_names,
+)
 from align.config.validation import hint_nearest, suggest
-from align.errors import UserError, redact
+from align.errors import UserError, redact, require_extra, shorten
+from align.store.artifacts import GENERATORS
 from align.store.fingerprint import canonical, code_identity
 
 SOURCES = ("class", "tools", "verifiers", "openenv")
@@ -39,6 +45,70 @@ FREE = frozenset({"workers", "isolation"})
 """Fields that change no result, and no key."""
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
+USER_INPUT = "environment.user.model"
+"""Name of the user's checkpoint among a stage's inputs."""
+
+
+class SimulatedUserConfig(Config):
+    """A model that plays the user. Exactly one field of model and endpoint is set."""
+
+    model: stage_input(*GENERATORS) | None = None  # type: ignore[valid-type]
+    """Stage whose checkpoint speaks as the user, by transformers in the stage's own process."""
+    endpoint: EndpointConfig | None = None
+    """OpenAI-compatible server that speaks as the user."""
+    prompt: str = Field(pattern=r"\S")
+    """System message of the user's model: who it is and what it wants. ``{goal}`` quotes a column of the row; a brace
+    is written twice."""
+    stop: str | None = Field(None, pattern=r"\S")
+    """Text by which the user ends the conversation, as the prompt tells it to: ``###STOP###``. What follows it is
+    dropped. Null: the user never ends it."""
+    opens: bool = False
+    """The user speaks first. The policy sees only the system messages of the row's prompt, or of the messages that
+    ``reset`` returns."""
+    max_tokens: int = Field(256, ge=1)
+    """Most tokens of an answer. One that is cut off there fails its episode."""
+    temperature: float = Field(1.0, ge=0, le=5)
+    """Sampling temperature of the user; 0 is greedy."""
+    max_cost: float | None = Field(None, gt=0)
+    """Stop before the endpoint costs more in all, by its prices; raise it and run again to continue."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_template(cls, prompt: str) -> str:
+        parse_template(prompt)
+        return prompt
+
+    @model_validator(mode="after")
+    def _has_one_model(self) -> Self:
+        if (self.model is None) == (self.endpoint is None):
+            have = "both are" if self.model else "neither is"
+            raise ValueError(f"either model or endpoint speaks as the user; {have} set.")
+        if self.max_cost is not None and (self.endpoint is None or self.endpoint.price_input is None):
+            raise ValueError("max_cost needs endpoint.price_input and endpoint.price_output.")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name of the user's model in messages."""
+        return str(self.model) if self.endpoint is None else f"{self.endpoint.model} at {self.endpoint.url}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that answers depend on, but for a checkpoint: that is an input of the stage."""
+        settings = self.model_dump(exclude={"model", "endpoint", "max_cost"})
+        return settings if self.endpoint is None else settings | {"endpoint": self.endpoint.identity()}
+
+    def system_message(self, row: Mapping[str, Any], place: str) -> str:
+        """Return the prompt for a row. Raises ``UserError``, which begins with ``place``, for a column it lacks."""
+        try:
+            return parse_template(self.prompt).render(row)
+        except MissingValue as error:
+            columns = ", ".join(sorted(shorten(str(name)) for name in row))
+            raise UserError(
+                f"{place}.prompt: row {row.get('id', '')}: {error}. A recipe keeps a column with `keep`; the row has "
+                f"{columns}."
+            ) from None
 
 
 class EnvironmentConfig(Config):
@@ -139,11 +209,11 @@ class EnvironmentConfig(Config):
         if self.tools and self.score is None:
             raise ValueError("tools need a `score`: a function that says how good the episode is.")
         if is_user_alone and self.score is None:
-            raise ValueError("a user alone needs a `score`: a function that says how good the episode is.")
+            raise ValueError("a user without tools needs a `score`: a function that says how good the episode is.")
         if self.score is not None and not self.tools and not is_user_alone:
             raise ValueError(f"score is for `tools`, and the {sources[0]} scores its episodes itself; remove it.")
         if self.user is not None and sources and sources[0] not in WITH_USER:
-            raise ValueError(f"user answers beside a class or tools, and {sources[0]} has users of its own; remove it.")
+            raise ValueError(f"user answers next to a class or tools, and {sources[0]} has its own users; remove it.")
         return self
 
     @model_validator(mode="after")
@@ -153,7 +223,7 @@ class EnvironmentConfig(Config):
         if self.max_tokens < least:
             raise ValueError(
                 f"max_turns {self.max_turns} can never fit into max_tokens {self.max_tokens}: these turns and what "
-                f"stands between them are at least {least} tokens. Raise max_tokens, or lower max_turns."
+                f"comes between them are at least {least} tokens. Raise max_tokens, or lower max_turns."
             )
         if self.turn_max_tokens is not None and self.turn_max_tokens > self.max_tokens:
             raise ValueError(
@@ -165,8 +235,8 @@ class EnvironmentConfig(Config):
     @property
     def label(self) -> str:
         """Name of the environment in messages: a class, functions, a package, or an address."""
-        named = self.class_name or ", ".join(self.tools or []) or self.verifiers or self.openenv
-        return named or "a simulated user"
+        source = self.class_name or ", ".join(self.tools or []) or self.verifiers or self.openenv
+        return source or "a simulated user"
 
     def tool_names(self, place: str = "environment") -> list[str]:
         """Return the names of the tools, as far as the source of the user's code shows them. Runs no code."""
@@ -194,7 +264,7 @@ class EnvironmentConfig(Config):
         if self.class_name is not None:
             yield "class", function_identity(self.class_name, f"{place}.class")
             check_class(self.class_name, self.arguments, METHODS, f"{place}.class")
-            if self.user is not None and defines_method(self.class_name, "step", f"{place}.class"):
+            if self.user is not None and "step" in method_names(self.class_name, f"{place}.class"):
                 raise two_answers(self.class_name, place)
         for index, path in enumerate(self.tools or []):
             yield f"tools[{index}]", function_identity(path, f"{place}.tools[{index}]")
@@ -242,7 +312,7 @@ def tool_name(path: str) -> str:
 
 def _check_path(path: str) -> None:
     if not IMPORT_PATH.fullmatch(path):
-        raise ValueError(f"'{path}' is no import path; write it as package.module:name.{hint_nearest(path, SHORT)}")
+        raise ValueError(f"'{path}' is not an import path; write it as package.module:name.{hint_nearest(path, SHORT)}")
 
 
 def _check_function(path: str, place: str) -> None:
@@ -270,6 +340,51 @@ def _taskset_identity(name: str, place: str) -> str:
     if not is_there:
         raise UserError(
             f"{place} '{name}': there is no module '{module}'; install the environment's package where align is "
-            "installed, or put the module beside the YAML file."
+            "installed, or put the module next to the YAML file."
         )
     return code_identity(module)
+
+
+TOOL_FORMATS = ("hermes", "llama3", "mistral", "smollm3", "olmo3")
+"""Formats that ``align.data.tool_calls`` parses."""
+AUTO = "auto"
+PATTERN_PREFIX = "regex:"
+GROUPS = ("name", "arguments")
+"""Groups that a pattern must have."""
+
+
+def check_tool_format(name: str) -> None:
+    """Raise ``ValueError`` for the name of no format, and for a pattern that cannot be used."""
+    if name.startswith(PATTERN_PREFIX):
+        compile_call_pattern(name.removeprefix(PATTERN_PREFIX))
+    elif name not in (AUTO, *TOOL_FORMATS):
+        raise ValueError(
+            f"unknown format '{shorten(name)}'.{hint_nearest(name, [*TOOL_FORMATS, AUTO])} "
+            f"Known are auto, {', '.join(TOOL_FORMATS)} and regex:PATTERN."
+        )
+
+
+def compile_call_pattern(pattern: str) -> Any:
+    """Return a compiled pattern of the package regex, whose searches can have a time limit; ``.`` matches line breaks.
+
+    Raises ``ValueError`` for an invalid pattern, a pattern without the groups ``name`` and ``arguments``, and a pattern
+    that matches an empty text.
+    """
+    import regex
+
+    try:
+        compiled = regex.compile(pattern, regex.DOTALL)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"'{shorten(pattern)}' is not a regular expression ({error}). Correct it; special characters such as [ and "
+            "{ need a backslash."
+        ) from None
+    missing = [group for group in GROUPS if group not in compiled.groupindex]
+    if missing:
+        raise ValueError(
+            f"'{shorten(pattern)}' has no group {' and no group '.join(missing)}. Write them as (?P<name>...) and "
+            "(?P<arguments>...)."
+        )
+    if compiled.match(""):
+        raise ValueError(f"'{shorten(pattern)}' matches an empty text, so that every turn would call.")
+    return compiled

@@ -40,7 +40,7 @@ def find_commit(name: str, revision: str | None, repo_type: RepoType) -> str:
     if revision is not None and is_commit(revision):
         return revision
     if revision is not None and not REVISION.fullmatch(revision):
-        raise UserError(f"revision: '{revision}' is no branch, tag or commit.")
+        raise UserError(f"revision: '{revision}' is not a branch, tag or commit.")
     import huggingface_hub
 
     if huggingface_hub.is_offline_mode():

@@ -1,19 +1,18 @@
-"""The field ``score:`` of every stage that scores responses: a function, or a weighted list of rewards. Torch-free.
+"""The fields ``score:`` and ``metrics:``, by which stages score responses: functions and weighted rewards. Torch-free.
 
-Leaves out the scoring itself (``align.data.scoring``, ``align.data.scoring``, ``align.evaluation.rewards``).
+Leaves out the scoring itself (``align.data.scoring``, ``align.evaluation.rewards``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from align.config.base import Config, stage_input
-from align.config.function_arguments import check_arguments
-from align.config.judge import EndpointJudge
-from align.config.user_functions import SHORT, function_identity
+from align.config.endpoint import EndpointJudge
+from align.config.user_functions import SHORT, check_arguments, function_identity
 from align.store.artifacts import Kind
 from align.store.fingerprint import canonical
 
@@ -149,20 +148,6 @@ def describe_score(score: str | list[RewardEntry] | None) -> str:
     return score if isinstance(score, str) else ", ".join(reward_names(score))
 
 
-def rename_score_stages(block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-    """Return a stage's block, as the YAML has it, with the reward stages of its ``score`` renamed."""
-    score = block.get("score")
-    if not isinstance(score, list):
-        return block
-    renamed = [
-        {**entry, "reward": rename(entry["reward"])}
-        if isinstance(entry, dict) and isinstance(entry.get("reward"), str)
-        else entry
-        for entry in score
-    ]
-    return {**block, "score": renamed}
-
-
 def scoring_identity(path: str, arguments: dict[str, Any], place: str) -> str:
     """Return the identity of a function that scores.
 
@@ -173,3 +158,36 @@ def scoring_identity(path: str, arguments: dict[str, Any], place: str) -> str:
     if path not in SHORT or arguments:
         check_arguments(path, arguments, place)
     return identity
+
+
+METRIC_NAME = r"^[A-Za-z][A-Za-z0-9_-]{0,63}$"
+
+
+class MetricFunction(Config):
+    """A function that scores responses, as a metric of the scorecard."""
+
+    function: str
+    """``gold``, or ``package.module:function``."""
+    name: str | None = Field(None, pattern=METRIC_NAME)
+    """Name of the metric; by default the function's."""
+    better: Literal["higher", "lower"] = "higher"
+    """Scores that are better."""
+    arguments: dict[str, Any] = Field({})
+    """Keyword arguments for the function in addition to rows and responses."""
+
+    keyed_when_set: ClassVar[frozenset[str]] = frozenset({"arguments"})
+
+    @property
+    def metric(self) -> str:
+        """Name in the scorecard, in gates and on the page."""
+        return self.name or self.function.rpartition(":")[2]
+
+
+MetricFunctions = str | Sequence[str | MetricFunction]
+"""One function or several."""
+
+
+def metric_functions(score: MetricFunctions | None) -> list[MetricFunction]:
+    """Return the functions of a ``score`` setting, in order; none for None."""
+    entries: Sequence[str | MetricFunction] = [score] if isinstance(score, str) else score or []
+    return [MetricFunction(function=entry) if isinstance(entry, str) else entry for entry in entries]

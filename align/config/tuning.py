@@ -12,9 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
-from align.config.peft_options import check_options, check_type
-from align.config.trained_tokens import TrainedTokens
-from align.config.tuning_schedules import Lisa, Unfreeze
+from align.config.options import check_options, check_type
+from align.config.tuning_blocks import Lisa, TrainedTokens, Unfreeze
 from align.config.validation import hint_nearest
 
 LORA_HEAD_RATE = 0.1

@@ -1,18 +1,25 @@
-"""Functions that a YAML names as ``package.module:function``: loading, and identity in keys. Torch-free."""
+"""Functions and classes that a YAML names as ``package.module:name``: import, identity in keys, arguments. Torch-free.
+
+At loading, arguments and methods are read from the source, so no code of the user's runs. Code whose source does not
+show them (decorated, imported from elsewhere, made at run time) is checked when its stage has imported it.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from align.config.shipped import shipped_root
-from align.config.validation import suggest
+from align.config.validation import hint_nearest, suggest
 from align.errors import UserError
 from align.store.fingerprint import code_identity, file_digest
 
@@ -131,3 +138,242 @@ def _find(full: str, role: str) -> Path:
             "current folder, in the folder of the YAML file or of a file that it extends, or installed."
         )
     return Path(spec.origin)
+
+
+POSITIONAL = 2
+"""Arguments that the caller passes by position: rows and responses, or a row and a response."""
+_POSITIONAL_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NAMED_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a function by name, without those that it gets by position."""
+
+    names: tuple[str, ...]
+    required: frozenset[str]
+    takes_any: bool
+    """True with ``**options``."""
+
+    def check(self, arguments: Collection[str], function: str, place: str, field: str = "function") -> None:
+        """Raise ``UserError``, which begins with ``place``, for an unknown argument and for a missing one.
+
+        ``field`` is the YAML's field that names the function, or the class.
+        """
+        for name in arguments:
+            if name not in self.names and not self.takes_any:
+                remedy = suggest(name, self.names) or " It takes none that a YAML could set."
+                raise UserError(f"{place}.arguments: {function} has no argument '{name}'.{remedy}")
+        missing = sorted(self.required - set(arguments))
+        if missing:
+            raise UserError(
+                f"{place}: {function} needs {', '.join(missing)}; write `arguments: {{{missing[0]}: ...}}` next to "
+                f"`{field}:`, or give it a default."
+            )
+
+
+def check_arguments(path: str, arguments: Mapping[str, Any], place: str, positional: int = POSITIONAL) -> None:
+    """Check a function's arguments as far as its source shows them.
+
+    A missing module is reported when it is imported. ``positional`` is the number of parameters that the caller passes
+    by position. Raises ``UserError``, which begins with ``place``, for a function that is not in its module, an unknown
+    argument, and a missing argument.
+    """
+    module, _, name = full_path(path, place).partition(":")
+    tree = read_module(module, path, place)
+    if tree is None:
+        return
+    definition = _find_definition(tree, name)
+    if definition is not None:
+        if not definition.decorator_list:
+            parameters_of(definition.args, positional).check(arguments, name, place)
+        return
+    names = top_level_names(tree)
+    if names is not None and name not in names:
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        raise UserError(f"{place} '{path}': {module} has no function '{name}'.{suggest(name, functions)}")
+
+
+def read_module(module: str, path: str, place: str) -> ast.Module | None:
+    """Return the parsed source of a module; None if the module is missing or has no source.
+
+    Raises ``UserError``, which begins with ``place``, for source that is not valid Python.
+    """
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    try:
+        return ast.parse(Path(spec.origin).read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"{place} '{path}': {spec.origin}, line {error.lineno}: {error.msg}.") from None
+
+
+def check_call(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    name: str,
+    place: str,
+    positional: int = POSITIONAL,
+    field: str = "function",
+) -> None:
+    """Check the arguments of an imported function, or class; raise ``UserError`` as ``check_arguments`` does."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # written in C, without a signature
+    parameters = list(signature.parameters.values())
+    by_position = [parameter.name for parameter in parameters if parameter.kind in _POSITIONAL_KINDS][:positional]
+    by_name = [
+        parameter for parameter in parameters if parameter.kind in _NAMED_KINDS and parameter.name not in by_position
+    ]
+    Parameters(
+        names=tuple(parameter.name for parameter in by_name),
+        required=frozenset(parameter.name for parameter in by_name if parameter.default is inspect.Parameter.empty),
+        takes_any=any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters),
+    ).check(arguments, name, place, field)
+
+
+def parameters_of(arguments: ast.arguments, positional: int) -> Parameters:
+    """Return the parameters of a definition without the first ``positional`` ones."""
+    all_names = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
+    names = all_names[positional:]
+    # Defaults belong to the last of these parameters.
+    without_default = set(all_names[: len(all_names) - len(arguments.defaults)])
+    keyword_only = [argument.arg for argument in arguments.kwonlyargs]
+    needed = {name for name, default in zip(keyword_only, arguments.kw_defaults, strict=True) if default is None}
+    return Parameters(
+        names=(*names, *keyword_only),
+        required=frozenset((without_default & set(names)) | needed),
+        takes_any=arguments.kwarg is not None,
+    )
+
+
+def _find_definition(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """Return the last definition of a function at the top level of a module, which overrides earlier ones."""
+    for node in reversed(tree.body):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            return node
+    return None
+
+
+def top_level_names(tree: ast.Module) -> set[str] | None:
+    """Return the names that a module defines; None if its source does not show all of them."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+            return None
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return None if names & {"__getattr__", "globals"} else names
+
+
+PLAIN_BASES = frozenset({"object", "ABC", "Protocol", "Generic"})
+"""Bases that add no method of a user's."""
+PROPERTIES = frozenset({"property", "cached_property", "setter", "deleter"})
+"""Decorators of functions that are not methods."""
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+NO_PARAMETERS = Parameters(names=(), required=frozenset(), takes_any=False)
+REMEDIES = {
+    "reset": " Add `reset(self, row)`, which begins an episode and returns its first message.",
+    "score": " Add `score(self)`, which returns a number when the episode has ended.",
+}
+"""Remedies for a class that lacks a method."""
+
+
+def check_class(path: str, arguments: Mapping[str, Any], required: Collection[str], place: str) -> None:
+    """Check a class of the user's by its source, as far as that tells; a missing module is left to who imports it.
+
+    ``required`` are methods that it must have, ``arguments`` the keyword arguments of its ``__init__``. Raises
+    ``UserError``, which begins with ``place``.
+    """
+    lineage = _find_class(path, place)
+    if lineage is None:
+        return
+    check_methods(path, {method for node in lineage for method in _names_in(node)}, required, place)
+    if any(node.decorator_list for node in lineage):  # such as a dataclass, whose __init__ is generated
+        return
+    initializers = (_initializer(node) for node in lineage)
+    definition = next((node for node in initializers if node is not None), None)
+    if definition is None:
+        NO_PARAMETERS.check(arguments, lineage[0].name, place, "class")
+    elif not definition.decorator_list:
+        parameters_of(definition.args, 1).check(arguments, lineage[0].name, place, "class")
+
+
+def method_names(path: str, place: str) -> list[str]:
+    """Return the methods of a class and its bases that the source shows.
+
+    Raises ``UserError`` as ``check_class`` does.
+    """
+    lineage = _find_class(path, place) or []
+    functions = [child for node in reversed(lineage) for child in node.body if isinstance(child, FUNCTIONS)]
+    return list(dict.fromkeys(function.name for function in functions if not _is_property(function)))
+
+
+def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    decorators = [ast.unparse(decorator).rpartition(".")[2] for decorator in function.decorator_list]
+    return any(name in PROPERTIES for name in decorators)
+
+
+def check_methods(path: str, methods: Collection[str], required: Collection[str], place: str) -> None:
+    """Raise ``UserError``, which begins with ``place``, for a class that lacks a ``required`` method."""
+    for method in required:
+        if method not in methods and "__getattr__" not in methods:
+            hint = hint_nearest(method, [name for name in methods if not name.startswith("_")])
+            raise UserError(f"{place} '{path}': the class has no method '{method}'.{hint or REMEDIES.get(method, '')}")
+
+
+def _find_class(path: str, place: str) -> list[ast.ClassDef] | None:
+    """Return a class and all its bases, the class first; None if its module's source does not show them.
+
+    Raises ``UserError``, which begins with ``place``, for a module without such a class.
+    """
+    module, _, name = path.partition(":")
+    tree = read_module(module, path, place)
+    if tree is None:
+        return None
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    if name in classes:
+        return _lineage(classes[name], classes)
+    names = top_level_names(tree)
+    if names is not None and name not in names:
+        raise UserError(f"{place} '{path}': {module} has no class '{name}'.{suggest(name, classes)}")
+    if any(isinstance(node, FUNCTIONS) and node.name == name for node in tree.body):
+        raise UserError(f"{place} '{path}': {name} is a function; name a class, or list functions under `tools`.")
+    return None
+
+
+def _lineage(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> list[ast.ClassDef] | None:
+    """Return a class and all its bases, the class first; None if a base is not in the module."""
+    lineage = [node]
+    for base in node.bases:
+        text = ast.unparse(base.value if isinstance(base, ast.Subscript) else base).rpartition(".")[2]
+        if text in PLAIN_BASES:
+            continue
+        parent = classes.get(text)
+        above = None if parent is None or parent is node else _lineage(parent, classes)
+        if above is None:
+            return None
+        lineage += above
+    return lineage
+
+
+def _names_in(node: ast.ClassDef) -> Iterator[str]:
+    """Yield the names that a class's body defines."""
+    for child in ast.walk(node):
+        if isinstance(child, FUNCTIONS):
+            yield child.name
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+
+
+def _initializer(node: ast.ClassDef) -> ast.FunctionDef | None:
+    methods = [child for child in node.body if isinstance(child, ast.FunctionDef) and child.name == "__init__"]
+    return methods[-1] if methods else None

@@ -32,8 +32,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def suggest(name: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest candidate, else all candidates, else an empty text."""
     names = sorted(set(candidates))
-    known = f" Known here: {', '.join(names)}." if names else ""
-    return hint_nearest(name[:MOST_SHOWN], names) or known
+    listing = f" Known here: {', '.join(names)}." if names else ""
+    return hint_nearest(name[:MOST_SHOWN], names) or listing
 
 
 def hint_nearest(name: str, candidates: Iterable[str]) -> str:
@@ -111,7 +111,7 @@ def _problem(value: Any) -> str | None:
     if isinstance(value, str):
         if "\0" in value:
             return "has a NUL character, which no path and no file of text may have."
-        return "has half a character (a lone surrogate), which is no text." if _SURROGATE.search(value) else None
+        return "has half a character (a lone surrogate), which is not text." if _SURROGATE.search(value) else None
     if isinstance(value, float) and not math.isfinite(value):
         return f"should be a finite number; found {value}."
     if isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:

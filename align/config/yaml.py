@@ -46,9 +46,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
             if key in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands here a second time", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             keys.add(key)
         node.flattened = True  # type: ignore[attr-defined]
         super().flatten_mapping(node)
@@ -152,7 +150,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: invalid YAML at {place}: {error.problem or error}.") from None
     except RecursionError:
         raise UserError(
-            f"{where}: invalid YAML: an alias (*name) stands inside what it names, or nests too deep."
+            f"{where}: invalid YAML: an alias (*name) is inside what it names, or nests too deep."
         ) from None
     except (yaml.YAMLError, ValueError, OverflowError, KeyError, AttributeError, TypeError) as error:
         # The last ones come from tags that do not fit their text: `!!bool x`.

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from align.config.function_arguments import check_call
 from align.config.scores import is_reserved
-from align.config.user_functions import full_path, load_function
+from align.config.user_functions import check_call, full_path, load_function
 from align.data.event_loop import gather_bounded, wait_for
 from align.data.rows import Row
 from align.errors import NO_SPACE, StageFailed, UserError, shorten

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.config.extras import require_extra
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.source_settings import (
     ArtifactSource,
@@ -27,8 +26,9 @@ from align.config.recipe.source_settings import (
     PythonSource,
     RecordSource,
     Source,
+    SplitPart,
+    parse_split,
 )
-from align.config.recipe.split import SplitPart, parse_split
 from align.config.recipe.templates import lookup, parse_column
 from align.config.user_functions import function_identity, load_function
 from align.config.user_paths import matching_paths, user_path
@@ -41,7 +41,7 @@ from align.data.formats.mapping import group_records, map_record, named_columns
 from align.data.formats.reading import SUFFIXES, Item, check_record, is_readable, read_file
 from align.data.rows import BadRecord, iter_rows
 from align.data.scoring import plain_value
-from align.errors import UserError
+from align.errors import UserError, require_extra
 from align.store.fingerprint import file_digest
 from align.store.record import RECORD, find_problems, read_artifact, read_record
 

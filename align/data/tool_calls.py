@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
-from align.config.tool_formats import AUTO, PATTERN_PREFIX, check_tool_format, compile_call_pattern
+from align.config.environment import AUTO, PATTERN_PREFIX, check_tool_format, compile_call_pattern
 from align.data.call_values import MalformedCall, call_from_json, calls_from_code, decode_json
 from align.data.call_values import ToolCall as ToolCall
 from align.data.final_answers import hide_thoughts

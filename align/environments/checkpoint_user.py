@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Precision
+from align.config.environment import SimulatedUserConfig
 from align.config.runtime import Runtime
-from align.config.simulated_user import SimulatedUserConfig
 from align.data.rows import Message, assistant, user
 from align.environments.simulated_user import UserAnswer, UserRequest, read_answer
 from align.environments.turn_template import TurnTemplate

@@ -16,7 +16,6 @@ import httpx
 
 from align.config.endpoint import LOCAL
 from align.config.environment import EnvironmentConfig
-from align.config.extras import require_extra
 from align.data.event_loop import wait_for
 from align.data.rows import Message, Row, user
 from align.environments.environment import Environment
@@ -31,7 +30,7 @@ from align.environments.results import (
     read_step,
     read_text,
 )
-from align.errors import UserError
+from align.errors import UserError, require_extra
 from align.store.fingerprint import digest
 
 ACT = "act"

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from align.config.batch_sizes import EPISODES_TOGETHER
 from align.config.environment import EnvironmentConfig
+from align.config.runtime.rollouts import EPISODES_TOGETHER
 from align.data.tool_calls import tool_call_format
 from align.environments.environment import EnvironmentSource
 from align.environments.episode import Episode, PolicyTurn

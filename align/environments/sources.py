@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from align.config.class_source import check_methods
 from align.config.environment import METHODS, NO_TOOLS, EnvironmentConfig, tool_name, two_answers
-from align.config.function_arguments import check_call
-from align.config.user_functions import full_path, load_function
+from align.config.user_functions import check_call, check_methods, full_path, load_function
 from align.data.rows import Message, Row
 from align.data.scoring import SCORE, FunctionScorer, function_scorer
 from align.environments.environment import Action, Environment, EnvironmentSource

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align.config.environment import EnvironmentConfig
-from align.config.extras import require_extra
 from align.config.user_functions import search_module_folders
 from align.data.event_loop import wait_for
 from align.data.rows import Message, Row
@@ -31,7 +30,7 @@ from align.environments.results import (
     read_step,
     read_text,
 )
-from align.errors import UserError
+from align.errors import UserError, require_extra
 from align.store.fingerprint import digest
 
 if TYPE_CHECKING:

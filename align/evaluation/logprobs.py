@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from align.config.base import Precision
-from align.config.batch_sizes import READ_TOKENS
+from align.config.runtime.rollouts import READ_TOKENS
 from align.errors import UserError
 from align.evaluation.systems import Policy
 from align.models.chat.answer_tokens import PromptRewritten, answer_turns, assistant_mask, split_turns

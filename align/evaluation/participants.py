@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.config.batch_sizes import EPISODES_TOGETHER
 from align.config.runtime import Runtime
+from align.config.runtime.rollouts import EPISODES_TOGETHER
 from align.data.rows import Message
 from align.environments.episode import Episode, never_began, sampled_tokens
 from align.environments.episode_run import PromptedTurns

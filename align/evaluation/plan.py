@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from align.config.scores import score_identities
 from align.config.stages.evaluate import EvaluateConfig
-from align.config.stages.evaluation_gates import Gate, parse_gates
+from align.config.stages.evaluation.gates import Gate, parse_gates
 from align.data.rows import user
 from align.data.scoring import WeightedSum
 from align.errors import UserError

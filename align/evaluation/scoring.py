@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Precision
-from align.config.batch_sizes import READ_TOKENS
+from align.config.runtime.rollouts import READ_TOKENS
 from align.data.rows import Message
 from align.data.scoring import Scorer, WeightedSum
 from align.errors import UserError

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.config.base import Precision
-from align.config.launch import local_size, rank, world_size
 from align.config.runtime import Runtime
+from align.config.runtime.launch import local_size, rank, world_size
 from align.errors import UserError
 from align.inference.protocol import EngineSpec, OnHang, RolloutEngine, Watchdog
 

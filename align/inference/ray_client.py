@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.config.executor import RayExecutor
+from align.config.runtime.executor import RayExecutor
 from align.errors import UserError
 
 GIB = 2**30

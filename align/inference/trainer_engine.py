@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from align.config.launch import rank
+from align.config.runtime.launch import rank
 from align.inference.protocol import Progress, Response, RolloutEngine, Sampling
 from align.inference.servers.pool import PoolEngine
 from align.models.compute.processes import rank_range

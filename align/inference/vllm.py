@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
+from align.config.runtime.rollouts import CPU_STEP_TOKENS
 from align.inference.protocol import Progress, Response, Sampling, Session, TurnRequest, Watchdog, check_idle
 from align.inference.transformers import pick_tokens
 from align.inference.vllm_internals import (

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from align.config.stages.lint_rules import RULES, SEVERITIES, Severity
+from align.config.stages.lint import RULES, SEVERITIES, Severity
 
 MAX_EXAMPLES = 5
 MAX_CHARACTERS = 160

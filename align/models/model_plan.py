@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.hub_commits import small_file
-from align.config.stages.model import ModelConfig
+from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
 from align.models.chat.named_templates import (
     explain_no_template,

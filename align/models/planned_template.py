@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.hub_commits import small_file
-from align.config.stages.model import ModelConfig
+from align.config.stages.inputs import ModelConfig
 from align.models.chat.named_templates import read_template, read_training_template, templates_with_tools
 from align.models.checkpoints.files import read_optional
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE

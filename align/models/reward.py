@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from align.config.base import PrecisionSetting
-from align.config.batch_sizes import SCORED_AT_ONCE
+from align.config.runtime.rollouts import SCORED_AT_ONCE
 from align.errors import UserError
 from align.models.chat.render import Message, render_conversation, render_prompt
 from align.models.checkpoints.files import read_optional

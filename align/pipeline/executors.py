@@ -1,6 +1,6 @@
 """The executor blocks of a pipeline's plain values: ``--on``, and a stage that names another executor than the run.
 
-``align.config.executor`` has the fields. Never imports torch.
+``align.config.runtime.executor`` has the fields. Never imports torch.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from align.config.executor import LOCAL, LocalExecutor, in_long_form, name_in
 from align.config.runtime import Runtime
+from align.config.runtime.executor import LOCAL, LocalExecutor, in_long_form, name_in
 from align.errors import UserError
 
 EXECUTOR = "executor"

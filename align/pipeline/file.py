@@ -13,10 +13,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from align.config.base import Config
-from align.config.located_paths import LocatedText, locate, settle, unmark
 from align.config.shipped import shipped_files
 from align.config.stages.continue_from import CONTINUE
 from align.config.user_functions import add_module_folder
+from align.config.user_paths import LocatedText, locate, settle, unmark
 from align.config.validation import suggest
 from align.config.yaml import drop_anchor_blocks, load_yaml
 from align.errors import UserError, shorten
@@ -41,7 +41,7 @@ def read_pipeline_file(
     known_keys: Collection[str],
     adjust: Callable[[dict[str, Any]], None] = lambda raw: None,
 ) -> dict[str, Any]:
-    """Return the plain values that a pipeline file stands for, with marks of the file (``align.config.located_paths``).
+    """Return the plain values that a pipeline file stands for, with marks of the file (``align.config.user_paths``).
 
     ``known_keys`` are the top-level keys of a pipeline, by which misspelled overrides are found. ``adjust`` changes the
     values before the overrides do. Raises ``UserError`` for a file that cannot be read, base files that extend each

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
-from align.config.base import Config, input_fields, names_in_block
+from align.config.base import Config, input_fields, names_in_block, rename_in_block
 from align.config.validation import suggest, validate
 from align.errors import UserError
 from align.pipeline.registry import LOOP, STAGES, find_stage, stage_of
@@ -246,7 +246,9 @@ def _rename_inputs(
     renamed = dict(block)
     for field_name in _input_fields(name, block):
         value = block.get(field_name)
-        if isinstance(value, str):
+        if "." in field_name:
+            renamed = rename_in_block(renamed, field_name, rename)
+        elif isinstance(value, str):
             stages = match_rounds(value)
             renamed[field_name] = rename(value) if stages is None else stages
         elif isinstance(value, list):

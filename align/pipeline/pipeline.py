@@ -86,7 +86,7 @@ class Pipeline:
     ) -> None:
         """Check ``raw`` (the parsed YAML); relative paths in it start at ``base``, by default the current folder.
 
-        Texts that are marked with their file (``align.config.located_paths``) start at its folder.
+        Texts that are marked with their file (``align.config.user_paths``) start at its folder.
 
         ``rounds`` are the rounds of loops that ``raw`` has written out already.
         """

@@ -142,13 +142,13 @@ def load_object(path: str) -> Any:
 
 
 def _read_stages() -> dict[str, Stage]:
-    """Read ``stages.yaml``; a kind's config, and its ``run`` by default, are in the files that have its name."""
+    """Read ``stages.yaml``; a kind's ``config`` and ``run`` are by default in the files that have its name."""
     text = Path(__file__).with_name("stages.yaml").read_text(encoding="utf-8")
     stages = {}
     for kind, fields in yaml.load(text, Loader).items():
         makes = Kind(fields.pop("makes")) if "makes" in fields else None
         name = "".join(part.capitalize() for part in kind.split("_"))
-        config = f"align.config.stages.{kind}:{name}Config"
+        config = fields.pop("config", f"align.config.stages.{kind}:{name}Config")
         run = fields.pop("run", f"align.stages.{kind}:run")
         stages[kind] = Stage(kind=kind, makes=makes, config=config, run=run, **fields)
     return stages

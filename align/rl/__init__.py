@@ -10,19 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from align.config.stages.grpo import GrpoConfig
-    from align.config.stages.online_dpo import OnlineDpoConfig
-    from align.config.stages.ppo import PpoConfig
-    from align.config.stages.rejection import RejectionConfig
-    from align.config.stages.rloo import RlooConfig
+    from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
+    from align.config.stages.policy_gradient import GrpoConfig, PpoConfig, RlooConfig
     from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
 
 CONFIGS = {
-    "GrpoConfig": "grpo",
-    "OnlineDpoConfig": "online_dpo",
-    "PpoConfig": "ppo",
-    "RejectionConfig": "rejection",
-    "RlooConfig": "rloo",
+    "GrpoConfig": "policy_gradient",
+    "OnlineDpoConfig": "best_of_n",
+    "PpoConfig": "policy_gradient",
+    "RejectionConfig": "best_of_n",
+    "RlooConfig": "policy_gradient",
 }
 """Class of settings -> its module below ``align.config.stages``."""
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
-from align.config.launch import LaunchConfig, world_size
-from align.config.stages.rl import DriftFields, RolloutFields, drift_settings
-from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS
+from align.config.options import OWNED, OWNED_BY_ROLLOUTS
+from align.config.runtime.launch import LaunchConfig, world_size
+from align.config.stages.policy_gradient import DriftFields, drift_settings
+from align.config.stages.rl import RolloutFields
 from align.training.arguments import use_one_device
 
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -101,7 +102,7 @@ def rollout_arguments(
         ValueError: for an option that the config decides, and for batches that the processes cannot share.
     """
     for name in sorted(DERIVED & options.keys()):
-        remedy = (OWNED | OWNED_BY_ROLLOUTS)[name].replace("beside 'trainer'", "in the config")
+        remedy = (OWNED | OWNED_BY_ROLLOUTS)[name].replace("next to 'trainer'", "in the config")
         raise ValueError(f"'{name}' is not set here: {remedy}.")
     objection = config.processes_objection(LaunchConfig(processes=world_size()))
     if objection is not None:

@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from align.config.launch import rank, world_size
+from align.config.runtime.launch import rank, world_size
 from align.errors import UserError
 from align.models.checkpoints.sharding import full_model
 from align.models.tuning.apply import save_tuned

@@ -14,7 +14,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from align.config.launch import rank
+from align.config.runtime.launch import rank
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.processes import broadcast
 from align.models.tuning.merged_weights import merged_weights

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from align.config.launch import rank
+from align.config.runtime.launch import rank
 from align.data.scoring import ScoreFunction, Scorer
 from align.environments.journal import Journal
 from align.environments.player import EnvironmentPlayer, EpisodeTask, row_tasks

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from align.config.environment import EnvironmentConfig
-from align.config.stages.model import ModelConfig
+from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.registry import load_object

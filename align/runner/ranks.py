@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.config.launch import LATE, PARENT, RANKS, LaunchConfig, is_head
 from align.config.runtime import Runtime
+from align.config.runtime.launch import LATE, PARENT, RANKS, LaunchConfig, is_head
 from align.runner.stage_result import read_result
 from align.store.json_files import DamagedFile
 from align.store.retry import UNREACHABLE_STORE

@@ -16,8 +16,8 @@ import psutil
 from pydantic import BaseModel
 
 from align.config.base import Precision
-from align.config.launch import world_size
 from align.config.runtime import Runtime
+from align.config.runtime.launch import world_size
 from align.config.stages.continue_from import CONTINUE
 from align.models.compute.compute_types import ProductSpeed, read_speed
 from align.pipeline.context import StageContext, duration

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align.config.launch import BY_SRUN
 from align.config.runtime import Runtime
+from align.config.runtime.launch import BY_SRUN
 from align.errors import disk_is_full, no_space
 from align.pipeline.registry import find_stage
 from align.pipeline.stop_signal import CAN_STOP, Stopped, StopRequest, request_stop

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import Config
-from align.config.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.config.runtime import Runtime
+from align.config.runtime.launch import BY_SRUN, PARENT, RANKS, is_head, local_size, rank, symptom, world_size
 from align.config.validation import validate_plain
 from align.errors import StageFailed, UserError, explain_os_error, no_space
 from align.pipeline.context import StageContext

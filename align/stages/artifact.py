@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.config.stages.artifact import ArtifactConfig
+from align.config.stages.inputs import ArtifactConfig
 from align.config.user_paths import user_path
 from align.errors import UserError
 from align.pipeline.context import StageContext

@@ -14,7 +14,7 @@ from align.config.hub_commits import find_commit
 from align.config.recipe.format_options import KINDS
 from align.config.recipe.recipe import Recipe, load_recipe
 from align.config.recipe.source_settings import FilesSource, InputSource, Source
-from align.config.stages.data import DataConfig
+from align.config.stages.inputs import DataConfig
 from align.config.user_paths import cache_folder
 from align.config.validation import validate
 from align.data.builds.dataset_recipe import check_named_columns, dataset_recipe, guess, is_local, kind_of, sources_of

@@ -37,7 +37,7 @@ from align.training.save import save
 from align.training.trainers import reduce_work
 
 if TYPE_CHECKING:
-    from align.config.stages.distill import DistillConfig
+    from align.config.stages.sft import DistillConfig
 
 
 def run(context: StageContext) -> dict[str, Any]:

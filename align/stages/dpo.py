@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig as Arguments
 
-from align.config.stages.dpo import DpoConfig
+from align.config.stages.preference import DpoConfig
 from align.models.compute.threads import use_threads
 from align.pipeline.context import StageContext
 from align.stages.preference import PreparedPolicy, Reference, beta_of, prepare_policy

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.kto_config import KTOConfig as Arguments
 
-from align.config.stages.kto import KtoConfig
+from align.config.stages.preference import KtoConfig
 from align.models.compute.threads import use_threads
 from align.pipeline.context import StageContext
 from align.stages.preference import Reference, beta_of, prepare_policy

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.hub_commits import small_file
-from align.config.stages.model import ModelConfig
+from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
 from align.models.chat.named_templates import read_template, template_file
 from align.models.checkpoints.conversion import read_base

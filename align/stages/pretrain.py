@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig as Arguments
 
-from align.config.stages.pretrain import PretrainConfig
+from align.config.stages.sft import PretrainConfig
 from align.models.compute.threads import use_threads
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext

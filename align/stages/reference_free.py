@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.config.stages.cpo import CpoConfig
-from align.config.stages.orpo import OrpoConfig
+from align.config.stages.preference import CpoConfig, OrpoConfig
 from align.models.compute.threads import use_threads
 from align.pipeline.context import StageContext
 from align.stages.preference import prepare_policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.config.stages.report import ReportConfig
+from align.config.stages.evaluate import ReportConfig
 from align.pipeline.context import StageContext
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.reward_config import RewardConfig as Arguments
 
-from align.config.launch import rank
+from align.config.runtime.launch import rank
 from align.config.stages.reward import RewardConfig
 from align.lint.trainer import Split, lint_stage
 from align.models.compute.threads import use_threads

@@ -16,13 +16,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.config.launch import rank, world_size
-from align.config.stages.grpo import GrpoConfig
-from align.config.stages.online_dpo import OnlineDpoConfig
-from align.config.stages.ppo import PpoConfig
-from align.config.stages.rejection import RejectionConfig
+from align.config.runtime.launch import rank, world_size
+from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
+from align.config.stages.policy_gradient import GrpoConfig, PpoConfig, RlooConfig
 from align.config.stages.rl import RolloutFields
-from align.config.stages.rloo import RlooConfig
 from align.data.rows import read_rows
 from align.data.scoring import Ensemble, Part, RewardScorer, Scorer, WeightedSum, function_scorer
 from align.environments.player import open_player

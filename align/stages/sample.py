@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from align.config.batch_sizes import SAMPLE_CHUNK
+from align.config.runtime.rollouts import SAMPLE_CHUNK
 from align.config.scores import describe_score
 from align.config.stages.sample import SampleConfig
 from align.data.rows import kept_columns, read_rows

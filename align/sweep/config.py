@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from align.config.base import Config
-from align.config.located_paths import UserPath, locate, settle
+from align.config.user_paths import UserPath, locate, settle
 from align.config.validation import nearest, validate
 from align.config.yaml import load_yaml
 from align.errors import UserError

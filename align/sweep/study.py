@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config.extras import missing_extra
-from align.errors import UserError
+from align.errors import UserError, missing_extra
 from align.patches.optuna import trial_id
 from align.store.json_files import DamagedFile, parse_sealed, write_sealed
 from align.store.locks import Hold, Lock, LockLost

@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from align.config.extras import missing_extra
-from align.config.stages.synthesis_tasks import InstructionsTask
+from align.config.stages.synthesize import InstructionsTask
 from align.data.rows import Message, Row, user
-from align.errors import UserError
+from align.errors import UserError, missing_extra
 from align.inference.requests import Answer
 from align.store.json_files import numbered_lines
 from align.synthesis.counts import Ledger

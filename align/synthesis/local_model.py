@@ -9,7 +9,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from align.config.batch_sizes import SYNTHESIS_CHUNK
+from align.config.runtime.rollouts import SYNTHESIS_CHUNK
 from align.errors import UserError
 from align.inference.cached_client import AnswerSink
 from align.inference.engine import open_engine

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from align.config.stages.synthesis_tasks import PairsTask
+from align.config.stages.synthesize import PairsTask
 from align.data.rows import Message, Row, kept_columns
 from align.data.steps.pairs import make_pairs
 from align.evaluation.judges.judge import Outcome, Verdict, combine_verdicts, fill_rubric, pair_prompt, read_verdict

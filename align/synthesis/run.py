@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.endpoint import EndpointConfig
-from align.config.stages.synthesis_tasks import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
+from align.config.stages.synthesize import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, read_rows, user
 from align.data.scoring import Part, WeightedSum
 from align.environments.episode import Episode, sampled_tokens

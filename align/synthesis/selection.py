@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.config.stages.synthesis_tasks import BestOfTask, ResponsesTask
+from align.config.stages.synthesize import BestOfTask, ResponsesTask
 from align.data.rows import Message, Row, assistant, kept_columns
 from align.data.scoring import Scorer, parts_of
 from align.data.steps.pairs import Answers

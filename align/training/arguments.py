@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
-from align.config.launch import LaunchConfig, world_size
+from align.config.runtime.launch import LaunchConfig, world_size
 from align.config.stages.continue_from import warmup_steps
 from align.config.stages.training import TrainingFields
 from align.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from align.config.launch import rank
+from align.config.runtime.launch import rank
 from align.config.stages.training import TrainingFields
 from align.pipeline.context import StageContext
 from align.training.arguments import decay_steps

@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from align.config.field_dumps import PACKAGES, PEFT, SHIPPED, TRAINERS, FieldDump
-from align.config.peft_options import METHODS, REFUSED
+from align.config.options import METHODS, REFUSED
+from align.config.options.field_dumps import PACKAGES, PEFT, SHIPPED, TRAINERS, FieldDump
 from align.config.stages.training import TrainingFields
 from align.config.user_functions import search_module_folders
 from align.pipeline.registry import STAGES

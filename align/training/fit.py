@@ -20,7 +20,7 @@ from typing import Any
 from peft import LoraModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.config.launch import rank
+from align.config.runtime.launch import rank
 from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning
 from align.data.rows import has_rows

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.config.launch import rank, world_size
+from align.config.runtime.launch import rank, world_size
 from align.errors import UserError
 from align.models.checkpoints.sharding import full_model, full_tensor
 from align.models.compute.precision import cast_frozen_to_bf16

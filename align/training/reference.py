@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-from align.config.launch import rank
+from align.config.runtime.launch import rank
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.processes import all_gather, broadcast, rank_range
 from align.store.fingerprint import canonical

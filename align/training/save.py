@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from align.config.launch import rank
+from align.config.runtime.launch import rank
 from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.threads import trim_malloc

@@ -16,7 +16,7 @@ import torch
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from align.config.launch import LaunchConfig, world_size
+from align.config.runtime.launch import LaunchConfig, world_size
 from align.models.checkpoints.sharding import full_model, full_tensor, is_sharded, local_shard, reshard, shard
 from align.models.compute.precision import disable_autocast_cache
 from align.training import zero

@@ -14,7 +14,7 @@ import torch
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
-from align.config.launch import world_size
+from align.config.runtime.launch import world_size
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.precision import low_residual
 from align.models.compute.processes import all_gather

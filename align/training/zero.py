@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from align.config.launch import DeepspeedConfig
+from align.config.runtime.launch import DeepspeedConfig
 from align.patches.accelerate import use_gloo_on_cpus
 from align.patches.deepspeed import link_optimizer_states
 

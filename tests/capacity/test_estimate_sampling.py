@@ -9,10 +9,10 @@ import pytest
 from align.capacity import estimate_rl, estimate_sampling
 from align.capacity.hardware import parse_hardware
 from align.capacity.sampling_ways import sampling_way
+from align.config.environment import USER_INPUT
 from align.config.runtime import Runtime
-from align.config.simulated_user import USER_INPUT
 from align.config.stages.evaluate import EvaluateConfig
-from align.config.stages.grpo import GrpoConfig
+from align.config.stages.policy_gradient import GrpoConfig
 from align.config.stages.sample import SampleConfig
 from align.config.stages.synthesize import SynthesizeConfig
 from tests.support.capacity.models import TOY

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from align.checks.facts import read_facts
 from align.checks.stage import check_inputs, check_output
-from align.config.faults import REMEDIES
-from align.config.runtime import Runtime
+from align.config.runtime import FAULT_REMEDIES, Runtime
 from align.errors import UserError
 from align.store.artifacts import Artifact, Kind
 from tests.support.checks.contexts import WEIGHTS, Learner, context, edit_weights
@@ -168,7 +167,7 @@ def test_it_is_refused_by_name(
         check_inputs(context(tmp_path / "ppo", artifacts), Kind.POLICY)
     actual = [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]]
     assert name in actual
-    assert REMEDIES[name] in str(refused.value)
+    assert FAULT_REMEDIES[name] in str(refused.value)
     check_inputs(context(tmp_path / "ppo", artifacts, waive=actual), Kind.POLICY)
 
 
@@ -183,7 +182,7 @@ def test_a_change_shows_in_a_checkpoint_that_stands_alone(
 
 def test_every_fault_is_injected_somewhere() -> None:
     here = {name for name, _ in FAULTS} | {"adapter-base"}  # tests/checks/test_adapters.py
-    assert here == set(REMEDIES)
+    assert here == set(FAULT_REMEDIES)
 
 
 def test_a_waiver_of_a_name_that_is_none_is_refused() -> None:

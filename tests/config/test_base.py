@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from align.config.base import Config, settings_for_key
+import pytest
+
+from align.config.base import Config, rename_in_block, settings_for_key
 from align.config.recipe.recipe import Recipe
-from align.config.stages.data import DataConfig
+from align.config.stages.inputs import DataConfig
 from align.stages.data import identities
 
 
@@ -26,7 +29,7 @@ class Outer(Config):
     by_number: dict[int, Inner] = {}
 
 
-def test_a_later_field_counts_when_it_is_set_and_a_retired_one_always() -> None:
+def test_key_counts_later_fields_if_set_and_retired_fields() -> None:
     config = Outer(inner=Inner(later="x"), several=[Inner()], by_number={2: Inner(size=3)})
     for mode in ("json", "python"):
         found = settings_for_key(config, config.model_dump(mode=mode))
@@ -41,7 +44,7 @@ def test_a_field_has_changed_where_its_value_is_not_the_default() -> None:
     assert config.changed("inner", "several", "by_number") == ["several"]
 
 
-def test_the_mapping_of_a_source_counts_only_where_a_recipe_uses_it(tmp_path: Path, monkeypatch) -> None:
+def test_key_counts_mapping_of_source_if_used(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a", "gold": 1}\n')
 
@@ -59,3 +62,32 @@ def test_the_mapping_of_a_source_counts_only_where_a_recipe_uses_it(tmp_path: Pa
     counted = settings_for_key(source, source.model_dump())
     assert set(counted) == {"name", "license", "part", "format", "options", "type", "paths"}
     assert counted["options"]["columns"] == counted["options"]["roles"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "renamed"),
+    [
+        ("policy", {"policy": "sft", "n": 4}, {"policy": "sft-2", "n": 4}),
+        ("score.reward", {"score": "gold"}, {"score": "gold"}),
+        (
+            "score.reward",
+            {"score": [{"function": "gold"}, {"reward": "rm"}], "policy": "rm"},
+            {"score": [{"function": "gold"}, {"reward": "rm-2"}], "policy": "rm"},
+        ),
+        (
+            "environment.user.model",
+            {"environment": {"class": "a:B", "user": {"model": "sft"}}},
+            {"environment": {"class": "a:B", "user": {"model": "sft-2"}}},
+        ),
+        ("environment.user.model", {"environment": None}, {"environment": None}),
+        (
+            "environment.user.model",
+            {"environment": {"user": {"prompt": "q"}}},
+            {"environment": {"user": {"prompt": "q"}}},
+        ),
+    ],
+)
+def test_stages_are_renamed_in_nested_blocks(name: str, block: dict[str, Any], renamed: dict[str, Any]) -> None:
+    before = copy.deepcopy(block)
+    assert rename_in_block(block, name, lambda stage: f"{stage}-2") == renamed
+    assert block == before

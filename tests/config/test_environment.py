@@ -32,14 +32,14 @@ def identity_refusal(block: dict[str, Any], **fields: Any) -> str:
     return str(caught.value)
 
 
-def test_an_environment_is_a_class_functions_a_package_or_an_address() -> None:
+def test_environment_has_one_of_four_sources() -> None:
     assert environment(COUNTER).label == f"{CLASSES}:Counter"
     assert environment(FUNCTIONS).label == f"{TOOLS}:double, {TOOLS}:shout"
     assert environment({"verifiers": "reverse-text", "max_tokens": 64}).label == "reverse-text"
     assert environment({"openenv": "http://127.0.0.1:8010/", "max_tokens": 64}).label == "http://127.0.0.1:8010"
 
 
-def test_a_config_reads_back_from_its_dump_whose_fields_have_names_of_python() -> None:
+def test_config_reads_back_from_its_dump() -> None:
     before = environment(COUNTER, arguments={"step_size": 2})
     assert EnvironmentConfig.model_validate_json(before.model_dump_json()) == before
     assert before.model_dump()["class_name"] == f"{CLASSES}:Counter"
@@ -54,15 +54,15 @@ def test_a_config_reads_back_from_its_dump_whose_fields_have_names_of_python() -
         (COUNTER | {"clas": "a:B"}, "environment: unknown key 'clas'. Did you mean 'class'?"),
         (COUNTER | {"max_turn": 3}, "environment: unknown key 'max_turn'. Did you mean 'max_turns'?"),
         ({"class": 3, "max_tokens": 64}, "environment.class: should be a text or null; found 3"),
-        ({"class": "no path", "max_tokens": 64}, "environment.class: 'no path' is no import path; write it as package"),
-        ({"class": "a.b", "max_tokens": 64}, "environment.class: 'a.b' is no import path"),
-        ({"class": ":B", "max_tokens": 64}, "environment.class: ':B' is no import path"),
+        ({"class": "no path", "max_tokens": 64}, "environment.class: 'no path' is not an import path; write"),
+        ({"class": "a.b", "max_tokens": 64}, "environment.class: 'a.b' is not an import path"),
+        ({"class": ":B", "max_tokens": 64}, "environment.class: ':B' is not an import path"),
         (COUNTER | {"score": "gold"}, "environment: score is for `tools`, and the class scores its episodes itself"),
         (FUNCTIONS | {"score": None}, "environment: tools need a `score`"),
-        (FUNCTIONS | {"score": "golt"}, "environment.score: 'golt' is no import path; write it as package.module:name."
-         " Did you mean 'gold'?"),
+        (FUNCTIONS | {"score": "golt"}, "environment.score: 'golt' is not an import path;"
+         " write it as package.module:name. Did you mean 'gold'?"),
         (FUNCTIONS | {"tools": []}, "environment.tools: List should have at least 1 item"),
-        (FUNCTIONS | {"tools": ["a:f", "b"]}, "environment.tools: 'b' is no import path"),
+        (FUNCTIONS | {"tools": ["a:f", "b"]}, "environment.tools: 'b' is not an import path"),
         (FUNCTIONS | {"tools": ["a:f", "b:g", "c:f"]}, "environment.tools: two tools are called 'f' ([0] and [2])"),
         (FUNCTIONS | {"tools": ["a:größe"]}, "environment.tools: 'größe' cannot name a tool"),
         ({"verifiers": "a b", "max_tokens": 64}, "environment.verifiers: String should match"),
@@ -70,7 +70,7 @@ def test_a_config_reads_back_from_its_dump_whose_fields_have_names_of_python() -
         ({"openenv": "http://a:b@c", "max_tokens": 64}, "environment.openenv: holds a name or password"),
         (COUNTER | {"max_turns": 0}, "environment.max_turns: should be greater than or equal to 1"),
         (COUNTER | {"max_turns": 33}, "environment: max_turns 33 can never fit into max_tokens 64: these turns and what"
-         " stands between them are at least 65 tokens"),
+         " comes between them are at least 65 tokens"),
         (COUNTER | {"turn_max_tokens": 65}, "environment: turn_max_tokens 65 is more than max_tokens 64"),
         (COUNTER | {"turn_max_tokens": 0}, "environment.turn_max_tokens: "),
         (COUNTER | {"tool_seconds": 0}, "environment.tool_seconds: should be greater than 0"),
@@ -146,9 +146,7 @@ def test_a_source_that_does_not_tell_is_left_to_the_import(
         assert message in identity_refusal(block)
 
 
-def test_code_arguments_and_limits_are_part_of_the_identity_and_workers_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_identity_has_code_arguments_and_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "class E:\n def __init__(self, a=1): ...\n def reset(self, row): ...\n def score(self): ...\n"
     (tmp_path / "keyed_environment.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -161,7 +159,7 @@ def test_code_arguments_and_limits_are_part_of_the_identity_and_workers_are_not(
     assert environment(block).identity() != before
 
 
-def test_packages_that_are_not_installed_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = identity_refusal({"verifiers": "reverse-text", "max_tokens": 64})
     assert "environment.verifiers: needs the package verifiers, which is not installed:" in message

@@ -124,7 +124,7 @@ def fields() -> list[tuple[type[BaseModel], str]]:
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
-def test_every_field_takes_a_value_as_its_type_or_refuses_it_by_name(part: int) -> None:
+def test_every_field_accepts_its_type_or_names_itself(part: int) -> None:
     """Blocks lack what else is required, so many are refused for that, too."""
     assert len(fields()) > 900
     for model, name in fields()[part::4]:
@@ -149,7 +149,7 @@ def test_nothing_but_a_user_error_comes_of_any_value(data: st.DataObject) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", shipped())
-def test_a_shipped_pipeline_with_any_value_in_any_field_of_a_stage(kind: str) -> None:
+def test_shipped_pipeline_with_any_value_in_a_stage_field(kind: str) -> None:
     """Whole pipelines: a value that is taken goes into paths, imports, keys and digests as well."""
     path, name = shipped()[kind]
     pipeline = Pipeline.load(path)
@@ -180,7 +180,7 @@ def test_a_shipped_pipeline_with_any_value_in_any_field_of_a_stage(kind: str) ->
         ("runtime.store", "~nosuchuser/x"),
     ],
 )
-def test_a_whole_pipeline_with_a_value_that_once_ended_in_a_traceback(path: str, scalar: str) -> None:
+def test_value_that_once_ended_in_a_traceback(path: str, scalar: str) -> None:
     with pytest.raises(UserError) if path != "runtime.store" else contextlib.nullcontext():
         quickstart().set(f"{path}={scalar}")
 

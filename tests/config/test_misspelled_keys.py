@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from align.config.base import Config
-from align.config.peft_options import SET_HERE, peft_options, peft_types
+from align.config.options import SET_HERE, peft_options, peft_types
 from align.config.validation import validate
 from align.errors import UserError
 from align.pipeline.registry import STAGES

@@ -9,9 +9,8 @@ import pytest
 
 from align import Pipeline
 from align.config.base import settings_for_key
-from align.config.metric_functions import MetricFunction
-from align.config.scores import rename_score_stages, score_identities
-from align.config.stages.grpo import GrpoConfig
+from align.config.scores import MetricFunction, score_identities
+from align.config.stages.policy_gradient import GrpoConfig
 from align.config.user_functions import function_identity
 from align.config.validation import validate
 from align.errors import UserError
@@ -41,7 +40,7 @@ def pipeline(score: Any, **stages: Any) -> Pipeline:
     return Pipeline({"name": "p", "stages": blocks}, "p.yaml")
 
 
-def test_rewards_are_called_what_their_function_or_stage_is_called_unless_they_have_a_name() -> None:
+def test_reward_without_name_has_name_of_its_source() -> None:
     entries = score_of(
         [
             {"function": "gold"},
@@ -93,7 +92,7 @@ def test_what_stands_beside_a_list_must_fit_it() -> None:
         ({"function": "tests.support.no_such:f"}, "score[0] 'tests.support.no_such:f': there is no module"),
     ],
 )  # fmt: skip
-def test_functions_and_their_arguments_are_checked_when_the_file_is_read(entry: Any, message: str) -> None:
+def test_score_functions_are_checked_at_loading(entry: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         pipeline([entry])
     assert message in str(caught.value)
@@ -107,7 +106,7 @@ def test_functions_and_their_arguments_are_checked_when_the_file_is_read(entry: 
         ("not a function", "metrics[0] 'not a function': expected 'gold' or 'module:name'"),
     ],
 )
-def test_metrics_of_an_evaluation_are_checked_when_the_file_is_read(function: str, message: str) -> None:
+def test_metrics_of_evaluation_are_checked_at_loading(function: str, message: str) -> None:
     block = {"policies": ["model"], "reference": "model", "prompts": "data", "metrics": [function]}
     with pytest.raises(UserError) as caught:
         pipeline("gold", evaluate=block)
@@ -132,7 +131,7 @@ def test_a_single_function_is_identified_as_ever() -> None:
     assert score_identities(None) == {}
 
 
-def test_weights_names_and_arguments_enter_the_key_and_a_judge_s_rate_does_not() -> None:
+def test_key_has_weights_and_arguments_but_no_judge_rate() -> None:
     def key(**changes: Any) -> str:
         judge = {"endpoint": ENDPOINT | changes.pop("endpoint", {}), **changes.pop("judge", {})}
         first = {"function": LENGTH, "arguments": {"limit": 9}} | changes
@@ -179,10 +178,6 @@ def test_a_reward_stage_in_the_list_is_an_input_of_the_stage() -> None:
 
 
 def test_a_loop_gives_the_list_the_reward_stage_of_its_round() -> None:
-    block = {"score": [{"function": "gold"}, {"reward": "rm"}], "policy": "rm"}
-    renamed = rename_score_stages(block, lambda name: f"{name}-2")
-    assert renamed == {"score": [{"function": "gold"}, {"reward": "rm-2"}], "policy": "rm"}
-    assert block["score"][1] == {"reward": "rm"}
     loop = {
         "rounds": 2,
         "carry": {"policy": {"first": "model", "then": "grpo"}, "judge": {"first": "rm0", "then": "rm"}},

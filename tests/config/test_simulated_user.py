@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from align.config.environment import EnvironmentConfig
-from align.config.simulated_user import SimulatedUserConfig, rename_user_stage
+from align.config.environment import EnvironmentConfig, SimulatedUserConfig
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.validation import validate
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
-from align.pipeline.registry import STAGES as STAGE_KINDS
 
 CLASSES, TOOLS = "tests.support.environments.classes", "tests.support.environments.tools"
 USER = {"model": "model", "prompt": "You want {goal}."}
@@ -36,9 +34,9 @@ def test_a_user_goes_with_a_class_with_tools_or_with_a_score() -> None:
 @pytest.mark.parametrize(
     ("block", "user", "message"),
     [
-        ({"max_tokens": 64}, {}, "environment: a user alone needs a `score`"),
+        ({"max_tokens": 64}, {}, "environment: a user without tools needs a `score`"),
         (COUNTER | {"score": "gold"}, {}, "environment: score is for `tools`, and the class scores its episodes"),
-        ({"verifiers": "a", "max_tokens": 64}, {}, "environment: user answers beside a class or tools, and verifiers"),
+        ({"verifiers": "a", "max_tokens": 64}, {}, "environment: user answers next to a class or tools, and verifiers"),
         ({"openenv": "http://127.0.0.1:9", "max_tokens": 64}, {}, "and openenv has users of its own; remove it"),
         (COUNTER, {"model": None}, "environment.user: either model or endpoint speaks as the user; neither is set"),
         (COUNTER, {"endpoint": ENDPOINT}, "environment.user: either model or endpoint speaks as the user; both are"),
@@ -58,7 +56,7 @@ def test_a_wrong_block_is_refused_at_its_place(block: dict[str, Any], user: dict
     assert message in str(caught.value)
 
 
-def test_a_class_that_answers_itself_is_refused_when_the_file_is_read() -> None:
+def test_class_with_step_refuses_a_user() -> None:
     with pytest.raises(UserError, match=r"environment\.user: Game has a `step`, which answers the policy's messages"):
         environment(COUNTER | {"class": f"{CLASSES}:Game"}).identity()
 
@@ -134,17 +132,7 @@ def test_a_stage_without_an_environment_has_no_such_input() -> None:
     assert "environment.user.model" not in node.parts["inputs"]
 
 
-def test_a_user_is_renamed_with_its_stage() -> None:
-    block = {"environment": {"class": "a:B", "user": {"model": "sft"}}, "policy": "sft"}
-    renamed = rename_user_stage(block, lambda name: f"{name}-2")
-    assert renamed == {"environment": {"class": "a:B", "user": {"model": "sft-2"}}, "policy": "sft"}
-    for other in ({}, {"environment": None}, {"environment": {"user": {"endpoint": ENDPOINT}}}):
-        assert rename_user_stage(other, str.upper) is other
-    for kind in ("ppo", "grpo", "rloo", "online_dpo", "rejection", "sample", "synthesize"):
-        assert STAGE_KINDS[kind].config_class().rename_stages(block, lambda name: f"{name}-2") == renamed, kind
-
-
-def test_a_loop_plays_each_round_against_the_policy_of_the_one_before() -> None:
+def test_loop_plays_against_policy_of_round_before() -> None:
     loop = {"rounds": 2, "carry": {"before": {"first": "model", "then": "ppo"}}, "stages": ppo("before")}
     stages = {name: block for name, block in STAGES.items() if name != "ppo"}
     nodes = Pipeline({"name": "p", "stages": stages | {"loop": loop}}, "p.yaml").nodes

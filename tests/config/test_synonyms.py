@@ -10,8 +10,7 @@ from pydantic import BaseModel
 from align.config.field_descriptions import reachable_models
 from align.config.recipe.recipe import Recipe
 from align.config.runtime import Runtime
-from align.config.stages.data import DataConfig
-from align.config.stages.model import ModelConfig
+from align.config.stages.inputs import DataConfig, ModelConfig
 from align.config.synonyms import SYNONYMS, Synonym, find_synonym, has_field
 from align.config.validation import validate
 from align.errors import UserError
@@ -56,13 +55,13 @@ def test_every_target_is_a_field(synonym: Synonym) -> None:
     assert any(has_field(path.split("."), [config]) for config in configs)
 
 
-def test_every_target_stands_once_and_every_name_is_an_answer_somewhere() -> None:
+def test_targets_are_unique_and_every_name_is_answered() -> None:
     targets = [synonym.target for synonym in SYNONYMS]
     assert len(set(targets)) == len(targets)
     blocks = [model for config in [*CONFIGS.values(), *ROOTS.values()] for model in reachable_models(config)]
     for synonym in SYNONYMS:
         leaf = synonym.target.rpartition(":")[2]
-        names = synonym.names.split()
+        names = synonym.names
         assert len(set(names)) == len(names)
         for name in names:
             answers = [find_synonym(name, [block]) for block in dict.fromkeys(blocks) if name not in block.model_fields]

@@ -1,15 +1,19 @@
-"""Functions named in a YAML, loaded by many threads at once."""
+"""Functions that a YAML names: loading by several threads, and arguments checked by a signature."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from align.config.user_functions import load_function
+from align.config.user_functions import check_call, load_function
+from align.errors import UserError
+from tests.support import rewards
 
 
 @pytest.fixture
@@ -35,3 +39,22 @@ def test_many_threads_load_one_function() -> None:
         for _ in range(20):
             classes = [thread.result() for thread in [threads.submit(load) for _ in range(16)]]
             assert len(set(classes)) == 1
+
+
+def test_arguments_are_checked_against_the_signature() -> None:
+    check_call(rewards.length, {"limit": 3}, "length", "score")
+    check_call(rewards.anything, {"any": 1}, "anything", "score")
+    check_call(functools.partial(rewards.needs_answer, answer="x"), {"other": 1}, "partial", "score")
+    check_call(max, {"key": 1}, "max", "score")  # written in C
+    with pytest.raises(UserError, match=r"score.arguments: length has no argument 'limits'. Did you mean 'limit'"):
+        check_call(rewards.length, {"limits": 3}, "length", "score")
+    with pytest.raises(UserError, match=r"score\[1\]: needs_answer needs answer"):
+        check_call(rewards.needs_answer, {}, "needs_answer", "score[1]")
+
+
+def test_first_two_parameters_are_positional() -> None:
+    def odd(batch: Any, texts: Any, factor: float = 1.0) -> None: ...
+
+    check_call(odd, {"factor": 2.0}, "odd", "score")
+    with pytest.raises(UserError, match="odd has no argument 'texts'"):
+        check_call(odd, {"texts": 2.0}, "odd", "score")

@@ -85,7 +85,7 @@ REWARD = "the name of a stage that makes RewardCheckpoint"
         ({"either": 3}, "either: should be a mapping of keys to values or a text; found 3."),
     ],
 )  # fmt: skip
-def test_a_field_of_several_types_has_one_line_that_says_what_it_takes(mapping: object, line: str) -> None:
+def test_field_of_several_types_has_one_message(mapping: object, line: str) -> None:
     assert message(mapping) == f"p.yaml: stages.ppo.{line}"
 
 
@@ -120,7 +120,7 @@ class UsersConfig(Config):
     rate: float
 
 
-def test_a_users_stage_takes_types_that_yaml_writes_as_lists_and_text() -> None:
+def test_user_stage_accepts_tuples_and_paths() -> None:
     plain = {"folder": "a/b", "size": [1, 2], "names": ["x", "x"], "color": "red", "rate": 1}
     config = validate(UsersConfig, plain, "p.yaml")
     assert config == UsersConfig(folder=Path("a/b"), size=(1, 2), names=frozenset({"x"}), color=Color.RED, rate=1.0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.config.tool_formats import TOOL_FORMATS
+from align.config.environment import TOOL_FORMATS
 from align.data.tool_calls import FORMATS, ParsedTurn, detect_format, tool_call_format
 from align.errors import UserError
 
@@ -167,7 +167,7 @@ def test_a_pattern_of_the_users() -> None:
     [
         ("hermess", "Did you mean 'hermes'"),
         ("xml", "Known are auto, hermes"),
-        ("regex:(", "is no regular expression"),
+        ("regex:(", "is not a regular expression"),
         ("regex:(?P<name>x)", "has no group arguments"),
         ("regex:(?P<name>x?)(?P<arguments>y?)", "matches an empty text"),
         ("auto", "does not show how its model writes calls"),

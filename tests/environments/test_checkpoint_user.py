@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from align.config.environment import SimulatedUserConfig
 from align.config.runtime import EngineConfig, Runtime
-from align.config.simulated_user import SimulatedUserConfig
 from align.data.rows import Message, user
 from align.environments.checkpoint_user import CheckpointUser, read_template
 from align.environments.simulated_user import UserAnswer, UserRequest

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from align.config.environment import SimulatedUserConfig
 from align.config.runtime import Runtime
-from align.config.simulated_user import SimulatedUserConfig
-from align.config.vllm_servers import RolloutsConfig
+from align.config.runtime.rollouts import RolloutsConfig
 from align.data.rows import user
 from align.environments.simulated_user import UserAnswer, UserRequest
 from align.environments.user_models import EndpointUser, UserResources, open_stage_user

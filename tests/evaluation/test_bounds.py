@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from align.config.stages.evaluation_gates import ALIASES, Bound, parse_bound
+from align.config.stages.evaluation.gates import ALIASES, Bound, parse_bound
 
 SYSTEMS = ["sft", "sft-2", "ppo", "best_8"]
 

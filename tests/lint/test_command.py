@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from align.cli.main import main
-from align.config.stages.lint_rules import RULES
+from align.config.stages.lint import RULES
 from align.data.rows import assistant, user
 from align.errors import UserError
 from align.lint.command import lint_dataset, lint_rows, load_tokenizer_and_limits

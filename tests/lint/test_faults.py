@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import normalizers
 
-from align.config.stages.lint_rules import RULES
+from align.config.stages.lint import RULES
 from align.data.rows import assistant, user
 from align.lint.encodings import MASKED
 from align.lint.linter import Options

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.config.executor import LocalExecutor, RayExecutor, SlurmExecutor
+from align.config.runtime.executor import LocalExecutor, RayExecutor, SlurmExecutor
 from align.errors import UserError
 from tests.support import toy
 

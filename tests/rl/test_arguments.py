@@ -9,12 +9,11 @@ import pytest
 from pydantic import ValidationError
 from transformers import TrainingArguments
 
-from align.config.field_dumps import class_options
-from align.config.stages.grpo import GrpoConfig
-from align.config.stages.online_dpo import OnlineDpoConfig
-from align.config.stages.ppo import PpoConfig
+from align.config.options import check_trainer_options
+from align.config.options.field_dumps import class_options
+from align.config.stages.best_of_n import OnlineDpoConfig
+from align.config.stages.policy_gradient import GrpoConfig, PpoConfig
 from align.config.stages.rl import RolloutFields
-from align.config.trl_options import check_trainer_options
 from align.pipeline.registry import STAGES, load_object
 from align.rl.arguments import DERIVED, RolloutArguments, rollout_arguments
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from align.config.stages.grpo import PRESETS
+from align.config.stages.policy_gradient import PRESETS
 from align.rl import GrpoConfig
 from align.rl.losses import log_ratios, loss_count, pair_loss, policy_loss
 

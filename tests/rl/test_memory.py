@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from align.capacity.estimate_rl import estimate
 from align.capacity.memory import Estimate, ppo_memory
 from align.config.runtime import Runtime
-from align.config.stages.ppo import PpoConfig
+from align.config.stages.policy_gradient import PpoConfig
 from align.config.tuning import FullTuning, LoraTuning
 from align.inference.transformers import TransformersEngine
 from align.models.compute.architecture import read_architecture

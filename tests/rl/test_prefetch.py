@@ -9,10 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from align.config.stages.grpo import GrpoConfig
-from align.config.stages.online_dpo import OnlineDpoConfig
-from align.config.stages.ppo import PpoConfig
-from align.config.stages.rejection import RejectionConfig
+from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
+from align.config.stages.policy_gradient import GrpoConfig, PpoConfig
 from align.config.tuning import LoraTuning
 from align.inference.servers.pool import PoolEngine
 from align.inference.servers.server_client import BadReply

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.config.launch import LATE, LOST, LaunchConfig, is_head, symptom
 from align.config.runtime import Runtime
+from align.config.runtime.launch import LATE, LOST, LaunchConfig, is_head, symptom
 from align.errors import StageFailed, UserError
 from align.runner.listener import Listener
 from align.runner.ranks import outcome, run_ranks

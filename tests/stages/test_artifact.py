@@ -57,7 +57,7 @@ def test_where_links_are_impossible_files_are_copied(
     original: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from align.config.runtime import Runtime
-    from align.config.stages.artifact import ArtifactConfig
+    from align.config.stages.inputs import ArtifactConfig
     from align.pipeline.context import StageContext
     from align.stages.artifact import run
 

@@ -11,7 +11,7 @@ import yaml
 
 from align import Pipeline
 from align.config.runtime import Runtime
-from align.config.stages.data import DataConfig
+from align.config.stages.inputs import DataConfig
 from align.data.rows import read_rows
 from align.errors import StageFailed, UserError
 from align.pipeline.context import StageContext

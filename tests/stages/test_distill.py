@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from align.config.stages.distill import DistillConfig
+from align.config.stages.sft import DistillConfig
 from align.errors import UserError
 from align.inference.protocol import Response, Sampling
 from align.models.fast.token_logprobs import LogitTransform

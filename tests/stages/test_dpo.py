@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.config.stages.dpo import DpoConfig
+from align.config.stages.preference import DpoConfig
 from align.models.loading import load_policy, load_tokenizer
 from align.stages.dpo import run
 from align.store.artifacts import Kind

@@ -31,7 +31,7 @@ def test_a_minimal_config_is_enough():
         ({"baselines": {"sft": {"of": "sft", "shots": 1}}}, "is a stage already"),
         ({"baselines": {"b": {"of": "ppo", "shots": 1}}}, "is none of policies"),
         ({"baselines": {"b": {"of": "sft", "best_of": 4}}}, "name reward"),
-        ({"tasks": {"prompts": {"task": "ifeval", "files": ["x"]}}}, "is no valid name"),
+        ({"tasks": {"prompts": {"task": "ifeval", "files": ["x"]}}}, "is not a valid name"),
         ({"prompts": None}, "nothing to evaluate on"),
         ({"temperature": 0.0, "samples_per_prompt": 2}, "would be identical at temperature 0; raise temperature"),
         ({"tasks": {"preference": {}}}, "tasks.preference: there are no pairs; name the stage's `pairs`"),

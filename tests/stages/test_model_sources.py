@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.config.runtime import Runtime
-from align.config.stages.model import ModelConfig
+from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tiny import make_tiny

@@ -41,9 +41,9 @@ def config_of(kind, **inputs):
         (SCORED | {"tuning": {"method": "lora", "dropout": 0.1}}, "set it to 0"),
         (SCORED | {"tuning": {"method": "prompt"}}, "changes the model's input"),
         (SCORED | {"tuning": {"method": "full", "lisa": {"layers": 1}}}, "`freeze` works here too"),
-        (SCORED | {"trainer": {"updates": 3}}, "set 'updates' beside 'trainer'"),
+        (SCORED | {"trainer": {"updates": 3}}, "set 'updates' next to 'trainer'"),
         (SCORED | {"trainer": {"adam_bta2": 0.9}}, "Did you mean 'adam_beta2'"),
-        (SCORED | {"trainer": {"save_steps": 3}}, "set 'save_updates' beside 'trainer'"),
+        (SCORED | {"trainer": {"save_steps": 3}}, "set 'save_updates' next to 'trainer'"),
         (SCORED | {"keep": "best"}, "needs validations"),
     ],
 )
@@ -86,9 +86,7 @@ def test_a_config_reads_back_from_its_own_json(kind):
 
 
 def test_importing_the_configs_imports_no_torch():
-    code = (
-        "import sys; from align.config.stages import grpo, rloo, online_dpo, rejection;sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from align.config.stages import best_of_n, policy_gradient;sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from align.config.runtime import Runtime
-from align.config.stages.ppo import PpoConfig
+from align.config.stages.policy_gradient import PpoConfig
 from align.data.rows import assistant, user, write_rows
 from align.data.scoring import RewardScorer
 from align.errors import UserError
@@ -39,9 +39,9 @@ BASE = {"policy": "sft", "prompts": "data", "learning_rate": 1e-3}
         ({"score": "gold", "micro_batch_size": 24}, "num_mini_batches x micro_batch_size 24; the next one is 72"),
         ({"score": "gold", "rollout_batch": 4, "whiten_rewards": True}, "at least 8"),
         ({"score": "gold", "tuning": {"method": "lora", "dropout": 0.1}}, "set it to 0"),
-        ({"score": "gold", "trainer": {"kl_coef": 0.1}}, "set 'kl_coef' beside 'trainer'"),
+        ({"score": "gold", "trainer": {"kl_coef": 0.1}}, "set 'kl_coef' next to 'trainer'"),
         ({"score": "gold", "trainer": {"adam_bta2": 0.9}}, "Did you mean 'adam_beta2'"),
-        ({"score": "gold", "trainer": {"bf16": True}}, "set 'precision' beside 'trainer'"),
+        ({"score": "gold", "trainer": {"bf16": True}}, "set 'precision' next to 'trainer'"),
         ({"score": "gold", "kl_coef": -1}, "greater than or equal to 0"),
         ({"reward": []}, "neither reward nor score is set"),
         ({"score": "gold", "keep": "best"}, "needs validations; set eval_updates"),
@@ -79,7 +79,7 @@ def test_scoring_functions_are_part_of_the_identity(tmp_path):
 
 
 def test_importing_the_config_imports_no_torch():
-    code = "import sys; import align.config.stages.ppo; sys.exit('torch' in sys.modules)"
+    code = "import sys; import align.config.stages.policy_gradient; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from align.config.runtime import Runtime
-from align.config.stages.ppo import PpoConfig
+from align.config.stages.policy_gradient import PpoConfig
 from align.config.tuning import AdaptersTuning
 from align.data.rows import user, write_rows
 from align.models.chat.render import render_prompt

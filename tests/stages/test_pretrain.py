@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.config.stages.pretrain import PretrainConfig
+from align.config.stages.sft import PretrainConfig
 from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError

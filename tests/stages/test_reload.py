@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align.config.peft_options import peft_types
+from align.config.options import peft_types
 from align.models.loading import load_tokenizer
 from align.models.tiny import make_tiny
 from align.models.tuning.apply import save_tuned

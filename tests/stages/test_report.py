@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from align.config.runtime import Runtime
-from align.config.stages.report import ReportConfig
+from align.config.stages.evaluate import ReportConfig
 from align.errors import UserError
 from align.pipeline.context import StageContext
 from align.stages.report import run

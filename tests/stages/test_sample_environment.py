@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from align.config.environment import USER_INPUT
 from align.config.runtime import EngineConfig, Runtime
-from align.config.simulated_user import USER_INPUT
 from align.config.stages.sample import SampleConfig
 from align.data.rows import read_rows, user, write_rows
 from align.environments import player as episode_player
@@ -275,7 +275,7 @@ def test_environment_score_is_used_unless_another_is_set() -> None:
     ("changes", "message"),
     [
         ({"max_tokens": 64}, "an episode has one limit. Remove max_tokens here"),
-        ({"score": "gold", "reward": "rm"}, "beside an environment at most one of them scores"),
+        ({"score": "gold", "reward": "rm"}, "with an environment at most one of them scores"),
     ],
 )
 def test_wrong_configs_are_refused(changes: dict[str, Any], message: str) -> None:

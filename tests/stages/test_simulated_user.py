@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from align.config.simulated_user import USER_INPUT
+from align.config.environment import USER_INPUT
 from align.environments.checkpoint_user import CheckpointUser
 from align.environments.simulated_user import GREETING
 from align.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from align.config.simulated_user import USER_INPUT
+from align.config.environment import USER_INPUT
 from align.config.stages.sft import SftConfig
 from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import assistant, read_rows, user, write_rows
@@ -122,7 +122,7 @@ def test_episodes_that_leave_no_room_for_a_prompt_are_refused(presser: Path, tmp
     [
         ({"task": {"type": "instructions"}}, "environment plays episodes from prompts, and instructions writes new"),
         ({"judge": {}, "judge_model": "sft", "task": {"type": "pairs"}}, "judge compares single answers"),
-        ({"score": "gold", "reward": "rm", "task": {"type": "best_of"}}, "beside an environment at most one"),
+        ({"score": "gold", "reward": "rm", "task": {"type": "best_of"}}, "with an environment at most one"),
         ({"max_tokens": 61}, "an episode has one limit"),
         (
             {"model": None, "endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m", "extra": {"tools": []}}},

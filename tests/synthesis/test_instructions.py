@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align.config.stages.synthesis_tasks import InstructionsTask
+from align.config.stages.synthesize import InstructionsTask
 from align.data.rows import Message, user
 from align.errors import UserError
 from align.inference.requests import Answer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from align.config.stages.synthesis_tasks import BestOfTask, PairsTask, ResponsesTask
+from align.config.stages.synthesize import BestOfTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, user
 from align.data.scoring import FunctionScorer
 from align.inference.requests import Answer

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from align.config.stages.dpo import DpoConfig, Loss
+from align.config.stages.preference import DpoConfig, Loss
 from align.config.tuning import LoraTuning
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning

@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
-from align.config.stages.kto import KtoConfig
+from align.config.stages.preference import KtoConfig
 from align.models.loading import load_policy, load_tokenizer
 from align.store.artifacts import Kind
 from align.training import preference_trainers

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.config.launch import DeepspeedConfig
+from align.config.runtime.launch import DeepspeedConfig
 from align.errors import UserError
 from align.runner.runner import run_pipeline
 from tests.support.training.distributed_runs import Made, interrupted, pipeline, same

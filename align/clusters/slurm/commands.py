@@ -17,7 +17,7 @@ from pathlib import Path
 
 from align.clusters.follow import SchedulerError
 from align.clusters.slurm import commands
-from align.config.executor import SlurmExecutor
+from align.config.runtime.executor import SlurmExecutor
 from align.config.validation import suggest
 from align.errors import UserError
 

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from align.clusters.follow import JobResult, read_note, write_note
-from align.config.executor import SlurmExecutor
+from align.config.runtime.executor import SlurmExecutor
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.runner.open_store import Opening

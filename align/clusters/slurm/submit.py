@@ -10,7 +10,7 @@ from align.clusters.follow import JobFollower, JobResult, JobState, SchedulerErr
 from align.clusters.slurm import commands
 from align.clusters.slurm.commands import check_cluster
 from align.clusters.slurm.submission import ABOUT, StageJob, Submission, sbatch_options, submissions, write_script
-from align.config.executor import SlurmExecutor
+from align.config.runtime.executor import SlurmExecutor
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.listener import Listener

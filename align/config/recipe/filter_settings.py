@@ -13,7 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
-from align.config.located_paths import NameOrPath
+from align.config.user_paths import NameOrPath
 
 Sides = Literal["chosen", "both"]
 """Replies that a filter looks at: those that a model is to imitate, or all."""
@@ -119,7 +119,7 @@ class PersonalData(Config):
     def _are_country_codes(cls, regions: list[str]) -> list[str]:
         for region in regions:
             if not re.fullmatch("[A-Z]{2}", region):
-                raise ValueError(f"'{region}' is no country code; write two capital letters, like US or DE")
+                raise ValueError(f"'{region}' is not a country code; write two capital letters, like US or DE")
         return regions
 
 
@@ -177,7 +177,7 @@ class Language(Config):
         for code in self.keep:
             if code not in LANGUAGES:
                 raise ValueError(
-                    f"'{code}' is no language code that the model knows; write ISO 639 codes, like en or de"
+                    f"'{code}' is not a language code that the model knows; write ISO 639 codes, like en or de"
                 )
         return self
 

@@ -11,13 +11,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config
-from align.config.located_paths import locate, settle
 from align.config.recipe.format_options import KINDS, SEVERAL
 from align.config.recipe.record_mapping import RecordMapping
 from align.config.recipe.source_settings import FilesSource, RecordSource, Source, labels
 from align.config.recipe.step_settings import CapStep, MixStep, Step
 from align.config.user_functions import add_module_folder
-from align.config.user_paths import user_path
+from align.config.user_paths import locate, settle, user_path
 from align.config.validation import suggest, validate
 from align.config.yaml import load_yaml
 from align.store.artifacts import Kind
@@ -62,15 +61,15 @@ class Recipe(Config):
     def _steps_fit(self) -> Self:
         for index, step in enumerate(self.steps):
             if self.kind == "texts" and step.type in ("pairs", "score") and getattr(step, "by", "") != "function":
-                raise ValueError(f"kind is texts, and steps[{index}] ({step.type}) is about answers; take it out")
+                raise ValueError(f"kind is texts, and steps[{index}] ({step.type}) is about answers; remove it")
             if self.kind != "texts" and step.type == "divide":
-                raise ValueError(f"kind is {self.kind}, and steps[{index}] (divide) is about texts; take it out")
+                raise ValueError(f"kind is {self.kind}, and steps[{index}] (divide) is about texts; remove it")
         return self
 
     @model_validator(mode="after")
     def _sources_are_named(self) -> Self:
         # Steps name sources by the labels that the ledger shows.
-        known = labels(self.sources)
+        labels_in_ledger = labels(self.sources)
         for index, step in enumerate(self.steps):
             names: list[str] = []
             if isinstance(step, MixStep):
@@ -78,10 +77,10 @@ class Recipe(Config):
             if isinstance(step, CapStep):
                 names = list(step.sources)
             for name in names:
-                if name not in known:
+                if name not in labels_in_ledger:
                     raise ValueError(
                         f"steps[{index}] ({step.type}): there is no source '{name}'; there are "
-                        f"{', '.join(map(repr, known))}.{suggest(name, known)}"
+                        f"{', '.join(map(repr, labels_in_ledger))}.{suggest(name, labels_in_ledger)}"
                     )
         return self
 

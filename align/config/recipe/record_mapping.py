@@ -6,7 +6,9 @@ the settings of ``RecordColumns``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -15,63 +17,11 @@ from align.config.base import Config
 from align.config.recipe.templates import parse_column, parse_template
 from align.config.validation import nearest
 
-ROW_FIELDS = (
-    "id",
-    "source",
-    "prompt",
-    "checks",
-    "completion",
-    "chosen",
-    "rejected",
-    "chosen_score",
-    "rejected_score",
-    "completion_finished",
-    "chosen_finished",
-    "rejected_finished",
-    "label",
-    "responses",
-    "tools",
-    "text",
-    "text_finished",
-    "steps",
-    "flipped",
-    "score",
-)
+_FIELDS = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
+ROW_FIELDS: tuple[str, ...] = tuple(_FIELDS["row fields"])
 """Fields of align's own rows, which no kept column may be called."""
 
-FORMAT_FIELDS = (
-    "prompt",
-    "question",
-    "query",
-    "instruction",
-    "input",
-    "context",
-    "history",
-    "system",
-    "completion",
-    "response",
-    "answer",
-    "output",
-    "messages",
-    "conversations",
-    "conversation",
-    "chosen",
-    "rejected",
-    "chosen_score",
-    "rejected_score",
-    "label",
-    "responses",
-    "completions",
-    "scores",
-    "ranks",
-    "choices",
-    "steps",
-    "labels",
-    "instances",
-    "text",
-    "tools",
-    "checks",
-)
+FORMAT_FIELDS: tuple[str, ...] = tuple(_FIELDS["format fields"])
 """Fields of the formats that a column may be mapped to."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
@@ -220,7 +170,7 @@ class RecordColumns(Config):
     def _are_readable(cls, columns: dict[str, ColumnValue]) -> dict[str, ColumnValue]:
         for name, value in columns.items():
             if name in MEDIA:
-                raise ValueError(f"columns.{name}: align trains on text alone, so it takes no {name}; leave it out")
+                raise ValueError(f"columns.{name}: align trains only on text, so it does not accept {name}; remove it")
             if name not in cls.column_names:
                 close = nearest(name, cls.column_names)
                 hint = f"Did you mean '{close}'?" if close else f"There are {', '.join(cls.column_names)}."

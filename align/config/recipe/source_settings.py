@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from align.config.base import Config
-from align.config.function_arguments import check_arguments
-from align.config.located_paths import UserPath
 from align.config.recipe.format_options import Format, FormatOptions
 from align.config.recipe.record_mapping import RecordMapping
-from align.config.recipe.split import parse_split
+from align.config.user_functions import check_arguments
+from align.config.user_paths import UserPath
 from align.config.validation import suggest
 from align.errors import UserError
 
@@ -27,36 +30,13 @@ MAPPED_FORMS = {"better": ("preferences",), "grouped": ("scored", "ranked")}
 
 EMBEDDED_MAX_ROWS = 8_000
 """Largest size of the embedded dataset: beyond it the smaller families run out of different prompts."""
-EMBEDDED_FAMILIES = (
-    "lowercase",
-    "uppercase",
-    "starts",
-    "ends",
-    "keyword",
-    "forbidden",
-    "quotes",
-    "postscript",
-    "highlight",
-    "combined",
-    "sentence_count",
-    "exact_words",
-    "few_words",
-    "question",
-    "title",
-    "keyword_twice",
-    "bullets",
-    "numbered",
-    "separated",
-    "no_comma",
-    "json",
-    "choose",
-    "sort",
-    "arithmetic",
-    "letter_count",
-    "repeat",
-    "copy",
-)
+_NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
+EMBEDDED_FAMILIES: tuple[str, ...] = tuple(_NAMES["embedded families"])
 """Families of the embedded dataset (``align.data.families.embedded``), in the order in which they take turns."""
+
+
+KNOWN_DATASETS: dict[str, dict[str, str]] = _NAMES["known datasets"]
+"""Name → owner and name, configuration and split on the Hub."""
 
 
 class SourceConfig(Config):
@@ -99,7 +79,7 @@ class RecordSource(RecordMapping, SourceConfig):
                 raise ValueError(f"{name} makes records of format {named_forms}, and format is {self.format}; drop one")
         for name in ("header", "records", "delimiter", "encoding"):
             if getattr(self, name) is not None and not self._may_read_files():
-                raise ValueError(f"{name} is about files, and this source reads none; take it out")
+                raise ValueError(f"{name} is about files, and this source reads none; remove it")
         if self.format == "rows" and (self.columns or self.system or self.keep):
             raise ValueError(
                 "format: rows reads align's own rows with all their columns, so columns, system and keep mean nothing; "
@@ -302,3 +282,58 @@ def labels(sources: Sequence[SourceConfig]) -> list[str]:
             number += 1
         unique.append(label)
     return unique
+
+
+PART = re.compile(r"(?P<name>[\w.-]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True)
+class SplitPart:
+    """A split, and the first and the last row to read; None stands for its own first or last row."""
+
+    name: str
+    start: str | None = None
+    stop: str | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        """True if the rows can be read without knowing their number."""
+        bounds = [bound for bound in (self.start, self.stop) if bound is not None]
+        return not any(bound.endswith("%") or bound.startswith("-") for bound in bounds)
+
+    def bounds(self, rows: int | None = None) -> tuple[int, int | None]:
+        """Return the numbers of the first row and of the one after the last, from 0; ``rows`` is their number.
+
+        None as the second one stands for the end. A share of the rows is rounded to the nearest row, as in
+        ``datasets``.
+        """
+        first = _row(self.start, rows)
+        return (0 if first is None else first), _row(self.stop, rows)
+
+
+def _row(bound: str | None, rows: int | None) -> int | None:
+    if bound is None:
+        return None
+    if bound.endswith("%"):
+        assert rows is not None
+        number = round(int(bound[:-1]) * rows / 100)
+    else:
+        number = int(bound)
+    if number < 0:
+        assert rows is not None
+        number += rows
+    return max(0, number if rows is None else min(number, rows))
+
+
+def parse_split(split: str) -> list[SplitPart]:
+    """Return the parts of a split. Raises ``ValueError`` for text that is none."""
+    parts = []
+    for text in split.split("+"):
+        match = PART.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(
+                f"'{text}' is not a split; write a name, with rows in brackets: train, train[:5000], train[10%:20%], "
+                "train+test"
+            )
+        parts.append(SplitPart(match["name"], match["start"], match["stop"]))
+    return parts

@@ -106,17 +106,17 @@ def parse_column(text: str) -> Template:
 def _parse_reference(inside: str, template: str) -> Reference:
     path = inside.removesuffix("?")
     if "!" in path or re.search(r":[^ ]*$", path):
-        raise ValueError(f"'{{{inside}}}' in '{template}' has a conversion or a format; a field is a path alone")
+        raise ValueError(f"'{{{inside}}}' in '{template}' has a conversion or a format; a field is only a path")
     first = _FIRST.match(path)
     if first is None or not path.strip():
-        raise ValueError(f"'{{{inside}}}' in '{template}' is no field; write {{name}}, {{name[0]}} or {{name.key}}")
+        raise ValueError(f"'{{{inside}}}' in '{template}' is not a field; write {{name}}, {{name[0]}} or {{name.key}}")
     steps: list[Step] = [first.group()]
     place = first.end()
     while place < len(path):
         match = _STEP.match(path, place)
         if match is None:
             raise ValueError(
-                f"'{{{inside}}}' in '{template}' is no path; a list's item is [0], a mapping's value .key or [key]"
+                f"'{{{inside}}}' in '{template}' is not a path; a list's item is [0], a mapping's value .key or [key]"
             )
         name, key = match.groups()
         steps.append(int(key) if key is not None and _INDEX.fullmatch(key) else name or key)

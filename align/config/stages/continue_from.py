@@ -55,10 +55,11 @@ def steps_per_length(config: Any) -> int:
     return int(config.num_epochs * config.num_mini_batches) if hasattr(config, "updates") else 1
 
 
-def inexactness(config: Any, finished: int | None, steps: int | None) -> str | None:
-    """Return why a stage continued after ``finished`` optimizer steps differs from one run of ``steps``; None if equal.
+def inexactness(config: Any, finished_steps: int | None, steps: int | None) -> str | None:
+    """Return why a stage that continues another differs from one run of ``steps``, as a clause; None if they are equal.
 
-    The text is a clause. ``None`` means that the number of steps is not known yet. The function assumes the same rows.
+    ``finished_steps`` are the optimizer steps of the other stage. ``None`` means that a number of steps is not known
+    yet. The function assumes the same rows.
     """
     if config.scheduler in TOTAL_SCHEDULES:
         return f"scheduler {config.scheduler} sets every step's rate by the number of steps"
@@ -70,9 +71,9 @@ def inexactness(config: Any, finished: int | None, steps: int | None) -> str | N
         return "with max_staleness the last updates of the first part were sampled from other weights"
     if not config.warmup_ratio:
         return None
-    if finished is None or steps is None:
+    if finished_steps is None or steps is None:
         return f"warmup_ratio {config.warmup_ratio:g} of more steps may be a longer warm-up"
-    before, after = warmup_steps(config, finished), warmup_steps(config, steps)
+    before, after = warmup_steps(config, finished_steps), warmup_steps(config, steps)
     if before != after:
         return (
             f"its warm-up took {before} steps, where warmup_ratio {config.warmup_ratio:g} of {steps} steps is {after}"

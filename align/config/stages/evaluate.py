@@ -1,38 +1,91 @@
-"""Settings of the stage ``evaluate``. Torch-free."""
+"""Settings of the stages ``evaluate`` and ``report``. Torch-free.
+
+The name of an evaluation task in the YAML is its kind, unless ``task:`` below it names the kind.
+"""
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from align.config.base import Config, PrecisionSetting, stage_input
-from align.config.located_paths import UserPath
-from align.config.metric_functions import MetricFunction, metric_functions
-from align.config.scores import Score, rename_score_stages, reward_names
-from align.config.simulated_user import rename_user_stage
-from align.config.stages.environment_task import EnvironmentTaskConfig
-from align.config.stages.evaluation_gates import KL_PREFIX, GateSpec, parse_gates
-from align.config.stages.evaluation_tasks import (
-    AnyTask,
+from align.config.base import Config, PrecisionSetting, rename_in_block, stage_input
+from align.config.environment import USER_INPUT
+from align.config.scores import MetricFunction, Score, metric_functions, reward_names
+from align.config.stages.evaluation.gates import KL_PREFIX, GateSpec, parse_gates
+from align.config.stages.evaluation.task_fields import TaskConfig
+from align.config.stages.evaluation.tasks import (
+    EnvironmentTaskConfig,
+    Gsm8kConfig,
+    IfbenchConfig,
+    IfevalConfig,
     JudgedConfig,
+    LmEvalConfig,
+    MultipleChoiceConfig,
     PerplexityConfig,
     PreferenceConfig,
     RewardPairsConfig,
-    add_task_kinds,
+    XstestConfig,
 )
+from align.config.user_paths import UserPath
+from align.config.validation import suggest
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 """Names of tasks and baselines."""
 PROMPT_SET = "prompts"
 """Name of the prompt set among the tasks."""
-TASK_INPUTS = ("texts", "rows")
+TASK_INPUTS = ("texts", "rows", USER_INPUT)
 """Fields of tasks that name a stage."""
 PROMPT_METRICS = ("reward", "finished", "length", "kl", "kl_k3", "heldout_loss")
 """Metrics that belong to no task and to no function, as gates name them."""
+
+
+TASK_CONFIGS: dict[str, type[TaskConfig]] = {
+    "ifeval": IfevalConfig,
+    "ifbench": IfbenchConfig,
+    "gsm8k": Gsm8kConfig,
+    "multiple_choice": MultipleChoiceConfig,
+    "xstest": XstestConfig,
+    "environment": EnvironmentTaskConfig,
+    "judged": JudgedConfig,
+    "preference": PreferenceConfig,
+    "perplexity": PerplexityConfig,
+    "reward_pairs": RewardPairsConfig,
+    "lm_eval": LmEvalConfig,
+}
+"""Kind → its settings, in the order of the guide."""
+
+if TYPE_CHECKING:
+    AnyTask = TaskConfig
+else:
+    AnyTask = Annotated[functools.reduce(operator.or_, TASK_CONFIGS.values()), Field(discriminator="task")]
+    """Settings of any task."""
+
+
+def add_task_kinds(tasks: Any) -> Any:
+    """Return the ``tasks`` block with every task's kind spelled out.
+
+    Raises ``ValueError`` for a name that is no kind.
+    """
+    if not isinstance(tasks, Mapping):
+        return tasks
+    blocks: dict[Any, Any] = {}
+    for name, block in tasks.items():
+        if not isinstance(block, Mapping) or "task" in block:
+            blocks[name] = block
+        elif name in TASK_CONFIGS:
+            blocks[name] = {"task": name, **block}
+        else:
+            raise ValueError(
+                f"'{name}' is not a kind of task.{suggest(str(name), TASK_CONFIGS)} (A name of your own needs `task:` "
+                "below it.)"
+            )
+    return blocks
 
 
 class BaselineConfig(Config):
@@ -218,8 +271,7 @@ class EvaluateConfig(Config):
             for name in names:
                 if not NAME.fullmatch(name) or name == PROMPT_SET:
                     raise ValueError(
-                        f"{field}: '{name}' is no valid name; use letters, digits, - and _, and another word than "
-                        f"{PROMPT_SET}."
+                        f"{field}: '{name}' is not a valid name; use letters, digits, - and _, and not {PROMPT_SET}."
                     )
         for name, baseline in self.baselines.items():
             if name in self.policies:
@@ -241,10 +293,10 @@ class EvaluateConfig(Config):
     @classmethod
     def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
         """Return the block as the YAML has it, with stages renamed also where baselines and gates name them."""
-        renamed = rename_score_stages(dict(block), rename)
+        renamed = dict(block)
         baselines, gates, tasks = block.get("baselines"), block.get("gates"), block.get("tasks")
         if isinstance(baselines, dict):
-            renamed["baselines"] = {name: _rename_baseline(spec, rename) for name, spec in baselines.items()}
+            renamed["baselines"] = {name: rename_in_block(spec, "of", rename) for name, spec in baselines.items()}
         if isinstance(tasks, dict):
             renamed["tasks"] = {name: _rename_task(spec, rename) for name, spec in tasks.items()}
         if isinstance(gates, dict):
@@ -254,25 +306,18 @@ class EvaluateConfig(Config):
         return renamed
 
 
-def _require_input(place: str, name: str | None, field: str, known: list[str]) -> None:
+def _require_input(place: str, name: str | None, field: str, stage_names: list[str]) -> None:
     """Raise ``ValueError`` if a task names a stage that is not among the evaluation's stages."""
-    if name is not None and name not in known:
+    if name is not None and name not in stage_names:
         raise ValueError(
-            f"{place} '{name}' is none of the stage's {field} ({', '.join(known) or 'none'}); add it there."
+            f"{place} '{name}' is none of the stage's {field} ({', '.join(stage_names) or 'none'}); add it there."
         )
 
 
 def _rename_task(spec: Any, rename: Callable[[str], str]) -> Any:
     """Rename the stages that a task reads: ``texts`` of perplexity, ``rows`` and the user of an environment."""
-    if not isinstance(spec, dict):
-        return spec
-    renamed = {name: rename(spec[name]) for name in TASK_INPUTS if isinstance(spec.get(name), str)}
-    return rename_user_stage({**spec, **renamed}, rename)
-
-
-def _rename_baseline(spec: Any, rename: Callable[[str], str]) -> Any:
-    if isinstance(spec, dict) and isinstance(spec.get("of"), str):
-        return {**spec, "of": rename(spec["of"])}
+    for field in TASK_INPUTS:
+        spec = rename_in_block(spec, field, rename)
     return spec
 
 
@@ -296,3 +341,23 @@ def _rename_words(spec: Any, rename: Callable[[str], str]) -> Any:
             key: _rename_words(value, rename) if key in ("bound", "systems") else value for key, value in spec.items()
         }
     return spec
+
+
+SHOWN = tuple(kind for kind in Kind if kind != Kind.REPORT)
+
+
+class ReportConfig(Config):
+    """The report's contents."""
+
+    scorecard: stage_input(Kind.SCORECARD) | None = None  # type: ignore[valid-type]
+    """Evaluation whose results and samples are shown; without one the page has only costs and curves."""
+    stages: list[stage_input(*SHOWN)] = Field(default_factory=list)  # type: ignore[valid-type]
+    """Stages to show, with curves, cost and settings, in this order."""
+    title: str = Field("Alignment report", min_length=1, max_length=120)
+    """Heading of the page."""
+
+    @model_validator(mode="after")
+    def _shows_something(self) -> ReportConfig:
+        if self.scorecard is None and not self.stages:
+            raise ValueError("nothing to show; list stages, or name a scorecard.")
+        return self

@@ -1,14 +1,40 @@
-"""Settings of the linter in a training stage. Torch-free."""
+"""Settings of the linter in a training stage, and the rules that it checks. Torch-free."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator
 
 from align.config.base import Config
-from align.config.stages.lint_rules import RULES
 from align.config.validation import suggest
 
 MAX_ROWS = 10_000
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of fault. A stage counts the ``counted`` ones over all rows itself, and warns of them anyway."""
+
+    severity: Severity
+    what: str
+    remedy: str
+    counted: bool = False
+
+
+def _load_rules() -> dict[str, Rule]:
+    groups = json.loads(Path(__file__).with_name("lint_rules.json").read_text(encoding="utf-8"))
+    return {name: Rule(**fields) for rules in groups.values() for name, fields in rules.items()}
+
+
+RULES = _load_rules()
+"""Every rule by name, in the order of a report."""
 
 
 class LintSettings(Config):

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config, stage_input
+from align.config.options import OWNED
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import TrainingFields
-from align.config.trl_options import OWNED
 from align.store.artifacts import GENERATORS, Kind
 
 PAIR_FIELDS = {"margin": 0.0, "center_rewards": 0.01}
@@ -56,7 +56,7 @@ class RewardConfig(TrainingFields):
     has_vocabulary: ClassVar[bool] = False
     trainer_class: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
     owned_options: ClassVar[dict[str, str]] = OWNED | {
-        "center_rewards_coefficient": "set 'center_rewards' beside 'trainer'"
+        "center_rewards_coefficient": "set 'center_rewards' next to 'trainer'"
     }
 
     @property

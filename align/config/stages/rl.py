@@ -6,7 +6,6 @@ single method have a separate file. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,15 +13,12 @@ from pydantic import Field, model_validator
 
 from align.config.base import PrecisionSetting, stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
-from align.config.launch import LaunchConfig
-from align.config.scores import Score, rename_score_stages, reward_names, score_identities
-from align.config.simulated_user import rename_user_stage
+from align.config.options import OWNED, OWNED_BY_ROLLOUTS, TrainerOptions
+from align.config.runtime.launch import LaunchConfig
+from align.config.scores import Score, reward_names, score_identities
 from align.config.stages.lint import LintSettings
-from align.config.stages.trainer_options import TrainerOptions
 from align.config.stages.training import sharding_objection
-from align.config.trl_options import OWNED, OWNED_BY_ROLLOUTS
 from align.config.tuning import FullTuning, Tuning
-from align.config.vllm_servers import RolloutsConfig
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
@@ -225,7 +221,7 @@ class RolloutFields(TrainerOptions):
         if self.ensemble != "mean" and not (isinstance(self.reward, list) and len(self.reward) > 1):
             raise ValueError(
                 f"ensemble is {self.ensemble}, which needs several reward models; name a list of them as reward, or "
-                "take ensemble out."
+                "remove ensemble."
             )
         if self.reward and "reward" in reward_names(self.score):
             raise ValueError("the name 'reward' in score is that of the field reward; set another `name`.")
@@ -289,132 +285,3 @@ class RolloutFields(TrainerOptions):
         gold = {} if self.gold is None else {"gold": function_identity(self.gold)}
         environment = {} if self.environment is None else {"environment": self.environment.identity()}
         return score_identities(self.score) | gold | environment
-
-    @classmethod
-    def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-        """Return the block as the YAML has it, with the stages that its ``score`` and ``environment`` name renamed."""
-        return rename_user_stage(rename_score_stages(block, rename), rename)
-
-
-class DriftFields(RolloutFields):
-    """Settings of the methods that penalize drift from the reference: ppo, grpo, rloo."""
-
-    keyed_when_set: ClassVar[frozenset[str]] = RolloutFields.keyed_when_set | {"in_flight"}
-    default_loss_estimator: ClassVar[Literal["k2", "k3"]] = "k2"
-    """KL estimator in the loss if ``kl_estimator`` is not set."""
-
-    kl_coef: float = Field(0.05, ge=0)
-    """KL penalty per nat of drift from the reference. 0 lets the policy follow the score anywhere."""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """Apply the KL penalty to each token's reward, or as a term of the loss."""
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """``k1`` in the reward; in the loss ``k2`` (the gradient of the KL, the default) or ``k3`` (of the reverse KL)."""
-    kl_budget: float | None = Field(None, gt=0)
-    """Maximum KL in nats per response. A rollout above it ends the run before the policy learns from it."""
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    """``adaptive`` adjusts ``kl_coef`` to bring the KL per response to ``kl_target`` (arXiv 1909.08593)."""
-    kl_target: float = Field(6.0, gt=0)
-    """Target of the adaptive controller, in nats per response."""
-    kl_horizon: int = Field(10_000, ge=1)
-    """Responses over which the adaptive controller reacts; at least ``rollout_batch``."""
-    truncated: Literal["learn", "mask"] = "learn"
-    """``mask`` leaves responses cut at ``max_tokens`` out of the loss. Metrics still count them."""
-    normalize_scores: bool = False
-    """Normalize scores to mean 0 and variance 1 over all responses so far, before clipping and penalties."""
-    score_clip: float | None = Field(None, gt=0)
-    """Scores are clipped to plus or minus this."""
-    entropy_coef: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus."""
-    importance_cap: float | None = Field(2.0, ge=1)
-    """Cap on the importance weights that correct the engine's log-probabilities to the trainer's. Null: no weights."""
-    max_staleness: int = Field(0, ge=0, le=64)
-    """Updates that sampling may run ahead, with weights as old. With 1, servers sample while the trainer learns."""
-    in_flight: Literal["wait", "continue"] = "wait"
-    """Treatment of unfinished episodes when the policy has new weights. ``wait``: they end with the old weights.
-    ``continue``: servers load the new weights between two turns. Then the weights of a turn depend on the clock."""
-    importance_sequence_cap: float | None = Field(None, gt=1)
-    """Drop responses whose sequence ratio of trainer to engine is outside [1/cap, cap]. Null: drop none."""
-
-    @property
-    def drift_estimator(self) -> Literal["k1", "k2", "k3"]:
-        """``kl_estimator``, or its default."""
-        if self.kl_estimator is not None:
-            return self.kl_estimator
-        return "k1" if self.kl_in == "reward" else self.default_loss_estimator
-
-    @model_validator(mode="after")
-    def _check_kl_controller(self) -> Self:
-        # The controller multiplies the coefficient.
-        if self.kl_controller == "adaptive" and self.kl_coef == 0:
-            raise ValueError(
-                "kl_controller is adaptive, but kl_coef is 0 and stays so; set kl_coef above 0, or `kl_controller: "
-                "fixed`."
-            )
-        # The coefficient changes by up to 20 % per horizon: over several in an update, it could even turn negative.
-        if self.kl_controller == "adaptive" and self.kl_horizon < self.rollout_batch:
-            raise ValueError(
-                f"kl_horizon {self.kl_horizon} is shorter than an update, whose rollout_batch is "
-                f"{self.rollout_batch} responses, so kl_coef would overshoot; set kl_horizon to {self.rollout_batch} "
-                "or more, or `kl_controller: fixed`."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_staleness(self) -> Self:
-        if self.max_staleness and self.importance_cap is None:
-            raise ValueError(
-                f"max_staleness is {self.max_staleness}, so older weights sample, which importance_cap corrects for. "
-                "Set importance_cap (2.0 by default), or `max_staleness: 0`."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_in_flight(self) -> Self:
-        if self.in_flight == "wait":
-            return self
-        if not self.max_staleness:
-            raise ValueError(
-                "in_flight is continue, but max_staleness is 0, with which the policy gets no new weights while "
-                "episodes are played. Set `max_staleness: 1`, or `in_flight: wait`."
-            )
-        if self.environment is None:
-            raise ValueError(
-                "in_flight is continue, which changes weights between the turns of an episode, but there is no "
-                "environment; a single response has one turn. Set environment, or `in_flight: wait`."
-            )
-        return self
-
-    def sampling_objection(self, rollouts: RolloutsConfig) -> str | None:
-        """Return why the servers that sample cannot do what ``in_flight`` says, and the remedy; None if they can."""
-        if self.in_flight == "wait":
-            return None
-        remedy = "or `in_flight: wait`"
-        if not rollouts.pooled:
-            return (
-                "continue lets servers take new weights between turns, but no servers sample for this stage. Set "
-                f"runtime.rollouts, {remedy}."
-            )
-        if rollouts.weights == "nccl":
-            return (
-                "continue lets servers take new weights between turns, but runtime.rollouts.weights is nccl, by which "
-                f"the trainer sends them while no server samples. Take `weights: folder`, {remedy}."
-            )
-        return None
-
-    @model_validator(mode="after")
-    def _check_kl_estimator(self) -> Self:
-        if self.kl_in == "reward" and self.kl_estimator in ("k2", "k3"):
-            raise ValueError(
-                f"kl_estimator is {self.kl_estimator}, whose gradient as a reward nearly vanishes close to the "
-                "reference; use k1, or set `kl_in: loss`."
-            )
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise ValueError("kl_estimator is k1, which as a loss has no gradient on average; use k2 or k3.")
-        return self
-
-
-def drift_settings(config: RolloutFields) -> DriftFields:
-    """Return the config of a method that penalizes drift; for another method the defaults, such as no staleness."""
-    if isinstance(config, DriftFields):
-        return config
-    return DriftFields.for_trainer(learning_rate=1e-6)  # a rate is required, and is not read from here

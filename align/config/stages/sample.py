@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from align.config.base import Config, PrecisionSetting, stage_input
 from align.config.environment import EnvironmentConfig, take_episode_tokens
-from align.config.scores import Score, rename_score_stages, score_identities
-from align.config.simulated_user import rename_user_stage
+from align.config.scores import Score, score_identities
 from align.store.artifacts import GENERATORS, PROMPT_SOURCES, Kind
 
 
@@ -71,7 +69,7 @@ class SampleConfig(Config):
                 self.__dict__["score"] = None
             if self.score is None or self.reward is None:
                 return self
-            raise ValueError("both score and reward are set; beside an environment at most one of them scores.")
+            raise ValueError("both score and reward are set; with an environment at most one of them scores.")
         if (self.score is None) == (self.reward is None):
             have = "both score and reward are" if self.score else "neither score nor reward is"
             raise ValueError(f"{have} set; exactly one scores the responses. With a reward stage, write `score: null`.")
@@ -86,8 +84,3 @@ class SampleConfig(Config):
         """Return the identities of all that scores, and of the environment."""
         environment = {} if self.environment is None else {"environment": self.environment.identity()}
         return score_identities(self.score) | environment
-
-    @classmethod
-    def rename_stages(cls, block: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-        """Return the block as the YAML has it, with the stages that its ``score`` and ``environment`` name renamed."""
-        return rename_user_stage(rename_score_stages(block, rename), rename)

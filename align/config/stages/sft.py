@@ -1,15 +1,15 @@
-"""Settings of the stage ``sft``: supervised fine-tuning on responses. Torch-free."""
+"""Settings of the supervised stages: sft, pretrain and distill. Torch-free."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from align.config.base import stage_input
+from align.config.options import OWNED
 from align.config.stages.lint import LintSettings
 from align.config.stages.training import TrainingFields
-from align.config.trl_options import OWNED
 from align.store.artifacts import GENERATORS, Kind
 
 
@@ -38,8 +38,8 @@ class SftConfig(TrainingFields):
     identified: ClassVar[frozenset[str]] = frozenset({"lint"})
     trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
     owned_options: ClassVar[dict[str, str]] = OWNED | {
-        "neftune_noise_alpha": "set 'neftune' beside 'trainer'",
-        "assistant_only_loss": "set 'supervise: all' beside 'trainer'",
+        "neftune_noise_alpha": "set 'neftune' next to 'trainer'",
+        "assistant_only_loss": "set 'supervise: all' next to 'trainer'",
         "completion_only_loss": "answers alone are ever learned; a 'pretrain' stage learns whole texts",
         "eval_packing": "held-out rows are scored one by one",
         "packing_strategy": "packs are filled with whole rows, best fit decreasing",
@@ -51,5 +51,102 @@ class SftConfig(TrainingFields):
             raise ValueError(
                 f"{'packing' if self.packing else 'padding_free'} concatenates rows, and tuning "
                 f"{self.tuning.method} changes the beginning of each; turn one of them off."
+            )
+        return self
+
+
+class PretrainConfig(TrainingFields):
+    """Loss on every token of every text. ``batch_size`` counts packs of ``max_length`` tokens.
+
+    Texts are packed: windows of documents share a row of ``max_length`` tokens, without attention between them. To keep
+    what the model knew, mix in general texts with the recipe's ``mix`` step, train few weights (``tuning``) or keep the
+    model near its start (``anchor``).
+    """
+
+    model: stage_input(*GENERATORS)  # type: ignore[valid-type]
+    """Stage whose checkpoint is trained."""
+    data: stage_input(Kind.TEXTS)  # type: ignore[valid-type]
+    """Stage with the texts: the ``train`` split is trained on, the ``test`` split only evaluated."""
+    document_end: str | None = Field(None, min_length=1)
+    """Token after every document, by default the tokenizer's EOS. A chat model's EOS ends a turn, so name the token of
+    its pre-training (``<|endoftext|>``); otherwise it learns that texts end like turns."""
+
+    trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
+    owned_options: ClassVar[dict[str, str]] = OWNED | {
+        **dict.fromkeys(("packing", "padding_free"), "texts are always packed"),
+        **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "every token of a text is learned"),
+    }
+
+    @model_validator(mode="after")
+    def _tuning_reads_packs(self) -> PretrainConfig:
+        if self.tuning.input_only:
+            raise ValueError(
+                f"tuning: {self.tuning.method} changes a row's beginning, and packed texts share rows; take full, lora "
+                "or another method that changes modules."
+            )
+        return self
+
+
+class DistillConfig(TrainingFields):
+    """The loss is the divergence between teacher and student, in nats per token of the answers."""
+
+    model: stage_input(*GENERATORS)  # type: ignore[valid-type]
+    """Stage whose checkpoint is the student."""
+    teacher: stage_input(*GENERATORS)  # type: ignore[valid-type]
+    """Stage whose checkpoint is the teacher: same tokenizer and chat template, usually a larger model."""
+    data: stage_input(Kind.INSTRUCTIONS, Kind.PREFERENCES)  # type: ignore[valid-type]
+    """Stage with the conversations: the answer is ``completion``, or ``chosen``."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """``forward`` is KL(teacher || student), which covers all modes of the teacher; ``reverse`` seeks its main modes;
+    ``jsd`` is in between."""
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """The teacher's share of ``jsd``'s mixture; near 0 like ``forward``, near 1 like ``reverse``."""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Divisor of both models' logits; higher values give more weight to the teacher's less likely tokens."""
+    top_k: int | None = Field(64, ge=1, le=4096)
+    """Most likely tokens of the teacher to compare; all others count as one. They are computed once and cached in the
+    store, 8 bytes each. null compares full distributions, with the teacher in memory at every step."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of an SFT loss on the data's answers, in addition to the divergence."""
+    on_policy: float = Field(0.0, ge=0, le=1)
+    """Share of the steps that train on answers sampled by the student at that step. It corrects the student's own
+    mistakes, and needs teacher and engine in memory."""
+    max_tokens: int = Field(64, ge=1)
+    """Most tokens of a sampled answer."""
+    sample_temperature: float = Field(1.0, gt=0, le=5)
+    """Temperature of the student's answers."""
+    lint: LintSettings = LintSettings()
+    """Lint of the rows' tokens before the first step: findings to accept (docs/lint.md)."""
+
+    identified: ClassVar[frozenset[str]] = frozenset({"lint"})
+    trainer_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
+    owned_options: ClassVar[dict[str, str]] = OWNED | {
+        **dict.fromkeys(("packing", "padding_free"), "distillation pads its rows"),
+        **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "answers alone are ever learned"),
+        "loss_type": "set 'divergence' next to 'trainer'",
+    }
+
+    @model_validator(mode="after")
+    def _student_and_teacher_can_be_run(self) -> Self:
+        if self.model == self.teacher:
+            raise ValueError(f"teacher is '{self.teacher}', the student itself; name another stage.")
+        if self.on_policy and self.tuning.input_only:
+            raise ValueError(
+                f"on_policy samples from the student during training, and `tuning: {self.tuning.method}` changes its "
+                "input, which engines support only from a finished checkpoint. Take on_policy 0, or another tuning."
+            )
+        # Prompt and sampled answer together become a row of training.
+        if self.on_policy and self.max_tokens >= self.max_length:
+            raise ValueError(f"max_tokens {self.max_tokens} leaves no room for a prompt in max_length.")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        if self.divergence != "jsd" and self.changed("jsd_beta"):
+            raise ValueError(f"jsd_beta has no effect with divergence {self.divergence}; take jsd.")
+        unused = [] if self.on_policy else self.changed("max_tokens", "sample_temperature")
+        if unused:
+            raise ValueError(
+                f"{unused[0]} is about sampled answers, and on_policy is 0; raise it, or remove {unused[0]}."
             )
         return self

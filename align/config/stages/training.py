@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from align.config.base import Config, PrecisionSetting, stage_input
-from align.config.launch import LaunchConfig
-from align.config.stages.trainer_options import TrainerOptions
-from align.config.trained_tokens import TrainedTokens
+from align.config.options import TrainerOptions
+from align.config.runtime.launch import LaunchConfig
 from align.config.tuning import FullTuning, QloraTuning, Tuning, TuningBase
+from align.config.tuning_blocks import TrainedTokens
 from align.store.artifacts import Kind
 
 

@@ -14,9 +14,8 @@ from typing import Any
 from align.config.hub_commits import HUB_NAME
 from align.config.recipe.format_options import PAIRED, SEVERAL, Form
 from align.config.recipe.recipe import Recipe
-from align.config.recipe.source_settings import FilesSource, RecordSource, Source
-from align.config.recipe.split import parse_split
-from align.config.stages.data import DataConfig
+from align.config.recipe.source_settings import FilesSource, RecordSource, Source, parse_split
+from align.config.stages.inputs import DataConfig
 from align.config.user_paths import matching_paths, user_path
 from align.config.validation import validate
 from align.data.formats.reading import SUFFIXES

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from align.config.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
+from align.config.runtime.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
 from align.data.builds.shards import Pass, Task, Worker, discard_summary, is_complete, read_summary
 from align.data.formats import SourceFormat
 from align.data.rows import BadRecord

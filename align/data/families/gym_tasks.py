@@ -13,10 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from align.config.extras import require_extra
 from align.config.validation import suggest
 from align.data.rows import Row, assistant, user
-from align.errors import UserError, shorten
+from align.errors import UserError, require_extra, shorten
 
 PACKAGE, EXTRA = "reasoning_gym", "gym"
 ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)

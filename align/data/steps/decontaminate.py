@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from align.config.recipe.evaluation_set import EvaluationSet
-from align.config.recipe.step_settings import DecontaminateStep
+from align.config.recipe.step_settings import DecontaminateStep, EvaluationSet
 from align.config.validation import suggest
 from align.data.overlap import Index, best_of_pairs
 from align.data.row_texts import prompt_texts, reply_texts

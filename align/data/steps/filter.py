@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align.config.extras import require_extra
 from align.config.recipe.filter_settings import FilterStep, Language, Sides
 from align.config.user_functions import function_identity
 from align.data.row_texts import excerpt, has_equal_sides, prompt_texts, reply_texts, without_code
@@ -32,7 +31,7 @@ from align.data.steps.lengths import (
 )
 from align.data.steps.personal import PersonalDataFilter, personal_data_identities
 from align.data.steps.web_text import BoilerplateFilter, RepetitionFilter, UrlFilter, boilerplate_identities
-from align.errors import UserError
+from align.errors import UserError, require_extra
 from align.pipeline.registry import load_object
 
 

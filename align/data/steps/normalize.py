@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from align.config.extras import require_extra
 from align.config.recipe.step_settings import NormalizeStep
 from align.data.row_texts import change_texts, has_equal_sides
 from align.data.rows import Dropped, Message, Row, is_text
 from align.data.steps.base import ModelLoaders, StepContext
+from align.errors import require_extra
 
 
 def normalize_identities(config: NormalizeStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:

@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 
-from align.config.extras import require_extra
 from align.config.recipe.filter_settings import PersonalData
 from align.data.row_texts import change_texts, prompt_texts, reply_texts
 from align.data.rows import Dropped, Row
+from align.errors import require_extra
 
 NAMES: dict[str, str] = {
     "email": "email address",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.recipe.source_settings import FilesSource
-from align.config.stages.evaluation_tasks import JudgedConfig
+from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
 from align.evaluation.judges import judge as prompts

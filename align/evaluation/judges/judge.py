@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from align.config.endpoint import EndpointConfig
-from align.config.judge import PAIR_RUBRIC, EndpointJudge
+from align.config.endpoint import PAIR_RUBRIC, EndpointConfig, EndpointJudge
 from align.data.rows import Message, user
 from align.errors import UserError
 from align.evaluation.tasks.base import ScoringContext

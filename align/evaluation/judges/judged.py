@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config.judge import PAIR_RUBRIC
+from align.config.endpoint import PAIR_RUBRIC
 from align.config.recipe.source_settings import FilesSource
-from align.config.stages.evaluation_tasks import JudgedConfig
+from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.comparisons import length_controlled, obstacle, win_rate

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 import yaml
 
-from align.config.stages.evaluation_tasks import LmEvalConfig
+from align.config.stages.evaluation.tasks import LmEvalConfig
 from align.config.user_paths import matching_paths, user_path
 from align.data.rows import user
 from align.errors import UserError

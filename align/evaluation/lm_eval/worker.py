@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.config.batch_sizes import CPU_STEP_TOKENS
+from align.config.runtime.rollouts import CPU_STEP_TOKENS
 from align.config.validation import hint_nearest
 from align.errors import UserError
 from align.evaluation.tasks.ifeval import ensure_punkt

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from align.config.stages.evaluation_gates import Bound, Gate
+from align.config.stages.evaluation.gates import Bound, Gate
 from align.config.validation import suggest
 from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo, program_metrics

@@ -37,7 +37,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from align.config.stages.evaluation_gates import Gate
+from align.config.stages.evaluation.gates import Gate
 from align.evaluation.comparisons import Column, Resampling, correct, correct_table, difference, estimate, is_rate
 from align.evaluation.scorecard import FORMAT, PROMPT_SET_METRICS, ProgramDescription, SystemInfo, prompt_set_metric
 from align.evaluation.scorecard.gates import default_gates, evaluate_gates, find_flags

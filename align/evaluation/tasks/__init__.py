@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import settings_for_key
-from align.config.metric_functions import MetricFunction
-from align.config.scores import score_identities, scoring_identity
-from align.config.stages import evaluation_tasks as configs
-from align.config.stages.environment_task import EnvironmentTaskConfig
+from align.config.scores import MetricFunction, score_identities, scoring_identity
 from align.config.stages.evaluate import BaselineConfig, EvaluateConfig
-from align.config.stages.evaluation_fields import TaskConfig
+from align.config.stages.evaluation import tasks as configs
+from align.config.stages.evaluation.task_fields import TaskConfig
+from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
 from align.errors import UserError
 from align.evaluation.tasks.base import Task, TaskInputs
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.config.simulated_user import SimulatedUserConfig
-from align.config.stages.environment_task import EnvironmentTaskConfig
+from align.config.environment import SimulatedUserConfig
+from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
 from align.config.validation import suggest
 from align.data.rows import Message, read_rows, user
 from align.data.tool_calls import tool_call_format

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.recipe.source_settings import HubSource
-from align.config.stages.evaluation_tasks import MAX_EXAMPLES, Gsm8kConfig
+from align.config.stages.evaluation.tasks import MAX_EXAMPLES, Gsm8kConfig
 from align.data.final_answers import answer_text, final_number, last_number, marked_number
 from align.data.rows import Message, assistant, normalized, user
 from align.errors import UserError

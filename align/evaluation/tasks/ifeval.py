@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.config.stages.evaluation_tasks import IfbenchConfig, IfevalConfig
+from align.config.stages.evaluation.tasks import IfbenchConfig, IfevalConfig
 from align.config.validation import hint_nearest
 from align.data.rows import user
 from align.errors import UserError

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from align.config.stages.evaluation_tasks import MultipleChoiceConfig
+from align.config.stages.evaluation.tasks import MultipleChoiceConfig
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
 from align.evaluation.scorecard import Metric, SystemInfo

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.recipe.source_settings import FilesSource, HubSource
-from align.config.stages.evaluation_tasks import PerplexityConfig
+from align.config.stages.evaluation.tasks import PerplexityConfig
 from align.config.user_paths import matching_paths
 from align.data.rows import read_rows, user
 from align.errors import UserError

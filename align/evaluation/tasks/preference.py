@@ -14,7 +14,7 @@ from typing import Any
 
 from align.config.recipe.format_options import PAIRED
 from align.config.recipe.source_settings import FilesSource, HubSource
-from align.config.stages.evaluation_tasks import PreferenceConfig
+from align.config.stages.evaluation.tasks import PreferenceConfig
 from align.data.rows import Dropped, Row, is_finished
 from align.errors import UserError
 from align.evaluation.scorecard import Metric

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from align.config.recipe.record_mapping import ColumnValue
 from align.config.recipe.source_settings import FilesSource, HubSource
-from align.config.stages.evaluation_fields import RecordFields
+from align.config.stages.evaluation.task_fields import RecordFields
 from align.config.validation import hint_nearest, validate_plain
 from align.data.formats.messages import is_number
 from align.errors import UserError

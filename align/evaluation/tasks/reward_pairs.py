@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.config.stages.evaluation_tasks import PairLayout, RewardPairsConfig
+from align.config.stages.evaluation.tasks import PairLayout, RewardPairsConfig
 from align.config.validation import suggest
 from align.data.formats import convert
 from align.data.rows import Dropped, Message, Row, assistant, user

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from align.config.stages.evaluation_tasks import XstestConfig
+from align.config.stages.evaluation.tasks import XstestConfig
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.scorecard import Metric

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from align.config.executor import LocalExecutor, RayExecutor
 from align.config.runtime import Runtime
+from align.config.runtime.executor import LocalExecutor, RayExecutor
 from align.config.validation import validate_plain
 from align.errors import UserError
 from align.inference import ray_client

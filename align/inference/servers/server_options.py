@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
-from align.config.batch_sizes import CPU_STEP_TOKENS
 from align.config.runtime import EngineConfig
-from align.config.vllm_servers import RolloutsConfig
+from align.config.runtime.rollouts import CPU_STEP_TOKENS, RolloutsConfig
 from align.errors import UserError
 from align.inference.protocol import Watchdog
 from align.inference.server_guard import HOSTS, KEY_FILE, Guard, key_problem

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from align.config.launch import local_size
-from align.config.vllm_servers import RolloutsConfig
+from align.config.runtime.launch import local_size
+from align.config.runtime.rollouts import RolloutsConfig
 from align.errors import UserError
 from align.inference.server_guard import HOSTS, KEY, KEY_FILE, new_key, write_key
 from align.inference.servers.server_client import POLL_SECONDS, UNIX, Client, EngineLost

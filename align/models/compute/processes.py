@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from align.config.launch import local_rank, rank, world_size
 from align.config.runtime import Runtime
+from align.config.runtime.launch import local_rank, rank, world_size
 from align.models.compute.threads import device_of, use_threads
 
 T = TypeVar("T")

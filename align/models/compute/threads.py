@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from align.config.launch import local_size
 from align.config.runtime import Runtime
+from align.config.runtime.launch import local_size
 from align.errors import UserError
 from align.pipeline.process_limits import usable_cores
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from align.config.stages.rl import drift_settings
+from align.config.stages.policy_gradient import drift_settings
 from align.rl.losses import Aggregation, aggregate, importance_weights
 from align.rl.metrics import Averages
 from align.rl.packing import Batch

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from align.config.stages.grpo import GrpoConfig
-from align.config.stages.rloo import RlooConfig
+from align.config.stages.policy_gradient import GrpoConfig, RlooConfig
 from align.rl.advantages import (
     fill_failed,
     group_advantages,
@@ -101,7 +100,7 @@ class GroupObjective(Objective):
 
 
 class GRPOObjective(GroupObjective):
-    """Group-relative policy optimization (arXiv 2402.03300) and its variants (``align.config.stages.grpo``)."""
+    """Group-relative policy optimization (arXiv 2402.03300) and its variants (``GrpoConfig.loss``)."""
 
     name: ClassVar[str] = "grpo"
     config: GrpoConfig

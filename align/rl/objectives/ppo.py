@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from align.config.stages.ppo import PpoConfig
+from align.config.stages.policy_gradient import PpoConfig
 from align.rl.advantages import gae
 from align.rl.losses import loss_count, policy_loss, value_loss
 from align.rl.masking import whiten

@@ -11,8 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from align.config.stages.online_dpo import OnlineDpoConfig
-from align.config.stages.rejection import RejectionConfig
+from align.config.stages.best_of_n import OnlineDpoConfig, RejectionConfig
 from align.rl.losses import aggregate, loss_count, pair_loss
 from align.rl.masking import masked_sum
 from align.rl.objectives import Objective, Step, failures, mask_to_learn, masked_kl

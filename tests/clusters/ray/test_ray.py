@@ -18,7 +18,7 @@ from align.cli.sweep_on_cluster import run_worker_task
 from align.clusters import ray as ray_tasks
 from align.clusters.follow import JobFollower, JobResult, JobState, write_note
 from align.clusters.ray import RayQueue, StageTask, run_stage_task
-from align.config.executor import RayExecutor
+from align.config.runtime.executor import RayExecutor
 from align.errors import StageFailed, UserError
 from align.inference import ray_client
 from align.runner.listener import Listener

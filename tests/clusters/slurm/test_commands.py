@@ -18,8 +18,8 @@ from align.clusters.slurm import commands
 from align.clusters.slurm.commands import file_system
 from align.clusters.slurm.submission import sbatch_options, submissions, write_script
 from align.clusters.slurm.submit import submit_run
-from align.config.executor import SlurmExecutor, seconds_of
 from align.config.runtime import Runtime
+from align.config.runtime.executor import SlurmExecutor, seconds_of
 from align.errors import UserError
 from align.runner.runner import RunOptions
 from align.store.store import Store
@@ -193,7 +193,7 @@ def test_times_are_read_as_slurm_reads_them(time: str, seconds: int) -> None:
 
 @pytest.mark.parametrize("time", ["", "2h", "1:00:00:00", "1-", "-5", "1:00\n"])
 def test_invalid_time_is_refused_with_examples(time: str) -> None:
-    with pytest.raises(ValueError, match=r'is no time of Slurm; write "90" \(minutes\), "12:00:00"'):
+    with pytest.raises(ValueError, match=r'is not a time of Slurm; write "90" \(minutes\), "12:00:00"'):
         SlurmExecutor(time=time)
 
 

@@ -9,7 +9,7 @@ import pytest
 from align.config.recipe.recipe import Recipe
 from align.config.recipe.record_mapping import FORMAT_FIELDS, ROW_FIELDS
 from align.config.recipe.source_settings import FilesSource, HubSource
-from align.config.stages.evaluation_tasks import IfevalConfig
+from align.config.stages.evaluation.tasks import IfevalConfig
 from align.config.validation import validate
 from align.data.formats.fields import NAMES, OPTIONAL
 from align.data.rows import column_types
@@ -20,7 +20,7 @@ from align.errors import UserError
     ("settings", "message"),
     [
         ({"columns": {"promt": "q"}}, "columns.promt: no format reads a field 'promt'. Did you mean 'prompt'?"),
-        ({"columns": {"images": "i"}}, "columns.images: align trains on text alone, so it takes no images"),
+        ({"columns": {"images": "i"}}, "columns.images: align trains only on text, so it does not accept images"),
         ({"columns": {"prompt": "{q"}}, "columns.prompt: '{q' has a single '{'"),
         ({"columns": {"prompt": "{q.__class__!r}"}}, "has a conversion or a format"),
         ({"columns": {"choices": ["a", "b}"]}}, "columns.choices: 'b}' has a single '}'"),
@@ -51,7 +51,7 @@ def test_a_wrong_mapping_is_named_before_anything_is_read(settings: dict[str, An
     assert message in str(caught.value)
 
 
-def test_settings_of_files_and_groups_are_refused_where_they_mean_nothing() -> None:
+def test_settings_without_effect_are_refused() -> None:
     hub = {"type": "hub", "dataset": "o/n", "revision": "a" * 40, "records": "examples"}
     with pytest.raises(UserError, match="records is about files, and this source reads none"):
         validate(HubSource, hub, "mine.yaml")

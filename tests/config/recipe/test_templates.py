@@ -71,12 +71,12 @@ def test_a_value_that_is_no_text_is_an_error(template: str, problem: str) -> Non
     [
         ("{question", "has a single '{'"),
         ("question}", "has a single '}'"),
-        ("{}", "is no field"),
-        ("{ }", "is no field"),
+        ("{}", "is not a field"),
+        ("{ }", "is not a field"),
         ("{a!r}", "has a conversion or a format"),
         ("{a:>10}", "has a conversion or a format"),
-        ("{a[0}", "is no path"),
-        ("{a..b}", "is no path"),
+        ("{a[0}", "is not a path"),
+        ("{a..b}", "is not a path"),
     ],
 )
 def test_a_template_that_cannot_be_read_is_an_error(template: str, problem: str) -> None:

@@ -8,12 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from align.config.base import settings_for_key
+from align.config.runtime.rollouts import RolloutsConfig
+from align.config.stages.best_of_n import OnlineDpoConfig
 from align.config.stages.continue_from import inexactness, must_be_equal
-from align.config.stages.grpo import GrpoConfig
-from align.config.stages.online_dpo import OnlineDpoConfig
-from align.config.stages.ppo import PpoConfig
-from align.config.stages.rloo import RlooConfig
-from align.config.vllm_servers import RolloutsConfig
+from align.config.stages.policy_gradient import GrpoConfig, PpoConfig, RlooConfig
 
 FIELDS: dict[str, Any] = {"policy": "p", "prompts": "q", "score": "gold", "learning_rate": 1e-3}
 ENVIRONMENT = {"environment": {"class": "module:Class", "max_tokens": 64}}
@@ -62,7 +60,7 @@ def test_continue_needs_servers_that_read_a_folder(rollouts: dict[str, Any], obj
     assert GrpoConfig(**FIELDS, **ENVIRONMENT).sampling_objection(RolloutsConfig(**rollouts)) is None
 
 
-def test_a_stage_that_continues_another_keeps_it_and_is_not_exact() -> None:
+def test_continued_stage_keeps_in_flight_and_is_inexact() -> None:
     config = GrpoConfig(**FIELDS, **ENVIRONMENT, **CONTINUE)
     assert "in_flight" in must_be_equal(config)
     assert inexactness(config, 4, 8) == "with `in_flight: continue` the weights of every turn depend on the clock"

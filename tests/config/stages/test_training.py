@@ -2,10 +2,9 @@
 
 import pytest
 
-from align.config.launch import LaunchConfig
-from align.config.stages.dpo import DpoConfig
-from align.config.stages.grpo import GrpoConfig
-from align.config.stages.ppo import PpoConfig
+from align.config.runtime.launch import LaunchConfig
+from align.config.stages.policy_gradient import GrpoConfig, PpoConfig
+from align.config.stages.preference import DpoConfig
 from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.validation import validate
@@ -34,7 +33,7 @@ def test_default_micro_batch_divides_the_batch() -> None:
         (SftConfig, {"learning_rate": -1}, r"stages\.x\.learning_rate: should be greater than 0"),
         (SftConfig, {"scheduler": "cosin"}, "Did you mean 'cosine'"),
         (SftConfig, {"trainer": {"adam_beta": 0.9}}, r"stages\.x\.trainer: unknown key 'adam_beta'.*'adam_beta[12]'"),
-        (SftConfig, {"trainer": {"learning_rate": 1}}, "set 'learning_rate' beside 'trainer'"),
+        (SftConfig, {"trainer": {"learning_rate": 1}}, "set 'learning_rate' next to 'trainer'"),
         (RewardConfig, {"trainer": {"center_rewards_coefficient": 0.1}}, "set 'center_rewards' beside"),
         (RewardConfig, {"center_reward": 0.1}, "Did you mean 'center_rewards'"),
     ],
@@ -74,16 +73,14 @@ IN_PARTS = LaunchConfig(processes=2, strategy="fsdp2")
 
 
 @pytest.mark.parametrize(("kind", "fields"), [(PpoConfig, ONLINE), (GrpoConfig, ONLINE), (SftConfig, ANCHORED)])
-def test_adapters_that_are_a_part_of_the_start_cannot_be_looked_back_from_in_parts(
-    kind: type, fields: dict[str, object]
-) -> None:
+def test_adapters_from_weights_refuse_kl_anchor_if_sharded(kind: type, fields: dict[str, object]) -> None:
     objection = kind(**fields, tuning=PISSA).processes_objection(IN_PARTS)
     assert "tuning.init makes the adapters a part of the initial policy" in objection and "take ddp" in objection
     assert kind(**fields, tuning={"method": "lora", "rank": 4}).processes_objection(IN_PARTS) is None
     assert kind(**fields, tuning=PISSA).processes_objection(LaunchConfig(processes=2)) is None
 
 
-def test_stages_that_do_not_look_back_take_such_adapters_in_parts() -> None:
+def test_adapters_from_weights_are_sharded_without_kl_anchor() -> None:
     """``dpo`` scores its reference before the model is shared out."""
     assert SftConfig(**SFT, tuning=PISSA).processes_objection(IN_PARTS) is None
     pairs = {"policy": "p", "data": "d", "learning_rate": 1e-4}
@@ -101,5 +98,5 @@ def test_replay_needs_the_complete_model_in_each_process(strategy: str, settings
 
 
 @pytest.mark.parametrize("extra", [{"ema": 0.9}, {"anchor": {"to": "l2", "weight": 0.1}}])
-def test_other_protection_against_forgetting_is_for_a_model_in_parts_too(extra: dict[str, object]) -> None:
+def test_sharded_model_accepts_l2_anchor_and_ema(extra: dict[str, object]) -> None:
     assert SftConfig(**SFT, **extra).processes_objection(IN_PARTS) is None

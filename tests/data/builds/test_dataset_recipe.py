@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from align.config.recipe.source_settings import FilesSource
-from align.config.recipe.split import SplitPart, parse_split
-from align.config.stages.data import DataConfig
+from align.config.recipe.source_settings import FilesSource, SplitPart, parse_split
+from align.config.stages.inputs import DataConfig
 from align.data.builds.dataset_recipe import dataset_recipe, guess, sources_of
 from align.errors import UserError
 
@@ -29,7 +28,7 @@ def test_splits_with_slices() -> None:
     assert SplitPart("train", None, "500").bounds(90) == (0, 90)
     assert SplitPart("train", None, "500").is_stream and not SplitPart("train", "-5", None).is_stream
     for text in ("train[5]", "train[:x]", "train[1:2", "", "train test"):
-        with pytest.raises(ValueError, match="is no split; write a name, with rows in brackets"):
+        with pytest.raises(ValueError, match="is not a split; write a name, with rows in brackets"):
             parse_split(text)
 
 
@@ -166,8 +165,8 @@ def test_fields_of_the_hub_mean_nothing_for_files(tmp_path: Path, fields: dict[s
         ({"recipe": "a.yaml", "split": "train"}, "split belongs to dataset; with a recipe, write it there"),
         ({"recipe": "a.yaml", "format": "alpaca"}, "format belongs to dataset"),
         ({"dataset": "b.csv", "files": ["c.csv"]}, "files replace the sources of a recipe; name them as dataset"),
-        ({"dataset": "b.csv", "split": "train[5]"}, "is no split"),
-        ({"dataset": "a/b", "test_split": "test", "part": "train"}, "so part means nothing; drop one of them"),
+        ({"dataset": "b.csv", "split": "train[5]"}, "is not a split"),
+        ({"dataset": "a/b", "test_split": "test", "part": "train"}, "so part has no effect; drop one of them"),
         ({"dataset": "a/b", "test_split": "test", "test_size": 0.2}, "test_split and test_size both say what is held"),
     ],
 )

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from align.config.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
 from align.config.recipe.format_options import FormatOptions
 from align.config.recipe.recipe import Recipe
 from align.config.recipe.record_mapping import Constant, RecordMapping
+from align.config.runtime.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
 from align.data.builds import build as building
 from align.data.builds import workers
 from align.data.builds.build import build

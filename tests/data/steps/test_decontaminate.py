@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align.config.recipe.evaluation_set import EvaluationSet
 from align.config.recipe.source_settings import FilesSource, HubSource
-from align.config.recipe.step_settings import DecontaminateStep
+from align.config.recipe.step_settings import DecontaminateStep, EvaluationSet
 from align.data.rows import Row, assistant, user
 from align.data.sources import read
 from align.data.steps import decontaminate
@@ -310,7 +309,7 @@ def test_known_names_need_a_commit_only() -> None:
         ({"name": "ifval"}, "known by name are .*Did you mean 'ifeval'"),
         ({"name": "ifeval"}, "needs `revision`, the commit of google/IFEval"),
         ({"name": "mine", "dataset": "o/n"}, "needs `revision`, the commit of o/n"),
-        ({"name": "ifeval", "files": ["a.json"], "revision": REVISION}, "has files, so 'revision' means nothing"),
+        ({"name": "ifeval", "files": ["a.json"], "revision": REVISION}, "has files, so 'revision' has no effect"),
     ],
 )
 def test_evaluation_set_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:

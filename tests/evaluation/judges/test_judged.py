@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from align.config.stages.evaluation_tasks import JudgedConfig
+from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message
 from align.errors import UserError
 from align.evaluation.tasks import build_task, task_identities

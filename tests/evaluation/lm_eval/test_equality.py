@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from align.config.stages.evaluation_tasks import IfevalConfig, MultipleChoiceConfig
+from align.config.stages.evaluation.tasks import IfevalConfig, MultipleChoiceConfig
 from align.errors import UserError
 from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import TaskInputs

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from align.config.runtime import Runtime
-from align.config.stages.evaluation_tasks import LmEvalConfig
+from align.config.stages.evaluation.tasks import LmEvalConfig
 from align.config.validation import validate
 from align.errors import UserError
 from align.evaluation.lm_eval import task as module
@@ -67,7 +67,7 @@ def test_settings_that_are_wrong(block: dict[str, Any], message: str) -> None:
 
 def test_settings_and_identities_import_no_lm_eval_or_torch(folder: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom align.config.stages.evaluation_tasks import LmEvalConfig\n"
+        "import sys\nfrom pathlib import Path\nfrom align.config.stages.evaluation.tasks import LmEvalConfig\n"
         "from align.evaluation.tasks import task_identities\n"
         f"found = task_identities(LmEvalConfig(tasks=['sums'], include={str(folder)!r}), Path('.'))\n"
         "print(sorted(found), {'lm_eval', 'torch', 'datasets', 'transformers'} & set(sys.modules))"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from align.config.stages.evaluation_tasks import LmEvalConfig
+from align.config.stages.evaluation.tasks import LmEvalConfig
 from align.errors import UserError
 from align.evaluation.lm_eval import worker
 from align.evaluation.lm_eval.worker import LmEvalChangedError, evaluate, read_results

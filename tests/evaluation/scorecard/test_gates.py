@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from align.config.stages.evaluation_gates import Bound, Gate, GateConfig, parse_gates
+from align.config.stages.evaluation.gates import Bound, Gate, GateConfig, parse_gates
 from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.scorecard.gates import check_gates, default_gates, evaluate_gates, failed_gates
@@ -216,7 +216,7 @@ def test_drift_is_named_after_what_it_is_measured_against():
 )
 def test_mistakes_are_named_with_place_and_remedy(raw, words):
     with pytest.raises(ValueError) as caught:
-        parse_gates(raw, ROLES, "sft", tasks=["ifeval"], plain=["gold", "kl"])
+        parse_gates(raw, ROLES, "sft", tasks=["ifeval"], prompt_metrics=["gold", "kl"])
     assert words in str(caught.value)
 
 

@@ -224,7 +224,7 @@ def test_checkpoints_are_compared_with_prompting_and_best_of_n():
 
 
 def test_a_gate_that_breaks_is_in_the_card():
-    from align.config.stages.evaluation_gates import parse_gates
+    from align.config.stages.evaluation.gates import parse_gates
 
     card_inputs = measurements(model=[0.1] * 4, sft=[0.5] * 4, ppo=[0.2] * 4)
     card_inputs.gates = parse_gates({"gold": ">= sft - 0.02"}, ["model", "sft", "ppo"], "sft")

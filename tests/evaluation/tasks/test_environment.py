@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from align.config.stages.environment_task import EnvironmentTaskConfig
+from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
 from align.environments.episode import CallRecord, Episode, PolicyTurn
 from align.errors import UserError
 from align.evaluation.tasks import build_task, task_identities
@@ -53,7 +53,7 @@ def failed() -> Episode:
     ("fields", "message"),
     [
         ({"rows": None}, "there are no rows to play; name `rows`"),
-        ({"files": ["a.jsonl"], "rows": "data"}, "it has rows, so 'files' means nothing"),
+        ({"files": ["a.jsonl"], "rows": "data"}, "it has rows, so 'files' has no effect"),
         ({"columns": {"prompt": "question"}}, "columns map the columns of files"),
         ({"samples": 4}, "samples above 1 would be identical at temperature 0"),
         ({"success": ""}, "success"),

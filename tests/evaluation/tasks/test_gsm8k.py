@@ -13,7 +13,7 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from align.config.stages.evaluation_tasks import MAX_EXAMPLES, Gsm8kConfig
+from align.config.stages.evaluation.tasks import MAX_EXAMPLES, Gsm8kConfig
 from align.data.final_answers import last_number, marked_number
 from align.data.rows import normalized
 from align.errors import UserError

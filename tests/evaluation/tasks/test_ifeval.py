@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from align.config.stages.evaluation_tasks import IfevalConfig
+from align.config.stages.evaluation.tasks import IfevalConfig
 from align.errors import UserError
 from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import Item

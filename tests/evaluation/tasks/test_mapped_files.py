@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from align.config.recipe.record_mapping import ComparedColumns, Constant
-from align.config.stages.evaluation_tasks import (
+from align.config.stages.evaluation.tasks import (
     Gsm8kConfig,
     IfbenchConfig,
     JudgedConfig,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from align.config.base import Config
-from align.config.stages.evaluation_tasks import MultipleChoiceConfig
+from align.config.stages.evaluation.tasks import MultipleChoiceConfig
 from align.config.validation import validate
 from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo

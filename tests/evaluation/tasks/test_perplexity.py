@@ -15,7 +15,7 @@ from hypothesis import given as drawn
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from align.config.stages.evaluation_tasks import PerplexityConfig
+from align.config.stages.evaluation.tasks import PerplexityConfig
 from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task, task_identities

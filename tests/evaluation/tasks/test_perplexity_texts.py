@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from align.config.stages.evaluate import EvaluateConfig
-from align.config.stages.evaluation_tasks import PerplexityConfig
+from align.config.stages.evaluation.tasks import PerplexityConfig
 from align.config.validation import validate
 from align.data.rows import write_rows
 from align.errors import UserError
@@ -137,7 +137,7 @@ def test_there_must_be_enough_to_show_and_room_for_it(tiny_model: Path, tmp_path
     [
         ({"texts": "book"}, r"tasks\.domain: texts 'book' is none of the stage's texts \(books\)"),
         ({"text": "books"}, "Did you mean 'texts'"),
-        ({"texts": "books", "files": ["a.txt"]}, "it has texts, so 'files' means nothing"),
+        ({"texts": "books", "files": ["a.txt"]}, "it has texts, so 'files' has no effect"),
         ({}, "give its files, or its dataset"),
     ],
 )

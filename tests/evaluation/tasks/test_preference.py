@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from align.config.stages.evaluation_tasks import PreferenceConfig
+from align.config.stages.evaluation.tasks import PreferenceConfig
 from align.config.validation import validate
 from align.data.rows import assistant, user
 from align.errors import UserError
@@ -205,7 +205,7 @@ def test_pairs_of_several_turns_are_left_out_and_said(tmp_path: Path, side: str)
         ({"columns": {"chosen": "better"}}, "columns is about files or a dataset"),
         ({"header": ["chosen", "rejected"]}, "header is about files or a dataset"),
         ({"options": {"ignore": ["note"]}}, "options is about files or a dataset"),
-        ({"files": ["a"], "split": "test"}, "it has files, so 'split' means nothing"),
+        ({"files": ["a"], "split": "test"}, "it has files, so 'split' has no effect"),
         ({"files": ["a"], "format": "hh_rhlf"}, "'hh_rhlf' is none of .*Did you mean 'hh_rlhf'"),
     ],
 )

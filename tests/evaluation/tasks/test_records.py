@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 from pydantic import ValidationError
 
-from align.config.stages.evaluation_fields import RecordFields, TaskConfig
+from align.config.stages.evaluation.task_fields import RecordFields, TaskConfig
 from align.errors import UserError
 from align.evaluation.tasks.records import (
     TaskRecord,
@@ -103,9 +103,9 @@ def test_a_known_benchmark_needs_only_a_commit_of_the_hub(tmp_path: Path) -> Non
         (Homemade, {}, "give its files, or its dataset and revision"),
         (Gsm8kLike, {}, "the commit of openai/gsm8k"),
         (Homemade, {"dataset": "a/b"}, "the commit of a/b"),
-        (Homemade, {"files": ["a.jsonl"], "dataset": "a/b", "revision": COMMIT}, "so 'dataset' means nothing"),
-        (Gsm8kLike, {"files": ["a.jsonl"], "revision": COMMIT}, "so 'revision' means nothing"),
-        (Homemade, {"files": ["a.jsonl"], "split": "test"}, "so 'split' means nothing"),
+        (Homemade, {"files": ["a.jsonl"], "dataset": "a/b", "revision": COMMIT}, "so 'dataset' has no effect"),
+        (Gsm8kLike, {"files": ["a.jsonl"], "revision": COMMIT}, "so 'revision' has no effect"),
+        (Homemade, {"files": ["a.jsonl"], "split": "test"}, "so 'split' has no effect"),
         (Gsm8kLike, {"revision": "main"}, "revision"),
         (Homemade, {"files": []}, "files"),
         (Homemade, {"files": ["a.jsonl"], "max_items": 0}, "max_items"),

@@ -5,8 +5,7 @@ import json
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from align.config.stages.evaluate import EvaluateConfig
-from align.config.stages.evaluation_tasks import TASK_CONFIGS, AnyTask, add_task_kinds
+from align.config.stages.evaluate import TASK_CONFIGS, AnyTask, EvaluateConfig, add_task_kinds
 
 FILES = {"files": ["x.jsonl"]}
 BLOCKS = {
@@ -50,5 +49,5 @@ def test_a_name_is_the_kind_unless_it_says_another():
         "ifeval": {"task": "ifeval"},
         "mine": {"task": "gsm8k"},
     }
-    with pytest.raises(ValueError, match="'ifevl' is no kind of task. Did you mean 'ifeval'"):
+    with pytest.raises(ValueError, match="'ifevl' is not a kind of task. Did you mean 'ifeval'"):
         add_task_kinds({"ifevl": {}})

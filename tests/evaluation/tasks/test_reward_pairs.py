@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from align.config.stages.evaluation_tasks import RewardPairsConfig
+from align.config.stages.evaluation.tasks import RewardPairsConfig
 from align.errors import UserError
 from align.evaluation.comparisons import Resampling
 from align.evaluation.reward_accuracy import SCORE, pair_accuracy

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.config.stages.evaluation_tasks import XstestConfig
+from align.config.stages.evaluation.tasks import XstestConfig
 from align.errors import UserError
 from align.evaluation.comparisons import Column, Resampling, difference, estimate, is_rate
 from align.evaluation.tasks import build_task

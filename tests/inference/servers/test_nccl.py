@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from align.config.runtime import Runtime
-from align.config.vllm_servers import RolloutsConfig
+from align.config.runtime.rollouts import RolloutsConfig
 from align.errors import UserError
 from align.inference.engine import open_engine
 from tests.support.fork_server import start_module

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from align.config.runtime import EngineConfig
-from align.config.vllm_servers import RolloutsConfig
+from align.config.runtime.rollouts import RolloutsConfig
 from align.inference.protocol import Sampling, TurnRequest
 from align.inference.servers.pool import PoolEngine
 from align.inference.servers.server import Member

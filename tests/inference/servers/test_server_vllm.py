@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from align.config.runtime import EngineConfig
-from align.config.vllm_servers import RolloutsConfig
+from align.config.runtime.rollouts import RolloutsConfig
 from align.inference.protocol import Sampling, TurnRequest
 from align.inference.servers.server import COMPLETIONS, RESET, RPC, ServerEngine
 from align.inference.servers.server_client import BadReply, EngineLost, WeightsChanged

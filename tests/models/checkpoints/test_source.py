@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
     [
         ("smolm2-135m-instruct", None, "Did you mean 'smollm2-135m-instruct'"),
         ("HuggingFaceTB/SmolLM2-135M", None, "'HuggingFaceTB/SmolLM2-135M' is not in the Hub's cache"),
-        ("HuggingFaceTB/SmolLM2-135M", "two words", "revision: 'two words' is no branch, tag or commit"),
+        ("HuggingFaceTB/SmolLM2-135M", "two words", "revision: 'two words' is not a branch, tag or commit"),
         ("tiny", COMMIT, "leave revision out"),
         ("./nowhere", None, "there is no"),
         ("nowhere.gguf", None, "there is no"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from align.config.peft_options import peft_types
+from align.config.options import peft_types
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer
 from align.models.tuning.apply import initial_policy, save_tuned

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.config.stages.online_dpo import OnlineDpoConfig
+from align.config.stages.best_of_n import OnlineDpoConfig
 from align.rl.objectives.selection import OnlineDPOObjective
 from align.rl.rollout import Rollout
 

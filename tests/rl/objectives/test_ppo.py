@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from align.config.stages.ppo import PpoConfig
+from align.config.stages.policy_gradient import PpoConfig
 from align.rl.objectives.ppo import PPOObjective
 from align.rl.rollout import Rollout
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config.stages.evaluation_tasks import JudgedConfig
+from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message
 from align.evaluation.judges.graded import JudgedTask
 from align.evaluation.scorecard import SystemInfo

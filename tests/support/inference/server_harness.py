@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from align.config.runtime import EngineConfig
-from align.config.vllm_servers import RolloutsConfig
+from align.config.runtime.rollouts import RolloutsConfig
 from align.inference.servers.server import ServerEngine
 from align.inference.servers.server_options import ServerSpec
 from align.inference.weights import WeightsFolder, checkpoint_weights

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from align.config.stages.evaluation_gates import parse_gates
+from align.config.stages.evaluation.gates import parse_gates
 from align.evaluation.comparisons import Resampling
 from align.evaluation.reward_accuracy import pair_accuracy
 from align.evaluation.scorecard import Metric, SystemInfo

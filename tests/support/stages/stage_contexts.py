@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.config.runtime import Runtime
-from align.config.stages.distill import DistillConfig
 from align.config.stages.merge import MergeConfig
-from align.config.stages.pretrain import PretrainConfig
 from align.config.stages.reward import RewardConfig
+from align.config.stages.sft import DistillConfig, PretrainConfig
 from align.data.rows import write_rows
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES

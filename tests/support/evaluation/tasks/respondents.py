@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config.stages.evaluation_tasks import Gsm8kConfig
+from align.config.stages.evaluation.tasks import Gsm8kConfig
 from align.data.rows import Message
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task

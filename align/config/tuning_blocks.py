@@ -1,0 +1,89 @@
+"""Blocks of ``tuning``: schedules that train a part of the weights at a time, and rows of tokens. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_serializer, model_validator
+
+from align.config.base import Config
+
+
+class Unfreeze(Config):
+    """Unfreeze the model from its last layers down during training (gradual unfreezing, arXiv 1801.06146).
+
+    A frozen layer has no gradient and no optimizer state. The last norm is trained from the start.
+    """
+
+    at: dict[float, int] = Field(min_length=1)
+    """Start -> number of last layers trained from then on: ``{0: 2, 50: 8}``. More layers than the model has mean
+    all."""
+    unit: Literal["steps", "epochs"] = "steps"
+    """Unit of the starts: optimizer steps, or epochs (fractions are allowed)."""
+    embeddings: bool = False
+    """Also train the embeddings when every layer has been trained; with tied embeddings also the head."""
+    head: bool = False
+    """Train the vocabulary head from the start, and with it tied embeddings. A score head is always trained."""
+
+    @model_validator(mode="after")
+    def _opens_more_and_more(self) -> Unfreeze:
+        times = sorted(self.at)
+        if times[0] != 0:
+            raise ValueError(
+                f"at starts at {times[0]:g}, so nothing would be trained before that. Give `0:` a number of layers."
+            )
+        if self.unit == "steps" and any(time != int(time) for time in times):
+            raise ValueError(f"at counts steps, whole numbers; found {', '.join(f'{t:g}' for t in times)}.")
+        opened = [self.at[time] for time in times]
+        if opened[0] < 0 or any(later <= earlier for earlier, later in itertools.pairwise(opened)):
+            raise ValueError(
+                f"at trains {opened} layers one after another; each number must be larger than the one before."
+            )
+        return self
+
+    @field_serializer("at")
+    def _sort_with_text_keys(self, starts: dict[float, int]) -> dict[str, int]:
+        # Sort the entries and use one spelling per number, so equal schedules have equal keys.
+        return {str(int(time) if time == int(time) else time): starts[time] for time in sorted(starts)}
+
+
+class Lisa(Config):
+    """Train a few random layers, and others after some steps (LISA, arXiv 2403.17919)."""
+
+    layers: int = Field(2, ge=1)
+    """Layers trained at a time; only these have optimizer state and gradients."""
+    every: int = Field(20, ge=1)
+    """Optimizer steps until new layers are chosen; a layer that is frozen loses its AdamW averages."""
+    embeddings: bool = True
+    """Train the embeddings at every step, as the paper does."""
+    head: bool = True
+    """Train the vocabulary head at every step, as the paper does; with tied embeddings, if either is trained."""
+
+
+EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in")
+"""Last parts of the names of embeddings and heads in transformers."""
+
+
+class TrainedTokens(Config):
+    """Tokens whose rows are trained in addition to adapters."""
+
+    train_tokens: list[str] = Field(default_factory=list)
+    """Tokens whose rows of embedding and head are trained in full with the adapters, such as tokens that a model
+    stage's ``add_tokens`` added: ``["<|im_start|>", "<|im_end|>"]``. All other rows stay. Not for a partitioned model
+    (fsdp2, stage 3 of deepspeed), nor with ``anchor: kl``."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_tokens(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Stages that train no tokens keep the keys that they had before there was this field.
+        fields: dict[str, Any] = serialize(self)
+        if not self.train_tokens:
+            fields.pop("train_tokens", None)
+        return fields
+
+    @model_validator(mode="after")
+    def _tokens_are_trained_once(self) -> Self:
+        saved_modules: list[str] = getattr(self, "save_modules", [])
+        if self.train_tokens and any(name.endswith(EMBEDDING_NAMES) for name in saved_modules):
+            raise ValueError("save_modules trains all embeddings already; leave train_tokens out.")
+        return self
