@@ -17,11 +17,13 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from align.config.runtime.launch import rank
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.processes import broadcast
+from align.models.tuning.apply import parameter_counts
 from align.models.tuning.merged_weights import merged_weights
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint, load_checkpoint, load_random_state
 from align.rl.clipping import clip_parts
 from align.rl.prompts import derive_seed
+from align.rl.rollout import COMPONENT
 from align.rl.sampler import drop_journals
 from align.training import sharded
 from align.training.kept_state import continue_order, keep_state
@@ -29,6 +31,12 @@ from align.training.row_history import Continuation
 
 if TYPE_CHECKING:
     from align.rl.trainer import RLTrainer
+
+SUMMARIZED = (
+    *("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"),
+    *("turns", "calls", "malformed_calls", "tool_errors", "max_turns_rate", "failure_rate"),
+)
+"""Metrics whose first and last values are metrics of the stage."""
 
 
 def begin(trainer: Any, resume_from_checkpoint: str | bool | None) -> None:
@@ -71,6 +79,47 @@ def end(trainer: Any) -> TrainOutput:
     if trainer.validation is not None:
         _validate_last(trainer)
     return TrainOutput(trainer.state.global_step, metrics["train_loss"], metrics)
+
+
+def summarize(trainer: RLTrainer) -> dict[str, Any]:
+    """Return metrics of the entire run. First and last values are means over a few updates, seconds are sums.
+
+    ``trainable_parameters`` and ``parameters`` are the policy's, without critic and reference, so they are comparable
+    with stages that have neither.
+    """
+    history = [entry for entry in trainer.state.log_history if "score" in entry]
+    metrics: dict[str, Any] = {"updates": len(history), **trainer.totals}
+    if history:
+        metrics |= _summarize_history(history, getattr(trainer.sampler.scorer, "names", []))
+        metrics["tokens_per_second"] = trainer.totals["tokens"] / max(metrics["seconds"], 1e-9)
+    if trainer.validation is not None and trainer.validation.best is not None:
+        metrics["kept"] = trainer.validation.best
+    if trainer.alarms:
+        metrics["alarms"] = [f"update {alarm.update}: {alarm.name}" for alarm in trainer.alarms]
+    metrics["trainable_parameters"], metrics["parameters"] = parameter_counts(trainer.model.policy)
+    critic = getattr(trainer.model, "critic", None)
+    if critic is not None:
+        metrics["trainable_parameters_critic"] = parameter_counts(critic)[0]
+    if trainer.stopped:
+        metrics["stopped"] = trainer.stopped
+    return metrics
+
+
+def _summarize_history(history: list[dict[str, float]], reward_names: list[str]) -> dict[str, Any]:
+    """Return first and last values, total seconds and peak memory of the updates' metrics."""
+    metrics: dict[str, Any] = {}
+    count = max(1, min(3, len(history) // 4))  # single updates are noisy
+    rewards = [f"{COMPONENT}{name}" for name in reward_names]
+    for name in (*SUMMARIZED, *rewards):
+        if name in history[0]:
+            metrics[f"{name}_first"] = sum(entry[name] for entry in history[:count]) / count
+            metrics[f"{name}_last"] = sum(entry[name] for entry in history[-count:]) / count
+    # If a stage continues another, maybe only the earlier or only the later stage validated.
+    for name in dict.fromkeys(name for entry in history for name in entry if name.startswith("seconds")):
+        metrics[name] = sum(entry.get(name, 0.0) for entry in history)
+    metrics["kl_coef_last"] = history[-1]["kl_coef"]
+    metrics["peak_memory_gib"] = max(entry["peak_memory_gib"] for entry in history)
+    return metrics
 
 
 def _validate_last(trainer: Any) -> None:

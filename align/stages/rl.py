@@ -35,13 +35,12 @@ from align.models.compute.threads import device_of, use_threads
 from align.models.experts import freeze_routers
 from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel
-from align.models.tuning.apply import engine_source, load_for_tuning, notice, parameter_counts
+from align.models.tuning.apply import engine_source, load_for_tuning, notice
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint
 from align.rl.completions import gather
 from align.rl.reference_scores import note_reference_scores
-from align.rl.rollout import COMPONENT
-from align.rl.run import continue_prompts, keep_rollout_state
+from align.rl.run import continue_prompts, keep_rollout_state, summarize
 from align.rl.trainer import RLTrainer
 from align.rl.trainers import BestOfNTrainer, GRPOTrainer, OnlineDPOTrainer, PPOTrainer, RLOOTrainer
 from align.store.artifacts import Artifact
@@ -62,11 +61,6 @@ TRAINERS: dict[type[RolloutFields], type[RLTrainer]] = {
     RejectionConfig: BestOfNTrainer,
 }
 """Config class of a kind, which a user's stage may inherit, and its trainer."""
-SUMMARIZED = (
-    *("score", "gold", "kl", "length", "eos_rate", "entropy", "explained_variance", "parity_gap"),
-    *("turns", "calls", "malformed_calls", "tool_errors", "max_turns_rate", "failure_rate"),
-)
-"""Metrics whose first and last values are metrics of the stage."""
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -129,7 +123,7 @@ def run(context: StageContext) -> dict[str, Any]:
         usage |= {} if player is None else player.user_usage()
         if frozen:
             reference_facts |= {"frozen_router_parameters": frozen}
-        return {"engine": engine.name, **reference_facts, **_facts(context, trainer), **summary(trainer), **usage}
+        return {"engine": engine.name, **reference_facts, **_facts(context, trainer), **summarize(trainer), **usage}
     finally:
         engine.close()
         if player is not None:
@@ -300,47 +294,6 @@ class ReportUpdates(TrainerCallback):
         self.context.log(update, **points)
         shown = {name: float(logs[name]) for name in ("score", "gold", "kl") if name in logs}
         self.context.progress(update, self.context.config.updates, unit="updates", tokens=tokens, **shown)
-
-
-def summary(trainer: RLTrainer) -> dict[str, Any]:
-    """Return metrics of the entire run. First and last values are means over a few updates, seconds are sums.
-
-    ``trainable_parameters`` and ``parameters`` are the policy's, without critic and reference, so they are comparable
-    with stages that have neither.
-    """
-    history = [entry for entry in trainer.state.log_history if "score" in entry]
-    metrics: dict[str, Any] = {"updates": len(history), **trainer.totals}
-    if history:
-        metrics |= _summarize_history(history, getattr(trainer.sampler.scorer, "names", []))
-        metrics["tokens_per_second"] = trainer.totals["tokens"] / max(metrics["seconds"], 1e-9)
-    if trainer.validation is not None and trainer.validation.best is not None:
-        metrics["kept"] = trainer.validation.best
-    if trainer.alarms:
-        metrics["alarms"] = [f"update {alarm.update}: {alarm.name}" for alarm in trainer.alarms]
-    metrics["trainable_parameters"], metrics["parameters"] = parameter_counts(trainer.model.policy)
-    critic = getattr(trainer.model, "critic", None)
-    if critic is not None:
-        metrics["trainable_parameters_critic"] = parameter_counts(critic)[0]
-    if trainer.stopped:
-        metrics["stopped"] = trainer.stopped
-    return metrics
-
-
-def _summarize_history(history: list[dict[str, float]], reward_names: list[str]) -> dict[str, Any]:
-    """Return first and last values, total seconds and peak memory of the updates' metrics."""
-    metrics: dict[str, Any] = {}
-    count = max(1, min(3, len(history) // 4))  # single updates are noisy
-    rewards = [f"{COMPONENT}{name}" for name in reward_names]
-    for name in (*SUMMARIZED, *rewards):
-        if name in history[0]:
-            metrics[f"{name}_first"] = sum(entry[name] for entry in history[:count]) / count
-            metrics[f"{name}_last"] = sum(entry[name] for entry in history[-count:]) / count
-    # If a stage continues another, maybe only the earlier or only the later stage validated.
-    for name in dict.fromkeys(name for entry in history for name in entry if name.startswith("seconds")):
-        metrics[name] = sum(entry.get(name, 0.0) for entry in history)
-    metrics["kl_coef_last"] = history[-1]["kl_coef"]
-    metrics["peak_memory_gib"] = max(entry["peak_memory_gib"] for entry in history)
-    return metrics
 
 
 def _load_reward_models(context: StageContext) -> list[RewardModel]:
