@@ -230,8 +230,7 @@ def stages_in_process() -> Iterator[None]:
     """Run the stages of a file's pipelines in this process, which has torch and transformers already."""
     from tests.support import in_process
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("align.runner.run_stage.run_attempt", in_process.run_attempt)
+    with in_process.stages():
         yield
 
 

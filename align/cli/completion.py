@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     """Run ``align completion``."""
     import argcomplete
 
-    print(argcomplete.shellcode(["align"], use_defaults=False, shell=options.shell), end="")
+    print(argcomplete.shellcode(["align"], use_defaults=False, shell=options.shell), end="")  # type: ignore[attr-defined]
     return 0
 
 

@@ -39,7 +39,7 @@ def mixture_blocks(model: Any) -> Iterator[tuple[str, Any]]:
 
 def routers(model: Any) -> dict[str, nn.Parameter]:
     """Return the parameters of all routers by name."""
-    parameters = {}
+    parameters: dict[str, nn.Parameter] = {}
     for block, module in mixture_blocks(model):
         for child in ROUTERS:
             router = getattr(module, child, None)

@@ -129,6 +129,20 @@ def open_model(
     return model, set(info["missing_keys"]) & set(may_lack)
 
 
+def with_tensors(model: Any, tensors: dict[str, Any]) -> Any:
+    """Return a model like ``model`` from tensors by their names in its files, which may differ from its own names.
+
+    transformers stores each expert of a mixture and computes with all experts of a layer as one tensor.
+    """
+    with _quiet(), _preserved_rng():
+        rebuilt, info = type(model).from_pretrained(
+            None, config=model.config, state_dict=tensors, dtype=model.dtype, output_loading_info=True
+        )
+    task: Task = "classifier" if hasattr(model, "score") else "causal"
+    refuse_misfits(task, Path(model.config.name_or_path), info)
+    return rebuilt.eval()
+
+
 def needs_eager_attention(folder: Path, config: Any, has_own_code: bool = False) -> bool:
     """Return True if the config asks for a soft cap on attention's scores, which transformers drops under sdpa.
 

@@ -24,7 +24,7 @@ def classifier_class(config: Any) -> Any:
         return CLASSIFIERS[kind]
     if kind not in CAUSAL or not hasattr(config.get_text_config(), "num_attention_heads"):
         return None
-    return _combined(CAUSAL[kind], kind)
+    return _combined(CAUSAL[kind], kind)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64)

@@ -43,6 +43,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     use_threads(context.runtime)
     from align.models.loading import load_policy, load_reward, load_tokenizer
+    from align.models.pretrained import with_tensors
     from align.models.tuning.apply import save_tuned
 
     config: MergeConfig = context.config
@@ -65,6 +66,9 @@ def run(context: StageContext) -> dict[str, Any]:
     distances = _Distances(len(models))
     # Merged tensors are written into the first model, one by one: memory for a single tensor of each is enough.
     slots = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # A mixture's files name each expert, and its model has one tensor for all: transformers combines them at the end.
+    by_file_name: dict[str, torch.Tensor] = {}
+    has_other_names = not models[0].names <= slots.keys()
     with torch.no_grad():
         for count, name in enumerate(sorted(models[0].names), start=1):
             tensors = [weights[name].float() for weights in models]
@@ -73,8 +77,13 @@ def run(context: StageContext) -> dict[str, Any]:
             if not bool(torch.isfinite(merged).all()):
                 raise RuntimeError(f"{name} is not finite after merging by {config.method}")
             distances.add(tensors, origin, merged)
-            slots[name].copy_(merged)
+            if has_other_names:
+                by_file_name[name] = merged
+            else:
+                slots[name].copy_(merged)
             context.progress(count, len(models[0].names), unit="tensors")
+    if has_other_names:
+        model = with_tensors(model, by_file_name)
     save_tuned(model, tokenizer, context.output / "model")
     return {"models": len(models), "cosine_to_start": cosines, **distances.facts()}
 

@@ -296,9 +296,6 @@ def _tokens_in(checkpoint: Path | None) -> int:
     return int(state.get("num_input_tokens_seen", 0))
 
 
-Scores = dict[str, float]
-
-
 def extra_callbacks(context: StageContext, trainer: Any) -> list[TrainerCallback]:
     """Create the callbacks of ``context.config``, once, from the initial model before a checkpoint is loaded."""
     config: TrainingFields = context.config

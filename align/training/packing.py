@@ -83,6 +83,11 @@ def fill_ratio(packs: Sequence[dict[str, list[int]]], capacity: int) -> float:
 def packing_form(model: Any) -> Form:
     """Return the form in which ``model`` can separate concatenated rows. Raises ``UserError`` if it cannot."""
     causal_model = plain_of(model)
+    if carries_state(causal_model.config):
+        raise UserError(
+            f"packing and padding_free: layers of this {causal_model.config.model_type} carry a state from token to "
+            "token, which would pass from row to row. Turn them off."
+        )
     attention = attention_name(causal_model.config)
     if attention.startswith("flash"):
         return "flash"
@@ -94,6 +99,15 @@ def packing_form(model: Any) -> Form:
         f"packing and padding_free: the attention '{attention}' of this model cannot keep rows "
         "in one line apart. Turn them off."
     )
+
+
+def carries_state(config: Any) -> bool:
+    """Return True if a model has layers of linear attention, convolutions or a state space (LFM2, Mamba, Qwen3.5)."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if kinds:
+        return any("attention" not in kind or kind.startswith("linear") for kind in kinds)
+    return any(name.startswith(("mamba_", "ssm_", "state_size")) for name in vars(text))
 
 
 def enable_flat(model: Any, form: Form) -> None:

@@ -120,7 +120,7 @@ class Prepared(ShardingTrainer):
     def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
         check_overrides()
         router_fields = prepare_router_loss(model, kwargs["args"])
-        super().__init__(*args, model=model, **kwargs)
+        super().__init__(*args, model=model, **kwargs)  # type: ignore[call-arg]
         self.router_fields = router_fields
         reduce_work(self.model, bfloat16=self.args.bf16, shared_prefixes=getattr(self.args, "shared_prefixes", True))
         shard_model(self)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import pytest
 import torch
 
 from align.runner import worker
@@ -46,6 +47,15 @@ def run_attempt(
         follow(event)
     write_attempts(partial, [*attempts, round(time.time() - started, 2)])
     return read_result(partial / RESULT).model_dump()
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[None]:
+    """Run the stages of pipelines in this process, which has torch and transformers already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("align.runner.run_stage.run_attempt", run_attempt)
+        patch.setattr("align.runner.runner._forked_stages", lambda *_: contextlib.nullcontext())
+        yield
 
 
 @contextlib.contextmanager

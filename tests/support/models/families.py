@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.models.tiny import MAX_POSITIONS, PAD, SPECIAL_TOKENS, TURN_END, TURN_START, make_tiny_tokenizer
 
@@ -146,7 +146,7 @@ def family_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **fields)
 
 
-def family_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+def family_model(model_type: str, seed: int = 0) -> Any:
     """Return a tiny model in float32 with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
