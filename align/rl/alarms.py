@@ -223,8 +223,8 @@ def _calls(history: Sequence[Entry]) -> tuple[str, str]:
         )
     if latest["max_turns_rate"] > MANY_CUT and at_limit < MANY_CUT / 2:
         return name, (
-            f"{latest['max_turns_rate']:.0%} of the episodes are ended by max_turns, {at_limit:.0%} at the start: the "
-            "policy calls tools without coming to an answer. Score the end of an episode, or take something off a call"
+            f"max_turns ends {latest['max_turns_rate']:.0%} of the episodes, {at_limit:.0%} at the start: the policy "
+            "calls tools without coming to an answer. Score the end of an episode, or subtract a penalty for each call"
         )
     return name, ""
 

@@ -71,7 +71,7 @@ def make_critic(
     if kind == "policy" or (kind is None and reward is None):
         return critic_from_policy(policy, tuning, seed)
     if reward is None:
-        raise ValueError("critic is reward, but no reward_model is given; pass one, or take critic='policy'.")
+        raise ValueError("critic is reward, but no reward_model is given; pass one, or set critic='policy'.")
     return critic_from_reward(reward, tuning, seed)
 
 

@@ -76,7 +76,7 @@ def refuse_inputs(trainer: Any, inputs: RolloutInputs) -> None:
         problem = "single responses have one turn. Pass `episodes`"
     if problem is not None:
         raise UserError(
-            f"{name}: in_flight is continue, by which servers take new weights between turns, but {problem}, or "
+            f"{name}: in_flight is continue, which lets servers load new weights between turns, but {problem}, or "
             "`in_flight='wait'`."
         )
 

@@ -110,9 +110,9 @@ def make_validation(
     prompts = Prompts(rows, tokenizer, args.config.max_prompt_tokens)
     if len(prompts) < args.world_size:
         raise UserError(
-            f"{len(prompts)} prompts to validate on, {prompts.dropped} longer ones left out, for {args.world_size} "
-            "processes, each of which needs one. Use more prompts (where they select the policy, at most a fifth of "
-            "the questions is held out), raise max_prompt_tokens, or use fewer processes."
+            f"{len(prompts)} prompts to validate on, {prompts.dropped} longer prompts were skipped, for "
+            f"{args.world_size} processes, each of which needs one. Use more prompts (if they select the policy, at "
+            "most a fifth of the questions is held out), raise max_prompt_tokens, or use fewer processes."
         )
     return Validation(prompts, args)
 

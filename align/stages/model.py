@@ -80,7 +80,7 @@ def _refuse_base(config: ModelConfig) -> None:
     """Raise ``UserError`` if a model that is not an adapter has a base."""
     for name in ("base_model", "base_revision"):
         if getattr(config, name) is not None:
-            raise UserError(f"{name}: '{config.source}' is a whole model, no adapter; leave {name} out.")
+            raise UserError(f"{name}: '{config.source}' is a full model, not an adapter; remove {name}.")
 
 
 def _pinned_base(config: ModelConfig, settings: Path, base: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _pinned_base(config: ModelConfig, settings: Path, base: Path) -> dict[str, A
     if source.origin in (Origin.GGUF, Origin.ADAPTER):
         raise UserError(
             f"base_model: '{name}' is {'an adapter' if source.origin is Origin.ADAPTER else 'a .gguf file'}; an "
-            "adapter is merged into a model folder. Bring the base in by a model stage of its own, and name the "
+            "adapter is merged into a model folder. Import the base in a separate model stage, and name the "
             "folder `model` of its artifact."
         )
     return {"base_model": name, "base_revision": source.revision}

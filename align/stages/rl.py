@@ -106,7 +106,7 @@ def run(context: StageContext) -> dict[str, Any]:
         if trainer.prompts.dropped:
             context.warn(
                 f"{context.name}: {trainer.prompts.dropped} of {len(prompts)} prompts are longer than "
-                f"max_prompt_tokens {config.max_prompt_tokens} and were left out."
+                f"max_prompt_tokens {config.max_prompt_tokens} and were skipped."
             )
         context.note(
             notice(trainer.model.policy, config.tuning, context.precision, low_residual=True, loaded=trainer.model)

@@ -101,7 +101,7 @@ def _read_prompts(context: StageContext, split: str, tokenizer: Any) -> SplitPro
     if too_long:
         context.warn(
             f"{too_long} of {len(rows)} {split} prompts are longer than max_prompt_tokens "
-            f"({context.config.max_prompt_tokens}) and left out"
+            f"({context.config.max_prompt_tokens}) and were skipped"
         )
     if rows and not fitting:
         raise UserError(f"every {split} prompt is longer than max_prompt_tokens {context.config.max_prompt_tokens}.")

@@ -109,7 +109,7 @@ def _result(context: StageContext, split: str, prompts: list[PromptResponses]) -
     if len(comparable) < len(prompts):
         context.warn(
             f"{len(prompts) - len(comparable)} of {len(prompts)} {split} prompts make no pair, because their episodes "
-            "begin differently; draw what `reset` does from the row alone"
+            "begin differently; let `reset` depend on the row only"
         )
     pairs, counts = _make_pairs(context, comparable)
     lines = [_line(prompt, split) for prompt in prompts]

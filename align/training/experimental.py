@@ -31,7 +31,7 @@ def experimental(module: str, name: str) -> Any:
             raise  # the module exists, but an import in it fails
         raise UserError(
             f"trl {trl.__version__} has no trl.experimental.{module}.{name}, an experimental trainer of trl's that "
-            "this stage runs. Install trl 1.16, or take the stage 'dpo', which stays."
+            "this stage runs. Install trl 1.16, or use the stage 'dpo', which does not need it."
         ) from None
 
 

@@ -79,7 +79,7 @@ class KLToStart:
         self.model = trainer.model
         trunk, head = trunk_and_head(self.model)
         if head is None:
-            raise UserError("anchor: kl compares distributions, and a reward model has none; take `to: l2`.")
+            raise UserError("anchor: kl compares distributions, and a reward model has none; set `to: l2`.")
         self.copy: tuple[Any, Any] | None = None
         if not hasattr(self.model, "disable_adapter"):
             device = next(trunk.parameters()).device
@@ -92,7 +92,7 @@ class KLToStart:
         elif type(head) is not torch.nn.Linear:
             raise UserError(
                 "anchor: kl cannot tell the start's head from one that is adapted or trained; leave lm_head, and an "
-                "embedding that it is tied to, out of targets, save_modules and train_tokens, or take `to: l2`."
+                "embedding that it is tied to, out of targets, save_modules and train_tokens, or set `to: l2`."
             )
         self.hidden: torch.Tensor | None = None
 
@@ -115,10 +115,10 @@ class KLToStart:
         hidden, self.hidden = self.hidden, None
         mask = answer_mask(inputs)
         if "input_ids" not in inputs or mask is None:
-            raise UserError("anchor: kl finds no answer tokens in this stage's batches; take `to: l2`.")
+            raise UserError("anchor: kl finds no answer tokens in this stage's batches; set `to: l2`.")
         # Without a padding mask the initial model would attend from one row to the next.
         if getattr(inputs.get("attention_mask"), "shape", None) != inputs["input_ids"].shape:
-            raise UserError("anchor: kl needs each row to stand alone; leave out packing and padding_free.")
+            raise UserError("anchor: kl needs separate rows; turn packing and padding_free off.")
         assert hidden is not None, "the forward pass was not seen"
         assert hidden.shape[:2] == inputs["input_ids"].shape, "hidden states are not those of the batch"
         trunk, head = trunk_and_head(self.model)

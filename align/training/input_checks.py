@@ -72,7 +72,7 @@ def check_ends(stage: str, encoded: Encoded, tokenizer: Any) -> None:
     The model would never learn to stop, which shows only when it is sampled from.
     """
     for row in encoded.rows:
-        assert any(label != MASKED for label in row["labels"]), "a row without labels was not left out"
+        assert any(label != MASKED for label in row["labels"]), "a row without labels was not skipped"
     # The last label of an uncut row is its end of turn.
     ends = sum(row["labels"][-1] == tokenizer.eos_token_id for row in encoded.rows)
     if ends == 0:
@@ -80,7 +80,7 @@ def check_ends(stage: str, encoded: Encoded, tokenizer: Any) -> None:
         raise UserError(
             f"{stage}: in none of the {len(encoded.rows)} training rows is the end of the answer "
             f"({tokenizer.eos_token!r}) supervised; the first row's last token is {last!r}. The model would never "
-            "learn to stop. Raise max_length, use a tokenizer whose eos is the chat template's end of turn, or take "
+            "learn to stop. Raise max_length, use a tokenizer whose eos is the chat template's end of turn, or use "
             "answers that were not all cut off when they were sampled (completion_finished)."
         )
 
@@ -88,4 +88,4 @@ def check_ends(stage: str, encoded: Encoded, tokenizer: Any) -> None:
 def check_same_vocabulary(stage: str, first: Any, second: Any, names: tuple[str, str]) -> None:
     """Raise ``UserError`` unless two tokenizers give every token the same id."""
     labels = (f"{stage}: {names[0]}", names[1])
-    require_same_vocabulary(first, second, labels, "take checkpoints that come from the same base model.")
+    require_same_vocabulary(first, second, labels, "use checkpoints of the same base model.")

@@ -261,7 +261,7 @@ def keep_state(
     files = _files_to_keep(checkpoint)
     if is_too_large(context, checkpoint):
         context.note(
-            f"{context.name} keeps no trainer's state, which would take {size_text(_state_size(checkpoint))}, so no "
+            f"{context.name} keeps no trainer's state, which would need {size_text(_state_size(checkpoint))}, so no "
             "stage can continue it; `runtime: {keep_state: true}` keeps it"
         )
         return 0
@@ -328,7 +328,7 @@ def unpack(folder: Path, checkpoint: Path) -> None:
         for name, content in structure.items():
             # The names come from an artifact and must not lead out of the checkpoint's folder.
             if Path(name).name != name or Path(name).suffix not in PICKLED:
-                raise UnknownState(f"{folder / STRUCTURE} names {name!r}, which is no file of a checkpoint")
+                raise UnknownState(f"{folder / STRUCTURE} names {name!r}, which is not a file of a checkpoint")
             torch.save(_decode(content, tensors), checkpoint / name)
 
 

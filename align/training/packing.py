@@ -184,7 +184,7 @@ def check_separate(stage: str, trainer: Any, encoded: Encoded) -> float:
             )
             together = _logprobs(trainer, batch)
     except NotRaggedError as error:
-        raise UserError(f"{stage}: {error}; set packing off too.") from None
+        raise UserError(f"{stage}: {error}; turn packing off as well.") from None
     finally:
         model.train(training)
     gap = float((torch.cat(alone) - together).abs().max())
@@ -192,7 +192,7 @@ def check_separate(stage: str, trainer: Any, encoded: Encoded) -> float:
     # The comparison is negated to refuse NaN as well.
     if not gap <= limit:
         raise UserError(
-            f"{stage}: rows in one line are not kept apart by this model: log-probabilities change by up to {gap:.3g} "
+            f"{stage}: this model does not keep rows in one line apart: log-probabilities change by up to {gap:.3g} "
             f"nats (expected at most {limit:g}). Set packing and padding_free to false."
         )
     return gap

@@ -161,9 +161,9 @@ class Regression(Objective):
             ]
             if out_of_range:
                 raise UserError(
-                    f"{self.context.name}: score_loss is bce, which takes scores from 0 to 1, and "
+                    f"{self.context.name}: score_loss is bce, which needs scores from 0 to 1, and "
                     f"{len(out_of_range)} of {len(answers)} {split} answers have others, such as "
-                    f"{out_of_range[0]:g}. Take `score_loss: mse`."
+                    f"{out_of_range[0]:g}. Set `score_loss: mse`."
                 )
         return answers
 
@@ -245,12 +245,12 @@ def add_margins(encoded: Encoded, factor: float, stage: str) -> None:
     if encoded.rows and not scored_pairs:
         raise UserError(
             f"{stage}: margin is {factor:g}, and none of the {len(encoded.rows)} pairs has chosen_score and "
-            "rejected_score. Take pairs of scored answers, or leave margin out."
+            "rejected_score. Use pairs of scored answers, or remove margin."
         )
 
 
-NO_SCORE = "left out, no score"
-OTHER_STEPS = "left out, its text has another number of steps than it has labels"
+NO_SCORE = "skipped: no score"
+OTHER_STEPS = "skipped: its numbers of steps and labels differ"
 
 
 def scored_answers(rows: Sequence[Row]) -> list[Row]:

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 MASKED = -100
 """Label of a token without a loss; torch's and trl's convention."""
-NO_ROOM = "left out, the prompt alone fills max_length"
-TOO_LONG = "left out, longer than max_length"
-CUT = "answer cut at max_length, so without its end of turn"
-SPLIT_UP = "made a row for each answer, since the template rewrites earlier ones"
-NOT_TRAINED = "left out, every answer is marked as not to be trained on"
-SAME_ANSWERS = "left out, both answers are the same"
-REWRITTEN = "left out, the template rewrites earlier turns of an answer"
+NO_ROOM = "skipped: the prompt alone fills max_length"
+TOO_LONG = "skipped: longer than max_length"
+CUT = "cut at max_length, so the answer has no end of turn"
+SPLIT_UP = "split into a row for each answer, because the template rewrites earlier answers"
+NOT_TRAINED = "skipped: every answer is marked as not to be trained on"
+SAME_ANSWERS = "skipped: both answers are the same"
+REWRITTEN = "skipped: the template rewrites earlier turns of an answer"
 
 
 @dataclass
@@ -101,7 +101,7 @@ def hold_back_validation(context: StageContext, train: list[Row], most: int) -> 
     if not learned:
         raise UserError(
             f"{context.name}: the train split has one question only, and a checkpoint is chosen by rows that are not "
-            "trained on. Add rows, or take `keep: last` without early_stopping."
+            "trained on. Add rows, or set `keep: last` without early_stopping."
         )
     context.note(
         f"{context.name}: {len(validation)} of {len(train)} train rows choose the checkpoint and are not trained on; "
@@ -247,7 +247,7 @@ def collate_labeled(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, to
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-NO_TOKENS = "left out, without a token"
+NO_TOKENS = "skipped: no token"
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,12 @@ def check_kernels(stage: str, options: Mapping[str, Any], runtime: Runtime) -> N
         return
     if device_of(runtime).type != "cuda":
         raise UserError(
-            f"{stage}: trainer.use_liger_kernel needs a GPU, and this stage runs on the CPU; leave it out. The chunked "
-            "cross-entropy is there without it."
+            f"{stage}: trainer.use_liger_kernel needs a GPU, and this stage runs on the CPU; remove it. The chunked "
+            "cross-entropy works without it."
         )
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError(
-            f"{stage}: trainer.use_liger_kernel needs the package liger-kernel; install it or leave it out."
+            f"{stage}: trainer.use_liger_kernel needs the package liger-kernel; install it or remove the option."
         )
 
 

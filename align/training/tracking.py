@@ -175,7 +175,7 @@ class _Runs:
         except Exception as error:
             self.callbacks.remove(callback)
             self.context.warn(
-                f"{self.context.name}: {_name(callback)} failed and gets nothing more from this stage: {_safe(error)}. "
+                f"{self.context.name}: {_name(callback)} failed and receives no more values: {_safe(error)}. "
                 "The report has every curve."
             )
 

@@ -248,7 +248,7 @@ def test_show_as_messages_and_as_json(by_hand: Path, capsys: Capture) -> None:
 
 def test_show_cuts_as_training_does(by_hand: Path, capsys: Capture) -> None:
     assert main(["data", "show", str(by_hand), "--rows", "1", "--model", "tiny", "--max-length", "5"]) == 0
-    assert "! left out, the prompt alone fills max_length" in capsys.readouterr().out
+    assert "! skipped: the prompt alone fills max_length" in capsys.readouterr().out
 
 
 def test_show_takes_a_model_folder_and_says_what_a_model_stage_would_change(

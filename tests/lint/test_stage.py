@@ -78,7 +78,7 @@ def test_warnings_are_said_and_what_the_stage_counts_is_said_once(tiny_model: Pa
     STAGES["sft"].runner()(stage)
     messages = [event["message"] for event in events(stage, "warning")]
     assert len(messages) == 2
-    assert messages[0].startswith("stage: 1 of 16 train rows answer cut at max_length")
+    assert messages[0].startswith("stage: 1 of 16 train rows cut at max_length")
     assert messages[1].startswith("stage: warning placeholder, 1 of 24 rows")
     actual = {finding["name"]: finding for finding in kept(stage)["findings"]}
     assert actual.keys() == {"placeholder", "answer-truncated"}

@@ -95,7 +95,7 @@ def episodes(**changes):
     ("changes", "says"),
     [
         ({"calls": 0.05}, "no longer uses its tools"),
-        ({"max_turns_rate": 0.8}, "80% of the episodes are ended by max_turns, 5% at the start"),
+        ({"max_turns_rate": 0.8}, "max_turns ends 80% of the episodes, 5% at the start"),
     ],
 )
 def test_calls_that_collapse_or_go_on_to_the_limit(changes, says):

@@ -173,7 +173,7 @@ def test_wrong_settings_are_refused(make_trainer):
 def test_fewer_prompts_than_processes_are_the_users_error(tiny_model, tmp_path):
     config = SimpleNamespace(eval_updates=1, max_prompt_tokens=None)
     args = SimpleNamespace(config=config, world_size=3, output_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"2 prompts to validate on, 0 longer ones left out, for 3 processes"):
+    with pytest.raises(UserError, match=r"2 prompts to validate on, 0 longer prompts were skipped, for 3 processes"):
         make_validation(args, HELD_OUT[:2], load_tokenizer(tiny_model))
 
 

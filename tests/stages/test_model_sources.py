@@ -139,7 +139,7 @@ def test_an_adapter_without_its_base_is_refused_when_planned(adapter: Path, tiny
 @pytest.mark.parametrize("fields", [{"base_model": "tiny"}, {"base_revision": "main"}])
 def test_a_whole_model_has_no_base(fields: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
     for source in (str(tiny_model), "tiny", "smollm2-135m-instruct"):
-        with pytest.raises(UserError, match=f"is a whole model, no adapter; leave {next(iter(fields))} out"):
+        with pytest.raises(UserError, match=f"is a full model, not an adapter; remove {next(iter(fields))}"):
             pinned(ModelConfig(source=source, **fields), tmp_path)
 
 
@@ -226,7 +226,7 @@ def test_a_whole_model_on_the_hub_has_no_base(
 ) -> None:
     online_hub.push_folder("models/org/tiny", tiny_model)
     fields = {"source": "org/tiny", "base_model": str(tiny_model)}
-    with pytest.raises(UserError, match="base_model: 'org/tiny' is a whole model"):
+    with pytest.raises(UserError, match="base_model: 'org/tiny' is a full model"):
         pinned(ModelConfig(**fields), tmp_path)
     # An adapter with a copy of its base's config is no whole model.
     both = shutil.copytree(adapter, tmp_path / "pushed")
@@ -235,7 +235,7 @@ def test_a_whole_model_on_the_hub_has_no_base(
     assert pinned(ModelConfig(source="org/lora", base_model=str(tiny_model)), tmp_path).base_model == str(tiny_model)
     # Where the plan cannot know, the stage finds out.
     monkeypatch.setattr("align.stages.model.small_file", lambda *names: None)
-    with pytest.raises(UserError, match="base_model: 'org/tiny' is a whole model"):
+    with pytest.raises(UserError, match="base_model: 'org/tiny' is a full model"):
         bring_in(tmp_path, **fields)
 
 

@@ -87,7 +87,7 @@ def test_windows_share_a_token_and_learn_each_token_once(tokenizer: Any) -> None
     end = tokenizer.eos_token
     assert shown == [f"{end}abcd", "defgh", f"hij{end}", f"{end}xy{end}"]
     assert all(row["labels"] == [MASKED, *row["input_ids"][1:]] for row in encoded.rows)
-    assert encoded.counts == {"left out, without a token": 1}
+    assert encoded.counts == {"skipped: no token": 1}
     scored = encode_texts(tokenizer, [{"text": "abcdefghij"}], 5, ends, learn_end=False)
     learned = [label for row in scored.rows for label in row["labels"] if label != MASKED]
     assert tokenizer.decode(learned) == "abcdefghij"
@@ -113,7 +113,7 @@ def test_an_end_of_several_tokens_is_refused(tiny_model: Path, tmp_path: Path) -
 def test_no_text_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
     stage = pretrain_stage(tmp_path, tiny_model)
     write_rows(tmp_path / "data" / "train.parquet", [{"id": "0", "source": "t", "text": ""}])
-    with pytest.raises(UserError, match="none of the 1 train rows can be used: 1 left out, without a token"):
+    with pytest.raises(UserError, match="none of the 1 train rows can be used: 1 skipped: no token"):
         run(replace(stage))
 
 

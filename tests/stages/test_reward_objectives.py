@@ -239,7 +239,7 @@ def test_settings_that_do_nothing_are_refused(fields: dict[str, Any], says: str)
     [
         (Kind.INSTRUCTIONS, scored, {}, "objective pairs learns from PreferenceData, and data points at 'data'"),
         (Kind.UNPAIRED, labeled, {"objective": "process"}, "none of the 8 rows has steps. .* format stepwise"),
-        (Kind.INSTRUCTIONS, scored, {"objective": "regression", "score_loss": "bce"}, "takes scores from 0 to 1"),
+        (Kind.INSTRUCTIONS, scored, {"objective": "regression", "score_loss": "bce"}, "needs scores from 0 to 1"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
@@ -271,4 +271,4 @@ def test_steps_that_hold_the_separator_are_left_out_and_counted(tiny_model: Path
     stage = reward_stage(tmp_path, tiny_model, data, objective="process", max_steps=1, steps={"separator": SEPARATOR})
     assert run(stage)["answers"] == 23
     events = [json.loads(line) for line in stage.events.read_text(encoding="utf-8").splitlines()]
-    assert any("1 of 24 train rows left out, its text has another number of steps" in str(event) for event in events)
+    assert any("1 of 24 train rows skipped: its numbers of steps and labels differ" in str(event) for event in events)

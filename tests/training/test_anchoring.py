@@ -265,10 +265,10 @@ def test_a_stored_adapter_is_held_to_what_it_was(precision: str, tiny_model: Pat
 
 
 def test_a_reward_model_has_no_distributions(tiny_reward: Path) -> None:
-    with pytest.raises(UserError, match="a reward model has none; take `to: l2`"):
+    with pytest.raises(UserError, match="a reward model has none; set `to: l2`"):
         KLToStart(type("T", (), {"model": load_reward(tiny_reward)}), 1.0, low=False)
     settings = {"model": "m", "data": "d", "learning_rate": 1e-3, "anchor": {"to": "kl", "weight": 1}}
-    with pytest.raises(UserError, match="a reward model has none; take `to: l2`"):
+    with pytest.raises(UserError, match="a reward model has none; set `to: l2`"):
         validate(RewardConfig, settings, "p.yaml: stages.reward")
 
 
@@ -286,7 +286,7 @@ def test_a_head_that_is_adapted_or_trained_is_refused(is_tied: bool, settings: A
         model.config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model = apply_tuning(model, LoraTuning(rank=2, **settings), 0)
-    with pytest.raises(UserError, match="out of targets, save_modules and train_tokens, or take `to: l2`"):
+    with pytest.raises(UserError, match="out of targets, save_modules and train_tokens, or set `to: l2`"):
         KLToStart(type("T", (), {"model": model}), 1.0, low=False)
 
 

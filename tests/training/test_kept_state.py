@@ -285,10 +285,10 @@ def test_keep_state_decides_and_says_what_it_leaves_out(
     monkeypatch.setattr("align.training.kept_state.LARGEST_STATE", 1000)
     large = stage("sft", tmp_path / "large", tiny_model, LORA, max_steps=1)
     assert run(large)["state_bytes"] == 0
-    assert any("which would take 0." in event["message"] for event in events(large, "note"))
+    assert any("which would need 0." in event["message"] for event in events(large, "note"))
     decayed = stage("sft", tmp_path / "decayed", tiny_model, LORA, max_steps=4, scheduler="wsd")
     assert run(decayed)["state_bytes"] == 0 and not (decayed.checkpoints / STABLE).exists()
-    assert any("which would take 0." in event["message"] for event in events(decayed, "note"))
+    assert any("which would need 0." in event["message"] for event in events(decayed, "note"))
     kept = dataclasses.replace(
         stage("sft", tmp_path / "kept", tiny_model, LORA, max_steps=1),
         runtime=plain.runtime.model_copy(update={"keep_state": True}),

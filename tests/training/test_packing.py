@@ -123,7 +123,7 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(
     trainer.model.train()
     assert check_separate("sft", trainer, encoded) < 1e-4
     monkeypatch.setattr(packing, "make_layout", lambda lengths: make_layout([sum(lengths)]))
-    with pytest.raises(UserError, match=r"sft: rows in one line are not kept apart by this model.*packing"):
+    with pytest.raises(UserError, match=r"sft: this model does not keep rows in one line apart.*packing"):
         check_separate("sft", trainer, encoded)
     assert trainer.model.training  # as it was
 
@@ -136,7 +136,7 @@ def test_a_gap_on_either_side_and_no_number_are_refused(
     trainer.data_collator = FlatCollator("ragged")
     message = iter([torch.zeros(3), torch.zeros(3), torch.tensor([0.0] * 5 + [gap])])
     monkeypatch.setattr(packing, "_logprobs", lambda *inputs: next(message))
-    with pytest.raises(UserError, match="are not kept apart by this model"):
+    with pytest.raises(UserError, match="does not keep rows in one line apart"):
         check_separate("sft", trainer, encoded)
 
 

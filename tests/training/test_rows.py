@@ -77,7 +77,7 @@ def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any) -> None:
     warnings: list[str] = []
     check_encoded(stage_context(prompt + 2, warnings), encoded, 2, "train")
     assert len(warnings) == 2
-    assert "sft: 1 of 2 train rows left out" in "".join(warnings)
+    assert "sft: 1 of 2 train rows skipped" in "".join(warnings)
     with pytest.raises(UserError, match="never learn to stop"):
         check_ends("sft", encoded, tokenizer)
 
@@ -97,7 +97,7 @@ def test_pairs_that_are_too_long_or_equal_are_left_out(tokenizer: Any) -> None:
     for encode in (encode_pairs, encode_conversations):
         encoded = encode(tokenizer, [*rows(2), equal, long], 60)
         assert len(encoded.rows) == 2
-        assert encoded.counts == {"left out, both answers are the same": 1, "left out, longer than max_length": 1}
+        assert encoded.counts == {"skipped: both answers are the same": 1, "skipped: longer than max_length": 1}
 
 
 def test_an_answer_that_was_cut_off_gets_no_end_of_turn(tokenizer: Any) -> None:

@@ -79,7 +79,7 @@ def test_validation_rows_are_of_questions_that_are_not_learned(tiny_model: Path,
     few = made(tmp_path, tiny_model, keep="best", max_rows=3, eval_rows=2)
     assert {name: len(split) for name, split in read_splits(few).items()} == {"train": 3, "validation": 2, "test": 2}
     write_rows(stage.artifact("data").split("train"), rows(1))
-    with pytest.raises(UserError, match="the train split has one question only.*take `keep: last`"):
+    with pytest.raises(UserError, match="the train split has one question only.*set `keep: last`"):
         read_splits(stage)
 
 

@@ -55,7 +55,7 @@ def test_an_unfinished_answer_has_no_end_of_turn(tokenizer) -> None:
 
 def test_a_pair_of_equal_answers_says_why_nothing_is_learned(tokenizer) -> None:
     chosen, rejected = token_views(tokenizer, pair("q", "same", "same"))
-    assert chosen.notes == ("left out, both answers are the same",)
+    assert chosen.notes == ("skipped: both answers are the same",)
     assert not any(chosen.trained) and not any(rejected.trained) and chosen.ids
 
 
@@ -70,9 +70,9 @@ def test_a_cut_answer_is_shown_as_it_is_cut(tokenizer) -> None:
     length = len(token_views(tokenizer, row("q", "abcdef"))[0].ids)
     (view,) = token_views(tokenizer, row("q", "abcdef"), max_length=length - 3)
     assert text(view.pieces(tokenizer), True) == "abcd"
-    assert view.notes == ("answer cut at max_length, so without its end of turn",)
+    assert view.notes == ("cut at max_length, so the answer has no end of turn",)
     (view,) = token_views(tokenizer, row("q", "abcdef"), max_length=8)
-    assert view.notes == ("left out, the prompt alone fills max_length",) and not any(view.trained)
+    assert view.notes == ("skipped: the prompt alone fills max_length",) and not any(view.trained)
 
 
 def test_labels_and_responses_are_named(tokenizer) -> None:
