@@ -101,7 +101,7 @@ class JudgeConfig(Config):
 
     @field_validator("rubric")
     @classmethod
-    def _not_blank(cls, rubric: str) -> str:
+    def _check_rubric(cls, rubric: str) -> str:
         if not rubric.strip():
             raise ValueError("is empty; say what makes an answer better")
         return rubric
@@ -128,7 +128,7 @@ class EndpointJudge(Config):
     """Stop before the endpoint costs more in all, by its prices; raise it and run again to continue."""
 
     @model_validator(mode="after")
-    def _prices_for_the_budget(self) -> EndpointJudge:
+    def _check_budget_has_prices(self) -> EndpointJudge:
         if self.max_cost is not None and (self.endpoint is None or self.endpoint.price_input is None):
             raise ValueError("max_cost needs endpoint.price_input and endpoint.price_output")
         return self
@@ -146,7 +146,7 @@ class TaskJudge(EndpointJudge):
     """The stage's reward model (or its second one) prefers the answer it scores higher, whatever their order."""
 
     @model_validator(mode="after")
-    def _one_judge(self) -> Self:
+    def _check_single_judge(self) -> Self:
         if bool(self.reward) == (self.endpoint is not None):
             raise ValueError("name the judge: `reward: true` or `endpoint`, one of them")
         if self.reward:

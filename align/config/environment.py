@@ -76,12 +76,12 @@ class SimulatedUserConfig(Config):
 
     @field_validator("prompt")
     @classmethod
-    def _is_template(cls, prompt: str) -> str:
+    def _check_template(cls, prompt: str) -> str:
         parse_template(prompt)
         return prompt
 
     @model_validator(mode="after")
-    def _has_one_model(self) -> Self:
+    def _check_single_model(self) -> Self:
         if (self.model is None) == (self.endpoint is None):
             have = "both are" if self.model else "neither is"
             raise ValueError(f"either model or endpoint speaks as the user; {have} set.")
@@ -158,14 +158,14 @@ class EnvironmentConfig(Config):
 
     @field_validator("class_name", "score")
     @classmethod
-    def _is_import_path(cls, path: str | None) -> str | None:
+    def _check_import_path(cls, path: str | None) -> str | None:
         if path is not None and path not in SHORT:
             _check_path(path)
         return path
 
     @field_validator("tools")
     @classmethod
-    def _are_import_paths(cls, tools: list[str] | None) -> list[str] | None:
+    def _check_tools(cls, tools: list[str] | None) -> list[str] | None:
         for path in tools or []:
             _check_path(path)
         names = [tool_name(path) for path in tools or []]
@@ -182,13 +182,13 @@ class EnvironmentConfig(Config):
 
     @field_validator("tool_format")
     @classmethod
-    def _is_tool_format(cls, name: str) -> str:
+    def _check_format_of_tool_calls(cls, name: str) -> str:
         check_tool_format(name)
         return name
 
     @field_validator("openenv")
     @classmethod
-    def _is_address(cls, url: str | None) -> str | None:
+    def _check_server_address(cls, url: str | None) -> str | None:
         if url is None:
             return None
         parts = urlsplit(url)
@@ -200,7 +200,7 @@ class EnvironmentConfig(Config):
         return url.rstrip("/")
 
     @model_validator(mode="after")
-    def _has_one_source(self) -> Self:
+    def _check_single_source(self) -> Self:
         sources = self._sources()
         is_user_alone = not sources and self.user is not None
         if len(sources) != 1 and not is_user_alone:
@@ -217,7 +217,7 @@ class EnvironmentConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _turns_fit(self) -> Self:
+    def _check_turns_fit(self) -> Self:
         # Each turn has at least one token, and so does the text between two turns.
         least = 2 * self.max_turns - 1
         if self.max_tokens < least:

@@ -32,7 +32,7 @@ class RewardJudge(EndpointJudge):
     """Column of the prompts' rows with the right answer, which the judge is shown: ``answer``."""
 
     @model_validator(mode="after")
-    def _needs_an_endpoint(self) -> Self:
+    def _check_endpoint(self) -> Self:
         if self.endpoint is None:
             raise ValueError("names no endpoint; write `endpoint: {url: ..., model: ...}`.")
         return self

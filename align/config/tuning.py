@@ -107,7 +107,7 @@ class FullTuning(TuningBase):
         return " ".join(parts)
 
     @model_validator(mode="after")
-    def _one_schedule(self) -> FullTuning:
+    def _check_single_schedule(self) -> FullTuning:
         if self.unfreeze is not None and self.lisa is not None:
             raise ValueError("unfreeze and lisa both choose the layers to train; remove one of them.")
         return self
@@ -186,7 +186,7 @@ class LowRank(TrainedTokens, TuningBase):
         return init
 
     @model_validator(mode="after")
-    def _parts_go_together(self) -> Self:
+    def _check_parts_compatible(self) -> Self:
         if self.init == "eva" and self.dora:
             raise ValueError("dora with init eva is not supported: dora measures the matrices before eva is done.")
         if self.init == "loftq" and self.method != "qlora":
@@ -216,7 +216,7 @@ class QloraTuning(LowRank):
     """Also quantize the scales, which saves 0.4 bits per weight."""
 
     @model_validator(mode="after")
-    def _weights_stay_as_they_are(self) -> Self:
+    def _check_init_keeps_weights(self) -> Self:
         if self.starts_from_weights:
             raise ValueError(
                 f"init {self.init} changes the weights, which 4 bits cannot hold; use `init: loftq`, "
@@ -241,7 +241,7 @@ class Ia3Tuning(TuningBase):
     """Those of ``targets`` whose input is scaled, not their output; by default the MLP's last projection."""
 
     @model_validator(mode="after")
-    def _feedforward_are_targets(self) -> Self:
+    def _check_feedforward(self) -> Self:
         if (self.targets is None) != (self.feedforward is None):
             raise ValueError("targets and feedforward go together: give both or neither (feedforward may be []).")
         unknown = [name for name in self.feedforward or () if name not in (self.targets or ())]
@@ -275,12 +275,12 @@ class PeftTuning(TuningBase):
 
     @field_validator("type")
     @classmethod
-    def _is_a_method(cls, name: str) -> str:
+    def _check_peft_type(cls, name: str) -> str:
         check_type(name)
         return name
 
     @model_validator(mode="after")
-    def _options_exist(self) -> Self:
+    def _check_peft_options(self) -> Self:
         check_options(self.type, self.options)
         return self
 
@@ -362,7 +362,7 @@ class AdaptersTuning(TuningBase):
         return f"bottleneck {self.size} {self.position}"
 
     @model_validator(mode="after")
-    def _fields_are_of_this_kind(self) -> Self:
+    def _check_kind_fields(self) -> Self:
         allowed = {"size", "position", "after"} if self.kind == "bottleneck" else {"tokens", "layers"}
         # compare values, not which fields were set: a stage's process gets its config with every default written out
         defaults = type(self).model_construct().__dict__

@@ -27,7 +27,7 @@ class Unfreeze(Config):
     """Train the vocabulary head from the start, and with it tied embeddings. A score head is always trained."""
 
     @model_validator(mode="after")
-    def _opens_more_and_more(self) -> Unfreeze:
+    def _check_starts(self) -> Unfreeze:
         times = sorted(self.at)
         if times[0] != 0:
             raise ValueError(
@@ -82,7 +82,7 @@ class TrainedTokens(Config):
         return fields
 
     @model_validator(mode="after")
-    def _tokens_are_trained_once(self) -> Self:
+    def _check_tokens_trained_once(self) -> Self:
         saved_modules: list[str] = getattr(self, "save_modules", [])
         if self.train_tokens and any(name.endswith(EMBEDDING_NAMES) for name in saved_modules):
             raise ValueError("save_modules trains all embeddings already; leave train_tokens out.")

@@ -43,7 +43,7 @@ class Turns(Config):
     """Most messages of a prompt that is kept."""
 
     @model_validator(mode="after")
-    def _is_bounded(self) -> Self:
+    def _check_has_bounds(self) -> Self:
         _check_bounds(self, ("",))
         return self
 
@@ -69,7 +69,7 @@ class Lengths(Config):
     """Longest reply."""
 
     @model_validator(mode="after")
-    def _is_bounded(self) -> Self:
+    def _check_has_bounds(self) -> Self:
         _check_bounds(self, ("", "_prompt", "_reply"))
         return self
 
@@ -116,7 +116,7 @@ class PersonalData(Config):
 
     @field_validator("regions")
     @classmethod
-    def _are_country_codes(cls, regions: list[str]) -> list[str]:
+    def _check_regions(cls, regions: list[str]) -> list[str]:
         for region in regions:
             if not re.fullmatch("[A-Z]{2}", region):
                 raise ValueError(f"'{region}' is not a country code; write two capital letters, like US or DE")
@@ -134,7 +134,7 @@ class Boilerplate(Config):
 
     @field_validator("patterns")
     @classmethod
-    def _compile(cls, patterns: list[str]) -> list[str]:
+    def _check_patterns(cls, patterns: list[str]) -> list[str]:
         for pattern in patterns:
             try:
                 re.compile(pattern)
@@ -173,7 +173,7 @@ class Language(Config):
     most translation tasks."""
 
     @model_validator(mode="after")
-    def _are_known(self) -> Self:
+    def _check_languages(self) -> Self:
         for code in self.keep:
             if code not in LANGUAGES:
                 raise ValueError(
@@ -219,7 +219,7 @@ class FilterStep(Config):
     a reason to drop it."""
 
     @model_validator(mode="after")
-    def _sets_a_filter(self) -> Self:
+    def _check_sets_a_filter(self) -> Self:
         if isinstance(self.keywords, list) and not all(word.strip() for word in self.keywords):
             raise ValueError("keywords holds an empty word, which every row has")
         # ``sides`` only sets the texts that filters read, so by itself it does not filter.

@@ -52,13 +52,13 @@ class Recipe(Config):
     """Environment variable with paths of local files. If it is set, they are read instead of the sources."""
 
     @model_validator(mode="after")
-    def _mix_is_last(self) -> Self:
+    def _check_mix_is_last(self) -> Self:
         if any(step.type == "mix" for step in self.steps[:-1]):
             raise ValueError("a step comes after mix, which repeats rows; mix must be the last step")
         return self
 
     @model_validator(mode="after")
-    def _steps_fit(self) -> Self:
+    def _check_steps(self) -> Self:
         for index, step in enumerate(self.steps):
             if self.kind == "texts" and step.type in ("pairs", "score") and getattr(step, "by", "") != "function":
                 raise ValueError(f"kind is texts, and steps[{index}] ({step.type}) is about answers; remove it")
@@ -67,7 +67,7 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _sources_are_named(self) -> Self:
+    def _check_source_names(self) -> Self:
         # Steps name sources by the labels that the ledger shows.
         labels_in_ledger = labels(self.sources)
         for index, step in enumerate(self.steps):
@@ -85,7 +85,7 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _sources_fit(self) -> Self:
+    def _check_sources(self) -> Self:
         labels(self.sources)
         for index, source in enumerate(self.sources):
             form: str = source.format

@@ -85,12 +85,12 @@ class ComparedColumns(Config):
 
     @field_validator("label", "a", "b")
     @classmethod
-    def _are_columns(cls, text: str) -> str:
+    def _check_column_texts(cls, text: str) -> str:
         parse_column(text)
         return text
 
     @model_validator(mode="after")
-    def _names_both_values(self) -> Self:
+    def _check_both_labels(self) -> Self:
         if (self.a_is is None) != (self.b_is is None):
             raise ValueError("a_is and b_is go together; name the labels of both")
         return self
@@ -111,13 +111,13 @@ class GroupedRows(Config):
 
     @field_validator("by", "answer", "rank")
     @classmethod
-    def _are_columns(cls, text: str | None) -> str | None:
+    def _check_column_texts(cls, text: str | None) -> str | None:
         if text is not None:
             parse_column(text)
         return text
 
     @model_validator(mode="after")
-    def _has_one_order(self) -> Self:
+    def _check_single_order(self) -> Self:
         if (self.score is None) == (self.rank is None):
             raise ValueError("grouped answers need a score or a rank, one of them")
         if isinstance(self.score, dict) and not self.score:
@@ -150,14 +150,14 @@ class RecordColumns(Config):
 
     @field_validator("delimiter")
     @classmethod
-    def _is_sign(cls, delimiter: str | None) -> str | None:
+    def _check_delimiter(cls, delimiter: str | None) -> str | None:
         if delimiter in ('"', "\n", "\r"):
             raise ValueError("delimiter: quotes and line ends have a meaning of their own in CSV; name another sign")
         return delimiter
 
     @field_validator("encoding")
     @classmethod
-    def _is_encoding(cls, encoding: str | None) -> str | None:
+    def _check_encoding(cls, encoding: str | None) -> str | None:
         try:
             "".encode(encoding or "utf-8")
         except LookupError:
@@ -167,7 +167,7 @@ class RecordColumns(Config):
 
     @field_validator("columns")
     @classmethod
-    def _are_readable(cls, columns: dict[str, ColumnValue]) -> dict[str, ColumnValue]:
+    def _check_columns(cls, columns: dict[str, ColumnValue]) -> dict[str, ColumnValue]:
         for name, value in columns.items():
             if name in MEDIA:
                 raise ValueError(f"columns.{name}: align trains only on text, so it does not accept {name}; remove it")
@@ -208,14 +208,14 @@ class RecordMapping(RecordColumns):
 
     @field_validator("system")
     @classmethod
-    def _is_template(cls, system: str | None) -> str | None:
+    def _check_template(cls, system: str | None) -> str | None:
         if system is not None:
             parse_template(system)
         return system
 
     @field_validator("keep")
     @classmethod
-    def _are_free_names(cls, keep: Any) -> Any:
+    def _check_kept_names(cls, keep: Any) -> Any:
         if keep == "all":
             return keep
         columns = keep if isinstance(keep, dict) else {name: name for name in keep}
@@ -228,7 +228,7 @@ class RecordMapping(RecordColumns):
         return keep
 
     @model_validator(mode="after")
-    def _has_one_pair(self) -> Self:
+    def _check_single_pair(self) -> Self:
         mapped = [name for name in ("chosen", "rejected") if name in self.columns]
         if self.better is not None and mapped:
             raise ValueError(f"columns.{mapped[0]} and better both make the pair; drop one of them")

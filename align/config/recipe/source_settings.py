@@ -71,7 +71,7 @@ class RecordSource(RecordMapping, SourceConfig):
         return bool(getattr(self, "paths", None) or getattr(self, "files", None))
 
     @model_validator(mode="after")
-    def _mapping_fits(self) -> Self:
+    def _check_mapping(self) -> Self:
         for name in ("better", "grouped"):
             forms = MAPPED_FORMS[name]
             if getattr(self, name) is not None and self.format not in ("auto", *forms):
@@ -103,7 +103,7 @@ class EmbeddedSource(SourceConfig):
         return "embedded"
 
     @model_validator(mode="after")
-    def _known_families(self) -> Self:
+    def _check_families(self) -> Self:
         for name in self.families or []:
             if name not in EMBEDDED_FAMILIES:
                 raise ValueError(f"there is no family '{name}'.{suggest(name, EMBEDDED_FAMILIES)}")
@@ -141,7 +141,7 @@ class GymSource(SourceConfig):
         return f"reasoning_gym {', '.join(name for name, _ in self.named_tasks)}"
 
     @model_validator(mode="after")
-    def _sets_no_seed(self) -> Self:
+    def _check_sets_no_seed(self) -> Self:
         for name, arguments in self.named_tasks:
             fields = sorted({"seed", "size"} & set(arguments))
             if fields:
@@ -187,13 +187,13 @@ class HubSource(RecordSource):
 
     @field_validator("split")
     @classmethod
-    def _is_split(cls, split: str) -> str:
+    def _check_split(cls, split: str) -> str:
         parse_split(split)
         return split
 
     @model_validator(mode="before")
     @classmethod
-    def _dataset_was_name(cls, values: Any) -> Any:
+    def _refuse_dataset_as_name(cls, values: Any) -> Any:
         # ``name`` looks like the dataset's name to people who know load_dataset, so say what it is.
         if isinstance(values, dict) and "dataset" not in values and "/" in str(values.get("name", "")):
             raise ValueError(f"a Hub dataset is written as dataset: {values['name']}; name is its name in the ledger")

@@ -43,7 +43,7 @@ class EvaluationSet(Config):
     identified: ClassVar[frozenset[str]] = frozenset({"files"})
 
     @model_validator(mode="after")
-    def _comes_from_one_place(self) -> Self:
+    def _check_single_place(self) -> Self:
         if self.files is not None:
             ignored = [name for name in ("dataset", "revision", "config", "split") if getattr(self, name) is not None]
             if ignored:
@@ -135,7 +135,7 @@ class Keep(Config):
     """Compute quantiles within each source, so no source is lost because its scores have another scale."""
 
     @model_validator(mode="after")
-    def _is_ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if self.quantiles is not None and not 0 <= self.quantiles[0] < self.quantiles[1] <= 1:
             raise ValueError(f"keep.quantiles are {list(self.quantiles)}; expected two shares like [0.5, 1]")
         if self.above is not None and self.below is not None and self.above > self.below:
@@ -165,7 +165,7 @@ class ScoreStep(Config):
     """Type of the matrix products; ``auto`` measures which one this device multiplies faster in."""
 
     @model_validator(mode="after")
-    def _has_one_scorer(self) -> Self:
+    def _check_single_scorer(self) -> Self:
         if self.by == "function" and (self.function is None or self.model is not None):
             raise ValueError("score by function needs `function: package.module:name`, and no model")
         if self.by != "function" and (self.model is None or self.function is not None):
@@ -221,7 +221,7 @@ class SemanticDuplicatesStep(Config):
     identified: ClassVar[frozenset[str]] = frozenset({"model"})
 
     @model_validator(mode="after")
-    def _is_pinned(self) -> Self:
+    def _check_pinned(self) -> Self:
         # A Hub name has one slash; a path has none, several, or begins like one.
         is_folder = "/" not in self.model or self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
         if self.revision is not None and is_folder:
@@ -250,7 +250,7 @@ class DecontaminateStep(Config):
     """``report`` keeps the rows and lists the hits in the ledger."""
 
     @model_validator(mode="after")
-    def _has_unique_names(self) -> Self:
+    def _check_unique_names(self) -> Self:
         names = [evaluation_set.name for evaluation_set in self.sets]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
@@ -268,7 +268,7 @@ class CapStep(Config):
     """Rows of single sources, by name: ``{dolly: 2000}``."""
 
     @model_validator(mode="after")
-    def _has_limits(self) -> Self:
+    def _check_limits(self) -> Self:
         if self.each is None and not self.sources:
             raise ValueError("cap needs `each` (rows of every source) or `sources` (rows by name)")
         if low := [name for name, rows in self.sources.items() if rows < 1]:
@@ -294,7 +294,7 @@ class MixStep(Config):
     the ledger reports it. Beyond four, repeats are worth less than fresh rows (arXiv 2305.16264)."""
 
     @model_validator(mode="after")
-    def _has_one_rule(self) -> Self:
+    def _check_single_rule(self) -> Self:
         # Three ways to say the same thing, which would contradict each other.
         rules = [name for name in ("weights", "temperature", "epochs") if getattr(self, name) is not None]
         if len(rules) != 1:

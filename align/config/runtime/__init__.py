@@ -73,7 +73,7 @@ class EngineConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _servers_moved(cls, value: Any) -> Any:
+    def _refuse_server_fields(cls, value: Any) -> Any:
         return refuse_moved(value)
 
 
@@ -113,7 +113,7 @@ class HandoverConfig(Config):
 
     @field_validator("waive")
     @classmethod
-    def _known_names(cls, names: list[str]) -> list[str]:
+    def _check_waived_names(cls, names: list[str]) -> list[str]:
         for name in names:
             if name not in FAULT_REMEDIES:
                 raise ValueError(f"there is no fault '{name}'.{suggest(name, FAULT_REMEDIES)}")
@@ -185,7 +185,7 @@ class Runtime(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _executors_of_stages(cls, value: Any) -> Any:
+    def _name_executors_of_stages(cls, value: Any) -> Any:
         return name_of_stages(refuse_moved_blocks(value))
 
     @field_validator("executor", "rollouts", "launch")
@@ -206,7 +206,7 @@ class Runtime(Config):
         return value | {"engine": engine | {"name": "transformers"}} if is_open else value
 
     @model_validator(mode="after")
-    def _deterministic_engine(self) -> Runtime:
+    def _check_deterministic_engine(self) -> Runtime:
         if not self.deterministic:
             return self
         used = {
@@ -223,7 +223,7 @@ class Runtime(Config):
         return self
 
     @model_validator(mode="after")
-    def _one_engine(self) -> Runtime:
+    def _check_single_engine(self) -> Runtime:
         if self.rollouts.pooled and self.engine.name == "transformers":
             raise ValueError(
                 "rollouts names servers of vLLM, but engine.name is transformers, which samples in the stage's "
@@ -248,7 +248,7 @@ class Runtime(Config):
 
     @field_validator("store", mode="before")
     @classmethod
-    def _from_text(cls, value: Any) -> Any:
+    def _read_store_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         return {"remote" if "://" in value else "folder": value}

@@ -138,7 +138,7 @@ class SlurmExecutor(_ExecutorFields):
 
     @field_validator("time")
     @classmethod
-    def _is_time(cls, time: str | None) -> str | None:
+    def _check_time(cls, time: str | None) -> str | None:
         if time is not None and not TIME.fullmatch(time):
             raise ValueError(
                 f'\'{time}\' is not a time of Slurm; write "90" (minutes), "12:00:00" (hours:minutes:seconds) or '

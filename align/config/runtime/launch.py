@@ -54,7 +54,7 @@ class LaunchConfig(Config):
 
     @field_validator("processes")
     @classmethod
-    def _at_least_one(cls, processes: int | str) -> int | str:
+    def _check_processes(cls, processes: int | str) -> int | str:
         if isinstance(processes, int) and processes < 1:
             raise ValueError(f"should be at least 1, or auto; found {processes}.")
         return processes

@@ -113,7 +113,7 @@ class BaselineConfig(Config):
     identified: ClassVar[frozenset[str]] = frozenset({"examples"})
 
     @model_validator(mode="after")
-    def _one_way(self) -> Self:
+    def _check_single_change(self) -> Self:
         is_prompted = bool(self.system or self.shots)
         # A baseline changes one setting, so a difference has one cause.
         ways = is_prompted + (self.best_of > 1) + (self.sample_seed is not None)
@@ -199,11 +199,11 @@ class EvaluateConfig(Config):
 
     @field_validator("tasks", mode="before")
     @classmethod
-    def _kinds(cls, tasks: Any) -> Any:
+    def _add_task_kinds(cls, tasks: Any) -> Any:
         return add_task_kinds(tasks)
 
     @model_validator(mode="after")
-    def _consistent(self) -> EvaluateConfig:
+    def _check_consistent(self) -> EvaluateConfig:
         if self.reference not in self.policies:
             raise ValueError(
                 f"reference '{self.reference}' is not among policies ({', '.join(self.policies)}); add it to them, "
@@ -266,7 +266,7 @@ class EvaluateConfig(Config):
         return ["score", *(f"score_{name}" for name in reward_names(self.score))]
 
     @model_validator(mode="after")
-    def _valid_names(self) -> EvaluateConfig:
+    def _check_names_and_gates(self) -> EvaluateConfig:
         for field, names in (("tasks", self.tasks), ("baselines", self.baselines)):
             for name in names:
                 if not NAME.fullmatch(name) or name == PROMPT_SET:
@@ -357,7 +357,7 @@ class ReportConfig(Config):
     """Heading of the page."""
 
     @model_validator(mode="after")
-    def _shows_something(self) -> ReportConfig:
+    def _check_shows_something(self) -> ReportConfig:
         if self.scorecard is None and not self.stages:
             raise ValueError("nothing to show; list stages, or name a scorecard.")
         return self

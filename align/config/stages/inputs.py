@@ -112,13 +112,13 @@ class DataConfig(RecordSource):
 
     @field_validator("split", "test_split")
     @classmethod
-    def _is_split(cls, split: str | None) -> str | None:
+    def _check_split(cls, split: str | None) -> str | None:
         if split is not None:
             parse_split(split)
         return split
 
     @model_validator(mode="after")
-    def _recipe_or_dataset(self) -> Self:
+    def _check_recipe_or_dataset(self) -> Self:
         if (self.recipe is None) == (self.dataset is None):
             raise ValueError("a data stage has a recipe or a dataset; write one of them")
         if self.dataset is not None and self.files is not None:

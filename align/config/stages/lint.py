@@ -47,7 +47,7 @@ class LintSettings(Config):
 
     @field_validator("waive")
     @classmethod
-    def _known_names(cls, names: list[str]) -> list[str]:
+    def _check_waived_names(cls, names: list[str]) -> list[str]:
         for name in names:
             if name not in RULES:
                 raise ValueError(f"there is no finding '{name}'.{suggest(name, RULES)}")

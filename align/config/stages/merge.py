@@ -42,7 +42,7 @@ class MergeConfig(Config):
     """Factor of the merged task vector; below 1 forgets less (WiSE-FT 2109.01903; WARP's eta)."""
 
     @model_validator(mode="after")
-    def _one_kind_of_models(self) -> Self:
+    def _check_models(self) -> Self:
         if bool(self.policies) == bool(self.rewards):
             present = "both" if self.policies else "neither"
             raise ValueError(f"name either policies or rewards, the checkpoints to merge; found {present}.")
@@ -60,7 +60,7 @@ class MergeConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _settings_mean_something(self) -> Self:
+    def _check_settings_used(self) -> Self:
         if self.base is None and self.method in NEEDS_BASE:
             raise ValueError(f"{self.method} merges task vectors from a base; name it: `base: sft`.")
         # not model_fields_set: a stage's process gets its config with every default written out
@@ -78,7 +78,7 @@ class MergeConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _a_weight_each(self) -> Self:
+    def _check_weights(self) -> Self:
         if self.weights is None:
             return self
         models = self.policies or self.rewards

@@ -50,7 +50,7 @@ class ReferenceFields(PreferenceFields):
     """beta of the last step, also used for the final evaluation; only with a schedule."""
 
     @model_validator(mode="after")
-    def _a_schedule_has_an_end(self) -> Self:
+    def _check_schedule_end(self) -> Self:
         if (self.beta_schedule == "constant") != (self.final_beta is None):
             raise ValueError(
                 f"beta_schedule is {self.beta_schedule} and final_beta {self.final_beta}: a schedule needs the beta "
@@ -72,7 +72,7 @@ class ExperimentalFields(PreferenceFields):
     }
 
     @model_validator(mode="after")
-    def _trl_has_the_trainer(self) -> Self:
+    def _check_trainer_exists(self) -> Self:
         try:
             class_options(self.trainer_class)
         except UnreadableClass as error:
@@ -163,7 +163,7 @@ class DpoConfig(ReferenceFields):
         return not set(self.terms) & {"aot", "aot_unpaired", "sft"}
 
     @model_validator(mode="after")
-    def _losses_fit_together(self) -> Self:
+    def _check_losses(self) -> Self:
         terms = self.terms
         if self.losses and self.loss != "sigmoid":
             raise ValueError("set either loss or losses: a single one with weight 1, or several by weight.")
@@ -191,7 +191,7 @@ class DpoConfig(ReferenceFields):
         return self
 
     @model_validator(mode="after")
-    def _losses_fit_the_reference(self) -> Self:
+    def _check_losses_fit_reference(self) -> Self:
         # Losses of single sides: what the reference says of a prompt does not cancel in them.
         beyond = sorted(set(self.terms) - DIFFERENCES)
         if self.f_divergence_type != "reverse_kl" and beyond:
@@ -242,7 +242,7 @@ class KtoConfig(ReferenceFields):
         return 1
 
     @model_validator(mode="after")
-    def _a_reference_point_needs_others(self) -> Self:
+    def _check_reference_point(self) -> Self:
         if self.loss == "kto" and self.micro_batch < 2:
             raise ValueError(
                 "kto's reference point comes from the micro-batch's other answers; set micro_batch_size to 2 or "
@@ -308,7 +308,7 @@ class CpoConfig(ExperimentalFields):
         return False
 
     @model_validator(mode="after")
-    def _options_fit_the_loss(self) -> Self:
+    def _check_loss_options(self) -> Self:
         if self.label_smoothing and self.loss in ("hinge", "ipo"):
             raise ValueError(
                 f"label_smoothing has no effect with {self.loss}; use `loss: sigmoid` or `simpo`, or drop it."

@@ -82,7 +82,7 @@ class RewardConfig(TrainingFields):
         return "bce" if self.objective == "process" else self.score_loss
 
     @model_validator(mode="after")
-    def _fields_fit_the_objective(self) -> Self:
+    def _check_objective_fields(self) -> Self:
         if self.objective != "pairs":
             for name, default in PAIR_FIELDS.items():
                 if getattr(self, name) != default:

@@ -228,7 +228,7 @@ class RolloutFields(TrainerOptions):
         return self
 
     @model_validator(mode="after")
-    def _use_the_tokens_of_episodes(self) -> Self:
+    def _use_episode_tokens(self) -> Self:
         take_episode_tokens(self)
         return self
 

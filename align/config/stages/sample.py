@@ -62,7 +62,7 @@ class SampleConfig(Config):
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"environment"})
 
     @model_validator(mode="after")
-    def _one_scorer(self) -> SampleConfig:
+    def _check_score_or_reward(self) -> SampleConfig:
         if self.environment is not None:
             if "score" not in self.model_fields_set:
                 # Without a note that it was set: the file did not set it.
@@ -76,7 +76,7 @@ class SampleConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _use_the_tokens_of_episodes(self) -> SampleConfig:
+    def _use_episode_tokens(self) -> SampleConfig:
         take_episode_tokens(self)
         return self
 

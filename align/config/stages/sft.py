@@ -46,7 +46,7 @@ class SftConfig(TrainingFields):
     }
 
     @model_validator(mode="after")
-    def _one_line_needs_modules(self) -> SftConfig:
+    def _check_packing(self) -> SftConfig:
         if self.tuning.input_only and (self.packing or self.padding_free):
             raise ValueError(
                 f"{'packing' if self.packing else 'padding_free'} concatenates rows, and tuning "
@@ -78,7 +78,7 @@ class PretrainConfig(TrainingFields):
     }
 
     @model_validator(mode="after")
-    def _tuning_reads_packs(self) -> PretrainConfig:
+    def _check_tuning_reads_packs(self) -> PretrainConfig:
         if self.tuning.input_only:
             raise ValueError(
                 f"tuning: {self.tuning.method} changes a row's beginning, and packed texts share rows; use full, lora "
@@ -127,7 +127,7 @@ class DistillConfig(TrainingFields):
     }
 
     @model_validator(mode="after")
-    def _student_and_teacher_can_be_run(self) -> Self:
+    def _check_student_and_teacher(self) -> Self:
         if self.model == self.teacher:
             raise ValueError(f"teacher is '{self.teacher}', the student itself; name another stage.")
         if self.on_policy and self.tuning.input_only:
@@ -141,7 +141,7 @@ class DistillConfig(TrainingFields):
         return self
 
     @model_validator(mode="after")
-    def _settings_have_an_effect(self) -> Self:
+    def _check_unused_settings(self) -> Self:
         if self.divergence != "jsd" and self.changed("jsd_beta"):
             raise ValueError(f"jsd_beta has no effect with divergence {self.divergence}; use jsd.")
         unused = [] if self.on_policy else self.changed("max_tokens", "sample_temperature")

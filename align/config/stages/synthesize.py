@@ -86,7 +86,7 @@ class InstructionsTask(Config):
 
     @field_validator("prompt")
     @classmethod
-    def _has_its_places(cls, prompt: str) -> str:
+    def _check_prompt_fields(cls, prompt: str) -> str:
         try:
             names = {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
         except ValueError as error:
@@ -96,7 +96,7 @@ class InstructionsTask(Config):
         return prompt
 
     @model_validator(mode="after")
-    def _lengths_fit(self) -> InstructionsTask:
+    def _check_lengths(self) -> InstructionsTask:
         if self.min_words > self.max_words:
             raise ValueError(f"min_words {self.min_words} is more than max_words {self.max_words}")
         return self
@@ -126,7 +126,7 @@ class BestOfTask(Config):
     """Answers that reached ``max_tokens``."""
 
     @model_validator(mode="after")
-    def _keeps_fewer(self) -> BestOfTask:
+    def _check_keep(self) -> BestOfTask:
         if self.keep > self.n:
             raise ValueError(f"keep {self.keep} is more than n {self.n}")
         return self
@@ -202,7 +202,7 @@ class SynthesizeConfig(Config):
     keyed_when_set: ClassVar[frozenset[str]] = frozenset({"environment"})
 
     @model_validator(mode="after")
-    def _one_generator(self) -> SynthesizeConfig:
+    def _check_single_generator(self) -> SynthesizeConfig:
         if (self.model is None) == (self.endpoint is None):
             have = "both are" if self.model else "neither is"
             raise ValueError(f"either model or endpoint answers; {have} set")
@@ -214,7 +214,7 @@ class SynthesizeConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _fits_the_task(self) -> SynthesizeConfig:
+    def _check_task(self) -> SynthesizeConfig:
         kind = self.task.type
         if kind == "instructions" and (self.seeds is None) == (self.prompts is None):
             raise ValueError("instructions need either seeds or prompts; set one of them")
@@ -252,12 +252,12 @@ class SynthesizeConfig(Config):
             raise ValueError("both score and reward are set; with an environment at most one of them scores")
 
     @model_validator(mode="after")
-    def _use_the_tokens_of_episodes(self) -> SynthesizeConfig:
+    def _use_episode_tokens(self) -> SynthesizeConfig:
         take_episode_tokens(self)
         return self
 
     @model_validator(mode="after")
-    def _prices_for_the_budget(self) -> SynthesizeConfig:
+    def _check_budget_has_prices(self) -> SynthesizeConfig:
         judge = None if self.judge is None else self.judge.endpoint
         endpoints = {"endpoint": self.endpoint, "judge.endpoint": judge}
         endpoints = {name: endpoint for name, endpoint in endpoints.items() if endpoint}

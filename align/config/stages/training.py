@@ -183,7 +183,7 @@ class TrainingFields(TrainerOptions):
         return None
 
     @model_validator(mode="after")
-    def _replay_settings_need_its_data(self) -> Self:
+    def _check_replay(self) -> Self:
         changed = self.changed("replay_fraction", "replay_weight")
         if self.replay is None and changed:
             raise ValueError(f"{changed[0]} needs a `replay:` stage to replay from, and there is none.")
@@ -192,7 +192,7 @@ class TrainingFields(TrainerOptions):
         return self
 
     @model_validator(mode="after")
-    def _a_vocabulary_where_it_is_needed(self) -> Self:
+    def _check_vocabulary(self) -> Self:
         if not self.has_vocabulary and self.replay is not None:
             raise ValueError(
                 "replay trains on answers token by token, which a reward model cannot; mix pairs in the data."
@@ -202,7 +202,7 @@ class TrainingFields(TrainerOptions):
         return self
 
     @model_validator(mode="after")
-    def _kl_needs_a_start_to_switch_to(self) -> Self:
+    def _check_kl_anchor(self) -> Self:
         if self.anchor is not None and self.anchor.to == "kl" and self.tuning.input_only:
             raise ValueError(f"anchor: kl does not go with {self.tuning.method}, which changes every input; use l2.")
         trains_tokens = isinstance(self.tuning, TrainedTokens) and bool(self.tuning.train_tokens)
@@ -214,7 +214,7 @@ class TrainingFields(TrainerOptions):
         return self
 
     @model_validator(mode="after")
-    def _scored_on_the_way(self) -> Self:
+    def _check_eval_steps(self) -> Self:
         setting = "early_stopping" if self.early_stopping is not None else "keep: best"
         if self.eval_steps is None and self.chooses:
             raise ValueError(
@@ -223,7 +223,7 @@ class TrainingFields(TrainerOptions):
         return self
 
     @model_validator(mode="after")
-    def _schedule_has_its_shape(self) -> Self:
+    def _check_scheduler(self) -> Self:
         if self.min_lr_ratio is not None and self.scheduler not in ("cosine_with_min_lr", "wsd"):
             raise ValueError(
                 f"min_lr_ratio has no effect with scheduler {self.scheduler}; use cosine_with_min_lr or wsd."
@@ -238,7 +238,7 @@ class TrainingFields(TrainerOptions):
         return self
 
     @model_validator(mode="after")
-    def _micro_batches_fill_the_batch(self) -> Self:
+    def _check_micro_batch_size(self) -> Self:
         if self.batch_size % self.micro_batch:
             divisor = max(size for size in range(1, self.micro_batch + 1) if self.batch_size % size == 0)
             raise ValueError(

@@ -66,7 +66,7 @@ class RecordFields(RecordColumns):
         return {name: getattr(self, name) for name in names if name not in left_out}
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _check_place(self) -> Self:
         hub_fields = [name for name in HUB_FIELDS if getattr(self, name) is not None]
         if self.files is not None:
             if hub_fields:
@@ -95,7 +95,7 @@ class TemperatureFields(Config):
     """Answers to each item, averaged; more than one needs a temperature above 0."""
 
     @model_validator(mode="after")
-    def _samples_differ(self) -> Self:
+    def _check_samples_differ(self) -> Self:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples above 1 would be identical at temperature 0; raise temperature or drop samples")
         return self

@@ -91,7 +91,7 @@ class Gsm8kConfig(RecordFields, SamplingFields, TaskConfig):
     identified: ClassVar[frozenset[str]] = frozenset({"files", "examples_files"})
 
     @model_validator(mode="after")
-    def _examples_exist(self) -> Self:
+    def _check_examples_exist(self) -> Self:
         if self.examples_split is not None and self.files is not None:
             raise ValueError("examples_split is a split on the Hub, and the problems are in files; use examples_files")
         if self.examples_split is not None and self.examples_files is not None:
@@ -136,7 +136,7 @@ class MultipleChoiceConfig(RecordFields, TaskConfig):
         return CHOICE_DATASETS.get(self.format)
 
     @model_validator(mode="after")
-    def _examples_fit(self) -> Self:
+    def _check_examples(self) -> Self:
         if self.examples_files is not None and self.examples_split is not None:
             raise ValueError("it has examples_files and examples_split; drop one of them")
         if self.examples_split is not None and self.files is not None:
@@ -185,7 +185,7 @@ class EnvironmentTaskConfig(RecordFields, TemperatureFields, TaskConfig):
     identified: ClassVar[frozenset[str]] = RecordFields.identified | {"environment"}
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _check_place(self) -> Self:
         places = [
             name
             for name in ("files", *HUB_FIELDS, "header", "records", "delimiter", "encoding")
@@ -197,7 +197,7 @@ class EnvironmentTaskConfig(RecordFields, TemperatureFields, TaskConfig):
                 "the Hub"
             )
         if self.rows is None:
-            return super()._one_place()  # type: ignore[operator,no-any-return]
+            return super()._check_place()  # type: ignore[operator,no-any-return]
         if places:
             raise ValueError(f"it has rows, so '{places[0]}' has no effect; drop one of them")
         if self.columns:
@@ -247,7 +247,7 @@ class JudgedConfig(RecordFields, TaskConfig):
         return KNOWN_DATASETS.get(self.preset or "")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistent(self) -> Self:
         if self.judging_mode == "grade" and self.judge.reward:
             raise ValueError(
                 "a reward model's scores are not grades from 1 to 10. Write `mode: compare`, or give the judge an "
@@ -283,7 +283,7 @@ class PreferenceConfig(RecordFields, RecordMapping, TaskConfig):
         return all(getattr(self, name) is None for name in ("files", *HUB_FIELDS))
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _check_place(self) -> Self:
         if self.reads_stage_pairs:
             changed = self.changed(*RecordMapping.model_fields, "format", "options")
             if changed:
@@ -297,7 +297,7 @@ class PreferenceConfig(RecordFields, RecordMapping, TaskConfig):
                 "give its files, or its dataset and revision (a commit, 40 hexadecimal digits) on the Hub; without any "
                 "of them it takes the stage's `pairs`"
             )
-        return super()._one_place()  # type: ignore[operator,no-any-return]
+        return super()._check_place()  # type: ignore[operator,no-any-return]
 
 
 class PerplexityConfig(RecordFields, TaskConfig):
@@ -324,9 +324,9 @@ class PerplexityConfig(RecordFields, TaskConfig):
     """Tokens of a window, or as many as the model can read where that is fewer; more context makes text cheaper."""
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _check_place(self) -> Self:
         if self.texts is None:
-            return super()._one_place()  # type: ignore[operator,no-any-return]
+            return super()._check_place()  # type: ignore[operator,no-any-return]
         others = [name for name in ("files", *HUB_FIELDS, "fields") if getattr(self, name) is not None]
         if others:
             raise ValueError(f"it has texts, so '{others[0]}' has no effect; drop one of them")
@@ -382,7 +382,7 @@ class LmEvalConfig(TaskConfig):
     identified: ClassVar[frozenset[str]] = frozenset({"include"})
 
     @model_validator(mode="after")
-    def _distinct_tasks(self) -> Self:
+    def _check_distinct_tasks(self) -> Self:
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError("tasks names one twice; name each once")
         return self
