@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from align.clusters.ray import run_tasks
-from align.clusters.slurm.submit import follow_jobs, submit_run
+from align.clusters.slurm_submit import follow_jobs, submit_run
 from align.errors import UserError
 from align.evaluation.scorecard import Scorecard
 from align.pipeline import pipeline
-from align.runner.console import progress_listener
-from align.runner.listener import Listener
+from align.runner.listener import Listener, progress_listener
 from align.runner.runner import Run, RunOptions, prepare_run, run_pipeline
 
 

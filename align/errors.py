@@ -13,7 +13,7 @@ from pathlib import Path
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 LITTLE_SPACE = 64 * 1024
-"""Bytes; a disk with less cannot even take a stage's result."""
+"""Bytes; a disk with less cannot even hold a stage's result."""
 
 _SCHEME = r"://|\b(?:https?|s3|gs|hf|ftp|redis|wss?):/"
 """End of a scheme; an address that was taken for a path has one slash."""
@@ -40,11 +40,11 @@ HARMLESS = frozenset("\n\t\u200c\u200d")
 MOST_SHOWN = 200
 """Characters of a value that a message repeats."""
 LONG = re.compile(r"\S{1000,}")
-"""Words that nobody reads to the end."""
+"""Words that are too long to read."""
 
 
 def shorten(text: str, most: int = MOST_SHOWN) -> str:
-    """Text of at most ``most`` characters, and how many it had where it was longer."""
+    """Return at most ``most`` characters of a text, with its length if it is longer."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
@@ -89,7 +89,7 @@ def _escape(character: str) -> str:
 class UserError(Exception):
     """The user's input is wrong: exit code 2, one message with the place and the remedy, no traceback.
 
-    Passwords in addresses that the message repeats are left out of it, and words of a thousand characters are cut.
+    Passwords in addresses that the message repeats are removed from it, and words of a thousand characters are cut.
     """
 
     exit_code = 2

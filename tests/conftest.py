@@ -97,7 +97,7 @@ WORKER_INPUT = "preloaded_python"
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Fork pytest's processes from one that has imported torch, transformers and trl."""
-    from align.runner.stage_process import ForkServer
+    from align.runner.fork_server import ForkServer
     from tests.support.preloaded_server import PreloadedPython, preloaded_command
 
     if not ForkServer.is_possible() or any(not spec.popen or spec.python for spec in specs):
@@ -207,7 +207,8 @@ def fork_server() -> Iterator[None]:
     has changed is started by the interpreter.
     """
     from align.runner import runner
-    from align.runner.stage_process import ForkServer, this_thread
+    from align.runner.fork_server import ForkServer
+    from align.runner.stage_process import this_thread
     from tests.support.fork_server import close_shared_servers, server_without_torch, shared_server
 
     def use_server(pipeline: Any, nodes: list[Any]) -> contextlib.nullcontext[None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from align.runner.stage_process import OFF, ForkServer
+from align.runner.fork_server import OFF, ForkServer
 from tests.support.fork_server import Forking, start_module
 
 pytestmark = pytest.mark.skipif(not ForkServer.is_possible(), reason="only Linux forks a process with its libraries")

@@ -9,7 +9,7 @@ import pytest
 from tests.support.installed import InstalledAlign
 
 
-def test_the_wheel_has_what_is_shipped_and_nothing_of_the_workshop(installed_align: InstalledAlign) -> None:
+def test_wheel_has_only_shipped_files(installed_align: InstalledAlign) -> None:
     names = zipfile.ZipFile(installed_align.wheel).namelist()
     shipped = {name.removeprefix("align/shipped/") for name in names if name.startswith("align/shipped/")}
     in_repository = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from align.runner.stage_process import ForkServer
+from align.runner.fork_server import ForkServer
 from tests.support.preloaded_server import PreloadedPython, preloaded_command
 
 pytestmark = pytest.mark.skipif(not ForkServer.is_possible(), reason="only Linux forks a process with its libraries")

@@ -128,7 +128,7 @@ def build_recipe(
         return run_pipeline(pipeline, store=store, rebuild=forced, listener=Listener())
     from rich.console import Console
 
-    from align.runner.console import ConsoleListener
+    from align.runner.listener import ConsoleListener
 
     console = Console(stderr=True, highlight=False)
     with ConsoleListener(list(pipeline), console) as listener:

@@ -106,7 +106,7 @@ def _print_log(path: Path) -> int:
 
 def collect_garbage(options: argparse.Namespace) -> int:
     """Run ``align gc``."""
-    from align.clusters.slurm.submit import used_by_jobs
+    from align.clusters.slurm_submit import used_by_jobs
     from align.runner.open_store import open_store
     from align.store.garbage import DELETED, IN_USE, delete_garbage, find_garbage
 
@@ -157,7 +157,7 @@ def collect_garbage(options: argparse.Namespace) -> int:
 
 def _active_runs(store: Store) -> list[str]:
     """Return the names of the runs that use the store now."""
-    return sorted({uses.run for uses in store.uses()})
+    return sorted({uses.run for uses in store.leases.uses()})
 
 
 def _print_wait(store: Store) -> None:

@@ -21,8 +21,8 @@ def run(options: argparse.Namespace) -> int:
     """Run ``align cancel``."""
     from align.cli.run_page import find_run, open_store_of
     from align.clusters.follow import SchedulerError
-    from align.clusters.slurm.submission import submissions
-    from align.clusters.slurm.submit import cancel_jobs
+    from align.clusters.slurm_submission import submissions
+    from align.clusters.slurm_submit import cancel_jobs
     from align.store.store import JOBS
 
     store = open_store_of([options.run], options.store)

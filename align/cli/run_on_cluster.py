@@ -7,8 +7,8 @@ import sys
 
 from align.cli.parser import print_json, print_warning
 from align.cli.run_session import print_outcome, report_on
-from align.clusters.ray import GOES_ON, run_tasks
-from align.clusters.slurm.submit import SubmittedRun, follow_jobs, submit_run
+from align.clusters.ray import CONTINUES, run_tasks
+from align.clusters.slurm_submit import SubmittedRun, follow_jobs, submit_run
 from align.inference import ray_client
 from align.pipeline.pipeline import Pipeline
 from align.runner.runner import RunOptions, prepare_run
@@ -60,6 +60,6 @@ def run_on_ray(pipeline: Pipeline, options: RunOptions, *, json: bool) -> int:
     try:
         outcome = report_on(functools.partial(run_tasks, pipeline, ready), pipeline, quiet=json, store=ready.store)
     except KeyboardInterrupt:
-        print(f"\nStopped. {GOES_ON}", file=sys.stderr)
+        print(f"\nStopped. {CONTINUES}", file=sys.stderr)
         raise
     return print_outcome(pipeline, outcome, json)

@@ -21,8 +21,7 @@ from align.cli.run_page import STOPPED, Failure, first_missing, outline_of, try_
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
-from align.runner.console import ConsoleListener
-from align.runner.listener import Listener
+from align.runner.listener import ConsoleListener, Listener
 from align.runner.open_store import open_store
 from align.runner.runner import Run, run_pipeline
 from align.store.artifacts import Artifact

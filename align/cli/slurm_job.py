@@ -17,15 +17,14 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from align.cli.run_page import Failure, outline_of, try_write_page
-from align.clusters.follow import JobResult, SchedulerError
-from align.clusters.slurm import commands
-from align.clusters.slurm.submission import Submission
-from align.clusters.slurm.submit import slurm_block
-from align.clusters.threads import await_inputs, with_threads
+from align.clusters import slurm_commands
+from align.clusters.follow import JobResult, SchedulerError, await_inputs, executor_settings, with_threads
+from align.clusters.slurm_submission import Submission
+from align.config.runtime.executor import SlurmExecutor
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.pipeline import Node, Pipeline
 from align.pipeline.stop_signal import Stopped, StopRequest
-from align.runner.console import ConsoleListener
+from align.runner.listener import ConsoleListener
 from align.runner.runner import run_pipeline
 from align.store.artifacts import CHECKPOINTS, LOG, Artifact
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
@@ -61,7 +60,7 @@ def main(folder: Path, stage: str) -> int:
         try:
             pipeline = with_meeting_place(with_threads(submission.pipeline(), cores_of_job()))
             node = pipeline.nodes[stage]
-            stop.patience = SHARE_OF_GRACE * slurm_block(pipeline, stage).grace
+            stop.patience = SHARE_OF_GRACE * executor_settings(pipeline, SlurmExecutor, stage).grace
             log = store.partial(node.stage.kind, node.key) / LOG
             _run_stage(submission, pipeline, node, store, stop)
         except (UserError, StageFailed) as error:
@@ -146,7 +145,7 @@ def _fail(turn: _Turn, error: UserError | StageFailed, log: Path | None) -> int:
 def _stop(turn: _Turn, stopped: Stopped) -> int:
     """Requeue the job unless it was cancelled or makes no progress; returns the exit code."""
     stage = turn.stage
-    block = slurm_block(turn.submission.pipeline(), stage)
+    block = executor_settings(turn.submission.pipeline(), SlurmExecutor, stage)
     # A stage that never reaches a checkpoint would be requeued forever.
     if _count_idle_turns(turn) >= IDLE_TURNS:
         error = StageFailed(
@@ -164,8 +163,8 @@ def requeue(submission: Submission, name: str, result: JobResult, may_requeue: b
     job = os.environ.get("SLURM_JOB_ID", "")
     # The note comes first: a requeue ends this process.
     submission.write_result(name, result)
-    state = commands.state_of(job)
-    if state in commands.WAITING:  # Slurm itself has requeued it, for example after its node failed
+    state = slurm_commands.state_of(job)
+    if state in slurm_commands.WAITING:  # Slurm itself has requeued it, for example after its node failed
         print(result.message, file=sys.stderr)
         return Stopped.exit_code
     if not may_requeue or submission.is_cancelled or state in ENDING:
@@ -173,7 +172,7 @@ def requeue(submission: Submission, name: str, result: JobResult, may_requeue: b
         return Stopped.exit_code
     print(f"{result.message} Its job is requeued.", file=sys.stderr, flush=True)
     try:
-        commands.requeue(job)
+        slurm_commands.requeue(job)
     except SchedulerError as error:
         print(f"It could not be requeued: {error}. Run the same command to continue.", file=sys.stderr)
     return Stopped.exit_code

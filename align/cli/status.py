@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from align.cli.run_page import RunOutline
-    from align.clusters.slurm.commands import Job
-    from align.clusters.slurm.submission import StageJob
+    from align.clusters.slurm_commands import Job
+    from align.clusters.slurm_submission import StageJob
     from align.store.store import Store
 
     LiveJobs = dict[tuple[str, str], tuple[StageJob, Job]]
@@ -83,9 +83,9 @@ def live_jobs(store: Store, runs: Iterable[RunOutline]) -> tuple[LiveJobs, str]:
 
     The second value is the error if Slurm does not answer, in which case the jobs are not known.
     """
+    from align.clusters import slurm_commands
     from align.clusters.follow import SchedulerError
-    from align.clusters.slurm import commands
-    from align.clusters.slurm.submission import submissions
+    from align.clusters.slurm_submission import submissions
 
     # A submission may be older than the pipeline: only jobs with the stage's present key count.
     keys = {(outline.name, stage): key for outline in runs for stage, (_, key) in outline.stages.items()}
@@ -96,7 +96,7 @@ def live_jobs(store: Store, runs: Iterable[RunOutline]) -> tuple[LiveJobs, str]:
         if keys.get((submission.run, job.stage)) == job.key
     ]
     try:
-        states = commands.jobs({job.job for _, job in submitted})
+        states = slurm_commands.jobs({job.job for _, job in submitted})
     except SchedulerError as error:
         return {}, str(error)
     live: LiveJobs = {}

@@ -90,11 +90,12 @@ def _run_trials(options: argparse.Namespace, sweep: Sweep, study: Study, store: 
         return bool(options.detach)
     if executor == "ray":
         from align.cli.sweep_on_cluster import RayWorkers
-        from align.clusters.ray import ray_block
+        from align.clusters.follow import executor_settings
+        from align.config.runtime.executor import RayExecutor
         from align.inference import ray_client
 
         ray_client.require_ray()
-        with ray_client.connected(ray_block(sweep.base).address) as ray:
+        with ray_client.connected(executor_settings(sweep.base, RayExecutor).address) as ray:
             run_workers(RayWorkers(ray, sweep, store, workers, options), sweep, study, quiet=options.json)
     elif workers == 1:
         run_trials(sweep, study, store, quiet=options.json, shows_stages=not options.json)

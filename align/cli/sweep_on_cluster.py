@@ -14,12 +14,12 @@ from typing import Any
 
 from align.cli.slurm_job import SHARE_OF_GRACE, cores_of_job, requeue, turn_number
 from align.cli.sweep_workers import POLL_SECONDS, SweepTask, WorkerEnd, with_cores
-from align.clusters.follow import LATE_SECONDS, SILENT_SECONDS, JobResult, SchedulerError
-from align.clusters.ray import ray_block
-from align.clusters.slurm import commands
-from align.clusters.slurm.commands import check_cluster
-from align.clusters.slurm.submission import Submission, sbatch_options, submissions, write_script
-from align.clusters.slurm.submit import SlurmQueue, slurm_block
+from align.clusters import slurm_commands
+from align.clusters.follow import LATE_SECONDS, SILENT_SECONDS, JobResult, SchedulerError, executor_settings
+from align.clusters.slurm_commands import check_cluster
+from align.clusters.slurm_submission import Submission, sbatch_options, submissions, write_script
+from align.clusters.slurm_submit import SlurmQueue
+from align.config.runtime.executor import RayExecutor, SlurmExecutor
 from align.errors import StageFailed, UserError, printable
 from align.inference import ray_client
 from align.pipeline.stop_signal import Stopped, StopRequest
@@ -61,7 +61,7 @@ class SlurmWorkers:
         """Return the end of each worker. Raises ``StageFailed`` if Slurm has been silent for too long."""
         job = None
         try:
-            job = commands.jobs([self.job]).get(self.job)
+            job = slurm_commands.jobs([self.job]).get(self.job)
             self.last_answer = time.monotonic()
         except SchedulerError as error:
             if time.monotonic() - self.last_answer > SILENT_SECONDS:
@@ -78,9 +78,9 @@ class SlurmWorkers:
             return [None] * count
         return [self._end(result, job) for result in results]
 
-    def _end(self, result: JobResult | None, job: commands.Job | None) -> WorkerEnd:
+    def _end(self, result: JobResult | None, job: slurm_commands.Job | None) -> WorkerEnd:
         if result is None or result.status == "stopped":
-            state = commands.OVER.get(job.state if job else "", "its job is gone")
+            state = slurm_commands.OVER.get(job.state if job else "", "its job is gone")
             return WorkerEnd(
                 StageFailed.exit_code,
                 f"{state} (job {self.job}). Logs: {self.submission.folder}. The same command continues with the rest.",
@@ -116,7 +116,7 @@ def _find_live(store: Store, name: str) -> Submission | None:
         if is_submitted and not submission.is_cancelled:
             candidates.append(submission)
     try:
-        states = commands.jobs({_job_of(submission) for submission in candidates})
+        states = slurm_commands.jobs({_job_of(submission) for submission in candidates})
     except SchedulerError as error:
         raise UserError(f"executor slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
     for submission in candidates:
@@ -128,7 +128,7 @@ def _find_live(store: Store, name: str) -> Submission | None:
 
 def submit_workers(sweep: Sweep, store: Store, count: int, options: argparse.Namespace) -> Submission:
     """Submit an array of ``count`` jobs. Raises ``UserError`` if Slurm refuses it."""
-    block = slurm_block(sweep.base)
+    block = executor_settings(sweep.base, SlurmExecutor)
     check_cluster({"runtime.executor": block}, store.root, sweep.base.where)
     about: dict[str, Any] = {"task": asdict(SweepTask.of(sweep, store, options)), "workers": count, "job": None}
     submission = Submission.begin(store, sweep.base, sweep.config.name, about)
@@ -138,13 +138,11 @@ def submit_workers(sweep: Sweep, store: Store, count: int, options: argparse.Nam
     words = sbatch_options(block, name, submission.folder, Path.cwd(), log="worker-%a.log")
     words.append(f"--array=0-{count - 1}")
     try:
-        commands.check(words, script)
-        about["job"] = commands.submit(words, script)
+        slurm_commands.check(words, script)
+        submission.sweep = {**about, "job": slurm_commands.submit(words, script)}
     except SchedulerError as error:
         submission.mark_cancelled()
-        raise UserError(
-            f"{sweep.base.where}: Slurm does not take the jobs ({error}). Change runtime.executor."
-        ) from None
+        raise UserError(f"{sweep.base.where}: Slurm refuses the jobs ({error}). Change runtime.executor.") from None
     submission.write()
     return submission
 
@@ -159,7 +157,7 @@ def main(folder: Path) -> int:
     with stop.handle_signals(signal.SIGUSR1, signal.SIGTERM):
         try:
             sweep = with_cores(task.check(), cores_of_job())
-            stop.patience = SHARE_OF_GRACE * slurm_block(sweep.base).grace
+            stop.patience = SHARE_OF_GRACE * executor_settings(sweep.base, SlurmExecutor).grace
             task.run(sweep, stop, quiet=False)
         except (UserError, StageFailed) as error:
             print(printable(str(error)), file=sys.stderr)
@@ -168,7 +166,7 @@ def main(folder: Path) -> int:
             return error.exit_code
         except Stopped as stopped:
             result = JobResult("stopped", str(stopped), turn)
-            return requeue(submission, worker, result, slurm_block(sweep.base).requeue)
+            return requeue(submission, worker, result, executor_settings(sweep.base, SlurmExecutor).requeue)
     submission.write_result(worker, JobResult("done", "", turn))
     return 0
 
@@ -182,7 +180,7 @@ class RayWorkers:
     every = POLL_SECONDS
 
     def __init__(self, ray: Any, sweep: Sweep, store: Store, count: int, options: argparse.Namespace) -> None:
-        block = ray_block(sweep.base)
+        block = executor_settings(sweep.base, RayExecutor)
         if not ray_client.could_hold(ray, block):
             raise UserError(
                 f"{sweep.base.where}: runtime.executor: no node of the Ray cluster has what a worker asks for "

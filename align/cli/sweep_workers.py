@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from align.cli.sweep_table import print_changes, print_trial
-from align.clusters.threads import with_threads
+from align.clusters.follow import with_threads
 from align.config.validation import validate_plain
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.process_limits import usable_cores
@@ -152,7 +152,7 @@ def run_trials(
 
 @contextlib.contextmanager
 def _console_listener(pipeline: Pipeline) -> Iterator[Listener]:
-    from align.runner.console import ConsoleListener
+    from align.runner.listener import ConsoleListener
 
     class TrialConsole(ConsoleListener):
         """Shows only stages that run; a stage that all trials share would be shown in each."""

@@ -1,27 +1,32 @@
-"""Follow the stages that a cluster runs, and report them to a listener as a local run does.
+"""Follow the stages that a cluster runs, and adjust a pipeline to the machine of a job. Never imports torch.
 
-A stage's result is read from the store, its failure from the note of its job, or from the cluster's queue if the
-job could not write one. Ending this process ends no job of a queue that lives without it. Never imports torch.
+A listener hears of the stages as it does in a local run. A stage's result is read from the store, its failure from the
+note of its job, or from the cluster's queue if the job could not write one. Ending this process ends no job of a queue
+that lives without it.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import RootModel
 
+from align.config.runtime.executor import RayExecutor, SlurmExecutor
 from align.errors import StageFailed
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.listener import Listener
 from align.runner.runner import Run
-from align.runner.subprocess import Tail
+from align.runner.stage_process import Tail
 from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, Artifact
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.store.store import Store
+
+Executor = TypeVar("Executor", SlurmExecutor, RayExecutor)
 
 POLL_SECONDS = 0.5
 LATE_SECONDS = 60.0
@@ -47,18 +52,6 @@ class JobResult:
     """The cluster's own name of the machine, if it has one."""
 
 
-class _Note(BaseModel):
-    """Content of a job's note."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    status: str
-    message: str
-    turn: int = 0
-    log: str | None = None
-    node: str = ""
-
-
 def write_note(path: Path, result: JobResult) -> None:
     """Write a job's result into a file that others read meanwhile."""
     write_sealed(path, asdict(result))
@@ -67,7 +60,7 @@ def write_note(path: Path, result: JobResult) -> None:
 def read_note(path: Path) -> JobResult | None:
     """Return a job's result; None if there is no note or it is damaged: the job then counts as silent."""
     try:
-        return JobResult(**read_sealed(path, _Note).model_dump())
+        return read_sealed(path, RootModel[JobResult]).root
     except (FileNotFoundError, DamagedFile):
         return None
 
@@ -158,8 +151,8 @@ class JobFollower:
         except SchedulerError as error:
             if time.monotonic() - self.last_answer > SILENT_SECONDS:
                 raise StageFailed(
-                    f"{self.queue.name} has not answered for {SILENT_SECONDS / 60:.0f} min ({error}). Its jobs go on "
-                    "without being followed; the same command follows them again."
+                    f"{self.queue.name} has not answered for {SILENT_SECONDS / 60:.0f} min ({error}). Its jobs "
+                    "continue without being followed; the same command follows them again."
                 ) from None
 
     def _update(self, followed: _Followed) -> None:
@@ -231,7 +224,7 @@ class JobFollower:
         parts = [f"stage '{name}' failed: {state.description}.", remedy]
         if result is not None:
             parts.append(f"Its previous turn ended with: {result.message}")
-        parts.append("Run again to go on from what is there.")
+        parts.append("Run again to continue from what is there.")
         self._on_failed(followed, " ".join(filter(None, parts)), None)
 
     def _on_failed(self, followed: _Followed, message: str, log: str | None) -> None:
@@ -245,3 +238,44 @@ class JobFollower:
         self.failures[name] = f"{message}\nLog: {path}" if path.exists() else message
         del self.remaining[name]
         self.listener.stage_failed(followed.node, message, path)
+
+
+# ---- a job's machine ----
+
+
+def executor_settings(pipeline: Pipeline, executor: type[Executor], stage: str | None = None) -> Executor:
+    """Return what a stage, or a worker of a sweep, asks of ``executor``; the defaults in a run on another executor."""
+    runtime = pipeline.config.runtime if stage is None else pipeline.runtimes[stage]
+    return runtime.executor if isinstance(runtime.executor, executor) else executor()
+
+
+def with_threads(pipeline: Pipeline, cores: int | None) -> Pipeline:
+    """Return the pipeline with a job's ``cores`` as threads of each stage's processes, unless it sets threads itself.
+
+    If ``runtime.launch.processes`` is ``auto``, the stage's machine decides.
+    """
+    if pipeline.config.runtime.threads is not None or not cores:
+        return pipeline
+    runtime = copy.deepcopy(dict(pipeline.raw.get("runtime") or {}))
+    blocks: dict[str, dict[str, Any]] = runtime.setdefault("stages", {})
+    for node in pipeline:
+        processes = pipeline.runtimes[node.name].launch.processes if node.stage.distributed else 1
+        # A stage of a loop may have only the loop's block.
+        short = pipeline.expanded.without_round(node.name)
+        name = short if short in blocks and node.name not in blocks else node.name
+        block = blocks.setdefault(name, {})
+        if processes != "auto" and block.get("threads") is None:
+            block["threads"] = max(1, cores // processes)
+    # ``runtime`` is not part of a key, so the stages are still those that were submitted.
+    return Pipeline({**pipeline.raw, "runtime": runtime}, pipeline.where, pipeline.base, pipeline.expanded.rounds)
+
+
+def await_inputs(pipeline: Pipeline, node: Node, store: Store, seconds: float = 60.0) -> None:
+    """Wait for a stage's inputs: a shared file system may show late what another machine has just written."""
+    inputs = [pipeline.nodes[name] for name in node.input_names]
+    # Past the deadline no error is raised here: the run itself names the inputs that are missing.
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if all(store.find_intact(source.stage.kind, source.key) is not None for source in inputs):
+            return
+        time.sleep(0.5)

@@ -15,8 +15,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.clusters.follow import JobFollower, JobResult, JobState, read_note, write_note
-from align.clusters.threads import await_inputs, with_threads
+from align.clusters.follow import (
+    JobFollower,
+    JobResult,
+    JobState,
+    await_inputs,
+    executor_settings,
+    read_note,
+    with_threads,
+    write_note,
+)
 from align.config.runtime.executor import RayExecutor
 from align.config.user_functions import add_module_folders, module_folders
 from align.errors import StageFailed, UserError
@@ -104,7 +112,7 @@ def _run_stage(task: StageTask) -> JobResult:
             only=node.name,
             rebuild=(node.name,) if is_forced else (),
             listener=Listener(),
-            # It hears no signal: ``RayQueue._stop`` leaves its request in the stage's folder instead.
+            # It gets no signal: ``RayQueue._stop`` leaves its request in the stage's folder instead.
             stop=StopRequest(),
         )
     except Stopped as stopped:
@@ -131,12 +139,6 @@ def _enter(folder: str) -> None:
         ) from None
 
 
-def ray_block(pipeline: Pipeline, stage: str | None = None) -> RayExecutor:
-    """Return what a stage, or a worker of a sweep, asks of Ray; the defaults in a run on another executor."""
-    runtime = pipeline.config.runtime if stage is None else pipeline.runtimes[stage]
-    return runtime.executor if isinstance(runtime.executor, RayExecutor) else RayExecutor()
-
-
 @dataclass
 class RayQueue:
     """The tasks of a run, as a :class:`~align.clusters.follow.Queue`."""
@@ -161,7 +163,7 @@ class RayQueue:
         """Start a task for each of these stages, in the pipeline's order."""
         rounds = {name: list(names) for name, names in self.pipeline.expanded.rounds.items()}
         for node in nodes:
-            block = self.block(node.name)
+            block = executor_settings(self.pipeline, RayExecutor, node.name)
             artifact = self.store.find_intact(node.stage.kind, node.key)
             if node.name in force and artifact is not None:
                 self._replaces[node.name] = str(artifact.record["created"])
@@ -185,10 +187,6 @@ class RayQueue:
             self.references[node.name] = ray_client.start(
                 self.ray, run_stage_task, block, name, [asdict(task), *inputs]
             )
-
-    def block(self, stage: str) -> RayExecutor:
-        """Return the resources that a stage asks of a node."""
-        return ray_block(self.pipeline, stage)
 
     def query(self, stages: Collection[str]) -> dict[str, JobState]:
         """Return the states of these stages' tasks; after a request to stop, pass it on to them."""
@@ -216,7 +214,7 @@ class RayQueue:
         # Ray does not say whether a task waits for others or for a node.
         if any(name in remaining for name in self.pipeline.nodes[stage].input_names):
             return JobState("waits", "waits for its inputs")
-        note = self._note(stage)
+        note = read_note(self.folder / f"{stage}.json")
         # After the death of its node a task begins again, and the first try's note is still there.
         if note is not None and note.status == "runs" and ray_client.is_alive(self.ray, note.node):
             return JobState("runs", f"runs on {note.message}")
@@ -226,7 +224,7 @@ class RayQueue:
         if outcome.result == "done":
             return JobState("gone", "its task is done, but its artifact is missing")
         if outcome.is_lost:
-            retries = self.block(stage).retries
+            retries = executor_settings(self.pipeline, RayExecutor, stage).retries
             return JobState("over", outcome.error, f"Raise runtime.stages.{stage}.executor.retries (now {retries}).")
         # A task that was cancelled or raised an error has no result.
         return JobState("over", outcome.error or str(outcome.result).removeprefix("failed: "))
@@ -236,7 +234,7 @@ class RayQueue:
 
         After ``wait`` seconds without such a node the task is cancelled.
         """
-        block = self.block(stage)
+        block = executor_settings(self.pipeline, RayExecutor, stage)
         if ray_client.could_hold(self.ray, block):
             self._unplaced_since.pop(stage, None)
             return JobState("waits", "waits for a free node")
@@ -252,12 +250,9 @@ class RayQueue:
         )
         return self._cancelled[stage]
 
-    def _note(self, stage: str) -> JobResult | None:
-        return read_note(self.folder / f"{stage}.json")
-
     def result(self, stage: str) -> JobResult | None:
         """Return the result of the stage's task, if it has ended."""
-        note = self._note(stage)
+        note = read_note(self.folder / f"{stage}.json")
         return None if note is None or note.status == "runs" else note
 
     def log(self, stage: str) -> Path:
@@ -270,7 +265,7 @@ class RayQueue:
         return self._replaces.get(stage)
 
 
-GOES_ON = "Finished stages and checkpoints are kept. The same command continues."
+CONTINUES = "Finished stages and checkpoints are kept. The same command continues."
 
 
 def run_tasks(pipeline: Pipeline, ready: Prepared, listener: Listener) -> Run:
@@ -281,7 +276,7 @@ def run_tasks(pipeline: Pipeline, ready: Prepared, listener: Listener) -> Run:
     store = ready.store
     with (
         StopRequest().handle_signals(signal.SIGUSR1) as stop,
-        ray_client.connected(ray_block(pipeline).address) as ray,
+        ray_client.connected(executor_settings(pipeline, RayExecutor).address) as ray,
         store.use(pipeline.name, pipeline.references, pipeline.plain),
     ):
         queue = RayQueue(ray, pipeline, store, _note_folder(store, pipeline.name), stop=stop)
@@ -292,7 +287,7 @@ def run_tasks(pipeline: Pipeline, ready: Prepared, listener: Listener) -> Run:
             return JobFollower(pipeline, store, stages, queue, listener).follow()
         except StageFailed as error:
             if stop.is_requested:
-                raise Stopped(f"stopped as asked. {GOES_ON}") from error
+                raise Stopped(f"stopped as asked. {CONTINUES}") from error
             raise
         except BaseException:
             # Tasks would otherwise work on without anyone who follows them.

@@ -55,9 +55,9 @@ def choose_executor(raw: dict[str, Any], name: str, warn: Callable[[str], None])
 
 
 def refuse_contradiction(runtime: Runtime, name: str | None) -> None:
-    """Raise ``UserError`` where ``--set`` has named another executor than ``--on``, which is ``name``."""
+    """Raise ``UserError`` if ``--set`` has named another executor than ``--on``, which is ``name``."""
     if name is not None and runtime.executor.name != name:
-        raise UserError(f"--on {name}: --set runtime.executor names {runtime.executor.name}. Leave one of them out.")
+        raise UserError(f"--on {name}: --set runtime.executor names {runtime.executor.name}. Remove one of them.")
 
 
 def _holders(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -82,25 +82,23 @@ def objection_to_stage(kind: str, run: Runtime, stage: Runtime, overrides: Any) 
         return None
     if kind != BUILDS and "tasks" in overrides.model_fields_set:
         return f"tasks are jobs of a data build, and this is a stage of kind {kind}; leave it out."
-    named, run_name = stage.executor, run.executor.name
-    if named.name == run_name:
+    executor = stage.executor
+    run_name = run.executor.name
+    if executor.name == run_name:
         return None
     if kind != BUILDS:
         return (
-            f"the stage names {named.name}, and the run is on {run_name}. All stages run in one place, except the "
-            f"tasks of data builds: write `runtime: {{executor: {{name: {named.name}}}}}`, or leave the name out here."
+            f"the stage names {executor.name}, and the run is on {run_name}. All stages run in one place, except the "
+            f"tasks of data builds: write `runtime: {{executor: {{name: {executor.name}}}}}`, or remove the name here."
         )
     if run_name != LOCAL:
         return (
-            f"the stage names {named.name}, and the run is on {run_name}. Leave the name out: only a local run hands "
+            f"the stage names {executor.name}, and the run is on {run_name}. Remove the name: only a local run hands "
             "tasks to another executor."
         )
-    if not isinstance(named, LocalExecutor) and named.tasks is None:
+    if not isinstance(executor, LocalExecutor) and executor.tasks is None:
         return (
-            f"the stage itself runs here, since the run is local, and it hands no work to {named.name} without tasks: "
-            f"write `tasks: 100`, or run all stages with --on {named.name}."
+            f"the stage itself runs here, since the run is local, and it hands no work to {executor.name} without "
+            f"tasks: write `tasks: 100`, or run all stages with --on {executor.name}."
         )
     return None
-
-
-__all__ = ["choose_executor", "in_long_forms", "objection_to_stage", "refuse_contradiction"]

@@ -48,11 +48,11 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
         kind_here = block.get("stage", name if name in STAGES else kind)
         if kind_here != kind:
             raise UserError(
-                f"{where}: '{source}' is a stage of kind {kind} and this is one of kind {kind_here}. A stage continues "
-                f"one of its own kind; to start from that one's weights, name it as `{_start_field(kind_here)}`."
+                f"{where}: '{source}' is a stage of kind {kind} and this is a stage of kind {kind_here}. Only a stage "
+                f"of the same kind can continue it; to start from its weights, name it as `{_start_field(kind_here)}`."
             )
-        known = STAGES.get(str(kind))
-        if known is not None and CONTINUE not in known.config_class().model_fields:
+        stage = STAGES.get(str(kind))
+        if stage is not None and CONTINUE not in stage.config_class().model_fields:
             raise UserError(
                 f"{where}: '{source}' is a stage of kind {kind}, which has no trainer's state to continue from. To "
                 "train from its weights, start a new run with `model` or `policy` in place of continue_from."
@@ -63,8 +63,12 @@ def inherit(blocks: Mapping[str, dict[str, Any]], place: Callable[[str], str]) -
 
 def _start_field(kind: Any) -> str:
     stage = STAGES.get(str(kind))
-    fields = () if stage is None else stage.config_class().model_fields
-    return next((field for field in START_FIELDS if field in fields), "model")
+    return (None if stage is None else _weights_field(stage.config_class())) or "model"
+
+
+def _weights_field(config_class: type[Config]) -> str | None:
+    """Return the field that names the checkpoint from which a stage starts."""
+    return next((field for field in START_FIELDS if field in config_class.model_fields), None)
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,13 @@ def refuse_changes(place: str, stage: Settings, source: Settings) -> None:
         if here != there:
             raise UserError(
                 f"{place}.{name} is {_shown(here)} here and {_shown(there)} in '{source.name}', which it continues: "
-                f"that needs the same. Leave {name} out{_other_way(config, source.name)}."
+                f"both must be equal. Remove {name}{_other_way(config, source.name)}."
             )
     tuning = getattr(config, "tuning", None)
     if isinstance(tuning, FullTuning) and tuning.scheduled:
         raise UserError(
             f"{place}.{CONTINUE}: tuning.unfreeze and lisa choose the trained weights from all steps of a run, so more "
-            f"steps are another run. Leave them out{_other_way(config, source.name)}."
+            f"steps are another run. Remove them{_other_way(config, source.name)}."
         )
     _refuse_no_more(place, config, source)
 
@@ -130,10 +134,7 @@ def _shown(value: Any) -> str:
 
 
 def _other_way(config: Config, source: str) -> str:
-    field = next((field for field in START_FIELDS if field in type(config).model_fields), None)
+    field = _weights_field(type(config))
     if field is None or getattr(config, "has_vocabulary", True) is False:
         return ""
     return f", or start a new run from its weights with `{field}: {source}` in place of {CONTINUE}"
-
-
-__all__ = ["Settings", "inherit", "refuse_changes"]

@@ -16,12 +16,12 @@ def pipeline_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a whole pipeline file."""
     schema = PipelineConfig.model_json_schema()
     definitions: dict[str, Any] = schema.setdefault("$defs", {})
-    named = _define_stages(definitions)
+    stage_schemas = _define_stages(definitions)
     stages = {
         "type": "object",
         "minProperties": 1,
         "propertyNames": {"pattern": NAME_PATTERN},
-        "properties": named,
+        "properties": stage_schemas,
         "additionalProperties": {"$ref": "#/$defs/named_stage"},
     }
     _define_loop(definitions, stages)
@@ -34,7 +34,7 @@ def pipeline_schema() -> dict[str, Any]:
     loop = {"$ref": "#/$defs/stage_loop"}
     all_stages = {
         **stages,
-        "properties": {**named, LOOP: {"anyOf": [loop, named_stage]}},
+        "properties": {**stage_schemas, LOOP: {"anyOf": [loop, named_stage]}},
         "additionalProperties": {
             "anyOf": [
                 named_stage,
@@ -61,7 +61,7 @@ def pipeline_schema() -> dict[str, Any]:
 
 def _define_stages(definitions: dict[str, Any]) -> dict[str, Any]:
     """Add each kind's block and ``named_stage``, a block that says its kind; return the schema of each name."""
-    named: dict[str, Any] = {}
+    stage_schemas: dict[str, Any] = {}
     for kind, stage in STAGES.items():
         block = stage.config_class().model_json_schema(ref_template="#/$defs/{model}")
         definitions.update(block.pop("$defs", {}))
@@ -74,7 +74,7 @@ def _define_stages(definitions: dict[str, Any]) -> dict[str, Any]:
             # A stage that continues another inherits the fields that it does not set.
             block["anyOf"] = [{"required": block.pop("required", [])}, {"required": [CONTINUE]}]
         definitions[f"stage_{kind}"] = block
-        named[kind] = {"anyOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"$ref": "#/$defs/named_stage"}]}
+        stage_schemas[kind] = {"anyOf": [{"$ref": f"#/$defs/stage_{kind}"}, {"$ref": "#/$defs/named_stage"}]}
     # A stage of a user's own is in a module, whose fields this schema does not know.
     own_stage = {"properties": {"stage": {"type": "string", "pattern": ":"}}}
     definitions["named_stage"] = {
@@ -85,7 +85,7 @@ def _define_stages(definitions: dict[str, Any]) -> dict[str, Any]:
             own_stage,
         ],
     }
-    return named
+    return stage_schemas
 
 
 def _define_loop(definitions: dict[str, Any], stages: dict[str, Any]) -> None:

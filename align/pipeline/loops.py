@@ -69,6 +69,10 @@ class Expanded:
         """Return all stages that a name means: the stage itself, or each round's stage."""
         return self.rounds[name] if name in self.rounds and name not in self.stages else [name]
 
+    def without_round(self, stage: str) -> str:
+        """Return the name of a stage in the file: the name in its loop, or the stage's own name."""
+        return next((name for name, rounds in self.rounds.items() if stage in rounds), stage)
+
     def match_rounds(self, pattern: str) -> list[str] | None:
         """Return the stages that ``dpo-*`` means; None for a text that is no such pattern."""
         name = pattern.removesuffix(EVERY)

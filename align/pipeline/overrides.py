@@ -34,15 +34,15 @@ def parse_assignment(text: str, example: str = "stages.ppo.kl_coef=0.1") -> tupl
     return path.strip(), parse_yaml(value, f"--set {path.strip()}")
 
 
-def apply_overrides(raw: dict[str, Any], overrides: Iterable[tuple[str, Any]], known: Collection[str]) -> None:
-    """Apply all overrides to a pipeline's values, in place; ``known`` are its top-level keys.
+def apply_overrides(raw: dict[str, Any], overrides: Iterable[tuple[str, Any]], top_keys: Collection[str]) -> None:
+    """Apply all overrides to a pipeline's values, in place; ``top_keys`` are the keys that it may have.
 
     An added stage is placed right below the last stage that it reads, so every stage further down can read it. Raises
     ``UserError`` for a path that does not exist.
     """
     names_before = {place: list(blocks) for place, blocks in _blocks_of_stages(raw)}
     for path, value in overrides:
-        assign(raw, path, copy.deepcopy(value), known)
+        assign(raw, path, copy.deepcopy(value), top_keys)
     for place, blocks in _blocks_of_stages(raw):
         _place_added(blocks, [name for name in blocks if name not in names_before.get(place, blocks)])
 
@@ -91,16 +91,16 @@ def _offers(name: Any, block: Any) -> set[str]:
     return {str(name), *map(str, block["stages"])}
 
 
-def assign(raw: dict[str, Any], path: str, value: Any, known: Collection[str]) -> None:
+def assign(raw: dict[str, Any], path: str, value: Any, top_keys: Collection[str]) -> None:
     """Assign to ``a.b.c`` or ``a.b[0].c`` in ``raw``, in place; add to the list at ``a.b+``.
 
-    ``known`` are the top-level keys. An unknown stage is refused with ``UserError``, and a missing block is made.
+    ``top_keys`` are the top-level keys. An unknown stage is refused with ``UserError``, and a missing block is made.
     """
     parts = _split(path)
     stages = raw.get("stages")
-    if parts[0] not in known:
+    if parts[0] not in top_keys:
         is_stage = isinstance(stages, dict) and parts[0] in map(str, stages)
-        remedy = f" A field of that stage is stages.{path}." if is_stage else suggest(parts[0], known)
+        remedy = f" A field of that stage is stages.{path}." if is_stage else suggest(parts[0], top_keys)
         raise UserError(f"--set {path}: unknown key '{parts[0]}'.{remedy}")
     if parts[0] == "stages" and len(parts) > 2 and isinstance(stages, dict):
         if parts[1] not in stages:

@@ -86,9 +86,8 @@ class Pipeline:
     ) -> None:
         """Check ``raw`` (the parsed YAML); relative paths in it start at ``base``, by default the current folder.
 
-        Texts that are marked with their file (``align.config.user_paths``) start at its folder.
-
-        ``rounds`` are the rounds of loops that ``raw`` has written out already.
+        Texts that are marked with their file (``align.config.user_paths``) start at its folder. ``rounds`` are the
+        rounds of loops that ``raw`` has written out already.
         """
         self.where = where
         self.base = base or Path.cwd()
@@ -151,7 +150,7 @@ class Pipeline:
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """Name of the run."""
         return self.config.name
 
     @property
@@ -179,7 +178,7 @@ class Pipeline:
         return set(self.nodes) if name not in self.nodes else {name, *self.nodes[name].input_names}
 
     def resolve(self, name: str) -> str:
-        """The stage that a name means: for a stage of a loop, its last round."""
+        """Return the stage that a name means: for a stage of a loop, its last round."""
         return self.expanded.resolve(name)
 
     def __iter__(self) -> Iterator[Node]:
@@ -209,8 +208,6 @@ class Pipeline:
         apply_overrides(raw, pairs, PipelineConfig.model_fields)
         return type(self)(raw, self.where, self.base)
 
-    # ---------------------------------------------------------------------------------------------------------
-
     def _place(self, name: str) -> str:
         return f"{self.where}: {self.expanded.places[name]}"
 
@@ -235,38 +232,37 @@ class Pipeline:
 
     def _runtimes(self) -> dict[str, Runtime]:
         """Return each stage's runtime; ``UserError`` for a name below ``runtime.stages`` that is no stage's."""
-        known = {*self.expanded.stages, *self.expanded.rounds}
+        names = {*self.expanded.stages, *self.expanded.rounds}
         for name in self.config.runtime.stages:
-            if name not in known:
-                raise UserError(f"{self.where}: runtime.stages: there is no stage '{name}'.{suggest(name, known)}")
+            if name not in names:
+                raise UserError(f"{self.where}: runtime.stages: there is no stage '{name}'.{suggest(name, names)}")
         runtimes = {}
         continued = {node.inputs.get(CONTINUE) for node in self}
         for name in self.nodes:
-            of_rounds = [short for short, rounds in self.expanded.rounds.items() if name in rounds]
-            runtimes[name] = self.config.runtime.for_stage(name, *of_rounds, where=f"{self.where}: runtime.stages")
+            # The stage's own block comes before the block of its loop's stage.
+            block_names = dict.fromkeys([name, self.expanded.without_round(name)])
+            runtimes[name] = self.config.runtime.for_stage(*block_names, where=f"{self.where}: runtime.stages")
             # A later stage needs this one's trainer state, whatever the file says about keeping it.
             if name in continued:
                 runtimes[name] = runtimes[name].model_copy(update={"keep_state": True})
             blocks = self.config.runtime.stages
-            stage_runtime = next((blocks[block] for block in (name, *of_rounds) if block in blocks), None)
-            self._check_launch(self.nodes[name], runtimes[name], stage_runtime)
-            self._check_executor(self.nodes[name], runtimes[name], stage_runtime)
-            self._check_sampling(self.nodes[name], runtimes[name])
+            stage_runtime = next((blocks[block] for block in block_names if block in blocks), None)
+            self._check_runtime(self.nodes[name], runtimes[name], stage_runtime)
         return runtimes
 
-    def _check_sampling(self, node: Node, runtime: Runtime) -> None:
-        """Check that the servers of a stage can load new weights at the time that its ``in_flight`` sets."""
-        check = getattr(node.config, "sampling_objection", None)
-        objection = check(runtime.rollouts) if check is not None else None
-        if objection:
-            raise UserError(f"{self._place(node.name)}.in_flight: {objection}")
-
-    def _check_executor(self, node: Node, runtime: Runtime, stage_runtime: StageRuntime | None) -> None:
-        """Check that a stage names another executor than the run's only for the tasks of its data build."""
+    def _check_runtime(self, node: Node, runtime: Runtime, stage_runtime: StageRuntime | None) -> None:
+        """Check a stage's runtime; ``stage_runtime`` is its own block, if it has one."""
+        self._check_launch(node, runtime, stage_runtime)
+        # 1. A stage names another executor than the run's only for the tasks of its data build.
         overrides = None if stage_runtime is None else stage_runtime.executor
         objection = objection_to_stage(node.stage.kind, self.config.runtime, runtime, overrides)
         if objection is not None:
             raise UserError(f"{self.where}: runtime.stages.{node.name}.executor: {objection}")
+        # 2. The servers of a stage must be able to load new weights at the time that its ``in_flight`` sets.
+        check = getattr(node.config, "sampling_objection", None)
+        objection = None if check is None else check(runtime.rollouts)
+        if objection:
+            raise UserError(f"{self._place(node.name)}.in_flight: {objection}")
 
     def _check_launch(self, node: Node, runtime: Runtime, stage_runtime: StageRuntime | None) -> None:
         """Check that a stage with several processes trains at all, and that its batches can be split among them."""
@@ -275,7 +271,7 @@ class Pipeline:
         if not node.stage.distributed:
             if has_own_launch:
                 raise UserError(
-                    f"{place}: a stage of kind {node.stage.kind} trains nothing and runs in one process; leave it out."
+                    f"{place}: a stage of kind {node.stage.kind} trains nothing and runs in one process; remove it."
                 )
             return
         check = getattr(node.config, "processes_objection", None)
@@ -323,18 +319,20 @@ class Pipeline:
     @contextlib.contextmanager
     def _saying_where(self, name: str) -> Iterator[None]:
         """Have errors of what a stage names, and of the system that looks for it, begin with the stage's place."""
+        place = self._place(name)
         try:
             yield
         except UserError as error:
-            raise UserError(_at(self._place(name), error)) from None
+            text = str(error)
+            raise UserError(text if text.startswith(place) else f"{place}: {text}") from None
         except OSError as error:
             file = "" if error.filename is None else f"{shorten(str(error.filename))}: "
-            raise UserError(f"{self._place(name)}: {file}{error.strerror or error}.") from None
+            raise UserError(f"{place}: {file}{error.strerror or error}.") from None
 
     def _check_inputs(
         self, name: str, config_class: type[Config], inputs: Mapping[str, Any], kinds: dict[str, Stage]
     ) -> None:
-        for field_name, wanted in input_fields(config_class).items():
+        for field_name, accepted in input_fields(config_class).items():
             value = inputs[field_name]
             for target in [value] if isinstance(value, str) else value or []:
                 place = f"{self._place(name)}.{field_name}"
@@ -344,13 +342,13 @@ class Pipeline:
                 if target not in self.nodes:
                     cycle = self._cycle(name, target, kinds)
                     if cycle:
-                        raise UserError(f"{place}: stages go in a circle: {' → '.join(cycle)}. Take one link out.")
+                        raise UserError(f"{place}: stages go in a circle: {' → '.join(cycle)}. Remove one link.")
                     raise UserError(f"{place}: stage '{target}' comes later; move it above '{name}', which reads it.")
                 kind_made = self.nodes[target].makes
-                if kind_made not in wanted.kinds:
-                    fitting = [node.name for node in self.nodes.values() if node.makes in wanted.kinds]
+                if kind_made not in accepted.kinds:
+                    fitting = [node.name for node in self.nodes.values() if node.makes in accepted.kinds]
                     remedy = f"Point it at '{fitting[-1]}'." if fitting else "Add such a stage above it."
-                    needs = " or ".join(wanted.kinds)
+                    needs = " or ".join(accepted.kinds)
                     raise UserError(
                         f"{place} points at '{target}', a {kind_made}; {kinds[name].kind} needs a {needs} there. "
                         f"{remedy}"
@@ -368,9 +366,9 @@ class Pipeline:
             if stage_name not in visited and stage_name in kinds:
                 visited.add(stage_name)
                 block = self.expanded.stages[stage_name]
-                for field_name in input_fields(kinds[stage_name].config_class()):
-                    if any(follow(following) for following in names_in_block(block, field_name)):
-                        return True
+                fields = input_fields(kinds[stage_name].config_class())
+                if any(follow(following) for field in fields for following in names_in_block(block, field)):
+                    return True
             path.pop()
             return False
 
@@ -406,8 +404,3 @@ class Pipeline:
 def _with_seed(config_class: type[Config]) -> type[Config]:
     """Return the config with a field ``seed``, so the remedy for a misspelled ``seed`` names it."""
     return create_model(config_class.__name__, __base__=config_class, seed=(int | None, None))
-
-
-def _at(place: str, error: UserError) -> str:
-    text = str(error)
-    return text if text.startswith(place) else f"{place}: {text}"

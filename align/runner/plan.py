@@ -145,13 +145,7 @@ class History:
         # Inputs are recorded by key, and readers know stages by name. Both runs' names are needed.
         names = {artifact["key"]: artifact["stage"] for artifact in last.record["input_stages"]}
         current = {other.key: other.name for other in self.pipeline}
-        return list(_differences(last.record["parts"], _as_json(node.parts), "", {**names, **current}))
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return list(_differences(last.record["parts"], _json_copy(node.parts), "", {**names, **current}))
 
 
 def _differences(old: Any, new: Any, path: str, names: dict[str, str]) -> Iterator[str]:
@@ -197,11 +191,8 @@ def choose_stages(
                 force.add(node.name)
     if only is not None:
         only = pipeline.resolve(only)
-        missing = [
-            name
-            for name in pipeline.nodes[only].input_names
-            if store.find(pipeline.nodes[name].stage.kind, pipeline.nodes[name].key, name) is None
-        ]
+        inputs = [pipeline.nodes[name] for name in pipeline.nodes[only].input_names]
+        missing = [node.name for node in inputs if store.find(node.stage.kind, node.key, node.name) is None]
         if missing:
             raise UserError(
                 f"--only {only}: it reads {', '.join(missing)}, not finished yet. Run without --only first."
@@ -213,13 +204,8 @@ def choose_stages(
 
 def stages_to_make(pipeline: Pipeline, store: Store, only: str | None, force: set[str]) -> list[Node]:
     """Return the stages that a run makes, in order: ``only`` that one if given, finished ones only if in ``force``."""
-    only = None if only is None else pipeline.resolve(only)
-    return [
-        node
-        for node in pipeline
-        if (only is None or node.name == only)
-        and (node.name in force or store.find(node.stage.kind, node.key, node.name) is None)
-    ]
+    nodes = list(pipeline) if only is None else [pipeline.nodes[pipeline.resolve(only)]]
+    return [node for node in nodes if node.name in force or store.find(node.stage.kind, node.key, node.name) is None]
 
 
 def check_sources(pipeline: Pipeline, store: Store, used: set[str], strict: bool) -> list[str]:
@@ -290,7 +276,7 @@ def describe(pipeline: Pipeline, store: Store, node: Node) -> list[str]:
     reason = inexactness(node.config, finished_steps, total)
     if any(getattr(node.config, name, None) != getattr(source.config, name, None) for name in DATA):
         reason = "it has other rows: those that are new come first"
-    at_once = _lengths(node, LENGTHS)
+    at_once = _length(node)
     state = ""
     if artifact is not None:
         files = artifact.record["outputs"].items()
@@ -343,7 +329,8 @@ def _is_beginning(artifact: Artifact, node: Node) -> bool:
     record = artifact.record
     if record["kind"] != node.stage.kind or record["parts"].get("config") is None:
         return False
-    old, new = _as_plain(record["parts"]), _as_plain(node.parts)
+    old = _json_copy(record["parts"])
+    new = _json_copy(node.parts)
     lengths = [name for name in LENGTHS if name in new["config"]]
     pairs = [(_count(old["config"].get(name)), _count(new["config"].get(name))) for name in lengths]
     for parts in (old, new):
@@ -354,10 +341,10 @@ def _is_beginning(artifact: Artifact, node: Node) -> bool:
     return bool(is_shorter and old == new)
 
 
-def _as_plain(parts: dict[str, Any]) -> dict[str, Any]:
-    # A copy, in the types that JSON has: a record's parts have been through JSON, a node's parts have not.
-    parts_copy: dict[str, Any] = json.loads(json.dumps(parts))
-    return parts_copy
+def _json_copy(parts: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy in the types of JSON, which a record's parts have and a node's parts do not."""
+    copy: dict[str, Any] = json.loads(json.dumps(parts))
+    return copy
 
 
 def _count(value: float | None) -> float:
@@ -378,11 +365,10 @@ def _steps(node: Node, artifact: Artifact | None) -> int | None:
     return None if length is None else int(length) * steps_per_length(node.config)
 
 
-def _lengths(node: Node, names: Iterable[str]) -> str:
+def _length(node: Node) -> str:
     """Return the setting that ends a stage, as it is written in the YAML."""
-    settings = {name: getattr(node.config, name) for name in names if getattr(node.config, name, None) is not None}
-    first = next(iter(settings))
-    return f"`{first}: {settings[first]}`"
+    first = next(name for name in LENGTHS if getattr(node.config, name, None) is not None)
+    return f"`{first}: {getattr(node.config, first)}`"
 
 
 def _yaml(settings: dict[str, Any]) -> str:
@@ -391,8 +377,5 @@ def _yaml(settings: dict[str, Any]) -> str:
 
 
 def _free_name(name: str, pipeline: Pipeline) -> str:
-    number = 2
-    free = name
-    while free in pipeline.nodes:
-        free, number = f"{name}_{number}", number + 1
-    return free
+    names = (name, *(f"{name}_{number}" for number in range(2, len(pipeline.nodes) + 3)))
+    return next(free for free in names if free not in pipeline.nodes)

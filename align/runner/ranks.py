@@ -1,8 +1,8 @@
 """A stage's process as the launcher of several: starts its ranks by torch's agent and says how they ended.
 
 Each rank runs ``python -m align.runner.worker FOLDER --rank`` and leaves ``FOLDER/ranks/<rank>.json``. The first rank's
-output goes to the stage's log, the others' to ``ranks/<rank>.log``. When one ends badly the agent ends the others. Left
-out: starting anew with the ranks that are left; the next run resumes from the last checkpoint instead.
+output goes to the stage's log, the others' to ``ranks/<rank>.log``. When one ends badly the agent ends the others. It
+does not start again with the remaining ranks; the next run resumes from the last checkpoint instead.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def run_ranks(folder: Path, runtime: Runtime) -> dict[str, Any] | None:
     ranks.mkdir(exist_ok=True)
     if is_head():
         # Results and logs of an earlier attempt would look like this attempt's. One node cleans up for all.
-        for old in (file for file in ranks.iterdir() if file.is_file()):
-            old.unlink()
+        for file in ranks.iterdir():
+            if file.is_file():
+                file.unlink()
     # The ranks inherit it and die with this process.
     os.environ[PARENT] = str(os.getpid())
     if launch.nodes == 1 and sys.platform.startswith("linux"):
@@ -109,7 +110,8 @@ def _gpus(runtime: Runtime) -> int:
 
 def outcome(ranks: Path, world: int, failures: Mapping[int, int], timeout: float) -> dict[str, Any]:
     """The stage's result from what its ranks left and from the exit codes of those that failed, the first one first."""
-    results = {number: result for number in range(world) if (result := _left(ranks, number)) is not None}
+    candidates = {number: _read(ranks / f"{number}.json") for number in range(world)}
+    results = {number: result for number, result in candidates.items() if result is not None}
     peaks = [int(result.get("peak_memory_bytes", 0)) for result in results.values()]
     about = {"peak_memory_bytes": max(peaks, default=0), "versions": results.get(0, {}).get("versions", {})}
     if not failures and results.get(0, {}).get("status") == "done":
@@ -124,12 +126,10 @@ def _why(
     # order of usefulness, and only then for those whose error is a symptom of another rank's end.
     failed = {number: result for number, result in results.items() if result["status"] != "done"}
     for status in ("refused", UNREACHABLE_STORE, "failed"):
-        ranks_at_fault = [
-            number for number, result in failed.items() if result["status"] == status and not result.get("symptom")
-        ]
-        if ranks_at_fault:
-            where = "" if status == "refused" else f"rank {ranks_at_fault[0]} of {world}: "
-            return {"status": status, "message": f"{where}{failed[ranks_at_fault[0]]['message']}"}
+        for number, result in failed.items():
+            if result["status"] == status and not result.get("symptom"):
+                place = "" if status == "refused" else f"rank {number} of {world}: "
+                return {"status": status, "message": f"{place}{result['message']}"}
     stopped = next((result for result in failed.values() if result["status"] == "stopped"), None)
     if stopped is not None:  # a rank that the agent ended before it could say so has stopped with the others
         return {"status": "stopped", "message": stopped["message"]}
@@ -137,10 +137,10 @@ def _why(
     late = [number for number, result in failed.items() if result.get("symptom") == LATE]
     silent = [number for number in range(world) if number not in failed and number not in late]
     if late:
-        those = ", ".join(f"rank {number}" for number in silent) or "another rank"
+        awaited = ", ".join(f"rank {number}" for number in silent) or "another rank"
         return _failed(
-            f"rank {late[0]} of {world} waited {timeout:g} seconds for {those}, in vain (runtime.launch.timeout). Run "
-            "again to resume from the last checkpoint; raise the timeout where a step can take longer.",
+            f"rank {late[0]} of {world} waited {timeout:g} seconds in vain for {awaited} (runtime.launch.timeout). Run "
+            "again to resume from the last checkpoint; raise the timeout if a step can take longer.",
             ranks,
             silent[:1],
         )
@@ -178,8 +178,8 @@ def _failed(message: str, ranks: Path, about: Sequence[int]) -> dict[str, Any]:
     return {"status": "failed", "message": message}
 
 
-def _left(ranks: Path, number: int) -> dict[str, Any] | None:
+def _read(file: Path) -> dict[str, Any] | None:
     try:
-        return read_result(ranks / f"{number}.json").model_dump(exclude_unset=True)
+        return read_result(file).model_dump(exclude_unset=True)
     except (OSError, DamagedFile):
         return None

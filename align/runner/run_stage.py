@@ -27,8 +27,8 @@ from align.pipeline.provenance import command_line, git_commit, source_digest
 from align.pipeline.stop_signal import StopRequest, clear_request
 from align.runner.listener import Listener
 from align.runner.open_store import fetch_if_published, remote_lock, upload
-from align.runner.stage_result import RESULT, read_result, write_work
-from align.runner.subprocess import run_attempt, seconds_of_attempts
+from align.runner.stage_process import run_attempt
+from align.runner.stage_result import RESULT, read_attempts, read_result, write_work
 from align.store.artifacts import CHECKPOINTS, EVENTS, LOG, OUTPUT, VERSION, Artifact
 from align.store.fingerprint import digest
 from align.store.json_files import DamagedFile
@@ -80,7 +80,7 @@ class StageRun:
                 message = f"stage '{self.node.name}': {lost}"
                 if tries_left == 0:
                     raise LockLost(f"{message}. Nothing of it was published here; run again.") from None
-                self.listener.warning(f"{message}; what was made here since is left out")
+                self.listener.warning(f"{message}; what was made here since is not used")
         raise AssertionError
 
     def _run_under_remote_lock(self) -> tuple[bool, Artifact]:
@@ -207,7 +207,7 @@ class StageRun:
             "config": node.config.model_dump(mode="json"),
             "seed": node.seed,
             "runtime": self.pipeline.runtimes[node.name].model_dump(mode="json"),
-            "inputs": self._map_inputs(self._pointer),
+            "inputs": self._map_inputs(lambda name: {"stage": name, "path": str(self.inputs[name].path.resolve())}),
             "identities": node.identities,
             "cache": str(self.store.cache.resolve()),
             "pipeline": self.pipeline.name,
@@ -216,13 +216,6 @@ class StageRun:
             "runner_pid": os.getpid(),
         }
         write_work(self.partial, work)
-
-    def _pointer(self, name: str) -> dict[str, str]:
-        """Return the name and the folder of an input, for the stage's process."""
-        return {"stage": name, "path": str(self.inputs[name].path.resolve())}
-
-    def _key_of_input(self, name: str) -> str:
-        return str(self.inputs[name].record["key"])
 
     def _map_inputs(self, describe: Any) -> dict[str, Any]:
         """Return input field -> ``describe`` of each stage that it names; None for a field that names none."""
@@ -247,7 +240,7 @@ class StageRun:
         """Give the output folder its log, events and record, move it to its final name, and drop the partial."""
         retry, output = self.store.retry, self.partial / OUTPUT
         # The runner noted the last attempt's seconds from outside; the stage's own count replaces them.
-        seconds = retry.call(lambda: [*seconds_of_attempts(self.partial)[:-1], result["seconds"]])
+        seconds = retry.call(lambda: [*read_attempts(self.partial)[:-1], result["seconds"]])
         retry.call(self._copy_logs)
         # One rename makes the artifact visible. The partial goes last: a crash in between leaves only clutter.
         artifact = self.store.publish(output, self._record(result, seconds), hold, replaces)
@@ -272,7 +265,7 @@ class StageRun:
             "config": node.config.model_dump(mode="json"),
             "seed": node.seed,
             "parts": node.parts,
-            "inputs": self._map_inputs(self._key_of_input),
+            "inputs": self._map_inputs(lambda name: str(self.inputs[name].record["key"])),
             "input_stages": [
                 {
                     "stage": artifact.stage,

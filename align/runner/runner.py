@@ -97,12 +97,11 @@ class Run:
         return Scorecard.read(artifact.path, artifact.stage)
 
     def failed_gates(self) -> list[str]:
-        """Return one text for each gate that an evaluation of this run failed; empty where all passed."""
-        return [
-            str(text)
-            for artifact in self.artifacts.values()
-            for text in artifact.record["metrics"].get("failed_gates") or []
-        ]
+        """Return one text for each gate that an evaluation of this run failed; empty if all passed."""
+        gates: list[str] = []
+        for artifact in self.artifacts.values():
+            gates += artifact.record["metrics"].get("failed_gates") or []
+        return gates
 
 
 def run_pipeline(
@@ -143,20 +142,21 @@ def run_pipeline(
 
 
 def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener: Listener, stop: StopRequest) -> Run:
-    opened, force = ready.store, ready.force
-    run = Run(opened, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
+    store = ready.store
+    force = ready.force
+    run = Run(store, last={name: pipeline.resolve(name) for name in pipeline.expanded.rounds})
     # A damaged artifact is an error only if the run would use it.
     used = pipeline.touched_by(only) - force
     only = None if only is None else pipeline.resolve(only)
     for node in pipeline:
-        look = opened.find if node.name in used else opened.find_intact
-        artifact = look(node.stage.kind, node.key, node.name)
+        find = store.find if node.name in used else store.find_intact
+        artifact = find(node.stage.kind, node.key, node.name)
         if artifact is not None and node.name not in force:
             run.artifacts[node.name] = artifact
             listener.stage_cached(node, artifact)
-            opened.drop_leftovers(node.stage.kind, node.key)
+            store.drop_leftovers(node.stage.kind, node.key)
             # An earlier run may have finished the stage while the remote was away.
-            upload(opened, artifact, listener.transfer)
+            upload(store, artifact, listener.transfer)
         elif only is None or node.name == only:
             # Without ``only`` this loop has found or made the inputs. With it they were checked, and may be gone since.
             gone = [name for name in node.input_names if name not in run.artifacts]
@@ -165,7 +165,7 @@ def _run_stages(pipeline: Pipeline, ready: Prepared, only: str | None, listener:
             inputs = {name: run.artifacts[name] for name in node.input_names}
             if stop.is_requested:
                 raise stop.error(f"stopped as asked, before stage '{node.name}'.")
-            stage_run = StageRun(pipeline, node, opened, inputs, node.name in force, listener, stop)
+            stage_run = StageRun(pipeline, node, store, inputs, node.name in force, listener, stop)
             has_run, run.artifacts[node.name] = stage_run.run()
             if has_run:
                 run.ran.append(node.name)
@@ -184,7 +184,7 @@ def _forked_stages(pipeline: Pipeline, nodes: list[Node]) -> AbstractContextMana
 
 
 def _refuse_nodes_without_a_place(pipeline: Pipeline, nodes: list[Node]) -> None:
-    """A stage on several nodes must know their rendezvous before it starts."""
+    """Raise ``UserError`` for a stage on several nodes that does not know their rendezvous."""
     for node in nodes:
         objection = pipeline.runtimes[node.name].launch.nowhere_to_meet() if node.stage.distributed else None
         if objection is not None:
@@ -240,36 +240,33 @@ def prepare_run(pipeline: Pipeline, options: RunOptions, listener: Listener | No
     used = pipeline.touched_by(options.only) - force
     _refuse_damage(pipeline, store, used)
     warnings = check_sources(pipeline, store, used, options.strict)
-    wanted = stages_to_make(pipeline, store, options.only, force)
-    refuse_without_state(pipeline, store, wanted, force)
+    nodes = stages_to_make(pipeline, store, options.only, force)
+    refuse_without_state(pipeline, store, nodes, force)
     # Forced stages get no suggestion: the user asked for all of their steps.
     history = History(pipeline, store)
-    suggestions = [history.suggest(node) for node in wanted if node.name not in force]
-    return Prepared(store, force, wanted, [*warnings, *(text for text in suggestions if text)])
+    suggestions = [history.suggest(node) for node in nodes if node.name not in force]
+    return Prepared(store, force, nodes, [*warnings, *(text for text in suggestions if text)])
 
 
 def _refuse_damage(pipeline: Pipeline, store: Store, used: set[str]) -> None:
-    """Damaged finished stages among those that are used stop the run before anything starts; all are named."""
-    damaged = []
+    """Raise ``DamagedArtifact``, which names all damaged finished stages that the run would use."""
+    damaged: dict[str, str] = {}
     for node in pipeline:
-        if node.name in used:
-            try:
-                _require_intact(node, store)
-            except DamagedArtifact as error:
-                damaged.append(error)
+        if node.name not in used:
+            continue
+        try:
+            artifact = store.find(node.stage.kind, node.key, node.name)
+        except DamagedArtifact as error:
+            damaged[node.name] = str(error)
+            continue
+        problems = store.problems(artifact, thorough=False) if artifact is not None else []
+        if problems:
+            damaged[node.name] = (
+                f"stage '{node.name}': {problems[0].path} {problems[0].description}. "
+                f"The artifact is corrupted; `--rebuild {node.name}` makes it again."
+            )
     if damaged:
-        raise DamagedArtifact("\n".join(map(str, damaged)), damaged[0].stage)
-
-
-def _require_intact(node: Node, store: Store) -> None:
-    artifact = store.find(node.stage.kind, node.key, node.name)
-    problems = store.problems(artifact, thorough=False) if artifact is not None else []
-    if problems:
-        raise DamagedArtifact(
-            f"stage '{node.name}': {problems[0].path} {problems[0].description}. "
-            f"The artifact is corrupted; `--rebuild {node.name}` makes it again.",
-            node.name,
-        )
+        raise DamagedArtifact("\n".join(damaged.values()), next(iter(damaged)))
 
 
 def is_installed(package: str) -> bool:
@@ -308,7 +305,8 @@ def result_rows(artifacts: Iterable[Artifact]) -> list[Row]:
     """
     rows: list[Row] = []
     for artifact in artifacts:
-        rows += [_row(artifact.stage, metric, value) for metric, value in record_numbers(artifact.record).items()]
+        for metric, value in record_numbers(artifact.record).items():
+            rows.append({**dict.fromkeys(COLUMNS), "stage": artifact.stage, "metric": metric, "value": value})
         if artifact.kind == Kind.SCORECARD:
             card = Scorecard.read(artifact.path, artifact.stage)
             rows += [{"stage": artifact.stage, **row} for row in card.rows()]
@@ -329,10 +327,6 @@ def _flatten(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flatten(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}{name}", value
-
-
-def _row(stage: str, metric: str, value: float) -> Row:
-    return {**dict.fromkeys(COLUMNS), "stage": stage, "metric": metric, "value": value}
 
 
 def logged_rows(artifact: Artifact) -> list[Row]:

@@ -31,12 +31,10 @@ if TYPE_CHECKING:
 
 PRECISION_FILE = "precision.json"
 """In the stage's partial folder: the type of its first attempt."""
-MEASUREMENT, DEVICE, BROADCAST = (
-    "align.models.compute.precision:product_speed",
-    "align.models.compute.threads:device_of",
-    "align.models.compute.processes:broadcast",
-)
-"""Modules that are loaded by name, because they import torch."""
+MEASUREMENT = "align.models.compute.precision:product_speed"
+DEVICE = "align.models.compute.threads:device_of"
+BROADCAST = "align.models.compute.processes:broadcast"
+"""Functions that are loaded by name, because their modules import torch."""
 
 
 class StagePrecision(BaseModel):
@@ -68,9 +66,7 @@ def choose_precision(folder: Path, config: Any, inputs: Mapping[str, Any], runti
 def measured_speed(runtime: Runtime) -> ProductSpeed:
     """Return the speed of products on the stage's device; torch is imported if it was not measured before."""
     speed = read_speed() if runtime.device == "cpu" else None
-    if speed is None:
-        speed = load_object(MEASUREMENT)(load_object(DEVICE)(runtime))
-    return speed
+    return speed or load_object(MEASUREMENT)(load_object(DEVICE)(runtime))
 
 
 def emulation_warning(speed: ProductSpeed) -> str:

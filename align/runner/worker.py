@@ -39,8 +39,9 @@ from align.store.retry import UNREACHABLE_STORE, is_unreachable
 
 UNREACHABLE_CODE = 74
 """Exit code of a stage that lost the store (EX_IOERR of sysexits.h); it stands for a result that was not written."""
-HANDOVER, PROCESSES, LAUNCHER = "align.checks.stage", "align.models.compute.processes", "align.runner.ranks"
-DETERMINISM = "align.models.compute.processes"
+HANDOVER = "align.checks.stage"
+PROCESSES = "align.models.compute.processes"
+LAUNCHER = "align.runner.ranks"
 """Modules that are loaded only once the process of a stage needs them."""
 
 
@@ -108,7 +109,7 @@ def runs_in_several_processes(work: dict[str, Any]) -> bool:
 
 
 def run_rank(folder: Path) -> int:
-    """One of several processes of the stage in ``folder``; leaves its result for the launcher."""
+    """Run one of several processes of the stage in ``folder``; leave its result for the launcher."""
     work = read_work(folder).model_dump()
     die_with_parent(int(os.environ[PARENT]))
     set_threads(work["runtime"].get("threads"))
@@ -147,10 +148,10 @@ def _end_at_once() -> None:
 
 
 def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: str) -> dict[str, Any]:
-    """The stage's result, or what became of it instead."""
+    """Run the stage; return its result, or the reason that it has none."""
     try:
         if _runtime(work).deterministic:
-            load_object(f"{DETERMINISM}:use_deterministic_kernels")()
+            load_object(f"{PROCESSES}:use_deterministic_kernels")()
         if world_size() > 1:
             # Before the stage imports transformers and accelerate, which use a group that is there.
             load_object(f"{PROCESSES}:join")(_runtime(work))
@@ -179,7 +180,7 @@ def _outcome(folder: Path, work: dict[str, Any], started: float, result_file: st
 
 
 def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
-    """Write a result; the exit code that goes with it."""
+    """Write a result; return its exit code."""
     codes = {"done": 0, "refused": 2, "stopped": Stopped.exit_code, UNREACHABLE_STORE: UNREACHABLE_CODE}
     code = codes.get(result["status"], 1)
     try:
@@ -193,7 +194,7 @@ def _finish(folder: Path, name: str, result: dict[str, Any]) -> int:
 
 
 def _explain(error: Exception, folder: Path) -> dict[str, Any]:
-    """The result of a stage that failed."""
+    """Return the result of a stage that failed."""
     if is_unreachable(error):
         return {"status": UNREACHABLE_STORE, "message": f"the store could not be reached ({error})."}
     if isinstance(error, StageFailed):  # its message is written for the user
@@ -272,8 +273,7 @@ def _speed_watched(context: StageContext) -> Iterator[None]:
 
 
 def _artifact(item: dict[str, str]) -> Artifact:
-    path = Path(item["path"])
-    return read_artifact(path, item["stage"])
+    return read_artifact(Path(item["path"]), item["stage"])
 
 
 def _available_cores() -> int:
@@ -290,7 +290,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def _peak_memory() -> int:
-    """Peak resident bytes of this process, or peak bytes on the GPU if it was used."""
+    """Return the peak resident bytes of this process, or the peak bytes on the GPU if it was used."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return int(torch.cuda.max_memory_allocated())
@@ -300,7 +300,7 @@ def _peak_memory() -> int:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of what the stage really imported, and the machine."""
+    """Return the versions of Python and of the packages that the stage has imported."""
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "numpy")
     versions = {name: str(getattr(sys.modules[name], "__version__", "?")) for name in names if name in sys.modules}
     return {"python": platform.python_version(), **versions}

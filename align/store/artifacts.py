@@ -68,7 +68,7 @@ class Artifact:
 
     @property
     def key(self) -> str:
-        """Key of its contents: its own, or that of the artifact which it was copied from."""
+        """Key of its contents: its own, or the key of the artifact from which it was copied."""
         return original_key(self.record)
 
     @property

@@ -1,7 +1,7 @@
-"""Numbered claims of a lock as files in a folder, perhaps a shared one. Knows no torch, nor a claim's content.
+"""Numbered claims of a lock, in a folder that may be shared, or in a bucket. Knows no torch, nor a claim's content.
 
-``object_store.py`` has the same for a bucket. In either place only one process can create a number, and a claim is read
-as it was last written.
+In either place only one process can create a number, and a claim is read as it was last written. Every call may raise
+``OSError``, and may be repeated after it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import contextlib
 import errno
 import os
 import uuid
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePosixPath
 
+from align.store.object_store import Bucket
 from align.store.retry import UNREACHABLE, drop_nfs_cache
 
 CLAIM_BYTES = 1024
@@ -21,36 +21,8 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Errors of a file system without hard links."""
 
 
-class Claims(Protocol):
-    """The claims of one lock. Every call may raise ``OSError``, and may be repeated after it."""
-
-    def prepare(self) -> None:
-        """Create the place if there is none."""
-
-    def numbers(self) -> list[int]:
-        """Return the numbers of the existing claims."""
-
-    def read(self, number: int) -> bytes:
-        """Return a claim's content; empty if there is none."""
-
-    def create(self, number: int, content: bytes) -> bool:
-        """Create a claim; returns False when its number exists. Of several processes only one gets True."""
-
-    def write(self, number: int, content: bytes) -> None:
-        """Rewrite this process's claim. Raises ``FileNotFoundError`` if it is gone."""
-
-    def delete(self, number: int) -> None:
-        """Delete a claim if it exists."""
-
-    def refresh(self) -> None:
-        """Drop caches, so the next call sees what is really there."""
-
-    def describe(self, number: int) -> str:
-        """Return a claim's address, for messages."""
-
-
 class FolderClaims:
-    """Claims as files named by their numbers. ``link`` creates a name for only one process, on NFS too."""
+    """Claims as files named by their numbers. ``link`` creates a name for only one process, also on NFS."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,12 +44,13 @@ class FolderClaims:
             return b""
 
     def create(self, number: int, content: bytes) -> bool:
-        """Create a claim from a complete draft by a hard link, or without links as an empty file first."""
-        target, draft = self.folder / str(number), self.folder / f".draft-{uuid.uuid4().hex}"
+        """Create a claim; returns False if its number exists. Of several processes only one gets True."""
+        target = self.folder / str(number)
+        draft = self.folder / f".draft-{uuid.uuid4().hex}"
         try:
             # 1. Write the draft, so the claim is complete from its first moment.
             _write_new(draft, content)
-            # 2. Link it to the number. The link fails where another process was first.
+            # 2. Link it to the number. The link fails if another process was first.
             try:
                 os.link(draft, target)
             except FileExistsError:
@@ -133,3 +106,48 @@ def _write_new(path: Path, content: bytes) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class BucketClaims:
+    """Claims as objects of a bucket: a put that never replaces creates a number."""
+
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        self.bucket, self.prefix = bucket, prefix
+
+    def prepare(self) -> None:
+        """Do nothing: a bucket has no folders."""
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the objects."""
+        names = [PurePosixPath(path).name for path in self.bucket.sizes(self.prefix)]
+        return [int(name) for name in names if name.isdecimal()]
+
+    def read(self, number: int) -> bytes:
+        """Return an object's bytes; empty if there is none."""
+        return self.bucket.get(f"{self.prefix}/{number}") or b""
+
+    def create(self, number: int, content: bytes) -> bool:
+        """Put an object if there is none."""
+        return self.bucket.put_new(f"{self.prefix}/{number}", content)
+
+    def write(self, number: int, content: bytes) -> None:
+        """Replace the object. Raises ``FileNotFoundError`` if it is gone."""
+        # A put creates what is gone, so look first. A claim that comes back all the same does no harm: the process that
+        # deleted it has a higher number, and the highest one counts.
+        if not self.read(number):
+            raise FileNotFoundError(self.describe(number))
+        self.bucket.put(f"{self.prefix}/{number}", content)
+
+    def delete(self, number: int) -> None:
+        """Delete the object."""
+        self.bucket.delete(f"{self.prefix}/{number}")
+
+    def refresh(self) -> None:
+        """Do nothing: object stores show every put to everybody at once."""
+
+    def describe(self, number: int) -> str:
+        """Return the object's address."""
+        return f"{self.bucket.address}/{self.prefix}/{number}"
+
+
+Claims = FolderClaims | BucketClaims

@@ -79,7 +79,7 @@ def code_identity(module: str) -> str:
     """Return the digest of a module's source and of every module that it imports, directly or not.
 
     The user's modules enter by content: those of the same top-level package, and those that are not installed, such as
-    files beside it. Installed packages enter by version, the standard library not at all. Raises ``UserError`` for
+    files next to it. Installed packages enter by version, the standard library not at all. Raises ``UserError`` for
     source that is no Python.
     """
     return digest(_Imports(module).collect())
@@ -93,7 +93,6 @@ class _Imports:
         self.root = module.partition(".")[0]
         self.identities: dict[str, str] = {}
         """Module → digest of its file; installed package → version."""
-        self._places: dict[str, list[Path] | None] = {}
 
     def collect(self) -> dict[str, str]:
         """Return the identities of everything that ``module`` needs, itself included."""
@@ -112,7 +111,7 @@ class _Imports:
         top, _, rest = name.partition(".")
         if top == ALIGN:
             return []
-        places = self._user_places(top)
+        places = self._find(top)
         if places is None:
             return []
         file = _file_of(places, rest)
@@ -128,13 +127,8 @@ class _Imports:
         package = name if file.stem == "__init__" else name.rpartition(".")[0]
         return [*parents, *_imported_names(file, package)]
 
-    def _user_places(self, top: str) -> list[Path] | None:
-        """Return the locations of a top-level name of the user's; None for one that is read no further."""
-        if top not in self._places:
-            self._places[top] = self._find(top)
-        return self._places[top]
-
     def _find(self, top: str) -> list[Path] | None:
+        """Return the locations of a top-level name of the user's; None if it is read no further."""
         if top in sys.stdlib_module_names:
             return None
         try:
@@ -180,7 +174,7 @@ def _imported_names(file: Path, package: str) -> Iterator[str]:
     except (SyntaxError, ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise UserError(f"{file}{line}: no Python that can be read ({reason}); repair it.") from None
+        raise UserError(f"{file}{line}: cannot be read as Python ({reason}); repair it.") from None
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -188,18 +182,15 @@ def _imported_names(file: Path, package: str) -> Iterator[str]:
             start = _import_source(node, package)
             if start:
                 yield start
-                # ``from a import b`` may name a module ``a.b``; a b that is none has no file and is left out.
+                # ``from a import b`` may name a module ``a.b``; a name that is not a module has no file and is skipped.
                 yield from (f"{start}.{alias.name}" for alias in node.names if alias.name != "*")
 
 
 def _import_source(node: ast.ImportFrom, package: str) -> str:
     """Return the absolute name of the module that a ``from`` import reads; empty for one above the top."""
-    parents: list[str] = []
-    if node.level:
-        parts = package.split(".")
-        parents = parts[: max(0, len(parts) - node.level + 1)]
-    module = [node.module] if node.module else []
-    return ".".join([*parents, *module])
+    parts = package.split(".")
+    parents = parts[: max(0, len(parts) - node.level + 1)] if node.level else []
+    return ".".join([*parents, *filter(None, [node.module])])
 
 
 @cache

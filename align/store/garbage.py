@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from align.errors import UserError
-from align.store.leases import LEASES, RUNS, UsedStage
+from align.store.leases import LEASES, RUNS
+from align.store.record import StageReference
 from align.store.store import Store
 
 DELETED, IN_USE = "deleted", "in use"
 """States of a folder after ``delete_garbage``; any other says why the folder could not be deleted."""
 
 
-def find_garbage(store: Store, used: Iterable[UsedStage] = ()) -> list[Path]:
+def find_garbage(store: Store, used: Iterable[StageReference] = ()) -> list[Path]:
     """Return artifact and partial folders that no named run and no active run reaches, directly or as an input.
 
     ``used`` are further stages that count as reached. Raises ``UserError`` if it is unknown what is reached.
@@ -23,7 +24,7 @@ def find_garbage(store: Store, used: Iterable[UsedStage] = ()) -> list[Path]:
     return [folder for folder in store.folders() if folder not in reached and not folder.parent.is_symlink()]
 
 
-def delete_garbage(store: Store, used: Callable[[], Iterable[UsedStage]] = tuple) -> dict[Path, str]:
+def delete_garbage(store: Store, used: Callable[[], Iterable[StageReference]] = tuple) -> dict[Path, str]:
     """Delete the garbage; returns folder → ``DELETED``, ``IN_USE`` if a run holds its lock, or an error's text.
 
     ``used`` is called for further stages once no run can begin. Raises as ``find_garbage``.
@@ -40,27 +41,27 @@ def delete_garbage(store: Store, used: Callable[[], Iterable[UsedStage]] = tuple
 
 
 def _delete(store: Store, folder: Path) -> str:
-    """Delete one folder and return its state. An error of its own must not keep the others."""
+    """Delete one folder and return its state. Its error must not keep the other folders from being deleted."""
     try:
         return DELETED if store.delete(folder) else IN_USE
     except OSError as error:
         return f"cannot be deleted ({error.strerror or error}: {error.filename or folder})"
 
 
-def _reached_folders(store: Store, used: Iterable[UsedStage]) -> set[Path]:
+def _reached_folders(store: Store, used: Iterable[StageReference]) -> set[Path]:
     """Return the folders of all stages that runs reach, inputs of inputs included."""
     runs, damaged = store.survey_runs()
     if damaged:
         raise UserError(f"{damaged[0]} Until then nothing is deleted, since it is unknown what that run needs.")
     reached = {(stage["kind"], stage["key"]) for run in runs.values() for stage in run["stages"].values()}
-    reached |= {(stage.kind, stage.key) for uses in store.uses() for stage in uses.stages.values()}
+    reached |= {(stage.kind, stage.key) for uses in store.leases.uses() for stage in uses.stages.values()}
     reached |= {(stage.kind, stage.key) for stage in used}
     queue = list(reached)
     while queue:
         artifact = store.find_intact(*queue.pop())
         if artifact is None:
             continue
-        # Inputs of a reached artifact are reached, even of a run that nobody remembers.
+        # Inputs of a reached artifact are reached, even of a run without a record.
         for source in artifact.record["input_stages"]:
             stage = (source["kind"], source["key"])
             if stage not in reached:

@@ -16,21 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from align.errors import UserError
 from align.store.json_files import DamagedFile, read_sealed, write_sealed
 from align.store.locks import Hold, Lease, Lock
-from align.store.record import Digest, Name
+from align.store.record import StageReference
 from align.store.retry import Retry
 
 LEASES, USES, GATE = "leases", "uses.json", "gc"
 Stages = Mapping[str, Mapping[str, str]]
 """Stage name → ``kind`` and ``key``."""
-
-
-class UsedStage(BaseModel):
-    """A stage's artifact, finished or not."""
-
-    model_config = ConfigDict(strict=True)
-
-    kind: Name
-    key: Digest
 
 
 class Uses(BaseModel):
@@ -39,7 +30,7 @@ class Uses(BaseModel):
     model_config = ConfigDict(strict=True)
 
     run: str
-    stages: dict[str, UsedStage]
+    stages: dict[str, StageReference]
 
 
 class RunLeases:
@@ -57,7 +48,9 @@ class RunLeases:
         with contextlib.ExitStack() as lease:
             # Behind the gate: ``gc`` sees the complete lease, or has ended.
             with self.gate():
-                self._drop_dead()
+                # Killed runs must not accumulate. ``gc --delete`` watches leases of other machines; here one look has
+                # to do, and inside the gate no lease is half made.
+                self.drop({folder: Lock(folder, self.lease) for folder in self._folders()})
                 hold = Lock(folder, self.lease).acquire(lambda _: None, self.retry)
                 # Registered before the uses are written: an error there must not leave a lease that is kept alive.
                 lease.callback(_end, hold, folder)
@@ -95,13 +88,6 @@ class RunLeases:
             # Watched outside the gate, so it may have come back since.
             if not lock.is_held():
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _drop_dead(self) -> None:
-        """Delete the leases of runs that one look shows to be dead, so killed runs do not accumulate.
-
-        Call it inside the gate, when no lease is half made. ``gc --delete`` watches leases of other machines.
-        """
-        self.drop({folder: Lock(folder, self.lease) for folder in self._folders()})
 
     def uses(self) -> list[Uses]:
         """Return what the active runs use. Raises ``UserError`` where that cannot be told."""
@@ -156,7 +142,7 @@ class RunRecord(BaseModel):
     name: str
     when: float
     """Seconds since the epoch."""
-    stages: dict[str, UsedStage]
+    stages: dict[str, StageReference]
     pipeline: dict[str, Any]
     """As parsed YAML."""
 

@@ -76,7 +76,7 @@ class _Claim:
 
 
 class Hold:
-    """A lock that is held, until `release`. ``number`` is higher than that of any holder before."""
+    """A lock that is held, until `release`. ``number`` is higher than any earlier holder's."""
 
     def __init__(self, claims: Claims, claim: _Claim, lease: Lease) -> None:
         self.claims, self.lease = claims, lease
@@ -219,7 +219,7 @@ class Lock:
             return False
 
     def holder(self) -> dict[str, Any] | None:
-        """Return ``pid``, ``host`` and more of the holder, by its own claim; None while nobody holds the lock."""
+        """Return ``pid``, ``host`` and more of the holder, by its own claim; None while the lock is free."""
         try:
             number, content = self._highest()
         except FileNotFoundError:
@@ -228,12 +228,12 @@ class Lock:
         return fields if fields.get("pid") and self._judge(number, content) == "held" else None
 
     def _highest(self) -> tuple[int, bytes]:
-        """Return number and content of the highest claim; 0 and nothing if there is none."""
+        """Return number and content of the highest claim; 0 and no bytes if there is none."""
         try:
             number = max(self.claims.numbers(), default=0)
             return (number, self.claims.read(number)) if number else (0, b"")
         except OSError:
-            self._last_look = None  # time in which nothing could be seen is no silence
+            self._last_look = None  # time without an answer does not count as silence
             raise
 
     def _judge(self, number: int, content: bytes) -> str:
@@ -242,7 +242,8 @@ class Lock:
         now = time.monotonic()
         if number == 0 or fields.get("released"):
             return "free"
-        if _died_here(fields):
+        # Only of a process on this machine can it be known that it has ended.
+        if is_of_this_machine(fields) and _start_time(fields["pid"]) != fields.get("started"):
             return "dead"
         # Another number or another beat: somebody lives, so silence counts from zero again.
         if (number, content) != self._last_seen:
@@ -282,7 +283,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def _parse(content: bytes) -> dict[str, Any]:
-    """Return a claim's fields; empty for one that is half-written or damaged, which counts as held by an unknown."""
+    """Return a claim's fields; empty for a half-written or damaged claim, which counts as held."""
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):
@@ -316,11 +317,6 @@ def _start_time(pid: int) -> str:
     fields = stat.rpartition(") ")[2].split()
     has_ended = not fields or fields[0] in ("Z", "X")
     return "" if has_ended else fields[19]
-
-
-def _died_here(fields: dict[str, Any]) -> bool:
-    """Return True for a claim of a process on this machine that has ended. Of other machines nobody can know."""
-    return is_of_this_machine(fields) and _start_time(fields["pid"]) != fields.get("started")
 
 
 def is_of_this_machine(fields: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import errno
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -156,48 +156,6 @@ class Bucket:
             return AccessRefused(f"{self.address}: {text}")
         # All else may pass, such as a server that is overloaded or away: callers repeat it.
         return OSError(errno.EHOSTUNREACH, text)
-
-
-class BucketClaims:
-    """The claims of a lock (``claims.py``) as objects: a put that never replaces creates a number."""
-
-    def __init__(self, bucket: Bucket, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, prefix
-
-    def prepare(self) -> None:
-        """Do nothing: a bucket has no folders."""
-
-    def numbers(self) -> list[int]:
-        """Return the numbers of the objects."""
-        names = [PurePosixPath(path).name for path in self.bucket.sizes(self.prefix)]
-        return [int(name) for name in names if name.isdecimal()]
-
-    def read(self, number: int) -> bytes:
-        """Return an object's bytes; empty if there is none."""
-        return self.bucket.get(f"{self.prefix}/{number}") or b""
-
-    def create(self, number: int, content: bytes) -> bool:
-        """Put an object if there is none."""
-        return self.bucket.put_new(f"{self.prefix}/{number}", content)
-
-    def write(self, number: int, content: bytes) -> None:
-        """Replace the object. Raises ``FileNotFoundError`` if it is gone."""
-        # A put creates what is gone, so look first. A claim that comes back all the same does no harm: the process that
-        # deleted it has a higher number, and the highest one counts.
-        if not self.read(number):
-            raise FileNotFoundError(self.describe(number))
-        self.bucket.put(f"{self.prefix}/{number}", content)
-
-    def delete(self, number: int) -> None:
-        """Delete the object."""
-        self.bucket.delete(f"{self.prefix}/{number}")
-
-    def refresh(self) -> None:
-        """Do nothing: object stores show every put to everybody at once."""
-
-    def describe(self, number: int) -> str:
-        """Return the object's address."""
-        return f"{self.bucket.address}/{self.prefix}/{number}"
 
 
 def _open(address: str) -> Any:

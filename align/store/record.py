@@ -31,7 +31,7 @@ SHORT = 12
 
 
 def _inside(name: str) -> str:
-    """Return a file's name. Raises ``ValueError`` for one that leads out of its artifact's folder."""
+    """Return a file's name. Raises ``ValueError`` if it leads out of its artifact's folder."""
     path = PurePosixPath(name)
     # A record may come from a bucket that others write to; its names become paths here.
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
@@ -143,7 +143,7 @@ def read_artifact(folder: Path, stage: str = "") -> Artifact:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write an artifact's record, sealed. Raises ``ValueError`` for one that could not be read back."""
+    """Write an artifact's record, sealed. Raises ``ValueError`` for a record that could not be read back."""
     sealed = seal(record, str)
     # A record that cannot be read back would make its artifact damaged from the start.
     validate(Record, sealed)
@@ -265,5 +265,5 @@ def require_marker(root: Path) -> None:
 
 
 def _may_become_a_store(root: Path) -> bool:
-    """Return True for an empty folder, and for one that another run is making a store at this moment."""
+    """Return True for an empty folder, and for a folder that another run is making a store at this moment."""
     return root.is_dir() and all(path.name.startswith(f".{MARKER}.") or path.name == MARKER for path in root.iterdir())

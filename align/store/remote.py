@@ -10,24 +10,25 @@ that are running. Leaves out deleting (who else reads the bucket is not known he
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from align.errors import UserError
-from align.store.artifacts import Artifact
+from align.store.artifacts import EVENTS, LOG, Artifact
+from align.store.claims import BucketClaims
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import DamagedFile, seal, write_bytes_atomically
 from align.store.locks import Hold, Lease, Lock
-from align.store.object_store import CHUNK, Bucket, BucketClaims
+from align.store.object_store import CHUNK, Bucket
 from align.store.record import RECORD, SHORT, DamagedArtifact, DamagedRecord, find_problems, parse_record, write_record
 from align.store.retry import Retry, StoreUnreachable
 
+P = ParamSpec("P")
 T = TypeVar("T")
-UNRECORDED = ("log.txt", "events.jsonl")
-"""Files that no digest covers; they are copied if they exist."""
 SECONDS_ONCE_AWAY = 5.0
 """Time for retries when the last call failed too: a run of many stages must not wait for each."""
 
@@ -51,14 +52,14 @@ class Remote:
     # ---- records ----
 
     def find(self, kind: str, key: str) -> dict[str, Any] | None:
-        """Return the record of ``key``, or None where nobody has published it. A record is read only once.
+        """Return the record of ``key``, or None if it is not published. A record is read only once.
 
         Raises ``DamagedRecord``.
         """
         path = _path(kind, key)
         # Absence is not remembered: another machine may publish at any time.
         if self._known.get(path) is None:
-            data = self._call(lambda: self.bucket.get(f"{path}/{RECORD}"))
+            data = self._call(self.bucket.get, f"{path}/{RECORD}")
             self._known[path] = None if data is None else self._parse(path, data, kind, key)
         return self._known[path]
 
@@ -68,10 +69,10 @@ class Remote:
 
     def survey(self) -> tuple[list[dict[str, Any]], list[DamagedRecord]]:
         """Return every intact record, oldest first, and the errors of the damaged ones."""
-        paths = [PurePosixPath(path).parent for path in self._call(lambda: self.bucket.sizes("")) if _is_record(path)]
+        paths = [PurePosixPath(path).parent for path in self._call(self.bucket.sizes, "") if _is_record(path)]
         intact, damaged = [], []
         for path in paths:
-            data = self._get(f"{path}/{RECORD}")
+            data = self._call(self.bucket.get, f"{path}/{RECORD}")
             if data is None:
                 continue
             try:
@@ -97,14 +98,14 @@ class Remote:
     def download(self, record: dict[str, Any], folder: Path) -> None:
         """Download an artifact's files and its record into ``folder``, and check every digest.
 
-        Continues where an earlier download stopped. Raises ``UserError`` for files that differ from their record.
+        Continues an earlier download. Raises ``UserError`` for files that differ from their record.
         """
         folder.mkdir(parents=True, exist_ok=True)
         prefix = f"{_path(record['kind'], record['key'])}/{_content_name(record)}"
         for name, entry in record["outputs"].items():
             self._download_file(f"{prefix}/{name}", folder / name, entry)
-        for name in UNRECORDED:
-            data = self._get(f"{prefix}/{name}")
+        for name in (LOG, EVENTS):  # no digest covers them
+            data = self._call(self.bucket.get, f"{prefix}/{name}")
             if data is not None:
                 write_bytes_atomically(folder / name, data)
         # The record comes last, as in every artifact: if it is there, all files are.
@@ -119,7 +120,7 @@ class Remote:
                 # With the recorded time the file need not be hashed at every later look.
                 os.utime(target, ns=(entry["mtime_ns"], entry["mtime_ns"]))
                 return
-            # The part from an earlier download may have been damaged: the second attempt starts from nothing.
+            # The part from an earlier download may have been damaged: the second attempt starts at the beginning.
             target.unlink()
             if attempt == 2:
                 problem = "is missing" if size == 0 and entry["bytes"] else "is not what its record says"
@@ -136,7 +137,7 @@ class Remote:
                 size = 0
                 file.truncate(0)
             while size < total:
-                data = self._get_range(path, size, min(CHUNK, total - size))
+                data = self._call(self.bucket.get_range, path, size, min(CHUNK, total - size))
                 if not data:
                     break
                 file.write(data)
@@ -147,7 +148,7 @@ class Remote:
         return size
 
     def push(self, artifact: Artifact, replace: bool = False) -> bool:
-        """Publish an artifact; returns False where another machine published this key first, which stays.
+        """Publish an artifact; returns False if another machine published this key first, which stays.
 
         With ``replace`` the other one is replaced. What an interrupted push has uploaded is used, unless ``replace``.
         """
@@ -159,27 +160,26 @@ class Remote:
         if problems:
             text = f"{problems[0].path} {problems[0].description}, so it was not uploaded to {self.address}."
             raise DamagedArtifact(text, artifact.stage)
-        # 1. Upload the files that are not there yet. Until the record is there, nobody looks at them.
+        # 1. Upload the files that are not there yet. Until the record is there, no machine reads them.
         #    With ``replace`` all are uploaded: the objects there may be damaged, which their sizes do not tell.
-        uploaded = {} if replace else self._call(lambda: self.bucket.sizes(prefix))
+        uploaded = {} if replace else self._call(self.bucket.sizes, prefix)
         for name, entry in record["outputs"].items():
             if uploaded.get(f"{prefix}/{name}") != entry["bytes"]:
-                self._upload(f"{prefix}/{name}", artifact.path / name)
-        for name in UNRECORDED:
+                self._call(self.bucket.upload, f"{prefix}/{name}", artifact.path / name)
+        for name in (LOG, EVENTS):  # no digest covers them
             if (artifact.path / name).is_file():
-                self._upload(f"{prefix}/{name}", artifact.path / name)
+                self._call(self.bucket.upload, f"{prefix}/{name}", artifact.path / name)
         # 2. Put the record if there is none: of several machines one succeeds.
         data = json.dumps(seal(record, str), indent=1).encode()
-        if not self._call(lambda: self.bucket.put_new(f"{path}/{RECORD}", data)):
-            # 3. Another machine's record is there.
-            is_published = self._resolve_conflict(record, data, replace)
-            if not is_published:
-                return False
+        is_new = self._call(self.bucket.put_new, f"{path}/{RECORD}", data)
+        # 3. If another machine's record is there, one of the two counts.
+        if not is_new and not self._resolve_conflict(record, data, replace):
+            return False
         self._known[path] = record
         return True
 
     def _resolve_conflict(self, record: dict[str, Any], data: bytes, replace: bool) -> bool:
-        """Decide between ``record``, with its JSON ``data``, and the one that is there; True where ``record`` counts.
+        """Decide between ``record``, with its JSON ``data``, and the record that is there; True if ``record`` counts.
 
         Raises ``DamagedRecord`` for a damaged one, which only ``replace`` overwrites.
         """
@@ -191,34 +191,19 @@ class Remote:
         except DamagedRecord:
             if not replace:
                 raise
-            self._call(lambda: self.bucket.put(f"{path}/{RECORD}", data))
+            self._call(self.bucket.put, f"{path}/{RECORD}", data)
             return True
         # If the times are equal, the record there is this artifact's own, from an earlier push.
         if published is None or published["created"] == record["created"]:
             return True
         if not replace:
             return False
-        self._call(lambda: self.bucket.put(f"{path}/{RECORD}", data))
+        self._call(self.bucket.put, f"{path}/{RECORD}", data)
         # Only now: until it was replaced, the other record named these files.
         if _content_name(published) != _content_name(record):
-            self._delete_below(f"{path}/{_content_name(published)}")
+            for file in self._call(self.bucket.sizes, f"{path}/{_content_name(published)}"):
+                self._call(self.bucket.delete, file)
         return True
-
-    def _upload(self, path: str, file: Path) -> None:
-        self._call(lambda: self.bucket.upload(path, file))
-
-    def _get(self, path: str) -> bytes | None:
-        return self._call(lambda: self.bucket.get(path))
-
-    def _get_range(self, path: str, start: int, length: int) -> bytes | None:
-        return self._call(lambda: self.bucket.get_range(path, start, length))
-
-    def _delete(self, path: str) -> None:
-        self._call(lambda: self.bucket.delete(path))
-
-    def _delete_below(self, prefix: str) -> None:
-        for path in self._call(lambda: self.bucket.sizes(prefix)):
-            self._delete(path)
 
     # ---- locks ----
 
@@ -240,9 +225,9 @@ class Remote:
         seconds = min(SECONDS_ONCE_AWAY, self.retry.seconds) if self.is_away else self.retry.seconds
         return Retry(self.address, seconds, self.retry.log)
 
-    def _call(self, action: Callable[[], T]) -> T:
+    def _call(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            result = self._retry().call(action)
+            result = self._retry().call(functools.partial(action, *args, **kwargs))
         except StoreUnreachable:
             self.is_away = True
             raise

@@ -30,7 +30,7 @@ from typing import Any
 from align.errors import UserError
 from align.store.artifacts import OUTPUT, Artifact, Kind
 from align.store.json_files import sync_folder
-from align.store.leases import LEASES, RUNS, DamagedRun, RunLeases, Stages, Uses, read_runs, write_run
+from align.store.leases import LEASES, RUNS, DamagedRun, RunLeases, Stages, read_runs, write_run
 from align.store.locks import Hold, Lease, Lock, LockLost
 from align.store.record import (
     RECORD,
@@ -57,7 +57,7 @@ NO_KINDS = ("locks", RUNS, "cache", LEASES, REPORTS, SWEEPS, JOBS)
 
 
 class Store:
-    """A folder of artifacts. Make one with :meth:`open`.
+    """A folder of artifacts. Open it with :meth:`open`.
 
     Its file system may be shared by many machines and be away for a while: calls are repeated for ``retry_seconds``,
     then ``StoreUnreachable`` is raised. ``lease`` is how long a lock outlives a silent holder, in seconds. ``remote``
@@ -108,21 +108,19 @@ class Store:
 
     def partial(self, kind: str, key: str) -> Path:
         """Return the folder in which the artifact of ``key`` is in progress."""
-        plain = self.root / kind / f"{key[:SHORT]}.partial"
-        taken_over = list(plain.parent.glob(f"{key[:SHORT]}.*.partial"))
-        return max(taken_over, key=_lock_number, default=plain)
+        path = self.root / kind / f"{key[:SHORT]}.partial"
+        taken_over = list(path.parent.glob(f"{key[:SHORT]}.*.partial"))
+        return max(taken_over, key=_lock_number, default=path)
 
     def fetched(self, kind: str, key: str) -> Path:
-        """Return the folder of a download in progress, the same at every attempt: it continues where it stopped."""
+        """Return the folder of a download in progress, the same at every attempt, so it can be continued."""
         return self.root / kind / f"{key[:SHORT]}{FETCHED}"
-
-    # ---- reading ----
 
     @with_retry
     def find(self, kind: str, key: str, stage: str = "") -> Artifact | None:
         """Return the finished artifact of ``key``, or None. ``stage`` is its name in the calling pipeline.
 
-        Raises ``DamagedRecord`` if there is one whose record cannot be used.
+        Raises ``DamagedRecord`` for an artifact whose record cannot be used.
         """
         folder = self.folder(kind, key)
         artifact = self._read(folder, stage)
@@ -132,10 +130,9 @@ class Store:
 
     def find_intact(self, kind: str, key: str, stage: str = "") -> Artifact | None:
         """Return the artifact as ``find`` does, but None if the record is damaged."""
-        try:
+        with contextlib.suppress(DamagedRecord):
             return self.find(kind, key, stage)
-        except DamagedRecord:
-            return None
+        return None
 
     def _read(self, folder: Path, stage: str = "") -> Artifact | None:
         try:
@@ -158,11 +155,9 @@ class Store:
                 continue
             try:
                 artifact = self._read(folder)
+                intact += [artifact] if artifact is not None else []
             except DamagedRecord as error:
                 damaged.append(error)
-                continue
-            if artifact is not None:
-                intact.append(artifact)
         return sorted(intact, key=lambda artifact: str(artifact.record["created"])), damaged
 
     def all(self) -> list[Artifact]:
@@ -170,7 +165,7 @@ class Store:
         return self.survey()[0]
 
     def resolve(self, prefix: str) -> Artifact:
-        """Return the one artifact whose key starts with ``prefix`` (``kind/prefix`` works too), fetched if need be.
+        """Return the one artifact whose key starts with ``prefix`` (also as ``kind/prefix``), fetched if necessary.
 
         Raises ``UserError`` if there is none, or several.
         """
@@ -201,22 +196,22 @@ class Store:
             for record in records
         ]
 
-    # ---- fetching from the remote ----
-
     def obtain(self, kind: str, key: str, stage: str = "") -> Artifact | None:
-        """Return the finished artifact of ``key``, fetched where only the remote has it; or None."""
+        """Return the finished artifact of ``key``, fetched if only the remote has it; or None."""
         artifact = self.find(kind, key, stage)
         if artifact is None and self.remote is not None:
             return self.fetch(kind, key, stage)
         return artifact
 
     def fetch(self, kind: str, key: str, stage: str = "") -> Artifact | None:
-        """Fetch an artifact from the remote, with every digest checked; None where it is not there.
+        """Fetch an artifact from the remote, with every digest checked; None if it is not there.
 
         Continues where an earlier fetch was interrupted. Raises ``UserError`` for files that differ from their record.
         """
-        record = None if self.remote is None else self.remote.find(kind, key)
-        if self.remote is None or record is None:
+        if self.remote is None:
+            return None
+        record = self.remote.find(kind, key)
+        if record is None:
             return None
         self.require_writable()
         with self.lock(kind, key, lambda _: None):
@@ -232,14 +227,12 @@ class Store:
             sync_folder(folder.parent)
         return self.find(kind, key, stage)
 
-    # ---- locks ----
-
     @contextlib.contextmanager
     def lock(self, kind: str, key: str, log: Callable[[str], None]) -> Iterator[Hold]:
         """Hold the stage's lock. A second run waits, and ``log`` gets the holder once.
 
-        The partial of a holder that fell silent is renamed to one with this holder's number. So nothing that the old
-        holder still writes when it wakes up arrives in it.
+        The partial of a holder that fell silent is renamed: it gets this holder's number. So the old holder cannot
+        write into it when it wakes up.
         """
         waited_for: list[str] = []
 
@@ -281,10 +274,8 @@ class Store:
 
     @with_retry
     def holder_of(self, kind: str, key: str) -> dict[str, Any] | None:
-        """Return ``pid`` and ``host`` of the holder of the lock of ``key``; None where nobody holds it."""
+        """Return ``pid`` and ``host`` of the holder of the lock of ``key``; None if the lock is free."""
         return self._lock(kind, key).holder()
-
-    # ---- publishing ----
 
     @with_retry
     def publish(
@@ -293,7 +284,7 @@ class Store:
         """Write the record into ``output``, and move the folder to its final name by one rename.
 
         ``replaces`` is the artifact of that name from when the lock was taken. Raises ``LockLost``, and publishes
-        nothing, where ``hold`` was lost meanwhile, or another artifact was published under the name.
+        nothing, if ``hold`` was lost meanwhile, or another artifact was published under the name.
         """
         folder = self.folder(record["kind"], record["key"])
         # A repeated call: the rename was done, and only its answer was lost.
@@ -341,13 +332,12 @@ class Store:
         return artifact is not None and artifact.record["created"] == record.get("created")
 
     def _read_intact(self, folder: Path) -> Artifact | None:
-        try:
+        with contextlib.suppress(DamagedRecord):
             return self._read(folder)
-        except DamagedRecord:
-            return None
+        return None
 
     def _read_published(self, folder: Path) -> Artifact:
-        # The rename must survive a power cut before anybody hears that the artifact is published.
+        # The rename must survive a power cut before anyone is told that the artifact is published.
         sync_folder(folder.parent)
         artifact = self._read(folder)
         assert artifact is not None
@@ -357,8 +347,6 @@ class Store:
     def problems(self, artifact: Artifact, thorough: bool) -> list[Problem]:
         """Return the files that differ from the record, as ``find_problems`` does."""
         return find_problems(artifact, thorough)
-
-    # ---- runs ----
 
     @with_retry
     def remember_run(self, name: str, stages: Stages, pipeline: dict[str, Any]) -> None:
@@ -371,10 +359,6 @@ class Store:
         with self.leases.hold(name, stages):
             self.remember_run(name, stages, pipeline)
             yield
-
-    def uses(self) -> list[Uses]:
-        """Return what active runs use, as far as one look can tell. Raises ``UserError`` where that is not known."""
-        return self.leases.uses()
 
     @property
     def leases(self) -> RunLeases:
@@ -389,8 +373,6 @@ class Store:
     def runs(self) -> dict[str, dict[str, Any]]:
         """Return the intact records of named runs."""
         return self.survey_runs()[0]
-
-    # ---- folders ----
 
     def folders(self) -> list[Path]:
         """Return every artifact and partial folder, and every link in the place of such a folder."""
@@ -443,11 +425,11 @@ def _remove(path: Path) -> None:
 
 
 def _lock_number(partial: Path) -> int:
-    """Return the number of the lock under which a partial was taken over; 0 for one that never was."""
+    """Return the number of the lock under which a partial was taken over; 0 if it was not taken over."""
     number = partial.name.split(".")[1]
     return int(number) if number.isdecimal() else 0
 
 
 def _matches(record: dict[str, Any], kind: str, key: str) -> bool:
-    """Return True for a record whose key starts with ``key``, of ``kind`` where that is not empty."""
+    """Return True for a record whose key starts with ``key``, of ``kind`` if that is not empty."""
     return str(record["key"]).startswith(key) and (not kind or record["kind"] == kind)

@@ -124,7 +124,7 @@ def test_classes_and_functions_are_checked_when_the_file_is_read(block: dict[str
         ("class E:\n def __init__(self, size): ...\n def reset(self, row): ...\n def score(self): ...",
          "environment.class: E needs size; write `arguments: {size: ...}` beside `class:`"),
         ("class B:\n def reset(self, row): ...\nclass E(B):\n def step(self): ...", "the class has no method 'score'"),
-        ("class E(:\n pass", "odd_environment.py:1: no Python that can be read (invalid syntax)"),
+        ("class E(:\n pass", "odd_environment.py:1: cannot be read as Python (invalid syntax)"),
         ("from elsewhere import *", None),
         ("from elsewhere import E", None),
         ("from elsewhere import B\nclass E(B):\n pass", None),

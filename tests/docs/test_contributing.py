@@ -68,7 +68,7 @@ def test_the_stage_of_the_page_runs_and_is_cached(project):
     assert max(answer_lengths(stricter.artifacts["short"])) <= 3
 
 
-def test_a_mistake_in_the_stage_of_the_page_is_refused_at_its_place(project):
+def test_mistake_in_documented_stage_is_refused(project):
     pipeline = Pipeline.load("short.yaml")
     with pytest.raises(UserError, match=r"stages\.short: unknown key 'max_word'\. Did you mean 'max_words'\?"):
         pipeline.set("stages.short.max_word=3")
@@ -85,7 +85,7 @@ def test_an_error_of_the_run_reaches_the_user(project, tmp_path):
 
 
 @pytest.mark.usefixtures("stages_in_process")
-def test_the_training_stage_of_the_page_is_linted_and_has_its_verb_on_the_model_card(project):
+def test_documented_training_stage_has_lint_and_card_verb(project):
     """Nothing but the page's files knows the kind."""
     pipeline = Pipeline.load("terse.yaml")
     run = pipeline.run(store=project / "store")
@@ -103,7 +103,7 @@ def test_the_training_stage_of_the_page_is_linted_and_has_its_verb_on_the_model_
     assert "Its weights: model (imported) → terse (fine-tuned on short answers)." in card.text
 
 
-def test_the_training_stage_of_the_page_is_a_kind_to_lint_rows_for(project, tiny_model):
+def test_rows_are_linted_for_documented_training_stage(project, tiny_model):
     rows = [
         {
             "id": "1",
@@ -128,7 +128,7 @@ def test_the_training_stage_of_the_page_is_a_kind_to_lint_rows_for(project, tiny
         lint_dataset(project / "rows", str(tiny_model), "mypackage.config:STAGE")
 
 
-def test_the_trainer_options_of_the_page_s_training_stage_are_checked(project):
+def test_trainer_options_of_documented_stage_are_checked(project):
     pipeline = Pipeline.load("terse.yaml")
     assert pipeline.nodes["terse"].stage.trainer_class == "trl.trainer.sft_config:SFTConfig"
     with pytest.raises(UserError, match=r"stages\.terse\.trainer: .*SFTConfig has no such option.*'adam_beta2'"):
@@ -170,7 +170,7 @@ def test_every_kind_has_a_config_class_and_a_run_file(kind):
     assert stage.lint is None or isinstance(load_object(stage.lint), RowEncoding)
 
 
-def test_no_room_but_the_registry_keeps_a_table_of_the_kinds_that_train():
+def test_only_registry_lists_kinds_that_train():
     """A table by kind would have to grow with every new kind; the record is the place for it."""
     trained = {kind for kind, stage in STAGES.items() if stage.distributed}
     for path in sorted((ROOT / "align").rglob("*.py")):

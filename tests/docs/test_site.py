@@ -113,7 +113,7 @@ def test_every_block_below_a_stage_is_on_exactly_one_page():
         assert text.count(f"{{#{block.__name__.lower()}}}") == 1, block
 
 
-def test_a_block_of_one_stage_is_on_its_page_and_one_of_several_is_shared(pages):
+def test_block_of_several_stages_has_a_shared_page(pages):
     assert "{#gateconfig}" in pages["reference/stages/evaluate.md"]
     assert "{#lintsettings}" in pages["reference/shared.md"]
     assert "{#loratuning}" in pages["reference/tuning.md"]

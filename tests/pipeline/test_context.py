@@ -11,7 +11,7 @@ from align.config.runtime import Runtime
 from align.pipeline.context import PROGRESS_SECONDS, StageContext
 
 
-def test_no_stored_warning_or_note_has_the_password_of_an_address(tmp_path: Path) -> None:
+def test_warnings_and_notes_are_stored_without_passwords(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     context = StageContext("sft", None, {}, 1, Runtime(), tmp_path, tmp_path / "checkpoints", path)
     context.warn("https://alice:hunter22@mlflow.example.com does not answer")

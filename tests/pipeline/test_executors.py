@@ -53,7 +53,7 @@ def test_a_file_s_executor_is_used_field_by_field(file: Path) -> None:
 
 
 @pytest.mark.parametrize(("on", "executor"), [("local", LocalExecutor()), ("ray", RayExecutor())])
-def test_on_leaves_the_fields_for_another_executor_out_and_says_so(file: Path, on: str, executor: Any) -> None:
+def test_on_drops_fields_of_other_executor_with_warning(file: Path, on: str, executor: Any) -> None:
     pipeline, warnings = load(file, on=on)
     assert set(map(repr, executors(pipeline).values())) == {repr(executor)}
     assert warnings == [
@@ -81,11 +81,11 @@ def test_on_comes_before_set(file: Path) -> None:
     write({"executor": "slurm"})
     assert load(file, "runtime.executor.partition=cpu")[0].config.runtime.executor.partition == "cpu"
     assert load(file, "runtime.executor.cpus=2", on="ray")[0].config.runtime.executor == RayExecutor(cpus=2)
-    with pytest.raises(UserError, match="--on slurm: --set runtime.executor names ray. Leave one of them out."):
+    with pytest.raises(UserError, match="--on slurm: --set runtime.executor names ray. Remove one of them."):
         load(file, "runtime.executor=ray", on="slurm")
 
 
-def test_a_file_that_extends_another_changes_fields_or_the_executor(file: Path) -> None:
+def test_extending_file_changes_fields_or_executor(file: Path) -> None:
     def extended(runtime: dict[str, Any]) -> Any:
         Path("child.yaml").write_text(json.dumps({"extends": "p.yaml", "runtime": runtime}))
         return load(Path("child.yaml"))[0].config.runtime.executor
@@ -97,7 +97,7 @@ def test_a_file_that_extends_another_changes_fields_or_the_executor(file: Path) 
     assert extended({"executor": "local"}) == LocalExecutor()
 
 
-def test_a_data_stage_of_a_local_run_may_hand_its_tasks_to_a_cluster(file: Path) -> None:
+def test_data_stage_of_local_run_may_use_a_cluster(file: Path) -> None:
     write({"stages": {"data": {"executor": {"name": "slurm", "partition": "cpu", "tasks": 9}}}})
     pipeline, _ = load(file)
     assert executors(pipeline)["data"] == SlurmExecutor(partition="cpu", tasks=9)
@@ -110,7 +110,7 @@ def test_a_data_stage_of_a_local_run_may_hand_its_tasks_to_a_cluster(file: Path)
         (
             {"stages": {"one": {"executor": {"name": "slurm", "gpus": 4}}}},
             "one.executor: the stage names slurm, and the run is on local. All stages run in one place, except the "
-            "tasks of data builds: write `runtime: {executor: {name: slurm}}`, or leave the name out here.",
+            "tasks of data builds: write `runtime: {executor: {name: slurm}}`, or remove the name here.",
         ),
         (
             {"executor": "slurm", "stages": {"one": {"executor": "local"}}},
@@ -122,7 +122,7 @@ def test_a_data_stage_of_a_local_run_may_hand_its_tasks_to_a_cluster(file: Path)
         ),
         (
             {"executor": "ray", "stages": {"data": {"executor": {"name": "slurm", "partition": "a", "tasks": 3}}}},
-            "data.executor: the stage names slurm, and the run is on ray. Leave the name out: only a local run",
+            "data.executor: the stage names slurm, and the run is on ray. Remove the name: only a local run",
         ),
         (
             {"stages": {"data": {"executor": "ray"}}},

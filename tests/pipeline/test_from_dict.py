@@ -57,7 +57,7 @@ def test_objects_of_python_become_what_yaml_has_for_them() -> None:
     assert Pipeline.from_dict(raw).raw["stages"]["report"]["stages"] == ["data", "sft"]
 
 
-def test_an_object_that_no_file_can_hold_is_refused_with_its_place() -> None:
+def test_object_without_yaml_form_is_refused() -> None:
     with pytest.raises(UserError, match=r"pipeline: stages\.sft\.epochs: .*object of type ndarray"):
         Pipeline.from_dict(values(epochs=np.ones(2)))
     with pytest.raises(UserError, match=r"stages\.sft\.trainer\.seeds\[1\]: .*object of type set"):

@@ -69,8 +69,8 @@ def test_length_rows_and_observations_may_differ(fields: dict[str, Any]) -> None
     [
         (
             {"continue_from": "sft", "max_steps": 12, "batch_size": 8},
-            r"stages.more.batch_size is 8 here and 16 in 'sft', which it continues: that needs the same. Leave "
-            r"batch_size out, or start a new run from its weights with `model: sft` in place of continue_from.",
+            r"stages.more.batch_size is 8 here and 16 in 'sft', which it continues: both must be equal. Remove "
+            r"batch_size, or start a new run from its weights with `model: sft` in place of continue_from.",
         ),
         (
             {"continue_from": "sft", "max_steps": 12, "tuning": {"method": "lora", "rank": 4}},
@@ -90,17 +90,17 @@ def test_length_rows_and_observations_may_differ(fields: dict[str, Any]) -> None
         ({"continue_from": "last", "max_steps": 12}, r"stage 'last' comes later; move it above 'more'"),
         (
             {"stage": "dpo", "continue_from": "sft", "beta": 0.2},
-            r"'sft' is a stage of kind sft and this is one of kind dpo.*name it as `policy`",
+            r"'sft' is a stage of kind sft and this is a stage of kind dpo.*name it as `policy`",
         ),
         ({"continue_from": "data", "max_rows": 3}, r"'data' is a stage of kind data, which has no trainer's state"),
     ],
 )
-def test_what_cannot_be_continued_is_refused_with_a_remedy(block: dict[str, Any], message: str) -> None:
+def test_stage_that_cannot_continue_is_refused(block: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Pipeline(raw(more=block, last={**SFT, "stage": "sft"}))
 
 
-def test_rows_that_choose_a_checkpoint_and_layers_that_follow_a_schedule_stay() -> None:
+def test_best_checkpoint_and_lisa_fix_rows_and_steps() -> None:
     chooses = {**SFT, "keep": "best", "eval_steps": 2}
     with pytest.raises(UserError, match=r"stages.more.data is 'more_data' here and 'data' in 'sft'"):
         Pipeline(raw(sft=chooses, more={"continue_from": "sft", "max_steps": 12, "data": "more_data"}))

@@ -39,7 +39,7 @@ def test_rounds_are_stages_of_their_own_and_carry_the_result_on(tmp_path: Path) 
     assert run.metrics("total") == {"total": 7} and run.metrics("last") == {"total": 9}
 
 
-def test_one_round_is_what_the_block_would_be_without_a_loop_and_one_more_keeps_the_finished(tmp_path: Path) -> None:
+def test_first_round_equals_the_block_and_more_rounds_keep_it(tmp_path: Path) -> None:
     plain = looped()
     block = plain["stages"].pop("loop")
     plain["stages"] |= {"drawn-1": block["stages"]["drawn"], "total-1": {**block["stages"]["total"], "first": "start"}}
@@ -52,7 +52,7 @@ def test_one_round_is_what_the_block_would_be_without_a_loop_and_one_more_keeps_
     assert run_pipeline(three, store=store).ran == []
 
 
-def test_rounds_have_seeds_of_their_own_unless_one_is_set_for_the_round() -> None:
+def test_rounds_have_different_seeds_unless_set() -> None:
     raw = looped(3, changes={3: {"total": {"seed": 3}}})
     raw["stages"]["loop"]["stages"]["drawn"]["seed"] = 2**32 - 1
     nodes = Pipeline(raw).nodes
@@ -66,7 +66,7 @@ def test_a_round_can_be_set_otherwise() -> None:
     assert nodes["total-2"].inputs["others"] == ["drawn-2", "start"]
 
 
-def test_every_round_in_a_list_and_every_round_so_far_in_the_block() -> None:
+def test_pattern_names_every_round_or_every_round_so_far() -> None:
     raw = looped(3, after={"all": {"stage": SUM, "first": "start", "others": ["total-*", "start"]}})
     block = raw["stages"]["loop"]["stages"]
     block["sofar"] = {"stage": SUM, "first": "total", "others": ["drawn-*", "sofar-*"]}
@@ -78,7 +78,7 @@ def test_every_round_in_a_list_and_every_round_so_far_in_the_block() -> None:
     assert nodes["sofar-3"].inputs["others"] == ["drawn-1", "drawn-2", "drawn-3", "sofar-1", "sofar-2"]
 
 
-def test_a_name_that_is_its_own_first_stage_has_a_short_form_and_a_fixed_one_stays() -> None:
+def test_carry_has_a_short_form() -> None:
     raw = looped(2, carry={"start": "total"})
     raw["stages"]["loop"]["stages"]["total"]["first"] = "start"
     nodes = Pipeline(raw).nodes
@@ -162,7 +162,7 @@ def test_set_reaches_the_loop_its_stages_and_one_round() -> None:
         assert expected in str(caught.value)
 
 
-def test_a_part_of_a_field_set_for_one_round_keeps_the_other_parts() -> None:
+def test_changed_part_of_a_field_keeps_the_other_parts() -> None:
     stages = {
         "model": {"source": "tiny"},
         "data": {"recipe": "data_recipes/embedded.yaml"},
@@ -215,7 +215,7 @@ def test_the_page_and_the_store_know_the_rounds(tmp_path: Path, capsys: pytest.C
     assert [node.key for node in Pipeline(remembered)] == [node.key for node in Pipeline(looped(2))]
 
 
-def test_evaluate_follows_the_last_round_in_baselines_and_gates_too() -> None:
+def test_baselines_and_gates_follow_the_last_round() -> None:
     stages: dict[str, Any] = {
         "model": {"source": "tiny"},
         "data": {"recipe": "data_recipes/embedded.yaml"},

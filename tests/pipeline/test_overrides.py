@@ -71,7 +71,7 @@ def test_a_path_that_leads_nowhere_is_refused(assignment: str, message: str) -> 
     assert str(caught.value).startswith("--set ")
 
 
-def test_an_added_stage_stands_below_what_it_reads_and_above_its_readers() -> None:
+def test_added_stage_is_placed_below_its_inputs() -> None:
     changed = pipeline().set(
         "stages.three.stage=tests.support.toy:SUM",
         "stages.three.first=one",
@@ -128,6 +128,6 @@ def test_a_stage_is_added_below_a_loop_and_inside_one() -> None:
     assert in_one_round.nodes["total-1"].inputs["others"] == ["drawn-1"]
 
 
-def test_a_path_that_begins_with_a_stage_is_completed_in_the_message() -> None:
+def test_path_that_begins_with_a_stage_is_completed() -> None:
     with pytest.raises(UserError, match=r"unknown key 'two'\. A field of that stage is stages\.two\.number\."):
         pipeline().set("two.number=3")

@@ -54,7 +54,7 @@ def test_a_circle_of_two_is_shown() -> None:
     assert "stages go in a circle: total → late → total" in refused(raw)
 
 
-def test_the_wrong_kind_of_artifact_names_both_and_a_stage_that_fits() -> None:
+def test_wrong_artifact_kind_names_a_fitting_stage() -> None:
     raw = toy.pipeline()
     raw["stages"] = {"card": {"stage": "tests.support.toy:CARD"}, **raw["stages"]}
     raw["stages"]["total"]["first"] = "card"
@@ -136,7 +136,7 @@ def test_load_reads_a_file(tmp_path: Path) -> None:
     assert Pipeline.load(path).nodes["one"].config.number == 4
 
 
-def test_a_slip_in_the_last_stage_is_found_before_a_file_missing_in_the_first(tmp_path):
+def test_misspelled_field_is_found_before_missing_file(tmp_path):
     block = {"model": {"source": "tiny", "chat_template": "no/such.jinja"}, "data": {"recipe": "x", "max_rwos": 1}}
     with pytest.raises(UserError, match="unknown key 'max_rwos'"):
         Pipeline({"name": "p", "stages": block}, base=tmp_path)
@@ -149,7 +149,7 @@ def test_a_slip_in_the_last_stage_is_found_before_a_file_missing_in_the_first(tm
 
 
 @pytest.mark.parametrize("kind", ["a number", "a/number", "", "..", "zahl\n", "größe"])
-def test_a_stage_of_ones_own_whose_kind_names_no_folder_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_stage_with_invalid_kind_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its record could not be written in the end, nor be read."""
     monkeypatch.setattr(toy, "NUMBER", replace(toy.NUMBER, kind=kind))
     with pytest.raises(UserError, match="stages.one.*cannot name a folder of the store"):

@@ -55,7 +55,7 @@ def test_a_stage_that_looks_for_it_stops_at_its_next_checkpoint(tmp_path: Path) 
     assert len(list((partial / "checkpoints").glob("step-*"))) >= count + 2
 
 
-def test_a_stage_without_a_loop_is_finished_and_the_run_stops_after_it(tmp_path: Path) -> None:
+def test_run_stops_after_stage_without_training_loop(tmp_path: Path) -> None:
     stop = StopRequest()
     listener = At("one", 1, stop.request)
     with pytest.raises(Stopped, match="before stage 'two'"):
@@ -81,7 +81,7 @@ def test_asking_twice_ends_the_patience() -> None:
     assert stop.is_over
 
 
-def test_signals_are_heard_in_the_main_thread_only_and_the_handler_is_put_back() -> None:
+def test_signals_are_handled_only_in_main_thread() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with StopRequest().handle_signals(signal.SIGUSR1) as stop:
         assert stop.signals == {signal.SIGUSR1}
@@ -181,7 +181,7 @@ def started(command: list[str], cwd: Path, store: Path, folder: str) -> subproce
     return process
 
 
-def test_usr1_to_the_command_stops_it_and_the_same_command_continues(tmp_path: Path) -> None:
+def test_usr1_stops_the_command_which_continues_later(tmp_path: Path) -> None:
     raw = toy.pipeline(one={"steps": 60, "pause": 0.1, "stops": True})
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     process = started(["run", "toy.yaml"], tmp_path, tmp_path / "store", "number")

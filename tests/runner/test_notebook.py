@@ -9,8 +9,7 @@ import pytest
 
 from align import Pipeline
 from align.errors import StageFailed, UserError
-from align.runner.console import ConsoleListener, NotebookListener, is_in_notebook, progress_listener
-from align.runner.listener import Listener
+from align.runner.listener import ConsoleListener, Listener, NotebookListener, is_in_notebook, progress_listener
 from tests.support import ipython, toy
 
 

@@ -99,7 +99,7 @@ def test_the_rank_at_fault_is_named(tmp_path: Path, fault: str, error: type[Exce
 def test_rank_that_stops_ends_the_stage_after_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(StageFailed) as caught:
         run(tmp_path, "stop 1", timeout=20)
-    assert "rank 0 of 2 waited 20 seconds for rank 1, in vain (runtime.launch.timeout)" in str(caught.value)
+    assert "rank 0 of 2 waited 20 seconds in vain for rank 1 (runtime.launch.timeout)" in str(caught.value)
     assert run(tmp_path).metrics("ranks")["resumed_at"] == 1
 
 

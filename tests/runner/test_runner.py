@@ -13,10 +13,11 @@ import pytest
 
 from align import Pipeline
 from align.errors import StageFailed, UserError
+from align.runner.fork_server import ForkServer
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
-from align.runner.stage_process import ForkServer, stage_environment, this_thread
-from align.runner.subprocess import seconds_of_attempts
+from align.runner.stage_process import stage_environment, this_thread
+from align.runner.stage_result import read_attempts
 from align.store.store import Store
 from tests.support import toy
 from tests.support.records import change_record
@@ -132,7 +133,7 @@ def test_a_killed_stage_resumes_from_its_checkpoints(store: Path) -> None:
         run_pipeline(Pipeline(raw), store=store)
     assert actions(raw, store)["one"] == "resume"
     (partial,) = store.glob("number/*.partial")
-    assert len(seconds_of_attempts(partial)) == 1
+    assert len(read_attempts(partial)) == 1
     recorder = Recorder()
     run = run_pipeline(Pipeline(raw), store=store, listener=recorder)
     assert ("resumed", "one") in recorder.said
@@ -255,7 +256,7 @@ def test_a_killed_runner_takes_its_stage_along(store: Path, tmp_path: Path) -> N
     process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": os.getcwd()})
     wait_for(lambda: list(store.glob("number/*.partial/checkpoints/step-0")))
     (partial,) = store.glob("number/*.partial")
-    wait_for(lambda: sum(seconds_of_attempts(partial)) >= 1.0)  # noted while the stage runs, not at its end
+    wait_for(lambda: sum(read_attempts(partial)) >= 1.0)  # noted while the stage runs, not at its end
     process.kill()
     process.wait()
     time.sleep(0.7)

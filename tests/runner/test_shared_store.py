@@ -182,7 +182,7 @@ PLACES = [
     ("align.store.store", "sync_folder", errno.ETIMEDOUT), ("align.store.claims", "_write_new", errno.ENOTCONN),
     ("align.runner.run_stage", "StageRun._copy_logs", errno.EHOSTDOWN),
     ("align.runner.run_stage", "StageRun._prepare_partial", errno.EHOSTUNREACH),
-    ("align.runner.subprocess", "_result", errno.ESTALE),
+    ("align.runner.stage_process", "_result", errno.ESTALE),
 ]  # fmt: skip
 
 
@@ -363,6 +363,6 @@ def test_lost_mount_costs_no_finished_work(
 
 
 def test_unwritten_result_is_reported_by_the_exit_code(tmp_path: Path) -> None:
-    from align.runner.subprocess import _result
+    from align.runner.stage_process import _result
 
     assert [_result(tmp_path, code)["status"] for code in (74, 120, 1, -9)] == ["unreachable"] * 2 + ["failed"] * 2

@@ -30,19 +30,17 @@ from align.pipeline.pipeline import Node
 from align.pipeline.process_limits import SLEEPING, SPINNING
 from align.pipeline.stop_signal import Stopped, StopRequest
 from align.runner import fork_server, runner, worker
+from align.runner.fork_server import OFF, ForkedProcess, ForkServer
 from align.runner.listener import Listener
 from align.runner.runner import run_pipeline
 from align.runner.stage_process import (
-    OFF,
-    ForkedProcess,
-    ForkServer,
     forked_stages,
     is_importing,
+    shorten_log,
     stage_environment,
     start_stage,
     this_thread,
 )
-from align.runner.subprocess import shorten_log
 from tests.support import toy
 from tests.support.processes import command_of, descendants, is_alive
 from tests.support.runs import wait_for
@@ -181,7 +179,8 @@ def test_a_killed_runner_takes_server_and_stage_along(tmp_path: Path) -> None:
     script = f"""
 import time
 from align import Pipeline
-from align.runner.stage_process import ForkServer, stage_environment, this_thread
+from align.runner.fork_server import ForkServer
+from align.runner.stage_process import stage_environment, this_thread
 server = this_thread.server = ForkServer(stage_environment(), None, ["numpy"])
 while not server.serves({[*WORKER, ""]!r}, stage_environment(), None): time.sleep(0.05)
 Pipeline({raw!r}).run(store={str(tmp_path)!r})
@@ -254,7 +253,7 @@ def branched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ForkSe
     servers: list[ForkServer] = []
 
     def start(importer: str) -> ForkServer:
-        monkeypatch.setattr("align.runner.stage_process.VLLM", f"{__name__}:{importer}")
+        monkeypatch.setattr("align.runner.fork_server.VLLM", f"{__name__}:{importer}")
         server = start_server()
         server.start_branch()
         monkeypatch.setattr(this_thread, "server", server)
@@ -471,7 +470,7 @@ def test_server_belongs_to_one_thread_of_one_process(server: ForkServer, monkeyp
 
 
 def test_silent_server_is_ended_and_stage_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.runner.stage_process.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("align.runner.fork_server.ANSWER_SECONDS", 0.2)
     server = start_server()
     monkeypatch.setattr(this_thread, "server", server)
     os.kill(server.process.pid, signal.SIGSTOP)
@@ -554,8 +553,8 @@ def test_long_log_keeps_its_start_and_its_end(tmp_path: Path) -> None:
 
 
 def test_output_of_a_stage_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.runner.subprocess.LOG_BYTES", 4000)
-    monkeypatch.setattr("align.runner.subprocess.LOG_KEPT", 1000)
+    monkeypatch.setattr("align.runner.stage_process.LOG_BYTES", 4000)
+    monkeypatch.setattr("align.runner.stage_process.LOG_KEPT", 1000)
     run = run_pipeline(Pipeline(toy.pipeline(one={"crash": "noise"})), store=tmp_path, only="one")
     assert 2000 < (run.artifacts["one"].path / "log.txt").stat().st_size < 4000
 

@@ -33,7 +33,7 @@ def raw() -> dict[str, Any]:
     return {**toy.pipeline(), "runtime": {"store": {"lease": 1}}}
 
 
-def test_every_damage_to_a_small_store_is_named_or_changes_nothing(
+def test_damage_to_small_store_is_reported_or_harmless(
     tmp_path: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ALIGN_STORE", raising=False)
@@ -74,7 +74,7 @@ def smoke_commands(name: str, damage: str) -> list[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_damage_to_a_finished_store_is_named_or_changes_nothing(
+def test_damage_to_finished_store_is_reported_or_harmless(
     smoke: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ALIGN_STORE", raising=False)
@@ -119,9 +119,7 @@ def test_a_run_stops_at_a_damaged_record_and_rebuilds_it(tmp_path: Path, raw: di
     assert run_pipeline(pipeline, store=tmp_path).ran == []
 
 
-def test_a_run_names_every_damaged_stage_at_once_and_says_where_a_seal_may_be_missing(
-    tmp_path: Path, raw: dict[str, Any]
-) -> None:
+def test_run_names_all_damaged_stages(tmp_path: Path, raw: dict[str, Any]) -> None:
     """So a store of an earlier align is brought up to date by one more command and not by one for each stage."""
     run = run_pipeline(Pipeline(raw), store=tmp_path)
     for artifact in run.artifacts.values():
@@ -137,9 +135,7 @@ def test_a_run_names_every_damaged_stage_at_once_and_says_where_a_seal_may_be_mi
 
 
 @pytest.mark.parametrize("name", ["record.json", "number.txt"])
-def test_a_stage_alone_is_made_beside_a_damaged_one_that_it_does_not_read(
-    tmp_path: Path, raw: dict[str, Any], name: str
-) -> None:
+def test_only_ignores_damage_that_it_does_not_read(tmp_path: Path, raw: dict[str, Any], name: str) -> None:
     run = run_pipeline(Pipeline(raw), store=tmp_path)
     (run.artifacts["two"].path / name).write_text("")
     changed = Pipeline(raw).set("stages.one.number=5")

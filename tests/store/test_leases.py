@@ -78,7 +78,7 @@ def test_a_flipped_key_in_the_file_about_a_run_keeps_everything(store: Path) -> 
     assert len(Store.open(store).all()) == 3
 
 
-def test_gc_during_a_run_keeps_what_it_has_made_though_another_run_has_its_name(store: Path) -> None:
+def test_gc_keeps_artifacts_of_active_run_of_same_name(store: Path) -> None:
     raw = toy.pipeline(two={"pause": 0.5, "steps": 6})
     outcome: dict[str, Any] = {}
     thread = threading.Thread(target=lambda: outcome.update(run=run_pipeline(Pipeline(raw), store=store)))
@@ -144,7 +144,7 @@ def far_run(store: Path, seconds: float) -> Path:
     from align.store.json_files import write_sealed
 
     write_sealed(folder / USES, {"run": "toy", "stages": {"one": {"kind": "number", "key": key}}})
-    assert opened.uses()[0].run == "toy"
+    assert opened.leases.uses()[0].run == "toy"
     return folder
 
 
@@ -194,9 +194,7 @@ def test_no_run_begins_while_gc_deletes(store: Path, monkeypatch: pytest.MonkeyP
     assert len(opened.all()) == 1
 
 
-def test_a_stage_alone_whose_input_gc_deletes_as_it_begins_is_refused(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_is_refused_after_gc_deleted_its_input(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_pipeline(Pipeline(toy.pipeline()), store=store)
     (store / "runs" / "toy.json").unlink()
     prepare = runner.prepare_run
@@ -211,7 +209,7 @@ def test_a_stage_alone_whose_input_gc_deletes_as_it_begins_is_refused(
         run_pipeline(Pipeline(toy.pipeline(total={"scale": 2.0})), store=store, only="total")
 
 
-def test_gc_on_a_disk_without_room_for_its_lock_says_what_makes_some(
+def test_gc_on_full_disk_names_a_remedy(
     store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_pipeline(Pipeline(toy.pipeline()), store=store, only="one")
@@ -247,9 +245,7 @@ def test_a_run_that_waits_until_gc_is_done_says_so(store: Path) -> None:
     assert len(output) == 1 and "waits until `align gc`" in output[0]
 
 
-def test_gc_looks_past_what_its_machine_remembers_of_the_folders_where_runs_begin(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gc_drops_caches_of_run_folders(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS shows a folder that was listed a moment ago as it was then, so without the run that has begun since."""
     run_pipeline(Pipeline(toy.pipeline()), store=store, only="one")
     (store / "runs" / "toy.json").unlink()

@@ -217,9 +217,7 @@ def test_a_wall_clock_that_jumps_neither_gives_nor_blocks(
     hold.release()
 
 
-def test_a_waiter_that_was_stopped_counts_no_time_that_it_did_not_look(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_waiter_counts_no_unwatched_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claim_of_elsewhere(folder, lease=60.0)
     now = [0.0]
     monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
@@ -338,7 +336,7 @@ def test_an_error_after_the_claim_does_not_leave_it_to_nobody(folder: Path, monk
     hold.release()
 
 
-def test_a_claim_that_is_half_written_counts_as_held_until_its_lease_is_over(folder: Path) -> None:
+def test_half_written_claim_is_held_until_its_lease_ends(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "1").write_bytes(b"")
     lock = Lock(folder, Lease(0.5, 0.1))

@@ -20,9 +20,10 @@ from align.runner.open_store import open_store
 from align.runner.plan import plan
 from align.runner.runner import run_pipeline
 from align.store import remote as remote_module
+from align.store.claims import BucketClaims
 from align.store.json_files import seal
 from align.store.locks import Lease, Lock
-from align.store.object_store import Bucket, BucketClaims
+from align.store.object_store import Bucket
 from align.store.retry import Retry
 from align.store.store import Store
 from tests.support import toy
@@ -144,7 +145,7 @@ def big(store: Store) -> Any:
         return store.publish(output, record, hold)
 
 
-def test_an_upload_that_was_killed_is_never_seen_as_done_and_goes_on(
+def test_killed_upload_is_not_visible_and_continues(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = at(tmp_path / "a", address)
@@ -168,7 +169,7 @@ def test_an_upload_that_was_killed_is_never_seen_as_done_and_goes_on(
     assert fetched is not None and fetched.record == artifact.record
 
 
-def test_a_fetch_that_was_cut_off_is_never_seen_as_done_and_goes_on(
+def test_interrupted_fetch_is_not_visible_and_continues(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = at(tmp_path / "a", address)
@@ -197,7 +198,7 @@ def test_a_fetch_that_was_cut_off_is_never_seen_as_done_and_goes_on(
 # ---- what is not as it should be ------------------------------------------------------------------------------------
 
 
-def test_an_object_that_was_tampered_with_is_refused_and_a_rebuild_replaces_it(tmp_path: Path, address: str) -> None:
+def test_tampered_object_is_refused_and_rebuilt(tmp_path: Path, address: str) -> None:
     run_pipeline(Pipeline(raw(address)), store=tmp_path / "a")
     bucket = Bucket(address)
     (path,) = [path for path in bucket.sizes("sum") if path.endswith("number.txt")]
@@ -233,9 +234,7 @@ def test_a_record_that_leads_elsewhere_is_refused(tmp_path: Path, address: str, 
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_damaged_record_in_the_bucket_harms_its_own_stage_and_a_rebuild_replaces_it(
-    tmp_path: Path, address: str
-) -> None:
+def test_damaged_remote_record_harms_only_its_stage(tmp_path: Path, address: str) -> None:
     run = run_pipeline(Pipeline(raw(address)), store=tmp_path / "a")
     bucket, key = Bucket(address), run.artifacts["total"].record["key"]
     bucket.put(f"sum/{key[:12]}/record.json", b"[]")
@@ -258,7 +257,7 @@ def test_a_damaged_artifact_is_not_uploaded(tmp_path: Path, address: str) -> Non
     assert store.remote.find("number", "a" * 64) is None
 
 
-def test_push_uploads_what_is_whole_and_names_what_is_damaged_here_and_there(
+def test_push_uploads_intact_artifacts_and_names_damaged(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from align.cli.main import main
@@ -295,7 +294,7 @@ def test_of_two_machines_that_made_the_same_one_publishes(tmp_path: Path, addres
 # ---- locks ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_lock_in_a_bucket_is_held_by_one_and_lost_after_its_lease(address: str) -> None:
+def test_bucket_lock_has_one_holder_and_a_lease(address: str) -> None:
     bucket, patience = Bucket(address), Retry(address, 5)
     claims = BucketClaims(bucket, "locks/sft-0123")
     hold = Lock(claims, Lease(1.0, 0.2)).acquire(lambda _: None, patience)
@@ -337,7 +336,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("align.store.retry.LONGEST_PAUSE", 0.05)
 
 
-def test_a_remote_that_is_away_at_the_start_stops_a_run_before_anything_is_made(
+def test_remote_away_at_start_stops_the_run(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, hurried: None
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -347,7 +346,7 @@ def test_a_remote_that_is_away_at_the_start_stops_a_run_before_anything_is_made(
     assert run_pipeline(Pipeline(raw(None)), store=tmp_path / "a").ran == ["one", "two", "total"]
 
 
-def test_a_remote_that_goes_away_costs_nothing_and_the_next_run_uploads(
+def test_next_run_uploads_after_remote_was_away(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, hurried: None
 ) -> None:
     recorder = Recorder()
@@ -403,7 +402,7 @@ def test_wrong_credentials_and_none_are_said(
     assert "another-secret" not in str(caught.value)
 
 
-def test_a_bucket_that_is_not_there_is_said_before_anything_is_made(tmp_path: Path, address: str) -> None:
+def test_missing_bucket_is_refused_before_the_run(tmp_path: Path, address: str) -> None:
     with pytest.raises(UserError, match=r"runtime\.store\.remote: s3://nowhere/x: there is no such bucket"):
         run_pipeline(Pipeline(raw("s3://nowhere/x")), store=tmp_path / "a")
     assert Store.open(tmp_path / "a").all() == []

@@ -22,15 +22,8 @@ from typing import IO, Any
 
 from align.pipeline.stop_signal import die_with_parent
 from align.runner import fork_server, worker
-from align.runner.stage_process import (
-    PASSED_ON,
-    PRELOADED,
-    Channel,
-    ForkedProcess,
-    ForkServer,
-    StageProcess,
-    stage_environment,
-)
+from align.runner.fork_server import PASSED_ON, PRELOADED, Channel, ForkedProcess, ForkServer
+from align.runner.stage_process import StageProcess, stage_environment
 from tests.support.environment import beginning_environment
 from tests.support.preloaded_server import preloaded_command
 

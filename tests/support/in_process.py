@@ -16,20 +16,20 @@ import pytest
 import torch
 
 from align.runner import worker
-from align.runner.stage_result import RESULT, read_result, read_work, write_attempts
-from align.runner.subprocess import Tail, seconds_of_attempts
+from align.runner.stage_process import Tail
+from align.runner.stage_result import RESULT, read_attempts, read_result, read_work, write_attempts
 from align.store.artifacts import EVENTS, LOG
 
 
 def run_attempt(
     name: str, partial: Path, follow: Callable[[dict[str, Any]], None], *_: Any, **__: Any
 ) -> dict[str, Any]:
-    """Run the stage laid out in ``partial`` here: replaces ``align.runner.subprocess.run_attempt``.
+    """Run the stage laid out in ``partial`` here: replaces ``align.runner.stage_process.run_attempt``.
 
     Its output goes to its log and its events to ``follow``, after its end. It cannot be stopped, and it trains in one
     process. Torch's number of threads is as before afterwards.
     """
-    events, attempts, started = Tail(partial / EVENTS), seconds_of_attempts(partial), time.time()
+    events, attempts, started = Tail(partial / EVENTS), read_attempts(partial), time.time()
     threads = torch.get_num_threads()
     try:
         with (

@@ -24,7 +24,7 @@ from typing import Any
 
 from align.pipeline.stop_signal import die_with_parent
 from align.runner import fork_server, worker
-from align.runner.stage_process import PRELOADED
+from align.runner.fork_server import PRELOADED
 
 CLIENT = Path(__file__).with_name("preloaded_python.py")
 MOST_DESCRIPTORS = 64

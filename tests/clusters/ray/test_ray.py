@@ -246,7 +246,7 @@ def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeyp
             pass
 
         def follow(self) -> Run:
-            calls.extend(store.uses())
+            calls.extend(store.leases.uses())
             return Run(store)
 
     monkeypatch.setattr(ray_client, "require_ray", lambda: None)
@@ -257,4 +257,4 @@ def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeyp
     assert run_on_cluster.run_on_ray(pipeline, RunOptions(store), json=True) == 0
     assert pipeline.run(store=store).store is store  # a script's way to the same
     assert [(uses.run, sorted(uses.stages)) for uses in calls] == 2 * [("toy", ["one", "total", "two"])]
-    assert store.uses() == []
+    assert store.leases.uses() == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from align.clusters import follow
-from align.clusters.slurm.submit import SlurmQueue
+from align.clusters.slurm_submit import SlurmQueue
 from tests.support.clusters.slurm.cluster import Slurm
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from align import Pipeline
 from align.cli.sweep_on_cluster import submit_workers
-from align.clusters.slurm.submission import Submission
-from align.clusters.slurm.submit import follow_jobs, submit_run
+from align.clusters.slurm_submission import Submission
+from align.clusters.slurm_submit import follow_jobs, submit_run
 from align.runner.listener import Listener
 from align.runner.open_store import Opening
 from align.runner.runner import RunOptions, run_pipeline

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from align import Pipeline
+from align.clusters import slurm_commands
 from align.clusters.follow import SchedulerError
-from align.clusters.slurm import commands
-from align.clusters.slurm.commands import file_system
-from align.clusters.slurm.submission import sbatch_options, submissions, write_script
-from align.clusters.slurm.submit import submit_run
+from align.clusters.slurm_commands import file_system
+from align.clusters.slurm_submission import sbatch_options, submissions, write_script
+from align.clusters.slurm_submit import submit_run
 from align.config.runtime import Runtime
 from align.config.runtime.executor import SlurmExecutor, seconds_of
 from align.errors import UserError
@@ -41,22 +41,22 @@ def queue_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append(list(command))
         return ANSWERS[command[0]]
 
-    monkeypatch.setattr(commands, "run_command", ask)
+    monkeypatch.setattr(slurm_commands, "run_command", ask)
     return calls
 
 
 def test_forgotten_jobs_are_looked_up_in_one_call(queue_calls: list[list[str]]) -> None:
     """One question for each made `align gc` slow in proportion to all jobs that there ever were."""
-    states = {number: job.state for number, job in commands.jobs([101, 102, 103, 105]).items()}
+    states = {number: job.state for number, job in slurm_commands.jobs([101, 102, 103, 105]).items()}
     assert states == {101: "RUNNING", 102: "CANCELLED", 103: "COMPLETED"}
     assert [command[0] for command in queue_calls] == ["squeue", "sacct"]
     assert "--jobs=102,103,105" in queue_calls[1]
-    assert commands.jobs([101]).keys() == {101} and len(queue_calls) == 3
+    assert slurm_commands.jobs([101]).keys() == {101} and len(queue_calls) == 3
 
 
 def test_the_jobs_of_other_users_are_asked_for_where_they_count(queue_calls: list[list[str]]) -> None:
-    commands.jobs([101])
-    commands.jobs([101], all_users=True)
+    slurm_commands.jobs([101])
+    slurm_commands.jobs([101], all_users=True)
     assert ["--me" in command for command in queue_calls] == [True, False]
 
 
@@ -93,7 +93,7 @@ def test_several_partitions_are_known_each_by_its_name(slurm: Slurm) -> None:
 
 def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm.state / "hosts").write_text("node1\nnode2\n")
-    monkeypatch.setattr(commands, "file_system", lambda path: "ext4")
+    monkeypatch.setattr(slurm_commands, "file_system", lambda path: "ext4")
     refusal = refused(slurm)
     assert "is on a local file system (ext4)" in refusal and "shared_store: true" in refusal
     submit_run(
@@ -102,14 +102,14 @@ def test_a_store_that_no_node_sees_is_refused(slurm: Slurm, monkeypatch: pytest.
         ),
         RunOptions(slurm.store),
     )
-    monkeypatch.setattr(commands, "file_system", lambda path: "nfs4")
+    monkeypatch.setattr(slurm_commands, "file_system", lambda path: "nfs4")
     submit_run(Pipeline(toy.pipeline() | {"seed": 9}, base=slurm.folder), RunOptions(slurm.store))
 
 
 def test_refused_job_names_its_stage_and_cancels_the_others(slurm: Slurm) -> None:
     (slurm.state / "refuses").write_text("--job-name=align:toy:total")
     refusal = refused(slurm)
-    assert "toy.yaml: stage 'total': Slurm does not take its job" in refusal and "not like this" in refusal
+    assert "toy.yaml: stage 'total': Slurm refuses its job" in refusal and "not like this" in refusal
     assert slurm.jobs() == {}  # it was asked of all stages before the first was handed in
     (slurm.state / "refuses").write_text("--dependency=afterok")
     assert "nothing is left submitted" in refused(slurm)
@@ -124,17 +124,17 @@ def test_jobs_that_slurm_cannot_be_asked_to_cancel_are_named(slurm: Slurm, monke
         raise SchedulerError("squeue: Unable to contact slurm controller")
 
     (slurm.state / "refuses").write_text("--dependency=afterok")
-    submit = commands.submit
+    submit = slurm_commands.submit
 
     def submit_until_gone(options: list[str], script: Path) -> int:
         try:
             return submit(options, script)
         except SchedulerError:
-            monkeypatch.setattr(commands, "jobs", unreachable)
+            monkeypatch.setattr(slurm_commands, "jobs", unreachable)
             raise
 
-    monkeypatch.setattr(commands, "submit", submit_until_gone)
-    with pytest.raises(UserError, match="Slurm does not take its job") as caught:
+    monkeypatch.setattr(slurm_commands, "submit", submit_until_gone)
+    with pytest.raises(UserError, match="Slurm refuses its job") as caught:
         submit_run(Pipeline(toy.pipeline(), "toy.yaml", base=slurm.folder), RunOptions(slurm.store))
     (submission,) = submissions(Store.open(slurm.store))
     assert len(submission.stages) == len(slurm.jobs()) == 2

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from align import Pipeline
-from align.clusters.slurm.submission import submissions
+from align.clusters.slurm_submission import submissions
 from align.runner.runner import run_pipeline
 from align.store.store import Store
 from tests.support import toy
@@ -242,7 +242,7 @@ def test_real_slurm_s_refusal_precedes_submission(cluster: Cluster) -> None:
     raw = toy.pipeline() | {"runtime": {**SMALL, "stages": {"two": {"executor": {"cpus": 99}}}}}
     code, output = cluster.align("run", cluster.write(raw), "--on", "slurm")
     assert code == 2, output
-    assert "stage 'two': Slurm does not take its job" in output and "runtime.stages.two.executor" in output
+    assert "stage 'two': Slurm refuses its job" in output and "runtime.stages.two.executor" in output
     assert cluster.ask("squeue", "--noheader") == ""
     code, output = cluster.align("run", "toy.yaml", "--on", "slurm", "--set", "runtime.executor.partition=cqu")
     assert "there is no partition 'cqu' in this cluster. Did you mean 'cpu'?" in output

@@ -18,8 +18,8 @@ import pytest
 from align import Pipeline
 from align.cli.main import main
 from align.clusters import follow as following
-from align.clusters.slurm.submission import submissions
-from align.clusters.slurm.submit import cancel_jobs, follow_jobs, submit_run
+from align.clusters.slurm_submission import submissions
+from align.clusters.slurm_submit import cancel_jobs, follow_jobs, submit_run
 from align.errors import StageFailed, UserError
 from align.pipeline.pipeline import Node
 from align.runner.listener import Listener
@@ -269,14 +269,14 @@ def test_a_job_that_vanishes_without_a_word_is_noticed(slurm: Slurm, monkeypatch
     monkeypatch.setattr(following, "LATE_SECONDS", 0.5)
     (slurm.state / "held").touch()
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
-    monkeypatch.setattr("align.clusters.slurm.commands.jobs", lambda numbers: {})
+    monkeypatch.setattr("align.clusters.slurm_commands.jobs", lambda numbers: {})
     with pytest.raises(StageFailed, match=r"stage 'one' failed: its job is gone.*It left no log: does the machine it"):
         follow_jobs(submitted, Listener())
 
 
 @pytest.mark.slow
 def test_silent_controller_is_given_up_after_a_wait(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("align.clusters.slurm.commands.PAUSE", 0.05)
+    monkeypatch.setattr("align.clusters.slurm_commands.PAUSE", 0.05)
     (slurm.state / "held").touch()
     submitted = submit_run(Pipeline(toy.pipeline(), base=slurm.folder), RunOptions(slurm.store))
     (slurm.state / "silent").touch()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.clusters.slurm.submission import StageJob, Submission
+from align.clusters.slurm_submission import StageJob, Submission
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.store.store import Store

@@ -296,7 +296,7 @@ def test_a_users_class_is_found_where_this_process_finds_it(
         ("import nowhere_to_be", r"importing theirs\.arguments failed \(ModuleNotFoundError: .*nowhere_to_be"),
         ("import sys; sys.exit(4)", r"the process that imports it ended with exit code 4"),
         ("import os; os._exit(5)", r"the process that imports it ended with exit code 5: no message"),
-        ("def (", r"arguments\.py:1: no Python that can be read"),
+        ("def (", r"arguments\.py:1: cannot be read as Python"),
         ("x = 1", r"arguments\.py has no class Arguments"),
         ("class Arguments: pass", r"Arguments in .*arguments\.py is no dataclass"),
         ("Arguments = 3", r"Arguments in .*arguments\.py is no dataclass"),

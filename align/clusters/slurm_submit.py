@@ -6,16 +6,16 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.clusters.follow import JobFollower, JobResult, JobState, SchedulerError
-from align.clusters.slurm import commands
-from align.clusters.slurm.commands import check_cluster
-from align.clusters.slurm.submission import ABOUT, StageJob, Submission, sbatch_options, submissions, write_script
+from align.clusters import slurm_commands
+from align.clusters.follow import JobFollower, JobResult, JobState, SchedulerError, executor_settings
+from align.clusters.slurm_commands import check_cluster
+from align.clusters.slurm_submission import ABOUT, StageJob, Submission, sbatch_options, submissions, write_script
 from align.config.runtime.executor import SlurmExecutor
 from align.errors import UserError
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.listener import Listener
 from align.runner.runner import Run, RunOptions, prepare_run
-from align.store.leases import UsedStage
+from align.store.record import StageReference
 from align.store.store import JOBS, Store
 
 
@@ -55,30 +55,24 @@ def submit_run(pipeline: Pipeline, options: RunOptions) -> SubmittedRun:
     return run
 
 
-def slurm_block(pipeline: Pipeline, stage: str | None = None) -> SlurmExecutor:
-    """Return what a stage, or a worker of a sweep, asks of Slurm; the defaults in a run on another executor."""
-    runtime = pipeline.config.runtime if stage is None else pipeline.runtimes[stage]
-    return runtime.executor if isinstance(runtime.executor, SlurmExecutor) else SlurmExecutor()
-
-
 def _slurm_blocks(pipeline: Pipeline, nodes: Iterable[Node]) -> dict[str, SlurmExecutor]:
     """Return the stages' Slurm settings by their place in the YAML."""
     per_stage = pipeline.config.runtime.stages
     blocks = {}
     for node in nodes:
-        loop_name = next((name for name, rounds in pipeline.expanded.rounds.items() if node.name in rounds), node.name)
         place = "runtime.executor"
-        for name in (node.name, loop_name):
+        for name in (node.name, pipeline.expanded.without_round(node.name)):
             if name in per_stage and per_stage[name].executor is not None:
                 place = f"runtime.stages.{name}.executor"
                 break
-        blocks[place] = slurm_block(pipeline, node.name)
+        blocks[place] = executor_settings(pipeline, SlurmExecutor, node.name)
     return blocks
 
 
 def _with_nodes(pipeline: Pipeline, node: Node) -> SlurmExecutor:
     """Return a stage's settings with as many nodes as it trains on. Raises ``UserError`` if they ask for fewer."""
-    block, launch = slurm_block(pipeline, node.name), pipeline.runtimes[node.name].launch
+    block = executor_settings(pipeline, SlurmExecutor, node.name)
+    launch = pipeline.runtimes[node.name].launch
     # Only stages that can train on several nodes get them.
     needed = launch.nodes if node.stage.distributed else 1
     if block.nodes is None:
@@ -100,7 +94,7 @@ def _live_submissions(store: Store, run: str, nodes: list[Node]) -> dict[str, Su
             # A job for another key is of an older version of the pipeline.
             candidates += [(submission, job) for job in submission.stages if keys.get(job.stage) == job.key]
     try:
-        states = commands.jobs({job.job for _, job in candidates})
+        states = slurm_commands.jobs({job.job for _, job in candidates})
     except SchedulerError as error:
         raise UserError(f"executor slurm: Slurm does not answer ({error}). Nothing was submitted.") from None
     live: dict[str, Submission] = {}
@@ -109,14 +103,6 @@ def _live_submissions(store: Store, run: str, nodes: list[Node]) -> dict[str, Su
             # The newest submission comes first, and its job counts.
             live.setdefault(job.stage, submission)
     return live
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The job of one stage before it is submitted."""
-
-    options: list[str]
-    script: Path
 
 
 def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
@@ -129,7 +115,7 @@ def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
         # 1. Slurm checks all jobs before the first is submitted.
         for node in nodes:
             stage = node.name
-            commands.check(requests[stage].options, requests[stage].script)
+            slurm_commands.check(*requests[stage])
         # From here on the run's record keeps ``gc`` from what the jobs need.
         store.remember_run(pipeline.name, pipeline.references, pipeline.plain)
         # 2. Stages come in the pipeline's order, so the jobs that one depends on have numbers.
@@ -138,8 +124,8 @@ def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
             artifact = store.find_intact(node.stage.kind, node.key, stage)
             # An input without a job is finished already.
             inputs = [run.job(name) for name in node.input_names if name in run.submissions]
-            options = [*requests[stage].options, *dependency(inputs)]
-            number = commands.submit(options, requests[stage].script)
+            options, script = requests[stage]
+            number = slurm_commands.submit([*options, *dependency(inputs)], script)
             replaces = None if artifact is None else str(artifact.record["created"])
             job = StageJob(stage, node.stage.kind, node.key, number, stage in force, replaces)
             # 3. Every number is written at once: an unknown job could not be cancelled.
@@ -149,7 +135,7 @@ def _submit(run: SubmittedRun, nodes: list[Node], force: set[str]) -> None:
             run.new.append(stage)
     except SchedulerError as error:
         raise UserError(
-            f"{pipeline.where}: stage '{stage}': Slurm does not take its job ({error}). Change runtime.executor, or "
+            f"{pipeline.where}: stage '{stage}': Slurm refuses its job ({error}). Change runtime.executor, or "
             f"runtime.stages.{stage}.executor; {_take_back(submission)}."
         ) from None
     except BaseException:  # Ctrl-C: half a run is of no use
@@ -167,13 +153,14 @@ def _take_back(submission: Submission) -> str:
     return "nothing is left submitted"
 
 
-def _prepare_job(pipeline: Pipeline, node: Node, submission: Submission) -> _Request:
+def _prepare_job(pipeline: Pipeline, node: Node, submission: Submission) -> tuple[list[str], Path]:
+    """Write the script of a stage's job; return sbatch's options and the script."""
     block = _with_nodes(pipeline, node)
     script = submission.folder / f"{node.name}.sh"
     title = f"stage {node.name} of {pipeline.name}"
     write_script(script, title, [str(submission.folder), node.name], block.setup)
     name = f"align:{pipeline.name}:{node.name}"
-    return _Request(sbatch_options(block, name, submission.folder, pipeline.base, f"{node.name}.log"), script)
+    return sbatch_options(block, name, submission.folder, pipeline.base, f"{node.name}.log"), script
 
 
 def dependency(jobs: list[int]) -> list[str]:
@@ -187,19 +174,19 @@ def cancel_jobs(targets: Iterable[Submission], stages: set[str] | None = None) -
     """Cancel the live jobs of these submissions, all or only of ``stages``; returns their numbers."""
     cancelled: list[int] = []
     for submission in targets:
-        numbers = {job.job for job in submission.stages if stages is None or job.stage in stages}
-        if submission.sweep is not None and stages is None and submission.sweep.get("job") is not None:
-            numbers.add(int(submission.sweep["job"]))
+        numbers = submission.numbers
+        if stages is not None:
+            numbers = {job.job for job in submission.stages if job.stage in stages}
         # Ask first: if Slurm does not answer, no job counts as cancelled, and ``gc`` keeps what the jobs need.
-        live = [number for number, job in commands.jobs(numbers).items() if job.is_live]
+        live = [number for number, job in slurm_commands.jobs(numbers).items() if job.is_live]
         if stages is None:
             submission.mark_cancelled()  # before the jobs end: none may requeue itself
-        commands.cancel(live)
+        slurm_commands.cancel(live)
         cancelled += live
     return cancelled
 
 
-def used_by_jobs(store: Store) -> list[UsedStage]:
+def used_by_jobs(store: Store) -> list[StageReference]:
     """Return the stages of every run that has a job waiting or running, which ``align gc`` must keep.
 
     Where Slurm does not answer, the stages of all submissions are returned. Raises ``UserError`` for a submission whose
@@ -218,14 +205,14 @@ def used_by_jobs(store: Store) -> list[UsedStage]:
     # Other users' jobs count too: a store may be shared by a group.
     numbers = {number for submission in active for number in submission.numbers}
     try:
-        states = commands.jobs(numbers, all_users=True)
+        states = slurm_commands.jobs(numbers, all_users=True)
     except SchedulerError:
         states = None
     used = []
     for submission in active:
         is_live = states is None or any(number in states and states[number].is_live for number in submission.numbers)
         if is_live:
-            used += [UsedStage.model_validate(stage) for stage in submission.references.values()]
+            used += [StageReference.model_validate(stage) for stage in submission.references.values()]
     return used
 
 
@@ -240,10 +227,10 @@ class SlurmQueue:
 
     def query(self, stages: Collection[str]) -> dict[str, JobState]:
         """Return the states of these stages' jobs. Raises ``SchedulerError``."""
-        jobs = commands.jobs({self.run.job(stage) for stage in stages})
+        jobs = slurm_commands.jobs({self.run.job(stage) for stage in stages})
         return {stage: self._state(stage, jobs.get(self.run.job(stage))) for stage in stages}
 
-    def _state(self, stage: str, job: commands.Job | None) -> JobState:
+    def _state(self, stage: str, job: slurm_commands.Job | None) -> JobState:
         number = self.run.job(stage)
         # Slurm has forgotten the job, so its end is unknown.
         if job is None:
@@ -255,12 +242,13 @@ class SlurmQueue:
         # A shared file system may show the artifact late, so this is no failure yet.
         if job.state == "COMPLETED":
             return JobState("gone", f"its job is done, but its artifact is missing (job {number})")
-        block, place = slurm_block(self.run.pipeline, stage), f"runtime.stages.{stage}.executor"
+        block = executor_settings(self.run.pipeline, SlurmExecutor, stage)
+        place = f"runtime.stages.{stage}.executor"
         remedies = {
             "TIMEOUT": f"Raise {place}.time (now {block.time or 'the partition has its own'}).",
             "OUT_OF_MEMORY": f"Raise {place}.memory_gb (now {block.memory_gb or 'the partition has its own'}).",
         }
-        description = f"{commands.OVER.get(job.state, job.state)} (job {number})"
+        description = f"{slurm_commands.OVER.get(job.state, job.state)} (job {number})"
         return JobState("over", description, remedies.get(job.state, ""))
 
     def result(self, stage: str) -> JobResult | None:

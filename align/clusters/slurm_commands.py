@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.clusters.follow import SchedulerError
-from align.clusters.slurm import commands
 from align.config.runtime.executor import SlurmExecutor
 from align.config.validation import suggest
 from align.errors import UserError
@@ -194,10 +193,10 @@ ESCAPED = re.compile(r"\\(040|011|012|134)")
 
 def check_cluster(blocks: dict[str, SlurmExecutor], store: Path, where: str) -> None:
     """Raise ``UserError`` for settings that no job could use. ``blocks`` maps a place in the YAML to its settings."""
-    commands.require_slurm()
+    require_slurm()
     try:
         # An unknown partition would fail in sbatch as well, but without the nearest name.
-        names = commands.partitions()
+        names = partitions()
         for place, block in blocks.items():
             # For sbatch, ``gpu,cpu`` is whichever of the two starts the job first.
             for partition in [] if block.partition is None else block.partition.split(","):
@@ -215,7 +214,7 @@ def check_cluster(blocks: dict[str, SlurmExecutor], store: Path, where: str) -> 
 def _check_store(block: SlurmExecutor, store: Path) -> None:
     kind = file_system(store)
     # A store on a local disk is fine if the only node is this machine.
-    if block.shared_store or kind not in LOCAL or commands.is_this_machine_alone(block.partition):
+    if block.shared_store or kind not in LOCAL or is_this_machine_alone(block.partition):
         return
     nodes = "the cluster" if block.partition is None else f"partition {block.partition}"
     raise UserError(

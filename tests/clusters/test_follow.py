@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align import Pipeline
-from align.clusters.threads import with_threads
+from align.clusters.follow import with_threads
 
 STAGES: dict[str, Any] = {
     "model": {"source": "tiny"},
@@ -21,7 +21,7 @@ def threads(runtime: dict[str, Any], cores: int | None) -> dict[str, int | None]
     return {name: runtime.threads for name, runtime in threaded.runtimes.items()}
 
 
-def test_cores_are_shared_out_over_a_stage_s_processes() -> None:
+def test_cores_are_split_among_processes_of_a_stage() -> None:
     assert threads({}, 8) == {"model": 8, "data": 8, "sft": 8}
     assert threads({"launch": {"processes": 4}}, 8) == {"model": 8, "data": 8, "sft": 2}
     assert threads({"launch": {"processes": 4}}, 2)["sft"] == 1

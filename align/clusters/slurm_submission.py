@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from align.config.runtime.executor import SlurmExecutor
 from align.errors import UserError
 from align.pipeline.pipeline import Pipeline
 from align.runner.open_store import Opening
-from align.store.json_files import DamagedFile, read_sealed, write_sealed, write_text_atomically
+from align.store.json_files import DamagedFile, parse_sealed, read_file, validate, write_sealed, write_text_atomically
 from align.store.store import JOBS, Store
 
 ABOUT, CANCELLED = "submission.json", "cancelled"
@@ -43,9 +43,10 @@ class StageJob:
     replaces: str | None = None
 
 
-@dataclass
-class Submission:
-    """A folder of jobs."""
+class Submission(BaseModel):
+    """A folder of jobs; its fields other than ``folder`` are in ``submission.json``."""
+
+    model_config = ConfigDict(extra="forbid")
 
     folder: Path
     run: str
@@ -55,10 +56,10 @@ class Submission:
     base: str
     rounds: dict[str, list[str]]
     store: Opening
-    stages: list[StageJob] = field(default_factory=list)
+    stages: list[StageJob] = []
     sweep: dict[str, Any] | None = None
     """For a sweep: the place of its file, `--set`'s assignments, `--on`, the number of workers, their job's number."""
-    references: dict[str, dict[str, str]] = field(default_factory=dict)
+    references: dict[str, dict[str, str]] = {}
     """Kind and key of every stage of the pipeline, which ``gc`` keeps while a job waits or runs."""
 
     @classmethod
@@ -70,8 +71,8 @@ class Submission:
         folder.mkdir(parents=True)
         rounds = {name: list(names) for name, names in pipeline.expanded.rounds.items()}
         submission = cls(
-            folder,
-            run,
+            folder=folder,
+            run=run,
             raw=pipeline.plain,
             where=pipeline.where,
             base=str(pipeline.base),
@@ -88,13 +89,13 @@ class Submission:
     def read(cls, folder: Path) -> Submission:
         """Read the submission in ``folder``. Raises ``UserError`` if it is damaged."""
         try:
-            about = read_sealed(folder / ABOUT, _About)
+            fields = parse_sealed(read_file(folder / ABOUT))
+            return validate(cls, {**fields, "folder": folder})
         except DamagedFile as error:
             raise UserError(
                 f"{folder / ABOUT}: damaged: it {error}. End its jobs with scancel, delete the folder {folder} and run "
                 "the command again."
             ) from None
-        return cls(folder, **{name: getattr(about, name) for name in _About.model_fields})
 
     @classmethod
     def read_for(cls, folder: Path, stage: str, seconds: float = 60.0) -> Submission:
@@ -117,9 +118,7 @@ class Submission:
 
     def write(self) -> None:
         """Write ``submission.json`` atomically."""
-        about = asdict(self)
-        del about["folder"]
-        write_sealed(self.folder / ABOUT, about)
+        write_sealed(self.folder / ABOUT, self.model_dump(exclude={"folder"}))
 
     @property
     def numbers(self) -> set[int]:
@@ -177,22 +176,6 @@ def submissions(store: Store, run: str | None = None) -> Iterator[Submission]:
             yield Submission.read(path.parent.resolve())
         except (OSError, UserError):  # deleted meanwhile, or damaged, which `align gc` names
             continue
-
-
-class _About(BaseModel):
-    """Content of ``submission.json``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    run: str
-    raw: dict[str, Any]
-    where: str
-    base: str
-    rounds: dict[str, list[str]]
-    store: Opening
-    stages: list[StageJob]
-    sweep: dict[str, Any] | None
-    references: dict[str, dict[str, str]]
 
 
 TEMPLATE = """\

@@ -16,8 +16,7 @@ from align.capacity.memory import Choice, Estimate, Memory
 from align.cli.plan_hardware import memory_lines
 from align.pipeline.context import duration
 from align.pipeline.registry import STAGES
-from align.runner import console
-from align.runner.console import ConsoleListener, RunningStage
+from align.runner.listener import ConsoleListener, RunningStage
 from align.store.artifacts import Artifact, Kind
 
 NODE: Any = SimpleNamespace(name="one", stage=STAGES["evaluate"])
@@ -190,7 +189,7 @@ def test_a_log_gets_a_line_a_minute_about_a_running_stage() -> None:
 
 def test_the_line_a_minute_needs_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that says nothing at all is reported by the listener's own thread."""
-    monkeypatch.setattr(console, "FIRST_REPORT", 0.0)
+    monkeypatch.setattr("align.runner.listener.FIRST_REPORT", 0.0)
     console_listener, out = listener()
     with console_listener:
         console_listener.stage_started(NODE, Path(), resumed=True)
