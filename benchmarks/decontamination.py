@@ -29,8 +29,7 @@ import numpy as np
 from align.config.recipe.step_settings import DecontaminateStep, EvaluationSet
 from align.data.formats import convert
 from align.data.rows import Row, assistant, user
-from align.data.steps.base import StepContext, Table
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import StepContext, Table, start_step
 
 CHOICES = "A. the first\nB. the second\nC. the third\nD. the fourth"
 FILLER = "Here is something to think about before you go on with your day."

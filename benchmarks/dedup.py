@@ -32,8 +32,7 @@ import numpy as np
 from align.config.recipe.step_settings import NearDuplicatesStep
 from align.data.minhash import choose_bands
 from align.data.rows import Row, assistant, normalized, take_rows, user, write_rows
-from align.data.steps.base import StepContext, Table
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import StepContext, Table, start_step
 
 SHINGLE, PERMUTATIONS, SHARD = 5, 128, 10_000
 SIDES = ("align", "datasketch")

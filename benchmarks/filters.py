@@ -16,8 +16,7 @@ from typing import Any
 from align.config.recipe.filter_settings import FilterStep
 from align.config.recipe.step_settings import NormalizeStep
 from align.data.rows import Row, assistant, user
-from align.data.steps.base import RowStep, StepContext
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import RowStep, StepContext, start_step
 from align.models.step_models import StepModels
 
 WORDS = """

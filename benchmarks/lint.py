@@ -46,9 +46,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    from align.lint.command import load_tokenizer_and_limits
     from align.lint.encodings import encoding_of
     from align.lint.linter import Linter, Options
+    from align.lint.trainer import load_tokenizer_and_limits
     from align.training.rows import encode_supervised
 
     tokenizer, limits, ends = load_tokenizer_and_limits(options.model, Path("."), options.max_length)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from align.config.recipe.filter_settings import FilterStep
 from align.config.recipe.step_settings import NormalizeStep
 from align.config.validation import validate
-from align.data.steps.step_identities import step_identities
+from align.data.steps.step import step_identities
 from align.errors import StageFailed, UserError, plain_number, printable, redact, shorten
 
 

@@ -97,8 +97,8 @@ def show(options: argparse.Namespace) -> int:
 def lint(options: argparse.Namespace) -> int:
     """check the tokens that a model would be trained on; exit code 1 if there are errors"""
     from align.cli.arguments import find_build, find_checkpoint, find_tokenizer_folder
-    from align.lint.command import lint_dataset
     from align.lint.findings import format_findings, has_errors
+    from align.lint.trainer import lint_dataset
 
     source = find_build(options.recipe, options.store, options.workers)
     model = find_tokenizer_folder(options.model, options.store)

@@ -58,6 +58,14 @@ def decode_json(text: str, start: int) -> tuple[Any, int]:
     return value, end
 
 
+def decode_whole(text: str, start: int) -> Any:
+    """Return the JSON value at ``start``. Raises ``MalformedCall`` for anything else, also for text after the value."""
+    value, end = decode_json(text, start)
+    if text[end:].strip():
+        raise MalformedCall("has text after its JSON")
+    return value
+
+
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
 
@@ -94,7 +102,7 @@ def _json_type(value: Any) -> str:
 
 
 def calls_from_code(code: str) -> Iterator[ToolCall]:
-    """Yield the calls of a block in Python's syntax; JSON's ``true``, ``false`` and ``null`` are values, too.
+    """Yield the calls of a block in Python's syntax; JSON's ``true``, ``false`` and ``null`` are also values.
 
     Raises ``MalformedCall`` for anything but calls with named arguments of plain values.
     """

@@ -2,36 +2,33 @@
 
 Its content comes from the recipe, the ledger and the Parquet files, and does not depend on time or place. It states a
 language only if the recipe does. It quotes no dropped rows, which may be private. Torch-free.
+
+A license is represented by the obligations that it puts on whoever passes the data on. A mixture has the obligations of
+all its parts. If one part's license has every obligation of the others, it is the mixture's license; otherwise no
+known license fits, and a person must read all of them. This is bookkeeping, not legal advice. Excluded: the terms of
+use of a language model for its outputs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from align.data.builds.build_files import SPLITS, shards
-from align.data.licenses import OTHER, License, mixture_license, normalize
 from align.errors import printable
 from align.store.json_files import write_text_atomically
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCardData
 
-
 CARD = "README.md"
-SIZES = (
-    (10**3, "n<1K"),
-    (10**4, "1K<n<10K"),
-    (10**5, "10K<n<100K"),
-    (10**6, "100K<n<1M"),
-    (10**7, "1M<n<10M"),
-    (10**8, "10M<n<100M"),
-    (10**9, "100M<n<1B"),
-)
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")
+"""The Hub's categories of datasets by their rows, a factor of ten apart."""
 TAGS = {
     "instructions": ["sft"],
     "preferences": ["dpo", "reward-model"],
@@ -138,7 +135,7 @@ def _pattern(paths: Sequence[Path], split: str) -> str:
 
 def size_category(rows: int) -> str:
     """Return the Hub's category for a number of rows."""
-    return next((name for limit, name in SIZES if rows < limit), "n>1B")
+    return SIZES[min(max(len(str(rows)) - 3, 0), len(SIZES) - 1)]
 
 
 def _languages(recipe: Mapping[str, Any]) -> list[str] | None:
@@ -184,7 +181,7 @@ def _body(folder: Path, recipe: Mapping[str, Any], ledger: Mapping[str, Any], na
 def _sources(ledger: Mapping[str, Any]) -> list[str]:
     rows = []
     for line in ledger["sources"]:
-        license = normalize(line.get("license"))
+        license = normalize_license(line.get("license"))
         identity = "; ".join(
             f"{key} {value}" if key != value else str(key) for key, value in _pairs(line.get("identity"))
         )
@@ -281,3 +278,110 @@ def fenced(text: str, language: str) -> list[str]:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}{language}", text.rstrip("\n"), fence]
+
+
+UNKNOWN = "unknown"
+OTHER = "other"
+
+_CREDIT = frozenset({"credit"})
+_NC, _ND = frozenset({"credit", "non-commercial"}), frozenset({"credit", "no derivatives"})
+_CC_SA = frozenset({"credit", "alike: CC BY-SA"})
+# NonCommercial's ShareAlike is a separate family: neither license may be exchanged for the other.
+_NC_SA = frozenset({"credit", "non-commercial", "alike: CC BY-NC-SA"})
+_NC_ND = _NC | _ND
+_PERMISSIVE = (
+    *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "afl-3.0", "artistic-2.0", "bsl-1.0"),
+    *("odc-by", "cdla-permissive-1.0", "cdla-permissive-2.0", "etalab-2.0", "ms-pl", "ncsa"),
+)
+_CC = ("1.0", "2.0", "2.5", "3.0", "4.0")
+
+OBLIGATIONS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("cc0-1.0", "pddl", "unlicense", "wtfpl", "0bsd"), frozenset()),
+    **dict.fromkeys(_PERMISSIVE, _CREDIT),
+    "cc": _CREDIT,
+    **{f"cc-by-{version}": _CREDIT for version in _CC},
+    **{f"cc-by-sa-{version}": _CC_SA for version in _CC},
+    **{f"cc-by-nc-{version}": _NC for version in _CC},
+    **{f"cc-by-nd-{version}": _ND for version in _CC},
+    **{f"cc-by-nc-sa-{version}": _NC_SA for version in _CC},
+    **{f"cc-by-nc-nd-{version}": _NC_ND for version in _CC},
+    **{name: _CREDIT | {"alike: GPL"} for name in ("gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "lgpl", "lgpl-3.0")},
+    **{name: _CREDIT | {f"alike: {name}"} for name in ("odbl", "gfdl", "mpl-2.0", "cdla-sharing-1.0", "eupl-1.2")},
+}
+"""Obligations of each license. The names are the Hub's, which are mostly lower-case SPDX names."""
+
+ALIASES = {
+    "apache": "apache-2.0",
+    "apache2": "apache-2.0",
+    "mit license": "mit",
+    "cc0": "cc0-1.0",
+    "public domain": "cc0-1.0",
+    "odc-by-1.0": "odc-by",
+    "odbl-1.0": "odbl",
+    "pddl-1.0": "pddl",
+    "none": UNKNOWN,
+    "": UNKNOWN,
+}
+
+
+@dataclass(frozen=True)
+class License:
+    """The license on a card: the Hub's ``license`` (several if they have the same obligations), and the reason."""
+
+    names: tuple[str, ...]
+    """Hub names; ``("unknown",)`` and ``("other",)`` if no single license can be named."""
+    reason: str
+    """One sentence."""
+    concerns: tuple[str, ...] = ()
+    """Points to consider before passing the data on; empty where credit is the only obligation."""
+
+
+def normalize_license(name: str | None) -> str:
+    """Return a license's Hub name: ``CC BY-SA 3.0`` is ``cc-by-sa-3.0``, None is ``unknown``; others stay unchanged."""
+    text = " ".join((name or "").strip().lower().split())
+    text = ALIASES.get(text, text)
+    if text in OBLIGATIONS or text in (UNKNOWN, OTHER):
+        return text
+    # Licenses are often written with blanks or underscores.
+    dashed = text.replace(" ", "-").replace("_", "-")
+    dashed = ALIASES.get(dashed, dashed)
+    return dashed if dashed in OBLIGATIONS else text
+
+
+def mixture_license(licenses: Iterable[str | None]) -> License:
+    """Return the license of a dataset whose parts have ``licenses`` (None or empty where unknown)."""
+    names = sorted({normalize_license(name) for name in licenses})
+    known_names = [name for name in names if name in OBLIGATIONS]
+    concerns = tuple(concern for name in names if (concern := _concern(name)))
+    # One unknown license makes the mixture's unknown, however free the others are.
+    if not names or UNKNOWN in names:
+        return License(
+            (UNKNOWN,), "The license of at least one source is not known, so neither is this dataset's.", concerns
+        )
+    if len(known_names) < len(names):
+        unusual = ", ".join(name for name in names if name not in OBLIGATIONS)
+        return License((OTHER,), f"{unusual}: not a license with known terms, so all sources' terms apply.", concerns)
+    # A license that has all obligations of all parts can cover the mixture.
+    obligations = frozenset[str]().union(*(OBLIGATIONS[name] for name in known_names))
+    strictest = tuple(name for name in known_names if OBLIGATIONS[name] == obligations)
+    if not strictest:
+        text = ", ".join(known_names)
+        return License(
+            (OTHER,),
+            f"No one of {text} has every obligation of the others, so all sources' terms apply.",
+            (*concerns, "the sources' licenses do not fit under one of them"),
+        )
+    reason = "Every source has this license." if len(names) == 1 else "The strictest among the sources' licenses."
+    return License(strictest, reason, concerns)
+
+
+def _concern(name: str) -> str:
+    """Return in a few words what may forbid passing on data of this license; empty when nothing does."""
+    if name == UNKNOWN:
+        return "a source's license is not known"
+    if name not in OBLIGATIONS:
+        return f"'{name}' is not a license with known terms"
+    obligations = OBLIGATIONS[name]
+    if "no derivatives" in obligations:
+        return f"{name} forbids passing on changed versions, and a build is one"
+    return f"{name} forbids commercial use" if "non-commercial" in obligations else ""

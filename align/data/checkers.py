@@ -45,15 +45,6 @@ def gold(rows: list[Row], responses: list[str]) -> list[float]:
     return [_score(_parse(row), response) for row, response in zip(rows, responses, strict=True)]
 
 
-def explain(row: Row, response: str) -> dict[str, bool]:
-    """Return the result of each of a row's checks: ``{"guard": True, "lowercase": False}``."""
-    checks = _parse(row)
-    results = {"guard": passes_guard(checks["guard"], response)}
-    for constraint in checks["constraints"]:
-        results[_name(constraint)] = satisfies(constraint, response)
-    return results
-
-
 def gsm8k_answer(rows: list[Row], responses: list[str]) -> list[float]:
     """Return 1.0 if the response's final number equals the row's answer, else 0.0.
 
@@ -202,7 +193,7 @@ def _ifeval(name: str, arguments: str) -> Callable[[str], bool]:
     """Return an if-verifiable checker with its arguments. ``arguments`` is JSON, which the cache can hash."""
     if name in NEEDS_NLTK_DATA | NEEDS_LANGUAGE_GUESS:
         raise ValueError(f"{name} downloads data or guesses; use a constraint of align.data.checkers instead")
-    # Late, since the package imports `datasets`, which takes 1.5 s.
+    # Imported late, since the package imports `datasets`, which takes 1.5 s.
     from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 
     checker = INSTRUCTION_DICT[name](name)
@@ -228,10 +219,6 @@ def _score(checks: dict[str, Any], response: str) -> float:
         return 0.0
     constraints = checks["constraints"]
     return sum(satisfies(constraint, response) for constraint in constraints) / len(constraints)
-
-
-def _name(constraint: dict[str, Any]) -> str:
-    return str(constraint["id"] if constraint["kind"] == "ifeval" else constraint["kind"])
 
 
 def _decimal(text: str) -> Decimal | None:

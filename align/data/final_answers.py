@@ -38,8 +38,8 @@ _MARK = re.compile(
     r"|(?P<channel_open><\|channel\|>(?:analysis|commentary)\b|\Aanalysis(?=[A-Z]))"
     r"|(?P<channel_close><\|channel\|>final\b|assistantfinal)"
 )
-"""Text where a thought begins or ends. gpt-oss writes channels; only their names remain if special tokens are skipped
-in decoding: ``analysisFive and … so 16.assistantfinal#### 16``."""
+"""Text at which a thought begins or ends. gpt-oss writes channels. Only their names remain if special tokens are
+skipped in decoding: ``analysisFive and … so 16.assistantfinal#### 16``."""
 
 
 def hide_thoughts(text: str) -> str:
@@ -76,7 +76,7 @@ def answer_text(text: str) -> str | None:
 
 
 NUMBER = re.compile(
-    r"(?P<outer>(?<![\w)])[-−])?"  # a minus sign, unless it stands between two operands
+    r"(?P<outer>(?<![\w)])[-−])?"  # a minus sign, unless it is between two operands
     r"(?:[$€£](?P<inner>[-−])?)?"
     r"(?:(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?|(?<!\d)(?P<only>\.\d+))"
 )

@@ -157,7 +157,7 @@ def find_clusters(
     Without ``read`` the estimate decides. Among many rows of one template, with a similarity a little below the
     threshold, some estimates are above it, and a few such pairs join all of the rows. ``read`` returns the shingles of
     rows by number; they then decide wherever the estimate is within some standard errors of the threshold. Memory
-    beside the arguments: about 100 bytes a row, and 4 a shingle of rows that are read.
+    in addition to the arguments: about 100 bytes a row, and 4 a shingle of rows that are read.
     """
     # Rows of equal text need no signature: only the first of them is searched for.
     label = first_equal(exact_keys)
@@ -192,7 +192,7 @@ class _ExactDecision:
         self.is_uncertain = np.zeros(rows, dtype=bool)
         """(N,) bool: True for rows of uncertain pairs."""
         self.count = 0
-        """Uncertain pairs, those of several bands counted several times."""
+        """Uncertain pairs; pairs of several bands are counted several times."""
         self.compared = 0
         """Pairs whose shingles were compared."""
         self.sets: Sets | None = None
@@ -200,7 +200,7 @@ class _ExactDecision:
 
     def collect(self, left: np.ndarray, right: np.ndarray, estimated: np.ndarray) -> np.ndarray:
         """Return (P,) bool, True for certain pairs, and store the uncertain ones as left * N + right."""
-        # Above ``sure`` the estimate decides alone, below ``possible`` the pair is out; in between, shingles decide.
+        # Above ``sure`` only the estimate decides, below ``possible`` the pair is out; in between, shingles decide.
         between = (estimated >= self.possible) & (estimated < self.sure)
         self.is_uncertain[left[between]] = True
         self.is_uncertain[right[between]] = True

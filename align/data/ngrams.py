@@ -173,11 +173,11 @@ def read_words(texts: Sequence[bytes], edges: bool = False) -> Words:
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     # One space between texts, so no word spans two of them.
     bounds = np.concatenate([[0], np.cumsum(lengths + 1)])
-    # The empty text at the end puts a space behind the last word too.
+    # The empty text at the end also puts a space behind the last word.
     joined = b" ".join([*texts, b""])
     letters = np.frombuffer(joined.translate(_BYTE), dtype=np.uint8)
     inside = letters != _SPACE
-    # Words begin and end where the bytes switch between space and sign.
+    # Words begin and end at the switches between space and sign.
     switches = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     begins, ends = switches[0::2], switches[1::2]
     # Compact the bytes to each word and one space after it, so white space and punctuation do not count.
@@ -209,7 +209,7 @@ def _edges(joined: bytes, first: np.ndarray, begins: np.ndarray, ends: np.ndarra
     signs = np.concatenate([[0], np.cumsum(_IS_EDGE[letters])])
     opens = np.ones(len(begins), dtype=bool)
     closes = np.ones(len(begins), dtype=bool)
-    # Prefix sums of edge signs: a difference tells whether one lies between two words, touching bytes included.
+    # Prefix sums of edge signs: a difference tells whether one is between two words, touching bytes included.
     opens[1:] = signs[begins[1:]] > signs[ends[:-1] - 1]
     following = letters[begins[1:]]
     capital = (following >= ord("A")) & (following <= ord("Z"))

@@ -1,6 +1,6 @@
 """Coverage of known texts by rows, by shared n-grams of words: the maths of decontamination.
 
-A row covers the words of a text that lie in n-grams of ``size`` words which the row has too (Tülu 3, arXiv 2411.15124,
+A row covers the words of a text that are in n-grams of ``size`` words which the row has too (Tülu 3, arXiv 2411.15124,
 section 3.2). A shorter text is covered by all of its words in succession: five or more anywhere in a part, three or
 four as a sentence, a line or the text after a label, one or two as the full part. Case, punctuation and white space do
 not count.
@@ -39,7 +39,7 @@ class Index:
     """Known texts, searchable by their n-grams of words.
 
     ``groups`` (N,) int numbers groups of texts that may share a template. An n-gram in more than ``template`` of a
-    group's texts, and in more than ten, belongs to it: it proves nothing, and its words do not count.
+    group's texts, and in more than ten, belongs to it: it is no evidence, and its words do not count.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Index:
             counts[begin[owner] + place + step] = False
         sums = np.concatenate([[0], np.cumsum(counts)])
         for text in np.flatnonzero(np.diff(sums[begin]) == 0):
-            counts[begin[text] : begin[text + 1]] = True  # a text of templates alone counts in full
+            counts[begin[text] : begin[text + 1]] = True  # a text of only templates counts in full
         return np.concatenate([[0], np.cumsum(counts)]), begin
 
     def search(self, rows: Sequence[Sequence[str]], least: float = 0.0) -> Hits:
@@ -135,11 +135,11 @@ class Index:
         match, part = _find_matches(self._text_hash, words.hash_texts())
         parts, texts = [part], [self._hashed_text[match]]
         # Then runs of words inside the parts that equal a short text.
-        for length, (known, text) in self._short.items():
+        for length, (short_hashes, text) in self._short.items():
             assert words.opens is not None and words.closes is not None
             hashes, part, first = words.exact_runs(length)
-            match, run = _find_matches(known, hashes)
-            # Few words occur in other sentences by chance, so short texts must be a stretch of their own.
+            match, run = _find_matches(short_hashes, hashes)
+            # Few words occur in other sentences by chance, so short texts must be a separate stretch.
             is_stretch = words.opens[first[run]] & words.closes[first[run] + length - 1]
             is_hit = is_stretch | self._may_be_anywhere[text[match]]
             parts.append(part[run[is_hit]])
@@ -195,7 +195,7 @@ def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def _starts_pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return (H,) bool: True where a new pair begins among sorted ones."""
+    """Return (H,) bool: True for the first entry of each pair among sorted ones."""
     is_first = np.ones(len(left), dtype=bool)
     is_first[1:] = (left[1:] != left[:-1]) | (right[1:] != right[:-1])
     return is_first
@@ -226,7 +226,7 @@ def _find_places(known: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.
 
 def _expand_matches(place: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (P,) every place in ``known`` of every hash, and the number of the hash."""
-    # Equal hashes lie side by side in ``known``: count up from the first place of each.
+    # Equal hashes are side by side in ``known``: count up from the first place of each.
     number = np.repeat(np.arange(len(count)), count)
     shift = np.cumsum(count) - count
     return place[number] + np.arange(len(number)) - shift[number], number

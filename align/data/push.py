@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.data.builds.build_files import LEDGER, SPLITS, count_rows, read_ledger, shards
-from align.data.card import CARD
-from align.data.licenses import License, mixture_license
+from align.data.card import CARD, License, mixture_license
 from align.errors import StageFailed, UserError
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

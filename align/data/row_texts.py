@@ -83,7 +83,7 @@ def change_messages(messages: list[Message], change: Callable[[str], str]) -> li
     changed: list[Message] = []
     has_changes = False
     for message in messages:
-        # Messages with tool calls alone have no content.
+        # Messages with only tool calls have no content.
         content = message.get("content")
         new_content = change(content) if content else content
         if new_content != content:

@@ -12,7 +12,7 @@ A row is a plain dict:
 - Before the step ``pairs``, rows may have ``responses``: a list of ``content``, ``score`` and ``rank`` (0 is best),
   where either of the last two may be None.
 - ``tools`` is a JSON list of the functions that a model may call (``""`` for none). A message that calls some has
-  ``tool_calls``, JSON text too, since the arguments have no common type. One that is not learned has ``train: False``.
+  ``tool_calls``, also JSON text, since the arguments have no common type. One that is not learned has ``train: False``.
 - A row of plain text has ``id``, ``source`` and ``text`` only.
 - Any other column is one that the recipe keeps (``keep: [answer]``), for scorers, filters, judges and metrics. One
   whose values are lists, mappings or of several types is stored as JSON text, and parsed where rows are read.
@@ -122,8 +122,8 @@ def _structs() -> dict[str, tuple[dict[str, pa.DataType], dict[str, pa.DataType]
 
 
 @functools.cache
-def _types() -> dict[str, pa.DataType]:
-    """Return the type of each known column, without optional fields."""
+def column_types() -> dict[str, pa.DataType]:
+    """Return the known columns in the order they are written, with their types if no message calls a tool."""
     import pyarrow as pa
 
     types = dict.fromkeys(COLUMNS, pa.string())
@@ -133,11 +133,6 @@ def _types() -> dict[str, pa.DataType]:
     types |= dict.fromkeys((*_FINISHED, "label", "flipped"), pa.bool_())
     types["_source"] = pa.int32()
     return types
-
-
-def column_types() -> dict[str, pa.DataType]:
-    """Return the known columns in the order they are written, with their types if no message calls a tool."""
-    return dict(_types())
 
 
 def kept_columns(row: Mapping[str, Any]) -> Row:
@@ -150,7 +145,7 @@ def _column(name: str, rows: list[Row]) -> pa.Array:
 
     values = [row.get(name) for row in rows]
     if name not in _OPTIONAL:
-        return pa.array(values, type=_types().get(name))
+        return pa.array(values, type=column_types().get(name))
     fields, optional = _structs()[name]
     # An optional field is written only if some item of this file has it.
     used = {key for items in values if items for item in items for key in item if item[key] is not None}
@@ -159,7 +154,7 @@ def _column(name: str, rows: list[Row]) -> pa.Array:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write rows as one Parquet file. Known columns have fixed types, which an empty file has too.
+    """Write rows as one Parquet file. Known columns have fixed types, also in an empty file.
 
     Raises ``ValueError`` for a row without a required column.
     """
@@ -174,9 +169,6 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     # Columns in the order of first use, required ones first. Those that need JSON say so in their metadata.
     names = list(dict.fromkeys([*required, *(name for row in rows for name in row)]))
     encoded = [name for name in names if name not in COLUMNS and needs_json(row.get(name) for row in rows)]
-    if not encoded:
-        pq.write_table(pa.table([_column(name, rows) for name in names], names=names), path)
-        return
     columns = [
         pa.array([to_json_text(row.get(name)) for row in rows], pa.string()) if name in encoded else _column(name, rows)
         for name in names
@@ -251,8 +243,8 @@ def merged_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
             if column.name not in COLUMNS and not pa.types.is_null(column.type):
                 types.setdefault(column.name, set()).add(column.type)
     encoded |= {name for name, kinds in types.items() if len(kinds) > 1 and not kinds <= {pa.int64(), pa.float64()}}
-    plain = [pa.schema([column for column in schema if column.name not in encoded]) for schema in schemas]
-    merged = pa.unify_schemas(plain, promote_options="permissive")
+    typed_schemas = [pa.schema([column for column in schema if column.name not in encoded]) for schema in schemas]
+    merged = pa.unify_schemas(typed_schemas, promote_options="permissive")
     return pa.schema([*merged, *map(json_field, sorted(encoded))]) if encoded else merged
 
 
@@ -304,14 +296,10 @@ def iter_rows(path: Path, batch_size: int = 1024) -> Iterator[Row]:
     try:
         for file in split_files(path):
             with pq.ParquetFile(file) as parquet:
-                structs = [name for name in _OPTIONAL if name in parquet.schema_arrow.names]
                 encoded = json_columns(parquet.schema_arrow)
                 for batch in parquet.iter_batches(batch_size=batch_size):
                     for row in batch.to_pylist():
-                        decode(row, encoded)
-                        for name in structs:
-                            row[name] = _without_absent(row[name], _OPTIONAL[name])
-                        yield row
+                        yield _without_absent_fields(decode(row, encoded))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; run the stage that makes it.") from None
     except pa.ArrowInvalid as error:
@@ -324,12 +312,14 @@ def take_rows(path: Path, places: np.ndarray) -> list[Row]:
 
     table = pq.read_table(path)
     encoded = json_columns(table.schema)
-    rows: list[Row] = table.take(places).to_pylist()
-    for row in rows:
-        decode(row, encoded)
-        for name in set(_OPTIONAL) & row.keys():
-            row[name] = _without_absent(row[name], _OPTIONAL[name])
-    return rows
+    return [_without_absent_fields(decode(row, encoded)) for row in table.take(places).to_pylist()]
+
+
+def _without_absent_fields(row: Row) -> Row:
+    """Return the row itself without the optional fields that only other rows of its file have."""
+    for name in _OPTIONAL.keys() & row.keys():
+        row[name] = _without_absent(row[name], _OPTIONAL[name])
+    return row
 
 
 def _without_absent(items: list[dict[str, Any]] | None, optional: Sequence[str]) -> list[dict[str, Any]] | None:
@@ -370,7 +360,7 @@ def row_id(row: Row) -> str:
 def content_digest(row: Row) -> bytes:
     """Return 16 bytes, equal for rows that teach the same: the content of ``row_id`` and which answers were cut off.
 
-    Two different rows of a million have equal digests with a probability of 1e-27. Ids are no substitute: those of
+    Two different rows of a million have equal digests with a probability of 1e-27. Ids are no substitute: the ids of
     sampled pairs name a prompt and places among its responses, where the next round puts other responses.
     """
     return _digest([*_content(row), *(name for name in _FINISHED if row.get(name) is False)])[:16]
@@ -379,7 +369,7 @@ def content_digest(row: Row) -> bytes:
 def _content(row: Row) -> list[Any]:
     if is_text(row):
         return ["text", row["text"]]
-    # Replies count exactly, prompts normalized: two rows may differ in their answers alone.
+    # Replies count exactly, prompts normalized: two rows may differ only in their answers.
     content = [prompt_key(row), *(row[name] for name in _CONTENT_FIELDS if row.get(name) not in (None, ""))]
     if any(message.get("train") is False for message in row["prompt"]):
         content.append([message.get("train") is False for message in row["prompt"]])

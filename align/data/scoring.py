@@ -191,8 +191,8 @@ class FunctionScorer:
         """Return the last line of the function's own file that the exception passed, in brackets."""
         code = getattr(inspect.unwrap(self.function), "__code__", None)
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-        frame = (own or frames)[-1]
+        frames_of_function = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+        frame = (frames_of_function or frames)[-1]
         return f" ({Path(frame.filename).name}:{frame.lineno})"
 
     def _read(self, row: Row, result: Any) -> tuple[float, dict[str, float]]:
@@ -362,12 +362,12 @@ class WeightedSum:
             scores = components.pop("")
             for index, score in enumerate(scores):
                 totals[index] += part.weight * score
-            named = {part.name: scores} if part.name in self.names else {}
-            named |= {f"{part.name}_{name}": values for name, values in components.items()}
-            repeated = sorted(parts.keys() & named.keys())
+            new_parts = {part.name: scores} if part.name in self.names else {}
+            new_parts |= {f"{part.name}_{name}": values for name, values in components.items()}
+            repeated = sorted(parts.keys() & new_parts.keys())
             if repeated:
                 raise UserError(f"score: two rewards give '{repeated[0]}'; set another `name` for one of them.")
-            parts |= named
+            parts |= new_parts
         return parts
 
     def _score_each(self, rows: list[Row], responses: list[str], truncated: list[bool] | None) -> list[Parts]:

@@ -33,6 +33,7 @@ from align.config.recipe.templates import lookup, parse_column
 from align.config.user_functions import function_identity, load_function
 from align.config.user_paths import matching_paths, user_path
 from align.config.validation import nearest, suggest
+from align.data import checkers
 from align.data.families import embedded, gym_tasks
 from align.data.formats import DETECTION_RECORDS, Detection, SourceFormat, detect
 from align.data.formats.columns import label_rule
@@ -76,9 +77,7 @@ def read(source: Source, base: Path, inputs: Sequence[Path] = (), seed: int = 0)
 def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> Iterator[Item]:
     if isinstance(source, FilesSource):
         for path in find_files(source.paths, base):
-            yield from read_file(
-                path, source.header, source.records, delimiter=source.delimiter, encoding=source.encoding
-            )
+            yield from _read_file(source, path)
     elif isinstance(source, HubSource):
         yield from _read_hub(source)
     elif isinstance(source, PythonSource):
@@ -100,6 +99,10 @@ def _records(source: Source, base: Path, inputs: Sequence[Path], seed: int) -> I
                     f"{folder.name}/{split}: row {number}",
                     {name: value for name, value in row.items() if value is not None},
                 )
+
+
+def _read_file(source: FilesSource | HubSource, path: Path) -> Iterator[Item]:
+    return read_file(path, source.header, source.records, delimiter=source.delimiter, encoding=source.encoding)
 
 
 def check_columns(label: str, columns: Mapping[str, str], records: Iterator[Item]) -> Iterator[Item]:
@@ -165,7 +168,8 @@ def choose_format(source: Source, records: Iterator[Item], kind: str | None = No
     """
     if not isinstance(source, RecordSource):
         return FormatChoice(SourceFormat(source.format, is_own=True), "", records)
-    settings = SourceFormat(source.format, source.options, RecordMapping(**_mapping_fields(source)))
+    mapping = {name: getattr(source, name) for name in RecordMapping.model_fields if name in source.model_fields_set}
+    settings = SourceFormat(source.format, source.options, RecordMapping(**mapping))
     if source.format != "auto" and source.better is None:
         return FormatChoice(settings, "", records)
     head = list(itertools.islice(records, DETECTION_RECORDS))
@@ -186,19 +190,15 @@ def choose_format(source: Source, records: Iterator[Item], kind: str | None = No
     return FormatChoice(replace(settings, form=detection.form), detection.reason, records)
 
 
-def _mapping_fields(source: RecordSource) -> dict[str, Any]:
-    return {name: getattr(source, name) for name in RecordMapping.model_fields if name in source.model_fields_set}
-
-
 def _detect(
     source: RecordSource, records: Sequence[dict[str, Any]], settings: SourceFormat, kind: str | None
 ) -> Detection:
-    """Return the format that the mapped fields alone make, if they make any, else the format of all fields."""
+    """Return the format that only the mapped fields make, if they make any, else the format of all fields."""
     mapped = [fields for record in records if (fields := _mapped_fields(record, settings)) is not None]
     names = [*source.columns, *(MAPPED_NAMES["better"] if source.better else ())]
     names += MAPPED_NAMES["grouped"] if source.grouped else ()
     ignored = source.options.ignore
-    # The recipe names mapped fields on purpose, so they may decide alone. All fields are the second choice.
+    # The recipe names mapped fields on purpose, so they may decide by themselves. All fields are the second choice.
     if names and mapped:
         chosen = [{name: fields.get(name) for name in names} for fields in mapped]
         with contextlib.suppress(UserError):
@@ -219,9 +219,7 @@ def _read_hub(source: HubSource) -> Iterator[Item]:
     try:
         if source.files is not None:
             for path, name in _hub_files(source, place):
-                for item in read_file(
-                    path, source.header, source.records, delimiter=source.delimiter, encoding=source.encoding
-                ):
+                for item in _read_file(source, path):
                     yield _rename_place(item, str(path), f"{source.dataset}/{name}")
             return
         for part in parse_split(source.split):
@@ -287,7 +285,7 @@ def _read_python(source: PythonSource) -> Iterator[Item]:
     function = load_function(source.function, "function")
     number = 0
     try:
-        # Checked record by record, since the generator is the user's and may yield anything.
+        # Each record is checked, since the generator is the user's and may yield anything.
         for number, value in enumerate(function(**source.arguments), 1):
             yield check_record(plain_value(value), f"{source.function}: record {number}")
     except UserError:
@@ -321,9 +319,6 @@ def identity(source: Source, base: Path, inputs: Sequence[Path] = ()) -> dict[st
     if isinstance(source, PythonSource):
         return {source.function: function_identity(source.function, "function")}
     if isinstance(source, EmbeddedSource):
-        from align.data import checkers
-        from align.data.families import embedded
-
         return {"embedded": f"version {embedded.VERSION}, checks {checkers.VERSION}"}
     if isinstance(source, GymSource):
         require_extra("reasoning_gym", "gym", f"{source.label}:")

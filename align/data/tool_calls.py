@@ -13,8 +13,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from align.config.environment import AUTO, PATTERN_PREFIX, check_tool_format, compile_call_pattern
-from align.data.call_values import MalformedCall, call_from_json, calls_from_code, decode_json
-from align.data.call_values import ToolCall as ToolCall
+from align.data.call_values import MalformedCall, ToolCall, call_from_json, calls_from_code, decode_json, decode_whole
 from align.data.final_answers import hide_thoughts
 from align.errors import UserError
 
@@ -83,10 +82,10 @@ def detect_format(template: str) -> ToolCallFormat | None:
 
 
 class _Reader:
-    """Collects calls, errors and the remaining text of one turn."""
+    """Collects calls, errors and the remaining text of one turn. ``example`` shows how to write a call."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, example: str) -> None:
+        self.text, self.example = text, example
         self.visible = hide_thoughts(text)
         """The text with spaces for its thoughts, so places in it are those in the text."""
         self.calls: list[ToolCall] = []
@@ -96,6 +95,25 @@ class _Reader:
     def remove(self, start: int, end: int) -> None:
         """Take the characters of a call out of the turn's text."""
         self._spans.append((start, end))
+
+    def fail(self, problem: object, example: str = "") -> None:
+        """Add an error."""
+        self.errors.append(f"A tool call {problem}; write {example or self.example}.")
+
+    def add(self, value: Any, raw: str) -> None:
+        """Add the call, or the list of calls, that a JSON value describes, or what is wrong with it."""
+        for entry in value if isinstance(value, list) else [value]:
+            try:
+                self.calls.append(call_from_json(entry, raw))
+            except MalformedCall as error:
+                self.fail(error)
+
+    def add_code(self, code: str, example: str = "") -> None:
+        """Add the calls of a block in Python's syntax, or what is wrong with it."""
+        try:
+            self.calls.extend(calls_from_code(code))
+        except MalformedCall as error:
+            self.fail(error, example)
 
     def result(self) -> ParsedTurn:
         """Return the turn."""
@@ -115,7 +133,6 @@ class HermesFormat:
     """
 
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
-    EXAMPLE = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
     CODE = re.compile(r"<code>(.*?)</code>", re.DOTALL)
 
     def __init__(self, name: str, code: bool = False) -> None:
@@ -123,45 +140,36 @@ class HermesFormat:
 
     def parse(self, text: str) -> ParsedTurn:
         """Split an assistant's turn."""
-        reader = _Reader(text)
+        reader = _Reader(text, '<tool_call>{"name": ..., "arguments": {...}}</tool_call>')
         position = 0
         while (start := reader.visible.find(self.OPEN, position)) >= 0:
             position = self._read(reader, start)
         # The second form counts only in a turn without any call in the first.
         if self._code and not reader.calls and not reader.errors:
-            self._read_code(reader)
+            for block in self.CODE.finditer(reader.visible):
+                reader.remove(block.start(), block.end())
+                reader.add_code(block.group(1), "<code>name(argument=value)</code>")
         return reader.result()
 
     def _read(self, reader: _Reader, start: int) -> int:
-        """Read the call that opens at ``start``; return where the next may begin."""
-        body = start + len(self.OPEN)
-        # JSON tells where it ends: a string within it may contain the closing tag.
+        """Read the call that opens at ``start``; return the place at which the next may begin."""
+        end = start + len(self.OPEN)
+        # JSON tells its own end: a string within it may contain the closing tag.
         try:
-            value, end = decode_json(reader.visible, body)
+            value, end = decode_json(reader.visible, end)
+            closing = re.compile(r"\s*" + re.escape(self.CLOSE)).match(reader.visible, end)
+            if closing is None:
+                raise MalformedCall("is not closed after its JSON")
+            stop = closing.end()
         except MalformedCall as error:
-            end = reader.visible.find(self.CLOSE, body)
-            stop = len(reader.text) if end < 0 else end + len(self.CLOSE)
-            reader.errors.append(f"A tool call {error}; write {self.EXAMPLE}.")
-            reader.remove(start, stop)
-            return stop
-        closing = re.compile(r"\s*" + re.escape(self.CLOSE)).match(reader.visible, end)
-        if closing is None:
             # Reading continues behind the next closing tag, so one bad call does not hide a good one.
             tag = reader.visible.find(self.CLOSE, end)
             stop = len(reader.text) if tag < 0 else tag + len(self.CLOSE)
-            reader.errors.append(f"A tool call is not closed after its JSON; write {self.EXAMPLE}.")
-            reader.remove(start, stop)
-            return stop
-        reader.remove(start, closing.end())
-        raw = reader.text[start : closing.end()]
-        for entry in value if isinstance(value, list) else [value]:
-            _add(reader, entry, raw, self.EXAMPLE)
-        return closing.end()
-
-    def _read_code(self, reader: _Reader) -> None:
-        for block in self.CODE.finditer(reader.visible):
-            reader.remove(block.start(), block.end())
-            _add_python(reader, block.group(1), "<code>name(argument=value)</code>")
+            reader.fail(error)
+        else:
+            reader.add(value, reader.text[start:stop])
+        reader.remove(start, stop)
+        return stop
 
 
 class Llama3Format:
@@ -173,8 +181,8 @@ class Llama3Format:
     BUILT_IN = re.compile(r"\s*(\w+)\.call\((.*)\)\s*\Z", re.DOTALL)
 
     def parse(self, text: str) -> ParsedTurn:
-        """Split an assistant's turn: it is calls, or an answer, which may be JSON too."""
-        reader = _Reader(text)
+        """Split an assistant's turn: it is calls, or an answer, which may also be JSON."""
+        reader = _Reader(text, self.EXAMPLE)
         tag = reader.visible.find(self.TAG)
         start = tag + len(self.TAG) if tag >= 0 else len(reader.visible) - len(reader.visible.lstrip())
         body = reader.visible[start:]
@@ -183,7 +191,7 @@ class Llama3Format:
             return reader.result()
         reader.remove(tag if tag >= 0 else start, len(text))
         if built_in := self.BUILT_IN.match(body):
-            _add_python(reader, f"{built_in.group(1)}({built_in.group(2)})", self.EXAMPLE)
+            reader.add_code(f"{built_in.group(1)}({built_in.group(2)})")
             return reader.result()
         self._read(reader, start)
         # JSON that names no function is an answer, unless the tag says that it is a call.
@@ -197,10 +205,9 @@ class Llama3Format:
             try:
                 value, end = decode_json(reader.visible, position)
             except MalformedCall as error:
-                reader.errors.append(f"A tool call {error}; write {self.EXAMPLE}.")
+                reader.fail(error)
                 return
-            for entry in value if isinstance(value, list) else [value]:
-                _add(reader, entry, reader.text[position:end].strip(), self.EXAMPLE)
+            reader.add(value, reader.text[position:end].strip())
             separated = separator.match(reader.visible, end)
             position = separated.end() if separated else end
             if position >= len(reader.visible):
@@ -215,37 +222,28 @@ class MistralFormat:
 
     name = "mistral"
     MARK = "[TOOL_CALLS]"
-    EXAMPLE = '[TOOL_CALLS] [{"name": ..., "arguments": {...}}]'
     NAMED = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*([\w-]*)\s*)?(?:\[ARGS\])?\s*(?=\{)")
 
     def parse(self, text: str) -> ParsedTurn:
         """Split an assistant's turn."""
-        reader = _Reader(text)
+        reader = _Reader(text, '[TOOL_CALLS] [{"name": ..., "arguments": {...}}]')
         marks = [match.start() for match in re.finditer(re.escape(self.MARK), reader.visible)]
         # A mark's call reaches up to the next mark.
         for start, end in pairwise([*marks, len(text)]):
             reader.remove(start, end)
-            self._read(reader, start + len(self.MARK), end)
+            body = start + len(self.MARK)
+            # Cut only at its end, so places in it are those in the turn.
+            visible = reader.visible[:end]
+            named = self.NAMED.match(visible, body)
+            try:
+                value = decode_whole(visible, named.end() if named else body)
+            except MalformedCall as error:
+                reader.fail(error)
+                continue
+            if named:
+                value = {"name": named.group(1), "arguments": value, "id": named.group(2) or ""}
+            reader.add(value, reader.text[body:end].strip())
         return reader.result()
-
-    def _read(self, reader: _Reader, start: int, end: int) -> None:
-        # Cut at its end alone, so places in it are those in the turn.
-        body = reader.visible[:end]
-        named = self.NAMED.match(body, start)
-        try:
-            value, stop = decode_json(body, named.end() if named else start)
-            if body[stop:].strip():
-                raise MalformedCall("has text after its JSON")
-        except MalformedCall as error:
-            reader.errors.append(f"A tool call {error}; write {self.EXAMPLE}.")
-            return
-        raw = reader.text[start:end].strip()
-        if named:
-            entry = {"name": named.group(1), "arguments": value, "id": named.group(2) or ""}
-            _add(reader, entry, raw, self.EXAMPLE)
-            return
-        for entry in value if isinstance(value, list) else [value]:
-            _add(reader, entry, raw, self.EXAMPLE)
 
 
 class Olmo3Format:
@@ -253,22 +251,21 @@ class Olmo3Format:
 
     name = "olmo3"
     BLOCK = re.compile(r"<function_calls>(.*?)(</function_calls>|\Z)", re.DOTALL)
-    EXAMPLE = "<function_calls>name(argument=value)</function_calls>"
 
     def parse(self, text: str) -> ParsedTurn:
         """Split an assistant's turn."""
-        reader = _Reader(text)
+        reader = _Reader(text, "<function_calls>name(argument=value)</function_calls>")
         for block in self.BLOCK.finditer(reader.visible):
             reader.remove(block.start(), block.end())
             if block.group(2):
-                _add_python(reader, block.group(1), self.EXAMPLE)
+                reader.add_code(block.group(1))
             else:
-                reader.errors.append(f"A tool call is not closed; write {self.EXAMPLE}.")
+                reader.fail("is not closed")
         return reader.result()
 
 
 class RegexFormat:
-    """A user's pattern with the groups ``name`` and ``arguments``; ``.`` matches line breaks too."""
+    """A user's pattern with the groups ``name`` and ``arguments``; ``.`` also matches line breaks."""
 
     def __init__(self, pattern: str) -> None:
         """Raise ``ValueError`` for a pattern that cannot be used."""
@@ -277,7 +274,7 @@ class RegexFormat:
 
     def parse(self, text: str) -> ParsedTurn:
         """Split an assistant's turn."""
-        reader = _Reader(text)
+        reader = _Reader(text, "its name and its arguments as one JSON object")
         try:
             # All matches come before the first is read: the time is for the whole turn.
             matches = list(self._pattern.finditer(reader.visible, timeout=MATCH_SECONDS))
@@ -290,16 +287,12 @@ class RegexFormat:
             if match.start() == match.end():
                 continue
             reader.remove(match.start(), match.end())
-            arguments = (match.group("arguments") or "").strip() or "{}"
             try:
-                value, end = decode_json(arguments, 0)
-                if arguments[end:].strip():
-                    raise MalformedCall("has text after its JSON")
+                arguments = decode_whole((match.group("arguments") or "").strip() or "{}", 0)
             except MalformedCall as error:
-                reader.errors.append(f"A tool call {error}; write its arguments as one JSON object.")
+                reader.fail(error, "its arguments as one JSON object")
                 continue
-            entry = {"name": (match.group("name") or "").strip(), "arguments": value}
-            _add(reader, entry, match.group(), "its name and its arguments as one JSON object")
+            reader.add({"name": (match.group("name") or "").strip(), "arguments": arguments}, match.group())
         return reader.result()
 
 
@@ -311,19 +304,3 @@ FORMATS: dict[str, ToolCallFormat] = {
     "olmo3": Olmo3Format(),
 }
 """Formats by the name that users give."""
-
-
-def _add(reader: _Reader, entry: Any, raw: str, example: str) -> None:
-    """Add the call that a JSON value describes, or what is wrong with it."""
-    try:
-        reader.calls.append(call_from_json(entry, raw))
-    except MalformedCall as error:
-        reader.errors.append(f"A tool call {error}; write {example}.")
-
-
-def _add_python(reader: _Reader, code: str, example: str) -> None:
-    """Add the calls of a block in Python's syntax, or what is wrong with it."""
-    try:
-        reader.calls.extend(calls_from_code(code))
-    except MalformedCall as error:
-        reader.errors.append(f"A tool call {error}; write {example}.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.data.licenses import License
+from align.data.card import License
 from align.data.push import Part, Upload, check_repo, hub_errors, make_repository
 from align.errors import UserError
 from align.models.checkpoints.conversion import CLASSIFIER, tokenizer_folder

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from align.config.hub_commits import HUB_NAME
-from align.data.card import CARD, read_recipe
-from align.data.licenses import OTHER, License, mixture_license, normalize
+from align.data.card import CARD, OTHER, License, mixture_license, normalize_license, read_recipe
 from align.errors import UserError, printable
 from align.models.embedded import NAME as EMBEDDED
 from align.pipeline.registry import STAGES
@@ -175,7 +174,7 @@ def license_of(lineage: Sequence[Artifact], stated: str | None = None) -> Licens
         return mixture
     if not LICENSE_ID.fullmatch(stated):
         raise UserError(f"--license {stated!r} is no name of a license; the Hub's names look like apache-2.0.")
-    return License((normalize(stated),), "Stated by who exported it.", mixture.concerns)
+    return License((normalize_license(stated),), "Stated by who exported it.", mixture.concerns)
 
 
 def own_names(facts: Facts) -> list[str]:

@@ -49,16 +49,14 @@ class ChatFormat:
         """Probe ``tokenizer``, which must have a chat template."""
         chat_format = cls(tokenizer, extra_ends, special=control_tokens(tokenizer))
         try:
-            text = str(tokenizer.apply_chat_template(PROBE, tokenize=False))
+            text = chat_format.render(PROBE)
         except Exception as error:  # a template is code: it may raise anything
             chat_format.refusal = f"{type(error).__name__}: {error}"
             return chat_format
         # The probe's four words cut the rendering into the five texts of the template.
         parts = re.split("|".join((U1, A1, U2, A2)), text)
         if len(parts) == 5:
-            opening, answer_start, user_start, _, closing = parts
-            chat_format.opening, chat_format.answer_start = opening, answer_start
-            chat_format.user_start, chat_format.closing = user_start, closing
+            chat_format.opening, chat_format.answer_start, chat_format.user_start, _, chat_format.closing = parts
         return chat_format
 
     @cached_property
@@ -81,9 +79,9 @@ class ChatFormat:
         generation prompt, or whose prompt stops within the turn's header, has no such text: it is at fault.
         """
         prompt = PROBE[:1]
-        start = self._render(prompt, add_generation_prompt=True)
-        conversation = self._render([*prompt, PROBE[1]])
-        if start == self._render(prompt, add_generation_prompt=False) or not conversation.startswith(start):
+        start = self.render(prompt, add_generation_prompt=True)
+        conversation = self.render([*prompt, PROBE[1]])
+        if start == self.render(prompt, add_generation_prompt=False) or not conversation.startswith(start):
             return ""
         lead = conversation.removeprefix(start).partition(A1)[0]
         # Only text of the format itself counts as a lead: a header that ends in a control token, or an empty thought.
@@ -91,7 +89,8 @@ class ChatFormat:
         is_header = bool(names) and lead.rstrip().endswith(names[-1])
         return squeezed(lead) if is_header or EMPTY.fullmatch(squeezed(lead)) else ""
 
-    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Return the text of a conversation."""
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     @cached_property
@@ -108,8 +107,12 @@ class ChatFormat:
     @cached_property
     def template_tokens(self) -> frozenset[str]:
         """Control tokens that the template writes."""
-        text = "".join(filter(None, (self.opening, self.answer_start, self.user_start, self.closing)))
-        return frozenset(self.special_pattern.findall(text)) if self.special_pattern else frozenset()
+        return frozenset(self.special_pattern.findall(self.template_text)) if self.special_pattern else frozenset()
+
+    @property
+    def template_text(self) -> str:
+        """All text that the template writes around turns."""
+        return "".join(filter(None, (self.opening, self.answer_start, self.user_start, self.closing)))
 
     @cached_property
     def marks(self) -> tuple[str, ...]:
@@ -173,7 +176,7 @@ class ChatFormat:
 def control_tokens(tokenizer: Any) -> dict[str, int]:
     """Return text → id of every control token: special ones, and added ones that look like a mark of a turn.
 
-    The unknown token is left out, unless it has another use: it stands for text that no token covers.
+    The unknown token is skipped, unless it has another use: it stands for text that no token covers.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     tokens = {
@@ -188,25 +191,9 @@ def control_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 TURN_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|end|>",
-    "[INST]",
-    "[/INST]",
-    "<|START_OF_TURN_TOKEN|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|start|>",
-    "<|message|>",
-    "<|header_start|>",
-    "<|eot|>",
-    "<|turn_end|>",
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"),
+    *("<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]", "<|START_OF_TURN_TOKEN|>"),
+    *("<|END_OF_TURN_TOKEN|>", "<|start|>", "<|message|>", "<|header_start|>", "<|eot|>", "<|turn_end|>"),
 )
 """Tokens that chat models' tokenizers have only for turns."""
 MAX_ROLE_CHARACTERS = 16
@@ -214,7 +201,7 @@ MAX_ROLE_CHARACTERS = 16
 
 
 def check_template(chat_format: ChatFormat, findings: Findings) -> None:
-    """Check everything that follows from template and tokenizer alone."""
+    """Check everything that follows only from template and tokenizer."""
     tokenizer = chat_format.tokenizer
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         findings.add("pad-is-eos", None, f"both are {tokenizer.pad_token!r}")
@@ -232,8 +219,7 @@ def check_template(chat_format: ChatFormat, findings: Findings) -> None:
 
 def _check_family(chat_format: ChatFormat, findings: Findings) -> None:
     """Compare the turn tokens that the template writes with those that the tokenizer has."""
-    parts = (chat_format.opening, chat_format.answer_start, chat_format.user_start, chat_format.closing)
-    marks = dict.fromkeys(MARK.findall("".join(filter(None, parts))))
+    marks = dict.fromkeys(MARK.findall(chat_format.template_text))
     special = chat_format.special
     missing = [mark for mark in marks if mark in TURN_TOKENS and mark not in special and mark[0] == "<"]
     # A template may write the tokenizer's eos, whatever it is, as end of turn: that shows no kinship.
@@ -242,11 +228,12 @@ def _check_family(chat_format: ChatFormat, findings: Findings) -> None:
     used = [token for token in available if token in chat_format.template_tokens]
     ends = [mark for mark in MARK.findall(chat_format.closing or "")[:1] if mark not in special]
     # Zephyr writes <|user|> in pieces and closes turns with eos: by design, not by mistake.
-    if missing and (ends or (available and not used)):
+    is_unused = bool(available) and not used
+    if missing and (ends or is_unused):
         listed = ", ".join(available) or "none"
         excerpt = f"the template writes {', '.join(missing)}; the tokenizer's turn tokens: {listed}"
         findings.add("template-of-another-family", None, excerpt)
-    elif available and not used:
+    elif is_unused:
         excerpt = f"the template writes none of the tokenizer's {', '.join(available)}"
         findings.add("template-of-another-family", None, excerpt)
 
@@ -256,12 +243,9 @@ def _check_closing_mark(chat_format: ChatFormat, findings: Findings) -> None:
     for mark in MARK.findall(chat_format.closing or "")[:1]:
         ids = chat_format.encode(mark)
         if len(ids) > 1:
-            excerpt = f"{mark!r}, which closes an answer, is {_pieces(chat_format, ids)}"
+            pieces = " ".join(repr(chat_format.decode([token])) for token in ids[:12])
+            excerpt = f"{mark!r}, which closes an answer, is {len(ids)} tokens: {pieces}"
             findings.add("special-token-split", None, excerpt)
-
-
-def _pieces(chat_format: ChatFormat, ids: list[int]) -> str:
-    return f"{len(ids)} tokens: " + " ".join(repr(chat_format.decode([token])) for token in ids[:12])
 
 
 def _check_generation_prompt(chat_format: ChatFormat, findings: Findings) -> None:
@@ -269,8 +253,8 @@ def _check_generation_prompt(chat_format: ChatFormat, findings: Findings) -> Non
     # A short and a longer conversation: some templates treat the first turn differently.
     for messages in (PROBE[:2], PROBE):
         prompt = messages[:-1]
-        conversation = _render(chat_format, messages)
-        start = _render(chat_format, prompt, add_generation_prompt=True)
+        conversation = chat_format.render(messages)
+        start = chat_format.render(prompt, add_generation_prompt=True)
         lead = conversation.removeprefix(start).partition(messages[-1]["content"])[0]
         if not conversation.startswith(start):
             shared = next(
@@ -292,7 +276,10 @@ def _check_earlier_turns(chat_format: ChatFormat, findings: Findings) -> None:
         [token for token in chat_format.encode((text or "").lstrip()) if token in chat_format.special_ids]
         for text in (chat_format.closing, chat_format.user_start, chat_format.opening)
     )
-    starts_turns = {*before[-1:], *_generation_tokens(chat_format)[:1]} - chat_format.ends
+    prompt = chat_format.render(PROBE[:1], add_generation_prompt=False)
+    header = chat_format.render(PROBE[:1], add_generation_prompt=True).removeprefix(prompt)
+    generation = [token for token in chat_format.encode(header) if token in chat_format.special_ids]
+    starts_turns = {*before[-1:], *generation[:1]} - chat_format.ends
     if last and (not after or after[0] in starts_turns):
         excerpt = (
             f"the last answer is followed by {chat_format.closing!r}, an earlier one by {chat_format.user_start!r}"
@@ -306,18 +293,6 @@ def _check_earlier_turns(chat_format: ChatFormat, findings: Findings) -> None:
     if not last and not MARK.findall(chat_format.closing or "") and not ends_at_header:
         excerpt = f"no answer is closed: an earlier one is followed by {chat_format.user_start!r}, the last by nothing"
         findings.add("earlier-turns-unclosed", None, excerpt)
-
-
-def _generation_tokens(chat_format: ChatFormat) -> list[int]:
-    """Return the control tokens of the generation prompt."""
-    prompt = PROBE[:1]
-    start = _render(chat_format, prompt, add_generation_prompt=True)
-    header = start.removeprefix(_render(chat_format, prompt, add_generation_prompt=False))
-    return [token for token in chat_format.encode(header) if token in chat_format.special_ids]
-
-
-def _render(chat_format: ChatFormat, messages: list[dict[str, str]], **options: Any) -> str:
-    return str(chat_format.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def injected_system(chat_format: ChatFormat) -> str:

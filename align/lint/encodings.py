@@ -175,7 +175,7 @@ class BatchReader:
     """Answers of a row, in the order of the batch."""
 
     def sequences(self, prepared: dict[str, Any], row: Row | None, place: Place) -> list[TokenSequence]:
-        """Return the sequences that ``prepared``, a row of a trainer's dataset, becomes in a batch of its own.
+        """Return the sequences that ``prepared``, a row of a trainer's dataset, becomes in a separate batch.
 
         ``row`` is the source row; without it only tokens are known.
         """

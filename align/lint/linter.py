@@ -15,6 +15,7 @@ from align.data.rows import Row
 from align.errors import UserError
 from align.lint.across_rows import (
     DuplicateRows,
+    PairChecks,
     check_leaked_answers,
     check_leaked_prompts,
     check_quoted_answers,
@@ -24,7 +25,6 @@ from align.lint.across_rows import (
 from align.lint.chat_format import ChatFormat, check_template, injected_system, squeezed
 from align.lint.encodings import BatchReader, Collator, TokenSequence, encoding_of, padded_label_counts
 from align.lint.findings import Finding, Findings, Place
-from align.lint.pairs import PairChecks
 from align.lint.tokens import (
     Limits,
     Supervise,
@@ -263,7 +263,7 @@ class Linter:
             self.findings.add("generation-prompt-differs", sequence.place, excerpt)
 
     def _check_padding(self, split: str, batch: list[tuple[dict[str, Any], int]], collator: Collator) -> None:
-        """Check that rows have as many labels in a padded batch as alone."""
+        """Check that rows have as many labels in a padded batch as without padding."""
         padded = padded_label_counts([row for row, _ in batch], collator)
         alone = [count for _, count in batch]
         if padded and padded[: len(alone)] != alone:

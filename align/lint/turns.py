@@ -86,7 +86,7 @@ def _check_text(text: str, speaker: str, place: Place, chat_format: ChatFormat, 
 
 
 def _check_foreign(text: str, speaker: str, place: Place, chat_format: ChatFormat, findings: Findings) -> None:
-    """Report marks of other models' templates; those of the row's template have their own findings."""
+    """Report marks of other models' templates; marks of the row's template have separate findings."""
     # The first foreign mark is enough: the row counts once.
     for mark in FOREIGN.finditer(text):
         name = mark.group().strip()
@@ -159,7 +159,7 @@ class CallChecks:
         schemas = tool_schemas(row.get("tools"))
         for name, messages in turns(row):
             if name == "rejected" or (name == "completion" and row.get("label") is False):
-                continue  # nothing is to be learned from such a call
+                continue  # such a call is not to be learned
             before = [] if name == "prompt" else list(row["prompt"])
             for index, message in enumerate(messages):
                 if message["role"] != "assistant" or message.get("train") is False:

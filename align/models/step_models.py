@@ -14,7 +14,7 @@ from align.models.checkpoints.files import digests
 
 @dataclass(frozen=True)
 class StepModels:
-    """Implements ``align.data.steps.base.ModelLoaders``."""
+    """Implements ``align.data.steps.step.ModelLoaders``."""
 
     def digests(self, folder: Path) -> dict[str, str]:
         """Return the sha256 of every file of a model folder that a loader may read, by its path in it."""

@@ -19,7 +19,7 @@ from align.config.user_paths import cache_folder
 from align.config.validation import validate
 from align.data.builds.dataset_recipe import check_named_columns, dataset_recipe, guess, is_local, kind_of, sources_of
 from align.data.sources import identity
-from align.data.steps.step_identities import step_identities
+from align.data.steps.step import step_identities
 from align.errors import UserError
 from align.models.checkpoints.files import read_optional
 from align.models.step_models import StepModels

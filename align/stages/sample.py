@@ -24,7 +24,7 @@ from align.pipeline.context import StageContext
 from align.stages.sample_episodes import LateEngine, SampledSplit, sample_episodes
 from align.store.fingerprint import digest
 from align.store.json_files import read_entry, write_entry
-from align.synthesis.counts import write_lines, write_table
+from align.synthesis.selection import write_lines, write_table
 
 SPLITS = ("train", "test")
 

@@ -21,7 +21,7 @@ from align.data.rows import Message, Row, user
 from align.errors import UserError, missing_extra
 from align.inference.requests import Answer
 from align.store.json_files import numbered_lines
-from align.synthesis.counts import Ledger
+from align.synthesis.selection import Ledger
 
 LEVEL = "candidates"
 SOURCE = "synthetic/instructions"
@@ -121,7 +121,7 @@ class _InstructionGenerator:
         rng = random.Random(f"{self.seed}:{number}")  # noqa: S311  (data, not secrecy)
         new = [row["prompt"][0]["content"] for row in self.rows]
         chosen = rng.sample(new, min(self.task.made_examples, len(new)))
-        # The first rounds have few instructions of their own, so seeds take the places that are left.
+        # The first rounds have few new instructions, so seeds take the places that are left.
         chosen += rng.sample(self.example_seeds, self.task.seed_examples + self.task.made_examples - len(chosen))
         rng.shuffle(chosen)
         return chosen
@@ -261,7 +261,7 @@ class Pool:
         """Return the most similar text, among equals one of similar length; None if none shares a word."""
         coded = self._code(text)
         best: Nearest | None = None
-        # Nearest lengths first. The lengths alone bound the similarity, so most texts need no comparison.
+        # Nearest lengths first. The lengths already bound the similarity, so most texts need no comparison.
         for length in sorted(self._coded, key=lambda length: (abs(length - len(coded)), length)):
             lower_bound = 0.0 if best is None else best.similarity
             upper_bound = 2 * min(length, len(coded)) / max(1, length + len(coded))

@@ -1,6 +1,6 @@
 """Preference pairs from several responses to each prompt, by scores or by a judge; ties are separate. Torch-free.
 
-Pairs are made by ``align.data.steps.pairs.make_pairs``, like those of the ``sample`` stage, but without label noise.
+Pairs are made by ``align.data.steps.pairs.make_pairs``, as in the ``sample`` stage, but without label noise.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from align.data.rows import Message, Row, kept_columns
 from align.data.steps.pairs import make_pairs
 from align.evaluation.judges.judge import Outcome, Verdict, combine_verdicts, fill_rubric, pair_prompt, read_verdict
 from align.inference.requests import Answer
-from align.synthesis.counts import Ledger
 from align.synthesis.selection import (
     ANSWERS,
     OTHER_BEGINNINGS,
     ROWS,
+    Ledger,
     PromptResponses,
     drop_prompt,
     pair_sides,

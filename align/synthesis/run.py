@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.config.endpoint import EndpointConfig
 from align.config.stages.synthesize import BestOfTask, InstructionsTask, PairsTask, ResponsesTask
@@ -24,12 +24,8 @@ from align.pipeline.context import StageContext
 from align.store.fingerprint import canonical
 from align.store.json_files import write_text_atomically
 from align.synthesis import instructions, pairing, selection
-from align.synthesis.counts import Ledger, split_by_prompt, write_lines, write_table
-from align.synthesis.episodes import EndpointEpisodes, episode_rates, report_failures
-from align.synthesis.selection import PromptResponses
-
-if TYPE_CHECKING:
-    from align.synthesis.episodes import EpisodeParts
+from align.synthesis.episodes import EndpointEpisodes, EpisodeParts, Policy, episode_rates, report_failures
+from align.synthesis.selection import Ledger, PromptResponses, split_by_prompt, write_lines, write_table
 
 SPLITS = ("train", "test")
 COLUMNS = {"instructions": (), "pairs": ("chosen", "rejected")}
@@ -66,7 +62,7 @@ class _Synthesis:
         if config.environment is not None:
             for split in SPLITS:
                 check_user_rows(config.environment, self._prompts(split), context.name)
-        # Loaded first, so a misspelled name ends the stage at once.
+        # The scorer is loaded first, so a misspelled name ends the stage at once.
         self.scorer = self._open_scorer()
         self.engines: Any = None
         self.played: list[Episode] = []
@@ -94,7 +90,7 @@ class _Synthesis:
     def _backend(self, field: str, endpoint: EndpointConfig | None, place: str) -> Backend:
         if endpoint is not None:
             return Endpoint(endpoint, drop=self.config.on_error == "drop", place=place)
-        # Late, since they import torch.
+        # Imported late, since they import torch.
         from align.models.compute.threads import use_threads
         from align.synthesis.local_model import Engines, LocalModel
 
@@ -172,7 +168,8 @@ class _Synthesis:
         if self.engines is not None and self.judge is None:
             self.engines.close()  # frees memory for the reward model
         # 2. Scores of both splits in one call, so a reward model fills its batches.
-        self._score([*responses["train"], *responses["test"]])
+        if self.scorer is not None or self.config.environment is not None:
+            selection.score_all([*responses["train"], *responses["test"]], self.scorer)
         # 3. Rows, split by split.
         output = _Output({}, [], [] if isinstance(self.config.task, PairsTask) else None)
         for split in SPLITS:
@@ -219,13 +216,12 @@ class _Synthesis:
         if isinstance(model, Endpoint):
             speaker = config.environment.user
             if speaker is not None and speaker.model is not None:
-                # Late, since it imports torch, which nothing but the user's checkpoint needs.
+                # Imported late, since it imports torch, which only the user's checkpoint needs.
                 from align.models.compute.threads import use_threads
 
                 use_threads(self.context.runtime)
             return EndpointEpisodes(self.context, model.identity, lambda requests: self.client.ask(model, requests))
-        # Late, since they import torch.
-        from align.synthesis.episodes import EpisodeParts, Policy
+        # Imported late, since it imports torch.
         from align.synthesis.local_model import LocalModel
 
         assert isinstance(model, LocalModel)
@@ -253,13 +249,8 @@ class _Synthesis:
             requests += [self._request(prompt, sample) for sample in range(first, times[name])]
         return requests
 
-    def _score(self, prompts: list[PromptResponses]) -> None:
-        """Fill in the scores of both splits at once, where something scores."""
-        if self.scorer is not None or self.config.environment is not None:
-            selection.score_all(prompts, self.scorer)
-
     def _open_scorer(self) -> WeightedSum | None:
-        """Return what scores: the list, the function or the reward stage; None if a judge compares, or nobody.
+        """Return the scorer: the list, the function or the reward stage; None if a judge compares, or without scores.
 
         An environment scores its episodes by itself.
         """

@@ -354,7 +354,7 @@ def test_private_weights_do_not_go_to_a_public_repository(
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_never_shows_the_token(status: int, hub: Hub, online: None, tiny_model: Path) -> None:
-    from align.data.licenses import License
+    from align.data.card import License
     from align.errors import UserError
 
     hub.refuse = status
@@ -365,7 +365,7 @@ def test_a_refusal_never_shows_the_token(status: int, hub: Hub, online: None, ti
 
 
 def test_a_hub_that_is_away_is_a_failure(hub: Hub, online: None, tiny_model: Path) -> None:
-    from align.data.licenses import License
+    from align.data.card import License
 
     address = hub.address
     hub.shutdown()

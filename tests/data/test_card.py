@@ -1,4 +1,4 @@
-"""Other people's text in Markdown stays text."""
+"""Other people's text in Markdown stays text, and the license of a mixture has the obligations of its parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.data.card import fenced, plain, read_name, read_recipe, size_category, table, write_card
+from align.data.card import (
+    OBLIGATIONS,
+    fenced,
+    mixture_license,
+    normalize_license,
+    plain,
+    read_name,
+    read_recipe,
+    size_category,
+    table,
+    write_card,
+)
 from tests.support.data.sample_build import HOSTILE, pair, row, write_build
 
 RECIPE = {
@@ -87,7 +98,7 @@ def test_the_body_accounts_for_sources_steps_and_recipe(build: Path) -> None:
     assert read_recipe(build) == RECIPE and read_name(build) == "demo"
 
 
-def test_a_folder_without_a_card_of_ours_has_its_own_name_and_no_recipe(tmp_path: Path) -> None:
+def test_folder_without_card_has_its_name_and_no_recipe(tmp_path: Path) -> None:
     for text in (None, "hello", "---\n- a\n---\n", "---\n{\n---\n## Recipe\n\n```yaml\n{\n```\n"):
         if text is not None:
             (tmp_path / "README.md").write_text(text)
@@ -104,7 +115,7 @@ def test_an_unknown_license_is_said_plainly(build: Path) -> None:
     assert "The license of at least one source is not known" in text
 
 
-def test_licenses_that_do_not_fit_are_other_with_a_name_and_a_link(build: Path) -> None:
+def test_incompatible_licenses_are_other_with_a_link(build: Path) -> None:
     ledger = json.loads((build / "ledger.json").read_text())
     ledger["sources"][0]["license"] = "CC-BY-NC-4.0"
     (build / "ledger.json").write_text(json.dumps(ledger))
@@ -179,3 +190,60 @@ def test_a_code_block_is_not_left() -> None:
 
 def test_what_steers_a_terminal_or_reorders_text_is_escaped() -> None:
     assert plain("a\x1b[31m\u202eb") == r"a\\x1b\[31m\\u202eb"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("Apache-2.0", "apache-2.0"),
+        ("CC-BY-SA-3.0", "cc-by-sa-3.0"),
+        ("cc by-nc 4.0", "cc-by-nc-4.0"),
+        (" MIT ", "mit"),
+        ("ODC-By-1.0", "odc-by"),
+        ("", "unknown"),
+        (None, "unknown"),
+        ("our own terms", "our own terms"),
+    ],
+)
+def test_names_are_the_hubs(words: str | None, name: str) -> None:
+    assert normalize_license(words) == name
+
+
+@pytest.mark.parametrize(
+    ("parts", "full"),
+    [
+        (["MIT"], ("mit",)),
+        (["MIT", "Apache-2.0"], ("apache-2.0", "mit")),  # both ask for credit: both must be met
+        (["CC0-1.0", "MIT"], ("mit",)),
+        (["MIT", "CC-BY-SA-3.0"], ("cc-by-sa-3.0",)),
+        (["CC-BY-4.0", "CC-BY-NC-4.0"], ("cc-by-nc-4.0",)),
+        (["CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "MIT"], ("cc-by-nc-sa-4.0",)),
+        (["CC-BY-NC-4.0", "CC-BY-SA-4.0"], ("other",)),  # share alike forbids adding "non-commercial"
+        (["CC-BY-SA-4.0", "ODbL-1.0"], ("other",)),
+        (["MIT", None], ("unknown",)),
+        (["CC-BY-NC-4.0", None], ("unknown",)),
+        (["MIT", "our own terms"], ("other",)),
+        ([], ("unknown",)),
+    ],
+)
+def test_a_mixture_has_the_strictest(parts: list[str | None], full: tuple[str, ...]) -> None:
+    assert mixture_license(parts).names == full
+    assert mixture_license(reversed(parts)).names == full
+
+
+def test_concerns_name_what_may_forbid_passing_it_on() -> None:
+    assert mixture_license(["MIT", "CC0-1.0", "CC-BY-SA-4.0"]).concerns == ()
+    concerns = mixture_license(["CC-BY-NC-4.0", None, "CC-BY-ND-4.0", "house rules"]).concerns
+    assert concerns == (
+        "cc-by-nc-4.0 forbids commercial use",
+        "cc-by-nd-4.0 forbids passing on changed versions, and a build is one",
+        "'house rules' is not a license with known terms",
+        "a source's license is not known",
+    )
+    assert "do not fit" in mixture_license(["CC-BY-NC-4.0", "CC-BY-SA-4.0"]).concerns[-1]
+
+
+def test_every_non_commercial_name_says_so() -> None:
+    for name, obligation in OBLIGATIONS.items():
+        assert ("-nc" in name) == ("non-commercial" in obligation)
+        assert ("-nd" in name) == ("no derivatives" in obligation)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from align.data.checkers import KINDS, explain, gold, gsm8k_answer, passes_guard, satisfies
+from align.data.checkers import KINDS, gold, gsm8k_answer, passes_guard, satisfies
 
 PASS_FAIL = {
     "lowercase": ({}, "all small.", "All small."),
@@ -57,7 +57,7 @@ def test_guard() -> None:
     assert not passes_guard(guard, "cats cats cats purr softly")  # 3 of 5 words the same
 
 
-def test_gold_is_the_share_of_constraints_and_zero_without_the_guard() -> None:
+def test_gold_is_share_of_constraints_under_the_guard() -> None:
     checks = {
         "constraints": [{"kind": "lowercase"}, {"kind": "ifeval", "id": "punctuation:no_comma", "args": {}}],
         "guard": {"min_words": 2, "any_of": ["cat"]},
@@ -65,7 +65,6 @@ def test_gold_is_the_share_of_constraints_and_zero_without_the_guard() -> None:
     row = {"id": "1", "source": "t", "checks": json.dumps(checks)}
     assert gold([row] * 4, ["cats purr", "Cats purr", "Cats, purr", ""]) == [1.0, 0.5, 0.0, 0.0]
     assert gold([row], ["dogs bark"]) == [0.0]
-    assert explain(row, "Cats purr") == {"guard": True, "lowercase": False, "punctuation:no_comma": True}
     with pytest.raises(ValueError, match="no constraints"):
         gold([row | {"checks": ""}], ["x"])
 

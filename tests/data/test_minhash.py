@@ -96,7 +96,7 @@ def test_chance_agreement_of_bytes_is_taken_off() -> None:
     assert abs(off.mean()) < 4 * standard_error(1 / 256, 128) / 400**0.5  # it would be 1 / 256 = 0.0039
 
 
-def test_parts_are_compared_apart_and_marked_parts_with_their_like_only() -> None:
+def test_marked_parts_match_only_marked_parts() -> None:
     sketched = sketch([[("a b c", 0), ("d e f", 1)]], shingle=2)
     assert (sketched[0] != sketch([[("a b c d e f", 0)]], shingle=2)[0]).any()
     swapped = sketch([[("d e f", 0), ("a b c", 1)]], shingle=2)
@@ -169,7 +169,7 @@ def template_rows(count: int, shared: int) -> list[str]:
     return [" ".join([*first, *words(rng, 100 - shared)]) for _ in range(count)]
 
 
-def test_crowded_buckets_are_compared_within_the_window_and_the_rest_is_counted(
+def test_large_buckets_are_compared_within_the_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(minhash, "WINDOW", 4)
@@ -330,7 +330,7 @@ def test_the_first_of_equal_keys() -> None:
     assert first_equal(np.zeros(0)).tolist() == []
 
 
-def test_others_than_the_first_are_dropped_by_their_number_in_the_table() -> None:
+def test_first_stays_uses_row_numbers_of_the_table() -> None:
     code, instead = first_stays(6, np.array([1, 2, 4, 5]), np.array([0, 1, 0, 1]))
     assert code.tolist() == [-1, -1, -1, -1, 0, 0] and code.dtype == np.int32
     assert instead.tolist() == [-1, -1, -1, -1, 1, 2] and instead.dtype == np.int64

@@ -65,7 +65,7 @@ def test_everything_goes_when_asked_for(build: Path, hub: Hub, online: None) -> 
     assert added["ledger.json"] == (build / "ledger.json").read_bytes()
 
 
-def test_shards_of_an_earlier_push_are_deleted_in_the_same_commit(build: Path, hub: Hub, online: None) -> None:
+def test_push_deletes_shards_of_earlier_push(build: Path, hub: Hub, online: None) -> None:
     hub.files = [
         "train-00000-of-00003.parquet",
         "train-00000-of-00002.parquet",

@@ -9,7 +9,7 @@ import pytest
 
 from align.data.builds.build import _RowReader
 from align.data.rows import Row, write_rows
-from align.data.steps.base import Table
+from align.data.steps.step import Table
 from tests.support.data.steps.tables import row
 
 

@@ -65,7 +65,7 @@ def called(name: str) -> dict:
     return {"id": name, "source": "s", "prompt": [user("a"), calling, result], "checks": "", "tools": "[]"}
 
 
-def test_calls_of_tools_are_fields_of_the_messages_that_have_them(tmp_path: Path) -> None:
+def test_only_messages_with_calls_have_tool_calls(tmp_path: Path) -> None:
     plain = {"id": "2", "source": "s", "prompt": [user("a")], "checks": "", "completion": [assistant("b")]}
     write_rows(tmp_path / "both.parquet", [called("1"), plain])
     assert read_rows(tmp_path / "both.parquet") == [called("1") | {"completion": None}, plain | {"tools": None}]
@@ -140,7 +140,7 @@ def test_large_integers_beside_fractions_stay_exact(tmp_path: Path, numbers: lis
     assert [row["count"] for row in read_rows(tmp_path / "a.parquet")] == numbers
 
 
-def test_an_integer_that_does_not_fit_the_fractions_of_another_file_is_refused(tmp_path: Path) -> None:
+def test_integer_too_large_for_float_column_is_refused(tmp_path: Path) -> None:
     for name, number in (("a", 2**60 + 1), ("b", 1.5)):
         write_rows(tmp_path / f"{name}.parquet", [called(name) | {"count": number}])
     tables = [pq.read_table(tmp_path / f"{name}.parquet") for name in "ab"]

@@ -95,7 +95,7 @@ def test_arguments_reach_the_function() -> None:
         function_scorer("tests.support.rewards:length", {"limt": 2}, place="score[1]")
 
 
-def test_a_function_of_one_response_may_return_metrics_and_leave_some_out() -> None:
+def test_function_of_one_response_may_skip_metrics() -> None:
     parts = function_scorer("tests.support.rewards:vowels").score_parts(ROWS[:2], ["ax", "xyz"])
     assert parts.pop("vowels")[0] == 1.0
     assert parts == {"": [0.5, 0.0], "characters": [2.0, 3.0]}
@@ -103,7 +103,7 @@ def test_a_function_of_one_response_may_return_metrics_and_leave_some_out() -> N
     assert math.isnan(missing)
 
 
-def test_async_calls_run_together_up_to_a_bound_and_stay_in_order() -> None:
+def test_async_calls_are_bounded_and_stay_in_order() -> None:
     rewards.WATCH["most"] = 0
     responses = ["a" * number for number in range(30)]
     rows = [{"id": str(number), "checks": ""} for number in range(30)]
@@ -204,7 +204,7 @@ def test_combinations_by_hand():
     assert combine([1.0, 2.0, 6.0], "uncertainty", 0.5) == pytest.approx(3.0 - 0.5 * 14 / 3)
 
 
-def test_an_ensemble_scores_each_response_and_tells_how_far_its_members_are_apart():
+def test_ensemble_reports_spread_of_its_members():
     parts = Ensemble((Fixed(1.0, 4.0), Fixed(3.0, 4.0)), "minimum").score_parts([{}, {}], ["a", "b"])
     assert parts == {"": [1.0, 4.0], "spread": [1.0, 0.0]}
 

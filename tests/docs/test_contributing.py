@@ -18,8 +18,8 @@ from align.errors import StageFailed, UserError
 from align.export.export import Written
 from align.export.model_card import write_model_card
 from align.export.model_card_facts import Facts
-from align.lint.command import lint_dataset
 from align.lint.encodings import RowEncoding
+from align.lint.trainer import lint_dataset
 from align.pipeline.registry import STAGES, Stage, load_object
 from align.store.artifacts import Artifact
 

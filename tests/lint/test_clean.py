@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from align.data.rows import assistant, user
+from align.lint.across_rows import MARKS, TOKENS
 from align.lint.chat_format import MARK
 from align.lint.linter import Options
-from align.lint.pairs import MARKS, TOKENS
 from align.lint.turns import FOREIGN, OVERRIDE, PLACEHOLDER
 from tests.support.lint.dialects import SPECS, tokenizer_of
 from tests.support.lint.harness import alarms, look

@@ -13,9 +13,10 @@ from align.cli.main import main
 from align.config.stages.lint import RULES
 from align.data.rows import assistant, user
 from align.errors import UserError
-from align.lint.command import lint_dataset, lint_rows, load_tokenizer_and_limits
 from align.lint.findings import Example, Finding, Findings, Place, format_findings, has_errors
-from tests.support.lint.harness import dataset, instructions, pairs
+from align.lint.linter import Options
+from align.lint.trainer import lint_dataset, load_tokenizer_and_limits
+from tests.support.lint.harness import dataset, instructions, look, pairs
 
 DOCS = Path(__file__).parents[2] / "docs" / "lint.md"
 
@@ -86,12 +87,12 @@ def test_only_a_sample_of_many_rows(tiny_model: Path, tmp_path: Path) -> None:
 def test_rows_at_hand(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer, limits, ends = load_tokenizer_and_limits(str(tiny_model), tmp_path, None)
     assert (limits.context, limits.embeddings, ends) == (2048, 260, {2})
-    assert not lint_rows(instructions(), tokenizer, "instructions")
+    assert not look(tokenizer, instructions(), options=Options("instructions"))
     labeled = [{**row, "label": number % 2 == 0} for number, row in enumerate(instructions(60))]
-    assert not lint_rows(labeled, tokenizer, "unpaired")
+    assert not look(tokenizer, labeled, options=Options("unpaired"))
 
 
-def test_a_tokenizer_with_faults_of_its_own_is_linted_and_not_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_faulty_tokenizer_is_linted_and_not_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in tiny_model.iterdir():

@@ -50,7 +50,7 @@ def test_clean_rows_raise_no_alarm(name: str, stage: Any) -> None:
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
 @pytest.mark.parametrize("name", SPECS)
-def test_answers_that_were_cut_off_raise_no_alarm_where_they_have_no_end(name: str, stage: Any) -> None:
+def test_cut_off_answer_without_end_raises_no_alarm(name: str, stage: Any) -> None:
     marks = dict.fromkeys(("completion_finished", "chosen_finished", "rejected_finished"), False)
     rows = [{**row, **(marks if index % 3 else {})} for index, row in enumerate(clean(12))]
     assert not alarms(look(dialects.tokenizer_of(name), rows, options=Options(stage)))

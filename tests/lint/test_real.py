@@ -13,9 +13,8 @@ from align.config.validation import validate_plain
 from align.data.formats import convert
 from align.data.rows import Dropped
 from align.data.sources import choose_format, read
-from align.lint.across_rows import check_quoted_answers, check_repeated_answers, check_roles
+from align.lint.across_rows import check_quoted_answers, check_repeated_answers, check_roles, differ_in_punctuation
 from align.lint.findings import Findings, Place
-from align.lint.pairs import differ_in_punctuation
 from align.lint.turns import check_results, check_thoughts
 
 SYSTEM = "unexpected-system-prompt"  # SmolLM2's template has one of its own

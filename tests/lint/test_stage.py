@@ -70,7 +70,7 @@ def test_a_waived_error_is_trained_on_and_warned_of(kind: str, tiny_model: Path,
     assert warning["message"].startswith("stage: error (waived) special-token-in-content, 1 of 24 rows:")
 
 
-def test_warnings_are_said_and_what_the_stage_counts_is_said_once(tiny_model: Path, tmp_path: Path) -> None:
+def test_warnings_are_logged_and_counted_faults_only_once(tiny_model: Path, tmp_path: Path) -> None:
     train = rows(16)
     train[3]["prompt"] = [user("Dear {{name}}, say violet")]
     train[5]["completion"] = [assistant("y" * 200)]  # cut at 128 tokens

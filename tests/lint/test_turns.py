@@ -166,7 +166,7 @@ def test_whole_episodes_raise_no_alarm(name: str, stage: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "chatml-tools"])
-def test_an_unreadable_call_is_no_fault_of_an_answer_that_is_not_learned(name: str) -> None:
+def test_unreadable_call_in_unlearned_answer_is_ignored(name: str) -> None:
     rejected = episodes()
     for pair in rejected:
         pair["rejected"] = [assistant("<tool_call>{not json</tool_call>"), user("what?"), assistant("sorry")]
@@ -203,7 +203,7 @@ def test_sides_that_call_differently_do_not_differ_in_case_alone(
     assert "sides-differ-in-case-alone" not in findings and "chosen-equals-rejected" not in findings
 
 
-def test_pairs_with_other_calls_and_the_same_last_words_do_not_contradict() -> None:
+def test_pairs_with_other_calls_do_not_contradict() -> None:
     first = pair(0, ask_tool(2, "It is 4."), ask_tool(3, "It is 5."))
     other_calls = pair(1, ask_tool(7, "It is 5."), ask_tool(8, "It is 4."))
     turned = pair(2, first["rejected"], first["chosen"])

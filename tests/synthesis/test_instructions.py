@@ -15,7 +15,6 @@ from align.config.stages.synthesize import InstructionsTask
 from align.data.rows import Message, user
 from align.errors import UserError
 from align.inference.requests import Answer
-from align.synthesis.counts import Ledger
 from align.synthesis.instructions import (
     Nearest,
     Pool,
@@ -26,6 +25,7 @@ from align.synthesis.instructions import (
     rouge_words,
     seeds_from_prompts,
 )
+from align.synthesis.selection import Ledger
 
 SEEDS = [
     Seed(f"Explain topic {word} in plain words")
@@ -124,7 +124,7 @@ def test_the_boundary_of_novelty_is_kept() -> None:
     assert instructions == []
 
 
-def test_what_was_made_before_counts_as_known_within_one_answer_too() -> None:
+def test_novelty_counts_within_one_answer() -> None:
     instructions, ledger, _ = _make("9. Plan a trip to the northern coast\n10. Plan a trip to the southern coast")
     assert instructions == ["Plan a trip to the northern coast"]
     assert ledger.to_json()["candidates"]["dropped"] == {"not novel": 1}

@@ -12,9 +12,8 @@ from align.config.stages.synthesize import BestOfTask, PairsTask, ResponsesTask
 from align.data.rows import Message, Row, user
 from align.data.scoring import FunctionScorer
 from align.inference.requests import Answer
-from align.synthesis.counts import Ledger, split_by_prompt
 from align.synthesis.pairing import Judge, pair_by_judge, pair_by_score
-from align.synthesis.selection import PromptResponses, score_all, select_all, select_best
+from align.synthesis.selection import Ledger, PromptResponses, score_all, select_all, select_best, split_by_prompt
 
 CUT = Answer("cut", finished=False)
 EMPTY, REFUSED, FAILED = Answer(" "), Answer("no", refused=True), Answer("", error="status 400")
@@ -57,7 +56,7 @@ def test_every_different_answer_becomes_a_row() -> None:
     assert actual["prompts"] | {"examples": 0} == {"in": 2, "out": 1, "dropped": {"no answer of use": 1}, "examples": 0}
 
 
-def test_one_answer_keeps_the_rows_name_and_a_cut_off_one_stays_where_asked() -> None:
+def test_one_answer_keeps_the_id_of_its_row() -> None:
     rows = select_all(ResponsesTask(type="responses", cut_off="keep"), [_one(CUT)], Ledger())
     assert [(row["id"], row["completion"][0]["content"]) for row in rows] == [("r", "cut")]
     assert rows[0]["completion_finished"] is False

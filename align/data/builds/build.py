@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from align.config.recipe.recipe import Recipe
 from align.config.recipe.source_settings import labels
 from align.data.builds.build_files import finish
-from align.data.builds.ledger import Counts, SourceLine, describe_empty_split, make_ledger
+from align.data.builds.ledger import Counts, describe_empty_split, make_ledger
 from align.data.builds.shards import (
     Pass,
     StoredVerdict,
@@ -36,12 +36,11 @@ from align.data.builds.shards import (
     store_verdict,
 )
 from align.data.builds.workers import BuildResources, Workers
-from align.data.licenses import mixture_license
+from align.data.card import mixture_license
 from align.data.rows import take_rows
 from align.data.sources import choose_format, identity, read, source_folder
-from align.data.steps.base import StepContext, Table, TableStep, Verdict, keep_all
 from align.data.steps.split import SPLITS, IdenticalStep, MaxRowsStep, SplitStep, UsableStep
-from align.data.steps.step_kinds import STEPS, start_step
+from align.data.steps.step import STEPS, StepContext, Table, TableStep, Verdict, keep_all, start_step
 from align.errors import UserError
 from align.store.fingerprint import digest
 
@@ -79,11 +78,17 @@ class Build:
         """
         # Sources are identified before anything is read, since the ledger records what the build began with.
         sources = [
-            SourceLine(name, source.type, source.part, self._license(source), identity(source, self.base, self.inputs))
+            {
+                "source": name,
+                "type": source.type,
+                "part": source.part,
+                "license": self._license(source),
+                "identity": identity(source, self.base, self.inputs),
+            }
             for name, source in zip(labels(self.recipe.sources), self.recipe.sources, strict=True)
         ]
         steps = self._steps()
-        first = self._first_pass(steps, [source.name for source in sources])
+        first = self._first_pass(steps, [str(source["source"]) for source in sources])
         # Step 0 is the conversion of records, so the steps are numbered from 1.
         with Workers(self.resources) as workers:
             last, shards = self._passes(first, deque(enumerate(steps, start=1)), workers)
@@ -196,9 +201,8 @@ class Build:
         spec.folder.mkdir(parents=True, exist_ok=True)
         steps = (*spec.row_steps, *spec.table_steps)
         # Every local worker would load the model anew, so a pass that runs one stays in this process.
-        runs_model = any(STEPS[type(config)].runs_model for _, config, _ in steps)
+        runs_model = any(STEPS[config.type].runs_model for _, config, _ in steps)
         tasks = self._first_tasks(spec) if spec.before is None else self._later_tasks(spec)
-        done = 0
         rows: list[int] = []
         step_name = spec.steps[steps[0][0] if steps else 0]
         # Workers report shards in order; everything about one is read from its summary, also after a resumed build.
@@ -208,9 +212,8 @@ class Build:
             rows.append(summary.rows)
             self.counts.merge(summary.counts)
             self._add_seconds(summary.seconds)
-            done += summary.rows
             if self.progress:
-                self.progress(done, step_name)
+                self.progress(sum(rows), step_name)
         return rows
 
     def _first_tasks(self, spec: Pass) -> Iterator[Task]:
@@ -318,7 +321,7 @@ def _next_steps(pending: deque[NumberedStep]) -> tuple[list[NumberedStep], list[
     table_steps: list[NumberedStep] = []
     while pending:
         # A row step behind a table step needs its verdict, so it waits for the next pass.
-        needs_all_rows = STEPS[type(pending[0][1])].needs_all_rows
+        needs_all_rows = STEPS[pending[0][1].type].needs_all_rows
         if table_steps and not needs_all_rows:
             break
         (table_steps if needs_all_rows else row_steps).append(pending.popleft())

@@ -177,10 +177,10 @@ def _schema(last: Path, shards: Sequence[int]) -> pa.Schema:
     """Return the schema that all shards' rows fit, without the build's internal fields."""
     files = [last / f"{shard:05d}.parquet" for shard in shards]
     schema = merged_schema([pq.read_schema(file) for file in files if pq.read_metadata(file).num_rows])
-    known = list(column_types())
+    usual_order = list(column_types())
     names = [name for name in schema.names if not name.startswith("_")]
     # Known columns in their usual order, then those that steps or users added, by name.
-    names.sort(key=lambda name: (known.index(name) if name in known else len(known), name))
+    names.sort(key=lambda name: (usual_order.index(name) if name in usual_order else len(usual_order), name))
     return pa.schema([schema.field(name) for name in names])
 
 

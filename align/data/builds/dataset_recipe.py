@@ -129,7 +129,7 @@ def guess(source: Source, base: Path, kind: str | None = None) -> Guess:
 
     Raises ``UserError`` for a source that cannot be read, and for records that fit no format or several.
     """
-    # Late: a plan of a recipe guesses nothing, and reads no records.
+    # Imported late, because a plan of a recipe reads no records.
     from align.data.sources import choose_format, read
 
     choice = choose_format(source, read(source, base), kind)
@@ -141,7 +141,7 @@ def check_named_columns(source: Source, base: Path) -> None:
     """Raise ``UserError`` for a column that a source of local files names and its first records lack."""
     if not isinstance(source, FilesSource) or not source.columns:
         return
-    # Late: a plan without named columns reads no records.
+    # Imported late, because a plan without named columns reads no records.
     from align.data.formats.detection import DETECTION_RECORDS
     from align.data.sources import read
 

@@ -119,7 +119,7 @@ def _make_unique(keys: np.ndarray) -> np.ndarray:
     ordered = keys[order]
     places = np.arange(len(keys))
     new = np.r_[True, ordered[1:] != ordered[:-1]] if len(keys) else np.zeros(0, bool)
-    # Place within the run of equal keys: the place minus that of the run's first member.
+    # Place within the run of equal keys: the place minus the place of the run's first member.
     rank = places - np.maximum.accumulate(np.where(new, places, 0)) if len(keys) else places
     unique = np.empty_like(keys)
     unique[order] = ordered + rank.astype(np.uint64) * _ODD

@@ -100,28 +100,20 @@ class Counts:
         return counts
 
 
-@dataclass(frozen=True)
-class SourceLine:
-    """The ledger's facts about a source, in addition to its counts."""
-
-    name: str
-    type: str
-    part: str
-    license: str | None
-    identity: dict[str, str]
-
-
 def make_ledger(
     counts: Counts,
     steps: Sequence[str],
-    sources: Sequence[SourceLine],
+    sources: Sequence[dict[str, Any]],
     *,
     notes: dict[int, dict[str, Any]],
     splits: dict[str, int],
     digests: dict[str, str],
     format_choices: dict[str, str],
 ) -> dict[str, Any]:
-    """Return the ledger. Raises ``AssertionError`` when a step's input is not the output of the step before."""
+    """Return the ledger. ``sources`` are the facts about each source, in addition to its counts.
+
+    Raises ``AssertionError`` when a step's input is not the output of the step before.
+    """
     lines = [_step_line(counts, number, name, sources, notes.get(number, {})) for number, name in enumerate(steps)]
     # Every row must be accounted for: a step receives what the step before returned.
     for before, after in itertools.pairwise(lines):
@@ -146,9 +138,9 @@ def make_ledger(
 
 
 def _step_line(
-    counts: Counts, number: int, name: str, sources: Sequence[SourceLine], notes: dict[str, Any]
+    counts: Counts, number: int, name: str, sources: Sequence[dict[str, Any]], notes: dict[str, Any]
 ) -> dict[str, Any]:
-    tallies = {source.name: counts.tallies.get((number, index), Tally()) for index, source in enumerate(sources)}
+    tallies = {source["source"]: counts.tallies.get((number, index), Tally()) for index, source in enumerate(sources)}
     total = sum(tallies.values(), Tally())
     examples = {reason: counts.examples[number, reason] for reason in sorted(total.dropped)}
     return {
@@ -160,7 +152,7 @@ def _step_line(
     }
 
 
-def _source_line(counts: Counts, number: int, source: SourceLine, steps: int) -> dict[str, Any]:
+def _source_line(counts: Counts, number: int, source: dict[str, Any], steps: int) -> dict[str, Any]:
     tallies = [counts.tallies.get((step, number), Tally()) for step in range(steps)]
     total = sum(tallies, Tally())
     # Summed over steps, rows in and out would count a row once for each step.
@@ -168,11 +160,7 @@ def _source_line(counts: Counts, number: int, source: SourceLine, steps: int) ->
     total.rows_out = tallies[-1].rows_out
     usage = counts.usage[number]
     return {
-        "source": source.name,
-        "type": source.type,
-        "part": source.part,
-        "license": source.license,
-        "identity": source.identity,
+        **source,
         "unused_fields": dict(sorted(usage.unused.items())),
         **({"kept_fields": dict(sorted(usage.kept.items()))} if usage.kept else {}),
         **total.to_json(),

@@ -1,7 +1,7 @@
 """One pass over the shards of a build: apply verdicts, run the row steps, sketch rows for the next verdicts.
 
 A shard's files (rows, dropped rows, sketches) are complete once its ``.json`` exists, which is written last: after a
-kill, a build repeats only the other shards. Runs in worker processes, which share nothing; each shard depends only on
+kill, a build repeats only the other shards. Runs in worker processes, which share no state; each shard depends only on
 its input. ``build.py`` decides which passes there are, and takes the decisions between them.
 """
 
@@ -24,9 +24,8 @@ from align.data.builds.ledger import Counts
 from align.data.formats import SourceFormat, convert
 from align.data.formats.reading import Item
 from align.data.rows import BadRecord, Dropped, Row, content_digest, read_rows, row_id, write_rows
-from align.data.steps.base import RowStep, StepContext, TableStep, Verdict
 from align.data.steps.split import ID_TAKEN
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import RowStep, StepContext, TableStep, Verdict, start_step
 from align.errors import UserError
 from align.store.fingerprint import file_digest
 from align.store.json_files import DamagedFile, parse_sealed, write_sealed
@@ -116,7 +115,7 @@ class _Shard:
 
     @contextlib.contextmanager
     def timed(self, step: int) -> Iterator[None]:
-        """Count the seconds inside as those of a step."""
+        """Count the seconds inside for a step."""
         start = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
@@ -375,7 +374,7 @@ class StoredVerdict:
     def _read_details(path: Path, part: slice) -> dict[int, dict[str, Any]]:
         if not path.exists():
             return {}
-        # Parquet filters row groups, so a worker decodes only the details of its own shard.
+        # Parquet filters row groups, so a worker decodes only the details of the shard.
         inside = (pc.field("row") >= part.start) & (pc.field("row") < part.stop)
         lines = pq.read_table(path, filters=inside).to_pylist()
         return {line["row"] - part.start: json.loads(line["detail"]) for line in lines}

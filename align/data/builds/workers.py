@@ -30,7 +30,7 @@ from align.config.runtime.executor import Executor, LocalExecutor, RayExecutor, 
 from align.data.builds.shards import Pass, Task, Worker, discard_summary, is_complete, read_summary
 from align.data.formats import SourceFormat
 from align.data.rows import BadRecord
-from align.data.steps.base import ModelLoaders
+from align.data.steps.step import ModelLoaders
 from align.errors import UserError
 from align.store.json_files import write_atomically, write_text_atomically
 
@@ -63,7 +63,7 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            # After an error nobody waits for shards whose results nobody will read.
+            # After an error the results of the other shards are not needed.
             self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def run(self, spec: Pass, tasks: Iterator[Task], in_this_process: bool) -> Iterator[None]:
@@ -77,7 +77,7 @@ class Workers:
         tasks = itertools.chain(first, tasks)
         executor = self.resources.executor
         if not isinstance(executor, LocalExecutor) and executor.tasks is not None:
-            yield from ClusterWorkers(executor, executor.tasks).run(spec, tasks)
+            yield from _run_in_jobs(executor, spec, tasks)
         elif in_this_process or self.resources.workers == 1 or len(first) < 2:
             yield from _run_here(spec, tasks)
         else:
@@ -87,9 +87,7 @@ class Workers:
         if self._pool is None:
             # Not fork: the parent may have threads of torch, Arrow or a Hub client.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                self.resources.workers, context, self.resources.start_worker or _do_nothing
-            )
+            self._pool = ProcessPoolExecutor(self.resources.workers, context, self.resources.start_worker)
         waiting: deque[Future[int] | None] = deque()
         for task in tasks:
             # A shard of an earlier attempt takes a place in the queue, so it is reported in its turn.
@@ -110,14 +108,10 @@ def _run_here(spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
     worker: Worker | None = None
     for task in tasks:
         if not is_complete(spec.folder, task.shard):
-            # Late, so a resumed pass with nothing left starts no step.
+            # A resumed pass whose shards are all complete starts no step.
             worker = worker or Worker(spec)
             worker.run(task)
         yield
-
-
-def _do_nothing() -> None:
-    pass
 
 
 _worker: Worker | None = None
@@ -148,69 +142,67 @@ GRACE_SECONDS = 60.0
 """Time that a shared file system may take to show the files of jobs that have ended."""
 
 
-@dataclass(frozen=True)
-class ClusterWorkers:
-    """Does tasks, a pass at a time, like ``workers.Workers``."""
+def _run_in_jobs(config: ClusterExecutor, spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
+    """Yield once for each shard, in order, when it is done by a job; complete shards are not done again.
 
-    config: ClusterExecutor
-    tasks: int
-    """Most jobs of a pass."""
+    Raises ``UserError`` for errors in the data, in a recipe's function or in the cluster's settings, and
+    ``RuntimeError`` for jobs that ended without their shards.
+    """
+    folder = spec.folder / "jobs"
+    # Leftovers of an earlier attempt would be read as tasks or errors of this one.
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "tasks").mkdir(parents=True)
+    shards = 0
+    waiting: list[int] = []
+    formats: dict[int, SourceFormat] = {}
+    for task in tasks:
+        shards += 1
+        formats[task.source] = task.format
+        if not is_complete(spec.folder, task.shard):
+            write_text_atomically(folder / "tasks" / f"{len(waiting):05d}.json", _to_json(task))
+            # The summary of a damaged shard would say that its job is done.
+            discard_summary(spec.folder, task.shard)
+            waiting.append(task.shard)
+    # Ranks take every n-th task, so large neighboring shards are spread over the jobs.
+    if waiting:
+        ranks = min(config.tasks or 1, len(waiting))
+        work = functools.partial(run_rank, spec=spec, folder=folder, formats=formats)
+        _launch(config, work, ranks, folder)
+        _wait_for_jobs(config, spec, folder, waiting)
+    # All jobs run at once, so every shard is reported at the end.
+    yield from itertools.repeat(None, shards)
 
-    def run(self, spec: Pass, tasks: Iterator[Task]) -> Iterator[None]:
-        """Yield once for each shard, in order, when it is done; complete shards are not done again.
 
-        Raises ``UserError`` for errors in the data, in a recipe's function or in the cluster's settings, and
-        ``RuntimeError`` for jobs that ended without their shards.
-        """
-        folder = spec.folder / "jobs"
-        # Leftovers of an earlier attempt would be read as tasks or errors of this one.
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "tasks").mkdir(parents=True)
-        shards = 0
-        waiting: list[int] = []
-        for task in tasks:
-            shards += 1
-            if not is_complete(spec.folder, task.shard):
-                write_text_atomically(folder / "tasks" / f"{len(waiting):05d}.json", _to_json(task))
-                # The summary of a damaged shard would say that its job is done.
-                discard_summary(spec.folder, task.shard)
-                waiting.append(task.shard)
-        # Ranks take every n-th task, so large neighboring shards are spread over the jobs.
-        if waiting:
-            ranks = min(self.tasks, len(waiting))
-            work = functools.partial(run_rank, spec=spec, folder=folder)
-            _launch(self.config, work, ranks, folder)
-            self._wait(spec, folder, waiting)
-        # All jobs run at once, so every shard is reported at the end.
-        yield from itertools.repeat(None, shards)
-
-    def _wait(self, spec: Pass, folder: Path, shards: list[int]) -> None:
-        grace = GRACE_SECONDS if self.config.name == "slurm" else 0
-        gone_since: float | None = None
-        while left := [shard for shard in shards if read_summary(spec.folder, shard) is None]:
-            _raise_error(folder)
-            if _is_queued(self.config, folder):
-                gone_since = None  # a squeue that failed once said that they were gone
-            else:
-                # Files of a finished job may reach this node late (NFS), so wait before the jobs count as failed.
-                gone_since = gone_since or time.monotonic()
-                if time.monotonic() - gone_since > grace:
-                    raise RuntimeError(
-                        f"{self.config.name}: the jobs are gone, and {len(left)} of {len(shards)} shards are not "
-                        f"done (time limit, memory, a node that died). Their logs are in {folder / 'logs'}. The same "
-                        "command goes on with the shards that are left."
-                    )
-            time.sleep(min(POLL_SECONDS, 0.2 if self.config.name == "ray" else POLL_SECONDS))
-        # An error may have been written after the last shard was finished by another rank.
+def _wait_for_jobs(config: ClusterExecutor, spec: Pass, folder: Path, shards: list[int]) -> None:
+    grace = GRACE_SECONDS if config.name == "slurm" else 0
+    gone_since: float | None = None
+    while missing := [shard for shard in shards if read_summary(spec.folder, shard) is None]:
         _raise_error(folder)
+        if _is_queued(config, folder):
+            gone_since = None  # a squeue that failed once said that they were gone
+        else:
+            # Files of a finished job may reach this node late (NFS), so wait before the jobs count as failed.
+            gone_since = gone_since or time.monotonic()
+            if time.monotonic() - gone_since > grace:
+                raise RuntimeError(
+                    f"{config.name}: the jobs are gone, and {len(missing)} of {len(shards)} shards are not "
+                    f"done (time limit, memory, a node that died). Their logs are in {folder / 'logs'}. The same "
+                    "command continues with these shards."
+                )
+        time.sleep(min(POLL_SECONDS, 0.2 if config.name == "ray" else POLL_SECONDS))
+    # An error may have been written after the last shard was finished by another rank.
+    _raise_error(folder)
 
 
-def run_rank(data: Any, rank: int, world_size: int, spec: Pass, folder: Path) -> None:
-    """Do the shards of one rank in a job. An error is written for the build, and raised for the job's own log."""
+def run_rank(data: Any, rank: int, world_size: int, spec: Pass, folder: Path, formats: dict[int, SourceFormat]) -> None:
+    """Do the shards of one rank in a job. An error is written for the build, and raised for the job's own log.
+
+    ``formats`` has the format of each source, by number.
+    """
     worker: Worker | None = None
     try:
         for path in sorted((folder / "tasks").glob("*.json"))[rank::world_size]:
-            task = _from_json(path.read_text(encoding="utf-8"))
+            task = _from_json(path.read_text(encoding="utf-8"), formats)
             if not is_complete(spec.folder, task.shard):
                 worker = worker or Worker(spec)
                 worker.run(task)
@@ -234,7 +226,7 @@ def _to_json(task: Task) -> str:
         {"where": item.where, "problem": item.problem} if isinstance(item, BadRecord) else list(item)
         for item in task.records
     ]
-    head = {"shard": task.shard, "start": task.start, "source": task.source, "format": task.format.to_json()}
+    head = {"shard": task.shard, "start": task.start, "source": task.source}
     return json.dumps({**head, "records": records}, default=_typed)
 
 
@@ -263,18 +255,17 @@ def _untyped(fields: dict[str, Any]) -> Any:
     return getattr(datetime, kind).fromisoformat(value)
 
 
-def _from_json(text: str) -> Task:
+def _from_json(text: str, formats: dict[int, SourceFormat]) -> Task:
     fields = json.loads(text, object_hook=_untyped)
     records = tuple(
         BadRecord(item["where"], item["problem"]) if isinstance(item, dict) else (item[0], item[1])
         for item in fields.pop("records")
     )
-    source_format = SourceFormat.from_json(fields.pop("format"))
-    return Task(**fields, format=source_format, records=records)
+    return Task(**fields, format=formats[fields["source"]], records=records)
 
 
 def _launch(config: ClusterExecutor, work: Callable[..., None], ranks: int, folder: Path) -> None:
-    """Start the jobs: those of Slurm run on, those of Ray have ended when this returns."""
+    """Start the jobs. Jobs of Slurm continue after this returns; jobs of Ray have ended by then."""
     try:
         from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
     except ImportError:
@@ -329,7 +320,7 @@ def _slurm_options(config: SlurmExecutor) -> dict[str, Any]:
 def _outside_of_a_job() -> Iterator[None]:
     """Hide the variables of the Slurm job that this process may run in, a stage's or a sweep's.
 
-    datatrove would take them for those of its jobs, and the jobs would inherit them: srun refuses SLURM_MEM_PER_NODE
+    datatrove would take them for its own, and the jobs would inherit them: srun refuses SLURM_MEM_PER_NODE
     with their own SLURM_MEM_PER_CPU.
     """
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if _is_of_a_job(name)}

@@ -71,9 +71,9 @@ def verified(row: Row, response: str) -> float:
 def _check_task(name: str, arguments: Mapping[str, Any], place: str) -> None:
     import reasoning_gym
 
-    known = reasoning_gym.factory.DATASETS
-    if name not in known:
-        raise UserError(f"{place}: reasoning-gym has no task '{name}'.{suggest(name, known)}")
+    tasks = reasoning_gym.factory.DATASETS
+    if name not in tasks:
+        raise UserError(f"{place}: reasoning-gym has no task '{name}'.{suggest(name, tasks)}")
     try:
         _dataset(name, json.dumps(dict(arguments), sort_keys=True), 0)
     except (TypeError, ValueError, AssertionError) as error:

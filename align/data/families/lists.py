@@ -1,7 +1,7 @@
 """Families with a short reply of a fixed form: lists, objects, choices, numbers, copies, and counts of words.
 
 A ``Task`` is an instruction, a correct reply, and the checks of any reply. Arithmetic and letter counts are the hard
-families.
+families. Words and sentences come from ``bank.json``. Every change of that file changes the embedded dataset's digest.
 """
 
 from __future__ import annotations
@@ -10,9 +10,35 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from importlib import resources
+from typing import Any, NamedTuple
 
-from align.data.families.bank import CATEGORIES, TOPICS, WORDS
+BANK = json.loads(resources.files(__package__).joinpath("bank.json").read_text(encoding="utf-8"))
+REQUESTS: dict[str, list[str]] = BANK["requests"]
+"""Phrasings of the request of each family."""
+CATEGORIES: dict[str, list[str]] = BANK["categories"]
+"""Members of each class, singular and in lower case."""
+SINGULAR: dict[str, str] = BANK["singular"]
+WORDS: list[str] = BANK["words"]
+"""Plain words for sorting, counting letters and repeating."""
+
+
+class Topic(NamedTuple):
+    """A topic to write about.
+
+    ``stem`` must be in an on-topic reply; ``be`` is the verb that agrees; every fact is one sentence that begins with
+    the topic and has no comma; ``taboo`` are likely words that at least two facts do not contain.
+    """
+
+    name: str
+    stem: str
+    be: str
+    adjectives: list[str]
+    facts: list[str]
+    taboo: list[str]
+
+
+TOPICS = [Topic(**topic) for topic in BANK["topics"]]
 
 Constraint = dict[str, Any]
 Guard = dict[str, Any]
@@ -41,40 +67,6 @@ def ifeval(name: str, **arguments: Any) -> Constraint:
     return {"kind": "ifeval", "id": name, "args": arguments}
 
 
-SINGULAR = {
-    "fruits": "fruit",
-    "vegetables": "vegetable",
-    "animals": "animal",
-    "birds": "bird",
-    "colors": "color",
-    "sports": "sport",
-    "jobs": "job",
-    "vehicles": "vehicle",
-    "tools": "tool",
-    "drinks": "drink",
-    "clothes": "garment",
-    "instruments": "instrument",
-    "insects": "insect",
-    "furniture": "furniture",
-    "metals": "metal",
-    "flowers": "flower",
-}
-CHOICES = (
-    ("fruits", "animals"),
-    ("animals", "tools"),
-    ("colors", "sports"),
-    ("jobs", "vehicles"),
-    ("vegetables", "metals"),
-    ("drinks", "instruments"),
-    ("insects", "furniture"),
-    ("birds", "vehicles"),
-    ("sports", "jobs"),
-    ("metals", "birds"),
-    ("instruments", "animals"),
-    ("fruits", "jobs"),
-    ("drinks", "tools"),
-    ("vehicles", "insects"),
-)
 SEPARATORS = {";": "semicolons", "|": "vertical bars (|)", "/": "slashes (/)", "+": "plus signs (+)"}
 
 
@@ -89,84 +81,50 @@ def _phrase(rng: random.Random, category: str) -> str:
 
 def _guard(category: str, count: int) -> Guard:
     """Return a guard that requires half of the items, at least, to be members of the category."""
-    stems = list(CATEGORIES[category])
-    return {
-        "min_words": min(count, 2),
-        "max_words": 60,
-        "max_share": 0.5,
-        "any_of": stems,
-        "min_hits": (count + 1) // 2,
-    }
+    hits = {"any_of": CATEGORIES[category], "min_hits": (count + 1) // 2}
+    return {"min_words": min(count, 2), "max_words": 60, "max_share": 0.5, **hits}
 
 
 def bullets(rng: random.Random) -> Task:
     """Ask for exactly two to five bullet points."""
     category, items = _members(rng, 2, 5)
-    ask = rng.choice(
-        (
-            "List {0} {1} as bullet points.",
-            'Name {0} {1}. Put each on its own line that starts with "- ".',
-            "Give me a bullet list of exactly {0} {1}.",
-            "Write {0} bullet points that name {1}.",
-        )
-    )
+    request = rng.choice(REQUESTS["bullets"])
     reply = "\n".join(f"- {item.capitalize()}" for item in items)
     constraint = ifeval("detectable_format:number_bullet_lists", num_bullets=len(items))
-    return Task(
-        ask.format(NUMBER[len(items)], _phrase(rng, category)), reply, [constraint], _guard(category, len(items))
-    )
+    prompt = request.format(NUMBER[len(items)], _phrase(rng, category))
+    return Task(prompt, reply, [constraint], _guard(category, len(items)))
 
 
 def numbered(rng: random.Random) -> Task:
     """Ask for a numbered list of two to five items."""
     category, items = _members(rng, 2, 5)
-    ask = rng.choice(
-        (
-            "Make a numbered list of {0} {1}.",
-            "Name {0} {1}, numbered 1., 2. and so on.",
-            "Number {0} {1}, one per line, with no other text.",
-        )
-    )
+    request = rng.choice(REQUESTS["numbered"])
     reply = "\n".join(f"{n}. {item.capitalize()}" for n, item in enumerate(items, 1))
     constraint = {"kind": "numbered_list", "count": len(items)}
-    return Task(
-        ask.format(NUMBER[len(items)], _phrase(rng, category)), reply, [constraint], _guard(category, len(items))
-    )
+    prompt = request.format(NUMBER[len(items)], _phrase(rng, category))
+    return Task(prompt, reply, [constraint], _guard(category, len(items)))
 
 
 def separated(rng: random.Random) -> Task:
     """Ask for items on one line with an unusual separator."""
     category, items = _members(rng, 2, 4)
     separator = rng.choice(sorted(SEPARATORS))
-    ask = rng.choice(
-        (
-            "Name {0} {1} on one line, separated by {2}.",
-            "List {0} {1} with {2} between them, on a single line.",
-            "Write {0} {1} in one line. Separate them with {2}.",
-        )
-    )
+    request = rng.choice(REQUESTS["separated"])
     # A semicolon follows its word directly, other separators have blanks around them.
     joint = "; " if separator == ";" else f" {separator} "
     constraint = {"kind": "separated", "separator": separator, "count": len(items)}
-    prompt = ask.format(NUMBER[len(items)], _phrase(rng, category), SEPARATORS[separator])
+    prompt = request.format(NUMBER[len(items)], _phrase(rng, category), SEPARATORS[separator])
     return Task(prompt, joint.join(items), [constraint], _guard(category, len(items)))
 
 
 def no_comma(rng: random.Random) -> Task:
     """Ask for a list in prose, where commas are natural, without commas."""
     category, items = _members(rng, 3, 4)
-    ask = rng.choice(
-        (
-            "Name {0} {1} in one sentence without using any commas.",
-            "Mention {0} {1} in a sentence. Do not use commas.",
-            "Write a sentence with {0} {1} and no commas.",
-            "In a sentence that has no commas, name {0} {1}.",
-        )
-    )
+    request = rng.choice(REQUESTS["list_without_commas"])
     form = rng.choice(("I know {0}.", "I can think of {0}.", "My list has {0}.", "Some {1} are {0}."))
     reply = form.format(" and ".join(items), category)
     guard = _guard(category, len(items)) | {"min_words": 4}
-    prompt = ask.format(NUMBER[len(items)], _phrase(rng, category))
+    prompt = request.format(NUMBER[len(items)], _phrase(rng, category))
     return Task(prompt, reply, [ifeval("punctuation:no_comma"), {"kind": "sentence_count", "count": 1}], guard)
 
 
@@ -182,35 +140,25 @@ def json_object(rng: random.Random) -> Task:
         "known": True,
     }
     keys = ["word", rng.choice(sorted(set(values) - {"word"}))]
-    ask = rng.choice(
-        (
-            'Describe {0} as a JSON object with the keys "{1}" and "{2}".',
-            'Reply in JSON with "{1}" and "{2}" for {0}.',
-            'Give only a JSON object for {0} that has "{1}" and "{2}".',
-        )
-    )
+    request = rng.choice(REQUESTS["json_object"])
     reply = json.dumps({key: values[key] for key in keys})
     guard = {"min_words": 3, "max_words": 40, "any_of": [word]}
-    return Task(ask.format(f"the word {word}", *keys), reply, [{"kind": "json_keys", "keys": keys}], guard)
+    return Task(request.format(f"the word {word}", *keys), reply, [{"kind": "json_keys", "keys": keys}], guard)
 
 
 def choose(rng: random.Random) -> Task:
     """Ask for one of two classes, in one word."""
-    pair = list(rng.choice(CHOICES))
+    pair = list(rng.choice(BANK["choices"]))
     rng.shuffle(pair)
     right = rng.choice(pair)
     word = rng.choice([item for item in CATEGORIES[right] if item != "orange"])
     first, second = (SINGULAR[name] for name in pair)
-    ask = rng.choice(
-        (
-            'Is the word "{0}" closer to {1} or {2}? Answer with one word.',
-            'Which fits "{0}": {1} or {2}? Reply with one word only.',
-            'Choose {1} or {2} for "{0}". Give just the word.',
-        )
-    )
+    request = rng.choice(REQUESTS["choose"])
     answer = SINGULAR[right]
     constraint = {"kind": "one_of", "answer": answer}
-    return Task(ask.format(word, first, second), answer.capitalize(), [constraint], {"min_words": 1, "max_words": 60})
+    return Task(
+        request.format(word, first, second), answer.capitalize(), [constraint], {"min_words": 1, "max_words": 60}
+    )
 
 
 def sort_words(rng: random.Random) -> Task:
@@ -220,20 +168,14 @@ def sort_words(rng: random.Random) -> Task:
     items = [rng.choice([word for word in WORDS if word[0] == letter]) for letter in letters]
     if items == sorted(items):
         items.reverse()
-    ask = rng.choice(
-        (
-            "Sort these words alphabetically: {0}.",
-            "Put these words in alphabetical order: {0}. Reply with the words only.",
-            "Alphabetize: {0}.",
-        )
-    )
+    request = rng.choice(REQUESTS["sort_words"])
     reply = ", ".join(sorted(items))
     constraint = {"kind": "in_order", "items": sorted(items)}
-    return Task(ask.format(", ".join(items)), reply, [constraint], {"min_words": 2, "any_of": items, "min_hits": 2})
+    return Task(request.format(", ".join(items)), reply, [constraint], {"min_words": 2, "any_of": items, "min_hits": 2})
 
 
 def arithmetic(rng: random.Random) -> Task:
-    """Ask for a sum, difference or product of small numbers; the reply is the number alone."""
+    """Ask for a sum, difference or product of small numbers; the reply is only the number."""
     sign = rng.choice("++--*")
     if sign == "+":
         a, b = rng.randint(2, 30), rng.randint(2, 20)
@@ -245,44 +187,24 @@ def arithmetic(rng: random.Random) -> Task:
     else:
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         value, spelled = a * b, f"{a} times {b}"
-    ask = rng.choice(
-        (
-            "What is {0}? Reply with the number only.",
-            "Calculate {1}. Give just the number.",
-            "Work out {1} and answer with a number only.",
-            "{0} = ? Answer with the number alone.",
-        )
-    )
-    prompt = ask.format(f"{a} {sign} {b}", spelled)
+    request = rng.choice(REQUESTS["arithmetic"])
+    prompt = request.format(f"{a} {sign} {b}", spelled)
     return Task(prompt, str(value), [{"kind": "number", "value": value}], {"min_words": 1, "max_words": 60})
 
 
 def letter_count(rng: random.Random) -> Task:
     """Ask for the number of letters in a word."""
     word = rng.choice(WORDS)
-    ask = rng.choice(
-        (
-            'How many letters are in the word "{0}"? Reply with the number only.',
-            'Count the letters in "{0}". Give just the number.',
-            'How long is the word "{0}"? Give the number of letters only.',
-            'What is the length of the word "{0}"? Answer with a number only.',
-        )
-    )
+    request = rng.choice(REQUESTS["letter_count"])
     constraint = {"kind": "number", "value": len(word)}
-    return Task(ask.format(word), str(len(word)), [constraint], {"min_words": 1, "max_words": 60})
+    return Task(request.format(word), str(len(word)), [constraint], {"min_words": 1, "max_words": 60})
 
 
 def repeat(rng: random.Random) -> Task:
     """Ask for a word two to five times."""
     word, count = rng.choice(WORDS), rng.choice((2, 3, 4, 5))
-    ask = rng.choice(
-        (
-            'Say the word "{0}" {1} times.',
-            'Repeat "{0}" exactly {1} times and write nothing else.',
-            'Write "{0}" {1} times, with spaces between.',
-        )
-    )
-    prompt = ask.format(word, NUMBER[count])
+    request = rng.choice(REQUESTS["repeat"])
+    prompt = request.format(word, NUMBER[count])
     constraint = {"kind": "in_order", "items": [word] * count}
     return Task(prompt, " ".join([word] * count), [constraint], {"min_words": 1, "max_words": 60, "any_of": [word]})
 
@@ -308,17 +230,10 @@ def copy(rng: random.Random) -> Task:
 def sentence_count(rng: random.Random) -> Task:
     """Ask for exactly one to three sentences."""
     topic, count = rng.choice(TOPICS), rng.choice((1, 2, 3))
-    ask = rng.choice(
-        (
-            "Write exactly {0} {1} about {2}.",
-            "Describe {2} in exactly {0} {1}.",
-            "Tell me about {2} in {0} {1}.",
-            "I want exactly {0} {1} on {2}.",
-        )
-    )
+    request = rng.choice(REQUESTS["sentence_count"])
     reply = " ".join(rng.sample(topic.facts, count))
     unit = "sentence" if count == 1 else "sentences"
-    prompt = ask.format(NUMBER[count], unit, topic.name)
+    prompt = request.format(NUMBER[count], unit, topic.name)
     return Task(prompt, reply, [{"kind": "sentence_count", "count": count}], TEXT_GUARD | {"any_of": [topic.stem]})
 
 
@@ -347,16 +262,10 @@ def exact_words(rng: random.Random) -> Task:
         forms[6] = f"I think {bare} {be} very {first}."
         if topic.be == "is" and rng.random() < 0.5:
             forms[4] = f"I love my {bare}."
-    ask = rng.choice(
-        (
-            "Describe {0} in exactly {1} words.",
-            "Use exactly {1} words to describe {0}.",
-            "Write exactly {1} words about {0}.",
-        )
-    )
+    request = rng.choice(REQUESTS["exact_words"])
     constraint = {"kind": "word_count", "low": count, "high": count}
     guard = {"min_words": min(3, count), "max_words": 60, "any_of": [topic.stem]}
-    return Task(ask.format(topic.name, NUMBER[count]), forms[count], [constraint], guard)
+    return Task(request.format(topic.name, NUMBER[count]), forms[count], [constraint], guard)
 
 
 def few_words(rng: random.Random) -> Task:
@@ -365,31 +274,18 @@ def few_words(rng: random.Random) -> Task:
     limit = rng.choice((5, 6, 7, 8))
     short = [fact for fact in topic.facts if len(fact.split()) <= limit]
     reply = rng.choice(short) if short else f"{topic.name.capitalize()} {topic.be} {rng.choice(topic.adjectives)}."
-    ask = rng.choice(
-        (
-            "Describe {0} in at most {1} words.",
-            "Tell me about {0} in fewer than {2} words.",
-            "Say something about {0}. Use no more than {1} words.",
-        )
-    )
+    request = rng.choice(REQUESTS["few_words"])
     constraint = ifeval("length_constraints:number_words", num_words=limit + 1, relation="less than")
     guard = TEXT_GUARD | {"any_of": [topic.stem]}
-    return Task(ask.format(topic.name, limit, limit + 1), reply, [constraint], guard)
+    return Task(request.format(topic.name, limit, limit + 1), reply, [constraint], guard)
 
 
 def keyword_twice(rng: random.Random) -> Task:
     """Ask for the topic word at least two to four times."""
     topic, count = rng.choice(TOPICS), rng.choice((2, 2, 3, 4))
     word = topic.name.removeprefix("the ")
-    ask = rng.choice(
-        (
-            'Talk about {0}. Use the word "{1}" at least {2} times.',
-            'Write about {0} and say "{1}" {2} times.',
-            'Tell me about {0} with the word "{1}" in it at least {2} times.',
-            'Use "{1}" {2} or more times in a text about {0}.',
-        )
-    )
+    request = rng.choice(REQUESTS["keyword_twice"])
     reply = " ".join(rng.sample(topic.facts, count))
     constraint = ifeval("keywords:frequency", keyword=word, frequency=count, relation="at least")
     guard = TEXT_GUARD | {"min_words": 5, "any_of": [topic.stem]}
-    return Task(ask.format(topic.name, word, NUMBER[count]), reply, [constraint], guard)
+    return Task(request.format(topic.name, word, NUMBER[count]), reply, [constraint], guard)

@@ -22,6 +22,7 @@ from align.data.formats.fields import (
     TrackedRecord,
     Unusable,
     first,
+    require,
 )
 from align.data.formats.messages import (
     is_number,
@@ -96,10 +97,9 @@ def from_self_instruct(record: dict[str, Any], options: ReadingOptions, kind: st
 
 def from_prompt_completion(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a prompt and its answer, each text or messages."""
-    prompt_name, answer = first(record, PROMPTS), first(record, COMPLETIONS)
-    assert prompt_name is not None and answer is not None
+    answer = require(record, COMPLETIONS)
     completion = lone_reply(record[answer], answer, options)
-    return [{"prompt": question(record, prompt_name, options), "completion": [completion], "tools": tools(record)}]
+    return [{"prompt": shared_prompt(record, options), "completion": [completion], "tools": tools(record)}]
 
 
 def from_gsm8k(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
@@ -110,24 +110,20 @@ def from_gsm8k(record: dict[str, Any], options: ReadingOptions, kind: str) -> li
         raise Unusable("no number after ####")
     # "<<48/2=24>>" is a note for a calculator, not part of the answer.
     answer = assistant(re.sub(r"<<[^<>]*>>", "", solution))
-    problem = user(text(record["question"], "question"))
-    number = final.strip().lstrip("$")
-    return [
-        {"prompt": with_system(record, [problem]), "completion": [answer], "checks": json.dumps({"answer": number})}
-    ]
+    prompt = with_system(record, [user(text(record["question"], "question"))])
+    checks = json.dumps({"answer": final.strip().lstrip("$")})
+    return [{"prompt": prompt, "completion": [answer], "checks": checks}]
 
 
 def from_text(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a document: text and nothing else."""
-    name = first(record, TEXTS)
-    assert name is not None
+    name = require(record, TEXTS)
     return [{"text": text(record[name], name)}]
 
 
 def from_prompt(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a prompt without an answer: text, or messages that an answer should follow."""
-    name = first(record, (*PROMPTS, *CONVERSATIONS))
-    assert name is not None
+    name = require(record, (*PROMPTS, *CONVERSATIONS))
     return [{"prompt": question(record, name, options), "tools": tools(record)}]
 
 
@@ -177,7 +173,7 @@ def parse_transcript(transcript: str) -> list[Message] | None:
 
 
 def from_hh(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
-    """Convert two transcripts that differ in their last turn; other kinds than pairs get the chosen one alone."""
+    """Convert two transcripts that differ in their last turn; kinds without pairs get only the chosen one."""
     chosen = _conversation(record, "chosen")
     draft: Row = {"prompt": chosen[:-1], "chosen": [chosen[-1]]}
     # Without use for the rejected side, its faults should not cost the row.
@@ -200,8 +196,7 @@ def _conversation(record: dict[str, Any], side: str) -> list[Message]:
 
 def from_preferences(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert chosen and rejected, each text, one message or a conversation, with a shared prompt field or inside."""
-    chosen_name, rejected_name = first(record, CHOSEN), first(record, REJECTED)
-    assert chosen_name is not None and rejected_name is not None
+    chosen_name, rejected_name = require(record, CHOSEN), require(record, REJECTED)
     # Each side may carry its prompt; then both must be the same.
     prompt, chosen = reply(record[chosen_name], chosen_name, options)
     rejected_prompt, rejected = reply(record[rejected_name], rejected_name, options)
@@ -220,21 +215,17 @@ def from_preferences(record: dict[str, Any], options: ReadingOptions, kind: str)
 def _prompt_field(record: dict[str, Any], chosen: str, rejected: str, options: ReadingOptions) -> list[Message]:
     name = first(record, (*PROMPTS, *CONVERSATIONS))
     if name is None:
-        known = ", ".join((*PROMPTS, *CONVERSATIONS))
-        raise Malformed(f"'{chosen}' and '{rejected}' are single replies and there is no prompt ({known})")
+        names = ", ".join((*PROMPTS, *CONVERSATIONS))
+        raise Malformed(f"'{chosen}' and '{rejected}' are single replies and there is no prompt ({names})")
     return question(record, name, options)
 
 
 def from_unpaired(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
     """Convert a labeled answer: prompt, completion and label, or messages and label."""
-    label_name = first(record, LABELS)
-    assert label_name is not None
-    label = parse_label(record[label_name])
+    label = parse_label(record[require(record, LABELS)])
     answer, conversation = first(record, COMPLETIONS), first(record, CONVERSATIONS)
     if answer is not None:
-        prompt_name = first(record, (*PROMPTS, *CONVERSATIONS))
-        assert prompt_name is not None
-        prompt = question(record, prompt_name, options)
+        prompt = question(record, require(record, (*PROMPTS, *CONVERSATIONS)), options)
         completion = lone_reply(record[answer], answer, options)
     elif conversation is not None:
         turns, completion = reply(messages(record[conversation], conversation, options), conversation, options)
@@ -254,9 +245,8 @@ MIDDLE_RATING = 3.0
 
 
 def answers(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """Return the answers, each with its text as ``content`` beside its other fields, and the name of their field."""
-    name = first(record, RESPONSES)
-    assert name is not None
+    """Return the answers, each with its text as ``content`` next to its other fields, and the name of their field."""
+    name = require(record, RESPONSES)
     items = parse_json(record[name], name)
     if not isinstance(items, list):
         raise Malformed(f"'{name}' holds {type(items).__name__}, expected a list of answers")
@@ -277,9 +267,7 @@ def answers(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
 
 def shared_prompt(record: dict[str, Any], options: ReadingOptions) -> list[Message]:
     """Return the prompt of all answers."""
-    name = first(record, PROMPTS)
-    assert name is not None
-    return question(record, name, options)
+    return question(record, require(record, PROMPTS), options)
 
 
 def list_beside_answers(record: dict[str, Any], names: Sequence[str], count: int) -> list[Any] | None:
@@ -292,7 +280,7 @@ def list_beside_answers(record: dict[str, Any], names: Sequence[str], count: int
 
 
 def score_of(answer: dict[str, Any], field: str) -> float | None:
-    """Return an answer's score: that of a field (``a.b`` is field b of a), or by ``auto``; None without a score."""
+    """Return an answer's score: the value of a field (``a.b`` is field b of a), or ``auto``; None without a score."""
     if field == "auto":
         mean = mean_rating(answer)
         if mean is not None:
@@ -319,8 +307,8 @@ def mean_rating(answer: dict[str, Any]) -> float | None:
         for aspect in (annotations.values() if isinstance(annotations, dict) else [])
         if isinstance(aspect, dict) and str(aspect.get("Rating", "N/A")) not in ("N/A", "None", "")
     ]
-    known = [rating for rating in ratings if rating is not None]
-    return sum(known) / len(known) if known else None
+    numbers = [rating for rating in ratings if rating is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def from_scored(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:

@@ -36,46 +36,18 @@ KINDS = ("preferences", "unpaired", "instructions", "prompts", "texts")
 """Kinds of dataset, those first that use most of a record."""
 
 PROMPT_NAMES = (
-    "prompt",
-    "question",
-    "query",
-    "instruction",
-    "problem",
-    "input",
-    "goal",
-    "context",
-    "user",
-    "human",
-    "ask",
-    "q",
+    *("prompt", "question", "query", "instruction", "problem", "input", "goal"),
+    *("context", "user", "human", "ask", "q"),
 )
 ANSWER_NAMES = (
-    "completion",
-    "response",
-    "answer",
-    "output",
-    "solution",
-    "target",
-    "reply",
-    "assistant",
-    "gpt",
-    "gold",
-    "best answer",
-    "best_answer",
-    "a",
+    *("completion", "response", "answer", "output", "solution", "target", "reply"),
+    *("assistant", "gpt", "gold", "best answer", "best_answer", "a"),
 )
 BETTER_NAMES = ("chosen", "better", "preferred", "accepted", "good", "positive")
 WORSE_NAMES = ("rejected", "worse", "dispreferred", "refused", "bad", "negative")
 LABEL_NAMES = (
-    "winner",
-    "label",
-    "labels",
-    "preference",
-    "overall_preference",
-    "better_response_id",
-    "better",
-    "choice",
-    "vote",
+    *("winner", "label", "labels", "preference", "overall_preference"),
+    *("better_response_id", "better", "choice", "vote"),
 )
 SCORE_NAMES = ("score", "rating", "helpfulness", "reward", "quality", "overall", "upvotes")
 KEY_NAMES = ("answer", "answerkey", "answer_key", "key", "label", "target", "gold", "correct")
@@ -142,7 +114,7 @@ class FileReport:
 
 
 def report_columns(settings: Mapping[str, Any], base: Path) -> FileReport:
-    """Return what lies in the files of a source (``paths``, and perhaps ``header`` and ``records``), and a mapping.
+    """Return the contents of the files of a source (``paths``, and perhaps ``header`` and ``records``), and a mapping.
 
     Raises ``UserError`` for a file that cannot be read or has no records.
     """
@@ -212,7 +184,7 @@ def _candidates(columns: Sequence[ColumnFacts], count: int) -> Iterator[tuple[st
     pair = _pair_of_columns(columns)
     label = _named(names, LABEL_NAMES)
     if pair and label and label.name not in pair:
-        # Without a prompt of its own, each side is a conversation that begins with it.
+        # Without a prompt column, each side is a conversation that begins with the prompt.
         yield "preferences", {**renamed, "better": {"label": label.name, "a": pair[0], "b": pair[1]}}
     # Two answers in columns whose names say which is better.
     better, worse = _named(names, BETTER_NAMES), _named(names, WORSE_NAMES)
@@ -247,14 +219,17 @@ def _candidates(columns: Sequence[ColumnFacts], count: int) -> Iterator[tuple[st
     yield "texts", {}
 
 
-def _named(names: Mapping[str, ColumnFacts], wanted: Sequence[str]) -> ColumnFacts | None:
-    return next((names[name] for name in wanted if name in names), None)
+def _named(columns: Mapping[str, ColumnFacts], names: Sequence[str]) -> ColumnFacts | None:
+    return next((columns[name] for name in names if name in columns), None)
 
 
 def _pair_of_columns(columns: Sequence[ColumnFacts]) -> tuple[str, str] | None:
     """Return two columns of text or messages whose names differ in the last sign: a and b, 0 and 1, 1 and 2."""
-    named = [facts for facts in columns if facts.name]
-    names = [facts.name for facts in named if facts.is_long or any(kind.startswith("list") for kind in facts.types)]
+    names = []
+    for facts in columns:
+        holds_answers = facts.is_long or any(kind.startswith("list") for kind in facts.types)
+        if facts.name and holds_answers:
+            names.append(facts.name)
     for first, second in itertools.combinations(names, 2):
         if first[:-1] == second[:-1] and (first[-1] + second[-1]).lower() in ("ab", "01", "12"):
             return first, second
@@ -332,9 +307,9 @@ def _with_kept_columns(
         with contextlib.suppress(BadRecord):
             convert(record, choice.format, where, guess.kind, usage=usage)
     unused = [facts.name for facts in columns if facts.name in usage.unused and not facts.is_long]
-    named = {_free_name(name): name for name in unused if "{" not in name}
+    kept_names = {_free_name(name): name for name in unused if "{" not in name}
     # A list of names is enough if none of them is one of align's own.
-    keep: Any = named if any(name != column for name, column in named.items()) else list(named)
+    keep: Any = kept_names if any(name != column for name, column in kept_names.items()) else list(kept_names)
     if not keep:
         return guess
     return _try(guess.kind, {**guess.source, "keep": keep}, records, len(guess.bad)) or guess

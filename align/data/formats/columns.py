@@ -238,17 +238,6 @@ class LabelRule:
     is_signed: bool = False
     """True if a number below 0 prefers ``a``, one above 0 ``b``, and 0 is a tie."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        sides = {"a": sorted(self.a), "b": sorted(self.b), "ties": sorted(self.ties)}
-        return {**sides, "is_signed": self.is_signed}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> LabelRule:
-        """Return the rule that ``to_json`` wrote."""
-        a, b, ties = (frozenset(values[name]) for name in ("a", "b", "ties"))
-        return cls(a, b, ties, values["is_signed"])
-
 
 def label_text(value: Any) -> str:
     """Return a label as rules compare it: lower case, whole numbers without a fraction."""

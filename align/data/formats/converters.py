@@ -8,7 +8,7 @@ but makes no row (empty, identical, cut off) is ``Dropped``, and counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -16,22 +16,7 @@ from typing import Any
 
 from align.config.recipe.format_options import KINDS, Form, FormatOptions, ReadingOptions
 from align.config.recipe.record_mapping import RecordMapping
-from align.config.validation import validate_plain
-from align.data.formats.answers import (
-    from_alpaca,
-    from_dolly,
-    from_gsm8k,
-    from_hh,
-    from_preferences,
-    from_prompt,
-    from_prompt_completion,
-    from_ranked,
-    from_scored,
-    from_self_instruct,
-    from_text,
-    from_unpaired,
-)
-from align.data.formats.choices import from_multiple_choice, gather_choices
+from align.data.formats import answers, records
 from align.data.formats.columns import LabelRule, kept_fields, kept_sources, read_checks
 from align.data.formats.detection import fitting
 from align.data.formats.fields import (
@@ -44,7 +29,6 @@ from align.data.formats.fields import (
 )
 from align.data.formats.mapping import map_record
 from align.data.formats.messages import from_messages, parse_conversations
-from align.data.formats.records import from_oasst, from_rows, from_stepwise
 from align.data.rows import (
     BadRecord,
     Dropped,
@@ -72,22 +56,22 @@ class FieldUsage:
 CONVERTERS: dict[str, Converter] = {
     "messages": from_messages,
     "sharegpt": from_messages,
-    "prompt_completion": from_prompt_completion,
-    "alpaca": from_alpaca,
-    "dolly": from_dolly,
-    "gsm8k": from_gsm8k,
-    "self_instruct": from_self_instruct,
-    "hh_rlhf": from_hh,
-    "preferences": from_preferences,
-    "ranked": from_ranked,
-    "scored": from_scored,
-    "oasst": from_oasst,
-    "unpaired": from_unpaired,
-    "stepwise": from_stepwise,
-    "prompt": from_prompt,
-    "text": from_text,
-    "multiple_choice": from_multiple_choice,
-    "rows": from_rows,
+    "prompt_completion": answers.from_prompt_completion,
+    "alpaca": answers.from_alpaca,
+    "dolly": answers.from_dolly,
+    "gsm8k": answers.from_gsm8k,
+    "self_instruct": answers.from_self_instruct,
+    "hh_rlhf": answers.from_hh,
+    "preferences": answers.from_preferences,
+    "ranked": answers.from_ranked,
+    "scored": answers.from_scored,
+    "oasst": records.from_oasst,
+    "unpaired": answers.from_unpaired,
+    "stepwise": records.from_stepwise,
+    "prompt": answers.from_prompt,
+    "text": answers.from_text,
+    "multiple_choice": records.from_multiple_choice,
+    "rows": records.from_rows,
 }
 
 
@@ -107,28 +91,6 @@ class SourceFormat:
     def reading_options(self) -> ReadingOptions:
         """The options as converters get them."""
         return ReadingOptions(**self.options.model_dump(), roles=self.mapping.roles)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, for the files that jobs of a cluster read."""
-        return {
-            "form": self.form,
-            "options": self.options.model_dump(mode="json"),
-            "mapping": self.mapping.model_dump(mode="json", exclude_unset=True),
-            "rule": None if self.rule is None else self.rule.to_json(),
-            "is_own": self.is_own,
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> SourceFormat:
-        """Return the format that ``to_json`` wrote."""
-        rule = values["rule"]
-        return cls(
-            form=values["form"],
-            options=validate_plain(FormatOptions, values["options"]),
-            mapping=validate_plain(RecordMapping, values["mapping"]),
-            rule=None if rule is None else LabelRule.from_json(rule),
-            is_own=values["is_own"],
-        )
 
 
 def convert(
@@ -171,7 +133,7 @@ def _convert(
     # Mapped before the check, since ``columns`` may supply the required names.
     mapped = map_record(record, mapping, source.rule)
     if form == "multiple_choice":
-        mapped.fields = gather_choices(mapped.fields)
+        mapped.fields = records.gather_choices(mapped.fields)
     if missing_groups(mapped.fields, form):
         raise BadRecord(where, describe_unrecognized(mapped.fields, form, fitting(mapped.fields)))
     if source.is_own:
@@ -185,7 +147,7 @@ def _convert(
         return rows
     checks = read_checks(tracked)
     columns = kept_fields(record, mapping, {path for path in tracked.read if "." not in path})
-    # A record without rows lost nothing that matters, so its unused fields are not reported.
+    # The unused fields of a record without rows do not matter, so they are not reported.
     if not all(isinstance(row, Dropped) for row in rows):
         sources = kept_sources(mapping)
         unused = unused_fields(tracked, [*source.options.ignore, *sources])
@@ -196,22 +158,16 @@ def _convert(
 
 
 def _with_fields(row: Row, columns: dict[str, Any], checks: str) -> Row:
-    """Return a row with the kept columns, and with the record's checks if its format has none of its own."""
+    """Return a row with the kept columns, and with the record's checks if its format has none."""
     if checks and row.get("checks") == "":
         row = {**row, "checks": checks}
     return {**row, **columns} if columns else row
 
 
-ANSWERS = ("completion", "chosen", "rejected", "responses")
 COMPLETION_FIELDS = ("completion", "completion_finished")
 PAIR_FIELDS = (
-    "chosen",
-    "rejected",
-    "chosen_score",
-    "rejected_score",
-    "chosen_finished",
-    "rejected_finished",
-    "flipped",
+    *("chosen", "rejected", "chosen_score", "rejected_score"),
+    *("chosen_finished", "rejected_finished", "flipped"),
 )
 NEXT_ROLES = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 

@@ -8,29 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.recipe.format_options import KINDS, Form
+from align.data.formats import fields
 from align.data.formats.answers import CONTENTS, RANKS, SCORES, parse_label
-from align.data.formats.choices import gather_choices, is_multiple_choice
-from align.data.formats.fields import (
-    CHOICES,
-    CHOSEN,
-    CONVERSATIONS,
-    FIELDS,
-    LABELS,
-    OPTIONAL,
-    PROMPTS,
-    REJECTED,
-    RESPONSES,
-    STEP_LABELS,
-    STEPS,
-    TEXTS,
-    Malformed,
-    describe_fields,
-    describe_format,
-    first,
-    misspelled,
-    nearest_formats,
-)
+from align.data.formats.fields import Malformed, first
 from align.data.formats.messages import is_number
+from align.data.formats.records import gather_choices, is_multiple_choice
 from align.errors import UserError
 
 DETECTION_RECORDS = 100
@@ -57,7 +39,7 @@ def _is_content(value: Any) -> bool:
 
 def _message(record: Record) -> dict[str, Any] | None:
     """Return the first message of a conversation in the record, also if it is written as JSON text."""
-    name = first(record, CONVERSATIONS)
+    name = first(record, fields.CONVERSATIONS)
     value = record[name] if name else None
     if isinstance(value, str):
         try:
@@ -68,13 +50,13 @@ def _message(record: Record) -> dict[str, Any] | None:
 
 
 def _first_response(record: Record) -> Any:
-    name = first(record, RESPONSES)
+    name = first(record, fields.RESPONSES)
     value = record[name] if name else None
     return value[0] if isinstance(value, list) and value else None
 
 
 def _has_prompt(record: Record) -> bool:
-    name = first(record, PROMPTS)
+    name = first(record, fields.PROMPTS)
     return name is not None and _is_content(record[name])
 
 
@@ -85,7 +67,7 @@ def _is_prompt_completion(record: Record) -> bool:
         "query": ("response", "answer"),
         "instruction": ("response", "completion"),
     }
-    name = first(record, PROMPTS)
+    name = first(record, fields.PROMPTS)
     answer = first(record, pairs[name]) if name else None
     return answer is not None and (_is_content(record[answer]) or isinstance(record[answer], dict))
 
@@ -115,7 +97,7 @@ def _has_rated_responses(record: Record, list_names: tuple[str, ...], item_names
 
 
 def _is_stepwise(record: Record) -> bool:
-    steps_name, labels_name = first(record, STEPS), first(record, STEP_LABELS)
+    steps_name, labels_name = first(record, fields.STEPS), first(record, fields.STEP_LABELS)
     if steps_name is None or labels_name is None or not _has_prompt(record):
         return False
     steps, labels = record[steps_name], record[labels_name]
@@ -125,7 +107,7 @@ def _is_stepwise(record: Record) -> bool:
 
 
 def _is_unpaired(record: Record) -> bool:
-    name = first(record, LABELS)
+    name = first(record, fields.LABELS)
     try:
         parse_label(record[name] if name else None)
     except Malformed:
@@ -138,12 +120,12 @@ def _are_texts(record: Record, *names: str) -> bool:
 
 
 def _is_pair(record: Record) -> bool:
-    chosen, rejected = first(record, CHOSEN), first(record, REJECTED)
+    chosen, rejected = first(record, fields.CHOSEN), first(record, fields.REJECTED)
     if chosen is None or rejected is None or _is_hh_rlhf(record):
         return False
-    if first(record, (*PROMPTS, *CONVERSATIONS)) is not None:
+    if first(record, (*fields.PROMPTS, *fields.CONVERSATIONS)) is not None:
         return True
-    # Without a prompt of its own, each side must be a conversation that begins with it.
+    # Without a prompt field, each side must be a conversation that begins with it.
     return all(isinstance(record[name], list) and len(record[name]) > 1 for name in (chosen, rejected))
 
 
@@ -169,7 +151,7 @@ SHAPES: dict[str, Callable[[Record], bool]] = {
     "prompt_completion": _is_prompt_completion,
     "multiple_choice": is_multiple_choice,
     "prompt": _has_prompt,
-    "text": lambda record: isinstance(record.get(first(record, TEXTS) or ""), str),
+    "text": lambda record: isinstance(record.get(first(record, fields.TEXTS) or ""), str),
 }
 """Tests for each format, by the contents of a record's fields."""
 
@@ -189,8 +171,10 @@ def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence
     if not records:
         raise UserError("format: auto has no record to look at; the source is empty.")
     records = [gather_choices(record, ignored) for record in records]
-    # A recipe that leaves choices aside on purpose means the question and its answer alone.
-    shapes = {form: fits for form, fits in SHAPES.items() if form != "multiple_choice" or not {*CHOICES} & {*ignored}}
+    # A recipe that ignores choices means only the question and its answer.
+    shapes = dict(SHAPES)
+    if not set(fields.CHOICES).isdisjoint(ignored):
+        del shapes["multiple_choice"]
     counts = {form: sum(fits(record) for record in records) for form, fits in shapes.items()}
     # A few bad records must not decide, so a share of them is enough.
     fit = [form for form, count in counts.items() if count >= SHARE * len(records)]
@@ -198,7 +182,7 @@ def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence
     if not able:
         raise UserError(_describe_no_format(records, counts, kind))
     if len(able) > 1:
-        able.pop("prompt", None)  # every other format has a prompt too, and more
+        able.pop("prompt", None)  # every other format also has a prompt, and more
     # Compare the formats by the fields that they would read from one of their records.
     sample = {form: _used_fields(next(record for record in records if SHAPES[form](record)), form) for form in able}
     order = list(able)
@@ -220,8 +204,8 @@ def detect(records: Sequence[Record], kind: str | None = None, ignored: Sequence
 
 def _used_fields(record: Record, form: str) -> frozenset[str]:
     """Return the record's fields that a format reads."""
-    required = [first(record, group) for group in FIELDS[form]]
-    optional = [name for name in OPTIONAL.get(form, ()) if record.get(name) is not None]
+    required = [first(record, group) for group in fields.FIELDS[form]]
+    optional = [name for name in fields.OPTIONAL.get(form, ()) if record.get(name) is not None]
     return frozenset([name for name in required if name] + optional)
 
 
@@ -235,7 +219,7 @@ def _describe_no_format(records: Sequence[Record], counts: dict[str, int], kind:
     record = records[0]
     text = f"format: auto finds no format for the first {len(records)} records"
     text += f" that can give {kind}. " if kind else ". "
-    text += f"They have {describe_fields(record)}."
+    text += f"They have {fields.describe_fields(record)}."
     fits = []
     for form, count in counts.items():
         if count:
@@ -247,11 +231,11 @@ def _describe_no_format(records: Sequence[Record], counts: dict[str, int], kind:
     key = _list_of_records(record) if len(records) == 1 else None
     if key is not None:
         text += f" Its '{key}' is a list of records: write records: {key} where the file is named."
-    near = nearest_formats(record, kind)[:4]
-    for name, meant in misspelled(record, [group for form in near for group in FIELDS[form]]).items():
+    near = fields.nearest_formats(record, kind)[:4]
+    for name, meant in fields.misspelled(record, [group for form in near for group in fields.FIELDS[form]]).items():
         text += f" Is '{name}' meant as '{meant}'?"
     if near:
-        text += f" Nearly: {'; '.join(map(describe_format, near))}."
+        text += f" Nearly: {'; '.join(map(fields.describe_format, near))}."
     if "ranked" in near and _first_response(record) is not None:
         text += " A list of answers without ranks or scores is read with format: ranked, the best first."
     formats = sorted(form for form, kinds in KINDS.items() if form != "rows" and kind in (None, *kinds))

@@ -85,6 +85,13 @@ def first(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
     return next((name for name in names if record.get(name) is not None), None)
 
 
+def require(record: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Return the same for names of which the record has one, as its format says."""
+    name = first(record, names)
+    assert name is not None
+    return name
+
+
 def choice_columns(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the longest series of columns with choices, each with the end of its name; empty if there is none."""
     series: dict[str, dict[str, str]] = {}

@@ -43,7 +43,7 @@ class MappedRecord:
 
     fields: dict[str, Any]
     hidden: dict[str, Any] = field(default_factory=dict)
-    """Fields of the record that a mapped one takes the place of, and that nothing else used."""
+    """Fields of the record that a mapped field replaces, and that no other setting used."""
 
 
 def map_record(record: Mapping[str, Any], mapping: RecordMapping, rule: LabelRule | None = None) -> MappedRecord:
@@ -103,7 +103,7 @@ def named_columns(mapping: RecordMapping) -> dict[str, str]:
 def _add_columns(places: dict[str, str], place: str, references: Iterable[Reference]) -> None:
     for reference in references:
         if not reference.is_optional:
-            # A column's own name may have dots and brackets, which a path has too; the check tells them apart.
+            # A column's own name may have dots and brackets, as a path has; the check tells them apart.
             places.setdefault(reference.column, place)
 
 

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from align.config.recipe.format_options import ReadingOptions
-from align.data.formats.fields import CONVERSATIONS, Malformed, Unusable, first
+from align.data.formats.fields import CONVERSATIONS, Malformed, Unusable, first, require
 from align.data.rows import Dropped, Message, Row, assistant, user
 
 ROLES = {
@@ -28,7 +28,6 @@ CALLS = ("function_call", "tool_call")
 
 MARKS = ("train", "weight", "loss")
 """Fields of a message that turn training on it on or off, as axolotl, OpenAI and ms-swift write them."""
-_MARKS = frozenset(MARKS)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that hold its thought."""
 ALL_UNTRAINED = "every answer is marked not to be trained on"
@@ -67,14 +66,14 @@ def message(value: Any, name: str, options: ReadingOptions) -> Message:
     for pictures and sound.
     """
     if not isinstance(value, dict):
-        raise Malformed(f"'{name}' holds {type(value).__name__} where a message (role, content) was expected")
+        raise Malformed(f"'{name}' holds {type(value).__name__}, expected a message (role, content)")
     role_name = value.get("role", value.get("from"))
     content = value.get("content", value.get("value"))
     role = options.roles.get(str(role_name)) or ROLES.get(str(role_name))
     if role is None:
-        known = ", ".join([*options.roles, *ROLES])
+        names = ", ".join([*options.roles, *ROLES])
         raise Malformed(
-            f"'{name}' has a message of role {role_name!r}; known roles: {known}. The source names another with roles: "
+            f"'{name}' has a message of role {role_name!r}; known roles: {names}. The source names another with roles: "
             f"{{{role_name}: user}}"
         )
     if role_name in CALLS and str(role_name) not in options.roles:
@@ -103,7 +102,7 @@ def _chat_message(value: dict[str, Any], role: str, content: Any, name: str) -> 
 
 def _is_trained(value: dict[str, Any], role: str, name: str, options: ReadingOptions) -> bool | None:
     """Return False for a message excluded from training, True for one marked for it, None without any mark."""
-    if _MARKS.isdisjoint(value):
+    if value.keys().isdisjoint(MARKS):
         return None
     names = [mark for mark in MARKS if not {mark, f"{name}.{mark}"} & set(options.ignore)]
     # Several fields may mark one message; it is trained on only if none of them excludes it.
@@ -172,17 +171,13 @@ def without_none(value: Any) -> Any:
 
 def messages(value: Any, name: str, options: ReadingOptions) -> list[Message]:
     """Return the messages of a list, or of a list written as JSON text, as CSV has it."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise Malformed(f"'{name}' holds text where a list of messages was expected") from None
+    value = parse_json(value, name)
     if not isinstance(value, list):
-        raise Malformed(f"'{name}' holds {type(value).__name__} where a list of messages was expected")
+        raise Malformed(f"'{name}' holds {type(value).__name__}, expected a list of messages")
     parsed_messages = [message(item, name, options) for item in value]
     if options.thoughts is not None:
         for index, (item, turn) in enumerate(zip(value, parsed_messages, strict=True)):
-            # Every thought is read, so those of earlier turns are dropped on purpose, as most templates drop them.
+            # Every thought is read, so thoughts of earlier turns are dropped on purpose, as most templates drop them.
             thought = _thought(item, name)
             is_wanted = options.thoughts == "all" or index == len(value) - 1
             if thought and is_wanted and turn["role"] == "assistant":
@@ -240,7 +235,7 @@ def reply(value: Any, name: str, options: ReadingOptions) -> tuple[list[Message]
 
 
 def lone_reply(value: Any, name: str, options: ReadingOptions) -> Message:
-    """Return the answer to a prompt that has a field of its own. Raises ``Malformed`` where turns come before it."""
+    """Return the answer to a prompt in a separate field. Raises ``Malformed`` if turns come before it."""
     before, answer = reply(value, name, options)
     if before:
         raise Malformed(f"'{name}' holds {len(before) + 1} messages, expected the answer alone")
@@ -251,7 +246,7 @@ def conversations(turns: list[Message], options: ReadingOptions, kind: str, fiel
     """Return drafts of a conversation: of its last answer, or of each; of the prompt alone if no answer follows.
 
     No draft ends in an answer that is excluded from training. Turns after the last answer to train on are dropped,
-    since nothing of them is learned. Every draft gets ``fields``.
+    since they are not learned. Every draft gets ``fields``.
     """
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     # The conversation ends with a question: it is a prompt.
@@ -270,9 +265,8 @@ def conversations(turns: list[Message], options: ReadingOptions, kind: str, fiel
 
 
 def from_messages(record: dict[str, Any], options: ReadingOptions, kind: str) -> list[Row | Dropped]:
-    """Convert ``messages`` and ``sharegpt``, which differ in the names of their fields alone."""
-    name = first(record, CONVERSATIONS)
-    assert name is not None
+    """Convert ``messages`` and ``sharegpt``, which differ only in the names of their fields."""
+    name = require(record, CONVERSATIONS)
     turns = messages(record[name], name, options)
     if not turns:
         raise Unusable("empty conversation")

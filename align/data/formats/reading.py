@@ -1,7 +1,7 @@
 """Readers of data files, plain or compressed: JSON, JSON lines, CSV, TSV and Parquet, record by record; texts as one.
 
 Memory holds one record (a line, a row) or one small batch at a time, whatever the size of the file. A record that
-cannot be read becomes a ``BadRecord`` in its place; where a file breaks off, the records before it count.
+cannot be read becomes a ``BadRecord`` in its place; if a file is cut off, the records before the cut count.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def read_file(
     """Yield the records of one file.
 
     ``header`` names the columns of a table without names in its first line; ``key`` leads to the records inside the
-    object of a .json file (``data.examples``). ``delimiter`` separates the cells of a table, ``encoding`` is that of
-    the file's text. Raises ``UserError`` for a file that cannot be opened, and for settings
-    that its kind of file does not have.
+    object of a .json file (``data.examples``). ``delimiter`` separates the cells of a table, ``encoding`` is the text
+    encoding of the file. Raises ``UserError`` for a file that cannot be opened, and for settings that its kind of file
+    does not have.
     """
     name = path.name.lower()
     packed = next((end for end in _COMPRESSIONS[1:] if name.endswith(end)), "")
@@ -159,24 +159,21 @@ def _open(path: Path, packed: str) -> io.BufferedReader:
     return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, 1 << 16)
 
 
-def _lines(file: io.BufferedReader, where: Callable[[int], str]) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
     """Yield numbered lines without a byte order mark. Raises ``BadRecord`` for a line that never ends."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
         if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            raise BadRecord(where(number), f"a line of more than {LONGEST_LINE >> 20} MiB{LOST}.")
+            raise BadRecord(f"{path}:{number}", f"a line of more than {LONGEST_LINE >> 20} MiB{LOST}.")
         yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
 def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
-    def where(number: int) -> str:
-        return f"{path}:{number}"
-
     try:
-        for number, line in _lines(file, where):
+        for number, line in _lines(path, file):
             if line.strip():
-                yield _parse(line, where(number))
+                yield _parse(line, f"{path}:{number}")
     except BadRecord as bad:
         yield bad
 
@@ -329,9 +326,9 @@ def _enter_list(events: Iterator[tuple[str, Any]], keys: Sequence[str]) -> None:
         # The object that should have the next key has ended without it.
         if depth < level + 1 and event.startswith("end_"):
             break
-    known = ", ".join(map(repr, names[:MOST_KEYS])) or "none"
+    listed = ", ".join(map(repr, names[:MOST_KEYS])) or "none"
     near = suggest(keys[min(level, len(keys) - 1)], names)
-    raise LookupError(f"there is no key '{'.'.join(keys)}' in it; there are {known}.{near}")
+    raise LookupError(f"there is no key '{'.'.join(keys)}' in it; there are {listed}.{near}")
 
 
 def _read_parquet(path: Path) -> Iterator[Item]:
@@ -355,16 +352,13 @@ def _read_parquet(path: Path) -> Iterator[Item]:
 def _read_table(
     path: Path, file: io.BufferedReader, delimiter: str, header: Sequence[str] | None = None
 ) -> Iterator[Item]:
-    def where(number: int) -> str:
-        return f"{path}:{number}"
-
     # Bytes that are not UTF-8 become lone surrogates, so only the row that has them is lost.
-    text = (line.decode("utf-8", "surrogateescape") for _, line in _lines(file, where))
+    text = (line.decode("utf-8", "surrogateescape") for _, line in _lines(path, file))
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     csv.field_size_limit(LONGEST_CELL)
     names = None if header is None else list(header)
     while True:
-        start = reader.line_num + 1
+        where = f"{path}:{reader.line_num + 1}"
         try:
             cells = next(reader)
         except StopIteration:
@@ -373,7 +367,7 @@ def _read_table(
             yield bad
             return
         except csv.Error as error:
-            yield BadRecord(where(start), f"not valid CSV: {error}.")
+            yield BadRecord(where, f"not valid CSV: {error}.")
             continue
         if not cells:
             continue
@@ -388,15 +382,15 @@ def _read_table(
             continue
         # Fewer cells than names are fine: the missing fields are absent.
         if len(cells) > len(names):
-            yield BadRecord(where(start), f"{len(cells)} cells, more than the header's {len(names)}.")
+            yield BadRecord(where, f"{len(cells)} cells, more than the header's {len(names)}.")
         elif any(_LONE.search(cell) for cell in cells):
-            yield BadRecord(where(start), "not UTF-8 text; save the file as UTF-8, or name its encoding.")
+            yield BadRecord(where, "not UTF-8 text; save the file as UTF-8, or name its encoding.")
         else:
-            yield where(start), dict(zip(names, cells, strict=False))
+            yield where, dict(zip(names, cells, strict=False))
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
-    """Raise ``UserError`` for two columns of one name: a record would silently have the last one alone."""
+    """Raise ``UserError`` for two columns of one name: a record would silently have only the last one."""
     repeated = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if repeated is not None:
         places = [str(place) for place, name in enumerate(names, 1) if name == repeated]

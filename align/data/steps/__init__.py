@@ -1,1 +1,1 @@
-"""The steps of a recipe, one module each; ``step_kinds`` maps settings to the step that they configure."""
+"""The steps of a recipe; ``step`` has their interfaces and maps settings to the step that they configure."""

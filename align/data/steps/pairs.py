@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 from align.config.recipe.step_settings import PairsStep, PairStrategy
 from align.data.row_texts import has_equal_sides
 from align.data.rows import Dropped, Message, Row, assistant, kept_columns
-from align.data.steps.base import StepContext
+from align.data.steps.step import StepContext
 from align.errors import UserError
 
 KINDS = ("preferences", "unpaired")
@@ -47,7 +47,7 @@ class Pairs:
         return self._check_pair(row)
 
     def _check_pair(self, row: Row) -> Row | Dropped:
-        """Return a row that is a pair already, or the reason why it teaches nothing."""
+        """Return a row that is a pair already, or the reason why it is useless."""
         if has_equal_sides(row):
             return Dropped("chosen equals rejected")
         better, worse = row.get("chosen_score"), row.get("rejected_score")
@@ -66,7 +66,7 @@ class Pairs:
         if len(candidates) < 2:
             return Dropped("fewer than two answers with a score or a rank")
         config = self.config
-        # Select pairs by rule, then drop those that teach nothing: equal texts, and scores that are too close.
+        # Select pairs by rule, then drop the useless ones: equal texts, and scores that are too close.
         compared = compare_candidates(candidates, config.how, f"{self.seed}:{row['id']}", config.margin)
         different = [(better, worse) for better, worse in compared if better.text.strip() != worse.text.strip()]
         pairs = [(better, worse) for better, worse in different if is_separate(better, worse, config.margin)]
@@ -224,7 +224,7 @@ def compare_candidates(
     """Yield the pairs of candidates that ``how`` compares, the higher score first, ties included.
 
     ``best_worst`` takes the best and the worst; ``best_random`` the best and a random one with a lower score (by at
-    least ``margin``) and another text, where the text ``draw`` seeds the choice; ``adjacent`` each one and the next in
+    least ``margin``) and another text; the text ``draw`` seeds the choice; ``adjacent`` each one and the next in
     order of score; ``all`` every two. Fewer than two candidates give no pair.
     """
     if len(candidates) < 2:

@@ -2,9 +2,9 @@
 
 ``reward``: a reward model's score of the reply. ``perplexity``: exp of the mean negative log-likelihood of the reply's
 tokens, given the prompt. ``ifd``: instruction-following difficulty (arXiv 2308.12032, eq. 3), the perplexity of the
-reply given the prompt divided by that of the reply alone: near 1 the prompt helps little, above 1 it misleads. The last
-turn of an answer is its reply; the turns before it count as prompt.
-``function``: a function of your own. The number stays in the rows as ``score``.
+reply given the prompt divided by the perplexity of only the reply: near 1 the prompt helps little, above 1 it
+misleads. The last turn of an answer is its reply; the turns before it count as prompt. ``function``: your function. The
+number stays in the rows as ``score``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.config.recipe.step_settings import ScoreStep
 from align.config.user_functions import function_identity
 from align.config.user_paths import user_path
 from align.data.rows import Row
-from align.data.steps.base import ModelLoaders, StepContext, Table, Verdict, keep_all, require_models
+from align.data.steps.step import ModelLoaders, StepContext, Table, Verdict, keep_all, require_models
 from align.errors import UserError
 from align.pipeline.registry import load_object
 
@@ -75,7 +75,7 @@ class Score:
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
         """Return ``score`` (N,) float64. Loads the model with the first rows."""
-        # Late, so a resumed build whose sketches exist loads no model.
+        # The model is loaded late, so a resumed build whose sketches exist loads none.
         if self._scorer is None:
             self._scorer = self._load()
         scores = [float(score) for score in self._scorer(rows)] if rows else []

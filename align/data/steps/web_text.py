@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 from align.config.recipe.filter_settings import Boilerplate, Repetition, Sides
 from align.data.row_texts import change_texts, excerpt, prompt_texts, reply_texts, without_code
 from align.data.rows import Dropped, Row
-from align.data.steps.base import RowFilter
+from align.data.steps.step import RowFilter
 
 _URL = r"(?:\b(?:https?|ftps?)://|\bwww\.(?=[\w-]+\.\w))[^\s<>\"`{}|\\^\[\]，。、）】》]+"
 _LINKED = rf"{_URL[:-2]}()]+(?:\([^\s()]*\))?(?: \"[^\"\n]{{0,300}}\")?"

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from align.data.formats.choices import LETTERS, Choices, describe_answers, gather_choices, read_choices, right_choice
 from align.data.formats.fields import Malformed
+from align.data.formats.records import LETTERS, Choices, describe_answers, gather_choices, read_choices, right_choice
 from align.errors import UserError
 from align.evaluation.tasks.base import Example
 from align.evaluation.tasks.records import TaskRecord

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from align.data.builds.build_files import kept_texts, message_text, read_ledger
-from align.data.licenses import UNKNOWN, mixture_license, normalize
+from align.data.card import UNKNOWN, mixture_license, normalize_license
 from align.data.rows import Row, is_text
 from align.report.dataset.build_summary import BuildSummary, Cluster, quantile, summarize
 from align.report.dataset.length_plots import length_plots
@@ -85,7 +85,7 @@ def _source_rows(ledger: Mapping[str, Any], summary: BuildSummary) -> list[dict[
     for line in ledger["sources"]:
         lengths = summary.lengths.get(line["source"])
         answers = list(lengths.answers.values()) if lengths else []
-        license = normalize(line.get("license"))
+        license = normalize_license(line.get("license"))
         rows.append(
             {
                 **line,

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from align.data.builds.build_files import LEDGER
-from align.data.licenses import UNKNOWN, mixture_license, normalize
+from align.data.card import UNKNOWN, mixture_license, normalize_license
 from align.models.checkpoints.source import TINY
 from align.models.embedded import LICENSE, NAME
 from align.report.page.assets import AssetWriter
@@ -110,7 +110,7 @@ def _synthesis_steps(ledger: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _source(line: Mapping[str, Any]) -> dict[str, Any]:
-    license = normalize(line.get("license"))
+    license = normalize_license(line.get("license"))
     return {
         "source": line["source"],
         "type": line.get("type", ""),
@@ -151,7 +151,7 @@ def license_rows(artifacts: Sequence[Artifact], assets: AssetWriter) -> list[dic
             rows.append(_model_row(artifact))
         ledger = read_ledger(artifact) if artifact.kind in DATASET_KINDS else None
         for line in (ledger or {}).get("sources") or []:
-            license = normalize(line.get("license"))
+            license = normalize_license(line.get("license"))
             identity = "; ".join(f"{name}: {value}" for name, value in (line.get("identity") or {}).items())
             rows.append(_license_row(artifact.stage, "data", line["source"], license, identity))
     if rows:
@@ -179,7 +179,7 @@ def _model_row(artifact: Artifact) -> dict[str, Any]:
 def model_license(folder: Path, source: str) -> str:
     """Return a base model's license: a built-in model's, or the license in its model card, else ``unknown``."""
     if source == NAME:
-        return normalize(LICENSE)
+        return normalize_license(LICENSE)
     if source == TINY:
         return MADE_HERE
     try:
@@ -188,7 +188,7 @@ def model_license(folder: Path, source: str) -> str:
         license = (yaml.safe_load(front_matter) or {}).get("license")
     except (OSError, UnicodeDecodeError, IndexError, AttributeError, yaml.YAMLError):
         return UNKNOWN
-    return normalize(license if isinstance(license, str) else None)
+    return normalize_license(license if isinstance(license, str) else None)
 
 
 def _license_row(stage: str, source_type: str, name: str, license: str, identity: str) -> dict[str, Any]:

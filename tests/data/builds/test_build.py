@@ -193,7 +193,7 @@ def test_a_killed_build_goes_on(tmp_path: Path, small_shards, monkeypatch: pytes
     assert len(counted) + after == len(list((tmp_path / "whole-work").rglob("pass-*/?????.json")))
 
 
-def test_bad_rows_stop_the_build_or_are_counted_with_file_and_line(make, tmp_path: Path) -> None:
+def test_bad_records_stop_the_build_or_are_counted(make, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", questions(20))
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write('{broken\n{"promt": "x", "completion": "y"}\n')
@@ -341,9 +341,7 @@ def test_a_column_may_come_late(make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [[], [{"type": "filter", "chars": {"min": 100}}], [{"type": "near_duplicates"}]])
-def test_a_build_of_which_nothing_is_left_says_what_became_of_its_rows(
-    make, tmp_path: Path, steps, small_shards
-) -> None:
+def test_empty_build_lists_what_each_step_dropped(make, tmp_path: Path, steps, small_shards) -> None:
     answer = "yes" if steps and steps[0]["type"] == "filter" else " "
     message = "filter: chars.min" if answer == "yes" else "empty reply"
     for near in (0.8, None):
@@ -366,7 +364,7 @@ def test_a_shard_whose_counts_are_damaged_is_made_again(tmp_path: Path, content:
     assert not is_stored(tmp_path)
 
 
-def test_whatever_of_an_unfinished_build_is_damaged_is_made_again(tmp_path: Path, small_shards) -> None:
+def test_damaged_files_of_unfinished_build_are_rebuilt(tmp_path: Path, small_shards) -> None:
     content = {"kind": "instructions", "sources": messy(tmp_path), "steps": STEPS}
     full = Built(tmp_path, tmp_path / "whole", content)
     work = tmp_path / "whole-work"

@@ -85,7 +85,7 @@ def test_the_lines_of_a_group_add_up(tmp_path: Path) -> None:
         assert sum(line["moved in"] for line in comparison["groups"]) == sum(comparison["moved"].values())
 
 
-def test_a_prompt_that_moved_with_another_answer_is_counted_as_leaking(tmp_path: Path) -> None:
+def test_moved_prompt_with_new_answer_counts_as_leak(tmp_path: Path) -> None:
     folder = build(tmp_path / "one", [row("Leaks?", "a"), row("b", "b")], [row("c", "c")])
     second = build(tmp_path / "two", [row("b", "b")], [row("leaks", "other"), row("c", "c")])
     comparison = compare(folder, second)

@@ -16,9 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from align.config.recipe.format_options import FormatOptions
 from align.config.recipe.recipe import Recipe
-from align.config.recipe.record_mapping import Constant, RecordMapping
 from align.config.runtime.executor import Executor, LocalExecutor, RayExecutor, SlurmExecutor
 from align.data.builds import build as building
 from align.data.builds import workers
@@ -26,7 +24,6 @@ from align.data.builds.build import build
 from align.data.builds.shards import Task
 from align.data.builds.workers import BuildResources
 from align.data.formats import SourceFormat
-from align.data.formats.columns import LabelRule
 from align.data.rows import BadRecord
 from align.errors import UserError
 
@@ -91,9 +88,7 @@ def test_jobs_build_what_this_process_does(slurm: SlurmExecutor, tmp_path: Path)
     assert "echo set up" in script
 
 
-def test_a_queue_that_was_silent_once_does_not_count_against_jobs_that_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_squeue_does_not_end_running_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """squeue fails at 0 s and at 100 s, with a grace of 60; the shard is done at 150 s."""
     answers = iter([False, True, False, True])
     clock = iter([0.0, 0.0, 100.0, 100.0])
@@ -102,8 +97,8 @@ def test_a_queue_that_was_silent_once_does_not_count_against_jobs_that_run(
     monkeypatch.setattr(workers, "read_summary", lambda folder, shard: next(summaries))
     monkeypatch.setattr(workers.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(workers.time, "sleep", lambda seconds: None)
-    jobs = workers.ClusterWorkers(SlurmExecutor(partition="cpu", tasks=1), 1)
-    jobs._wait(SimpleNamespace(folder=tmp_path), tmp_path, [0])  # type: ignore[arg-type]
+    executor = SlurmExecutor(partition="cpu", tasks=1)
+    workers._wait_for_jobs(executor, SimpleNamespace(folder=tmp_path), tmp_path, [0])  # type: ignore[arg-type]
     assert next(summaries, "all read") == "all read"
 
 
@@ -138,9 +133,7 @@ def test_a_bad_record_comes_back_as_it_would_here(slurm: SlurmExecutor, tmp_path
 
 
 @pytest.mark.slow
-def test_jobs_that_end_without_their_shards_are_named_and_the_rest_is_kept(
-    slurm: SlurmExecutor, tmp_path: Path
-) -> None:
+def test_jobs_without_shards_are_named_and_rest_is_kept(slurm: SlurmExecutor, tmp_path: Path) -> None:
     (tmp_path / "bin" / "srun").write_text("#!/bin/bash\n[[ $SLURM_ARRAY_TASK_ID == 1 ]] && exit 1\n" + OTHERS["srun"])
     content = recipe(tmp_path, lines(40))
     with pytest.raises(RuntimeError, match=r"slurm: the jobs are gone, and 2 of 4 shards are not done"):
@@ -180,14 +173,13 @@ def test_a_refused_job_is_the_users_to_mend(slurm: SlurmExecutor, tmp_path: Path
 
 
 def test_a_task_survives_its_file() -> None:
-    mapping = RecordMapping(columns={"output": "o", "label": Constant(constant=[1, "x"])}, keep=["n"])
-    source = SourceFormat("alpaca", FormatOptions(turns="all"), mapping, LabelRule(frozenset("1"), is_signed=True))
+    source = SourceFormat("alpaca")
     # A Parquet file may hold values that JSON has no type for.
     day = datetime(2024, 1, 2, 3, 4)
     values = {"day": day, "date": day.date(), "time": day.time(), "bytes": b"\xff", "price": Decimal("1.10")}
     record = {"instruction": "é", "n": [1, None], "values": [values]}
     task = Task(3, 30, 1, source, (("a:1", record), BadRecord("a:2", "no good")))
-    again = workers._from_json(workers._to_json(task))
+    again = workers._from_json(workers._to_json(task), {task.source: task.format})
     assert (again.shard, again.start, again.source, again.format) == (3, 30, 1, source)
     assert again.records[0] == task.records[0]
     assert str(again.records[1]) == "a:2: no good"

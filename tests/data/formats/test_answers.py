@@ -114,7 +114,7 @@ def test_scored_answers_in_their_spellings() -> None:
         assert row(record, "scored", "preferences") == {"prompt": chat("q"), "responses": wanted, "checks": ""}
 
 
-def test_ultrafeedback_takes_the_aspects_and_mends_ones_that_became_tens() -> None:
+def test_ultrafeedback_mends_scores_of_one_written_as_ten() -> None:
     # The overall score of the bad answer was 1, and stands as 10 in the data.
     good, bad = rated(5, overall_score=9.0, model="m"), rated(1, overall_score=10.0)
     record = {"instruction": "q", "models": ["m", "n"], "completions": [good, bad]}
@@ -259,7 +259,7 @@ def test_hh_pairs_that_cannot_be_used(chosen: str, rejected: str, reason: str) -
 
 @pytest.mark.parametrize("rejected", [hh("q", "a"), hh("other", "b"), hh("q", ""), "no transcript"])
 @pytest.mark.parametrize("kind", ["instructions", "prompts"])
-def test_a_chosen_transcript_stands_alone_where_rows_are_no_pairs(rejected: str, kind: str) -> None:
+def test_hh_gives_only_chosen_transcript_to_other_kinds(rejected: str, kind: str) -> None:
     converted = row({"chosen": hh("q", "a"), "rejected": rejected}, "hh_rlhf", kind)
     answer = {"completion": [assistant("a")]} if kind == "instructions" else {}
     assert converted == {"prompt": chat("q"), **answer, "checks": ""}

@@ -53,7 +53,7 @@ def questions(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_they_pass_filters_and_splits_and_are_named_in_ledger_and_pages(make, tmp_path: Path) -> None:
+def test_kept_columns_pass_filters_and_are_in_the_ledger(make, tmp_path: Path) -> None:
     source = {"type": "files", "name": "sums", "paths": [put(tmp_path / "a.jsonl", questions(40))]}
     source |= {"columns": {"prompt": "question"}, "keep": {"answer": "answer", "level": "level", "parts": "steps"}}
     steps = [{"type": "normalize"}, {"type": "filter", "where": f"{__name__}:keeps_easy"}, {"type": "exact_duplicates"}]

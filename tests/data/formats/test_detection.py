@@ -131,7 +131,7 @@ def test_every_format_has_fields_a_shape_kinds_and_a_converter() -> None:
     assert formats - {"rows"} == set(SHAPES)
 
 
-def test_rows_keep_their_id_and_source_and_give_what_the_kind_takes() -> None:
+def test_rows_keep_id_and_source_in_every_kind() -> None:
     row = {"id": "x", "source": "s", "prompt": chat("q"), "checks": "c", "completion": [assistant("a")], "label": None}
     (same,) = convert(row, SourceFormat("rows"), "f:1", "instructions")
     assert same == {name: value for name, value in row.items() if value is not None}

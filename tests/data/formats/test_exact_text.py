@@ -91,7 +91,7 @@ def test_numbers_become_text(value: float, written: str) -> None:
 
 
 @pytest.mark.parametrize("value", [True, float("nan"), ["a"]])
-def test_other_values_are_named_and_not_taken_for_a_slip_of_the_pen(value: Any) -> None:
+def test_other_values_are_not_reported_as_misspelled(value: Any) -> None:
     with pytest.raises(BadRecord, match=r"f:1: 'answer(.content)?' holds|'answer' holds"):
         convert({"question": "q", "answer": value}, SourceFormat("prompt_completion"), "f:1", "instructions")
     with pytest.raises(Exception, match="They have 'question', 'answer'") as caught:

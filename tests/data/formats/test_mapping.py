@@ -44,7 +44,7 @@ def test_fields_that_a_mapping_uses_or_hides_are_told_apart() -> None:
         convert(record, source_format("prompt_completion", columns={"prompt": "q"}), "f:1", "instructions")
 
 
-def test_a_column_that_one_record_lacks_leaves_no_other_in_its_place() -> None:
+def test_missing_column_is_not_replaced_by_another() -> None:
     form = source_format("prompt_completion", columns={"prompt": "ask"})
     with pytest.raises(BadRecord, match="'prompt' or 'question' or"):
         convert({"question": "something else", "completion": "a"}, form, "f:1", "instructions")

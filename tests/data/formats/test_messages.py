@@ -157,8 +157,8 @@ def test_tools_and_calls_make_other_ids() -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hello", "'messages' holds text where a list of messages was expected"),
-        (["x"], "'messages' holds str where a message"),
+        ("hello", "'messages' holds text that is not JSON"),
+        (["x"], "'messages' holds str, expected a message"),
         ([{"role": "user", "content": True}], "'messages.content' holds bool, expected text or a number"),
         ([user("a"), {"role": "assistant", "tool_calls": [{"id": "x"}]}], "a call of a tool without its name"),
         ([user("a"), {"from": "function_call", "value": "not json"}], "holds text that is not JSON"),

@@ -17,8 +17,7 @@ from align.config.recipe.step_settings import PairsStep
 from align.data.formats import convert
 from align.data.rows import BadRecord, Dropped, Row
 from align.data.sources import choose_format, read
-from align.data.steps.base import StepContext
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import StepContext, start_step
 from align.errors import UserError
 
 

@@ -93,7 +93,7 @@ def test_a_field_that_means_something_is_refused_by_name(record: dict[str, Any],
     assert set(unused(record, form, ignore=names)) == set(names)
 
 
-def test_what_stands_in_fields_of_an_instruction_is_part_of_the_prompt() -> None:
+def test_fields_of_an_instruction_are_part_of_the_prompt() -> None:
     record = {"instruction": "Add.", "input": "1 and 2", "response": "3"}
     assert row(record, "prompt_completion")["prompt"] == chat("Add.\n\n1 and 2")
     assert row({"instruction": "Add.", "input": "1 and 2"}, "prompt", "prompts")["prompt"] == chat("Add.\n\n1 and 2")
@@ -176,7 +176,7 @@ def test_a_row_has_its_steps_and_is_good_where_all_are(tmp_path: Path) -> None:
     assert good["steps"][1]["label"] == 0.5
 
 
-def test_marks_of_minus_one_are_wrong_and_prompts_forget_the_steps() -> None:
+def test_step_label_of_minus_one_is_wrong() -> None:
     (row,) = convert({**RECORD, "labels": [1, 0, -1]}, SourceFormat("stepwise"), "f:1", "unpaired")
     assert [step["label"] for step in row["steps"]] == [1.0, 0.0]
     (prompt,) = convert(RECORD, SourceFormat("stepwise"), "f:1", "prompts")

@@ -15,8 +15,8 @@ from align.config.recipe.step_settings import DecontaminateStep, EvaluationSet
 from align.data.rows import Row, assistant, user
 from align.data.sources import read
 from align.data.steps import decontaminate
-from align.data.steps.decontaminate import read_items, set_identities
-from align.data.steps.step_identities import step_identities
+from align.data.steps.decontaminate import evaluation_set_identities, read_items
+from align.data.steps.step import step_identities
 from align.errors import UserError
 from tests.support.data.steps.tables import decide, kept, row
 
@@ -126,9 +126,7 @@ def test_notes_count_items_and_rows_of_each_set(tmp_path: Path) -> None:
     json.dumps([verdict.notes, verdict.details])
 
 
-def test_the_item_most_covered_names_the_set_and_too_many_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_most_covered_item_names_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = write(tmp_path, less=[item(0, 12) + " v0 v1 v2"], most=[item()])
     verdict = decide(step(sets), [row(item())], base=tmp_path)
     assert verdict.details[0]["set"] == "most"
@@ -149,7 +147,7 @@ def test_reporting_keeps_the_rows_and_names_the_hits(tmp_path: Path) -> None:
     assert verdict.notes["examples"][0]["set"] == "mine"
 
 
-def test_rows_dropped_before_are_no_hits_and_shards_change_nothing(tmp_path: Path) -> None:
+def test_dropped_rows_are_no_hits_in_any_sharding(tmp_path: Path) -> None:
     sets = write(tmp_path, mine=[item(), "short"])
     rows = [row(text) for text in (item(), "short", "x", item(2, 20), "short")]
     verdict = decide(step(sets), rows, base=tmp_path, alive=[False, True, True, True, True])
@@ -321,10 +319,12 @@ def test_identity_is_the_content_of_the_files_not_their_folder(tmp_path: Path) -
     actual = []
     for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).mkdir()
-        actual.append(set_identities(write_set(tmp_path / name, {"prompt": text}), tmp_path / name))
+        settings = step([write_set(tmp_path / name, {"prompt": text})])
+        actual.append(evaluation_set_identities(settings, tmp_path / name, None))
     assert actual[0] == actual[1] != actual[2]
     assert list(actual[0]) == ["mine: set.jsonl"]
-    assert set_identities(EvaluationSet(name="gsm8k", revision=REVISION), tmp_path) == {}
+    hub = step([EvaluationSet(name="gsm8k", revision=REVISION)])
+    assert evaluation_set_identities(hub, tmp_path, None) == {}
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ from align.config.recipe.step_settings import ExactDuplicatesStep, NearDuplicate
 from align.data.rows import Row, assistant, user
 from align.data.steps import deduplicate
 from align.data.steps.deduplicate import SCALE, fetch_model, find_similar, quantize
-from align.data.steps.step_identities import step_identities
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import start_step, step_identities
 from align.errors import UserError
 from tests.support.data.steps.tables import context, decide, kept, row
 
@@ -118,7 +117,7 @@ def test_short_questions_that_differ_in_a_word_are_different() -> None:
     assert kept(decide(near_step(of="prompt"), rows)) == [0, 1]
 
 
-def test_a_long_prompt_is_compared_without_its_system_turn_and_its_reply() -> None:
+def test_prompt_is_compared_without_system_turn_and_reply() -> None:
     system = {"role": "system", "content": " ".join(f"rule{number}" for number in range(500))}
     rows = [{**row(text, reply)} for text, reply in ((TEXT, "yes"), (edited(TEXT, 3), "no"), ("unlike", "yes"))]
     rows = [{**result_row, "prompt": [system, *result_row["prompt"]]} for result_row in rows]
@@ -225,7 +224,7 @@ def test_the_first_of_those_that_mean_the_same_stays(static: Path) -> None:
     ]  # "yes" is no word of the model's
 
 
-def test_shards_change_nothing_and_rows_dropped_before_stand_for_none(static: Path) -> None:
+def test_dropped_rows_represent_no_cluster_in_any_sharding(static: Path) -> None:
     rows = [row(text) for text in ("big dog", "large hound", "big dog runs", "large dog", "x")]
     decisions = decide(semantic_step(static), rows)
     assert np.array_equal(decisions.code, decide(semantic_step(static), rows, cut=2).code)
@@ -302,14 +301,14 @@ def test_as_in_a_plain_double_loop(seed: int, block: int, chunk: int, threshold:
         assert find_similar(stored, threshold).label.tolist() == plain(stored, threshold)
 
 
-def test_a_dropped_row_is_like_the_row_that_stands_for_it_though_a_chain_leads_farther() -> None:
+def test_dropped_row_is_similar_to_its_representative() -> None:
     angles = np.radians([0, 20, 40, 60])
     stored = quantize(np.stack([np.cos(angles), np.sin(angles)], axis=1))
     # 20 degrees are like (0.94), 40 are not (0.77): the third is like the second alone, which does not stay
     assert find_similar(stored, 0.9).label.tolist() == [0, 0, 2, 2]
 
 
-def test_embeddings_are_stored_at_length_one_and_nothing_is_like_nothing() -> None:
+def test_embeddings_have_length_one_or_zero() -> None:
     stored = quantize(np.array([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8], [0.0, 0.0]], dtype=np.float32))
     assert stored.tolist() == [[19660, 26214], [0, 0], [19660, 26214], [0, 0]]
     assert find_similar(stored, 0.01).label.tolist() == [0, 1, 0, 3]

@@ -17,9 +17,8 @@ from pydantic import ValidationError
 
 from align.config.recipe.filter_settings import LANGUAGES, FilterStep
 from align.data.rows import Dropped, Row, assistant, user
-from align.data.steps.filter import load_detector, readable
-from align.data.steps.step_identities import step_identities
-from align.data.steps.step_kinds import start_step
+from align.data.steps.detectors import load_detector, readable
+from align.data.steps.step import start_step, step_identities
 from align.errors import UserError
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair, reason, run
 
@@ -121,7 +120,7 @@ def test_lengths_are_measured_after_texts_were_changed():
     assert isinstance(result, dict)
 
 
-def test_answers_that_differ_in_an_address_alone_are_no_pair_without_it():
+def test_answers_equal_without_urls_are_no_pair():
     row = pair("See https://a.org now", "See https://b.org now")
     assert reason(row, urls="strip") == "filter: chosen equals rejected"
     (result,) = run([pair("See https://a.org now", "Go to https://b.org now")], urls="strip")
@@ -192,7 +191,7 @@ def test_configuring_imports_nothing_heavy():
     code = (
         "import sys\nfrom align.config.recipe.filter_settings import FilterStep\n"
         "from align.config.recipe.step_settings import NormalizeStep\n"
-        "from align.data.steps.step_identities import step_identities\n"
+        "from align.data.steps.step import step_identities\n"
         "step = FilterStep(type='filter', language={'keep': ['en']}, personal_data={}, boilerplate={})\n"
         "step_identities(step, None)\n"
         "NormalizeStep(type='normalize', fix_encoding=True)\n"
@@ -286,7 +285,7 @@ def test_what_is_judged():
     assert reason(foreign, language={"keep": ["de"], "over": "prompt"}) == "filter: language en"
 
 
-def test_a_chosen_reply_is_judged_and_a_rejected_one_only_with_both():
+def test_rejected_reply_is_judged_only_with_both_sides():
     row = pair(ENGLISH[1], OTHERS["de"][1], ENGLISH[1])
     settings = {"keep": ["en"], "over": "reply"}
     assert reason(row, language=settings) is None

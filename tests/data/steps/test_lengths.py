@@ -10,9 +10,8 @@ from pydantic import ValidationError
 
 from align.config.recipe.filter_settings import FilterStep, Tokens
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.lengths import tokenizer_identities, tokens_filter
-from align.data.steps.step_identities import step_identities
-from align.data.steps.step_kinds import start_step
+from align.data.steps.filter import tokenizer_identities, tokens_filter
+from align.data.steps.step import start_step, step_identities
 from align.errors import UserError
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair, reason, run
 from tests.support.data.steps.tables import context

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from align.config.recipe.step_settings import NormalizeStep
 from align.data.rows import Dropped, assistant, user
 from align.data.steps.normalize import text_normalizer
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import start_step
 from tests.support.data.steps.rows_for_steps import CONTEXT, instruction, pair
 
 ENGLAND = "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"

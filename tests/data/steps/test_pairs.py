@@ -9,9 +9,8 @@ import pytest
 
 from align.config.recipe.step_settings import PairsStep
 from align.data.rows import Dropped, Row, assistant, user
-from align.data.steps.base import StepContext
 from align.data.steps.pairs import Answers, make_pairs
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import StepContext, start_step
 from align.errors import UserError
 
 
@@ -112,7 +111,7 @@ def test_equal_texts_are_left_out_of_the_pairs_of_others() -> None:
     assert pairs(same, how="all") == ["b>a", "b >a"]
 
 
-def test_pairs_that_are_there_already_stay_unless_their_scores_say_otherwise() -> None:
+def test_existing_pairs_stay_unless_scores_tie() -> None:
     pair = {"id": "r", "prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
     assert made(pair) is pair
     assert made(pair | {"chosen_score": 2.0, "rejected_score": 1.0}, margin=1) == pair | {
@@ -212,7 +211,7 @@ def test_bad_arguments() -> None:
         make_pairs([prompt_row()], [["a", "b"]], [[1.0, 0.0]], "some", noise=0.0, seed=0)  # type: ignore[arg-type]
 
 
-def test_answers_of_several_messages_and_the_tools_of_their_prompt() -> None:
+def test_make_pairs_of_several_messages_with_tools() -> None:
     def episode(text: str) -> Answers:
         turns = [assistant("look"), {"role": "tool", "content": text}, assistant(text)]
         return Answers([{**turns[0], "train": False}, *turns[1:]], turns)

@@ -149,7 +149,7 @@ def test_the_turns_before_the_last_one_are_its_context(tiny_model):
     assert scores[0] != pytest.approx(scores[2], rel=1e-3)
 
 
-def test_an_answer_that_would_join_its_prompt_is_scored_as_it_is_sampled(tiny_model, tmp_path):
+def test_answer_that_merges_with_prompt_is_scored_as_sampled(tiny_model, tmp_path):
     model, tokenizer = load_policy(tiny_model), make_joining_tokenizer()
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from align.config.recipe.filter_settings import Boilerplate, FilterStep, Repetition
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.step_identities import step_identities
+from align.data.steps.step import step_identities
 from align.data.steps.web_text import find_repetition, find_url, has_url, prose, rules, strip_urls
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
@@ -87,7 +87,7 @@ def test_sides():
     assert reason(only, urls="strip") == "filter: nothing but a url"
 
 
-def test_an_address_in_an_assistants_turn_of_the_prompt_is_no_reason():
+def test_url_in_assistant_turn_of_prompt_is_ignored():
     row = instruction() | {"prompt": [user("a"), assistant("www.a.org"), user("b")]}
     assert reason(row, urls="drop") is None
 

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from align.data.rows import Row, assistant, row_id, user
-from align.data.steps.base import StepContext, Table, Verdict
-from align.data.steps.step_kinds import start_step
+from align.data.steps.step import StepContext, Table, Verdict, start_step
 from align.models.step_models import StepModels
 
 

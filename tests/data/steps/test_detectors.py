@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from align.config.recipe.filter_settings import FilterStep
 from align.data.rows import Dropped, assistant, user
-from align.data.steps.personal import find_cards, find_emails, find_ibans, find_ips, phone_finder
-from align.data.steps.step_identities import step_identities
+from align.data.steps.detectors import find_cards, find_emails, find_ibans, find_ips, phone_finder
+from align.data.steps.step import step_identities
 from tests.support.data.steps.rows_for_steps import instruction, pair, reason, run
 
 FINDERS = {
@@ -83,7 +83,7 @@ def test_masking():
     assert reason(instruction(), personal_data={"action": "mask"}) is None
 
 
-def test_a_rejected_reply_counts_and_the_ledger_does_not_repeat_the_find():
+def test_personal_data_in_rejected_reply_is_not_quoted():
     (result,) = run([pair("Yes.", "Write to bob.miller@acme.io")], personal_data={})
     assert result == Dropped("filter: personal data (email)", {"in": "rejected", "excerpt": "bob…io"})
     row = instruction() | {"prompt": [{"role": "system", "content": "Mail bob@acme.io"}, user("x")]}

@@ -1,4 +1,4 @@
-"""Interfaces of the steps of a build. Torch-free.
+"""Interfaces of the steps of a build, and the registry of their kinds. Torch-free.
 
 A ``RowStep`` looks at rows one by one and may run in several processes at once. A ``TableStep`` sketches rows one by
 one (also in several processes) and then decides over the sketches of all rows in one process. Neither ever has all rows
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from align.data.rows import Dropped, Row
+from align.pipeline.registry import load_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,7 @@ class RowFilter(ABC):
 
 
 class ModelLoaders(Protocol):
-    """Access to models, which lie above this package; ``align.models.step_models`` implements it. Picklable."""
+    """Access to models, whose package is above this one; ``align.models.step_models`` implements it. Picklable."""
 
     def digests(self, folder: Path) -> dict[str, str]:
         """Return digests of a model folder's files by path."""
@@ -64,7 +65,7 @@ class StepContext:
     base: Path
     """Folder that relative paths start at."""
     work: Path
-    """A folder of this step alone, which persists between attempts of the same build."""
+    """A folder only of this step, which persists between attempts of the same build."""
     device: str = "auto"
     """Device of steps that run models."""
     inputs: tuple[Path, ...] = ()
@@ -77,7 +78,7 @@ class RowStep(Protocol):
     """A step that looks at rows one by one."""
 
     def apply(self, rows: list[Row]) -> Sequence[Row | Dropped | list[Row]]:
-        """Return one result for each row, which depends on that row alone.
+        """Return one result for each row, which depends only on that row.
 
         A result is the row (the same object if nothing changed, else a new dict with the keys that begin with
         ``_``), ``Dropped``, or a list of rows that replace it.
@@ -89,7 +90,7 @@ class TableStep(Protocol):
     """A step that decides over all rows at once, from a few numbers about each."""
 
     def sketch(self, rows: list[Row]) -> dict[str, np.ndarray]:
-        """Return named arrays whose first axis is that of the rows; each row's part depends on that row alone."""
+        """Return named arrays whose first axis is the rows; each row's part depends only on that row."""
         ...
 
     def decide(self, table: Table) -> Verdict:
@@ -150,3 +151,63 @@ def keep_all(count: int) -> np.ndarray:
     import numpy as np  # late: plans import this module, too
 
     return np.full(count, -1, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """One kind of step. Its functions are import paths, so a plan imports only the steps of its recipe."""
+
+    step: str
+    """Class of the ``RowStep`` or ``TableStep``, made from its settings and a ``StepContext``. It loads models and
+    tokenizers, and raises ``UserError`` for one that is not there."""
+    needs_all_rows: bool = False
+    """True for a ``TableStep``, which decides over the sketches of all rows."""
+    runs_model: bool = False
+    """True for a step that uses all cores or a GPU, and so must not run in several processes at once."""
+    identities: str = ""
+    """Function for ``step_identities``; without one, the step reads only the rows."""
+
+
+STEPS = {
+    "normalize": StepKind("normalize:Normalize", identities="normalize:normalize_identities"),
+    "filter": StepKind("filter:Filter", identities="filter:filter_identities"),
+    "divide": StepKind("split:Divide"),
+    "pairs": StepKind("pairs:Pairs"),
+    "score": StepKind("score:Score", needs_all_rows=True, runs_model=True, identities="score:scorer_identities"),
+    "exact_duplicates": StepKind("deduplicate:ExactDuplicates", needs_all_rows=True),
+    "near_duplicates": StepKind("deduplicate:NearDuplicates", needs_all_rows=True),
+    "semantic_duplicates": StepKind(
+        "deduplicate:SemanticDuplicates",
+        needs_all_rows=True,
+        runs_model=True,
+        identities="deduplicate:embedder_identities",
+    ),
+    "decontaminate": StepKind(
+        "decontaminate:Decontaminate", needs_all_rows=True, identities="decontaminate:evaluation_set_identities"
+    ),
+    "cap": StepKind("split:Cap", needs_all_rows=True),
+    "mix": StepKind("split:Mix", needs_all_rows=True),
+    # Not written in recipes: every build ends with these.
+    "usable": StepKind("split:Usable"),
+    "identical": StepKind("split:Identical", needs_all_rows=True),
+    "max_rows": StepKind("split:MaxRows", needs_all_rows=True),
+    "split": StepKind("split:Split", needs_all_rows=True),
+}
+"""Kinds of steps by the ``type`` of their settings. Paths are relative to ``align.data.steps``."""
+
+
+def start_step(config: Any, context: StepContext) -> Any:
+    """Return the step that ``config`` describes. Raises ``UserError`` if it cannot run."""
+    return load_object(f"align.data.steps.{STEPS[config.type].step}")(config, context)
+
+
+def step_identities(config: Any, base: Path, models: ModelLoaders | None = None) -> dict[str, str]:
+    """Return digests and versions of everything except the rows that the step reads.
+
+    Raises ``UserError`` for a missing file.
+    """
+    function = STEPS[config.type].identities
+    identities: dict[str, str] = {}
+    if function:
+        identities = load_object(f"align.data.steps.{function}")(config, base, models)
+    return identities
