@@ -73,7 +73,7 @@ def run_vllm(model: Path, options: argparse.Namespace) -> dict[str, float]:
 def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
     """Measure the task through the evaluation's own parts."""
     from align.config.runtime import EngineConfig, Runtime
-    from align.evaluation.participants import SystemRespondent
+    from align.evaluation.participants import Respondent
     from align.evaluation.systems import Policy, ResponseCache, Sampler, make_systems
     from align.inference.engine import open_engine
     from align.inference.protocol import Sampling
@@ -90,7 +90,7 @@ def run_align(model: Path, options: argparse.Namespace) -> dict[str, float]:
         built = time.perf_counter()
         cache = ResponseCache(Path(cache_folder), print)
         sampler = Sampler([policy], runtime, lambda *arguments: engine, cache, warn=print, progress=lambda *_: None)
-        answers = task.respond(SystemRespondent(system, sampler, 2048, print))
+        answers = task.respond(Respondent(system, sampler, 2048, print))
         answered = time.perf_counter()
         context = SimpleNamespace(progress=lambda *arguments: None, warn=print)
         measured = task.score({"model": answers}, context)["model"]

@@ -254,7 +254,6 @@ def _evaluated_tasks(scene: Scene, finished: Finished) -> list[EpisodeTask]:
         seed=node.seed,
         base=finished.pipeline.base,
         pairs=[],
-        heldout=[],
         has_second_reward=False,
         precision=_precision_of(scene, finished),
         warn=print_warning,

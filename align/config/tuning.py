@@ -190,7 +190,7 @@ class LowRank(TrainedTokens, TuningBase):
         if self.init == "eva" and self.dora:
             raise ValueError("dora with init eva is not supported: dora measures the matrices before eva is done.")
         if self.init == "loftq" and self.method != "qlora":
-            raise ValueError("init loftq corrects the quantization error; use `method: qlora`, or another init.")
+            raise ValueError("init loftq corrects the quantization error; take `method: qlora`, or another init.")
         if self.init == "orthogonal" and self.rank % 2:
             raise ValueError(f"init orthogonal needs an even rank; found {self.rank}.")
         return self
@@ -219,7 +219,7 @@ class QloraTuning(LowRank):
     def _check_init_keeps_weights(self) -> Self:
         if self.starts_from_weights:
             raise ValueError(
-                f"init {self.init} changes the weights, which 4 bits cannot hold; use `init: loftq`, "
+                f"init {self.init} changes the weights, which 4 bits cannot hold; take `init: loftq`, "
                 "which is made for this, or `method: lora`."
             )
         return self

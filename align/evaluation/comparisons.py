@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from align.evaluation.answers import Values
 from align.evaluation.statistics import (
     LEVEL,
     Difference,
@@ -24,7 +25,6 @@ from align.evaluation.statistics import (
     paired_difference,
     rate_interval,
 )
-from align.evaluation.tasks.base import Values
 
 Row = dict[str, Any]
 MIN_COMPARISONS = 10

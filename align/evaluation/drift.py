@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from align.data.rows import is_finished
+from align.evaluation.answers import ResponseSet, Values
 from align.evaluation.logprobs import LoadedModels, LogprobsOf, heldout_losses
 from align.evaluation.plan import Plan
 from align.evaluation.scoring import ResultCache
-from align.evaluation.systems import Policy, ResponseSet, System
-from align.evaluation.tasks.base import Values
+from align.evaluation.systems import Policy, System
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
@@ -156,21 +156,9 @@ class DriftMeasurement:
             names = [system.name for system in self._missing]
             self._ref_logprobs = dict(zip(names, logprobs[len(reads) :], strict=True))
         for system, policy_logprobs in zip(systems, logprobs[: len(reads)], strict=True):
-            self._keep(system, self._write_kl(system, policy_logprobs))
+            measured = kl_values(policy_logprobs, self._ref_logprobs[system.name], self.response_sets[system.name])
+            self._keep(system, self.results.write(*self._entry(system), measured))
         self._missing = [system for system in self._missing if system not in systems]
-
-    def _write_kl(self, system: System, policy_logprobs: list[list[float]]) -> dict[str, Any]:
-        """Return the KL of a system's responses, as the cache reads it back."""
-        plan = self.plan
-        ref_logprobs = self._ref_logprobs[system.name]
-        measured = kl_values(
-            lambda prompts, responses: policy_logprobs,
-            lambda prompts, responses: ref_logprobs,
-            plan.prompts[system.name],
-            self.response_sets[system.name],
-        )
-        written: dict[str, Any] = self.results.write(*self._entry(system), measured)
-        return written
 
     def _report(self, completed: int, total: int) -> None:
         self.context.progress(completed, total, unit="answers read")
@@ -257,32 +245,22 @@ def read_responses(logprobs_of: LogprobsOf, reads: Sequence[tuple[Prompts, Respo
 
 
 def kl_values(
-    policy: LogprobsOf,
-    reference: LogprobsOf,
-    prompts: Sequence[list[int]],
-    response_set: ResponseSet,
-    ref_prompts: Sequence[list[int]] | None = None,
+    logprobs: Sequence[Sequence[float]], ref_logprobs: Sequence[Sequence[float]], response_set: ResponseSet
 ) -> dict[str, Any]:
     """Return ``kl`` and ``kl_k3``: estimates of each response's KL to the reference in nats, see :func:`sequence_kl`.
 
     Args:
-        policy: Function for the policy's log-probabilities.
-        reference: Function for the reference's log-probabilities.
-        prompts: The system's token ids.
-        response_set: The responses to the prompts.
-        ref_prompts: The reference's token ids, if the system has a separate prompt.
+        logprobs: The policy's log-probabilities of all responses, prompt by prompt.
+        ref_logprobs: The reference's.
+        response_set: The responses.
 
     Returns:
         Also ``token_kl``, the k1 estimate of each token of the first response to the first ``TOKEN_PROMPTS`` prompts,
         and ``sampler_gap``, the mean |sampler - policy| log-probability per token. The gap is large if the engine
         sampled from other weights than the policy's.
     """
-    responses, repeated = response_set.flatten(prompts)
-    _, ref_repeated = response_set.flatten(prompts if ref_prompts is None else ref_prompts)
-    tokens = [response.token_ids for response in responses]
-    logprobs = policy(repeated, tokens)
-    ref_logprobs = reference(ref_repeated, tokens)
     estimates = [sequence_kl(values, ref_values) for values, ref_values in zip(logprobs, ref_logprobs, strict=True)]
+    responses = [response for samples in response_set.responses for response in samples]
     gaps = [
         # The engine's log-probabilities against the trainer's: a large gap means that other weights were sampled.
         abs(sampled - value)

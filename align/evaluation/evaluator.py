@@ -13,9 +13,10 @@ from functools import cached_property, partial
 from typing import Any
 
 from align.environments.user_models import UserResources
+from align.evaluation.answers import Answers, Measured, ResponseSet, RewardField, SystemResponses, Turn, Values
 from align.evaluation.drift import DriftMeasurement
 from align.evaluation.logprobs import LoadedModels
-from align.evaluation.participants import SystemPerformer, SystemReader, SystemRespondent
+from align.evaluation.participants import Performer, Reader, Respondent
 from align.evaluation.plan import Plan
 from align.evaluation.reward_accuracy import Scores, pair_reports, read_sides, score_sides
 from align.evaluation.rewards import close_rewards
@@ -24,7 +25,7 @@ from align.evaluation.scorecard.result_files import write
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
 from align.evaluation.scoring import (
     ResultCache,
-    StageScoringContext,
+    ScoringContext,
     describe_rewards,
     function_values,
     reward_list_values,
@@ -32,8 +33,7 @@ from align.evaluation.scoring import (
     select_best,
     shape_values,
 )
-from align.evaluation.systems import OpenEngine, Policy, ResponseCache, ResponseSet, Sampler, System, SystemResponses
-from align.evaluation.tasks.base import Answers, Measured, RewardField, Turn, Values
+from align.evaluation.systems import OpenEngine, Policy, ResponseCache, Sampler, System
 from align.pipeline.context import StageContext
 from align.store.fingerprint import digest
 
@@ -61,7 +61,7 @@ class Evaluation:
         # The shared cache outlives the stage, so another evaluation of the same checkpoints reads its results.
         folder = context.cache / "evaluation" if context.cache is not None else context.checkpoints
         self.results = ResultCache(folder, context.warn)
-        self.scoring = StageScoringContext(context, self.results, plan.reference, plan.base, plan.precision)
+        self.scoring = ScoringContext(context, self.results, plan.reference, plan.base, plan.precision)
 
     @cached_property
     def models(self) -> LoadedModels:
@@ -139,7 +139,7 @@ class Evaluation:
                         responses.prompt_set[system.name] = sampler.generate(
                             policy, plan.prompts[system.name], system.sampling(plan.sampling)
                         )
-                    respondent = SystemRespondent(system, sampler, plan.max_length, self.context.warn)
+                    respondent = Respondent(system, sampler, plan.max_length, self.context.warn)
                     for task in tasks:
                         responses.answers[task.name][system.name] = task.respond(respondent)
                     if system.info.role == "best_of":
@@ -152,8 +152,8 @@ class Evaluation:
         responses.tokens = sampler.tokens
         return responses
 
-    def _performer(self, system: System, sampler: Sampler) -> SystemPerformer:
-        return SystemPerformer(
+    def _performer(self, system: System, sampler: Sampler) -> Performer:
+        return Performer(
             system,
             sampler,
             results=self.results,
@@ -283,7 +283,7 @@ class Evaluation:
             for task in reading:
                 if task.loads_checkpoint != loads_checkpoint:
                     continue
-                reader = SystemReader(system, self.models, self.results, self.context.runtime)
+                reader = Reader(system, self.models, self.results, self.context.runtime)
                 measured[task.name][system.name] = task.read(reader)
                 completed = sum(map(len, measured.values()))
                 self.context.progress(completed, len(readers) * len(reading), unit="tasks read")

@@ -1,4 +1,4 @@
-"""Compared systems in the phases of an evaluation: they answer, play episodes and read. See ``tasks/base.py``.
+"""Compared systems in the phases of an evaluation: they answer, play episodes and read.
 
 Episodes are played in parts. A complete part is cached, for this evaluation and for others of the same weights. A part
 that was killed continues from its journal: no turn is sampled twice, and no tool is called twice.
@@ -21,11 +21,11 @@ from align.environments.journal import Journal
 from align.environments.player import EnvironmentPlayer, EpisodeTask, episode_seed, row_tasks
 from align.environments.simulated_user import SimulatedUser
 from align.environments.user_models import UserResources, open_user
+from align.evaluation.answers import Episodes, EpisodeSet, Example
 from align.evaluation.logprobs import LoadedModels
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.scoring import ResultCache
 from align.evaluation.systems import Sampler, System
-from align.evaluation.tasks.base import Episodes, EpisodeSet, Example
 from align.inference.protocol import Response, Sampling, Session, TurnRequest
 from align.inference.sessions import open_session
 from align.store.fingerprint import digest
@@ -34,8 +34,8 @@ NO_ANSWER = Response([], [], False, "")
 """The answer to a conversation that is longer than the engine can hold."""
 
 
-class SystemRespondent:
-    """One system, answering through the evaluation's engine."""
+class Respondent:
+    """One system while the evaluation's engine holds its weights."""
 
     def __init__(self, system: System, sampler: Sampler, max_length: int, warn: Callable[[str], None]) -> None:
         """``max_length`` is the length of prompt and response together, in tokens, that the engine can hold."""
@@ -53,7 +53,18 @@ class SystemRespondent:
         *,
         is_continuation: bool = False,
     ) -> list[list[Response]]:
-        """See the protocol. A conversation that leaves no room for the answer gets an empty, unfinished one."""
+        """Return ``sampling.n`` responses to each conversation (times N for a best-of-N system), cached on disk.
+
+        The system adds its own system message and examples. A conversation that leaves no room for the answer gets an
+        empty, unfinished one.
+
+        Args:
+            prompts: The conversations.
+            sampling: Length, temperature and number of the responses.
+            examples: The task's, of which a few-shot system shows the first; too few raise ``UserError``.
+            is_continuation: True for later turns of conversations that a best-of-N system already has N times, so they
+                are not multiplied by N again.
+        """
         system_sampling = self.system.sampling(sampling)
         if is_continuation:
             # Later turns continue one sample each, so best of N does not multiply them again.
@@ -74,8 +85,8 @@ class SystemRespondent:
         return answers
 
 
-class SystemReader:
-    """One system's own forward pass."""
+class Reader:
+    """One system's own forward pass. Systems of role ``best_of`` never read: they have no distribution."""
 
     def __init__(self, system: System, models: LoadedModels, results: ResultCache, runtime: Runtime) -> None:
         self.system = system
@@ -89,15 +100,15 @@ class SystemReader:
         self.max_length = max_input_tokens(self.model_dir, self.tokenizer)
 
     def render(self, prompt: list[Message], examples: Sequence[Example] = ()) -> list[int]:
-        """See the protocol."""
+        """Return the ids of a conversation up to the answer's start, the system's own prompt included."""
         return self.system.render(prompt, examples)
 
     def logprobs(self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[list[float]]:
-        """See the protocol."""
+        """Log-probability of each token of a continuation, in nats, at temperature 1; no context may be empty."""
         return self._logprobs([list(ids) for ids in contexts], [list(ids) for ids in continuations])
 
     def cached(self, name: str, identity: Any, compute: Callable[[], Any]) -> Any:
-        """See the protocol."""
+        """Return ``compute()``'s JSON-able result, or an earlier run's for this system under the same ``identity``."""
         # The number is raised when the forward pass changes.
         key = digest(["read 2", self.info.key, self._precision, identity])
         return self.results.read_or_compute(f"{name}-{self.info.name}", key, compute)
@@ -112,8 +123,8 @@ def max_input_tokens(model_dir: Path, tokenizer: Any) -> int:
 
 
 @dataclass(frozen=True)
-class SystemPerformer:
-    """One system, playing through the evaluation's engine."""
+class Performer:
+    """One system that acts in environments through the evaluation's engine. Best-of-N systems play no episodes."""
 
     system: System
     sampler: Sampler
@@ -133,7 +144,11 @@ class SystemPerformer:
         return self.system.info
 
     def play(self, episode_set: EpisodeSet) -> Episodes:
-        """See the protocol. An episode whose prompt leaves no room for ``max_tokens`` counts as failed."""
+        """Return the episodes of a task, kept on disk.
+
+        The system adds its own system message and examples before the first message of each. An episode whose prompt
+        leaves no room for ``max_tokens`` counts as failed.
+        """
         # A system that is sampled again gets its own seeds.
         sampling = self.system.sampling(Sampling(1, episode_set.temperature, seed=episode_set.seed))
         tasks = episode_tasks(episode_set, sampling.seed)

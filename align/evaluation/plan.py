@@ -17,13 +17,14 @@ from align.config.stages.evaluation.gates import Gate, parse_gates
 from align.data.rows import user
 from align.data.scoring import WeightedSum
 from align.errors import UserError
+from align.evaluation.answers import Example
 from align.evaluation.comparisons import Resampling
 from align.evaluation.logprobs import check_heldout
 from align.evaluation.participants import max_input_tokens
 from align.evaluation.scorecard.gates import check_gates
 from align.evaluation.systems import Policy, System, make_systems
 from align.evaluation.tasks import build_task
-from align.evaluation.tasks.base import Example, Task, TaskInputs
+from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.records import draw
 from align.inference.protocol import Sampling
 from align.inference.switching import max_positions
@@ -107,7 +108,7 @@ def make_plan(context: StageContext) -> Plan:
     # 2. Rows and tasks. A system that does not fit a task is refused here.
     pairs = _test_rows(context, "pairs", config.max_pairs)
     heldout = _test_rows(context, "heldout", config.max_heldout)
-    tasks = _build_tasks(context, pairs, heldout)
+    tasks = _build_tasks(context, pairs)
     _check_systems(tasks, systems)
     for policy in policies if heldout else []:
         check_heldout(policy.tokenizer, heldout, config.max_heldout_length)
@@ -229,13 +230,12 @@ def _fallback_examples(context: StageContext, count: int) -> list[Example]:
     return [Example(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in chosen]
 
 
-def _build_tasks(context: StageContext, pairs: list[Row], heldout: list[Row]) -> list[Task]:
+def _build_tasks(context: StageContext, pairs: list[Row]) -> list[Task]:
     config: EvaluateConfig = context.config
     inputs = TaskInputs(
         seed=context.seed,
         base=Path.cwd(),
         pairs=pairs,
-        heldout=heldout,
         has_second_reward=context.inputs.get("second_reward") is not None,
         precision=context.precision,
         warn=context.warn,

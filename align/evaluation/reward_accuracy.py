@@ -15,8 +15,10 @@ supported.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,25 +38,8 @@ RESAMPLES = 2000
 MARGIN_BINS = 5
 PAIRS_PER_BIN = 20
 """Fewest pairs in a bin of margins; fewer pairs in all make fewer bins."""
-SECTIONS = {
-    "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
-    "Chat Hard": (
-        "mt-bench-hard",
-        "llmbar-natural",
-        "llmbar-adver-neighbor",
-        "llmbar-adver-GPTInst",
-        "llmbar-adver-GPTOut",
-        "llmbar-adver-manual",
-    ),
-    "Safety": (
-        "refusals-dangerous",
-        "refusals-offensive",
-        "xstest-should-refuse",
-        "xstest-should-respond",
-        "donotanswer",
-    ),
-    "Reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
-}
+BENCHMARKS = Path(__file__).with_name("benchmarks.json")
+SECTIONS: dict[str, list[str]] = json.loads(BENCHMARKS.read_text("utf-8"))["reward_bench"]
 """RewardBench 1: section → subsets."""
 MATHEMATICS = "math-prm"
 CODE = "hep-"

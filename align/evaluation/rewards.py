@@ -14,8 +14,8 @@ from align.config.scores import RewardEntry, RewardJudge
 from align.data.rows import Row, assistant, user
 from align.data.scoring import Part, Parts, RewardScorer, Scorer, WeightedSum, function_scorer
 from align.errors import UserError, shorten
-from align.evaluation.judges import judge as prompts
-from align.evaluation.judges.judge import NAME, JudgmentCaches, judge_request, open_client, quote_example
+from align.evaluation import judge as prompts
+from align.evaluation.judge import NAME, JudgmentCaches, judge_request, open_client, unreadable_remedy
 from align.inference.cached_client import CachedClient
 from align.inference.endpoint_client import Endpoint
 from align.inference.requests import Answer, Request
@@ -204,10 +204,8 @@ class JudgeScorer:
             return
         raise UserError(
             f"{self.place}: the judge {self.endpoint.config.model} gave no readable grade in {self.unreadable} of "
-            f"{self.judgments} judgments; max_unreadable is {self.config.max_unreadable:g}. An example: "
-            f"{quote_example(unreadable)}. Take a judge that can answer in this form, raise judge.max_tokens where "
-            "grades are cut off, or raise judge.max_unreadable. To ask a repaired server again, set judge.seed: "
-            f"{self.config.seed + 1}."
+            f"{self.judgments} judgments; max_unreadable is {self.config.max_unreadable:g}. "
+            f"{unreadable_remedy(self.config, unreadable)}"
         )
 
 

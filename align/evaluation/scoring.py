@@ -14,9 +14,8 @@ from align.config.runtime.rollouts import READ_TOKENS
 from align.data.rows import Message
 from align.data.scoring import Scorer, WeightedSum
 from align.errors import UserError
+from align.evaluation.answers import Answers, ResponseSet, RewardField, Values
 from align.evaluation.scorecard import ProgramDescription
-from align.evaluation.systems import ResponseSet
-from align.evaluation.tasks.base import Answers, RewardField, Values
 from align.inference.protocol import Response
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
@@ -133,8 +132,8 @@ def describe_rewards(weights: Mapping[str, float], columns: Collection[str]) -> 
     return described
 
 
-class StageScoringContext:
-    """Models, caches and messages for the scoring phase of a stage."""
+class ScoringContext:
+    """Models, folders and messages for the scoring phase of a stage. Nothing is loaded before its first use."""
 
     def __init__(
         self, context: StageContext, results: ResultCache, reference: str, base: str | None, precision: Precision
@@ -143,9 +142,12 @@ class StageScoringContext:
         self.precision = precision
         self.seed = context.seed
         self.reference = reference
+        """The system that the others are compared with."""
         self.base = base
         self.folder = context.checkpoints
+        """Folder that survives attempts of the stage, for expensive results such as judgments."""
         self.shared: Path | None = results.folder
+        """Folder that runs share."""
         self.results = results
         self._models: dict[str, Any] = {}
         self._scored: dict[RewardField, dict[str, float]] = {}
@@ -157,7 +159,7 @@ class StageScoringContext:
         return artifact if isinstance(artifact, Artifact) else None
 
     def reward_stage(self, field: RewardField = "reward") -> str | None:
-        """See the protocol."""
+        """Return the stage of a reward model; None if the evaluation has none."""
         artifact = self.artifact(field)
         return None if artifact is None else artifact.stage
 
@@ -200,7 +202,10 @@ class StageScoringContext:
         *,
         tools: Sequence[str | None] | None = None,
     ) -> list[float]:
-        """See the protocol. Scores are cached under everything they depend on. ``tools`` has an entry per prompt."""
+        """Return the scores of a reward model, cached under everything they depend on.
+
+        ``tools`` has an entry per prompt. Raises ``UserError`` if the evaluation has no such model.
+        """
         artifact = self._required_artifact(field)
         offered = [None] * len(prompts) if tools is None else list(tools)
         arguments: list[Any] = [list(prompts), list(answers), [bool(flag) for flag in endings]]
@@ -236,16 +241,16 @@ class StageScoringContext:
         return [scored[key] for key in keys]
 
     def warn(self, message: str) -> None:
-        """See the protocol."""
+        """Show a warning to the user."""
         self.context.warn(message)
 
     def progress(self, completed: float, total: float, unit: str) -> None:
-        """See the protocol."""
+        """Report progress."""
         self.context.progress(completed, total, unit=unit)
 
 
 def select_best(
-    answers: Answers, best_of: int, context: StageScoringContext, tools: Sequence[str | None] | None = None
+    answers: Answers, best_of: int, context: ScoringContext, tools: Sequence[str | None] | None = None
 ) -> Answers:
     """Select of every ``best_of`` samples the sample with the highest reward, the first of equals.
 

@@ -7,12 +7,11 @@ Torch-free.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +21,8 @@ from align.config.stages.evaluate import BaselineConfig
 from align.config.user_paths import user_path
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
+from align.evaluation.answers import Example, ResponseSet
 from align.evaluation.scorecard import SystemInfo
-from align.evaluation.tasks.base import Answers, Episodes, Example, Values
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.switching import SwitchingEngine, architecture
 from align.models.chat.render import render_prompt
@@ -217,40 +216,6 @@ def _first_text(record: dict[str, Any], *names: str) -> str:
     raise KeyError(names[0])
 
 
-@dataclass
-class ResponseSet:
-    """One system's responses to a list of prompts, and the engine that sampled them."""
-
-    engine: str
-    responses: list[list[Response]]
-    """Per prompt, its samples."""
-
-    def flatten(self, rows: Sequence[Any]) -> tuple[list[Response], list[Any]]:
-        """Return all responses in one list, and for each response the entry of ``rows`` of its prompt."""
-        responses = [response for samples in self.responses for response in samples]
-        repeated = [row for row, samples in zip(rows, self.responses, strict=True) for _ in samples]
-        return responses, repeated
-
-    def unflatten(self, numbers: Sequence[float]) -> Values:
-        """Return one number for each response as a list per prompt."""
-        remaining = iter(numbers)
-        return [[float(next(remaining)) for _ in samples] for samples in self.responses]
-
-
-@dataclass
-class SystemResponses:
-    """All systems' responses: to the prompt set, and to each task."""
-
-    prompt_set: dict[str, ResponseSet] = field(default_factory=dict)
-    """System → its responses to the prompt set."""
-    answers: dict[str, dict[str, Answers]] = field(default_factory=dict)
-    """Task → system → its answers."""
-    episodes: dict[str, dict[str, Episodes]] = field(default_factory=dict)
-    """Task → system → its episodes, for tasks with an environment."""
-    engines: list[str] = field(default_factory=list)
-    tokens: int = 0
-
-
 class ResponseCache:
     """Files ``<folder>/<identity>.jsonl``: a header line, one line per prompt, and the seal; written atomically.
 
@@ -310,7 +275,7 @@ class Sampler:
         self.progress = progress
         self.warn = warn
         dtype = precision if runtime.engine.dtype == "auto" else runtime.engine.dtype
-        self.identity = [_engine_name(runtime), dtype]
+        self.identity = [runtime.engine_name, dtype]
         """The engine and its precision, as far as samples depend on them."""
         self.engines: set[str] = set()
         """Engines of all responses so far."""
@@ -360,15 +325,6 @@ class Sampler:
     def close(self) -> None:
         """Free the engine, before models are loaded for their own forward passes."""
         self._engine.close()
-
-
-def _engine_name(runtime: Runtime) -> str:
-    """Return the engine that ``auto`` most likely selects; cached responses of another engine are not used."""
-    if runtime.rollouts.pooled:
-        return "vllm-server"
-    if runtime.engine.name != "auto":
-        return runtime.engine.name
-    return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
 
 
 def _generate(

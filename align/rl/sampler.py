@@ -146,9 +146,7 @@ class RolloutSampler:
             return None
         part = slice(local_range.start, local_range.stop)
         local_indices, samples = indices[part], self.config.samples_per_prompt
-        responses = self._respond(
-            self.prompts, local_indices, seeds[part], samples=samples, update=update, weights_update=weights_update
-        )
+        responses = self._respond(self.prompts, local_indices, seeds[part], samples, update, weights_update)
         count, expected = sum(map(len, responses)), len(local_indices) * self.config.samples_per_prompt
         if count != expected:
             raise RuntimeError(f"engine {self.engine.name} returned {count} responses; expected {expected}")
@@ -159,7 +157,6 @@ class RolloutSampler:
         prompts: Prompts,
         indices: list[int],
         seeds: Sequence[int],
-        *,
         samples: int,
         update: int | None = None,
         weights_update: int | None = None,

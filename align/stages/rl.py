@@ -102,7 +102,15 @@ def run(context: StageContext) -> dict[str, Any]:
             engine=engine,
             episodes=player,
         )
-        _report(context, trainer)
+        _report_phases(context, trainer)
+        if trainer.prompts.dropped:
+            context.warn(
+                f"{context.name}: {trainer.prompts.dropped} of {len(prompts)} prompts are longer than "
+                f"max_prompt_tokens {config.max_prompt_tokens} and were skipped."
+            )
+        context.note(
+            notice(trainer.model.policy, config.tuning, context.precision, low_residual=True, loaded=trainer.model)
+        )
         if player is not None and rank() < playing_processes(context.runtime):
             # Load the user here, not in the thread that samples ahead: loading also changes the trainer's default type.
             player.load_user()
@@ -177,16 +185,8 @@ def _make_trainer(context: StageContext, reward_models: list[RewardModel], **opt
     return trainer
 
 
-def _report(context: StageContext, trainer: RLTrainer) -> None:
-    """Tell which prompts were skipped and the memory needed; report the phases of updates while the trainer runs."""
-    dropped = trainer.prompts.dropped
-    if dropped:
-        context.warn(
-            f"{context.name}: {dropped} of {dropped + len(trainer.prompts)} prompts are longer than max_prompt_tokens "
-            f"{trainer.config.max_prompt_tokens} and were skipped."
-        )
-    tuning, model = trainer.config.tuning, trainer.model
-    context.note(notice(model.policy, tuning, context.precision, low_residual=True, loaded=model))
+def _report_phases(context: StageContext, trainer: RLTrainer) -> None:
+    """Report the phases of an update, and how many responses are sampled."""
 
     def report_sampling(text: str) -> None:
         # A thread that samples ahead reports only while the trainer waits for it: otherwise the trainer learns.

@@ -1,4 +1,4 @@
-"""``python -m align.training.dump_fields``: the fields of the classes with options, for ``config.options``.
+"""``python -m align.training.dump_fields``: the fields of the classes with options, for ``config.field_dumps``.
 
 Without arguments it writes the shipped dumps for the installed trl, transformers and peft. ``align plan`` starts it
 with a dump's name, or a class's import path, and a file for the result. Imports those packages, and torch with them.

@@ -130,17 +130,7 @@ def _fit(
     scores_after = score_test()
     context.log(trainer.state.global_step, **{f"test_{name}": value for name, value in scores_after.items()})
 
-    metrics = _measure_training(context, trainer, checkpoint, seconds, clock) | {"state_bytes": state_bytes}
-    for extra in extras:
-        metrics |= getattr(extra, "facts", dict)()
-    metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
-    return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
-
-
-def _measure_training(
-    context: StageContext, trainer: Any, checkpoint: Path | None, seconds: float, clock: TrainingClock
-) -> dict[str, Any]:
-    """Return steps, tokens, speed, losses and parameters of a run that trained for ``seconds``."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = int(trainer.state.num_input_tokens_seen)
     trained, total = parameter_counts(trainer.model)
     metrics = {
@@ -152,12 +142,15 @@ def _measure_training(
         "tokens_per_second": _timed_tokens(tokens, clock, checkpoint) / seconds,
         "trainable_parameters": trained,
         "parameters": total,
+        "state_bytes": state_bytes,
     }
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:
         metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
         _warn_of_lost_progress(context, losses)
-    return metrics
+    for extra in extras:
+        metrics |= getattr(extra, "facts", dict)()
+    metrics |= {f"test_{name}_before": value for name, value in scores_before.items()}
+    return metrics | {f"test_{name}_after": value for name, value in scores_after.items()}
 
 
 def _timed_tokens(tokens: int, clock: TrainingClock, checkpoint: Path | None) -> int:

@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+from align.evaluation.answers import Measured
 from align.evaluation.evaluator import Evaluation
 from align.evaluation.logprobs import LoadedModels
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.systems import Policy
-from align.evaluation.tasks.base import Measured, Task
+from align.evaluation.tasks.base import Task
 
 
 class Reads(Task):

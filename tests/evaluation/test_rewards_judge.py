@@ -10,7 +10,7 @@ import pytest
 from align.config.scores import RewardJudge
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.judges.judge import JudgmentCaches
+from align.evaluation.judge import JudgmentCaches
 from align.evaluation.rewards import MIN_JUDGMENTS, JudgeScorer, judge_scorer
 from align.inference.endpoint_client import EndpointLost
 from tests.support.evaluation.judged_harness import endpoint

@@ -5,25 +5,24 @@ import math
 import pytest
 
 from align.data.scoring import Part, WeightedSum
-from align.evaluation.drift import kl_values
+from align.evaluation.answers import ResponseSet
+from align.evaluation.drift import kl_values, read_responses
 from align.evaluation.scoring import ResultCache, reward_list_values
-from align.evaluation.systems import ResponseSet
 from align.inference.protocol import Response
 
 
-def test_kl_and_the_samplers_gap_by_hand():
+def test_kl_and_sampler_gap_by_hand():
     response = Response([7, 2], [-1.5, -0.5], True, "x")
     two = Response([8], [-2.0], False, "y")
+    response_set = ResponseSet("e", [[response], [two]])
     requests = []
 
     def own(prompts, responses):
         requests.append((prompts, responses))
         return [[-1.0, -0.5], [-2.0]]
 
-    def reference(prompts, responses):
-        return [[-2.0, -1.0], [-2.5]]
-
-    actual = kl_values(own, reference, [[1], [3]], ResponseSet("e", [[response], [two]]))
+    logprobs = read_responses(own, [([[1], [3]], response_set)])
+    actual = kl_values(logprobs[0], [[-2.0, -1.0], [-2.5]], response_set)
     assert requests == [([[1], [3]], [[7, 2], [8]])]
     assert actual["kl"] == [[1.5], [0.5]]
     assert actual["kl_k3"][1] == [pytest.approx(0.1065307)]  # exp(-0.5) - 1 + 0.5

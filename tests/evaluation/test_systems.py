@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 from align.config.stages.evaluate import BaselineConfig
 from align.errors import UserError
+from align.evaluation.answers import Example, ResponseSet, SystemResponses, Turn
 from align.evaluation.evaluator import Evaluation
-from align.evaluation.participants import NO_ANSWER, SystemRespondent
+from align.evaluation.participants import NO_ANSWER, Respondent
 from align.evaluation.scoring import select_best
-from align.evaluation.systems import Policy, ResponseSet, SystemResponses, best_of_kl, example_identities, make_systems
-from align.evaluation.tasks.base import Example, Turn
+from align.evaluation.systems import Policy, best_of_kl, example_identities, make_systems
 from align.inference.protocol import Response, Sampling
 from align.store.artifacts import Artifact, Kind
 
@@ -205,7 +205,7 @@ def test_a_conversation_without_room_counts_as_not_answered(tmp_path):
         def generate(self, policy, prompts, sampling):
             return ResponseSet("e", [[Response(ids, [0.0], True, str(len(ids)))] * sampling.n for ids in prompts])
 
-    respondent = SystemRespondent(compared, Echo(), 10, warnings.append)
+    respondent = Respondent(compared, Echo(), 10, warnings.append)
     many = [turn("user", "x")] * 5
     responses = respondent.answer([[turn("user", "x")], many, [turn("user", "x")] * 2], Sampling(max_tokens=6, n=2))
     assert [[response.text for response in samples] for samples in responses] == [["1", "1"], ["", ""], ["2", "2"]]
@@ -220,7 +220,7 @@ def test_later_turns_of_n_conversations_are_answered_once_each(tmp_path):
         def generate(self, policy, prompts, sampling):
             return ResponseSet("e", [[Response([1], [0.0], True, "x")] * sampling.n for _ in prompts])
 
-    respondent = SystemRespondent(compared, Counts(), 100, print)
+    respondent = Respondent(compared, Counts(), 100, print)
     talk = [[turn("user", "x")]] * 4
     assert [len(samples) for samples in respondent.answer(talk[:1], Sampling(6))] == [4]
     assert [len(samples) for samples in respondent.answer(talk, Sampling(6), is_continuation=True)] == [1, 1, 1, 1]

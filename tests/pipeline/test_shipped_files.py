@@ -80,7 +80,7 @@ def test_every_suite_asks_real_files(
     (tmp_path / "data").symlink_to(shared_data)
     monkeypatch.chdir(tmp_path)
     config = suite_config(suite)
-    task_inputs = TaskInputs(0, tmp_path, [], [], False, "float32", print, print)
+    task_inputs = TaskInputs(0, tmp_path, [], False, "float32", print, print)
     # of these two there is no file at hand: GSM8K's test split and text of one's own
     for name, task in config.tasks.items():
         if name not in ("gsm8k", "general"):

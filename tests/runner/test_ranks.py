@@ -227,12 +227,12 @@ def test_nodes_without_rendezvous_are_refused_outside_slurm(tmp_path: Path) -> N
             {"launch": {"processes": 3}},
             {},
             "runtime.launch: stage 'sft': batch_size 16 counts the rows of all processes together and is not a "
-            "multiple of 3; use 2 processes, or another batch_size.",
+            "multiple of 3; take 2 processes, or another batch_size.",
         ),
         (
             {"launch": {"processes": 2}},
             {"micro_batch_size": 16},
-            "stage 'sft': batch_size 16 is not a multiple of micro_batch_size 16 times 2 processes; use "
+            "stage 'sft': batch_size 16 is not a multiple of micro_batch_size 16 times 2 processes; take "
             "micro_batch_size: 8",
         ),
         (
@@ -243,7 +243,7 @@ def test_nodes_without_rendezvous_are_refused_outside_slurm(tmp_path: Path) -> N
         (
             {"launch": {"processes": 2, "strategy": "fsdp2"}},
             {"tuning": {"method": "full", "unfreeze": {"at": {0: 1}}}},
-            "lisa freeze and unfreeze weights during training, which strategy fsdp2 cannot shard; use ddp.",
+            "lisa freeze and unfreeze weights during training, which strategy fsdp2 cannot shard; take ddp.",
         ),
     ],
 )

@@ -399,7 +399,7 @@ def test_teachers_that_cannot_teach_are_refused(tiny_model: Path, tmp_path: Path
         ({"on_policy": 0.5, "tuning": {"method": "prefix"}}, "on_policy samples from the student during training"),
         ({"on_policy": 0.5, "max_tokens": 64}, "max_tokens 64 leaves no room for a prompt"),
         ({"divergance": "jsd"}, "divergance"),
-        ({"jsd_beta": 0.1}, "jsd_beta has no effect with divergence forward; use jsd"),
+        ({"jsd_beta": 0.1}, "jsd_beta has no effect with divergence forward; take jsd"),
         ({"max_tokens": 32}, "max_tokens is about sampled answers, and on_policy is 0"),
         ({"sample_temperature": 0.7}, "sample_temperature is about sampled answers, and on_policy is 0"),
         ({"trainer": {"packing": True}}, "packing"),

@@ -111,7 +111,7 @@ def test_a_template_without_tools_is_refused(tiny_model: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("runtime", "words"),
     [
-        ({}, "continue lets servers load new weights between turns, but no servers sample for this stage"),
+        ({}, "continue lets servers take new weights between turns, but no servers sample for this stage"),
         ({"rollouts": {"servers": 1, "weights": "nccl"}}, "runtime.rollouts.weights is nccl"),
         ({"stages": {"ppo": {"rollouts": {"servers": 1}}}}, None),
     ],

@@ -299,7 +299,7 @@ def test_a_config_survives_its_own_dump(kind: str) -> None:
         ("dpo", {"loss": "ipo", "losses": {"sigmoid": 1.0}}, "set either loss or losses"),
         ("dpo", {"losses": {"sigmoid": 0.0}}, "each must be above 0"),
         ("dpo", {"losses": {"sigmoid": 1.0, "sft": 0.1}, "sft_weight": 0.1}, "is set twice"),
-        ("dpo", {"label_smoothing": 0.1}, r"has no effect with sigmoid; .*use `loss: robust`"),
+        ("dpo", {"label_smoothing": 0.1}, r"has no effect with sigmoid; .*take `loss: robust`"),
         ("dpo", {"discopop_tau": 0.1}, "discopop_tau has no effect with sigmoid; it is used by discopop"),
         ("dpo", {"loss": "exo_pair"}, "exo_pair needs label_smoothing above 0"),
         ("dpo", {"loss": "aot", "micro_batch_size": 1}, "set micro_batch_size to 2"),

@@ -135,7 +135,7 @@ def test_an_average_is_what_is_kept(tiny_model: Path, tmp_path: Path) -> None:
         (SftConfig, {"early_stopping": {"patiense": 1}}, "Did you mean 'patience'"),
         (SftConfig, {"early_stoping": {}}, "Did you mean 'early_stopping'"),
         (SftConfig, {"min_lr_ratio": 0.1}, "min_lr_ratio has no effect with scheduler cosine"),
-        (SftConfig, {"decay_ratio": 0.1}, "decay_ratio has no effect with scheduler cosine; use wsd"),
+        (SftConfig, {"decay_ratio": 0.1}, "decay_ratio has no effect with scheduler cosine; take wsd"),
         (SftConfig, {"scheduler": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6}, "more than all steps"),
         (SftConfig, {"gradient_checkpoint": True}, "Did you mean 'gradient_checkpointing'"),
         (SftConfig, {"trainer": {"gradient_checkpointing": True}}, "set 'gradient_checkpointing' next to 'trainer'"),

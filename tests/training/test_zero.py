@@ -96,10 +96,10 @@ def _source(condition: Any) -> str:
     [
         ({"deepspeed": {"stage": 2, "offload_parameters": True}}, {}, "offload_parameters needs stage 3; it is 2"),
         ({"strategy": "ddp", "deepspeed": {"stage": 1}}, {}, "used with `strategy: deepspeed` only; it is ddp"),
-        ({}, {"ema": 0.9}, "ema does not go with strategy deepspeed; use fsdp2, or leave it out."),
+        ({}, {"ema": 0.9}, "ema does not go with strategy deepspeed; take fsdp2, or leave it out."),
         ({}, {"anchor": {"to": "l2", "weight": 0.1}}, "anchor does not go with strategy deepspeed"),
         ({}, {"keep": "best", "eval_steps": 2}, "keep: best does not go with strategy deepspeed"),
-        ({}, {"tuning": {"method": "qlora", "rank": 4}}, "which strategy deepspeed cannot shard; use ddp."),
+        ({}, {"tuning": {"method": "qlora", "rank": 4}}, "which strategy deepspeed cannot shard; take ddp."),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(launch: dict[str, Any], sft: dict[str, Any], words: str) -> None:
@@ -110,7 +110,7 @@ def test_what_does_not_go_with_it_is_refused(launch: dict[str, Any], sft: dict[s
 
 def test_critic_warm_up_is_refused_with_deepspeed() -> None:
     pipeline("ppo", {"processes": 2, "strategy": "fsdp2"}, critic_warmup_updates=2)
-    with pytest.raises(UserError, match="critic_warmup_updates 2 does not go with strategy deepspeed.*use fsdp2"):
+    with pytest.raises(UserError, match="critic_warmup_updates 2 does not go with strategy deepspeed.*take fsdp2"):
         pipeline("ppo", {"processes": 2, "strategy": "deepspeed"}, critic_warmup_updates=2)
 
 
@@ -119,7 +119,7 @@ def test_without_the_package_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
-    with pytest.raises(UserError, match="install the extra `deepspeed`, or use fsdp2"):
+    with pytest.raises(UserError, match="install the extra `deepspeed`, or take fsdp2"):
         pipeline("sft", {"processes": 2, "strategy": "deepspeed"})
 
 

@@ -1,4 +1,4 @@
-"""Settings of a recipe's sources: their records, the records' format and license.
+"""Settings of a recipe's sources: where the records are, their format and their license.
 
 ``align.data.sources`` reads the records, ``align.data.formats`` converts them.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
@@ -26,19 +27,19 @@ FAULT_REMEDIES: dict[str, str] = {
     "weights-truncated": "Copy the files again, or have the stage that made them run again with --rebuild.",
     "weights-not-finite": "Train again with a lower learning rate, or from an earlier checkpoint; nothing can be "
     "learned from these.",
-    "weights-dtype": "Use a checkpoint in float32, bfloat16 or float16, as its stage wrote it.",
-    "vocabulary-size": "Use weights and tokenizer of one model; resize_token_embeddings gives added tokens rows.",
+    "weights-dtype": "Take the checkpoint in float32, bfloat16 or float16, as its stage wrote it.",
+    "vocabulary-size": "Take weights and tokenizer of one model; resize_token_embeddings gives added tokens rows.",
     "score-head": "Point at the output of a reward stage, and keep its files together.",
     "wrong-kind": "A policy writes (...ForCausalLM), a reward model scores (...ForSequenceClassification): point at "
     "the stage that makes what is wanted.",
     "adapter-base": "Name the base that the adapter was trained on.",
     "template-changed": "Put the chat template back, or give it to the `model` stage (`chat_template`) and train again "
     "from there, so that every checkpoint learns it.",
-    "tokenizer-changed": "Put the tokenizer's files back, or use checkpoints that come from the same base model.",
+    "tokenizer-changed": "Put the tokenizer's files back, or take checkpoints that come from the same base model.",
     "pad-is-eos": "Bring the model in through a `model` stage, or set pad_token to another special token.",
     "eos-not-turn-end": "Bring the model in through a `model` stage, which takes the template's end of turn as eos.",
     "reward-floor": "Give the reward model more or cleaner pairs, or more held-out ones; `reward_floor: null` trains "
-    "against it anyway.",
+    "against it all the same.",
 }
 """Faults of checkpoints that one stage hands to the next, with their remedies."""
 
@@ -235,6 +236,15 @@ class Runtime(Config):
     def samplers(self) -> SamplersConfig:
         """Engines on a Ray cluster that sample for a stage; their count is 0 unless the executor is ``ray``."""
         return self.executor.samplers if isinstance(self.executor, RayExecutor) else SamplersConfig()
+
+    @property
+    def engine_name(self) -> str:
+        """Name of the engine that samples, with ``auto`` resolved by what is installed; neither library is imported."""
+        if self.rollouts.pooled:
+            return "vllm-server"
+        if self.engine.name != "auto":
+            return self.engine.name
+        return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
 
     @property
     def may_open_vllm(self) -> bool:

@@ -130,7 +130,7 @@ class SlurmExecutor(_ExecutorFields):
         if seconds is not None and seconds < self.grace + 2 * SLACK:
             return (
                 f"time {self.time} leaves a stage no time before it is told to stop: Slurm may signal {SLACK} seconds "
-                f"earlier than grace ({self.grace} s). Use {self.grace + 2 * SLACK} seconds, or less grace."
+                f"earlier than grace ({self.grace} s). Take {self.grace + 2 * SLACK} seconds, or less grace."
             )
         if self.tasks is not None and self.partition is None:
             return f"with tasks (now {self.tasks}), the jobs of data builds need a partition: write `partition: cpu`."

@@ -56,7 +56,7 @@ class MergeConfig(Config):
                 "base and a scale."
             )
         if self.method == "slerp" and len(models) != 2:
-            raise ValueError(f"slerp interpolates two checkpoints, and there are {len(models)}; use warp for more.")
+            raise ValueError(f"slerp interpolates two checkpoints, and there are {len(models)}; take warp for more.")
         return self
 
     @model_validator(mode="after")

@@ -107,13 +107,13 @@ class DriftFields(RolloutFields):
         remedy = "or `in_flight: wait`"
         if not rollouts.pooled:
             return (
-                "continue lets servers load new weights between turns, but no servers sample for this stage. Set "
+                "continue lets servers take new weights between turns, but no servers sample for this stage. Set "
                 f"runtime.rollouts, {remedy}."
             )
         if rollouts.weights == "nccl":
             return (
-                "continue lets servers load new weights between turns, but runtime.rollouts.weights is nccl, by which "
-                f"the trainer sends them while no server samples. Use `weights: folder`, {remedy}."
+                "continue lets servers take new weights between turns, but runtime.rollouts.weights is nccl, by which "
+                f"the trainer sends them while no server samples. Take `weights: folder`, {remedy}."
             )
         return None
 
@@ -192,7 +192,7 @@ class PpoConfig(DriftFields):
         if self.critic_warmup_updates and launch.strategy == "deepspeed" and launch.known != 1:
             return (
                 f"critic_warmup_updates {self.critic_warmup_updates} does not go with strategy deepspeed, whose "
-                "optimizer decays and counts the policy's weights all the same; use fsdp2, or leave it out."
+                "optimizer decays and counts the policy's weights all the same; take fsdp2, or leave it out."
             )
         return super().processes_objection(launch)
 

@@ -82,7 +82,7 @@ class ExperimentalFields(PreferenceFields):
             package = module.partition(".")[0]
             raise ValueError(
                 f"{package} {importlib.metadata.version(package)} has no {name} ({module.replace('.', '/')}.py), which "
-                "is experimental there and which this stage needs. Install trl 1.16, or use stage 'dpo'."
+                "is experimental there and which this stage needs. Install trl 1.16, or take stage 'dpo'."
             ) from None
         return self
 
@@ -174,7 +174,7 @@ class DpoConfig(ReferenceFields):
         if self.label_smoothing and not set(terms) & set(SMOOTHED):
             raise ValueError(
                 f"label_smoothing has no effect with {', '.join(terms)}; it is used by {', '.join(SMOOTHED)}. For "
-                "pairs that may be mislabeled use `loss: robust`."
+                "pairs that may be mislabeled take `loss: robust`."
             )
         if "discopop" not in terms and self.changed("discopop_tau"):
             raise ValueError(f"discopop_tau has no effect with {', '.join(terms)}; it is used by discopop.")
@@ -207,7 +207,7 @@ class DpoConfig(ReferenceFields):
             )
         if self.reference_free and beyond:
             raise ValueError(
-                f"reference_free has no {', '.join(beyond)}: they compare each side with the reference. Use one "
+                f"reference_free has no {', '.join(beyond)}: they compare each side with the reference. Take one "
                 f"of {', '.join(sorted(DIFFERENCES))}."
             )
         return self
@@ -246,7 +246,7 @@ class KtoConfig(ReferenceFields):
         if self.loss == "kto" and self.micro_batch < 2:
             raise ValueError(
                 "kto's reference point comes from the micro-batch's other answers; set micro_batch_size to 2 or "
-                "more, 8 is better, or use `loss: apo_zero_unpaired`."
+                "more, 8 is better, or take `loss: apo_zero_unpaired`."
             )
         return self
 
@@ -311,12 +311,12 @@ class CpoConfig(ExperimentalFields):
     def _check_loss_options(self) -> Self:
         if self.label_smoothing and self.loss in ("hinge", "ipo"):
             raise ValueError(
-                f"label_smoothing has no effect with {self.loss}; use `loss: sigmoid` or `simpo`, or drop it."
+                f"label_smoothing has no effect with {self.loss}; take `loss: sigmoid` or `simpo`, or drop it."
             )
         if self.simpo_gamma is not None and self.loss not in ("simpo", "alphapo"):
-            raise ValueError(f"simpo_gamma has no effect with {self.loss}; use `loss: simpo`, or drop it.")
+            raise ValueError(f"simpo_gamma has no effect with {self.loss}; take `loss: simpo`, or drop it.")
         if self.alpha and self.loss != "alphapo":
-            raise ValueError(f"alpha has no effect with {self.loss}; use `loss: alphapo`, or drop it.")
+            raise ValueError(f"alpha has no effect with {self.loss}; take `loss: alphapo`, or drop it.")
         if self.loss == "alphapo" and self.cpo_alpha:
             raise ValueError("alphapo has no SFT loss (cpo_alpha); drop cpo_alpha.")
         return self

@@ -81,7 +81,7 @@ class PretrainConfig(TrainingFields):
     def _check_tuning_reads_packs(self) -> PretrainConfig:
         if self.tuning.input_only:
             raise ValueError(
-                f"tuning: {self.tuning.method} changes a row's beginning, and packed texts share rows; use full, lora "
+                f"tuning: {self.tuning.method} changes a row's beginning, and packed texts share rows; take full, lora "
                 "or another method that changes modules."
             )
         return self
@@ -133,7 +133,7 @@ class DistillConfig(TrainingFields):
         if self.on_policy and self.tuning.input_only:
             raise ValueError(
                 f"on_policy samples from the student during training, and `tuning: {self.tuning.method}` changes its "
-                "input, which engines support only from a finished checkpoint. Use on_policy 0, or another tuning."
+                "input, which engines support only from a finished checkpoint. Take on_policy 0, or another tuning."
             )
         # Prompt and sampled answer together become a row of training.
         if self.on_policy and self.max_tokens >= self.max_length:
@@ -143,7 +143,7 @@ class DistillConfig(TrainingFields):
     @model_validator(mode="after")
     def _check_unused_settings(self) -> Self:
         if self.divergence != "jsd" and self.changed("jsd_beta"):
-            raise ValueError(f"jsd_beta has no effect with divergence {self.divergence}; use jsd.")
+            raise ValueError(f"jsd_beta has no effect with divergence {self.divergence}; take jsd.")
         unused = [] if self.on_policy else self.changed("max_tokens", "sample_temperature")
         if unused:
             raise ValueError(

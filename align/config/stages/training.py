@@ -155,14 +155,14 @@ class TrainingFields(TrainerOptions):
             return None
         if self.replay is not None:
             # Passes through only the trunk gather no weights, and a process without replayed rows makes no such pass.
-            return f"replay does not go with strategy {launch.strategy}; use ddp, or leave it out."
+            return f"replay does not go with strategy {launch.strategy}; take ddp, or leave it out."
         if launch.strategy == "fsdp2":
             return None
         # These change weights outside DeepSpeed's engine, which has its own copies of them.
         settings = {"ema": self.ema, "anchor": self.anchor, "keep: best": self.keep == "best" or None}
         for name, value in settings.items():
             if value is not None:
-                return f"{name} does not go with strategy deepspeed; use fsdp2, or leave it out."
+                return f"{name} does not go with strategy deepspeed; take fsdp2, or leave it out."
         return None
 
     def _batch_objection(self, processes: int) -> str | None:
@@ -170,14 +170,14 @@ class TrainingFields(TrainerOptions):
             divisor = max(count for count in range(1, processes + 1) if self.batch_size % count == 0)
             return (
                 f"batch_size {self.batch_size} counts the rows of all processes together and is not a multiple of "
-                f"{processes}; use {divisor} processes, or another batch_size."
+                f"{processes}; take {divisor} processes, or another batch_size."
             )
         fits = self.batch_size % (self.micro_batch * processes) == 0
         if not fits and (self.micro_batch_size is not None or not self.rows_add_up):
             size = math.gcd(self.batch_size // processes, self.micro_batch)
             return (
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch} times "
-                f"{processes} processes; use micro_batch_size: {size}, which is another order of the rows and so "
+                f"{processes} processes; take micro_batch_size: {size}, which is another order of the rows and so "
                 "another key."
             )
         return None
@@ -198,18 +198,18 @@ class TrainingFields(TrainerOptions):
                 "replay trains on answers token by token, which a reward model cannot; mix pairs in the data."
             )
         if not self.has_vocabulary and self.anchor is not None and self.anchor.to == "kl":
-            raise ValueError("anchor: kl needs distributions over tokens, and a reward model has none; use `to: l2`.")
+            raise ValueError("anchor: kl needs distributions over tokens, and a reward model has none; take `to: l2`.")
         return self
 
     @model_validator(mode="after")
     def _check_kl_anchor(self) -> Self:
         if self.anchor is not None and self.anchor.to == "kl" and self.tuning.input_only:
-            raise ValueError(f"anchor: kl does not go with {self.tuning.method}, which changes every input; use l2.")
+            raise ValueError(f"anchor: kl does not go with {self.tuning.method}, which changes every input; take l2.")
         trains_tokens = isinstance(self.tuning, TrainedTokens) and bool(self.tuning.train_tokens)
         if self.anchor is not None and self.anchor.to == "kl" and trains_tokens:
             raise ValueError(
                 "anchor: kl does not go with tuning.train_tokens, which trains rows of the head that the start needs; "
-                "use `to: l2`, or leave train_tokens out."
+                "take `to: l2`, or leave train_tokens out."
             )
         return self
 
@@ -226,10 +226,10 @@ class TrainingFields(TrainerOptions):
     def _check_scheduler(self) -> Self:
         if self.min_lr_ratio is not None and self.scheduler not in ("cosine_with_min_lr", "wsd"):
             raise ValueError(
-                f"min_lr_ratio has no effect with scheduler {self.scheduler}; use cosine_with_min_lr or wsd."
+                f"min_lr_ratio has no effect with scheduler {self.scheduler}; take cosine_with_min_lr or wsd."
             )
         if self.scheduler != "wsd" and self.changed("decay_ratio"):
-            raise ValueError(f"decay_ratio has no effect with scheduler {self.scheduler}; use wsd.")
+            raise ValueError(f"decay_ratio has no effect with scheduler {self.scheduler}; take wsd.")
         if self.scheduler == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise ValueError(
                 f"warmup_ratio {self.warmup_ratio:g} and decay_ratio {self.decay_ratio:g} add up to more than all "
@@ -242,7 +242,7 @@ class TrainingFields(TrainerOptions):
         if self.batch_size % self.micro_batch:
             divisor = max(size for size in range(1, self.micro_batch + 1) if self.batch_size % size == 0)
             raise ValueError(
-                f"micro_batch_size {self.micro_batch} does not divide batch_size {self.batch_size}; use {divisor}."
+                f"micro_batch_size {self.micro_batch} does not divide batch_size {self.batch_size}; take {divisor}."
             )
         return self
 
@@ -260,14 +260,14 @@ def sharding_objection(launch: LaunchConfig, tuning: TuningBase, *, looks_back: 
     elif isinstance(tuning, FullTuning) and tuning.scheduled:
         reason = "tuning.unfreeze and lisa freeze and unfreeze weights during training, which"
     if reason is not None:
-        return f"{reason} strategy {launch.strategy} cannot shard; use ddp."
+        return f"{reason} strategy {launch.strategy} cannot shard; take ddp."
     # Only strategies that shard weights lose the initial policy; with ZeRO-1 and 2 every device has it.
     gathers = launch.strategy == "fsdp2" or launch.deepspeed.stage == 3
     if looks_back and gathers and tuning.starts_from_weights:
         return (
             "tuning.init makes the adapters a part of the initial policy, which this stage needs and strategy "
-            f"{launch.strategy} cannot restore; use ddp, or another init."
+            f"{launch.strategy} cannot restore; take ddp, or another init."
         )
     if launch.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        return "strategy deepspeed needs the package deepspeed; install the extra `deepspeed`, or use fsdp2."
+        return "strategy deepspeed needs the package deepspeed; install the extra `deepspeed`, or take fsdp2."
     return None

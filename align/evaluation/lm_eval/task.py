@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import yaml
@@ -31,13 +31,17 @@ from align.config.stages.evaluation.tasks import LmEvalConfig
 from align.config.user_paths import matching_paths, user_path
 from align.data.rows import user
 from align.errors import UserError
+from align.evaluation.answers import Item, Measured
 from align.evaluation.lm_eval.columns import Column, MissingValuesError, NotAMeanError, column_name, columns, numbers
 from align.evaluation.lm_eval.worker import JOB, RESULT, SEEDS
 from align.evaluation.scorecard import SystemInfo
-from align.evaluation.tasks.base import Item, Measured, Reader, Task, TaskInputs
+from align.evaluation.tasks.base import Task, TaskInputs
 from align.models.chat.render import render_prompt
 from align.store.fingerprint import digest, file_digest
 from align.store.json_files import DamagedFile, parse_object, write_text_atomically
+
+if TYPE_CHECKING:
+    from align.evaluation.participants import Reader
 
 DESCRIBE_TIMEOUT = 600.0
 """Seconds without output or CPU time from lm-eval while it loads tasks; a download has a progress bar."""

@@ -5,8 +5,10 @@ The fields equal ``scorecard.json``'s; ``scorecard_builder.py`` explains them an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,41 +23,6 @@ FORMAT = 3
 SCORECARD = "scorecard.json"
 ProgramDescription = tuple[str | None, str]
 """Direction of a program's metric (``higher``, ``lower``, None for a metric that only informs), and its meaning."""
-
-
-def prompt_set_metric(title: str, better: str | None, unit: str, meaning: str) -> dict[str, Any]:
-    """Return the scorecard's description of a metric of the prompt set."""
-    return {"title": title, "better": better, "unit": unit, "meaning": meaning, "task": "prompts"}
-
-
-PROMPT_SET_METRICS: dict[str, dict[str, Any]] = {
-    "reward": prompt_set_metric(
-        "Reward-model score", "higher", "score", "score by the learned proxy; only differences are meaningful"
-    ),
-    "finished": prompt_set_metric(
-        "Ends by itself",
-        "higher",
-        "share",
-        "share of responses that end with the end-of-turn token rather than at the token limit",
-    ),
-    "length": prompt_set_metric(
-        "Response length", None, "tokens", "tokens of a response, its end-of-turn token included"
-    ),
-    "kl": prompt_set_metric(
-        "KL to reference",
-        None,
-        "nats",
-        "drift from the reference over a whole response, unbiased k1 estimate on the policy's own samples",
-    ),
-    "kl_k3": prompt_set_metric("KL to reference (k3)", None, "nats", "the same by the k3 estimate, never negative"),
-    "heldout_loss": prompt_set_metric(
-        "Held-out SFT loss",
-        "lower",
-        "nats per token",
-        "negative log-likelihood per token of held-out reference answers",
-    ),
-}
-"""Metrics of the prompt set that are not computed by programs; a task describes its own metrics."""
 
 
 class _Frozen(BaseModel):
@@ -93,6 +60,27 @@ class Metric:
     """True for a win rate: 1 for a win, 0 for a loss, 0.5 for a tie."""
     task: str = ""
     """``prompts`` for the prompt set, else the task's name, with which the metric's name begins."""
+
+
+@cache
+def _described_metrics() -> dict[str, dict[str, dict[str, Any]]]:
+    content = Path(__file__).with_name("metrics.json").read_text(encoding="utf-8")
+    described: dict[str, dict[str, dict[str, Any]]] = json.loads(content)
+    return described
+
+
+def read_metrics(kind: str) -> dict[str, Metric]:
+    """Return the metrics of a kind of task in the order shown; ``metrics.json`` describes them."""
+    return {name: Metric(**fields) for name, fields in _described_metrics()[kind].items()}
+
+
+def prompt_set_metric(title: str, better: str | None, unit: str, meaning: str) -> dict[str, Any]:
+    """Return the scorecard's description of a metric of the prompt set."""
+    return {"title": title, "better": better, "unit": unit, "meaning": meaning, "task": "prompts"}
+
+
+PROMPT_SET_METRICS = {name: prompt_set_metric(**fields) for name, fields in _described_metrics()["prompts"].items()}
+"""Metrics of the prompt set that are not computed by programs; a task describes its own metrics."""
 
 
 class Estimate(_Frozen):

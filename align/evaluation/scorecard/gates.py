@@ -109,9 +109,8 @@ def _evaluate(gate: Gate, system: str, card: Mapping[str, Any], roles: Mapping[s
     """Return the row of a gate for a system."""
     rival_name = gate.bound.system
     rival = None if rival_name is None else _resolve(rival_name, roles, card["reference"])
-    estimate = _estimate(card, system, gate.metric)
-    value = _finite(estimate.get("value"))
-    rival_value = None if rival is None else _finite(_estimate(card, rival, gate.metric).get("value"))
+    value, low, high = _numbers(card, system, gate.metric)
+    rival_value = None if rival is None else _numbers(card, rival, gate.metric)[0]
     missing = None
     if value is None:
         missing = system
@@ -122,8 +121,6 @@ def _evaluate(gate: Gate, system: str, card: Mapping[str, Any], roles: Mapping[s
         return {**_row(gate, system, text), "value": value}
     bound = gate.bound.value(rival_value or 0.0)
     difference = None if rival is None else _difference(card, system, rival, gate.metric)
-    low = _finite(estimate.get("low"))
-    high = _finite(estimate.get("high"))
     if rival is not None:
         # Against another system the paired difference decides: its interval, shifted to the scale of the value.
         low = None
@@ -140,9 +137,12 @@ def _evaluate(gate: Gate, system: str, card: Mapping[str, Any], roles: Mapping[s
     if gate.decide == "interval" and not is_satisfied:
         passed = None if best is None else not is_clear
     text = f"{gate.title} of {system} is {_comparison(gate.bound, value, bound, is_satisfied)}"
-    if rival is not None:
-        gap = value - (rival_value or 0.0) if difference is None else difference["value"]
-        text += f" ({system} - {rival}: {gap:+.3g}, {_interval(difference)})"
+    if difference is not None:
+        interval = f"95 % interval {difference['low']:+.3g} to {difference['high']:+.3g}"
+        text += f" ({system} - {rival}: {difference['value']:+.3g}, {interval})"
+    elif rival is not None:
+        gap = value - (rival_value or 0.0)
+        text += f" ({system} - {rival}: {gap:+.3g}, no interval: the scorecard does not compare them)"
     elif low is not None and high is not None:
         text += f" (95 % interval {_format(low)} to {_format(high)})"
     return {
@@ -157,21 +157,21 @@ def _evaluate(gate: Gate, system: str, card: Mapping[str, Any], roles: Mapping[s
     }
 
 
-def _estimate(card: Mapping[str, Any], system: str, metric: str) -> Mapping[str, Any]:
-    return (card["estimates"].get(system) or {}).get(metric) or {}
+def _numbers(card: Mapping[str, Any], system: str, metric: str) -> list[float | None]:
+    """Return a system's value in a metric, and both ends of its interval; None for a number that is missing."""
+    estimate = (card["estimates"].get(system) or {}).get(metric) or {}
+    return [_finite(estimate.get(name)) for name in ("value", "low", "high")]
 
 
 def _row(gate: Gate, system: str | None, text: str) -> Row:
     """Return a row with the fields that every row has, still undecided."""
+    empty = dict.fromkeys(("value", "low", "high", "bound"))
     return {
         "name": gate.name,
         "system": system,
         "metric": gate.metric,
         "expression": str(gate.bound),
-        "value": None,
-        "low": None,
-        "high": None,
-        "bound": None,
+        **empty,
         "level": gate.level,
         "decide": gate.decide,
         "passed": None,
@@ -201,12 +201,6 @@ def _comparison(bound: Bound, value: float, number: float, is_satisfied: bool) -
     side = (_SATISFIED if is_satisfied else _VIOLATED)[bound.operator]
     right = bound.right if bound.system is None else f"{bound.right} = {_format(number, digits)}"
     return f"{_format(value, digits)}, {side} {right}"
-
-
-def _interval(difference: Row | None) -> str:
-    if difference is None:
-        return "no interval: the scorecard does not compare them"
-    return f"95 % interval {difference['low']:+.3g} to {difference['high']:+.3g}"
 
 
 def _format(number: float, digits: int = 3) -> str:

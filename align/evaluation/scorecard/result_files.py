@@ -24,16 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from align.data.rows import kept_columns
 from align.environments.episode import Episode, describe_episode, opening
+from align.evaluation.answers import Answers, Episodes, Item, SystemResponses, Turn, Values
 from align.evaluation.comparisons import Column
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult
-from align.evaluation.tasks.base import Answers, Episodes, Item, Turn, Values
 from align.evaluation.tasks.environment import SCORE
 from align.models.chat.render import token_texts
 from align.store.json_files import write_text_atomically
 
 if TYPE_CHECKING:
     from align.evaluation.plan import Plan
-    from align.evaluation.systems import SystemResponses
 
 SAMPLE_FIELDS = ("reward", "kl")
 

@@ -38,12 +38,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from align.config.stages.evaluation.gates import Gate
+from align.evaluation.answers import Measured, Values
 from align.evaluation.comparisons import Column, Resampling, correct, correct_table, difference, estimate, is_rate
 from align.evaluation.scorecard import FORMAT, PROMPT_SET_METRICS, ProgramDescription, SystemInfo, prompt_set_metric
 from align.evaluation.scorecard.gates import default_gates, evaluate_gates, find_flags
 from align.evaluation.statistics import LEVEL
 from align.evaluation.systems import best_of_kl
-from align.evaluation.tasks.base import Measured, Task, Values
+from align.evaluation.tasks.base import Task
 
 FAMILY_METRICS = ("reward", "length", "finished")
 DRIFT = ("kl", "kl_k3")

@@ -26,8 +26,6 @@ OWN_IDENTITIES = (
     configs.LmEvalConfig,
 )
 """Settings whose module lists its inputs outside the store with ``identities(config, base)``."""
-SHOW_EXAMPLES = (configs.Gsm8kConfig, configs.MultipleChoiceConfig)
-"""Settings with a file of solved examples in addition to the items."""
 
 
 def task_module(kind: str) -> Any:
@@ -40,30 +38,26 @@ def task_module(kind: str) -> Any:
         from align.evaluation.tasks import ifeval
 
         return ifeval
-    if kind == "gsm8k":
-        from align.evaluation.tasks import gsm8k
+    if kind in ("gsm8k", "xstest"):
+        from align.evaluation.tasks import sampled
 
-        return gsm8k
+        return sampled
     if kind == "multiple_choice":
         from align.evaluation.tasks import multiple_choice
 
         return multiple_choice
-    if kind == "xstest":
-        from align.evaluation.tasks import xstest
-
-        return xstest
     if kind == "environment":
         from align.evaluation.tasks import environment
 
         return environment
     if kind == "judged":
-        from align.evaluation.judges import judged
+        from align.evaluation.tasks import judged
 
         return judged
     if kind == "preference":
-        from align.evaluation.tasks import preference
+        from align.evaluation.tasks import likelihood
 
-        return preference
+        return likelihood
     if kind == "perplexity":
         from align.evaluation.tasks import perplexity
 
@@ -90,13 +84,11 @@ def task_identities(config: Any, base: Path) -> dict[str, str]:
 
     Raises ``UserError`` for a missing file.
     """
-    from align.evaluation.tasks.records import file_identities, identities_with_examples
+    from align.evaluation.tasks.records import file_identities
 
     if isinstance(config, OWN_IDENTITIES):
         digests: dict[str, str] = task_module(config.kind).identities(config, base)
         return digests
-    if isinstance(config, SHOW_EXAMPLES):
-        return identities_with_examples(config, base)
     return file_identities(config, base)
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config.environment import SimulatedUserConfig
 from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
@@ -22,22 +22,17 @@ from align.environments.episode import Episode
 from align.environments.sources import open_environment
 from align.environments.turn_template import TurnTemplate
 from align.errors import UserError, shorten
-from align.evaluation.judges.judge import warn_if_unreachable
+from align.evaluation.answers import Episodes, EpisodeSet, Item, Measured, Values
+from align.evaluation.judge import warn_if_unreachable
 from align.evaluation.scorecard import Metric
-from align.evaluation.tasks.base import (
-    Episodes,
-    EpisodeSet,
-    Item,
-    Measured,
-    Performer,
-    ScoringContext,
-    Task,
-    TaskInputs,
-    Values,
-)
+from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.records import TaskRecord, describe_records, draw, file_identities, item_ids
 from align.evaluation.tasks.records import load_records as load_file_records
 from align.store.fingerprint import canonical
+
+if TYPE_CHECKING:
+    from align.evaluation.participants import Performer
+    from align.evaluation.scoring import ScoringContext
 
 SUCCESS = "success"
 SCORE = "score"
@@ -302,22 +297,9 @@ def _row(id: str, record: TaskRecord) -> dict[str, Any]:
         row.pop("prompt", None)
     elif isinstance(record["prompt"], str):
         row["prompt"] = [user(record.text("prompt"))]
-    elif not _are_messages(record["prompt"]):
+    elif record.messages("prompt") is None:
         raise record.field_error("prompt", "text or messages, each with role and content")
     return row
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    )
 
 
 def _shown_prompt(row: Mapping[str, Any]) -> list[Message]:

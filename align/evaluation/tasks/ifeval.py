@@ -32,34 +32,18 @@ from align.config.stages.evaluation.tasks import IfbenchConfig, IfevalConfig
 from align.config.validation import hint_nearest
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.scorecard import Metric
-from align.evaluation.tasks.base import Answers, Item, Measured, SampledTask, ScoringContext, TaskInputs, answer_counts
+from align.evaluation.answers import Item
+from align.evaluation.tasks.base import TaskInputs
 from align.evaluation.tasks.records import TaskRecord
+from align.evaluation.tasks.sampled import SampledTask
 from align.patches.nltk import without_downloads
 from align.store.json_files import write_text_atomically
 
 SEVERAL = "several"
 """Source of prompts whose instructions are of more than one group."""
-PROMPT_STRICT = "prompt_strict"
-PROMPT_LOOSE = "prompt_loose"
-INSTRUCTION_STRICT = "instruction_strict"
-INSTRUCTION_LOOSE = "instruction_loose"
 LANGUAGE_SEED = 0
 PROBE = "One sentence. Another sentence with a few more words in it."
 """Text that shows before the run whether a checker has the data it needs."""
-METRICS = {
-    PROMPT_STRICT: Metric("IFEval, prompts (strict)", "higher", "", "share of prompts with every instruction followed"),
-    PROMPT_LOOSE: Metric(
-        "IFEval, prompts (loose)",
-        "higher",
-        "",
-        "the same, each instruction by the best of the answer's eight variants",
-    ),
-    INSTRUCTION_STRICT: Metric("IFEval, instructions (strict)", "higher", "", "share of all instructions followed"),
-    INSTRUCTION_LOOSE: Metric(
-        "IFEval, instructions (loose)", "higher", "", "the same, each by the best of the answer's eight variants"
-    ),
-}
 NEEDS_SENTENCES = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
 """Instructions whose checkers split text into sentences with NLTK's model."""
 _FOLDER = "tokenizers/punkt_tab/english"
@@ -70,8 +54,7 @@ class IfevalTask(SampledTask):
 
     kind = "ifeval"
     title = "IFEval: instructions a program can check"
-    metrics = METRICS
-    primary = PROMPT_STRICT
+    primary = "prompt_strict"
     id_field = "key"
 
     def __init__(self, name: str, config: IfevalConfig, inputs: TaskInputs) -> None:
@@ -81,7 +64,7 @@ class IfevalTask(SampledTask):
             self.title = "IFBench: instructions a program can check"
             self.metrics = {
                 metric: replace(entry, title=entry.title.replace("IFEval", "IFBench"))
-                for metric, entry in METRICS.items()
+                for metric, entry in self.metrics.items()
             }
         if any(set(item.data["instructions"]) & NEEDS_SENTENCES for item in self.items):
             ensure_punkt()
@@ -111,27 +94,24 @@ class IfevalTask(SampledTask):
             "langdetect_seed": LANGUAGE_SEED,
         }
 
-    def score(self, answers: Mapping[str, Answers], context: ScoringContext) -> dict[str, Measured]:
-        """Return the share of instructions followed, and 1 for a prompt with all of them followed, else 0."""
-        total = len(answers) * len(self.items)
-        completed = 0
-        measured = {}
-        with seeded_language_guess():
-            for system, system_answers in answers.items():
-                values: dict[str, list[list[float]]] = {metric: [] for metric in METRICS}
-                for item, samples in zip(self.items, system_answers, strict=True):
-                    outcomes = [check(item, turns[-1].response.text) for turns in samples]
-                    by_level = {"strict": [strict for strict, _ in outcomes], "loose": [loose for _, loose in outcomes]}
-                    for level, followed in by_level.items():
-                        values[f"prompt_{level}"].append([float(all(flags)) for flags in followed])
-                        values[f"instruction_{level}"].append([sum(flags) / len(flags) for flags in followed])
-                    completed += 1
-                    context.progress(completed, total, "answers")
-                # A prompt's share, weighted by its instructions, adds up to the share of all instructions.
-                counts = [float(len(item.data["instructions"])) for item in self.items]
-                weights = {INSTRUCTION_STRICT: counts, INSTRUCTION_LOOSE: counts}
-                measured[system] = Measured(values, weights, dict(answer_counts(system_answers)))
-        return measured
+    def weights(self) -> dict[str, list[float]]:
+        """Return the numbers of the prompts' instructions, by which their shares add up to the share of all."""
+        counts = [float(len(item.data["instructions"])) for item in self.items]
+        return {"instruction_strict": counts, "instruction_loose": counts}
+
+    def grading(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which langdetect guesses the same language for a text every time."""
+        return seeded_language_guess()
+
+    def grade(self, item: Item, text: str) -> dict[str, float]:
+        """Return the share of instructions that an answer follows, and 1 if it follows all of them, else 0."""
+        strict, loose = check(item, text)
+        return {
+            "prompt_strict": float(all(strict)),
+            "prompt_loose": float(all(loose)),
+            "instruction_strict": sum(strict) / len(strict),
+            "instruction_loose": sum(loose) / len(loose),
+        }
 
 
 def check(item: Item, text: str) -> tuple[list[bool], list[bool]]:

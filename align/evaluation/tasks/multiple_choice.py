@@ -9,15 +9,16 @@ shown with letters; here each is read by itself, so there is no shuffling.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config.stages.evaluation.tasks import MultipleChoiceConfig
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
-from align.evaluation.scorecard import Metric, SystemInfo
-from align.evaluation.tasks.base import Example, Item, Measured, Reader, Task, TaskInputs
+from align.evaluation.answers import Example, Item, Measured
+from align.evaluation.scorecard import SystemInfo, read_metrics
+from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.choice_formats import (
     TRUTHFUL_EXAMPLES,
     Form,
@@ -26,9 +27,11 @@ from align.evaluation.tasks.choice_formats import (
     choose_form,
     parse,
 )
-from align.evaluation.tasks.encoding import answer_ids, encode_choices, sum_logprobs
+from align.evaluation.tasks.likelihood import Block, answer_ids, encode_choices, read_blocks, sum_logprobs
 from align.evaluation.tasks.records import describe_records, load_records, numbered_ids, read_examples
-from align.store.fingerprint import digest
+
+if TYPE_CHECKING:
+    from align.evaluation.participants import Reader
 
 BLOCK = 400
 """Questions per cached result: an interrupted run loses at most one block."""
@@ -36,20 +39,11 @@ TITLES = {"arc": "ARC", "mmlu": "MMLU", "truthfulqa": "TruthfulQA", "generic": "
 IdPair = tuple[list[int], list[int]]
 """Token ids of a context and of a choice after it."""
 
-_ACC = Metric("accuracy", "higher", "share", "questions whose right choice has the highest log-likelihood")
-_ACC_NORM = Metric(
-    "accuracy, per character",
-    "higher",
-    "share",
-    "as acc, each choice's log-likelihood divided by its number of characters, so that short ones have no advantage",
-)
-_MC1 = Metric("MC1", "higher", "share", "questions whose best answer is likelier than every false one")
-_MC2 = Metric("MC2", "higher", "probability", "share of the answers' probability that is on true ones")
-METRICS: dict[str, dict[str, Metric]] = {
-    "arc": {"acc": _ACC, "acc_norm": _ACC_NORM},
-    "generic": {"acc": _ACC, "acc_norm": _ACC_NORM},
-    "mmlu": {"acc": _ACC},  # every choice is one letter
-    "truthfulqa": {"mc1": _MC1, "mc2": _MC2},
+METRICS: dict[Form, tuple[str, ...]] = {
+    "arc": ("acc", "acc_norm"),
+    "generic": ("acc", "acc_norm"),
+    "mmlu": ("acc",),  # every choice is one letter
+    "truthfulqa": ("mc1", "mc2"),
 }
 
 
@@ -95,11 +89,17 @@ class MultipleChoiceTask(Task):
         self.title = TITLES[form]
         self.questions = list(questions)
         self.solved = list(examples)
-        self.metrics = METRICS[form]
+        metrics = read_metrics(self.kind)
+        self.metrics = {metric: metrics[metric] for metric in METRICS[form]}
         self.primary = "mc2" if form == "truthfulqa" else "acc"
         ids = numbered_ids([question.id for question in self.questions])
         self.items = [
-            Item(id, question.source, [user(question.context)], _item_data(question))
+            Item(
+                id,
+                question.source,
+                [user(question.context)],
+                {"choices": list(question.choices), "answer": question.answer},
+            )
             for id, question in zip(ids, self.questions, strict=True)
         ]
         self.description: dict[str, Any] = {"format": form}
@@ -107,7 +107,7 @@ class MultipleChoiceTask(Task):
     def examples(self, count: int) -> list[Example]:
         """Return the first solved questions, as a few-shot system shows them."""
         if self.form == "truthfulqa":
-            return list(TRUTHFUL_EXAMPLES[:count])
+            return TRUTHFUL_EXAMPLES[:count]
         return [Example(question.context, question.answer) for question in self.solved[:count]]
 
     def settings(self) -> dict[str, Any]:
@@ -142,30 +142,24 @@ class MultipleChoiceTask(Task):
         for question in [] if self.config.chat else self.questions:
             self.examples_for(question, info.shots)
 
-    def choice_logprobs(self, reader: Reader) -> list[list[float]]:
-        """Log-likelihood of each choice of each item, in nats: the sum over the choice's tokens."""
-        return self._read(reader)[0]
-
     def read(self, reader: Reader) -> Measured:
         """Return the metrics of one system."""
-        logprobs, cut = self._read(reader)
+        result = self.read_choices(reader)
+        logprobs = result["logprobs"]
         rows = [score(question, values) for question, values in zip(self.questions, logprobs, strict=True)]
         values = {metric: [[row[metric]] for row in rows] for metric in self.metrics}
-        return Measured(values, notes={"ties": sum(map(is_tie, self.questions, logprobs)), "inputs_cut": cut})
+        return Measured(values, notes={"ties": sum(map(is_tie, self.questions, logprobs)), "inputs_cut": result["cut"]})
 
-    def _read(self, reader: Reader) -> tuple[list[list[float]], int]:
-        """Return the choices' log-likelihoods, block by block through the cache, and the number of cut inputs."""
-        logprobs: list[list[float]] = []
-        cut = 0
+    def read_choices(self, reader: Reader) -> dict[str, Any]:
+        """Return ``logprobs``: each choice's log-likelihood in nats, by item; and ``cut``, the number of cut inputs."""
+        return read_blocks(reader, self.name, self._blocks(reader))
+
+    def _blocks(self, reader: Reader) -> Iterator[Block]:
         for start in range(0, len(self.questions), BLOCK):
             block = self.questions[start : start + BLOCK]
             contexts = [self._context(question, reader.info) for question in block]
             choices = [[context, question.choices] for context, question in zip(contexts, block, strict=True)]
-            identity = digest(["choices 1", reader.max_length, choices])
-            result = reader.cached(f"{self.name}-{start}", identity, partial(self._read_block, reader, block, contexts))
-            logprobs += result["logprobs"]
-            cut += result["cut"]
-        return logprobs, cut
+            yield start, ["choices 1", reader.max_length, choices], partial(self._read_block, reader, block, contexts)
 
     def _read_block(self, reader: Reader, block: Sequence[Question], contexts: Sequence[Any]) -> dict[str, Any]:
         encode = _encode_conversations if self.config.chat else _encode_texts
@@ -245,7 +239,3 @@ def _encode_conversations(reader: Reader, block: Sequence[Question], contexts: S
                 choice_ids[choice] = answer_ids(reader.tokenizer, [user("?")], choice, is_finished=False)[0]
         pairs.append([(context, choice_ids[choice]) for choice in question.choices])
     return pairs
-
-
-def _item_data(question: Question) -> dict[str, Any]:
-    return {"choices": list(question.choices), "answer": question.answer}

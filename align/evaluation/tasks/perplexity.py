@@ -11,20 +11,21 @@ import glob
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.stages.evaluation.tasks import PerplexityConfig
 from align.config.user_paths import matching_paths
 from align.data.rows import read_rows, user
 from align.errors import UserError
-from align.evaluation.scorecard import Metric, SystemInfo
-from align.evaluation.tasks.base import Item, Measured, Reader, Task, TaskInputs
-from align.evaluation.tasks.encoding import prefix_token, require_numbers, rolling_windows
+from align.evaluation.answers import Item, Measured
+from align.evaluation.scorecard import SystemInfo, read_metrics
+from align.evaluation.tasks.base import Task, TaskInputs
+from align.evaluation.tasks.likelihood import Block, prefix_token, read_blocks, require_numbers, rolling_windows
 from align.evaluation.tasks.records import (
     TaskRecord,
     describe_records,
@@ -34,7 +35,10 @@ from align.evaluation.tasks.records import (
     read_records,
     record_source,
 )
-from align.store.fingerprint import digest, file_digest
+from align.store.fingerprint import file_digest
+
+if TYPE_CHECKING:
+    from align.evaluation.participants import Reader
 
 TEXT_SUFFIXES = (".txt", ".md")
 TEXT_FIELDS = ("text", "content", "document", "page")
@@ -45,20 +49,6 @@ SHOWN_CHARACTERS = 500
 """Characters of a document among the samples."""
 MAX_PREFIX_TEXTS = 64
 """Texts of the train split that baselines with ``shots`` choose from."""
-METRICS = {
-    "bits_per_byte": Metric(
-        "bits per byte",
-        "lower",
-        "bits/byte",
-        "cost of the text under the model, per byte of UTF-8; all documents together, so that long ones count more",
-    ),
-    "loss": Metric(
-        "loss per token",
-        "lower",
-        "nats/token",
-        "as bits per byte, per token; compares only models that share a tokenizer",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -230,7 +220,7 @@ class PerplexityTask(Task):
         self.name = name
         self.documents = list(documents)
         self.max_length = max_length
-        self.metrics = METRICS
+        self.metrics = read_metrics(self.kind)
         self.primary = "bits_per_byte"
         self.items = []
         ids = numbered_ids([document.id for document in self.documents])
@@ -267,18 +257,9 @@ class PerplexityTask(Task):
         """Return the loss under one checkpoint; a prompted system reads its prompt and texts before each window."""
         window = min(self.max_length, reader.max_length)
         prefix = self._prefix_ids(reader.info, reader.tokenizer, window)
-        losses: list[float] = []
-        tokens: list[int] = []
-        windows = unknown = 0
-        for number, block in enumerate(_blocks(self.documents)):
-            # Block by block through the cache, so a killed run resumes at its last block.
-            identity = digest(["perplexity 3", window, [document.text for document in block], prefix])
-            read_block = partial(self._read_block, reader, block, window, prefix)
-            result = reader.cached(f"{self.name}-{number}", identity, read_block)
-            losses += result["losses"]
-            tokens += result["tokens"]
-            windows += result["windows"]
-            unknown += result["unknown"]
+        result = read_blocks(reader, self.name, self._blocks(reader, window, prefix))
+        losses = result["losses"]
+        tokens = result["tokens"]
         sizes = [len(document.text.encode()) for document in self.documents]
         return Measured(
             values={
@@ -291,13 +272,27 @@ class PerplexityTask(Task):
             },
             notes={
                 "tokens": sum(tokens),
-                "unknown_tokens": unknown,
-                "windows": windows,
+                "unknown_tokens": result["unknown"],
+                "windows": result["windows"],
                 "window": window,
                 **({"tokens_shown_before": len(prefix)} if prefix else {}),
                 "first_context": reader.tokenizer.decode([prefix_token(reader.tokenizer)]),
             },
         )
+
+    def _blocks(self, reader: Reader, window: int, prefix: Sequence[int]) -> Iterator[Block]:
+        """Yield blocks of documents, in order, of about ``BLOCK_CHARACTERS`` each."""
+        blocks: list[list[Document]] = [[]]
+        size = 0
+        for document in self.documents:
+            if size >= BLOCK_CHARACTERS:
+                blocks.append([])
+                size = 0
+            blocks[-1].append(document)
+            size += len(document.text)
+        for number, block in enumerate(blocks):
+            identity = ["perplexity 3", window, [document.text for document in block], prefix]
+            yield number, identity, partial(self._read_block, reader, block, window, prefix)
 
     def _prefix_ids(self, info: SystemInfo, tokenizer: Any, window: int) -> list[int]:
         """Return the ids that a prompted system reads before each window.
@@ -353,16 +348,3 @@ class PerplexityTask(Task):
 def _prepend(windows: list[tuple[list[int], list[int]]], prefix: list[int]) -> list[tuple[list[int], list[int]]]:
     """Put the prefix before every window; it replaces the first window's context."""
     return [([*prefix, *(context if number else [])], targets) for number, (context, targets) in enumerate(windows)]
-
-
-def _blocks(documents: Sequence[Document]) -> list[list[Document]]:
-    """Group documents, in order, into blocks of about ``BLOCK_CHARACTERS``."""
-    blocks: list[list[Document]] = []
-    size = 0
-    for document in documents:
-        if not blocks or size >= BLOCK_CHARACTERS:
-            blocks.append([])
-            size = 0
-        blocks[-1].append(document)
-        size += len(document.text)
-    return blocks

@@ -16,6 +16,7 @@ from align.config.recipe.source_settings import FilesSource, HubSource
 from align.config.stages.evaluation.task_fields import RecordFields
 from align.config.validation import hint_nearest, validate_plain
 from align.data.formats.messages import is_number
+from align.data.rows import Message
 from align.errors import UserError
 
 AnyRecord = TypeVar("AnyRecord")
@@ -57,6 +58,14 @@ class TaskRecord(dict[str, Any]):
             raise self.field_error(field, "a list of texts")
         return [str(item) for item in items]
 
+    def messages(self, field: str) -> list[Message] | None:
+        """Return a field that holds a list of messages, each with role and content; None for anything else."""
+        value = self[field]
+        if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+            return None
+        contents = [message.get(name) for message in value for name in ("role", "content")]
+        return value if all(isinstance(content, str) for content in contents) else None
+
     def field_error(self, field: str, expected: str) -> UserError:
         """Return the error for a field of another type than ``expected``."""
         value = self[field]
@@ -84,13 +93,18 @@ def record_source(config: RecordFields) -> FilesSource | HubSource:
 
 
 def file_identities(config: RecordFields, base: Path) -> dict[str, str]:
-    """Return digests of the files by name; a Hub dataset's commit is among the settings.
+    """Return digests of the files by name, with files of examples; a Hub dataset's commit is among the settings.
 
     Raises ``UserError`` if a file is missing.
     """
     from align.data.sources import identity
 
-    return {} if config.files is None else identity(record_source(config), base)
+    digests = {} if config.files is None else identity(record_source(config), base)
+    examples_files = getattr(config, "examples_files", None)
+    if examples_files is not None:
+        examples = identity(FilesSource(type="files", paths=examples_files), base)
+        digests |= {f"examples: {name}": digest for name, digest in examples.items()}
+    return digests
 
 
 def examples_source(config: Any) -> FilesSource | HubSource | None:
@@ -106,17 +120,6 @@ def read_examples(config: Any, base: Path) -> list[TaskRecord]:
     """Return the records of the solved examples; empty without a source of examples."""
     source = examples_source(config)
     return [] if source is None else read_records(source, base, config.columns)
-
-
-def identities_with_examples(config: Any, base: Path) -> dict[str, str]:
-    """Return digests of the files, ``examples_files`` included."""
-    from align.data.sources import identity
-
-    digests = file_identities(config, base)
-    if config.examples_files is not None:
-        examples = identity(FilesSource(type="files", paths=config.examples_files), base)
-        digests |= {f"examples: {name}": digest for name, digest in examples.items()}
-    return digests
 
 
 def load_records(config: RecordFields, base: Path, seed: int) -> list[TaskRecord]:

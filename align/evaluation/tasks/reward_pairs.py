@@ -16,17 +16,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config.stages.evaluation.tasks import PairLayout, RewardPairsConfig
 from align.config.validation import suggest
 from align.data.formats import convert
 from align.data.rows import Dropped, Message, Row, assistant, user
 from align.errors import UserError
+from align.evaluation.answers import Answers, Item, Measured, RewardField
 from align.evaluation.reward_accuracy import SECTIONS, TIES, Scores, best_sections, pair_reports, pair_sections
-from align.evaluation.tasks.base import Answers, Item, Measured, RewardField, ScoringContext, Task, TaskInputs
-from align.evaluation.tasks.preference import choose_pair_format, format_counts
+from align.evaluation.tasks.base import Task, TaskInputs
+from align.evaluation.tasks.likelihood import choose_pair_format, format_counts
 from align.evaluation.tasks.records import TaskRecord, describe_records, draw, item_ids, read_records, record_source
+
+if TYPE_CHECKING:
+    from align.evaluation.scoring import ScoringContext
 
 TITLES: dict[PairLayout, str] = {
     "pairs": "Reward-model pairs",

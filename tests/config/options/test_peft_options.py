@@ -78,7 +78,7 @@ def test_an_option_that_peft_would_not_take_is_refused(kind: str, options: dict[
         ({"method": "lora", "rnak": 8}, "rnak"),
         ({"method": "lora", "init": "pisa"}, "Did you mean 'pissa'"),
         ({"method": "lora", "init": "pissa_niter_0"}, "none of default"),
-        ({"method": "lora", "init": "loftq"}, "use `method: qlora`"),
+        ({"method": "lora", "init": "loftq"}, "take `method: qlora`"),
         ({"method": "lora", "init": "eva", "dora": True}, "dora with init eva"),
         ({"method": "lora", "init": "orthogonal", "rank": 3}, "needs an even rank"),
         ({"method": "lora", "quantization": "nf4"}, "quantization"),

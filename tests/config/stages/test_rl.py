@@ -46,7 +46,7 @@ def test_the_default_is_no_part_of_the_key() -> None:
     ("rollouts", "objection"),
     [
         ({}, "but no servers sample for this stage. Set runtime.rollouts, or `in_flight: wait`."),
-        ({"servers": 1, "weights": "nccl"}, "Use `weights: folder`, or `in_flight: wait`."),
+        ({"servers": 1, "weights": "nccl"}, "Take `weights: folder`, or `in_flight: wait`."),
         ({"servers": 2}, None),
         ({"addresses": ["http://127.0.0.1:8000"]}, None),
     ],

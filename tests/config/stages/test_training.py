@@ -27,7 +27,7 @@ def test_default_micro_batch_divides_the_batch() -> None:
         (
             SftConfig,
             {"batch_size": 12, "micro_batch_size": 8},
-            "micro_batch_size 8 does not divide batch_size 12; use 6",
+            "micro_batch_size 8 does not divide batch_size 12; take 6",
         ),
         (SftConfig, {"learning_rat": 1e-4}, r"unknown key 'learning_rat'\. Did you mean 'learning_rate'"),
         (SftConfig, {"learning_rate": -1}, r"stages\.x\.learning_rate: should be greater than 0"),
@@ -75,7 +75,7 @@ IN_PARTS = LaunchConfig(processes=2, strategy="fsdp2")
 @pytest.mark.parametrize(("kind", "fields"), [(PpoConfig, ONLINE), (GrpoConfig, ONLINE), (SftConfig, ANCHORED)])
 def test_adapters_from_weights_refuse_kl_anchor_if_sharded(kind: type, fields: dict[str, object]) -> None:
     objection = kind(**fields, tuning=PISSA).processes_objection(IN_PARTS)
-    assert "tuning.init makes the adapters a part of the initial policy" in objection and "use ddp" in objection
+    assert "tuning.init makes the adapters a part of the initial policy" in objection and "take ddp" in objection
     assert kind(**fields, tuning={"method": "lora", "rank": 4}).processes_objection(IN_PARTS) is None
     assert kind(**fields, tuning=PISSA).processes_objection(LaunchConfig(processes=2)) is None
 
@@ -92,7 +92,7 @@ def test_adapters_from_weights_are_sharded_without_kl_anchor() -> None:
 def test_replay_needs_the_complete_model_in_each_process(strategy: str, settings: dict[str, object]) -> None:
     replaying = SftConfig(**SFT, replay="general", **settings)
     objection = replaying.processes_objection(LaunchConfig(processes=2, strategy=strategy))
-    assert objection == f"replay does not go with strategy {strategy}; use ddp, or leave it out."
+    assert objection == f"replay does not go with strategy {strategy}; take ddp, or leave it out."
     assert replaying.processes_objection(LaunchConfig(processes=1, strategy=strategy)) is None
     assert replaying.processes_objection(LaunchConfig(processes=2)) is None
 

@@ -19,10 +19,6 @@ from align.errors import UserError
 from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import TaskInputs
 from align.evaluation.tasks.ifeval import (
-    INSTRUCTION_LOOSE,
-    INSTRUCTION_STRICT,
-    PROMPT_LOOSE,
-    PROMPT_STRICT,
     IfevalTask,
     check,
     seeded_language_guess,
@@ -37,10 +33,10 @@ pytest.importorskip("lm_eval")
 SIGNS = {1122, 1129}
 """Prompts that ask for "#" or "!"."""
 THEIRS = {
-    PROMPT_STRICT: "prompt_level_strict_acc",
-    PROMPT_LOOSE: "prompt_level_loose_acc",
-    INSTRUCTION_STRICT: "inst_level_strict_acc",
-    INSTRUCTION_LOOSE: "inst_level_loose_acc",
+    "prompt_strict": "prompt_level_strict_acc",
+    "prompt_loose": "prompt_level_loose_acc",
+    "instruction_strict": "inst_level_strict_acc",
+    "instruction_loose": "inst_level_loose_acc",
 }
 
 
@@ -149,7 +145,7 @@ def ours_and_theirs(
     from lm_eval.tasks import TaskManager
 
     files = [str(shared_data / "arc" / "ARC-Easy.test.json")]
-    label = TaskInputs(0, folder, [], [], False, "float32", lambda message: None, lambda message: None)
+    label = TaskInputs(0, folder, [], False, "float32", lambda message: None, lambda message: None)
     task = build_task("arc", MultipleChoiceConfig(format="arc", files=files, max_items=count), label)
     rows = [
         {
@@ -183,7 +179,7 @@ def ours_and_theirs(
 def assert_equal(
     task: MultipleChoiceTask, reader: ModelReader, samples: list[dict[str, Any]], results: dict[str, float]
 ) -> None:
-    logprobs, measured = task.choice_logprobs(reader), task.read(reader)
+    logprobs, measured = task.read_choices(reader)["logprobs"], task.read(reader)
     assert len(samples) == len(task.items)
     for index, sample in enumerate(samples):
         assert sample["doc_id"] == index

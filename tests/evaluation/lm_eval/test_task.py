@@ -16,11 +16,11 @@ from align.config.runtime import Runtime
 from align.config.stages.evaluation.tasks import LmEvalConfig
 from align.config.validation import validate
 from align.errors import UserError
+from align.evaluation.answers import Measured
 from align.evaluation.lm_eval import task as module
 from align.evaluation.lm_eval.task import LmEvalTask
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task, task_identities
-from align.evaluation.tasks.base import Measured
 from tests.support.evaluation.tasks.lm_eval_folder import ALL, QUESTIONS, make_tasks
 from tests.support.evaluation.tasks.readers import ModelReader
 from tests.support.evaluation.tasks.respondents import task_inputs

@@ -4,9 +4,9 @@ import json
 from types import SimpleNamespace
 
 from align.data.rows import user
+from align.evaluation.answers import ResponseSet, SystemResponses
 from align.evaluation.scorecard.result_files import write
 from align.evaluation.scorecard.scorecard_builder import Measurements
-from align.evaluation.systems import ResponseSet, SystemResponses
 from align.inference.protocol import Response
 
 

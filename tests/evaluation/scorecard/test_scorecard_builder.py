@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from align.evaluation.answers import Item, Measured
 from align.evaluation.comparisons import Column, Resampling, difference, estimate, per_item
 from align.evaluation.scorecard import Metric, SystemInfo
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
-from align.evaluation.tasks.base import Item, Measured, Task
+from align.evaluation.tasks.base import Task
 
 RESAMPLING = Resampling(400, 0)
 GENERATOR = np.random.default_rng(0)

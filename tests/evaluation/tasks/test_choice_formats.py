@@ -148,9 +148,13 @@ def test_auto_needs_every_record_to_fit() -> None:
 @pytest.mark.parametrize(
     ("fields", "form", "message"),
     [
-        ({**HUB_ARC, "answerKey": "D"}, "arc", "answerKey is 'D', the labels are A, B, C"),
-        ({**HUB_ARC, "choices": {"text": ["ice"], "label": ["A", "B"]}}, "arc", "there are 1 texts; expected a label"),
-        ({**HUB_ARC, "choices": ["ice"]}, "arc", "'choices' holds list .*expected a mapping of text and label"),
+        ({**HUB_ARC, "answerKey": "D"}, "arc", "answerKey is 'D', and the labels of the choices are A, B, C"),
+        ({**HUB_ARC, "choices": {"text": ["ice"], "label": ["A", "B"]}}, "arc", "has 1 texts and 2 labels"),
+        (
+            {**HUB_ARC, "choices": ["ice", "iron"]},
+            "arc",
+            "of the choices are none; expected a mapping of text",
+        ),
         ({**HUB_ARC, "choices": {"text": ["ice", " "], "label": ["A", "B"]}}, "arc", "one of its choices is empty"),
         ({"instruction": "Which?", "answer": "answer1"}, "arc", "found 0 choices and the answer 'answer1'"),
         ({**LOCAL_ARC, "answer": "answer4"}, "arc", "found 3 choices and the answer 'answer4'"),

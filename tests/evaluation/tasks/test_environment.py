@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from align.config.stages.evaluation.tasks import EnvironmentTaskConfig
 from align.environments.episode import CallRecord, Episode, PolicyTurn
 from align.errors import UserError
+from align.evaluation.answers import EpisodeSet
 from align.evaluation.tasks import build_task, task_identities
-from align.evaluation.tasks.base import EpisodeSet
 from align.evaluation.tasks.environment import EnvironmentTask, pass_at, powers_of_two
 from tests.support.evaluation.tasks.respondents import NoModelContext, task_inputs
 

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from align.config.stages.evaluation.tasks import IfevalConfig
 from align.errors import UserError
+from align.evaluation.answers import Item
 from align.evaluation.tasks import build_task
-from align.evaluation.tasks.base import Item
 from align.evaluation.tasks.ifeval import SEVERAL, IfevalTask, check, seeded_language_guess, variants
 from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, task_inputs
 

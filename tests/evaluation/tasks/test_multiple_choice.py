@@ -38,7 +38,7 @@ DEV = [{**record, "question": f"dev {record['question']}"} for record in MMLU]
 
 
 def task_inputs(base: Path, seed: int = 0) -> TaskInputs:
-    return TaskInputs(seed, base, [], [], False, "float32", lambda message: None, print)
+    return TaskInputs(seed, base, [], False, "float32", lambda message: None, print)
 
 
 def build(folder: Path, records: list[dict[str, Any]], solved: Any = None, **settings: Any) -> MultipleChoiceTask:
@@ -102,7 +102,7 @@ def test_what_is_read_and_what_comes_of_it(tmp_path: Path) -> None:
     assert reader.asked[:2] == [
         ("Question: Which melts?\nAnswer:", " ice"), ("Question: Which melts?\nAnswer:", " iron"),
     ]  # fmt: skip
-    assert task.choice_logprobs(reader) == [pytest.approx([-1.0, -1.5])] * 3
+    assert task.read_choices(reader)["logprobs"] == [pytest.approx([-1.0, -1.5])] * 3
     assert measured.values["acc"] == [[1.0], [0.0], [1.0]]
     # -1 over 3 characters is -0.333, -1.5 over 4 is -0.375
     assert measured.values["acc_norm"] == [[1.0], [0.0], [1.0]]
@@ -175,7 +175,7 @@ def test_as_a_conversation_the_answer_is_the_assistant_s(tmp_path: Path) -> None
 def test_a_choice_in_a_conversation_has_all_its_tokens(tmp_path: Path) -> None:
     task = build(tmp_path, ARC, chat=True)
     reader = RuleReader(lambda context, answer: -float(len(answer)))
-    assert task.choice_logprobs(reader) == [pytest.approx([-3.0, -4.0])] * 3
+    assert task.read_choices(reader)["logprobs"] == [pytest.approx([-3.0, -4.0])] * 3
     assert {answer for _, answer in reader.asked} == {"ice", "iron"}
 
 
@@ -183,7 +183,7 @@ def test_a_choice_in_a_conversation_has_all_its_tokens(tmp_path: Path) -> None:
 def test_a_model_s_choices_are_those_of_a_plain_loop(tmp_path: Path, tiny_model: Path, chat: bool) -> None:
     task = build(tmp_path, ARC, chat=chat)
     reader = ModelReader(tiny_model)
-    logprobs = task.choice_logprobs(reader)
+    logprobs = task.read_choices(reader)["logprobs"]
     for item, values in zip(task.items, logprobs, strict=True):
         text = item.prompt[0]["content"]
         for choice, value in zip(item.data["choices"], values, strict=True):

@@ -26,7 +26,7 @@ from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
 
 def task_inputs(base: Path, messages: list[str] | None = None) -> TaskInputs:
-    return TaskInputs(0, base, [], [], False, "float32", (messages if messages is not None else []).append, print)
+    return TaskInputs(0, base, [], False, "float32", (messages if messages is not None else []).append, print)
 
 
 def texts(folder: Path, **settings: Any) -> list[str]:

@@ -32,7 +32,7 @@ def task_inputs(folder: Path) -> TaskInputs:
         rows = [{"id": str(n), "source": "t", "text": text} for n, text in enumerate(texts)]
         write_rows(folder / f"{split}.parquet", rows)
     texts = {"books": Artifact("books", Kind.TEXTS, folder, {})}
-    return TaskInputs(0, folder, [], [], False, "float32", print, print, texts)
+    return TaskInputs(0, folder, [], False, "float32", print, print, texts)
 
 
 def cost(model_dir: Path, before: str, text: str) -> float:

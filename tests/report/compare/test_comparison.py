@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from align.evaluation.judges.judged import FILE, Contest
 from align.evaluation.scorecard import FORMAT
+from align.evaluation.tasks.judged import FILE, Contest
 from align.report.compare.comparison import write_comparison
 from align.report.compare.merged_scorecard import (
     differing_item_counts,

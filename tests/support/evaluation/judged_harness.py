@@ -11,10 +11,11 @@ from typing import Any
 
 from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message
-from align.evaluation.judges.graded import JudgedTask
+from align.evaluation.answers import Answers, Example
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task
-from align.evaluation.tasks.base import Answers, Example, TaskInputs
+from align.evaluation.tasks.base import TaskInputs
+from align.evaluation.tasks.graded import JudgedTask
 from align.inference.protocol import Response, Sampling
 from tests.support.inference.fake_chat import FakeChat, completion
 
@@ -81,7 +82,7 @@ class FolderContext:
 def task_inputs(base: Path, warnings: list[str] | None = None, **changed: Any) -> TaskInputs:
     """Return the inputs of a task."""
     settings: dict[str, Any] = {
-        "seed": 5, "base": base, "pairs": [], "heldout": [], "has_second_reward": False,
+        "seed": 5, "base": base, "pairs": [], "has_second_reward": False,
         "precision": "float32", "note": lambda message: None, "warn": ([] if warnings is None else warnings).append,
     }  # fmt: skip
     return TaskInputs(**{**settings, **changed})

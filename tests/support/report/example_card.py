@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from align.config.stages.evaluation.gates import parse_gates
+from align.evaluation.answers import Item, Measured
 from align.evaluation.comparisons import Resampling
 from align.evaluation.reward_accuracy import pair_accuracy
 from align.evaluation.scorecard import Metric, SystemInfo
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
 from align.evaluation.statistics import mean_interval, wilson
-from align.evaluation.tasks.base import Item, Measured, Task
+from align.evaluation.tasks.base import Task
 
 POLICIES = ["model", "sft", "ppo"]
 PROMPTS = 24

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from align.evaluation.answers import Measured
 from align.evaluation.comparisons import Resampling
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
-from align.evaluation.tasks.base import Measured
 from align.store.artifacts import Artifact, Kind
 from tests.support.report.example_card import StubTask, share
 from tests.support.report.example_run import HOSTILE, write_artifact

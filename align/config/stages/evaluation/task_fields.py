@@ -74,7 +74,7 @@ class RecordFields(RecordColumns):
             return self
         for name in ("header", "records", "delimiter", "encoding"):
             if getattr(self, name) is not None:
-                raise ValueError(f"{name} is about files, and there are none; name them, or remove it")
+                raise ValueError(f"{name} is about files, and there are none; name them, or take it out")
         defaults = self.hub_defaults()
         dataset = self.dataset or (defaults or {}).get("dataset")
         if dataset is None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.evaluation.answers import Example
 from align.evaluation.scorecard import SystemInfo
-from align.evaluation.tasks.base import Example
 from align.models.chat.render import render_prompt
 from align.models.tiny import make_tiny_tokenizer
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from align.config.stages.evaluation.tasks import Gsm8kConfig
 from align.data.rows import Message
+from align.evaluation.answers import Answers, Example, Turn
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task
-from align.evaluation.tasks.base import Answers, Example, Task, TaskInputs, Turn
-from align.evaluation.tasks.gsm8k import Gsm8kTask
+from align.evaluation.tasks.base import Task, TaskInputs
+from align.evaluation.tasks.sampled import Gsm8kTask
 from align.inference.protocol import Response, Sampling
 
 
@@ -22,7 +23,6 @@ def task_inputs(base: Path, seed: int = 0) -> TaskInputs:
         seed=seed,
         base=base,
         pairs=[],
-        heldout=[],
         has_second_reward=False,
         precision="float32",
         warn=lambda message: None,

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from align.evaluation.judges.judge import Outcome
-from align.evaluation.judges.judged import Contest, outcomes_by_score, verdict_counts
+from align.evaluation.judge import Outcome
+from align.evaluation.tasks.judged import Contest, outcome_by_score, verdict_counts
 
 OUTCOMES: list[Outcome] = ["one"] * 5 + ["other"] * 2 + ["tie"] * 2 + ["disagreement"] + ["unreadable"] * 3
 
@@ -45,5 +45,7 @@ def test_how_often_the_first_one_is_named() -> None:
 
 
 def test_scores_decide() -> None:
-    outcomes = outcomes_by_score([1.0, 0.5, 2.0, math.nan, 0.0], [0.5, 1.0, 2.0, 0.0, math.inf])
+    outcomes = [
+        outcome_by_score(a, b) for a, b in [(1.0, 0.5), (0.5, 1.0), (2.0, 2.0), (math.nan, 0.0), (0.0, math.inf)]
+    ]
     assert outcomes == ["one", "other", "tie", "unreadable", "unreadable"]

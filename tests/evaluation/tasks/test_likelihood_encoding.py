@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from align.data.rows import user
 from align.errors import UserError
-from align.evaluation.tasks.encoding import (
+from align.evaluation.tasks.likelihood import (
     answer_ids,
     encode,
     encode_choices,

@@ -17,9 +17,9 @@ from align.data.rows import assistant, user
 from align.errors import UserError
 from align.evaluation.scorecard import SystemInfo
 from align.evaluation.tasks import build_task, task_identities
-from align.evaluation.tasks import preference as module
+from align.evaluation.tasks import likelihood as module
 from align.evaluation.tasks.base import TaskInputs
-from align.evaluation.tasks.preference import PreferenceTask
+from align.evaluation.tasks.likelihood import PreferenceTask
 from align.models.tiny import make_tiny_tokenizer
 from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
@@ -37,9 +37,7 @@ def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
 
 
 def task_inputs(base: Path, pairs: Any = (), messages: list[str] | None = None) -> TaskInputs:
-    return TaskInputs(
-        0, base, list(pairs), [], False, "float32", (messages if messages is not None else []).append, print
-    )
+    return TaskInputs(0, base, list(pairs), False, "float32", (messages if messages is not None else []).append, print)
 
 
 def test_sum_and_per_token_by_hand() -> None:
@@ -220,7 +218,7 @@ def test_numbers_that_are_none_are_refused() -> None:
 
 
 def test_settings_need_no_torch() -> None:
-    code = "import sys, align.evaluation.tasks.preference; "
+    code = "import sys, align.evaluation.tasks.likelihood; "
     check = code + "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
 

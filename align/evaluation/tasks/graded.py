@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config.recipe.source_settings import FilesSource
 from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message, assistant, user
 from align.errors import UserError
-from align.evaluation.judges import judge as prompts
-from align.evaluation.judges.judge import JudgeClient
+from align.evaluation import judge as prompts
+from align.evaluation.answers import Answers, Item, Measured, Turn
+from align.evaluation.judge import JudgeClient
 from align.evaluation.scorecard import Metric
-from align.evaluation.tasks.base import (
-    Answers,
-    Item,
-    Measured,
-    Respondent,
-    ScoringContext,
-    Task,
-    TaskInputs,
-    Turn,
-    response_counts,
-)
+from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.records import TaskRecord, describe_records, item_ids, read_records
+from align.evaluation.tasks.sampled import response_counts
 from align.inference.protocol import Sampling
 from align.store.fingerprint import digest
+
+if TYPE_CHECKING:
+    from align.evaluation.participants import Respondent
+    from align.evaluation.scoring import ScoringContext
 
 ID_FIELDS = ("question_id", "prompt_id", "id")
 SOURCE_FIELDS = ("category", "dataset", "source")
 """Fields that may hold an item's category: MT-Bench's, AlpacaEval's, a row's of this project."""
+ROLES = ("system", "user", "assistant")
 QUESTION_FIELDS = ("turns", "instruction", "prompt", "question")
 REFERENCED_CATEGORIES = frozenset({"math", "reasoning", "coding"})
 """Categories of MT-Bench whose answers FastChat judges with a reference (llm_judge/common.py, NEED_REF_CATS)."""
@@ -133,22 +130,15 @@ def _question(record: TaskRecord) -> tuple[list[Message], list[str]]:
         if isinstance(extra, str) and extra.strip():
             text = f"{text}\n\n{extra}"
         return [user(text)], []
-    if isinstance(value, list) and value and all(_is_message(message) for message in value):
-        if value[-1]["role"] != "user":
-            raise record.field_error(field, "messages of which the user's is the last")
-        return [{"role": message["role"], "content": message["content"]} for message in value], []
+    messages = record.messages(field)
+    if messages is not None:
+        if messages[-1]["role"] != "user" or any(message["role"] not in ROLES for message in messages):
+            raise record.field_error(field, "messages of system, user and assistant, of which the user's is the last")
+        return [{"role": message["role"], "content": message["content"]} for message in messages], []
     turns = record.texts(field)
     if not all(turn.strip() for turn in turns):
         raise record.field_error(field, "texts that are not blank")
     return [user(turns[0])], turns[1:]
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ("system", "user", "assistant")
-        and isinstance(value.get("content"), str)
-    )
 
 
 def _record_references(record: TaskRecord) -> list[str]:

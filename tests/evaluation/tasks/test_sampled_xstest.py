@@ -11,10 +11,10 @@ import pytest
 
 from align.config.stages.evaluation.tasks import XstestConfig
 from align.errors import UserError
+from align.evaluation.answers import Measured
 from align.evaluation.comparisons import Column, Resampling, difference, estimate, is_rate
 from align.evaluation.tasks import build_task
-from align.evaluation.tasks.base import Measured
-from align.evaluation.tasks.xstest import XstestTask, is_refusal
+from align.evaluation.tasks.sampled import XstestTask, is_refusal
 from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, task_inputs
 
 RECORDS = [

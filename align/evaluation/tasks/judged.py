@@ -14,16 +14,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.config.endpoint import PAIR_RUBRIC
 from align.config.recipe.source_settings import FilesSource
 from align.config.stages.evaluation.tasks import JudgedConfig
 from align.data.rows import Message
 from align.errors import UserError
+from align.evaluation import judge as prompts
+from align.evaluation.answers import Answers, Item, Measured, Turn
 from align.evaluation.comparisons import length_controlled, obstacle, win_rate
-from align.evaluation.judges import judge as prompts
-from align.evaluation.judges.graded import (
+from align.evaluation.judge import JudgeClient, Outcome, Verdict, warn_if_unreachable
+from align.evaluation.scorecard import Metric, SystemInfo
+from align.evaluation.tasks.base import TaskInputs
+from align.evaluation.tasks.graded import (
     REFERENCED_CATEGORIES,
     GradedTask,
     JudgedTask,
@@ -34,12 +38,12 @@ from align.evaluation.judges.graded import (
     measured_columns,
     read_references,
 )
-from align.evaluation.judges.judge import JudgeClient, Outcome, Verdict, warn_if_unreachable
-from align.evaluation.scorecard import Metric, SystemInfo
-from align.evaluation.tasks.base import Answers, Item, Measured, ScoringContext, TaskInputs, Turn
 from align.evaluation.tasks.records import file_identities, load_records
 from align.inference.protocol import Response
 from align.store.fingerprint import canonical
+
+if TYPE_CHECKING:
+    from align.evaluation.scoring import ScoringContext
 
 POINTS: dict[Outcome, float] = {"one": 1.0, "other": 0.0, "tie": 0.5, "disagreement": 0.5}
 """Points of the first system for an outcome; unreadable outcomes are skipped."""
@@ -161,12 +165,8 @@ def verdict_counts(contests: Sequence[Contest]) -> dict[str, Any]:
     }
 
 
-def outcomes_by_score(first: Sequence[float], second: Sequence[float]) -> list[Outcome]:
-    """Return outcomes by a scorer: the higher score wins, equal ones tie, a score that is not finite is unreadable."""
-    return [_outcome(a, b) for a, b in zip(first, second, strict=True)]
-
-
-def _outcome(first: float, second: float) -> Outcome:
+def outcome_by_score(first: float, second: float) -> Outcome:
+    """Return the outcome by a scorer: the higher score wins; a score that is not finite is unreadable."""
     if not (math.isfinite(first) and math.isfinite(second)):
         return "unreadable"
     if first == second:
@@ -303,7 +303,7 @@ class ComparedTask(JudgedTask):
         limit = self.config.judge.max_unreadable
         contests = []
         for first, second in pairs:
-            outcomes = outcomes_by_score(scores[first], scores[second])
+            outcomes = [outcome_by_score(a, b) for a, b in zip(scores[first], scores[second], strict=True)]
             unreadable = outcomes.count("unreadable")
             if unreadable > limit * len(outcomes):
                 raise UserError(

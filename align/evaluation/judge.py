@@ -16,14 +16,16 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from align.config.endpoint import PAIR_RUBRIC, EndpointConfig, EndpointJudge
 from align.data.rows import Message, user
 from align.errors import UserError
-from align.evaluation.tasks.base import ScoringContext
 from align.inference.cached_client import CachedClient, Progress, open_caches, prices_of
 from align.inference.requests import Answer, Request
+
+if TYPE_CHECKING:
+    from align.evaluation.scoring import ScoringContext
 
 Verdict = Literal["first", "second", "tie"]
 """A judge's preference by the order of display."""
@@ -226,11 +228,19 @@ class JudgmentCaches(NamedTuple):
     """Told of damaged lines."""
 
 
-def quote_example(unreadable: Sequence[Answer]) -> str:
-    """Quote the start of an unreadable reply as ASCII JSON, so a control character cannot drive the terminal."""
+def unreadable_remedy(config: EndpointJudge, unreadable: Sequence[Answer]) -> str:
+    """Return an example of a judge's unreadable replies, and what to change.
+
+    The example is ASCII JSON, so a control character of a reply cannot drive the terminal.
+    """
     example = next((reply for reply in unreadable if reply.text.strip()), unreadable[0])
     text = example.error or example.text
-    return json.dumps(text[:QUOTED_CHARACTERS]) + (" …" if len(text) > QUOTED_CHARACTERS else "")
+    quoted = json.dumps(text[:QUOTED_CHARACTERS]) + (" …" if len(text) > QUOTED_CHARACTERS else "")
+    return (
+        f"An example: {quoted}. Use a judge that can answer in this form, raise judge.max_tokens if replies are cut "
+        "off, or raise judge.max_unreadable. Replies are cached: to ask a repaired server again, set judge.seed: "
+        f"{config.seed + 1}."
+    )
 
 
 def judge_request(identity: dict[str, str], config: EndpointJudge, messages: list[Message]) -> Request:
@@ -334,9 +344,7 @@ class JudgeClient:
         return UserError(
             f"tasks.{self.task}: the judge {self.endpoint_config.model} at {self.endpoint_config.url} gave no readable "
             f"verdict in {len(unreadable)} of {replies} judgments of {group} ({total} wanted in all; max_unreadable is "
-            f"{self.config.max_unreadable:g}): {listed}. An example: {quote_example(unreadable)}. Take a judge that "
-            "can answer in this form, raise judge.max_tokens if verdicts are cut off, or raise judge.max_unreadable. "
-            f"Replies are cached: to ask a repaired server again, set judge.seed: {self.config.seed + 1}."
+            f"{self.config.max_unreadable:g}): {listed}. {unreadable_remedy(self.config, unreadable)}"
         )
 
     def _progress(self, completed: int, total: int, tokens: int) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from align.errors import UserError
+from align.evaluation.answers import Measured
 from align.evaluation.comparisons import Resampling
 from align.evaluation.scorecard.gates import find_flags
 from align.evaluation.scorecard.scorecard_builder import Measurements, TaskResult, build
-from align.evaluation.tasks.base import Measured
 from align.inference.endpoint_client import EndpointLost
 from tests.support.evaluation.judged_harness import (
     FolderContext,

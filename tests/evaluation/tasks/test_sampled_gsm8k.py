@@ -18,8 +18,8 @@ from align.data.final_answers import last_number, marked_number
 from align.data.rows import normalized
 from align.errors import UserError
 from align.evaluation.tasks import task_identities
-from align.evaluation.tasks.gsm8k import Gsm8kTask
 from align.evaluation.tasks.records import examples_source
+from align.evaluation.tasks.sampled import Gsm8kTask
 from tests.support.evaluation.tasks.respondents import NoModelContext, Scripted, answered, make_gsm8k_task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

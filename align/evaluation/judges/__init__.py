@@ -1,1 +1,0 @@
-"""Answers compared or graded by a judge: an endpoint, or a reward model."""
