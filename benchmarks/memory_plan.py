@@ -20,7 +20,7 @@ from typing import Any
 
 from align.capacity import estimate_sampling
 from align.capacity.hardware import parse_hardware
-from align.capacity.sampling_ways import sampling_way
+from align.capacity.sampling import sampling_way
 from align.capacity.sharding import Setting
 from align.config.runtime import Runtime
 from align.models.compute.architecture import Architecture, architecture_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.capacity.sampling_ways import (
+from align.capacity.sampling import (
     MAX_SEQUENCES,
     Inference,
     SamplingLoad,
@@ -18,7 +18,7 @@ from align.capacity.sampling_ways import (
     user_load,
     user_of,
 )
-from align.config.environment import EnvironmentConfig, SimulatedUserConfig
+from align.config.environment import EnvironmentConfig
 from align.config.runtime.rollouts import EPISODES_TOGETHER, READ_TOKENS, SAMPLE_CHUNK, SYNTHESIS_CHUNK
 from align.config.stages.evaluate import EvaluateConfig
 from align.config.stages.evaluation.task_fields import TaskConfig
@@ -53,13 +53,11 @@ def _rewards(models: Models) -> Sequence[Architecture]:
 
 
 def _user_notes(environment: EnvironmentConfig | None) -> list[str]:
-    if environment is None or environment.user is None:
+    """Return a note on the model that plays the user of episodes; empty without one."""
+    user = None if environment is None else environment.user
+    if user is None:
         return []
-    return [_user_note(environment.user)]
-
-
-def _user_note(user: SimulatedUserConfig) -> str:
-    return f"{user.label}, which plays the user, {'is counted' if user.model else 'is not counted'}."
+    return [f"{user.label}, which plays the user, {'is counted' if user.model else 'is not counted'}."]
 
 
 # ---- sample ----
@@ -107,9 +105,21 @@ def _synthesize(config: SynthesizeConfig, models: Models) -> Inference:
         )
         for model in models.get("model", ())
     ]
-    judging = [_judging(config, model, answering) for model in models.get("judge_model", ())]
+    judging = [
+        SamplingLoad(
+            name="judge",
+            model=model,
+            prompt_tokens=config.max_prompt_tokens,
+            response_tokens=0 if config.judge is None else config.judge.max_tokens,
+            call=SYNTHESIS_CHUNK,
+            # One process of vLLM holds one architecture, so a judge of another one samples with transformers.
+            needs_transformers=any(model != load.model for load in answering),
+        )
+        for model in models.get("judge_model", ())
+    ]
     length = config.max_prompt_tokens + config.max_tokens
-    servers = _servers(config)
+    duties = {"answers": config.endpoint, "judges": None if config.judge is None else config.judge.endpoint}
+    servers = [f"{server.model}, a server, {duty}" for duty, server in duties.items() if server is not None]
     scoring = tuple(reward_scoring("reward", model, length) for model in _rewards(models))
     is_counted = bool(answering or judging or scoring)
     notes = [f"{server}; that is not counted." for server in servers if is_counted]
@@ -122,27 +132,6 @@ def _synthesize(config: SynthesizeConfig, models: Models) -> Inference:
     )
 
 
-def _judging(config: SynthesizeConfig, model: Architecture, answering: Sequence[SamplingLoad]) -> SamplingLoad:
-    """Return the judgments of pairs of answers."""
-    assert config.judge is not None
-    return SamplingLoad(
-        name="judge",
-        model=model,
-        prompt_tokens=config.max_prompt_tokens,
-        response_tokens=config.judge.max_tokens,
-        call=SYNTHESIS_CHUNK,
-        # One process of vLLM holds one architecture, so a judge of another one samples with transformers.
-        needs_transformers=any(model != load.model for load in answering),
-    )
-
-
-def _servers(config: SynthesizeConfig) -> list[str]:
-    """Return the duties of servers in the stage, in words."""
-    judge = None if config.judge is None else config.judge.endpoint
-    duties = (("answers", config.endpoint), ("judges", judge))
-    return [f"{endpoint.model}, a server, {duty}" for duty, endpoint in duties if endpoint is not None]
-
-
 # ---- evaluate ----
 
 
@@ -153,8 +142,13 @@ def _evaluate(config: EvaluateConfig, models: Models) -> Inference:
         evaluation.add_prompt_set()
     for name, task in config.tasks.items():
         evaluation.add_task(name, task)
-    evaluation.add_pairs()
-    evaluation.add_heldout()
+    if config.pairs is not None and config.reward is not None:
+        evaluation.add_rewards(("reward", "second_reward"), config.max_context)
+        evaluation.notes.append("pairs: assumed to have max_context tokens, since their length has no limit.")
+    if config.heldout is not None:
+        # One checkpoint after the other reads: the memory holds one.
+        length = config.max_heldout_length
+        evaluation.scoring += [evaluation.reading(name, length, length) for name in config.policies]
     return Inference(
         precision=resolved(config.precision),
         sampling=tuple(evaluation.sampling),
@@ -187,8 +181,7 @@ class _Evaluation:
         length = config.max_prompt_tokens + config.max_tokens
         answers = None if config.max_prompts is None else config.max_prompts * config.samples_per_prompt
         self._add_answers(answers, config.max_prompt_tokens, config.max_tokens)
-        for field in ("reward", "score.reward"):
-            self._add_reward(field, length)
+        self.add_rewards(("reward", "score.reward"), length)
         if config.temperature == 0:
             return
         for name, checkpoint, best_of in self.systems:
@@ -196,7 +189,7 @@ class _Evaluation:
                 continue
             # The log-probabilities of a system's answers under itself and under the reference.
             for reader in (checkpoint, config.reference):
-                self.scoring.append(self._reading(reader, length, config.max_tokens))
+                self.scoring.append(self.reading(reader, length, config.max_tokens))
 
     def _add_answers(
         self,
@@ -235,11 +228,12 @@ class _Evaluation:
             if sampled > 1:
                 self.scoring.append(_scoring("reward", self.models["reward"][0], load.length))
 
-    def _add_reward(self, field: str, length: int) -> None:
-        """Add the reward models that the config's ``field`` names, if any."""
-        # Rewards of a list score as in all stages.
-        load = reward_scoring if field == "score.reward" else _scoring
-        self.scoring += [load(field, model, length) for model in self.models.get(field, ())]
+    def add_rewards(self, fields: Sequence[str], length: int) -> None:
+        """Add the reward models that the config's ``fields`` name, if any."""
+        for field in fields:
+            # Rewards of a list score as in all stages.
+            load = reward_scoring if field == "score.reward" else _scoring
+            self.scoring += [load(field, model, length) for model in self.models.get(field, ())]
 
     def add_task(self, name: str, task: TaskConfig) -> None:
         """Add one task's answers and scores, with a note on models that are not counted."""
@@ -252,10 +246,9 @@ class _Evaluation:
                 length = logit_tokens = task.max_length
             # Systems that share a checkpoint are read by it in turn, with the same memory.
             readers = dict.fromkeys(checkpoint for _, checkpoint, best_of in self.systems if best_of == 1)
-            self.scoring += [self._reading(reader, length, logit_tokens) for reader in readers]
+            self.scoring += [self.reading(reader, length, logit_tokens) for reader in readers]
         elif isinstance(task, RewardPairsConfig):
-            for field in ("reward", "second_reward"):
-                self._add_reward(field, config.max_context)
+            self.add_rewards(("reward", "second_reward"), config.max_context)
         elif isinstance(task, EnvironmentTaskConfig):
             self._add_episodes(name, task)
         else:
@@ -264,8 +257,7 @@ class _Evaluation:
     def _add_episodes(self, name: str, task: EnvironmentTaskConfig) -> None:
         """Add every system's episodes, each as one answer of ``max_tokens``; best-of-N systems play none."""
         user = task.environment.user
-        if user is not None:
-            self.notes.append(f"{name}: {_user_note(user)}")
+        self.notes += [f"{name}: {note}" for note in _user_notes(task.environment)]
         tokens = task.environment.max_tokens
         prompt_tokens = max(1, self.config.max_context - tokens)
         checkpoint = None if user is None or user.model is None else self.users[user.model]
@@ -285,25 +277,10 @@ class _Evaluation:
         if task.judge.endpoint is not None:
             self.notes.append(f"{name}: {task.judge.endpoint.model}, a server, judges; that is not counted.")
         elif task.judge.reward_field is not None:
-            self._add_reward(task.judge.reward_field, config.max_context)
+            self.add_rewards([task.judge.reward_field], config.max_context)
 
-    def add_pairs(self) -> None:
-        """Add the reward models that score the pairs."""
-        if self.config.pairs is None or self.config.reward is None:
-            return
-        for field in ("reward", "second_reward"):
-            self._add_reward(field, self.config.max_context)
-        self.notes.append("pairs: assumed to have max_context tokens, since their length has no limit.")
-
-    def add_heldout(self) -> None:
-        """Add every checkpoint's loss on the held-out rows."""
-        if self.config.heldout is None:
-            return
-        # One checkpoint after the other reads: the memory holds one.
-        length = self.config.max_heldout_length
-        self.scoring += [self._reading(name, length, length) for name in self.policies]
-
-    def _reading(self, name: str, length: int, logit_tokens: int) -> ScoringLoad:
+    def reading(self, name: str, length: int, logit_tokens: int) -> ScoringLoad:
+        """Return the load of a checkpoint that reads rows of ``length`` tokens."""
         tokens = max(READ_TOKENS, length)
         return ScoringLoad(name, self.policies[name], length, tokens, logit_tokens, is_rounded=True)
 

@@ -1,39 +1,99 @@
-"""Memory of the kinds that train with trl, counted from the config. Never imports torch."""
+"""Memory of the kinds that train, counted from the config: with trl, or on rollouts. Never imports torch.
+
+A stage on rollouts without a critic is counted as a stage with a value head, minus the head.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from align.capacity.memory import (
     LOGITS_AT_ONCE,
     Choice,
+    CriticKind,
     Estimate,
     Memory,
     copied_parameters,
+    engine_memory,
     head_work_space,
     model_bytes,
+    ppo_memory,
     resolve_engine,
     state_note,
 )
+from align.capacity.sampling import user_load, user_memory, user_of
 from align.capacity.sharding import Job, Setting
 from align.config.base import Precision
 from align.config.runtime import Runtime
+from align.config.stages.rl import RolloutFields
 from align.config.stages.training import TrainingFields
 from align.config.tuning import FullTuning, LoraTuning, LowRank, TuningBase
 from align.models.compute.architecture import Architecture, UnknownArchitecture
 from align.models.compute.compute_types import resolved
-from align.models.compute.estimates import FLOAT, SIZES, activations_per_token, passing_per_token
+from align.models.compute.estimates import FLOAT, SHORT, SIZES, activations_per_token, passing_per_token
 
 TRAINED_FIELDS = ("model", "policy", "student")
 """Input fields that name the trained checkpoint."""
 SCORED_TOKENS = 4096
 """Padded tokens of a pass without gradients (``align.training.trainers.SCORING_TOKENS``)."""
-SHORT = 512
-"""Keys up to which a CPU has attention without torch's kernel (``align.models.fast.ragged_rows.SHORT``)."""
 TILE = (4096, 32768)
 """Tokens and words of the vocabulary whose logits trl's fused head has in memory at a time, on a GPU."""
 
 Models = Mapping[str, Sequence[Architecture]]
+
+
+def estimate(config: TrainingFields | RolloutFields, models: Models, runtime: Runtime) -> Estimate:
+    """Return the memory of the configured choice, which is marked, and of others for comparison.
+
+    A stage with trl is compared with full tuning and LoRA. A stage on rollouts is compared with every possible critic
+    and one alternative tuning: LoRA with its default rank if full tuning is chosen, else full tuning.
+    """
+    if isinstance(config, RolloutFields):
+        return _estimate_rollouts(config, models, runtime)
+    others: tuple[TuningBase, ...] = (FullTuning(), LoraTuning())
+    tunings = [config.tuning, *(other for other in others if other.method != config.tuning.method)]
+    setting = Setting(
+        config.micro_batch,
+        accumulated=config.batch_size > config.micro_batch,
+        checkpointing=config.gradient_checkpointing,
+        gpu=resolve_engine(runtime)[1],
+    )
+    choices = tuple(
+        Choice({"tuning": tuning.label}, training_memory(config, models, tuning, setting), tuning is config.tuning)
+        for tuning in tunings
+    )
+    return Estimate(trained_model(models).parameters, choices, (*_notes(config), state_note(choices, runtime)))
+
+
+def job(config: TrainingFields | RolloutFields, models: Models, runtime: Runtime | None) -> Job:
+    """Return the load of the stage; ``runtime`` is needed only for stages on rollouts."""
+    if isinstance(config, RolloutFields):
+        assert runtime is not None
+        return _rollout_job(config, models, runtime)
+    model = trained_model(models)
+    tuning = config.tuning
+    return Job(
+        model=model,
+        tuning=tuning,
+        precision=resolved(config.precision),
+        batch=config.batch_size,
+        micro_batch=config.micro_batch,
+        row="pairs" if config.sides == 2 else "rows",
+        tokens=lambda count: rows_to_tokens(config, count),
+        memory=lambda setting: training_memory(config, models, tuning, setting),
+        run_micro_batch=config.micro_batch_of,
+        objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
+        # If the losses of micro-batches do not add up, another size would be another training.
+        unit=1 if config.rows_add_up else config.micro_batch,
+        trained=training_memory(config, models, tuning, Setting(1)).gradients // FLOAT,
+        gathered=model.parameters,
+        checkpointing=config.gradient_checkpointing,
+        notes=tuple(_notes(config)[2:]),
+    )
+
+
+# ---- with trl ----
 
 
 def trained_model(models: Models) -> Architecture:
@@ -42,28 +102,6 @@ def trained_model(models: Models) -> Architecture:
     if field is None:
         raise UnknownArchitecture("the config names no checkpoint that is trained")
     return models[field][0]
-
-
-def estimate(config: TrainingFields, models: Models, runtime: Runtime) -> Estimate:
-    """Return the memory of the chosen tuning, and of full tuning and LoRA for comparison."""
-    model = trained_model(models)
-    others: tuple[TuningBase, ...] = (FullTuning(), LoraTuning())
-    tunings = [config.tuning, *(other for other in others if other.method != config.tuning.method)]
-    setting = _as_configured(config, runtime)
-    choices = tuple(
-        Choice({"tuning": tuning.label}, training_memory(config, models, tuning, setting), tuning is config.tuning)
-        for tuning in tunings
-    )
-    return Estimate(model.parameters, choices, (*_notes(config), state_note(choices, runtime)))
-
-
-def _as_configured(config: TrainingFields, runtime: Runtime) -> Setting:
-    return Setting(
-        config.micro_batch,
-        accumulated=config.batch_size > config.micro_batch,
-        checkpointing=config.gradient_checkpointing,
-        gpu=resolve_engine(runtime)[1],
-    )
 
 
 def training_memory(config: TrainingFields, models: Models, tuning: TuningBase, setting: Setting) -> Memory:
@@ -169,31 +207,6 @@ def _saving(config: TrainingFields, model: Architecture, tuning: TuningBase, gpu
     return merged if config.has_vocabulary else max(merged, FLOAT * model.trunk)
 
 
-def job(config: TrainingFields, models: Models, runtime: Runtime | None) -> Job:
-    """Return the load of the stage."""
-    model, tuning = trained_model(models), config.tuning
-    trained = training_memory(config, models, tuning, Setting(1)).gradients // FLOAT
-
-    return Job(
-        model=model,
-        tuning=tuning,
-        precision=resolved(config.precision),
-        batch=config.batch_size,
-        micro_batch=config.micro_batch,
-        row="pairs" if config.sides == 2 else "rows",
-        tokens=lambda count: rows_to_tokens(config, count),
-        memory=lambda setting: training_memory(config, models, tuning, setting),
-        run_micro_batch=config.micro_batch_of,
-        objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
-        # If the losses of micro-batches do not add up, another size would be another training.
-        unit=1 if config.rows_add_up else config.micro_batch,
-        trained=trained,
-        gathered=model.parameters,
-        checkpointing=config.gradient_checkpointing,
-        notes=tuple(_notes(config)[2:]),
-    )
-
-
 def _notes(config: TrainingFields) -> list[str]:
     tuning = config.tuning
     notes = [
@@ -206,6 +219,155 @@ def _notes(config: TrainingFields) -> list[str]:
         notes.append(
             "freeze, unfreeze, lisa: an upper bound, since only trainable weights have gradients and AdamW's state."
         )
+    if "optim" in config.trainer:
+        notes.append(f"AdamW's state is counted; optim {config.trainer['optim']} may need another amount.")
+    return notes
+
+
+# ---- on rollouts ----
+
+
+def _estimate_rollouts(config: RolloutFields, models: Models, runtime: Runtime) -> Estimate:
+    policy = models["policy"][0]
+    tunings: tuple[TuningBase, ...] = (config.tuning, FullTuning())
+    if config.tuning.trains_all:
+        tunings = (LoraTuning(), config.tuning)
+    source = getattr(config, "critic_source", None)
+    critics: tuple[CriticKind, ...] = ("reward", "policy", "head") if models.get("reward") else ("policy", "head")
+    if source is None:
+        # A kind without a critic has a single choice, and its critic counts as 0 below.
+        critics = ("head",)
+    setting = Setting(
+        config.micro_batch,
+        accumulated=config.responses_per_step > config.micro_batch,
+        checkpointing=bool(config.trainer.get("gradient_checkpointing")),
+        gpu=resolve_engine(runtime)[1],
+    )
+    choices = []
+    for tuning in tunings:
+        for critic in critics:
+            memory = rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=setting)
+            chosen = tuning == config.tuning and source in (None, critic)
+            settings = {"tuning": tuning.label}
+            if source is not None:
+                settings["critic"] = critic
+            choices.append(Choice(settings, memory, chosen))
+    return Estimate(policy.parameters, tuple(choices), (*_rollout_notes(config, runtime), state_note(choices, runtime)))
+
+
+def rollout_memory(
+    config: RolloutFields,
+    models: Models,
+    runtime: Runtime,
+    *,
+    tuning: TuningBase,
+    critic: CriticKind,
+    setting: Setting,
+) -> Memory:
+    """Return the memory of one process with its engine, trained with ``tuning``, ``critic`` and ``setting``.
+
+    A rollout is divided among the processes.
+    """
+    policy = models["policy"][0]
+    sequences = -(-config.rollout_batch // setting.processes)
+    # The planned device may be another than this machine's.
+    if setting.gpu != resolve_engine(runtime)[1]:
+        runtime = runtime.model_copy(update={"device": "cuda" if setting.gpu else "cpu"})
+    engine, cache, released = engine_memory(
+        policy,
+        runtime,
+        precision=resolved(config.precision),
+        sequences=sequences,
+        length=config.max_prompt_tokens + config.max_tokens,
+    )
+    memory = ppo_memory(
+        policy,
+        _reward_models(models),
+        tuning=tuning,
+        critic=critic,
+        precision=resolved(config.precision),
+        checkpointing=setting.checkpointing,
+        sequential=setting.processes == 1,
+        gpu=setting.gpu,
+        flash=setting.gpu or config.max_prompt_tokens + config.max_tokens > SHORT,
+    )
+    user, user_cache = 0, 0
+    load = user_load(config.environment, user_of(models), config.max_prompt_tokens)
+    if load is not None:
+        user, user_cache = user_memory(load, runtime, resolved(config.precision), sequences)
+    memory = replace(
+        memory,
+        reward=memory.reward + user,
+        engine=engine,
+        kv_cache=cache + user_cache,
+        released=released,
+        accumulated=setting.accumulated,
+        in_heap=not setting.gpu,
+    )
+    return replace(memory, critic=0) if getattr(config, "critic_source", None) is None else memory
+
+
+def _reward_models(models: Models) -> Sequence[Architecture]:
+    """Return the models of ``reward``, the first of which may be the critic, and the models of ``score``."""
+    return (*models.get("reward", ()), *models.get("score.reward", ()))
+
+
+def _rollout_job(config: RolloutFields, models: Models, runtime: Runtime) -> Job:
+    policy, rewards, tuning = models["policy"][0], _reward_models(models), config.tuning
+    critic: CriticKind = getattr(config, "critic_source", None) or "head"
+    critic_base = {"reward": rewards[0] if rewards else None, "policy": policy, "head": None}[critic]
+    memory = rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=Setting(1))
+    responses_per_prompt = config.samples_per_prompt if config.trainer.get("share_prompts", True) else 1
+
+    return Job(
+        model=policy,
+        tuning=tuning,
+        precision=resolved(config.precision),
+        batch=config.responses_per_step,
+        micro_batch=config.micro_batch,
+        row="responses",
+        # The longest prompts and responses of a micro-batch; a prompt is read once for its responses.
+        tokens=lambda count: -(-count // responses_per_prompt) * config.max_prompt_tokens + count * config.max_tokens,
+        memory=lambda setting: rollout_memory(config, models, runtime, tuning=tuning, critic=critic, setting=setting),
+        run_micro_batch=config.micro_batch_of,
+        objection=config.model_copy(update={"micro_batch_size": None}).processes_objection,
+        unit=config.indivisible_responses,
+        trained=memory.gradients // FLOAT + memory.critic // (4 * FLOAT),
+        gathered=policy.parameters + (critic_base.trunk if critic_base is not None and tuning.trains_all else 0),
+        checkpointing=bool(config.trainer.get("gradient_checkpointing")),
+        checkpointing_field="trainer.gradient_checkpointing",
+        notes=tuple(_rollout_notes(config, runtime)[2:]),
+    )
+
+
+def _rollout_notes(config: RolloutFields, runtime: Runtime) -> list[str]:
+    name, gpu = resolve_engine(runtime)
+    prompts = -(-config.micro_batch // config.samples_per_prompt)
+    notes = [
+        f"+: activations of a micro-batch, here {config.micro_batch} responses of up to {config.max_tokens} tokens "
+        f"and {prompts} prompts.",
+        "Not counted: Python and its libraries (about 0.6 GiB, 1.2 with vLLM), scratch space of kernels.",
+    ]
+    if runtime.rollouts.addresses:
+        notes.append("Servers that run already sample; their memory is not counted.")
+    elif name != "transformers" and gpu:
+        asleep = ", but asleep while the trainer learns" if name == "vllm" and runtime.engine.sleep else ""
+        notes.append(
+            f"vLLM uses {runtime.engine.gpu_memory:g} of the card (gpu_memory) for engine and cache, needed or "
+            f"not{asleep}."
+        )
+    elif name == "transformers":
+        notes.append("The cache is for prompts of max_prompt_tokens, the longest possible.")
+    if config.trainer.get("reuse_forward"):
+        share = config.trainer["reuse_forward"]
+        notes.append(
+            f"reuse_forward: activations of policy and critic together, and of {share:g} of an optimizer step's "
+            "micro-batches at once."
+        )
+    if config.environment is not None and config.environment.user is not None:
+        user = config.environment.user
+        counted = "is counted with the reward models" if user.model else "is not counted"
+        notes.append(f"{user.label}, which plays the user, {counted}.")
     if "optim" in config.trainer:
         notes.append(f"AdamW's state is counted; optim {config.trainer['optim']} may need another amount.")
     return notes

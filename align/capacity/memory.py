@@ -10,7 +10,6 @@ divides the parts among devices.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -325,8 +324,5 @@ def engine_memory(
 
 def resolve_engine(runtime: Runtime) -> tuple[str, bool]:
     """Return the engine's name with ``auto`` resolved, and whether it samples on a GPU; imports neither library."""
-    name: str = "vllm-server" if runtime.rollouts.pooled else runtime.engine.name
-    if name == "auto":
-        name = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
     gpu = runtime.device == "cuda" or (runtime.device == "auto" and Path("/dev/nvidia0").exists())
-    return name, gpu
+    return runtime.engine_name, gpu

@@ -7,17 +7,26 @@ that trains, ``inference`` for a kind that samples or scores.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from align.capacity.hardware import Hardware, Way
 from align.capacity.memory import Estimate
-from align.capacity.sampling_ways import Inference, sampling_notes, sampling_remedies, sampling_way
-from align.capacity.sharding import Job, Strategy, requested_strategy
-from align.capacity.training_ways import TrainingWay, training_remedies, training_ways
+from align.capacity.sampling import Inference, sampling_notes, sampling_way
+from align.capacity.sharding import (
+    Job,
+    Strategy,
+    TrainingWay,
+    launch_of,
+    requested_strategy,
+    training_ways,
+)
+from align.config.runtime import Runtime
 from align.config.runtime.launch import LaunchConfig
 from align.config.validation import suggest, validate_plain
 from align.errors import UserError
@@ -29,13 +38,14 @@ from align.store.artifacts import GENERATORS, Kind
 from align.store.store import Store
 
 CHECKPOINTS = (*GENERATORS, Kind.REWARD)
-LESS_TO_TRAIN = {f"tuning={{method: {name}}}": {"tuning": {"method": name}} for name in ("lora", "qlora")}
-"""Settings of a stage that trains which need less memory, by their spelling."""
+MACHINE_FACTORS = (2, 4, 8, 16, 32, 64)
+"""Factors of the number of machines that a remedy may ask for."""
+LARGE_GPU_MEMORY = 0.9
+"""``gpu_memory`` that a remedy tries."""
 LENGTH_FIELDS = ("max_length", "max_prompt_tokens", "max_context")
 """Fields of a stage's config that a remedy may halve."""
 
 Models = dict[str, list[Architecture]]
-Load = TypeVar("Load")
 
 
 # ---- align plan --memory ----
@@ -108,24 +118,72 @@ def _architecture(pipeline: Pipeline, name: str, store: Store, overrides: Mappin
 
 
 @dataclass(frozen=True)
+class Setup:
+    """A stage with its settings, on hardware."""
+
+    estimator: Any
+    models: Models
+    config: Any
+    runtime: Runtime
+    hardware: Hardware
+    """The devices that the stage runs on: all of them, unless ``runtime.launch`` asks for fewer."""
+
+    @cached_property
+    def load(self) -> Job | Inference:
+        """The load of the stage."""
+        if hasattr(self.estimator, "job"):
+            job: Job = self.estimator.job(self.config, self.models, self.runtime)
+            return job
+        inference: Inference = self.estimator.inference(self.config, self.models)
+        return inference
+
+    @property
+    def requested(self) -> Strategy | None:
+        """The strategy that ``runtime.launch`` names, if the stage trains."""
+        if not isinstance(self.load, Job) or self.runtime.launch == LaunchConfig():
+            return None
+        return requested_strategy(self.runtime.launch, self.hardware.devices, self.load.checkpointing)
+
+    def ways(self) -> Sequence[Way]:
+        """Return the ways that fit, the simplest first, then the others; empty for a stage without a model."""
+        if isinstance(self.load, Job):
+            return training_ways(self.load, self.hardware, self.requested)
+        has_model = self.load.sampling or self.load.scoring
+        return [sampling_way(self.load, self.runtime, self.hardware)] if has_model else []
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Notes about the numbers, one sentence each."""
+        if isinstance(self.load, Job):
+            return self.load.notes
+        return sampling_notes(self.load, self.runtime, self.hardware)
+
+    def fits(self, **changes: Any) -> bool:
+        """Return whether the stage fits with other settings, or on other hardware."""
+        return any(way.fits for way in replace(self, **changes).ways())
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """Plan of one stage; ``unknown`` says why there is none, and the rest is empty then."""
 
     name: str
     kind: str
-    job: Job | None = None
-    """Load of a stage that trains."""
-    inference: Inference | None = None
-    """Load of a stage that samples or scores; a stage has either."""
+    setup: Setup | None = None
     ways: Sequence[Way] = ()
     """Ways that fit come first, the simplest at the head."""
-    hardware: Hardware | None = None
-    """The devices that the stage runs on: all of them, unless ``runtime.launch`` asks for fewer."""
-    requested: Strategy | None = None
-    """The strategy that ``runtime.launch`` names; no other is tried then."""
     unknown: str = ""
-    remedies: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    remedies: Sequence[str] = ()
+
+    @property
+    def load(self) -> Job | Inference | None:
+        """The load of the stage; None if it is unknown."""
+        return None if self.setup is None else self.setup.load
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Notes about the numbers, one sentence each."""
+        return () if self.setup is None else self.setup.notes
 
     @property
     def best(self) -> Way | None:
@@ -135,13 +193,14 @@ class StagePlan:
     def to_json(self) -> dict[str, Any]:
         """Return everything in bytes and words."""
         fields: dict[str, Any] = {"stage": self.name, "kind": self.kind}
-        if self.unknown:
+        load = self.load
+        if isinstance(load, Inference):
+            sizes = [model.parameters for model in load.models]
+            fields |= {"external": load.external or None, "parameters": max(sizes, default=None)}
+        elif load is not None:
+            fields |= {"parameters": load.model.parameters}
+        else:
             return fields | {"unknown": self.unknown}
-        if self.inference is not None:
-            sizes = [model.parameters for model in self.inference.models]
-            fields |= {"external": self.inference.external or None, "parameters": max(sizes, default=None)}
-        elif self.job is not None:
-            fields |= {"parameters": self.job.model.parameters}
         return fields | {
             "measured_on_gpu": False,
             "options": [way.to_json() for way in self.ways],
@@ -163,62 +222,99 @@ def plan_hardware(
         estimator = estimator_of(node.stage)
         if estimator is None:
             continue
-        plan = _plan_training if hasattr(estimator, "job") else _plan_inference
         try:
             models = input_models(pipeline, node, store, configs)
-            plans.append(plan(pipeline, node, models, estimator, hardware))
+            plans.append(_plan_stage(pipeline, node, models, estimator, hardware))
         except UnknownArchitecture as error:
             plans.append(StagePlan(node.name, node.stage.kind, unknown=str(error)))
     return plans
 
 
-def _plan_training(pipeline: Pipeline, node: Node, models: Models, estimator: Any, all_hardware: Hardware) -> StagePlan:
-    runtime = pipeline.runtimes[node.name]
-    hardware = _launch_hardware(pipeline, node, all_hardware)
+def _plan_stage(pipeline: Pipeline, node: Node, models: Models, estimator: Any, all_hardware: Hardware) -> StagePlan:
+    hardware = all_hardware
+    if hasattr(estimator, "job"):
+        hardware = _launch_hardware(pipeline, node, all_hardware)
     config = with_expected_precision(node.config, gpu=hardware.device.gpu)
-    job: Job = estimator.job(config, models, runtime)
-    requested = None
-    if runtime.launch != LaunchConfig():
-        requested = requested_strategy(runtime.launch, hardware.devices, job.checkpointing)
-    ways = training_ways(job, hardware, requested)
+    setup = Setup(estimator, models, config, pipeline.runtimes[node.name], hardware)
+    ways = setup.ways()
     remedies: list[str] = []
-    if not ways[0].fits:
-        # Remedies are tried, not guessed: each is a full plan of the stage with that setting.
-        smaller = _smaller(node.name, config, LESS_TO_TRAIN, lambda config: estimator.job(config, models, runtime))
-        remedies = training_remedies(job, hardware, ways, smaller, requested)
-    return StagePlan(
-        node.name,
-        node.stage.kind,
-        job=job,
-        ways=ways,
-        hardware=hardware,
-        requested=requested,
-        remedies=tuple(remedies),
-        notes=job.notes,
-    )
-
-
-def _plan_inference(pipeline: Pipeline, node: Node, models: Models, estimator: Any, hardware: Hardware) -> StagePlan:
-    runtime = pipeline.runtimes[node.name]
-    config = with_expected_precision(node.config, gpu=hardware.device.gpu)
-    inference: Inference = estimator.inference(config, models)
-    ways = []
-    remedies: list[str] = []
-    if inference.sampling or inference.scoring:
-        ways = [sampling_way(inference, runtime, hardware)]
     if ways and not ways[0].fits:
-        # Remedies are tried only if they are needed: each one plans the stage again.
-        smaller = _smaller(node.name, config, {}, lambda config: estimator.inference(config, models))
-        remedies = sampling_remedies(inference, runtime, hardware, smaller)
-    return StagePlan(
-        node.name,
-        node.stage.kind,
-        inference=inference,
-        ways=ways,
-        hardware=hardware,
-        remedies=tuple(remedies),
-        notes=tuple(sampling_notes(inference, runtime, hardware)),
-    )
+        remedies = _remedies(setup, f"stages.{node.name}")
+    return StagePlan(node.name, node.stage.kind, setup, ways, remedies=remedies)
+
+
+def _remedies(setup: Setup, place: str) -> list[str]:
+    """Return command-line options with which the stage fits. Each was tried, as a full plan of the stage.
+
+    They are settings of the engine, more machines, another card, or settings of the stage that need less memory.
+    """
+    load = setup.load
+    hardware = setup.hardware
+    if isinstance(load, Job) and load.batch % hardware.devices:
+        # No memory would help; the next larger batch that divides does.
+        next_batch = -(-load.batch // hardware.devices) * hardware.devices
+        return [f"{next_batch} {load.row} a step, which divide among {hardware.devices} devices"]
+    if setup.requested is not None:
+        # The launch also sets the number of devices, so another launch is proposed, and no other hardware.
+        return _launch_options(load, hardware) + _smaller_options(setup, place)
+    remedies = []
+    candidates = [hardware.other_cards()]
+    if isinstance(load, Job):
+        candidates.insert(0, [replace(hardware, nodes=hardware.nodes * factor) for factor in MACHINE_FACTORS])
+    else:
+        remedies = _engine_options(setup)
+    for larger in candidates:
+        # The fewest machines that are enough, then the smallest other card.
+        enough = next((devices for devices in larger if setup.fits(hardware=devices)), None)
+        if enough is not None:
+            remedies.append(f"--hardware {enough.label}")
+    return remedies + _smaller_options(setup, place)
+
+
+def _launch_options(job: Any, hardware: Hardware) -> list[str]:
+    """Return the option of the simplest launch on these devices that fits without another setting."""
+    for way in training_ways(job, hardware) if hardware.devices > 1 else ():
+        if way.fits and way.strategy.checkpointing == job.checkpointing:
+            block = launch_of(way.strategy, hardware).model_dump(exclude_unset=True)
+            return [f"--set runtime.launch='{json.dumps(block)}'"]
+    return []
+
+
+def _engine_options(setup: Setup) -> list[str]:
+    """Return settings of the engine with which the stage fits: they are free."""
+    engine = setup.runtime.engine
+    changes: dict[str, Any] = {}
+    if setup.hardware.device.gpu and engine.gpu_memory < LARGE_GPU_MEMORY:
+        changes["gpu_memory"] = LARGE_GPU_MEMORY
+    if engine.name == "transformers":
+        changes["name"] = "vllm"
+    options = []
+    for field, value in changes.items():
+        runtime = setup.runtime.model_copy(update={"engine": engine.model_copy(update={field: value})})
+        if setup.fits(runtime=runtime):
+            options.append(f"--set runtime.engine.{field}={value}")
+    return options
+
+
+def _smaller_options(setup: Setup, place: str) -> list[str]:
+    """Return settings of the stage that need less memory, and with which it fits."""
+    changes: dict[str, dict[str, Any]] = {}
+    if isinstance(setup.load, Job):
+        for method in ("lora", "qlora"):
+            changes[f"--set '{place}.tuning={{method: {method}}}'"] = {"tuning": {"method": method}}
+    for field in LENGTH_FIELDS:
+        if hasattr(setup.config, field):
+            half = getattr(setup.config, field) // 2
+            changes[f"--set {place}.{field}={half}"] = {field: half}
+    options = []
+    for option, fields in changes.items():
+        try:
+            config = validate_plain(type(setup.config), setup.config.model_dump(mode="json") | fields)
+            if setup.fits(config=config):
+                options.append(option)
+        except (ValueError, UnknownArchitecture):
+            continue  # the stage does not allow the setting
+    return options
 
 
 def _launch_hardware(pipeline: Pipeline, node: Node, hardware: Hardware) -> Hardware:
@@ -234,28 +330,6 @@ def _launch_hardware(pipeline: Pipeline, node: Node, hardware: Hardware) -> Hard
             "devices. Change one of them."
         )
     return replace(hardware, nodes=launch.nodes, per_node=per_node)
-
-
-def _smaller(
-    name: str, config: Any, settings: dict[str, dict[str, Any]], build: Callable[[Any], Load]
-) -> dict[str, Load]:
-    """Return the loads that ``build`` makes of the stage with reduced settings, by the option that asks for them.
-
-    Settings that the stage does not allow are skipped.
-    """
-    place = f"stages.{name}"
-    changes = {f"--set '{place}.{words}'": fields for words, fields in settings.items()}
-    for field in LENGTH_FIELDS:
-        if hasattr(config, field):
-            half = getattr(config, field) // 2
-            changes[f"--set {place}.{field}={half}"] = {field: half}
-    loads = {}
-    for option, fields in changes.items():
-        try:
-            loads[option] = build(validate_plain(type(config), config.model_dump(mode="json") | fields))
-        except (ValueError, UnknownArchitecture):
-            continue
-    return loads
 
 
 def refuse_what_fits_nowhere(pipeline: Pipeline, plans: list[StagePlan], hardware: Hardware) -> None:

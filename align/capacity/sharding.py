@@ -1,4 +1,6 @@
-"""Strategies of training on several devices, and what each device holds of a stage. Never imports torch.
+"""Strategies of training on several devices, what each device holds of a stage, and the ways in which a stage fits.
+
+The global batch is the config's on any number of devices, so it must divide among them. Never imports torch.
 
 The bytes are counted from what the frameworks document, with float32 weights and autocast, as ``align.training`` sets
 them up:
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from align.capacity.hardware import Hardware
+from align.capacity.hardware import GIB, Hardware, Way, largest_that_fits
 from align.capacity.memory import Memory
 from align.config.base import Precision
 from align.config.runtime.launch import LaunchConfig
@@ -33,6 +35,8 @@ ZERO_BUCKET = 5 * 10**8
 """Parameters of DeepSpeed's bucket, by its own default."""
 ZERO_LIVE = 10**9
 """Parameters of the weights that DeepSpeed's stage 3 may keep gathered, by its own default."""
+MAX_MICRO_BATCH = 4096
+"""Largest micro-batch that is tried."""
 GATHERED_AHEAD = 2
 """Layers whose full weights are in memory at a time."""
 
@@ -230,15 +234,6 @@ def offloaded(memory: Memory, job: Job, strategy: Strategy, devices: int) -> int
     return sum(int(getattr(on_device, name)) for name in OFFLOADED_PARTS[strategy.offload])
 
 
-def largest_unit(model: Architecture) -> int:
-    """Return the parameters that sharding gathers at once: a layer, or the embeddings."""
-    return max(_layer_parameters(model), model.embedded)
-
-
-def _layer_parameters(model: Architecture) -> int:
-    return sum(linear.parameters for linear in model.linears) + model.vectors
-
-
 def _gathered_bytes(job: Job, strategy: Strategy) -> int:
     """Return the bytes of weights and gradients that are unsharded for a while."""
     if strategy.name == "deepspeed":
@@ -248,9 +243,109 @@ def _gathered_bytes(job: Job, strategy: Strategy) -> int:
     model = job.model
     # Gathered at once: some layers, the weights outside the layers, and the gradient of the largest unit.
     root = model.embedded + (0 if model.tied else model.head)
-    gradients = largest_unit(model) if job.tuning.trains_all else 0
-    return FLOAT * (GATHERED_AHEAD * _layer_parameters(model) + root + gradients)
+    layer = sum(linear.parameters for linear in model.linears) + model.vectors
+    gradients = max(layer, model.embedded) if job.tuning.trains_all else 0
+    return FLOAT * (GATHERED_AHEAD * layer + root + gradients)
 
 
 def _shard(amount: int, is_sharded: bool, devices: int) -> int:
     return -(-amount // devices) if is_sharded else amount
+
+
+# ---- ways to train ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingWay(Way):
+    """One strategy with its micro-batch."""
+
+    strategy: Strategy
+    host_memory: int = 0
+    """Bytes of the machine's own memory for each device, for what is offloaded."""
+    is_refused: bool = False
+    """True if the stage itself cannot run this way, whatever the memory."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything in words and bytes."""
+        return super().to_json() | {
+            "strategy": self.strategy.name,
+            "zero_stage": self.strategy.zero_stage or None,
+            "gradient_checkpointing": self.strategy.checkpointing,
+            "offload": self.strategy.offload,
+            "micro_batch_size": self.batch or None,
+            "largest_micro_batch": self.largest or None,
+            "host_memory": self.host_memory,
+        }
+
+
+def training_ways(job: Job, hardware: Hardware, requested: Strategy | None = None) -> list[TrainingWay]:
+    """Return every way to train, or only the ``requested`` one.
+
+    Ways that fit come first, the simplest at the head. Then come ways that only lack memory, the smallest first.
+    """
+    strategies = [requested] if requested else candidate_strategies(hardware.devices, job.checkpointing)
+    ways = [training_way(job, hardware, strategy) for strategy in strategies]
+    fitting = [way for way in ways if way.fits]
+    others = [way for way in ways if not way.fits]
+    return fitting + sorted(others, key=lambda way: (way.is_refused, way.peak))
+
+
+def training_way(job: Job, hardware: Hardware, strategy: Strategy) -> TrainingWay:
+    """Return the memory of one strategy, with the largest micro-batch that fits and divides a device's batch."""
+    devices = hardware.devices
+    device = hardware.device
+    way = TrainingWay(
+        label=strategy.label,
+        strategy=strategy,
+        batch=0,
+        largest=0,
+        parts=device_parts(job, hardware, strategy, job.unit),
+    )
+    if job.batch % devices:
+        return replace(way, obstacle=f"the batch of {job.batch} {job.row} does not divide among {devices} devices")
+    # The plan asks the stage itself what it refuses, such as 4 bits that FSDP2 cannot shard.
+    objection = None if devices == 1 else job.objection(launch_of(strategy, hardware))
+    if objection is not None:
+        return replace(way, obstacle=objection.rstrip("."), is_refused=True)
+
+    def fits(rows: int) -> bool:
+        parts = device_parts(job, hardware, strategy, rows)
+        return sum(parts.values()) - device.context <= device.usable
+
+    largest = largest_that_fits(fits, MAX_MICRO_BATCH)
+    device_batch = job.batch // devices
+    # The stage itself requires that micro-batches fill a device's share exactly.
+    sizes = range(job.unit, min(device_batch, job.micro_batch, largest) + 1, job.unit)
+    micro_batch = max((size for size in sizes if device_batch % size == 0), default=0)
+    # A way that does not fit shows the smallest micro-batch, so a reader sees how much memory is missing.
+    rows = micro_batch or job.unit
+    parts = device_parts(job, hardware, strategy, rows)
+    host = offloaded(_process_memory(job, hardware, strategy, rows), job, strategy, devices)
+    obstacle = ""
+    if not micro_batch:
+        smallest = "one" if job.unit == 1 else str(job.unit)
+        usable = (device.usable + device.context) / GIB
+        obstacle = f"{smallest} of the {job.row} needs {sum(parts.values()) / GIB:.1f} GiB, usable are {usable:.1f}"
+    elif host > device.host:
+        obstacle = f"{host / GIB:.0f} GiB of the machine's memory for each device, of {device.host / GIB:.0f}"
+    return replace(way, batch=micro_batch, largest=largest, parts=parts, obstacle=obstacle, host_memory=host)
+
+
+def device_parts(job: Job, hardware: Hardware, strategy: Strategy, rows: int) -> dict[str, int]:
+    """Return the bytes of the fullest device with micro-batches of ``rows`` rows, by purpose."""
+    memory = sharded(_process_memory(job, hardware, strategy, rows), job, strategy, hardware.devices)
+    parts = memory.fullest(job.tokens(rows)) | {"context": hardware.device.context}
+    return {name: amount for name, amount in parts.items() if amount}
+
+
+def _process_memory(job: Job, hardware: Hardware, strategy: Strategy, rows: int) -> Memory:
+    """Return the memory of one process before sharding."""
+    setting = Setting(
+        rows,
+        # Gradients outlive a micro-batch only if several make up a step.
+        accumulated=job.batch > rows * hardware.devices,
+        processes=hardware.devices,
+        checkpointing=strategy.checkpointing,
+        gpu=hardware.device.gpu,
+    )
+    return job.memory(setting)

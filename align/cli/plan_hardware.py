@@ -130,25 +130,30 @@ def _stage_lines(plan: StagePlan, hardware: Hardware) -> list[str]:
 
 def _heading(plan: StagePlan) -> str:
     """Return the stage with its size and its counted load."""
-    job, inference = plan.job, plan.inference
-    if job is not None:
-        load = f"{job.tuning.label}, {job.batch} {job.row} a step"
-        parameters = f"{job.model.parameters / 1e6:,.1f} million parameters"
-    elif inference is not None and inference.models:
-        names = [part.name for part in inference.sampling] + [part.name for part in inference.scoring]
-        load = ", ".join(dict.fromkeys(names))
-        sizes = sorted({model.parameters for model in inference.models})
-        parameters = " and ".join(f"{size / 1e6:,.1f}" for size in sizes) + " million parameters"
+    from align.capacity.sharding import Job
+
+    load = plan.load
+    assert load is not None
+    if isinstance(load, Job):
+        work = f"{load.tuning.label}, {load.batch} {load.row} a step"
+        sizes = [load.model.parameters]
+    elif load.models:
+        names = [part.name for part in load.sampling] + [part.name for part in load.scoring]
+        work = ", ".join(dict.fromkeys(names))
+        sizes = sorted({model.parameters for model in load.models})
     else:
-        servers = f"{inference.external}; " if inference is not None and inference.external else ""
+        servers = f"{load.external}; " if load.external else ""
         return f"{plan.name}: {servers}no memory of it is counted."
-    return f"{plan.name}: {parameters}, {load}, GiB of a device at its peak"
+    parameters = " and ".join(f"{size / 1e6:,.1f}" for size in sizes)
+    return f"{plan.name}: {parameters} million parameters, {work}, GiB of a device at its peak"
 
 
 def _table(plan: StagePlan, ways: Sequence[Way]) -> list[str]:
     """Return the aligned table of ways, with only the columns that some way of the stage needs."""
+    from align.capacity.sharding import TrainingWay
+
     parts = [name for name in COLUMNS if any(way.parts.get(name) for way in plan.ways)]
-    batch = "micro-batch" if plan.job is not None else "at once"
+    batch = "micro-batch" if isinstance(plan.ways[0], TrainingWay) else "at once"
     headings = [COLUMNS[name] for name in parts]
     rows = [["", "way", batch, "largest", *headings, "peak"]]
     for way in ways:
@@ -162,18 +167,21 @@ def _table(plan: StagePlan, ways: Sequence[Way]) -> list[str]:
 
 def _settings(plan: StagePlan, hardware: Hardware) -> list[str]:
     """Return the settings of the best way that differ from the run's own."""
-    from align.capacity.sampling_ways import SamplingWay
-    from align.capacity.training_ways import TrainingWay
+    from align.capacity.sampling import SamplingWay
+    from align.capacity.sharding import Job, TrainingWay
 
     best = plan.best
-    devices = (plan.hardware or hardware).devices
-    result = []
-    if best is not None and plan.requested is not None:
+    result: list[str] = []
+    if best is None or plan.setup is None:
+        return result
+    devices = plan.setup.hardware.devices
+    if plan.setup.requested is not None:
         result.append(f"  runtime.launch asks for this way, on {devices} of {hardware.devices} devices")
-    if isinstance(best, TrainingWay) and plan.job is not None:
-        if best.strategy.checkpointing and not plan.job.checkpointing:
-            result.append(f"  checkpointing is a setting of the stage: {plan.job.checkpointing_field}: true")
-        if best.batch != plan.job.run_micro_batch(devices):
+    job = plan.load
+    if isinstance(best, TrainingWay) and isinstance(job, Job):
+        if best.strategy.checkpointing and not job.checkpointing:
+            result.append(f"  checkpointing is a setting of the stage: {job.checkpointing_field}: true")
+        if best.batch != job.run_micro_batch(devices):
             result.append(f"  the micro-batch is a setting of the stage: micro_batch_size: {best.batch}")
     elif isinstance(best, SamplingWay) and best.batch < best.wanted:
         # The engine fits, but not with all sequences that the settings ask for at once.

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from align.capacity import estimate_rl, estimate_sampling
+from align.capacity import estimate_sampling, estimate_training
 from align.capacity.hardware import parse_hardware
-from align.capacity.sampling_ways import sampling_way
+from align.capacity.sampling import sampling_way
 from align.config.environment import USER_INPUT
 from align.config.runtime import Runtime
 from align.config.stages.evaluate import EvaluateConfig
@@ -28,7 +28,7 @@ def estimated(user: dict[str, Any] | None, **engine: Any) -> Any:
     )  # type: ignore[arg-type]  # fmt: skip
     models = {"policy": [TOY]} | ({USER_INPUT: [TOY]} if user and "model" in user else {})
     runtime = Runtime.model_validate({"device": "cpu", "engine": {"name": "transformers"} | engine})
-    return estimate_rl.estimate(config, models, runtime)
+    return estimate_training.estimate(config, models, runtime)
 
 
 def test_user_s_weights_and_cache_are_counted() -> None:

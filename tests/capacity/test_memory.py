@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.capacity import memory, sampling_ways
+from align.capacity import memory, sampling
 from align.capacity.memory import Memory, engine_memory, model_bytes, ppo_memory, resolve_engine
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
@@ -118,7 +119,7 @@ def test_the_engine_has_weights_and_a_cache_of_its_own() -> None:
 
 @pytest.mark.parametrize(("installed", "name"), [(object(), "vllm"), (None, "transformers")])
 def test_auto_is_what_would_be_taken(installed: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda module: installed)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: installed)
     assert resolve_engine(runtime(name="auto")) == (name, False)
     assert resolve_engine(runtime(name="transformers")) == ("transformers", False)
 
@@ -167,7 +168,7 @@ def test_activations_are_what_autograd_keeps(kind: str, tuning: Any, precision: 
 
 
 def test_long_rows_keep_keys_and_values_per_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert activations.SHORT == ragged_rows.SHORT and sampling_ways.HEAD_ROWS == evaluation.HEAD_ROWS
+    assert activations.SHORT == ragged_rows.SHORT and sampling.HEAD_ROWS == evaluation.HEAD_ROWS
     monkeypatch.setattr(ragged_rows, "SHORT", 0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)).eval()
     enable_ragged(model)

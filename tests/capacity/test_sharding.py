@@ -10,8 +10,7 @@ import pytest
 from align.capacity import estimate_training
 from align.capacity.hardware import parse_hardware
 from align.capacity.memory import Memory
-from align.capacity.sharding import BUCKET, Setting, Strategy, candidate_strategies, offloaded, sharded
-from align.capacity.training_ways import training_way
+from align.capacity.sharding import BUCKET, Setting, Strategy, candidate_strategies, offloaded, sharded, training_way
 from align.config.stages.sft import SftConfig
 from align.models.compute.architecture import Linear
 from tests.support.capacity.models import TOY, sft_job

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from align.capacity.estimate_rl import estimate
+from align.capacity.estimate_training import estimate
 from align.capacity.memory import Estimate, ppo_memory
 from align.config.runtime import Runtime
 from align.config.stages.policy_gradient import PpoConfig

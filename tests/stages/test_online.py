@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from align.capacity import estimate_rl
+from align.capacity import estimate_training
 from align.config.runtime import Runtime
 from align.data.rows import user, write_rows
 from align.errors import UserError
@@ -97,7 +97,7 @@ def test_stage_without_critic_needs_no_memory_for_its_head():
     sizes = architecture_of(EMBEDDED_SIZES)
     both = []
     for kind, inputs in (("ppo", {"critic": "head"}), ("grpo", {"samples_per_prompt": 4})):
-        both.append(estimate_rl.estimate(config_of(kind, **SCORED, **inputs), {"policy": [sizes]}, Runtime()))
+        both.append(estimate_training.estimate(config_of(kind, **SCORED, **inputs), {"policy": [sizes]}, Runtime()))
     (ppo,), (grpo,) = ([choice for choice in actual.choices if choice.chosen] for actual in both)
     assert grpo.memory.critic == 0 < ppo.memory.critic
     ppo_total, grpo_total = (replace(choice.memory, in_heap=False).total for choice in (ppo, grpo))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align.capacity.hardware import GIB, parse_hardware
-from align.capacity.sampling_ways import (
+from align.capacity.sampling import (
     Inference,
     SamplingLoad,
     ScoringLoad,
@@ -16,7 +16,6 @@ from align.capacity.sampling_ways import (
     reward_scoring,
     sampling_memory,
     sampling_notes,
-    sampling_remedies,
     sampling_way,
     scoring_memory,
 )
@@ -126,13 +125,11 @@ def test_largest_batch_fills_vllm_s_share() -> None:
     assert more.batch == 128 < more.largest
 
 
-def test_engine_that_exceeds_its_share_gets_remedies() -> None:
+def test_engine_that_exceeds_its_share_is_refused() -> None:
     hardware = parse_hardware("a100-40")
     way = sampling_way(large(), runtime("vllm"), hardware)
     reason = "one sequence of 1024 tokens needs 14.4 GiB, the engine has 13.8 (runtime.engine.gpu_memory 0.35)"
     assert way.obstacle == reason and way.batch == 0
-    remedies = sampling_remedies(large(), runtime("vllm"), hardware, {"--set x": large(990)})
-    assert remedies == ["--set runtime.engine.gpu_memory=0.9", "--hardware l40s"]
     assert sampling_way(large(), runtime("vllm"), parse_hardware("l40s")).fits
     assert sampling_way(large(), runtime("vllm", engine={"gpu_memory": 0.9}), hardware).fits
 
@@ -153,8 +150,6 @@ def test_reward_model_that_exceeds_the_device_is_refused() -> None:
     way = sampling_way(load, runtime("vllm", engine={"gpu_memory": 0.9}), hardware)
     assert way.obstacle.startswith("scoring by reward needs ") and way.obstacle.endswith("usable are 20.9")
     assert way.largest > 0 and way.batch == 0
-    remedies = sampling_remedies(load, runtime("auto", engine={"gpu_memory": 0.9}), hardware, {})
-    assert len(remedies) == 1 and remedies[0].startswith("--hardware ")
 
 
 def test_stage_that_only_reads_needs_no_engine() -> None:

@@ -1,4 +1,4 @@
-"""Memory of a stage that samples and scores on one device, and remedies if it does not fit. Never imports torch.
+"""Memory of a stage that samples and scores on one device. Never imports torch.
 
 The phases of a stage follow each other: engines sample and are closed, then reward models score, then checkpoints
 read. The fullest phase decides. vLLM on a GPU may use ``runtime.engine.gpu_memory`` of it and no more. Scratch space
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from align.capacity.hardware import GIB, Device, Hardware, Way, largest_that_fits
 from align.capacity.memory import engine_memory, resolve_engine
@@ -26,10 +26,6 @@ GPU_STEP_TOKENS = 16384
 """Prompt tokens that vLLM reads in one step on a GPU: the largest of vLLM's own defaults, which begin at 2,048."""
 MAX_SEQUENCES = 1 << 20
 """Greatest number of sequences at a time that is tried."""
-LARGE_GPU_MEMORY = 0.9
-"""``gpu_memory`` that a remedy tries."""
-
-EngineName = Literal["transformers", "vllm"]
 
 
 # ---- loads ----
@@ -164,26 +160,22 @@ def sampling_memory(
         masks = (1 + size) * tokens * load.prompt_tokens
     else:
         tokens = min(tokens, GPU_STEP_TOKENS if gpu else max(CPU_STEP_TOKENS, load.length))
+    # A token that is sampled has for each word its logit, log-probability and probability, and a copy in blocks.
+    per_word = size + 3 * FLOAT
+    if load.uses_top_p:
+        # The sorted values and their indices, probabilities, their cumulative sum and the sum before each word.
+        per_word = size + 5 * FLOAT + 8
     return {
         "engine": weights,
         "kv_cache": cache,
         "activations": tokens * passing_per_token(load.model, size, size) + masks,
-        "logits": sequences * load.model.vocabulary * _sampler_bytes(size, load.uses_top_p),
+        "logits": sequences * load.model.vocabulary * per_word,
     }
 
 
 def _bytes_per_number(runtime: Runtime, precision: Precision) -> int:
     dtype = runtime.engine.dtype
     return SIZES[precision if dtype == "auto" else dtype]
-
-
-def _sampler_bytes(size: int, uses_top_p: bool) -> int:
-    """Return the bytes per word of the vocabulary while a token is sampled.
-
-    They hold the logit, its log-probability and probability, and a copy in blocks. ``top_p`` needs sorted values and
-    their indices, probabilities, their cumulative sum and the sum before each word.
-    """
-    return size + 5 * FLOAT + 8 if uses_top_p else size + 3 * FLOAT
 
 
 def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False) -> dict[str, int]:
@@ -222,7 +214,7 @@ def scoring_memory(load: ScoringLoad, precision: Precision, *, gpu: bool = False
 class SamplingWay(Way):
     """One engine on one device."""
 
-    engine: EngineName | None
+    engine: str | None
     """None if only reward models and checkpoints read."""
     phase: str
     """Name of the fullest phase: ``loading``, ``sampling``, ``scoring by …``, ``reading by …``."""
@@ -239,7 +231,7 @@ class SamplingWay(Way):
         }
 
 
-def counted_engine(runtime: Runtime) -> EngineName | None:
+def counted_engine(runtime: Runtime) -> str | None:
     """Return the engine whose memory is counted, with ``auto`` resolved for this machine.
 
     None if servers that already run sample, or servers with a model on several devices.
@@ -261,7 +253,13 @@ def sampling_way(inference: Inference, runtime: Runtime, hardware: Hardware) -> 
     """Return the memory of the stage on one device, with the most sequences at a time that fit."""
     device = hardware.device
     engine = counted_engine(runtime) if inference.sampling else None
-    engines = [] if engine is None else _engines(inference, engine, runtime, device)
+    engines = []
+    if engine is not None:
+        settings = _with_one_engine(runtime, device="cuda" if device.gpu else "cpu")
+        for load in inference.sampling:
+            by_transformers = load.needs_transformers and not runtime.rollouts.pooled
+            engine_name = "transformers" if by_transformers else engine
+            engines.append(_Engine(load, engine_name, inference.precision, settings, device))
     obstacle = ""
     largest = 0
     if engines:
@@ -272,7 +270,11 @@ def sampling_way(inference: Inference, runtime: Runtime, hardware: Hardware) -> 
     requested = max((sampler.wanted for sampler in engines), default=0)
     phases = _phases(inference, engines, largest or 1, device)
     phase = max(phases, key=lambda name: sum(phases[name].values()))
-    obstacle = obstacle or _scoring_obstacle(phases, device)
+    usable = device.usable + device.context
+    for name, parts in phases.items():
+        needed = sum(parts.values())
+        if not obstacle and name not in ("sampling", "loading") and needed > usable:
+            obstacle = f"{name} needs {needed / GIB:.1f} GiB on one device, usable are {usable / GIB:.1f}"
     return SamplingWay(
         label="one device" if engine is None else f"one engine ({engine})",
         engine=engine,
@@ -285,28 +287,12 @@ def sampling_way(inference: Inference, runtime: Runtime, hardware: Hardware) -> 
     )
 
 
-def _engines(inference: Inference, name: EngineName, runtime: Runtime, device: Device) -> list[_Engine]:
-    """Return an engine for each load."""
-    settings = _with_one_engine(runtime, device="cuda" if device.gpu else "cpu")
-    in_process = not runtime.rollouts.pooled
-    return [
-        _Engine(
-            load,
-            "transformers" if load.needs_transformers and in_process else name,
-            inference.precision,
-            settings,
-            device,
-        )
-        for load in inference.sampling
-    ]
-
-
 @dataclass(frozen=True)
 class _Engine:
     """One engine that samples one load on a device."""
 
     load: SamplingLoad
-    name: EngineName
+    name: str
     precision: Precision
     runtime: Runtime
     """Settings of one engine in one process on the planned device."""
@@ -321,7 +307,8 @@ class _Engine:
         """Return the bytes of the engine while it decodes ``sequences`` at a time, by purpose."""
         # ``engine_memory`` counts at most ``batch_size`` sequences, so a larger number needs a larger setting.
         batch_size = max(sequences, self.runtime.engine.batch_size)
-        runtime = _with_engine(self.runtime, name=self.name, batch_size=batch_size)
+        engine = self.runtime.engine.model_copy(update={"name": self.name, "batch_size": batch_size})
+        runtime = self.runtime.model_copy(update={"engine": engine})
         parts = sampling_memory(self.load, runtime, self.precision, sequences, self.name, gpu=self.device.gpu)
         if self.load.user is not None:
             user, user_cache = user_memory(self.load.user, runtime, self.precision, sequences)
@@ -329,17 +316,15 @@ class _Engine:
         return parts
 
     @property
-    def room(self) -> int:
-        """Bytes that the engine may use, the driver of its process included."""
-        available = self.device.usable + self.device.context
-        return min(available, self._share) if self._share is not None else available
+    def share(self) -> int:
+        """Bytes of the device that the engine may use: on a GPU vLLM has a share of them."""
+        has_share = self.name == "vllm" and self.device.gpu
+        return int(self.runtime.engine.gpu_memory * self.device.memory) if has_share else self.device.memory
 
     @property
-    def _share(self) -> int | None:
-        """Bytes of a GPU that vLLM may use; None without such a limit."""
-        if self.name != "vllm" or not self.device.gpu:
-            return None
-        return int(self.runtime.engine.gpu_memory * self.device.memory)
+    def room(self) -> int:
+        """Bytes that the engine can use, the driver of its process included."""
+        return min(self.device.usable + self.device.context, self.share)
 
     def fits(self, sequences: int) -> bool:
         """Return whether the engine can decode ``sequences`` at a time."""
@@ -365,7 +350,7 @@ class _Engine:
         if needed <= room:
             size = f"{settings.cpu_kv_cache_gb:g} GiB (runtime.engine.cpu_kv_cache_gb)"
             return f"one sequence of {length} tokens does not fit into a cache of {size}"
-        limit = f" (runtime.engine.gpu_memory {settings.gpu_memory:g})" if room == self._share else ""
+        limit = f" (runtime.engine.gpu_memory {settings.gpu_memory:g})" if room == self.share else ""
         return f"one sequence of {length} tokens needs {needed / GIB:.1f} GiB, the engine has {room / GIB:.1f}{limit}"
 
     def phases(self, sequences: int) -> dict[str, dict[str, int]]:
@@ -394,46 +379,6 @@ def _phases(
         if sum(present.values()) > sum(fullest.get(name, {}).values()):
             fullest[name] = present
     return fullest or {"waiting": {"context": device.context}}
-
-
-def _scoring_obstacle(phases: Mapping[str, Mapping[str, int]], device: Device) -> str:
-    """Say which model that scores or reads is too large for one device; empty if none is."""
-    usable = device.usable + device.context
-    for name, parts in phases.items():
-        needed = sum(parts.values())
-        if name not in ("sampling", "loading") and needed > usable:
-            return f"{name} needs {needed / GIB:.1f} GiB on one device, usable are {usable / GIB:.1f}"
-    return ""
-
-
-def sampling_remedies(
-    inference: Inference, runtime: Runtime, hardware: Hardware, smaller: Mapping[str, Inference]
-) -> list[str]:
-    """Return command-line options with which the stage fits; each was tried.
-
-    They are settings of the engine, another card, or an option of ``smaller``, whose values are loads with reduced
-    settings.
-    """
-
-    def fits(load: Inference, settings: Runtime, devices: Hardware) -> bool:
-        return sampling_way(load, settings, devices).fits
-
-    remedies = []
-    engine = runtime.engine
-    # The engine's settings come first, since they are free.
-    can_grow = hardware.device.gpu and engine.gpu_memory < LARGE_GPU_MEMORY
-    if can_grow and fits(inference, _with_engine(runtime, gpu_memory=LARGE_GPU_MEMORY), hardware):
-        remedies.append(f"--set runtime.engine.gpu_memory={LARGE_GPU_MEMORY:g}")
-    if engine.name == "transformers" and fits(inference, _with_engine(runtime, name="vllm"), hardware):
-        remedies.append("--set runtime.engine.name=vllm")
-    larger = next((cards for cards in hardware.other_cards() if fits(inference, runtime, cards)), None)
-    if larger is not None:
-        remedies.append(f"--hardware {larger.label}")
-    return remedies + [words for words, load in smaller.items() if fits(load, runtime, hardware)]
-
-
-def _with_engine(runtime: Runtime, **fields: Any) -> Runtime:
-    return runtime.model_copy(update={"engine": runtime.engine.model_copy(update=fields)})
 
 
 def sampling_notes(inference: Inference, runtime: Runtime, hardware: Hardware) -> list[str]:
