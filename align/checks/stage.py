@@ -14,30 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from align.checks.facts import (
-    Facts,
-    Fault,
-    facts_of,
-    head_of,
-    read_facts,
-    read_json,
-    refuse,
-    special_token,
-    template_text,
-    token_ids,
-    tokenizer_digest,
-    write_base_digest,
-    write_facts,
-)
-from align.checks.weights import (
     HEAD,
     WIDTHS,
     Damaged,
+    Facts,
+    Fault,
     Tensor,
     all_zero,
+    facts_of,
+    head_of,
     not_finite,
+    read_facts,
+    read_json,
     read_tensors,
+    refuse,
+    special_token,
+    template_text,
     tensor_digest,
+    token_ids,
+    tokenizer_digest,
     weights_digest,
+    write_base_digest,
+    write_facts,
 )
 from align.config.stages.continue_from import CONTINUE
 from align.evaluation.statistics import wilson

@@ -178,7 +178,7 @@ def print_pushed(result: dict[str, Any]) -> None:
 
 def columns(options: argparse.Namespace) -> int:
     """show the columns of a file, and print the recipe that reads it"""
-    from align.cli.data_columns import columns as show_columns
+    from align.cli.data_show import columns as show_columns
 
     return show_columns(options)
 

@@ -12,7 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align.cli.parser import Parser, add_assignments, add_executor, add_store, find_command, print_json
+from align.cli.parser import (
+    Parser,
+    add_assignments,
+    add_executor,
+    add_store,
+    find_command,
+    load,
+    print_json,
+    print_pins,
+)
 from align.cli.streams import GuardedStream, OutputEnded, guarded_streams
 from align.errors import StageFailed, UserError, printable
 from align.pipeline.stop_signal import Stopped
@@ -20,6 +29,7 @@ from align.store.artifacts import VERSION
 
 if TYPE_CHECKING:
     from align.capacity.memory import Estimate
+    from align.pipeline.pipeline import Pipeline
     from align.runner.plan import Step
 
 FAILED = 1
@@ -80,15 +90,8 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(options: argparse.Namespace) -> int:
-    from align.cli.run import run
-
-    return run(options)
-
-
 def _plan(options: argparse.Namespace) -> int:
     from align.cli import plan_hardware
-    from align.cli.loading import load, print_pins, print_recipes
     from align.config.yaml import dump_yaml
     from align.runner.open_store import open_store
     from align.runner.plan import choose_stages, plan
@@ -100,7 +103,7 @@ def _plan(options: argparse.Namespace) -> int:
             print_json(pipeline.resolved)
         else:
             print(printable(dump_yaml(pipeline.resolved)), end="")
-            print_recipes(pipeline)
+            _print_recipes(pipeline)
         return 0
     store = open_store(pipeline, options.store)
     if options.hardware is not None:
@@ -129,6 +132,20 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _print_recipes(pipeline: Pipeline) -> None:
+    """Print, as comments, the recipe that each data stage with a dataset expands to."""
+    from align.config.stages.inputs import DataConfig
+    from align.config.yaml import dump_yaml
+    from align.stages.data import resolved_recipe
+
+    for node in pipeline:
+        if isinstance(node.config, DataConfig) and node.config.dataset is not None:
+            settings = resolved_recipe(node.config, pipeline.base).model_dump(mode="json", exclude_unset=True)
+            print(f"\n# The recipe that stages.{node.name} stands for; in a file of its own it can get steps:")
+            for line in dump_yaml(settings).splitlines():
+                print(printable(f"# {line}"))
+
+
 def _step_json(step: Step, estimate: Estimate | str | None) -> dict[str, Any]:
     """Return a step of the plan as plain data; an estimate that is a text says why the memory is not known."""
     node = step.node
@@ -147,7 +164,6 @@ def _step_json(step: Step, estimate: Estimate | str | None) -> dict[str, Any]:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from align.cli.loading import load
     from align.runner.open_store import open_store
     from align.runner.plan import History
 
@@ -211,16 +227,19 @@ class Command:
 
 def _imported(module: str, purpose: str, run: str = "run", add_arguments: str = "add_arguments") -> Command:
     """Return a command of ``align.cli.MODULE``, which is imported when the command is used."""
+    return Command(purpose, _import_late(module, run), _import_late(module, add_arguments))
 
-    def late(name: str) -> Callable[..., Any]:
-        return lambda argument: getattr(importlib.import_module(f"align.cli.{module}"), name)(argument)
 
-    return Command(purpose, late(run), late(add_arguments))
+def _import_late(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that imports ``align.cli.MODULE`` and calls its function ``name``."""
+    return lambda argument: getattr(importlib.import_module(f"align.cli.{module}"), name)(argument)
 
 
 COMMANDS: dict[str, Command] = {
     "run": Command(
-        "run a pipeline and write its report; finished stages are skipped, a killed stage resumes", _run, _add_run
+        "run a pipeline and write its report; finished stages are skipped, a killed stage resumes",
+        _import_late("run", "run"),
+        _add_run,
     ),
     "plan": Command(
         "show what `run` would do with each stage, and why; --memory and --hardware estimate what it needs",
@@ -269,7 +288,10 @@ COMMANDS: dict[str, Command] = {
         "report", "write the report of a run, by name or by pipeline file; --open opens it in a browser"
     ),
     "compare": _imported(
-        "compare", "compare runs on one page: changed settings against results, score against KL, training curves"
+        "report",
+        "compare runs on one page: changed settings against results, score against KL, training curves",
+        "run_compare",
+        "add_compare_arguments",
     ),
     "export": _imported(
         "export", "write a checkpoint as an ordinary model folder, check its answers and describe it; --push uploads it"
@@ -282,9 +304,17 @@ COMMANDS: dict[str, Command] = {
         "status", "show the state of each stage of a run, here and on a cluster; without a name, of every run"
     ),
     "cancel": _imported(
-        "cancel", "end a run's cluster jobs or its local process; finished stages and checkpoints are kept"
+        "status",
+        "end a run's cluster jobs or its local process; finished stages and checkpoints are kept",
+        "cancel",
+        "add_cancel_arguments",
     ),
-    "push": _imported("push", "upload finished stages that the store's bucket lacks; runs do so by themselves"),
+    "push": _imported(
+        "artifacts",
+        "upload finished stages that the store's bucket lacks; runs do so by themselves",
+        "push",
+        "add_push_arguments",
+    ),
 }
 
 

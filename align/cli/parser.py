@@ -1,4 +1,4 @@
-"""The argument parser of every command, and the options and output that commands share. Has no heavy imports."""
+"""The parser of every command, and the options, loading and output that commands share. Has no heavy imports."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from align.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from align.pipeline.pipeline import Pipeline
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,6 +95,22 @@ def add_executor(parser: argparse.ArgumentParser, work: str) -> None:
     parser.add_argument(
         "--on", choices=["local", "slurm", "ray"], help=f"run the {work} there, instead of where runtime.executor says"
     )
+
+
+def load(options: argparse.Namespace) -> Pipeline:
+    """Load the pipeline of the command line with its ``--set`` options."""
+    from align.config.shipped import find_shipped
+    from align.pipeline.pipeline import Pipeline
+
+    place = find_shipped(options.pipeline)
+    return Pipeline.load(place, options.assignments, getattr(options, "on", None), print_warning)
+
+
+def print_pins(pipeline: Pipeline) -> None:
+    """Print what the stages name and the file does not fix, such as the commit of a Hub model."""
+    for name, fields in pipeline.pins.items():
+        values = ", ".join(f"{field}: {value}" for field, value in fields.items())
+        print(printable(f"{name} takes {values}"))
 
 
 def print_warning(message: str) -> None:

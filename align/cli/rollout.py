@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run ``align rollout``; return 0, or 1 if a replay differs."""
-    from align.cli.loading import load
+    from align.cli.parser import load
     from align.runner.open_store import open_store
 
     if options.n < 1:

@@ -1,6 +1,6 @@
 """Weights for engines: read from a checkpoint, digested exactly, or handed over through a folder.
 
-Unlike ``align.checks.weights.weights_digest``, which treats a checkpoint and its bfloat16 copy for the same base,
+Unlike ``align.checks.facts.weights_digest``, which treats a checkpoint and its bfloat16 copy for the same base,
 these tell types, shapes and every value apart. Tensors are hashed in several threads, 1.8 GiB/s each on the machine
 where it was measured.
 """

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from align.checks.facts import read_tensors, weights_digest
 from align.checks.stage import check_inputs, check_output
-from align.checks.weights import read_tensors, weights_digest
 from align.cli.lineage import find_base
 from align.errors import UserError
 from align.models.tiny import make_tiny

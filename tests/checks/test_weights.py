@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.checks import weights
-from align.checks.weights import Damaged, all_zero, not_finite, read_tensors, weights_digest
+from align.checks import facts
+from align.checks.facts import Damaged, all_zero, not_finite, read_tensors, weights_digest
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -31,7 +31,7 @@ def test_nan_and_infinity_are_faults_but_largest_number_is_not(dtype: torch.dtyp
 
 
 def test_every_value_of_every_chunk_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "CHUNK", 4)
+    monkeypatch.setattr(facts, "CHUNK", 4)
     for index in range(10):
         tensor = torch.zeros(2, 5)
         tensor.view(-1)[index] = float("nan")
@@ -74,11 +74,11 @@ def test_a_head_that_repeats_the_embeddings_changes_no_digest(tiny_model: Path, 
     assert first == second
 
 
-@pytest.mark.parametrize("chunk", [weights.CHUNK, 4])
+@pytest.mark.parametrize("chunk", [facts.CHUNK, 4])
 def test_a_head_of_its_own_counts_to_its_last_value(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "CHUNK", chunk)
+    monkeypatch.setattr(facts, "CHUNK", chunk)
     torch.manual_seed(0)
     embeddings, head = torch.randn(5, 2), torch.randn(5, 2)
     name = "model.embed_tokens.weight"

@@ -352,7 +352,7 @@ def test_mistakes_end_with_2_before_anything_runs(
 
 
 def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_path: Path, capsys: Capture) -> None:
-    from align.cli.score_table import print_scorecard
+    from align.cli.evaluate import print_scorecard
 
     def rate(value: float) -> dict[str, object]:
         return {"value": value, "low": value - 0.125, "high": value + 0.125, "n": 399, "method": "wilson"}
@@ -383,7 +383,7 @@ def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_
 
 
 def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path, capsys: Capture) -> None:
-    from align.cli.score_table import print_scorecard
+    from align.cli.evaluate import print_scorecard
 
     hostile = "[bold red]x\x1b[2J"
     card = {
@@ -401,7 +401,7 @@ def test_what_a_model_or_a_task_is_called_is_shown_and_never_run(tmp_path: Path,
 
 
 def test_a_metric_that_is_called_by_its_title_is_named_once(tmp_path: Path, capsys: Capture) -> None:
-    from align.cli.score_table import print_scorecard
+    from align.cli.evaluate import print_scorecard
 
     metrics = {"polite": prompt_set_metric("polite", "higher", "score", ""), "length": PROMPT_SET_METRICS["length"]}
     estimate = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4, "method": "bootstrap"}

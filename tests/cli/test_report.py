@@ -21,8 +21,8 @@ import yaml
 
 from align.cli import run_page
 from align.cli.main import main
+from align.cli.report import Watch
 from align.cli.run_page import outline_of, stored_outline, write_page
-from align.cli.watch_report import Watch
 from align.pipeline.pipeline import Pipeline
 from align.store.store import Store
 from tests.support import toy
@@ -370,11 +370,11 @@ def test_watch_ends_after_a_quiet_while_or_by_the_reader(
 
     page = Watch(outline, Store(store), None, 1.0, interrupt).follow(lambda _: None)
     assert page is not None and "data-refresh" not in page.read_text()
-    monkeypatch.setattr("align.cli.watch_report.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("align.cli.report.QUIET_SECONDS", 0.0)
     # While Slurm does not answer, nobody knows whether a job of the run waits.
-    monkeypatch.setattr("align.cli.watch_report.live_jobs", lambda *_: ({}, "squeue: timed out"))
+    monkeypatch.setattr("align.cli.status.live_jobs", lambda *_: ({}, "squeue: timed out"))
     assert Watch(outline, Store(store), None, 1.0)._is_active()
-    monkeypatch.setattr("align.cli.watch_report.live_jobs", lambda *_: ({}, ""))
+    monkeypatch.setattr("align.cli.status.live_jobs", lambda *_: ({}, ""))
     capsys.readouterr()
     assert main(["report", "toy", "--watch", "--store", str(store)]) == 0
     out = capsys.readouterr().out

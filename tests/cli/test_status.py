@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 from align import Pipeline
-from align.cli.cancel import _stop_processes
 from align.cli.main import main
 from align.cli.run_page import stored_outline
+from align.cli.status import _stop_processes
 from align.errors import StageFailed
 from align.runner.runner import run_pipeline
 from tests.support import toy

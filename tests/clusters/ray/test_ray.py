@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from align import Pipeline
-from align.cli import run_on_cluster
+from align.cli import run
 from align.cli.sweep_on_cluster import run_worker_task
 from align.clusters import ray as ray_tasks
 from align.clusters.follow import JobFollower, JobResult, JobState, write_note
@@ -254,7 +254,7 @@ def test_a_run_on_ray_holds_a_lease_on_what_its_tasks_need(folder: Path, monkeyp
     monkeypatch.setattr(ray_client, "start", lambda *arguments: "reference")
     monkeypatch.setattr(ray_tasks, "JobFollower", Followed)
     pipeline = Pipeline(toy.pipeline() | {"runtime": {"executor": "ray"}})
-    assert run_on_cluster.run_on_ray(pipeline, RunOptions(store), json=True) == 0
+    assert run.run_on_ray(pipeline, RunOptions(store), json=True) == 0
     assert pipeline.run(store=store).store is store  # a script's way to the same
     assert [(uses.run, sorted(uses.stages)) for uses in calls] == 2 * [("toy", ["one", "total", "two"])]
     assert store.leases.uses() == []

@@ -1,4 +1,4 @@
-"""``align data columns``: what lies in a file, and a recipe that really reads it."""
+"""``align data columns``: the columns of a file, and a recipe that really reads it."""
 
 from __future__ import annotations
 
