@@ -121,7 +121,11 @@ def collect_garbage(options: argparse.Namespace) -> int:
     # Without --delete no artifact is locked: the list may be out of date, and deleting checks again.
     outcomes: dict[Path, str] = {}
     if options.delete:
-        _print_wait(store)
+        runs = _active_runs(store)
+        # Only after its lease is it known whether a run on another machine is alive.
+        if runs:
+            text = f"checking whether these runs are still active, for up to {store.lease.seconds:g} s: {runs}"
+            print(printable(text), file=sys.stderr)
         try:
             outcomes = delete_garbage(store, lambda: used_by_jobs(store))
         except OSError as error:
@@ -146,7 +150,8 @@ def collect_garbage(options: argparse.Namespace) -> int:
             ]
         )
         return 1 if failed else 0
-    _print_active_runs(store)
+    if runs := _active_runs(store):
+        print(printable(f"kept for active runs: {runs}"))
     for folder in folders:
         state = outcomes.get(folder, "unused")
         print(printable(f"{state}  {sizes.get(folder, 0) / MIB:8.1f} MiB  {folder}"))
@@ -158,24 +163,9 @@ def collect_garbage(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _active_runs(store: Store) -> list[str]:
+def _active_runs(store: Store) -> str:
     """Return the names of the runs that use the store now."""
-    return sorted({uses.run for uses in store.leases.uses()})
-
-
-def _print_wait(store: Store) -> None:
-    """Print that gc may have to wait: only after its lease is it known whether a run on another machine is alive."""
-    names = _active_runs(store)
-    if names:
-        text = f"checking whether these runs are still active, for up to {store.lease.seconds:g} s: {', '.join(names)}"
-        print(printable(text), file=sys.stderr)
-
-
-def _print_active_runs(store: Store) -> None:
-    """Print the active runs, whose stages are kept."""
-    names = _active_runs(store)
-    if names:
-        print(printable(f"kept for active runs: {', '.join(names)}"))
+    return ", ".join(sorted({uses.run for uses in store.leases.uses()}))
 
 
 def _size(folder: Path) -> int:

@@ -68,8 +68,8 @@ def find_all(words: Iterable[str], store: str | None) -> list[Checkpoint]:
 
 def _split_name(word: str) -> tuple[str | None, str]:
     """Return the name and the rest of ``NAME=CHECKPOINT``; an existing path wins over that reading."""
-    named = NAMED.fullmatch(word)
-    return (named[1], named[2]) if named and not Path(word).exists() else (None, word)
+    match = NAMED.fullmatch(word)
+    return (match[1], match[2]) if match and not Path(word).exists() else (None, word)
 
 
 def _find(word: str, store: str | None) -> Checkpoint:
@@ -190,16 +190,21 @@ def base_of(artifact: Artifact, store: Store) -> Artifact | None:
         checkpoint = queue.pop(0)
         if checkpoint.kind == Kind.MODEL:
             return checkpoint
-        links = [(link["kind"], link["key"]) for link in checkpoint.record["input_stages"]]
-        if checkpoint.record.get("kind") == "artifact":  # an imported artifact: continue from its original
-            metrics = checkpoint.record.get("metrics") or {}
-            links.append((str(metrics.get("kind")), str(metrics.get("key"))))
-        for link in links:
+        for link in links_of(checkpoint.record):
             source = store.find_intact(*link) if link not in visited else None
             visited.add(link)
             if source is not None and source.kind in GENERATORS:
                 queue.append(source)
     return None
+
+
+def links_of(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (kind, key) of a stage's inputs, and of the original of an imported artifact."""
+    links = [(str(link["kind"]), str(link["key"])) for link in record["input_stages"]]
+    metrics = record.get("metrics") or {}
+    if record.get("kind") == "artifact" and metrics.get("key"):
+        links.append((str(metrics.get("kind")), str(metrics["key"])))
+    return links
 
 
 def store_of(artifact: Artifact) -> Store | None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from align.cli.parser import add_assignments, add_store, print_json
+from align.cli.parser import add_assignments, add_store, print_json, table_console
 from align.errors import printable
 from align.report.page.number_format import ACCURACIES, MARKS, interval, number
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 FILES = ("scorecard.json", "samples.jsonl", "items.jsonl")
 STYLES = {"better": "green", "worse": "red"}
-PLAIN_WIDTH = 400
-"""Columns if output is not a terminal: a table in a file is not folded."""
 Card = dict[str, Any]
 
 
@@ -106,11 +104,13 @@ def with_bases(checkpoints: list[Checkpoint], store: Store, add_bases: bool) -> 
             )
     models = [c.name for c in checkpoints if c.artifact is not None and c.artifact.kind == Kind.MODEL]
     bases = [*(checkpoint.name for checkpoint in added), *models]
-    plain = [checkpoint.name for checkpoint in checkpoints if checkpoint.is_plain]
-    if not bases and plain:  # a comparison needs a start, and plain models have no record of theirs
-        bases = plain[:1]
+    plain_names = [checkpoint.name for checkpoint in checkpoints if checkpoint.is_plain]
+    if not bases and plain_names:  # a comparison needs a start, and plain models have no record of theirs
+        bases = plain_names[:1]
         if len(checkpoints) > 1:
-            _print_note(f"'{plain[0]}' counts as the base model: it is the first one without a record of its origin")
+            _print_note(
+                f"'{plain_names[0]}' counts as the base model: it is the first one without a record of its origin"
+            )
     first = [checkpoint for checkpoint in checkpoints if checkpoint.name in bases]
     rest = [checkpoint for checkpoint in checkpoints if checkpoint.name not in bases]
     return [*added, *first, *rest], bases
@@ -191,10 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def print_scorecard(path: Path, console: Console | None = None) -> None:
     """Print the scorecard in ``path``: metrics down, systems across, then its gates and flags."""
     card: Card = json.loads(path.read_text(encoding="utf-8"))
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=PLAIN_WIDTH)
+    console = console or table_console()
     systems, models = score_table(card), reward_table(card)
     if systems.row_count:
         console.print(systems)

@@ -138,11 +138,11 @@ def find_subject(kind: str) -> Subject:
     """Return the stage or topic that a word names; ``UserError`` with the nearest name for another word."""
     from align.pipeline.registry import STAGES, find_stage
 
-    known = topics()
-    if kind in known:
-        return Subject(kind, known[kind].purpose, known[kind].blocks)
+    other_topics = topics()
+    if kind in other_topics:
+        return Subject(kind, other_topics[kind].purpose, other_topics[kind].blocks)
     if kind not in STAGES and ":" not in kind:
-        raise UserError(f"align fields: there is no kind '{shorten(kind)}'.{suggest(kind, [*STAGES, *known])}")
+        raise UserError(f"align fields: there is no kind '{shorten(kind)}'.{suggest(kind, [*STAGES, *other_topics])}")
     stage = find_stage(kind)
     makes = stage.makes.value if stage.makes else "what its config decides"
     purpose = f"{stage.purpose}. Makes {makes}."

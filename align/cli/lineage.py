@@ -9,7 +9,7 @@ from typing import Any
 
 from align.checks.facts import check_base, has_base_digest, refuse
 from align.cli.arguments import find_artifact
-from align.cli.checkpoints import artifact_at, store_of
+from align.cli.checkpoints import artifact_at, links_of, store_of
 from align.errors import UserError, printable
 from align.store.artifacts import GENERATORS, Artifact, Kind
 from align.store.fingerprint import file_digest
@@ -52,7 +52,7 @@ def lineage(artifact: Artifact) -> list[Artifact]:
     def add(descendant: Artifact) -> None:
         if descendant.key in ancestors:
             return
-        for kind, key in _links(descendant.record):
+        for kind, key in links_of(descendant.record):
             source = store.find_intact(kind, key) if store is not None else None
             if source is not None:
                 add(source)
@@ -61,15 +61,6 @@ def lineage(artifact: Artifact) -> list[Artifact]:
 
     add(artifact)
     return list(ancestors.values())
-
-
-def _links(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (kind, key) of a stage's inputs, and of the original of an imported artifact."""
-    links = [(str(link["kind"]), str(link["key"])) for link in record["input_stages"]]
-    metrics = record.get("metrics") or {}
-    if record.get("kind") == "artifact" and metrics.get("key"):
-        links.append((str(metrics.get("kind")), str(metrics["key"])))
-    return links
 
 
 def pipeline_of(artifact: Artifact) -> dict[str, Any] | None:
@@ -172,17 +163,17 @@ def find_base(adapter: Path, recorded: str, chosen: Path | None) -> tuple[Path, 
         folder = Path(recorded)
     if folder is None:
         raise UserError(f"{adapter}: its base, '{recorded}', is not here; name it with --base.")
-    known = has_base_digest(adapter)
+    is_verified = has_base_digest(adapter)
     if expected is None:
         refuse("export", check_base(adapter, folder), waivable=False)
         note = f"no record says which base {adapter} was trained on; only its shapes show that it fits {folder}"
-        return folder, None if known else note
+        return folder, None if is_verified else note
     key, original = expected
     _refuse_wrong_base(adapter, folder, key, original)
     refuse("export", check_base(adapter, folder), waivable=False)
-    known = known or original is not None or record_of(folder) is not None
+    is_verified = is_verified or original is not None or record_of(folder) is not None
     note = f"the base of {adapter} is no longer in its store, so {folder} could not be compared with it"
-    return folder, None if known else note
+    return folder, None if is_verified else note
 
 
 def _expected(artifact: Artifact) -> tuple[str, Artifact | None] | None:
@@ -198,7 +189,7 @@ def _expected(artifact: Artifact) -> tuple[str, Artifact | None] | None:
 
 
 def _refuse_wrong_base(adapter: Path, folder: Path, key: str, original: Artifact | None) -> None:
-    """Raise ``UserError`` where ``folder`` is not the base with ``key``, by its record or its weights' digests."""
+    """Raise ``UserError`` if ``folder`` is not the base with ``key``, by its record or its weights' digests."""
     artifact = record_of(folder)
     is_base = artifact is not None and key in (artifact.record["key"], artifact.key)
     reference = artifact if is_base else original

@@ -55,11 +55,12 @@ class RunState:
     is_complete: bool = False
     """The run has come to its end, so its final page is due."""
 
-    def leave(self, name: str) -> None:
-        """Note that a stage does not run any more, or that a failed stage is tried again."""
+    def move(self, name: str, target: list[str]) -> None:
+        """Move a stage into a list, out of ``running`` and ``failed``."""
         for names in (self.running, self.failed):
             if name in names:
                 names.remove(name)
+        target.append(name)
 
 
 class LivePage:
@@ -75,6 +76,11 @@ class LivePage:
         self._timer = threading.Timer(START_AFTER, self._start)
         self._timer.daemon = True
         self._timer.start()
+
+    def move(self, name: str, state: str) -> None:
+        """Tell the writer that a stage is now ``cached``, ``running``, ``done`` or ``failed``."""
+        self.state.move(name, getattr(self.state, state))
+        self.send()
 
     def send(self) -> None:
         """Tell the writer the state, if it has been started."""

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from align.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from align.pipeline.pipeline import Pipeline
+
+PLAIN_WIDTH = 400
+"""Columns of a table if output is not a terminal."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,6 +131,14 @@ def printable_json(value: Any) -> str:
 def print_json(value: Any) -> None:
     """Print one JSON document on standard output."""
     print(printable_json(value))
+
+
+def table_console() -> Console:
+    """Return the console for a table. A table that goes to a file is not folded."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
 def align_columns(rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:

@@ -190,9 +190,9 @@ class Watch:
         """Return True once every stage but the report has its artifact and none is made again."""
         from align.cli.run_page import finished_artifacts
 
-        finished = finished_artifacts(self.outline, self.store)
+        artifacts = finished_artifacts(self.outline, self.store)
         stages = [name for name, (kind, _) in self.outline.stages.items() if kind != REPORT_KIND]
-        return all(name in finished for name in stages) and not self._is_active()
+        return all(name in artifacts for name in stages) and not self._is_active()
 
     def _has_content(self) -> bool:
         """Return True if a stage has begun, which gives the page content."""
@@ -252,8 +252,8 @@ def _print_seeds(seeds: SeedComparison) -> None:
 def split_name(word: str) -> tuple[str | None, str]:
     """Return the name and the run of ``NAME=RUN``; without a name, None and the word."""
     # An existing file wins over NAME=RUN: its name may have a "=" in it.
-    named = None if Path(word).exists() else NAMED.fullmatch(word)
-    return (named[1], named[2]) if named else (None, word)
+    match = None if Path(word).exists() else NAMED.fullmatch(word)
+    return (match[1], match[2]) if match else (None, word)
 
 
 def find_runs(words: list[str], store: Store) -> dict[str, RunOutline]:

@@ -55,11 +55,11 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--n is {options.n}; play at least one episode.")
     pipeline = load(options)
     scene = _choose_scene(pipeline, options.stage, options.task)
-    finished = Finished(pipeline, open_store(pipeline, options.store))
-    rehearsal = _make_rehearsal(scene, finished, options)
+    outputs = FinishedStages(pipeline, open_store(pipeline, options.store))
+    rehearsal = _make_rehearsal(scene, outputs, options)
     if options.replay is not None:
         return _replay(rehearsal, options)
-    return _play(rehearsal, _read_tasks(scene, finished, options), options)
+    return _play(rehearsal, _read_tasks(scene, outputs, options), options)
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,15 @@ def _choose_scene(pipeline: Pipeline, stage: str | None, task: str | None) -> Sc
     scenes = playing[stage or next(iter(playing))]
     if task is None and len(scenes) == 1:
         return scenes[0]
-    named = {scene.task: scene for scene in scenes if scene.task is not None}
-    if task not in named:
-        listed = f"Its tasks with an environment: {', '.join(named) or 'none'}.{suggest(task or '', named)}"
+    by_task = {scene.task: scene for scene in scenes if scene.task is not None}
+    if task not in by_task:
+        listed = f"Its tasks with an environment: {', '.join(by_task) or 'none'}.{suggest(task or '', by_task)}"
         raise UserError(f"{pipeline.where}: --task names a task of stage '{scenes[0].node.name}'. {listed}")
-    return named[task]
+    return by_task[task]
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedStages:
     """A pipeline, and the store in which some of its stages are finished."""
 
     pipeline: Pipeline
@@ -147,29 +147,29 @@ class Finished:
         return self.artifact(str(node.inputs[field]), f"{node.name}.{field}")
 
 
-def _precision_of(scene: Scene, finished: Finished) -> Precision:
+def _precision_of(scene: Scene, outputs: FinishedStages) -> Precision:
     """Return the type that the stage's ``precision`` stands for on this machine."""
     from align.models.compute.precision import resolve_precision
     from align.models.compute.threads import device_of
 
-    return resolve_precision(scene.config.precision, device_of(finished.pipeline.runtimes[scene.node.name]))
+    return resolve_precision(scene.config.precision, device_of(outputs.pipeline.runtimes[scene.node.name]))
 
 
-def _make_rehearsal(scene: Scene, finished: Finished, options: argparse.Namespace) -> Rehearsal:
+def _make_rehearsal(scene: Scene, outputs: FinishedStages, options: argparse.Namespace) -> Rehearsal:
     from align.environments.rehearsal import Rehearsal
 
     node, settings = scene.node, scene.settings
-    model_dir = _find_model(scene, finished, options)
+    model_dir = _find_model(scene, outputs, options)
     return Rehearsal(
         environment=settings.environment,
         model_dir=model_dir,
-        runtime=finished.pipeline.runtimes[node.name],
-        precision=_precision_of(scene, finished),
+        runtime=outputs.pipeline.runtimes[node.name],
+        precision=_precision_of(scene, outputs),
         max_prompt_tokens=_max_prompt_tokens(scene, model_dir),
         temperature=settings.temperature if options.temperature is None else options.temperature,
         seed=node.seed,
         where=scene.place,
-        user_dir=_find_user(scene, finished),
+        user_dir=_find_user(scene, outputs),
     )
 
 
@@ -184,7 +184,7 @@ def _max_prompt_tokens(scene: Scene, model_dir: Path) -> int:
     return int(length - scene.settings.environment.max_tokens)
 
 
-def _find_user(scene: Scene, finished: Finished) -> Path | None:
+def _find_user(scene: Scene, outputs: FinishedStages) -> Path | None:
     """Return the folder of the checkpoint that plays the user; None without such a checkpoint."""
     from align.config.environment import USER_INPUT
 
@@ -192,11 +192,11 @@ def _find_user(scene: Scene, finished: Finished) -> Path | None:
     if user is None or user.model is None:
         return None
     if scene.task is not None:
-        return finished.artifact(user.model, f"{scene.place}.environment.user.model").model
-    return finished.input(node, USER_INPUT).model
+        return outputs.artifact(user.model, f"{scene.place}.environment.user.model").model
+    return outputs.input(node, USER_INPUT).model
 
 
-def _find_model(scene: Scene, finished: Finished, options: argparse.Namespace) -> Path:
+def _find_model(scene: Scene, outputs: FinishedStages, options: argparse.Namespace) -> Path:
     """Return the folder of the model that plays."""
     from align.cli.arguments import find_checkpoint
 
@@ -207,8 +207,8 @@ def _find_model(scene: Scene, finished: Finished, options: argparse.Namespace) -
     if scene.task is not None:
         policy = scene.config.policies[-1]
         print_warning(f"playing with stage {policy}, the last of policies; --checkpoint names another")
-        return finished.artifact(policy, f"{node.name}.policies").model
-    trained = finished.store.obtain(node.stage.kind, node.key, node.name)
+        return outputs.artifact(policy, f"{node.name}.policies").model
+    trained = outputs.store.obtain(node.stage.kind, node.key, node.name)
     if trained is not None and (trained.path / "model").is_dir():
         print_warning(f"playing with stage {node.name}; --checkpoint names another")
         return trained.model
@@ -218,26 +218,26 @@ def _find_model(scene: Scene, finished: Finished, options: argparse.Namespace) -
             f"{node.name}: an endpoint plays in this stage's environment, and `align rollout` plays with checkpoints. "
             "Name one: --checkpoint."
         )
-    return finished.input(node, field).model
+    return outputs.input(node, field).model
 
 
-def _read_tasks(scene: Scene, finished: Finished, options: argparse.Namespace) -> list[EpisodeTask]:
+def _read_tasks(scene: Scene, outputs: FinishedStages, options: argparse.Namespace) -> list[EpisodeTask]:
     """Return the tasks to play: the first rows of the stage's prompts, or of the evaluation's task."""
     if scene.task is not None:
         if options.split != "test":
             raise UserError(f"{scene.place}: --split {options.split} has no use; a task plays its own rows.")
-        return _evaluated_tasks(scene, finished)[: options.n]
+        return _evaluated_tasks(scene, outputs)[: options.n]
     from align.data.rows import read_rows
     from align.environments.player import EpisodeTask
 
-    artifact = finished.input(scene.node, "prompts")
+    artifact = outputs.input(scene.node, "prompts")
     rows = read_rows(artifact.split(options.split))[: options.n]
     if not rows:
         raise UserError(f"{scene.node.name}.prompts has no {options.split} rows; try the other --split.")
     return [EpisodeTask(row, scene.node.seed + number) for number, row in enumerate(rows)]
 
 
-def _evaluated_tasks(scene: Scene, finished: Finished) -> list[EpisodeTask]:
+def _evaluated_tasks(scene: Scene, outputs: FinishedStages) -> list[EpisodeTask]:
     """Return the episodes of an evaluation's task, with the seeds that a checkpoint gets there."""
     from align.evaluation.participants import episode_tasks
     from align.evaluation.tasks.base import TaskInputs
@@ -246,16 +246,16 @@ def _evaluated_tasks(scene: Scene, finished: Finished) -> list[EpisodeTask]:
     node, settings = scene.node, scene.settings
     user = settings.environment.user
     artifacts = {
-        name: finished.artifact(name, scene.place)
+        name: outputs.artifact(name, scene.place)
         for name in (settings.rows, None if user is None else user.model)
         if name is not None
     }
     inputs = TaskInputs(
         seed=node.seed,
-        base=finished.pipeline.base,
+        base=outputs.pipeline.base,
         pairs=[],
         has_second_reward=False,
-        precision=_precision_of(scene, finished),
+        precision=_precision_of(scene, outputs),
         warn=print_warning,
         note=print_warning,
         rows=artifacts,

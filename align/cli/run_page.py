@@ -244,12 +244,12 @@ def _other_states(run: RunOutline, store: Store, failure: Failure | None) -> dic
     return {other.stage: other.status for other in others if other.status != "stopped"}
 
 
-def _pending_stages(run: RunOutline, finished: Collection[str], failure: Failure | None) -> dict[str, Any]:
-    """Return the inputs of each stage that is neither finished, a report, nor the failed stage."""
+def _pending_stages(run: RunOutline, done_stages: Collection[str], failure: Failure | None) -> dict[str, Any]:
+    """Return the inputs of each stage that is neither done, a report, nor the failed stage."""
     return {
         name: run.inputs(name)
         for name, (kind, _) in run.stages.items()
-        if name not in finished and kind != "report" and (failure is None or name != failure.stage)
+        if name not in done_stages and kind != "report" and (failure is None or name != failure.stage)
     }
 
 

@@ -81,9 +81,7 @@ class _ConsoleSession(_SessionListener, ConsoleListener):
     def stage_cached(self, node: Node, artifact: Artifact) -> None:
         self._cached.append(node.name)
         if self._page is not None:
-            self._page.state.leave(node.name)
-            self._page.state.cached.append(node.name)
-            self._page.send()
+            self._page.move(node.name, "cached")
         super().stage_cached(node, artifact)
 
     def stage_started(self, node: Node, folder: Path, resumed: bool) -> None:
@@ -91,24 +89,18 @@ class _ConsoleSession(_SessionListener, ConsoleListener):
             self._page = LivePage(self._pipeline.name, open_store(self._pipeline, self._store))
             self._page.state.cached += self._cached
             print_page(self._page.path, "Page while it runs")
-        self._page.state.leave(node.name)
-        self._page.state.running.append(node.name)
-        self._page.send()
+        self._page.move(node.name, "running")
         super().stage_started(node, folder, resumed)
 
     def stage_done(self, node: Node, artifact: Artifact) -> None:
         if self._page is not None:
-            self._page.state.leave(node.name)
-            self._page.state.done.append(node.name)
-            self._page.send()
+            self._page.move(node.name, "done")
         super().stage_done(node, artifact)
 
     def stage_failed(self, node: Node, message: str, log: Path) -> None:
         if self._page is not None:
-            self._page.state.leave(node.name)
-            self._page.state.failed.append(node.name)
             # On a cluster other stages may continue for hours.
-            self._page.send()
+            self._page.move(node.name, "failed")
         super().stage_failed(node, message, log)
 
     def close_page(self, is_complete: bool = False) -> None:
@@ -119,7 +111,7 @@ class _ConsoleSession(_SessionListener, ConsoleListener):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run that came to its end, and the page about it; None where that could not be written."""
+    """A run that came to its end, and the page about it; None if it could not be written."""
 
     run: Run
     page: Path | None

@@ -107,15 +107,15 @@ def load_suite(path: str, assignments: Sequence[str] = ()) -> Suite:
             raw[name] = {key: value for key, value in raw[name].items() if value is not None}
     top = {name: unmark(raw.pop(name)) for name in PIPELINE_FIELDS if name in raw}
     rows = {name: raw.pop(name) for name in ROWS if raw.get(name) is not None}
-    named = raw.pop(NAMED_ROWS, None) or {}
-    if not isinstance(named, Mapping):
-        raise UserError(f"{path}: rows is {unmark(named)!r}; name each: `rows: {{sums: sums.yaml}}`.")
+    named_rows = raw.pop(NAMED_ROWS, None) or {}
+    if not isinstance(named_rows, Mapping):
+        raise UserError(f"{path}: rows is {unmark(named_rows)!r}; name each: `rows: {{sums: sums.yaml}}`.")
     return Suite(
         path,
         raw,
         top,
         {name: _settle_rows(word, f"{path}: {name}") for name, word in rows.items()},
-        {str(name): _settle_rows(word, f"{path}: rows.{name}") for name, word in named.items()},
+        {str(name): _settle_rows(word, f"{path}: rows.{name}") for name, word in named_rows.items()},
     )
 
 

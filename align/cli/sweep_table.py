@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from align.cli.parser import print_json
+from align.cli.parser import print_json, table_console
 from align.errors import printable
 from align.pipeline.context import duration
 from align.report.page.number_format import interval, number
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from align.sweep.plan import Sweep
     from align.sweep.study import Study, Trial, TrialRecord
 
-PLAIN_WIDTH = 400
-"""Columns if the output is not a terminal: a table in a file is not folded."""
 MAX_CELL = 40
 MARKS = {"starts": "▸", "resumes": "▸", "done": "✓", "failed": "✗", "ended early": "·", "taken over": "·"}
 
@@ -143,10 +141,7 @@ def _cell(value: Any) -> str:
 
 def print_trials(sweep: Sweep, study: Study, console: Console | None = None) -> None:
     """Print the table of all trials, the best first, and the sentences about it."""
-    if console is None:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=PLAIN_WIDTH)
+    console = console or table_console()
     rows = trial_rows(sweep, study)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("trial")
@@ -210,39 +205,23 @@ def _value_text(row: TrialRow, name: str) -> str:
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The stages of a sweep by how often they run."""
-
-    shared: list[dict[str, Any]]
-    """Stages that all trials share: ``stage`` and ``cached``."""
-    every_trial: list[str]
-    left_out: list[str]
-    """Stages that no objective needs."""
-
-
-def _plan_stages(sweep: Sweep, store: Store) -> _Plan:
-    pipeline = sweep.first
-    needed = sweep.needed(pipeline)
-    shared = []
-    for name, key in sweep.shared.items():
-        if name in needed:
-            artifact = store.find_intact(pipeline.nodes[name].stage.kind, key, name)
-            shared.append({"stage": name, "cached": artifact is not None})
-    every_trial = [name for name in pipeline.nodes if name not in sweep.shared and name in needed]
-    left_out = [name for name in pipeline.nodes if name not in needed]
-    return _Plan(shared, every_trial, left_out)
-
-
 def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
     """Print what the sweep would try, which stages its trials share, and which of those are finished."""
     config = sweep.config
+    pipeline = sweep.first
+    needed = sweep.needed(pipeline)
+    is_cached = {
+        name: store.find_intact(pipeline.nodes[name].stage.kind, key, name) is not None
+        for name, key in sweep.shared.items()
+        if name in needed
+    }
+    every_trial = [name for name in pipeline.nodes if name not in sweep.shared and name in needed]
+    unneeded = [name for name in pipeline.nodes if name not in needed]
     points = [dimension.points() for dimension in sweep.space]
     combinations = None
     if None not in points:
         combinations = math.prod(len(values) for values in points if values is not None)
     trials = sweep.trial_count()
-    plan = _plan_stages(sweep, store)
     if as_json:
         print_json(
             {
@@ -251,9 +230,9 @@ def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
                 "sampler": config.sampler,
                 "combinations": combinations,
                 "space": {dimension.name: str(dimension) for dimension in sweep.space},
-                "shared": plan.shared,
-                "every_trial": plan.every_trial,
-                "left_out": plan.left_out,
+                "shared": [{"stage": name, "cached": cached} for name, cached in is_cached.items()],
+                "every_trial": every_trial,
+                "left_out": unneeded,
                 "objectives": [objective.name for objective in sweep.objectives],
             }
         )
@@ -270,10 +249,10 @@ def print_plan(sweep: Sweep, store: Store, as_json: bool) -> None:
         prune = config.prune
         print(f"pruning: {prune.method} on {prune.target} from step {prune.start}")
     for label, names in (
-        ("cached", [str(stage["stage"]) for stage in plan.shared if stage["cached"]]),
-        ("run once for all trials", [str(stage["stage"]) for stage in plan.shared if not stage["cached"]]),
-        ("run in every trial", plan.every_trial),
-        ("left out, since no objective needs it", plan.left_out),
+        ("cached", [name for name, cached in is_cached.items() if cached]),
+        ("run once for all trials", [name for name, cached in is_cached.items() if not cached]),
+        ("run in every trial", every_trial),
+        ("left out, since no objective needs it", unneeded),
     ):
         if names:
             print(f"{label}: {', '.join(names)}")

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,6 +35,7 @@ from align.sweep.worker import Worker
 
 if TYPE_CHECKING:
     from align.pipeline.pipeline import Pipeline
+    from align.runner.listener import ConsoleListener
 
 INTERRUPTED = 130
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -146,12 +146,11 @@ def run_trials(
         if not quiet:
             print_trial(sweep, study, trial, status)
 
-    open_listener = _console_listener if shows_stages else _silent_listener
+    open_listener = _console_listener if shows_stages else lambda pipeline: contextlib.nullcontext(Listener())
     Worker(sweep, study, store, open_listener, log, stop).run()
 
 
-@contextlib.contextmanager
-def _console_listener(pipeline: Pipeline) -> Iterator[Listener]:
+def _console_listener(pipeline: Pipeline) -> ConsoleListener:
     from align.runner.listener import ConsoleListener
 
     class TrialConsole(ConsoleListener):
@@ -160,13 +159,7 @@ def _console_listener(pipeline: Pipeline) -> Iterator[Listener]:
         def stage_cached(self, node: Any, artifact: Any) -> None:
             """Show no line."""
 
-    with TrialConsole(list(pipeline)) as listener:
-        yield listener
-
-
-@contextlib.contextmanager
-def _silent_listener(pipeline: Pipeline) -> Iterator[Listener]:
-    yield Listener()
+    return TrialConsole(list(pipeline))
 
 
 # ---- processes of this machine --------------------------------------------------------------------------------------

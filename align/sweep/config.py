@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ class PruneConfig(Config):
     maximize: str | None = None
     """``STAGE.CURVE`` that should rise, such as ``ppo.score``."""
     minimize: str | None = None
-    """``STAGE.CURVE`` that should fall, such as ``sft.loss``. Where a stage chooses its checkpoint by validation rows,
+    """``STAGE.CURVE`` that should fall, such as ``sft.loss``. If a stage chooses its checkpoint by validation rows,
     ``sft.test_loss`` is its ``validation_loss``."""
     method: Literal["successive_halving", "median"] = "successive_halving"
     """``successive_halving`` (1810.05934): of the trials at a rung, the best 1 / ``reduction`` continue; rungs
@@ -68,7 +68,7 @@ class SweepConfig(Config):
     maximize: str | list[str] = Field([])
     """Objective: ``SYSTEM.METRIC`` of the scorecard (``ppo.gold``), or ``STAGE.METRIC`` of a stage's record."""
     minimize: str | list[str] = Field([])
-    """Objective where less is better. One objective in all, or several: then the best trade-offs are found."""
+    """Objective of which less is better. With several objectives the sweep finds the best trade-offs."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     """``tpe`` learns from the trials so far (1907.10902); ``grid`` tries every combination, in order."""
     trials: int | None = Field(None, ge=1)
@@ -99,7 +99,7 @@ class SweepConfig(Config):
 
     @property
     def objectives(self) -> list[tuple[str, bool]]:
-        """Objectives as (name, True where higher is better)."""
+        """Objectives as (name, True if higher is better)."""
         maximized = [self.maximize] if isinstance(self.maximize, str) else self.maximize
         minimized = [self.minimize] if isinstance(self.minimize, str) else self.minimize
         return [(name, True) for name in maximized] + [(name, False) for name in minimized]
@@ -122,7 +122,7 @@ DIGITS = 4
 
 
 class RangeConfig(Config):
-    """Numbers between two bounds, both included. Integers where both bounds and the field are integers."""
+    """Numbers between two bounds, both included. Integers if both bounds and the field are integers."""
 
     low: float | int
     """Smallest value; above 0 with ``log``."""
@@ -197,9 +197,7 @@ class Choice:
         """Return every choice."""
         return list(self.options)
 
-    def points(self) -> list[float | int | str] | None:
-        """Return every choice."""
-        return list(self.options)
+    points = corners
 
     def __str__(self) -> str:
         return " | ".join(self.options)
@@ -325,20 +323,15 @@ def grid(space: list[Dimension], where: str) -> list[Draw]:
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*axes)]
 
 
-@dataclass(frozen=True)
-class Corner:
-    """A draw of bounds and choices that differs from the first draw in the dimension ``changed``."""
-
-    values: Draw
-    changed: Dimension | None = None
+def first_draw(space: list[Dimension]) -> Draw:
+    """Return the first bound or choice of every dimension."""
+    return {dimension.name: dimension.corners()[0] for dimension in space}
 
 
-def corner_draws(space: list[Dimension]) -> list[Corner]:
-    """Return draws that together have every bound and choice: the first of each, then with one changed at a time."""
+def corner_draws(space: list[Dimension]) -> Iterator[tuple[str, Draw]]:
+    """Yield the draws that differ from ``first_draw`` in one dimension, with its name, until each value was in one."""
     # Not all combinations of corners: their number would double with each dimension.
-    first: Draw = {dimension.name: dimension.corners()[0] for dimension in space}
-    corners = [Corner(first)]
+    first = first_draw(space)
     for dimension in space:
         for value in dimension.corners()[1:]:
-            corners.append(Corner({**first, dimension.name: value}, dimension))
-    return corners
+            yield dimension.name, {**first, dimension.name: value}

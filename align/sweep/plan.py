@@ -18,7 +18,7 @@ from align.pipeline.pipeline import Node, Pipeline
 from align.runner.runner import RECORD_FIELDS, Run
 from align.store.artifacts import Artifact, Kind
 from align.store.fingerprint import digest
-from align.sweep.config import Dimension, Draw, SweepConfig, changes_of, corner_draws, grid, read_space
+from align.sweep.config import Dimension, Draw, SweepConfig, changes_of, corner_draws, first_draw, grid, read_space
 
 DEFAULT_TRIALS = 20
 
@@ -60,19 +60,15 @@ class Sweep:
         # Only for its errors: a dimension without steps, or too many combinations.
         if config.sampler == "grid":
             grid(space, where)
-        first_draw, *other_draws = corner_draws(space)
-        first = _change(base, changes_of(space, first_draw.values), f"{where}: space")
+        first = _change(base, changes_of(space, first_draw(space)), f"{where}: space")
         objectives = [Objective(name, higher) for name, higher in config.objectives]
         for objective in objectives:
             objective.check(first, where)
         _check_prune(config, first, where)
         # A stage whose key is the same at every corner is the same in every trial.
         shared = {node.name: node.key for node in first}
-        for corner in other_draws:
-            assert corner.changed is not None
-            name = corner.changed.name
-            place = f"{where}: space.{name} = {corner.values[name]}"
-            pipeline = _change(base, changes_of(space, corner.values), place)
+        for changed, draw in corner_draws(space):
+            pipeline = _change(base, changes_of(space, draw), f"{where}: space.{changed} = {draw[changed]}")
             keys = {node.name: node.key for node in pipeline}
             shared = {name: key for name, key in shared.items() if keys.get(name) == key}
         return cls(config, where, base, space, objectives, shared, first)
@@ -83,7 +79,7 @@ class Sweep:
         return {
             "space": [_describe(dimension) for dimension in self.space],
             "objective": [[objective.name, objective.higher] for objective in self.objectives],
-            "pipeline": digest(self.keys()),
+            "pipeline": digest({node.name: node.key for node in self.first}),
             "sampler": [config.sampler, config.seed],
             "pruning": None if config.prune is None else config.prune.model_dump(mode="json"),
         }
@@ -105,10 +101,6 @@ class Sweep:
         if self.config.trials:
             return self.config.trials
         return len(grid(self.space, self.where)) if self.config.sampler == "grid" else DEFAULT_TRIALS
-
-    def keys(self) -> dict[str, str]:
-        """Return all stages' keys with the first value of every dimension."""
-        return {node.name: node.key for node in self.first}
 
     def run_name(self, number: int) -> str:
         """Return the name of a trial's run in the store."""
@@ -192,7 +184,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective such as ``ppo.gold``. ``higher`` is True where more is better."""
+    """An objective such as ``ppo.gold``. ``higher`` is True if more is better."""
 
     name: str
     higher: bool

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from align.config.validation import suggest
 from align.errors import StageFailed, UserError
@@ -45,8 +45,8 @@ def curve_name(node: Node, name: str) -> str:
     return name
 
 
-class _TrialListener(Listener):
-    """Passes events on, remembers the stage that failed, and ends a trial whose curve is behind."""
+class _TrialListener:
+    """Passes events on to a ``Listener``, remembers the stage that failed, and ends a trial whose curve is behind."""
 
     def __init__(self, inner: Listener, sweep: Sweep, study: Study, trial: Trial, pipeline: Pipeline) -> None:
         self.inner, self.study, self.trial = inner, study, trial
@@ -95,25 +95,9 @@ class _TrialListener(Listener):
         self.failure = (node, message, log)
         self.inner.stage_failed(node, message, log)
 
-    def stage_stopping(self, node: Node, how: str) -> None:
-        """Pass it on."""
-        self.inner.stage_stopping(node, how)
-
-    def stage_queued(self, node: Node, how: str) -> None:
-        """Pass it on."""
-        self.inner.stage_queued(node, how)
-
-    def waiting(self, node: Node, holder: str) -> None:
-        """Pass it on."""
-        self.inner.waiting(node, holder)
-
-    def transfer(self, message: str) -> None:
-        """Pass it on."""
-        self.inner.transfer(message)
-
-    def warning(self, message: str) -> None:
-        """Pass it on."""
-        self.inner.warning(message)
+    def __getattr__(self, name: str) -> Any:
+        """Return what the inner listener does with an event that this one does not look at."""
+        return getattr(self.inner, name)
 
     def _record_point(self, node: Node, event: dict[str, Any]) -> bool:
         """Record one point of the curve; return True when the trial should end there."""
@@ -183,7 +167,7 @@ class Worker:
             # Events of the run decide, while it runs, whether the trial continues.
             listener = _TrialListener(inner, sweep, study, trial, pipeline)
             try:
-                run = run_pipeline(pipeline, store=self.store, listener=listener, stop=self.stop)
+                run = run_pipeline(pipeline, store=self.store, listener=cast(Listener, listener), stop=self.stop)
             except TrialPruned:
                 # The listener raised it while the runner followed the stage, and that has ended the stage's process.
                 assert listener.current is not None

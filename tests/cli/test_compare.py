@@ -64,7 +64,7 @@ def test_without_a_folder_it_goes_into_the_store(example: SimpleNamespace, capsy
     assert "compare" not in capsys.readouterr().out
 
 
-def test_an_unfinished_run_is_compared_as_far_as_it_got_and_says_so(example: SimpleNamespace, tmp_path: Path) -> None:
+def test_unfinished_run_is_compared_with_a_note(example: SimpleNamespace, tmp_path: Path) -> None:
     assert main(["compare", "low", "bad", "--store", example.store, "--output", str(tmp_path)]) == 0
     table = rows(tmp_path)
     assert table[1]["note"].startswith("two failed: ValueError: a bug")

@@ -251,7 +251,7 @@ def test_show_cuts_as_training_does(by_hand: Path, capsys: Capture) -> None:
     assert "! skipped: the prompt alone fills max_length" in capsys.readouterr().out
 
 
-def test_show_takes_a_model_folder_and_says_what_a_model_stage_would_change(
+def test_show_with_model_folder_notes_corrections(
     by_hand: Path, tiny_model: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     from transformers import AutoTokenizer

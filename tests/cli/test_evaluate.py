@@ -263,7 +263,7 @@ def test_a_failed_gate_ends_with_1_and_everything_is_written(
     assert [system["name"] for system in card["systems"]] == ["base", "ppo", "prompted"]
 
 
-def test_a_baseline_of_the_base_is_left_out_where_none_is_compared(chain: SimpleNamespace) -> None:
+def test_baseline_of_missing_base_is_skipped(chain: SimpleNamespace) -> None:
     printed: list[str] = []
 
     def built(no_base: bool) -> Pipeline:
@@ -351,7 +351,7 @@ def test_mistakes_end_with_2_before_anything_runs(
     assert {path for path in Path(chain.store).rglob("*") if "locks" not in path.parts} == before
 
 
-def test_the_table_shows_reward_models_also_where_nothing_else_was_measured(tmp_path: Path, capsys: Capture) -> None:
+def test_table_shows_reward_models_without_other_metrics(tmp_path: Path, capsys: Capture) -> None:
     from align.cli.evaluate import print_scorecard
 
     def rate(value: float) -> dict[str, object]:
@@ -438,7 +438,7 @@ def count_words(rows, responses):
 '''
 
 
-def test_a_prompt_set_and_functions_make_an_evaluation_in_five_lines(
+def test_prompts_and_functions_make_an_evaluation(
     chain: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     (tmp_path / "own_grading.py").write_text(GRADING)

@@ -62,7 +62,7 @@ def checked(
     return root / "out", example
 
 
-def test_an_adapter_is_merged_checked_in_transformers_and_vllm_and_described(
+def test_adapter_is_merged_checked_and_described(
     checked: tuple[Path, ExampleStore],
 ) -> None:
     folder, example = checked
@@ -137,7 +137,7 @@ def test_an_empty_folder_may_be_named(export: Callable[..., int], tmp_path: Path
 # ---- where results come from ----------------------------------------------------------------------------------------
 
 
-def test_the_newest_scorecard_that_measures_the_checkpoint_is_taken(example: ExampleStore) -> None:
+def test_newest_scorecard_of_checkpoint_is_used(example: ExampleStore) -> None:
     settings = {"checkpoints": {"sft": example.sft.key}}
     add_scorecard(example, full_card() | {"settings": settings}, "4")
     newer = add_scorecard(example, full_card() | {"settings": settings | {"reward_model": example.reward.key}}, "5")
@@ -207,7 +207,7 @@ def test_a_damaged_base_in_the_store_is_refused(
     assert "model.safetensors has another sha256" in capsys.readouterr().err
 
 
-def test_a_base_that_is_gone_is_asked_for_and_one_without_records_is_noted(
+def test_missing_base_is_refused_and_unrecorded_base_noted(
     example: ExampleStore, export: Callable[..., int], tiny_model: Path, trained: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -288,7 +288,7 @@ def on_hub(hub: Hub, online: None, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def test_a_push_sends_the_folder_and_deletes_weights_that_it_does_not_replace(
+def test_push_deletes_weights_that_it_does_not_replace(
     on_hub: Hub, export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_hub.files = [
@@ -330,7 +330,7 @@ def test_a_branch_is_made_and_the_summary_is_json(
     assert ("POST", "/api/models/me/set/commit/v2") in on_hub.asked
 
 
-def test_a_license_that_may_forbid_it_is_asked_about_before_anything_is_written(
+def test_forbidding_license_is_refused_before_writing(
     on_hub: Hub, tmp_path: Path, tiny_model: Path, trained: Path, tiny_reward: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = make_store(tmp_path / "nc", tiny_model, trained, tiny_reward, {"first": "CC-BY-NC-4.0"})

@@ -71,7 +71,7 @@ def test_sft_runs_at_smoke_size(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "sft" in capsys.readouterr().out
 
 
-def test_without_a_name_all_are_listed_and_a_typo_finds_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_init_without_name_lists_and_typo_gets_hint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init"]) == 0
     listed = capsys.readouterr().out
     assert set(starting_points()) == {*PIPELINES, "data"} and next(iter(starting_points())) == "quickstart"

@@ -92,7 +92,7 @@ def test_the_page_shows_each_stage_while_it_runs(
 
 
 @pytest.mark.parametrize("is_writer_killed", [False, True])
-def test_the_writer_draws_the_final_page_and_the_runner_where_it_is_gone(
+def test_runner_writes_final_page_if_writer_is_gone(
     gates: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, is_writer_killed: bool
 ) -> None:
     drawn: list[Path] = []
@@ -157,7 +157,7 @@ def test_a_stage_that_runs_again_is_not_shown_as_done(gates: Path, store: Path) 
     assert boxes(page_of(store)) == {"first": "cached", "second": "running"}
 
 
-def test_the_writer_leaves_a_final_page_where_the_runner_was_killed(gates: Path, store: Path) -> None:
+def test_writer_finishes_page_of_killed_runner(gates: Path, store: Path) -> None:
     for name in ("first", "second"):
         (gates.parent / name).touch()
     assert main(["run", str(gates), "--store", str(store), "--json"]) == 0
@@ -264,13 +264,13 @@ def test_all_failed_stages_are_shown_once_nothing_runs_any_more(tmp_path: Path, 
     assert boxes(page_of(store)) == {"first": "failed", "second": "done", "last": "pending"}
 
 
-def test_a_failed_stage_that_is_tried_again_is_running() -> None:
+def test_failed_stage_that_is_rerun_is_running() -> None:
     state = RunState(failed=["a"])
-    state.leave("a")
-    assert state == RunState()
+    state.move("a", state.running)
+    assert state == RunState(running=["a"])
 
 
-def test_only_the_newest_state_is_written_and_again_after_a_while() -> None:
+def test_newest_state_is_written_and_repeated() -> None:
     reader, writer = os.pipe()
     states = [RunState(running=["a"]), RunState(done=["a"], running=["b"])]
     os.write(writer, "".join(json.dumps(asdict(state)) + "\n" for state in states).encode())
@@ -299,7 +299,7 @@ def test_a_state_between_two_stages_is_not_worth_a_page(monkeypatch: pytest.Monk
     end.join()
 
 
-def test_news_waits_after_a_page_that_took_long_and_the_end_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_news_waits_after_slow_page_and_end_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_page, "SHARE_OF_CHANGES", 0.25)
     reader, writer = os.pipe()
 

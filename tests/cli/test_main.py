@@ -173,7 +173,7 @@ def test_a_cached_run_imports_nothing_that_writes_pages(pipeline_file: Path, sto
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_has_the_same_options_whether_or_not_the_others_are_imported(name: str) -> None:
+def test_command_has_same_options_in_either_parser(name: str) -> None:
     alone, all_commands = (choices_of(parser(command))[name] for command in (name, None))
     assert alone.format_help() == all_commands.format_help()
 
@@ -228,7 +228,7 @@ def test_the_python_api_is_the_same_pipeline(pipeline_file: Path, store: str) ->
     assert run.metrics("total") == {"total": 8}
 
 
-def test_warnings_that_libraries_log_on_import_stay_out_of_a_commands_output(
+def test_import_warnings_of_libraries_are_silent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     main(["schema"])

@@ -76,9 +76,7 @@ def test_a_run_leaves_a_page_and_says_where_once(pipeline_file: Path, store: Pat
     assert 'id="failure"' not in text
 
 
-def test_the_page_of_a_failed_run_has_the_error_the_log_and_what_was_not_run(
-    pipeline_file: Path, store: Path, capsys: Capture
-) -> None:
+def test_page_of_failed_run_has_error_log_and_pending(pipeline_file: Path, store: Path, capsys: Capture) -> None:
     assert ran(pipeline_file, store, "--set", "stages.two.crash=bug") == 1
     captured = capsys.readouterr()
     assert "stage 'two' failed: ValueError: a bug" in captured.err
@@ -189,9 +187,7 @@ def test_a_damaged_page_is_written_again(pipeline_file: Path, finished: Path, na
     assert page.stat().st_mtime_ns == written, "a whole one stays"
 
 
-def test_one_page_is_written_by_one_at_a_time_on_whatever_machine(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_has_one_writer_at_a_time(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # as on a file system that keeps such locks on each machine
     inside: list[int] = []
     most: list[int] = []

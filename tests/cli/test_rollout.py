@@ -160,9 +160,7 @@ def test_a_file_that_has_no_episodes_is_refused_with_its_line(tmp_path: Path, co
         read_episodes(path)
 
 
-def test_stages_that_make_data_are_played_with_the_checkpoint_that_answers(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_stage_is_played_with_its_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = yaml.safe_load((folder / "buttons.yaml").read_text())
     fields = {"prompts": "data", "environment": pipeline["stages"]["ppo"]["environment"]}
     made = {"stage": "synthesize", "task": {"type": "responses"}, **fields}
@@ -209,7 +207,7 @@ def evaluation(folder: Path) -> Path:
     return path
 
 
-def test_episodes_of_an_evaluation_s_task_are_those_that_it_plays(
+def test_task_of_evaluation_plays_its_own_episodes(
     folder: Path, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = tmp_path / "episodes.jsonl"

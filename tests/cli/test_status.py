@@ -115,7 +115,7 @@ def test_a_file_names_its_own_store(
     assert not (tmp_path / "store").exists()
 
 
-def test_a_process_of_another_machine_of_the_same_name_is_left_alone(store: Path) -> None:
+def test_process_of_same_named_machine_is_kept(store: Path) -> None:
     run = run_pipeline(Pipeline(toy.pipeline()), store=store)
     sleeper = subprocess.Popen(["sleep", "60"])
     try:

@@ -38,7 +38,7 @@ def closed_pipe() -> int:
 
 
 @pytest.mark.parametrize("json", [[], ["--json"]], ids=["text", "json"])
-def test_a_run_whose_output_is_closed_goes_on_and_writes_its_page(file: Path, tmp_path: Path, json: list[str]) -> None:
+def test_run_with_closed_output_writes_its_page(file: Path, tmp_path: Path, json: list[str]) -> None:
     done = start("run", str(file), "--store", str(tmp_path / "store"), *json, stdout=closed_pipe())
     assert (done.returncode, done.stderr) == (0, "")
     assert len(Store.open(tmp_path / "store").all()) == 3
@@ -46,7 +46,7 @@ def test_a_run_whose_output_is_closed_goes_on_and_writes_its_page(file: Path, tm
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
-def test_a_run_whose_output_is_full_goes_on_and_says_it_in_a_sentence(file: Path, tmp_path: Path) -> None:
+def test_run_with_full_output_reports_it(file: Path, tmp_path: Path) -> None:
     with FULL.open("w") as full:
         done = start("run", str(file), "--store", str(tmp_path / "store"), stdout=full.fileno())
         assert done.returncode == 0

@@ -243,7 +243,7 @@ def test_mistakes_on_the_command_line(words: list[str], expected: str, tmp_path:
     assert expected in capsys.readouterr().err
 
 
-def test_gpus_are_shared_out_where_there_is_one_for_each_worker() -> None:
+def test_gpus_are_divided_among_workers() -> None:
     from align.cli.sweep_workers import device_share
 
     assert [device_share("0,1,2", index, 2) for index in range(2)] == [
@@ -252,7 +252,9 @@ def test_gpus_are_shared_out_where_there_is_one_for_each_worker() -> None:
     assert device_share("0", 1, 2) == {} and device_share(None, 0, 2) == {}
 
 
-def test_a_trial_passes_on_everything_that_a_run_tells() -> None:
-    """A kind of event that it does not know would be lost in sweeps alone, such as an upload that failed."""
-    told = {name for name, value in vars(Listener).items() if callable(value) and not name.startswith("_")}
-    assert told and told <= vars(_TrialListener).keys()
+def test_trial_listener_passes_on_events_that_it_does_not_handle() -> None:
+    inner = Listener()
+    listener = _TrialListener.__new__(_TrialListener)
+    listener.inner = inner
+    assert listener.transfer == inner.transfer
+    assert listener.stage_queued == inner.stage_queued
