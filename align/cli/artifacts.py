@@ -26,7 +26,7 @@ def print_damage(errors: Iterable[Exception]) -> None:
         print(printable(f"! {error}"), file=sys.stderr)
 
 
-def list_artifacts(options: argparse.Namespace) -> int:
+def run_list(options: argparse.Namespace) -> int:
     """Run ``align list``."""
     from align.runner.open_store import open_store
 
@@ -66,7 +66,7 @@ def list_artifacts(options: argparse.Namespace) -> int:
     return 0
 
 
-def show(options: argparse.Namespace) -> int:
+def run_show(options: argparse.Namespace) -> int:
     """Run ``align show``."""
     from align.runner.open_store import open_store
     from align.store.record import find_extra_files
@@ -107,7 +107,7 @@ def _print_log(path: Path) -> int:
     return 0
 
 
-def collect_garbage(options: argparse.Namespace) -> int:
+def run_gc(options: argparse.Namespace) -> int:
     """Run ``align gc``."""
     from align.clusters.slurm_submit import used_by_jobs
     from align.runner.open_store import open_store
@@ -204,7 +204,7 @@ def add_gc_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delete", action="store_true", help="delete the listed artifacts")
 
 
-def push(options: argparse.Namespace) -> int:
+def run_push(options: argparse.Namespace) -> int:
     """Run ``align push``."""
     from align.runner.open_store import open_store
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.cli.parser import Parser, add_store, print_json
+from align.cli.parser import Parser, add_store, import_late, print_json
 from align.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ NOT_COPIED = ("log.txt", "events.jsonl")
 
 def run(options: argparse.Namespace) -> int:
     """Run ``align data``."""
-    return COMMANDS[options.data_command](options)
+    return COMMANDS[options.data_command][1](options)
 
 
 def build(options: argparse.Namespace) -> int:
-    """build a recipe into the store, unless it is there; a killed build resumes"""
+    """Run ``align data build``."""
     from align.cli.arguments import STAGE, build_recipe
     from align.data.builds.build_files import read_ledger
     from align.data.builds.ledger import summary_lines
@@ -87,15 +87,8 @@ def copy_out(folder: Path, target: Path) -> Path:
     return target
 
 
-def show(options: argparse.Namespace) -> int:
-    """show rows as a model sees them: the rendered template, with trained tokens in color"""
-    from align.cli.data_show import show as show_rows
-
-    return show_rows(options)
-
-
 def lint(options: argparse.Namespace) -> int:
-    """check the tokens that a model would be trained on; exit code 1 if there are errors"""
+    """Run ``align data lint``."""
     from align.cli.arguments import find_build, find_checkpoint, find_tokenizer_folder
     from align.lint.findings import format_findings, has_errors
     from align.lint.trainer import lint_dataset
@@ -118,15 +111,8 @@ def lint(options: argparse.Namespace) -> int:
     return int(has_errors(findings))
 
 
-def diff(options: argparse.Namespace) -> int:
-    """compare two builds: rows added, removed, changed or moved between splits, and their ledgers"""
-    from align.cli.data_diff import diff as compare_builds
-
-    return compare_builds(options)
-
-
 def push(options: argparse.Namespace) -> int:
-    """upload a build to the Hugging Face Hub; --dry-run shows what would be sent"""
+    """Run ``align data push``."""
     from align.cli.arguments import find_build
     from align.data.push import prepare
     from align.data.push import push as upload_build
@@ -176,27 +162,29 @@ def print_pushed(result: dict[str, Any]) -> None:
     print(f"Pushed: {printable(result['url'])}")
 
 
-def columns(options: argparse.Namespace) -> int:
-    """show the columns of a file, and print the recipe that reads it"""
-    from align.cli.data_show import columns as show_columns
-
-    return show_columns(options)
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "columns": columns,
-    "build": build,
-    "show": show,
-    "lint": lint,
-    "diff": diff,
-    "push": push,
+COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
+    "columns": (
+        "show the columns of a file, and print the recipe that reads it",
+        import_late("align.cli.data_show:columns"),
+    ),
+    "build": ("build a recipe into the store, unless it is there; a killed build resumes", build),
+    "show": (
+        "show rows as a model sees them: the rendered template, with trained tokens in color",
+        import_late("align.cli.data_show:show"),
+    ),
+    "lint": ("check the tokens that a model would be trained on; exit code 1 if there are errors", lint),
+    "diff": (
+        "compare two builds: rows added, removed, changed or moved between splits, and their ledgers",
+        import_late("align.cli.data_diff:diff"),
+    ),
+    "push": ("upload a build to the Hugging Face Hub; --dry-run shows what would be sent", push),
 }
 
 
 def add_arguments(group: argparse.ArgumentParser) -> None:
     """Add the subcommands of ``align data`` and their options."""
     subparsers = group.add_subparsers(dest="data_command", metavar="COMMAND", required=True, parser_class=Parser)
-    parsers = {name: subparsers.add_parser(name, help=function.__doc__) for name, function in COMMANDS.items()}
+    parsers = {name: subparsers.add_parser(name, help=purpose) for name, (purpose, _) in COMMANDS.items()}
     _add_columns(parsers["columns"])
     for name, parser in parsers.items():
         if name == "columns":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from align.cli.parser import (
     add_executor,
     add_store,
     find_command,
+    import_late,
     load,
     print_json,
     print_pins,
@@ -225,20 +225,22 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
 
 
-def _imported(module: str, purpose: str, run: str = "run", add_arguments: str = "add_arguments") -> Command:
-    """Return a command of ``align.cli.MODULE``, which is imported when the command is used."""
-    return Command(purpose, _import_late(module, run), _import_late(module, add_arguments))
+def _imported(module: str, purpose: str, name: str = "") -> Command:
+    """Return a command of ``align.cli.MODULE``, which is imported when the command is used.
 
-
-def _import_late(module: str, name: str) -> Callable[..., Any]:
-    """Return a function that imports ``align.cli.MODULE`` and calls its function ``name``."""
-    return lambda argument: getattr(importlib.import_module(f"align.cli.{module}"), name)(argument)
+    A module with several commands has ``run_NAME`` and ``add_NAME_arguments`` instead of ``run`` and ``add_arguments``.
+    """
+    run = f"run_{name}" if name else "run"
+    add_arguments = f"add_{name}_arguments" if name else "add_arguments"
+    return Command(
+        purpose, import_late(f"align.cli.{module}:{run}"), import_late(f"align.cli.{module}:{add_arguments}")
+    )
 
 
 COMMANDS: dict[str, Command] = {
     "run": Command(
         "run a pipeline and write its report; finished stages are skipped, a killed stage resumes",
-        _import_late("run", "run"),
+        import_late("align.cli.run:run"),
         _add_run,
     ),
     "plan": Command(
@@ -250,24 +252,11 @@ COMMANDS: dict[str, Command] = {
     "init": _imported(
         "init", "copy a commented starting point: a YAML file with data and functions; without a name, list them"
     ),
-    "list": _imported(
-        "artifacts",
-        "list the artifacts in the store and the runs that use them",
-        "list_artifacts",
-        "add_list_arguments",
-    ),
+    "list": _imported("artifacts", "list the artifacts in the store and the runs that use them", "list"),
     "show": _imported(
-        "artifacts",
-        "show an artifact's record; --log prints its log, --verify checks the digest of every file",
-        "show",
-        "add_show_arguments",
+        "artifacts", "show an artifact's record; --log prints its log, --verify checks the digest of every file", "show"
     ),
-    "gc": _imported(
-        "artifacts",
-        "list artifacts that no run uses any more; --delete deletes them",
-        "collect_garbage",
-        "add_gc_arguments",
-    ),
+    "gc": _imported("artifacts", "list artifacts that no run uses any more; --delete deletes them", "gc"),
     "fields": _imported("fields", "print the fields of a stage or another block: type, default, bounds and meaning"),
     "schema": Command("print the JSON schema of pipeline files, for editors", _schema, add_store),
     "completion": _imported(
@@ -290,8 +279,7 @@ COMMANDS: dict[str, Command] = {
     "compare": _imported(
         "report",
         "compare runs on one page: changed settings against results, score against KL, training curves",
-        "run_compare",
-        "add_compare_arguments",
+        "compare",
     ),
     "export": _imported(
         "export", "write a checkpoint as an ordinary model folder, check its answers and describe it; --push uploads it"
@@ -307,13 +295,9 @@ COMMANDS: dict[str, Command] = {
         "status",
         "end a run's cluster jobs or its local process; finished stages and checkpoints are kept",
         "cancel",
-        "add_cancel_arguments",
     ),
     "push": _imported(
-        "artifacts",
-        "upload finished stages that the store's bucket lacks; runs do so by themselves",
-        "push",
-        "add_push_arguments",
+        "artifacts", "upload finished stages that the store's bucket lacks; runs do so by themselves", "push"
     ),
 }
 

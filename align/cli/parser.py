@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from align.errors import UserError, printable
@@ -61,6 +62,16 @@ class Parser(argparse.ArgumentParser):
 
 
 _SUBPARSERS = argparse._SubParsersAction
+
+
+def import_late(place: str) -> Callable[[Any], Any]:
+    """Return a function that imports ``MODULE:FUNCTION`` when it is called, and calls it."""
+
+    def call(argument: Any) -> Any:
+        module, _, name = place.partition(":")
+        return getattr(importlib.import_module(module), name)(argument)
+
+    return call
 
 
 def find_command(words: Sequence[str]) -> str:

@@ -225,7 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
 
 
-def cancel(options: argparse.Namespace) -> int:
+def run_cancel(options: argparse.Namespace) -> int:
     """Run ``align cancel``."""
     from align.cli.run_page import find_run, open_store_of
     from align.clusters.follow import SchedulerError

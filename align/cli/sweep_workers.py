@@ -31,7 +31,7 @@ from align.store.store import Store
 from align.sweep.config import SweepConfig
 from align.sweep.plan import Sweep
 from align.sweep.study import Study, Trial
-from align.sweep.worker import Worker
+from align.sweep.worker import ListenerFactory, Worker
 
 if TYPE_CHECKING:
     from align.pipeline.pipeline import Pipeline
@@ -146,8 +146,12 @@ def run_trials(
         if not quiet:
             print_trial(sweep, study, trial, status)
 
-    open_listener = _console_listener if shows_stages else lambda pipeline: contextlib.nullcontext(Listener())
+    open_listener: ListenerFactory = _console_listener if shows_stages else _silent_listener
     Worker(sweep, study, store, open_listener, log, stop).run()
+
+
+def _silent_listener(pipeline: Pipeline) -> contextlib.nullcontext[Listener]:
+    return contextlib.nullcontext(Listener())
 
 
 def _console_listener(pipeline: Pipeline) -> ConsoleListener:
