@@ -172,7 +172,7 @@ def open_work_engine(work: dict[str, Any], engine: str, batch: int) -> Any:
     """Return an engine for the work's model."""
     from align.config.runtime import EngineConfig, Runtime
     from align.inference.engine import open_engine
-    from align.models.compute.threads import use_threads
+    from align.models.compute.processes import use_threads
 
     runtime = Runtime(device="cpu", engine=EngineConfig(name=engine, batch_size=batch))  # type: ignore[arg-type]
     use_threads(runtime)

@@ -207,7 +207,7 @@ def make_tiny_model(source: Path, folder: Path) -> Path:
 
 def prepare(shape: EpisodeShape, folder: Path) -> None:
     """Write ``work.json``, with rows in the order in which align's trainer draws them."""
-    from align.models.embedded import fetch
+    from align.models.built_in import fetch
     from align.rl.prompts import Prompts
 
     model = fetch()

@@ -122,7 +122,7 @@ def measure(folder: Path, prompts: int, threads: int) -> dict[str, Any]:
     import tempfile
 
     from align.config.runtime import Runtime
-    from align.models.compute.threads import keep_freed_memory, use_threads
+    from align.models.compute.processes import keep_freed_memory, use_threads
 
     # As the stage does.
     use_threads(Runtime(device="cpu", threads=threads))
@@ -216,7 +216,7 @@ class InstantEngine:
 
     def __init__(self) -> None:
         from align.data.families.embedded import generate
-        from align.models.embedded import fetch
+        from align.models.built_in import fetch
         from align.models.loading import load_tokenizer
 
         self.tokenizer = load_tokenizer(fetch())
@@ -249,7 +249,7 @@ def prepare(folder: Path, prompts: int) -> dict[str, Any]:
     """Return the inputs of the stage, made below ``folder`` where they are missing."""
     from align.data.families.embedded import generate
     from align.data.rows import assistant, write_rows
-    from align.models.embedded import fetch
+    from align.models.built_in import fetch
     from align.models.loading import load_tokenizer
     from align.store.artifacts import Artifact, Kind
     from benchmarks.ppo_work import save_reward

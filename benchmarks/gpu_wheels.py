@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from align.config.user_paths import cache_folder
 from align.errors import UserError
-from align.models.embedded import fetch_wheel
+from align.models.built_in import fetch_wheel
 
 REPOSITORY = Path(__file__).parents[1]
 TESTED_WITH = ("pytest", "pytest-timeout", "hypothesis")

@@ -25,8 +25,8 @@ BATCH = 128
 
 def model_folder(folder: Path) -> Path:
     """The embedded model as a model stage writes it."""
+    from align.models.built_in import fetch
     from align.models.checkpoints.conversion import copy_model
-    from align.models.embedded import fetch
 
     out = folder / "model"
     if not out.exists():

@@ -34,8 +34,7 @@ def memory(name: str) -> int:
 
 def model_in(root: Path, name: str) -> Path:
     """``embedded`` is SmolLM2-135M; ``wide`` and ``tiny`` are made below ``root``."""
-    from align.models.embedded import fetch
-    from align.models.tiny import make_tiny
+    from align.models.built_in import fetch, make_tiny
 
     if name == "embedded":
         return fetch()
@@ -48,7 +47,7 @@ class Measurer:
     def __init__(self, root: Path) -> None:
         import torch
 
-        from align.models.compute.threads import use_threads
+        from align.models.compute.processes import use_threads
 
         self.root, self.runtime = root, Runtime.model_validate(RUNTIME)
         use_threads(self.runtime)

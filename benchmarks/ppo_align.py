@@ -91,7 +91,7 @@ def make_trainer(work: dict[str, Any], method: str, engine: str, folder: str, re
     from align.config.runtime import EngineConfig, Runtime
     from align.data.scoring import Part, RewardScorer, WeightedSum
     from align.inference.engine import open_engine
-    from align.models.compute.threads import use_threads
+    from align.models.compute.processes import use_threads
     from align.models.loading import load_policy
     from align.models.reward import RewardModel
     from align.rl import PpoConfig, PPOTrainer

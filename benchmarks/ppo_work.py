@@ -95,7 +95,7 @@ def make_rows(shape: Shape) -> list[dict[str, Any]]:
 
 def prepare(shape: Shape, folder: Path) -> None:
     """Write ``work.json``, and the reward model if it is not there yet."""
-    from align.models.embedded import fetch
+    from align.models.built_in import fetch
     from align.rl.prompts import Prompts
 
     model = fetch()

@@ -100,8 +100,8 @@ def plain_transformers(folder: Path, inputs: list[list[int]], samples: int, toke
 def measure(engine: str, prompts: int, samples: int, tokens: int) -> dict[str, float]:
     """Return the response tokens per second of one engine, after a warm-up, and the seconds that its start took."""
     from align.data.families.embedded import generate
+    from align.models.built_in import fetch
     from align.models.chat.render import render_prompt
-    from align.models.embedded import fetch
     from align.models.loading import load_tokenizer
 
     folder = fetch()

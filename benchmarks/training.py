@@ -29,8 +29,8 @@ def step_seconds(method: str, rows: int, length: int, steps: int) -> tuple[float
     import torch
 
     from align.config.tuning import FullTuning, LoraTuning
+    from align.models.built_in import fetch
     from align.models.compute.precision import autocast
-    from align.models.embedded import fetch
     from align.models.loading import load_policy
     from align.models.tuning.apply import apply_tuning
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from align.environments.tool_schema import tool_schema
+from align.environments.environment import tool_schema
 from examples.calculator import Calculator, products
 
 

@@ -260,7 +260,7 @@ def forked_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a two-layer causal model with a byte tokenizer; read-only by agreement."""
-    from align.models.tiny import make_tiny
+    from align.models.built_in import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
@@ -268,7 +268,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a two-layer reward model with the same tokenizer; read-only by agreement."""
-    from align.models.tiny import make_tiny_reward
+    from align.models.built_in import make_tiny_reward
 
     return make_tiny_reward(tmp_path_factory.mktemp("tiny_reward") / "model")
 

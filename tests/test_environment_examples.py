@@ -11,11 +11,11 @@ import pytest
 
 from align.config.environment import EnvironmentConfig
 from align.config.runtime import EngineConfig, Runtime
-from align.environments.checkpoint_user import CheckpointUser
 from align.environments.environment import EnvironmentSource
 from align.environments.player import EnvironmentPlayer, EpisodeTask
 from align.environments.results import Scores, Step, ToolError
 from align.environments.sources import open_environment
+from align.environments.user_models import CheckpointUser
 from align.inference.engine import open_transformers
 from align.models.loading import load_tokenizer
 from examples import calculator, guess_the_number, shop

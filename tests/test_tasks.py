@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from align.cli.main import main
-from align.models.tiny import make_tiny
+from align.models.built_in import make_tiny
 from tests.support.inference.fake_chat import FakeChat, completion
 from tests.support.installed import InstalledAlign
 

@@ -34,7 +34,7 @@ from align.config.stages.evaluation.tasks import (
 from align.config.stages.sample import SampleConfig
 from align.config.stages.synthesize import InstructionsTask, SynthesizeConfig
 from align.models.compute.architecture import Architecture
-from align.models.compute.compute_types import resolved
+from align.models.compute.costs import resolved
 
 Models = Mapping[str, Sequence[Architecture]]
 

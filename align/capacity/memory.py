@@ -20,7 +20,7 @@ from align.config.runtime import Runtime
 from align.config.stages.continue_from import LARGEST_STATE, size_text
 from align.config.tuning import LowRank, QloraTuning, TuningBase
 from align.models.compute.architecture import Architecture
-from align.models.compute.estimates import FLOAT, SIZES, activations_per_token
+from align.models.compute.costs import FLOAT, SIZES, activations_per_token
 
 TRAINED = 4 * FLOAT
 """Bytes of a trained parameter: weight, gradient, and AdamW's two averages."""

@@ -18,7 +18,7 @@ from align.config.environment import USER_INPUT, EnvironmentConfig
 from align.config.runtime import Runtime
 from align.config.runtime.rollouts import CPU_STEP_TOKENS, SCORED_AT_ONCE, RolloutsConfig
 from align.models.compute.architecture import Architecture
-from align.models.compute.estimates import FLOAT, SIZES, passing_per_token
+from align.models.compute.costs import FLOAT, SIZES, passing_per_token
 
 HEAD_ROWS = 256
 """Tokens whose logits are in float32 at a time (``align.evaluation.logprobs``)."""

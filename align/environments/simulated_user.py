@@ -1,6 +1,6 @@
 """A user that a model plays: its view of a conversation, its answers, and its turns in a rollout. Torch-free.
 
-The models are in ``checkpoint_user.py`` and ``user_models.py``.
+The models are in ``user_models.py``.
 """
 
 from __future__ import annotations

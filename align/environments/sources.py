@@ -14,7 +14,7 @@ from align.config.environment import METHODS, NO_TOOLS, EnvironmentConfig, tool_
 from align.config.user_functions import check_call, check_methods, full_path, load_function
 from align.data.rows import Message, Row
 from align.data.scoring import SCORE, FunctionScorer, function_scorer
-from align.environments.environment import Action, Environment, EnvironmentSource
+from align.environments.environment import Action, Environment, EnvironmentSource, tool_schema
 from align.environments.results import (
     EnvironmentFailed,
     Scores,
@@ -24,7 +24,6 @@ from align.environments.results import (
     read_step,
     read_text,
 )
-from align.environments.tool_schema import tool_schema
 from align.errors import UserError
 
 MESSAGES, RESPONSE = "messages", "response"

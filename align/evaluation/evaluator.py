@@ -66,7 +66,7 @@ class Evaluation:
     @cached_property
     def models(self) -> LoadedModels:
         """The checkpoints' forward passes; first used after the engine has closed and freed the device."""
-        from align.models.compute.threads import device_of
+        from align.models.compute.processes import device_of
 
         plan = self.plan
         return LoadedModels(plan.policies, device_of(self.context.runtime), plan.precision)

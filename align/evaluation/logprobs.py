@@ -15,8 +15,14 @@ from align.config.base import Precision
 from align.config.runtime.rollouts import READ_TOKENS
 from align.errors import UserError
 from align.evaluation.systems import Policy
-from align.models.chat.answer_tokens import PromptRewritten, answer_turns, assistant_mask, split_turns
-from align.models.chat.render import render_answered, render_prompt
+from align.models.chat.render import (
+    PromptRewritten,
+    answer_turns,
+    assistant_mask,
+    render_answered,
+    render_prompt,
+    split_turns,
+)
 
 HEAD_ROWS = 256
 """Positions whose logits are converted to float32 at a time."""

@@ -26,8 +26,8 @@ from align.evaluation.systems import Policy, System, make_systems
 from align.evaluation.tasks import build_task
 from align.evaluation.tasks.base import Task, TaskInputs
 from align.evaluation.tasks.records import draw
+from align.inference.engine import max_positions
 from align.inference.protocol import Sampling
-from align.inference.switching import max_positions
 from align.pipeline.context import StageContext
 from align.store.artifacts import Kind
 

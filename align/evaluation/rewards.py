@@ -115,7 +115,7 @@ def load_late(context: StageContext) -> LoadReward:
 
     def load(artifact: Artifact) -> Scorer:
         def load_model() -> Scorer:
-            from align.models.compute.threads import device_of, use_threads
+            from align.models.compute.processes import device_of, use_threads
             from align.models.reward import RewardModel
 
             use_threads(context.runtime)

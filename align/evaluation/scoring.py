@@ -169,7 +169,7 @@ class ScoringContext:
         Under bfloat16 its weights are rounded once. What several conversations begin with is read once.
         """
         if field not in self._models:
-            from align.models.compute.threads import device_of
+            from align.models.compute.processes import device_of
             from align.models.reward import RewardModel
 
             artifact = self._required_artifact(field)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from align.config.hub_commits import HUB_NAME
 from align.data.card import CARD, OTHER, License, mixture_license, normalize_license, read_recipe
 from align.errors import UserError, printable
-from align.models.embedded import NAME as EMBEDDED
+from align.models.built_in import NAME as EMBEDDED
 from align.pipeline.registry import STAGES
 from align.report.page.assets import AssetWriter
 from align.report.page.number_format import interval, number

@@ -83,7 +83,7 @@ def execute(job: Job) -> JobResult:
     if job.engine == "vllm":
         from align.config.runtime import Runtime
         from align.inference.vllm import why_model_unusable, why_unusable
-        from align.models.compute.threads import device_of
+        from align.models.compute.processes import device_of
 
         reason = why_unusable() or why_model_unusable(Path(job.folder), device_of(Runtime()))
         if reason is not None:
@@ -137,7 +137,7 @@ def _scores(job: Job) -> JobResult:
 
     from align.config.runtime import Runtime
     from align.export.export import Source, load_source, round_weights
-    from align.models.compute.threads import device_of, use_threads
+    from align.models.compute.processes import device_of, use_threads
 
     use_threads(Runtime())
     source = Source(Path(job.folder), None if job.adapter is None else Path(job.adapter))
@@ -153,7 +153,7 @@ def _vllm_scores(job: Job) -> JobResult:
     from vllm import LLM, PoolingParams
 
     from align.config.runtime import Runtime
-    from align.models.compute.threads import device_of, use_threads
+    from align.models.compute.processes import device_of, use_threads
 
     use_threads(Runtime())
     memory_options: dict[str, Any] = {"gpu_memory_utilization": FLOAT32_GPU_SHARE}

@@ -1,8 +1,9 @@
-"""Choice and opening of a rollout engine."""
+"""Choice and opening of a rollout engine, and one engine for several checkpoints. Torch-free at import."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from align.config.runtime import Runtime
 from align.config.runtime.launch import local_size, rank, world_size
 from align.errors import UserError
 from align.inference.protocol import EngineSpec, OnHang, RolloutEngine, Watchdog
+from align.store.fingerprint import digest
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +37,12 @@ def open_engine(
     Servers sample where ``runtime.rollouts`` names any. Otherwise ``auto`` chooses vLLM if it works, and ``warn`` is
     told when it does not. A process can hold one vLLM engine: use ``load_weights`` to switch policies. ``on_hang`` is
     called when a call makes no progress for ``runtime.engine.timeout`` seconds, and may end the process; without it
-    the message goes to standard error (``watchdog.py``). ``shared_engine`` means that the stage's first process calls
-    the servers for all its processes.
+    the message goes to standard error (``Watchdog``). ``shared_engine`` means that the stage's first process calls the
+    servers for all its processes.
 
     Raises ``UserError`` when vLLM is asked for by name, in this process or as servers, and cannot be used.
     """
-    from align.models.compute.threads import device_of, use_threads
+    from align.models.compute.processes import device_of, use_threads
 
     spec = EngineSpec(model_dir, runtime, precision, max_length, seed)
     # Engines on a Ray cluster set up threads and devices on their own nodes.
@@ -65,7 +67,7 @@ def open_transformers(
 ) -> TransformersEngine:
     """Open transformers in this process, whatever engine ``runtime`` names; a process may have several."""
     from align.inference.transformers import TransformersEngine
-    from align.models.compute.threads import device_of
+    from align.models.compute.processes import device_of
 
     return TransformersEngine(
         model_dir,
@@ -148,7 +150,7 @@ def _open_pool(
 
     runtime = spec.runtime
     dtype = engine_dtype(runtime, spec.precision)
-    # The other processes get their responses from the first one; see shared_engine.py.
+    # The other processes get their responses from the first one (``trainer_engine.py``).
     if rank() > 0:
         return RemoteRankEngine(dtype)
     server_spec = ServerSpec.of(
@@ -204,3 +206,62 @@ def _shares_gpus(runtime: Runtime) -> bool:
     pool, gpu_count = runtime.rollouts, torch.cuda.device_count()
     server_gpus = {gpu for number in range(pool.servers) for gpu in pool.gpus_of(number, gpu_count, local_size())}
     return any(gpu in server_gpus for gpu in range(local_size()))
+
+
+VOLATILE_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+"""Fields of ``config.json`` that do not affect which weights fit."""
+
+
+class SwitchingEngine:
+    """The rollout engine of this process, with the weights of the checkpoint in use."""
+
+    def __init__(self, open_checkpoint: Callable[[Path], RolloutEngine]) -> None:
+        """Set up without an engine; ``open_checkpoint`` opens one on a model folder."""
+        self._open_checkpoint = open_checkpoint
+        self._engine: RolloutEngine | None = None
+        self._architecture = ""
+        self._loaded = Path()
+
+    def with_weights(self, model_dir: Path) -> RolloutEngine:
+        """Return the engine with the weights of a checkpoint; another architecture needs another engine."""
+        required = architecture(model_dir)
+        if self._engine is not None and required == self._architecture:
+            # Only the weights are replaced, which spares the engine's start.
+            if self._loaded != model_dir:
+                # Imported late, because it imports torch.
+                from align.inference.weights import checkpoint_weights
+
+                self._engine.load_weights(checkpoint_weights(model_dir))
+        else:
+            # A process can hold only one vLLM engine.
+            self.close()
+            self._engine = self._open_checkpoint(model_dir)
+            self._architecture = required
+        self._loaded = model_dir
+        return self._engine
+
+    def close(self) -> None:
+        """Free the engine, before other models are loaded."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def architecture(model_dir: Path) -> str:
+    """Return a digest of shapes and end tokens; an engine can load another checkpoint's weights if it is equal."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    generation = model_dir / "generation_config.json"
+    ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    # Fields that a save rewrites without any effect on shapes must not force a new engine.
+    shapes = {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
+    # An adapter that is stored next to the weights (align.models.tuning.stored) is part of the architecture.
+    adapter = model_dir / "adapter" / "adapter.json"
+    inserted = {"adapter": adapter.read_text(encoding="utf-8")} if adapter.is_file() else {}
+    return digest({"shapes": json.dumps(shapes, sort_keys=True), "ends": json.dumps(ends)} | inserted)
+
+
+def max_positions(model_dir: Path) -> int | None:
+    """Return the longest sequence of a checkpoint in tokens, or None if its ``config.json`` does not say."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    limit = config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else None

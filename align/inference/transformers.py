@@ -27,8 +27,7 @@ from align.errors import UserError
 from align.inference.protocol import Progress, Response, Sampling, TurnRequest, Watchdog
 from align.models.chat.render import render_prompt
 from align.models.checkpoints.conversion import require_finite
-from align.models.compute.processes import cumulative_sum
-from align.models.compute.threads import trim_malloc
+from align.models.compute.processes import cumulative_sum, trim_malloc
 from align.models.loading import load_policy, load_tokenizer
 
 

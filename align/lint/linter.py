@@ -35,8 +35,7 @@ from align.lint.tokens import (
     label_runs,
 )
 from align.lint.turns import CallChecks, check_thoughts, check_turns
-from align.models.chat.answer_tokens import PromptRewritten
-from align.models.chat.render import render_prompt
+from align.models.chat.render import PromptRewritten, render_prompt
 from align.training.rows import NO_ROOM, SAME_ANSWERS, TOO_LONG
 
 Prepared = Callable[[int], "dict[str, Any] | None"]

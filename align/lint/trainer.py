@@ -353,7 +353,7 @@ def model_folder(model: str, scratch: Path) -> Path:
     from align.config.validation import suggest
     from align.models import embedded
     from align.models.checkpoints.source import BUILT_IN, TINY
-    from align.models.tiny import make_tiny
+    from align.models.built_in import make_tiny
 
     if model == embedded.NAME:
         return embedded.fetch()

@@ -13,7 +13,7 @@ from align.data.call_values import MalformedCall, call_from_json
 from align.data.final_answers import TAGS, answer_text
 from align.data.rows import Message, Row, is_finished
 from align.data.tool_calls import ParsedTurn, ToolCall, ToolCallFormat, detect_format
-from align.environments.tool_schema import argument_problem
+from align.environments.environment import argument_problem
 from align.errors import UserError
 from align.lint.chat_format import ChatFormat
 from align.lint.findings import Findings, Place

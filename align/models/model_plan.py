@@ -15,6 +15,7 @@ from typing import Any
 from align.config.hub_commits import small_file
 from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
+from align.models.built_in import EMBEDDED_TOKENS, MAX_POSITIONS, SPECIAL_TOKENS
 from align.models.chat.named_templates import (
     explain_no_template,
     has_template,
@@ -26,8 +27,6 @@ from align.models.checkpoints.files import CONFIG, read_optional
 from align.models.checkpoints.folder_checks import SETTINGS, TEMPLATE, TOKENIZER
 from align.models.checkpoints.source import Origin, Source, resolve
 from align.models.compute.architecture import Architecture, UnknownArchitecture, architecture_of, read_architecture
-from align.models.embedded import SPECIAL_TOKENS as EMBEDDED_TOKENS
-from align.models.tiny import MAX_POSITIONS, SPECIAL_TOKENS
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A folder is checked before a library sees it. Only safetensors are read. Code that comes with a model runs only when the
 caller allows it, as the ``model`` stage does by its config. A model is refused when its weights differ from those that
-its config asks for: transformers would fill missing ones with random numbers and drop the others. Excluded: what a
-stage needs beyond an intact model (``loading.py``).
+its config asks for: transformers would fill missing ones with random numbers and drop the others. Torch-free at import.
+Excluded: what a stage needs beyond an intact model (``loading.py``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from align.errors import UserError
-from align.models.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, read_header, refuse_links
+from align.models.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, digests, read_header, refuse_links
 from align.models.checkpoints.folder_checks import (
     check_adapter,
     check_folder,
@@ -382,3 +383,30 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class StepModels:
+    """Implements ``align.data.steps.step.ModelLoaders``."""
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """Return the sha256 of every file of a model folder that a loader may read, by its path in it."""
+        return digests(folder)
+
+    def open_tokenizer(self, name: str, revision: str | None) -> Any:
+        """Return the tokenizer of a folder, or of the Hub at a commit. Raises whatever its files cause."""
+        from align.models.pretrained import open_tokenizer
+
+        return open_tokenizer(name, revision=revision)
+
+    def make_scorer(self, config: Any, folder: Path, device: str) -> Any:
+        """Return the function from rows to scores that a ``ScoreStep`` describes."""
+        from align.models.row_scores import make_scorer
+
+        return make_scorer(config, folder, device)
+
+    def make_embedder(self, folder: Path, device: str, max_length: int, batch_size: int) -> Any:
+        """Return the function from texts to embeddings (texts, dimensions)."""
+        from align.models.row_scores import make_embedder
+
+        return make_embedder(folder, device, max_length, batch_size)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from align.data.rows import Row, answer_side, is_finished
 from align.errors import UserError
-from align.models.chat.answer_tokens import split_turns
+from align.models.chat.render import split_turns
 from align.models.checkpoints.files import CONFIG, read_object
 from align.models.compute.precision import autocast, resolve_precision
 from align.models.fast.token_logprobs import logit_transform

@@ -19,8 +19,7 @@ import torch
 
 from align.data.rows import answer_side
 from align.errors import UserError
-from align.models.chat.answer_tokens import answer_turns, split_answer, split_turns
-from align.models.chat.render import render_prompt
+from align.models.chat.render import answer_turns, render_prompt, split_answer, split_turns
 from align.training.row_history import Continuation
 
 if TYPE_CHECKING:

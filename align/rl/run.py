@@ -18,7 +18,7 @@ from align.config.runtime.launch import rank
 from align.models.checkpoints.sharding import full_model
 from align.models.compute.processes import broadcast
 from align.models.tuning.apply import parameter_counts
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from align.pipeline.context import StageContext
 from align.rl.checkpoint import last_checkpoint, load_checkpoint, load_random_state
 from align.rl.clipping import clip_parts

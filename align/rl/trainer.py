@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from align.config.stages.rl import RolloutFields
 from align.models.checkpoints.sharding import full_model, reshard
 from align.models.compute.precision import cast_frozen_to_bf16, low_residual
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from align.rl import checkpoint, run
 from align.rl.alarms import Alarm
 from align.rl.arguments import RolloutArguments

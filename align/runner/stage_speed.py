@@ -19,7 +19,7 @@ from align.config.base import Precision
 from align.config.runtime import Runtime
 from align.config.runtime.launch import world_size
 from align.config.stages.continue_from import CONTINUE
-from align.models.compute.compute_types import ProductSpeed, read_speed
+from align.models.compute.costs import ProductSpeed, read_speed
 from align.pipeline.context import StageContext, duration
 from align.pipeline.pipeline import Pipeline
 from align.pipeline.registry import load_object
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PRECISION_FILE = "precision.json"
 """In the stage's partial folder: the type of its first attempt."""
 MEASUREMENT = "align.models.compute.precision:product_speed"
-DEVICE = "align.models.compute.threads:device_of"
+DEVICE = "align.models.compute.processes:device_of"
 BROADCAST = "align.models.compute.processes:broadcast"
 """Functions that are loaded by name, because their modules import torch."""
 

@@ -13,11 +13,10 @@ from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine, Sampling
 from align.lint.trainer import Split, lint_stage
 from align.models.checkpoints.sharding import full_model
-from align.models.compute.processes import broadcast
-from align.models.compute.threads import device_of, use_threads
+from align.models.compute.processes import broadcast, device_of, use_threads
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning, engine_source
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact
 from align.training.arguments import shares_prefixes, training_arguments

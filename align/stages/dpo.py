@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig as Arguments
 
 from align.config.stages.preference import DpoConfig
-from align.models.compute.threads import use_threads
+from align.models.compute.processes import use_threads
 from align.pipeline.context import StageContext
 from align.stages.preference import PreparedPolicy, Reference, beta_of, prepare_policy
 from align.training import held_out

@@ -14,7 +14,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for an empty test split, prompts that are all too long, tasks whose data does not fit, and
     gates on metrics that are not measured.
     """
-    from align.models.compute.threads import keep_freed_memory, use_threads
+    from align.models.compute.processes import keep_freed_memory, use_threads
 
     use_threads(context.runtime)
     keep_freed_memory()

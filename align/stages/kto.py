@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl.trainer.kto_config import KTOConfig as Arguments
 
 from align.config.stages.preference import KtoConfig
-from align.models.compute.threads import use_threads
+from align.models.compute.processes import use_threads
 from align.pipeline.context import StageContext
 from align.stages.preference import Reference, beta_of, prepare_policy
 from align.training.arguments import total_steps, training_arguments

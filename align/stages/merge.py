@@ -39,7 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises ``UserError`` for checkpoints of different architectures, vocabularies, templates or origins, and for one
     whose adapter is not merged into its weights.
     """
-    from align.models.compute.threads import use_threads
+    from align.models.compute.processes import use_threads
 
     use_threads(context.runtime)
     from align.models.loading import load_policy, load_reward, load_tokenizer

@@ -166,11 +166,11 @@ def run(context: StageContext) -> dict[str, Any]:
 def _fetch(source: Source, context: StageContext) -> Path:
     """Return the folder of a source; create, download or convert it if it is not on this machine yet."""
     if source.origin is Origin.TINY:
-        from align.models.tiny import make_tiny
+        from align.models.built_in import make_tiny
 
         return make_tiny(context.checkpoints / "tiny", context.seed)
     if source.origin is Origin.EMBEDDED:
-        from align.models.embedded import fetch
+        from align.models.built_in import fetch
 
         return fetch(print)
     if source.origin is Origin.HUB:

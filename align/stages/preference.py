@@ -13,7 +13,7 @@ from typing import Any
 from align.config.stages.preference import PreferenceFields, ReferenceFields
 from align.config.tuning import TuningBase
 from align.lint.trainer import Split, lint_stage
-from align.models.compute.threads import device_of
+from align.models.compute.processes import device_of
 from align.models.loading import load_tokenizer
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning
 from align.pipeline.context import StageContext

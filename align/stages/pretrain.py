@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl.trainer.sft_config import SFTConfig as Arguments
 
 from align.config.stages.sft import PretrainConfig
-from align.models.compute.threads import use_threads
+from align.models.compute.processes import use_threads
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext
 from align.training import held_out

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.config.stages.preference import CpoConfig, OrpoConfig
-from align.models.compute.threads import use_threads
+from align.models.compute.processes import use_threads
 from align.pipeline.context import StageContext
 from align.stages.preference import prepare_policy
 from align.training.arguments import training_arguments

@@ -10,7 +10,7 @@ from trl.trainer.reward_config import RewardConfig as Arguments
 from align.config.runtime.launch import rank
 from align.config.stages.reward import RewardConfig
 from align.lint.trainer import Split, lint_stage
-from align.models.compute.threads import use_threads
+from align.models.compute.processes import use_threads
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext
 from align.training.arguments import training_arguments

@@ -30,8 +30,7 @@ from align.inference.engine import open_engine
 from align.inference.protocol import RolloutEngine
 from align.inference.servers.server_client import EngineLost
 from align.lint.trainer import Split, lint_prompts
-from align.models.compute.processes import broadcast
-from align.models.compute.threads import device_of, use_threads
+from align.models.compute.processes import broadcast, device_of, use_threads
 from align.models.experts import freeze_routers
 from align.models.loading import load_tokenizer
 from align.models.reward import RewardModel

@@ -18,7 +18,7 @@ from align.errors import UserError
 from align.evaluation.rewards import judge_usage, load_late, open_score
 from align.inference.protocol import Sampling
 from align.models.chat.render import render_prompt
-from align.models.compute.threads import use_threads
+from align.models.compute.processes import use_threads
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext
 from align.stages.sample_episodes import LateEngine, SampledSplit, sample_episodes

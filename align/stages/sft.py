@@ -20,7 +20,7 @@ from trl.trainer.sft_config import SFTConfig as Arguments
 
 from align.config.stages.sft import SftConfig
 from align.lint.trainer import Split, lint_stage
-from align.models.compute.threads import use_threads
+from align.models.compute.processes import use_threads
 from align.models.tuning.apply import apply_tuning
 from align.pipeline.context import StageContext
 from align.training import held_out

@@ -12,10 +12,9 @@ from typing import Any
 from align.config.runtime.rollouts import SYNTHESIS_CHUNK
 from align.errors import UserError
 from align.inference.cached_client import AnswerSink
-from align.inference.engine import open_engine
+from align.inference.engine import SwitchingEngine, max_positions, open_engine
 from align.inference.protocol import Response, RolloutEngine, Sampling
 from align.inference.requests import Answer, Request
-from align.inference.switching import SwitchingEngine, max_positions
 from align.models.chat.render import render_prompt, require_chat_template
 from align.models.loading import load_tokenizer
 from align.pipeline.context import StageContext

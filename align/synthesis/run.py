@@ -91,7 +91,7 @@ class _Synthesis:
         if endpoint is not None:
             return Endpoint(endpoint, drop=self.config.on_error == "drop", place=place)
         # Imported late, since they import torch.
-        from align.models.compute.threads import use_threads
+        from align.models.compute.processes import use_threads
         from align.synthesis.local_model import Engines, LocalModel
 
         use_threads(self.context.runtime)
@@ -217,7 +217,7 @@ class _Synthesis:
             speaker = config.environment.user
             if speaker is not None and speaker.model is not None:
                 # Imported late, since it imports torch, which only the user's checkpoint needs.
-                from align.models.compute.threads import use_threads
+                from align.models.compute.processes import use_threads
 
                 use_threads(self.context.runtime)
             return EndpointEpisodes(self.context, model.identity, lambda requests: self.client.ask(model, requests))

@@ -9,7 +9,7 @@ from align.config.runtime.launch import LaunchConfig, world_size
 from align.config.stages.continue_from import warmup_steps
 from align.config.stages.training import TrainingFields
 from align.errors import UserError
-from align.models.compute.threads import device_of
+from align.models.compute.processes import device_of
 from align.patches import transformers
 from align.pipeline.context import StageContext
 from align.training.kept_state import continued_facts

@@ -26,8 +26,7 @@ from align.config.tuning import FullTuning
 from align.data.rows import has_rows
 from align.models.checkpoints.sharding import is_sharded
 from align.models.compute.precision import frozen_in_bf16
-from align.models.compute.processes import all_gather, broadcast
-from align.models.compute.threads import trim_malloc, untrimmed_heap
+from align.models.compute.processes import all_gather, broadcast, trim_malloc, untrimmed_heap
 from align.models.tuning.apply import notice, parameter_counts
 from align.pipeline.context import StageContext
 from align.store.json_files import write_text_atomically

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from align.models.checkpoints.sharding import reshard
-from align.models.compute.threads import trim_malloc
+from align.models.compute.processes import trim_malloc
 from align.training.order import by_length
 from align.training.rows import MASKED, Encoded, pad_right
 from align.training.trainers import SCORING_TOKENS

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from align.data.rows import answer_side, is_finished, read_rows
 from align.data.steps.split import hold_back
 from align.errors import UserError
-from align.models.chat.answer_tokens import answer_turns, are_parts, assistant_mask, split_answer, split_turns
-from align.models.chat.render import render_answered
+from align.models.chat.render import answer_turns, are_parts, assistant_mask, render_answered, split_answer, split_turns
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ import torch
 from align.config.runtime.launch import rank
 from align.models.checkpoints.conversion import plain_of
 from align.models.checkpoints.sharding import full_model
-from align.models.compute.threads import trim_malloc
+from align.models.compute.processes import trim_malloc
 from align.models.loading import load_reward
 from align.models.tuning.apply import save_tuned
 from align.pipeline.context import StageContext

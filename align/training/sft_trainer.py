@@ -20,7 +20,7 @@ from datasets import Dataset
 from align.config.runtime import Runtime
 from align.errors import UserError
 from align.models.checkpoints.conversion import plain_of
-from align.models.compute.threads import device_of
+from align.models.compute.processes import device_of
 from align.models.fast.real_tokens import compute_real_tokens, computes_real_tokens
 from align.training.rows import Encoded
 

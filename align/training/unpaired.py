@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from align.models.chat.answer_tokens import assistant_mask, split_answer
+from align.models.chat.render import assistant_mask, split_answer
 from align.training.order import grouped_order
 from align.training.rows import (
     NO_ROOM,

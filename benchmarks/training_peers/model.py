@@ -27,7 +27,7 @@ FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenize
 
 def export_model(folder: Path) -> Path:
     """Write the model to ``folder``, once."""
-    from align.models.embedded import fetch
+    from align.models.built_in import fetch
 
     if (folder / "chat_template.jinja").is_file():
         return folder

@@ -13,7 +13,7 @@ from align.config.stages.reward import RewardConfig
 from align.config.stages.sft import SftConfig
 from align.config.tuning import FullTuning
 from align.models.compute.architecture import UnknownArchitecture, architecture_of
-from align.models.compute.estimates import activations_of_layer, activations_per_token
+from align.models.compute.costs import activations_of_layer, activations_per_token
 from tests.support.capacity.models import TOY
 
 # A layer: 25 in its matrix with its bias, 4 in its norm. The trunk: 44 + 2 * 29 = 102; the head 40.

@@ -16,9 +16,9 @@ from align.capacity.memory import Memory, engine_memory, model_bytes, ppo_memory
 from align.config.runtime import Runtime
 from align.config.tuning import FullTuning, LoraTuning, QloraTuning, TuningBase
 from align.evaluation import logprobs as evaluation
-from align.models.compute import estimates as activations
+from align.models.compute import costs as activations
 from align.models.compute.architecture import Architecture, Linear, architecture_of
-from align.models.compute.estimates import FLOAT, activations_per_token
+from align.models.compute.costs import FLOAT, activations_per_token
 from align.models.compute.precision import low_residual
 from align.models.fast import ragged_rows
 from align.models.fast import token_logprobs as logprobs

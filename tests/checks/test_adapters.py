@@ -13,7 +13,7 @@ from align.checks.facts import read_tensors, weights_digest
 from align.checks.stage import check_inputs, check_output
 from align.cli.lineage import find_base
 from align.errors import UserError
-from align.models.tiny import make_tiny
+from align.models.built_in import make_tiny
 from align.store.artifacts import Artifact, Kind
 from tests.support.checks.contexts import WEIGHTS, context, edit_weights
 

@@ -13,7 +13,7 @@ import pytest
 
 from align.cli import doctor
 from align.inference.servers.server_process import MODULE
-from align.models.compute.compute_types import ProductSpeed
+from align.models.compute.costs import ProductSpeed
 
 BROKEN = "Traceback\nModuleNotFoundError: No module named 'x'\n"
 

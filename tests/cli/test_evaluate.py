@@ -21,7 +21,7 @@ from align.config.stages.evaluate import EvaluateConfig
 from align.config.validation import validate
 from align.errors import UserError
 from align.evaluation.scorecard import PROMPT_SET_METRICS, prompt_set_metric
-from align.models.tiny import make_tiny
+from align.models.built_in import make_tiny
 from align.store.artifacts import Artifact, Kind
 from align.store.store import Store
 from tests.support.records import record_of

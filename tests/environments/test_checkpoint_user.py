@@ -12,8 +12,8 @@ import pytest
 from align.config.environment import SimulatedUserConfig
 from align.config.runtime import EngineConfig, Runtime
 from align.data.rows import Message, user
-from align.environments.checkpoint_user import CheckpointUser, read_template
 from align.environments.simulated_user import UserAnswer, UserRequest
+from align.environments.user_models import CheckpointUser, read_template
 from align.errors import UserError
 from align.models.loading import load_tokenizer
 from tests.support.environments.buttons import TURNS, make_presser
@@ -85,16 +85,16 @@ def test_too_long_conversation_fails_only_its_episode(presser: Path) -> None:
 
 
 def test_weights_are_loaded_once_and_freed(presser: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from align.environments import checkpoint_user
+    from align.environments import user_models
 
     opened: list[Any] = []
-    open_engine = checkpoint_user.open_transformers
+    open_engine = user_models.open_transformers
 
     def count(*values: Any) -> Any:
         opened.append(open_engine(*values))
         return opened[-1]
 
-    monkeypatch.setattr(checkpoint_user, "open_transformers", count)
+    monkeypatch.setattr(user_models, "open_transformers", count)
     lazy = open_user(presser)
     assert not opened
     lazy.load()

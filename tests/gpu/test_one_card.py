@@ -75,7 +75,7 @@ def test_vllm_has_the_trainer_s_weights_and_sleeps(device: str, tiny_model: Path
     script = (
         "import torch\n"
         "from align.models.loading import load_policy\n"
-        "from align.models.tuning.merged_weights import merged_weights\n"
+        "from align.models.tuning.peft_layers import merged_weights\n"
         "from align.inference.engine import open_engine\n"
         "from align.inference.trainer_engine import probe\n"
         "from align.config.runtime import Runtime\n"
@@ -99,7 +99,7 @@ def test_vllm_has_the_trainer_s_weights_and_sleeps(device: str, tiny_model: Path
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_stage_holds_what_the_plan_counts(method: str, device: str, tmp_path: Path) -> None:
-    from align.models.tiny import make_tiny
+    from align.models.built_in import make_tiny
 
     if device != "cuda":
         pytest.skip("a processor's memory is measured by benchmarks.memory_plan")

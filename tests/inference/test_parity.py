@@ -10,7 +10,7 @@ import torch
 from align.inference.trainer_engine import ParityError, probe
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 
 PROMPTS = [[1, 30, 31], [1, 40, 41, 42], [1, 50, 51]]
 

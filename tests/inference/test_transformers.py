@@ -11,7 +11,7 @@ from align.inference.protocol import Sampling
 from align.inference.trainer_engine import trainer_logprobs
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 
 PROMPTS = [[1, 30, 31], [1, 40, 41, 42, 43, 44, 45], [1, 50], [1, 60, 61, 62]]
 

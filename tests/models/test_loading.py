@@ -13,7 +13,7 @@ from align.config.tuning import FullTuning, LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy, load_reward, load_tokenizer, new_reward
 from align.models.tuning.apply import apply_tuning, save_tuned
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 
 IDS = torch.tensor([[1, 40, 41, 42, 2]])
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from align.errors import UserError
+from align.models.built_in import make_tiny_tokenizer
 from align.models.loading import load_reward, new_reward
 from align.models.score_heads import classifier_class
-from align.models.tiny import make_tiny_tokenizer
 from tests.support.models.families import family_config, write_family
 
 WITHOUT_CLASSIFIER = ["granite", "granitemoehybrid", "cohere2", "olmoe", "lfm2", "falcon_h1", "bamba", "ernie4_5"]

@@ -7,7 +7,7 @@ import torch
 
 from align.config.tuning import FullTuning, LoraTuning
 from align.errors import UserError
-from align.models.chat.answer_tokens import split_turn
+from align.models.chat.render import split_turn
 from align.models.loading import load_policy, load_tokenizer
 from align.rl.prompts import PtxRows, split_outputs
 from tests.support.rl.gradients import TEXTS, Gradients, sft_gradient

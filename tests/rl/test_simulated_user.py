@@ -10,10 +10,10 @@ import torch
 from align.config.environment import EnvironmentConfig
 from align.config.runtime import EngineConfig, Runtime
 from align.config.tuning import LoraTuning
-from align.environments.checkpoint_user import CheckpointUser
 from align.environments.player import EnvironmentPlayer
 from align.environments.simulated_user import UserAnswer
 from align.environments.sources import open_environment
+from align.environments.user_models import CheckpointUser
 from align.inference.sessions import LockstepSession
 from align.models.loading import load_policy, load_tokenizer
 from align.rl import GrpoConfig, GRPOTrainer, PpoConfig, PPOTrainer

@@ -11,7 +11,7 @@ import pytest
 from align.capacity.memory import Estimate
 from align.capacity.plan import estimate_memory
 from align.errors import UserError
-from align.models.compute.compute_types import ProductSpeed
+from align.models.compute.costs import ProductSpeed
 from align.pipeline.pipeline import Node, Pipeline
 from align.runner.plan import plan
 from align.runner.runner import RunOptions, prepare_run
@@ -39,7 +39,7 @@ TINY_REWARD = 2 * 98_560 + 4 * (320 + 64)
 @pytest.fixture(autouse=True)
 def processor_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the same memory on every processor."""
-    monkeypatch.setattr("align.models.compute.compute_types.read_speed", lambda: ProductSpeed(2.0, 1.0))
+    monkeypatch.setattr("align.models.compute.precision.read_speed", lambda: ProductSpeed(2.0, 1.0))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from align import Pipeline
 from align.config.runtime import Runtime
-from align.models.compute.compute_types import ProductSpeed, write_speed
+from align.models.compute.costs import ProductSpeed, write_speed
 from align.pipeline.context import StageContext
 from align.runner import stage_speed
 from align.runner.plan import Step

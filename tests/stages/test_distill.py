@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from align.config.stages.sft import DistillConfig
 from align.errors import UserError
 from align.inference.protocol import Response, Sampling
+from align.models.built_in import make_tiny
 from align.models.fast.token_logprobs import LogitTransform
 from align.models.loading import load_policy, load_tokenizer
-from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import distill as work
 from align.stages.distill import run

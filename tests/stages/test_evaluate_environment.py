@@ -14,9 +14,9 @@ import pytest
 from align.config.runtime import EngineConfig, Runtime
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import user, write_rows
-from align.environments.checkpoint_user import CheckpointUser
 from align.environments.episode_run import PromptedTurns
 from align.environments.turn_template import TurnTemplate
+from align.environments.user_models import CheckpointUser
 from align.errors import UserError
 from align.evaluation.plan import make_plan
 from align.evaluation.statistics import mean_interval

@@ -10,7 +10,7 @@ from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import user, write_rows
 from align.errors import UserError
 from align.inference.transformers import TransformersEngine
-from align.models.tiny import make_tiny, make_tiny_reward
+from align.models.built_in import make_tiny, make_tiny_reward
 from align.pipeline.context import StageContext
 from align.stages import evaluate
 from align.store.artifacts import Artifact, Kind

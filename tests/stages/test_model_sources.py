@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.config.runtime import Runtime
 from align.config.stages.inputs import ModelConfig
 from align.errors import UserError
+from align.models.built_in import make_tiny
 from align.models.loading import load_policy, load_tokenizer
-from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.pipeline.pipeline import Pipeline
 from align.stages.model import architecture, identities, pinned, run

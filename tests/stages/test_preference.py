@@ -15,9 +15,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from align.data.rows import write_rows
 from align.errors import UserError
+from align.models.built_in import make_tiny
 from align.models.fast.real_tokens import computes_real_tokens
 from align.models.loading import load_policy, load_tokenizer
-from align.models.tiny import make_tiny
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.stages.preference import Reference, prepare_policy

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from align.errors import UserError
+from align.models.built_in import make_tiny_tokenizer
 from align.models.reward import RewardModel, Steps, combine_steps, tokenize_steps
-from align.models.tiny import make_tiny_tokenizer
 from align.pipeline.context import StageContext
 from align.stages.reward import run
 from align.store.artifacts import Kind

@@ -16,8 +16,8 @@ from align.config.stages.sample import SampleConfig
 from align.config.stages.synthesize import SynthesizeConfig
 from align.data.rows import read_rows, user, write_rows
 from align.evaluation import systems
-from align.inference import switching
-from align.models.tiny import make_tiny
+from align.inference import engine
+from align.models.built_in import make_tiny
 from align.pipeline.context import StageContext
 from align.stages import evaluate, sample
 from align.store.artifacts import Artifact, Kind
@@ -156,7 +156,7 @@ def test_a_judge_of_another_architecture(
         return Opened()
 
     monkeypatch.setattr(local_model, "open_engine", open_engine)
-    monkeypatch.setattr(switching, "architecture", lambda folder: folder.name)
+    monkeypatch.setattr(engine, "architecture", lambda folder: folder.name)
     (tmp_path / "judge").symlink_to(tiny_model)
     runtime = Runtime.model_validate({"rollouts": rollouts})
     config = SimpleNamespace(precision="float32")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from align.config.environment import USER_INPUT
-from align.environments.checkpoint_user import CheckpointUser
+from align.environments.user_models import CheckpointUser
 from align.environments.simulated_user import GREETING
 from align.errors import UserError
 from align.pipeline.context import StageContext

@@ -238,7 +238,7 @@ def test_checkpoint_with_an_endpoint_user_has_the_stage_threads(
     fake: FakeChat, presser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtimes: list[Any] = []
-    monkeypatch.setattr("align.models.compute.threads.use_threads", runtimes.append)
+    monkeypatch.setattr("align.models.compute.processes.use_threads", runtimes.append)
     fields = endpoint_fields(fake, user={"model": "sft", "prompt": "You buy.", "max_tokens": 8})
     task = {"type": "responses", "cut_off": "keep"}
     context = make_context(tmp_path, task=task, train=2, test=1, **fields)

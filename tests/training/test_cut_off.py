@@ -12,8 +12,7 @@ import pytest
 from align.data.formats.converters import convert_kind
 from align.data.rows import read_rows, write_rows
 from align.evaluation.logprobs import heldout_losses
-from align.models.chat.answer_tokens import split_answer
-from align.models.chat.render import render_answered
+from align.models.chat.render import render_answered, split_answer
 from align.models.loading import load_tokenizer
 from align.report.dataset.token_views import token_views
 from align.rl.prompts import PtxRows

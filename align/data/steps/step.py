@@ -33,7 +33,7 @@ class RowFilter(ABC):
 
 
 class ModelLoaders(Protocol):
-    """Access to models, whose package is above this one; ``align.models.step_models`` implements it. Picklable."""
+    """Access to models, whose package is above this one; ``align.models.pretrained`` implements it. Picklable."""
 
     def digests(self, folder: Path) -> dict[str, str]:
         """Return digests of a model folder's files by path."""
@@ -142,7 +142,7 @@ class Verdict:
 def require_models(models: ModelLoaders | None) -> ModelLoaders:
     """Return the loaders. Raises ``RuntimeError`` if the caller of the build gave none."""
     if models is None:
-        raise RuntimeError("a step needs a model: pass align.models.step_models.StepModels() as `models`")
+        raise RuntimeError("a step needs a model: pass align.models.pretrained.StepModels() as `models`")
     return models
 
 

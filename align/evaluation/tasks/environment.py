@@ -71,7 +71,7 @@ def _check_user(task: EnvironmentTask, user: SimulatedUserConfig | None, inputs:
     if user.endpoint is not None:
         warn_if_unreachable(user.endpoint, f"tasks.{task.name}.{place}.endpoint", inputs.warn, NEEDED_NOW)
     else:
-        from align.environments.checkpoint_user import read_template
+        from align.environments.user_models import read_template
 
         read_template(inputs.users[str(user.model)].model, f"{place}.model")
 

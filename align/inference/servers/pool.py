@@ -207,7 +207,7 @@ class PoolEngine:
         return self.folder.write(weights)
 
     def offer(self, version: int, update: int) -> None:
-        """Let a session go over to a version that was written, between two turns (``rolling_update.py``).
+        """Let a session go over to a version that was written, between two turns (``sessions.RollingUpdate``).
 
         ``update`` is the one before which the policy has these weights. Call ``adopt`` behind the session.
         """

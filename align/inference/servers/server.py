@@ -1,6 +1,6 @@
 """One vLLM server as a rollout engine: requests, checks of replies, new weights.
 
-With ``server_process.py``, ``server_options.py``, ``server_worker.py`` and ``nccl.py`` this is all that touches vLLM's
+With ``server_process.py``, ``server_options.py`` and ``server_worker.py`` this is all that touches vLLM's
 HTTP interface, as of 0.31: ``/v1/completions``, ``/collective_rpc``, ``/reset_prefix_cache``, ``/server_info`` and
 ``/health``, of which the middle three exist only with ``VLLM_SERVER_DEV_MODE=1``. Every call ends within
 ``runtime.engine.timeout``, with a reply or with an error that says whether the server lives. Leaves out retries and

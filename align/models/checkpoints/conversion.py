@@ -37,7 +37,7 @@ class Changes:
     template_name: str = ""
     """Name or path of the new template, for messages."""
     add_tokens: tuple[str, ...] = ()
-    """Special tokens to add to the vocabulary (``added_tokens.py``)."""
+    """Special tokens to add to the vocabulary."""
     dtype: str = "float32"
 
 

@@ -2,7 +2,7 @@
 
 A folder is checked before any loader sees it. Weights are safetensors files inside the folder, named by
 ``model.safetensors.index.json`` or called ``model.safetensors``; a link may lead to another file of the folder or into
-the blobs of the Hub's cache, nowhere else. Excluded: the files' contents (``config_checks.py`` and its neighbors).
+the blobs of the Hub's cache, nowhere else. Excluded: the files' contents (``folder_checks.py``).
 
 Read headers of safetensors files: names, types and shapes of tensors.
 

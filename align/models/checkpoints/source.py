@@ -2,7 +2,7 @@
 
 A source is a built-in name, a transformers folder, a peft adapter's folder, a ``.gguf`` file, or a Hub name. A Hub name
 with a commit is resolved without the network; for any other revision the Hub or its cache names the commit.
-Excluded: fetching and conversion (``embedded.py``, ``stages/model.py``).
+Excluded: fetching and conversion (``built_in.py``, ``stages/model.py``).
 
 Recognize checkpoints of DeepSpeed, FSDP and verl, which are pickled, and name the command that converts them.
 
@@ -23,11 +23,11 @@ from align.config.hub_commits import HUB_NAME, find_commit
 from align.config.user_paths import user_path
 from align.config.validation import suggest
 from align.errors import UserError
+from align.models.built_in import NAME as EMBEDDED
+from align.models.built_in import WHEEL_SHA256
 from align.models.checkpoints import files
 from align.models.checkpoints.files import CONFIG
 from align.models.checkpoints.folder_checks import check_adapter, check_folder, check_gguf
-from align.models.embedded import NAME as EMBEDDED
-from align.models.embedded import WHEEL_SHA256
 from align.store.fingerprint import digest, file_digest
 
 TINY = "tiny"

@@ -1,17 +1,15 @@
-"""Precision of the matrix products. Weights and AdamW's state are float32 whatever it is.
+"""Precision of the matrix products, and the measured speeds that decide what ``precision: auto`` stands for.
 
-bfloat16 keeps 8 bits of a number: at a learning rate of 1e-6 an update is smaller than the rounding of a weight near
-0.02 and is lost. So weights are float32 masters, and ``torch.autocast`` rounds only the operands of matrix products.
-``low_residual`` goes further and rounds the activations between them as well, as vLLM and the mixed precision of FSDP
-and DeepSpeed do. Measurements on SmolLM2-135M against float32: log-probabilities are off by 0.037 nats on average
-rather than 0.031, the gradient's direction by 1 - cos = 4e-5 rather than 2e-5.
+Weights and AdamW's state are float32 whatever the precision is. bfloat16 keeps 8 bits of a number: at a learning rate
+of 1e-6 an update is smaller than the rounding of a weight near 0.02 and is lost. So weights are float32 masters, and
+``torch.autocast`` rounds only the operands of matrix products. ``low_residual`` goes further and rounds the activations
+between them as well, as vLLM and the mixed precision of FSDP and DeepSpeed do. Measurements on SmolLM2-135M against
+float32: log-probabilities are off by 0.037 nats on average rather than 0.031, the gradient's direction by
+1 - cos = 4e-5 rather than 2e-5.
 
-Measure the speed of matrix products in bfloat16 and float32, which decides what ``precision: auto`` stands for.
-
-Flags of a processor would be a guess: some emulate bfloat16, some restrict instructions by a variable, and GPUs differ.
-Two products of a model's size need about 50 ms, once per machine and version of torch.
-
-It also describes the installed torch and the devices that torch sees.
+Flags of a processor would be a guess at the faster type: some emulate bfloat16, some restrict instructions by a
+variable, and GPUs differ. Two products of a model's size need about 50 ms, once per machine and version of torch. The
+speeds are in ``costs.py``, which a plan reads without torch.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align.config.base import Precision, PrecisionSetting
-from align.models.compute.compute_types import ProductSpeed, read_speed, write_speed
+from align.models.compute.costs import ProductSpeed, read_speed, write_speed
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ proceeds in three steps (``ragged_attention``):
 It is registered as an attention function of transformers, so every model that looks up its attention in that registry
 can run this way. On a CPU, short sequences use plain matrix products: torch's flash kernel there needs 2 to 4 times as
 long up to a few hundred tokens, most of all backwards. A prefix that several sequences share may appear once
-(``prefix_batch.PrefixBatch``): each of them attends to the prefix's keys and values. Excluded: sliding windows, linear
+(``shared_parts.PrefixBatch``): each of them attends to the prefix's keys and values. Excluded: sliding windows, linear
 attention, caches.
 """
 

@@ -3,8 +3,8 @@
 Trainers call a model with ``input_ids`` and ``attention_mask`` (B, T) and read states or log-probabilities of that
 shape. Two hooks on the trunk keep this so:
 
-1. Before the trunk, the rows become one line of N tokens without padding (``prefix_batch``). A system message that all
-   rows begin with, and a prompt that is there once per answer, stand in it once.
+1. Before the trunk, the rows become one line of N tokens without padding (``shared_parts.PrefixBatch``). It holds a
+   system message that all rows begin with, and a prompt with several answers, once.
 2. After the trunk, the line's states go back to the places of their tokens: (1, N, H) becomes (B, T, H), 0 on padding.
 
 What is around the trunk (heads, losses, adapters, parallel wrappers) sees no difference but time and memory. Results

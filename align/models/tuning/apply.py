@@ -25,14 +25,13 @@ from align.config.tuning import (
 )
 from align.models.checkpoints.conversion import plain_of
 from align.models.compute.architecture import UnknownArchitecture, architecture_of
-from align.models.compute.estimates import activations_per_token
-from align.models.compute.threads import trim_malloc
+from align.models.compute.costs import activations_per_token
+from align.models.compute.processes import trim_malloc
 from align.models.loading import load_policy, load_tokenizer, new_reward
 from align.models.parameter_groups import freeze
-from align.models.tuning import stored, virtual_tokens
-from align.models.tuning.layers import note_ids
-from align.models.tuning.lora import START, at_initial_values, save_adapter
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning import lora, stored, virtual_tokens
+from align.models.tuning.lora import START, at_initial_values, note_ids, save_adapter
+from align.models.tuning.peft_layers import merged_weights
 from align.models.tuning.stored import is_stored
 from align.patches.transformers import save_everything
 
@@ -74,17 +73,13 @@ def apply_tuning(
         freeze(model, tuning.freeze)
         return model
     if isinstance(tuning, LoraTuning):
-        from align.models.tuning import lora
-
         return lora.wrap(model, tuning, seed, rows)
     if isinstance(tuning, QloraTuning):
         from align.models.tuning import quantized
 
         return quantized.wrap(model, tuning, seed, rows)
     if isinstance(tuning, (Ia3Tuning, PeftTuning)):
-        from align.models.tuning import peft_method
-
-        return peft_method.wrap(model, tuning, seed)
+        return lora.wrap_method(model, tuning, seed)
     raise TypeError(f"nothing here applies {type(tuning).__name__}")
 
 
@@ -192,7 +187,7 @@ def notice(
 
     ``loaded`` is everything in memory where that is more than ``model``: its critic and reference. ``max_trained`` is
     the most parameters that a layer schedule trains in one step. Activations are given per token, where there is a
-    rule; ``low_residual`` is how the model computes (``align.models.compute.estimates.activations_per_token``).
+    rule; ``low_residual`` is how the model computes (``align.models.compute.costs.activations_per_token``).
     """
     import torch
 

@@ -1,10 +1,12 @@
-"""Temporarily put other values into trained parameters, to run a model as it started.
-
-Insert trained modules into a frozen transformers model, which keeps its class and its weights' names.
+"""Insert trained modules into a frozen transformers model, which keeps its class and its weights' names.
 
 An insertion is a submodule of the module that it changes, plus a hook on that module. Nothing is replaced, so trl,
-transformers and align still see the model they know. The trainer's checkpoints hold the trained tensors only. Left out:
-what the insertions compute (``virtual_tokens``, ``prefix``, ``bottleneck``, ``llama_adapter``).
+transformers and align still see the model they know. The trainer's checkpoints hold the trained tensors only. To run
+the model as it started, other values are put into its trained parameters for a while. Excluded: what the insertions
+compute (``virtual_tokens``, ``inserted_methods``).
+
+Attention and MLP modules are found by the names that most decoders of transformers use. Decoders that fuse these
+matrices or use other names (GPT-2, GPT-NeoX, Phi-3) are refused.
 """
 
 from __future__ import annotations
@@ -135,3 +137,44 @@ def _without_insertions(model: Any) -> Iterator[None]:
     finally:
         for module, enabled in before.items():
             module.enabled = enabled
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def decoder_layers(model: Any, method: str) -> list[Any]:
+    """Return the layers from first to last. Raises ``UserError`` if they have no ``self_attn`` and ``mlp``."""
+    # The trunk itself may be passed as well.
+    trunk = getattr(model, model.base_model_prefix, model)
+    layers = list(getattr(trunk, "layers", []))
+    if not layers or not all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers):
+        raise _unsupported(model, method, "layers of self_attn and mlp")
+    return layers
+
+
+def attentions(model: Any, method: str) -> list[Any]:
+    """Return each layer's attention, with a matrix each for queries, keys, values and output."""
+    modules = [layer.self_attn for layer in decoder_layers(model, method)]
+    if not all(_has(module, ATTENTION) for module in modules):
+        raise _unsupported(model, method, f"attention made of {', '.join(ATTENTION)}")
+    return modules
+
+
+def gated_mlps(model: Any, method: str) -> list[Any]:
+    """Return each layer's MLP, made of ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``."""
+    modules = [layer.mlp for layer in decoder_layers(model, method)]
+    if not all(_has(module, GATED) and hasattr(module, "act_fn") for module in modules):
+        raise _unsupported(model, method, f"a gated MLP of {', '.join(GATED)}")
+    return modules
+
+
+def _has(module: Any, names: tuple[str, ...]) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+
+def _unsupported(model: Any, method: str, expected: str) -> UserError:
+    return UserError(
+        f"tuning.method: {method} needs {expected}, which this {model.config.model_type} has not. Take lora, or a "
+        "model of the llama, mistral, qwen2, qwen3 or smollm3 kind."
+    )

@@ -27,8 +27,14 @@ from torch import nn
 
 from align.config.tuning import AdaptersTuning, PrefixTuning
 from align.errors import UserError
-from align.models.tuning.inserted import Insertion, train_insertions_only
-from align.models.tuning.layers import GATED, attentions, decoder_layers, gated_mlps
+from align.models.tuning.inserted import (
+    GATED,
+    Insertion,
+    attentions,
+    decoder_layers,
+    gated_mlps,
+    train_insertions_only,
+)
 from align.models.tuning.virtual_tokens import NAME as TOKENS
 from align.models.tuning.virtual_tokens import Tokens, add_embedding_rows, first_ids, insert_tokens, new_tokens
 

@@ -1,14 +1,12 @@
-"""LoRA and its variants: low-rank adapters next to frozen matrices (arXiv 2106.09685), by peft.
+"""Adapters that peft adds next to frozen matrices: LoRA and its variants, IA3, and any method that can be merged.
 
-Adapters that are initialized from the weights (PiSSA, OLoRA) subtract their part from them. Without its adapters the
-model is then no longer the initial one, so ``store_initial_values`` stores their initial values and ``initial_policy``
-in ``apply.py`` restores them.
+LoRA (arXiv 2106.09685) that is initialized from the weights (PiSSA, OLoRA) subtracts its part from them. Without its
+adapters the model is then no longer the initial one, so ``store_initial_values`` stores their initial values and
+``initial_policy`` in ``apply.py`` restores them.
 
-Compute a LoRA layer as one function: fewer passes over its activations than peft's sum of two products.
-
-peft computes ``x W^T + s (x A^T) B^T`` with a tensor of the output's size for each product, for the scaled one and for
-the sum, and autograd goes through four more in the backward pass. Here the low-rank product is added to the other by
-the product itself. ``align.patches.peft`` puts the layer here in the place of peft's.
+``tuning.train_tokens`` trains the rows of a few tokens next to low-rank adapters, by peft's trainable tokens. The rows
+of the embedding, and of an untied head, are their own parameters; all other rows stay frozen. A base model learns the
+tokens of its new chat template that way, at the cost of a few thousand parameters.
 """
 
 from __future__ import annotations
@@ -21,17 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
-from torch.autograd.function import once_differentiable
 
-from align.config.tuning import LowRank
-from align.config.validation import hint_nearest
+from align.config.tuning import IA3_INPUTS, IA3_OUTPUTS, Ia3Tuning, LowRank, PeftTuning, TuningBase
+from align.config.validation import hint_nearest, nearest
 from align.errors import UserError
+from align.models.checkpoints.folder_checks import TOKENIZER, token_ids
 from align.models.experts import FEED_FORWARD, expert_matrices, has_experts, matrices_outside_experts
 from align.models.parameter_groups import layer_stack
 from align.models.tuning.inserted import swapped_values
-from align.models.tuning.layers import prepare, require_plain, rows_by_module
-from align.patches.peft import has_hooks, replace_lora_linear
+from align.models.tuning.peft_layers import fuse_lora, merge_layer, tuner_layers
 
 START = "align_start"
 """Attribute of a peft model: its adapters' initial weights by name, where these are part of the initial model."""
@@ -273,94 +269,117 @@ def _batches(rows: Sequence[Sequence[int]], device: Any) -> list[dict[str, torch
     return batches
 
 
-class FusedLoraLinear(Linear):
-    """peft's LoRA layer on a matrix; calls that the fused function does not cover use peft's forward pass."""
+IDS = "align_token_ids"
+"""Attribute of a model: the ids of the tokens to train."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Map x of shape (..., in) to (..., out)."""
-        adapter = None if args or kwargs else self._find_only_adapter()
-        weight: Any = self.base_layer.weight
-        if adapter is None or not _is_whole(weight):
-            return super().forward(x, *args, **kwargs)
-        low, high = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        bias: Any = self.base_layer.bias
-        tensors: list[Any] = [x, weight, low, high, *([] if bias is None else [bias])]
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            tensors = [tensor.to(dtype) for tensor in tensors]
-        elif len({tensor.dtype for tensor in tensors}) > 1:
-            return super().forward(x)
-        x, weight, low, high, *biases = tensors
-        output: torch.Tensor = _LowRankSum.apply(
-            x, weight, biases[0] if biases else None, low, high, self.scaling[adapter]
+
+def note_ids(model: Any, source: Path, tuning: TuningBase) -> None:
+    """Look the tokens of ``tuning`` up in the vocabulary of the checkpoint ``source``, for :func:`rows_by_module`.
+
+    Raises ``UserError`` for a token that is not there.
+    """
+    if not isinstance(tuning, LowRank) or not tuning.train_tokens:
+        return
+    known = token_ids(source / TOKENIZER)
+    for token in tuning.train_tokens:
+        if token not in known:
+            close = nearest(token, [name for name in known if name.startswith(token[:1])])
+            hint = f" Did you mean '{close}'?" if close else ""
+            raise UserError(
+                f"tuning.train_tokens: the vocabulary of {source} has no token {token!r}.{hint} `add_tokens` of a "
+                "model stage adds one."
+            )
+    setattr(model, IDS, [known[token] for token in tuning.train_tokens])
+
+
+def rows_by_module(model: Any, tokens: Sequence[str]) -> dict[str, list[int]] | None:
+    """Return, for peft, the rows to train by the names of embedding and untied head; None without tokens."""
+    if not tokens:
+        return None
+    ids = getattr(model, IDS, None)
+    if ids is None:
+        raise UserError("tuning.train_tokens: this model was not loaded from a checkpoint with a tokenizer.json.")
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = {names[id(embedding)]: list(ids)}
+    # peft trains the rows of a tied head together with the embedding's.
+    if head is not None and head.weight is not embedding.weight:
+        rows[names[id(head)]] = list(ids)
+    return rows
+
+
+def require_plain(model: Any) -> None:
+    """Raise ``UserError`` for a head with a bias, which peft's layer would leave out."""
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise UserError(
+            "tuning.train_tokens: this model's head has a bias, which peft's trained rows leave out. Take "
+            "`save_modules` with the names of embedding and head instead."
         )
-        return output
-
-    def _find_only_adapter(self) -> str | None:
-        """Return the one active adapter, where it is plain LoRA without any other part."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(names) != 1:
-            return None
-        name, base = names[0], self.base_layer
-        dropout = self.lora_dropout[name]
-        if isinstance(dropout, torch.nn.Dropout) and dropout.training and dropout.p > 0:
-            return None
-        matrices = (base, self.lora_A[name], self.lora_B[name])
-        are_plain = name not in self.lora_variant and all(type(matrix) is torch.nn.Linear for matrix in matrices)
-        if not are_plain or self.lora_B[name].bias is not None or base.weight.requires_grad:
-            return None
-        return None if any(map(has_hooks, (*matrices, dropout))) else name
 
 
-def fuse_lora(model: Any) -> None:
-    """Compute ``model``'s LoRA layers on plain matrices by the fused function, in place."""
-    replace_lora_linear(model, FusedLoraLinear)
+def prepare(peft_model: Any) -> None:
+    """Give wrapped heads the attribute ``bias``, which trl's fused loss and align's losses read and peft hides."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    for module in peft_model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.bias = None  # type: ignore[assignment]
 
 
-def _is_whole(weight: torch.Tensor) -> bool:
-    """Return True for a weight that no wrapper has shared out among processes."""
-    return type(weight) in (torch.nn.Parameter, torch.Tensor) and weight.dim() == 2 and not hasattr(weight, "ds_id")
+STARTS: dict[str, dict[str, Any]] = {"c3a": {"init_weights": True}, "fourierft": {"init_weights": True}}
+"""Options with which a method starts as the initial model, where peft's defaults do not."""
+WITHOUT_TARGETS = ("ln_tuning",)
+"""Methods that do not act on linear layers and choose their modules themselves."""
 
 
-class _LowRankSum(torch.autograd.Function):
-    """x W^T + b + s (x A^T) B^T of x (..., in), frozen W (out, in) and b (out,), trained A (r, in) and B (out, r)."""
+def wrap_method(model: Any, tuning: Ia3Tuning | PeftTuning, seed: int) -> Any:
+    """Return ``model`` with the method's parameters, drawn from ``seed``; the caller's random state is unchanged.
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        low: torch.Tensor,
-        high: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Map x of shape (..., in) to (..., out)."""
-        rows = x.reshape(-1, x.shape[-1])
-        narrow = rows @ low.t()  # (N, r)
-        output = torch.nn.functional.linear(rows, weight, bias)
-        # The product is added in place, without another tensor of the output's size.
-        output.addmm_(narrow, high.t(), alpha=scale)
-        # Views: a parameter whose values are swapped before the backward pass leaves them as they were.
-        ctx.save_for_backward(rows, narrow, weight, low.t(), high.t())
-        ctx.scale, ctx.shape = scale, x.shape
-        return output.view(*x.shape[:-1], len(weight))
+    A reward model's score head is trained in full and saved with them. Raises ``UserError`` for options that conflict
+    or do not fit the model, and for a method that cannot be merged.
+    """
+    from peft import get_peft_config, get_peft_model
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        """(..., out) -> gradients of x, A and B in their shapes."""
-        rows, narrow, weight, low_view, high_view = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        # The gradient of x A^T, which the gradients of x and A share.
-        grad_narrow = (grad @ high_view.t()).mul_(ctx.scale)  # (N, r)
-        grad_x = grad_low = grad_high = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_narrow, low_view.t()).view(ctx.shape)
-        if ctx.needs_input_grad[3]:
-            grad_low = grad_narrow.t() @ rows
-        if ctx.needs_input_grad[4]:
-            # The narrow matrix goes first: the product is several times as fast on a CPU.
-            grad_high = (narrow.t() @ grad).mul_(ctx.scale).t()
-        return grad_x, None, None, grad_low, grad_high, None
+    place = "tuning" if isinstance(tuning, Ia3Tuning) else "tuning.options"
+    options: dict[str, Any] = {"targets": tuning.targets} if isinstance(tuning, Ia3Tuning) else tuning.options
+    for name in ("targets", "target_modules", "modules_to_save"):
+        if isinstance(options.get(name), list):
+            check_names(model, options[name], f"{place}.{name}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            peft_model: Any = get_peft_model(model, get_peft_config(_method_options(model, tuning)))  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+            raise UserError(f"{place}: {tuning.label} does not fit this model: {error}") from None
+    check_ties(peft_model)
+    layers = tuner_layers(peft_model)
+    if not layers:
+        raise UserError(f"{place}: {tuning.label} changes no module of this model.")
+    # Merge one layer as a test, unless the model has no weights yet (meta device).
+    first = next(iter(layers.values()))
+    try:
+        if not any(weight.is_meta for weight in first.parameters()):
+            merge_layer(first)
+    except ValueError as error:
+        raise UserError(f"{place}: {error} Its result would run in no engine; take another method.") from None
+    return peft_model
+
+
+def _method_options(model: Any, tuning: Ia3Tuning | PeftTuning) -> dict[str, Any]:
+    classifier = hasattr(model, "score")
+    options: dict[str, Any] = {"task_type": "SEQ_CLS" if classifier else "CAUSAL_LM"}
+    if isinstance(tuning, Ia3Tuning):
+        names = [name for name, _ in model.named_modules()]
+        # IA3 scales outputs of keys and values and inputs of the MLP's last matrix, by the names that this model has.
+        present = [end for end in (*IA3_OUTPUTS, *IA3_INPUTS) if any(name.endswith(f".{end}") for name in names)]
+        inner = [end for end in IA3_INPUTS if end in present] if tuning.feedforward is None else tuning.feedforward
+        options |= {"peft_type": "IA3", "target_modules": tuning.targets or present, "feedforward_modules": inner}
+        return options | ({"modules_to_save": ["score"]} if classifier else {})
+    options |= {"peft_type": tuning.type.upper(), **STARTS.get(tuning.type, {})}
+    if tuning.type not in WITHOUT_TARGETS:
+        options["target_modules"] = "all-linear"
+    options |= tuning.options
+    if classifier:
+        options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), "score"})
+    return options

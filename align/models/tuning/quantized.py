@@ -15,6 +15,7 @@ import torch
 from align.config.tuning import QloraTuning
 from align.errors import UserError
 from align.models.tuning import lora
+from align.models.tuning.peft_layers import tuner_layers
 
 try:
     bnb: Any = importlib.import_module("bitsandbytes")
@@ -52,8 +53,6 @@ def wrap(model: Any, tuning: QloraTuning, seed: int, rows: Any = None) -> Any:
         del model.is_loaded_in_4bit
     peft_model.align_quantized = True
     if tuning.init == "loftq":
-        from align.models.tuning.layers import tuner_layers
-
         for name, layer in tuner_layers(peft_model).items():
             if name in loftq_starts:
                 scale = layer.scaling["default"]

@@ -203,7 +203,7 @@ def test_arc_equals_lm_eval_s(
 def test_arc_of_a_real_model_equals_lm_eval_s(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from align.models.embedded import fetch
+    from align.models.built_in import fetch
 
     try:
         model = fetch()

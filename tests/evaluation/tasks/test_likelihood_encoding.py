@@ -19,8 +19,8 @@ from align.evaluation.tasks.likelihood import (
     prefix_token,
     rolling_windows,
 )
+from align.models.built_in import make_tiny_tokenizer
 from align.models.chat.render import render_conversation, render_prompt
-from align.models.tiny import make_tiny_tokenizer
 
 BOS = "<|im_start|>"
 

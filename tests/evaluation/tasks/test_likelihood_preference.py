@@ -20,7 +20,7 @@ from align.evaluation.tasks import build_task, task_identities
 from align.evaluation.tasks import likelihood as module
 from align.evaluation.tasks.base import TaskInputs
 from align.evaluation.tasks.likelihood import PreferenceTask
-from align.models.tiny import make_tiny_tokenizer
+from align.models.built_in import make_tiny_tokenizer
 from tests.support.evaluation.tasks.readers import ModelReader, RuleReader
 
 

@@ -21,7 +21,7 @@ from align.inference.sessions import open_session
 from align.inference.trainer_engine import ask_each, probe, returns, trainer_logprobs
 from align.inference.transformers import TransformersEngine
 from align.models.loading import load_policy
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from tests.support.processes import descendants, is_alive
 
 pytestmark = [

@@ -27,7 +27,7 @@ from align.inference.trainer_engine import ParityError, probe, trainer_logprobs
 from align.inference.transformers import pick_tokens
 from align.inference.weights import WeightsFolder, checkpoint_weights
 from align.models.loading import load_policy
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from tests.support.processes import command_of, descendants, is_alive
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

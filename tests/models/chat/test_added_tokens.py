@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from align.config.tuning import LoraTuning
 from align.errors import UserError
+from align.models.built_in import make_tiny_tokenizer
 from align.models.chat.special_tokens import add_tokens
 from align.models.loading import load_policy, load_tokenizer
-from align.models.tiny import make_tiny_tokenizer
 from align.models.tuning.apply import apply_tuning, initial_policy, load_for_tuning, save_tuned
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 
 NEW = ("<|call|>", "<|result|>")
 IDS = torch.tensor([[5, 6, 260, 7, 261, 8]])

@@ -19,11 +19,11 @@ from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import _cached_compile_jinja_template as compile_plainly
 
 from align.errors import UserError
+from align.models.built_in import CHAT_TEMPLATE
 from align.models.chat import chat_template
 from align.models.chat.chat_template import TemplateOutOfBounds, limit_templates
 from align.models.chat.render import render_prompt
 from align.models.loading import load_tokenizer
-from align.models.tiny import CHAT_TEMPLATE
 
 LOOP = "{% set ns = namespace(x='x') %}{% for i in range(60) %}"
 LONG = "{% set b = 'x' * 10000000 %}"

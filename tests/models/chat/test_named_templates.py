@@ -10,6 +10,7 @@ import pytest
 from jinja2 import TemplateError
 
 from align.errors import UserError
+from align.models.built_in import make_tiny_tokenizer
 from align.models.chat.chat_template import limit_templates
 from align.models.chat.named_templates import (
     TEMPLATES,
@@ -22,7 +23,6 @@ from align.models.chat.named_templates import (
 )
 from align.models.chat.render import render_conversation, render_prompt
 from align.models.chat.special_tokens import turn_end_token
-from align.models.tiny import make_tiny_tokenizer
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -1,13 +1,16 @@
-"""Rendering: a conversation ends where a policy stops, whatever the template writes after it."""
+"""Rendering: a conversation ends at the end of turn, and token by token a response loses no text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from align.errors import UserError
-from align.models.chat.render import render_conversation, render_prompt, require_chat_template
+from align.models.built_in import make_tiny_tokenizer
+from align.models.chat.render import render_conversation, render_prompt, require_chat_template, token_texts
 from align.models.loading import load_tokenizer
 
 QUESTION = [{"role": "user", "content": "Hi"}]
@@ -86,3 +89,27 @@ def test_templates_without_a_place_for_tools_are_refused(tiny_model: Path) -> No
         render_prompt(tokenizer, QUESTION, TOOLS)
     with pytest.raises(UserError, match="calls a tool, and the chat template has no place for tool_calls"):
         render_prompt(tokenizer, CALLED)
+
+
+TOKENIZER = make_tiny_tokenizer()
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12))
+def test_the_pieces_are_the_text(text):
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    texts = token_texts(TOKENIZER, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == TOKENIZER.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_character_of_several_tokens_stands_at_its_last_one():
+    ids = TOKENIZER("aé", add_special_tokens=False)["input_ids"]  # a byte each: a, two for é
+    assert token_texts(TOKENIZER, ids) == ["a", "", "é"]
+    # cut in the middle: what is there is shown
+    assert token_texts(TOKENIZER, ids[:2]) == ["a", "\ufffd"]
+
+
+def test_the_end_token_is_a_piece_of_its_own():
+    assert token_texts(TOKENIZER, [*TOKENIZER("a", add_special_tokens=False)["input_ids"], TOKENIZER.eos_token_id]) == [
+        "a", TOKENIZER.eos_token,
+    ]  # fmt: skip

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
+from align.models.built_in import END_OF_TEXT, make_tiny_tokenizer
 from align.models.chat.special_tokens import turn_end_token, unify_special_tokens
 from align.models.loading import load_policy
-from align.models.tiny import END_OF_TEXT, make_tiny_tokenizer
 
 ROLES = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"

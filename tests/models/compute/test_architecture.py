@@ -23,9 +23,9 @@ from align.config.tuning import (
     TuningBase,
 )
 from align.errors import UserError
+from align.models.built_in import NAME, fetch
 from align.models.compute.architecture import RULES, UnknownArchitecture, architecture_of, read_architecture
 from align.models.compute.precision import cast_frozen_to_bf16, low_residual
-from align.models.embedded import NAME, fetch
 from align.models.fast.lean_modules import LeanRMSNorm
 from align.models.model_plan import EMBEDDED_SIZES, TINY_SIZES, known_architecture
 from align.models.tuning.apply import apply_tuning

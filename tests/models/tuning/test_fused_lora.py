@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from align.models.tuning import lora as fused_lora
-from align.models.tuning.lora import FusedLoraLinear, fuse_lora
+from align.models.tuning import peft_layers as fused_lora
+from align.models.tuning.peft_layers import FusedLoraLinear, fuse_lora
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from align.config.tuning import LoraTuning
 from align.errors import UserError
 from align.models.loading import load_policy, load_tokenizer
 from align.models.tuning.apply import apply_tuning, save_tuned
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from tests.support.models.tuning.tuning_cases import ROWS, logits, push
 
 

@@ -17,7 +17,7 @@ from align.errors import UserError
 from align.models.loading import load_policy
 from align.models.tuning import quantized
 from align.models.tuning.apply import apply_tuning, load_for_tuning, weight_bytes
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from align.models.tuning.quantized import QuantizedLinear, dequantized, quantize
 from tests.support.models.tuning.tuning_cases import IDS, logits, push, wrapped
 

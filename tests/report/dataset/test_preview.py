@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from align.data.rows import assistant, user
-from align.models.tiny import make_tiny_tokenizer
+from align.models.built_in import make_tiny_tokenizer
 from align.report.dataset.build_summary import (
     EDGES,
     MAX_MEMBERS,

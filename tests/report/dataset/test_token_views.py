@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import UserError
-from align.models.tiny import make_tiny_tokenizer
+from align.models.built_in import make_tiny_tokenizer
 from align.report.dataset.token_views import Piece, load_preview_tokenizer, split_pieces, token_views
 from align.training.rows import MASKED, encode_pairs, encode_supervised
 from tests.support.data.sample_build import pair, row

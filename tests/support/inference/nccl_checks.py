@@ -28,7 +28,7 @@ from align.inference.servers.server_options import FINISH, INIT, START, UPDATE, 
 from align.inference.weights import HEAD, WeightsFolder, checkpoint_weights
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from tests.support.inference.fake_server import FakeServer, info
 from tests.support.inference.server_harness import served_at
 

@@ -31,7 +31,7 @@ from align.inference.vllm_internals import (
 from align.inference.weights import checkpoint_weights
 from align.models.loading import load_policy
 from align.models.tuning.apply import apply_tuning
-from align.models.tuning.merged_weights import merged_weights
+from align.models.tuning.peft_layers import merged_weights
 from align.patches.vllm import rounds_to_nearest
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))

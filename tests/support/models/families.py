@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.models.tiny import MAX_POSITIONS, PAD, SPECIAL_TOKENS, TURN_END, TURN_START, make_tiny_tokenizer
+from align.models.built_in import MAX_POSITIONS, PAD, SPECIAL_TOKENS, TURN_END, TURN_START, make_tiny_tokenizer
 
 DECODER = {
     "hidden_size": 32,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from align.models.tiny import make_tiny_tokenizer
+from align.models.built_in import make_tiny_tokenizer
 
 
 def make_scaling_model(folder: Path) -> Path:

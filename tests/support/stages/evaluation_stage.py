@@ -9,7 +9,7 @@ import pytest
 from align.config.runtime import EngineConfig, Runtime
 from align.config.stages.evaluate import EvaluateConfig
 from align.data.rows import assistant, user, write_rows
-from align.models.tiny import make_tiny
+from align.models.built_in import make_tiny
 from align.pipeline.context import StageContext
 from align.store.artifacts import Artifact, Kind
 

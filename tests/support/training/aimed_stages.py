@@ -8,7 +8,7 @@ from typing import Any
 
 from align.config.runtime import Runtime
 from align.data.rows import write_rows
-from align.models.tiny import make_tiny
+from align.models.built_in import make_tiny
 from align.pipeline.context import StageContext
 from align.pipeline.registry import STAGES
 from align.store.artifacts import Artifact, Kind

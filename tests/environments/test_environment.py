@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from align.environments.tool_schema import argument_problem, tool_schema
+from align.environments.environment import argument_problem, tool_schema
 from align.errors import UserError
 
 

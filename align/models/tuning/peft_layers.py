@@ -1,0 +1,271 @@
+"""Layers of peft around a model's own: found, merged into plain weights one at a time, and LoRA as one function.
+
+The live model is never touched by a merge: merging in place and unmerging rounds the base a little every time (30 % of
+the weights changed after 20 cycles in bf16). Each merged matrix exists only while the caller holds it. Plain LoRA adds
+its product to the matrix. Every other method is merged by peft's own code, on a copy of the one layer. A matrix in
+4 bits is dequantized first. All in float32.
+
+peft computes ``x W^T + s (x A^T) B^T`` with a tensor of the output's size for each product, for the scaled one and for
+the sum, and autograd goes through four more in the backward pass. ``FusedLoraLinear`` adds the low-rank product to the
+other by the product itself. ``align.patches.peft`` puts it in the place of peft's layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear, ParamWrapper
+from torch.autograd.function import once_differentiable
+
+from align.models.tuning.stored import plain_weights
+from align.patches.peft import has_hooks, replace_lora_linear
+
+PEFT_PREFIX = "base_model.model."
+ADAPTER = ".token_adapter"
+"""Last part of the name of peft's layer inside the module that it wraps."""
+
+
+def tuner_layers(model: Any) -> dict[str, Any]:
+    """Return the layers that peft wraps around the model's own, by the plain name of the wrapped module."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+@torch.no_grad()
+def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield ``(name, tensor)`` for every weight and saved buffer of ``model``, in their shapes without adapters.
+
+    A tied head comes under both names. Tensors that no adapter changes are the model's own, not copies; the others are
+    float32. Raises ``ValueError`` for an adapter that cannot be merged.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        yield from plain_weights(model).items()
+        return
+    layers = tuner_layers(model)
+    merged_layers: set[str] = set()
+    embeddings: dict[Any, torch.Tensor] = {}  # with trained rows; a tied head has the embedding's tensor
+    for full_name, tensor in model.state_dict().items():
+        name = full_name.removeprefix(PEFT_PREFIX)
+        # Skip what all layers of a method share (outside the base model) and the unused originals of modules_to_save.
+        if name == full_name or ".original_module." in name:
+            continue
+        if ".modules_to_save." in name:  # trained in full: MODULE.modules_to_save.ADAPTER.LEAF -> MODULE.LEAF
+            module, _, rest = name.partition(".modules_to_save.")
+            yield f"{module}.{rest.partition('.')[2]}", tensor
+            continue
+        layer = _adapted_layer_of(name, layers)
+        if layer is None:
+            yield name, tensor
+        elif layer not in merged_layers:
+            # All tensors of an adapted layer come at once, at the first of them.
+            merged_layers.add(layer)
+            if is_trained_rows(layers[layer]):
+                tied = layers[layer].tied_adapter or layers[layer]
+                if tied not in embeddings:
+                    embeddings[tied] = merged_rows(layers[layer])
+                yield f"{layer.removesuffix(ADAPTER)}.weight", embeddings[tied]
+                continue
+            for leaf, value in merge_layer(layers[layer]).items():
+                yield f"{layer}.{leaf}", value
+
+
+def _adapted_layer_of(name: str, layers: dict[str, Any]) -> str | None:
+    """Return the adapted layer that contains the tensor ``name``; the outermost of several around the same module."""
+    outermost = None
+    while name:
+        name = name.rpartition(".")[0]
+        if name in layers:
+            outermost = name
+    return outermost
+
+
+@torch.no_grad()
+def merge_layer(layer: Any) -> dict[str, torch.Tensor]:
+    """Return weight, bias and buffers, in their shapes, of the module that ``layer`` wraps, its adapters merged.
+
+    Matrices are float32. Raises ``ValueError`` for a method that cannot be merged.
+    """
+    base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        return _merge_experts(layer)
+    if _is_plain_lora(layer):
+        # A sum in float32: in bf16 a small update would vanish next to the weight.
+        merged = float_weight(base).clone()
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
+                merged += layer.get_delta_weight(adapter).float()
+        return {**_own_tensors(base), "weight": merged}
+    layer_copy = copy.deepcopy(layer)
+    merge = type(layer_copy).merge
+    if getattr(base.weight, "quant_state", None) is not None:
+        # The layer of a 4-bit matrix would quantize the sum. The layer of a plain matrix merges in the matrix's type.
+        layer_copy.base_layer = _dequantize(base)
+        merge = Linear.merge
+    try:
+        merge(layer_copy, safe_merge=True)
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(f"{type(layer).__name__} cannot be merged into the weights: {error}") from None
+    return _own_tensors(layer_copy.get_base_layer())
+
+
+def _merge_experts(layer: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module of experts; peft wraps it once for each of its adapted parameters."""
+    tensors = {name: tensor.detach() for name, tensor in layer.get_base_layer().state_dict().items()}
+    while hasattr(layer, "parameter_name"):
+        merged = tensors[layer.parameter_name].float()
+        for adapter in layer.active_adapters:
+            merged = merged + layer.get_delta_weight(adapter).float()
+        tensors[layer.parameter_name] = merged
+        layer = layer.base_layer
+    return tensors
+
+
+def float_weight(module: Any) -> torch.Tensor:
+    """Return the module's weight, of shape (out, in), in float32, dequantized if it is in 4 bits."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        weight: torch.Tensor = module.weight.data.float()
+        return weight
+    from align.models.tuning.quantized import dequantized
+
+    return dequantized(module)
+
+
+def _own_tensors(module: Any) -> dict[str, torch.Tensor]:
+    tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    if getattr(module.weight, "quant_state", None) is None:
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if "." not in name}  # without the quantization state
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(layer, LoraLayer) and not layer.lora_variant
+
+
+def _dequantize(quantized: Any) -> torch.nn.Linear:
+    """Return the float32 layer of a 4-bit matrix."""
+    plain = torch.nn.Linear(quantized.in_features, quantized.out_features, quantized.bias is not None, device="meta")
+    plain.weight = torch.nn.Parameter(float_weight(quantized), requires_grad=False)
+    plain.bias = quantized.bias
+    return plain
+
+
+def is_trained_rows(layer: Any) -> bool:
+    """Return True for peft's layer of trained rows."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return isinstance(layer, TrainableTokensLayer)
+
+
+def merged_rows(layer: Any) -> torch.Tensor:
+    """Return the matrix (V, hidden) of a layer of trained rows with their values in it, in float32."""
+    merged: torch.Tensor = layer.get_base_layer().weight.detach().float().clone()
+    for adapter in layer.active_adapters:
+        rows = layer.trainable_tokens_delta[adapter]
+        merged[torch.tensor(layer.token_indices[adapter], device=merged.device)] = rows.detach().float()
+    return merged
+
+
+class FusedLoraLinear(Linear):
+    """peft's LoRA layer on a matrix; calls that the fused function does not cover use peft's forward pass."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Map x of shape (..., in) to (..., out)."""
+        adapter = None if args or kwargs else self._find_only_adapter()
+        weight: Any = self.base_layer.weight
+        if adapter is None or not _is_whole(weight):
+            return super().forward(x, *args, **kwargs)
+        low, high = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        bias: Any = self.base_layer.bias
+        tensors: list[Any] = [x, weight, low, high, *([] if bias is None else [bias])]
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            tensors = [tensor.to(dtype) for tensor in tensors]
+        elif len({tensor.dtype for tensor in tensors}) > 1:
+            return super().forward(x)
+        x, weight, low, high, *biases = tensors
+        output: torch.Tensor = _LowRankSum.apply(
+            x, weight, biases[0] if biases else None, low, high, self.scaling[adapter]
+        )
+        return output
+
+    def _find_only_adapter(self) -> str | None:
+        """Return the one active adapter, where it is plain LoRA without any other part."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(names) != 1:
+            return None
+        name, base = names[0], self.base_layer
+        dropout = self.lora_dropout[name]
+        if isinstance(dropout, torch.nn.Dropout) and dropout.training and dropout.p > 0:
+            return None
+        matrices = (base, self.lora_A[name], self.lora_B[name])
+        are_plain = name not in self.lora_variant and all(type(matrix) is torch.nn.Linear for matrix in matrices)
+        if not are_plain or self.lora_B[name].bias is not None or base.weight.requires_grad:
+            return None
+        return None if any(map(has_hooks, (*matrices, dropout))) else name
+
+
+def fuse_lora(model: Any) -> None:
+    """Compute ``model``'s LoRA layers on plain matrices by the fused function, in place."""
+    replace_lora_linear(model, FusedLoraLinear)
+
+
+def _is_whole(weight: torch.Tensor) -> bool:
+    """Return True for a weight that no wrapper has shared out among processes."""
+    return type(weight) in (torch.nn.Parameter, torch.Tensor) and weight.dim() == 2 and not hasattr(weight, "ds_id")
+
+
+class _LowRankSum(torch.autograd.Function):
+    """x W^T + b + s (x A^T) B^T of x (..., in), frozen W (out, in) and b (out,), trained A (r, in) and B (out, r)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Map x of shape (..., in) to (..., out)."""
+        rows = x.reshape(-1, x.shape[-1])
+        narrow = rows @ low.t()  # (N, r)
+        output = torch.nn.functional.linear(rows, weight, bias)
+        # The product is added in place, without another tensor of the output's size.
+        output.addmm_(narrow, high.t(), alpha=scale)
+        # Views: a parameter whose values are swapped before the backward pass leaves them as they were.
+        ctx.save_for_backward(rows, narrow, weight, low.t(), high.t())
+        ctx.scale, ctx.shape = scale, x.shape
+        return output.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        """(..., out) -> gradients of x, A and B in their shapes."""
+        rows, narrow, weight, low_view, high_view = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        # The gradient of x A^T, which the gradients of x and A share.
+        grad_narrow = (grad @ high_view.t()).mul_(ctx.scale)  # (N, r)
+        grad_x = grad_low = grad_high = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_narrow, low_view.t()).view(ctx.shape)
+        if ctx.needs_input_grad[3]:
+            grad_low = grad_narrow.t() @ rows
+        if ctx.needs_input_grad[4]:
+            # The narrow matrix goes first: the product is several times as fast on a CPU.
+            grad_high = (narrow.t() @ grad).mul_(ctx.scale).t()
+        return grad_x, None, None, grad_low, grad_high, None
